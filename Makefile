@@ -1,0 +1,57 @@
+# make demo    sets everything up and runs the main job        make protos  regenerates mempool/wire/v1
+# make test    sets everything up and runs every check         make bench   (with the kernels' benchmark)
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := mempool examples tests protos
+
+.PHONY: demo test lint types imports protos protos-check unit setup clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '1,2s/^# //p' Makefile
+
+setup: $(READY)
+
+# Made anew when what is to be installed changes; otherwise nothing is installed again.
+$(READY): pyproject.toml constraints.txt
+	@echo "== setting up $(VENV) with $(PYTHON) (a few minutes, once)"
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "mempool needs Python 3.11 or newer; set PYTHON=")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	@echo "== demo: a pool of 2 shards on Ray, a trainer attached over gRPC, 20,000 facts, 2 -> 4 shards half way"
+	@$(BIN)/python examples/demo.py
+
+test: lint types imports protos-check unit
+
+lint: $(READY)
+	@echo "== lint"
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check $(SOURCES)
+
+types: $(READY)
+	@echo "== types (mypy --strict)"
+	@$(BIN)/mypy
+
+imports: $(READY)
+	@echo "== import contracts"
+	@$(BIN)/lint-imports --no-cache
+
+protos: $(READY)
+	@$(BIN)/python protos/generate.py
+
+protos-check: $(READY)
+	@echo "== protos: lint and drift"
+	@$(BIN)/buf lint
+	@$(BIN)/python protos/generate.py --check
+
+unit: $(READY)
+	@echo "== tests"
+	@$(BIN)/python -m pytest -q
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist out

@@ -1,0 +1,155 @@
+"""Bags of (slot id, weight) pairs as the router sends them, and the checks of a caller's tensors before anything is sent.
+
+Legend: B bags, L pairs of all bags together, M rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mempool.errors import InvalidRequest
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Bags:
+    """B bags of L pairs, on the CPU.
+
+    Attributes:
+        ids: [L] int64.
+        weights: [L] float32 or bfloat16; None means all ones.
+        offsets: [B + 1] int64; bag b holds pairs offsets[b] to offsets[b + 1].
+    """
+
+    ids: Tensor
+    weights: Tensor | None
+    offsets: Tensor
+
+    @property
+    def num_bags(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    @property
+    def num_pairs(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        weights = 0 if self.weights is None else self.weights.nbytes
+        return self.ids.nbytes + weights + self.offsets.nbytes
+
+
+def checked_bags(
+    ids: Tensor, weights: Tensor | None, offsets: Tensor | None, *, num_slots: int, table: str
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """A caller's bags as flat tensors, after all checks.
+
+    Args:
+        ids: [B, L] integers; or [L] with ``offsets``.
+        weights: The shape of ids, floating; None means all ones.
+        offsets: [B + 1] integers from 0 to L, ascending; only with ids of one dimension.
+
+    Returns:
+        ids [L] int64 on the CPU, a copy of its own; weights [L], a differentiable view of the caller's, on its device;
+        offsets [B + 1] int64 on the CPU, a copy of its own.
+
+    Raises:
+        InvalidRequest: Naming the tensor, the value and its position.
+    """
+    _require_integers("ids", ids, table=table)
+    if weights is not None:
+        _require_weights(weights, ids, table=table)
+    if offsets is None:
+        if ids.dim() != 2:
+            raise InvalidRequest(
+                f"gather of table {table!r}: ids has shape {list(ids.shape)}; give ids [B, L], or ids [L] with "
+                "offsets [B + 1]."
+            )
+        num_bags, bag_pairs = ids.shape
+        checked_offsets = torch.arange(num_bags + 1, dtype=torch.int64) * bag_pairs
+    else:
+        checked_offsets = _checked_offsets(offsets, ids, table=table)
+    own_ids = own_copy(ids, torch.int64)
+    require_in_range(own_ids, num_slots=num_slots, table=table)
+    return own_ids.reshape(-1), None if weights is None else weights.reshape(-1), checked_offsets
+
+
+def checked_rows(ids: Tensor, *, num_slots: int, table: str, what: str = "slots") -> Tensor:
+    """Ids of rows, [M] integers on any device, as int64 on the CPU, a copy of its own.
+
+    Raises:
+        InvalidRequest: Not a tensor of one dimension, not integers, or out of range.
+    """
+    _require_integers("ids", ids, table=table)
+    if ids.dim() != 1:
+        raise InvalidRequest(f"table {table!r}: ids has shape {list(ids.shape)}; rows are named by ids [M].")
+    own_ids = own_copy(ids, torch.int64)
+    require_in_range(own_ids, num_slots=num_slots, table=table, what=what)
+    return own_ids
+
+
+def require_in_range(ids: Tensor, *, num_slots: int, table: str, what: str = "slots") -> None:
+    """Raises InvalidRequest for the first of ``ids`` that is not from 0 to num_slots - 1, with its position."""
+    if ids.numel() == 0:
+        return
+    low, high = torch.aminmax(ids)
+    if int(low) >= 0 and int(high) < num_slots:
+        return
+    position = torch.nonzero((ids < 0) | (ids >= num_slots))[0].tolist()
+    value = int(ids[tuple(position)])
+    raise InvalidRequest(
+        f"ids{position} = {value} is outside table {table!r}: it has {num_slots} {what}, 0 to {num_slots - 1}."
+    )
+
+
+def own_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` on the CPU, contiguous, without its graph, sharing no memory with the caller's.
+
+    What is sent is kept until the step is committed and an embedded shard remembers it: the caller may write over
+    its own tensors meanwhile.
+    """
+    return tensor.detach().to(device="cpu", dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _require_integers(name: str, tensor: object, *, table: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise InvalidRequest(f"table {table!r}: {name} must be a torch.Tensor, not {type(tensor).__name__}.")
+    if tensor.dtype not in _INTEGERS:
+        raise InvalidRequest(f"table {table!r}: {name} must be of an integer dtype (int64), not {tensor.dtype}.")
+
+
+def _require_weights(weights: object, ids: Tensor, *, table: str) -> None:
+    if not isinstance(weights, Tensor):
+        raise InvalidRequest(f"gather of table {table!r}: weights must be a torch.Tensor, not {type(weights).__name__}.")
+    if not weights.is_floating_point():
+        raise InvalidRequest(f"gather of table {table!r}: weights must be of a floating dtype, not {weights.dtype}.")
+    if weights.shape != ids.shape:
+        raise InvalidRequest(
+            f"gather of table {table!r}: weights has shape {list(weights.shape)}, ids {list(ids.shape)}; they must agree."
+        )
+
+
+def _checked_offsets(offsets: Tensor, ids: Tensor, *, table: str) -> Tensor:
+    _require_integers("offsets", offsets, table=table)
+    if ids.dim() != 1 or offsets.dim() != 1 or offsets.shape[0] == 0:
+        raise InvalidRequest(
+            f"gather of table {table!r}: with offsets, ids must be [L] and offsets [B + 1]; they have shapes "
+            f"{list(ids.shape)} and {list(offsets.shape)}."
+        )
+    checked = own_copy(offsets, torch.int64)
+    first, last, num_pairs = int(checked[0]), int(checked[-1]), ids.shape[0]
+    if first != 0 or last != num_pairs:
+        raise InvalidRequest(
+            f"gather of table {table!r}: offsets must begin with 0 and end with the number of pairs, {num_pairs}; they "
+            f"begin with {first} and end with {last}. (offsets [B + 1]: torch's include_last_offset=True.)"
+        )
+    falls = torch.nonzero(checked[1:] < checked[:-1])
+    if falls.numel():
+        at = int(falls[0]) + 1
+        raise InvalidRequest(
+            f"gather of table {table!r}: offsets must not fall, but offsets[{at}] = {int(checked[at])} follows "
+            f"{int(checked[at - 1])}."
+        )
+    return checked

@@ -1,0 +1,270 @@
+"""How a call on a table is cut up for its shards and put together again: pure functions of a view. Sends nothing.
+
+Legend: B bags, L pairs of all bags together, l pairs of one part, M rows, V value dim, W columns of one shard's blocks,
+H heads, K top-k, C candidates.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mempool.client.bags import Bags
+from mempool.errors import Internal
+from mempool.placement import Assignment, Route, routes
+from mempool.types import ShardInfo, TableSchema, TableView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Neighbouring columns that are neighbours in a shard's reply too. sole: no other shard adds to them."""
+
+    reply: slice
+    table: slice
+    sole: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ShardRoute:
+    """What one shard answers of a table.
+
+    Attributes:
+        blocks: Its blocks, ascending, as in its replies.
+        width: Columns of those blocks together.
+        whole: Its reply is the table's answer: every column, from nobody else.
+        row_mask: [row pages] bool, those of which it owns anything; None where that is all.
+    """
+
+    info: ShardInfo
+    blocks: tuple[int, ...]
+    width: int
+    spans: tuple[Span, ...]
+    whole: bool
+    row_mask: Tensor | None
+
+    @property
+    def shard(self) -> int:
+        return self.info.shard
+
+    @property
+    def partial(self) -> bool:
+        """Whether any of its columns are only a part of the sum."""
+        return not all(span.sole for span in self.spans)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TablePlan:
+    """A view, prepared for planning.
+
+    Attributes:
+        routes: Shards that own row pages, ascending.
+        owners: Shards that own anything, ascending: those that every commit is sent to.
+        head_owners: Per shard that owns key pages, ascending: (shard, its heads).
+        page_owners: [row pages, blocks] int32, the placement's owners as a tensor.
+    """
+
+    view: TableView
+    routes: tuple[ShardRoute, ...]
+    owners: tuple[ShardInfo, ...]
+    head_owners: tuple[tuple[ShardInfo, tuple[int, ...]], ...]
+    page_owners: Tensor
+
+    @property
+    def schema(self) -> TableSchema:
+        return self.view.schema
+
+    @property
+    def epoch(self) -> int:
+        return self.view.placement.epoch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Part:
+    """The pairs of a call that one shard needs. kept: [l] int64, their positions among all pairs; None where all."""
+
+    route: ShardRoute
+    bags: Bags
+    kept: Tensor | None
+
+
+def make_plan(view: TableView) -> TablePlan:
+    """Prepare a view.
+
+    Raises:
+        Internal: The placement names a shard that the view does not.
+    """
+    placement, schema = view.placement, view.schema
+    infos = {info.shard: info for info in view.shards}
+    unknown = [shard for shard in placement.shards if shard not in infos]
+    if unknown:
+        raise Internal(f"the view of table {schema.name!r}, epoch {placement.epoch}, names no address of shards {unknown}.")
+    assignment = Assignment(owners=placement.owners, key_owners=placement.key_owners)
+    heads: dict[int, list[int]] = {}
+    for head, shard in enumerate(placement.key_owners.tolist()):
+        heads.setdefault(shard, []).append(head)
+    return TablePlan(
+        view=view,
+        routes=tuple(_shard_route(infos[shard], route, schema) for shard, route in sorted(routes(assignment).items())),
+        owners=tuple(infos[shard] for shard in placement.shards),
+        head_owners=tuple((infos[shard], tuple(heads[shard])) for shard in sorted(heads)),
+        page_owners=torch.tensor(placement.owners),
+    )
+
+
+def newer_view(old: TableView, new: TableView) -> TableView:
+    """What is known after ``new`` was heard: ``old`` itself where it says nothing new.
+
+    Views come from the controller and, while it is away, from shards, which may lag behind: a lower epoch, and a lower
+    incarnation of a shard within one epoch, are no news.
+    """
+    if new.placement.epoch != old.placement.epoch:
+        return new if new.placement.epoch > old.placement.epoch else old
+    known = {info.shard: info for info in old.shards}
+    merged = tuple(
+        before if (before := known.get(info.shard)) is not None and before.incarnation > info.incarnation else info
+        for info in new.shards
+    )
+    if set(merged) == set(old.shards):
+        return old
+    return TableView(schema=new.schema, placement=new.placement, shards=merged)
+
+
+def split(plan: TablePlan, bags: Bags) -> tuple[Part, ...]:
+    """The part of each route, in its order. A shard that lacks whole row pages gets no pairs of those."""
+    pages: Tensor | None = None
+    parts = []
+    for route in plan.routes:
+        if route.row_mask is None:
+            parts.append(Part(route=route, bags=bags, kept=None))
+            continue
+        if pages is None:
+            pages = bags.ids >> plan.schema.page_shift
+        parts.append(_filtered(route, bags, pages))
+    return tuple(parts)
+
+
+def pick_columns(route: ShardRoute, matrix: Tensor) -> Tensor:
+    """The columns of a route, [.., W] contiguous, of a matrix [.., V] in the table's order."""
+    if route.width == matrix.shape[-1]:
+        return matrix
+    picked = [matrix[..., span.table] for span in route.spans]
+    return picked[0].contiguous() if len(picked) == 1 else torch.cat(picked, dim=-1)
+
+
+def merge_values(plan: TablePlan, replies: Sequence[tuple[ShardRoute, Tensor]], *, num_bags: int) -> Tensor:
+    """Pooled values [B, V] float32 from shards' replies [B, W], which come in the order of the routes.
+
+    Sole columns are copied, others added up in ascending shard order. A shard left out adds nothing.
+    """
+    if len(replies) == 1 and replies[0][0].whole:
+        return replies[0][1].to(torch.float32)
+    partial = any(route.partial for route in plan.routes)
+    make = torch.zeros if partial else torch.empty
+    values = make(num_bags, plan.schema.value_dim, dtype=torch.float32)
+    for route, reply in replies:
+        for span in route.spans:
+            if span.sole:
+                values[:, span.table] = reply[:, span.reply]
+            else:
+                values[:, span.table] += reply[:, span.reply]
+    return values
+
+
+def merge_weight_grads(grads: Sequence[tuple[Part, Tensor]], *, num_pairs: int) -> Tensor:
+    """d_weights [L] float32 from shards' [l], added up in ascending shard order."""
+    if len(grads) == 1 and grads[0][0].kept is None:
+        return grads[0][1]
+    total = torch.zeros(num_pairs, dtype=torch.float32)
+    for part, grad in grads:
+        if part.kept is None:
+            total += grad
+        else:
+            total[part.kept] += grad  # positions are distinct
+    return total
+
+
+def rows_of(route: ShardRoute, ids: Tensor, *, schema: TableSchema) -> Tensor | None:
+    """Positions [m] int64 of the ids [M] of which a route's shard owns anything; None where that is all."""
+    if route.row_mask is None:
+        return None
+    return torch.nonzero(route.row_mask[ids >> schema.page_shift]).reshape(-1)
+
+
+def place_rows(
+    plan: TablePlan, out: Tensor, ids: Tensor, *, route: ShardRoute, kept: Tensor | None, rows: Tensor, per_block: bool
+) -> None:
+    """Write one shard's rows into ``out``.
+
+    Args:
+        out: [M, V], or [M, blocks] where ``per_block``; changed in place.
+        ids: [M] int64, all ids asked for.
+        kept: Positions of those that were sent to this shard; None where all were.
+        rows: [m, W], or [m, blocks of the route] where ``per_block``.
+    """
+    pages = (ids if kept is None else ids[kept]) >> plan.schema.page_shift
+    begin = 0
+    for block in route.blocks:
+        start, stop = (block, block + 1) if per_block else plan.schema.block_columns(block)
+        end = begin + stop - start
+        mine = torch.nonzero(plan.page_owners[pages, block] == route.shard).reshape(-1)
+        # Copied, not added to zeros: -0.0 stays -0.0.
+        out[mine if kept is None else kept[mine], start:stop] = rows[mine, begin:end]
+        begin = end
+
+
+def merge_candidates(scores: Sequence[Tensor], ids: Sequence[Tensor], *, topk: int) -> tuple[Tensor, Tensor]:
+    """The best ``topk`` of several lists by (score descending, id ascending).
+
+    Args:
+        scores: Each [B, H, C] float32, -inf where there was no candidate.
+        ids: Each [B, H, C] int64, -1 where there was no candidate.
+
+    Returns:
+        scores [B, H, K], ids [B, H, K].
+    """
+    all_scores, all_ids = torch.cat(list(scores), dim=-1), torch.cat(list(ids), dim=-1)
+    # No candidate comes after a real one even where that one's score is -inf.
+    ranks = torch.where(all_ids < 0, torch.iinfo(torch.int64).max, all_ids)
+    by_id = ranks.argsort(dim=-1, stable=True)
+    by_score = all_scores.gather(-1, by_id).argsort(dim=-1, descending=True, stable=True)
+    best = by_id.gather(-1, by_score)[..., :topk]
+    return all_scores.gather(-1, best), all_ids.gather(-1, best)
+
+
+def _shard_route(info: ShardInfo, route: Route, schema: TableSchema) -> ShardRoute:
+    spans: list[Span] = []
+    begin = 0
+    for block in route.blocks:
+        start, stop = schema.block_columns(block)
+        end = begin + stop - start
+        sole = block in route.sole
+        if spans and spans[-1].sole == sole and spans[-1].table.stop == start:
+            last = spans.pop()
+            spans.append(Span(reply=slice(last.reply.start, end), table=slice(last.table.start, stop), sole=sole))
+        else:
+            spans.append(Span(reply=slice(begin, end), table=slice(start, stop), sole=sole))
+        begin = end
+    return ShardRoute(
+        info=info,
+        blocks=route.blocks,
+        width=begin,
+        spans=tuple(spans),
+        whole=len(route.sole) == schema.num_blocks,
+        row_mask=None if route.row_mask is None else torch.tensor(route.row_mask),
+    )
+
+
+def _filtered(route: ShardRoute, bags: Bags, pages: Tensor) -> Part:
+    assert route.row_mask is not None
+    mask = route.row_mask[pages]
+    kept = torch.nonzero(mask).reshape(-1)
+    # How many of the first i pairs are kept, at i = 0 .. L: old offsets to new ones.
+    before = torch.zeros(bags.num_pairs + 1, dtype=torch.int64)
+    torch.cumsum(mask, dim=0, out=before[1:])
+    part = Bags(
+        ids=bags.ids[kept],
+        weights=None if bags.weights is None else bags.weights[kept],
+        offsets=before[bags.offsets],
+    )
+    return Part(route=route, bags=part, kept=kept)

@@ -1,0 +1,137 @@
+"""When a failed call is tried again, and what is said when it is not: a state machine without a clock, a socket or a sleep.
+
+The router feeds it failures and carries out its actions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mempool.errors import DeadlineExceeded, MempoolError, PoolUnreachable, Replan, ShardUnavailable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backoff:
+    """Waits between tries: they double from ``first_s`` to ``longest_s``; jitter takes up to half off."""
+
+    first_s: float = 0.05
+    longest_s: float = 1.0
+
+    def delay_s(self, number: int, *, jitter: float) -> float:
+        """The wait before try ``number`` + 1 of the same kind, from 1. jitter: 0 (whole wait) to 1 (half of it)."""
+        whole = min(self.longest_s, self.first_s * 2.0 ** min(number - 1, 60))
+        return whole * (1.0 - jitter / 2.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Again:
+    """Wait, ask for the table's view again, and try again."""
+
+    delay_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GiveUp:
+    """Raise ``error``."""
+
+    error: MempoolError
+
+
+class Retry:
+    """The tries of one call.
+
+    Args:
+        table: Name of the table, for messages.
+        pool: Name of the pool, for messages.
+        start_s: When the call began, on the caller's clock.
+        timeout_s: How long it may take in all.
+        jitter: Gives a number from 0 to 1 at each call.
+    """
+
+    def __init__(
+        self,
+        *,
+        table: str,
+        pool: str,
+        start_s: float,
+        timeout_s: float,
+        backoff: Backoff,
+        jitter: Callable[[], float],
+    ) -> None:
+        self._table = table
+        self._pool = pool
+        self._start_s = start_s
+        self._timeout_s = timeout_s
+        self._backoff = backoff
+        self._jitter = jitter
+        self._tries = 0
+        self._replans = 0
+        self._outages = 0
+        self._last: MempoolError | None = None
+
+    @property
+    def tries(self) -> int:
+        """Failed tries so far."""
+        return self._tries
+
+    def failed(self, error: MempoolError, *, now_s: float) -> Again | GiveUp:
+        """What to do after a try that ended with ``error``."""
+        self._tries += 1
+        self._last = error
+        if not error.retryable:
+            return GiveUp(error=error)
+        if isinstance(error, Replan):
+            # The new view is there in most cases, so the first replan does not wait. Later ones do: a shard may not have
+            # heard yet of what the controller already says, or the other way round.
+            self._replans += 1
+            delay_s = 0.0 if self._replans == 1 else self._backoff.delay_s(self._replans - 1, jitter=self._jitter())
+        else:
+            self._outages += 1
+            delay_s = self._backoff.delay_s(self._outages, jitter=self._jitter())
+        if now_s + delay_s >= self._start_s + self._timeout_s:
+            return GiveUp(error=self._final(error, now_s=now_s))
+        return Again(delay_s=delay_s)
+
+    def out_of_time(self, *, waiting_for: tuple[tuple[int, str], ...], now_s: float) -> MempoolError:
+        """The error of a call whose time ended during a try. waiting_for: (shard, address) that had not answered."""
+        self._tries += 1
+        if waiting_for:
+            shard, address = waiting_for[0]
+            silence = ShardUnavailable(f"no answer{_from(address)}", shard=shard, address=address or None)
+            return self._final(silence, now_s=now_s)
+        if self._last is not None:
+            return self._final(self._last, now_s=now_s)
+        return self._final(PoolUnreachable(f"no answer about table {self._table!r}"), now_s=now_s)
+
+    def _final(self, error: MempoolError, *, now_s: float) -> MempoolError:
+        spent = f"{now_s - self._start_s:.1f} s"
+        tries = f"{self._tries} {'try' if self._tries == 1 else 'tries'}; last: {error.message}"
+        if isinstance(error, Replan):
+            return DeadlineExceeded(
+                f"table {self._table!r} of pool {self._pool!r} could not be reached under one placement within {spent} "
+                f"({tries}). Its pages may be moving for long: see mempool status; or give the pool a longer timeout_s.",
+                shard=error.shard,
+                address=error.address,
+            )
+        if isinstance(error, PoolUnreachable):
+            return PoolUnreachable(
+                f"pool {self._pool!r} did not answer within {spent} ({tries}). "
+                "See whether it is up, and whether the address is right: mempool status",
+                address=error.address,
+            )
+        if isinstance(error, DeadlineExceeded):
+            return DeadlineExceeded(
+                f"table {self._table!r} of pool {self._pool!r}: not done within {spent} ({tries}). Repeating it is safe.",
+                shard=error.shard,
+                address=error.address,
+            )
+        who = "a shard" if error.shard is None else f"shard {error.shard}"
+        return ShardUnavailable(
+            f"{who} of pool {self._pool!r} did not answer within {spent} ({tries}). "
+            "See which shards are up: mempool status",
+            shard=error.shard,
+            address=error.address,
+        )
+
+
+def _from(address: str) -> str:
+    return f" from {address}" if address else ""

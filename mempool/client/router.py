@@ -1,0 +1,332 @@
+"""Calls on a pool's tables: finds the shards, follows placement, tries again within one deadline. No threads, no autograd.
+
+All methods run on one event loop. A Replan error (another epoch or incarnation) makes it ask for the view again and plan the
+whole call anew; what was answered before is thrown away. Errors that no retry can heal pass at once.
+"""
+
+import asyncio
+import random
+import secrets
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mempool.client.attempt import Attempt, Dial, LookupRecord, Traffic
+from mempool.client.bags import Bags
+from mempool.client.lookup import Lookup
+from mempool.client.plan import TablePlan, make_plan, newer_view
+from mempool.client.retry import Backoff, GiveUp, Retry
+from mempool.errors import MempoolError, NotFound, Unavailable
+from mempool.types import PoolApi, StepId, TableView
+from mempool.types.messages import ReplyDtype
+
+T = TypeVar("T")
+
+_REFRESH_TIMEOUT_S = 5.0
+_MAX_RELEASED = 65_536
+_MAX_RELEASED_PER_GATHER = 1_024
+
+
+class Router:
+    """The client's way to a pool's tables.
+
+    Args:
+        api: The controller, or what stands for it.
+        dial: Gives the host of a shard at once, without waiting; called for every request, so it keeps its connections
+            itself. May raise Unavailable.
+        pool: Name of the pool, for messages.
+        timeout_s: Deadline of a call that names none, seconds.
+        backoff: Waits between tries.
+        jitter: Gives a number from 0 to 1 at each call.
+    """
+
+    def __init__(
+        self,
+        api: PoolApi,
+        *,
+        dial: Dial,
+        pool: str = "",
+        timeout_s: float = 30.0,
+        backoff: Backoff | None = None,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self.timeout_s = timeout_s
+        self.traffic = Traffic()
+        self._api = api
+        self._dial = dial
+        self._pool = pool
+        self._backoff = backoff or Backoff()
+        self._jitter = jitter
+        self._plans: dict[int, TablePlan] = {}
+        self._refreshing: dict[int, asyncio.Lock] = {}
+        # Shards remember lookups of all their clients by this number alone, so clients start at random places.
+        self._next_lookup_id = secrets.randbits(62)
+        # Filled by finalizers, on any thread and at any moment: appending to a deque needs no lock.
+        self._released: deque[tuple[int, tuple[int, ...], int]] = deque(maxlen=_MAX_RELEASED)
+        self._to_release: dict[tuple[int, int], deque[int]] = {}
+
+    async def open(self, name: str, *, timeout_s: float | None = None) -> TableView:
+        """The view of a table by name, asked for now.
+
+        Raises:
+            NotFound: There is no such table.
+            PoolUnreachable: Nobody answered within the deadline.
+        """
+
+        async def ask() -> TableView:
+            return self.adopt(await self._api.table(name))
+
+        return await self._retried(name, ask, timeout_s=timeout_s)
+
+    def adopt(self, view: TableView) -> TableView:
+        """Take over a view that was heard of elsewhere; answers what is known now, which may be newer."""
+        table_id = view.schema.table_id
+        known = self._plans.get(table_id)
+        if known is None:
+            self._plans[table_id] = make_plan(view)
+        else:
+            newer = newer_view(known.view, view)
+            if newer is not known.view:
+                self._plans[table_id] = make_plan(newer)
+        return self._plans[table_id].view
+
+    def forget(self, table_id: int) -> None:
+        """Keep nothing more of a table, which was dropped."""
+        self._plans.pop(table_id, None)
+        self._refreshing.pop(table_id, None)
+
+    def release(self, record: LookupRecord) -> Callable[[], None]:
+        """A function that lets shards forget a lookup, with the next gather; may be called on any thread, at any moment."""
+        shards = tuple(shard for shard, _ in record.remembered_by)
+        entry = (record.table_id, shards, record.lookup_id)
+        released = self._released  # the function keeps neither the router nor the record alive
+        return lambda: released.append(entry)
+
+    async def gather(
+        self,
+        table_id: int,
+        *,
+        bags: Bags,
+        remember: bool = False,
+        reply_dtype: ReplyDtype = "float32",
+        timeout_s: float | None = None,
+    ) -> tuple[Tensor, LookupRecord]:
+        """Weighted sums of rows: values [B, V] float32, and what ``update`` needs to know of this lookup.
+
+        Args:
+            remember: Let the shards keep ids and weights for an update to come.
+            reply_dtype: Of replies whose columns are not partial sums; those are always float32.
+
+        Raises:
+            ShardUnavailable: A shard did not answer within the deadline.
+            DataLoss: Pages of the table are gone.
+            NotFound: The table was dropped.
+        """
+        lookup_id = self._next_lookup_id
+        self._next_lookup_id += 1
+
+        async def once(attempt: Attempt) -> tuple[Tensor, LookupRecord]:
+            return await attempt.gather(bags, lookup_id=lookup_id, remember=remember, reply_dtype=reply_dtype)
+
+        return await self.call(table_id, once, timeout_s=timeout_s)
+
+    async def update(
+        self,
+        record: LookupRecord,
+        grads: Tensor,
+        *,
+        step_id: StepId,
+        sequence: int,
+        hold: bool = True,
+        want_weight_grad: bool = True,
+        timeout_s: float | None = None,
+    ) -> Tensor | None:
+        """The gradient of a lookup: grads [B, V] float32 or bfloat16 in, d_weights [L] float32 out if wanted.
+
+        ``sequence`` names the update: trying again, or repeating the call, does not make a second one.
+        """
+
+        async def once(attempt: Attempt) -> Tensor | None:
+            return await attempt.update(
+                record,
+                grads,
+                step_id=step_id,
+                sequence=sequence,
+                hold=hold,
+                want_weight_grad=want_weight_grad,
+            )
+
+        return await self.call(record.table_id, once, timeout_s=timeout_s)
+
+    async def discard(self, table_id: int, step_id: StepId, *, timeout_s: float | None = None) -> None:
+        """Drop what shards hold of a step."""
+
+        async def once(attempt: Attempt) -> None:
+            await attempt.discard(step_id)
+
+        await self.call(table_id, once, timeout_s=timeout_s)
+
+    async def score(
+        self, table_id: int, *, queries: Tensor, topk: int, timeout_s: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Top-k of keys in the pool: scores [B, H, K] float32, ids [B, H, K] int64, by (score descending, id ascending)."""
+
+        async def once(attempt: Attempt) -> tuple[Tensor, Tensor]:
+            return await attempt.score(queries, topk=topk)
+
+        return await self.call(table_id, once, timeout_s=timeout_s)
+
+    async def lookup(
+        self,
+        table_id: int,
+        *,
+        queries: Tensor,
+        topk: int,
+        reply_dtype: ReplyDtype = "float32",
+        timeout_s: float | None = None,
+    ) -> Lookup:
+        """Score, top-k, softmax per head in float32, gather. queries: [B, H, D] float32 ([B, 1, D] for flat keys)."""
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + (self.timeout_s if timeout_s is None else timeout_s)
+        scores, ids = await self.score(table_id, queries=queries, topk=topk, timeout_s=end_s - loop.time())
+        weights = torch.softmax(scores, dim=-1)
+        num_bags, heads, found = ids.shape
+        bags = Bags(
+            ids=ids.clamp(min=0).reshape(-1),  # -1 is no candidate: score -inf, weight 0
+            weights=weights.reshape(-1),
+            offsets=torch.arange(num_bags + 1, dtype=torch.int64) * (heads * found),
+        )
+        values, _ = await self.gather(table_id, bags=bags, reply_dtype=reply_dtype, timeout_s=end_s - loop.time())
+        return Lookup(ids=ids, scores=scores, weights=weights, values=values)
+
+    async def read_rows(self, table_id: int, *, array: str, ids: Tensor, timeout_s: float | None = None) -> Tensor:
+        """Rows [M, ..] of a named array in its dtype; ids [M] int64: slots, or heads for the keys of product keys."""
+
+        async def once(attempt: Attempt) -> Tensor:
+            return await attempt.read_rows(array, ids)
+
+        return await self.call(table_id, once, timeout_s=timeout_s)
+
+    async def write_rows(
+        self, table_id: int, *, array: str, ids: Tensor, rows: Tensor, timeout_s: float | None = None
+    ) -> None:
+        """Overwrite rows [M, ..]. Atomic on one shard, not across shards; repeating it is safe."""
+
+        async def once(attempt: Attempt) -> None:
+            await attempt.write_rows(array, ids, rows)
+
+        await self.call(table_id, once, timeout_s=timeout_s)
+
+    async def call(
+        self, table_id: int, once: Callable[[Attempt], Awaitable[T]], *, timeout_s: float | None = None
+    ) -> T:
+        """Run ``once`` on the table's plan until it succeeds, the deadline ends, or an error that no retry can heal.
+
+        ``once`` may be cut off anywhere and run again on another plan, so all it sends must bear repetition.
+        """
+        attempt: Attempt | None = None
+
+        async def run() -> T:
+            nonlocal attempt
+            plan = await self._plan(table_id)
+            attempt = Attempt(
+                plan,
+                dial=self._dial,
+                take_released=lambda shard: self._take_released(table_id, shard),
+                traffic=self.traffic,
+            )
+            return await once(attempt)
+
+        async def refresh() -> None:
+            if attempt is not None:
+                await self._refresh(attempt.plan)
+
+        known = self._plans.get(table_id)
+        name = f"with id {table_id}" if known is None else known.schema.name
+        return await self._retried(
+            name, run, refresh=refresh, waiting_for=lambda: attempt.waiting_for if attempt else (), timeout_s=timeout_s
+        )
+
+    async def _retried(
+        self,
+        table: str,
+        run: Callable[[], Awaitable[T]],
+        *,
+        refresh: Callable[[], Awaitable[None]] | None = None,
+        waiting_for: Callable[[], tuple[tuple[int, str], ...]] = tuple,
+        timeout_s: float | None,
+    ) -> T:
+        clock = asyncio.get_running_loop()
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        retry = Retry(
+            table=table,
+            pool=self._pool,
+            start_s=clock.time(),
+            timeout_s=timeout_s,
+            backoff=self._backoff,
+            jitter=self._jitter,
+        )
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    try:
+                        return await run()
+                    except MempoolError as error:
+                        action = retry.failed(error, now_s=clock.time())
+                        if isinstance(action, GiveUp):
+                            raise action.error from (None if action.error is error else error)
+                    await asyncio.sleep(action.delay_s)
+                    if refresh is not None:
+                        await refresh()
+        except MempoolError:
+            raise
+        except TimeoutError:
+            raise retry.out_of_time(waiting_for=waiting_for(), now_s=clock.time()) from None
+
+    async def _plan(self, table_id: int) -> TablePlan:
+        plan = self._plans.get(table_id)
+        if plan is None:
+            for view in await self._api.tables():
+                self.adopt(view)
+            plan = self._plans.get(table_id)
+            if plan is None:
+                raise NotFound(f"pool {self._pool!r} has no table with id {table_id}; it may have been dropped.")
+        return plan
+
+    async def _refresh(self, plan: TablePlan) -> None:
+        """Ask for the view of a table unless somebody has done so since ``plan``. Without an answer the old one stays."""
+        schema = plan.schema
+        async with self._refreshing.setdefault(schema.table_id, asyncio.Lock()):
+            if self._plans.get(schema.table_id) is not plan:
+                return
+            try:
+                async with asyncio.timeout(_REFRESH_TIMEOUT_S):
+                    view = await self._api.table(schema.name)
+            except NotFound:
+                self.forget(schema.table_id)
+                raise NotFound(
+                    f"table {schema.name!r} of pool {self._pool!r} was dropped; make it again with create_table."
+                ) from None
+            except (Unavailable, TimeoutError):
+                return  # the shards may answer all the same: the data path does not need the controller
+            if view.schema.table_id != schema.table_id:
+                self.forget(schema.table_id)
+                raise NotFound(
+                    f"table {schema.name!r} of pool {self._pool!r} was dropped and made again (id {schema.table_id}, now "
+                    f"{view.schema.table_id}); open the new one with pool.table({schema.name!r})."
+                )
+            self.adopt(view)
+
+    def _take_released(self, table_id: int, shard: int) -> tuple[int, ...]:
+        while self._released:
+            released_table, shards, lookup_id = self._released.popleft()
+            for released_shard in shards:
+                waiting = self._to_release.setdefault((released_table, released_shard), deque(maxlen=_MAX_RELEASED))
+                waiting.append(lookup_id)
+        mine = self._to_release.get((table_id, shard))
+        if not mine:
+            return ()
+        return tuple(mine.popleft() for _ in range(min(len(mine), _MAX_RELEASED_PER_GATHER)))

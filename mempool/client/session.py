@@ -1,0 +1,343 @@
+"""One trainer's undecided step on one table: numbers its updates, keeps them until their commit is acknowledged, commits.
+
+Everything runs on one event loop, so that backward passes of several threads need no lock. What a step of several tables
+needs together (a global norm, a gradient scaler) is decided above, between ``prepare`` and ``commit``.
+"""
+
+import asyncio
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from mempool.client.attempt import Attempt, LookupRecord
+from mempool.client.bags import Bags
+from mempool.client.plan import TablePlan
+from mempool.client.router import Router
+from mempool.errors import Internal, InvalidRequest, StepConflict
+from mempool.types import CommitReply, StepId
+from mempool.types.messages import ReplyDtype
+
+# How often one try may find updates missing, send them again and ask again.
+_MAX_ROUNDS = 5
+
+_LeftS = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What a prepared step looks like.
+
+    Attributes:
+        updates: How many updates it has.
+        squared_norm: Squared norm of the table's reduced gradient; 0.0 if it was not asked for.
+        finite: No inf or NaN in the reduced gradient; True if it was not asked for.
+    """
+
+    updates: int
+    squared_norm: float
+    finite: bool
+
+
+@dataclass(slots=True, kw_only=True)
+class SessionCounters:
+    """What this session has done since it began. Updates are counted as committed when their commit is acknowledged."""
+
+    lookups: int = 0
+    updates_pushed: int = 0
+    updates_committed: int = 0
+    steps_committed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Pushed:
+    record: LookupRecord
+    grads: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Decision:
+    lr: float
+    grad_scale: float
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Step:
+    """A step from its first update to its acknowledged commit.
+
+    Attributes:
+        sealed: The sequences it consists of, once it is being prepared; later updates belong to the next step.
+        prepared_on: The plan under which all owners have prepared it.
+        decision: Set before the first message that may apply it; from then on it can only be committed, by this.
+    """
+
+    number: int
+    updates: dict[int, _Pushed] = field(default_factory=dict)
+    sealed: tuple[int, ...] = ()
+    prepared_on: TablePlan | None = None
+    decision: _Decision | None = None
+
+
+class Session:
+    """The updates and steps of one client on one table.
+
+    Life of a step: [TRAINER] ``update`` numbers a gradient, keeps it, sends it; [SHARD] holds it; [TRAINER] ``prepare`` asks
+    whether everything is there, sends again what is missing; ``commit`` tells every owner to apply it and forgets the
+    updates once all have said so. A failed call leaves a step that the same call continues.
+
+    Args:
+        router: Carries the calls.
+        table_id: The table.
+        group: The client's name in ledgers, unique among all clients.
+    """
+
+    def __init__(self, router: Router, *, table_id: int, group: str) -> None:
+        self.counters = SessionCounters()
+        self._router = router
+        self._table_id = table_id
+        self._group = group
+        self._next_sequence = 1
+        self._open = _Step(number=1)
+        self._closing: _Step | None = None
+        self._deciding = asyncio.Lock()
+
+    @property
+    def pending(self) -> int:
+        """Updates pushed and not yet committed or discarded."""
+        closing = self._closing
+        return len(self._open.updates) + (0 if closing is None else len(closing.sealed))
+
+    async def gather(
+        self,
+        bags: Bags,
+        *,
+        remember: bool,
+        reply_dtype: ReplyDtype = "float32",
+        timeout_s: float | None = None,
+    ) -> tuple[Tensor, LookupRecord]:
+        """As the router's."""
+        self.counters.lookups += 1
+        return await self._router.gather(
+            self._table_id, bags=bags, remember=remember, reply_dtype=reply_dtype, timeout_s=timeout_s
+        )
+
+    async def update(
+        self, record: LookupRecord, grads: Tensor, *, hold: bool, want_weight_grad: bool, timeout_s: float | None = None
+    ) -> Tensor | None:
+        """Push the gradient of a lookup.
+
+        Args:
+            grads: [B, V] float32 or bfloat16, not to be changed by the caller any more.
+            hold: It is part of the next commit. False: only d_weights are computed.
+
+        Returns:
+            d_weights [L] float32, None if not wanted.
+
+        Raises:
+            MempoolError: As the router's; the update is then no part of the step.
+        """
+        if not (hold or want_weight_grad):
+            return None
+        sequence, self._next_sequence = self._next_sequence, self._next_sequence + 1
+        step = self._open
+        if hold:
+            step.updates[sequence] = _Pushed(record=record, grads=grads)
+        try:
+            weight_grad = await self._router.update(
+                record,
+                grads,
+                step_id=self._step_id(step),
+                sequence=sequence,
+                hold=hold,
+                want_weight_grad=want_weight_grad,
+                timeout_s=timeout_s,
+            )
+        except BaseException:
+            # Where a shard holds it all the same, no commit will name it, and the shard drops it with that commit.
+            if not step.sealed:
+                step.updates.pop(sequence, None)
+            raise
+        if hold:
+            self.counters.updates_pushed += 1
+        return weight_grad
+
+    async def prepare(self, *, want_norm: bool = True, timeout_s: float | None = None) -> Prepared | None:
+        """Phase one for everything pending: all owners have it all. None where nothing is pending; nothing is sent then.
+
+        Updates pushed from here on belong to the step after, unless ``prepare`` is called again.
+        """
+        left_s = self._deadline(timeout_s)
+        async with self._deciding:
+            await self._finish_decided(left_s)
+            step = await self._seal(left_s)
+            if step is None:
+                return None
+
+            async def once(attempt: Attempt) -> Prepared:
+                return await self._prepare(attempt, step, want_norm=want_norm)
+
+            return await self._router.call(self._table_id, once, timeout_s=left_s())
+
+    async def commit(self, *, lr: float, grad_scale: float = 1.0, timeout_s: float | None = None) -> int:
+        """Apply everything pending as one optimizer step; nothing is sent, and no step counted, where nothing is.
+
+        A commit that failed on its way (its error says so) is continued by the next call, with the lr and grad_scale that
+        were decided then, for some shards may have applied it.
+
+        Returns:
+            How many updates were committed.
+
+        Raises:
+            InvalidRequest: lr or grad_scale is not finite, or lr is negative; nothing was changed.
+            MempoolError: As the router's.
+        """
+        if not (math.isfinite(lr) and lr >= 0.0):
+            raise InvalidRequest(f"lr = {lr}: a learning rate must be finite and not negative.")
+        if not math.isfinite(grad_scale):
+            raise InvalidRequest(f"grad_scale = {grad_scale}: must be finite; discard a step whose gradients overflowed.")
+        left_s = self._deadline(timeout_s)
+        async with self._deciding:
+            committed = await self._finish_decided(left_s)
+            step = await self._seal(left_s)
+            if step is None:
+                return committed
+            return committed + await self._commit(step, _Decision(lr=lr, grad_scale=grad_scale), left_s)
+
+    async def discard(self, *, timeout_s: float | None = None) -> int:
+        """Drop what is pending; nothing is sent where nothing is. A step whose commit is under way stays: it is decided.
+
+        Returns:
+            How many updates were dropped.
+        """
+        left_s = self._deadline(timeout_s)
+        async with self._deciding:
+            dropped = []
+            if self._closing is not None and self._closing.decision is None:
+                dropped.append(self._closing)
+                self._closing = None
+            if self._open.updates:
+                dropped.append(self._open)
+                self._open = _Step(number=self._open.number + 1)
+            # All is forgotten here before the first message: should one fail, no commit names these updates any more.
+            for step in dropped:
+                await self._router.discard(self._table_id, self._step_id(step), timeout_s=left_s())
+            return sum(len(step.updates) for step in dropped)
+
+    async def _seal(self, left_s: _LeftS) -> _Step | None:
+        """The step to prepare: what is pending, closed to further updates."""
+        closing = self._closing
+        if closing is not None and self._open.updates:
+            # Prepared, neither committed nor discarded, and more came: the two become one step, under the later number.
+            self._closing = None
+            self._open.updates = closing.updates | self._open.updates
+            await self._router.discard(self._table_id, self._step_id(closing), timeout_s=left_s())
+            closing = None
+        if closing is None and self._open.updates:
+            closing = self._open
+            closing.sealed = tuple(sorted(closing.updates))
+            self._closing, self._open = closing, _Step(number=closing.number + 1)
+        return closing
+
+    async def _finish_decided(self, left_s: _LeftS) -> int:
+        step = self._closing
+        if step is None or step.decision is None:
+            return 0
+        return await self._commit(step, step.decision, left_s)
+
+    async def _commit(self, step: _Step, decision: _Decision, left_s: _LeftS) -> int:
+        async def once(attempt: Attempt) -> None:
+            if len(attempt.plan.owners) == 1 and step.prepared_on is None:
+                await self._commit_in_one(attempt, step, decision)
+            else:
+                await self._commit_in_two(attempt, step, decision)
+
+        await self._router.call(self._table_id, once, timeout_s=left_s())
+        self._closing = None
+        self.counters.steps_committed += 1
+        self.counters.updates_committed += len(step.sealed)
+        return len(step.sealed)
+
+    async def _commit_in_one(self, attempt: Attempt, step: _Step, decision: _Decision) -> None:
+        for _ in range(_MAX_ROUNDS):
+            step.decision = decision
+            try:
+                replies = await self._send_commit(attempt, step, decision, one_phase=True)
+            except InvalidRequest:
+                step.decision = None  # the one owner changed nothing, so all is open again
+                raise
+            missing = {shard: reply.missing for shard, reply in replies.items() if not reply.applied}
+            if not missing:
+                return
+            step.decision = None
+            await self._send_missing(attempt, step, missing)
+        raise _keeps_missing(step, missing)
+
+    async def _commit_in_two(self, attempt: Attempt, step: _Step, decision: _Decision) -> None:
+        for last in (False, True):
+            if step.prepared_on is not attempt.plan:
+                await self._prepare(attempt, step, want_norm=False)
+            step.decision = decision
+            try:
+                await self._send_commit(attempt, step, decision, one_phase=False)
+                return
+            except StepConflict:
+                # An owner has forgotten its Prepare: it starts over, and owners that have applied the step say so.
+                step.prepared_on = None
+                if last:
+                    raise
+
+    async def _send_commit(self, attempt: Attempt, step: _Step, decision: _Decision, *, one_phase: bool) -> dict[int, CommitReply]:
+        return await attempt.commit(
+            self._step_id(step),
+            lr=decision.lr,
+            grad_scale=decision.grad_scale,
+            sequences=step.sealed,
+            one_phase=one_phase,
+        )
+
+    async def _prepare(self, attempt: Attempt, step: _Step, *, want_norm: bool) -> Prepared:
+        missing: Mapping[int, tuple[int, ...]] = {}
+        for _ in range(_MAX_ROUNDS):
+            replies = await attempt.prepare(self._step_id(step), sequences=step.sealed, want_norm=want_norm)
+            missing = {shard: reply.missing for shard, reply in replies.items() if reply.missing and not reply.applied}
+            if not missing:
+                step.prepared_on = attempt.plan
+                return Prepared(
+                    updates=len(step.sealed),
+                    squared_norm=math.fsum(reply.squared_norm for reply in replies.values()),
+                    finite=all(reply.finite for reply in replies.values()),
+                )
+            await self._send_missing(attempt, step, missing)
+        raise _keeps_missing(step, missing)
+
+    async def _send_missing(self, attempt: Attempt, step: _Step, missing: Mapping[int, Collection[int]]) -> None:
+        for sequence in sorted(set().union(*missing.values())):
+            pushed = step.updates.get(sequence)
+            if pushed is None:
+                raise Internal(f"shards miss update {sequence}, which step {step.number} does not have.")
+            await attempt.update(
+                pushed.record,
+                pushed.grads,
+                step_id=self._step_id(step),
+                sequence=sequence,
+                hold=True,
+                want_weight_grad=False,
+                only=[shard for shard, sequences in missing.items() if sequence in sequences],
+            )
+
+    def _deadline(self, timeout_s: float | None) -> _LeftS:
+        """One deadline for all messages of a call: the seconds left of it, asked at any time from now."""
+        clock = asyncio.get_running_loop()
+        end_s = clock.time() + (self._router.timeout_s if timeout_s is None else timeout_s)
+        return lambda: end_s - clock.time()
+
+    def _step_id(self, step: _Step) -> StepId:
+        return StepId(group=self._group, rank=0, step=step.number)
+
+
+def _keeps_missing(step: _Step, missing: Mapping[int, tuple[int, ...]]) -> Internal:
+    return Internal(
+        f"shards still miss updates of step {step.number} after {_MAX_ROUNDS} rounds of sending them again: "
+        f"{dict(missing)} (shard: sequences). Please report it."
+    )

@@ -1,0 +1,36 @@
+"""What users say of tables and pools: validated models, cluster files, and what an edit of a file asks of a pool.
+
+Leaves doing it to ``mempool.control``. Reading a file needs PyYAML (``mempool[server]``); nothing else here does.
+"""
+
+from mempool.config.amounts import format_bytes, parse_bytes
+from mempool.config.changes import Changes, FieldChange, diff
+from mempool.config.cluster import TOKEN_VARIABLE, ClusterConfig, PoolConfig, RayConfig, ShardConfig, is_loopback
+from mempool.config.file import load, set_shards
+from mempool.config.optimizers import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
+from mempool.config.table import FlatKeys, ProductKeys, TableConfig, resolve
+
+__all__ = [
+    "SGD",
+    "TOKEN_VARIABLE",
+    "Adagrad",
+    "Adam",
+    "Changes",
+    "ClusterConfig",
+    "FieldChange",
+    "FlatKeys",
+    "Optimizer",
+    "PoolConfig",
+    "ProductKeys",
+    "RayConfig",
+    "RowWiseAdagrad",
+    "ShardConfig",
+    "TableConfig",
+    "diff",
+    "format_bytes",
+    "is_loopback",
+    "load",
+    "parse_bytes",
+    "resolve",
+    "set_shards",
+]

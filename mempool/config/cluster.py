@@ -1,0 +1,215 @@
+"""The configuration of a pool: what a cluster file says (``ClusterConfig``). Leaves reading the file to ``file``."""
+
+import ipaddress
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+
+from mempool.config.amounts import ByteCount, PortRange
+from mempool.config.model import ConfigModel, FieldProblem, Number, WholeNumber
+from mempool.config.table import Name, TableConfig
+from mempool.errors import ConfigError
+
+TOKEN_VARIABLE = "MEMPOOL_TOKEN"
+
+_HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
+_RAY_ADDRESS = re.compile(r"(auto|local|(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+):\d{1,5})")
+_OPTIONAL_SECTIONS = ("shard", "ray", "tables")
+_RESOURCES_WITH_FIELDS = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory", "object_store_memory": "memory"}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server bound to ``host``. Names other than localhost count as reachable."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _host(value: str) -> str:
+    try:
+        ipaddress.ip_address(value)
+    except ValueError:
+        if not _HOST.fullmatch(value):
+            raise ValueError(
+                "is not a host name or an IP address; give the host alone, the port has its own field"
+            ) from None
+    return value
+
+
+def _ray_address(value: str) -> str:
+    if not _RAY_ADDRESS.fullmatch(value):
+        raise ValueError('is not an address of Ray; give "auto", "local" or the head\'s "host:port"')
+    return value
+
+
+Host = Annotated[str, AfterValidator(_host)]
+
+
+class PoolConfig(ConfigModel):
+    """The pool as a whole.
+
+    Args:
+        name: The pool's name, by which commands find it; letters, digits, ``_ . -``, a letter first, at most 63.
+        shards: How many shards there shall be: the one field that a living pool follows at `mempool apply`.
+        bind: The interface the controller and the shards listen on. Anything but loopback requires a token.
+        advertise: The host that clients are told; None means ``bind``, or the node's own address where ``bind`` is
+            all interfaces.
+        port: The controller's port, where clients attach; 0 takes a free one.
+        shard_ports: First and last port that shards may take on a node; None takes free ones.
+        token_file: A file with the token, on every node, relative to the cluster file (in Python: to the
+            working folder) and kept absolute. None: MEMPOOL_TOKEN, if set.
+    """
+
+    name: Name
+    shards: WholeNumber = Field(gt=0, le=4096)
+    bind: Host = "127.0.0.1"
+    advertise: Host | None = None
+    port: WholeNumber = Field(default=7077, ge=0, le=65535)
+    shard_ports: PortRange = None
+    token_file: Path | None = None
+
+    @field_validator("token_file")
+    @classmethod
+    def _from_the_file(cls, token_file: Path | None, info: ValidationInfo) -> Path | None:
+        folder = (info.context or {}).get("folder", "")
+        return token_file and Path(folder, token_file.expanduser()).absolute()
+
+    @model_validator(mode="after")
+    def _token_and_ports(self) -> Self:
+        if not is_loopback(self.bind) and self.token_file is None and not os.environ.get(TOKEN_VARIABLE):
+            raise FieldProblem(
+                "bind",
+                self.bind,
+                "lets other machines in, and there is no token. Set pool.token_file or the environment variable "
+                f"{TOKEN_VARIABLE}, or bind to 127.0.0.1.",
+            )
+        if self.shard_ports and self.shard_ports[0] <= self.port <= self.shard_ports[1]:
+            first, last = self.shard_ports
+            raise FieldProblem("port", self.port, f"lies within shard_ports ({first}-{last}); take one outside.")
+        return self
+
+    def token(self) -> str | None:
+        """The token that every call must carry: of ``token_file``, else of MEMPOOL_TOKEN, else None.
+
+        Raises:
+            ConfigError: The file cannot be read, or the token is empty or not printable ASCII without blanks.
+        """
+        if self.token_file is None:
+            source, text = f"the environment variable {TOKEN_VARIABLE}", os.environ.get(TOKEN_VARIABLE, "")
+            if not text:
+                return None
+        else:
+            source = f"pool.token_file {str(self.token_file)!r}"
+            try:
+                text = self.token_file.read_text(encoding="ascii")
+            except (OSError, UnicodeDecodeError) as error:
+                reason = error.strerror if isinstance(error, OSError) else "not ASCII"
+                raise ConfigError(f"{source} cannot be read ({reason}). Put the token there, on one line.") from error
+        token = text.strip()
+        # The token travels as a header, which bears nothing else. It is a secret: it is never shown.
+        if not token or not all("!" <= character <= "~" for character in token):
+            raise ConfigError(f"{source} holds no token: it must be one line of printable ASCII without blanks.")
+        return token
+
+
+class ShardConfig(ConfigModel):
+    """What each shard gets. Sizes take "2GiB", "512MiB" or plain bytes.
+
+    Args:
+        device: "cpu", "cuda", or "auto": a GPU where Ray gave the shard one.
+        num_gpus: GPUs Ray reserves for a shard; a fraction shares one.
+        num_cpus: CPUs Ray reserves for a shard; 0 lets any number of shards on a small machine.
+        threads: Threads of a shard's kernels.
+        memory: Limit of a shard's pages: values, optimizer state and keys.
+        context_memory: Limit of what a shard remembers between a lookup and its update; the oldest is forgotten first.
+        resources: Ray's custom resources a shard asks for, to say on which nodes it may run.
+        max_restarts: How often Ray starts a dead shard again; -1 is always.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    num_gpus: Number = Field(default=0.0, ge=0)
+    num_cpus: Number = Field(default=0.0, ge=0)
+    threads: WholeNumber = Field(default=1, gt=0, le=1024)
+    memory: ByteCount = Field(default=2 * 2**30, ge=2**20)
+    context_memory: ByteCount = Field(default=256 * 2**20, ge=2**20)
+    resources: dict[str, Annotated[Number, Field(gt=0)]] = Field(default_factory=dict)
+    max_restarts: WholeNumber = Field(default=-1, ge=-1)
+
+    @field_validator("num_gpus")
+    @classmethod
+    def _whole_gpus(cls, num_gpus: float) -> float:
+        if num_gpus > 1 and num_gpus != int(num_gpus):
+            raise ValueError("is not whole; Ray gives a fraction of one GPU, or whole ones.")
+        return num_gpus
+
+    @field_validator("resources")
+    @classmethod
+    def _custom_only(cls, resources: dict[str, float]) -> dict[str, float]:
+        for name in resources:
+            if name in _RESOURCES_WITH_FIELDS:
+                raise ValueError(f"names {name}, which has its own field: shard.{_RESOURCES_WITH_FIELDS[name]}.")
+        return resources
+
+    @model_validator(mode="after")
+    def _device_and_gpus(self) -> Self:
+        if self.device == "cuda" and not self.num_gpus:
+            raise FieldProblem(
+                "device", self.device, "needs num_gpus above 0: Ray hides every GPU from a shard that asks for none."
+            )
+        if self.device == "cpu" and self.num_gpus:
+            raise FieldProblem(
+                "num_gpus", self.num_gpus, 'reserves a GPU that device "cpu" never uses; give 0, or device "auto".'
+            )
+        return self
+
+
+class RayConfig(ConfigModel):
+    """Where Ray is.
+
+    Args:
+        address: "auto": the cluster of this machine, or one started here where there is none; "local": always one
+            started here; "host:port": that cluster's head.
+    """
+
+    address: Annotated[str, AfterValidator(_ray_address)] = "auto"
+
+
+class ClusterConfig(ConfigModel):
+    """A whole cluster file.
+
+    Args:
+        pool: The pool as a whole.
+        shard: What each shard gets.
+        ray: Where Ray is.
+        tables: Tables that exist from the start; a table taken out of the file is kept in the pool.
+
+    Raises:
+        ConfigError: Something is wrong; the message names each field, its value and what to do.
+    """
+
+    pool: PoolConfig
+    shard: ShardConfig = ShardConfig()
+    ray: RayConfig = RayConfig()
+    tables: tuple[TableConfig, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, data: object) -> object:
+        """A section whose lines are all commented out reads as null in YAML; it means the defaults."""
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None or name not in _OPTIONAL_SECTIONS}
+
+    @field_validator("tables")
+    @classmethod
+    def _unique_names(cls, tables: tuple[TableConfig, ...]) -> tuple[TableConfig, ...]:
+        for name, count in Counter(table.name for table in tables).items():
+            if count > 1:
+                indices = " and ".join(f"tables[{i}]" for i, table in enumerate(tables) if table.name == name)
+                raise ValueError(f"has {indices} of one name, {name!r}; give each its own.")
+        return tables

@@ -1,0 +1,129 @@
+"""The optimizers a table can ask for, by torch's names and meanings. The shards run them; this describes them."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from mempool.config.model import ConfigModel, Number, plain_init
+from mempool.types import OptimizerSpec
+
+
+class SGD(ConfigModel):
+    """value -= lr * gradient.
+
+    Args:
+        lr: Learning rate, at least 0. ``PoolOptimizer`` may send another with each step.
+
+    Raises:
+        ConfigError: A hyper-parameter is out of range (true of all optimizers here).
+
+    Example:
+        >>> SGD(0.1).spec().algorithm
+        'sgd'
+    """
+
+    type: Literal["sgd"] = "sgd"
+    lr: Number = Field(ge=0)
+
+    @plain_init
+    def __init__(self, lr: float) -> None:
+        super().__init__(lr=lr)
+
+    def spec(self) -> OptimizerSpec:
+        """What travels to the shards."""
+        return OptimizerSpec(algorithm=self.type, lr=self.lr)
+
+
+class Adagrad(ConfigModel):
+    """``torch.optim.Adagrad``: one sum of squared gradients per element.
+
+    Args:
+        lr: Learning rate, at least 0.
+        eps: Added to the root of the sum.
+        lr_decay: The rate of step t is lr / (1 + (t - 1) * lr_decay), t counting the table's commits.
+        initial_accumulator_value: The sum of squares of a slot that had no gradient yet.
+    """
+
+    type: Literal["adagrad"] = "adagrad"
+    lr: Number = Field(ge=0)
+    eps: Number = Field(default=1e-10, gt=0)
+    lr_decay: Number = Field(default=0.0, ge=0)
+    initial_accumulator_value: Number = Field(default=0.0, ge=0)
+
+    @plain_init
+    def __init__(
+        self,
+        lr: float,
+        *,
+        eps: float = 1e-10,
+        lr_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+    ) -> None:
+        super().__init__(lr=lr, eps=eps, lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value)
+
+    def spec(self) -> OptimizerSpec:
+        """What travels to the shards."""
+        return OptimizerSpec(
+            algorithm=self.type,
+            lr=self.lr,
+            eps=self.eps,
+            lr_decay=self.lr_decay,
+            initial_accumulator_value=self.initial_accumulator_value,
+        )
+
+
+class RowWiseAdagrad(ConfigModel):
+    """Adagrad with one sum per slot and column block, of the mean of the squares: 1 / block_dim of Adagrad's state.
+
+    Args:
+        lr: Learning rate, at least 0.
+        eps: Added to the root of the sum.
+    """
+
+    type: Literal["rowwise_adagrad"] = "rowwise_adagrad"
+    lr: Number = Field(ge=0)
+    eps: Number = Field(default=1e-10, gt=0)
+
+    @plain_init
+    def __init__(self, lr: float, *, eps: float = 1e-10) -> None:
+        super().__init__(lr=lr, eps=eps)
+
+    def spec(self) -> OptimizerSpec:
+        """What travels to the shards."""
+        return OptimizerSpec(algorithm=self.type, lr=self.lr, eps=self.eps)
+
+
+class Adam(ConfigModel):
+    """``torch.optim.SparseAdam``: only slots with a gradient change, and the step is the table's commit number.
+
+    Args:
+        lr: Learning rate, at least 0.
+        betas: Decay of the two moments, each at least 0 and below 1.
+        eps: Added to the root of the second moment.
+    """
+
+    type: Literal["adam"] = "adam"
+    lr: Number = Field(ge=0)
+    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Number = Field(default=1e-8, gt=0)
+
+    @plain_init
+    def __init__(self, lr: float, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        super().__init__(lr=lr, betas=betas, eps=eps)
+
+    def spec(self) -> OptimizerSpec:
+        """What travels to the shards."""
+        return OptimizerSpec(algorithm=self.type, lr=self.lr, eps=self.eps, beta1=self.betas[0], beta2=self.betas[1])
+
+
+def _known_type(value: object) -> object:
+    """Let a file say Adagrad, ADAM or RowWiseAdagrad."""
+    if not isinstance(value, dict) or not isinstance(value.get("type"), str):
+        return value
+    written = value["type"].lower().replace("_", "").replace("-", "")
+    return {**value, "type": _BY_PLAIN_NAME.get(written, value["type"])}
+
+
+_BY_PLAIN_NAME = {name.replace("_", ""): name for name in ("sgd", "adagrad", "rowwise_adagrad", "adam")}
+
+Optimizer = Annotated[SGD | Adagrad | RowWiseAdagrad | Adam, Field(discriminator="type"), BeforeValidator(_known_type)]

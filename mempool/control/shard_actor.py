@@ -1,0 +1,63 @@
+"""The Ray actor around one shard.
+
+[CONTROLLER] creates the actor; ``describe`` answers a boot id that is new at each start of the process. ``admit`` gives
+this start its incarnation, and only then is there an engine and a server: a process that Ray restarted serves nothing
+before the controller knows that its pages are gone. Data never passes through Ray: clients speak to the server.
+"""
+
+import uuid
+from dataclasses import dataclass
+
+import ray
+
+from mempool.config import ClusterConfig
+from mempool.control.serving import ShardServing
+from mempool.types import ShardInfo
+from mempool.wire.loop import run
+
+_CALL_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What a shard process says of itself. info is None until this start of it was admitted."""
+
+    boot_id: str
+    info: ShardInfo | None
+
+
+class ShardProcess:
+    """One start of a shard's process. Made an actor by ``shard_actor_class``."""
+
+    def __init__(self, config: ClusterConfig, shard: int, token: str | None) -> None:
+        self._config = config
+        self._shard = shard
+        self._token = token
+        self._boot_id = uuid.uuid4().hex
+        self._serving: ShardServing | None = None
+        self._info: ShardInfo | None = None
+
+    @ray.method(concurrency_group="health")  # answers whatever the engine does
+    def describe(self) -> Description:
+        """Who this is."""
+        return Description(boot_id=self._boot_id, info=self._info)
+
+    def admit(self, incarnation: int) -> ShardInfo:
+        """Start the engine and its server as this incarnation; a repeat answers the same."""
+        if self._info is None:
+            serving = ShardServing(
+                self._config,
+                shard=self._shard,
+                incarnation=incarnation,
+                node_ip=ray.util.get_node_ip_address(),
+                token=self._token,
+            )
+            self._info = run(serving.start(), timeout_s=_CALL_TIMEOUT_S)
+            self._serving = serving
+        return self._info
+
+    def stop(self) -> None:
+        """Let calls under way finish, then close."""
+        if self._serving is not None:
+            run(self._serving.stop(), timeout_s=_CALL_TIMEOUT_S)
+            self._serving = None

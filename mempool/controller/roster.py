@@ -1,0 +1,75 @@
+"""The controller's memory: shards and tables as values. No I/O; every change goes through here."""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from mempool.errors import AlreadyExists, NotFound
+from mempool.types import Placement, ShardInfo, TableSchema, TableView
+
+
+class Roster:
+    """Shards by id and table views by name. A view always names the shards as they are now."""
+
+    def __init__(self) -> None:
+        self._shards: dict[int, ShardInfo] = {}
+        self._views: dict[str, TableView] = {}
+        self._last_table_id = 0
+
+    @property
+    def shards(self) -> Mapping[int, ShardInfo]:
+        return self._shards
+
+    @property
+    def views(self) -> tuple[TableView, ...]:
+        return tuple(self._views.values())
+
+    def view(self, name: str) -> TableView:
+        """The view of a table. Raises NotFound naming the tables there are."""
+        try:
+            return self._views[name]
+        except KeyError:
+            known = ", ".join(sorted(self._views)) or "none"
+            raise NotFound(f"no table {name!r} in this pool; its tables: {known}") from None
+
+    def require_free(self, name: str) -> None:
+        """Raises AlreadyExists where a table of that name is there."""
+        if name in self._views:
+            schema = self._views[name].schema
+            raise AlreadyExists(
+                f"table {name!r} exists already ({schema.num_slots:,} x {schema.value_dim} {schema.dtype}); "
+                f"take it with pool.table({name!r}), or drop it first with pool.drop_table({name!r})"
+            )
+
+    def new_table_id(self) -> int:
+        """An id that no table of this pool ever had: milliseconds of now, so that a restarted controller agrees."""
+        self._last_table_id = max(self._last_table_id + 1, time.time_ns() // 1_000_000)
+        return self._last_table_id
+
+    def set_shards(self, infos: Iterable[ShardInfo]) -> None:
+        """Take shards in, or take over a shard's new address and incarnation."""
+        self._shards.update({info.shard: info for info in infos})
+        self._refresh()
+
+    def remove_shards(self, shards: Iterable[int]) -> None:
+        for shard in shards:
+            self._shards.pop(shard, None)
+        self._refresh()
+
+    def put(self, schema: TableSchema, placement: Placement) -> TableView:
+        """Add a table, or give it a new placement."""
+        self._last_table_id = max(self._last_table_id, schema.table_id)
+        view = TableView(schema=schema, placement=placement, shards=self._infos())
+        self._views[schema.name] = view
+        return view
+
+    def remove(self, name: str) -> TableView:
+        view = self.view(name)
+        del self._views[name]
+        return view
+
+    def _infos(self) -> tuple[ShardInfo, ...]:
+        return tuple(self._shards[shard] for shard in sorted(self._shards))
+
+    def _refresh(self) -> None:
+        self._views = {name: replace(view, shards=self._infos()) for name, view in self._views.items()}

@@ -1,0 +1,8 @@
+"""The embedded pool: the same router, controller and engines as a pool on Ray, in this process, without a network.
+
+(The public name is ``mempool.local``; the package has another name because a module cannot share a function's.)
+"""
+
+from mempool.embedded.pool import local
+
+__all__ = ["local"]

@@ -1,0 +1,61 @@
+"""The innermost steps that kernels share: slot id to arena row, stored element to float32 and back.
+
+Numba's disk cache does not notice that a kernel uses a changed function of another file: after an edit here, delete the
+caches (``__pycache__/*.nb*``) of the files beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numba.extending import overload
+
+from mempool.kernels.cpu.runtime import Array, serial
+
+
+@serial
+def locate(slot: int, page_table: Array, page_shift: int) -> int:
+    """Arena row of a slot, -1 if its page is not here. Never reads outside the page table."""
+    page = slot >> page_shift
+    if page < 0 or page >= page_table.shape[0]:
+        return -1
+    arena_page = np.int64(page_table[page])
+    if arena_page < 0:
+        return -1
+    return (arena_page << page_shift) | (slot & ((1 << page_shift) - 1))  # type: ignore[no-any-return]
+
+
+def load(element: Any) -> np.float32:
+    """A stored element as float32; bfloat16 comes as its bits in uint16."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(load, strict=False)
+def _load(element: Any) -> Any:
+    if element == numba.float32:
+        return lambda element: element
+    return lambda element: np.uint32(np.uint32(element) << np.uint32(16)).view(np.float32)
+
+
+def store(rows: Array, row: int, column: int, value: np.float32) -> None:
+    """Write a float32 into the arena; bfloat16 is rounded to nearest, ties to even, NaN kept as a quiet NaN."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(store, strict=False)
+def _store(rows: Any, row: Any, column: Any, value: Any) -> Any:
+    if rows.dtype == numba.float32:
+
+        def store_float32(rows, row, column, value):  # type: ignore[no-untyped-def]
+            rows[row, column] = value
+
+        return store_float32
+
+    def store_bfloat16(rows, row, column, value):  # type: ignore[no-untyped-def]
+        bits = np.float32(value).view(np.uint32)
+        rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        rows[row, column] = np.uint16(rounded) if value == value else np.uint16(0x7FC0)
+
+    return store_bfloat16

@@ -1,0 +1,91 @@
+"""Which implementation of the kernels runs: Triton on CUDA, Numba on the CPU, torch's own operations elsewhere.
+
+Numba and Triton are imported at the first use, never with this module.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from typing import Literal, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from mempool.kernels.arguments import OptimizerStep, Paged, SortedPairs
+
+logger = logging.getLogger(__name__)
+
+Name = Literal["numba", "triton", "torch"]
+
+
+class Implementation(Protocol):
+    """The functions every implementation offers; mempool.kernels documents them."""
+
+    def weighted_sum(self, paged: Paged, ids: Tensor, weights: Tensor | None, offsets: Tensor) -> Tensor: ...
+    def gather_rows(self, paged: Paged, ids: Tensor) -> Tensor: ...
+    def scatter_rows(self, paged: Paged, ids: Tensor, values: Tensor) -> None: ...
+    def weight_gradient(self, paged: Paged, ids: Tensor, offsets: Tensor, grads: Tensor) -> Tensor: ...
+    def sort_pairs(self, paged: Paged, ids: Tensor) -> SortedPairs: ...
+    def segment_sum(self, pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads: Tensor) -> Tensor: ...
+    def optimizer_step(
+        self, paged: Paged, state: dict[str, Tensor], sorted_rows: Tensor, sums: Tensor, step: OptimizerStep
+    ) -> None: ...
+    def fused_step(
+        self,
+        paged: Paged,
+        state: dict[str, Tensor],
+        pairs: SortedPairs,
+        weights: Tensor | None,
+        bags: Tensor,
+        grads: Tensor,
+        step: OptimizerStep,
+    ) -> None: ...
+    def squared_norm(self, sums: Tensor) -> tuple[float, bool]: ...
+    def select_topk(self, scores: Tensor, k: int) -> tuple[Tensor, Tensor]: ...
+    def product_select(self, scores1: Tensor, scores2: Tensor, k: int, stride: int) -> tuple[Tensor, Tensor]: ...
+    def product_topk(self, queries: Tensor, keys: Tensor, k: int, stride: int) -> tuple[Tensor, Tensor]: ...
+    def flat_topk(self, queries: Tensor, keys: Paged, k: int, num_slots: int) -> tuple[Tensor, Tensor]: ...
+    def initial_values(
+        self, seed: int, *, slots_start: int, num_slots: int, column_start: int, num_columns: int, std: float
+    ) -> Tensor: ...
+
+
+@functools.cache
+def implementation(name: Name) -> Implementation:
+    """One implementation by name, whatever the device; tests and benchmarks use it.
+
+    Args:
+        name: "numba" (CPU tensors), "triton" (CUDA tensors, or any under TRITON_INTERPRET=1) or "torch" (any).
+
+    Raises:
+        ImportError: The library is not installed, or Numba has no threading layer safe for several threads.
+        ValueError: No implementation has this name.
+    """
+    if name == "torch":
+        module = importlib.import_module("mempool.kernels.torch_ops")
+    elif name == "numba":
+        module = importlib.import_module("mempool.kernels.cpu")
+        module.choose_threading_layer()
+    elif name == "triton":
+        module = importlib.import_module("mempool.kernels.gpu")
+    else:
+        raise ValueError(f"unknown implementation {name!r}; known: numba, triton, torch")
+    return cast(Implementation, module)
+
+
+@functools.cache
+def _best(device_type: str) -> Implementation:
+    preferred: dict[str, Name] = {"cpu": "numba", "cuda": "triton"}
+    name = preferred.get(device_type, "torch")
+    try:
+        return implementation(name)
+    except ImportError as error:
+        logger.warning("kernels on %s run in torch's own operations, slower: %s", device_type, error)
+        return implementation("torch")
+
+
+def implementation_for(device: torch.device) -> Implementation:
+    """The implementation that runs on tensors of a device."""
+    return _best(device.type)

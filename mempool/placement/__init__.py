@@ -1,0 +1,39 @@
+"""Which shard owns which page of a table, and the plan of moves from one placement to another: pure functions.
+
+Nothing here sends, waits or knows an address; ``control`` carries moves out and ``client`` routes by them.
+"""
+
+from mempool.placement.assignment import Assignment
+from mempool.placement.geometry import (
+    block_columns,
+    default_block_dim,
+    default_page_slots,
+    num_blocks,
+    num_row_pages,
+)
+from mempool.placement.planner import plan
+from mempool.placement.rescale import KeyMove, Move, Round, apply_round, moves, rounds
+from mempool.placement.routing import Route, routes
+from mempool.placement.summary import LayoutKind, ShardSummary, describe, layout_kind
+
+__all__ = [
+    "Assignment",
+    "KeyMove",
+    "LayoutKind",
+    "Move",
+    "Round",
+    "Route",
+    "ShardSummary",
+    "apply_round",
+    "block_columns",
+    "default_block_dim",
+    "default_page_slots",
+    "describe",
+    "layout_kind",
+    "moves",
+    "num_blocks",
+    "num_row_pages",
+    "plan",
+    "rounds",
+    "routes",
+]

@@ -1,0 +1,98 @@
+"""The three services as tables: which call of which protocol answers which method."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+
+from mempool.observe import Stages
+from mempool.server.calls import handler, streaming_handler
+from mempool.types import Ledger, PoolApi, PoolStatus, ShardHost, ShardStatus, TableView
+from mempool.wire import methods
+from mempool.wire.lookup import LookupReply, LookupRequest
+from mempool.wire.methods import Method
+from mempool.wire.pages import FreezeTable
+
+RequestT = TypeVar("RequestT")
+ReplyT = TypeVar("ReplyT")
+Handlers = dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]
+Lookup = Callable[[LookupRequest], Awaitable[LookupReply]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """Makes the handlers of services, by method name.
+
+    Args:
+        max_message_bytes: Larger replies are refused.
+        stages: Where decoding and encoding are timed.
+    """
+
+    max_message_bytes: int
+    stages: Stages
+
+    def memory(self, shard: ShardHost | None, lookup: Lookup) -> Handlers:
+        """``MemoryService``. Without a shard, as on the controller's address, it has Lookup alone."""
+        if shard is None:
+            return dict([self._of(methods.LOOKUP, lookup)])
+        return dict(
+            [
+                self._of(methods.LOOKUP, lookup),
+                self._of(methods.GATHER, shard.gather),
+                self._of(methods.UPDATE, shard.update),
+                self._of(methods.PREPARE, shard.prepare),
+                self._of(methods.COMMIT, shard.commit),
+                self._of(methods.DISCARD, shard.discard),
+                self._of(methods.SCORE, shard.score),
+                self._of(methods.READ_ROWS, shard.read_rows),
+                self._of(methods.WRITE_ROWS, shard.write_rows),
+            ]
+        )
+
+    def shard(self, shard: ShardHost) -> Handlers:
+        """``ShardService``: what the controller and peers ask."""
+
+        async def freeze(request: FreezeTable) -> Ledger:
+            return await shard.freeze(request.table_id, request.timeout_s)
+
+        async def status(_: None) -> ShardStatus:
+            return await shard.status()
+
+        return dict(
+            [
+                self._of(methods.ATTACH_TABLE, shard.attach_table),
+                self._of(methods.SHARD_DROP_TABLE, shard.drop_table),
+                self._of(methods.FREEZE, freeze),
+                self._of(methods.THAW, shard.thaw),
+                self._of(methods.EXPORT_PAGES, shard.export_pages),
+                self._of(methods.PULL_PAGES, shard.pull_pages),
+                self._of(methods.SET_VIEW, shard.set_view),
+                self._of(methods.STATUS, status),
+            ]
+        )
+
+    def pool(self, pool: PoolApi) -> Handlers:
+        """``PoolService``."""
+
+        async def tables(_: None) -> tuple[TableView, ...]:
+            return await pool.tables()
+
+        async def status(_: None) -> PoolStatus:
+            return await pool.status()
+
+        return dict(
+            [
+                self._of(methods.CREATE_TABLE, pool.create_table),
+                self._of(methods.DROP_TABLE, pool.drop_table),
+                self._of(methods.GET_TABLE, pool.table),
+                self._of(methods.LIST_TABLES, tables),
+                self._of(methods.GET_STATUS, status),
+                (methods.RESCALE.name, streaming_handler(methods.RESCALE, pool.rescale)),
+            ]
+        )
+
+    def _of(
+        self, method: Method[RequestT, ReplyT], call: Callable[[RequestT], Awaitable[ReplyT]]
+    ) -> tuple[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
+        return method.name, handler(method, call, max_message_bytes=self.max_message_bytes, stages=self.stages)

@@ -1,0 +1,73 @@
+"""What a shard tells of the pool: every shard answers the pool's read-only calls, so that clients find their way while
+the controller is away."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import NoReturn
+
+from mempool.errors import MempoolError, NotFound, PoolUnreachable
+from mempool.types import PoolStatus, RescaleProgress, ShardHost, ShardInfo, ShardStatus, TableSchema, TableView
+
+_STATUS_TIMEOUT_S = 2.0
+
+
+class ShardViews:
+    """The read-only half of ``PoolApi``, from the views one shard has.
+
+    Args:
+        pool: The pool's name.
+        shard: The shard that answers.
+        dial: Its peers, asked for their status.
+        controller: Where changes have to be asked for, for messages.
+    """
+
+    def __init__(self, pool: str, *, shard: ShardHost, dial: Callable[[ShardInfo], ShardHost], controller: str) -> None:
+        self._pool = pool
+        self._shard = shard
+        self._dial = dial
+        self._controller = controller
+
+    async def tables(self) -> tuple[TableView, ...]:
+        return await self._shard.views()
+
+    async def table(self, name: str) -> TableView:
+        views = await self._shard.views()
+        for view in views:
+            if view.schema.name == name:
+                return view
+        known = ", ".join(sorted(view.schema.name for view in views)) or "none"
+        raise NotFound(f"this shard knows no table {name!r}; its tables: {known}")
+
+    async def status(self) -> PoolStatus:
+        """Its own status and that of the peers its views name."""
+        own, views = await asyncio.gather(self._shard.status(), self._shard.views())
+        peers = {info.shard: info for view in views for info in view.shards if info.shard != own.info.shard}
+        others = await asyncio.gather(*(self._peer_status(peers[shard]) for shard in sorted(peers)))
+        shards = sorted((own, *others), key=lambda status: status.info.shard)
+        return PoolStatus(name=self._pool, shards=tuple(shards), tables=views, rescaling=False)
+
+    async def create_table(self, schema: TableSchema) -> TableView:
+        self._refuse(f"create table {schema.name!r}")
+
+    async def drop_table(self, name: str) -> None:
+        self._refuse(f"drop table {name!r}")
+
+    async def rescale(self, shards: int) -> AsyncIterator[RescaleProgress]:
+        self._refuse(f"rescale to {shards} shards")
+        yield  # makes this an asynchronous generator, as PoolApi asks
+
+    async def close(self) -> None:
+        """Nothing to give back."""
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise PoolUnreachable(
+            f"cannot {what}: a shard answers, and only the controller of pool {self._pool!r} changes it; "
+            f"it is at {self._controller} and Ray restarts it if it died: try again shortly"
+        )
+
+    async def _peer_status(self, info: ShardInfo) -> ShardStatus:
+        try:
+            async with asyncio.timeout(_STATUS_TIMEOUT_S):
+                return await self._dial(info).status()
+        except (MempoolError, TimeoutError):
+            return ShardStatus(info=info, state="unreachable")

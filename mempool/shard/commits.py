@@ -1,0 +1,156 @@
+"""Preparing, applying and discarding a rank's step on one table.
+
+The order of arithmetic is the canonical one, (rank, sequence, bag, pair), whatever the order of arrival. Everything is
+checked before the first row is written.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from mempool import kernels
+from mempool.errors import DataLoss, StepConflict
+from mempool.shard.held import AppliedLedger, HeldUpdates, Pairs, PreparedStep, Reduction, in_canonical_order
+from mempool.shard.optimizers import optimizer_step, state_arrays
+from mempool.shard.table import Table
+from mempool.types import CommitRequest, PrepareRequest, StepId
+
+
+def missing(updates: HeldUpdates, step_id: StepId, sequences: Sequence[int]) -> tuple[int, ...]:
+    """Those of ``sequences`` that are not held for that step, ascending."""
+    return tuple(sequence for sequence in sorted(sequences) if updates.get(step_id, sequence) is None)
+
+
+def prepare(table: Table, updates: HeldUpdates, request: PrepareRequest) -> PreparedStep:
+    """Prepare a step of which nothing is missing; a repeat answers what was found the first time.
+
+    Raises:
+        StepConflict: A later step of the rank is prepared already.
+    """
+    session, step_id = updates.session(request.step_id), request.step_id
+    sequences = tuple(sorted(request.sequences))
+    _refuse_older(session.prepared, step_id)
+    known = session.prepared
+    if (
+        known is not None
+        and (known.step, known.sequences) == (step_id.step, sequences)
+        and known.want_norm >= request.want_norm
+    ):
+        return known
+    squared_norm, finite, reductions = 0.0, True, None
+    if request.want_norm:
+        reductions = _reduce(table, _pairs(table, updates, step_id, sequences))
+        for reduction in reductions:
+            part, part_finite = kernels.squared_norm(reduction.sums)
+            squared_norm, finite = squared_norm + part, finite and part_finite
+    session.prepared = PreparedStep(
+        step=step_id.step,
+        sequences=sequences,
+        want_norm=request.want_norm,
+        squared_norm=squared_norm,
+        finite=finite and math.isfinite(squared_norm),
+        reductions=reductions,
+    )
+    return session.prepared
+
+
+def commit(table: Table, updates: HeldUpdates, ledger: AppliedLedger, request: CommitRequest) -> None:
+    """Apply a step of which nothing is missing, in place.
+
+    Raises:
+        StepConflict: The step was not prepared, or with other updates. Nothing was changed.
+        DataLoss: A kernel failed when rows may have been written to: what the table holds is not known any more.
+    """
+    step_id, sequences = request.step_id, tuple(sorted(request.sequences))
+    prepared = updates.session(step_id).prepared
+    if request.one_phase:
+        _refuse_older(prepared, step_id)
+    elif prepared is None or prepared.step != step_id.step:
+        raise StepConflict(
+            f"step {step_id.step} of rank {step_id.rank} of group {step_id.group!r} is not prepared here; send Prepare "
+            "first (one_phase does both where a table has one owner)"
+        )
+    elif prepared.sequences != sequences:
+        raise StepConflict(
+            f"step {step_id.step} of rank {step_id.rank} of group {step_id.group!r} was prepared with updates "
+            f"{_shown(prepared.sequences)} and is to be committed with {_shown(sequences)}; prepare it again"
+        )
+    same = prepared is not None and (prepared.step, prepared.sequences) == (step_id.step, sequences)
+    kept = prepared.reductions if prepared is not None and same else None
+    step = optimizer_step(table.schema, lr=request.lr, grad_scale=request.grad_scale, version=ledger.version + 1)
+    writes = _writes_of_sums(table, kept, step) if kept else _writes_of_pairs(table, updates, step_id, sequences, step)
+    try:
+        for write in writes:
+            write()
+    except Exception as error:
+        table.lose_all()
+        raise DataLoss(
+            f"step {step_id.step} of group {step_id.group!r} failed half way on table {table.schema.name!r} "
+            f"({type(error).__name__}: {error}): its pages on this shard are not usable any more; drop the table and "
+            "make it anew"
+        ) from error
+    ledger.add(step_id, sequences)
+    updates.decided(step_id)
+
+
+def _pairs(table: Table, updates: HeldUpdates, step_id: StepId, sequences: Sequence[int]) -> Pairs:
+    held = [update for sequence in sequences if (update := updates.get(step_id, sequence)) is not None]
+    return in_canonical_order(held, width=table.schema.width(table.blocks), device=table.device)
+
+
+def _reduce(table: Table, pairs: Pairs) -> tuple[Reduction, ...]:
+    reductions = []
+    for lane in table.lanes:
+        in_order = kernels.sort_pairs(lane.arena.paged(), pairs.ids)
+        sums = kernels.segment_sum(in_order, pairs.weights, pairs.bags, lane.of(pairs.grads))
+        reductions.append(Reduction(lane, in_order, sums))
+    return tuple(reductions)
+
+
+def _writes_of_sums(
+    table: Table, reductions: tuple[Reduction, ...], step: kernels.OptimizerStep
+) -> list[Callable[[], None]]:
+    """Per arena, the call that applies sums kept by Prepare."""
+    names = _state_names(table)
+    return [
+        partial(
+            kernels.optimizer_step,
+            reduction.lane.arena.paged(),
+            reduction.lane.arena.state(names),
+            reduction.pairs.rows,
+            reduction.sums,
+            step,
+        )
+        for reduction in reductions
+    ]
+
+
+def _writes_of_pairs(
+    table: Table, updates: HeldUpdates, step_id: StepId, sequences: Sequence[int], step: kernels.OptimizerStep
+) -> list[Callable[[], None]]:
+    """Per arena, the call that sums and applies in one pass. Sorting, which needs memory, is done before all."""
+    names, pairs = _state_names(table), _pairs(table, updates, step_id, sequences)
+    writes: list[Callable[[], None]] = []
+    for lane in table.lanes:
+        paged, state = lane.arena.paged(), lane.arena.state(names)
+        in_order = kernels.sort_pairs(paged, pairs.ids)
+        grads = lane.of(pairs.grads)
+        writes.append(partial(kernels.fused_step, paged, state, in_order, pairs.weights, pairs.bags, grads, step))
+    return writes
+
+
+def _state_names(table: Table) -> tuple[str, ...]:
+    return tuple(array.name for array in state_arrays(table.schema.optimizer))
+
+
+def _refuse_older(prepared: PreparedStep | None, step_id: StepId) -> None:
+    """A rank decides its steps in order: a newer one means that the prepared one was given up (its Discard was lost)."""
+    if prepared is not None and prepared.step > step_id.step:
+        raise StepConflict(
+            f"step {prepared.step} of rank {step_id.rank} of group {step_id.group!r} is prepared here already; "
+            f"step {step_id.step} is older and cannot be decided any more"
+        )
+
+
+def _shown(sequences: tuple[int, ...]) -> str:
+    return f"{list(sequences[:8])}{' ...' if len(sequences) > 8 else ''}"

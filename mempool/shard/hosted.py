@@ -1,0 +1,185 @@
+"""All a shard has of one table: its view, storage, staged pages, held updates, ledger, and who waits for it.
+
+Decides what a table answers at all (fences, freezes); the answers are made elsewhere.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import replace
+
+import torch
+
+from mempool.errors import DataLoss, ShardUnavailable, StalePlacement
+from mempool.shard.held import AppliedLedger, Budget, HeldUpdates
+from mempool.shard.staging import Staging
+from mempool.shard.table import Table
+from mempool.types import AttachTable, Envelope, ShardInfo, Stamp, TableStatus, TableView
+
+
+class Parked:
+    """Not an answer: the job is to be run again, from its start, when ``woken`` is done."""
+
+    def __init__(self) -> None:
+        self.woken: Future[None] = Future()
+
+    def wake(self) -> None:
+        """Let the waiter go on; one that was cancelled is passed over."""
+        if self.woken.set_running_or_notify_cancel():
+            self.woken.set_result(None)
+
+
+class HostedTable:
+    """One table on one shard."""
+
+    def __init__(
+        self, request: AttachTable, *, info: ShardInfo, device: torch.device, budget: Budget, lease_s: float
+    ) -> None:
+        self.info = info
+        self.view = request.view
+        self.storage = Table(request.view.schema, shard=info.shard, device=device)
+        self.staging = Staging(self.storage)
+        self.updates = HeldUpdates(budget=budget, lease_s=lease_s)
+        self.ledger = AppliedLedger(request.ledger)
+        self.frozen = False
+        self.lookups = 0
+        self._filling: Iterator[None] | None = None
+        self._waiting_for_thaw: list[Parked] = []
+        self._waiting_for_decisions: list[Parked] = []
+        if request.mode == "initialise":
+            self._filling = self.storage.initialise(request.view.placement)
+        elif request.mode == "lost":
+            self.storage.own(request.view.placement)
+            self.storage.lose_all()
+
+    @property
+    def table_id(self) -> int:
+        return self.view.schema.table_id
+
+    @property
+    def epoch(self) -> int:
+        return self.view.placement.epoch
+
+    @property
+    def stamp(self) -> Stamp:
+        return Stamp(
+            shard=self.info.shard,
+            incarnation=self.info.incarnation,
+            epoch=self.epoch,
+            table_version=self.ledger.version,
+        )
+
+    def fill(self) -> bool:
+        """Write a piece of the initial values. Returns whether all are there."""
+        if self._filling is not None and next(self._filling, self) is self:
+            self._filling = None
+        return self._filling is None
+
+    def check(self, envelope: Envelope) -> None:
+        """Refuse a request that was planned for another placement, or that lost pages cannot answer.
+
+        Raises:
+            ShardUnavailable: The table is still being made.
+            StalePlacement: Another epoch.
+            DataLoss: Pages of the table are lost here.
+        """
+        self.check_ready()
+        if envelope.epoch != self.epoch:
+            raise StalePlacement(
+                f"the request was planned for epoch {envelope.epoch} of table {self.view.schema.name!r}; shard "
+                f"{self.info.shard} is at epoch {self.epoch}",
+                shard=self.info.shard,
+                address=self.info.address,
+            )
+        self.check_whole()
+
+    def check_ready(self) -> None:
+        """Raises ShardUnavailable while initial values are being written."""
+        if self._filling is not None:
+            raise ShardUnavailable(
+                f"shard {self.info.shard} is still writing the initial values of table {self.view.schema.name!r}; "
+                "try again in a moment",
+                shard=self.info.shard,
+                address=self.info.address,
+            )
+
+    def check_whole(self) -> None:
+        """Raises DataLoss where pages are lost."""
+        lost = self.storage.num_lost
+        if lost:
+            raise DataLoss(
+                f"shard {self.info.shard} (incarnation {self.info.incarnation}) lost {lost} pages of table "
+                f"{self.view.schema.name!r}: it restarted without them, or a commit failed half way. They are not "
+                f"replaced by initial values. Drop the table (pool.drop_table({self.view.schema.name!r})), make it "
+                "again and write back what you saved of it; other tables go on",
+                shard=self.info.shard,
+                address=self.info.address,
+            )
+
+    def park_until_thaw(self) -> Parked:
+        """For a request that a freeze holds off."""
+        return _park(self._waiting_for_thaw)
+
+    def park_until_decided(self) -> Parked:
+        """For a freeze that waits for prepared steps."""
+        return _park(self._waiting_for_decisions)
+
+    def steps_changed(self) -> None:
+        """A prepared step was decided, or dropped: a freeze may go on."""
+        if not any(self.updates.prepared()):
+            _wake(self._waiting_for_decisions)
+
+    def thaw(self) -> None:
+        """End the freeze; those who wait go on."""
+        self.frozen = False
+        _wake(self._waiting_for_thaw)
+
+    def adopt(self, view: TableView) -> bool:
+        """Take over a view. Returns whether pages changed hands. Raises Internal as ``Staging.adopt`` does."""
+        if view.placement.epoch < self.epoch:
+            return False
+        if view.placement.epoch == self.epoch:
+            self.view = replace(self.view, shards=view.shards)
+            return False
+        self.check_ready()
+        arrived = self.staging.ledger
+        self.staging.adopt(view.placement)
+        self.ledger.adopt(arrived)
+        self.view = view
+        self.updates.clear()
+        self.steps_changed()
+        self.thaw()
+        return True
+
+    def close(self) -> None:
+        """Give back what is held, and let those who wait find out."""
+        self.updates.clear()
+        _wake(self._waiting_for_thaw)
+        _wake(self._waiting_for_decisions)
+
+    def status(self) -> TableStatus:
+        storage = self.storage
+        return TableStatus(
+            table_id=self.table_id,
+            name=self.view.schema.name,
+            epoch=self.epoch,
+            version=self.ledger.version,
+            pages=storage.num_pages,
+            lost_pages=storage.num_lost,
+            num_bytes=storage.num_bytes,
+            updates_held=len(self.updates),
+            updates_applied=self.ledger.updates_applied,
+            lookups=self.lookups,
+            frozen=self.frozen,
+        )
+
+
+def _park(waiting: list[Parked]) -> Parked:
+    parked = Parked()
+    waiting.append(parked)
+    return parked
+
+
+def _wake(waiting: list[Parked]) -> None:
+    for parked in waiting:
+        parked.wake()
+    waiting.clear()

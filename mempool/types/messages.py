@@ -1,0 +1,256 @@
+"""Requests and replies of the ``Shard`` protocol: what a router asks of one shard, as tensors, on no particular wire.
+
+Legend: B bags, L pairs of all bags together, M rows asked for, W columns of the blocks named, H heads, K top-k,
+D key dim. Bags are CSR: ``offsets`` [B + 1] int64, bag b holds pairs offsets[b] to offsets[b + 1].
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+ReplyDtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Envelope:
+    """What every request says of the view it was planned with.
+
+    Attributes:
+        table_id: The table.
+        epoch: Epoch of the placement the request was planned for; another one is answered ``StalePlacement``.
+        incarnation: Incarnation of the shard the request was planned for; another one is answered ``StalePlacement``.
+    """
+
+    table_id: int
+    epoch: int
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stamp:
+    """What every reply says of the shard that gave it."""
+
+    shard: int
+    incarnation: int
+    epoch: int
+    table_version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepId:
+    """One rank's part in one step of its group. A client that joined no group is a group of one (rank 0)."""
+
+    group: str
+    rank: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatherRequest:
+    """Weighted sums of the rows this shard owns. Pairs of pages it does not own add nothing.
+
+    Attributes:
+        lookup_id: Client-wide unique number under which ids and weights are remembered.
+        ids: [L] slot ids, int64 (or uint32 on the wire).
+        weights: [L] float32 or bfloat16; None means all ones.
+        offsets: [B + 1] int64.
+        remember: Keep ids and weights for an Update to come.
+        release: Lookup ids whose autograd graphs are gone: the shard forgets them.
+    """
+
+    envelope: Envelope
+    lookup_id: int
+    ids: Tensor
+    weights: Tensor | None
+    offsets: Tensor
+    remember: bool
+    release: tuple[int, ...] = ()
+    reply_dtype: ReplyDtype = "float32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatherReply:
+    """``values`` [B, W] (float32, or bfloat16 when asked), the columns of ``blocks`` side by side, ascending."""
+
+    stamp: Stamp
+    blocks: tuple[int, ...]
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateRequest:
+    """The gradient of one lookup.
+
+    Attributes:
+        sequence: Number of this update in the life of (group, rank), ascending; a repeat is answered as before.
+        blocks: Blocks whose columns ``grads`` has: all that this shard owns any page of, ascending.
+        grads: [B, W] float32 or bfloat16, d loss / d pooled values.
+        hold: Keep it as pending for the step's Commit. False for a frozen table: only d_weights are computed.
+        want_weight_grad: Answer d_weights.
+        ids, weights, offsets: As in the lookup; ids and offsets None where the shard should remember them itself,
+            in which case a shard that does not answers ``ContextMissing`` and changes nothing.
+    """
+
+    envelope: Envelope
+    step_id: StepId
+    sequence: int
+    lookup_id: int
+    blocks: tuple[int, ...]
+    grads: Tensor
+    hold: bool
+    want_weight_grad: bool
+    ids: Tensor | None = None
+    weights: Tensor | None = None
+    offsets: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateReply:
+    """``weight_grad`` [L] float32: <grads[bag], V[id]> over the columns this shard owns; None if not asked for."""
+
+    stamp: Stamp
+    weight_grad: Tensor | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareRequest:
+    """Phase one of a commit: is everything here, and how large is the gradient? Holds off page moves until decided."""
+
+    envelope: Envelope
+    step_id: StepId
+    sequences: tuple[int, ...]
+    want_norm: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareReply:
+    """Answer to Prepare.
+
+    Attributes:
+        missing: Sequences this shard does not hold; while there are any, the step is not prepared.
+        squared_norm: Sum over the shard's (slot, block)s of the squared norm of the reduced gradient; 0.0 if not asked.
+        finite: No inf or NaN in the reduced gradient; True if not asked.
+        applied: The step was committed before; the rest is then of no meaning.
+    """
+
+    stamp: Stamp
+    missing: tuple[int, ...]
+    squared_norm: float
+    finite: bool
+    applied: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitRequest:
+    """Phase two: apply the prepared step, in place, in the canonical order (rank, sequence, bag, pair).
+
+    Attributes:
+        lr: Learning rate of this step.
+        grad_scale: Multiplies the reduced gradient before the optimizer sees it (clipping, unscaling, mean).
+        sequences: The updates of the step.
+        one_phase: Prepare and commit in one message, for a table with one owner: applies only if nothing is missing.
+    """
+
+    envelope: Envelope
+    step_id: StepId
+    lr: float
+    grad_scale: float
+    sequences: tuple[int, ...]
+    one_phase: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitReply:
+    """``missing`` is only ever non-empty with one_phase; then nothing was applied. A repeat is answered as before."""
+
+    stamp: Stamp
+    missing: tuple[int, ...]
+    applied: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiscardRequest:
+    """Drop what is held of a step that was not committed, and end its Prepare."""
+
+    envelope: Envelope
+    step_id: StepId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiscardReply:
+    """``discarded``: how many held updates were dropped."""
+
+    stamp: Stamp
+    discarded: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRequest:
+    """Top-k of the keys this shard owns. queries: [B, H, D] float32 for product keys, [B, 1, D] for flat keys."""
+
+    envelope: Envelope
+    queries: Tensor
+    topk: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreReply:
+    """Candidates by (score descending, id ascending), before any softmax.
+
+    Attributes:
+        heads: The heads answered (product keys: those whose key page is here; flat keys: (0,)).
+        scores: [B, len(heads), K] float32; -inf where there are fewer than K.
+        ids: [B, len(heads), K] int64; -1 where there are fewer than K.
+    """
+
+    stamp: Stamp
+    heads: tuple[int, ...]
+    scores: Tensor
+    ids: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadRowsRequest:
+    """Rows of one named array: "values", "keys" or an optimizer state.
+
+    ids: [M] int64: slot ids, or head numbers for the keys of product keys.
+    """
+
+    envelope: Envelope
+    array: str
+    ids: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadRowsReply:
+    """``rows`` [M, W], in the array's dtype; zeros where this shard does not own (slot, block).
+
+    W: the columns of ``blocks`` for arrays per element, one column per block for row-wise state, key_dim for flat keys
+    (blocks is then (0,)), 2 * n * key_dim / 2 for product keys (blocks is then ()).
+    """
+
+    stamp: Stamp
+    blocks: tuple[int, ...]
+    rows: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteRowsRequest:
+    """Overwrite rows; shapes as in ReadRowsReply, ``blocks`` as this shard owns them. Pages not owned are skipped.
+
+    Idempotent. Atomic on one shard, not across shards. Waits while the table's pages are moving.
+    """
+
+    envelope: Envelope
+    array: str
+    ids: Tensor
+    blocks: tuple[int, ...]
+    rows: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteRowsReply:
+    """The write is done."""
+
+    stamp: Stamp

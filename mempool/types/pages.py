@@ -1,0 +1,97 @@
+"""Values of the ``PageHost`` protocol: tables coming and going on a shard, pages moving between shards."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from mempool.types.pool import ShardInfo, TableView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerEntry:
+    """What was applied of one group: its highest applied step and the sequences of that step."""
+
+    step: int
+    sequences: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ledger:
+    """What was applied to a table's pages. It is part of their state and moves with them.
+
+    Attributes:
+        version: Table version: commits applied since the table was made.
+        updates_applied: Updates applied since the table was made.
+        entries: (group, rank) -> the newest applied step.
+    """
+
+    version: int = 0
+    updates_applied: int = 0
+    entries: Mapping[tuple[str, int], LedgerEntry] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttachTable:
+    """Make a table known to a shard. Idempotent for the same table_id and epoch.
+
+    Attributes:
+        mode: "initialise": give the pages this shard owns in the view their initial values; "empty": it owns none yet
+            and will pull them; "lost": it owned pages and has them no more: they answer DataLoss.
+        ledger: Where the table's history stands; None for a new table.
+    """
+
+    view: TableView
+    mode: Literal["initialise", "empty", "lost"]
+    ledger: Ledger | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ExportPages:
+    """Read pages whole. row_pages [M] int64: logical row pages, of each the pages of ``blocks``; plus key pages."""
+
+    table_id: int
+    row_pages: npt.NDArray[np.int64]
+    blocks: tuple[int, ...]
+    key_pages: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PageBatch:
+    """Pages with everything they hold.
+
+    Attributes:
+        arrays: Named arrays of the row pages: per element [M * page_slots, W of blocks], row-wise state
+            [M * page_slots, len(blocks)], flat "keys" [M * page_slots, key_dim] where block 0 is among the blocks;
+            and "head_keys" [len(key_pages), 2, n, key_dim / 2] for key pages.
+        ledger: The table's ledger at the shard that exported them.
+    """
+
+    table_id: int
+    row_pages: npt.NDArray[np.int64]
+    blocks: tuple[int, ...]
+    key_pages: tuple[int, ...]
+    arrays: Mapping[str, Tensor]
+    ledger: Ledger
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PullPages:
+    """Fetch pages from their present owner and stage them; they answer nothing until a view that says so is set."""
+
+    table_id: int
+    source: ShardInfo
+    row_pages: npt.NDArray[np.int64]
+    blocks: tuple[int, ...]
+    key_pages: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullReport:
+    """What a pull brought."""
+
+    pages: int
+    num_bytes: int

@@ -1,0 +1,94 @@
+"""Values of the ``PoolApi`` protocol: views of tables, status, progress."""
+
+from dataclasses import dataclass
+
+from mempool.types.schema import Placement, TableSchema
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardInfo:
+    """Where a shard is. Each start of a shard has a new, higher incarnation. address: "host:port", "" if embedded."""
+
+    shard: int
+    address: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TableView:
+    """All a client needs to plan requests: the schema, the placement, and where its shards are."""
+
+    schema: TableSchema
+    placement: Placement
+    shards: tuple[ShardInfo, ...]
+
+    def shard_info(self, shard: int) -> ShardInfo:
+        """The info of one shard. Raises KeyError for a shard the view does not name."""
+        for info in self.shards:
+            if info.shard == shard:
+                return info
+        raise KeyError(shard)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTime:
+    """Time spent in one stage of the data path since the shard started."""
+
+    stage: str
+    count: int
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableStatus:
+    """One table as one shard sees it. pages and lost_pages count (row page, block)s and key pages."""
+
+    table_id: int
+    name: str
+    epoch: int
+    version: int
+    pages: int
+    lost_pages: int
+    num_bytes: int
+    updates_held: int
+    updates_applied: int
+    lookups: int
+    frozen: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardStatus:
+    """One shard. state: "ready", "starting" or "unreachable" (the rest is then of no meaning but ``info``)."""
+
+    info: ShardInfo
+    state: str
+    device: str = ""
+    num_bytes: int = 0
+    context_bytes: int = 0
+    uptime_s: float = 0.0
+    tables: tuple[TableStatus, ...] = ()
+    stages: tuple[StageTime, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PoolStatus:
+    """The pool at a glance. ``rescaling`` tells whether pages are being moved now."""
+
+    name: str
+    shards: tuple[ShardStatus, ...]
+    tables: tuple[TableView, ...]
+    rescaling: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RescaleProgress:
+    """Where a rescale stands; the last message has ``done``. table: the one whose pages move, "" between tables."""
+
+    shards_before: int
+    shards_after: int
+    pages_moved: int
+    pages_total: int
+    bytes_moved: int
+    bytes_total: int
+    table: str
+    done: bool

@@ -1,0 +1,116 @@
+"""The seams between hops: ``Shard`` (data), ``PageHost`` (tables and moves), ``PoolApi`` (the controller).
+
+The engine, the gRPC proxy and test fakes implement them; one contract suite runs against all. Methods raise
+``mempool.errors`` only. A caller bounds its wait with ``asyncio.timeout``; a cancelled call may still take effect.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from mempool.types.messages import (
+    CommitReply,
+    CommitRequest,
+    DiscardReply,
+    DiscardRequest,
+    GatherReply,
+    GatherRequest,
+    PrepareReply,
+    PrepareRequest,
+    ReadRowsReply,
+    ReadRowsRequest,
+    ScoreReply,
+    ScoreRequest,
+    UpdateReply,
+    UpdateRequest,
+    WriteRowsReply,
+    WriteRowsRequest,
+)
+from mempool.types.pages import AttachTable, ExportPages, Ledger, PageBatch, PullPages, PullReport
+from mempool.types.pool import PoolStatus, RescaleProgress, ShardStatus, TableView
+from mempool.types.schema import TableSchema
+
+
+class Shard(Protocol):
+    """What the data path asks of one shard."""
+
+    async def gather(self, request: GatherRequest) -> GatherReply: ...
+
+    async def update(self, request: UpdateRequest) -> UpdateReply: ...
+
+    async def prepare(self, request: PrepareRequest) -> PrepareReply: ...
+
+    async def commit(self, request: CommitRequest) -> CommitReply: ...
+
+    async def discard(self, request: DiscardRequest) -> DiscardReply: ...
+
+    async def score(self, request: ScoreRequest) -> ScoreReply: ...
+
+    async def read_rows(self, request: ReadRowsRequest) -> ReadRowsReply: ...
+
+    async def write_rows(self, request: WriteRowsRequest) -> WriteRowsReply: ...
+
+
+class PageHost(Protocol):
+    """What the controller, and a peer that pulls pages, ask of one shard."""
+
+    async def attach_table(self, request: AttachTable) -> None: ...
+
+    async def drop_table(self, table_id: int) -> None:
+        """Forget a table and free its pages; unknown ids are no error."""
+
+    async def freeze(self, table_id: int, timeout_s: float) -> Ledger:
+        """Hold off new Prepares and writes until set_view or thaw; wait for prepared steps to be decided.
+
+        Lookups and updates go on. Answers the ledger at the moment of standstill.
+
+        Raises:
+            DeadlineExceeded: A prepared step was not decided in ``timeout_s``; the table is thawed again.
+        """
+
+    async def thaw(self, table_id: int) -> None:
+        """Undo a freeze and drop what was staged; no error where there is nothing to undo."""
+
+    async def export_pages(self, request: ExportPages) -> PageBatch: ...
+
+    async def pull_pages(self, request: PullPages) -> PullReport: ...
+
+    async def set_view(self, view: TableView) -> None:
+        """Adopt a view. With a higher epoch: staged pages come alive, pages not owned any more are freed, held updates
+        are dropped (their clients are told by Prepare and send them again), the freeze ends. With the same epoch:
+        addresses are taken over. A lower epoch is ignored.
+
+        Raises:
+            Internal: The view gives this shard pages it neither has nor has staged; nothing was changed.
+        """
+
+    async def views(self) -> tuple[TableView, ...]:
+        """The newest view of every table attached here: what bootstrapping clients and a new controller ask for."""
+
+    async def status(self) -> ShardStatus: ...
+
+
+class ShardHost(Shard, PageHost, Protocol):
+    """A whole shard."""
+
+    async def close(self) -> None:
+        """Give back what this object holds (threads and memory, or a connection)."""
+
+
+class PoolApi(Protocol):
+    """The controller, seen from a client."""
+
+    async def create_table(self, schema: TableSchema) -> TableView:
+        """Make a table; ``schema.table_id`` is ignored and given by the pool. Raises AlreadyExists."""
+
+    async def drop_table(self, name: str) -> None: ...
+
+    async def table(self, name: str) -> TableView: ...
+
+    async def tables(self) -> tuple[TableView, ...]: ...
+
+    def rescale(self, shards: int) -> AsyncIterator[RescaleProgress]:
+        """Change the number of shards, live. One at a time: a second is answered InvalidRequest."""
+
+    async def status(self) -> PoolStatus: ...
+
+    async def close(self) -> None: ...

@@ -1,0 +1,112 @@
+"""What a table is (schema) and where its pages are (placement)."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Layout = Literal["auto", "columns", "rows", "grid"]
+StorageDtype = Literal["float32", "bfloat16"]
+Algorithm = Literal["sgd", "adagrad", "rowwise_adagrad", "adam"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSpec:
+    """The optimizer a table's shards run, with torch's names and meanings of its hyper-parameters."""
+
+    algorithm: Algorithm
+    lr: float
+    eps: float = 1e-10
+    beta1: float = 0.9
+    beta2: float = 0.999
+    lr_decay: float = 0.0
+    initial_accumulator_value: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProductKeySpec:
+    """Product keys kept in the pool: per head two codebooks of n half-keys of key_dim / 2, n * n = num_slots."""
+
+    heads: int
+    key_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlatKeySpec:
+    """One key per slot, kept beside the slot's first column block."""
+
+    key_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableSchema:
+    """Everything about a table that placement does not change.
+
+    Attributes:
+        table_id: Unique in the pool's life and never used again, so that a new table of an old name is another table.
+        stride: With product keys a slot id is ``i1 * stride + i2``; n today. 0 where num_slots is not a square.
+        block_dim: Width of a column block; the last may be narrower.
+        page_slots: Slots of a page, a power of two; the last page may have slots that are never used.
+        seed, init_std: Initial values are N(0, init_std^2), a function of (seed, slot, column) alone.
+    """
+
+    table_id: int
+    name: str
+    num_slots: int
+    value_dim: int
+    block_dim: int
+    page_slots: int
+    dtype: StorageDtype
+    seed: int
+    init_std: float
+    stride: int
+    layout: Layout
+    optimizer: OptimizerSpec
+    keys: ProductKeySpec | FlatKeySpec | None = None
+
+    @property
+    def num_row_pages(self) -> int:
+        return -(-self.num_slots // self.page_slots)
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.value_dim // self.block_dim)
+
+    @property
+    def num_key_pages(self) -> int:
+        """Key pages of their own: one per head with product keys, none otherwise."""
+        return self.keys.heads if isinstance(self.keys, ProductKeySpec) else 0
+
+    @property
+    def page_shift(self) -> int:
+        return self.page_slots.bit_length() - 1
+
+    def block_columns(self, block: int) -> tuple[int, int]:
+        """First column of a block and the one after its last."""
+        start = block * self.block_dim
+        return start, min(start + self.block_dim, self.value_dim)
+
+    def width(self, blocks: tuple[int, ...]) -> int:
+        """Columns of these blocks together."""
+        return sum(stop - start for start, stop in map(self.block_columns, blocks))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Placement:
+    """Which shard owns which page of one table; each change of it has a higher epoch.
+
+    Attributes:
+        owners: [num_row_pages, num_blocks] int32, shard ids.
+        key_owners: [num_key_pages] int32, shard ids.
+    """
+
+    table_id: int
+    epoch: int
+    owners: npt.NDArray[np.int32]
+    key_owners: npt.NDArray[np.int32]
+
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """Every shard that owns something of the table, ascending."""
+        return tuple(int(shard) for shard in np.union1d(self.owners, self.key_owners))

@@ -1,0 +1,129 @@
+"""The one asyncio loop of the process on which everything gRPC runs: grpc.aio bears only one loop a process.
+
+Its thread starts at first use and ends with the interpreter. Leaves all else to the coroutines that run on it.
+"""
+
+import asyncio
+import atexit
+import os
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from mempool.errors import DeadlineExceeded, MempoolError
+
+T = TypeVar("T")
+
+_START_TIMEOUT_S = 10.0
+_END_TIMEOUT_S = 2.0
+
+
+class IoLoop:
+    """A loop and its thread."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.loop = asyncio.new_event_loop()
+        self.ended = False
+        self._started = threading.Event()
+        self.thread = threading.Thread(target=self._main, name="mempool-io", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread and waits until the loop runs."""
+        self.thread.start()
+        if not self._started.wait(_START_TIMEOUT_S):
+            raise MempoolError(
+                f"mempool's IO loop did not start within {_START_TIMEOUT_S:.0f} s: is the machine overloaded?"
+            )
+
+    def end(self) -> None:
+        """Cancels what runs, ends the thread; waits for a bounded time only. Nothing else may be done with it then."""
+        self.ended = True
+        if self.pid != os.getpid() or not self.thread.is_alive():
+            return
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(_END_TIMEOUT_S)
+
+    def _main(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.call_soon(self._started.set)
+        self.loop.run_forever()
+        tasks = asyncio.all_tasks(self.loop)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            self.loop.run_until_complete(asyncio.wait(tasks, timeout=_END_TIMEOUT_S / 2))
+
+
+_lock = threading.Lock()
+_current: IoLoop | None = None
+
+
+def io_loop() -> asyncio.AbstractEventLoop:
+    """The process's IO loop, running; started at the first call.
+
+    Raises:
+        MempoolError: The process is a fork of one that used the loop already, or is ending.
+    """
+    return _io_loop().loop
+
+
+def run(coro: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
+    """Runs a coroutine on the IO loop and waits for its result, from any other thread.
+
+    An exception in the waiting thread (KeyboardInterrupt above all) cancels the coroutine.
+
+    Args:
+        coro: The coroutine.
+        timeout_s: How long to wait; None waits without end.
+
+    Raises:
+        DeadlineExceeded: The time is over; the coroutine is cancelled.
+        MempoolError: Called on the loop's own thread, in a forked process, or while the interpreter ends.
+    """
+    try:
+        io = _io_loop()
+        if threading.current_thread() is io.thread:
+            raise MempoolError(
+                "a blocking call of mempool was made on its own IO loop, which it would block for ever; await it"
+            )
+    except MempoolError:
+        coro.close()
+        raise
+    future: Future[T] = asyncio.run_coroutine_threadsafe(coro, io.loop)
+    try:
+        return future.result(timeout_s)
+    except TimeoutError:
+        if future.done() and not future.cancelled():
+            return future.result(0)
+        future.cancel()
+        raise DeadlineExceeded(
+            f"the call took longer than {timeout_s} s; whether it took effect is not known"
+        ) from None
+    except BaseException:
+        future.cancel()
+        raise
+
+
+def _io_loop() -> IoLoop:
+    global _current
+    io = _current
+    if io is None:
+        with _lock:
+            io = _current
+            if io is None:
+                io = IoLoop()
+                io.start()
+                atexit.register(io.end)
+                _current = io
+    if io.pid != os.getpid():
+        raise MempoolError(
+            f"process {os.getpid()} was forked from process {io.pid}, which had used mempool's network; gRPC does "
+            "not survive that. Start processes by spawn (multiprocessing_context='spawn'), or connect only in the child"
+        )
+    if io.ended:
+        raise MempoolError(
+            "the interpreter is ending: mempool's IO loop has ended. Close pools before, by `with` or close()"
+        )
+    return io

@@ -1,0 +1,111 @@
+"""Every call of the three services: its path, and the codecs of its request and reply. Client and server share this.
+
+Requests and replies are the values of ``mempool.types``; where a call of ``PageHost`` or ``PoolApi`` takes or gives one
+plain value (a name, a table id, a view, nothing), so does its codec.
+"""
+
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from mempool.errors import Internal, InvalidRequest
+from mempool.types import messages as types
+from mempool.types.pages import AttachTable, ExportPages, Ledger, PageBatch, PullPages, PullReport
+from mempool.types.pool import PoolStatus, RescaleProgress, ShardStatus, TableView
+from mempool.types.schema import TableSchema
+from mempool.wire import lookup, messages, pages, tables
+from mempool.wire.codec import Codec
+from mempool.wire.pages import FreezeTable
+
+RequestT = TypeVar("RequestT")
+ReplyT = TypeVar("ReplyT")
+
+PACKAGE = "mempool.wire.v1"
+MEMORY_SERVICE = f"{PACKAGE}.MemoryService"
+SHARD_SERVICE = f"{PACKAGE}.ShardService"
+POOL_SERVICE = f"{PACKAGE}.PoolService"
+
+
+@dataclass(frozen=True, slots=True)
+class Method(Generic[RequestT, ReplyT]):
+    """One call. ``streams``: the reply is a stream of messages."""
+
+    service: str
+    name: str
+    request: Codec[RequestT]
+    reply: Codec[ReplyT]
+    streams: bool = False
+
+    @property
+    def path(self) -> str:
+        """What gRPC calls it: "/mempool.wire.v1.MemoryService/Gather"."""
+        return f"/{self.service}/{self.name}"
+
+    def decode_reply(self, frame: bytes | memoryview) -> ReplyT:
+        """The value of a reply. Raises Internal for a malformed one: the caller of a method did nothing wrong."""
+        try:
+            return self.reply.decode(frame)
+        except InvalidRequest as error:
+            raise Internal(
+                f"the answer to {self.name} cannot be read: {error}. Do both sides run the same version?"
+            ) from None
+
+
+GATHER: Method[types.GatherRequest, types.GatherReply] = Method(
+    MEMORY_SERVICE, "Gather", messages.GATHER_REQUEST, messages.GATHER_REPLY
+)
+UPDATE: Method[types.UpdateRequest, types.UpdateReply] = Method(
+    MEMORY_SERVICE, "Update", messages.UPDATE_REQUEST, messages.UPDATE_REPLY
+)
+PREPARE: Method[types.PrepareRequest, types.PrepareReply] = Method(
+    MEMORY_SERVICE, "Prepare", messages.PREPARE_REQUEST, messages.PREPARE_REPLY
+)
+COMMIT: Method[types.CommitRequest, types.CommitReply] = Method(
+    MEMORY_SERVICE, "Commit", messages.COMMIT_REQUEST, messages.COMMIT_REPLY
+)
+DISCARD: Method[types.DiscardRequest, types.DiscardReply] = Method(
+    MEMORY_SERVICE, "Discard", messages.DISCARD_REQUEST, messages.DISCARD_REPLY
+)
+SCORE: Method[types.ScoreRequest, types.ScoreReply] = Method(
+    MEMORY_SERVICE, "Score", messages.SCORE_REQUEST, messages.SCORE_REPLY
+)
+LOOKUP: Method[lookup.LookupRequest, lookup.LookupReply] = Method(
+    MEMORY_SERVICE, "Lookup", lookup.LOOKUP_REQUEST, lookup.LOOKUP_REPLY
+)
+READ_ROWS: Method[types.ReadRowsRequest, types.ReadRowsReply] = Method(
+    MEMORY_SERVICE, "ReadRows", messages.READ_ROWS_REQUEST, messages.READ_ROWS_REPLY
+)
+WRITE_ROWS: Method[types.WriteRowsRequest, types.WriteRowsReply] = Method(
+    MEMORY_SERVICE, "WriteRows", messages.WRITE_ROWS_REQUEST, messages.WRITE_ROWS_REPLY
+)
+
+ATTACH_TABLE: Method[AttachTable, None] = Method(
+    SHARD_SERVICE, "AttachTable", pages.ATTACH_TABLE_REQUEST, pages.ATTACH_TABLE_REPLY
+)
+SHARD_DROP_TABLE: Method[int, None] = Method(
+    SHARD_SERVICE, "DropTable", pages.DROP_TABLE_REQUEST, pages.DROP_TABLE_REPLY
+)
+FREEZE: Method[FreezeTable, Ledger] = Method(SHARD_SERVICE, "Freeze", pages.FREEZE_REQUEST, pages.FREEZE_REPLY)
+THAW: Method[int, None] = Method(SHARD_SERVICE, "Thaw", pages.THAW_REQUEST, pages.THAW_REPLY)
+EXPORT_PAGES: Method[ExportPages, PageBatch] = Method(
+    SHARD_SERVICE, "ExportPages", pages.EXPORT_PAGES_REQUEST, pages.EXPORT_PAGES_REPLY
+)
+PULL_PAGES: Method[PullPages, PullReport] = Method(
+    SHARD_SERVICE, "PullPages", pages.PULL_PAGES_REQUEST, pages.PULL_PAGES_REPLY
+)
+SET_VIEW: Method[TableView, None] = Method(SHARD_SERVICE, "SetView", pages.SET_VIEW_REQUEST, pages.SET_VIEW_REPLY)
+STATUS: Method[None, ShardStatus] = Method(SHARD_SERVICE, "Status", pages.STATUS_REQUEST, pages.STATUS_REPLY)
+
+CREATE_TABLE: Method[TableSchema, TableView] = Method(
+    POOL_SERVICE, "CreateTable", tables.CREATE_TABLE_REQUEST, tables.CREATE_TABLE_REPLY
+)
+DROP_TABLE: Method[str, None] = Method(POOL_SERVICE, "DropTable", tables.DROP_TABLE_REQUEST, tables.DROP_TABLE_REPLY)
+GET_TABLE: Method[str, TableView] = Method(POOL_SERVICE, "GetTable", tables.GET_TABLE_REQUEST, tables.GET_TABLE_REPLY)
+LIST_TABLES: Method[None, tuple[TableView, ...]] = Method(
+    POOL_SERVICE, "ListTables", tables.LIST_TABLES_REQUEST, tables.LIST_TABLES_REPLY
+)
+RESCALE: Method[int, RescaleProgress] = Method(
+    POOL_SERVICE, "Rescale", tables.RESCALE_REQUEST, tables.RESCALE_REPLY, streams=True
+)
+GET_STATUS: Method[None, PoolStatus] = Method(
+    POOL_SERVICE, "GetStatus", tables.GET_STATUS_REQUEST, tables.GET_STATUS_REPLY
+)

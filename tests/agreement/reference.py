@@ -1,0 +1,79 @@
+"""The paper's memory layer (arXiv 2412.09764, section 2) in float64 and plain words: brute force over all slots.
+
+Shape legend: B bags, H heads, K top-k, D key dim, N half-keys of a codebook, V value dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mempool.nn import MemoryLayer
+
+
+@dataclass
+class Reference:
+    """A float64 twin of a MemoryLayer: leaf copies of its parameters and of the values, all with gradients."""
+
+    layer: MemoryLayer
+    parameters: dict[str, Tensor]
+    values: Tensor
+
+    @classmethod
+    def of(cls, layer: MemoryLayer, values: Tensor) -> "Reference":
+        parameters = {name: leaf(parameter) for name, parameter in layer.named_parameters()}
+        return cls(layer, parameters, leaf(values))
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.parameters[f"{name}.weight"], self.parameters[f"{name}.bias"])
+
+    def queries(self, x: Tensor) -> Tensor:
+        """[B, H, D]"""
+        layer = self.layer
+        queries = self.linear("query", x).view(x.shape[0], layer.heads, layer.key_dim)
+        if layer.qk_norm:
+            first, second = queries.chunk(2, dim=-1)
+            return torch.cat([rms_normalised(first), rms_normalised(second)], dim=-1) / layer.key_dim**0.5
+        return rms_normalised(queries) if layer.query_norm else queries
+
+    def all_scores(self, x: Tensor) -> Tensor:
+        """Scores of every slot, [B, H, N * N]."""
+        keys = self.parameters["keys"]
+        if self.layer.qk_norm:
+            keys = rms_normalised(keys)
+        first, second = self.queries(x).chunk(2, dim=-1)
+        scores1 = torch.einsum("bhd,hnd->bhn", first, keys[:, 0])
+        scores2 = torch.einsum("bhd,hnd->bhn", second, keys[:, 1])
+        return (scores1[..., :, None] + scores2[..., None, :]).flatten(-2)
+
+    def bags(self, x: Tensor) -> Tensor:
+        """[B, V]"""
+        scores, ids = self.all_scores(x).topk(self.layer.topk, dim=-1)
+        weights = torch.softmax(scores, dim=-1)
+        return torch.einsum("bhk,bhkv->bv", weights, self.values[ids])
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[B, dim] -> [B, dim]"""
+        bags = self.bags(x)
+        if self.layer.gate is not None:
+            bags = bags * nn.functional.silu(self.linear("gate", x))
+        return bags if self.layer.out is None else self.linear("out", bags)
+
+
+def rms_normalised(vectors: Tensor) -> Tensor:
+    """Vectors of root mean square 1; 1e-6 keeps the zero vector at zero."""
+    return vectors / (vectors.pow(2).mean(dim=-1, keepdim=True) + 1e-6).sqrt()
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    """A float64 copy that takes a gradient."""
+    return tensor.detach().to(torch.float64, copy=True).requires_grad_(True)
+
+
+def relative_error(actual: Tensor, expected: Tensor, *, floor: float = 1e-30) -> float:
+    """Norm of the difference over the norm of what is expected, or over ``floor`` where that is larger.
+
+    floor: For gradients that are small by cancellation (softmax), whose rounding errors are not.
+    """
+    expected = expected.detach().double()
+    return float((actual.detach().double() - expected).norm() / expected.norm().clamp_min(floor))

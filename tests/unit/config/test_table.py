@@ -1,0 +1,127 @@
+"""Tables: what is refused, and the schema that ``resolve`` derives."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mempool.config import Adam, FlatKeys, ProductKeys, TableConfig, resolve
+from mempool.errors import ConfigError
+from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec, TableSchema
+
+
+def test_resolve_takes_over_what_is_given() -> None:
+    config = TableConfig(
+        name="t.1-x_Y",
+        num_slots=49,
+        value_dim=100,
+        dtype="bfloat16",
+        seed=2**63 - 1,
+        layout="grid",
+        keys=ProductKeys(heads=3, key_dim=10),
+        optimizer=Adam(0.5),
+        block_dim=7,
+        page_slots=4,
+        init_std=0.0,
+    )
+    assert resolve(config) == TableSchema(
+        table_id=0,
+        name="t.1-x_Y",
+        num_slots=49,
+        value_dim=100,
+        block_dim=7,
+        page_slots=4,
+        dtype="bfloat16",
+        seed=2**63 - 1,
+        init_std=0.0,
+        stride=7,
+        layout="grid",
+        optimizer=OptimizerSpec(algorithm="adam", lr=0.5, eps=1e-8),
+        keys=ProductKeySpec(heads=3, key_dim=10),
+    )
+
+
+@pytest.mark.parametrize(
+    ("value_dim", "block_dim"),
+    [(1, 1), (63, 63), (64, 64), (65, 64), (256, 64), (512, 64), (513, 128), (1024, 128), (1025, 192), (4096, 512)],
+)
+def test_default_block_dim(value_dim: int, block_dim: int) -> None:
+    assert resolve(TableConfig(name="a", num_slots=4, value_dim=value_dim)).block_dim == block_dim
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "page_slots"),
+    [(1, 16), (1024, 16), (1025, 32), (2048, 32), (65_536, 1024), (262_144, 4096), (262_145, 4096), (10**9, 4096)],
+)
+def test_default_page_slots(num_slots: int, page_slots: int) -> None:
+    assert resolve(TableConfig(name="a", num_slots=num_slots, value_dim=8)).page_slots == page_slots
+
+
+@given(num_slots=st.integers(1, 2**34), value_dim=st.integers(1, 2**14))
+def test_defaults_cover_the_table_in_few_pages(num_slots: int, value_dim: int) -> None:
+    schema = resolve(TableConfig(name="a", num_slots=num_slots, value_dim=value_dim))
+    assert 1 <= schema.num_blocks <= 8
+    assert schema.width(tuple(range(schema.num_blocks))) == value_dim
+    assert schema.page_slots == 1 << schema.page_shift
+    assert (schema.num_row_pages - 1) * schema.page_slots < num_slots <= schema.num_row_pages * schema.page_slots
+    assert schema.init_std == pytest.approx(value_dim**-0.5)
+    assert schema.stride**2 == num_slots or (schema.stride == 0 and math.isqrt(num_slots) ** 2 != num_slots)
+
+
+def test_flat_keys_split_by_rows_unless_told_otherwise() -> None:
+    table = {"name": "a", "num_slots": 10, "value_dim": 4, "keys": FlatKeys(key_dim=3)}
+    assert resolve(TableConfig(**table)).layout == "rows"
+    assert resolve(TableConfig(**table)).keys == FlatKeySpec(key_dim=3)
+    assert resolve(TableConfig(**table, layout="columns")).layout == "columns"
+    assert resolve(TableConfig(**table | {"keys": None})).layout == "auto"
+
+
+@given(num_slots=st.integers(1, 2**32))
+def test_product_keys_want_a_square_and_name_the_nearest(num_slots: int) -> None:
+    table = {"name": "a", "value_dim": 4, "keys": {"type": "product", "heads": 1, "key_dim": 2}}
+    root = math.isqrt(num_slots)
+    if root * root == num_slots:
+        assert resolve(TableConfig(**table, num_slots=num_slots)).stride == root
+        return
+    with pytest.raises(ConfigError) as caught:
+        TableConfig(**table, num_slots=num_slots)
+    assert f"num_slots = {num_slots:_} is not a square; product keys need n * n." in str(caught.value)
+    for near in (root, root + 1):
+        assert f"{near * near:_} ({near}^2)" in str(caught.value)
+        assert resolve(TableConfig(**table, num_slots=near * near)).stride == near
+
+
+@given(page_slots=st.integers(1, 2**20))
+def test_page_slots_are_powers_of_two_and_errors_name_some(page_slots: int) -> None:
+    try:
+        assert TableConfig(name="a", num_slots=9, value_dim=1, page_slots=page_slots).page_slots == page_slots
+        assert page_slots.bit_count() == 1
+    except ConfigError as error:
+        assert page_slots.bit_count() > 1
+        near = [int(number) for number in str(error).rstrip(".").split("Nearest: ")[1].split(" or ")]
+        assert all(n.bit_count() == 1 for n in near)
+        assert near[0] < page_slots < near[1]
+
+
+@pytest.mark.parametrize("name", ["", "9a", "a b", "a/b", "a\n", "é", "a" * 64, "-a"])
+def test_names_that_would_hurt_elsewhere_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="must begin with a letter"):
+        TableConfig(name=name, num_slots=1, value_dim=1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"keys": {"type": "product", "heads": 2, "key_dim": 5}}, r"keys\.key_dim = 5 is odd.* Nearest: 4 or 6\."),
+        ({"keys": {"type": "flat", "key_dim": 0}}, r"keys\.key_dim = 0 must be greater than 0"),
+        ({"keys": {"type": "product", "heads": 0, "key_dim": 2}}, r"keys\.heads = 0 must be greater than 0"),
+        ({"seed": 2**63}, r"seed = 9_223_372_036_854_775_808 must be at most"),
+        ({"block_dim": 0}, r"block_dim = 0 must be greater than 0"),
+        ({"num_slots": 2**62}, r"num_slots = .* pages of 4096 slots.* larger page_slots"),
+        ({"num_slots": 2**30, "page_slots": 1}, r"a table may have 16_777_216\. Give a larger page_slots"),
+    ],
+)
+def test_impossible_tables_are_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TableConfig(**{"name": "a", "num_slots": 16, "value_dim": 4, **fields})

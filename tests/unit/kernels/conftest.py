@@ -1,0 +1,38 @@
+"""Which implementation the tests of this folder run, and where: Numba and torch's operations on the CPU by default.
+
+``MEMPOOL_TEST_KERNELS=triton:cpu`` (under TRITON_INTERPRET=1) and ``triton:cuda`` run the same tests on Triton, in a process
+of its own, since Triton reads TRITON_INTERPRET once, when it is imported.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+CHOSEN = os.environ.get("MEMPOOL_TEST_KERNELS", "numba:cpu,torch:cpu").split(",")
+
+# The interpreter takes milliseconds for what a kernel does in microseconds.
+settings.register_profile("kernels", max_examples=12 if "triton:cpu" in CHOSEN else 40, deadline=None, database=None)
+
+
+@pytest.fixture(scope="session", params=CHOSEN)
+def under_test(request):
+    """The implementation and the device on which its tensors lie."""
+    from kernel_cases import UnderTest
+
+    name, device = request.param.split(":")
+    return UnderTest(name=name, device=device)
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread():
+    """Tests that are about threads set their own number; the others are small and must not wake threads for nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
