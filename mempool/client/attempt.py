@@ -42,6 +42,7 @@ from mempool.types import (
     ScoreRequest,
     ShardHost,
     ShardInfo,
+    Stamp,
     StepId,
     UpdateReply,
     UpdateRequest,
@@ -55,17 +56,26 @@ Dial = Callable[[ShardInfo], ShardHost]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Seen:
+    """What state of a table a call's answers come from. Versions differ where a commit came between."""
+
+    epoch: int
+    oldest_version: int
+    newest_version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LookupRecord:
     """What is kept of a gather for its updates.
 
     Attributes:
-        remembered_by: (shard, incarnation) of those that were asked to remember it, under placement ``epoch``.
+        remembered_by: (shard, incarnation) of those that were asked to remember it, under the placement of ``seen``.
     """
 
     table_id: int
     lookup_id: int
     bags: Bags
-    epoch: int
+    seen: Seen
     remembered_by: frozenset[tuple[int, int]]
 
 
@@ -139,7 +149,7 @@ class Attempt:
             table_id=self.plan.schema.table_id,
             lookup_id=lookup_id,
             bags=bags,
-            epoch=self.plan.epoch,
+            seen=self._seen([reply.stamp for reply in replies]),
             remembered_by=asked if remember else frozenset(),
         )
         return values, record
@@ -159,7 +169,8 @@ class Attempt:
 
         only: The shards to send to; None means all.
         """
-        # A shard none of whose row pages are named is told all the same, of no bags: it is asked for this sequence later.
+        # A shard none of whose row pages are named is told all the same, of no bags: it is asked for this sequence
+        # later.
         parts = [part for part in split(self.plan, record.bags) if only is None or part.route.shard in only]
 
         async def ask(part: Part, host: ShardHost, envelope: Envelope) -> UpdateReply:
@@ -167,7 +178,9 @@ class Attempt:
             empty = part.kept is not None and part.bags.num_pairs == 0
             bags = _no_bags(part.bags) if empty else part.bags
             part_grads = pick_columns(route, grads[:0] if empty else grads)
-            known = record.epoch == self.plan.epoch and (route.shard, route.info.incarnation) in record.remembered_by
+            known = (
+                record.seen.epoch == self.plan.epoch and (route.shard, route.info.incarnation) in record.remembered_by
+            )
 
             async def send(*, inline: bool) -> UpdateReply:
                 self._traffic.bytes_sent += part_grads.nbytes + (bags.num_bytes if inline else 0)
@@ -204,9 +217,7 @@ class Attempt:
             grads_of_parts.append((part, reply.weight_grad))
         return merge_weight_grads(grads_of_parts, num_pairs=record.bags.num_pairs)
 
-    async def prepare(
-        self, step_id: StepId, *, sequences: tuple[int, ...], want_norm: bool
-    ) -> dict[int, PrepareReply]:
+    async def prepare(self, step_id: StepId, *, sequences: tuple[int, ...], want_norm: bool) -> dict[int, PrepareReply]:
         """Ask every owner whether the step is complete there; replies by shard, ascending."""
 
         async def ask(owner: ShardInfo, host: ShardHost, envelope: Envelope) -> PrepareReply:
@@ -250,8 +261,8 @@ class Attempt:
 
         await self._each([(owner, ask) for owner in self.plan.owners])
 
-    async def score(self, queries: Tensor, *, topk: int) -> tuple[Tensor, Tensor]:
-        """Top-k of the table's keys: scores [B, H, K] float32 and ids [B, H, K] int64, by (score descending, id ascending).
+    async def score(self, queries: Tensor, *, topk: int) -> tuple[Tensor, Tensor, Seen]:
+        """Top-k of the table's keys by (score descending, id ascending): scores [B, H, K] float32, ids [B, H, K] int64.
 
         queries: [B, H, D] float32 for product keys, [B, 1, D] for flat keys.
         """
@@ -266,7 +277,10 @@ class Attempt:
         if isinstance(self.plan.schema.keys, FlatKeySpec):
             owners = [route.info for route in self.plan.routes if route.blocks[0] == 0]
             replies = await self._each([(owner, ask) for owner in owners])
-            return merge_candidates([reply.scores for reply in replies], [reply.ids for reply in replies], topk=topk)
+            scores, ids = merge_candidates(
+                [reply.scores for reply in replies], [reply.ids for reply in replies], topk=topk
+            )
+            return scores, ids, self._seen([reply.stamp for reply in replies])
         shape = (queries.shape[0], queries.shape[1], topk)
         scores, ids = torch.empty(shape, dtype=torch.float32), torch.empty(shape, dtype=torch.int64)
         replies = await self._each([(owner, ask) for owner, _ in self.plan.head_owners])
@@ -274,7 +288,7 @@ class Attempt:
             if reply.heads != heads:
                 raise Internal(f"shard {owner.shard} answered heads {reply.heads}; it owns {heads}.")
             scores[:, list(heads)], ids[:, list(heads)] = reply.scores, reply.ids
-        return scores, ids
+        return scores, ids, self._seen([reply.stamp for reply in replies])
 
     async def read_rows(self, array: str, ids: Tensor) -> Tensor:
         """Rows [M, ..] of a named array in its dtype; ids: [M] int64, slots, or heads for the keys of product keys."""
@@ -324,7 +338,9 @@ class Attempt:
         # Of no ids at all everybody is asked: the width of a row is theirs to say.
         return [target for target in everyone if target.kept is None or target.kept.numel() or not ids.numel()]
 
-    def _merged_rows(self, array: str, ids: Tensor, targets: Sequence["_RowTarget"], replies: Sequence[Tensor]) -> Tensor:
+    def _merged_rows(
+        self, array: str, ids: Tensor, targets: Sequence["_RowTarget"], replies: Sequence[Tensor]
+    ) -> Tensor:
         schema, first = self.plan.schema, replies[0]
         if len(targets) == 1 and targets[0].kept is None and targets[0].route is not None and targets[0].route.whole:
             return first
@@ -362,8 +378,16 @@ class Attempt:
         """Owners of key pages alone hold no updates, but their ledger follows."""
         return sequences if any(route.shard == owner.shard for route in self.plan.routes) else ()
 
+    def _seen(self, stamps: Sequence[Stamp]) -> Seen:
+        versions = [stamp.table_version for stamp in stamps]
+        return Seen(
+            epoch=self.plan.epoch, oldest_version=min(versions, default=0), newest_version=max(versions, default=0)
+        )
+
     async def _each(self, calls: Sequence[tuple[ShardInfo, Call[T]]]) -> list[T]:
-        """All calls together, replies in their order. One that fails ends the others, and the gravest error is raised."""
+        """All calls together, replies in their order. One that fails ends the others, and the gravest error is
+        raised.
+        """
         if len(calls) == 1:
             return [await self._one(*calls[0])]
         tasks = [asyncio.ensure_future(self._one(info, call)) for info, call in calls]

@@ -20,7 +20,9 @@ class Link(Protocol):
 
     def send_gather(self, bags: Bags, *, remember: bool) -> tuple[Tensor, LookupRecord]: ...
 
-    def send_update(self, record: LookupRecord, grads: Tensor, *, hold: bool, want_weight_grad: bool) -> Tensor | None: ...
+    def send_update(
+        self, record: LookupRecord, grads: Tensor, *, hold: bool, want_weight_grad: bool
+    ) -> Tensor | None: ...
 
     def release(self, record: LookupRecord) -> Callable[[], None]: ...
 
@@ -40,15 +42,19 @@ def pooled_gather(
     """Pooled values [B, V] float32 on ``device``, differentiable in ``weights`` and in the table's values.
 
     Args:
-        anchor: An empty leaf that requires grad exactly if the values are trained. It makes backward run where the weights
-            are constants or there are none; it never gets a gradient.
+        anchor: An empty leaf that requires grad exactly if the values are trained. It makes backward run where the
+            weights are constants or there are none; it never gets a gradient.
         ids: [L] int64 on the CPU.
         weights: [L] floating, on any device; None means all ones.
         offsets: [B + 1] int64 on the CPU.
         remember: Let shards keep ids and weights if a backward pass may come.
     """
-    differentiable = torch.is_grad_enabled() and (anchor.requires_grad or (weights is not None and weights.requires_grad))
-    pooled: Tensor = _PooledGather.apply(anchor, weights, ids, offsets, link, remember and differentiable, device)
+    differentiable = torch.is_grad_enabled() and (
+        anchor.requires_grad or (weights is not None and weights.requires_grad)
+    )
+    pooled: Tensor = _PooledGather.apply(  # type: ignore[no-untyped-call]
+        anchor, weights, ids, offsets, link, remember and differentiable, device
+    )
     return pooled
 
 
@@ -61,14 +67,15 @@ class _Lease:
 class _PooledGather(torch.autograd.Function):
     """[TRAINER] forward: ids and weights out, pooled values in. [SHARD] remembers ids and weights.
 
-    [TRAINER] backward: dY out, d_weights in; [SHARD] holds the update. Each backward pass is an update of its own, whether
-    through one graph kept alive or through two. [TRAINER] the graph is freed: the next gather says so, [SHARD] forgets.
+    [TRAINER] backward: dY out, d_weights in; [SHARD] holds the update. Each backward pass is an update of its own,
+    whether through one graph kept alive or through two. [TRAINER] the graph is freed: the next gather says so,
+    [SHARD] forgets.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        anchor: Tensor,
+        anchor: Tensor,  # noqa: ARG004  its part is to be an input that requires grad
         weights: Tensor | None,
         ids: Tensor,
         offsets: Tensor,
@@ -89,7 +96,7 @@ class _PooledGather(torch.autograd.Function):
         return values.to(device)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
         want_weight_grad = ctx.needs_input_grad[1]
         weight_grad = ctx.link.send_update(

@@ -1,4 +1,4 @@
-"""Bags of (slot id, weight) pairs as the router sends them, and the checks of a caller's tensors before anything is sent.
+"""Bags of (slot id, weight) pairs as they are sent, and the checks of a caller's tensors before anything is sent.
 
 Legend: B bags, L pairs of all bags together, M rows.
 """
@@ -122,12 +122,15 @@ def _require_integers(name: str, tensor: object, *, table: str) -> None:
 
 def _require_weights(weights: object, ids: Tensor, *, table: str) -> None:
     if not isinstance(weights, Tensor):
-        raise InvalidRequest(f"gather of table {table!r}: weights must be a torch.Tensor, not {type(weights).__name__}.")
+        raise InvalidRequest(
+            f"gather of table {table!r}: weights must be a torch.Tensor, not {type(weights).__name__}."
+        )
     if not weights.is_floating_point():
         raise InvalidRequest(f"gather of table {table!r}: weights must be of a floating dtype, not {weights.dtype}.")
     if weights.shape != ids.shape:
         raise InvalidRequest(
-            f"gather of table {table!r}: weights has shape {list(weights.shape)}, ids {list(ids.shape)}; they must agree."
+            f"gather of table {table!r}: weights has shape {list(weights.shape)}, ids has {list(ids.shape)}; "
+            "they must agree."
         )
 
 

@@ -44,8 +44,8 @@ def checked_queries(queries: Tensor, topk: int, *, schema: TableSchema) -> Tenso
     name, keys = schema.name, schema.keys
     if keys is None:
         raise InvalidRequest(
-            f"table {name!r} has no keys in the pool, so it cannot be looked up by queries: score in your model and call "
-            "gather(ids, weights), or make the table with keys=ProductKeys(...) or FlatKeys(...)."
+            f"table {name!r} has no keys in the pool, so queries cannot be looked up in it: score in your model and "
+            "call gather(ids, weights), or make the table with keys=ProductKeys(...) or FlatKeys(...)."
         )
     if not isinstance(queries, Tensor) or not queries.is_floating_point():
         kind = str(queries.dtype) if isinstance(queries, Tensor) else type(queries).__name__
@@ -57,7 +57,9 @@ def checked_queries(queries: Tensor, topk: int, *, schema: TableSchema) -> Tenso
             f"lookup in table {name!r}: queries has shape {list(queries.shape)}, its keys ask for [B, {wanted}]."
         )
     if isinstance(topk, bool) or not isinstance(topk, int) or not 1 <= topk <= schema.num_slots:
-        raise InvalidRequest(f"lookup in table {name!r}: topk = {topk!r} must be from 1 to its {schema.num_slots} slots.")
+        raise InvalidRequest(
+            f"lookup in table {name!r}: topk = {topk!r} must be from 1 to its {schema.num_slots} slots."
+        )
     own = queries.detach().to(device="cpu", dtype=torch.float32, copy=True, memory_format=torch.contiguous_format)
     bad = torch.nonzero(~torch.isfinite(own))
     if bad.numel():
@@ -71,5 +73,8 @@ def checked_queries(queries: Tensor, topk: int, *, schema: TableSchema) -> Tenso
 def without_heads(lookup: Lookup) -> Lookup:
     """The lookup of flat keys, whose one head is nobody's concern: [B, 1, K] -> [B, K]."""
     return Lookup(
-        ids=lookup.ids.squeeze(1), scores=lookup.scores.squeeze(1), weights=lookup.weights.squeeze(1), values=lookup.values
+        ids=lookup.ids.squeeze(1),
+        scores=lookup.scores.squeeze(1),
+        weights=lookup.weights.squeeze(1),
+        values=lookup.values,
     )

@@ -98,7 +98,9 @@ def make_plan(view: TableView) -> TablePlan:
     infos = {info.shard: info for info in view.shards}
     unknown = [shard for shard in placement.shards if shard not in infos]
     if unknown:
-        raise Internal(f"the view of table {schema.name!r}, epoch {placement.epoch}, names no address of shards {unknown}.")
+        raise Internal(
+            f"the view of table {schema.name!r}, epoch {placement.epoch}, names no address of shards {unknown}."
+        )
     assignment = Assignment(owners=placement.owners, key_owners=placement.key_owners)
     heads: dict[int, list[int]] = {}
     for head, shard in enumerate(placement.key_owners.tolist()):

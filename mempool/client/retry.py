@@ -1,4 +1,4 @@
-"""When a failed call is tried again, and what is said when it is not: a state machine without a clock, a socket or a sleep.
+"""When a failed call is tried again, and what is said when it is not: a state machine without clock, socket or sleep.
 
 The router feeds it failures and carries out its actions.
 """
@@ -6,7 +6,7 @@ The router feeds it failures and carries out its actions.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mempool.errors import DeadlineExceeded, MempoolError, PoolUnreachable, Replan, ShardUnavailable
+from mempool.errors import DeadlineExceeded, MempoolError, NotFound, PoolUnreachable, Replan, ShardUnavailable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +77,11 @@ class Retry:
         """What to do after a try that ended with ``error``."""
         self._tries += 1
         self._last = error
-        if not error.retryable:
+        if not (error.retryable or _not_attached_yet(error)):
             return GiveUp(error=error)
         if isinstance(error, Replan):
-            # The new view is there in most cases, so the first replan does not wait. Later ones do: a shard may not have
-            # heard yet of what the controller already says, or the other way round.
+            # The new view is there in most cases, so the first replan does not wait. Later ones do: a shard may not
+            # have heard yet of what the controller already says, or the other way round.
             self._replans += 1
             delay_s = 0.0 if self._replans == 1 else self._backoff.delay_s(self._replans - 1, jitter=self._jitter())
         else:
@@ -105,10 +105,12 @@ class Retry:
     def _final(self, error: MempoolError, *, now_s: float) -> MempoolError:
         spent = f"{now_s - self._start_s:.1f} s"
         tries = f"{self._tries} {'try' if self._tries == 1 else 'tries'}; last: {error.message}"
+        if _not_attached_yet(error):
+            return error
         if isinstance(error, Replan):
             return DeadlineExceeded(
                 f"table {self._table!r} of pool {self._pool!r} could not be reached under one placement within {spent} "
-                f"({tries}). Its pages may be moving for long: see mempool status; or give the pool a longer timeout_s.",
+                f"({tries}). Its pages may be moving: see mempool status, or give the pool a longer timeout_s.",
                 shard=error.shard,
                 address=error.address,
             )
@@ -120,7 +122,8 @@ class Retry:
             )
         if isinstance(error, DeadlineExceeded):
             return DeadlineExceeded(
-                f"table {self._table!r} of pool {self._pool!r}: not done within {spent} ({tries}). Repeating it is safe.",
+                f"table {self._table!r} of pool {self._pool!r}: not done within {spent} ({tries}). "
+                "Repeating it is safe.",
                 shard=error.shard,
                 address=error.address,
             )
@@ -131,6 +134,13 @@ class Retry:
             shard=error.shard,
             address=error.address,
         )
+
+
+def _not_attached_yet(error: MempoolError) -> bool:
+    """A shard does not know the table: just started, or the table was dropped. The controller knows which of the
+    two.
+    """
+    return isinstance(error, NotFound) and error.shard is not None
 
 
 def _from(address: str) -> str:

@@ -1,7 +1,8 @@
-"""Calls on a pool's tables: finds the shards, follows placement, tries again within one deadline. No threads, no autograd.
+"""Calls on a pool's tables: finds the shards, follows placement, tries again within one deadline.
 
-All methods run on one event loop. A Replan error (another epoch or incarnation) makes it ask for the view again and plan the
-whole call anew; what was answered before is thrown away. Errors that no retry can heal pass at once.
+All methods run on one event loop; threads and autograd are not its business. A Replan error (another epoch or
+incarnation) makes it ask for the view again and plan the whole call anew; what was answered before is thrown away.
+Errors that no retry can heal pass at once.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mempool.client.attempt import Attempt, Dial, LookupRecord, Traffic
+from mempool.client.attempt import Attempt, Dial, LookupRecord, Seen, Traffic
 from mempool.client.bags import Bags
 from mempool.client.lookup import Lookup
 from mempool.client.plan import TablePlan, make_plan, newer_view
@@ -57,7 +58,7 @@ class Router:
         self.traffic = Traffic()
         self._api = api
         self._dial = dial
-        self._pool = pool
+        self.pool = pool
         self._backoff = backoff or Backoff()
         self._jitter = jitter
         self._plans: dict[int, TablePlan] = {}
@@ -79,7 +80,7 @@ class Router:
         async def ask() -> TableView:
             return self.adopt(await self._api.table(name))
 
-        return await self._retried(name, ask, timeout_s=timeout_s)
+        return await self.retried(name, ask, timeout_s=timeout_s)
 
     def adopt(self, view: TableView) -> TableView:
         """Take over a view that was heard of elsewhere; answers what is known now, which may be newer."""
@@ -99,7 +100,9 @@ class Router:
         self._refreshing.pop(table_id, None)
 
     def release(self, record: LookupRecord) -> Callable[[], None]:
-        """A function that lets shards forget a lookup, with the next gather; may be called on any thread, at any moment."""
+        """A function that lets shards forget a lookup, with the next gather; may be called on any thread, at any
+        moment.
+        """
         shards = tuple(shard for shard, _ in record.remembered_by)
         entry = (record.table_id, shards, record.lookup_id)
         released = self._released  # the function keeps neither the router nor the record alive
@@ -171,10 +174,12 @@ class Router:
 
     async def score(
         self, table_id: int, *, queries: Tensor, topk: int, timeout_s: float | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Top-k of keys in the pool: scores [B, H, K] float32, ids [B, H, K] int64, by (score descending, id ascending)."""
+    ) -> tuple[Tensor, Tensor, Seen]:
+        """Top-k of keys in the pool by (score descending, id ascending): scores [B, H, K] float32, ids [B, H, K]
+        int64.
+        """
 
-        async def once(attempt: Attempt) -> tuple[Tensor, Tensor]:
+        async def once(attempt: Attempt) -> tuple[Tensor, Tensor, Seen]:
             return await attempt.score(queries, topk=topk)
 
         return await self.call(table_id, once, timeout_s=timeout_s)
@@ -187,11 +192,14 @@ class Router:
         topk: int,
         reply_dtype: ReplyDtype = "float32",
         timeout_s: float | None = None,
-    ) -> Lookup:
-        """Score, top-k, softmax per head in float32, gather. queries: [B, H, D] float32 ([B, 1, D] for flat keys)."""
+    ) -> tuple[Lookup, Seen]:
+        """Score, top-k, softmax per head in float32, gather; and what state of the table was seen.
+
+        queries: [B, H, D] float32 ([B, 1, D] for flat keys), checked by the caller.
+        """
         loop = asyncio.get_running_loop()
         end_s = loop.time() + (self.timeout_s if timeout_s is None else timeout_s)
-        scores, ids = await self.score(table_id, queries=queries, topk=topk, timeout_s=end_s - loop.time())
+        scores, ids, scored = await self.score(table_id, queries=queries, topk=topk, timeout_s=end_s - loop.time())
         weights = torch.softmax(scores, dim=-1)
         num_bags, heads, found = ids.shape
         bags = Bags(
@@ -199,8 +207,13 @@ class Router:
             weights=weights.reshape(-1),
             offsets=torch.arange(num_bags + 1, dtype=torch.int64) * (heads * found),
         )
-        values, _ = await self.gather(table_id, bags=bags, reply_dtype=reply_dtype, timeout_s=end_s - loop.time())
-        return Lookup(ids=ids, scores=scores, weights=weights, values=values)
+        values, record = await self.gather(table_id, bags=bags, reply_dtype=reply_dtype, timeout_s=end_s - loop.time())
+        seen = Seen(
+            epoch=record.seen.epoch,
+            oldest_version=min(scored.oldest_version, record.seen.oldest_version),
+            newest_version=max(scored.newest_version, record.seen.newest_version),
+        )
+        return Lookup(ids=ids, scores=scores, weights=weights, values=values), seen
 
     async def read_rows(self, table_id: int, *, array: str, ids: Tensor, timeout_s: float | None = None) -> Tensor:
         """Rows [M, ..] of a named array in its dtype; ids [M] int64: slots, or heads for the keys of product keys."""
@@ -246,24 +259,32 @@ class Router:
 
         known = self._plans.get(table_id)
         name = f"with id {table_id}" if known is None else known.schema.name
-        return await self._retried(
+        return await self.retried(
             name, run, refresh=refresh, waiting_for=lambda: attempt.waiting_for if attempt else (), timeout_s=timeout_s
         )
 
-    async def _retried(
+    async def retried(
         self,
-        table: str,
+        what: str,
         run: Callable[[], Awaitable[T]],
         *,
         refresh: Callable[[], Awaitable[None]] | None = None,
         waiting_for: Callable[[], tuple[tuple[int, str], ...]] = tuple,
-        timeout_s: float | None,
+        timeout_s: float | None = None,
     ) -> T:
+        """Run ``run`` until it succeeds, the deadline ends, or an error that no retry can heal.
+
+        Args:
+            what: Name of the table it is about, or of the call, for messages.
+            run: May be cut off anywhere and run again.
+            refresh: Run before each further try.
+            waiting_for: (shard, address) of those that were asked and have not answered.
+        """
         clock = asyncio.get_running_loop()
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         retry = Retry(
-            table=table,
-            pool=self._pool,
+            table=what,
+            pool=self.pool,
             start_s=clock.time(),
             timeout_s=timeout_s,
             backoff=self._backoff,
@@ -293,11 +314,13 @@ class Router:
                 self.adopt(view)
             plan = self._plans.get(table_id)
             if plan is None:
-                raise NotFound(f"pool {self._pool!r} has no table with id {table_id}; it may have been dropped.")
+                raise NotFound(f"pool {self.pool!r} has no table with id {table_id}; it may have been dropped.")
         return plan
 
     async def _refresh(self, plan: TablePlan) -> None:
-        """Ask for the view of a table unless somebody has done so since ``plan``. Without an answer the old one stays."""
+        """Ask for the view of a table unless somebody has done so since ``plan``. Without an answer the old one
+        stays.
+        """
         schema = plan.schema
         async with self._refreshing.setdefault(schema.table_id, asyncio.Lock()):
             if self._plans.get(schema.table_id) is not plan:
@@ -308,15 +331,15 @@ class Router:
             except NotFound:
                 self.forget(schema.table_id)
                 raise NotFound(
-                    f"table {schema.name!r} of pool {self._pool!r} was dropped; make it again with create_table."
+                    f"table {schema.name!r} of pool {self.pool!r} was dropped; make it again with create_table."
                 ) from None
             except (Unavailable, TimeoutError):
                 return  # the shards may answer all the same: the data path does not need the controller
             if view.schema.table_id != schema.table_id:
                 self.forget(schema.table_id)
                 raise NotFound(
-                    f"table {schema.name!r} of pool {self._pool!r} was dropped and made again (id {schema.table_id}, now "
-                    f"{view.schema.table_id}); open the new one with pool.table({schema.name!r})."
+                    f"table {schema.name!r} of pool {self.pool!r} was dropped and made again (id {schema.table_id}, "
+                    f"now {view.schema.table_id}); open the new one with pool.table({schema.name!r})."
                 )
             self.adopt(view)
 

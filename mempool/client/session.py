@@ -1,7 +1,7 @@
-"""One trainer's undecided step on one table: numbers its updates, keeps them until their commit is acknowledged, commits.
+"""One trainer's undecided step on one table: numbers its updates, keeps them until a commit is acknowledged.
 
-Everything runs on one event loop, so that backward passes of several threads need no lock. What a step of several tables
-needs together (a global norm, a gradient scaler) is decided above, between ``prepare`` and ``commit``.
+Everything runs on one event loop, so that backward passes of several threads need no lock. What a step of several
+tables needs together (a global norm, a gradient scaler) is decided above, between ``prepare`` and ``commit``.
 """
 
 import asyncio
@@ -82,9 +82,9 @@ class _Step:
 class Session:
     """The updates and steps of one client on one table.
 
-    Life of a step: [TRAINER] ``update`` numbers a gradient, keeps it, sends it; [SHARD] holds it; [TRAINER] ``prepare`` asks
-    whether everything is there, sends again what is missing; ``commit`` tells every owner to apply it and forgets the
-    updates once all have said so. A failed call leaves a step that the same call continues.
+    Life of a step: [TRAINER] ``update`` numbers a gradient, keeps it, sends it; [SHARD] holds it; [TRAINER]
+    ``prepare`` asks whether everything is there, sends again what is missing; ``commit`` tells every owner to apply
+    it and forgets the updates once all have said so. A failed call leaves a step that the same call continues.
 
     Args:
         router: Carries the calls.
@@ -101,6 +101,8 @@ class Session:
         self._open = _Step(number=1)
         self._closing: _Step | None = None
         self._deciding = asyncio.Lock()
+        # Steps that were given up here and that some shard may still hold, or have prepared.
+        self._given_up: list[_Step] = []
 
     @property
     def pending(self) -> int:
@@ -163,7 +165,7 @@ class Session:
         return weight_grad
 
     async def prepare(self, *, want_norm: bool = True, timeout_s: float | None = None) -> Prepared | None:
-        """Phase one for everything pending: all owners have it all. None where nothing is pending; nothing is sent then.
+        """Phase one for everything pending: all owners have it all. Sends nothing, and answers None, where nothing is.
 
         Updates pushed from here on belong to the step after, unless ``prepare`` is called again.
         """
@@ -182,8 +184,8 @@ class Session:
     async def commit(self, *, lr: float, grad_scale: float = 1.0, timeout_s: float | None = None) -> int:
         """Apply everything pending as one optimizer step; nothing is sent, and no step counted, where nothing is.
 
-        A commit that failed on its way (its error says so) is continued by the next call, with the lr and grad_scale that
-        were decided then, for some shards may have applied it.
+        A commit that failed on its way (its error says so) is continued by the next call, with the lr and grad_scale
+        that were decided then, for some shards may have applied it.
 
         Returns:
             How many updates were committed.
@@ -195,7 +197,9 @@ class Session:
         if not (math.isfinite(lr) and lr >= 0.0):
             raise InvalidRequest(f"lr = {lr}: a learning rate must be finite and not negative.")
         if not math.isfinite(grad_scale):
-            raise InvalidRequest(f"grad_scale = {grad_scale}: must be finite; discard a step whose gradients overflowed.")
+            raise InvalidRequest(
+                f"grad_scale = {grad_scale}: must be finite; discard a step whose gradients overflowed."
+            )
         left_s = self._deadline(timeout_s)
         async with self._deciding:
             committed = await self._finish_decided(left_s)
@@ -205,39 +209,46 @@ class Session:
             return committed + await self._commit(step, _Decision(lr=lr, grad_scale=grad_scale), left_s)
 
     async def discard(self, *, timeout_s: float | None = None) -> int:
-        """Drop what is pending; nothing is sent where nothing is. A step whose commit is under way stays: it is decided.
+        """Drop what is pending; sends nothing where nothing is. A step whose commit is under way stays.
 
         Returns:
             How many updates were dropped.
         """
         left_s = self._deadline(timeout_s)
         async with self._deciding:
-            dropped = []
+            dropped = 0
             if self._closing is not None and self._closing.decision is None:
-                dropped.append(self._closing)
+                dropped += len(self._closing.updates)
+                self._given_up.append(self._closing)
                 self._closing = None
             if self._open.updates:
-                dropped.append(self._open)
+                dropped += len(self._open.updates)
+                self._given_up.append(self._open)
                 self._open = _Step(number=self._open.number + 1)
-            # All is forgotten here before the first message: should one fail, no commit names these updates any more.
-            for step in dropped:
-                await self._router.discard(self._table_id, self._step_id(step), timeout_s=left_s())
-            return sum(len(step.updates) for step in dropped)
+            await self._drop_given_up(left_s)
+            return dropped
 
     async def _seal(self, left_s: _LeftS) -> _Step | None:
         """The step to prepare: what is pending, closed to further updates."""
         closing = self._closing
         if closing is not None and self._open.updates:
             # Prepared, neither committed nor discarded, and more came: the two become one step, under the later number.
-            self._closing = None
             self._open.updates = closing.updates | self._open.updates
-            await self._router.discard(self._table_id, self._step_id(closing), timeout_s=left_s())
-            closing = None
+            self._given_up.append(closing)
+            self._closing = closing = None
+        await self._drop_given_up(left_s)
         if closing is None and self._open.updates:
             closing = self._open
             closing.sealed = tuple(sorted(closing.updates))
             self._closing, self._open = closing, _Step(number=closing.number + 1)
         return closing
+
+    async def _drop_given_up(self, left_s: _LeftS) -> None:
+        # Forgotten here before the first message: should one fail, no commit names those updates any more. But a shard
+        # that has such a step prepared would refuse the next one, so it is told again before that.
+        while self._given_up:
+            await self._router.discard(self._table_id, self._step_id(self._given_up[0]), timeout_s=left_s())
+            del self._given_up[0]
 
     async def _finish_decided(self, left_s: _LeftS) -> int:
         step = self._closing
@@ -287,7 +298,9 @@ class Session:
                 if last:
                     raise
 
-    async def _send_commit(self, attempt: Attempt, step: _Step, decision: _Decision, *, one_phase: bool) -> dict[int, CommitReply]:
+    async def _send_commit(
+        self, attempt: Attempt, step: _Step, decision: _Decision, *, one_phase: bool
+    ) -> dict[int, CommitReply]:
         return await attempt.commit(
             self._step_id(step),
             lr=decision.lr,

@@ -1,6 +1,7 @@
 """A table as a trainer or reader uses it: checks what it is given, moves tensors, waits for the router and the session.
 
-Legend: B bags, L pairs per bag (or of all bags, with offsets), M rows, H heads, K top-k, D key dim, n half-keys, V value dim.
+Legend: B bags, L pairs per bag (or of all bags, with offsets), M rows, H heads, K top-k, D key dim, n half-keys, V
+value dim.
 """
 
 import math
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from mempool.client.attempt import LookupRecord
 from mempool.client.autograd import pooled_gather
-from mempool.client.bags import Bags, checked_bags, checked_rows, own_copy, require_in_range
+from mempool.client.bags import Bags, checked_bags, checked_rows, own_copy
 from mempool.client.lookup import Lookup, checked_queries, without_heads
 from mempool.client.router import Router
 from mempool.client.session import Prepared, Session, SessionCounters
@@ -57,7 +58,10 @@ class Table:
 
     def __repr__(self) -> str:
         schema = self.schema
-        return f"Table({schema.name!r}, num_slots={schema.num_slots}, value_dim={schema.value_dim}, dtype={schema.dtype!r})"
+        return (
+            f"Table({schema.name!r}, num_slots={schema.num_slots}, value_dim={schema.value_dim}, "
+            f"dtype={schema.dtype!r})"
+        )
 
     @property
     def name(self) -> str:
@@ -105,14 +109,14 @@ class Table:
         Args:
             ids: [B, L] int64 slot ids, or [L] with ``offsets``; on any device.
             weights: Of the shape of ids, any floating dtype, on any device; None means all ones.
-            offsets: [B + 1] int64: bag b holds pairs offsets[b] to offsets[b + 1], so offsets[0] is 0 and offsets[B] is L
-                (as torch.nn.EmbeddingBag has it with include_last_offset=True).
-            remember: Let shards keep ids and weights for the backward pass, where one may come. Say False in evaluation:
-                a backward pass that comes all the same sends them again.
+            offsets: [B + 1] int64: bag b holds pairs offsets[b] to offsets[b + 1], offsets[0] is 0, offsets[B] is L (as
+                torch.nn.EmbeddingBag has it with include_last_offset=True).
+            remember: Let shards keep ids and weights for the backward pass, where one may come. Say False in
+                evaluation: a backward pass that comes all the same sends them again.
 
         Returns:
-            [B, value_dim] float32, on the device of weights, or of ids where there are none. Inside torch.compile this is a
-            graph break.
+            [B, value_dim] float32, on the device of weights, or of ids where there are none. Inside torch.compile
+            this is a graph break.
 
         Raises:
             InvalidRequest: A wrong shape, dtype or id; nothing was sent.
@@ -151,7 +155,7 @@ class Table:
             DataLoss: Pages of the table are gone.
         """
         checked = checked_queries(queries, topk, schema=self.schema)
-        lookup = self._run(
+        lookup, _ = self._run(
             self._router.lookup(self.schema.table_id, queries=checked, topk=topk, reply_dtype=self._wire_dtype)
         )
         if isinstance(self.schema.keys, FlatKeySpec):
@@ -171,7 +175,7 @@ class Table:
 
     @untraced
     def state(self, name: str, ids: Tensor) -> Tensor:
-        """Optimizer state by name: ids [M] int64 -> [M, value_dim], or [M, column blocks] for row-wise state, on the CPU.
+        """Optimizer state by name: ids [M] int64 -> [M, value_dim], or [M, column blocks] for row-wise state.
 
         Raises:
             InvalidRequest: Wrong ids, or the table's optimizer has no state of that name.
@@ -191,7 +195,9 @@ class Table:
             ShardUnavailable: A shard did not answer within the pool's timeout_s; some rows may be written.
         """
         own_ids = self._distinct(checked_rows(ids, num_slots=self.num_slots, table=self.name))
-        self._write("values", own_ids, self._checked_matrix("values", values, [own_ids.shape[0], self.value_dim], self.dtype))
+        self._write(
+            "values", own_ids, self._checked_matrix("values", values, [own_ids.shape[0], self.value_dim], self.dtype)
+        )
 
     @untraced
     def read_keys(self, ids: Tensor | None = None) -> Tensor:
@@ -220,7 +226,9 @@ class Table:
         key_ids, shape = self._key_ids(ids)
         checked = self._checked_matrix("keys", keys, shape, torch.float32)
         if not bool(torch.isfinite(checked).all()):
-            raise InvalidRequest(f"table {self.name!r}: keys must be finite; a key of NaN or inf makes every lookup NaN.")
+            raise InvalidRequest(
+                f"table {self.name!r}: keys must be finite; a key of NaN or inf makes every lookup NaN."
+            )
         self._write("keys", self._distinct(key_ids), checked.reshape(key_ids.shape[0], -1))
 
     @property
@@ -253,9 +261,7 @@ class Table:
         Returns:
             How many updates were committed.
         """
-        return self._run(
-            self._session.commit(lr=self.schema.optimizer.lr if lr is None else lr, grad_scale=grad_scale)
-        )
+        return self._run(self._session.commit(lr=self.schema.optimizer.lr if lr is None else lr, grad_scale=grad_scale))
 
     def discard(self) -> int:
         """Drop what is pending; answers how many updates. A step whose commit is under way is decided and stays."""
@@ -283,7 +289,7 @@ class Table:
     def _read(self, array: str, ids: Tensor) -> Tensor:
         rows = [
             self._run(self._router.read_rows(self.schema.table_id, array=array, ids=chunk))
-            for chunk in ids.split(self._rows_per_message(array))
+            for chunk in torch.split(ids, self._rows_per_message(array))
         ]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
@@ -291,7 +297,7 @@ class Table:
         if ids.numel() == 0:
             return
         size = self._rows_per_message(array)
-        for id_chunk, row_chunk in zip(ids.split(size), rows.split(size), strict=True):
+        for id_chunk, row_chunk in zip(torch.split(ids, size), torch.split(rows, size), strict=True):
             self._run(self._router.write_rows(self.schema.table_id, array=array, ids=id_chunk, rows=row_chunk))
 
     def _rows_per_message(self, array: str) -> int:
@@ -333,7 +339,7 @@ class Table:
         if repeats.numel():
             at = int(repeats[0])
             raise InvalidRequest(
-                f"table {self.name!r}: ids[{int(order[at])}] and ids[{int(order[at + 1])}] are both {int(ordered[at])}; ids "
-                "of a write must be distinct."
+                f"table {self.name!r}: ids[{int(order[at])}], ids[{int(order[at + 1])}] are both {int(ordered[at])}; "
+                "ids of a write must be distinct."
             )
         return ids

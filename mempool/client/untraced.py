@@ -19,7 +19,8 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling():
-            return torch.compiler.disable(function)(*args, **kwargs)
+            plain: Callable[P, R] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+            return plain(*args, **kwargs)
         return function(*args, **kwargs)
 
     return call

@@ -3,7 +3,6 @@
 import ipaddress
 import os
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -83,14 +82,14 @@ class PoolConfig(ConfigModel):
     def _token_and_ports(self) -> Self:
         if not is_loopback(self.bind) and self.token_file is None and not os.environ.get(TOKEN_VARIABLE):
             raise FieldProblem(
-                "bind",
+                ("bind",),
                 self.bind,
                 "lets other machines in, and there is no token. Set pool.token_file or the environment variable "
                 f"{TOKEN_VARIABLE}, or bind to 127.0.0.1.",
             )
         if self.shard_ports and self.shard_ports[0] <= self.port <= self.shard_ports[1]:
             first, last = self.shard_ports
-            raise FieldProblem("port", self.port, f"lies within shard_ports ({first}-{last}); take one outside.")
+            raise FieldProblem(("port",), self.port, f"lies within shard_ports ({first}-{last}); take one outside.")
         return self
 
     def token(self) -> str | None:
@@ -159,11 +158,11 @@ class ShardConfig(ConfigModel):
     def _device_and_gpus(self) -> Self:
         if self.device == "cuda" and not self.num_gpus:
             raise FieldProblem(
-                "device", self.device, "needs num_gpus above 0: Ray hides every GPU from a shard that asks for none."
+                ("device",), self.device, "needs num_gpus above 0: Ray hides every GPU from a shard that asks for none."
             )
         if self.device == "cpu" and self.num_gpus:
             raise FieldProblem(
-                "num_gpus", self.num_gpus, 'reserves a GPU that device "cpu" never uses; give 0, or device "auto".'
+                ("num_gpus",), self.num_gpus, 'reserves a GPU that device "cpu" never uses; give 0, or device "auto".'
             )
         return self
 
@@ -208,8 +207,10 @@ class ClusterConfig(ConfigModel):
     @field_validator("tables")
     @classmethod
     def _unique_names(cls, tables: tuple[TableConfig, ...]) -> tuple[TableConfig, ...]:
-        for name, count in Counter(table.name for table in tables).items():
-            if count > 1:
-                indices = " and ".join(f"tables[{i}]" for i, table in enumerate(tables) if table.name == name)
-                raise ValueError(f"has {indices} of one name, {name!r}; give each its own.")
+        first: dict[str, int] = {}
+        for index, table in enumerate(tables):
+            if first.setdefault(table.name, index) != index:
+                raise FieldProblem(
+                    (index, "name"), table.name, f"is the name of tables[{first[table.name]}] too; give each its own."
+                )
         return tables

@@ -19,17 +19,17 @@ _Init = TypeVar("_Init", bound=Callable[..., None])
 
 
 class FieldProblem(ValueError):
-    """Raised by a validator of a whole model to name the one field at fault.
+    """Raised by a validator of something with several fields to name the one at fault.
 
     Args:
-        field: The field's name in the model that raises.
+        loc: Where the field is, seen from what is validated.
         value: Its value.
         text: What is wrong and what to do, to follow "field = value ".
     """
 
-    def __init__(self, field: str, value: object, text: str) -> None:
+    def __init__(self, loc: Loc, value: object, text: str) -> None:
         super().__init__(text)
-        self.field = field
+        self.loc = loc
         self.value = value
 
 
@@ -176,7 +176,7 @@ def _problem(details: Any, model: type[ConfigModel]) -> Problem:
             )
     problem = context.get("error")
     if isinstance(problem, FieldProblem):
-        loc, value = (*loc, problem.field), problem.value
+        loc, value = (*loc, *problem.loc), problem.value
     if isinstance(problem, ValueError):
         text = str(problem)
     else:

@@ -103,7 +103,7 @@ class TableConfig(ConfigModel):
         root = math.isqrt(self.num_slots)
         if isinstance(self.keys, ProductKeys) and root * root != self.num_slots:
             raise FieldProblem(
-                "num_slots",
+                ("num_slots",),
                 self.num_slots,
                 "is not a square; product keys need n * n. "
                 f"Nearest: {root**2:_} ({root}^2) or {(root + 1) ** 2:_} ({root + 1}^2).",
@@ -112,7 +112,7 @@ class TableConfig(ConfigModel):
         pages = schema.num_row_pages * schema.num_blocks
         if pages > _MAX_PAGES:
             raise FieldProblem(
-                "num_slots",
+                ("num_slots",),
                 self.num_slots,
                 f"makes {pages:_} pages of {schema.page_slots} slots x {schema.block_dim} columns; a table may have "
                 f"{_MAX_PAGES:_}. Give a larger page_slots (at most {_MAX_PAGE_SLOTS:_}) or block_dim.",

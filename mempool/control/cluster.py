@@ -1,7 +1,7 @@
 """`up` and `down`: a pool on an existing Ray cluster, or on one started here, from the command's own process.
 
-A Ray that `up` starts runs in a process session of its own and outlives the command; its pid is written beside the pool's
-name, and `down` ends that process and nothing else.
+A Ray that `up` starts runs in a process session of its own and outlives the command; its pid is written down under the
+pool's name, and `down` ends that process and nothing else.
 """
 
 import json
@@ -58,8 +58,8 @@ def up(config: ClusterConfig, *, say: Callable[[str], None] = print) -> PoolReco
         _attach(ray_address)
         if _controller(config.pool.name) is not None:
             raise AlreadyExists(
-                f"pool {config.pool.name!r} runs already on Ray at {ray_address}; change it with `mempool apply -f FILE`, "
-                f"or end it with `mempool down --pool {config.pool.name}`"
+                f"pool {config.pool.name!r} runs already on Ray at {ray_address}; change it with `mempool apply -f "
+                f"FILE`, or end it with `mempool down --pool {config.pool.name}`"
             )
         say(f"starting pool {config.pool.name!r}: {config.pool.shards} shards")
         address = _start_controller(config, token)
@@ -239,6 +239,8 @@ def _read_record(pool: str) -> PoolRecord | None:
 
 def _end_process(pid: int, say: Callable[[str], None]) -> None:
     """End the Ray that `up` started, by its pid; it takes its children with it."""
+    if not _is_ray(pid):  # ended long ago; the number may be another process's now
+        return
     try:
         os.kill(pid, signal.SIGTERM)
     except ProcessLookupError:
@@ -256,6 +258,17 @@ def _end_process(pid: int, say: Callable[[str], None]) -> None:
                 return
         time.sleep(0.1)
     say(f"Ray (pid {pid}) did not end within {_RAY_END_TIMEOUT_S:g} s; it is still ending, or stuck: see its log")
+
+
+def _is_ray(pid: int) -> bool:
+    """Whether a process is a `ray start`, as far as this system tells."""
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except FileNotFoundError:
+        return not Path("/proc/self").exists()
+    except OSError:
+        return False
+    return b"start" in arguments and b"--head" in arguments
 
 
 def _free_port() -> int:

@@ -1,5 +1,7 @@
-"""torch modules over a pool's tables: the memory layer."""
+"""torch modules over a pool's tables: the memory layer, and the optimizer that commits its gradients."""
 
+from mempool.nn.gradient import TableGradient
 from mempool.nn.layer import MemoryLayer
+from mempool.nn.optimizer import PoolOptimizer
 
-__all__ = ["MemoryLayer"]
+__all__ = ["MemoryLayer", "PoolOptimizer", "TableGradient"]

@@ -8,18 +8,16 @@ Shape legend: B bags (tokens), H heads, K top-k, D key dim, N half-keys of a cod
 
 import copy
 import math
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
+from typing import Any, Literal, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mempool.client import Table
+from mempool.client.untraced import untraced
 from mempool.errors import InvalidRequest
-from mempool.nn.compile import outside_compile
 from mempool.nn.scoring import product_topk, unit_rms
-
-if TYPE_CHECKING:
-    from mempool.client import Table
 
 Gate = Literal["silu", "none"]
 
@@ -83,7 +81,7 @@ class MemoryLayer(nn.Module):
         self,
         dim: int,
         *,
-        table: "Table",
+        table: Table,
         heads: int = 4,
         topk: int = 32,
         key_dim: int = 128,
@@ -103,7 +101,7 @@ class MemoryLayer(nn.Module):
         self.key_dim = key_dim
         self.qk_norm = qk_norm
         self.query_norm = query_norm
-        self.key_init_std = key_dim**-0.5 if key_init_std is None else key_init_std
+        self.key_init_std = 1.0 / math.sqrt(key_dim) if key_init_std is None else key_init_std
         self.table = table
         self.codebook_size = _codebook_size(schema.name, schema.num_slots)
         self.query = nn.Linear(dim, heads * key_dim, device=device, dtype=dtype)
@@ -151,10 +149,10 @@ class MemoryLayer(nn.Module):
         Returns:
             [..., heads, key_dim] float32.
         """
-        queries = self.query(x).float().unflatten(-1, (self.heads, self.key_dim))
+        queries: Tensor = self.query(x).float().reshape(*x.shape[:-1], self.heads, self.key_dim)
         if self.qk_norm:
-            halves = unit_rms(queries.unflatten(-1, (2, self.key_dim // 2)))
-            return halves.flatten(-2) * self.key_dim**-0.5
+            halves = [unit_rms(half) for half in queries.chunk(2, dim=-1)]
+            return torch.cat(halves, dim=-1) / math.sqrt(self.key_dim)
         return unit_rms(queries) if self.query_norm else queries
 
     def scoring_keys(self) -> Tensor:
@@ -162,7 +160,7 @@ class MemoryLayer(nn.Module):
         keys = self.keys.float()
         return unit_rms(keys) if self.qk_norm else keys
 
-    @outside_compile
+    @untraced
     def _lookup(self, queries: Tensor) -> Tensor:
         """[..., heads, key_dim] float32 -> bags [B, value_dim] float32."""
         queries_BHD = queries.reshape(-1, self.heads, self.key_dim)

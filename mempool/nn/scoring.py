@@ -35,8 +35,8 @@ def product_topk(queries_BHD: Tensor, keys_H2Nd: Tensor, *, topk: int, stride: i
     Returns:
         Scores [B, H, K] float32 and slot ids [B, H, K] int64.
     """
-    num_bags, num_heads, key_dim = queries_BHD.shape
-    halves_HBd = queries_BHD.transpose(0, 1).split(key_dim // 2, dim=-1)
+    num_bags, num_heads, _ = queries_BHD.shape
+    halves_HBd = queries_BHD.transpose(0, 1).chunk(2, dim=-1)
     # One product per half, each contiguous as [H * B, N]: what the selection reads without another copy.
     half_scores = [
         torch.bmm(query_HBd, keys_H2Nd[:, half].transpose(1, 2)).flatten(0, 1)

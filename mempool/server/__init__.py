@@ -3,7 +3,8 @@
 It holds no state of the memory; it never imports Ray.
 """
 
+from mempool.server.lookup import LookupCoordinator
 from mempool.server.server import Server
 from mempool.server.views import ShardViews
 
-__all__ = ["Server", "ShardViews"]
+__all__ = ["LookupCoordinator", "Server", "ShardViews"]

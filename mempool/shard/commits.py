@@ -12,7 +12,7 @@ from mempool import kernels
 from mempool.errors import DataLoss, StepConflict
 from mempool.shard.held import AppliedLedger, HeldUpdates, Pairs, PreparedStep, Reduction, in_canonical_order
 from mempool.shard.optimizers import optimizer_step, state_arrays
-from mempool.shard.table import Table
+from mempool.shard.table import Lane, Table
 from mempool.types import CommitRequest, PrepareRequest, StepId
 
 
@@ -27,15 +27,10 @@ def prepare(table: Table, updates: HeldUpdates, request: PrepareRequest) -> Prep
     Raises:
         StepConflict: A later step of the rank is prepared already.
     """
-    session, step_id = updates.session(request.step_id), request.step_id
-    sequences = tuple(sorted(request.sequences))
-    _refuse_older(session.prepared, step_id)
-    known = session.prepared
-    if (
-        known is not None
-        and (known.step, known.sequences) == (step_id.step, sequences)
-        and known.want_norm >= request.want_norm
-    ):
+    step_id, sequences = request.step_id, tuple(sorted(request.sequences))
+    known = updates.prepared_step(step_id)
+    _refuse_older(known, step_id)
+    if known is not None and known.is_of(step_id, sequences) and known.want_norm >= request.want_norm:
         return known
     squared_norm, finite, reductions = 0.0, True, None
     if request.want_norm:
@@ -43,7 +38,7 @@ def prepare(table: Table, updates: HeldUpdates, request: PrepareRequest) -> Prep
         for reduction in reductions:
             part, part_finite = kernels.squared_norm(reduction.sums)
             squared_norm, finite = squared_norm + part, finite and part_finite
-    session.prepared = PreparedStep(
+    prepared = PreparedStep(
         step=step_id.step,
         sequences=sequences,
         want_norm=request.want_norm,
@@ -51,7 +46,8 @@ def prepare(table: Table, updates: HeldUpdates, request: PrepareRequest) -> Prep
         finite=finite and math.isfinite(squared_norm),
         reductions=reductions,
     )
-    return session.prepared
+    updates.set_prepared(step_id, prepared)
+    return prepared
 
 
 def commit(table: Table, updates: HeldUpdates, ledger: AppliedLedger, request: CommitRequest) -> None:
@@ -62,7 +58,7 @@ def commit(table: Table, updates: HeldUpdates, ledger: AppliedLedger, request: C
         DataLoss: A kernel failed when rows may have been written to: what the table holds is not known any more.
     """
     step_id, sequences = request.step_id, tuple(sorted(request.sequences))
-    prepared = updates.session(step_id).prepared
+    prepared = updates.prepared_step(step_id)
     if request.one_phase:
         _refuse_older(prepared, step_id)
     elif prepared is None or prepared.step != step_id.step:
@@ -75,10 +71,12 @@ def commit(table: Table, updates: HeldUpdates, ledger: AppliedLedger, request: C
             f"step {step_id.step} of rank {step_id.rank} of group {step_id.group!r} was prepared with updates "
             f"{_shown(prepared.sequences)} and is to be committed with {_shown(sequences)}; prepare it again"
         )
-    same = prepared is not None and (prepared.step, prepared.sequences) == (step_id.step, sequences)
-    kept = prepared.reductions if prepared is not None and same else None
+    kept = prepared.reductions if prepared is not None and prepared.is_of(step_id, sequences) else None
     step = optimizer_step(table.schema, lr=request.lr, grad_scale=request.grad_scale, version=ledger.version + 1)
-    writes = _writes_of_sums(table, kept, step) if kept else _writes_of_pairs(table, updates, step_id, sequences, step)
+    if kept is not None:
+        writes = _writes_of_sums(table, kept, step)
+    else:
+        writes = _writes_of_pairs(table, updates, step_id, sequences, step)
     try:
         for write in writes:
             write()
@@ -100,7 +98,7 @@ def _pairs(table: Table, updates: HeldUpdates, step_id: StepId, sequences: Seque
 
 def _reduce(table: Table, pairs: Pairs) -> tuple[Reduction, ...]:
     reductions = []
-    for lane in table.lanes:
+    for lane in _touched(table, pairs):
         in_order = kernels.sort_pairs(lane.arena.paged(), pairs.ids)
         sums = kernels.segment_sum(in_order, pairs.weights, pairs.bags, lane.of(pairs.grads))
         reductions.append(Reduction(lane, in_order, sums))
@@ -131,7 +129,7 @@ def _writes_of_pairs(
     """Per arena, the call that sums and applies in one pass. Sorting, which needs memory, is done before all."""
     names, pairs = _state_names(table), _pairs(table, updates, step_id, sequences)
     writes: list[Callable[[], None]] = []
-    for lane in table.lanes:
+    for lane in _touched(table, pairs):
         paged, state = lane.arena.paged(), lane.arena.state(names)
         in_order = kernels.sort_pairs(paged, pairs.ids)
         grads = lane.of(pairs.grads)
@@ -139,12 +137,17 @@ def _writes_of_pairs(
     return writes
 
 
+def _touched(table: Table, pairs: Pairs) -> tuple[Lane, ...]:
+    """The arenas a step may write to: none where it has no pairs, as on a shard none of whose pages were looked up."""
+    return table.lanes if pairs.ids.numel() else ()
+
+
 def _state_names(table: Table) -> tuple[str, ...]:
     return tuple(array.name for array in state_arrays(table.schema.optimizer))
 
 
 def _refuse_older(prepared: PreparedStep | None, step_id: StepId) -> None:
-    """A rank decides its steps in order: a newer one means that the prepared one was given up (its Discard was lost)."""
+    """A late message about an older step must not undo what is prepared."""
     if prepared is not None and prepared.step > step_id.step:
         raise StepConflict(
             f"step {prepared.step} of rank {step_id.rank} of group {step_id.group!r} is prepared here already; "

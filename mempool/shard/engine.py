@@ -262,7 +262,7 @@ class Engine:
         validate.check_step(request.step_id, request.sequences)
         if table.ledger.has(request.step_id):
             return PrepareReply(stamp=table.stamp, missing=(), squared_norm=0.0, finite=True, applied=True)
-        if table.frozen and not table.updates.is_prepared(request.step_id):
+        if table.holds_off(request.step_id):
             return table.park_until_thaw()
         missing = commits.missing(table.updates, request.step_id, request.sequences)
         if missing:
@@ -279,7 +279,7 @@ class Engine:
         if table.ledger.has(request.step_id):
             return CommitReply(stamp=table.stamp, missing=(), applied=True)
         if request.one_phase:
-            if table.frozen and not table.updates.is_prepared(request.step_id):
+            if table.holds_off(request.step_id):
                 return table.park_until_thaw()
             missing = commits.missing(table.updates, request.step_id, request.sequences)
             if missing:

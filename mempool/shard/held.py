@@ -60,6 +60,10 @@ class PreparedStep:
     finite: bool
     reductions: tuple[Reduction, ...] | None
 
+    def is_of(self, step_id: StepId, sequences: tuple[int, ...]) -> bool:
+        """Whether it is that step, of these updates (ascending)."""
+        return self.step == step_id.step and self.sequences == sequences
+
 
 @dataclass(slots=True)
 class Session:
@@ -98,11 +102,11 @@ class HeldUpdates:
     def __len__(self) -> int:
         return sum(len(session.updates) for session in self._sessions.values())
 
-    def session(self, step_id: StepId) -> Session:
-        """The rank's session, noted as alive."""
-        session = self._sessions.setdefault((step_id.group, step_id.rank), Session())
-        session.touched_s = self._clock()
-        return session
+    def touch(self, step_id: StepId) -> None:
+        """The rank is alive."""
+        session = self._sessions.get((step_id.group, step_id.rank))
+        if session is not None:
+            session.touched_s = self._clock()
 
     def get(self, step_id: StepId, sequence: int) -> HeldUpdate | None:
         """The update of that step and sequence, if it is held."""
@@ -123,7 +127,7 @@ class HeldUpdates:
                 f"bytes of updates that were not committed, and may hold {self._budget.limit_bytes:,}; commit more "
                 "often (fewer lookups per step), discard what is not wanted (zero_grad), or use more shards"
             )
-        self.session(step_id).updates[step_id.step, sequence] = update
+        self._session(step_id).updates[step_id.step, sequence] = update
         self._budget.num_bytes += update.num_bytes
 
     def prepared(self) -> Iterator[tuple[Rank, PreparedStep]]:
@@ -132,10 +136,20 @@ class HeldUpdates:
             if session.prepared is not None:
                 yield rank, session.prepared
 
-    def is_prepared(self, step_id: StepId) -> bool:
-        """Whether that step is prepared and not decided."""
+    def prepared_step(self, step_id: StepId) -> PreparedStep | None:
+        """The step of that rank that is prepared, whichever it is."""
         session = self._sessions.get((step_id.group, step_id.rank))
-        return session is not None and session.prepared is not None and session.prepared.step == step_id.step
+        return session.prepared if session is not None else None
+
+    def set_prepared(self, step_id: StepId, prepared: PreparedStep) -> None:
+        """The step is prepared, in place of what its rank had prepared before."""
+        self._session(step_id).prepared = prepared
+
+    def give_up_older(self, step_id: StepId) -> None:
+        """End the Prepare of an earlier step: a rank decides its steps in order, so this one's Discard was lost."""
+        prepared = self.prepared_step(step_id)
+        if prepared is not None and prepared.step < step_id.step:
+            self._session(step_id).prepared = None
 
     def discard(self, step_id: StepId) -> int:
         """Drop what is held of one step. Returns how many updates that were."""
@@ -148,7 +162,7 @@ class HeldUpdates:
 
     def decided(self, step_id: StepId) -> None:
         """A step was applied: drop it, and older ones that its rank left behind."""
-        session = self.session(step_id)
+        session = self._session(step_id)
         session.prepared = None
         self._drop(session, lambda step: step <= step_id.step)
         if not session.updates:
@@ -167,6 +181,11 @@ class HeldUpdates:
             if now - session.touched_s > self._lease_s:
                 self._drop(session, lambda _: True)
                 del self._sessions[rank]
+
+    def _session(self, step_id: StepId) -> Session:
+        session = self._sessions.setdefault((step_id.group, step_id.rank), Session())
+        session.touched_s = self._clock()
+        return session
 
     def _drop(self, session: Session, unwanted: Callable[[int], bool]) -> int:
         keys = [key for key in session.updates if unwanted(key[0])]

@@ -13,7 +13,7 @@ from mempool.errors import DataLoss, ShardUnavailable, StalePlacement
 from mempool.shard.held import AppliedLedger, Budget, HeldUpdates
 from mempool.shard.staging import Staging
 from mempool.shard.table import Table
-from mempool.types import AttachTable, Envelope, ShardInfo, Stamp, TableStatus, TableView
+from mempool.types import AttachTable, Envelope, ShardInfo, Stamp, StepId, TableStatus, TableView
 
 
 class Parked:
@@ -114,6 +114,14 @@ class HostedTable:
                 shard=self.info.shard,
                 address=self.info.address,
             )
+
+    def holds_off(self, step_id: StepId) -> bool:
+        """Whether a freeze holds off preparing this step. One that is prepared already goes on to its end."""
+        self.updates.touch(step_id)
+        self.updates.give_up_older(step_id)
+        self.steps_changed()
+        prepared = self.updates.prepared_step(step_id)
+        return self.frozen and (prepared is None or prepared.step != step_id.step)
 
     def park_until_thaw(self) -> Parked:
         """For a request that a freeze holds off."""

@@ -73,7 +73,7 @@ SLOT_IDS = TensorField(dtypes=(torch.int64, torch.uint32), ids=True)
 INT64 = TensorField(dtypes=(torch.int64,))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class FrameCodec(Generic[T, MessageT]):
     """A message with tensors.
 
@@ -119,7 +119,7 @@ class FrameCodec(Generic[T, MessageT]):
         return self.unpack(header, tensors)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ProtoCodec(Generic[T, MessageT]):
     """A message that goes through protobuf whole."""
 

@@ -54,6 +54,27 @@ class IoLoop:
             task.cancel()
         if tasks:
             self.loop.run_until_complete(asyncio.wait(tasks, timeout=_END_TIMEOUT_S / 2))
+        self.loop.close()
+
+
+class _Call:
+    """A coroutine that can be cancelled from the moment it is handed over, whether or not it has begun."""
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[Any] | None = None
+        self._cancelled = False
+
+    async def run(self, coro: Coroutine[Any, Any, T]) -> T:
+        self._task = asyncio.current_task()
+        if self._cancelled:
+            coro.close()
+            raise asyncio.CancelledError
+        return await coro
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        if self._task is not None:
+            self._task.cancel()
 
 
 _lock = threading.Lock()
@@ -91,18 +112,22 @@ def run(coro: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
     except MempoolError:
         coro.close()
         raise
-    future: Future[T] = asyncio.run_coroutine_threadsafe(coro, io.loop)
+    call = _Call()
+    future: Future[T] | None = None
+    # An interrupt may come anywhere from here on, also before there is a future to cancel.
     try:
+        future = asyncio.run_coroutine_threadsafe(call.run(coro), io.loop)
         return future.result(timeout_s)
     except TimeoutError:
-        if future.done() and not future.cancelled():
+        if future is not None and future.done() and not future.cancelled():
             return future.result(0)
-        future.cancel()
+        io.loop.call_soon_threadsafe(call.cancel)
         raise DeadlineExceeded(
             f"the call took longer than {timeout_s} s; whether it took effect is not known"
         ) from None
     except BaseException:
-        future.cancel()
+        if not io.ended and (future is None or not future.done()):
+            io.loop.call_soon_threadsafe(call.cancel)
         raise
 
 

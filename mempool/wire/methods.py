@@ -25,7 +25,7 @@ SHARD_SERVICE = f"{PACKAGE}.ShardService"
 POOL_SERVICE = f"{PACKAGE}.PoolService"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Method(Generic[RequestT, ReplyT]):
     """One call. ``streams``: the reply is a stream of messages."""
 

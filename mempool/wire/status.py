@@ -67,6 +67,7 @@ _FOREIGN: dict[grpc.StatusCode, type[MempoolError]] = {
 }
 _TOO_LARGE = re.compile(r"(sent|received) message larger than max \((\d+) vs\.? (\d+)\)", re.IGNORECASE)
 # How a connection that breaks in the middle of a call shows, besides UNAVAILABLE.
+_BROKEN_CODES = (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED)
 _BROKEN = re.compile(r"RST_STREAM|GOAWAY|stream removed|connection reset|socket closed|channel closed", re.IGNORECASE)
 
 
@@ -129,7 +130,8 @@ def _foreign(
             f"a message {'to' if sizes[1].lower() == 'sent' else 'to or from'} {who} has {int(sizes[2]):,} bytes; "
             f"{int(sizes[3]):,} are accepted (max_message_bytes). Send fewer bags or rows at a time"
         )
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED) or _BROKEN.search(details):
+    broken = code in _BROKEN_CODES and _BROKEN.search(details)
+    if broken or code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
         return unavailable, f"{who} does not answer ({why}). See which shards are up: mempool status"
     if code is grpc.StatusCode.CANCELLED:
         return unavailable, f"{who} ended the call before answering it ({why})"

@@ -77,11 +77,14 @@ def body_of(value: TensorLike, field: str) -> Body:
         raise InvalidRequest(f"{field} has dtype {dtype_name(dtype)}; tensors travel as {_names()}")
     if len(shape) > MAX_DIMS:
         raise InvalidRequest(f"{field} has {len(shape)} dimensions; at most {MAX_DIMS} travel")
-    if isinstance(value, Tensor):
-        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        view = flat.numpy().data if flat.numel() else memoryview(b"")
+    if 0 in shape:
+        view = memoryview(b"")
+    elif isinstance(value, Tensor):
+        # A dimension of one element is contiguous whatever its stride is, but torch then refuses to see it as bytes.
+        whole = value.detach().cpu().contiguous()
+        view = whole.as_strided((whole.numel(),), (1,)).view(torch.uint8).numpy().data
     else:
-        view = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data if value.size else memoryview(b"")
+        view = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
     return Body(dtype=int(number), itemsize=dtype.itemsize, shape=shape, view=view)
 
 

@@ -1,7 +1,7 @@
 """Sizes and port ranges as people write them."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mempool.config.amounts import format_bytes, parse_bytes, parse_ports
@@ -32,6 +32,7 @@ def test_what_is_no_size_is_refused_with_an_example(text: object) -> None:
         parse_bytes(text)
 
 
+@settings(deadline=None)
 @given(
     num_bytes=st.one_of(
         st.integers(0, 2**50), st.builds(lambda n, p: n * 1024**p, st.integers(0, 2000), st.integers(0, 4))
@@ -52,6 +53,7 @@ def test_format_bytes_takes_the_largest_exact_unit() -> None:
     ]
 
 
+@settings(deadline=None)
 @given(first=st.integers(0, 70_000), last=st.integers(0, 70_000))
 def test_port_ranges(first: int, last: int) -> None:
     if 1 <= first <= last <= 65535:

@@ -42,7 +42,7 @@ SMALL = {"name": "a", "num_slots": 16, "value_dim": 4}
         ),
         (
             lambda: TableConfig(**SMALL, optimizer={"type": "adam", "lr": 1, "betas": [0.1, 1]}),
-            "TableConfig.optimizer.betas[1] = 1 must be less than 1.0",
+            "TableConfig.optimizer.betas[1] = 1 must be less than 1",
         ),
         (
             lambda: TableConfig(**SMALL, optimizer={"type": "sgd", "lr": 1, "eps": 1}),

@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mempool.config import Adam, FlatKeys, ProductKeys, TableConfig, resolve
@@ -58,7 +58,8 @@ def test_default_page_slots(num_slots: int, page_slots: int) -> None:
     assert resolve(TableConfig(name="a", num_slots=num_slots, value_dim=8)).page_slots == page_slots
 
 
-@given(num_slots=st.integers(1, 2**34), value_dim=st.integers(1, 2**14))
+@settings(deadline=None)
+@given(num_slots=st.integers(1, 2**32), value_dim=st.integers(1, 2**14))
 def test_defaults_cover_the_table_in_few_pages(num_slots: int, value_dim: int) -> None:
     schema = resolve(TableConfig(name="a", num_slots=num_slots, value_dim=value_dim))
     assert 1 <= schema.num_blocks <= 8
@@ -77,6 +78,7 @@ def test_flat_keys_split_by_rows_unless_told_otherwise() -> None:
     assert resolve(TableConfig(**table | {"keys": None})).layout == "auto"
 
 
+@settings(deadline=None)
 @given(num_slots=st.integers(1, 2**32))
 def test_product_keys_want_a_square_and_name_the_nearest(num_slots: int) -> None:
     table = {"name": "a", "value_dim": 4, "keys": {"type": "product", "heads": 1, "key_dim": 2}}
@@ -92,6 +94,7 @@ def test_product_keys_want_a_square_and_name_the_nearest(num_slots: int) -> None
         assert resolve(TableConfig(**table, num_slots=near * near)).stride == near
 
 
+@settings(deadline=None)
 @given(page_slots=st.integers(1, 2**20))
 def test_page_slots_are_powers_of_two_and_errors_name_some(page_slots: int) -> None:
     try:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 CHOSEN = os.environ.get("MEMPOOL_TEST_KERNELS", "numba:cpu,torch:cpu").split(",")
 
 # The interpreter takes milliseconds for what a kernel does in microseconds.
-settings.register_profile("kernels", max_examples=12 if "triton:cpu" in CHOSEN else 40, deadline=None, database=None)
+settings.register_profile("kernels", max_examples=6 if "triton:cpu" in CHOSEN else 40, deadline=None, database=None)
 
 
 @pytest.fixture(scope="session", params=CHOSEN)
@@ -27,6 +27,14 @@ def under_test(request):
 
     name, device = request.param.split(":")
     return UnderTest(name=name, device=device)
+
+
+def pytest_collection_modifyitems(items):
+    """The interpreter computes in numpy, which warns of inf - inf where a GPU does not."""
+    if "triton:cpu" in CHOSEN:
+        for item in items:
+            item.add_marker(pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"))
+            item.add_marker(pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"))
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,11 @@ class UnderTest:
     def kernels(self) -> kernels.Implementation:
         return kernels.implementation(self.name)
 
+    @property
+    def interpreted(self) -> bool:
+        """Whether Triton's interpreter runs the kernels: a thousand times slower, so tests take smaller cases."""
+        return self.name == "triton" and self.device == "cpu"
+
     def to(self, value):
         """Tensors of a case, of any nesting, on the device under test."""
         if isinstance(value, torch.Tensor):

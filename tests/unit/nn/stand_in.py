@@ -1,39 +1,118 @@
-"""A table that is a tensor in this process: what MemoryLayer needs of one, on torch's own operations."""
+"""A real ``Table`` whose session is a tensor in this process: no shards, no loop, torch's own operations."""
+
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mempool.types import OptimizerSpec, TableSchema
+from mempool.client import Bags, Prepared, SessionCounters, Table
+from mempool.config import SGD, TableConfig, resolve
 
 
-def schema(*, num_slots: int, value_dim: int, name: str = "facts") -> TableSchema:
-    return TableSchema(
-        table_id=1,
-        name=name,
-        num_slots=num_slots,
-        value_dim=value_dim,
-        block_dim=value_dim,
-        page_slots=1,
-        dtype="float32",
-        seed=0,
-        init_std=value_dim**-0.5,
-        stride=int(num_slots**0.5),
-        layout="auto",
-        optimizer=OptimizerSpec(algorithm="sgd", lr=0.5),
-    )
+@dataclass
+class Remembered:
+    """What the stand-in keeps of a gather for its updates."""
+
+    bags: Bags
+    remembered_by: tuple[()] = ()
 
 
-class LocalTable:
-    """Values [num_slots, value_dim] as a leaf; ``remembered`` lists what each gather was told."""
+class LocalSession:
+    """Values [num_slots, value_dim], updates held as they come, plain SGD at commit.
 
-    def __init__(self, *, num_slots: int, value_dim: int, name: str = "facts") -> None:
-        self.schema = schema(num_slots=num_slots, value_dim=value_dim, name=name)
-        generator = torch.Generator().manual_seed(3)
-        self.values = torch.randn(num_slots, value_dim, generator=generator).requires_grad_(True)
+    Attributes:
+        remembered: What each gather was told.
+        calls: Every prepare, commit and discard that had something to do, in order: its name and arguments.
+    """
+
+    def __init__(self, num_slots: int, value_dim: int) -> None:
+        self.values = torch.randn(num_slots, value_dim, generator=torch.Generator().manual_seed(3))
+        self.counters = SessionCounters()
         self.remembered: list[bool] = []
+        self.calls: list[tuple[Any, ...]] = []
+        self.fail_next_commit: Exception | None = None
+        self._held: list[tuple[Bags, Tensor]] = []
 
-    def gather(self, ids: Tensor, weights: Tensor, *, remember: bool) -> Tensor:
-        assert ids.dtype == torch.int64
-        assert weights.dtype == torch.float32
+    @property
+    def pending(self) -> int:
+        return len(self._held)
+
+    def gradient(self) -> Tensor:
+        """The gradient of what is held, [num_slots, value_dim]."""
+        total = torch.zeros_like(self.values)
+        for bags, grads in self._held:
+            rows = grads.repeat_interleave(bags.offsets.diff(), dim=0)
+            total.index_add_(0, bags.ids, rows * _weights(bags))
+        return total
+
+    async def gather(self, bags: Bags, *, remember: bool, **_: object) -> tuple[Tensor, Remembered]:
         self.remembered.append(remember)
-        return (weights.unsqueeze(-1) * self.values[ids]).sum(dim=1)
+        bag_numbers = torch.repeat_interleave(bags.offsets.diff())
+        sums = torch.zeros(bags.num_bags, self.values.shape[1])
+        sums.index_add_(0, bag_numbers, self.values[bags.ids] * _weights(bags))
+        return sums, Remembered(bags)
+
+    async def update(self, record: Remembered, grads: Tensor, *, hold: bool, want_weight_grad: bool) -> Tensor | None:
+        if hold:
+            self._held.append((record.bags, grads))
+            self.counters.updates_pushed += 1
+        rows = grads.repeat_interleave(record.bags.offsets.diff(), dim=0)
+        return (rows * self.values[record.bags.ids]).sum(dim=1) if want_weight_grad else None
+
+    async def prepare(self, *, want_norm: bool) -> Prepared | None:
+        if not self._held:
+            return None
+        self.calls.append(("prepare", want_norm))
+        gradient = self.gradient().double()
+        return Prepared(
+            updates=len(self._held),
+            squared_norm=float(gradient.square().sum()),
+            finite=bool(gradient.isfinite().all()),
+        )
+
+    async def commit(self, *, lr: float, grad_scale: float) -> int:
+        if not self._held:
+            return 0
+        if self.fail_next_commit is not None:
+            error, self.fail_next_commit = self.fail_next_commit, None
+            raise error
+        self.calls.append(("commit", lr, grad_scale))
+        self.values -= lr * grad_scale * self.gradient()
+        return self._drop()
+
+    async def discard(self) -> int:
+        if self._held:
+            self.calls.append(("discard",))
+        return self._drop()
+
+    def _drop(self) -> int:
+        dropped = len(self._held)
+        self._held.clear()
+        return dropped
+
+
+def local_table(*, num_slots: int = 81, value_dim: int = 7, name: str = "facts", lr: float = 0.5) -> Table:
+    schema = resolve(TableConfig(name=name, num_slots=num_slots, value_dim=value_dim, optimizer=SGD(lr)))
+    session = LocalSession(num_slots, value_dim)
+    return Table(schema, router=None, session=session, run=_run)  # type: ignore[arg-type]
+
+
+def session_of(table: Table) -> LocalSession:
+    session = table._session
+    assert isinstance(session, LocalSession)
+    return session
+
+
+def _weights(bags: Bags) -> Tensor:
+    return torch.ones(bags.num_pairs, 1) if bags.weights is None else bags.weights[:, None]
+
+
+def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Runs a coroutine that never waits."""
+    try:
+        coroutine.send(None)
+    except StopIteration as stop:
+        return stop.value
+    raise AssertionError("the stand-in's calls wait for nothing")

@@ -11,32 +11,32 @@ from torch import Tensor, nn
 
 from mempool.errors import InvalidRequest
 from mempool.nn import MemoryLayer
+from tests.agreement.reference import Reference, leaf, relative_error
 
-from ...agreement.reference import Reference, leaf, relative_error
-from .stand_in import LocalTable
+from .stand_in import local_table, session_of
 
 TOLERANCE = 3e-6
 
 
 def make_layer(*, dim: int = 12, n: int = 9, value_dim: int = 7, **options: object) -> MemoryLayer:
     torch.manual_seed(5)
-    table = LocalTable(num_slots=n * n, value_dim=value_dim)
+    table = local_table(num_slots=n * n, value_dim=value_dim)
     options = {"heads": 2, "topk": 4, "key_dim": 6} | options
     return MemoryLayer(dim, table=table, **options)  # type: ignore[arg-type]
 
 
 def assert_agrees(layer: MemoryLayer, x: Tensor) -> None:
     """Forward and every gradient of a random linear functional of y."""
-    table_values = layer.table.values  # type: ignore[attr-defined]
-    reference, x64 = Reference.of(layer, table_values), leaf(x)
+    session = session_of(layer.table)
+    reference, x64 = Reference.of(layer, session.values), leaf(x)
     x = x.detach().clone().requires_grad_(True)
     y, expected = layer(x), reference(x64)
-    assert relative_error(y, expected) < TOLERANCE
+    assert relative_error(y, expected, floor=0.1) < TOLERANCE
     direction = torch.randn_like(y)
     y.backward(direction)
     expected.backward(direction.double())
     assert relative_error(x.grad, x64.grad, floor=1.0) < TOLERANCE
-    assert relative_error(table_values.grad, reference.values.grad, floor=1.0) < TOLERANCE
+    assert relative_error(session.gradient(), reference.values.grad, floor=1.0) < TOLERANCE
     for name, parameter in layer.named_parameters():
         assert relative_error(parameter.grad, reference.parameters[name].grad, floor=1.0) < TOLERANCE, name
 
@@ -109,7 +109,7 @@ def test_plain_layer_projects_only_where_the_value_has_another_width() -> None:
     layer = make_layer(gate="none", dim=7, value_dim=7)
     assert set(layer.state_dict()) == {"keys", "query.weight", "query.bias"}
     x = torch.randn(3, 7)
-    reference = Reference.of(layer, layer.table.values)  # type: ignore[attr-defined]
+    reference = Reference.of(layer, session_of(layer.table).values)
     assert relative_error(layer(x), reference.bags(x.double())) < TOLERANCE
 
 
@@ -131,7 +131,7 @@ def test_scoring_queries_and_keys_are_what_is_scored() -> None:
         keys = layer.scoring_keys()
         scores = torch.einsum("bhd,hnd->bhn", first, keys[:, 0])[..., :, None]
         scores = scores + torch.einsum("bhd,hnd->bhn", second, keys[:, 1])[..., None, :]
-        expected = Reference.of(layer, layer.table.values).all_scores(x.double())  # type: ignore[attr-defined]
+        expected = Reference.of(layer, session_of(layer.table).values).all_scores(x.double())
         assert relative_error(scores.flatten(-2), expected) < TOLERANCE
 
 
@@ -146,7 +146,7 @@ def test_keys_start_with_the_variance_asked_for() -> None:
 
 def test_training_decides_whether_the_lookup_is_remembered() -> None:
     layer = make_layer()
-    told = layer.table.remembered  # type: ignore[attr-defined]
+    told = session_of(layer.table).remembered
     layer(torch.randn(1, 12))
     layer.eval()(torch.randn(1, 12))
     assert told == [True, False]
@@ -161,8 +161,8 @@ def test_scores_stay_float32_under_autocast() -> None:
     assert queries.dtype == torch.bfloat16
     assert y.dtype == torch.bfloat16
     # From the same rounded queries on, the bags are those of float32 scores.
-    reference = Reference.of(layer, layer.table.values)  # type: ignore[attr-defined]
-    reference.linear = lambda name, x: queries.double()  # type: ignore[method-assign]
+    reference = Reference.of(layer, session_of(layer.table).values)
+    reference.linear = lambda *_: queries.double()  # type: ignore[method-assign]
     assert relative_error(layer._lookup(queries.float().unflatten(-1, (2, 6))), reference.bags(x.double())) < TOLERANCE
 
 
@@ -173,11 +173,12 @@ def test_a_model_of_another_dtype_answers_in_it(dtype: torch.dtype, gate: str) -
     x = torch.randn(6, 12, dtype=dtype)
     y = layer(x)
     assert y.dtype == dtype
-    reference = Reference.of(layer, layer.table.values)  # type: ignore[attr-defined]
+    reference = Reference.of(layer, session_of(layer.table).values)
     reference.linear = lambda name, x: getattr(layer, name)(x.to(dtype)).double()  # type: ignore[method-assign]
     assert relative_error(y, reference(x.double())) < (1e-2 if dtype == torch.bfloat16 else TOLERANCE)
     y.sum().backward()
-    assert layer.keys.grad is not None and layer.keys.grad.dtype == dtype
+    assert layer.keys.grad is not None
+    assert layer.keys.grad.dtype == dtype
 
 
 def test_deepcopy_shares_the_table_and_nothing_else() -> None:
@@ -212,7 +213,7 @@ def test_repr_says_what_the_layer_is() -> None:
         ({"key_dim": 5}, "key_dim must be even and at least 2 .two halves., got 5"),
         ({"topk": 82}, "topk must be from 1 to the table's 81 slots, got 82"),
         ({"topk": 0}, "got 0"),
-        ({"gate": "relu"}, "gate must be \"silu\" or \"none\", got 'relu'"),
+        ({"gate": "relu"}, 'gate must be "silu" or "none", got \'relu\''),
     ],
 )
 def test_senseless_sizes_are_refused(options: dict[str, object], message: str) -> None:
@@ -221,9 +222,9 @@ def test_senseless_sizes_are_refused(options: dict[str, object], message: str) -
 
 
 def test_slots_that_are_no_square_are_refused_with_the_nearest_that_are() -> None:
-    table = LocalTable(num_slots=1_500, value_dim=2)
+    table = local_table(num_slots=1_500, value_dim=2)
     with pytest.raises(InvalidRequest, match=r"'facts' has 1_500 slots.*Nearest: 1_444 \(38\^2\) or 1_521 \(39\^2\)"):
-        MemoryLayer(8, table=table)  # type: ignore[arg-type]
+        MemoryLayer(8, table=table)
 
 
 def test_input_of_another_width_is_refused() -> None:

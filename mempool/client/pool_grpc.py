@@ -1,0 +1,139 @@
+"""The controller over gRPC: ``PoolApi`` by any of several addresses, and by the shards' while the controller is
+away.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import TypeVar
+
+from mempool.errors import DeadlineExceeded, MempoolError, NotFound, PoolUnreachable, Unavailable
+from mempool.types import PoolStatus, RescaleProgress, TableSchema, TableView
+from mempool.wire import methods
+from mempool.wire.channel import MAX_MESSAGE_BYTES, Channel
+
+T = TypeVar("T")
+
+# How long one address may take to answer a reading call before the next one is asked.
+_READ_TIMEOUT_S = 5.0
+
+
+class GrpcPool:
+    """The pool's calls. Each is tried once at each address, until one answers.
+
+    Reading calls go to the address that answered last, then to the other bootstrap addresses, then to the shards that
+    views have named: any shard answers them from what it last heard, so clients outlive the controller. Changing
+    calls go to bootstrap addresses only.
+
+    Args:
+        addresses: "host:port" of the controller, of shards, or of both; at least one.
+        token: The pool's token.
+        max_message_bytes: Neither sends nor takes larger messages.
+    """
+
+    def __init__(
+        self, addresses: Iterable[str], *, token: str | None = None, max_message_bytes: int = MAX_MESSAGE_BYTES
+    ) -> None:
+        self._bootstrap = tuple(dict.fromkeys(addresses))
+        self._token = token
+        self._max_message_bytes = max_message_bytes
+        self._preferred = self._bootstrap[0]
+        self._shard_addresses: dict[str, None] = {}
+        self._channels: dict[str, Channel] = {}
+        self._closed = False
+
+    async def create_table(self, schema: TableSchema) -> TableView:
+        return self._learned(await self._change(lambda channel: channel.call(methods.CREATE_TABLE, schema)))
+
+    async def drop_table(self, name: str) -> None:
+        await self._change(lambda channel: channel.call(methods.DROP_TABLE, name))
+
+    async def table(self, name: str) -> TableView:
+        """Raises NotFound only if the pool's own addresses say so: a shard may not have heard of the table yet."""
+        return self._learned(
+            await self._read(lambda channel, timeout_s: channel.call(methods.GET_TABLE, name, timeout_s=timeout_s))
+        )
+
+    async def tables(self) -> tuple[TableView, ...]:
+        views = await self._read(
+            lambda channel, timeout_s: channel.call(methods.LIST_TABLES, None, timeout_s=timeout_s)
+        )
+        for view in views:
+            self._learned(view)
+        return views
+
+    async def status(self) -> PoolStatus:
+        status = await self._read(
+            lambda channel, timeout_s: channel.call(methods.GET_STATUS, None, timeout_s=timeout_s)
+        )
+        self._learn(shard.info.address for shard in status.shards)
+        return status
+
+    async def rescale(self, shards: int) -> AsyncIterator[RescaleProgress]:
+        """Where the stream breaks after its first message the rescale goes on, and this raises PoolUnreachable."""
+        problems: list[str] = []
+        for address in self._bootstrap:
+            begun = False
+            try:
+                async for report in self._channel(address).stream(methods.RESCALE, shards):
+                    begun = True
+                    yield report
+                return
+            except Unavailable as error:
+                if begun:
+                    raise
+                problems.append(f"{address}: {error.message}")
+        raise self._unreachable(problems)
+
+    async def close(self) -> None:
+        """End all connections. Repeatable."""
+        self._closed = True
+        channels = list(self._channels.values())
+        self._channels.clear()
+        await asyncio.gather(*(channel.close() for channel in channels))
+
+    async def _change(self, call: Callable[[Channel], Awaitable[T]]) -> T:
+        problems: list[str] = []
+        for address in self._bootstrap:
+            try:
+                return await call(self._channel(address))
+            except Unavailable as error:  # also what a shard says, which changes nothing
+                problems.append(f"{address}: {error.message}")
+        raise self._unreachable(problems)
+
+    async def _read(self, call: Callable[[Channel, float], Awaitable[T]]) -> T:
+        problems: list[str] = []
+        unknown: NotFound | None = None
+        for address in dict.fromkeys((self._preferred, *self._bootstrap, *self._shard_addresses)):
+            try:
+                answer = await call(self._channel(address), _READ_TIMEOUT_S)
+            except (Unavailable, DeadlineExceeded) as error:
+                problems.append(f"{address}: {error.message}")
+            except NotFound as error:
+                if address in self._bootstrap:
+                    unknown = unknown or error
+                problems.append(f"{address}: {error.message}")
+            else:
+                self._preferred = address
+                return answer
+        raise unknown or self._unreachable(problems)
+
+    def _learned(self, view: TableView) -> TableView:
+        self._learn(info.address for info in view.shards)
+        return view
+
+    def _learn(self, addresses: Iterable[str]) -> None:
+        found = dict.fromkeys(address for address in addresses if address)
+        if found:
+            self._shard_addresses = found
+
+    def _channel(self, address: str) -> Channel:
+        if self._closed:
+            raise MempoolError("the pool was closed on this side; connect to it again")
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = Channel(address, token=self._token, max_message_bytes=self._max_message_bytes)
+            self._channels[address] = channel
+        return channel
+
+    def _unreachable(self, problems: list[str]) -> PoolUnreachable:
+        return PoolUnreachable("; ".join(problems), address=self._bootstrap[0])

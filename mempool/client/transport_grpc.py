@@ -1,0 +1,218 @@
+"""Shards and the controller over gRPC: ``ShardHost`` and ``PoolApi`` as calls on channels. Each call is tried once.
+
+Everything here is made, used and closed on the process's IO loop. Retries and deadlines are the router's.
+"""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from mempool.errors import ShardUnavailable
+from mempool.types import (
+    AttachTable,
+    CommitReply,
+    CommitRequest,
+    DiscardReply,
+    DiscardRequest,
+    ExportPages,
+    GatherReply,
+    GatherRequest,
+    Ledger,
+    PageBatch,
+    PrepareReply,
+    PrepareRequest,
+    PullPages,
+    PullReport,
+    ReadRowsReply,
+    ReadRowsRequest,
+    ScoreReply,
+    ScoreRequest,
+    ShardInfo,
+    ShardStatus,
+    TableView,
+    UpdateReply,
+    UpdateRequest,
+    WriteRowsReply,
+    WriteRowsRequest,
+)
+from mempool.wire import methods
+from mempool.wire.channel import MAX_MESSAGE_BYTES, Channel
+from mempool.wire.methods import Method
+from mempool.wire.pages import FreezeTable
+
+RequestT = TypeVar("RequestT")
+ReplyT = TypeVar("ReplyT")
+
+_NARROW_END = 2**32
+# A connection nobody has used for so long is closed when the next one is made.
+_IDLE_S = 120.0
+
+
+class GrpcShard:
+    """A shard behind its address; a ``ShardHost``.
+
+    Args:
+        info: Where it is.
+        token: The pool's token.
+        max_message_bytes: Neither sends nor takes larger messages.
+    """
+
+    def __init__(
+        self, info: ShardInfo, *, token: str | None = None, max_message_bytes: int = MAX_MESSAGE_BYTES
+    ) -> None:
+        self.info = info
+        self._channel = Channel(info.address, shard=info.shard, token=token, max_message_bytes=max_message_bytes)
+        self._calls = 0
+        self._closed = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether calls are under way."""
+        return self._calls > 0
+
+    async def gather(self, request: GatherRequest) -> GatherReply:
+        return await self._call(methods.GATHER, request, ids=request.ids)
+
+    async def update(self, request: UpdateRequest) -> UpdateReply:
+        return await self._call(methods.UPDATE, request, ids=request.ids)
+
+    async def prepare(self, request: PrepareRequest) -> PrepareReply:
+        return await self._call(methods.PREPARE, request)
+
+    async def commit(self, request: CommitRequest) -> CommitReply:
+        return await self._call(methods.COMMIT, request)
+
+    async def discard(self, request: DiscardRequest) -> DiscardReply:
+        return await self._call(methods.DISCARD, request)
+
+    async def score(self, request: ScoreRequest) -> ScoreReply:
+        return await self._call(methods.SCORE, request)
+
+    async def read_rows(self, request: ReadRowsRequest) -> ReadRowsReply:
+        return await self._call(methods.READ_ROWS, request, ids=request.ids)
+
+    async def write_rows(self, request: WriteRowsRequest) -> WriteRowsReply:
+        return await self._call(methods.WRITE_ROWS, request, ids=request.ids)
+
+    async def attach_table(self, request: AttachTable) -> None:
+        await self._call(methods.ATTACH_TABLE, request)
+
+    async def drop_table(self, table_id: int) -> None:
+        await self._call(methods.SHARD_DROP_TABLE, table_id)
+
+    async def freeze(self, table_id: int, timeout_s: float) -> Ledger:
+        return await self._call(methods.FREEZE, FreezeTable(table_id=table_id, timeout_s=timeout_s))
+
+    async def thaw(self, table_id: int) -> None:
+        await self._call(methods.THAW, table_id)
+
+    async def export_pages(self, request: ExportPages) -> PageBatch:
+        return await self._call(methods.EXPORT_PAGES, request)
+
+    async def pull_pages(self, request: PullPages) -> PullReport:
+        return await self._call(methods.PULL_PAGES, request)
+
+    async def set_view(self, view: TableView) -> None:
+        await self._call(methods.SET_VIEW, view)
+
+    async def views(self) -> tuple[TableView, ...]:
+        return await self._call(methods.LIST_TABLES, None)
+
+    async def status(self) -> ShardStatus:
+        return await self._call(methods.STATUS, None)
+
+    async def close(self) -> None:
+        """End the connection; calls under way end with ShardUnavailable. Repeatable."""
+        if not self._closed:
+            self._closed = True
+            await self._channel.close()
+
+    async def _call(self, method: Method[RequestT, ReplyT], request: RequestT, *, ids: Tensor | None = None) -> ReplyT:
+        if self._closed:
+            raise self._cut_off()
+        narrow_ids = ids is not None and _fit_narrow(ids)
+        self._calls += 1
+        try:
+            return await self._channel.call(method, request, narrow_ids=narrow_ids)
+        except asyncio.CancelledError:
+            # gRPC cancels the calls of a channel that is closed; only a task that somebody cancelled may end like that.
+            task = asyncio.current_task()
+            if self._closed and (task is None or not task.cancelling()):
+                raise self._cut_off() from None
+            raise
+        finally:
+            self._calls -= 1
+
+    def _cut_off(self) -> ShardUnavailable:
+        return ShardUnavailable(
+            f"the connection to shard {self.info.shard} at {self.info.address} was closed on this side",
+            shard=self.info.shard,
+            address=self.info.address,
+        )
+
+
+class GrpcDialer:
+    """Connections to shards, one to each start of each, made at first use. Its ``dial`` is what a router asks for.
+
+    Args:
+        token: The pool's token.
+        max_message_bytes: Neither sends nor takes larger messages.
+    """
+
+    def __init__(self, *, token: str | None = None, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        self._token = token
+        self._max_message_bytes = max_message_bytes
+        self._hosts: dict[ShardInfo, GrpcShard] = {}
+        self._used_s: dict[ShardInfo, float] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    def dial(self, info: ShardInfo) -> GrpcShard:
+        """The host of a shard.
+
+        A shard that came back, perhaps at its old address, gets a new connection at once, where the old one might
+        still be waiting out its reconnect backoff.
+
+        Raises:
+            ShardUnavailable: The shard has no address, or the pool is closed.
+        """
+        if self._closed or not info.address:
+            why = "the pool was closed on this side" if self._closed else "it has no address yet"
+            raise ShardUnavailable(f"shard {info.shard} cannot be reached: {why}", shard=info.shard)
+        host = self._hosts.get(info)
+        now_s = asyncio.get_running_loop().time()
+        if host is None:
+            self._close_idle(now_s)
+            host = GrpcShard(info, token=self._token, max_message_bytes=self._max_message_bytes)
+            self._hosts[info] = host
+        self._used_s[info] = now_s
+        return host
+
+    async def close(self) -> None:
+        """End all connections. Repeatable."""
+        self._closed = True
+        hosts = list(self._hosts.values())
+        self._hosts.clear()
+        self._used_s.clear()
+        await asyncio.gather(*(host.close() for host in hosts), *self._closing)
+
+    def _close_idle(self, now_s: float) -> None:
+        for info, used_s in list(self._used_s.items()):
+            if now_s - used_s > _IDLE_S and not self._hosts[info].busy:
+                del self._used_s[info]
+                self._close_soon(self._hosts.pop(info).close())
+
+    def _close_soon(self, closing: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(closing)
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+
+def _fit_narrow(ids: Tensor) -> bool:
+    """Whether ids fit uint32. One pass over them costs less than the bytes it saves."""
+    if not ids.numel():
+        return True
+    low, high = ids.aminmax()
+    return int(low) >= 0 and int(high) < _NARROW_END

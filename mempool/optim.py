@@ -1,0 +1,6 @@
+"""Optimizers: those a table's shards run, to put in its config, and the one a training loop steps."""
+
+from mempool.config import SGD, Adagrad, Adam, RowWiseAdagrad
+from mempool.nn import PoolOptimizer
+
+__all__ = ["SGD", "Adagrad", "Adam", "PoolOptimizer", "RowWiseAdagrad"]

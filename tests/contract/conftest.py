@@ -1,0 +1,88 @@
+"""The contract every ``ShardHost`` fulfils, run against each kind of it.
+
+To add a kind: write an async context manager ``factory(num_shards)`` that yields ``list[Hosted]``, shards 0, 1, ... of one
+pool that can reach each other for pull_pages, and put it into FACTORIES. It is entered once a session, on the process's
+IO loop; every test has its own table in it. A kind whose software is missing leaves itself out by ``skip_reason``.
+"""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from mempool.shard import Engine
+from mempool.types import ShardHost, ShardInfo
+from mempool.wire.loop import io_loop, run
+
+from .driver import Driver, Hosted
+
+NUM_SHARDS = 3
+
+
+@asynccontextmanager
+async def engines(num_shards: int) -> AsyncIterator[list[Hosted]]:
+    """Bare engines that call each other directly."""
+    hosts: dict[int, ShardHost] = {}
+    infos = [ShardInfo(shard=shard, address="", incarnation=shard + 1) for shard in range(num_shards)]
+    for info in infos:
+        hosts[info.shard] = Engine(info, peers=lambda source: hosts[source.shard])
+    try:
+        yield [Hosted(host=hosts[info.shard], info=info) for info in infos]
+    finally:
+        for host in hosts.values():
+            await host.close()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of host. skip_reason: said where it cannot run here; None: it can."""
+
+    factory: Callable[[int], AbstractAsyncContextManager[list[Hosted]]]
+    skip_reason: Callable[[], str | None] = lambda: None
+
+
+KINDS: dict[str, Kind] = {
+    "engine": Kind(engines),
+}
+
+_table_ids = itertools.count(1)
+
+
+class _Opened:
+    """The kinds opened so far in this session."""
+
+    def __init__(self) -> None:
+        self.stack = AsyncExitStack()
+        self.hosted: dict[str, list[Hosted]] = {}
+
+    def get(self, name: str) -> list[Hosted]:
+        if name not in self.hosted:
+            self.hosted[name] = run(self.stack.enter_async_context(KINDS[name].factory(NUM_SHARDS)), timeout_s=90)
+        return self.hosted[name]
+
+
+@pytest.fixture(scope="session")
+def opened() -> Iterator[_Opened]:
+    opened = _Opened()
+    yield opened
+    run(opened.stack.aclose(), timeout_s=60)
+
+
+@pytest.fixture(params=list(KINDS))
+def driver(request: pytest.FixtureRequest, opened: _Opened) -> Iterator[Driver]:
+    """Drives one table on the shards of each kind; the table is dropped afterwards."""
+    reason = KINDS[request.param].skip_reason()
+    if reason is not None:
+        pytest.skip(reason)
+    driver = Driver(opened.get(request.param), table_id=next(_table_ids), run=run, submit=_submit)
+    yield driver
+    driver.drop()
+
+
+def _submit(coro: Any) -> Future[Any]:
+    return asyncio.run_coroutine_threadsafe(coro, io_loop())

@@ -1,0 +1,440 @@
+"""What contract tests do with a table: the least of a client and of a controller, over the protocols alone.
+
+Its routing is the simplest there is (every shard gets every pair) and shares no code with the package.
+Legend: B bags, L pairs, V value dim, N slots, W columns of a shard's blocks.
+"""
+
+import itertools
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mempool.types import (
+    AttachTable,
+    CommitReply,
+    CommitRequest,
+    DiscardRequest,
+    Envelope,
+    ExportPages,
+    GatherRequest,
+    OptimizerSpec,
+    Placement,
+    PrepareReply,
+    PrepareRequest,
+    ProductKeySpec,
+    PullPages,
+    ReadRowsRequest,
+    ScoreRequest,
+    ShardHost,
+    ShardInfo,
+    StepId,
+    TableSchema,
+    TableStatus,
+    TableView,
+    UpdateRequest,
+    WriteRowsRequest,
+)
+
+T = TypeVar("T")
+
+CALL_S = 30.0
+
+_lookup_ids = itertools.count(1)
+
+# [7 row pages, 3 blocks] on up to three shards; "mixed" has shards whose pages have different blocks.
+LAYOUTS: dict[str, list[list[int]]] = {
+    "one": [[0, 0, 0]] * 7,
+    "columns": [[0, 1, 1]] * 7,
+    "rows": [[0, 0, 0]] * 4 + [[1, 1, 1]] * 3,
+    "grid": [[0, 1, 1]] * 3 + [[2, 0, 0]] * 4,
+    "mixed": [[0, 0, 1], [2, 1, 0], [0, 2, 2], [1, 1, 1], [2, 2, 2], [0, 1, 2], [1, 0, 0]],
+}
+EXACT_LAYOUTS = ("one", "columns")
+
+
+def make_schema(**changes: Any) -> TableSchema:
+    """A table of 50 slots in 7 pages of 8 and 10 columns in blocks of 4, 4 and 2."""
+    schema = TableSchema(
+        table_id=0,
+        name="facts",
+        num_slots=50,
+        value_dim=10,
+        block_dim=4,
+        page_slots=8,
+        dtype="float32",
+        seed=7,
+        init_std=0.5,
+        stride=0,
+        layout="auto",
+        optimizer=OptimizerSpec(algorithm="adagrad", lr=0.1),
+    )
+    return replace(schema, **changes)
+
+
+@dataclass(frozen=True)
+class Hosted:
+    """A shard under test and where it is."""
+
+    host: ShardHost
+    info: ShardInfo
+
+
+@dataclass(frozen=True)
+class Bags:
+    """ids [L] int64, weights [L] float32 or None, offsets [B + 1] int64."""
+
+    ids: Tensor
+    weights: Tensor | None
+    offsets: Tensor
+
+    @property
+    def num_bags(self) -> int:
+        return self.offsets.shape[0] - 1
+
+
+def make_bags(seed: int, *, num_slots: int = 50, lengths: Sequence[int] = (3, 0, 5, 1), weighted: bool = True) -> Bags:
+    """Random bags, with repeated ids, the first and the last slot."""
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(lengths)
+    ids = torch.randint(num_slots, (total,), generator=generator)
+    if total >= 3:
+        ids[0], ids[1], ids[-1] = num_slots - 1, 0, ids[total // 2]
+    weights = torch.randn(total, generator=generator) if weighted else None
+    return Bags(ids, weights, torch.tensor([0, *itertools.accumulate(lengths)]))
+
+
+class Driver:
+    """One table on the shards under test."""
+
+    def __init__(
+        self,
+        hosted: Sequence[Hosted],
+        *,
+        table_id: int,
+        run: Callable[..., Any],
+        submit: Callable[[Any], "Future[Any]"],
+    ) -> None:
+        self.hosted = list(hosted)
+        self.table_id = table_id
+        self.submit = submit
+        self.view: TableView | None = None
+        self._run = run
+
+    # Calls
+
+    def call(self, coro: Coroutine[Any, Any, T]) -> T:
+        """Run to its end, within a bound."""
+        result: T = self._run(coro, timeout_s=CALL_S)
+        return result
+
+    def host(self, shard: int) -> ShardHost:
+        return self.hosted[shard].host
+
+    def envelope(self, shard: int, **changes: int) -> Envelope:
+        envelope = Envelope(
+            table_id=self.table_id,
+            epoch=self.placed.placement.epoch,
+            incarnation=self.hosted[shard].info.incarnation,
+        )
+        return replace(envelope, **changes)
+
+    @property
+    def placed(self) -> TableView:
+        assert self.view is not None, "make the table first"
+        return self.view
+
+    @property
+    def schema(self) -> TableSchema:
+        return self.placed.schema
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        return self.placed.placement.shards
+
+    def blocks(self, shard: int) -> tuple[int, ...]:
+        """Blocks of which a shard owns any page."""
+        return tuple(np.flatnonzero((self.placed.placement.owners == shard).any(axis=0)).tolist())
+
+    def columns(self, blocks: Sequence[int]) -> Tensor:
+        return torch.cat([torch.arange(*self.schema.block_columns(block)) for block in blocks])
+
+    # The controller's part
+
+    def make_view(self, schema: TableSchema, owners: Any, key_owners: Any = (), *, epoch: int) -> TableView:
+        placement = Placement(
+            table_id=self.table_id,
+            epoch=epoch,
+            owners=np.array(owners, dtype=np.int32),
+            key_owners=np.array(key_owners, dtype=np.int32),
+        )
+        infos = tuple(hosted.info for hosted in self.hosted)
+        return TableView(schema=replace(schema, table_id=self.table_id), placement=placement, shards=infos)
+
+    def create(self, schema: TableSchema, owners: Any = "one", key_owners: Any = ()) -> "Driver":
+        """Make the table on every shard, each with the pages it owns."""
+        self.view = self.make_view(schema, LAYOUTS.get(owners, owners) if isinstance(owners, str) else owners,
+                                   key_owners, epoch=1)
+        for shard in range(len(self.hosted)):
+            mode = "initialise" if shard in self.owners else "empty"
+            self.call(self.host(shard).attach_table(AttachTable(view=self.view, mode=mode)))  # type: ignore[arg-type]
+        return self
+
+    def drop(self) -> None:
+        for hosted in self.hosted:
+            self.call(hosted.host.drop_table(self.table_id))
+
+    def pulls(self, target: TableView) -> list[tuple[int, PullPages]]:
+        """(destination, request) of every page that changes its owner, block by block."""
+        old, new = self.placed.placement, target.placement
+        requests = []
+        for source, dest in itertools.permutations(range(len(self.hosted)), 2):
+            info = self.hosted[source].info
+            moved = (old.owners == source) & (new.owners == dest)
+            for pattern in np.unique(moved, axis=0):
+                row_pages = np.flatnonzero((moved == pattern).all(axis=1))
+                if pattern.any():
+                    blocks = tuple(np.flatnonzero(pattern).tolist())
+                    requests.append((dest, PullPages(table_id=self.table_id, source=info, row_pages=row_pages, blocks=blocks)))
+            heads = tuple(np.flatnonzero((old.key_owners == source) & (new.key_owners == dest)).tolist())
+            if heads:
+                none = np.empty(0, dtype=np.int64)
+                pull = PullPages(table_id=self.table_id, source=info, row_pages=none, blocks=(), key_pages=heads)
+                requests.append((dest, pull))
+        return requests
+
+    def move(self, owners: Any, key_owners: Any = None) -> int:
+        """Freeze, pull, set the new view everywhere. Returns how many pages moved."""
+        placement = self.placed.placement
+        target = self.make_view(
+            self.schema,
+            LAYOUTS[owners] if isinstance(owners, str) else owners,
+            placement.key_owners if key_owners is None else key_owners,
+            epoch=placement.epoch + 1,
+        )
+        for shard in self.owners:
+            self.call(self.host(shard).freeze(self.table_id, 5.0))
+        pages = 0
+        for dest, request in self.pulls(target):
+            pages += self.call(self.host(dest).pull_pages(request)).pages
+        for hosted in self.hosted:
+            self.call(hosted.host.set_view(target))
+        self.view = target
+        return pages
+
+    def status(self, shard: int) -> TableStatus:
+        """The table as one shard sees it."""
+        tables = self.call(self.host(shard).status()).tables
+        return next(table for table in tables if table.table_id == self.table_id)
+
+    def contents(self) -> dict[str, Any]:
+        """Everything that a bad request must not change: every page of every array, the ledgers, what is held."""
+        found: dict[str, Any] = {}
+        for shard in self.owners:
+            placement = self.placed.placement
+            for page in range(self.schema.num_row_pages):
+                blocks = tuple(np.flatnonzero(placement.owners[page] == shard).tolist())
+                if blocks:
+                    request = ExportPages(table_id=self.table_id, row_pages=np.array([page]), blocks=blocks)
+                    batch = self.call(self.host(shard).export_pages(request))
+                    found[f"{shard} ledger"] = batch.ledger
+                    for name, rows in batch.arrays.items():
+                        found[f"{name} of page {page} blocks {blocks}"] = rows.clone()
+            heads = tuple(np.flatnonzero(placement.key_owners == shard).tolist())
+            if heads:
+                none = np.empty(0, dtype=np.int64)
+                request = ExportPages(table_id=self.table_id, row_pages=none, blocks=(), key_pages=heads)
+                batch = self.call(self.host(shard).export_pages(request))
+                found |= {f"{name} of heads {heads}": keys.clone() for name, keys in batch.arrays.items()}
+            found[f"{shard} held"] = self.status(shard).updates_held
+        return found
+
+    # The client's part
+
+    def gather(self, bags: Bags, *, remember: bool = True, lookup_id: int | None = None, **changes: Any) -> Tensor:
+        """[B, V]: columns of all shards, partial sums added in ascending order of shards. Returns the values."""
+        values = torch.zeros(bags.num_bags, self.schema.value_dim)
+        self.lookup_id = next(_lookup_ids) if lookup_id is None else lookup_id
+        for shard in self.owners:
+            if not self.blocks(shard):
+                continue
+            request = GatherRequest(
+                envelope=self.envelope(shard),
+                lookup_id=self.lookup_id,
+                ids=bags.ids,
+                weights=bags.weights,
+                offsets=bags.offsets,
+                remember=remember,
+            )
+            reply = self.call(self.host(shard).gather(replace(request, **changes)))
+            assert reply.blocks == self.blocks(shard)
+            values[:, self.columns(reply.blocks)] += reply.values.float()
+        return values
+
+    def update_request(
+        self, shard: int, step: int, sequence: int, grads: Tensor, *, bags: Bags | None = None, **changes: Any
+    ) -> UpdateRequest:
+        """The update of the last lookup, or of ``bags``, for one shard."""
+        request = UpdateRequest(
+            envelope=self.envelope(shard),
+            step_id=self.step_id(step),
+            sequence=sequence,
+            lookup_id=self.lookup_id if bags is None else 0,
+            blocks=self.blocks(shard),
+            grads=grads[:, self.columns(self.blocks(shard))].contiguous(),
+            hold=True,
+            want_weight_grad=True,
+            ids=None if bags is None else bags.ids,
+            weights=None if bags is None else bags.weights,
+            offsets=None if bags is None else bags.offsets,
+        )
+        return replace(request, **changes)
+
+    def update(self, step: int, sequence: int, grads: Tensor, *, bags: Bags | None = None, **changes: Any) -> Tensor:
+        """[L]: d_weights over all shards."""
+        parts = []
+        for shard in self.owners:
+            if self.blocks(shard):
+                request = self.update_request(shard, step, sequence, grads, bags=bags, **changes)
+                parts.append(self.call(self.host(shard).update(request)).weight_grad)
+        weight_grad = torch.zeros(())
+        for part in parts:
+            assert part is not None
+            weight_grad = weight_grad + part
+        return weight_grad
+
+    def step_id(self, step: int, group: str = "trainer") -> StepId:
+        return StepId(group=group, rank=0, step=step)
+
+    def prepare_request(
+        self, shard: int, step: int, sequences: Sequence[int], *, want_norm: bool = True
+    ) -> PrepareRequest:
+        return PrepareRequest(
+            envelope=self.envelope(shard), step_id=self.step_id(step), sequences=tuple(sequences), want_norm=want_norm
+        )
+
+    def prepare(self, step: int, sequences: Sequence[int], *, want_norm: bool = True) -> dict[int, PrepareReply]:
+        return {
+            shard: self.call(self.host(shard).prepare(self.prepare_request(shard, step, sequences, want_norm=want_norm)))
+            for shard in self.owners
+        }
+
+    def commit_request(
+        self,
+        shard: int,
+        step: int,
+        sequences: Sequence[int],
+        *,
+        lr: float = 0.1,
+        grad_scale: float = 1.0,
+        one_phase: bool = False,
+    ) -> CommitRequest:
+        return CommitRequest(
+            envelope=self.envelope(shard),
+            step_id=self.step_id(step),
+            lr=lr,
+            grad_scale=grad_scale,
+            sequences=tuple(sequences),
+            one_phase=one_phase,
+        )
+
+    def commit(self, step: int, sequences: Sequence[int], **changes: Any) -> dict[int, CommitReply]:
+        return {
+            shard: self.call(self.host(shard).commit(self.commit_request(shard, step, sequences, **changes)))
+            for shard in self.owners
+        }
+
+    def discard(self, step: int) -> dict[int, int]:
+        replies = {}
+        for shard in self.owners:
+            request = DiscardRequest(envelope=self.envelope(shard), step_id=self.step_id(step))
+            replies[shard] = self.call(self.host(shard).discard(request)).discarded
+        return replies
+
+    def train(self, step: int, lookups: Mapping[int, tuple[Bags, Tensor]], *, want_norm: bool = True, **how: Any) -> None:
+        """One whole step: sequence -> (bags, gradient of their sums)."""
+        for sequence, (bags, grads) in lookups.items():
+            self.gather(bags)
+            self.update(step, sequence, grads)
+        replies = self.prepare(step, list(lookups), want_norm=want_norm)
+        assert all(reply.missing == () and not reply.applied for reply in replies.values()), replies
+        assert all(reply.applied for reply in self.commit(step, list(lookups), **how).values())
+
+    def score(self, queries: Tensor, topk: int) -> dict[int, tuple[tuple[int, ...], Tensor, Tensor]]:
+        """heads, scores, ids by shard."""
+        replies = {}
+        for shard in self.owners:
+            request = ScoreRequest(envelope=self.envelope(shard), queries=queries, topk=topk)
+            reply = self.call(self.host(shard).score(request))
+            replies[shard] = (reply.heads, reply.scores, reply.ids)
+        return replies
+
+    def row_columns(self, array: str, blocks: Sequence[int]) -> Tensor:
+        """Where a shard's columns of an array stand in the whole row."""
+        if array == "keys":
+            return torch.arange(self.row_width(array))
+        return torch.tensor(list(blocks)) if array == "row_sum" else self.columns(blocks)
+
+    def row_width(self, array: str) -> int:
+        keys = self.schema.keys
+        if array == "keys":
+            assert keys is not None
+            if isinstance(keys, ProductKeySpec):
+                return round(self.schema.num_slots**0.5) * keys.key_dim
+            return keys.key_dim
+        return self.schema.num_blocks if array == "row_sum" else self.schema.value_dim
+
+    def read(self, array: str = "values", ids: Tensor | None = None) -> Tensor:
+        """Whole rows, put together from all shards; of all slots by default."""
+        ids = torch.arange(self.schema.num_slots) if ids is None else ids
+        rows: Tensor | None = None
+        for shard in self.owners:
+            request = ReadRowsRequest(envelope=self.envelope(shard), array=array, ids=ids)
+            reply = self.call(self.host(shard).read_rows(request))
+            if rows is None:
+                rows = torch.zeros(ids.shape[0], self.row_width(array), dtype=reply.rows.dtype)
+            rows[:, self.row_columns(array, reply.blocks)] += reply.rows
+        assert rows is not None
+        return rows
+
+    def write(self, array: str, ids: Tensor, rows: Tensor) -> None:
+        for shard in self.owners:
+            if array == "keys":
+                blocks: tuple[int, ...] = () if isinstance(self.schema.keys, ProductKeySpec) else (0,)
+            else:
+                blocks = self.blocks(shard)
+            columns = self.row_columns(array, blocks)
+            request = WriteRowsRequest(
+                envelope=self.envelope(shard), array=array, ids=ids, blocks=blocks, rows=rows[:, columns].contiguous()
+            )
+            self.call(self.host(shard).write_rows(request))
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equal to the bit, through dicts and tensors (NaN equals NaN)."""
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, Tensor):
+        same_kind = left.dtype == right.dtype and left.shape == right.shape
+        return same_kind and torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+    return bool(left == right)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Norm of the difference over the norm of what is expected."""
+    expected = expected.double()
+    return float((got.double() - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+def reference_sums(values_NV: Tensor, bags: Bags) -> Tensor:
+    """[B, V] float64: weighted sums, one pair after another."""
+    sums = torch.zeros(bags.num_bags, values_NV.shape[1], dtype=torch.float64)
+    for bag in range(bags.num_bags):
+        for pair in range(int(bags.offsets[bag]), int(bags.offsets[bag + 1])):
+            weight = 1.0 if bags.weights is None else bags.weights[pair].double()
+            sums[bag] += weight * values_NV[bags.ids[pair]].double()
+    return sums

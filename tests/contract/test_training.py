@@ -1,0 +1,187 @@
+"""Updates and commits equal torch's own sparse training, whatever the placement."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from mempool.types import OptimizerSpec, TableSchema
+
+from .driver import LAYOUTS, Bags, Driver, make_bags, make_schema, reference_sums, relative_error, same
+
+OPTIMIZERS = {
+    "sgd": OptimizerSpec(algorithm="sgd", lr=0.1),
+    "adagrad": OptimizerSpec(algorithm="adagrad", lr=0.1, lr_decay=0.05, initial_accumulator_value=0.1),
+    "rowwise_adagrad": OptimizerSpec(algorithm="rowwise_adagrad", lr=0.1),
+    "adam": OptimizerSpec(algorithm="adam", lr=0.1, eps=1e-8),
+}
+
+
+class Oracle:
+    """One process with torch's own optimizer, in float64."""
+
+    def __init__(self, schema: TableSchema, values_NV: Tensor) -> None:
+        self.schema = schema
+        self.values = torch.nn.Parameter(values_NV.double())
+        self.optimizer = _optimizer(schema, self.values)
+
+    def backward(self, bags: Bags, grads_BV: Tensor) -> Tensor:
+        """Adds a lookup's gradient to the step's; returns d_weights."""
+        ones = torch.ones(bags.ids.shape[0], dtype=torch.float64)
+        weights = (ones if bags.weights is None else bags.weights.double()).requires_grad_()
+        sums = torch.nn.functional.embedding_bag(
+            bags.ids, self.values, bags.offsets, mode="sum", per_sample_weights=weights, sparse=True,
+            include_last_offset=True,
+        )
+        sums.backward(grads_BV.double())
+        assert weights.grad is not None
+        return weights.grad
+
+    def step(self, lr: float, grad_scale: float) -> None:
+        assert self.values.grad is not None
+        self.values.grad = self.values.grad.coalesce() * grad_scale
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class RowWiseAdagrad(torch.optim.Optimizer):
+    """Adagrad with one accumulator per (slot, block): the mean of the squared gradient. torch has none of its own."""
+
+    def __init__(self, values_NV: Tensor, schema: TableSchema) -> None:
+        super().__init__([values_NV], {"lr": 0.0})
+        self.schema = schema
+        self.row_sum = torch.zeros(values_NV.shape[0], schema.num_blocks, dtype=torch.float64)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        (values_NV,) = self.param_groups[0]["params"]
+        grad = values_NV.grad.coalesce()
+        rows = grad.indices()[0]
+        for block in range(self.schema.num_blocks):
+            columns = slice(*self.schema.block_columns(block))
+            part = grad.values()[:, columns]
+            self.row_sum[rows, block] += part.square().mean(1)
+            divisor = self.row_sum[rows, block].sqrt() + self.schema.optimizer.eps
+            values_NV[rows, columns] -= self.param_groups[0]["lr"] * part / divisor[:, None]
+
+
+def _optimizer(schema: TableSchema, values_NV: Tensor) -> torch.optim.Optimizer:
+    spec = schema.optimizer
+    if spec.algorithm == "sgd":
+        return torch.optim.SGD([values_NV], lr=spec.lr)
+    if spec.algorithm == "adagrad":
+        return torch.optim.Adagrad(
+            [values_NV], lr=spec.lr, eps=spec.eps, lr_decay=spec.lr_decay,
+            initial_accumulator_value=spec.initial_accumulator_value,
+        )
+    if spec.algorithm == "adam":
+        return torch.optim.SparseAdam([values_NV], lr=spec.lr, eps=spec.eps, betas=(spec.beta1, spec.beta2))
+    return RowWiseAdagrad(values_NV, schema)
+
+
+@pytest.mark.parametrize("algorithm", OPTIMIZERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equals_torch(driver: Driver, algorithm: str, layout: str) -> None:
+    driver.create(make_schema(optimizer=OPTIMIZERS[algorithm]), layout)
+    oracle = Oracle(driver.schema, driver.read())
+    sequences = itertools.count()
+    for step in range(1, 7):
+        lr, grad_scale, want_norm = 0.1 / step, (1.0, 0.25)[step % 2], bool(step % 3)
+        pushed = []
+        for _ in range(1 + step % 2):
+            bags = make_bags(100 * step + len(pushed), weighted=step != 3)
+            grads = torch.randn(bags.num_bags, 10)
+            assert relative_error(driver.gather(bags), reference_sums(oracle.values, bags)) < 1e-5
+            sequence = next(sequences)
+            weight_grad = driver.update(step, sequence, grads)
+            assert relative_error(weight_grad, oracle.backward(bags, grads)) < 1e-5
+            pushed.append(sequence)
+        replies = driver.prepare(step, pushed, want_norm=want_norm)
+        gradient = oracle.values.grad
+        assert gradient is not None
+        norm = sum(reply.squared_norm for reply in replies.values())
+        expected = float(gradient.coalesce().values().square().sum()) if want_norm else 0.0
+        assert norm == pytest.approx(expected, rel=1e-5)
+        driver.commit(step, pushed, lr=lr, grad_scale=grad_scale)
+        oracle.step(lr, grad_scale)
+        assert relative_error(driver.read(), oracle.values) < 1e-5
+    assert {driver.status(shard).version for shard in driver.owners} == {6}
+
+
+@pytest.mark.parametrize("algorithm", OPTIMIZERS)
+def test_asking_for_the_norm_changes_no_bit(driver: Driver, algorithm: str) -> None:
+    results = []
+    for want_norm in (True, False):
+        driver.create(make_schema(optimizer=OPTIMIZERS[algorithm]), "mixed")
+        for step in (1, 2):
+            bags = make_bags(step, lengths=(30, 4, 0, 9))
+            grads = torch.randn(4, 10, generator=torch.Generator().manual_seed(step))
+            driver.train(step, {step: (bags, grads)}, want_norm=want_norm)
+        results.append(driver.contents())
+        driver.drop()
+    assert same(*results)
+
+
+@pytest.mark.parametrize("layout", ["one", "columns", "mixed"])
+def test_the_order_of_arrival_changes_no_bit(driver: Driver, layout: str) -> None:
+    lookups = {
+        sequence: (make_bags(sequence), torch.randn(4, 10, generator=torch.Generator().manual_seed(sequence)))
+        for sequence in range(3)
+    }
+    results = []
+    for order in ((0, 1, 2), (2, 0, 1)):
+        driver.create(make_schema(), layout)
+        driver.train(1, {sequence: lookups[sequence] for sequence in order})
+        results.append(driver.contents())
+        driver.drop()
+    assert same(*results)
+
+
+def test_bfloat16_storage_trains_in_float32(driver: Driver) -> None:
+    driver.create(make_schema(dtype="bfloat16", optimizer=OPTIMIZERS["adagrad"]), "columns")
+    oracle = Oracle(driver.schema, driver.read())
+    for step in range(1, 4):
+        bags, grads = make_bags(step), torch.randn(4, 10)
+        driver.train(step, {step: (bags, grads)})
+        oracle.backward(bags, grads)
+        oracle.step(0.1, 1.0)
+    assert driver.read().dtype == torch.bfloat16
+    assert relative_error(driver.read(), oracle.values) < 1e-2
+    assert driver.read("sum").dtype == torch.float32
+
+
+def test_short_gradients(driver: Driver) -> None:
+    bags, grads = make_bags(1), torch.randn(4, 10).to(torch.bfloat16)
+    driver.create(make_schema(), "columns")
+    driver.train(1, {0: (bags, grads)})
+    short = driver.read()
+    driver.drop()
+    driver.create(make_schema(), "columns")
+    driver.train(1, {0: (bags, grads.float())})
+    assert torch.equal(driver.read(), short)
+
+
+def test_a_step_without_updates_counts(driver: Driver) -> None:
+    """Every owner gets every commit, and one may have had no pairs at all."""
+    driver.create(make_schema(), "columns")
+    before = driver.read()
+    driver.train(1, {})
+    assert torch.equal(driver.read(), before)
+    assert {driver.status(shard).version for shard in driver.owners} == {1}
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_is_told(driver: Driver, bad: float) -> None:
+    driver.create(make_schema(), "columns")
+    grads = torch.ones(4, 10)
+    grads[0, 1] = bad  # block 0 alone
+    driver.gather(make_bags(1))
+    driver.update(1, 0, grads)
+    finite = {shard: reply.finite for shard, reply in driver.prepare(1, [0]).items()}
+    assert finite == {0: False, 1: True}
+    before = driver.read()
+    driver.discard(1)
+    assert torch.equal(driver.read(), before)

@@ -1,0 +1,437 @@
+"""Every message of every call: byte-identical with protobuf's own encoder, the same value back, and never a crash."""
+
+import contextlib
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from google.protobuf.message import Message
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mempool import types
+from mempool.errors import Internal, InvalidRequest
+from mempool.wire import methods
+from mempool.wire.codec import Codec
+from mempool.wire.lookup import LookupReply, LookupRequest
+from mempool.wire.methods import Method
+from mempool.wire.pages import FreezeTable
+from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2, tensor_pb2
+
+U64 = st.one_of(st.integers(0, 300), st.integers(0, 2**64 - 1))
+U32 = st.one_of(st.integers(0, 300), st.integers(0, 2**32 - 1))
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+DOUBLE = st.floats(allow_nan=False)
+U64S = st.lists(U64, max_size=5).map(tuple)
+U32S = st.lists(U32, max_size=5).map(tuple)
+FLOAT32 = st.just(torch.float32)
+FLOATS = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+@st.composite
+def tensors(draw: st.DrawFn, dims: int, dtypes: st.SearchStrategy[torch.dtype] = FLOAT32) -> Tensor:
+    dtype = draw(dtypes)
+    shape = draw(st.lists(st.integers(0, 5), min_size=dims, max_size=dims))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    if dtype.is_floating_point:
+        tensor = torch.randn(shape, generator=generator).to(dtype)
+    else:
+        tensor = torch.randint(0, 2**31 - 1, shape, generator=generator).to(dtype)
+    return tensor.transpose(0, 1) if dims > 1 and draw(st.booleans()) else tensor
+
+
+INT64 = tensors(1, st.just(torch.int64))
+IDS = tensors(1, st.sampled_from([torch.int64, torch.uint32]))
+BAGS = tensors(2, FLOATS)
+ROWS = tensors(
+    2, st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.uint8])
+)
+PER_HEAD = tensors(3)
+NUMPY_IDS = st.lists(st.integers(0, 2**40), max_size=5).map(lambda ids: np.array(ids, np.int64))
+
+
+def build(cls: type, **parts: Any) -> st.SearchStrategy[Any]:
+    return st.builds(cls, **parts)
+
+
+ENVELOPE = build(types.Envelope, table_id=U64, epoch=U64, incarnation=U64)
+STAMP = build(types.Stamp, shard=U32, incarnation=U64, epoch=U64, table_version=U64)
+STEP_ID = build(types.StepId, group=TEXT, rank=U32, step=U64)
+REPLY_DTYPE = st.sampled_from(["float32", "bfloat16"])
+OPTIMIZER = build(
+    types.OptimizerSpec,
+    algorithm=st.sampled_from(["sgd", "adagrad", "rowwise_adagrad", "adam"]),
+    lr=DOUBLE,
+    eps=DOUBLE,
+    beta1=DOUBLE,
+    beta2=DOUBLE,
+    lr_decay=DOUBLE,
+    initial_accumulator_value=DOUBLE,
+)
+KEYS = st.one_of(
+    st.none(),
+    build(types.FlatKeySpec, key_dim=U32),
+    build(types.ProductKeySpec, heads=st.integers(1, 4), key_dim=U32),
+)
+SCHEMA = build(
+    types.TableSchema,
+    table_id=U64,
+    name=TEXT,
+    num_slots=st.integers(1, 100),
+    value_dim=st.integers(1, 100),
+    block_dim=st.integers(1, 40),
+    page_slots=st.sampled_from([8, 16, 64]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    seed=U64,
+    init_std=DOUBLE,
+    stride=U64,
+    layout=st.sampled_from(["auto", "columns", "rows", "grid"]),
+    optimizer=OPTIMIZER,
+    keys=KEYS,
+)
+SHARD_INFO = build(types.ShardInfo, shard=U32, address=TEXT, incarnation=U64)
+
+
+@st.composite
+def views(draw: st.DrawFn) -> types.TableView:
+    schema = draw(SCHEMA)
+    random = np.random.default_rng(draw(st.integers(0, 2**31)))
+    placement = types.Placement(
+        table_id=draw(U64),
+        epoch=draw(U64),
+        owners=random.integers(0, 2**31, (schema.num_row_pages, schema.num_blocks), np.int32),
+        key_owners=random.integers(0, 2**31, schema.num_key_pages, np.int32),
+    )
+    return types.TableView(schema=schema, placement=placement, shards=tuple(draw(st.lists(SHARD_INFO, max_size=3))))
+
+
+VIEW = views()
+LEDGER = build(
+    types.Ledger,
+    version=U64,
+    updates_applied=U64,
+    entries=st.dictionaries(st.tuples(TEXT, U32), build(types.LedgerEntry, step=U64, sequences=U64S), max_size=3),
+)
+TABLE_STATUS = build(
+    types.TableStatus,
+    table_id=U64,
+    name=TEXT,
+    epoch=U64,
+    version=U64,
+    pages=U64,
+    lost_pages=U64,
+    num_bytes=U64,
+    updates_held=U64,
+    updates_applied=U64,
+    lookups=U64,
+    frozen=st.booleans(),
+)
+SHARD_STATUS = build(
+    types.ShardStatus,
+    info=SHARD_INFO,
+    state=st.sampled_from(["ready", "starting", "unreachable"]),
+    device=TEXT,
+    num_bytes=U64,
+    context_bytes=U64,
+    uptime_s=DOUBLE,
+    tables=st.lists(TABLE_STATUS, max_size=2).map(tuple),
+    stages=st.lists(build(types.StageTime, stage=TEXT, count=U64, total_s=DOUBLE), max_size=2).map(tuple),
+)
+PAGES: Mapping[str, st.SearchStrategy[Any]] = {
+    "table_id": U64,
+    "row_pages": NUMPY_IDS,
+    "blocks": U32S,
+    "key_pages": U32S,
+}
+STAMPED = {"stamp": STAMP}
+STEP = {"envelope": ENVELOPE, "step_id": STEP_ID}
+
+# Method -> generated classes of request and reply, values of both.
+Case = tuple[type[Message], st.SearchStrategy[Any], type[Message], st.SearchStrategy[Any]]
+CASES: dict[Method[Any, Any], Case] = {
+    methods.GATHER: (
+        data_pb2.GatherRequest,
+        build(
+            types.GatherRequest,
+            envelope=ENVELOPE,
+            lookup_id=U64,
+            ids=IDS,
+            weights=st.none() | tensors(1, FLOATS),
+            offsets=INT64,
+            remember=st.booleans(),
+            release=U64S,
+            reply_dtype=REPLY_DTYPE,
+        ),
+        data_pb2.GatherReply,
+        build(types.GatherReply, **STAMPED, blocks=U32S, values=BAGS),
+    ),
+    methods.UPDATE: (
+        data_pb2.UpdateRequest,
+        build(
+            types.UpdateRequest,
+            **STEP,
+            sequence=U64,
+            lookup_id=U64,
+            blocks=U32S,
+            grads=BAGS,
+            hold=st.booleans(),
+            want_weight_grad=st.booleans(),
+            ids=st.none() | IDS,
+            weights=st.none() | tensors(1, FLOATS),
+            offsets=st.none() | INT64,
+        ),
+        data_pb2.UpdateReply,
+        build(types.UpdateReply, **STAMPED, weight_grad=st.none() | tensors(1)),
+    ),
+    methods.PREPARE: (
+        data_pb2.PrepareRequest,
+        build(types.PrepareRequest, **STEP, sequences=U64S, want_norm=st.booleans()),
+        data_pb2.PrepareReply,
+        build(
+            types.PrepareReply,
+            **STAMPED,
+            missing=U64S,
+            squared_norm=DOUBLE,
+            finite=st.booleans(),
+            applied=st.booleans(),
+        ),
+    ),
+    methods.COMMIT: (
+        data_pb2.CommitRequest,
+        build(types.CommitRequest, **STEP, lr=DOUBLE, grad_scale=DOUBLE, sequences=U64S, one_phase=st.booleans()),
+        data_pb2.CommitReply,
+        build(types.CommitReply, **STAMPED, missing=U64S, applied=st.booleans()),
+    ),
+    methods.DISCARD: (
+        data_pb2.DiscardRequest,
+        build(types.DiscardRequest, **STEP),
+        data_pb2.DiscardReply,
+        build(types.DiscardReply, **STAMPED, discarded=U64),
+    ),
+    methods.SCORE: (
+        data_pb2.ScoreRequest,
+        build(types.ScoreRequest, envelope=ENVELOPE, queries=PER_HEAD, topk=U32),
+        data_pb2.ScoreReply,
+        build(types.ScoreReply, **STAMPED, heads=U32S, scores=PER_HEAD, ids=tensors(3, st.just(torch.int64))),
+    ),
+    methods.LOOKUP: (
+        data_pb2.LookupRequest,
+        build(LookupRequest, table=TEXT, queries=tensors(2) | PER_HEAD, topk=U32, reply_dtype=REPLY_DTYPE),
+        data_pb2.LookupReply,
+        build(
+            LookupReply,
+            **STAMPED,
+            newest_table_version=U64,
+            ids=tensors(3, st.just(torch.int64)),
+            scores=PER_HEAD,
+            weights=PER_HEAD,
+            values=BAGS,
+        ),
+    ),
+    methods.READ_ROWS: (
+        data_pb2.ReadRowsRequest,
+        build(types.ReadRowsRequest, envelope=ENVELOPE, array=TEXT, ids=IDS),
+        data_pb2.ReadRowsReply,
+        build(types.ReadRowsReply, **STAMPED, blocks=U32S, rows=ROWS),
+    ),
+    methods.WRITE_ROWS: (
+        data_pb2.WriteRowsRequest,
+        build(types.WriteRowsRequest, envelope=ENVELOPE, array=TEXT, ids=IDS, blocks=U32S, rows=ROWS),
+        data_pb2.WriteRowsReply,
+        build(types.WriteRowsReply, **STAMPED),
+    ),
+    methods.ATTACH_TABLE: (
+        shard_pb2.AttachTableRequest,
+        build(
+            types.AttachTable,
+            view=VIEW,
+            mode=st.sampled_from(["initialise", "empty", "lost"]),
+            ledger=st.none() | LEDGER,
+        ),
+        shard_pb2.AttachTableReply,
+        st.none(),
+    ),
+    methods.SHARD_DROP_TABLE: (
+        shard_pb2.ShardServiceDropTableRequest,
+        U64,
+        shard_pb2.ShardServiceDropTableReply,
+        st.none(),
+    ),
+    methods.FREEZE: (
+        shard_pb2.FreezeRequest,
+        build(FreezeTable, table_id=U64, timeout_s=DOUBLE),
+        shard_pb2.FreezeReply,
+        LEDGER,
+    ),
+    methods.THAW: (shard_pb2.ThawRequest, U64, shard_pb2.ThawReply, st.none()),
+    methods.EXPORT_PAGES: (
+        shard_pb2.ExportPagesRequest,
+        build(types.ExportPages, **PAGES),
+        shard_pb2.ExportPagesReply,
+        build(types.PageBatch, **PAGES, arrays=st.dictionaries(TEXT, ROWS, max_size=3), ledger=LEDGER),
+    ),
+    methods.PULL_PAGES: (
+        shard_pb2.PullPagesRequest,
+        build(types.PullPages, **PAGES, source=SHARD_INFO),
+        shard_pb2.PullPagesReply,
+        build(types.PullReport, pages=U64, num_bytes=U64),
+    ),
+    methods.SET_VIEW: (shard_pb2.SetViewRequest, VIEW, shard_pb2.SetViewReply, st.none()),
+    methods.STATUS: (shard_pb2.StatusRequest, st.none(), shard_pb2.StatusReply, SHARD_STATUS),
+    methods.CREATE_TABLE: (pool_pb2.CreateTableRequest, SCHEMA, pool_pb2.CreateTableReply, VIEW),
+    methods.DROP_TABLE: (pool_pb2.DropTableRequest, TEXT, pool_pb2.DropTableReply, st.none()),
+    methods.GET_TABLE: (pool_pb2.GetTableRequest, TEXT, pool_pb2.GetTableReply, VIEW),
+    methods.LIST_TABLES: (
+        pool_pb2.ListTablesRequest,
+        st.none(),
+        pool_pb2.ListTablesReply,
+        st.lists(VIEW, max_size=2).map(tuple),
+    ),
+    methods.RESCALE: (
+        pool_pb2.RescaleRequest,
+        U32,
+        pool_pb2.RescaleReply,
+        build(
+            types.RescaleProgress,
+            shards_before=U32,
+            shards_after=U32,
+            pages_moved=U64,
+            pages_total=U64,
+            bytes_moved=U64,
+            bytes_total=U64,
+            table=TEXT,
+            done=st.booleans(),
+        ),
+    ),
+    methods.GET_STATUS: (
+        pool_pb2.GetStatusRequest,
+        st.none(),
+        pool_pb2.GetStatusReply,
+        build(
+            types.PoolStatus,
+            name=TEXT,
+            shards=st.lists(SHARD_STATUS, max_size=2).map(tuple),
+            tables=st.lists(VIEW, max_size=2).map(tuple),
+            rescaling=st.booleans(),
+        ),
+    ),
+}
+SIDES = [
+    pytest.param(codec, message, values, id=codec.name)
+    for method, (request, requests, reply, replies) in CASES.items()
+    for codec, message, values in ((method.request, request, requests), (method.reply, reply, replies))
+]
+
+
+def assert_same(a: Any, b: Any) -> None:
+    assert type(a) is type(b)
+    if isinstance(a, Tensor):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        assert torch.equal(a, b)
+    elif isinstance(a, np.ndarray):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    elif dataclasses.is_dataclass(a):
+        for field in dataclasses.fields(a):
+            assert_same(getattr(a, field.name), getattr(b, field.name))
+    elif isinstance(a, Mapping):
+        assert list(a) == list(b)
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, tuple):
+        assert len(a) == len(b)
+        for left, right in zip(a, b, strict=True):
+            assert_same(left, right)
+    else:
+        assert a == b
+
+
+def tensors_of(message: Message) -> list[tensor_pb2.Tensor]:
+    """The message's own tensors, not those of messages inside it."""
+    found: list[tensor_pb2.Tensor] = []
+    for field, value in message.ListFields():
+        if field.message_type is tensor_pb2.Tensor.DESCRIPTOR:
+            found += value if field.is_repeated else [value]
+    return found
+
+
+@pytest.mark.parametrize(("codec", "message", "values"), SIDES)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_bytes_are_protobufs_own(
+    codec: Codec[Any], message: type[Message], values: st.SearchStrategy[Any], data: st.DataObject
+) -> None:
+    value = data.draw(values)
+    frame = codec.encode(value)
+    parsed = message.FromString(frame)
+    # What is sent is what protobuf makes of the same message ...
+    assert parsed.SerializeToString(deterministic=True) == frame
+    assert_same(codec.decode(frame), value)
+    # ... and what protobuf sends without knowing of padding is read.
+    for tensor in tensors_of(parsed):
+        tensor.ClearField("padding")
+    plain = parsed.SerializeToString(deterministic=True)
+    assert_same(codec.decode(memoryview(plain)), value)
+
+
+@pytest.mark.parametrize(("codec", "message", "values"), SIDES)
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_broken_bytes_are_refused_or_read_as_protobuf_reads_them(
+    codec: Codec[Any], message: type[Message], values: st.SearchStrategy[Any], data: st.DataObject
+) -> None:
+    broken = bytearray(codec.encode(data.draw(values)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(broken)))
+        kind = data.draw(st.sampled_from(["cut", "set", "insert", "delete", "double"]))
+        if kind == "cut":
+            del broken[at:]
+        elif kind == "set" and at < len(broken):
+            broken[at] = data.draw(st.integers(0, 255))
+        elif kind == "insert":
+            broken[at:at] = data.draw(st.binary(max_size=12))
+        elif kind == "delete":
+            del broken[at : at + data.draw(st.integers(1, 8))]
+        else:
+            broken += broken[at:]
+    try:
+        value = codec.decode(bytes(broken))
+    except InvalidRequest:
+        return
+    # Accepted: then protobuf accepts it too, and another round trip changes nothing.
+    message.FromString(bytes(broken))
+    assert repr(codec.decode(codec.encode(value))) == repr(value)
+
+
+@given(junk=st.binary(max_size=200))
+@settings(max_examples=50, deadline=None)
+def test_junk_raises_nothing_but_invalid_request(junk: bytes) -> None:
+    for method in CASES:
+        for codec in (method.request, method.reply):
+            with contextlib.suppress(InvalidRequest):
+                codec.decode(junk)
+
+
+def test_every_rpc_has_its_method() -> None:
+    services = [
+        file.DESCRIPTOR.services_by_name[name]
+        for file, name in ((data_pb2, "MemoryService"), (shard_pb2, "ShardService"), (pool_pb2, "PoolService"))
+    ]
+    expected = {
+        f"/{service.full_name}/{rpc.name}": (rpc.input_type.name, rpc.output_type.name, rpc.server_streaming)
+        for service in services
+        for rpc in service.methods
+    }
+    found = {method.path: (method.request.name, method.reply.name, method.streams) for method in CASES}
+    assert found == expected
+    assert {value for value in vars(methods).values() if isinstance(value, Method)} == set(CASES)
+
+
+def test_a_malformed_reply_is_no_fault_of_the_caller() -> None:
+    with pytest.raises(Internal, match=r"answer to Gather cannot be read: GatherReply\.values is missing"):
+        methods.GATHER.decode_reply(b"")

@@ -1,0 +1,82 @@
+"""Schemas, placements and status that say something impossible are refused by name. Round trips: test_methods.py."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mempool.errors import InvalidRequest
+from mempool.types import OptimizerSpec, Placement, ShardInfo, ShardStatus, TableSchema, TableView
+from mempool.wire import pages, tables
+from mempool.wire.v1 import pool_pb2, shard_pb2, table_pb2
+
+SCHEMA = TableSchema(
+    table_id=1,
+    name="facts",
+    num_slots=100,
+    value_dim=20,
+    block_dim=10,
+    page_slots=16,
+    dtype="float32",
+    seed=0,
+    init_std=0.1,
+    stride=10,
+    layout="auto",
+    optimizer=OptimizerSpec(algorithm="adagrad", lr=0.1),
+)
+VIEW = TableView(
+    schema=SCHEMA,
+    placement=Placement(table_id=1, epoch=1, owners=np.zeros((7, 2), np.int32), key_owners=np.zeros(0, np.int32)),
+    shards=(ShardInfo(shard=0, address="127.0.0.1:1", incarnation=1),),
+)
+
+
+def create(change: dict[str, object]) -> bytes:
+    schema = tables.schema_message(SCHEMA)
+    for name, value in change.items():
+        if value is None:
+            schema.ClearField(name)  # type: ignore[arg-type]
+        else:
+            setattr(schema, name, value)
+    return pool_pb2.CreateTableRequest(schema=schema).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_slots": 0}, r"TableSchema\.num_slots is missing or 0; it must be at least 1"),
+        ({"block_dim": 0}, r"TableSchema\.block_dim is missing or 0"),
+        ({"page_slots": 0}, r"TableSchema\.page_slots is missing or 0"),
+        ({"dtype": 5}, r"TableSchema\.dtype is 5; expected one of 1 \(float32\), 2 \(bfloat16\)"),
+        ({"layout": 0}, r"TableSchema\.layout is 0; expected one of 1 \(auto\)"),
+        ({"layout": 77}, r"TableSchema\.layout is 77"),
+        ({"optimizer": None}, r"TableSchema\.optimizer is missing"),
+    ],
+)
+def test_a_wrong_schema_is_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        tables.CREATE_TABLE_REQUEST.decode(create(change))
+
+
+def test_absent_hyper_parameters_have_their_defaults() -> None:
+    message = table_pb2.OptimizerSpec(algorithm=table_pb2.ALGORITHM_ADAM, lr=0.5, beta1=0.0)
+    assert tables.optimizer_value(message) == OptimizerSpec(algorithm="adam", lr=0.5, beta1=0.0)
+
+
+def test_a_view_whose_placement_is_of_another_shape_is_refused() -> None:
+    placement = dataclasses.replace(VIEW.placement, owners=np.zeros((7, 3), np.int32))
+    frame = pages.SET_VIEW_REQUEST.encode(dataclasses.replace(VIEW, placement=placement))
+    with pytest.raises(
+        InvalidRequest, match=r"owners \(\(7, 3\), \(0,\)\); the schema of 'facts' has \(\(7, 2\), \(0,\)\)"
+    ):
+        pages.SET_VIEW_REQUEST.decode(frame)
+
+
+def test_an_unknown_state_is_not_sent() -> None:
+    with pytest.raises(InvalidRequest, match="state is 'asleep'; expected one of ready, starting, unreachable"):
+        pages.STATUS_REPLY.encode(ShardStatus(info=VIEW.shards[0], state="asleep"))
+
+
+def test_a_missing_view_is_named() -> None:
+    with pytest.raises(InvalidRequest, match=r"SetViewRequest\.view is missing"):
+        pages.SET_VIEW_REQUEST.decode(shard_pb2.SetViewRequest().SerializeToString())
