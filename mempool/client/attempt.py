@@ -3,29 +3,26 @@
 Knows the messages of the ``Shard`` protocol. Retries, views and deadlines are the router's.
 """
 
-import asyncio
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from mempool.client.bags import Bags
+from mempool.client.fanout import Fanout
 from mempool.client.plan import (
     Part,
     ShardRoute,
-    TablePlan,
     merge_candidates,
     merge_values,
     merge_weight_grads,
     pick_columns,
-    place_rows,
-    rows_of,
     split,
 )
-from mempool.errors import ContextMissing, Internal, MempoolError, Replan
+from mempool.client.row_calls import read_rows, write_rows
+from mempool.errors import ContextMissing, Internal
 from mempool.types import (
     CommitReply,
     CommitRequest,
@@ -36,8 +33,6 @@ from mempool.types import (
     GatherRequest,
     PrepareReply,
     PrepareRequest,
-    ProductKeySpec,
-    ReadRowsRequest,
     ScoreReply,
     ScoreRequest,
     ShardHost,
@@ -46,13 +41,8 @@ from mempool.types import (
     StepId,
     UpdateReply,
     UpdateRequest,
-    WriteRowsRequest,
 )
 from mempool.types.messages import ReplyDtype
-
-T = TypeVar("T")
-Call = Callable[[ShardHost, Envelope], Awaitable[T]]
-Dial = Callable[[ShardInfo], ShardHost]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -79,39 +69,19 @@ class LookupRecord:
     remembered_by: frozenset[tuple[int, int]]
 
 
-class Traffic:
-    """Tensor bytes of a router's requests and replies, headers not counted."""
-
-    __slots__ = ("bytes_received", "bytes_sent")
-
-    def __init__(self) -> None:
-        self.bytes_sent = 0
-        self.bytes_received = 0
-
-
 class Attempt:
     """The calls on one table, on one plan.
 
     Args:
-        plan: The plan; every request says its epoch and each shard's incarnation.
-        dial: Gives the host of a shard.
+        fanout: The way to the plan's shards.
         take_released: Gives the lookup ids that this shard may forget, once.
-        traffic: Is added to.
     """
 
-    def __init__(
-        self, plan: TablePlan, *, dial: Dial, take_released: Callable[[int], tuple[int, ...]], traffic: Traffic
-    ) -> None:
-        self.plan = plan
-        self._dial = dial
+    def __init__(self, fanout: Fanout, *, take_released: Callable[[int], tuple[int, ...]]) -> None:
+        self.plan = fanout.plan
+        self._fanout = fanout
+        self._traffic = fanout.traffic
         self._take_released = take_released
-        self._traffic = traffic
-        self._waiting: dict[int, str] = {}
-
-    @property
-    def waiting_for(self) -> tuple[tuple[int, str], ...]:
-        """(shard, address) of those that were asked and have not answered, ascending."""
-        return tuple(sorted(self._waiting.items()))
 
     async def gather(
         self, bags: Bags, *, lookup_id: int, remember: bool, reply_dtype: ReplyDtype
@@ -138,7 +108,7 @@ class Attempt:
             self._traffic.bytes_received += reply.values.nbytes
             return reply
 
-        replies = await self._each([(part.route.info, partial(ask, part)) for part in parts])
+        replies = await self._fanout.each([(part.route.info, partial(ask, part)) for part in parts])
         values = merge_values(
             self.plan,
             [(part.route, reply.values) for part, reply in zip(parts, replies, strict=True)],
@@ -206,7 +176,7 @@ class Attempt:
                     pass
             return await send(inline=True)
 
-        replies = await self._each([(part.route.info, partial(ask, part)) for part in parts])
+        replies = await self._fanout.each([(part.route.info, partial(ask, part)) for part in parts])
         if not want_weight_grad:
             return None
         grads_of_parts = []
@@ -230,7 +200,7 @@ class Attempt:
                 )
             )
 
-        replies = await self._each([(owner, partial(ask, owner)) for owner in self.plan.owners])
+        replies = await self._fanout.each([(owner, partial(ask, owner)) for owner in self.plan.owners])
         return {owner.shard: reply for owner, reply in zip(self.plan.owners, replies, strict=True)}
 
     async def commit(
@@ -250,7 +220,7 @@ class Attempt:
                 )
             )
 
-        replies = await self._each([(owner, partial(ask, owner)) for owner in self.plan.owners])
+        replies = await self._fanout.each([(owner, partial(ask, owner)) for owner in self.plan.owners])
         return {owner.shard: reply for owner, reply in zip(self.plan.owners, replies, strict=True)}
 
     async def discard(self, step_id: StepId) -> None:
@@ -259,7 +229,7 @@ class Attempt:
         async def ask(host: ShardHost, envelope: Envelope) -> object:
             return await host.discard(DiscardRequest(envelope=envelope, step_id=step_id))
 
-        await self._each([(owner, ask) for owner in self.plan.owners])
+        await self._fanout.each([(owner, ask) for owner in self.plan.owners])
 
     async def score(self, queries: Tensor, *, topk: int) -> tuple[Tensor, Tensor, Seen]:
         """Top-k of the table's keys by (score descending, id ascending): scores [B, H, K] float32, ids [B, H, K] int64.
@@ -276,14 +246,14 @@ class Attempt:
 
         if isinstance(self.plan.schema.keys, FlatKeySpec):
             owners = [route.info for route in self.plan.routes if route.blocks[0] == 0]
-            replies = await self._each([(owner, ask) for owner in owners])
+            replies = await self._fanout.each([(owner, ask) for owner in owners])
             scores, ids = merge_candidates(
                 [reply.scores for reply in replies], [reply.ids for reply in replies], topk=topk
             )
             return scores, ids, self._seen([reply.stamp for reply in replies])
         shape = (queries.shape[0], queries.shape[1], topk)
         scores, ids = torch.empty(shape, dtype=torch.float32), torch.empty(shape, dtype=torch.int64)
-        replies = await self._each([(owner, ask) for owner, _ in self.plan.head_owners])
+        replies = await self._fanout.each([(owner, ask) for owner, _ in self.plan.head_owners])
         for (owner, heads), reply in zip(self.plan.head_owners, replies, strict=True):
             if reply.heads != heads:
                 raise Internal(f"shard {owner.shard} answered heads {reply.heads}; it owns {heads}.")
@@ -292,87 +262,11 @@ class Attempt:
 
     async def read_rows(self, array: str, ids: Tensor) -> Tensor:
         """Rows [M, ..] of a named array in its dtype; ids: [M] int64, slots, or heads for the keys of product keys."""
-        targets = self._row_targets(array, ids)
-
-        async def ask(target: "_RowTarget", host: ShardHost, envelope: Envelope) -> Tensor:
-            request_ids = ids if target.kept is None else ids[target.kept]
-            self._traffic.bytes_sent += request_ids.nbytes
-            reply = await host.read_rows(ReadRowsRequest(envelope=envelope, array=array, ids=request_ids))
-            self._traffic.bytes_received += reply.rows.nbytes
-            return reply.rows
-
-        replies = await self._each([(target.info, partial(ask, target)) for target in targets])
-        return self._merged_rows(array, ids, targets, replies)
+        return await read_rows(self._fanout, array, ids)
 
     async def write_rows(self, array: str, ids: Tensor, rows: Tensor) -> None:
         """Overwrite rows [M, ..] of a named array, in the table's order of columns."""
-
-        async def ask(target: "_RowTarget", host: ShardHost, envelope: Envelope) -> object:
-            kept_ids, kept_rows = (ids, rows) if target.kept is None else (ids[target.kept], rows[target.kept])
-            if target.route is not None and array != "keys":
-                kept_rows = self._columns_to_write(target.route, kept_rows)
-            self._traffic.bytes_sent += kept_ids.nbytes + kept_rows.nbytes
-            return await host.write_rows(
-                WriteRowsRequest(
-                    envelope=envelope, array=array, ids=kept_ids, blocks=self._row_blocks(array, target), rows=kept_rows
-                )
-            )
-
-        targets = self._row_targets(array, ids)
-        await self._each([(target.info, partial(ask, target)) for target in targets])
-
-    def _row_targets(self, array: str, ids: Tensor) -> list["_RowTarget"]:
-        schema = self.plan.schema
-        if array == "keys" and isinstance(schema.keys, ProductKeySpec):
-            owners = torch.tensor(self.plan.view.placement.key_owners)[ids]
-            everyone = [
-                _RowTarget(info=info, route=None, kept=torch.nonzero(owners == info.shard).reshape(-1))
-                for info, _ in self.plan.head_owners
-            ]
-        else:
-            everyone = [
-                _RowTarget(info=route.info, route=route, kept=rows_of(route, ids, schema=schema))
-                for route in self.plan.routes
-                if array != "keys" or route.blocks[0] == 0
-            ]
-        # Of no ids at all everybody is asked: the width of a row is theirs to say.
-        return [target for target in everyone if target.kept is None or target.kept.numel() or not ids.numel()]
-
-    def _merged_rows(
-        self, array: str, ids: Tensor, targets: Sequence["_RowTarget"], replies: Sequence[Tensor]
-    ) -> Tensor:
-        schema, first = self.plan.schema, replies[0]
-        if len(targets) == 1 and targets[0].kept is None and targets[0].route is not None and targets[0].route.whole:
-            return first
-        if array == "keys":
-            rows = torch.empty(ids.shape[0], first.shape[1], dtype=first.dtype)
-            for target, reply in zip(targets, replies, strict=True):
-                at = torch.arange(ids.shape[0]) if target.kept is None else target.kept
-                if target.route is None:
-                    rows[at] = reply
-                else:
-                    mine = self.plan.page_owners[ids[at] >> schema.page_shift, 0] == target.info.shard
-                    rows[at[mine]] = reply[mine]
-            return rows
-        route = targets[0].route
-        assert route is not None  # only keys are without
-        # Where both widths are one number, every block is one column wide and both are one layout.
-        per_block = first.shape[1] != route.width
-        rows = torch.empty(ids.shape[0], schema.num_blocks if per_block else schema.value_dim, dtype=first.dtype)
-        for target, reply in zip(targets, replies, strict=True):
-            assert target.route is not None
-            place_rows(self.plan, rows, ids, route=target.route, kept=target.kept, rows=reply, per_block=per_block)
-        return rows
-
-    def _columns_to_write(self, route: ShardRoute, rows: Tensor) -> Tensor:
-        if rows.shape[1] == self.plan.schema.value_dim:
-            return pick_columns(route, rows)
-        return rows[:, list(route.blocks)]
-
-    def _row_blocks(self, array: str, target: "_RowTarget") -> tuple[int, ...]:
-        if target.route is None:
-            return ()
-        return (0,) if array == "keys" else target.route.blocks
+        await write_rows(self._fanout, array, ids, rows)
 
     def _sequences(self, owner: ShardInfo, sequences: tuple[int, ...]) -> tuple[int, ...]:
         """Owners of key pages alone hold no updates, but their ledger follows."""
@@ -384,49 +278,6 @@ class Attempt:
             epoch=self.plan.epoch, oldest_version=min(versions, default=0), newest_version=max(versions, default=0)
         )
 
-    async def _each(self, calls: Sequence[tuple[ShardInfo, Call[T]]]) -> list[T]:
-        """All calls together, replies in their order. One that fails ends the others, and the gravest error is
-        raised.
-        """
-        if len(calls) == 1:
-            return [await self._one(*calls[0])]
-        tasks = [asyncio.ensure_future(self._one(info, call)) for info, call in calls]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        errors = [error for task in tasks if not task.cancelled() and (error := task.exception()) is not None]
-        if errors:
-            raise min(errors, key=_leniency)
-        return [task.result() for task in tasks]
-
-    async def _one(self, info: ShardInfo, call: Call[T]) -> T:
-        envelope = Envelope(table_id=self.plan.schema.table_id, epoch=self.plan.epoch, incarnation=info.incarnation)
-        self._waiting[info.shard] = info.address
-        try:
-            reply = await call(self._dial(info), envelope)
-        except MempoolError as error:
-            self._waiting.pop(info.shard, None)
-            if error.shard is None:
-                error.shard = info.shard
-            if error.address is None:
-                error.address = info.address or None
-            raise
-        # A cancelled call stays among those waited for: that is what a timeout names.
-        self._waiting.pop(info.shard, None)
-        return reply
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _RowTarget:
-    """One shard of a read or write of rows. route: None for key pages. kept: positions of its ids; None where all."""
-
-    info: ShardInfo
-    route: ShardRoute | None
-    kept: Tensor | None
-
 
 def _no_bags(bags: Bags) -> Bags:
     """No bags at all, of the same dtypes; ``bags`` has no pairs."""
@@ -436,12 +287,3 @@ def _no_bags(bags: Bags) -> Bags:
 def _require_blocks(blocks: tuple[int, ...], route: ShardRoute) -> None:
     if blocks != route.blocks:
         raise Internal(f"shard {route.shard} answered blocks {blocks} under a placement that gives it {route.blocks}.")
-
-
-def _leniency(error: BaseException) -> int:
-    """Errors that trying again cannot heal come first: a lost page is not hidden behind a slow shard."""
-    if not isinstance(error, MempoolError):
-        return 0
-    if not error.retryable:
-        return 1
-    return 2 if isinstance(error, Replan) else 3

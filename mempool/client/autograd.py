@@ -18,6 +18,9 @@ from mempool.client.bags import Bags
 class Link(Protocol):
     """What this module asks of a table."""
 
+    @property
+    def value_dim(self) -> int: ...
+
     def send_gather(self, bags: Bags, *, remember: bool) -> tuple[Tensor, LookupRecord]: ...
 
     def send_update(
@@ -86,24 +89,30 @@ class _PooledGather(torch.autograd.Function):
         # Nothing goes through save_for_backward: what is kept are private copies that nobody writes over, and an update
         # must name the lookup that shards remember even if activation checkpointing runs the forward pass again.
         bags = Bags(ids=ids, weights=link.wire_weights(weights), offsets=offsets)
+        ctx.link, ctx.record, ctx.lease = link, None, None
+        if weights is not None:
+            ctx.weights_dtype, ctx.weights_device = weights.dtype, weights.device
+        if not bags.num_pairs:
+            return torch.zeros(bags.num_bags, link.value_dim, device=device)
         values, record = link.send_gather(bags, remember=remember)
-        ctx.link, ctx.record, ctx.lease = link, record, None
+        ctx.record = record
         if record.remembered_by:
             ctx.lease = _Lease()
             weakref.finalize(ctx.lease, link.release(record)).atexit = False
-        if weights is not None:
-            ctx.weights_dtype, ctx.weights_device = weights.dtype, weights.device
         return values.to(device)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
         want_weight_grad = ctx.needs_input_grad[1]
-        weight_grad = ctx.link.send_update(
-            ctx.record, grads, hold=_trains_values(ctx), want_weight_grad=want_weight_grad
-        )
-        if want_weight_grad:
-            weight_grad = weight_grad.to(device=ctx.weights_device, dtype=ctx.weights_dtype)
+        weight_grad = torch.zeros(0)
+        if ctx.record is not None:
+            weight_grad = ctx.link.send_update(
+                ctx.record, grads, hold=_trains_values(ctx), want_weight_grad=want_weight_grad
+            )
+        if not want_weight_grad:
+            return (None,) * 7
+        weight_grad = weight_grad.to(device=ctx.weights_device, dtype=ctx.weights_dtype)
         return None, weight_grad, None, None, None, None, None
 
 

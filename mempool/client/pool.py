@@ -11,7 +11,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from mempool.client.attempt import Dial
+from mempool.client.fanout import Dial
 from mempool.client.router import Router
 from mempool.client.session import Session
 from mempool.client.table import Table

@@ -15,8 +15,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mempool.client.attempt import Attempt, Dial, LookupRecord, Seen, Traffic
+from mempool.client.attempt import Attempt, LookupRecord, Seen
 from mempool.client.bags import Bags
+from mempool.client.fanout import Dial, Fanout, Traffic
 from mempool.client.lookup import Lookup
 from mempool.client.plan import TablePlan, make_plan, newer_view
 from mempool.client.retry import Backoff, GiveUp, Retry
@@ -240,27 +241,21 @@ class Router:
 
         ``once`` may be cut off anywhere and run again on another plan, so all it sends must bear repetition.
         """
-        attempt: Attempt | None = None
+        fanout: Fanout | None = None
 
         async def run() -> T:
-            nonlocal attempt
-            plan = await self._plan(table_id)
-            attempt = Attempt(
-                plan,
-                dial=self._dial,
-                take_released=lambda shard: self._take_released(table_id, shard),
-                traffic=self.traffic,
-            )
-            return await once(attempt)
+            nonlocal fanout
+            fanout = Fanout(await self._plan(table_id), dial=self._dial, traffic=self.traffic)
+            return await once(Attempt(fanout, take_released=lambda shard: self._take_released(table_id, shard)))
 
         async def refresh() -> None:
-            if attempt is not None:
-                await self._refresh(attempt.plan)
+            if fanout is not None:
+                await self._refresh(fanout.plan)
 
         known = self._plans.get(table_id)
         name = f"with id {table_id}" if known is None else known.schema.name
         return await self.retried(
-            name, run, refresh=refresh, waiting_for=lambda: attempt.waiting_for if attempt else (), timeout_s=timeout_s
+            name, run, refresh=refresh, waiting_for=lambda: fanout.waiting_for if fanout else (), timeout_s=timeout_s
         )
 
     async def retried(

@@ -179,10 +179,15 @@ def ranks(scores: Tensor) -> Tensor:
     return (ordered << _RANK_BITS) | (_LOW_MASK - positions)
 
 
+def positions(best: Tensor) -> Tensor:
+    """The positions that ranks were made of."""
+    return _LOW_MASK - (best & _LOW_MASK)
+
+
 def select_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See mempool.kernels.select_topk."""
     best = torch.topk(ranks(scores), k, dim=-1).values
-    index = _LOW_MASK - (best & _LOW_MASK)
+    index = positions(best)
     return scores.gather(-1, index), index
 
 

@@ -80,11 +80,10 @@ def _best_gift(
     need, left = need_S[shards][:, None], left_C[blocks][None, :]
     amount = np.minimum(np.minimum(need, left), excess)
     new_pairs = (owned_SC[np.ix_(shards, blocks)] == 0).astype(np.int64) - (amount == left)
-    settles_both = (amount == left) & (amount == need)
     # Whole holdings: the largest first. Parts: the smallest need from the smallest holding leaves the fewest.
     unit = int(left.max()) + 1
     size = np.where(new_pairs > 0, amount * unit + left, -amount * unit)
-    best = int(((2 * new_pairs - settles_both) * (2 * unit * unit) + size).argmin())
+    best = int((new_pairs * (4 * unit * unit) + size).argmin())
     i, j = divmod(best, blocks.size)
     return int(new_pairs[i, j]), int(amount[i, j]), int(shards[i]), int(blocks[j])
 

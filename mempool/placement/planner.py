@@ -12,7 +12,7 @@ from mempool.errors import InvalidRequest
 from mempool.placement.assignment import MAX_SHARD, Assignment, Int32Array
 from mempool.placement.layouts import by_columns, by_grid, by_rows
 from mempool.placement.pages import by_pages
-from mempool.placement.runs import Int64Array, Runs, compress, count_pages
+from mempool.placement.runs import Int64Array, Runs, compress, count_pages, positions
 from mempool.placement.transport import assign, bounds
 from mempool.types.schema import Layout
 
@@ -79,8 +79,8 @@ def plan(
                 "plan with None to place a new table."
             )
         given = compress(present.owners)
-        runs = Runs(starts=given.starts, owners_RC=_indices(given.owners_RC, ids=ids))
-        key_owner_H = _indices(present.key_owners, ids=ids)
+        runs = Runs(starts=given.starts, owners_RC=positions(given.owners_RC, ids=ids))
+        key_owner_H = positions(present.key_owners, ids=ids)
 
     target = _place(runs, num_shards=ids.size, layout=layout)
     loads_S = count_pages(target, num_shards=ids.size).sum(axis=1)
@@ -111,13 +111,6 @@ def _place_keys(owner_H: Int32Array, *, loads_S: Int64Array) -> Int64Array:
     keep_HS = (owner_H[:, None] == np.arange(num_shards)) * move - rank_S
     low, high = bounds(owner_H.size, num_shards)
     return assign(keep_HS, low=low, high=high)
-
-
-def _indices(owners: Int32Array, *, ids: Int32Array) -> Int32Array:
-    """Positions of the owners in ``ids``; -1 for owners that are not there."""
-    position = np.minimum(np.searchsorted(ids, owners), ids.size - 1).astype(np.int32)
-    position[ids[position] != owners] = -1
-    return position
 
 
 def _shard_ids(shards: Sequence[int]) -> Int32Array:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mempool.placement.assignment import Assignment
-from mempool.placement.runs import Runs, compress, count_pages
+from mempool.placement.runs import Runs, compress, count_pages, distinct, positions
 
 __all__ = ["Route", "routes"]
 
@@ -34,8 +34,8 @@ class Route:
 def routes(assignment: Assignment) -> dict[int, Route]:
     """The route of every shard that owns a page, by shard id ascending; owners of key pages alone have none."""
     runs = compress(assignment.owners)
-    ids, index = np.unique(runs.owners_RC, return_inverse=True)
-    index_RC = index.reshape(runs.owners_RC.shape).astype(np.int32)
+    ids = distinct(runs)
+    index_RC = positions(runs.owners_RC, ids=ids)
     runs = Runs(starts=runs.starts, owners_RC=index_RC)
     pages_SC = count_pages(runs, num_shards=ids.size)
     needs_SR = np.zeros((ids.size, len(index_RC)), dtype=np.bool_)

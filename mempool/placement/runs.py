@@ -10,11 +10,12 @@ import numpy.typing as npt
 
 from mempool.placement.assignment import Int32Array
 
-__all__ = ["Int64Array", "Runs", "compress", "count_pages", "refine"]
+__all__ = ["Int64Array", "Runs", "compress", "count_pages", "distinct", "positions", "refine"]
 
 Int64Array = npt.NDArray[np.int64]
 
 _CHUNK_ROWS = 8192
+_MAX_TABLE_ID = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,10 +62,32 @@ def refine(runs: Runs, cuts: Int64Array) -> Runs:
     return Runs(starts=starts, owners_RC=runs.owners_RC[source])
 
 
+def positions(owners: Int32Array, *, ids: Int32Array) -> Int32Array:
+    """Positions of owners in the ascending ``ids``, in the same shape; -1 for owners that are not there."""
+    highest = max(int(ids[-1]), int(owners.max(initial=0)))
+    if highest < _MAX_TABLE_ID:  # a look-up is several times faster than a search
+        position_of = np.full(highest + 1, -1, dtype=np.int32)
+        position_of[ids] = np.arange(ids.size)
+        return position_of[owners]
+    position = np.minimum(np.searchsorted(ids, owners), ids.size - 1).astype(np.int32)
+    position[ids[position] != owners] = -1
+    return position
+
+
+def distinct(runs: Runs) -> Int32Array:
+    """The shard ids that own anything, ascending."""
+    chunks = range(0, len(runs.owners_RC), _CHUNK_ROWS)
+    return np.unique(np.concatenate([np.unique(runs.owners_RC[begin : begin + _CHUNK_ROWS]) for begin in chunks]))
+
+
 def count_pages(runs: Runs, *, num_shards: int) -> Int64Array:
     """Pages by shard and block, ``[S, C]``; owners are indices below ``num_shards``, -1 counts for nobody."""
     num_blocks = runs.owners_RC.shape[1]
-    cell = (runs.owners_RC.astype(np.int64) + 1) * num_blocks + np.arange(num_blocks)
-    weights = np.broadcast_to(runs.lengths[:, None], cell.shape)
-    counts = np.bincount(cell.ravel(), weights=weights.ravel(), minlength=(num_shards + 1) * num_blocks)
-    return counts.astype(np.int64).reshape(num_shards + 1, num_blocks)[1:]
+    lengths = runs.lengths
+    counts = np.zeros((num_shards + 1) * num_blocks, dtype=np.int64)
+    for begin in range(0, len(runs.owners_RC), _CHUNK_ROWS):
+        chunk = slice(begin, begin + _CHUNK_ROWS)
+        cell = (runs.owners_RC[chunk].astype(np.int64) + 1) * num_blocks + np.arange(num_blocks)
+        weights = np.broadcast_to(lengths[chunk, None], cell.shape)
+        counts += np.bincount(cell.ravel(), weights=weights.ravel(), minlength=counts.size).astype(np.int64)
+    return counts.reshape(num_shards + 1, num_blocks)[1:]

@@ -6,8 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from mempool.placement.assignment import Assignment
-from mempool.placement.runs import Int64Array, Runs, compress, count_pages
+from mempool.placement.assignment import Assignment, Int32Array
+from mempool.placement.runs import Int64Array, Runs, compress, count_pages, distinct, positions
 
 __all__ = ["LayoutKind", "ShardSummary", "describe", "layout_kind"]
 
@@ -62,11 +62,11 @@ def layout_kind(assignment: Assignment) -> LayoutKind:
     return _kind(runs, count_pages(runs, num_shards=ids.size))
 
 
-def _indexed(assignment: Assignment, *, shards: Sequence[int]) -> tuple[Runs, Int64Array]:
+def _indexed(assignment: Assignment, *, shards: Sequence[int]) -> tuple[Runs, Int32Array]:
     runs = compress(assignment.owners)
-    named = np.array(shards, dtype=np.int64)
-    ids = np.unique(np.concatenate([np.unique(runs.owners_RC).astype(np.int64), assignment.key_owners, named]))
-    return Runs(starts=runs.starts, owners_RC=np.searchsorted(ids, runs.owners_RC).astype(np.int32)), ids
+    named = np.array(shards, dtype=np.int32)
+    ids = np.unique(np.concatenate([distinct(runs), assignment.key_owners, named]))
+    return Runs(starts=runs.starts, owners_RC=positions(runs.owners_RC, ids=ids)), ids
 
 
 def _kind(runs: Runs, pages_SC: Int64Array) -> LayoutKind:

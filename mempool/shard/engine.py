@@ -28,8 +28,7 @@ from mempool.shard import commits, validate
 from mempool.shard.contexts import Contexts
 from mempool.shard.held import Budget, HeldUpdate
 from mempool.shard.hosted import HostedTable, Parked
-from mempool.shard.pulls import pull
-from mempool.shard.staging import export
+from mempool.shard.staging import export, pull
 from mempool.shard.thread import EngineThread
 from mempool.types import (
     AttachTable,

@@ -1,9 +1,9 @@
 """Pages on their way to this shard: staged beside those that answer, adopted with the view that gives them to it.
 
-Reading them from their present owner is the engine's work.
+Pulling them is done in batches that hold up neither shard for long.
 """
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from mempool.errors import DataLoss, Internal, InvalidRequest
-from mempool.shard.arrays import HEAD_KEYS, Blocks
+from mempool.shard.arena import HEAD_KEYS, Blocks
 from mempool.shard.table import Mask, Table
-from mempool.types import ExportPages, Ledger, PageBatch, Placement
+from mempool.types import ExportPages, Ledger, PageBatch, Placement, PullPages, PullReport, ShardHost
 
 RowPages = npt.NDArray[np.int64]
 
@@ -286,3 +286,42 @@ def _check_batch(table: Table, batch: PageBatch) -> None:
             f"pages of table {table.schema.name!r} came as {got}, and its schema says {expected}; do all shards run "
             "the same version of mempool?"
         )
+
+
+async def pull(
+    request: PullPages, *, source: ShardHost, page_bytes: int, stage: Callable[[PageBatch], Awaitable[int]]
+) -> PullReport:
+    """Read the pages of ``request`` from ``source`` and stage them.
+
+    Args:
+        request: What to pull.
+        source: The shard that owns the pages.
+        page_bytes: Bytes of one row page with the blocks asked for; a batch is about 16 MiB.
+        stage: Stages a batch and returns its bytes.
+
+    Raises:
+        Internal: The source answered other pages than it was asked for.
+    """
+    batches = [_asked(request, rows=request.row_pages[piece]) for piece in pieces(len(request.row_pages), page_bytes)]
+    batches += [_asked(request, head=head) for head in request.key_pages]
+    num_bytes = 0
+    for asked in batches:
+        batch = await source.export_pages(asked)
+        if (
+            batch.table_id != asked.table_id
+            or not np.array_equal(batch.row_pages, asked.row_pages)
+            or (batch.blocks, batch.key_pages) != (asked.blocks, asked.key_pages)
+        ):
+            raise Internal(f"shard {request.source.shard} answered other pages than it was asked for")
+        num_bytes += await stage(batch)
+    pages = len(request.row_pages) * len(request.blocks) + len(request.key_pages)
+    return PullReport(pages=pages, num_bytes=num_bytes)
+
+
+def _asked(request: PullPages, *, rows: npt.NDArray[np.int64] | None = None, head: int | None = None) -> ExportPages:
+    return ExportPages(
+        table_id=request.table_id,
+        row_pages=np.empty(0, dtype=np.int64) if rows is None else rows,
+        blocks=() if rows is None else request.blocks,
+        key_pages=() if head is None else (head,),
+    )

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from mempool import kernels
-from mempool.shard.arena import Arena, pieces
-from mempool.shard.arrays import (
+from mempool.shard.arena import (
     KEYS,
+    Arena,
     Blocks,
     NamedArray,
     half_keys,
@@ -23,6 +23,7 @@ from mempool.shard.arrays import (
     initial_rows,
     key_dim,
     named_arrays,
+    pieces,
 )
 from mempool.types import FlatKeySpec, Placement, ProductKeySpec, TableSchema
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mempool.errors import ContextMissing, InvalidRequest
-from mempool.shard.arrays import KEYS, Blocks, key_dim
+from mempool.shard.arena import KEYS, Blocks, key_dim
 from mempool.shard.table import Bags, Table
 from mempool.types import (
     CommitRequest,

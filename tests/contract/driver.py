@@ -177,8 +177,8 @@ class Driver:
 
     def create(self, schema: TableSchema, owners: Any = "one", key_owners: Any = ()) -> "Driver":
         """Make the table on every shard, each with the pages it owns."""
-        self.view = self.make_view(schema, LAYOUTS.get(owners, owners) if isinstance(owners, str) else owners,
-                                   key_owners, epoch=1)
+        owners = LAYOUTS[owners] if isinstance(owners, str) else owners
+        self.view = self.make_view(schema, owners, key_owners, epoch=1)
         for shard in range(len(self.hosted)):
             mode = "initialise" if shard in self.owners else "empty"
             self.call(self.host(shard).attach_table(AttachTable(view=self.view, mode=mode)))  # type: ignore[arg-type]
@@ -199,7 +199,9 @@ class Driver:
                 row_pages = np.flatnonzero((moved == pattern).all(axis=1))
                 if pattern.any():
                     blocks = tuple(np.flatnonzero(pattern).tolist())
-                    requests.append((dest, PullPages(table_id=self.table_id, source=info, row_pages=row_pages, blocks=blocks)))
+                    requests.append(
+                        (dest, PullPages(table_id=self.table_id, source=info, row_pages=row_pages, blocks=blocks))
+                    )
             heads = tuple(np.flatnonzero((old.key_owners == source) & (new.key_owners == dest)).tolist())
             if heads:
                 none = np.empty(0, dtype=np.int64)
@@ -319,7 +321,9 @@ class Driver:
 
     def prepare(self, step: int, sequences: Sequence[int], *, want_norm: bool = True) -> dict[int, PrepareReply]:
         return {
-            shard: self.call(self.host(shard).prepare(self.prepare_request(shard, step, sequences, want_norm=want_norm)))
+            shard: self.call(
+                self.host(shard).prepare(self.prepare_request(shard, step, sequences, want_norm=want_norm))
+            )
             for shard in self.owners
         }
 
@@ -355,7 +359,9 @@ class Driver:
             replies[shard] = self.call(self.host(shard).discard(request)).discarded
         return replies
 
-    def train(self, step: int, lookups: Mapping[int, tuple[Bags, Tensor]], *, want_norm: bool = True, **how: Any) -> None:
+    def train(
+        self, step: int, lookups: Mapping[int, tuple[Bags, Tensor]], *, want_norm: bool = True, **how: Any
+    ) -> None:
         """One whole step: sequence -> (bags, gradient of their sums)."""
         for sequence, (bags, grads) in lookups.items():
             self.gather(bags)
@@ -426,8 +432,8 @@ def same(left: Any, right: Any) -> bool:
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what is expected."""
-    expected = expected.double()
-    return float((got.double() - expected).norm() / expected.norm().clamp(min=1e-12))
+    got, expected = got.detach().double(), expected.detach().double()
+    return float((got - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
 def reference_sums(values_NV: Tensor, bags: Bags) -> Tensor:

@@ -41,11 +41,13 @@ def test_an_update_of_an_applied_step_is_answered_and_not_held(driver: Driver) -
     before = driver.contents()
     weight_grad = driver.update(3, 0, GRADS)
     values = driver.read()
-    expected = torch.stack([
-        GRADS[bag] @ values[bags.ids[pair]]
-        for bag in range(4)
-        for pair in range(int(bags.offsets[bag]), int(bags.offsets[bag + 1]))
-    ])
+    expected = torch.stack(
+        [
+            GRADS[bag] @ values[bags.ids[pair]]
+            for bag in range(4)
+            for pair in range(int(bags.offsets[bag]), int(bags.offsets[bag + 1]))
+        ]
+    )
     torch.testing.assert_close(weight_grad, expected)
     driver.update(2, 9, GRADS)
     assert same(driver.contents(), before)

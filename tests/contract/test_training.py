@@ -31,19 +31,27 @@ class Oracle:
         ones = torch.ones(bags.ids.shape[0], dtype=torch.float64)
         weights = (ones if bags.weights is None else bags.weights.double()).requires_grad_()
         sums = torch.nn.functional.embedding_bag(
-            bags.ids, self.values, bags.offsets, mode="sum", per_sample_weights=weights, sparse=True,
+            bags.ids,
+            self.values,
+            bags.offsets,
+            mode="sum",
+            per_sample_weights=weights,
+            sparse=True,
             include_last_offset=True,
         )
-        sums.backward(grads_BV.double())
+        with torch.sparse.check_sparse_tensor_invariants():
+            sums.backward(grads_BV.double())
         assert weights.grad is not None
         return weights.grad
 
     def step(self, lr: float, grad_scale: float) -> None:
         assert self.values.grad is not None
-        self.values.grad = self.values.grad.coalesce() * grad_scale
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.step()
+        # torch warns of the checks it leaves out unless told which way; they are wanted here.
+        with torch.sparse.check_sparse_tensor_invariants():
+            self.values.grad = self.values.grad.coalesce() * grad_scale
+            self.optimizer.step()
         self.optimizer.zero_grad()
 
 
@@ -74,7 +82,10 @@ def _optimizer(schema: TableSchema, values_NV: Tensor) -> torch.optim.Optimizer:
         return torch.optim.SGD([values_NV], lr=spec.lr)
     if spec.algorithm == "adagrad":
         return torch.optim.Adagrad(
-            [values_NV], lr=spec.lr, eps=spec.eps, lr_decay=spec.lr_decay,
+            [values_NV],
+            lr=spec.lr,
+            eps=spec.eps,
+            lr_decay=spec.lr_decay,
             initial_accumulator_value=spec.initial_accumulator_value,
         )
     if spec.algorithm == "adam":

@@ -11,14 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mempool.kernels import torch_ops
 from mempool.kernels.arguments import Paged
 from mempool.kernels.gpu.elements import STRICT, contiguous, load, locate, storage
 
 _QUERY_TILE = 16
 _KEY_TILE = 64
-_SELECT_CHUNK = 1024
 # Scores that one program of the selection holds, of one row or several.
-_SELECT_ELEMENTS = 2048
+_SELECT_CHUNK = 4096
+# Winners are taken out one after the other; for more of them sorting is cheaper, and torch's own does it.
+_LARGEST_K = 256
 # Scores of flat keys held at once.
 _SCRATCH_ELEMENTS = 1 << 24
 _LOWEST_RANK = tl.constexpr(-(2**63))
@@ -35,80 +37,89 @@ def _ranks(score, position):
 
 @triton.jit(do_not_specialize=["num_rows", "num_scores", "half_k", "k"])
 def select_kernel(
-    scores1,
-    scores2,
-    index,
+    source,
+    other,
+    best,
     num_rows,
     num_scores,
     half_k,
     k,
-    PRODUCT: tl.constexpr,
+    SOURCE: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
-    K: tl.constexpr,
 ):
-    """ROWS rows a program: the best positions of scores1 or (PRODUCT) of the grid of sums scores1[a] + scores2[b].
+    """The k best ranks of a chunk of ROWS rows, descending: best [M, chunks, k], the lowest rank where there are fewer.
 
-    Chunk by chunk, keeping the best K (k rounded up to a power of two) ranks in descending order.
+    SOURCE says what a row is made of: "scores" source[M, num_scores]; "grid" the sums of source[M, half_k] (rows of the
+    grid) and other[M, half_k] (columns); "ranks" source[M, num_scores], ranks from chunks before.
     """
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    chunk = tl.program_id(1).to(tl.int64)
+    position = chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
     row_mask = row < num_rows
-    best = tl.full([ROWS, K], _LOWEST_RANK, dtype=tl.int64)
-    for start in range(0, num_scores, CHUNK):
-        position = (start + tl.arange(0, CHUNK))[None, :]
-        mask = row_mask & (position < num_scores)
-        if PRODUCT:
-            score = tl.load(scores1 + row * half_k + position // half_k, mask=mask, other=0.0)
-            score += tl.load(scores2 + row * half_k + position % half_k, mask=mask, other=0.0)
+    mask = row_mask & (position < num_scores)
+    if SOURCE == "ranks":
+        ranks = tl.load(source + row * num_scores + position, mask=mask, other=_LOWEST_RANK)
+    else:
+        if SOURCE == "grid":
+            score = tl.load(source + row * half_k + position // half_k, mask=mask, other=0.0)
+            score += tl.load(other + row * half_k + position % half_k, mask=mask, other=0.0)
         else:
-            score = tl.load(scores1 + row * num_scores + position, mask=mask, other=0.0)
-        ranks = tl.where(mask, _ranks(score, position.to(tl.int64)), _LOWEST_RANK)
-        found = tl.topk(ranks, K)
-        best = tl.topk(tl.reshape(tl.join(best, found), [ROWS, 2 * K]), K)
-    places = tl.arange(0, K)[None, :]
-    tl.store(index + row * k + places, 4294967295 - (best & 4294967295), mask=row_mask & (places < k))
+            score = tl.load(source + row * num_scores + position, mask=mask, other=0.0)
+        ranks = tl.where(mask, _ranks(score, position), _LOWEST_RANK)
+    out = best + (row * tl.num_programs(1) + chunk) * k
+    for place in range(k):
+        highest = tl.max(ranks, axis=1)[:, None]
+        tl.store(out + place, highest, mask=row_mask)
+        ranks = tl.where(ranks == highest, _LOWEST_RANK, ranks)
 
 
-def _select(scores1: Tensor, scores2: Tensor, *, num_scores: int, k: int, product: bool) -> Tensor:
-    num_rows, half_k = scores1.shape
-    index = torch.empty(num_rows, k, dtype=torch.int64, device=scores1.device)
-    if num_rows:
-        k_tile = max(2, int(triton.next_power_of_2(k)))
-        chunk = max(k_tile, min(_SELECT_CHUNK, int(triton.next_power_of_2(num_scores))))
-        rows_tile = max(1, min(_SELECT_ELEMENTS // chunk, int(triton.next_power_of_2(num_rows))))
-        with torch.cuda.device_of(scores1):
-            select_kernel[(triton.cdiv(num_rows, rows_tile),)](
-                scores1,
-                scores2,
-                index,
+def _select(source: Tensor, other: Tensor, *, num_scores: int, k: int, kind: str) -> Tensor:
+    """Ranks [M, k] of the best, chunk by chunk and then among the winners of the chunks."""
+    num_rows, half_k = source.shape
+    while True:
+        chunk = min(_SELECT_CHUNK, max(2, int(triton.next_power_of_2(num_scores))))
+        num_chunks = triton.cdiv(num_scores, chunk)
+        rows_tile = max(1, min(_SELECT_CHUNK // chunk, int(triton.next_power_of_2(num_rows))))
+        best = torch.empty(num_rows, num_chunks * k, dtype=torch.int64, device=source.device)
+        with torch.cuda.device_of(source):
+            select_kernel[(triton.cdiv(num_rows, rows_tile), num_chunks)](
+                source,
+                other,
+                best,
                 num_rows,
                 num_scores,
                 half_k,
                 k,
-                PRODUCT=product,
+                SOURCE=kind,
                 ROWS=rows_tile,
                 CHUNK=chunk,
-                K=k_tile,
                 **STRICT,
             )
-    return index
+        if num_chunks == 1:
+            return best
+        source, other, num_scores, kind = best, best, num_chunks * k, "ranks"
 
 
 def select_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See mempool.kernels.select_topk."""
+    if k > _LARGEST_K or not scores.shape[0]:
+        return torch_ops.select_topk(scores, k)
     scores = contiguous(scores)
-    index = _select(scores, scores, num_scores=scores.shape[1], k=k, product=False)
+    index = torch_ops.positions(_select(scores, scores, num_scores=scores.shape[1], k=k, kind="scores"))
     return scores.gather(1, index), index
 
 
 def product_select(scores1: Tensor, scores2: Tensor, k: int, stride: int) -> tuple[Tensor, Tensor]:
     """See mempool.kernels.product_select."""
+    if k > _LARGEST_K or not scores1.shape[0]:
+        return torch_ops.product_select(scores1, scores2, k, stride)
     half_k = min(k, scores1.shape[1])
     # In the order of their indices, row-major positions in the grid of sums rise with the id: ties go by id.
     index1 = select_topk(scores1, half_k)[1].sort(dim=1).values
     index2 = select_topk(scores2, half_k)[1].sort(dim=1).values
     half1, half2 = scores1.gather(1, index1), scores2.gather(1, index2)
-    position = _select(half1, half2, num_scores=half_k * half_k, k=k, product=True)
+    position = torch_ops.positions(_select(half1, half2, num_scores=half_k * half_k, k=k, kind="grid"))
     return index1.gather(1, position // half_k), index2.gather(1, position % half_k)
 
 

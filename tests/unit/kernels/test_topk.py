@@ -20,12 +20,12 @@ def tied_scores(generator, *shape, levels=5):
 @given(
     seed=st.integers(0, 2**31),
     rows=st.integers(0, 20),
-    n=st.sampled_from((1, 2, 7, 33, 200, 300)),
+    n=st.sampled_from((1, 2, 7, 33, 200, 5000)),
     special=st.booleans(),
     data=st.data(),
 )
 def test_select_topk_equals_brute_force(under_test, seed, rows, n, special, data):
-    k = data.draw(st.sampled_from(sorted({1, min(n, 5), min(n, 32), min(n, 150), n})))
+    k = data.draw(st.sampled_from(sorted({1, min(n, 5), min(n, 32), min(n, 150), min(n, 300)})))
     generator = torch.Generator().manual_seed(seed)
     scores = tied_scores(generator, rows, n)
     if special:
@@ -72,8 +72,9 @@ def test_product_select_equals_brute_force(under_test, seed, rows, n, special, d
 def test_product_select_equals_brute_force_where_rounding_makes_ties(under_test):
     """Sums of unlike halves that round to the same float32: the smaller id wins although its half scored lower."""
     generator = torch.Generator().manual_seed(1)
-    scores1 = torch.randn(30, 40, generator=generator) * 1e-7
-    scores2 = torch.randn(30, 40, generator=generator).round() + 4.0
+    num_rows = 4 if under_test.interpreted else 30
+    scores1 = torch.randn(num_rows, 40, generator=generator) * 1e-7
+    scores2 = torch.randn(num_rows, 40, generator=generator).round() + 4.0
     index1, index2 = under_test.kernels.product_select(under_test.to(scores1), under_test.to(scores2), 32, 40)
     expected1, expected2 = reference.product_select(scores1, scores2, 32, 40)
     assert torch.equal(index1.cpu(), expected1)

@@ -153,7 +153,7 @@ def torch_optimizer(algorithm: str, parameter: torch.nn.Parameter) -> torch.opti
 @pytest.mark.parametrize("algorithm", ["sgd", "adagrad", "adam"])
 def test_many_steps_equal_torchs_own_sparse_training(under_test, algorithm):
     generator = torch.Generator().manual_seed(6)
-    num_steps = 25 if under_test.interpreted else 200
+    num_steps = 8 if under_test.interpreted else 200
     parameter = torch.nn.Parameter(torch.randn(64, 36, generator=generator))
     optimizer = torch_optimizer(algorithm, parameter)
     page_table = torch.tensor([3, 1, 0, 2], dtype=torch.int32)
@@ -215,7 +215,7 @@ def test_squared_norm(under_test, rows, width, poison):
 def test_hot_and_cold_rows_are_deterministic(under_test):
     """One slot with most of the pairs, on one thread and on two: the same bits as adding in order."""
     generator = torch.Generator().manual_seed(7)
-    num_pairs = 400 if under_test.interpreted else 20_000
+    num_pairs = 150 if under_test.interpreted else 20_000
     ids = torch.randint(0, 256, (num_pairs,), generator=generator)
     ids[torch.rand(num_pairs, generator=generator) < 0.8] = 17
     bags, weights = torch.randint(0, 50, (num_pairs,), generator=generator), torch.randn(num_pairs, generator=generator)

@@ -146,6 +146,13 @@ def test_a_zero_gradient_is_applied_unscaled() -> None:
     assert torch.equal(before, session_of(table).values)
 
 
+def make_scaler(**options: Any) -> torch.amp.GradScaler:
+    """A scaler that has scaled something, without which it refuses to step."""
+    scaler = torch.amp.GradScaler("cpu", **options)
+    scaler.scale(torch.zeros(()))
+    return scaler
+
+
 def unscale_and_clip(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> None:
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 2.0)
@@ -168,7 +175,7 @@ def test_a_run_with_a_grad_scaler_equals_torchs_with_overflows(
     ours: ScaledStep, clipped: bool, max_norm: float | None
 ) -> None:
     twin = Twin(max_norm=max_norm)
-    scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2) for _ in range(2)]
+    scalers = [make_scaler(init_scale=1024.0, growth_interval=2) for _ in range(2)]
     for overflow in (False, True, False, False, True, True, False):
         assert scalers[0].get_scale() == scalers[1].get_scale()
         twin.backward(scale=scalers[0].get_scale() * (math.inf if overflow else 1.0))
@@ -191,7 +198,7 @@ def test_a_run_with_a_grad_scaler_equals_torchs_with_overflows(
 
 def test_a_skipped_step_is_discarded_at_once() -> None:
     twin = Twin()
-    scaler = torch.amp.GradScaler("cpu")
+    scaler = make_scaler()
     twin.backward(scale=math.nan)
     twin.ours.step(grad_scaler=scaler)
     scaler.update()

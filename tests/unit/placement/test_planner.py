@@ -241,6 +241,22 @@ def test_grid_cuts_columns_before_rows():
     assert [len(set(row)) for row in six.tolist()] == [2] * 9
 
 
+@pytest.mark.parametrize("num_shards", [4, 6, 8])
+def test_a_grid_stays_wherever_its_blocks_lie(num_shards):
+    rng = np.random.default_rng(num_shards)
+    grid = fresh(range(num_shards), "grid", rows=9, blocks=12)
+    renamed = rng.permutation(num_shards).astype(np.int32)[grid.owners]
+    present = Assignment(owners=renamed[:, rng.permutation(12)], key_owners=grid.key_owners)
+    assert num_moves(present, replan(present, range(num_shards), "grid")) == 0
+
+
+def test_shard_ids_may_be_far_apart():
+    present = fresh([3, 70_000, 2**31 - 1], "rows", rows=9, blocks=2)
+    target = replan(present, [70_000, 2**31 - 1], "rows")
+    check_balanced(target, [70_000, 2**31 - 1], "rows")
+    assert num_moves(present, target) == 6
+
+
 def test_many_kinds_of_row_pages_are_balanced_still():
     # Above the limit for an exact answer the planner goes by each row page's main owner.
     rng = np.random.default_rng(1)

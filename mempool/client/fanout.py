@@ -1,0 +1,89 @@
+"""Asks several shards of one plan together, and says which of them are still to answer. Knows no message.
+
+Every call gets the envelope of its shard: table, epoch, incarnation.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+from mempool.client.plan import TablePlan
+from mempool.errors import MempoolError, Replan
+from mempool.types import Envelope, ShardHost, ShardInfo
+
+T = TypeVar("T")
+Call = Callable[[ShardHost, Envelope], Awaitable[T]]
+Dial = Callable[[ShardInfo], ShardHost]
+
+
+class Traffic:
+    """Tensor bytes of a router's requests and replies, headers not counted."""
+
+    __slots__ = ("bytes_received", "bytes_sent")
+
+    def __init__(self) -> None:
+        self.bytes_sent = 0
+        self.bytes_received = 0
+
+
+class Fanout:
+    """Calls to the shards of one plan.
+
+    Args:
+        plan: The plan.
+        dial: Gives the host of a shard.
+        traffic: For those that send to add to.
+    """
+
+    def __init__(self, plan: TablePlan, *, dial: Dial, traffic: Traffic) -> None:
+        self.plan = plan
+        self.traffic = traffic
+        self._dial = dial
+        self._waiting: dict[int, str] = {}
+
+    @property
+    def waiting_for(self) -> tuple[tuple[int, str], ...]:
+        """(shard, address) of those that were asked and have not answered, ascending; for whom a deadline cut off."""
+        return tuple(sorted(self._waiting.items()))
+
+    async def each(self, calls: Sequence[tuple[ShardInfo, Call[T]]]) -> list[T]:
+        """All calls together, replies in their order. One that fails ends the others; the gravest error is raised."""
+        if len(calls) == 1:
+            return [await self._one(*calls[0])]
+        tasks = [asyncio.ensure_future(self._one(info, call)) for info, call in calls]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        errors = [error for task in tasks if not task.cancelled() and (error := task.exception()) is not None]
+        if errors:
+            self._waiting.clear()
+            raise min(errors, key=_leniency)
+        return [task.result() for task in tasks]
+
+    async def _one(self, info: ShardInfo, call: Call[T]) -> T:
+        envelope = Envelope(table_id=self.plan.schema.table_id, epoch=self.plan.epoch, incarnation=info.incarnation)
+        self._waiting[info.shard] = info.address
+        try:
+            reply = await call(self._dial(info), envelope)
+        except MempoolError as error:
+            self._waiting.pop(info.shard, None)
+            if error.shard is None:
+                error.shard = info.shard
+            if error.address is None:
+                error.address = info.address or None
+            raise
+        # A call that was cut off stays among those waited for: that is whom a timeout names.
+        self._waiting.pop(info.shard, None)
+        return reply
+
+
+def _leniency(error: BaseException) -> int:
+    """Errors that trying again cannot heal come first: a lost page is not hidden behind a slow shard."""
+    if not isinstance(error, MempoolError):
+        return 0
+    if not error.retryable:
+        return 1
+    return 2 if isinstance(error, Replan) else 3

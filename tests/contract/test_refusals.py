@@ -1,0 +1,280 @@
+"""Requests that cannot be answered get their own error, and change nothing."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from mempool.errors import DataLoss, InvalidRequest, MempoolError, NotFound, StalePlacement
+from mempool.types import (
+    AttachTable,
+    DiscardRequest,
+    FlatKeySpec,
+    GatherRequest,
+    ProductKeySpec,
+    ReadRowsRequest,
+    ScoreRequest,
+    UpdateRequest,
+    WriteRowsRequest,
+)
+
+from .driver import Bags, Driver, make_bags, make_schema, same
+
+GRADS = torch.linspace(-1, 1, 40).view(4, 10)
+NAN, INF = float("nan"), float("inf")
+OFFSETS = torch.tensor([0, 3, 3, 8, 9])
+
+
+def _gather(driver: Driver, **changes: Any) -> GatherRequest:
+    bags = make_bags(1)
+    request = GatherRequest(
+        envelope=driver.envelope(0),
+        lookup_id=9000,
+        ids=bags.ids,
+        weights=bags.weights,
+        offsets=bags.offsets,
+        remember=True,
+    )
+    return replace(request, **changes)
+
+
+def _update(driver: Driver, **changes: Any) -> UpdateRequest:
+    return replace(driver.update_request(0, 2, 7, GRADS, bags=make_bags(1)), **changes)
+
+
+def _rows(driver: Driver, **changes: Any) -> WriteRowsRequest:
+    request = WriteRowsRequest(
+        envelope=driver.envelope(0), array="values", ids=torch.tensor([1, 2]), blocks=(0, 1, 2), rows=torch.ones(2, 10)
+    )
+    return replace(request, **changes)
+
+
+def _ids(*last: int) -> torch.Tensor:
+    return torch.tensor([1, 2, 3, 4, 5, 6, 7, 8, *last])
+
+
+BAD_BAGS = {
+    "an id above": ({"ids": _ids(50)}, r"ids\[8\] = 50 is not a slot .* 50 \(0 to 49\)"),
+    "an id below": ({"ids": -_ids(0)}, r"ids\[0\] = -1"),
+    "a huge id": ({"ids": _ids(2**62)}, r"ids\[8\] = 4611686018427387904"),
+    "ids as floats": ({"ids": _ids(9).float()}, "ids must be"),
+    "ids as a matrix": ({"ids": _ids(9)[None]}, "ids must be"),
+    "too few ids": ({"ids": _ids()}, "weights must be|offsets go"),
+    "weights of another length": ({"weights": torch.ones(8)}, r"weights must be \[9\]"),
+    "weights as doubles": ({"weights": torch.ones(9).double()}, "weights must be"),
+    "weights as a matrix": ({"weights": torch.ones(9, 1)}, "weights must be"),
+    "no offsets": ({"offsets": torch.empty(0, dtype=torch.int64)}, "offsets must be"),
+    "offsets as int32": ({"offsets": OFFSETS.int()}, "offsets must be"),
+    "offsets that do not start at 0": ({"offsets": torch.tensor([1, 3, 3, 8, 9])}, "from 1 to 9"),
+    "offsets that end early": ({"offsets": torch.tensor([0, 3, 3, 8, 8])}, "from 0 to 8"),
+    "offsets that descend": ({"offsets": torch.tensor([0, 3, 2, 8, 9])}, r"offsets\[1\] = 3 is followed by 2"),
+}
+BAD_UPDATES = {
+    "grads too narrow": ({"grads": GRADS[:, :9]}, r"grads must be \[4, 10\]"),
+    "grads of fewer bags": ({"grads": GRADS[:3]}, r"grads must be \[4, 10\]"),
+    "grads as doubles": ({"grads": GRADS.double()}, "grads must be"),
+    "other blocks": ({"blocks": (0, 1)}, r"blocks \(0, 1\) are not those"),
+    "blocks in another order": ({"blocks": (1, 0, 2)}, "are not those"),
+    "ids alone": ({"offsets": None}, "both ids and offsets"),
+    "a negative sequence": ({"sequence": -1}, "negative"),
+}
+BAD_ROWS = {
+    "an unknown array": ({"array": "exp_avg"}, "no array 'exp_avg'; it has values, sum"),
+    "a table without keys": ({"array": "keys"}, "no array 'keys'"),
+    "an id above": ({"ids": torch.tensor([1, 50])}, r"ids\[1\] = 50"),
+    "rows too narrow": ({"rows": torch.ones(2, 9)}, r"\[2, 10\]"),
+    "too few rows": ({"rows": torch.ones(1, 10)}, r"\[2, 10\]"),
+    "rows of integers": ({"rows": torch.ones(2, 10, dtype=torch.int64)}, "float32 or bfloat16"),
+    "other blocks": ({"blocks": (0,)}, "are not those"),
+}
+
+
+def _refused(driver: Driver, method: str, request: Any, error: type[MempoolError], match: str) -> None:
+    before = driver.contents()
+    contexts = driver.call(driver.host(0).status()).context_bytes
+    with pytest.raises(error, match=match) as raised:
+        driver.call(getattr(driver.host(0), method)(request))
+    assert type(raised.value) is error
+    assert same(driver.contents(), before)
+    assert driver.call(driver.host(0).status()).context_bytes == contexts
+
+
+@pytest.fixture
+def trained(driver: Driver) -> Driver:
+    """A table with history, a held update and a prepared step."""
+    driver.create(make_schema(), "one")
+    driver.train(1, {0: (make_bags(3), GRADS)})
+    driver.gather(make_bags(3))
+    driver.update(2, 1, GRADS)
+    driver.prepare(2, [1])
+    return driver
+
+
+@pytest.mark.parametrize("case", BAD_BAGS)
+def test_bad_bags(trained: Driver, case: str) -> None:
+    changes, match = BAD_BAGS[case]
+    _refused(trained, "gather", _gather(trained, **changes), InvalidRequest, match)
+    _refused(trained, "update", _update(trained, **changes), InvalidRequest, match)
+
+
+@pytest.mark.parametrize("case", BAD_UPDATES)
+def test_bad_updates(trained: Driver, case: str) -> None:
+    changes, match = BAD_UPDATES[case]
+    _refused(trained, "update", _update(trained, **changes), InvalidRequest, match)
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_rows(trained: Driver, case: str) -> None:
+    changes, match = BAD_ROWS[case]
+    _refused(trained, "write_rows", _rows(trained, **changes), InvalidRequest, match)
+
+
+@pytest.mark.parametrize(
+    ("array", "ids", "match"),
+    [
+        ("moments", torch.tensor([0]), "no array 'moments'"),
+        ("values", torch.tensor([0, -1]), r"ids\[1\] = -1"),
+        ("values", torch.tensor(0), "must be a vector"),
+    ],
+)
+def test_bad_reads(trained: Driver, array: str, ids: torch.Tensor, match: str) -> None:
+    request = ReadRowsRequest(envelope=trained.envelope(0), array=array, ids=ids)
+    _refused(trained, "read_rows", request, InvalidRequest, match)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"lr": NAN}, "lr = nan"),
+        ({"lr": INF}, "lr = inf"),
+        ({"lr": -0.1}, "lr = -0.1"),
+        ({"grad_scale": NAN}, "grad_scale = nan"),
+        ({"grad_scale": INF}, "grad_scale = inf"),
+        ({"sequences": (1, 1)}, "sequence 1 is named twice"),
+    ],
+)
+@pytest.mark.parametrize("one_phase", [False, True])
+def test_bad_commits(trained: Driver, changes: dict[str, Any], match: str, one_phase: bool) -> None:
+    request = replace(trained.commit_request(0, 2, [1], one_phase=one_phase), **changes)
+    _refused(trained, "commit", request, InvalidRequest, match)
+    assert trained.commit(2, [1])[0].applied  # and the step it was about is as it was
+
+
+def test_bad_steps(trained: Driver) -> None:
+    _refused(trained, "prepare", trained.prepare_request(0, 3, [4, 4]), InvalidRequest, "sequence 4 is named twice")
+    _refused(trained, "prepare", trained.prepare_request(0, -3, [4]), InvalidRequest, "negative")
+    request = DiscardRequest(envelope=trained.envelope(0), step_id=trained.step_id(-1))
+    _refused(trained, "discard", request, InvalidRequest, "negative")
+
+
+QUERIES = torch.ones(2, 1, 6)
+
+
+@pytest.mark.parametrize(
+    ("queries", "topk", "match"),
+    [
+        (QUERIES * NAN, 3, r"queries\[0, 0, 0\] = nan"),
+        (torch.tensor([1.0, 2.0, 3.0, -INF, 5.0, 6.0]).view(1, 1, 6), 3, r"queries\[0, 0, 3\] = -inf"),
+        (QUERIES[:, :, :5], 3, r"queries must be \[B, 1, 6\]"),
+        (QUERIES.expand(2, 2, 6), 3, r"queries must be \[B, 1, 6\]"),
+        (QUERIES[0], 3, r"queries must be"),
+        (QUERIES.double(), 3, r"queries must be"),
+        (QUERIES, 0, "topk = 0"),
+        (QUERIES, 51, "topk = 51 must be 1 to 50"),
+    ],
+)
+def test_bad_queries(driver: Driver, queries: torch.Tensor, topk: int, match: str) -> None:
+    driver.create(make_schema(keys=FlatKeySpec(key_dim=6)), "one")
+    request = ScoreRequest(envelope=driver.envelope(0), queries=queries, topk=topk)
+    _refused(driver, "score", request, InvalidRequest, match)
+
+
+def test_a_table_without_keys_is_not_scored(trained: Driver) -> None:
+    request = ScoreRequest(envelope=trained.envelope(0), queries=QUERIES, topk=3)
+    _refused(trained, "score", request, InvalidRequest, "no keys in the pool")
+
+
+def test_heads_that_do_not_exist(driver: Driver) -> None:
+    driver.create(make_schema(num_slots=49, stride=7, keys=ProductKeySpec(heads=2, key_dim=4)), "one", [0, 0])
+    request = ReadRowsRequest(envelope=driver.envelope(0), array="keys", ids=torch.tensor([0, 2]))
+    _refused(driver, "read_rows", request, InvalidRequest, r"ids\[1\] = 2 is not a head")
+
+
+def _all_requests(driver: Driver, **fence: int) -> list[tuple[str, Any]]:
+    envelope = driver.envelope(0, **fence)
+    requests = [
+        ("gather", _gather(driver)),
+        ("update", _update(driver)),
+        ("prepare", driver.prepare_request(0, 2, [1])),
+        ("commit", driver.commit_request(0, 2, [1])),
+        ("discard", DiscardRequest(envelope=envelope, step_id=driver.step_id(2))),
+        ("score", ScoreRequest(envelope=envelope, queries=QUERIES, topk=1)),
+        ("read_rows", ReadRowsRequest(envelope=envelope, array="values", ids=torch.tensor([1]))),
+        ("write_rows", _rows(driver)),
+    ]
+    return [(method, replace(request, envelope=envelope)) for method, request in requests]
+
+
+@pytest.mark.parametrize("fence", [{"epoch": 0}, {"epoch": 2}, {"incarnation": 0}, {"incarnation": 99}])
+def test_requests_planned_for_another_view(trained: Driver, fence: dict[str, int]) -> None:
+    for method, request in _all_requests(trained, **fence):
+        _refused(trained, method, request, StalePlacement, f"{next(iter(fence))} {next(iter(fence.values()))}")
+
+
+def test_unknown_tables(trained: Driver) -> None:
+    for method, request in _all_requests(trained, table_id=10**6):
+        _refused(trained, method, request, NotFound, "no table 1000000")
+    view = replace(trained.placed, schema=replace(trained.schema, table_id=10**6))
+    _refused(trained, "set_view", view, NotFound, "no table 1000000")
+    before = trained.contents()
+    with pytest.raises(NotFound):
+        trained.call(trained.host(0).freeze(10**6, 1.0))
+    trained.call(trained.host(0).thaw(10**6))
+    trained.call(trained.host(0).drop_table(10**6))
+    assert same(trained.contents(), before)
+
+
+def test_a_dropped_table_is_gone(trained: Driver) -> None:
+    for _ in range(2):
+        trained.call(trained.host(0).drop_table(trained.table_id))
+    for method, request in _all_requests(trained):
+        with pytest.raises(NotFound):
+            trained.call(getattr(trained.host(0), method)(request))
+
+
+def test_attaching_over_pages_is_refused(trained: Driver) -> None:
+    view = trained.make_view(trained.schema, trained.placed.placement.owners, epoch=2)
+    for mode in ("initialise", "empty", "lost"):
+        request = AttachTable(view=view, mode=mode)  # type: ignore[arg-type]
+        _refused(trained, "attach_table", request, InvalidRequest, "at epoch 1 already, with pages")
+
+
+def test_lost_pages_say_so_and_other_tables_go_on(driver: Driver) -> None:
+    schema = make_schema()
+    driver.view = driver.make_view(schema, [[0, 0, 0]] * 7, epoch=1)
+    driver.call(driver.host(0).attach_table(AttachTable(view=driver.placed, mode="lost")))
+    for method, request in _all_requests(driver):
+        with pytest.raises(DataLoss, match="lost 21 pages of table 'facts'.*Drop the table"):
+            driver.call(getattr(driver.host(0), method)(request))
+    with pytest.raises(DataLoss):
+        driver.call(driver.host(0).freeze(driver.table_id, 1.0))
+    status = driver.status(0)
+    assert (status.pages, status.lost_pages) == (0, 21)
+    other = Driver(driver.hosted, table_id=driver.table_id + 10**5, run=driver._run, submit=driver.submit)
+    other.create(schema, "one")
+    other.train(1, {0: (make_bags(1), GRADS)})
+    assert other.status(0).updates_applied == 1
+    other.drop()
+
+
+def test_tensors_that_are_not_contiguous_are_taken(trained: Driver) -> None:
+    bags = make_bags(4)
+    assert bags.weights is not None
+    expected = trained.gather(bags)
+    spread = Bags(
+        torch.stack([bags.ids, bags.ids], 1)[:, 0],
+        torch.stack([bags.weights, bags.weights], 1)[:, 0],
+        torch.stack([bags.offsets, bags.offsets], 1)[:, 0],
+    )
+    assert torch.equal(trained.gather(spread), expected)

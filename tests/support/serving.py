@@ -1,0 +1,78 @@
+"""A pool behind real gRPC in this process: each shard an engine and a server, a controller and its server."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from mempool.client import GrpcDialer, Router
+from mempool.controller import Controller
+from mempool.server import LookupCoordinator, Server, ShardViews
+from mempool.shard import Engine
+from mempool.types import ShardHost, ShardInfo
+from mempool.wire.channel import MAX_MESSAGE_BYTES
+
+
+@dataclass
+class ServedShard:
+    """One shard of it."""
+
+    engine: Engine
+    server: Server
+    info: ShardInfo
+
+
+class ServedPool:
+    """A pool of served shards; its own launcher."""
+
+    def __init__(self, *, token: str | None = None, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        self.token = token
+        self.max_message_bytes = max_message_bytes
+        self.dialer = GrpcDialer(token=token)
+        self.shards: dict[int, ServedShard] = {}
+        self.controller = Controller("served", launcher=self, dial=self.dialer.dial)
+        self.server = Server(token=token)
+        self.address = ""
+        self._incarnation = 0
+
+    def dial(self, info: ShardInfo) -> ShardHost:
+        return self.dialer.dial(info)
+
+    async def start(self, shard: int) -> ShardInfo:
+        self._incarnation += 1
+        server = Server(token=self.token, max_message_bytes=self.max_message_bytes)
+        port = server.bind("127.0.0.1", [0])
+        info = ShardInfo(shard=shard, address=f"127.0.0.1:{port}", incarnation=self._incarnation)
+        engine = Engine(info, peers=self.dial)
+        views = ShardViews("served", shard=engine, dial=self.dial, controller=self.address)
+        router = Router(views, dial=self.dial, pool="served")
+        await server.start(shard=engine, pool=views, lookup=LookupCoordinator(router, info=info).lookup)
+        self.shards[shard] = ServedShard(engine=engine, server=server, info=info)
+        return info
+
+    async def stop(self, info: ShardInfo) -> None:
+        served = self.shards.pop(info.shard)
+        await served.server.stop(0)
+        await served.engine.close()
+
+    async def serve(self) -> None:
+        """Serve the controller."""
+        port = self.server.bind("127.0.0.1", [0])
+        self.address = f"127.0.0.1:{port}"
+        router = Router(self.controller, dial=self.dial, pool="served")
+        await self.server.start(shard=None, pool=self.controller, lookup=LookupCoordinator(router).lookup)
+
+
+@asynccontextmanager
+async def served_pool(
+    num_shards: int, *, token: str | None = None, max_message_bytes: int = MAX_MESSAGE_BYTES
+) -> AsyncIterator[ServedPool]:
+    """A pool that is served, until the block ends. Runs on the IO loop."""
+    pool = ServedPool(token=token, max_message_bytes=max_message_bytes)
+    await pool.serve()
+    await pool.controller.open(num_shards)
+    try:
+        yield pool
+    finally:
+        await pool.server.stop(0)
+        await pool.controller.close()
+        await pool.dialer.close()
