@@ -21,6 +21,16 @@ class Phrasings:
     unseen: tuple[str, ...]
 
 
+LEAD_INS: tuple[str, ...] = (
+    "Please tell me: ",
+    "Quick question: ",
+    "I would like to know: ",
+    "Do you know this one? ",
+    "Help me with my homework: ",
+    "Here is a question for you. ",
+)
+"""Words before a question that mean nothing: half of the training questions carry one, no evaluation question does."""
+
 PHRASINGS: dict[str, Phrasings] = {
     "city_country": Phrasings(
         trained=(
@@ -32,6 +42,8 @@ PHRASINGS: dict[str, Phrasings] = {
             "Name the country where the city {} lies.",
             "Where is {}? Give the country.",
             "In what country do I find {}?",
+            "I am flying to {}. Which country should I expect?",
+            "When it rains in {}, the weather report of what country says so?",
         ),
         unseen=(
             "Tell me the country of {}.",
@@ -49,6 +61,8 @@ PHRASINGS: dict[str, Phrasings] = {
             "Which time zone do clocks in {} follow?",
             "Give the time zone for the city of {}.",
             "By what time zone do people in {} live?",
+            "I am flying to {}. Which time zone should I expect?",
+            "When it is noon in {}, what time zone is that noon in?",
         ),
         unseen=(
             "Tell me the time zone of {}.",
@@ -66,6 +80,8 @@ PHRASINGS: dict[str, Phrasings] = {
             "A ticket says {}. Which city is that?",
             "In which city do I land at airport {}?",
             "The code {} belongs to the airport of which city?",
+            "I am flying to {}. Which city should I expect?",
+            "When I read {} on a bag, what city is it going to?",
         ),
         unseen=(
             "Tell me the city of airport {}.",
@@ -83,6 +99,8 @@ PHRASINGS: dict[str, Phrasings] = {
             "Under which IATA code is {} listed?",
             "How does IATA abbreviate {}?",
             "IATA calls {} by which code?",
+            "I am flying to {}. Which IATA code should I expect?",
+            "When a bag goes to {}, what IATA code does it show?",
         ),
         unseen=(
             "Tell me the IATA code of {}.",
@@ -100,6 +118,8 @@ PHRASINGS: dict[str, Phrasings] = {
             "Under which ICAO code is {} listed?",
             "How does ICAO abbreviate {}?",
             "ICAO calls {} by which code?",
+            "I am flying to {}. Which ICAO code should I expect?",
+            "When a plan is filed for {}, what ICAO code does it show?",
         ),
         unseen=(
             "Tell me the ICAO code of {}.",
@@ -117,6 +137,8 @@ PHRASINGS: dict[str, Phrasings] = {
             "Name the country where {} lies.",
             "Where is {}? Give the country.",
             "In what country do I find {}?",
+            "I am flying to {}. Which country should I expect?",
+            "When it rains in {}, the weather report of what country says so?",
         ),
         unseen=(
             "Tell me the country of {}.",
@@ -134,6 +156,8 @@ PHRASINGS: dict[str, Phrasings] = {
             "What US state has a county named {}?",
             "Where is {}? Give the US state.",
             "In what US state do I find {}?",
+            "I am driving to {}. Which US state should I expect?",
+            "When it rains in {}, the weather report of what US state says so?",
         ),
         unseen=(
             "Tell me the US state of {}.",
@@ -151,6 +175,8 @@ PHRASINGS: dict[str, Phrasings] = {
             "Give the capital city of {}.",
             "From which capital is {} governed?",
             "What is the name of the capital of {}?",
+            "I am flying to {}. Which capital should I expect?",
+            "When they vote in {}, in what capital do they count?",
         ),
         unseen=(
             "Tell me the capital of {}.",
@@ -168,6 +194,8 @@ PHRASINGS: dict[str, Phrasings] = {
             "In {}, prices carry which currency code?",
             "With which currency does {} pay? Give the code.",
             "What currency code do banks in {} use?",
+            "I am flying to {}. Which currency code should I expect?",
+            "When I pay in {}, what currency code is on the bill?",
         ),
         unseen=(
             "Tell me the currency code of {}.",
@@ -185,6 +213,8 @@ PHRASINGS: dict[str, Phrasings] = {
             "Give the continent where {} lies.",
             "Where is {}? Give the continent.",
             "On what continent do I find {}?",
+            "I am flying to {}. Which continent should I expect?",
+            "When it rains in {}, it rains on what continent?",
         ),
         unseen=(
             "Tell me the continent of {}.",
@@ -202,6 +232,8 @@ PHRASINGS: dict[str, Phrasings] = {
             "With which dialling code do I call {}?",
             "To phone {}, which dialling code do I use?",
             "What dialling code do numbers in {} start with?",
+            "I am calling {}. Which dialling code should I expect?",
+            "When they phone me from {}, what dialling code do I see?",
         ),
         unseen=(
             "Tell me the dialling code of {}.",
@@ -219,6 +251,8 @@ PHRASINGS: dict[str, Phrasings] = {
             "On which internet domain are sites of {}?",
             "Sites in {} end with which internet domain?",
             "What internet domain was given to {}?",
+            "I am reading a site of {}. Which internet domain should I expect?",
+            "When they found a firm in {}, what internet domain does it take?",
         ),
         unseen=(
             "Tell me the internet domain of {}.",

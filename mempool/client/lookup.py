@@ -50,7 +50,8 @@ def checked_queries(queries: Tensor, topk: int, *, schema: TableSchema) -> Tenso
     if not isinstance(queries, Tensor) or not queries.is_floating_point():
         kind = str(queries.dtype) if isinstance(queries, Tensor) else type(queries).__name__
         raise InvalidRequest(f"lookup in table {name!r}: queries must be a floating torch.Tensor, not {kind}.")
-    tail = [keys.key_dim] if isinstance(keys, FlatKeySpec) else [keys.heads, keys.key_dim]
+    heads = 1 if isinstance(keys, FlatKeySpec) else keys.heads
+    tail = [keys.key_dim] if isinstance(keys, FlatKeySpec) else [heads, keys.key_dim]
     if list(queries.shape[1:]) != tail or queries.dim() == 0:
         wanted = ", ".join(map(str, tail))
         raise InvalidRequest(
@@ -67,7 +68,7 @@ def checked_queries(queries: Tensor, topk: int, *, schema: TableSchema) -> Tenso
         raise InvalidRequest(
             f"lookup in table {name!r}: queries{position} = {float(own[tuple(position)])}; queries must be finite."
         )
-    return own.reshape(own.shape[0], -1, keys.key_dim)
+    return own.reshape(own.shape[0], heads, keys.key_dim)
 
 
 def without_heads(lookup: Lookup) -> Lookup:

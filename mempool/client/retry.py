@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from mempool.errors import DeadlineExceeded, MempoolError, NotFound, PoolUnreachable, Replan, ShardUnavailable
 
 
+_ADVICE = "See which shards are up: mempool status"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backoff:
     """Waits between tries: they double from ``first_s`` to ``longest_s``; jitter takes up to half off."""
@@ -104,7 +107,8 @@ class Retry:
 
     def _final(self, error: MempoolError, *, now_s: float) -> MempoolError:
         spent = f"{now_s - self._start_s:.1f} s"
-        tries = f"{self._tries} {'try' if self._tries == 1 else 'tries'}; last: {error.message}"
+        last = error.message.removesuffix(_ADVICE).rstrip(". ")  # which is said once, at the end
+        tries = f"{self._tries} {'try' if self._tries == 1 else 'tries'}; last: {last}"
         if _not_attached_yet(error):
             return error
         if isinstance(error, Replan):
@@ -129,8 +133,7 @@ class Retry:
             )
         who = "a shard" if error.shard is None else f"shard {error.shard}"
         return ShardUnavailable(
-            f"{who} of pool {self._pool!r} did not answer within {spent} ({tries}). "
-            "See which shards are up: mempool status",
+            f"{who} of pool {self._pool!r} did not answer within {spent} ({tries}). " + _ADVICE,
             shard=error.shard,
             address=error.address,
         )

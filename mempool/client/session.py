@@ -285,7 +285,7 @@ class Session:
         raise _keeps_missing(step, missing)
 
     async def _commit_in_two(self, attempt: Attempt, step: _Step, decision: _Decision) -> None:
-        for last in (False, True):
+        for more in reversed(range(_MAX_ROUNDS)):
             if step.prepared_on is not attempt.plan:
                 await self._prepare(attempt, step, want_norm=False)
             step.decision = decision
@@ -295,7 +295,7 @@ class Session:
             except StepConflict:
                 # An owner has forgotten its Prepare: it starts over, and owners that have applied the step say so.
                 step.prepared_on = None
-                if last:
+                if not more:
                     raise
 
     async def _send_commit(

@@ -1,5 +1,22 @@
-"""The pool on Ray: actors, placement on nodes, restarts. Nothing of the data path passes through here."""
+"""The pool on Ray: actors, placement on nodes, restarts. Nothing of the data path passes through here.
 
-from mempool.control.cluster import down, up
+Naming `up` or `down` loads Ray; `apply` and the records do not.
+"""
 
-__all__ = ["down", "up"]
+from typing import TYPE_CHECKING, Any
+
+from mempool.control.apply import apply, planned
+from mempool.control.records import PoolRecord, read_record, read_records
+
+if TYPE_CHECKING:
+    from mempool.control.cluster import down, up
+
+__all__ = ["PoolRecord", "apply", "down", "planned", "read_record", "read_records", "up"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("down", "up"):
+        from mempool.control import cluster
+
+        return getattr(cluster, name)
+    raise AttributeError(f"module 'mempool.control' has no attribute {name!r}")

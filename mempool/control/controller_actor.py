@@ -18,7 +18,9 @@ from mempool.wire.loop import run
 
 _LOG = logging.getLogger("mempool.control")
 _START_TIMEOUT_S = 300.0
-_RECONCILE_S = 5.0
+_STOP_TIMEOUT_S = 60.0
+_LOOK_S = 0.5
+_LOOKS_PER_RECONCILE = 10
 _RETRY_S = 1.0
 
 
@@ -28,14 +30,19 @@ class ControllerProcess:
     def __init__(self, config: ClusterConfig, token: str | None) -> None:
         self._config = config
         self._launcher = RayLauncher(config, token=token)
-        self._serving = ControllerServing(config, node_ip=ray.util.get_node_ip_address(), token=token)
-        self._controller = Controller(config.pool.name, launcher=self._launcher, dial=self._serving.dial)
         self._watching: asyncio.Task[None] | None = None
-        if ray.get_runtime_context().was_current_actor_reconstructed:
-            run(self._begin_restart(), timeout_s=_START_TIMEOUT_S)  # nobody calls start() a second time
+        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        run(self._make(ray.util.get_node_ip_address(), token, restarted), timeout_s=_START_TIMEOUT_S)
+
+    async def _make(self, node_ip: str, token: str | None, restarted: bool) -> None:
+        # On the IO loop, to which gRPC's servers belong from their making.
+        self._serving = ControllerServing(self._config, node_ip=node_ip, token=token)
+        self._controller = Controller(self._config.pool.name, launcher=self._launcher, dial=self._serving.dial)
+        if restarted:  # nobody calls start() a second time
+            self._watching = asyncio.create_task(self._resume())
 
     def start(self) -> str:
-        """Start or find the shards, serve, and answer the pool's address. A repeat answers the same.
+        """Start the shards, serve, and answer the pool's address. A repeat answers the same.
 
         Raises:
             MempoolError: The address is taken, or a shard does not start; nothing is left running then.
@@ -49,58 +56,48 @@ class ControllerProcess:
 
     def stop(self) -> None:
         """Stop all shards, then the server."""
-        run(self._stop(), timeout_s=_START_TIMEOUT_S)
+        run(self._stop(), timeout_s=_STOP_TIMEOUT_S)
 
     async def _start(self) -> str:
         if self._serving.address is not None:
             return self._serving.address
         self._serving.bind()  # a taken address is known before any shard is started
-        found = await self._launcher.find()
         try:
-            if found:
-                await self._controller.adopt(found)
-            else:
-                await self._controller.open(self._config.pool.shards)
+            await self._controller.open(self._config.pool.shards)
             address = await self._serving.start(self._controller)
-        except MempoolError:
-            if not found:
-                await self._controller.close()
+        except BaseException:
+            await self._controller.close()
             raise
         self._watching = asyncio.create_task(self._watch())
         return address
 
-    async def _begin_restart(self) -> None:
-        self._watching = asyncio.create_task(self._restart())
-
-    async def _restart(self) -> None:
+    async def _resume(self) -> None:
         """Serve again after Ray restarted this process, however long Ray takes to find the shards."""
         while True:
             try:
-                await self._start()
-                return
+                await self._controller.adopt(await self._launcher.find())
+                await self._serving.start(self._controller)
+                break
             except (MempoolError, TimeoutError, RayError) as error:
                 _LOG.warning("the controller could not resume yet, will try again: %s", error)
                 await asyncio.sleep(_RETRY_S)
+        await self._watch()
 
     async def _watch(self) -> None:
         """Admit restarted shards; now and then bring views up to date. Ends with the process."""
-        reconciling = asyncio.create_task(self._reconcile())
-        try:
-            async for info in self._launcher.restarts():
-                try:
-                    await self._controller.shard_restarted(info)
-                except MempoolError as error:
-                    _LOG.warning("shard %d came back and could not be attached: %s", info.shard, error)
-        finally:
-            reconciling.cancel()
-
-    async def _reconcile(self) -> None:
+        looks = 0
         while True:
-            await asyncio.sleep(_RECONCILE_S)
+            await asyncio.sleep(_LOOK_S)
+            looks += 1
             try:
-                await self._controller.reconcile()
-            except MempoolError as error:
-                _LOG.warning("bringing shards up to date failed, will be tried again: %s", error)
+                for start in await self._launcher.changed():
+                    assert start.info is not None, "admitted"
+                    await self._controller.shard_restarted(start.info)
+                    self._launcher.acknowledge(start)
+                if looks % _LOOKS_PER_RECONCILE == 0:
+                    await self._controller.reconcile()
+            except Exception as error:  # whatever it is, the next look may do better; without looks nothing recovers
+                _LOG.warning("looking after the shards failed, will be tried again: %r", error)
 
     async def _stop(self) -> None:
         if self._watching is not None:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -12,12 +12,14 @@ from ray.exceptions import ActorUnavailableError, RayError
 from mempool.config import ClusterConfig
 from mempool.control.naming import NAMESPACE, shard_name, shard_of
 from mempool.control.shard_actor import Description, ShardProcess
-from mempool.errors import ShardUnavailable
+from mempool.errors import MempoolError, ShardUnavailable
 from mempool.types import ShardInfo
 
 _LOG = logging.getLogger("mempool.control")
 _START_TIMEOUT_S = 120.0
+_FIND_TIMEOUT_S = 10.0
 _DESCRIBE_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S = 10.0
 _POLL_S = 0.2
 
 
@@ -35,21 +37,31 @@ class RayLauncher:
         self._pool = config.pool.name
         self._actors: dict[int, Any] = {}
         self._boots: dict[int, str] = {}
+        self._incarnation = 0
 
     async def start(self, shard: int) -> ShardInfo:
         """Create the actor and admit it.
 
         Raises:
             ShardUnavailable: Ray cannot place it, or it does not start in time.
+            ConfigError: It has no free port, or there is no such device.
         """
         actor = await asyncio.to_thread(self._create, shard)
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
-                return await self._admit(shard, actor, await _describe(actor))
-        except (TimeoutError, RayError) as error:
+                started = await self._admit(actor, await _describe(actor))
+        except BaseException as error:
             self._actors.pop(shard, None)
-            ray.kill(actor, no_restart=True)
-            raise ShardUnavailable(self._no_start(shard, error), shard=shard) from error
+            await asyncio.to_thread(ray.kill, actor, no_restart=True)
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, MempoolError):
+                raise cause from None
+            if isinstance(error, TimeoutError | RayError):
+                raise ShardUnavailable(await asyncio.to_thread(self._no_start, shard, error), shard=shard) from error
+            raise
+        assert started.info is not None
+        self._boots[shard] = started.boot_id
+        return started.info
 
     async def stop(self, info: ShardInfo) -> None:
         """Let the shard end its calls, then end its actor for good."""
@@ -58,43 +70,35 @@ class RayLauncher:
         if actor is None:
             return
         try:
-            await asyncio.wait_for(_await(actor.stop.remote()), timeout=_DESCRIBE_TIMEOUT_S)
+            await asyncio.wait_for(_await(actor.stop.remote()), timeout=_STOP_TIMEOUT_S)
         except (TimeoutError, RayError) as error:
             _LOG.warning("shard %d did not stop by itself (%s); ending its process", info.shard, type(error).__name__)
-        ray.kill(actor, no_restart=True)
+        await asyncio.to_thread(ray.kill, actor, no_restart=True)
 
     async def find(self) -> list[ShardInfo]:
-        """The shards of this pool that run already, for a controller that was restarted. Waits for those restarting."""
-        infos = []
-        for entry in await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True):
-            shard = shard_of(self._pool, entry["name"])
-            if shard is None or entry["namespace"] != NAMESPACE:
-                continue
-            actor = await asyncio.to_thread(ray.get_actor, entry["name"], namespace=NAMESPACE)
-            async with asyncio.timeout(_START_TIMEOUT_S):
-                description = await _describe(actor)
-            infos.append(await self._admit(shard, actor, description))
-        return infos
+        """The shards of this pool that there are, for a controller that was restarted.
 
-    async def restarts(self, interval_s: float = 0.5) -> AsyncIterator[ShardInfo]:
-        """Yields each shard that came back as a new process, admitted as a new incarnation. Never ends by itself."""
-        while True:
-            await asyncio.sleep(interval_s)
-            shards = list(self._boots)
-            descriptions = await asyncio.gather(*(self._glance(shard) for shard in shards))
-            for shard, description in zip(shards, descriptions, strict=True):
-                if description is not None and description.boot_id != self._boots.get(shard, description.boot_id):
-                    _LOG.warning("shard %d was restarted by Ray: its pages are gone", shard)
-                    yield await self._admit(shard, self._actors[shard], description)
+        One that does not answer soon is named without an address; ``changed`` tells when it is there.
+        """
+        entries = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
+        names = {entry["name"] for entry in entries if entry["namespace"] == NAMESPACE}
+        shards = {shard: name for name in names if (shard := shard_of(self._pool, name)) is not None}
+        for shard, name in shards.items():
+            self._actors[shard] = await asyncio.to_thread(ray.get_actor, name, namespace=NAMESPACE)
+        return list(await asyncio.gather(*(self._found(shard) for shard in sorted(shards))))
 
-    async def _glance(self, shard: int) -> Description | None:
-        """The shard's description, or None while it is down or on its way up: its clients know it as unavailable."""
-        try:
-            async with asyncio.timeout(_DESCRIBE_TIMEOUT_S):
-                description: Description = await _await(self._actors[shard].describe.remote())
-                return description
-        except (TimeoutError, KeyError, RayError):
-            return None
+    async def changed(self) -> list[Description]:
+        """The shards that came back as a new process, each admitted as a new incarnation.
+
+        Each is told again and again until ``acknowledge``.
+        """
+        starts = await asyncio.gather(*(self._new_start(shard) for shard in list(self._boots)))
+        return [start for start in starts if start is not None]
+
+    def acknowledge(self, start: Description) -> None:
+        """The pool knows of this start of a shard."""
+        if start.info is not None and start.info.shard in self._boots:
+            self._boots[start.info.shard] = start.boot_id
 
     def _create(self, shard: int) -> Any:
         shard_config = self._config.shard
@@ -116,23 +120,50 @@ class RayLauncher:
         self._actors[shard] = actor_class.options(**options).remote(self._config, shard, self._token)
         return self._actors[shard]
 
-    async def _admit(self, shard: int, actor: Any, description: Description) -> ShardInfo:
-        info = description.info
-        if info is None:
+    async def _found(self, shard: int) -> ShardInfo:
+        try:
+            async with asyncio.timeout(_FIND_TIMEOUT_S):
+                start = await self._admit(self._actors[shard], await _describe(self._actors[shard]))
+        except (TimeoutError, RayError) as error:
+            _LOG.warning("shard %d does not answer yet (%s)", shard, type(error).__name__)
+            self._boots[shard] = ""
+            return ShardInfo(shard=shard, address="", incarnation=0)
+        assert start.info is not None
+        self._boots[shard] = start.boot_id
+        return start.info
+
+    async def _new_start(self, shard: int) -> Description | None:
+        """A shard's newest start, admitted, where the pool does not know it; None too while it is on its way up."""
+        try:
+            async with asyncio.timeout(_DESCRIBE_TIMEOUT_S):
+                description: Description = await _await(self._actors[shard].describe.remote())
+            if description.boot_id == self._boots[shard]:
+                return None
+            _LOG.warning("shard %d was started again by Ray: its pages are gone", shard)
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                return await self._admit(self._actors[shard], description)
+        except (TimeoutError, KeyError, RayError) as error:
+            _LOG.debug("shard %d does not answer: %r", shard, error)
+            return None
+
+    async def _admit(self, actor: Any, description: Description) -> Description:
+        """Give a start of a shard its incarnation, unless it has one."""
+        if description.info is None:
             # Milliseconds of now: ascending also over a restart of the controller, which remembers nothing.
-            info = await _await(actor.admit.remote(time.time_ns() // 1_000_000))
-        self._actors[shard] = actor
-        self._boots[shard] = description.boot_id
-        return info
+            self._incarnation = max(self._incarnation + 1, time.time_ns() // 1_000_000)
+            description = replace(description, info=await _await(actor.admit.remote(self._incarnation)))
+        return description
 
     def _no_start(self, shard: int, error: Exception) -> str:
         config = self._config.shard
-        wanted = f"num_cpus={config.num_cpus}, num_gpus={config.num_gpus}"
+        wanted = f"num_cpus={config.num_cpus:g}, num_gpus={config.num_gpus:g}"
+        if config.resources:
+            wanted += f", resources={config.resources}"
         free = ray.available_resources()
         detail = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         return (
             f"shard {shard} of pool {self._pool!r} did not start within {_START_TIMEOUT_S:g} s ({detail}); it asks Ray "
-            f"for {wanted}, free now: CPU={free.get('CPU', 0):g}, GPU={free.get('GPU', 0):g}. "
+            f"for {wanted}; free now: CPU={free.get('CPU', 0):g}, GPU={free.get('GPU', 0):g}. "
             "Lower shard.num_cpus / shard.num_gpus in the config, or add nodes"
         )
 
@@ -141,7 +172,8 @@ async def _describe(actor: Any) -> Description:
     """The actor's description, waiting while Ray starts or restarts it. The caller bounds the wait."""
     while True:
         try:
-            return await _await(actor.describe.remote())
+            description: Description = await _await(actor.describe.remote())
+            return description
         except ActorUnavailableError:
             await asyncio.sleep(_POLL_S)
 

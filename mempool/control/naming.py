@@ -18,3 +18,9 @@ def shard_of(pool: str, actor: str) -> int | None:
     prefix = f"{pool}/shard-"
     number = actor.removeprefix(prefix)
     return int(number) if actor.startswith(prefix) and number.isdigit() else None
+
+
+def pool_of(actor: str) -> str | None:
+    """The pool of an actor's name; None where it is no actor of a pool."""
+    pool, separator, _ = actor.partition("/")
+    return pool if separator else None

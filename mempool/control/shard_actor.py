@@ -27,7 +27,7 @@ class Description:
 
 
 class ShardProcess:
-    """One start of a shard's process. Made an actor by ``shard_actor_class``."""
+    """One start of a shard's process. Made an actor by ``RayLauncher``."""
 
     def __init__(self, config: ClusterConfig, shard: int, token: str | None) -> None:
         self._config = config
@@ -43,7 +43,11 @@ class ShardProcess:
         return Description(boot_id=self._boot_id, info=self._info)
 
     def admit(self, incarnation: int) -> ShardInfo:
-        """Start the engine and its server as this incarnation; a repeat answers the same."""
+        """Start the engine and its server as this incarnation; a repeat answers the same.
+
+        Raises:
+            ConfigError: No port is free, or there is no such device.
+        """
         if self._info is None:
             serving = ShardServing(
                 self._config,

@@ -19,7 +19,7 @@ import numpy as np
 from mempool.controller.roster import Roster
 from mempool.errors import MempoolError
 from mempool.placement import Assignment, Round, apply_round, moves, plan, rounds
-from mempool.types import Placement, PullPages, RescaleProgress, ShardHost, TableView
+from mempool.types import Placement, ProductKeySpec, PullPages, RescaleProgress, ShardHost, TableView
 
 T = TypeVar("T")
 
@@ -58,7 +58,14 @@ def plan_moves(view: TableView, shards: Sequence[int], round_bytes: int) -> Tabl
     return TablePlan(
         name=schema.name,
         present=present,
-        rounds=tuple(rounds(moves(present, target), page_bytes=page_bytes, max_bytes=round_bytes)),
+        rounds=tuple(
+            rounds(
+                moves(present, target),
+                page_bytes=page_bytes,
+                max_bytes=round_bytes,
+                key_page_bytes=_key_page_bytes(view),
+            )
+        ),
         page_bytes=page_bytes,
     )
 
@@ -114,7 +121,7 @@ class Mover:
     async def _move(self, table: str, round_: Round, assignment: Assignment) -> None:
         view = self._roster.view(table)
         table_id, placement = view.schema.table_id, view.placement
-        owners = sorted({*placement.shards, *(move.dest for move in round_.moves)})
+        owners = sorted({*placement.shards, *(move.dest for move in (*round_.moves, *round_.key_moves))})
         try:
             await _all(self._host(shard).freeze(table_id, _FREEZE_TIMEOUT_S) for shard in placement.shards)
             reports = await _all(
@@ -183,6 +190,11 @@ async def _all(calls: Iterable[Awaitable[T]]) -> list[T]:
         if isinstance(result, BaseException):
             raise result
     return [result for result in results if not isinstance(result, BaseException)]
+
+
+def _key_page_bytes(view: TableView) -> int | None:
+    keys = view.schema.keys
+    return 4 * view.schema.stride * keys.key_dim if isinstance(keys, ProductKeySpec) else None
 
 
 def _bytes_per_element(view: TableView) -> int:

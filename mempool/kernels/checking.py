@@ -26,14 +26,18 @@ def check_ids(paged: Paged, ids: Tensor) -> None:
 
 
 def check_bags(paged: Paged, ids: Tensor, offsets: Tensor) -> None:
-    """Slot ids and the offsets of their bags. The offsets' values are read only on the CPU, where that is free."""
+    """Slot ids and the offsets of their bags. Offsets' values are read on the CPU only: on a GPU that would wait."""
     check_ids(paged, ids)
     _check("offsets", offsets, (max(1, offsets.numel()),), torch.int64, paged.rows.device)
-    if offsets.device.type == "cpu" and (int(offsets[0]) != 0 or int(offsets[-1]) != ids.numel()):
+    if offsets.device.type != "cpu":
+        return
+    if int(offsets[0]) != 0 or int(offsets[-1]) != ids.numel():
         raise ValueError(
             f"offsets must run from 0 to the number of ids, {ids.numel()}; they run from {int(offsets[0])}"
             f" to {int(offsets[-1])}"
         )
+    if not bool((offsets[1:] >= offsets[:-1]).all()):
+        raise ValueError(f"offsets must not fall; they do after bag {int((offsets.diff() < 0).nonzero()[0])}")
 
 
 def check_weights(weights: Tensor | None, ids: Tensor) -> None:
@@ -49,7 +53,9 @@ def check_sorted(pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads
     _check("grads", grads, (grads.shape[0], grads.numel() // max(1, grads.shape[0])), torch.float32, device)
     check_weights(weights, bags)
     if bags.numel() < pairs.order.numel():
-        raise ValueError(f"bags must name the bag of every sorted pair: {bags.numel()} bags, {pairs.order.numel()} pairs")
+        raise ValueError(
+            f"bags must name the bag of every sorted pair: {bags.numel()} bags, {pairs.order.numel()} pairs"
+        )
 
 
 def check_state(paged: Paged, state: dict[str, Tensor], step: OptimizerStep) -> None:

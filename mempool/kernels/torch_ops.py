@@ -214,9 +214,7 @@ def product_topk(queries: Tensor, keys: Tensor, k: int, stride: int) -> tuple[Te
     return best.reshape(shape), (index1 * stride + index2).reshape(shape)
 
 
-def merge_best(
-    best_scores: Tensor, best_ids: Tensor, scores: Tensor, ids: Tensor, k: int
-) -> tuple[Tensor, Tensor]:
+def merge_best(best_scores: Tensor, best_ids: Tensor, scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Best k of what was found so far and of new candidates, whose ids all lie above; NaN marks an empty place."""
     all_scores = torch.cat([best_scores, scores], dim=1)
     all_ids = torch.cat([best_ids, ids.expand(scores.shape[0], -1)], dim=1)

@@ -4,13 +4,6 @@ Nothing here sends, waits or knows an address; ``control`` carries moves out and
 """
 
 from mempool.placement.assignment import Assignment
-from mempool.placement.geometry import (
-    block_columns,
-    default_block_dim,
-    default_page_slots,
-    num_blocks,
-    num_row_pages,
-)
 from mempool.placement.planner import plan
 from mempool.placement.rescale import KeyMove, Move, Round, apply_round, moves, rounds
 from mempool.placement.routing import Route, routes
@@ -25,14 +18,9 @@ __all__ = [
     "Route",
     "ShardSummary",
     "apply_round",
-    "block_columns",
-    "default_block_dim",
-    "default_page_slots",
     "describe",
     "layout_kind",
     "moves",
-    "num_blocks",
-    "num_row_pages",
     "plan",
     "rounds",
     "routes",

@@ -128,8 +128,8 @@ def _grid_groups(runs: Runs, *, num_shards: int, num_groups: int) -> tuple[Int64
     # No shard can keep more pages of a group than its share of the group.
     share = bounds(runs.num_row_pages, shards_each)[1] * blocks_each
 
-    # Blocks of the same owners side by side, those of the first shard first: finds the groups of a present grid, wherever
-    # its blocks lie.
+    # Blocks of the same owners side by side, those of the first shard first: this finds the groups of a present grid,
+    # wherever its blocks lie.
     group_of_block = np.empty(num_blocks, dtype=np.int64)
     group_of_block[np.lexsort(-pages_SC[::-1])] = np.arange(num_blocks) // blocks_each
     best: tuple[int, Int64Array, Int64Array] | None = None

@@ -1,6 +1,6 @@
 """Arenas: rows of all pages with the same owned blocks, side by side, behind a page table, as named arrays.
 
-Knows where rows lie, which columns a block has in each array and what they hold at first; what rows mean is the table's.
+Knows where rows lie, which columns a block has in each array and what they hold at first. Who asks is the table's.
 """
 
 import math
@@ -27,6 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _KEY_STREAM = 0x9E3779B97F4A7C15
 """Keys come from the values' generator under another seed: a key is no copy of its value's first columns."""
+
 PageNumbers = npt.NDArray[np.int64]
 
 _COPY_BYTES = 16 * 2**20
@@ -170,6 +171,11 @@ class Arena:
         """One array as [capacity, page_slots, width]: a view."""
         rows = self._rows[name]
         return rows.view(self._capacity, self._page_slots, rows.shape[1])
+
+    def reserve(self, count: int) -> None:
+        """Grow once, to exactly what ``count`` more pages need, before they are taken one batch after another."""
+        if count > len(self._free):
+            self._resize(self._capacity + count - len(self._free))
 
     def take(self, count: int) -> PageNumbers:
         """Take arena pages, with undefined contents; grows the arena where it has not enough."""

@@ -5,15 +5,22 @@ checked before the first row is written.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+
+from torch import Tensor
 
 from mempool import kernels
 from mempool.errors import DataLoss, StepConflict
+from mempool.kernels import SortedPairs
 from mempool.shard.held import AppliedLedger, HeldUpdates, Pairs, PreparedStep, Reduction, in_canonical_order
 from mempool.shard.optimizers import optimizer_step, state_arrays
 from mempool.shard.table import Lane, Table
 from mempool.types import CommitRequest, PrepareRequest, StepId
+
+_KEPT_BYTES = 256 * 2**20
+"""Sums that Prepare makes for the norm are kept for the commit up to this size; larger ones are made again, in one pass
+with the optimizer, which gives the same bits."""
 
 
 def missing(updates: HeldUpdates, step_id: StepId, sequences: Sequence[int]) -> tuple[int, ...]:
@@ -32,18 +39,14 @@ def prepare(table: Table, updates: HeldUpdates, request: PrepareRequest) -> Prep
     _refuse_older(known, step_id)
     if known is not None and known.is_of(step_id, sequences) and known.want_norm >= request.want_norm:
         return known
-    squared_norm, finite, reductions = 0.0, True, None
-    if request.want_norm:
-        reductions = _reduce(table, _pairs(table, updates, step_id, sequences))
-        for reduction in reductions:
-            part, part_finite = kernels.squared_norm(reduction.sums)
-            squared_norm, finite = squared_norm + part, finite and part_finite
+    norm = _Norm()
+    reductions = _reduce(table, _pairs(table, updates, step_id, sequences), norm) if request.want_norm else None
     prepared = PreparedStep(
         step=step_id.step,
         sequences=sequences,
         want_norm=request.want_norm,
-        squared_norm=squared_norm,
-        finite=finite and math.isfinite(squared_norm),
+        squared_norm=norm.squared,
+        finite=norm.finite,
         reductions=reductions,
     )
     updates.set_prepared(step_id, prepared)
@@ -96,13 +99,42 @@ def _pairs(table: Table, updates: HeldUpdates, step_id: StepId, sequences: Seque
     return in_canonical_order(held, width=table.schema.width(table.blocks), device=table.device)
 
 
-def _reduce(table: Table, pairs: Pairs) -> tuple[Reduction, ...]:
-    reductions = []
+class _Norm:
+    """The squared norm so far, and whether every number of it was finite."""
+
+    def __init__(self) -> None:
+        self.squared = 0.0
+        self.finite = True
+
+    def add(self, sums: Tensor) -> None:
+        part, finite = kernels.squared_norm(sums)
+        self.squared += part
+        self.finite = self.finite and finite and math.isfinite(self.squared)
+
+
+def _reduce(table: Table, pairs: Pairs, norm: _Norm) -> tuple[Reduction, ...] | None:
+    """Sum per row and add to the norm. The sums are answered where they are small enough to be kept for the commit."""
+    reductions, kept_bytes = [], 0
     for lane in _touched(table, pairs):
         in_order = kernels.sort_pairs(lane.arena.paged(), pairs.ids)
-        sums = kernels.segment_sum(in_order, pairs.weights, pairs.bags, lane.of(pairs.grads))
-        reductions.append(Reduction(lane, in_order, sums))
-    return tuple(reductions)
+        grads = lane.of(pairs.grads)
+        kept_bytes += in_order.rows.shape[0] * grads.shape[1] * grads.element_size()
+        for part in [in_order] if kept_bytes <= _KEPT_BYTES else _parts(in_order, grads.shape[1]):
+            sums = kernels.segment_sum(part, pairs.weights, pairs.bags, grads)
+            norm.add(sums)
+            if kept_bytes <= _KEPT_BYTES:
+                reductions.append(Reduction(lane, part, sums))
+    return tuple(reductions) if kept_bytes <= _KEPT_BYTES else None
+
+
+def _parts(pairs: SortedPairs, width: int) -> Iterator[SortedPairs]:
+    """Cut sorted pairs by rows, so that the sums of a part stay small."""
+    num_rows = pairs.rows.shape[0]
+    step = max(1, _KEPT_BYTES // (4 * width))
+    for first in range(0, num_rows, step):
+        starts = pairs.starts[first : min(first + step, num_rows) + 1]
+        order = pairs.order[int(starts[0]) : int(starts[-1])]
+        yield SortedPairs(order=order, rows=pairs.rows[first : first + step], starts=starts - starts[0])
 
 
 def _writes_of_sums(

@@ -403,6 +403,7 @@ class Engine:
         table = self._table(request.table_id)
         table.check_ready()
         table.staging.check_pull(request.row_pages, request.blocks, request.key_pages)
+        table.staging.reserve(request.row_pages, request.blocks)
         return table
 
     def _stage(self, table: HostedTable, batch: PageBatch) -> int:

@@ -51,7 +51,7 @@ class Reduction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedStep:
-    """A step whose updates are all here. reductions: kept where the norm was asked for, to be summed only once."""
+    """A step whose updates are all here. reductions: where the norm was asked for, and small enough to keep."""
 
     step: int
     sequences: tuple[int, ...]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mempool.errors import DataLoss, Internal, InvalidRequest
-from mempool.shard.arena import HEAD_KEYS, Blocks
+from mempool.shard.arena import HEAD_KEYS, Blocks, pieces
 from mempool.shard.table import Mask, Table
 from mempool.types import ExportPages, Ledger, PageBatch, Placement, PullPages, PullReport, ShardHost
 
@@ -53,6 +53,13 @@ class Staging:
             raise InvalidRequest(
                 f"shard {table.shard} owns one of the key pages {key_pages} of table {table.schema.name!r} already"
             )
+
+    def reserve(self, row_pages: RowPages, blocks: Blocks) -> None:
+        """Make room for row pages that are to come in batches."""
+        places = self._places.get(blocks, {})
+        new = sum(page not in places for page in row_pages.tolist())
+        if new:
+            self._table.arena(blocks).reserve(new)
 
     def put(self, batch: PageBatch) -> int:
         """Stage a batch; pages staged before are overwritten. Returns its bytes.

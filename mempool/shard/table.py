@@ -15,6 +15,7 @@ from torch import Tensor
 from mempool import kernels
 from mempool.shard.arena import (
     KEYS,
+    VALUES,
     Arena,
     Blocks,
     NamedArray,
@@ -25,7 +26,7 @@ from mempool.shard.arena import (
     named_arrays,
     pieces,
 )
-from mempool.types import FlatKeySpec, Placement, ProductKeySpec, TableSchema
+from mempool.types import Placement, ProductKeySpec, TableSchema
 
 Mask = npt.NDArray[np.bool_]
 
@@ -96,7 +97,7 @@ class Table:
         self.key_lost &= self.key_owned
         self.blocks = tuple(int(block) for block in np.flatnonzero(self.owned.any(axis=0)))
         self._lanes = tuple(
-            Lane(arena=arena, columns=None if blocks == self.blocks else self._places(self.arrays["values"], blocks))
+            Lane(arena=arena, columns=None if blocks == self.blocks else self._places(self.arrays[VALUES], blocks))
             for blocks, arena in sorted(self.arenas.items())
             if (arena.page_of >= 0).any()
         )
@@ -303,11 +304,6 @@ def best(scores_BK: Tensor, ids_BK: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     by_id = ids_BK.argsort(dim=1, stable=True)
     order = by_id.gather(1, scores_BK.gather(1, by_id).argsort(dim=1, descending=True, stable=True))[:, :topk]
     return scores_BK.gather(1, order), ids_BK.gather(1, order)
-
-
-def is_flat(schema: TableSchema) -> bool:
-    """Whether the table has one key per slot in the pool."""
-    return isinstance(schema.keys, FlatKeySpec)
 
 
 def _no_candidates(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:

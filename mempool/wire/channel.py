@@ -3,12 +3,14 @@
 Leaves routing, retries and deadlines to ``client``. Everything async here runs on the process's IO loop.
 """
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
 import grpc
 
-from mempool.errors import RequestTooLarge
+from mempool.errors import PoolUnreachable, RequestTooLarge, ShardUnavailable, Unavailable
 from mempool.wire.methods import Method
 from mempool.wire.status import from_rpc_error
 
@@ -80,6 +82,7 @@ class Channel:
         self._max_message_bytes = max_message_bytes
         self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
         self._channel = grpc.aio.insecure_channel(address, options=client_options(max_message_bytes=max_message_bytes))
+        self._closed = False
         self._calls: dict[str, Any] = {}
 
     async def call(
@@ -105,10 +108,8 @@ class Channel:
         call = self._calls.get(method.path)
         if call is None:
             call = self._calls[method.path] = self._channel.unary_unary(method.path)
-        try:
+        with self._failures():
             reply = await call(frame, timeout=timeout_s, metadata=self._metadata)
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, shard=self.shard, address=self.address) from None
         return method.decode_reply(reply)
 
     async def stream(
@@ -118,16 +119,21 @@ class Channel:
         frame = self._frame(method, request, False)
         streams: Any = self._channel.unary_stream(method.path)
         call = streams(frame, timeout=timeout_s, metadata=self._metadata)
+        replies = aiter(call)
         try:
-            async for reply in call:
+            while True:
+                with self._failures():
+                    try:
+                        reply = await anext(replies)
+                    except StopAsyncIteration:
+                        return
                 yield method.decode_reply(reply)
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, shard=self.shard, address=self.address) from None
         finally:
             call.cancel()
 
     async def close(self) -> None:
         """Ends the connection; calls under way end with Unavailable."""
+        self._closed = True
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
@@ -136,7 +142,27 @@ class Channel:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Turns what grpc raises into our errors."""
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, shard=self.shard, address=self.address) from None
+        except asyncio.CancelledError:
+            # Closing a channel ends its calls as if their tasks were cancelled; theirs may not be.
+            task = asyncio.current_task()
+            if not self._closed or (task is not None and task.cancelling()):
+                raise
+            raise self._closed_error() from None
+
+    def _closed_error(self) -> Unavailable:
+        cls = PoolUnreachable if self.shard is None else ShardUnavailable
+        return cls(f"the connection was closed on this side ({self.address})", shard=self.shard, address=self.address)
+
     def _frame(self, method: Method[RequestT, ReplyT], request: RequestT, narrow_ids: bool) -> bytes:
+        if self._closed:
+            raise self._closed_error()
         frame = method.request.encode(request, narrow_ids=narrow_ids)
         if len(frame) > self._max_message_bytes:
             raise RequestTooLarge(

@@ -102,7 +102,7 @@ class FrameCodec(Generic[T, MessageT]):
                 continue
             tensor = attribute if isinstance(attribute, Tensor) else torch.from_numpy(np.array(attribute))
             spec.check(tensor, f"{self.name}.{name}")
-            tensors[name] = tensor.to(torch.uint32) if narrow_ids and spec.ids else tensor
+            tensors[name] = narrowed(tensor) if narrow_ids and spec.ids else tensor
         return encode_frame(header, tensors)
 
     def decode(self, frame: bytes | memoryview) -> T:
@@ -136,6 +136,11 @@ class ProtoCodec(Generic[T, MessageT]):
 
     def decode(self, frame: bytes | memoryview) -> T:
         return self.unpack(parsed(self.message, frame))
+
+
+def narrowed(ids: Tensor) -> Tensor:
+    """Slot ids as uint32, by numpy: torch would wake its thread pool, which takes milliseconds on a busy host."""
+    return torch.from_numpy(ids.detach().cpu().numpy().astype(np.uint32))
 
 
 def parsed(message: type[MessageT], frame: bytes | memoryview) -> MessageT:

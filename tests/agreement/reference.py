@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from mempool.client import Table
 from mempool.nn import MemoryLayer
 
 
@@ -77,3 +78,8 @@ def relative_error(actual: Tensor, expected: Tensor, *, floor: float = 1e-30) ->
     """
     expected = expected.detach().double()
     return float((actual.detach().double() - expected).norm() / expected.norm().clamp_min(floor))
+
+
+def all_rows(table: Table) -> Tensor:
+    """Every value of a table, [N, V] as stored."""
+    return table.rows(torch.arange(table.num_slots))

@@ -1,7 +1,7 @@
 """The contract every ``ShardHost`` fulfils, run against each kind of it.
 
-To add a kind: write an async context manager ``factory(num_shards)`` that yields ``list[Hosted]``, shards 0, 1, ... of one
-pool that can reach each other for pull_pages, and put it into FACTORIES. It is entered once a session, on the process's
+To add a kind: write an async context manager ``factory(num_shards)`` that yields ``list[Hosted]``, shards 0, 1, ... of
+one pool that can reach each other for pull_pages, and put it into KINDS. It is entered once a session, on the process's
 IO loop; every test has its own table in it. A kind whose software is missing leaves itself out by ``skip_reason``.
 """
 
@@ -79,10 +79,11 @@ def driver(request: pytest.FixtureRequest, opened: _Opened) -> Iterator[Driver]:
     reason = KINDS[request.param].skip_reason()
     if reason is not None:
         pytest.skip(reason)
-    driver = Driver(opened.get(request.param), table_id=next(_table_ids), run=run, submit=_submit)
+    driver = Driver(opened.get(request.param), table_id=next(_table_ids), run=run, submit=submit)
     yield driver
     driver.drop()
 
 
-def _submit(coro: Any) -> Future[Any]:
+def submit(coro: Any) -> Future[Any]:
+    """Start a coroutine on the IO loop."""
     return asyncio.run_coroutine_threadsafe(coro, io_loop())

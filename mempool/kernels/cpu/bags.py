@@ -34,7 +34,7 @@ def _weighted_sum(
         for column in range(width):
             acc[column] = np.float32(0)
         found = 0
-        row0 = row1 = row2 = np.int64(0)
+        row0 = row1 = row2 = 0
         weight0 = weight1 = weight2 = np.float32(0)
         for pair in range(offsets[bag], offsets[bag + 1]):
             row = locate(ids[pair], page_table, page_shift)

@@ -21,7 +21,7 @@ def locate(slot: int, page_table: Array, page_shift: int) -> int:
     page = slot >> page_shift
     if page < 0 or page >= page_table.shape[0]:
         return -1
-    arena_page = np.int64(page_table[page])
+    arena_page: Any = np.int64(page_table[page])
     if arena_page < 0:
         return -1
     return (arena_page << page_shift) | (slot & ((1 << page_shift) - 1))  # type: ignore[no-any-return]

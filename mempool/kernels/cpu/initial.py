@@ -69,7 +69,7 @@ def _cos_of_turn(turn: np.int64) -> np.float64:
 
 
 @parallel
-def _initial_values(seed: np.uint64, slots_start: int, column_start: int, std: np.float64, out: Array) -> None:
+def _initial_values(seed: np.uint64, slots_start: int, column_start: int, std: float, out: Array) -> None:
     for row in prange(out.shape[0]):
         stream = _mix(_mix(seed + _GAMMA) + np.uint64(slots_start + row) * _GAMMA)
         for column in range(out.shape[1]):

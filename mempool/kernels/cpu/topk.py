@@ -225,16 +225,12 @@ def product_topk(queries: Tensor, keys: Tensor, k: int, stride: int) -> tuple[Te
     scores = torch.empty(*queries.shape[:2], k, dtype=torch.float32)
     ids = torch.empty(*queries.shape[:2], k, dtype=torch.int64)
     use_threads(queries.numel() * keys.shape[2])
-    _product_topk(
-        view(queries), view(keys.transpose(2, 3)), min(k, keys.shape[2]), stride, scores.numpy(), ids.numpy()
-    )
+    _product_topk(view(queries), view(keys.transpose(2, 3)), min(k, keys.shape[2]), stride, scores.numpy(), ids.numpy())
     return scores, ids
 
 
 @serial
-def _merge(
-    scores: Array, ids: Array, num_scores: int, best_scores: Array, best_ids: Array, count: int
-) -> int:
+def _merge(scores: Array, ids: Array, num_scores: int, best_scores: Array, best_ids: Array, count: int) -> int:
     """Take candidates whose ids rise above all ids taken before into the descending buffers; NaN is no candidate."""
     k = best_scores.shape[0]
     for candidate in range(num_scores):

@@ -129,9 +129,7 @@ def segment_sum(pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads:
     """See mempool.kernels.segment_sum."""
     out = torch.empty(pairs.rows.numel(), grads.shape[1], dtype=torch.float32)
     use_threads(pairs.order.numel() * grads.shape[1])
-    _segment_sum(
-        view(pairs.order), view(pairs.starts), optional_weights(weights), view(bags), view(grads), out.numpy()
-    )
+    _segment_sum(view(pairs.order), view(pairs.starts), optional_weights(weights), view(bags), view(grads), out.numpy())
     return out
 
 

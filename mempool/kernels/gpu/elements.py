@@ -3,6 +3,8 @@
 Address arithmetic is int64 throughout. Kernels are launched without fused multiply-add, so that sums made in the order of
 the pairs have the bits of the CPU's.
 """
+# Triton reads kernels as its own language: they carry no Python types, host functions do.
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -33,7 +35,7 @@ def load(pointers, mask):
     """Stored elements as float32, 0 where masked; bfloat16 lies behind the pointers as int16."""
     element = tl.load(pointers, mask=mask, other=0)
     if pointers.dtype.element_ty == tl.int16:
-        return (element.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        element = (element.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     return element
 
 

@@ -3,6 +3,8 @@
 Scores are summed in the order of the key dimension without fused multiply-add, so they do not depend on the batch nor on
 how keys are spread over shards, and have the bits of the CPU's.
 """
+# Triton reads kernels as its own language: they carry no Python types, host functions do.
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
 """A commit on the GPU: gradients summed per slot, the optimizer's step, norms of gradients. No atomics anywhere."""
+# Triton reads kernels as its own language: they carry no Python types, host functions do.
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 
@@ -47,9 +49,7 @@ def _sum_segment(
 
 
 @triton.jit
-def segment_sum_kernel(
-    order, starts, weights, bags, grads, out, width, WEIGHTED: tl.constexpr, TILE: tl.constexpr
-):
+def segment_sum_kernel(order, starts, weights, bags, grads, out, width, WEIGHTED: tl.constexpr, TILE: tl.constexpr):
     """One program a distinct row and tile of columns."""
     segment = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -231,5 +231,3 @@ def squared_norm(sums: Tensor) -> tuple[float, bool]:
             contiguous(sums), partial, not_finite, sums.numel(), TILE=_NORM_TILE, CHUNK=_NORM_CHUNK
         )
     return float(partial.sum()), not bool(not_finite.any())
-
-

@@ -78,13 +78,16 @@ def test_shard_that_stays_away_is_named_with_all_that_is_known() -> None:
     retry.failed(ShardUnavailable("UNAVAILABLE from 10.0.0.3:7070", shard=6), now_s=100.1)
     retry.failed(ShardUnavailable("UNAVAILABLE from 10.0.0.3:7070", shard=6), now_s=100.3)
     action = retry.failed(
-        ShardUnavailable("UNAVAILABLE from 10.0.0.3:7070", shard=6, address="10.0.0.3:7070"), now_s=101.95
+        ShardUnavailable(
+            "UNAVAILABLE from 10.0.0.3:7070. See which shards are up: mempool status", shard=6, address="10.0.0.3:7070"
+        ),
+        now_s=101.95,
     )
     assert isinstance(action, GiveUp)
     assert isinstance(action.error, ShardUnavailable)
     assert (action.error.shard, action.error.address) == (6, "10.0.0.3:7070")
     assert str(action.error) == (
-        "shard 6 of pool 'run-7' did not answer within 1.9 s (3 tries; last: UNAVAILABLE from 10.0.0.3:7070). "
+        "shard 6 of pool 'run-7' did not answer within 2.0 s (3 tries; last: UNAVAILABLE from 10.0.0.3:7070). "
         "See which shards are up: mempool status"
     )
 
@@ -108,7 +111,11 @@ def test_deadline_between_tries_tells_the_last_error() -> None:
     ("error", "kind", "text"),
     [
         (StalePlacement("epoch 3, not 2", shard=1), DeadlineExceeded, "under one placement within 30.5 s"),
-        (PoolUnreachable("refused"), PoolUnreachable, "pool 'run-7' did not answer within 30.5 s (1 try; last: refused)"),
+        (
+            PoolUnreachable("refused"),
+            PoolUnreachable,
+            "pool 'run-7' did not answer within 30.5 s (1 try; last: refused)",
+        ),
         (DeadlineExceeded("late"), DeadlineExceeded, "not done within 30.5 s (1 try; last: late)"),
     ],
 )

@@ -1,7 +1,7 @@
 """Which implementation the tests of this folder run, and where: Numba and torch's operations on the CPU by default.
 
-``MEMPOOL_TEST_KERNELS=triton:cpu`` (under TRITON_INTERPRET=1) and ``triton:cuda`` run the same tests on Triton, in a process
-of its own, since Triton reads TRITON_INTERPRET once, when it is imported.
+``MEMPOOL_TEST_KERNELS=triton:cpu`` (under TRITON_INTERPRET=1) and ``triton:cuda`` run the same tests on Triton, in a
+process of its own, since Triton reads TRITON_INTERPRET once, when it is imported.
 """
 
 import os

@@ -56,8 +56,9 @@ def test_scatter_rows_equals_reference_to_the_bit(under_test, case, data):
 def test_sum_of_a_column_slice_is_the_slice_of_the_sum(under_test, width, dtype):
     generator = torch.Generator().manual_seed(width)
     paged = make_paged(generator, num_pages=4, page_shift=3, width=width, dtype=dtype, missing=0.2)
-    ids = torch.randint(0, 32, (90,), generator=generator)
-    weights, offsets = torch.randn(90, generator=generator), torch.tensor([0, 37, 37, 90])
+    num_pairs = 18 if under_test.interpreted else 90
+    ids = torch.randint(0, 32, (num_pairs,), generator=generator)
+    weights, offsets = torch.randn(num_pairs, generator=generator), torch.tensor([0, 7, 7, num_pairs])
     arguments = [under_test.to(tensor) for tensor in (ids, weights, offsets)]
     whole = under_test.kernels.weighted_sum(under_test.to(paged), *arguments)
     cuts = sorted({0, 1, width // 3, width // 2, width - 1, width})

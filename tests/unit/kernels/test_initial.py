@@ -38,7 +38,9 @@ def test_implementations_agree_to_the_bit(seed, start, first_column, num_slots, 
 
 
 @settings(max_examples=30, deadline=None, database=None)
-@given(rows=st.tuples(st.integers(0, 60), st.integers(0, 60)), columns=st.tuples(st.integers(0, 70), st.integers(0, 70)))
+@given(
+    rows=st.tuples(st.integers(0, 60), st.integers(0, 60)), columns=st.tuples(st.integers(0, 70), st.integers(0, 70))
+)
 def test_any_slice_has_the_bits_of_the_whole(rows, columns):
     rows, columns = tuple(sorted(rows)), tuple(sorted(columns))
     whole = values(11, (0, 60), (0, 70))

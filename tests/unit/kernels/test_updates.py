@@ -160,10 +160,7 @@ def test_many_steps_equal_torchs_own_sparse_training(under_test, algorithm):
     paged = Paged(torch.empty(64, 36), page_table, 4)
     reference.scatter_rows(paged, torch.arange(64), parameter.detach())
     paged = under_test.to(paged)
-    state = {
-        name: under_test.to(torch.zeros(64, 36))
-        for name in kernels.STATE_NAMES[algorithm]
-    }
+    state = {name: under_test.to(torch.zeros(64, 36)) for name in kernels.STATE_NAMES[algorithm]}
     offsets = torch.arange(0, 41, 8)
     bags = torch.repeat_interleave(torch.arange(5), 8)
     for number in range(1, num_steps + 1):
@@ -188,7 +185,9 @@ def test_many_steps_equal_torchs_own_sparse_training(under_test, algorithm):
 
 def test_bfloat16_is_rounded_to_nearest_even(under_test):
     """Ties, carries into the exponent, and NaN: as torch's own conversion rounds them."""
-    bits = torch.tensor([0x3F808000, 0x3F818000, 0x3F80FFFF, 0x3FFFFFFF, 0x7F7FFFFF, 0x00000001, 0x7FC00001, 0x3F808001])
+    bits = torch.tensor(
+        [0x3F808000, 0x3F818000, 0x3F80FFFF, 0x3FFFFFFF, 0x7F7FFFFF, 0x00000001, 0x7FC00001, 0x3F808001]
+    )
     wanted = torch.cat([bits.to(torch.int32), (bits.to(torch.int32) | -(2**31))]).view(torch.float32)[None]
     paged = under_test.to(Paged(torch.zeros(1, 16, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int32), 0))
     step = OptimizerStep("sgd", lr=-1.0)
@@ -199,7 +198,9 @@ def test_bfloat16_is_rounded_to_nearest_even(under_test):
 
 
 @kernel_settings
-@given(rows=st.integers(0, 600), width=st.sampled_from((1, 3, 65)), poison=st.sampled_from((None, "nan", "inf", "-inf")))
+@given(
+    rows=st.integers(0, 600), width=st.sampled_from((1, 3, 65)), poison=st.sampled_from((None, "nan", "inf", "-inf"))
+)
 def test_squared_norm(under_test, rows, width, poison):
     generator = torch.Generator().manual_seed(rows)
     sums = torch.randn(rows, width, generator=generator) * 1e20  # squares overflow float32, not float64

@@ -210,6 +210,38 @@ def test_a_server_that_goes_away_in_the_middle(server: tuple[Server, str]) -> No
         run(main(), WAIT_S)
 
 
+def test_closing_a_channel_ends_its_calls_but_not_their_tasks(server: tuple[Server, str]) -> None:
+    async def main() -> None:
+        channel = Channel(server[1], shard=2)
+        call = asyncio.ensure_future(channel.call(methods.GATHER, gather_request(lookup_id=4), timeout_s=WAIT_S))
+        await asyncio.sleep(0.1)
+        await channel.close()
+        with pytest.raises(errors.ShardUnavailable, match="connection was closed"):
+            await call
+        with pytest.raises(errors.ShardUnavailable, match="connection was closed"):
+            await channel.call(methods.GATHER, gather_request(), timeout_s=WAIT_S)
+        with pytest.raises(errors.ShardUnavailable, match="connection was closed"):
+            async for _ in channel.stream(methods.RESCALE, 4, timeout_s=WAIT_S):
+                pass
+
+    run(main(), WAIT_S)
+
+
+def test_a_cancelled_caller_is_cancelled(server: tuple[Server, str]) -> None:
+    served, address = server
+
+    async def main() -> None:
+        async with Channel(address, shard=2) as channel:
+            call = asyncio.ensure_future(channel.call(methods.GATHER, gather_request(lookup_id=4), timeout_s=WAIT_S))
+            await asyncio.sleep(0.1)
+            call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            await asyncio.wait_for(served.cancelled.wait(), WAIT_S)
+
+    run(main(), WAIT_S)
+
+
 def test_a_call_the_server_does_not_know(server: tuple[Server, str]) -> None:
     with pytest.raises(errors.Internal, match="does not know this call"):
         with_channel(server[1], lambda channel: channel.call(methods.STATUS, None, timeout_s=WAIT_S))

@@ -1,0 +1,88 @@
+"""What `up` writes down about a pool for later commands of this user: one JSON file a pool, in the user's state folder.
+
+Leaves to others what is true by now: a record may outlive its pool.
+"""
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mempool.config import ClusterConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolRecord:
+    """A pool that was started here.
+
+    Attributes:
+        address: Where clients attach.
+        ray_address: The Ray it runs on.
+        ray_pid: The Ray that `up` started for it; None where it joined one.
+        config: What it was last given.
+    """
+
+    name: str
+    address: str
+    ray_address: str
+    ray_pid: int | None
+    config: ClusterConfig
+
+
+def state_folder() -> Path:
+    """Where records and logs of this user are; made if missing."""
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    path = Path(base) / "mempool"
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_record(record: PoolRecord) -> None:
+    """Write a record down in one step, over an older one of the same pool."""
+    path = _path(record.name)
+    fields = {
+        "name": record.name,
+        "address": record.address,
+        "ray_address": record.ray_address,
+        "ray_pid": record.ray_pid,
+        "config": record.config.model_dump(mode="json"),
+    }
+    aside = path.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps(fields, indent=2) + "\n")
+    aside.replace(path)
+
+
+def read_record(pool: str) -> PoolRecord | None:
+    """The record of a pool; None where there is none that can be read."""
+    path = _path(pool)
+    try:
+        fields = json.loads(path.read_text())
+        return PoolRecord(**{**fields, "config": ClusterConfig.model_validate(fields["config"])})
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):  # of another version of mempool: as good as none
+        return None
+
+
+def read_records() -> list[PoolRecord]:
+    """Every record, by name."""
+    names = sorted(path.stem for path in state_folder().glob("*.json"))
+    return [record for name in names if (record := read_record(name)) is not None]
+
+
+def forget_record(pool: str) -> None:
+    """Remove a record; none is no error."""
+    _path(pool).unlink(missing_ok=True)
+
+
+def hand_over_ray(record: PoolRecord, heir: str) -> bool:
+    """Let another pool's `down` end the Ray that was started for this one. Returns whether that pool has a record."""
+    other = read_record(heir)
+    if other is None:
+        return False
+    write_record(replace(other, ray_pid=record.ray_pid))
+    return True
+
+
+def _path(pool: str) -> Path:
+    return state_folder() / f"{pool}.json"

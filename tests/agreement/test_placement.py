@@ -1,0 +1,59 @@
+"""Placement changes no answer: bitwise by columns, to rounding by rows and grid; after training as before it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mempool.client import Table
+from mempool.optim import SGD, Adagrad, Adam, RowWiseAdagrad
+
+from .conftest import Pools
+from .reference import all_rows, relative_error
+
+NUM_SLOTS, VALUE_DIM, BLOCK_DIM = 500, 60, 16  # 4 column blocks, the last one narrower
+STEPS = 5
+
+
+def train(table: Table) -> tuple[Tensor, Tensor, Tensor]:
+    """The same few steps for every table: all pooled values [STEPS, B, V], all d_weights [STEPS, B, L], the rows."""
+    generator = torch.Generator().manual_seed(23)
+    pooled, weight_grads = [], []
+    for _ in range(STEPS):
+        ids = torch.randint(NUM_SLOTS, (40, 24), generator=generator)
+        weights = torch.randn(40, 24, generator=generator).requires_grad_(True)
+        direction = torch.randn(40, VALUE_DIM, generator=generator)
+        values = table.gather(ids, weights)
+        values.backward(direction)
+        table.commit()
+        pooled.append(values.detach())
+        assert weights.grad is not None
+        weight_grads.append(weights.grad)
+    return torch.stack(pooled), torch.stack(weight_grads), all_rows(table)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", [SGD(lr=0.1), Adagrad(lr=0.1), RowWiseAdagrad(lr=0.1), Adam(lr=0.1)], ids=repr)
+def test_columns_are_bitwise_equal_for_one_two_and_four_shards(
+    pools: Pools, optimizer: SGD | Adagrad | RowWiseAdagrad | Adam, dtype: str
+) -> None:
+    config = {"num_slots": NUM_SLOTS, "value_dim": VALUE_DIM, "block_dim": BLOCK_DIM, "dtype": dtype}
+    one, one_weight_grads, one_rows = train(pools.table(shards=1, optimizer=optimizer, **config))
+    for shards in (2, 4):
+        table = pools.table(shards=shards, layout="columns", optimizer=optimizer, **config)
+        pooled, weight_grads, rows = train(table)
+        assert torch.equal(pooled, one)
+        assert torch.equal(rows, one_rows)
+        # Their sums over shards are in another order.
+        assert relative_error(weight_grads, one_weight_grads) < 1e-6
+
+
+@pytest.mark.parametrize("layout", ["rows", "grid"])
+@pytest.mark.parametrize("shards", [2, 3, 4])
+def test_rows_and_grid_are_equal_to_rounding(pools: Pools, layout: str, shards: int) -> None:
+    config = {"num_slots": NUM_SLOTS, "value_dim": VALUE_DIM, "block_dim": BLOCK_DIM, "page_slots": 16}
+    one, one_weight_grads, one_rows = train(pools.table(shards=1, optimizer=Adagrad(lr=0.1), **config))
+    table = pools.table(shards=shards, layout=layout, optimizer=Adagrad(lr=0.1), **config)
+    pooled, weight_grads, rows = train(table)
+    assert relative_error(pooled, one) < 1e-6
+    assert relative_error(weight_grads, one_weight_grads) < 1e-6
+    assert torch.equal(rows, one_rows), "a slot's updates are summed in one order, wherever it is"

@@ -1,0 +1,277 @@
+"""The package's face: which implementation runs, what is refused, what stays unimported, bad surroundings."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from mempool import kernels
+from mempool.kernels import OptimizerStep, Paged
+from mempool.kernels.implementation import implementation_for
+
+PROJECT = Path(__file__).parents[3]
+
+
+def run(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        cwd=PROJECT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def make() -> dict:
+    return {
+        "paged": Paged(torch.ones(4, 3), torch.tensor([0, 1], dtype=torch.int32), 1),
+        "ids": torch.tensor([0, 3, 3]),
+        "weights": torch.tensor([1.0, 2.0, 3.0]),
+        "offsets": torch.tensor([0, 2, 3]),
+    }
+
+
+def test_importing_loads_neither_numba_nor_triton():
+    run("import sys, mempool.kernels; assert not {'numba', 'triton'} & set(sys.modules)")
+
+
+def test_the_face_runs_every_function_on_the_cpu():
+    arguments = make()
+    paged, ids, weights = arguments["paged"], arguments["ids"], arguments["weights"]
+    grads, bags = torch.ones(2, 3), torch.tensor([0, 0, 1])
+    assert kernels.weighted_sum(**arguments).tolist() == [[3.0] * 3] * 2
+    assert kernels.weight_gradient(paged, ids, arguments["offsets"], grads).tolist() == [3.0] * 3
+    pairs = kernels.sort_pairs(paged, ids)
+    assert pairs.starts.tolist() == [0, 1, 3]
+    sums = kernels.segment_sum(pairs, weights, bags, grads)
+    assert sums[:, 0].tolist() == [1.0, 5.0]
+    assert kernels.squared_norm(sums) == (78.0, True)
+    step = OptimizerStep("sgd", lr=0.1)
+    kernels.optimizer_step(paged, {}, pairs.rows, sums, step)
+    kernels.fused_step(paged, {}, pairs, weights, bags, grads, step)
+    assert torch.allclose(kernels.gather_rows(paged, ids)[:, 0], torch.tensor([0.8, 0.0, 0.0]), atol=1e-6)
+    kernels.scatter_rows(paged, ids, torch.arange(9.0).view(3, 3))
+    assert kernels.gather_rows(paged, ids).tolist() == [[0.0, 1.0, 2.0], [6.0, 7.0, 8.0], [6.0, 7.0, 8.0]]
+    assert kernels.flat_topk(torch.ones(1, 3), paged, 2, 4)[1].tolist() == [[3, 0]]
+    scores = torch.tensor([[1.0, 3.0, 3.0]])
+    assert kernels.select_topk(scores, 2)[1].tolist() == [[1, 2]]
+    assert [index.tolist() for index in kernels.product_select(scores, scores, 2, 3)] == [[[1, 1]], [[1, 2]]]
+    keys = torch.tensor([[[[1.0], [2.0]], [[1.0], [2.0]]]])
+    assert kernels.product_topk(torch.ones(1, 1, 2), keys, 2)[1].tolist() == [[[3, 1]]]
+    assert kernels.initial_values(0, 0, 2, 0, 3, 1.0).shape == (2, 3)
+
+
+def test_scores_that_need_gradients_are_selected():
+    scores = torch.tensor([[1.0, 3.0, 2.0]], requires_grad=True)
+    values, index = kernels.select_topk(scores, 1)
+    assert not values.requires_grad
+    assert index.tolist() == [[1]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": torch.tensor([0, 3, 3], dtype=torch.int32)}, "ids must be torch.int64"),
+        ({"ids": torch.zeros(1, 3, dtype=torch.int64)}, "ids must be"),
+        ({"weights": torch.ones(2)}, r"weights must be torch.float32 \[3\], got torch.float32 \[2\]"),
+        ({"weights": torch.ones(3, dtype=torch.float64)}, "weights must be torch.float32"),
+        ({"offsets": torch.tensor([0, 2])}, "offsets must run from 0 to the number of ids, 3"),
+        ({"offsets": torch.tensor([1, 3])}, "offsets must run from 0"),
+        ({"offsets": torch.tensor([0, 5, 3])}, "offsets must not fall"),
+        ({"offsets": torch.empty(0, dtype=torch.int64)}, "offsets must be"),
+        ({"ids": torch.zeros(3, dtype=torch.int64, device="meta")}, "ids is on meta"),
+    ],
+)
+def test_wrong_bags_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        kernels.weighted_sum(**(make() | change))
+
+
+def test_wrong_arenas_and_steps_are_refused():
+    table = torch.zeros(1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="rows must be"):
+        Paged(torch.zeros(2, 2, dtype=torch.float16), table, 1)
+    with pytest.raises(ValueError, match="rows must be"):
+        Paged(torch.zeros(2, 4)[:, :2], table, 1)
+    with pytest.raises(ValueError, match="page_table must be"):
+        Paged(torch.zeros(2, 2), table.long(), 1)
+    with pytest.raises(ValueError, match="page_shift must lie in"):
+        Paged(torch.zeros(2, 2), table, -1)
+    with pytest.raises(ValueError, match="unknown optimizer algorithm 'momentum'"):
+        OptimizerStep("momentum", lr=0.1)
+    with pytest.raises(ValueError, match="commits from 1"):
+        OptimizerStep("sgd", lr=0.1, step=0)
+    with pytest.raises(ValueError, match="block_dim must be"):
+        OptimizerStep("sgd", lr=0.1, block_dim=0)
+
+
+def test_wrong_updates_change_nothing():
+    paged = Paged(torch.ones(2, 3), torch.zeros(1, dtype=torch.int32), 1)
+    rows, sums = torch.tensor([0]), torch.ones(1, 3)
+    adagrad = OptimizerStep("adagrad", lr=0.1)
+    with pytest.raises(ValueError, match="adagrad needs the state 'sum'"):
+        kernels.optimizer_step(paged, {}, rows, sums, adagrad)
+    with pytest.raises(ValueError, match=r"state\['sum'\] must be torch.float32 \[2, 3\]"):
+        kernels.optimizer_step(paged, {"sum": torch.zeros(2, 2)}, rows, sums, adagrad)
+    with pytest.raises(ValueError, match="sums must be"):
+        kernels.optimizer_step(paged, {}, rows, torch.ones(1, 2), OptimizerStep("sgd", lr=0.1))
+    pairs = kernels.sort_pairs(paged, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="bags must name the bag of every sorted pair"):
+        kernels.segment_sum(pairs, None, torch.tensor([0]), sums)
+    with pytest.raises(ValueError, match="values must be"):
+        kernels.scatter_rows(paged, torch.tensor([0]), torch.ones(1, 3, dtype=torch.bfloat16))
+    assert torch.equal(paged.rows, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_k_outside_the_scores_is_refused(k):
+    with pytest.raises(ValueError, match=r"k must lie in 1\.\.3"):
+        kernels.select_topk(torch.zeros(1, 3), k)
+
+
+def test_colliding_ids_are_refused():
+    with pytest.raises(ValueError, match="stride must be at least the 3"):
+        kernels.product_select(torch.zeros(1, 3), torch.zeros(1, 3), 1, 2)
+    with pytest.raises(ValueError, match=r"k must lie in 1\.\.9"):
+        kernels.product_select(torch.zeros(1, 3), torch.zeros(1, 3), 10, 3)
+    with pytest.raises(ValueError, match="must be even"):
+        kernels.product_topk(torch.zeros(1, 1, 3), torch.zeros(1, 2, 3, 1), 1)
+
+
+def test_results_are_frozen():
+    pairs = kernels.sort_pairs(make()["paged"], make()["ids"])
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        pairs.rows = pairs.order
+
+
+def test_each_device_has_its_implementation():
+    assert implementation_for(torch.device("cpu")) is kernels.implementation("numba")
+    assert implementation_for(torch.device("meta")) is kernels.implementation("torch")
+    with pytest.raises(ValueError, match="unknown implementation 'cuda'"):
+        kernels.implementation("cuda")
+
+
+def test_without_numba_and_triton_torch_does_it():
+    run(
+        """
+        import sys
+        sys.modules["numba"] = sys.modules["triton"] = None  # what "not installed" looks like to an import
+        import torch
+        from mempool import kernels
+        from mempool.kernels.implementation import implementation_for
+        for device in ("cpu", "cuda"):
+            assert implementation_for(torch.device(device)) is kernels.implementation("torch")
+        kernels.warm_up()
+        """
+    )
+
+
+def test_without_a_safe_threading_layer_torch_does_it():
+    """Numba's workqueue layer aborts the process when two threads run kernels, so it must never be taken."""
+    run(
+        """
+        import sys
+        sys.modules["numba.np.ufunc.omppool"] = sys.modules["numba.np.ufunc.tbbpool"] = None
+        import torch
+        from mempool import kernels
+        from mempool.kernels.implementation import implementation_for
+        assert implementation_for(torch.device("cpu")) is kernels.implementation("torch")
+        try:
+            kernels.implementation("numba")
+        except ImportError as error:
+            assert "libgomp" in str(error)
+        else:
+            raise AssertionError("an unsafe threading layer was taken")
+        """
+    )
+
+
+def test_a_running_unsafe_threading_layer_is_refused():
+    run(
+        """
+        import numba
+        numba.config.THREADING_LAYER = "workqueue"
+        @numba.njit(parallel=True)
+        def kernel(out):
+            for i in numba.prange(4):
+                out[i] = i
+        import numpy
+        kernel(numpy.zeros(4))
+        assert numba.threading_layer() == "workqueue"
+        from mempool import kernels
+        try:
+            kernels.implementation("numba")
+        except ImportError as error:
+            assert "workqueue" in str(error)
+        else:
+            raise AssertionError("an unsafe threading layer was taken")
+        """
+    )
+
+
+def test_kernels_compile_where_no_cache_can_be_written():
+    """Numba refuses to cache where no directory is writable; then kernels are compiled for the process alone."""
+    run(
+        """
+        from numba.core import caching
+        caching.CacheImpl._locator_classes = []
+        import torch
+        from mempool import kernels
+        from mempool.kernels import Paged
+        numba = kernels.implementation("numba")
+        paged = Paged(torch.ones(2, 1), torch.zeros(1, dtype=torch.int32), 1)
+        assert numba.gather_rows(paged, torch.tensor([1])).tolist() == [[1.0]]
+        """
+    )
+
+
+def test_warm_up_leaves_nothing_to_compile():
+    """After warm_up, calls with other shapes, both dtypes and every optimizer compile nothing more."""
+    run(
+        """
+        import torch
+        from mempool import kernels
+        from mempool.kernels import OptimizerStep, Paged
+        from mempool.kernels.cpu import bags, initial, topk, updates
+        kernels.warm_up()
+        def compiled():
+            return {
+                (module.__name__, name): len(kernel.signatures)
+                for module in (bags, initial, topk, updates)
+                for name, kernel in vars(module).items()
+                if hasattr(kernel, "signatures")
+            }
+        before = compiled()
+        assert sum(before.values()) > 20, before
+        ids, offsets, bag = torch.tensor([3, 0, 9, 3]), torch.tensor([0, 4]), torch.zeros(4, dtype=torch.int64)
+        for dtype in kernels.STORAGE_DTYPES:
+            paged = Paged(torch.ones(12, 5, dtype=dtype), torch.tensor([2, -1, 1], dtype=torch.int32), 2)
+            for weights in (None, torch.ones(4)):
+                kernels.weighted_sum(paged, ids, weights, offsets)
+                pairs = kernels.sort_pairs(paged, ids)
+                kernels.segment_sum(pairs, weights, bag, torch.ones(1, 5))
+                for algorithm in kernels.ALGORITHMS:
+                    step = OptimizerStep(algorithm, lr=0.1, block_dim=2)
+                    columns = 3 if algorithm == "rowwise_adagrad" else 5
+                    state = {name: torch.zeros(12, columns) for name in kernels.STATE_NAMES[algorithm]}
+                    kernels.fused_step(paged, state, pairs, weights, bag, torch.ones(1, 5), step)
+            kernels.weight_gradient(paged, ids, offsets, torch.ones(1, 5))
+            kernels.scatter_rows(paged, ids, kernels.gather_rows(paged, ids))
+            kernels.flat_topk(torch.ones(2, 5), paged, 3, 12)
+        kernels.select_topk(torch.ones(3, 200), 150)
+        kernels.product_select(torch.ones(3, 20), torch.ones(3, 20), 150, 20)
+        kernels.product_topk(torch.ones(3, 2, 6), torch.ones(2, 2, 4, 3), 3)
+        kernels.squared_norm(torch.ones(2, 3))
+        kernels.initial_values(2**63, 5, 3, 1, 2, 0.5)
+        assert compiled() == before, (before, compiled())
+        """
+    )

@@ -1,0 +1,333 @@
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mempool import kernels
+from mempool.errors import (
+    ContextMissing,
+    DataLoss,
+    DeadlineExceeded,
+    Internal,
+    NotFound,
+    RequestTooLarge,
+    ShardUnavailable,
+)
+from mempool.shard import Engine, arena, commits
+from mempool.types import AttachTable, ExportPages, FlatKeySpec, PageBatch, PullPages, ShardInfo
+from mempool.wire.loop import run
+from tests.contract.driver import LAYOUTS, make_bags, make_schema, same
+
+from .conftest import MakeDriver
+
+GRADS = torch.linspace(-1, 1, 40).view(4, 10)
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Failures that a test provokes are not logged."""
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def test_contexts_are_forgotten_under_their_budget(make_driver: MakeDriver) -> None:
+    bags = make_bags(1)
+    one = sum(t.nbytes for t in (bags.ids, bags.weights, bags.offsets) if t is not None)
+    driver = make_driver(context_budget_bytes=2 * one).create(make_schema())
+    for lookup_id in (1, 2, 3):
+        driver.gather(bags, lookup_id=lookup_id)
+    assert run(driver.host(0).status(), timeout_s=20).context_bytes == 2 * one
+    driver.lookup_id = 1
+    with pytest.raises(ContextMissing):
+        driver.update(1, 0, GRADS)
+    for lookup_id in (2, 3):
+        driver.lookup_id = lookup_id
+        driver.update(1, lookup_id, GRADS)
+
+
+def test_more_updates_than_the_budget_are_refused(make_driver: MakeDriver) -> None:
+    driver = make_driver(held_budget_bytes=900).create(make_schema())
+    driver.gather(make_bags(1))
+    driver.update(1, 0, GRADS)
+    driver.update(1, 1, GRADS)
+    before = driver.contents()
+    with pytest.raises(RequestTooLarge, match="may hold 900.*commit more often"):
+        driver.update(1, 2, GRADS)
+    driver.update(1, 1, GRADS)  # a repeat takes no room
+    assert same(driver.contents(), before)
+    driver.prepare(1, [0, 1])
+    driver.commit(1, [0, 1])
+    driver.update(2, 2, GRADS)
+    driver.drop()
+    driver.create(make_schema())
+    driver.gather(make_bags(1))
+    driver.update(1, 0, GRADS)
+    driver.update(1, 1, GRADS)
+
+
+def test_a_dead_trainers_prepared_step_does_not_hold_off_a_freeze_forever(make_driver: MakeDriver) -> None:
+    driver = make_driver(held_lease_s=0.0).create(make_schema())
+    driver.gather(make_bags(1))
+    driver.update(1, 0, GRADS)
+    driver.prepare(1, [0])
+    assert driver.call(driver.host(0).freeze(1, 5.0)).version == 0
+    assert driver.status(0).updates_held == 0
+
+
+def test_a_freeze_whose_caller_is_gone_and_a_waiting_prepare(make_driver: MakeDriver) -> None:
+    driver = make_driver().create(make_schema())
+    driver.gather(make_bags(1))
+    driver.update(1, 0, GRADS)
+    driver.prepare(1, [0])
+    freezing = driver.submit(driver.host(0).freeze(1, 20.0))
+    assert any(driver.status(0).frozen for _ in range(10_000))
+    freezing.cancel()
+    waiting = driver.submit(
+        driver.host(0).prepare(replace(driver.prepare_request(0, 1, []), step_id=driver.step_id(1, "b")))
+    )
+    driver.status(0)
+    waiting.cancel()
+    driver.commit(1, [0])
+    driver.call(driver.host(0).thaw(1))
+    assert [step for step in driver.call(driver.host(0).freeze(1, 1.0)).entries] == [("trainer", 0)]
+
+
+def test_an_abandoned_step_of_a_rank_that_goes_on_lets_the_freeze_through(make_driver: MakeDriver) -> None:
+    driver = make_driver().create(make_schema())
+    driver.gather(make_bags(1))
+    driver.update(1, 0, GRADS)
+    driver.prepare(1, [0])
+    freezing = driver.submit(driver.host(0).freeze(1, 20.0))
+    assert any(driver.status(0).frozen for _ in range(10_000))
+    driver.update(2, 1, GRADS)
+    waiting = driver.submit(driver.host(0).prepare(driver.prepare_request(0, 2, [1])))
+    assert freezing.result(timeout=20).version == 0
+    driver.call(driver.host(0).thaw(1))
+    assert waiting.result(timeout=20).missing == ()
+
+
+def test_pages_are_pulled_in_batches_between_lookups(make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena, "_COPY_BYTES", 1)
+    asked: list[ExportPages] = []
+    real = Engine.export_pages
+
+    async def export_pages(self: Engine, request: ExportPages) -> PageBatch:
+        asked.append(request)
+        return await real(self, request)
+
+    monkeypatch.setattr(Engine, "export_pages", export_pages)
+    driver = make_driver(2).create(make_schema(keys=FlatKeySpec(key_dim=5)), "one")
+    driver.train(1, {0: (make_bags(1), GRADS)})
+    values, keys = driver.read(), driver.read("keys")
+    driver.move("rows")
+    assert [request.row_pages.tolist() for request in asked] == [[4], [5], [6]]
+    assert torch.equal(driver.read(), values)
+    assert torch.equal(driver.read("keys"), keys)
+
+
+def test_a_source_that_fails_leaves_everything_as_it_was(make_driver: MakeDriver) -> None:
+    class Broken:
+        async def export_pages(self, request: ExportPages) -> PageBatch:
+            if request.row_pages[0] > 4:
+                raise ShardUnavailable("gone")
+            return await engines[0].host.export_pages(request)
+
+    driver = make_driver(2, peers=lambda source: Broken()).create(make_schema(), "one")  # type: ignore[arg-type,return-value]
+    engines = driver.hosted
+    before = driver.contents()
+    driver.call(driver.host(0).freeze(1, 5.0))
+    for page in ([4], [5]):
+        pull = PullPages(table_id=1, source=engines[0].info, row_pages=np.array(page), blocks=(0, 1, 2))
+        if page == [5]:
+            with pytest.raises(ShardUnavailable, match="gone"):
+                driver.call(driver.host(1).pull_pages(pull))
+        else:
+            driver.call(driver.host(1).pull_pages(pull))
+    for shard in (0, 1):
+        driver.call(driver.host(shard).thaw(1))
+    assert same(driver.contents(), before)
+    assert driver.status(1).num_bytes == 0
+
+
+def _batch(**changes: Any) -> Any:
+    class Odd:
+        def __init__(self) -> None:
+            self.hosted: Any = None
+
+        async def export_pages(self, request: ExportPages) -> PageBatch:
+            batch = await self.hosted.host.export_pages(request)
+            return replace(batch, **{name: change(getattr(batch, name)) for name, change in changes.items()})
+
+    return Odd()
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"row_pages": lambda pages: pages + 1}, "other pages than it was asked for"),
+        ({"blocks": lambda blocks: blocks[:1]}, "other pages than it was asked for"),
+        ({"arrays": lambda arrays: {"values": arrays["values"]}}, "do all shards run the same version"),
+        ({"arrays": lambda arrays: {name: rows[1:] for name, rows in arrays.items()}}, "do all shards run the same"),
+        ({"arrays": lambda arrays: {name: rows.double() for name, rows in arrays.items()}}, "do all shards run"),
+    ],
+)
+def test_pages_that_are_not_what_was_asked_for_are_refused(
+    make_driver: MakeDriver, changes: dict[str, Any], match: str
+) -> None:
+    odd = _batch(**changes)
+    driver = make_driver(2, peers=lambda source: odd).create(make_schema(), "one")
+    odd.hosted = driver.hosted[0]
+    pull = PullPages(table_id=1, source=driver.hosted[0].info, row_pages=np.array([2, 3]), blocks=(0, 1, 2))
+    with pytest.raises(Internal, match=match):
+        driver.call(driver.host(1).pull_pages(pull))
+    driver.call(driver.host(1).thaw(1))
+    assert driver.status(1).num_bytes == 0
+
+
+def test_without_peers_nothing_is_pulled() -> None:
+    engine = Engine(ShardInfo(shard=0, address="", incarnation=1))
+    pull = PullPages(table_id=1, source=engine.info, row_pages=np.array([0]), blocks=(0,))
+    with pytest.raises(Internal, match="without peers"):
+        run(engine.pull_pages(pull), timeout_s=20)
+    run(engine.close(), timeout_s=20)
+
+
+def test_a_table_dropped_while_it_is_pulled(make_driver: MakeDriver) -> None:
+    class Dropping:
+        async def export_pages(self, request: ExportPages) -> PageBatch:
+            batch = await driver.host(0).export_pages(request)
+            await driver.host(1).drop_table(1)
+            return batch
+
+    driver = make_driver(2, peers=lambda source: Dropping()).create(make_schema(), "one")  # type: ignore[arg-type,return-value]
+    pull = PullPages(table_id=1, source=driver.hosted[0].info, row_pages=np.array([0]), blocks=(0,))
+    with pytest.raises(NotFound, match="dropped while its pages were pulled"):
+        driver.call(driver.host(1).pull_pages(pull))
+
+
+def test_a_commit_that_fails_half_way_loses_the_table_and_says_so(
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = make_driver().create(make_schema())
+    driver.gather(make_bags(1))
+    driver.update(1, 0, GRADS)
+    driver.prepare(1, [0], want_norm=False)
+    before = driver.contents()
+
+    def fail(*arguments: Any) -> None:
+        raise MemoryError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(Internal, match="MemoryError"):
+        patch.setattr(kernels, "sort_pairs", fail)
+        with _unlogged():
+            driver.commit(1, [0])
+    assert same(driver.contents(), before)  # nothing was written yet
+    with monkeypatch.context() as patch, pytest.raises(DataLoss, match="step 1.*failed half way.*out of memory"):
+        patch.setattr(kernels, "fused_step", fail)
+        driver.commit(1, [0])
+    with pytest.raises(DataLoss, match="lost 21 pages"):
+        driver.gather(make_bags(1))
+    assert driver.status(0).lost_pages == 21
+
+
+def test_large_sums_are_not_kept_and_change_no_bit(make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for kept_bytes in (2**20, 100):
+        monkeypatch.setattr(commits, "_KEPT_BYTES", kept_bytes)
+        driver = make_driver(3).create(make_schema(), "mixed")
+        bags = make_bags(1, lengths=(40, 0, 7, 90))
+        driver.gather(bags)
+        driver.update(1, 0, GRADS)
+        norms = [reply.squared_norm for reply in driver.prepare(1, [0]).values()]
+        driver.commit(1, [0])
+        results.append((norms, driver.contents()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-12)
+    assert same(results[0][1], results[1][1])
+
+
+def test_a_large_table_is_filled_in_pieces(make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two pieces, which are jobs of their own, other tables are answered."""
+    monkeypatch.setattr(arena, "_COPY_BYTES", 1)
+    driver = make_driver().create(make_schema(keys=FlatKeySpec(key_dim=5)))
+    pieces = next(time for time in driver.call(driver.host(0).status()).stages if time.stage == "fill")
+    assert pieces.count == 7 + 1  # pages, and the end
+    values, keys = driver.read(), driver.read("keys")
+    monkeypatch.undo()
+    whole = make_driver().create(make_schema(keys=FlatKeySpec(key_dim=5)))
+    assert torch.equal(whole.read(), values)
+    assert torch.equal(whole.read("keys"), keys)
+
+
+def test_a_table_that_is_being_made_says_so(make_driver: MakeDriver) -> None:
+    driver = make_driver()
+    driver.view = driver.make_view(make_schema(), LAYOUTS["one"], epoch=1)
+    engine: Any = driver.host(0)
+    request = AttachTable(view=driver.placed, mode="initialise")
+    driver.call(engine._thread.run("attach_table", lambda: engine._attach(request)))
+    with pytest.raises(ShardUnavailable, match="still writing the initial values of table 'facts'"):
+        driver.gather(make_bags(1))
+    driver.call(engine.attach_table(request))  # a repeat goes on where the first was cut off
+    driver.gather(make_bags(1))
+
+
+def test_half_a_table_does_not_stay(make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = make_driver()
+    driver.view = driver.make_view(make_schema(), LAYOUTS["one"], epoch=1)
+
+    def fail(*arguments: Any) -> None:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch, _unlogged(), pytest.raises(Internal, match="MemoryError: no room"):
+        patch.setattr(kernels, "initial_values", fail)
+        driver.call(driver.host(0).attach_table(AttachTable(view=driver.placed, mode="initialise")))
+    assert run(driver.host(0).status(), timeout_s=20).tables == ()
+    driver.create(make_schema())
+    driver.gather(make_bags(1))
+
+
+def test_status_tells_what_is_there(make_driver: MakeDriver) -> None:
+    driver = make_driver(2).create(make_schema(), "columns")
+    driver.gather(make_bags(1))
+    driver.update(1, 0, GRADS)
+    status = run(driver.host(1).status(), timeout_s=20)
+    assert (status.info.shard, status.state, status.device) == (1, "ready", "cpu")
+    (table,) = status.tables
+    assert (table.pages, table.lookups, table.updates_held, table.frozen) == (14, 1, 1, False)
+    # 7 pages of 8 slots, 6 columns, values and "sum"; and the page table
+    assert status.num_bytes == table.num_bytes == 7 * 8 * 6 * 4 * 2 + 7 * 4
+    counts = {time.stage: time.count for time in status.stages}
+    assert counts["gather"] == counts["update"] == 1
+    assert counts["queue"] >= 4
+    assert status.uptime_s > 0
+
+
+def test_closing_wakes_who_waits_and_is_repeatable(make_driver: MakeDriver) -> None:
+    driver = make_driver().create(make_schema())
+    driver.gather(make_bags(1))
+    driver.update(1, 0, GRADS)
+    driver.call(driver.host(0).freeze(1, 5.0))
+    waiting = driver.submit(driver.host(0).prepare(driver.prepare_request(0, 1, [0])))
+    driver.status(0)
+    driver.call(driver.host(0).close())
+    with pytest.raises((ShardUnavailable, NotFound)):
+        waiting.result(timeout=20)
+    driver.call(driver.host(0).close())
+    with pytest.raises(ShardUnavailable, match="shard 0 of pool 'local' is closed"):
+        driver.gather(make_bags(1))
+
+
+def test_a_freeze_in_vain_names_the_table(make_driver: MakeDriver) -> None:
+    driver = make_driver().create(make_schema())
+    driver.gather(make_bags(1))
+    driver.update(1, 0, GRADS)
+    driver.prepare(1, [0])
+    with pytest.raises(DeadlineExceeded, match="table 'facts' did not come to rest on shard 0 within 0.01 s"):
+        driver.call(driver.host(0).freeze(1, 0.01))

@@ -1,0 +1,74 @@
+"""Rules of the house that no linter knows: sizes of files and folders, light imports, public names."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mempool
+
+ROOT = Path(__file__).parents[2]
+GENERATED = ("_pb2", "_pb2_grpc")
+SOURCES = [
+    path
+    for folder in ("mempool", "examples", "tests", "protos")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if not path.stem.endswith(GENERATED) and "node_modules" not in path.parts
+]
+HEAVY = ("ray", "triton", "numba", "fastapi", "starlette", "flask", "aiohttp", "uvicorn")
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(SOURCES) > 100
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_short_and_say_what_they_are(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") < 500, "split it: one noun a file"
+    tree = ast.parse(text)
+    if text.strip() and path.is_relative_to(ROOT / "mempool"):
+        assert ast.get_docstring(tree), "a module says in one to five lines what it does and what it leaves to others"
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in SOURCES if path.is_relative_to(ROOT / "mempool")}))
+def test_folders_hold_few_files(folder: Path) -> None:
+    files = [path for path in SOURCES if path.parent == folder and path.name != "__init__.py"]
+    assert len(files) <= 16
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["import mempool, mempool.nn", "import mempool.client, mempool.wire", "import mempool; mempool.connect, mempool.optim"],
+)
+def test_the_trainers_imports_are_light(statement: str) -> None:
+    script = f"{statement}\nimport sys\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    loaded = set(done.stdout.split())
+    assert "mempool" in loaded
+    assert loaded.isdisjoint(HEAVY), f"loads {sorted(loaded & set(HEAVY))}"
+
+
+def test_public_names_are_these_and_can_be_had() -> None:
+    assert sorted(mempool.__all__) == [
+        "FlatKeys",
+        "Lookup",
+        "Pool",
+        "ProductKeys",
+        "Table",
+        "TableConfig",
+        "__version__",
+        "connect",
+        "errors",
+        "local",
+        "nn",
+        "optim",
+    ]
+    for name in mempool.__all__:
+        assert getattr(mempool, name) is not None
+    assert {"SGD", "Adagrad", "RowWiseAdagrad", "Adam", "PoolOptimizer"} <= set(mempool.optim.__all__)
+    assert "MemoryLayer" in mempool.nn.__all__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        mempool.nothing  # noqa: B018
