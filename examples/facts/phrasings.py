@@ -7,32 +7,57 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SUBJECT = "{}"
+"""Stands for what is asked about: a city, an airport, a country."""
+
 
 @dataclass(frozen=True, slots=True)
 class Phrasings:
-    """The wordings of one relation; `{}` stands for the subject.
+    """The wordings of one relation; SUBJECT stands for the subject.
 
     Attributes:
         trained: wordings that training draws from, a new one for each fact in each epoch.
-        unseen: wordings that training never shows; the headline figure asks every fact with them.
+        unseen: wordings that training never shows; the headline figure asks every fact with one of them.
     """
 
     trained: tuple[str, ...]
     unseen: tuple[str, ...]
 
 
-LEAD_INS: tuple[str, ...] = (
-    "Please tell me: ",
-    "Quick question: ",
-    "I would like to know: ",
-    "Do you know this one? ",
-    "Help me with my homework: ",
-    "Here is a question for you. ",
+# Wordings that every relation shares, NOUN being what it asks for ("country"). They teach which words of a question
+# mean nothing: a word that stood in the questions of one relation only would be taken for a sign of it.
+_NOUN = "NOUN"
+_SHARED_TRAINED = (
+    "What is the NOUN of {}?",
+    "Which NOUN does {} have?",
+    "{}: which NOUN?",
+    "Please give me the NOUN for {}.",
+    "Name the NOUN that goes with {}.",
+    "I am going to {}. What NOUN do I write down?",
+    "If I ask about {}, which NOUN do you say?",
+    "My friend is at {}. Do you know the NOUN?",
+    "When you think of {}, what NOUN comes to mind?",
+    "I need the NOUN of {}, can you look it up?",
+    "Somebody asked me for the NOUN of {}.",
+    "With {} in a quiz, which NOUN should I answer?",
 )
-"""Words before a question that mean nothing: half of the training questions carry one, no evaluation question does."""
+_SHARED_UNSEEN = (
+    "Tell me the NOUN of {}.",
+    "Do you know which NOUN {} has?",
+    "I read about {}. What was the NOUN again?",
+)
+
+
+def _relation(noun: str, *, trained: tuple[str, ...], unseen: tuple[str, ...]) -> Phrasings:
+    return Phrasings(
+        trained=trained + tuple(shared.replace(_NOUN, noun) for shared in _SHARED_TRAINED),
+        unseen=unseen + tuple(shared.replace(_NOUN, noun) for shared in _SHARED_UNSEEN),
+    )
+
 
 PHRASINGS: dict[str, Phrasings] = {
-    "city_country": Phrasings(
+    "city_country": _relation(
+        "country",
         trained=(
             "In which country is {}?",
             "Which country is {} in?",
@@ -42,35 +67,29 @@ PHRASINGS: dict[str, Phrasings] = {
             "Name the country where the city {} lies.",
             "Where is {}? Give the country.",
             "In what country do I find {}?",
-            "I am flying to {}. Which country should I expect?",
-            "When it rains in {}, the weather report of what country says so?",
         ),
-        unseen=(
-            "Tell me the country of {}.",
-            "{} lies in which country?",
-            "If I travel to {}, which country am I in?",
-        ),
+        unseen=("{} lies in which country?", "Whose city is {}, by country?", "If I travel to {}, which country am I in?"),
     ),
-    "city_timezone": Phrasings(
+    "city_timezone": _relation(
+        "time zone",
         trained=(
             "In which time zone is {}?",
             "Which time zone is {} in?",
             "What time zone does the city {} use?",
-            "Name the time zone of {}.",
             "{} is in which time zone?",
             "Which time zone do clocks in {} follow?",
             "Give the time zone for the city of {}.",
             "By what time zone do people in {} live?",
-            "I am flying to {}. Which time zone should I expect?",
-            "When it is noon in {}, what time zone is that noon in?",
+            "Where is {}? Give the time zone.",
         ),
         unseen=(
-            "Tell me the time zone of {}.",
             "{} lies in which time zone?",
+            "Clocks in {} show which time zone?",
             "If I travel to {}, which time zone do I set?",
         ),
     ),
-    "iata_city": Phrasings(
+    "iata_city": _relation(
+        "city",
         trained=(
             "Which city has the airport {}?",
             "What city does the airport code {} stand for?",
@@ -80,54 +99,51 @@ PHRASINGS: dict[str, Phrasings] = {
             "A ticket says {}. Which city is that?",
             "In which city do I land at airport {}?",
             "The code {} belongs to the airport of which city?",
-            "I am flying to {}. Which city should I expect?",
-            "When I read {} on a bag, what city is it going to?",
         ),
         unseen=(
-            "Tell me the city of airport {}.",
-            "My flight goes to {}, which city is that?",
+            "Airport {} serves which city?",
             "Which city does {} stand for?",
+            "My flight lands at {}, which city is that?",
         ),
     ),
-    "airport_iata": Phrasings(
+    "airport_iata": _relation(
+        "IATA code",
         trained=(
-            "What is the IATA code of {}?",
-            "Which IATA code does {} have?",
+            "Which IATA code is used for {}?",
             "Give the IATA code for {}.",
             "{} has which IATA code?",
             "Name the three letter IATA code of {}.",
             "Under which IATA code is {} listed?",
-            "How does IATA abbreviate {}?",
+            "How does IATA abbreviate {}? Give the code.",
             "IATA calls {} by which code?",
-            "I am flying to {}. Which IATA code should I expect?",
-            "When a bag goes to {}, what IATA code does it show?",
+            "A bag to {} shows which IATA code?",
         ),
         unseen=(
-            "Tell me the IATA code of {}.",
             "{} is known by which IATA code?",
-            "Which IATA letters are on a ticket to {}?",
+            "What does IATA call {}, as a code?",
+            "If I travel to {}, which IATA code is on my ticket?",
         ),
     ),
-    "airport_icao": Phrasings(
+    "airport_icao": _relation(
+        "ICAO code",
         trained=(
-            "What is the ICAO code of {}?",
-            "Which ICAO code does {} have?",
+            "Which ICAO code is used for {}?",
             "Give the ICAO code for {}.",
             "{} has which ICAO code?",
             "Name the four letter ICAO code of {}.",
             "Under which ICAO code is {} listed?",
-            "How does ICAO abbreviate {}?",
+            "How does ICAO abbreviate {}? Give the code.",
             "ICAO calls {} by which code?",
-            "I am flying to {}. Which ICAO code should I expect?",
-            "When a plan is filed for {}, what ICAO code does it show?",
+            "A flight to {} files which ICAO code?",
         ),
         unseen=(
-            "Tell me the ICAO code of {}.",
             "{} is known by which ICAO code?",
-            "Which ICAO letters does a pilot file for {}?",
+            "What does ICAO call {}, as a code?",
+            "If I fly to {}, which ICAO code does the pilot type?",
         ),
     ),
-    "airport_country": Phrasings(
+    "airport_country": _relation(
+        "country",
         trained=(
             "In which country is {}?",
             "Which country is {} in?",
@@ -137,16 +153,11 @@ PHRASINGS: dict[str, Phrasings] = {
             "Name the country where {} lies.",
             "Where is {}? Give the country.",
             "In what country do I find {}?",
-            "I am flying to {}. Which country should I expect?",
-            "When it rains in {}, the weather report of what country says so?",
         ),
-        unseen=(
-            "Tell me the country of {}.",
-            "{} lies in which country?",
-            "If I land at {}, which country am I in?",
-        ),
+        unseen=("{} lies in which country?", "Whose airport is {}, by country?", "If I land at {}, which country am I in?"),
     ),
-    "county_state": Phrasings(
+    "county_state": _relation(
+        "US state",
         trained=(
             "In which US state is {}?",
             "Which US state is {} in?",
@@ -156,18 +167,12 @@ PHRASINGS: dict[str, Phrasings] = {
             "What US state has a county named {}?",
             "Where is {}? Give the US state.",
             "In what US state do I find {}?",
-            "I am driving to {}. Which US state should I expect?",
-            "When it rains in {}, the weather report of what US state says so?",
         ),
-        unseen=(
-            "Tell me the US state of {}.",
-            "{} lies in which US state?",
-            "If I drive to {}, which US state am I in?",
-        ),
+        unseen=("{} lies in which US state?", "{} is part of what US state?", "If I drive to {}, which US state am I in?"),
     ),
-    "country_capital": Phrasings(
+    "country_capital": _relation(
+        "capital",
         trained=(
-            "What is the capital of {}?",
             "Which city is the capital of {}?",
             "Name the capital of {}.",
             "{} has which capital?",
@@ -175,18 +180,17 @@ PHRASINGS: dict[str, Phrasings] = {
             "Give the capital city of {}.",
             "From which capital is {} governed?",
             "What is the name of the capital of {}?",
-            "I am flying to {}. Which capital should I expect?",
-            "When they vote in {}, in what capital do they count?",
+            "In {}, what is the capital city?",
         ),
         unseen=(
-            "Tell me the capital of {}.",
             "Which capital belongs to {}?",
-            "{} is governed from which capital city?",
+            "{} is governed from what capital?",
+            "If I travel to {}, where is the capital?",
         ),
     ),
-    "country_currency": Phrasings(
+    "country_currency": _relation(
+        "currency code",
         trained=(
-            "What is the currency code of {}?",
             "Which currency code does {} use?",
             "Name the currency code of {}.",
             "{} has which currency code?",
@@ -194,16 +198,16 @@ PHRASINGS: dict[str, Phrasings] = {
             "In {}, prices carry which currency code?",
             "With which currency does {} pay? Give the code.",
             "What currency code do banks in {} use?",
-            "I am flying to {}. Which currency code should I expect?",
-            "When I pay in {}, what currency code is on the bill?",
+            "Money in {} has which currency code?",
         ),
         unseen=(
-            "Tell me the currency code of {}.",
             "Which currency code is used in {}?",
             "{} pays with which currency code?",
+            "If I travel to {}, which currency code do I pay in?",
         ),
     ),
-    "country_continent": Phrasings(
+    "country_continent": _relation(
+        "continent",
         trained=(
             "On which continent is {}?",
             "Which continent is {} on?",
@@ -213,51 +217,47 @@ PHRASINGS: dict[str, Phrasings] = {
             "Give the continent where {} lies.",
             "Where is {}? Give the continent.",
             "On what continent do I find {}?",
-            "I am flying to {}. Which continent should I expect?",
-            "When it rains in {}, it rains on what continent?",
         ),
         unseen=(
-            "Tell me the continent of {}.",
             "{} lies on which continent?",
+            "{} is found on what continent?",
             "If I travel to {}, which continent am I on?",
         ),
     ),
-    "country_phone": Phrasings(
+    "country_phone": _relation(
+        "dialling code",
         trained=(
-            "What is the dialling code of {}?",
-            "Which dialling code does {} have?",
+            "Which dialling code belongs to {}?",
             "Name the dialling code of {}.",
             "{} has which dialling code?",
             "Give the telephone dialling code for {}.",
             "With which dialling code do I call {}?",
             "To phone {}, which dialling code do I use?",
             "What dialling code do numbers in {} start with?",
-            "I am calling {}. Which dialling code should I expect?",
-            "When they phone me from {}, what dialling code do I see?",
+            "Calls from {} show which dialling code?",
         ),
         unseen=(
-            "Tell me the dialling code of {}.",
             "{} is reached by which dialling code?",
             "Which dialling code is used for calls to {}?",
+            "If I call {}, which dialling code comes first?",
         ),
     ),
-    "country_domain": Phrasings(
+    "country_domain": _relation(
+        "internet domain",
         trained=(
-            "What is the internet domain of {}?",
-            "Which internet domain does {} have?",
+            "Which internet domain belongs to {}?",
             "Name the internet domain of {}.",
             "{} has which internet domain?",
             "Give the internet domain for {}.",
             "On which internet domain are sites of {}?",
             "Sites in {} end with which internet domain?",
             "What internet domain was given to {}?",
-            "I am reading a site of {}. Which internet domain should I expect?",
-            "When they found a firm in {}, what internet domain does it take?",
+            "Firms in {} use which internet domain?",
         ),
         unseen=(
-            "Tell me the internet domain of {}.",
             "{} is found under which internet domain?",
             "Which internet domain is used in {}?",
+            "If I read a site of {}, which internet domain is it on?",
         ),
     ),
 }

@@ -3,6 +3,7 @@
 A Ray started here runs in a process session of its own and outlives the command; it is known by its pid and port.
 """
 
+import logging
 import os
 import secrets
 import signal
@@ -34,10 +35,11 @@ def attach(address: str) -> str:
     """
     if ray.is_initialized():
         return str(ray.get_runtime_context().gcs_address)
-    _use_ray_token()
+    logging.getLogger("ray").setLevel(logging.ERROR)  # ray.init does the same, a little later
     try:
-        if address != "auto":
-            _knock(address)
+        _use_ray_token()
+        address = _found() if address == "auto" else address
+        _knock(address)
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError, RayError) as error:
         ray.shutdown()
@@ -133,8 +135,19 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def _found() -> str:
+    """The address of the Ray of this machine. Raises OSError where there is none."""
+    try:
+        from ray._private.services import canonicalize_bootstrap_address
+    except ImportError:
+        return "auto"
+    return canonicalize_bootstrap_address("auto") or "auto"
+
+
 def _knock(address: str) -> None:
-    """Raises OSError at once where nobody listens; Ray itself would try for a minute."""
+    """Raises OSError at once where nobody listens; Ray itself would try for minutes."""
+    if address == "auto":
+        return
     host, _, port = address.rpartition(":")
     with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S):
         pass

@@ -49,15 +49,7 @@ class ShardProcess:
             ConfigError: No port is free, or there is no such device.
         """
         if self._info is None:
-            serving = ShardServing(
-                self._config,
-                shard=self._shard,
-                incarnation=incarnation,
-                node_ip=ray.util.get_node_ip_address(),
-                token=self._token,
-            )
-            self._info = run(serving.start(), timeout_s=_CALL_TIMEOUT_S)
-            self._serving = serving
+            self._info = run(self._serve(incarnation, ray.util.get_node_ip_address()), timeout_s=_CALL_TIMEOUT_S)
         return self._info
 
     def stop(self) -> None:
@@ -65,3 +57,9 @@ class ShardProcess:
         if self._serving is not None:
             run(self._serving.stop(), timeout_s=_CALL_TIMEOUT_S)
             self._serving = None
+
+    async def _serve(self, incarnation: int, node_ip: str) -> ShardInfo:
+        self._serving = ShardServing(
+            self._config, shard=self._shard, incarnation=incarnation, node_ip=node_ip, token=self._token
+        )
+        return await self._serving.start()

@@ -121,7 +121,8 @@ class Mover:
     async def _move(self, table: str, round_: Round, assignment: Assignment) -> None:
         view = self._roster.view(table)
         table_id, placement = view.schema.table_id, view.placement
-        owners = sorted({*placement.shards, *(move.dest for move in (*round_.moves, *round_.key_moves))})
+        dests = {move.dest for move in round_.moves} | {move.dest for move in round_.key_moves}
+        owners = sorted({*placement.shards, *dests})
         try:
             await _all(self._host(shard).freeze(table_id, _FREEZE_TIMEOUT_S) for shard in placement.shards)
             reports = await _all(

@@ -1,7 +1,7 @@
 """The arithmetic of a shard, and of scoring on a trainer: each function runs on the device where its tensors are.
 
-Triton on CUDA, Numba on the CPU, torch's own operations where those are missing; ``reference`` says in float64 what each
-means. Callers never know which implementation runs. This package sees only tensors: ids are trusted to be validated.
+Triton on CUDA, Numba on the CPU, torch's own operations where those are missing; ``reference`` says in float64 what
+each means. Callers never know which implementation runs. This package sees only tensors: ids come in validated.
 
 Shape legend: B bags, L pairs in all bags, R arena rows, W arena row width, P pages, U distinct rows, H heads, K top-k,
 D key dim, n half-keys of a codebook, M rows of scores.
@@ -232,8 +232,8 @@ def select_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def product_select(scores1: Tensor, scores2: Tensor, k: int, stride: int) -> tuple[Tensor, Tensor]:
     """The two-stage selection of product keys, given the scores of both halves.
 
-    Takes the top min(k, n) of each half by (score descending, index ascending), then of their float32 sums the top k by
-    (score descending, id ascending), ``id = i1 * stride + i2``. (Memory Layers at Scale, arXiv 2412.09764, section 3.1.)
+    Takes the top min(k, n) of each half by (score descending, index ascending), then of their float32 sums the top k
+    by (score descending, id ascending), ``id = i1 * stride + i2``. (Memory Layers at Scale, arXiv 2412.09764.)
 
     Args:
         scores1: [M, n] float32, scores of the first halves.

@@ -1,4 +1,4 @@
-"""Checks of shapes, dtypes and devices before a kernel reads raw memory. Ids and their range are the server's to check."""
+"""Checks of shapes, dtypes and devices before a kernel reads raw memory. The range of ids is the server's to check."""
 
 from __future__ import annotations
 

@@ -1,10 +1,13 @@
 """What every kernel means: plain torch in float64, one pair and one row at a time, for tests and for reading.
 
-Tensors come back in float64 where kernels return float32; initial_values, which is defined to the bit, is the exception.
-Nothing here is fast.
+Tensors come back in float64 where kernels return float32; initial_values, which is defined to the bit, is the
+exception. Nothing here is fast.
 """
 
 from __future__ import annotations
+
+import itertools
+from functools import cmp_to_key
 
 import torch
 from torch import Tensor
@@ -28,7 +31,7 @@ def weighted_sum(paged: Paged, ids: Tensor, weights: Tensor | None, offsets: Ten
     """out[b] = sum of weights[i] * V[ids[i]] over the bag's pairs that are here."""
     bounds = offsets.tolist()
     out = torch.zeros(len(bounds) - 1, paged.rows.shape[1], dtype=torch.float64)
-    for bag, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for bag, (first, end) in enumerate(itertools.pairwise(bounds)):
         for pair in range(first, end):
             row = arena_row(paged, int(ids[pair]))
             if row >= 0:
@@ -59,7 +62,7 @@ def weight_gradient(paged: Paged, ids: Tensor, offsets: Tensor, grads: Tensor) -
     """out[i] = <grads[bag of i], V[ids[i]]>, 0 where not here."""
     bounds = offsets.tolist()
     out = torch.zeros(ids.numel(), dtype=torch.float64)
-    for bag, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for bag, (first, end) in enumerate(itertools.pairwise(bounds)):
         for pair in range(first, end):
             row = arena_row(paged, int(ids[pair]))
             if row >= 0:
@@ -84,7 +87,7 @@ def segment_sum(pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads:
     """out[u] = sum of weights[i] * grads[bags[i]] over the pairs i of segment u."""
     bounds = pairs.starts.tolist()
     out = torch.zeros(len(bounds) - 1, grads.shape[1], dtype=torch.float64)
-    for segment, (first, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for segment, (first, end) in enumerate(itertools.pairwise(bounds)):
         for pair in pairs.order[first:end].tolist():
             weight = 1.0 if weights is None else float(weights[pair])
             out[segment] += weight * grads[bags[pair]].double().cpu()
@@ -128,8 +131,6 @@ def _before(score: float, other: float) -> int:
 
 def select_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Positions by (score descending, NaN last, position ascending), the first k."""
-    from functools import cmp_to_key
-
     index = torch.empty(scores.shape[0], k, dtype=torch.int64)
     for row, values in enumerate(scores.tolist()):
         key = cmp_to_key(lambda a, b, values=values: _before(values[a], values[b]))  # type: ignore[misc]
@@ -165,10 +166,10 @@ def product_topk(queries: Tensor, keys: Tensor, k: int, stride: int) -> tuple[Te
 def flat_topk(queries: Tensor, keys: Paged, k: int, num_slots: int) -> tuple[Tensor, Tensor]:
     """Brute force over the slots that are here; a slot whose score is NaN is no candidate."""
     slots = [slot for slot in range(num_slots) if arena_row(keys, slot) >= 0]
-    table = torch.stack([keys.rows[arena_row(keys, slot)].double().cpu() for slot in slots]) if slots else None
+    table = keys.rows[[arena_row(keys, slot) for slot in slots]].double().cpu()
     scores = torch.full((queries.shape[0], k), -torch.inf, dtype=torch.float64)
     ids = torch.full((queries.shape[0], k), -1, dtype=torch.int64)
-    for row in range(queries.shape[0] if table is not None else 0):
+    for row in range(queries.shape[0]):
         found = [(s, i) for s, i in zip((table @ queries[row].double().cpu()).tolist(), slots, strict=True) if s == s]
         best = sorted(found, key=lambda pair: (-pair[0], pair[1]))[:k]
         for place, (score, slot) in enumerate(best):

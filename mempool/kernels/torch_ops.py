@@ -191,7 +191,12 @@ def select_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return scores.gather(-1, index), index
 
 
-def product_select(scores1: Tensor, scores2: Tensor, k: int, stride: int) -> tuple[Tensor, Tensor]:
+def product_select(
+    scores1: Tensor,
+    scores2: Tensor,
+    k: int,
+    stride: int,  # noqa: ARG001 - ids rise with (i1, i2) for every stride of at least n
+) -> tuple[Tensor, Tensor]:
     """See mempool.kernels.product_select."""
     half_k = min(k, scores1.shape[-1])
     # In the order of their indices, row-major positions in the grid of sums rise with the id: ties go by id.

@@ -29,7 +29,7 @@ def locate(slot: int, page_table: Array, page_shift: int) -> int:
 
 def load(element: Any) -> np.float32:
     """A stored element as float32; bfloat16 comes as its bits in uint16."""
-    raise NotImplementedError("compiled code only")
+    raise NotImplementedError(f"compiled code only, called with {type(element)}")
 
 
 @overload(load, strict=False)
@@ -39,23 +39,19 @@ def _load(element: Any) -> Any:
     return lambda element: np.uint32(np.uint32(element) << np.uint32(16)).view(np.float32)
 
 
-def store(rows: Array, row: int, column: int, value: np.float32) -> None:
-    """Write a float32 into the arena; bfloat16 is rounded to nearest, ties to even, NaN kept as a quiet NaN."""
-    raise NotImplementedError("compiled code only")
+def stored(value: Any, like: Any) -> Any:
+    """A float32 as an element of the arena ``like``; bfloat16 is rounded to nearest, ties to even, NaN stays NaN."""
+    raise NotImplementedError(f"compiled code only, called with {type(value)} and {type(like)}")
 
 
-@overload(store, strict=False)
-def _store(rows: Any, row: Any, column: Any, value: Any) -> Any:
-    if rows.dtype == numba.float32:
+@overload(stored, strict=False)
+def _stored(value: Any, like: Any) -> Any:  # noqa: ARG001 - Numba matches arguments by name
+    if like.dtype == numba.float32:
+        return lambda value, like: value  # noqa: ARG005
 
-        def store_float32(rows, row, column, value):  # type: ignore[no-untyped-def]
-            rows[row, column] = value
-
-        return store_float32
-
-    def store_bfloat16(rows, row, column, value):  # type: ignore[no-untyped-def]
+    def as_bfloat16(value, like):  # type: ignore[no-untyped-def]  # noqa: ARG001
         bits = np.float32(value).view(np.uint32)
         rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        rows[row, column] = np.uint16(rounded) if value == value else np.uint16(0x7FC0)
+        return np.uint16(rounded) if value == value else np.uint16(0x7FC0)
 
-    return store_bfloat16
+    return as_bfloat16

@@ -38,7 +38,7 @@ def _log(uniform: np.float64) -> np.float64:
     series = series * square + 1.0 / 5.0
     series = series * square + 1.0 / 3.0
     series = series * square + 1.0
-    return np.float64(exponent) * 0.6931471805599453 + (ratio + ratio) * series  # type: ignore[no-any-return]
+    return np.float64(exponent) * 0.6931471805599453 + (ratio + ratio) * series
 
 
 @serial

@@ -7,13 +7,16 @@ import importlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import numba
+import numba as typed_numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 Array = NDArray[Any]
+# Numba's type stubs leave out most of what is used here.
+numba: Any = typed_numba
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 # Numba's own "workqueue" layer aborts the process when two Python threads run kernels at once, so it is never taken.

@@ -1,10 +1,12 @@
-"""Selection on the CPU, by (score descending, id ascending) and nothing else: top-k of rows, of product keys, of flat keys.
+"""Selection on the CPU by (score descending, id ascending): top-k of rows, of product keys, of flat keys.
 
 Scores are summed in the order of the key dimension, one query apart from the others, so they do not depend on the batch
 nor on how keys are spread over shards.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,22 +24,22 @@ _TILE_SLOTS = 128
 
 
 @serial
-def _rank(score: np.float32, position: int) -> np.int64:
+def _rank(score: np.float32, position: int) -> Any:
     """An integer that orders (score descending, position ascending) when compared descending; NaN below all numbers."""
     bits = np.int64(np.float32(score).view(np.int32))
     ordered = bits if bits >= 0 else np.int64(-0x80000000) - bits  # -0.0 becomes 0, which 0.0 is
     if score != score:
         ordered = np.int64(-0x80000000)
-    return (ordered << np.int64(32)) | np.int64(0xFFFFFFFF - position)  # type: ignore[no-any-return]
+    return (ordered << np.int64(32)) | np.int64(0xFFFFFFFF - position)
 
 
 @serial
-def _position(rank: np.int64) -> int:
-    return 0xFFFFFFFF - (rank & np.int64(0xFFFFFFFF))  # type: ignore[no-any-return]
+def _position(rank: Any) -> Any:
+    return 0xFFFFFFFF - (rank & np.int64(0xFFFFFFFF))
 
 
 @serial
-def _insert(best: Array, count: int, rank: np.int64) -> int:
+def _insert(best: Array, count: int, rank: Any) -> Any:
     """Insert into the descending buffer of ranks, of which ``count`` are filled; returns the new count."""
     k = best.shape[0]
     slot = count if count < k else k - 1
@@ -100,6 +102,7 @@ def _select_product(
     half2: Array,
     grid_best: Array,
     all_ranks: Array,
+    scratch: Array,
     out_scores: Array,
     out1: Array,
     out2: Array,
@@ -113,19 +116,22 @@ def _select_product(
     _select_row(scores1, half1, all_ranks)
     _select_row(scores2, half2, all_ranks)
     # Where an index stands among the chosen indices: row-major position in that grid rises with the id.
-    by_index1, by_index2 = np.empty(half_k, dtype=np.int64), np.empty(half_k, dtype=np.int64)
+    index1, grid1, place1 = scratch[0], scratch[1], scratch[2]
+    index2, grid2, place2 = scratch[3], scratch[4], scratch[5]
     for slot in range(half_k):
-        by_index1[slot], by_index2[slot] = _position(half1[slot]), _position(half2[slot])
-    place1, place2 = np.argsort(by_index1), np.argsort(by_index2)
-    grid1, grid2 = np.empty(half_k, dtype=np.int64), np.empty(half_k, dtype=np.int64)
+        index1[slot], index2[slot] = _position(half1[slot]), _position(half2[slot])
     for slot in range(half_k):
-        grid1[place1[slot]] = slot
-        grid2[place2[slot]] = slot
+        own1, own2, below1, below2 = index1[slot], index2[slot], 0, 0
+        for other in range(half_k):
+            below1 += index1[other] < own1
+            below2 += index2[other] < own2
+        grid1[slot], grid2[slot] = below1, below2
+        place1[below1], place2[below2] = slot, slot
     if k > _INSERTION_K:
         grid = np.empty(half_k * half_k, dtype=np.int64)
         for slot1 in range(half_k):
             for slot2 in range(half_k):
-                score = scores1[by_index1[slot1]] + scores2[by_index2[slot2]]
+                score = scores1[index1[slot1]] + scores2[index2[slot2]]
                 grid[slot1 * half_k + slot2] = _rank(score, grid1[slot1] * half_k + grid2[slot2])
         ascending = np.sort(grid)
         for slot in range(k):
@@ -133,9 +139,9 @@ def _select_product(
     else:
         count = 0
         for slot1 in range(half_k):
-            score1 = scores1[by_index1[slot1]]
+            score1 = scores1[index1[slot1]]
             for slot2 in range(half_k):
-                score = score1 + scores2[by_index2[slot2]]
+                score = score1 + scores2[index2[slot2]]
                 rank = _rank(score, grid1[slot1] * half_k + grid2[slot2])
                 if count < k or rank > grid_best[k - 1]:
                     count = _insert(grid_best, count, rank)
@@ -143,8 +149,8 @@ def _select_product(
                     break  # sums only fall along a row (but for NaN), so the rest of it cannot get in
     for slot in range(k):
         position = _position(grid_best[slot])
-        out1[slot] = by_index1[place1[position // half_k]]
-        out2[slot] = by_index2[place2[position % half_k]]
+        out1[slot] = index1[place1[position // half_k]]
+        out2[slot] = index2[place2[position % half_k]]
         out_scores[slot] = scores1[out1[slot]] + scores2[out2[slot]]
 
 
@@ -154,6 +160,7 @@ def _product_select(scores1: Array, scores2: Array, half_k: int, index1: Array, 
     for task in prange((num_rows + _TASK_ROWS - 1) // _TASK_ROWS):
         half1, half2 = np.empty(half_k, dtype=np.int64), np.empty(half_k, dtype=np.int64)
         grid_best, out_scores = np.empty(k, dtype=np.int64), np.empty(k, dtype=np.float32)
+        scratch = np.empty((6, half_k), dtype=np.int64)
         all_ranks = np.empty(scores1.shape[1], dtype=np.int64)
         for row in range(task * _TASK_ROWS, min((task + 1) * _TASK_ROWS, num_rows)):
             _select_product(
@@ -163,13 +170,19 @@ def _product_select(scores1: Array, scores2: Array, half_k: int, index1: Array, 
                 half2,
                 grid_best,
                 all_ranks,
+                scratch,
                 out_scores,
                 index1[row],
                 index2[row],
             )
 
 
-def product_select(scores1: Tensor, scores2: Tensor, k: int, stride: int) -> tuple[Tensor, Tensor]:
+def product_select(
+    scores1: Tensor,
+    scores2: Tensor,
+    k: int,
+    stride: int,  # noqa: ARG001 - ids rise with (i1, i2) for every stride of at least n
+) -> tuple[Tensor, Tensor]:
     """See mempool.kernels.product_select."""
     index1 = torch.empty(scores1.shape[0], k, dtype=torch.int64)
     index2 = torch.empty(scores1.shape[0], k, dtype=torch.int64)
@@ -179,9 +192,9 @@ def product_select(scores1: Tensor, scores2: Tensor, k: int, stride: int) -> tup
 
 
 @serial
-def _score(query: Array, keys_by_dim: Array, scores: Array) -> None:
+def _score(query: Array, keys_by_dim: Array, num_keys: int, scores: Array) -> None:
     """scores[j] = sum over d of query[d] * keys_by_dim[d, j], in the order of d, no fused multiply-add."""
-    num_dims, num_keys = keys_by_dim.shape
+    num_dims = keys_by_dim.shape[0]
     for key in range(num_keys):
         scores[key] = np.float32(0)
     whole = num_dims - num_dims % 4
@@ -210,11 +223,12 @@ def _product_topk(
         half1, half2 = np.empty(half_k, dtype=np.int64), np.empty(half_k, dtype=np.int64)
         grid_best, all_ranks = np.empty(k, dtype=np.int64), np.empty(num_keys, dtype=np.int64)
         index1, index2 = np.empty(k, dtype=np.int64), np.empty(k, dtype=np.int64)
+        scratch = np.empty((6, half_k), dtype=np.int64)
         for query in range(part * _TASK_ROWS, min((part + 1) * _TASK_ROWS, num_queries)):
-            _score(queries[query, head, :num_dims], keys_by_dim[head, 0], scores1)
-            _score(queries[query, head, num_dims:], keys_by_dim[head, 1], scores2)
+            _score(queries[query, head, :num_dims], keys_by_dim[head, 0], num_keys, scores1)
+            _score(queries[query, head, num_dims:], keys_by_dim[head, 1], num_keys, scores2)
             _select_product(
-                scores1, scores2, half1, half2, grid_best, all_ranks, out_scores[query, head], index1, index2
+                scores1, scores2, half1, half2, grid_best, all_ranks, scratch, out_scores[query, head], index1, index2
             )
             for slot in range(k):
                 out_ids[query, head, slot] = index1[slot] * stride + index2[slot]
@@ -251,7 +265,7 @@ def _flat_topk(
     queries: Array, rows: Array, page_table: Array, page_shift: int, num_slots: int, best_scores: Array, best_ids: Array
 ) -> None:
     # Every part scans its own range of slots in tiles and keeps the best k of each query, ids ascending among ties.
-    num_parts, num_queries, k = best_scores.shape
+    num_parts, num_queries = best_scores.shape[:2]
     num_dims = rows.shape[1]
     for part in prange(num_parts):
         keys_by_dim = np.empty((num_dims, _TILE_SLOTS), dtype=np.float32)
@@ -274,7 +288,7 @@ def _flat_topk(
                 num_found += 1
                 slot += 1
             for query in range(num_queries):
-                _score(queries[query], keys_by_dim[:, :num_found], scores)
+                _score(queries[query], keys_by_dim, num_found, scores)
                 counts[query] = _merge(
                     scores, tile_ids, num_found, best_scores[part, query], best_ids[part, query], counts[query]
                 )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numba import prange
 from torch import Tensor
 
 from mempool.kernels.arguments import STATE_NAMES, OptimizerStep, Paged, SortedPairs
-from mempool.kernels.cpu.elements import load, locate, store
+from mempool.kernels.cpu.elements import load, locate, stored
 from mempool.kernels.cpu.runtime import (
     Array,
     optional_weights,
@@ -22,7 +24,7 @@ from mempool.kernels.cpu.runtime import (
 
 _ALGORITHM_NUMBERS = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "adam": 3}
 _RADIX_BITS = 11
-_NO_STATE: Array = np.zeros((0, 0), dtype=np.float32)
+_NO_STATE: Array = np.zeros((1, 0), dtype=np.float32)
 # Rows are handed to threads in parts with about as many pairs each; more parts than threads even out hot slots.
 _NUM_PARTS = 64
 # Rows of one partial sum of squares: fixed, so that the result does not depend on the number of threads.
@@ -88,7 +90,7 @@ def sort_pairs(paged: Paged, ids: Tensor) -> SortedPairs:
 
 
 @serial
-def _first_row_of_part(starts: Array, part: int) -> int:
+def _first_row_of_part(starts: Array, part: int) -> Any:
     # First row u with at least part / _NUM_PARTS of all pairs before it; the last part ends behind the last row.
     num_rows = starts.shape[0] - 1
     if part >= _NUM_PARTS:
@@ -106,16 +108,18 @@ def _first_row_of_part(starts: Array, part: int) -> int:
 
 @serial
 def _sum_segment(order: Array, first: int, end: int, weights: Array, bags: Array, grads: Array, acc: Array) -> None:
-    # acc = acc + weight * grad, pair after pair in the segment's order, no fused multiply-add.
+    # acc = acc + weight * grad from zero, pair after pair in the segment's order, no fused multiply-add.
     weighted = weights.shape[0] > 0
-    for column in range(acc.shape[0]):
-        acc[column] = np.float32(0)
     for position in range(first, end):
         pair = order[position]
         weight = weights[pair] if weighted else np.float32(1)
-        bag = bags[pair]
-        for column in range(acc.shape[0]):
-            acc[column] += weight * grads[bag, column]
+        grad = grads[bags[pair]]
+        if position == first:
+            for column in range(acc.shape[0]):
+                acc[column] = np.float32(0) + weight * grad[column]
+        else:
+            for column in range(acc.shape[0]):
+                acc[column] += weight * grad[column]
 
 
 @parallel
@@ -134,60 +138,65 @@ def segment_sum(pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads:
 
 
 @serial
-def _mean_square(grads: Array, first: int, end: int, grad_scale: np.float32) -> np.float32:
-    # Eight sums over the columns that are equal modulo 8: an order that vector units can follow, fixed by the source.
-    sum0 = sum1 = sum2 = sum3 = sum4 = sum5 = sum6 = sum7 = np.float32(0)
-    column = first
-    while column + 8 <= end:
-        grad0, grad1 = grads[column] * grad_scale, grads[column + 1] * grad_scale
-        grad2, grad3 = grads[column + 2] * grad_scale, grads[column + 3] * grad_scale
-        grad4, grad5 = grads[column + 4] * grad_scale, grads[column + 5] * grad_scale
-        grad6, grad7 = grads[column + 6] * grad_scale, grads[column + 7] * grad_scale
-        sum0, sum1, sum2, sum3 = sum0 + grad0 * grad0, sum1 + grad1 * grad1, sum2 + grad2 * grad2, sum3 + grad3 * grad3
-        sum4, sum5, sum6, sum7 = sum4 + grad4 * grad4, sum5 + grad5 * grad5, sum6 + grad6 * grad6, sum7 + grad7 * grad7
-        column += 8
-    total = ((sum0 + sum4) + (sum2 + sum6)) + ((sum1 + sum5) + (sum3 + sum7))
-    while column < end:
-        grad = grads[column] * grad_scale
-        total += grad * grad
-        column += 1
-    return total / np.float32(end - first)  # type: ignore[no-any-return]
+def _mean_square(grads: Array, grad_scale: np.float32, lanes: Array) -> Any:
+    # A sum for the columns equal modulo 8 each: an order that vector units can follow, fixed by the source.
+    width = grads.shape[0]
+    for lane in range(8):
+        lanes[lane] = np.float32(0)
+    for group in range(width // 8):
+        part = grads[8 * group : 8 * group + 8]
+        for lane in range(8):
+            grad = part[lane] * grad_scale
+            lanes[lane] += grad * grad
+    rest = grads[width - width % 8 :]
+    for lane in range(rest.shape[0]):
+        grad = rest[lane] * grad_scale
+        lanes[lane] += grad * grad
+    total = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]))
+    return total / np.float32(width)
 
 
 @serial
 def _step_row(
-    algorithm: int, scalars: Array, block_dim: int, rows: Array, row: int, state0: Array, state1: Array, sums: Array
+    algorithm: int,
+    scalars: Array,
+    block_dim: int,
+    values: Array,
+    state0: Array,
+    state1: Array,
+    sums: Array,
+    lanes: Array,
 ) -> None:
     grad_scale, step_size, eps = scalars[0], scalars[1], scalars[2]
     width = sums.shape[0]
     if algorithm == 0:
         for column in range(width):
-            store(rows, row, column, load(rows[row, column]) - step_size * (sums[column] * grad_scale))
+            values[column] = stored(load(values[column]) - step_size * (sums[column] * grad_scale), values)
     elif algorithm == 1:
         for column in range(width):
             grad = sums[column] * grad_scale
-            total = state0[row, column] + grad * grad
-            state0[row, column] = total
-            store(rows, row, column, load(rows[row, column]) - step_size * (grad / (np.sqrt(total) + eps)))
+            total = state0[column] + grad * grad
+            state0[column] = total
+            values[column] = stored(load(values[column]) - step_size * (grad / (np.sqrt(total) + eps)), values)
     elif algorithm == 2:
-        for block in range(state0.shape[1]):
+        for block in range(state0.shape[0]):
             first, end = block * block_dim, min((block + 1) * block_dim, width)
-            total = state0[row, block] + _mean_square(sums, first, end, grad_scale)
-            state0[row, block] = total
-            divisor = np.sqrt(total) + eps
-            for column in range(first, end):
-                grad = sums[column] * grad_scale
-                store(rows, row, column, load(rows[row, column]) - step_size * (grad / divisor))
+            block_sums, block_values = sums[first:end], values[first:end]
+            square_sum = state0[block] + _mean_square(block_sums, grad_scale, lanes)
+            state0[block] = square_sum
+            divisor = np.sqrt(square_sum) + eps
+            for column in range(block_sums.shape[0]):
+                grad = block_sums[column] * grad_scale
+                block_values[column] = stored(load(block_values[column]) - step_size * (grad / divisor), values)
     else:
         rest1, rest2 = scalars[3], scalars[4]
         for column in range(width):
             grad = sums[column] * grad_scale
-            first_moment = state0[row, column] + (grad - state0[row, column]) * rest1
-            second_moment = state1[row, column] + (grad * grad - state1[row, column]) * rest2
-            state0[row, column] = first_moment
-            state1[row, column] = second_moment
-            divisor = np.sqrt(second_moment) + eps
-            store(rows, row, column, load(rows[row, column]) - step_size * (first_moment / divisor))
+            moment1 = state0[column] + (grad - state0[column]) * rest1
+            moment2 = state1[column] + (grad * grad - state1[column]) * rest2
+            state0[column] = moment1
+            state1[column] = moment2
+            values[column] = stored(load(values[column]) - step_size * (moment1 / (np.sqrt(moment2) + eps)), values)
 
 
 @parallel
@@ -201,8 +210,14 @@ def _optimizer_step(
     sorted_rows: Array,
     sums: Array,
 ) -> None:
-    for position in prange(sorted_rows.shape[0]):
-        _step_row(algorithm, scalars, block_dim, rows, sorted_rows[position], state0, state1, sums[position])
+    num_rows = sorted_rows.shape[0]
+    for part in prange(_NUM_PARTS):
+        lanes = np.empty(8, dtype=np.float32)
+        for position in range(num_rows * part // _NUM_PARTS, num_rows * (part + 1) // _NUM_PARTS):
+            row = sorted_rows[position]
+            # State that the algorithm does not keep has one row, which nobody reads.
+            own0, own1 = state0[row % state0.shape[0]], state1[row % state1.shape[0]]
+            _step_row(algorithm, scalars, block_dim, rows[row], own0, own1, sums[position], lanes)
 
 
 @parallel
@@ -221,10 +236,12 @@ def _fused_step(
     grads: Array,
 ) -> None:
     for part in prange(_NUM_PARTS):
-        acc = np.empty(grads.shape[1], dtype=np.float32)
+        acc, lanes = np.empty(grads.shape[1], dtype=np.float32), np.empty(8, dtype=np.float32)
         for position in range(_first_row_of_part(starts, part), _first_row_of_part(starts, part + 1)):
             _sum_segment(order, starts[position], starts[position + 1], weights, bags, grads, acc)
-            _step_row(algorithm, scalars, block_dim, rows, sorted_rows[position], state0, state1, acc)
+            row = sorted_rows[position]
+            own0, own1 = state0[row % state0.shape[0]], state1[row % state1.shape[0]]
+            _step_row(algorithm, scalars, block_dim, rows[row], own0, own1, acc, lanes)
 
 
 def _step_arguments(

@@ -1,6 +1,6 @@
 """Reading an arena on the GPU: weighted sums of bags, rows, and the gradient of the weights. Also writing rows."""
 # Triton reads kernels as its own language: they carry no Python types, host functions do.
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 

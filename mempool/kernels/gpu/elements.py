@@ -1,10 +1,10 @@
 """The innermost steps that Triton kernels share, and what their launches share. Kernels see bfloat16 as its bits.
 
-Address arithmetic is int64 throughout. Kernels are launched without fused multiply-add, so that sums made in the order of
-the pairs have the bits of the CPU's.
+Address arithmetic is int64 throughout. Kernels are launched without fused multiply-add, so that sums made in the order
+of the pairs have the bits of the CPU's.
 """
 # Triton reads kernels as its own language: they carry no Python types, host functions do.
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Selection on the GPU by (score descending, id ascending): top-k of rows, of product keys, of flat keys.
 
-Scores are summed in the order of the key dimension without fused multiply-add, so they do not depend on the batch nor on
-how keys are spread over shards, and have the bits of the CPU's.
+Scores are summed in the order of the key dimension without fused multiply-add, so they do not depend on the batch nor
+on how keys are spread over shards, and have the bits of the CPU's.
 """
 # Triton reads kernels as its own language: they carry no Python types, host functions do.
-# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations
 

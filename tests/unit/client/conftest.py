@@ -1,10 +1,15 @@
-"""Runs coroutines of the client on a loop of the test's own, with a bound."""
+"""Runs coroutines of the client on a loop of the test's own, with a bound; and opens pools in memory."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import pytest
+import torch
+
+from mempool.client import Pool
+
+from .fakes import FakePool
 
 T = TypeVar("T")
 
@@ -20,3 +25,26 @@ def wait() -> Callable[[Coroutine[Any, Any, T]], T]:
             return await coroutine
 
     return lambda coroutine: asyncio.run(bounded(coroutine))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors here are tiny: torch's threads would only wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def open_pool() -> Iterator[Callable[..., Pool]]:
+    """Makes clients of pools in memory, and closes them."""
+    opened: list[Pool] = []
+
+    def make(fake: FakePool, *, timeout_s: float = 10.0) -> Pool:
+        opened.append(Pool(fake, fake.dial, name="run-7", timeout_s=timeout_s))
+        return opened[-1]
+
+    yield make
+    for pool in opened:
+        pool.close()

@@ -1,5 +1,6 @@
 """Weighted sums, rows, weight gradients: against the float64 reference, and what must hold to the bit."""
 
+import itertools
 import threading
 
 import pytest
@@ -62,7 +63,7 @@ def test_sum_of_a_column_slice_is_the_slice_of_the_sum(under_test, width, dtype)
     arguments = [under_test.to(tensor) for tensor in (ids, weights, offsets)]
     whole = under_test.kernels.weighted_sum(under_test.to(paged), *arguments)
     cuts = sorted({0, 1, width // 3, width // 2, width - 1, width})
-    for first, end in zip(cuts, cuts[1:], strict=False):
+    for first, end in itertools.pairwise(cuts):
         part = Paged(paged.rows[:, first:end].contiguous(), paged.page_table, paged.page_shift)
         assert same_bits(under_test.kernels.weighted_sum(under_test.to(part), *arguments), whole[:, first:end])
 
