@@ -1,0 +1,19 @@
+"""The `mempool` command. Needs the server packages, and says so where they are missing."""
+
+import sys
+
+_PACKAGES = ("typer", "click", "rich", "yaml")
+
+
+def main() -> None:
+    """Run the command line; ends the process with its exit code."""
+    try:
+        from mempool.cli.app import app
+    except ModuleNotFoundError as error:
+        if error.name not in _PACKAGES:
+            raise
+        sys.exit(
+            f"mempool: the command line needs the package {error.name!r}, which is not installed: "
+            "pip install 'mempool[server]'"
+        )
+    app(prog_name="mempool")

@@ -142,6 +142,7 @@ class Pool:
         loop.run(self._close(), timeout_s=self.timeout_s + _STUCK_S)
 
     async def _close(self) -> None:
+        self.router.close()
         try:
             await self._api.close()
         finally:

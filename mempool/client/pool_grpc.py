@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import TypeVar
 
-from mempool.errors import DeadlineExceeded, MempoolError, NotFound, PoolUnreachable, Unavailable
+from mempool.errors import DeadlineExceeded, NotFound, PoolUnreachable, Unavailable
 from mempool.types import PoolStatus, RescaleProgress, TableSchema, TableView
 from mempool.wire import methods
 from mempool.wire.channel import MAX_MESSAGE_BYTES, Channel
@@ -128,7 +128,7 @@ class GrpcPool:
 
     def _channel(self, address: str) -> Channel:
         if self._closed:
-            raise MempoolError("the pool was closed on this side; connect to it again")
+            raise PoolUnreachable("the pool was closed on this side")
         channel = self._channels.get(address)
         if channel is None:
             channel = Channel(address, token=self._token, max_message_bytes=self._max_message_bytes)

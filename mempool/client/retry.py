@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from mempool.errors import DeadlineExceeded, MempoolError, NotFound, PoolUnreachable, Replan, ShardUnavailable
 
-
 _ADVICE = "See which shards are up: mempool status"
 
 

@@ -21,7 +21,7 @@ from mempool.client.fanout import Dial, Fanout, Traffic
 from mempool.client.lookup import Lookup
 from mempool.client.plan import TablePlan, make_plan, newer_view
 from mempool.client.retry import Backoff, GiveUp, Retry
-from mempool.errors import MempoolError, NotFound, Unavailable
+from mempool.errors import MempoolError, NotFound, StalePlacement, Unavailable
 from mempool.types import PoolApi, StepId, TableView
 from mempool.types.messages import ReplyDtype
 
@@ -41,6 +41,7 @@ class Router:
             itself. May raise Unavailable.
         pool: Name of the pool, for messages.
         timeout_s: Deadline of a call that names none, seconds.
+        patience_s: After so much silence of a shard, the view is asked for again, and followed if it is a new one.
         backoff: Waits between tries.
         jitter: Gives a number from 0 to 1 at each call.
     """
@@ -52,6 +53,7 @@ class Router:
         dial: Dial,
         pool: str = "",
         timeout_s: float = 30.0,
+        patience_s: float = 5.0,
         backoff: Backoff | None = None,
         jitter: Callable[[], float] = random.random,
     ) -> None:
@@ -59,9 +61,12 @@ class Router:
         self.traffic = Traffic()
         self._api = api
         self._dial = dial
+        self._patience_s = patience_s
+        self._patience_s = patience_s
         self.pool = pool
         self._backoff = backoff or Backoff()
         self._jitter = jitter
+        self._closed = False
         self._plans: dict[int, TablePlan] = {}
         self._refreshing: dict[int, asyncio.Lock] = {}
         # Shards remember lookups of all their clients by this number alone, so clients start at random places.
@@ -69,6 +74,10 @@ class Router:
         # Filled by finalizers, on any thread and at any moment: appending to a deque needs no lock.
         self._released: deque[tuple[int, tuple[int, ...], int]] = deque(maxlen=_MAX_RELEASED)
         self._to_release: dict[tuple[int, int], deque[int]] = {}
+
+    def close(self) -> None:
+        """Try nothing again any more: calls under way end with their next failure."""
+        self._closed = True
 
     async def open(self, name: str, *, timeout_s: float | None = None) -> TableView:
         """The view of a table by name, asked for now.
@@ -99,6 +108,7 @@ class Router:
         """Keep nothing more of a table, which was dropped."""
         self._plans.pop(table_id, None)
         self._refreshing.pop(table_id, None)
+        self._to_release = {key: waiting for key, waiting in self._to_release.items() if key[0] != table_id}
 
     def release(self, record: LookupRecord) -> Callable[[], None]:
         """A function that lets shards forget a lookup, with the next gather; may be called on any thread, at any
@@ -246,7 +256,8 @@ class Router:
         async def run() -> T:
             nonlocal fanout
             fanout = Fanout(await self._plan(table_id), dial=self._dial, traffic=self.traffic)
-            return await once(Attempt(fanout, take_released=lambda shard: self._take_released(table_id, shard)))
+            attempt = Attempt(fanout, take_released=lambda shard: self._take_released(table_id, shard))
+            return await self._while_current(fanout.plan, once(attempt))
 
         async def refresh() -> None:
             if fanout is not None:
@@ -291,6 +302,8 @@ class Router:
                     try:
                         return await run()
                     except MempoolError as error:
+                        if self._closed:
+                            raise MempoolError(f"pool {self.pool!r} was closed during the call.") from error
                         action = retry.failed(error, now_s=clock.time())
                         if isinstance(action, GiveUp):
                             raise action.error from (None if action.error is error else error)
@@ -301,6 +314,26 @@ class Router:
             raise
         except TimeoutError:
             raise retry.out_of_time(waiting_for=waiting_for(), now_s=clock.time()) from None
+
+    async def _while_current(self, plan: TablePlan, attempt: Awaitable[T]) -> T:
+        """The result of ``attempt``, unless its plan gets old while a shard keeps silent.
+
+        A host that is gone sends no error. Where its shard lives again elsewhere the view says so, long before any
+        connection notices.
+
+        Raises:
+            StalePlacement: There is a newer plan.
+        """
+        task = asyncio.ensure_future(attempt)
+        try:
+            while not (await asyncio.wait({task}, timeout=self._patience_s))[0]:
+                await self._refresh(plan)
+                if self._plans.get(plan.schema.table_id) is not plan:
+                    raise StalePlacement(f"table {plan.schema.name!r} has moved while a shard kept silent")
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     async def _plan(self, table_id: int) -> TablePlan:
         plan = self._plans.get(table_id)

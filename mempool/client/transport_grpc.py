@@ -65,7 +65,6 @@ class GrpcShard:
         self.info = info
         self._channel = Channel(info.address, shard=info.shard, token=token, max_message_bytes=max_message_bytes)
         self._calls = 0
-        self._closed = False
 
     @property
     def busy(self) -> bool:
@@ -125,32 +124,14 @@ class GrpcShard:
 
     async def close(self) -> None:
         """End the connection; calls under way end with ShardUnavailable. Repeatable."""
-        if not self._closed:
-            self._closed = True
-            await self._channel.close()
+        await self._channel.close()
 
     async def _call(self, method: Method[RequestT, ReplyT], request: RequestT, *, ids: Tensor | None = None) -> ReplyT:
-        if self._closed:
-            raise self._cut_off()
-        narrow_ids = ids is not None and _fit_narrow(ids)
         self._calls += 1
         try:
-            return await self._channel.call(method, request, narrow_ids=narrow_ids)
-        except asyncio.CancelledError:
-            # gRPC cancels the calls of a channel that is closed; only a task that somebody cancelled may end like that.
-            task = asyncio.current_task()
-            if self._closed and (task is None or not task.cancelling()):
-                raise self._cut_off() from None
-            raise
+            return await self._channel.call(method, request, narrow_ids=ids is not None and _fit_narrow(ids))
         finally:
             self._calls -= 1
-
-    def _cut_off(self) -> ShardUnavailable:
-        return ShardUnavailable(
-            f"the connection to shard {self.info.shard} at {self.info.address} was closed on this side",
-            shard=self.info.shard,
-            address=self.info.address,
-        )
 
 
 class GrpcDialer:

@@ -4,7 +4,6 @@ Leaves what runs afterwards to the actors, and Ray's own coming and going to ``r
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -12,9 +11,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mempool.config import ClusterConfig
 from mempool.control import ray_process
+from mempool.control.actors import NAMESPACE, controller_name, make_actor, pool_of
 from mempool.control.apply import create_tables
 from mempool.control.controller_actor import ControllerProcess
-from mempool.control.naming import NAMESPACE, controller_name, pool_of
 from mempool.control.records import PoolRecord, forget_record, hand_over_ray, read_record, write_record
 from mempool.errors import AlreadyExists, MempoolError, NotFound, PoolUnreachable
 
@@ -47,9 +46,7 @@ def up(config: ClusterConfig, *, say: Say = print) -> PoolRecord:
         try:
             say(f"starting pool {name!r}: {config.pool.shards} shards")
             address = _start_controller(config, token)
-            record = PoolRecord(
-                name=name, address=address, ray_address=ray_address, ray_pid=ray_pid, config=config
-            )
+            record = PoolRecord(name=name, address=address, ray_address=ray_address, ray_pid=ray_pid, config=config)
             write_record(record)
             create_tables(config.tables, address=address, token=token, say=say)
         except BaseException:
@@ -138,16 +135,15 @@ def _actors(pool: str | None) -> list[str]:
 
 def _start_controller(config: ClusterConfig, token: str | None) -> str:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    options: dict[str, Any] = {
-        "name": controller_name(config.pool.name),
-        "namespace": NAMESPACE,
-        "lifetime": "detached",
-        "num_cpus": 0,
-        "max_restarts": -1,
-        "scheduling_strategy": here,
-    }
-    actor_class = ray.remote(concurrency_groups={"health": 1})(ControllerProcess)
-    actor = actor_class.options(**options).remote(config, token)
+    actor = make_actor(
+        ControllerProcess,
+        config,
+        token,
+        name=controller_name(config.pool.name),
+        num_cpus=0,
+        max_restarts=-1,
+        scheduling_strategy=here,
+    )
     try:
         address: str = ray.get(actor.start.remote(), timeout=_UP_TIMEOUT_S)
         return address

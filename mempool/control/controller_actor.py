@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import RayError
 
 from mempool.config import ClusterConfig
+from mempool.control.actors import node_ip
 from mempool.control.launcher import RayLauncher
 from mempool.control.serving import ControllerServing
 from mempool.controller import Controller
@@ -32,7 +33,7 @@ class ControllerProcess:
         self._launcher = RayLauncher(config, token=token)
         self._watching: asyncio.Task[None] | None = None
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
-        run(self._make(ray.util.get_node_ip_address(), token, restarted), timeout_s=_START_TIMEOUT_S)
+        run(self._make(node_ip(), token, restarted), timeout_s=_START_TIMEOUT_S)
 
     async def _make(self, node_ip: str, token: str | None, restarted: bool) -> None:
         # On the IO loop, to which gRPC's servers belong from their making.

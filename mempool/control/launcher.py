@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
 from mempool.config import ClusterConfig
-from mempool.control.naming import NAMESPACE, shard_name, shard_of
+from mempool.control.actors import NAMESPACE, free_resources, make_actor, shard_name, shard_of
 from mempool.control.shard_actor import Description, ShardProcess
 from mempool.errors import MempoolError, ShardUnavailable
 from mempool.types import ShardInfo
@@ -103,21 +103,21 @@ class RayLauncher:
     def _create(self, shard: int) -> Any:
         shard_config = self._config.shard
         threads = str(shard_config.threads)
-        options: dict[str, Any] = {
-            "name": shard_name(self._pool, shard),
-            "namespace": NAMESPACE,
-            "lifetime": "detached",
-            "num_cpus": shard_config.num_cpus,
-            "num_gpus": shard_config.num_gpus,
-            "resources": dict(shard_config.resources),
-            "max_restarts": shard_config.max_restarts,
-            "max_task_retries": 0,  # at most once: calls of the controller are repeated by the controller
-            "scheduling_strategy": "SPREAD",
+        self._actors[shard] = make_actor(
+            ShardProcess,
+            self._config,
+            shard,
+            self._token,
+            name=shard_name(self._pool, shard),
+            num_cpus=shard_config.num_cpus,
+            num_gpus=shard_config.num_gpus,
+            resources=dict(shard_config.resources),
+            max_restarts=shard_config.max_restarts,
+            max_task_retries=0,  # at most once: calls of the controller are repeated by the controller
+            scheduling_strategy="SPREAD",
             # Ray sets OMP_NUM_THREADS=1 for actors without CPUs; torch and numba read it when they are imported.
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}},
-        }
-        actor_class = ray.remote(concurrency_groups={"health": 1})(ShardProcess)
-        self._actors[shard] = actor_class.options(**options).remote(self._config, shard, self._token)
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}},
+        )
         return self._actors[shard]
 
     async def _found(self, shard: int) -> ShardInfo:
@@ -159,7 +159,7 @@ class RayLauncher:
         wanted = f"num_cpus={config.num_cpus:g}, num_gpus={config.num_gpus:g}"
         if config.resources:
             wanted += f", resources={config.resources}"
-        free = ray.available_resources()
+        free = free_resources()
         detail = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         return (
             f"shard {shard} of pool {self._pool!r} did not start within {_START_TIMEOUT_S:g} s ({detail}); it asks Ray "

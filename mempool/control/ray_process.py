@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import ray
 from ray.exceptions import RayError
 
-from mempool.control.naming import NAMESPACE
+from mempool.control.actors import NAMESPACE
 from mempool.control.records import state_folder
 from mempool.errors import PoolUnreachable
 
@@ -40,7 +41,7 @@ def attach(address: str) -> str:
         _use_ray_token()
         address = _found() if address == "auto" else address
         _knock(address)
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         ray.shutdown()
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -124,10 +125,8 @@ def free_port() -> int:
 
 
 def _alive(pid: int) -> bool:
-    try:
+    with suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)  # reaps it where it is a child of this very process
-    except ChildProcessError:
-        pass
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

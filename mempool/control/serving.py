@@ -62,9 +62,7 @@ class ShardServing:
         def dial(peer: ShardInfo) -> ShardHost:
             return engine if peer.shard == info.shard else self._dialer.dial(peer)
 
-        views = ShardViews(
-            pool.name, shard=engine, dial=dial, controller=f"port {pool.port} of the controller's node"
-        )
+        views = ShardViews(pool.name, shard=engine, dial=dial, controller=f"port {pool.port} of the controller's node")
         router = Router(views, dial=dial, pool=pool.name)
         await self._server.start(shard=engine, pool=views, lookup=LookupCoordinator(router, info=info).lookup)
         return info

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import ray
 
 from mempool.config import ClusterConfig
+from mempool.control.actors import node_ip
 from mempool.control.serving import ShardServing
 from mempool.types import ShardInfo
 from mempool.wire.loop import run
@@ -49,7 +50,7 @@ class ShardProcess:
             ConfigError: No port is free, or there is no such device.
         """
         if self._info is None:
-            self._info = run(self._serve(incarnation, ray.util.get_node_ip_address()), timeout_s=_CALL_TIMEOUT_S)
+            self._info = run(self._serve(incarnation, node_ip()), timeout_s=_CALL_TIMEOUT_S)
         return self._info
 
     def stop(self) -> None:

@@ -1,7 +1,7 @@
 """Moves the pages of tables to a new placement, in rounds, while clients go on.
 
-The life of a round, for one table: [CONTROLLER] freeze every owner: new Prepares and writes wait, prepared steps are
-let finish, lookups and updates go on. [DESTINATIONS] pull their pages from the present owners and stage them.
+The life of a round, for one table: [CONTROLLER] freeze every owner, the lowest first: new Prepares and writes wait,
+prepared steps are let finish, lookups and updates go on. [DESTINATIONS] pull their pages from the owners, stage them.
 [CONTROLLER] a view with the next epoch goes to every shard: staged pages come alive, moved ones are freed, held updates
 are dropped (their clients still have them and send them again), the freeze ends. Between rounds writers get a turn as
 long as the round was. Nothing is decided before the first shard has the new view; until then any failure thaws all.
@@ -124,7 +124,11 @@ class Mover:
         dests = {move.dest for move in round_.moves} | {move.dest for move in round_.key_moves}
         owners = sorted({*placement.shards, *dests})
         try:
-            await _all(self._host(shard).freeze(table_id, _FREEZE_TIMEOUT_S) for shard in placement.shards)
+            # Clients prepare a step at the lowest owner first: once that is at rest, no step is half prepared, and the
+            # others come to rest too. All at once could leave a step prepared here and held off there.
+            gate, *others = placement.shards
+            await self._host(gate).freeze(table_id, _FREEZE_TIMEOUT_S)
+            await _all(self._host(shard).freeze(table_id, _FREEZE_TIMEOUT_S) for shard in others)
             reports = await _all(
                 self._host(dest).pull_pages(request) for dest, requests in _pulls(view, round_) for request in requests
             )

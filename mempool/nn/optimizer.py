@@ -24,7 +24,8 @@ class PoolOptimizer(torch.optim.Optimizer):
 
     ``loss.backward()`` has pushed the gradients of the values already: shards hold them until ``step`` applies, or
     ``zero_grad`` discards them. Gradients accumulate over backward passes as in torch, and ``step`` consumes them: a
-    step without a backward pass before it does nothing, and there is nothing to clear after it.
+    step without a backward pass before it does nothing, and there is nothing to clear after it. A step that
+    ``GradScaler.step`` skips stays held, as in torch, until ``zero_grad``; ``step(grad_scaler=...)`` discards it.
 
     A group holds ``lr``, which every LR scheduler may change (those that also cycle momentum must be told not to:
     ``OneCycleLR(..., cycle_momentum=False)``), ``table``, the table's name, and ``params``, one ``TableGradient``, so

@@ -5,19 +5,17 @@ one pool that can reach each other for pull_pages, and put it into KINDS. It is 
 IO loop; every test has its own table in it. A kind whose software is missing leaves itself out by ``skip_reason``.
 """
 
-import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 
 from mempool.shard import Engine
 from mempool.types import ShardHost, ShardInfo
-from mempool.wire.loop import io_loop, run
+from mempool.wire.loop import run
+from tests.support.serving import served_pool
 
 from .driver import Driver, Hosted
 
@@ -38,6 +36,14 @@ async def engines(num_shards: int) -> AsyncIterator[list[Hosted]]:
             await host.close()
 
 
+@asynccontextmanager
+async def grpc_hosts(num_shards: int) -> AsyncIterator[list[Hosted]]:
+    """Engines behind real gRPC servers; they reach each other by gRPC too."""
+    async with served_pool(num_shards) as pool:
+        infos = [pool.shards[shard].info for shard in range(num_shards)]
+        yield [Hosted(host=pool.dial(info), info=info) for info in infos]
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of host. skip_reason: said where it cannot run here; None: it can."""
@@ -48,6 +54,7 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "engine": Kind(engines),
+    "grpc": Kind(grpc_hosts),
 }
 
 _table_ids = itertools.count(1)
@@ -79,11 +86,6 @@ def driver(request: pytest.FixtureRequest, opened: _Opened) -> Iterator[Driver]:
     reason = KINDS[request.param].skip_reason()
     if reason is not None:
         pytest.skip(reason)
-    driver = Driver(opened.get(request.param), table_id=next(_table_ids), run=run, submit=submit)
+    driver = Driver(opened.get(request.param), table_id=next(_table_ids))
     yield driver
     driver.drop()
-
-
-def submit(coro: Any) -> Future[Any]:
-    """Start a coroutine on the IO loop."""
-    return asyncio.run_coroutine_threadsafe(coro, io_loop())

@@ -4,8 +4,9 @@ Its routing is the simplest there is (every shard gets every pair) and shares no
 Legend: B bags, L pairs, V value dim, N slots, W columns of a shard's blocks.
 """
 
+import asyncio
 import itertools
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -39,6 +40,7 @@ from mempool.types import (
     UpdateRequest,
     WriteRowsRequest,
 )
+from mempool.wire.loop import io_loop, run
 
 T = TypeVar("T")
 
@@ -111,26 +113,20 @@ def make_bags(seed: int, *, num_slots: int = 50, lengths: Sequence[int] = (3, 0,
 class Driver:
     """One table on the shards under test."""
 
-    def __init__(
-        self,
-        hosted: Sequence[Hosted],
-        *,
-        table_id: int,
-        run: Callable[..., Any],
-        submit: Callable[[Any], "Future[Any]"],
-    ) -> None:
+    def __init__(self, hosted: Sequence[Hosted], *, table_id: int) -> None:
         self.hosted = list(hosted)
         self.table_id = table_id
-        self.submit = submit
         self.view: TableView | None = None
-        self._run = run
 
     # Calls
 
     def call(self, coro: Coroutine[Any, Any, T]) -> T:
         """Run to its end, within a bound."""
-        result: T = self._run(coro, timeout_s=CALL_S)
-        return result
+        return run(coro, timeout_s=CALL_S)
+
+    def submit(self, coro: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start, and go on."""
+        return asyncio.run_coroutine_threadsafe(coro, io_loop())
 
     def host(self, shard: int) -> ShardHost:
         return self.hosted[shard].host

@@ -209,6 +209,24 @@ def test_a_freeze_that_waits_too_long_gives_up(driver: Driver) -> None:
     assert driver.commit(1, [0])[0].applied
 
 
+def test_a_freeze_that_cuts_through_a_step_lets_go_of_it(driver: Driver) -> None:
+    """One owner is frozen before a step's Prepare and another after it: neither can go on. The freeze gives up."""
+    driver.create(make_schema(), "columns")
+    driver.gather(make_bags(1))
+    driver.update(1, 0, GRADS)
+    driver.call(driver.host(0).freeze(driver.table_id, 5.0))
+    waiting = driver.submit(driver.host(0).prepare(driver.prepare_request(0, 1, [0])))
+    assert driver.call(driver.host(1).prepare(driver.prepare_request(1, 1, [0]))).missing == ()
+    with pytest.raises(DeadlineExceeded, match="prepared and not decided"):
+        driver.call(driver.host(1).freeze(driver.table_id, 0.05))
+    assert not waiting.done()
+    driver.call(driver.host(0).thaw(driver.table_id))
+    assert waiting.result(timeout=20).missing == ()
+    driver.commit(1, [0])
+    driver.move("rows")
+    assert {driver.status(shard).version for shard in (0, 1)} == {1}
+
+
 def test_a_thaw_drops_what_was_staged(driver: Driver) -> None:
     driver.create(make_schema(), "one")
     driver.train(1, {0: (make_bags(1), GRADS)})

@@ -261,7 +261,7 @@ def test_lost_pages_say_so_and_other_tables_go_on(driver: Driver) -> None:
         driver.call(driver.host(0).freeze(driver.table_id, 1.0))
     status = driver.status(0)
     assert (status.pages, status.lost_pages) == (0, 21)
-    other = Driver(driver.hosted, table_id=driver.table_id + 10**5, run=driver._run, submit=driver.submit)
+    other = Driver(driver.hosted, table_id=driver.table_id + 10**5)
     other.create(schema, "one")
     other.train(1, {0: (make_bags(1), GRADS)})
     assert other.status(0).updates_applied == 1

@@ -7,7 +7,7 @@ import torch
 
 from mempool.types import OptimizerSpec
 
-from .driver import LAYOUTS, Driver, make_bags, make_schema, reference_sums, relative_error, same
+from .driver import LAYOUTS, Bags, Driver, make_bags, make_schema, reference_sums, relative_error, same
 from .oracle import Oracle
 
 OPTIMIZERS = {
@@ -74,6 +74,25 @@ def test_the_order_of_arrival_changes_no_bit(driver: Driver, layout: str) -> Non
         results.append(driver.contents())
         driver.drop()
     assert same(*results)
+
+
+@pytest.mark.parametrize("want_norm", [False, True])
+def test_sums_are_made_in_order_of_sequence_bag_and_pair(driver: Driver, want_norm: bool) -> None:
+    driver.create(make_schema(optimizer=OPTIMIZERS["sgd"]), "columns")
+    driver.write("values", torch.tensor([3]), torch.zeros(1, 10))
+    # Numbers whose float32 sum depends on the order: sequence 4, then 5, its bags, their pairs.
+    weights = {4: [1e8, 1.0, 3.0], 5: [-1e8, 0.5, 1e-3, 7.0]}
+    ids = torch.tensor([3])
+    for sequence in (5, 4):
+        pairs = len(weights[sequence])
+        bags = Bags(ids.expand(pairs), torch.tensor(weights[sequence]), torch.tensor([0, 2, pairs]))
+        driver.update(1, sequence, torch.ones(2, 10), bags=bags)
+    driver.prepare(1, [5, 4], want_norm=want_norm)
+    driver.commit(1, [5, 4], lr=1.0)
+    total = torch.zeros(())
+    for weight in weights[4] + weights[5]:
+        total = total + torch.tensor(weight)
+    assert torch.equal(driver.read("values", ids), (-total).expand(1, 10))
 
 
 def test_bfloat16_storage_trains_in_float32(driver: Driver) -> None:

@@ -63,10 +63,12 @@ def choose_threading_layer() -> str:
 
 
 def _compile(function: _F, **options: Any) -> _F:
+    # Division by zero gives inf or NaN, as in torch; Python's exception would also keep loops from being vectorised.
+    options |= {"nogil": True, "error_model": "numpy"}
     try:
-        return numba.njit(cache=True, nogil=True, **options)(function)  # type: ignore[no-any-return]
+        return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
     except RuntimeError:  # no directory for the disk cache is writable: compile in memory, once a process
-        return numba.njit(nogil=True, **options)(function)  # type: ignore[no-any-return]
+        return numba.njit(**options)(function)  # type: ignore[no-any-return]
 
 
 def parallel(function: _F) -> _F:

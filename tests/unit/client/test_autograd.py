@@ -43,11 +43,11 @@ class Twin:
         )
 
     def assert_trained_alike(self) -> None:
-        """Both step by SGD; the values are then equal."""
+        """Both step by SGD; the values are then equal, in norm."""
         self.table.commit(lr=LR)
         assert self.values.grad is not None
         expected = self.values.detach() - LR * self.values.grad
-        torch.testing.assert_close(self.fake.values.float(), expected, rtol=1e-5, atol=1e-6)
+        assert (self.fake.values - expected).norm() <= 1e-6 * expected.norm()
 
     def held(self) -> int:
         return len(self.fake.shards[0].held)

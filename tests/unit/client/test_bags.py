@@ -39,7 +39,9 @@ def test_nothing_is_fine(shape: tuple[int, int]) -> None:
     assert offsets.tolist() == [0] * (shape[0] + 1)
 
 
-@pytest.mark.parametrize("ids", [torch.tensor([[1, 2]]), torch.tensor([[1], [2]]).expand(2, 3), torch.zeros(4, 4).long().t()])
+@pytest.mark.parametrize(
+    "ids", [torch.tensor([[1, 2]]), torch.tensor([[1], [2]]).expand(2, 3), torch.zeros(4, 4).long().t()]
+)
 def test_what_is_kept_is_the_callers_no_more(ids: Tensor) -> None:
     flat, _, _ = check(ids)
     expected = ids.reshape(-1).tolist()
@@ -64,7 +66,12 @@ def test_own_copy_is_contiguous_detached_and_separate() -> None:
         (torch.zeros(1, 2, dtype=torch.bool), None, None, "not torch.bool"),
         (torch.zeros(3, dtype=torch.long), None, None, "ids has shape [3]; give ids [B, L], or ids [L] with offsets"),
         (torch.zeros(1, 2, 3, dtype=torch.long), None, None, "ids has shape [1, 2, 3]"),
-        (torch.tensor([[1, 2], [3, 100]]), None, None, "ids[1, 1] = 100 is outside table 'facts': it has 100 slots, 0 to 99"),
+        (
+            torch.tensor([[1, 2], [3, 100]]),
+            None,
+            None,
+            "ids[1, 1] = 100 is outside table 'facts': it has 100 slots, 0 to 99",
+        ),
         (torch.tensor([[1, -2]]), None, None, "ids[0, 1] = -2 is outside"),
         (torch.tensor([[1, 2]]), torch.ones(2), None, "weights has shape [2], ids has [1, 2]; they must agree"),
         (torch.tensor([[1, 2]]), torch.ones(1, 2).long(), None, "weights must be of a floating dtype, not torch.int64"),
@@ -72,9 +79,19 @@ def test_own_copy_is_contiguous_detached_and_separate() -> None:
         (torch.tensor([[1, 2]]), None, torch.tensor([0, 2]), "with offsets, ids must be [L] and offsets [B + 1]"),
         (torch.tensor([1, 2]), None, torch.tensor([[0, 2]]), "with offsets, ids must be [L]"),
         (torch.tensor([1, 2]), None, torch.tensor([0.0, 2.0]), "offsets must be of an integer dtype"),
-        (torch.tensor([1, 2]), None, torch.tensor([0, 1]), "end with the number of pairs, 2; they begin with 0 and end with 1"),
+        (
+            torch.tensor([1, 2]),
+            None,
+            torch.tensor([0, 1]),
+            "end with the number of pairs, 2; they begin with 0 and end with 1",
+        ),
         (torch.tensor([1, 2]), None, torch.tensor([1, 2]), "they begin with 1"),
-        (torch.tensor([1, 2]), None, torch.tensor([], dtype=torch.long), "offsets [B + 1]; they have shapes [2] and [0]"),
+        (
+            torch.tensor([1, 2]),
+            None,
+            torch.tensor([], dtype=torch.long),
+            "offsets [B + 1]; they have shapes [2] and [0]",
+        ),
         (torch.tensor([1, 2]), None, torch.tensor([0, 2, 1, 2]), "offsets[2] = 1 follows 2"),
     ],
 )

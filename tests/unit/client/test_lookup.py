@@ -48,5 +48,7 @@ def test_mistakes_are_named(schema, queries, topk, text) -> None:  # type: ignor
 
 
 def test_flat_lookups_have_no_heads() -> None:
-    lookup = Lookup(ids=torch.ones(2, 1, 3), scores=torch.ones(2, 1, 3), weights=torch.ones(2, 1, 3), values=torch.ones(2, 7))
+    lookup = Lookup(
+        ids=torch.ones(2, 1, 3), scores=torch.ones(2, 1, 3), weights=torch.ones(2, 1, 3), values=torch.ones(2, 7)
+    )
     assert [tuple(part.shape) for part in without_heads(lookup)] == [(2, 3), (2, 3), (2, 3), (2, 7)]

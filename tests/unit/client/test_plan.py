@@ -28,7 +28,9 @@ from mempool.types import Placement, ShardInfo, TableSchema, TableView
 from .fakes import make_schema
 
 
-def make_view(schema: TableSchema, owners: np.ndarray, *, epoch: int = 1, key_owners: tuple[int, ...] = ()) -> TableView:
+def make_view(
+    schema: TableSchema, owners: np.ndarray, *, epoch: int = 1, key_owners: tuple[int, ...] = ()
+) -> TableView:
     return TableView(
         schema=schema,
         placement=Placement(
@@ -135,9 +137,7 @@ def test_parts_have_the_pairs_of_owned_row_pages_and_no_others(case: tuple[Table
     bag_of_pair = torch.repeat_interleave(bags.offsets.diff())
     for part in split(plan, bags):
         pages = {page for page, owners in enumerate(plan.page_owners.tolist()) if part.route.shard in owners}
-        kept = [
-            pair for pair in range(bags.num_pairs) if int(bags.ids[pair]) // plan.schema.page_slots in pages
-        ]
+        kept = [pair for pair in range(bags.num_pairs) if int(bags.ids[pair]) // plan.schema.page_slots in pages]
         if part.kept is None:
             kept = list(range(bags.num_pairs))
         else:

@@ -229,7 +229,9 @@ def test_controller_may_be_away(wait) -> None:  # type: ignore[no-untyped-def]
         pool.shards[0].faults["gather"] = [Fault.ERROR_BEFORE, Fault.ERROR_BEFORE]
         values, _ = await router.gather(1, bags=bags)
         assert_near(values, pooled(pool.values, bags))
-        with pytest.raises(PoolUnreachable, match=r"pool 'run-7' did not answer within .* last: the controller is away"):
+        with pytest.raises(
+            PoolUnreachable, match=r"pool 'run-7' did not answer within .* last: the controller is away"
+        ):
             await router.open("other", timeout_s=0.05)
 
     wait(main())
@@ -247,7 +249,9 @@ def test_shard_that_stays_away_is_named(wait, fault: Fault) -> None:  # type: ig
         assert (error.shard, error.address) == (2, "host-2:1")
         assert "shard 2 of pool 'run-7' did not answer within 0." in str(error)
         assert "mempool status" in str(error)
-        assert ("the connection was refused" if fault is Fault.ERROR_BEFORE else "no answer from host-2:1") in str(error)
+        assert ("the connection was refused" if fault is Fault.ERROR_BEFORE else "no answer from host-2:1") in str(
+            error
+        )
 
     wait(main())
 
@@ -377,9 +381,7 @@ def test_rows_and_states_come_back_whole(wait, layout: str) -> None:  # type: ig
     async def main() -> None:
         router = make_router(pool)
         assert torch.equal(await router.read_rows(1, array="values", ids=ids), pool.values[ids].float())
-        assert torch.equal(
-            await router.read_rows(1, array="per_block", ids=ids), ids[:, None] * 10.0 + torch.arange(3)
-        )
+        assert torch.equal(await router.read_rows(1, array="per_block", ids=ids), ids[:, None] * 10.0 + torch.arange(3))
         none = await router.read_rows(1, array="values", ids=ids[:0])
         assert none.shape == (0, 12)
         with pytest.raises(InvalidRequest, match="no array 'moments'"):

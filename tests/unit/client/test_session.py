@@ -1,7 +1,6 @@
 """A trainer's steps under faults: every committed update is applied exactly once, by the numbers it was decided with."""
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -14,10 +13,10 @@ from mempool.client.bags import Bags
 from mempool.client.retry import Backoff
 from mempool.client.router import Router
 from mempool.client.session import Session
-from mempool.errors import DataLoss, DeadlineExceeded, InvalidRequest, MempoolError, ShardUnavailable
+from mempool.errors import DataLoss, InvalidRequest, MempoolError, ShardUnavailable
 from mempool.types import CommitRequest, PrepareRequest
 
-from .fakes import HEALING, FakePool, Fault, make_schema
+from .fakes import HEALING, FakePool, Fault
 from .test_router import COLUMNS, GRID, LAYOUTS, ROWS
 
 LR = 0.25
@@ -88,7 +87,12 @@ def test_steps_of_several_updates_are_applied(wait, layout: str) -> None:  # typ
 
     wait(main())
     counters = trainer.session.counters
-    assert (counters.lookups, counters.updates_pushed, counters.updates_committed, counters.steps_committed) == (6, 6, 6, 3)
+    assert (counters.lookups, counters.updates_pushed, counters.updates_committed, counters.steps_committed) == (
+        6,
+        6,
+        6,
+        3,
+    )
     owners = trainer.pool.view.placement.shards
     assert all(trainer.pool.shards[shard].version == 3 for shard in owners)
     assert all(not shard.held for shard in trainer.pool.shards)
@@ -421,7 +425,12 @@ def test_owner_of_keys_alone_follows_the_ledger(wait) -> None:  # type: ignore[n
 
 @pytest.mark.parametrize(
     ("lr", "grad_scale", "text"),
-    [(-0.1, 1.0, "lr = -0.1"), (torch.nan, 1.0, "lr = nan"), (torch.inf, 1.0, "lr = inf"), (0.1, torch.nan, "grad_scale")],
+    [
+        (-0.1, 1.0, "lr = -0.1"),
+        (torch.nan, 1.0, "lr = nan"),
+        (torch.inf, 1.0, "lr = inf"),
+        (0.1, torch.nan, "grad_scale"),
+    ],
 )
 def test_wrong_numbers_change_nothing(wait, lr: float, grad_scale: float, text: str) -> None:  # type: ignore[no-untyped-def]
     trainer = Trainer.of(FakePool(COLUMNS))

@@ -183,6 +183,16 @@ def test_many_steps_equal_torchs_own_sparse_training(under_test, algorithm):
     assert float((actual - parameter.detach()).norm() / parameter.detach().norm()) < 1e-5
 
 
+def test_division_by_zero_is_what_torch_makes_of_it(under_test):
+    """Without eps, a first gradient of zero gives 0 / 0: NaN in that element, no exception, nothing in its neighbours."""
+    paged = under_test.to(Paged(torch.ones(1, 3), torch.zeros(1, dtype=torch.int32), 0))
+    state = under_test.to({"sum": torch.zeros(1, 3)})
+    step = OptimizerStep("adagrad", lr=0.5, eps=0.0)
+    sums = under_test.to(torch.tensor([[2.0, 0.0, -3.0]]))
+    under_test.kernels.optimizer_step(paged, state, under_test.to(torch.tensor([0])), sums, step)
+    assert torch.equal(paged.rows.cpu().nan_to_num(nan=-7.0), torch.tensor([[0.5, -7.0, 1.5]]))
+
+
 def test_bfloat16_is_rounded_to_nearest_even(under_test):
     """Ties, carries into the exponent, and NaN: as torch's own conversion rounds them."""
     bits = torch.tensor(

@@ -8,7 +8,6 @@ import pytest
 from mempool.shard import Engine
 from mempool.types import ShardHost, ShardInfo
 from mempool.wire.loop import run
-from tests.contract.conftest import submit
 from tests.contract.driver import Driver, Hosted
 
 MakeDriver = Callable[..., Driver]
@@ -25,7 +24,7 @@ def make_driver() -> Iterator[MakeDriver]:
             info = ShardInfo(shard=shard, address="", incarnation=1)
             mine.append(Engine(info, peers=peers or (lambda source: mine[source.shard]), **options))
         engines.extend(mine)
-        return Driver([Hosted(host=engine, info=engine.info) for engine in mine], table_id=1, run=run, submit=submit)
+        return Driver([Hosted(host=engine, info=engine.info) for engine in mine], table_id=1)
 
     yield make
     for engine in engines:

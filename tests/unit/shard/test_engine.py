@@ -53,6 +53,17 @@ def test_contexts_are_forgotten_under_their_budget(make_driver: MakeDriver) -> N
         driver.update(1, lookup_id, GRADS)
 
 
+def test_contexts_of_an_older_epoch_take_no_room(make_driver: MakeDriver) -> None:
+    driver = make_driver(2).create(make_schema(), "columns")
+    driver.gather(make_bags(1))
+    assert driver.call(driver.host(0).status()).context_bytes > 0
+    driver.move("rows")
+    assert driver.call(driver.host(0).status()).context_bytes == 0
+    driver.gather(make_bags(1))
+    driver.drop()
+    assert driver.call(driver.host(0).status()).context_bytes == 0
+
+
 def test_more_updates_than_the_budget_are_refused(make_driver: MakeDriver) -> None:
     driver = make_driver(held_budget_bytes=900).create(make_schema())
     driver.gather(make_bags(1))

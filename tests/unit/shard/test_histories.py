@@ -17,7 +17,6 @@ from mempool.errors import ContextMissing
 from mempool.shard import Engine
 from mempool.types import FlatKeySpec, OptimizerSpec, ShardInfo
 from mempool.wire.loop import run
-from tests.contract.conftest import submit
 from tests.contract.driver import Bags, Driver, Hosted, make_bags, make_schema, reference_sums, relative_error
 from tests.contract.oracle import Oracle
 
@@ -46,7 +45,7 @@ class Histories(RuleBasedStateMachine):
             info = ShardInfo(shard=shard, address="", incarnation=1)
             self.engines.append(Engine(info, peers=lambda source: self.engines[source.shard]))
         hosted = [Hosted(host=engine, info=engine.info) for engine in self.engines]
-        self.driver = Driver(hosted, table_id=next(_table_ids), run=run, submit=submit)
+        self.driver = Driver(hosted, table_id=next(_table_ids))
         self.lookups: list[tuple[int, Bags]] = []
         self.pending: dict[int, tuple[Bags, Tensor]] = {}
         self.prepared: tuple[int, ...] | None = None
@@ -186,6 +185,17 @@ class Histories(RuleBasedStateMachine):
         assert relative_error(self.driver.read(), self.oracle.values) < 1e-4
         if self.keys is not None:
             assert torch.equal(self.driver.read("keys"), self.keys)
+
+    @invariant()
+    def no_room_is_leaked(self) -> None:
+        for engine in self.engines:
+            for table in engine._tables.values():
+                for arena in table.storage.arenas.values():
+                    assert arena.num_taken == int((arena.page_of >= 0).sum()) > 0
+        if self.driver.view is None:
+            return
+        held = sum(engine._budget.num_bytes for engine in self.engines)
+        assert (held == 0) == (sum(self.driver.status(shard).updates_held for shard in range(NUM_SHARDS)) == 0)
 
     def _push(self, sequence: int, *, resend: bool = False) -> Tensor:
         bags, grads = self.pending[sequence]

@@ -1,0 +1,109 @@
+"""What `--json` prints: plain dictionaries whose keys are part of the public face; new ones may be added."""
+
+from dataclasses import asdict
+from typing import Any
+
+from mempool.config import Changes, FieldChange
+from mempool.placement import Assignment, describe, layout_kind
+from mempool.types import PoolStatus, ShardStatus, TableStatus, TableView
+
+
+def status(now: PoolStatus, *, address: str) -> dict[str, Any]:
+    """The document of `mempool status --json`.
+
+    Keys: ``pool``, ``address``, ``rescaling``, ``shards`` (list, by shard id) and ``tables`` (list). Sizes are bytes,
+    times are seconds. Of a shard in state "unreachable" only ``shard``, ``address``, ``incarnation`` and ``state``
+    mean anything.
+    """
+    return {
+        "pool": now.name,
+        "address": address,
+        "rescaling": now.rescaling,
+        "shards": [_shard(shard) for shard in now.shards],
+        "tables": [table(view, now) for view in now.tables],
+    }
+
+
+def table(view: TableView, now: PoolStatus) -> dict[str, Any]:
+    """One table over all shards.
+
+    ``version`` and ``updates_applied`` are those of the shard that is furthest; ``pages`` counts all pages there are,
+    ``lost_pages`` those that answer DATA_LOSS; ``placement`` is the kind of layout the pages have now.
+    """
+    schema, placement = view.schema, view.placement
+    assignment = Assignment(owners=placement.owners, key_owners=placement.key_owners)
+    seen = {shard.info.shard: found for shard in now.shards if (found := _seen(shard, schema.table_id)) is not None}
+    return {
+        "name": schema.name,
+        "table_id": schema.table_id,
+        "num_slots": schema.num_slots,
+        "value_dim": schema.value_dim,
+        "dtype": schema.dtype,
+        "optimizer": schema.optimizer.algorithm,
+        "keys": None if schema.keys is None else type(schema.keys).__name__.removesuffix("KeySpec").lower(),
+        "layout": schema.layout,
+        "placement": layout_kind(assignment),
+        "epoch": placement.epoch,
+        "pages": placement.owners.size + placement.key_owners.size,
+        "lost_pages": sum(found.lost_pages for found in seen.values()),
+        "num_bytes": sum(found.num_bytes for found in seen.values()),
+        "version": max((found.version for found in seen.values()), default=0),
+        "updates_applied": max((found.updates_applied for found in seen.values()), default=0),
+        "updates_held": max((found.updates_held for found in seen.values()), default=0),
+        "shards": [
+            {
+                "shard": line.shard,
+                "pages": line.pages + line.key_pages,
+                "share": line.share,
+                "blocks": line.blocks,
+                **_of_shard(seen.get(line.shard)),
+            }
+            for line in describe(assignment)
+        ],
+    }
+
+
+def changes(found: Changes, *, applied: bool) -> dict[str, Any]:
+    """The document of `mempool apply --json`. ``applied`` is False with `--dry-run`."""
+    return {
+        "applied": applied,
+        "nothing": found.nothing,
+        "shards_before": found.shards_before,
+        "shards_after": found.shards_after,
+        "create": [table.name for table in found.create],
+        "kept": list(found.kept),
+        "refused": [_change(change) for change in found.refused],
+        "restart": [_change(change) for change in found.restart],
+    }
+
+
+def _shard(shard: ShardStatus) -> dict[str, Any]:
+    return {
+        "shard": shard.info.shard,
+        "address": shard.info.address,
+        "incarnation": shard.info.incarnation,
+        "state": shard.state,
+        "device": shard.device,
+        "num_bytes": shard.num_bytes,
+        "context_bytes": shard.context_bytes,
+        "uptime_s": shard.uptime_s,
+        "stages": [asdict(stage) for stage in shard.stages],
+    }
+
+
+def _seen(shard: ShardStatus, table_id: int) -> TableStatus | None:
+    return next((table for table in shard.tables if table.table_id == table_id), None)
+
+
+def _of_shard(found: TableStatus | None) -> dict[str, Any]:
+    """A table as one of its owners sees it; null where that shard says nothing of it."""
+    keys = ("version", "updates_applied", "updates_held", "lookups", "lost_pages", "num_bytes", "epoch", "frozen")
+    return {key: None if found is None else getattr(found, key) for key in keys}
+
+
+def _change(change: FieldChange) -> dict[str, Any]:
+    return {"field": change.field, "before": _plain(change.before), "after": _plain(change.after)}
+
+
+def _plain(value: object) -> Any:
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

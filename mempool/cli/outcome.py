@@ -1,0 +1,45 @@
+"""How a command ends: exit codes, and errors as one message without a traceback."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from mempool.errors import MempoolError, Unavailable
+
+FAILED, USAGE, UNREACHABLE = 1, 2, 3
+
+
+class UsageError(MempoolError):
+    """The options do not fit together."""
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Run a command's body; an error of mempool ends the command with its message on stderr and its exit code."""
+    try:
+        yield
+    except MempoolError as error:
+        _fail(error.message, _code(error))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "mempool":
+            raise
+        _fail(
+            f"this command needs the package {error.name!r}, which is not installed: pip install 'mempool[server]'",
+            FAILED,
+        )
+    except BrokenPipeError:  # `mempool status | head`
+        sys.stderr.close()
+        raise typer.Exit(FAILED) from None
+
+
+def _code(error: MempoolError) -> int:
+    if isinstance(error, UsageError):
+        return USAGE
+    return UNREACHABLE if isinstance(error, Unavailable) else FAILED
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"mempool: {message}", file=sys.stderr)
+    raise typer.Exit(code) from None

@@ -1,0 +1,168 @@
+"""What commands print for people: tables and a progress bar on a terminal, plain lines anywhere else."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mempool.cli import documents
+from mempool.config import Changes
+from mempool.types import PoolStatus, RescaleProgress, ShardStatus
+
+Say = Callable[[str], None]
+Watch = Callable[[RescaleProgress], None]
+
+_PLAIN_WIDTH = 1000
+
+
+def say(line: str) -> None:
+    """One step, as it begins."""
+    print(line, flush=True)
+
+
+def status(now: PoolStatus, *, address: str) -> None:
+    """Shards, tables, and what is wrong."""
+    console = _console()
+    moving = ", moving pages" if now.rescaling else ""
+    console.print(f"pool {now.name} at {address}: {len(now.shards)} shards, {len(now.tables)} tables{moving}")
+    shards = _table(console, "shard", "address", "state", "device", "pages' memory", "up for", "incarnation")
+    for shard in now.shards:
+        shards.add_row(*_shard_row(shard), style=None if shard.state == "ready" else "red")
+    console.print(shards)
+    found = [documents.table(view, now) for view in now.tables]
+    if found:
+        tables = _table(
+            console, "table", "slots", "dim", "dtype", "optimizer", "placement", "pages", "lost", "version", "updates"
+        )
+        for table in found:
+            tables.add_row(
+                table["name"], f"{table['num_slots']:,}", str(table["value_dim"]), table["dtype"], table["optimizer"],
+                table["placement"], f"{table['pages']:,}", f"{table['lost_pages']:,}", f"{table['version']:,}",
+                f"{table['updates_applied']:,}", style="red" if table["lost_pages"] else None,
+            )  # fmt: skip
+        console.print(tables)
+    for line in _troubles(now, found):
+        console.print(line, style="red")
+
+
+def changes(found: Changes) -> None:
+    """What `apply` would do."""
+    for line in found.lines() or ["nothing to do: the pool is as the file says"]:
+        say(line)
+
+
+def outcome(found: Changes) -> None:
+    """What `apply` did and left aside."""
+    if found.nothing:
+        say("nothing to do: the pool is as the file says")
+    for change in found.restart:
+        say(f"left aside {change}: it takes effect when the pool is started again")
+
+
+@contextmanager
+def rescale_progress(*, quiet: bool = False) -> Iterator[tuple[Say, Watch]]:
+    """Where steps and reports of a rescale go: nowhere, to a bar on a terminal, or to a line for each tenth."""
+    console = _console()
+    if quiet:
+        yield _nothing, _nothing
+    elif not console.is_terminal:
+        yield say, _Tenths()
+    else:
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("pages  {task.fields[size]}"), TimeElapsedColumn(),
+        )  # fmt: skip
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task("starting shards", total=None, size="")
+
+            def watch(report: RescaleProgress) -> None:
+                progress.update(
+                    task,
+                    description=f"moving {report.table}" if report.table else "moving",
+                    completed=report.pages_moved,
+                    total=report.pages_total,
+                    size=_size(report.bytes_moved),
+                )
+
+            yield (lambda line: progress.console.print(line, markup=False)), watch
+
+
+class _Tenths:
+    """Says a line when another tenth of the pages has moved, and at the end."""
+
+    def __init__(self) -> None:
+        self._said = -1
+
+    def __call__(self, report: RescaleProgress) -> None:
+        tenth = 10 * report.pages_moved // max(report.pages_total, 1)
+        if tenth > self._said or report.done:
+            self._said = tenth
+            verb = "moved" if report.done else "moving:"
+            say(f"{verb} {report.pages_moved} of {report.pages_total} pages, {_size(report.bytes_moved)}")
+
+
+def _nothing(_: object) -> None:
+    pass
+
+
+def _console() -> Console:
+    # Where nobody looks at it, no line is cut to some width.
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+
+
+def _table(console: Console, *columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column, no_wrap=not console.is_terminal, overflow="fold")
+    return table
+
+
+def _shard_row(shard: ShardStatus) -> tuple[str, ...]:
+    ready = shard.state == "ready"
+    return (
+        str(shard.info.shard),
+        shard.info.address or "-",
+        shard.state,
+        shard.device or "-",
+        _size(shard.num_bytes) if ready else "-",
+        _duration(shard.uptime_s) if ready else "-",
+        str(shard.info.incarnation),
+    )
+
+
+def _troubles(now: PoolStatus, tables: list[dict[str, object]]) -> list[str]:
+    """Lines for what needs somebody's attention."""
+    lines = [
+        f"shard {shard.info.shard} does not answer; Ray starts it again if its process died"
+        for shard in now.shards
+        if shard.state != "ready"
+    ]
+    lines += [
+        f"table {table['name']} lost {table['lost_pages']} of {table['pages']} pages: it answers DATA_LOSS. "
+        f"Drop it (pool.drop_table({table['name']!r})), make it again and write back what you saved"
+        for table in tables
+        if table["lost_pages"]
+    ]
+    return lines
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -1,0 +1,101 @@
+"""A pool on loopback in this process: engines, a controller, and a gRPC server before each, as on Ray but without it."""
+
+from collections.abc import Sequence
+
+from mempool.client import GrpcDialer, Router
+from mempool.controller import Controller
+from mempool.server import LookupCoordinator, Server, ShardViews
+from mempool.shard import Engine
+from mempool.types import ShardInfo
+from mempool.wire.loop import run
+
+_BOUND_S = 60.0
+
+
+class GrpcPoolHere:
+    """Starts, restarts and ends it; all methods block.
+
+    Attributes:
+        address: The controller's.
+        infos: The shards, by number.
+    """
+
+    def __init__(self, *, shards: int = 2, token: str | None = None) -> None:
+        self.token = token
+        self.infos: dict[int, ShardInfo] = {}
+        self._engines: dict[int, Engine] = {}
+        self._servers: dict[int, Server] = {}
+        self._dialer = GrpcDialer(token=token)
+        self._front: Server | None = None
+        self._controller = Controller("here", launcher=self, dial=self._dialer.dial)
+        self.address = run(self._open(shards), _BOUND_S)
+
+    async def start(self, shard: int) -> ShardInfo:
+        """For the controller."""
+        return await self._start(shard, incarnation=1)
+
+    async def stop(self, info: ShardInfo) -> None:
+        """For the controller."""
+        await self._stop_shard(info.shard)
+
+    def restart_shard(self, shard: int) -> None:
+        """It comes back at another port, without its pages; the controller hears of it."""
+
+        async def restart() -> None:
+            incarnation = self.infos[shard].incarnation + 1
+            await self._stop_shard(shard)
+            await self._controller.shard_restarted(await self._start(shard, incarnation=incarnation))
+
+        run(restart(), _BOUND_S)
+
+    def stop_shard(self, shard: int) -> None:
+        run(self._stop_shard(shard), _BOUND_S)
+
+    def freeze(self, table_id: int) -> None:
+        """Hold off writes and commits on shard 0."""
+        run(self._engines[0].freeze(table_id, 5.0), _BOUND_S)
+
+    def stop_controller(self) -> None:
+        if self._front is not None:
+            run(self._front.stop(0.0), _BOUND_S)
+            self._front = None
+
+    def close(self) -> None:
+        run(self._close(), _BOUND_S)
+
+    async def _open(self, shards: int) -> str:
+        await self._controller.open(shards)
+        self._front = Server(token=self.token)
+        port = self._front.bind("127.0.0.1", [0])
+        router = Router(self._controller, dial=self._dialer.dial, pool="here")
+        await self._front.start(shard=None, pool=self._controller, lookup=LookupCoordinator(router).lookup)
+        return f"127.0.0.1:{port}"
+
+    async def _start(self, shard: int, *, incarnation: int) -> ShardInfo:
+        server = Server(token=self.token)
+        port = server.bind("127.0.0.1", [0])
+        info = ShardInfo(shard=shard, address=f"127.0.0.1:{port}", incarnation=incarnation)
+        engine = Engine(info, peers=self._dialer.dial)
+        views = ShardViews("here", shard=engine, dial=self._dialer.dial, controller="test")
+        router = Router(views, dial=self._dialer.dial, pool="here")
+        await server.start(shard=engine, pool=views, lookup=LookupCoordinator(router, info=info).lookup)
+        self.infos[shard], self._engines[shard], self._servers[shard] = info, engine, server
+        return info
+
+    async def _stop_shard(self, shard: int) -> None:
+        server = self._servers.pop(shard, None)
+        if server is not None:
+            await server.stop(0.0)
+            await self._engines.pop(shard).close()
+
+    async def _close(self) -> None:
+        if self._front is not None:
+            await self._front.stop(0.0)
+        for shard in list(self._servers):
+            await self._stop_shard(shard)
+        await self._dialer.close()
+
+
+def addresses(pool: GrpcPoolHere, shards: Sequence[int]) -> str:
+    """Bootstrap addresses of these shards."""
+    return ",".join(pool.infos[shard].address for shard in shards)
