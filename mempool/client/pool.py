@@ -1,7 +1,6 @@
 """The pool as a user holds it: tables by name, scaling, status. Waits for coroutines that run on the process's IO loop.
 
-How the controller and the shards are reached is for whoever makes it: ``connect`` (gRPC) or ``mempool.local`` (in
-process).
+How the controller and the shards are reached is for whoever makes it: ``connect`` (gRPC) or ``mempool.local``.
 """
 
 import secrets
@@ -89,8 +88,7 @@ class Pool:
 
     def tables(self) -> tuple[Table, ...]:
         """All tables, in the order they were made."""
-        views = self._run(self.router.retried("tables", self._api.tables))
-        return tuple(self._opened(self.router.adopt(view)) for view in views)
+        return tuple(self._opened(view) for view in self._run(self._list_tables()))
 
     def drop_table(self, name: str) -> None:
         """Drop a table, its values and what is pending on it, for every client.
@@ -104,7 +102,8 @@ class Pool:
             dropped = [table_id for table_id, table in self._tables.items() if table.name == name]
             for table_id in dropped:
                 del self._tables[table_id]
-                self.router.forget(table_id)
+        for table_id in dropped:
+            self._run(self._forget(table_id))
 
     def rescale(self, shards: int, *, progress: Callable[[RescaleProgress], None] | None = None) -> None:
         """Change the number of shards while the pool serves: pages move, training and lookups go on. Has no deadline.
@@ -132,9 +131,7 @@ class Pool:
         return self._run(self.router.retried("status", self._api.status))
 
     def close(self) -> None:
-        """Give back connections; an embedded pool ends with it. What is pending and not committed is lost.
-        Repeatable.
-        """
+        """Give back connections; an embedded pool ends with it. What is pending is lost. Repeatable."""
         with self._lock:
             if self._closed:
                 return
@@ -164,6 +161,12 @@ class Pool:
             return self.router.adopt(view)
 
         return await self.router.retried(schema.name, ask)
+
+    async def _list_tables(self) -> list[TableView]:
+        return [self.router.adopt(view) for view in await self.router.retried("tables", self._api.tables)]
+
+    async def _forget(self, table_id: int) -> None:
+        self.router.forget(table_id)
 
     async def _drop_table(self, name: str) -> None:
         tries = 0

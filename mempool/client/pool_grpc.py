@@ -1,6 +1,4 @@
-"""The controller over gRPC: ``PoolApi`` by any of several addresses, and by the shards' while the controller is
-away.
-"""
+"""The controller over gRPC: ``PoolApi`` by any of several addresses, by the shards' while the controller is away."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable

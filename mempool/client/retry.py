@@ -139,9 +139,7 @@ class Retry:
 
 
 def _not_attached_yet(error: MempoolError) -> bool:
-    """A shard does not know the table: just started, or the table was dropped. The controller knows which of the
-    two.
-    """
+    """A shard does not know the table: it just started, or the table was dropped. The controller knows which."""
     return isinstance(error, NotFound) and error.shard is not None
 
 

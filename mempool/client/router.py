@@ -59,11 +59,10 @@ class Router:
     ) -> None:
         self.timeout_s = timeout_s
         self.traffic = Traffic()
+        self.pool = pool
         self._api = api
         self._dial = dial
         self._patience_s = patience_s
-        self._patience_s = patience_s
-        self.pool = pool
         self._backoff = backoff or Backoff()
         self._jitter = jitter
         self._closed = False
@@ -111,9 +110,7 @@ class Router:
         self._to_release = {key: waiting for key, waiting in self._to_release.items() if key[0] != table_id}
 
     def release(self, record: LookupRecord) -> Callable[[], None]:
-        """A function that lets shards forget a lookup, with the next gather; may be called on any thread, at any
-        moment.
-        """
+        """A function that lets shards forget a lookup, with the next gather; to be called on any thread, at any time."""
         shards = tuple(shard for shard, _ in record.remembered_by)
         entry = (record.table_id, shards, record.lookup_id)
         released = self._released  # the function keeps neither the router nor the record alive
@@ -186,9 +183,7 @@ class Router:
     async def score(
         self, table_id: int, *, queries: Tensor, topk: int, timeout_s: float | None = None
     ) -> tuple[Tensor, Tensor, Seen]:
-        """Top-k of keys in the pool by (score descending, id ascending): scores [B, H, K] float32, ids [B, H, K]
-        int64.
-        """
+        """Top-k of keys in the pool by (score descending, id ascending): scores and ids [B, H, K] (float32, int64)."""
 
         async def once(attempt: Attempt) -> tuple[Tensor, Tensor, Seen]:
             return await attempt.score(queries, topk=topk)
@@ -332,8 +327,9 @@ class Router:
                     raise StalePlacement(f"table {plan.schema.name!r} has moved while a shard kept silent")
             return task.result()
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
 
     async def _plan(self, table_id: int) -> TablePlan:
         plan = self._plans.get(table_id)
@@ -346,9 +342,7 @@ class Router:
         return plan
 
     async def _refresh(self, plan: TablePlan) -> None:
-        """Ask for the view of a table unless somebody has done so since ``plan``. Without an answer the old one
-        stays.
-        """
+        """Ask for a table's view, unless somebody has done so since ``plan``. Without an answer the old one stays."""
         schema = plan.schema
         async with self._refreshing.setdefault(schema.table_id, asyncio.Lock()):
             if self._plans.get(schema.table_id) is not plan:

@@ -58,14 +58,14 @@ BAD_BAGS = {
     "an id above": ({"ids": _ids(50)}, r"ids\[8\] = 50 is not a slot .* 50 \(0 to 49\)"),
     "an id below": ({"ids": -_ids(0)}, r"ids\[0\] = -1"),
     "a huge id": ({"ids": _ids(2**62)}, r"ids\[8\] = 4611686018427387904"),
-    "ids as floats": ({"ids": _ids(9).float()}, "ids must be"),
-    "ids as a matrix": ({"ids": _ids(9)[None]}, "ids must be"),
+    "ids as floats": ({"ids": _ids(9).float()}, r"ids (must|has)"),
+    "ids as a matrix": ({"ids": _ids(9)[None]}, r"ids (must|has)"),
     "too few ids": ({"ids": _ids()}, "weights must be|offsets go"),
     "weights of another length": ({"weights": torch.ones(8)}, r"weights must be \[9\]"),
-    "weights as doubles": ({"weights": torch.ones(9).double()}, "weights must be"),
-    "weights as a matrix": ({"weights": torch.ones(9, 1)}, "weights must be"),
-    "no offsets": ({"offsets": torch.empty(0, dtype=torch.int64)}, "offsets must be"),
-    "offsets as int32": ({"offsets": OFFSETS.int()}, "offsets must be"),
+    "weights as doubles": ({"weights": torch.ones(9).double()}, r"weights (must|has)"),
+    "weights as a matrix": ({"weights": torch.ones(9, 1)}, r"weights (must|has)"),
+    "no offsets": ({"offsets": torch.empty(0, dtype=torch.int64)}, r"offsets (must|has)"),
+    "offsets as int32": ({"offsets": OFFSETS.int()}, r"offsets (must|has)"),
     "offsets that do not start at 0": ({"offsets": torch.tensor([1, 3, 3, 8, 9])}, "from 1 to 9"),
     "offsets that end early": ({"offsets": torch.tensor([0, 3, 3, 8, 8])}, "from 0 to 8"),
     "offsets that descend": ({"offsets": torch.tensor([0, 3, 2, 8, 9])}, r"offsets\[1\] = 3 is followed by 2"),
@@ -73,11 +73,11 @@ BAD_BAGS = {
 BAD_UPDATES = {
     "grads too narrow": ({"grads": GRADS[:, :9]}, r"grads must be \[4, 10\]"),
     "grads of fewer bags": ({"grads": GRADS[:3]}, r"grads must be \[4, 10\]"),
-    "grads as doubles": ({"grads": GRADS.double()}, "grads must be"),
+    "grads as doubles": ({"grads": GRADS.double()}, r"grads (must|has)"),
     "other blocks": ({"blocks": (0, 1)}, r"blocks \(0, 1\) are not those"),
     "blocks in another order": ({"blocks": (1, 0, 2)}, "are not those"),
     "ids alone": ({"offsets": None}, "both ids and offsets"),
-    "a negative sequence": ({"sequence": -1}, "negative"),
+    "a negative sequence": ({"sequence": -1}, r"negative|out of range"),
 }
 BAD_ROWS = {
     "an unknown array": ({"array": "exp_avg"}, "no array 'exp_avg'; it has values, sum"),
@@ -135,7 +135,7 @@ def test_bad_rows(trained: Driver, case: str) -> None:
     [
         ("moments", torch.tensor([0]), "no array 'moments'"),
         ("values", torch.tensor([0, -1]), r"ids\[1\] = -1"),
-        ("values", torch.tensor(0), "must be a vector"),
+        ("values", torch.tensor(0), r"ids (must|has)"),
     ],
 )
 def test_bad_reads(trained: Driver, array: str, ids: torch.Tensor, match: str) -> None:
@@ -163,9 +163,9 @@ def test_bad_commits(trained: Driver, changes: dict[str, Any], match: str, one_p
 
 def test_bad_steps(trained: Driver) -> None:
     _refused(trained, "prepare", trained.prepare_request(0, 3, [4, 4]), InvalidRequest, "sequence 4 is named twice")
-    _refused(trained, "prepare", trained.prepare_request(0, -3, [4]), InvalidRequest, "negative")
+    _refused(trained, "prepare", trained.prepare_request(0, -3, [4]), InvalidRequest, r"negative|out of range")
     request = DiscardRequest(envelope=trained.envelope(0), step_id=trained.step_id(-1))
-    _refused(trained, "discard", request, InvalidRequest, "negative")
+    _refused(trained, "discard", request, InvalidRequest, r"negative|out of range")
 
 
 QUERIES = torch.ones(2, 1, 6)
@@ -178,8 +178,8 @@ QUERIES = torch.ones(2, 1, 6)
         (torch.tensor([1.0, 2.0, 3.0, -INF, 5.0, 6.0]).view(1, 1, 6), 3, r"queries\[0, 0, 3\] = -inf"),
         (QUERIES[:, :, :5], 3, r"queries must be \[B, 1, 6\]"),
         (QUERIES.expand(2, 2, 6), 3, r"queries must be \[B, 1, 6\]"),
-        (QUERIES[0], 3, r"queries must be"),
-        (QUERIES.double(), 3, r"queries must be"),
+        (QUERIES[0], 3, r"queries (must|has)"),
+        (QUERIES.double(), 3, r"queries (must|has)"),
         (QUERIES, 0, "topk = 0"),
         (QUERIES, 51, "topk = 51 must be 1 to 50"),
     ],

@@ -1,7 +1,7 @@
 """Shards and a controller in memory, float64, plain SGD, with faults on demand: what the client is tested against.
 
-A shard here follows decisions of the real one that the client relies on: envelopes are fenced, contexts and held updates
-can vanish, a step is applied once. Pages survive a restart; what was held or remembered does not.
+A shard here follows decisions of the real one that the client relies on: envelopes are fenced, contexts and held
+updates can vanish, a step is applied once. Pages survive a restart; what was held or remembered does not.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""A pool on loopback in this process: engines, a controller, and a gRPC server before each, as on Ray but without it."""
+"""A pool on loopback in this process: engines, a controller, and a gRPC server before each, as on Ray."""
 
 from collections.abc import Sequence
 

@@ -118,7 +118,7 @@ def test_shard_alone_knows_the_pool_but_does_not_change_it(here: GrpcPoolHere) -
             pool.create_table(CONFIG)
 
 
-def test_nobody_there(here: GrpcPoolHere) -> None:
+def test_nobody_there() -> None:
     with pytest.raises(PoolUnreachable, match=f"pool '{NOBODY}' did not answer within 0.* mempool status"):
         connect(NOBODY, timeout_s=0.3)
 

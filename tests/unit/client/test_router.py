@@ -15,15 +15,14 @@ from mempool.client.router import Router
 from mempool.errors import (
     DataLoss,
     DeadlineExceeded,
-    InvalidRequest,
     MempoolError,
     NotFound,
     PoolUnreachable,
     ShardUnavailable,
 )
-from mempool.types import FlatKeySpec, GatherRequest, ProductKeySpec, StepId, UpdateRequest
+from mempool.types import GatherRequest, StepId, UpdateRequest
 
-from .fakes import HEALING, FakePool, Fault, make_schema
+from .fakes import HEALING, FakePool, Fault
 
 COLUMNS = np.tile([0, 1, 2], (8, 1))
 ROWS = np.tile(np.arange(8)[:, None] % 3, (1, 3))
@@ -256,6 +255,23 @@ def test_shard_that_stays_away_is_named(wait, fault: Fault) -> None:  # type: ig
     wait(main())
 
 
+def test_silent_shard_that_lives_again_elsewhere_is_found_in_time(wait) -> None:  # type: ignore[no-untyped-def]
+    pool, bags = FakePool(COLUMNS), make_bags()
+    pool.shards[1].faults["gather"] = [Fault.SILENT]
+
+    async def main() -> None:
+        router = make_router(pool, patience_s=0.01)
+        task = asyncio.create_task(router.gather(1, bags=bags))
+        await asyncio.sleep(0.05)
+        assert not task.done()
+        pool.shards[1].restart()
+        values, _ = await task
+        assert_near(values, pooled(pool.values, bags))
+
+    wait(main())
+    assert [len(shard.requests("gather")) for shard in pool.shards] == [2, 2, 2]
+
+
 def test_plan_that_stays_old_is_no_endless_loop(wait) -> None:  # type: ignore[no-untyped-def]
     pool = FakePool(COLUMNS)
     pool.shards[0].faults["gather"] = [Fault.STALE] * 1000
@@ -371,82 +387,6 @@ def test_lookup_ids_of_two_clients_do_not_meet(wait) -> None:  # type: ignore[no
     wait(main())
     assert len(pool.shards[0].contexts) == 6
     assert all(0 <= lookup_id < 2**63 for lookup_id in pool.shards[0].contexts)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_rows_and_states_come_back_whole(wait, layout: str) -> None:  # type: ignore[no-untyped-def]
-    pool = FakePool(LAYOUTS[layout])
-    ids = torch.tensor([63, 0, 17, 17, 40])
-
-    async def main() -> None:
-        router = make_router(pool)
-        assert torch.equal(await router.read_rows(1, array="values", ids=ids), pool.values[ids].float())
-        assert torch.equal(await router.read_rows(1, array="per_block", ids=ids), ids[:, None] * 10.0 + torch.arange(3))
-        none = await router.read_rows(1, array="values", ids=ids[:0])
-        assert none.shape == (0, 12)
-        with pytest.raises(InvalidRequest, match="no array 'moments'"):
-            await router.read_rows(1, array="moments", ids=ids)
-
-    wait(main())
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_rows_are_written_where_they_belong(wait, layout: str) -> None:  # type: ignore[no-untyped-def]
-    pool = FakePool(LAYOUTS[layout])
-    expected = pool.values.clone()
-    ids, rows = torch.tensor([63, 0, 17]), torch.randn(3, 12)
-    expected[ids] = rows.double()
-
-    async def main() -> None:
-        await make_router(pool).write_rows(1, array="values", ids=ids, rows=rows)
-
-    wait(main())
-    assert torch.equal(pool.values, expected)
-
-
-@pytest.mark.parametrize("layout", ["one", "rows", "grid", "columns"])
-def test_flat_keys_are_scored_by_all_merged_and_then_normalised(wait, layout: str) -> None:  # type: ignore[no-untyped-def]
-    keys = torch.randint(-2, 3, (64, 5)).float()  # many exact ties
-    pool = FakePool(LAYOUTS[layout], schema=make_schema(keys=FlatKeySpec(key_dim=5)), keys=keys)
-    queries = torch.randint(-2, 3, (6, 1, 5)).float()
-
-    async def main() -> None:
-        lookup, seen = await make_router(pool).lookup(1, queries=queries, topk=9)
-        scores = queries @ keys.t()
-        order = scores.argsort(dim=-1, descending=True, stable=True)[..., :9]  # of equal scores the lowest id first
-        assert torch.equal(lookup.ids, order)
-        assert torch.equal(lookup.scores, scores.gather(-1, order))
-        assert torch.equal(lookup.weights, lookup.scores.softmax(-1))
-        expected = (pool.values[order] * lookup.weights.double()[..., None]).sum(dim=(1, 2))
-        assert_near(lookup.values, expected)
-        assert (seen.epoch, seen.oldest_version, seen.newest_version) == (1, 0, 0)
-
-    wait(main())
-
-
-def test_product_keys_are_scored_head_by_head_where_they_are(wait) -> None:  # type: ignore[no-untyped-def]
-    keys = torch.randint(-2, 3, (3, 2, 8, 2)).float()
-    schema = make_schema(keys=ProductKeySpec(heads=3, key_dim=4), stride=8)
-    pool = FakePool(COLUMNS, schema=schema, key_owners=(1, 3, 1), keys=keys)
-    queries = torch.randint(-2, 3, (6, 3, 4)).float()
-
-    async def main() -> None:
-        router = make_router(pool)
-        lookup, _ = await router.lookup(1, queries=queries, topk=5)
-        scores = (queries[:, :, None, :2] * keys[:, 0]).sum(-1)[..., :, None]
-        scores = (scores + (queries[:, :, None, 2:] * keys[:, 1]).sum(-1)[..., None, :]).flatten(2)
-        order = scores.argsort(dim=-1, descending=True, stable=True)[..., :5]
-        assert torch.equal(lookup.ids, order)
-        assert torch.equal(lookup.weights, scores.gather(-1, order).softmax(-1))
-        expected = (pool.values[order] * lookup.weights.double()[..., None]).sum(dim=(1, 2))
-        assert_near(lookup.values, expected)
-        read = await router.read_rows(1, array="keys", ids=torch.tensor([2, 0]))
-        assert torch.equal(read, keys[[2, 0]].flatten(1))
-        await router.write_rows(1, array="keys", ids=torch.tensor([1]), rows=torch.full((1, 32), 7.0))
-
-    wait(main())
-    assert torch.equal(keys[1], torch.full((2, 8, 2), 7.0))
-    assert {shard.info.shard for shard in pool.shards if "score" in shard.names()} == {1, 3}
 
 
 def test_work_under_a_plan_is_cancelled_with_the_caller(wait) -> None:  # type: ignore[no-untyped-def]

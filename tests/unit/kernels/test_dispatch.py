@@ -230,6 +230,8 @@ def test_kernels_compile_where_no_cache_can_be_written():
         numba = kernels.implementation("numba")
         paged = Paged(torch.ones(2, 1), torch.zeros(1, dtype=torch.int32), 1)
         assert numba.gather_rows(paged, torch.tensor([1])).tolist() == [[1.0]]
+        from mempool.kernels.cpu import bags
+        assert bags._gather_rows.stats.cache_path is None
         """
     )
 

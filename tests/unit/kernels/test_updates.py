@@ -184,7 +184,7 @@ def test_many_steps_equal_torchs_own_sparse_training(under_test, algorithm):
 
 
 def test_division_by_zero_is_what_torch_makes_of_it(under_test):
-    """Without eps, a first gradient of zero gives 0 / 0: NaN in that element, no exception, nothing in its neighbours."""
+    """Without eps, a first gradient of zero gives 0 / 0: NaN in that element alone, and no exception."""
     paged = under_test.to(Paged(torch.ones(1, 3), torch.zeros(1, dtype=torch.int32), 0))
     state = under_test.to({"sum": torch.zeros(1, 3)})
     step = OptimizerStep("adagrad", lr=0.5, eps=0.0)

@@ -1,0 +1,220 @@
+"""A pool on Ray under test: its cluster file, the `mempool` command as users run it, and the processes behind a port."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+import mempool
+from mempool.types import ShardInfo
+
+T = TypeVar("T")
+
+COMMAND_S = 90.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class RayPool:
+    """One pool: its own folder for the file, the records and the user's home.
+
+    Args:
+        folder: Where everything is written.
+        name: Of the pool.
+        shards: To begin with.
+        ray_address: As in the file; "auto" finds ``ray_at``.
+        ray_at: What RAY_ADDRESS says.
+        token: None binds to loopback; a token binds to all interfaces.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        shards: int,
+        ray_address: str = "auto",
+        ray_at: str | None = None,
+        token: str | None = None,
+        port: int | None = None,
+        resources: dict[str, float] | None = None,
+    ) -> None:
+        self.name = name
+        self.token = token
+        self.port = free_port() if port is None else port
+        self.file = folder / f"{name}.yaml"
+        self._env = {key: value for key, value in os.environ.items() if not key.startswith(("MEMPOOL_", "RAY_"))}
+        self._env |= {"HOME": str(folder), "XDG_STATE_HOME": str(folder / "state")}
+        if ray_at is not None:
+            self._env["RAY_ADDRESS"] = ray_at
+        pool: dict[str, Any] = {"name": name, "shards": shards, "port": self.port}
+        if token is not None:
+            (folder / "token").write_text(token + "\n")
+            pool |= {"bind": "0.0.0.0", "token_file": "token"}
+        shard = {"num_cpus": 0, "threads": 1, "memory": "256MiB", "resources": resources or {}}
+        # JSON is YAML; one field to a line, as people write it.
+        sections = {"pool": pool, "shard": shard, "ray": {"address": ray_address}}
+        lines = [f"{section}:\n" + _fields(fields) for section, fields in sections.items()]
+        self.file.write_text("\n".join([*lines, "tables: []", ""]))
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def edit(self, before: str, after: str) -> None:
+        """Change the file, as an editor would."""
+        text = self.file.read_text()
+        assert before in text
+        self.file.write_text(text.replace(before, after))
+
+    def run(self, *arguments: str, expect: int = 0) -> Ended:
+        """Run `mempool` with these arguments."""
+        command = [sys.executable, "-m", "mempool", *arguments]
+        done = subprocess.run(
+            command, env=self._env, capture_output=True, text=True, timeout=COMMAND_S, stdin=subprocess.DEVNULL
+        )
+        assert done.returncode == expect, f"{arguments} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr, done.stderr
+        return Ended(code=done.returncode, out=done.stdout, err=done.stderr)
+
+    def with_file(self, command: str, *arguments: str, expect: int = 0) -> Ended:
+        """Run a command of the file."""
+        return self.run(command, "-f", str(self.file), *arguments, expect=expect)
+
+    def status(self) -> dict[str, Any]:
+        """`mempool status --json`."""
+        document: dict[str, Any] = json.loads(self.with_file("status", "--json").out)
+        return document
+
+    def connect(self, *, timeout_s: float = 30.0) -> mempool.Pool:
+        return mempool.connect(self.address, token=self.token, timeout_s=timeout_s)
+
+
+class Training:
+    """Training steps on a table in the pool and, the same, with torch's own Adagrad on a local tensor."""
+
+    def __init__(self, pool: mempool.Pool, name: str, *, lr: float = 0.1, **changes: Any) -> None:
+        shape = {"num_slots": 3000, "value_dim": 96, "block_dim": 32, "page_slots": 64} | changes
+        config = mempool.TableConfig(name=name, optimizer=mempool.optim.Adagrad(lr=lr), **shape)
+        self.table = pool.create_table(config)
+        self.all_ids = torch.arange(self.table.num_slots)
+        self.local = torch.nn.Parameter(self.table.rows(self.all_ids).clone())
+        self._optimizer = torch.optim.Adagrad([self.local], lr=lr)
+        self._random = torch.Generator().manual_seed(11)
+        self.steps = 0
+
+    def step(self) -> None:
+        """Two lookups, a loss, a commit; the same beside it."""
+        self._optimizer.zero_grad()
+        for _ in range(2):
+            ids = torch.randint(self.table.num_slots, (16, 6), generator=self._random)
+            weights = torch.randn(16, 6, generator=self._random)
+            target = torch.randn(16, self.table.value_dim, generator=self._random)
+            (self.table.gather(ids, weights) - target).square().sum().backward()
+            ((self.local[ids] * weights.unsqueeze(-1)).sum(1) - target).square().sum().backward()
+        self.table.commit()
+        self._optimizer.step()
+        self.steps += 1
+
+    def error(self) -> float:
+        """Norm of the difference of all values over the norm of the local ones."""
+        local: Tensor = self.local.detach().double()
+        return float((self.table.rows(self.all_ids).double() - local).norm() / local.norm())
+
+    def assert_exact(self, pool: mempool.Pool) -> None:
+        """Committed updates are applied, once each, on every shard that owns pages; values are as torch has them."""
+        assert self.table.counters.updates_committed == 2 * self.steps
+        owners = 0
+        for shard in pool.status().shards:
+            for status in shard.tables:
+                if status.name == self.table.name and status.pages:
+                    owners += 1
+                    assert status.updates_applied == 2 * self.steps, shard.info
+                    assert status.version == self.steps, shard.info
+        assert owners
+        assert self.error() <= 1e-5
+
+
+def wait_for(what: str, check: Callable[[], T | None], *, within_s: float = 60.0) -> T:
+    """The first answer of ``check`` that is true."""
+    deadline_s = time.monotonic() + within_s
+    while not (answer := check()):
+        assert time.monotonic() < deadline_s, f"waited {within_s:g} s in vain: {what}"
+        time.sleep(0.1)
+    return answer
+
+
+def kill_listener(port: int) -> int:
+    """SIGKILL to the process that listens on a port; its pid."""
+    pid = listener(port)
+    assert pid is not None, f"nobody listens on port {port}"
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def listener(port: int) -> int | None:
+    """The process that listens on a TCP port of this machine."""
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+                inodes.add(f"socket:[{fields[9]}]")
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if any(os.readlink(descriptor) in inodes for descriptor in (process / "fd").iterdir()):
+                return int(process.name)
+        except OSError:  # ended meanwhile
+            continue
+    return None
+
+
+def parent(pid: int) -> int:
+    """The parent of a process: for a shard, the raylet of its node."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def descendants(pid: int) -> set[int]:
+    """A process and all below it."""
+    parents: dict[int, int] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(process.name)] = parent(int(process.name))
+        except OSError:
+            continue
+    found = {pid}
+    while more := {child for child, above in parents.items() if above in found} - found:
+        found |= more
+    return found
+
+
+def port_of(info: ShardInfo) -> int:
+    return int(info.address.rpartition(":")[2])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _fields(fields: dict[str, Any]) -> str:
+    return "\n".join(f"  {name}: {json.dumps(value)}" for name, value in fields.items())
