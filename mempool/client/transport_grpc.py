@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from mempool.errors import ShardUnavailable
@@ -193,7 +194,7 @@ class GrpcDialer:
 
 def _fit_narrow(ids: Tensor) -> bool:
     """Whether ids fit uint32. One pass over them costs less than the bytes it saves."""
-    if not ids.numel():
+    if not ids.numel() or ids.dtype == torch.uint32:
         return True
-    low, high = ids.aminmax()
-    return int(low) >= 0 and int(high) < _NARROW_END
+    numbers = ids.numpy()  # numpy: torch's thread pool can hold up the IO loop for milliseconds
+    return int(numbers.min()) >= 0 and int(numbers.max()) < _NARROW_END

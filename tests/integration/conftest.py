@@ -31,6 +31,6 @@ def shared_pool(cluster: "ray.cluster_utils.Cluster", tmp_path_factory: pytest.T
         token=TOKEN,
         resources={"head": 1},
     )
-    pool.with_file("up")
+    pool.up()
     yield pool
-    pool.run("down", "--pool", "shared")
+    pool.down()

@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 import mempool
+from mempool.cli.app import app
 from mempool.types import ShardInfo
 
 T = TypeVar("T")
@@ -85,22 +87,34 @@ class RayPool:
         self.file.write_text(text.replace(before, after))
 
     def run(self, *arguments: str, expect: int = 0) -> Ended:
-        """Run `mempool` with these arguments."""
+        """Run `mempool` with these arguments, as a process of its own."""
         command = [sys.executable, "-m", "mempool", *arguments]
         done = subprocess.run(
             command, env=self._env, capture_output=True, text=True, timeout=COMMAND_S, stdin=subprocess.DEVNULL
         )
-        assert done.returncode == expect, f"{arguments} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
-        assert "Traceback" not in done.stderr, done.stderr
-        return Ended(code=done.returncode, out=done.stdout, err=done.stderr)
+        return _checked(arguments, Ended(code=done.returncode, out=done.stdout, err=done.stderr), expect)
 
-    def with_file(self, command: str, *arguments: str, expect: int = 0) -> Ended:
-        """Run a command of the file."""
-        return self.run(command, "-f", str(self.file), *arguments, expect=expect)
+    def run_here(self, *arguments: str, expect: int = 0) -> Ended:
+        """The same within this process, which spares importing everything again: for commands that need no Ray."""
+        changes = {key: self._env[key] for key in ("HOME", "XDG_STATE_HOME")}
+        unset = {key: None for key in os.environ if key.startswith("MEMPOOL_")}
+        done = CliRunner().invoke(app, list(arguments), env=changes | unset)
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        return _checked(arguments, Ended(code=done.exit_code, out=done.stdout, err=done.stderr), expect)
+
+    def up(self, *, expect: int = 0) -> Ended:
+        return self.run("up", "-f", str(self.file), expect=expect)
+
+    def down(self, *, expect: int = 0) -> Ended:
+        return self.run("down", "--pool", self.name, expect=expect)
+
+    def apply(self, *arguments: str, expect: int = 0) -> Ended:
+        return self.run_here("apply", "-f", str(self.file), *arguments, expect=expect)
 
     def status(self) -> dict[str, Any]:
         """`mempool status --json`."""
-        document: dict[str, Any] = json.loads(self.with_file("status", "--json").out)
+        document: dict[str, Any] = json.loads(self.run_here("status", "-f", str(self.file), "--json").out)
         return document
 
     def connect(self, *, timeout_s: float = 30.0) -> mempool.Pool:
@@ -214,6 +228,12 @@ def free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def _checked(arguments: tuple[str, ...], ended: Ended, expect: int) -> Ended:
+    assert ended.code == expect, f"{arguments} ended with {ended.code}:\n{ended.out}\n{ended.err}"
+    assert "Traceback" not in ended.err, ended.err
+    return ended
 
 
 def _fields(fields: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from mempool.errors import InvalidRequest
 from tests.integration.pools import RayPool, Training, wait_for
 
 
@@ -27,11 +28,11 @@ def test_apply_rescales_while_a_trainer_runs(shared_pool: RayPool) -> None:
         try:
             wait_for("first steps", lambda: training.steps >= 3 or failures)
             shared_pool.edit(f"shards: {before}", "shards: 4")
-            grown = shared_pool.with_file("apply").out
+            grown = shared_pool.run("apply", "-f", str(shared_pool.file)).out
             at_four = training.steps
             wait_for("steps on 4 shards", lambda: training.steps >= at_four + 3 or failures)
             shared_pool.edit("shards: 4", "shards: 3")
-            shrunk = json.loads(shared_pool.with_file("apply", "--json").out)
+            shrunk = json.loads(shared_pool.apply("--json").out)
             at_three = training.steps
             wait_for("steps on 3 shards", lambda: training.steps >= at_three + 3 or failures)
         finally:
@@ -52,18 +53,18 @@ def test_apply_rescales_while_a_trainer_runs(shared_pool: RayPool) -> None:
 def test_apply_says_what_it_will_not_do(shared_pool: RayPool) -> None:
     shared_pool.edit("tables: []", 'tables:\n  - {name: "kept", num_slots: 64, value_dim: 8}')
     try:
-        dry = json.loads(shared_pool.with_file("apply", "--dry-run", "--json").out)
+        dry = json.loads(shared_pool.apply("--dry-run", "--json").out)
         assert (dry["applied"], dry["create"]) == (False, ["kept"])
         assert shared_pool.status()["tables"] == []
-        shared_pool.with_file("apply")
+        shared_pool.apply()
         assert [table["name"] for table in shared_pool.status()["tables"]] == ["kept"]
         shared_pool.edit("value_dim: 8", "value_dim: 9")
         shared_pool.edit("threads: 1", "threads: 2")
-        refused = shared_pool.with_file("apply", expect=1)
+        refused = shared_pool.apply(expect=1)
         assert "tables[kept].value_dim: 8 -> 9" in refused.err
         assert "nothing was applied" in refused.err
         shared_pool.edit("value_dim: 9", "value_dim: 8")
-        aside = shared_pool.with_file("apply").out
+        aside = shared_pool.apply().out
         assert "shard.threads: 1 -> 2" in aside
         shared_pool.edit("threads: 2", "threads: 1")
     finally:
@@ -81,10 +82,11 @@ def test_a_second_rescale_is_refused(shared_pool: RayPool) -> None:
         grower.start()
         try:
             wait_for("the rescale to begin", lambda: other.status().rescaling)
-            from mempool.errors import InvalidRequest
-
-            with pytest.raises(InvalidRequest, match="rescale"):
+            with pytest.raises(InvalidRequest, match="rescale is under way"):
                 other.rescale(now)
+            shared_pool.edit("shards: 3", "shards: 5")
+            assert "another rescale" in shared_pool.apply(expect=1).err
+            shared_pool.edit("shards: 5", "shards: 3")
         finally:
             grower.join(60)
         assert not grower.is_alive()

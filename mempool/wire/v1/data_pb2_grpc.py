@@ -115,7 +115,9 @@ class MemoryServiceServicer(object):
         updates are missing the step is not prepared: send them again, then Prepare again. Once prepared, pages of the table
         do not move until Commit or Discard, so decide soon: after the freeze's time-out the move is given up, not the step.
 
-        Repeatable. Waits while the table's pages are moving. Send it to every shard that owns any page of the table.
+        Repeatable. Waits while the table's pages are moving. Send it to every shard that owns any page of the table: to the
+        lowest-numbered first, and to the others only once that one is prepared. A move brings owners to rest in the same
+        order; in any other, a step could be prepared on one shard and held off on the next, and the move would time out.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -83,7 +83,9 @@ class MemoryServiceStub:
     updates are missing the step is not prepared: send them again, then Prepare again. Once prepared, pages of the table
     do not move until Commit or Discard, so decide soon: after the freeze's time-out the move is given up, not the step.
 
-    Repeatable. Waits while the table's pages are moving. Send it to every shard that owns any page of the table.
+    Repeatable. Waits while the table's pages are moving. Send it to every shard that owns any page of the table: to the
+    lowest-numbered first, and to the others only once that one is prepared. A move brings owners to rest in the same
+    order; in any other, a step could be prepared on one shard and held off on the next, and the move would time out.
     """
     Commit: _grpc.UnaryUnaryMultiCallable[_data_pb2.CommitRequest, _data_pb2.CommitReply]
     """Second phase: applies the step's updates in place, reduced per slot in the order (rank, sequence, bag, pair), and
@@ -152,7 +154,9 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     updates are missing the step is not prepared: send them again, then Prepare again. Once prepared, pages of the table
     do not move until Commit or Discard, so decide soon: after the freeze's time-out the move is given up, not the step.
 
-    Repeatable. Waits while the table's pages are moving. Send it to every shard that owns any page of the table.
+    Repeatable. Waits while the table's pages are moving. Send it to every shard that owns any page of the table: to the
+    lowest-numbered first, and to the others only once that one is prepared. A move brings owners to rest in the same
+    order; in any other, a step could be prepared on one shard and held off on the next, and the move would time out.
     """
     Commit: _aio.UnaryUnaryMultiCallable[_data_pb2.CommitRequest, _data_pb2.CommitReply]  # type: ignore[assignment]
     """Second phase: applies the step's updates in place, reduced per slot in the order (rank, sequence, bag, pair), and
@@ -236,7 +240,9 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         updates are missing the step is not prepared: send them again, then Prepare again. Once prepared, pages of the table
         do not move until Commit or Discard, so decide soon: after the freeze's time-out the move is given up, not the step.
 
-        Repeatable. Waits while the table's pages are moving. Send it to every shard that owns any page of the table.
+        Repeatable. Waits while the table's pages are moving. Send it to every shard that owns any page of the table: to the
+        lowest-numbered first, and to the others only once that one is prepared. A move brings owners to rest in the same
+        order; in any other, a step could be prepared on one shard and held off on the next, and the move would time out.
         """
 
     @_abc_1.abstractmethod

@@ -81,7 +81,7 @@ def test_drop_that_was_not_heard_of_is_done_once(open_pool) -> None:  # type: ig
     table = pool.table("facts")
     pool.drop_table("facts")
     assert fake.dropped
-    with pytest.raises(NotFound, match="no table with id 1"):
+    with pytest.raises(NotFound, match="table 'facts' of pool 'run-7' was dropped"):
         table.gather(torch.tensor([[1]]))
     with pytest.raises(NotFound, match="no table 'facts'"):
         pool.drop_table("facts")

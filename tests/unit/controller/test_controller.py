@@ -1,7 +1,6 @@
 """The controller over real engines: tables, rescales, and what happens when a shard fails in the middle."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,98 +12,9 @@ from mempool import errors
 from mempool.client import Pool
 from mempool.config import resolve
 from mempool.controller import Controller
-from mempool.shard import Engine
-from mempool.types import ShardHost, ShardInfo, TableView
 from mempool.wire.loop import run
 
-CALL_S = 60.0
-
-
-class Faulty:
-    """A shard whose calls can be made to fail: ``faults`` maps a method to what is done before it."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.faults: dict[str, Callable[[], Awaitable[None]]] = {}
-        self.calls: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._engine, name)
-
-        async def call(*arguments: Any) -> Any:
-            self.calls.append(name)
-            if name in self.faults:
-                await self.faults[name]()
-            return await method(*arguments)
-
-        return call
-
-
-class Fleet:
-    """Launcher and dialer of faulty engines."""
-
-    def __init__(self) -> None:
-        self.hosts: dict[int, Faulty] = {}
-        self.refuse: set[int] = set()
-        self.incarnation = 0
-
-    async def start(self, shard: int) -> ShardInfo:
-        if shard in self.refuse:
-            raise errors.ShardUnavailable(f"shard {shard} does not fit")
-        self.incarnation += 1
-        info = ShardInfo(shard=shard, address="", incarnation=self.incarnation)
-        self.hosts[shard] = Faulty(Engine(info, peers=self.dial))
-        return info
-
-    async def stop(self, info: ShardInfo) -> None:
-        host = self.hosts.pop(info.shard, None)
-        if host is not None:
-            await host.close()
-
-    def dial(self, info: ShardInfo) -> ShardHost:
-        if info.shard not in self.hosts:
-            raise errors.ShardUnavailable(f"shard {info.shard} is gone")
-        return self.hosts[info.shard]  # type: ignore[return-value]  # all methods come through __getattr__
-
-
-class Bench:
-    """A controller over a fleet, and a client of it."""
-
-    def __init__(self, shards: int, *, round_bytes: int = 64 * 2**20) -> None:
-        self.fleet = Fleet()
-        self.controller = Controller("bench", launcher=self.fleet, dial=self.fleet.dial, round_bytes=round_bytes)
-        run(self.controller.open(shards), timeout_s=CALL_S)
-        self.pool = Pool(self.controller, self.fleet.dial, name="bench", timeout_s=20.0)
-
-    def __enter__(self) -> "Bench":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.pool.close()
-
-    def view(self, name: str) -> TableView:
-        return run(self.controller.table(name), timeout_s=CALL_S)
-
-
-def config(**changes: Any) -> mempool.TableConfig:
-    fields: dict[str, Any] = {"name": "facts", "num_slots": 600, "value_dim": 128, "page_slots": 32}
-    return mempool.TableConfig(**{**fields, **changes})
-
-
-def fail(error: Exception) -> Callable[[], Awaitable[None]]:
-    async def raise_it() -> None:
-        raise error
-
-    return raise_it
-
-
-def train(table: mempool.Table, seed: int) -> None:
-    """One committed step on random slots."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(table.num_slots, (8, 5), generator=generator)
-    weights = torch.rand(8, 5, generator=generator)
-    table.gather(ids, weights).square().sum().backward()
-    table.commit(lr=0.1)
+from .bench import CALL_S, Bench, config, fail, train
 
 
 def test_a_table_that_one_shard_cannot_take_is_on_none() -> None:
@@ -146,7 +56,9 @@ def test_values_and_state_survive_rescales_in_small_rounds(layout: str) -> None:
             assert reports[-1].done
             assert reports[-1].pages_moved == reports[-1].pages_total
             assert [report.pages_moved for report in reports] == sorted(report.pages_moved for report in reports)
-            applied = {shard_table.updates_applied for shard in bench.pool.status().shards for shard_table in shard.tables}
+            applied = {
+                shard_table.updates_applied for shard in bench.pool.status().shards for shard_table in shard.tables
+            }
             assert applied == {1} or shards > 2  # a shard that owns nothing of the table has no history of it
 
 

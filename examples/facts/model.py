@@ -1,0 +1,140 @@
+"""The two models: the same encoder and the same speller around a memory layer, or around its dense twin.
+
+What they cost is counted in `flops.py`, how they learn is in `train.py`.
+
+Shape legend: B questions, W words, E word dim, P pools, D model dim, T answer positions, C characters, H heads,
+K top-k, n half-keys, V value dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mempool
+import torch
+from mempool import nn as memory_nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from facts.text import WORD_DIM, AnswerSpelling, WordBook
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """Widths of both models.
+
+    Attributes:
+        dim: width between the parts.
+        pools: how many weighted means of its words stand for a question.
+        score_dim: hidden width of the word scores.
+        heads: queries of the memory layer.
+        topk: slots a head looks up.
+        key_dim: width of a query.
+    """
+
+    dim: int = 256
+    pools: int = 4
+    score_dim: int = 64
+    heads: int = 4
+    topk: int = 16
+    key_dim: int = 128
+
+
+class QuestionEncoder(nn.Module):
+    """Weighted means of the word vectors: half of the pools start at the rare words (names), half at all words alike."""
+
+    def __init__(self, word_book: WordBook, *, size: ModelSize) -> None:
+        super().__init__()
+        self.vectors = word_book.vectors  # [num_words + 1, E], fixed: plain tensors, not parameters
+        self.log_weights = word_book.log_weights
+        self.score = nn.Sequential(
+            nn.Linear(WORD_DIM, size.score_dim), nn.Tanh(), nn.Linear(size.score_dim, size.pools)
+        )
+        self.rarity = nn.Parameter(torch.arange(size.pools).remainder(2).float())
+        self.project = nn.Linear(size.pools * WORD_DIM, size.dim)
+
+    def forward(self, words_BW: Tensor) -> Tensor:
+        """[B, W] word numbers to [B, D]."""
+        vectors_BWE = F.embedding(words_BW, self.vectors)
+        log_weights_BW1 = F.embedding(words_BW, self.log_weights[:, None])
+        no_word_BW1 = words_BW[..., None] == 0
+        scores_BWP = self.score(vectors_BWE) + (log_weights_BW1 * self.rarity).masked_fill(no_word_BW1, -1e4)
+        pooled_BPE = scores_BWP.softmax(dim=1).transpose(1, 2) @ vectors_BWE
+        projected: Tensor = self.project(pooled_BPE.flatten(1))
+        return projected
+
+
+class FactModel(nn.Module):
+    """question -> encoder -> x + block(norm(x)) -> one softmax over the characters for each position of the answer.
+
+    Attributes:
+        block: what the twins differ in: a `mempool.nn.MemoryLayer`, or `DenseBlock`.
+    """
+
+    def __init__(self, word_book: WordBook, spelling: AnswerSpelling, *, block: nn.Module, size: ModelSize) -> None:
+        super().__init__()
+        self.encoder = QuestionEncoder(word_book, size=size)
+        self.block_norm = nn.LayerNorm(size.dim)
+        self.block = block
+        self.spell_norm = nn.LayerNorm(size.dim)
+        self.spell = nn.Linear(size.dim, spelling.num_positions * spelling.num_codes)
+        self.num_codes = spelling.num_codes
+
+    def forward(self, words_BW: Tensor) -> Tensor:
+        """[B, W] word numbers to logits [B, T, C]."""
+        x_BD = self.encoder(words_BW)
+        x_BD = x_BD + self.block(self.block_norm(x_BD))
+        logits: Tensor = self.spell(self.spell_norm(x_BD))
+        return logits.unflatten(1, (-1, self.num_codes))
+
+
+class NormedLinear(nn.Linear):
+    """A linear layer with batch norm behind it."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.norm = nn.BatchNorm1d(out_features)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, in_features] to [B, out_features]."""
+        normed: Tensor = self.norm(super().forward(input))
+        return normed
+
+
+class DenseBlock(nn.Module):
+    """The twin of the memory layer: a feed-forward layer wide enough to cost at least as many FLOPs."""
+
+    def __init__(self, dim: int, *, hidden: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(dim, hidden)
+        self.down = nn.Linear(hidden, dim)
+
+    def forward(self, x_BD: Tensor) -> Tensor:
+        """[B, D] to [B, D]."""
+        out: Tensor = self.down(F.silu(self.up(x_BD)))
+        return out
+
+
+def memory_block(table: mempool.Table, *, size: ModelSize) -> memory_nn.MemoryLayer:
+    """A Memory+ layer whose values live in the pool and whose keys and projections are this model's.
+
+    Batch norm behind the query projection, as in "Large Memory Layers with Product Keys" (arXiv 1907.05242, section
+    4.5): it takes away what all questions share, so that they do not all look up the same slots.
+    """
+    layer = memory_nn.MemoryLayer(size.dim, table=table, heads=size.heads, topk=size.topk, key_dim=size.key_dim)
+    layer.query = NormedLinear(size.dim, size.heads * size.key_dim)
+    return layer
+
+
+def spelling_loss(logits_BTC: Tensor, codes_BT: Tensor) -> Tensor:
+    """Mean over the questions of the summed cross entropy of the answer's characters and its first END."""
+    lengths_B1 = (codes_BT != 0).sum(dim=1, keepdim=True)
+    counted_BT = torch.arange(codes_BT.shape[1]) <= lengths_B1
+    total = F.cross_entropy(logits_BTC[counted_BT], codes_BT[counted_BT], reduction="sum")
+    return total / codes_BT.shape[0]
+
+
+def share_start(source: FactModel, target: FactModel) -> None:
+    """Copies all parameters outside the blocks, so that the twins start alike."""
+    shared = {name: value for name, value in source.state_dict().items() if not name.startswith("block.")}
+    target.load_state_dict(shared, strict=False)

@@ -1,0 +1,113 @@
+"""Changes the number of shards while training goes on, from another thread, and tells how long training had to wait."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mempool
+from mempool.config import set_shards
+
+
+@dataclass(frozen=True, slots=True)
+class RescaleReport:
+    """What a rescale did to training.
+
+    Attributes:
+        shards_before: shards when it was asked for.
+        shards_after: shards that were asked for.
+        seconds: from asking to done, other work on the machine included.
+        steps_during: training steps that the memory model finished meanwhile, in full or in part.
+        usual_step_s: median step of the memory model outside of it, seconds.
+        longest_step_s: the longest step during it, seconds: the wait is at most the difference.
+    """
+
+    shards_before: int
+    shards_after: int
+    seconds: float
+    steps_during: int
+    usual_step_s: float
+    longest_step_s: float
+
+
+class LiveRescale:
+    """A rescale in a thread of its own.
+
+    By a config, it does what an operator would: edits `shards:` in the file and runs `mempool apply -f FILE`. Without
+    one it asks the pool directly.
+    """
+
+    def __init__(self, pool: mempool.Pool, *, shards: int, config: Path | None = None) -> None:
+        self.shards_before = len(pool.status().shards)
+        self.shards_after = shards
+        self._carry_out: Callable[[], None] = (
+            (lambda: pool.rescale(shards)) if config is None else (lambda: _apply(config, shards=shards))
+        )
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._start_s = self._end_s = 0.0
+
+    @property
+    def started(self) -> bool:
+        """Whether `start` was called."""
+        return self._thread is not None
+
+    @property
+    def running(self) -> bool:
+        """Whether pages may be moving now."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self) -> None:
+        """Begins, and returns at once."""
+        self._thread = threading.Thread(target=self._run, name="live-rescale", daemon=True)
+        self._thread.start()
+
+    def finish(self, *, step_starts_s: list[float], step_times_s: list[float]) -> RescaleReport:
+        """Waits for the end of the rescale, and reports.
+
+        Args:
+            step_starts_s: when each training step of the memory model began (`time.perf_counter`).
+            step_times_s: how long each took.
+
+        Raises:
+            RuntimeError: if the rescale failed; says why.
+        """
+        assert self._thread is not None, "start comes first"
+        self._thread.join()
+        if self._error is not None:
+            raise RuntimeError(f"the rescale {self.shards_before} -> {self.shards_after} failed: {self._error}")
+        during, outside = [], []
+        for start_s, step_s in zip(step_starts_s, step_times_s, strict=True):
+            overlaps = start_s < self._end_s and start_s + step_s > self._start_s
+            (during if overlaps else outside).append(step_s)
+        return RescaleReport(
+            shards_before=self.shards_before,
+            shards_after=self.shards_after,
+            seconds=self._end_s - self._start_s,
+            steps_during=len(during),
+            usual_step_s=statistics.median(outside) if outside else 0.0,
+            longest_step_s=max(during, default=0.0),
+        )
+
+    def _run(self) -> None:
+        self._start_s = time.perf_counter()
+        try:
+            self._carry_out()
+        except BaseException as error:
+            self._error = error
+        self._end_s = time.perf_counter()
+
+
+def _apply(config: Path, *, shards: int) -> None:
+    set_shards(config, shards)
+    command = [sys.executable, "-m", "mempool", "apply", "-f", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip()
+        raise RuntimeError(f"`{' '.join(command[1:])}` ended with {done.returncode}:\n{said}")

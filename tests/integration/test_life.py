@@ -1,0 +1,52 @@
+"""A whole life of a pool that starts its own Ray: `up`, training, `status`, `scale`, `down`, and nothing is left."""
+
+import os
+from pathlib import Path
+
+from mempool.cli.outcome import UNREACHABLE
+from tests.integration.pools import RayPool, Training, descendants, listener, parent, wait_for
+
+
+def test_up_to_down(tmp_path: Path) -> None:
+    pool = RayPool(tmp_path, name="life", shards=2, ray_address="local")
+    pool.edit("tables: []", 'tables:\n  - {name: "facts", num_slots: 1024, value_dim: 64}')
+    started = pool.up()
+    try:
+        assert "starting Ray" in started.out
+        assert f"mempool.connect('127.0.0.1:{pool.port}')" in started.out
+        assert started.err == "", "Ray's noise reached the terminal"
+        shard = pool.status()["shards"][0]
+        worker = listener(int(shard["address"].rpartition(":")[2]))
+        assert worker is not None
+        ray_pid = parent(parent(worker))
+        processes = descendants(ray_pid)
+        assert len(processes) >= 5
+        token = tmp_path / ".ray" / "auth_token"
+        assert token.stat().st_mode & 0o077 == 0
+
+        with pool.connect() as client:
+            training = Training(client, "trained")
+            for _ in range(5):
+                training.step()
+            training.assert_exact(client)
+        document = pool.status()
+        assert {table["name"]: table["version"] for table in document["tables"]} == {"facts": 0, "trained": 5}
+        scaled = pool.run_here("scale", "--shards", "1", "-f", str(pool.file))
+        assert "shards: 1" in pool.file.read_text()
+        assert "1 shards" in scaled.out
+        assert len(pool.status()["shards"]) == 1
+    finally:
+        ended = pool.run("down")  # the only pool that was started here
+    assert "ending Ray" in ended.out
+    wait_for("every process to end", lambda: not any(_alive(pid) for pid in processes), within_s=30)
+    unreachable = pool.run_here("status", "-f", str(pool.file), expect=UNREACHABLE)
+    assert "did not answer" in unreachable.err
+    assert pool.run("down", expect=1).err.startswith("mempool: no pool was started")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,0 +1,67 @@
+"""Rescales while a trainer goes on: nothing lost, nothing doubled, nobody stuck."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import mempool
+
+from .bench import Bench, config
+
+
+@pytest.fixture(params=["columns", "rows", "auto"])
+def bench(request: pytest.FixtureRequest) -> Iterator[tuple[Bench, str]]:
+    with Bench(3, round_bytes=60_000) as bench:
+        yield bench, request.param
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_training_through_many_rescales_is_local_training(bench: tuple[Bench, str]) -> None:
+    pool, layout = bench[0].pool, bench[1]
+    table = pool.create_table(config(layout=layout, value_dim=192, optimizer=mempool.optim.Adagrad(lr=0.1)))
+    local = torch.nn.EmbeddingBag(600, 192, mode="sum", sparse=True)
+    with torch.no_grad():
+        local.weight.copy_(table.rows(torch.arange(600)))
+    local_optimizer = torch.optim.Adagrad([local.weight], lr=0.1)
+    stop = threading.Event()
+    steps = 0
+    failures: list[BaseException] = []
+
+    def train() -> None:
+        nonlocal steps
+        generator = torch.Generator().manual_seed(1)
+        try:
+            while not stop.is_set():
+                local_optimizer.zero_grad()
+                for _ in range(1 + steps % 3):  # several updates a step: all must survive a move together
+                    ids = torch.randint(600, (4, 6), generator=generator)
+                    weights = torch.rand(4, 6, generator=generator)
+                    target = torch.rand(4, 192, generator=generator)
+                    (table.gather(ids, weights) - target).square().sum().backward()
+                    (local(ids, per_sample_weights=weights) - target).square().sum().backward()
+                table.prepare(want_norm=steps % 2 == 0)
+                table.commit()
+                local_optimizer.step()
+                steps += 1
+        except BaseException as error:
+            failures.append(error)
+
+    trainer = threading.Thread(target=train)
+    trainer.start()
+    try:
+        for shards in (2, 4, 1, 3, 2, 4):
+            pool.rescale(shards)
+    finally:
+        stop.set()
+        trainer.join(60)
+    assert not trainer.is_alive()
+    assert not failures
+    values, expected = table.rows(torch.arange(600)), local.weight.detach()
+    assert steps > 5
+    assert torch.linalg.norm(values - expected) <= 1e-5 * torch.linalg.norm(expected)
+    for shard in pool.status().shards:
+        for status in shard.tables:
+            assert status.pages == 0 or status.updates_applied == table.counters.updates_committed
+            assert status.pages == 0 or status.version == steps
