@@ -1,1 +1,1 @@
-"""The parts of `train_facts.py`, in reading order: phrasings, data, facts_file, text, model, train, report."""
+"""The parts of `train_facts.py`; its docstring says in which order to read them."""

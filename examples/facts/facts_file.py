@@ -1,4 +1,4 @@
-"""Facts of your own: JSON lines with `question` and `answer`. What is wrong with a file is said with its line numbers."""
+"""Facts of your own: JSON lines with `question` and `answer`. What is wrong with a file is said line by line."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def read_facts(path: Path) -> FactBook:
         path: a UTF-8 file.
 
     Raises:
-        FactsFileError: if the file cannot be read, has fewer than 2 facts, or any line is no fact or contradicts another.
+        FactsFileError: if the file cannot be read, has fewer than 2 facts, or any line is wrong or contradicts another.
     """
     try:
-        lines = path.read_bytes().decode("utf-8").splitlines()
+        text = path.read_bytes().decode("utf-8")
     except OSError as error:
         raise FactsFileError(f"{path}: cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise FactsFileError(f"{path}:{line}: is not UTF-8 ({error.reason}); save the file as UTF-8.") from error
+        bad_line = error.object[: error.start].count(b"\n") + 1
+        raise FactsFileError(f"{path}:{bad_line}: is not UTF-8 ({error.reason}); save the file as UTF-8.") from error
 
     facts: dict[tuple[str, ...], tuple[int, Fact]] = {}
     problems: list[str] = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         fact = _parsed(line)
@@ -57,7 +57,8 @@ def read_facts(path: Path) -> FactBook:
         raise FactsFileError("\n".join(_shortened(problems)))
     if len(facts) < 2:
         raise FactsFileError(
-            f'{path}: has {len(facts)} facts, at least 2 are needed; a fact is a line {{"question": "...", "answer": "..."}}.'
+            f"{path}: has {len(facts)} facts, at least 2 are needed;"
+            ' a fact is a line {"question": "...", "answer": "..."}.'
         )
     return FactBook(
         facts=tuple(fact for _, fact in facts.values()),

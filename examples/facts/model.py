@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import mempool
 import torch
-from mempool import nn as memory_nn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import mempool
 from facts.text import WORD_DIM, AnswerSpelling, WordBook
+from mempool import nn as memory_nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class ModelSize:
 
 
 class QuestionEncoder(nn.Module):
-    """Weighted means of the word vectors: half of the pools start at the rare words (names), half at all words alike."""
+    """Weighted means of the word vectors: half of the pools start at rare words (names), half at all words alike."""
 
     def __init__(self, word_book: WordBook, *, size: ModelSize) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class FactModel(nn.Module):
         x_BD = self.encoder(words_BW)
         x_BD = x_BD + self.block(self.block_norm(x_BD))
         logits: Tensor = self.spell(self.spell_norm(x_BD))
-        return logits.unflatten(1, (-1, self.num_codes))
+        return logits.view(len(logits), -1, self.num_codes)
 
 
 class NormedLinear(nn.Linear):

@@ -68,7 +68,11 @@ PHRASINGS: dict[str, Phrasings] = {
             "Where is {}? Give the country.",
             "In what country do I find {}?",
         ),
-        unseen=("{} lies in which country?", "Whose city is {}, by country?", "If I travel to {}, which country am I in?"),
+        unseen=(
+            "{} lies in which country?",
+            "Whose city is {}, by country?",
+            "If I travel to {}, which country am I in?",
+        ),
     ),
     "city_timezone": _relation(
         "time zone",
@@ -154,7 +158,11 @@ PHRASINGS: dict[str, Phrasings] = {
             "Where is {}? Give the country.",
             "In what country do I find {}?",
         ),
-        unseen=("{} lies in which country?", "Whose airport is {}, by country?", "If I land at {}, which country am I in?"),
+        unseen=(
+            "{} lies in which country?",
+            "Whose airport is {}, by country?",
+            "If I land at {}, which country am I in?",
+        ),
     ),
     "county_state": _relation(
         "US state",
@@ -168,7 +176,11 @@ PHRASINGS: dict[str, Phrasings] = {
             "Where is {}? Give the US state.",
             "In what US state do I find {}?",
         ),
-        unseen=("{} lies in which US state?", "{} is part of what US state?", "If I drive to {}, which US state am I in?"),
+        unseen=(
+            "{} lies in which US state?",
+            "{} is part of what US state?",
+            "If I drive to {}, which US state am I in?",
+        ),
     ),
     "country_capital": _relation(
         "capital",

@@ -67,7 +67,7 @@ class PoolReport:
     """What the pool did.
 
     Attributes:
-        address: of the pool; "embedded" for one in this process.
+        name: of the pool.
         num_slots: slots of the table.
         value_dim: width of a value.
         shards_before: shards at the start.
@@ -81,7 +81,7 @@ class PoolReport:
         rescale: what the live rescale did; None if there was none.
     """
 
-    address: str
+    name: str
     num_slots: int
     value_dim: int
     shards_before: int
@@ -194,12 +194,14 @@ def _models_table(report: Report) -> Table:
 
 def _pool_table(report: Report) -> Table:
     pool = report.pool
-    table = Table(title=f"the pool ({pool.address})", show_header=False)
+    table = Table(title=f"pool {pool.name!r}", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     table.add_row("slots x value width", f"{pool.num_slots:,} x {pool.value_dim}")
     table.add_row("shards before -> after", f"{pool.shards_before} -> {pool.shards_after}")
-    table.add_row("lookups in training", f"{pool.lookups:,} ({pool.lookups_per_s:,.0f}/s, backward and commit included)")
+    table.add_row(
+        "lookups in training", f"{pool.lookups:,} ({pool.lookups_per_s:,.0f}/s, backward and commit included)"
+    )
     table.add_row("lookups in evaluation", f"{pool.read_lookups:,} ({pool.read_lookups_per_s:,.0f}/s)")
     applied = sorted(set(pool.updates_applied.values()))
     table.add_row(

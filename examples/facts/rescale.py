@@ -1,4 +1,4 @@
-"""Changes the number of shards while training goes on, from another thread, and tells how long training had to wait."""
+"""Changes the number of shards while training goes on, from another thread, and tells how long training waited."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import mempool
+from facts.train import StepTime
 from mempool.config import set_shards
 
 
@@ -58,22 +59,24 @@ class LiveRescale:
         """Whether `start` was called."""
         return self._thread is not None
 
-    @property
-    def running(self) -> bool:
-        """Whether pages may be moving now."""
-        return self._thread is not None and self._thread.is_alive()
+    def __str__(self) -> str:
+        """Where it stands, for a progress bar."""
+        if self._thread is None:
+            return f"{self.shards_before} shards"
+        if self._thread.is_alive():
+            return f"rescaling {self.shards_before} -> {self.shards_after}"
+        return "rescale failed" if self._error is not None else f"{self.shards_after} shards"
 
     def start(self) -> None:
         """Begins, and returns at once."""
         self._thread = threading.Thread(target=self._run, name="live-rescale", daemon=True)
         self._thread.start()
 
-    def finish(self, *, step_starts_s: list[float], step_times_s: list[float]) -> RescaleReport:
+    def finish(self, *, steps: Sequence[StepTime]) -> RescaleReport:
         """Waits for the end of the rescale, and reports.
 
         Args:
-            step_starts_s: when each training step of the memory model began (`time.perf_counter`).
-            step_times_s: how long each took.
+            steps: the training steps of the memory model.
 
         Raises:
             RuntimeError: if the rescale failed; says why.
@@ -82,10 +85,11 @@ class LiveRescale:
         self._thread.join()
         if self._error is not None:
             raise RuntimeError(f"the rescale {self.shards_before} -> {self.shards_after} failed: {self._error}")
-        during, outside = [], []
-        for start_s, step_s in zip(step_starts_s, step_times_s, strict=True):
-            overlaps = start_s < self._end_s and start_s + step_s > self._start_s
-            (during if overlaps else outside).append(step_s)
+        during: list[float] = []
+        outside: list[float] = []
+        for step in steps:
+            overlaps = step.start_s < self._end_s and step.end_s > self._start_s
+            (during if overlaps else outside).append(step.seconds)
         return RescaleReport(
             shards_before=self.shards_before,
             shards_after=self.shards_after,

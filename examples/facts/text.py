@@ -1,7 +1,8 @@
 """Questions to word numbers, answers to characters and back. Both twins read and write through this, unchanged.
 
-Nothing here is trained and nothing is downloaded: a word's vector is the sum of random vectors of its character n-grams,
-so that words spelled alike start out alike, and no fact can hide in the encoder. What a model makes of it is `model.py`'s.
+Nothing here is trained and nothing is downloaded: a word's vector is the sum of random vectors of its character
+n-grams, so that words spelled alike start out alike, and no fact can hide in the encoder. What a model makes of it is
+`model.py`'s.
 """
 
 from __future__ import annotations

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from mempool import optim
 from torch import Tensor
 
 from facts.data import FactBook
 from facts.model import FactModel, spelling_loss
 from facts.text import AnswerSpelling, WordBook
+from mempool import optim
 
 _WARMUP_STEPS = 50
 _MIN_STEPS = 400
@@ -68,6 +68,19 @@ class Batch:
     codes: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """When a step began and ended, by `time.perf_counter`."""
+
+    start_s: float
+    end_s: float
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.end_s - self.start_s
+
+
 @dataclass(slots=True)
 class Contestant:
     """One of the two models in training, with its optimizers and its stopwatch.
@@ -77,8 +90,7 @@ class Contestant:
         model: what learns.
         optimizers: all stepped after each backward pass: Adam, and for the memory the `PoolOptimizer`.
         schedulers: one for each optimizer.
-        step_starts_s: when each step began (`time.perf_counter`).
-        step_times_s: how long each step took.
+        steps: the times of its steps.
         loss: of the last step.
     """
 
@@ -86,18 +98,22 @@ class Contestant:
     model: FactModel
     optimizers: list[torch.optim.Optimizer]
     schedulers: list[torch.optim.lr_scheduler.LRScheduler]
-    step_starts_s: list[float] = field(default_factory=list)
-    step_times_s: list[float] = field(default_factory=list)
+    steps: list[StepTime] = field(default_factory=list)
     loss: float = math.nan
 
     @property
     def train_s(self) -> float:
         """Seconds spent in its steps."""
-        return sum(self.step_times_s)
+        return sum(step.seconds for step in self.steps)
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate its dense parts began with, after the warm-up."""
+        return float(self.optimizers[0].defaults["lr"])
 
     def step(self, batch: Batch) -> None:
         """Forward, backward, and one step of every optimizer."""
-        start = time.perf_counter()
+        start_s = time.perf_counter()
         loss = spelling_loss(self.model(batch.words), batch.codes)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -107,8 +123,7 @@ class Contestant:
         for scheduler in self.schedulers:
             scheduler.step()
         self.loss = loss.item()
-        self.step_starts_s.append(start)
-        self.step_times_s.append(time.perf_counter() - start)
+        self.steps.append(StepTime(start_s, time.perf_counter()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +151,7 @@ class Score:
 def contestant(
     name: str, model: FactModel, *, lr: float, num_steps: int, tables: optim.PoolOptimizer | None = None
 ) -> Contestant:
-    """A model with Adam over its own parameters, warmed up and then lowered to 0; the pool's rate is lowered to 10 %."""
+    """A model with Adam, its rate warmed up and then lowered to 0; the rate of tables is lowered to a tenth."""
     adam = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.98))
     schedulers: list[torch.optim.lr_scheduler.LRScheduler] = [
         torch.optim.lr_scheduler.LambdaLR(
@@ -150,9 +165,7 @@ def contestant(
     return Contestant(name, model, optimizers, schedulers)
 
 
-def batches(
-    book: FactBook, *, word_book: WordBook, spelling: AnswerSpelling, config: TrainConfig
-) -> Iterator[Batch]:
+def batches(book: FactBook, *, word_book: WordBook, spelling: AnswerSpelling, config: TrainConfig) -> Iterator[Batch]:
     """All training batches: every epoch asks every fact once, in a new order and a new trained phrasing."""
     generator = torch.Generator().manual_seed(config.seed)
     num_facts = len(book.facts)
@@ -173,7 +186,7 @@ def train(
     contestants: list[Contestant],
     *,
     examples: Iterator[Batch],
-    on_step: Callable[[int], None] = lambda step: None,
+    on_step: Callable[[int], None],
 ) -> None:
     """Every batch goes through every contestant before the next one is drawn.
 

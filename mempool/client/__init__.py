@@ -4,16 +4,16 @@ Leaves pages, arithmetic on values and optimizers to the shards, and modules and
 ``optim``.
 """
 
-from mempool.client.attempt import Seen
 from mempool.client.bags import Bags
-from mempool.client.connect import connect
 from mempool.client.lookup import Lookup
 from mempool.client.pool import Pool
-from mempool.client.pool_grpc import GrpcPool
-from mempool.client.router import Router
+from mempool.client.remote import connect
+from mempool.client.routing.attempt import Seen
+from mempool.client.routing.router import Router
 from mempool.client.session import Prepared, Session, SessionCounters
 from mempool.client.table import Table
-from mempool.client.transport_grpc import GrpcDialer, GrpcShard
+from mempool.client.transport.pool import GrpcPool
+from mempool.client.transport.shard import GrpcDialer, GrpcShard
 
 __all__ = [
     "Bags",

@@ -10,8 +10,8 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from mempool.client.fanout import Dial
-from mempool.client.router import Router
+from mempool.client.routing.fanout import Dial
+from mempool.client.routing.router import Router
 from mempool.client.session import Session
 from mempool.client.table import Table
 from mempool.config import TableConfig, resolve

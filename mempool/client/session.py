@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from mempool.client.attempt import Attempt, LookupRecord
 from mempool.client.bags import Bags
-from mempool.client.plan import TablePlan
-from mempool.client.router import Router
+from mempool.client.routing.attempt import Attempt, LookupRecord
+from mempool.client.routing.plan import TablePlan
+from mempool.client.routing.router import Router
 from mempool.errors import Internal, InvalidRequest, StepConflict
 from mempool.types import CommitReply, StepId
 from mempool.types.messages import ReplyDtype

@@ -11,11 +11,11 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from mempool.client.attempt import LookupRecord
 from mempool.client.autograd import pooled_gather
 from mempool.client.bags import Bags, checked_bags, checked_rows, own_copy
 from mempool.client.lookup import Lookup, checked_queries, without_heads
-from mempool.client.router import Router
+from mempool.client.routing.attempt import LookupRecord
+from mempool.client.routing.router import Router
 from mempool.client.session import Prepared, Session, SessionCounters
 from mempool.client.untraced import untraced
 from mempool.errors import InvalidRequest

@@ -1,4 +1,4 @@
-"""Coordinates a thin client's lookup: scores at the owners of the keys, merges, softmax, gathers at the owners of values.
+"""Coordinates a thin client's lookup: scores at the owners of keys, merges, softmax, gathers at the owners of values.
 
 The router does the work, on the IO loop; calls of other shards are leaf calls (Score, Gather) and never come back here.
 """

@@ -1,4 +1,4 @@
-"""A pool on Ray under test: its cluster file, the `mempool` command as users run it, and the processes behind a port."""
+"""A pool on Ray under test: its cluster file, the `mempool` command as users run it, the processes behind a port."""
 
 import json
 import os

@@ -1,6 +1,5 @@
 """Processes of a pool killed while clients work."""
 
-
 import pytest
 import torch
 
@@ -27,13 +26,14 @@ def test_training_goes_on_while_the_controller_is_away(shared_pool: RayPool) -> 
         assert [shard["state"] for shard in status["shards"]] == ["ready"] * before
         assert [table["name"] for table in status["tables"]] == ["steady"]
         assert status["tables"][0]["lost_pages"] == 0
-        training.step()
+        pool.create_table(mempool.TableConfig(name="later", num_slots=64, value_dim=8))
         pool.rescale(before + 1)
         training.step()
         pool.rescale(before)
         training.step()
         training.assert_exact(pool)
-        pool.drop_table("steady")
+        for name in ("steady", "later"):
+            pool.drop_table(name)
 
 
 def test_a_killed_shard_says_data_loss(shared_pool: RayPool) -> None:

@@ -1,4 +1,4 @@
-"""A client in another language, with the .proto files and nothing of ours, reads a correct lookup from a served pool."""
+"""A client in another language, with the .proto files and nothing of ours, reads a correct lookup from a pool."""
 
 import json
 import shutil

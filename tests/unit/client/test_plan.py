@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mempool.client.bags import Bags
-from mempool.client.plan import (
+from mempool.client.routing.plan import (
     TablePlan,
     make_plan,
     merge_candidates,

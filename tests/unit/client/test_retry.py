@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mempool.client.retry import Again, Backoff, GiveUp, Retry
+from mempool.client.routing.retry import Again, Backoff, GiveUp, Retry
 from mempool.errors import (
     ContextMissing,
     DataLoss,

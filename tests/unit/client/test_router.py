@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mempool.client.attempt import Attempt
 from mempool.client.bags import Bags
-from mempool.client.retry import Backoff
-from mempool.client.router import Router
+from mempool.client.routing.attempt import Attempt
+from mempool.client.routing.retry import Backoff
+from mempool.client.routing.router import Router
 from mempool.errors import (
     DataLoss,
     DeadlineExceeded,

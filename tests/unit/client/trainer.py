@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from mempool.client.bags import Bags
-from mempool.client.retry import Backoff
-from mempool.client.router import Router
+from mempool.client.routing.retry import Backoff
+from mempool.client.routing.router import Router
 from mempool.client.session import Session
 
 from .fakes import FakePool

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mempool.client.fanout import Fanout
-from mempool.client.plan import ShardRoute, TablePlan, pick_columns, place_rows, rows_of
+from mempool.client.routing.fanout import Fanout
+from mempool.client.routing.plan import ShardRoute, TablePlan, pick_columns, place_rows, rows_of
 from mempool.types import Envelope, ProductKeySpec, ReadRowsRequest, ShardHost, ShardInfo, WriteRowsRequest
 
 

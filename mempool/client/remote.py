@@ -3,8 +3,8 @@
 import os
 
 from mempool.client.pool import Pool
-from mempool.client.pool_grpc import GrpcPool
-from mempool.client.transport_grpc import GrpcDialer
+from mempool.client.transport.pool import GrpcPool
+from mempool.client.transport.shard import GrpcDialer
 from mempool.config import TOKEN_VARIABLE
 from mempool.errors import InvalidRequest
 

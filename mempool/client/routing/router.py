@@ -15,12 +15,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mempool.client.attempt import Attempt, LookupRecord, Seen
 from mempool.client.bags import Bags
-from mempool.client.fanout import Dial, Fanout, Traffic
 from mempool.client.lookup import Lookup
-from mempool.client.plan import TablePlan, make_plan, newer_view
-from mempool.client.retry import Backoff, GiveUp, Retry
+from mempool.client.routing.attempt import Attempt, LookupRecord, Seen
+from mempool.client.routing.fanout import Dial, Fanout, Traffic
+from mempool.client.routing.plan import TablePlan, make_plan, newer_view
+from mempool.client.routing.retry import Backoff, GiveUp, Retry
 from mempool.errors import MempoolError, NotFound, StalePlacement, Unavailable
 from mempool.types import PoolApi, StepId, TableView
 from mempool.types.messages import ReplyDtype

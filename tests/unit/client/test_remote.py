@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mempool.client import GrpcDialer, GrpcShard, connect
-from mempool.client import transport_grpc as transport_module
-from mempool.client.transport_grpc import _fit_narrow
+from mempool.client.transport import shard as transport_module
+from mempool.client.transport.shard import _fit_narrow
 from mempool.config import SGD, Adagrad, FlatKeys, TableConfig
 from mempool.errors import (
     DataLoss,

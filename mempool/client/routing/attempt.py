@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mempool.client.bags import Bags
-from mempool.client.fanout import Fanout
-from mempool.client.plan import (
+from mempool.client.routing.fanout import Fanout
+from mempool.client.routing.plan import (
     Part,
     ShardRoute,
     merge_candidates,
@@ -21,7 +21,7 @@ from mempool.client.plan import (
     pick_columns,
     split,
 )
-from mempool.client.row_calls import read_rows, write_rows
+from mempool.client.routing.row_calls import read_rows, write_rows
 from mempool.errors import ContextMissing, Internal
 from mempool.types import (
     CommitReply,
@@ -203,8 +203,8 @@ class Attempt:
                 )
             )
 
-        # The lowest owner first, and the others only once it is prepared: a move freezes owners in the same order, so no
-        # step is ever prepared on one shard and held off on another, each waiting for the other's end.
+        # The lowest owner first, and the others only once it is prepared: a move freezes owners in the same order, so
+        # no step is ever prepared on one shard and held off on another, each waiting for the other's end.
         first, *rest = self.plan.owners
         gate = (await self._fanout.each([(first, partial(ask, first))]))[0]
         if gate.missing and not gate.applied:

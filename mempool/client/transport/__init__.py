@@ -1,0 +1,1 @@
+"""Shards and the controller over gRPC, as the protocols of ``mempool.types``."""
