@@ -1,12 +1,12 @@
-# make demo    sets everything up and runs the main job        make protos  regenerates mempool/wire/v1
-# make test    sets everything up and runs every check         make bench   (with the kernels' benchmark)
+# make demo    sets everything up and runs the main job     make lint    lint alone    make imports  import contracts
+# make test    sets everything up and runs every check      make types   mypy alone    make protos   generated code
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := mempool examples tests protos
 
-.PHONY: demo test lint types imports protos protos-check unit setup clean
+.PHONY: help demo test lint types imports protos protos-check unit setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "mempool needs Python 3.11 or newer; set PYTHON=")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "== compiling the CPU kernels (once, kept on disk)"
+	@$(BIN)/python -c "from mempool import kernels; kernels.warm_up()"
 	@touch $@
 
 demo: $(READY)

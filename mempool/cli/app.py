@@ -17,7 +17,7 @@ from mempool.client import Pool, connect
 from mempool.config import ClusterConfig, load, set_shards
 from mempool.errors import NotFound
 
-_ANSWER_TIMEOUT_S = 10.0
+_ANSWER_TIMEOUT_S = 5.0
 
 app = typer.Typer(
     help="A pool of memory that trains behind an RPC: start it, look at it, scale it, end it.",

@@ -25,6 +25,8 @@ from mempool.errors import PoolUnreachable
 _START_TIMEOUT_S = 60.0
 _END_TIMEOUT_S = 45.0
 _CONNECT_TIMEOUT_S = 3.0
+# Nothing of a pool goes through the object store; by default Ray would take 30 % of the memory for it.
+_OBJECT_STORE_BYTES = 100 * 2**20
 _AUTH_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
@@ -64,6 +66,7 @@ def start(say: Callable[[str], None]) -> tuple[str, int]:
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1",
         f"--port={port}", "--include-dashboard=false", "--disable-usage-stats", "--log-color=false",
+        f"--object-store-memory={_OBJECT_STORE_BYTES}",
     ]  # fmt: skip
     say(f"starting Ray at 127.0.0.1:{port} (log: {log})")
     with log.open("wb") as output:

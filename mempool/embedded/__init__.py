@@ -3,6 +3,6 @@
 (The public name is ``mempool.local``; the package has another name because a module cannot share a function's.)
 """
 
-from mempool.embedded.pool import local
+from mempool.embedded.pool import EngineLauncher, local
 
-__all__ = ["local"]
+__all__ = ["EngineLauncher", "local"]

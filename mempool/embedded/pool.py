@@ -12,16 +12,19 @@ _START_TIMEOUT_S = 120.0
 class EngineLauncher:
     """Starts shards as engines of this process. Also dials them: the engine is its own ``ShardHost``."""
 
-    def __init__(self, *, device: str) -> None:
+    def __init__(self, *, device: str, pool: str) -> None:
         self._device = device
+        self._pool = pool
         self._engines: dict[int, ShardHost] = {}
+        self._started = 0
 
     async def start(self, shard: int) -> ShardInfo:
-        """A new engine, incarnation 1 of its shard number."""
+        """A new engine."""
         from mempool.shard import Engine  # loads numba or triton, which a trainer that only connects must not
 
-        info = ShardInfo(shard=shard, address="", incarnation=1)
-        self._engines[shard] = Engine(info, device=self._device, peers=self.dial)
+        self._started += 1
+        info = ShardInfo(shard=shard, address="", incarnation=self._started)
+        self._engines[shard] = Engine(info, device=self._device, peers=self.dial, pool=self._pool)
         return info
 
     async def stop(self, info: ShardInfo) -> None:
@@ -59,7 +62,7 @@ def local(*, shards: int = 1, device: str = "auto", name: str = "local", timeout
         torch.Size([1, 64])
     """
     _require_server_packages()
-    launcher = EngineLauncher(device=_device(device))
+    launcher = EngineLauncher(device=_device(device), pool=name)
     controller = Controller(name, launcher=launcher, dial=launcher.dial)
     run(controller.open(shards), timeout_s=_START_TIMEOUT_S)
     return Pool(controller, dial=launcher.dial, name=name, timeout_s=timeout_s)

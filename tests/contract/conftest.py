@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from mempool.embedded import EngineLauncher
 from mempool.shard import Engine
 from mempool.types import ShardHost, ShardInfo
 from mempool.wire.loop import run
@@ -37,6 +38,18 @@ async def engines(num_shards: int) -> AsyncIterator[list[Hosted]]:
 
 
 @asynccontextmanager
+async def local_hosts(num_shards: int) -> AsyncIterator[list[Hosted]]:
+    """The shards of an embedded pool, as its controller and its router reach them."""
+    launcher = EngineLauncher(device="cpu", pool="contract")
+    infos = [await launcher.start(shard) for shard in range(num_shards)]
+    try:
+        yield [Hosted(host=launcher.dial(info), info=info) for info in infos]
+    finally:
+        for info in infos:
+            await launcher.stop(info)
+
+
+@asynccontextmanager
 async def grpc_hosts(num_shards: int) -> AsyncIterator[list[Hosted]]:
     """Engines behind real gRPC servers; they reach each other by gRPC too."""
     async with served_pool(num_shards) as pool:
@@ -54,6 +67,7 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "engine": Kind(engines),
+    "local": Kind(local_hosts),
     "grpc": Kind(grpc_hosts),
 }
 
