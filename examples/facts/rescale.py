@@ -37,11 +37,20 @@ class RescaleReport:
     longest_step_s: float
 
 
+class RescaleFailed(Exception):
+    """The pool could not be rescaled; the message says why."""
+
+
 class LiveRescale:
     """A rescale in a thread of its own.
 
     By a config, it does what an operator would: edits `shards:` in the file and runs `mempool apply -f FILE`. Without
     one it asks the pool directly.
+
+    Attributes:
+        shards_before: shards of the pool when this was made.
+        shards_after: shards it shall have.
+        began_s: when it was asked for (`time.perf_counter`); 0 before.
     """
 
     def __init__(self, pool: mempool.Pool, *, shards: int, config: Path | None = None) -> None:
@@ -52,7 +61,7 @@ class LiveRescale:
         )
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._start_s = self._end_s = 0.0
+        self.began_s = self._end_s = 0.0
 
     @property
     def started(self) -> bool:
@@ -79,28 +88,30 @@ class LiveRescale:
             steps: the training steps of the memory model.
 
         Raises:
-            RuntimeError: if the rescale failed; says why.
+            RescaleFailed: if it failed.
         """
         assert self._thread is not None, "start comes first"
         self._thread.join()
         if self._error is not None:
-            raise RuntimeError(f"the rescale {self.shards_before} -> {self.shards_after} failed: {self._error}")
+            raise RescaleFailed(
+                f"the rescale {self.shards_before} -> {self.shards_after} failed: {self._error}"
+            ) from self._error
         during: list[float] = []
         outside: list[float] = []
         for step in steps:
-            overlaps = step.start_s < self._end_s and step.end_s > self._start_s
+            overlaps = step.start_s < self._end_s and step.end_s > self.began_s
             (during if overlaps else outside).append(step.seconds)
         return RescaleReport(
             shards_before=self.shards_before,
             shards_after=self.shards_after,
-            seconds=self._end_s - self._start_s,
+            seconds=self._end_s - self.began_s,
             steps_during=len(during),
             usual_step_s=statistics.median(outside) if outside else 0.0,
             longest_step_s=max(during, default=0.0),
         )
 
     def _run(self) -> None:
-        self._start_s = time.perf_counter()
+        self.began_s = time.perf_counter()
         try:
             self._carry_out()
         except BaseException as error:
@@ -114,4 +125,4 @@ def _apply(config: Path, *, shards: int) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         said = (done.stderr or done.stdout).strip()
-        raise RuntimeError(f"`{' '.join(command[1:])}` ended with {done.returncode}:\n{said}")
+        raise RescaleFailed(f"`{' '.join(command[1:])}` ended with {done.returncode}:\n{said}")

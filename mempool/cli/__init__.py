@@ -2,7 +2,7 @@
 
 import sys
 
-_PACKAGES = ("typer", "click", "rich", "yaml")
+_PACKAGES = ("typer", "rich")
 
 
 def main() -> None:
@@ -10,10 +10,11 @@ def main() -> None:
     try:
         from mempool.cli.app import app
     except ModuleNotFoundError as error:
-        if error.name not in _PACKAGES:
+        package = (error.name or "").partition(".")[0]
+        if package not in _PACKAGES:
             raise
         sys.exit(
-            f"mempool: the command line needs the package {error.name!r}, which is not installed: "
+            f"mempool: the command line needs the package {package!r}, which is not installed: "
             "pip install 'mempool[server]'"
         )
     app(prog_name="mempool")

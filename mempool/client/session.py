@@ -102,7 +102,7 @@ class Session:
         self._closing: _Step | None = None
         self._deciding = asyncio.Lock()
         # Steps that were given up here and that some shard may still hold, or have prepared.
-        self._given_up: list[_Step] = []
+        self._given_up: list[StepId] = []
 
     @property
     def pending(self) -> int:
@@ -219,11 +219,11 @@ class Session:
             dropped = 0
             if self._closing is not None and self._closing.decision is None:
                 dropped += len(self._closing.updates)
-                self._given_up.append(self._closing)
+                self._given_up.append(self._step_id(self._closing))
                 self._closing = None
             if self._open.updates:
                 dropped += len(self._open.updates)
-                self._given_up.append(self._open)
+                self._given_up.append(self._step_id(self._open))
                 self._open = _Step(number=self._open.number + 1)
             await self._drop_given_up(left_s)
             return dropped
@@ -234,7 +234,7 @@ class Session:
         if closing is not None and self._open.updates:
             # Prepared, neither committed nor discarded, and more came: the two become one step, under the later number.
             self._open.updates = closing.updates | self._open.updates
-            self._given_up.append(closing)
+            self._given_up.append(self._step_id(closing))
             self._closing = closing = None
         await self._drop_given_up(left_s)
         if closing is None and self._open.updates:
@@ -247,7 +247,7 @@ class Session:
         # Forgotten here before the first message: should one fail, no commit names those updates any more. But a shard
         # that has such a step prepared would refuse the next one, so it is told again before that.
         while self._given_up:
-            await self._router.discard(self._table_id, self._step_id(self._given_up[0]), timeout_s=left_s())
+            await self._router.discard(self._table_id, self._given_up[0], timeout_s=left_s())
             del self._given_up[0]
 
     async def _finish_decided(self, left_s: _LeftS) -> int:

@@ -26,6 +26,12 @@ def free_resources() -> dict[str, float]:
     return dict(available())
 
 
+def cluster_resources() -> dict[str, float]:
+    """What all nodes of Ray have, in use or not."""
+    everything: Any = ray.cluster_resources
+    return dict(everything())
+
+
 def controller_name(pool: str) -> str:
     """Name of the pool's controller actor."""
     return f"{pool}/controller"

@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mempool.config import ClusterConfig
 from mempool.control import ray_process
-from mempool.control.actors import NAMESPACE, controller_name, make_actor, pool_of
+from mempool.control.actors import NAMESPACE, cluster_resources, controller_name, make_actor, pool_of
 from mempool.control.apply import create_tables
 from mempool.control.controller_actor import ControllerProcess
 from mempool.control.records import PoolRecord, forget_record, hand_over_ray, read_record, write_record
@@ -45,6 +45,8 @@ def up(config: ClusterConfig, *, say: Say = print) -> PoolRecord:
             raise _already(name, ray_address)
         try:
             say(f"starting pool {name!r}: {config.pool.shards} shards")
+            for line in _shortages(config):
+                say(line)
             address = _start_controller(config, token)
             record = PoolRecord(name=name, address=address, ray_address=ray_address, ray_pid=ray_pid, config=config)
             write_record(record)
@@ -131,6 +133,18 @@ def _actors(pool: str | None) -> list[str]:
         entry["name"] for entry in ray.util.list_named_actors(all_namespaces=True) if entry["namespace"] == NAMESPACE
     )
     return sorted(name for name in names if pool is None or pool_of(name) == pool)
+
+
+def _shortages(config: ClusterConfig) -> list[str]:
+    """A line for each resource of which Ray has less than the shards ask for; nodes may be on their way."""
+    shard, total = config.shard, cluster_resources()
+    asked = {"CPU": shard.num_cpus, "GPU": shard.num_gpus, **shard.resources}
+    return [
+        f"shards ask for {config.pool.shards} x {amount:g} {name} and Ray has {total.get(name, 0):g} in all: "
+        "waiting for nodes that join"
+        for name, amount in asked.items()
+        if amount * config.pool.shards > total.get(name, 0)
+    ]
 
 
 def _start_controller(config: ClusterConfig, token: str | None) -> str:

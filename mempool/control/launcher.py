@@ -160,10 +160,12 @@ class RayLauncher:
         if config.resources:
             wanted += f", resources={config.resources}"
         free = free_resources()
-        detail = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        detail = f"no answer within {_START_TIMEOUT_S:g} s"
+        if not isinstance(error, TimeoutError):
+            detail = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         return (
-            f"shard {shard} of pool {self._pool!r} did not start within {_START_TIMEOUT_S:g} s ({detail}); it asks Ray "
-            f"for {wanted}; free now: CPU={free.get('CPU', 0):g}, GPU={free.get('GPU', 0):g}. "
+            f"shard {shard} of pool {self._pool!r} did not start ({detail}); it asks Ray for "
+            f"{wanted}; free now: CPU={free.get('CPU', 0):g}, GPU={free.get('GPU', 0):g}. "
             "Lower shard.num_cpus / shard.num_gpus in the config, or add nodes"
         )
 

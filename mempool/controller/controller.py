@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 
 from mempool.controller.mover import Mover, plan_moves
 from mempool.controller.roster import Roster
+from mempool.controller.settling import settle
 from mempool.errors import DataLoss, InvalidRequest, MempoolError, ShardUnavailable
 from mempool.placement import plan
 from mempool.types import (
@@ -26,6 +27,10 @@ from mempool.types import (
 _LOG = logging.getLogger("mempool.controller")
 _STATUS_TIMEOUT_S = 2.0
 _CALL_TIMEOUT_S = 60.0
+_FILL_TIMEOUT_S = 3600.0
+"""Writing the initial values of a large table takes minutes; whoever waits for it has a deadline of their own."""
+_PUSH_TRIES = 4
+_PUSH_PAUSE_S = 0.5
 
 T = TypeVar("T")
 
@@ -48,7 +53,7 @@ class Controller:
     Args:
         name: The pool's name.
         launcher: Starts and stops shards.
-        dial: The ``ShardHost`` of a shard; cached here until the shard's incarnation changes.
+        dial: The ``ShardHost`` of a shard, at once; asked for every call, so it keeps its connections itself.
         round_bytes: Bytes that one round of a move carries at most; writers of the table wait for one round.
     """
 
@@ -65,14 +70,14 @@ class Controller:
         self._dial = dial
         self._round_bytes = round_bytes
         self._roster = Roster()
-        self._hosts: dict[tuple[int, int], ShardHost] = {}
         self._changing = asyncio.Lock()
+        self._missed = False  # some shard missed what it was told
         self._rescaling: asyncio.Task[None] | None = None
 
     @property
     def shards(self) -> tuple[ShardInfo, ...]:
         """The pool's shards, ascending."""
-        return tuple(self._roster.shards[shard] for shard in sorted(self._roster.shards))
+        return self._roster.infos
 
     async def open(self, shards: int) -> None:
         """Start the pool's first shards."""
@@ -83,41 +88,34 @@ class Controller:
     async def adopt(self, infos: Iterable[ShardInfo]) -> None:
         """Take over running shards after this controller was started anew: their newest views are the pool's tables.
 
-        A rescale that was under way stops where it was: frozen tables are thawed and the placement that the most
-        advanced shard knows is given to all.
+        A rescale that was under way stops where it was: the placement that the most advanced shard knows is given to
+        all, and frozen tables are thawed; by ``reconcile``, where a shard does not answer yet.
+
+        Raises:
+            ShardUnavailable: No shard answers, so nothing is known of the pool's tables.
         """
         async with self._changing:
             self._roster.set_shards(infos)
-            newest: dict[int, TableView] = {}
-            attached: dict[int, set[int]] = {}
-            for info in self.shards:
-                try:
-                    views = await self._call(info, lambda host: host.views())
-                except MempoolError as error:
-                    _LOG.warning("shard %d does not answer while its controller recovers: %s", info.shard, error)
-                    continue
-                attached[info.shard] = {view.schema.table_id for view in views}
-                for view in views:
-                    known = newest.get(view.schema.table_id)
-                    if known is None or known.placement.epoch < view.placement.epoch:
-                        newest[view.schema.table_id] = view
-            for view in newest.values():
-                self._roster.put(view.schema, view.placement)
-            for info in self.shards:
-                for view in self._roster.views:
-                    if view.schema.table_id not in attached.get(info.shard, {view.schema.table_id}):
-                        await self._attach(info, view, lost=info.shard in view.placement.shards)
-            await self._push(self._roster.views)
-            for view in self._roster.views:
-                await self._everywhere(_thaw(view.schema.table_id))
+            problems = await self._settle()
+            if problems and len(problems) == len(self.shards):
+                shard, problem = min(problems.items())
+                raise ShardUnavailable(
+                    f"none of the {len(problems)} shards of pool {self.name!r} answers the controller that was started "
+                    f"anew (shard {shard}: {problem}); it tries again: see mempool status",
+                    shard=shard,
+                )
 
     async def shard_restarted(self, info: ShardInfo) -> None:
-        """A shard came back as a new incarnation, without its pages: its tables there answer DataLoss."""
+        """A shard came back as a new incarnation, without its pages: its tables there answer DataLoss.
+
+        Raises:
+            MempoolError: It does not answer; to be called again.
+        """
         async with self._changing:
             self._roster.set_shards([info])
-            for view in self._roster.views:
-                await self._attach(info, view, lost=info.shard in view.placement.shards)
-            await self._push(self._roster.views)
+            problems = await self._settle()
+            if info.shard in problems:
+                raise problems[info.shard]
 
     async def create_table(self, schema: TableSchema) -> TableView:
         async with self._changing:
@@ -136,8 +134,11 @@ class Controller:
             )
             view = TableView(schema=schema, placement=placement, shards=self.shards)
             try:
-                await self._everywhere(lambda host: host.attach_table(AttachTable(view=view, mode="initialise")))
-            except MempoolError:
+                await self._everywhere(
+                    lambda host: host.attach_table(AttachTable(view=view, mode="initialise")), timeout_s=_FILL_TIMEOUT_S
+                )
+            except BaseException:  # also where the caller's time is over: nobody could drop a table that has no name
+                self._roster.dropped.add(schema.table_id)
                 await self._everywhere(lambda host: host.drop_table(schema.table_id), tolerant=True)
                 raise
             return self._roster.put(schema, placement)
@@ -186,11 +187,15 @@ class Controller:
         last: RescaleProgress | Exception = ShardUnavailable("the rescale was stopped: its controller is closing")
         try:
             async with self._changing:
-                async for progress in self._rescale(shards):
-                    if progress.done:
-                        last = progress
-                    else:
-                        reports.put_nowait(progress)
+                try:
+                    async for progress in self._rescale(shards):
+                        if progress.done:
+                            last = progress
+                        else:
+                            reports.put_nowait(progress)
+                except Exception:
+                    await self._settle()
+                    raise
         except Exception as error:  # told to whoever watches; a bug is no less an answer than a failed shard
             last = error
         finally:
@@ -198,34 +203,34 @@ class Controller:
             reports.put_nowait(last)
 
     async def _rescale(self, shards: int) -> AsyncIterator[RescaleProgress]:
-        await self._require_whole()
         before = sorted(self._roster.shards)
         after = _after(before, shards)
         added, removed = sorted(set(after) - set(before)), sorted(set(before) - set(after))
+        await self._require_settled(removed)
+        await self._require_whole()
         if added:
-            started = await self._start(added)
-            for info in started:
-                for view in self._roster.views:
-                    await self._attach(info, view, lost=False)
-            await self._push(self._roster.views)
+            await self._start(added)
+            await self._require_settled(removed)
         plans = [plan_moves(view, after, self._round_bytes) for view in self._roster.views]
         mover = Mover(
             shards_before=len(before),
             shards_after=shards,
             plans=plans,
             roster=self._roster,
-            host=self._host,
-            push=lambda view: self._push([view]),
+            call=self._call,
+            push=self._push_to_all,
         )
         async for progress in mover.run():
             yield progress
         if removed:
             gone = [self._roster.shards[shard] for shard in removed]
             self._roster.remove_shards(removed)
-            await self._push(self._roster.views)
-            for info in gone:
-                await self._forget(info)
-                await self._launcher.stop(info)
+            for view in self._roster.views:
+                await self._push(view, self.shards)
+            errors = await self._stop(gone)
+            if errors:
+                self._roster.set_shards(errors)  # the pool's still: the same rescale, asked for again, stops them
+                raise next(iter(errors.values()))
         yield mover.progress(table="", done=True)
 
     async def close(self) -> None:
@@ -233,26 +238,41 @@ class Controller:
         if self._rescaling is not None:
             self._rescaling.cancel()
             await asyncio.wait([self._rescaling])
-        for info in self.shards:
-            await self._forget(info)
-            await self._launcher.stop(info)
-        self._roster.remove_shards([info.shard for info in self.shards])
+        infos = self.shards
+        self._roster.remove_shards([info.shard for info in infos])
+        errors = await self._stop(infos)
+        if errors:
+            raise next(iter(errors.values()))
 
-    async def _start(self, shards: Sequence[int]) -> list[ShardInfo]:
+    async def _start(self, shards: Sequence[int]) -> None:
         results = await asyncio.gather(*(self._launcher.start(shard) for shard in shards), return_exceptions=True)
         started = [result for result in results if isinstance(result, ShardInfo)]
         for result in results:
             if isinstance(result, BaseException):
-                for info in started:
-                    await self._launcher.stop(info)
+                await self._stop(started)
                 raise result
         self._roster.set_shards(started)
-        return started
 
-    async def _attach(self, info: ShardInfo, view: TableView, *, lost: bool) -> None:
-        """Make a table known to one shard. One that owns nothing takes the table's history with its first pages."""
-        request = AttachTable(view=self._roster.view(view.schema.name), mode="lost" if lost else "empty")
-        await self._call(info, lambda host: host.attach_table(request))
+    async def _stop(self, infos: Sequence[ShardInfo]) -> dict[ShardInfo, BaseException]:
+        """Stop shards; answers those that could not be stopped, with the reason."""
+        results = await asyncio.gather(*(self._launcher.stop(info) for info in infos), return_exceptions=True)
+        return {info: result for info, result in zip(infos, results, strict=True) if isinstance(result, BaseException)}
+
+    async def _settle(self) -> dict[int, BaseException]:
+        """Bring every shard to what the roster says; answers what is in the way, by shard."""
+        problems = await settle(self._roster, self._call)
+        self._missed = bool(problems)
+        for shard, problem in problems.items():
+            _LOG.warning("shard %d of pool %s is not up to date: %s", shard, self.name, problem)
+        return problems
+
+    async def _require_settled(self, removed: Sequence[int]) -> None:
+        """Raises what is wrong with a shard, but for one that owns nothing and is to go."""
+        problems = await self._settle()
+        owners = {shard for view in self._roster.views for shard in view.placement.shards}
+        for shard, problem in sorted(problems.items()):
+            if shard in owners or shard not in removed:
+                raise problem
 
     async def _require_whole(self) -> None:
         for status in (await self.status()).shards:
@@ -264,66 +284,81 @@ class Controller:
                         shard=status.info.shard,
                     )
 
-    async def _push(self, views: Iterable[TableView]) -> None:
-        """Make every shard know these views. A shard that does not answer now learns them when it restarts."""
-        for view in views:
-            results = await asyncio.gather(
-                *(self._call(info, _set_view(view)) for info in self.shards),
-                return_exceptions=True,
+    async def _push(self, view: TableView, infos: Sequence[ShardInfo]) -> dict[ShardInfo, BaseException]:
+        """Make shards know a view; answers those that did not take it. ``reconcile`` will tell them again."""
+        results = await asyncio.gather(
+            *(self._call(info, lambda host: host.set_view(view)) for info in infos), return_exceptions=True
+        )
+        failed = {
+            info: result for info, result in zip(infos, results, strict=True) if isinstance(result, BaseException)
+        }
+        self._missed = self._missed or bool(failed)
+        return failed
+
+    async def _push_to_all(self, view: TableView) -> None:
+        """Make every shard know a placement that is decided.
+
+        Raises:
+            ShardUnavailable: One did not take it, though told several times. No page may move before it has: what it
+                has staged is nowhere else any more, and a failed move would thaw it.
+        """
+        failed = await self._push(view, self.shards)
+        for _ in range(_PUSH_TRIES - 1):
+            if failed:
+                await asyncio.sleep(_PUSH_PAUSE_S)
+                failed = await self._push(view, list(failed))
+        for info, error in failed.items():
+            raise ShardUnavailable(
+                f"shard {info.shard} did not take epoch {view.placement.epoch} of table {view.schema.name!r} "
+                f"({error}); the rescale stops here. Ask for it again once all shards are ready: mempool status",
+                shard=info.shard,
+                address=info.address,
             )
-            for info, result in zip(self.shards, results, strict=True):
-                if isinstance(result, BaseException):
-                    _LOG.warning(
-                        "shard %d did not take epoch %d of table %s: %s",
-                        info.shard,
-                        view.placement.epoch,
-                        view.schema.name,
-                        result,
-                    )
 
     async def reconcile(self) -> None:
-        """Give shards that missed a view the newest one. Called now and then; cheap when all is well."""
+        """Give shards what they missed. Called now and then; cheap when all is well."""
         if self._changing.locked():
             return
         async with self._changing:
-            views = {view.schema.table_id: view for view in self._roster.views}
-            for status in await asyncio.gather(*(self._shard_status(info) for info in self.shards)):
-                known = {table.table_id: table.epoch for table in status.tables}
-                for table_id, view in views.items():
-                    if status.state == "ready" and known.get(table_id, view.placement.epoch) < view.placement.epoch:
-                        await self._call(status.info, _set_view(view))
+            statuses = await asyncio.gather(*(self._shard_status(info) for info in self.shards))
+            if self._missed or self._roster.dropped or not all(self._is_current(status) for status in statuses):
+                await self._settle()
 
-    def _host(self, shard: int) -> ShardHost:
-        info = self._roster.shards[shard]
-        key = (info.shard, info.incarnation)
-        if key not in self._hosts:
-            self._hosts[key] = self._dial(info)
-        return self._hosts[key]
+    def _is_current(self, status: ShardStatus) -> bool:
+        """Whether a shard has what it should have; one that does not answer cannot be told anything now."""
+        has = {(table.table_id, table.epoch) for table in status.tables}
+        wanted = {(view.schema.table_id, view.placement.epoch) for view in self._roster.views}
+        return status.state != "ready" or (has == wanted and not any(table.frozen for table in status.tables))
 
-    async def _forget(self, info: ShardInfo) -> None:
-        host = self._hosts.pop((info.shard, info.incarnation), None)
-        if host is not None:
-            await host.close()
-
-    async def _call(self, info: ShardInfo, call: Callable[[ShardHost], Awaitable[T]]) -> T:
+    async def _call(
+        self, info: ShardInfo, call: Callable[[ShardHost], Awaitable[T]], *, timeout_s: float = _CALL_TIMEOUT_S
+    ) -> T:
         """One bounded call of one shard."""
         try:
-            async with asyncio.timeout(_CALL_TIMEOUT_S):
-                return await call(self._host(info.shard))
+            async with asyncio.timeout(timeout_s):
+                return await call(self._dial(info))
         except TimeoutError as error:
             if isinstance(error, MempoolError):
                 raise
             raise ShardUnavailable(
-                f"shard {info.shard} of pool {self.name!r} did not answer within {_CALL_TIMEOUT_S:g} s; "
+                f"shard {info.shard} of pool {self.name!r} did not answer within {timeout_s:g} s; "
                 "see which shards are up: mempool status",
                 shard=info.shard,
                 address=info.address,
             ) from None
 
-    async def _everywhere(self, call: Callable[[ShardHost], Awaitable[None]], *, tolerant: bool = False) -> None:
+    async def _everywhere(
+        self,
+        call: Callable[[ShardHost], Awaitable[None]],
+        *,
+        tolerant: bool = False,
+        timeout_s: float = _CALL_TIMEOUT_S,
+    ) -> None:
         """The same call of every shard, side by side; raises the first error once all have answered."""
         infos = self.shards
-        results = await asyncio.gather(*(self._call(info, call) for info in infos), return_exceptions=True)
+        results = await asyncio.gather(
+            *(self._call(info, call, timeout_s=timeout_s) for info in infos), return_exceptions=True
+        )
         for info, result in zip(infos, results, strict=True):
             if isinstance(result, BaseException):
                 if not tolerant:
@@ -333,17 +368,9 @@ class Controller:
     async def _shard_status(self, info: ShardInfo) -> ShardStatus:
         try:
             async with asyncio.timeout(_STATUS_TIMEOUT_S):
-                return await self._host(info.shard).status()
+                return await self._dial(info).status()
         except (MempoolError, TimeoutError):
             return ShardStatus(info=info, state="unreachable")
-
-
-def _set_view(view: TableView) -> Callable[[ShardHost], Awaitable[None]]:
-    return lambda host: host.set_view(view)
-
-
-def _thaw(table_id: int) -> Callable[[ShardHost], Awaitable[None]]:
-    return lambda host: host.thaw(table_id)
 
 
 def _check_shards(shards: int) -> None:

@@ -5,6 +5,7 @@ prepared steps are let finish, lookups and updates go on. [DESTINATIONS] pull th
 [CONTROLLER] a view with the next epoch goes to every shard: staged pages come alive, moved ones are freed, held updates
 are dropped (their clients still have them and send them again), the freeze ends. Between rounds writers get a turn as
 long as the round was. Nothing is decided before the first shard has the new view; until then any failure thaws all.
+From then on nobody is thawed, and no further round begins, until every shard has it: a thaw drops what is staged.
 """
 
 import asyncio
@@ -17,13 +18,25 @@ from typing import TypeVar
 import numpy as np
 
 from mempool.controller.roster import Roster
+from mempool.controller.settling import Call
 from mempool.errors import MempoolError
 from mempool.placement import Assignment, Round, apply_round, moves, plan, rounds
-from mempool.types import Placement, ProductKeySpec, PullPages, RescaleProgress, ShardHost, TableView
+from mempool.types import (
+    Ledger,
+    Placement,
+    ProductKeySpec,
+    PullPages,
+    PullReport,
+    RescaleProgress,
+    TableView,
+)
 
 T = TypeVar("T")
 
 _FREEZE_TIMEOUT_S = 20.0
+_ANSWER_TIMEOUT_S = 10.0
+"""How late a freeze or a thaw may be answered: a shard that hangs does not hold up the others."""
+_PULL_TIMEOUT_S = 600.0
 _LONGEST_PAUSE_S = 2.0
 """Between two rounds writers get at most this long, so that a rescale ends."""
 
@@ -80,13 +93,13 @@ class Mover:
         shards_after: int,
         plans: Sequence[TablePlan],
         roster: Roster,
-        host: Callable[[int], ShardHost],
+        call: Call,
         push: Callable[[TableView], Awaitable[None]],
     ) -> None:
         self._shards = (shards_before, shards_after)
         self._plans = plans
         self._roster = roster
-        self._host = host
+        self._call = call
         self._push = push
         self._pages_moved = 0
         self._bytes_moved = 0
@@ -127,10 +140,10 @@ class Mover:
             # Clients prepare a step at the lowest owner first: once that is at rest, no step is half prepared, and the
             # others come to rest too. All at once could leave a step prepared here and held off there.
             gate, *others = placement.shards
-            await self._host(gate).freeze(table_id, _FREEZE_TIMEOUT_S)
-            await _all(self._host(shard).freeze(table_id, _FREEZE_TIMEOUT_S) for shard in others)
+            await self._freeze(gate, table_id)
+            await _all(self._freeze(shard, table_id) for shard in others)
             reports = await _all(
-                self._host(dest).pull_pages(request) for dest, requests in _pulls(view, round_) for request in requests
+                self._pull(dest, request) for dest, requests in _pulls(view, round_) for request in requests
             )
         except BaseException:
             await asyncio.gather(*(self._thaw(shard, table_id) for shard in owners))
@@ -145,12 +158,23 @@ class Mover:
         )
         await self._push(self._roster.put(view.schema, moved))
 
+    async def _freeze(self, shard: int, table_id: int) -> Ledger:
+        return await self._call(
+            self._roster.shards[shard],
+            lambda host: host.freeze(table_id, _FREEZE_TIMEOUT_S),
+            timeout_s=_FREEZE_TIMEOUT_S + _ANSWER_TIMEOUT_S,
+        )
+
+    async def _pull(self, dest: int, request: PullPages) -> PullReport:
+        return await self._call(
+            self._roster.shards[dest], lambda host: host.pull_pages(request), timeout_s=_PULL_TIMEOUT_S
+        )
+
     async def _thaw(self, shard: int, table_id: int) -> None:
         try:
-            async with asyncio.timeout(_FREEZE_TIMEOUT_S):
-                await self._host(shard).thaw(table_id)
-        except (MempoolError, TimeoutError):
-            return  # a shard that cannot be thawed is gone, and comes back without a freeze
+            await self._call(self._roster.shards[shard], lambda host: host.thaw(table_id), timeout_s=_ANSWER_TIMEOUT_S)
+        except MempoolError:
+            return  # it comes back without a freeze, or is thawed when it is settled
 
 
 def _pulls(view: TableView, round_: Round) -> list[tuple[int, list[PullPages]]]:

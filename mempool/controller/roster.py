@@ -9,9 +9,14 @@ from mempool.types import Placement, ShardInfo, TableSchema, TableView
 
 
 class Roster:
-    """Shards by id and table views by name. A view always names the shards as they are now."""
+    """Shards by id and table views by name. A view always names the shards as they are now.
+
+    Attributes:
+        dropped: Ids of tables that are gone, and that some shard may not have heard of yet.
+    """
 
     def __init__(self) -> None:
+        self.dropped: set[int] = set()
         self._shards: dict[int, ShardInfo] = {}
         self._views: dict[str, TableView] = {}
         self._last_table_id = 0
@@ -19,6 +24,11 @@ class Roster:
     @property
     def shards(self) -> Mapping[int, ShardInfo]:
         return self._shards
+
+    @property
+    def infos(self) -> tuple[ShardInfo, ...]:
+        """The shards, ascending."""
+        return tuple(self._shards[shard] for shard in sorted(self._shards))
 
     @property
     def views(self) -> tuple[TableView, ...]:
@@ -59,17 +69,32 @@ class Roster:
     def put(self, schema: TableSchema, placement: Placement) -> TableView:
         """Add a table, or give it a new placement."""
         self._last_table_id = max(self._last_table_id, schema.table_id)
-        view = TableView(schema=schema, placement=placement, shards=self._infos())
+        view = TableView(schema=schema, placement=placement, shards=self.infos)
         self._views[schema.name] = view
         return view
+
+    def hear(self, view: TableView) -> None:
+        """Take over what a shard says of a table, where it is news: another table, or a higher epoch.
+
+        Of two tables of one name the later one lives: the other was dropped, and that shard missed it.
+        """
+        table_id = view.schema.table_id
+        known = self._views.get(view.schema.name)
+        if table_id in self.dropped:
+            return
+        if known is not None and known.schema.table_id != table_id:
+            self.dropped.add(min(known.schema.table_id, table_id))
+            if known.schema.table_id > table_id:
+                return
+        elif known is not None and known.placement.epoch >= view.placement.epoch:
+            return
+        self.put(view.schema, view.placement)
 
     def remove(self, name: str) -> TableView:
         view = self.view(name)
         del self._views[name]
+        self.dropped.add(view.schema.table_id)
         return view
 
-    def _infos(self) -> tuple[ShardInfo, ...]:
-        return tuple(self._shards[shard] for shard in sorted(self._shards))
-
     def _refresh(self) -> None:
-        self._views = {name: replace(view, shards=self._infos()) for name, view in self._views.items()}
+        self._views = {name: replace(view, shards=self.infos) for name, view in self._views.items()}

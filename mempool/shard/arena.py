@@ -167,6 +167,10 @@ class Arena:
         """Optimizer state, to be changed in place."""
         return {name: self._rows[name] for name in names}
 
+    def growth_bytes(self, count: int) -> int:
+        """Bytes that ``reserve`` of so many pages would add."""
+        return max(0, count - len(self._free)) * self.page_bytes
+
     def pages(self, name: str) -> Tensor:
         """One array as [capacity, page_slots, width]: a view."""
         rows = self._rows[name]

@@ -63,6 +63,7 @@ from mempool.types import (
 T = TypeVar("T")
 
 GIB = 2**30
+MIB = 2**20
 
 
 class Engine:
@@ -77,6 +78,9 @@ class Engine:
         context_budget_bytes: Bytes of lookup contexts kept; the oldest are forgotten first.
         context_lease_s: Seconds after which a context is forgotten.
         held_budget_bytes: Bytes of updates held; one more is refused with RequestTooLarge.
+        memory_bytes: Bytes of pages, of all tables together; a new table, or pages of a move, that would exceed them
+            are refused with InvalidRequest. Pages at rest are counted: while an arena grows it has two copies for a
+            moment. None: whatever the device has.
         held_lease_s: Seconds of silence after which a rank's held updates may be dropped where they stand in the way.
     """
 
@@ -91,11 +95,13 @@ class Engine:
         context_lease_s: float = 600.0,
         held_budget_bytes: int = 4 * GIB,
         held_lease_s: float = 600.0,
+        memory_bytes: int | None = None,
     ) -> None:
         self.info = info
         self._device = torch.device(device)
         self._peers = peers
         self._held_lease_s = held_lease_s
+        self._memory_bytes = memory_bytes
         self._budget = Budget(held_budget_bytes)
         self._contexts = Contexts(budget_bytes=context_budget_bytes, lease_s=context_lease_s)
         self._tables: dict[int, HostedTable] = {}
@@ -135,7 +141,7 @@ class Engine:
         """Make a table known; large ones are filled piece by piece, so that other tables answer meanwhile.
 
         Raises:
-            InvalidRequest: The table is here already, with pages, at another epoch.
+            InvalidRequest: The table is here already, with pages, at another epoch; or its pages do not fit.
         """
         table = await self._thread.run("attach_table", lambda: self._attach(request))
         while not await self._thread.run("fill", lambda: self._fill(table)):
@@ -163,7 +169,7 @@ class Engine:
         """Read pages from their owner in batches and stage each between other requests.
 
         Raises:
-            InvalidRequest: The pages do not exist, or are here already.
+            InvalidRequest: The pages do not exist, are here already, or do not fit.
             Internal: There is no way to reach another shard, or what came is not what the schema says.
             MempoolError: What the owner raised.
         """
@@ -335,10 +341,28 @@ class Engine:
                 shard=self.info.shard,
             )
         self._drop(table_id)
-        self._tables[table_id] = HostedTable(
+        table = HostedTable(
             request, info=self.info, device=self._device, budget=self._budget, lease_s=self._held_lease_s
         )
-        return self._tables[table_id]
+        self._require_memory(table, table.num_bytes)
+        self._tables[table_id] = table
+        return table
+
+    def _require_memory(self, table: HostedTable, num_bytes: int) -> None:
+        """Raises InvalidRequest where so many more bytes of pages exceed the shard's memory. Before they are taken."""
+        if self._memory_bytes is None:
+            return
+        taken = sum(table.num_bytes for table in self._tables.values())
+        if taken + num_bytes > self._memory_bytes:
+            raise InvalidRequest(
+                f"{num_bytes / MIB:,.1f} MiB of pages of table {table.view.schema.name!r} do not fit on shard "
+                f"{self.info.shard}: it may hold {self._memory_bytes / MIB:,.1f} MiB and holds {taken / MIB:,.1f} MiB "
+                "already. Give shards more memory (shard.memory in the config), use more shards (mempool scale), make "
+                "the table smaller (num_slots, value_dim, dtype='bfloat16', an optimizer with less state), or drop a "
+                "table. Nothing was changed.",
+                shard=self.info.shard,
+                address=self.info.address,
+            )
 
     def _fill(self, table: HostedTable) -> bool:
         if self._tables.get(table.table_id) is not table:
@@ -403,7 +427,9 @@ class Engine:
         table = self._table(request.table_id)
         table.check_ready()
         table.staging.check_pull(request.row_pages, request.blocks, request.key_pages)
-        table.staging.reserve(request.row_pages, request.blocks)
+        pages = request.row_pages, request.blocks
+        self._require_memory(table, table.staging.new_bytes(*pages, request.key_pages))
+        table.staging.reserve(*pages)
         return table
 
     def _stage(self, table: HostedTable, batch: PageBatch) -> int:

@@ -6,6 +6,7 @@ Values only: arithmetic on tables is in ``commits``.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -16,6 +17,10 @@ from mempool.shard.table import Bags, Lane
 from mempool.types import Ledger, LedgerEntry, StepId
 
 Rank = tuple[str, int]
+
+_MAX_LEDGER_ENTRIES = 16_384
+"""Every client that ever committed leaves an entry, and the ledger goes with every batch of pages. An entry is needed
+only while its client may repeat its newest commit; so many other clients do not come in between."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +80,23 @@ class Session:
 
 
 class Budget:
-    """Bytes held on a shard, over all tables."""
+    """Bytes held on a shard, over all tables.
+
+    Attributes:
+        holders: Those who hold them; gone with their tables.
+    """
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self.num_bytes = 0
+        self.holders: WeakSet[HeldUpdates] = WeakSet()
+
+    def make_room(self, num_bytes: int) -> bool:
+        """Whether so much more fits, once dead ranks of whatever table have left where it does not."""
+        if self.num_bytes + num_bytes > self.limit_bytes:
+            for holder in self.holders:
+                holder.expire()
+        return self.num_bytes + num_bytes <= self.limit_bytes
 
 
 class HeldUpdates:
@@ -95,6 +112,7 @@ class HeldUpdates:
 
     def __init__(self, *, budget: Budget, lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._budget = budget
+        budget.holders.add(self)
         self._lease_s = lease_s
         self._clock = clock
         self._sessions: dict[Rank, Session] = {}
@@ -119,9 +137,7 @@ class HeldUpdates:
         Raises:
             RequestTooLarge: The shard holds too much already.
         """
-        if self._budget.num_bytes + update.num_bytes > self._budget.limit_bytes:
-            self.expire()
-        if self._budget.num_bytes + update.num_bytes > self._budget.limit_bytes:
+        if not self._budget.make_room(update.num_bytes):
             raise RequestTooLarge(
                 f"an update of {update.num_bytes:,} bytes does not fit: this shard holds {self._budget.num_bytes:,} "
                 f"bytes of updates that were not committed, and may hold {self._budget.limit_bytes:,}; commit more "
@@ -223,7 +239,7 @@ def _weights(bags: Bags) -> Tensor:
 
 
 class AppliedLedger:
-    """What was applied to a table's pages here."""
+    """What was applied to a table's pages here. Of very many ranks, those that committed last are remembered."""
 
     def __init__(self, ledger: Ledger | None) -> None:
         ledger = ledger or Ledger()
@@ -240,7 +256,11 @@ class AppliedLedger:
         """A step was applied."""
         self.version += 1
         self.updates_applied += len(sequences)
-        self._entries[step_id.group, step_id.rank] = LedgerEntry(step=step_id.step, sequences=sequences)
+        rank = step_id.group, step_id.rank
+        self._entries.pop(rank, None)  # so that the order is that of the newest commits
+        self._entries[rank] = LedgerEntry(step=step_id.step, sequences=sequences)
+        if len(self._entries) > _MAX_LEDGER_ENTRIES:
+            del self._entries[next(iter(self._entries))]
 
     def adopt(self, ledger: Ledger | None) -> None:
         """Take over the ledger that came with pages, where it is ahead: a shard that owned nothing got no commits."""

@@ -43,10 +43,12 @@ class HostedTable:
         self.frozen = False
         self.lookups = 0
         self._filling: Iterator[None] | None = None
+        self._filling_bytes = 0
         self._waiting_for_thaw: list[Parked] = []
         self._waiting_for_decisions: list[Parked] = []
         if request.mode == "initialise":
             self._filling = self.storage.initialise(request.view.placement)
+            self._filling_bytes = self.storage.initial_bytes(request.view.placement)
         elif request.mode == "lost":
             self.storage.own(request.view.placement)
             self.storage.lose_all()
@@ -60,6 +62,11 @@ class HostedTable:
         return self.view.placement.epoch
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of its pages: of those that are here or staged, or that initial values are being written to."""
+        return max(self.storage.num_bytes + self.staging.num_bytes, self._filling_bytes)
+
+    @property
     def stamp(self) -> Stamp:
         return Stamp(
             shard=self.info.shard,
@@ -71,7 +78,7 @@ class HostedTable:
     def fill(self) -> bool:
         """Write a piece of the initial values. Returns whether all are there."""
         if self._filling is not None and next(self._filling, self) is self:
-            self._filling = None
+            self._filling, self._filling_bytes = None, 0
         return self._filling is None
 
     def check(self, envelope: Envelope) -> None:

@@ -54,10 +54,24 @@ class Staging:
                 f"shard {table.shard} owns one of the key pages {key_pages} of table {table.schema.name!r} already"
             )
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of what is staged beside the arenas: keys of heads."""
+        return sum(keys.nbytes for keys in self._heads.values())
+
+    def new_bytes(self, row_pages: RowPages, blocks: Blocks, key_pages: tuple[int, ...]) -> int:
+        """Bytes that these would take beside what is here and staged."""
+        heads = sum(head not in self._heads for head in key_pages)
+        count = self._count_new(row_pages, blocks)
+        return self._table.new_bytes({blocks: count} if count else {}, heads=heads)
+
+    def _count_new(self, row_pages: RowPages, blocks: Blocks) -> int:
+        places = self._places.get(blocks, {})
+        return sum(page not in places for page in row_pages.tolist())
+
     def reserve(self, row_pages: RowPages, blocks: Blocks) -> None:
         """Make room for row pages that are to come in batches."""
-        places = self._places.get(blocks, {})
-        new = sum(page not in places for page in row_pages.tolist())
+        new = self._count_new(row_pages, blocks)
         if new:
             self._table.arena(blocks).reserve(new)
 

@@ -4,7 +4,7 @@ Requests are checked in ``validate``, updates are held and reduced in ``held``, 
 Legend: B bags, L pairs, M rows asked for, W columns of the blocks owned, H heads, K top-k, D key dim, P row pages.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,6 +127,26 @@ class Table:
         """Bytes of one row page of these blocks, in all arrays."""
         row_bytes = sum(array.width(blocks) * array.dtype.itemsize for array in self.arrays.values())
         return row_bytes * self.schema.page_slots
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the product keys of one head; 0 without."""
+        return 4 * half_keys(self.schema) * key_dim(self.schema) if self.schema.num_key_pages else 0
+
+    def new_bytes(self, row_pages: Mapping[Blocks, int], *, heads: int) -> int:
+        """Bytes that so many more row pages, by their blocks, and keys of so many more heads would take here."""
+        num_bytes = heads * self.head_bytes
+        for blocks, count in row_pages.items():
+            if blocks in self.arenas:
+                num_bytes += self.arenas[blocks].growth_bytes(count)
+            else:
+                num_bytes += self.page_bytes(blocks) * count + 4 * self.schema.num_row_pages  # and the page table
+        return num_bytes
+
+    def initial_bytes(self, placement: Placement) -> int:
+        """Bytes that what a placement gives this shard takes, where nothing of the table is here yet."""
+        row_pages = {blocks: len(pages) for blocks, pages in by_blocks(placement.owners == self.shard).items()}
+        return self.new_bytes(row_pages, heads=int((placement.key_owners == self.shard).sum()))
 
     @property
     def lanes(self) -> tuple[Lane, ...]:

@@ -5,17 +5,23 @@ one pool that can reach each other for pull_pages, and put it into KINDS. It is 
 IO loop; every test has its own table in it. A kind whose software is missing leaves itself out by ``skip_reason``.
 """
 
+import asyncio
+import importlib.util
 import itertools
+import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from mempool.client import GrpcPool, GrpcShard
 from mempool.embedded import EngineLauncher
 from mempool.shard import Engine
 from mempool.types import ShardHost, ShardInfo
 from mempool.wire.loop import run
+from tests.integration.pools import RayPool
 from tests.support.serving import served_pool
 
 from .driver import Driver, Hosted
@@ -57,6 +63,28 @@ async def grpc_hosts(num_shards: int) -> AsyncIterator[list[Hosted]]:
         yield [Hosted(host=pool.dial(info), info=info) for info in infos]
 
 
+@asynccontextmanager
+async def ray_hosts(num_shards: int) -> AsyncIterator[list[Hosted]]:
+    """Shards of a pool that `mempool up` started, with a Ray of its own; their controller is left idle."""
+    with tempfile.TemporaryDirectory() as folder:
+        pool = RayPool(Path(folder), name="contract", shards=num_shards, ray_address="local")
+        await asyncio.to_thread(pool.up)
+        try:
+            front = GrpcPool([pool.address])
+            infos = [shard.info for shard in (await front.status()).shards]
+            await front.close()
+            hosts = [GrpcShard(info) for info in infos]
+            yield [Hosted(host=host, info=info) for host, info in zip(hosts, infos, strict=True)]
+            for host in hosts:
+                await host.close()
+        finally:
+            await asyncio.to_thread(pool.down)
+
+
+def _no_ray() -> str | None:
+    return None if importlib.util.find_spec("ray") else "Ray is not installed"
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of host. skip_reason: said where it cannot run here; None: it can."""
@@ -69,6 +97,7 @@ KINDS: dict[str, Kind] = {
     "engine": Kind(engines),
     "local": Kind(local_hosts),
     "grpc": Kind(grpc_hosts),
+    "ray": Kind(ray_hosts, skip_reason=_no_ray),
 }
 
 _table_ids = itertools.count(1)

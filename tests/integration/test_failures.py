@@ -1,5 +1,7 @@
 """Processes of a pool killed while clients work."""
 
+import json
+
 import pytest
 import torch
 
@@ -83,7 +85,7 @@ def test_a_killed_shard_says_data_loss(shared_pool: RayPool) -> None:
 
 
 def test_nobody_enters_without_the_token(shared_pool: RayPool) -> None:
-    assert TOKEN not in shared_pool.status().values()
+    assert TOKEN not in json.dumps(shared_pool.status())
     for wrong in ("wrong-token", ""):
         with pytest.raises(Unauthenticated, match="token"):
             mempool.connect(shared_pool.address, token=wrong, timeout_s=10)
@@ -100,3 +102,22 @@ def test_a_token_is_needed_to_let_others_in(shared_pool: RayPool) -> None:
         assert "token" in refused.err
     finally:
         shared_pool.file.write_text(text)
+
+
+def test_controller_and_shard_die_together(shared_pool: RayPool) -> None:
+    with shared_pool.connect() as pool:
+        lost = Training(pool, "lost")
+        lost.step()
+        victim = pool.status().shards[-1].info
+        kill_listener(shared_pool.port)
+        kill_listener(port_of(victim))
+        with pytest.raises(DataLoss):
+            lost.step()
+        pool.drop_table("lost")
+        fresh = Training(pool, "fresh")
+        fresh.step()
+        fresh.assert_exact(pool)
+        pool.drop_table("fresh")
+    shards = {shard["shard"]: shard for shard in shared_pool.status()["shards"]}
+    assert {shard["state"] for shard in shards.values()} == {"ready"}
+    assert shards[victim.shard]["incarnation"] > victim.incarnation

@@ -94,11 +94,14 @@ def _merged_keys(plan: TablePlan, ids: Tensor, targets: Sequence[_Target], repli
 
 
 def _merged_rows(plan: TablePlan, ids: Tensor, targets: Sequence[_Target], replies: Sequence[Tensor]) -> Tensor:
-    schema, first, route = plan.schema, replies[0], targets[0].route
-    assert route is not None  # only keys are without
-    # Where both widths are one number, every block is one column wide and both are one layout.
-    per_block = first.shape[1] != route.width
-    rows = torch.empty(ids.shape[0], schema.num_blocks if per_block else schema.value_dim, dtype=first.dtype)
+    schema = plan.schema
+    # A shard of narrow blocks alone, as the last one may be, answers as many columns in either layout; together they
+    # have every block, and where all of those are one column wide the two layouts are one.
+    per_block = any(
+        target.route is not None and reply.shape[1] != target.route.width
+        for target, reply in zip(targets, replies, strict=True)
+    )
+    rows = torch.empty(ids.shape[0], schema.num_blocks if per_block else schema.value_dim, dtype=replies[0].dtype)
     for target, reply in zip(targets, replies, strict=True):
         assert target.route is not None
         place_rows(plan, rows, ids, route=target.route, kept=target.kept, rows=reply, per_block=per_block)

@@ -14,14 +14,15 @@ from mempool.errors import (
     DataLoss,
     DeadlineExceeded,
     Internal,
+    InvalidRequest,
     NotFound,
     RequestTooLarge,
     ShardUnavailable,
 )
 from mempool.shard import Engine, arena, commits
-from mempool.types import AttachTable, ExportPages, FlatKeySpec, PageBatch, PullPages, ShardInfo
+from mempool.types import AttachTable, ExportPages, FlatKeySpec, PageBatch, ProductKeySpec, PullPages, ShardInfo
 from mempool.wire.loop import run
-from tests.contract.driver import LAYOUTS, make_bags, make_schema, same
+from tests.contract.driver import LAYOUTS, Driver, Hosted, make_bags, make_schema, same
 
 from .conftest import MakeDriver
 
@@ -344,3 +345,64 @@ def test_a_freeze_in_vain_names_the_table(make_driver: MakeDriver) -> None:
     driver.prepare(1, [0])
     with pytest.raises(DeadlineExceeded, match=r"table 'facts' did not come to rest on shard 0 within 0\.01 s"):
         driver.call(driver.host(0).freeze(1, 0.01))
+
+
+def test_a_table_that_does_not_fit_is_refused_before_anything_is_allocated(make_driver: MakeDriver) -> None:
+    schema = make_schema(keys=ProductKeySpec(heads=2, key_dim=6), num_slots=49)
+    key_owners = (0, 0)
+    whole = make_driver().create(schema, key_owners=key_owners).status(0).num_bytes
+    driver = make_driver(memory_bytes=whole)
+    driver.create(schema, key_owners=key_owners)
+    assert driver.status(0).num_bytes == whole  # to the byte
+    with pytest.raises(InvalidRequest, match=r"table 'facts' do not fit on shard 0.*shard\.memory.*mempool scale"):
+        Driver(driver.hosted, table_id=2).create(make_schema())
+    assert len(driver.call(driver.host(0).status()).tables) == 1
+    driver.gather(make_bags(1, num_slots=49))
+    driver.drop()
+    Driver(driver.hosted, table_id=2).create(make_schema())
+    with pytest.raises(InvalidRequest, match="do not fit"):
+        make_driver(memory_bytes=whole - 1).create(schema, key_owners=key_owners)
+
+
+def test_a_table_that_is_being_filled_takes_its_room_from_the_start(make_driver: MakeDriver) -> None:
+    whole = make_driver().create(make_schema()).status(0).num_bytes
+    driver = make_driver(memory_bytes=2 * whole - 1)
+    driver.view = driver.make_view(make_schema(), LAYOUTS["one"], epoch=1)
+    engine: Any = driver.host(0)
+    driver.call(
+        engine._thread.run("attach_table", lambda: engine._attach(AttachTable(view=driver.placed, mode="initialise")))
+    )
+    with pytest.raises(InvalidRequest, match="do not fit"):
+        Driver(driver.hosted, table_id=2).create(make_schema())
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "mixed"])
+def test_pages_that_do_not_fit_are_not_pulled(make_driver: MakeDriver, layout: str) -> None:
+    schema = make_schema(keys=ProductKeySpec(heads=2, key_dim=6), num_slots=49)
+    free = make_driver(3).create(schema, "one", (0, 0))
+    free.move(layout, (1, 1))
+    most = max(free.status(shard).num_bytes for shard in (1, 2))
+    tight = make_driver(3, memory_bytes=max(free.status(0).num_bytes, most) - 1)
+    with pytest.raises(InvalidRequest, match=r"do not fit on shard 0: it may hold .* and holds 0.0 MiB"):
+        tight.create(schema, "one", (0, 0))
+
+    small: list[Engine] = []
+    engines = make_driver(3, peers=lambda info: small[info.shard])
+    for hosted in engines.hosted:
+        small.append(
+            Engine(
+                hosted.info, peers=lambda info: small[info.shard], memory_bytes=most // 2 if hosted.info.shard else None
+            )
+        )
+    driver = Driver([Hosted(host=engine, info=engine.info) for engine in small], table_id=1).create(
+        schema, "one", (0, 0)
+    )
+    before = driver.contents()
+    with pytest.raises(InvalidRequest, match=r"do not fit on shard [12]: it may hold"):
+        driver.move(layout, (1, 1))
+    for shard in range(3):
+        driver.call(driver.host(shard).thaw(1))
+    assert driver.status(1).num_bytes == driver.status(2).num_bytes == 0
+    assert same(driver.contents(), before)
+    for engine in small:
+        run(engine.close(), timeout_s=20)

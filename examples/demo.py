@@ -1,0 +1,131 @@
+"""`make demo`: a pool of 2 shards on Ray, a trainer attached over gRPC, 2 -> 4 shards half way, everything ended after.
+
+It does nothing that cannot be typed by hand, and prints each command before running it. What is learned, and how, is
+`train_facts.py`'s. Arguments given here go to it: `python examples/demo.py --epochs 3`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+SHARDS_BEFORE = 2
+SHARDS_AFTER = 4
+
+_ROOT = Path(__file__).resolve().parent.parent
+_OUT = Path("out") / "demo"
+_END_TIMEOUT_S = 60.0
+
+
+class DemoError(Exception):
+    """A step of the demo failed; it has said why above."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the demo; answers the exit code, 130 after Ctrl-C."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    os.chdir(_ROOT)
+    pool = f"demo-{os.getpid()}"
+    began_s = time.monotonic()
+    try:
+        config = write_config(pool, folder=_OUT, template=Path("cluster/local.yaml"))
+        _say(f"a pool of {SHARDS_BEFORE} shards, by {config}")
+        _run("-m", "mempool", "up", "-f", str(config))
+        try:
+            _train(config, arguments)
+        finally:
+            _end(pool)
+    except DemoError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("demo: interrupted", file=sys.stderr)
+        return 130
+    _say(f"done in {time.monotonic() - began_s:.0f} s; the figures are in {_OUT / 'facts.json'}")
+    return 0
+
+
+def write_config(pool: str, *, folder: Path, template: Path) -> Path:
+    """A copy of the template for this run: a pool of its own name, on a free port, with SHARDS_BEFORE shards.
+
+    Raises:
+        DemoError: if the template does not say name, port and shards in lines of their own.
+    """
+    text = template.read_text(encoding="utf-8")
+    for field, value in (("name", pool), ("port", "0"), ("shards", str(SHARDS_BEFORE))):
+        text, found = re.subn(rf"^(  {field}: )\S+", rf"\g<1>{value}", text, count=1, flags=re.MULTILINE)
+        if not found:
+            raise DemoError(f"{template} has no line `  {field}: ...` under `pool:`; put it back.")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "cluster.yaml"
+    config.write_text(text, encoding="utf-8")
+    return config
+
+
+def _train(config: Path, arguments: Sequence[str]) -> None:
+    address = json.loads(_run("-m", "mempool", "status", "-f", str(config), "--json", captured=True))["address"]
+    _say(f"two models learn the same facts; half way the pool goes {SHARDS_BEFORE} -> {SHARDS_AFTER} shards, live")
+    _run(
+        *("examples/train_facts.py", "--address", address, "--json", str(_OUT / "facts.json")),
+        *("--rescale-config", str(config), "--rescale-to", str(SHARDS_AFTER), *arguments),
+    )
+
+
+def _end(pool: str) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    _say("ending the pool and what was started for it (a few seconds, not to be interrupted)")
+    _run("-m", "mempool", "down", "--pool", pool)
+
+
+def _run(*arguments: str, captured: bool = False) -> str:
+    """Runs a Python command and waits for it; if this process is to end first, so is the command, by one SIGINT.
+
+    Args:
+        arguments: after the interpreter's name.
+        captured: answer what it prints, instead of letting it through.
+
+    Raises:
+        DemoError: if it fails.
+    """
+    print(f"$ {shlex.join(['python', *arguments])}", flush=True)
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE if captured else None,
+        text=True,
+        start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
+    )
+    try:
+        printed, _ = process.communicate()
+    except BaseException:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(timeout=_END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        raise
+    if process.returncode:
+        raise DemoError(f"`{shlex.join(['python', *arguments])}` ended with {process.returncode}")
+    return printed or ""
+
+
+def _say(text: str) -> None:
+    print(f"== {text}", flush=True)
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

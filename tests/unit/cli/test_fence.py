@@ -1,0 +1,34 @@
+"""Commands and options are part of the public face: a change of them is a change of this file."""
+
+from typing import Any
+
+import typer
+
+from mempool.cli.app import app
+
+COMMANDS = {
+    "": ["--version"],
+    "up": ["--file", "-f"],
+    "status": ["--address", "--file", "--json", "-f"],
+    "apply": ["--address", "--dry-run", "--file", "--json", "-f"],
+    "scale": ["--address", "--file", "--shards", "-f"],
+    "down": ["--pool"],
+}
+
+
+def test_commands_and_options() -> None:
+    group: Any = typer.main.get_command(app)
+    found = {"": _options(group)} | {name: _options(command) for name, command in group.commands.items()}
+    assert found == COMMANDS
+
+
+def test_every_command_and_option_says_what_it_is() -> None:
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        assert command.help, name
+        for parameter in command.params:
+            assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+
+
+def _options(command: Any) -> list[str]:
+    return sorted(option for parameter in command.params for option in parameter.opts)
