@@ -55,16 +55,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def write_config(pool: str, *, folder: Path, template: Path) -> Path:
-    """A copy of the template for this run: a pool of its own name, on a free port, with SHARDS_BEFORE shards.
+    """A copy of the template for this run: a pool of its own name, on a free port and a Ray of its own.
 
     Raises:
-        DemoError: if the template does not say name, port and shards in lines of their own.
+        DemoError: if the template does not say name, port, shards and Ray's address in lines of their own.
     """
     text = template.read_text(encoding="utf-8")
-    for field, value in (("name", pool), ("port", "0"), ("shards", str(SHARDS_BEFORE))):
+    for field, value in (("name", pool), ("port", "0"), ("shards", str(SHARDS_BEFORE)), ("address", "local")):
         text, found = re.subn(rf"^(  {field}: )\S+", rf"\g<1>{value}", text, count=1, flags=re.MULTILINE)
         if not found:
-            raise DemoError(f"{template} has no line `  {field}: ...` under `pool:`; put it back.")
+            raise DemoError(f"{template} has no line `  {field}: ...` of its own; put it back.")
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "cluster.yaml"
     config.write_text(text, encoding="utf-8")

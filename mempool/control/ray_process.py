@@ -39,6 +39,7 @@ def attach(address: str) -> str:
     if ray.is_initialized():
         return str(ray.get_runtime_context().gcs_address)
     logging.getLogger("ray").setLevel(logging.ERROR)  # ray.init does the same, a little later
+    where = "on this machine" if address == "auto" else f"at {address!r}"
     try:
         _use_ray_token()
         address = _found() if address == "auto" else address
@@ -48,7 +49,7 @@ def attach(address: str) -> str:
         ray.shutdown()
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise PoolUnreachable(
-            f"no Ray at {address!r} ({reason}). Start one with `ray start --head`, set ray.address in the config to "
+            f"no Ray {where} ({reason}). Start one with `ray start --head`, set ray.address in the config to "
             "`local`, or, where Ray asks for its token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
         ) from None
     return str(ray.get_runtime_context().gcs_address)

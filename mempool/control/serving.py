@@ -56,6 +56,7 @@ class ShardServing:
             device=engine_device(self._config.shard),
             peers=self._dialer.dial,
             pool=pool.name,
+            memory_bytes=self._config.shard.memory,
             context_budget_bytes=self._config.shard.context_memory,
         )
 

@@ -3,7 +3,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
@@ -218,7 +218,7 @@ class Controller:
             plans=plans,
             roster=self._roster,
             call=self._call,
-            push=self._push_to_all,
+            push=self._push_decided,
         )
         async for progress in mover.run():
             yield progress
@@ -295,12 +295,12 @@ class Controller:
         self._missed = self._missed or bool(failed)
         return failed
 
-    async def _push_to_all(self, view: TableView) -> None:
-        """Make every shard know a placement that is decided.
+    async def _push_decided(self, view: TableView, owners: Collection[int]) -> None:
+        """Make every shard know a placement that is decided. owners: Those that own pages before or after it.
 
         Raises:
-            ShardUnavailable: One did not take it, though told several times. No page may move before it has: what it
-                has staged is nowhere else any more, and a failed move would thaw it.
+            ShardUnavailable: An owner did not take it, though told several times. No page may move before it has: what
+                it has staged is nowhere else any more, and a failed move would thaw it.
         """
         failed = await self._push(view, self.shards)
         for _ in range(_PUSH_TRIES - 1):
@@ -308,6 +308,8 @@ class Controller:
                 await asyncio.sleep(_PUSH_PAUSE_S)
                 failed = await self._push(view, list(failed))
         for info, error in failed.items():
+            if info.shard not in owners:
+                continue
             raise ShardUnavailable(
                 f"shard {info.shard} did not take epoch {view.placement.epoch} of table {view.schema.name!r} "
                 f"({error}); the rescale stops here. Ask for it again once all shards are ready: mempool status",

@@ -5,13 +5,13 @@ prepared steps are let finish, lookups and updates go on. [DESTINATIONS] pull th
 [CONTROLLER] a view with the next epoch goes to every shard: staged pages come alive, moved ones are freed, held updates
 are dropped (their clients still have them and send them again), the freeze ends. Between rounds writers get a turn as
 long as the round was. Nothing is decided before the first shard has the new view; until then any failure thaws all.
-From then on nobody is thawed, and no further round begins, until every shard has it: a thaw drops what is staged.
+From then on nobody is thawed, and no further round begins, until all owners have it: a thaw drops what is staged.
 """
 
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -94,7 +94,7 @@ class Mover:
         plans: Sequence[TablePlan],
         roster: Roster,
         call: Call,
-        push: Callable[[TableView], Awaitable[None]],
+        push: Callable[[TableView, Collection[int]], Awaitable[None]],
     ) -> None:
         self._shards = (shards_before, shards_after)
         self._plans = plans
@@ -156,7 +156,7 @@ class Mover:
             owners=assignment.owners,
             key_owners=assignment.key_owners,
         )
-        await self._push(self._roster.put(view.schema, moved))
+        await self._push(self._roster.put(view.schema, moved), owners)
 
     async def _freeze(self, shard: int, table_id: int) -> Ledger:
         return await self._call(

@@ -50,7 +50,7 @@ def test_shards_spread_and_come_back_on_another_node(ray_nodes: RayNodes, shared
 
 
 def test_a_taken_port_leaves_nothing_behind(ray_nodes: RayNodes, shared_pool: RayPool, tmp_path: Path) -> None:
-    pool = RayPool(tmp_path, name="second", shards=1, ray_address=ray_nodes.address, port=shared_pool.port)
+    pool = RayPool(tmp_path, name="second", shards=1, ray_at=ray_nodes.address, port=shared_pool.port)
     assert f"port {shared_pool.port}" in pool.up(expect=1).err
     assert "no pool" in pool.down(expect=1).err
 

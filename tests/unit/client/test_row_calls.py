@@ -84,3 +84,15 @@ def test_product_keys_are_scored_head_by_head_where_they_are(wait) -> None:  # t
     wait(main())
     assert torch.equal(keys[1], torch.full((2, 8, 2), 7.0))
     assert {shard.info.shard for shard in pool.shards if "score" in shard.names()} == {1, 3}
+
+
+def test_state_per_block_is_told_from_values_where_the_lowest_shard_owns_a_narrow_block_alone(wait) -> None:  # type: ignore[no-untyped-def]
+    pool = FakePool([[1, 1, 0]] * 8, schema=make_schema(value_dim=9))  # blocks of 4, 4 and 1 columns
+    ids = torch.tensor([63, 0, 17])
+
+    async def main() -> None:
+        router = make_router(pool)
+        assert torch.equal(await router.read_rows(1, array="per_block", ids=ids), ids[:, None] * 10.0 + torch.arange(3))
+        assert torch.equal(await router.read_rows(1, array="values", ids=ids), pool.values[ids].float())
+
+    wait(main())

@@ -21,9 +21,10 @@ def signals_and_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Itera
         signal.signal(number, handler)
 
 
-def test_the_config_is_the_local_one_with_name_port_and_shards_of_its_own(tmp_path: Path) -> None:
+def test_the_config_is_the_local_one_with_name_port_and_ray_of_its_own(tmp_path: Path) -> None:
     made, template = load(demo.write_config("demo-1", folder=tmp_path / "out", template=TEMPLATE)), load(TEMPLATE)
     assert (made.pool.name, made.pool.port, made.pool.shards) == ("demo-1", 0, 2)
+    assert made.ray.address == "local"
     assert made.tables == template.tables
     assert made.shard == template.shard
     assert made.pool.bind == template.pool.bind

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from mempool.errors import RequestTooLarge
+from mempool.shard import held
 from mempool.shard.held import AppliedLedger, Budget, HeldUpdate, HeldUpdates, PreparedStep, in_canonical_order
 from mempool.shard.table import Bags
 from mempool.types import Ledger, LedgerEntry, StepId
@@ -132,3 +133,29 @@ def test_only_a_newer_ledger_is_taken_over() -> None:
     assert ledger.snapshot() == newer
     ledger.add(_step(2), (3,))
     assert newer.entries == {("a", 0): LedgerEntry(step=1, sequences=(0,))}
+
+
+def test_dead_ranks_of_another_table_make_room_too() -> None:
+    update, clock = _update([1, 2], [2]), Clock()
+    budget = Budget(update.num_bytes)
+    first = HeldUpdates(budget=budget, lease_s=10.0, clock=clock)
+    second = HeldUpdates(budget=budget, lease_s=10.0, clock=clock)
+    first.hold(_step(1), 0, update)
+    clock.now_s = 9.0
+    with pytest.raises(RequestTooLarge):
+        second.hold(_step(1), 0, update)
+    clock.now_s = 11.0
+    second.hold(_step(1), 0, update)
+    assert (len(first), len(second), budget.num_bytes) == (0, 1, update.num_bytes)
+
+
+def test_the_ledger_forgets_the_ranks_that_have_been_silent_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held, "_MAX_LEDGER_ENTRIES", 3)
+    ledger = AppliedLedger(None)
+    for group in ("a", "b", "c"):
+        ledger.add(_step(1, group), (0,))
+    ledger.add(_step(2, "a"), (1,))
+    ledger.add(_step(1, "d"), (0,))
+    assert [ledger.has(_step(1, group)) for group in "abcd"] == [True, False, True, True]
+    assert list(ledger.snapshot().entries) == [("c", 0), ("a", 0), ("d", 0)]  # in this order they move with pages
+    assert (ledger.version, ledger.updates_applied) == (5, 5)
