@@ -26,23 +26,31 @@ _EVALUATION_BATCH = 1024
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    """How to train. The learning rates are the best of small sweeps, one for each model (see `train_facts.py`).
+    """How to train. Each model has the best of the learning rates that were tried for it.
+
+    Exact match on 20,000 facts in unseen phrasings after 14 epochs, percent, all else as it stands here::
+
+        dense twin     1e-3: 13.3   2e-3: 18.2   4e-3: 25.5   8e-3: 27.3   1.6e-2: 20.0   3.2e-2: 17.3
+        memory         3e-4: 73.2   7e-4: 77.7   1.5e-3: 76.9   3e-3: 73.2   (values at 0.1)
+        its values     0.1: 77.7   0.3: 81.0   1.0: 82.0   (memory at 7e-4); 0.3 with memory at 1e-3: 82.6
+
+    Batch norm, which the memory's queries have, made the twin worse; so it has none.
 
     Attributes:
         epochs: times each fact is asked; None means 14, or more where facts are few.
         batch: questions per step at most; an epoch is cut into even steps.
         memory_lr: learning rate of the dense parts of the memory model, under Adam.
         dense_lr: the same of the dense twin.
-        table_lr: learning rate of the values in the pool; None takes the table's own.
+        table_lr: learning rate of the values in the pool, under the table's own optimizer; None takes its own rate.
         drop_common: share of common words left out of the training questions.
         seed: of the models' start, and of the order and the wording of questions.
     """
 
     epochs: int | None = None
     batch: int = 512
-    memory_lr: float = 7e-4
-    dense_lr: float = 3e-3
-    table_lr: float | None = None
+    memory_lr: float = 1e-3
+    dense_lr: float = 8e-3
+    table_lr: float | None = 0.3
     drop_common: float = 0.1
     seed: int = 0
 

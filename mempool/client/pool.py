@@ -106,7 +106,9 @@ class Pool:
             self._run(self._forget(table_id))
 
     def rescale(self, shards: int, *, progress: Callable[[RescaleProgress], None] | None = None) -> None:
-        """Change the number of shards while the pool serves: pages move, training and lookups go on. Has no deadline.
+        """Change the number of shards while the pool serves: pages move, training and lookups go on.
+
+        Has no deadline once begun.
 
         Args:
             shards: How many shards the pool shall have.
@@ -118,11 +120,12 @@ class Pool:
         """
         if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
             raise InvalidRequest(f"shards = {shards!r}: a pool has at least 1 shard.")
-        reports = self._api.rescale(shards)
+        reports, report = self._run(self.router.retried("rescale", lambda: self._begin_rescale(shards)))
         try:
-            while (report := self._run(_next(reports), timeout_s=None)) is not None:
+            while report is not None:
                 if progress is not None:
                     progress(report)
+                report = self._run(_next(reports), timeout_s=None)
         finally:
             self._run(_end(reports))
 
@@ -145,6 +148,11 @@ class Pool:
         finally:
             if self._on_close is not None:
                 await self._on_close()
+
+    async def _begin_rescale(self, shards: int) -> tuple[AsyncIterator[RescaleProgress], RescaleProgress | None]:
+        """The reports and the first of them. Where it raises Unavailable nothing has begun: it may be tried again."""
+        reports = self._api.rescale(shards)
+        return reports, await _next(reports)
 
     async def _create_table(self, schema: TableSchema) -> TableView:
         tries = 0

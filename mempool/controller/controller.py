@@ -206,6 +206,7 @@ class Controller:
         before = sorted(self._roster.shards)
         after = _after(before, shards)
         added, removed = sorted(set(after) - set(before)), sorted(set(before) - set(after))
+        yield _begun(len(before), shards)  # at once: starting shards takes a while
         await self._require_settled(removed)
         await self._require_whole()
         if added:
@@ -378,6 +379,19 @@ class Controller:
 def _check_shards(shards: int) -> None:
     if shards < 1:
         raise InvalidRequest(f"shards = {shards}: a pool has at least 1 shard")
+
+
+def _begun(shards_before: int, shards_after: int) -> RescaleProgress:
+    return RescaleProgress(
+        shards_before=shards_before,
+        shards_after=shards_after,
+        pages_moved=0,
+        pages_total=0,
+        bytes_moved=0,
+        bytes_total=0,
+        table="",
+        done=False,
+    )
 
 
 def _after(before: Sequence[int], shards: int) -> list[int]:

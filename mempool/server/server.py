@@ -48,10 +48,11 @@ class Server:
                 f"bind = {host!r} is reachable from other hosts and there is no token; set pool.token_file in the "
                 "config (or MEMPOOL_TOKEN), or bind to 127.0.0.1"
             )
+        authority = f"[{host}]" if ":" in host and not host.startswith("[") else host
         tried = []
         for port in ports:
             try:
-                bound: int = self._server.add_insecure_port(f"{host}:{port}")
+                bound: int = self._server.add_insecure_port(f"{authority}:{port}")
             except RuntimeError:
                 bound = 0
             if bound:

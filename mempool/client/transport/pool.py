@@ -13,14 +13,17 @@ T = TypeVar("T")
 
 # How long one address may take to answer a reading call before the next one is asked.
 _READ_TIMEOUT_S = 5.0
+# How long a reading call keeps to an address that is not the first, before the first is tried again: only the
+# controller knows all of the pool.
+_DETOUR_S = 5.0
 
 
 class GrpcPool:
     """The pool's calls. Each is tried once at each address, until one answers.
 
-    Reading calls go to the address that answered last, then to the other bootstrap addresses, then to the shards that
-    views have named: any shard answers them from what it last heard, so clients outlive the controller. Changing
-    calls go to bootstrap addresses only.
+    Reading calls go to the bootstrap addresses, then to the shards that views have named: any shard answers them from
+    what it last heard, so clients outlive the controller. For some seconds they keep to the address that answered last.
+    Changing calls go to bootstrap addresses only.
 
     Args:
         addresses: "host:port" of the controller, of shards, or of both; at least one.
@@ -35,6 +38,7 @@ class GrpcPool:
         self._token = token
         self._max_message_bytes = max_message_bytes
         self._preferred = self._bootstrap[0]
+        self._detour_end_s = 0.0
         self._shard_addresses: dict[str, None] = {}
         self._channels: dict[str, Channel] = {}
         self._closed = False
@@ -101,6 +105,9 @@ class GrpcPool:
     async def _read(self, call: Callable[[Channel, float], Awaitable[T]]) -> T:
         problems: list[str] = []
         unknown: NotFound | None = None
+        clock = asyncio.get_running_loop()
+        if clock.time() > self._detour_end_s:
+            self._preferred = self._bootstrap[0]
         for address in dict.fromkeys((self._preferred, *self._bootstrap, *self._shard_addresses)):
             try:
                 answer = await call(self._channel(address), _READ_TIMEOUT_S)
@@ -111,7 +118,8 @@ class GrpcPool:
                     unknown = unknown or error
                 problems.append(f"{address}: {error.message}")
             else:
-                self._preferred = address
+                if address != self._preferred:
+                    self._preferred, self._detour_end_s = address, clock.time() + _DETOUR_S
                 return answer
         raise unknown or self._unreachable(problems)
 

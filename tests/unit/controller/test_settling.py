@@ -184,7 +184,7 @@ def test_a_shard_that_is_away_does_not_keep_a_new_controller_from_its_work() -> 
         run(heir.adopt(shards), timeout_s=CALL_S)
         assert [view.schema.name for view in run(heir.tables(), timeout_s=CALL_S)] == ["wide"]
         with pytest.raises(errors.ShardUnavailable, match="not there yet"):
-            Pool(heir, bench.fleet.dial).rescale(1)
+            Pool(heir, bench.fleet.dial).rescale(4)
         bench.fleet.hosts[2].faults.clear()
         run(heir.shard_restarted(bench.controller.shards[2]), timeout_s=CALL_S)
         Pool(heir, bench.fleet.dial).rescale(1)
