@@ -79,6 +79,8 @@ def rescale_progress(*, quiet: bool = False) -> Iterator[tuple[Say, Watch]]:
             task = progress.add_task("starting shards", total=None, size="")
 
             def watch(report: RescaleProgress) -> None:
+                if not report.pages_total and not report.done:
+                    return  # shards are starting
                 progress.update(
                     task,
                     description=f"moving {report.table}" if report.table else "moving",
@@ -97,6 +99,8 @@ class _Tenths:
         self._said = -1
 
     def __call__(self, report: RescaleProgress) -> None:
+        if not report.pages_total and not report.done:
+            return  # shards are starting
         tenth = 10 * report.pages_moved // max(report.pages_total, 1)
         if tenth > self._said or report.done:
             self._said = tenth

@@ -96,6 +96,7 @@ class Controller:
         """
         async with self._changing:
             self._roster.set_shards(infos)
+            self._roster.complete = False
             problems = await self._settle()
             if problems and len(problems) == len(self.shards):
                 shard, problem = min(problems.items())
@@ -329,9 +330,13 @@ class Controller:
 
     def _is_current(self, status: ShardStatus) -> bool:
         """Whether a shard has what it should have; one that does not answer cannot be told anything now."""
-        has = {(table.table_id, table.epoch) for table in status.tables}
-        wanted = {(view.schema.table_id, view.placement.epoch) for view in self._roster.views}
-        return status.state != "ready" or (has == wanted and not any(table.frozen for table in status.tables))
+        has = {table.table_id: table for table in status.tables}
+        return status.state != "ready" or all(
+            (table := has.get(view.schema.table_id)) is not None
+            and table.epoch == view.placement.epoch
+            and not table.frozen
+            for view in self._roster.views
+        )
 
     async def _call(
         self, info: ShardInfo, call: Callable[[ShardHost], Awaitable[T]], *, timeout_s: float = _CALL_TIMEOUT_S

@@ -13,10 +13,12 @@ class Roster:
 
     Attributes:
         dropped: Ids of tables that are gone, and that some shard may not have heard of yet.
+        complete: Every table of the pool is known. Not so from an adoption until each shard was heard once.
     """
 
     def __init__(self) -> None:
         self.dropped: set[int] = set()
+        self.complete = True
         self._shards: dict[int, ShardInfo] = {}
         self._views: dict[str, TableView] = {}
         self._last_table_id = 0
@@ -74,14 +76,15 @@ class Roster:
         return view
 
     def hear(self, view: TableView) -> None:
-        """Take over what a shard says of a table, where it is news: another table, or a higher epoch.
+        """Take over what a shard says of a table, where it is news: a higher epoch, or a table not known yet.
 
         Of two tables of one name the later one lives: the other was dropped, and that shard missed it.
         """
         table_id = view.schema.table_id
         known = self._views.get(view.schema.name)
-        if table_id in self.dropped:
-            return
+        unknown = known is None or known.schema.table_id != table_id
+        if table_id in self.dropped or (unknown and self.complete):
+            return  # a table that nobody made through this controller is not for it to touch
         if known is not None and known.schema.table_id != table_id:
             self.dropped.add(min(known.schema.table_id, table_id))
             if known.schema.table_id > table_id:

@@ -35,6 +35,7 @@ async def settle(roster: Roster, call: Call) -> dict[int, BaseException]:
     for views in known.values():
         for view in views:
             roster.hear(view)
+    roster.complete = roster.complete or len(known) == len(infos)
     answering = [info for info in infos if info.shard in known]
     settled = await _each(answering, lambda info: _settle_one(roster, call, info, known[info.shard]))
     problems = _problems(heard) | _problems(settled)

@@ -87,7 +87,7 @@ class HostedTable:
         Raises:
             ShardUnavailable: The table is still being made.
             StalePlacement: Another epoch.
-            DataLoss: Pages of the table are lost here.
+            DataLoss: Pages of the table are lost here, or commits that the client has seen acknowledged.
         """
         self.check_ready()
         if envelope.epoch != self.epoch:
@@ -98,6 +98,14 @@ class HostedTable:
                 address=self.info.address,
             )
         self.check_whole()
+        if envelope.table_version > self.ledger.version:
+            raise DataLoss(
+                f"shard {self.info.shard} has table {self.view.schema.name!r} at version {self.ledger.version}, and this "
+                f"client has seen version {envelope.table_version} acknowledged: commits were lost here. Drop the table "
+                f"(pool.drop_table({self.view.schema.name!r})), make it again and write back what you saved of it",
+                shard=self.info.shard,
+                address=self.info.address,
+            )
 
     def check_ready(self) -> None:
         """Raises ShardUnavailable while initial values are being written."""

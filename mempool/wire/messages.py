@@ -19,11 +19,21 @@ _WEIGHTS = TensorField(dtypes=_FLOATS, optional=True)
 
 
 def envelope_message(value: types.Envelope) -> pb.Envelope:
-    return pb.Envelope(table_id=value.table_id, epoch=value.epoch, incarnation=value.incarnation)
+    return pb.Envelope(
+        table_id=value.table_id,
+        epoch=value.epoch,
+        incarnation=value.incarnation,
+        table_version=value.table_version,
+    )
 
 
 def envelope_value(message: pb.Envelope) -> types.Envelope:
-    return types.Envelope(table_id=message.table_id, epoch=message.epoch, incarnation=message.incarnation)
+    return types.Envelope(
+        table_id=message.table_id,
+        epoch=message.epoch,
+        incarnation=message.incarnation,
+        table_version=message.table_version,
+    )
 
 
 def stamp_message(value: types.Stamp) -> pb.Stamp:

@@ -222,6 +222,14 @@ def test_requests_planned_for_another_view(trained: Driver, fence: dict[str, int
         _refused(trained, method, request, StalePlacement, f"{next(iter(fence))} {next(iter(fence.values()))}")
 
 
+def test_a_shard_behind_what_was_acknowledged_has_lost_commits(trained: Driver) -> None:
+    version = trained.call(trained.host(0).gather(_gather(trained))).stamp.table_version
+    for method, request in _all_requests(trained, table_version=version + 1):
+        _refused(trained, method, request, DataLoss, f"version {version}, and .* version {version + 1} acknowledged")
+    request = _gather(trained, envelope=trained.envelope(0, table_version=version))
+    assert trained.call(trained.host(0).gather(request)).values.shape == (4, 10)
+
+
 def test_unknown_tables(trained: Driver) -> None:
     for method, request in _all_requests(trained, table_id=10**6):
         _refused(trained, method, request, NotFound, "no table 1000000")

@@ -232,6 +232,7 @@ class Attempt:
             )
 
         replies = await self._fanout.each([(owner, partial(ask, owner)) for owner in self.plan.owners])
+        self._fanout.acknowledge(min(reply.stamp.table_version for reply in replies))
         return {owner.shard: reply for owner, reply in zip(self.plan.owners, replies, strict=True)}
 
     async def discard(self, step_id: StepId) -> None:

@@ -33,10 +33,12 @@ class Fanout:
         plan: The plan.
         dial: Gives the host of a shard.
         traffic: For those that send to add to.
+        acknowledged: By table id, the highest version known to be at every owner.
     """
 
-    def __init__(self, plan: TablePlan, *, dial: Dial, traffic: Traffic) -> None:
+    def __init__(self, plan: TablePlan, *, dial: Dial, traffic: Traffic, acknowledged: dict[int, int]) -> None:
         self.plan = plan
+        self._acknowledged = acknowledged
         self.traffic = traffic
         self._dial = dial
         self._waiting: dict[int, str] = {}
@@ -45,6 +47,11 @@ class Fanout:
     def waiting_for(self) -> tuple[tuple[int, str], ...]:
         """(shard, address) of those that were asked and have not answered, ascending; for whom a deadline cut off."""
         return tuple(sorted(self._waiting.items()))
+
+    def acknowledge(self, version: int) -> None:
+        """Every owner of the table is at this version, or beyond."""
+        table_id = self.plan.schema.table_id
+        self._acknowledged[table_id] = max(version, self._acknowledged.get(table_id, 0))
 
     async def each(self, calls: Sequence[tuple[ShardInfo, Call[T]]]) -> list[T]:
         """All calls together, replies in their order. One that fails ends the others; the gravest error is raised."""
@@ -64,7 +71,13 @@ class Fanout:
         return [task.result() for task in tasks]
 
     async def _one(self, info: ShardInfo, call: Call[T]) -> T:
-        envelope = Envelope(table_id=self.plan.schema.table_id, epoch=self.plan.epoch, incarnation=info.incarnation)
+        table_id = self.plan.schema.table_id
+        envelope = Envelope(
+            table_id=table_id,
+            epoch=self.plan.epoch,
+            incarnation=info.incarnation,
+            table_version=self._acknowledged.get(table_id, 0),
+        )
         self._waiting[info.shard] = info.address
         try:
             reply = await call(self._dial(info), envelope)

@@ -67,6 +67,7 @@ class Router:
         self._jitter = jitter
         self._closed = False
         self._plans: dict[int, TablePlan] = {}
+        self._acknowledged: dict[int, int] = {}
         self._names: dict[int, str] = {}  # of all tables ever seen, for messages
         self._refreshing: dict[int, asyncio.Lock] = {}
         # Shards remember lookups of all their clients by this number alone, so clients start at random places.
@@ -108,6 +109,7 @@ class Router:
     def forget(self, table_id: int) -> None:
         """Keep nothing more of a table, which was dropped."""
         self._plans.pop(table_id, None)
+        self._acknowledged.pop(table_id, None)
         self._refreshing.pop(table_id, None)
         self._to_release = {key: waiting for key, waiting in self._to_release.items() if key[0] != table_id}
 
@@ -252,7 +254,8 @@ class Router:
 
         async def run() -> T:
             nonlocal fanout
-            fanout = Fanout(await self._plan(table_id), dial=self._dial, traffic=self.traffic)
+            plan = await self._plan(table_id)
+            fanout = Fanout(plan, dial=self._dial, traffic=self.traffic, acknowledged=self._acknowledged)
             attempt = Attempt(fanout, take_released=lambda shard: self._take_released(table_id, shard))
             return await self._while_current(fanout.plan, once(attempt))
 

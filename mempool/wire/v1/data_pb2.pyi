@@ -57,22 +57,29 @@ class Envelope(_message.Message):
     TABLE_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
+    TABLE_VERSION_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
     """The table."""
     epoch: _builtins.int
     """Epoch of the placement."""
     incarnation: _builtins.int
     """Incarnation of the shard that is asked."""
+    table_version: _builtins.int
+    """A table version that every owner has acknowledged to this client: the lowest among the stamps of a Commit's answers,
+    once all owners have answered. 0 where it knows of none, and always right. A shard that is behind it has lost commits
+    and answers ERROR_CODE_DATA_LOSS instead of old rows.
+    """
     def __init__(
         self,
         *,
         table_id: _builtins.int = ...,
         epoch: _builtins.int = ...,
         incarnation: _builtins.int = ...,
+        table_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "incarnation", b"incarnation", "table_id", b"table_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "incarnation", b"incarnation", "table_id", b"table_id", "table_version", b"table_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -190,6 +190,34 @@ def test_a_shard_that_is_away_does_not_keep_a_new_controller_from_its_work() -> 
         Pool(heir, bench.fleet.dial).rescale(1)
 
 
+def test_a_table_that_only_a_silent_shard_knows_is_learned_when_it_is_heard() -> None:
+    """The other one was restarted while there was no controller."""
+    with Bench(2) as bench:
+        bench.pool.create_table(config(layout="columns"))
+        run(bench.fleet.hosts[0].close(), timeout_s=CALL_S)
+        info = run(bench.fleet.start(0), timeout_s=CALL_S)
+        bench.fleet.hosts[1].faults["views"] = nth(1)
+        heir = heir_of(bench)
+        run(heir.adopt([info, bench.controller.shards[1]]), timeout_s=CALL_S)
+        assert run(heir.tables(), timeout_s=CALL_S) == ()
+        run(heir.reconcile(), timeout_s=CALL_S)
+        with pytest.raises(errors.DataLoss, match=r"shard 0 .* lost 19 pages of table 'facts'"):
+            Pool(heir, bench.fleet.dial).table("facts").rows(EVERYTHING)
+
+
+def test_tables_that_were_made_past_a_controller_are_left_alone() -> None:
+    with Bench(2) as bench:
+        stranger = heir_of(bench)
+        run(stranger.adopt(bench.controller.shards), timeout_s=CALL_S)
+        table = Pool(stranger, bench.fleet.dial).create_table(config())
+        for host in bench.fleet.hosts.values():
+            run(host.freeze(table.schema.table_id, 5.0), timeout_s=CALL_S)
+        bench.pool.create_table(config(seed=5))  # of the same name
+        run(bench.controller.reconcile(), timeout_s=CALL_S)
+        for host in bench.fleet.hosts.values():
+            assert [known.frozen for known in run(host.status(), timeout_s=CALL_S).tables] == [True, False]
+
+
 def test_nothing_is_thawed_while_a_shard_is_silent_that_may_know_more() -> None:
     """The old controller died when only shard 1 had the new view: it took over a page and shard 0 still stages one."""
     with Bench(2) as bench:

@@ -56,3 +56,17 @@ def test_without_the_server_packages_it_says_what_to_install() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert "pip install 'mempool[server]'" in done.stdout
+
+
+def test_a_shard_that_lost_an_acknowledged_commit_is_not_believed() -> None:
+    with mempool.local(shards=2) as pool:
+        table = pool.create_table(mempool.TableConfig(name="facts", num_slots=64, value_dim=128, layout="columns"))
+        ids = torch.tensor([[1, 2]])
+        table.gather(ids).sum().backward()
+        table.commit()
+        table.gather(ids)
+        info = pool.status().shards[1].info
+        engine = pool.router._dial(info)  # type: ignore[attr-defined]
+        engine._tables[table.schema.table_id].ledger.version -= 1  # what a restore of an older state would be
+        with pytest.raises(errors.DataLoss, match="version 0, and this client has seen version 1 acknowledged"):
+            table.gather(ids)

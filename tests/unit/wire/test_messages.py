@@ -10,7 +10,7 @@ from mempool.types import Envelope, GatherReply, GatherRequest, Stamp, StepId, U
 from mempool.wire import messages
 from mempool.wire.v1 import data_pb2, tensor_pb2
 
-ENVELOPE = Envelope(table_id=1, epoch=2, incarnation=3)
+ENVELOPE = Envelope(table_id=1, epoch=2, incarnation=3, table_version=4)
 GATHER = GatherRequest(
     envelope=ENVELOPE,
     lookup_id=4,
