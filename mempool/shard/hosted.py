@@ -100,9 +100,9 @@ class HostedTable:
         self.check_whole()
         if envelope.table_version > self.ledger.version:
             raise DataLoss(
-                f"shard {self.info.shard} has table {self.view.schema.name!r} at version {self.ledger.version}, and this "
-                f"client has seen version {envelope.table_version} acknowledged: commits were lost here. Drop the table "
-                f"(pool.drop_table({self.view.schema.name!r})), make it again and write back what you saved of it",
+                f"shard {self.info.shard} has table {self.view.schema.name!r} at version {self.ledger.version}, and "
+                f"this client has seen version {envelope.table_version} acknowledged: commits were lost here. Drop "
+                f"the table (pool.drop_table({self.view.schema.name!r})), make it again and write back what you saved",
                 shard=self.info.shard,
                 address=self.info.address,
             )

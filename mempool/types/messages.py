@@ -20,8 +20,8 @@ class Envelope:
         table_id: The table.
         epoch: Epoch of the placement the request was planned for; another one is answered ``StalePlacement``.
         incarnation: Incarnation of the shard the request was planned for; another one is answered ``StalePlacement``.
-        table_version: A version that every owner has acknowledged to this client; 0 if it knows of none. A shard that is
-            behind it has lost commits, and answers ``DataLoss``.
+        table_version: A version that every owner has acknowledged to this client; 0 if it knows of none. A shard that
+            is behind it has lost commits, and answers ``DataLoss``.
     """
 
     table_id: int
