@@ -17,8 +17,12 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
+from rich.console import Console
+
+import mempool
 from facts.data import FactBook, build_facts
 from facts.facts_file import FactsFileError, read_facts
 from facts.progress import RaceProgress
@@ -26,9 +30,6 @@ from facts.race import Race
 from facts.report import Report, print_report, write_json
 from facts.rescale import LiveRescale, RescaleFailed
 from facts.train import TrainConfig
-from rich.console import Console
-
-import mempool
 from mempool import optim
 from mempool.errors import MempoolError, NotFound
 
@@ -70,12 +71,11 @@ def run(options: argparse.Namespace, *, book: FactBook, pool: mempool.Pool, cons
     began_s = time.perf_counter()
     config = TrainConfig(epochs=options.epochs, seed=options.seed)
     race = Race(book, pool=pool, table=open_table(pool, name=options.table, console=console), config=config)
-    rescale = (
-        None
-        if options.rescale_to is None
-        else LiveRescale(pool, shards=options.rescale_to, config=options.rescale_config)
-    )
-    with RaceProgress(race, rescale, console=console) as progress:
+    with ExitStack() as running:
+        rescale = None
+        if options.rescale_to is not None:
+            rescale = running.enter_context(LiveRescale(pool, shards=options.rescale_to, config=options.rescale_config))
+        progress = running.enter_context(RaceProgress(race, rescale, console=console))
         memory, dense, pool_report = race.run(rescale=rescale, on_step=progress.step, on_evaluation=progress.evaluation)
     return Report(
         facts=len(book.facts),

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import mempool
 from facts.train import StepTime
@@ -42,7 +44,7 @@ class RescaleFailed(Exception):
 
 
 class LiveRescale:
-    """A rescale in a thread of its own.
+    """A rescale in a thread of its own; use it with `with`, so that it leaves no command running behind it.
 
     By a config, it does what an operator would: edits `shards:` in the file and runs `mempool apply -f FILE`. Without
     one it asks the pool directly.
@@ -56,12 +58,21 @@ class LiveRescale:
     def __init__(self, pool: mempool.Pool, *, shards: int, config: Path | None = None) -> None:
         self.shards_before = len(pool.status().shards)
         self.shards_after = shards
-        self._carry_out: Callable[[], None] = (
-            (lambda: pool.rescale(shards)) if config is None else (lambda: _apply(config, shards=shards))
-        )
+        self._pool = pool
+        self._config = config
+        self._command: subprocess.Popen[str] | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self.began_s = self._end_s = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._command is not None and self._command.poll() is None:
+            self._command.terminate()  # the pool finishes by itself what it has begun
 
     @property
     def started(self) -> bool:
@@ -113,16 +124,18 @@ class LiveRescale:
     def _run(self) -> None:
         self.began_s = time.perf_counter()
         try:
-            self._carry_out()
+            if self._config is None:
+                self._pool.rescale(self.shards_after)
+            else:
+                self._apply(self._config)
         except BaseException as error:
             self._error = error
         self._end_s = time.perf_counter()
 
-
-def _apply(config: Path, *, shards: int) -> None:
-    set_shards(config, shards)
-    command = [sys.executable, "-m", "mempool", "apply", "-f", str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        said = (done.stderr or done.stdout).strip()
-        raise RescaleFailed(f"`{' '.join(command[1:])}` ended with {done.returncode}:\n{said}")
+    def _apply(self, config: Path) -> None:
+        set_shards(config, self.shards_after)
+        arguments = [sys.executable, "-m", "mempool", "apply", "-f", str(config)]
+        self._command = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        said, _ = self._command.communicate()
+        if self._command.returncode:
+            raise RescaleFailed(f"`mempool apply -f {config}` ended with {self._command.returncode}:\n{said.strip()}")

@@ -8,10 +8,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
 
+import mempool
 from facts.data import Fact, FactBook, build_facts
 from facts.phrasings import Phrasings
-
-import mempool
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,9 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-import demo
 import pytest
 
+import demo
 from mempool.config import load
 
 ROOT = Path(demo.__file__).parents[1]

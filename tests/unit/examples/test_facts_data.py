@@ -6,11 +6,12 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from facts import data
 from facts.data import MAX_ANSWER_CHARS, QUOTAS, Fact, FactBook, build_facts, single_answers, words
 from facts.phrasings import PHRASINGS, SUBJECT
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def digest(book: FactBook) -> str:

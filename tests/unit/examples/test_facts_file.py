@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from facts.facts_file import FactsFileError, read_facts
 
 GOOD = '{"question": "Who wrote Faust?", "answer": "Goethe"}'

@@ -1,14 +1,14 @@
 import pytest
 import torch
-from facts.data import FactBook
-from facts.flops import dense_flops, memory_flops, shared_flops, twin_hidden
-from facts.model import DenseBlock, FactModel, ModelSize, memory_block, share_start, spelling_loss
-from facts.text import AnswerSpelling, WordBook
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import mempool
+from facts.data import FactBook
+from facts.flops import dense_flops, memory_flops, shared_flops, twin_hidden
+from facts.model import DenseBlock, FactModel, ModelSize, memory_block, share_start, spelling_loss
+from facts.text import AnswerSpelling, WordBook
 
 SIZE = ModelSize(dim=32, pools=2, score_dim=8, heads=2, topk=4, key_dim=16)
 

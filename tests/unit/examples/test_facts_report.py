@@ -2,10 +2,11 @@ import dataclasses
 from collections import Counter
 
 import pytest
+from rich.console import Console
+
 from facts.flops import Flops
 from facts.report import ModelReport, PoolReport, Report, print_report
 from facts.train import Score
-from rich.console import Console
 
 POOL = PoolReport(
     name="p",

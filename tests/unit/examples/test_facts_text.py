@@ -1,9 +1,10 @@
 import pytest
 import torch
-from facts.data import FactBook
-from facts.text import END, MAX_WORDS, WORD_DIM, AnswerSpelling, WordBook
 from hypothesis import given
 from hypothesis import strategies as st
+
+from facts.data import FactBook
+from facts.text import END, MAX_WORDS, WORD_DIM, AnswerSpelling, WordBook
 
 
 @given(st.lists(st.text(min_size=1, max_size=12), min_size=1, max_size=8))

@@ -3,11 +3,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.nn.functional import one_hot
+
 from facts.data import FactBook
 from facts.model import DenseBlock, FactModel, ModelSize
 from facts.text import AnswerSpelling, WordBook
 from facts.train import TrainConfig, batches, contestant, evaluate, train
-from torch.nn.functional import one_hot
 
 
 class Parrot(torch.nn.Module):

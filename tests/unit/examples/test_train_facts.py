@@ -1,13 +1,16 @@
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+
+import mempool
 import train_facts
 from facts.rescale import LiveRescale, RescaleFailed
 from facts.train import StepTime
-
-import mempool
 
 
 @pytest.fixture
@@ -112,3 +115,31 @@ def test_steps_that_overlap_the_rescale_are_told_from_the_others() -> None:
     assert report.steps_during == 1
     assert report.usual_step_s == 1.5
     assert report.longest_step_s == pytest.approx(during_s - 3.0)
+
+
+def test_by_a_config_the_file_is_edited_and_apply_is_run_and_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "cluster.yaml"
+    config.write_text("pool:\n  name: p\n  shards: 1  # kept\n", encoding="utf-8")
+    stand_in = tmp_path / "stand_in.py"
+    stand_in.write_text("import sys, time; print(sys.argv[1:], flush=True); time.sleep(60)", encoding="utf-8")
+    begun: list[subprocess.Popen[str]] = []
+
+    def popen(arguments: list[str], **options: object) -> "subprocess.Popen[str]":
+        begun.append(real_popen([sys.executable, str(stand_in), *arguments[3:]], **options))
+        return begun[0]
+
+    real_popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with mempool.local() as pool:
+        with LiveRescale(pool, shards=3, config=config) as rescale:
+            rescale.start()
+            deadline_s = time.monotonic() + 30
+            while not begun and time.monotonic() < deadline_s:
+                time.sleep(0.01)
+            assert str(rescale) == "rescaling 1 -> 3"
+        with pytest.raises(RescaleFailed, match=r"`mempool apply -f .*cluster\.yaml` ended with -15"):
+            rescale.finish(steps=[])
+    assert begun[0].returncode == -15
+    assert config.read_text(encoding="utf-8") == "pool:\n  name: p\n  shards: 3  # kept\n"
