@@ -23,6 +23,8 @@ SHARDS_AFTER = 4
 
 _ROOT = Path(__file__).resolve().parent.parent
 _OUT = Path("out") / "demo"
+# What `up` writes down for `down`: its own, so that a bare `mempool down` elsewhere leaves the demo alone.
+_STATE = _OUT / "state"
 _END_TIMEOUT_S = 60.0
 
 
@@ -37,6 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     pool = f"demo-{os.getpid()}"
     began_s = time.monotonic()
     try:
+        (_OUT / "facts.json").unlink(missing_ok=True)  # an interrupted run leaves no figures of the one before
         config = write_config(pool, folder=_OUT, template=Path("cluster/local.yaml"))
         _say(f"a pool of {SHARDS_BEFORE} shards, by {config}")
         _run("-m", "mempool", "up", "-f", str(config))
@@ -100,6 +103,7 @@ def _run(*arguments: str, captured: bool = False) -> str:
     print(f"$ {shlex.join(['python', *arguments])}", flush=True)
     process = subprocess.Popen(
         [sys.executable, *arguments],
+        env={**os.environ, "XDG_STATE_HOME": str(_ROOT / _STATE)},
         stdout=subprocess.PIPE if captured else None,
         text=True,
         start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once

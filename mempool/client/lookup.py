@@ -57,7 +57,9 @@ def checked_queries(queries: Tensor, topk: int, *, schema: TableSchema) -> Tenso
         raise InvalidRequest(
             f"lookup in table {name!r}: queries has shape {list(queries.shape)}, its keys ask for [B, {wanted}]."
         )
-    if isinstance(topk, bool) or not isinstance(topk, int) or not 1 <= topk <= schema.num_slots:
+    if isinstance(topk, bool) or not isinstance(topk, int):
+        raise InvalidRequest(f"lookup in table {name!r}: topk = {topk!r} must be a whole number.")
+    if not 1 <= topk <= schema.num_slots:
         raise InvalidRequest(
             f"lookup in table {name!r}: topk = {topk!r} must be from 1 to its {schema.num_slots} slots."
         )

@@ -6,7 +6,7 @@ value dim.
 
 import math
 from collections.abc import Callable, Coroutine
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,6 +55,12 @@ class Table:
         self._run = run
         self._anchor = torch.zeros(0, requires_grad=True)
         self._wire_dtype: WireDtype = "float32"
+
+    def __reduce__(self) -> NoReturn:
+        raise InvalidRequest(
+            f"table {self.name!r} is a connection and cannot be pickled; in the other process, connect to the pool and "
+            f"take pool.table({self.name!r})"
+        )
 
     def __repr__(self) -> str:
         schema = self.schema

@@ -14,6 +14,8 @@ from mempool.config.table import Name, TableConfig
 from mempool.errors import ConfigError
 
 TOKEN_VARIABLE = "MEMPOOL_TOKEN"
+RECORDED = "recorded"
+"""Set in the validation's context for the configuration of a pool that runs already."""
 
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 _RAY_ADDRESS = re.compile(r"(auto|local|(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+):\d{1,5})")
@@ -79,8 +81,9 @@ class PoolConfig(ConfigModel):
         return token_file and Path(folder, token_file.expanduser()).absolute()
 
     @model_validator(mode="after")
-    def _token_and_ports(self) -> Self:
-        if not is_loopback(self.bind) and self.token_file is None and not os.environ.get(TOKEN_VARIABLE):
+    def _token_and_ports(self, info: ValidationInfo) -> Self:
+        recorded = (info.context or {}).get(RECORDED, False)  # of a pool that has its token: it need not be here
+        if not (recorded or is_loopback(self.bind) or self.token_file or os.environ.get(TOKEN_VARIABLE)):
             raise FieldProblem(
                 ("bind",),
                 self.bind,

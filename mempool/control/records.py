@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mempool.config import ClusterConfig
+from mempool.config.cluster import RECORDED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +58,8 @@ def read_record(pool: str) -> PoolRecord | None:
     path = _path(pool)
     try:
         fields = json.loads(path.read_text())
-        return PoolRecord(**{**fields, "config": ClusterConfig.model_validate(fields["config"])})
+        config = ClusterConfig.model_validate(fields["config"], context={RECORDED: True})
+        return PoolRecord(**{**fields, "config": config})
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):  # of another version of mempool: as good as none

@@ -46,8 +46,16 @@ class ShardServing:
         """Bind, start, answer where the shard is.
 
         Raises:
-            ConfigError: No port is free, or the device cannot be used.
+            ConfigError: No port is free, or the device cannot be used. Port and engine are given back: it will be tried
+                again, and a range of ports is soon used up.
         """
+        try:
+            return await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _start(self) -> ShardInfo:
         pool = self._config.pool
         port = self._server.bind(pool.bind, _shard_ports(self._config))
         info = ShardInfo(shard=self._shard, address=f"{self._host}:{port}", incarnation=self._incarnation)

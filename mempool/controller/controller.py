@@ -382,8 +382,8 @@ class Controller:
 
 
 def _check_shards(shards: int) -> None:
-    if shards < 1:
-        raise InvalidRequest(f"shards = {shards}: a pool has at least 1 shard")
+    if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
+        raise InvalidRequest(f"shards = {shards!r}: a pool has a whole number of shards, at least 1 shard")
 
 
 def _begun(shards_before: int, shards_after: int) -> RescaleProgress:

@@ -55,6 +55,8 @@ class Fanout:
 
     async def each(self, calls: Sequence[tuple[ShardInfo, Call[T]]]) -> list[T]:
         """All calls together, replies in their order. One that fails ends the others; the gravest error is raised."""
+        if not calls:  # an empty batch on a table by rows needs nobody
+            return []
         if len(calls) == 1:
             return [await self._one(*calls[0])]
         tasks = [asyncio.ensure_future(self._one(info, call)) for info, call in calls]

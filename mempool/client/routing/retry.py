@@ -69,6 +69,7 @@ class Retry:
         self._replans = 0
         self._outages = 0
         self._last: MempoolError | None = None
+        self._try_began_s = start_s
 
     @property
     def tries(self) -> int:
@@ -91,12 +92,15 @@ class Retry:
             delay_s = self._backoff.delay_s(self._outages, jitter=self._jitter())
         if now_s + delay_s >= self._start_s + self._timeout_s:
             return GiveUp(error=self._final(error, now_s=now_s))
+        self._try_began_s = now_s + delay_s
         return Again(delay_s=delay_s)
 
     def out_of_time(self, *, waiting_for: tuple[tuple[int, str], ...], now_s: float) -> MempoolError:
         """The error of a call whose time ended during a try. waiting_for: (shard, address) that had not answered."""
         self._tries += 1
-        if waiting_for:
+        # A try that was cut off soon says little of those it waited for; the error before it says more.
+        cut_off_soon = now_s - self._try_began_s < self._timeout_s / 4
+        if waiting_for and not (cut_off_soon and self._last is not None):
             shard, address = waiting_for[0]
             silence = ShardUnavailable(f"no answer{_from(address)}", shard=shard, address=address or None)
             return self._final(silence, now_s=now_s)
@@ -120,7 +124,7 @@ class Retry:
         if isinstance(error, PoolUnreachable):
             return PoolUnreachable(
                 f"pool {self._pool!r} did not answer within {spent} ({tries}). "
-                "See whether it is up, and whether the address is right: mempool status",
+                "Is it up, and the address right? Start one: mempool up -f cluster/local.yaml",
                 address=error.address,
             )
         if isinstance(error, DeadlineExceeded):

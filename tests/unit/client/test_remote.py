@@ -119,7 +119,7 @@ def test_shard_alone_knows_the_pool_but_does_not_change_it(here: GrpcPoolHere) -
 
 
 def test_nobody_there() -> None:
-    with pytest.raises(PoolUnreachable, match=f"pool '{NOBODY}' did not answer within 0.* mempool status"):
+    with pytest.raises(PoolUnreachable, match=f"pool '{NOBODY}' did not answer within 0.* mempool up -f"):
         connect(NOBODY, timeout_s=0.3)
 
 

@@ -130,3 +130,14 @@ def test_nobody_answered_about_the_table() -> None:
     error = make_retry(timeout_s=1.0).out_of_time(waiting_for=(), now_s=101.0)
     assert isinstance(error, PoolUnreachable)
     assert "'facts'" in str(error)
+
+
+def test_a_try_cut_off_soon_does_not_hide_who_failed_before() -> None:
+    retry = make_retry(timeout_s=2.0)
+    retry.failed(ShardUnavailable("connection refused", shard=2, address="host:2"), now_s=101.5)
+    error = retry.out_of_time(waiting_for=((0, "host:0"),), now_s=102.0)
+    assert (error.shard, error.address) == (2, "host:2")
+
+    patient = make_retry(timeout_s=2.0)
+    patient.failed(ShardUnavailable("connection refused", shard=2, address="host:2"), now_s=100.1)
+    assert patient.out_of_time(waiting_for=((0, "host:0"),), now_s=102.0).shard == 0

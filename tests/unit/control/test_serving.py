@@ -66,3 +66,23 @@ def test_a_shard_takes_a_port_of_its_range() -> None:
         address, status = run(serve(), timeout_s=30)
     assert address == f"127.0.0.1:{first + 1}"
     assert (status.info.shard, status.info.incarnation, status.info.address) == (3, 7, address)
+
+
+def test_a_shard_that_does_not_start_gives_its_port_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    no_gpu = ClusterConfig(
+        pool=PoolConfig(name="served", shards=1, shard_ports=f"{port}-{port}"),
+        shard=ShardConfig(device="cuda", num_gpus=1),
+    )
+
+    async def serve() -> None:
+        await ShardServing(no_gpu, shard=0, incarnation=1, node_ip="10.0.0.7", token=None).start()
+
+    for _ in range(3):  # the controller tries again: what is wrong must not turn into "no free port"
+        with pytest.raises(ConfigError, match="no GPU that torch can use"):
+            run(serve(), timeout_s=10)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", port))

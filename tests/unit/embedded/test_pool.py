@@ -1,5 +1,6 @@
 """The embedded pool as a user meets it."""
 
+import pickle
 import subprocess
 import sys
 import threading
@@ -36,7 +37,7 @@ def test_values_do_not_depend_on_shards_or_layout() -> None:
     assert rows[0].std() == pytest.approx(200**-0.5, rel=0.02)
 
 
-@pytest.mark.parametrize("shards", [0, -1])
+@pytest.mark.parametrize("shards", [0, -1, 2.5, True])
 def test_no_pool_without_shards(shards: int) -> None:
     with pytest.raises(errors.InvalidRequest, match="at least 1 shard"):
         mempool.local(shards=shards)
@@ -70,3 +71,22 @@ def test_a_shard_that_lost_an_acknowledged_commit_is_not_believed() -> None:
         engine._tables[table.schema.table_id].ledger.version -= 1  # what a restore of an older state would be
         with pytest.raises(errors.DataLoss, match="version 0, and this client has seen version 1 acknowledged"):
             table.gather(ids)
+
+
+@pytest.mark.parametrize("keys", [mempool.FlatKeys(key_dim=16), mempool.ProductKeys(heads=2, key_dim=16)])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_a_lookup_of_nothing_finds_nothing(keys: mempool.FlatKeys | mempool.ProductKeys, layout: str) -> None:
+    with mempool.local(shards=2) as pool:
+        config = mempool.TableConfig(name="keyed", num_slots=1024, value_dim=128, keys=keys, layout=layout)
+        table = pool.create_table(config)
+        shape = (0, 16) if isinstance(keys, mempool.FlatKeys) else (0, 2, 16)
+        found = table.lookup(torch.empty(shape), topk=5)
+        assert found.values.shape == (0, 128)
+        assert found.ids.shape == (*shape[:-1], 5)
+
+
+def test_a_table_is_not_pickled() -> None:
+    with mempool.local() as pool:
+        table = pool.create_table(mempool.TableConfig(name="facts", num_slots=64, value_dim=8))
+        with pytest.raises(errors.InvalidRequest, match="connect to the pool"):
+            pickle.dumps(table)
