@@ -11,11 +11,11 @@ import typer
 
 import mempool
 from mempool.cli import documents, show
-from mempool.cli.outcome import UsageError, reported
+from mempool.cli.outcome import UsageError, reported, undone_by_signals
 from mempool.cli.target import Target, find_target
 from mempool.client import Pool, connect
 from mempool.config import ClusterConfig, load, set_shards
-from mempool.errors import NotFound
+from mempool.errors import ConfigError, NotFound
 
 _ANSWER_TIMEOUT_S = 5.0
 
@@ -64,7 +64,8 @@ def up(file: File) -> None:
         from mempool.control import up as start
 
         config = load(file)
-        record = start(config, say=show.say)
+        with undone_by_signals():
+            record = start(config, say=show.say)
         show.say(f"pool {record.name!r} is up: mempool.connect({record.address!r})")
 
 
@@ -121,6 +122,11 @@ def scale(
     with reported():
         target = find_target(file, address)
         with _connect(target) as pool, show.rescale_progress() as (_, progress):
+            if target.config is not None and pool.name != target.config.pool.name:
+                raise ConfigError(
+                    f"{file} is of pool {target.config.pool.name!r}, and at {target.address} is pool {pool.name!r}; "
+                    "nothing was changed. Give that pool's file, or its --address alone"
+                )
             pool.rescale(shards, progress=progress)
         if file is not None:
             set_shards(file, shards)

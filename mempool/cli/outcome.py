@@ -1,5 +1,6 @@
 """How a command ends: exit codes, and errors as one message without a traceback."""
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,27 @@ def reported() -> Iterator[None]:
     except BrokenPipeError:  # `mempool status | head`
         sys.stderr.close()
         raise typer.Exit(FAILED) from None
+
+
+@contextmanager
+def undone_by_signals() -> Iterator[None]:
+    """Run what has to be undone if it does not end well: SIGTERM and SIGHUP then end it as Ctrl-C does.
+
+    By themselves they end a process where it stands, and what it has started stays.
+    """
+
+    def leave(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    found = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in found.items() if handler is not signal.SIG_IGN}  # as nohup asks
+    for number in before:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _code(error: MempoolError) -> int:

@@ -64,7 +64,20 @@ def outcome(found: Changes) -> None:
 
 @contextmanager
 def rescale_progress(*, quiet: bool = False) -> Iterator[tuple[Say, Watch]]:
-    """Where steps and reports of a rescale go: nowhere, to a bar on a terminal, or to a line for each tenth."""
+    """Where steps and reports of a rescale go: nowhere, to a bar on a terminal, or to a line for each tenth.
+
+    Ctrl-C ends the watching alone, and it is said so.
+    """
+    try:
+        with _progress(quiet) as shown:
+            yield shown
+    except KeyboardInterrupt:
+        print("interrupted; a rescale that has begun goes on without its watcher: see mempool status", file=sys.stderr)
+        raise
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[tuple[Say, Watch]]:
     console = _console()
     if quiet:
         yield _nothing, _nothing

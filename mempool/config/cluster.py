@@ -58,12 +58,13 @@ class PoolConfig(ConfigModel):
         name: The pool's name, by which commands find it; letters, digits, ``_ . -``, a letter first, at most 63.
         shards: How many shards there shall be: the one field that a living pool follows at `mempool apply`.
         bind: The interface the controller and the shards listen on. Anything but loopback requires a token.
-        advertise: The host that clients are told; None means ``bind``, or the node's own address where ``bind`` is
-            all interfaces.
+        advertise: The host by which clients are told of the controller and of every shard, so for a pool on one host
+            alone (behind NAT, in a container); None means ``bind``, or each node's own address where ``bind`` is all
+            interfaces.
         port: The controller's port, where clients attach; 0 takes a free one.
         shard_ports: First and last port that shards may take on a node; None takes free ones.
-        token_file: A file with the token, on every node, relative to the cluster file (in Python: to the
-            working folder) and kept absolute. None: MEMPOOL_TOKEN, if set.
+        token_file: A file with the token, where commands are given, relative to the cluster file (in Python: to the
+            working folder) and kept absolute; shards get the token through Ray. None: MEMPOOL_TOKEN, if set.
     """
 
     name: Name

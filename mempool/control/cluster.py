@@ -4,17 +4,27 @@ Leaves what runs afterwards to the actors, and Ray's own coming and going to ``r
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mempool.config import ClusterConfig
+from mempool.config import ClusterConfig, is_loopback
 from mempool.control import ray_process
-from mempool.control.actors import NAMESPACE, cluster_resources, controller_name, make_actor, pool_of
+from mempool.control.actors import NAMESPACE, cluster_resources, controller_name, make_actor, node_ip, pool_of
 from mempool.control.apply import create_tables
 from mempool.control.controller_actor import ControllerProcess
-from mempool.control.records import PoolRecord, forget_record, hand_over_ray, read_record, write_record
+from mempool.control.records import (
+    PoolRecord,
+    forget_record,
+    hand_over_ray,
+    read_record,
+    record_path,
+    state_folder,
+    write_record,
+)
+from mempool.control.serving import advertised_host
 from mempool.errors import AlreadyExists, MempoolError, NotFound, PoolUnreachable
 
 _UP_TIMEOUT_S = 300.0
@@ -39,21 +49,30 @@ def up(config: ClusterConfig, *, say: Say = print) -> PoolRecord:
     if not config.pool.port:  # taken now, so that it is the same when the controller comes back
         config = config.model_copy(update={"pool": config.pool.model_copy(update={"port": ray_process.free_port()})})
     _require_down(name)
+    state_folder()  # where there can be none, nothing is started
     ray_address, ray_pid = _ray_for(config, say)
     try:
         if _actors(name):
             raise _already(name, ray_address)
+        before = read_record(name)
+        say(f"starting pool {name!r}: {config.pool.shards} shards")
+        for line in (*_shortages(config), *_out_of_reach(config)):
+            say(line)
         try:
-            say(f"starting pool {name!r}: {config.pool.shards} shards")
-            for line in _shortages(config):
-                say(line)
-            address = _start_controller(config, token)
+            controller = _make_controller(config, token)
+        except ValueError:  # another `up` came first: what runs under this name is not this one's to end
+            raise _already(name, ray_address) from None
+        try:
+            address = _started(controller)
             record = PoolRecord(name=name, address=address, ray_address=ray_address, ray_pid=ray_pid, config=config)
             write_record(record)
             create_tables(config.tables, address=address, token=token, say=say)
         except BaseException:
             _kill(name)
-            forget_record(name)
+            if before is None:
+                forget_record(name)
+            else:  # of a pool of this name on another Ray
+                write_record(before)
             raise
     except BaseException:
         ray.shutdown()
@@ -68,8 +87,9 @@ def down(pool: str, *, say: Say = print) -> None:
     """End a pool; Ray too where `up` started it and no other pool runs on it.
 
     Raises:
-        NotFound: There is no such pool on this machine's record nor on Ray.
-        PoolUnreachable: Ray cannot be reached.
+        NotFound: There is no such pool on this machine's record, nor on its Ray if there is one.
+        PoolUnreachable: The Ray of the record cannot be reached, and it is not one that `up` started for this pool;
+            nothing was changed.
     """
     record = read_record(pool)
     found, others = False, set[str]()
@@ -82,9 +102,17 @@ def down(pool: str, *, say: Say = print) -> None:
                 say(f"stopping pool {pool!r}")
                 _stop(pool, say)
             others = {other for name in _actors(None) if (other := pool_of(name)) not in (None, pool)}
-        except PoolUnreachable:
+        except PoolUnreachable as error:
             if record is None:
-                raise
+                raise NotFound(
+                    f"no pool {pool!r} was started here by `mempool up`, and no Ray of this machine answers that could run "
+                    f"one ({error.message.split(';')[0].split('. ')[0]})"
+                ) from None
+            if record.ray_pid is None:  # perhaps its head is away for a while, and the pool goes on
+                raise PoolUnreachable(
+                    f"{error.message}. Pool {pool!r} was started on that Ray, so it cannot be ended now. If that Ray "
+                    f"is gone for good the pool is too: delete {record_path(pool)}"
+                ) from None
             say(f"Ray at {ray_address} does not answer: the pool is gone with it")
         finally:
             ray.shutdown()
@@ -94,7 +122,9 @@ def down(pool: str, *, say: Say = print) -> None:
         return
     if record.ray_pid is not None:
         heir = next((other for other in sorted(others) if hand_over_ray(record, other)), None)
-        if heir is None:
+        if others and heir is None:  # of another user, or another state folder: not ours to end
+            say(f"Ray (pid {record.ray_pid}) stays: pool {min(others)!r} runs on it; end that first, then that process")
+        elif heir is None:
             ray_process.end(record.ray_pid, record.ray_address, say=say)
         else:
             say(f"Ray stays: pool {heir!r} runs on it")
@@ -147,9 +177,21 @@ def _shortages(config: ClusterConfig) -> list[str]:
     ]
 
 
-def _start_controller(config: ClusterConfig, token: str | None) -> str:
+def _out_of_reach(config: ClusterConfig) -> list[str]:
+    """A line where other machines are let in and told an address that is none to them."""
+    host = advertised_host(config, node_ip())
+    if is_loopback(config.pool.bind) or not is_loopback(host):
+        return []
+    return [
+        f"pool.bind = {config.pool.bind!r} lets other machines in, and Ray knows this one as {host}, which clients "
+        "there would be told: set pool.advertise to this machine's address"
+    ]
+
+
+def _make_controller(config: ClusterConfig, token: str | None) -> Any:
+    """The controller's actor. Raises ValueError where there is one of that name."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    actor = make_actor(
+    return make_actor(
         ControllerProcess,
         config,
         token,
@@ -158,8 +200,12 @@ def _start_controller(config: ClusterConfig, token: str | None) -> str:
         max_restarts=-1,
         scheduling_strategy=here,
     )
+
+
+def _started(controller: Any) -> str:
+    """The pool's address, once the controller has started its shards."""
     try:
-        address: str = ray.get(actor.start.remote(), timeout=_UP_TIMEOUT_S)
+        address: str = ray.get(controller.start.remote(), timeout=_UP_TIMEOUT_S)
         return address
     except RayError as error:
         cause = getattr(error, "cause", None)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mempool.config import ClusterConfig
 from mempool.config.cluster import RECORDED
+from mempool.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,16 +32,21 @@ class PoolRecord:
 
 
 def state_folder() -> Path:
-    """Where records and logs of this user are; made if missing."""
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    path = Path(base) / "mempool"
-    path.mkdir(parents=True, exist_ok=True)
+    """Where records and logs of this user are; made if missing. Raises ConfigError where that cannot be."""
+    path = _folder()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make {path} ({error.strerror}), where `mempool up` writes down what it started; set "
+            "XDG_STATE_HOME to a folder of yours"
+        ) from None
     return path
 
 
 def write_record(record: PoolRecord) -> None:
-    """Write a record down in one step, over an older one of the same pool."""
-    path = _path(record.name)
+    """Write a record down in one step, over an older one of the same pool. Raises ConfigError."""
+    path = state_folder() / record_path(record.name).name
     fields = {
         "name": record.name,
         "address": record.address,
@@ -55,12 +61,12 @@ def write_record(record: PoolRecord) -> None:
 
 def read_record(pool: str) -> PoolRecord | None:
     """The record of a pool; None where there is none that can be read."""
-    path = _path(pool)
+    path = record_path(pool)
     try:
         fields = json.loads(path.read_text())
         config = ClusterConfig.model_validate(fields["config"], context={RECORDED: True})
         return PoolRecord(**{**fields, "config": config})
-    except FileNotFoundError:
+    except OSError:
         return None
     except (ValueError, KeyError, TypeError):  # of another version of mempool: as good as none
         return None
@@ -68,13 +74,13 @@ def read_record(pool: str) -> PoolRecord | None:
 
 def read_records() -> list[PoolRecord]:
     """Every record, by name."""
-    names = sorted(path.stem for path in state_folder().glob("*.json"))
+    names = sorted(path.stem for path in _folder().glob("*.json"))
     return [record for name in names if (record := read_record(name)) is not None]
 
 
 def forget_record(pool: str) -> None:
     """Remove a record; none is no error."""
-    _path(pool).unlink(missing_ok=True)
+    record_path(pool).unlink(missing_ok=True)
 
 
 def hand_over_ray(record: PoolRecord, heir: str) -> bool:
@@ -86,5 +92,10 @@ def hand_over_ray(record: PoolRecord, heir: str) -> bool:
     return True
 
 
-def _path(pool: str) -> Path:
-    return state_folder() / f"{pool}.json"
+def record_path(pool: str) -> Path:
+    """Where the record of a pool is, or would be."""
+    return _folder() / f"{pool}.json"
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "mempool"

@@ -319,7 +319,7 @@ def initial_values(
 def warm_up(device: torch.device | str = "cpu") -> None:
     """Compile (or load from the disk cache) every kernel that a device uses, for both storage dtypes.
 
-    A shard calls it before it says that it is ready, so that no request waits for a compiler.
+    For whoever wants no request to wait for a compiler, which takes tens of seconds where the disk cache is empty.
 
     Args:
         device: Where the shard's arenas lie.

@@ -99,8 +99,8 @@ class PoolOptimizer(torch.optim.Optimizer):
             What the closure returned.
 
         Raises:
-            InvalidRequest: With max_norm: the gradient has an inf or NaN, which clipping would spread over the table.
-                Nothing was applied; ``zero_grad`` drops it.
+            InvalidRequest: With max_norm, or where a gradient's ``grad`` was read since the last update: a gradient has
+                an inf or NaN, which scaling would spread over the table. Nothing was applied; ``zero_grad`` drops it.
             MempoolError: What the tables' prepare and commit raise.
         """
         if grad_scaler is not None and grad_scaler.is_enabled():
@@ -129,13 +129,16 @@ class PoolOptimizer(torch.optim.Optimizer):
         Raises:
             InvalidRequest: The state is of other tables than this optimizer's.
         """
-        saved = {group.get("table"): group for group in state_dict["param_groups"]}
+        saved = list(state_dict["param_groups"])
+        saved_names = [group.get("table") for group in saved]
         names = [group["table"] for group in self.param_groups]
-        if set(saved) != set(names) or len(saved) != len(state_dict["param_groups"]):
+        if sorted(map(str, saved_names)) != sorted(names):
             raise InvalidRequest(
-                f"the state is of tables {sorted(map(str, saved))}; this optimizer has {sorted(names)}"
+                f"the state is of tables {sorted(map(str, saved_names))}; this optimizer has {sorted(names)}"
             )
-        super().load_state_dict({**state_dict, "param_groups": [saved[name] for name in names]})
+        # Tables of several pools may have one name: among those, the order of the groups decides.
+        groups = [saved.pop([group["table"] for group in saved].index(name)) for name in names]
+        super().load_state_dict({**state_dict, "param_groups": groups})
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
@@ -151,13 +154,13 @@ class PoolOptimizer(torch.optim.Optimizer):
         if not gradients or (self.max_norm is None and not any(gradient.prepared for gradient in gradients)):
             return None
         norm = float(clip_grad_norm_(gradients, math.inf))
+        if not math.isfinite(norm):
+            names = ", ".join(repr(gradient.table.name) for gradient in gradients)
+            raise InvalidRequest(
+                f"the gradient of {names} has an inf or NaN, which scaling would spread; nothing was applied."
+                " zero_grad() drops it. In mixed precision give step a grad_scaler: it skips such steps"
+            )
         if self.max_norm is not None:
-            if not math.isfinite(norm):
-                names = ", ".join(repr(gradient.table.name) for gradient in gradients)
-                raise InvalidRequest(
-                    f"the gradient of {names} has an inf or NaN, which clipping would spread; nothing was applied."
-                    " zero_grad() drops it. In mixed precision give step a grad_scaler: it skips such steps"
-                )
             clip_grad_norm_(gradients, self.max_norm)
         return norm
 

@@ -65,25 +65,31 @@ class _ProductTopk(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grads_HBK: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        queries_HBD, keys_H2Nd, *indices = ctx.saved_tensors
-        num_heads, num_bags, topk = grads_HBK.shape
-        grads = grads_HBK.reshape(-1, topk)
-        query_grads: list[Tensor] = []
-        key_grads: list[Tensor] = []
-        for half, (query_HBd, index) in enumerate(zip(queries_HBD.chunk(2, dim=-1), indices, strict=True)):
-            # Dense products of a mostly empty matrix: cheaper than fetching and adding K rows of keys per query.
-            score_grads = grads.new_zeros(grads.shape[0], keys_H2Nd.shape[2]).scatter_add_(1, index, grads)
-            score_grads_HBN = score_grads.view(num_heads, num_bags, keys_H2Nd.shape[2])
-            if ctx.needs_input_grad[0]:
-                query_grads.append(torch.bmm(score_grads_HBN, keys_H2Nd[:, half]))
-            if ctx.needs_input_grad[1]:
-                key_grads.append(torch.bmm(score_grads_HBN.transpose(1, 2), query_HBd))
-        return (
-            torch.cat(query_grads, dim=-1) if query_grads else None,
-            torch.stack(key_grads, dim=1) if key_grads else None,
-            None,
-            None,
-        )
+        # A backward pass inside an autocast region would make the products below in bfloat16.
+        with torch.autocast(grads_HBK.device.type, enabled=False):
+            return _backward(ctx, grads_HBK)
+
+
+def _backward(ctx: Any, grads_HBK: Tensor) -> tuple[Tensor | None, ...]:
+    queries_HBD, keys_H2Nd, *indices = ctx.saved_tensors
+    num_heads, num_bags, topk = grads_HBK.shape
+    grads = grads_HBK.reshape(-1, topk)
+    query_grads: list[Tensor] = []
+    key_grads: list[Tensor] = []
+    for half, (query_HBd, index) in enumerate(zip(queries_HBD.chunk(2, dim=-1), indices, strict=True)):
+        # Dense products of a mostly empty matrix: cheaper than fetching and adding K rows of keys per query.
+        score_grads = grads.new_zeros(grads.shape[0], keys_H2Nd.shape[2]).scatter_add_(1, index, grads)
+        score_grads_HBN = score_grads.view(num_heads, num_bags, keys_H2Nd.shape[2])
+        if ctx.needs_input_grad[0]:
+            query_grads.append(torch.bmm(score_grads_HBN, keys_H2Nd[:, half]))
+        if ctx.needs_input_grad[1]:
+            key_grads.append(torch.bmm(score_grads_HBN.transpose(1, 2), query_HBd))
+    return (
+        torch.cat(query_grads, dim=-1) if query_grads else None,
+        torch.stack(key_grads, dim=1) if key_grads else None,
+        None,
+        None,
+    )
 
 
 def _select(scores1: Tensor, scores2: Tensor, topk: int, stride: int) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ class Server:
             options=server_options(max_message_bytes=max_message_bytes),
         )
         self._health = HealthServicer()
+        self._started = False
 
     def bind(self, host: str, ports: Iterable[int]) -> int:
         """Take the first free port of ``ports`` (0: any) and answer it.
@@ -76,10 +77,13 @@ class Server:
         names = (*handlers, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         await self._server.start()
+        self._started = True
         for service in ("", *handlers):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self, grace_s: float = 2.0) -> None:
         """Tell health probes, let calls under way finish for ``grace_s``, close the port."""
         await self._health.enter_graceful_shutdown()
+        if not self._started:  # gRPC keeps the port of a server that never started
+            await self._server.start()
         await self._server.stop(grace_s)

@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 
 import grpc
 
-from mempool.errors import PoolUnreachable, RequestTooLarge, ShardUnavailable, Unavailable
+from mempool.errors import PoolUnreachable, RequestTooLarge, ShardUnavailable, Unauthenticated, Unavailable
 from mempool.wire.methods import Method
 from mempool.wire.status import from_rpc_error
 
@@ -67,6 +67,9 @@ class Channel:
         shard: The shard there, for error messages; None for the pool.
         token: Sent as ``authorization: Bearer ...`` with each call.
         max_message_bytes: Neither sends nor takes larger messages.
+
+    Raises:
+        Unauthenticated: No pool has such a token.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class Channel:
         self.address = address
         self.shard = shard
         self._max_message_bytes = max_message_bytes
-        self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
+        self._metadata = () if token is None else (("authorization", f"Bearer {_sendable(token)}"),)
         self._channel = grpc.aio.insecure_channel(address, options=client_options(max_message_bytes=max_message_bytes))
         self._closed = False
         self._calls: dict[str, Any] = {}
@@ -172,3 +175,17 @@ class Channel:
                 address=self.address,
             )
         return frame
+
+
+def _sendable(token: str) -> str:
+    """The token as the pool reads its own, without the line end of a file; never shown.
+
+    It has to be a header: of one that cannot be, gRPC only says that some operation failed.
+    """
+    token = token.strip()
+    if not token or not all("!" <= character <= "~" for character in token):
+        raise Unauthenticated(
+            "the token is empty, or has blanks or other than printable ASCII in it, so it is no pool's; check "
+            "MEMPOOL_TOKEN, or connect(..., token=...)"
+        )
+    return token

@@ -141,6 +141,7 @@ def _tensor(frame: bytes | memoryview, memory: npt.NDArray[np.uint8], field: Fie
     dtype: int | None = None
     shape: list[int] = []
     body: tuple[int, int] | None = None
+    padded = False
     for count, part in enumerate(_fields(frame, field.at, field.stop, where)):
         if count >= MAX_TENSOR_FIELDS:
             raise InvalidRequest(f"{where} has more than {MAX_TENSOR_FIELDS} fields; a tensor has 4")
@@ -154,6 +155,10 @@ def _tensor(frame: bytes | memoryview, memory: npt.NDArray[np.uint8], field: Fie
             if body is not None or part.kind != _LENGTH:
                 raise InvalidRequest(f"{where}.inline is there twice, or is not bytes")
             body = (part.at, part.stop)
+        elif part.number == _PADDING:
+            if padded or part.kind != _LENGTH:
+                raise InvalidRequest(f"{where}.padding is there twice, or is not bytes")
+            padded = True
     at, stop = body or (field.stop, field.stop)
     found = checked_dtype(dtype or 0, shape, stop - at, where)
     return tensor_at(memory, at, found, shape)

@@ -1,8 +1,4 @@
-"""The innermost steps that kernels share: slot id to arena row, stored element to float32 and back.
-
-Numba's disk cache does not notice that a kernel uses a changed function of another file: after an edit here, delete the
-caches (``__pycache__/*.nb*``) of the files beside it.
-"""
+"""The innermost steps that kernels share: slot id to arena row, stored element to float32 and back."""
 
 from __future__ import annotations
 

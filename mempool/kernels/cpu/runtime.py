@@ -3,19 +3,27 @@ as many threads as torch uses, tensors as numpy views. Kernels themselves live b
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba as typed_numba
 import numpy as np
 import torch
+from numba.core import caching as typed_caching
 from numpy.typing import NDArray
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 # Numba's type stubs leave out most of what is used here.
 numba: Any = typed_numba
+caching: Any = typed_caching
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -62,13 +70,49 @@ def choose_threading_layer() -> str:
     )
 
 
+def source_stamp(folder: Path) -> str:
+    """Changes with the text of any source file of the folder: kernels are compiled with functions of other files."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _own_stamp() -> str:
+    return source_stamp(Path(__file__).parent)
+
+
+class KernelCacheFile(caching.IndexDataCacheFile):  # type: ignore[misc]
+    """Numba's disk cache of one kernel, with a file of compiled code for each signature that no other signature uses.
+
+    Numba numbers these files by an index that it reads, changes and writes without a lock. Of several processes that
+    compile different signatures at once, one then finds another's code under its own signature, for ever. A lost entry
+    of the index only means to compile again.
+    """
+
+    def save(self, key: Any, data: Any) -> None:
+        """Keep the compiled code ``data`` of the signature (and target) ``key``."""
+        digest = hashlib.sha256(f"{self._source_stamp} {key!r}".encode()).hexdigest()[:20]
+        name = self._data_name_pattern.replace("{number:d}", digest)
+        try:
+            self._save_data(name, data)
+            self._save_index(self._load_index() | {key: name})
+        except OSError as error:
+            logger.warning("kernels will be compiled again in the next process: cannot write %s: %s", name, error)
+
+
 def _compile(function: _F, **options: Any) -> _F:
     # Division by zero gives inf or NaN, as in torch; Python's exception would also keep loops from being vectorised.
     options |= {"nogil": True, "error_model": "numpy"}
     try:
-        return numba.njit(cache=True, **options)(function)  # type: ignore[no-any-return]
+        kernel = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no directory for the disk cache is writable: compile in memory, once a process
         return numba.njit(**options)(function)  # type: ignore[no-any-return]
+    cache: Any = getattr(kernel, "_cache", None)
+    if hasattr(cache, "_cache_file"):  # not where NUMBA_DISABLE_JIT leaves the Python function
+        cache._cache_file = KernelCacheFile(cache._cache_path, cache._impl.filename_base, _own_stamp())
+    return kernel  # type: ignore[no-any-return]
 
 
 def parallel(function: _F) -> _F:

@@ -25,8 +25,7 @@ rank 0. Sequences and steps are never used again for something else.
 
 Concurrency. Calls may overlap and are answered in any order. Where one must see the other's effect, wait for its answer.
 
-Limits. A message, either way, is at most 256 MiB unless the pool's configuration says otherwise
-(ERROR_CODE_REQUEST_TOO_LARGE); scalars and names of one request (all but its tensors) are at most 4 MiB.
+Limits. A message, either way, is at most 256 MiB (ERROR_CODE_REQUEST_TOO_LARGE); scalars and names of one request (all but its tensors) are at most 4 MiB.
 
 64-bit integers: the values in this package stay below 2^53 except lookup ids and seeds, so a client in a language
 without them may use doubles for what it reads.
@@ -707,7 +706,9 @@ class LookupReply(_message.Message):
     """The highest table version of the shards that took part. Higher than the stamp's where a Commit came between."""
     @_builtins.property
     def stamp(self) -> Global___Stamp:
-        """The shard that coordinated, the epoch it followed, and the lowest table version of the shards that took part."""
+        """The shard that coordinated (0 of incarnation 0: the controller), the epoch it followed, and the lowest table version
+        of the shards that took part.
+        """
 
     @_builtins.property
     def ids(self) -> _tensor_pb2.Tensor:

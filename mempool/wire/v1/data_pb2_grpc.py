@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class MemoryServiceStub(object):
-    """Lookups, updates and rows of a table. Served by every shard.
+    """Lookups, updates and rows of a table. Served by every shard; the controller's address serves Lookup alone.
     """
 
     def __init__(self, channel):
@@ -83,7 +83,7 @@ class MemoryServiceStub(object):
 
 
 class MemoryServiceServicer(object):
-    """Lookups, updates and rows of a table. Served by every shard.
+    """Lookups, updates and rows of a table. Served by every shard; the controller's address serves Lookup alone.
     """
 
     def Gather(self, request, context):
@@ -157,7 +157,7 @@ class MemoryServiceServicer(object):
 
     def Lookup(self, request, context):
         """Queries in, pooled values out: the whole lookup (score, merge, softmax, gather on all owners), for clients that do not
-        plan. Any shard coordinates it for any table that has keys in the pool, also where it owns nothing of the table.
+        plan. Any shard, and the controller, coordinates it for any table that has keys in the pool, also where it owns nothing of the table.
 
         Needs no view: the table is named, and moves of pages are followed inside the call, within its deadline. Changes
         nothing, remembers nothing, can be repeated. Answered whole or not at all: an owner that stays away fails the call with
@@ -244,7 +244,7 @@ def add_MemoryServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class MemoryService(object):
-    """Lookups, updates and rows of a table. Served by every shard.
+    """Lookups, updates and rows of a table. Served by every shard; the controller's address serves Lookup alone.
     """
 
     @staticmethod

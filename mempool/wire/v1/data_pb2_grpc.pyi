@@ -25,8 +25,7 @@ rank 0. Sequences and steps are never used again for something else.
 
 Concurrency. Calls may overlap and are answered in any order. Where one must see the other's effect, wait for its answer.
 
-Limits. A message, either way, is at most 256 MiB unless the pool's configuration says otherwise
-(ERROR_CODE_REQUEST_TOO_LARGE); scalars and names of one request (all but its tensors) are at most 4 MiB.
+Limits. A message, either way, is at most 256 MiB (ERROR_CODE_REQUEST_TOO_LARGE); scalars and names of one request (all but its tensors) are at most 4 MiB.
 
 64-bit integers: the values in this package stay below 2^53 except lookup ids and seeds, so a client in a language
 without them may use doubles for what it reads.
@@ -56,7 +55,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class MemoryServiceStub:
-    """Lookups, updates and rows of a table. Served by every shard."""
+    """Lookups, updates and rows of a table. Served by every shard; the controller's address serves Lookup alone."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -109,7 +108,7 @@ class MemoryServiceStub:
     """
     Lookup: _grpc.UnaryUnaryMultiCallable[_data_pb2.LookupRequest, _data_pb2.LookupReply]
     """Queries in, pooled values out: the whole lookup (score, merge, softmax, gather on all owners), for clients that do not
-    plan. Any shard coordinates it for any table that has keys in the pool, also where it owns nothing of the table.
+    plan. Any shard, and the controller, coordinates it for any table that has keys in the pool, also where it owns nothing of the table.
 
     Needs no view: the table is named, and moves of pages are followed inside the call, within its deadline. Changes
     nothing, remembers nothing, can be repeated. Answered whole or not at all: an owner that stays away fails the call with
@@ -130,7 +129,7 @@ class MemoryServiceStub:
 
 @_typing.type_check_only
 class MemoryServiceAsyncStub(MemoryServiceStub):
-    """Lookups, updates and rows of a table. Served by every shard."""
+    """Lookups, updates and rows of a table. Served by every shard; the controller's address serves Lookup alone."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Gather: _aio.UnaryUnaryMultiCallable[_data_pb2.GatherRequest, _data_pb2.GatherReply]  # type: ignore[assignment]
@@ -180,7 +179,7 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     """
     Lookup: _aio.UnaryUnaryMultiCallable[_data_pb2.LookupRequest, _data_pb2.LookupReply]  # type: ignore[assignment]
     """Queries in, pooled values out: the whole lookup (score, merge, softmax, gather on all owners), for clients that do not
-    plan. Any shard coordinates it for any table that has keys in the pool, also where it owns nothing of the table.
+    plan. Any shard, and the controller, coordinates it for any table that has keys in the pool, also where it owns nothing of the table.
 
     Needs no view: the table is named, and moves of pages are followed inside the call, within its deadline. Changes
     nothing, remembers nothing, can be repeated. Answered whole or not at all: an owner that stays away fails the call with
@@ -200,7 +199,7 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     """
 
 class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Lookups, updates and rows of a table. Served by every shard."""
+    """Lookups, updates and rows of a table. Served by every shard; the controller's address serves Lookup alone."""
 
     @_abc_1.abstractmethod
     def Gather(
@@ -290,7 +289,7 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_data_pb2.LookupReply, _abc.Awaitable[_data_pb2.LookupReply]]:
         """Queries in, pooled values out: the whole lookup (score, merge, softmax, gather on all owners), for clients that do not
-        plan. Any shard coordinates it for any table that has keys in the pool, also where it owns nothing of the table.
+        plan. Any shard, and the controller, coordinates it for any table that has keys in the pool, also where it owns nothing of the table.
 
         Needs no view: the table is named, and moves of pages are followed inside the call, within its deadline. Changes
         nothing, remembers nothing, can be repeated. Answered whole or not at all: an owner that stays away fails the call with

@@ -7,8 +7,9 @@ The controller serves all of them. Every shard serves those that only read (GetT
 it last heard of the controller, so a client needs only the address of any one shard, and goes on while the controller is
 away. A shard answers the others with ERROR_CODE_POOL_UNREACHABLE: ask the controller, or later.
 
-Beside this service, grpc.health.v1.Health and gRPC server reflection run on the same port. Where the pool is not bound
-to loopback only, every call needs the metadata `authorization: Bearer <token>`.
+Beside this service, grpc.health.v1.Health and gRPC server reflection run on the same port. Where the pool has a
+token, as it must unless it is bound to loopback only, every call but those of Health needs the metadata
+`authorization: Bearer <token>`.
 """
 
 from collections import abc as _abc

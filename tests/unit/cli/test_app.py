@@ -1,7 +1,10 @@
 """Commands on a pool served in this process: what they do, print and exit with."""
 
 import json
+import os
+import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from rich.console import Console
 
 import mempool
+from mempool import control
 from mempool.cli import app as app_module
 from mempool.cli import show
 from mempool.types import RescaleProgress
@@ -136,6 +140,15 @@ def test_scale_edits_the_file_or_says_so(served: ServedPool, file: Path, command
     assert sorted(served.shards) == [0]
 
 
+def test_scale_leaves_the_file_of_another_pool_alone(served: ServedPool, file: Path, command: Command) -> None:
+    file.write_text(text := file.read_text().replace("name: served", "name: other"))
+    error = command("scale", "--shards", 3, "-f", file, expect=1).stderr
+    assert "'served'" in error
+    assert "'other'" in error
+    assert file.read_text() == text
+    assert sorted(served.shards) == [0, 1]
+
+
 def test_errors_are_one_message(file: Path, command: Command, tmp_path: Path) -> None:
     assert command("status", "--address", "nowhere", expect=2).stderr.startswith("mempool: address 'nowhere' is not")
     assert command("scale", "--shards", 0, expect=2).stderr
@@ -145,6 +158,30 @@ def test_errors_are_one_message(file: Path, command: Command, tmp_path: Path) ->
     file.write_text("pool: {name: elsewhere, shards: 1, port: 0}\n")
     assert "--address" in command("status", "-f", file, expect=2).stderr
     assert "no pool was started" in command("down", expect=1).stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_an_up_that_is_told_to_end_undoes_what_it_began(
+    number: signal.Signals, file: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undone = []
+
+    def start(_config: object, **_: object) -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(30)
+        except BaseException:
+            undone.append(True)
+            raise
+
+    monkeypatch.setattr(control, "up", start, raising=False)
+    before = signal.signal(number, signal.SIG_DFL)  # nohup has it ignored
+    try:
+        command("up", "-f", file, expect=128 + number)
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert undone == [True]
 
 
 def test_nobody_there(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,3 +216,13 @@ def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "moving facts" in text
     assert "7/64 pages" in text
     assert "3.0 MiB" in text
+
+
+def test_who_stops_watching_a_rescale_is_told_that_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        with show.rescale_progress(quiet=True):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert "goes on without its watcher: see mempool status" in capsys.readouterr().err

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError
 
-from mempool.config import ClusterConfig, PoolConfig
+from mempool.config import ClusterConfig, PoolConfig, load
 from mempool.control import launcher as launcher_module
 from mempool.control.actors import NAMESPACE
 from mempool.control.launcher import RayLauncher
-from mempool.control.shard_actor import Description
+from mempool.control.shard_actor import Description, ShardProcess
 from mempool.errors import ConfigError, ShardUnavailable
 from mempool.types import ShardInfo
 from mempool.wire.loop import run
@@ -162,7 +163,7 @@ def test_a_restarted_controller_finds_its_shards(shards: dict[str, FakeShard]) -
     after = make()
     found = bounded(after.find())
     assert found[0] == known
-    assert found[1].incarnation > known.incarnation
+    assert found[1].incarnation >= known.incarnation  # of another shard: within one millisecond it may be the same
     assert (found[2].address, found[2].incarnation) == ("", 0)
     assert len(found) == 3, "another pool's shard was adopted"
     assert bounded(after.changed()) == []
@@ -185,3 +186,33 @@ def test_a_start_that_fails_leaves_no_actor(shards: dict[str, FakeShard]) -> Non
         bounded(launcher.start(1))
     assert shards["local/shard-1"].killed
     assert bounded(launcher.changed()) == []
+
+
+def test_a_shard_gets_what_the_8_gpu_file_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMPOOL_TOKEN", "a-token")
+    config = load(Path(__file__).parents[3] / "cluster" / "multi-host-8gpu.yaml")
+    config = config.model_copy(
+        update={"shard": config.shard.model_copy(update={"resources": {"pool_node": 1}, "max_restarts": 7})}
+    )
+    made: dict[str, Any] = {}
+
+    def make(process: type, *arguments: object, **options: Any) -> FakeShard:
+        made.update(options, process=process, arguments=arguments)
+        return FakeShard(3)
+
+    monkeypatch.setattr(launcher_module, "make_actor", make)
+    info = run(RayLauncher(config, token="a-token").start(3), timeout_s=10)
+    assert info.shard == 3
+    assert info.incarnation > 1_600_000_000_000  # of the clock: above those a controller before this one gave
+    assert made == {
+        "process": ShardProcess,
+        "arguments": (config, 3, "a-token"),
+        "name": "memory/shard-3",
+        "num_cpus": 2,
+        "num_gpus": 1,
+        "resources": {"pool_node": 1},
+        "max_restarts": 7,
+        "max_task_retries": 0,
+        "scheduling_strategy": "SPREAD",
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "2"}},
+    }

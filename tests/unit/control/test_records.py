@@ -15,6 +15,7 @@ from mempool.control.records import (
     state_folder,
     write_record,
 )
+from mempool.errors import ConfigError
 
 TABLE = TableConfig(
     name="facts", num_slots=1024, value_dim=64, keys=ProductKeys(heads=2, key_dim=16), optimizer=Adam(lr=0.01)
@@ -69,3 +70,24 @@ def test_state_folder_without_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert state_folder() == tmp_path / "home" / ".local" / "state" / "mempool"
     assert state_folder().is_dir()
+
+
+def test_a_record_is_read_where_the_pools_token_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMPOOL_TOKEN", "a-token")
+    config = ClusterConfig(pool=PoolConfig(name="open", shards=1, bind="0.0.0.0"))
+    written = PoolRecord(name="open", address="h:7077", ray_address="127.0.0.1:6379", ray_pid=42, config=config)
+    write_record(written)
+    assert "a-token" not in (state_folder() / "open.json").read_text()
+    monkeypatch.delenv("MEMPOOL_TOKEN")
+    assert read_record("open") == written  # or `down` in another shell would leave Ray running
+
+
+def test_reading_makes_no_folder_and_writing_says_what_to_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for state in (tmp_path / "none", tmp_path / "file"):  # where nothing is, and where nothing can be
+        monkeypatch.setenv("XDG_STATE_HOME", str(state))
+        assert read_record("first") is None
+        assert read_records() == []
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(ConfigError, match="XDG_STATE_HOME"):
+        write_record(record("first"))

@@ -32,7 +32,7 @@ def steps(draw) -> OptimizerStep:
         lr=draw(st.sampled_from((0.1, 1e-3))),
         grad_scale=draw(st.sampled_from((1.0, 0.37))),
         step=draw(st.integers(1, 50)),
-        eps=1e-8,
+        eps=draw(st.sampled_from((1e-8, 0.3))),
         lr_decay=draw(st.sampled_from((0.0, 0.01))),
         block_dim=draw(st.sampled_from((1, 16, 64, 500))),
     )
@@ -146,8 +146,8 @@ def torch_optimizer(algorithm: str, parameter: torch.nn.Parameter) -> torch.opti
     if algorithm == "sgd":
         return torch.optim.SGD([parameter], lr=0.05)
     if algorithm == "adagrad":
-        return torch.optim.Adagrad([parameter], lr=0.05, lr_decay=0.01, eps=1e-10)
-    return torch.optim.SparseAdam([parameter], lr=0.05, betas=(0.8, 0.95), eps=1e-8)
+        return torch.optim.Adagrad([parameter], lr=0.05, lr_decay=0.01, eps=0.1)
+    return torch.optim.SparseAdam([parameter], lr=0.05, betas=(0.8, 0.95), eps=0.1)
 
 
 @pytest.mark.parametrize("algorithm", ["sgd", "adagrad", "adam"])
@@ -174,9 +174,10 @@ def test_many_steps_equal_torchs_own_sparse_training(under_test, algorithm):
         bag_sums.backward(grads)
         with torch.sparse.check_sparse_tensor_invariants(True):
             optimizer.step()
-        betas = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-8} if algorithm == "adam" else {}
+        betas = {"beta1": 0.8, "beta2": 0.95} if algorithm == "adam" else {}
         decay = {"lr_decay": 0.01} if algorithm == "adagrad" else {}
-        step = OptimizerStep(algorithm, lr=0.05, step=number, **betas, **decay)
+        # An eps large enough to tell sqrt(x) + eps from sqrt(x + eps).
+        step = OptimizerStep(algorithm, lr=0.05, step=number, eps=0.1, **betas, **decay)
         pairs = under_test.kernels.sort_pairs(paged, under_test.to(ids))
         under_test.kernels.fused_step(paged, state, pairs, *map(under_test.to, (weights, bags, grads)), step)
     actual = reference.gather_rows(Paged(paged.rows.cpu(), page_table, 4), torch.arange(64))

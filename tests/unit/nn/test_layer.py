@@ -166,6 +166,19 @@ def test_scores_stay_float32_under_autocast() -> None:
     assert relative_error(layer._lookup(queries.float().unflatten(-1, (2, 6))), reference.bags(x.double())) < TOLERANCE
 
 
+def test_score_gradients_stay_float32_where_backward_runs_under_autocast() -> None:
+    layer = make_layer()
+    queries = torch.randn(16, 2, 6)
+    gradients = []
+    for enabled in (False, True):
+        leaf_queries = queries.clone().requires_grad_(True)
+        bags = layer._lookup(leaf_queries)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            gradients.append(torch.autograd.grad(bags.sin().sum(), [leaf_queries, layer.keys]))
+    for plain, under_autocast in zip(*gradients, strict=True):
+        assert torch.equal(plain, under_autocast)
+
+
 @pytest.mark.parametrize("gate", ["silu", "none"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_model_of_another_dtype_answers_in_it(dtype: torch.dtype, gate: str) -> None:

@@ -229,6 +229,20 @@ def test_an_inf_under_clipping_is_refused_and_nothing_applied() -> None:
     assert table.pending == 0
 
 
+def test_an_inf_that_was_looked_at_is_refused_and_nothing_applied() -> None:
+    """Its norm cannot tell whether the gradient was scaled: to apply it with inf / inf would make every row NaN."""
+    finite, infinite = local_table(name="finite"), local_table(name="infinite")
+    before = [session_of(table).values.clone() for table in (finite, infinite)]
+    push(finite, [1], torch.ones(1, 7))
+    push(infinite, [1, 2], torch.tensor([[math.inf] * 7, [1.0] * 7]))
+    optimizer = PoolOptimizer([finite, infinite])
+    assert float(optimizer.param_groups[1]["params"][0].grad) == math.inf
+    with pytest.raises(InvalidRequest, match="has an inf or NaN"):
+        optimizer.step()
+    assert torch.equal(before[0], session_of(finite).values)
+    assert torch.equal(before[1], session_of(infinite).values)
+
+
 def test_more_updates_after_a_look_at_the_gradient_are_part_of_it() -> None:
     twin = Twin(max_norm=1.0)
     gradient = twin.ours.param_groups[0]["params"][0]
@@ -311,6 +325,17 @@ def test_state_dict_carries_groups_by_the_tables_names() -> None:
         InvalidRequest, match=r"state is of tables \['first', 'second'\]; this optimizer has \['first'\]"
     ):
         PoolOptimizer(first).load_state_dict(state)
+
+
+def test_state_dict_of_tables_of_one_name_in_two_pools_goes_by_their_order() -> None:
+    def make() -> PoolOptimizer:
+        return PoolOptimizer([local_table(name="facts"), local_table(name="other"), local_table(name="facts")])
+
+    saved, loaded = make(), make()
+    for lr, group in enumerate(saved.param_groups, start=1):
+        group["lr"] = float(lr)
+    loaded.load_state_dict(saved.state_dict())
+    assert [group["lr"] for group in loaded.param_groups] == [1.0, 2.0, 3.0]
 
 
 def test_closure_runs_with_gradients_and_its_loss_is_returned() -> None:

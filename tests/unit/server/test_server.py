@@ -224,3 +224,18 @@ def test_reflection_shows_the_services_with_their_messages(served: ServedPool) -
     descriptors = [FileDescriptorProto.FromString(raw) for raw in run(files(), timeout_s=CALL_S)]
     methods = {method.name for file in descriptors for service in file.service for method in service.method}
     assert {"Gather", "Update", "Prepare", "Commit", "Discard", "Score", "Lookup", "ReadRows", "WriteRows"} <= methods
+
+
+def test_reflection_needs_the_token(guarded: ServedPool) -> None:
+    async def services(metadata: tuple[tuple[str, str], ...]) -> list[str]:
+        async with grpc.aio.insecure_channel(guarded.address) as channel:
+            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+            request = reflection_pb2.ServerReflectionRequest(list_services="")
+            async for reply in stub.ServerReflectionInfo(iter([request]), timeout=CALL_S, metadata=metadata):
+                return [service.name for service in reply.list_services_response.service]
+        return []
+
+    assert run(services((("authorization", "Bearer sesame"),)), timeout_s=CALL_S)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        run(services(()), timeout_s=CALL_S)
+    assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED

@@ -130,6 +130,19 @@ def test_a_call_and_its_token(server: tuple[Server, str]) -> None:
     assert "authorization" not in served.metadata
 
 
+@pytest.mark.parametrize("token", ["", " \n", "two words", "two\nlines", "schlüssel"])
+def test_a_token_that_no_header_bears_is_refused_unseen(token: str) -> None:
+    with pytest.raises(errors.Unauthenticated, match="MEMPOOL_TOKEN") as caught:
+        gather("127.0.0.1:1", gather_request(), token=token)
+    assert not token.strip() or token not in str(caught.value)
+
+
+def test_the_line_end_of_a_tokens_file_is_no_part_of_it(server: tuple[Server, str]) -> None:
+    stub, address = server
+    gather(address, gather_request(), token="s3cret\n")
+    assert stub.metadata["authorization"] == "Bearer s3cret"
+
+
 def test_a_plain_protobuf_client_is_answered(server: tuple[Server, str]) -> None:
     async def main() -> data_pb2.GatherReply:
         async with grpc.aio.insecure_channel(server[1]) as channel:

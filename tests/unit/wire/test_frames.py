@@ -187,3 +187,15 @@ def test_tensors_are_fields_from_32_and_nothing_else_is() -> None:
             for field in message.fields:
                 assert (field.number >= frames.FIRST_TENSOR_FIELD) == (field.number in slots), field.full_name
     assert framed == 14
+
+
+def test_padding_is_passed_over_and_there_once() -> None:
+    tensor = good_tensor()
+    tensor.padding = b"any"
+    (ids,) = decode(ids_frame(tensor))["ids"]
+    assert ids.tolist() == [0, 1]
+    twice = tensor.SerializeToString() + tensor_pb2.Tensor(padding=b"x").SerializeToString()
+    with pytest.raises(InvalidRequest, match=r"ids\.padding is there twice"):
+        decode(tensor_field(32, twice))
+    with pytest.raises(InvalidRequest, match=r"ids\.padding .* is not bytes"):
+        decode(tensor_field(32, good_tensor().SerializeToString() + bytes((3 << 3, 1))))
