@@ -105,8 +105,8 @@ def down(pool: str, *, say: Say = print) -> None:
         except PoolUnreachable as error:
             if record is None:
                 raise NotFound(
-                    f"no pool {pool!r} was started here by `mempool up`, and no Ray of this machine answers that could run "
-                    f"one ({error.message.split(';')[0].split('. ')[0]})"
+                    f"no pool {pool!r} was started here by `mempool up`, and no Ray of this machine answers that could "
+                    f"run one ({error.message.split('. ')[0]})"
                 ) from None
             if record.ray_pid is None:  # perhaps its head is away for a while, and the pool goes on
                 raise PoolUnreachable(
