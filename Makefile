@@ -1,16 +1,18 @@
 # make demo    sets everything up and runs the main job     make lint    lint alone    make imports  import contracts
 # make test    sets everything up and runs every check      make types   mypy alone    make protos   generated code
+# make bench   times every kernel beside its peers (a quarter of an hour), in an environment of its own
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH := .venv-bench
 READY := $(VENV)/.ready
 SOURCES := mempool examples tests protos
 
-.PHONY: help demo test lint types imports protos protos-check unit setup clean
+.PHONY: help demo test bench lint types imports protos protos-check unit setup clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '1,3s/^# //p' Makefile
 
 setup: $(READY)
 
@@ -55,5 +57,15 @@ unit: $(READY)
 	@echo "== tests"
 	@$(BIN)/python -m pytest -q
 
+# The peers pin torch, so they live in an environment of their own. Times are worth something on an idle machine only.
+bench: $(BENCH)/.ready
+	@$(BENCH)/bin/mempool bench kernels --out tests/benchmarks/results --plot docs/kernels-cpu.png
+
+$(BENCH)/.ready: pyproject.toml constraints.txt
+	@echo "== setting up $(BENCH) with $(PYTHON) (a few minutes, once)"
+	@test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
+	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,bench]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist out
+	rm -rf $(VENV) $(BENCH) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist out

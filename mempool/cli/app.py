@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import mempool
-from mempool.cli import documents, show
+from mempool.cli import bench, documents, show
 from mempool.cli.outcome import UsageError, reported, undone_by_signals
 from mempool.cli.target import Target, find_target
 from mempool.client import Pool, connect
@@ -25,6 +25,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(bench.app, name="bench")
 
 File = Annotated[Path, typer.Option("-f", "--file", metavar="FILE", help="The cluster file (YAML).")]
 MaybeFile = Annotated[

@@ -19,13 +19,19 @@ from mempool.client.routing.router import Router
 from mempool.client.session import Prepared, Session, SessionCounters
 from mempool.client.untraced import untraced
 from mempool.errors import InvalidRequest
-from mempool.types import FlatKeySpec, ProductKeySpec, TableSchema
+from mempool.types import FlatKeySpec, ProductKeySpec, StorageDtype, TableSchema
 
 T = TypeVar("T")
 
 WireDtype = Literal["float32", "bfloat16"]
 
-_TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_WIRE_DTYPES: dict[WireDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_STORAGE_DTYPES: dict[StorageDtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
 # Reads and writes of rows are cut into messages of about this size.
 _ROWS_MESSAGE_BYTES = 32 * 1024 * 1024
 
@@ -83,8 +89,8 @@ class Table:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the values are stored as."""
-        return _TORCH_DTYPES[self.schema.dtype]
+        """What the values are stored as; float8_e4m3fn and int8 with a float32 scale per slot and column block."""
+        return _STORAGE_DTYPES[self.schema.dtype]
 
     @property
     def wire_dtype(self) -> WireDtype:
@@ -92,7 +98,7 @@ class Table:
 
     @wire_dtype.setter
     def wire_dtype(self, wire_dtype: WireDtype) -> None:
-        if wire_dtype not in _TORCH_DTYPES:
+        if wire_dtype not in _WIRE_DTYPES:
             raise InvalidRequest(f"wire_dtype = {wire_dtype!r}: must be 'float32' or 'bfloat16'.")
         self._wire_dtype = wire_dtype
 
@@ -170,7 +176,9 @@ class Table:
 
     @untraced
     def rows(self, ids: Tensor) -> Tensor:
-        """Values as they are stored: ids [M] int64 -> [M, value_dim] in the table's dtype, on the CPU. No gradient.
+        """Values as they are stored: ids [M] int64 -> [M, value_dim] on the CPU. No gradient.
+
+        In the table's dtype; in float32 where that is float8_e4m3fn or int8.
 
         Raises:
             InvalidRequest: Wrong ids; nothing was sent.
@@ -183,6 +191,8 @@ class Table:
     def state(self, name: str, ids: Tensor) -> Tensor:
         """Optimizer state by name: ids [M] int64 -> [M, value_dim], or [M, column blocks] for row-wise state.
 
+        Also "master", the float32 values of a table that keeps them, and "scales" of one-byte values, [M, blocks].
+
         Raises:
             InvalidRequest: Wrong ids, or the table's optimizer has no state of that name.
         """
@@ -194,16 +204,17 @@ class Table:
 
         Args:
             ids: [M] int64, distinct.
-            values: [M, value_dim] floating; rounded to the table's dtype.
+            values: [M, value_dim] floating; rounded to the table's dtype, to nearest, and kept whole in a master.
 
         Raises:
             InvalidRequest: Wrong ids or values; nothing was sent.
             ShardUnavailable: A shard did not answer within the pool's timeout_s; some rows may be written.
         """
         own_ids = self._distinct(checked_rows(ids, num_slots=self.num_slots, table=self.name))
-        self._write(
-            "values", own_ids, self._checked_matrix("values", values, [own_ids.shape[0], self.value_dim], self.dtype)
-        )
+        short = self.schema.dtype == "bfloat16" and not self.schema.master  # rounded here, it is half the bytes
+        dtype = torch.bfloat16 if short else torch.float32
+        shape = [own_ids.shape[0], self.value_dim]
+        self._write("values", own_ids, self._checked_matrix("values", values, shape, dtype))
 
     @untraced
     def read_keys(self, ids: Tensor | None = None) -> Tensor:
@@ -281,7 +292,7 @@ class Table:
         """For ``mempool.client.autograd``: grads [B, V] on any device -> d_weights [L] float32 on the CPU."""
         if not (hold or want_weight_grad):
             return None
-        own = own_copy(grads, _TORCH_DTYPES[self._wire_dtype])
+        own = own_copy(grads, _WIRE_DTYPES[self._wire_dtype])
         return self._run(self._session.update(record, own, hold=hold, want_weight_grad=want_weight_grad))
 
     def release(self, record: LookupRecord) -> Callable[[], None]:
@@ -290,7 +301,7 @@ class Table:
 
     def wire_weights(self, weights: Tensor | None) -> Tensor | None:
         """For ``mempool.client.autograd``: weights as they are sent."""
-        return None if weights is None else own_copy(weights, _TORCH_DTYPES[self._wire_dtype])
+        return None if weights is None else own_copy(weights, _WIRE_DTYPES[self._wire_dtype])
 
     def _read(self, array: str, ids: Tensor) -> Tensor:
         rows = [

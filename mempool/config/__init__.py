@@ -7,7 +7,7 @@ from mempool.config.amounts import format_bytes, parse_bytes
 from mempool.config.changes import Changes, FieldChange, diff
 from mempool.config.cluster import TOKEN_VARIABLE, ClusterConfig, PoolConfig, RayConfig, ShardConfig, is_loopback
 from mempool.config.file import load, set_shards
-from mempool.config.optimizers import SGD, Adagrad, Adam, Optimizer, RowWiseAdagrad
+from mempool.config.optimizers import SGD, Adagrad, Adam, AdamW, Optimizer, RowWiseAdagrad, RowWiseAdam
 from mempool.config.table import FlatKeys, ProductKeys, TableConfig, resolve
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "TOKEN_VARIABLE",
     "Adagrad",
     "Adam",
+    "AdamW",
     "Changes",
     "ClusterConfig",
     "FieldChange",
@@ -24,6 +25,7 @@ __all__ = [
     "ProductKeys",
     "RayConfig",
     "RowWiseAdagrad",
+    "RowWiseAdam",
     "ShardConfig",
     "TableConfig",
     "diff",

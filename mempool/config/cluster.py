@@ -130,6 +130,7 @@ class ShardConfig(ConfigModel):
         threads: Threads of a shard's kernels.
         memory: Limit of a shard's pages: values, optimizer state and keys.
         context_memory: Limit of what a shard remembers between a lookup and its update; the oldest is forgotten first.
+        commit_memory: Limit of the temporary memory of a commit: a larger step is applied in parts.
         resources: Ray's custom resources a shard asks for, to say on which nodes it may run.
         max_restarts: How often Ray starts a dead shard again; -1 is always.
     """
@@ -140,6 +141,7 @@ class ShardConfig(ConfigModel):
     threads: WholeNumber = Field(default=1, gt=0, le=1024)
     memory: ByteCount = Field(default=2 * 2**30, ge=2**20)
     context_memory: ByteCount = Field(default=256 * 2**20, ge=2**20)
+    commit_memory: ByteCount = Field(default=256 * 2**20, ge=2**20)
     resources: dict[str, Annotated[Number, Field(gt=0)]] = Field(default_factory=dict)
     max_restarts: WholeNumber = Field(default=-1, ge=-1)
 

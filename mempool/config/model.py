@@ -120,9 +120,16 @@ def _number(value: object) -> object:
     return value
 
 
-# Pydantic alone takes True for 1 and "8" for 8; numpy's integers are welcome.
+def _flag(value: object) -> object:
+    if not isinstance(value, bool):
+        raise ValueError("is not true or false")
+    return value
+
+
+# Pydantic alone takes True for 1, "8" for 8 and "no" for False; numpy's integers are welcome.
 WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
 Number = Annotated[float, BeforeValidator(_number)]
+Flag = Annotated[bool, BeforeValidator(_flag)]
 
 _short_repr = reprlib.Repr()
 _short_repr.maxstring = _short_repr.maxother = 80

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from mempool.config.model import ConfigModel, Number, plain_init
+from mempool.config.model import ConfigModel, Flag, Number, plain_init
 from mempool.types import OptimizerSpec
 
 
@@ -116,6 +116,73 @@ class Adam(ConfigModel):
         return OptimizerSpec(algorithm=self.type, lr=self.lr, eps=self.eps, beta1=self.betas[0], beta2=self.betas[1])
 
 
+class AdamW(ConfigModel):
+    """``torch.optim.AdamW``: Adam with decoupled weight decay; the step is the table's commit number.
+
+    Args:
+        lr: Learning rate, at least 0.
+        betas: Decay of the two moments, each at least 0 and below 1.
+        eps: Added to the root of the corrected second moment.
+        weight_decay: Values are first multiplied by 1 - lr * weight_decay.
+        dense: False: only slots with a gradient change, decay too. True: as torch.optim.AdamW on the whole table; the
+            shards do what a slot missed when it is next read or touched. Needs values in float32, or a master.
+    """
+
+    type: Literal["adamw"] = "adamw"
+    lr: Number = Field(ge=0)
+    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Number = Field(default=1e-8, gt=0)
+    weight_decay: Number = Field(default=0.01, ge=0)
+    dense: Flag = False
+
+    @plain_init
+    def __init__(
+        self,
+        lr: float,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        dense: bool = False,
+    ) -> None:
+        super().__init__(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, dense=dense)
+
+    def spec(self) -> OptimizerSpec:
+        """What travels to the shards."""
+        return OptimizerSpec(
+            algorithm=self.type,
+            lr=self.lr,
+            eps=self.eps,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=self.weight_decay,
+            dense=self.dense,
+        )
+
+
+class RowWiseAdam(ConfigModel):
+    """Adam with one second moment per slot and column block, of the mean of the squares: half of Adam's state.
+
+    Args:
+        lr: Learning rate, at least 0.
+        betas: Decay of the two moments, each at least 0 and below 1.
+        eps: Added to the root of the second moment.
+    """
+
+    type: Literal["rowwise_adam"] = "rowwise_adam"
+    lr: Number = Field(ge=0)
+    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Number = Field(default=1e-8, gt=0)
+
+    @plain_init
+    def __init__(self, lr: float, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        super().__init__(lr=lr, betas=betas, eps=eps)
+
+    def spec(self) -> OptimizerSpec:
+        """What travels to the shards."""
+        return OptimizerSpec(algorithm=self.type, lr=self.lr, eps=self.eps, beta1=self.betas[0], beta2=self.betas[1])
+
+
 def _known_type(value: object) -> object:
     """Let a file say Adagrad, ADAM or RowWiseAdagrad."""
     if not isinstance(value, dict) or not isinstance(value.get("type"), str):
@@ -124,6 +191,12 @@ def _known_type(value: object) -> object:
     return {**value, "type": _BY_PLAIN_NAME.get(written, value["type"])}
 
 
-_BY_PLAIN_NAME = {name.replace("_", ""): name for name in ("sgd", "adagrad", "rowwise_adagrad", "adam")}
+_BY_PLAIN_NAME = {
+    name.replace("_", ""): name for name in ("sgd", "adagrad", "rowwise_adagrad", "adam", "adamw", "rowwise_adam")
+}
 
-Optimizer = Annotated[SGD | Adagrad | RowWiseAdagrad | Adam, Field(discriminator="type"), BeforeValidator(_known_type)]
+Optimizer = Annotated[
+    SGD | Adagrad | RowWiseAdagrad | Adam | AdamW | RowWiseAdam,
+    Field(discriminator="type"),
+    BeforeValidator(_known_type),
+]

@@ -8,9 +8,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from mempool.config.model import ConfigModel, FieldProblem, Number, WholeNumber
-from mempool.config.optimizers import Adagrad, Optimizer
-from mempool.types import FlatKeySpec, ProductKeySpec, TableSchema
+from mempool.config.model import ConfigModel, FieldProblem, Flag, Number, WholeNumber
+from mempool.config.optimizers import Adagrad, AdamW, Optimizer
+from mempool.types import FlatKeySpec, ProductKeySpec, Rounding, StorageDtype, TableSchema, default_rounding
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,62}$")]
 
@@ -25,11 +25,14 @@ class ProductKeys(ConfigModel):
     Args:
         heads: Number of heads, each with codebooks of its own.
         key_dim: Width of a query of one head, even; a half-key is key_dim / 2 wide.
+        deterministic: Scores are summed in a fixed order: a query has the same bits alone and in any batch. False takes
+            whatever order is fastest; results then agree to rounding.
     """
 
     type: Literal["product"] = "product"
     heads: WholeNumber = Field(gt=0, le=4096)
     key_dim: WholeNumber = Field(gt=0, le=2**20)
+    deterministic: Flag = True
 
     @field_validator("key_dim")
     @classmethod
@@ -46,10 +49,12 @@ class FlatKeys(ConfigModel):
 
     Args:
         key_dim: Width of a key and of a query.
+        deterministic: As in ProductKeys, and for any number of shards.
     """
 
     type: Literal["flat"] = "flat"
     key_dim: WholeNumber = Field(gt=0, le=2**20)
+    deterministic: Flag = True
 
 
 class TableConfig(ConfigModel):
@@ -59,7 +64,12 @@ class TableConfig(ConfigModel):
         name: Letters, digits, ``_ . -``, a letter first, at most 63 in all.
         num_slots: Number of slots; n * n with product keys, in the pool or in the model.
         value_dim: Width of a value, in elements.
-        dtype: How values are stored, "float32" or "bfloat16"; sums are float32 either way.
+        dtype: How values are stored: "float32", "bfloat16", or one byte an element with a float32 scale per slot and
+            column block, "float8_e4m3fn" or "int8". Sums are float32 in any case.
+        rounding: How a step's results are rounded to dtype: "stochastic", which loses nothing on average and gives the
+            same bits on any shards and again in a replay, or "nearest", which loses steps that are small beside the
+            value. By default stochastic where dtype is not float32 and there is no master.
+        master: Keep float32 values beside the stored ones and train those; look-ups read the stored ones.
         seed: Of the initial values, 0 to 2^63 - 1.
         layout: How pages spread over shards: "columns", "rows", "grid", or "auto".
         keys: Keys kept in the pool, or None where the model has them or ids come from the caller.
@@ -80,7 +90,9 @@ class TableConfig(ConfigModel):
     name: Name
     num_slots: WholeNumber = Field(gt=0, le=2**63 - 1)
     value_dim: WholeNumber = Field(gt=0, le=2**20)
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: StorageDtype = "float32"
+    rounding: Rounding | None = None
+    master: Flag = False
     seed: WholeNumber = Field(default=0, ge=0, le=2**63 - 1)
     layout: Literal["auto", "columns", "rows", "grid"] = "auto"
     keys: Annotated[ProductKeys | FlatKeys, Field(discriminator="type")] | None = None
@@ -97,6 +109,22 @@ class TableConfig(ConfigModel):
             above = below * 2 if below * 2 <= _MAX_PAGE_SLOTS else None
             raise ValueError(f"is not a power of two. Nearest: {_pair_text(below, above)}.")
         return page_slots
+
+    @model_validator(mode="after")
+    def _rounding_and_master(self) -> Self:
+        if self.master and self.dtype == "float32":
+            raise FieldProblem(("master",), self.master, "has nothing to add: values of dtype float32 are their own.")
+        if self.rounding == "stochastic" and default_rounding(self.dtype, master=self.master) == "nearest":
+            kept = "a master of float32" if self.master else "dtype float32"
+            raise FieldProblem(("rounding",), self.rounding, f"has nothing to round with {kept}; leave it out.")
+        if isinstance(self.optimizer, AdamW) and self.optimizer.dense and self.dtype != "float32" and not self.master:
+            raise FieldProblem(
+                ("optimizer", "dense"),
+                True,
+                f"needs float32 values, and dtype is {self.dtype!r}: a slot's missed steps are too small for it. "
+                "Give master=True, or dtype float32, or dense=False.",
+            )
+        return self
 
     @model_validator(mode="after")
     def _squares_and_pages(self) -> Self:
@@ -140,13 +168,15 @@ def resolve(config: TableConfig) -> TableSchema:
         layout="rows" if flat and config.layout == "auto" else config.layout,
         optimizer=config.optimizer.spec(),
         keys=_key_spec(keys),
+        rounding=config.rounding or default_rounding(config.dtype, master=config.master),
+        master=config.master,
     )
 
 
 def _key_spec(keys: ProductKeys | FlatKeys | None) -> ProductKeySpec | FlatKeySpec | None:
     if isinstance(keys, ProductKeys):
-        return ProductKeySpec(heads=keys.heads, key_dim=keys.key_dim)
-    return None if keys is None else FlatKeySpec(key_dim=keys.key_dim)
+        return ProductKeySpec(heads=keys.heads, key_dim=keys.key_dim, deterministic=keys.deterministic)
+    return None if keys is None else FlatKeySpec(key_dim=keys.key_dim, deterministic=keys.deterministic)
 
 
 def _default_block_dim(value_dim: int) -> int:

@@ -66,6 +66,7 @@ class ShardServing:
             pool=pool.name,
             memory_bytes=self._config.shard.memory,
             context_budget_bytes=self._config.shard.context_memory,
+            commit_memory_bytes=self._config.shard.commit_memory,
         )
 
         def dial(peer: ShardInfo) -> ShardHost:

@@ -22,6 +22,7 @@ from mempool.controller.settling import Call
 from mempool.errors import MempoolError
 from mempool.placement import Assignment, Round, apply_round, moves, plan, rounds
 from mempool.types import (
+    ELEMENT_BYTES,
     Ledger,
     Placement,
     ProductKeySpec,
@@ -32,6 +33,8 @@ from mempool.types import (
 )
 
 T = TypeVar("T")
+
+_STATES_PER_ELEMENT = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 0, "adam": 2, "adamw": 2, "rowwise_adam": 1}
 
 _FREEZE_TIMEOUT_S = 20.0
 _ANSWER_TIMEOUT_S = 10.0
@@ -228,5 +231,5 @@ def _key_page_bytes(view: TableView) -> int | None:
 
 def _bytes_per_element(view: TableView) -> int:
     """Bytes of one element of a value with its optimizer's state per element."""
-    states = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 0, "adam": 2}[view.schema.optimizer.algorithm]
-    return (2 if view.schema.dtype == "bfloat16" else 4) + 4 * states
+    states = _STATES_PER_ELEMENT[view.schema.optimizer.algorithm] + view.schema.master
+    return ELEMENT_BYTES[view.schema.dtype] + 4 * states

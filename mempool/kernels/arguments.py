@@ -1,4 +1,4 @@
-"""What kernels take and return besides tensors: an arena behind its page table, sorted pairs, an optimizer's step.
+"""What kernels take and return besides tensors: an arena behind its page table, and sorted pairs.
 
 Shape legend of the package: B bags, L pairs in all bags, R arena rows, W arena row width, P pages, U distinct rows,
 H heads, K top-k, D key dim, n half-keys of a codebook, M rows of scores.
@@ -6,26 +6,22 @@ H heads, K top-k, D key dim, n half-keys of a codebook, M rows of scores.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Algorithm = Literal["sgd", "adagrad", "rowwise_adagrad", "adam"]
+from mempool.kernels.layout import PackedLayout
 
-#: Names of the state tensors each algorithm keeps, in the order in which kernels take them.
-STATE_NAMES: dict[str, tuple[str, ...]] = {
-    "sgd": (),
-    "adagrad": ("sum",),
-    "rowwise_adagrad": ("row_sum",),
-    "adam": ("exp_avg", "exp_avg_sq"),
-}
+Element = Literal["float32", "bfloat16", "float8_e4m3fn", "int8"]
 
-ALGORITHMS: tuple[Algorithm, ...] = ("sgd", "adagrad", "rowwise_adagrad", "adam")
+ELEMENTS: tuple[Element, ...] = ("float32", "bfloat16", "float8_e4m3fn", "int8")
 
-STORAGE_DTYPES = (torch.float32, torch.bfloat16)
+_PLAIN: dict[torch.dtype, Element] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+#: A run of pairs of one row is summed in pieces of this many: see ``mempool.kernels.segment_sum``.
+RUN_PIECE = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +33,10 @@ class Paged:
     never write it. Refusing ids outside the table is the work of whoever received them.
 
     Attributes:
-        rows: [R, W] float32 or bfloat16, contiguous: the arena.
+        rows: [R, W] float32 or bfloat16, contiguous: the arena. With a packed layout [R, row_bytes] uint8.
         page_table: [P] int32, contiguous, logical page -> arena page, -1 if not here. No arena page appears twice.
         page_shift: log2 of the slots of a page.
+        packed: How rows of one byte per element are laid out; None for float32 and bfloat16.
 
     Raises:
         ValueError: A tensor has another shape, dtype, layout or device.
@@ -48,12 +45,18 @@ class Paged:
     rows: Tensor
     page_table: Tensor
     page_shift: int
+    packed: PackedLayout | None = None
 
     def __post_init__(self) -> None:
         rows, table = self.rows, self.page_table
-        if rows.dim() != 2 or rows.dtype not in STORAGE_DTYPES or not rows.is_contiguous():
+        if self.packed is None:
+            what, known = "[R, W] float32 or bfloat16", rows.dtype in _PLAIN
+        else:
+            what = f"[R, {self.packed.row_bytes}] uint8"
+            known = rows.dtype == torch.uint8 and rows.shape[-1] == self.packed.row_bytes
+        if rows.dim() != 2 or not known or not rows.is_contiguous():
             raise ValueError(
-                f"rows must be a contiguous [R, W] float32 or bfloat16 tensor, got {rows.dtype} {list(rows.shape)}"
+                f"rows must be a contiguous {what} tensor, got {rows.dtype} {list(rows.shape)}"
                 f" with strides {rows.stride()}"
             )
         if table.dim() != 1 or table.dtype != torch.int32 or not table.is_contiguous():
@@ -63,6 +66,21 @@ class Paged:
         if not 0 <= self.page_shift <= 40:
             raise ValueError(f"page_shift must lie in 0..40, got {self.page_shift}")
 
+    @property
+    def width(self) -> int:
+        """W: columns of a value here."""
+        return int(self.rows.shape[1]) if self.packed is None else self.packed.width
+
+    @property
+    def element(self) -> Element:
+        """What values are stored as."""
+        return _PLAIN[self.rows.dtype] if self.packed is None else self.packed.element
+
+    @property
+    def value_dtype(self) -> torch.dtype:
+        """What values are read and written as unless asked otherwise: the stored dtype, float32 for packed rows."""
+        return self.rows.dtype if self.packed is None else torch.float32
+
 
 @dataclass(frozen=True, slots=True)
 class SortedPairs:
@@ -71,61 +89,11 @@ class SortedPairs:
     Attributes:
         order: [L'] int64, positions in the ids that were sorted; pairs that are not here are left out.
         rows: [U] int64, the distinct arena rows, by slot id ascending.
+        slots: [U] int64, their slot ids.
         starts: [U + 1] int64, the pairs of ``rows[u]`` are ``order[starts[u]:starts[u + 1]]``.
     """
 
     order: Tensor
     rows: Tensor
+    slots: Tensor
     starts: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class OptimizerStep:
-    """One commit's optimizer step, with the arithmetic of torch's own sparse optimizers.
-
-    Attributes:
-        algorithm: Which rule; see STATE_NAMES for the state it keeps.
-        lr: Learning rate.
-        grad_scale: Multiplies every summed gradient first (clipping, unscaling, mean over ranks).
-        step: Number of this commit, from 1; the step of Adam's bias correction and of Adagrad's learning rate decay.
-        eps: Added to the square root, as torch.optim.Adagrad and torch.optim.SparseAdam add it.
-        beta1: Decay of Adam's first moment.
-        beta2: Decay of Adam's second moment.
-        lr_decay: Adagrad's learning rate decay.
-        block_dim: Columns of a block; row-wise state is per (row, block). The last block may be narrower.
-
-    Raises:
-        ValueError: Unknown algorithm, step below 1, or block_dim below 1.
-    """
-
-    algorithm: Algorithm
-    lr: float
-    grad_scale: float = 1.0
-    step: int = 1
-    eps: float = 1e-10
-    beta1: float = 0.9
-    beta2: float = 0.999
-    lr_decay: float = 0.0
-    block_dim: int = 64
-
-    def __post_init__(self) -> None:
-        if self.algorithm not in STATE_NAMES:
-            raise ValueError(f"unknown optimizer algorithm {self.algorithm!r}; known: {', '.join(STATE_NAMES)}")
-        if self.step < 1:
-            raise ValueError(f"step counts commits from 1, got {self.step}")
-        if self.block_dim < 1:
-            raise ValueError(f"block_dim must be at least 1, got {self.block_dim}")
-
-    @property
-    def step_size(self) -> float:
-        """What multiplies the update: the decayed learning rate, with Adam's bias corrections folded in."""
-        if self.algorithm in ("adagrad", "rowwise_adagrad"):
-            return self.lr / (1.0 + (self.step - 1) * self.lr_decay)
-        if self.algorithm == "adam":
-            return self.lr * math.sqrt(1.0 - self.beta2**self.step) / (1.0 - self.beta1**self.step)
-        return self.lr
-
-
-def num_blocks(width: int, block_dim: int) -> int:
-    """Number of column blocks in a row of ``width`` columns."""
-    return -(-width // block_dim)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mempool.kernels.arguments import STATE_NAMES, OptimizerStep, Paged, SortedPairs, num_blocks
+from mempool.kernels.arguments import Paged, SortedPairs
+from mempool.kernels.layout import num_blocks
+from mempool.kernels.steps import BLOCK_STATE, LAST_STEP, MASTER, STATE_NAMES, DenseSchedule, OptimizerStep
+
+OUTPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -58,14 +62,55 @@ def check_sorted(pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads
         )
 
 
+def check_output_dtype(dtype: torch.dtype) -> None:
+    """A dtype that sums and rows can be asked for."""
+    if dtype not in OUTPUT_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, OUTPUT_DTYPES))}, got {dtype}")
+
+
+def check_segments(sums: Tensor, places: Tensor, pairs: SortedPairs, width: int) -> None:
+    """Sums to add to, and the row of them for every distinct row of the pairs."""
+    _check("sums", sums, (sums.shape[0], width), torch.float32, pairs.rows.device)
+    _check("places", places, (pairs.rows.numel(),), torch.int64, pairs.rows.device)
+    if not sums.is_contiguous():
+        raise ValueError("sums must be contiguous, they are written in place")
+
+
 def check_state(paged: Paged, state: dict[str, Tensor], step: OptimizerStep) -> None:
-    """The state tensors that the algorithm keeps, beside the arena."""
-    num_rows, width = paged.rows.shape
-    for name in STATE_NAMES[step.algorithm]:
+    """The state tensors that the algorithm keeps, beside the arena, and the rounding's columns."""
+    _check_state(paged, state, STATE_NAMES[step.algorithm], step.block_dim, step.algorithm)
+    if paged.packed is not None and paged.packed.block_dim != step.block_dim:
+        raise ValueError(
+            f"the arena has one scale per {paged.packed.block_dim} columns, the step has blocks of {step.block_dim}"
+        )
+    if step.rounding is not None:
+        columns = (num_blocks(paged.width, step.block_dim),)
+        _check("rounding.columns", step.rounding.columns, columns, torch.int64, paged.rows.device)
+
+
+def check_catch_up(
+    paged: Paged, state: dict[str, Tensor], rows: Tensor, schedule: DenseSchedule, to: int, block_dim: int
+) -> None:
+    """The state of a dense AdamW, and a step that the schedule knows."""
+    _check("rows", rows, (rows.numel(),), torch.int64, paged.rows.device)
+    _check_state(paged, state, (*STATE_NAMES["adamw"], LAST_STEP), block_dim, "dense adamw")
+    if paged.rows.dtype != torch.float32 and MASTER not in state:
+        raise ValueError(f"dense adamw needs float32 values or a master of them; the arena is {paged.element}")
+    if not schedule.first_step - 1 <= to <= schedule.last_step:
+        raise ValueError(
+            f"cannot catch up to step {to}: steps {schedule.first_step} to {schedule.last_step} are recorded"
+        )
+
+
+def _check_state(
+    paged: Paged, state: dict[str, Tensor], names: tuple[str, ...], block_dim: int, algorithm: str
+) -> None:
+    for name in (*names, *((MASTER,) if MASTER in state else ())):
         if name not in state:
-            raise ValueError(f"{step.algorithm} needs the state {name!r}; got {sorted(state)}")
-        columns = num_blocks(width, step.block_dim) if name == "row_sum" else width
-        _check(f"state[{name!r}]", state[name], (num_rows, columns), torch.float32, paged.rows.device)
+            raise ValueError(f"{algorithm} needs the state {name!r}; got {sorted(state)}")
+        columns = num_blocks(paged.width, block_dim) if name in BLOCK_STATE else paged.width
+        dtype = torch.int32 if name == LAST_STEP else torch.float32
+        _check(f"state[{name!r}]", state[name], (paged.rows.shape[0], columns), dtype, paged.rows.device)
         if not state[name].is_contiguous():
             raise ValueError(f"state[{name!r}] must be contiguous, it is written in place")
 
@@ -99,3 +144,12 @@ def check_product_selection(num_keys: int, k: int, stride: int) -> None:
         raise ValueError(f"k must lie in 1..{num_keys * num_keys} (n * n), got {k}")
     if stride < num_keys:
         raise ValueError(f"stride must be at least the {num_keys} half-keys of a codebook, got {stride}")
+
+
+def check_product_gradient(queries: Tensor, keys: Tensor, index1: Tensor, index2: Tensor, grads: Tensor) -> None:
+    """Chosen half-keys of every query and head, and a gradient for each score."""
+    check_product_keys(queries, keys, 1, keys.shape[2])
+    shape = (*queries.shape[:2], grads.shape[-1])
+    _check("index1", index1, shape, torch.int64, queries.device)
+    _check("index2", index2, shape, torch.int64, queries.device)
+    _check("grads", grads, shape, torch.float32, queries.device)

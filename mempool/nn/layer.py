@@ -63,6 +63,8 @@ class MemoryLayer(nn.Module):
             sqrt(key_dim), as attention with qk-norm does: bounds the scores by sqrt(key_dim), for stable training.
         query_norm: Normalise each whole query to a root mean square of 1 (no learned gain: keys can learn it).
         key_init_std: Keys start as N(0, key_init_std^2); 1 / sqrt(key_dim) if None.
+        deterministic: Sum scores in a fixed order, so that a token finds the same slots alone and in any batch. Costs
+            nothing on a CPU; False lets a GPU use its tensor cores.
         device: Where the parameters are made.
         dtype: Type of the parameters.
 
@@ -89,6 +91,7 @@ class MemoryLayer(nn.Module):
         qk_norm: bool = False,
         query_norm: bool = False,
         key_init_std: float | None = None,
+        deterministic: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -102,6 +105,7 @@ class MemoryLayer(nn.Module):
         self.qk_norm = qk_norm
         self.query_norm = query_norm
         self.key_init_std = 1.0 / math.sqrt(key_dim) if key_init_std is None else key_init_std
+        self.deterministic = deterministic
         self.table = table
         self.codebook_size = _codebook_size(schema.name, schema.num_slots)
         self.query = nn.Linear(dim, heads * key_dim, device=device, dtype=dtype)
@@ -166,7 +170,11 @@ class MemoryLayer(nn.Module):
         queries_BHD = queries.reshape(-1, self.heads, self.key_dim)
         with torch.autocast(queries.device.type, enabled=False):
             scores_BHK, ids_BHK = product_topk(
-                queries_BHD, self.scoring_keys(), topk=self.topk, stride=self.table.schema.stride
+                queries_BHD,
+                self.scoring_keys(),
+                topk=self.topk,
+                stride=self.table.schema.stride,
+                deterministic=self.deterministic,
             )
             weights_BHK = torch.softmax(scores_BHK, dim=-1)
             return self.table.gather(ids_BHK.flatten(1), weights_BHK.flatten(1), remember=self.training)

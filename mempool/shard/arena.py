@@ -1,6 +1,9 @@
 """Arenas: rows of all pages with the same owned blocks, side by side, behind a page table, as named arrays.
 
 Knows where rows lie, which columns a block has in each array and what they hold at first. Who asks is the table's.
+
+Values of one byte an element lie in one tensor with their scales, a row in one piece. "values" (their codes) and
+"scales" are views of it, so that pages are moved, staged and exported by named array whatever they hold.
 """
 
 import math
@@ -20,10 +23,17 @@ from mempool.types import FlatKeySpec, ProductKeySpec, TableSchema
 Blocks = tuple[int, ...]
 
 VALUES = "values"
+SCALES = "scales"
 KEYS = "keys"
 HEAD_KEYS = "head_keys"
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+VALUE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float32,
+    "int8": torch.float32,
+}
+"""What values are read and written as."""
 
 _KEY_STREAM = 0x9E3779B97F4A7C15
 """Keys come from the values' generator under another seed: a key is no copy of its value's first columns."""
@@ -71,15 +81,36 @@ class NamedArray:
 
 def named_arrays(schema: TableSchema) -> tuple[NamedArray, ...]:
     """All arrays of the table's row pages, values first."""
-    dtype = DTYPES[schema.dtype]
+    dtype = torch.uint8 if schema.packed else VALUE_DTYPES[schema.dtype]
     arrays = [NamedArray(name=VALUES, per="element", dtype=dtype, initial=None, schema=schema)]
+    if schema.packed:
+        arrays.append(NamedArray(name=SCALES, per="block", dtype=torch.float32, initial=None, schema=schema))
+    if schema.master:
+        arrays.append(NamedArray(name=kernels.MASTER, per="element", dtype=torch.float32, initial=None, schema=schema))
     arrays += [
-        NamedArray(name=state.name, per=state.per, dtype=torch.float32, initial=state.initial, schema=schema)
+        NamedArray(name=state.name, per=state.per, dtype=state.dtype, initial=state.initial, schema=schema)
         for state in state_arrays(schema.optimizer)
     ]
     if isinstance(schema.keys, FlatKeySpec):
         arrays.append(NamedArray(name=KEYS, per="slot", dtype=torch.float32, initial=None, schema=schema))
     return tuple(arrays)
+
+
+def packed_layout(schema: TableSchema, blocks: Blocks) -> kernels.PackedLayout | None:
+    """How rows of these blocks lie where elements are one byte; None for others."""
+    if schema.dtype == "float8_e4m3fn" or schema.dtype == "int8":
+        return kernels.PackedLayout(schema.dtype, width=schema.width(blocks), block_dim=schema.block_dim)
+    return None
+
+
+def row_bytes(schema: TableSchema, blocks: Blocks) -> int:
+    """Bytes of one slot's row of these blocks in all arrays, padding included."""
+    packed = packed_layout(schema, blocks)
+    return sum(
+        array.width(blocks) * array.dtype.itemsize
+        for array in named_arrays(schema)
+        if packed is None or array.name not in (VALUES, SCALES)
+    ) + (0 if packed is None else packed.row_bytes)
 
 
 def key_dim(schema: TableSchema) -> int:
@@ -134,11 +165,17 @@ class Arena:
         self._page_slots = schema.page_slots
         self._page_shift = schema.page_shift
         self._device = device
+        self._row_bytes = row_bytes(schema, blocks)
+        self._block_dim = schema.block_dim
+        self._packed = packed_layout(schema, blocks)
         self._capacity = 0
         self._free: list[int] = []
-        self._rows = {
+        self._stores = {
             array.name: torch.empty((0, array.width(blocks)), dtype=array.dtype, device=device) for array in self.arrays
         }
+        if self._packed is not None:
+            self._stores[VALUES] = torch.empty((0, self._packed.row_bytes), dtype=torch.uint8, device=device)
+            del self._stores[SCALES]
         self._page_table = torch.full((schema.num_row_pages,), -1, dtype=torch.int32, device=device)
 
     @property
@@ -148,24 +185,50 @@ class Arena:
 
     @property
     def num_bytes(self) -> int:
-        return sum(rows.nbytes for rows in self._rows.values()) + self._page_table.nbytes
+        return sum(rows.nbytes for rows in self._stores.values()) + self._page_table.nbytes
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page in all arrays."""
-        return self._page_slots * sum(array.width(self.blocks) * array.dtype.itemsize for array in self.arrays)
+        return self._page_slots * self._row_bytes
 
     def has(self, name: str) -> bool:
         """Whether the pages of this arena have an array of that name."""
-        return name in self._rows
+        return any(array.name == name for array in self.arrays)
 
     def paged(self, name: str = VALUES) -> kernels.Paged:
-        """One array as the kernels see it."""
-        return kernels.Paged(rows=self._rows[name], page_table=self._page_table, page_shift=self._page_shift)
+        """One array of float32 or bfloat16, or the values of whatever element, as the kernels see it."""
+        packed = self._packed if name == VALUES else None
+        return kernels.Paged(self._stores[name], self._page_table, self._page_shift, packed)
+
+    def rows(self, name: str) -> Tensor:
+        """One array as [R, width]: a view, not contiguous where values are packed."""
+        if self._packed is None or name not in (VALUES, SCALES):
+            return self._stores[name]
+        if name == VALUES:
+            return self._stores[VALUES][:, : self._packed.width]
+        start = self._packed.scales_start
+        scales = self._stores[VALUES][:, start : start + 4 * self._packed.num_blocks]
+        return scales.view(torch.float32)
 
     def state(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Optimizer state, to be changed in place."""
-        return {name: self._rows[name] for name in names}
+        """Optimizer state and master, to be changed in place."""
+        return {name: self._stores[name] for name in names}
+
+    def locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """[M] slot ids, all of the table: which are here, [M] bool, and the arena rows of those."""
+        arena_pages = self._page_table[ids >> self._page_shift].to(torch.int64)
+        here = arena_pages >= 0
+        return here, (arena_pages[here] << self._page_shift) | (ids[here] & (self._page_slots - 1))
+
+    def catch_up(self, rows: Tensor, schedule: kernels.DenseSchedule, names: tuple[str, ...]) -> None:
+        """Do the steps of a dense optimizer that these rows, which may repeat, have missed. names: ``step_names``."""
+        late = self._stores[kernels.LAST_STEP][rows].amin(dim=1) < schedule.last_step
+        rows = torch.unique(rows[late])
+        if rows.numel():
+            kernels.catch_up(
+                self.paged(), self.state(names), rows, schedule, to=schedule.last_step, block_dim=self._block_dim
+            )
 
     def growth_bytes(self, count: int) -> int:
         """Bytes that ``reserve`` of so many pages would add."""
@@ -173,7 +236,7 @@ class Arena:
 
     def pages(self, name: str) -> Tensor:
         """One array as [capacity, page_slots, width]: a view."""
-        rows = self._rows[name]
+        rows = self.rows(name)
         return rows.view(self._capacity, self._page_slots, rows.shape[1])
 
     def reserve(self, count: int) -> None:
@@ -229,17 +292,19 @@ class Arena:
         if len(here) != self.num_taken:
             return  # pages on their way here are known to others by where they lie
         kept = torch.from_numpy(self.page_of[here].astype(np.int64))
-        for name in list(self._rows):
-            pages = self.pages(name)
-            self._rows[name] = pages[kept].reshape(-1, pages.shape[2])
+        for name, rows in self._stores.items():
+            pages = rows.view(self._capacity, self._page_slots, rows.shape[1])
+            self._stores[name] = pages[kept].reshape(-1, rows.shape[1])
         self._capacity, self._free = len(here), []
         self.publish(here, np.arange(len(here), dtype=np.int64))
 
     def _resize(self, capacity: int) -> None:
-        for name, old in self._rows.items():
-            rows = torch.empty((capacity * self._page_slots, old.shape[1]), dtype=old.dtype, device=self._device)
+        for name, old in self._stores.items():
+            # The padding of packed rows is always 0.
+            make = torch.empty if self._packed is None or name != VALUES else torch.zeros
+            rows = make((capacity * self._page_slots, old.shape[1]), dtype=old.dtype, device=self._device)
             rows[: old.shape[0]] = old
-            self._rows[name] = rows
+            self._stores[name] = rows
         # The lowest page is taken first: the list is a stack.
         self._free = list(range(capacity - 1, self._capacity - 1, -1)) + self._free
         self._capacity = capacity

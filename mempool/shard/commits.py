@@ -1,26 +1,35 @@
 """Preparing, applying and discarding a rank's step on one table.
 
 The order of arithmetic is the canonical one, (rank, sequence, bag, pair), whatever the order of arrival. Everything is
-checked before the first row is written.
+checked before the first row is written. Where a step's pairs fit into the shard's commit memory they are sorted once,
+and the sums that Prepare makes for the norm are kept for the commit; else ``parts`` sums them in parts.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from mempool import kernels
 from mempool.errors import DataLoss, StepConflict
-from mempool.kernels import SortedPairs
-from mempool.shard.held import AppliedLedger, HeldUpdates, Pairs, PreparedStep, Reduction, in_canonical_order
-from mempool.shard.optimizers import optimizer_step, state_arrays
+from mempool.kernels import OptimizerStep, SortedPairs
+from mempool.shard.held import (
+    AppliedLedger,
+    Budget,
+    HeldUpdate,
+    HeldUpdates,
+    Pairs,
+    PreparedStep,
+    Reduction,
+    in_canonical_order,
+)
+from mempool.shard.optimizers import optimizer_step, rounding
+from mempool.shard.parts import pairs_bytes, reduce_in_parts
 from mempool.shard.table import Lane, Table
 from mempool.types import CommitRequest, PrepareRequest, StepId
-
-_KEPT_BYTES = 256 * 2**20
-"""Sums that Prepare makes for the norm are kept for the commit up to this size; larger ones are made again, in one pass
-with the optimizer, which gives the same bits."""
 
 
 def missing(updates: HeldUpdates, step_id: StepId, sequences: Sequence[int]) -> tuple[int, ...]:
@@ -40,7 +49,8 @@ def prepare(table: Table, updates: HeldUpdates, request: PrepareRequest) -> Prep
     if known is not None and known.is_of(step_id, sequences) and known.want_norm >= request.want_norm:
         return known
     norm = _Norm()
-    reductions = _reduce(table, _pairs(table, updates, step_id, sequences), norm) if request.want_norm else None
+    held = _held(updates, step_id, sequences)
+    reductions = _reduce(table, held, norm, updates.budget) if request.want_norm and held else None
     prepared = PreparedStep(
         step=step_id.step,
         sequences=sequences,
@@ -75,14 +85,19 @@ def commit(table: Table, updates: HeldUpdates, ledger: AppliedLedger, request: C
             f"{_shown(prepared.sequences)} and is to be committed with {_shown(sequences)}; prepare it again"
         )
     kept = prepared.reductions if prepared is not None and prepared.is_of(step_id, sequences) else None
+    held = _held(updates, step_id, sequences)
     step = optimizer_step(table.schema, lr=request.lr, grad_scale=request.grad_scale, version=ledger.version + 1)
     if kept is not None:
-        writes = _writes_of_sums(table, kept, step)
+        writes: Iterable[Callable[[], None]] = _writes_of_sums(table, kept, step)
+    elif pairs_bytes(table, held) <= updates.budget.commit_room:
+        writes = _writes_of_pairs(table, held, step)
     else:
-        writes = _writes_of_pairs(table, updates, step_id, sequences, step)
+        writes = _writes_of_sums(table, reduce_in_parts(table, held, updates.budget.commit_room), step)
     try:
         for write in writes:
             write()
+        if table.schedule is not None:
+            table.schedule.append(request.lr)
     except Exception as error:
         table.lose_all()
         raise DataLoss(
@@ -94,9 +109,9 @@ def commit(table: Table, updates: HeldUpdates, ledger: AppliedLedger, request: C
     updates.decided(step_id)
 
 
-def _pairs(table: Table, updates: HeldUpdates, step_id: StepId, sequences: Sequence[int]) -> Pairs:
-    held = [update for sequence in sequences if (update := updates.get(step_id, sequence)) is not None]
-    return in_canonical_order(held, width=table.schema.width(table.blocks), device=table.device)
+def _held(updates: HeldUpdates, step_id: StepId, sequences: Sequence[int]) -> list[HeldUpdate]:
+    held = [updates.get(step_id, sequence) for sequence in sequences]
+    return [update for update in held if update is not None and update.bags.ids.numel()]
 
 
 class _Norm:
@@ -112,70 +127,96 @@ class _Norm:
         self.finite = self.finite and finite and math.isfinite(self.squared)
 
 
-def _reduce(table: Table, pairs: Pairs, norm: _Norm) -> tuple[Reduction, ...] | None:
+def _reduce(table: Table, held: list[HeldUpdate], norm: _Norm, budget: Budget) -> tuple[Reduction, ...] | None:
     """Sum per row and add to the norm. The sums are answered where they are small enough to be kept for the commit."""
-    reductions, kept_bytes = [], 0
-    for lane in _touched(table, pairs):
-        in_order = kernels.sort_pairs(lane.arena.paged(), pairs.ids)
+    room = budget.commit_room
+    rest = room - pairs_bytes(table, held)
+    if rest < room // 4:
+        for reduction in reduce_in_parts(table, held, room):
+            norm.add(reduction.sums)
+        return None
+    pairs = _joined(table, held)
+    in_order = [kernels.sort_pairs(lane.arena.paged(), pairs.ids) for lane in table.lanes]
+    kept_bytes = sum(
+        (4 * len(lane.arena.columns) + 24) * sorted_pairs.rows.shape[0]
+        for lane, sorted_pairs in zip(table.lanes, in_order, strict=True)
+    )
+    keep = kept_bytes <= min(rest, budget.kept_room)
+    reductions = []
+    for lane, sorted_pairs in zip(table.lanes, in_order, strict=True):
         grads = lane.of(pairs.grads)
-        kept_bytes += in_order.rows.shape[0] * grads.shape[1] * grads.element_size()
-        for part in [in_order] if kept_bytes <= _KEPT_BYTES else _parts(in_order, grads.shape[1]):
+        for part in [sorted_pairs] if keep else _row_parts(sorted_pairs, max(1, rest // (4 * grads.shape[1]))):
             sums = kernels.segment_sum(part, pairs.weights, pairs.bags, grads)
             norm.add(sums)
-            if kept_bytes <= _KEPT_BYTES:
-                reductions.append(Reduction(lane, part, sums))
-    return tuple(reductions) if kept_bytes <= _KEPT_BYTES else None
+            if keep:
+                # The optimizer needs the rows alone; the order of the pairs is as long as the batch.
+                none = torch.empty(0, dtype=torch.int64, device=table.device)
+                reductions.append(Reduction(lane, replace(part, order=none), sums))
+    return tuple(reductions) if keep else None
 
 
-def _parts(pairs: SortedPairs, width: int) -> Iterator[SortedPairs]:
+def _joined(table: Table, held: list[HeldUpdate]) -> Pairs:
+    return in_canonical_order(held, width=table.schema.width(table.blocks), device=table.device)
+
+
+def _row_parts(pairs: SortedPairs, num_rows: int) -> Iterator[SortedPairs]:
     """Cut sorted pairs by rows, so that the sums of a part stay small."""
-    num_rows = pairs.rows.shape[0]
-    step = max(1, _KEPT_BYTES // (4 * width))
-    for first in range(0, num_rows, step):
-        starts = pairs.starts[first : min(first + step, num_rows) + 1]
+    for first in range(0, pairs.rows.shape[0], num_rows):
+        rows = slice(first, first + num_rows)
+        starts = pairs.starts[first : first + num_rows + 1]
         order = pairs.order[int(starts[0]) : int(starts[-1])]
-        yield SortedPairs(order=order, rows=pairs.rows[first : first + step], starts=starts - starts[0])
+        yield SortedPairs(order=order, rows=pairs.rows[rows], slots=pairs.slots[rows], starts=starts - starts[0])
 
 
-def _writes_of_sums(
-    table: Table, reductions: tuple[Reduction, ...], step: kernels.OptimizerStep
-) -> list[Callable[[], None]]:
-    """Per arena, the call that applies sums kept by Prepare."""
-    names = _state_names(table)
-    return [
-        partial(
-            kernels.optimizer_step,
-            reduction.lane.arena.paged(),
-            reduction.lane.arena.state(names),
-            reduction.pairs.rows,
-            reduction.sums,
-            step,
-        )
-        for reduction in reductions
-    ]
+def _writes_of_sums(table: Table, reductions: Iterable[Reduction], step: OptimizerStep) -> Iterator[Callable[[], None]]:
+    """Per reduction, the call that applies it."""
+    for reduction in reductions:
+        write = _Write(table, reduction.lane, step)
+        yield partial(write.sums, reduction.pairs, reduction.sums)
 
 
-def _writes_of_pairs(
-    table: Table, updates: HeldUpdates, step_id: StepId, sequences: Sequence[int], step: kernels.OptimizerStep
-) -> list[Callable[[], None]]:
+def _writes_of_pairs(table: Table, held: list[HeldUpdate], step: OptimizerStep) -> list[Callable[[], None]]:
     """Per arena, the call that sums and applies in one pass. Sorting, which needs memory, is done before all."""
-    names, pairs = _state_names(table), _pairs(table, updates, step_id, sequences)
     writes: list[Callable[[], None]] = []
-    for lane in _touched(table, pairs):
-        paged, state = lane.arena.paged(), lane.arena.state(names)
-        in_order = kernels.sort_pairs(paged, pairs.ids)
-        grads = lane.of(pairs.grads)
-        writes.append(partial(kernels.fused_step, paged, state, in_order, pairs.weights, pairs.bags, grads, step))
+    if not held:  # as on a shard none of whose pages were looked up
+        return writes
+    pairs = _joined(table, held)
+    for lane in table.lanes:
+        in_order = kernels.sort_pairs(lane.arena.paged(), pairs.ids)
+        writes.append(partial(_Write(table, lane, step).pairs, in_order, pairs, lane.of(pairs.grads)))
     return writes
 
 
-def _touched(table: Table, pairs: Pairs) -> tuple[Lane, ...]:
-    """The arenas a step may write to: none where it has no pairs, as on a shard none of whose pages were looked up."""
-    return table.lanes if pairs.ids.numel() else ()
+class _Write:
+    """Applies a step to rows of one arena."""
 
+    def __init__(self, table: Table, lane: Lane, step: OptimizerStep) -> None:
+        arena = lane.arena
+        rounded = rounding(table.schema, arena.blocks, version=step.step, device=table.device)
+        self._table = table
+        self._arena = arena
+        self._step = replace(step, rounding=rounded)
 
-def _state_names(table: Table) -> tuple[str, ...]:
-    return tuple(array.name for array in state_arrays(table.schema.optimizer))
+    def sums(self, pairs: SortedPairs, sums: Tensor) -> None:
+        """Apply sums; pairs: their rows."""
+        paged, state = self._before(pairs)
+        kernels.optimizer_step(paged, state, pairs, sums, self._step)
+        self._after(pairs)
+
+    def pairs(self, in_order: SortedPairs, pairs: Pairs, grads: Tensor) -> None:
+        """Sum and apply; grads: the arena's columns."""
+        paged, state = self._before(in_order)
+        kernels.fused_step(paged, state, in_order, pairs.weights, pairs.bags, grads, self._step)
+        self._after(in_order)
+
+    def _before(self, pairs: SortedPairs) -> tuple[kernels.Paged, dict[str, Tensor]]:
+        if self._table.schedule is not None:
+            self._arena.catch_up(pairs.rows, self._table.schedule, self._table.step_names)
+        return self._arena.paged(), self._arena.state(self._table.step_names)
+
+    def _after(self, pairs: SortedPairs) -> None:
+        if self._table.schedule is not None:
+            self._arena.state((kernels.LAST_STEP,))[kernels.LAST_STEP][pairs.rows] = self._step.step
 
 
 def _refuse_older(prepared: PreparedStep | None, step_id: StepId) -> None:

@@ -81,6 +81,9 @@ class Engine:
         memory_bytes: Bytes of pages, of all tables together; a new table, or pages of a move, that would exceed them
             are refused with InvalidRequest. Pages at rest are counted: while an arena grows it has two copies for a
             moment. None: whatever the device has.
+        commit_memory_bytes: Temporary bytes of preparing and committing steps, of all tables together: a step that
+            would need more is summed and applied in parts. The sums of one row and the gradient of one pair, some
+            hundred bytes and the width of a row in float32, are needed in any case.
         held_lease_s: Seconds of silence after which a rank's held updates may be dropped where they stand in the way.
     """
 
@@ -96,13 +99,14 @@ class Engine:
         held_budget_bytes: int = 4 * GIB,
         held_lease_s: float = 600.0,
         memory_bytes: int | None = None,
+        commit_memory_bytes: int = 256 * MIB,
     ) -> None:
         self.info = info
         self._device = torch.device(device)
         self._peers = peers
         self._held_lease_s = held_lease_s
         self._memory_bytes = memory_bytes
-        self._budget = Budget(held_budget_bytes)
+        self._budget = Budget(held_budget_bytes, commit_bytes=commit_memory_bytes)
         self._contexts = Contexts(budget_bytes=context_budget_bytes, lease_s=context_lease_s)
         self._tables: dict[int, HostedTable] = {}
         self._started_s = time.monotonic()
@@ -234,14 +238,14 @@ class Engine:
             bags = validate.check_bags(
                 table.storage, request.ids, request.weights, request.offsets, own=request.remember
             )
+        dtype = torch.bfloat16 if request.reply_dtype == "bfloat16" else torch.float32
         with self._stages.measure("kernel"):
-            values = table.storage.pooled(bags)
+            values = table.storage.pooled(bags, dtype)
         self._contexts.release(request.release)
         if request.remember:
             self._contexts.remember(request.lookup_id, table_id=table.table_id, epoch=table.epoch, bags=bags)
         table.lookups += 1
-        dtype = torch.bfloat16 if request.reply_dtype == "bfloat16" else torch.float32
-        return GatherReply(stamp=table.stamp, blocks=table.storage.blocks, values=self._copy_out(values.to(dtype)))
+        return GatherReply(stamp=table.stamp, blocks=table.storage.blocks, values=self._copy_out(values))
 
     def _update(self, request: UpdateRequest) -> UpdateReply:
         table = self._fenced(request.envelope)
@@ -358,8 +362,8 @@ class Engine:
                 f"{num_bytes / MIB:,.1f} MiB of pages of table {table.view.schema.name!r} do not fit on shard "
                 f"{self.info.shard}: it may hold {self._memory_bytes / MIB:,.1f} MiB and holds {taken / MIB:,.1f} MiB "
                 "already. Give shards more memory (shard.memory in the config), use more shards (mempool scale), make "
-                "the table smaller (num_slots, value_dim, dtype='bfloat16', an optimizer with less state), or drop a "
-                "table. Nothing was changed.",
+                "the table smaller (num_slots, value_dim, dtype='bfloat16' or 'int8', an optimizer with less state), "
+                "or drop a table. Nothing was changed.",
                 shard=self.info.shard,
                 address=self.info.address,
             )

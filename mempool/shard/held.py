@@ -65,6 +65,11 @@ class PreparedStep:
     finite: bool
     reductions: tuple[Reduction, ...] | None
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes kept for the commit."""
+        return sum(reduction.sums.nbytes + reduction.pairs.rows.nbytes * 3 for reduction in self.reductions or ())
+
     def is_of(self, step_id: StepId, sequences: tuple[int, ...]) -> bool:
         """Whether it is that step, of these updates (ascending)."""
         return self.step == step_id.step and self.sequences == sequences
@@ -80,16 +85,31 @@ class Session:
 
 
 class Budget:
-    """Bytes held on a shard, over all tables.
+    """Bytes held on a shard, over all tables, and those that preparing and committing steps may take besides.
 
     Attributes:
         holders: Those who hold them; gone with their tables.
     """
 
-    def __init__(self, limit_bytes: int) -> None:
+    def __init__(self, limit_bytes: int, *, commit_bytes: int = 256 * 2**20) -> None:
         self.limit_bytes = limit_bytes
+        self.commit_bytes = commit_bytes
         self.num_bytes = 0
         self.holders: WeakSet[HeldUpdates] = WeakSet()
+
+    @property
+    def commit_room(self) -> int:
+        """What a Prepare or Commit may take now: all but what prepared steps keep. At least half of it."""
+        return self.commit_bytes - self._kept_bytes
+
+    @property
+    def kept_room(self) -> int:
+        """What a prepared step may keep for its commit."""
+        return self.commit_bytes // 2 - self._kept_bytes
+
+    @property
+    def _kept_bytes(self) -> int:
+        return sum(step.num_bytes for holder in self.holders for _, step in holder.prepared())
 
     def make_room(self, num_bytes: int) -> bool:
         """Whether so much more fits, once dead ranks of whatever table have left where it does not."""
@@ -111,7 +131,7 @@ class HeldUpdates:
     """
 
     def __init__(self, *, budget: Budget, lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._budget = budget
+        self.budget = budget
         budget.holders.add(self)
         self._lease_s = lease_s
         self._clock = clock
@@ -137,14 +157,14 @@ class HeldUpdates:
         Raises:
             RequestTooLarge: The shard holds too much already.
         """
-        if not self._budget.make_room(update.num_bytes):
+        if not self.budget.make_room(update.num_bytes):
             raise RequestTooLarge(
-                f"an update of {update.num_bytes:,} bytes does not fit: this shard holds {self._budget.num_bytes:,} "
-                f"bytes of updates that were not committed, and may hold {self._budget.limit_bytes:,}; commit more "
+                f"an update of {update.num_bytes:,} bytes does not fit: this shard holds {self.budget.num_bytes:,} "
+                f"bytes of updates that were not committed, and may hold {self.budget.limit_bytes:,}; commit more "
                 "often (fewer lookups per step), discard what is not wanted (zero_grad), or use more shards"
             )
         self._session(step_id).updates[step_id.step, sequence] = update
-        self._budget.num_bytes += update.num_bytes
+        self.budget.num_bytes += update.num_bytes
 
     def prepared(self) -> Iterator[tuple[Rank, PreparedStep]]:
         """All steps that are prepared and not decided."""
@@ -206,7 +226,7 @@ class HeldUpdates:
     def _drop(self, session: Session, unwanted: Callable[[int], bool]) -> int:
         keys = [key for key in session.updates if unwanted(key[0])]
         for key in keys:
-            self._budget.num_bytes -= session.updates.pop(key).num_bytes
+            self.budget.num_bytes -= session.updates.pop(key).num_bytes
         return len(keys)
 
 
@@ -262,10 +282,16 @@ class AppliedLedger:
         if len(self._entries) > _MAX_LEDGER_ENTRIES:
             del self._entries[next(iter(self._entries))]
 
-    def adopt(self, ledger: Ledger | None) -> None:
-        """Take over the ledger that came with pages, where it is ahead: a shard that owned nothing got no commits."""
-        if ledger is not None and ledger.version > self.version:
+    def adopt(self, ledger: Ledger | None) -> bool:
+        """Take over the ledger that came with pages, where it is ahead: a shard that owned nothing got no commits.
+
+        Returns:
+            Whether it was ahead.
+        """
+        ahead = ledger is not None and ledger.version > self.version
+        if ahead:
             self.__init__(ledger)  # type: ignore[misc]
+        return ahead
 
     def snapshot(self) -> Ledger:
         return Ledger(version=self.version, updates_applied=self.updates_applied, entries=dict(self._entries))

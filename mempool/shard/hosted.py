@@ -36,10 +36,10 @@ class HostedTable:
     ) -> None:
         self.info = info
         self.view = request.view
-        self.storage = Table(request.view.schema, shard=info.shard, device=device)
+        self.ledger = AppliedLedger(request.ledger)
+        self.storage = Table(request.view.schema, shard=info.shard, device=device, version=self.ledger.version)
         self.staging = Staging(self.storage)
         self.updates = HeldUpdates(budget=budget, lease_s=lease_s)
-        self.ledger = AppliedLedger(request.ledger)
         self.frozen = False
         self.lookups = 0
         self._filling: Iterator[None] | None = None
@@ -166,7 +166,8 @@ class HostedTable:
         self.check_ready()
         arrived = self.staging.ledger
         self.staging.adopt(view.placement)
-        self.ledger.adopt(arrived)
+        if self.ledger.adopt(arrived):
+            self.storage.begin_at(self.ledger.version)
         self.view = view
         self.updates.clear()
         self.steps_changed()

@@ -3,38 +3,48 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from mempool.kernels import OptimizerStep
+import torch
+
+from mempool.errors import InvalidRequest
+from mempool.kernels import BLOCK_STATE, LAST_STEP, MASTER, STATE_NAMES, DenseSchedule, OptimizerStep, Rounding
 from mempool.types import OptimizerSpec, TableSchema
+
+_ACCUMULATORS = ("sum", "row_sum")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateArray:
-    """One array of optimizer state, float32. per: one number per element of the values, or per (slot, block)."""
+    """One array of optimizer state. per: one number per element of the values, or per (slot, block)."""
 
     name: str
     per: Literal["element", "block"]
     initial: float
+    dtype: torch.dtype = torch.float32
 
 
 def state_arrays(optimizer: OptimizerSpec) -> tuple[StateArray, ...]:
     """The arrays an optimizer keeps beside the values, as the kernels name them."""
-    accumulator = optimizer.initial_accumulator_value
-    match optimizer.algorithm:
-        case "sgd":
-            return ()
-        case "adagrad":
-            return (StateArray(name="sum", per="element", initial=accumulator),)
-        case "rowwise_adagrad":
-            return (StateArray(name="row_sum", per="block", initial=accumulator),)
-        case "adam":
-            return (
-                StateArray(name="exp_avg", per="element", initial=0.0),
-                StateArray(name="exp_avg_sq", per="element", initial=0.0),
-            )
+    arrays = [
+        StateArray(
+            name=name,
+            per="block" if name in BLOCK_STATE else "element",
+            initial=optimizer.initial_accumulator_value if name in _ACCUMULATORS else 0.0,
+        )
+        for name in STATE_NAMES[optimizer.algorithm]
+    ]
+    if optimizer.dense:
+        arrays.append(StateArray(name=LAST_STEP, per="block", initial=0, dtype=torch.int32))
+    return tuple(arrays)
+
+
+def step_names(schema: TableSchema) -> tuple[str, ...]:
+    """The arrays a step changes besides the values."""
+    names = tuple(array.name for array in state_arrays(schema.optimizer))
+    return (*names, MASTER) if schema.master else names
 
 
 def optimizer_step(schema: TableSchema, *, lr: float, grad_scale: float, version: int) -> OptimizerStep:
-    """The step of the commit that makes table version ``version``."""
+    """The step of the commit that makes table version ``version``, without its rounding."""
     optimizer = schema.optimizer
     return OptimizerStep(
         algorithm=optimizer.algorithm,
@@ -45,5 +55,38 @@ def optimizer_step(schema: TableSchema, *, lr: float, grad_scale: float, version
         beta1=optimizer.beta1,
         beta2=optimizer.beta2,
         lr_decay=optimizer.lr_decay,
+        weight_decay=optimizer.weight_decay,
         block_dim=schema.block_dim,
+    )
+
+
+def rounding(schema: TableSchema, blocks: tuple[int, ...], *, version: int, device: torch.device) -> Rounding | None:
+    """How the step that makes ``version`` rounds the columns of these blocks, side by side; None: to nearest."""
+    if schema.rounding == "nearest":
+        return None
+    key = Rounding.key_of(seed=schema.seed, table=schema.table_id, step=version)
+    return Rounding(key, torch.tensor([schema.block_columns(block)[0] for block in blocks], device=device))
+
+
+def dense_schedule(schema: TableSchema, *, version: int, device: torch.device) -> DenseSchedule | None:
+    """What slots without a gradient do in the steps after table version ``version``; None where they do nothing.
+
+    Raises:
+        InvalidRequest: The schema asks for a dense optimizer that there is not, or for values too coarse for one.
+    """
+    optimizer = schema.optimizer
+    if not optimizer.dense:
+        return None
+    if optimizer.algorithm != "adamw" or (schema.dtype != "float32" and not schema.master):
+        raise InvalidRequest(
+            f"table {schema.name!r}: a dense {optimizer.algorithm} on {schema.dtype} values is not there; dense is of "
+            "adamw, with dtype float32 or master"
+        )
+    return DenseSchedule(
+        first_step=version + 1,
+        beta1=optimizer.beta1,
+        beta2=optimizer.beta2,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        device=device,
     )

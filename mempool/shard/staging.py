@@ -241,6 +241,7 @@ def export(table: Table, request: ExportPages, ledger: Ledger) -> PageBatch:
 
 def _exported(table: Table, request: ExportPages) -> dict[str, Tensor]:
     page_slots, count = table.schema.page_slots, len(request.row_pages)
+    table.catch_up_pages(request.row_pages)  # so that the new owner need not know what steps there were
     arrays: dict[str, Tensor] = {}
     for array in table.arrays.values():
         width = array.width(request.blocks)

@@ -15,6 +15,8 @@ from torch import Tensor
 from mempool import kernels
 from mempool.shard.arena import (
     KEYS,
+    SCALES,
+    VALUE_DTYPES,
     VALUES,
     Arena,
     Blocks,
@@ -25,7 +27,9 @@ from mempool.shard.arena import (
     key_dim,
     named_arrays,
     pieces,
+    row_bytes,
 )
+from mempool.shard.optimizers import dense_schedule, step_names
 from mempool.types import Placement, ProductKeySpec, TableSchema
 
 Mask = npt.NDArray[np.bool_]
@@ -69,9 +73,18 @@ class Table:
         arenas: One per distinct set of owned blocks; arenas of pages that are still being staged are among them.
         blocks: All blocks this shard owns any page of, ascending.
         heads, head_keys: The heads whose product keys are here, ascending, and [H, 2, n, key_dim / 2] float32.
+        step_names: The arrays that a step of the optimizer changes besides the values.
+        schedule: The steps that slots without a gradient have missed, of a dense optimizer; else None. Rows are brought
+            up to its last step, the table's version, before anybody reads or changes them.
+
+    Args:
+        version: The table's version.
+
+    Raises:
+        InvalidRequest: The schema asks for an optimizer that there is not.
     """
 
-    def __init__(self, schema: TableSchema, *, shard: int, device: torch.device) -> None:
+    def __init__(self, schema: TableSchema, *, shard: int, device: torch.device, version: int = 0) -> None:
         self.schema = schema
         self.shard = shard
         self.device = device
@@ -85,6 +98,8 @@ class Table:
         self.heads: tuple[int, ...] = ()
         half_keys_shape = (2, half_keys(schema), key_dim(schema) // 2) if schema.num_key_pages else (2, 0, 0)
         self.head_keys = torch.empty((0, *half_keys_shape), dtype=torch.float32, device=device)
+        self.step_names = step_names(schema)
+        self.schedule = dense_schedule(schema, version=version, device=device)
         self._lanes: tuple[Lane, ...] = ()
 
     # Ownership
@@ -125,8 +140,7 @@ class Table:
 
     def page_bytes(self, blocks: Blocks) -> int:
         """Bytes of one row page of these blocks, in all arrays."""
-        row_bytes = sum(array.width(blocks) * array.dtype.itemsize for array in self.arrays.values())
-        return row_bytes * self.schema.page_slots
+        return row_bytes(self.schema, blocks) * self.schema.page_slots
 
     @property
     def head_bytes(self) -> int:
@@ -181,7 +195,8 @@ class Table:
             filling.append((arena, row_pages))
         for arena, row_pages in filling:
             for run in _runs(row_pages):
-                for piece in pieces(len(run), arena.page_bytes):
+                # Packed values are encoded from float32.
+                for piece in pieces(len(run), arena.page_bytes * (4 if self.schema.packed else 1)):
                     self._fill(arena, run[piece])
                     yield
         heads = tuple(int(head) for head in np.flatnonzero(placement.key_owners == self.shard))
@@ -193,14 +208,24 @@ class Table:
         page_slots = self.schema.page_slots
         first = int(run[0]) * page_slots
         slots = range(first, min(first + len(run) * page_slots, self.schema.num_slots))
-        start = int(arena.page_of[run[0]])
+        start = int(arena.page_of[run[0]]) * page_slots
         for array in arena.arrays:
-            rows = arena.pages(array.name)[start : start + len(run)].view(len(run) * page_slots, -1)
+            rows = arena.rows(array.name)[start : start + len(run) * page_slots]
             rows[len(slots) :] = 0  # slots of the last page that do not exist
-            for block in arena.blocks:
-                if array.width((block,)):
-                    columns = array.columns(arena.blocks, block)
-                    rows[: len(slots), columns] = torch.as_tensor(initial_rows(array, slots, block), device=self.device)
+            if self.schema.packed and array.name in (VALUES, SCALES):
+                continue
+            self._fill_array(array, arena.blocks, slots, rows[: len(slots)])
+        if self.schema.packed:
+            values = torch.empty(len(slots), self.schema.width(arena.blocks), device=self.device)
+            self._fill_array(self.arrays[VALUES], arena.blocks, slots, values)
+            ids = torch.arange(slots.start, slots.stop, device=self.device)
+            kernels.scatter_rows(arena.paged(), ids, values)
+
+    def _fill_array(self, array: NamedArray, blocks: Blocks, slots: range, rows: Tensor) -> None:
+        for block in blocks:
+            if array.width((block,)):
+                initial = torch.as_tensor(initial_rows(array, slots, block), device=self.device)
+                rows[:, array.columns(blocks, block)] = initial
 
     def set_head_keys(self, keys: dict[int, Tensor]) -> None:
         """These heads' product keys are here from now on, and no others."""
@@ -212,10 +237,29 @@ class Table:
 
     # By slot id
 
-    def pooled(self, bags: Bags) -> Tensor:
-        """[B, W] float32: weighted sums of the rows that are here."""
+    def begin_at(self, version: int) -> None:
+        """Nothing of the table is here but pages on their way, which come with this version."""
+        self.schedule = dense_schedule(self.schema, version=version, device=self.device)
+
+    def catch_up(self, ids: Tensor) -> None:
+        """Do what these slots [M] have missed of a dense optimizer's steps."""
+        if self.schedule is None:
+            return
+        for lane in self._lanes:
+            lane.arena.catch_up(lane.arena.locate(ids)[1], self.schedule, self.step_names)
+
+    def catch_up_pages(self, row_pages: npt.NDArray[np.int64]) -> None:
+        """Do what all slots of these row pages have missed of a dense optimizer's steps."""
+        page_slots = torch.arange(self.schema.page_slots, device=self.device)
+        for row_page in row_pages.tolist() if self.schedule is not None else ():
+            self.catch_up(row_page * self.schema.page_slots + page_slots)
+
+    def pooled(self, bags: Bags, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[B, W] in ``dtype``: weighted sums of the rows that are here, made in float32 and rounded once."""
+        self.catch_up(bags.ids)
         if len(self._lanes) == 1 and self._lanes[0].columns is None:
-            return kernels.weighted_sum(self._lanes[0].arena.paged(), bags.ids, bags.weights, bags.offsets)
+            paged = self._lanes[0].arena.paged()
+            return kernels.weighted_sum(paged, bags.ids, bags.weights, bags.offsets, dtype=dtype)
         values_BW = torch.zeros(bags.num_bags, self.schema.width(self.blocks), device=self.device)
         for lane in self._lanes:
             sums = kernels.weighted_sum(lane.arena.paged(), bags.ids, bags.weights, bags.offsets)
@@ -223,10 +267,11 @@ class Table:
                 values_BW += sums
             else:
                 values_BW[:, lane.columns] += sums
-        return values_BW
+        return values_BW.to(dtype)
 
     def weight_grad(self, bags: Bags, grads_BW: Tensor) -> Tensor:
         """[L] float32: <grads[bag], V[id]> over the columns that are here."""
+        self.catch_up(bags.ids)
         weight_grad_L = torch.zeros(bags.ids.shape[0], device=self.device)
         for lane in self._lanes:
             weight_grad_L += kernels.weight_gradient(lane.arena.paged(), bags.ids, bags.offsets, lane.of(grads_BW))
@@ -234,17 +279,21 @@ class Table:
 
     def score(self, queries_BHD: Tensor, topk: int) -> tuple[tuple[int, ...], Tensor, Tensor]:
         """Heads answered, scores [B, H, K] float32 and ids [B, H, K] int64, best first."""
+        deterministic = self.schema.keys is None or self.schema.keys.deterministic
         if isinstance(self.schema.keys, ProductKeySpec):
             if not self.heads:
                 return (), *_no_candidates((queries_BHD.shape[0], 0, topk), self.device)
             queries = queries_BHD[:, list(self.heads)].contiguous()
-            scores, ids = kernels.product_topk(queries, self.head_keys, topk, self.schema.stride)
+            scores, ids = kernels.product_topk(
+                queries, self.head_keys, topk, self.schema.stride, deterministic=deterministic
+            )
             return self.heads, scores, ids
         scores, ids = _no_candidates((queries_BHD.shape[0], 0), self.device)
         for lane in self._lanes:
             if lane.arena.has(KEYS):
                 keys = lane.arena.paged(KEYS)
-                found = kernels.flat_topk(queries_BHD[:, 0].contiguous(), keys, topk, num_slots=self.schema.num_slots)
+                queries = queries_BHD[:, 0].contiguous()
+                found = kernels.flat_topk(queries, keys, topk, self.schema.num_slots, deterministic=deterministic)
                 scores, ids = best(torch.cat((scores, found[0]), 1), torch.cat((ids, found[1]), 1), topk)
         lacking = topk - scores.shape[1]
         if lacking > 0:
@@ -265,33 +314,43 @@ class Table:
         return half_keys(self.schema) * key_dim(self.schema)
 
     def read(self, name: str, ids_M: Tensor) -> Tensor:
-        """[M, W] in the array's dtype: rows by slot id, or heads of product keys; zeros where not here."""
+        """[M, W]: rows by slot id, or heads of product keys; zeros where not here. In the array's dtype, but values of
+        one byte an element are float32."""
         if name not in self.arrays:
             return self._read_heads(ids_M)
+        self.catch_up(ids_M)
         array = self.arrays[name]
-        rows_MW = torch.zeros(ids_M.shape[0], self.row_width(name), dtype=array.dtype, device=self.device)
+        dtype = VALUE_DTYPES[self.schema.dtype] if name == VALUES else array.dtype
+        rows_MW = torch.zeros(ids_M.shape[0], self.row_width(name), dtype=dtype, device=self.device)
         for lane in self._lanes:
             if not lane.arena.has(name):
                 continue
-            here = torch.from_numpy(lane.arena.page_of >= 0).to(self.device)[ids_M >> self.schema.page_shift]
+            here, rows = lane.arena.locate(ids_M)
             at = here.nonzero()[:, 0]
             places = self._places(array, lane.arena.blocks)
+            values = name == VALUES
+            found = kernels.gather_rows(lane.arena.paged(), ids_M[at]) if values else lane.arena.rows(name)[rows]
             # Copied, not added: a sum with zero would lose the sign of -0.0.
-            rows_MW[at[:, None], places[None, :]] = kernels.gather_rows(lane.arena.paged(name), ids_M[at])
+            rows_MW[at[:, None], places[None, :]] = found
         return rows_MW
 
     def write(self, name: str, ids_M: Tensor, rows_MW: Tensor) -> None:
-        """Overwrite rows that are here, in place; others are skipped."""
+        """Overwrite rows that are here, in place; others are skipped. Values and their master are written together."""
         if name not in self.arrays:
             for head, row in zip(ids_M.tolist(), rows_MW, strict=True):
                 if head in self.heads:
                     self.head_keys[self.heads.index(head)] = row.view(self.head_keys.shape[1:])
             return
+        self.catch_up(ids_M)
         array = self.arrays[name]
+        together = name in (VALUES, kernels.MASTER) and self.schema.master
         for lane in self._lanes:
-            if lane.arena.has(name):
-                rows = rows_MW[:, self._places(array, lane.arena.blocks)].to(array.dtype).contiguous()
-                kernels.scatter_rows(lane.arena.paged(name), ids_M, rows)
+            if not lane.arena.has(name):
+                continue
+            rows = rows_MW[:, self._places(array, lane.arena.blocks)]
+            for written in (VALUES, kernels.MASTER) if together else (name,):
+                paged = lane.arena.paged(written)
+                kernels.scatter_rows(paged, ids_M, rows.to(paged.value_dtype).contiguous())
 
     def _read_heads(self, ids_M: Tensor) -> Tensor:
         rows_MW = torch.zeros(ids_M.shape[0], *self.head_keys.shape[1:], device=self.device)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from mempool.errors import ContextMissing, InvalidRequest
-from mempool.shard.arena import KEYS, Blocks, key_dim
+from mempool.kernels import LAST_STEP
+from mempool.shard.arena import KEYS, SCALES, Blocks, key_dim
 from mempool.shard.table import Bags, Table
 from mempool.types import (
     CommitRequest,
@@ -24,6 +25,7 @@ from mempool.types import (
 
 _FLOATS = (torch.float32, torch.bfloat16)
 _IDS = (torch.int64, torch.uint32)
+READ_ONLY = (SCALES, LAST_STEP)
 
 
 def admit(tensor: Tensor, *, device: torch.device, dtype: torch.dtype, own: bool = False) -> Tensor:
@@ -203,8 +205,10 @@ def check_rows(table: Table, name: str, ids_M: Tensor, blocks: Blocks, rows: Ten
     """Rows to write, on the shard's device.
 
     Raises:
-        InvalidRequest: Other blocks than those owned, or another shape or dtype.
+        InvalidRequest: Other blocks than those owned, another shape or dtype, or an array that is only read.
     """
+    if name in READ_ONLY:
+        raise InvalidRequest(f"{name!r} follows from what else is written and is only read; write the values")
     _check_blocks(table, blocks, table.row_blocks(name))
     shape = (ids_M.shape[0], table.row_width(name))
     if tuple(rows.shape) != shape or rows.dtype not in _FLOATS:

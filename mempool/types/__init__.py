@@ -40,9 +40,20 @@ from mempool.types.pool import (
     TableView,
 )
 from mempool.types.protocols import PageHost, PoolApi, Shard, ShardHost
-from mempool.types.schema import FlatKeySpec, OptimizerSpec, Placement, ProductKeySpec, TableSchema
+from mempool.types.schema import (
+    ELEMENT_BYTES,
+    FlatKeySpec,
+    OptimizerSpec,
+    Placement,
+    ProductKeySpec,
+    Rounding,
+    StorageDtype,
+    TableSchema,
+    default_rounding,
+)
 
 __all__ = [
+    "ELEMENT_BYTES",
     "AttachTable",
     "CommitReply",
     "CommitRequest",
@@ -69,6 +80,7 @@ __all__ = [
     "ReadRowsReply",
     "ReadRowsRequest",
     "RescaleProgress",
+    "Rounding",
     "ScoreReply",
     "ScoreRequest",
     "Shard",
@@ -78,6 +90,7 @@ __all__ = [
     "StageTime",
     "Stamp",
     "StepId",
+    "StorageDtype",
     "TableSchema",
     "TableStatus",
     "TableView",
@@ -85,4 +98,5 @@ __all__ = [
     "UpdateRequest",
     "WriteRowsReply",
     "WriteRowsRequest",
+    "default_rounding",
 ]

@@ -215,7 +215,7 @@ class ScoreReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadRowsRequest:
-    """Rows of one named array: "values", "keys" or an optimizer state.
+    """Rows of one named array: "values", "keys", an optimizer state, "master" (float32 values), "scales" (of values).
 
     ids: [M] int64: slot ids, or head numbers for the keys of product keys.
     """
@@ -227,7 +227,7 @@ class ReadRowsRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadRowsReply:
-    """``rows`` [M, W], in the array's dtype; zeros where this shard does not own (slot, block).
+    """``rows`` [M, W] in the array's dtype, one-byte values in float32; zeros where (slot, block) is not owned here.
 
     W: the columns of ``blocks`` for arrays per element, one column per block for row-wise state, key_dim for flat keys
     (blocks is then (0,)), 2 * n * key_dim / 2 for product keys (blocks is then ()).
@@ -242,7 +242,9 @@ class ReadRowsReply:
 class WriteRowsRequest:
     """Overwrite rows; shapes as in ReadRowsReply, ``blocks`` as this shard owns them. Pages not owned are skipped.
 
-    Idempotent. Atomic on one shard, not across shards. Waits while the table's pages are moving.
+    Idempotent. Atomic on one shard, not across shards. Waits while the table's pages are moving. Values are rounded to
+    what is stored, to nearest, with new scales; "values" and "master" are written together. "scales" and "last_step"
+    cannot be written.
     """
 
     envelope: Envelope

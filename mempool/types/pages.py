@@ -64,9 +64,9 @@ class PageBatch:
     """Pages with everything they hold.
 
     Attributes:
-        arrays: Named arrays of the row pages: per element [M * page_slots, W of blocks], row-wise state
-            [M * page_slots, len(blocks)], flat "keys" [M * page_slots, key_dim] where block 0 is among the blocks;
-            and "head_keys" [len(key_pages), 2, n, key_dim / 2] for key pages.
+        arrays: Named arrays of the row pages: per element [M * page_slots, W of blocks] (uint8 codes for one-byte
+            values), row-wise state and scales [M * page_slots, len(blocks)], flat "keys" [M * page_slots, key_dim]
+            where block 0 is among the blocks; and "head_keys" [len(key_pages), 2, n, key_dim / 2] for key pages.
         ledger: The table's ledger at the shard that exported them.
     """
 

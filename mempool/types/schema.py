@@ -7,13 +7,20 @@ import numpy as np
 import numpy.typing as npt
 
 Layout = Literal["auto", "columns", "rows", "grid"]
-StorageDtype = Literal["float32", "bfloat16"]
-Algorithm = Literal["sgd", "adagrad", "rowwise_adagrad", "adam"]
+StorageDtype = Literal["float32", "bfloat16", "float8_e4m3fn", "int8"]
+Rounding = Literal["stochastic", "nearest"]
+Algorithm = Literal["sgd", "adagrad", "rowwise_adagrad", "adam", "adamw", "rowwise_adam"]
+
+ELEMENT_BYTES: dict[StorageDtype, int] = {"float32": 4, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1}
+"""Bytes of one element of a value; elements of one byte have a float32 scale per column block beside them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimizerSpec:
-    """The optimizer a table's shards run, with torch's names and meanings of its hyper-parameters."""
+    """The optimizer a table's shards run, with torch's names and meanings of its hyper-parameters.
+
+    dense: AdamW of every slot at every step, as torch.optim.AdamW on the whole table; otherwise of touched slots only.
+    """
 
     algorithm: Algorithm
     lr: float
@@ -22,21 +29,28 @@ class OptimizerSpec:
     beta2: float = 0.999
     lr_decay: float = 0.0
     initial_accumulator_value: float = 0.0
+    weight_decay: float = 0.0
+    dense: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProductKeySpec:
-    """Product keys kept in the pool: per head two codebooks of n half-keys of key_dim / 2, n * n = num_slots."""
+    """Product keys kept in the pool: per head two codebooks of n half-keys of key_dim / 2, n * n = num_slots.
+
+    deterministic: Scores are summed in a fixed order: a query has the same bits alone and in any batch.
+    """
 
     heads: int
     key_dim: int
+    deterministic: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlatKeySpec:
-    """One key per slot, kept beside the slot's first column block."""
+    """One key per slot, kept beside the slot's first column block. deterministic: As above, and for any shards."""
 
     key_dim: int
+    deterministic: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +62,10 @@ class TableSchema:
         stride: With product keys a slot id is ``i1 * stride + i2``; n today. 0 where num_slots is not a square.
         block_dim: Width of a column block; the last may be narrower.
         page_slots: Slots of a page, a power of two; the last page may have slots that are never used.
+        dtype: What values are stored as; float8_e4m3fn and int8 with a float32 scale per (slot, block).
+        rounding: How a step's results are rounded to ``dtype``; "nearest" where there is nothing to choose (float32, or
+            a master).
+        master: Float32 values are kept beside those stored, and trained; the stored ones are rounded from them.
         seed, init_std: Initial values are N(0, init_std^2), a function of (seed, slot, column) alone.
     """
 
@@ -64,6 +82,13 @@ class TableSchema:
     layout: Layout
     optimizer: OptimizerSpec
     keys: ProductKeySpec | FlatKeySpec | None = None
+    rounding: Rounding = "nearest"
+    master: bool = False
+
+    @property
+    def packed(self) -> bool:
+        """Whether values are stored as elements of one byte with scales."""
+        return ELEMENT_BYTES[self.dtype] == 1
 
     @property
     def num_row_pages(self) -> int:
@@ -90,6 +115,11 @@ class TableSchema:
     def width(self, blocks: tuple[int, ...]) -> int:
         """Columns of these blocks together."""
         return sum(stop - start for start, stop in map(self.block_columns, blocks))
+
+
+def default_rounding(dtype: StorageDtype, *, master: bool) -> Rounding:
+    """Stochastic where small steps would otherwise be lost: values in fewer bits than float32, without a master."""
+    return "nearest" if dtype == "float32" or master else "stochastic"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

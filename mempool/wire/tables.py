@@ -21,10 +21,12 @@ from mempool.types.schema import (
     OptimizerSpec,
     Placement,
     ProductKeySpec,
+    Rounding,
     StorageDtype,
     TableSchema,
+    default_rounding,
 )
-from mempool.wire.codec import FLOAT_DTYPES, ProtoCodec, choice, require
+from mempool.wire.codec import ProtoCodec, choice, require
 from mempool.wire.tensors import array_from_message, tensor_to_message
 from mempool.wire.v1 import pool_pb2, status_pb2, table_pb2, tensor_pb2
 
@@ -40,12 +42,22 @@ _ALGORITHMS: Mapping[Algorithm, table_pb2.Algorithm.ValueType] = {
     "adagrad": table_pb2.ALGORITHM_ADAGRAD,
     "rowwise_adagrad": table_pb2.ALGORITHM_ROWWISE_ADAGRAD,
     "adam": table_pb2.ALGORITHM_ADAM,
+    "adamw": table_pb2.ALGORITHM_ADAMW,
+    "rowwise_adam": table_pb2.ALGORITHM_ROWWISE_ADAM,
 }
 _ALGORITHM_NAMES: Mapping[int, Algorithm] = {number: name for name, number in _ALGORITHMS.items()}
-_STORAGE_DTYPES: Mapping[int, StorageDtype] = {
-    tensor_pb2.DTYPE_FLOAT32: "float32",
-    tensor_pb2.DTYPE_BFLOAT16: "bfloat16",
+_STORAGE_DTYPES: Mapping[StorageDtype, tensor_pb2.Dtype.ValueType] = {
+    "float32": tensor_pb2.DTYPE_FLOAT32,
+    "bfloat16": tensor_pb2.DTYPE_BFLOAT16,
+    "float8_e4m3fn": tensor_pb2.DTYPE_FLOAT8_E4M3FN,
+    "int8": tensor_pb2.DTYPE_INT8,
 }
+_STORAGE_DTYPE_NAMES: Mapping[int, StorageDtype] = {number: name for name, number in _STORAGE_DTYPES.items()}
+_ROUNDINGS: Mapping[Rounding, table_pb2.Rounding.ValueType] = {
+    "stochastic": table_pb2.ROUNDING_STOCHASTIC,
+    "nearest": table_pb2.ROUNDING_NEAREST,
+}
+_ROUNDING_NAMES: Mapping[int, Rounding] = {number: name for name, number in _ROUNDINGS.items()}
 _STATES: Mapping[str, status_pb2.ShardState.ValueType] = {
     "ready": status_pb2.SHARD_STATE_READY,
     "starting": status_pb2.SHARD_STATE_STARTING,
@@ -63,16 +75,18 @@ def optimizer_message(value: OptimizerSpec) -> table_pb2.OptimizerSpec:
         beta2=value.beta2,
         lr_decay=value.lr_decay,
         initial_accumulator_value=value.initial_accumulator_value,
+        weight_decay=value.weight_decay,
+        dense=value.dense,
     )
 
 
 def optimizer_value(message: table_pb2.OptimizerSpec) -> OptimizerSpec:
     given: dict[str, float] = {}
-    for name in ("eps", "beta1", "beta2", "lr_decay", "initial_accumulator_value"):
+    for name in ("eps", "beta1", "beta2", "lr_decay", "initial_accumulator_value", "weight_decay"):
         if message.HasField(name):
             given[name] = getattr(message, name)
     algorithm = choice(_ALGORITHM_NAMES, message.algorithm, "OptimizerSpec.algorithm")
-    return OptimizerSpec(algorithm=algorithm, lr=message.lr, **given)
+    return OptimizerSpec(algorithm=algorithm, lr=message.lr, dense=message.dense, **given)
 
 
 def schema_message(value: TableSchema) -> table_pb2.TableSchema:
@@ -83,17 +97,23 @@ def schema_message(value: TableSchema) -> table_pb2.TableSchema:
         value_dim=value.value_dim,
         block_dim=value.block_dim,
         page_slots=value.page_slots,
-        dtype=FLOAT_DTYPES[value.dtype],
+        dtype=_STORAGE_DTYPES[value.dtype],
         seed=value.seed,
         init_std=value.init_std,
         stride=value.stride,
         layout=_LAYOUTS[value.layout],
         optimizer=optimizer_message(value.optimizer),
+        rounding=_ROUNDINGS[value.rounding],
+        master=value.master,
     )
     if isinstance(value.keys, ProductKeySpec):
-        message.product_keys.CopyFrom(table_pb2.ProductKeySpec(heads=value.keys.heads, key_dim=value.keys.key_dim))
+        product = table_pb2.ProductKeySpec(
+            heads=value.keys.heads, key_dim=value.keys.key_dim, deterministic=value.keys.deterministic
+        )
+        message.product_keys.CopyFrom(product)
     elif value.keys is not None:
-        message.flat_keys.CopyFrom(table_pb2.FlatKeySpec(key_dim=value.keys.key_dim))
+        flat = table_pb2.FlatKeySpec(key_dim=value.keys.key_dim, deterministic=value.keys.deterministic)
+        message.flat_keys.CopyFrom(flat)
     return message
 
 
@@ -105,9 +125,15 @@ def schema_value(message: table_pb2.TableSchema) -> TableSchema:
             raise InvalidRequest(f"TableSchema.{name} is missing or 0; it must be at least 1")
     keys: ProductKeySpec | FlatKeySpec | None = None
     if message.HasField("product_keys"):
-        keys = ProductKeySpec(heads=message.product_keys.heads, key_dim=message.product_keys.key_dim)
+        product = message.product_keys
+        keys = ProductKeySpec(heads=product.heads, key_dim=product.key_dim, deterministic=_deterministic(product))
     elif message.HasField("flat_keys"):
-        keys = FlatKeySpec(key_dim=message.flat_keys.key_dim)
+        flat = message.flat_keys
+        keys = FlatKeySpec(key_dim=flat.key_dim, deterministic=_deterministic(flat))
+    dtype = choice(_STORAGE_DTYPE_NAMES, message.dtype, "TableSchema.dtype")
+    rounding = default_rounding(dtype, master=message.master)
+    if message.rounding != table_pb2.ROUNDING_UNSPECIFIED:
+        rounding = choice(_ROUNDING_NAMES, message.rounding, "TableSchema.rounding")
     return TableSchema(
         table_id=message.table_id,
         name=message.name,
@@ -115,14 +141,20 @@ def schema_value(message: table_pb2.TableSchema) -> TableSchema:
         value_dim=message.value_dim,
         block_dim=message.block_dim,
         page_slots=message.page_slots,
-        dtype=choice(_STORAGE_DTYPES, message.dtype, "TableSchema.dtype"),
+        dtype=dtype,
         seed=message.seed,
         init_std=message.init_std,
         stride=message.stride,
         layout=choice(_LAYOUT_NAMES, message.layout, "TableSchema.layout"),
         optimizer=optimizer_value(message.optimizer),
         keys=keys,
+        rounding=rounding,
+        master=message.master,
     )
+
+
+def _deterministic(keys: table_pb2.ProductKeySpec | table_pb2.FlatKeySpec) -> bool:
+    return keys.deterministic if keys.HasField("deterministic") else True
 
 
 def placement_message(value: Placement) -> table_pb2.Placement:

@@ -57,6 +57,7 @@ LAYOUTS: dict[str, list[list[int]]] = {
     "mixed": [[0, 0, 1], [2, 1, 0], [0, 2, 2], [1, 1, 1], [2, 2, 2], [0, 1, 2], [1, 0, 0]],
 }
 EXACT_LAYOUTS = ("one", "columns")
+BLOCK_ARRAYS = ("row_sum", "row_exp_avg_sq", "last_step", "scales")
 
 
 def make_schema(**changes: Any) -> TableSchema:
@@ -379,7 +380,7 @@ class Driver:
         """Where a shard's columns of an array stand in the whole row."""
         if array == "keys":
             return torch.arange(self.row_width(array))
-        return torch.tensor(list(blocks)) if array == "row_sum" else self.columns(blocks)
+        return torch.tensor(list(blocks)) if array in BLOCK_ARRAYS else self.columns(blocks)
 
     def row_width(self, array: str) -> int:
         keys = self.schema.keys
@@ -388,7 +389,7 @@ class Driver:
             if isinstance(keys, ProductKeySpec):
                 return round(self.schema.num_slots**0.5) * keys.key_dim
             return keys.key_dim
-        return self.schema.num_blocks if array == "row_sum" else self.schema.value_dim
+        return self.schema.num_blocks if array in BLOCK_ARRAYS else self.schema.value_dim
 
     def read(self, array: str = "values", ids: Tensor | None = None) -> Tensor:
         """Whole rows, put together from all shards; of all slots by default."""

@@ -41,29 +41,46 @@ class Oracle:
         # torch warns of the checks it leaves out unless told which way; they are wanted here.
         with torch.sparse.check_sparse_tensor_invariants():
             self.values.grad = self.values.grad.coalesce() * grad_scale
+            if self.schema.optimizer.dense:
+                self.values.grad = self.values.grad.to_dense()
             self.optimizer.step()
         self.optimizer.zero_grad()
 
 
-class RowWiseAdagrad(torch.optim.Optimizer):
-    """Adagrad with one accumulator per (slot, block): the mean of the squared gradient. torch has none of its own."""
+class TouchedRows(torch.optim.Optimizer):
+    """Rules that torch has not for sparse gradients: of rows with a gradient, row-wise state per (slot, block)."""
 
     def __init__(self, values_NV: Tensor, schema: TableSchema) -> None:
         super().__init__([values_NV], {"lr": 0.0})
         self.schema = schema
-        self.row_sum = torch.zeros(values_NV.shape[0], schema.num_blocks, dtype=torch.float64)
+        self.steps = 0
+        self.exp_avg = torch.zeros_like(values_NV)
+        self.exp_avg_sq = torch.zeros_like(values_NV)
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         (values_NV,) = self.param_groups[0]["params"]
-        grad = values_NV.grad.coalesce()
-        rows = grad.indices()[0]
+        gradient = values_NV.grad.coalesce()
+        rows, grad = gradient.indices()[0], gradient.values()
+        spec, lr = self.schema.optimizer, self.param_groups[0]["lr"]
+        self.steps += 1
+        mean_square = torch.empty_like(grad)
         for block in range(self.schema.num_blocks):
             columns = slice(*self.schema.block_columns(block))
-            part = grad.values()[:, columns]
-            self.row_sum[rows, block] += part.square().mean(1)
-            divisor = self.row_sum[rows, block].sqrt() + self.schema.optimizer.eps
-            values_NV[rows, columns] -= self.param_groups[0]["lr"] * part / divisor[:, None]
+            mean_square[:, columns] = grad[:, columns].square().mean(1, keepdim=True)
+        if spec.algorithm == "rowwise_adagrad":
+            self.exp_avg_sq[rows] += mean_square
+            values_NV[rows] -= lr * grad / (self.exp_avg_sq[rows].sqrt() + spec.eps)
+            return
+        square = mean_square if spec.algorithm == "rowwise_adam" else grad.square()
+        self.exp_avg[rows] += (1 - spec.beta1) * (grad - self.exp_avg[rows])
+        self.exp_avg_sq[rows] += (1 - spec.beta2) * (square - self.exp_avg_sq[rows])
+        first, second = 1 - spec.beta1**self.steps, (1 - spec.beta2**self.steps) ** 0.5
+        if spec.algorithm == "rowwise_adam":  # as SparseAdam: eps beside the root that is not corrected
+            values_NV[rows] -= lr * second / first * self.exp_avg[rows] / (self.exp_avg_sq[rows].sqrt() + spec.eps)
+        else:
+            values_NV[rows] *= 1 - lr * spec.weight_decay
+            values_NV[rows] -= lr / first * self.exp_avg[rows] / (self.exp_avg_sq[rows].sqrt() / second + spec.eps)
 
 
 def _optimizer(schema: TableSchema, values_NV: Tensor) -> torch.optim.Optimizer:
@@ -80,4 +97,8 @@ def _optimizer(schema: TableSchema, values_NV: Tensor) -> torch.optim.Optimizer:
         )
     if spec.algorithm == "adam":
         return torch.optim.SparseAdam([values_NV], lr=spec.lr, eps=spec.eps, betas=(spec.beta1, spec.beta2))
-    return RowWiseAdagrad(values_NV, schema)
+    if spec.dense:
+        return torch.optim.AdamW(
+            [values_NV], lr=spec.lr, eps=spec.eps, betas=(spec.beta1, spec.beta2), weight_decay=spec.weight_decay
+        )
+    return TouchedRows(values_NV, schema)

@@ -15,6 +15,9 @@ OPTIMIZERS = {
     "adagrad": OptimizerSpec(algorithm="adagrad", lr=0.1, lr_decay=0.05, initial_accumulator_value=0.1),
     "rowwise_adagrad": OptimizerSpec(algorithm="rowwise_adagrad", lr=0.1),
     "adam": OptimizerSpec(algorithm="adam", lr=0.1, eps=1e-8),
+    "adamw": OptimizerSpec(algorithm="adamw", lr=0.1, eps=1e-8, weight_decay=0.1),
+    "dense adamw": OptimizerSpec(algorithm="adamw", lr=0.1, eps=1e-8, beta1=0.7, weight_decay=0.1, dense=True),
+    "rowwise_adam": OptimizerSpec(algorithm="rowwise_adam", lr=0.1, eps=1e-8),
 }
 
 

@@ -1,6 +1,12 @@
-"""Reading an arena on the CPU: weighted sums of bags, rows, and the gradient of the weights. Also writing rows."""
+"""Reading an arena on the CPU: weighted sums of bags, rows, and the gradient of the weights. Also writing rows.
+
+Pairs that are here are listed first, some hundred at a time, and the rows of the list are then read tile by tile: so
+rows ahead can be prefetched across the bounds of bags.
+"""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -8,142 +14,390 @@ from numba import prange
 from torch import Tensor
 
 from mempool.kernels.arguments import Paged
-from mempool.kernels.cpu.elements import load, locate
+from mempool.kernels.cpu.elements import load, locate, store_block
 from mempool.kernels.cpu.runtime import (
     Array,
+    elements,
+    has_wide_registers,
+    next_of,
     optional_weights,
     parallel,
-    reassociating,
+    prefetch_row,
+    scales,
     serial,
     storage,
     use_threads,
     view,
 )
+from mempool.kernels.cpu.vectors import LANES, dot_tile, sum_tile
+
+# Pairs that are listed at once; the list stays in the first cache level.
+_PIECE = 1024
+# Rows that are prefetched ahead of the one that is read.
+_AHEAD = 16
+# Columns of a tile: as many as registers hold, then less for what is left.
+_WIDE, _MIDDLE, _NARROW = (256 if has_wide_registers() else 64), 64, LANES
+_sum_wide, _sum_middle, _sum_narrow = (sum_tile(columns // LANES) for columns in (_WIDE, _MIDDLE, _NARROW))
+_dot_wide, _dot_middle, _dot_narrow = (dot_tile(columns // LANES) for columns in (_WIDE, _MIDDLE, _NARROW))
+# Parts of the work per thread: threads that the system stops, or that have the longer bags, take fewer.
+_PARTS_PER_THREAD = 4
+# Bags are handed out whole, unless one of them would leave the other threads idle: then columns are.
+_LOPSIDED = 1.25
+# Rows that are converted at once, in elements: they stay in the cache until torch has rounded them.
+_CHUNK_ELEMENTS = 1 << 17
+
+
+class _Arena(NamedTuple):
+    rows: Array
+    scales: Array
+    first_scale: int
+    block_dim: int
+    page_table: Array
+    page_shift: int
+
+
+def _arena(paged: Paged) -> _Arena:
+    block_dim = paged.width if paged.packed is None else paged.packed.block_dim
+    return _Arena(elements(paged), *scales(paged), max(1, block_dim), view(paged.page_table), paged.page_shift)
+
+
+@serial
+def _list_pairs(arena: _Arena, ids: Array, first: int, end: int, listed: Array, pairs: Array) -> int:
+    """The rows of pairs that are here, and which pairs they are; returns how many."""
+    count = 0
+    for pair in range(first, end):
+        row = locate(ids[pair], arena.page_table, arena.page_shift)
+        if row >= 0:
+            listed[count] = row
+            pairs[count] = pair
+            count += 1
+    for place in range(count, count + _AHEAD):  # what is prefetched beyond the last
+        listed[place] = 0
+    return count
+
+
+@serial
+def _tile_columns(arena: _Arena, column: int, end: int) -> int:
+    """Columns of the next tile; 0 where columns are left that fill none, or blocks that tiles would straddle."""
+    packed = arena.rows.itemsize == 1
+    if end - column < _NARROW or (packed and arena.block_dim % _NARROW != 0):
+        return 0
+    if end - column < _MIDDLE or (packed and arena.block_dim % _MIDDLE != 0):
+        return _NARROW
+    return _WIDE if end - column >= _WIDE else _MIDDLE
+
+
+@serial
+def _sum_rest(
+    arena: _Arena, listed: Array, first: int, end: int, column: int, end_column: int, weights: Array, acc: Array
+) -> None:
+    # Columns that fill no tile, block by block.
+    while column < end_column:
+        block = column // arena.block_dim
+        block_end = min(end_column, (block + 1) * arena.block_dim)
+        sums = acc[column:block_end]
+        for place in range(first, end):
+            weight = weights[place]
+            if arena.rows.itemsize == 1:
+                weight = np.float32(weight * arena.scales[listed[place], arena.first_scale + block])
+            values = arena.rows[listed[place], column:block_end]
+            for position in range(sums.shape[0]):
+                sums[position] += weight * load(values[position])
+        column = block_end
+
+
+@serial
+def _sum_listed(
+    arena: _Arena,
+    listed: Array,
+    first: int,
+    count: int,
+    first_column: int,
+    end_column: int,
+    weights: Array,
+    fresh: bool,
+    acc: Array,
+) -> None:
+    # Per column: acc = acc + w * v, pair after pair, no fused multiply-add.
+    rows, block_dim, scales_start = arena.rows, arena.block_dim, 4 * arena.first_scale
+    column, columns = first_column, _tile_columns(arena, first_column, end_column)
+    while columns > 0:
+        following = column + columns
+        next_columns = _tile_columns(arena, following, end_column)
+        then, back = (following, count) if next_columns > 0 else (first_column, 0)
+        source = rows, scales_start, block_dim, listed, first, count, _AHEAD, column, then, back
+        if columns == _WIDE:
+            _sum_wide(*source, weights, fresh, acc)
+        elif columns == _MIDDLE:
+            _sum_middle(*source, weights, fresh, acc)
+        else:
+            _sum_narrow(*source, weights, fresh, acc)
+        column, columns = following, next_columns
+    if column < end_column:
+        if fresh:
+            acc[column:end_column] = 0
+        _sum_rest(arena, listed, first, first + count, column, end_column, weights, acc)
+
+
+@serial
+def _sum_bags(
+    arena: _Arena,
+    ids: Array,
+    weights: Array,
+    offsets: Array,
+    bag: int,
+    end_bag: int,
+    first_column: int,
+    end_column: int,
+    out: Array,
+) -> None:
+    listed, pairs = np.empty(_PIECE + _AHEAD, dtype=np.int64), np.empty(_PIECE, dtype=np.int64)
+    own_weights = np.ones(_PIECE, dtype=np.float32)
+    first_pair = offsets[bag]
+    while bag < end_bag:
+        end_pair = min(offsets[end_bag], first_pair + _PIECE)
+        count = _list_pairs(arena, ids, first_pair, end_pair, listed, pairs)
+        if weights.shape[0] > 0:
+            for place in range(count):
+                own_weights[place] = weights[pairs[place]]
+        first = 0
+        while bag < end_bag:
+            end = first
+            while end < count and pairs[end] < offsets[bag + 1]:
+                end += 1
+            fresh = offsets[bag] >= first_pair
+            _sum_listed(arena, listed, first, end - first, first_column, end_column, own_weights, fresh, out[bag])
+            first = end
+            if offsets[bag + 1] > end_pair:  # goes on in the next piece
+                break
+            bag += 1
+        first_pair = end_pair
+
+
+@serial
+def _first_bag_of_part(offsets: Array, part: int, num_parts: int) -> Any:
+    # The first bag with at least part / num_parts of all pairs before it, where a bag counts as a pair as well.
+    num_bags = offsets.shape[0] - 1
+    if part >= num_parts:
+        return num_bags
+    wanted = (offsets[num_bags] + num_bags) * part // num_parts
+    low, high = 0, num_bags
+    while low < high:
+        middle = (low + high) // 2
+        if offsets[middle] + middle < wanted:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@serial
+def _is_lopsided(offsets: Array, num_threads: int) -> bool:
+    num_bags = offsets.shape[0] - 1
+    largest = 0
+    for part in range(num_threads):
+        first = _first_bag_of_part(offsets, part, num_threads)
+        end = _first_bag_of_part(offsets, part + 1, num_threads)
+        largest = max(largest, offsets[end] + end - offsets[first] - first)
+    return bool(largest * num_threads > _LOPSIDED * (offsets[num_bags] + num_bags))
 
 
 @parallel
 def _weighted_sum(
-    rows: Array, page_table: Array, page_shift: int, ids: Array, weights: Array, offsets: Array, out: Array
+    arena: _Arena, ids: Array, weights: Array, offsets: Array, num_threads: int, counter: Array, out: Array
 ) -> None:
-    # Per column: acc = acc + w * v, pair after pair, no fused multiply-add. Four pairs share one pass over the columns
-    # to save loads and stores of acc; the order of the additions stays that of the pairs.
-    width = rows.shape[1]
-    weighted = weights.shape[0] > 0
-    for bag in prange(offsets.shape[0] - 1):
-        acc = out[bag]
-        for column in range(width):
-            acc[column] = np.float32(0)
-        found = 0
-        row0 = row1 = row2 = 0
-        weight0 = weight1 = weight2 = np.float32(0)
-        for pair in range(offsets[bag], offsets[bag + 1]):
-            row = locate(ids[pair], page_table, page_shift)
-            if row < 0:
-                continue
-            weight = weights[pair] if weighted else np.float32(1)
-            if found == 0:
-                row0, weight0, found = row, weight, 1
-            elif found == 1:
-                row1, weight1, found = row, weight, 2
-            elif found == 2:
-                row2, weight2, found = row, weight, 3
+    num_bags, width = out.shape
+    num_groups = width // _MIDDLE
+    by_columns = num_groups > 1 and _is_lopsided(offsets, num_threads)
+    num_parts = min(num_groups, num_threads) if by_columns else num_threads * _PARTS_PER_THREAD
+    for _ in prange(num_threads):
+        part = next_of(counter)
+        while part < num_parts:
+            if by_columns:
+                first = num_groups * part // num_parts * _MIDDLE
+                end = num_groups * (part + 1) // num_parts * _MIDDLE if part + 1 < num_parts else width
+                _sum_bags(arena, ids, weights, offsets, 0, num_bags, first, end, out)
             else:
-                for column in range(width):
-                    total = acc[column] + weight0 * load(rows[row0, column])
-                    total = total + weight1 * load(rows[row1, column])
-                    total = total + weight2 * load(rows[row2, column])
-                    acc[column] = total + weight * load(rows[row, column])
-                found = 0
-        if found > 0:
-            for column in range(width):
-                acc[column] += weight0 * load(rows[row0, column])
-        if found > 1:
-            for column in range(width):
-                acc[column] += weight1 * load(rows[row1, column])
-        if found > 2:
-            for column in range(width):
-                acc[column] += weight2 * load(rows[row2, column])
+                first = _first_bag_of_part(offsets, part, num_parts)
+                end = _first_bag_of_part(offsets, part + 1, num_parts)
+                _sum_bags(arena, ids, weights, offsets, first, end, 0, width, out)
+            part = next_of(counter)
 
 
-def weighted_sum(paged: Paged, ids: Tensor, weights: Tensor | None, offsets: Tensor) -> Tensor:
+def weighted_sum(
+    paged: Paged, ids: Tensor, weights: Tensor | None, offsets: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """See mempool.kernels.weighted_sum."""
-    out = torch.empty(offsets.numel() - 1, paged.rows.shape[1], dtype=torch.float32)
-    use_threads(ids.numel() * paged.rows.shape[1])
-    _weighted_sum(
-        storage(paged.rows),
-        view(paged.page_table),
-        paged.page_shift,
-        view(ids),
-        optional_weights(weights),
-        view(offsets),
-        out.numpy(),
-    )
-    return out
-
-
-@parallel
-def _gather_rows(rows: Array, page_table: Array, page_shift: int, ids: Array, out: Array) -> None:
-    for position in prange(ids.shape[0]):
-        row = locate(ids[position], page_table, page_shift)
-        if row < 0:
-            for column in range(rows.shape[1]):
-                out[position, column] = 0
-        else:
-            for column in range(rows.shape[1]):
-                out[position, column] = rows[row, column]
-
-
-def gather_rows(paged: Paged, ids: Tensor) -> Tensor:
-    """See mempool.kernels.gather_rows."""
-    out = torch.empty(ids.numel(), paged.rows.shape[1], dtype=paged.rows.dtype)
-    use_threads(ids.numel() * paged.rows.shape[1])
-    _gather_rows(storage(paged.rows), view(paged.page_table), paged.page_shift, view(ids), storage(out))
-    return out
+    out = torch.empty(offsets.numel() - 1, paged.width, dtype=torch.float32)
+    num_threads = use_threads(ids.numel() * paged.width)
+    counter = np.zeros(1, dtype=np.int64)
+    _weighted_sum(_arena(paged), view(ids), optional_weights(weights), view(offsets), num_threads, counter, out.numpy())
+    return out.to(dtype)
 
 
 @serial
-def _scatter_rows(rows: Array, page_table: Array, page_shift: int, ids: Array, values: Array) -> None:
-    # On one thread: with repeated ids the last must win, whatever the threads do. The copy is bound by memory anyway.
-    for position in range(ids.shape[0]):
-        row = locate(ids[position], page_table, page_shift)
-        if row >= 0:
-            for column in range(rows.shape[1]):
-                rows[row, column] = values[position, column]
-
-
-def scatter_rows(paged: Paged, ids: Tensor, values: Tensor) -> None:
-    """See mempool.kernels.scatter_rows."""
-    _scatter_rows(
-        storage(paged.rows), view(paged.page_table), paged.page_shift, view(ids), storage(values.detach().contiguous())
-    )
-
-
-@reassociating
-def _weight_gradient(
-    rows: Array, page_table: Array, page_shift: int, ids: Array, offsets: Array, grads: Array, out: Array
+def _dot_rest(
+    arena: _Arena, listed: Array, first: int, end: int, column: int, fresh: bool, grad: Array, results: Array
 ) -> None:
-    # Vector lanes are summed apart and added at the end: the order is fixed by the width, so runs repeat bitwise.
-    for bag in prange(offsets.shape[0] - 1):
-        for pair in range(offsets[bag], offsets[bag + 1]):
-            row = locate(ids[pair], page_table, page_shift)
-            total = np.float32(0)
-            if row >= 0:
-                for column in range(rows.shape[1]):
-                    total += load(rows[row, column]) * grads[bag, column]
-            out[pair] = total
+    for place in range(first, end):
+        total = np.float32(0) if fresh else results[place]
+        for position in range(column, grad.shape[0]):
+            value = load(arena.rows[listed[place], position])
+            if arena.rows.itemsize == 1:
+                value *= arena.scales[listed[place], arena.first_scale + position // arena.block_dim]
+            total += value * grad[position]
+        results[place] = total
+
+
+@serial
+def _dot_listed(arena: _Arena, listed: Array, first: int, count: int, grad: Array, results: Array) -> None:
+    rows, block_dim, scales_start = arena.rows, arena.block_dim, 4 * arena.first_scale
+    width = grad.shape[0]
+    column, columns = 0, _tile_columns(arena, 0, width)
+    while columns > 0:
+        following = column + columns
+        next_columns = _tile_columns(arena, following, width)
+        then, back = (following, count) if next_columns > 0 else (0, 0)
+        source = rows, scales_start, block_dim, listed, first, count, _AHEAD, column, then, back
+        if columns == _WIDE:
+            _dot_wide(*source, column == 0, grad, results)
+        elif columns == _MIDDLE:
+            _dot_middle(*source, column == 0, grad, results)
+        else:
+            _dot_narrow(*source, column == 0, grad, results)
+        column, columns = following, next_columns
+    if column < width:
+        _dot_rest(arena, listed, first, first + count, column, column == 0, grad, results)
+
+
+@serial
+def _multiply_pairs(
+    arena: _Arena, ids: Array, offsets: Array, grads: Array, first_pair: int, last_pair: int, out: Array
+) -> None:
+    listed, pairs = np.empty(_PIECE + _AHEAD, dtype=np.int64), np.empty(_PIECE, dtype=np.int64)
+    results = np.empty(_PIECE, dtype=np.float32)
+    bag = np.searchsorted(offsets, first_pair, side="right") - 1
+    while first_pair < last_pair:
+        end_pair = min(last_pair, first_pair + _PIECE)
+        count = _list_pairs(arena, ids, first_pair, end_pair, listed, pairs)
+        first = 0
+        while first < count:
+            while offsets[bag + 1] <= pairs[first]:
+                bag += 1
+            end = first + 1
+            while end < count and pairs[end] < offsets[bag + 1]:
+                end += 1
+            _dot_listed(arena, listed, first, end - first, grads[bag], results)
+            first = end
+        out[first_pair:end_pair] = 0
+        for place in range(count):
+            out[pairs[place]] = results[place]
+        first_pair = end_pair
+
+
+@parallel
+def _weight_gradient(
+    arena: _Arena, ids: Array, offsets: Array, grads: Array, num_threads: int, counter: Array, out: Array
+) -> None:
+    num_pairs, num_parts = ids.shape[0], num_threads * _PARTS_PER_THREAD
+    for _ in prange(num_threads):
+        part = next_of(counter)
+        while part < num_parts:
+            first, end = num_pairs * part // num_parts, num_pairs * (part + 1) // num_parts
+            _multiply_pairs(arena, ids, offsets, grads, first, end, out)
+            part = next_of(counter)
 
 
 def weight_gradient(paged: Paged, ids: Tensor, offsets: Tensor, grads: Tensor) -> Tensor:
     """See mempool.kernels.weight_gradient."""
     out = torch.empty(ids.numel(), dtype=torch.float32)
-    use_threads(ids.numel() * paged.rows.shape[1])
-    _weight_gradient(
-        storage(paged.rows),
-        view(paged.page_table),
-        paged.page_shift,
-        view(ids),
-        view(offsets),
-        view(grads),
-        out.numpy(),
-    )
+    num_threads = use_threads(ids.numel() * paged.width)
+    counter = np.zeros(1, dtype=np.int64)
+    _weight_gradient(_arena(paged), view(ids), view(offsets), view(grads), num_threads, counter, out.numpy())
     return out
+
+
+@serial
+def _prefetch_slot(arena: _Arena, ids: Array, position: int) -> None:
+    if position < ids.shape[0]:
+        row = locate(ids[position], arena.page_table, arena.page_shift)
+        if row >= 0:
+            prefetch_row(arena.rows, row)
+
+
+@parallel
+def _copy_rows(arena: _Arena, ids: Array, out: Array) -> None:
+    for position in prange(ids.shape[0]):
+        _prefetch_slot(arena, ids, position + _AHEAD)
+        row = locate(ids[position], arena.page_table, arena.page_shift)
+        if row < 0:
+            out[position] = 0
+        else:
+            out[position] = arena.rows[row]
+
+
+@parallel
+def _read_rows(arena: _Arena, ids: Array, out: Array) -> None:
+    width = out.shape[1]
+    for position in prange(ids.shape[0]):
+        _prefetch_slot(arena, ids, position + _AHEAD)
+        row = locate(ids[position], arena.page_table, arena.page_shift)
+        if row < 0:
+            out[position] = 0
+            continue
+        for block in range((width + arena.block_dim - 1) // arena.block_dim):
+            first, end = block * arena.block_dim, min((block + 1) * arena.block_dim, width)
+            values, target = arena.rows[row, first:end], out[position, first:end]
+            scale = arena.scales[row, arena.first_scale + block] if arena.rows.itemsize == 1 else np.float32(1)
+            for column in range(target.shape[0]):
+                target[column] = scale * load(values[column])
+
+
+def gather_rows(paged: Paged, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """See mempool.kernels.gather_rows."""
+    out = torch.empty(ids.numel(), paged.width, dtype=dtype or paged.value_dtype)
+    arena, slots = _arena(paged), view(ids)
+    use_threads(out.numel())
+    if out.dtype == paged.rows.dtype:
+        _copy_rows(arena, slots, storage(out))
+    elif out.dtype == torch.float32:
+        _read_rows(arena, slots, out.numpy())
+    else:
+        num_rows = max(1, _CHUNK_ELEMENTS // max(1, paged.width))
+        part = torch.empty(min(num_rows, ids.numel()), paged.width)
+        for first in range(0, ids.numel(), num_rows):
+            part = part[: ids.numel() - first]
+            _read_rows(arena, slots[first : first + num_rows], part.numpy())
+            out[first : first + num_rows] = part
+    return out
+
+
+@serial
+def _write_own_rows(arena: _Arena, ids: Array, values: Array, thread: int, num_threads: int) -> None:
+    width = values.shape[1]
+    for position in range(ids.shape[0]):
+        row = locate(ids[position], arena.page_table, arena.page_shift)
+        if row < 0 or row % num_threads != thread:
+            continue
+        target = arena.rows[row]
+        if arena.rows.itemsize > 1:
+            target[:] = values[position]
+            continue
+        target[:] = 0  # padding as well
+        for block in range((width + arena.block_dim - 1) // arena.block_dim):
+            first, end = block * arena.block_dim, min((block + 1) * arena.block_dim, width)
+            scale = store_block(values[position, first:end], target[first:end], False, 0, 0, 0)
+            arena.scales[row, arena.first_scale + block] = scale
+
+
+@parallel
+def _write_rows(arena: _Arena, ids: Array, values: Array, num_threads: int) -> None:
+    # Of repeated ids the last must win: every thread goes through all ids, and writes the rows that are its own.
+    for thread in prange(num_threads):
+        _write_own_rows(arena, ids, values, thread, num_threads)
+
+
+def scatter_rows(paged: Paged, ids: Tensor, values: Tensor) -> None:
+    """See mempool.kernels.scatter_rows."""
+    num_threads = use_threads(values.numel())
+    _write_rows(_arena(paged), view(ids), storage(values.detach().contiguous()), num_threads)

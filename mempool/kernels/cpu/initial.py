@@ -9,11 +9,11 @@ from torch import Tensor
 
 from mempool.kernels.cpu.runtime import Array, parallel, serial, use_threads
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
 @serial
-def _mix(bits: np.uint64) -> np.uint64:
+def mix(bits: np.uint64) -> np.uint64:
     bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return bits ^ (bits >> np.uint64(31))
@@ -71,9 +71,9 @@ def _cos_of_turn(turn: np.int64) -> np.float64:
 @parallel
 def _initial_values(seed: np.uint64, slots_start: int, column_start: int, std: float, out: Array) -> None:
     for row in prange(out.shape[0]):
-        stream = _mix(_mix(seed + _GAMMA) + np.uint64(slots_start + row) * _GAMMA)
+        stream = mix(mix(seed + GAMMA) + np.uint64(slots_start + row) * GAMMA)
         for column in range(out.shape[1]):
-            bits = _mix(stream + np.uint64(column_start + column + 1) * _GAMMA)
+            bits = mix(stream + np.uint64(column_start + column + 1) * GAMMA)
             uniform = np.float64(np.int64(bits >> np.uint64(32)) + np.int64(1)) * 2.3283064365386963e-10
             radius = np.sqrt(-2.0 * _log(uniform))
             out[row, column] = np.float32(std * (radius * _cos_of_turn(np.int64(bits & np.uint64(0xFFFFFFFF)))))

@@ -3,20 +3,28 @@ as many threads as torch uses, tensors as numpy views. Kernels themselves live b
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import importlib
 import logging
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import llvmlite.ir as typed_ir
 import numba as typed_numba
 import numpy as np
 import torch
 from numba.core import caching as typed_caching
+from numba.core import types
+from numba.core.registry import cpu_target as typed_cpu_target
+from numba.extending import intrinsic as typed_intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
+
+from mempool.kernels.arguments import Paged
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +32,9 @@ Array = NDArray[Any]
 # Numba's type stubs leave out most of what is used here.
 numba: Any = typed_numba
 caching: Any = typed_caching
+ir: Any = typed_ir
+cpu_target: Any = typed_cpu_target
+intrinsic: Any = typed_intrinsic
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -32,10 +43,18 @@ _SAFE_LAYERS = {"omp": "numba.np.ufunc.omppool", "tbb": "numba.np.ufunc.tbbpool"
 
 
 _ELEMENTS_PER_THREAD = 1 << 17
+_HUGE_PAGE_BYTES = 1 << 21
+_LINE_BYTES = 64
 
 
 class NoSafeThreadingLayerError(ImportError):
     """Numba has no threading layer that may be used from several Python threads."""
+
+
+def has_wide_registers() -> bool:
+    """Whether kernels are compiled for 32 vector registers of 64 bytes (AVX-512)."""
+    features = cpu_target.target_context.codegen().magic_tuple()[2]
+    return "+avx512f" in features.split(",")
 
 
 def choose_threading_layer() -> str:
@@ -130,22 +149,46 @@ def reassociating(function: _F) -> _F:
     return _compile(function, parallel=True, fastmath={"reassoc", "contract", "nsz"})
 
 
-def use_threads(num_elements: int) -> None:
+def use_threads(num_elements: int) -> int:
     """Set how many threads the calling thread's next kernels run on: as many as torch uses, fewer for little work.
 
     Waking a thread costs more than reading some 100,000 elements, and on a busy machine far more. No kernel's result
     depends on the number of threads.
+
+    Returns:
+        The number of threads.
     """
     enough = 1 + num_elements // _ELEMENTS_PER_THREAD
-    numba.set_num_threads(min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS), enough))
+    num_threads = min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS), enough)
+    numba.set_num_threads(num_threads)
+    return num_threads
 
 
 def storage(tensor: Tensor) -> Array:
-    """View a contiguous float32 tensor as float32, a bfloat16 tensor as its bits in uint16. Shares memory."""
+    """View a contiguous tensor as an array, bfloat16 as its bits in uint16. Shares memory."""
     detached = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         return detached.view(torch.int16).numpy().view(np.uint16)
     return detached.numpy()
+
+
+def elements(paged: Paged) -> Array:
+    """View an arena's rows: float32, uint16 (bfloat16's bits), int8, or uint8 (float8_e4m3fn's bits). Shares memory.
+
+    Packed rows come whole, [R, row_bytes]: ``paged.width`` elements, then what ``scales`` shows.
+    """
+    rows = storage(paged.rows)
+    return rows.view(np.int8) if paged.element == "int8" else rows
+
+
+def scales(paged: Paged) -> tuple[Array, int]:
+    """View packed rows as float32 [R, row_bytes // 4], with the column of the first block's scale. Shares memory.
+
+    Rows of other elements have no scales: they come with an array [1, 0] that nobody reads.
+    """
+    if paged.packed is None:
+        return NO_SCALES, 0
+    return storage(paged.rows).view(np.float32), paged.packed.scales_start // 4
 
 
 def view(tensor: Tensor) -> Array:
@@ -158,9 +201,72 @@ def detached_contiguous(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous()
 
 
+NO_SCALES: Array = np.empty((1, 0), dtype=np.float32)
 EMPTY_WEIGHTS: Array = np.empty(0, dtype=np.float32)
 
 
 def optional_weights(weights: Tensor | None) -> Array:
     """Weights as an array; none given is told to kernels by an empty array, which reads as all ones."""
     return EMPTY_WEIGHTS if weights is None else view(weights)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def prefer_huge_pages(tensor: Tensor) -> Tensor:
+    """Ask for huge pages behind a large CPU tensor that nobody has written yet, and return it.
+
+    A new tensor of 128 MiB costs its first writer 30,000 page faults otherwise, several times the writing itself. Where
+    the system has no huge pages, nothing happens.
+    """
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    num_bytes = tensor.data_ptr() + tensor.numel() * tensor.element_size() - first
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is not None and num_bytes >= 2 * _HUGE_PAGE_BYTES:
+        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(num_bytes), advice)
+    return tensor
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _prefetch_line(typing_context: Any, matrix: Any, row: Any, byte: Any) -> Any:  # noqa: ARG001
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        whole, number = ir.IntType(64), ir.IntType(32)
+        pointer = ir.IntType(8).as_pointer()
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        row_bytes = builder.extract_value(array.strides, 0)
+        start = builder.add(builder.ptrtoint(array.data, whole), builder.mul(args[1], row_bytes))
+        address = builder.inttoptr(builder.add(start, args[2]), pointer)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        # To be read, into the second level, data: lines on their way to the first fill its few buffers, and loads wait.
+        # Not to be written: a row that is read alone must not be taken from other processors.
+        builder.call(
+            builder.module.declare_intrinsic("llvm.prefetch", (pointer,), kind),
+            [address, number(0), number(2), number(1)],
+        )
+        return context.get_dummy_value()
+
+    return types.void(matrix, types.int64, types.int64), generate
+
+
+@serial
+def prefetch_row(matrix: Array, row: int) -> None:
+    """Begin to bring a row of a C-ordered matrix into the cache, for code that reads rows all over the memory."""
+    for byte in range(0, matrix.shape[1] * matrix.itemsize, _LINE_BYTES):
+        _prefetch_line(matrix, row, byte)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def next_of(typing_context: Any, counter: Any) -> Any:  # noqa: ARG001
+    """Raise ``counter[0]``, int64, by one and return what it was; several threads get different numbers.
+
+    Threads that take their work by it end together, however unequal the work is, and whichever of them the system
+    stops for a while.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, args[0])
+        return builder.atomic_rmw("add", array.data, ir.IntType(64)(1), "monotonic")
+
+    return types.int64(counter), generate

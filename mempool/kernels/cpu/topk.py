@@ -1,11 +1,11 @@
-"""Selection on the CPU by (score descending, id ascending): top-k of rows, of product keys, of flat keys.
+"""Scoring of product keys on the CPU: half scores in the cache, the two-stage selection, and its gradient.
 
-Scores are summed in the order of the key dimension, one query apart from the others, so they do not depend on the batch
-nor on how keys are spread over shards.
+No thread count, batch or place in a batch changes the bits of a result.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,76 +13,46 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from mempool.kernels.arguments import Paged
-from mempool.kernels.cpu.elements import load, locate
-from mempool.kernels.cpu.runtime import Array, parallel, serial, storage, use_threads, view
+from mempool.kernels.cpu.runtime import Array, parallel, serial, use_threads, view
+from mempool.kernels.cpu.scores import TILE_KEYS, TILE_QUERIES, add_scaled, fill_up, pack, tile_scores
+from mempool.kernels.cpu.selection import (
+    NAN_ORDER,
+    count_places,
+    order_of,
+    padded,
+    rank_of,
+    scratch,
+    select,
+    threshold,
+)
 
-# Up to here an insertion into a sorted buffer is cheaper than sorting the whole row.
-_INSERTION_K = 128
 _TASK_ROWS = 16
-_TILE_SLOTS = 128
+# Half scores that a task holds at once: they should stay in the second-level cache.
+_TASK_SCORES = 1 << 17
+_MOST_GROUPS = 4
+# Ids up to here fit into the low half of a rank.
+_MOST_IDS = 1 << 32
+# With more winners than this, the sums of all pairs are not much more than those that can win.
+_HYPERBOLA_K = 256
+_COLUMNS = 64
 
 
 @serial
-def _rank(score: np.float32, position: int) -> Any:
-    """An integer that orders (score descending, position ascending) when compared descending; NaN below all numbers."""
-    bits = np.int64(np.float32(score).view(np.int32))
-    ordered = bits if bits >= 0 else np.int64(-0x80000000) - bits  # -0.0 becomes 0, which 0.0 is
-    if score != score:
-        ordered = np.int64(-0x80000000)
-    return (ordered << np.int64(32)) | np.int64(0xFFFFFFFF - position)
-
-
-@serial
-def _position(rank: Any) -> Any:
-    return 0xFFFFFFFF - (rank & np.int64(0xFFFFFFFF))
-
-
-@serial
-def _insert(best: Array, count: int, rank: Any) -> Any:
-    """Insert into the descending buffer of ranks, of which ``count`` are filled; returns the new count."""
-    k = best.shape[0]
-    slot = count if count < k else k - 1
-    while slot > 0 and best[slot - 1] < rank:
-        best[slot] = best[slot - 1]
-        slot -= 1
-    best[slot] = rank
-    return min(count + 1, k)
-
-
-@serial
-def _select_row(scores: Array, best: Array, all_ranks: Array) -> None:
-    """Ranks of the best scores into ``best``, descending; ``all_ranks`` is scratch as long as the row for large k."""
-    k = best.shape[0]
-    if k > _INSERTION_K:
-        for position in range(scores.shape[0]):
-            all_ranks[position] = _rank(scores[position], position)
-        ascending = np.sort(all_ranks)
-        for slot in range(k):
-            best[slot] = ascending[scores.shape[0] - 1 - slot]
-        return
-    count = 0
-    threshold = np.float32(np.nan)
-    for position in range(scores.shape[0]):
-        # Positions rise, so an equal score never displaces an earlier one: a plain comparison decides.
-        if count == k and (scores[position] <= threshold or scores[position] != scores[position]):
-            continue
-        count = _insert(best, count, _rank(scores[position], position))
-        threshold = scores[_position(best[k - 1])] if count == k else np.float32(np.nan)
+def _select_rows(task: int, scores: Array, values: Array, index: Array) -> None:
+    num_rows, k = values.shape
+    num_scores = scores.shape[1]
+    flat = scores.reshape(-1)
+    orders, maxima, found, ranks, places = scratch(num_scores, k)
+    for row in range(task * _TASK_ROWS, min((task + 1) * _TASK_ROWS, num_rows)):
+        select(flat, row * num_scores, num_scores, k, orders, maxima, found, ranks, places, index[row])
+        for place in range(k):
+            values[row, place] = scores[row, index[row, place]]
 
 
 @parallel
 def _select_topk(scores: Array, values: Array, index: Array) -> None:
-    num_rows, k = values.shape
-    for task in prange((num_rows + _TASK_ROWS - 1) // _TASK_ROWS):
-        best = np.empty(k, dtype=np.int64)
-        all_ranks = np.empty(scores.shape[1] if k > _INSERTION_K else 0, dtype=np.int64)
-        for row in range(task * _TASK_ROWS, min((task + 1) * _TASK_ROWS, num_rows)):
-            _select_row(scores[row], best, all_ranks)
-            for slot in range(k):
-                position = _position(best[slot])
-                index[row, slot] = position
-                values[row, slot] = scores[row, position]
+    for task in prange((values.shape[0] + _TASK_ROWS - 1) // _TASK_ROWS):
+        _select_rows(task, scores, values, index)
 
 
 def select_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -94,87 +64,161 @@ def select_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, index
 
 
+def _hyperbola(k: int, half_k: int) -> Array:
+    """Pairs of ranks (rank1, rank2) that fewer than k pairs are at least as good as: only they can be the k-th best."""
+    pairs = [(r1, r2) for r1 in range(min(k, half_k)) for r2 in range(min(half_k, k // (r1 + 1)))]
+    return np.array(pairs, dtype=np.int64)
+
+
 @serial
-def _select_product(
-    scores1: Array,
-    scores2: Array,
-    half1: Array,
-    half2: Array,
-    grid_best: Array,
-    all_ranks: Array,
-    scratch: Array,
+def _select_pairs(
+    values1: Array,
+    index1: Array,
+    values2: Array,
+    index2: Array,
+    num_keys: int,
+    pairs: Array,
+    orders: Array,
+    ranks: Array,
+    places: Array,
+    slots: Array,
     out_scores: Array,
     out1: Array,
     out2: Array,
 ) -> None:
-    """The paper's two-stage selection for one query: top-k of each half, then of their sums.
-
-    Ties go by (index of half 1, index of half 2), which is by id for every stride of at least n.
-    """
-    k = out1.shape[0]
-    half_k = half1.shape[0]
-    _select_row(scores1, half1, all_ranks)
-    _select_row(scores2, half2, all_ranks)
-    # Where an index stands among the chosen indices: row-major position in that grid rises with the id.
-    index1, grid1, place1 = scratch[0], scratch[1], scratch[2]
-    index2, grid2, place2 = scratch[3], scratch[4], scratch[5]
-    for slot in range(half_k):
-        index1[slot], index2[slot] = _position(half1[slot]), _position(half2[slot])
-    for slot in range(half_k):
-        own1, own2, below1, below2 = index1[slot], index2[slot], 0, 0
-        for other in range(half_k):
-            below1 += index1[other] < own1
-            below2 += index2[other] < own2
-        grid1[slot], grid2[slot] = below1, below2
-        place1[below1], place2[below2] = slot, slot
-    if k > _INSERTION_K:
-        grid = np.empty(half_k * half_k, dtype=np.int64)
-        for slot1 in range(half_k):
-            for slot2 in range(half_k):
-                score = scores1[index1[slot1]] + scores2[index2[slot2]]
-                grid[slot1 * half_k + slot2] = _rank(score, grid1[slot1] * half_k + grid2[slot2])
-        ascending = np.sort(grid)
-        for slot in range(k):
-            grid_best[slot] = ascending[half_k * half_k - 1 - slot]
-    else:
+    """The k best sums of the winners of both halves, by (score descending, id ascending)."""
+    k, half_k = out1.shape[0], values1.shape[0]
+    count = -1
+    # Sums fall along rows and columns where they are numbers. Infinite ones could be inf - inf.
+    high, low = values1[0] + values2[0], values1[half_k - 1] + values2[half_k - 1]
+    if pairs.shape[0] > 0 and high < np.float32(np.inf) and low > np.float32(-np.inf):
+        num_pairs = pairs.shape[0]
+        for pair in range(num_pairs):
+            orders[pair] = order_of(values1[pairs[pair, 0]] + values2[pairs[pair, 1]])
+        end = padded(num_pairs)
+        for pair in range(num_pairs, end):
+            orders[pair] = NAN_ORDER
+        least = threshold(orders, end, k, 2, order_of(low), order_of(high))
         count = 0
-        for slot1 in range(half_k):
-            score1 = scores1[index1[slot1]]
-            for slot2 in range(half_k):
-                score = score1 + scores2[index2[slot2]]
-                rank = _rank(score, grid1[slot1] * half_k + grid2[slot2])
-                if count < k or rank > grid_best[k - 1]:
-                    count = _insert(grid_best, count, rank)
-                elif (rank >> np.int64(32)) < (grid_best[k - 1] >> np.int64(32)) and score == score:
-                    break  # sums only fall along a row (but for NaN), so the rest of it cannot get in
-    for slot in range(k):
-        position = _position(grid_best[slot])
-        out1[slot] = index1[place1[position // half_k]]
-        out2[slot] = index2[place2[position % half_k]]
-        out_scores[slot] = scores1[out1[slot]] + scores2[out2[slot]]
+        for rank1 in range(half_k):
+            for rank2 in range(half_k):
+                order = order_of(values1[rank1] + values2[rank2])
+                if order < least or count < 0:
+                    break
+                if count == slots.shape[0]:
+                    count = -1  # too many ties
+                    break
+                ranks[count] = rank_of(order, index1[rank1] * num_keys + index2[rank2])
+                slots[count] = rank1 * half_k + rank2
+                count += 1
+            if rank2 == 0:
+                break
+    if count < 0:
+        _select_all_pairs(values1, index1, values2, index2, out_scores, out1, out2)
+        return
+    count_places(ranks, count, places)
+    for candidate in range(count):
+        place = places[candidate]
+        if place < k:
+            rank1, rank2 = slots[candidate] // half_k, slots[candidate] % half_k
+            out_scores[place] = values1[rank1] + values2[rank2]
+            out1[place], out2[place] = index1[rank1], index2[rank2]
+
+
+@serial
+def _ascending(index: Array) -> Array:
+    """Places of different positions, that of the lowest first."""
+    count = index.shape[0]
+    ranks, places = np.empty(padded(count), dtype=np.int64), np.empty(count, dtype=np.int64)
+    for place in range(count):
+        ranks[place] = -index[place]
+    count_places(ranks, count, places)
+    ascending = np.empty(count, dtype=np.int64)
+    for place in range(count):
+        ascending[places[place]] = place
+    return ascending
+
+
+@serial
+def _select_all_pairs(
+    values1: Array, index1: Array, values2: Array, index2: Array, out_scores: Array, out1: Array, out2: Array
+) -> None:
+    """What _select_pairs does, from the sums of all pairs, whatever they are."""
+    k, half_k = out1.shape[0], values1.shape[0]
+    # With both halves by index, positions in the grid of sums rise with the id.
+    by_index1, by_index2 = _ascending(index1), _ascending(index2)
+    sums = np.empty(half_k * half_k, dtype=np.float32)
+    for row in range(half_k):
+        for column in range(half_k):
+            sums[row * half_k + column] = values1[by_index1[row]] + values2[by_index2[column]]
+    orders, maxima, found, ranks, places = scratch(sums.shape[0], k)
+    best = np.empty(k, dtype=np.int64)
+    select(sums, 0, sums.shape[0], k, orders, maxima, found, ranks, places, best)
+    for place in range(k):
+        out_scores[place] = sums[best[place]]
+        out1[place] = index1[by_index1[best[place] // half_k]]
+        out2[place] = index2[by_index2[best[place] % half_k]]
+
+
+@serial
+def _pair_scratch(num_pairs: int, k: int) -> Any:
+    """What _select_pairs needs beside the winners of both halves."""
+    room = 2 * k + 64
+    return (
+        np.empty(padded(num_pairs), dtype=np.int32),
+        np.empty(padded(room), dtype=np.int64),
+        np.empty(room, dtype=np.int64),
+        np.empty(room, dtype=np.int64),
+    )
+
+
+@serial
+def _select_halves(
+    task: int, scores1: Array, scores2: Array, half_k: int, pairs: Array, index1: Array, index2: Array
+) -> None:
+    num_rows, k = index1.shape
+    num_keys = scores1.shape[1]
+    flat1, flat2 = scores1.reshape(-1), scores2.reshape(-1)
+    orders, maxima, found, ranks, places = scratch(num_keys, half_k)
+    pair_orders, pair_ranks, pair_places, slots = _pair_scratch(pairs.shape[0], k)
+    values1, values2 = np.empty(half_k, dtype=np.float32), np.empty(half_k, dtype=np.float32)
+    half1, half2 = np.empty(half_k, dtype=np.int64), np.empty(half_k, dtype=np.int64)
+    best = np.empty(k, dtype=np.float32)
+    for row in range(task * _TASK_ROWS, min((task + 1) * _TASK_ROWS, num_rows)):
+        start = row * num_keys
+        select(flat1, start, num_keys, half_k, orders, maxima, found, ranks, places, half1)
+        select(flat2, start, num_keys, half_k, orders, maxima, found, ranks, places, half2)
+        for place in range(half_k):
+            values1[place], values2[place] = flat1[start + half1[place]], flat2[start + half2[place]]
+        _select_pairs(
+            values1,
+            half1,
+            values2,
+            half2,
+            num_keys,
+            pairs,
+            pair_orders,
+            pair_ranks,
+            pair_places,
+            slots,
+            best,
+            index1[row],
+            index2[row],
+        )
 
 
 @parallel
-def _product_select(scores1: Array, scores2: Array, half_k: int, index1: Array, index2: Array) -> None:
-    num_rows, k = index1.shape
-    for task in prange((num_rows + _TASK_ROWS - 1) // _TASK_ROWS):
-        half1, half2 = np.empty(half_k, dtype=np.int64), np.empty(half_k, dtype=np.int64)
-        grid_best, out_scores = np.empty(k, dtype=np.int64), np.empty(k, dtype=np.float32)
-        scratch = np.empty((6, half_k), dtype=np.int64)
-        all_ranks = np.empty(scores1.shape[1], dtype=np.int64)
-        for row in range(task * _TASK_ROWS, min((task + 1) * _TASK_ROWS, num_rows)):
-            _select_product(
-                scores1[row],
-                scores2[row],
-                half1,
-                half2,
-                grid_best,
-                all_ranks,
-                scratch,
-                out_scores,
-                index1[row],
-                index2[row],
-            )
+def _product_select(scores1: Array, scores2: Array, half_k: int, pairs: Array, index1: Array, index2: Array) -> None:
+    for task in prange((index1.shape[0] + _TASK_ROWS - 1) // _TASK_ROWS):
+        _select_halves(task, scores1, scores2, half_k, pairs, index1, index2)
+
+
+def _pairs_of(num_keys: int, k: int) -> tuple[int, Array]:
+    """Winners of a half, and the pairs of ranks to look at; none where all pairs are looked at."""
+    half_k = min(k, num_keys)
+    if k > _HYPERBOLA_K or num_keys * num_keys > _MOST_IDS:
+        return half_k, np.empty((0, 2), dtype=np.int64)
+    return half_k, _hyperbola(k, half_k)
 
 
 def product_select(
@@ -186,141 +230,201 @@ def product_select(
     """See mempool.kernels.product_select."""
     index1 = torch.empty(scores1.shape[0], k, dtype=torch.int64)
     index2 = torch.empty(scores1.shape[0], k, dtype=torch.int64)
+    half_k, pairs = _pairs_of(scores1.shape[1], k)
     use_threads(2 * scores1.numel())
-    _product_select(view(scores1), view(scores2), min(k, scores1.shape[1]), index1.numpy(), index2.numpy())
+    _product_select(view(scores1), view(scores2), half_k, pairs, index1.numpy(), index2.numpy())
     return index1, index2
 
 
 @serial
-def _score(query: Array, keys_by_dim: Array, num_keys: int, scores: Array) -> None:
-    """scores[j] = sum over d of query[d] * keys_by_dim[d, j], in the order of d, no fused multiply-add."""
-    num_dims = keys_by_dim.shape[0]
-    for key in range(num_keys):
-        scores[key] = np.float32(0)
-    whole = num_dims - num_dims % 4
-    for dim in range(0, whole, 4):
-        query0, query1, query2, query3 = query[dim], query[dim + 1], query[dim + 2], query[dim + 3]
-        for key in range(num_keys):
-            total = scores[key] + query0 * keys_by_dim[dim, key]
-            total = total + query1 * keys_by_dim[dim + 1, key]
-            total = total + query2 * keys_by_dim[dim + 2, key]
-            scores[key] = total + query3 * keys_by_dim[dim + 3, key]
-    for dim in range(whole, num_dims):
-        for key in range(num_keys):
-            scores[key] += query[dim] * keys_by_dim[dim, key]
+def _pack_panel(task: int, keys: Array, panels: Array) -> None:
+    num_panels = panels.shape[1]
+    num_keys, num_dims = keys.shape[1:]
+    codebook, panel = task // num_panels, task % num_panels
+    first = panel * TILE_KEYS
+    count = min(TILE_KEYS, num_keys - first)
+    pack(keys[codebook], first, count, 0, num_dims, TILE_KEYS, panels[codebook, panel], 0)
+    fill_up(count, num_dims, TILE_KEYS, panels[codebook, panel], 0)
+
+
+@parallel
+def _pack_keys(keys: Array, panels: Array) -> None:
+    """[C, n, d] keys into [C, n / TILE_KEYS, d * TILE_KEYS] panels, the last one filled up with zeros."""
+    for task in prange(panels.shape[0] * panels.shape[1]):
+        _pack_panel(task, keys, panels)
+
+
+@serial
+def _score_part(
+    task: int,
+    queries: Array,
+    panels: Array,
+    num_keys: int,
+    half_k: int,
+    task_queries: int,
+    pairs: Array,
+    out_scores: Array,
+    out1: Array,
+    out2: Array,
+) -> None:
+    """Some queries of one head: their scores of one half after the other, the best of each, the best pairs."""
+    num_queries, k = out_scores.shape[0], out_scores.shape[2]
+    num_panels, num_dims = panels.shape[1], panels.shape[2] // TILE_KEYS
+    width = num_panels * TILE_KEYS
+    num_parts = (num_queries + task_queries - 1) // task_queries
+    head, first = task // num_parts, task % num_parts * task_queries
+    held = min(task_queries, num_queries - first)
+    scores = np.empty(task_queries * width, dtype=np.float32)
+    group = np.empty(task_queries * num_dims, dtype=np.float32)
+    orders, maxima, found, ranks, places = scratch(num_keys, half_k)
+    pair_orders, pair_ranks, pair_places, slots = _pair_scratch(pairs.shape[0], k)
+    values = np.empty((2, task_queries, half_k), dtype=np.float32)
+    index = np.empty((2, task_queries, half_k), dtype=np.int64)
+    for half in range(2):
+        codebook = 2 * head + half
+        for start in range(0, held, TILE_QUERIES):
+            count = min(TILE_QUERIES, held - start)
+            into = start * num_dims
+            pack(queries, first + start, count, codebook * num_dims, num_dims, TILE_QUERIES, group, into)
+            fill_up(count, num_dims, TILE_QUERIES, group, into)
+        for panel in range(num_panels):
+            keys = panels[codebook, panel]
+            for start in range(0, held, TILE_QUERIES):
+                into = start * width + panel * TILE_KEYS
+                tile_scores(group, start * num_dims, keys, 0, num_dims, scores, into, width)
+        for query in range(held):
+            best = index[half, query]
+            select(scores, query * width, num_keys, half_k, orders, maxima, found, ranks, places, best)
+            for place in range(half_k):
+                values[half, query, place] = scores[query * width + best[place]]
+    for query in range(held):
+        _select_pairs(
+            values[0, query],
+            index[0, query],
+            values[1, query],
+            index[1, query],
+            num_keys,
+            pairs,
+            pair_orders,
+            pair_ranks,
+            pair_places,
+            slots,
+            out_scores[first + query, head],
+            out1[first + query, head],
+            out2[first + query, head],
+        )
 
 
 @parallel
 def _product_topk(
-    queries: Array, keys_by_dim: Array, half_k: int, stride: int, out_scores: Array, out_ids: Array
+    queries: Array,
+    panels: Array,
+    num_keys: int,
+    half_k: int,
+    task_queries: int,
+    pairs: Array,
+    out_scores: Array,
+    out1: Array,
+    out2: Array,
 ) -> None:
-    num_queries, num_heads, k = out_scores.shape
-    num_dims, num_keys = keys_by_dim.shape[2], keys_by_dim.shape[3]
-    num_parts = (num_queries + _TASK_ROWS - 1) // _TASK_ROWS
-    for task in prange(num_heads * num_parts):
-        head, part = task // num_parts, task % num_parts
-        scores1, scores2 = np.empty(num_keys, dtype=np.float32), np.empty(num_keys, dtype=np.float32)
-        half1, half2 = np.empty(half_k, dtype=np.int64), np.empty(half_k, dtype=np.int64)
-        grid_best, all_ranks = np.empty(k, dtype=np.int64), np.empty(num_keys, dtype=np.int64)
-        index1, index2 = np.empty(k, dtype=np.int64), np.empty(k, dtype=np.int64)
-        scratch = np.empty((6, half_k), dtype=np.int64)
-        for query in range(part * _TASK_ROWS, min((part + 1) * _TASK_ROWS, num_queries)):
-            _score(queries[query, head, :num_dims], keys_by_dim[head, 0], num_keys, scores1)
-            _score(queries[query, head, num_dims:], keys_by_dim[head, 1], num_keys, scores2)
-            _select_product(
-                scores1, scores2, half1, half2, grid_best, all_ranks, scratch, out_scores[query, head], index1, index2
-            )
-            for slot in range(k):
-                out_ids[query, head, slot] = index1[slot] * stride + index2[slot]
+    num_parts = (out_scores.shape[0] + task_queries - 1) // task_queries
+    for task in prange(num_parts * out_scores.shape[1]):
+        _score_part(task, queries, panels, num_keys, half_k, task_queries, pairs, out_scores, out1, out2)
 
 
-def product_topk(queries: Tensor, keys: Tensor, k: int, stride: int) -> tuple[Tensor, Tensor]:
-    """See mempool.kernels.product_topk."""
-    scores = torch.empty(*queries.shape[:2], k, dtype=torch.float32)
-    ids = torch.empty(*queries.shape[:2], k, dtype=torch.int64)
-    use_threads(queries.numel() * keys.shape[2])
-    _product_topk(view(queries), view(keys.transpose(2, 3)), min(k, keys.shape[2]), stride, scores.numpy(), ids.numpy())
-    return scores, ids
+def product_topk(
+    queries: Tensor,
+    keys: Tensor,
+    k: int,
+    deterministic: bool,  # noqa: ARG001 - the fixed order is also the fastest
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See mempool.kernels.product_indices."""
+    num_queries, num_heads, _ = queries.shape
+    num_keys, num_dims = keys.shape[2:]
+    scores = torch.empty(num_queries, num_heads, k, dtype=torch.float32)
+    index1, index2 = (torch.empty(num_queries, num_heads, k, dtype=torch.int64) for _ in range(2))
+    num_panels = math.ceil(num_keys / TILE_KEYS)
+    panels = np.empty((2 * num_heads, num_panels, num_dims * TILE_KEYS), dtype=np.float32)
+    half_k, pairs = _pairs_of(num_keys, k)
+    use_threads(keys.numel())
+    _pack_keys(view(keys.flatten(0, 1)), panels)
+    use_threads(queries.numel() * num_keys)
+    groups = math.ceil(num_queries / TILE_QUERIES)
+    fitting = max(1, min(_MOST_GROUPS, _TASK_SCORES // (TILE_QUERIES * num_panels * TILE_KEYS)))
+    task_groups = max(1, min(fitting, groups * num_heads // (4 * torch.get_num_threads())))
+    _product_topk(
+        view(queries.flatten(1)),
+        panels,
+        num_keys,
+        half_k,
+        task_groups * TILE_QUERIES,
+        pairs,
+        scores.numpy(),
+        index1.numpy(),
+        index2.numpy(),
+    )
+    return scores, index1, index2
 
 
 @serial
-def _merge(scores: Array, ids: Array, num_scores: int, best_scores: Array, best_ids: Array, count: int) -> int:
-    """Take candidates whose ids rise above all ids taken before into the descending buffers; NaN is no candidate."""
-    k = best_scores.shape[0]
-    for candidate in range(num_scores):
-        score = scores[candidate]
-        if score != score or (count == k and score <= best_scores[k - 1]):
-            continue
-        slot = count if count < k else k - 1
-        while slot > 0 and best_scores[slot - 1] < score:
-            best_scores[slot], best_ids[slot] = best_scores[slot - 1], best_ids[slot - 1]
-            slot -= 1
-        best_scores[slot], best_ids[slot] = score, ids[candidate]
-        count = min(count + 1, k)
-    return count
+def _add_to_queries(task: int, keys: Array, index1: Array, index2: Array, grads: Array, out: Array) -> None:
+    num_queries, num_heads, k = grads.shape
+    num_keys, num_dims = keys.shape[2:]
+    flat_keys, flat_out = keys.reshape(-1), out.reshape(-1)
+    for query in range(task * _TASK_ROWS, min((task + 1) * _TASK_ROWS, num_queries)):
+        for head in range(num_heads):
+            first = (query * num_heads + head) * 2 * num_dims
+            for place in range(first, first + 2 * num_dims):
+                flat_out[place] = np.float32(0)
+            for rank in range(k):
+                grad = grads[query, head, rank]
+                key1 = 2 * head * num_keys + index1[query, head, rank]
+                key2 = (2 * head + 1) * num_keys + index2[query, head, rank]
+                add_scaled(flat_keys, key1 * num_dims, grad, flat_out, first, num_dims)
+                add_scaled(flat_keys, key2 * num_dims, grad, flat_out, first + num_dims, num_dims)
+
+
+@serial
+def _add_to_keys(task: int, queries: Array, index1: Array, index2: Array, grads: Array, out: Array) -> None:
+    # A task owns some columns of a codebook and takes every pair in order: no other thread adds there.
+    num_queries, num_heads, k = grads.shape
+    num_keys, num_dims = out.shape[2:]
+    num_parts = (num_dims + _COLUMNS - 1) // _COLUMNS
+    codebook, first = task // num_parts, task % num_parts * _COLUMNS
+    count = min(_COLUMNS, num_dims - first)
+    head = codebook // 2
+    index = index1 if codebook % 2 == 0 else index2
+    flat_queries, flat_out = queries.reshape(-1), out.reshape(-1)
+    for key in range(num_keys):
+        for place in range(count):
+            flat_out[(codebook * num_keys + key) * num_dims + first + place] = np.float32(0)
+    for query in range(num_queries):
+        source = (query * 2 * num_heads + codebook) * num_dims + first
+        for rank in range(k):
+            into = (codebook * num_keys + index[query, head, rank]) * num_dims + first
+            add_scaled(flat_queries, source, grads[query, head, rank], flat_out, into, count)
 
 
 @parallel
-def _flat_topk(
-    queries: Array, rows: Array, page_table: Array, page_shift: int, num_slots: int, best_scores: Array, best_ids: Array
-) -> None:
-    # Every part scans its own range of slots in tiles and keeps the best k of each query, ids ascending among ties.
-    num_parts, num_queries = best_scores.shape[:2]
-    num_dims = rows.shape[1]
-    for part in prange(num_parts):
-        keys_by_dim = np.empty((num_dims, _TILE_SLOTS), dtype=np.float32)
-        tile_ids = np.empty(_TILE_SLOTS, dtype=np.int64)
-        scores = np.empty(_TILE_SLOTS, dtype=np.float32)
-        counts = np.zeros(num_queries, dtype=np.int64)
-        best_scores[part] = np.float32(-np.inf)
-        best_ids[part] = -1
-        slot, end = num_slots * part // num_parts, num_slots * (part + 1) // num_parts
-        while slot < end:
-            num_found = 0
-            while slot < end and num_found < _TILE_SLOTS:
-                row = locate(slot, page_table, page_shift)
-                if row < 0:  # the whole page is elsewhere
-                    slot = ((slot >> page_shift) + 1) << page_shift
-                    continue
-                for dim in range(num_dims):
-                    keys_by_dim[dim, num_found] = load(rows[row, dim])
-                tile_ids[num_found] = slot
-                num_found += 1
-                slot += 1
-            for query in range(num_queries):
-                _score(queries[query], keys_by_dim, num_found, scores)
-                counts[query] = _merge(
-                    scores, tile_ids, num_found, best_scores[part, query], best_ids[part, query], counts[query]
-                )
+def _query_gradient(keys: Array, index1: Array, index2: Array, grads: Array, out: Array) -> None:
+    for task in prange((grads.shape[0] + _TASK_ROWS - 1) // _TASK_ROWS):
+        _add_to_queries(task, keys, index1, index2, grads, out)
 
 
 @parallel
-def _merge_parts(best_scores: Array, best_ids: Array, out_scores: Array, out_ids: Array) -> None:
-    num_parts, num_queries, k = best_scores.shape
-    for query in prange(num_queries):
-        out_scores[query] = np.float32(-np.inf)
-        out_ids[query] = -1
-        count = 0
-        for part in range(num_parts):
-            num_found = 0
-            while num_found < k and best_ids[part, query, num_found] >= 0:
-                num_found += 1
-            count = _merge(
-                best_scores[part, query], best_ids[part, query], num_found, out_scores[query], out_ids[query], count
-            )
+def _key_gradient(queries: Array, index1: Array, index2: Array, grads: Array, out: Array) -> None:
+    num_parts = (out.shape[3] + _COLUMNS - 1) // _COLUMNS
+    for task in prange(2 * out.shape[0] * num_parts):
+        _add_to_keys(task, queries, index1, index2, grads, out)
 
 
-def flat_topk(queries: Tensor, keys: Paged, k: int, num_slots: int) -> tuple[Tensor, Tensor]:
-    """See mempool.kernels.flat_topk."""
-    num_slots = min(num_slots, keys.page_table.numel() << keys.page_shift)
-    num_parts = max(1, min(torch.get_num_threads(), num_slots // _TILE_SLOTS))
-    best_scores = np.empty((num_parts, queries.shape[0], k), dtype=np.float32)
-    best_ids = np.empty((num_parts, queries.shape[0], k), dtype=np.int64)
-    scores = torch.empty(queries.shape[0], k, dtype=torch.float32)
-    ids = torch.empty(queries.shape[0], k, dtype=torch.int64)
-    use_threads(queries.shape[0] * num_slots * keys.rows.shape[1])
-    _flat_topk(
-        view(queries), storage(keys.rows), view(keys.page_table), keys.page_shift, num_slots, best_scores, best_ids
-    )
-    _merge_parts(best_scores, best_ids, scores.numpy(), ids.numpy())
-    return scores, ids
+def product_gradient(
+    queries: Tensor, keys: Tensor, index1: Tensor, index2: Tensor, grads: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See mempool.kernels.product_gradient."""
+    query_grads, key_grads = torch.empty(queries.shape), torch.empty(keys.shape)
+    chosen1, chosen2, own_grads = view(index1), view(index2), view(grads)
+    use_threads(grads.numel() * keys.shape[3])
+    _query_gradient(view(keys), chosen1, chosen2, own_grads, query_grads.numpy())
+    _key_gradient(view(queries), chosen1, chosen2, own_grads, key_grads.numpy())
+    return query_grads, key_grads

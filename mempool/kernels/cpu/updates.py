@@ -1,7 +1,12 @@
-"""A commit on the CPU: pairs sorted by slot, gradients summed per slot, the optimizer's step, norms of gradients."""
+"""A commit on the CPU: gradients summed per slot, the optimizer's step, missed steps, norms of gradients.
+
+Threads take rows in parts, whoever is free the next one; runs of very many pairs are cut over all threads. No result
+depends on how many threads there are.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,97 +14,69 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from mempool.kernels.arguments import STATE_NAMES, OptimizerStep, Paged, SortedPairs
-from mempool.kernels.cpu.elements import load, locate, stored
+from mempool.kernels.arguments import RUN_PIECE, Paged, SortedPairs
 from mempool.kernels.cpu.runtime import (
+    EMPTY_WEIGHTS,
     Array,
+    elements,
+    next_of,
     optional_weights,
     parallel,
+    prefer_huge_pages,
+    prefetch_row,
     reassociating,
+    scales,
     serial,
     storage,
     use_threads,
     view,
 )
+from mempool.kernels.cpu.steps import (
+    LANES,
+    RULES,
+    Arena,
+    Gradients,
+    Rule,
+    Schedule,
+    apply_rule,
+    catch_up_block,
+    own_values,
+    round_block,
+    round_row,
+    sum_pairs,
+)
+from mempool.kernels.steps import LAST_STEP, MASTER, STATE_NAMES, DenseSchedule, OptimizerStep
 
-_ALGORITHM_NUMBERS = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "adam": 3}
-_RADIX_BITS = 11
-_NO_STATE: Array = np.zeros((1, 0), dtype=np.float32)
-# Rows are handed to threads in parts with about as many pairs each; more parts than threads even out hot slots.
-_NUM_PARTS = 64
+_NO_MATRIX: Array = np.zeros((1, 0), dtype=np.float32)
+_NO_NUMBERS: Array = np.zeros(0, dtype=np.int64)
+# Parts of rows for each thread: small enough that threads end together.
+_PARTS_OF_A_THREAD = 16
+# Runs of more pairs are summed by all threads together.
+_LONG_RUN = 4 * RUN_PIECE
+# Pieces of a long run that are held at once.
+_PIECES_AT_ONCE = 64
+# A row's values and state take as long to bring from memory and back as the gradients of this many pairs.
+_ROW_COST = 8
+_ROWS_AHEAD = 4
+# Threads share an array: first the next part to take, here whether there are long runs. Python makes it, since one that
+# a parallel kernel makes and only hands on becomes a copy for every thread.
+_LONG_RUNS = 1
 # Rows of one partial sum of squares: fixed, so that the result does not depend on the number of threads.
 _NORM_CHUNK_ROWS = 256
 
 
-@serial
-def _sort_pairs(
-    ids: Array, page_table: Array, page_shift: int, order: Array, rows: Array, starts: Array
-) -> tuple[int, int]:
-    # Stable radix sort of the ids that are here, least significant digit first; then the run lengths.
-    num_pairs = 0
-    largest = np.int64(0)
-    keys = np.empty(ids.shape[0], dtype=np.int64)
-    for pair in range(ids.shape[0]):
-        if locate(ids[pair], page_table, page_shift) >= 0:
-            keys[num_pairs] = ids[pair]
-            order[num_pairs] = pair
-            largest = max(largest, ids[pair])
-            num_pairs += 1
-    other_keys = np.empty(num_pairs, dtype=np.int64)
-    other_order = np.empty(num_pairs, dtype=np.int64)
-    counts = np.empty(1 << _RADIX_BITS, dtype=np.int64)
-    mask = (1 << _RADIX_BITS) - 1
-    shift = 0
-    while largest >> shift > 0:
-        counts[:] = 0
-        for position in range(num_pairs):
-            counts[(keys[position] >> shift) & mask] += 1
-        total = 0
-        for digit in range(counts.shape[0]):
-            count = counts[digit]
-            counts[digit] = total
-            total += count
-        for position in range(num_pairs):
-            digit = (keys[position] >> shift) & mask
-            target = counts[digit]
-            counts[digit] = target + 1
-            other_keys[target] = keys[position]
-            other_order[target] = order[position]
-        for position in range(num_pairs):
-            keys[position] = other_keys[position]
-            order[position] = other_order[position]
-        shift += _RADIX_BITS
-    num_rows = 0
-    for position in range(num_pairs):
-        if position == 0 or keys[position] != keys[position - 1]:
-            rows[num_rows] = locate(keys[position], page_table, page_shift)
-            starts[num_rows] = position
-            num_rows += 1
-    starts[num_rows] = num_pairs
-    return num_pairs, num_rows
-
-
-def sort_pairs(paged: Paged, ids: Tensor) -> SortedPairs:
-    """See mempool.kernels.sort_pairs."""
-    order, rows = torch.empty(ids.numel(), dtype=torch.int64), torch.empty(ids.numel(), dtype=torch.int64)
-    starts = torch.empty(ids.numel() + 1, dtype=torch.int64)
-    num_pairs, num_rows = _sort_pairs(
-        view(ids), view(paged.page_table), paged.page_shift, order.numpy(), rows.numpy(), starts.numpy()
-    )
-    return SortedPairs(order=order[:num_pairs], rows=rows[:num_rows], starts=starts[: num_rows + 1])
+def _progress() -> Array:
+    return np.zeros(2, dtype=np.int64)
 
 
 @serial
-def _first_row_of_part(starts: Array, part: int) -> Any:
-    # First row u with at least part / _NUM_PARTS of all pairs before it; the last part ends behind the last row.
-    num_rows = starts.shape[0] - 1
-    if part >= _NUM_PARTS:
-        return num_rows
-    wanted = starts[num_rows] * part // _NUM_PARTS
-    low, high = 0, num_rows
+def _first_row(starts: Array, pair_cost: int, part: int, num_parts: int) -> Any:
+    # The first row with at least part / num_parts of all cost before it.
+    low, high = 0, starts.shape[0] - 1
+    total = starts[high] * pair_cost + high * _ROW_COST
     while low < high:
         middle = (low + high) // 2
-        if starts[middle] < wanted:
+        if (starts[middle] * pair_cost + middle * _ROW_COST) * num_parts < total * part:
             low = middle + 1
         else:
             high = middle
@@ -107,160 +84,175 @@ def _first_row_of_part(starts: Array, part: int) -> Any:
 
 
 @serial
-def _sum_segment(order: Array, first: int, end: int, weights: Array, bags: Array, grads: Array, acc: Array) -> None:
-    # acc = acc + weight * grad from zero, pair after pair in the segment's order, no fused multiply-add.
-    weighted = weights.shape[0] > 0
-    for position in range(first, end):
-        pair = order[position]
-        weight = weights[pair] if weighted else np.float32(1)
-        grad = grads[bags[pair]]
-        if position == first:
-            for column in range(acc.shape[0]):
-                acc[column] = np.float32(0) + weight * grad[column]
-        else:
-            for column in range(acc.shape[0]):
-                acc[column] += weight * grad[column]
+def _sum_parts(progress: Array, num_parts: int, gradients: Gradients, places: Array, out: Array) -> None:
+    total, piece = np.empty(out.shape[1], dtype=np.float32), np.empty(out.shape[1], dtype=np.float32)
+    starts = gradients.starts
+    part = next_of(progress)
+    while part < num_parts:
+        for position in range(_first_row(starts, 1, part, num_parts), _first_row(starts, 1, part + 1, num_parts)):
+            first, end = starts[position], starts[position + 1]
+            if end - first > _LONG_RUN:
+                progress[_LONG_RUNS] = 1
+            elif places.shape[0] == 0:
+                sum_pairs(gradients, first, end, piece, out[position])
+            else:
+                sums = out[places[position]]
+                for start in range(first, end, RUN_PIECE):
+                    sum_pairs(gradients, start, min(end, start + RUN_PIECE), piece, total)
+                    for column in range(total.shape[0]):
+                        sums[column] += total[column]
+        part = next_of(progress)
 
 
 @parallel
-def _segment_sum(order: Array, starts: Array, weights: Array, bags: Array, grads: Array, out: Array) -> None:
-    for part in prange(_NUM_PARTS):
-        for row in range(_first_row_of_part(starts, part), _first_row_of_part(starts, part + 1)):
-            _sum_segment(order, starts[row], starts[row + 1], weights, bags, grads, out[row])
+def _sum_segments(progress: Array, num_threads: int, gradients: Gradients, places: Array, out: Array) -> None:
+    """Sums of all runs but the long ones. With places, added to what is there."""
+    for _ in prange(num_threads):
+        _sum_parts(progress, _PARTS_OF_A_THREAD * num_threads, gradients, places, out)
+
+
+@parallel
+def _sum_long_run(gradients: Gradients, begin: int, end: int, adding: bool, pieces: Array, out: Array) -> None:
+    for batch in range(begin, end, pieces.shape[0] * RUN_PIECE):
+        num_pieces = min(pieces.shape[0], (end - batch + RUN_PIECE - 1) // RUN_PIECE)
+        for piece in prange(num_pieces):
+            first = batch + piece * RUN_PIECE
+            sum_pairs(gradients, first, min(first + RUN_PIECE, end), pieces[piece], pieces[piece])
+        for piece in range(num_pieces):
+            if adding or batch + piece > begin:
+                for column in range(out.shape[0]):
+                    out[column] += pieces[piece, column]
+            else:
+                for column in range(out.shape[0]):
+                    out[column] = pieces[piece, column]
+
+
+def _long_runs(starts: Array) -> Iterator[tuple[int, int, int]]:
+    for position in np.flatnonzero(np.diff(starts) > _LONG_RUN).tolist():
+        yield position, int(starts[position]), int(starts[position + 1])
+
+
+def _gradients(pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads: Tensor) -> Gradients:
+    return Gradients(view(pairs.order), view(pairs.starts), optional_weights(weights), view(bags), view(grads))
+
+
+def _add(out: Array, places: Array, gradients: Gradients) -> None:
+    num_threads = use_threads(gradients.order.size * out.shape[1])
+    progress = _progress()
+    _sum_segments(progress, num_threads, gradients, places, out)
+    if progress[_LONG_RUNS]:
+        pieces = np.empty((_PIECES_AT_ONCE, out.shape[1]), dtype=np.float32)
+        for position, first, end in _long_runs(gradients.starts):
+            place = int(places[position]) if places.size else position
+            _sum_long_run(gradients, first, end, places.size > 0, pieces, out[place])
 
 
 def segment_sum(pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads: Tensor) -> Tensor:
     """See mempool.kernels.segment_sum."""
-    out = torch.empty(pairs.rows.numel(), grads.shape[1], dtype=torch.float32)
-    use_threads(pairs.order.numel() * grads.shape[1])
-    _segment_sum(view(pairs.order), view(pairs.starts), optional_weights(weights), view(bags), view(grads), out.numpy())
+    out = prefer_huge_pages(torch.empty(pairs.rows.numel(), grads.shape[1], dtype=torch.float32))
+    _add(storage(out), _NO_NUMBERS, _gradients(pairs, weights, bags, grads))
     return out
 
 
-@serial
-def _mean_square(grads: Array, grad_scale: np.float32, lanes: Array) -> Any:
-    # A sum for the columns equal modulo 8 each: an order that vector units can follow, fixed by the source.
-    width = grads.shape[0]
-    for lane in range(8):
-        lanes[lane] = np.float32(0)
-    for group in range(width // 8):
-        part = grads[8 * group : 8 * group + 8]
-        for lane in range(8):
-            grad = part[lane] * grad_scale
-            lanes[lane] += grad * grad
-    rest = grads[width - width % 8 :]
-    for lane in range(rest.shape[0]):
-        grad = rest[lane] * grad_scale
-        lanes[lane] += grad * grad
-    total = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]))
-    return total / np.float32(width)
+def add_segments(
+    sums: Tensor, places: Tensor, pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads: Tensor
+) -> None:
+    """See mempool.kernels.add_segments."""
+    if places.numel():
+        _add(storage(sums), view(places), _gradients(pairs, weights, bags, grads))
 
 
 @serial
-def _step_row(
-    algorithm: int,
-    scalars: Array,
-    block_dim: int,
-    values: Array,
-    state0: Array,
-    state1: Array,
+def _step_parts(
+    progress: Array,
+    num_parts: int,
+    arena: Arena,
+    rule: Rule,
+    targets: Array,
+    slots: Array,
     sums: Array,
-    lanes: Array,
+    gradients: Gradients,
 ) -> None:
-    grad_scale, step_size, eps = scalars[0], scalars[1], scalars[2]
-    width = sums.shape[0]
-    if algorithm == 0:
-        for column in range(width):
-            values[column] = stored(load(values[column]) - step_size * (sums[column] * grad_scale), values)
-    elif algorithm == 1:
-        for column in range(width):
-            grad = sums[column] * grad_scale
-            total = state0[column] + grad * grad
-            state0[column] = total
-            values[column] = stored(load(values[column]) - step_size * (grad / (np.sqrt(total) + eps)), values)
-    elif algorithm == 2:
-        for block in range(state0.shape[0]):
-            first, end = block * block_dim, min((block + 1) * block_dim, width)
-            block_sums, block_values = sums[first:end], values[first:end]
-            square_sum = state0[block] + _mean_square(block_sums, grad_scale, lanes)
-            state0[block] = square_sum
-            divisor = np.sqrt(square_sum) + eps
-            for column in range(block_sums.shape[0]):
-                grad = block_sums[column] * grad_scale
-                block_values[column] = stored(load(block_values[column]) - step_size * (grad / divisor), values)
-    else:
-        rest1, rest2 = scalars[3], scalars[4]
-        for column in range(width):
-            grad = sums[column] * grad_scale
-            moment1 = state0[column] + (grad - state0[column]) * rest1
-            moment2 = state1[column] + (grad * grad - state1[column]) * rest2
-            state0[column] = moment1
-            state1[column] = moment2
-            values[column] = stored(load(values[column]) - step_size * (moment1 / (np.sqrt(moment2) + eps)), values)
+    fused, starts, width, num_rows = sums.shape[1] == 0, gradients.starts, arena.width, targets.shape[0]
+    pair_cost = 1 if fused else 0
+    grad_scale = rule.scalars[0]
+    total, piece = np.empty(width, dtype=np.float32), np.empty(width, dtype=np.float32)
+    scratch, lanes = np.empty(width, dtype=np.float32), np.empty(LANES, dtype=np.float32)
+    part = next_of(progress)
+    while part < num_parts:
+        begin = _first_row(starts, pair_cost, part, num_parts)
+        for position in range(begin, _first_row(starts, pair_cost, part + 1, num_parts)):
+            if position + _ROWS_AHEAD < num_rows:
+                ahead = targets[position + _ROWS_AHEAD]
+                prefetch_row(arena.rows, ahead)
+                prefetch_row(arena.master, ahead)
+                prefetch_row(rule.state0, ahead)
+                prefetch_row(rule.state1, ahead)
+            if fused:
+                first, end = starts[position], starts[position + 1]
+                if end - first > _LONG_RUN:
+                    progress[_LONG_RUNS] = 1
+                    continue
+                sum_pairs(gradients, first, end, piece, total)
+                for column in range(width):
+                    total[column] = total[column] * grad_scale
+            else:
+                given = sums[position]
+                for column in range(width):
+                    total[column] = given[column] * grad_scale
+            row = targets[position]
+            values = own_values(arena, row, scratch)
+            apply_rule(rule, arena.block_dim, row, values, total, lanes)
+            if arena.rows.itemsize < 4 or arena.master.shape[1] > 0:
+                round_row(arena, row, values, rule, slots[position])
+        part = next_of(progress)
 
 
 @parallel
-def _optimizer_step(
-    algorithm: int,
-    scalars: Array,
-    block_dim: int,
-    rows: Array,
-    state0: Array,
-    state1: Array,
-    sorted_rows: Array,
+def _step_rows(
+    progress: Array,
+    num_threads: int,
+    arena: Arena,
+    rule: Rule,
+    targets: Array,
+    slots: Array,
     sums: Array,
+    gradients: Gradients,
 ) -> None:
-    num_rows = sorted_rows.shape[0]
-    for part in prange(_NUM_PARTS):
-        lanes = np.empty(8, dtype=np.float32)
-        for position in range(num_rows * part // _NUM_PARTS, num_rows * (part + 1) // _NUM_PARTS):
-            row = sorted_rows[position]
-            # State that the algorithm does not keep has one row, which nobody reads.
-            own0, own1 = state0[row % state0.shape[0]], state1[row % state1.shape[0]]
-            _step_row(algorithm, scalars, block_dim, rows[row], own0, own1, sums[position], lanes)
+    """The step of ``targets`` with the gradients ``sums``; where those have no columns, with the sums of their pairs,
+    of all but the rows with long runs."""
+    for _ in prange(num_threads):
+        num_parts = _PARTS_OF_A_THREAD * num_threads
+        _step_parts(progress, num_parts, arena, rule, targets, slots, sums, gradients)
 
 
-@parallel
-def _fused_step(
-    algorithm: int,
-    scalars: Array,
-    block_dim: int,
-    rows: Array,
-    state0: Array,
-    state1: Array,
-    sorted_rows: Array,
-    order: Array,
-    starts: Array,
-    weights: Array,
-    bags: Array,
-    grads: Array,
-) -> None:
-    for part in prange(_NUM_PARTS):
-        acc, lanes = np.empty(grads.shape[1], dtype=np.float32), np.empty(8, dtype=np.float32)
-        for position in range(_first_row_of_part(starts, part), _first_row_of_part(starts, part + 1)):
-            _sum_segment(order, starts[position], starts[position + 1], weights, bags, grads, acc)
-            row = sorted_rows[position]
-            own0, own1 = state0[row % state0.shape[0]], state1[row % state1.shape[0]]
-            _step_row(algorithm, scalars, block_dim, rows[row], own0, own1, acc, lanes)
+def _arena(paged: Paged, state: dict[str, Tensor], block_dim: int) -> Arena:
+    master = storage(state[MASTER]) if MASTER in state else _NO_MATRIX
+    return Arena(elements(paged), *scales(paged), master, block_dim, paged.width)
 
 
-def _step_arguments(
-    paged: Paged, state: dict[str, Tensor], step: OptimizerStep
-) -> tuple[int, Array, int, Array, Array, Array]:
+def _rule(state: dict[str, Tensor], step: OptimizerStep) -> Rule:
+    numbers = (step.grad_scale, step.step_size, step.eps, 1.0 - step.beta1, 1.0 - step.beta2)
     states = [storage(state[name]) for name in STATE_NAMES[step.algorithm]]
-    scalars = np.array(
-        [step.grad_scale, step.step_size, step.eps, 1.0 - step.beta1, 1.0 - step.beta2], dtype=np.float32
+    rounding = None if MASTER in state else step.rounding
+    return Rule(
+        RULES[step.algorithm],
+        np.array([*numbers, step.root_correction, step.decay], dtype=np.float32),
+        *[*states, _NO_MATRIX, _NO_MATRIX][:2],
+        rounding is not None,
+        0 if rounding is None else rounding.key,
+        _NO_NUMBERS if rounding is None else view(rounding.columns),
     )
-    state0, state1 = [*states, _NO_STATE, _NO_STATE][:2]
-    return _ALGORITHM_NUMBERS[step.algorithm], scalars, step.block_dim, storage(paged.rows), state0, state1
 
 
 def optimizer_step(
-    paged: Paged, state: dict[str, Tensor], sorted_rows: Tensor, sums: Tensor, step: OptimizerStep
+    paged: Paged, state: dict[str, Tensor], pairs: SortedPairs, sums: Tensor, step: OptimizerStep
 ) -> None:
     """See mempool.kernels.optimizer_step."""
-    use_threads(4 * sums.numel())
-    _optimizer_step(*_step_arguments(paged, state, step), view(sorted_rows), view(sums))
+    num_threads = use_threads(4 * sums.numel())
+    no_gradients = Gradients(_NO_NUMBERS, view(pairs.starts), EMPTY_WEIGHTS, _NO_NUMBERS, _NO_MATRIX)
+    arena, rule = _arena(paged, state, step.block_dim), _rule(state, step)
+    _step_rows(_progress(), num_threads, arena, rule, view(pairs.rows), view(pairs.slots), view(sums), no_gradients)
 
 
 def fused_step(
@@ -273,15 +265,100 @@ def fused_step(
     step: OptimizerStep,
 ) -> None:
     """See mempool.kernels.fused_step."""
-    use_threads((pairs.order.numel() + 4 * pairs.rows.numel()) * grads.shape[1])
-    _fused_step(
-        *_step_arguments(paged, state, step),
-        view(pairs.rows),
-        view(pairs.order),
-        view(pairs.starts),
-        optional_weights(weights),
-        view(bags),
-        view(grads),
+    num_threads = use_threads((pairs.order.numel() + 4 * pairs.rows.numel()) * grads.shape[1])
+    arena, rule, gradients = (
+        _arena(paged, state, step.block_dim),
+        _rule(state, step),
+        _gradients(pairs, weights, bags, grads),
+    )
+    targets, slots = view(pairs.rows), view(pairs.slots)
+    progress = _progress()
+    _step_rows(progress, num_threads, arena, rule, targets, slots, _NO_MATRIX, gradients)
+    if progress[_LONG_RUNS]:
+        sums, bounds = np.empty((1, paged.width), dtype=np.float32), np.array([0, 1])
+        pieces = np.empty((_PIECES_AT_ONCE, paged.width), dtype=np.float32)
+        for position, first, end in _long_runs(gradients.starts):
+            _sum_long_run(gradients, first, end, False, pieces, sums[0])
+            one = slice(position, position + 1)
+            _step_rows(_progress(), 1, arena, rule, targets[one], slots[one], sums, gradients._replace(starts=bounds))
+
+
+@serial
+def _catch_up_parts(
+    progress: Array,
+    num_parts: int,
+    arena: Arena,
+    schedule: Schedule,
+    moment1: Array,
+    moment2: Array,
+    last_step: Array,
+    targets: Array,
+    to: int,
+) -> None:
+    scratch, num_rows = np.empty(arena.width, dtype=np.float32), targets.shape[0]
+    nothing = np.uint32(0)
+    part = next_of(progress)
+    while part < num_parts:
+        for position in range(num_rows * part // num_parts, num_rows * (part + 1) // num_parts):
+            row = targets[position]
+            values = own_values(arena, row, scratch)
+            for block in range(last_step.shape[1]):
+                done = np.int64(last_step[row, block])
+                if done >= to:
+                    continue
+                first, end = block * arena.block_dim, min((block + 1) * arena.block_dim, arena.width)
+                moments = moment1[row, first:end], moment2[row, first:end]
+                catch_up_block(schedule, done, to, values[first:end], moments[0], moments[1])
+                last_step[row, block] = to
+                if arena.master.shape[1] > 0:
+                    round_block(arena, row, block, values, False, nothing, nothing, 0)
+        part = next_of(progress)
+
+
+@parallel
+def _catch_up(
+    progress: Array,
+    num_threads: int,
+    arena: Arena,
+    schedule: Schedule,
+    moment1: Array,
+    moment2: Array,
+    last_step: Array,
+    targets: Array,
+    to: int,
+) -> None:
+    for _ in prange(num_threads):
+        num_parts = _PARTS_OF_A_THREAD * num_threads
+        _catch_up_parts(progress, num_parts, arena, schedule, moment1, moment2, last_step, targets, to)
+
+
+def catch_up(
+    paged: Paged,
+    state: dict[str, Tensor],
+    rows: Tensor,
+    schedule: DenseSchedule,
+    to: int,
+    block_dim: int,
+) -> None:
+    """See mempool.kernels.catch_up."""
+    num_threads = use_threads(16 * rows.numel() * paged.width)
+    steps = Schedule(
+        schedule.first_step,
+        schedule.horizon,
+        *(storage(schedule.steps[number]) for number in range(3)),
+        storage(schedule.log_decays),
+        np.array([schedule.beta1, schedule.beta2, schedule.eps]),
+    )
+    moments = storage(state["exp_avg"]), storage(state["exp_avg_sq"])
+    _catch_up(
+        _progress(),
+        num_threads,
+        _arena(paged, state, block_dim),
+        steps,
+        *moments,
+        storage(state[LAST_STEP]),
+        view(rows),
+        to,
     )
 
 

@@ -4,16 +4,23 @@ Under TRITON_INTERPRET=1 the same kernels run on CPU tensors, slowly.
 """
 
 from mempool.kernels.gpu.bags import gather_rows, scatter_rows, weight_gradient, weighted_sum
-from mempool.kernels.gpu.topk import flat_topk, product_select, product_topk, select_topk
-from mempool.kernels.gpu.updates import fused_step, optimizer_step, segment_sum, squared_norm
-from mempool.kernels.torch_ops import initial_values, sort_pairs
+from mempool.kernels.gpu.dense import catch_up
+from mempool.kernels.gpu.segments import add_segments, segment_sum
+from mempool.kernels.gpu.selection import product_select, select_topk
+from mempool.kernels.gpu.sorting import sort_pairs
+from mempool.kernels.gpu.topk import flat_topk, product_gradient, product_topk
+from mempool.kernels.gpu.updates import fused_step, optimizer_step, squared_norm
+from mempool.kernels.torch_ops import initial_values
 
 __all__ = [
+    "add_segments",
+    "catch_up",
     "flat_topk",
     "fused_step",
     "gather_rows",
     "initial_values",
     "optimizer_step",
+    "product_gradient",
     "product_select",
     "product_topk",
     "scatter_rows",

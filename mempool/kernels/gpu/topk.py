@@ -1,7 +1,8 @@
-"""Selection on the GPU by (score descending, id ascending): top-k of rows, of product keys, of flat keys.
+"""Scoring on the GPU: product keys, flat keys, and the gradient of product scores.
 
-Scores are summed in the order of the key dimension without fused multiply-add, so they do not depend on the batch nor
-on how keys are spread over shards, and have the bits of the CPU's.
+Scores are made a chunk of them at a time, small enough to stay in the GPU's second-level cache until they are selected
+from, and a little later overwritten. A deterministic score is one chain of fused multiply-adds from zero, in the order
+of the key dimension, as on the CPU: it does not depend on the batch nor on how keys are spread over shards.
 """
 # Triton reads kernels as its own language: they carry no Python types, host functions do.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -13,119 +14,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mempool.kernels import torch_ops
 from mempool.kernels.arguments import Paged
-from mempool.kernels.gpu.elements import STRICT, contiguous, load, locate, storage
-
-_QUERY_TILE = 16
-_KEY_TILE = 64
-# Scores that one program of the selection holds, of one row or several.
-_SELECT_CHUNK = 4096
-# Winners are taken out one after the other; for more of them sorting is cheaper, and torch's own does it.
-_LARGEST_K = 256
-# Scores of flat keys held at once.
-_SCRATCH_ELEMENTS = 1 << 24
-_LOWEST_RANK = tl.constexpr(-(2**63))
+from mempool.kernels.gpu import tuning
+from mempool.kernels.gpu.bags import weighted_sum
+from mempool.kernels.gpu.elements import contiguous, decode, load_stored, locate, storage
+from mempool.kernels.gpu.segments import segment_sum
+from mempool.kernels.gpu.selection import product_select, select_topk
+from mempool.kernels.gpu.sorting import sort_pairs
 
 
 @triton.jit
-def _ranks(score, position):
-    """Integers that order by (score descending, position ascending) when sorted descending; NaN below all numbers."""
-    bits = score.to(tl.int32, bitcast=True).to(tl.int64)
-    ordered = tl.where(bits >= 0, bits, -2147483648 - bits)  # -0.0 becomes 0, which 0.0 is
-    ordered = tl.where(score == score, ordered, -2147483648)
-    return (ordered << 32) | (4294967295 - position)
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_scores", "half_k", "k"])
-def select_kernel(
-    source,
-    other,
-    best,
-    num_rows,
-    num_scores,
-    half_k,
-    k,
-    SOURCE: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """The k best ranks of a chunk of ROWS rows, descending: best [M, chunks, k], the lowest rank where there are fewer.
-
-    SOURCE says what a row is made of: "scores" source[M, num_scores]; "grid" the sums of source[M, half_k] (rows of the
-    grid) and other[M, half_k] (columns); "ranks" source[M, num_scores], ranks from chunks before.
-    """
-    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    chunk = tl.program_id(1).to(tl.int64)
-    position = chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
-    row_mask = row < num_rows
-    mask = row_mask & (position < num_scores)
-    if SOURCE == "ranks":
-        ranks = tl.load(source + row * num_scores + position, mask=mask, other=_LOWEST_RANK)
+def _dot(acc, left, right, DETERMINISTIC: tl.constexpr):
+    """acc + left @ right, of float32. On a GPU "ieee" is one chain of fused multiply-adds for each score."""
+    if DETERMINISTIC:
+        acc = tl.dot(left, right, acc, input_precision="ieee")
     else:
-        if SOURCE == "grid":
-            score = tl.load(source + row * half_k + position // half_k, mask=mask, other=0.0)
-            score += tl.load(other + row * half_k + position % half_k, mask=mask, other=0.0)
-        else:
-            score = tl.load(source + row * num_scores + position, mask=mask, other=0.0)
-        ranks = tl.where(mask, _ranks(score, position), _LOWEST_RANK)
-    out = best + (row * tl.num_programs(1) + chunk) * k
-    for place in range(k):
-        highest = tl.max(ranks, axis=1)[:, None]
-        tl.store(out + place, highest, mask=row_mask)
-        ranks = tl.where(ranks == highest, _LOWEST_RANK, ranks)
+        acc = tl.dot(left, right, acc, input_precision="tf32x3")
+    return acc
 
 
-def _select(source: Tensor, other: Tensor, *, num_scores: int, k: int, kind: str) -> Tensor:
-    """Ranks [M, k] of the best, chunk by chunk and then among the winners of the chunks."""
-    num_rows, half_k = source.shape
-    while True:
-        chunk = min(_SELECT_CHUNK, max(2, int(triton.next_power_of_2(num_scores))))
-        num_chunks = triton.cdiv(num_scores, chunk)
-        rows_tile = max(1, min(_SELECT_CHUNK // chunk, int(triton.next_power_of_2(num_rows))))
-        best = torch.empty(num_rows, num_chunks * k, dtype=torch.int64, device=source.device)
-        with torch.cuda.device_of(source):
-            select_kernel[(triton.cdiv(num_rows, rows_tile), num_chunks)](
-                source,
-                other,
-                best,
-                num_rows,
-                num_scores,
-                half_k,
-                k,
-                SOURCE=kind,
-                ROWS=rows_tile,
-                CHUNK=chunk,
-                **STRICT,
-            )
-        if num_chunks == 1:
-            return best
-        source, other, num_scores, kind = best, best, num_chunks * k, "ranks"
-
-
-def select_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """See mempool.kernels.select_topk."""
-    if k > _LARGEST_K or not scores.shape[0]:
-        return torch_ops.select_topk(scores, k)
-    scores = contiguous(scores)
-    index = torch_ops.positions(_select(scores, scores, num_scores=scores.shape[1], k=k, kind="scores"))
-    return scores.gather(1, index), index
-
-
-def product_select(scores1: Tensor, scores2: Tensor, k: int, stride: int) -> tuple[Tensor, Tensor]:
-    """See mempool.kernels.product_select."""
-    if k > _LARGEST_K or not scores1.shape[0]:
-        return torch_ops.product_select(scores1, scores2, k, stride)
-    half_k = min(k, scores1.shape[1])
-    # In the order of their indices, row-major positions in the grid of sums rise with the id: ties go by id.
-    index1 = select_topk(scores1, half_k)[1].sort(dim=1).values
-    index2 = select_topk(scores2, half_k)[1].sort(dim=1).values
-    half1, half2 = scores1.gather(1, index1), scores2.gather(1, index2)
-    position = torch_ops.positions(_select(half1, half2, num_scores=half_k * half_k, k=k, kind="grid"))
-    return index1.gather(1, position // half_k), index2.gather(1, position % half_k)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["num_queries", "num_heads"])
 def product_scores_kernel(
     queries,
     keys,
@@ -133,55 +41,92 @@ def product_scores_kernel(
     num_queries,
     num_heads,
     num_keys,
-    half_dim,
+    HALF_DIM: tl.constexpr,
+    DETERMINISTIC: tl.constexpr,
     QUERY_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
+    DIM_TILE: tl.constexpr,
 ):
     """One program a tile of queries, a tile of half-keys and a codebook: out [2, B, H, n]."""
     query = tl.program_id(0).to(tl.int64) * QUERY_TILE + tl.arange(0, QUERY_TILE)
     key = tl.program_id(1).to(tl.int64) * KEY_TILE + tl.arange(0, KEY_TILE)
     head = tl.program_id(2).to(tl.int64) // 2
     half = tl.program_id(2).to(tl.int64) % 2
-    query_mask = query < num_queries
-    key_mask = key < num_keys
-    query_row = queries + ((query * num_heads + head) * 2 + half) * half_dim
-    key_row = keys + ((head * 2 + half) * num_keys + key) * half_dim
+    query_mask = (query < num_queries)[:, None]
+    key_mask = (key < num_keys)[:, None]
+    query_row = queries + ((query * num_heads + head) * 2 + half)[:, None] * HALF_DIM
+    key_row = keys + ((head * 2 + half) * num_keys + key)[:, None] * HALF_DIM
     acc = tl.zeros([QUERY_TILE, KEY_TILE], dtype=tl.float32)
-    for dim in range(half_dim):
-        left = tl.load(query_row + dim, mask=query_mask, other=0.0)
-        right = tl.load(key_row + dim, mask=key_mask, other=0.0)
-        acc += left[:, None] * right[None, :]
+    for start in range(0, HALF_DIM, DIM_TILE):
+        dim = start + tl.arange(0, DIM_TILE)[None, :]
+        left = tl.load(query_row + dim, mask=query_mask & (dim < HALF_DIM), other=0.0)
+        right = tl.load(key_row + dim, mask=key_mask & (dim < HALF_DIM), other=0.0)
+        acc = _dot(acc, left, tl.trans(right), DETERMINISTIC)
     out_row = out + ((half * num_queries + query) * num_heads + head) * num_keys
-    tl.store(out_row[:, None] + key[None, :], acc, mask=query_mask[:, None] & key_mask[None, :])
+    tl.store(out_row[:, None] + key[None, :], acc, mask=query_mask & (key < num_keys)[None, :])
 
 
-def product_topk(queries: Tensor, keys: Tensor, k: int, stride: int) -> tuple[Tensor, Tensor]:
-    """See mempool.kernels.product_topk."""
+def product_topk(queries: Tensor, keys: Tensor, k: int, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """See mempool.kernels.product_indices."""
     num_queries, num_heads, dim = queries.shape
-    num_keys = keys.shape[2]
-    scores = torch.empty(2, num_queries * num_heads, num_keys, dtype=torch.float32, device=queries.device)
-    if num_queries:
-        grid = (triton.cdiv(num_queries, _QUERY_TILE), triton.cdiv(num_keys, _KEY_TILE), num_heads * 2)
+    num_keys, device = keys.shape[2], queries.device
+    queries, keys = contiguous(queries), contiguous(keys)
+    shape = (num_queries, num_heads, k)
+    best = torch.empty(shape, dtype=torch.float32, device=device)
+    index1, index2 = torch.empty(2, *shape, dtype=torch.int64, device=device)
+    tile = tuning.score_tile(deterministic)
+    chunk = max(1, tuning.SCRATCH_SCORES // max(1, 2 * num_heads * num_keys))
+    for first in range(0, num_queries, chunk):
+        end = min(first + chunk, num_queries)
+        scores = torch.empty(2, (end - first) * num_heads, num_keys, dtype=torch.float32, device=device)
+        grid = (triton.cdiv(end - first, tile["QUERY_TILE"]), triton.cdiv(num_keys, tile["KEY_TILE"]), num_heads * 2)
         with torch.cuda.device_of(queries):
             product_scores_kernel[grid](
-                contiguous(queries),
-                contiguous(keys),
+                queries[first:end],
+                keys,
                 scores,
-                num_queries,
+                end - first,
                 num_heads,
                 num_keys,
-                dim // 2,
-                QUERY_TILE=_QUERY_TILE,
-                KEY_TILE=_KEY_TILE,
-                **STRICT,
+                HALF_DIM=dim // 2,
+                DETERMINISTIC=deterministic,
+                **tile,
             )
-    index1, index2 = product_select(scores[0], scores[1], k, stride)
-    best = scores[0].gather(1, index1) + scores[1].gather(1, index2)
-    shape = (num_queries, num_heads, k)
-    return best.reshape(shape), (index1 * stride + index2).reshape(shape)
+        half1, half2 = product_select(scores[0], scores[1], k, num_keys)
+        best[first:end] = (scores[0].gather(1, half1) + scores[1].gather(1, half2)).view(-1, num_heads, k)
+        index1[first:end], index2[first:end] = half1.view(-1, num_heads, k), half2.view(-1, num_heads, k)
+    return best, index1, index2
 
 
-@triton.jit(do_not_specialize=["num_pages", "page_shift", "first_slot", "num_slots", "out_start", "out_width"])
+def product_gradient(
+    queries: Tensor, keys: Tensor, index1: Tensor, index2: Tensor, grads: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See mempool.kernels.product_gradient.
+
+    Half-keys are the rows of an arena, the winners of a query's half are a bag: the gradient of the queries is the
+    weighted sum of the bags, that of the half-keys the segment sum of the queries.
+    """
+    num_queries, num_heads, dim = queries.shape
+    num_keys, num_winners, device = keys.shape[2], grads.shape[2], queries.device
+    rows = contiguous(keys).view(num_heads * 2 * num_keys, dim // 2)
+    # One page, of all rows.
+    arena = Paged(rows, torch.zeros(1, dtype=torch.int32, device=device), rows.shape[0].bit_length())
+    codebook = torch.arange(num_heads * 2, device=device).view(1, num_heads, 2, 1) * num_keys
+    ids = (torch.stack([index1, index2], dim=2) + codebook).flatten()
+    weights = grads.detach()[:, :, None].expand(-1, -1, 2, -1).flatten()
+    bags = torch.arange(num_queries * num_heads * 2, device=device)
+    offsets = torch.arange(bags.numel() + 1, device=device) * num_winners
+    query_grads = weighted_sum(arena, ids, weights, offsets, torch.float32).view(num_queries, num_heads, dim)
+    pairs = sort_pairs(arena, ids)
+    halves = contiguous(queries).view(bags.numel(), dim // 2)
+    key_grads = torch.zeros_like(rows)
+    key_grads[pairs.rows] = segment_sum(pairs, weights, bags.repeat_interleave(num_winners), halves)
+    return query_grads, key_grads.view(keys.shape)
+
+
+@triton.jit(
+    do_not_specialize=["num_queries", "num_pages", "page_shift", "first_slot", "num_slots", "skip", "out_width"]
+)
 def flat_scores_kernel(
     queries,
     rows,
@@ -192,36 +137,43 @@ def flat_scores_kernel(
     page_shift,
     first_slot,
     num_slots,
-    out_start,
+    skip,
     out_width,
-    width,
+    WIDTH: tl.constexpr,
+    DETERMINISTIC: tl.constexpr,
     QUERY_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
+    DIM_TILE: tl.constexpr,
 ):
-    """One program a tile of queries and a tile of slots from first_slot on; NaN for slots that are not here."""
+    """One program a tile of slots from first_slot on and a tile of queries; NaN for slots that are not here.
+
+    Scores are written behind the first ``skip`` columns of out [B, out_width].
+    """
     query = tl.program_id(1).to(tl.int64) * QUERY_TILE + tl.arange(0, QUERY_TILE)
     offset = tl.program_id(0).to(tl.int64) * KEY_TILE + tl.arange(0, KEY_TILE)
-    query_mask = query < num_queries
+    query_mask = (query < num_queries)[:, None]
     slot_mask = offset < num_slots
     row, here = locate(first_slot + offset, page_table, num_pages, page_shift, slot_mask)
     acc = tl.zeros([QUERY_TILE, KEY_TILE], dtype=tl.float32)
-    for dim in range(width):
-        left = tl.load(queries + query * width + dim, mask=query_mask, other=0.0)
-        right = load(rows + row * width + dim, here)
-        acc += left[:, None] * right[None, :]
+    for start in range(0, WIDTH, DIM_TILE):
+        dim = start + tl.arange(0, DIM_TILE)[None, :]
+        left = tl.load(queries + query[:, None] * WIDTH + dim, mask=query_mask & (dim < WIDTH), other=0.0)
+        right = decode(load_stored(rows + row[:, None] * WIDTH + dim, here[:, None] & (dim < WIDTH)))
+        acc = _dot(acc, left, tl.trans(right), DETERMINISTIC)
     acc = tl.where(here[None, :], acc, float("nan"))
-    place = out + query[:, None] * out_width + out_start + offset[None, :]
-    tl.store(place, acc, mask=query_mask[:, None] & slot_mask[None, :])
+    place = out + query[:, None] * out_width + skip + offset[None, :]
+    tl.store(place, acc, mask=query_mask & slot_mask[None, :])
 
 
-def flat_topk(queries: Tensor, keys: Paged, k: int, num_slots: int) -> tuple[Tensor, Tensor]:
+def flat_topk(queries: Tensor, keys: Paged, k: int, num_slots: int, deterministic: bool) -> tuple[Tensor, Tensor]:
     """See mempool.kernels.flat_topk."""
-    num_queries, width = queries.shape
-    device = queries.device
+    num_queries, device = queries.shape[0], queries.device
+    queries = contiguous(queries)
     num_slots = min(num_slots, keys.page_table.numel() << keys.page_shift)
     best_ids = torch.full((num_queries, k), -1, dtype=torch.int64, device=device)
     best_scores = torch.full((num_queries, k), torch.nan, device=device)  # NaN marks an empty place
-    tile_slots = max(_KEY_TILE, _SCRATCH_ELEMENTS // max(1, num_queries))
+    tile = tuning.score_tile(deterministic)
+    tile_slots = max(4 * k, tile["KEY_TILE"], tuning.SCRATCH_SCORES // max(1, num_queries))
     for first in range(0, num_slots if num_queries else 0, tile_slots):
         # The best so far stand before the tile's scores: their ids are smaller and in order among ties, so that
         # selection by position is selection by id.
@@ -229,8 +181,8 @@ def flat_topk(queries: Tensor, keys: Paged, k: int, num_slots: int) -> tuple[Ten
         scratch = torch.empty(num_queries, k + count, device=device)
         scratch[:, :k] = best_scores
         with torch.cuda.device_of(queries):
-            flat_scores_kernel[(triton.cdiv(count, _KEY_TILE), triton.cdiv(num_queries, _QUERY_TILE))](
-                contiguous(queries),
+            flat_scores_kernel[(triton.cdiv(count, tile["KEY_TILE"]), triton.cdiv(num_queries, tile["QUERY_TILE"]))](
+                queries,
                 storage(keys.rows),
                 keys.page_table,
                 scratch,
@@ -241,10 +193,9 @@ def flat_topk(queries: Tensor, keys: Paged, k: int, num_slots: int) -> tuple[Ten
                 count,
                 k,
                 k + count,
-                width,
-                QUERY_TILE=_QUERY_TILE,
-                KEY_TILE=_KEY_TILE,
-                **STRICT,
+                WIDTH=keys.width,
+                DETERMINISTIC=deterministic,
+                **tile,
             )
         best_scores, index = select_topk(scratch, k)
         best_ids = torch.where(index < k, best_ids.gather(1, index.clamp(max=k - 1)), index - k + first)

@@ -1,4 +1,4 @@
-"""A commit on the GPU: gradients summed per slot, the optimizer's step, norms of gradients. No atomics anywhere."""
+"""An optimizer's step on the GPU, by itself or with the sums of its gradients; norms of gradients. No atomics."""
 # Triton reads kernels as its own language: they carry no Python types, host functions do.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -9,183 +9,213 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mempool.kernels.arguments import STATE_NAMES, OptimizerStep, Paged, SortedPairs
-from mempool.kernels.gpu.elements import STRICT, contiguous, load, optional_weights, storage, store, tile
-
-_NORM_TILE = 1024
-_NORM_CHUNK = 1 << 16
-
-
-@triton.jit
-def _pair_gradient(order, weights, bags, grads, position, end, width, columns, mask, WEIGHTED: tl.constexpr):
-    """Weight times gradient of one sorted pair over the program's columns, and whether the pair exists."""
-    exists = position < end
-    pair = tl.load(order + position, mask=exists, other=0)
-    bag = tl.load(bags + pair, mask=exists, other=0)
-    part = tl.load(grads + bag * width + columns, mask=mask & exists, other=0.0)
-    if WEIGHTED:
-        part = part * tl.load(weights + pair, mask=exists, other=0.0)
-    return part, exists
+from mempool.kernels.arguments import Paged, SortedPairs
+from mempool.kernels.gpu import tuning
+from mempool.kernels.gpu.elements import (
+    STRICT,
+    arena,
+    contiguous,
+    load_values,
+    optional_weights,
+    random_bits,
+    store_values,
+    tile_columns,
+    tree_sum,
+)
+from mempool.kernels.gpu.segments import row_sums, sum_pieces
+from mempool.kernels.steps import BLOCK_STATE, MASTER, STATE_NAMES, OptimizerStep
 
 
 @triton.jit
-def _sum_segment(
-    order, starts, weights, bags, grads, segment, width, columns, mask, WEIGHTED: tl.constexpr, TILE: tl.constexpr
-):
-    """Sum of one segment in the order of its pairs; four are read at once, then added one after the other."""
-    first = tl.load(starts + segment)
-    end = tl.load(starts + segment + 1)
-    acc = tl.zeros([TILE], dtype=tl.float32)
-    for position in range(first, end, 4):
-        part0, exists0 = _pair_gradient(order, weights, bags, grads, position, end, width, columns, mask, WEIGHTED)
-        part1, exists1 = _pair_gradient(order, weights, bags, grads, position + 1, end, width, columns, mask, WEIGHTED)
-        part2, exists2 = _pair_gradient(order, weights, bags, grads, position + 2, end, width, columns, mask, WEIGHTED)
-        part3, exists3 = _pair_gradient(order, weights, bags, grads, position + 3, end, width, columns, mask, WEIGHTED)
-        acc = tl.where(exists0, acc + part0, acc)
-        acc = tl.where(exists1, acc + part1, acc)
-        acc = tl.where(exists2, acc + part2, acc)
-        acc = tl.where(exists3, acc + part3, acc)
-    return acc
+def _block_mean(grad, mask, block, WIDTH: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Mean of the squares of each block's gradients [rows, blocks]."""
+    squares = tree_sum(tl.where(mask, grad * grad, 0.0))
+    count = tl.maximum(tl.minimum(WIDTH - block * BLOCK_DIM, BLOCK_DIM), 1).to(tl.float32)
+    return tl.div_rn(squares, tl.broadcast_to(count, squares.shape))
 
 
 @triton.jit
-def segment_sum_kernel(order, starts, weights, bags, grads, out, width, WEIGHTED: tl.constexpr, TILE: tl.constexpr):
-    """One program a distinct row and tile of columns."""
-    segment = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
-    mask = columns < width
-    acc = _sum_segment(order, starts, weights, bags, grads, segment, width, columns, mask, WEIGHTED, TILE)
-    tl.store(out + segment * width + columns, acc, mask=mask)
+def _by_block(divisor, like):
+    return tl.broadcast_to(divisor[:, :, None], like.shape)
 
 
-def segment_sum(pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads: Tensor) -> Tensor:
-    """See mempool.kernels.segment_sum."""
-    num_rows, width = pairs.rows.numel(), grads.shape[1]
-    out = torch.empty(num_rows, width, dtype=torch.float32, device=grads.device)
-    if num_rows:
-        with torch.cuda.device_of(out):
-            segment_sum_kernel[(num_rows, triton.cdiv(width, tile(width)))](
-                contiguous(pairs.order),
-                contiguous(pairs.starts),
-                optional_weights(weights, out),
-                contiguous(bags),
-                contiguous(grads),
-                out,
-                width,
-                WEIGHTED=weights is not None,
-                TILE=tile(width),
-                **STRICT,
-            )
-    return out
-
-
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_rows", "key", "grad_scale", "step_size", "eps", "rest1", "rest2", "correction", "decay"]
+)
 def step_kernel(
     rows,
+    scales,
+    master,
     state0,
     state1,
-    sorted_rows,
+    targets,
+    slots,
+    table_columns,
     sums,
     order,
     starts,
     weights,
     bags,
     grads,
-    width,
-    tile_columns,
+    num_rows,
+    key,
     grad_scale,
     step_size,
     eps,
     rest1,
     rest2,
+    correction,
+    decay,
     ALGORITHM: tl.constexpr,
     FUSED: tl.constexpr,
     WEIGHTED: tl.constexpr,
-    TILE: tl.constexpr,
+    MASTERED: tl.constexpr,
+    RANDOMLY: tl.constexpr,
+    COLUMNS_OF: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STRIDE: tl.constexpr,
+    SCALES: tl.constexpr,
 ):
-    """One program a distinct row and tile of columns; for row-wise state a tile is a column block.
+    """One program some distinct rows and a tile of columns: all of a column block where scales or state belong to it.
 
-    The summed gradient is read from sums, or (FUSED) made here as segment_sum makes it.
+    The summed gradient is read from sums, or (FUSED) made here as segment_sum makes it, sums being the scratch.
+    COLUMNS_OF is the step's block dim, by which table_columns knows an arena's columns.
     """
-    segment = tl.program_id(0).to(tl.int64)
-    tile_number = tl.program_id(1).to(tl.int64)
-    columns = tile_number * tile_columns + tl.arange(0, TILE)
-    mask = (tl.arange(0, TILE) < tile_columns) & (columns < width)
-    if FUSED:
-        total = _sum_segment(order, starts, weights, bags, grads, segment, width, columns, mask, WEIGHTED, TILE)
+    run = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    exists = run < num_rows
+    columns, column_mask, block = tile_columns(tl.program_id(1), WIDTH, BLOCK_DIM, BLOCKS, BLOCK)
+    mask = column_mask & exists[:, None, None]
+    block_mask = exists[:, None] & (block * BLOCK_DIM < WIDTH)
+    row = tl.load(targets + run, mask=exists, other=0)
+    place = row[:, None, None] * WIDTH + columns
+    block_place = row[:, None] * NUM_BLOCKS + block
+    # What lies in memory is asked for first: it is on its way while the gradients are looked up.
+    if MASTERED:
+        value = tl.load(master + place, mask=mask, other=0.0)
     else:
-        total = tl.load(sums + segment * width + columns, mask=mask, other=0.0)
-    grad = total * grad_scale
-    row = tl.load(sorted_rows + segment)
-    place = row * width + columns
-    value = load(rows + place, mask)
-    if ALGORITHM == "sgd":
-        update = grad
-    elif ALGORITHM == "adagrad":
-        square_sum = tl.load(state0 + place, mask=mask, other=0.0) + grad * grad
-        tl.store(state0 + place, square_sum, mask=mask)
-        update = tl.div_rn(grad, tl.sqrt_rn(square_sum) + eps)
-    elif ALGORITHM == "rowwise_adagrad":
-        block = state0 + row * tl.num_programs(1) + tile_number
-        num_columns = tl.minimum(tile_columns, width - tile_number * tile_columns)
-        squares = tl.sum(tl.where(mask, grad * grad, 0.0), axis=0)
-        mean = squares / num_columns.to(tl.float32)
-        square_sum = tl.load(block) + mean
-        tl.store(block, square_sum)
-        update = tl.div_rn(grad, tl.zeros([TILE], dtype=tl.float32) + (tl.sqrt_rn(square_sum) + eps))
-    else:
+        value = load_values(rows, scales, row, columns, mask, block, block_mask, STRIDE, SCALES)
+    if ALGORITHM == "rowwise_adagrad":
+        square_sum = tl.load(state0 + block_place, mask=block_mask, other=0.0)
+    elif ALGORITHM != "sgd":
         first = tl.load(state0 + place, mask=mask, other=0.0)
+    if ALGORITHM == "adam" or ALGORITHM == "adamw":
         second = tl.load(state1 + place, mask=mask, other=0.0)
-        first = first + (grad - first) * rest1
-        second = second + (grad * grad - second) * rest2
+    elif ALGORITHM == "rowwise_adam":
+        second = tl.load(state1 + block_place, mask=block_mask, other=0.0)
+
+    if FUSED:
+        shape: tl.constexpr = (ROWS, BLOCKS, BLOCK)
+        total = tl.full(shape, -0.0, tl.float32)
+        total = row_sums(
+            order, starts, weights, bags, grads, sums, run, exists, total, columns, column_mask, WEIGHTED, WIDTH,
+            UNROLL, shape,
+        )  # fmt: skip
+    else:
+        total = tl.load(sums + run[:, None, None] * WIDTH + columns, mask=mask, other=0.0)
+    grad = total * grad_scale
+
+    if ALGORITHM == "sgd":
+        value = value - step_size * grad
+    elif ALGORITHM == "adagrad":
+        first = first + grad * grad
         tl.store(state0 + place, first, mask=mask)
-        tl.store(state1 + place, second, mask=mask)
-        update = tl.div_rn(first, tl.sqrt_rn(second) + eps)
-    store(rows + place, value - step_size * update, mask)
+        value = value - step_size * tl.div_rn(grad, tl.sqrt_rn(first) + eps)
+    elif ALGORITHM == "rowwise_adagrad":
+        square_sum = square_sum + _block_mean(grad, mask, block, WIDTH, BLOCK_DIM)
+        tl.store(state0 + block_place, square_sum, mask=block_mask)
+        value = value - step_size * tl.div_rn(grad, _by_block(tl.sqrt_rn(square_sum) + eps, grad))
+    else:
+        first = first + (grad - first) * rest1
+        tl.store(state0 + place, first, mask=mask)
+        if ALGORITHM == "rowwise_adam":
+            second = second + (_block_mean(grad, mask, block, WIDTH, BLOCK_DIM) - second) * rest2
+            tl.store(state1 + block_place, second, mask=block_mask)
+            divisor = _by_block(tl.sqrt_rn(second) + eps, grad)
+        else:
+            second = second + (grad * grad - second) * rest2
+            tl.store(state1 + place, second, mask=mask)
+            root = tl.sqrt_rn(second)
+            if ALGORITHM == "adamw":
+                root = tl.div_rn(root, tl.zeros_like(root) + correction)
+                value = value * decay
+            divisor = root + eps
+        value = value - step_size * tl.div_rn(first, divisor)
+
+    if MASTERED:
+        tl.store(master + place, value, mask=mask)
+    random = value
+    if RANDOMLY:
+        slot = tl.load(slots + run, mask=exists, other=0)
+        table_column = tl.load(table_columns + columns // COLUMNS_OF, mask=column_mask, other=0)
+        random = random_bits(key, slot[:, None, None], table_column + columns % COLUMNS_OF)
+    store_values(rows, scales, row, columns, mask, block, block_mask, value, random, STRIDE, SCALES, RANDOMLY)
 
 
 def _launch_step(
-    paged: Paged, state: dict[str, Tensor], step: OptimizerStep, *, fused: bool, weighted: bool, operands: list[Tensor]
+    paged: Paged,
+    state: dict[str, Tensor],
+    pairs: SortedPairs,
+    step: OptimizerStep,
+    operands: tuple[Tensor, ...],
+    *,
+    fused: bool,
+    weighted: bool,
 ) -> None:
-    width = paged.rows.shape[1]
-    num_rows = operands[0].numel()
+    num_rows = pairs.rows.numel()
     if not num_rows:
         return
-    states = [state[name] for name in STATE_NAMES[step.algorithm]]
-    nothing = torch.empty(0, dtype=torch.float32, device=paged.rows.device)
-    state0, state1 = [*states, nothing, nothing][:2]
-    if step.algorithm == "rowwise_adagrad":
-        tile_columns = min(step.block_dim, width)
-        num_columns = int(triton.next_power_of_2(tile_columns))
-    else:
-        tile_columns = num_columns = tile(width)
-    with torch.cuda.device_of(paged.rows):
-        step_kernel[(num_rows, triton.cdiv(width, tile_columns))](
-            storage(paged.rows),
-            state0,
-            state1,
+    names = STATE_NAMES[step.algorithm]
+    blocked = paged.packed is not None or not BLOCK_STATE.isdisjoint(names)
+    tile = tuning.step_tile(paged, step.block_dim if blocked else None)
+    # float32 is never rounded, and what has a master is rounded to nearest.
+    rounding = None if MASTER in state or paged.rows.dtype == torch.float32 else step.rounding
+    rows, scales = arena(paged)
+    nothing = operands[0]
+    with torch.cuda.device_of(rows):
+        step_kernel[tile.grid(num_rows)](
+            rows,
+            scales,
+            state.get(MASTER, nothing),
+            *[*(state[name] for name in names), nothing, nothing][:2],
+            contiguous(pairs.rows),
+            contiguous(pairs.slots),
+            pairs.slots if rounding is None else contiguous(rounding.columns),
             *operands,
-            width,
-            tile_columns,
+            num_rows,
+            0 if rounding is None else rounding.key,
             float(step.grad_scale),
             float(step.step_size),
             float(step.eps),
             1.0 - step.beta1,
             1.0 - step.beta2,
+            float(step.root_correction),
+            float(step.decay),
             ALGORITHM=step.algorithm,
             FUSED=fused,
             WEIGHTED=weighted,
-            TILE=num_columns,
+            MASTERED=MASTER in state,
+            RANDOMLY=rounding is not None,
+            COLUMNS_OF=step.block_dim if rounding is not None else 1,
+            NUM_BLOCKS=-(-paged.width // tile.block_dim),
+            UNROLL=tuning.STEP_UNROLL,
+            **tile.options,
             **STRICT,
         )
 
 
 def optimizer_step(
-    paged: Paged, state: dict[str, Tensor], sorted_rows: Tensor, sums: Tensor, step: OptimizerStep
+    paged: Paged, state: dict[str, Tensor], pairs: SortedPairs, sums: Tensor, step: OptimizerStep
 ) -> None:
     """See mempool.kernels.optimizer_step."""
-    rows, sums = contiguous(sorted_rows), contiguous(sums)
-    _launch_step(paged, state, step, fused=False, weighted=False, operands=[rows, sums, rows, rows, sums, rows, sums])
+    sums = contiguous(sums)
+    operands = (sums, pairs.rows, pairs.rows, sums, pairs.rows, sums)
+    _launch_step(paged, state, pairs, step, operands, fused=False, weighted=False)
 
 
 def fused_step(
@@ -198,14 +228,14 @@ def fused_step(
     step: OptimizerStep,
 ) -> None:
     """See mempool.kernels.fused_step."""
-    grads = contiguous(grads)
-    operands = [contiguous(pairs.rows), grads, contiguous(pairs.order), contiguous(pairs.starts)]
-    operands += [optional_weights(weights, grads), contiguous(bags), grads]
-    _launch_step(paged, state, step, fused=True, weighted=weights is not None, operands=operands)
+    bags, grads = contiguous(bags), contiguous(grads)
+    scratch = sum_pieces(pairs, weights, bags, grads)
+    operands = (scratch, pairs.order, pairs.starts, optional_weights(weights, grads), bags, grads)
+    _launch_step(paged, state, pairs, step, operands, fused=True, weighted=weights is not None)
 
 
-@triton.jit
-def squared_norm_kernel(sums, partial, not_finite, num_elements, TILE: tl.constexpr, CHUNK: tl.constexpr):
+@triton.jit(do_not_specialize=["num_elements"])
+def squared_norm_kernel(sums, partial, num_elements, TILE: tl.constexpr, CHUNK: tl.constexpr):
     """One program a chunk of elements: its sum of squares, and how many elements are inf or NaN."""
     chunk = tl.program_id(0).to(tl.int64)
     total = tl.zeros([TILE], dtype=tl.float64)
@@ -216,18 +246,18 @@ def squared_norm_kernel(sums, partial, not_finite, num_elements, TILE: tl.conste
         bad += ((element.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000).to(tl.int32)
         total += element.to(tl.float64) * element.to(tl.float64)
     tl.store(partial + chunk, tl.sum(total, axis=0))
-    tl.store(not_finite + chunk, tl.sum(bad, axis=0))
+    tl.store(partial + tl.num_programs(0) + chunk, tl.sum(bad, axis=0).to(tl.float64))
 
 
 def squared_norm(sums: Tensor) -> tuple[float, bool]:
-    """See mempool.kernels.squared_norm."""
-    num_chunks = triton.cdiv(sums.numel(), _NORM_CHUNK)
+    """See mempool.kernels.squared_norm. Waits for the GPU."""
+    num_chunks = triton.cdiv(sums.numel(), tuning.NORM_CHUNK)
     if num_chunks == 0:
         return 0.0, True
-    partial = torch.empty(num_chunks, dtype=torch.float64, device=sums.device)
-    not_finite = torch.empty(num_chunks, dtype=torch.int32, device=sums.device)
+    partial = torch.empty(2, num_chunks, dtype=torch.float64, device=sums.device)
     with torch.cuda.device_of(sums):
         squared_norm_kernel[(num_chunks,)](
-            contiguous(sums), partial, not_finite, sums.numel(), TILE=_NORM_TILE, CHUNK=_NORM_CHUNK
+            contiguous(sums), partial, sums.numel(), TILE=tuning.NORM_TILE, CHUNK=tuning.NORM_CHUNK
         )
-    return float(partial.sum()), not bool(not_finite.any())
+    total, not_finite = partial.sum(dim=1).tolist()
+    return total, not_finite == 0.0

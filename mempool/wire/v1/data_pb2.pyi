@@ -754,7 +754,9 @@ class ReadRowsRequest(_message.Message):
     ARRAY_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
     array: _builtins.str
-    """"values", "keys", or the name of an optimizer state."""
+    """"values", "keys", the name of an optimizer state, "master" (float32 values of a table that keeps them) or "scales" (of
+    values of one byte an element).
+    """
     @_builtins.property
     def envelope(self) -> Global___Envelope:
         """The view."""
@@ -797,8 +799,8 @@ class ReadRowsReply(_message.Message):
 
     @_builtins.property
     def rows(self) -> _tensor_pb2.Tensor:
-        """[M, W] in the array's dtype, zeros where this shard does not own (slot, block). W: the columns of `blocks` for arrays
-        with an element per column, one column per block for row-wise state, key_dim for flat keys, n * key_dim for product
+        """[M, W] in the array's dtype (values of one byte an element: float32), zeros where this shard does not own (slot, block).
+        W: the columns of `blocks` for arrays with an element per column, one column per block for row-wise state, key_dim for flat keys, n * key_dim for product
         keys (the head's two codebooks [2, n, key_dim / 2], flattened).
         """
 
@@ -829,7 +831,9 @@ class WriteRowsRequest(_message.Message):
     IDS_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     array: _builtins.str
-    """"values", "keys", or the name of an optimizer state."""
+    """"values", "keys", "master", or the name of an optimizer state but "last_step". Values and their master are written
+    together: the stored values are rounded to nearest, with new scales where there are any.
+    """
     @_builtins.property
     def envelope(self) -> Global___Envelope:
         """The view."""
@@ -844,7 +848,7 @@ class WriteRowsRequest(_message.Message):
 
     @_builtins.property
     def rows(self) -> _tensor_pb2.Tensor:
-        """[M, W] in the array's dtype: shaped as in ReadRowsReply."""
+        """[M, W] float32 or bfloat16: shaped as in ReadRowsReply."""
 
     def __init__(
         self,

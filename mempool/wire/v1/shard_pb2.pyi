@@ -380,8 +380,8 @@ class ExportPagesReply(_message.Message):
 
     @_builtins.property
     def arrays(self) -> _containers.RepeatedCompositeFieldContainer[_tensor_pb2.Tensor]:
-        """The named arrays. With an element per column: [M * page_slots, W of blocks]; row-wise state: [M * page_slots, number of
-        blocks]; flat "keys": [M * page_slots, key_dim], where block 0 is among the blocks; "head_keys": [number of key pages,
+        """The named arrays. With an element per column: [M * page_slots, W of blocks] (uint8 codes for values of one byte an
+        element); row-wise state and "scales": [M * page_slots, number of blocks]; flat "keys": [M * page_slots, key_dim], where block 0 is among the blocks; "head_keys": [number of key pages,
         2, n, key_dim / 2].
         """
 

@@ -68,6 +68,10 @@ class _AlgorithmEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Algorithm.V
     """Adagrad with one accumulator per (slot, column block): the mean of the squared gradient over the block's columns."""
     ALGORITHM_ADAM: _Algorithm.ValueType  # 4
     """torch.optim.SparseAdam; its step is the table version."""
+    ALGORITHM_ADAMW: _Algorithm.ValueType  # 5
+    """torch.optim.AdamW, of the slots that have a gradient, or of all (OptimizerSpec.dense); its step is the table version."""
+    ALGORITHM_ROWWISE_ADAM: _Algorithm.ValueType  # 6
+    """SparseAdam with one second moment per (slot, column block), of the mean of the squared gradient over the block."""
 
 class Algorithm(_Algorithm, metaclass=_AlgorithmEnumTypeWrapper):
     """The optimizer that a table's shards run at each Commit, as torch.optim defines it."""
@@ -82,7 +86,39 @@ ALGORITHM_ROWWISE_ADAGRAD: Algorithm.ValueType  # 3
 """Adagrad with one accumulator per (slot, column block): the mean of the squared gradient over the block's columns."""
 ALGORITHM_ADAM: Algorithm.ValueType  # 4
 """torch.optim.SparseAdam; its step is the table version."""
+ALGORITHM_ADAMW: Algorithm.ValueType  # 5
+"""torch.optim.AdamW, of the slots that have a gradient, or of all (OptimizerSpec.dense); its step is the table version."""
+ALGORITHM_ROWWISE_ADAM: Algorithm.ValueType  # 6
+"""SparseAdam with one second moment per (slot, column block), of the mean of the squared gradient over the block."""
 Global___Algorithm: _TypeAlias = Algorithm  # noqa: Y015
+
+class _Rounding:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RoundingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Rounding.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROUNDING_UNSPECIFIED: _Rounding.ValueType  # 0
+    """ROUNDING_STOCHASTIC where values are stored in fewer bits than float32 and there is no master; else to nearest."""
+    ROUNDING_STOCHASTIC: _Rounding.ValueType  # 1
+    """Up or down with the probability that makes it right on average, by bits that are a function of (seed, table_id,
+    table version, slot, column): any placement and a repetition of the same steps give the same bits.
+    """
+    ROUNDING_NEAREST: _Rounding.ValueType  # 2
+    """To nearest, ties to even."""
+
+class Rounding(_Rounding, metaclass=_RoundingEnumTypeWrapper):
+    """How the results of a step, which are float32, are rounded to what values are stored as."""
+
+ROUNDING_UNSPECIFIED: Rounding.ValueType  # 0
+"""ROUNDING_STOCHASTIC where values are stored in fewer bits than float32 and there is no master; else to nearest."""
+ROUNDING_STOCHASTIC: Rounding.ValueType  # 1
+"""Up or down with the probability that makes it right on average, by bits that are a function of (seed, table_id,
+table version, slot, column): any placement and a repetition of the same steps give the same bits.
+"""
+ROUNDING_NEAREST: Rounding.ValueType  # 2
+"""To nearest, ties to even."""
+Global___Rounding: _TypeAlias = Rounding  # noqa: Y015
 
 @_typing.final
 class OptimizerSpec(_message.Message):
@@ -97,6 +133,8 @@ class OptimizerSpec(_message.Message):
     BETA2_FIELD_NUMBER: _builtins.int
     LR_DECAY_FIELD_NUMBER: _builtins.int
     INITIAL_ACCUMULATOR_VALUE_FIELD_NUMBER: _builtins.int
+    WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
+    DENSE_FIELD_NUMBER: _builtins.int
     algorithm: Global___Algorithm.ValueType
     """Which optimizer."""
     lr: _builtins.float
@@ -111,6 +149,12 @@ class OptimizerSpec(_message.Message):
     """Adagrad: decay of the learning rate. Default 0."""
     initial_accumulator_value: _builtins.float
     """Adagrad: what the accumulators start with. Default 0."""
+    weight_decay: _builtins.float
+    """AdamW: values are first multiplied by 1 - lr * weight_decay. Default 0."""
+    dense: _builtins.bool
+    """AdamW: every slot takes part in every step, as torch.optim.AdamW on the whole table. The shards do a slot's missed
+    steps when it is next read or touched. Needs values in float32, or a master.
+    """
     def __init__(
         self,
         *,
@@ -121,10 +165,12 @@ class OptimizerSpec(_message.Message):
         beta2: _builtins.float | None = ...,
         lr_decay: _builtins.float | None = ...,
         initial_accumulator_value: _builtins.float | None = ...,
+        weight_decay: _builtins.float | None = ...,
+        dense: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lr_decay", b"_lr_decay", "beta1", b"beta1", "beta2", b"beta2", "eps", b"eps", "initial_accumulator_value", b"initial_accumulator_value", "lr_decay", b"lr_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lr_decay", b"_lr_decay", "_weight_decay", b"_weight_decay", "beta1", b"beta1", "beta2", b"beta2", "eps", b"eps", "initial_accumulator_value", b"initial_accumulator_value", "lr_decay", b"lr_decay", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lr_decay", b"_lr_decay", "algorithm", b"algorithm", "beta1", b"beta1", "beta2", b"beta2", "eps", b"eps", "initial_accumulator_value", b"initial_accumulator_value", "lr", b"lr", "lr_decay", b"lr_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lr_decay", b"_lr_decay", "_weight_decay", b"_weight_decay", "algorithm", b"algorithm", "beta1", b"beta1", "beta2", b"beta2", "dense", b"dense", "eps", b"eps", "initial_accumulator_value", b"initial_accumulator_value", "lr", b"lr", "lr_decay", b"lr_decay", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__beta1: _TypeAlias = _typing.Literal["beta1"]  # noqa: Y015
     _WhichOneofArgType__beta1: _TypeAlias = _typing.Literal["_beta1", b"_beta1"]  # noqa: Y015
@@ -136,6 +182,8 @@ class OptimizerSpec(_message.Message):
     _WhichOneofArgType__initial_accumulator_value: _TypeAlias = _typing.Literal["_initial_accumulator_value", b"_initial_accumulator_value"]  # noqa: Y015
     _WhichOneofReturnType__lr_decay: _TypeAlias = _typing.Literal["lr_decay"]  # noqa: Y015
     _WhichOneofArgType__lr_decay: _TypeAlias = _typing.Literal["_lr_decay", b"_lr_decay"]  # noqa: Y015
+    _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
+    _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__beta1) -> _WhichOneofReturnType__beta1 | None: ...
     @_typing.overload
@@ -146,6 +194,8 @@ class OptimizerSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__initial_accumulator_value) -> _WhichOneofReturnType__initial_accumulator_value | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lr_decay) -> _WhichOneofReturnType__lr_decay | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
 
 Global___OptimizerSpec: _TypeAlias = OptimizerSpec  # noqa: Y015
 
@@ -157,21 +207,27 @@ class ProductKeySpec(_message.Message):
 
     HEADS_FIELD_NUMBER: _builtins.int
     KEY_DIM_FIELD_NUMBER: _builtins.int
+    DETERMINISTIC_FIELD_NUMBER: _builtins.int
     heads: _builtins.int
     """Number of heads."""
     key_dim: _builtins.int
     """Width of a query of one head; even."""
+    deterministic: _builtins.bool
+    """Scores are summed in a fixed order, so that a query has the same bits alone and in any batch. Default true."""
     def __init__(
         self,
         *,
         heads: _builtins.int = ...,
         key_dim: _builtins.int = ...,
+        deterministic: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deterministic", b"_deterministic", "deterministic", b"deterministic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heads", b"heads", "key_dim", b"key_dim"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deterministic", b"_deterministic", "deterministic", b"deterministic", "heads", b"heads", "key_dim", b"key_dim"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__deterministic: _TypeAlias = _typing.Literal["deterministic"]  # noqa: Y015
+    _WhichOneofArgType__deterministic: _TypeAlias = _typing.Literal["_deterministic", b"_deterministic"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deterministic) -> _WhichOneofReturnType__deterministic | None: ...
 
 Global___ProductKeySpec: _TypeAlias = ProductKeySpec  # noqa: Y015
 
@@ -182,18 +238,24 @@ class FlatKeySpec(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_DIM_FIELD_NUMBER: _builtins.int
+    DETERMINISTIC_FIELD_NUMBER: _builtins.int
     key_dim: _builtins.int
     """Width of a query."""
+    deterministic: _builtins.bool
+    """As in ProductKeySpec; here also for any cut of the keys over shards. Default true."""
     def __init__(
         self,
         *,
         key_dim: _builtins.int = ...,
+        deterministic: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deterministic", b"_deterministic", "deterministic", b"deterministic"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_dim", b"key_dim"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deterministic", b"_deterministic", "deterministic", b"deterministic", "key_dim", b"key_dim"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__deterministic: _TypeAlias = _typing.Literal["deterministic"]  # noqa: Y015
+    _WhichOneofArgType__deterministic: _TypeAlias = _typing.Literal["_deterministic", b"_deterministic"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deterministic) -> _WhichOneofReturnType__deterministic | None: ...
 
 Global___FlatKeySpec: _TypeAlias = FlatKeySpec  # noqa: Y015
 
@@ -217,6 +279,8 @@ class TableSchema(_message.Message):
     OPTIMIZER_FIELD_NUMBER: _builtins.int
     PRODUCT_KEYS_FIELD_NUMBER: _builtins.int
     FLAT_KEYS_FIELD_NUMBER: _builtins.int
+    ROUNDING_FIELD_NUMBER: _builtins.int
+    MASTER_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
     """Unique in the pool's life and never used again. Ignored in CreateTable: the pool gives it."""
     name: _builtins.str
@@ -230,7 +294,9 @@ class TableSchema(_message.Message):
     page_slots: _builtins.int
     """Slots of a page, a power of two; the last page may have slots that are never used."""
     dtype: _tensor_pb2.Dtype.ValueType
-    """What values are stored as: DTYPE_FLOAT32 or DTYPE_BFLOAT16. Sums are float32 in any case."""
+    """What values are stored as: DTYPE_FLOAT32, DTYPE_BFLOAT16, DTYPE_FLOAT8_E4M3FN or DTYPE_INT8; the last two with a
+    float32 scale per (slot, column block), the largest magnitude divided by 448 or 127. Sums are float32 in any case.
+    """
     seed: _builtins.int
     """Seed of the initial values, which are a function of (seed, slot, column) alone."""
     init_std: _builtins.float
@@ -239,6 +305,10 @@ class TableSchema(_message.Message):
     """With product keys, slot id = i1 * stride + i2. 0 where num_slots is not a square."""
     layout: Global___Layout.ValueType
     """How pages are spread."""
+    rounding: Global___Rounding.ValueType
+    """How a step's results are rounded to dtype."""
+    master: _builtins.bool
+    """Keep float32 values (the array "master") beside the stored ones; steps are made on them."""
     @_builtins.property
     def optimizer(self) -> Global___OptimizerSpec:
         """What applies updates."""
@@ -268,10 +338,12 @@ class TableSchema(_message.Message):
         optimizer: Global___OptimizerSpec | None = ...,
         product_keys: Global___ProductKeySpec | None = ...,
         flat_keys: Global___FlatKeySpec | None = ...,
+        rounding: Global___Rounding.ValueType = ...,
+        master: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["flat_keys", b"flat_keys", "keys", b"keys", "optimizer", b"optimizer", "product_keys", b"product_keys"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_dim", b"block_dim", "dtype", b"dtype", "flat_keys", b"flat_keys", "init_std", b"init_std", "keys", b"keys", "layout", b"layout", "name", b"name", "num_slots", b"num_slots", "optimizer", b"optimizer", "page_slots", b"page_slots", "product_keys", b"product_keys", "seed", b"seed", "stride", b"stride", "table_id", b"table_id", "value_dim", b"value_dim"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_dim", b"block_dim", "dtype", b"dtype", "flat_keys", b"flat_keys", "init_std", b"init_std", "keys", b"keys", "layout", b"layout", "master", b"master", "name", b"name", "num_slots", b"num_slots", "optimizer", b"optimizer", "page_slots", b"page_slots", "product_keys", b"product_keys", "rounding", b"rounding", "seed", b"seed", "stride", b"stride", "table_id", b"table_id", "value_dim", b"value_dim"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_keys: _TypeAlias = _typing.Literal["product_keys", "flat_keys"]  # noqa: Y015
     _WhichOneofArgType_keys: _TypeAlias = _typing.Literal["keys", b"keys"]  # noqa: Y015

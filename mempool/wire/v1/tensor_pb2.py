@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmempool/wire/v1/tensor.proto\x12\x0fmempool.wire.v1\"~\n\x06Tensor\x12%\n\x05\x64type\x18\x01 \x01(\x0e\x32\x16.mempool.wire.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0f\n\x07padding\x18\x03 \x01(\x0c\x12\x10\n\x06inline\x18\x04 \x01(\x0cH\x00\x42\x06\n\x04\x62odyJ\x04\x08\x05\x10\x06R\rshared_memory*\xb0\x01\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x11\n\rDTYPE_FLOAT64\x10\x04\x12\x0f\n\x0b\x44TYPE_INT64\x10\x05\x12\x0f\n\x0b\x44TYPE_INT32\x10\x06\x12\x10\n\x0c\x44TYPE_UINT32\x10\x07\x12\x0f\n\x0b\x44TYPE_UINT8\x10\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmempool/wire/v1/tensor.proto\x12\x0fmempool.wire.v1\"~\n\x06Tensor\x12%\n\x05\x64type\x18\x01 \x01(\x0e\x32\x16.mempool.wire.v1.Dtype\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0f\n\x07padding\x18\x03 \x01(\x0c\x12\x10\n\x06inline\x18\x04 \x01(\x0cH\x00\x42\x06\n\x04\x62odyJ\x04\x08\x05\x10\x06R\rshared_memory*\xd9\x01\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x11\n\rDTYPE_FLOAT32\x10\x01\x12\x12\n\x0e\x44TYPE_BFLOAT16\x10\x02\x12\x11\n\rDTYPE_FLOAT16\x10\x03\x12\x11\n\rDTYPE_FLOAT64\x10\x04\x12\x0f\n\x0b\x44TYPE_INT64\x10\x05\x12\x0f\n\x0b\x44TYPE_INT32\x10\x06\x12\x10\n\x0c\x44TYPE_UINT32\x10\x07\x12\x0f\n\x0b\x44TYPE_UINT8\x10\x08\x12\x17\n\x13\x44TYPE_FLOAT8_E4M3FN\x10\t\x12\x0e\n\nDTYPE_INT8\x10\nb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mempool.wire.v1.tensor_pb2'
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DTYPE']._serialized_start=178
-  _globals['_DTYPE']._serialized_end=354
+  _globals['_DTYPE']._serialized_end=395
   _globals['_TENSOR']._serialized_start=49
   _globals['_TENSOR']._serialized_end=175
 # @@protoc_insertion_point(module_scope)

@@ -43,6 +43,12 @@ class _DtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dtype.ValueType
     """Unsigned, 4 bytes."""
     DTYPE_UINT8: _Dtype.ValueType  # 8
     """Unsigned, 1 byte."""
+    DTYPE_FLOAT8_E4M3FN: _Dtype.ValueType  # 9
+    """8-bit floating point (4 bits of exponent, 3 of mantissa, no infinities), 1 byte. Only what a table's values may be
+    stored as, with a scale per slot and column block; never valid in a Tensor: such values travel as DTYPE_FLOAT32.
+    """
+    DTYPE_INT8: _Dtype.ValueType  # 10
+    """Two's complement, 1 byte. As DTYPE_FLOAT8_E4M3FN, never valid in a Tensor."""
 
 class Dtype(_Dtype, metaclass=_DtypeEnumTypeWrapper):
     """Type of a tensor's elements."""
@@ -65,6 +71,12 @@ DTYPE_UINT32: Dtype.ValueType  # 7
 """Unsigned, 4 bytes."""
 DTYPE_UINT8: Dtype.ValueType  # 8
 """Unsigned, 1 byte."""
+DTYPE_FLOAT8_E4M3FN: Dtype.ValueType  # 9
+"""8-bit floating point (4 bits of exponent, 3 of mantissa, no infinities), 1 byte. Only what a table's values may be
+stored as, with a scale per slot and column block; never valid in a Tensor: such values travel as DTYPE_FLOAT32.
+"""
+DTYPE_INT8: Dtype.ValueType  # 10
+"""Two's complement, 1 byte. As DTYPE_FLOAT8_E4M3FN, never valid in a Tensor."""
 Global___Dtype: _TypeAlias = Dtype  # noqa: Y015
 
 @_typing.final

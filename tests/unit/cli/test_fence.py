@@ -1,5 +1,6 @@
 """Commands and options are part of the public face: a change of them is a change of this file."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import typer
@@ -13,21 +14,30 @@ COMMANDS = {
     "apply": ["--address", "--dry-run", "--file", "--json", "-f"],
     "scale": ["--address", "--file", "--shards", "-f"],
     "down": ["--pool"],
+    "bench": [],
+    "bench kernels": ["--device", "--json", "--only", "--out", "--plot", "--quick", "--rounds"],
 }
 
 
 def test_commands_and_options() -> None:
     group: Any = typer.main.get_command(app)
-    found = {"": _options(group)} | {name: _options(command) for name, command in group.commands.items()}
+    found = {"": _options(group)} | {name: _options(command) for name, command in _commands(group)}
     assert found == COMMANDS
 
 
 def test_every_command_and_option_says_what_it_is() -> None:
     group: Any = typer.main.get_command(app)
-    for name, command in group.commands.items():
+    for name, command in _commands(group):
         assert command.help, name
         for parameter in command.params:
             assert getattr(parameter, "help", None), f"{name} {parameter.name}"
+
+
+def _commands(group: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    for name, command in group.commands.items():
+        yield above + name, command
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{above}{name} ")
 
 
 def _options(command: Any) -> list[str]:

@@ -64,7 +64,11 @@ def test_saying_a_default_aloud_is_no_change() -> None:
     ("edited", "changes"),
     [
         (changed(FACTS, value_dim=512, init_std=1 / 16), [("tables[facts].value_dim", 256, 512)]),
-        (changed(FACTS, dtype="bfloat16"), [("tables[facts].dtype", "float32", "bfloat16")]),
+        (changed(FACTS, dtype="bfloat16", rounding="nearest"), [("tables[facts].dtype", "float32", "bfloat16")]),
+        (
+            changed(FACTS, dtype="int8"),
+            [("tables[facts].dtype", "float32", "int8"), ("tables[facts].rounding", "nearest", "stochastic")],
+        ),
         (changed(FACTS, optimizer=Adagrad(0.5)), [("tables[facts].optimizer.lr", 0.1, 0.5)]),
         (
             changed(FACTS, optimizer=Adam(0.1, eps=1e-10)),

@@ -30,15 +30,17 @@ SMALL = {"name": "a", "num_slots": 16, "value_dim": 4}
         ),
         (
             lambda: TableConfig(**SMALL, dtype="fp16"),
-            "TableConfig.dtype = 'fp16' must be 'float32' or 'bfloat16'",
+            "TableConfig.dtype = 'fp16' must be 'float32', 'bfloat16', 'float8_e4m3fn' or 'int8'",
         ),
         (
             lambda: TableConfig(**SMALL, optimizer={"type": "adagrd", "lr": 1}),
-            "TableConfig.optimizer.type = 'adagrd' must be one of 'sgd', 'adagrad', 'rowwise_adagrad', 'adam'",
+            "TableConfig.optimizer.type = 'adagrd' must be one of 'sgd', 'adagrad', 'rowwise_adagrad', 'adam', "
+            "'adamw', 'rowwise_adam'",
         ),
         (
             lambda: TableConfig(**SMALL, optimizer={"lr": 1}),
-            "TableConfig.optimizer.type is missing; give one of: sgd, adagrad, rowwise_adagrad, adam",
+            "TableConfig.optimizer.type is missing; give one of: sgd, adagrad, rowwise_adagrad, adam, adamw, "
+            "rowwise_adam",
         ),
         (
             lambda: TableConfig(**SMALL, optimizer={"type": "adam", "lr": 1, "betas": [0.1, 1]}),
@@ -50,7 +52,7 @@ SMALL = {"name": "a", "num_slots": 16, "value_dim": 4}
         ),
         (
             lambda: TableConfig(**SMALL, keys=3),
-            "TableConfig.keys = 3 must be a mapping, with fields of: heads, key_dim, type",
+            "TableConfig.keys = 3 must be a mapping, with fields of: deterministic, heads, key_dim, type",
         ),
         (lambda: Adagrad(lr=-1), "Adagrad.lr = -1 must be at least 0.0"),
         (lambda: SGD(True), "SGD.lr = True is not a number"),
@@ -64,7 +66,7 @@ SMALL = {"name": "a", "num_slots": 16, "value_dim": 4}
                 {"pool": {"name": "p", "shards": 1}, "tables": [SMALL, {**SMALL, "x": 1}]}
             ),
             "ClusterConfig.tables[1].x = 1 is not a known field; known here: block_dim, dtype, init_std, keys, layout, "
-            "name, num_slots, optimizer, page_slots, seed, value_dim",
+            "master, name, num_slots, optimizer, page_slots, rounding, seed, value_dim",
         ),
     ],
 )

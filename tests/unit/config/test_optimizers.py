@@ -6,11 +6,18 @@ from typing import Any
 import pytest
 import torch
 
-from mempool.config import SGD, Adagrad, Adam, RowWiseAdagrad, TableConfig
+from mempool.config import SGD, Adagrad, Adam, AdamW, RowWiseAdagrad, RowWiseAdam, TableConfig
 from mempool.errors import ConfigError
 from mempool.types import OptimizerSpec
 
-ALL = {"sgd": SGD, "adagrad": Adagrad, "rowwise_adagrad": RowWiseAdagrad, "adam": Adam}
+ALL = {
+    "sgd": SGD,
+    "adagrad": Adagrad,
+    "rowwise_adagrad": RowWiseAdagrad,
+    "adam": Adam,
+    "adamw": AdamW,
+    "rowwise_adam": RowWiseAdam,
+}
 
 
 def from_mapping(data: dict[str, Any]) -> Any:
@@ -32,6 +39,8 @@ def test_the_constructor_has_the_same_defaults_as_a_file(name: str, made: Any) -
         ("rowwise-adagrad", "rowwise_adagrad"),
         ("ROWWISE_ADAGRAD", "rowwise_adagrad"),
         ("Adam", "adam"),
+        ("AdamW", "adamw"),
+        ("RowWiseAdam", "rowwise_adam"),
     ],
 )
 def test_the_type_is_read_in_any_case(written: str, name: str) -> None:
@@ -39,12 +48,14 @@ def test_the_type_is_read_in_any_case(written: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "torchs"), [(Adagrad, torch.optim.Adagrad), (Adam, torch.optim.SparseAdam)], ids=["adagrad", "adam"]
+    ("ours", "torchs"),
+    [(Adagrad, torch.optim.Adagrad), (Adam, torch.optim.SparseAdam), (AdamW, torch.optim.AdamW)],
+    ids=["adagrad", "adam", "adamw"],
 )
 def test_defaults_are_torchs(ours: Any, torchs: Any) -> None:
     theirs = inspect.signature(torchs).parameters
     for field, info in ours.model_fields.items():
-        if field not in ("type", "lr"):
+        if field not in ("type", "lr", "dense"):
             assert info.default == theirs[field].default, field
 
 
@@ -57,6 +68,12 @@ def test_specs_carry_every_hyper_parameter() -> None:
     assert Adam(0.5, betas=(0.1, 0.2), eps=1e-3).spec() == OptimizerSpec(
         algorithm="adam", lr=0.5, eps=1e-3, beta1=0.1, beta2=0.2
     )
+    assert AdamW(0.5, betas=(0.1, 0.2), eps=1e-3, weight_decay=0.3, dense=True).spec() == OptimizerSpec(
+        algorithm="adamw", lr=0.5, eps=1e-3, beta1=0.1, beta2=0.2, weight_decay=0.3, dense=True
+    )
+    assert RowWiseAdam(0.5, betas=(0.1, 0.2), eps=1e-3).spec() == OptimizerSpec(
+        algorithm="rowwise_adam", lr=0.5, eps=1e-3, beta1=0.1, beta2=0.2
+    )
 
 
 @pytest.mark.parametrize(
@@ -68,6 +85,9 @@ def test_specs_carry_every_hyper_parameter() -> None:
         (lambda: RowWiseAdagrad(0.1, eps=-1), "RowWiseAdagrad.eps"),
         (lambda: Adam(0.1, betas=(0.9, 1.0)), "Adam.betas[1]"),
         (lambda: Adam(0.1, betas=(-0.1, 0.9)), "Adam.betas[0]"),
+        (lambda: AdamW(0.1, weight_decay=-1), "AdamW.weight_decay"),
+        (lambda: AdamW(0.1, dense=1), "AdamW.dense"),  # type: ignore[arg-type]
+        (lambda: RowWiseAdam(0.1, eps=0), "RowWiseAdam.eps"),
     ],
 )
 def test_hyper_parameters_out_of_range_are_refused(make: Any, field: str) -> None:

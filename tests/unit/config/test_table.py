@@ -1,12 +1,13 @@
 """Tables: what is refused, and the schema that ``resolve`` derives."""
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mempool.config import Adam, FlatKeys, ProductKeys, TableConfig, resolve
+from mempool.config import Adam, AdamW, FlatKeys, ProductKeys, TableConfig, resolve
 from mempool.errors import ConfigError
 from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec, TableSchema
 
@@ -19,7 +20,7 @@ def test_resolve_takes_over_what_is_given() -> None:
         dtype="bfloat16",
         seed=2**63 - 1,
         layout="grid",
-        keys=ProductKeys(heads=3, key_dim=10),
+        keys=ProductKeys(heads=3, key_dim=10, deterministic=False),
         optimizer=Adam(0.5),
         block_dim=7,
         page_slots=4,
@@ -38,7 +39,8 @@ def test_resolve_takes_over_what_is_given() -> None:
         stride=7,
         layout="grid",
         optimizer=OptimizerSpec(algorithm="adam", lr=0.5, eps=1e-8),
-        keys=ProductKeySpec(heads=3, key_dim=10),
+        keys=ProductKeySpec(heads=3, key_dim=10, deterministic=False),
+        rounding="stochastic",
     )
 
 
@@ -128,3 +130,47 @@ def test_names_that_would_hurt_elsewhere_are_refused(name: str) -> None:
 def test_impossible_tables_are_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TableConfig(**{"name": "a", "num_slots": 16, "value_dim": 4, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "rounding"),
+    [
+        ({}, "nearest"),
+        ({"dtype": "bfloat16"}, "stochastic"),
+        ({"dtype": "int8"}, "stochastic"),
+        ({"dtype": "int8", "rounding": "nearest"}, "nearest"),
+        ({"dtype": "float8_e4m3fn", "master": True}, "nearest"),
+        ({"rounding": "nearest"}, "nearest"),
+    ],
+)
+def test_values_in_few_bits_are_rounded_stochastically(fields: dict[str, Any], rounding: str) -> None:
+    schema = resolve(TableConfig(name="a", num_slots=4, value_dim=8, **fields))
+    assert (schema.rounding, schema.master) == (rounding, fields.get("master", False))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"master": True}, "TableConfig.master = True has nothing to add: values of dtype float32 are their own"),
+        ({"rounding": "stochastic"}, "TableConfig.rounding = 'stochastic' has nothing to round with dtype float32"),
+        (
+            {"dtype": "int8", "master": True, "rounding": "stochastic"},
+            "TableConfig.rounding = 'stochastic' has nothing to round with a master of float32",
+        ),
+        (
+            {"dtype": "bfloat16", "optimizer": AdamW(0.1, dense=True)},
+            "TableConfig.optimizer.dense = True needs float32 values, and dtype is 'bfloat16'",
+        ),
+        ({"dtype": "int8", "master": "yes"}, "TableConfig.master = 'yes' is not true or false"),
+    ],
+)
+def test_rounding_and_masters_that_make_no_sense_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        TableConfig(name="a", num_slots=4, value_dim=8, **fields)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_dense_optimizer_takes_float32_values_or_a_master() -> None:
+    for fields in ({}, {"dtype": "int8", "master": True}):
+        config = TableConfig(name="a", num_slots=4, value_dim=8, optimizer=AdamW(0.1, dense=True), **fields)
+        assert resolve(config).optimizer.dense

@@ -1,74 +1,187 @@
-"""Compiles every Triton kernel for a Hopper GPU on a machine without one; run as a script, prints a line for each."""
+"""Compiles every Triton kernel for a Hopper GPU on a machine without one; run as a script, prints a line of JSON each.
 
+The package's own functions are called with tensors on the CPU, and what they would launch is compiled in place of
+being run: with the constants, the options and the alignment of arguments that a launch on a GPU has.
+"""
+
+import json
+import os
+import re
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from mempool.kernels.gpu import bags, topk, updates
-from mempool.kernels.gpu.elements import STRICT
+from mempool import kernels
+from mempool.kernels import DenseSchedule, OptimizerStep, PackedLayout, Paged, Rounding, SortedPairs
 
-POINTERS = {"page_table": "*i32", "not_finite": "*i32", "partial": "*fp64"}
-POINTERS |= dict.fromkeys(("ids", "offsets", "order", "starts", "bags", "sorted_rows", "best"), "*i64")
-FLOATS = ("grad_scale", "step_size", "eps", "rest1", "rest2")
-INTEGERS = ("num_pages", "page_shift", "width", "tile_columns", "num_elements", "num_rows", "num_scores", "half_k", "k")
-INTEGERS += ("num_queries", "num_heads", "num_keys", "half_dim", "first_slot", "num_slots", "out_start", "out_width")
-
-STEP = {"WEIGHTED": True, "TILE": 64}
-VARIANTS = [
-    *((bags.weighted_sum_kernel, {"WEIGHTED": weighted, "TILE": 256}) for weighted in (True, False)),
-    (bags.gather_rows_kernel, {"TILE": 256}),
-    (bags.scatter_rows_kernel, {"TILE": 1}),
-    (bags.weight_gradient_kernel, {"TILE": 256}),
-    *((updates.segment_sum_kernel, {"WEIGHTED": weighted, "TILE": 128}) for weighted in (True, False)),
-    *((updates.step_kernel, STEP | {"ALGORITHM": name, "FUSED": fused})
-      for name in ("sgd", "adagrad", "rowwise_adagrad", "adam") for fused in (True, False)),
-    (updates.squared_norm_kernel, {"TILE": 1024, "CHUNK": 1 << 16}),
-    *((topk.select_kernel, {"SOURCE": source, "ROWS": 4, "CHUNK": 1024}) for source in ("scores", "grid", "ranks")),
-    (topk.product_scores_kernel, {"QUERY_TILE": 16, "KEY_TILE": 64}),
-    (topk.flat_scores_kernel, {"QUERY_TILE": 16, "KEY_TILE": 64}),
-]  # fmt: skip
+TARGET = GPUTarget("cuda", 90, 32)
+NUM_BAGS, PAIRS_OF_A_BAG, NUM_ROWS = 64, 32, 4096
 
 
-def signature(kernel, constants, stored):
-    """Types of a kernel's arguments, which bear the same names in all kernels."""
-    types = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            types[name] = "constexpr"
-        elif name in FLOATS:
-            types[name] = "fp32"
-        elif name in INTEGERS:
-            types[name] = "i32"
-        elif name == "rows" or (
-            kernel in (bags.gather_rows_kernel, bags.scatter_rows_kernel) and name in ("out", "values")
-        ):
-            types[name] = stored
-        elif name == "source" and constants["SOURCE"] == "ranks":
-            types[name] = "*i64"
-        else:
-            types[name] = POINTERS.get(name, "*fp32")
-    return types
+class Compiler:
+    """Takes the place of launches: compiles each distinct one and prints what came out."""
+
+    def __init__(self, ptxas):
+        self.ptxas = ptxas
+        self.case = ""
+        self.backend = make_backend(TARGET)
+        self.seen = set()
+
+    def launch(self, kernel, *args, grid, warmup, **options):  # noqa: ARG002 - as JITFunction.run has it
+        binder = create_function_from_signature(kernel.signature, kernel.params, self.backend)
+        bound, specialization, _ = binder(*args, **options)
+        parsed, signature, constants, attributes = kernel._pack_args(
+            self.backend, options, bound, specialization, None
+        )
+        source = ASTSource(kernel, signature, constants, attributes)
+        key = (source.hash(), str(parsed))
+        if key not in self.seen:
+            self.seen.add(key)
+            compiled = triton.compile(source, target=TARGET, options=parsed.__dict__)
+            self.report(kernel, compiled, parsed)
+
+    def report(self, kernel, compiled, options):
+        ptx = compiled.asm["ptx"]
+        # Bytes of each access to global memory, by how many there are.
+        widths = {"load": {}, "store": {}}
+        for name, vector, bits in re.findall(r"\b(ld|st)\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)", ptx):
+            size, by_size = int(vector or 1) * int(bits) // 8, widths["load" if name == "ld" else "store"]
+            by_size[size] = by_size.get(size, 0) + 1
+        line = {"case": self.case, "kernel": kernel.__name__, "warps": options.num_warps, **widths}
+        line["strict"] = not options.enable_fp_fusion
+        # Strict kernels must hold no fused multiply-add but those inside divisions and square roots.
+        line["fused"] = sum(".f32" in text and "fma.rn" in text for text in ptx.splitlines())
+        line |= self.registers(ptx, options)
+        print(json.dumps(line), flush=True)
+
+    def registers(self, ptx, options):
+        """What the assembler says of the program: registers of a thread, bytes that do not fit into them."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.ptx"
+            path.write_text(ptx)
+            fusion = [] if options.enable_fp_fusion else ["--fmad=false"]  # as triton calls it
+            command = [self.ptxas, "-v", *fusion, "--gpu-name=sm_90a", str(path), "-o", os.devnull]
+            said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        spilled = [int(number) for number in re.findall(r"(\d+) bytes spill", said)]
+        registers = re.search(r"Used (\d+) registers", said)
+        return {"registers": int(registers.group(1)), "spilled": sum(spilled)}
 
 
-def main():
+def make_case(width, element, block_dim):
+    packed = PackedLayout(element, width, block_dim) if element in ("int8", "float8_e4m3fn") else None
+    if packed is None:
+        rows = torch.zeros(NUM_ROWS, width, dtype=getattr(torch, element))
+    else:
+        rows = torch.zeros(NUM_ROWS, packed.row_bytes, dtype=torch.uint8)
+    paged = Paged(rows, torch.arange(NUM_ROWS >> 6, dtype=torch.int32), 6, packed)
+    num_pairs = NUM_BAGS * PAIRS_OF_A_BAG
+    ids = torch.arange(num_pairs)
+    offsets = torch.arange(0, num_pairs + 1, PAIRS_OF_A_BAG)
+    bags = torch.repeat_interleave(torch.arange(NUM_BAGS), PAIRS_OF_A_BAG)
+    pairs = SortedPairs(order=ids, rows=ids, slots=ids, starts=torch.arange(num_pairs + 1))
+    return paged, ids, torch.ones(num_pairs), offsets, bags, torch.ones(NUM_BAGS, width), pairs
+
+
+def make_state(algorithm, width, block_dim):
+    shapes = {name: -(-width // block_dim) if name in kernels.BLOCK_STATE else width
+              for name in kernels.STATE_NAMES[algorithm]}  # fmt: skip
+    return {name: torch.zeros(NUM_ROWS, columns) for name, columns in shapes.items()}
+
+
+def read(triton_kernels, width, element, block_dim, *, weighted=True, dtype=torch.float32):
+    paged, ids, weights, offsets, _, grads, _ = make_case(width, element, block_dim)
+    triton_kernels.weighted_sum(paged, ids, weights if weighted else None, offsets, dtype)
+    triton_kernels.weight_gradient(paged, ids, offsets, grads)
+    triton_kernels.gather_rows(paged, ids, paged.value_dtype)
+
+
+def step(triton_kernels, width, element, block_dim, algorithm, *, randomly=False, mastered=False, fused=True):
+    paged, _, weights, _, bags, grads, pairs = make_case(width, element, block_dim)
+    columns = torch.zeros(kernels.num_blocks(width, block_dim), dtype=torch.int64)
+    rounding = Rounding(Rounding.key_of(seed=1, table=2, step=3), columns) if randomly else None
+    one = OptimizerStep(algorithm, lr=0.1, block_dim=block_dim, rounding=rounding)
+    state = make_state(algorithm, width, block_dim)
+    if mastered:
+        state[kernels.MASTER] = torch.zeros(NUM_ROWS, width)
+    if fused:
+        triton_kernels.fused_step(paged, state, pairs, weights, bags, grads, one)
+    else:
+        triton_kernels.optimizer_step(paged, state, pairs, torch.zeros(pairs.rows.numel(), width), one)
+
+
+def others(triton_kernels):
+    """What is not about stored elements, or is so with one of them."""
+    paged, ids, weights, _, bags, grads, pairs = make_case(256, "float32", 64)
+    triton_kernels.sort_pairs(paged, ids)
+    triton_kernels.scatter_rows(paged, ids, torch.zeros(ids.numel(), 256))
+    sums = triton_kernels.segment_sum(pairs, weights, bags, grads)
+    triton_kernels.add_segments(sums, ids, pairs, weights, bags, grads)
+    triton_kernels.squared_norm(sums)
+    state = make_state("adamw", 256, 64) | {kernels.LAST_STEP: torch.zeros(NUM_ROWS, 4, dtype=torch.int32)}
+    schedule = DenseSchedule(first_step=1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+    schedule.append(0.1)
+    triton_kernels.catch_up(paged, state, ids, schedule, 1, 64)
+    for packed in ("int8", "float8_e4m3fn"):
+        paged, ids, *_ = make_case(256, packed, 64)
+        triton_kernels.catch_up(paged, state | {kernels.MASTER: torch.zeros(NUM_ROWS, 256)}, ids, schedule, 1, 64)
+        triton_kernels.scatter_rows(paged, ids, torch.zeros(ids.numel(), 256))
+
+
+def scores(triton_kernels):
+    queries, keys = torch.zeros(64, 4, 256), torch.zeros(4, 2, 1024, 128)
+    for deterministic in (True, False):
+        triton_kernels.product_topk(queries, keys, 32, deterministic)
+        for element in ("float32", "bfloat16"):
+            paged = make_case(64, element, 64)[0]
+            triton_kernels.flat_topk(torch.zeros(64, 64), paged, 32, NUM_ROWS, deterministic)
+
+
+def not_written(*shape, dtype=torch.float32, device=None):  # noqa: ARG001
+    """What no kernel has written, but the functions that launched them read: ranks of the first place, or zeros."""
+    return torch.full(shape[0] if isinstance(shape[0], tuple) else shape, -1 if dtype == torch.int64 else 0, dtype=dtype)
+
+
+def main(quick):
     try:
-        subprocess.run([get_ptxas(90).path, "--version"], check=True, capture_output=True)
+        ptxas = get_ptxas(90).path
+        subprocess.run([ptxas, "--version"], check=True, capture_output=True)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         print(f"no ptxas: {error}")
         return 3
-    for kernel, constants in VARIANTS:
-        for stored in ("*fp32", "*i16") if "rows" in kernel.arg_names else ("*fp32",):
-            source = ASTSource(kernel, signature(kernel, constants, stored), constants)
-            compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=STRICT)
-            # Strict kernels must hold no fused multiply-add but those inside divisions and square roots.
-            fused = sum(".f32" in line and "fma.rn" in line for line in compiled.asm["ptx"].splitlines())
-            print(f"{kernel.__name__} {stored} {len(compiled.asm['cubin'])} {fused}")
+    compiler = Compiler(ptxas)
+    JITFunction.run = lambda kernel, *args, **options: compiler.launch(kernel, *args, **options)
+    torch.empty = not_written
+    triton_kernels = kernels.implementation("triton")
+    widths = (64, 1024) if quick else (64, 256, 1024, 4096)
+    for width in widths:
+        for element in kernels.ELEMENTS:
+            block_dim = 64 if width <= 1024 else width // 4
+            compiler.case = f"{element} {width}"
+            read(triton_kernels, width, element, block_dim)
+            step(triton_kernels, width, element, block_dim, "rowwise_adagrad", randomly=element != "float32")
+            if width == widths[-1]:
+                step(triton_kernels, width, element, block_dim, "adam")
+    compiler.case = "ragged 100"
+    for element in kernels.ELEMENTS:
+        read(triton_kernels, 100, element, 36, weighted=False, dtype=torch.bfloat16)
+        step(triton_kernels, 100, element, 36, "sgd", randomly=True)
+    compiler.case = "algorithms"
+    for algorithm in kernels.ALGORITHMS:
+        step(triton_kernels, 256, "bfloat16", 64, algorithm, mastered=True, fused=False)
+    compiler.case = "others"
+    others(triton_kernels)
+    compiler.case = "scores"
+    scores(triton_kernels)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(quick="--quick" in sys.argv))

@@ -2,17 +2,19 @@
 
 import functools
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 
 from mempool import kernels
-from mempool.kernels import Paged
+from mempool.kernels import PackedElement, PackedLayout, Paged, reference
 
 kernel_settings = settings.get_profile("kernels")
 
 WIDTHS = (1, 3, 36, 65, 100, 256)
+BLOCK_DIMS = (16, 64, 5, 500)
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class UnderTest:
         if isinstance(value, torch.Tensor):
             return value.to(self.device, copy=True)
         if isinstance(value, Paged):
-            return Paged(self.to(value.rows), self.to(value.page_table), value.page_shift)
+            return Paged(self.to(value.rows), self.to(value.page_table), value.page_shift, value.packed)
         if isinstance(value, dict):
             return {name: self.to(item) for name, item in value.items()}
         return value
@@ -49,42 +51,72 @@ class Case:
     offsets: torch.Tensor
     bags: torch.Tensor
     grads: torch.Tensor
+    #: Columns of a block: of the packed layout, and for row-wise optimizers.
+    block_dim: int
 
     @functools.cached_property
     def owned_rows(self) -> torch.Tensor:
-        """Mask of the arena rows that belong to a page in the page table."""
-        owned = torch.zeros(self.paged.rows.shape[0], dtype=torch.bool)
-        for page in self.paged.page_table.tolist():
-            if page >= 0:
-                owned[page << self.paged.page_shift : (page + 1) << self.paged.page_shift] = True
-        return owned
+        return owned_rows(self.paged)
 
 
-def make_paged(generator, *, num_pages, page_shift, width, dtype, missing=0.3):
-    """An arena with shuffled pages, some of them missing; rows of no page are NaN."""
+def owned_rows(paged: Paged) -> torch.Tensor:
+    """Mask [R] of the arena rows that belong to a page in the page table."""
+    owned = torch.zeros(paged.rows.shape[0], dtype=torch.bool)
+    for page in paged.page_table.tolist():
+        if page >= 0:
+            owned[page << paged.page_shift : (page + 1) << paged.page_shift] = True
+    return owned
+
+
+def make_arena(num_rows, *, width, element="float32", block_dim=16):
+    """Rows of an arena in which every value, and every byte, is NaN, and their packed layout if they have one."""
+    if element in get_args(PackedElement):
+        packed = PackedLayout(element, width, block_dim)
+        return torch.full((num_rows, packed.row_bytes), 0xFF, dtype=torch.uint8), packed
+    return torch.full((num_rows, width), torch.nan, dtype=getattr(torch, element)), None
+
+
+def make_paged(generator, *, num_pages, page_shift, width, element="float32", block_dim=16, missing=0.3):
+    """An arena with shuffled pages, some of them missing; rows of no page are NaN in every value and scale."""
     page_slots = 1 << page_shift
     num_arena_pages = num_pages + 2
-    rows = torch.full((num_arena_pages * page_slots, width), torch.nan)
+    rows, packed = make_arena(num_arena_pages * page_slots, width=width, element=element, block_dim=block_dim)
     page_table = torch.randperm(num_arena_pages, generator=generator)[:num_pages].to(torch.int32)
     page_table[torch.rand(num_pages, generator=generator) < missing] = -1
-    for page in page_table.tolist():
-        if page >= 0:
-            rows[page * page_slots : (page + 1) * page_slots] = torch.randn(page_slots, width, generator=generator)
-    return Paged(rows.to(dtype), page_table, page_shift)
+    paged = Paged(rows, page_table, page_shift, packed)
+    owned = owned_rows(paged).nonzero().squeeze(1)
+    reference.write_values(paged, owned, torch.randn(owned.numel(), width, generator=generator))
+    return paged
+
+
+def column_slice(paged: Paged, first: int, end: int) -> Paged:
+    """The same slots in an arena of some of the columns; packed rows are cut where blocks start, with their scales."""
+    layout = paged.packed
+    if layout is None:
+        return Paged(paged.rows[:, first:end].contiguous(), paged.page_table, paged.page_shift)
+    assert first % layout.block_dim == 0
+    part = PackedLayout(layout.element, end - first, layout.block_dim)
+    rows = torch.zeros(paged.rows.shape[0], part.row_bytes, dtype=torch.uint8)
+    rows[:, : part.width] = paged.rows[:, first:end]
+    first_scale = layout.scales_start + 4 * (first // layout.block_dim)
+    scales = slice(first_scale, first_scale + 4 * part.num_blocks)
+    rows[:, part.scales_start : part.scales_start + 4 * part.num_blocks] = paged.rows[:, scales]
+    return Paged(rows, paged.page_table, paged.page_shift, part)
 
 
 @st.composite
-def cases(draw, widths=WIDTHS, dtypes=kernels.STORAGE_DTYPES, max_bags=6, max_pairs=24):
+def cases(draw, widths=WIDTHS, elements=kernels.ELEMENTS, max_bags=6, max_pairs=24):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     page_shift = draw(st.integers(0, 4))
     num_pages = draw(st.integers(1, 5))
-    width = draw(st.sampled_from(widths))
+    width, block_dim = draw(st.sampled_from(widths)), draw(st.sampled_from(BLOCK_DIMS))
     paged = make_paged(
         generator,
         num_pages=num_pages,
         page_shift=page_shift,
         width=width,
-        dtype=draw(st.sampled_from(dtypes)),
+        element=draw(st.sampled_from(elements)),
+        block_dim=block_dim,
         missing=draw(st.sampled_from((0.0, 0.4, 1.0))),
     )
     num_slots = num_pages << page_shift
@@ -104,6 +136,7 @@ def cases(draw, widths=WIDTHS, dtypes=kernels.STORAGE_DTYPES, max_bags=6, max_pa
         offsets=offsets,
         bags=torch.repeat_interleave(torch.arange(len(sizes)), offsets.diff()),
         grads=torch.randn(len(sizes), width, generator=generator),
+        block_dim=block_dim,
     )
 
 
@@ -118,7 +151,7 @@ def assert_close(actual, expected, *, tolerance=2e-6):
 
 def same_bits(left, right):
     """Bitwise equality, which NaN passes and -0.0 against 0.0 does not."""
-    as_integers = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+    as_integers = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
     left, right = left.cpu().contiguous(), right.cpu().contiguous()
     assert left.dtype == right.dtype
     if left.dtype in as_integers:

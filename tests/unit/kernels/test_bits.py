@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import cases, kernel_settings, make_paged, same_bits
+from kernel_cases import UnderTest, cases, kernel_settings, make_paged, same_bits
 
 from mempool import kernels
-from mempool.kernels import OptimizerStep, Paged
+from mempool.kernels import RUN_PIECE, OptimizerStep, Paged, Rounding
 
 
 @pytest.fixture(autouse=True)
@@ -23,31 +23,62 @@ def test_sums_have_the_bits_of_the_cpu(under_test, case):
     paged, ids, weights, offsets, bags, grads = map(
         under_test.to, (case.paged, case.ids, case.weights, case.offsets, case.bags, case.grads)
     )
-    actual = under_test.kernels.weighted_sum(paged, ids, weights, offsets)
-    assert same_bits(actual, numba.weighted_sum(case.paged, case.ids, case.weights, case.offsets))
+    for dtype in (torch.float32, torch.bfloat16):
+        actual = under_test.kernels.weighted_sum(paged, ids, weights, offsets, dtype)
+        assert same_bits(actual, numba.weighted_sum(case.paged, case.ids, case.weights, case.offsets, dtype))
     actual = under_test.kernels.segment_sum(under_test.kernels.sort_pairs(paged, ids), weights, bags, grads)
     pairs = numba.sort_pairs(case.paged, case.ids)
     assert same_bits(actual, numba.segment_sum(pairs, case.weights, case.bags, case.grads))
 
 
+def test_sums_of_hot_rows_have_the_bits_of_the_cpu(under_test):
+    """Runs of several pieces: exactly one, just over one, just over two."""
+    numba = kernels.implementation("numba")
+    generator = torch.Generator().manual_seed(2)
+    sizes = torch.tensor([RUN_PIECE, 1, RUN_PIECE + 1, 2 * RUN_PIECE + 2])
+    ids = torch.repeat_interleave(torch.arange(4), sizes)
+    ids = ids[torch.randperm(len(ids), generator=generator)]
+    paged = Paged(torch.zeros(4, 3), torch.tensor([0], dtype=torch.int32), 2)
+    weights, bags = torch.randn(len(ids), generator=generator), torch.randint(0, 9, (len(ids),), generator=generator)
+    grads = torch.randn(9, 3, generator=generator)
+    pairs = under_test.kernels.sort_pairs(under_test.to(paged), under_test.to(ids))
+    actual = under_test.kernels.segment_sum(pairs, *map(under_test.to, (weights, bags, grads)))
+    assert same_bits(actual, numba.segment_sum(numba.sort_pairs(paged, ids), weights, bags, grads))
+
+
 @kernel_settings
-@given(case=cases(), algorithm=st.sampled_from(("sgd", "adagrad", "adam")))
-def test_optimizer_steps_have_the_bits_of_the_cpu(under_test, case, algorithm):
-    """All but row-wise Adagrad, whose mean over a block is added up in another order."""
-    if under_test.name == "torch":
-        pytest.skip("torch's operations fuse multiply and add where they like")
-    step = OptimizerStep(algorithm, lr=0.1, step=7, eps=1e-8, grad_scale=0.5)
-    state = {name: torch.full(case.paged.rows.shape, 0.25) for name in kernels.STATE_NAMES[algorithm]}
+@given(
+    case=cases(),
+    algorithm=st.sampled_from(("sgd", "adagrad", "adam", "adamw")),
+    master=st.booleans(),
+    randomly=st.booleans(),
+)
+def test_optimizer_steps_have_the_bits_of_the_cpu(under_test, case, algorithm, master, randomly):
+    """All but the row-wise rules, whose mean over a block is added up in another order."""
+    columns = 7 + torch.arange(kernels.num_blocks(case.paged.width, case.block_dim))
+    shape = (case.paged.rows.shape[0], case.paged.width)
+    names = (*kernels.STATE_NAMES[algorithm], *(("master",) if master else ()))
+    state = {name: torch.full(shape, 0.25) for name in names}
     results = []
     for to, implementation in (
         (under_test.to, under_test.kernels),
-        (lambda value: value.clone() if isinstance(value, torch.Tensor) else value, kernels.implementation("numba")),
+        (UnderTest("numba", "cpu").to, kernels.implementation("numba")),
     ):
-        paged = Paged(to(case.paged.rows), to(case.paged.page_table), case.paged.page_shift)
-        own_state = {name: to(tensor) for name, tensor in state.items()}
+        rounding = Rounding(-5, to(columns)) if randomly else None
+        step = OptimizerStep(
+            algorithm,
+            lr=0.1,
+            step=7,
+            eps=1e-8,
+            grad_scale=0.3,
+            weight_decay=0.1,
+            block_dim=case.block_dim,
+            rounding=rounding,
+        )
+        paged, own_state = to(case.paged), to(state)
         pairs = implementation.sort_pairs(paged, to(case.ids))
-        weights = None if case.weights is None else to(case.weights)
-        implementation.fused_step(paged, own_state, pairs, weights, to(case.bags), to(case.grads), step)
+        gradients = to(case.weights), to(case.bags), to(case.grads)
+        implementation.fused_step(paged, own_state, pairs, *gradients, step)
         results.append([paged.rows, *own_state.values()])
     assert all(same_bits(one, other) for one, other in zip(*results, strict=True))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mempool import kernels
-from mempool.kernels import OptimizerStep, Paged
+from mempool.kernels import OptimizerStep, PackedLayout, Paged, Rounding
 from mempool.kernels.implementation import implementation_for
 
 PROJECT = Path(__file__).parents[3]
@@ -56,7 +56,8 @@ def test_the_face_runs_every_function_on_the_cpu():
     assert sums[:, 0].tolist() == [1.0, 5.0]
     assert kernels.squared_norm(sums) == (78.0, True)
     step = OptimizerStep("sgd", lr=0.1)
-    kernels.optimizer_step(paged, {}, pairs.rows, sums, step)
+    assert pairs.slots.tolist() == [0, 3]
+    kernels.optimizer_step(paged, {}, pairs, sums, step)
     kernels.fused_step(paged, {}, pairs, weights, bags, grads, step)
     assert torch.allclose(kernels.gather_rows(paged, ids)[:, 0], torch.tensor([0.8, 0.0, 0.0]), atol=1e-6)
     kernels.scatter_rows(paged, ids, torch.arange(9.0).view(3, 3))
@@ -67,6 +68,13 @@ def test_the_face_runs_every_function_on_the_cpu():
     assert [index.tolist() for index in kernels.product_select(scores, scores, 2, 3)] == [[[1, 1]], [[1, 2]]]
     keys = torch.tensor([[[[1.0], [2.0]], [[1.0], [2.0]]]])
     assert kernels.product_topk(torch.ones(1, 1, 2), keys, 2)[1].tolist() == [[[3, 1]]]
+    scores, index1, index2 = kernels.product_indices(torch.ones(1, 1, 2), keys, 2)
+    assert (scores.tolist(), index1.tolist(), index2.tolist()) == ([[[4.0, 3.0]]], [[[1, 0]]], [[[1, 1]]])
+    query_grads, key_grads = kernels.product_gradient(torch.ones(1, 1, 2), keys, index1, index2, scores)
+    assert query_grads.tolist() == [[[11.0, 14.0]]]
+    assert key_grads.tolist() == [[[[3.0], [4.0]], [[0.0], [7.0]]]]
+    kernels.add_segments(sums, torch.tensor([1, 0]), pairs, weights, bags, grads)
+    assert sums[:, 0].tolist() == [6.0, 6.0]
     assert kernels.initial_values(0, 0, 2, 0, 3, 1.0).shape == (2, 3)
 
 
@@ -116,20 +124,48 @@ def test_wrong_arenas_and_steps_are_refused():
 
 def test_wrong_updates_change_nothing():
     paged = Paged(torch.ones(2, 3), torch.zeros(1, dtype=torch.int32), 1)
-    rows, sums = torch.tensor([0]), torch.ones(1, 3)
+    sums = torch.ones(1, 3)
+    first = kernels.sort_pairs(paged, torch.tensor([0]))
     adagrad = OptimizerStep("adagrad", lr=0.1)
     with pytest.raises(ValueError, match="adagrad needs the state 'sum'"):
-        kernels.optimizer_step(paged, {}, rows, sums, adagrad)
+        kernels.optimizer_step(paged, {}, first, sums, adagrad)
     with pytest.raises(ValueError, match=r"state\['sum'\] must be torch.float32 \[2, 3\]"):
-        kernels.optimizer_step(paged, {"sum": torch.zeros(2, 2)}, rows, sums, adagrad)
+        kernels.optimizer_step(paged, {"sum": torch.zeros(2, 2)}, first, sums, adagrad)
     with pytest.raises(ValueError, match="sums must be"):
-        kernels.optimizer_step(paged, {}, rows, torch.ones(1, 2), OptimizerStep("sgd", lr=0.1))
+        kernels.optimizer_step(paged, {}, first, torch.ones(1, 2), OptimizerStep("sgd", lr=0.1))
     pairs = kernels.sort_pairs(paged, torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="bags must name the bag of every sorted pair"):
         kernels.segment_sum(pairs, None, torch.tensor([0]), sums)
     with pytest.raises(ValueError, match="values must be"):
         kernels.scatter_rows(paged, torch.tensor([0]), torch.ones(1, 3, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="places must be"):
+        kernels.add_segments(sums, torch.tensor([0, 0]), first, None, torch.tensor([0]), sums)
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        kernels.gather_rows(paged, torch.tensor([0]), dtype=torch.float64)
+    columns = Rounding(0, torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"rounding.columns must be torch.int64 \[1\]"):
+        kernels.optimizer_step(paged, {}, first, sums, OptimizerStep("sgd", lr=0.1, rounding=columns))
     assert torch.equal(paged.rows, torch.ones(2, 3))
+    assert torch.equal(sums, torch.ones(1, 3))
+
+
+def test_packed_arenas_are_checked():
+    table = torch.zeros(1, dtype=torch.int32)
+    layout = PackedLayout("int8", width=70, block_dim=64)
+    assert (layout.num_blocks, layout.scales_start, layout.row_bytes) == (2, 72, 80)
+    with pytest.raises(ValueError, match=r"rows must be a contiguous \[R, 80\] uint8 tensor"):
+        Paged(torch.zeros(2, 70, dtype=torch.uint8), table, 1, layout)
+    paged = Paged(torch.zeros(2, 80, dtype=torch.uint8), table, 1, layout)
+    assert (paged.width, paged.element, paged.value_dtype) == (70, "int8", torch.float32)
+    pairs = kernels.sort_pairs(paged, torch.tensor([0]))
+    with pytest.raises(ValueError, match="one scale per 64 columns, the step has blocks of 32"):
+        kernels.optimizer_step(paged, {}, pairs, torch.ones(1, 70), OptimizerStep("sgd", lr=0.1, block_dim=32))
+    with pytest.raises(ValueError, match="keys must be float32 or bfloat16, got int8"):
+        kernels.flat_topk(torch.ones(1, 70), paged, 1, 2)
+    with pytest.raises(ValueError, match="unknown packed element 'int4'"):
+        PackedLayout("int4", width=70, block_dim=64)
+    with pytest.raises(ValueError, match="must be at least 1"):
+        PackedLayout("int8", width=0, block_dim=64)
 
 
 @pytest.mark.parametrize("k", [0, 4])

@@ -64,18 +64,20 @@ STEP_ID = build(types.StepId, group=TEXT, rank=U32, step=U64)
 REPLY_DTYPE = st.sampled_from(["float32", "bfloat16"])
 OPTIMIZER = build(
     types.OptimizerSpec,
-    algorithm=st.sampled_from(["sgd", "adagrad", "rowwise_adagrad", "adam"]),
+    algorithm=st.sampled_from(["sgd", "adagrad", "rowwise_adagrad", "adam", "adamw", "rowwise_adam"]),
     lr=DOUBLE,
     eps=DOUBLE,
     beta1=DOUBLE,
     beta2=DOUBLE,
     lr_decay=DOUBLE,
     initial_accumulator_value=DOUBLE,
+    weight_decay=DOUBLE,
+    dense=st.booleans(),
 )
 KEYS = st.one_of(
     st.none(),
-    build(types.FlatKeySpec, key_dim=U32),
-    build(types.ProductKeySpec, heads=st.integers(1, 4), key_dim=U32),
+    build(types.FlatKeySpec, key_dim=U32, deterministic=st.booleans()),
+    build(types.ProductKeySpec, heads=st.integers(1, 4), key_dim=U32, deterministic=st.booleans()),
 )
 SCHEMA = build(
     types.TableSchema,
@@ -85,13 +87,15 @@ SCHEMA = build(
     value_dim=st.integers(1, 100),
     block_dim=st.integers(1, 40),
     page_slots=st.sampled_from([8, 16, 64]),
-    dtype=st.sampled_from(["float32", "bfloat16"]),
+    dtype=st.sampled_from(["float32", "bfloat16", "float8_e4m3fn", "int8"]),
     seed=U64,
     init_std=DOUBLE,
     stride=U64,
     layout=st.sampled_from(["auto", "columns", "rows", "grid"]),
     optimizer=OPTIMIZER,
     keys=KEYS,
+    rounding=st.sampled_from(["stochastic", "nearest"]),
+    master=st.booleans(),
 )
 SHARD_INFO = build(types.ShardInfo, shard=U32, address=TEXT, incarnation=U64)
 

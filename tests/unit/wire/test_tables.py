@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from mempool.errors import InvalidRequest
-from mempool.types import OptimizerSpec, Placement, ShardInfo, ShardStatus, TableSchema, TableView
+from mempool.types import (
+    FlatKeySpec,
+    OptimizerSpec,
+    Placement,
+    ProductKeySpec,
+    ShardInfo,
+    ShardStatus,
+    StorageDtype,
+    TableSchema,
+    TableView,
+)
 from mempool.wire import pages, tables
 from mempool.wire.v1 import pool_pb2, shard_pb2, table_pb2
 
@@ -48,6 +58,8 @@ def create(change: dict[str, object]) -> bytes:
         ({"block_dim": 0}, r"TableSchema\.block_dim is missing or 0"),
         ({"page_slots": 0}, r"TableSchema\.page_slots is missing or 0"),
         ({"dtype": 5}, r"TableSchema\.dtype is 5; expected one of 1 \(float32\), 2 \(bfloat16\)"),
+        ({"dtype": 8}, r"TableSchema\.dtype is 8; expected one of .*, 9 \(float8_e4m3fn\), 10 \(int8\)"),
+        ({"rounding": 3}, r"TableSchema\.rounding is 3; expected one of 1 \(stochastic\), 2 \(nearest\)"),
         ({"layout": 0}, r"TableSchema\.layout is 0; expected one of 1 \(auto\)"),
         ({"layout": 77}, r"TableSchema\.layout is 77"),
         ({"optimizer": None}, r"TableSchema\.optimizer is missing"),
@@ -61,6 +73,30 @@ def test_a_wrong_schema_is_refused(change: dict[str, object], message: str) -> N
 def test_absent_hyper_parameters_have_their_defaults() -> None:
     message = table_pb2.OptimizerSpec(algorithm=table_pb2.ALGORITHM_ADAM, lr=0.5, beta1=0.0)
     assert tables.optimizer_value(message) == OptimizerSpec(algorithm="adam", lr=0.5, beta1=0.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int8"])
+@pytest.mark.parametrize("master", [False, True])
+def test_rounding_that_is_not_told_is_stochastic_where_steps_would_be_lost(dtype: StorageDtype, master: bool) -> None:
+    message = tables.schema_message(dataclasses.replace(SCHEMA, dtype=dtype, master=master))
+    message.ClearField("rounding")
+    schema = tables.schema_value(message)
+    assert (schema.dtype, schema.master) == (dtype, master)
+    assert schema.rounding == ("nearest" if dtype == "float32" or master else "stochastic")
+
+
+def test_scoring_is_deterministic_unless_told() -> None:
+    for keys in (ProductKeySpec(heads=2, key_dim=4), FlatKeySpec(key_dim=4)):
+        for deterministic in (True, False):
+            schema = dataclasses.replace(SCHEMA, keys=dataclasses.replace(keys, deterministic=deterministic))
+            message = tables.schema_message(schema)
+            assert tables.schema_value(message) == schema
+            (message.product_keys if message.HasField("product_keys") else message.flat_keys).ClearField(
+                "deterministic"
+            )
+            found = tables.schema_value(message).keys
+            assert found is not None
+            assert found.deterministic
 
 
 def test_a_view_whose_placement_is_of_another_shape_is_refused() -> None:

@@ -10,7 +10,8 @@ from mempool.wire.v1 import tensor_pb2
 
 
 def test_every_dtype_of_the_proto_is_known() -> None:
-    assert sorted(DTYPES.values()) == sorted(number for number in tensor_pb2.Dtype.values() if number)
+    stored_only = {tensor_pb2.DTYPE_FLOAT8_E4M3FN, tensor_pb2.DTYPE_INT8}
+    assert sorted(DTYPES.values()) == sorted(set(tensor_pb2.Dtype.values()) - stored_only - {0})
     for dtype, number in DTYPES.items():
         assert tensor_pb2.Dtype.Name(number) == "DTYPE_" + str(dtype).removeprefix("torch.").upper()
 

@@ -1,0 +1,123 @@
+"""The stated goals, and how a report's figures stand to them. They are said, never enforced: machines differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mempool.bench.cases import OWN
+from mempool.bench.cases.bags import FBGEMM, OWN_FLOAT32, TORCH_BAG
+from mempool.bench.cases.commits import TORCH_SPARSE
+from mempool.bench.cases.scoring import FAISS, TORCH_TOPK
+from mempool.bench.measured import Measured
+
+Find = Callable[[Sequence[Measured]], float | None]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A stated goal.
+
+    Attributes:
+        what: In words.
+        at_least: The figure to reach; or to stay under, if ``under``.
+        find: The figure of a run; None if the run has no such case, or lacks the peer.
+        under: Whether smaller is better.
+    """
+
+    what: str
+    at_least: float
+    find: Find
+    under: bool = False
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A goal and the figure of a run."""
+
+    what: str
+    goal: float
+    measured: float | None
+    standing: str
+
+    def document(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def standings(device_type: str, measured: Sequence[Measured]) -> list[Standing]:
+    """How a run stands to the goals of its device; "ok", "below", or "not measured"."""
+    found = []
+    for goal in _GPU if device_type == "cuda" else _CPU:
+        figure = goal.find(measured)
+        if figure is None:
+            standing = "not measured"
+        else:
+            reached = figure <= goal.at_least if goal.under else figure >= goal.at_least
+            standing = "ok" if reached else "below"
+        found.append(Standing(goal.what, goal.at_least, figure, standing))
+    return found
+
+
+def _ratio(family: str, what: str, peer: str) -> Find:
+    def find(measured: Sequence[Measured]) -> float | None:
+        for one in measured:
+            if one.case.headline and (one.case.family, one.case.what) == (family, what):
+                return one.ratio(peer)
+        return None
+
+    return find
+
+
+def _headline(family: str, peer: str) -> Find:
+    def find(measured: Sequence[Measured]) -> float | None:
+        for one in measured:
+            if one.case.headline and one.case.family == family:
+                return one.ratio(peer)
+        return None
+
+    return find
+
+
+def _share(family: str, what: str) -> Find:
+    def find(measured: Sequence[Measured]) -> float | None:
+        for one in measured:
+            if one.case.headline and (one.case.family, one.case.what) == (family, what):
+                return one.share_of_copy(OWN)
+        return None
+
+    return find
+
+
+def _worst_zipf(measured: Sequence[Measured]) -> float | None:
+    """How much longer Zipf ids take than uniform ones, where it is worst."""
+    times = {
+        (one.case.family, one.case.what, one.case.num_slots, one.case.value_dim, one.case.bag_size, one.case.ids): (
+            one.times[OWN].median_ms
+        )
+        for one in measured
+    }
+    ratios = [
+        spent / times[(*key[:-1], "uniform")]
+        for key, spent in times.items()
+        if key[-1] == "zipf" and (*key[:-1], "uniform") in times
+    ]
+    return max(ratios, default=None)
+
+
+_CPU = (
+    Goal("forward, float32, beside FBGEMM's CPU build", 1.5, _ratio("forward", "float32", FBGEMM)),
+    Goal("forward, float32, beside torch embedding_bag without pages", 1.0, _ratio("forward", "float32", TORCH_BAG)),
+    Goal("forward, bfloat16 rows beside float32 rows", 1.6, _ratio("forward", "bfloat16", OWN_FLOAT32)),
+    Goal("weight gradient + Adagrad beside FBGEMM's backward", 5.0, _ratio("update", "adagrad", FBGEMM)),
+    Goal("weight gradient + Adagrad beside torch's, sparse", 6.0, _ratio("update", "adagrad", TORCH_SPARSE)),
+    Goal("product-key top-32 beside torch", 2.5, _headline("product-topk", TORCH_TOPK)),
+    Goal("flat top-32 beside faiss", 1.0, _headline("flat-topk", FAISS)),
+    Goal("flat top-32 beside torch", 1.5, _headline("flat-topk", TORCH_TOPK)),
+)
+_GPU = (
+    Goal("forward, bfloat16, share of copy bandwidth", 0.85, _share("forward", "bfloat16")),
+    Goal("forward, bfloat16, beside torch embedding_bag", 6.0, _ratio("forward", "bfloat16", TORCH_BAG)),
+    Goal("weight gradient + row-wise Adagrad, share of copy bandwidth", 0.5, _share("update", "rowwise_adagrad")),
+    Goal("Zipf ids beside uniform ids, the slowest case, times", 1.3, _worst_zipf, under=True),
+)

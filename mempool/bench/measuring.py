@@ -1,0 +1,147 @@
+"""Times of several contenders for one piece of work: interleaved rounds, on the CPU's clock or CUDA events."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+#: However long a case takes, so many rounds are made.
+MIN_ROUNDS = 5
+_WARM_UP_ROUNDS = 2
+#: GPU clock cycles that the stream is kept busy for, so that the host has queued all of a contender's launches before
+#: the first of them runs: what is timed is the device's work.
+_LEAD_CYCLES = 2_000_000
+
+Inputs = int
+
+
+def _nothing(_: Inputs) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do a case's work.
+
+    Attributes:
+        name: "mempool", or the peer's.
+        run: Does the work once on one of the case's sets of inputs, given by number; this is timed.
+        before: What must be done before each run and is not timed (the forward pass of a backward).
+    """
+
+    name: str
+    run: Callable[[Inputs], object]
+    before: Callable[[Inputs], object] = field(default=_nothing)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one contender, a round each."""
+
+    rounds_ms: tuple[float, ...]
+
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.rounds_ms)
+
+    @property
+    def min_ms(self) -> float:
+        return min(self.rounds_ms)
+
+    @property
+    def max_ms(self) -> float:
+        return max(self.rounds_ms)
+
+
+def interleaved(
+    contenders: Sequence[Contender],
+    *,
+    num_inputs: int,
+    rounds: int,
+    budget_s: float = math.inf,
+    device: torch.device | str = "cpu",
+) -> dict[str, Times]:
+    """Time contenders in rounds in which each runs once, in an order that moves on by one every round.
+
+    Inputs are drawn anew for each run, never those of the run before: nobody finds his rows in a cache because his
+    neighbour has just read them.
+
+    Args:
+        contenders: With different names.
+        num_inputs: Sets of inputs there are.
+        rounds: Rounds to time, after two that are not counted.
+        budget_s: When this is spent, no round beyond MIN_ROUNDS is begun.
+        device: Whose clock is read.
+
+    Returns:
+        Times by name.
+    """
+    clock = _cuda_ms if torch.device(device).type == "cuda" else _cpu_ms
+    found: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        begun, inputs, draw = time.perf_counter(), 0, random.Random(0)
+        for round_ in range(-_WARM_UP_ROUNDS, rounds):
+            if round_ >= MIN_ROUNDS and time.perf_counter() - begun > budget_s:
+                break
+            for turn in range(len(contenders)):
+                contender = contenders[(turn + round_) % len(contenders)]
+                inputs = draw.choice([other for other in range(num_inputs) if other != inputs] or [0])
+                contender.before(inputs)
+                spent_ms = clock(contender, inputs)
+                if round_ >= 0:
+                    found[contender.name].append(spent_ms)
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: Times(tuple(rounds_ms)) for name, rounds_ms in found.items()}
+
+
+def _cpu_ms(contender: Contender, inputs: Inputs) -> float:
+    begun = time.perf_counter()
+    contender.run(inputs)
+    return (time.perf_counter() - begun) * 1e3
+
+
+def _cuda_ms(contender: Contender, inputs: Inputs) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(_LEAD_CYCLES)  # type: ignore[no-untyped-call]
+    start.record()
+    contender.run(inputs)
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))
+
+
+class Copy:
+    """The machine's copy bandwidth: one tensor to another, both several times the last cache."""
+
+    NAME = "copy"
+
+    def __init__(self, num_bytes: int, device: torch.device | str) -> None:
+        self._source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self._target = torch.ones_like(self._source)
+        #: Bytes that one copy reads and writes.
+        self.num_bytes = 2 * num_bytes
+        self.contender = Contender(self.NAME, lambda _: self._target.copy_(self._source))
+
+
+class Product:
+    """The machine's speed in float32 products: a square one of torch, without TF32."""
+
+    NAME = "matmul"
+
+    def __init__(self, size: int, device: torch.device | str) -> None:
+        self._left = torch.randn(size, size, device=device)
+        self._out = torch.empty_like(self._left)
+        self.num_flops = 2 * size**3
+        self.contender = Contender(self.NAME, lambda _: torch.mm(self._left, self._left, out=self._out))

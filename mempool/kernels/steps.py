@@ -1,0 +1,202 @@
+"""An optimizer's step as kernels take it: rule, numbers, state, rounding, and the schedule of a dense AdamW."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Algorithm = Literal["sgd", "adagrad", "rowwise_adagrad", "adam", "adamw", "rowwise_adam"]
+
+#: Names of the state tensors each algorithm keeps, in the order in which kernels take them.
+STATE_NAMES: dict[str, tuple[str, ...]] = {
+    "sgd": (),
+    "adagrad": ("sum",),
+    "rowwise_adagrad": ("row_sum",),
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "rowwise_adam": ("exp_avg", "row_exp_avg_sq"),
+}
+
+#: State of one number per (row, block); all other state has one per element.
+BLOCK_STATE = frozenset({"row_sum", "row_exp_avg_sq", "last_step"})
+
+#: Float32 values [R, W] that the stored ones are rounded from: may accompany any algorithm's state.
+MASTER = "master"
+#: [R, blocks] int32, the step up to which a row is caught up: accompanies the state of a dense AdamW.
+LAST_STEP = "last_step"
+
+ALGORITHMS: tuple[Algorithm, ...] = ("sgd", "adagrad", "rowwise_adagrad", "adam", "adamw", "rowwise_adam")
+
+_GAMMA = 0x9E3779B97F4A7C15
+_MASK = 0xFFFFFFFFFFFFFFFF
+#: Momentum smaller than this share of what it was moves no float32 any more, whatever the learning rates.
+_NEGLIGIBLE = 2.0**-60
+
+
+def _mix(bits: int) -> int:
+    bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & _MASK
+    return bits ^ (bits >> 31)
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """Stochastic rounding of a step's results to the stored element, from a counter-based generator.
+
+    The 32 random bits of an element are a function of (key, slot id, table column) alone, defined to the bit in
+    ``reference.random_bits``: a replay and any placement round alike.
+
+    Attributes:
+        key: 64 bits, made by ``Rounding.key_of``.
+        columns: [num_blocks] int64, beside the arena: the table's column at which each block of the arena starts.
+    """
+
+    key: int
+    columns: Tensor
+
+    @staticmethod
+    def key_of(*, seed: int, table: int, step: int) -> int:
+        """The key of one step of one table, as a signed 64-bit number."""
+        key = 0
+        for number in (seed, table, step):
+            key = _mix((key + (number + 1) * _GAMMA) & _MASK)
+        return key - (1 << 64) if key >> 63 else key
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerStep:
+    """One commit's optimizer step, with the arithmetic of torch's own optimizers.
+
+    Attributes:
+        algorithm: Which rule; see STATE_NAMES for the state it keeps.
+        lr: Learning rate.
+        grad_scale: Multiplies every summed gradient first (clipping, unscaling, mean over ranks).
+        step: Number of this commit, from 1; the step of Adam's bias correction and of Adagrad's learning rate decay.
+        eps: Added to the square root, as torch.optim.Adagrad, SparseAdam and AdamW add it.
+        beta1: Decay of Adam's first moment.
+        beta2: Decay of Adam's second moment.
+        lr_decay: Adagrad's learning rate decay.
+        weight_decay: AdamW's decoupled decay: values are first multiplied by ``1 - lr * weight_decay``.
+        block_dim: Columns of a block; row-wise state is per (row, block). The last block may be narrower.
+        rounding: Stochastic rounding of the results; None rounds to nearest, ties to even. float32 is never rounded,
+            and neither are rows with a master, which are rounded to nearest.
+
+    Raises:
+        ValueError: Unknown algorithm, step below 1, or block_dim below 1.
+    """
+
+    algorithm: Algorithm
+    lr: float
+    grad_scale: float = 1.0
+    step: int = 1
+    eps: float = 1e-10
+    beta1: float = 0.9
+    beta2: float = 0.999
+    lr_decay: float = 0.0
+    weight_decay: float = 0.0
+    block_dim: int = 64
+    rounding: Rounding | None = None
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in STATE_NAMES:
+            raise ValueError(f"unknown optimizer algorithm {self.algorithm!r}; known: {', '.join(STATE_NAMES)}")
+        if self.step < 1:
+            raise ValueError(f"step counts commits from 1, got {self.step}")
+        if self.block_dim < 1:
+            raise ValueError(f"block_dim must be at least 1, got {self.block_dim}")
+
+    @property
+    def step_size(self) -> float:
+        """What multiplies the update: the decayed learning rate, Adam's bias corrections folded in as torch does."""
+        if self.algorithm in ("adagrad", "rowwise_adagrad"):
+            return self.lr / (1.0 + (self.step - 1) * self.lr_decay)
+        if self.algorithm in ("adam", "rowwise_adam"):  # as SparseAdam: eps beside the uncorrected root
+            return self.lr * math.sqrt(1.0 - self.beta2**self.step) / (1.0 - self.beta1**self.step)
+        if self.algorithm == "adamw":
+            return self.lr / (1.0 - self.beta1**self.step)
+        return self.lr
+
+    @property
+    def root_correction(self) -> float:
+        """What AdamW divides the root of the second moment by before it adds eps; 1 for the others."""
+        return math.sqrt(1.0 - self.beta2**self.step) if self.algorithm == "adamw" else 1.0
+
+    @property
+    def decay(self) -> float:
+        """What values are multiplied with first."""
+        return 1.0 - self.lr * self.weight_decay if self.algorithm == "adamw" else 1.0
+
+
+class DenseSchedule:
+    """The learning rates of a dense AdamW's steps, as what a row without a gradient does in each of them.
+
+    With a gradient of zero, step s makes ``m *= beta1; v *= beta2; x = x * decays[s] - step_sizes[s] * m / (sqrt(v) /
+    root_corrections[s] + eps)``. A row that was not touched does its missed steps when it is next touched
+    (``mempool.kernels.catch_up``).
+
+    Args:
+        first_step: The first step that is recorded; rows know a last step of at least ``first_step - 1``.
+        beta1, beta2, eps, weight_decay: AdamW's.
+        device: Where the kernels run.
+    """
+
+    def __init__(
+        self,
+        *,
+        first_step: int,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.first_step = first_step
+        self.beta1, self.beta2, self.eps, self.weight_decay = beta1, beta2, eps, weight_decay
+        self._count = 0
+        self._log_decay = 0.0
+        self._steps = torch.empty((3, 64), dtype=torch.float32, device=device)
+        self._log_decays = torch.zeros(65, dtype=torch.float64, device=device)
+
+    @property
+    def last_step(self) -> int:
+        """The last step that is recorded."""
+        return self.first_step + self._count - 1
+
+    @property
+    def horizon(self) -> int:
+        """Steps after which what is left of a row's momentum changes nothing; decay goes on in closed form."""
+        return 1 if self.beta1 == 0.0 else max(1, math.ceil(math.log(_NEGLIGIBLE) / math.log(self.beta1)))
+
+    @property
+    def steps(self) -> Tensor:
+        """[3, T] float32: step_sizes, root_corrections and decays from ``first_step`` on; rows are not contiguous."""
+        return self._steps[:, : self._count]
+
+    @property
+    def log_decays(self) -> Tensor:
+        """[T + 1] float64: the logarithm of the product of all decays before each step."""
+        return self._log_decays[: self._count + 1]
+
+    def append(self, lr: float) -> None:
+        """Record the next step."""
+        if self._count == self._steps.shape[1]:
+            self._steps = torch.cat([self._steps, torch.empty_like(self._steps)], dim=1)
+            self._log_decays = torch.cat([self._log_decays, torch.zeros_like(self._log_decays[1:])])
+        step = OptimizerStep(
+            "adamw",
+            lr=lr,
+            step=self.last_step + 1,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+        )
+        self._steps[:, self._count] = torch.tensor([step.step_size, step.root_correction, step.decay])
+        # A decay of 0 or below (lr * weight_decay >= 1) has no logarithm: NaN sends kernels to the steps one by one.
+        self._log_decay += math.log(step.decay) if step.decay > 0.0 else math.nan
+        self._count += 1
+        self._log_decays[self._count] = self._log_decay

@@ -1,0 +1,30 @@
+import pytest
+
+from mempool.bench import peers
+from mempool.bench.cases import Workload
+
+
+@pytest.fixture
+def tiny() -> Workload:
+    """Sizes at which a whole run takes seconds; some tables take more than a case may."""
+    return Workload(
+        num_slots=(256, 64),
+        value_dims=(16, 8, 128),
+        bag_sizes=(4, 2),
+        forward_bytes=1 << 12,
+        most_bytes=96 << 10,
+        product_queries=4,
+        product_keys=(8,),
+        half_dim=4,
+        flat=((64, 8, 3),),
+        copy_bytes=1 << 12,
+        product_size=8,
+        topk=4,
+        heads=2,
+    )
+
+
+@pytest.fixture
+def no_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where only torch is installed beside mempool."""
+    monkeypatch.setattr(peers, "installed", lambda _: False)

@@ -1,0 +1,42 @@
+"""Rounds are interleaved, their order moves on, and nobody gets the inputs of the one before him."""
+
+import itertools
+
+import pytest
+
+from mempool.bench.measuring import MIN_ROUNDS, Contender, Times, interleaved
+
+
+def test_order_and_inputs() -> None:
+    calls: list[tuple[str, int]] = []
+    contenders = [Contender(name, lambda i, name=name: calls.append((name, i))) for name in "abc"]  # type: ignore[misc]
+    times = interleaved(contenders, num_inputs=4, rounds=40)
+    assert all(len(one.rounds_ms) == 40 for one in times.values())
+    rounds = [calls[first : first + 3] for first in range(0, len(calls), 3)]
+    assert len(rounds) == 42, "two of them only warm up"
+    for one in rounds:
+        assert sorted(name for name, _ in one) == ["a", "b", "c"]
+    assert [one[0][0] for one in rounds] == ["b", "c", "a"] * 14
+    for (_, inputs), (_, following) in itertools.pairwise(calls):
+        assert inputs != following
+    for name in "abc":
+        assert {inputs for found, inputs in calls if found == name} == {0, 1, 2, 3}
+
+
+def test_what_comes_before_is_done_every_time_on_the_same_inputs() -> None:
+    calls: list[tuple[str, int]] = []
+    contender = Contender("a", lambda i: calls.append(("run", i)), lambda i: calls.append(("before", i)))
+    interleaved([contender], num_inputs=2, rounds=3)
+    assert [what for what, _ in calls] == ["before", "run"] * 5
+    assert all(calls[place][1] == calls[place + 1][1] for place in range(0, len(calls), 2))
+
+
+@pytest.mark.parametrize(("rounds", "made"), [(100, MIN_ROUNDS), (2, 2)])
+def test_a_spent_budget_ends_a_case_after_the_fewest_rounds(rounds: int, made: int) -> None:
+    times = interleaved([Contender("a", lambda _: None)], num_inputs=1, rounds=rounds, budget_s=0.0)
+    assert len(times["a"].rounds_ms) == made
+
+
+def test_median_and_spread() -> None:
+    times = Times((3.0, 1.0, 10.0))
+    assert (times.median_ms, times.min_ms, times.max_ms) == (3.0, 1.0, 10.0)
