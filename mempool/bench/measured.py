@@ -36,10 +36,8 @@ class Measured:
     notes: Sequence[str] = ()
 
     def ratio(self, peer: str) -> float | None:
-        """How many times longer a peer takes than mempool, by medians; None if it did not run."""
-        if peer not in self.times:
-            return None
-        return self.times[peer].median_ms / self.times[OWN].median_ms
+        """How many times longer a peer takes than mempool, the median of rounds; None if it did not run."""
+        return self.times[peer].over(self.times[OWN]) if peer in self.times else None
 
     @property
     def ceiling_per_ms(self) -> float:
@@ -47,19 +45,19 @@ class Measured:
         return self.ceiling_work / self.ceiling.median_ms
 
     def share_of_copy(self, contender: str) -> float | None:
-        """Unavoidable bytes a second as a share of the copy's; None for cases of keys.
+        """Unavoidable bytes a second as a share of the copy's, the median of rounds; None for cases of keys.
 
         More than 1 where rows that occur several times are found in a cache.
         """
         if self.case.of_keys:
             return None
-        return self.num_bytes / self.times[contender].median_ms / self.ceiling_per_ms
+        return self.num_bytes / self.ceiling_work * self.ceiling.over(self.times[contender])
 
     def share_of_product(self, contender: str) -> float | None:
-        """Operations a second as a share of the square product's; None where memory is the limit."""
+        """Operations a second as a share of the square product's, likewise; None where memory is the limit."""
         if not self.case.of_keys:
             return None
-        return self.num_flops / self.times[contender].median_ms / self.ceiling_per_ms
+        return self.num_flops / self.ceiling_work * self.ceiling.over(self.times[contender])
 
     def document(self) -> dict[str, Any]:
         """As it stands in the result file."""

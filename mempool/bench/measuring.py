@@ -51,6 +51,13 @@ class Times:
     def median_ms(self) -> float:
         return statistics.median(self.rounds_ms)
 
+    def over(self, other: Times) -> float:
+        """How many times longer this took than another: the median of the rounds' quotients.
+
+        Both ran in the same rounds, so that a machine which is slow for a while is slow for both.
+        """
+        return statistics.median(mine / its for mine, its in zip(self.rounds_ms, other.rounds_ms, strict=True))
+
     @property
     def min_ms(self) -> float:
         return min(self.rounds_ms)

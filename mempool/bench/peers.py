@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,9 @@ def installed(package: str) -> bool:
     if importlib.util.find_spec(package) is None:
         return False
     try:
-        importlib.import_module(package)
+        with warnings.catch_warnings():  # of what a CPU build leaves out
+            warnings.simplefilter("ignore")
+            importlib.import_module(package)
     except (ImportError, OSError):  # built for another torch
         return False
     return True

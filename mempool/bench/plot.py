@@ -7,7 +7,20 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-_COLOURS = ("#0b6e4f", "#d1495b", "#edae49", "#30638e", "#8d6a9f")
+_COLOURS = (
+    "#0b6e4f",
+    "#d1495b",
+    "#edae49",
+    "#30638e",
+    "#8d6a9f",
+    "#66a182",
+    "#c77dff",
+    "#3a86ff",
+    "#6c584c",
+    "#ff7f51",
+)
+_INCHES_A_LINE = 0.2
+_LEGEND_COLUMNS = 4
 _PANELS = (
     ("share_of_copy", "unavoidable bytes a second, share of the same run's copy"),
     ("share_of_matmul", "operations a second, share of the same run's square product"),
@@ -36,11 +49,17 @@ def plot(found: dict[str, Any], path: Path) -> None:
     panels = [panel for panel in panels if panel[2]]
     if not panels:
         return
-    heights = [len(cases) + 3 for _, _, cases in panels]
-    figure, axes = pyplot.subplots(
-        len(panels), 1, figsize=(11, 0.21 * sum(heights) + 1.5), squeeze=False, height_ratios=heights
-    )
     names = list(dict.fromkeys(name for case in found["cases"] for name in case["contenders"]))
+    heights = [len(cases) + 3 for _, _, cases in panels]
+    legend_lines = -(-len(names) // _LEGEND_COLUMNS) + 1
+    num_lines = sum(heights) + legend_lines + 3
+    figure, axes = pyplot.subplots(
+        len(panels),
+        1,
+        figsize=(11, _INCHES_A_LINE * num_lines),
+        squeeze=False,
+        gridspec_kw={"height_ratios": heights},
+    )
     for axis, (share, label, cases) in zip(axes[:, 0], panels, strict=True):
         for place, case in enumerate(reversed(cases)):
             for name, times in case["contenders"].items():
@@ -50,14 +69,15 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axis.set_yticks(range(len(cases)), [case["name"] for case in reversed(cases)], fontsize=7)
         axis.set_xlabel(f"{label}, %", fontsize=8)
         axis.set_xlim(left=0)
+        axis.set_ylim(-0.7, len(cases) - 0.3)
         axis.tick_params(axis="x", labelsize=8)
         axis.grid(axis="both", color="#dddddd", linewidth=0.5)
         axis.set_axisbelow(True)
     handles = [pyplot.Line2D([], [], label=name, **_style(number)) for number, name in enumerate(names)]
     here = found["machine"]
     figure.suptitle(f"{here['model']}, {here['cores']} cores, {found['threads']} threads", fontsize=10)
-    figure.legend(handles=handles, loc="lower center", ncols=4, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.legend(handles=handles, loc="lower center", ncols=_LEGEND_COLUMNS, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, legend_lines / num_lines, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     # No date and no version in the file: the same figures make the same bytes.
     figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -78,7 +78,9 @@ def lines(outcome: Outcome) -> list[str]:
     ]
     if outcome.measured:
         out += [*_table(_HEADER, [_row(one) for one in outcome.measured]), ""]
-        out.append("ms: median of rounds (min to max). Peers: ms, and how many times longer than mempool.")
+        out.append(
+            "ms: median of rounds (min to max). Peers: ms, and how many times longer than mempool (median of rounds)."
+        )
         out.append(
             "share: unavoidable bytes a second beside a copy's, or, for keys, operations beside a square product's, "
             "in the same rounds; above 100 % where repeated rows come from a cache."
@@ -109,9 +111,7 @@ def _row(one: Measured) -> tuple[str, ...]:
     share = one.share_of_product(OWN) if one.case.of_keys else one.share_of_copy(OWN)
     rate = f"{one.num_bytes / times.median_ms / 1e6:.1f}" if not one.case.of_keys else "-"
     beside = [
-        f"{name} {peer.median_ms:.2f} ({peer.median_ms / times.median_ms:.2f}x)"
-        for name, peer in one.times.items()
-        if name != OWN
+        f"{name} {peer.median_ms:.2f} ({peer.over(times):.2f}x)" for name, peer in one.times.items() if name != OWN
     ]
     return (
         one.case.name,

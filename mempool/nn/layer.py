@@ -63,7 +63,7 @@ class MemoryLayer(nn.Module):
             sqrt(key_dim), as attention with qk-norm does: bounds the scores by sqrt(key_dim), for stable training.
         query_norm: Normalise each whole query to a root mean square of 1 (no learned gain: keys can learn it).
         key_init_std: Keys start as N(0, key_init_std^2); 1 / sqrt(key_dim) if None.
-        deterministic: Sum scores in a fixed order, so that a token finds the same slots alone and in any batch. Costs
+        deterministic: Sum scores in a fixed order, so that a query finds the same slots alone and in any batch. Costs
             nothing on a CPU; False lets a GPU use its tensor cores.
         device: Where the parameters are made.
         dtype: Type of the parameters.

@@ -300,14 +300,26 @@ class Arena:
 
     def _resize(self, capacity: int) -> None:
         for name, old in self._stores.items():
-            # The padding of packed rows is always 0.
-            make = torch.empty if self._packed is None or name != VALUES else torch.zeros
-            rows = make((capacity * self._page_slots, old.shape[1]), dtype=old.dtype, device=self._device)
+            rows = torch.empty((capacity * self._page_slots, old.shape[1]), dtype=old.dtype, device=self._device)
+            _prefer_huge_pages(rows)
+            if self._packed is not None and name == VALUES:
+                rows[old.shape[0] :].zero_()  # padding stays 0
             rows[: old.shape[0]] = old
             self._stores[name] = rows
         # The lowest page is taken first: the list is a stack.
         self._free = list(range(capacity - 1, self._capacity - 1, -1)) + self._free
         self._capacity = capacity
+
+
+def _prefer_huge_pages(rows: Tensor) -> None:
+    """Look-ups read rows at random: each would wait for its page's address too."""
+    if rows.device.type != "cpu":
+        return
+    try:
+        from mempool.kernels.cpu.runtime import prefer_huge_pages
+    except ImportError:  # no Numba
+        return
+    prefer_huge_pages(rows)
 
 
 def pieces(num_pages: int, page_bytes: int) -> Iterator[slice]:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from mempool import kernels
@@ -149,9 +148,7 @@ def _reduce(table: Table, held: list[HeldUpdate], norm: _Norm, budget: Budget) -
             sums = kernels.segment_sum(part, pairs.weights, pairs.bags, grads)
             norm.add(sums)
             if keep:
-                # The optimizer needs the rows alone; the order of the pairs is as long as the batch.
-                none = torch.empty(0, dtype=torch.int64, device=table.device)
-                reductions.append(Reduction(lane, replace(part, order=none), sums))
+                reductions.append(Reduction.of(lane, part, sums))
     return tuple(reductions) if keep else None
 
 

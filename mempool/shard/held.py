@@ -5,7 +5,7 @@ Values only: arithmetic on tables is in ``commits``.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakSet
 
 import torch
@@ -52,6 +52,11 @@ class Reduction:
     lane: Lane
     pairs: SortedPairs
     sums: Tensor
+
+    @classmethod
+    def of(cls, lane: Lane, pairs: SortedPairs, sums: Tensor) -> "Reduction":
+        """Without the order of the pairs, which is as long as the batch: the optimizer needs the rows alone."""
+        return cls(lane, replace(pairs, order=pairs.order[:0].clone()), sums)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,6 @@
 """From a table's OptimizerSpec to the state its shards keep and the step the kernels take. The arithmetic is theirs."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,7 +65,9 @@ def rounding(schema: TableSchema, blocks: tuple[int, ...], *, version: int, devi
     """How the step that makes ``version`` rounds the columns of these blocks, side by side; None: to nearest."""
     if schema.rounding == "nearest":
         return None
-    key = Rounding.key_of(seed=schema.seed, table=schema.table_id, step=version)
+    # By its name: a pool's table ids tell when tables were made, and no two runs of one job would be alike.
+    table = int.from_bytes(hashlib.sha256(schema.name.encode()).digest()[:8], "big")
+    key = Rounding.key_of(seed=schema.seed, table=table, step=version)
     return Rounding(key, torch.tensor([schema.block_columns(block)[0] for block in blocks], device=device))
 
 

@@ -1,8 +1,8 @@
 """A step's gradient summed per row in parts, so that its temporary memory stays within a budget whatever the batch.
 
-The step's slots are cut into ranges whose sums fit; for each range, the pairs of every held update are read in order, a
-part at a time, and added to the range's sums. No update is copied whole, none are joined. A row of less than
-``kernels.RUN_PIECE`` pairs gets the bits that it gets when all is summed at once.
+The step's slots are cut into ranges whose pairs and sums fit. For each range the pairs of every held update that lie in
+it are picked out, in canonical order, and summed; no update is copied whole. A slot with more pairs than fit is a range
+of its own, summed in parts that end where pieces of ``kernels.segment_sum`` end: the bits are those of one sum of all.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from mempool import kernels
-from mempool.kernels import SortedPairs
-from mempool.shard.held import HeldUpdate, Reduction
+from mempool.shard.held import HeldUpdate, Pairs, Reduction
 from mempool.shard.table import Lane, Table
 
 SORT_BYTES = 64
@@ -21,9 +20,8 @@ SORT_BYTES = 64
 SORTED_BYTES = 32
 """Bytes of a sorted pair, where each is of another row: order, row, slot, start."""
 
-_SCANNED_BYTES = 32  # of a pair of which it is found whether its slot lies in a range: masks and positions
-_PAIR_BYTES = 64 + SORTED_BYTES + SORT_BYTES  # of a pair in that range: id, weight, bag, gradient's row
-_ROW_BYTES = 64 + SORTED_BYTES + SORT_BYTES  # of a distinct row besides its sum: its slot, found and located
+_SCANNED_BYTES = 24  # of a pair of which it is found whether its slot lies in a range: masks, its position
+_PICKED_BYTES = 48  # of a pair in that range: position, id, weight, bag, and their copies while they are joined
 _BUCKETS = 4096
 
 
@@ -36,45 +34,38 @@ def pairs_bytes(table: Table, updates: Sequence[HeldUpdate]) -> int:
         SORTED_BYTES * pairs + (0 if lane.columns is None else 4 * len(lane.arena.columns) * bags)
         for lane in table.lanes
     )
-    missed = 0 if table.schedule is None else (48 + 4 * len(table.blocks)) * pairs
-    return 16 * bags + (8 + SORT_BYTES) * pairs + joined + in_lanes + missed
+    return 16 * bags + (8 + SORT_BYTES) * pairs + joined + in_lanes + _missed_bytes(table) * pairs
 
 
 def reduce_in_parts(table: Table, updates: Sequence[HeldUpdate], room_bytes: int) -> Iterator[Reduction]:
-    """The sums of all rows of a step, range after range; what is yielded is overwritten with the next.
+    """The sums of all rows of a step, range after range.
 
     Args:
         table: Where the rows are.
         updates: In canonical order.
-        room_bytes: What this may take, with what the optimizer needs of one part. The floor is a few rows and the
-            gradient of one pair: some 100 bytes and the width of a row in float32.
+        room_bytes: What this may take, with what the optimizer needs besides for one part. RUN_PIECE pairs are taken at
+            once in any case: 150 KiB, and where gradients have to be picked out (of several updates, or for an arena of
+            some of the columns) 8 KiB for each column.
     """
-    num_pairs, _ = _count(updates)
     for lane in table.lanes:
         width = len(lane.arena.columns)
-        missed = 0 if table.schedule is None else 48 + 4 * len(lane.arena.blocks)
-        max_rows = max(1, min(num_pairs, room_bytes // 2 // (4 * width + _ROW_BYTES + missed)))
-        cut = _Cut(
-            scanned=max(1, room_bytes // 8 // _SCANNED_BYTES),
-            taken=max(1, room_bytes // 4 // (_PAIR_BYTES + (0 if lane.columns is None else 4 * width))),
-        )
-        buffer = torch.empty(max_rows, width, device=table.device)
-        for first, end in _ranges(updates, 0, table.schema.num_slots, max_rows=max_rows, cut=cut):
-            slots = _distinct(updates, first, end, max_rows=max_rows, cut=cut)
-            here = kernels.sort_pairs(lane.arena.paged(), slots)
-            sums = buffer[: here.rows.shape[0]].zero_()
-            for update in updates:
-                for at in _pairs_within(update, first, end, cut):
-                    _add(lane, update, at, here, sums)
-            yield Reduction(lane, here, sums)
+        picks_gradients = len(updates) > 1 or lane.columns is not None
+        pair_bytes = _PICKED_BYTES + SORTED_BYTES + SORT_BYTES + (8 * width if picks_gradients else 0)
+        max_pairs = max(1, room_bytes // 2 // pair_bytes // kernels.RUN_PIECE) * kernels.RUN_PIECE
+        max_rows = max(1, room_bytes // 4 // (4 * width + _missed_bytes(table)))
+        scanned = max(_BUCKETS, room_bytes // 8 // _SCANNED_BYTES)
+        ranges = _ranges(updates, 0, table.schema.num_slots, max_pairs=max_pairs, max_rows=max_rows, scanned=scanned)
+        for first, end in ranges:
+            parts = _parts(updates, first, end, num_pairs=max_pairs, scanned=scanned)
+            reduction = _summed(lane, _joined(lane, next(parts)))
+            for part in parts:  # there are more where the range is one slot
+                _add(lane, _joined(lane, part), reduction.sums)
+            yield reduction
 
 
-class _Cut:
-    """How many pairs are looked at at once, and of how many gradients are added at once."""
-
-    def __init__(self, *, scanned: int, taken: int) -> None:
-        self.scanned = scanned
-        self.taken = taken
+def _missed_bytes(table: Table) -> int:
+    """Bytes of a row while it catches up with a dense optimizer's steps."""
+    return 0 if table.schedule is None else 48 + 4 * len(table.blocks)
 
 
 def _count(updates: Sequence[HeldUpdate]) -> tuple[int, int]:
@@ -82,61 +73,106 @@ def _count(updates: Sequence[HeldUpdate]) -> tuple[int, int]:
     return sum(update.bags.ids.shape[0] for update in updates), sum(update.bags.num_bags for update in updates)
 
 
-def _pairs_within(update: HeldUpdate, first: int, end: int, cut: _Cut) -> Iterator[Tensor]:
+def _within(update: HeldUpdate, first: int, end: int, scanned: int) -> Iterator[Tensor]:
     """Positions of an update's pairs whose slots lie in ``first`` to ``end``, ascending, some at a time."""
-    for start in range(0, update.bags.ids.shape[0], cut.scanned):
-        ids = update.bags.ids[start : start + cut.scanned]
+    for start in range(0, update.bags.ids.shape[0], scanned):
+        ids = update.bags.ids[start : start + scanned]
         at = ((ids >= first) & (ids < end)).nonzero()[:, 0]
-        at += start
         if at.numel():
-            yield from torch.split(at, cut.taken)
+            yield at + start
 
 
-def _add(lane: Lane, update: HeldUpdate, at: Tensor, here: SortedPairs, sums: Tensor) -> None:
-    """Add the gradients of some pairs of an update to the sums of their rows, which are those of ``here``."""
-    pairs = kernels.sort_pairs(lane.arena.paged(), update.bags.ids[at])
-    weights = None if update.bags.weights is None else update.bags.weights[at]
-    # Of empty bags with the same offset, the last is the one that is not empty.
-    bags, grads = torch.searchsorted(update.bags.offsets, at, right=True) - 1, update.grads
-    if lane.columns is not None:
-        used, bags = torch.unique_consecutive(bags, return_inverse=True)
-        grads = grads[used[:, None], lane.columns]
-    kernels.add_segments(sums, torch.searchsorted(here.slots, pairs.slots), pairs, weights, bags, grads)
+def _parts(
+    updates: Sequence[HeldUpdate], first: int, end: int, *, num_pairs: int, scanned: int
+) -> Iterator[list[tuple[HeldUpdate, Tensor]]]:
+    """The pairs of a range in canonical order, cut after every ``num_pairs`` of them: positions by update."""
+    part: list[tuple[HeldUpdate, Tensor]] = []
+    free = num_pairs
+    for update in updates:
+        for at in _within(update, first, end, scanned):
+            while at.numel():
+                if not free:
+                    yield part
+                    part, free = [], num_pairs
+                taken, at = at[:free], at[free:]
+                part.append((update, taken))
+                free -= taken.shape[0]
+    if part:
+        yield part
+
+
+def _joined(lane: Lane, part: list[tuple[HeldUpdate, Tensor]]) -> Pairs:
+    """Pairs of a part and the gradients of their bags, the lane's columns. Whole ones of one update are not copied."""
+    updates: dict[int, tuple[HeldUpdate, list[Tensor]]] = {}
+    for update, at in part:
+        updates.setdefault(id(update), (update, []))[1].append(at)
+    alone = len(updates) == 1
+    weighted = any(update.bags.weights is not None for update, _ in updates.values())
+    ids, weights, bags, grads, num_bags = [], [], [], [], 0
+    for update, positions in updates.values():
+        at = positions[0] if len(positions) == 1 else torch.cat(positions)
+        ids.append(update.bags.ids[at])
+        if weighted:
+            given = update.bags.weights
+            weights.append(torch.ones(at.shape[0], device=at.device) if given is None else given[at])
+        # Of empty bags with the same offset, the last is the one that is not empty.
+        bag = torch.searchsorted(update.bags.offsets, at, right=True) - 1
+        gradients = update.grads
+        if not alone or lane.columns is not None:
+            used, bag = torch.unique_consecutive(bag, return_inverse=True)
+            gradients = gradients[used] if lane.columns is None else gradients[used[:, None], lane.columns]
+        bags.append(bag + num_bags)
+        grads.append(gradients)
+        num_bags += gradients.shape[0]
+    if alone:
+        return Pairs(ids[0], weights[0] if weighted else None, bags[0], grads[0])
+    return Pairs(torch.cat(ids), torch.cat(weights) if weighted else None, torch.cat(bags), torch.cat(grads))
+
+
+def _summed(lane: Lane, pairs: Pairs) -> Reduction:
+    in_order = kernels.sort_pairs(lane.arena.paged(), pairs.ids)
+    return Reduction.of(lane, in_order, kernels.segment_sum(in_order, pairs.weights, pairs.bags, pairs.grads))
+
+
+def _add(lane: Lane, pairs: Pairs, sums: Tensor) -> None:
+    """Add the gradients of more pairs of one slot; sums: [1, W], or [0, W] where it is not here."""
+    in_order = kernels.sort_pairs(lane.arena.paged(), pairs.ids)
+    places = torch.arange(sums.shape[0], device=sums.device)
+    kernels.add_segments(sums, places, in_order, pairs.weights, pairs.bags, pairs.grads)
 
 
 def _ranges(
-    updates: Sequence[HeldUpdate], first: int, end: int, *, max_rows: int, cut: _Cut
+    updates: Sequence[HeldUpdate], first: int, end: int, *, max_pairs: int, max_rows: int, scanned: int
 ) -> Iterator[tuple[int, int]]:
-    """Cut slots into ranges, ascending, each of at least one pair and at most ``max_rows`` distinct slots of pairs."""
+    """Cut slots into ranges, ascending, each with pairs, but at most so many, of at most so many slots. A slot with
+    more pairs is a range of its own."""
     shift = max(0, (end - first - 1).bit_length() - (_BUCKETS.bit_length() - 1))
     width = 1 << shift
     counts = np.zeros(-(-(end - first) // width), dtype=np.int64)
     for update in updates:
-        for at in _pairs_within(update, first, end, cut):
+        for at in _within(update, first, end, scanned):
             buckets = (update.bags.ids[at] - first) >> shift
             counts += torch.bincount(buckets, minlength=len(counts)).cpu().numpy()
-    start, rows = first, 0
+    start, pairs, rows = first, 0, 0
     for bucket in np.flatnonzero(counts).tolist():
-        more, begins = min(int(counts[bucket]), width), first + bucket * width
-        if rows and rows + more > max_rows:
+        count, begins = int(counts[bucket]), first + bucket * width
+        if pairs and (pairs + count > max_pairs or rows + min(count, width) > max_rows):
             yield start, begins
-            start, rows = begins, 0
-        if more > max_rows:
-            yield from _ranges(updates, begins, min(begins + width, end), max_rows=max_rows, cut=cut)
-            start = begins + width
+            start, pairs, rows = begins, 0, 0
+        if count <= max_pairs and min(count, width) <= max_rows:
+            pairs, rows = pairs + count, rows + min(count, width)
+            continue
+        if width == 1:
+            yield begins, begins + 1
         else:
-            rows += more
-    if rows:
+            yield from _ranges(
+                updates,
+                begins,
+                min(begins + width, end),
+                max_pairs=max_pairs,
+                max_rows=max_rows,
+                scanned=scanned,
+            )
+        start = begins + width
+    if pairs:
         yield start, end
-
-
-def _distinct(updates: Sequence[HeldUpdate], first: int, end: int, *, max_rows: int, cut: _Cut) -> Tensor:
-    """The slots of a range that pairs name, ascending."""
-    found = [updates[0].bags.ids[:0]]
-    for update in updates:
-        for at in _pairs_within(update, first, end, cut):
-            found.append(torch.unique(update.bags.ids[at]))
-            if sum(map(len, found)) > 2 * max_rows:
-                found = [torch.unique(torch.cat(found))]
-    slots: Tensor = torch.unique(torch.cat(found))
-    return slots

@@ -58,7 +58,7 @@ class Pools:
     def table(self, *, shards: int = 2, pool: Pool | None = None, **config: Any) -> Table:
         """A new table, dropped when the test ends if its pool is a shared one."""
         home = self.pool(shards) if pool is None else pool
-        table = home.create_table(mempool.TableConfig(name=f"table-{next(_names)}", **config))
+        table = home.create_table(mempool.TableConfig(**{"name": f"table-{next(_names)}"} | config))
         if pool is None:
             self.tables.append((home, table))
         return table

@@ -43,7 +43,7 @@ OPTIMIZERS = (SGD(0.1), Adagrad(0.1), RowWiseAdagrad(0.1), Adam(0.1), AdamW(0.1)
 def test_columns_are_bitwise_equal_for_one_two_and_four_shards(pools: Pools, optimizer: Optimizer, dtype: str) -> None:
     config = {"num_slots": NUM_SLOTS, "value_dim": VALUE_DIM, "block_dim": BLOCK_DIM, "dtype": dtype}
     if dtype != "float32":
-        config["rounding"] = "nearest"  # the other depends on the table's number, and these are other tables
+        config["rounding"] = "nearest"  # the other depends on the table's name, and these are other tables
     one, one_weight_grads, one_rows = train(pools.table(shards=1, optimizer=optimizer, **config))
     for shards in (2, 4):
         table = pools.table(shards=shards, layout="columns", optimizer=optimizer, **config)
@@ -71,9 +71,11 @@ def test_stochastic_rounding_is_the_same_to_the_bit_on_any_shards_and_in_a_repla
     config = {"num_slots": NUM_SLOTS, "value_dim": VALUE_DIM, "block_dim": BLOCK_DIM, "page_slots": 16, "dtype": dtype}
     first: Tensor | None = None
     for shards, layout in [(1, "auto"), (1, "auto"), (2, "columns"), (3, "columns"), (2, "rows"), (3, "rows")]:
-        with pools.fresh(shards) as pool:  # in a new pool, the table has the same number
-            rows = train(pools.table(pool=pool, layout=layout, optimizer=Adagrad(lr=0.1), **config))[2]
+        table = pools.table(shards=shards, layout=layout, optimizer=Adagrad(lr=0.1), name="again", **config)
+        rows = train(table)[2]
+        pools.drop_tables()
         first = rows if first is None else first
         assert torch.equal(rows, first)
-    nearest = train(pools.table(shards=1, rounding="nearest", optimizer=Adagrad(lr=0.1), **config))[2]
-    assert not torch.equal(nearest, first)
+    for other in ({"name": "other"}, {"name": "again", "rounding": "nearest"}):
+        rows = train(pools.table(shards=1, optimizer=Adagrad(lr=0.1), **config, **other))[2]
+        assert not torch.equal(rows, first)

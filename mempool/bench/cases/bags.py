@@ -77,8 +77,8 @@ def _peers_sums(paged: Paged, bag_size: int) -> list[_Summing]:
 
     def torch_sum(pairs: Pairs) -> Tensor:
         return torch.nn.functional.embedding_bag(
-            pairs.arena_ids, rows, pairs.offsets, mode="sum", per_sample_weights=pairs.weights.to(rows.dtype),
-            include_last_offset=True,
+            pairs.arena_ids, rows, pairs.offsets, mode="sum", include_last_offset=True,
+            per_sample_weights=pairs.weights if rows.dtype == torch.float32 else pairs.narrow_weights,
         )  # fmt: skip
 
     exact = FLOAT32_TOLERANCE if rows.dtype == torch.float32 else BFLOAT16_TOLERANCE

@@ -53,6 +53,7 @@ class Pairs:
         ids: [L] int64 slots.
         arena_ids: [L] int64, where they lie: what peers without a page table are given.
         weights: [L] float32.
+        narrow_weights: [L], the same in bfloat16, for peers that want weights in the dtype of the rows.
         offsets: [B + 1] int64.
         bags: [L] int64.
         grads: [B, W] float32.
@@ -61,6 +62,7 @@ class Pairs:
     ids: Tensor
     arena_ids: Tensor
     weights: Tensor
+    narrow_weights: Tensor
     offsets: Tensor
     bags: Tensor
     grads: Tensor
@@ -70,7 +72,7 @@ class Tables:
     """Makes arenas, and keeps what the next cases use again: the float32 arena of a size, one other, and one state.
 
     Every contender of a case works on the same memory: mempool through the page table, peers with ids that are already
-    translated.
+    translated. On the CPU it lies in huge pages where the system has them, as a shard's does.
     """
 
     def __init__(self, device: torch.device | str, seed: int) -> None:
@@ -111,7 +113,7 @@ class Tables:
             found: dict[str, Tensor] = {}
             for name in STATE_NAMES[algorithm]:
                 width = num_blocks(spec.value_dim, block_dim) if name in BLOCK_STATE else spec.value_dim
-                found[name] = torch.empty(spec.num_slots, width, device=self.device)
+                found[name] = self._empty(spec.num_slots, width, torch.float32)
             self._state = (spec, algorithm, block_dim, found)
         for name, tensor in self._state[3].items():
             tensor.fill_(0.0 if name == "exp_avg" else 1.0)
@@ -127,10 +129,12 @@ class Tables:
         for _ in range(NUM_INPUTS):
             size = (num_bags * bag_size,)
             chosen = torch.randint(0, num_slots, size, generator=generator) if draw is None else draw(*size)
+            weights = torch.rand(size, generator=generator) + 0.5
             tensors = (
                 chosen,
                 arena_ids(paged, chosen),
-                torch.rand(size, generator=generator) + 0.5,
+                weights,
+                weights.to(torch.bfloat16),
                 offsets,
                 bags,
                 torch.randn(num_bags, paged.width, generator=generator),
@@ -145,9 +149,19 @@ class Tables:
         page_table = torch.randperm(num_pages, generator=generator).to(torch.int32).to(self.device)
         dtype = torch.uint8 if spec.layout is not None else getattr(torch, spec.element)
         columns = spec.row_bytes // dtype.itemsize
-        rows = torch.empty(num_pages << shift, columns, dtype=dtype, device=self.device)
+        rows = self._empty(num_pages << shift, columns, dtype)
         self._fill(spec, rows)
         return Paged(rows, page_table, shift, spec.layout)
+
+    def _empty(self, num_rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        made = torch.empty(num_rows, columns, dtype=dtype, device=self.device)
+        if self.device.type == "cpu":
+            try:
+                from mempool.kernels.cpu.runtime import prefer_huge_pages
+            except ImportError:  # no Numba
+                return made
+            prefer_huge_pages(made)
+        return made
 
     def _fill(self, spec: TableSpec, rows: Tensor) -> None:
         drawn = _drawn(spec, torch.Generator().manual_seed(self.seed)).to(self.device)

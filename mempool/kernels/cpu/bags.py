@@ -43,8 +43,12 @@ _dot_wide, _dot_middle, _dot_narrow = (dot_tile(columns // LANES) for columns in
 _PARTS_PER_THREAD = 4
 # Bags are handed out whole, unless one of them would leave the other threads idle: then columns are.
 _LOPSIDED = 1.25
+# Reading an element takes a fraction of the time that a thread's share of the work is measured by: a step on it.
+_READS_PER_STEP = 4
 # Rows that are converted at once, in elements: they stay in the cache until torch has rounded them.
 _CHUNK_ELEMENTS = 1 << 17
+# Numba compiles a function once more for an argument that is a number of the source.
+_ZERO: Any = np.int64(0)
 
 
 class _Arena(NamedTuple):
@@ -124,7 +128,7 @@ def _sum_listed(
     while columns > 0:
         following = column + columns
         next_columns = _tile_columns(arena, following, end_column)
-        then, back = (following, count) if next_columns > 0 else (first_column, 0)
+        then, back = (following, count) if next_columns > 0 else (first_column, _ZERO)
         source = rows, scales_start, block_dim, listed, first, count, _AHEAD, column, then, back
         if columns == _WIDE:
             _sum_wide(*source, weights, fresh, acc)
@@ -160,7 +164,7 @@ def _sum_bags(
         if weights.shape[0] > 0:
             for place in range(count):
                 own_weights[place] = weights[pairs[place]]
-        first = 0
+        first = _ZERO
         while bag < end_bag:
             end = first
             while end < count and pairs[end] < offsets[bag + 1]:
@@ -213,14 +217,15 @@ def _weighted_sum(
     for _ in prange(num_threads):
         part = next_of(counter)
         while part < num_parts:
+            first_bag, end_bag, first_column, end_column = _ZERO, num_bags, _ZERO, width
             if by_columns:
-                first = num_groups * part // num_parts * _MIDDLE
-                end = num_groups * (part + 1) // num_parts * _MIDDLE if part + 1 < num_parts else width
-                _sum_bags(arena, ids, weights, offsets, 0, num_bags, first, end, out)
+                first_column = num_groups * part // num_parts * _MIDDLE
+                if part + 1 < num_parts:
+                    end_column = num_groups * (part + 1) // num_parts * _MIDDLE
             else:
-                first = _first_bag_of_part(offsets, part, num_parts)
-                end = _first_bag_of_part(offsets, part + 1, num_parts)
-                _sum_bags(arena, ids, weights, offsets, first, end, 0, width, out)
+                first_bag = _first_bag_of_part(offsets, part, num_parts)
+                end_bag = _first_bag_of_part(offsets, part + 1, num_parts)
+            _sum_bags(arena, ids, weights, offsets, first_bag, end_bag, first_column, end_column, out)
             part = next_of(counter)
 
 
@@ -229,7 +234,7 @@ def weighted_sum(
 ) -> Tensor:
     """See mempool.kernels.weighted_sum."""
     out = torch.empty(offsets.numel() - 1, paged.width, dtype=torch.float32)
-    num_threads = use_threads(ids.numel() * paged.width)
+    num_threads = use_threads(ids.numel() * paged.width // _READS_PER_STEP)
     counter = np.zeros(1, dtype=np.int64)
     _weighted_sum(_arena(paged), view(ids), optional_weights(weights), view(offsets), num_threads, counter, out.numpy())
     return out.to(dtype)
@@ -253,11 +258,11 @@ def _dot_rest(
 def _dot_listed(arena: _Arena, listed: Array, first: int, count: int, grad: Array, results: Array) -> None:
     rows, block_dim, scales_start = arena.rows, arena.block_dim, 4 * arena.first_scale
     width = grad.shape[0]
-    column, columns = 0, _tile_columns(arena, 0, width)
+    column, columns = _ZERO, _tile_columns(arena, _ZERO, width)
     while columns > 0:
         following = column + columns
         next_columns = _tile_columns(arena, following, width)
-        then, back = (following, count) if next_columns > 0 else (0, 0)
+        then, back = (following, count) if next_columns > 0 else (_ZERO, _ZERO)
         source = rows, scales_start, block_dim, listed, first, count, _AHEAD, column, then, back
         if columns == _WIDE:
             _dot_wide(*source, column == 0, grad, results)
@@ -280,7 +285,7 @@ def _multiply_pairs(
     while first_pair < last_pair:
         end_pair = min(last_pair, first_pair + _PIECE)
         count = _list_pairs(arena, ids, first_pair, end_pair, listed, pairs)
-        first = 0
+        first = _ZERO
         while first < count:
             while offsets[bag + 1] <= pairs[first]:
                 bag += 1
@@ -311,7 +316,7 @@ def _weight_gradient(
 def weight_gradient(paged: Paged, ids: Tensor, offsets: Tensor, grads: Tensor) -> Tensor:
     """See mempool.kernels.weight_gradient."""
     out = torch.empty(ids.numel(), dtype=torch.float32)
-    num_threads = use_threads(ids.numel() * paged.width)
+    num_threads = use_threads(ids.numel() * paged.width // _READS_PER_STEP)
     counter = np.zeros(1, dtype=np.int64)
     _weight_gradient(_arena(paged), view(ids), view(offsets), view(grads), num_threads, counter, out.numpy())
     return out
@@ -394,7 +399,8 @@ def _write_own_rows(arena: _Arena, ids: Array, values: Array, thread: int, num_t
 def _write_rows(arena: _Arena, ids: Array, values: Array, num_threads: int) -> None:
     # Of repeated ids the last must win: every thread goes through all ids, and writes the rows that are its own.
     for thread in prange(num_threads):
-        _write_own_rows(arena, ids, values, thread, num_threads)
+        own: Any = np.int64(thread)
+        _write_own_rows(arena, ids, values, own, num_threads)
 
 
 def scatter_rows(paged: Paged, ids: Tensor, values: Tensor) -> None:

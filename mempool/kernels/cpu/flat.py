@@ -27,7 +27,8 @@ from mempool.kernels.cpu.scores import (
     tile_reaches,
     tile_scores,
 )
-from mempool.kernels.cpu.selection import WORD, keep_best, lowest_bit, padded, scratch, select
+from mempool.kernels.cpu.selection import WORD, keep_best, lowest_bit, padded
+from mempool.kernels.cpu.topk import select_topk
 
 # Queries that go over the keys together: enough that packing the keys is little beside scoring them.
 _TASK_QUERIES = 512
@@ -89,7 +90,7 @@ def _take(
 
 @serial
 def _scan_part(
-    task: int,
+    task: Any,
     queries: Array,
     rows: Array,
     page_table: Array,
@@ -99,8 +100,8 @@ def _scan_part(
     best_scores: Array,
     best_ids: Array,
 ) -> None:
-    """Some queries over a range of slots. What is found is in order; empty places are NaN and -1."""
-    num_parts, num_queries, k = best_scores.shape
+    """Some queries over a range of slots: the k best of each, ids ascending; empty places are NaN and -1."""
+    num_queries, num_parts, k = best_scores.shape
     num_dims = rows.shape[1]
     num_chunks = (num_queries + chunk - 1) // chunk
     part, first = task // num_chunks, task % num_chunks * chunk
@@ -120,7 +121,7 @@ def _scan_part(
     scores, ids = np.empty((held, room), dtype=np.float32), np.empty((held, room), dtype=np.int64)
     panel, panel_ids = np.empty(TILE_KEYS * num_dims, dtype=np.float32), np.empty(TILE_KEYS, dtype=np.int64)
     tile = np.empty(TILE_QUERIES * TILE_KEYS, dtype=np.float32)
-    orders, maxima, found, ranks, places = scratch(room, k)
+    orders, found = np.empty(room, dtype=np.int32), np.empty(k, dtype=np.int64)
     slot, end = num_slots * part // num_parts, num_slots * (part + 1) // num_parts
     while slot < end:
         num_keys, slot = _next_panel(rows, page_table, page_shift, slot, end, panel, panel_ids)
@@ -129,15 +130,15 @@ def _scan_part(
             if tile_reaches(tile, limits, start):
                 for query in range(start, min(start + TILE_QUERIES, held)):
                     _take(tile, query, num_keys, panel_ids, limits, counts, scores, ids, k, orders, found)
-    index = np.empty(k, dtype=np.int64)
     for query in range(held):
-        num_found = min(k, counts[query])
-        if num_found > 0:
-            select(scores[query], 0, counts[query], num_found, orders, maxima, found, ranks, places, index)
+        if counts[query] > k:
+            for place in range(counts[query], room):
+                scores[query, place] = np.float32(-np.inf)
+            keep_best(scores[query], ids[query], k, orders, found)
         for place in range(k):
-            is_found = place < num_found
-            best_scores[part, first + query, place] = scores[query, index[place]] if is_found else np.float32(np.nan)
-            best_ids[part, first + query, place] = ids[query, index[place]] if is_found else -1
+            is_found = place < counts[query]
+            best_scores[first + query, part, place] = scores[query, place] if is_found else np.float32(np.nan)
+            best_ids[first + query, part, place] = ids[query, place] if is_found else -1
 
 
 @parallel
@@ -152,31 +153,8 @@ def _scan(
     best_ids: Array,
 ) -> None:
     num_chunks = (queries.shape[0] + chunk - 1) // chunk
-    for task in prange(best_scores.shape[0] * num_chunks):
-        _scan_part(task, queries, rows, page_table, page_shift, num_slots, chunk, best_scores, best_ids)
-
-
-@serial
-def _merge(query: int, part_scores: Array, part_ids: Array, best_scores: Array, best_ids: Array) -> None:
-    """The best of all parts, whose ids rise from part to part."""
-    num_parts, _, k = part_scores.shape
-    scores = np.empty(num_parts * k, dtype=np.float32)
-    for part in range(num_parts):
-        for place in range(k):
-            scores[part * k + place] = part_scores[part, query, place]
-    orders, maxima, found, ranks, places = scratch(num_parts * k, k)
-    index = np.empty(k, dtype=np.int64)
-    select(scores, 0, num_parts * k, k, orders, maxima, found, ranks, places, index)
-    for place in range(k):
-        score = scores[index[place]]
-        best_scores[query, place] = score if score == score else np.float32(-np.inf)
-        best_ids[query, place] = part_ids[index[place] // k, query, index[place] % k]
-
-
-@parallel
-def _merge_parts(part_scores: Array, part_ids: Array, best_scores: Array, best_ids: Array) -> None:
-    for query in prange(part_scores.shape[1]):
-        _merge(query, part_scores, part_ids, best_scores, best_ids)
+    for task in prange(best_scores.shape[1] * num_chunks):
+        _scan_part(np.int64(task), queries, rows, page_table, page_shift, num_slots, chunk, best_scores, best_ids)
 
 
 def flat_topk(
@@ -193,10 +171,9 @@ def flat_topk(
     # Enough parts of the keys that every thread has a task, and as many for the last ones as for the first.
     wanted = math.ceil(2 * torch.get_num_threads() / num_chunks)
     num_parts = max(1, min(wanted, num_slots // _LEAST_SLOTS))
-    part_scores = np.empty((num_parts, num_queries, k), dtype=np.float32)
-    part_ids = np.empty((num_parts, num_queries, k), dtype=np.int64)
-    scores = torch.empty(num_queries, k, dtype=torch.float32)
-    ids = torch.empty(num_queries, k, dtype=torch.int64)
+    # Ids rise from part to part, so that of equal scores the first is the one with the lowest id.
+    part_scores = torch.empty(num_queries, num_parts, k, dtype=torch.float32)
+    part_ids = torch.empty(num_queries, num_parts, k, dtype=torch.int64)
     use_threads(num_queries * num_slots * keys.width)
     _scan(
         view(queries),
@@ -205,9 +182,8 @@ def flat_topk(
         keys.page_shift,
         num_slots,
         _TASK_QUERIES,
-        part_scores,
-        part_ids,
+        part_scores.numpy(),
+        part_ids.numpy(),
     )
-    use_threads(part_scores.size)
-    _merge_parts(part_scores, part_ids, scores.numpy(), ids.numpy())
-    return scores, ids
+    scores, place = select_topk(part_scores.flatten(1), k)
+    return scores.nan_to_num_(nan=-math.inf, posinf=math.inf, neginf=-math.inf), part_ids.flatten(1).gather(1, place)

@@ -51,10 +51,20 @@ class NoSafeThreadingLayerError(ImportError):
     """Numba has no threading layer that may be used from several Python threads."""
 
 
+def _target() -> tuple[str, list[str]]:
+    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return str(triple), str(features).split(",")
+
+
 def has_wide_registers() -> bool:
     """Whether kernels are compiled for 32 vector registers of 64 bytes (AVX-512)."""
-    features = cpu_target.target_context.codegen().magic_tuple()[2]
-    return "+avx512f" in features.split(",")
+    return "+avx512f" in _target()[1]
+
+
+def converts_halves() -> bool:
+    """Whether the processor that kernels are compiled for turns float16 into float32 itself."""
+    triple, features = _target()
+    return "+f16c" in features or triple.startswith(("aarch64", "arm64"))
 
 
 def choose_threading_layer() -> str:

@@ -125,7 +125,7 @@ def sum_pairs(gradients: Gradients, first: int, end: int, piece: Array, out: Arr
 
 
 @serial
-def own_row(matrix: Array, row: int) -> Array:
+def own_row(matrix: Array, row: int) -> Any:
     """A row of a matrix, or the only one of a matrix that is not kept."""
     return matrix[row if matrix.shape[1] > 0 else 0]
 

@@ -1,6 +1,9 @@
 """Scoring of product keys on the CPU: half scores in the cache, the two-stage selection, and its gradient.
 
 No thread count, batch or place in a batch changes the bits of a result.
+
+What a task does is a function of its own that takes its number as np.int64: Numba types loop variables now signed, now
+unsigned, and would compile it for both. What is rare is left to torch's operations, for the compiler's time too.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ _TASK_ROWS = 16
 # Half scores that a task holds at once: they should stay in the second-level cache.
 _TASK_SCORES = 1 << 17
 _MOST_GROUPS = 4
+# Sums of all pairs held at once, of queries that the kernel leaves open.
+_OPEN_SUMS = 1 << 22
 # Ids up to here fit into the low half of a rank.
 _MOST_IDS = 1 << 32
 # With more winners than this, the sums of all pairs are not much more than those that can win.
@@ -38,7 +43,7 @@ _COLUMNS = 64
 
 
 @serial
-def _select_rows(task: int, scores: Array, values: Array, index: Array) -> None:
+def _select_rows(task: Any, scores: Array, values: Array, index: Array) -> None:
     num_rows, k = values.shape
     num_scores = scores.shape[1]
     flat = scores.reshape(-1)
@@ -52,7 +57,7 @@ def _select_rows(task: int, scores: Array, values: Array, index: Array) -> None:
 @parallel
 def _select_topk(scores: Array, values: Array, index: Array) -> None:
     for task in prange((values.shape[0] + _TASK_ROWS - 1) // _TASK_ROWS):
-        _select_rows(task, scores, values, index)
+        _select_rows(np.int64(task), scores, values, index)
 
 
 def select_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -85,37 +90,34 @@ def _select_pairs(
     out_scores: Array,
     out1: Array,
     out2: Array,
-) -> None:
-    """The k best sums of the winners of both halves, by (score descending, id ascending)."""
-    k, half_k = out1.shape[0], values1.shape[0]
-    count = -1
-    # Sums fall along rows and columns where they are numbers. Infinite ones could be inf - inf.
+) -> bool:
+    """The k best sums of the winners of both halves, by (score descending, id ascending).
+
+    Returns False, with nothing written, where that takes more than this: sums that are not finite, or more ties for the
+    last place than there is room for.
+    """
+    k, half_k, num_pairs = out1.shape[0], values1.shape[0], pairs.shape[0]
+    # Sums fall along rows and columns where they are finite. Others could be inf - inf.
     high, low = values1[0] + values2[0], values1[half_k - 1] + values2[half_k - 1]
-    if pairs.shape[0] > 0 and high < np.float32(np.inf) and low > np.float32(-np.inf):
-        num_pairs = pairs.shape[0]
-        for pair in range(num_pairs):
-            orders[pair] = order_of(values1[pairs[pair, 0]] + values2[pairs[pair, 1]])
-        end = padded(num_pairs)
-        for pair in range(num_pairs, end):
-            orders[pair] = NAN_ORDER
-        least = threshold(orders, end, k, 2, order_of(low), order_of(high))
-        count = 0
-        for rank1 in range(half_k):
-            for rank2 in range(half_k):
-                order = order_of(values1[rank1] + values2[rank2])
-                if order < least or count < 0:
-                    break
-                if count == slots.shape[0]:
-                    count = -1  # too many ties
-                    break
-                ranks[count] = rank_of(order, index1[rank1] * num_keys + index2[rank2])
-                slots[count] = rank1 * half_k + rank2
-                count += 1
-            if rank2 == 0:
+    if num_pairs == 0 or not (high < np.float32(np.inf) and low > np.float32(-np.inf)):
+        return False
+    for pair in range(num_pairs):
+        orders[pair] = order_of(values1[pairs[pair, 0]] + values2[pairs[pair, 1]])
+    end = padded(num_pairs)
+    for pair in range(num_pairs, end):
+        orders[pair] = NAN_ORDER
+    least = threshold(orders, end, k, 2, order_of(low), order_of(high))
+    count = 0
+    for rank1 in range(half_k):
+        for rank2 in range(half_k):
+            order = order_of(values1[rank1] + values2[rank2])
+            if order < least:
                 break
-    if count < 0:
-        _select_all_pairs(values1, index1, values2, index2, out_scores, out1, out2)
-        return
+            if count == slots.shape[0]:
+                return False
+            ranks[count] = rank_of(order, index1[rank1] * num_keys + index2[rank2])
+            slots[count] = rank1 * half_k + rank2
+            count += 1
     count_places(ranks, count, places)
     for candidate in range(count):
         place = places[candidate]
@@ -123,41 +125,7 @@ def _select_pairs(
             rank1, rank2 = slots[candidate] // half_k, slots[candidate] % half_k
             out_scores[place] = values1[rank1] + values2[rank2]
             out1[place], out2[place] = index1[rank1], index2[rank2]
-
-
-@serial
-def _ascending(index: Array) -> Array:
-    """Places of different positions, that of the lowest first."""
-    count = index.shape[0]
-    ranks, places = np.empty(padded(count), dtype=np.int64), np.empty(count, dtype=np.int64)
-    for place in range(count):
-        ranks[place] = -index[place]
-    count_places(ranks, count, places)
-    ascending = np.empty(count, dtype=np.int64)
-    for place in range(count):
-        ascending[places[place]] = place
-    return ascending
-
-
-@serial
-def _select_all_pairs(
-    values1: Array, index1: Array, values2: Array, index2: Array, out_scores: Array, out1: Array, out2: Array
-) -> None:
-    """What _select_pairs does, from the sums of all pairs, whatever they are."""
-    k, half_k = out1.shape[0], values1.shape[0]
-    # With both halves by index, positions in the grid of sums rise with the id.
-    by_index1, by_index2 = _ascending(index1), _ascending(index2)
-    sums = np.empty(half_k * half_k, dtype=np.float32)
-    for row in range(half_k):
-        for column in range(half_k):
-            sums[row * half_k + column] = values1[by_index1[row]] + values2[by_index2[column]]
-    orders, maxima, found, ranks, places = scratch(sums.shape[0], k)
-    best = np.empty(k, dtype=np.int64)
-    select(sums, 0, sums.shape[0], k, orders, maxima, found, ranks, places, best)
-    for place in range(k):
-        out_scores[place] = sums[best[place]]
-        out1[place] = index1[by_index1[best[place] // half_k]]
-        out2[place] = index2[by_index2[best[place] % half_k]]
+    return True
 
 
 @serial
@@ -172,47 +140,6 @@ def _pair_scratch(num_pairs: int, k: int) -> Any:
     )
 
 
-@serial
-def _select_halves(
-    task: int, scores1: Array, scores2: Array, half_k: int, pairs: Array, index1: Array, index2: Array
-) -> None:
-    num_rows, k = index1.shape
-    num_keys = scores1.shape[1]
-    flat1, flat2 = scores1.reshape(-1), scores2.reshape(-1)
-    orders, maxima, found, ranks, places = scratch(num_keys, half_k)
-    pair_orders, pair_ranks, pair_places, slots = _pair_scratch(pairs.shape[0], k)
-    values1, values2 = np.empty(half_k, dtype=np.float32), np.empty(half_k, dtype=np.float32)
-    half1, half2 = np.empty(half_k, dtype=np.int64), np.empty(half_k, dtype=np.int64)
-    best = np.empty(k, dtype=np.float32)
-    for row in range(task * _TASK_ROWS, min((task + 1) * _TASK_ROWS, num_rows)):
-        start = row * num_keys
-        select(flat1, start, num_keys, half_k, orders, maxima, found, ranks, places, half1)
-        select(flat2, start, num_keys, half_k, orders, maxima, found, ranks, places, half2)
-        for place in range(half_k):
-            values1[place], values2[place] = flat1[start + half1[place]], flat2[start + half2[place]]
-        _select_pairs(
-            values1,
-            half1,
-            values2,
-            half2,
-            num_keys,
-            pairs,
-            pair_orders,
-            pair_ranks,
-            pair_places,
-            slots,
-            best,
-            index1[row],
-            index2[row],
-        )
-
-
-@parallel
-def _product_select(scores1: Array, scores2: Array, half_k: int, pairs: Array, index1: Array, index2: Array) -> None:
-    for task in prange((index1.shape[0] + _TASK_ROWS - 1) // _TASK_ROWS):
-        _select_halves(task, scores1, scores2, half_k, pairs, index1, index2)
-
-
 def _pairs_of(num_keys: int, k: int) -> tuple[int, Array]:
     """Winners of a half, and the pairs of ranks to look at; none where all pairs are looked at."""
     half_k = min(k, num_keys)
@@ -221,23 +148,8 @@ def _pairs_of(num_keys: int, k: int) -> tuple[int, Array]:
     return half_k, _hyperbola(k, half_k)
 
 
-def product_select(
-    scores1: Tensor,
-    scores2: Tensor,
-    k: int,
-    stride: int,  # noqa: ARG001 - ids rise with (i1, i2) for every stride of at least n
-) -> tuple[Tensor, Tensor]:
-    """See mempool.kernels.product_select."""
-    index1 = torch.empty(scores1.shape[0], k, dtype=torch.int64)
-    index2 = torch.empty(scores1.shape[0], k, dtype=torch.int64)
-    half_k, pairs = _pairs_of(scores1.shape[1], k)
-    use_threads(2 * scores1.numel())
-    _product_select(view(scores1), view(scores2), half_k, pairs, index1.numpy(), index2.numpy())
-    return index1, index2
-
-
 @serial
-def _pack_panel(task: int, keys: Array, panels: Array) -> None:
+def _pack_panel(task: Any, keys: Array, panels: Array) -> None:
     num_panels = panels.shape[1]
     num_keys, num_dims = keys.shape[1:]
     codebook, panel = task // num_panels, task % num_panels
@@ -251,14 +163,15 @@ def _pack_panel(task: int, keys: Array, panels: Array) -> None:
 def _pack_keys(keys: Array, panels: Array) -> None:
     """[C, n, d] keys into [C, n / TILE_KEYS, d * TILE_KEYS] panels, the last one filled up with zeros."""
     for task in prange(panels.shape[0] * panels.shape[1]):
-        _pack_panel(task, keys, panels)
+        _pack_panel(np.int64(task), keys, panels)
 
 
 @serial
 def _score_part(
-    task: int,
+    task: Any,
     queries: Array,
     panels: Array,
+    given: Array,
     num_keys: int,
     half_k: int,
     task_queries: int,
@@ -266,15 +179,17 @@ def _score_part(
     out_scores: Array,
     out1: Array,
     out2: Array,
+    open_values: Array,
+    open_index: Array,
 ) -> None:
     """Some queries of one head: their scores of one half after the other, the best of each, the best pairs."""
     num_queries, k = out_scores.shape[0], out_scores.shape[2]
     num_panels, num_dims = panels.shape[1], panels.shape[2] // TILE_KEYS
-    width = num_panels * TILE_KEYS
     num_parts = (num_queries + task_queries - 1) // task_queries
     head, first = task // num_parts, task % num_parts * task_queries
     held = min(task_queries, num_queries - first)
-    scores = np.empty(task_queries * width, dtype=np.float32)
+    width = num_panels * TILE_KEYS
+    own = np.empty(task_queries * width, dtype=np.float32)
     group = np.empty(task_queries * num_dims, dtype=np.float32)
     orders, maxima, found, ranks, places = scratch(num_keys, half_k)
     pair_orders, pair_ranks, pair_places, slots = _pair_scratch(pairs.shape[0], k)
@@ -282,7 +197,7 @@ def _score_part(
     index = np.empty((2, task_queries, half_k), dtype=np.int64)
     for half in range(2):
         codebook = 2 * head + half
-        for start in range(0, held, TILE_QUERIES):
+        for start in range(0, held if num_panels > 0 else 0, TILE_QUERIES):
             count = min(TILE_QUERIES, held - start)
             into = start * num_dims
             pack(queries, first + start, count, codebook * num_dims, num_dims, TILE_QUERIES, group, into)
@@ -291,14 +206,17 @@ def _score_part(
             keys = panels[codebook, panel]
             for start in range(0, held, TILE_QUERIES):
                 into = start * width + panel * TILE_KEYS
-                tile_scores(group, start * num_dims, keys, 0, num_dims, scores, into, width)
+                tile_scores(group, start * num_dims, keys, 0, num_dims, own, into, width)
         for query in range(held):
             best = index[half, query]
-            select(scores, query * width, num_keys, half_k, orders, maxima, found, ranks, places, best)
+            scores, start = own, query * width
+            if num_panels == 0:
+                scores, start = given[half], (first + query) * num_keys
+            select(scores, start, num_keys, half_k, orders, maxima, found, ranks, places, best)
             for place in range(half_k):
-                values[half, query, place] = scores[query * width + best[place]]
+                values[half, query, place] = scores[start + best[place]]
     for query in range(held):
-        _select_pairs(
+        decided = _select_pairs(
             values[0, query],
             index[0, query],
             values[1, query],
@@ -313,12 +231,19 @@ def _score_part(
             out1[first + query, head],
             out2[first + query, head],
         )
+        if not decided:
+            out1[first + query, head, 0] = -1
+            for half in range(2):
+                for place in range(half_k):
+                    open_values[half, first + query, head, place] = values[half, query, place]
+                    open_index[half, first + query, head, place] = index[half, query, place]
 
 
 @parallel
-def _product_topk(
+def _select_products(
     queries: Array,
     panels: Array,
+    given: Array,
     num_keys: int,
     half_k: int,
     task_queries: int,
@@ -326,10 +251,82 @@ def _product_topk(
     out_scores: Array,
     out1: Array,
     out2: Array,
+    open_values: Array,
+    open_index: Array,
 ) -> None:
+    """The best products of every query and head. Half scores are made of [B, H * D] queries and panels of keys.
+
+    Where there are no panels they are ``given``, [2, B * n], for one head. A query whose pairs are left open has -1 in
+    ``out1``, and the winners of its halves in ``open_values`` and ``open_index``, [2, B, H, half_k].
+    """
     num_parts = (out_scores.shape[0] + task_queries - 1) // task_queries
     for task in prange(num_parts * out_scores.shape[1]):
-        _score_part(task, queries, panels, num_keys, half_k, task_queries, pairs, out_scores, out1, out2)
+        _score_part(
+            np.int64(task),
+            queries,
+            panels,
+            given,
+            num_keys,
+            half_k,
+            task_queries,
+            pairs,
+            out_scores,
+            out1,
+            out2,
+            open_values,
+            open_index,
+        )
+
+
+def _products(
+    queries: Array, panels: Array, given: Array, shape: tuple[int, int, int], num_keys: int, task_queries: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores and half-keys of the best products, each of ``shape`` [B, H, k]."""
+    half_k, pairs = _pairs_of(num_keys, shape[2])
+    scores = torch.empty(shape)
+    index1, index2 = torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.int64)
+    # Memory that is never touched costs nothing, and few queries are left open.
+    open_values = torch.empty(2, *shape[:2], half_k)
+    open_index = torch.empty(2, *shape[:2], half_k, dtype=torch.int64)
+    _select_products(
+        queries,
+        panels,
+        given,
+        num_keys,
+        half_k,
+        task_queries,
+        pairs,
+        scores.numpy(),
+        index1.numpy(),
+        index2.numpy(),
+        open_values.numpy(),
+        open_index.numpy(),
+    )
+    left_open = (index1[..., 0] < 0).flatten().nonzero().squeeze(1)
+    for rows in torch.split(left_open, max(1, _OPEN_SUMS // half_k**2)):
+        # By index, so that of equal sums the first has the lowest id.
+        own_index, order = open_index.flatten(1, 2)[:, rows].sort(dim=-1)
+        values1, values2 = open_values.flatten(1, 2)[:, rows].gather(-1, order)
+        best, place = select_topk((values1[:, :, None] + values2[:, None, :]).flatten(1), shape[2])
+        scores.flatten(0, 1)[rows] = best
+        index1.flatten(0, 1)[rows] = own_index[0].gather(-1, place // half_k)
+        index2.flatten(0, 1)[rows] = own_index[1].gather(-1, place % half_k)
+    return scores, index1, index2
+
+
+def product_select(
+    scores1: Tensor,
+    scores2: Tensor,
+    k: int,
+    stride: int,  # noqa: ARG001 - ids rise with (i1, i2) for every stride of at least n
+) -> tuple[Tensor, Tensor]:
+    """See mempool.kernels.product_select."""
+    num_rows, num_keys = scores1.shape
+    no_queries, no_panels = np.empty((0, 0), dtype=np.float32), np.empty((2, 0, 0), dtype=np.float32)
+    given = view(torch.stack((scores1.flatten(), scores2.flatten())))
+    use_threads(given.size)
+    _, index1, index2 = _products(no_queries, no_panels, given, (num_rows, 1, k), num_keys, _TASK_ROWS)
+    return index1[:, 0], index2[:, 0]
 
 
 def product_topk(
@@ -341,33 +338,22 @@ def product_topk(
     """See mempool.kernels.product_indices."""
     num_queries, num_heads, _ = queries.shape
     num_keys, num_dims = keys.shape[2:]
-    scores = torch.empty(num_queries, num_heads, k, dtype=torch.float32)
-    index1, index2 = (torch.empty(num_queries, num_heads, k, dtype=torch.int64) for _ in range(2))
     num_panels = math.ceil(num_keys / TILE_KEYS)
     panels = np.empty((2 * num_heads, num_panels, num_dims * TILE_KEYS), dtype=np.float32)
-    half_k, pairs = _pairs_of(num_keys, k)
     use_threads(keys.numel())
     _pack_keys(view(keys.flatten(0, 1)), panels)
-    use_threads(queries.numel() * num_keys)
+    # Groups that share a panel while it is in the cache; fewer where every thread would not get some.
     groups = math.ceil(num_queries / TILE_QUERIES)
     fitting = max(1, min(_MOST_GROUPS, _TASK_SCORES // (TILE_QUERIES * num_panels * TILE_KEYS)))
     task_groups = max(1, min(fitting, groups * num_heads // (4 * torch.get_num_threads())))
-    _product_topk(
-        view(queries.flatten(1)),
-        panels,
-        num_keys,
-        half_k,
-        task_groups * TILE_QUERIES,
-        pairs,
-        scores.numpy(),
-        index1.numpy(),
-        index2.numpy(),
-    )
-    return scores, index1, index2
+    use_threads(queries.numel() * num_keys)
+    given = np.empty((2, 0), dtype=np.float32)
+    shape = (num_queries, num_heads, k)
+    return _products(view(queries.flatten(1)), panels, given, shape, num_keys, task_groups * TILE_QUERIES)
 
 
 @serial
-def _add_to_queries(task: int, keys: Array, index1: Array, index2: Array, grads: Array, out: Array) -> None:
+def _add_to_queries(task: Any, keys: Array, index1: Array, index2: Array, grads: Array, out: Array) -> None:
     num_queries, num_heads, k = grads.shape
     num_keys, num_dims = keys.shape[2:]
     flat_keys, flat_out = keys.reshape(-1), out.reshape(-1)
@@ -385,7 +371,7 @@ def _add_to_queries(task: int, keys: Array, index1: Array, index2: Array, grads:
 
 
 @serial
-def _add_to_keys(task: int, queries: Array, index1: Array, index2: Array, grads: Array, out: Array) -> None:
+def _add_to_keys(task: Any, queries: Array, index1: Array, index2: Array, grads: Array, out: Array) -> None:
     # A task owns some columns of a codebook and takes every pair in order: no other thread adds there.
     num_queries, num_heads, k = grads.shape
     num_keys, num_dims = out.shape[2:]
@@ -406,16 +392,17 @@ def _add_to_keys(task: int, queries: Array, index1: Array, index2: Array, grads:
 
 
 @parallel
-def _query_gradient(keys: Array, index1: Array, index2: Array, grads: Array, out: Array) -> None:
-    for task in prange((grads.shape[0] + _TASK_ROWS - 1) // _TASK_ROWS):
-        _add_to_queries(task, keys, index1, index2, grads, out)
-
-
-@parallel
-def _key_gradient(queries: Array, index1: Array, index2: Array, grads: Array, out: Array) -> None:
-    num_parts = (out.shape[3] + _COLUMNS - 1) // _COLUMNS
-    for task in prange(2 * out.shape[0] * num_parts):
-        _add_to_keys(task, queries, index1, index2, grads, out)
+def _gradient(
+    queries: Array, keys: Array, index1: Array, index2: Array, grads: Array, query_grads: Array, key_grads: Array
+) -> None:
+    num_parts = (grads.shape[0] + _TASK_ROWS - 1) // _TASK_ROWS
+    num_columns = (keys.shape[3] + _COLUMNS - 1) // _COLUMNS
+    num_long = 2 * keys.shape[0] * num_columns
+    for task in prange(num_long + num_parts):
+        if task < num_long:
+            _add_to_keys(np.int64(task), queries, index1, index2, grads, key_grads)
+        else:
+            _add_to_queries(np.int64(task) - num_long, keys, index1, index2, grads, query_grads)
 
 
 def product_gradient(
@@ -423,8 +410,14 @@ def product_gradient(
 ) -> tuple[Tensor, Tensor]:
     """See mempool.kernels.product_gradient."""
     query_grads, key_grads = torch.empty(queries.shape), torch.empty(keys.shape)
-    chosen1, chosen2, own_grads = view(index1), view(index2), view(grads)
     use_threads(grads.numel() * keys.shape[3])
-    _query_gradient(view(keys), chosen1, chosen2, own_grads, query_grads.numpy())
-    _key_gradient(view(queries), chosen1, chosen2, own_grads, key_grads.numpy())
+    _gradient(
+        view(queries),
+        view(keys),
+        view(index1),
+        view(index2),
+        view(grads),
+        query_grads.numpy(),
+        key_grads.numpy(),
+    )
     return query_grads, key_grads

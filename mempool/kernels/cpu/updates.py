@@ -234,11 +234,13 @@ def _arena(paged: Paged, state: dict[str, Tensor], block_dim: int) -> Arena:
 def _rule(state: dict[str, Tensor], step: OptimizerStep) -> Rule:
     numbers = (step.grad_scale, step.step_size, step.eps, 1.0 - step.beta1, 1.0 - step.beta2)
     states = [storage(state[name]) for name in STATE_NAMES[step.algorithm]]
+    state0, state1 = [*states, _NO_MATRIX, _NO_MATRIX][:2]
     rounding = None if MASTER in state else step.rounding
     return Rule(
         RULES[step.algorithm],
         np.array([*numbers, step.root_correction, step.decay], dtype=np.float32),
-        *[*states, _NO_MATRIX, _NO_MATRIX][:2],
+        state0,
+        state1,
         rounding is not None,
         0 if rounding is None else rounding.key,
         _NO_NUMBERS if rounding is None else view(rounding.columns),
@@ -303,7 +305,7 @@ def _catch_up_parts(
             row = targets[position]
             values = own_values(arena, row, scratch)
             for block in range(last_step.shape[1]):
-                done = np.int64(last_step[row, block])
+                done: Any = np.int64(last_step[row, block])
                 if done >= to:
                     continue
                 first, end = block * arena.block_dim, min((block + 1) * arena.block_dim, arena.width)
@@ -342,10 +344,13 @@ def catch_up(
 ) -> None:
     """See mempool.kernels.catch_up."""
     num_threads = use_threads(16 * rows.numel() * paged.width)
+    step_sizes, root_corrections, decays = (storage(schedule.steps[number]) for number in range(3))
     steps = Schedule(
         schedule.first_step,
         schedule.horizon,
-        *(storage(schedule.steps[number]) for number in range(3)),
+        step_sizes,
+        root_corrections,
+        decays,
         storage(schedule.log_decays),
         np.array([schedule.beta1, schedule.beta2, schedule.eps]),
     )

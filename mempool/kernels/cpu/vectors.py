@@ -17,6 +17,8 @@ from numba.core import cgutils as typed_cgutils
 from numba.core import types as typed_types
 from numba.extending import intrinsic
 
+from mempool.kernels.cpu.runtime import converts_halves
+
 numba: Any = typed_numba
 types: Any = typed_types
 cgutils: Any = typed_cgutils
@@ -92,13 +94,23 @@ def _load_tile(builder: Any, element: Any, address: Any, vectors: int) -> list[A
     loads = [_load(builder, _bytes(builder, address, LANES * place), _vector(_I8)) for place in range(vectors)]
     if element == types.int8:
         return [builder.sitofp(builder.sext(part, _vector(_I32)), _FLOATS) for part in loads]
-    tile = []
-    for part in loads:
+    return [_from_float8(builder, part) for part in loads]
+
+
+def _from_float8(builder: Any, codes: Any) -> Any:
+    if converts_halves():
         # float16 has one exponent bit more, of bias 15 in place of 7: the number comes out divided by 2**8.
-        bits = builder.shl(builder.sext(part, _vector(_I16)), _all(_I16, 7))
+        bits = builder.shl(builder.sext(codes, _vector(_I16)), _all(_I16, 7))
         half = builder.bitcast(builder.and_(bits, _all(_I16, 0xBF80)), _vector(_HALF))
-        tile.append(builder.fmul(builder.fpext(half, _FLOATS), _all(_FLOAT, 256.0)))
-    return tile
+        return builder.fmul(builder.fpext(half, _FLOATS), _all(_FLOAT, 256.0))
+    # As elements.load does: below 2**-6 numbers lie evenly; above, exponent and mantissa follow.
+    bits = builder.zext(codes, _vector(_I32))
+    magnitude = builder.and_(bits, _all(_I32, 0x7F))
+    normal = builder.add(builder.shl(magnitude, _all(_I32, 20)), _all(_I32, (127 - 7) << 23))
+    even = builder.bitcast(builder.fmul(builder.sitofp(magnitude, _FLOATS), _all(_FLOAT, 2.0**-9)), _vector(_I32))
+    number = builder.select(builder.icmp_unsigned("<", magnitude, _all(_I32, 8)), even, normal)
+    sign = builder.shl(builder.and_(bits, _all(_I32, 0x80)), _all(_I32, 24))
+    return builder.bitcast(builder.or_(number, sign), _FLOATS)
 
 
 def _load_columns(builder: Any, address: Any, vectors: int, interleaved: bool) -> list[Any]:

@@ -192,8 +192,18 @@ def store_values(
         scale = tl.where(largest < 0x7F800000, scale, float("nan"))
         tl.store(scales + row[:, None] * (STRIDE // 4) + SCALES // 4 + block, scale, mask=block_mask)
         divisor = tl.broadcast_to(scale[:, :, None], values.shape)
-        codes = _encode(tl.div_rn(values, divisor), random, element, RANDOMLY)
-        tl.store(places, tl.where(divisor > 0.0, codes, 0), mask=mask)
+        usable = divisor > 0.0
+        codes = _encode(tl.div_rn(values, tl.where(usable, divisor, 1.0)), random, element, RANDOMLY)
+        tl.store(places, tl.where(usable, codes, 0), mask=mask)
+
+
+@triton.jit
+def _clear(rows, row, exists, FIRST: tl.constexpr, END: tl.constexpr, STRIDE: tl.constexpr):
+    """Zeros in bytes FIRST to END, at most 16, of packed arena rows [rows]."""
+    if FIRST < END:
+        byte = FIRST + tl.arange(0, 16)[None, :]
+        nothing = tl.zeros([row.shape[0], 16], tl.int8).to(rows.dtype.element_ty)
+        tl.store(rows + row[:, None] * STRIDE + byte, nothing, mask=exists[:, None] & (byte < END))
 
 
 @triton.jit
@@ -201,15 +211,8 @@ def clear_padding(
     rows, row, exists, WIDTH: tl.constexpr, BLOCK_DIM: tl.constexpr, STRIDE: tl.constexpr, SCALES: tl.constexpr
 ):
     """Zeros in the bytes of packed arena rows [rows] that hold neither elements nor scales."""
-    byte = tl.arange(0, 16)[None, :]
-    scales_end: tl.constexpr = SCALES + 4 * ((WIDTH + BLOCK_DIM - 1) // BLOCK_DIM)
-    nothing = tl.zeros([1, 16], tl.int8).to(rows.dtype.element_ty)
-    for start in tl.static_range(2):
-        first: tl.constexpr = WIDTH if start == 0 else scales_end
-        end: tl.constexpr = SCALES if start == 0 else STRIDE
-        if first < end:
-            mask = exists[:, None] & (first + byte < end)
-            tl.store(rows + row[:, None] * STRIDE + first + byte, nothing, mask=mask)
+    _clear(rows, row, exists, WIDTH, SCALES, STRIDE)
+    _clear(rows, row, exists, SCALES + 4 * ((WIDTH + BLOCK_DIM - 1) // BLOCK_DIM), STRIDE, STRIDE)
 
 
 @triton.jit

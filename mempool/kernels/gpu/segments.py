@@ -6,7 +6,8 @@ pairs. Since such pieces are longer than LONG_RUN, a piece that starts at a plac
 the scratch for itself, and nothing needs to be counted or listed before.
 """
 # Triton reads kernels as its own language: they carry no Python types, host functions do.
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls, no-check-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disable-error-code="assignment, index"
 # ruff: noqa: RUF005, SIM108 - what Triton does not read as Python does
 
 from __future__ import annotations

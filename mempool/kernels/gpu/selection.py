@@ -28,7 +28,7 @@ def _ranks(score, position):
     return (ordered << 32) | (4294967295 - position)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_scores", "half_k", "k"])
+@triton.jit(do_not_specialize=["num_rows", "half_k", "k"])
 def select_kernel(
     source,
     other,

@@ -22,13 +22,13 @@ _SUM_UNROLL = {1: 12, 2: 8, 4: 8, 8: 4}
 #: Elements of a tile of a commit, and how many of them one thread holds, by the bytes of a stored element.
 _STEP_TILE, _STEP_PER_THREAD = {4: 1024, 2: 1024, 1: 2048}, {4: 8, 2: 8, 1: 16}
 #: Pairs of a row that a program of a commit reads at once.
-STEP_UNROLL = 4
+STEP_UNROLL = 2
 #: Runs of more pairs than this are summed by programs of their own, in pieces. Divides RUN_PIECE.
 LONG_RUN = 64
 #: Pairs of a piece that its program reads at once.
 PIECE_UNROLL = 8
-#: Elements of a row that one warp of the weight gradient holds, and loads that it has under way.
-_GRADIENT_TILE, _GRADIENT_LOADS = 1024, 16
+#: Elements of a row that one warp of the weight gradient holds, and of all its rows; and loads that it has under way.
+_GRADIENT_TILE, _GRADIENT_ELEMENTS, _GRADIENT_LOADS = 1024, 4096, 16
 #: Programs of one warp that fill a GPU.
 _ENOUGH_PROGRAMS = 132 * 32
 #: A program of the weight gradient takes at least this many pairs, over which it reads its bag's gradient.
@@ -139,7 +139,10 @@ def gradient_tile(paged: Paged) -> Tile:
     block_dim = None if paged.packed is None else paged.packed.block_dim
     blocks, block, _ = _blocks(paged.width, block_dim, _GRADIENT_TILE)
     loads = max(1, blocks * block * size // (_WARP * _VECTOR_BYTES))
-    tile = _tile(paged, block_dim, _GRADIENT_TILE, _VECTOR_BYTES // size, max(1, _GRADIENT_LOADS // loads))
+    # Of a row in several tiles, the products of each wait for the next.
+    elements = _GRADIENT_ELEMENTS if paged.width <= _GRADIENT_TILE else _GRADIENT_ELEMENTS // 2
+    rows = max(1, min(_GRADIENT_LOADS // loads, elements // (blocks * block)))
+    tile = _tile(paged, block_dim, _GRADIENT_TILE, _VECTOR_BYTES // size, rows)
     return Tile(tile.rows, tile.blocks, tile.block, tile.block_dim, tile.width, tile.stride, tile.scales, 1)
 
 
@@ -168,5 +171,5 @@ def segment_tile(width: int) -> Tile:
 def score_tile(deterministic: bool) -> dict[str, int]:
     """Queries, keys and dimensions of a tile of scores; tensor cores (not deterministic) take larger ones."""
     if deterministic:
-        return {"QUERY_TILE": 64, "KEY_TILE": 64, "DIM_TILE": 32, "num_warps": 4, "num_stages": 2}
-    return {"QUERY_TILE": 64, "KEY_TILE": 128, "DIM_TILE": 32, "num_warps": 4, "num_stages": 3}
+        return {"QUERY_TILE": 64, "KEY_TILE": 64, "DIM_TILE": 32, "num_warps": 8, "num_stages": 2}
+    return {"QUERY_TILE": 64, "KEY_TILE": 128, "DIM_TILE": 32, "num_warps": 8, "num_stages": 3}

@@ -101,8 +101,8 @@ class _RoundingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Rounding.Val
     ROUNDING_UNSPECIFIED: _Rounding.ValueType  # 0
     """ROUNDING_STOCHASTIC where values are stored in fewer bits than float32 and there is no master; else to nearest."""
     ROUNDING_STOCHASTIC: _Rounding.ValueType  # 1
-    """Up or down with the probability that makes it right on average, by bits that are a function of (seed, table_id,
-    table version, slot, column): any placement and a repetition of the same steps give the same bits.
+    """Up or down with the probability that makes it right on average, by bits that are a function of (seed, name of the
+    table, table version, slot, column): any placement and a repetition of the same steps give the same bits.
     """
     ROUNDING_NEAREST: _Rounding.ValueType  # 2
     """To nearest, ties to even."""
@@ -113,8 +113,8 @@ class Rounding(_Rounding, metaclass=_RoundingEnumTypeWrapper):
 ROUNDING_UNSPECIFIED: Rounding.ValueType  # 0
 """ROUNDING_STOCHASTIC where values are stored in fewer bits than float32 and there is no master; else to nearest."""
 ROUNDING_STOCHASTIC: Rounding.ValueType  # 1
-"""Up or down with the probability that makes it right on average, by bits that are a function of (seed, table_id,
-table version, slot, column): any placement and a repetition of the same steps give the same bits.
+"""Up or down with the probability that makes it right on average, by bits that are a function of (seed, name of the
+table, table version, slot, column): any placement and a repetition of the same steps give the same bits.
 """
 ROUNDING_NEAREST: Rounding.ValueType  # 2
 """To nearest, ties to even."""

@@ -1,7 +1,22 @@
-import pytest
+from collections.abc import Iterator
 
-from mempool.bench import peers
+import pytest
+import torch
+
+from mempool import kernels
+from mempool.bench import machine, peers
 from mempool.bench.cases import Workload
+
+
+@pytest.fixture(autouse=True)
+def quick_to_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels that nothing compiles, on one thread: these tests are about the benchmark."""
+    for module in (kernels, machine):
+        monkeypatch.setattr(module, "implementation_for", lambda _: kernels.implementation("torch"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -40,3 +40,4 @@ def test_a_spent_budget_ends_a_case_after_the_fewest_rounds(rounds: int, made: i
 def test_median_and_spread() -> None:
     times = Times((3.0, 1.0, 10.0))
     assert (times.median_ms, times.min_ms, times.max_ms) == (3.0, 1.0, 10.0)
+    assert times.over(Times((1.0, 1.0, 5.0))) == 2.0, "round by round: 3, 1 and 2"

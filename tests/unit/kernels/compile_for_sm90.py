@@ -5,7 +5,6 @@ being run: with the constants, the options and the alignment of arguments that a
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,8 +13,8 @@ from pathlib import Path
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
@@ -29,8 +28,8 @@ NUM_BAGS, PAIRS_OF_A_BAG, NUM_ROWS = 64, 32, 4096
 class Compiler:
     """Takes the place of launches: compiles each distinct one and prints what came out."""
 
-    def __init__(self, ptxas):
-        self.ptxas = ptxas
+    def __init__(self, cuobjdump):
+        self.cuobjdump = cuobjdump
         self.case = ""
         self.backend = make_backend(TARGET)
         self.seen = set()
@@ -38,9 +37,7 @@ class Compiler:
     def launch(self, kernel, *args, grid, warmup, **options):  # noqa: ARG002 - as JITFunction.run has it
         binder = create_function_from_signature(kernel.signature, kernel.params, self.backend)
         bound, specialization, _ = binder(*args, **options)
-        parsed, signature, constants, attributes = kernel._pack_args(
-            self.backend, options, bound, specialization, None
-        )
+        parsed, signature, constants, attributes = kernel._pack_args(self.backend, options, bound, specialization, None)
         source = ASTSource(kernel, signature, constants, attributes)
         key = (source.hash(), str(parsed))
         if key not in self.seen:
@@ -59,20 +56,18 @@ class Compiler:
         line["strict"] = not options.enable_fp_fusion
         # Strict kernels must hold no fused multiply-add but those inside divisions and square roots.
         line["fused"] = sum(".f32" in text and "fma.rn" in text for text in ptx.splitlines())
-        line |= self.registers(ptx, options)
+        line |= self.registers(compiled.asm["cubin"])
         print(json.dumps(line), flush=True)
 
-    def registers(self, ptx, options):
-        """What the assembler says of the program: registers of a thread, bytes that do not fit into them."""
+    def registers(self, cubin):
+        """Registers of a thread, and bytes of its stack: what did not fit into registers, as no kernel has arrays."""
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "kernel.ptx"
-            path.write_text(ptx)
-            fusion = [] if options.enable_fp_fusion else ["--fmad=false"]  # as triton calls it
-            command = [self.ptxas, "-v", *fusion, "--gpu-name=sm_90a", str(path), "-o", os.devnull]
-            said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        spilled = [int(number) for number in re.findall(r"(\d+) bytes spill", said)]
-        registers = re.search(r"Used (\d+) registers", said)
-        return {"registers": int(registers.group(1)), "spilled": sum(spilled)}
+            path = Path(folder) / "kernel.cubin"
+            path.write_bytes(cubin)
+            command = [self.cuobjdump, "-res-usage", str(path)]
+            said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+        return {"registers": int(found.group(1)), "spilled": int(found.group(2))}
 
 
 def make_case(width, element, block_dim):
@@ -96,14 +91,14 @@ def make_state(algorithm, width, block_dim):
     return {name: torch.zeros(NUM_ROWS, columns) for name, columns in shapes.items()}
 
 
-def read(triton_kernels, width, element, block_dim, *, weighted=True, dtype=torch.float32):
+def read(triton_kernels, width, element, block_dim, weighted=True, dtype=torch.float32):
     paged, ids, weights, offsets, _, grads, _ = make_case(width, element, block_dim)
     triton_kernels.weighted_sum(paged, ids, weights if weighted else None, offsets, dtype)
     triton_kernels.weight_gradient(paged, ids, offsets, grads)
     triton_kernels.gather_rows(paged, ids, paged.value_dtype)
 
 
-def step(triton_kernels, width, element, block_dim, algorithm, *, randomly=False, mastered=False, fused=True):
+def step(triton_kernels, width, element, block_dim, algorithm, randomly=False, mastered=False, fused=True):
     paged, _, weights, _, bags, grads, pairs = make_case(width, element, block_dim)
     columns = torch.zeros(kernels.num_blocks(width, block_dim), dtype=torch.int64)
     rounding = Rounding(Rounding.key_of(seed=1, table=2, step=3), columns) if randomly else None
@@ -121,6 +116,7 @@ def others(triton_kernels):
     """What is not about stored elements, or is so with one of them."""
     paged, ids, weights, _, bags, grads, pairs = make_case(256, "float32", 64)
     triton_kernels.sort_pairs(paged, ids)
+    sys.modules["mempool.kernels.gpu.bags"].sort_pairs = lambda *_: pairs  # without a launch nothing was sorted
     triton_kernels.scatter_rows(paged, ids, torch.zeros(ids.numel(), 256))
     sums = triton_kernels.segment_sum(pairs, weights, bags, grads)
     triton_kernels.add_segments(sums, ids, pairs, weights, bags, grads)
@@ -146,42 +142,49 @@ def scores(triton_kernels):
 
 def not_written(*shape, dtype=torch.float32, device=None):  # noqa: ARG001
     """What no kernel has written, but the functions that launched them read: ranks of the first place, or zeros."""
-    return torch.full(shape[0] if isinstance(shape[0], tuple) else shape, -1 if dtype == torch.int64 else 0, dtype=dtype)
+    return torch.full(
+        shape[0] if isinstance(shape[0], tuple) else shape, -1 if dtype == torch.int64 else 0, dtype=dtype
+    )
 
 
-def main(quick):
+def cases():
+    """Name, function and arguments of every case."""
+    for width in (64, 256, 1024, 4096):
+        block_dim = 64 if width <= 1024 else width // 4
+        for element in kernels.ELEMENTS:
+            name = f"{element} {width}"
+            yield name, read, (width, element, block_dim)
+            yield name, step, (width, element, block_dim, "rowwise_adagrad", True)
+    for element in ("float32", "bfloat16", "int8"):
+        yield f"{element} 1024", step, (1024, element, 64, "adam")
+    for element in ("bfloat16", "int8"):
+        yield "odd", read, (100, element, 36, False, torch.bfloat16)
+        yield "odd", step, (100, element, 36, "sgd", True)
+    for algorithm in kernels.ALGORITHMS:
+        yield algorithm, step, (256, "bfloat16", 64, algorithm, False, True, False)
+    yield "others", others, ()
+    yield "scores", scores, ()
+
+
+def main(part, parts):
+    """Compile every ``parts``-th case from ``part`` on."""
     try:
-        ptxas = get_ptxas(90).path
-        subprocess.run([ptxas, "--version"], check=True, capture_output=True)
+        tools = [knobs.nvidia.ptxas.path, knobs.nvidia.cuobjdump.path]
+        for tool in tools:
+            subprocess.run([tool, "--version"], check=True, capture_output=True)
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        print(f"no ptxas: {error}")
+        print(f"no ptxas or cuobjdump: {error}")
         return 3
-    compiler = Compiler(ptxas)
+    compiler = Compiler(tools[1])
     JITFunction.run = lambda kernel, *args, **options: compiler.launch(kernel, *args, **options)
     torch.empty = not_written
     triton_kernels = kernels.implementation("triton")
-    widths = (64, 1024) if quick else (64, 256, 1024, 4096)
-    for width in widths:
-        for element in kernels.ELEMENTS:
-            block_dim = 64 if width <= 1024 else width // 4
-            compiler.case = f"{element} {width}"
-            read(triton_kernels, width, element, block_dim)
-            step(triton_kernels, width, element, block_dim, "rowwise_adagrad", randomly=element != "float32")
-            if width == widths[-1]:
-                step(triton_kernels, width, element, block_dim, "adam")
-    compiler.case = "ragged 100"
-    for element in kernels.ELEMENTS:
-        read(triton_kernels, 100, element, 36, weighted=False, dtype=torch.bfloat16)
-        step(triton_kernels, 100, element, 36, "sgd", randomly=True)
-    compiler.case = "algorithms"
-    for algorithm in kernels.ALGORITHMS:
-        step(triton_kernels, 256, "bfloat16", 64, algorithm, mastered=True, fused=False)
-    compiler.case = "others"
-    others(triton_kernels)
-    compiler.case = "scores"
-    scores(triton_kernels)
+    for number, (case, function, arguments) in enumerate(cases()):
+        if number % parts == part:
+            compiler.case = case
+            function(triton_kernels, *arguments)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(quick="--quick" in sys.argv))
+    sys.exit(main(*map(int, sys.argv[1:])))

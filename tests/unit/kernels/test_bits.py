@@ -55,6 +55,8 @@ def test_sums_of_hot_rows_have_the_bits_of_the_cpu(under_test):
 )
 def test_optimizer_steps_have_the_bits_of_the_cpu(under_test, case, algorithm, master, randomly):
     """All but the row-wise rules, whose mean over a block is added up in another order."""
+    if under_test.name == "torch":
+        pytest.skip("torch's operations fuse multiply and add where they like")
     columns = 7 + torch.arange(kernels.num_blocks(case.paged.width, case.block_dim))
     shape = (case.paged.rows.shape[0], case.paged.width)
     names = (*kernels.STATE_NAMES[algorithm], *(("master",) if master else ()))
@@ -86,11 +88,14 @@ def test_optimizer_steps_have_the_bits_of_the_cpu(under_test, case, algorithm, m
 def test_selection_has_the_bits_of_the_cpu(under_test):
     if under_test.name == "torch":
         pytest.skip("torch.matmul adds in an order of its own")
+    if under_test.interpreted:
+        pytest.skip("Triton's interpreter multiplies matrices with numpy, a GPU by chains of fused multiply-adds")
     numba = kernels.implementation("numba")
     generator = torch.Generator().manual_seed(1)
     queries, keys = torch.randn(5, 2, 22, generator=generator), torch.randn(2, 2, 30, 11, generator=generator)
-    actual = under_test.kernels.product_topk(under_test.to(queries), under_test.to(keys), 6, 30)
-    assert all(map(same_bits, actual, numba.product_topk(queries, keys, 6, 30)))
-    paged = make_paged(generator, num_pages=5, page_shift=3, width=22, dtype=torch.bfloat16)
-    actual = under_test.kernels.flat_topk(under_test.to(queries[:, 0].contiguous()), under_test.to(paged), 6, 38)
-    assert all(map(same_bits, actual, numba.flat_topk(queries[:, 0].contiguous(), paged, 6, 38)))
+    actual = under_test.kernels.product_topk(under_test.to(queries), under_test.to(keys), 6, True)
+    assert all(map(same_bits, actual, numba.product_topk(queries, keys, 6, True)))
+    paged = make_paged(generator, num_pages=5, page_shift=3, width=22, element="bfloat16")
+    queries = queries[:, 0].contiguous()
+    actual = under_test.kernels.flat_topk(under_test.to(queries), under_test.to(paged), 6, 38, True)
+    assert all(map(same_bits, actual, numba.flat_topk(queries, paged, 6, 38, True)))

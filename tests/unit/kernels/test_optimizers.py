@@ -256,7 +256,7 @@ def schedule_of(settings: dict[str, float], rates: list[float], device: str = "c
 schedule_settings = st.fixed_dictionaries(
     {
         "first_step": st.integers(1, 3),
-        "beta1": st.sampled_from((0.9, 0.3, 0.0)),
+        "beta1": st.sampled_from((0.9, 0.1, 0.0)),
         "beta2": st.sampled_from((0.999, 0.9)),
         "eps": st.sampled_from((1e-8, 0.1)),
         "weight_decay": st.sampled_from((0.0, 0.1, 3.0)),
@@ -268,12 +268,12 @@ schedule_settings = st.fixed_dictionaries(
 @given(
     case=cases(widths=(1, 36, 65)),
     settings=schedule_settings,
-    rates=st.lists(st.sampled_from((0.1, 0.02, 0.5)), max_size=90),
+    rates=st.lists(st.sampled_from((0.1, 0.02, 0.5)), max_size=30),
     master=st.booleans(),
     data=st.data(),
 )
 def test_catch_up_equals_reference_and_touches_nothing_else(under_test, case, settings, rates, master, data):
-    """Momentum shorter than the gap (beta1 0 and 0.3) and longer; decays with no logarithm (0.5 * 3 >= 1)."""
+    """Momentum shorter than the gap (beta1 0 and 0.1) and longer; decays with no logarithm (0.5 * 3 >= 1)."""
     schedule = schedule_of(settings, rates)
     if case.paged.element != "float32":
         master = True

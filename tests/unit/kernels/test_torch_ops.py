@@ -1,5 +1,6 @@
 """torch's own operations in chunks: what bounds their memory changes no result, wherever the chunks end."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from kernel_cases import assert_close, make_paged, same_bits
 
 from mempool.kernels import reference, torch_ops
+from mempool.kernels.torch_ops import bags as torch_bags
 
 WIDTH = 5
 NUM_PAIRS = 23
@@ -15,14 +17,15 @@ NUM_PAIRS = 23
 @pytest.fixture(params=[WIDTH, 4 * WIDTH, 22 * WIDTH, 23 * WIDTH])
 def chunk_elements(request, monkeypatch):
     """Chunks of one pair, of a few, of all but one, of all."""
-    monkeypatch.setattr(torch_ops, "_CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(torch_bags, "_CHUNK_ELEMENTS", request.param)
     return request.param
 
 
-@pytest.fixture
-def case():
+@pytest.fixture(params=["float32", "int8"])
+def case(request):
+    element = request.param
     generator = torch.Generator().manual_seed(2)
-    paged = make_paged(generator, num_pages=4, page_shift=2, width=WIDTH, dtype=torch.float32, missing=0.3)
+    paged = make_paged(generator, num_pages=4, page_shift=2, width=WIDTH, element=element, missing=0.3)
     ids = torch.randint(0, 16, (NUM_PAIRS,), generator=generator)
     assert (paged.page_table < 0).any()
     assert len({*ids.tolist()}) < NUM_PAIRS
@@ -43,9 +46,20 @@ def test_bags_in_chunks_equal_reference(case):
 
 
 @pytest.mark.usefixtures("chunk_elements")
+def test_rows_in_chunks_have_the_bits_of_reference(case):
+    paged, ids, *_ = case
+    assert same_bits(torch_ops.gather_rows(paged, ids, torch.float32), reference.gather_rows(paged, ids, torch.float32))
+    values = torch.randn(NUM_PAIRS, WIDTH, generator=torch.Generator().manual_seed(5))
+    expected = dataclasses.replace(paged, rows=paged.rows.clone())
+    reference.scatter_rows(expected, ids, values)
+    torch_ops.scatter_rows(paged, ids, values)
+    assert same_bits(paged.rows, expected.rows)
+
+
+@pytest.mark.usefixtures("chunk_elements")
 def test_sums_and_norms_in_chunks_equal_reference(case):
     paged, ids, weights, offsets, grads = case
-    bags = torch_ops.bag_of_pairs(offsets, NUM_PAIRS)
+    bags = torch_bags.bag_of_pairs(offsets, NUM_PAIRS)
     pairs = torch_ops.sort_pairs(paged, ids)
     sums = torch_ops.segment_sum(pairs, weights, bags, grads)
     assert_close(sums, reference.segment_sum(pairs, weights, bags, grads))

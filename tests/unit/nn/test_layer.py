@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from mempool.errors import InvalidRequest
 from mempool.nn import MemoryLayer
+from mempool.nn import layer as layer_module
+from mempool.nn.scoring import product_topk
 from tests.agreement.reference import Reference, leaf, relative_error
 
 from .stand_in import local_table, session_of
@@ -245,3 +248,16 @@ def test_input_of_another_width_is_refused() -> None:
     for shape in ((3, 11), ()):
         with pytest.raises(InvalidRequest, match=r"takes \[..., 12\], got "):
             layer(torch.randn(shape))
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_order_of_sums_is_the_layers_choice(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def asking(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        asked.append(options["deterministic"])
+        return product_topk(*args, **options)
+
+    monkeypatch.setattr(layer_module, "product_topk", asking)
+    make_layer(deterministic=deterministic)(torch.randn(3, 12))
+    assert asked == [deterministic]

@@ -35,7 +35,9 @@ def _table(layout: str, *, num_slots: int = 50, page_slots: int = 8) -> Table:
 
 
 def _update(table: Table, seed: int, lengths: list[int], *, weighted: bool) -> HeldUpdate:
+    """Every third pair is of one slot."""
     bags = make_bags(seed, num_slots=table.schema.num_slots, lengths=lengths, weighted=weighted)
+    bags.ids[::3] = 31
     generator = torch.Generator().manual_seed(seed)
     grads = torch.randn(len(lengths), table.schema.width(table.blocks), generator=generator)
     return HeldUpdate(Bags(bags.ids, bags.weights, bags.offsets), grads)
@@ -56,11 +58,11 @@ def _at_once(table: Table, updates: list[HeldUpdate]) -> list[dict[int, Tensor]]
 @given(
     layout=st.sampled_from(sorted(LAYOUTS)),
     updates=st.lists(
-        st.tuples(st.integers(0, 9999), st.lists(st.integers(0, 40), min_size=1, max_size=6), st.booleans()),
+        st.tuples(st.integers(0, 9999), st.lists(st.integers(0, 2000), min_size=1, max_size=5), st.booleans()),
         min_size=1,
         max_size=3,
     ),
-    room=st.sampled_from([1, 3000, 20_000, 100_000]),
+    room=st.sampled_from([1, 1000, 600_000]),
     wide=st.booleans(),
 )
 def test_parts_have_the_bits_of_the_whole(
@@ -91,12 +93,12 @@ def test_a_commit_in_parts_changes_no_bit(make_driver: MakeDriver, optimizer: st
     spec = OptimizerSpec(algorithm="adamw" if dense else optimizer, lr=0.1, dense=dense)  # type: ignore[arg-type]
     schema = make_schema(optimizer=spec, dtype=dtype, rounding="stochastic", master=dense and dtype != "float32")
     results = []
-    for commit_memory_bytes in (MIB, 20_000, 4_000):
+    for commit_memory_bytes in (8 * MIB, 400_000, 100_000):
         driver = make_driver(3, commit_memory_bytes=commit_memory_bytes).create(schema, "mixed")
         norms = []
         for step in range(1, 4):
             for sequence in (2 * step, 2 * step + 1):
-                driver.gather(make_bags(sequence, lengths=(40, 0, 7, 90), weighted=bool(sequence % 3)))
+                driver.gather(make_bags(sequence, lengths=(400, 0, 70, 1900), weighted=bool(sequence % 3)))
                 grads = torch.randn(4, 10, generator=torch.Generator().manual_seed(sequence))
                 driver.update(step, sequence, grads)
             replies = driver.prepare(step, [2 * step, 2 * step + 1], want_norm=want_norm)
@@ -136,13 +138,13 @@ def test_the_estimate_covers_all_lanes_and_joining() -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is told by Linux")
 @pytest.mark.parametrize("lookups", [1, 4])
 def test_a_large_step_stays_within_its_memory(lookups: int) -> None:
-    """3 million pairs, 64 columns: sorting them takes 400 MB, their sums 67 MB; each gets the 32 MiB it was given."""
+    """3 million pairs, 64 columns: sorted and summed at once they take 150 to 200 MB, in parts the 32 MiB given."""
     script = Path(__file__).with_name("large_step.py")
     done = subprocess.run(
         [sys.executable, str(script), str(lookups)], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     grown = {name: int(num_bytes) for name, num_bytes in (line.split() for line in done.stdout.splitlines())}
-    assert grown["at_once"] > 150 * MIB, "the step is not large: the test shows nothing"
-    assert grown["prepare"] < (32 + 8) * MIB
-    assert grown["commit"] < (32 + 8) * MIB
+    assert grown["at_once"] > 100 * MIB, "the step is not large: the test shows nothing"
+    assert grown["prepare"] < (32 + 4) * MIB
+    assert grown["commit"] < (32 + 4) * MIB
