@@ -97,7 +97,7 @@ def lines(outcome: Outcome) -> list[str]:
             for standing in said
         ]
         out += ["", *_table(("goal", "wanted", "measured", ""), goals)]
-    out += ["", *(f"left out: {line}" for line in outcome.skipped)] if outcome.skipped else []
+    out += ["", *(f"not as planned: {line}" for line in outcome.skipped)] if outcome.skipped else []
     if outcome.peers_missing:
         out += ["", f"peers that are not installed: {', '.join(outcome.peers_missing)}; to get them: {peers.INSTALL}"]
     return out

@@ -202,8 +202,8 @@ def add_segments(
 ) -> None:
     """Add the segment sums of a part of a step's pairs to sums of parts before: bounds the memory of a large step.
 
-    Adds the sums of the part's pieces to ``sums[places[u]]``, one after another. A row's pairs in parts that end after a
-    multiple of RUN_PIECE pairs of it, added part after part, have the sum of all of them at once, to the bit.
+    Adds the sums of the part's pieces to ``sums[places[u]]``, one after another. A row's pairs in parts that end after
+    a multiple of RUN_PIECE pairs of it, added part after part, have the sum of all of them at once, to the bit.
 
     Args:
         sums: [V, W] float32, contiguous, changed in place; zeros before the first part.

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from mempool.kernels.arguments import ELEMENTS, Element, Paged
 from mempool.kernels.layout import PackedLayout
-from mempool.kernels.steps import ALGORITHMS, BLOCK_STATE, STATE_NAMES, OptimizerStep
+from mempool.kernels.steps import (
+    ALGORITHMS,
+    BLOCK_STATE,
+    LAST_STEP,
+    MASTER,
+    STATE_NAMES,
+    DenseSchedule,
+    OptimizerStep,
+)
 
 
 def warm_up(device: torch.device | str = "cpu") -> None:
@@ -25,11 +33,14 @@ def warm_up(device: torch.device | str = "cpu") -> None:
     offsets, bags = torch.tensor([0, 2, 3], device=device), torch.tensor([0, 0, 1], device=device)
     weights, grads = torch.ones(3, device=device), torch.ones(2, 4, device=device)
     page_table = torch.zeros(1, dtype=torch.int32, device=device)
+    schedule = DenseSchedule(first_step=1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, device=device)
+    schedule.append(0.0)
     for element in ELEMENTS:
         paged = _small_arena(element, page_table)
         kernels.weighted_sum(paged, ids, weights, offsets)
         kernels.weight_gradient(paged, ids, offsets, grads)
         kernels.scatter_rows(paged, ids, kernels.gather_rows(paged, ids))
+        kernels.gather_rows(paged, ids, dtype=torch.float16)
         pairs = kernels.sort_pairs(paged, ids)
         sums = kernels.segment_sum(pairs, weights, bags, grads)
         kernels.add_segments(sums, torch.arange(2, device=device), pairs, weights, bags, grads)
@@ -43,6 +54,15 @@ def warm_up(device: torch.device | str = "cpu") -> None:
             step = OptimizerStep(algorithm, lr=0.0)
             kernels.optimizer_step(paged, state, pairs, sums, step)
             kernels.fused_step(paged, state, pairs, weights, bags, grads, step)
+        state |= {
+            MASTER: torch.zeros(2, 4, device=device),
+            LAST_STEP: torch.zeros(2, 1, dtype=torch.int32, device=device),
+        }
+        kernels.fused_step(paged, state, pairs, weights, bags, grads, OptimizerStep("sgd", lr=0.0))
+        kernels.catch_up(paged, state, pairs.rows, schedule, to=1, block_dim=64)
+        if paged.element == "float32":
+            del state[MASTER]
+            kernels.catch_up(paged, state, pairs.rows, schedule, to=1, block_dim=64)
         if paged.packed is None:
             kernels.flat_topk(grads, paged, 1, 2)
     kernels.select_topk(grads, 1)

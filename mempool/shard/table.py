@@ -214,6 +214,9 @@ class Table:
             rows[len(slots) :] = 0  # slots of the last page that do not exist
             if self.schema.packed and array.name in (VALUES, SCALES):
                 continue
+            if self.schedule is not None and array.name == kernels.LAST_STEP:
+                rows[:] = self.schedule.last_step
+                continue
             self._fill_array(array, arena.blocks, slots, rows[: len(slots)])
         if self.schema.packed:
             values = torch.empty(len(slots), self.schema.width(arena.blocks), device=self.device)

@@ -72,7 +72,8 @@ def test_public_names_are_these_and_can_be_had() -> None:
     ]
     for name in mempool.__all__:
         assert getattr(mempool, name) is not None
-    assert {"SGD", "Adagrad", "RowWiseAdagrad", "Adam", "PoolOptimizer"} <= set(mempool.optim.__all__)
+    shards = {"SGD", "Adagrad", "RowWiseAdagrad", "Adam", "AdamW", "RowWiseAdam"}
+    assert shards | {"PoolOptimizer"} <= set(mempool.optim.__all__)
     assert "MemoryLayer" in mempool.nn.__all__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mempool.nothing  # noqa: B018

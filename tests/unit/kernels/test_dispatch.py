@@ -265,46 +265,67 @@ def test_kernels_compile_where_no_cache_can_be_written():
         from mempool.kernels import Paged
         numba = kernels.implementation("numba")
         paged = Paged(torch.ones(2, 1), torch.zeros(1, dtype=torch.int32), 1)
-        assert numba.gather_rows(paged, torch.tensor([1])).tolist() == [[1.0]]
+        assert numba.gather_rows(paged, torch.tensor([1]), torch.float32).tolist() == [[1.0]]
         from mempool.kernels.cpu import bags
-        assert bags._gather_rows.stats.cache_path is None
+        assert bags._copy_rows.stats.cache_path is None
         """
     )
 
 
 def test_warm_up_leaves_nothing_to_compile():
-    """After warm_up, calls with other shapes, both dtypes and every optimizer compile nothing more."""
+    """After warm_up, calls with other shapes, every element, optimizer and rounding compile nothing more."""
     run(
         """
         import torch
         from mempool import kernels
-        from mempool.kernels import OptimizerStep, Paged
-        from mempool.kernels.cpu import bags, initial, topk, updates
+        from mempool.kernels import DenseSchedule, OptimizerStep, PackedLayout, Paged, Rounding
+        from mempool.kernels.cpu import bags, flat, initial, topk, updates
         kernels.warm_up()
         def compiled():
             return {
                 (module.__name__, name): len(kernel.signatures)
-                for module in (bags, initial, topk, updates)
+                for module in (bags, flat, initial, topk, updates)
                 for name, kernel in vars(module).items()
                 if hasattr(kernel, "signatures")
             }
         before = compiled()
         assert sum(before.values()) > 20, before
         ids, offsets, bag = torch.tensor([3, 0, 9, 3]), torch.tensor([0, 4]), torch.zeros(4, dtype=torch.int64)
-        for dtype in kernels.STORAGE_DTYPES:
-            paged = Paged(torch.ones(12, 5, dtype=dtype), torch.tensor([2, -1, 1], dtype=torch.int32), 2)
+        def arena(element):
+            table = torch.tensor([2, -1, 1], dtype=torch.int32)
+            if element in ("float32", "bfloat16"):
+                return Paged(torch.ones(12, 5, dtype=getattr(torch, element)), table, 2)
+            packed = PackedLayout(element, width=5, block_dim=2)
+            return Paged(torch.zeros(12, packed.row_bytes, dtype=torch.uint8), table, 2, packed)
+        rounding = Rounding(7, torch.tensor([0, 2, 4]))
+        schedule = DenseSchedule(first_step=1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+        schedule.append(0.1)
+        for element in kernels.ELEMENTS:
+            paged = arena(element)
             for weights in (None, torch.ones(4)):
-                kernels.weighted_sum(paged, ids, weights, offsets)
+                kernels.weighted_sum(paged, ids, weights, offsets, dtype=torch.bfloat16)
                 pairs = kernels.sort_pairs(paged, ids)
                 kernels.segment_sum(pairs, weights, bag, torch.ones(1, 5))
                 for algorithm in kernels.ALGORITHMS:
-                    step = OptimizerStep(algorithm, lr=0.1, block_dim=2)
-                    columns = 3 if algorithm == "rowwise_adagrad" else 5
-                    state = {name: torch.zeros(12, columns) for name in kernels.STATE_NAMES[algorithm]}
+                    step = OptimizerStep(algorithm, lr=0.1, block_dim=2, rounding=rounding)
+                    state = {
+                        name: torch.zeros(12, 3 if name in kernels.BLOCK_STATE else 5)
+                        for name in (*kernels.STATE_NAMES[algorithm], kernels.MASTER)
+                    }
                     kernels.fused_step(paged, state, pairs, weights, bag, torch.ones(1, 5), step)
+                    kernels.fused_step(paged, state, pairs, weights, bag, torch.ones(1, 5), step)
+            dense = {name: torch.zeros(12, 5) for name in ("exp_avg", "exp_avg_sq", "master")}
+            dense["last_step"] = torch.zeros(12, 3, dtype=torch.int32)
+            kernels.catch_up(paged, dense, pairs.rows, schedule, to=1, block_dim=2)
+            if paged.packed is None:
+                del dense["master"]
+                if element == "float32":
+                    dense["last_step"].zero_()
+                    kernels.catch_up(paged, dense, pairs.rows, schedule, to=1, block_dim=2)
+                kernels.flat_topk(torch.ones(2, 5), paged, 3, 12)
             kernels.weight_gradient(paged, ids, offsets, torch.ones(1, 5))
             kernels.scatter_rows(paged, ids, kernels.gather_rows(paged, ids))
-            kernels.flat_topk(torch.ones(2, 5), paged, 3, 12)
+            kernels.gather_rows(paged, ids, dtype=torch.bfloat16)
         kernels.select_topk(torch.ones(3, 200), 150)
         kernels.product_select(torch.ones(3, 20), torch.ones(3, 20), 150, 20)
         kernels.product_topk(torch.ones(3, 2, 6), torch.ones(2, 2, 4, 3), 3)

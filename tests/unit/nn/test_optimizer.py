@@ -401,5 +401,6 @@ def test_copying_and_pickling_are_refused() -> None:
 
 
 def test_optim_offers_the_shards_optimizers_and_the_trainers() -> None:
-    assert set(mempool.optim.__all__) == {"SGD", "Adagrad", "Adam", "PoolOptimizer", "RowWiseAdagrad"}
+    shards = {"SGD", "Adagrad", "Adam", "AdamW", "RowWiseAdagrad", "RowWiseAdam"}
+    assert set(mempool.optim.__all__) == shards | {"PoolOptimizer"}
     assert mempool.optim.Adagrad(lr=0.1).spec().algorithm == "adagrad"

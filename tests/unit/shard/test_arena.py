@@ -4,7 +4,7 @@ import torch
 
 from mempool import kernels
 from mempool.shard import arena as arena_module
-from mempool.shard.arena import Arena, half_keys, initial_head_keys, named_arrays, pieces
+from mempool.shard.arena import Arena, half_keys, initial_head_keys, named_arrays, pieces, row_bytes
 from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec
 from tests.contract.driver import make_schema
 
@@ -141,3 +141,33 @@ def test_head_keys_differ_and_depend_on_the_seed() -> None:
     assert len(torch.stack(heads).unique()) == 3 * 2 * 7 * 4
     other = make_schema(num_slots=49, keys=ProductKeySpec(heads=3, key_dim=8), seed=8)
     assert not torch.equal(initial_head_keys(other, 0), heads[0])
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+def test_packed_rows_are_one_read_and_their_padding_stays_zero(dtype: str) -> None:
+    schema = make_schema(dtype=dtype, master=True, optimizer=ROWWISE)
+    blocks = (0, 2)
+    arena = Arena(schema=schema, blocks=blocks, arrays=named_arrays(schema), device=torch.device("cpu"))
+    # 6 codes to a multiple of 4, 2 scales, to a multiple of 16; a master of 6 and 2 sums beside them.
+    assert row_bytes(schema, blocks) == 16 + 4 * 6 + 4 * 2
+    assert arena.page_bytes == 8 * row_bytes(schema, blocks)
+    for _ in range(3):  # grows, and takes again what was given back
+        taken = arena.take(3)
+        arena.publish(np.arange(3), taken)
+        for name in ("values", "scales"):
+            pages = arena.pages(name)
+            pages[torch.from_numpy(taken)] = torch.ones(3, *pages.shape[1:], dtype=pages.dtype)
+        rows = arena.paged().rows
+        assert rows.shape[1] == 16
+        assert not rows[:, 6:8].any()
+        assert torch.equal(kernels.gather_rows(arena.paged(), torch.arange(24)), _ones(dtype).expand(24, 6))
+        arena.give_back(arena.withdraw(np.arange(3))[:2])
+    arena.publish(np.arange(1), taken[2:])
+    kernels.scatter_rows(arena.paged(), torch.arange(8), torch.randn(8, 6))
+    assert not arena.paged().rows[:, 6:8].any()
+
+
+def _ones(dtype: str) -> torch.Tensor:
+    """The value of the code 1."""
+    code = torch.ones(1, dtype=torch.uint8)
+    return code.view(torch.int8 if dtype == "int8" else torch.float8_e4m3fn).float()

@@ -21,7 +21,7 @@ from tests.contract.driver import Bags, Driver, Hosted, make_bags, make_schema, 
 from tests.contract.oracle import Oracle
 
 NUM_SHARDS = 3
-ALGORITHMS = ("sgd", "adagrad", "rowwise_adagrad", "adam")
+ALGORITHMS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "adamw", "dense adamw", "rowwise_adam")
 
 _table_ids = itertools.count(1)
 
@@ -61,7 +61,8 @@ class Histories(RuleBasedStateMachine):
 
     @initialize(placement=owners, algorithm=st.sampled_from(ALGORITHMS), flat=st.booleans())
     def create(self, placement: list[list[int]], algorithm: Any, flat: bool) -> None:
-        spec = OptimizerSpec(algorithm=algorithm, lr=0.1, eps=1e-6)
+        dense = algorithm == "dense adamw"
+        spec = OptimizerSpec(algorithm="adamw" if dense else algorithm, lr=0.1, eps=1e-6, weight_decay=0.1, dense=dense)
         schema = make_schema(optimizer=spec, keys=FlatKeySpec(key_dim=3) if flat else None)
         self.driver.create(schema, placement)
         self.keys = self.driver.read("keys") if flat else None

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
+import torch
 
 from mempool.kernels import STATE_NAMES
-from mempool.shard.optimizers import optimizer_step, state_arrays
+from mempool.shard.optimizers import optimizer_step, rounding, state_arrays
 from mempool.types import OptimizerSpec
 from tests.contract.driver import make_schema
 
@@ -22,3 +25,17 @@ def test_the_version_is_the_step() -> None:
     assert (step.eps, step.beta1, step.beta2, step.lr_decay) == (1e-3, 0.5, 0.75, 0.1)
     # torch.optim.SparseAdam: lr * sqrt(1 - beta2^t) / (1 - beta1^t)
     assert step.step_size == pytest.approx(0.2 * (1 - 0.75**7) ** 0.5 / (1 - 0.5**7))
+
+
+def test_rounding_depends_on_seed_name_and_version_alone() -> None:
+    schema = make_schema(dtype="int8", rounding="stochastic")
+
+    def key(version: int = 1, **changes: object) -> int:
+        made = rounding(replace(schema, **changes), (0, 2), version=version, device=torch.device("cpu"))  # type: ignore[arg-type]
+        assert made is not None
+        assert made.columns.tolist() == [0, 8]
+        return made.key
+
+    assert key(table_id=9) == key()
+    assert len({key(), key(version=2), key(seed=8), key(name="other")}) == 4
+    assert rounding(make_schema(), (0,), version=1, device=torch.device("cpu")) is None

@@ -54,7 +54,7 @@ def _at_once(table: Table, updates: list[HeldUpdate]) -> list[dict[int, Tensor]]
     return found
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     layout=st.sampled_from(sorted(LAYOUTS)),
     updates=st.lists(
