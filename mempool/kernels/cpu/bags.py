@@ -34,7 +34,7 @@ from mempool.kernels.cpu.vectors import LANES, dot_tile, sum_tile
 # Pairs that are listed at once; the list stays in the first cache level.
 _PIECE = 1024
 # Rows that are prefetched ahead of the one that is read.
-_AHEAD = 32
+_AHEAD = 16
 # Columns of a tile: as many as registers hold, then less for what is left.
 _WIDE, _MIDDLE, _NARROW = (256 if has_wide_registers() else 64), 64, LANES
 _sum_wide, _sum_middle, _sum_narrow = (sum_tile(columns // LANES) for columns in (_WIDE, _MIDDLE, _NARROW))
