@@ -195,7 +195,9 @@ class DenseSchedule:
             eps=self.eps,
             weight_decay=self.weight_decay,
         )
-        self._steps[:, self._count] = torch.tensor([step.step_size, step.root_correction, step.decay])
+        self._steps[:, self._count] = torch.tensor(
+            [step.step_size, step.root_correction, step.decay], dtype=torch.float32, device=self._steps.device
+        )
         # A decay of 0 or below (lr * weight_decay >= 1) has no logarithm: NaN sends kernels to the steps one by one.
         self._log_decay += math.log(step.decay) if step.decay > 0.0 else math.nan
         self._count += 1

@@ -239,7 +239,7 @@ def in_canonical_order(updates: Sequence[HeldUpdate], *, width: int, device: tor
     """All pairs of a rank's updates, which come by sequence: (sequence, bag, pair)."""
     if not updates:
         none = torch.empty(0, dtype=torch.int64, device=device)
-        return Pairs(none, None, none, torch.empty((0, width), device=device))
+        return Pairs(none, None, none, torch.empty((0, width), dtype=torch.float32, device=device))
     bags, first = [], 0
     for update in updates:
         num_bags = update.bags.num_bags
@@ -260,7 +260,8 @@ def in_canonical_order(updates: Sequence[HeldUpdate], *, width: int, device: tor
 
 
 def _weights(bags: Bags) -> Tensor:
-    return torch.ones(bags.ids.shape[0], device=bags.ids.device) if bags.weights is None else bags.weights
+    ones = torch.ones(bags.ids.shape[0], dtype=torch.float32, device=bags.ids.device)
+    return ones if bags.weights is None else bags.weights
 
 
 class AppliedLedger:

@@ -114,7 +114,7 @@ def _joined(lane: Lane, part: list[tuple[HeldUpdate, Tensor]]) -> Pairs:
         ids.append(update.bags.ids[at])
         if weighted:
             given = update.bags.weights
-            weights.append(torch.ones(at.shape[0], device=at.device) if given is None else given[at])
+            weights.append(torch.ones_like(at, dtype=torch.float32) if given is None else given[at])
         # Of empty bags with the same offset, the last is the one that is not empty.
         bag = torch.searchsorted(update.bags.offsets, at, right=True) - 1
         gradients = update.grads

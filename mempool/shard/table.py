@@ -219,7 +219,7 @@ class Table:
                 continue
             self._fill_array(array, arena.blocks, slots, rows[: len(slots)])
         if self.schema.packed:
-            values = torch.empty(len(slots), self.schema.width(arena.blocks), device=self.device)
+            values = torch.empty(len(slots), self.schema.width(arena.blocks), dtype=torch.float32, device=self.device)
             self._fill_array(self.arrays[VALUES], arena.blocks, slots, values)
             ids = torch.arange(slots.start, slots.stop, device=self.device)
             kernels.scatter_rows(arena.paged(), ids, values)
@@ -263,7 +263,7 @@ class Table:
         if len(self._lanes) == 1 and self._lanes[0].columns is None:
             paged = self._lanes[0].arena.paged()
             return kernels.weighted_sum(paged, bags.ids, bags.weights, bags.offsets, dtype=dtype)
-        values_BW = torch.zeros(bags.num_bags, self.schema.width(self.blocks), device=self.device)
+        values_BW = torch.zeros(bags.num_bags, self.schema.width(self.blocks), dtype=torch.float32, device=self.device)
         for lane in self._lanes:
             sums = kernels.weighted_sum(lane.arena.paged(), bags.ids, bags.weights, bags.offsets)
             if lane.columns is None:
@@ -275,7 +275,7 @@ class Table:
     def weight_grad(self, bags: Bags, grads_BW: Tensor) -> Tensor:
         """[L] float32: <grads[bag], V[id]> over the columns that are here."""
         self.catch_up(bags.ids)
-        weight_grad_L = torch.zeros(bags.ids.shape[0], device=self.device)
+        weight_grad_L = torch.zeros(bags.ids.shape[0], dtype=torch.float32, device=self.device)
         for lane in self._lanes:
             weight_grad_L += kernels.weight_gradient(lane.arena.paged(), bags.ids, bags.offsets, lane.of(grads_BW))
         return weight_grad_L
@@ -356,7 +356,7 @@ class Table:
                 kernels.scatter_rows(paged, ids_M, rows.to(paged.value_dtype).contiguous())
 
     def _read_heads(self, ids_M: Tensor) -> Tensor:
-        rows_MW = torch.zeros(ids_M.shape[0], *self.head_keys.shape[1:], device=self.device)
+        rows_MW = torch.zeros(ids_M.shape[0], *self.head_keys.shape[1:], dtype=torch.float32, device=self.device)
         for place, head in enumerate(ids_M.tolist()):
             if head in self.heads:
                 rows_MW[place] = self.head_keys[self.heads.index(head)]
@@ -389,7 +389,7 @@ def best(scores_BK: Tensor, ids_BK: Tensor, topk: int) -> tuple[Tensor, Tensor]:
 
 
 def _no_candidates(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    scores = torch.full(shape, float("-inf"), device=device)
+    scores = torch.full(shape, float("-inf"), dtype=torch.float32, device=device)
     return scores, torch.full(shape, -1, dtype=torch.int64, device=device)
 
 

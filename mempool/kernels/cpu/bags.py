@@ -233,7 +233,7 @@ def weighted_sum(
     paged: Paged, ids: Tensor, weights: Tensor | None, offsets: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """See mempool.kernels.weighted_sum."""
-    out = torch.empty(offsets.numel() - 1, paged.width, dtype=torch.float32)
+    out = torch.empty(offsets.numel() - 1, paged.width, dtype=torch.float32, device="cpu")
     num_threads = use_threads(ids.numel() * paged.width // _READS_PER_STEP)
     counter = np.zeros(1, dtype=np.int64)
     _weighted_sum(_arena(paged), view(ids), optional_weights(weights), view(offsets), num_threads, counter, out.numpy())
@@ -315,7 +315,7 @@ def _weight_gradient(
 
 def weight_gradient(paged: Paged, ids: Tensor, offsets: Tensor, grads: Tensor) -> Tensor:
     """See mempool.kernels.weight_gradient."""
-    out = torch.empty(ids.numel(), dtype=torch.float32)
+    out = torch.empty(ids.numel(), dtype=torch.float32, device="cpu")
     num_threads = use_threads(ids.numel() * paged.width // _READS_PER_STEP)
     counter = np.zeros(1, dtype=np.int64)
     _weight_gradient(_arena(paged), view(ids), view(offsets), view(grads), num_threads, counter, out.numpy())
@@ -360,7 +360,7 @@ def _read_rows(arena: _Arena, ids: Array, out: Array) -> None:
 
 def gather_rows(paged: Paged, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """See mempool.kernels.gather_rows."""
-    out = torch.empty(ids.numel(), paged.width, dtype=dtype or paged.value_dtype)
+    out = torch.empty(ids.numel(), paged.width, dtype=dtype or paged.value_dtype, device="cpu")
     arena, slots = _arena(paged), view(ids)
     use_threads(out.numel())
     if out.dtype == paged.rows.dtype:
@@ -369,7 +369,7 @@ def gather_rows(paged: Paged, ids: Tensor, dtype: torch.dtype | None = None) -> 
         _read_rows(arena, slots, out.numpy())
     else:
         num_rows = max(1, _CHUNK_ELEMENTS // max(1, paged.width))
-        part = torch.empty(min(num_rows, ids.numel()), paged.width)
+        part = torch.empty(min(num_rows, ids.numel()), paged.width, dtype=torch.float32, device="cpu")
         for first in range(0, ids.numel(), num_rows):
             part = part[: ids.numel() - first]
             _read_rows(arena, slots[first : first + num_rows], part.numpy())

@@ -172,8 +172,8 @@ def flat_topk(
     wanted = math.ceil(2 * torch.get_num_threads() / num_chunks)
     num_parts = max(1, min(wanted, num_slots // _LEAST_SLOTS))
     # Ids rise from part to part, so that of equal scores the first is the one with the lowest id.
-    part_scores = torch.empty(num_queries, num_parts, k, dtype=torch.float32)
-    part_ids = torch.empty(num_queries, num_parts, k, dtype=torch.int64)
+    part_scores = torch.empty(num_queries, num_parts, k, dtype=torch.float32, device="cpu")
+    part_ids = torch.empty(num_queries, num_parts, k, dtype=torch.int64, device="cpu")
     use_threads(num_queries * num_slots * keys.width)
     _scan(
         view(queries),

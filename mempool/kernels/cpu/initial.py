@@ -83,7 +83,7 @@ def initial_values(
     seed: int, *, slots_start: int, num_slots: int, column_start: int, num_columns: int, std: float
 ) -> Tensor:
     """See mempool.kernels.initial_values."""
-    out = torch.empty(num_slots, num_columns, dtype=torch.float32)
+    out = torch.empty(num_slots, num_columns, dtype=torch.float32, device="cpu")
     use_threads(8 * out.numel())
     _initial_values(np.uint64(seed & 0xFFFFFFFFFFFFFFFF), slots_start, column_start, float(std), out.numpy())
     return out

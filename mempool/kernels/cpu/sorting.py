@@ -110,7 +110,7 @@ def sort_pairs(paged: Paged, ids: Tensor) -> SortedPairs:
     num_parts = use_threads(ids.numel() // _PAIRS_OF_AN_ELEMENT)
     page_table = view(paged.page_table)
     keys = _sorted_keys(view(ids), page_table, paged.page_shift, pair_bits, num_parts)
-    order = torch.empty(keys.shape[0], dtype=torch.int64)
+    order = torch.empty(keys.shape[0], dtype=torch.int64, device="cpu")
     rows, slots, starts = _runs(keys, pair_bits, page_table, paged.page_shift, order.numpy(), num_parts)
     return SortedPairs(
         order=order, rows=torch.from_numpy(rows), slots=torch.from_numpy(slots), starts=torch.from_numpy(starts)

@@ -235,7 +235,8 @@ def catch_up_block(schedule: Schedule, done: int, to: int, values: Array, moment
         moment1: [n] float32.
         moment2: [n] float32.
     """
-    first, end = done + 1 - schedule.first_step, to + 1 - schedule.first_step
+    # Never before what is recorded, whatever the state says: there is no step to read there.
+    first, end = max(0, done + 1 - schedule.first_step), to + 1 - schedule.first_step
     # Without momentum there is nothing to follow (unless a root of 0 is divided by): the closed form holds at once.
     moving = not schedule.scalars[2] > 0
     for column in range(moment1.shape[0]):

@@ -62,8 +62,8 @@ def _select_topk(scores: Array, values: Array, index: Array) -> None:
 
 def select_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """See mempool.kernels.select_topk."""
-    values = torch.empty(scores.shape[0], k, dtype=torch.float32)
-    index = torch.empty(scores.shape[0], k, dtype=torch.int64)
+    values = torch.empty(scores.shape[0], k, dtype=torch.float32, device="cpu")
+    index = torch.empty(scores.shape[0], k, dtype=torch.int64, device="cpu")
     use_threads(scores.numel())
     _select_topk(view(scores), values.numpy(), index.numpy())
     return values, index
@@ -283,11 +283,11 @@ def _products(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores and half-keys of the best products, each of ``shape`` [B, H, k]."""
     half_k, pairs = _pairs_of(num_keys, shape[2])
-    scores = torch.empty(shape)
-    index1, index2 = torch.empty(shape, dtype=torch.int64), torch.empty(shape, dtype=torch.int64)
+    scores = torch.empty(shape, dtype=torch.float32, device="cpu")
+    index1, index2 = torch.empty((2, *shape), dtype=torch.int64, device="cpu")
     # Memory that is never touched costs nothing, and few queries are left open.
-    open_values = torch.empty(2, *shape[:2], half_k)
-    open_index = torch.empty(2, *shape[:2], half_k, dtype=torch.int64)
+    open_values = torch.empty(2, *shape[:2], half_k, dtype=torch.float32, device="cpu")
+    open_index = torch.empty(2, *shape[:2], half_k, dtype=torch.int64, device="cpu")
     _select_products(
         queries,
         panels,
@@ -409,7 +409,8 @@ def product_gradient(
     queries: Tensor, keys: Tensor, index1: Tensor, index2: Tensor, grads: Tensor
 ) -> tuple[Tensor, Tensor]:
     """See mempool.kernels.product_gradient."""
-    query_grads, key_grads = torch.empty(queries.shape), torch.empty(keys.shape)
+    query_grads = torch.empty(queries.shape, dtype=torch.float32, device="cpu")
+    key_grads = torch.empty(keys.shape, dtype=torch.float32, device="cpu")
     use_threads(grads.numel() * keys.shape[3])
     _gradient(
         view(queries),

@@ -149,7 +149,7 @@ def _add(out: Array, places: Array, gradients: Gradients) -> None:
 
 def segment_sum(pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads: Tensor) -> Tensor:
     """See mempool.kernels.segment_sum."""
-    out = prefer_huge_pages(torch.empty(pairs.rows.numel(), grads.shape[1], dtype=torch.float32))
+    out = prefer_huge_pages(torch.empty(pairs.rows.numel(), grads.shape[1], dtype=torch.float32, device="cpu"))
     _add(storage(out), _NO_NUMBERS, _gradients(pairs, weights, bags, grads))
     return out
 

@@ -66,7 +66,7 @@ def catch_up_kernel(
     first = tl.load(moment1 + place, mask=mask, other=0.0)
     second = tl.load(moment2 + place, mask=mask, other=0.0)
 
-    begin = tl.where(block_mask, done + 1 - first_step, 0)
+    begin = tl.where(block_mask, tl.maximum(done + 1 - first_step, 0), 0)
     end = tl.where(block_mask, to + 1 - first_step, 0)
     # Without momentum there is nothing to follow (unless a root of 0 is divided by): the closed form holds at once.
     moving = (tl.max((first != 0.0).to(tl.int32), axis=2) > 0) | (eps <= 0.0)

@@ -171,14 +171,16 @@ def flat_topk(queries: Tensor, keys: Paged, k: int, num_slots: int, deterministi
     queries = contiguous(queries)
     num_slots = min(num_slots, keys.page_table.numel() << keys.page_shift)
     best_ids = torch.full((num_queries, k), -1, dtype=torch.int64, device=device)
-    best_scores = torch.full((num_queries, k), torch.nan, device=device)  # NaN marks an empty place
+    best_scores = torch.full(
+        (num_queries, k), torch.nan, dtype=torch.float32, device=device
+    )  # NaN marks an empty place
     tile = tuning.score_tile(deterministic)
     tile_slots = max(4 * k, tile["KEY_TILE"], tuning.SCRATCH_SCORES // max(1, num_queries))
     for first in range(0, num_slots if num_queries else 0, tile_slots):
         # The best so far stand before the tile's scores: their ids are smaller and in order among ties, so that
         # selection by position is selection by id.
         count = min(tile_slots, num_slots - first)
-        scratch = torch.empty(num_queries, k + count, device=device)
+        scratch = torch.empty(num_queries, k + count, dtype=torch.float32, device=device)
         scratch[:, :k] = best_scores
         with torch.cuda.device_of(queries):
             flat_scores_kernel[(triton.cdiv(count, tile["KEY_TILE"]), triton.cdiv(num_queries, tile["QUERY_TILE"]))](

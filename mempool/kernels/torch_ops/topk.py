@@ -140,7 +140,7 @@ def flat_topk(
 ) -> tuple[Tensor, Tensor]:
     """See mempool.kernels.flat_topk. torch.matmul gives a score other bits for another cut of the keys, always."""
     device = queries.device
-    scores = torch.full((queries.shape[0], k), torch.nan, device=device)
+    scores = torch.full((queries.shape[0], k), torch.nan, dtype=torch.float32, device=device)
     ids = torch.full((queries.shape[0], k), -1, dtype=torch.int64, device=device)
     num_slots = min(num_slots, keys.page_table.numel() << keys.page_shift)
     for first in range(0, num_slots, _TILE_SLOTS):

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from mempool.kernels.arguments import RUN_PIECE, Paged, SortedPairs
-from mempool.kernels.layout import num_blocks
 from mempool.kernels.reference.elements import random_bits
 from mempool.kernels.reference.updates import table_columns
 from mempool.kernels.steps import LAST_STEP, MASTER, STATE_NAMES, DenseSchedule, OptimizerStep
@@ -43,7 +42,9 @@ def add_segments(
 
 
 def _blocks(width: int, block_dim: int) -> list[tuple[int, slice]]:
-    return [(block, slice(block * block_dim, (block + 1) * block_dim)) for block in range(num_blocks(width, block_dim))]
+    # No further than the row's width: behind it, a packed row has its scales.
+    starts = range(0, width, block_dim)
+    return [(block, slice(start, min(start + block_dim, width))) for block, start in enumerate(starts)]
 
 
 def _moved(state: Tensor, rows: Tensor, target: Tensor, share: float) -> Tensor:
@@ -128,10 +129,11 @@ def _catch_up(
     to: int,
     block_dim: int,
 ) -> None:
-    num_steps = (missed.repeat_interleave(block_dim, dim=1)[:, : paged.width]).to(torch.int64)
     before = read_rows(paged, rows) if MASTER not in state else state[MASTER][rows]
     values, moment1, moment2 = before, state["exp_avg"][rows], state["exp_avg_sq"][rows]
     end = to + 1 - schedule.first_step
+    # Never before what is recorded, whatever the state says: there is no step to read there.
+    num_steps = missed.clamp(max=end).repeat_interleave(block_dim, dim=1)[:, : paged.width].to(torch.int64)
     turn = num_steps.clamp(max=schedule.horizon)
     log_decays = schedule.log_decays[end] - schedule.log_decays[end - num_steps + turn]
     turn = torch.where(log_decays.isnan(), num_steps, turn)

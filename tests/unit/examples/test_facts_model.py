@@ -23,7 +23,8 @@ def counted_flops(module: torch.nn.Module, given_tensor: torch.Tensor) -> int:
 def test_matmul_flops_of_the_memory_layer_are_those_torch_counts(size: ModelSize, table: mempool.Table) -> None:
     layer = memory_block(table, size=size)
     formula = memory_flops(size, codebook_size=32, value_dim=64)
-    assert counted_flops(layer, torch.randn(3, size.dim)) == 3 * formula.matmul
+    scoring = 2 * size.heads * 32 * size.key_dim  # by a kernel of the pool's own, which torch does not see
+    assert counted_flops(layer, torch.randn(3, size.dim)) == 3 * (formula.matmul - scoring)
 
 
 @pytest.mark.parametrize("size", [SIZE, ModelSize()])

@@ -122,6 +122,38 @@ def test_wrong_arenas_and_steps_are_refused():
         OptimizerStep("sgd", lr=0.1, block_dim=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_defaults_of_torch_change_nothing(dtype):
+    """Training code sets them; kernels say which dtype and device they mean."""
+    generator = torch.Generator().manual_seed(0)
+    paged = Paged(torch.randn(4, 6, generator=generator), torch.tensor([0, 1], dtype=torch.int32), 1)
+    ids, offsets = torch.tensor([0, 3, 3]), torch.tensor([0, 2, 3])
+    queries, keys = torch.randn(3, 2, 6, generator=generator), torch.randn(2, 2, 5, 3, generator=generator)
+
+    def results():
+        scores, index1, index2 = kernels.product_indices(queries, keys, 4)
+        schedule = kernels.DenseSchedule(first_step=1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+        schedule.append(1e-3)
+        return [
+            kernels.weighted_sum(paged, ids, None, offsets),
+            kernels.gather_rows(paged, ids, dtype=torch.bfloat16),
+            *kernels.select_topk(queries[:, 0], 2),
+            *(scores, index1, index2),
+            *kernels.product_gradient(queries, keys, index1, index2, scores),
+            *kernels.flat_topk(queries[:, 0], paged, 2, 4),
+            schedule.steps,
+        ]
+
+    expected = results()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            found = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_wrong_updates_change_nothing():
     paged = Paged(torch.ones(2, 3), torch.zeros(1, dtype=torch.int32), 1)
     sums = torch.ones(1, 3)

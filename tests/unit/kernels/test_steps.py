@@ -82,3 +82,18 @@ def test_wrong_catch_ups_are_refused():
         kernels.catch_up(narrow, state, rows, schedule, to=2, block_dim=64)
     kernels.catch_up(paged, state, rows, schedule, to=2, block_dim=64)
     assert torch.equal(paged.rows, torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("name", ["numba", "torch"])
+def test_rows_older_than_the_schedule_do_what_is_recorded(name):
+    schedule = DenseSchedule(first_step=7, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
+    schedule.append(0.1)
+    results = []
+    for last_step in (3, 6):
+        paged = Paged(torch.ones(2, 3), torch.zeros(1, dtype=torch.int32), 1)
+        state = {"exp_avg": torch.ones(2, 3), "exp_avg_sq": torch.ones(2, 3)}
+        state["last_step"] = torch.full((2, 1), last_step, dtype=torch.int32)
+        kernels.implementation(name).catch_up(paged, state, torch.tensor([0, 1]), schedule, 7, 64)
+        results.append([paged.rows, *state.values()])
+    assert all(map(torch.equal, *results))
+    assert (results[0][0] < 1).all()
