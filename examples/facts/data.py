@@ -83,7 +83,8 @@ def words(text: str) -> list[str]:
     """The words a model sees: case folded, accents and punctuation dropped. `"Köln-Süd?"` gives `["koln", "sud"]`."""
     folded = text.casefold()
     if not folded.isascii():
-        folded = "".join(char for char in unicodedata.normalize("NFKD", folded) if not unicodedata.combining(char))
+        plain = (char for char in unicodedata.normalize("NFKD", folded) if not unicodedata.combining(char))
+        folded = "".join(plain).casefold()  # again: what stood for a styled capital is a capital now
     return WORD.findall(folded)
 
 
