@@ -29,10 +29,10 @@ from mempool.kernels.cpu.runtime import (
     use_threads,
     view,
 )
-from mempool.kernels.cpu.vectors import LANES, dot_tile, sum_tile
+from mempool.kernels.cpu.vectors import LANES, add_product, dot_tile, sum_tile
 
 # Pairs that are listed at once; the list stays in the first cache level.
-_PIECE = 1024
+_PIECE = 128
 # Rows that are prefetched ahead of the one that is read.
 _AHEAD = 16
 # Columns of a tile: as many as registers hold, then less for what is left.
@@ -49,6 +49,7 @@ _READS_PER_STEP = 4
 _CHUNK_ELEMENTS = 1 << 17
 # Numba compiles a function once more for an argument that is a number of the source.
 _ZERO: Any = np.int64(0)
+_NO_WEIGHTS = np.empty(0, dtype=np.float32)
 
 
 class _Arena(NamedTuple):
@@ -65,19 +66,42 @@ def _arena(paged: Paged) -> _Arena:
     return _Arena(elements(paged), *scales(paged), max(1, block_dim), view(paged.page_table), paged.page_shift)
 
 
+class _Listed(NamedTuple):
+    """Pairs that are here."""
+
+    rows: Array  # [_PIECE + _AHEAD] int64
+    pairs: Array  # [_PIECE] int64
+    weights: Array  # [_PIECE] float32
+
+
 @serial
-def _list_pairs(arena: _Arena, ids: Array, first: int, end: int, listed: Array, pairs: Array) -> int:
-    """The rows of pairs that are here, and which pairs they are; returns how many."""
+def _lists() -> Any:
+    one = np.empty(_PIECE + _AHEAD, dtype=np.int64), np.empty(_PIECE, dtype=np.int64), np.ones(_PIECE, dtype=np.float32)
+    two = np.empty(_PIECE + _AHEAD, dtype=np.int64), np.empty(_PIECE, dtype=np.int64), np.ones(_PIECE, dtype=np.float32)
+    return _Listed(*one), _Listed(*two)
+
+
+@serial
+def _list_pairs(arena: _Arena, ids: Array, weights: Array, first: int, end: int, into: _Listed) -> int:
+    """List the pairs that are here; returns how many."""
     count = 0
     for pair in range(first, end):
-        row = locate(ids[pair], arena.page_table, arena.page_shift)
+        row = locate(ids[np.uintp(pair)], arena.page_table, arena.page_shift)
         if row >= 0:
-            listed[count] = row
-            pairs[count] = pair
+            # Numbers without a sign spare the code that looks for negative ones.
+            into.rows[np.uintp(count)] = row
+            into.pairs[np.uintp(count)] = pair
+            if weights.shape[0] > 0:
+                into.weights[np.uintp(count)] = weights[np.uintp(pair)]
             count += 1
-    for place in range(count, count + _AHEAD):  # what is prefetched beyond the last
-        listed[place] = 0
     return count
+
+
+@serial
+def _list_ahead(listed: _Listed, count: int, following: _Listed, num_following: int) -> None:
+    # What is prefetched beyond the last of a list: the first of the next one.
+    for place in range(_AHEAD):
+        listed.rows[count + place] = following.rows[place] if place < num_following else 0
 
 
 @serial
@@ -106,7 +130,7 @@ def _sum_rest(
                 weight = np.float32(weight * arena.scales[listed[place], arena.first_scale + block])
             values = arena.rows[listed[place], column:block_end]
             for position in range(sums.shape[0]):
-                sums[position] += weight * load(values[position])
+                sums[position] = add_product(weight, load(values[position]), sums[position])
         column = block_end
 
 
@@ -122,7 +146,7 @@ def _sum_listed(
     fresh: bool,
     acc: Array,
 ) -> None:
-    # Per column: acc = acc + w * v, pair after pair, no fused multiply-add.
+    # Per column: acc = fma(w, v, acc), pair after pair.
     rows, block_dim, scales_start = arena.rows, arena.block_dim, 4 * arena.first_scale
     column, columns = first_column, _tile_columns(arena, first_column, end_column)
     while columns > 0:
@@ -155,27 +179,30 @@ def _sum_bags(
     end_column: int,
     out: Array,
 ) -> None:
-    listed, pairs = np.empty(_PIECE + _AHEAD, dtype=np.int64), np.empty(_PIECE, dtype=np.int64)
-    own_weights = np.ones(_PIECE, dtype=np.float32)
-    first_pair = offsets[bag]
+    # While the rows of one list are read, the next one is there already: those ahead are prefetched across lists.
+    listed, following = _lists()
+    first_pair, last_pair = offsets[bag], offsets[end_bag]
+    end_pair = min(last_pair, first_pair + _PIECE)
+    count = _list_pairs(arena, ids, weights, first_pair, end_pair, listed)
     while bag < end_bag:
-        end_pair = min(offsets[end_bag], first_pair + _PIECE)
-        count = _list_pairs(arena, ids, first_pair, end_pair, listed, pairs)
-        if weights.shape[0] > 0:
-            for place in range(count):
-                own_weights[place] = weights[pairs[place]]
+        next_end = min(last_pair, end_pair + _PIECE)
+        num_following = _list_pairs(arena, ids, weights, end_pair, next_end, following)
+        _list_ahead(listed, count, following, num_following)
         first = _ZERO
         while bag < end_bag:
             end = first
-            while end < count and pairs[end] < offsets[bag + 1]:
+            while end < count and listed.pairs[np.uintp(end)] < offsets[bag + 1]:
                 end += 1
             fresh = offsets[bag] >= first_pair
-            _sum_listed(arena, listed, first, end - first, first_column, end_column, own_weights, fresh, out[bag])
+            _sum_listed(
+                arena, listed.rows, first, end - first, first_column, end_column, listed.weights, fresh, out[bag]
+            )
             first = end
-            if offsets[bag + 1] > end_pair:  # goes on in the next piece
+            if offsets[bag + 1] > end_pair:  # goes on in the next list
                 break
             bag += 1
-        first_pair = end_pair
+        listed, following, count = following, listed, num_following
+        first_pair, end_pair = end_pair, next_end
 
 
 @serial
@@ -279,25 +306,29 @@ def _dot_listed(arena: _Arena, listed: Array, first: int, count: int, grad: Arra
 def _multiply_pairs(
     arena: _Arena, ids: Array, offsets: Array, grads: Array, first_pair: int, last_pair: int, out: Array
 ) -> None:
-    listed, pairs = np.empty(_PIECE + _AHEAD, dtype=np.int64), np.empty(_PIECE, dtype=np.int64)
+    listed, following = _lists()
     results = np.empty(_PIECE, dtype=np.float32)
     bag = np.searchsorted(offsets, first_pair, side="right") - 1
+    end_pair = min(last_pair, first_pair + _PIECE)
+    count = _list_pairs(arena, ids, _NO_WEIGHTS, first_pair, end_pair, listed)
     while first_pair < last_pair:
-        end_pair = min(last_pair, first_pair + _PIECE)
-        count = _list_pairs(arena, ids, first_pair, end_pair, listed, pairs)
+        next_end = min(last_pair, end_pair + _PIECE)
+        num_following = _list_pairs(arena, ids, _NO_WEIGHTS, end_pair, next_end, following)
+        _list_ahead(listed, count, following, num_following)
         first = _ZERO
         while first < count:
-            while offsets[bag + 1] <= pairs[first]:
+            while offsets[bag + 1] <= listed.pairs[first]:
                 bag += 1
             end = first + 1
-            while end < count and pairs[end] < offsets[bag + 1]:
+            while end < count and listed.pairs[end] < offsets[bag + 1]:
                 end += 1
-            _dot_listed(arena, listed, first, end - first, grads[bag], results)
+            _dot_listed(arena, listed.rows, first, end - first, grads[bag], results)
             first = end
         out[first_pair:end_pair] = 0
         for place in range(count):
-            out[pairs[place]] = results[place]
-        first_pair = end_pair
+            out[listed.pairs[place]] = results[place]
+        listed, following, count = following, listed, num_following
+        first_pair, end_pair = end_pair, next_end
 
 
 @parallel

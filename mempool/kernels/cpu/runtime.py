@@ -169,9 +169,19 @@ def use_threads(num_elements: int) -> int:
         The number of threads.
     """
     enough = 1 + num_elements // _ELEMENTS_PER_THREAD
+    _launch_threads()
     num_threads = min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS), enough)
     numba.set_num_threads(num_threads)
     return num_threads
+
+
+@functools.cache
+def _launch_threads() -> None:
+    # Numba and torch share one OpenMP, and Numba's start sets its number of threads, torch's choice, to all processors.
+    # Not earlier than the first kernel: a process that forks after the start cannot run kernels in its children.
+    chosen = torch.get_num_threads()
+    numba.set_num_threads(1)
+    torch.set_num_threads(chosen)
 
 
 def storage(tensor: Tensor) -> Array:

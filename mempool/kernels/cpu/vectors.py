@@ -256,7 +256,7 @@ def _data(context: Any, builder: Any, kind: Any, value: Any) -> Any:
 def sum_tile(vectors: int) -> Callable[..., None]:
     """Make a function that adds weighted rows to a tile of ``vectors`` vectors.
 
-    ``acc[column:] += weights[i] * row listed[i]``, pair after pair, product and sum rounded apart, i from ``first`` to
+    ``acc[column:] += weights[i] * row listed[i]``, pair after pair, product and sum rounded as one, i from ``first`` to
     ``first + count``. Its arguments:
 
         rows: [R, ...] stored elements.
@@ -310,7 +310,7 @@ def sum_tile(vectors: int) -> Callable[..., None]:
                 numbers = [_load(builder, builder.add(row, place), _FLOAT, 4) for place in scale_places]
                 factors = [_splat(builder, builder.fmul(weight, number)) for number in numbers]
             sums = [
-                builder.fadd(total, builder.fmul(factors[place // _GROUP % len(factors)], value))
+                _add_products(builder, factors[place // _GROUP % len(factors)], value, total)
                 for place, (total, value) in enumerate(zip(loop.carried, source.load(row), strict=True))
             ]
             _store_columns(builder, acc, loop.close(sums), source.interleaved)
@@ -340,10 +340,22 @@ def _fresh_or_loaded(builder: Any, fresh: Any, acc: Any, source: _Rows) -> list[
 
 
 def _add_products(builder: Any, left: Any, right: Any, total: Any) -> Any:
-    # Fused where the processor can.
+    # Rounded once, in hardware or in software: the same bits on every processor.
     kind = ir.FunctionType(_FLOATS, [_FLOATS, _FLOATS, _FLOATS])
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
     return builder.call(function, [left, right, total])
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def add_product(typingctx, left, right, total):  # type: ignore[no-untyped-def] # noqa: ARG001
+    """``left * right + total`` of float32 numbers, rounded once."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def] # noqa: ARG001
+        kind = ir.FunctionType(_FLOAT, [_FLOAT, _FLOAT, _FLOAT])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.f32"), args)
+
+    one = types.float32
+    return one(one, one, one), codegen
 
 
 def _sum_of_lanes(builder: Any, vector: Any) -> Any:

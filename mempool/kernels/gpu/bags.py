@@ -73,7 +73,7 @@ def weighted_sum_kernel(
     """One program some bags and a tile of columns. UNROLL rows of each bag are read at once, then added one by one.
 
     While they are on their way, the ids and pages of the next ones are read. What is not here is read as -0.0, which
-    changes no sum.
+    changes no sum. Products are added with one rounding, as on the CPU.
     """
     bag = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns, mask, block = tile_columns(tl.program_id(1), WIDTH, BLOCK_DIM, BLOCKS, BLOCK)
@@ -102,7 +102,7 @@ def weighted_sum_kernel(
         ahead, ahead_weights = _fetch(ids, weights, page_table, num_pages, page_shift, following, end, WEIGHTED, UNROLL)
         for step in tl.static_range(UNROLL):
             if WEIGHTED or SCALES > 0:
-                acc = acc + factors[step] * decode(parts[step])
+                acc = tl.fma(factors[step], decode(parts[step]), acc)
             else:
                 acc = acc + decode(parts[step])
     place_out = out + bag[:, None, None] * WIDTH + columns

@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -35,6 +36,24 @@ def pytest_collection_modifyitems(items):
         for item in items:
             item.add_marker(pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"))
             item.add_marker(pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fused_in_the_interpreter():
+    """The interpreter rounds the product of ``tl.fma`` and its sum apart; here it rounds once, as a GPU does."""
+    if "triton:cpu" not in CHOSEN:
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def fma(self, x, y, z):  # noqa: ARG001 - a method of the builder
+        # Exact but for the sum's 64 bits, which are rounded again to 24.
+        total = x.data.astype(np.longdouble) * y.data + z.data
+        return TensorHandle(total.astype(z.data.dtype), z.dtype.scalar)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_fma", fma)
+        yield
 
 
 @pytest.fixture(autouse=True)

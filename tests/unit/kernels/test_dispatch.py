@@ -243,6 +243,22 @@ def test_without_numba_and_triton_torch_does_it():
     )
 
 
+def test_kernels_leave_torch_as_many_threads_as_it_had():
+    """Numba's start sets the number of threads of the OpenMP that it shares with torch."""
+    run(
+        """
+        import torch
+        torch.set_num_threads(1)
+        from mempool import kernels
+        kernels.initial_values(7, 0, 8192, 0, 64, 1.0)
+        assert torch.get_num_threads() == 1, torch.get_num_threads()
+        torch.set_num_threads(2)
+        kernels.initial_values(7, 0, 8192, 0, 64, 1.0)
+        assert torch.get_num_threads() == 2, torch.get_num_threads()
+        """
+    )
+
+
 def test_without_a_safe_threading_layer_torch_does_it():
     """Numba's workqueue layer aborts the process when two threads run kernels, so it must never be taken."""
     run(
