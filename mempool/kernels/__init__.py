@@ -96,8 +96,8 @@ def weighted_sum(
     """Sum the weighted values of each bag.
 
     Accumulates in float32, pair after pair, every column apart from the others and by fused multiply-adds, rounded once
-    a pair: the sum over a slice of an arena's columns is bitwise the slice of the sum. Of packed rows, the weight is first multiplied
-    with the block's scale, then with the element. The sum is rounded to ``dtype`` once, at the end.
+    a pair: the sum over a slice of an arena's columns is bitwise the slice of the sum. Of packed rows, the weight is
+    first multiplied with the block's scale, then with the element. The sum is rounded to ``dtype`` once, at the end.
 
     Args:
         paged: The values.

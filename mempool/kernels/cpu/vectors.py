@@ -346,16 +346,18 @@ def _add_products(builder: Any, left: Any, right: Any, total: Any) -> Any:
     return builder.call(function, [left, right, total])
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def add_product(typingctx, left, right, total):  # type: ignore[no-untyped-def] # noqa: ARG001
+def _add_product(typingctx: Any, left: Any, right: Any, total: Any) -> Any:  # noqa: ARG001
     """``left * right + total`` of float32 numbers, rounded once."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def] # noqa: ARG001
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:  # noqa: ARG001
         kind = ir.FunctionType(_FLOAT, [_FLOAT, _FLOAT, _FLOAT])
         return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.fma.f32"), args)
 
     one = types.float32
     return one(one, one, one), codegen
+
+
+add_product: Any = intrinsic(_add_product)
 
 
 def _sum_of_lanes(builder: Any, vector: Any) -> Any:

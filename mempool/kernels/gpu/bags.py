@@ -2,7 +2,7 @@
 # Triton reads kernels as its own language: they carry no Python types, host functions do.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # mypy: disable-error-code="assignment, index"
-# ruff: noqa: RUF005, SIM108 - what Triton does not read as Python does
+# ruff: noqa: RUF005 - what Triton does not read as Python does
 
 from __future__ import annotations
 
