@@ -86,7 +86,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure.tight_layout(rect=(0, legend_lines / num_lines, 1, 1 - 1.5 / num_lines))
     path.parent.mkdir(parents=True, exist_ok=True)
     # No date and no version in the file: the same figures make the same bytes.
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(figure)
 
 

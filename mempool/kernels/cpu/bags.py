@@ -22,6 +22,7 @@ from mempool.kernels.cpu.runtime import (
     next_of,
     optional_weights,
     parallel,
+    prefer_huge_pages,
     prefetch_row,
     scales,
     serial,
@@ -391,7 +392,7 @@ def _read_rows(arena: _Arena, ids: Array, out: Array) -> None:
 
 def gather_rows(paged: Paged, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """See mempool.kernels.gather_rows."""
-    out = torch.empty(ids.numel(), paged.width, dtype=dtype or paged.value_dtype, device="cpu")
+    out = prefer_huge_pages(torch.empty(ids.numel(), paged.width, dtype=dtype or paged.value_dtype, device="cpu"))
     arena, slots = _arena(paged), view(ids)
     use_threads(out.numel())
     if out.dtype == paged.rows.dtype:
