@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from mempool.bench import measuring
 from mempool.bench.measuring import MIN_ROUNDS, Contender, Times, interleaved
 
 
@@ -12,10 +13,11 @@ def test_order_and_inputs() -> None:
     contenders = [Contender(name, lambda i, name=name: calls.append((name, i))) for name in "abc"]  # type: ignore[misc]
     times = interleaved(contenders, num_inputs=4, rounds=40)
     assert all(len(one.rounds_ms) == 40 for one in times.values())
-    rounds = [calls[first : first + 3] for first in range(0, len(calls), 3)]
+    rounds = [calls[first : first + 6] for first in range(0, len(calls), 6)]
     assert len(rounds) == 42, "two of them only warm up"
-    for one in rounds:
-        assert sorted(name for name, _ in one) == ["a", "b", "c"]
+    for one in rounds:  # each untimed, then timed
+        assert sorted({name for name, _ in one}) == ["a", "b", "c"]
+        assert all(one[place][0] == one[place + 1][0] for place in (0, 2, 4))
     assert [one[0][0] for one in rounds] == ["b", "c", "a"] * 14
     for (_, inputs), (_, following) in itertools.pairwise(calls):
         assert inputs != following
@@ -27,8 +29,15 @@ def test_what_comes_before_is_done_every_time_on_the_same_inputs() -> None:
     calls: list[tuple[str, int]] = []
     contender = Contender("a", lambda i: calls.append(("run", i)), lambda i: calls.append(("before", i)))
     interleaved([contender], num_inputs=2, rounds=3)
-    assert [what for what, _ in calls] == ["before", "run"] * 5
+    assert [what for what, _ in calls] == ["before", "run"] * 10
     assert all(calls[place][1] == calls[place + 1][1] for place in range(0, len(calls), 2))
+
+
+def test_what_takes_long_runs_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "_SHORT_MS", -1.0)
+    calls: list[int] = []
+    interleaved([Contender("a", calls.append)], num_inputs=2, rounds=3)
+    assert len(calls) == 5
 
 
 @pytest.mark.parametrize(("rounds", "made"), [(100, MIN_ROUNDS), (2, 2)])
