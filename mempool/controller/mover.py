@@ -29,6 +29,7 @@ from mempool.types import (
     PullPages,
     PullReport,
     RescaleProgress,
+    TableSchema,
     TableView,
 )
 
@@ -70,7 +71,7 @@ def plan_moves(view: TableView, shards: Sequence[int], round_bytes: int) -> Tabl
         num_key_pages=schema.num_key_pages,
         layout=schema.layout,
     )
-    page_bytes = schema.page_slots * min(schema.block_dim, schema.value_dim) * _bytes_per_element(view)
+    page_bytes = _page_bytes(schema)
     return TablePlan(
         name=schema.name,
         present=present,
@@ -229,7 +230,9 @@ def _key_page_bytes(view: TableView) -> int | None:
     return 4 * view.schema.stride * keys.key_dim if isinstance(keys, ProductKeySpec) else None
 
 
-def _bytes_per_element(view: TableView) -> int:
-    """Bytes of one element of a value with its optimizer's state per element."""
-    states = _STATES_PER_ELEMENT[view.schema.optimizer.algorithm] + view.schema.master
-    return ELEMENT_BYTES[view.schema.dtype] + 4 * states
+def _page_bytes(schema: TableSchema) -> int:
+    """Bytes of a page of values with its optimizer's state."""
+    optimizer = schema.optimizer
+    per_element = ELEMENT_BYTES[schema.dtype] + 4 * (_STATES_PER_ELEMENT[optimizer.algorithm] + schema.master)
+    per_block = optimizer.algorithm.startswith("rowwise_") + optimizer.dense + (ELEMENT_BYTES[schema.dtype] == 1)
+    return schema.page_slots * (min(schema.block_dim, schema.value_dim) * per_element + 4 * per_block)

@@ -1,5 +1,6 @@
 """Schemas, placements, views and status as messages: the codecs of ``PoolService``. All go through protobuf itself."""
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -81,12 +82,21 @@ def optimizer_message(value: OptimizerSpec) -> table_pb2.OptimizerSpec:
 
 
 def optimizer_value(message: table_pb2.OptimizerSpec) -> OptimizerSpec:
-    given: dict[str, float] = {}
+    """Raises InvalidRequest where a number is out of ``mempool.config``'s range: foreign clients lack that."""
+    given: dict[str, float] = {"lr": message.lr}
     for name in ("eps", "beta1", "beta2", "lr_decay", "initial_accumulator_value", "weight_decay"):
         if message.HasField(name):
             given[name] = getattr(message, name)
+    for name, number in given.items():
+        below = 1.0 if name.startswith("beta") else math.inf
+        if not 0.0 <= number < below or (name == "eps" and number == 0.0):  # NaN neither
+            least = "above 0" if name == "eps" else "at least 0"
+            wanted = f"{least} and below 1" if below == 1.0 else f"finite and {least}"
+            raise InvalidRequest(f"OptimizerSpec.{name} is {number}; it must be {wanted}")
     algorithm = choice(_ALGORITHM_NAMES, message.algorithm, "OptimizerSpec.algorithm")
-    return OptimizerSpec(algorithm=algorithm, lr=message.lr, dense=message.dense, **given)
+    if message.dense and algorithm != "adamw":
+        raise InvalidRequest(f"OptimizerSpec.dense is true with {algorithm}; only adamw has it")
+    return OptimizerSpec(algorithm=algorithm, dense=message.dense, **given)
 
 
 def schema_message(value: TableSchema) -> table_pb2.TableSchema:
@@ -134,6 +144,11 @@ def schema_value(message: table_pb2.TableSchema) -> TableSchema:
     rounding = default_rounding(dtype, master=message.master)
     if message.rounding != table_pb2.ROUNDING_UNSPECIFIED:
         rounding = choice(_ROUNDING_NAMES, message.rounding, "TableSchema.rounding")
+    optimizer = optimizer_value(message.optimizer)
+    if message.master and dtype == "float32":
+        raise InvalidRequest("TableSchema.master is true with float32 values; they are their own master")
+    if optimizer.dense and dtype != "float32" and not message.master:
+        raise InvalidRequest(f"OptimizerSpec.dense is true with {dtype} values; it needs float32 values or a master")
     return TableSchema(
         table_id=message.table_id,
         name=message.name,
@@ -146,7 +161,7 @@ def schema_value(message: table_pb2.TableSchema) -> TableSchema:
         init_std=message.init_std,
         stride=message.stride,
         layout=choice(_LAYOUT_NAMES, message.layout, "TableSchema.layout"),
-        optimizer=optimizer_value(message.optimizer),
+        optimizer=optimizer,
         keys=keys,
         rounding=rounding,
         master=message.master,

@@ -62,18 +62,20 @@ ENVELOPE = build(types.Envelope, table_id=U64, epoch=U64, incarnation=U64)
 STAMP = build(types.Stamp, shard=U32, incarnation=U64, epoch=U64, table_version=U64)
 STEP_ID = build(types.StepId, group=TEXT, rank=U32, step=U64)
 REPLY_DTYPE = st.sampled_from(["float32", "bfloat16"])
+RATE = st.floats(0.0, allow_infinity=False)
+DECAY = st.floats(0.0, 1.0, exclude_max=True)
 OPTIMIZER = build(
     types.OptimizerSpec,
     algorithm=st.sampled_from(["sgd", "adagrad", "rowwise_adagrad", "adam", "adamw", "rowwise_adam"]),
-    lr=DOUBLE,
-    eps=DOUBLE,
-    beta1=DOUBLE,
-    beta2=DOUBLE,
-    lr_decay=DOUBLE,
-    initial_accumulator_value=DOUBLE,
-    weight_decay=DOUBLE,
+    lr=RATE,
+    eps=st.floats(0.0, exclude_min=True, allow_infinity=False),
+    beta1=DECAY,
+    beta2=DECAY,
+    lr_decay=RATE,
+    initial_accumulator_value=RATE,
+    weight_decay=RATE,
     dense=st.booleans(),
-)
+).map(lambda spec: dataclasses.replace(spec, dense=spec.dense and spec.algorithm == "adamw"))
 KEYS = st.one_of(
     st.none(),
     build(types.FlatKeySpec, key_dim=U32, deterministic=st.booleans()),
@@ -96,7 +98,8 @@ SCHEMA = build(
     keys=KEYS,
     rounding=st.sampled_from(["stochastic", "nearest"]),
     master=st.booleans(),
-)
+).map(lambda schema: dataclasses.replace(schema, master=schema.master or schema.optimizer.dense))
+SCHEMA = SCHEMA.map(lambda schema: dataclasses.replace(schema, master=False) if schema.dtype == "float32" else schema)
 SHARD_INFO = build(types.ShardInfo, shard=U32, address=TEXT, incarnation=U64)
 
 

@@ -75,8 +75,37 @@ def test_absent_hyper_parameters_have_their_defaults() -> None:
     assert tables.optimizer_value(message) == OptimizerSpec(algorithm="adam", lr=0.5, beta1=0.0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int8"])
-@pytest.mark.parametrize("master", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"beta1": 1.0}, r"OptimizerSpec\.beta1 is 1\.0; it must be at least 0 and below 1"),
+        ({"beta2": -0.5}, r"OptimizerSpec\.beta2 is -0\.5"),
+        ({"lr": float("nan")}, r"OptimizerSpec\.lr is nan; it must be finite and at least 0"),
+        ({"weight_decay": float("inf")}, r"OptimizerSpec\.weight_decay is inf"),
+        ({"eps": 0.0}, r"OptimizerSpec\.eps is 0\.0; it must be finite and above 0"),
+        ({"algorithm": table_pb2.ALGORITHM_ADAM}, r"OptimizerSpec\.dense is true with adam; only adamw has it"),
+    ],
+)
+def test_hyper_parameters_out_of_range_are_refused(change: dict[str, float], message: str) -> None:
+    given = {"algorithm": table_pb2.ALGORITHM_ADAMW, "lr": 0.5, "dense": True}
+    with pytest.raises(InvalidRequest, match=message):
+        tables.optimizer_value(table_pb2.OptimizerSpec(**given | change))  # type: ignore[arg-type]
+
+
+def test_a_master_is_for_narrow_values_and_a_dense_optimizer_for_wide_ones() -> None:
+    dense = dataclasses.replace(SCHEMA.optimizer, algorithm="adamw", dense=True)
+    for wrong in (
+        dataclasses.replace(SCHEMA, dtype="float32", master=True),
+        dataclasses.replace(SCHEMA, dtype="bfloat16", master=False, optimizer=dense),
+    ):
+        with pytest.raises(InvalidRequest, match="float32 values"):
+            tables.schema_value(tables.schema_message(wrong))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "master"),
+    [(dtype, False) for dtype in ("float32", "bfloat16", "float8_e4m3fn", "int8")] + [("bfloat16", True)],
+)
 def test_rounding_that_is_not_told_is_stochastic_where_steps_would_be_lost(dtype: StorageDtype, master: bool) -> None:
     message = tables.schema_message(dataclasses.replace(SCHEMA, dtype=dtype, master=master))
     message.ClearField("rounding")
