@@ -1,6 +1,7 @@
 """Rescales while a trainer goes on: nothing lost, nothing doubled, nobody stuck."""
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -52,6 +53,10 @@ def test_training_through_many_rescales_is_local_training(bench: tuple[Bench, st
     trainer.start()
     try:
         for shards in (2, 4, 1, 3, 2, 4):
+            # The first step may wait for a kernel to be compiled: a step at least between any two rescales.
+            before, deadline = steps, time.monotonic() + 60
+            while steps == before and not failures and time.monotonic() < deadline:
+                time.sleep(0.001)
             pool.rescale(shards)
     finally:
         stop.set()
