@@ -105,9 +105,12 @@ def _worst_zipf(measured: Sequence[Measured]) -> float | None:
     return max(ratios, default=None)
 
 
+_BLOCKS = "float32 in 4 blocks of a shard"
 _CPU = (
     Goal("forward, float32, beside FBGEMM's CPU build", 1.5, _ratio("forward", "float32", FBGEMM)),
     Goal("forward, float32, beside torch embedding_bag without pages", 1.0, _ratio("forward", "float32", TORCH_BAG)),
+    Goal("the same, of a shard with 4 column blocks, beside FBGEMM", 1.5, _ratio("forward", _BLOCKS, FBGEMM)),
+    Goal("the same, beside torch embedding_bag", 1.0, _ratio("forward", _BLOCKS, TORCH_BAG)),
     Goal("forward, bfloat16 rows beside float32 rows", 1.6, _ratio("forward", "bfloat16", OWN_FLOAT32)),
     Goal("weight gradient + Adagrad beside FBGEMM's backward", 5.0, _ratio("update", "adagrad", FBGEMM)),
     Goal("weight gradient + Adagrad beside torch's, sparse", 6.0, _ratio("update", "adagrad", TORCH_SPARSE)),

@@ -18,7 +18,7 @@ from mempool.bench.measuring import Copy, Product, interleaved
 Say = Callable[[str], None]
 
 _DEVICES = ("cpu", "cuda")
-_BUDGET_S = 6.0
+_BUDGET_S = 8.0
 
 
 class OptionsError(ValueError):

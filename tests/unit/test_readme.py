@@ -19,7 +19,7 @@ def test_its_python_runs_as_it_stands(code: str) -> None:
 
 
 def test_its_paths_exist() -> None:
-    names = set(re.findall(r"[\w./-]*/[\w.-]+\.(?:md|yaml|js|py)", README))
+    names = set(re.findall(r"[\w./-]*/[\w.-]+\.(?:md|yaml|json|js|py|png)\b", README))
     assert {"cluster/local.yaml", "tests/node/lookup.js", "docs/decisions.md"} <= names
     for name in names:
         assert (ROOT / name).exists(), name

@@ -137,6 +137,8 @@ class _Plan:
                 yield from self._on_table("weight-gradient", element, size, element, self._weight_gradient)
         for element in ("float8_e4m3fn", "int8"):
             yield from self._forward(self._headline, element, _BLOCKS)
+        what = f"float32 in {_BLOCKS} blocks of a shard"
+        yield from self._on_table("forward", what, self._headline, "float32", self._forward_of_shard)
 
     def changing(self) -> Iterator[Case]:
         """Cases with an optimizer."""
@@ -190,6 +192,9 @@ class _Plan:
             return bags.forward(self._tables, cut, self._num_bags(size), size.bag_size, size.ids, beside)
 
         yield from self._on_table("forward", what, size, element, prepare)
+
+    def _forward_of_shard(self, spec: TableSpec, size: _Size) -> Prepared:
+        return bags.forward_of_shard(self._tables, spec, _BLOCKS, self._num_bags(size), size.bag_size, size.ids)
 
     def _rows(self, spec: TableSpec, size: _Size) -> Prepared:
         return bags.rows(self._tables, spec, self._num_bags(size) * size.bag_size, size.ids)

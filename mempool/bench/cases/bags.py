@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,8 @@ from mempool.bench.cases.inputs import NUM_INPUTS, Pairs, Sample, Tables, TableS
 from mempool.bench.gate import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, Check
 from mempool.bench.measuring import Contender
 from mempool.kernels import OptimizerStep, Paged, reference
+from mempool.shard.table import Bags, Table
+from mempool.types import OptimizerSpec, Placement, TableSchema
 
 #: mempool's float32 rows, beside which smaller elements are measured.
 OWN_FLOAT32 = "mempool float32"
@@ -43,14 +46,55 @@ def forward(
     Unavoidable: each pair's row (with its scales), id and weight, the offsets, and the sums.
     """
     paged = tables.arena(spec)
-    sets = tables.pairs(paged, spec.num_slots, num_bags, bag_size, ids)
     summing = [_Summing(OWN, paged, _own_sum(paged)), *_peers_sums(paged, bag_size)]
     if spec.element != "float32" and beside is not None:
         wide = tables.arena(beside)
         summing.append(_Summing(OWN_FLOAT32, wide, _own_sum(wide)))
+    sets = tables.pairs(paged, spec.num_slots, num_bags, bag_size, ids)
+    return _prepared_sums(spec, summing, sets, tables.seed)
+
+
+def forward_of_shard(
+    tables: Tables, spec: TableSpec, num_blocks: int, num_bags: int, bag_size: int, ids: str
+) -> Prepared:
+    """Weighted sums as a shard makes them that owns all column blocks of a table; peers read its memory."""
+    table = _shard_table(tables, spec, num_blocks)
+    (lane,) = table.lanes
+    paged = lane.arena.paged()
+    summing = [
+        _Summing(OWN, paged, lambda pairs: table.pooled(Bags(pairs.ids, pairs.weights, pairs.offsets))),
+        *_peers_sums(paged, bag_size),
+    ]
+    return _prepared_sums(spec, summing, tables.pairs(paged, spec.num_slots, num_bags, bag_size, ids), tables.seed)
+
+
+def _shard_table(tables: Tables, spec: TableSpec, num_blocks: int) -> Table:
+    schema = TableSchema(
+        table_id=1,
+        name="bench",
+        num_slots=spec.num_slots,
+        value_dim=spec.value_dim,
+        block_dim=spec.value_dim // num_blocks,
+        page_slots=min(4096, spec.num_slots // 4),
+        dtype=spec.element,
+        seed=tables.seed,
+        init_std=1.0,
+        stride=0,
+        layout="columns",
+        optimizer=OptimizerSpec(algorithm="sgd", lr=0.0),
+    )
+    table = Table(schema, shard=0, device=tables.device)
+    owners = np.zeros((schema.num_row_pages, schema.num_blocks), dtype=np.int32)
+    for _ in table.initialise(Placement(table_id=1, epoch=0, owners=owners, key_owners=owners[:0, 0])):
+        pass
+    return table
+
+
+def _prepared_sums(spec: TableSpec, summing: list[_Summing], sets: list[Pairs], seed: int) -> Prepared:
+    num_bags = sets[0].offsets.numel() - 1
 
     def check() -> list[Check]:
-        chosen = sampled(_SAMPLED_BAGS, num_bags, tables.seed)
+        chosen = sampled(_SAMPLED_BAGS, num_bags, seed)
         checks = []
         for one in summing:
             expected = _expected_sums(one.paged, sets[0], chosen)
@@ -113,6 +157,15 @@ def rows(tables: Tables, spec: TableSpec, num_rows: int, ids: str) -> Prepared:
     contenders = [Contender(OWN, lambda i: kernels.gather_rows(paged, sets[i].ids))]
     if paged.packed is None:
         contenders.append(Contender("torch index_select", lambda i: paged.rows.index_select(0, sets[i].arena_ids)))
+    if paged.packed is None and paged.rows.device.type == "cpu":
+        # Most of the former's time is page faults of what it returns.
+        shape = (num_rows, spec.value_dim)
+
+        def select_into_huge_pages(i: int) -> Tensor:
+            out = tables.empty(*shape, paged.rows.dtype)
+            return torch.index_select(paged.rows, 0, sets[i].arena_ids, out=out)
+
+        contenders.append(Contender("torch index_select in huge pages", select_into_huge_pages))
 
     def check() -> list[Check]:
         chosen = torch.tensor(sampled(_SAMPLED_PAIRS, num_rows, tables.seed))

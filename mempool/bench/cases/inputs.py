@@ -113,7 +113,7 @@ class Tables:
             found: dict[str, Tensor] = {}
             for name in STATE_NAMES[algorithm]:
                 width = num_blocks(spec.value_dim, block_dim) if name in BLOCK_STATE else spec.value_dim
-                found[name] = self._empty(spec.num_slots, width, torch.float32)
+                found[name] = self.empty(spec.num_slots, width, torch.float32)
             self._state = (spec, algorithm, block_dim, found)
         for name, tensor in self._state[3].items():
             tensor.fill_(0.0 if name == "exp_avg" else 1.0)
@@ -149,11 +149,12 @@ class Tables:
         page_table = torch.randperm(num_pages, generator=generator).to(torch.int32).to(self.device)
         dtype = torch.uint8 if spec.layout is not None else getattr(torch, spec.element)
         columns = spec.row_bytes // dtype.itemsize
-        rows = self._empty(num_pages << shift, columns, dtype)
+        rows = self.empty(num_pages << shift, columns, dtype)
         self._fill(spec, rows)
         return Paged(rows, page_table, shift, spec.layout)
 
-    def _empty(self, num_rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    def empty(self, num_rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """Memory of a matrix, in huge pages where the system has them."""
         made = torch.empty(num_rows, columns, dtype=dtype, device=self.device)
         if self.device.type == "cpu":
             try:
@@ -237,9 +238,9 @@ class Sample:
 
 
 def sampled(count: int, of: int, seed: int) -> list[int]:
-    """Some of the numbers below ``of``, chosen at random: the bags, pairs or queries that are checked; sorted."""
+    """The bags, pairs or queries that are checked: the first, the last and random ones of the numbers below ``of``."""
     generator = torch.Generator().manual_seed(seed)
-    return sorted(torch.randperm(of, generator=generator)[:count].tolist())
+    return sorted({0, of - 1, *torch.randperm(of, generator=generator)[: max(0, count - 2)].tolist()})
 
 
 def bags_for(value_dim: int, bag_size: int, moved_bytes: int) -> int:

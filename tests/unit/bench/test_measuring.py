@@ -1,6 +1,7 @@
 """Rounds are interleaved, their order moves on, and nobody gets the inputs of the one before him."""
 
 import itertools
+import time
 
 import pytest
 
@@ -33,11 +34,20 @@ def test_what_comes_before_is_done_every_time_on_the_same_inputs() -> None:
     assert all(calls[place][1] == calls[place + 1][1] for place in range(0, len(calls), 2))
 
 
-def test_what_takes_long_runs_once_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "_SHORT_MS", -1.0)
+@pytest.mark.parametrize(("beside_a_short_one", "runs"), [(True, 2 * 5), (False, 2 * 2 + 3)])
+def test_contenders_of_a_case_are_warmed_up_alike(
+    monkeypatch: pytest.MonkeyPatch, beside_a_short_one: bool, runs: int
+) -> None:
+    monkeypatch.setattr(measuring, "_SHORT_MS", 5.0)
     calls: list[int] = []
-    interleaved([Contender("a", calls.append)], num_inputs=2, rounds=3)
-    assert len(calls) == 5
+
+    def slow(inputs: int) -> None:
+        calls.append(inputs)
+        time.sleep(0.01)
+
+    short = [Contender("short", lambda _: None)] if beside_a_short_one else []
+    interleaved([Contender("long", slow), *short], num_inputs=2, rounds=3)
+    assert len(calls) == runs
 
 
 @pytest.mark.parametrize(("rounds", "made"), [(100, MIN_ROUNDS), (2, 2)])

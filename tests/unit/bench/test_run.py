@@ -70,7 +70,7 @@ def test_a_wrong_result_is_not_timed(
     tiny: Workload, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = kernels.weighted_sum
-    monkeypatch.setattr(kernels, "weighted_sum", lambda *given: right(*given) * 1.01)
+    monkeypatch.setattr(kernels, "weighted_sum", lambda *given, **dtype: right(*given, **dtype) * 1.01)
     code = command.bench_kernels(Options(rounds=2, quick=True, only=("forward", "rows")), workload=tiny)
     said = capsys.readouterr()
     assert code == 1
