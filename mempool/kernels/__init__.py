@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mempool.kernels.arguments import ELEMENTS, RUN_PIECE, Element, Paged, SortedPairs
+from mempool.kernels.arguments import ELEMENTS, LONG_RUN, RUN_PIECE, Element, Paged, SortedPairs
 from mempool.kernels.checking import (
     check_bags,
     check_catch_up,
@@ -49,6 +49,7 @@ __all__ = [
     "ELEMENTS",
     "LAST_STEP",
     "MASTER",
+    "LONG_RUN",
     "RUN_PIECE",
     "STATE_NAMES",
     "Algorithm",
@@ -300,7 +301,8 @@ def squared_norm(sums: Tensor) -> tuple[float, bool]:
     Args:
         sums: [U, W] float32.
     """
-    check_matrix("sums", sums, (sums.shape[0], sums.shape[-1]), torch.float32, sums.device)
+    if sums.dim() != 2 or sums.dtype != torch.float32:
+        raise ValueError(f"sums must be float32 [U, W], got {sums.dtype} {list(sums.shape)}")
     return implementation_for(sums.device).squared_norm(sums)
 
 
@@ -426,7 +428,8 @@ def flat_topk(
         candidates. A slot whose score is NaN is no candidate.
     """
     check_matrix("queries", queries, (queries.shape[0], keys.width), torch.float32, keys.rows.device)
-    check_topk("queries", queries, k, max(1, num_slots, k))
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got {k}")
     if keys.packed is not None:
         raise ValueError(f"keys must be float32 or bfloat16, got {keys.element}")
     return implementation_for(queries.device).flat_topk(queries.detach(), keys, k, num_slots, deterministic)

@@ -22,6 +22,9 @@ _PLAIN: dict[torch.dtype, Element] = {torch.float32: "float32", torch.bfloat16: 
 
 #: A run of pairs of one row is summed in pieces of this many: see ``mempool.kernels.segment_sum``.
 RUN_PIECE = 1024
+#: On a GPU, runs of more pairs than this are summed by programs of their own, into a float32 of each column for every so
+#: many pairs. Divides RUN_PIECE.
+LONG_RUN = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,8 @@ class Paged:
                 f"rows must be a contiguous {what} tensor, got {rows.dtype} {list(rows.shape)}"
                 f" with strides {rows.stride()}"
             )
+        if rows.shape[1] == 0:
+            raise ValueError(f"rows must have at least one column, got {list(rows.shape)}")
         if table.dim() != 1 or table.dtype != torch.int32 or not table.is_contiguous():
             raise ValueError(f"page_table must be a contiguous [P] int32 tensor, got {table.dtype} {list(table.shape)}")
         if table.device != rows.device:

@@ -1,4 +1,7 @@
-"""Checks of shapes, dtypes and devices before a kernel reads raw memory. The range of ids is the server's to check."""
+"""Checks of shapes, dtypes and devices before a kernel reads raw memory. The range of ids is the server's to check.
+
+What must lie in a range is looked at on the CPU only: on a GPU that would wait for the device.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,14 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype
         raise ValueError(f"{name} must be {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}, but must be on {device}, where the other tensors are")
+
+
+def _check_range(name: str, tensor: Tensor, below: int) -> None:
+    if tensor.device.type != "cpu" or tensor.numel() == 0:
+        return
+    least, largest = (int(bound) for bound in tensor.aminmax())
+    if least < 0 or largest >= below:
+        raise ValueError(f"{name} must lie in 0..{below - 1}, got {least if least < 0 else largest}")
 
 
 def check_matrix(name: str, tensor: Tensor, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
@@ -60,6 +71,7 @@ def check_sorted(pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads
         raise ValueError(
             f"bags must name the bag of every sorted pair: {bags.numel()} bags, {pairs.order.numel()} pairs"
         )
+    _check_range("bags", bags, grads.shape[0])
 
 
 def check_output_dtype(dtype: torch.dtype) -> None:
@@ -72,6 +84,7 @@ def check_segments(sums: Tensor, places: Tensor, pairs: SortedPairs, width: int)
     """Sums to add to, and the row of them for every distinct row of the pairs."""
     _check("sums", sums, (sums.shape[0], width), torch.float32, pairs.rows.device)
     _check("places", places, (pairs.rows.numel(),), torch.int64, pairs.rows.device)
+    _check_range("places", places, sums.shape[0])
     if not sums.is_contiguous():
         raise ValueError("sums must be contiguous, they are written in place")
 
@@ -93,6 +106,7 @@ def check_catch_up(
 ) -> None:
     """The state of a dense AdamW, and a step that the schedule knows."""
     _check("rows", rows, (rows.numel(),), torch.int64, paged.rows.device)
+    _check_range("rows", rows, paged.rows.shape[0])
     _check_state(paged, state, (*STATE_NAMES["adamw"], LAST_STEP), block_dim, "dense adamw")
     if paged.rows.dtype != torch.float32 and MASTER not in state:
         raise ValueError(f"dense adamw needs float32 values or a master of them; the arena is {paged.element}")
@@ -152,4 +166,6 @@ def check_product_gradient(queries: Tensor, keys: Tensor, index1: Tensor, index2
     shape = (*queries.shape[:2], grads.shape[-1])
     _check("index1", index1, shape, torch.int64, queries.device)
     _check("index2", index2, shape, torch.int64, queries.device)
+    _check_range("index1", index1, keys.shape[2])
+    _check_range("index2", index2, keys.shape[2])
     _check("grads", grads, shape, torch.float32, queries.device)

@@ -34,7 +34,9 @@ def pairs_bytes(table: Table, updates: Sequence[HeldUpdate]) -> int:
         SORTED_BYTES * pairs + (0 if lane.columns is None else 4 * len(lane.arena.columns) * bags)
         for lane in table.lanes
     )
-    return 16 * bags + (8 + SORT_BYTES) * pairs + joined + in_lanes + _missed_bytes(table) * pairs
+    return (
+        16 * bags + (8 + SORT_BYTES + _scratch_bytes(table, width) + _missed_bytes(table)) * pairs + joined + in_lanes
+    )
 
 
 def reduce_in_parts(table: Table, updates: Sequence[HeldUpdate], room_bytes: int) -> Iterator[Reduction]:
@@ -50,7 +52,8 @@ def reduce_in_parts(table: Table, updates: Sequence[HeldUpdate], room_bytes: int
     for lane in table.lanes:
         width = len(lane.arena.columns)
         picks_gradients = len(updates) > 1 or lane.columns is not None
-        pair_bytes = _PICKED_BYTES + SORTED_BYTES + SORT_BYTES + (8 * width if picks_gradients else 0)
+        pair_bytes = _PICKED_BYTES + SORTED_BYTES + SORT_BYTES + _scratch_bytes(table, width)
+        pair_bytes += 8 * width if picks_gradients else 0
         max_pairs = max(1, room_bytes // 2 // pair_bytes // kernels.RUN_PIECE) * kernels.RUN_PIECE
         max_rows = max(1, room_bytes // 4 // (4 * width + _missed_bytes(table)))
         scanned = max(_BUCKETS, room_bytes // 8 // _SCANNED_BYTES)
@@ -61,6 +64,11 @@ def reduce_in_parts(table: Table, updates: Sequence[HeldUpdate], room_bytes: int
             for part in parts:  # there are more where the range is one slot
                 _add(lane, _joined(lane, part), reduction.sums)
             yield reduction
+
+
+def _scratch_bytes(table: Table, width: int) -> int:
+    """Bytes for each pair of the sums of a GPU's long runs."""
+    return -(-4 * width // kernels.LONG_RUN) if table.device.type == "cuda" else 0
 
 
 def _missed_bytes(table: Table) -> int:

@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mempool.kernels.arguments import RUN_PIECE, SortedPairs
+from mempool.kernels.arguments import LONG_RUN, RUN_PIECE, SortedPairs
 from mempool.kernels.gpu import tuning
 from mempool.kernels.gpu.elements import STRICT, contiguous, optional_weights, tile_columns
 
 _PIECE = tl.constexpr(RUN_PIECE)
-_LONG = tl.constexpr(tuning.LONG_RUN)
+_LONG = tl.constexpr(LONG_RUN)
 _SEARCH_WAYS = tl.constexpr(128)
 
 
@@ -171,7 +171,7 @@ def sum_pieces(pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads: 
         [L' / LONG_RUN, W] float32, of which only rows of pieces are written.
     """
     num_pairs, width = pairs.order.numel(), grads.shape[1]
-    num_windows = triton.cdiv(num_pairs, tuning.LONG_RUN) if num_pairs > tuning.LONG_RUN else 0
+    num_windows = triton.cdiv(num_pairs, LONG_RUN) if num_pairs > LONG_RUN else 0
     scratch = torch.empty(num_windows, width, dtype=torch.float32, device=grads.device)
     if num_windows:
         tile = tuning.piece_tile(width)

@@ -23,8 +23,6 @@ _SUM_UNROLL = {1: 12, 2: 8, 4: 8, 8: 4}
 _STEP_TILE, _STEP_PER_THREAD = {4: 1024, 2: 1024, 1: 2048}, {4: 8, 2: 8, 1: 16}
 #: Pairs of a row that a program of a commit reads at once.
 STEP_UNROLL = 2
-#: Runs of more pairs than this are summed by programs of their own, in pieces. Divides RUN_PIECE.
-LONG_RUN = 64
 #: Pairs of a piece that its program reads at once.
 PIECE_UNROLL = 8
 #: Elements of a row that one warp of the weight gradient holds, and of all its rows; and loads that it has under way.

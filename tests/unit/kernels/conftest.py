@@ -57,6 +57,14 @@ def fused_in_the_interpreter():
 
 
 @pytest.fixture(autouse=True)
+def poisoned_outputs():
+    """New memory holds NaN, and whole numbers their largest: what a kernel does not write is no accidental zero."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
 def one_torch_thread():
     """Tests that are about threads set their own number; the others are small and must not wake threads for nothing."""
     before = torch.get_num_threads()

@@ -256,10 +256,11 @@ def test_runs_and_numbers_of_threads_give_the_same_bits(under_test, element, end
 def test_two_python_threads_at_once(under_test):
     if under_test.interpreted:
         pytest.skip("Triton's interpreter patches its language module while it runs; it is for one thread")
+    torch.set_num_threads(2)  # each with threads of its own
     generator = torch.Generator().manual_seed(4)
     paged = make_paged(generator, num_pages=8, page_shift=5, width=65)
-    ids, offsets = torch.randint(0, 256, (9000,), generator=generator), torch.tensor([0, 4000, 9000])
-    weights = torch.randn(9000, generator=generator)
+    ids, offsets = torch.randint(0, 256, (90_000,), generator=generator), torch.tensor([0, 4000, 9000, 90_000])
+    weights = torch.randn(90_000, generator=generator)
     arguments = [under_test.to(value) for value in (paged, ids, weights, offsets)]
     expected = under_test.kernels.weighted_sum(*arguments, torch.float32)
     results: dict[int, list[bool]] = {0: [], 1: []}

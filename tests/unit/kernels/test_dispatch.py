@@ -200,6 +200,30 @@ def test_packed_arenas_are_checked():
         PackedLayout("int8", width=0, block_dim=64)
 
 
+def test_numbers_that_would_be_read_as_places_are_checked():
+    """Places in a tensor, on the CPU: a GPU's would have to be waited for."""
+    rows = torch.ones(2, 3)
+    paged = Paged(rows, torch.tensor([0], dtype=torch.int32), 1)
+    pairs, grads = kernels.sort_pairs(paged, torch.tensor([0, 1])), torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"bags must lie in 0\.\.1, got 2"):
+        kernels.fused_step(paged, {}, pairs, None, torch.tensor([0, 2]), grads, OptimizerStep("sgd", lr=0.1))
+    with pytest.raises(ValueError, match=r"bags must lie in 0\.\.1, got -1"):
+        kernels.segment_sum(pairs, None, torch.tensor([-1, 0]), grads)
+    with pytest.raises(ValueError, match=r"places must lie in 0\.\.1, got 5"):
+        kernels.add_segments(torch.zeros(2, 3), torch.tensor([0, 5]), pairs, None, torch.tensor([0, 1]), grads)
+    index, wrong = torch.zeros(1, 1, 1, dtype=torch.int64), torch.full((1, 1, 1), 2)
+    for indices in ((index, wrong), (wrong, index)):
+        with pytest.raises(ValueError, match=r"index[12] must lie in 0\.\.1, got 2"):
+            kernels.product_gradient(torch.ones(1, 1, 2), torch.ones(1, 2, 2, 1), *indices, torch.ones(1, 1, 1))
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        kernels.flat_topk(torch.ones(1, 3), paged, 0, 2)
+    with pytest.raises(ValueError, match=r"sums must be float32 \[U, W\], got torch.float32 \[\]"):
+        kernels.squared_norm(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="at least one column"):
+        Paged(torch.ones(2, 0), paged.page_table, 1)
+    assert torch.equal(rows, torch.ones(2, 3))
+
+
 @pytest.mark.parametrize("k", [0, 4])
 def test_k_outside_the_scores_is_refused(k):
     with pytest.raises(ValueError, match=r"k must lie in 1\.\.3"):

@@ -135,6 +135,14 @@ def test_the_estimate_covers_all_lanes_and_joining() -> None:
         assert pairs_bytes(table, one * 2) >= 2 * pairs_bytes(table, one) + 2 * 100 * 20
 
 
+def test_the_estimate_covers_a_gpus_sums_of_long_runs() -> None:
+    table = _table("one")
+    one = [_update(table, 1, [50, 50], weighted=True)]
+    on_cpu = pairs_bytes(table, one)
+    table.device = torch.device("cuda")
+    assert pairs_bytes(table, one) - on_cpu >= 100 * table.schema.value_dim * 4 / kernels.LONG_RUN
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is told by Linux")
 @pytest.mark.parametrize("lookups", [1, 4])
 def test_a_large_step_stays_within_its_memory(lookups: int) -> None:
