@@ -48,8 +48,8 @@ __all__ = [
     "BLOCK_STATE",
     "ELEMENTS",
     "LAST_STEP",
-    "MASTER",
     "LONG_RUN",
+    "MASTER",
     "RUN_PIECE",
     "STATE_NAMES",
     "Algorithm",
@@ -99,6 +99,7 @@ def weighted_sum(
     Accumulates in float32, pair after pair, every column apart from the others and by fused multiply-adds, rounded once
     a pair: the sum over a slice of an arena's columns is bitwise the slice of the sum. Of packed rows, the weight is
     first multiplied with the block's scale, then with the element. The sum is rounded to ``dtype`` once, at the end.
+    Where neither Numba nor Triton is there, torch's own operations round each product too.
 
     Args:
         paged: The values.

@@ -22,8 +22,8 @@ _PLAIN: dict[torch.dtype, Element] = {torch.float32: "float32", torch.bfloat16: 
 
 #: A run of pairs of one row is summed in pieces of this many: see ``mempool.kernels.segment_sum``.
 RUN_PIECE = 1024
-#: On a GPU, runs of more pairs than this are summed by programs of their own, into a float32 of each column for every so
-#: many pairs. Divides RUN_PIECE.
+#: On a GPU, runs of more pairs than this are summed by programs of their own, into a float32 of each column for every
+#: so many pairs. Divides RUN_PIECE.
 LONG_RUN = 64
 
 

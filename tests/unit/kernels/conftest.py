@@ -47,7 +47,7 @@ def fused_in_the_interpreter():
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def fma(self, x, y, z):  # noqa: ARG001 - a method of the builder
-        # Exact but for the sum's 64 bits, which are rounded again to 24.
+        # The sum's 64 bits are rounded again to 24: too rarely another number for these tests to meet one.
         total = x.data.astype(np.longdouble) * y.data + z.data
         return TensorHandle(total.astype(z.data.dtype), z.dtype.scalar)
 
