@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
 from mempool.kernels.arguments import Paged
@@ -19,13 +18,14 @@ from mempool.kernels.cpu.runtime import (
     Array,
     elements,
     has_wide_registers,
-    next_of,
+    kernel,
     optional_weights,
-    parallel,
     prefer_huge_pages,
     prefetch_row,
     scales,
     serial,
+    several_tasks,
+    spread,
     storage,
     use_threads,
     view,
@@ -40,8 +40,8 @@ _AHEAD = 16
 _WIDE, _MIDDLE, _NARROW = (256 if has_wide_registers() else 64), 64, LANES
 _sum_wide, _sum_middle, _sum_narrow = (sum_tile(columns // LANES) for columns in (_WIDE, _MIDDLE, _NARROW))
 _dot_wide, _dot_middle, _dot_narrow = (dot_tile(columns // LANES) for columns in (_WIDE, _MIDDLE, _NARROW))
-# Parts of the work per thread: threads that the system stops, or that have the longer bags, take fewer.
-_PARTS_PER_THREAD = 4
+# Tasks per thread: threads that the system stops, or that have the longer bags, take fewer.
+_TASKS_PER_THREAD = 4
 # Bags are handed out whole, unless one of them would leave the other threads idle: then columns are.
 _LOPSIDED = 1.25
 # Reading an element takes a fraction of the time that a thread's share of the work is measured by: a step on it.
@@ -50,7 +50,6 @@ _READS_PER_STEP = 4
 _CHUNK_ELEMENTS = 1 << 17
 # Numba compiles a function once more for an argument that is a number of the source.
 _ZERO: Any = np.int64(0)
-_NO_WEIGHTS = np.empty(0, dtype=np.float32)
 
 
 class _Arena(NamedTuple):
@@ -234,27 +233,38 @@ def _is_lopsided(offsets: Array, num_threads: int) -> bool:
     return bool(largest * num_threads > _LOPSIDED * (offsets[num_bags] + num_bags))
 
 
-@parallel
-def _weighted_sum(
-    arena: _Arena, ids: Array, weights: Array, offsets: Array, num_threads: int, counter: Array, out: Array
+@serial
+def _sum_task(
+    task: int,
+    arena: _Arena,
+    ids: Array,
+    weights: Array,
+    offsets: Array,
+    num_tasks: int,
+    by_columns: bool,
+    out: Array,
 ) -> None:
     num_bags, width = out.shape
     num_groups = width // _MIDDLE
+    first_bag, end_bag, first_column, end_column = _ZERO, num_bags, _ZERO, width
+    if by_columns:
+        first_column = num_groups * task // num_tasks * _MIDDLE
+        if task + 1 < num_tasks:
+            end_column = num_groups * (task + 1) // num_tasks * _MIDDLE
+    else:
+        first_bag = _first_bag_of_part(offsets, task, num_tasks)
+        end_bag = _first_bag_of_part(offsets, task + 1, num_tasks)
+    _sum_bags(arena, ids, weights, offsets, first_bag, end_bag, first_column, end_column, out)
+
+
+@kernel
+def _weighted_sum(
+    arena: _Arena, ids: Array, weights: Array, offsets: Array, num_threads: int, num_tasks: int, out: Array
+) -> None:
+    num_groups = out.shape[1] // _MIDDLE
     by_columns = num_groups > 1 and _is_lopsided(offsets, num_threads)
-    num_parts = min(num_groups, num_threads) if by_columns else num_threads * _PARTS_PER_THREAD
-    for _ in prange(num_threads):
-        part = next_of(counter)
-        while part < num_parts:
-            first_bag, end_bag, first_column, end_column = _ZERO, num_bags, _ZERO, width
-            if by_columns:
-                first_column = num_groups * part // num_parts * _MIDDLE
-                if part + 1 < num_parts:
-                    end_column = num_groups * (part + 1) // num_parts * _MIDDLE
-            else:
-                first_bag = _first_bag_of_part(offsets, part, num_parts)
-                end_bag = _first_bag_of_part(offsets, part + 1, num_parts)
-            _sum_bags(arena, ids, weights, offsets, first_bag, end_bag, first_column, end_column, out)
-            part = next_of(counter)
+    num_tasks = min(num_groups, num_threads) if by_columns else num_tasks
+    spread(num_tasks, _sum_task, (arena, ids, weights, offsets, num_tasks, by_columns, out))
 
 
 def weighted_sum(
@@ -263,8 +273,10 @@ def weighted_sum(
     """See mempool.kernels.weighted_sum."""
     out = torch.empty(offsets.numel() - 1, paged.width, dtype=torch.float32, device="cpu")
     num_threads = use_threads(ids.numel() * paged.width // _READS_PER_STEP)
-    counter = np.zeros(1, dtype=np.int64)
-    _weighted_sum(_arena(paged), view(ids), optional_weights(weights), view(offsets), num_threads, counter, out.numpy())
+    num_tasks = several_tasks(num_threads, _TASKS_PER_THREAD)
+    _weighted_sum(
+        _arena(paged), view(ids), optional_weights(weights), view(offsets), num_threads, num_tasks, out.numpy()
+    )
     return out.to(dtype)
 
 
@@ -304,17 +316,19 @@ def _dot_listed(arena: _Arena, listed: Array, first: int, count: int, grad: Arra
 
 
 @serial
-def _multiply_pairs(
-    arena: _Arena, ids: Array, offsets: Array, grads: Array, first_pair: int, last_pair: int, out: Array
+def _multiply_task(
+    task: int, arena: _Arena, ids: Array, offsets: Array, grads: Array, num_tasks: int, out: Array
 ) -> None:
+    first_pair, last_pair = ids.shape[0] * task // num_tasks, ids.shape[0] * (task + 1) // num_tasks
     listed, following = _lists()
     results = np.empty(_PIECE, dtype=np.float32)
+    no_weights = results[:0]  # an array of the source is read-only, for which _list_pairs would be compiled once more
     bag = np.searchsorted(offsets, first_pair, side="right") - 1
     end_pair = min(last_pair, first_pair + _PIECE)
-    count = _list_pairs(arena, ids, _NO_WEIGHTS, first_pair, end_pair, listed)
+    count = _list_pairs(arena, ids, no_weights, first_pair, end_pair, listed)
     while first_pair < last_pair:
         next_end = min(last_pair, end_pair + _PIECE)
-        num_following = _list_pairs(arena, ids, _NO_WEIGHTS, end_pair, next_end, following)
+        num_following = _list_pairs(arena, ids, no_weights, end_pair, next_end, following)
         _list_ahead(listed, count, following, num_following)
         first = _ZERO
         while first < count:
@@ -332,25 +346,16 @@ def _multiply_pairs(
         first_pair, end_pair = end_pair, next_end
 
 
-@parallel
-def _weight_gradient(
-    arena: _Arena, ids: Array, offsets: Array, grads: Array, num_threads: int, counter: Array, out: Array
-) -> None:
-    num_pairs, num_parts = ids.shape[0], num_threads * _PARTS_PER_THREAD
-    for _ in prange(num_threads):
-        part = next_of(counter)
-        while part < num_parts:
-            first, end = num_pairs * part // num_parts, num_pairs * (part + 1) // num_parts
-            _multiply_pairs(arena, ids, offsets, grads, first, end, out)
-            part = next_of(counter)
+@kernel
+def _weight_gradient(arena: _Arena, ids: Array, offsets: Array, grads: Array, num_tasks: int, out: Array) -> None:
+    spread(num_tasks, _multiply_task, (arena, ids, offsets, grads, num_tasks, out))
 
 
 def weight_gradient(paged: Paged, ids: Tensor, offsets: Tensor, grads: Tensor) -> Tensor:
     """See mempool.kernels.weight_gradient."""
     out = torch.empty(ids.numel(), dtype=torch.float32, device="cpu")
-    num_threads = use_threads(ids.numel() * paged.width // _READS_PER_STEP)
-    counter = np.zeros(1, dtype=np.int64)
-    _weight_gradient(_arena(paged), view(ids), view(offsets), view(grads), num_threads, counter, out.numpy())
+    num_tasks = several_tasks(use_threads(ids.numel() * paged.width // _READS_PER_STEP), _TASKS_PER_THREAD)
+    _weight_gradient(_arena(paged), view(ids), view(offsets), view(grads), num_tasks, out.numpy())
     return out
 
 
@@ -362,9 +367,9 @@ def _prefetch_slot(arena: _Arena, ids: Array, position: int) -> None:
             prefetch_row(arena.rows, row)
 
 
-@parallel
-def _copy_rows(arena: _Arena, ids: Array, out: Array) -> None:
-    for position in prange(ids.shape[0]):
+@serial
+def _copy_task(task: int, arena: _Arena, ids: Array, num_tasks: int, out: Array) -> None:
+    for position in range(ids.shape[0] * task // num_tasks, ids.shape[0] * (task + 1) // num_tasks):
         _prefetch_slot(arena, ids, position + _AHEAD)
         row = locate(ids[position], arena.page_table, arena.page_shift)
         if row < 0:
@@ -373,10 +378,15 @@ def _copy_rows(arena: _Arena, ids: Array, out: Array) -> None:
             out[position] = arena.rows[row]
 
 
-@parallel
-def _read_rows(arena: _Arena, ids: Array, out: Array) -> None:
+@kernel
+def _copy_rows(arena: _Arena, ids: Array, num_tasks: int, out: Array) -> None:
+    spread(num_tasks, _copy_task, (arena, ids, num_tasks, out))
+
+
+@serial
+def _read_task(task: int, arena: _Arena, ids: Array, num_tasks: int, out: Array) -> None:
     width = out.shape[1]
-    for position in prange(ids.shape[0]):
+    for position in range(ids.shape[0] * task // num_tasks, ids.shape[0] * (task + 1) // num_tasks):
         _prefetch_slot(arena, ids, position + _AHEAD)
         row = locate(ids[position], arena.page_table, arena.page_shift)
         if row < 0:
@@ -390,27 +400,32 @@ def _read_rows(arena: _Arena, ids: Array, out: Array) -> None:
                 target[column] = scale * load(values[column])
 
 
+@kernel
+def _read_rows(arena: _Arena, ids: Array, num_tasks: int, out: Array) -> None:
+    spread(num_tasks, _read_task, (arena, ids, num_tasks, out))
+
+
 def gather_rows(paged: Paged, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """See mempool.kernels.gather_rows."""
     out = prefer_huge_pages(torch.empty(ids.numel(), paged.width, dtype=dtype or paged.value_dtype, device="cpu"))
     arena, slots = _arena(paged), view(ids)
-    use_threads(out.numel())
+    num_tasks = several_tasks(use_threads(out.numel()), _TASKS_PER_THREAD)
     if out.dtype == paged.rows.dtype:
-        _copy_rows(arena, slots, storage(out))
+        _copy_rows(arena, slots, num_tasks, storage(out))
     elif out.dtype == torch.float32:
-        _read_rows(arena, slots, out.numpy())
+        _read_rows(arena, slots, num_tasks, out.numpy())
     else:
         num_rows = max(1, _CHUNK_ELEMENTS // max(1, paged.width))
         part = torch.empty(min(num_rows, ids.numel()), paged.width, dtype=torch.float32, device="cpu")
         for first in range(0, ids.numel(), num_rows):
             part = part[: ids.numel() - first]
-            _read_rows(arena, slots[first : first + num_rows], part.numpy())
+            _read_rows(arena, slots[first : first + num_rows], num_tasks, part.numpy())
             out[first : first + num_rows] = part
     return out
 
 
 @serial
-def _write_own_rows(arena: _Arena, ids: Array, values: Array, thread: int, num_threads: int) -> None:
+def _write_own_rows(thread: int, arena: _Arena, ids: Array, values: Array, num_threads: int) -> None:
     width = values.shape[1]
     for position in range(ids.shape[0]):
         row = locate(ids[position], arena.page_table, arena.page_shift)
@@ -427,12 +442,10 @@ def _write_own_rows(arena: _Arena, ids: Array, values: Array, thread: int, num_t
             arena.scales[row, arena.first_scale + block] = scale
 
 
-@parallel
+@kernel
 def _write_rows(arena: _Arena, ids: Array, values: Array, num_threads: int) -> None:
-    # Of repeated ids the last must win: every thread goes through all ids, and writes the rows that are its own.
-    for thread in prange(num_threads):
-        own: Any = np.int64(thread)
-        _write_own_rows(arena, ids, values, own, num_threads)
+    # Of repeated ids the last must win: every task goes through all ids, and writes the rows that are its own.
+    spread(num_threads, _write_own_rows, (arena, ids, values, num_threads))
 
 
 def scatter_rows(paged: Paged, ids: Tensor, values: Tensor) -> None:

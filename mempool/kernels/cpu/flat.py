@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
 from mempool.kernels.arguments import Paged
 from mempool.kernels.cpu.elements import locate
-from mempool.kernels.cpu.runtime import Array, parallel, serial, storage, use_threads, view
+from mempool.kernels.cpu.runtime import Array, kernel, serial, spread, storage, use_threads, view
 from mempool.kernels.cpu.scores import (
     TILE_KEYS,
     TILE_QUERIES,
@@ -141,7 +140,7 @@ def _scan_part(
             best_ids[first + query, part, place] = ids[query, place] if is_found else -1
 
 
-@parallel
+@kernel
 def _scan(
     queries: Array,
     rows: Array,
@@ -152,9 +151,8 @@ def _scan(
     best_scores: Array,
     best_ids: Array,
 ) -> None:
-    num_chunks = (queries.shape[0] + chunk - 1) // chunk
-    for task in prange(best_scores.shape[1] * num_chunks):
-        _scan_part(np.int64(task), queries, rows, page_table, page_shift, num_slots, chunk, best_scores, best_ids)
+    num_tasks = best_scores.shape[1] * ((queries.shape[0] + chunk - 1) // chunk)
+    spread(num_tasks, _scan_part, (queries, rows, page_table, page_shift, num_slots, chunk, best_scores, best_ids))
 
 
 def flat_topk(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
-from mempool.kernels.cpu.runtime import Array, parallel, serial, use_threads
+from mempool.kernels.cpu.runtime import Array, kernel, serial, spread, use_threads
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
@@ -68,9 +67,11 @@ def _cos_of_turn(turn: np.int64) -> np.float64:
     return -magnitude if quarter == np.int64(1) or quarter == np.int64(2) else magnitude
 
 
-@parallel
-def _initial_values(seed: np.uint64, slots_start: int, column_start: int, std: float, out: Array) -> None:
-    for row in prange(out.shape[0]):
+@serial
+def _initial_task(
+    task: int, seed: np.uint64, slots_start: int, column_start: int, std: float, num_tasks: int, out: Array
+) -> None:
+    for row in range(out.shape[0] * task // num_tasks, out.shape[0] * (task + 1) // num_tasks):
         stream = mix(mix(seed + GAMMA) + np.uint64(slots_start + row) * GAMMA)
         for column in range(out.shape[1]):
             bits = mix(stream + np.uint64(column_start + column + 1) * GAMMA)
@@ -79,11 +80,19 @@ def _initial_values(seed: np.uint64, slots_start: int, column_start: int, std: f
             out[row, column] = np.float32(std * (radius * _cos_of_turn(np.int64(bits & np.uint64(0xFFFFFFFF)))))
 
 
+@kernel
+def _initial_values(
+    seed: np.uint64, slots_start: int, column_start: int, std: float, num_tasks: int, out: Array
+) -> None:
+    spread(num_tasks, _initial_task, (seed, slots_start, column_start, std, num_tasks, out))
+
+
 def initial_values(
     seed: int, *, slots_start: int, num_slots: int, column_start: int, num_columns: int, std: float
 ) -> Tensor:
     """See mempool.kernels.initial_values."""
     out = torch.empty(num_slots, num_columns, dtype=torch.float32, device="cpu")
-    use_threads(8 * out.numel())
-    _initial_values(np.uint64(seed & 0xFFFFFFFFFFFFFFFF), slots_start, column_start, float(std), out.numpy())
+    num_threads = use_threads(8 * out.numel())
+    bits = np.uint64(seed & 0xFFFFFFFFFFFFFFFF)
+    _initial_values(bits, slots_start, column_start, float(std), num_threads, out.numpy())
     return out

@@ -18,7 +18,9 @@ import numba as typed_numba
 import numpy as np
 import torch
 from numba.core import caching as typed_caching
-from numba.core import types
+from numba.core import cgutils as typed_cgutils
+from numba.core import types as typed_types
+from numba.core.registry import CPUDispatcher as typed_dispatcher
 from numba.core.registry import cpu_target as typed_cpu_target
 from numba.extending import intrinsic as typed_intrinsic
 from numpy.typing import NDArray
@@ -32,8 +34,11 @@ Array = NDArray[Any]
 # Numba's type stubs leave out most of what is used here.
 numba: Any = typed_numba
 caching: Any = typed_caching
+cgutils: Any = typed_cgutils
+types: Any = typed_types
 ir: Any = typed_ir
 cpu_target: Any = typed_cpu_target
+CPUDispatcher: Any = typed_dispatcher
 intrinsic: Any = typed_intrinsic
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -41,7 +46,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 # Numba's own "workqueue" layer aborts the process when two Python threads run kernels at once, so it is never taken.
 _SAFE_LAYERS = {"omp": "numba.np.ufunc.omppool", "tbb": "numba.np.ufunc.tbbpool"}
 
-
+# Division by zero gives inf or NaN, as in torch; Python's exception would also keep loops from being vectorised.
+_OPTIONS = {"nogil": True, "error_model": "numpy"}
 _ELEMENTS_PER_THREAD = 1 << 17
 _HUGE_PAGE_BYTES = 1 << 21
 _LINE_BYTES = 64
@@ -131,32 +137,39 @@ class KernelCacheFile(caching.IndexDataCacheFile):  # type: ignore[misc]
             logger.warning("kernels will be compiled again in the next process: cannot write %s: %s", name, error)
 
 
-def _compile(function: _F, **options: Any) -> _F:
-    # Division by zero gives inf or NaN, as in torch; Python's exception would also keep loops from being vectorised.
-    options |= {"nogil": True, "error_model": "numpy"}
+def kernel(function: _F) -> _F:
+    """Compile a function that Python calls, without the interpreter lock, and keep it on disk.
+
+    What it calls is compiled into it. Strict IEEE arithmetic, nothing reassociated.
+    """
     try:
-        kernel = numba.njit(cache=True, **options)(function)
+        compiled = numba.njit(cache=True, no_cfunc_wrapper=True, **_OPTIONS)(function)
     except RuntimeError:  # no directory for the disk cache is writable: compile in memory, once a process
-        return numba.njit(**options)(function)  # type: ignore[no-any-return]
-    cache: Any = getattr(kernel, "_cache", None)
+        return numba.njit(no_cfunc_wrapper=True, **_OPTIONS)(function)  # type: ignore[no-any-return]
+    cache: Any = getattr(compiled, "_cache", None)
     if hasattr(cache, "_cache_file"):  # not where NUMBA_DISABLE_JIT leaves the Python function
         cache._cache_file = KernelCacheFile(cache._cache_path, cache._impl.filename_base, _own_stamp())
-    return kernel  # type: ignore[no-any-return]
+    return compiled  # type: ignore[no-any-return]
 
 
-def parallel(function: _F) -> _F:
-    """Compile a kernel that splits its prange loops over threads; strict IEEE arithmetic, nothing reassociated."""
-    return _compile(function, parallel=True)
+class _Inner(CPUDispatcher):  # type: ignore[misc]
+    # Without code for Python, a call from there would jump to address 0.
+    def __call__(self, *_: object, **__: object) -> None:
+        raise TypeError(f"{self.__name__} is compiled into kernels, which alone can call it")
 
 
-def serial(function: _F) -> _F:
-    """Compile a function that runs on the calling thread, without the interpreter lock: a kernel, or a part of one."""
-    return _compile(function)
+def serial(function: _F, **options: Any) -> _F:
+    """Compile a function that kernels call on their thread, and Python never does.
+
+    It is compiled into every kernel that uses it: alone it is neither kept on disk nor made into machine code.
+    """
+    options |= {"nopython": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True, **_OPTIONS}
+    return _Inner(py_func=function, targetoptions=options)
 
 
 def reassociating(function: _F) -> _F:
-    """Compile a parallel kernel whose sums over columns may be reordered into vector lanes (still NaN and inf safe)."""
-    return _compile(function, parallel=True, fastmath={"reassoc", "contract", "nsz"})
+    """As ``serial``, for sums over columns that may be reordered into vector lanes (still NaN and inf safe)."""
+    return serial(function, fastmath={"reassoc", "contract", "nsz"})
 
 
 def use_threads(num_elements: int) -> int:
@@ -173,6 +186,11 @@ def use_threads(num_elements: int) -> int:
     num_threads = min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS), enough)
     numba.set_num_threads(num_threads)
     return num_threads
+
+
+def several_tasks(num_threads: int, each: int) -> int:
+    """Into how many tasks to cut work for ``spread``: ``each`` for every thread, but a single one for one thread."""
+    return each * num_threads if num_threads > 1 else 1
 
 
 @functools.cache
@@ -277,16 +295,82 @@ def prefetch_row(matrix: Array, row: int) -> None:
         _prefetch_line(matrix, row, byte)
 
 
+# Numba's own prange compiles a loop's body several times over, into one library after another.
 @intrinsic  # type: ignore[untyped-decorator]
-def next_of(typing_context: Any, counter: Any) -> Any:  # noqa: ARG001
-    """Raise ``counter[0]``, int64, by one and return what it was; several threads get different numbers.
+def spread(typing_context: Any, num_tasks: Any, function: Any, args: Any) -> Any:  # noqa: ARG001
+    """Call ``function(task, *args)`` for every task below ``num_tasks``, on as many threads as ``use_threads`` set.
 
-    Threads that take their work by it end together, however unequal the work is, and whichever of them the system
-    stops for a while.
+    Threads take the next task whenever they are free: so they end together, however unequal the work is, and whichever
+    of them the system stops for a while. Who calls the kernel has called ``use_threads``, which loads what this needs.
+
+    Args:
+        num_tasks: int64.
+        function: A ``serial`` function that returns nothing. Its first argument is int64.
+        args: A tuple of what else it takes, shared by all threads.
     """
+    call = function.get_call_type(typing_context, (types.int64, *args.types), {})
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        array = context.make_array(signature.args[0])(context, builder, args[0])
-        return builder.atomic_rmw("add", array.data, ir.IntType(64)(1), "monotonic")
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:  # noqa: ARG001
+        compiled = function.dispatcher.get_compile_result(call)
+        context.add_linking_libs([compiled.library])
+        whole, pointer = ir.IntType(64), ir.IntType(8).as_pointer()
+        given = _borrowed(context, builder, args, values[2])
+        shared = ir.LiteralStructType([whole, whole, whole, given.type])  # next task, tasks, failures, arguments
+        data = cgutils.alloca_once(builder, shared)
+        for place, value in enumerate((whole(0), values[0], whole(0), given)):
+            builder.store(value, cgutils.gep_inbounds(builder, data, 0, place))
+        work = _thread_work(context, builder.module, shared, compiled.fndesc, call)
+        count_threads = cgutils.get_or_insert_function(builder.module, ir.FunctionType(whole, []), "get_num_threads")
+        num_threads = builder.call(count_threads, [])
+        run = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [pointer] * 5 + [whole] * 3), "numba_parallel_for"
+        )
+        # It calls work(arrays, [n], steps, data), with n that add up to the number of threads, and no arrays.
+        counts = cgutils.alloca_once_value(builder, num_threads)
+        pointers = [builder.bitcast(value, pointer) for value in (work, pointer(None), counts, counts, data)]
+        builder.call(run, [*pointers, whole(0), whole(0), num_threads])
+        failures = builder.load(cgutils.gep_inbounds(builder, data, 0, 2))
+        with cgutils.if_unlikely(builder, cgutils.is_not_null(builder, failures)):
+            context.call_conv.return_user_exc(builder, MemoryError, ("a thread of a kernel failed",))
+        return context.get_dummy_value()
 
-    return types.int64(counter), generate
+    return types.void(types.int64, function, args), generate
+
+
+def _borrowed(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    """The value with arrays whose references nobody counts: threads would take the counts from each other all along."""
+    if isinstance(kind, types.Array):
+        array = context.make_array(kind)(context, builder, value)
+        array.meminfo = array.meminfo.type(None)
+        return array._getvalue()
+    if isinstance(kind, types.BaseTuple):
+        for place, member in enumerate(kind.types):
+            borrowed = _borrowed(context, builder, member, builder.extract_value(value, place))
+            value = builder.insert_value(value, borrowed, place)
+    return value
+
+
+def _thread_work(context: Any, module: Any, shared: Any, compiled: Any, call: Any) -> Any:
+    """What each thread runs: the next task, until none is left."""
+    whole, pointer = ir.IntType(64), ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer] * 4)
+    work = ir.Function(module, kind, module.get_unique_name("thread_work"))
+    work.linkage = "internal"
+    builder = ir.IRBuilder(work.append_basic_block("entry"))
+    data = builder.bitcast(work.args[3], shared.as_pointer())
+    counter, num_tasks, failures, args = (cgutils.gep_inbounds(builder, data, 0, place) for place in range(4))
+    num_tasks = builder.load(num_tasks)
+    arguments = cgutils.unpack_tuple(builder, builder.load(args))
+    following, body, end = (builder.append_basic_block(name) for name in ("next", "task", "end"))
+    builder.branch(following)
+    builder.position_at_end(following)
+    task = builder.atomic_rmw("add", counter, whole(1), "monotonic")
+    builder.cbranch(builder.icmp_signed("<", task, num_tasks), body, end)
+    builder.position_at_end(body)
+    status, _ = context.call_internal_no_propagate(builder, compiled, call, [task, *arguments])
+    with cgutils.if_unlikely(builder, status.is_error):
+        builder.store(whole(1), failures)
+    builder.branch(following)
+    builder.position_at_end(end)
+    builder.ret_void()
+    return work

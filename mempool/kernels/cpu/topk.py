@@ -2,8 +2,7 @@
 
 No thread count, batch or place in a batch changes the bits of a result.
 
-What a task does is a function of its own that takes its number as np.int64: Numba types loop variables now signed, now
-unsigned, and would compile it for both. What is rare is left to torch's operations, for the compiler's time too.
+What is rare is left to torch's operations, for the compiler's time too.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
-from mempool.kernels.cpu.runtime import Array, parallel, serial, use_threads, view
+from mempool.kernels.cpu.runtime import Array, kernel, serial, spread, use_threads, view
 from mempool.kernels.cpu.scores import TILE_KEYS, TILE_QUERIES, add_scaled, fill_up, pack, tile_scores
 from mempool.kernels.cpu.selection import (
     NAN_ORDER,
@@ -54,10 +52,9 @@ def _select_rows(task: Any, scores: Array, values: Array, index: Array) -> None:
             values[row, place] = scores[row, index[row, place]]
 
 
-@parallel
+@kernel
 def _select_topk(scores: Array, values: Array, index: Array) -> None:
-    for task in prange((values.shape[0] + _TASK_ROWS - 1) // _TASK_ROWS):
-        _select_rows(np.int64(task), scores, values, index)
+    spread((values.shape[0] + _TASK_ROWS - 1) // _TASK_ROWS, _select_rows, (scores, values, index))
 
 
 def select_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -159,11 +156,10 @@ def _pack_panel(task: Any, keys: Array, panels: Array) -> None:
     fill_up(count, num_dims, TILE_KEYS, panels[codebook, panel], 0)
 
 
-@parallel
+@kernel
 def _pack_keys(keys: Array, panels: Array) -> None:
     """[C, n, d] keys into [C, n / TILE_KEYS, d * TILE_KEYS] panels, the last one filled up with zeros."""
-    for task in prange(panels.shape[0] * panels.shape[1]):
-        _pack_panel(np.int64(task), keys, panels)
+    spread(panels.shape[0] * panels.shape[1], _pack_panel, (keys, panels))
 
 
 @serial
@@ -239,7 +235,7 @@ def _score_part(
                     open_index[half, first + query, head, place] = index[half, query, place]
 
 
-@parallel
+@kernel
 def _select_products(
     queries: Array,
     panels: Array,
@@ -260,9 +256,10 @@ def _select_products(
     ``out1``, and the winners of its halves in ``open_values`` and ``open_index``, [2, B, H, half_k].
     """
     num_parts = (out_scores.shape[0] + task_queries - 1) // task_queries
-    for task in prange(num_parts * out_scores.shape[1]):
-        _score_part(
-            np.int64(task),
+    spread(
+        num_parts * out_scores.shape[1],
+        _score_part,
+        (
             queries,
             panels,
             given,
@@ -275,7 +272,8 @@ def _select_products(
             out2,
             open_values,
             open_index,
-        )
+        ),
+    )
 
 
 def _products(
@@ -391,18 +389,34 @@ def _add_to_keys(task: Any, queries: Array, index1: Array, index2: Array, grads:
             add_scaled(flat_queries, source, grads[query, head, rank], flat_out, into, count)
 
 
-@parallel
+@serial
+def _gradient_task(
+    task: int,
+    num_long: int,
+    queries: Array,
+    keys: Array,
+    index1: Array,
+    index2: Array,
+    grads: Array,
+    query_grads: Array,
+    key_grads: Array,
+) -> None:
+    if task < num_long:
+        _add_to_keys(task, queries, index1, index2, grads, key_grads)
+    else:
+        _add_to_queries(task - num_long, keys, index1, index2, grads, query_grads)
+
+
+@kernel
 def _gradient(
     queries: Array, keys: Array, index1: Array, index2: Array, grads: Array, query_grads: Array, key_grads: Array
 ) -> None:
     num_parts = (grads.shape[0] + _TASK_ROWS - 1) // _TASK_ROWS
     num_columns = (keys.shape[3] + _COLUMNS - 1) // _COLUMNS
+    # The longer tasks come first.
     num_long = 2 * keys.shape[0] * num_columns
-    for task in prange(num_long + num_parts):
-        if task < num_long:
-            _add_to_keys(np.int64(task), queries, index1, index2, grads, key_grads)
-        else:
-            _add_to_queries(np.int64(task) - num_long, keys, index1, index2, grads, query_grads)
+    args = num_long, queries, keys, index1, index2, grads, query_grads, key_grads
+    spread(num_long + num_parts, _gradient_task, args)
 
 
 def product_gradient(

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import prange
 from torch import Tensor
 
 from mempool.kernels.arguments import RUN_PIECE, Paged, SortedPairs
@@ -19,14 +18,15 @@ from mempool.kernels.cpu.runtime import (
     EMPTY_WEIGHTS,
     Array,
     elements,
-    next_of,
+    kernel,
     optional_weights,
-    parallel,
     prefer_huge_pages,
     prefetch_row,
     reassociating,
     scales,
     serial,
+    several_tasks,
+    spread,
     storage,
     use_threads,
     view,
@@ -49,8 +49,8 @@ from mempool.kernels.steps import LAST_STEP, MASTER, STATE_NAMES, DenseSchedule,
 
 _NO_MATRIX: Array = np.zeros((1, 0), dtype=np.float32)
 _NO_NUMBERS: Array = np.zeros(0, dtype=np.int64)
-# Parts of rows for each thread: small enough that threads end together.
-_PARTS_OF_A_THREAD = 16
+# Tasks for each thread: small enough that threads end together.
+_TASKS_OF_A_THREAD = 16
 # Runs of more pairs are summed by all threads together.
 _LONG_RUN = 4 * RUN_PIECE
 # Pieces of a long run that are held at once.
@@ -58,15 +58,13 @@ _PIECES_AT_ONCE = 64
 # A row's values and state take as long to bring from memory and back as the gradients of this many pairs.
 _ROW_COST = 8
 _ROWS_AHEAD = 4
-# Threads share an array: first the next part to take, here whether there are long runs. Python makes it, since one that
-# a parallel kernel makes and only hands on becomes a copy for every thread.
-_LONG_RUNS = 1
 # Rows of one partial sum of squares: fixed, so that the result does not depend on the number of threads.
 _NORM_CHUNK_ROWS = 256
 
 
-def _progress() -> Array:
-    return np.zeros(2, dtype=np.int64)
+def _no_long_runs() -> Array:
+    """Where kernels say whether they met runs that they leave to ``_sum_long_run``."""
+    return np.zeros(1, dtype=np.bool_)
 
 
 @serial
@@ -84,40 +82,40 @@ def _first_row(starts: Array, pair_cost: int, part: int, num_parts: int) -> Any:
 
 
 @serial
-def _sum_parts(progress: Array, num_parts: int, gradients: Gradients, places: Array, out: Array) -> None:
+def _sum_task(task: int, num_tasks: int, gradients: Gradients, places: Array, has_long: Array, out: Array) -> None:
     total, piece = np.empty(out.shape[1], dtype=np.float32), np.empty(out.shape[1], dtype=np.float32)
     starts = gradients.starts
-    part = next_of(progress)
-    while part < num_parts:
-        for position in range(_first_row(starts, 1, part, num_parts), _first_row(starts, 1, part + 1, num_parts)):
-            first, end = starts[position], starts[position + 1]
-            if end - first > _LONG_RUN:
-                progress[_LONG_RUNS] = 1
-            elif places.shape[0] == 0:
-                sum_pairs(gradients, first, end, piece, out[position])
-            else:
-                sums = out[places[position]]
-                for start in range(first, end, RUN_PIECE):
-                    sum_pairs(gradients, start, min(end, start + RUN_PIECE), piece, total)
-                    for column in range(total.shape[0]):
-                        sums[column] += total[column]
-        part = next_of(progress)
+    for position in range(_first_row(starts, 1, task, num_tasks), _first_row(starts, 1, task + 1, num_tasks)):
+        first, end = starts[position], starts[position + 1]
+        if end - first > _LONG_RUN:
+            has_long[0] = True
+        elif places.shape[0] == 0:
+            sum_pairs(gradients, first, end, piece, out[position])
+        else:
+            sums = out[places[position]]
+            for start in range(first, end, RUN_PIECE):
+                sum_pairs(gradients, start, min(end, start + RUN_PIECE), piece, total)
+                for column in range(total.shape[0]):
+                    sums[column] += total[column]
 
 
-@parallel
-def _sum_segments(progress: Array, num_threads: int, gradients: Gradients, places: Array, out: Array) -> None:
-    """Sums of all runs but the long ones. With places, added to what is there."""
-    for _ in prange(num_threads):
-        _sum_parts(progress, _PARTS_OF_A_THREAD * num_threads, gradients, places, out)
+@kernel
+def _sum_segments(num_tasks: int, gradients: Gradients, places: Array, has_long: Array, out: Array) -> None:
+    """Sums of all runs but the long ones, if there are any. With places, added to what is there."""
+    spread(num_tasks, _sum_task, (num_tasks, gradients, places, has_long, out))
 
 
-@parallel
+@serial
+def _piece_task(piece: int, gradients: Gradients, begin: int, end: int, pieces: Array) -> None:
+    first = begin + piece * RUN_PIECE
+    sum_pairs(gradients, first, min(first + RUN_PIECE, end), pieces[piece], pieces[piece])
+
+
+@kernel
 def _sum_long_run(gradients: Gradients, begin: int, end: int, adding: bool, pieces: Array, out: Array) -> None:
     for batch in range(begin, end, pieces.shape[0] * RUN_PIECE):
         num_pieces = min(pieces.shape[0], (end - batch + RUN_PIECE - 1) // RUN_PIECE)
-        for piece in prange(num_pieces):
-            first = batch + piece * RUN_PIECE
-            sum_pairs(gradients, first, min(first + RUN_PIECE, end), pieces[piece], pieces[piece])
+        spread(num_pieces, _piece_task, (gradients, batch, end, pieces))
         for piece in range(num_pieces):
             if adding or batch + piece > begin:
                 for column in range(out.shape[0]):
@@ -137,10 +135,10 @@ def _gradients(pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads: 
 
 
 def _add(out: Array, places: Array, gradients: Gradients) -> None:
-    num_threads = use_threads(gradients.order.size * out.shape[1])
-    progress = _progress()
-    _sum_segments(progress, num_threads, gradients, places, out)
-    if progress[_LONG_RUNS]:
+    num_tasks = several_tasks(use_threads(gradients.order.size * out.shape[1]), _TASKS_OF_A_THREAD)
+    has_long = _no_long_runs()
+    _sum_segments(num_tasks, gradients, places, has_long, out)
+    if has_long[0]:
         pieces = np.empty((_PIECES_AT_ONCE, out.shape[1]), dtype=np.float32)
         for position, first, end in _long_runs(gradients.starts):
             place = int(places[position]) if places.size else position
@@ -163,67 +161,63 @@ def add_segments(
 
 
 @serial
-def _step_parts(
-    progress: Array,
-    num_parts: int,
+def _step_task(
+    task: int,
+    num_tasks: int,
     arena: Arena,
     rule: Rule,
     targets: Array,
     slots: Array,
     sums: Array,
     gradients: Gradients,
+    has_long: Array,
 ) -> None:
     fused, starts, width, num_rows = sums.shape[1] == 0, gradients.starts, arena.width, targets.shape[0]
     pair_cost = 1 if fused else 0
     grad_scale = rule.scalars[0]
     total, piece = np.empty(width, dtype=np.float32), np.empty(width, dtype=np.float32)
     scratch, lanes = np.empty(width, dtype=np.float32), np.empty(LANES, dtype=np.float32)
-    part = next_of(progress)
-    while part < num_parts:
-        begin = _first_row(starts, pair_cost, part, num_parts)
-        for position in range(begin, _first_row(starts, pair_cost, part + 1, num_parts)):
-            if position + _ROWS_AHEAD < num_rows:
-                ahead = targets[position + _ROWS_AHEAD]
-                prefetch_row(arena.rows, ahead)
-                prefetch_row(arena.master, ahead)
-                prefetch_row(rule.state0, ahead)
-                prefetch_row(rule.state1, ahead)
-            if fused:
-                first, end = starts[position], starts[position + 1]
-                if end - first > _LONG_RUN:
-                    progress[_LONG_RUNS] = 1
-                    continue
-                sum_pairs(gradients, first, end, piece, total)
-                for column in range(width):
-                    total[column] = total[column] * grad_scale
-            else:
-                given = sums[position]
-                for column in range(width):
-                    total[column] = given[column] * grad_scale
-            row = targets[position]
-            values = own_values(arena, row, scratch)
-            apply_rule(rule, arena.block_dim, row, values, total, lanes)
-            if arena.rows.itemsize < 4 or arena.master.shape[1] > 0:
-                round_row(arena, row, values, rule, slots[position])
-        part = next_of(progress)
+    begin = _first_row(starts, pair_cost, task, num_tasks)
+    for position in range(begin, _first_row(starts, pair_cost, task + 1, num_tasks)):
+        if position + _ROWS_AHEAD < num_rows:
+            ahead = targets[position + _ROWS_AHEAD]
+            prefetch_row(arena.rows, ahead)
+            prefetch_row(arena.master, ahead)
+            prefetch_row(rule.state0, ahead)
+            prefetch_row(rule.state1, ahead)
+        if fused:
+            first, end = starts[position], starts[position + 1]
+            if end - first > _LONG_RUN:
+                has_long[0] = True
+                continue
+            sum_pairs(gradients, first, end, piece, total)
+            for column in range(width):
+                total[column] = total[column] * grad_scale
+        else:
+            given = sums[position]
+            for column in range(width):
+                total[column] = given[column] * grad_scale
+        row = targets[position]
+        values = own_values(arena, row, scratch)
+        apply_rule(rule, arena.block_dim, row, values, total, lanes)
+        if arena.rows.itemsize < 4 or arena.master.shape[1] > 0:
+            round_row(arena, row, values, rule, slots[position])
 
 
-@parallel
+@kernel
 def _step_rows(
-    progress: Array,
-    num_threads: int,
+    num_tasks: int,
     arena: Arena,
     rule: Rule,
     targets: Array,
     slots: Array,
     sums: Array,
     gradients: Gradients,
+    has_long: Array,
 ) -> None:
     """The step of ``targets`` with the gradients ``sums``; where those have no columns, with the sums of their pairs,
-    of all but the rows with long runs."""
-    for _ in prange(num_threads):
-        num_parts = _PARTS_OF_A_THREAD * num_threads
-        _step_parts(progress, num_parts, arena, rule, targets, slots, sums, gradients)
+    of all but the rows with long runs, if there are any."""
+    spread(num_tasks, _step_task, (num_tasks, arena, rule, targets, slots, sums, gradients, has_long))
 
 
 def _arena(paged: Paged, state: dict[str, Tensor], block_dim: int) -> Arena:
@@ -251,10 +245,11 @@ def optimizer_step(
     paged: Paged, state: dict[str, Tensor], pairs: SortedPairs, sums: Tensor, step: OptimizerStep
 ) -> None:
     """See mempool.kernels.optimizer_step."""
-    num_threads = use_threads(4 * sums.numel())
+    num_tasks = several_tasks(use_threads(4 * sums.numel()), _TASKS_OF_A_THREAD)
     no_gradients = Gradients(_NO_NUMBERS, view(pairs.starts), EMPTY_WEIGHTS, _NO_NUMBERS, _NO_MATRIX)
     arena, rule = _arena(paged, state, step.block_dim), _rule(state, step)
-    _step_rows(_progress(), num_threads, arena, rule, view(pairs.rows), view(pairs.slots), view(sums), no_gradients)
+    targets, slots = view(pairs.rows), view(pairs.slots)
+    _step_rows(num_tasks, arena, rule, targets, slots, view(sums), no_gradients, _no_long_runs())
 
 
 def fused_step(
@@ -268,27 +263,29 @@ def fused_step(
 ) -> None:
     """See mempool.kernels.fused_step."""
     num_threads = use_threads((pairs.order.numel() + 4 * pairs.rows.numel()) * grads.shape[1])
+    num_tasks = several_tasks(num_threads, _TASKS_OF_A_THREAD)
     arena, rule, gradients = (
         _arena(paged, state, step.block_dim),
         _rule(state, step),
         _gradients(pairs, weights, bags, grads),
     )
     targets, slots = view(pairs.rows), view(pairs.slots)
-    progress = _progress()
-    _step_rows(progress, num_threads, arena, rule, targets, slots, _NO_MATRIX, gradients)
-    if progress[_LONG_RUNS]:
+    has_long = _no_long_runs()
+    _step_rows(num_tasks, arena, rule, targets, slots, _NO_MATRIX, gradients, has_long)
+    if has_long[0]:
         sums, bounds = np.empty((1, paged.width), dtype=np.float32), np.array([0, 1])
         pieces = np.empty((_PIECES_AT_ONCE, paged.width), dtype=np.float32)
         for position, first, end in _long_runs(gradients.starts):
             _sum_long_run(gradients, first, end, False, pieces, sums[0])
             one = slice(position, position + 1)
-            _step_rows(_progress(), 1, arena, rule, targets[one], slots[one], sums, gradients._replace(starts=bounds))
+            given = gradients._replace(starts=bounds)
+            _step_rows(1, arena, rule, targets[one], slots[one], sums, given, has_long)
 
 
 @serial
-def _catch_up_parts(
-    progress: Array,
-    num_parts: int,
+def _catch_up_task(
+    task: int,
+    num_tasks: int,
     arena: Arena,
     schedule: Schedule,
     moment1: Array,
@@ -298,29 +295,28 @@ def _catch_up_parts(
     to: int,
 ) -> None:
     scratch, num_rows = np.empty(arena.width, dtype=np.float32), targets.shape[0]
+    # Not numbers of the source, for which round_block would be compiled once more.
+    randomly: Any = np.bool_(False)
+    column: Any = np.int64(0)
     nothing = np.uint32(0)
-    part = next_of(progress)
-    while part < num_parts:
-        for position in range(num_rows * part // num_parts, num_rows * (part + 1) // num_parts):
-            row = targets[position]
-            values = own_values(arena, row, scratch)
-            for block in range(last_step.shape[1]):
-                done: Any = np.int64(last_step[row, block])
-                if done >= to:
-                    continue
-                first, end = block * arena.block_dim, min((block + 1) * arena.block_dim, arena.width)
-                moments = moment1[row, first:end], moment2[row, first:end]
-                catch_up_block(schedule, done, to, values[first:end], moments[0], moments[1])
-                last_step[row, block] = to
-                if arena.master.shape[1] > 0:
-                    round_block(arena, row, block, values, False, nothing, nothing, 0)
-        part = next_of(progress)
+    for position in range(num_rows * task // num_tasks, num_rows * (task + 1) // num_tasks):
+        row = targets[position]
+        values = own_values(arena, row, scratch)
+        for block in range(last_step.shape[1]):
+            done: Any = np.int64(last_step[row, block])
+            if done >= to:
+                continue
+            first, end = block * arena.block_dim, min((block + 1) * arena.block_dim, arena.width)
+            moments = moment1[row, first:end], moment2[row, first:end]
+            catch_up_block(schedule, done, to, values[first:end], moments[0], moments[1])
+            last_step[row, block] = to
+            if arena.master.shape[1] > 0:
+                round_block(arena, row, block, values, randomly, nothing, nothing, column)
 
 
-@parallel
+@kernel
 def _catch_up(
-    progress: Array,
-    num_threads: int,
+    num_tasks: int,
     arena: Arena,
     schedule: Schedule,
     moment1: Array,
@@ -329,9 +325,7 @@ def _catch_up(
     targets: Array,
     to: int,
 ) -> None:
-    for _ in prange(num_threads):
-        num_parts = _PARTS_OF_A_THREAD * num_threads
-        _catch_up_parts(progress, num_parts, arena, schedule, moment1, moment2, last_step, targets, to)
+    spread(num_tasks, _catch_up_task, (num_tasks, arena, schedule, moment1, moment2, last_step, targets, to))
 
 
 def catch_up(
@@ -343,7 +337,7 @@ def catch_up(
     block_dim: int,
 ) -> None:
     """See mempool.kernels.catch_up."""
-    num_threads = use_threads(16 * rows.numel() * paged.width)
+    num_tasks = several_tasks(use_threads(16 * rows.numel() * paged.width), _TASKS_OF_A_THREAD)
     step_sizes, root_corrections, decays = (storage(schedule.steps[number]) for number in range(3))
     steps = Schedule(
         schedule.first_step,
@@ -356,8 +350,7 @@ def catch_up(
     )
     moments = storage(state["exp_avg"]), storage(state["exp_avg_sq"])
     _catch_up(
-        _progress(),
-        num_threads,
+        num_tasks,
         _arena(paged, state, block_dim),
         steps,
         *moments,
@@ -368,20 +361,24 @@ def catch_up(
 
 
 @reassociating
+def _norm_task(chunk: int, sums: Array, partial: Array, finite: Array) -> None:
+    total = 0.0
+    all_finite = True
+    for row in range(chunk * _NORM_CHUNK_ROWS, min((chunk + 1) * _NORM_CHUNK_ROWS, sums.shape[0])):
+        # Bits of an exponent that is all ones are the non-finite elements.
+        largest = np.uint32(0)
+        for column in range(sums.shape[1]):
+            element = sums[row, column]
+            total += np.float64(element) * np.float64(element)
+            largest = max(largest, np.float32(element).view(np.uint32) & np.uint32(0x7F800000))
+        all_finite = all_finite and largest != np.uint32(0x7F800000)
+    partial[chunk] = total
+    finite[chunk] = all_finite
+
+
+@kernel
 def _squared_norm(sums: Array, partial: Array, finite: Array) -> None:
-    for chunk in prange(partial.shape[0]):
-        total = 0.0
-        all_finite = True
-        for row in range(chunk * _NORM_CHUNK_ROWS, min((chunk + 1) * _NORM_CHUNK_ROWS, sums.shape[0])):
-            # Bits of an exponent that is all ones are the non-finite elements.
-            largest = np.uint32(0)
-            for column in range(sums.shape[1]):
-                element = sums[row, column]
-                total += np.float64(element) * np.float64(element)
-                largest = max(largest, np.float32(element).view(np.uint32) & np.uint32(0x7F800000))
-            all_finite = all_finite and largest != np.uint32(0x7F800000)
-        partial[chunk] = total
-        finite[chunk] = all_finite
+    spread(partial.shape[0], _norm_task, (sums, partial, finite))
 
 
 def squared_norm(sums: Tensor) -> tuple[float, bool]:
