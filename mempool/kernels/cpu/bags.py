@@ -48,6 +48,8 @@ _LOPSIDED = 1.25
 _READS_PER_STEP = 4
 # Rows that are converted at once, in elements: they stay in the cache until torch has rounded them.
 _CHUNK_ELEMENTS = 1 << 17
+# Columns of a block that is not full: more than any row has, and tiles divide it.
+_ONE_BLOCK = 1 << 40
 # Numba compiles a function once more for an argument that is a number of the source.
 _ZERO: Any = np.int64(0)
 
@@ -63,7 +65,9 @@ class _Arena(NamedTuple):
 
 def _arena(paged: Paged) -> _Arena:
     block_dim = paged.width if paged.packed is None else paged.packed.block_dim
-    return _Arena(elements(paged), *scales(paged), max(1, block_dim), view(paged.page_table), paged.page_shift)
+    if block_dim >= paged.width:
+        block_dim = _ONE_BLOCK
+    return _Arena(elements(paged), *scales(paged), block_dim, view(paged.page_table), paged.page_shift)
 
 
 class _Listed(NamedTuple):
@@ -75,10 +79,9 @@ class _Listed(NamedTuple):
 
 
 @serial
-def _lists() -> Any:
-    one = np.empty(_PIECE + _AHEAD, dtype=np.int64), np.empty(_PIECE, dtype=np.int64), np.ones(_PIECE, dtype=np.float32)
-    two = np.empty(_PIECE + _AHEAD, dtype=np.int64), np.empty(_PIECE, dtype=np.int64), np.ones(_PIECE, dtype=np.float32)
-    return _Listed(*one), _Listed(*two)
+def _list() -> Any:
+    places, pairs = np.empty(_PIECE + _AHEAD, dtype=np.int64), np.empty(_PIECE, dtype=np.int64)
+    return _Listed(places, pairs, np.ones(_PIECE, dtype=np.float32))
 
 
 @serial
@@ -180,7 +183,7 @@ def _sum_bags(
     out: Array,
 ) -> None:
     # While the rows of one list are read, the next one is there already: those ahead are prefetched across lists.
-    listed, following = _lists()
+    listed, following = _list(), _list()
     first_pair, last_pair = offsets[bag], offsets[end_bag]
     end_pair = min(last_pair, first_pair + _PIECE)
     count = _list_pairs(arena, ids, weights, first_pair, end_pair, listed)
@@ -320,7 +323,7 @@ def _multiply_task(
     task: int, arena: _Arena, ids: Array, offsets: Array, grads: Array, num_tasks: int, out: Array
 ) -> None:
     first_pair, last_pair = ids.shape[0] * task // num_tasks, ids.shape[0] * (task + 1) // num_tasks
-    listed, following = _lists()
+    listed, following = _list(), _list()
     results = np.empty(_PIECE, dtype=np.float32)
     no_weights = results[:0]  # an array of the source is read-only, for which _list_pairs would be compiled once more
     bag = np.searchsorted(offsets, first_pair, side="right") - 1

@@ -9,6 +9,8 @@ import hashlib
 import importlib
 import logging
 import mmap
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -115,7 +117,9 @@ def source_stamp(folder: Path) -> str:
 
 @functools.cache
 def _own_stamp() -> str:
-    return source_stamp(Path(__file__).parent)
+    # Kernels hold constants of the modules above their folder too.
+    folder = Path(__file__).parent
+    return source_stamp(folder) + source_stamp(folder.parent)
 
 
 class KernelCacheFile(caching.IndexDataCacheFile):  # type: ignore[misc]
@@ -180,9 +184,16 @@ def use_threads(num_elements: int) -> int:
 
     Returns:
         The number of threads.
+
+    Raises:
+        RuntimeError: The process was forked from one that had run kernels.
     """
     enough = 1 + num_elements // _ELEMENTS_PER_THREAD
-    _launch_threads()
+    if _launch_threads() != os.getpid():
+        raise RuntimeError(
+            f"process {os.getpid()} was forked from process {_launch_threads()}, which had run kernels: their threads "
+            "do not live on in a fork. Start processes by 'spawn' or 'forkserver', or fork before the first kernel."
+        )
     num_threads = min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS), enough)
     numba.set_num_threads(num_threads)
     return num_threads
@@ -194,12 +205,13 @@ def several_tasks(num_threads: int, each: int) -> int:
 
 
 @functools.cache
-def _launch_threads() -> None:
-    # Numba and torch share one OpenMP, and Numba's start sets its number of threads, torch's choice, to all processors.
-    # Not earlier than the first kernel: a process that forks after the start cannot run kernels in its children.
-    chosen = torch.get_num_threads()
-    numba.set_num_threads(1)
-    torch.set_num_threads(chosen)
+def _launch_threads() -> int:
+    # Numba and torch share one OpenMP. Numba's start sets the number of threads of the thread that starts it to all
+    # processors, over torch's choice: so that is a thread which does nothing else.
+    starter = threading.Thread(target=lambda: numba.set_num_threads(1))
+    starter.start()
+    starter.join()
+    return os.getpid()
 
 
 def storage(tensor: Tensor) -> Array:

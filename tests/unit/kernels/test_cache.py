@@ -85,10 +85,20 @@ def test_every_kernel_has_such_a_cache():
         if hasattr(kernel, "signatures") and not kernel.targetoptions.get("no_cpython_wrapper")
     }
     assert len(found) > 15
-    stamp = source_stamp(Path(runtime.__file__).parent)
+    folder = Path(runtime.__file__).parent
+    stamp = source_stamp(folder) + source_stamp(folder.parent)
     for name, cache in found.items():
         assert isinstance(cache._cache_file, KernelCacheFile), name
         assert cache._cache_file._source_stamp == stamp, name
+
+
+def test_kernels_hold_no_interpreter_lock():
+    kernels.implementation("numba")
+    found = [
+        one for module in (bags, flat, topk, updates) for one in vars(module).values() if hasattr(one, "signatures")
+    ]
+    assert len(found) > 30
+    assert all(one.targetoptions["nogil"] for one in found)
 
 
 def test_what_kernels_are_made_of_refuses_python():

@@ -283,6 +283,50 @@ def test_kernels_leave_torch_as_many_threads_as_it_had():
     )
 
 
+def test_the_first_kernel_of_another_thread_leaves_torchs_threads_as_well():
+    run(
+        """
+        import threading
+        import torch
+        from mempool import kernels
+        torch.set_num_threads(2)
+        looked, changed = threading.Event(), threading.Event()
+        def work():
+            torch.get_num_threads()  # from here on this thread has a number of its own
+            looked.set()
+            changed.wait(60)
+            kernels.initial_values(7, 0, 8192, 0, 64, 1.0)
+        worker = threading.Thread(target=work)
+        worker.start()
+        looked.wait(60)
+        torch.set_num_threads(1)
+        changed.set()
+        worker.join(60)
+        assert torch.get_num_threads() == 1
+        """
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_fork_of_a_process_that_ran_kernels_says_so():
+    """OpenMP would end it without a word of Python."""
+    run(
+        """
+        import os
+        from mempool import kernels
+        kernels.initial_values(7, 0, 8192, 0, 64, 1.0)
+        child = os.fork()
+        if child == 0:
+            try:
+                kernels.initial_values(7, 0, 8192, 0, 64, 1.0)
+            except RuntimeError as error:
+                os._exit(0 if "spawn" in str(error) else 1)
+            os._exit(2)
+        assert os.waitpid(child, 0)[1] == 0
+        """
+    )
+
+
 def test_without_a_safe_threading_layer_torch_does_it():
     """Numba's workqueue layer aborts the process when two threads run kernels, so it must never be taken."""
     run(
