@@ -31,6 +31,7 @@ from mempool.kernels.cpu.runtime import (
     view,
 )
 from mempool.kernels.cpu.vectors import LANES, add_product, dot_tile, sum_tile
+from mempool.kernels.torch_ops.bags import locate as locate_all
 
 # Pairs that are listed at once; the list stays in the first cache level.
 _PIECE = 128
@@ -371,22 +372,6 @@ def _prefetch_slot(arena: _Arena, ids: Array, position: int) -> None:
 
 
 @serial
-def _copy_task(task: int, arena: _Arena, ids: Array, num_tasks: int, out: Array) -> None:
-    for position in range(ids.shape[0] * task // num_tasks, ids.shape[0] * (task + 1) // num_tasks):
-        _prefetch_slot(arena, ids, position + _AHEAD)
-        row = locate(ids[position], arena.page_table, arena.page_shift)
-        if row < 0:
-            out[position] = 0
-        else:
-            out[position] = arena.rows[row]
-
-
-@kernel
-def _copy_rows(arena: _Arena, ids: Array, num_tasks: int, out: Array) -> None:
-    spread(num_tasks, _copy_task, (arena, ids, num_tasks, out))
-
-
-@serial
 def _read_task(task: int, arena: _Arena, ids: Array, num_tasks: int, out: Array) -> None:
     width = out.shape[1]
     for position in range(ids.shape[0] * task // num_tasks, ids.shape[0] * (task + 1) // num_tasks):
@@ -408,14 +393,25 @@ def _read_rows(arena: _Arena, ids: Array, num_tasks: int, out: Array) -> None:
     spread(num_tasks, _read_task, (arena, ids, num_tasks, out))
 
 
+def _copied_rows(paged: Paged, ids: Tensor, out: Tensor) -> Tensor:
+    # torch's own copies faster, of bfloat16 by half.
+    if paged.rows.shape[0] == 0:
+        return out.zero_()
+    rows, here = locate_all(paged, ids)
+    torch.index_select(paged.rows.detach(), 0, rows, out=out)
+    if not bool(here.all()):
+        out[~here] = 0
+    return out
+
+
 def gather_rows(paged: Paged, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """See mempool.kernels.gather_rows."""
     out = prefer_huge_pages(torch.empty(ids.numel(), paged.width, dtype=dtype or paged.value_dtype, device="cpu"))
+    if out.dtype == paged.rows.dtype:
+        return _copied_rows(paged, ids, out)
     arena, slots = _arena(paged), view(ids)
     num_tasks = several_tasks(use_threads(out.numel()), _TASKS_PER_THREAD)
-    if out.dtype == paged.rows.dtype:
-        _copy_rows(arena, slots, num_tasks, storage(out))
-    elif out.dtype == torch.float32:
+    if out.dtype == torch.float32:
         _read_rows(arena, slots, num_tasks, out.numpy())
     else:
         num_rows = max(1, _CHUNK_ELEMENTS // max(1, paged.width))
