@@ -94,8 +94,6 @@ def optimizer_value(message: table_pb2.OptimizerSpec) -> OptimizerSpec:
             wanted = f"{least} and below 1" if below == 1.0 else f"finite and {least}"
             raise InvalidRequest(f"OptimizerSpec.{name} is {number}; it must be {wanted}")
     algorithm = choice(_ALGORITHM_NAMES, message.algorithm, "OptimizerSpec.algorithm")
-    if message.dense and algorithm != "adamw":
-        raise InvalidRequest(f"OptimizerSpec.dense is true with {algorithm}; only adamw has it")
     return OptimizerSpec(algorithm=algorithm, dense=message.dense, **given)
 
 
@@ -144,11 +142,8 @@ def schema_value(message: table_pb2.TableSchema) -> TableSchema:
     rounding = default_rounding(dtype, master=message.master)
     if message.rounding != table_pb2.ROUNDING_UNSPECIFIED:
         rounding = choice(_ROUNDING_NAMES, message.rounding, "TableSchema.rounding")
-    optimizer = optimizer_value(message.optimizer)
     if message.master and dtype == "float32":
         raise InvalidRequest("TableSchema.master is true with float32 values; they are their own master")
-    if optimizer.dense and dtype != "float32" and not message.master:
-        raise InvalidRequest(f"OptimizerSpec.dense is true with {dtype} values; it needs float32 values or a master")
     return TableSchema(
         table_id=message.table_id,
         name=message.name,
@@ -161,7 +156,7 @@ def schema_value(message: table_pb2.TableSchema) -> TableSchema:
         init_std=message.init_std,
         stride=message.stride,
         layout=choice(_LAYOUT_NAMES, message.layout, "TableSchema.layout"),
-        optimizer=optimizer,
+        optimizer=optimizer_value(message.optimizer),
         keys=keys,
         rounding=rounding,
         master=message.master,

@@ -75,7 +75,7 @@ OPTIMIZER = build(
     initial_accumulator_value=RATE,
     weight_decay=RATE,
     dense=st.booleans(),
-).map(lambda spec: dataclasses.replace(spec, dense=spec.dense and spec.algorithm == "adamw"))
+)
 KEYS = st.one_of(
     st.none(),
     build(types.FlatKeySpec, key_dim=U32, deterministic=st.booleans()),
@@ -98,8 +98,7 @@ SCHEMA = build(
     keys=KEYS,
     rounding=st.sampled_from(["stochastic", "nearest"]),
     master=st.booleans(),
-).map(lambda schema: dataclasses.replace(schema, master=schema.master or schema.optimizer.dense))
-SCHEMA = SCHEMA.map(lambda schema: dataclasses.replace(schema, master=False) if schema.dtype == "float32" else schema)
+).map(lambda schema: dataclasses.replace(schema, master=schema.master and schema.dtype != "float32"))
 SHARD_INFO = build(types.ShardInfo, shard=U32, address=TEXT, incarnation=U64)
 
 

@@ -83,7 +83,6 @@ def test_absent_hyper_parameters_have_their_defaults() -> None:
         ({"lr": float("nan")}, r"OptimizerSpec\.lr is nan; it must be finite and at least 0"),
         ({"weight_decay": float("inf")}, r"OptimizerSpec\.weight_decay is inf"),
         ({"eps": 0.0}, r"OptimizerSpec\.eps is 0\.0; it must be finite and above 0"),
-        ({"algorithm": table_pb2.ALGORITHM_ADAM}, r"OptimizerSpec\.dense is true with adam; only adamw has it"),
     ],
 )
 def test_hyper_parameters_out_of_range_are_refused(change: dict[str, float], message: str) -> None:
@@ -92,14 +91,10 @@ def test_hyper_parameters_out_of_range_are_refused(change: dict[str, float], mes
         tables.optimizer_value(table_pb2.OptimizerSpec(**given | change))  # type: ignore[arg-type]
 
 
-def test_a_master_is_for_narrow_values_and_a_dense_optimizer_for_wide_ones() -> None:
-    dense = dataclasses.replace(SCHEMA.optimizer, algorithm="adamw", dense=True)
-    for wrong in (
-        dataclasses.replace(SCHEMA, dtype="float32", master=True),
-        dataclasses.replace(SCHEMA, dtype="bfloat16", master=False, optimizer=dense),
-    ):
-        with pytest.raises(InvalidRequest, match="float32 values"):
-            tables.schema_value(tables.schema_message(wrong))
+def test_a_master_is_for_narrow_values() -> None:
+    wrong = dataclasses.replace(SCHEMA, dtype="float32", master=True)
+    with pytest.raises(InvalidRequest, match="master is true with float32 values"):
+        tables.schema_value(tables.schema_message(wrong))
 
 
 @pytest.mark.parametrize(
