@@ -18,7 +18,7 @@ _WARP = 32
 #: Bytes of a row that one program of a sum reads: four warps of full vectors.
 _SUM_TILE_BYTES = 4 * _WARP * _VECTOR_BYTES
 #: Pairs whose rows a program has under way at once, by the warps that it has.
-_SUM_UNROLL = {1: 12, 2: 8, 4: 8, 8: 4}
+_SUM_UNROLL = {1: 10, 2: 8, 4: 8, 8: 4}
 #: Elements of a tile of a commit, and how many of them one thread holds, by the bytes of a stored element.
 _STEP_TILE, _STEP_PER_THREAD = {4: 1024, 2: 1024, 1: 2048}, {4: 8, 2: 8, 1: 16}
 #: Pairs of a row that a program of a commit reads at once.

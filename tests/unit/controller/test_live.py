@@ -18,6 +18,24 @@ def bench(request: pytest.FixtureRequest) -> Iterator[tuple[Bench, str]]:
         yield bench, request.param
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int8"])
+@pytest.mark.parametrize("keys", [None, mempool.FlatKeys(key_dim=16), mempool.ProductKeys(heads=3, key_dim=16)])
+def test_tables_of_every_dtype_and_kind_of_keys_move(dtype: str, keys: object) -> None:
+    with Bench(2) as bench:
+        table = bench.pool.create_table(
+            config(num_slots=24**2, layout="auto", dtype=dtype, keys=keys, optimizer=mempool.optim.AdamW(lr=0.1))
+        )
+        ids = torch.arange(24**2)
+        values = table.rows(ids)
+        queries = torch.randn(5, 3, 16) if isinstance(keys, mempool.ProductKeys) else torch.randn(5, 16)
+        found = None if keys is None else table.lookup(queries, topk=4)
+        for shards in (4, 1, 3):
+            bench.pool.rescale(shards)
+            assert torch.equal(table.rows(ids), values)
+            if found is not None:
+                assert torch.equal(table.lookup(queries, topk=4).ids, found.ids)
+
+
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_training_through_many_rescales_is_local_training(bench: tuple[Bench, str]) -> None:
     pool, layout = bench[0].pool, bench[1]
