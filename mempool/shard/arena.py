@@ -104,7 +104,7 @@ def packed_layout(schema: TableSchema, blocks: Blocks) -> kernels.PackedLayout |
 
 
 def row_bytes(schema: TableSchema, blocks: Blocks) -> int:
-    """Bytes of one slot's row of these blocks in all arrays, padding included; 0 of no blocks (keys that move alone)."""
+    """Bytes of one slot's row of these blocks in all arrays, padding included; 0 of no blocks: of keys alone."""
     if not blocks:
         return 0
     packed = packed_layout(schema, blocks)
