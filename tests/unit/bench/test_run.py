@@ -1,5 +1,6 @@
 """Whole runs at sizes that take seconds: what is said, written and drawn, and how wrong results end them."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -103,6 +104,19 @@ def test_a_wrong_step_is_found(tiny: Workload, monkeypatch: pytest.MonkeyPatch) 
     outcome = run(Options(rounds=1, quick=True, only=("commit", "update")), say=silent, workload=tiny)
     assert {error.case.split()[1] for error in outcome.failed} >= set(kernels.ALGORITHMS)
     assert [one.case.name for one in outcome.measured if one.case.what in kernels.ALGORITHMS] == []
+
+
+@pytest.mark.usefixtures("no_peers")
+def test_a_step_of_bfloat16_that_is_too_small_is_found(tiny: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = kernels.fused_step
+
+    def small(*given: object) -> None:
+        *others, step = given
+        right(*others, dataclasses.replace(step, lr=0.75 * step.lr))  # type: ignore[arg-type, type-var, attr-defined]
+
+    monkeypatch.setattr(kernels, "fused_step", small)
+    outcome = run(Options(rounds=1, quick=True, only=("commit",)), say=silent, workload=tiny)
+    assert len([error for error in outcome.failed if "bfloat16" in error.case]) == 2
 
 
 @pytest.mark.skipif(any(not peers.installed(name) for name in peers.PACKAGES["cpu"]), reason="peers are not installed")
