@@ -1,6 +1,6 @@
 # make demo    sets everything up and runs the main job     make lint    lint alone    make imports  import contracts
 # make test    sets everything up and runs every check      make types   mypy alone    make protos   generated code
-# make bench   times every kernel beside its peers (a quarter of an hour), in an environment of its own
+# make bench   times every kernel beside its peers (seven minutes on two cores), in an environment of its own
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
