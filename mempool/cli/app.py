@@ -1,4 +1,4 @@
-"""The commands. What they do is ``mempool.control``'s and ``mempool.client``'s; how it looks is ``show``'s.
+"""The commands. What they do is ``mempool.rayhost``'s and ``mempool.client``'s; how it looks is ``show``'s.
 
 Exit codes: 0 ok, 1 failed, 2 usage, 3 the pool, a shard or Ray cannot be reached.
 """
@@ -63,7 +63,7 @@ def _main(
 def up(file: File) -> None:
     """Start a pool and its tables on Ray, and Ray too where there is none."""
     with reported():
-        from mempool.control import up as start
+        from mempool.rayhost import up as start
 
         config = load(file)
         with undone_by_signals():
@@ -93,8 +93,8 @@ def apply(
 ) -> None:
     """Bring the running pool to what the file says: rescale, create tables. Never drops data."""
     with reported():
-        from mempool.control import apply as carry_out
-        from mempool.control import planned
+        from mempool.rayhost import apply as carry_out
+        from mempool.rayhost import planned
 
         target = find_target(file, address)
         config = _config(target)
@@ -145,7 +145,7 @@ def down(
 ) -> None:
     """End a pool and what it holds, and Ray too where `mempool up` started it."""
     with reported():
-        from mempool.control import down as end
+        from mempool.rayhost import down as end
 
         name = pool if pool is not None else _only_pool()
         end(name, say=show.say)
@@ -162,7 +162,7 @@ def _config(target: Target) -> ClusterConfig:
 
 
 def _only_pool() -> str:
-    from mempool.control import read_records
+    from mempool.rayhost import read_records
 
     names = [record.name for record in read_records()]
     if not names:

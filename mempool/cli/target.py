@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mempool.cli.outcome import UsageError
 from mempool.config import ClusterConfig, load
-from mempool.control import read_record
+from mempool.rayhost import read_record
 
 ADDRESS_VARIABLE = "MEMPOOL_ADDRESS"
 DEFAULT_ADDRESS = "localhost:7077"

@@ -4,7 +4,6 @@ Leaves pages, arithmetic on values and optimizers to the shards, and modules and
 ``optim``.
 """
 
-from mempool.client.bags import Bags
 from mempool.client.lookup import Lookup
 from mempool.client.pool import Pool
 from mempool.client.remote import connect
@@ -14,6 +13,7 @@ from mempool.client.session import Prepared, Session, SessionCounters
 from mempool.client.table import Table
 from mempool.client.transport.pool import GrpcPool
 from mempool.client.transport.shard import GrpcDialer, GrpcShard
+from mempool.types.bags import Bags
 
 __all__ = [
     "Bags",

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mempool.client.bags import Bags
 from mempool.client.routing.attempt import LookupRecord
+from mempool.types.bags import Bags
 
 
 class Link(Protocol):

@@ -1,9 +1,7 @@
-"""Bags of (slot id, weight) pairs as they are sent, and the checks of a caller's tensors before anything is sent.
+"""The checks of a caller's bags and rows before anything is sent.
 
 Legend: B bags, L pairs of all bags together, M rows.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,34 +9,6 @@ from torch import Tensor
 from mempool.errors import InvalidRequest
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Bags:
-    """B bags of L pairs, on the CPU.
-
-    Attributes:
-        ids: [L] int64.
-        weights: [L] float32 or bfloat16; None means all ones.
-        offsets: [B + 1] int64; bag b holds pairs offsets[b] to offsets[b + 1].
-    """
-
-    ids: Tensor
-    weights: Tensor | None
-    offsets: Tensor
-
-    @property
-    def num_bags(self) -> int:
-        return self.offsets.shape[0] - 1
-
-    @property
-    def num_pairs(self) -> int:
-        return self.ids.shape[0]
-
-    @property
-    def num_bytes(self) -> int:
-        weights = 0 if self.weights is None else self.weights.nbytes
-        return self.ids.nbytes + weights + self.offsets.nbytes
 
 
 def checked_bags(

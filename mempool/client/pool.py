@@ -17,7 +17,7 @@ from mempool.client.table import Table
 from mempool.config import TableConfig, resolve
 from mempool.errors import AlreadyExists, InvalidRequest, NotFound
 from mempool.types import PoolApi, PoolStatus, RescaleProgress, TableSchema, TableView
-from mempool.wire import loop
+from mempool.wire.channels import loop
 
 T = TypeVar("T")
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from mempool.client.bags import Bags
 from mempool.client.routing.attempt import Attempt, LookupRecord
 from mempool.client.routing.plan import TablePlan
 from mempool.client.routing.router import Router
 from mempool.errors import Internal, InvalidRequest, StepConflict
 from mempool.types import CommitReply, StepId
+from mempool.types.bags import Bags
 from mempool.types.messages import ReplyDtype
 
 # How often one try may find updates missing, send them again and ask again.

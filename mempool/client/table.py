@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mempool.client.autograd import pooled_gather
-from mempool.client.bags import Bags, checked_bags, checked_rows, own_copy
+from mempool.client.bags import checked_bags, checked_rows, own_copy
 from mempool.client.lookup import Lookup, checked_queries, without_heads
 from mempool.client.routing.attempt import LookupRecord
 from mempool.client.routing.router import Router
@@ -20,6 +20,7 @@ from mempool.client.session import Prepared, Session, SessionCounters
 from mempool.client.untraced import untraced
 from mempool.errors import InvalidRequest
 from mempool.types import FlatKeySpec, ProductKeySpec, StorageDtype, TableSchema
+from mempool.types.bags import Bags
 
 T = TypeVar("T")
 

@@ -1,6 +1,6 @@
 """What users say of tables and pools: validated models, cluster files, and what an edit of a file asks of a pool.
 
-Leaves doing it to ``mempool.control``. Reading a file needs PyYAML (``mempool[server]``); nothing else here does.
+Leaves doing it to ``mempool.rayhost``. Reading a file needs PyYAML (``mempool[server]``); nothing else here does.
 """
 
 from mempool.config.amounts import format_bytes, parse_bytes

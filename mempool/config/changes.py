@@ -1,4 +1,4 @@
-"""What an edited cluster file asks of a living pool: a pure comparison. ``mempool.control`` carries it out."""
+"""What an edited cluster file asks of a living pool: a pure comparison. ``mempool.rayhost`` carries it out."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields

@@ -46,7 +46,7 @@ _LONGEST_PAUSE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TablePlan:
+class MovePlan:
     """The rounds that bring one table to its new placement."""
 
     name: str
@@ -59,7 +59,7 @@ class TablePlan:
         return sum(round_.num_pages for round_ in self.rounds)
 
 
-def plan_moves(view: TableView, shards: Sequence[int], round_bytes: int) -> TablePlan:
+def plan_moves(view: TableView, shards: Sequence[int], round_bytes: int) -> MovePlan:
     """Plan one table's way to ``shards``."""
     schema, placement = view.schema, view.placement
     present = Assignment(owners=placement.owners, key_owners=placement.key_owners)
@@ -72,7 +72,7 @@ def plan_moves(view: TableView, shards: Sequence[int], round_bytes: int) -> Tabl
         layout=schema.layout,
     )
     page_bytes = _page_bytes(schema)
-    return TablePlan(
+    return MovePlan(
         name=schema.name,
         present=present,
         rounds=tuple(
@@ -95,7 +95,7 @@ class Mover:
         *,
         shards_before: int,
         shards_after: int,
-        plans: Sequence[TablePlan],
+        plans: Sequence[MovePlan],
         roster: Roster,
         call: Call,
         push: Callable[[TableView, Collection[int]], Awaitable[None]],

@@ -4,7 +4,7 @@ from mempool.client import Pool
 from mempool.controller import Controller
 from mempool.errors import ConfigError, ShardUnavailable
 from mempool.types import ShardHost, ShardInfo
-from mempool.wire.loop import run
+from mempool.wire.channels.loop import run
 
 _START_TIMEOUT_S = 120.0
 

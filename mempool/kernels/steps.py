@@ -44,14 +44,14 @@ def _mix(bits: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Rounding:
+class RandomRounding:
     """Stochastic rounding of a step's results to the stored element, from a counter-based generator.
 
     The 32 random bits of an element are a function of (key, slot id, table column) alone, defined to the bit in
     ``reference.random_bits``: a replay and any placement round alike.
 
     Attributes:
-        key: 64 bits, made by ``Rounding.key_of``.
+        key: 64 bits, made by ``RandomRounding.key_of``.
         columns: [num_blocks] int64, beside the arena: the table's column at which each block of the arena starts.
     """
 
@@ -99,7 +99,7 @@ class OptimizerStep:
     lr_decay: float = 0.0
     weight_decay: float = 0.0
     block_dim: int = 64
-    rounding: Rounding | None = None
+    rounding: RandomRounding | None = None
 
     def __post_init__(self) -> None:
         if self.algorithm not in STATE_NAMES:

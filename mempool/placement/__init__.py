@@ -4,8 +4,8 @@ Nothing here sends, waits or knows an address; ``control`` carries moves out and
 """
 
 from mempool.placement.assignment import Assignment
+from mempool.placement.moves import KeyMove, Move, Round, apply_round, moves, rounds
 from mempool.placement.planner import plan
-from mempool.placement.rescale import KeyMove, Move, Round, apply_round, moves, rounds
 from mempool.placement.routing import Route, routes
 from mempool.placement.summary import LayoutKind, ShardSummary, describe, layout_kind
 

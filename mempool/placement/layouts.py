@@ -8,8 +8,8 @@ import math
 import numpy as np
 
 from mempool.placement.assignment import Int32Array
+from mempool.placement.balance import assign, bounds, transport
 from mempool.placement.runs import Int64Array, Runs, count_pages
-from mempool.placement.transport import assign, bounds, transport
 
 __all__ = ["by_columns", "by_grid", "by_rows"]
 

@@ -10,10 +10,10 @@ import numpy as np
 
 from mempool.errors import InvalidRequest
 from mempool.placement.assignment import MAX_SHARD, Assignment, Int32Array
+from mempool.placement.balance import assign, bounds
 from mempool.placement.layouts import by_columns, by_grid, by_rows
 from mempool.placement.pages import by_pages
 from mempool.placement.runs import Int64Array, Runs, compress, count_pages, positions
-from mempool.placement.transport import assign, bounds
 from mempool.types.schema import Layout
 
 __all__ = ["plan"]

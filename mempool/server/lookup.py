@@ -8,7 +8,7 @@ import torch
 from mempool.client import Router
 from mempool.client.lookup import checked_queries
 from mempool.types import ShardInfo, Stamp
-from mempool.wire.lookup import LookupReply, LookupRequest
+from mempool.wire.codecs.lookup import LookupReply, LookupRequest
 
 
 class LookupCoordinator:

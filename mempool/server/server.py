@@ -14,7 +14,7 @@ from mempool.observe import Stages
 from mempool.server.services import Handlers, Lookup, Services
 from mempool.server.token import TokenInterceptor
 from mempool.types import PoolApi, ShardHost
-from mempool.wire.channel import MAX_MESSAGE_BYTES, server_options
+from mempool.wire.channels.channel import MAX_MESSAGE_BYTES, server_options
 from mempool.wire.methods import MEMORY_SERVICE, POOL_SERVICE, SHARD_SERVICE
 from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2  # noqa: F401  # reflection finds the services by them
 

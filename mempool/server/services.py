@@ -10,9 +10,9 @@ from mempool.observe import Stages
 from mempool.server.calls import handler, streaming_handler
 from mempool.types import Ledger, PoolApi, PoolStatus, ShardHost, ShardStatus, TableView
 from mempool.wire import methods
-from mempool.wire.lookup import LookupReply, LookupRequest
+from mempool.wire.codecs.lookup import LookupReply, LookupRequest
+from mempool.wire.codecs.pages import FreezeTable
 from mempool.wire.methods import Method
-from mempool.wire.pages import FreezeTable
 
 RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")

@@ -24,11 +24,12 @@ from mempool.errors import (
     StalePlacement,
 )
 from mempool.observe import Stages
-from mempool.shard import commits, validate
-from mempool.shard.contexts import Contexts
-from mempool.shard.held import Budget, HeldUpdate
+from mempool.shard import validate
 from mempool.shard.hosted import HostedTable, Parked
-from mempool.shard.staging import export, pull
+from mempool.shard.pages.staging import export, pull
+from mempool.shard.steps import commits
+from mempool.shard.steps.contexts import Contexts
+from mempool.shard.steps.held import Budget, HeldUpdate
 from mempool.shard.thread import EngineThread
 from mempool.types import (
     AttachTable,

@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 
 from mempool.errors import DataLoss, ShardUnavailable, StalePlacement
-from mempool.shard.held import AppliedLedger, Budget, HeldUpdates
-from mempool.shard.staging import Staging
-from mempool.shard.table import Table
+from mempool.shard.pages.staging import Staging
+from mempool.shard.pages.storage import Storage
+from mempool.shard.steps.held import AppliedLedger, Budget, HeldUpdates
 from mempool.types import AttachTable, Envelope, ShardInfo, Stamp, StepId, TableStatus, TableView
 
 
@@ -37,7 +37,7 @@ class HostedTable:
         self.info = info
         self.view = request.view
         self.ledger = AppliedLedger(request.ledger)
-        self.storage = Table(request.view.schema, shard=info.shard, device=device, version=self.ledger.version)
+        self.storage = Storage(request.view.schema, shard=info.shard, device=device, version=self.ledger.version)
         self.staging = Staging(self.storage)
         self.updates = HeldUpdates(budget=budget, lease_s=lease_s)
         self.frozen = False

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mempool.errors import ContextMissing, InvalidRequest
 from mempool.kernels import LAST_STEP
-from mempool.shard.arena import KEYS, SCALES, Blocks, key_dim
-from mempool.shard.table import Bags, Table
+from mempool.shard.pages.arena import KEYS, SCALES, Blocks, key_dim
+from mempool.shard.pages.storage import Storage
 from mempool.types import (
     CommitRequest,
     ProductKeySpec,
@@ -22,6 +22,7 @@ from mempool.types import (
     TableSchema,
     UpdateRequest,
 )
+from mempool.types.bags import Bags
 
 _FLOATS = (torch.float32, torch.bfloat16)
 _IDS = (torch.int64, torch.uint32)
@@ -65,7 +66,7 @@ def _check_range(schema: TableSchema, ids: Tensor, limit: int, *, what: str, kin
     return numbers
 
 
-def check_bags(table: Table, ids: Tensor, weights: Tensor | None, offsets: Tensor, *, own: bool) -> Bags:
+def check_bags(table: Storage, ids: Tensor, weights: Tensor | None, offsets: Tensor, *, own: bool) -> Bags:
     """Bags on the shard's device.
 
     Raises:
@@ -100,7 +101,7 @@ def check_bags(table: Table, ids: Tensor, weights: Tensor | None, offsets: Tenso
     )
 
 
-def check_update(table: Table, request: UpdateRequest, remembered: Bags | None) -> tuple[Bags, Tensor]:
+def check_update(table: Storage, request: UpdateRequest, remembered: Bags | None) -> tuple[Bags, Tensor]:
     """The update's bags, those it brings or else those remembered, and its gradient [B, W] float32.
 
     Raises:
@@ -152,7 +153,7 @@ def check_commit(request: CommitRequest) -> None:
         )
 
 
-def check_score(table: Table, request: ScoreRequest) -> Tensor:
+def check_score(table: Storage, request: ScoreRequest) -> Tensor:
     """Queries [B, H, D] float32 on the shard's device.
 
     Raises:
@@ -184,7 +185,7 @@ def check_score(table: Table, request: ScoreRequest) -> Tensor:
     return admit(queries, device=table.device, dtype=torch.float32)
 
 
-def check_array(table: Table, name: str, ids: Tensor) -> Tensor:
+def check_array(table: Storage, name: str, ids: Tensor) -> Tensor:
     """Ids of rows of a named array, int64 on the shard's device.
 
     Raises:
@@ -201,7 +202,7 @@ def check_array(table: Table, name: str, ids: Tensor) -> Tensor:
     return admit(numbers, device=table.device, dtype=torch.int64)
 
 
-def check_rows(table: Table, name: str, ids_M: Tensor, blocks: Blocks, rows: Tensor) -> Tensor:
+def check_rows(table: Storage, name: str, ids_M: Tensor, blocks: Blocks, rows: Tensor) -> Tensor:
     """Rows to write, on the shard's device.
 
     Raises:
@@ -218,7 +219,7 @@ def check_rows(table: Table, name: str, ids_M: Tensor, blocks: Blocks, rows: Ten
     return admit(rows, device=table.device, dtype=rows.dtype)
 
 
-def _check_blocks(table: Table, blocks: Blocks, expected: Blocks) -> None:
+def _check_blocks(table: Storage, blocks: Blocks, expected: Blocks) -> None:
     if tuple(blocks) != expected:
         raise InvalidRequest(
             f"blocks {tuple(blocks)} are not those that shard {table.shard} owns of table {table.schema.name!r}: "

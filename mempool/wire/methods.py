@@ -12,9 +12,9 @@ from mempool.types import messages as types
 from mempool.types.pages import AttachTable, ExportPages, Ledger, PageBatch, PullPages, PullReport
 from mempool.types.pool import PoolStatus, RescaleProgress, ShardStatus, TableView
 from mempool.types.schema import TableSchema
-from mempool.wire import lookup, messages, pages, tables
-from mempool.wire.codec import Codec
-from mempool.wire.pages import FreezeTable
+from mempool.wire.codecs import lookup, messages, pages, tables
+from mempool.wire.codecs.codec import Codec
+from mempool.wire.codecs.pages import FreezeTable
 
 RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")

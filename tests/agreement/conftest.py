@@ -12,7 +12,7 @@ import pytest
 
 import mempool
 from mempool.client import Pool, Table
-from mempool.wire import loop
+from mempool.wire.channels import loop
 from tests.support.serving import served_pool
 
 _START_S = 60.0

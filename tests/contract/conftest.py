@@ -20,7 +20,7 @@ from mempool.client import GrpcPool, GrpcShard
 from mempool.embedded import EngineLauncher
 from mempool.shard import Engine
 from mempool.types import ShardHost, ShardInfo
-from mempool.wire.loop import run
+from mempool.wire.channels.loop import run
 from tests.integration.pools import RayPool
 from tests.support.serving import served_pool
 

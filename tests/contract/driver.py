@@ -40,7 +40,7 @@ from mempool.types import (
     UpdateRequest,
     WriteRowsRequest,
 )
-from mempool.wire.loop import io_loop, run
+from mempool.wire.channels.loop import io_loop, run
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mempool import kernels
-from mempool.kernels import OptimizerStep, PackedLayout, Paged, Rounding
+from mempool.kernels import OptimizerStep, PackedLayout, Paged, RandomRounding
 
 PROJECT = Path(__file__).parents[2]
 SUITES = [f"tests/unit/kernels/test_{name}.py" for name in ("bags", "updates", "optimizers", "topk", "bits")]
@@ -107,7 +107,7 @@ def train(
         weights = torch.randn(ids.numel(), generator=generator).to(device)
         grads = torch.randn(num_bags, width, generator=generator).to(device)
         results.append(kernels.weighted_sum(paged, ids, weights, offsets, dtype=torch.bfloat16))
-        rounding = Rounding(Rounding.key_of(seed=1, table=2, step=number), columns)
+        rounding = RandomRounding(RandomRounding.key_of(seed=1, table=2, step=number), columns)
         step = OptimizerStep(algorithm, lr=0.05, step=number, rounding=rounding)
         kernels.fused_step(paged, state, kernels.sort_pairs(paged, ids), weights, bags, grads, step)
     return [tensor.cpu() for tensor in (*results, kernels.gather_rows(paged, everything), *state.values())]

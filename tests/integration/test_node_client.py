@@ -14,7 +14,7 @@ from serving import ServedPool, served_pool
 
 import mempool
 from mempool.client import connect
-from mempool.wire.loop import run
+from mempool.wire.channels.loop import run
 
 NODE = shutil.which("node")
 FOLDER = Path(__file__).parents[1] / "node"

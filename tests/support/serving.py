@@ -9,7 +9,7 @@ from mempool.controller import Controller
 from mempool.server import LookupCoordinator, Server, ShardViews
 from mempool.shard import Engine
 from mempool.types import ShardHost, ShardInfo
-from mempool.wire.channel import MAX_MESSAGE_BYTES
+from mempool.wire.channels.channel import MAX_MESSAGE_BYTES
 
 
 @dataclass

@@ -16,8 +16,9 @@ from mempool.bench.cases.inputs import NUM_INPUTS, Pairs, Sample, Tables, TableS
 from mempool.bench.gate import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, Check
 from mempool.bench.measuring import Contender
 from mempool.kernels import OptimizerStep, Paged, reference
-from mempool.shard.table import Bags, Table
+from mempool.shard.pages.storage import Storage
 from mempool.types import OptimizerSpec, Placement, TableSchema
+from mempool.types.bags import Bags
 
 #: mempool's float32 rows, beside which smaller elements are measured.
 OWN_FLOAT32 = "mempool float32"
@@ -68,7 +69,7 @@ def forward_of_shard(
     return _prepared_sums(spec, summing, tables.pairs(paged, spec.num_slots, num_bags, bag_size, ids), tables.seed)
 
 
-def _shard_table(tables: Tables, spec: TableSpec, num_blocks: int) -> Table:
+def _shard_table(tables: Tables, spec: TableSpec, num_blocks: int) -> Storage:
     schema = TableSchema(
         table_id=1,
         name="bench",
@@ -83,7 +84,7 @@ def _shard_table(tables: Tables, spec: TableSpec, num_blocks: int) -> Table:
         layout="columns",
         optimizer=OptimizerSpec(algorithm="sgd", lr=0.0),
     )
-    table = Table(schema, shard=0, device=tables.device)
+    table = Storage(schema, shard=0, device=tables.device)
     owners = np.zeros((schema.num_row_pages, schema.num_blocks), dtype=np.int32)
     for _ in table.initialise(Placement(table_id=1, epoch=0, owners=owners, key_owners=owners[:0, 0])):
         pass

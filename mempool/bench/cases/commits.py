@@ -26,7 +26,7 @@ from mempool.bench.cases.inputs import (
 )
 from mempool.bench.gate import BFLOAT16_TOLERANCE, FLOAT32_TOLERANCE, Check
 from mempool.bench.measuring import Contender
-from mempool.kernels import OptimizerStep, Paged, Rounding, reference
+from mempool.kernels import OptimizerStep, Paged, RandomRounding, reference
 
 TORCH_SPARSE = "torch sparse"
 #: Large enough for changes of a value to stand out of the rounding of the value itself.
@@ -118,7 +118,7 @@ def _prepared(
     step = OptimizerStep(algorithm, lr=_LEARNING_RATE, eps=1e-8, block_dim=spec.value_dim, weight_decay=0.01)
     if spec.element != "float32":
         columns = torch.zeros(1, dtype=torch.int64, device=tables.device)
-        step = replace(step, rounding=Rounding(Rounding.key_of(seed=0, table=0, step=1), columns))
+        step = replace(step, rounding=RandomRounding(RandomRounding.key_of(seed=0, table=0, step=1), columns))
     state = tables.state(spec, algorithm, spec.value_dim)
     work = _Update(paged, state, step, sets, with_weights)
     contenders = [Contender(OWN, work.own), *_peers(work)]

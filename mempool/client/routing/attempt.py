@@ -10,7 +10,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mempool.client.bags import Bags
 from mempool.client.routing.fanout import Fanout
 from mempool.client.routing.plan import (
     Part,
@@ -42,6 +41,7 @@ from mempool.types import (
     UpdateReply,
     UpdateRequest,
 )
+from mempool.types.bags import Bags
 from mempool.types.messages import ReplyDtype
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mempool.client.bags import Bags
 from mempool.errors import Internal
 from mempool.placement import Assignment, Route, routes
 from mempool.types import ShardInfo, TableSchema, TableView
+from mempool.types.bags import Bags
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mempool.client.bags import Bags
 from mempool.client.lookup import Lookup
 from mempool.client.routing.attempt import Attempt, LookupRecord, Seen
 from mempool.client.routing.fanout import Dial, Fanout, Traffic
@@ -23,6 +22,7 @@ from mempool.client.routing.plan import TablePlan, make_plan, newer_view
 from mempool.client.routing.retry import Backoff, GiveUp, Retry
 from mempool.errors import MempoolError, NotFound, StalePlacement, Unavailable
 from mempool.types import PoolApi, StepId, TableView
+from mempool.types.bags import Bags
 from mempool.types.messages import ReplyDtype
 
 T = TypeVar("T")

@@ -7,7 +7,7 @@ from typing import TypeVar
 from mempool.errors import DeadlineExceeded, NotFound, PoolUnreachable, Unavailable
 from mempool.types import PoolStatus, RescaleProgress, TableSchema, TableView
 from mempool.wire import methods
-from mempool.wire.channel import MAX_MESSAGE_BYTES, Channel
+from mempool.wire.channels.channel import MAX_MESSAGE_BYTES, Channel
 
 T = TypeVar("T")
 

@@ -39,9 +39,9 @@ from mempool.types import (
     WriteRowsRequest,
 )
 from mempool.wire import methods
-from mempool.wire.channel import MAX_MESSAGE_BYTES, Channel
+from mempool.wire.channels.channel import MAX_MESSAGE_BYTES, Channel
+from mempool.wire.codecs.pages import FreezeTable
 from mempool.wire.methods import Method
-from mempool.wire.pages import FreezeTable
 
 RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")

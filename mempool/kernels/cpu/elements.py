@@ -106,7 +106,7 @@ def row_random(key: int, slot: int) -> tuple[np.uint32, np.uint32]:
     """The two halves of a row's 64 random bits, from which ``random_of`` makes those of its columns.
 
     Args:
-        key: ``Rounding.key``, int64.
+        key: ``RandomRounding.key``, int64.
         slot: Slot id.
     """
     row = mix(np.uint64(key) + np.uint64(slot) * GAMMA)

@@ -56,8 +56,8 @@ class Rule(NamedTuple):
     state0: Array  #: [R, W] float32, or [R, blocks] for row-wise Adagrad
     state1: Array  #: [R, W] float32, or [R, blocks] for row-wise Adam
     randomly: bool  #: stochastic rounding, else to nearest
-    key: int  #: ``Rounding.key``
-    columns: Array  #: ``Rounding.columns``, not read unless randomly
+    key: int  #: ``RandomRounding.key``
+    columns: Array  #: ``RandomRounding.columns``, not read unless randomly
 
 
 class Schedule(NamedTuple):

@@ -19,7 +19,7 @@ def random_bits(key: int, slots: Tensor, columns: Tensor) -> Tensor:
     column by murmur3's finaliser and adds the upper half without carry.
 
     Args:
-        key: ``Rounding.key``.
+        key: ``RandomRounding.key``.
         slots: [U] int64.
         columns: [W] int64, the table's columns.
 

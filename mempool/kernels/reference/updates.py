@@ -10,7 +10,7 @@ from torch import Tensor
 from mempool.kernels.arguments import Paged, SortedPairs
 from mempool.kernels.layout import num_blocks
 from mempool.kernels.reference.bags import arena_row
-from mempool.kernels.steps import LAST_STEP, DenseSchedule, OptimizerStep, Rounding
+from mempool.kernels.steps import LAST_STEP, DenseSchedule, OptimizerStep, RandomRounding
 
 
 def sort_pairs(paged: Paged, ids: Tensor) -> SortedPairs:
@@ -91,7 +91,7 @@ def catch_up(
                 state[LAST_STEP][row, block] = step
 
 
-def table_columns(rounding: Rounding, width: int, block_dim: int) -> Tensor:
+def table_columns(rounding: RandomRounding, width: int, block_dim: int) -> Tensor:
     """[W] int64: the table's column of each column of an arena, as ``random_bits`` takes them."""
     places = torch.arange(width, device=rounding.columns.device)
     return rounding.columns[places // block_dim] + places % block_dim

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mempool.cli.app import app
-from mempool.wire.loop import run
+from mempool.wire.channels.loop import run
 from tests.support.serving import ServedPool, served_pool
 
 Command = Callable[..., Any]

@@ -12,11 +12,11 @@ import torch
 from rich.console import Console
 
 import mempool
-from mempool import control
+from mempool import rayhost
 from mempool.cli import app as app_module
 from mempool.cli import show
 from mempool.types import RescaleProgress
-from mempool.wire.loop import run
+from mempool.wire.channels.loop import run
 from tests.support.serving import ServedPool
 
 from .conftest import Command
@@ -174,7 +174,7 @@ def test_an_up_that_is_told_to_end_undoes_what_it_began(
             undone.append(True)
             raise
 
-    monkeypatch.setattr(control, "up", start, raising=False)
+    monkeypatch.setattr(rayhost, "up", start, raising=False)
     before = signal.signal(number, signal.SIG_DFL)  # nohup has it ignored
     try:
         command("up", "-f", file, expect=128 + number)

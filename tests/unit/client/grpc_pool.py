@@ -7,7 +7,7 @@ from mempool.controller import Controller
 from mempool.server import LookupCoordinator, Server, ShardViews
 from mempool.shard import Engine
 from mempool.types import ShardInfo
-from mempool.wire.loop import run
+from mempool.wire.channels.loop import run
 
 _BOUND_S = 60.0
 

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mempool.client.bags import Bags
 from mempool.client.routing.plan import (
     TablePlan,
     make_plan,
@@ -24,6 +23,7 @@ from mempool.client.routing.plan import (
 )
 from mempool.errors import Internal
 from mempool.types import Placement, ShardInfo, TableSchema, TableView
+from mempool.types.bags import Bags
 
 from .fakes import make_schema
 

@@ -21,7 +21,7 @@ from mempool.errors import (
     Unauthenticated,
 )
 from mempool.types import RescaleProgress, ShardInfo
-from mempool.wire.loop import run
+from mempool.wire.channels.loop import run
 
 from .grpc_pool import GrpcPoolHere, addresses
 

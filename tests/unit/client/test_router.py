@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mempool.client.bags import Bags
 from mempool.client.routing.attempt import Attempt
 from mempool.client.routing.retry import Backoff
 from mempool.client.routing.router import Router
@@ -21,6 +20,7 @@ from mempool.errors import (
     ShardUnavailable,
 )
 from mempool.types import GatherRequest, StepId, UpdateRequest
+from mempool.types.bags import Bags
 
 from .fakes import HEALING, FakePool, Fault
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mempool.client.bags import Bags
 from mempool.errors import InvalidRequest
 from mempool.types import CommitRequest, PrepareRequest
+from mempool.types.bags import Bags
 
 from .fakes import FakePool
 from .test_router import COLUMNS, LAYOUTS

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mempool.client.bags import Bags
 from mempool.errors import DataLoss, MempoolError, ShardUnavailable
+from mempool.types.bags import Bags
 
 from .fakes import HEALING, FakePool, Fault
 from .test_router import COLUMNS, GRID, LAYOUTS, ROWS

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mempool.client.bags import Bags
 from mempool.client.routing.retry import Backoff
 from mempool.client.routing.router import Router
 from mempool.client.session import Session
+from mempool.types.bags import Bags
 
 from .fakes import FakePool
 

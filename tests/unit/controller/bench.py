@@ -11,7 +11,7 @@ from mempool.client import Pool
 from mempool.controller import Controller
 from mempool.shard import Engine
 from mempool.types import ShardHost, ShardInfo, TableView
-from mempool.wire.loop import run
+from mempool.wire.channels.loop import run
 
 CALL_S = 60.0
 

@@ -12,7 +12,7 @@ from mempool import errors
 from mempool.client import Pool
 from mempool.config import resolve
 from mempool.controller import Controller
-from mempool.wire.loop import run
+from mempool.wire.channels.loop import run
 
 from .bench import CALL_S, Bench, config, fail, train
 

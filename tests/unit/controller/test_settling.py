@@ -13,7 +13,7 @@ from mempool.config import resolve
 from mempool.controller import Controller, controller, mover
 from mempool.placement import Assignment, moves, rounds
 from mempool.types import ShardInfo
-from mempool.wire.loop import run
+from mempool.wire.channels.loop import run
 
 from .bench import CALL_S, Bench, config, fail, train
 

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from mempool import kernels
-from mempool.kernels import DenseSchedule, OptimizerStep, PackedLayout, Paged, Rounding, SortedPairs
+from mempool.kernels import DenseSchedule, OptimizerStep, PackedLayout, Paged, RandomRounding, SortedPairs
 
 TARGET = GPUTarget("cuda", 90, 32)
 NUM_BAGS, PAIRS_OF_A_BAG, NUM_ROWS = 64, 32, 4096
@@ -101,7 +101,7 @@ def read(triton_kernels, width, element, block_dim, weighted=True, dtype=torch.f
 def step(triton_kernels, width, element, block_dim, algorithm, randomly=False, mastered=False, fused=True):
     paged, _, weights, _, bags, grads, pairs = make_case(width, element, block_dim)
     columns = torch.zeros(kernels.num_blocks(width, block_dim), dtype=torch.int64)
-    rounding = Rounding(Rounding.key_of(seed=1, table=2, step=3), columns) if randomly else None
+    rounding = RandomRounding(RandomRounding.key_of(seed=1, table=2, step=3), columns) if randomly else None
     one = OptimizerStep(algorithm, lr=0.1, block_dim=block_dim, rounding=rounding)
     state = make_state(algorithm, width, block_dim)
     if mastered:

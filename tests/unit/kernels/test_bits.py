@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kernel_cases import UnderTest, cases, kernel_settings, make_paged, same_bits
 
 from mempool import kernels
-from mempool.kernels import RUN_PIECE, OptimizerStep, Paged, Rounding
+from mempool.kernels import RUN_PIECE, OptimizerStep, Paged, RandomRounding
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_optimizer_steps_have_the_bits_of_the_cpu(under_test, case, algorithm, m
         (under_test.to, under_test.kernels),
         (UnderTest("numba", "cpu").to, kernels.implementation("numba")),
     ):
-        rounding = Rounding(-5, to(columns)) if randomly else None
+        rounding = RandomRounding(-5, to(columns)) if randomly else None
         step = OptimizerStep(
             algorithm,
             lr=0.1,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mempool import kernels
-from mempool.kernels import OptimizerStep, PackedLayout, Paged, Rounding
+from mempool.kernels import OptimizerStep, PackedLayout, Paged, RandomRounding
 from mempool.kernels.implementation import implementation_for
 
 PROJECT = Path(__file__).parents[3]
@@ -174,7 +174,7 @@ def test_wrong_updates_change_nothing():
         kernels.add_segments(sums, torch.tensor([0, 0]), first, None, torch.tensor([0]), sums)
     with pytest.raises(ValueError, match="dtype must be one of"):
         kernels.gather_rows(paged, torch.tensor([0]), dtype=torch.float64)
-    columns = Rounding(0, torch.zeros(2, dtype=torch.int64))
+    columns = RandomRounding(0, torch.zeros(2, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"rounding.columns must be torch.int64 \[1\]"):
         kernels.optimizer_step(paged, {}, first, sums, OptimizerStep("sgd", lr=0.1, rounding=columns))
     assert torch.equal(paged.rows, torch.ones(2, 3))
@@ -395,7 +395,7 @@ def test_warm_up_leaves_nothing_to_compile():
         """
         import torch
         from mempool import kernels
-        from mempool.kernels import DenseSchedule, OptimizerStep, PackedLayout, Paged, Rounding
+        from mempool.kernels import DenseSchedule, OptimizerStep, PackedLayout, Paged, RandomRounding
         from mempool.kernels.cpu import bags, flat, initial, topk, updates
         kernels.warm_up()
         def compiled():
@@ -414,7 +414,7 @@ def test_warm_up_leaves_nothing_to_compile():
                 return Paged(torch.ones(12, 5, dtype=getattr(torch, element)), table, 2)
             packed = PackedLayout(element, width=5, block_dim=2)
             return Paged(torch.zeros(12, packed.row_bytes, dtype=torch.uint8), table, 2, packed)
-        rounding = Rounding(7, torch.tensor([0, 2, 4]))
+        rounding = RandomRounding(7, torch.tensor([0, 2, 4]))
         schedule = DenseSchedule(first_step=1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
         schedule.append(0.1)
         for element in kernels.ELEMENTS:

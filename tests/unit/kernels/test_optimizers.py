@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kernel_cases import assert_close, cases, column_slice, kernel_settings, make_paged, owned_rows, same_bits
 
 from mempool import kernels
-from mempool.kernels import DenseSchedule, OptimizerStep, Paged, Rounding, SortedPairs, num_blocks, reference
+from mempool.kernels import DenseSchedule, OptimizerStep, Paged, RandomRounding, SortedPairs, num_blocks, reference
 
 MASTERS = pytest.mark.parametrize("master", [False, True], ids=["plain", "master"])
 
@@ -80,11 +80,11 @@ def test_stored_elements_are_the_float32_result_rounded(under_test, case, step, 
     """The step of any element is, to the bit, that of float32 rows with the same values, rounded as defined."""
     width, block_dim = case.paged.width, case.block_dim
     columns = 1000 + 3 * block_dim * torch.arange(num_blocks(width, block_dim))
-    rounding = Rounding(Rounding.key_of(seed=1, table=2, step=step.step), columns) if randomly else None
+    rounding = RandomRounding(RandomRounding.key_of(seed=1, table=2, step=step.step), columns) if randomly else None
     step = dataclasses.replace(step, block_dim=block_dim, rounding=rounding)
     own_step = step
     if rounding is not None:
-        own_step = dataclasses.replace(step, rounding=Rounding(rounding.key, under_test.to(columns)))
+        own_step = dataclasses.replace(step, rounding=RandomRounding(rounding.key, under_test.to(columns)))
     pairs = reference.sort_pairs(case.paged, case.ids)
     state = make_state(case.paged, step, master=master)
     pairs_here, gradients = moved(under_test, pairs), map(under_test.to, (case.weights, case.bags, case.grads))
@@ -115,7 +115,7 @@ def test_stored_elements_are_the_float32_result_rounded(under_test, case, step, 
 @given(case=cases(), step=steps(), master=st.booleans())
 def test_fused_step_is_bitwise_the_two_steps(under_test, case, step, master):
     columns = under_test.to(torch.arange(num_blocks(case.paged.width, case.block_dim)))
-    step = dataclasses.replace(step, block_dim=case.block_dim, rounding=Rounding(7, columns))
+    step = dataclasses.replace(step, block_dim=case.block_dim, rounding=RandomRounding(7, columns))
     state = make_state(case.paged, step, master=master)
     paged_two, state_two = under_test.to(case.paged), under_test.to(state)
     paged_one, state_one = under_test.to(case.paged), under_test.to(state)
@@ -136,7 +136,7 @@ def test_a_block_steps_alike_alone_and_beside_others(under_test, algorithm, elem
     """Optimizer arithmetic follows the schema's blocks, whichever of them an arena holds side by side."""
     generator = torch.Generator().manual_seed(5)
     columns = torch.tensor([36, 0, 72])
-    step = OptimizerStep(algorithm, lr=0.1, step=3, weight_decay=0.1, block_dim=36, rounding=Rounding(9, columns))
+    step = OptimizerStep(algorithm, lr=0.1, step=3, weight_decay=0.1, block_dim=36, rounding=RandomRounding(9, columns))
     paged = make_paged(generator, num_pages=3, page_shift=2, width=100, element=element, block_dim=36, missing=0.0)
     state = make_state(paged, step, master=master)
     ids, bags = torch.randint(0, 12, (40,), generator=generator), torch.randint(0, 6, (40,), generator=generator)
@@ -149,7 +149,7 @@ def test_a_block_steps_alike_alone_and_beside_others(under_test, algorithm, elem
             name: under_test.to(tensor[:, blocks if name in kernels.BLOCK_STATE else slice(first, end)].contiguous())
             for name, tensor in state.items()
         }
-        own_step = dataclasses.replace(step, rounding=Rounding(9, under_test.to(columns[blocks])))
+        own_step = dataclasses.replace(step, rounding=RandomRounding(9, under_test.to(columns[blocks])))
         pairs = under_test.kernels.sort_pairs(part, under_test.to(ids))
         part_grads = under_test.to(grads[:, first:end].contiguous())
         under_test.kernels.fused_step(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import make_arena, same_bits
 
-from mempool.kernels import ELEMENTS, OptimizerStep, Paged, Rounding, SortedPairs, reference
+from mempool.kernels import ELEMENTS, OptimizerStep, Paged, RandomRounding, SortedPairs, reference
 
 NARROW = [element for element in ELEMENTS if element != "float32"]
 
@@ -21,7 +21,7 @@ def table(values: torch.Tensor, element: str, pages: list[int] | None = None) ->
 
 
 def sgd(key: int, columns: torch.Tensor | None, **settings) -> OptimizerStep:
-    rounding = None if columns is None else Rounding(key, columns)
+    rounding = None if columns is None else RandomRounding(key, columns)
     return OptimizerStep("sgd", block_dim=BLOCK_DIM, rounding=rounding, **{"lr": 1.0, **settings})
 
 
@@ -90,7 +90,7 @@ def test_small_steps_arrive_in_the_mean(under_test, element):
     paged, nearest = (under_test.to(table(start, element)) for _ in range(2))
     before = values_of(paged).double()
     for number in range(num_steps):
-        key = Rounding.key_of(seed=3, table=0, step=number)
+        key = RandomRounding.key_of(seed=3, table=0, step=number)
         commit(under_test, paged, ids, grads, sgd(key, columns))
         commit(under_test, nearest, ids, grads, sgd(0, None))
     moved = float((before - values_of(paged)).mean())

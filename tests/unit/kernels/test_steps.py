@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mempool import kernels
-from mempool.kernels import DenseSchedule, OptimizerStep, Paged, Rounding
+from mempool.kernels import DenseSchedule, OptimizerStep, Paged, RandomRounding
 
 
 def test_step_sizes_are_those_of_torch():
@@ -24,14 +24,14 @@ def test_step_sizes_are_those_of_torch():
 
 def test_keys_differ_in_every_part_and_repeat():
     keys = {
-        Rounding.key_of(seed=seed, table=table, step=step)
+        RandomRounding.key_of(seed=seed, table=table, step=step)
         for seed in (0, 1, 2**63 - 1)
         for table in range(10)
         for step in range(100)
     }
     assert len(keys) == 3000
     assert all(-(2**63) <= key < 2**63 for key in keys)
-    assert Rounding.key_of(seed=1, table=2, step=3) in keys
+    assert RandomRounding.key_of(seed=1, table=2, step=3) in keys
 
 
 def test_a_schedule_grows_and_keeps_its_steps():

@@ -18,9 +18,9 @@ from mempool.client import GrpcShard, connect
 from mempool.config import resolve
 from mempool.server import Server
 from mempool.types import Envelope, GatherRequest
-from mempool.wire.channel import Channel
-from mempool.wire.lookup import LookupRequest
-from mempool.wire.loop import run
+from mempool.wire.channels.channel import Channel
+from mempool.wire.channels.loop import run
+from mempool.wire.codecs.lookup import LookupRequest
 from mempool.wire.methods import CREATE_TABLE, GATHER, LOOKUP
 
 CALL_S = 30.0

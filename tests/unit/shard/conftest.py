@@ -7,7 +7,7 @@ import pytest
 
 from mempool.shard import Engine
 from mempool.types import ShardHost, ShardInfo
-from mempool.wire.loop import run
+from mempool.wire.channels.loop import run
 from tests.contract.driver import Driver, Hosted
 
 MakeDriver = Callable[..., Driver]

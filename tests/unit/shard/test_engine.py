@@ -19,9 +19,10 @@ from mempool.errors import (
     RequestTooLarge,
     ShardUnavailable,
 )
-from mempool.shard import Engine, arena
+from mempool.shard import Engine
+from mempool.shard.pages import arena
 from mempool.types import AttachTable, ExportPages, FlatKeySpec, PageBatch, ProductKeySpec, PullPages, ShardInfo
-from mempool.wire.loop import run
+from mempool.wire.channels.loop import run
 from tests.contract.driver import LAYOUTS, Driver, Hosted, make_bags, make_schema, same
 
 from .conftest import MakeDriver

@@ -16,7 +16,7 @@ from torch import Tensor
 from mempool.errors import ContextMissing
 from mempool.shard import Engine
 from mempool.types import FlatKeySpec, OptimizerSpec, ShardInfo
-from mempool.wire.loop import run
+from mempool.wire.channels.loop import run
 from tests.contract.driver import Bags, Driver, Hosted, make_bags, make_schema, reference_sums, relative_error
 from tests.contract.oracle import Oracle
 

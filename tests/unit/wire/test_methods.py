@@ -16,10 +16,10 @@ from torch import Tensor
 from mempool import types
 from mempool.errors import Internal, InvalidRequest
 from mempool.wire import methods
-from mempool.wire.codec import Codec
-from mempool.wire.lookup import LookupReply, LookupRequest
+from mempool.wire.codecs.codec import Codec
+from mempool.wire.codecs.lookup import LookupReply, LookupRequest
+from mempool.wire.codecs.pages import FreezeTable
 from mempool.wire.methods import Method
-from mempool.wire.pages import FreezeTable
 from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2, tensor_pb2
 
 U64 = st.one_of(st.integers(0, 300), st.integers(0, 2**64 - 1))

@@ -1,0 +1,91 @@
+"""`apply`: bring a running pool to what a file says, over the pool's own address. Never drops data; needs no Ray."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from mempool.client import connect
+from mempool.config import Changes, ClusterConfig, TableConfig, diff
+from mempool.errors import InvalidRequest
+from mempool.rayhost.records import read_record, write_record
+from mempool.types import PoolStatus, RescaleProgress
+
+_ANSWER_TIMEOUT_S = 15.0
+_TABLE_TIMEOUT_S = 3600.0  # initial values of a table of a hundred GiB take their time
+
+
+def planned(config: ClusterConfig, status: PoolStatus) -> Changes:
+    """What ``apply`` would do to a pool of this status.
+
+    Settings of processes (``shard``, ``ray``, ports) are compared with what `up` was given, where it ran on this
+    machine; shards and tables with what there is.
+    """
+    record = read_record(status.name)
+    if record is None:
+        old = config.model_copy(update={"pool": config.pool.model_copy(update={"name": status.name})})
+    else:
+        old = record.config
+    return diff(old, config, live_tables=[view.schema for view in status.tables], live_shards=len(status.shards))
+
+
+def apply(
+    config: ClusterConfig,
+    *,
+    address: str,
+    token: str | None = None,
+    say: Callable[[str], None] = print,
+    progress: Callable[[RescaleProgress], None] | None = None,
+) -> Changes:
+    """Rescale and create tables as a file says; training and lookups go on meanwhile.
+
+    Args:
+        config: What the pool shall be.
+        address: "host:port" of the pool.
+        token: The pool's token.
+        say: Told each step.
+        progress: Called with each report of the rescale.
+
+    Returns:
+        What was done (``create``, shards) and what was left aside (``restart``, ``kept``).
+
+    Raises:
+        ConfigError: The file asks for what no living pool can follow; nothing was changed.
+        InvalidRequest: A rescale is going on.
+        DataLoss: A table has lost pages and the number of shards should change.
+        PoolUnreachable: The pool does not answer.
+    """
+    with connect(address, token=token, timeout_s=_ANSWER_TIMEOUT_S) as pool:
+        status = pool.status()
+        changes = planned(config, status)
+        changes.check()
+        if changes.nothing:
+            return changes
+        if status.rescaling:
+            raise InvalidRequest(
+                f"pool {status.name!r} is moving pages for another rescale; wait for it (mempool status shows it), "
+                "then apply again"
+            )
+        if changes.shards_before != changes.shards_after:
+            say(f"rescaling: {changes.shards_before} -> {changes.shards_after} shards")
+            pool.rescale(changes.shards_after, progress=progress)
+            _write_shards(status.name, changes.shards_after)
+    create_tables(changes.create, address=address, token=token, say=say)
+    return changes
+
+
+def create_tables(
+    tables: tuple[TableConfig, ...], *, address: str, token: str | None, say: Callable[[str], None]
+) -> None:
+    """Create tables one after another. Raises MempoolError; those made before it stay."""
+    if not tables:
+        return
+    with connect(address, token=token, timeout_s=_TABLE_TIMEOUT_S) as pool:
+        for table in tables:
+            say(f"creating table {table.name!r}: {table.num_slots:,} x {table.value_dim} {table.dtype}")
+            pool.create_table(table)
+
+
+def _write_shards(name: str, shards: int) -> None:
+    record = read_record(name)
+    if record is not None:
+        pool = record.config.pool.model_copy(update={"shards": shards})
+        write_record(replace(record, config=record.config.model_copy(update={"pool": pool})))

@@ -1,0 +1,233 @@
+"""`up` and `down`: a pool on an existing Ray cluster, or on one started here, from the command's own process.
+
+Leaves what runs afterwards to the actors, and Ray's own coming and going to ``ray_process``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mempool.config import ClusterConfig, is_loopback
+from mempool.errors import AlreadyExists, MempoolError, NotFound, PoolUnreachable
+from mempool.rayhost import ray_process
+from mempool.rayhost.actors import NAMESPACE, cluster_resources, controller_name, make_actor, node_ip, pool_of
+from mempool.rayhost.apply import create_tables
+from mempool.rayhost.controller_actor import ControllerProcess
+from mempool.rayhost.records import (
+    PoolRecord,
+    forget_record,
+    hand_over_ray,
+    read_record,
+    record_path,
+    state_folder,
+    write_record,
+)
+from mempool.rayhost.serving import advertised_host
+
+_UP_TIMEOUT_S = 300.0
+_DOWN_TIMEOUT_S = 60.0
+
+Say = Callable[[str], None]
+
+
+def up(config: ClusterConfig, *, say: Say = print) -> PoolRecord:
+    """Start a pool and its tables; the pool goes on when this process ends.
+
+    Args:
+        config: What to start.
+        say: Told each step.
+
+    Raises:
+        AlreadyExists: A pool of that name runs already.
+        PoolUnreachable: Ray cannot be reached or started.
+        MempoolError: The pool did not start; what was started for it was ended again.
+    """
+    name, token = config.pool.name, config.pool.token()
+    if not config.pool.port:  # taken now, so that it is the same when the controller comes back
+        config = config.model_copy(update={"pool": config.pool.model_copy(update={"port": ray_process.free_port()})})
+    _require_down(name)
+    state_folder()  # where there can be none, nothing is started
+    ray_address, ray_pid = _ray_for(config, say)
+    try:
+        if _actors(name):
+            raise _already(name, ray_address)
+        before = read_record(name)
+        say(f"starting pool {name!r}: {config.pool.shards} shards")
+        for line in (*_shortages(config), *_out_of_reach(config)):
+            say(line)
+        try:
+            controller = _make_controller(config, token)
+        except ValueError:  # another `up` came first: what runs under this name is not this one's to end
+            raise _already(name, ray_address) from None
+        try:
+            address = _started(controller)
+            record = PoolRecord(name=name, address=address, ray_address=ray_address, ray_pid=ray_pid, config=config)
+            write_record(record)
+            create_tables(config.tables, address=address, token=token, say=say)
+        except BaseException:
+            _kill(name)
+            if before is None:
+                forget_record(name)
+            else:  # of a pool of this name on another Ray
+                write_record(before)
+            raise
+    except BaseException:
+        ray.shutdown()
+        if ray_pid is not None:
+            ray_process.end(ray_pid, ray_address, say=say)
+        raise
+    ray.shutdown()
+    return record
+
+
+def down(pool: str, *, say: Say = print) -> None:
+    """End a pool; Ray too where `up` started it and no other pool runs on it.
+
+    Raises:
+        NotFound: There is no such pool on this machine's record, nor on its Ray if there is one.
+        PoolUnreachable: The Ray of the record cannot be reached, and it is not one that `up` started for this pool;
+            nothing was changed.
+    """
+    record = read_record(pool)
+    found, others = False, set[str]()
+    if record is None or record.ray_pid is None or ray_process.runs(record.ray_pid, record.ray_address):
+        ray_address = "auto" if record is None else record.ray_address
+        try:
+            ray_process.attach(ray_address)
+            found = bool(_actors(pool))
+            if found:
+                say(f"stopping pool {pool!r}")
+                _stop(pool, say)
+            others = {other for name in _actors(None) if (other := pool_of(name)) not in (None, pool)}
+        except PoolUnreachable as error:
+            if record is None:
+                raise NotFound(
+                    f"no pool {pool!r} was started here by `mempool up`, and no Ray of this machine answers that could "
+                    f"run one ({error.message.split('. ')[0]})"
+                ) from None
+            if record.ray_pid is None:  # perhaps its head is away for a while, and the pool goes on
+                raise PoolUnreachable(
+                    f"{error.message}. Pool {pool!r} was started on that Ray, so it cannot be ended now. If that Ray "
+                    f"is gone for good the pool is too: delete {record_path(pool)}"
+                ) from None
+            say(f"Ray at {ray_address} does not answer: the pool is gone with it")
+        finally:
+            ray.shutdown()
+    if record is None:
+        if not found:
+            raise NotFound(f"no pool {pool!r} on the Ray of this machine, and none was started here by `mempool up`")
+        return
+    if record.ray_pid is not None:
+        heir = next((other for other in sorted(others) if hand_over_ray(record, other)), None)
+        if others and heir is None:  # of another user, or another state folder: not ours to end
+            say(f"Ray (pid {record.ray_pid}) stays: pool {min(others)!r} runs on it; end that first, then that process")
+        elif heir is None:
+            ray_process.end(record.ray_pid, record.ray_address, say=say)
+        else:
+            say(f"Ray stays: pool {heir!r} runs on it")
+    forget_record(pool)
+
+
+def _require_down(pool: str) -> None:
+    record = read_record(pool)
+    if record is not None and record.ray_pid is not None and ray_process.runs(record.ray_pid, record.ray_address):
+        raise _already(pool, record.ray_address)
+
+
+def _already(pool: str, ray_address: str) -> AlreadyExists:
+    return AlreadyExists(
+        f"pool {pool!r} runs already on Ray at {ray_address}. Change it with `mempool apply -f FILE`, end it with "
+        f"`mempool down --pool {pool}`, or give the new one another pool.name"
+    )
+
+
+def _ray_for(config: ClusterConfig, say: Say) -> tuple[str, int | None]:
+    """Ray's address, and the pid of the Ray started here for this pool. This process is attached to it then."""
+    wanted = config.ray.address
+    if wanted == "auto":
+        try:
+            return ray_process.attach("auto"), None
+        except PoolUnreachable:
+            say("no Ray on this machine yet")
+    if wanted in ("auto", "local"):
+        return ray_process.start(say)
+    return ray_process.attach(wanted), None
+
+
+def _actors(pool: str | None) -> list[str]:
+    """Names of the actors of a pool, or of all pools, on the Ray this process is attached to."""
+    names = (
+        entry["name"] for entry in ray.util.list_named_actors(all_namespaces=True) if entry["namespace"] == NAMESPACE
+    )
+    return sorted(name for name in names if pool is None or pool_of(name) == pool)
+
+
+def _shortages(config: ClusterConfig) -> list[str]:
+    """A line for each resource of which Ray has less than the shards ask for; nodes may be on their way."""
+    shard, total = config.shard, cluster_resources()
+    asked = {"CPU": shard.num_cpus, "GPU": shard.num_gpus, **shard.resources}
+    return [
+        f"shards ask for {config.pool.shards} x {amount:g} {name} and Ray has {total.get(name, 0):g} in all: "
+        "waiting for nodes that join"
+        for name, amount in asked.items()
+        if amount * config.pool.shards > total.get(name, 0)
+    ]
+
+
+def _out_of_reach(config: ClusterConfig) -> list[str]:
+    """A line where other machines are let in and told an address that is none to them."""
+    host = advertised_host(config, node_ip())
+    if is_loopback(config.pool.bind) or not is_loopback(host):
+        return []
+    return [
+        f"pool.bind = {config.pool.bind!r} lets other machines in, and Ray knows this one as {host}, which clients "
+        "there would be told: set pool.advertise to this machine's address"
+    ]
+
+
+def _make_controller(config: ClusterConfig, token: str | None) -> Any:
+    """The controller's actor. Raises ValueError where there is one of that name."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return make_actor(
+        ControllerProcess,
+        config,
+        token,
+        name=controller_name(config.pool.name),
+        num_cpus=0,
+        max_restarts=-1,
+        scheduling_strategy=here,
+    )
+
+
+def _started(controller: Any) -> str:
+    """The pool's address, once the controller has started its shards."""
+    try:
+        address: str = ray.get(controller.start.remote(), timeout=_UP_TIMEOUT_S)
+        return address
+    except RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, MempoolError):
+            raise cause from None
+        raise PoolUnreachable(f"the pool's controller did not start: {error}") from error
+
+
+def _stop(pool: str, say: Say) -> None:
+    """Let the pool end its calls, then end what is left of its actors."""
+    try:
+        controller = ray.get_actor(controller_name(pool), namespace=NAMESPACE)
+        ray.get(controller.stop.remote(), timeout=_DOWN_TIMEOUT_S)
+    except (ValueError, RayError) as error:
+        say(f"the controller does not answer ({type(error).__name__}); ending its actors")
+    _kill(pool)
+
+
+def _kill(pool: str) -> None:
+    """End a pool's actors, the controller first, so that it starts none anew."""
+    for name in sorted(_actors(pool), key=lambda name: (name != controller_name(pool), name)):
+        try:
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE), no_restart=True)
+        except ValueError:
+            continue  # gone by itself

@@ -1,0 +1,107 @@
+"""The Ray actor around the controller: serves the pool's address, watches its shards.
+
+It may die and come back at any time: clients and shards go on without it, and it learns the pool's state from them.
+"""
+
+import asyncio
+import logging
+
+import ray
+from ray.exceptions import RayError
+
+from mempool.config import ClusterConfig
+from mempool.controller import Controller
+from mempool.errors import MempoolError
+from mempool.rayhost.actors import node_ip
+from mempool.rayhost.launcher import RayLauncher
+from mempool.rayhost.serving import ControllerServing
+from mempool.wire.channels.loop import run
+
+_LOG = logging.getLogger("mempool.rayhost")
+_START_TIMEOUT_S = 300.0
+_STOP_TIMEOUT_S = 60.0
+_LOOK_S = 0.5
+_LOOKS_PER_RECONCILE = 10
+_RETRY_S = 1.0
+
+
+class ControllerProcess:
+    """One start of the controller's process. Made an actor by ``cluster.up``."""
+
+    def __init__(self, config: ClusterConfig, token: str | None) -> None:
+        self._config = config
+        self._launcher = RayLauncher(config, token=token)
+        self._watching: asyncio.Task[None] | None = None
+        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        run(self._make(node_ip(), token, restarted), timeout_s=_START_TIMEOUT_S)
+
+    async def _make(self, node_ip: str, token: str | None, restarted: bool) -> None:
+        # On the IO loop, to which gRPC's servers belong from their making.
+        self._serving = ControllerServing(self._config, node_ip=node_ip, token=token)
+        self._controller = Controller(self._config.pool.name, launcher=self._launcher, dial=self._serving.dial)
+        if restarted:  # nobody calls start() a second time
+            self._watching = asyncio.create_task(self._resume())
+
+    def start(self) -> str:
+        """Start the shards, serve, and answer the pool's address. A repeat answers the same.
+
+        Raises:
+            MempoolError: The address is taken, or a shard does not start; nothing is left running then.
+        """
+        return run(self._start(), timeout_s=_START_TIMEOUT_S)
+
+    @ray.method(concurrency_group="health")
+    def address(self) -> str | None:
+        """The pool's address once it is served."""
+        return self._serving.address
+
+    def stop(self) -> None:
+        """Stop all shards, then the server."""
+        run(self._stop(), timeout_s=_STOP_TIMEOUT_S)
+
+    async def _start(self) -> str:
+        if self._serving.address is not None:
+            return self._serving.address
+        self._serving.bind()  # a taken address is known before any shard is started
+        try:
+            await self._controller.open(self._config.pool.shards)
+            address = await self._serving.start(self._controller)
+        except BaseException:
+            await self._controller.close()
+            raise
+        self._watching = asyncio.create_task(self._watch())
+        return address
+
+    async def _resume(self) -> None:
+        """Serve again after Ray restarted this process, however long Ray takes to find the shards."""
+        while True:
+            try:
+                await self._controller.adopt(await self._launcher.find())
+                await self._serving.start(self._controller)
+                break
+            except (MempoolError, TimeoutError, RayError) as error:
+                _LOG.warning("the controller could not resume yet, will try again: %s", error)
+                await asyncio.sleep(_RETRY_S)
+        await self._watch()
+
+    async def _watch(self) -> None:
+        """Admit restarted shards; now and then bring views up to date. Ends with the process."""
+        looks = 0
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            looks += 1
+            try:
+                for start in await self._launcher.changed():
+                    assert start.info is not None, "admitted"
+                    await self._controller.shard_restarted(start.info)
+                    self._launcher.acknowledge(start)
+                if looks % _LOOKS_PER_RECONCILE == 0:
+                    await self._controller.reconcile()
+            except Exception as error:  # whatever it is, the next look may do better; without looks nothing recovers
+                _LOG.warning("looking after the shards failed, will be tried again: %r", error)
+
+    async def _stop(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+        await self._controller.close()
+        await self._serving.stop()

@@ -1,0 +1,185 @@
+"""Starts, finds, watches and stops a pool's shard actors."""
+
+import asyncio
+import logging
+import time
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, RayError
+
+from mempool.config import ClusterConfig
+from mempool.errors import MempoolError, ShardUnavailable
+from mempool.rayhost.actors import NAMESPACE, free_resources, make_actor, shard_name, shard_of
+from mempool.rayhost.shard_actor import Description, ShardProcess
+from mempool.types import ShardInfo
+
+_LOG = logging.getLogger("mempool.rayhost")
+_START_TIMEOUT_S = 120.0
+_FIND_TIMEOUT_S = 10.0
+_DESCRIBE_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S = 10.0
+_POLL_S = 0.2
+
+
+class RayLauncher:
+    """The controller's ``Launcher`` on Ray: one detached, named, restartable actor a shard.
+
+    Args:
+        config: Resources of a shard, and what its server binds to.
+        token: The pool's token, handed to the actors (they may run on hosts without the token's file).
+    """
+
+    def __init__(self, config: ClusterConfig, *, token: str | None) -> None:
+        self._config = config
+        self._token = token
+        self._pool = config.pool.name
+        self._actors: dict[int, Any] = {}
+        self._boots: dict[int, str] = {}
+        self._incarnation = 0
+
+    async def start(self, shard: int) -> ShardInfo:
+        """Create the actor and admit it.
+
+        Raises:
+            ShardUnavailable: Ray cannot place it, or it does not start in time.
+            ConfigError: It has no free port, or there is no such device.
+        """
+        actor = await asyncio.to_thread(self._create, shard)
+        try:
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                started = await self._admit(actor, await _describe(actor))
+        except BaseException as error:
+            self._actors.pop(shard, None)
+            await asyncio.to_thread(ray.kill, actor, no_restart=True)
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, MempoolError):
+                raise cause from None
+            if isinstance(error, TimeoutError | RayError):
+                raise ShardUnavailable(await asyncio.to_thread(self._no_start, shard, error), shard=shard) from error
+            raise
+        assert started.info is not None
+        self._boots[shard] = started.boot_id
+        return started.info
+
+    async def stop(self, info: ShardInfo) -> None:
+        """Let the shard end its calls, then end its actor for good."""
+        self._boots.pop(info.shard, None)
+        actor = self._actors.pop(info.shard, None)
+        if actor is None:
+            return
+        try:
+            await asyncio.wait_for(_await(actor.stop.remote()), timeout=_STOP_TIMEOUT_S)
+        except (TimeoutError, RayError) as error:
+            _LOG.warning("shard %d did not stop by itself (%s); ending its process", info.shard, type(error).__name__)
+        await asyncio.to_thread(ray.kill, actor, no_restart=True)
+
+    async def find(self) -> list[ShardInfo]:
+        """The shards of this pool that there are, for a controller that was restarted.
+
+        One that does not answer soon is named without an address; ``changed`` tells when it is there.
+        """
+        entries = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
+        names = {entry["name"] for entry in entries if entry["namespace"] == NAMESPACE}
+        shards = {shard: name for name in names if (shard := shard_of(self._pool, name)) is not None}
+        for shard, name in shards.items():
+            self._actors[shard] = await asyncio.to_thread(ray.get_actor, name, namespace=NAMESPACE)
+        return list(await asyncio.gather(*(self._found(shard) for shard in sorted(shards))))
+
+    async def changed(self) -> list[Description]:
+        """The shards that came back as a new process, each admitted as a new incarnation.
+
+        Each is told again and again until ``acknowledge``.
+        """
+        starts = await asyncio.gather(*(self._new_start(shard) for shard in list(self._boots)))
+        return [start for start in starts if start is not None]
+
+    def acknowledge(self, start: Description) -> None:
+        """The pool knows of this start of a shard."""
+        if start.info is not None and start.info.shard in self._boots:
+            self._boots[start.info.shard] = start.boot_id
+
+    def _create(self, shard: int) -> Any:
+        shard_config = self._config.shard
+        threads = str(shard_config.threads)
+        self._actors[shard] = make_actor(
+            ShardProcess,
+            self._config,
+            shard,
+            self._token,
+            name=shard_name(self._pool, shard),
+            num_cpus=shard_config.num_cpus,
+            num_gpus=shard_config.num_gpus,
+            resources=dict(shard_config.resources),
+            max_restarts=shard_config.max_restarts,
+            max_task_retries=0,  # at most once: calls of the controller are repeated by the controller
+            scheduling_strategy="SPREAD",
+            # Ray sets OMP_NUM_THREADS=1 for actors without CPUs; torch and numba read it when they are imported.
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}},
+        )
+        return self._actors[shard]
+
+    async def _found(self, shard: int) -> ShardInfo:
+        try:
+            async with asyncio.timeout(_FIND_TIMEOUT_S):
+                start = await self._admit(self._actors[shard], await _describe(self._actors[shard]))
+        except (TimeoutError, RayError) as error:
+            _LOG.warning("shard %d does not answer yet (%s)", shard, type(error).__name__)
+            self._boots[shard] = ""
+            return ShardInfo(shard=shard, address="", incarnation=0)
+        assert start.info is not None
+        self._boots[shard] = start.boot_id
+        return start.info
+
+    async def _new_start(self, shard: int) -> Description | None:
+        """A shard's newest start, admitted, where the pool does not know it; None too while it is on its way up."""
+        try:
+            async with asyncio.timeout(_DESCRIBE_TIMEOUT_S):
+                description: Description = await _await(self._actors[shard].describe.remote())
+            if description.boot_id == self._boots[shard]:
+                return None
+            _LOG.warning("shard %d was started again by Ray: its pages are gone", shard)
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                return await self._admit(self._actors[shard], description)
+        except (TimeoutError, KeyError, RayError) as error:
+            _LOG.debug("shard %d does not answer: %r", shard, error)
+            return None
+
+    async def _admit(self, actor: Any, description: Description) -> Description:
+        """Give a start of a shard its incarnation, unless it has one."""
+        if description.info is None:
+            # Milliseconds of now: ascending also over a restart of the controller, which remembers nothing.
+            self._incarnation = max(self._incarnation + 1, time.time_ns() // 1_000_000)
+            description = replace(description, info=await _await(actor.admit.remote(self._incarnation)))
+        return description
+
+    def _no_start(self, shard: int, error: Exception) -> str:
+        config = self._config.shard
+        wanted = f"num_cpus={config.num_cpus:g}, num_gpus={config.num_gpus:g}"
+        if config.resources:
+            wanted += f", resources={config.resources}"
+        free = free_resources()
+        detail = f"no answer within {_START_TIMEOUT_S:g} s"
+        if not isinstance(error, TimeoutError):
+            detail = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        return (
+            f"shard {shard} of pool {self._pool!r} did not start ({detail}); it asks Ray for "
+            f"{wanted}; free now: CPU={free.get('CPU', 0):g}, GPU={free.get('GPU', 0):g}. "
+            "Lower shard.num_cpus / shard.num_gpus in the config, or add nodes"
+        )
+
+
+async def _describe(actor: Any) -> Description:
+    """The actor's description, waiting while Ray starts or restarts it. The caller bounds the wait."""
+    while True:
+        try:
+            description: Description = await _await(actor.describe.remote())
+            return description
+        except ActorUnavailableError:
+            await asyncio.sleep(_POLL_S)
+
+
+async def _await(reference: Any) -> Any:
+    """A Ray result without blocking the IO loop."""
+    return await asyncio.wrap_future(reference.future())

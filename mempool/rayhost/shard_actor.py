@@ -1,0 +1,66 @@
+"""The Ray actor around one shard.
+
+[CONTROLLER] creates the actor; ``describe`` answers a boot id that is new at each start of the process. ``admit`` gives
+this start its incarnation, and only then is there an engine and a server: a process that Ray restarted serves nothing
+before the controller knows that its pages are gone. Data never passes through Ray: clients speak to the server.
+"""
+
+import uuid
+from dataclasses import dataclass
+
+import ray
+
+from mempool.config import ClusterConfig
+from mempool.rayhost.actors import node_ip
+from mempool.rayhost.serving import ShardServing
+from mempool.types import ShardInfo
+from mempool.wire.channels.loop import run
+
+_CALL_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What a shard process says of itself. info is None until this start of it was admitted."""
+
+    boot_id: str
+    info: ShardInfo | None
+
+
+class ShardProcess:
+    """One start of a shard's process. Made an actor by ``RayLauncher``."""
+
+    def __init__(self, config: ClusterConfig, shard: int, token: str | None) -> None:
+        self._config = config
+        self._shard = shard
+        self._token = token
+        self._boot_id = uuid.uuid4().hex
+        self._serving: ShardServing | None = None
+        self._info: ShardInfo | None = None
+
+    @ray.method(concurrency_group="health")  # answers whatever the engine does
+    def describe(self) -> Description:
+        """Who this is."""
+        return Description(boot_id=self._boot_id, info=self._info)
+
+    def admit(self, incarnation: int) -> ShardInfo:
+        """Start the engine and its server as this incarnation; a repeat answers the same.
+
+        Raises:
+            ConfigError: No port is free, or there is no such device.
+        """
+        if self._info is None:
+            self._info = run(self._serve(incarnation, node_ip()), timeout_s=_CALL_TIMEOUT_S)
+        return self._info
+
+    def stop(self) -> None:
+        """Let calls under way finish, then close."""
+        if self._serving is not None:
+            run(self._serving.stop(), timeout_s=_CALL_TIMEOUT_S)
+            self._serving = None
+
+    async def _serve(self, incarnation: int, node_ip: str) -> ShardInfo:
+        self._serving = ShardServing(
+            self._config, shard=self._shard, incarnation=incarnation, node_ip=node_ip, token=self._token
+        )
+        return await self._serving.start()

@@ -1,0 +1,1 @@
+"""Steps on a shard: lookup contexts, held updates, preparing and applying them."""

@@ -1,0 +1,231 @@
+"""Preparing, applying and discarding a rank's step on one table.
+
+The order of arithmetic is the canonical one, (rank, sequence, bag, pair), whatever the order of arrival. Everything is
+checked before the first row is written. Where a step's pairs fit into the shard's commit memory they are sorted once,
+and the sums that Prepare makes for the norm are kept for the commit; else ``parts`` sums them in parts.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
+
+from mempool import kernels
+from mempool.errors import DataLoss, StepConflict
+from mempool.kernels import OptimizerStep, SortedPairs
+from mempool.shard.pages.storage import Lane, Storage
+from mempool.shard.steps.held import (
+    AppliedLedger,
+    Budget,
+    HeldUpdate,
+    HeldUpdates,
+    Pairs,
+    PreparedStep,
+    Reduction,
+    in_canonical_order,
+)
+from mempool.shard.steps.optimizers import optimizer_step, rounding
+from mempool.shard.steps.parts import pairs_bytes, reduce_in_parts
+from mempool.types import CommitRequest, PrepareRequest, StepId
+
+
+def missing(updates: HeldUpdates, step_id: StepId, sequences: Sequence[int]) -> tuple[int, ...]:
+    """Those of ``sequences`` that are not held for that step, ascending."""
+    return tuple(sequence for sequence in sorted(sequences) if updates.get(step_id, sequence) is None)
+
+
+def prepare(table: Storage, updates: HeldUpdates, request: PrepareRequest) -> PreparedStep:
+    """Prepare a step of which nothing is missing; a repeat answers what was found the first time.
+
+    Raises:
+        StepConflict: A later step of the rank is prepared already.
+    """
+    step_id, sequences = request.step_id, tuple(sorted(request.sequences))
+    known = updates.prepared_step(step_id)
+    _refuse_older(known, step_id)
+    if known is not None and known.is_of(step_id, sequences) and known.want_norm >= request.want_norm:
+        return known
+    norm = _Norm()
+    held = _held(updates, step_id, sequences)
+    reductions = _reduce(table, held, norm, updates.budget) if request.want_norm and held else None
+    prepared = PreparedStep(
+        step=step_id.step,
+        sequences=sequences,
+        want_norm=request.want_norm,
+        squared_norm=norm.squared,
+        finite=norm.finite,
+        reductions=reductions,
+    )
+    updates.set_prepared(step_id, prepared)
+    return prepared
+
+
+def commit(table: Storage, updates: HeldUpdates, ledger: AppliedLedger, request: CommitRequest) -> None:
+    """Apply a step of which nothing is missing, in place.
+
+    Raises:
+        StepConflict: The step was not prepared, or with other updates. Nothing was changed.
+        DataLoss: A kernel failed when rows may have been written to: what the table holds is not known any more.
+    """
+    step_id, sequences = request.step_id, tuple(sorted(request.sequences))
+    prepared = updates.prepared_step(step_id)
+    if request.one_phase:
+        _refuse_older(prepared, step_id)
+    elif prepared is None or prepared.step != step_id.step:
+        raise StepConflict(
+            f"step {step_id.step} of rank {step_id.rank} of group {step_id.group!r} is not prepared here; send Prepare "
+            "first (one_phase does both where a table has one owner)"
+        )
+    elif prepared.sequences != sequences:
+        raise StepConflict(
+            f"step {step_id.step} of rank {step_id.rank} of group {step_id.group!r} was prepared with updates "
+            f"{_shown(prepared.sequences)} and is to be committed with {_shown(sequences)}; prepare it again"
+        )
+    kept = prepared.reductions if prepared is not None and prepared.is_of(step_id, sequences) else None
+    held = _held(updates, step_id, sequences)
+    step = optimizer_step(table.schema, lr=request.lr, grad_scale=request.grad_scale, version=ledger.version + 1)
+    if kept is not None:
+        writes: Iterable[Callable[[], None]] = _writes_of_sums(table, kept, step)
+    elif pairs_bytes(table, held) <= updates.budget.commit_room:
+        writes = _writes_of_pairs(table, held, step)
+    else:
+        writes = _writes_of_sums(table, reduce_in_parts(table, held, updates.budget.commit_room), step)
+    try:
+        for write in writes:
+            write()
+        if table.schedule is not None:
+            table.schedule.append(request.lr)
+    except Exception as error:
+        table.lose_all()
+        raise DataLoss(
+            f"step {step_id.step} of group {step_id.group!r} failed half way on table {table.schema.name!r} "
+            f"({type(error).__name__}: {error}): its pages on this shard are not usable any more; drop the table and "
+            "make it anew"
+        ) from error
+    ledger.add(step_id, sequences)
+    updates.decided(step_id)
+
+
+def _held(updates: HeldUpdates, step_id: StepId, sequences: Sequence[int]) -> list[HeldUpdate]:
+    held = [updates.get(step_id, sequence) for sequence in sequences]
+    return [update for update in held if update is not None and update.bags.ids.numel()]
+
+
+class _Norm:
+    """The squared norm so far, and whether every number of it was finite."""
+
+    def __init__(self) -> None:
+        self.squared = 0.0
+        self.finite = True
+
+    def add(self, sums: Tensor) -> None:
+        part, finite = kernels.squared_norm(sums)
+        self.squared += part
+        self.finite = self.finite and finite and math.isfinite(self.squared)
+
+
+def _reduce(table: Storage, held: list[HeldUpdate], norm: _Norm, budget: Budget) -> tuple[Reduction, ...] | None:
+    """Sum per row and add to the norm. The sums are answered where they are small enough to be kept for the commit."""
+    room = budget.commit_room
+    rest = room - pairs_bytes(table, held)
+    if rest < room // 4:
+        for reduction in reduce_in_parts(table, held, room):
+            norm.add(reduction.sums)
+        return None
+    pairs = _joined(table, held)
+    in_order = [kernels.sort_pairs(lane.arena.paged(), pairs.ids) for lane in table.lanes]
+    kept_bytes = sum(
+        (4 * len(lane.arena.columns) + 24) * sorted_pairs.rows.shape[0]
+        for lane, sorted_pairs in zip(table.lanes, in_order, strict=True)
+    )
+    keep = kept_bytes <= min(rest, budget.kept_room)
+    reductions = []
+    for lane, sorted_pairs in zip(table.lanes, in_order, strict=True):
+        grads = lane.of(pairs.grads)
+        for part in [sorted_pairs] if keep else _row_parts(sorted_pairs, max(1, rest // (4 * grads.shape[1]))):
+            sums = kernels.segment_sum(part, pairs.weights, pairs.bags, grads)
+            norm.add(sums)
+            if keep:
+                reductions.append(Reduction.of(lane, part, sums))
+    return tuple(reductions) if keep else None
+
+
+def _joined(table: Storage, held: list[HeldUpdate]) -> Pairs:
+    return in_canonical_order(held, width=table.schema.width(table.blocks), device=table.device)
+
+
+def _row_parts(pairs: SortedPairs, num_rows: int) -> Iterator[SortedPairs]:
+    """Cut sorted pairs by rows, so that the sums of a part stay small."""
+    for first in range(0, pairs.rows.shape[0], num_rows):
+        rows = slice(first, first + num_rows)
+        starts = pairs.starts[first : first + num_rows + 1]
+        order = pairs.order[int(starts[0]) : int(starts[-1])]
+        yield SortedPairs(order=order, rows=pairs.rows[rows], slots=pairs.slots[rows], starts=starts - starts[0])
+
+
+def _writes_of_sums(
+    table: Storage, reductions: Iterable[Reduction], step: OptimizerStep
+) -> Iterator[Callable[[], None]]:
+    """Per reduction, the call that applies it."""
+    for reduction in reductions:
+        write = _Write(table, reduction.lane, step)
+        yield partial(write.sums, reduction.pairs, reduction.sums)
+
+
+def _writes_of_pairs(table: Storage, held: list[HeldUpdate], step: OptimizerStep) -> list[Callable[[], None]]:
+    """Per arena, the call that sums and applies in one pass. Sorting, which needs memory, is done before all."""
+    writes: list[Callable[[], None]] = []
+    if not held:  # as on a shard none of whose pages were looked up
+        return writes
+    pairs = _joined(table, held)
+    for lane in table.lanes:
+        in_order = kernels.sort_pairs(lane.arena.paged(), pairs.ids)
+        writes.append(partial(_Write(table, lane, step).pairs, in_order, pairs, lane.of(pairs.grads)))
+    return writes
+
+
+class _Write:
+    """Applies a step to rows of one arena."""
+
+    def __init__(self, table: Storage, lane: Lane, step: OptimizerStep) -> None:
+        arena = lane.arena
+        rounded = rounding(table.schema, arena.blocks, version=step.step, device=table.device)
+        self._table = table
+        self._arena = arena
+        self._step = replace(step, rounding=rounded)
+
+    def sums(self, pairs: SortedPairs, sums: Tensor) -> None:
+        """Apply sums; pairs: their rows."""
+        paged, state = self._before(pairs)
+        kernels.optimizer_step(paged, state, pairs, sums, self._step)
+        self._after(pairs)
+
+    def pairs(self, in_order: SortedPairs, pairs: Pairs, grads: Tensor) -> None:
+        """Sum and apply; grads: the arena's columns."""
+        paged, state = self._before(in_order)
+        kernels.fused_step(paged, state, in_order, pairs.weights, pairs.bags, grads, self._step)
+        self._after(in_order)
+
+    def _before(self, pairs: SortedPairs) -> tuple[kernels.Paged, dict[str, Tensor]]:
+        if self._table.schedule is not None:
+            self._arena.catch_up(pairs.rows, self._table.schedule, self._table.step_names)
+        return self._arena.paged(), self._arena.state(self._table.step_names)
+
+    def _after(self, pairs: SortedPairs) -> None:
+        if self._table.schedule is not None:
+            self._arena.state((kernels.LAST_STEP,))[kernels.LAST_STEP][pairs.rows] = self._step.step
+
+
+def _refuse_older(prepared: PreparedStep | None, step_id: StepId) -> None:
+    """A late message about an older step must not undo what is prepared."""
+    if prepared is not None and prepared.step > step_id.step:
+        raise StepConflict(
+            f"step {prepared.step} of rank {step_id.rank} of group {step_id.group!r} is prepared here already; "
+            f"step {step_id.step} is older and cannot be decided any more"
+        )
+
+
+def _shown(sequences: tuple[int, ...]) -> str:
+    return f"{list(sequences[:8])}{' ...' if len(sequences) > 8 else ''}"

@@ -1,0 +1,105 @@
+"""From a table's OptimizerSpec to the state its shards keep and the step the kernels take. The arithmetic is theirs."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from mempool.errors import InvalidRequest
+from mempool.kernels import (
+    BLOCK_STATE,
+    LAST_STEP,
+    MASTER,
+    STATE_NAMES,
+    DenseSchedule,
+    OptimizerStep,
+    RandomRounding,
+)
+from mempool.types import OptimizerSpec, TableSchema
+
+_ACCUMULATORS = ("sum", "row_sum")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateArray:
+    """One array of optimizer state. per: one number per element of the values, or per (slot, block)."""
+
+    name: str
+    per: Literal["element", "block"]
+    initial: float
+    dtype: torch.dtype = torch.float32
+
+
+def state_arrays(optimizer: OptimizerSpec) -> tuple[StateArray, ...]:
+    """The arrays an optimizer keeps beside the values, as the kernels name them."""
+    arrays = [
+        StateArray(
+            name=name,
+            per="block" if name in BLOCK_STATE else "element",
+            initial=optimizer.initial_accumulator_value if name in _ACCUMULATORS else 0.0,
+        )
+        for name in STATE_NAMES[optimizer.algorithm]
+    ]
+    if optimizer.dense:
+        arrays.append(StateArray(name=LAST_STEP, per="block", initial=0, dtype=torch.int32))
+    return tuple(arrays)
+
+
+def step_names(schema: TableSchema) -> tuple[str, ...]:
+    """The arrays a step changes besides the values."""
+    names = tuple(array.name for array in state_arrays(schema.optimizer))
+    return (*names, MASTER) if schema.master else names
+
+
+def optimizer_step(schema: TableSchema, *, lr: float, grad_scale: float, version: int) -> OptimizerStep:
+    """The step of the commit that makes table version ``version``, without its rounding."""
+    optimizer = schema.optimizer
+    return OptimizerStep(
+        algorithm=optimizer.algorithm,
+        lr=lr,
+        grad_scale=grad_scale,
+        step=version,
+        eps=optimizer.eps,
+        beta1=optimizer.beta1,
+        beta2=optimizer.beta2,
+        lr_decay=optimizer.lr_decay,
+        weight_decay=optimizer.weight_decay,
+        block_dim=schema.block_dim,
+    )
+
+
+def rounding(
+    schema: TableSchema, blocks: tuple[int, ...], *, version: int, device: torch.device
+) -> RandomRounding | None:
+    """How the step that makes ``version`` rounds the columns of these blocks, side by side; None: to nearest."""
+    if schema.rounding == "nearest":
+        return None
+    # By its name: a pool's table ids tell when tables were made, and no two runs of one job would be alike.
+    table = int.from_bytes(hashlib.sha256(schema.name.encode()).digest()[:8], "big")
+    key = RandomRounding.key_of(seed=schema.seed, table=table, step=version)
+    return RandomRounding(key, torch.tensor([schema.block_columns(block)[0] for block in blocks], device=device))
+
+
+def dense_schedule(schema: TableSchema, *, version: int, device: torch.device) -> DenseSchedule | None:
+    """What slots without a gradient do in the steps after table version ``version``; None where they do nothing.
+
+    Raises:
+        InvalidRequest: The schema asks for a dense optimizer that there is not, or for values too coarse for one.
+    """
+    optimizer = schema.optimizer
+    if not optimizer.dense:
+        return None
+    if optimizer.algorithm != "adamw" or (schema.dtype != "float32" and not schema.master):
+        raise InvalidRequest(
+            f"table {schema.name!r}: a dense {optimizer.algorithm} on {schema.dtype} values is not there; dense is of "
+            "adamw, with dtype float32 or master"
+        )
+    return DenseSchedule(
+        first_step=version + 1,
+        beta1=optimizer.beta1,
+        beta2=optimizer.beta2,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        device=device,
+    )

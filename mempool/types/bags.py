@@ -1,0 +1,36 @@
+"""Bags of (slot id, weight) pairs, as clients send them and shards keep them.
+
+Legend: B bags, L pairs of all bags together.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Bags:
+    """B bags of L pairs.
+
+    Attributes:
+        ids: [L] int64.
+        weights: [L] float32 or bfloat16 (float32 on a shard); None means all ones.
+        offsets: [B + 1] int64; bag b holds pairs offsets[b] to offsets[b + 1].
+    """
+
+    ids: Tensor
+    weights: Tensor | None
+    offsets: Tensor
+
+    @property
+    def num_bags(self) -> int:
+        return self.offsets.shape[0] - 1
+
+    @property
+    def num_pairs(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        weights = 0 if self.weights is None else self.weights.nbytes
+        return self.ids.nbytes + weights + self.offsets.nbytes

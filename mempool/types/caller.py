@@ -1,0 +1,47 @@
+"""Who asks, and until when the answer is of use: a call's context, from the door to the engine's queue.
+
+The gRPC door, and whoever else lets calls in, sets it with ``calling``; the engine reads it when a job is queued, and a
+client's transport when it sends. Nothing else needs it, so it is no argument of the protocols' methods.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks.
+
+    Attributes:
+        name: Of the connection, "ipv4:10.0.0.3:5123"; "" for this process itself.
+        deadline_s: When nobody waits for the answer any more, on ``time.monotonic``; None: never.
+    """
+
+    name: str = ""
+    deadline_s: float | None = None
+
+    def remaining_s(self) -> float | None:
+        """Seconds until the deadline, 0 or less when it is over; None without one."""
+        return None if self.deadline_s is None else self.deadline_s - time.monotonic()
+
+
+_NOBODY = Caller()
+_CALLER: ContextVar[Caller] = ContextVar("mempool_caller", default=_NOBODY)
+
+
+def current_caller() -> Caller:
+    """The caller of the call that is being served here."""
+    return _CALLER.get()
+
+
+@contextmanager
+def calling(caller: Caller) -> Iterator[None]:
+    """Everything in the ``with`` block is asked by ``caller``."""
+    token = _CALLER.set(caller)
+    try:
+        yield
+    finally:
+        _CALLER.reset(token)

@@ -1,0 +1,1 @@
+"""Tensors on the wire: bodies, and the frames that hold them."""

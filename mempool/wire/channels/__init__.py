@@ -1,0 +1,1 @@
+"""Connections and the IO loop they live on."""

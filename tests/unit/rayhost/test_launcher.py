@@ -1,0 +1,218 @@
+"""The launcher's bookkeeping of starts and restarts, with actors that are plain objects."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError
+
+from mempool.config import ClusterConfig, PoolConfig, load
+from mempool.errors import ConfigError, ShardUnavailable
+from mempool.rayhost import launcher as launcher_module
+from mempool.rayhost.actors import NAMESPACE
+from mempool.rayhost.launcher import RayLauncher
+from mempool.rayhost.shard_actor import Description, ShardProcess
+from mempool.types import ShardInfo
+from mempool.wire.channels.loop import run
+
+
+class FakeMethod:
+    """``actor.method``: ``remote(...)`` gives what Ray's references give, a future."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def remote(self, *arguments: Any) -> "FakeMethod":
+        self._future: Future[Any] = Future()
+        try:
+            self._future.set_result(self._call(*arguments))
+        except Exception as error:
+            self._future.set_exception(error)
+        return self
+
+    def future(self) -> Future[Any]:
+        return self._future
+
+
+class FakeShard:
+    """An actor around one shard. ``boot`` is another start of its process; ``dead`` makes every call fail."""
+
+    def __init__(self, shard: int) -> None:
+        self.shard = shard
+        self.dead = False
+        self.stopped = self.killed = False
+        self.refuses: Exception | None = None
+        self.boot(1)
+
+    def boot(self, number: int) -> None:
+        self.boot_id = f"{self.shard}.{number}"
+        self.info: ShardInfo | None = None
+
+    @property
+    def describe(self) -> FakeMethod:
+        return self._method(lambda: Description(boot_id=self.boot_id, info=self.info))
+
+    @property
+    def admit(self) -> FakeMethod:
+        def admit(incarnation: int) -> ShardInfo:
+            if self.refuses is not None:
+                raise self.refuses
+            self.info = self.info or ShardInfo(shard=self.shard, address="127.0.0.1:1", incarnation=incarnation)
+            return self.info
+
+        return self._method(admit)
+
+    @property
+    def stop(self) -> FakeMethod:
+        return self._method(lambda: setattr(self, "stopped", True))
+
+    def _method(self, call: Callable[..., Any]) -> FakeMethod:
+        def checked(*arguments: Any) -> Any:
+            if self.dead:
+                raise ActorDiedError
+            return call(*arguments)
+
+        return FakeMethod(checked)
+
+
+@pytest.fixture
+def shards(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeShard]:
+    """The actors there are, by name."""
+    actors: dict[str, FakeShard] = {}
+
+    def make_actor(_process: type, _config: object, shard: int, _token: object, **options: Any) -> FakeShard:
+        assert options["max_task_retries"] == 0
+        return actors.setdefault(options["name"], FakeShard(shard))
+
+    def get_actor(name: str, **_: object) -> FakeShard:
+        return actors[name]
+
+    def list_named_actors(**_: object) -> list[dict[str, str]]:
+        ours = [{"name": name, "namespace": NAMESPACE} for name in actors]
+        others = [("local/shard-9", "another"), ("other/shard-0", NAMESPACE)]
+        return ours + [{"name": name, "namespace": namespace} for name, namespace in others]
+
+    monkeypatch.setattr(launcher_module, "make_actor", make_actor)
+    monkeypatch.setattr(launcher_module, "free_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(launcher_module.ray, "kill", lambda actor, no_restart: setattr(actor, "killed", no_restart))
+    monkeypatch.setattr(launcher_module.ray, "get_actor", get_actor)
+    monkeypatch.setattr(launcher_module.ray.util, "list_named_actors", list_named_actors)
+    return actors
+
+
+def make() -> RayLauncher:
+    return RayLauncher(ClusterConfig(pool=PoolConfig(name="local", shards=2)), token=None)
+
+
+def bounded(coro: Any) -> Any:
+    return run(coro, timeout_s=20)
+
+
+def test_every_start_has_a_higher_incarnation(shards: dict[str, FakeShard]) -> None:
+    launcher = make()
+    first, second = bounded(launcher.start(0)), bounded(launcher.start(1))
+    assert first.incarnation < second.incarnation
+    assert bounded(launcher.changed()) == []
+    shards["local/shard-0"].boot(2)
+    (start,) = bounded(launcher.changed())
+    assert start.info.shard == 0
+    assert start.info.incarnation > second.incarnation
+    assert bounded(launcher.changed()) == [start], "told again until the pool knows"
+    launcher.acknowledge(start)
+    assert bounded(launcher.changed()) == []
+
+
+def test_a_shard_on_its_way_is_not_told(shards: dict[str, FakeShard]) -> None:
+    launcher = make()
+    bounded(launcher.start(0))
+    shards["local/shard-0"].dead = True
+    shards["local/shard-0"].boot(2)
+    assert bounded(launcher.changed()) == []
+    shards["local/shard-0"].dead = False
+    assert len(bounded(launcher.changed())) == 1
+
+
+def test_a_stopped_shard_is_watched_no_more(shards: dict[str, FakeShard]) -> None:
+    launcher = make()
+    info = bounded(launcher.start(0))
+    shard = shards["local/shard-0"]
+    bounded(launcher.stop(info))
+    assert (shard.stopped, shard.killed) == (True, True)
+    shard.boot(2)
+    assert bounded(launcher.changed()) == []
+    bounded(launcher.stop(info))
+
+
+def test_a_shard_that_does_not_stop_is_killed(shards: dict[str, FakeShard]) -> None:
+    launcher = make()
+    info = bounded(launcher.start(0))
+    shards["local/shard-0"].dead = True
+    bounded(launcher.stop(info))
+    assert shards["local/shard-0"].killed
+
+
+def test_a_restarted_controller_finds_its_shards(shards: dict[str, FakeShard]) -> None:
+    before = make()
+    known = bounded(before.start(0))
+    bounded(before.start(1))
+    bounded(before.start(2))
+    shards["local/shard-1"].boot(2)  # came back while no controller was there
+    shards["local/shard-2"].dead = True  # and this one has not yet
+    after = make()
+    found = bounded(after.find())
+    assert found[0] == known
+    assert found[1].incarnation >= known.incarnation  # of another shard: within one millisecond it may be the same
+    assert (found[2].address, found[2].incarnation) == ("", 0)
+    assert len(found) == 3, "another pool's shard was adopted"
+    assert bounded(after.changed()) == []
+    shards["local/shard-2"].dead = False
+    shards["local/shard-2"].boot(2)
+    (start,) = bounded(after.changed())
+    assert start.info.shard == 2
+
+
+def test_a_start_that_fails_leaves_no_actor(shards: dict[str, FakeShard]) -> None:
+    launcher = make()
+    shards["local/shard-0"] = FakeShard(0)
+    shards["local/shard-0"].dead = True
+    with pytest.raises(ShardUnavailable, match=r"num_cpus=0, num_gpus=0; free now: CPU=2, GPU=0"):
+        bounded(launcher.start(0))
+    assert shards["local/shard-0"].killed
+    shards["local/shard-1"] = FakeShard(1)
+    shards["local/shard-1"].refuses = ConfigError("no port")
+    with pytest.raises(ConfigError, match="no port"):
+        bounded(launcher.start(1))
+    assert shards["local/shard-1"].killed
+    assert bounded(launcher.changed()) == []
+
+
+def test_a_shard_gets_what_the_8_gpu_file_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMPOOL_TOKEN", "a-token")
+    config = load(Path(__file__).parents[3] / "cluster" / "multi-host-8gpu.yaml")
+    config = config.model_copy(
+        update={"shard": config.shard.model_copy(update={"resources": {"pool_node": 1}, "max_restarts": 7})}
+    )
+    made: dict[str, Any] = {}
+
+    def make(process: type, *arguments: object, **options: Any) -> FakeShard:
+        made.update(options, process=process, arguments=arguments)
+        return FakeShard(3)
+
+    monkeypatch.setattr(launcher_module, "make_actor", make)
+    info = run(RayLauncher(config, token="a-token").start(3), timeout_s=10)
+    assert info.shard == 3
+    assert info.incarnation > 1_600_000_000_000  # of the clock: above those a controller before this one gave
+    assert made == {
+        "process": ShardProcess,
+        "arguments": (config, 3, "a-token"),
+        "name": "memory/shard-3",
+        "num_cpus": 2,
+        "num_gpus": 1,
+        "resources": {"pool_node": 1},
+        "max_restarts": 7,
+        "max_task_retries": 0,
+        "scheduling_strategy": "SPREAD",
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "2"}},
+    }

@@ -1,0 +1,173 @@
+import numpy as np
+import pytest
+import torch
+
+from mempool import kernels
+from mempool.shard.pages import arena as arena_module
+from mempool.shard.pages.arena import Arena, half_keys, initial_head_keys, named_arrays, pieces, row_bytes
+from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec
+from tests.contract.driver import make_schema
+
+ROWWISE = OptimizerSpec(algorithm="rowwise_adagrad", lr=0.1)
+SCHEMA = make_schema(optimizer=ROWWISE, keys=FlatKeySpec(key_dim=6))
+
+
+def _arena(blocks: tuple[int, ...]) -> Arena:
+    return Arena(schema=SCHEMA, blocks=blocks, arrays=named_arrays(SCHEMA), device=torch.device("cpu"))
+
+
+def _fill(arena: Arena, row_pages: list[int]) -> dict[str, torch.Tensor]:
+    """Put random pages there; returns what they hold."""
+    taken = arena.take(len(row_pages))
+    for array in arena.arrays:
+        pages = arena.pages(array.name)
+        pages[torch.from_numpy(taken)] = torch.randn(len(row_pages), *pages.shape[1:])
+    arena.publish(np.array(row_pages), taken)
+    return _read(arena, row_pages)
+
+
+def _read(arena: Arena, row_pages: list[int]) -> dict[str, torch.Tensor]:
+    ids = torch.cat([torch.arange(page * 8, page * 8 + 8) for page in row_pages])
+    return {array.name: kernels.gather_rows(arena.paged(array.name), ids) for array in arena.arrays}
+
+
+def _same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "widths"),
+    [
+        ((0, 1, 2), {"values": 10, "row_sum": 3, "keys": 6}),
+        ((1,), {"values": 4, "row_sum": 1}),
+        ((0, 2), {"values": 6, "row_sum": 2, "keys": 6}),
+    ],
+)
+def test_arrays_are_as_wide_as_their_blocks(blocks: tuple[int, ...], widths: dict[str, int]) -> None:
+    arena = _arena(blocks)
+    _fill(arena, [3])
+    assert {name: rows.shape[1] for name, rows in _read(arena, [3]).items()} == widths
+    for array in arena.arrays:
+        spans = [array.columns(blocks, block) for block in blocks if array.width((block,))]
+        assert [span.start for span in spans] == [0, *(span.stop for span in spans[:-1])]
+        assert spans[-1].stop == widths[array.name]
+
+
+def test_growing_keeps_what_is_there() -> None:
+    arena = _arena((0, 1, 2))
+    first = _fill(arena, [0, 5])
+    second = _fill(arena, [6, 1, 2])
+    assert _same(_read(arena, [0, 5]), first)
+    assert _same(_read(arena, [6, 1, 2]), second)
+
+
+def test_the_first_take_and_a_reserve_are_exact() -> None:
+    arena = _arena((0, 1, 2))
+    arena.take(4)
+    assert arena.num_bytes == 4 * arena.page_bytes + 7 * 4
+    arena.reserve(3)
+    arena.take(1), arena.take(2)
+    assert arena.num_bytes == 7 * arena.page_bytes + 7 * 4
+
+
+def test_pages_taken_answer_nothing_until_published() -> None:
+    arena = _arena((1,))
+    arena.take(2)
+    assert torch.equal(_read(arena, [0])["values"], torch.zeros(8, 4))
+    assert arena.num_taken == 2
+
+
+def test_pages_given_back_are_used_again() -> None:
+    arena = _arena((1,))
+    kept = _fill(arena, [1])
+    _fill(arena, [2, 3])
+    size = arena.num_bytes
+    arena.give_back(arena.withdraw(np.array([2, 3])))
+    assert arena.num_taken == 1
+    again = _fill(arena, [4, 5])
+    assert arena.num_bytes == size
+    assert _same(_read(arena, [4, 5]), again)
+    assert _same(_read(arena, [1]), kept)
+
+
+def test_shrinking_moves_rows_and_changes_none() -> None:
+    arena = _arena((0, 2))
+    _fill(arena, [0, 1, 2, 3, 4])
+    kept = _read(arena, [3, 1])
+    arena.give_back(arena.withdraw(np.array([0, 2])))
+    size = arena.num_bytes
+    arena.shrink()
+    assert arena.num_bytes == size  # not mostly empty
+    arena.give_back(arena.withdraw(np.array([4])))
+    arena.shrink()
+    assert arena.num_bytes == 2 * arena.page_bytes + 7 * 4
+    assert _same(_read(arena, [3, 1]), kept)
+
+
+def test_an_arena_with_pages_on_their_way_does_not_shrink() -> None:
+    arena = _arena((0, 2))
+    taken = arena.take(5)
+    arena.give_back(taken[1:])
+    size = arena.num_bytes
+    arena.shrink()
+    assert arena.num_bytes == size
+
+
+def test_copying_takes_columns_of_named_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena_module, "_COPY_BYTES", 1)  # page by page
+    source, target = _arena((0, 1, 2)), _arena((0, 2))
+    rows = _fill(source, [2, 4])
+    taken = target.take(2)
+    target.copy_from(source, blocks=(0, 2), source_pages=source.page_of[[2, 4]].astype(np.int64), arena_pages=taken)
+    target.publish(np.array([2, 4]), taken)
+    copied = _read(target, [2, 4])
+    assert torch.equal(copied["values"], rows["values"][:, [0, 1, 2, 3, 8, 9]])
+    assert torch.equal(copied["row_sum"], rows["row_sum"][:, [0, 2]])
+    assert torch.equal(copied["keys"], rows["keys"])
+
+
+@pytest.mark.parametrize(("num_pages", "page_bytes"), [(0, 10), (1, 2**30), (7, 2**22), (1000, 100)])
+def test_pieces_cover_everything_once(num_pages: int, page_bytes: int) -> None:
+    cut = list(pieces(num_pages, page_bytes))
+    assert [page for piece in cut for page in range(num_pages)[piece]] == list(range(num_pages))
+    assert all(piece.stop - piece.start == 1 or (piece.stop - piece.start) * page_bytes <= 2**24 for piece in cut)
+
+
+def test_head_keys_differ_and_depend_on_the_seed() -> None:
+    schema = make_schema(num_slots=49, keys=ProductKeySpec(heads=3, key_dim=8))
+    assert half_keys(schema) == 7
+    heads = [initial_head_keys(schema, head) for head in range(3)]
+    assert all(keys.shape == (2, 7, 4) for keys in heads)
+    assert len(torch.stack(heads).unique()) == 3 * 2 * 7 * 4
+    other = make_schema(num_slots=49, keys=ProductKeySpec(heads=3, key_dim=8), seed=8)
+    assert not torch.equal(initial_head_keys(other, 0), heads[0])
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+def test_packed_rows_are_one_read_and_their_padding_stays_zero(dtype: str) -> None:
+    schema = make_schema(dtype=dtype, master=True, optimizer=ROWWISE)
+    blocks = (0, 2)
+    arena = Arena(schema=schema, blocks=blocks, arrays=named_arrays(schema), device=torch.device("cpu"))
+    # 6 codes to a multiple of 4, 2 scales, to a multiple of 16; a master of 6 and 2 sums beside them.
+    assert row_bytes(schema, blocks) == 16 + 4 * 6 + 4 * 2
+    assert arena.page_bytes == 8 * row_bytes(schema, blocks)
+    for _ in range(3):  # grows, and takes again what was given back
+        taken = arena.take(3)
+        arena.publish(np.arange(3), taken)
+        for name in ("values", "scales"):
+            pages = arena.pages(name)
+            pages[torch.from_numpy(taken)] = torch.ones(3, *pages.shape[1:], dtype=pages.dtype)
+        rows = arena.paged().rows
+        assert rows.shape[1] == 16
+        assert not rows[:, 6:8].any()
+        assert torch.equal(kernels.gather_rows(arena.paged(), torch.arange(24)), _ones(dtype).expand(24, 6))
+        arena.give_back(arena.withdraw(np.arange(3))[:2])
+    arena.publish(np.arange(1), taken[2:])
+    kernels.scatter_rows(arena.paged(), torch.arange(8), torch.randn(8, 6))
+    assert not arena.paged().rows[:, 6:8].any()
+
+
+def _ones(dtype: str) -> torch.Tensor:
+    """The value of the code 1."""
+    code = torch.ones(1, dtype=torch.uint8)
+    return code.view(torch.int8 if dtype == "int8" else torch.float8_e4m3fn).float()

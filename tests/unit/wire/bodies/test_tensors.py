@@ -1,0 +1,87 @@
+"""Bodies, dtypes and Tensor messages of the control path."""
+
+import numpy as np
+import pytest
+import torch
+
+from mempool.errors import InvalidRequest
+from mempool.wire.bodies.tensors import (
+    DTYPES,
+    array_from_message,
+    body_of,
+    checked_dtype,
+    frame_memory,
+    tensor_to_message,
+)
+from mempool.wire.v1 import tensor_pb2
+
+
+def test_every_dtype_of_the_proto_is_known() -> None:
+    stored_only = {tensor_pb2.DTYPE_FLOAT8_E4M3FN, tensor_pb2.DTYPE_INT8}
+    assert sorted(DTYPES.values()) == sorted(set(tensor_pb2.Dtype.values()) - stored_only - {0})
+    for dtype, number in DTYPES.items():
+        assert tensor_pb2.Dtype.Name(number) == "DTYPE_" + str(dtype).removeprefix("torch.").upper()
+
+
+def test_a_body_is_a_view() -> None:
+    tensor = torch.arange(6, dtype=torch.int32).view(2, 3)
+    body = body_of(tensor, "x")
+    assert (body.shape, body.itemsize, body.dtype) == ((2, 3), 4, tensor_pb2.DTYPE_INT32)
+    tensor[1, 2] = 77
+    assert bytes(body.view) == tensor.numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.ones(2, dtype=torch.bool), "rows has dtype bool; tensors travel as float32, "),
+        (torch.ones(2, dtype=torch.complex64), "rows has dtype complex64"),
+        (np.ones(2, np.int16), "rows has dtype int16"),
+        (np.array(["a"]), "rows has dtype str32"),
+        (torch.ones([1] * 9), "rows has 9 dimensions; at most 8"),
+    ],
+)
+def test_what_cannot_travel_is_refused(value: torch.Tensor, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        body_of(value, "rows")
+
+
+def test_read_only_arrays_are_sent_without_warning() -> None:
+    array = np.arange(4)
+    array.flags.writeable = False
+    assert bytes(body_of(array, "x").view) == array.tobytes()
+
+
+def test_arrays_come_back_from_messages() -> None:
+    array = np.arange(12, dtype=np.int32).reshape(3, 4).T
+    message = tensor_to_message(array, "owners")
+    found = array_from_message(tensor_pb2.Tensor.FromString(message.SerializeToString()), "owners", np.int32, 2)
+    np.testing.assert_array_equal(found, array)
+    assert found.flags.writeable
+    assert found.dtype == np.int32
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((2, 2), np.int64), r"owners is int64 \[2, 2\]; expected int32 in 2 dimensions"),
+        (np.zeros(2, np.int32), r"owners is int32 \[2\]; expected int32 in 2 dimensions"),
+    ],
+)
+def test_another_kind_of_array_is_refused(array: np.ndarray, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        array_from_message(tensor_to_message(array, "owners"), "owners", np.int32, 2)
+
+
+def test_a_body_of_another_length_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match=r"ids has a body of 7 bytes; shape \[2, 3\] of float32 takes 24"):
+        checked_dtype(tensor_pb2.DTYPE_FLOAT32, (2, 3), 7, "ids")
+
+
+def test_frame_memory_is_the_frame() -> None:
+    frame = bytes(range(100))
+    memory = frame_memory(frame)
+    assert memory.ctypes.data == np.frombuffer(frame, np.uint8).ctypes.data
+    np.testing.assert_array_equal(memory, np.arange(100))
+    np.testing.assert_array_equal(frame_memory(memoryview(frame)[3:50]), np.arange(3, 50))
+    assert frame_memory(b"").shape == (0,)
