@@ -1,5 +1,5 @@
-"""Clients that flood one shard, without a token and with one: its memory beside what its config says, and another client's
-waiting beside what it waits when alone.
+"""Clients that flood one shard, without a token and with one: its memory beside what its config says, and how long
+another client waits beside what it waits when alone.
 
     python -m tests.hostile.flood --connections 64 --seconds 20 --memory 1GiB
 """
@@ -137,12 +137,13 @@ def attack(kind: str, *, connections: int, seconds: float, memory: str, log: Pat
 
             sampling = asyncio.create_task(sample())
             waits = await small_calls(target.shards[0], target.address, seconds)
+            await asyncio.to_thread(flooding.wait, seconds + 120)
             watched.set()
             await sampling
             return waits
 
         beside = asyncio.run(watch())
-        told, _ = flooding.communicate(timeout=seconds + 120)
+        told, _ = flooding.communicate()
         time.sleep(5.0)
         return {
             "kind": kind,

@@ -122,13 +122,13 @@ FIELDS: list[tuple[str, str, int, Make]] = [
         "MemoryService.Lookup",
         "queries",
         100,
-        lambda r, n: data_pb2.LookupRequest(table=VICTIM, topk=4, queries=tensor(_queries(n))),
+        lambda _, n: data_pb2.LookupRequest(table=VICTIM, topk=4, queries=tensor(_queries(n))),
     ),
     (
         "MemoryService.Lookup",
         "table",
         10_000,
-        lambda r, n: data_pb2.LookupRequest(table="t" * n, topk=4, queries=tensor(_queries(1))),
+        lambda _, n: data_pb2.LookupRequest(table="t" * n, topk=4, queries=tensor(_queries(1))),
     ),
     (
         "MemoryService.ReadRows",
@@ -168,12 +168,12 @@ FIELDS: list[tuple[str, str, int, Make]] = [
         1_000,
         lambda r, n: shard_pb2.SetViewRequest(view=_view(r, shards=n).view),
     ),
-    ("PoolService.CreateTable", "name", 10_000, lambda r, n: _create(name="t" * n)),
-    ("PoolService.CreateTable", "blocks", 10, lambda r, n: _create(value_dim=n, block_dim=1)),
-    ("PoolService.CreateTable", "pages", 10_000, lambda r, n: _create(num_slots=n * n // 16 * 16, page_slots=1)),
-    ("PoolService.CreateTable", "heads", 1_000, lambda r, n: _create(heads=n)),
-    ("PoolService.DropTable", "name", 10_000, lambda r, n: pool_pb2.DropTableRequest(name="t" * n)),
-    ("PoolService.GetTable", "name", 10_000, lambda r, n: pool_pb2.GetTableRequest(name="t" * n)),
+    ("PoolService.CreateTable", "name", 10_000, lambda _, n: _create(name="t" * n)),
+    ("PoolService.CreateTable", "blocks", 10, lambda _, n: _create(value_dim=n, block_dim=1)),
+    ("PoolService.CreateTable", "pages", 10_000, lambda _, n: _create(num_slots=n * n // 16 * 16, page_slots=1)),
+    ("PoolService.CreateTable", "heads", 1_000, lambda _, n: _create(heads=n)),
+    ("PoolService.DropTable", "name", 10_000, lambda _, n: pool_pb2.DropTableRequest(name="t" * n)),
+    ("PoolService.GetTable", "name", 10_000, lambda _, n: pool_pb2.GetTableRequest(name="t" * n)),
 ]
 
 
@@ -198,14 +198,17 @@ async def _measure(target: Target) -> int:
         channel = channels[label.split(".")[0]]
         took_s, ended = [], []
         for factor in FACTORS:
-            frame = make(requests, size * factor).SerializeToString()
+            request = make(requests, size * factor)
+            frame = request.SerializeToString()
             best_s = 1e9
             for _ in range(3):
                 started_s = time.monotonic()
                 status, _, _ = await channel.send(METHODS[label], frame, timeout_s=120)
                 best_s = min(best_s, time.monotonic() - started_s)
                 if label == "PoolService.CreateTable" and status == "OK":
-                    await channel.ask("PoolService.DropTable", pool_pb2.DropTableRequest(name="growing"))
+                    assert isinstance(request, pool_pb2.CreateTableRequest)
+                    made = pool_pb2.DropTableRequest(name=request.schema.name)
+                    await channel.ask("PoolService.DropTable", made)
             took_s.append(best_s)
             ended.append(status)
         over = took_s[2] / max(took_s[1], WORTH_S / 10) / 10

@@ -11,7 +11,7 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
-_INTEGERS = [
+_INTEGERS = [0, 1, 2, 3, 7, 255, *(2**power + off for power in (15, 16, 31, 32, 53, 62, 63) for off in (-1, 0)), 2**64 - 1]
     0,
     1,
     2,

@@ -1,4 +1,4 @@
-"""Raw calls of a pool: protobuf's own classes and grpc.aio, nothing of mempool's client, so that any bytes can be sent."""
+"""Raw calls of a pool: protobuf's own classes and grpc.aio, nothing of mempool's client: any bytes can be sent."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -78,8 +78,8 @@ class RawChannel:
         try:
             if method.streams:
                 streams: Any = self._channel.unary_stream(method.path)
-                async for reply in streams(frame, timeout=timeout_s, metadata=self._metadata):
-                    pass
+                replies = streams(frame, timeout=timeout_s, metadata=self._metadata)
+                reply = [reply async for reply in replies][-1]
             else:
                 unary: Any = self._channel.unary_unary(method.path)
                 reply = await unary(frame, timeout=timeout_s, metadata=self._metadata)

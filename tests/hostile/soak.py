@@ -2,8 +2,8 @@
 
     python -m tests.hostile.soak --connects 10000 --refusals 1000
 
-A killed client is a process that sends the bytes a real client sent on its connection, up to a random one, and then kills
-itself with SIGKILL: ten thousand Pythons that import gRPC would take an hour.
+A killed client is a process that sends the bytes a real client sent on its connection, up to a random one, and then
+kills itself with SIGKILL: ten thousand Pythons that import gRPC would take an hour.
 """
 
 import argparse

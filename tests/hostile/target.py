@@ -1,4 +1,4 @@
-"""The process that is attacked: a controller and shards behind real gRPC, and what its memory, descriptors and threads are.
+"""The process that is attacked: a controller and shards behind real gRPC; and what such a process takes.
 
 Run as a child (``Target``); it prints a line of JSON with its addresses and lives until its standard input ends.
 """
