@@ -11,41 +11,11 @@ from typing import Any
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
-_INTEGERS = [0, 1, 2, 3, 7, 255, *(2**power + off for power in (15, 16, 31, 32, 53, 62, 63) for off in (-1, 0)), 2**64 - 1]
-    0,
-    1,
-    2,
-    3,
-    7,
-    255,
-    2**15,
-    2**16,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**32,
-    2**53,
-    2**62,
-    2**63 - 1,
-    2**63,
-    2**64 - 1,
-]  # noqa: E501
+_POWERS = (15, 16, 31, 32, 53, 62, 63)
+_INTEGERS = [0, 1, 2, 3, 7, 255, *(2**power + off for power in _POWERS for off in (-1, 0)), 2**64 - 1]
 _DOUBLES = [0.0, -0.0, 1.0, -1.0, 1e-310, 1e300, -1e300, float("inf"), float("-inf"), float("nan")]
-_TEXTS = [
-    "",
-    "a",
-    "values",
-    "values.sum",
-    "sum",
-    "scales",
-    "keys",
-    "head_keys",
-    "x\ny",
-    "\x00",
-    "é" * 300,
-    "a" * 5_000,
-    "witness ",
-]
+_NAMES = ["values", "values.sum", "sum", "scales", "keys", "head_keys", "witness "]
+_TEXTS = ["", "a", *_NAMES, "x\ny", "\x00", "é" * 300, "a" * 5_000]
 ADDRESSES = ["", "127.0.0.1:1", "nonsense", "127.0.0.1", ":0", "127.0.0.1:99999"]
 _LENGTHS = [0, 1, 2, 17, 1_000, 20_000]
 
