@@ -12,8 +12,8 @@ from typing import Any, Self, TypeVar
 
 from mempool.client.routing.fanout import Dial
 from mempool.client.routing.router import Router
-from mempool.client.session import Session
 from mempool.client.table import Table
+from mempool.client.training.session import Session
 from mempool.config import TableConfig, resolve
 from mempool.errors import AlreadyExists, InvalidRequest, NotFound
 from mempool.types import PoolApi, PoolStatus, RescaleProgress, TableSchema, TableView
