@@ -9,8 +9,8 @@ from mempool.client.pool import Pool
 from mempool.client.remote import connect
 from mempool.client.routing.attempt import Seen
 from mempool.client.routing.router import Router
-from mempool.client.session import Prepared, Session, SessionCounters
 from mempool.client.table import Table
+from mempool.client.training.session import Prepared, Session, SessionCounters
 from mempool.client.transport.pool import GrpcPool
 from mempool.client.transport.shard import GrpcDialer, GrpcShard
 from mempool.types.bags import Bags
