@@ -5,16 +5,21 @@ this start its incarnation, and only then is there an engine and a server: a pro
 before the controller knows that its pages are gone. Data never passes through Ray: clients speak to the server.
 """
 
+from __future__ import annotations
+
 import uuid
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import ray
 
 from mempool.config import ClusterConfig
 from mempool.rayhost.actors import node_ip
-from mempool.rayhost.serving import ShardServing
 from mempool.types import ShardInfo
 from mempool.wire.channels.loop import run
+
+if TYPE_CHECKING:
+    from mempool.rayhost.shard_serving import ShardServing
 
 _CALL_TIMEOUT_S = 60.0
 
@@ -31,6 +36,9 @@ class ShardProcess:
     """One start of a shard's process. Made an actor by ``RayLauncher``."""
 
     def __init__(self, config: ClusterConfig, shard: int, token: str | None) -> None:
+        # Here and not above: the controller names this class too, and needs no torch.
+        import mempool.rayhost.shard_serving  # noqa: F401
+
         self._config = config
         self._shard = shard
         self._token = token
@@ -60,6 +68,8 @@ class ShardProcess:
             self._serving = None
 
     async def _serve(self, incarnation: int, node_ip: str) -> ShardInfo:
+        from mempool.rayhost.shard_serving import ShardServing
+
         self._serving = ShardServing(
             self._config, shard=self._shard, incarnation=incarnation, node_ip=node_ip, token=self._token
         )
