@@ -33,6 +33,9 @@ def reported() -> Iterator[None]:
     except BrokenPipeError:  # `mempool status | head`
         sys.stderr.close()
         raise typer.Exit(FAILED) from None
+    except OSError as error:  # a full disk, a right that is missing: the system's own words
+        where = "" if error.filename is None else f": {error.filename}"
+        _fail(f"{error.strerror or error}{where}", FAILED)
 
 
 @contextmanager

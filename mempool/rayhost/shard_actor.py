@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import ray
+from ray.exceptions import RayError
 
 from mempool.config import ClusterConfig
-from mempool.rayhost.actors import node_ip
+from mempool.rayhost.actors import NAMESPACE, controller_name, node_ip
 from mempool.types import ShardInfo
 from mempool.wire.channels.loop import run
 
@@ -45,6 +46,8 @@ class ShardProcess:
         self._boot_id = uuid.uuid4().hex
         self._serving: ShardServing | None = None
         self._info: ShardInfo | None = None
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            _tell_controller(config.pool.name)
 
     @ray.method(concurrency_group="health")  # answers whatever the engine does
     def describe(self) -> Description:
@@ -74,3 +77,12 @@ class ShardProcess:
             self._config, shard=self._shard, incarnation=incarnation, node_ip=node_ip, token=self._token
         )
         return await self._serving.start()
+
+
+def _tell_controller(pool: str) -> None:
+    """Say that a shard's process is there again. A controller that does not hear it finds out by looking."""
+    try:
+        controller = ray.get_actor(controller_name(pool), namespace=NAMESPACE)
+        controller.shard_is_back.remote()
+    except (ValueError, RayError):  # it is away too; it asks all shards when it comes back
+        return
