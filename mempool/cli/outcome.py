@@ -24,11 +24,11 @@ def reported() -> Iterator[None]:
     except MempoolError as error:
         _fail(error.message, _code(error))
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "mempool":
+        package = (error.name or "mempool").partition(".")[0]
+        if package == "mempool":
             raise
         _fail(
-            f"this command needs the package {error.name!r}, which is not installed: pip install 'mempool[server]'",
-            FAILED,
+            f"this command needs the package {package!r}, which is not installed: pip install 'mempool[server]'", FAILED
         )
     except BrokenPipeError:  # `mempool status | head`
         sys.stderr.close()

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mempool.cli.outcome import UsageError
-from mempool.client.asking import pool_status
 from mempool.config import ClusterConfig, load
 from mempool.errors import NotFound, PoolUnreachable
 from mempool.rayhost import PoolRecord, read_record, read_records
@@ -45,6 +44,8 @@ class Target:
 
     def status(self) -> PoolStatus:
         """Ask it. Raises PoolUnreachable, with what to do."""
+        from mempool.client.asking import pool_status  # gRPC: what is wrong with a file shows without it
+
         # Where only the default stands for the address, nobody there is the usual case, not one that passes.
         timeout_s = 0.0 if self.guessed else _ANSWER_TIMEOUT_S
         try:

@@ -63,23 +63,28 @@ def ray_place() -> Path:
     """
     if own := os.environ.get(RAY_FOLDER_VARIABLE):
         return Path(own)
-    path = Path(tempfile.gettempdir()) / f"mempool-{os.getuid()}"
-    return path if len(str(path)) <= _MAX_FOLDER_LENGTH else Path("/tmp") / path.name
+    own = f"mempool-{os.getuid()}"
+    path = Path(tempfile.gettempdir()) / own / "ray"
+    return path if len(str(path)) <= _MAX_FOLDER_LENGTH else Path("/tmp") / own / "ray"
 
 
 def ray_folder() -> Path:
     """``ray_place``, made if missing, and nobody else's. Raises ConfigError where that cannot be."""
     path = ray_place()
     advice = f"set {RAY_FOLDER_VARIABLE} to a folder of yours, with a short name"
+    # Ray opens its folder to everybody, so what keeps others out is the one above; and in a folder that all may write
+    # to, anybody could have put that there.
+    above = None if os.environ.get(RAY_FOLDER_VARIABLE) else path.parent
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = path.lstat()
+        if above is not None:
+            above.mkdir(mode=0o700, exist_ok=True)
+            found = above.lstat()
+            own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+            if not own:
+                raise ConfigError(f"{above} is not this user's own folder, and Ray would run what lies there; {advice}")
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot use {path} ({error.strerror}), which Ray needs; {advice}") from None
-    # In a folder that all may write to, anybody could have put it there.
-    own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
-    if RAY_FOLDER_VARIABLE not in os.environ and not own:
-        raise ConfigError(f"{path} is not this user's own folder, and Ray would run what lies there; {advice}")
     return path
 
 
