@@ -19,7 +19,9 @@ _PAUSE_S = 0.25
 _STUCK_S = 30.0
 
 # gRPC's way of saying that there is no connection: the last part is the system's own word.
-_NO_CONNECTION = re.compile(r"(failed to connect|DNS resolution failed).*: (?P<why>[^:()]+)\)", re.DOTALL)
+_NO_CONNECTION = re.compile(
+    r"(failed to connect|lookup failed|DNS resolution failed).*: (?P<why>[^:()\[\]]+)[\])]", re.DOTALL
+)
 
 
 def pool_status(addresses: Sequence[str], *, token: str | None = None, timeout_s: float = 5.0) -> PoolStatus:
