@@ -7,8 +7,6 @@ from typing import Any
 
 import ray
 
-import mempool
-
 NAMESPACE = "mempool"
 
 # A thread of OpenMP (torch's and Numba's kernels) that waits for work spins on its core by default, for 200 ms and
@@ -41,7 +39,7 @@ def kernel_variables(threads: int) -> dict[str, str]:
 
 def _path() -> dict[str, str]:
     """Lets workers of this host import the mempool that this command is, where it is not an installed one."""
-    here = Path(mempool.__file__).resolve().parents[1]
+    here = Path(__file__).resolve().parents[2]
     installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()}
     return {} if str(here) in installed else {"PYTHONPATH": f"{here}:${{PYTHONPATH}}"}
 

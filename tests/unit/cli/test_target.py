@@ -69,18 +69,18 @@ def test_the_only_one_that_runs(listening: str) -> None:
         find_target()
     started("running")
     started("too")
-    with pytest.raises(PoolUnreachable, match="gone .*running .*too "):
+    with pytest.raises(PoolUnreachable, match=r"gone .*running .*too "):
         find_target()
 
 
 def test_options_that_do_not_fit(tmp_path: Path) -> None:
     file = written(tmp_path / "a.yaml", "a")
-    with pytest.raises(UsageError, match="--pool b is not the pool of .*a.yaml, which is 'a'"):
+    with pytest.raises(UsageError, match=r"--pool b is not the pool of .*a.yaml, which is 'a'"):
         find_target(file, "b")
     with pytest.raises(UsageError, match="--pool and --address"):
         find_target(pool="a", address="localhost:1")
     started("b")
-    with pytest.raises(NotFound, match="no pool 'c' .*started here: b"):
+    with pytest.raises(NotFound, match=r"no pool 'c' .*started here: b"):
         find_target(pool="c")
     with pytest.raises(UsageError, match="port of 'd' is 0"):
         find_target(written(tmp_path / "d.yaml", "d", 0))

@@ -1,7 +1,6 @@
-"""Where a user without a home, without rights or without room on the disk stands; a folder for Ray that is ours alone."""
+"""Users without a home, without rights, without room on the disk; a folder for Ray that is this user's alone."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,9 @@ from mempool.rayhost.folders import ray_folder, ray_place, require_room, room_pr
 
 
 @pytest.fixture(autouse=True)
-def _no_settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("MEMPOOL_STATE", "XDG_STATE_HOME", "RAY_TMPDIR"):
         monkeypatch.delenv(variable, raising=False)
-    yield
 
 
 def test_state_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -34,7 +32,7 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Path, "home", homeless)
     assert state_place() is None
-    with pytest.raises(ConfigError, match="no home .*set MEMPOOL_STATE or XDG_STATE_HOME"):
+    with pytest.raises(ConfigError, match=r"no home .*set MEMPOOL_STATE or XDG_STATE_HOME"):
         state_folder()
     monkeypatch.undo()
     monkeypatch.setenv("HOME", "relative")
@@ -65,7 +63,7 @@ def test_rays_folder_is_this_users_alone(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert place.is_dir()
     assert place.parent.stat().st_mode & 0o077 == 0
     place.parent.chmod(0o777)
-    with pytest.raises(ConfigError, match="not this user's own folder.*set RAY_TMPDIR"):
+    with pytest.raises(ConfigError, match=r"not this user's own folder.*set RAY_TMPDIR"):
         ray_folder()
     place.rmdir()
     place.parent.rmdir()
@@ -83,7 +81,7 @@ def test_a_full_disk_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert problem is not None
     assert "no space left on device" in problem
     assert str(tmp_path) in problem
-    with pytest.raises(ConfigError, match="no space left on device.*Make room"):
+    with pytest.raises(ConfigError, match=r"no space left on device.*Make room"):
         require_room(tmp_path, 1 << 62)
     assert room_problem(tmp_path / "none", 1 << 62) is None
 
