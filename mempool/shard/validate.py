@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from mempool.errors import ContextMissing, InvalidRequest
-from mempool.kernels import LAST_STEP
-from mempool.shard.pages.arena import KEYS, SCALES, Blocks, key_dim
+from mempool.shard.pages.arena import KEYS, LAST_STEP, SCALES, Blocks, key_dim
 from mempool.shard.pages.storage import Storage
 from mempool.types import (
     CommitRequest,
