@@ -153,7 +153,7 @@ class Retry:
             )
         if isinstance(error, Overloaded):
             return Overloaded(
-                f"table {self._table!r} of pool {self._pool!r}: not done within {spent} ({tries}).",
+                f"table {self._table!r} of {where.pool}: not done within {spent} ({tries}).",
                 shard=error.shard,
                 address=error.address,
                 retry_after_s=error.retry_after_s,
