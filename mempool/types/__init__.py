@@ -31,11 +31,14 @@ from mempool.types.pages import (
     PullReport,
 )
 from mempool.types.pool import (
+    MAX_SHARDS,
     PoolStatus,
     RescaleProgress,
+    ShardFill,
     ShardInfo,
     ShardStatus,
     StageTime,
+    TableCreation,
     TableStatus,
     TableView,
 )
@@ -54,6 +57,7 @@ from mempool.types.schema import (
 
 __all__ = [
     "ELEMENT_BYTES",
+    "MAX_SHARDS",
     "AttachTable",
     "CommitReply",
     "CommitRequest",
@@ -84,6 +88,7 @@ __all__ = [
     "ScoreReply",
     "ScoreRequest",
     "Shard",
+    "ShardFill",
     "ShardHost",
     "ShardInfo",
     "ShardStatus",
@@ -91,6 +96,7 @@ __all__ = [
     "Stamp",
     "StepId",
     "StorageDtype",
+    "TableCreation",
     "TableSchema",
     "TableStatus",
     "TableView",
