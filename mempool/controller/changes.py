@@ -95,7 +95,7 @@ class TableChanges:
         elif making.schema != schema:
             raise AlreadyExists(
                 f"table {schema.name!r} is being made by another call, and differs: "
-                f"{'; '.join(differences(making.schema, schema))}. Ask for the same, take another name, or end that one "
+                f"{'; '.join(differences(making.schema, schema))}. Ask for the same, take another name, or end it "
                 f"with pool.drop_table({schema.name!r})"
             )
         assert making.task is not None

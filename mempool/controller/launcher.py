@@ -14,7 +14,7 @@ class Launcher(Protocol):
     async def start(self, shard: int) -> ShardInfo:
         """Start a shard and answer once it is ready. Raises ShardUnavailable with the reason and what to do."""
 
-    async def waiting_for(self) -> str:
+    async def starting(self) -> str:
         """What starts that are under way wait for, for people; "" if there are none."""
 
     async def stop(self, info: ShardInfo) -> None:

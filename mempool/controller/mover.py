@@ -65,7 +65,7 @@ class MovePlan:
 
 
 def plan_moves(view: TableView, shards: Sequence[int], round_bytes: int) -> MovePlan:
-    """Plan one table's way to ``shards``. Takes a moment where there are many pages or shards: not for the event loop."""
+    """Plan one table's way to ``shards``. Takes a while where pages or shards are many: not for the event loop."""
     schema, placement = view.schema, view.placement
     present = Assignment(owners=placement.owners, key_owners=placement.key_owners)
     target = plan(

@@ -69,7 +69,7 @@ class Rescaling:
 
     async def waiting_for(self) -> str:
         """What the one that goes on waits for, for people; "" if for nothing."""
-        return await self._launcher.waiting_for() if self._starting else self._waiting
+        return await self._launcher.starting() if self._starting else self._waiting
 
     async def start(self, shards: Sequence[int]) -> None:
         """Start shards: all of them, or none. Raises what the launcher raised."""

@@ -1,4 +1,4 @@
-"""Looking after shards: adoption by a new controller, shards that came back, what they missed; and the pool's status."""
+"""Looking after shards: adoption by a new controller, shards that came back, what they missed; the pool's status."""
 
 import asyncio
 from collections.abc import Iterable

@@ -30,7 +30,7 @@ class EngineLauncher:
     async def require_room(self, shards: int) -> None:
         """There is room for as many engines as anybody asks for."""
 
-    async def waiting_for(self) -> str:
+    async def starting(self) -> str:
         """Engines start at once."""
         return ""
 

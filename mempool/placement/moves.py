@@ -62,8 +62,8 @@ class Rounds:
     """Moves, cut where a round ends: each round is carried out together, between two epochs.
 
     Attributes:
-        page_ends, key_ends: [R] int64; round r has the moves from ``page_ends[r - 1]`` (0 at first) to ``page_ends[r]``,
-            and so for key pages. All moves of a row page are in the same round.
+        page_ends, key_ends: [R] int64; round r has the moves from ``page_ends[r - 1]``, 0 at first, to
+            ``page_ends[r]``, and so for key pages. All moves of a row page are in the same round.
     """
 
     moves: Moves

@@ -197,7 +197,7 @@ async def _create(schema: TableSchema) -> None:
 
         async def require_room(self, shards: int) -> None: ...
 
-        async def waiting_for(self) -> str:
+        async def starting(self) -> str:
             return ""
 
         async def stop(self, info: ShardInfo) -> None:
