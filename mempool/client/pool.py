@@ -3,7 +3,6 @@
 How the controller and the shards are reached is for whoever makes it: ``connect`` (gRPC) or ``mempool.local``.
 """
 
-import operator
 import secrets
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -11,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from mempool.client.connection import Connection
+from mempool.client.counts import shard_count
 from mempool.client.creation import CreateProgress, Creation
 from mempool.client.routing.fanout import Dial
 from mempool.client.routing.router import Router
@@ -18,7 +18,7 @@ from mempool.client.routing.whereabouts import Whereabouts
 from mempool.client.table import Table
 from mempool.client.training.session import Session
 from mempool.config import TableConfig
-from mempool.errors import InvalidRequest, NotFound
+from mempool.errors import NotFound
 from mempool.types import PoolApi, PoolStatus, RescaleProgress, TableView
 from mempool.types.caller import Caller, calling
 
@@ -156,7 +156,7 @@ class Pool:
             InvalidRequest: Another rescale is going on, or shards is below 1.
             PoolUnreachable: The controller does not answer; once begun, a rescale may go on by itself: see ``status``.
         """
-        count = _whole_shards(shards)
+        count = shard_count(shards)
         reports, report = self._connection.run(
             self._connection.tries.run("rescale", lambda: self._begin_rescale(count))
         )
@@ -221,14 +221,3 @@ async def _end(reports: AsyncIterator[RescaleProgress]) -> None:
     close = getattr(reports, "aclose", None)  # an iterator need not have it; a generator must be ended on its loop
     if close is not None:
         await close()
-
-
-def _whole_shards(shards: object) -> int:
-    """Any kind of integer, numpy's too, but no bool."""
-    try:
-        count = 0 if isinstance(shards, bool) else operator.index(shards)  # type: ignore[arg-type]
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise InvalidRequest(f"shards = {shards!r}: a pool has at least 1 shard, a whole number.")
-    return count

@@ -1,6 +1,7 @@
 """Composition root of the embedded pool: engines by number, a controller over them, a ``Pool`` in front."""
 
 from mempool.client import Pool
+from mempool.client.counts import shard_count
 from mempool.controller import Controller
 from mempool.errors import ConfigError, ShardUnavailable
 from mempool.types import ShardHost, ShardInfo
@@ -61,10 +62,11 @@ def local(*, shards: int = 1, device: str = "auto", name: str = "local", timeout
         ...     table.gather(torch.tensor([[1, 2, 3]]), torch.ones(1, 3)).shape
         torch.Size([1, 64])
     """
+    count = shard_count(shards)
     _require_server_packages()
     launcher = EngineLauncher(device=_device(device), pool=name)
     controller = Controller(name, launcher=launcher, dial=launcher.dial)
-    run(controller.open(shards), timeout_s=_START_TIMEOUT_S)
+    run(controller.open(count), timeout_s=_START_TIMEOUT_S)
     return Pool(controller, dial=launcher.dial, name=name, embedded=True, timeout_s=timeout_s)
 
 

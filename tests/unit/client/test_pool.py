@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -93,8 +94,8 @@ def test_rescale_reports_on_the_callers_thread(open_pool) -> None:  # type: igno
     pool.rescale(5, progress=reports.append)
     assert [(report.pages_moved, report.done) for report in reports] == [(0, False), (7, True)]
     assert {report.shards_after for report in reports} == {5}
-    pool.rescale(5)
-    for shards in (0, -1, True, 2.0):
+    pool.rescale(np.int64(5))
+    for shards in (0, -1, True, np.bool_(True), 2.0):
         with pytest.raises(InvalidRequest, match="a pool has at least 1 shard"):
             pool.rescale(shards)
 

@@ -1,9 +1,11 @@
 """The embedded pool as a user meets it."""
 
+import gc
 import pickle
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -90,3 +92,40 @@ def test_a_table_is_not_pickled() -> None:
         table = pool.create_table(mempool.TableConfig(name="facts", num_slots=64, value_dim=8))
         with pytest.raises(errors.InvalidRequest, match="connect to the pool"):
             pickle.dumps(table)
+
+
+def _shard_threads(name: str) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.endswith(f"pool {name!r}")]
+
+
+def test_a_pool_that_is_not_closed_ends_with_the_last_that_holds_it_and_is_warned_of() -> None:
+    def trained() -> tuple[mempool.Table, torch.Tensor]:
+        pool = mempool.local(shards=2, name="lost", timeout_s=60)
+        table = pool.create_table(mempool.TableConfig(name="facts", num_slots=64, value_dim=8))
+        return table, table.gather(torch.tensor([[1, 2]]))
+
+    gc.disable()  # no cycle holds it
+    try:
+        table, pooled = trained()
+        gone = weakref.ref(table)
+        del table
+        pooled.sum().backward()  # a graph is enough
+        assert len(_shard_threads("lost")) == 2
+        with pytest.warns(ResourceWarning, match="embedded pool 'lost' was not closed"):
+            del pooled
+        assert gone() is None
+        for thread in _shard_threads("lost"):
+            thread.join(30.0)
+        assert not _shard_threads("lost")
+    finally:
+        gc.enable()
+
+
+def test_a_closed_pool_says_that_it_was_embedded() -> None:
+    with mempool.local(name="mine", timeout_s=60) as pool:
+        table = pool.create_table(mempool.TableConfig(name="facts", num_slots=64, value_dim=8))
+    with pytest.raises(errors.InvalidRequest) as raised:
+        table.rows(torch.tensor([1]))
+    assert str(raised.value) == (
+        "embedded pool 'mine' is closed, and its tables ended with it; make another with mempool.local()."
+    )
