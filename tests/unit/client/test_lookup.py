@@ -7,8 +7,7 @@ import torch
 from mempool.client.lookup import Lookup, checked_queries, checked_topk, without_heads
 from mempool.errors import InvalidRequest
 from mempool.types import FlatKeySpec, ProductKeySpec
-
-from .fakes import make_schema
+from tests.support.faulty import make_schema
 
 PRODUCT = make_schema(keys=ProductKeySpec(heads=2, key_dim=6), stride=8)
 FLAT = make_schema(keys=FlatKeySpec(key_dim=5))
