@@ -34,6 +34,7 @@ _STATUS: dict[ErrorCode, grpc.StatusCode] = {
     ErrorCode.DATA_LOSS: grpc.StatusCode.DATA_LOSS,
     ErrorCode.STALE_PLACEMENT: grpc.StatusCode.ABORTED,
     ErrorCode.CONTEXT_MISSING: grpc.StatusCode.FAILED_PRECONDITION,
+    ErrorCode.OVERLOADED: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 
 _CLASSES: dict[int, type[MempoolError]] = {
@@ -53,6 +54,7 @@ _CLASSES: dict[int, type[MempoolError]] = {
         errors.DataLoss,
         errors.StalePlacement,
         errors.ContextMissing,
+        errors.Overloaded,
     )
 }
 
@@ -90,6 +92,8 @@ def to_status(error: BaseException) -> tuple[grpc.StatusCode, str, Metadata]:
         detail.shard = error.shard
     if error.address is not None:
         detail.address = error.address
+    if isinstance(error, errors.Overloaded):
+        detail.retry_after_s = error.retry_after_s
     return _STATUS[error.code], _cut(error.message, MAX_STATUS_BYTES), ((DETAIL_KEY, detail.SerializeToString()),)
 
 
@@ -111,11 +115,14 @@ def from_rpc_error(
         except DecodeError:
             break
         if (known := _CLASSES.get(detail.code)) is not None:
-            return known(
+            found = known(
                 detail.message,
                 shard=detail.shard if detail.HasField("shard") else shard,
                 address=detail.address if detail.HasField("address") else address,
             )
+            if isinstance(found, errors.Overloaded):
+                found.retry_after_s = detail.retry_after_s
+            return found
     cls, message = _foreign(error.code(), error.details() or "", shard, address)
     failure = cls(message, shard=shard, address=address)
     if isinstance(failure, errors.Unavailable):

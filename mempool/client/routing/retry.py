@@ -7,7 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mempool.client.routing.whereabouts import Whereabouts
-from mempool.errors import DeadlineExceeded, MempoolError, NotFound, PoolUnreachable, Replan, ShardUnavailable
+from mempool.errors import (
+    DeadlineExceeded,
+    MempoolError,
+    NotFound,
+    Overloaded,
+    PoolUnreachable,
+    Replan,
+    ShardUnavailable,
+)
+
+_LONGEST_RETRY_AFTER_S = 60.0  # what is longer, or no number, is not from a shard of ours
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +102,9 @@ class Retry:
         else:
             self._outages += 1
             delay_s = self._backoff.delay_s(self._outages, jitter=self._jitter())
-            delay_s = max(delay_s, getattr(error, "retry_after_s", None) or 0.0)
+            if isinstance(error, Overloaded) and 0.0 < error.retry_after_s < _LONGEST_RETRY_AFTER_S:
+                # Spread out, as others were told the same.
+                delay_s = max(delay_s, error.retry_after_s * (1.0 + self._jitter() / 2.0))
         if now_s + delay_s >= self._start_s + self._patience_s(error):
             return GiveUp(error=self._final(error, now_s=now_s))
         self._try_began_s = now_s + delay_s
@@ -138,6 +150,13 @@ class Retry:
                 f"table {self._table!r} of {where.pool}: not done within {spent} ({tries}). Repeating it is safe.",
                 shard=error.shard,
                 address=error.address,
+            )
+        if isinstance(error, Overloaded):
+            return Overloaded(
+                f"table {self._table!r} of {where.pool}: not done within {spent} ({tries}).",
+                shard=error.shard,
+                address=error.address,
+                retry_after_s=error.retry_after_s,
             )
         who = "a shard" if error.shard is None else f"shard {error.shard}"
         return ShardUnavailable(
