@@ -346,7 +346,7 @@ class Storage:
         for place, head in enumerate(ids_M.tolist()):
             if head in self.heads:
                 rows_MW[place] = self.head_keys[self.heads.index(head)]
-        return rows_MW.view(ids_M.shape[0], -1)
+        return rows_MW.flatten(1)
 
     def _places(self, array: NamedArray, blocks: Blocks) -> Tensor:
         """Where the columns of ``blocks`` stand in a row of all blocks owned: [W of blocks] int64."""
