@@ -1,11 +1,16 @@
 """The optimizers a table can ask for, by torch's names and meanings. The shards run them; this describes them."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from mempool.config.model import ConfigModel, Flag, Number, plain_init
+from mempool.config.model import ConfigModel, Flag, Number, plain_init, within
 from mempool.types import OptimizerSpec
+from mempool.types.schema_checks import HYPER_PARAMETERS
+
+
+def _limits(name: str) -> Any:
+    return within(HYPER_PARAMETERS[name].range)
 
 
 class SGD(ConfigModel):
@@ -23,7 +28,7 @@ class SGD(ConfigModel):
     """
 
     type: Literal["sgd"] = "sgd"
-    lr: Number = Field(ge=0)
+    lr: Annotated[Number, _limits("lr")]
 
     @plain_init
     def __init__(self, lr: float) -> None:
@@ -45,10 +50,10 @@ class Adagrad(ConfigModel):
     """
 
     type: Literal["adagrad"] = "adagrad"
-    lr: Number = Field(ge=0)
-    eps: Number = Field(default=1e-10, gt=0)
-    lr_decay: Number = Field(default=0.0, ge=0)
-    initial_accumulator_value: Number = Field(default=0.0, ge=0)
+    lr: Annotated[Number, _limits("lr")]
+    eps: Annotated[Number, _limits("eps")] = 1e-10
+    lr_decay: Annotated[Number, _limits("lr_decay")] = 0.0
+    initial_accumulator_value: Annotated[Number, _limits("initial_accumulator_value")] = 0.0
 
     @plain_init
     def __init__(
@@ -81,8 +86,8 @@ class RowWiseAdagrad(ConfigModel):
     """
 
     type: Literal["rowwise_adagrad"] = "rowwise_adagrad"
-    lr: Number = Field(ge=0)
-    eps: Number = Field(default=1e-10, gt=0)
+    lr: Annotated[Number, _limits("lr")]
+    eps: Annotated[Number, _limits("eps")] = 1e-10
 
     @plain_init
     def __init__(self, lr: float, *, eps: float = 1e-10) -> None:
@@ -103,9 +108,9 @@ class Adam(ConfigModel):
     """
 
     type: Literal["adam"] = "adam"
-    lr: Number = Field(ge=0)
-    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    eps: Number = Field(default=1e-8, gt=0)
+    lr: Annotated[Number, _limits("lr")]
+    betas: tuple[Annotated[Number, _limits("beta1")], Annotated[Number, _limits("beta2")]] = (0.9, 0.999)
+    eps: Annotated[Number, _limits("eps")] = 1e-8
 
     @plain_init
     def __init__(self, lr: float, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
@@ -129,10 +134,10 @@ class AdamW(ConfigModel):
     """
 
     type: Literal["adamw"] = "adamw"
-    lr: Number = Field(ge=0)
-    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    eps: Number = Field(default=1e-8, gt=0)
-    weight_decay: Number = Field(default=0.01, ge=0)
+    lr: Annotated[Number, _limits("lr")]
+    betas: tuple[Annotated[Number, _limits("beta1")], Annotated[Number, _limits("beta2")]] = (0.9, 0.999)
+    eps: Annotated[Number, _limits("eps")] = 1e-8
+    weight_decay: Annotated[Number, _limits("weight_decay")] = 0.01
     dense: Flag = False
 
     @plain_init
@@ -170,9 +175,9 @@ class RowWiseAdam(ConfigModel):
     """
 
     type: Literal["rowwise_adam"] = "rowwise_adam"
-    lr: Number = Field(ge=0)
-    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    eps: Number = Field(default=1e-8, gt=0)
+    lr: Annotated[Number, _limits("lr")]
+    betas: tuple[Annotated[Number, _limits("beta1")], Annotated[Number, _limits("beta2")]] = (0.9, 0.999)
+    eps: Annotated[Number, _limits("eps")] = 1e-8
 
     @plain_init
     def __init__(self, lr: float, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
