@@ -233,6 +233,7 @@ def _key_page_bytes(view: TableView) -> int | None:
 def _page_bytes(schema: TableSchema) -> int:
     """Bytes of a page of values with its optimizer's state."""
     optimizer = schema.optimizer
-    per_element = ELEMENT_BYTES[schema.dtype] + 4 * (_STATES_PER_ELEMENT[optimizer.algorithm] + schema.master)
+    states = _STATES_PER_ELEMENT[optimizer.algorithm] + (optimizer.momentum > 0)
+    per_element = ELEMENT_BYTES[schema.dtype] + 4 * (states + schema.master)
     per_block = optimizer.algorithm.startswith("rowwise_") + optimizer.dense + (ELEMENT_BYTES[schema.dtype] == 1)
     return schema.page_slots * (min(schema.block_dim, schema.value_dim) * per_element + 4 * per_block)

@@ -31,7 +31,7 @@ _STATE: dict[Algorithm, tuple[int, int]] = {
 def state_numbers(optimizer: OptimizerSpec) -> tuple[int, int]:
     """Numbers of four bytes that an optimizer keeps beside the values: per element, and per (slot, block)."""
     per_element, per_block = _STATE[optimizer.algorithm]
-    return per_element, per_block + optimizer.dense
+    return per_element + (optimizer.momentum > 0), per_block + optimizer.dense
 
 
 def slot_bytes(schema: TableSchema, *, width: NumbersT, blocks: NumbersT, first: NumbersT) -> NumbersT:

@@ -1,6 +1,7 @@
 """From a table's OptimizerSpec to the state its shards keep and the step the kernels take. The arithmetic is theirs."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,9 @@ from mempool.kernels import (
     BLOCK_STATE,
     LAST_STEP,
     MASTER,
+    NO_MOMENTUM,
     STATE_NAMES,
+    Algorithm,
     DenseSchedule,
     OptimizerStep,
     RandomRounding,
@@ -33,13 +36,10 @@ class StateArray:
 
 def state_arrays(optimizer: OptimizerSpec) -> tuple[StateArray, ...]:
     """The arrays an optimizer keeps beside the values, as the kernels name them."""
+    initial = dict.fromkeys(_ACCUMULATORS, optimizer.initial_accumulator_value) | {"momentum_buffer": NO_MOMENTUM}
     arrays = [
-        StateArray(
-            name=name,
-            per="block" if name in BLOCK_STATE else "element",
-            initial=optimizer.initial_accumulator_value if name in _ACCUMULATORS else 0.0,
-        )
-        for name in STATE_NAMES[optimizer.algorithm]
+        StateArray(name=name, per="block" if name in BLOCK_STATE else "element", initial=initial.get(name, 0.0))
+        for name in STATE_NAMES[_algorithm(optimizer)]
     ]
     if optimizer.dense:
         arrays.append(StateArray(name=LAST_STEP, per="block", initial=0, dtype=torch.int32))
@@ -56,7 +56,7 @@ def optimizer_step(schema: TableSchema, *, lr: float, grad_scale: float, version
     """The step of the commit that makes table version ``version``, without its rounding."""
     optimizer = schema.optimizer
     return OptimizerStep(
-        algorithm=optimizer.algorithm,
+        algorithm=_algorithm(optimizer),
         lr=lr,
         grad_scale=grad_scale,
         step=version,
@@ -66,7 +66,18 @@ def optimizer_step(schema: TableSchema, *, lr: float, grad_scale: float, version
         lr_decay=optimizer.lr_decay,
         weight_decay=optimizer.weight_decay,
         block_dim=schema.block_dim,
+        l2=optimizer.algorithm != "adamw" and not optimizer.decoupled_weight_decay,
+        momentum=optimizer.momentum,
+        dampening=optimizer.dampening,
+        nesterov=optimizer.nesterov,
+        corrected_eps=optimizer.corrected_eps,
+        max_norm=math.inf if optimizer.max_norm is None else optimizer.max_norm,
     )
+
+
+def _algorithm(optimizer: OptimizerSpec) -> Algorithm:
+    """The kernels' rule: SGD with momentum is one of its own."""
+    return "sgd_momentum" if optimizer.algorithm == "sgd" and optimizer.momentum > 0.0 else optimizer.algorithm
 
 
 def rounding(
