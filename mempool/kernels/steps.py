@@ -198,7 +198,8 @@ class DenseSchedule:
     (``mempool.kernels.catch_up``).
 
     Args:
-        first_step: The first step that is recorded; rows know a last step of at least ``first_step - 1``.
+        first_step: The first step that is recorded; rows know a last step of at least ``first_step - 1``. A table's
+            version serves: bias corrections can have numbers of their own.
         beta1, beta2, eps, weight_decay: AdamW's.
         device: Where the kernels run.
     """
@@ -240,15 +241,15 @@ class DenseSchedule:
         """[T + 1] float64: the logarithm of the product of all decays before each step."""
         return self._log_decays[: self._count + 1]
 
-    def append(self, lr: float) -> None:
-        """Record the next step."""
+    def append(self, lr: float, *, number: int | None = None) -> None:
+        """Record the next step. number: of bias corrections, where it is not counted as rows count their last step."""
         if self._count == self._steps.shape[1]:
             self._steps = torch.cat([self._steps, torch.empty_like(self._steps)], dim=1)
             self._log_decays = torch.cat([self._log_decays, torch.zeros_like(self._log_decays[1:])])
         step = OptimizerStep(
             "adamw",
             lr=lr,
-            step=self.last_step + 1,
+            step=self.last_step + 1 if number is None else number,
             beta1=self.beta1,
             beta2=self.beta2,
             eps=self.eps,

@@ -52,14 +52,14 @@ def step_names(schema: TableSchema) -> tuple[str, ...]:
     return (*names, MASTER) if schema.master else names
 
 
-def optimizer_step(schema: TableSchema, *, lr: float, grad_scale: float, version: int) -> OptimizerStep:
-    """The step of the commit that makes table version ``version``, without its rounding."""
+def optimizer_step(schema: TableSchema, *, lr: float, grad_scale: float, number: int) -> OptimizerStep:
+    """The step of a commit, without its rounding. number: from 1, as the optimizer counts."""
     optimizer = schema.optimizer
     return OptimizerStep(
         algorithm=_algorithm(optimizer),
         lr=lr,
         grad_scale=grad_scale,
-        step=version,
+        step=number,
         eps=optimizer.eps,
         beta1=optimizer.beta1,
         beta2=optimizer.beta2,
@@ -81,14 +81,14 @@ def _algorithm(optimizer: OptimizerSpec) -> Algorithm:
 
 
 def rounding(
-    schema: TableSchema, blocks: tuple[int, ...], *, version: int, device: torch.device
+    schema: TableSchema, blocks: tuple[int, ...], *, number: int, device: torch.device
 ) -> RandomRounding | None:
-    """How the step that makes ``version`` rounds the columns of these blocks, side by side; None: to nearest."""
+    """How the step of that number rounds the columns of these blocks, side by side; None: to nearest."""
     if schema.rounding == "nearest":
         return None
     # By its name: a pool's table ids tell when tables were made, and no two runs of one job would be alike.
     table = int.from_bytes(hashlib.sha256(schema.name.encode()).digest()[:8], "big")
-    key = RandomRounding.key_of(seed=schema.seed, table=table, step=version)
+    key = RandomRounding.key_of(seed=schema.seed, table=table, step=number)
     return RandomRounding(key, torch.tensor([schema.block_columns(block)[0] for block in blocks], device=device))
 
 

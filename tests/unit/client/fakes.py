@@ -47,6 +47,8 @@ from mempool.types import (
     ShardInfo,
     ShardStatus,
     Stamp,
+    StepCountReply,
+    StepCountRequest,
     StepId,
     TableSchema,
     TableView,
@@ -227,6 +229,7 @@ class FakeShard:
         self.prepared: dict[str, tuple[int, tuple[int, ...]]] = {}
         self.ledger: dict[str, int] = {}
         self.version = 0
+        self.step_offset = 0
 
     def forget(self) -> None:
         self.contexts.clear()
@@ -272,6 +275,9 @@ class FakeShard:
 
     async def write_rows(self, request: WriteRowsRequest) -> WriteRowsReply:
         return await self._served("write_rows", request, lambda: self._write_rows(request))
+
+    async def step_count(self, request: StepCountRequest) -> StepCountReply:
+        return await self._served("step_count", request, lambda: self._step_count(request))
 
     async def _served(self, name, request, answer):  # type: ignore[no-untyped-def]
         fault = self.faults[name].pop(0) if self.faults[name] else None
@@ -464,6 +470,12 @@ class FakeShard:
         mask = self._mask()[request.ids]
         self.pool.values[request.ids] = torch.where(mask > 0, wide, self.pool.values[request.ids])
         return WriteRowsReply(stamp=self._stamp())
+
+    def _step_count(self, request: StepCountRequest) -> StepCountReply:
+        if request.set is not None:
+            assert request.at_version == self.version
+            self.step_offset = request.set - request.at_version
+        return StepCountReply(stamp=self._stamp(), count=self.version + self.step_offset)
 
 
 def _bags(ids: Tensor, weights: Tensor | None, offsets: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:

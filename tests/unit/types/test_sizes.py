@@ -12,7 +12,7 @@ from mempool.kernels import STATE_NAMES
 from mempool.placement import plan
 from mempool.shard.pages.storage import Storage
 from mempool.types import FlatKeySpec, OptimizerSpec, Placement
-from mempool.types.sizes import key_page_bytes, owned_bytes, row_page_bytes, slot_bytes
+from mempool.types.sizes import key_page_bytes, owned_bytes, row_page_bytes, slot_bytes, state_names
 
 from .schemas import PLAIN
 
@@ -31,6 +31,7 @@ def test_rows_weigh_what_a_shard_says(rule: str, dtype: Any, changes: dict[str, 
     storage = Storage(schema, shard=0, device=CPU)
     everything = tuple(range(schema.num_blocks))
     assert row_page_bytes(schema) == storage.page_bytes(everything)
+    assert state_names(optimizer) == STATE_NAMES[rule]
     for blocks in (everything[:1], everything[1:], everything[-1:]):
         width, first = schema.width(blocks), int(0 in blocks)
         per_slot = slot_bytes(schema, width=width, blocks=len(blocks), first=first)
