@@ -10,7 +10,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from mempool.config.model import ConfigModel, FieldProblem, Flag, Loc, Number, WholeNumber, within
-from mempool.config.optimizers import Adagrad, Optimizer
+from mempool.config.optimizers import Adagrad, Optimizer, whole_rows
 from mempool.types import FlatKeySpec, ProductKeySpec, Rounding, StorageDtype, TableSchema, default_rounding
 from mempool.types.schema_checks import (
     KEY_RANGES,
@@ -90,7 +90,8 @@ class TableConfig(ConfigModel):
         layout: How pages spread over shards: "columns", "rows", "grid", or "auto".
         keys: Keys kept in the pool, or None where the model has them or ids come from the caller.
         optimizer: What the shards run at each commit.
-        block_dim: Width of a column block; by default an eighth of value_dim, in steps of 64.
+        block_dim: Width of a column block; by default an eighth of value_dim, in steps of 64, or all of it where the
+            optimizer needs whole rows (``rowwise="row"``, ``max_norm``).
         page_slots: Slots of a page, a power of two; by default about a 64th of the table, 16 to 4096, but fewer where
             a page would have more than 64 MiB, and more where there would be more than 2^20 pages.
         init_std: Standard deviation of initial values; by default 1 / sqrt(value_dim).
@@ -128,7 +129,11 @@ class TableConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _schema(self) -> Self:
-        """What every door of the pool checks."""
+        """What every door of the pool checks, and that an optimizer of whole rows has them."""
+        reason = whole_rows(self.optimizer)
+        if reason is not None and self.block_dim is not None and self.block_dim < self.value_dim:
+            text = f"cuts slots in several blocks, and {reason} of the optimizer needs them whole; leave it out."
+            raise FieldProblem(("block_dim",), self.block_dim, text)
         for problem in schema_problems(resolve(self)):
             raise FieldProblem(_LOCS.get(problem.path, problem.path), problem.value, problem.text)
         return self
@@ -139,19 +144,20 @@ def resolve(config: TableConfig) -> TableSchema:
     keys = config.keys
     root = math.isqrt(config.num_slots)
     flat = isinstance(keys, FlatKeys)
+    whole = whole_rows(config.optimizer) is not None
     schema = TableSchema(
         table_id=0,
         name=config.name,
         num_slots=config.num_slots,
         value_dim=config.value_dim,
-        block_dim=config.block_dim or _default_block_dim(config.value_dim),
+        block_dim=config.block_dim or (config.value_dim if whole else _default_block_dim(config.value_dim)),
         page_slots=config.page_slots or 1,
         dtype=config.dtype,
         seed=config.seed,
         init_std=1 / math.sqrt(config.value_dim) if config.init_std is None else config.init_std,
         stride=root if root * root == config.num_slots else 0,
-        # Flat keys lie beside block 0: only rows let every shard score slots of its own.
-        layout="rows" if flat and config.layout == "auto" else config.layout,
+        # Flat keys lie beside block 0: only rows let every shard score slots of its own. One block has but rows to cut.
+        layout="rows" if (flat or whole) and config.layout == "auto" else config.layout,
         optimizer=config.optimizer.spec(),
         keys=_key_spec(keys),
         rounding=config.rounding or default_rounding(config.dtype, master=config.master),

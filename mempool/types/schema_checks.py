@@ -99,11 +99,19 @@ HYPER_PARAMETERS: Mapping[str, HyperParameter] = {
     "beta2": HyperParameter(range=_DECAY, of=_ADAMS),
     "lr_decay": HyperParameter(range=_LARGE, of=frozenset({"adagrad"})),
     "initial_accumulator_value": HyperParameter(range=_LARGE, of=frozenset({"adagrad"})),
-    "weight_decay": HyperParameter(range=_LARGE, of=frozenset({"adamw"})),
+    "weight_decay": HyperParameter(range=_LARGE, of=_ADAMS | _ADAGRADS | {"sgd"}),
+    "momentum": HyperParameter(range=_DECAY, of=frozenset({"sgd"})),
+    "dampening": HyperParameter(range=_DECAY, of=frozenset({"sgd"})),
+    "max_norm": HyperParameter(range=Range(low=1e-37, high=1e30), of=_ADAMS | _ADAGRADS | {"sgd"}),
 }
 """Every number of an ``OptimizerSpec``; one that an algorithm does not take must be left at its default."""
-DENSE: frozenset[Algorithm] = frozenset({"adamw"})
-"""Algorithms that can be asked to step every slot."""
+FLAGS: Mapping[str, frozenset[Algorithm]] = {
+    "dense": frozenset({"adamw"}),
+    "nesterov": frozenset({"sgd"}),
+    "decoupled_weight_decay": _ADAGRADS | {"sgd", "adam", "rowwise_adam"},
+    "corrected_eps": frozenset({"adam", "rowwise_adam"}),
+}
+"""What can be asked of which algorithms."""
 
 _DEFAULTS = {field.name: field.default for field in fields(OptimizerSpec)}
 
@@ -124,6 +132,7 @@ def schema_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
     if not found:
         yield from _shape_problems(schema)
         yield from _rounding_problems(schema)
+        yield from _norm_problems(schema)
 
 
 def optimizer_problems(optimizer: OptimizerSpec) -> Iterator[SchemaProblem]:
@@ -131,14 +140,27 @@ def optimizer_problems(optimizer: OptimizerSpec) -> Iterator[SchemaProblem]:
     algorithm = optimizer.algorithm
     for name, parameter in HYPER_PARAMETERS.items():
         value = getattr(optimizer, name)
+        if value is None:
+            continue
         text = parameter.range.problem(value)
         if text is None and algorithm not in parameter.of and value != _DEFAULTS[name]:
             text = f"means nothing to {algorithm}; leave it out. It is of {', '.join(sorted(parameter.of))}"
         if text is not None:
             yield SchemaProblem(path=("optimizer", name), value=value, text=text)
-    if optimizer.dense and algorithm not in DENSE:
-        text = f"means nothing to {algorithm}; leave it out. It is of {', '.join(sorted(DENSE))}"
-        yield SchemaProblem(path=("optimizer", "dense"), value=True, text=text)
+    for name, of in FLAGS.items():
+        if getattr(optimizer, name) and algorithm not in of:
+            text = f"means nothing to {algorithm}; leave it out. It is of {', '.join(sorted(of))}"
+            yield SchemaProblem(path=("optimizer", name), value=True, text=text)
+    yield from _momentum_problems(optimizer)
+
+
+def _momentum_problems(optimizer: OptimizerSpec) -> Iterator[SchemaProblem]:
+    if optimizer.nesterov and (optimizer.momentum == 0.0 or optimizer.dampening != 0.0):
+        text = "needs a momentum above 0 and no dampening, as in torch.optim.SGD"
+        yield SchemaProblem(path=("optimizer", "nesterov"), value=True, text=text)
+    if optimizer.dampening != 0.0 and optimizer.momentum == 0.0:
+        text = "dampens a momentum, which is 0; leave it out, or give a momentum"
+        yield SchemaProblem(path=("optimizer", "dampening"), value=optimizer.dampening, text=text)
 
 
 def power_of_two_problem(page_slots: int) -> str | None:
@@ -269,6 +291,22 @@ def _rounding_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
             value=True,
             text=f"needs float32 values, and dtype is {schema.dtype!r}: a slot's missed steps are too small for it. "
             "Give master=True, or dtype float32, or dense=False.",
+        )
+
+
+def _norm_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
+    max_norm = schema.optimizer.max_norm
+    if max_norm is None:
+        return
+    if schema.optimizer.dense:
+        text = "bounds slots when they have a gradient, and a dense optimizer moves them without; leave one out"
+        yield SchemaProblem(path=("optimizer", "max_norm"), value=max_norm, text=text)
+    elif schema.num_blocks > 1:
+        yield SchemaProblem(
+            path=("optimizer", "max_norm"),
+            value=max_norm,
+            text=f"bounds whole values, which no shard has of {schema.num_blocks} column blocks; give block_dim = "
+            f"value_dim, {schema.value_dim:_}",
         )
 
 

@@ -17,21 +17,27 @@ from mempool.types.schema import (
 
 NumbersT = TypeVar("NumbersT", int, npt.NDArray[np.int64])
 
-_STATE: dict[Algorithm, tuple[int, int]] = {
-    "sgd": (0, 0),
-    "adagrad": (1, 0),
-    "rowwise_adagrad": (0, 1),
-    "adam": (2, 0),
-    "adamw": (2, 0),
-    "rowwise_adam": (1, 1),
+_STATE: dict[Algorithm, tuple[str, ...]] = {
+    "sgd": (),
+    "adagrad": ("sum",),
+    "rowwise_adagrad": ("row_sum",),
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "rowwise_adam": ("exp_avg", "row_exp_avg_sq"),
 }
-"""Numbers of four bytes that an optimizer keeps: per element, and per (slot, block)."""
+"""What an optimizer keeps in float32: "row_..." per (slot, block), the others per element."""
+
+
+def state_names(optimizer: OptimizerSpec) -> tuple[str, ...]:
+    """What an optimizer keeps beside an array, by torch's names; "row_..." has one number per (slot, block)."""
+    return ("momentum_buffer",) if optimizer.momentum > 0.0 else _STATE[optimizer.algorithm]
 
 
 def state_numbers(optimizer: OptimizerSpec) -> tuple[int, int]:
     """Numbers of four bytes that an optimizer keeps beside the values: per element, and per (slot, block)."""
-    per_element, per_block = _STATE[optimizer.algorithm]
-    return per_element, per_block + optimizer.dense
+    names = state_names(optimizer)
+    per_block = sum(name.startswith("row_") for name in names)
+    return len(names) - per_block, per_block + optimizer.dense
 
 
 def slot_bytes(

@@ -80,16 +80,39 @@ def optimizer_message(value: OptimizerSpec) -> table_pb2.OptimizerSpec:
         initial_accumulator_value=value.initial_accumulator_value,
         weight_decay=value.weight_decay,
         dense=value.dense,
+        momentum=value.momentum,
+        dampening=value.dampening,
+        nesterov=value.nesterov,
+        decoupled_weight_decay=value.decoupled_weight_decay,
+        corrected_eps=value.corrected_eps,
+        max_norm=value.max_norm,
     )
 
 
 def optimizer_value(message: table_pb2.OptimizerSpec) -> OptimizerSpec:
     given: dict[str, float] = {"lr": message.lr}
-    for name in ("eps", "beta1", "beta2", "lr_decay", "initial_accumulator_value", "weight_decay"):
+    for name in (
+        "eps",
+        "beta1",
+        "beta2",
+        "lr_decay",
+        "initial_accumulator_value",
+        "weight_decay",
+        "momentum",
+        "dampening",
+        "max_norm",
+    ):
         if message.HasField(name):
             given[name] = getattr(message, name)
     algorithm = choice(_ALGORITHM_NAMES, message.algorithm, "OptimizerSpec.algorithm")
-    return OptimizerSpec(algorithm=algorithm, dense=message.dense, **given)
+    return OptimizerSpec(
+        algorithm=algorithm,
+        dense=message.dense,
+        nesterov=message.nesterov,
+        decoupled_weight_decay=message.decoupled_weight_decay,
+        corrected_eps=message.corrected_eps,
+        **given,
+    )
 
 
 def schema_message(value: TableSchema) -> table_pb2.TableSchema:

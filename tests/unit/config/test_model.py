@@ -48,7 +48,8 @@ SMALL = {"name": "a", "num_slots": 16, "value_dim": 4}
         ),
         (
             lambda: TableConfig(**SMALL, optimizer={"type": "sgd", "lr": 1, "eps": 1}),
-            "TableConfig.optimizer.eps = 1 is not a known field; known here: lr, type",
+            "TableConfig.optimizer.eps = 1 is not a known field; known here: dampening, decoupled_weight_decay, lr, "
+            "max_norm, momentum, nesterov, type, weight_decay",
         ),
         (
             lambda: TableConfig(**SMALL, keys=3),

@@ -56,6 +56,12 @@ STRANGE: dict[str, st.SearchStrategy[Any]] = {
         beta1=st.one_of(st.just(0.9), NUMBERS),
         weight_decay=st.one_of(st.just(0.0), NUMBERS),
         dense=st.booleans(),
+        momentum=st.one_of(st.just(0.0), NUMBERS),
+        dampening=st.one_of(st.just(0.0), NUMBERS),
+        nesterov=st.booleans(),
+        decoupled_weight_decay=st.booleans(),
+        corrected_eps=st.booleans(),
+        max_norm=st.one_of(st.none(), NUMBERS),
     ),
 }
 

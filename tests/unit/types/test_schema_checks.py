@@ -14,6 +14,7 @@ from mempool.errors import ConfigError, InvalidRequest
 from mempool.shard import Engine
 from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec, ShardHost, ShardInfo, TableSchema
 from mempool.types.schema_checks import (
+    FLAGS,
     HYPER_PARAMETERS,
     KEY_RANGES,
     MAX_BLOCKS,
@@ -53,6 +54,10 @@ def test_what_is_plain_is_right() -> None:
             replace(PLAIN, value_dim=2**20, block_dim=2**20, page_slots=2**20),
             r"page_slots = .* MiB.* Give at most 16\.",
         ),
+        (
+            replace(PLAIN, optimizer=OptimizerSpec(algorithm="sgd", lr=0.1, max_norm=1.0)),
+            r"optimizer\.max_norm = 1\.0 bounds whole values, .* of 2 column blocks; give block_dim = value_dim, 20",
+        ),
         (replace(PLAIN, block_dim=21), r"block_dim = 21 is wider than a value; give at most value_dim, 20"),
         (replace(PRODUCT, keys=ProductKeySpec(heads=2, key_dim=0)), r"keys\.key_dim = 0 must be at least 1"),
         (replace(PRODUCT, keys=ProductKeySpec(heads=2, key_dim=7)), r"keys\.key_dim = 7 is odd;.* Nearest: 6 or 8\."),
@@ -88,8 +93,8 @@ def test_what_is_plain_is_right() -> None:
             r"optimizer\.dense = True needs float32 values, and dtype is 'int8'",
         ),
         (
-            replace(PLAIN, optimizer=OptimizerSpec(algorithm="sgd", lr=0.1, weight_decay=0.1)),
-            r"optimizer\.weight_decay = 0\.1 means nothing to sgd; leave it out\. It is of adamw",
+            replace(PLAIN, optimizer=OptimizerSpec(algorithm="adagrad", lr=0.1, momentum=0.1)),
+            r"optimizer\.momentum = 0\.1 means nothing to adagrad; leave it out\. It is of sgd",
         ),
         (
             replace(PLAIN, optimizer=OptimizerSpec(algorithm="adam", lr=0.1, dense=True)),
@@ -106,8 +111,7 @@ def test_a_wrong_schema_is_refused_by_field_value_and_limit(schema: TableSchema,
 
 
 def test_every_number_has_its_rule() -> None:
-    numbers = {field.name for field in fields(OptimizerSpec)} - {"algorithm", "dense"}
-    assert numbers == set(HYPER_PARAMETERS)
+    assert {field.name for field in fields(OptimizerSpec)} == {"algorithm", *HYPER_PARAMETERS, *FLAGS}
     assert {"num_slots", "value_dim", "block_dim", "page_slots", "seed", "init_std"} == set(RANGES)
     assert {field.name for spec in (ProductKeySpec, FlatKeySpec) for field in fields(spec)} - {"deterministic"} == set(
         KEY_RANGES
@@ -123,8 +127,7 @@ def config_of(schema: TableSchema) -> TableConfig:
     }
     if "beta1" in given:
         given["betas"] = (given.pop("beta1"), given.pop("beta2"))
-    if optimizer.algorithm == "adamw":
-        given["dense"] = optimizer.dense
+    given |= {name: getattr(optimizer, name) for name, of in FLAGS.items() if optimizer.algorithm in of}
     keys: ProductKeys | FlatKeys | None = None
     if isinstance(schema.keys, ProductKeySpec):
         keys = ProductKeys(heads=schema.keys.heads, key_dim=schema.keys.key_dim)
@@ -159,19 +162,18 @@ def test_the_wire_and_the_configuration_take_the_same(schema: TableSchema) -> No
     assert time.process_time() - started < 1.0
     if taken is not None:
         assert taken == schema
-        assert resolve(config_of(schema)) == replace(
-            schema, layout="rows" if isinstance(schema.keys, FlatKeySpec) and schema.layout == "auto" else schema.layout
-        )
+        by_rows = isinstance(schema.keys, FlatKeySpec) or schema.optimizer.max_norm is not None
+        layout = "rows" if by_rows and schema.layout == "auto" else schema.layout
+        assert resolve(config_of(schema)) == replace(schema, layout=layout)
         assert schema.num_row_pages * schema.num_blocks <= MAX_PAGES
         assert schema.num_blocks <= MAX_BLOCKS
         return
     paths = {problem.path for problem in schema_problems(schema)}
-    # A configuration has no stride, and an optimizer's class only the numbers it takes.
+    # A configuration has no stride, and an optimizer's class only what it takes.
     unsaid = {
         ("optimizer", name) for name, rule in HYPER_PARAMETERS.items() if schema.optimizer.algorithm not in rule.of
     }
-    if schema.optimizer.algorithm != "adamw":
-        unsaid.add(("optimizer", "dense"))
+    unsaid |= {("optimizer", name) for name, of in FLAGS.items() if schema.optimizer.algorithm not in of}
     if not paths <= {("stride",)} | unsaid:
         with pytest.raises(ConfigError):
             config_of(schema)

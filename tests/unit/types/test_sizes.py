@@ -12,23 +12,26 @@ from mempool.kernels import STATE_NAMES
 from mempool.placement import plan
 from mempool.shard.pages.storage import Storage
 from mempool.types import FlatKeySpec, OptimizerSpec, Placement
-from mempool.types.sizes import key_page_bytes, owned_bytes, row_page_bytes, slot_bytes
+from mempool.types.sizes import key_page_bytes, owned_bytes, row_page_bytes, slot_bytes, state_names
 
 from .schemas import PLAIN
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("algorithm", STATE_NAMES)
+@pytest.mark.parametrize("rule", STATE_NAMES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("changes", [{}, {"keys": FlatKeySpec(key_dim=3)}, {"value_dim": 37, "block_dim": 8}])
-def test_rows_weigh_what_a_shard_says(algorithm: Any, dtype: Any, changes: dict[str, Any]) -> None:
+def test_rows_weigh_what_a_shard_says(rule: str, dtype: Any, changes: dict[str, Any]) -> None:
     schema = replace(PLAIN, dtype=dtype, master=dtype == "int8", **changes)
-    dense = algorithm == "adamw" and dtype != "bfloat16"  # there is no other
-    schema = replace(schema, optimizer=OptimizerSpec(algorithm=algorithm, lr=0.1, dense=dense))
+    dense = rule == "adamw" and dtype != "bfloat16"  # there is no other
+    algorithm: Any = rule.removesuffix("_momentum")
+    optimizer = OptimizerSpec(algorithm=algorithm, lr=0.1, dense=dense, momentum=0.5 if algorithm != rule else 0.0)
+    schema = replace(schema, optimizer=optimizer)
     storage = Storage(schema, shard=0, device=CPU)
     everything = tuple(range(schema.num_blocks))
     assert row_page_bytes(schema) == storage.page_bytes(everything)
+    assert state_names(optimizer) == STATE_NAMES[rule]
     for blocks in (everything[:1], everything[1:], everything[-1:]):
         width, first = schema.width(blocks), int(0 in blocks)
         per_slot = slot_bytes(schema, width=width, blocks=len(blocks), first=first)

@@ -70,6 +70,18 @@ def test_a_wrong_schema_is_refused(change: dict[str, object], message: str) -> N
         tables.CREATE_TABLE_REQUEST.decode(create(change))
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        OptimizerSpec(algorithm="sgd", lr=0.1, momentum=0.9, dampening=0.2, weight_decay=0.1, max_norm=2.0),
+        OptimizerSpec(algorithm="sgd", lr=0.1, momentum=0.9, nesterov=True),
+        OptimizerSpec(algorithm="adam", lr=0.1, corrected_eps=True, weight_decay=0.1, decoupled_weight_decay=True),
+    ],
+)
+def test_options_of_an_optimizer_travel(optimizer: OptimizerSpec) -> None:
+    assert tables.optimizer_value(tables.optimizer_message(optimizer)) == optimizer
+
+
 def test_absent_hyper_parameters_have_their_defaults() -> None:
     message = table_pb2.OptimizerSpec(algorithm=table_pb2.ALGORITHM_ADAM, lr=0.5, beta1=0.0)
     assert tables.optimizer_value(message) == OptimizerSpec(algorithm="adam", lr=0.5, beta1=0.0)
