@@ -29,7 +29,7 @@ from mempool.types import (
     TableView,
 )
 from mempool.types.schema_checks import check_schema, shown
-from mempool.types.sizes import owned_bytes
+from mempool.types.sizes import bytes_by_owner
 
 _LOG = logging.getLogger("mempool.controller")
 _FILL_TIMEOUT_S = 3600.0
@@ -219,7 +219,7 @@ def first_view(schema: TableSchema, infos: tuple[ShardInfo, ...]) -> tuple[Table
         layout=schema.layout,
     )
     placement = Placement(table_id=schema.table_id, epoch=1, owners=assignment.owners, key_owners=assignment.key_owners)
-    bytes_of = {shard: owned_bytes(schema, placement, shard) for shard in placement.shards}
+    bytes_of = bytes_by_owner(schema, placement.owners, placement.key_owners)
     return TableView(schema=schema, placement=placement, shards=infos), bytes_of
 
 

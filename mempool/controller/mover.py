@@ -10,14 +10,13 @@ From then on nobody is thawed, and no further round begins, until all owners hav
 
 import asyncio
 import time
-from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
+from mempool.controller.pulls import pulls
 from mempool.controller.roster import Roster
 from mempool.controller.settling import Call
 from mempool.errors import MempoolError
@@ -33,6 +32,8 @@ _ANSWER_TIMEOUT_S = 10.0
 _PULL_TIMEOUT_S = 600.0
 _LONGEST_PAUSE_S = 2.0
 """Between two rounds writers get at most this long, so that a rescale ends."""
+_MOST_PAGES = 2**16
+"""Pages of a round, however small they are: they are named one by one."""
 _NAMED = 10
 """How many tables a message names."""
 
@@ -85,7 +86,7 @@ def plan_moves(view: TableView, shards: Sequence[int], round_bytes: int) -> Move
         target=target,
         rounds=rounds(
             moves(present, target),
-            page_bytes=page_bytes,
+            page_bytes=max(page_bytes, -(-round_bytes // _MOST_PAGES)),
             max_bytes=round_bytes,
             key_page_bytes=key_page_bytes(schema) or None,
         ),
@@ -168,9 +169,8 @@ class Mover:
             gate, *others = placement.shards
             await self._freeze(gate, table_id)
             await _all(self._freeze(shard, table_id) for shard in others)
-            reports = await _all(
-                self._pull(dest, request) for dest, requests in _pulls(view, round_) for request in requests
-            )
+            fetched = await asyncio.to_thread(pulls, view, round_)
+            reports = await _all(self._pull(dest, request) for dest, requests in fetched for request in requests)
         except BaseException:
             await asyncio.gather(*(self._thaw(shard, table_id) for shard in owners))
             raise
@@ -201,45 +201,6 @@ class Mover:
             await self._call(self._roster.shards[shard], lambda host: host.thaw(table_id), timeout_s=_ANSWER_TIMEOUT_S)
         except MempoolError:
             return  # it comes back without a freeze, or is thawed when it is settled
-
-
-def _pulls(view: TableView, round_: Moves) -> list[tuple[int, list[PullPages]]]:
-    """The pulls of a round by destination: row pages that move in the same blocks from the same source go together."""
-    info_of = {info.shard: info for info in view.shards}
-    pulls: dict[int, list[PullPages]] = defaultdict(list)
-
-    def pull(dest: int, source: int, row_pages: npt.NDArray[np.int64], blocks: Sequence[int], heads: list[int]) -> None:
-        pulls[dest].append(
-            PullPages(
-                table_id=view.schema.table_id,
-                source=info_of[source],
-                row_pages=row_pages,
-                blocks=tuple(blocks),
-                key_pages=tuple(heads),
-            )
-        )
-
-    ways = np.stack([round_.dests, round_.sources], axis=1)
-    for dest, source in np.unique(ways, axis=0).tolist():
-        here = (round_.dests == dest) & (round_.sources == source)
-        for row_pages, blocks in _together(round_.row_pages[here], round_.blocks[here]):
-            pull(dest, source, row_pages, blocks, [])
-    key_ways = np.stack([round_.key_dests, round_.key_sources], axis=1)
-    for dest, source in np.unique(key_ways, axis=0).tolist():
-        here = (round_.key_dests == dest) & (round_.key_sources == source)
-        pull(dest, source, np.empty(0, dtype=np.int64), (), round_.heads[here].tolist())
-    return sorted(pulls.items())
-
-
-def _together(
-    row_pages: npt.NDArray[np.int64], blocks: npt.NDArray[np.int64]
-) -> list[tuple[npt.NDArray[np.int64], list[int]]]:
-    """Row pages by the blocks that are named with them; both are by row page, then block."""
-    pages, first = np.unique(row_pages, return_index=True)
-    mask = np.zeros((pages.size, int(blocks.max()) + 1), dtype=np.bool_)
-    mask[np.repeat(np.arange(pages.size), np.diff(first, append=row_pages.size)), blocks] = True
-    patterns, group = np.unique(mask, axis=0, return_inverse=True)
-    return [(pages[group.reshape(-1) == number], np.flatnonzero(of).tolist()) for number, of in enumerate(patterns)]
 
 
 async def _all(calls: Iterable[Awaitable[T]]) -> list[T]:

@@ -96,8 +96,9 @@ class HostedTable:
         if self._filling is not None:
             written = next(self._filling, None)
             if written is None:
-                self._filling, self._filling_bytes = None, 0
-            self.bytes_to_fill = 0 if written is None else max(1, self.bytes_to_fill - written)
+                self._filling, self._filling_bytes, self.bytes_to_fill = None, 0, 0
+            else:  # what is not done has something left
+                self.bytes_to_fill = max(1, self.bytes_to_fill - written)
         self.measure()
         return self._filling is None
 

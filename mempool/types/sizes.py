@@ -10,7 +10,6 @@ from mempool.types.schema import (
     Algorithm,
     FlatKeySpec,
     OptimizerSpec,
-    Placement,
     ProductKeySpec,
     TableSchema,
 )
@@ -72,11 +71,25 @@ def key_page_bytes(schema: TableSchema) -> int:
     return 4 * schema.stride * schema.keys.key_dim if isinstance(schema.keys, ProductKeySpec) else 0
 
 
-def owned_bytes(schema: TableSchema, placement: Placement, shard: int) -> int:
-    """Bytes of all that a placement gives a shard, its page tables (4 bytes a row page) left out."""
-    owned_PC = (placement.owners == shard).astype(np.int64)
-    starts = np.arange(schema.num_blocks, dtype=np.int64) * schema.block_dim
-    width_C = np.minimum(schema.block_dim, schema.value_dim - starts)
-    rows_P = slot_bytes(schema, width=owned_PC @ width_C, blocks=owned_PC.sum(axis=1), first=owned_PC[:, 0])
-    heads = int((placement.key_owners == shard).sum())
-    return schema.page_slots * int(rows_P.sum()) + heads * key_page_bytes(schema)
+def bytes_by_owner(
+    schema: TableSchema, owners: npt.NDArray[np.int32], key_owners: npt.NDArray[np.int32]
+) -> dict[int, int]:
+    """Bytes that each shard holds of a table under an assignment, page tables and what fills up packed rows left out.
+
+    Args:
+        schema: The table.
+        owners: [num_row_pages, num_blocks], shard ids.
+        key_owners: [num_key_pages], shard ids.
+    """
+    columns = [schema.block_columns(block) for block in range(schema.num_blocks)]
+    page_C = [
+        schema.page_slots * slot_bytes(schema, width=stop - start, blocks=1, first=int(block == 0), padded=False)
+        for block, (start, stop) in enumerate(columns)
+    ]
+    shards, place = np.unique(owners, return_inverse=True)
+    weights = np.broadcast_to(np.array(page_C, dtype=np.float64), owners.shape)
+    held = np.bincount(place.reshape(-1), weights=weights.reshape(-1), minlength=shards.size)
+    found = dict(zip(shards.tolist(), map(int, held), strict=True))
+    for shard in key_owners.tolist():
+        found[shard] = found.get(shard, 0) + key_page_bytes(schema)
+    return dict(sorted(found.items()))

@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tests.unit.client.fakes import FakePool, make_schema
 
 import mempool
 from mempool.client import Pool, Table
 from mempool.errors import InvalidRequest, StepConflict
 from mempool.optim import SGD, Adagrad, Adam, AdamW, RowWiseAdagrad, RowWiseAdam
 from mempool.types import StepCountRequest
-from tests.unit.client.fakes import FakePool, make_schema
 from tests.unit.client.routing.test_router import LAYOUTS, make_router
 
 IDS = torch.tensor([99, 0, 17, 64])

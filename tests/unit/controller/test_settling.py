@@ -9,6 +9,7 @@ import torch
 
 from mempool import errors
 from mempool.controller import mover, telling
+from mempool.controller.pulls import pulls
 from mempool.placement import Assignment, moves
 from mempool.types import ShardInfo
 from mempool.wire.channels.loop import run
@@ -198,10 +199,10 @@ def test_nothing_is_thawed_while_a_shard_is_silent_that_may_know_more() -> None:
         before, after = (
             Assignment(owners=view.placement.owners, key_owners=view.placement.key_owners) for view in (present, target)
         )
-        pulls = mover._pulls(present, moves(before, after))
+        fetched = pulls(present, moves(before, after))
         for host in bench.fleet.hosts.values():
             run(host.freeze(table.schema.table_id, 5.0), timeout_s=CALL_S)
-        for dest, requests in pulls:
+        for dest, requests in fetched:
             for request in requests:
                 run(bench.fleet.hosts[dest].pull_pages(request), timeout_s=CALL_S)
         run(bench.fleet.hosts[1].set_view(target), timeout_s=CALL_S)

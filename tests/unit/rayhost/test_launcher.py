@@ -233,9 +233,8 @@ def test_room_is_asked_for_at_once_and_told_in_numbers(
     assert shards == {}
 
 
-def test_what_a_start_waits_for_is_said_while_it_does(
-    shards: dict[str, FakeShard], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("shards")
+def test_what_a_start_waits_for_is_said_while_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = RayLauncher(config_asking(1), token=None)
 
     async def watched() -> tuple[str, str, str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mempool import types
 from mempool.errors import Internal, InvalidRequest
-from mempool.types.schema_checks import HYPER_PARAMETERS, NAME
+from mempool.types.schema_checks import FLAGS, HYPER_PARAMETERS, NAME, schema_problems
 from mempool.wire import methods
 from mempool.wire.codecs.codec import Codec
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
@@ -73,6 +73,9 @@ NUMBERS: Mapping[str, st.SearchStrategy[float]] = {
     "lr_decay": RATE,
     "initial_accumulator_value": RATE,
     "weight_decay": RATE,
+    "momentum": st.floats(0.0, 1.0, exclude_max=True),
+    "dampening": st.floats(0.0, 1.0, exclude_max=True),
+    "max_norm": st.none() | st.floats(1e-37, 1e30),
 }
 
 
@@ -81,6 +84,11 @@ def schemas(draw: st.DrawFn) -> types.TableSchema:
     """Any that ``check_schema`` takes; with other numbers nothing of the kind travels."""
     algorithm = draw(st.sampled_from(["sgd", "adagrad", "rowwise_adagrad", "adam", "adamw", "rowwise_adam"]))
     given = {name: draw(NUMBERS[name]) for name, taken in HYPER_PARAMETERS.items() if algorithm in taken.of}
+    if not given.get("momentum"):
+        given.pop("dampening", None)
+    flags = {name: True for name, of in FLAGS.items() if name != "dense" and algorithm in of and draw(st.booleans())}
+    if not given.get("momentum") or given.get("dampening"):
+        flags.pop("nesterov", None)
     dtype, master = draw(st.sampled_from(["float32", "bfloat16", "float8_e4m3fn", "int8"])), draw(st.booleans())
     master = master and dtype != "float32"
     fine = dtype == "float32" or master
@@ -104,7 +112,7 @@ def schemas(draw: st.DrawFn) -> types.TableSchema:
         name=draw(st.from_regex(NAME, fullmatch=True)),
         num_slots=num_slots,
         value_dim=value_dim,
-        block_dim=draw(st.integers(1, value_dim)),
+        block_dim=value_dim if given.get("max_norm") else draw(st.integers(1, value_dim)),
         page_slots=draw(st.sampled_from([1, 8, 16, 64])),
         dtype=dtype,  # type: ignore[arg-type]
         seed=draw(st.integers(0, 2**63 - 1)),
@@ -113,8 +121,9 @@ def schemas(draw: st.DrawFn) -> types.TableSchema:
         layout=draw(st.sampled_from(["auto", "columns", "rows", "grid"])),  # type: ignore[arg-type]
         optimizer=types.OptimizerSpec(
             algorithm=algorithm,  # type: ignore[arg-type]
-            dense=algorithm == "adamw" and fine and draw(st.booleans()),
+            dense=algorithm == "adamw" and fine and not given["max_norm"] and draw(st.booleans()),
             **given,
+            **flags,
         ),
         keys=keys,
         rounding="nearest" if fine else draw(st.sampled_from(["stochastic", "nearest"])),  # type: ignore[arg-type]
@@ -122,7 +131,7 @@ def schemas(draw: st.DrawFn) -> types.TableSchema:
     )
 
 
-SCHEMA = schemas()
+SCHEMA = schemas().filter(lambda schema: not any(schema_problems(schema)))
 SHARD_INFO = build(types.ShardInfo, shard=U32, address=TEXT, incarnation=U64)
 
 
