@@ -103,6 +103,12 @@ class _Launcher:
         self._serving: dict[int, ShardServing] = {}
         self.infos: dict[int, ShardInfo] = {}
 
+    async def require_room(self, shards: int) -> None:
+        """There is room."""
+
+    async def starting(self) -> str:
+        return ""
+
     async def start(self, shard: int) -> ShardInfo:
         serving = ShardServing(
             self._config, shard=shard, incarnation=time.time_ns() // 1_000_000, node_ip="127.0.0.1", token=self._token

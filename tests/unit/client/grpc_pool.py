@@ -30,6 +30,12 @@ class GrpcPoolHere:
         self._controller = Controller("here", launcher=self, dial=self._dialer.dial)
         self.address = run(self._open(shards), _BOUND_S)
 
+    async def require_room(self, shards: int) -> None:
+        """There is room."""
+
+    async def starting(self) -> str:
+        return ""
+
     async def start(self, shard: int) -> ShardInfo:
         """For the controller."""
         return await self._start(shard, incarnation=1)
