@@ -98,7 +98,7 @@ def _device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device = {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return device

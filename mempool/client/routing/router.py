@@ -210,7 +210,7 @@ class Router:
         bags = Bags(
             ids=ids.clamp(min=0).reshape(-1),  # -1 is no candidate: score -inf, weight 0
             weights=weights.reshape(-1),
-            offsets=torch.arange(num_bags + 1, dtype=torch.int64) * (heads * found),
+            offsets=torch.arange(num_bags + 1, dtype=torch.int64, device="cpu") * (heads * found),
         )
         values, record = await self.gather(table_id, bags=bags, reply_dtype=reply_dtype, timeout_s=end_s - loop.time())
         seen = Seen(
