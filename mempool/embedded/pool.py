@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mempool.client import Pool
-from mempool.client.connection import checked_timeout
 from mempool.client.counts import shard_count
+from mempool.client.opening.connection import checked_timeout
 from mempool.controller import Controller
 from mempool.errors import ConfigError, ShardUnavailable
 from mempool.types import ShardHost, ShardInfo

@@ -2,7 +2,7 @@
 
 import os
 
-from mempool.client.connection import checked_timeout
+from mempool.client.opening.connection import checked_timeout
 from mempool.client.pool import Pool
 from mempool.client.routing.tries import Tries
 from mempool.client.routing.whereabouts import Whereabouts

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mempool.client import Pool
-from mempool.client import creation as creation_module
-from mempool.client.creation import CreateProgress
+from mempool.client.opening import creation as creation_module
+from mempool.client.opening.creation import CreateProgress
 from mempool.config import SGD, Adagrad, TableConfig
 from mempool.errors import AlreadyExists, DeadlineExceeded
 from mempool.types import PoolStatus, ShardFill, TableCreation, TableSchema, TableView

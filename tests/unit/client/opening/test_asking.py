@@ -5,8 +5,8 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from mempool.client import asking
-from mempool.client.asking import pool_status
+from mempool.client.opening import asking
+from mempool.client.opening.asking import pool_status
 from mempool.errors import PoolUnreachable, Unauthenticated
 from mempool.wire.channels.loop import run
 from tests.support.serving import ServedPool, served_pool
