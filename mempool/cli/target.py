@@ -44,7 +44,7 @@ class Target:
 
     def status(self) -> PoolStatus:
         """Ask it. Raises PoolUnreachable, with what to do."""
-        from mempool.client.asking import pool_status  # gRPC: what is wrong with a file shows without it
+        from mempool.client.opening.asking import pool_status  # gRPC: what is wrong with a file shows without it
 
         # Where only the default stands for the address, nobody there is the usual case, not one that passes.
         timeout_s = 0.0 if self.guessed else _ANSWER_TIMEOUT_S

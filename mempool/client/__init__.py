@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mempool.client.lookup import Lookup
+    from mempool.client.opening.remote import connect
     from mempool.client.pool import Pool
-    from mempool.client.remote import connect
     from mempool.client.routing.attempt import Seen
     from mempool.client.routing.router import Router
     from mempool.client.table import Table
@@ -48,7 +48,7 @@ _HOMES = {
     "Session": "mempool.client.training.session",
     "SessionCounters": "mempool.client.training.session",
     "Table": "mempool.client.table",
-    "connect": "mempool.client.remote",
+    "connect": "mempool.client.opening.remote",
 }
 
 

@@ -93,7 +93,7 @@ class _PooledGather(torch.autograd.Function):
         if weights is not None:
             ctx.weights_dtype, ctx.weights_device = weights.dtype, weights.device
         if not bags.num_pairs:
-            return torch.zeros(bags.num_bags, link.value_dim, device=device)
+            return torch.zeros(bags.num_bags, link.value_dim, dtype=torch.float32, device=device)
         values, record = link.send_gather(bags, remember=remember)
         ctx.record = record
         if record.remembered_by:
@@ -105,7 +105,7 @@ class _PooledGather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
         want_weight_grad = ctx.needs_input_grad[1]
-        weight_grad = torch.zeros(0)
+        weight_grad = torch.zeros(0, dtype=torch.float32, device="cpu")
         if ctx.record is not None:
             weight_grad = ctx.link.send_update(
                 ctx.record, grads, hold=_trains_values(ctx), want_weight_grad=want_weight_grad

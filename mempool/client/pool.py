@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
 from typing import Self, TypeVar
 
-from mempool.client.connection import Connection
 from mempool.client.counts import shard_count
-from mempool.client.creation import CreateProgress, Creation
+from mempool.client.opening.connection import Connection
+from mempool.client.opening.creation import CreateProgress, Creation
 from mempool.client.routing.fanout import Dial
 from mempool.client.routing.router import Router
 from mempool.client.routing.whereabouts import Whereabouts

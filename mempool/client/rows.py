@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mempool.client.bags import own_copy, require_in_range, require_integers
+from mempool.client.opening.waiting import Run
 from mempool.client.routing.router import Router
-from mempool.client.waiting import Run
 from mempool.errors import InvalidRequest
 from mempool.types import FlatKeySpec, ProductKeySpec, TableSchema
 

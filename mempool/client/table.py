@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from mempool.client.autograd import pooled_gather
-from mempool.client.bags import checked_bags
+from mempool.client.bags import checked_bags, without_padding
 from mempool.client.lookup import Lookup, checked_queries, checked_topk, without_heads
+from mempool.client.opening.waiting import Run
 from mempool.client.routing.router import Router
 from mempool.client.rows import Rows, checked_key_rows, checked_matrix, checked_rows, distinct_rows, require_distinct
 from mempool.client.state import checked_state, checked_step, names_to_read
 from mempool.client.training.link import TableLink, WireDtype
 from mempool.client.training.session import Prepared, Session, SessionCounters
 from mempool.client.untraced import untraced
-from mempool.client.waiting import Run
 from mempool.errors import InvalidRequest
 from mempool.types import FlatKeySpec, StorageDtype, TableSchema
 
@@ -105,15 +105,26 @@ class Table:
 
     @untraced
     def gather(
-        self, ids: Tensor, weights: Tensor | None = None, *, offsets: Tensor | None = None, remember: bool = True
+        self,
+        ids: Tensor,
+        weights: Tensor | None = None,
+        *,
+        offsets: Tensor | None = None,
+        padding_idx: int | None = None,
+        remember: bool = True,
     ) -> Tensor:
         """Weighted sums of rows, differentiable in ``weights`` and in the values.
+
+        A pair of weight 0 adds 0 times its row, as in torch: NaN where the row holds NaN or inf. What must not count
+        whatever it holds is named by ``padding_idx``.
 
         Args:
             ids: [B, L] int64 slot ids, or [L] with ``offsets``; on any device.
             weights: Of the shape of ids, any floating dtype, on any device; None means all ones.
             offsets: [B + 1] int64: bag b holds pairs offsets[b] to offsets[b + 1], offsets[0] is 0, offsets[B] is L (as
                 torch.nn.EmbeddingBag has it with include_last_offset=True).
+            padding_idx: Pairs of this slot are left out: they add nothing, and get and give no gradient. A negative one
+                counts from the end. As in torch.nn.functional.embedding_bag.
             remember: Let shards keep ids and weights for the backward pass, where one may come. Say False in
                 evaluation: a backward pass that comes all the same sends them again.
 
@@ -126,6 +137,10 @@ class Table:
             ShardUnavailable: A shard did not answer within the pool's timeout_s.
             DataLoss: Pages of the table are gone.
         """
+        if padding_idx is not None:
+            ids, weights, offsets = without_padding(
+                ids, weights, offsets, padding_idx=padding_idx, num_slots=self.num_slots, table=self.name
+            )
         flat_ids, flat_weights, flat_offsets = checked_bags(
             ids, weights, offsets, num_slots=self.num_slots, table=self.name
         )

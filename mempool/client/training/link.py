@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mempool.client.bags import own_copy
+from mempool.client.opening.waiting import Run
 from mempool.client.routing.attempt import LookupRecord
 from mempool.client.routing.router import Router
 from mempool.client.training.session import Session
-from mempool.client.waiting import Run
 from mempool.errors import InvalidRequest
 from mempool.types import TableSchema
 from mempool.types.bags import Bags

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mempool.client.routing.attempt import Attempt, LookupRecord
+from mempool.client.routing.plan import TablePlan
 from mempool.client.routing.router import Router
 from mempool.client.training.steps import Decision, Pushed, Step, Steps
 from mempool.errors import Internal, InvalidRequest, StepConflict
@@ -242,7 +243,7 @@ class Session:
                 return
             step.decision = None
             await self._send_missing(attempt, step, missing)
-        raise _keeps_missing(step, missing)
+        raise _keeps_missing(attempt.plan, step, missing)
 
     async def _commit_in_two(self, attempt: Attempt, step: Step, decision: Decision) -> None:
         for more in reversed(range(_MAX_ROUNDS)):
@@ -282,7 +283,7 @@ class Session:
                     finite=all(reply.finite for reply in replies.values()),
                 )
             await self._send_missing(attempt, step, missing)
-        raise _keeps_missing(step, missing)
+        raise _keeps_missing(attempt.plan, step, missing)
 
     async def _send_missing(self, attempt: Attempt, step: Step, missing: Mapping[int, Collection[int]]) -> None:
         for sequence in sorted(set().union(*missing.values())):
@@ -306,8 +307,8 @@ class Session:
         return lambda: end_s - clock.time()
 
 
-def _keeps_missing(step: Step, missing: Mapping[int, tuple[int, ...]]) -> Internal:
+def _keeps_missing(plan: TablePlan, step: Step, missing: Mapping[int, tuple[int, ...]]) -> Internal:
     return Internal(
-        f"shards still miss updates of step {step.step_id.step} after {_MAX_ROUNDS} rounds of sending them again: "
-        f"{dict(missing)} (shard: sequences). Please report it."
+        f"table {plan.schema.name!r}: shards still miss updates of step {step.step_id.step}, rank {step.step_id.rank}, "
+        f"after {_MAX_ROUNDS} rounds of sending them again: {dict(missing)} (shard: sequences). Please report it."
     )

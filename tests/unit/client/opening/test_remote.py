@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mempool.client import GrpcDialer, GrpcShard, connect
-from mempool.client import remote as remote_module
-from mempool.client.remote import addresses_of
+from mempool.client.opening import remote as remote_module
+from mempool.client.opening.remote import addresses_of
 from mempool.client.transport import shard as transport_module
 from mempool.client.transport.shard import _fit_narrow
 from mempool.config import SGD, Adagrad, FlatKeys, TableConfig
@@ -24,8 +24,7 @@ from mempool.errors import (
 )
 from mempool.types import RescaleProgress, ShardInfo
 from mempool.wire.channels.loop import run
-
-from .grpc_pool import GrpcPoolHere, addresses
+from tests.unit.client.grpc_pool import GrpcPoolHere, addresses
 
 CONFIG = TableConfig(name="facts", num_slots=100, value_dim=96, block_dim=16, optimizer=SGD(lr=0.5))
 NOBODY = "127.0.0.1:1"

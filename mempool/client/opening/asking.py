@@ -65,6 +65,6 @@ def _reason(error: MempoolError) -> str:
     if isinstance(error, DeadlineExceeded):
         return f"nothing came within {_ANSWER_S:g} s"
     if isinstance(error, Unavailable) and error.refused:
-        return "connection refused"
+        return "Connection refused"
     found = _NO_CONNECTION.search(error.message)
     return found["why"].strip() if found else error.message
