@@ -12,8 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from mempool.client.autograd import pooled_gather
-from mempool.client.bags import checked_bags
+from mempool.client.autograd import gather
 from mempool.client.lookup import Lookup, checked_queries, without_heads
 from mempool.client.routing.router import Router
 from mempool.client.rows import Rows, checked_key_rows, checked_matrix, checked_rows, distinct_rows, require_distinct
@@ -101,7 +100,6 @@ class Table:
         self._anchor.requires_grad_(requires_grad)
         return self
 
-    @untraced
     def gather(
         self, ids: Tensor, weights: Tensor | None = None, *, offsets: Tensor | None = None, remember: bool = True
     ) -> Tensor:
@@ -116,25 +114,22 @@ class Table:
                 evaluation: a backward pass that comes all the same sends them again.
 
         Returns:
-            [B, value_dim] float32, on the device of weights, or of ids where there are none. Inside torch.compile
-            this is a graph break.
+            [B, value_dim] float32, on the device of weights, or of ids where there are none. Under torch.compile this
+            is an operator of the graph, which does not break.
 
         Raises:
             InvalidRequest: A wrong shape, dtype or id; nothing was sent.
             ShardUnavailable: A shard did not answer within the pool's timeout_s.
             DataLoss: Pages of the table are gone.
         """
-        flat_ids, flat_weights, flat_offsets = checked_bags(
-            ids, weights, offsets, num_slots=self.num_slots, table=self.name
-        )
-        return pooled_gather(
+        return gather(
             self._link,
+            ids,
+            weights,
+            offsets,
             anchor=self._anchor,
-            ids=flat_ids,
-            weights=flat_weights,
-            offsets=flat_offsets,
+            trained=self._anchor.requires_grad,
             remember=remember,
-            device=ids.device if weights is None else weights.device,
         )
 
     @untraced
@@ -239,9 +234,14 @@ class Table:
         self._rows.write("keys", key_ids, checked.reshape(key_ids.shape[0], -1))
 
     @property
+    def link(self) -> TableLink:
+        """For ``mempool.nn``: what gathers go through."""
+        return self._link
+
+    @property
     def pending(self) -> int:
-        """Updates pushed by backward passes and not yet committed or discarded."""
-        return self._session.pending
+        """Updates pushed by backward passes and not yet committed or discarded; 0 once a module has zeroed them."""
+        return 0 if self._session.pending and self._link.markers.zeroed() else self._session.pending
 
     @property
     def pending_bytes(self) -> int:
@@ -259,6 +259,7 @@ class Table:
         For what needs one decision over several tables: clipping by global norm, gradient scalers. ``commit`` or
         ``discard`` must follow soon: pages cannot move meanwhile.
         """
+        self._link.drop_zeroed()
         return self._run(self._session.prepare(want_norm=want_norm))
 
     def commit(self, *, lr: float | None = None, grad_scale: float = 1.0) -> int:
@@ -273,6 +274,7 @@ class Table:
         Returns:
             How many updates were committed.
         """
+        self._link.drop_zeroed()
         return self._run(self._session.commit(lr=self.schema.optimizer.lr if lr is None else lr, grad_scale=grad_scale))
 
     def discard(self) -> int:
