@@ -58,6 +58,14 @@ class Table:
             f"take pool.table({self.name!r})"
         )
 
+    def __copy__(self) -> "Table":
+        """Itself: what is copied with a model is the model's, and the table is the pool's."""
+        return self
+
+    def __deepcopy__(self, memo: object) -> "Table":
+        """Itself."""
+        return self
+
     def __repr__(self) -> str:
         schema = self.schema
         return (

@@ -93,6 +93,13 @@ class TableLink:
             )
         return answer
 
+    def version(self) -> int:
+        """The table's version, as the shards of its first slot have it now."""
+        first = torch.zeros(1, dtype=torch.int64, device="cpu")
+        bags = Bags(ids=first, weights=None, offsets=torch.tensor([0, 1], dtype=torch.int64, device="cpu"))
+        _, record = self.send_gather(bags, remember=False)
+        return record.seen.newest_version
+
     def drop_zeroed(self) -> int:
         """Discard what is pending if a module that holds the table has zeroed it; answers how many updates."""
         if self._session.nothing_to_drop or not self.markers.zeroed():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mempool.client import Bags, Prepared, SessionCounters, Table
+from mempool.client import Bags, Prepared, Seen, SessionCounters, Table
 from mempool.config import SGD, TableConfig, resolve
 
 
@@ -16,6 +16,7 @@ class Remembered:
     """What the stand-in keeps of a gather for its updates."""
 
     bags: Bags
+    seen: Seen
     remembered_by: tuple[()] = ()
 
 
@@ -39,6 +40,14 @@ class LocalSession:
     def pending(self) -> int:
         return len(self._held)
 
+    @property
+    def pending_bytes(self) -> int:
+        return sum(bags.num_bytes + grads.nbytes for bags, grads in self._held)
+
+    @property
+    def nothing_to_drop(self) -> bool:
+        return not self._held
+
     def gradient(self) -> Tensor:
         """The gradient of what is held, [num_slots, value_dim]."""
         total = torch.zeros_like(self.values)
@@ -52,7 +61,8 @@ class LocalSession:
         bag_numbers = torch.repeat_interleave(bags.offsets.diff())
         sums = torch.zeros(bags.num_bags, self.values.shape[1])
         sums.index_add_(0, bag_numbers, self.values[bags.ids] * _weights(bags))
-        return sums, Remembered(bags)
+        version = self.counters.steps_committed
+        return sums, Remembered(bags, Seen(epoch=1, oldest_version=version, newest_version=version))
 
     async def update(self, record: Remembered, grads: Tensor, *, hold: bool, want_weight_grad: bool) -> Tensor | None:
         if hold:
@@ -80,11 +90,13 @@ class LocalSession:
             raise error
         self.calls.append(("commit", lr, grad_scale))
         self.values -= lr * grad_scale * self.gradient()
+        self.counters.steps_committed += 1
         return self._drop()
 
     async def discard(self) -> int:
         if self._held:
             self.calls.append(("discard",))
+            self.counters.updates_discarded += len(self._held)
         return self._drop()
 
     def _drop(self) -> int:
