@@ -40,8 +40,8 @@ def gather(
         weights: The shape of ids, floating, on any device; None means all ones.
         offsets: [B + 1] integers.
         anchor: A leaf that requires grad where the values do. It makes backward run where the weights are constants or
-            there are none, and it says whether a backward pass accumulates into the values: they are its. It gets no
-            gradient if it is empty, otherwise one of nearly nothing, by which others see that there is one.
+            there are none, and where a backward pass does not accumulate into it, it does not into the values. It gets
+            a gradient of nearly nothing (``markers``). [1] floating.
         trained: Push updates, if anchor requires grad.
         remember: Let shards keep ids and weights if a backward pass may come.
 
@@ -150,7 +150,7 @@ class _PooledGather(torch.autograd.Function):
                     weight_grad = answer.to(device=ctx.weights.device, dtype=ctx.weights.dtype)
             if captured:
                 anchor_grad = torch.zeros_like(ctx.anchor)
-            elif accumulates and ctx.trained and ctx.anchor.numel():
+            elif accumulates and ctx.trained:
                 anchor_grad = mark_like(ctx.anchor)
         if weight_grad is not None and torch.is_grad_enabled():
             weight_grad = _FirstOrderOnly.apply(weight_grad, grads, ctx.weights, ctx.anchor)  # type: ignore[no-untyped-call]

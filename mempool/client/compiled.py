@@ -170,8 +170,8 @@ def _accumulates(anchor: Tensor) -> bool:
     node = torch._C._current_autograd_node()
     for leaf, _ in () if node is None else node.next_functions:
         variable = getattr(leaf, "variable", None)
-        # The operator sees another tensor of the same memory, if there is any.
-        if variable is not None and anchor.numel() and variable.data_ptr() == anchor.data_ptr():
+        # The operator sees another tensor of the same memory.
+        if variable is not None and variable.data_ptr() == anchor.data_ptr():
             try:
                 return bool(torch._C._will_engine_execute_node(leaf))
             except RuntimeError:  # torch's answer for a leaf that autograd.grad was asked for

@@ -50,7 +50,7 @@ class Table:
         self._run = run
         self._link = TableLink(schema, router=router, session=session, run=run)
         self._rows = Rows(schema, router=router, run=run)
-        self._anchor = torch.zeros(0, dtype=torch.float32, device="cpu", requires_grad=True)
+        self._anchor = torch.zeros(1, dtype=torch.float32, device="cpu", requires_grad=True)
 
     def __reduce__(self) -> NoReturn:
         raise InvalidRequest(

@@ -168,7 +168,7 @@ class MemoryLayer(nn.Module):
         self.gating = nn.Linear(self.dim, 1, **made) if mem_gated else None
         self.values = values_parameter(**made)
         self._link = LayerLink(table, self.values)
-        self._copied: int | None = None
+        self._copied: tuple[int, ...] | None = None
         self.reset_parameters()
 
     @property
@@ -297,17 +297,20 @@ class MemoryLayer(nn.Module):
         return nn.Linear(self.table.value_dim, self.out_dim, **made) if needed else None
 
     def _warn_of_average(self) -> None:
-        """A copy whose parameters were written from outside is an average or a snapshot; its values are neither."""
-        written = self.half_keys._version if isinstance(self.half_keys, nn.Parameter) else self._copied
-        if self.half_keys.grad is not None or written == self._copied:
-            return
-        self._copied = None
-        warnings.warn(
-            f"this copy of a MemoryLayer was given other parameters (an average as AveragedModel or EMA makes it, or a"
-            f" snapshot), but its values are the live ones of table {self.table.name!r}: a copy shares the table. Read"
-            " its answers as the averaged layers over the current values",
-            stacklevel=4,
-        )
+        """A copy whose parameters are written from outside is an average or a snapshot; its values are neither."""
+        if self.training and torch.is_grad_enabled():
+            self._copied = None  # trained by itself
+        elif self._copied != self._versions():
+            self._copied = None
+            warnings.warn(
+                "this copy of a MemoryLayer was given other parameters (an average, as AveragedModel or EMA makes it,"
+                f" or a snapshot), but it reads the live values of table {self.table.name!r}: a copy shares the table,"
+                " and its values are not averaged",
+                stacklevel=4,
+            )
+
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(parameter._version for parameter in self.parameters())
 
     def extra_repr(self) -> str:
         norms = "".join(f", {name}=True" for name in ("qk_norm", "query_norm") if getattr(self, name))
@@ -351,7 +354,7 @@ class MemoryLayer(nn.Module):
         state = {name: part for name, part in self.__dict__.items() if name not in ("_link", "last_lookup")}
         clone.__dict__.update(copy.deepcopy(state, memo), last_lookup=None)
         clone._link = LayerLink(self.table, clone.values)
-        clone._copied = clone.half_keys._version
+        clone._copied = clone._versions()
         return clone
 
     def __getstate__(self) -> NoReturn:
