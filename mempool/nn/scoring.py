@@ -97,7 +97,8 @@ def _topk_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What torch.compile keeps in its graph: scores, ids and half-keys of both codebooks, each [B, H, K]."""
     scores, index1, index2 = _chosen(queries, keys, topk, deterministic)
-    return scores, index1 * stride + index2, index1, index2
+    # Copies: the two may lie in one tensor, and an operator's outputs must not share memory.
+    return scores, index1 * stride + index2, index1.clone(), index2.clone()
 
 
 @_topk_op.register_fake

@@ -29,7 +29,8 @@ class LocalSession:
     """
 
     def __init__(self, num_slots: int, value_dim: int) -> None:
-        self.values = torch.randn(num_slots, value_dim, generator=torch.Generator().manual_seed(3))
+        generator = torch.Generator("cpu").manual_seed(3)
+        self.values = torch.randn(num_slots, value_dim, generator=generator, dtype=torch.float32, device="cpu")
         self.counters = SessionCounters()
         self.remembered: list[bool] = []
         self.calls: list[tuple[Any, ...]] = []
@@ -58,8 +59,8 @@ class LocalSession:
 
     async def gather(self, bags: Bags, *, remember: bool, **_: object) -> tuple[Tensor, Remembered]:
         self.remembered.append(remember)
-        bag_numbers = torch.repeat_interleave(bags.offsets.diff())
-        sums = torch.zeros(bags.num_bags, self.values.shape[1])
+        bag_numbers = torch.arange(bags.num_bags, device="cpu").repeat_interleave(bags.offsets.diff())
+        sums = torch.zeros(bags.num_bags, self.values.shape[1], dtype=torch.float32, device="cpu")
         sums.index_add_(0, bag_numbers, self.values[bags.ids] * _weights(bags))
         version = self.counters.steps_committed
         return sums, Remembered(bags, Seen(epoch=1, oldest_version=version, newest_version=version))
@@ -118,7 +119,7 @@ def session_of(table: Table) -> LocalSession:
 
 
 def _weights(bags: Bags) -> Tensor:
-    return torch.ones(bags.num_pairs, 1) if bags.weights is None else bags.weights[:, None]
+    return torch.ones(bags.num_pairs, 1, dtype=torch.float32, device="cpu") if bags.weights is None else bags.weights[:, None]
 
 
 def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:

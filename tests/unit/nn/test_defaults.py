@@ -54,7 +54,6 @@ def train(layer: MemoryLayer, x: torch.Tensor) -> None:
 
 def test_under_another_default_dtype(default_dtype: torch.dtype) -> None:
     table = local_table()
-    session_of(table).values = session_of(table).values.float()
     layer = MemoryLayer(12, table=table, heads=1, topk=3, key_dim=6, mem_gated=True)
     assert {parameter.dtype for parameter in layer.parameters()} == {default_dtype}
     train(layer, torch.randn(4, 12))
@@ -66,8 +65,7 @@ def test_under_another_default_dtype(default_dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("meta_by_default")
 def test_under_another_default_device() -> None:
-    with torch.device("cpu"):
-        table = local_table()
+    table = local_table()
     layer = MemoryLayer(12, table=table, heads=1, topk=3, key_dim=6, device="cpu")
     train(layer, torch.randn(4, 12, device="cpu"))
     # A model that is made on meta first, and gets its memory later.
