@@ -38,7 +38,7 @@ def checked_bags(
                 "offsets [B + 1]."
             )
         num_bags, bag_pairs = ids.shape
-        checked_offsets = torch.arange(num_bags + 1, dtype=torch.int64) * bag_pairs
+        checked_offsets = torch.arange(num_bags + 1, dtype=torch.int64, device="cpu") * bag_pairs
     else:
         checked_offsets = _checked_offsets(offsets, ids, table=table)
     own_ids = own_copy(ids, torch.int64)

@@ -79,6 +79,7 @@ class _Call:
 
 _lock = threading.Lock()
 _current: IoLoop | None = None
+_started: set[Future[Any]] = set()
 
 
 def io_loop() -> asyncio.AbstractEventLoop:
@@ -131,6 +132,20 @@ def run(coro: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
         raise
 
 
+def start(coro: Coroutine[Any, Any, object]) -> None:
+    """Runs a coroutine on the IO loop without waiting for it, from any thread and at any moment (finalizers).
+
+    Nothing is run where there is no loop any more: what the coroutine would end has ended then.
+    """
+    io = _current
+    if io is None or io.ended or io.pid != os.getpid():
+        coro.close()
+        return
+    future = asyncio.run_coroutine_threadsafe(coro, io.loop)
+    _started.add(future)
+    future.add_done_callback(_started.discard)
+
+
 def _io_loop() -> IoLoop:
     global _current
     io = _current
@@ -144,8 +159,9 @@ def _io_loop() -> IoLoop:
                 _current = io
     if io.pid != os.getpid():
         raise MempoolError(
-            f"process {os.getpid()} was forked from process {io.pid}, which had used mempool's network; gRPC does "
-            "not survive that. Start processes by spawn (multiprocessing_context='spawn'), or connect only in the child"
+            f"process {os.getpid()} was forked from process {io.pid}, where mempool was in use: its threads and "
+            "connections are there, and pools and tables cannot be used here. Start processes by spawn "
+            "(multiprocessing_context='spawn'), or let only the child, and not its parent, open a pool"
         )
     if io.ended:
         raise MempoolError(
