@@ -454,7 +454,7 @@ def test_compiled_code_is_one_graph_and_right(twin) -> None:  # type: ignore[no-
     assert len(graphs) == 1  # whole, compiled once
     gc.collect()
     both.table.gather(ids, weights.detach(), remember=False)
-    assert not any(shard.contexts for shard in both.fake.shards)
+    assert not any(shard.context_bytes for shard in both.fake.shards)
 
 
 @pytest.mark.filterwarnings("ignore")
