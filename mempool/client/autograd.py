@@ -186,7 +186,7 @@ def _accumulates(ctx: Any) -> tuple[bool, bool]:
 
 
 def _refuse_export(link: Link) -> None:
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
         raise InvalidRequest(
             f"table {link.name!r} cannot be exported: its values live in a pool, and a saved program would hold a"
             " connection. Export what comes before and after the lookup, and look up in between"

@@ -133,7 +133,7 @@ def _update(
     hold: bool,
     want_weight_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The anchor's gradient and the weights' (empty where it is not wanted). The first makes the graph keep the call."""
+    """The anchor's gradient and the weights' (empty where there are none). The first makes the graph keep the call."""
     table = LINKS.get(link)
     hold = hold and _accumulates(anchor)
     anchor_grad = mark_like(anchor)
@@ -171,7 +171,7 @@ def _accumulates(anchor: Tensor) -> bool:
     for leaf, _ in () if node is None else node.next_functions:
         variable = getattr(leaf, "variable", None)
         # The operator sees another tensor of the same memory.
-        if variable is not None and variable.data_ptr() == anchor.data_ptr():
+        if leaf is not None and variable is not None and variable.data_ptr() == anchor.data_ptr():
             try:
                 return bool(torch._C._will_engine_execute_node(leaf))
             except RuntimeError:  # torch's answer for a leaf that autograd.grad was asked for

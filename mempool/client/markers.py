@@ -41,7 +41,7 @@ class Mark:
         self._parameter = weakref.ref(parameter)
         self._set = False
         self._parameter_version = self._grad_version = 0
-        parameter.register_post_accumulate_grad_hook(self._accumulated)
+        parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
 
     def pushed(self) -> None:
         """An update goes out, and the mark will be set where the backward pass reaches the parameter, which may be

@@ -45,9 +45,8 @@ class TableNorm(Tensor):
         norms = list(_norms_in([*args, *options.values()]))
         if name in _NORMS:
             _require_order_2(name, args, options, norms)
-        elif name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__") and name not in _SCALING):
-            if norms and (name.startswith("_foreach") or isinstance(args[0], TableNorm)):
-                _refuse_in_place(name, norms)
+        elif norms and _writes_otherwise(name) and (name.startswith("_foreach") or isinstance(args[0], TableNorm)):
+            _refuse_in_place(name, norms)
         with torch._C.DisableTorchFunctionSubclass():
             answer = func(*args, **options)
         if name in ("zero_", "_foreach_zero_"):
@@ -129,7 +128,7 @@ class TableGradient(nn.Parameter):
             )
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         """The table's."""
         return self.table.requires_grad
 
@@ -137,7 +136,7 @@ class TableGradient(nn.Parameter):
     def requires_grad(self, requires_grad: bool) -> None:
         self.table.requires_grad_(requires_grad)
 
-    def requires_grad_(self, requires_grad: bool = True) -> "TableGradient":  # type: ignore[override]
+    def requires_grad_(self, requires_grad: bool = True) -> "TableGradient":
         """Freeze the table, or train it, for gathers from now on."""
         self.table.requires_grad_(requires_grad)
         return self
@@ -169,6 +168,11 @@ def _norms_in(parts: list[Any]) -> Iterator[TableNorm]:
             yield part
         elif isinstance(part, (list, tuple)):
             yield from (inner for inner in part if isinstance(inner, TableNorm))
+
+
+def _writes_otherwise(name: str) -> bool:
+    """Whether a function of torch's writes to what it is given, and not by a factor."""
+    return name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__") and name not in _SCALING)
 
 
 def _names(norms: list[TableNorm]) -> str:

@@ -321,7 +321,7 @@ class MemoryLayer(nn.Module):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._follow_values()
         return self
 

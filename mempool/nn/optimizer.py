@@ -144,7 +144,7 @@ class PoolOptimizer(torch.optim.Optimizer):
         self._look()
         return loss
 
-    # GradScaler hands itself, with a warning, to a step whose signature names a scaler; to others it says what it found.
+    # To a step whose signature names a scaler GradScaler hands itself, with a warning; to others it says what it found.
     step.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         list(inspect.signature(step).parameters.values())[:2]
     )

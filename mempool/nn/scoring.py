@@ -44,9 +44,7 @@ def product_topk(
     return _ProductTopk.apply(queries_BHD, keys_H2Nd, topk, stride, deterministic)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def _chosen(
-    queries_BHD: Tensor, keys_H2Nd: Tensor, topk: int, deterministic: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _chosen(queries_BHD: Tensor, keys_H2Nd: Tensor, topk: int, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Scores [B, H, K] float32 and half-keys of both codebooks [B, H, K] int64."""
     # Imported here so that importing mempool.nn does not load the kernels.
     from mempool.kernels import product_indices
@@ -67,7 +65,7 @@ def _gradients(
 
 def _alias(parameter: Tensor) -> Tensor:
     """The same memory as another tensor: torch never resizes a storage again that was seen by numpy, as FSDP must."""
-    return torch.from_dlpack(parameter.detach()) if parameter.device.type == "cpu" else parameter
+    return torch.utils.dlpack.from_dlpack(parameter.detach()) if parameter.device.type == "cpu" else parameter
 
 
 class _ProductTopk(torch.autograd.Function):
@@ -116,9 +114,7 @@ def _(
 
 
 @torch.library.custom_op("mempool::product_gradient", mutates_args=())
-def _gradient_op(
-    queries: Tensor, keys: Tensor, index1: Tensor, index2: Tensor, grads: Tensor
-) -> tuple[Tensor, Tensor]:
+def _gradient_op(queries: Tensor, keys: Tensor, index1: Tensor, index2: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
     return _gradients(queries, keys, index1, index2, grads)
 
 

@@ -54,6 +54,6 @@ def _parts_of(part: Any) -> Iterable[Any] | None:
         return None if len(part) > _MAX_ENTRIES else list(part)
     if dataclasses.is_dataclass(part) and not isinstance(part, type):
         return [getattr(part, each.name, None) for each in dataclasses.fields(part)]
-    if isinstance(part, nn.Module) or isinstance(part, SimpleNamespace):
+    if isinstance(part, (nn.Module, SimpleNamespace)):
         return list(vars(part).values())
     return None

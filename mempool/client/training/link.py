@@ -88,9 +88,7 @@ class TableLink:
         own = own_copy(grads, _WIRE_DTYPES[self._wire_dtype])
         answer = self._run(self._session.update(record, own, hold=hold, want_weight_grad=want_weight_grad))
         if hold:
-            self._cautions.after_update(
-                pending=self._session.pending, pending_bytes=self._session.pending_bytes
-            )
+            self._cautions.after_update(pending=self._session.pending, pending_bytes=self._session.pending_bytes)
         return answer
 
     def version(self) -> int:

@@ -280,7 +280,7 @@ def test_a_freed_graph_says_so_as_torchs_do(twin) -> None:  # type: ignore[no-un
 def test_function_transforms_are_refused(twin, transform) -> None:  # type: ignore[no-untyped-def]
     both = twin()
     ids, weights = make_inputs()
-    with pytest.raises(InvalidRequest, match="torch.func's transforms"):
+    with pytest.raises(InvalidRequest, match=r"torch.func's transforms"):
         transform(lambda weights: both.table.gather(ids, weights), weights.detach())
 
 

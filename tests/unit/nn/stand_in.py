@@ -119,7 +119,11 @@ def session_of(table: Table) -> LocalSession:
 
 
 def _weights(bags: Bags) -> Tensor:
-    return torch.ones(bags.num_pairs, 1, dtype=torch.float32, device="cpu") if bags.weights is None else bags.weights[:, None]
+    return (
+        torch.ones(bags.num_pairs, 1, dtype=torch.float32, device="cpu")
+        if bags.weights is None
+        else bags.weights[:, None]
+    )
 
 
 def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:

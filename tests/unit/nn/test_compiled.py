@@ -128,5 +128,5 @@ def test_a_graph_whose_table_is_gone_says_so() -> None:
 
 
 def test_export_says_what_to_do() -> None:
-    with pytest.raises(Exception, match="table 'facts' cannot be exported.*look up in between"):
+    with pytest.raises(Exception, match=r"table 'facts' cannot be exported.*look up in between"):
         torch.export.export(make_layer(), (torch.randn(3, 12),))

@@ -81,7 +81,7 @@ def pushed() -> Table:
 @pytest.mark.parametrize("foreach", [None, False, True])
 def test_clipping_by_value_is_refused_and_changes_nothing(foreach: bool | None) -> None:
     gradient = TableGradient(pushed())
-    with pytest.raises(InvalidRequest, match="'facts' cannot be clipped by value.*Clip it by norm"):
+    with pytest.raises(InvalidRequest, match=r"'facts' cannot be clipped by value.*Clip it by norm"):
         torch.nn.utils.clip_grad_value_([gradient], 0.5, foreach=foreach)
     assert gradient.scale == 1.0
 
@@ -92,7 +92,7 @@ def test_norms_of_other_orders_are_refused(order: float, foreach: bool | None) -
     gradient = TableGradient(pushed())
     dense = nn.Parameter(torch.ones(2))
     dense.grad = torch.ones(2)
-    with pytest.raises(InvalidRequest, match="norm of order .* of the gradient of table 'facts' is not known"):
+    with pytest.raises(InvalidRequest, match=r"norm of order .* of the gradient of table 'facts' is not known"):
         torch.nn.utils.clip_grad_norm_([dense, gradient], 0.5, norm_type=order, foreach=foreach)
     assert gradient.scale == 1.0
 

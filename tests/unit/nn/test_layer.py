@@ -166,7 +166,9 @@ def test_scores_stay_float32_under_autocast() -> None:
     # From the same rounded queries on, the bags are those of float32 scores.
     reference = Reference.of(layer, session_of(layer.table).values)
     reference.linear = lambda *_: queries.double()  # type: ignore[method-assign]
-    assert relative_error(layer._lookup(queries.float().unflatten(-1, (2, 6)))[0], reference.bags(x.double())) < TOLERANCE
+    assert (
+        relative_error(layer._lookup(queries.float().unflatten(-1, (2, 6)))[0], reference.bags(x.double())) < TOLERANCE
+    )
 
 
 def test_score_gradients_stay_float32_where_backward_runs_under_autocast() -> None:

@@ -174,9 +174,9 @@ def test_a_lookup_is_handed_out_and_kept_on_request() -> None:
     assert not any(part.requires_grad for part in kept)
     assert lookup.scores.requires_grad
     all_scores = torch.einsum("bshd,hnd->bshn", layer.scoring_queries(x)[..., :3], layer.keys[:, 0])[..., None]
-    all_scores = all_scores + torch.einsum("bshd,hnd->bshn", layer.scoring_queries(x)[..., 3:], layer.keys[:, 1])[
-        ..., None, :
-    ]
+    all_scores = (
+        all_scores + torch.einsum("bshd,hnd->bshn", layer.scoring_queries(x)[..., 3:], layer.keys[:, 1])[..., None, :]
+    )
     torch.testing.assert_close(lookup.scores, all_scores.flatten(-2).topk(4).values)
 
 
@@ -199,7 +199,7 @@ def test_states_of_before_the_keys_were_renamed_load() -> None:
     assert torch.equal(layer.keys, old["keys"])
     other.keys = layer.keys  # tied, under the old name
     assert other.half_keys is layer.half_keys
-    with pytest.raises(RuntimeError, match="Missing key.*half_keys"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*half_keys"):
         layer.load_state_dict({name: part for name, part in old.items() if name != "keys"})
 
 

@@ -71,4 +71,7 @@ def test_a_pool_that_a_model_holds_is_not_searched() -> None:
 def test_values_are_those_of_the_layers_of_a_table() -> None:
     a, b = make(*"ab")
     layers = [MemoryLayer(12, table=table, heads=1, topk=2, key_dim=4) for table in (a, b, a)]
-    assert [id(values) for values in values_of(nn.Sequential(*layers), a)] == [id(layers[0].values), id(layers[2].values)]
+    assert [id(values) for values in values_of(nn.Sequential(*layers), a)] == [
+        id(layers[0].values),
+        id(layers[2].values),
+    ]

@@ -24,7 +24,7 @@ def test_a_lone_process_is_told_nothing() -> None:
 @pytest.mark.usefixtures("four_ranks")
 def test_ranks_without_a_group_are_told_once() -> None:
     cautions = Cautions("facts", grouped=False)
-    with pytest.warns(UserWarning, match="'facts' is trained by a process group of 4 ranks.*4 optimizer steps a step"):
+    with pytest.warns(UserWarning, match=r"'facts' is trained by a process group of 4 ranks.*4 optimizer steps a step"):
         cautions.before_update()
     cautions.before_update()
     Cautions("facts", grouped=True).before_update()
