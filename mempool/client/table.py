@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from mempool.client.autograd import gather
+from mempool.client.gathers.autograd import gather
 from mempool.client.lookup import Lookup, checked_queries, checked_topk, without_heads
 from mempool.client.routing.router import Router
 from mempool.client.rows import Rows, checked_key_rows, checked_matrix, checked_rows, distinct_rows, require_distinct

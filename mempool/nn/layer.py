@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mempool.client import Table
-from mempool.client.autograd import gather
+from mempool.client.gathers.autograd import gather
 from mempool.errors import InvalidRequest
 from mempool.nn.choice import MemoryLookup, Scores, checked_scores, weights_of
 from mempool.nn.scoring import product_topk, unit_rms

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mempool.client import Table
-from mempool.client.links import LINKS
-from mempool.client.markers import Mark
+from mempool.client.gathers.links import LINKS
+from mempool.client.gathers.markers import Mark
 from mempool.client.routing.attempt import LookupRecord
 from mempool.types.bags import Bags
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mempool.client.bags import own_copy
-from mempool.client.links import LINKS
-from mempool.client.markers import Markers
+from mempool.client.gathers.links import LINKS
+from mempool.client.gathers.markers import Markers
 from mempool.client.routing.attempt import LookupRecord
 from mempool.client.routing.router import Router
 from mempool.client.training.cautions import Cautions
@@ -27,7 +27,7 @@ _WIRE_DTYPES: dict[WireDtype, torch.dtype] = {"float32": torch.float32, "bfloat1
 
 
 class TableLink:
-    """A table as ``mempool.client.autograd`` sees it (its ``Link``). Lives as long as a graph, or the table, needs it.
+    """A table as ``mempool.client.gathers`` sees it (its ``Link``). Lives as long as a graph, or the table, needs it.
 
     Life of a gather: [TRAINER] ``wire_weights`` copies, ``send_gather`` waits for pooled values; in the backward pass
     ``send_update`` copies and waits for d_weights; ``release`` lets the shards forget once the graph is gone.

@@ -1,4 +1,4 @@
-"""The layer under torch's own wrappers and checkpoint helpers: FSDP2 and DDP on one rank here, FSDP2 on two in processes."""
+"""The layer under FSDP2, DDP and torch's checkpoint helpers: on one rank here, FSDP2 on two in processes."""
 
 import multiprocessing
 from collections.abc import Iterator

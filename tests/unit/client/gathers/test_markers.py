@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mempool.client.markers import Mark, Markers, mark_like
+from mempool.client.gathers.markers import Mark, Markers, mark_like
 
 
 def make() -> tuple[Tensor, Mark]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from mempool.client.bags import checked_bags
-from mempool.client.links import LINKS, Link
-from mempool.client.markers import mark_like
+from mempool.client.gathers.links import LINKS, Link
+from mempool.client.gathers.markers import mark_like
 from mempool.client.routing.attempt import LookupRecord
 from mempool.errors import InvalidRequest
 from mempool.types.bags import Bags

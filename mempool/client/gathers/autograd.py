@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from mempool.client.bags import checked_bags
-from mempool.client.compiled import compiled_gather
-from mempool.client.links import Link
-from mempool.client.markers import mark_like
+from mempool.client.gathers.compiled import compiled_gather
+from mempool.client.gathers.links import Link
+from mempool.client.gathers.markers import mark_like
 from mempool.errors import InvalidRequest
 from mempool.types.bags import Bags
 
