@@ -41,7 +41,10 @@ class Mark:
         self._parameter = weakref.ref(parameter)
         self._set = False
         self._parameter_version = self._grad_version = 0
+        frozen = not parameter.requires_grad
+        parameter.requires_grad_(True)  # torch asks for it; a frozen one may be thawed later
         parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
+        parameter.requires_grad_(not frozen)
 
     def pushed(self) -> None:
         """An update goes out, and the mark will be set where the backward pass reaches the parameter, which may be

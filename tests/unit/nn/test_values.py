@@ -75,6 +75,17 @@ def test_a_frozen_copy_is_a_teacher_and_the_student_learns() -> None:
     assert student.table.pending == 1
 
 
+def test_a_copy_of_a_frozen_layer_is_frozen_and_can_be_thawed() -> None:
+    clone = copy.deepcopy(make_layer().requires_grad_(False))
+    assert not clone.values.requires_grad
+    clone(torch.randn(4, 12))
+    clone.requires_grad_(True)
+    backward(clone)
+    assert clone.table.pending == 1
+    clone.zero_grad()
+    assert clone.table.pending == 0
+
+
 def test_freezing_the_optimizers_parameters_freezes_the_table() -> None:
     table = local_table()
     layer = make_layer(table)
