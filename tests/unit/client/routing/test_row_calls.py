@@ -10,7 +10,7 @@ from tests.support.faulty import COLUMNS, LAYOUTS, FaultyPool, make_schema
 from .test_router import assert_near, make_router
 
 ROWWISE = OptimizerSpec(algorithm="rowwise_adagrad", lr=0.5)
-ROW_STATE = "row_sum"
+ROW_STATE = "values.row_sum"
 STATE = torch.arange(64)[:, None] * 10.0 + torch.arange(3)  # [N, blocks]
 
 
