@@ -8,8 +8,7 @@ Shape legend: B bags (tokens), H heads, K top-k, D key dim, N half-keys of a cod
 
 import copy
 import math
-import warnings
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +18,11 @@ from mempool.client import Table
 from mempool.client.gathers.autograd import gather
 from mempool.errors import InvalidRequest
 from mempool.nn.choice import MemoryLookup, Scores, checked_scores, weights_of
+from mempool.nn.copies import CopyCaution
+from mempool.nn.parts import Gate, Out, gate_part, out_part
 from mempool.nn.scoring import product_topk, unit_rms
 from mempool.nn.sizes import checked_dropout, checked_int, checked_key_dim, checked_topk, codebook_size
 from mempool.nn.values import LayerLink, values_parameter
-
-Gate = Literal["silu", "none"]
-Out = Literal["auto", "linear", "none"]
 
 
 class MemoryLayer(nn.Module):
@@ -163,12 +161,12 @@ class MemoryLayer(nn.Module):
         self.query = nn.Linear(self.dim, width, bias=query_bias, **made) if query is None else query
         half_keys = torch.empty(self.heads, 2, self.codebook_size, self.key_dim // 2, **made)
         self.half_keys = nn.Parameter(half_keys)
-        self.gate = self._gate(gate, made)
-        self.out = self._out(out, made)
+        self.gate = gate_part(gate, self.dim, schema.value_dim, made)
+        self.out = out_part(out, schema.value_dim, self.out_dim, made, gated=self.gate is not None)
         self.gating = nn.Linear(self.dim, 1, **made) if mem_gated else None
         self.values = values_parameter(**made)
         self._link = LayerLink(table, self.values)
-        self._copied: tuple[int, ...] | None = None
+        self._copied: CopyCaution | None = None
         self.reset_parameters()
 
     @property
@@ -201,7 +199,7 @@ class MemoryLayer(nn.Module):
         if x.dim() == 0 or x.shape[-1] != self.dim:
             raise InvalidRequest(f"this layer takes [..., {self.dim}], got {list(x.shape)}")
         if self._copied is not None and not torch.compiler.is_compiling():
-            self._warn_of_average()
+            self._copied.before_call(self)
         if self.input_dropout:
             x = F.dropout(x, self.input_dropout, self.training)
         bag, lookup = self._lookup(self.scoring_queries(x))
@@ -278,40 +276,6 @@ class MemoryLayer(nn.Module):
         bag = bag.to(dtype)
         return bag if self.out is None else self.out(bag)
 
-    def _gate(self, gate: Gate | nn.Module, made: dict[str, Any]) -> nn.Module | None:
-        if isinstance(gate, nn.Module):
-            return gate
-        if gate not in ("silu", "none"):
-            raise InvalidRequest(f'gate must be "silu", "none" or a module, got {gate!r}')
-        return nn.Linear(self.dim, self.table.value_dim, **made) if gate == "silu" else None
-
-    def _out(self, out: Out | nn.Module, made: dict[str, Any]) -> nn.Module | None:
-        if isinstance(out, nn.Module):
-            return out
-        if out not in ("auto", "linear", "none"):
-            raise InvalidRequest(f'out must be "auto", "linear", "none" or a module, got {out!r}')
-        same = self.table.value_dim == self.out_dim
-        if out == "none" and not same:
-            raise InvalidRequest(f'out="none" needs value_dim = out_dim, got {self.table.value_dim} and {self.out_dim}')
-        needed = out == "linear" or (out == "auto" and (self.gate is not None or not same))
-        return nn.Linear(self.table.value_dim, self.out_dim, **made) if needed else None
-
-    def _warn_of_average(self) -> None:
-        """A copy whose parameters are written from outside is an average or a snapshot; its values are neither."""
-        if self.training and torch.is_grad_enabled():
-            self._copied = None  # trained by itself
-        elif self._copied != self._versions():
-            self._copied = None
-            warnings.warn(
-                "this copy of a MemoryLayer was given other parameters (an average, as AveragedModel or EMA makes it,"
-                f" or a snapshot), but it reads the live values of table {self.table.name!r}: a copy shares the table,"
-                " and its values are not averaged",
-                stacklevel=4,
-            )
-
-    def _versions(self) -> tuple[int, ...]:
-        return tuple(parameter._version for parameter in self.parameters())
-
     def extra_repr(self) -> str:
         norms = "".join(f", {name}=True" for name in ("qk_norm", "query_norm") if getattr(self, name))
         schema = self.table.schema
@@ -351,10 +315,10 @@ class MemoryLayer(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
-        state = {name: part for name, part in self.__dict__.items() if name not in ("_link", "last_lookup")}
+        state = {name: part for name, part in self.__dict__.items() if name not in ("_link", "_copied", "last_lookup")}
         clone.__dict__.update(copy.deepcopy(state, memo), last_lookup=None)
         clone._link = LayerLink(self.table, clone.values)
-        clone._copied = clone._versions()
+        clone._copied = CopyCaution(clone, self.table.name)
         return clone
 
     def __getstate__(self) -> NoReturn:
