@@ -6,6 +6,8 @@ Legend: B bags, L pairs of all bags together.
 import torch
 from torch import Tensor
 
+from mempool.client.counts import as_count
+from mempool.client.untraced import untraced
 from mempool.errors import InvalidRequest
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -44,6 +46,38 @@ def checked_bags(
     own_ids = own_copy(ids, torch.int64)
     require_in_range(own_ids, num_slots=num_slots, table=table)
     return own_ids.reshape(-1), None if weights is None else weights.reshape(-1), checked_offsets
+
+
+@untraced  # how many pairs are left depends on the ids
+def without_padding(
+    ids: Tensor, weights: Tensor | None, offsets: Tensor | None, *, padding_idx: object, num_slots: int, table: str
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """A caller's bags less the pairs of one slot, as torch.nn.functional.embedding_bag leaves them out.
+
+    Args:
+        ids, weights, offsets: As of ``checked_bags``.
+        padding_idx: The slot; a negative one counts from the end.
+
+    Returns:
+        ids [L'] on the caller's device; weights [L'], differentiable, with gradient 0 where a pair was left out;
+        offsets [B + 1].
+
+    Raises:
+        InvalidRequest: As ``checked_bags``; or there is no such slot.
+    """
+    slot = as_count(padding_idx)
+    if slot is None or not -num_slots <= slot < num_slots:
+        raise InvalidRequest(
+            f"gather of table {table!r}: padding_idx = {padding_idx!r} must be one of its {num_slots} slots (a "
+            "negative one counts from the end, as in torch); its row is left out, whatever it holds."
+        )
+    flat_ids, flat_weights, flat_offsets = checked_bags(ids, weights, offsets, num_slots=num_slots, table=table)
+    kept = flat_ids != slot % num_slots
+    before = torch.zeros(flat_ids.shape[0] + 1, dtype=torch.int64, device="cpu")
+    torch.cumsum(kept, dim=0, out=before[1:])
+    if flat_weights is not None:
+        flat_weights = flat_weights[kept.to(flat_weights.device)]
+    return flat_ids[kept].to(ids.device), flat_weights, before[flat_offsets]
 
 
 def require_in_range(ids: Tensor, *, num_slots: int, table: str, what: str = "slots") -> None:
@@ -103,7 +137,7 @@ def _checked_offsets(offsets: Tensor, ids: Tensor, *, table: str) -> Tensor:
     if first != 0 or last != num_pairs:
         raise InvalidRequest(
             f"gather of table {table!r}: offsets must begin with 0 and end with the number of pairs, {num_pairs}; they "
-            f"begin with {first} and end with {last}. (offsets [B + 1]: torch's include_last_offset=True.)"
+            f"begin with {first} and end with {last}. {_offsets_advice(first, last, num_pairs)}"
         )
     falls = torch.nonzero(checked[1:] < checked[:-1])
     if falls.numel():
@@ -113,3 +147,13 @@ def _checked_offsets(offsets: Tensor, ids: Tensor, *, table: str) -> Tensor:
             f"{int(checked[at - 1])}."
         )
     return checked
+
+
+def _offsets_advice(first: int, last: int, num_pairs: int) -> str:
+    if first == 0 and 0 <= last < num_pairs:
+        return (
+            f"(torch.nn.EmbeddingBag leaves out the pairs from {last} on if include_last_offset=True: for that give "
+            f"ids[:{last}]. Without it its offsets are [B], and the last bag has all the rest: for that append "
+            f"{num_pairs}.)"
+        )
+    return "(offsets [B + 1]: as of torch.nn.EmbeddingBag with include_last_offset=True.)"

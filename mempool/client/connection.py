@@ -3,6 +3,7 @@
 Ends once: when it is closed, or when the last of them is gone.
 """
 
+import math
 import os
 import threading
 import warnings
@@ -22,6 +23,20 @@ T = TypeVar("T")
 
 # Deadlines are kept on the loop; this only ends a wait for a loop that is stuck.
 _STUCK_S = 30.0
+_LONGEST_TIMEOUT_S = 1e9
+
+
+def checked_timeout(timeout_s: object) -> float:
+    """A deadline in seconds. Raises InvalidRequest unless it is a number above 0 that ends some day."""
+    try:
+        seconds = math.nan if isinstance(timeout_s, bool | str) else float(timeout_s)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not 0.0 < seconds <= _LONGEST_TIMEOUT_S:
+        raise InvalidRequest(
+            f"timeout_s = {timeout_s!r}: must be above 0 seconds, and at most {_LONGEST_TIMEOUT_S:.0e}."
+        )
+    return seconds
 
 
 class Connection:
@@ -44,8 +59,7 @@ class Connection:
         timeout_s: float,
         on_close: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        if not timeout_s > 0.0:
-            raise InvalidRequest(f"timeout_s = {timeout_s}: must be above 0 seconds.")
+        timeout_s = checked_timeout(timeout_s)
         self.api = api
         self.where = where
         self.timeout_s = timeout_s

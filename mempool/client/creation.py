@@ -163,7 +163,7 @@ class Creation:
 
 
 def _progress(status: PoolStatus, table: str, *, spent_s: float) -> CreateProgress:
-    for creation in getattr(status, "creating", ()):
+    for creation in status.creating:
         if creation.table == table:
             return CreateProgress(
                 table=table,

@@ -2,6 +2,7 @@
 
 import os
 
+from mempool.client.connection import checked_timeout
 from mempool.client.pool import Pool
 from mempool.client.routing.tries import Tries
 from mempool.client.routing.whereabouts import Whereabouts
@@ -37,8 +38,7 @@ def connect(address: str, *, token: str | None = None, timeout_s: float = 30.0) 
         ...     print(pool.tables())
     """
     addresses = addresses_of(address)
-    if not timeout_s > 0.0:
-        raise InvalidRequest(f"timeout_s = {timeout_s}: must be above 0 seconds.")
+    timeout_s = checked_timeout(timeout_s)
     token = os.environ.get(TOKEN_VARIABLE) or None if token is None else token
     api, dialer = GrpcPool(addresses, token=token), GrpcDialer(token=token)
     name = loop.run(_name_of(api, timeout_s=timeout_s), timeout_s=timeout_s + _STUCK_S)

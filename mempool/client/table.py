@@ -13,6 +13,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from mempool.client.bags import without_padding
 from mempool.client.gathers.autograd import gather
 from mempool.client.lookup import Lookup, checked_queries, checked_topk, without_heads
 from mempool.client.routing.router import Router
@@ -111,27 +112,42 @@ class Table:
         return self
 
     def gather(
-        self, ids: Tensor, weights: Tensor | None = None, *, offsets: Tensor | None = None, remember: bool = True
+        self,
+        ids: Tensor,
+        weights: Tensor | None = None,
+        *,
+        offsets: Tensor | None = None,
+        padding_idx: int | None = None,
+        remember: bool = True,
     ) -> Tensor:
         """Weighted sums of rows, differentiable in ``weights`` and in the values.
+
+        A pair of weight 0 adds 0 times its row, as in torch: NaN where the row holds NaN or inf. What must not count
+        whatever it holds is named by ``padding_idx``.
 
         Args:
             ids: [B, L] int64 slot ids, or [L] with ``offsets``; on any device.
             weights: Of the shape of ids, any floating dtype, on any device; None means all ones.
             offsets: [B + 1] int64: bag b holds pairs offsets[b] to offsets[b + 1], offsets[0] is 0, offsets[B] is L (as
                 torch.nn.EmbeddingBag has it with include_last_offset=True).
+            padding_idx: Pairs of this slot are left out: they add nothing, and get and give no gradient. A negative one
+                counts from the end. As in torch.nn.functional.embedding_bag.
             remember: Let shards keep ids and weights for the backward pass, where one may come. Say False in
                 evaluation: a backward pass that comes all the same sends them again.
 
         Returns:
             [B, value_dim] float32, on the device of weights, or of ids where there are none. Under torch.compile this
-            is an operator of the graph, which does not break.
+            is an operator of the graph, which does not break, but for padding_idx, whose pairs must be counted.
 
         Raises:
             InvalidRequest: A wrong shape, dtype or id; nothing was sent.
             ShardUnavailable: A shard did not answer within the pool's timeout_s.
             DataLoss: Pages of the table are gone.
         """
+        if padding_idx is not None:
+            ids, weights, offsets = without_padding(
+                ids, weights, offsets, padding_idx=padding_idx, num_slots=self.num_slots, table=self.name
+            )
         return gather(
             self._link,
             ids,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mempool.client import Pool
+from mempool.client.connection import checked_timeout
 from mempool.client.counts import shard_count
 from mempool.controller import Controller
 from mempool.errors import ConfigError, ShardUnavailable
@@ -69,7 +70,8 @@ def local(*, shards: int = 1, device: str = "auto", name: str = "local", timeout
     Args:
         shards: How many shards (engines, one thread each); ``pool.rescale`` changes it.
         device: "cpu", "cuda", "cuda:1", or "auto": CUDA where there is any.
-        timeout_s: Deadline of each call, seconds.
+        timeout_s: Deadline of each call, seconds. A shard that is at work when it is over, as with kernels that are
+            compiled at their first use, has ten minutes.
 
     Raises:
         ConfigError: The server packages are not installed, or there is no such device.
@@ -81,7 +83,7 @@ def local(*, shards: int = 1, device: str = "auto", name: str = "local", timeout
         ...     table.gather(torch.tensor([[1, 2, 3]]), torch.ones(1, 3)).shape
         torch.Size([1, 64])
     """
-    count = shard_count(shards)
+    count, timeout_s = shard_count(shards), checked_timeout(timeout_s)
     _require_server_packages()
     launcher = EngineLauncher(device=_device(device), pool=name)
     controller = Controller(name, launcher=launcher, dial=launcher.dial)
@@ -105,7 +107,7 @@ def _device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.float32, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device = {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return device

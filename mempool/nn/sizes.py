@@ -1,19 +1,18 @@
 """The checks of a memory layer's sizes and choices, before anything is made."""
 
 import math
-import operator
 
+from mempool.client.counts import as_count
 from mempool.errors import InvalidRequest
 
 
 def checked_int(name: str, number: object, *, at_least: int = 1) -> int:
-    """An integer of any kind (numpy's too); raises InvalidRequest for what is none, or too small."""
-    try:
-        value = operator.index(number)  # type: ignore[arg-type]
-    except TypeError:
-        raise InvalidRequest(f"{name} must be an integer, got {number!r}") from None
-    if value < at_least or isinstance(number, bool):
-        raise InvalidRequest(f"{name} must be at least {at_least}, got {number!r}")
+    """An integer of any kind; raises InvalidRequest for what is none, or too small."""
+    value = as_count(number)
+    if value is None:
+        raise InvalidRequest(f"{name} must be an integer, got {number!r}")
+    if value < at_least:
+        raise InvalidRequest(f"{name} must be at least {at_least}, got {value}")
     return value
 
 

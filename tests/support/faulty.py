@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mempool import types
 from mempool.errors import (
     AlreadyExists,
     DataLoss,
@@ -139,6 +140,9 @@ class FaultyShard:
     async def write_rows(self, request: Any) -> Any:
         return await self._served("write_rows", request)
 
+    async def step_count(self, request: Any) -> Any:
+        return await self._served("step_count", request)
+
     def names(self) -> list[str]:
         """The methods called, in order."""
         return [name for name, _ in self.calls]
@@ -189,6 +193,14 @@ class FaultyShard:
     def held(self) -> int:
         """How many updates it holds."""
         return self.table.updates_held
+
+    def ask(self, name: str, **request: Any) -> Any:
+        """One call of the host itself, by its request's fields but the envelope; neither faulty nor recorded."""
+        assert self._view is not None
+        table_id, epoch = self.table.table_id, self._view().placement.epoch
+        envelope = Envelope(table_id=table_id, epoch=epoch, incarnation=self.info.incarnation)
+        kind = getattr(types, f"{name.title().replace('_', '')}Request")
+        return run(getattr(self.host, name)(kind(envelope=self._inward(envelope), **request)), _BOUND_S)
 
     @property
     def prepared(self) -> bool:

@@ -266,7 +266,8 @@ class Attempt:
             )
             return scores, ids, self._seen([reply.stamp for reply in replies])
         shape = (queries.shape[0], queries.shape[1], topk)
-        scores, ids = torch.empty(shape, dtype=torch.float32), torch.empty(shape, dtype=torch.int64)
+        scores = torch.empty(shape, dtype=torch.float32, device="cpu")
+        ids = torch.empty(shape, dtype=torch.int64, device="cpu")
         replies = await self._fanout.each([(owner, ask) for owner, _ in self.plan.head_owners])
         for (owner, heads), reply in zip(self.plan.head_owners, replies, strict=True):
             if reply.heads != heads:
@@ -324,7 +325,7 @@ class Attempt:
 
 def _no_bags(bags: Bags) -> Bags:
     """No bags at all, of the same dtypes; ``bags`` has no pairs."""
-    return Bags(ids=bags.ids, weights=bags.weights, offsets=torch.zeros(1, dtype=torch.int64))
+    return Bags(ids=bags.ids, weights=bags.weights, offsets=torch.zeros(1, dtype=torch.int64, device="cpu"))
 
 
 def _require_blocks(blocks: tuple[int, ...], route: ShardRoute) -> None:

@@ -110,7 +110,7 @@ def make_plan(view: TableView) -> TablePlan:
         routes=tuple(_shard_route(infos[shard], route, schema) for shard, route in sorted(routes(assignment).items())),
         owners=tuple(infos[shard] for shard in placement.shards),
         head_owners=tuple((infos[shard], tuple(heads[shard])) for shard in sorted(heads)),
-        page_owners=torch.tensor(placement.owners),
+        page_owners=torch.tensor(placement.owners, dtype=torch.int32, device="cpu"),
     )
 
 
@@ -164,7 +164,7 @@ def merge_values(plan: TablePlan, replies: Sequence[tuple[ShardRoute, Tensor]], 
         return replies[0][1].to(torch.float32)
     partial = any(route.partial for route in plan.routes)
     make = torch.zeros if partial else torch.empty
-    values = make(num_bags, plan.schema.value_dim, dtype=torch.float32)
+    values = make(num_bags, plan.schema.value_dim, dtype=torch.float32, device="cpu")
     for route, reply in replies:
         for span in route.spans:
             if span.sole:
@@ -178,7 +178,7 @@ def merge_weight_grads(grads: Sequence[tuple[Part, Tensor]], *, num_pairs: int) 
     """d_weights [L] float32 from shards' [l], added up in ascending shard order."""
     if len(grads) == 1 and grads[0][0].kept is None:
         return grads[0][1]
-    total = torch.zeros(num_pairs, dtype=torch.float32)
+    total = torch.zeros(num_pairs, dtype=torch.float32, device="cpu")
     for part, grad in grads:
         if part.kept is None:
             total += grad
@@ -254,7 +254,7 @@ def _shard_route(info: ShardInfo, route: Route, schema: TableSchema) -> ShardRou
         width=begin,
         spans=tuple(spans),
         whole=len(route.sole) == schema.num_blocks,
-        row_mask=None if route.row_mask is None else torch.tensor(route.row_mask),
+        row_mask=None if route.row_mask is None else torch.tensor(route.row_mask, dtype=torch.bool, device="cpu"),
     )
 
 
@@ -263,7 +263,7 @@ def _filtered(route: ShardRoute, bags: Bags, pages: Tensor) -> Part:
     mask = route.row_mask[pages]
     kept = torch.nonzero(mask).reshape(-1)
     # How many of the first i pairs are kept, at i = 0 .. L: old offsets to new ones.
-    before = torch.zeros(bags.num_pairs + 1, dtype=torch.int64)
+    before = torch.zeros(bags.num_pairs + 1, dtype=torch.int64, device="cpu")
     torch.cumsum(mask, dim=0, out=before[1:])
     part = Bags(
         ids=bags.ids[kept],

@@ -107,7 +107,10 @@ class Router:
         else:
             newer = newer_view(known.view, view)
             if newer is not known.view:
-                self._plans[table_id] = make_plan(newer)
+                plan = self._plans[table_id] = make_plan(newer)
+                gone = {route.shard for route in known.routes} - {route.shard for route in plan.routes}
+                for shard in gone:  # they remember nothing of the table any more
+                    self._to_release.pop((table_id, shard), None)
         return self._plans[table_id].view
 
     def forget(self, table_id: int) -> None:
@@ -210,7 +213,7 @@ class Router:
         bags = Bags(
             ids=ids.clamp(min=0).reshape(-1),  # -1 is no candidate: score -inf, weight 0
             weights=weights.reshape(-1),
-            offsets=torch.arange(num_bags + 1, dtype=torch.int64) * (heads * found),
+            offsets=torch.arange(num_bags + 1, dtype=torch.int64, device="cpu") * (heads * found),
         )
         values, record = await self.gather(table_id, bags=bags, reply_dtype=reply_dtype, timeout_s=end_s - loop.time())
         seen = Seen(
@@ -329,7 +332,10 @@ class Router:
     def _take_released(self, table_id: int, shard: int) -> tuple[int, ...]:
         while self._released:
             released_table, shards, lookup_id = self._released.popleft()
+            plan = self._plans.get(released_table)
             for released_shard in shards:
+                if plan is None or not any(route.shard == released_shard for route in plan.routes):
+                    continue  # it has left the table, and forgot the lookup with its pages
                 waiting = self._to_release.setdefault((released_table, released_shard), deque(maxlen=_MAX_RELEASED))
                 waiting.append(lookup_id)
         mine = self._to_release.get((table_id, shard))

@@ -67,7 +67,7 @@ async def write_rows(fanout: Fanout, array: str, ids: Tensor, rows: Tensor) -> N
 
 def _targets(plan: TablePlan, array: str, ids: Tensor) -> list[_Target]:
     if array == "keys" and isinstance(plan.schema.keys, ProductKeySpec):
-        owners = torch.tensor(plan.view.placement.key_owners)[ids]
+        owners = torch.tensor(plan.view.placement.key_owners, dtype=torch.int32, device="cpu")[ids]
         everyone = [
             _Target(info=info, route=None, kept=torch.nonzero(owners == info.shard).reshape(-1))
             for info, _ in plan.head_owners
@@ -83,9 +83,9 @@ def _targets(plan: TablePlan, array: str, ids: Tensor) -> list[_Target]:
 
 
 def _merged_keys(plan: TablePlan, ids: Tensor, targets: Sequence[_Target], replies: Sequence[Tensor]) -> Tensor:
-    keys = torch.empty(ids.shape[0], replies[0].shape[1], dtype=replies[0].dtype)
+    keys = torch.empty(ids.shape[0], replies[0].shape[1], dtype=replies[0].dtype, device="cpu")
     for target, reply in zip(targets, replies, strict=True):
-        at = torch.arange(ids.shape[0]) if target.kept is None else target.kept
+        at = torch.arange(ids.shape[0], dtype=torch.int64, device="cpu") if target.kept is None else target.kept
         if target.route is not None:  # flat keys: it may own other blocks of some of these slots, but not their keys
             mine = plan.page_owners[ids[at] >> plan.schema.page_shift, 0] == target.info.shard
             at, reply = at[mine], reply[mine]
@@ -101,7 +101,8 @@ def _merged_rows(plan: TablePlan, ids: Tensor, targets: Sequence[_Target], repli
         target.route is not None and reply.shape[1] != target.route.width
         for target, reply in zip(targets, replies, strict=True)
     )
-    rows = torch.empty(ids.shape[0], schema.num_blocks if per_block else schema.value_dim, dtype=replies[0].dtype)
+    width = schema.num_blocks if per_block else schema.value_dim
+    rows = torch.empty(ids.shape[0], width, dtype=replies[0].dtype, device="cpu")
     for target, reply in zip(targets, replies, strict=True):
         assert target.route is not None
         place_rows(plan, rows, ids, route=target.route, kept=target.kept, rows=reply, per_block=per_block)

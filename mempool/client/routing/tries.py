@@ -4,8 +4,10 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import TypeVar
 
+from mempool.client.routing.patience import LONGEST_WORK_S, Patience, WaitingFor
 from mempool.client.routing.retry import Backoff, GiveUp, Retry
 from mempool.client.routing.whereabouts import Whereabouts
 from mempool.errors import MempoolError
@@ -37,6 +39,7 @@ class Tries:
         self._backoff = backoff or Backoff()
         self._jitter = jitter
         self._closed = False
+        self._patience = Patience(where.pool, where.doing) if where.doing is not None else None
 
     def close(self) -> None:
         """Try nothing again any more: calls under way end with their next failure."""
@@ -60,7 +63,7 @@ class Tries:
         once: Callable[[], Awaitable[T]],
         *,
         refresh: Callable[[], Awaitable[None]] | None = None,
-        waiting_for: Callable[[], tuple[tuple[int, str], ...]] = tuple,
+        waiting_for: WaitingFor = tuple,
         timeout_s: float | None = None,
         refused_s: float | None = None,
     ) -> T:
@@ -77,8 +80,8 @@ class Tries:
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         retry = self.retry(what, timeout_s=timeout_s, refused_s=refused_s)
         try:
-            with calling(_bounded(timeout_s)):
-                async with asyncio.timeout(timeout_s):
+            with calling(_bounded(timeout_s if self._patience is None else max(timeout_s, LONGEST_WORK_S))):
+                async with self._deadline(timeout_s, waiting_for):
                     while True:
                         try:
                             return await once()
@@ -95,6 +98,11 @@ class Tries:
             raise
         except TimeoutError:
             raise retry.out_of_time(waiting_for=waiting_for(), now_s=clock.time()) from None
+
+    def _deadline(self, timeout_s: float, waiting_for: WaitingFor) -> AbstractAsyncContextManager[object]:
+        if self._patience is None:
+            return asyncio.timeout(timeout_s)
+        return self._patience.timeout(timeout_s, waiting_for)
 
 
 def _bounded(timeout_s: float) -> Caller:

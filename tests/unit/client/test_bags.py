@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
-from mempool.client.bags import checked_bags, own_copy
+from mempool.client.bags import checked_bags, own_copy, without_padding
 from mempool.errors import InvalidRequest
 
 
@@ -47,6 +50,66 @@ def test_what_is_kept_is_the_callers_no_more(ids: Tensor) -> None:
     expected = ids.reshape(-1).tolist()
     ids.untyped_storage().fill_(0)
     assert flat.tolist() == expected
+
+
+def test_a_short_last_offset_is_told_what_torch_does_with_it() -> None:
+    ids, offsets = torch.tensor([1, 2, 3, 4]), torch.tensor([0, 2, 3])
+    with pytest.raises(InvalidRequest) as raised:
+        check(ids, None, offsets)
+    assert "leaves out the pairs from 3 on if include_last_offset=True: for that give ids[:3]" in str(raised.value)
+    assert "the last bag has all the rest: for that append 4" in str(raised.value)
+    values = torch.randn(100, 2)
+    for last, ours in ((True, check(ids[:3], None, offsets)), (False, check(ids, None, torch.tensor([0, 2, 3, 4])))):
+        torchs = embedding_bag(ids, values, offsets, mode="sum", include_last_offset=last)
+        assert torch.equal(torchs, embedding_bag(ours[0], values, ours[2], mode="sum", include_last_offset=True))
+
+
+@given(
+    lengths=st.lists(st.integers(0, 5), min_size=1, max_size=6),
+    seed=st.integers(0, 1000),
+    padding_idx=st.integers(-6, 5),
+    weighted=st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_without_padding_is_torchs_padding_idx_gradients_and_all(
+    lengths: list[int], seed: int, padding_idx: int, weighted: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 6, (sum(lengths),), generator=generator)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    weights = torch.randn(len(ids), generator=generator, requires_grad=True) if weighted else None
+    values = torch.randn(6, 2, generator=generator, dtype=torch.float32)
+    values[padding_idx] = torch.nan  # whatever it holds
+    answers = []
+    for ours in (True, False):
+        table = values.clone().requires_grad_()
+        if ours:
+            kept, kept_weights, kept_offsets = without_padding(
+                ids, weights, offsets, padding_idx=padding_idx, num_slots=6, table="facts"
+            )
+            pooled = embedding_bag(
+                kept, table, kept_offsets, mode="sum", per_sample_weights=kept_weights, include_last_offset=True
+            )
+        else:
+            pooled = embedding_bag(
+                ids,
+                table,
+                offsets,
+                mode="sum",
+                per_sample_weights=weights,
+                include_last_offset=True,
+                padding_idx=padding_idx,
+            )
+        leaves = [table] if weights is None else [table, weights]
+        answers.append([pooled, *torch.autograd.grad(pooled.square().sum(), leaves)])
+    for mine, torchs in zip(*answers, strict=True):
+        torch.testing.assert_close(mine, torchs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("padding_idx", [100, -101, 1.0, True, "1"])
+def test_a_padding_that_is_no_slot_is_named(padding_idx: object) -> None:
+    with pytest.raises(InvalidRequest, match=r"padding_idx = .* must be one of its 100 slots"):
+        without_padding(torch.tensor([[1]]), None, None, padding_idx=padding_idx, num_slots=100, table="facts")
 
 
 def test_own_copy_is_contiguous_detached_and_separate() -> None:

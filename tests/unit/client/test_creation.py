@@ -4,8 +4,7 @@ import _thread
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import SimpleNamespace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,20 +14,17 @@ from mempool.client import creation as creation_module
 from mempool.client.creation import CreateProgress
 from mempool.config import SGD, Adagrad, TableConfig
 from mempool.errors import AlreadyExists, DeadlineExceeded
-from mempool.types import TableSchema, TableView
+from mempool.types import PoolStatus, ShardFill, TableCreation, TableSchema, TableView
 from tests.support.faulty import COLUMNS, FaultyPool
 
 CONFIG = TableConfig(name="other", num_slots=64, value_dim=12, block_dim=4, page_slots=8, optimizer=SGD(lr=0.5))
 
 
-@dataclass(frozen=True)
-class Filling:
-    """How far a table is, as a pool's status says it."""
-
-    table: str
-    bytes_done: int
-    bytes_total: int
-    waiting_for: str = ""
+def filling(table: str, done: int, total: int, *, waiting_for: str = "") -> TableCreation:
+    """How far a table is, as a pool's status says it: one of two shards has half of what is done."""
+    halves = (done // 2, done - done // 2)
+    fills = tuple(ShardFill(shard=n, bytes_done=half, bytes_total=total // 2) for n, half in enumerate(halves))
+    return TableCreation(table=table, table_id=2, waiting_for=waiting_for, spent_s=1.0, shards=fills if total else ())
 
 
 class SlowPool(FaultyPool):
@@ -51,14 +47,15 @@ class SlowPool(FaultyPool):
         await self._done.wait()
         return await super().create_table(schema)
 
-    async def status(self) -> Any:
+    async def status(self) -> PoolStatus:
         done, total = self.steps[0]
         if len(self.steps) > 1 or self.sticks:
             self.steps = self.steps[1:] or self.steps
         else:
             self._done.set()
-        waiting = "" if total else "a rescale"
-        return SimpleNamespace(creating=(Filling("third", 7, 9), Filling("other", done, total, waiting)))
+        waiting_for = "" if total else "a rescale"
+        creating = (filling("third", 8, 10), filling("other", done, total, waiting_for=waiting_for))
+        return replace(await super().status(), creating=creating)
 
 
 @pytest.fixture(autouse=True)
@@ -88,17 +85,17 @@ def test_it_takes_as_long_as_it_moves_and_says_how_far_it_is(
 
 
 def test_what_does_not_move_is_given_up_and_goes_on(open_pool: Callable[..., Pool]) -> None:
-    slow = SlowPool([(5 * 2**20, 9 * 2**20)], sticks=True)
+    slow = SlowPool([(5 * 2**20, 8 * 2**20)], sticks=True)
     with pytest.raises(DeadlineExceeded) as raised:
         open_pool(slow, timeout_s=0.2).create_table(CONFIG)
     assert str(raised.value) == (
-        "table 'other' of pool 'run-7': its making has not moved for 0.2 s (5 of 9 MiB have their initial values). The "
+        "table 'other' of pool 'run-7': its making has not moved for 0.2 s (5 of 8 MiB have their initial values). The "
         "pool goes on with it: create_table(..., exist_ok=True) waits for it again, drop_table('other') gives it up."
     )
 
 
 def test_an_interrupt_says_what_becomes_of_it(open_pool: Callable[..., Pool]) -> None:
-    slow = SlowPool([(1, 9)], sticks=True)
+    slow = SlowPool([(1, 8)], sticks=True)
     pool = open_pool(slow, timeout_s=60.0)
     status = slow.status
 

@@ -128,6 +128,6 @@ def test_closed_pool_says_so() -> None:
 
 def test_timeout_must_be_positive() -> None:
     fake = FaultyPool(COLUMNS)
-    for timeout_s in (0.0, -1.0, float("nan")):
+    for timeout_s in (0.0, -1.0, float("nan"), float("inf"), True, "30", None):
         with pytest.raises(InvalidRequest, match="must be above 0 seconds"):
             Pool(fake, fake.dial, timeout_s=timeout_s)

@@ -370,6 +370,23 @@ def test_released_lookups_are_told_to_the_shards_that_remember_them_once(wait) -
         assert released[1] == (shard.requests("gather")[0].lookup_id,)
 
 
+def test_nothing_is_kept_for_shards_that_have_left_the_table(wait) -> None:  # type: ignore[no-untyped-def]
+    pool = FaultyPool(COLUMNS)
+
+    async def main() -> None:
+        router = make_router(pool)
+        for layout in (COLUMNS, LAYOUTS["one"], COLUMNS, LAYOUTS["one"]):
+            pool.move(layout)
+            router.adopt(pool.view)
+            for _ in range(3):
+                _, record = await router.gather(1, bags=make_bags(), remember=True)
+                router.release(record)()
+        await router.gather(1, bags=make_bags())
+        assert {shard for _, shard in router._to_release} == {0}
+
+    wait(main())
+
+
 def test_lookup_ids_of_two_clients_do_not_meet(wait) -> None:  # type: ignore[no-untyped-def]
     pool = FaultyPool(COLUMNS)
 

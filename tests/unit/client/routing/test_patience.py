@@ -1,0 +1,82 @@
+"""Shards of this process: at work is not away."""
+
+import asyncio
+import logging
+import threading
+
+import pytest
+import torch
+
+import mempool
+from mempool.client.routing import patience as patience_module
+from mempool.client.routing.patience import Patience
+from mempool.errors import ShardUnavailable
+
+
+def waiting() -> tuple[tuple[int, str], ...]:
+    return ((0, ""), (1, ""))
+
+
+def test_the_deadline_waits_for_work_and_says_so_once(  # type: ignore[no-untyped-def]
+    wait, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(patience_module, "_QUIET_S", 0.02)
+    at_work = True
+    patience = Patience("embedded pool 'local'", lambda shard: "it is at 'gather'" if at_work and shard == 1 else "")
+
+    def stop() -> None:
+        nonlocal at_work
+        at_work = False
+
+    async def main() -> None:
+        for _ in range(2):
+            async with patience.timeout(0.05, waiting):
+                await asyncio.sleep(0.4)
+        asyncio.get_running_loop().call_later(0.2, stop)
+        with pytest.raises(TimeoutError):
+            async with patience.timeout(0.05, waiting):
+                await asyncio.Event().wait()
+
+    with caplog.at_level(logging.WARNING, logger="mempool"):
+        wait(main())
+    (record,) = caplog.records
+    assert "embedded pool 'local': a call has taken 0.0 s so far: it is at 'gather'." in record.getMessage()
+
+
+def test_the_longest_work_ends_too(wait, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(patience_module, "LONGEST_WORK_S", 0.1)
+
+    async def main() -> None:
+        with pytest.raises(TimeoutError):
+            async with Patience("it", lambda _: "work").timeout(0.01, waiting):
+                await asyncio.Event().wait()
+
+    wait(main())
+
+
+def test_an_embedded_call_outlasts_its_deadline_while_its_shard_works() -> None:
+    """As where a kernel is compiled."""
+    with mempool.local(timeout_s=0.3) as pool:
+        table = pool.create_table(mempool.TableConfig(name="facts", num_slots=64, value_dim=8))
+        ids = torch.tensor([[1, 2]])
+        expected = table.gather(ids)
+        done = threading.Event()
+        (host,) = (pool.router._dial(shard.info) for shard in pool.status().shards)  # type: ignore[attr-defined]
+        work = asyncio.run_coroutine_threadsafe(host._thread.run("compiling", lambda _: done.wait(1.2)), _loop())
+        assert torch.equal(table.gather(ids), expected)
+        assert work.result(30.0) is False
+
+
+def test_an_idle_shard_that_does_not_answer_is_away_at_the_deadline() -> None:
+    with mempool.local(timeout_s=0.3) as pool:
+        table = pool.create_table(mempool.TableConfig(name="facts", num_slots=64, value_dim=8))
+        (host,) = (pool.router._dial(shard.info) for shard in pool.status().shards)  # type: ignore[attr-defined]
+        asyncio.run_coroutine_threadsafe(host.freeze(table.schema.table_id, 5.0), _loop()).result(30.0)
+        with pytest.raises(ShardUnavailable, match="embedded pool 'local' did not answer within 0"):
+            table.write(torch.tensor([1]), torch.zeros(1, 8))
+
+
+def _loop() -> asyncio.AbstractEventLoop:
+    from mempool.wire.channels.loop import io_loop
+
+    return io_loop()

@@ -1,0 +1,90 @@
+"""Carrying out retries: one deadline, which goes along with the call."""
+
+import time
+
+import pytest
+
+from mempool.client.routing.retry import Backoff
+from mempool.client.routing.tries import Tries
+from mempool.client.routing.whereabouts import Whereabouts
+from mempool.errors import DataLoss, MempoolError, PoolUnreachable, ShardUnavailable
+from mempool.types.caller import Caller, calling, current_caller
+
+
+def make_tries(*, timeout_s: float = 20.0) -> Tries:
+    return Tries(Whereabouts(name="run-7"), timeout_s=timeout_s, backoff=Backoff(first_s=0.001, longest_s=0.002))
+
+
+def test_tries_until_it_succeeds(wait) -> None:  # type: ignore[no-untyped-def]
+    failures = [ShardUnavailable("away", shard=1)] * 3
+    refreshed = []
+
+    async def once() -> str:
+        if failures:
+            raise failures.pop()
+        return "done"
+
+    async def refresh() -> None:
+        refreshed.append(True)
+
+    assert wait(make_tries().run("facts", once, refresh=refresh)) == "done"
+    assert len(refreshed) == 3
+
+
+def test_the_deadline_goes_along(wait) -> None:  # type: ignore[no-untyped-def]
+    async def once() -> Caller:
+        return current_caller()
+
+    begin_s = time.monotonic()
+    caller = wait(make_tries(timeout_s=7.0).run("facts", once))
+    assert begin_s + 7.0 <= caller.deadline_s <= time.monotonic() + 7.0
+    assert wait(make_tries().run("facts", once, timeout_s=3.0)).deadline_s <= time.monotonic() + 3.0
+
+
+def test_whoever_asked_for_it_has_a_name_and_maybe_less_time(wait) -> None:  # type: ignore[no-untyped-def]
+    early_s = time.monotonic() + 0.5
+
+    async def once() -> Caller:
+        return current_caller()
+
+    async def served(caller: Caller) -> Caller:
+        with calling(caller):
+            return await make_tries(timeout_s=7.0).run("facts", once)
+
+    assert wait(served(Caller(name="ipv4:1.2.3.4:5", deadline_s=early_s))) == Caller("ipv4:1.2.3.4:5", early_s)
+    late = wait(served(Caller(name="ipv4:1.2.3.4:5", deadline_s=early_s + 100.0)))
+    assert late.deadline_s < early_s + 7.0
+
+
+def test_where_nobody_listens_it_ends_sooner_if_asked_to(wait) -> None:  # type: ignore[no-untyped-def]
+    async def refused() -> None:
+        error = PoolUnreachable("connection refused")
+        error.refused = True
+        raise error
+
+    begin_s = time.monotonic()
+    with pytest.raises(PoolUnreachable, match="last: connection refused"):
+        wait(make_tries(timeout_s=25.0).run("status", refused, refused_s=0.05))
+    assert time.monotonic() - begin_s < 20.0
+
+
+def test_closed_means_no_further_try(wait) -> None:  # type: ignore[no-untyped-def]
+    tries = make_tries()
+
+    async def once() -> None:
+        tries.close()
+        raise ShardUnavailable("away")
+
+    with pytest.raises(MempoolError, match="pool 'run-7' was closed during the call"):
+        wait(tries.run("facts", once))
+
+
+def test_what_no_retry_heals_is_raised_as_it_is(wait) -> None:  # type: ignore[no-untyped-def]
+    lost = DataLoss("lost")
+
+    async def once() -> None:
+        raise lost
+
+    with pytest.raises(DataLoss) as raised:
+        wait(make_tries().run("facts", once))
+    assert raised.value is lost
