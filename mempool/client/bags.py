@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mempool.client.counts import as_count
-from mempool.client.untraced import untraced
+from mempool.client.gathers.untraced import untraced
 from mempool.errors import InvalidRequest
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
