@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mempool.client.counts import as_count
+from mempool.client.gathers.untraced import untraced
 from mempool.errors import InvalidRequest
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -47,6 +48,7 @@ def checked_bags(
     return own_ids.reshape(-1), None if weights is None else weights.reshape(-1), checked_offsets
 
 
+@untraced  # how many pairs are left depends on the ids
 def without_padding(
     ids: Tensor, weights: Tensor | None, offsets: Tensor | None, *, padding_idx: object, num_slots: int, table: str
 ) -> tuple[Tensor, Tensor | None, Tensor]:

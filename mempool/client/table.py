@@ -13,8 +13,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from mempool.client.autograd import pooled_gather
-from mempool.client.bags import checked_bags, without_padding
+from mempool.client.bags import without_padding
+from mempool.client.gathers.autograd import gather
+from mempool.client.gathers.untraced import untraced
 from mempool.client.lookup import Lookup, checked_queries, checked_topk, without_heads
 from mempool.client.opening.waiting import Run
 from mempool.client.routing.router import Router
@@ -22,7 +23,6 @@ from mempool.client.rows import Rows, checked_key_rows, checked_matrix, checked_
 from mempool.client.state import checked_state, checked_step, names_to_read
 from mempool.client.training.link import TableLink, WireDtype
 from mempool.client.training.session import Prepared, Session, SessionCounters
-from mempool.client.untraced import untraced
 from mempool.errors import InvalidRequest
 from mempool.types import FlatKeySpec, StorageDtype, TableSchema
 
@@ -53,13 +53,21 @@ class Table:
         self._run = run
         self._link = TableLink(schema, router=router, session=session, run=run)
         self._rows = Rows(schema, router=router, run=run)
-        self._anchor = torch.zeros(0, dtype=torch.float32, device="cpu", requires_grad=True)
+        self._anchor = torch.zeros(1, dtype=torch.float32, device="cpu", requires_grad=True)
 
     def __reduce__(self) -> NoReturn:
         raise InvalidRequest(
             f"table {self.name!r} is a connection and cannot be pickled; in the other process, connect to the pool and "
             f"take pool.table({self.name!r})"
         )
+
+    def __copy__(self) -> "Table":
+        """Itself: what is copied with a model is the model's, and the table is the pool's."""
+        return self
+
+    def __deepcopy__(self, memo: object) -> "Table":
+        """Itself."""
+        return self
 
     def __repr__(self) -> str:
         schema = self.schema
@@ -103,7 +111,6 @@ class Table:
         self._anchor.requires_grad_(requires_grad)
         return self
 
-    @untraced
     def gather(
         self,
         ids: Tensor,
@@ -129,8 +136,8 @@ class Table:
                 evaluation: a backward pass that comes all the same sends them again.
 
         Returns:
-            [B, value_dim] float32, on the device of weights, or of ids where there are none. Inside torch.compile
-            this is a graph break.
+            [B, value_dim] float32, on the device of weights, or of ids where there are none. Under torch.compile this
+            is an operator of the graph, which does not break, but for padding_idx, whose pairs must be counted.
 
         Raises:
             InvalidRequest: A wrong shape, dtype or id; nothing was sent.
@@ -141,17 +148,14 @@ class Table:
             ids, weights, offsets = without_padding(
                 ids, weights, offsets, padding_idx=padding_idx, num_slots=self.num_slots, table=self.name
             )
-        flat_ids, flat_weights, flat_offsets = checked_bags(
-            ids, weights, offsets, num_slots=self.num_slots, table=self.name
-        )
-        return pooled_gather(
+        return gather(
             self._link,
+            ids,
+            weights,
+            offsets,
             anchor=self._anchor,
-            ids=flat_ids,
-            weights=flat_weights,
-            offsets=flat_offsets,
+            trained=self._anchor.requires_grad,
             remember=remember,
-            device=ids.device if weights is None else weights.device,
         )
 
     @untraced
@@ -307,9 +311,14 @@ class Table:
         self._rows.write("keys", key_ids, checked.reshape(key_ids.shape[0], -1))
 
     @property
+    def link(self) -> TableLink:
+        """For ``mempool.nn``: what gathers go through."""
+        return self._link
+
+    @property
     def pending(self) -> int:
-        """Updates pushed by backward passes and not yet committed or discarded."""
-        return self._session.pending
+        """Updates pushed by backward passes and not yet committed or discarded; 0 once a module has zeroed them."""
+        return 0 if self._session.pending and self._link.markers.zeroed() else self._session.pending
 
     @property
     def pending_bytes(self) -> int:
@@ -327,6 +336,7 @@ class Table:
         For what needs one decision over several tables: clipping by global norm, gradient scalers. ``commit`` or
         ``discard`` must follow soon: pages cannot move meanwhile.
         """
+        self._link.drop_zeroed()
         return self._run(self._session.prepare(want_norm=want_norm))
 
     def commit(self, *, lr: float | None = None, grad_scale: float = 1.0) -> int:
@@ -341,6 +351,7 @@ class Table:
         Returns:
             How many updates were committed.
         """
+        self._link.drop_zeroed()
         return self._run(self._session.commit(lr=self.schema.optimizer.lr if lr is None else lr, grad_scale=grad_scale))
 
     def discard(self) -> int:

@@ -4,11 +4,55 @@ Applies nothing itself: that is ``PoolOptimizer``'s.
 """
 
 import math
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from mempool.client import Table
+from mempool.errors import InvalidRequest
+
+_SCALING = frozenset(
+    name
+    for verb in ("mul", "div", "multiply", "divide", "true_divide", "copy", "zero")
+    for name in (f"{verb}_", f"_foreach_{verb}_")
+) | {"detach_", "requires_grad_", "_amp_foreach_non_finite_check_and_unscale_"}
+_IN_PLACE_OPERATORS = frozenset({"__iadd__", "__isub__", "__ipow__", "__ifloordiv__", "__imod__", "__setitem__"})
+_NORMS = frozenset({"linalg_vector_norm", "vector_norm", "linalg_norm", "norm", "_foreach_norm", "dist"})
+
+
+class TableNorm(Tensor):
+    """The norm of a table's gradient, [1]: what multiplies it multiplies the gradient, and nothing else is possible.
+
+    Clipping by value and norms of another order than 2 need the elements, which are in the pool: an InvalidRequest says
+    so, where the number alone would give a wrong answer.
+    """
+
+    owner: "TableGradient"
+
+    @classmethod
+    def of(cls, norm: Tensor, owner: "TableGradient") -> "TableNorm":
+        self = norm.detach().as_subclass(cls)
+        self.owner = owner
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, options = getattr(func, "__name__", ""), kwargs or {}
+        norms = list(_norms_in([*args, *options.values()]))
+        if name in _NORMS:
+            _require_order_2(name, args, options, norms)
+        elif norms and _writes_otherwise(name) and (name.startswith("_foreach") or isinstance(args[0], TableNorm)):
+            _refuse_in_place(name, norms)
+        with torch._C.DisableTorchFunctionSubclass():
+            answer = func(*args, **options)
+        if name in ("zero_", "_foreach_zero_"):
+            for norm in norms:
+                norm.owner.grad = None
+        return answer
 
 
 class TableGradient(nn.Parameter):
@@ -18,10 +62,11 @@ class TableGradient(nn.Parameter):
     a tensor [1] with that norm, and whatever scales it scales the whole gradient of the table when it is applied:
     ``GradScaler.unscale_`` and ``torch.nn.utils.clip_grad_norm_`` work as on any parameter, and a norm taken over
     several of these (and over ordinary parameters) is the true global norm. A gradient with an inf or NaN anywhere has
-    norm inf.
+    norm inf. Only the 2-norm is known: norms of another order, and clipping by value, are refused.
 
     Reading ``grad`` [TRAINER] prepares the step: [SHARD] reduces what it holds and answers the squared norm, once for
-    the same updates. It is None while no update is pending, and nothing is sent then. Setting it to None discards them.
+    the same updates. It is None while no update is pending, and nothing is sent then. Setting it to None, or zeroing
+    it, discards them. ``requires_grad`` is the table's: freezing this parameter freezes the table.
 
     Attributes:
         table: The table, shared by reference.
@@ -33,7 +78,7 @@ class TableGradient(nn.Parameter):
     _updates: tuple[int, int] | None
 
     def __new__(cls, table: Table) -> "TableGradient":
-        self = nn.Parameter.__new__(cls, torch.zeros(1, dtype=torch.float64))
+        self = nn.Parameter.__new__(cls, torch.zeros(1, dtype=torch.float64, device="cpu"))
         assert isinstance(self, TableGradient)
         self.table = table
         self._forget()
@@ -41,6 +86,17 @@ class TableGradient(nn.Parameter):
 
     def __init__(self, table: Table) -> None:
         """Nothing is left to do: a tensor is made by ``__new__``."""
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"TableGradient({self.table.name!r})"
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise TypeError(
+            f"the parameter of table {self.table.name!r} cannot be copied or pickled: the table is a connection"
+        )
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        self.__deepcopy__(None)
 
     @property
     def grad(self) -> Tensor | None:
@@ -52,7 +108,8 @@ class TableGradient(nn.Parameter):
             self._forget()
             if prepared is not None:
                 self._norm = math.sqrt(prepared.squared_norm) if prepared.finite else math.inf
-                self._scaled_norm = torch.tensor([self._norm], dtype=torch.float64)
+                norm = torch.tensor([self._norm], dtype=torch.float64, device="cpu")
+                self._scaled_norm = TableNorm.of(norm, self)
                 self._updates = self._pending_updates()
         return self._scaled_norm
 
@@ -62,7 +119,27 @@ class TableGradient(nn.Parameter):
             self._forget()
             self.table.discard()
         elif self.grad is not None:
-            self._scaled_norm = scaled_norm
+            self._scaled_norm = TableNorm.of(scaled_norm.to(dtype=torch.float64, device="cpu"), self)
+        else:
+            raise InvalidRequest(
+                f"the gradient of table {self.table.name!r} is in the pool and cannot be set here; backward() makes it."
+                " (torch.distributed.checkpoint's functions for optimizers do this: save and load"
+                " PoolOptimizer.state_dict() beside them instead)"
+            )
+
+    @property
+    def requires_grad(self) -> bool:
+        """The table's."""
+        return self.table.requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, requires_grad: bool) -> None:
+        self.table.requires_grad_(requires_grad)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "TableGradient":
+        """Freeze the table, or train it, for gathers from now on."""
+        self.table.requires_grad_(requires_grad)
+        return self
 
     @property
     def prepared(self) -> bool:
@@ -83,3 +160,38 @@ class TableGradient(nn.Parameter):
 
     def _forget(self) -> None:
         self._norm = self._scaled_norm = self._updates = None
+
+
+def _norms_in(parts: list[Any]) -> Iterator[TableNorm]:
+    for part in parts:
+        if isinstance(part, TableNorm):
+            yield part
+        elif isinstance(part, (list, tuple)):
+            yield from (inner for inner in part if isinstance(inner, TableNorm))
+
+
+def _writes_otherwise(name: str) -> bool:
+    """Whether a function of torch's writes to what it is given, and not by a factor."""
+    return name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__") and name not in _SCALING)
+
+
+def _names(norms: list[TableNorm]) -> str:
+    return ", ".join(repr(norm.owner.table.name) for norm in norms)
+
+
+def _require_order_2(name: str, args: tuple[Any, ...], options: dict[str, Any], norms: list[TableNorm]) -> None:
+    order = next((options[key] for key in ("ord", "p") if key in options), args[1] if len(args) > 1 else 2)
+    if name == "dist" or order not in (None, 2, 2.0, "fro"):
+        raise InvalidRequest(
+            f"the norm of order {order} of the gradient of table {_names(norms)} is not known: its elements are in the"
+            " pool, and only their 2-norm is here. Clip by norm_type=2 (PoolOptimizer's max_norm does), and other"
+            " parameters apart from the tables' where they need another order"
+        )
+
+
+def _refuse_in_place(name: str, norms: list[TableNorm]) -> NoReturn:
+    what = "clipped by value" if "clamp" in name or "clip" in name else f"changed by {name}"
+    raise InvalidRequest(
+        f"the gradient of table {_names(norms)} cannot be {what}: its elements are in the pool, and here is only their"
+        " norm, which may be scaled. Clip it by norm: torch.nn.utils.clip_grad_norm_, or PoolOptimizer's max_norm"
+    )

@@ -1,25 +1,28 @@
 """MemoryLayer: a feed-forward layer's replacement that looks its answer up in a table of the pool.
 
 Queries, keys, gate and output projection are ordinary parameters of the model; the values belong to the table, which
-fetches their weighted sums and takes their gradients (``Table.gather``).
+fetches their weighted sums and takes their gradients (``mempool.client``). Scores to weights: ``choice``.
 
 Shape legend: B bags (tokens), H heads, K top-k, D key dim, N half-keys of a codebook (slots = N * N), V value dim.
 """
 
 import copy
 import math
-from typing import Any, Literal, NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mempool.client import Table
-from mempool.client.untraced import untraced
+from mempool.client.gathers.autograd import gather
 from mempool.errors import InvalidRequest
+from mempool.nn.choice import MemoryLookup, Scores, checked_scores, weights_of
+from mempool.nn.copies import CopyCaution
+from mempool.nn.parts import Gate, Out, gate_part, out_part
 from mempool.nn.scoring import product_topk, unit_rms
-
-Gate = Literal["silu", "none"]
+from mempool.nn.sizes import checked_dropout, checked_int, checked_key_dim, checked_topk, codebook_size
+from mempool.nn.values import LayerLink, values_parameter
 
 
 class MemoryLayer(nn.Module):
@@ -27,11 +30,12 @@ class MemoryLayer(nn.Module):
 
     For every token x and head h, with q_h the h-th part of ``query(x)`` and q_h1, q_h2 its halves::
 
-        s_h(i1, i2) = <q_h1, keys[h, 0, i1]> + <q_h2, keys[h, 1, i2]>
+        s_h(i1, i2) = <q_h1, half_keys[h, 0, i1]> + <q_h2, half_keys[h, 1, i2]>
         I_h         = top-k slots i1 * n + i2 by s_h         (score descending, id ascending)
         bag         = sum over h, i in I_h of softmax(s_h[I_h])_i * V[i]
         y           = out(silu(gate(x)) * bag)               gate="silu": Memory+
-        y           = bag, or out(bag) where V != dim        gate="none": the plain memory layer
+        y           = bag, or out(bag) where V != out_dim    gate="none": the plain memory layer
+        y           = sigmoid(gating(x)) * y                 mem_gated=True
 
     One table of values V is shared by all heads, and by every other layer made with it.
 
@@ -39,29 +43,56 @@ class MemoryLayer(nn.Module):
     output projection. The backward sends d bag to the shards, which answer the gradient of the weights and hold that of
     the values until ``PoolOptimizer.step``. In eval mode and under no_grad shards are not asked to remember the lookup.
 
-    Scores and softmax are float32, also under autocast and in a bfloat16 model; the linear layers follow autocast.
-    Under ``torch.compile`` scoring and the lookup run outside the graph, the linear layers inside.
+    Scores and weights are float32, also under autocast and in a bfloat16 model; ``query``, ``gate`` and ``out`` follow
+    autocast. They are modules of any kind: nothing is asked of them but to be called, so they may be replaced (LoRA,
+    quantized linears, a Sequential). Under ``torch.compile`` the lookup is an operator of the graph, which does not
+    break; ``torch.export`` is refused.
 
-    ``state_dict`` holds the parameters below and nothing of the table: its values live in the pool.
-    A deep copy shares the table. Pickling a layer is refused: a table is a connection, not data.
+    ``values`` is a parameter of one element that stands for the table's values, so that they are frozen and zeroed as
+    torch's are. They are trained through this layer where ``values.requires_grad`` and ``table.requires_grad`` hold:
+    ``layer.requires_grad_(False)``, or of a model around it, freezes them for this layer (other layers of the table go
+    on), ``model.requires_grad_(False); layer.values.requires_grad_()`` trains nothing else. ``zero_grad()`` of any
+    module around it drops what is pending on the table, and so does that of an ordinary optimizer that holds
+    ``values`` and did not step since; in one that steps, ``values`` costs nothing and means nothing. (FSDP manages
+    gradients itself: there only ``PoolOptimizer.zero_grad`` drops.)
+
+    ``state_dict`` holds the other parameters and nothing of the table: its values live in the pool. States of before
+    ``half_keys`` had that name (``keys``) load. A copy, shallow or deep, shares the table: what a teacher or an average
+    of models reads are the live values. Pickling is refused: a table is a connection, not data.
 
     Attributes:
         query: Linear(dim, heads * key_dim).
-        keys: Parameter [heads, 2, n, key_dim / 2], n * n = slots of the table.
+        half_keys: Parameter [heads, 2, n, key_dim / 2], n * n = slots of the table. Also readable as ``keys``.
         gate: Linear(dim, value_dim); None with gate="none".
-        out: Linear(value_dim, dim); None with gate="none" and value_dim == dim, where nothing needs projecting.
+        out: Linear(value_dim, out_dim); None where nothing needs projecting.
+        gating: Linear(dim, 1) with mem_gated; else None.
+        values: Parameter [1], see above.
         table: The table, shared by reference.
+        keep_lookup: Set it to have each call's lookup kept, detached, in ``last_lookup``.
+        last_lookup: ``MemoryLookup`` or None.
 
     Args:
-        dim: Width of the input and of the output.
+        dim: Width of the input.
         table: A table whose number of slots is a square.
         heads: Queries per token, each with keys of its own.
         topk: Slots per head, at most all of them.
         key_dim: Width of a query; even.
-        gate: "silu" for Memory+, "none" for the plain memory layer.
+        query: A module from [..., dim] to [..., heads * key_dim], in place of the linear layer.
+        query_bias: Give the linear layer ``query`` a bias.
+        gate: "silu" for Memory+, "none" for the plain memory layer; or a module from [..., dim] to [..., value_dim] in
+            place of the linear layer before the silu.
+        out: "auto": a linear layer with a gate, or where value_dim is not out_dim. "linear": always; "none": never; or
+            a module from [..., value_dim] to [..., out_dim].
+        out_dim: Width of the output; dim if None.
+        scores: What makes weights of the scores of the chosen slots: "softmax", "relu", or a function of [B, H, K]
+            float32 that answers weights of that shape.
         qk_norm: Normalise each half of a query and every half-key to a root mean square of 1, and divide the scores by
             sqrt(key_dim), as attention with qk-norm does: bounds the scores by sqrt(key_dim), for stable training.
         query_norm: Normalise each whole query to a root mean square of 1 (no learned gain: keys can learn it).
+        input_dropout: Of x, before everything else.
+        query_dropout: Of ``query(x)``.
+        value_dropout: Of the output, before ``gating``.
+        mem_gated: Multiply the output with the sigmoid of a learned number per token.
         key_init_std: Keys start as N(0, key_init_std^2); 1 / sqrt(key_dim) if None.
         deterministic: Sum scores in a fixed order, so that a query finds the same slots alone and in any batch. Costs
             nothing on a CPU; False lets a GPU use its tensor cores.
@@ -69,15 +100,17 @@ class MemoryLayer(nn.Module):
         dtype: Type of the parameters.
 
     Raises:
-        InvalidRequest: The table's slots are no square, or a size makes no sense; the message says which.
+        InvalidRequest: The table's slots are no square, or an argument makes no sense; the message says which.
 
     Example:
         >>> layer = mempool.nn.MemoryLayer(512, table=table, heads=4, topk=32)
         >>> y = layer(torch.randn(8, 128, 512))   # [8, 128, 512]
     """
 
-    gate: nn.Linear | None
-    out: nn.Linear | None
+    gate: nn.Module | None
+    out: nn.Module | None
+    gating: nn.Module | None
+    values: nn.Parameter
 
     def __init__(
         self,
@@ -87,9 +120,18 @@ class MemoryLayer(nn.Module):
         heads: int = 4,
         topk: int = 32,
         key_dim: int = 128,
-        gate: Gate = "silu",
+        query: nn.Module | None = None,
+        query_bias: bool = True,
+        gate: Gate | nn.Module = "silu",
+        out: Out | nn.Module = "auto",
+        out_dim: int | None = None,
+        scores: Scores = "softmax",
         qk_norm: bool = False,
         query_norm: bool = False,
+        input_dropout: float = 0.0,
+        query_dropout: float = 0.0,
+        value_dropout: float = 0.0,
+        mem_gated: bool = False,
         key_init_std: float | None = None,
         deterministic: bool = True,
         device: torch.device | str | None = None,
@@ -97,49 +139,78 @@ class MemoryLayer(nn.Module):
     ) -> None:
         super().__init__()
         schema = table.schema
-        _check_sizes(dim=dim, heads=heads, topk=topk, key_dim=key_dim, gate=gate, num_slots=schema.num_slots)
-        self.dim = dim
-        self.heads = heads
-        self.topk = topk
-        self.key_dim = key_dim
+        self.dim = checked_int("dim", dim)
+        self.out_dim = self.dim if out_dim is None else checked_int("out_dim", out_dim)
+        self.heads = checked_int("heads", heads)
+        self.topk = checked_topk(topk, num_slots=schema.num_slots)
+        self.key_dim = checked_key_dim(key_dim)
+        self.scores = checked_scores(scores)
+        self.input_dropout = checked_dropout("input_dropout", input_dropout)
+        self.query_dropout = checked_dropout("query_dropout", query_dropout)
+        self.value_dropout = checked_dropout("value_dropout", value_dropout)
         self.qk_norm = qk_norm
         self.query_norm = query_norm
-        self.key_init_std = 1.0 / math.sqrt(key_dim) if key_init_std is None else key_init_std
+        self.key_init_std = 1.0 / math.sqrt(self.key_dim) if key_init_std is None else key_init_std
         self.deterministic = deterministic
         self.table = table
-        self.codebook_size = _codebook_size(schema.name, schema.num_slots)
-        self.query = nn.Linear(dim, heads * key_dim, device=device, dtype=dtype)
-        self.keys = nn.Parameter(torch.empty(heads, 2, self.codebook_size, key_dim // 2, device=device, dtype=dtype))
-        self.gate = nn.Linear(dim, schema.value_dim, device=device, dtype=dtype) if gate == "silu" else None
-        needs_out = gate == "silu" or schema.value_dim != dim
-        self.out = nn.Linear(schema.value_dim, dim, device=device, dtype=dtype) if needs_out else None
+        self.codebook_size = codebook_size(schema.name, schema.num_slots)
+        self.keep_lookup = False
+        self.last_lookup: MemoryLookup | None = None
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        width = self.heads * self.key_dim
+        self.query = nn.Linear(self.dim, width, bias=query_bias, **made) if query is None else query
+        half_keys = torch.empty(self.heads, 2, self.codebook_size, self.key_dim // 2, **made)
+        self.half_keys = nn.Parameter(half_keys)
+        self.gate = gate_part(gate, self.dim, schema.value_dim, made)
+        self.out = out_part(out, schema.value_dim, self.out_dim, made, gated=self.gate is not None)
+        self.gating = nn.Linear(self.dim, 1, **made) if mem_gated else None
+        self.values = values_parameter(**made)
+        self._link = LayerLink(table, self.values)
+        self._copied: CopyCaution | None = None
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Draw new keys. The linear layers have a ``reset_parameters`` of their own; the table is not touched."""
-        nn.init.normal_(self.keys, std=self.key_init_std)
+    @property
+    def keys(self) -> Tensor:
+        """``half_keys``."""
+        return self.half_keys
 
-    def forward(self, x: Tensor) -> Tensor:
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter("half_keys" if name == "keys" else name, param)
+
+    def reset_parameters(self) -> None:
+        """Draw new keys. ``query``, ``gate`` and ``out`` have their own ``reset_parameters``; the table stays."""
+        nn.init.normal_(self.half_keys, std=self.key_init_std)
+
+    def forward(self, x: Tensor, *, return_lookup: bool = False) -> Tensor | tuple[Tensor, MemoryLookup]:
         """Look up every token of ``x``.
 
         Args:
             x: [..., dim], any leading shape, floating point.
+            return_lookup: Answer what was looked up, too.
 
         Returns:
-            [..., dim].
+            [..., out_dim]; and, with return_lookup, the ids, scores and weights [..., heads, topk], of which scores and
+            weights are differentiable.
 
         Raises:
-            InvalidRequest: The last dimension of ``x`` is not ``dim``.
+            InvalidRequest: The last dimension of ``x`` is not ``dim``, or a module answered another width.
             MempoolError: What the table's gather raises.
         """
         if x.dim() == 0 or x.shape[-1] != self.dim:
             raise InvalidRequest(f"this layer takes [..., {self.dim}], got {list(x.shape)}")
-        bag = self._lookup(self.scoring_queries(x)).view(*x.shape[:-1], self.table.schema.value_dim)
-        if self.gate is not None:
-            bag = F.silu(self.gate(x)) * bag
-        if self.out is None:
-            return bag.to(x.dtype)
-        return self.out(bag.to(self.out.weight.dtype))  # type: ignore[no-any-return]
+        if self._copied is not None and not torch.compiler.is_compiling():
+            self._copied.before_call(self)
+        if self.input_dropout:
+            x = F.dropout(x, self.input_dropout, self.training)
+        bag, lookup = self._lookup(self.scoring_queries(x))
+        y = self._projected(x, bag.view(*x.shape[:-1], self.table.schema.value_dim))
+        if self.value_dropout:
+            y = F.dropout(y, self.value_dropout, self.training)
+        if self.gating is not None:
+            y = torch.sigmoid(self.gating(x)) * y
+        if self.keep_lookup:
+            self.last_lookup = lookup.detached()
+        return (y, lookup) if return_lookup else y
 
     def scoring_queries(self, x: Tensor) -> Tensor:
         """The queries as they are scored, norms and scale included.
@@ -153,7 +224,15 @@ class MemoryLayer(nn.Module):
         Returns:
             [..., heads, key_dim] float32.
         """
-        queries: Tensor = self.query(x).float().reshape(*x.shape[:-1], self.heads, self.key_dim)
+        queries: Tensor = self.query(x)
+        if queries.shape != (*x.shape[:-1], self.heads * self.key_dim):
+            raise InvalidRequest(
+                f"query answered {list(queries.shape)} for {list(x.shape)}; its last dimension must be"
+                f" heads * key_dim = {self.heads * self.key_dim}"
+            )
+        if self.query_dropout:
+            queries = F.dropout(queries, self.query_dropout, self.training)
+        queries = queries.float().reshape(*x.shape[:-1], self.heads, self.key_dim)
         if self.qk_norm:
             halves = [unit_rms(half) for half in queries.chunk(2, dim=-1)]
             return torch.cat(halves, dim=-1) / math.sqrt(self.key_dim)
@@ -161,12 +240,11 @@ class MemoryLayer(nn.Module):
 
     def scoring_keys(self) -> Tensor:
         """The keys as they are scored: [heads, 2, n, key_dim / 2] float32, normalised with qk_norm."""
-        keys = self.keys.float()
+        keys = self.half_keys.float()
         return unit_rms(keys) if self.qk_norm else keys
 
-    @untraced
-    def _lookup(self, queries: Tensor) -> Tensor:
-        """[..., heads, key_dim] float32 -> bags [B, value_dim] float32."""
+    def _lookup(self, queries: Tensor) -> tuple[Tensor, MemoryLookup]:
+        """[..., heads, key_dim] float32 -> bags [B, value_dim] float32, and what was chosen."""
         queries_BHD = queries.reshape(-1, self.heads, self.key_dim)
         with torch.autocast(queries.device.type, enabled=False):
             scores_BHK, ids_BHK = product_topk(
@@ -176,8 +254,27 @@ class MemoryLayer(nn.Module):
                 stride=self.table.schema.stride,
                 deterministic=self.deterministic,
             )
-            weights_BHK = torch.softmax(scores_BHK, dim=-1)
-            return self.table.gather(ids_BHK.flatten(1), weights_BHK.flatten(1), remember=self.training)
+            weights_BHK = weights_of(scores_BHK, self.scores)
+            bags = gather(
+                self._link,
+                ids_BHK.flatten(1),
+                weights_BHK.flatten(1),
+                anchor=self.values,
+                trained=self.values.requires_grad and self.table.requires_grad,
+                remember=self.training,
+            )
+        shape = (*queries.shape[:-2], self.heads, self.topk)
+        return bags, MemoryLookup(*(part.view(shape) for part in (ids_BHK, scores_BHK, weights_BHK)))
+
+    def _projected(self, x: Tensor, bag: Tensor) -> Tensor:
+        # In the type in which the layer's own modules speak: that of the gate's answer, or of x. Their weights say
+        # nothing of it: those may be integers, or in another module.
+        dtype = x.dtype
+        if self.gate is not None:
+            gate = F.silu(self.gate(x))
+            dtype, bag = gate.dtype, gate * bag
+        bag = bag.to(dtype)
+        return bag if self.out is None else self.out(bag)
 
     def extra_repr(self) -> str:
         norms = "".join(f", {name}=True" for name in ("qk_norm", "query_norm") if getattr(self, name))
@@ -187,11 +284,41 @@ class MemoryLayer(nn.Module):
             f" heads={self.heads}, topk={self.topk}, key_dim={self.key_dim}{norms}"
         )
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._follow_values()
+        return self
+
+    def _follow_values(self) -> None:
+        """Another parameter may have come in the place of ``values`` (``to_empty`` does that)."""
+        if self.values is not self._link.parameter and type(self.values) is nn.Parameter:
+            self._link = LayerLink(self.table, self.values)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + "values", None)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *lists: Any
+    ) -> None:
+        if prefix + "keys" in state_dict:
+            state_dict.setdefault(prefix + "half_keys", state_dict.pop(prefix + "keys"))
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *lists)
+        missing_keys += [name for name in missing if name != prefix + "values"]
+
+    def __copy__(self) -> Self:
+        clone = type(self).__new__(type(self))
+        clone.__dict__.update(self.__dict__)
+        return clone
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        memo[id(self.table)] = self.table
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
-        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        state = {name: part for name, part in self.__dict__.items() if name not in ("_link", "_copied", "last_lookup")}
+        clone.__dict__.update(copy.deepcopy(state, memo), last_lookup=None)
+        clone._link = LayerLink(self.table, clone.values)
+        clone._copied = CopyCaution(clone, self.table.name)
         return clone
 
     def __getstate__(self) -> NoReturn:
@@ -199,24 +326,3 @@ class MemoryLayer(nn.Module):
             f"a MemoryLayer cannot be pickled: its table {self.table.schema.name!r} is a connection to a pool."
             " Save layer.state_dict(), and build the layer again with a table of the process that loads it"
         )
-
-
-def _check_sizes(*, dim: int, heads: int, topk: int, key_dim: int, gate: str, num_slots: int) -> None:
-    if dim < 1 or heads < 1:
-        raise InvalidRequest(f"dim and heads must be at least 1, got dim={dim}, heads={heads}")
-    if key_dim < 2 or key_dim % 2:
-        raise InvalidRequest(f"key_dim must be even and at least 2 (two halves), got {key_dim}")
-    if not 1 <= topk <= num_slots:
-        raise InvalidRequest(f"topk must be from 1 to the table's {num_slots} slots, got {topk}")
-    if gate not in ("silu", "none"):
-        raise InvalidRequest(f'gate must be "silu" or "none", got {gate!r}')
-
-
-def _codebook_size(name: str, num_slots: int) -> int:
-    size = math.isqrt(num_slots)
-    if size * size != num_slots:
-        raise InvalidRequest(
-            f"table {name!r} has {num_slots:_} slots, which is not a square; product keys need n * n."
-            f" Nearest: {size**2:_} ({size}^2) or {(size + 1) ** 2:_} ({size + 1}^2)"
-        )
-    return size

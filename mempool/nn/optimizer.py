@@ -4,17 +4,20 @@ The arithmetic (SGD, Adagrad, Adam) runs on the shards, by the optimizer in each
 which learning rate and with which scale.
 """
 
+import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from mempool.client import Table
-from mempool.errors import InvalidRequest
+from mempool.errors import InvalidRequest, MempoolError
 from mempool.nn.gradient import TableGradient
+from mempool.nn.tables import tables_of, values_of
 
 Tables = nn.Module | Table | Iterable[Table | Mapping[str, Any]]
 
@@ -24,16 +27,22 @@ class PoolOptimizer(torch.optim.Optimizer):
 
     ``loss.backward()`` has pushed the gradients of the values already: shards hold them until ``step`` applies, or
     ``zero_grad`` discards them. Gradients accumulate over backward passes as in torch, and ``step`` consumes them: a
-    step without a backward pass before it does nothing, and there is nothing to clear after it. A step that
-    ``GradScaler.step`` skips stays held, as in torch, until ``zero_grad``; ``step(grad_scaler=...)`` discards it.
+    step without a backward pass before it does nothing, and there is nothing to clear after it. A step that a
+    ``GradScaler`` skips is discarded at once: ``scaler.step(memory_optimizer)`` and ``step(grad_scaler=scaler)`` are
+    the same, and the next step trains on. (Trainers that clip by themselves take this for a fused optimizer and refuse
+    to clip under a scaler: use ``max_norm``.)
 
     A group holds ``lr``, which every LR scheduler may change (those that also cycle momentum must be told not to:
-    ``OneCycleLR(..., cycle_momentum=False)``), ``table``, the table's name, and ``params``, one ``TableGradient``, so
-    that ``GradScaler.step``, ``GradScaler.unscale_`` and ``torch.nn.utils.clip_grad_norm_`` work with this optimizer.
-    ``state_dict`` holds the groups; the state of the shards' optimizers is the pool's, and stays there.
+    ``OneCycleLR(..., cycle_momentum=False)``), ``table``, the table's name, and ``params``: one ``TableGradient``, so
+    that ``GradScaler.unscale_`` and ``torch.nn.utils.clip_grad_norm_`` work with this optimizer, and the ``values`` of
+    the model's layers, by which they are frozen. ``state_dict`` holds the groups and each table's version; the values
+    and the state of the shards' optimizers are the pool's, and stay there: ``load_state_dict`` warns where the table is
+    at another version than the state. Keep the state beside what ``torch.distributed.checkpoint`` saves; its functions
+    for optimizers refuse this one.
 
     Args:
-        tables: A model, whose memory layers' tables are taken; or tables; or groups ``{"table": table, "lr": 0.1}``.
+        tables: A model, whose tables are taken, wherever its modules hold them (attributes, lists, dicts, dataclasses);
+            or tables; or groups ``{"table": table, "lr": 0.1}``.
         lr: Learning rate of groups that name none; None takes each table's own.
         max_norm: Clip the gradient of all tables together to this norm, by the formula of
             ``torch.nn.utils.clip_grad_norm_``. ``math.inf`` only measures ``last_norm``. None does neither and saves a
@@ -54,11 +63,16 @@ class PoolOptimizer(torch.optim.Optimizer):
         >>> memory_optimizer.step()
     """
 
+    # GradScaler.step then calls step also where it found an inf, and says so: what is pending can be discarded there.
+    _step_supports_amp_scaling = True
+
     def __init__(self, tables: Tables, lr: float | None = None, max_norm: float | None = None) -> None:
         if max_norm is not None and not max_norm > 0.0:
             raise InvalidRequest(f"max_norm = {max_norm} must be above 0; None turns clipping off")
         self.max_norm = max_norm
         self.last_norm: float | None = None
+        self._looked_at: dict[int, tuple[int, int]] = {}
+        self._dropped_told = False
         super().__init__(_groups(tables), {"lr": lr})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -74,9 +88,10 @@ class PoolOptimizer(torch.optim.Optimizer):
             raise InvalidRequest(f"table {table.name!r} has a parameter group already; a table can have only one")
         lr = param_group.get("lr", self.defaults["lr"])
         lr = table.schema.optimizer.lr if lr is None else lr
-        if not (math.isfinite(lr) and lr >= 0.0):
-            raise InvalidRequest(f"lr = {lr} of table {table.name!r} must be finite and at least 0")
-        super().add_param_group({**param_group, "params": [TableGradient(table)], "table": table.name, "lr": lr})
+        _checked_lr(lr, table.name)
+        group = {name: option for name, option in param_group.items() if name != "values"}
+        params = [TableGradient(table), *param_group.get("values", ())]
+        super().add_param_group({**group, "params": params, "table": table.name, "lr": lr})
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -87,49 +102,77 @@ class PoolOptimizer(torch.optim.Optimizer):
     ) -> float | None:
         """Apply what is pending, as one commit of each table that has anything; nothing is sent for the others.
 
-        With a norm or a scaler to decide by, every table is prepared before any is committed. A step that failed on its
-        way (a shard away for too long) is continued by the next call, with what was decided.
+        Every group is checked before anything is sent; with a norm or a scaler to decide by, every table is prepared
+        before any is committed. A step that failed on its way (a shard away for too long) is continued by the next
+        call, with what was decided.
 
         Args:
             closure: Evaluates the model again and returns the loss.
-            grad_scaler: As ``grad_scaler.step(self)``, and a step that is skipped for an inf or NaN is discarded here
-                and now. Call ``grad_scaler.update()`` afterwards as usual.
+            grad_scaler: As ``grad_scaler.step(self)``. Call ``grad_scaler.update()`` afterwards as usual.
 
         Returns:
             What the closure returned.
 
         Raises:
-            InvalidRequest: With max_norm, or where a gradient's ``grad`` was read since the last update: a gradient has
-                an inf or NaN, which scaling would spread over the table. Nothing was applied; ``zero_grad`` drops it.
+            InvalidRequest: A group's lr is not a finite number of at least 0. Or, with max_norm, or where a gradient's
+                ``grad`` was read since the last update: a gradient has an inf or NaN, which scaling would spread over
+                the table. Nothing was applied; ``zero_grad`` drops it.
             MempoolError: What the tables' prepare and commit raise.
         """
         if grad_scaler is not None and grad_scaler.is_enabled():
             if closure is not None:
                 raise InvalidRequest("step takes a closure or a grad_scaler, not both (as GradScaler.step does)")
-            self._scaled_step(grad_scaler)
+            self.last_norm = None
+            if self._pending():
+                grad_scaler.step(self)
             return None
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        lrs = [_checked_lr(group["lr"], group["table"]) for group in self.param_groups]
+        self._warn_of_dropped()
+        if float(getattr(self, "found_inf", 0.0)) > 0.0:
+            self.last_norm = math.inf
+            self.zero_grad()
+            return loss
+        self._unscale(getattr(self, "grad_scale", None))
         self.last_norm = self._clipped_norm()
-        for group, gradient in zip(self.param_groups, self._gradients(), strict=True):
+        for lr, gradient in zip(lrs, self._gradients(), strict=True):
             if gradient.table.pending:
-                gradient.table.commit(lr=float(group["lr"]), grad_scale=gradient.scale)
+                gradient.table.commit(lr=lr, grad_scale=gradient.scale)
+        self._look()
         return loss
+
+    # To a step whose signature names a scaler GradScaler hands itself, with a warning; to others it says what it found.
+    step.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        list(inspect.signature(step).parameters.values())[:2]
+    )
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002  # torch's signature
         """Drop what backward passes have pushed since the last step; nothing is sent where nothing is held."""
-        for gradient in self._gradients():
+        for group, gradient in zip(self.param_groups, self._gradients(), strict=True):
             gradient.grad = None
+            for values in group["params"][1:]:
+                values.grad = None
+        self._look()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Groups by their tables' names, and the version of each table (None where its pool does not answer)."""
+        state = super().state_dict()
+        groups = [
+            {**group, "params": [number], "table_version": _version(gradient.table)}
+            for number, (group, gradient) in enumerate(zip(state["param_groups"], self._gradients(), strict=True))
+        ]
+        return {**state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over learning rates and other options of groups, by the tables' names.
+        """Take over learning rates and other options of groups, by the tables' names; warns of other versions.
 
         Raises:
             InvalidRequest: The state is of other tables than this optimizer's.
         """
-        saved = list(state_dict["param_groups"])
+        saved = [dict(group) for group in state_dict["param_groups"]]
         saved_names = [group.get("table") for group in saved]
         names = [group["table"] for group in self.param_groups]
         if sorted(map(str, saved_names)) != sorted(names):
@@ -138,7 +181,14 @@ class PoolOptimizer(torch.optim.Optimizer):
             )
         # Tables of several pools may have one name: among those, the order of the groups decides.
         groups = [saved.pop([group["table"] for group in saved].index(name)) for name in names]
+        versions = [group.pop("table_version", None) for group in groups]
+        count = 0
+        for group, own in zip(groups, self.param_groups, strict=True):
+            group["params"] = list(range(count, count + len(own["params"])))
+            count += len(own["params"])
         super().load_state_dict({**state_dict, "param_groups": groups})
+        for version, gradient in zip(versions, self._gradients(), strict=True):
+            _warn_of_version(gradient.table, version)
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
@@ -148,9 +198,19 @@ class PoolOptimizer(torch.optim.Optimizer):
     def _gradients(self) -> list[TableGradient]:
         return [group["params"][0] for group in self.param_groups]
 
+    def _pending(self) -> list[TableGradient]:
+        return [gradient for gradient in self._gradients() if gradient.table.pending]
+
+    def _unscale(self, loss_scale: Tensor | None) -> None:
+        if loss_scale is not None:
+            for gradient in self._pending():
+                grad = gradient.grad
+                if grad is not None:
+                    grad.div_(float(loss_scale))
+
     def _clipped_norm(self) -> float | None:
         """The norm over all tables, after which their gradients are clipped; None where nobody asked for it."""
-        gradients = [gradient for gradient in self._gradients() if gradient.table.pending]
+        gradients = self._pending()
         if not gradients or (self.max_norm is None and not any(gradient.prepared for gradient in gradients)):
             return None
         norm = float(clip_grad_norm_(gradients, math.inf))
@@ -164,33 +224,68 @@ class PoolOptimizer(torch.optim.Optimizer):
             clip_grad_norm_(gradients, self.max_norm)
         return norm
 
-    def _scaled_step(self, grad_scaler: torch.amp.GradScaler) -> None:
-        self.last_norm = None
-        if any(gradient.table.pending for gradient in self._gradients()):
-            # Reads and unscales every gradient, then calls step without a scaler, or, for an inf or NaN, does not.
-            grad_scaler.step(self)
-            if any(gradient.table.pending for gradient in self._gradients()):
-                self.last_norm = math.inf
-                self.zero_grad()
+    def _look(self) -> None:
+        for gradient in self._gradients():
+            counters = gradient.table.counters
+            self._looked_at[id(gradient)] = counters.updates_pushed, counters.updates_discarded
+
+    def _warn_of_dropped(self) -> None:
+        """A loop that zeroes before it steps trains nothing, and no number would show it."""
+        for gradient in self._gradients():
+            table, (pushed, discarded) = gradient.table, self._looked_at.get(id(gradient), (0, 0))
+            table.link.drop_zeroed()
+            dropped = table.counters.updates_discarded - discarded
+            if dropped and not table.pending and table.counters.updates_pushed > pushed and not self._dropped_told:
+                self._dropped_told = True
+                warnings.warn(
+                    f"step() has nothing to apply to table {table.name!r}: {dropped} updates of it were dropped by a"
+                    " zero_grad() of a module or another optimizer between backward() and this step. Step first, then"
+                    " zero",
+                    stacklevel=3,
+                )
 
 
 def _groups(tables: Tables) -> list[dict[str, Any]]:
     if isinstance(tables, nn.Module):
-        found = {
-            id(value): value
-            for module in tables.modules()
-            for value in vars(module).values()
-            if isinstance(value, Table)
-        }
+        found = tables_of(tables)
         if not found:
             raise InvalidRequest(
                 f"found no MemoryLayer in model {type(tables).__name__}, nor another module that holds a table;"
                 " give PoolOptimizer the model that has them, or a list of tables"
             )
-        return [{"table": table} for table in found.values()]
+        return [{"table": table, "values": values_of(tables, table)} for table in found]
     if isinstance(tables, Table):
         return [{"table": tables}]
     groups = [dict(item) if isinstance(item, Mapping) else {"table": item} for item in tables]
     if not groups:
         raise InvalidRequest("PoolOptimizer was given no table")
     return groups
+
+
+def _checked_lr(lr: Any, table: str) -> float:
+    """A number, or a tensor or array of one; raises InvalidRequest for all else."""
+    try:
+        number = math.nan if isinstance(lr, (str, bytes, bool)) else float(lr)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0.0):
+        raise InvalidRequest(f"lr = {lr} of table {table!r} must be finite and at least 0; nothing was applied")
+    return number
+
+
+def _version(table: Table) -> int | None:
+    try:
+        return table.link.version()
+    except MempoolError:
+        return None
+
+
+def _warn_of_version(table: Table, saved: int | None) -> None:
+    now = None if saved is None else _version(table)
+    if now is not None and now != saved:
+        warnings.warn(
+            f"table {table.name!r} is at version {now}, and was at {saved} when this state was saved: learning rates"
+            " came back, the values and the state of their optimizer are the pool's and did not. Go on from there"
+            " knowingly, or write the values of that time back (table.write)",
+            stacklevel=3,
+        )

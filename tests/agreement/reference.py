@@ -22,7 +22,7 @@ class Reference:
 
     @classmethod
     def of(cls, layer: MemoryLayer, values: Tensor) -> "Reference":
-        parameters = {name: leaf(parameter) for name, parameter in layer.named_parameters()}
+        parameters = {name: leaf(parameter) for name, parameter in dense_parameters(layer).items()}
         return cls(layer, parameters, leaf(values))
 
     def linear(self, name: str, x: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class Reference:
 
     def all_scores(self, x: Tensor) -> Tensor:
         """Scores of every slot, [B, H, N * N]."""
-        keys = self.parameters["keys"]
+        keys = self.parameters["half_keys"]
         if self.layer.qk_norm:
             keys = rms_normalised(keys)
         first, second = self.queries(x).chunk(2, dim=-1)
@@ -59,6 +59,11 @@ class Reference:
         if self.layer.gate is not None:
             bags = bags * nn.functional.silu(self.linear("gate", x))
         return bags if self.layer.out is None else self.linear("out", bags)
+
+
+def dense_parameters(layer: MemoryLayer) -> dict[str, nn.Parameter]:
+    """All but the one that stands for the table's values."""
+    return {name: parameter for name, parameter in layer.named_parameters() if name != "values"}
 
 
 def rms_normalised(vectors: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from mempool.nn import MemoryLayer, PoolOptimizer
 from mempool.optim import SGD
 
 from .conftest import Pools
-from .reference import Reference, all_rows, leaf, relative_error
+from .reference import Reference, all_rows, dense_parameters, leaf, relative_error
 
 TOLERANCE = 5e-6
 
@@ -26,7 +26,7 @@ def assert_agrees(layer: MemoryLayer, x: Tensor) -> None:
     y.backward(direction)
     expected.backward(direction.double())
     assert relative_error(x.grad, x64.grad) < TOLERANCE
-    for name, parameter in layer.named_parameters():
+    for name, parameter in dense_parameters(layer).items():
         assert relative_error(parameter.grad, reference.parameters[name].grad) < TOLERANCE, name
     assert torch.equal(values, all_rows(layer.table)), "values changed before the step"
     PoolOptimizer(layer, lr=1.0).step()
@@ -96,7 +96,7 @@ def test_layers_share_one_table_and_add_up_in_it(pools: Pools) -> None:
     y.square().sum().backward()
     expected.square().sum().backward()
     for layer, reference in zip(layers, references, strict=True):
-        for name, parameter in layer.named_parameters():
+        for name, parameter in dense_parameters(layer).items():
             assert relative_error(parameter.grad, reference.parameters[name].grad) < TOLERANCE, name
     optimizer = PoolOptimizer(model)
     assert len(optimizer.param_groups) == 1

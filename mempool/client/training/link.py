@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from mempool.client.bags import own_copy
+from mempool.client.gathers.links import LINKS
+from mempool.client.gathers.markers import Markers
 from mempool.client.opening.waiting import Run
 from mempool.client.routing.attempt import LookupRecord
 from mempool.client.routing.router import Router
+from mempool.client.training.cautions import Cautions
 from mempool.client.training.session import Session
 from mempool.errors import InvalidRequest
 from mempool.types import TableSchema
@@ -24,10 +27,14 @@ _WIRE_DTYPES: dict[WireDtype, torch.dtype] = {"float32": torch.float32, "bfloat1
 
 
 class TableLink:
-    """A table as ``mempool.client.autograd`` sees it (its ``Link``). Lives as long as a graph, or the table, needs it.
+    """A table as ``mempool.client.gathers`` sees it (its ``Link``). Lives as long as a graph, or the table, needs it.
 
     Life of a gather: [TRAINER] ``wire_weights`` copies, ``send_gather`` waits for pooled values; in the backward pass
     ``send_update`` copies and waits for d_weights; ``release`` lets the shards forget once the graph is gone.
+
+    Attributes:
+        number: In ``LINKS``.
+        markers: Of the modules whose ``zero_grad`` drops what is pending.
     """
 
     def __init__(self, schema: TableSchema, *, router: Router, session: Session, run: Run) -> None:
@@ -36,6 +43,17 @@ class TableLink:
         self._session = session
         self._run = run
         self._wire_dtype: WireDtype = "float32"
+        self._cautions = Cautions(schema.name, grouped=False)
+        self.markers = Markers()
+        self.number = LINKS.add(self)
+
+    @property
+    def name(self) -> str:
+        return self._schema.name
+
+    @property
+    def num_slots(self) -> int:
+        return self._schema.num_slots
 
     @property
     def value_dim(self) -> int:
@@ -64,8 +82,33 @@ class TableLink:
         """grads [B, V] on any device -> d_weights [L] float32 on the CPU."""
         if not (hold or want_weight_grad):
             return None
+        if hold:
+            self._cautions.before_update()
+            self._begin_gradient()
         own = own_copy(grads, _WIRE_DTYPES[self._wire_dtype])
-        return self._run(self._session.update(record, own, hold=hold, want_weight_grad=want_weight_grad))
+        answer = self._run(self._session.update(record, own, hold=hold, want_weight_grad=want_weight_grad))
+        if hold:
+            self._cautions.after_update(pending=self._session.pending, pending_bytes=self._session.pending_bytes)
+        return answer
+
+    def version(self) -> int:
+        """The table's version, as the shards of its first slot have it now."""
+        first = torch.zeros(1, dtype=torch.int64, device="cpu")
+        bags = Bags(ids=first, weights=None, offsets=torch.tensor([0, 1], dtype=torch.int64, device="cpu"))
+        _, record = self.send_gather(bags, remember=False)
+        return record.seen.newest_version
+
+    def drop_zeroed(self) -> int:
+        """Discard what is pending if a module that holds the table has zeroed it; answers how many updates."""
+        if self._session.nothing_to_drop or not self.markers.zeroed():
+            return 0
+        self.markers.reset()
+        return self._run(self._session.discard())
+
+    def _begin_gradient(self) -> None:
+        self.drop_zeroed()
+        if not self._session.pending:
+            self.markers.reset()
 
     def release(self, record: LookupRecord) -> Callable[[], None]:
         """A function that lets shards forget a lookup, with the next gather; for any thread, at any moment."""

@@ -48,6 +48,7 @@ class SessionCounters:
     lookups: int = 0
     updates_pushed: int = 0
     updates_committed: int = 0
+    updates_discarded: int = 0
     steps_committed: int = 0
 
 
@@ -194,6 +195,7 @@ class Session:
         left_s = self._deadline(timeout_s)
         async with self._deciding:
             dropped = self._steps.give_up()
+            self.counters.updates_discarded += dropped
             await self._drop_given_up(left_s)
             return dropped
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mempool.client import Bags, Prepared, SessionCounters, Table
+from mempool.client import Bags, Prepared, Seen, SessionCounters, Table
 from mempool.config import SGD, TableConfig, resolve
 
 
@@ -16,6 +16,7 @@ class Remembered:
     """What the stand-in keeps of a gather for its updates."""
 
     bags: Bags
+    seen: Seen
     remembered_by: tuple[()] = ()
 
 
@@ -28,7 +29,8 @@ class LocalSession:
     """
 
     def __init__(self, num_slots: int, value_dim: int) -> None:
-        self.values = torch.randn(num_slots, value_dim, generator=torch.Generator().manual_seed(3))
+        generator = torch.Generator("cpu").manual_seed(3)
+        self.values = torch.randn(num_slots, value_dim, generator=generator, dtype=torch.float32, device="cpu")
         self.counters = SessionCounters()
         self.remembered: list[bool] = []
         self.calls: list[tuple[Any, ...]] = []
@@ -38,6 +40,10 @@ class LocalSession:
     @property
     def pending(self) -> int:
         return len(self._held)
+
+    @property
+    def pending_bytes(self) -> int:
+        return sum(bags.num_bytes + grads.nbytes for bags, grads in self._held)
 
     @property
     def nothing_to_drop(self) -> bool:
@@ -53,10 +59,11 @@ class LocalSession:
 
     async def gather(self, bags: Bags, *, remember: bool, **_: object) -> tuple[Tensor, Remembered]:
         self.remembered.append(remember)
-        bag_numbers = torch.repeat_interleave(bags.offsets.diff())
-        sums = torch.zeros(bags.num_bags, self.values.shape[1])
+        bag_numbers = torch.arange(bags.num_bags, device="cpu").repeat_interleave(bags.offsets.diff())
+        sums = torch.zeros(bags.num_bags, self.values.shape[1], dtype=torch.float32, device="cpu")
         sums.index_add_(0, bag_numbers, self.values[bags.ids] * _weights(bags))
-        return sums, Remembered(bags)
+        version = self.counters.steps_committed
+        return sums, Remembered(bags, Seen(epoch=1, oldest_version=version, newest_version=version))
 
     async def update(self, record: Remembered, grads: Tensor, *, hold: bool, want_weight_grad: bool) -> Tensor | None:
         if hold:
@@ -84,11 +91,13 @@ class LocalSession:
             raise error
         self.calls.append(("commit", lr, grad_scale))
         self.values -= lr * grad_scale * self.gradient()
+        self.counters.steps_committed += 1
         return self._drop()
 
     async def discard(self) -> int:
         if self._held:
             self.calls.append(("discard",))
+            self.counters.updates_discarded += len(self._held)
         return self._drop()
 
     def _drop(self) -> int:
@@ -110,7 +119,11 @@ def session_of(table: Table) -> LocalSession:
 
 
 def _weights(bags: Bags) -> Tensor:
-    return torch.ones(bags.num_pairs, 1) if bags.weights is None else bags.weights[:, None]
+    return (
+        torch.ones(bags.num_pairs, 1, dtype=torch.float32, device="cpu")
+        if bags.weights is None
+        else bags.weights[:, None]
+    )
 
 
 def _run(coroutine: Coroutine[Any, Any, Any]) -> Any:

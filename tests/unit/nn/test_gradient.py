@@ -1,10 +1,14 @@
 """TableGradient: a table's gradient as one number, prepared when somebody looks."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
+from mempool.client import Table
+from mempool.errors import InvalidRequest
 from mempool.nn import TableGradient
 
 from .stand_in import local_table, session_of
@@ -66,3 +70,100 @@ def test_an_inf_or_nan_anywhere_is_an_infinite_norm(bad: float) -> None:
     table.gather(torch.tensor([[1], [2]])).backward(grads)
     assert gradient.grad is not None
     assert gradient.grad.item() == math.inf
+
+
+def pushed() -> Table:
+    table = local_table()
+    table.gather(torch.tensor([[1, 1], [1, 5]])).sum().backward()
+    return table
+
+
+@pytest.mark.parametrize("foreach", [None, False, True])
+def test_clipping_by_value_is_refused_and_changes_nothing(foreach: bool | None) -> None:
+    gradient = TableGradient(pushed())
+    with pytest.raises(InvalidRequest, match=r"'facts' cannot be clipped by value.*Clip it by norm"):
+        torch.nn.utils.clip_grad_value_([gradient], 0.5, foreach=foreach)
+    assert gradient.scale == 1.0
+
+
+@pytest.mark.parametrize("foreach", [None, False, True])
+@pytest.mark.parametrize("order", [1.0, 3.0, math.inf, 0.0])
+def test_norms_of_other_orders_are_refused(order: float, foreach: bool | None) -> None:
+    gradient = TableGradient(pushed())
+    dense = nn.Parameter(torch.ones(2))
+    dense.grad = torch.ones(2)
+    with pytest.raises(InvalidRequest, match=r"norm of order .* of the gradient of table 'facts' is not known"):
+        torch.nn.utils.clip_grad_norm_([dense, gradient], 0.5, norm_type=order, foreach=foreach)
+    assert gradient.scale == 1.0
+
+
+@pytest.mark.parametrize("foreach", [None, False, True])
+def test_clipping_by_norm_is_torchs_by_every_way_it_has(foreach: bool | None) -> None:
+    gradient = TableGradient(pushed())
+    norm = torch.nn.utils.clip_grad_norm_([gradient], 0.5, foreach=foreach)
+    assert float(norm) == pytest.approx(math.sqrt(7 * (9 + 1)))
+    assert gradient.scale == pytest.approx(0.5 / (float(norm) + 1e-6))
+    total = torch.nn.utils.get_total_norm([gradient.grad])
+    assert float(total) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda grad: grad.add_(1.0),
+        lambda grad: grad.clamp_(max=1.0),
+        lambda grad: grad.sign_(),
+        lambda grad: grad.fill_(1.0),
+        lambda grad: grad.__iadd__(1.0),
+        lambda grad: grad.__setitem__(0, 1.0),
+        lambda grad: torch._foreach_add_([grad], 1.0),
+    ],
+)
+def test_what_would_change_single_elements_is_refused(change: Callable[[torch.Tensor], object]) -> None:
+    gradient = TableGradient(pushed())
+    assert gradient.grad is not None
+    with pytest.raises(InvalidRequest, match="may be scaled"):
+        change(gradient.grad)
+    assert gradient.scale == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "scale"),
+    [
+        (lambda grad: grad.mul_(0.5), 0.5),
+        (lambda grad: grad.div_(4.0), 0.25),
+        (lambda grad: grad.__imul__(0.5), 0.5),
+        (lambda grad: torch._foreach_mul_([grad], 0.5), 0.5),
+        (lambda grad: grad.copy_(grad * 2.0), 2.0),
+    ],
+)
+def test_what_scales_it_scales(change: Callable[[torch.Tensor], object], scale: float) -> None:
+    gradient = TableGradient(pushed())
+    assert gradient.grad is not None
+    change(gradient.grad)
+    assert gradient.scale == scale
+
+
+@pytest.mark.parametrize("zero", [lambda grad: grad.zero_(), lambda grad: torch._foreach_zero_([grad])])
+def test_zeroing_it_discards(zero: Callable[[torch.Tensor], object]) -> None:
+    table = pushed()
+    gradient = TableGradient(table)
+    assert gradient.grad is not None
+    zero(gradient.grad)
+    assert table.pending == 0
+    assert gradient.grad is None
+
+
+def test_a_gradient_cannot_be_set_where_there_is_none() -> None:
+    gradient = TableGradient(local_table())
+    with pytest.raises(InvalidRequest, match=r"cannot be set here.*PoolOptimizer.state_dict\(\)"):
+        gradient.grad = torch.zeros(1)
+
+
+def test_reading_it_otherwise_gives_plain_numbers() -> None:
+    gradient = TableGradient(pushed())
+    assert gradient.grad is not None
+    doubled = gradient.grad * 2
+    assert type(doubled) is torch.Tensor
+    assert float(doubled) == 2 * float(gradient.grad)
+    assert repr(gradient) == "TableGradient('facts')"

@@ -14,7 +14,7 @@ from mempool.errors import InvalidRequest
 from mempool.nn import MemoryLayer
 from mempool.nn import layer as layer_module
 from mempool.nn.scoring import product_topk
-from tests.agreement.reference import Reference, leaf, relative_error
+from tests.agreement.reference import Reference, dense_parameters, leaf, relative_error
 
 from .stand_in import local_table, session_of
 
@@ -40,7 +40,7 @@ def assert_agrees(layer: MemoryLayer, x: Tensor) -> None:
     expected.backward(direction.double())
     assert relative_error(x.grad, x64.grad, floor=1.0) < TOLERANCE
     assert relative_error(session.gradient(), reference.values.grad, floor=1.0) < TOLERANCE
-    for name, parameter in layer.named_parameters():
+    for name, parameter in dense_parameters(layer).items():
         assert relative_error(parameter.grad, reference.parameters[name].grad, floor=1.0) < TOLERANCE, name
 
 
@@ -95,7 +95,7 @@ def test_parts_are_named_and_shaped_as_documented() -> None:
     layer = make_layer(dim=12, n=9, value_dim=7, heads=2, key_dim=6)
     shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
     assert shapes == {
-        "keys": (2, 2, 9, 3),
+        "half_keys": (2, 2, 9, 3),
         "query.weight": (12, 12),
         "query.bias": (12,),
         "gate.weight": (7, 12),
@@ -107,10 +107,10 @@ def test_parts_are_named_and_shaped_as_documented() -> None:
 
 def test_plain_layer_projects_only_where_the_value_has_another_width() -> None:
     assert set(make_layer(gate="none", dim=12, value_dim=7).state_dict()) == {
-        "keys", "query.weight", "query.bias", "out.weight", "out.bias",
+        "half_keys", "query.weight", "query.bias", "out.weight", "out.bias",
     }  # fmt: skip
     layer = make_layer(gate="none", dim=7, value_dim=7)
-    assert set(layer.state_dict()) == {"keys", "query.weight", "query.bias"}
+    assert set(layer.state_dict()) == {"half_keys", "query.weight", "query.bias"}
     x = torch.randn(3, 7)
     reference = Reference.of(layer, session_of(layer.table).values)
     assert relative_error(layer(x), reference.bags(x.double())) < TOLERANCE
@@ -166,7 +166,9 @@ def test_scores_stay_float32_under_autocast() -> None:
     # From the same rounded queries on, the bags are those of float32 scores.
     reference = Reference.of(layer, session_of(layer.table).values)
     reference.linear = lambda *_: queries.double()  # type: ignore[method-assign]
-    assert relative_error(layer._lookup(queries.float().unflatten(-1, (2, 6))), reference.bags(x.double())) < TOLERANCE
+    assert (
+        relative_error(layer._lookup(queries.float().unflatten(-1, (2, 6)))[0], reference.bags(x.double())) < TOLERANCE
+    )
 
 
 def test_score_gradients_stay_float32_where_backward_runs_under_autocast() -> None:
@@ -175,7 +177,7 @@ def test_score_gradients_stay_float32_where_backward_runs_under_autocast() -> No
     gradients = []
     for enabled in (False, True):
         leaf_queries = queries.clone().requires_grad_(True)
-        bags = layer._lookup(leaf_queries)
+        bags, _ = layer._lookup(leaf_queries)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             gradients.append(torch.autograd.grad(bags.sin().sum(), [leaf_queries, layer.keys]))
     for plain, under_autocast in zip(*gradients, strict=True):
@@ -201,6 +203,7 @@ def test_deepcopy_shares_the_table_and_nothing_else() -> None:
     model = nn.Sequential(make_layer(), nn.ReLU(), make_layer())
     model[2].table = model[0].table
     twin = copy.deepcopy(model)
+    assert twin[0].values is not model[0].values
     assert twin[0].table is model[0].table is twin[2].table
     x = torch.randn(4, 12)
     assert torch.equal(twin(x), model(x))
@@ -224,12 +227,14 @@ def test_repr_says_what_the_layer_is() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dim": 0}, "dim and heads must be at least 1, got dim=0"),
-        ({"heads": 0}, "heads=0"),
+        ({"dim": 0}, "dim must be at least 1, got 0"),
+        ({"heads": 0}, "heads must be at least 1, got 0"),
+        ({"heads": 2.0}, "heads must be an integer, got 2.0"),
+        ({"out_dim": 0}, "out_dim must be at least 1, got 0"),
         ({"key_dim": 5}, "key_dim must be even and at least 2 .two halves., got 5"),
         ({"topk": 82}, "topk must be from 1 to the table's 81 slots, got 82"),
         ({"topk": 0}, "got 0"),
-        ({"gate": "relu"}, 'gate must be "silu" or "none", got \'relu\''),
+        ({"gate": "relu"}, 'gate must be "silu", "none" or a module, got \'relu\''),
     ],
 )
 def test_senseless_sizes_are_refused(options: dict[str, object], message: str) -> None:

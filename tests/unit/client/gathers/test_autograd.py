@@ -14,6 +14,7 @@ from torch.nn.functional import embedding_bag
 from torch.utils.checkpoint import checkpoint
 
 from mempool.client import Pool, Table
+from mempool.errors import InvalidRequest
 from tests.support.faulty import COLUMNS, LAYOUTS, Fault, FaultyPool
 
 LR = 0.5
@@ -240,8 +241,72 @@ def test_gradients_of_gradients_are_refused(twin) -> None:  # type: ignore[no-un
     both = twin()
     ids, weights = make_inputs()
     (grad,) = torch.autograd.grad(both.table.gather(ids, weights).square().sum(), weights, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="first derivatives only"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("upstream", [True, False])
+def test_gradients_of_gradients_are_never_silently_nothing(twin, upstream: bool) -> None:  # type: ignore[no-untyped-def]
+    """d_weights of a sum depends on the values alone: asked for the weights' part of it, torch answers None."""
+    both = twin()
+    ids, leaf = make_inputs()
+    weights = leaf.softmax(-1) if upstream else leaf
+    (grad,) = torch.autograd.grad(both.table.gather(ids, weights).sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(grad.sum(), leaf, allow_unused=True)
+
+
+def test_a_freed_graph_says_so_as_torchs_do(twin) -> None:  # type: ignore[no-untyped-def]
+    both = twin()
+    ids, weights = make_inputs()
+    loss = both.table.gather(ids, weights).sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+    assert both.table.pending == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.func.jvp's own
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda gather, weights: torch.func.grad(lambda weights: gather(weights).sum())(weights),
+        lambda gather, weights: torch.func.vmap(gather)(weights[None]),
+        lambda gather, weights: torch.func.jvp(gather, (weights,), (weights,)),
+        lambda gather, weights: torch.func.jacrev(gather)(weights),
+    ],
+    ids=["grad", "vmap", "jvp", "jacrev"],
+)
+def test_function_transforms_are_refused(twin, transform) -> None:  # type: ignore[no-untyped-def]
+    both = twin()
+    ids, weights = make_inputs()
+    with pytest.raises(InvalidRequest, match=r"torch.func's transforms"):
+        transform(lambda weights: both.table.gather(ids, weights), weights.detach())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+def test_forward_mode_derivatives_are_refused(twin) -> None:  # type: ignore[no-untyped-def]
+    both = twin()
+    ids, weights = make_inputs()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(weights.detach(), torch.ones_like(weights))
+        with pytest.raises(RuntimeError, match="do not reach a pool"):
+            both.table.gather(ids, dual)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+def test_export_and_tracing_are_refused(twin) -> None:  # type: ignore[no-untyped-def]
+    both = twin()
+    ids, weights = make_inputs()
+
+    class Model(torch.nn.Module):
+        def forward(self, weights: Tensor) -> Tensor:
+            return both.table.gather(ids, weights)
+
+    with pytest.raises(Exception, match="cannot be exported"):
+        torch.export.export(Model(), (weights.detach(),))
+    with pytest.raises(InvalidRequest, match="cannot be exported"):
+        torch.jit.trace(Model(), (weights.detach(),))
 
 
 def test_gradient_of_named_inputs_trains_no_values(twin) -> None:  # type: ignore[no-untyped-def]
@@ -367,7 +432,7 @@ def test_faults_between_forward_and_backward_change_no_gradient(twin, fault: Fau
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_compiled_code_breaks_its_graph_and_is_right(twin) -> None:  # type: ignore[no-untyped-def]
+def test_compiled_code_is_one_graph_and_right(twin) -> None:  # type: ignore[no-untyped-def]
     both, loss = twin(), make_loss()
     ids, weights = make_inputs()
     local_weights = weights.detach().clone().requires_grad_()
@@ -386,7 +451,36 @@ def test_compiled_code_breaks_its_graph_and_is_right(twin) -> None:  # type: ign
         loss(both.gather(ids, local_weights.softmax(-1)).sin() * 2).backward()
     torch.testing.assert_close(weights.grad, local_weights.grad, rtol=1e-5, atol=1e-4)
     both.assert_trained_alike()
-    assert len(graphs) == 2  # before and after the gather, compiled once
+    assert len(graphs) == 1  # whole, compiled once
+    gc.collect()
+    both.table.gather(ids, weights.detach(), remember=False)
+    assert not any(shard.context_bytes for shard in both.fake.shards)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_gradient_of_named_inputs_trains_no_values(twin) -> None:  # type: ignore[no-untyped-def]
+    both, loss = twin(), make_loss()
+    ids, weights = make_inputs()
+    model = torch.compile(lambda weights: both.table.gather(ids, weights).sin(), backend="aot_eager", fullgraph=True)
+    torch.autograd.grad(loss(model(weights)), weights)
+    assert both.table.pending == 0
+    loss(model(weights)).backward()
+    assert both.table.pending == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_lookups_bear_hooks_that_copy_what_is_saved(twin) -> None:  # type: ignore[no-untyped-def]
+    """The ticket of a lookup is a copy then, and its memory is gone: ids and weights are sent again."""
+    both, loss = twin(), make_loss()
+    ids, weights = make_inputs()
+    local_weights = weights.detach().clone().requires_grad_()
+    model = torch.compile(lambda weights: both.table.gather(ids, weights).sin(), backend="eager", fullgraph=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach().clone(), lambda tensor: tensor):
+        pooled = model(weights)
+    loss(pooled).backward()
+    loss(both.gather(ids, local_weights).sin()).backward()
+    torch.testing.assert_close(weights.grad, local_weights.grad, rtol=1e-5, atol=1e-4)
+    both.assert_trained_alike()
 
 
 def test_moves_between_forward_and_backward_change_no_gradient(open_pool) -> None:  # type: ignore[no-untyped-def]

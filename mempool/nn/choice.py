@@ -1,0 +1,58 @@
+"""What a memory layer chose for its tokens, and how scores of chosen slots become weights.
+
+Shape legend: H heads, K top-k.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mempool.errors import InvalidRequest
+
+Scores = Literal["softmax", "relu"] | Callable[[Tensor], Tensor]
+
+
+class MemoryLookup(NamedTuple):
+    """The slots of every token, by (score descending, id ascending).
+
+    Attributes:
+        ids: [..., H, K] int64.
+        scores: [..., H, K] float32.
+        weights: [..., H, K] float32; what the values are weighted with.
+    """
+
+    ids: Tensor
+    scores: Tensor
+    weights: Tensor
+
+    def detached(self) -> "MemoryLookup":
+        """Without its graph."""
+        return MemoryLookup(*(part.detach() for part in self))
+
+
+def checked_scores(scores: Scores) -> Scores:
+    """Raises InvalidRequest for what is neither a name nor a function."""
+    if scores in ("softmax", "relu") or callable(scores):
+        return scores
+    raise InvalidRequest(f'scores must be "softmax", "relu" or a function of scores [B, H, K], got {scores!r}')
+
+
+def weights_of(scores_BHK: Tensor, scores: Scores) -> Tensor:
+    """Weights [B, H, K] float32.
+
+    Raises:
+        InvalidRequest: A function of the caller's answered another shape.
+    """
+    if scores == "softmax":
+        return torch.softmax(scores_BHK, dim=-1)
+    if scores == "relu":
+        return torch.relu(scores_BHK)
+    assert callable(scores)
+    weights = scores(scores_BHK)
+    if weights.shape != scores_BHK.shape:
+        raise InvalidRequest(
+            f"scores= must make weights {list(scores_BHK.shape)} of scores of that shape, got {list(weights.shape)}"
+        )
+    return weights.float()

@@ -1,0 +1,59 @@
+"""The tables that a model holds, wherever it holds them: attributes, lists, dicts, dataclasses."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+
+from mempool.client import Table
+from mempool.nn.layer import MemoryLayer
+
+# Deeper, or in more entries, nobody holds tables; and a model may hold a whole data set.
+_MAX_DEPTH = 8
+_MAX_ENTRIES = 10_000
+
+
+def tables_of(model: nn.Module) -> list[Table]:
+    """Each table once, in the order of the model's modules and of their attributes."""
+    found: dict[int, Table] = {}
+    seen = {id(module) for module in model.modules()}
+    for module in model.modules():
+        seen.add(id(module._modules))
+        for part in vars(module).values():
+            for table in _tables_in(part, seen, _MAX_DEPTH):
+                found[id(table)] = table
+    return list(found.values())
+
+
+def values_of(model: nn.Module, table: Table) -> list[nn.Parameter]:
+    """The parameters by which the model's layers stand for the table's values; not those that FSDP manages."""
+    layers = (module for module in model.modules() if isinstance(module, MemoryLayer) and module.table is table)
+    return [layer.values for layer in layers if type(layer.values) is nn.Parameter]
+
+
+def _tables_in(part: Any, seen: set[int], depth: int) -> Iterator[Table]:
+    if isinstance(part, Table):
+        yield part
+        return
+    if depth == 0 or isinstance(part, (str, bytes, Tensor, type)) or id(part) in seen:
+        return
+    inner = _parts_of(part)
+    if inner is not None:
+        seen.add(id(part))
+        for each in inner:
+            yield from _tables_in(each, seen, depth - 1)
+
+
+def _parts_of(part: Any) -> Iterable[Any] | None:
+    """What a container holds; None where it is none, or one too large to hold tables."""
+    if isinstance(part, Mapping):
+        return None if len(part) > _MAX_ENTRIES else list(part.values())
+    if isinstance(part, (list, tuple, set, frozenset)):
+        return None if len(part) > _MAX_ENTRIES else list(part)
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        return [getattr(part, each.name, None) for each in dataclasses.fields(part)]
+    if isinstance(part, (nn.Module, SimpleNamespace)):
+        return list(vars(part).values())
+    return None

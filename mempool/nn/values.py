@@ -1,0 +1,62 @@
+"""The parameter of a layer that stands for its table's values: to freeze them by, and to zero their gradient by."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mempool.client import Table
+from mempool.client.gathers.links import LINKS
+from mempool.client.gathers.markers import Mark
+from mempool.client.routing.attempt import LookupRecord
+from mempool.types.bags import Bags
+
+
+def values_parameter(*, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
+    """One element, which nobody reads."""
+    return nn.Parameter(torch.zeros(1, device=device, dtype=torch.get_default_dtype() if dtype is None else dtype))
+
+
+class LayerLink:
+    """A table's link as one layer uses it: an update through it belongs to the layer's parameter.
+
+    Args:
+        table: The table.
+        parameter: The layer's, while nothing has put another in its place. One that FSDP manages has no mark: FSDP
+            takes gradients away by itself, which is not to say that somebody zeroed them.
+    """
+
+    def __init__(self, table: Table, parameter: nn.Parameter) -> None:
+        self._link = table.link
+        self.parameter = parameter
+        self._mark = Mark(parameter) if type(parameter) is nn.Parameter else None
+        if self._mark is not None:
+            self._link.markers.add(self._mark)
+        self.number = LINKS.add(self)
+
+    @property
+    def name(self) -> str:
+        return self._link.name
+
+    @property
+    def num_slots(self) -> int:
+        return self._link.num_slots
+
+    @property
+    def value_dim(self) -> int:
+        return self._link.value_dim
+
+    def send_gather(self, bags: Bags, *, remember: bool) -> tuple[Tensor, LookupRecord]:
+        return self._link.send_gather(bags, remember=remember)
+
+    def send_update(self, record: LookupRecord, grads: Tensor, *, hold: bool, want_weight_grad: bool) -> Tensor | None:
+        answer = self._link.send_update(record, grads, hold=hold, want_weight_grad=want_weight_grad)
+        if hold and self._mark is not None:
+            self._mark.pushed()
+        return answer
+
+    def release(self, record: LookupRecord) -> Callable[[], None]:
+        return self._link.release(record)
+
+    def wire_weights(self, weights: Tensor | None) -> Tensor | None:
+        return self._link.wire_weights(weights)
