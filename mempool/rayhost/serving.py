@@ -3,6 +3,10 @@
 Everything here runs on the process's IO loop; the engine has its own thread.
 """
 
+import logging
+import os
+from typing import NoReturn
+
 from mempool.client import GrpcDialer, Router
 from mempool.config import ClusterConfig, ShardConfig
 from mempool.controller import Controller
@@ -10,7 +14,10 @@ from mempool.errors import ConfigError
 from mempool.server import LookupCoordinator, Server, ShardViews
 from mempool.shard import Engine
 from mempool.types import ShardHost, ShardInfo
+from mempool.wire.channels.channel import MAX_MESSAGE_BYTES
 
+_LOG = logging.getLogger(__name__)
+_EXIT_FATAL = 70  # "internal software error" of sysexits.h
 _ANYWHERE = ("0.0.0.0", "::", "[::]")
 
 
@@ -20,6 +27,13 @@ def advertised_host(config: ClusterConfig, node_ip: str) -> str:
         return config.pool.advertise
     host = node_ip if config.pool.bind in _ANYWHERE else config.pool.bind
     return f"[{host}]" if ":" in host else host
+
+
+def end_process(error: BaseException) -> NoReturn:
+    """End this process at once: a shard that cannot go on must not answer, and Ray starts it again."""
+    _LOG.critical("this shard cannot go on and ends its process: %s: %s", type(error).__name__, error)
+    logging.shutdown()
+    os._exit(_EXIT_FATAL)
 
 
 class ShardServing:
@@ -64,9 +78,12 @@ class ShardServing:
             device=engine_device(self._config.shard),
             peers=self._dialer.dial,
             pool=pool.name,
-            memory_bytes=self._config.shard.memory,
+            memory_bytes=self._config.shard.page_bytes,
+            client_memory_bytes=self._config.shard.client_bytes,
             context_budget_bytes=self._config.shard.context_memory,
-            commit_memory_bytes=self._config.shard.commit_memory,
+            commit_memory_bytes=self._config.shard.commit_bytes,
+            max_message_bytes=MAX_MESSAGE_BYTES,
+            on_fatal=end_process,
         )
 
         def dial(peer: ShardInfo) -> ShardHost:

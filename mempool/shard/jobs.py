@@ -1,7 +1,7 @@
 """Jobs of a shard and the order they are done in: events in, jobs out, without threads, clocks or sleeps.
 
-Callers are served fairly, by what their work weighs (weighted fair queueing): a small call does not wait for what others
-have piled up. Jobs of one caller keep their order; what the controller asks goes first. Leaves running them to ``thread``.
+Callers are served fairly, by what their work weighs (weighted fair queueing): a small call does not wait for what
+others have piled up. Jobs of one caller keep their order; the controller's go first. Leaves running to ``thread``.
 """
 
 from collections import deque

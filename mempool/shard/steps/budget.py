@@ -119,7 +119,7 @@ class Budget:
         free = min(self.held_limit, self.limit_bytes - self.queued_bytes) - self.held_bytes - num_bytes
         if free >= 0 and (own == 0 or own + num_bytes <= _SHARE * free):
             return None
-        if own + num_bytes > self.share():
+        if own + num_bytes > (self.share() if own else self.held_limit):
             return RequestTooLarge(
                 f"{what} of {num_bytes:,} bytes does not fit: {owner} holds {own:,} bytes on this shard that were not "
                 f"committed, and one trainer may hold {self.share():,} of the {self.limit_bytes:,} for clients; commit "

@@ -20,6 +20,9 @@ from mempool.types.bags import Bags
 
 Rank = tuple[str, int]
 
+KEPT_BYTES = 5 * TENSOR_BYTES
+"""What a reduction costs besides its rows and their sums."""
+
 
 @dataclass(frozen=True, slots=True)
 class HeldUpdate:
@@ -79,8 +82,7 @@ class PreparedStep:
     def kept_bytes(self) -> int:
         """Bytes of sums kept for the commit."""
         return sum(
-            reduction.sums.nbytes + reduction.pairs.rows.nbytes * 3 + 5 * TENSOR_BYTES
-            for reduction in self.reductions or ()
+            reduction.sums.nbytes + reduction.pairs.rows.nbytes * 3 + KEPT_BYTES for reduction in self.reductions or ()
         )
 
     @property

@@ -68,7 +68,7 @@ def test_a_shard_that_lost_an_acknowledged_commit_is_not_believed() -> None:
         table.gather(ids)
         info = pool.status().shards[1].info
         engine = pool.router._dial(info)  # type: ignore[attr-defined]
-        engine._tables[table.schema.table_id].ledger.version -= 1  # what a restore of an older state would be
+        engine._tenancy._tables[table.schema.table_id].ledger.version -= 1  # what a restore of an older state would be
         with pytest.raises(errors.DataLoss, match="version 0, and this client has seen version 1 acknowledged"):
             table.gather(ids)
 

@@ -16,12 +16,15 @@ from mempool.errors import (
     Internal,
     InvalidRequest,
     NotFound,
+    Overloaded,
     RequestTooLarge,
     ShardUnavailable,
 )
 from mempool.shard import Engine
 from mempool.shard.pages import arena
+from mempool.shard.steps.contexts import context_bytes
 from mempool.types import AttachTable, ExportPages, FlatKeySpec, PageBatch, ProductKeySpec, PullPages, ShardInfo
+from mempool.types.bags import Bags as TypesBags
 from mempool.wire.channels.loop import run
 from tests.contract.driver import LAYOUTS, Driver, Hosted, make_bags, make_schema, same
 
@@ -42,7 +45,7 @@ def _unlogged() -> Iterator[None]:
 
 def test_contexts_are_forgotten_under_their_budget(make_driver: MakeDriver) -> None:
     bags = make_bags(1)
-    one = sum(t.nbytes for t in (bags.ids, bags.weights, bags.offsets) if t is not None)
+    one = context_bytes(TypesBags(bags.ids, bags.weights, bags.offsets))
     driver = make_driver(context_budget_bytes=2 * one).create(make_schema())
     for lookup_id in (1, 2, 3):
         driver.gather(bags, lookup_id=lookup_id)
@@ -67,12 +70,12 @@ def test_contexts_of_an_older_epoch_take_no_room(make_driver: MakeDriver) -> Non
 
 
 def test_more_updates_than_the_budget_are_refused(make_driver: MakeDriver) -> None:
-    driver = make_driver(held_budget_bytes=900).create(make_schema())
+    driver = make_driver(client_memory_bytes=14_000).create(make_schema())
     driver.gather(make_bags(1))
     driver.update(1, 0, GRADS)
     driver.update(1, 1, GRADS)
     before = driver.contents()
-    with pytest.raises(RequestTooLarge, match=r"may hold 900.*commit more often"):
+    with pytest.raises(RequestTooLarge, match=r"holds 7,.* may hold .* of the 14,000 for clients; commit more often"):
         driver.update(1, 2, GRADS)
     driver.update(1, 1, GRADS)  # a repeat takes no room
     assert same(driver.contents(), before)
@@ -240,7 +243,7 @@ def test_a_commit_that_fails_half_way_loses_the_table_and_says_so(
 
     with monkeypatch.context() as patch, _unlogged():
         patch.setattr(kernels, "sort_pairs", fail)
-        with pytest.raises(Internal, match="MemoryError"):
+        with pytest.raises(Overloaded, match="no memory for commit just now .MemoryError"):
             driver.commit(1, [0])
     assert same(driver.contents(), before)  # nothing was written yet
     with monkeypatch.context() as patch:
@@ -285,7 +288,7 @@ def test_a_table_that_is_being_made_says_so(make_driver: MakeDriver) -> None:
     driver.view = driver.make_view(make_schema(), LAYOUTS["one"], epoch=1)
     engine: Any = driver.host(0)
     request = AttachTable(view=driver.placed, mode="initialise")
-    driver.call(engine._thread.run("attach_table", lambda: engine._attach(request)))
+    driver.call(engine._thread.run("attach_table", engine._tenancy.attach, request))
     with pytest.raises(ShardUnavailable, match="still writing the initial values of table 'facts'"):
         driver.gather(make_bags(1))
     driver.call(engine.attach_table(request))  # a repeat goes on where the first was cut off
@@ -301,7 +304,7 @@ def test_half_a_table_does_not_stay(make_driver: MakeDriver, monkeypatch: pytest
 
     with monkeypatch.context() as patch, _unlogged():
         patch.setattr(kernels, "initial_values", fail)
-        with pytest.raises(Internal, match="MemoryError: no room"):
+        with pytest.raises(Overloaded, match="MemoryError: no room"):
             driver.call(driver.host(0).attach_table(AttachTable(view=driver.placed, mode="initialise")))
     assert run(driver.host(0).status(), timeout_s=20).tables == ()
     driver.create(make_schema())
@@ -370,9 +373,8 @@ def test_a_table_that_is_being_filled_takes_its_room_from_the_start(make_driver:
     driver = make_driver(memory_bytes=2 * whole - 1)
     driver.view = driver.make_view(make_schema(), LAYOUTS["one"], epoch=1)
     engine: Any = driver.host(0)
-    driver.call(
-        engine._thread.run("attach_table", lambda: engine._attach(AttachTable(view=driver.placed, mode="initialise")))
-    )
+    request = AttachTable(view=driver.placed, mode="initialise")
+    driver.call(engine._thread.run("attach_table", engine._tenancy.attach, request))
     with pytest.raises(InvalidRequest, match="do not fit"):
         Driver(driver.hosted, table_id=2).create(make_schema())
 
