@@ -215,6 +215,7 @@ class EngineThread:
             failure = _bare(error)
         except Exception as error:
             failure = _bare(self._explained(job, error))
+            _bare(error)
         ended_s = time.perf_counter()
         self._stages.record(job.stage, ended_s - started_s)
         with self._lock:

@@ -71,22 +71,20 @@ def test_contexts_of_an_older_epoch_take_no_room(make_driver: MakeDriver) -> Non
 
 def test_more_updates_than_the_budget_are_refused(make_driver: MakeDriver) -> None:
     driver = make_driver(client_memory_bytes=14_000).create(make_schema())
-    driver.gather(make_bags(1))
-    driver.update(1, 0, GRADS)
-    driver.update(1, 1, GRADS)
+    driver.update(1, 0, GRADS, bags=make_bags(1))
+    driver.update(1, 1, GRADS, bags=make_bags(1))
     before = driver.contents()
     with pytest.raises(RequestTooLarge, match=r"holds 7,.* may hold .* of the 14,000 for clients; commit more often"):
-        driver.update(1, 2, GRADS)
-    driver.update(1, 1, GRADS)  # a repeat takes no room
+        driver.update(1, 2, GRADS, bags=make_bags(1))
+    driver.update(1, 1, GRADS, bags=make_bags(1))  # a repeat takes no room
     assert same(driver.contents(), before)
     driver.prepare(1, [0, 1])
     driver.commit(1, [0, 1])
-    driver.update(2, 2, GRADS)
+    driver.update(2, 2, GRADS, bags=make_bags(1))
     driver.drop()
     driver.create(make_schema())
-    driver.gather(make_bags(1))
-    driver.update(1, 0, GRADS)
-    driver.update(1, 1, GRADS)
+    driver.update(1, 0, GRADS, bags=make_bags(1))
+    driver.update(1, 1, GRADS, bags=make_bags(1))
 
 
 def test_a_dead_trainers_prepared_step_does_not_hold_off_a_freeze_forever(make_driver: MakeDriver) -> None:
@@ -243,7 +241,7 @@ def test_a_commit_that_fails_half_way_loses_the_table_and_says_so(
 
     with monkeypatch.context() as patch, _unlogged():
         patch.setattr(kernels, "sort_pairs", fail)
-        with pytest.raises(Overloaded, match="no memory for commit just now .MemoryError"):
+        with pytest.raises(Overloaded, match="no memory for commit just now"):
             driver.commit(1, [0])
     assert same(driver.contents(), before)  # nothing was written yet
     with monkeypatch.context() as patch:

@@ -1,3 +1,5 @@
+from contextlib import suppress
+
 import pytest
 import torch
 
@@ -62,7 +64,7 @@ def test_the_budget_is_shared_refuses_and_is_given_back() -> None:
     second.hold(_step(1, "b"), 0, update, caller="ipv4:10.0.0.3:5123")
     with pytest.raises(
         Overloaded,
-        match=rf"hold {budget.held_bytes:,} bytes.*of {budget.limit_bytes:,}.*Most is held by .*ipv4:10\.0\.0\.3:5123 \(",
+        match=rf"hold {budget.held_bytes:,} bytes.*of {budget.limit_bytes:,}.*Most is held by .*ipv4:10.0.0.3:5123 \(",
     ):
         first.hold(_step(1, "c"), 1, update)
     assert (len(first), len(second)) == (1, 1)
@@ -76,13 +78,15 @@ def test_one_owner_leaves_room_for_another() -> None:
     update = _update([1, 2], [2])
     budget = Budget(100 * update.num_bytes)
     held = HeldUpdates(budget=budget, lease_s=10.0, clock=Clock())
-    with pytest.raises(RequestTooLarge, match=r"ipv4:1 holds .* one trainer may hold .* commit more often"):
-        for sequence in range(100):
-            held.hold(_step(1, f"group {sequence}"), sequence, update, caller="ipv4:1")  # names make no other owner
+    fitting = 0
+    with suppress(RequestTooLarge):
+        for fitting in range(100):
+            held.hold(_step(1, f"group {fitting}"), fitting, update, caller="ipv4:1")  # names make no other owner
     most = budget.held_bytes
+    assert 50 < fitting < 75
     assert budget.limit_bytes * 0.7 < most <= budget.share() < budget.held_limit
     held.hold(_step(1, "other"), 0, update, caller="ipv4:2")
-    with pytest.raises(RequestTooLarge, match="commit more often"):
+    with pytest.raises(RequestTooLarge, match=r"ipv4:1 holds .* one trainer may hold .* commit more often"):
         held.hold(_step(1, "group 0"), 100, update, caller="ipv4:1")
 
 
