@@ -25,6 +25,7 @@ MAX_CONTROL_JOBS = 256
 _BASE_WEIGHT = 16 * 1024
 _BYTES_A_SECOND = 10**9  # what is thought to be read or written meanwhile, where a job took longer than its bytes say
 _LONGEST_RETRY_S = 2.0
+_MANY_LANES = 1024
 
 
 class Answer(Protocol):
@@ -112,6 +113,7 @@ class JobQueue:
         self._number = 0
         self._jobs = 0
         self._waiting = 0
+        self._many_lanes = _MANY_LANES
         self._expired: list[Job] = []
 
     def __len__(self) -> int:
@@ -222,7 +224,6 @@ class JobQueue:
         lane = self._lanes.get(job.caller.name)
         if excess > 0 and lane is not None and not job.control:
             lane.ends = max(lane.ends, self._now) + excess
-            self._now += excess // max(1, self._busy + (1 if lane.waiting == 0 else 0))
 
     def leave(self, job: Job) -> None:
         """The job is answered, or nobody waits for it any more: nothing of it is kept. Repeatable."""
@@ -236,6 +237,7 @@ class JobQueue:
                 job.waiting = False
             else:
                 self._out(job)
+                self._lanes[job.caller.name].ends -= job.weight  # it was not done
             job.forget()
         lane = self._lanes[job.caller.name]
         lane.jobs -= 1
@@ -279,10 +281,11 @@ class JobQueue:
             self._now = 0
         elif not lane.jobs and lane.ends <= self._now:
             del self._lanes[name]
-        elif len(self._lanes) > 2 * self._jobs + 1024:
+        elif len(self._lanes) > self._many_lanes:
             self._lanes = {
                 caller: known for caller, known in self._lanes.items() if known.jobs or known.ends > self._now
             }
+            self._many_lanes = max(_MANY_LANES, 2 * len(self._lanes))
 
     def _refuse(self, job: Job, lane: _Lane) -> None:
         if job.control:
