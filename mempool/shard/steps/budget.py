@@ -37,7 +37,7 @@ def tensors_bytes(tensors: Iterable[Tensor | None]) -> int:
 
 def numbers_bytes(count: int) -> int:
     """What a tuple of so many whole numbers costs."""
-    return 56 + 40 * count
+    return 56 + 56 * count
 
 
 def text_bytes(text: str) -> int:
