@@ -111,9 +111,10 @@ class Unauthenticated(MempoolError):
 
 
 class Unavailable(MempoolError, ConnectionError):
-    """Nobody answers, for now."""
+    """Nobody answers, for now. refused: the host does, and says that nobody listens at that port."""
 
     retryable = True
+    refused: bool = False
 
 
 class ShardUnavailable(Unavailable):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mempool.errors import ContextMissing, InvalidRequest
-from mempool.kernels import LAST_STEP
 from mempool.shard.bounds import (
     check_lookup_id,
     check_released,
@@ -17,7 +16,7 @@ from mempool.shard.bounds import (
     shown,
     shown_numbers,
 )
-from mempool.shard.pages.arena import KEYS, SCALES, VALUE_DTYPES, VALUES, Blocks, key_dim
+from mempool.shard.pages.arena import KEYS, LAST_STEP, SCALES, VALUE_DTYPES, VALUES, Blocks, key_dim
 from mempool.shard.pages.storage import Storage
 from mempool.types import (
     GatherRequest,

@@ -70,6 +70,8 @@ _FOREIGN: dict[grpc.StatusCode, type[MempoolError]] = {
 _TOO_LARGE = re.compile(r"(sent|received) message larger than max \((\d+) vs\.? (\d+)\)", re.IGNORECASE)
 # How a connection that breaks in the middle of a call shows, besides UNAVAILABLE.
 _BROKEN_CODES = (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED)
+# gRPC names the address again, and its own layers, around what the operating system said.
+_REFUSED = re.compile(r"connection refused", re.IGNORECASE)
 _BROKEN = re.compile(r"RST_STREAM|GOAWAY|stream removed|connection reset|socket closed|channel closed", re.IGNORECASE)
 
 
@@ -122,7 +124,10 @@ def from_rpc_error(
                 found.retry_after_s = detail.retry_after_s
             return found
     cls, message = _foreign(error.code(), error.details() or "", shard, address)
-    return cls(message, shard=shard, address=address)
+    failure = cls(message, shard=shard, address=address)
+    if isinstance(failure, errors.Unavailable):
+        failure.refused = _REFUSED.search(error.details() or "") is not None
+    return failure
 
 
 def _foreign(
@@ -139,7 +144,10 @@ def _foreign(
         )
     broken = code in _BROKEN_CODES and _BROKEN.search(details)
     if broken or code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
-        return unavailable, f"{who} does not answer ({why}). See which shards are up: mempool status"
+        if _REFUSED.search(details):
+            why = "connection refused: nobody listens at that port"
+        advice = "" if shard is None else ". See which shards are up: mempool status"
+        return unavailable, f"{who} does not answer ({why}){advice}"
     if code is grpc.StatusCode.CANCELLED:
         return unavailable, f"{who} ended the call before answering it ({why})"
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:

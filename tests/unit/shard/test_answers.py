@@ -57,7 +57,7 @@ def _all(driver: Driver, schema: Any) -> Iterator[tuple[str, Any]]:
     yield "gather", _gather(driver, reply_dtype="bfloat16", weights=None)
     bags = make_bags(5, lengths=LENGTHS, num_slots=49)
     yield "update", driver.update_request(0, 1, 3, GRADS, bags=bags)
-    for array in ("values", "sum", *(["keys"] if schema.keys else [])):
+    for array in ("values", "values.sum", *(["keys"] if schema.keys else [])):
         heads = array == "keys" and isinstance(schema.keys, ProductKeySpec)
         ids = torch.tensor([1, 0, 1]) if heads else torch.tensor([5, 0, 48, 5])
         yield "read_rows", ReadRowsRequest(envelope=driver.envelope(0), array=array, ids=ids)

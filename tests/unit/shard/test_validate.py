@@ -113,7 +113,7 @@ def test_nothing_at_all_is_a_request_too() -> None:
     none = torch.empty(0, dtype=torch.int64)
     bags, _ = validate.check_gather(TABLE, _gather([0], none), reply_bytes=None)
     assert (bags.num_bags, bags.num_pairs) == (0, 0)
-    for array in ("values", "sum"):
+    for array in ("values", "values.sum"):
         ids = validate.check_read(TABLE, ReadRowsRequest(envelope=ENVELOPE, array=array, ids=none), reply_bytes=2048)
         assert TABLE.read(array, ids).shape == (0, 10)
     keyed = _table(make_schema(num_slots=49, stride=7, keys=ProductKeySpec(heads=2, key_dim=4)), (0, 0))
