@@ -173,8 +173,14 @@ class HeldUpdates:
         return self._prepared.get((step_id.group, step_id.rank))
 
     def set_prepared(self, step_id: StepId, prepared: PreparedStep, *, caller: str = "") -> None:
-        """The step is prepared, in place of what its rank had prepared before. Raises as ``hold`` does."""
-        found = self._admitted(step_id, prepared.num_bytes, caller, "a prepared step")
+        """The step is prepared, in place of what its rank had prepared before.
+
+        Raises as ``hold`` does, but for a rank that holds updates: that is small beside them, and the way to their end.
+        """
+        found = self._ranks.get((step_id.group, step_id.rank))
+        if found is None or not found.updates:
+            found = self._admitted(step_id, prepared.num_bytes, caller, "a prepared step")
+        self.touch(step_id)
         self._end_prepare(found, step_id)
         found.prepared = self._prepared[step_id.group, step_id.rank] = prepared
         self.budget.kept_bytes += prepared.kept_bytes

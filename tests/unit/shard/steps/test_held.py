@@ -90,6 +90,16 @@ def test_one_owner_leaves_room_for_another() -> None:
         held.hold(_step(1, "group 0"), 100, update, caller="ipv4:1")
 
 
+def test_a_rank_that_holds_all_it_may_can_still_prepare() -> None:
+    update = _update([1, 2], [2])
+    held = HeldUpdates(budget=_budget(1, update), lease_s=10.0, clock=Clock())
+    held.hold(_step(1), 0, update)
+    with pytest.raises(Overloaded):
+        held.set_prepared(_step(1, "b"), _prepared(1, sequences=tuple(range(100))))
+    held.set_prepared(_step(1), _prepared(1, sequences=(0,)))
+    assert held.prepared_step(_step(1)) is not None
+
+
 def test_what_is_counted_is_given_back() -> None:
     budget, clock = Budget(2**20), Clock()
     held = HeldUpdates(budget=budget, lease_s=10.0, clock=clock)
