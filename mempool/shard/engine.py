@@ -118,7 +118,6 @@ class Engine:
             held_lease_s=held_lease_s,
             reply_bytes=max_message_bytes,
         )
-        self._answers = Answers(self._tenancy, contexts=contexts, stages=self._stages, reply_bytes=max_message_bytes)
         self._thread = EngineThread(
             name=f"shard {info.shard} of pool {pool!r}",
             stages=self._stages,
@@ -127,6 +126,13 @@ class Engine:
             upkeep_s=min(15.0, max(0.05, min(held_lease_s, context_lease_s) / 4)),
             probe=partial(_probe, torch.device(device)),
             on_fatal=on_fatal,
+        )
+        self._answers = Answers(
+            self._tenancy,
+            contexts=contexts,
+            stages=self._stages,
+            reply_bytes=max_message_bytes,
+            reserve=self._thread.reserve,
         )
 
     # Shard

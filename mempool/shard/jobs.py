@@ -313,7 +313,7 @@ class JobQueue:
         if num_bytes > budget.queue_limit or (alone and lane.num_bytes + num_bytes > budget.queue_limit):
             raise RequestTooLarge(
                 f"{what} of {lane.num_bytes * alone + num_bytes:,} bytes does not fit: {self._name} has "
-                f"{budget.queue_limit:,} bytes for all calls that it is answering (half of shard.client_memory). Send "
+                f"{budget.queue_limit:,} bytes for all calls that it is answering (of shard.client_memory). Send "
                 "fewer bags or rows at a time. Nothing was changed."
             )
         raise Overloaded(

@@ -129,6 +129,19 @@ class EngineThread:
             # An error that is raised here knows this frame: what it holds would live as long as the error.
             del asked, result, waits
 
+    def reserve(self, num_bytes: int) -> None:
+        """The job that is running is to hold so much more until it is answered. On the thread alone.
+
+        Raises:
+            RequestTooLarge: It could never fit.
+            Overloaded: There is no room for it now.
+        """
+        job = self._doing
+        if job is not None:
+            with self._lock:
+                if job.known:
+                    self._jobs.grow(job, num_bytes)
+
     async def close(self) -> None:
         """Let the jobs that are waiting finish, then end the thread. Repeatable."""
         with self._lock:
@@ -239,14 +252,10 @@ class EngineThread:
                 return False, result
             job.pieces = result
         try:
-            grown = next(job.pieces)
+            next(job.pieces)
         except StopIteration as end:
             job.pieces = None
             return False, end.value
-        if grown:
-            with self._lock:
-                if job.known:
-                    self._jobs.grow(job, grown)
         return True, None
 
     def _explained(self, job: Job, error: Exception) -> MempoolError:

@@ -92,7 +92,7 @@ class Budget:
     @property
     def queue_limit(self) -> int:
         """Bytes that calls may have at most, where little is held."""
-        return self.limit_bytes // 2
+        return self.limit_bytes - self.limit_bytes // 4
 
     @property
     def queue_room(self) -> int:

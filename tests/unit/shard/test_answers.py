@@ -94,11 +94,19 @@ def test_pieces_have_the_bits_of_the_whole(
         generator.close()
 
 
-@pytest.mark.usefixtures("in_pieces")
-def test_an_answer_in_pieces_says_its_size_first(make_driver: MakeDriver) -> None:
-    driver = make_driver().create(make_schema())
-    inner: Answers = driver.host(0)._answers  # type: ignore[attr-defined]
-    assert next(inner.gather(_gather(driver))) == 4 * 10 * len(LENGTHS)  # type: ignore[call-overload]
+def test_an_answer_is_counted_before_it_is_made(make_driver: MakeDriver) -> None:
+    """Small requests about large answers are refused for what they would hold."""
+    driver = make_driver(client_memory_bytes=2**20).create(make_schema())
+    many = torch.zeros(30_000, dtype=torch.int64)
+    requests = [
+        ("gather", _gather(driver, ids=many[:0], weights=None, offsets=many)),
+        ("read_rows", ReadRowsRequest(envelope=driver.envelope(0), array="values", ids=many)),
+    ]
+    for method, request in requests:
+        with pytest.raises(RequestTooLarge, match=rf"the answer to {method} of 1,.* does not fit"):
+            driver.call(getattr(driver.host(0), method)(request))
+    assert driver.call(driver.host(0).status()).queued_bytes == 0
+    driver.gather(make_bags(1))
 
 
 @pytest.mark.usefixtures("in_pieces")

@@ -163,7 +163,7 @@ def test_callers_who_come_and_leave_leave_nothing_behind() -> None:
 
 def test_a_caller_that_has_much_leaves_room_for_others() -> None:
     queue, budget = _queue(64 * MIB)
-    for _ in range(16):  # half of half of what clients have
+    for _ in range(24):  # half of three quarters of what clients have
         _added(queue, _job("greedy", MIB))
     with pytest.raises(Overloaded, match=r"shard 3 hold .* of this caller") as raised:
         _added(queue, _job("greedy", MIB))
@@ -174,16 +174,16 @@ def test_a_caller_that_has_much_leaves_room_for_others() -> None:
 
 def test_one_call_alone_may_have_all_there_is_and_no_more() -> None:
     queue, budget = _queue(64 * MIB)
-    job = _added(queue, _job(cost=32 * MIB))
+    job = _added(queue, _job(cost=48 * MIB))
     with pytest.raises(Overloaded, match="does not fit now"):
         _added(queue, _job("b", MIB))
     queue.leave(job)
-    with pytest.raises(RequestTooLarge, match=r"a gather of 33,554,433 bytes does not fit: shard 3 has 33,554,432"):
-        _added(queue, _job(cost=32 * MIB + 1))
+    with pytest.raises(RequestTooLarge, match=r"a gather of 50,331,649 bytes does not fit: shard 3 has 50,331,648"):
+        _added(queue, _job(cost=48 * MIB + 1))
     job = _added(queue, _job(cost=8 * MIB))
-    queue.grow(job, 24 * MIB)
-    assert budget.queued_bytes == 32 * MIB
-    with pytest.raises(RequestTooLarge, match="the answer to gather of 33,554,433 bytes"):
+    queue.grow(job, 40 * MIB)
+    assert budget.queued_bytes == 48 * MIB
+    with pytest.raises(RequestTooLarge, match="the answer to gather of 50,331,649 bytes"):
         queue.grow(job, 1)
     other = _job("b", 1)
     with pytest.raises(Overloaded):

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from mempool.errors import DeadlineExceeded, Internal, InvalidRequest, MempoolError, Overloaded, ShardUnavailable
+from mempool.errors import (
+    DeadlineExceeded,
+    Internal,
+    InvalidRequest,
+    MempoolError,
+    Overloaded,
+    RequestTooLarge,
+    ShardUnavailable,
+)
 from mempool.observe import Stages
 from mempool.shard.steps.budget import Budget
 from mempool.shard.thread import EngineThread
@@ -145,11 +153,11 @@ def test_long_work_is_done_in_pieces_with_others_in_between() -> None:
     seen: list[str] = []
     budget = Budget(10**6)
 
-    def long(_: Any) -> Generator[int, None, str]:
-        yield 1000
+    def long(_: Any) -> Generator[None, None, str]:
+        yield
         for piece in range(5):
             seen.append(f"piece {piece}")
-            yield 0
+            yield
         return "done"
 
     async def body(thread: EngineThread) -> None:
@@ -172,31 +180,35 @@ def test_long_work_is_done_in_pieces_with_others_in_between() -> None:
     assert budget.queued_bytes == 0
 
 
-def test_pieces_whose_answer_has_no_room_are_not_begun() -> None:
+def test_an_answer_that_has_no_room_is_refused_before_it_is_made() -> None:
     seen = []
-
-    def long(_: Any) -> Generator[int, None, None]:
-        yield 10**9
-        seen.append("begun")
+    budget = Budget(10**6)
 
     async def body(thread: EngineThread) -> None:
-        with pytest.raises(MempoolError, match=r"the answer to long of 1,000,00.,... bytes does not fit"):
-            await thread.run("long", long)
+        def job(num_bytes: int) -> int:
+            thread.reserve(num_bytes)
+            seen.append(num_bytes)
+            return budget.queued_bytes
 
-    _run(body, budget=Budget(10**6))
-    assert not seen
+        with pytest.raises(RequestTooLarge, match=r"the answer to long of 1,000,00.,... bytes does not fit"):
+            await thread.run("long", job, 10**9)
+        assert await thread.run("long", job, 10**5) >= 10**5
+        assert budget.queued_bytes == 0
+
+    _run(body, budget=budget)
+    assert seen == [10**5]
 
 
 def test_the_rest_of_cancelled_work_is_left_out() -> None:
     seen: list[int] = []
     begun = threading.Event()
 
-    def long(_: Any) -> Generator[int, None, None]:
+    def long(_: Any) -> Generator[None, None, None]:
         for piece in range(100_000):
             seen.append(piece)
             begun.set()
             time.sleep(0.001)
-            yield 0
+            yield
 
     async def body(thread: EngineThread) -> None:
         task = asyncio.create_task(thread.run("long", long))
