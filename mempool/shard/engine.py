@@ -80,8 +80,8 @@ class Engine:
         commit_memory_bytes: Temporary bytes of preparing and committing steps, of all tables together: a step that
             would need more is summed and applied in parts. The sums of one row and the gradient of one pair, some
             hundred bytes and the width of a row in float32, are needed in any case.
-        held_lease_s: Seconds of silence after which a rank's held updates are dropped; a trainer that lives is asked
-            for them again.
+        held_lease_s: Seconds of silence after which a rank's held updates are dropped, a sixth of it where they stand
+            in others' way; a trainer that lives is asked for them again.
         max_message_bytes: What an answer may have; larger ones are refused before any work. None: there is no message.
         on_fatal: Told, on the engine's thread, why the shard cannot go on (its CUDA context is broken, say). It has
             ended then and refuses everything. None: nobody needs to know.
@@ -123,7 +123,7 @@ class Engine:
             stages=self._stages,
             budget=self._budget,
             upkeep=self._tenancy.expire,
-            upkeep_s=min(15.0, max(0.05, min(held_lease_s, context_lease_s) / 4)),
+            upkeep_s=min(5.0, max(0.05, min(held_lease_s, context_lease_s) / 12)),
             probe=partial(_probe, torch.device(device)),
             on_fatal=on_fatal,
         )

@@ -147,7 +147,7 @@ class Tenancy:
         table.check_ready()
         table.check_whole()
         table.frozen = True
-        table.updates.expire()
+        table.expire()
         if table.updates.any_prepared:
             return table.park_until_decided()
         return table.ledger.snapshot()
@@ -164,7 +164,7 @@ class Tenancy:
             (group, rank), step = undecided
             why = (
                 f": step {step.step} of rank {rank} of group {group!r} is prepared and not decided. If that trainer "
-                f"died, it is given up {self._held_lease_s:g} s after it was last heard of"
+                f"died, it is given up {table.updates.patience_s:g} s after it was last heard of"
             )
         raise DeadlineExceeded(
             f"table {table.view.schema.name!r} did not come to rest on shard {self._info.shard} within {timeout_s:g} s"
@@ -227,8 +227,7 @@ class Tenancy:
         self._contexts.expire()
         self._contexts.give_way()
         for table in self._tables.values():
-            table.updates.expire()
-            table.steps_changed()
+            table.expire()
         return self._budget.held_bytes > 0 or len(self._contexts) > 0
 
     def make_room(self) -> None:

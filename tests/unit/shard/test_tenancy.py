@@ -117,18 +117,18 @@ def test_what_clients_hold_is_told_and_ends_with_them(make_driver: MakeDriver) -
     assert (status.kept_bytes, status.tables[0].updates_held) == (0, 0)
 
 
-def test_a_waiting_freeze_goes_on_when_a_dead_trainers_lease_ends(make_driver: MakeDriver) -> None:
-    driver = make_driver(held_lease_s=0.3).create(make_schema())
+def test_a_waiting_freeze_goes_on_soon_after_a_trainer_fell_silent(make_driver: MakeDriver) -> None:
+    driver = make_driver(held_lease_s=6.0).create(make_schema())
     driver.update(1, 0, GRADS, bags=make_bags(1))
     driver.prepare(1, [0])
     assert driver.call(driver.host(0).freeze(1, 20.0)).version == 0
 
 
 def test_a_freeze_in_vain_says_when_it_will_not_be(make_driver: MakeDriver) -> None:
-    driver = make_driver(held_lease_s=45.0).create(make_schema())
+    driver = make_driver(held_lease_s=48.0).create(make_schema())
     driver.update(1, 0, GRADS, bags=make_bags(1))
     driver.prepare(1, [0])
-    with pytest.raises(DeadlineExceeded, match=r"If that trainer died, it is given up 45 s after it was last heard of"):
+    with pytest.raises(DeadlineExceeded, match=r"If that trainer died, it is given up 8 s after it was last heard of"):
         driver.call(driver.host(0).freeze(1, 0.05))
     for timeout_s in (float("nan"), -0.0, float("inf")):
         with pytest.raises(InvalidRequest, match="timeout_s = "):

@@ -196,9 +196,9 @@ def test_dead_ranks_of_another_table_make_room_too() -> None:
     first = HeldUpdates(budget=budget, lease_s=10.0, clock=clock)
     second = HeldUpdates(budget=budget, lease_s=10.0, clock=clock)
     first.hold(_step(1), 0, update)
-    clock.now_s = 9.0
+    clock.now_s = first.patience_s
     with pytest.raises(Overloaded):
         second.hold(_step(1, "b"), 0, update)
-    clock.now_s = 11.0
+    clock.now_s = first.patience_s + 0.1  # a sixth of the lease: it stands in the way
     second.hold(_step(1, "b"), 0, update)
     assert (len(first), len(second)) == (0, 1)
