@@ -1,5 +1,7 @@
+import gc
 import logging
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,6 +17,7 @@ from mempool.errors import (
     DeadlineExceeded,
     Internal,
     InvalidRequest,
+    MempoolError,
     NotFound,
     Overloaded,
     RequestTooLarge,
@@ -23,7 +26,16 @@ from mempool.errors import (
 from mempool.shard import Engine
 from mempool.shard.pages import arena
 from mempool.shard.steps.contexts import context_bytes
-from mempool.types import AttachTable, ExportPages, FlatKeySpec, PageBatch, ProductKeySpec, PullPages, ShardInfo
+from mempool.types import (
+    AttachTable,
+    ExportPages,
+    FlatKeySpec,
+    GatherRequest,
+    PageBatch,
+    ProductKeySpec,
+    PullPages,
+    ShardInfo,
+)
 from mempool.types.bags import Bags as TypesBags
 from mempool.wire.channels.loop import run
 from tests.contract.driver import LAYOUTS, Driver, Hosted, make_bags, make_schema, same
@@ -407,3 +419,41 @@ def test_pages_that_do_not_fit_are_not_pulled(make_driver: MakeDriver, layout: s
     assert same(driver.contents(), before)
     for engine in small:
         run(engine.close(), timeout_s=20)
+
+
+def test_nothing_of_a_refused_call_outlives_it(make_driver: MakeDriver) -> None:
+    """Without the cyclic collector, though somebody keeps the error: it knows no frame and no request."""
+    driver = make_driver(max_message_bytes=2**16, client_memory_bytes=2**22).create(make_schema())
+    wrong: dict[str, Callable[[], dict[str, Any]]] = {
+        "stale": lambda: {"envelope": driver.envelope(0, epoch=9)},
+        "too large": lambda: {
+            "offsets": torch.zeros(100_000, dtype=torch.int64),
+            "ids": torch.zeros(0, dtype=torch.int64),
+        },
+        "invalid": lambda: {"ids": torch.full((9,), 77)},
+    }
+    gc.disable()
+    try:
+        for case, make in wrong.items():
+            bags = make_bags(1)
+            request = GatherRequest(
+                envelope=driver.envelope(0),
+                lookup_id=1,
+                ids=bags.ids,
+                weights=None,
+                offsets=bags.offsets,
+                remember=True,
+            )
+            request = replace(request, **make())
+            alive = [weakref.ref(request.ids), weakref.ref(request.offsets)]
+            with pytest.raises(MempoolError) as raised:
+                driver.call(driver.host(0).gather(request))
+            error = raised.value.with_traceback(None)
+            assert error.__context__ is None
+            assert error.__cause__ is None
+            del raised, request, bags
+            driver.gather(make_bags(2), remember=False)  # the thread and the loop have gone on
+            assert [ref() for ref in alive] == [None, None], case
+    finally:
+        gc.enable()
+    assert driver.call(driver.host(0).status()).queued_bytes == 0
