@@ -103,6 +103,16 @@ def test_ledgers_that_no_shard_makes() -> None:
     entry = LedgerEntry(step=1, sequences=())
     with pytest.raises(InvalidRequest, match="has 300 bytes"):
         bounds.check_ledger(Ledger(entries={("x" * 300, 0): entry}))
+    for odd in (
+        Ledger(version=-1),
+        Ledger(version=2**53),
+        Ledger(updates_applied=-1),
+        Ledger(version=1, step_offset=-2),
+    ):
+        with pytest.raises(InvalidRequest, match="the ledger's"):
+            bounds.check_ledger(odd)
+    with pytest.raises(InvalidRequest, match="step = -1"):
+        bounds.check_ledger(Ledger(entries={("x", 0): LedgerEntry(step=-1, sequences=())}))
     with pytest.raises(InvalidRequest, match="the ledger has 16,385 entries"):
         bounds.check_ledger(Ledger(entries={("x", rank): entry for rank in range(16_385)}))
 
