@@ -12,7 +12,7 @@ from mempool.observe import Stages
 from mempool.shard.bounds import check_ledger, check_reply
 from mempool.shard.hosted import HostedTable, Parked
 from mempool.shard.pages.staging import export
-from mempool.shard.steps.budget import Budget
+from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.shard.steps.contexts import Contexts
 from mempool.types import (
     AttachTable,
@@ -117,14 +117,26 @@ class Tenancy:
         return table
 
     def fill(self, table: HostedTable) -> bool:
-        """Write a piece of initial values. Returns whether all are there; a table that cannot be filled is dropped."""
+        """Write a piece of initial values. Returns whether all are there; a table that cannot be filled is dropped.
+
+        Raises:
+            NotFound: It was dropped meanwhile.
+            InvalidRequest: The device has no memory for it, whatever shard.memory promised.
+        """
         if self._tables.get(table.table_id) is not table:
             raise NotFound(f"table {table.table_id} was dropped while it was being made", shard=self._info.shard)
         try:
             return table.fill()
-        except Exception:
+        except Exception as error:
             self.drop(table.table_id)  # half a table must not answer
-            raise
+            if not out_of_memory(error):
+                raise
+            raise InvalidRequest(
+                f"shard {self._info.shard} has no memory left for the pages of table {table.view.schema.name!r} "
+                f"({type(error).__name__}: {error}); the table was dropped there. Use more shards or a smaller table, or "
+                "set shard.memory to what a shard really has",
+                shard=self._info.shard,
+            ) from error
 
     def drop(self, table_id: int) -> None:
         """Forget a table; unknown ones are no error."""

@@ -314,7 +314,9 @@ def test_half_a_table_does_not_stay(make_driver: MakeDriver, monkeypatch: pytest
 
     with monkeypatch.context() as patch, _unlogged():
         patch.setattr(kernels, "initial_values", fail)
-        with pytest.raises(Overloaded, match="MemoryError: no room"):
+        with pytest.raises(
+            InvalidRequest, match=r"no memory left for the pages of table 'facts' .MemoryError: no room"
+        ):
             driver.call(driver.host(0).attach_table(AttachTable(view=driver.placed, mode="initialise")))
     assert run(driver.host(0).status(), timeout_s=20).tables == ()
     driver.create(make_schema())
