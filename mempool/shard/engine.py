@@ -127,7 +127,7 @@ class Engine:
             upkeep=self._tenancy.expire,
             upkeep_s=min(5.0, max(0.05, min(held_lease_s, context_lease_s) / 12)),
             probe=partial(_probe, torch.device(device)),
-            on_fatal=on_fatal,
+            on_fatal=partial(self._end_for_good, on_fatal),
         )
         self._answers = Answers(
             self._tenancy,
@@ -264,6 +264,12 @@ class Engine:
         with suppress(ShardUnavailable):  # closed before
             await self._thread.run("close", lambda _: self._tenancy.drop_all())
         await self._thread.close()
+
+    def _end_for_good(self, on_fatal: Callable[[BaseException], None] | None, error: BaseException) -> None:
+        if on_fatal is not None:
+            on_fatal(error)
+        with suppress(Exception):  # the device may refuse anything by now
+            self._tenancy.drop_all()  # so that those who wait for a table find out
 
     # From a call to a job
 

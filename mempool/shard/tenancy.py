@@ -133,8 +133,8 @@ class Tenancy:
                 raise
             raise InvalidRequest(
                 f"shard {self._info.shard} has no memory left for the pages of table {table.view.schema.name!r} "
-                f"({type(error).__name__}: {error}); the table was dropped there. Use more shards or a smaller table, or "
-                "set shard.memory to what a shard really has",
+                f"({type(error).__name__}: {error}); the table was dropped there. Use more shards or a smaller table, "
+                "or set shard.memory to what a shard really has",
                 shard=self._info.shard,
             ) from error
 

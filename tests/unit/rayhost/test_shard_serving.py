@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -25,7 +26,9 @@ def test_the_memory_of_the_file_is_the_engines() -> None:
             assert status.client_limit_bytes == 200 * 2**20
             assert status.page_limit_bytes == 2**30 - 200 * 2**20 - 128 * 2**20
             assert engine._budget.commit_bytes == 128 * 2**20
-            assert engine._thread._on_fatal is end_process
+            on_fatal = engine._thread._on_fatal
+            assert isinstance(on_fatal, partial)
+            assert on_fatal.args == (end_process,)
         finally:
             await serving.stop()
 

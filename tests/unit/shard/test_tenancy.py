@@ -1,6 +1,7 @@
 """Tables' lives beside busy clients: what never waits, what goes first, what ends by itself."""
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from mempool.errors import DeadlineExceeded, InvalidRequest, Overloaded, RequestTooLarge
+from mempool.errors import DeadlineExceeded, InvalidRequest, Overloaded, RequestTooLarge, ShardUnavailable
 from mempool.types import AttachTable, ExportPages, GatherRequest, Ledger, LedgerEntry, UpdateRequest
 from mempool.types.caller import Caller, calling
 from tests.contract.driver import Driver, make_bags, make_schema, same
@@ -200,3 +201,33 @@ def test_pages_that_no_message_holds_are_not_exported(make_driver: MakeDriver) -
     every = ExportPages(table_id=1, row_pages=np.arange(7), blocks=(0, 1, 2))
     with pytest.raises(RequestTooLarge, match="7 row pages would be answered by 4,480 bytes"):
         driver.call(driver.host(0).export_pages(every))
+
+
+class _Broken(BaseException):
+    pass
+
+
+def test_a_shard_that_cannot_go_on_tells_those_who_wait_for_a_table(make_driver: MakeDriver) -> None:
+    told: list[BaseException] = []
+    driver = make_driver(on_fatal=told.append).create(make_schema())
+    engine: Any = driver.host(0)
+    driver.call(engine.freeze(1, 5.0))
+    driver.update(1, 0, GRADS, bags=make_bags(1))
+    waiting = driver.submit(engine.prepare(driver.prepare_request(0, 1, [0])))
+    _wait_for(lambda: bool(engine._tenancy.table(1)._waiting_for_thaw))
+
+    def fail(_: Any) -> None:
+        raise _Broken("the context is gone")
+
+    logging.disable(logging.CRITICAL)
+    try:
+        with pytest.raises(ShardUnavailable, match="has ended: _Broken: the context is gone"):
+            driver.call(engine._thread.run("gather", fail))
+        with pytest.raises(ShardUnavailable, match="has ended"):
+            waiting.result(timeout=20)
+    finally:
+        logging.disable(logging.NOTSET)
+    for asked in (engine.status, engine.views):
+        with pytest.raises(ShardUnavailable, match="has ended"):
+            driver.call(asked())
+    assert [type(error) for error in told] == [_Broken]
