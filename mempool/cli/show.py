@@ -35,7 +35,9 @@ def status(now: PoolStatus, *, address: str) -> None:
     moving += f": waiting for {now.waiting_for}" if now.waiting_for else ""
     shown = f"{counted(len(now.shards), 'shard')}, {counted(len(now.tables), 'table')}"
     console.print(f"pool {now.name} at {address}: {shown}{moving}")
-    shards = _table(console, "shard", "address", "state", "device", "pages' memory", "up for", "incarnation")
+    shards = _table(
+        console, "shard", "address", "state", "device", "pages' memory", "held for clients", "up for", "incarnation"
+    )
     for shard in now.shards:
         shards.add_row(*_shard_row(shard), style=None if shard.state == "ready" else "red")
     console.print(shards)
@@ -155,9 +157,16 @@ def _shard_row(shard: ShardStatus) -> tuple[str, ...]:
         shard.state,
         shard.device or "-",
         _size(shard.num_bytes) if ready else "-",
+        _held(shard) if ready else "-",
         _duration(shard.uptime_s) if ready else "-",
         str(shard.info.incarnation),
     )
+
+
+def _held(shard: ShardStatus) -> str:
+    """What clients make it hold, of what they may."""
+    held = _size(shard.held_bytes + shard.context_bytes + shard.queued_bytes)
+    return f"{held} of {_size(shard.client_limit_bytes)}" if shard.client_limit_bytes else held
 
 
 def _troubles(now: PoolStatus, tables: list[dict[str, object]]) -> list[str]:

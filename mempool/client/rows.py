@@ -15,7 +15,7 @@ from mempool.errors import InvalidRequest
 from mempool.types import FlatKeySpec, ProductKeySpec, TableSchema
 
 # Reads and writes are cut into messages of about this size.
-_MESSAGE_BYTES = 32 * 1024 * 1024
+_MESSAGE_BYTES = 8 * 1024 * 1024  # small shards, which have room for small messages only, take it too
 
 
 class Rows:

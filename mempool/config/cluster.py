@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
-from mempool.config.amounts import ByteCount, PortRange
+from mempool.config.amounts import ByteCount, PortRange, format_bytes
 from mempool.config.model import ConfigModel, FieldProblem, Flag, Number, WholeNumber
 from mempool.config.table import Name, TableConfig
 from mempool.errors import ConfigError
@@ -20,6 +20,8 @@ RECORDED = "recorded"
 
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 _RAY_ADDRESS = re.compile(r"(auto|local|(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_.-]+):\d{1,5})")
+_LEAST_CLIENT_BYTES = 64 * 2**20
+_MOST_COMMIT_BYTES = 256 * 2**20
 _OPTIONAL_SECTIONS = ("shard", "ray", "tables")
 _RESOURCES_WITH_FIELDS = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory", "object_store_memory": "memory"}
 
@@ -129,9 +131,12 @@ class ShardConfig(ConfigModel):
         num_gpus: GPUs Ray reserves for a shard; a fraction shares one.
         num_cpus: CPUs Ray reserves for a shard; 0 lets any number of shards on a small machine.
         threads: Threads of a shard's kernels.
-        memory: Limit of a shard's pages: values, optimizer state and keys.
-        context_memory: Limit of what a shard remembers between a lookup and its update; the oldest is forgotten first.
-        commit_memory: Limit of the temporary memory of a commit: a larger step is applied in parts.
+        memory: What a shard may hold in all: pages (values, optimizer state and keys) get what the two below leave.
+        client_memory: Of it, what clients may make the shard hold: updates that are not committed, calls that wait or
+            are answered, lookups remembered for their gradients. None: a quarter, at least 64 MiB, at most half.
+        context_memory: Of client_memory, what remembered lookups may have; the oldest is forgotten first. None: half.
+        commit_memory: Of memory, the temporary memory of commits: a larger step is applied in parts. None: an eighth,
+            at most 256 MiB.
         resources: Ray's custom resources a shard asks for, to say on which nodes it may run.
         max_restarts: How often Ray starts a dead shard again; -1 is always.
     """
@@ -141,10 +146,45 @@ class ShardConfig(ConfigModel):
     num_cpus: Number = Field(default=0.0, ge=0)
     threads: WholeNumber = Field(default=1, gt=0, le=1024)
     memory: ByteCount = Field(default=2 * 2**30, ge=2**20)
-    context_memory: ByteCount = Field(default=256 * 2**20, ge=2**20)
-    commit_memory: ByteCount = Field(default=256 * 2**20, ge=2**20)
+    client_memory: Annotated[ByteCount, Field(ge=2**20)] | None = None
+    context_memory: Annotated[ByteCount, Field(ge=2**20)] | None = None
+    commit_memory: Annotated[ByteCount, Field(ge=2**20)] | None = None
     resources: dict[str, Annotated[Number, Field(gt=0)]] = Field(default_factory=dict)
     max_restarts: WholeNumber = Field(default=-1, ge=-1)
+
+    @property
+    def client_bytes(self) -> int:
+        """What clients may make a shard hold."""
+        if self.client_memory is not None:
+            return self.client_memory
+        return min(max(self.memory // 4, _LEAST_CLIENT_BYTES), self.memory // 2)
+
+    @property
+    def commit_bytes(self) -> int:
+        """What commits may take for a while."""
+        return min(self.memory // 8, _MOST_COMMIT_BYTES) if self.commit_memory is None else self.commit_memory
+
+    @property
+    def page_bytes(self) -> int:
+        """What is left for pages."""
+        return self.memory - self.client_bytes - self.commit_bytes
+
+    @model_validator(mode="after")
+    def _room_for_pages(self) -> Self:
+        if self.page_bytes <= 0:
+            raise FieldProblem(
+                ("memory",),
+                format_bytes(self.memory),
+                f"leaves nothing for pages: client_memory takes {format_bytes(self.client_bytes)} of it and "
+                f"commit_memory {format_bytes(self.commit_bytes)}; give more, or less to those.",
+            )
+        if self.context_memory is not None and self.context_memory > self.client_bytes:
+            raise FieldProblem(
+                ("context_memory",),
+                format_bytes(self.context_memory),
+                f"is more than client_memory, {format_bytes(self.client_bytes)}, of which it is a part.",
+            )
+        return self
 
     @field_validator("num_gpus")
     @classmethod

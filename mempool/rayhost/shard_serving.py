@@ -3,6 +3,10 @@
 Everything here runs on the process's IO loop; the engine has its own thread.
 """
 
+import logging
+import os
+from typing import NoReturn
+
 from mempool.client import GrpcDialer, Router
 from mempool.config import ClusterConfig, ShardConfig
 from mempool.errors import ConfigError
@@ -10,6 +14,17 @@ from mempool.rayhost.serving import advertised_host
 from mempool.server import LookupCoordinator, Server, ShardViews
 from mempool.shard import Engine
 from mempool.types import ShardHost, ShardInfo
+from mempool.wire.channels.channel import MAX_MESSAGE_BYTES
+
+_LOG = logging.getLogger(__name__)
+_EXIT_FATAL = 70  # "internal software error" of sysexits.h
+
+
+def end_process(error: BaseException) -> NoReturn:
+    """End this process at once: a shard that cannot go on must not answer, and Ray starts it again."""
+    _LOG.critical("this shard cannot go on and ends its process: %s: %s", type(error).__name__, error)
+    logging.shutdown()
+    os._exit(_EXIT_FATAL)
 
 
 class ShardServing:
@@ -54,9 +69,12 @@ class ShardServing:
             device=engine_device(self._config.shard),
             peers=self._dialer.dial,
             pool=pool.name,
-            memory_bytes=self._config.shard.memory,
+            memory_bytes=self._config.shard.page_bytes,
+            client_memory_bytes=self._config.shard.client_bytes,
             context_budget_bytes=self._config.shard.context_memory,
-            commit_memory_bytes=self._config.shard.commit_memory,
+            commit_memory_bytes=self._config.shard.commit_bytes,
+            max_message_bytes=MAX_MESSAGE_BYTES,
+            on_fatal=end_process,
         )
 
         def dial(peer: ShardInfo) -> ShardHost:

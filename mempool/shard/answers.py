@@ -4,7 +4,7 @@ All runs on the engine's thread. Long reads are done in pieces, others in betwee
 version of the table, none older than the one the answer is stamped with. Writes are never cut.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import TypeVar
 
 import torch
@@ -49,8 +49,8 @@ SCORE_PIECE_PRODUCTS = 2**32
 _LEAST_QUERIES = 16
 
 T = TypeVar("T")
-Pieces = Generator[int, None, T]
-"""Work in pieces: tells first how many bytes its answer will have, 0 after each piece, and returns the answer."""
+Pieces = Generator[None, None, T]
+"""Work in pieces: others are served where it yields."""
 
 
 class Answers:
@@ -61,18 +61,29 @@ class Answers:
         contexts: Lookups remembered.
         stages: Where time is counted.
         reply_bytes: What an answer may have; None: as much as there is.
+        reserve: Told the bytes of an answer before it is made; may refuse.
     """
 
-    def __init__(self, tenancy: Tenancy, *, contexts: Contexts, stages: Stages, reply_bytes: int | None) -> None:
+    def __init__(
+        self,
+        tenancy: Tenancy,
+        *,
+        contexts: Contexts,
+        stages: Stages,
+        reply_bytes: int | None,
+        reserve: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self._tenancy = tenancy
         self._contexts = contexts
         self._stages = stages
         self._reply_bytes = reply_bytes
+        self._reserve = reserve
 
     def gather(self, request: GatherRequest) -> GatherReply | Pieces[GatherReply]:
         table = self._tenancy.fenced(request.envelope)
         with self._stages.measure("copy in"):
             bags, dtype = validate.check_gather(table.storage, request, reply_bytes=self._reply_bytes)
+        self._reserve(dtype.itemsize * table.storage.schema.width(table.storage.blocks) * bags.num_bags)
         if _row_bytes(table) * (bags.num_pairs + bags.num_bags) > READ_PIECE_BYTES:
             return self._gather_in_pieces(request, table, bags, dtype)
         with self._stages.measure("kernel"):
@@ -83,15 +94,13 @@ class Answers:
         self, request: GatherRequest, table: HostedTable, bags: Bags, dtype: torch.dtype
     ) -> Pieces[GatherReply]:
         stamp = table.stamp
-        width = table.storage.schema.width(table.storage.blocks)
-        yield dtype.itemsize * width * bags.num_bags
-        values = torch.empty((bags.num_bags, width), dtype=dtype)
+        values = torch.empty((bags.num_bags, table.storage.schema.width(table.storage.blocks)), dtype=dtype)
         for first, end, part in _parts_of(bags, _row_bytes(table)):
             table = self._tenancy.fenced(request.envelope)  # it may have moved, or been dropped, meanwhile
             with self._stages.measure("kernel"):
                 pooled = table.storage.pooled(part, dtype)
             values[first:end] = self._copy_out(pooled)
-            yield 0
+            yield
         reply = self._gathered(request, table, bags, values)
         return GatherReply(stamp=stamp, blocks=reply.blocks, values=reply.values)
 
@@ -118,6 +127,7 @@ class Answers:
         new = request.hold and held is None
         if not request.want_weight_grad:
             return self._updated(request, table, update if new else None, None, caller)
+        self._reserve(4 * update.bags.num_pairs)
         if _row_bytes(table) * (update.bags.num_pairs + update.bags.num_bags) > READ_PIECE_BYTES:
             return self._update_in_pieces(request, table, update, new, caller)
         with self._stages.measure("kernel"):
@@ -127,7 +137,6 @@ class Answers:
     def _update_in_pieces(
         self, request: UpdateRequest, table: HostedTable, update: HeldUpdate, new: bool, caller: str
     ) -> Pieces[UpdateReply]:
-        yield 4 * update.bags.num_pairs
         weight_grad = torch.empty(update.bags.num_pairs, dtype=torch.float32)
         at = 0
         for first, end, part in _parts_of(update.bags, _row_bytes(table)):
@@ -136,7 +145,7 @@ class Answers:
                 found = self._copy_out(table.storage.weight_grad(part, update.grads[first:end]))
             weight_grad[at : at + found.shape[0]] = found
             at += found.shape[0]
-            yield 0
+            yield
         new = new and table.updates.get(request.step_id, request.sequence) is None
         return self._updated(request, table, update if new else None, weight_grad, caller)
 
@@ -200,6 +209,7 @@ class Answers:
         table = self._tenancy.fenced(request.envelope)
         with self._stages.measure("copy in"):
             queries = validate.check_score(table.storage, request, reply_bytes=self._reply_bytes)
+        self._reserve(12 * queries.shape[0] * (len(table.storage.heads) or 1) * request.topk)
         num_queries = max(_LEAST_QUERIES, SCORE_PIECE_PRODUCTS // max(1, _products(table, request.topk)))
         if queries.shape[0] > num_queries:
             return self._score_in_pieces(request, table, queries, num_queries)
@@ -213,7 +223,6 @@ class Answers:
         stamp = table.stamp
         heads = table.storage.heads if table.storage.schema.num_key_pages else (0,)
         shape = queries.shape[0], len(heads), request.topk
-        yield 12 * shape[0] * shape[1] * shape[2]
         scores, ids = torch.empty(shape, dtype=torch.float32), torch.empty(shape, dtype=torch.int64)
         for first in range(0, queries.shape[0], num_queries):
             table = self._tenancy.fenced(request.envelope)
@@ -221,13 +230,14 @@ class Answers:
                 _, best, found = table.storage.score(queries[first : first + num_queries], request.topk)
             scores[first : first + num_queries] = self._copy_out(best)
             ids[first : first + num_queries] = self._copy_out(found)
-            yield 0
+            yield
         return ScoreReply(stamp=stamp, heads=heads, scores=scores, ids=ids)
 
     def read_rows(self, request: ReadRowsRequest) -> ReadRowsReply | Pieces[ReadRowsReply]:
         table = self._tenancy.fenced(request.envelope)
         ids = validate.check_read(table.storage, request, reply_bytes=self._reply_bytes)
         blocks = table.storage.row_blocks(request.array)
+        self._reserve(validate.row_bytes(table.storage, request.array) * ids.shape[0])
         num_rows = max(1, COPY_PIECE_BYTES // max(1, validate.row_bytes(table.storage, request.array)))
         if ids.shape[0] > num_rows:
             return self._read_in_pieces(request, table, ids, num_rows)
@@ -238,7 +248,6 @@ class Answers:
         self, request: ReadRowsRequest, table: HostedTable, ids: Tensor, num_rows: int
     ) -> Pieces[ReadRowsReply]:
         stamp, blocks = table.stamp, table.storage.row_blocks(request.array)
-        yield validate.row_bytes(table.storage, request.array) * ids.shape[0]
         rows: Tensor | None = None
         for first in range(0, ids.shape[0], num_rows):
             table = self._tenancy.fenced(request.envelope)
@@ -246,7 +255,7 @@ class Answers:
             if rows is None:
                 rows = torch.empty((ids.shape[0], part.shape[1]), dtype=part.dtype)
             rows[first : first + num_rows] = part
-            yield 0
+            yield
         assert rows is not None, "there are more rows than a piece has"
         return ReadRowsReply(stamp=stamp, blocks=blocks, rows=rows)
 

@@ -100,9 +100,14 @@ def check_freeze(timeout_s: float) -> None:
 
 def check_ledger(ledger: Ledger | None) -> None:
     """Raises InvalidRequest for a ledger that no shard of ours makes."""
-    for group, rank in ledger.entries if ledger is not None else ():
-        check_step(StepId(group=group, rank=rank, step=0), ())
-    if ledger is not None and len(ledger.entries) > MAX_ENTRIES:
+    if ledger is None:
+        return
+    check_number("the ledger's version", ledger.version)
+    check_number("the ledger's updates_applied", ledger.updates_applied)
+    check_number("the ledger's step", ledger.version + ledger.step_offset)
+    for (group, rank), entry in ledger.entries.items():
+        check_step(StepId(group=group, rank=rank, step=entry.step), ())
+    if len(ledger.entries) > MAX_ENTRIES:
         raise InvalidRequest(f"the ledger has {len(ledger.entries):,} entries; it may have {MAX_ENTRIES:,}")
 
 

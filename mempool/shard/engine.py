@@ -82,8 +82,8 @@ class Engine:
         commit_memory_bytes: Temporary bytes of preparing and committing steps, of all tables together: a step that
             would need more is summed and applied in parts. The sums of one row and the gradient of one pair, some
             hundred bytes and the width of a row in float32, are needed in any case.
-        held_lease_s: Seconds of silence after which a rank's held updates are dropped; a trainer that lives is asked
-            for them again.
+        held_lease_s: Seconds of silence after which a rank's held updates are dropped, a sixth of it where they stand
+            in others' way; a trainer that lives is asked for them again.
         max_message_bytes: What an answer may have; larger ones are refused before any work. None: there is no message.
         on_fatal: Told, on the engine's thread, why the shard cannot go on (its CUDA context is broken, say). It has
             ended then and refuses everything. None: nobody needs to know.
@@ -120,15 +120,21 @@ class Engine:
             held_lease_s=held_lease_s,
             reply_bytes=max_message_bytes,
         )
-        self._answers = Answers(self._tenancy, contexts=contexts, stages=self._stages, reply_bytes=max_message_bytes)
         self._thread = EngineThread(
             name=f"shard {info.shard} of pool {pool!r}",
             stages=self._stages,
             budget=self._budget,
             upkeep=self._tenancy.expire,
-            upkeep_s=min(15.0, max(0.05, min(held_lease_s, context_lease_s) / 4)),
+            upkeep_s=min(5.0, max(0.05, min(held_lease_s, context_lease_s) / 12)),
             probe=partial(_probe, torch.device(device)),
-            on_fatal=on_fatal,
+            on_fatal=partial(self._end_for_good, on_fatal),
+        )
+        self._answers = Answers(
+            self._tenancy,
+            contexts=contexts,
+            stages=self._stages,
+            reply_bytes=max_message_bytes,
+            reserve=self._thread.reserve,
         )
 
     @property
@@ -258,6 +264,12 @@ class Engine:
         with suppress(ShardUnavailable):  # closed before
             await self._thread.run("close", lambda _: self._tenancy.drop_all())
         await self._thread.close()
+
+    def _end_for_good(self, on_fatal: Callable[[BaseException], None] | None, error: BaseException) -> None:
+        if on_fatal is not None:
+            on_fatal(error)
+        with suppress(Exception):  # the device may refuse anything by now
+            self._tenancy.drop_all()  # so that those who wait for a table find out
 
     # From a call to a job
 

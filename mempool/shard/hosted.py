@@ -171,6 +171,11 @@ class HostedTable:
         if self._waiting_for_decisions and not self.updates.any_prepared:
             _wake(self._waiting_for_decisions)
 
+    def expire(self) -> None:
+        """Drop what ranks hold that have fallen silent; sooner while a freeze waits for them."""
+        self.updates.expire(in_the_way=self.frozen)
+        self.steps_changed()
+
     def thaw(self) -> None:
         """End the freeze; those who wait go on."""
         self.frozen = False

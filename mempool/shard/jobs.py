@@ -1,7 +1,7 @@
 """Jobs of a shard and the order they are done in: events in, jobs out, without threads, clocks or sleeps.
 
-Callers are served fairly, by what their work weighs (weighted fair queueing): a small call does not wait for what others
-have piled up. Jobs of one caller keep their order; what the controller asks goes first. Leaves running them to ``thread``.
+Callers are served fairly, by what their work weighs (weighted fair queueing): a small call does not wait for what
+others have piled up. Jobs of one caller keep their order; the controller's go first. Leaves running to ``thread``.
 """
 
 from collections import deque
@@ -25,6 +25,7 @@ MAX_CONTROL_JOBS = 256
 _BASE_WEIGHT = 16 * 1024
 _BYTES_A_SECOND = 10**9  # what is thought to be read or written meanwhile, where a job took longer than its bytes say
 _LONGEST_RETRY_S = 2.0
+_MANY_LANES = 1024
 
 
 class Answer(Protocol):
@@ -112,6 +113,7 @@ class JobQueue:
         self._number = 0
         self._jobs = 0
         self._waiting = 0
+        self._many_lanes = _MANY_LANES
         self._expired: list[Job] = []
 
     def __len__(self) -> int:
@@ -222,7 +224,6 @@ class JobQueue:
         lane = self._lanes.get(job.caller.name)
         if excess > 0 and lane is not None and not job.control:
             lane.ends = max(lane.ends, self._now) + excess
-            self._now += excess // max(1, self._busy + (1 if lane.waiting == 0 else 0))
 
     def leave(self, job: Job) -> None:
         """The job is answered, or nobody waits for it any more: nothing of it is kept. Repeatable."""
@@ -236,6 +237,7 @@ class JobQueue:
                 job.waiting = False
             else:
                 self._out(job)
+                self._lanes[job.caller.name].ends -= job.weight  # it was not done
             job.forget()
         lane = self._lanes[job.caller.name]
         lane.jobs -= 1
@@ -279,10 +281,11 @@ class JobQueue:
             self._now = 0
         elif not lane.jobs and lane.ends <= self._now:
             del self._lanes[name]
-        elif len(self._lanes) > 2 * self._jobs + 1024:
+        elif len(self._lanes) > self._many_lanes:
             self._lanes = {
                 caller: known for caller, known in self._lanes.items() if known.jobs or known.ends > self._now
             }
+            self._many_lanes = max(_MANY_LANES, 2 * len(self._lanes))
 
     def _refuse(self, job: Job, lane: _Lane) -> None:
         if job.control:
@@ -310,7 +313,7 @@ class JobQueue:
         if num_bytes > budget.queue_limit or (alone and lane.num_bytes + num_bytes > budget.queue_limit):
             raise RequestTooLarge(
                 f"{what} of {lane.num_bytes * alone + num_bytes:,} bytes does not fit: {self._name} has "
-                f"{budget.queue_limit:,} bytes for all calls that it is answering (half of shard.client_memory). Send "
+                f"{budget.queue_limit:,} bytes for all calls that it is answering (of shard.client_memory). Send "
                 "fewer bags or rows at a time. Nothing was changed."
             )
         raise Overloaded(

@@ -12,7 +12,7 @@ from mempool.observe import Stages
 from mempool.shard.bounds import check_ledger, check_reply
 from mempool.shard.hosted import HostedTable, Parked
 from mempool.shard.pages.staging import export
-from mempool.shard.steps.budget import Budget
+from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.shard.steps.contexts import Contexts
 from mempool.types import (
     AttachTable,
@@ -117,14 +117,26 @@ class Tenancy:
         return table
 
     def fill(self, table: HostedTable) -> bool:
-        """Write a piece of initial values. Returns whether all are there; a table that cannot be filled is dropped."""
+        """Write a piece of initial values. Returns whether all are there; a table that cannot be filled is dropped.
+
+        Raises:
+            NotFound: It was dropped meanwhile.
+            InvalidRequest: The device has no memory for it, whatever shard.memory promised.
+        """
         if self._tables.get(table.table_id) is not table:
             raise NotFound(f"table {table.table_id} was dropped while it was being made", shard=self._info.shard)
         try:
             return table.fill()
-        except Exception:
+        except Exception as error:
             self.drop(table.table_id)  # half a table must not answer
-            raise
+            if not out_of_memory(error):
+                raise
+            raise InvalidRequest(
+                f"shard {self._info.shard} has no memory left for the pages of table {table.view.schema.name!r} "
+                f"({type(error).__name__}: {error}); the table was dropped there. Use more shards or a smaller table, "
+                "or set shard.memory to what a shard really has",
+                shard=self._info.shard,
+            ) from error
 
     def drop(self, table_id: int) -> None:
         """Forget a table; unknown ones are no error."""
@@ -147,7 +159,7 @@ class Tenancy:
         table.check_ready()
         table.check_whole()
         table.frozen = True
-        table.updates.expire()
+        table.expire()
         if table.updates.any_prepared:
             return table.park_until_decided()
         return table.ledger.snapshot()
@@ -164,7 +176,7 @@ class Tenancy:
             (group, rank), step = undecided
             why = (
                 f": step {step.step} of rank {rank} of group {group!r} is prepared and not decided. If that trainer "
-                f"died, it is given up {self._held_lease_s:g} s after it was last heard of"
+                f"died, it is given up {table.updates.patience_s:g} s after it was last heard of"
             )
         raise DeadlineExceeded(
             f"table {table.view.schema.name!r} did not come to rest on shard {self._info.shard} within {timeout_s:g} s"
@@ -227,8 +239,7 @@ class Tenancy:
         self._contexts.expire()
         self._contexts.give_way()
         for table in self._tables.values():
-            table.updates.expire()
-            table.steps_changed()
+            table.expire()
         return self._budget.held_bytes > 0 or len(self._contexts) > 0
 
     def make_room(self) -> None:

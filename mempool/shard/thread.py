@@ -138,6 +138,19 @@ class EngineThread:
             # An error that is raised here knows this frame: what it holds would live as long as the error.
             del asked, result, waits
 
+    def reserve(self, num_bytes: int) -> None:
+        """The job that is running is to hold so much more until it is answered. On the thread alone.
+
+        Raises:
+            RequestTooLarge: It could never fit.
+            Overloaded: There is no room for it now.
+        """
+        job = self._doing
+        if job is not None:
+            with self._lock:
+                if job.known:
+                    self._jobs.grow(job, num_bytes)
+
     async def close(self) -> None:
         """Let the jobs that are waiting finish, then end the thread. Repeatable."""
         with self._lock:
@@ -215,46 +228,44 @@ class EngineThread:
     def _do(self, job: Job) -> None:
         started_s = time.perf_counter()
         self._stages.record("queue", started_s - job.put_s)
+        result: Any = None
+        failure: BaseException | None = None
         more = False
         try:
-            more = self._do_some(job)
+            more, result = self._do_some(job)
         except MempoolError as error:
-            self._fail(job, error)
+            failure = _bare(error)
         except Exception as error:
-            self._fail(job, self._explained(job, error))
-        spent_s = time.perf_counter() - started_s
-        self._stages.record(job.stage, spent_s)
+            failure = _bare(self._explained(job, error))
+            _bare(error)
+        ended_s = time.perf_counter()
+        self._stages.record(job.stage, ended_s - started_s)
         with self._lock:
-            self._jobs.spent(job, spent_s)
+            self._jobs.spent(job, ended_s - started_s)
             if more:
-                job.put_s = time.perf_counter()
+                job.put_s = ended_s
                 self._jobs.again(job)
         if more:
             self._bell.put(None)
+        elif failure is not None:
+            job.pieces = None
+            job.done.fail(failure)
+        else:
+            job.done.give(result)
 
-    def _do_some(self, job: Job) -> bool:
-        """Run a job, or its next piece. Returns whether there are more."""
+    def _do_some(self, job: Job) -> tuple[bool, Any]:
+        """Run a job, or its next piece: whether there are more, and else the result."""
         if job.pieces is None:
             result = job.run(job.request)
             if not isinstance(result, GeneratorType):
-                job.done.give(result)
-                return False
+                return False, result
             job.pieces = result
         try:
-            grown = next(job.pieces)
+            next(job.pieces)
         except StopIteration as end:
             job.pieces = None
-            job.done.give(end.value)
-            return False
-        if grown:
-            with self._lock:
-                if job.known:
-                    self._jobs.grow(job, grown)
-        return True
-
-    def _fail(self, job: Job, error: BaseException) -> None:
-        job.pieces = None
-        job.done.fail(_bare(error))
+            return False, end.value
+        return True, None
 
     def _explained(self, job: Job, error: Exception) -> MempoolError:
         """What a caller is told of an error that is not ours."""

@@ -1,8 +1,8 @@
 """The door of the engine: every request is checked here, and brought to the shard's device and dtypes.
 
-Numbers, names and sizes of answers are checked by ``bounds``, before. Nothing behind looks at a request's tensors. Those
-may be read-only views of a network frame, or the caller's own: they are never written to, and what is kept (``own``) is
-a copy, as the caller may write to his and a small view would keep its whole frame in memory.
+Numbers, names and sizes of answers are for ``bounds``. Nothing behind the door looks at a request's tensors. Those may
+be read-only views of a network frame, or the caller's own: they are never written to, and what is kept (``own``) is a
+copy, as the caller may write to his and a small view would keep its whole frame in memory.
 """
 
 import torch
@@ -257,8 +257,8 @@ def check_rows(table: Storage, name: str, ids_M: Tensor, blocks: Blocks, rows: T
 def _check_blocks(table: Storage, blocks: Blocks, expected: Blocks) -> None:
     if tuple(blocks) != expected:
         raise InvalidRequest(
-            f"blocks {shown_numbers(blocks)} are not those that shard {table.shard} owns of table {table.schema.name!r}, "
-            f"{expected}. Nothing was changed."
+            f"blocks {shown_numbers(blocks)} are not those that shard {table.shard} owns of table "
+            f"{table.schema.name!r}, {expected}. Nothing was changed."
         )
 
 

@@ -68,6 +68,12 @@ BAD_BAGS = {
     "offsets as int32": ({"offsets": OFFSETS.int()}, r"offsets (must|has)"),
     "offsets that do not start at 0": ({"offsets": torch.tensor([1, 3, 3, 8, 9])}, "from 1 to 9"),
     "offsets that end early": ({"offsets": torch.tensor([0, 3, 3, 8, 8])}, "from 0 to 8"),
+    "offsets that wrap round": (
+        {"offsets": torch.tensor([0, 2**63 - 1, -2, -1, 9])},
+        r"offsets\[1\] = 9223372036854775807",
+    ),
+    "offsets that wrap twice": ({"offsets": torch.tensor([0, 2**63 - 1, -(2**63), 0, 9])}, r"is followed by -9223"),
+    "offsets beyond the end": ({"offsets": torch.tensor([0, 3, 3, 2**63 - 1, 9])}, "is followed by 9"),
     "offsets that descend": ({"offsets": torch.tensor([0, 3, 2, 8, 9])}, r"offsets\[1\] = 3 is followed by 2"),
 }
 BAD_UPDATES = {
@@ -166,6 +172,45 @@ def test_bad_steps(trained: Driver) -> None:
     _refused(trained, "prepare", trained.prepare_request(0, -3, [4]), InvalidRequest, r"negative|out of range")
     request = DiscardRequest(envelope=trained.envelope(0), step_id=trained.step_id(-1))
     _refused(trained, "discard", request, InvalidRequest, r"negative|out of range")
+    for group, match in (
+        ("", "has 0 bytes"),
+        ("x" * 257, "has 257 bytes; it must have 1 to 256"),
+        ("ü" * 2000, "4,000"),
+    ):
+        step_id = trained.step_id(3, group)
+        for method, asked in (
+            ("prepare", trained.prepare_request(0, 3, [])),
+            ("commit", trained.commit_request(0, 3, [], one_phase=True)),
+            ("discard", request),
+            ("update", _update(trained)),
+        ):
+            _refused(trained, method, replace(asked, step_id=step_id), InvalidRequest, match)  # type: ignore[type-var]
+    sequences = tuple(range(65_537))
+    _refused(trained, "prepare", trained.prepare_request(0, 3, sequences), InvalidRequest, "names 65,537 sequences")
+
+
+def test_a_gather_that_releases_too_much(trained: Driver) -> None:
+    _refused(trained, "gather", _gather(trained, release=tuple(range(65_537))), InvalidRequest, "release names 65,537")
+
+
+@pytest.mark.parametrize("timeout_s", [NAN, INF, -INF, -0.0, 0.0, -1.0, 1e6])
+def test_freezes_of_no_length(trained: Driver, timeout_s: float) -> None:
+    with pytest.raises(InvalidRequest, match=r"timeout_s"):
+        trained.call(trained.host(0).freeze(trained.table_id, timeout_s))
+    assert not trained.status(0).frozen
+
+
+def test_reading_nothing(driver: Driver) -> None:
+    driver.create(make_schema(num_slots=49, stride=7, keys=ProductKeySpec(heads=2, key_dim=4)), "one", [0, 0])
+    none = torch.empty(0, dtype=torch.int64)
+    for array, width in (("values", 10), ("values.sum", 10), ("keys", 28)):
+        request = ReadRowsRequest(envelope=driver.envelope(0), array=array, ids=none)
+        assert driver.call(driver.host(0).read_rows(request)).rows.shape == (0, width)
+    bags = {"ids": none, "weights": None, "offsets": torch.tensor([0])}
+    assert driver.call(driver.host(0).gather(_gather(driver, **bags))).values.shape == (0, 10)
+    queries = torch.empty(0, 2, 4)
+    reply = driver.call(driver.host(0).score(ScoreRequest(envelope=driver.envelope(0), queries=queries, topk=3)))
+    assert reply.scores.shape == (0, 2, 3)
 
 
 QUERIES = torch.ones(2, 1, 6)

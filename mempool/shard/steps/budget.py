@@ -37,7 +37,7 @@ def tensors_bytes(tensors: Iterable[Tensor | None]) -> int:
 
 def numbers_bytes(count: int) -> int:
     """What a tuple of so many whole numbers costs."""
-    return 56 + 40 * count
+    return 56 + 56 * count
 
 
 def text_bytes(text: str) -> int:
@@ -92,7 +92,7 @@ class Budget:
     @property
     def queue_limit(self) -> int:
         """Bytes that calls may have at most, where little is held."""
-        return self.limit_bytes // 2
+        return self.limit_bytes - self.limit_bytes // 4
 
     @property
     def queue_room(self) -> int:
@@ -119,7 +119,7 @@ class Budget:
         free = min(self.held_limit, self.limit_bytes - self.queued_bytes) - self.held_bytes - num_bytes
         if free >= 0 and (own == 0 or own + num_bytes <= _SHARE * free):
             return None
-        if own + num_bytes > self.share():
+        if own + num_bytes > (self.share() if own else self.held_limit):
             return RequestTooLarge(
                 f"{what} of {num_bytes:,} bytes does not fit: {owner} holds {own:,} bytes on this shard that were not "
                 f"committed, and one trainer may hold {self.share():,} of the {self.limit_bytes:,} for clients; commit "

@@ -19,6 +19,7 @@ from mempool.kernels import OptimizerStep, SortedPairs
 from mempool.shard.pages.storage import Lane, Storage
 from mempool.shard.steps.budget import Budget
 from mempool.shard.steps.held import (
+    KEPT_BYTES,
     HeldUpdate,
     HeldUpdates,
     Pairs,
@@ -145,7 +146,7 @@ def _reduce(table: Storage, held: list[HeldUpdate], norm: _Norm, budget: Budget)
     pairs = _joined(table, held)
     in_order = [kernels.sort_pairs(lane.arena.paged(), pairs.ids) for lane in table.lanes]
     kept_bytes = sum(
-        (4 * len(lane.arena.columns) + 24) * sorted_pairs.rows.shape[0]
+        (4 * len(lane.arena.columns) + 24) * sorted_pairs.rows.shape[0] + KEPT_BYTES
         for lane, sorted_pairs in zip(table.lanes, in_order, strict=True)
     )
     keep = kept_bytes <= min(rest, budget.kept_room)

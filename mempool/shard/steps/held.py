@@ -20,6 +20,9 @@ from mempool.types.bags import Bags
 
 Rank = tuple[str, int]
 
+KEPT_BYTES = 5 * TENSOR_BYTES
+"""What a reduction costs besides its rows and their sums."""
+
 
 @dataclass(frozen=True, slots=True)
 class HeldUpdate:
@@ -79,8 +82,7 @@ class PreparedStep:
     def kept_bytes(self) -> int:
         """Bytes of sums kept for the commit."""
         return sum(
-            reduction.sums.nbytes + reduction.pairs.rows.nbytes * 3 + 5 * TENSOR_BYTES
-            for reduction in self.reductions or ()
+            reduction.sums.nbytes + reduction.pairs.rows.nbytes * 3 + KEPT_BYTES for reduction in self.reductions or ()
         )
 
     @property
@@ -115,8 +117,9 @@ class HeldUpdates:
 
     Args:
         budget: Shared by the tables of a shard.
-        lease_s: A rank that said nothing for longer is taken for dead: what it holds is dropped. That is safe: Prepare
-            reports what is missing, and a Commit that it is not prepared; a client that lives sends them again.
+        lease_s: A rank that said nothing for longer is taken for dead: what it holds is dropped; after a sixth of that
+            already where it stands in others' way. That is safe: Prepare reports what is missing, and a Commit that it
+            is not prepared; a client that lives sends them again.
         clock: Seconds, monotonic; replaced in tests.
     """
 
@@ -171,8 +174,14 @@ class HeldUpdates:
         return self._prepared.get((step_id.group, step_id.rank))
 
     def set_prepared(self, step_id: StepId, prepared: PreparedStep, *, caller: str = "") -> None:
-        """The step is prepared, in place of what its rank had prepared before. Raises as ``hold`` does."""
-        found = self._admitted(step_id, prepared.num_bytes, caller, "a prepared step")
+        """The step is prepared, in place of what its rank had prepared before.
+
+        Raises as ``hold`` does, but for a rank that holds updates: that is small beside them, and the way to their end.
+        """
+        found = self._ranks.get((step_id.group, step_id.rank))
+        if found is None or not found.updates:
+            found = self._admitted(step_id, prepared.num_bytes, caller, "a prepared step")
+        self.touch(step_id)
         self._end_prepare(found, step_id)
         found.prepared = self._prepared[step_id.group, step_id.rank] = prepared
         self.budget.kept_bytes += prepared.kept_bytes
@@ -212,12 +221,17 @@ class HeldUpdates:
         for rank in list(self._ranks):
             self._forget(rank)
 
-    def expire(self) -> None:
-        """Drop what ranks hold that said nothing for longer than the lease."""
-        now = self._clock()
+    @property
+    def patience_s(self) -> float:
+        """Seconds of silence after which a rank that stands in others' way is taken for dead."""
+        return self._lease_s / 6
+
+    def expire(self, *, in_the_way: bool = False) -> None:
+        """Drop what ranks hold that said nothing for too long."""
+        now, lease_s = self._clock(), self.patience_s if in_the_way else self._lease_s
         while self._ranks:
             rank, found = next(iter(self._ranks.items()))
-            if now - found.touched_s <= self._lease_s:
+            if now - found.touched_s <= lease_s:
                 return
             self._forget(rank)
 
@@ -227,7 +241,7 @@ class HeldUpdates:
         refusal = self._refusal(rank, num_bytes, caller, what)
         if refusal is not None:
             for holder in self.budget.holders:  # the dead of whatever table make room
-                holder.expire()
+                holder.expire(in_the_way=True)
             refusal = self._refusal(rank, num_bytes, caller, what)
         if refusal is not None:
             raise refusal

@@ -69,7 +69,10 @@ class _Call:
         if self._cancelled:
             coro.close()
             raise asyncio.CancelledError
-        return await coro
+        try:
+            return await coro
+        finally:
+            self._task = None  # it knows its error, and that this frame: they would end with a collection only
 
     def cancel(self) -> None:
         self._cancelled = True
@@ -130,6 +133,8 @@ def run(coro: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
         if not io.ended and (future is None or not future.done()):
             io.loop.call_soon_threadsafe(call.cancel)
         raise
+    finally:
+        del future  # it knows its error, and that this frame: they would end with a collection only
 
 
 def start(coro: Coroutine[Any, Any, object]) -> None:

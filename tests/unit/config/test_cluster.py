@@ -29,7 +29,9 @@ def test_little_need_be_said() -> None:
         None,
     )
     assert (config.shard.device, config.shard.num_gpus, config.shard.num_cpus) == ("auto", 0, 0)
-    assert (config.shard.threads, config.shard.memory, config.shard.context_memory) == (1, 2**31, 2**28)
+    shard = config.shard
+    assert (shard.threads, shard.memory) == (1, 2**31)
+    assert (shard.client_bytes, shard.commit_bytes, shard.page_bytes) == (2**29, 2**28, 2**31 - 2**29 - 2**28)
     assert (config.shard.max_restarts, config.ray.address) == (-1, "auto")
 
 
@@ -140,3 +142,35 @@ def test_a_whole_configuration_survives_json() -> None:
     assert config.pool.shard_ports == (7100, 7199)
     assert config.shard.memory == 3 * 2**30
     assert ClusterConfig.model_validate_json(config.model_dump_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "clients", "commits"),
+    [
+        ({"memory": "64GiB"}, 16 * 2**30, 2**28),
+        ({"memory": "160MiB"}, 64 * 2**20, 20 * 2**20),
+        ({"memory": "1MiB"}, 2**19, 2**17),
+        ({"memory": "1GiB", "client_memory": "100MiB", "commit_memory": "1MiB"}, 100 * 2**20, 2**20),
+    ],
+)
+def test_memory_is_shared_out(given: dict[str, str], clients: int, commits: int) -> None:
+    shard = ShardConfig.model_validate(given)
+    assert (shard.client_bytes, shard.commit_bytes) == (clients, commits)
+    assert shard.page_bytes + clients + commits == shard.memory
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        (
+            {"memory": "1GiB", "client_memory": "1GiB"},
+            "memory = '1GiB' leaves nothing for pages: client_memory takes 1GiB",
+        ),
+        ({"memory": "1GiB", "commit_memory": "1GiB"}, "leaves nothing for pages.*commit_memory 1GiB"),
+        ({"context_memory": "1GiB"}, "context_memory = '1GiB' is more than client_memory, 512MiB"),
+        ({"client_memory": "1KiB"}, "client_memory = '1KiB' must be at least 1_?048_?576"),
+    ],
+)
+def test_memory_that_does_not_add_up_is_refused(given: dict[str, str], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        ShardConfig.model_validate(given)

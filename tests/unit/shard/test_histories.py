@@ -190,12 +190,12 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def no_room_is_leaked(self) -> None:
         for engine in self.engines:
-            for table in engine._tables.values():
+            for table in engine._tenancy._tables.values():
                 for arena in table.storage.arenas.values():
                     assert arena.num_taken == int((arena.page_of >= 0).sum()) > 0
         if self.driver.view is None:
             return
-        held = sum(engine._budget.num_bytes for engine in self.engines)
+        held = sum(engine._budget.held_bytes for engine in self.engines)
         assert (held == 0) == (sum(self.driver.status(shard).updates_held for shard in range(NUM_SHARDS)) == 0)
 
     def _push(self, sequence: int, *, resend: bool = False) -> Tensor:

@@ -47,6 +47,13 @@ def test_where_the_error_does_not_say_the_caller_does() -> None:
     assert (found.shard, found.address) == (5, "other:1")
 
 
+def test_when_to_try_again_travels_too() -> None:
+    found = from_rpc_error(over_the_wire(errors.Overloaded("full", retry_after_s=0.25)), shard=5)
+    assert isinstance(found, errors.Overloaded)
+    assert (found.retry_after_s, found.retryable, found.shard) == (0.25, True, 5)
+    assert over_the_wire(errors.Overloaded("full")).code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
 def test_long_messages_are_cut_to_fit_into_metadata() -> None:
     code, message, trailing = to_status(errors.InvalidRequest("値" * 5000))
     assert code is grpc.StatusCode.INVALID_ARGUMENT

@@ -13,6 +13,7 @@ from mempool.errors import (
     InvalidRequest,
     MempoolError,
     NotFound,
+    Overloaded,
     PoolUnreachable,
     ShardUnavailable,
     StalePlacement,
@@ -47,6 +48,25 @@ def test_waits_double_up_to_the_longest() -> None:
         delays.append(action.delay_s)
     assert delays == [0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0, 1.0]
     assert retry.tries == 8
+
+
+def test_an_overloaded_shard_is_given_the_time_it_asks_for() -> None:
+    """Clients that were told the same time come back spread out."""
+    for jitter, expected in ((0.0, 0.4), (1.0, 0.6)):
+        action = make_retry(jitter=jitter).failed(Overloaded("full", retry_after_s=0.4), now_s=100.1)
+        assert isinstance(action, Again)
+        assert action.delay_s == pytest.approx(expected)
+    for odd in (0.0, -1.0, float("nan"), float("inf"), 1e9):
+        action = make_retry().failed(Overloaded("full", retry_after_s=odd), now_s=100.1)
+        assert isinstance(action, Again)
+        assert action.delay_s == 0.05
+    retry = make_retry(timeout_s=1.0)
+    final = retry.failed(Overloaded("shard 3 is full", shard=3, retry_after_s=2.0), now_s=100.1)
+    assert isinstance(final, GiveUp)
+    assert isinstance(final.error, Overloaded)
+    assert "'facts'" in str(final.error)
+    assert "1 try; last: shard 3 is full" in str(final.error)
+    assert final.error.shard == 3
 
 
 @given(number=st.integers(1, 10_000), jitter=st.floats(0.0, 1.0))

@@ -1,6 +1,6 @@
 import torch
 
-from mempool.shard.steps.contexts import Contexts
+from mempool.shard.steps.contexts import Contexts, context_bytes
 from mempool.types.bags import Bags
 
 
@@ -12,12 +12,11 @@ class Clock:
 
 
 def _bags(pairs: int) -> Bags:
-    """8 * pairs + 16 bytes."""
     return Bags(torch.zeros(pairs, dtype=torch.int64), None, torch.tensor([0, pairs]))
 
 
-def _contexts(budget_bytes: int = 1000, lease_s: float = 10.0, clock: Clock | None = None) -> Contexts:
-    return Contexts(budget_bytes=budget_bytes, lease_s=lease_s, clock=clock or Clock())
+def _contexts(budget_bytes: int = 10**6, lease_s: float = 10.0, clock: Clock | None = None) -> Contexts:
+    return Contexts(room=lambda: budget_bytes, lease_s=lease_s, clock=clock or Clock())
 
 
 def _known(contexts: Contexts, *lookup_ids: int) -> list[int]:
@@ -25,17 +24,17 @@ def _known(contexts: Contexts, *lookup_ids: int) -> list[int]:
 
 
 def test_the_oldest_are_forgotten_first() -> None:
-    contexts = _contexts(budget_bytes=3 * (80 + 16))
+    contexts = _contexts(budget_bytes=3 * context_bytes(_bags(10)) + 79)
     for lookup_id in (5, 3, 9, 1):
         contexts.remember(lookup_id, table_id=1, epoch=1, bags=_bags(10))
     assert _known(contexts, 5, 3, 9, 1) == [3, 9, 1]
-    assert contexts.num_bytes == 3 * 96
+    assert contexts.num_bytes == 3 * context_bytes(_bags(10))
     contexts.remember(7, table_id=1, epoch=1, bags=_bags(20))
     assert _known(contexts, 3, 9, 1, 7) == [1, 7]
 
 
 def test_one_larger_than_the_budget_pushes_nothing_out() -> None:
-    contexts = _contexts(budget_bytes=100)
+    contexts = _contexts(budget_bytes=context_bytes(_bags(5)))
     contexts.remember(1, table_id=1, epoch=1, bags=_bags(5))
     contexts.remember(2, table_id=1, epoch=1, bags=_bags(50))
     assert _known(contexts, 1, 2) == [1]
@@ -51,7 +50,7 @@ def test_a_lease_ends() -> None:
     assert _known(contexts, 1, 2) == [1, 2]
     clock.now_s = 10.0
     assert _known(contexts, 1, 2) == [2]
-    assert contexts.num_bytes == 24
+    assert contexts.num_bytes == context_bytes(_bags(1))
     clock.now_s = 16.0
     contexts.remember(3, table_id=1, epoch=1, bags=_bags(1))
     assert len(contexts) == 1
@@ -66,7 +65,7 @@ def test_a_repeat_replaces_and_renews() -> None:
     contexts.remember(1, table_id=1, epoch=1, bags=_bags(3))
     clock.now_s = 12.0
     assert _known(contexts, 1, 2) == [1]
-    assert contexts.num_bytes == 40
+    assert contexts.num_bytes == context_bytes(_bags(1)) + 16
 
 
 def test_tables_and_epochs_are_kept_apart() -> None:
@@ -76,6 +75,6 @@ def test_tables_and_epochs_are_kept_apart() -> None:
     assert contexts.recall(1, table_id=2, epoch=1) is None
     assert contexts.recall(1, table_id=1, epoch=2) is None
     contexts.drop_table(2)
-    assert contexts.num_bytes == 24
+    assert contexts.num_bytes == context_bytes(_bags(1))
     contexts.release([1, 1, 77])
     assert (len(contexts), contexts.num_bytes) == (0, 0)

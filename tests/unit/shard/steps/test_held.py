@@ -1,10 +1,12 @@
+from contextlib import suppress
+
 import pytest
 import torch
 
-from mempool.errors import RequestTooLarge
-from mempool.shard.steps import held
-from mempool.shard.steps.held import AppliedLedger, Budget, HeldUpdate, HeldUpdates, PreparedStep, in_canonical_order
-from mempool.types import Ledger, LedgerEntry, StepId
+from mempool.errors import Overloaded, RequestTooLarge
+from mempool.shard.steps.budget import ENTRY_BYTES, Budget
+from mempool.shard.steps.held import HeldUpdate, HeldUpdates, PreparedStep, in_canonical_order
+from mempool.types import StepId
 from mempool.types.bags import Bags
 
 
@@ -25,8 +27,13 @@ def _update(ids: list[int], lengths: list[int], weights: list[float] | None = No
     return HeldUpdate(Bags(torch.tensor(ids), torch.tensor(weights) if weights else None, offsets), grads)
 
 
-def _prepared(step: int) -> PreparedStep:
-    return PreparedStep(step=step, sequences=(), want_norm=False, squared_norm=0.0, finite=True, reductions=None)
+def _budget(updates: int, update: HeldUpdate) -> Budget:
+    """With room for so many such updates, each of another rank, and no more."""
+    return Budget((updates * (update.num_bytes + 2 * ENTRY_BYTES + 80)) * 8 // 7)
+
+
+def _prepared(step: int, sequences: tuple[int, ...] = ()) -> PreparedStep:
+    return PreparedStep(step=step, sequences=sequences, want_norm=False, squared_norm=0.0, finite=True, reductions=None)
 
 
 def test_pairs_come_in_order_of_sequence_bag_and_pair() -> None:
@@ -50,35 +57,105 @@ def test_without_any_weights_there_are_none() -> None:
 
 def test_the_budget_is_shared_refuses_and_is_given_back() -> None:
     update = _update([1, 2], [2])
-    budget = Budget(2 * update.num_bytes)
+    budget = _budget(2, update)
     first = HeldUpdates(budget=budget, lease_s=10.0, clock=Clock())
     second = HeldUpdates(budget=budget, lease_s=10.0, clock=Clock())
     first.hold(_step(1), 0, update)
-    second.hold(_step(1), 0, update)
-    with pytest.raises(RequestTooLarge, match=f"holds {budget.num_bytes} bytes.*may hold {budget.limit_bytes}"):
-        first.hold(_step(1), 1, update)
+    second.hold(_step(1, "b"), 0, update, caller="ipv4:10.0.0.3:5123")
+    with pytest.raises(
+        Overloaded,
+        match=rf"hold {budget.held_bytes:,} bytes.*of {budget.limit_bytes:,}.*Most is held by .*ipv4:10.0.0.3:5123 \(",
+    ):
+        first.hold(_step(1, "c"), 1, update)
     assert (len(first), len(second)) == (1, 1)
     second.clear()
-    first.hold(_step(1), 1, update)
-    assert first.discard(_step(1)) == 2
-    assert budget.num_bytes == 0
+    first.hold(_step(1, "c"), 1, update)
+    assert first.discard(_step(1)) == first.discard(_step(1, "c")) == 1
+    assert budget.held_bytes == 0
+
+
+def test_one_owner_leaves_room_for_another() -> None:
+    update = _update([1, 2], [2])
+    budget = Budget(100 * update.num_bytes)
+    held = HeldUpdates(budget=budget, lease_s=10.0, clock=Clock())
+    fitting = 0
+    with suppress(RequestTooLarge):
+        for fitting in range(100):
+            held.hold(_step(1, f"group {fitting}"), fitting, update, caller="ipv4:1")  # names make no other owner
+    most = budget.held_bytes
+    assert 50 < fitting < 75
+    assert budget.limit_bytes * 0.7 < most <= budget.share() < budget.held_limit
+    held.hold(_step(1, "other"), 0, update, caller="ipv4:2")
+    with pytest.raises(RequestTooLarge, match=r"ipv4:1 holds .* one trainer may hold .* commit more often"):
+        held.hold(_step(1, "group 0"), 100, update, caller="ipv4:1")
+
+
+def test_a_rank_that_holds_all_it_may_can_still_prepare() -> None:
+    update = _update([1, 2], [2])
+    held = HeldUpdates(budget=_budget(1, update), lease_s=10.0, clock=Clock())
+    held.hold(_step(1), 0, update)
+    with pytest.raises(Overloaded):
+        held.set_prepared(_step(1, "b"), _prepared(1, sequences=(0,)))
+    held.set_prepared(_step(1), _prepared(1, sequences=(0,)))
+    assert held.prepared_step(_step(1)) is not None
+
+
+def test_what_is_counted_is_given_back() -> None:
+    budget, clock = Budget(2**20), Clock()
+    held = HeldUpdates(budget=budget, lease_s=10.0, clock=clock)
+    step = _step(2, "a" * 200)
+    held.set_prepared(_step(1), _prepared(1))
+    held.hold(step, 0, _update([1], [1]))
+    held.hold(step, 1, _update([1], [1]))
+    held.set_prepared(step, _prepared(2, sequences=tuple(range(100))))
+    held.set_prepared(step, _prepared(2, sequences=(0, 1)))
+    assert budget.held_bytes > 2 * _update([1], [1]).num_bytes + 3 * 512
+    assert budget.kept_bytes == 0
+    held.decided(step)
+    held.discard(_step(1))
+    assert (budget.held_bytes, len(held), held.any_prepared) == (0, 0, False)
+    held.discard(_step(7))
+    held.decided(_step(7))
+    assert not held._ranks  # no empty entry stays
+
+
+def test_the_time_of_a_discard_does_not_grow_with_what_else_is_held() -> None:
+    """Only the steps named are walked: what they hold lies by step."""
+    held = HeldUpdates(budget=Budget(2**30), lease_s=10.0, clock=Clock())
+    update = _update([1], [1])
+    for step in range(200):
+        held.hold(_step(step), step, update)
+    steps = held._ranks["a", 0].updates
+    assert sorted(steps) == list(range(200))
+    assert held.discard(_step(3)) == 1
+    held.decided(_step(100))
+    assert sorted(steps) == list(range(101, 200))
 
 
 def test_dead_ranks_make_room() -> None:
     clock, update = Clock(), _update([1, 2], [2])
-    held = HeldUpdates(budget=Budget(update.num_bytes), lease_s=10.0, clock=clock)
+    held = HeldUpdates(budget=_budget(1, update), lease_s=10.0, clock=clock)
     held.hold(_step(1, "dead"), 0, update)
-    held.set_prepared(_step(1, "dead"), _prepared(1))
     clock.now_s = 11.0
     held.hold(_step(1, "alive"), 0, update)
     assert held.get(_step(1, "dead"), 0) is None
     assert held.get(_step(1, "alive"), 0) is update
-    assert not list(held.prepared())
+
+
+def test_dead_ranks_give_up_what_they_prepared() -> None:
+    clock = Clock()
+    held = HeldUpdates(budget=Budget(2**20), lease_s=10.0, clock=clock)
+    held.set_prepared(_step(1, "dead"), _prepared(1))
+    clock.now_s = 5.0
+    held.set_prepared(_step(1, "alive"), _prepared(1))
+    clock.now_s = 11.0
+    held.expire()
+    assert [rank for rank, _ in held.prepared()] == [("alive", 0)]
 
 
 def test_a_rank_that_speaks_is_alive() -> None:
     clock, update = Clock(), _update([1, 2], [2])
-    held = HeldUpdates(budget=Budget(update.num_bytes), lease_s=10.0, clock=clock)
+    held = HeldUpdates(budget=_budget(1, update), lease_s=10.0, clock=clock)
     held.hold(_step(1), 0, update)
     clock.now_s = 9.0
     held.touch(_step(1))
@@ -113,49 +190,15 @@ def test_a_newer_step_ends_an_older_prepare_only() -> None:
     assert held.prepared_step(_step(9)) is None
 
 
-def test_the_ledger_knows_every_step_up_to_the_newest() -> None:
-    ledger = AppliedLedger(None)
-    ledger.add(_step(4), (1, 2))
-    assert [ledger.has(_step(step)) for step in (3, 4, 5)] == [True, True, False]
-    assert not ledger.has(_step(4, "b"))
-    assert not ledger.has(_step(4, rank=1))
-    entry = LedgerEntry(step=4, sequences=(1, 2))
-    assert ledger.snapshot() == Ledger(version=1, updates_applied=2, entries={("a", 0): entry})
-
-
-def test_only_a_newer_ledger_is_taken_over() -> None:
-    ledger = AppliedLedger(Ledger(version=3, updates_applied=5))
-    ledger.adopt(Ledger(version=2, updates_applied=9))
-    ledger.adopt(None)
-    assert ledger.snapshot() == Ledger(version=3, updates_applied=5)
-    newer = Ledger(version=4, updates_applied=6, entries={("a", 0): LedgerEntry(step=1, sequences=(0,))})
-    ledger.adopt(newer)
-    assert ledger.snapshot() == newer
-    ledger.add(_step(2), (3,))
-    assert newer.entries == {("a", 0): LedgerEntry(step=1, sequences=(0,))}
-
-
 def test_dead_ranks_of_another_table_make_room_too() -> None:
     update, clock = _update([1, 2], [2]), Clock()
-    budget = Budget(update.num_bytes)
+    budget = _budget(1, update)
     first = HeldUpdates(budget=budget, lease_s=10.0, clock=clock)
     second = HeldUpdates(budget=budget, lease_s=10.0, clock=clock)
     first.hold(_step(1), 0, update)
-    clock.now_s = 9.0
-    with pytest.raises(RequestTooLarge):
-        second.hold(_step(1), 0, update)
-    clock.now_s = 11.0
-    second.hold(_step(1), 0, update)
-    assert (len(first), len(second), budget.num_bytes) == (0, 1, update.num_bytes)
-
-
-def test_the_ledger_forgets_the_ranks_that_have_been_silent_longest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(held, "_MAX_LEDGER_ENTRIES", 3)
-    ledger = AppliedLedger(None)
-    for group in ("a", "b", "c"):
-        ledger.add(_step(1, group), (0,))
-    ledger.add(_step(2, "a"), (1,))
-    ledger.add(_step(1, "d"), (0,))
-    assert [ledger.has(_step(1, group)) for group in "abcd"] == [True, False, True, True]
-    assert list(ledger.snapshot().entries) == [("c", 0), ("a", 0), ("d", 0)]  # in this order they move with pages
-    assert (ledger.version, ledger.updates_applied) == (5, 5)
+    clock.now_s = first.patience_s
+    with pytest.raises(Overloaded):
+        second.hold(_step(1, "b"), 0, update)
+    clock.now_s = first.patience_s + 0.1  # a sixth of the lease: it stands in the way
+    second.hold(_step(1, "b"), 0, update)
+    assert (len(first), len(second)) == (0, 1)
