@@ -54,8 +54,9 @@ def check_bags(paged: Paged, ids: Tensor, offsets: Tensor) -> None:
             f"offsets must run from 0 to the number of ids, {ids.numel()}; they run from {int(offsets[0])}"
             f" to {int(offsets[-1])}"
         )
-    if not bool((offsets[1:] >= offsets[:-1]).all()):
-        raise ValueError(f"offsets must not fall; they do after bag {int((offsets.diff() < 0).nonzero()[0])}")
+    falling = offsets[1:] < offsets[:-1]
+    if bool(falling.any()):
+        raise ValueError(f"offsets must not fall; they do after bag {int(falling.nonzero()[0])}")
 
 
 def check_weights(weights: Tensor | None, ids: Tensor) -> None:
