@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mempool.client.autograd import pooled_gather
 from mempool.client.bags import checked_bags
-from mempool.client.lookup import Lookup, checked_queries, without_heads
+from mempool.client.lookup import Lookup, checked_queries, checked_topk, without_heads
 from mempool.client.routing.router import Router
 from mempool.client.rows import Rows, checked_key_rows, checked_matrix, checked_rows, distinct_rows, require_distinct
 from mempool.client.state import checked_state, checked_step, names_to_read
@@ -157,9 +157,10 @@ class Table:
             ShardUnavailable: A shard did not answer within the pool's timeout_s.
             DataLoss: Pages of the table are gone.
         """
-        checked = checked_queries(queries, topk, schema=self.schema)
+        checked = checked_queries(queries, schema=self.schema)
+        count = checked_topk(topk, schema=self.schema)
         lookup, _ = self._run(
-            self._router.lookup(self.schema.table_id, queries=checked, topk=topk, reply_dtype=self.wire_dtype)
+            self._router.lookup(self.schema.table_id, queries=checked, topk=count, reply_dtype=self.wire_dtype)
         )
         if isinstance(self.schema.keys, FlatKeySpec):
             lookup = without_heads(lookup)

@@ -131,6 +131,11 @@ class Engine:
             on_fatal=on_fatal,
         )
 
+    @property
+    def doing(self) -> str:
+        """What it is at just now, for messages; "" for nothing."""
+        return self._thread.doing
+
     # Shard
 
     async def gather(self, request: GatherRequest) -> GatherReply:

@@ -33,11 +33,14 @@ from mempool.types.pages import (
     PullReport,
 )
 from mempool.types.pool import (
+    MAX_SHARDS,
     PoolStatus,
     RescaleProgress,
+    ShardFill,
     ShardInfo,
     ShardStatus,
     StageTime,
+    TableCreation,
     TableStatus,
     TableView,
 )
@@ -56,6 +59,7 @@ from mempool.types.schema import (
 
 __all__ = [
     "ELEMENT_BYTES",
+    "MAX_SHARDS",
     "AttachTable",
     "CommitReply",
     "CommitRequest",
@@ -86,6 +90,7 @@ __all__ = [
     "ScoreReply",
     "ScoreRequest",
     "Shard",
+    "ShardFill",
     "ShardHost",
     "ShardInfo",
     "ShardStatus",
@@ -95,6 +100,7 @@ __all__ = [
     "StepCountRequest",
     "StepId",
     "StorageDtype",
+    "TableCreation",
     "TableSchema",
     "TableStatus",
     "TableView",

@@ -40,7 +40,9 @@ def state_numbers(optimizer: OptimizerSpec) -> tuple[int, int]:
     return len(names) - per_block, per_block + optimizer.dense
 
 
-def slot_bytes(schema: TableSchema, *, width: NumbersT, blocks: NumbersT, first: NumbersT) -> NumbersT:
+def slot_bytes(
+    schema: TableSchema, *, width: NumbersT, blocks: NumbersT, first: NumbersT, padded: bool = True
+) -> NumbersT:
     """Bytes of one slot's row in all arrays where a shard owns some of its blocks; of many rows where given arrays.
 
     Args:
@@ -48,10 +50,14 @@ def slot_bytes(schema: TableSchema, *, width: NumbersT, blocks: NumbersT, first:
         width: Columns of those blocks together.
         blocks: How many they are.
         first: 1 where block 0 is among them: flat keys lie beside it.
+        padded: With what fills up a row of one-byte elements; without it, what more blocks add to a row.
     """
     per_element, per_block = state_numbers(schema.optimizer)
-    packed = -(-(-(-width // 4) * 4 + 4 * blocks) // 16) * 16  # elements, then scales, filled up to 16 bytes
-    values = packed if schema.packed else width * ELEMENT_BYTES[schema.dtype]
+    values = width * ELEMENT_BYTES[schema.dtype]
+    if schema.packed and not padded:
+        values = values + 4 * blocks
+    elif schema.packed:  # elements, then scales, filled up to 16 bytes
+        values = -(-(-(-width // 4) * 4 + 4 * blocks) // 16) * 16
     keys = 4 * schema.keys.key_dim * first if isinstance(schema.keys, FlatKeySpec) else 0 * first
     return values + 4 * (per_element + schema.master) * width + 4 * per_block * blocks + keys
 
@@ -59,12 +65,6 @@ def slot_bytes(schema: TableSchema, *, width: NumbersT, blocks: NumbersT, first:
 def row_page_bytes(schema: TableSchema) -> int:
     """Bytes of one row page with all its blocks: the most that must travel in one message when it moves."""
     return schema.page_slots * slot_bytes(schema, width=schema.value_dim, blocks=schema.num_blocks, first=1)
-
-
-def block_page_bytes(schema: TableSchema) -> int:
-    """Bytes of the page of the first block of one row page: an estimate where it is not known which move together."""
-    width = min(schema.block_dim, schema.value_dim)
-    return schema.page_slots * slot_bytes(schema, width=width, blocks=1, first=0)
 
 
 def key_page_bytes(schema: TableSchema) -> int:

@@ -8,9 +8,11 @@ from mempool.errors import InvalidRequest
 from mempool.types.pool import (
     PoolStatus,
     RescaleProgress,
+    ShardFill,
     ShardInfo,
     ShardStatus,
     StageTime,
+    TableCreation,
     TableStatus,
     TableView,
 )
@@ -247,6 +249,7 @@ def table_status_message(value: TableStatus) -> status_pb2.TableStatus:
         updates_applied=value.updates_applied,
         lookups=value.lookups,
         frozen=value.frozen,
+        bytes_to_fill=value.bytes_to_fill,
     )
 
 
@@ -263,6 +266,7 @@ def table_status_value(message: status_pb2.TableStatus) -> TableStatus:
         updates_applied=message.updates_applied,
         lookups=message.lookups,
         frozen=message.frozen,
+        bytes_to_fill=message.bytes_to_fill,
     )
 
 
@@ -315,12 +319,43 @@ def shard_status_value(message: status_pb2.ShardStatus) -> ShardStatus:
     )
 
 
+def creation_message(value: TableCreation) -> status_pb2.TableCreation:
+    fills = (
+        status_pb2.ShardFill(shard=fill.shard, bytes_done=fill.bytes_done, bytes_total=fill.bytes_total)
+        for fill in value.shards
+    )
+    return status_pb2.TableCreation(
+        table=value.table,
+        table_id=value.table_id,
+        waiting_for=value.waiting_for,
+        spent_s=value.spent_s,
+        shards=fills,
+    )
+
+
+def creation_value(message: status_pb2.TableCreation) -> TableCreation:
+    return TableCreation(
+        table=message.table,
+        table_id=message.table_id,
+        waiting_for=message.waiting_for,
+        spent_s=message.spent_s,
+        shards=tuple(
+            ShardFill(shard=fill.shard, bytes_done=fill.bytes_done, bytes_total=fill.bytes_total)
+            for fill in message.shards
+        ),
+    )
+
+
 def pool_status_message(value: PoolStatus) -> status_pb2.PoolStatus:
     return status_pb2.PoolStatus(
         name=value.name,
         shards=map(shard_status_message, value.shards),
         tables=map(view_message, value.tables),
         rescaling=value.rescaling,
+        wanted_shards=value.wanted_shards,
+        waiting_for=value.waiting_for,
+        unfinished=value.unfinished,
+        creating=map(creation_message, value.creating),
     )
 
 
@@ -330,6 +365,10 @@ def pool_status_value(message: status_pb2.PoolStatus) -> PoolStatus:
         shards=tuple(map(shard_status_value, message.shards)),
         tables=tuple(map(view_value, message.tables)),
         rescaling=message.rescaling,
+        wanted_shards=message.wanted_shards,
+        waiting_for=message.waiting_for,
+        unfinished=message.unfinished,
+        creating=tuple(map(creation_value, message.creating)),
     )
 
 

@@ -197,6 +197,11 @@ async def _create(schema: TableSchema) -> None:
             engines[shard] = Engine(info, memory_bytes=4 * 2**20)
             return info
 
+        async def require_room(self, shards: int) -> None: ...
+
+        async def waiting_for(self) -> str:
+            return ""
+
         async def stop(self, info: ShardInfo) -> None:
             await engines.pop(info.shard).close()
 

@@ -159,6 +159,7 @@ TABLE_STATUS = build(
     updates_applied=U64,
     lookups=U64,
     frozen=st.booleans(),
+    bytes_to_fill=U64,
 )
 SHARD_STATUS = build(
     types.ShardStatus,
@@ -176,6 +177,14 @@ SHARD_STATUS = build(
     uptime_s=DOUBLE,
     tables=st.lists(TABLE_STATUS, max_size=2).map(tuple),
     stages=st.lists(build(types.StageTime, stage=TEXT, count=U64, total_s=DOUBLE), max_size=2).map(tuple),
+)
+CREATION = build(
+    types.TableCreation,
+    table=TEXT,
+    table_id=U64,
+    waiting_for=TEXT,
+    spent_s=DOUBLE,
+    shards=st.lists(build(types.ShardFill, shard=U32, bytes_done=U64, bytes_total=U64), max_size=2).map(tuple),
 )
 PAGES: Mapping[str, st.SearchStrategy[Any]] = {
     "table_id": U64,
@@ -353,6 +362,10 @@ CASES: dict[Method[Any, Any], Case] = {
             shards=st.lists(SHARD_STATUS, max_size=2).map(tuple),
             tables=st.lists(VIEW, max_size=2).map(tuple),
             rescaling=st.booleans(),
+            wanted_shards=U32,
+            waiting_for=TEXT,
+            unfinished=TEXT,
+            creating=st.lists(CREATION, max_size=2).map(tuple),
         ),
     ),
 }
