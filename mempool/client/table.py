@@ -18,9 +18,9 @@ from mempool.client.bags import checked_bags
 from mempool.client.lookup import Lookup, checked_queries, checked_topk, without_heads
 from mempool.client.routing.router import Router
 from mempool.client.rows import Rows, checked_key_rows, checked_matrix, checked_rows, distinct_rows, require_distinct
-from mempool.client.state import checked_state, checked_step, names_to_read
 from mempool.client.training.link import TableLink, WireDtype
 from mempool.client.training.session import Prepared, Session, SessionCounters
+from mempool.client.training.state import checked_state, checked_step, names_to_read
 from mempool.client.untraced import untraced
 from mempool.client.waiting import Run
 from mempool.errors import InvalidRequest

@@ -139,6 +139,9 @@ class FaultyShard:
     async def write_rows(self, request: Any) -> Any:
         return await self._served("write_rows", request)
 
+    async def step_count(self, request: Any) -> Any:
+        return await self._served("step_count", request)
+
     def names(self) -> list[str]:
         """The methods called, in order."""
         return [name for name, _ in self.calls]
