@@ -20,9 +20,9 @@ from mempool.client.lookup import Lookup, checked_queries, checked_topk, without
 from mempool.client.opening.waiting import Run
 from mempool.client.routing.router import Router
 from mempool.client.rows import Rows, checked_key_rows, checked_matrix, checked_rows, distinct_rows, require_distinct
-from mempool.client.state import checked_state, checked_step, names_to_read
 from mempool.client.training.link import TableLink, WireDtype
 from mempool.client.training.session import Prepared, Session, SessionCounters
+from mempool.client.training.state import checked_state, checked_step, names_to_read
 from mempool.errors import InvalidRequest
 from mempool.types import FlatKeySpec, StorageDtype, TableSchema
 

@@ -82,12 +82,15 @@ def implementation(name: Name) -> Implementation:
         name: "numba" (CPU tensors), "triton" (CUDA tensors, or any under TRITON_INTERPRET=1) or "torch" (any).
 
     Raises:
-        ImportError: The library is not installed, or Numba has no threading layer safe for several threads.
+        ImportError: The library is not installed, or Numba has no threading layer safe for several threads, or was told
+            not to compile.
         ValueError: No implementation has this name.
     """
     if name == "torch":
         module = importlib.import_module("mempool.kernels.torch_ops")
     elif name == "numba":
+        if importlib.import_module("numba").config.DISABLE_JIT:
+            raise ImportError("NUMBA_DISABLE_JIT is set, and Numba's kernels run compiled only; unset it")
         module = importlib.import_module("mempool.kernels.cpu")
         module.choose_threading_layer()
     elif name == "triton":

@@ -1,11 +1,11 @@
 """The CPU implementation: Numba kernels on numpy views of the tensors. Arguments are checked by mempool.kernels."""
 
 from mempool.kernels.cpu.bags import gather_rows, scatter_rows, weight_gradient, weighted_sum
-from mempool.kernels.cpu.flat import flat_topk
 from mempool.kernels.cpu.initial import initial_values
 from mempool.kernels.cpu.runtime import choose_threading_layer
+from mempool.kernels.cpu.scoring.flat import flat_topk
+from mempool.kernels.cpu.scoring.topk import product_gradient, product_select, product_topk, select_topk
 from mempool.kernels.cpu.sorting import sort_pairs
-from mempool.kernels.cpu.topk import product_gradient, product_select, product_topk, select_topk
 from mempool.kernels.cpu.updates import (
     add_segments,
     catch_up,

@@ -119,7 +119,8 @@ def source_stamp(folder: Path) -> str:
 def _own_stamp() -> str:
     # Kernels hold constants of the modules above their folder too.
     folder = Path(__file__).parent
-    return source_stamp(folder) + source_stamp(folder.parent)
+    folders = sorted({path.parent for path in folder.rglob("*.py")})
+    return "".join(map(source_stamp, (folder.parent, *folders)))
 
 
 class KernelCacheFile(caching.IndexDataCacheFile):  # type: ignore[misc]

@@ -275,3 +275,22 @@ def test_two_python_threads_at_once(under_test):
     for thread in threads:
         thread.join(timeout=60)
     assert results == {0: [True] * 20, 1: [True] * 20}
+
+
+@pytest.mark.parametrize(
+    "offsets",
+    [[0, 2**63 - 1, -(2**63), -1, 3], [2**40, 2**40 + 3, -5, 2], [-(2**62), 3, 3, 2**62], [3, 0, 3, 0]],
+    ids=str,
+)
+def test_offsets_that_nobody_checked_are_kept_among_the_pairs(under_test, offsets):
+    """On a GPU their values are not looked at before: whatever they are, nothing is read or written elsewhere."""
+    if under_test.name != "triton":
+        pytest.skip("on the CPU they are refused before")
+    paged = under_test.to(Paged(torch.ones(4, 8), torch.zeros(1, dtype=torch.int32), 2))
+    ids, weights = under_test.to(torch.tensor([0, 1, 3])), under_test.to(torch.ones(3))
+    bounds = under_test.to(torch.tensor(offsets))
+    sums = under_test.kernels.weighted_sum(paged, ids, weights, bounds, torch.float32).cpu()
+    inside = torch.tensor(offsets).clamp(0, 3)
+    assert torch.equal(sums[:, 0], (inside[1:] - inside[:-1]).clamp(min=0).float())
+    gradient = under_test.kernels.weight_gradient(paged, ids, bounds, under_test.to(torch.ones(len(offsets) - 1, 8)))
+    assert set(gradient.cpu().nan_to_num(nan=8.0).tolist()) == {8.0}  # of a bag, or of none and not written

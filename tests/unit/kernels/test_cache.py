@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from mempool import kernels
-from mempool.kernels.cpu import bags, flat, initial, runtime, sorting, topk, updates
+from mempool.kernels.cpu import bags, initial, runtime, sorting, updates
 from mempool.kernels.cpu.runtime import KernelCacheFile, source_stamp
+from mempool.kernels.cpu.scoring import flat, topk
 
 
 def cache_file(folder: Path, *, stamp: str = "stamp") -> KernelCacheFile:
@@ -86,7 +87,7 @@ def test_every_kernel_has_such_a_cache():
     }
     assert len(found) > 15
     folder = Path(runtime.__file__).parent
-    stamp = source_stamp(folder) + source_stamp(folder.parent)
+    stamp = source_stamp(folder.parent) + source_stamp(folder) + source_stamp(folder / "scoring")
     for name, cache in found.items():
         assert isinstance(cache._cache_file, KernelCacheFile), name
         assert cache._cache_file._source_stamp == stamp, name

@@ -95,6 +95,8 @@ def test_scores_that_need_gradients_are_selected():
         ({"offsets": torch.tensor([0, 2])}, "offsets must run from 0 to the number of ids, 3"),
         ({"offsets": torch.tensor([1, 3])}, "offsets must run from 0"),
         ({"offsets": torch.tensor([0, 5, 3])}, "offsets must not fall"),
+        # Differences that leave int64 are positive again.
+        ({"offsets": torch.tensor([0, 2**63 - 1, -(2**63), -1, 3])}, "offsets must not fall; they do after bag 1"),
         ({"offsets": torch.empty(0, dtype=torch.int64)}, "offsets must be"),
         ({"ids": torch.zeros(3, dtype=torch.int64, device="meta")}, "ids is on meta"),
     ],
@@ -267,6 +269,23 @@ def test_without_numba_and_triton_torch_does_it():
     )
 
 
+def test_where_numba_must_not_compile_torch_does_it_and_says_so():
+    said = run(
+        """
+        import logging, sys
+        logging.basicConfig(stream=sys.stdout)
+        import torch
+        from mempool import kernels
+        from mempool.kernels.implementation import implementation_for
+        assert implementation_for(torch.device("cpu")) is kernels.implementation("torch")
+        assert kernels.initial_values(0, 0, 4, 0, 2, 1.0).shape == (4, 2)
+        """,
+        NUMBA_DISABLE_JIT="1",
+    )
+    assert "run in torch's own operations, slower: NUMBA_DISABLE_JIT is set" in said
+    assert said.count("\n") == 1
+
+
 def test_kernels_leave_torch_as_many_threads_as_it_had():
     """Numba's start sets the number of threads of the OpenMP that it shares with torch."""
     run(
@@ -390,13 +409,14 @@ def test_kernels_compile_where_no_cache_can_be_written():
 
 
 def test_warm_up_leaves_nothing_to_compile():
-    """After warm_up, calls with other shapes, every element, optimizer and rounding compile nothing more."""
+    """After warm_up, calls with other shapes, every element, plain optimizer and rounding compile nothing more."""
     run(
         """
         import torch
         from mempool import kernels
         from mempool.kernels import DenseSchedule, OptimizerStep, PackedLayout, Paged, RandomRounding
-        from mempool.kernels.cpu import bags, flat, initial, topk, updates
+        from mempool.kernels.cpu import bags, initial, updates
+        from mempool.kernels.cpu.scoring import flat, topk
         kernels.warm_up()
         def compiled():
             return {
@@ -425,6 +445,8 @@ def test_warm_up_leaves_nothing_to_compile():
                 kernels.segment_sum(pairs, weights, bag, torch.ones(1, 5))
                 for algorithm in kernels.ALGORITHMS:
                     step = OptimizerStep(algorithm, lr=0.1, block_dim=2, rounding=rounding)
+                    if not step.plain:
+                        continue  # a variant of its own
                     state = {
                         name: torch.zeros(12, 3 if name in kernels.BLOCK_STATE else 5)
                         for name in (*kernels.STATE_NAMES[algorithm], kernels.MASTER)

@@ -19,7 +19,16 @@ def test_step_sizes_are_those_of_torch():
     assert dense.step_size == pytest.approx(0.5 / (1 - 0.9**3))
     assert dense.root_correction == pytest.approx(math.sqrt(1 - 0.99**3))
     assert dense.decay == pytest.approx(0.95)
-    assert OptimizerStep("sgd", lr=0.5, weight_decay=0.1).decay == 1.0
+    corrected = OptimizerStep("adam", lr=0.5, step=3, corrected_eps=True, **betas)
+    assert (corrected.step_size, corrected.root_correction) == (dense.step_size, dense.root_correction)
+
+
+def test_weight_decay_is_of_the_values_or_of_the_gradient():
+    decoupled = OptimizerStep("adagrad", lr=0.5, step=11, lr_decay=0.1, weight_decay=0.1)
+    assert (decoupled.decay, decoupled.gradient_decay, decoupled.plain) == (1 - 0.25 * 0.1, 0.0, False)
+    l2 = OptimizerStep("sgd", lr=0.5, weight_decay=0.1, l2=True)
+    assert (l2.decay, l2.gradient_decay, l2.plain) == (1.0, 0.1, False)
+    assert OptimizerStep("sgd", lr=0.5, l2=True).plain
 
 
 def test_keys_differ_in_every_part_and_repeat():

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from mempool import types
 from mempool.errors import Internal, InvalidRequest
-from mempool.types.schema_checks import FLAGS, HYPER_PARAMETERS, NAME, schema_problems
 from mempool.wire import methods
 from mempool.wire.codecs.codec import Codec
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
@@ -24,7 +22,8 @@ from mempool.wire.codecs.pages import FreezeTable
 from mempool.wire.methods import Method
 from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2, tensor_pb2
 
-U64 = st.one_of(st.integers(0, 300), st.integers(0, 2**64 - 1))
+from .right_schemas import U64, schemas
+
 U32 = st.one_of(st.integers(0, 300), st.integers(0, 2**32 - 1))
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 DOUBLE = st.floats(allow_nan=False)
@@ -64,74 +63,7 @@ ENVELOPE = build(types.Envelope, table_id=U64, epoch=U64, incarnation=U64)
 STAMP = build(types.Stamp, shard=U32, incarnation=U64, epoch=U64, table_version=U64)
 STEP_ID = build(types.StepId, group=TEXT, rank=U32, step=U64)
 REPLY_DTYPE = st.sampled_from(["float32", "bfloat16"])
-RATE = st.floats(0.0, 1e30)
-NUMBERS: Mapping[str, st.SearchStrategy[float]] = {
-    "lr": RATE,
-    "eps": st.floats(1e-37, 1e30),
-    "beta1": st.floats(0.0, 1.0, exclude_max=True),
-    "beta2": st.floats(0.0, 1.0, exclude_max=True),
-    "lr_decay": RATE,
-    "initial_accumulator_value": RATE,
-    "weight_decay": RATE,
-    "momentum": st.floats(0.0, 1.0, exclude_max=True),
-    "dampening": st.floats(0.0, 1.0, exclude_max=True),
-    "max_norm": st.none() | st.floats(1e-37, 1e30),
-}
-
-
-@st.composite
-def schemas(draw: st.DrawFn) -> types.TableSchema:
-    """Any that ``check_schema`` takes; with other numbers nothing of the kind travels."""
-    algorithm = draw(st.sampled_from(["sgd", "adagrad", "rowwise_adagrad", "adam", "adamw", "rowwise_adam"]))
-    given = {name: draw(NUMBERS[name]) for name, taken in HYPER_PARAMETERS.items() if algorithm in taken.of}
-    if not given.get("momentum"):
-        given.pop("dampening", None)
-    flags = {name: True for name, of in FLAGS.items() if name != "dense" and algorithm in of and draw(st.booleans())}
-    if not given.get("momentum") or given.get("dampening"):
-        flags.pop("nesterov", None)
-    dtype, master = draw(st.sampled_from(["float32", "bfloat16", "float8_e4m3fn", "int8"])), draw(st.booleans())
-    master = master and dtype != "float32"
-    fine = dtype == "float32" or master
-    keys = draw(
-        st.one_of(
-            st.none(),
-            build(types.FlatKeySpec, key_dim=st.integers(1, 4096), deterministic=st.booleans()),
-            build(
-                types.ProductKeySpec,
-                heads=st.integers(1, 4),
-                key_dim=st.integers(1, 2048).map(lambda half: 2 * half),
-                deterministic=st.booleans(),
-            ),
-        )
-    )
-    root = draw(st.integers(1, 10))
-    num_slots = root**2 if isinstance(keys, types.ProductKeySpec) else draw(st.integers(1, 100))
-    value_dim = draw(st.integers(1, 100))
-    return types.TableSchema(
-        table_id=draw(U64),
-        name=draw(st.from_regex(NAME, fullmatch=True)),
-        num_slots=num_slots,
-        value_dim=value_dim,
-        block_dim=value_dim if given.get("max_norm") else draw(st.integers(1, value_dim)),
-        page_slots=draw(st.sampled_from([1, 8, 16, 64])),
-        dtype=dtype,  # type: ignore[arg-type]
-        seed=draw(st.integers(0, 2**63 - 1)),
-        init_std=draw(st.floats(0.0, 1e6)),
-        stride=math.isqrt(num_slots) if math.isqrt(num_slots) ** 2 == num_slots else 0,
-        layout=draw(st.sampled_from(["auto", "columns", "rows", "grid"])),  # type: ignore[arg-type]
-        optimizer=types.OptimizerSpec(
-            algorithm=algorithm,  # type: ignore[arg-type]
-            dense=algorithm == "adamw" and fine and not given["max_norm"] and draw(st.booleans()),
-            **given,
-            **flags,
-        ),
-        keys=keys,
-        rounding="nearest" if fine else draw(st.sampled_from(["stochastic", "nearest"])),  # type: ignore[arg-type]
-        master=master,
-    )
-
-
-SCHEMA = schemas().filter(lambda schema: not any(schema_problems(schema)))
+SCHEMA = schemas()
 SHARD_INFO = build(types.ShardInfo, shard=U32, address=TEXT, incarnation=U64)
 
 
@@ -154,6 +86,7 @@ LEDGER = build(
     version=U64,
     updates_applied=U64,
     entries=st.dictionaries(st.tuples(TEXT, U32), build(types.LedgerEntry, step=U64, sequences=U64S), max_size=3),
+    step_offset=st.integers(-(2**63), 2**63 - 1),
 )
 TABLE_STATUS = build(
     types.TableStatus,
@@ -291,6 +224,12 @@ CASES: dict[Method[Any, Any], Case] = {
         build(types.ReadRowsRequest, envelope=ENVELOPE, array=TEXT, ids=IDS),
         data_pb2.ReadRowsReply,
         build(types.ReadRowsReply, **STAMPED, blocks=U32S, rows=ROWS),
+    ),
+    methods.STEP_COUNT: (
+        data_pb2.StepCountRequest,
+        build(types.StepCountRequest, envelope=ENVELOPE, set=st.none() | U64, at_version=U64),
+        data_pb2.StepCountReply,
+        build(types.StepCountReply, **STAMPED, count=U64),
     ),
     methods.WRITE_ROWS: (
         data_pb2.WriteRowsRequest,

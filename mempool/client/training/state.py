@@ -3,12 +3,12 @@
 Leaves messages to ``rows`` and the router. Legend: M rows.
 """
 
-import operator
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from mempool.client.counts import as_count
 from mempool.client.rows import checked_matrix
 from mempool.errors import InvalidRequest
 from mempool.types import TableSchema
@@ -69,11 +69,8 @@ def checked_step(schema: TableSchema, step: int) -> int:
     Raises:
         InvalidRequest: No whole number, or out of range.
     """
-    try:
-        number = operator.index(step)
-    except TypeError:
-        number = -1
-    if isinstance(step, bool) or not 0 <= number <= _MOST_STEPS:
+    number = as_count(step)
+    if number is None or not 0 <= number <= _MOST_STEPS:
         raise InvalidRequest(
             f"table {schema.name!r}: step = {step!r} must be the number of steps that are done, 0 to {_MOST_STEPS}."
         )

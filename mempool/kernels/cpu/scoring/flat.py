@@ -17,7 +17,7 @@ from torch import Tensor
 from mempool.kernels.arguments import Paged
 from mempool.kernels.cpu.elements import locate
 from mempool.kernels.cpu.runtime import Array, kernel, serial, spread, storage, use_threads, view
-from mempool.kernels.cpu.scores import (
+from mempool.kernels.cpu.scoring.scores import (
     TILE_KEYS,
     TILE_QUERIES,
     fill_up,
@@ -26,8 +26,8 @@ from mempool.kernels.cpu.scores import (
     tile_reaches,
     tile_scores,
 )
-from mempool.kernels.cpu.selection import WORD, keep_best, lowest_bit, padded
-from mempool.kernels.cpu.topk import select_topk
+from mempool.kernels.cpu.scoring.selection import WORD, keep_best, lowest_bit, padded
+from mempool.kernels.cpu.scoring.topk import select_topk
 
 # Queries that go over the keys together: enough that packing the keys is little beside scoring them.
 _TASK_QUERIES = 512

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from mempool.kernels.cpu.runtime import Array, kernel, serial, spread, use_threads, view
-from mempool.kernels.cpu.scores import TILE_KEYS, TILE_QUERIES, add_scaled, fill_up, pack, tile_scores
-from mempool.kernels.cpu.selection import (
+from mempool.kernels.cpu.scoring.scores import TILE_KEYS, TILE_QUERIES, add_scaled, fill_up, pack, tile_scores
+from mempool.kernels.cpu.scoring.selection import (
     NAN_ORDER,
     count_places,
     order_of,

@@ -13,7 +13,7 @@ import numpy as np
 from llvmlite import ir
 
 from mempool.kernels.cpu.runtime import Array, serial
-from mempool.kernels.cpu.scores import FLOAT, Code, types, vector_code
+from mempool.kernels.cpu.scoring.scores import FLOAT, Code, types, vector_code
 
 #: What NaN becomes: below every number.
 NAN_ORDER = np.int32(-0x80000000)

@@ -1,0 +1,1 @@
+"""Scoring on the CPU: scores of keys, the best of them, product keys and flat keys."""

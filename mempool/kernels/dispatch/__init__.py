@@ -1,0 +1,41 @@
+"""Each function of the kernels' contract: arguments are checked, the device picks the implementation."""
+
+from mempool.kernels.dispatch.bags import gather_rows, initial_values, scatter_rows, weight_gradient, weighted_sum
+from mempool.kernels.dispatch.topk import (
+    flat_topk,
+    product_gradient,
+    product_indices,
+    product_select,
+    product_topk,
+    select_topk,
+)
+from mempool.kernels.dispatch.updates import (
+    add_segments,
+    catch_up,
+    fused_step,
+    optimizer_step,
+    segment_sum,
+    sort_pairs,
+    squared_norm,
+)
+
+__all__ = [
+    "add_segments",
+    "catch_up",
+    "flat_topk",
+    "fused_step",
+    "gather_rows",
+    "initial_values",
+    "optimizer_step",
+    "product_gradient",
+    "product_indices",
+    "product_select",
+    "product_topk",
+    "scatter_rows",
+    "segment_sum",
+    "select_topk",
+    "sort_pairs",
+    "squared_norm",
+    "weight_gradient",
+    "weighted_sum",
+]
