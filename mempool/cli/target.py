@@ -56,7 +56,7 @@ class Target:
     def _advice(self) -> str:
         if self.guessed:
             return "No pool was started on this machine: start one with `mempool up -f FILE`, or give its --address"
-        if self.name is not None:
+        if self.name is not None and read_record(self.name) is not None:
             return f"If pool {self.name!r} is gone: `mempool down --pool {self.name}`, then `mempool up -f FILE`"
         return "Is it up, and the address right? Start one: `mempool up -f FILE`"
 

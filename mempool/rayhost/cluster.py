@@ -61,7 +61,8 @@ def up(config: ClusterConfig, *, say: Say = print, timeout_s: float = _UP_TIMEOU
         if _actors(name):
             raise _already(name, ray_address)
         before = read_record(name)
-        say(f"starting pool {name!r}: {config.pool.shards} shards")
+        shards = config.pool.shards
+        say(f"starting pool {name!r}: {shards} {'shard' if shards == 1 else 'shards'}")
         for line in (*_shortages(config), *_out_of_reach(config)):
             say(line)
         try:

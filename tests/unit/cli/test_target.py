@@ -111,10 +111,12 @@ def test_the_name_of_a_pool_by_its_address(served: ServedPool) -> None:
 def test_nobody_there_is_said_once_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target_module, "_ANSWER_TIMEOUT_S", 0.0)
     address = "127.0.0.1:1"
+    started("mine", address)
     for target, advice in (
         (Target(address=address, guessed=True), r"No pool was started on this machine: .*`mempool up -f FILE`"),
         (Target(address=address, name="mine"), r"`mempool down --pool mine`"),
         (Target(address=address), r"the address right\?"),
+        (Target(address=address, name="of a file"), r"the address right\?"),
     ):
         with pytest.raises(PoolUnreachable, match=advice) as caught:
             target.status()
