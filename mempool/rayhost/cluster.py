@@ -169,7 +169,7 @@ def _ray_for(config: ClusterConfig, say: Say, timeout_s: float) -> tuple[str, in
         try:
             return ray_process.attach("auto"), None
         except PoolUnreachable:
-            say("no Ray on this machine yet")
+            say("no Ray on this machine yet that this user may use")
     if wanted in ("auto", "local"):
         return ray_process.start(say, timeout_s=timeout_s)
     return ray_process.attach(wanted), None

@@ -95,7 +95,7 @@ def start(say: Say, *, timeout_s: float = 300.0) -> tuple[str, int]:
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1",
         f"--port={port}", "--include-dashboard=false", "--disable-usage-stats", "--log-color=false",
         f"--object-store-memory={_OBJECT_STORE_BYTES}", f"--temp-dir={folder}",
-        f"--ray-client-server-port={free_port()}",  # its default port is one for the whole host, and Ray ends without it
+        f"--ray-client-server-port={free_port()}",  # by default one for the whole host, and Ray ends without
     ]  # fmt: skip
     say(f"starting Ray at 127.0.0.1:{port} (log: {log})")
     with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as output:
@@ -115,6 +115,7 @@ def start(say: Say, *, timeout_s: float = 300.0) -> tuple[str, int]:
         attach(address)
     except BaseException:
         end(process.pid, address, say=say, keep_log=True)
+        process.poll()
         raise
     return address, process.pid
 
