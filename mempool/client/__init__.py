@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from mempool.client.remote import connect
     from mempool.client.routing.attempt import Seen
     from mempool.client.routing.router import Router
-    from mempool.client.session import Prepared, Session, SessionCounters
     from mempool.client.table import Table
+    from mempool.client.training.session import Prepared, Session, SessionCounters
     from mempool.client.transport.pool import GrpcPool
     from mempool.client.transport.shard import GrpcDialer, GrpcShard
     from mempool.types.bags import Bags
@@ -42,11 +42,11 @@ _HOMES = {
     "GrpcShard": "mempool.client.transport.shard",
     "Lookup": "mempool.client.lookup",
     "Pool": "mempool.client.pool",
-    "Prepared": "mempool.client.session",
+    "Prepared": "mempool.client.training.session",
     "Router": "mempool.client.routing.router",
     "Seen": "mempool.client.routing.attempt",
-    "Session": "mempool.client.session",
-    "SessionCounters": "mempool.client.session",
+    "Session": "mempool.client.training.session",
+    "SessionCounters": "mempool.client.training.session",
     "Table": "mempool.client.table",
     "connect": "mempool.client.remote",
 }
