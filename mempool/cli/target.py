@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mempool.cli.outcome import UsageError
+from mempool.client.transport.addresses import addresses_of
 from mempool.config import ClusterConfig, load
-from mempool.errors import NotFound, PoolUnreachable
+from mempool.errors import InvalidRequest, NotFound, PoolUnreachable
 from mempool.rayhost import PoolRecord, read_record, read_records
 from mempool.types import PoolStatus
 
@@ -44,7 +45,7 @@ class Target:
 
     def status(self) -> PoolStatus:
         """Ask it. Raises PoolUnreachable, with what to do."""
-        from mempool.client.asking import pool_status  # gRPC: what is wrong with a file shows without it
+        from mempool.client.transport.asking import pool_status  # gRPC: what is wrong with a file shows without it
 
         # Where only the default stands for the address, nobody there is the usual case, not one that passes.
         timeout_s = 0.0 if self.guessed else _ANSWER_TIMEOUT_S
@@ -107,13 +108,10 @@ def named(target: Target) -> str:
 
 def parts(address: str) -> list[str]:
     """The addresses of a text with commas. Raises UsageError where one is not host:port."""
-    found = [part.strip() for part in address.split(",")]
-    for part in found:
-        host, _, port = part.rpartition(":")
-        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host.replace(":", "/")
-        if not bare or "/" in bare or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 65_536:
-            raise UsageError(f"address {part!r} is not host:port, as in {DEFAULT_ADDRESS!r} or '[::1]:7077'")
-    return found
+    try:
+        return addresses_of(address)
+    except InvalidRequest as error:
+        raise UsageError(error.message) from None
 
 
 def _address_of(config: ClusterConfig) -> str:

@@ -192,7 +192,7 @@ def test_nobody_there(command: Command, monkeypatch: pytest.MonkeyPatch) -> None
     found = command("status", "--address", f"127.0.0.1:{port}", "--json", expect=3)
     assert found.stdout == ""
     assert found.stderr.count(f"127.0.0.1:{port}") == 1
-    assert "Connection refused" in found.stderr
+    assert "connection refused" in found.stderr
 
 
 def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ def test_nobody_there_is_said_once_with_what_to_do(monkeypatch: pytest.MonkeyPat
         with pytest.raises(PoolUnreachable, match=advice) as caught:
             target.status()
         assert caught.value.message.count(address) == 1
-        assert "Connection refused" in caught.value.message
+        assert "connection refused" in caught.value.message
 
 
 def test_status_finds_the_only_pool(served: ServedPool, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
