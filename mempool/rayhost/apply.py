@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from mempool.config import Changes, ClusterConfig, TableConfig, diff
 from mempool.errors import InvalidRequest
-from mempool.rayhost.records import read_record, write_record
+from mempool.rayhost.state.records import read_record, write_record
 from mempool.types import PoolStatus, RescaleProgress
 
 _ANSWER_TIMEOUT_S = 15.0

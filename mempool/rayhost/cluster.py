@@ -17,8 +17,9 @@ from mempool.rayhost import ray_process
 from mempool.rayhost.actors import NAMESPACE, cluster_resources, controller_name, make_actor, node_ip, pool_of
 from mempool.rayhost.apply import create_tables
 from mempool.rayhost.controller_actor import ControllerProcess
-from mempool.rayhost.folders import state_folder
-from mempool.rayhost.records import (
+from mempool.rayhost.serving import advertised_host
+from mempool.rayhost.state.folders import state_folder
+from mempool.rayhost.state.records import (
     PoolRecord,
     forget_record,
     hand_over_ray,
@@ -26,7 +27,6 @@ from mempool.rayhost.records import (
     record_path,
     write_record,
 )
-from mempool.rayhost.serving import advertised_host
 
 _UP_TIMEOUT_S = 300.0
 _SAY_EVERY_S = 15.0

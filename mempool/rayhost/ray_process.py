@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 
 from mempool.errors import PoolUnreachable
 from mempool.rayhost.actors import NAMESPACE
-from mempool.rayhost.folders import (
+from mempool.rayhost.state.folders import (
     home_folder,
     ray_folder,
     ray_place,

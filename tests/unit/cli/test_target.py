@@ -11,7 +11,7 @@ from mempool.cli.outcome import UsageError
 from mempool.cli.target import Target, find_target, named, parts
 from mempool.config import ClusterConfig, PoolConfig
 from mempool.errors import ConfigError, NotFound, PoolUnreachable
-from mempool.rayhost.records import PoolRecord, write_record
+from mempool.rayhost.state.records import PoolRecord, write_record
 from tests.support.serving import ServedPool
 
 from .conftest import Command

@@ -7,7 +7,7 @@ import pytest
 from mempool.config import ClusterConfig, PoolConfig, ShardConfig, TableConfig, resolve
 from mempool.placement import plan
 from mempool.rayhost import planned
-from mempool.rayhost.records import PoolRecord, write_record
+from mempool.rayhost.state.records import PoolRecord, write_record
 from mempool.types import Placement, PoolStatus, ShardInfo, ShardStatus, TableView
 
 TABLE = TableConfig(name="facts", num_slots=1024, value_dim=64)

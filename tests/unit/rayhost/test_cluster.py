@@ -10,7 +10,7 @@ from mempool.config import ClusterConfig, PoolConfig
 from mempool.errors import AlreadyExists, NotFound, PoolUnreachable
 from mempool.rayhost import cluster, ray_process
 from mempool.rayhost.cluster import down, up
-from mempool.rayhost.records import PoolRecord, read_record, write_record
+from mempool.rayhost.state.records import PoolRecord, read_record, write_record
 
 ADDRESS = "10.0.0.9:6379"
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from mempool.errors import ConfigError, PoolUnreachable
-from mempool.rayhost import folders, ray_process
+from mempool.rayhost import ray_process
+from mempool.rayhost.state import folders
 
 IDLE = "while true; do sleep 0.1; done"
 SLEEPER = "import time; time.sleep(60)"

@@ -7,7 +7,7 @@ import pytest
 
 from mempool.config import Adam, ClusterConfig, PoolConfig, ProductKeys, TableConfig
 from mempool.errors import ConfigError
-from mempool.rayhost.records import (
+from mempool.rayhost.state.records import (
     PoolRecord,
     forget_record,
     hand_over_ray,
