@@ -12,6 +12,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 from mempool.config import ClusterConfig
 from mempool.errors import MempoolError, ShardUnavailable
 from mempool.rayhost.actors import NAMESPACE, free_resources, make_actor, shard_name, shard_of
+from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.shard_actor import Description, ShardProcess
 from mempool.types import ShardInfo
 
@@ -28,12 +29,12 @@ class RayLauncher:
 
     Args:
         config: Resources of a shard, and what its server binds to.
-        token: The pool's token, handed to the actors (they may run on hosts without the token's file).
+        keys: The pool's, handed to the actors (they may run on hosts without the files).
     """
 
-    def __init__(self, config: ClusterConfig, *, token: str | None) -> None:
+    def __init__(self, config: ClusterConfig, *, keys: PoolKeys) -> None:
         self._config = config
-        self._token = token
+        self._keys = keys
         self._pool = config.pool.name
         self._actors: dict[int, Any] = {}
         self._boots: dict[int, str] = {}
@@ -107,7 +108,7 @@ class RayLauncher:
             ShardProcess,
             self._config,
             shard,
-            self._token,
+            self._keys,
             name=shard_name(self._pool, shard),
             num_cpus=shard_config.num_cpus,
             num_gpus=shard_config.num_gpus,

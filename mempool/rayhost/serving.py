@@ -7,9 +7,12 @@ from mempool.client import GrpcDialer, Router
 from mempool.config import ClusterConfig, ShardConfig
 from mempool.controller import Controller
 from mempool.errors import ConfigError
+from mempool.observe import Stages
+from mempool.rayhost.keys import PoolKeys
 from mempool.server import LookupCoordinator, Server, ShardViews
 from mempool.shard import Engine
 from mempool.types import ShardHost, ShardInfo
+from mempool.wire.channels.channel import MAX_MESSAGE_BYTES
 
 _ANYWHERE = ("0.0.0.0", "::", "[::]")
 
@@ -30,16 +33,23 @@ class ShardServing:
         shard: The shard's number.
         incarnation: Of this start.
         node_ip: This node's address, as others see it.
-        token: The pool's token.
+        keys: The pool's.
     """
 
-    def __init__(self, config: ClusterConfig, *, shard: int, incarnation: int, node_ip: str, token: str | None) -> None:
+    def __init__(self, config: ClusterConfig, *, shard: int, incarnation: int, node_ip: str, keys: PoolKeys) -> None:
         self._config = config
         self._host = advertised_host(config, node_ip)
         self._shard = shard
         self._incarnation = incarnation
-        self._server = Server(token=token)
-        self._dialer = GrpcDialer(token=token)
+        self._stages = Stages()
+        self._server = Server(
+            token=keys.token,
+            controller_key=keys.controller_key,
+            tls=keys.server_tls,
+            in_flight_bytes=in_flight_bytes(config.shard),
+            stages=self._stages,
+        )
+        self._dialer = GrpcDialer(keys.channels())
         self._engine: Engine | None = None
 
     async def start(self) -> ShardInfo:
@@ -67,6 +77,7 @@ class ShardServing:
             memory_bytes=self._config.shard.memory,
             context_budget_bytes=self._config.shard.context_memory,
             commit_memory_bytes=self._config.shard.commit_memory,
+            stages=self._stages,
         )
 
         def dial(peer: ShardInfo) -> ShardHost:
@@ -91,14 +102,14 @@ class ControllerServing:
     Args:
         config: The pool's configuration.
         node_ip: This node's address, as others see it.
-        token: The pool's token.
+        keys: The pool's.
     """
 
-    def __init__(self, config: ClusterConfig, *, node_ip: str, token: str | None) -> None:
+    def __init__(self, config: ClusterConfig, *, node_ip: str, keys: PoolKeys) -> None:
         self._config = config
         self._host = advertised_host(config, node_ip)
-        self._server = Server(token=token)
-        self._dialer = GrpcDialer(token=token)
+        self._server = Server(token=keys.token, tls=keys.server_tls)
+        self._dialer = GrpcDialer(keys.channels())
         self._port = 0
         self.address: str | None = None
 
@@ -123,6 +134,11 @@ class ControllerServing:
         """Let calls under way finish, then end all connections."""
         await self._server.stop()
         await self._dialer.close()
+
+
+def in_flight_bytes(shard: ShardConfig) -> int:
+    """What a shard's callers may have it hold of messages at a time: a part of its memory, and three large ones."""
+    return max(shard.memory // 4, 3 * MAX_MESSAGE_BYTES)
 
 
 def engine_device(shard: ShardConfig) -> str:

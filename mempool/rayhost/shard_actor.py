@@ -12,6 +12,7 @@ import ray
 
 from mempool.config import ClusterConfig
 from mempool.rayhost.actors import node_ip
+from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.serving import ShardServing
 from mempool.types import ShardInfo
 from mempool.wire.channels.loop import run
@@ -30,10 +31,10 @@ class Description:
 class ShardProcess:
     """One start of a shard's process. Made an actor by ``RayLauncher``."""
 
-    def __init__(self, config: ClusterConfig, shard: int, token: str | None) -> None:
+    def __init__(self, config: ClusterConfig, shard: int, keys: PoolKeys) -> None:
         self._config = config
         self._shard = shard
-        self._token = token
+        self._keys = keys
         self._boot_id = uuid.uuid4().hex
         self._serving: ShardServing | None = None
         self._info: ShardInfo | None = None
@@ -61,6 +62,6 @@ class ShardProcess:
 
     async def _serve(self, incarnation: int, node_ip: str) -> ShardInfo:
         self._serving = ShardServing(
-            self._config, shard=self._shard, incarnation=incarnation, node_ip=node_ip, token=self._token
+            self._config, shard=self._shard, incarnation=incarnation, node_ip=node_ip, keys=self._keys
         )
         return await self._serving.start()

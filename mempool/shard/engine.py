@@ -85,6 +85,7 @@ class Engine:
         commit_memory_bytes: Temporary bytes of preparing and committing steps, of all tables together: a step that
             would need more is summed and applied in parts. The sums of one row and the gradient of one pair, some
             hundred bytes and the width of a row in float32, are needed in any case.
+        stages: Where its work is timed, beside that of the server before it; None: only its own is.
         held_lease_s: Seconds of silence after which a rank's held updates may be dropped where they stand in the way.
     """
 
@@ -101,6 +102,7 @@ class Engine:
         held_lease_s: float = 600.0,
         memory_bytes: int | None = None,
         commit_memory_bytes: int = 256 * MIB,
+        stages: Stages | None = None,
     ) -> None:
         self.info = info
         self._device = torch.device(device)
@@ -111,7 +113,7 @@ class Engine:
         self._contexts = Contexts(budget_bytes=context_budget_bytes, lease_s=context_lease_s)
         self._tables: dict[int, HostedTable] = {}
         self._started_s = time.monotonic()
-        self._stages = Stages()
+        self._stages = stages or Stages()
         self._thread = EngineThread(name=f"shard {info.shard} of pool {pool!r}", stages=self._stages)
 
     # Shard

@@ -4,10 +4,14 @@ Legend: B bags, L pairs of all bags together, M rows asked for, W columns of the
 D key dim. Bags are CSR: ``offsets`` [B + 1] int64, bag b holds pairs offsets[b] to offsets[b + 1].
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 ReplyDtype = Literal["float32", "bfloat16"]
 
