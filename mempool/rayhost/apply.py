@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from mempool.client import connect
 from mempool.config import Changes, ClusterConfig, TableConfig, diff
 from mempool.errors import InvalidRequest
-from mempool.rayhost.keys import client_tls_of
 from mempool.rayhost.records import read_record, write_record
 from mempool.types import PoolStatus, RescaleProgress
-from mempool.wire.channels.tls import ClientTls
+
+if TYPE_CHECKING:
+    from mempool.wire.channels.tls import ClientTls
 
 _ANSWER_TIMEOUT_S = 15.0
 _TABLE_TIMEOUT_S = 3600.0  # initial values of a table of a hundred GiB take their time
@@ -55,7 +56,10 @@ def apply(
         DataLoss: A table has lost pages and the number of shards should change.
         PoolUnreachable: The pool does not answer.
     """
-    tls = client_tls_of(config)
+    from mempool.client import connect  # here, because it loads torch, and what only looks at plans needs none
+    from mempool.rayhost.keys import client_tls_of
+
+    tls = client_tls_of(config.pool.tls)
     with connect(address, token=token, tls=tls, timeout_s=_ANSWER_TIMEOUT_S) as pool:
         status = pool.status()
         changes = planned(config, status)
@@ -80,12 +84,14 @@ def create_tables(
     *,
     address: str,
     token: str | None,
-    tls: ClientTls | None,
+    tls: "ClientTls | None",
     say: Callable[[str], None],
 ) -> None:
     """Create tables one after another. Raises MempoolError; those made before it stay."""
     if not tables:
         return
+    from mempool.client import connect
+
     with connect(address, token=token, tls=tls, timeout_s=_TABLE_TIMEOUT_S) as pool:
         for table in tables:
             say(f"creating table {table.name!r}: {table.num_slots:,} x {table.value_dim} {table.dtype}")

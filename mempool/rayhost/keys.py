@@ -6,7 +6,7 @@ Ray hands it to the actors.
 import secrets
 from dataclasses import dataclass, field
 
-from mempool.config import ClusterConfig
+from mempool.config import ClusterConfig, TlsConfig
 from mempool.wire.channels.grpc_channel import GrpcChannels
 from mempool.wire.channels.tls import ClientTls, ServerTls
 
@@ -40,7 +40,7 @@ class PoolKeys:
             token=config.pool.token(),
             controller_key=secrets.token_hex(32),
             server_tls=certificate,
-            client_tls=client_tls_of(config),
+            client_tls=client_tls_of(config.pool.tls),
         )
 
     def channels(self) -> GrpcChannels:
@@ -48,7 +48,6 @@ class PoolKeys:
         return GrpcChannels(token=self.token, controller_key=self.controller_key, tls=self.client_tls)
 
 
-def client_tls_of(config: ClusterConfig) -> ClientTls | None:
+def client_tls_of(tls: TlsConfig | None) -> ClientTls | None:
     """How commands know the servers of a pool. Raises ConfigError where the authority's file cannot be read."""
-    tls = config.pool.tls
     return None if tls is None else ClientTls(authority=tls.read("authority"), server_name=tls.server_name)

@@ -18,12 +18,12 @@ from mempool.server.memory import Trimming
 from mempool.server.services import Handlers, Lookup, Services
 from mempool.server.token import TokenInterceptor
 from mempool.types import PoolApi, ShardHost
-from mempool.wire.channels.channel import MAX_MESSAGE_BYTES, server_options
+from mempool.wire.channels.channel import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, server_options
 from mempool.wire.channels.tls import ServerTls
 from mempool.wire.methods import MEMORY_SERVICE, POOL_SERVICE, SHARD_SERVICE
 from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2  # noqa: F401  # reflection finds the services by them
 
-IN_FLIGHT_BYTES = 4 * MAX_MESSAGE_BYTES
+IN_FLIGHT_BYTES = 4 * MAX_REQUEST_BYTES
 RECEIVE_TIMEOUT_S = 30.0
 _LAST_WORDS_S = 0.5
 """For what is on its way out when all calls have ended."""
@@ -58,7 +58,9 @@ class Server:
     ) -> None:
         self._token = token
         self._tls = tls
-        self._admission = Admission(budget_bytes=in_flight_bytes, message_bytes=max_message_bytes)
+        self._admission = Admission(
+            budget_bytes=in_flight_bytes, message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES)
+        )
         self._trimming = Trimming(self._admission)
         self._door = Door(
             admission=self._admission,
@@ -69,7 +71,7 @@ class Server:
         self._services = Services(max_message_bytes=max_message_bytes, door=self._door)
         self._server = grpc.aio.server(
             interceptors=() if token is None else (TokenInterceptor(token),),
-            options=server_options(max_message_bytes=max_message_bytes),
+            options=server_options(max_message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES)),
         )
         self._health = HealthServicer()
         self._started = False

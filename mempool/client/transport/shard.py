@@ -3,6 +3,8 @@
 Everything here is made, used and closed on the process's IO loop. Retries and deadlines are the router's.
 """
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -127,9 +129,7 @@ class GrpcShard:
         """End the connection; calls under way end with ShardUnavailable. Repeatable."""
         await self._channel.close()
 
-    async def _call(
-        self, method: Method[RequestT, ReplyT], request: RequestT, *, ids: "Tensor | None" = None
-    ) -> ReplyT:
+    async def _call(self, method: Method[RequestT, ReplyT], request: RequestT, *, ids: Tensor | None = None) -> ReplyT:
         narrow_ids = ids is not None and _fit_narrow(ids)
         self._calls += 1
         try:
@@ -195,7 +195,7 @@ class GrpcDialer:
         task.add_done_callback(self._closing.discard)
 
 
-def _fit_narrow(ids: "Tensor") -> bool:
+def _fit_narrow(ids: Tensor) -> bool:
     """Whether ids fit uint32. One pass over them costs less than the bytes it saves."""
     numbers = ids.numpy()  # numpy: torch's thread pool can hold up the IO loop for milliseconds
     if not numbers.size or numbers.dtype == np.uint32:

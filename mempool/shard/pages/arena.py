@@ -3,7 +3,9 @@
 Knows where rows lie, which columns a block has in each array and what they hold at first. Who asks is the table's.
 
 Values of one byte an element lie in one tensor with their scales, a row in one piece. "values" (their codes) and
-"scales" are views of it, so that pages are moved, staged and exported by named array whatever they hold.
+"values.scales" are views of it, so that pages are moved, staged and exported by named array whatever they hold.
+
+What belongs to a trainable array is named `<array>.<what>`: its optimizer state, master, scales and last step.
 """
 
 import math
@@ -23,7 +25,9 @@ from mempool.types import FlatKeySpec, ProductKeySpec, TableSchema
 Blocks = tuple[int, ...]
 
 VALUES = "values"
-SCALES = "scales"
+SCALES = f"{VALUES}.scales"
+MASTER = f"{VALUES}.{kernels.MASTER}"
+LAST_STEP = f"{VALUES}.{kernels.LAST_STEP}"
 KEYS = "keys"
 HEAD_KEYS = "head_keys"
 
@@ -86,9 +90,11 @@ def named_arrays(schema: TableSchema) -> tuple[NamedArray, ...]:
     if schema.packed:
         arrays.append(NamedArray(name=SCALES, per="block", dtype=torch.float32, initial=None, schema=schema))
     if schema.master:
-        arrays.append(NamedArray(name=kernels.MASTER, per="element", dtype=torch.float32, initial=None, schema=schema))
+        arrays.append(NamedArray(name=MASTER, per="element", dtype=torch.float32, initial=None, schema=schema))
     arrays += [
-        NamedArray(name=state.name, per=state.per, dtype=state.dtype, initial=state.initial, schema=schema)
+        NamedArray(
+            name=f"{VALUES}.{state.name}", per=state.per, dtype=state.dtype, initial=state.initial, schema=schema
+        )
         for state in state_arrays(schema.optimizer)
     ]
     if isinstance(schema.keys, FlatKeySpec):
@@ -214,8 +220,8 @@ class Arena:
         return scales.view(torch.float32)
 
     def state(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Optimizer state and master, to be changed in place."""
-        return {name: self._stores[name] for name in names}
+        """State and master of the values, to be changed in place, by the names of kernels: without the array's."""
+        return {name: self._stores[f"{VALUES}.{name}"] for name in names}
 
     def locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """[M] slot ids, all of the table: which are here, [M] bool, and the arena rows of those."""
@@ -225,7 +231,7 @@ class Arena:
 
     def catch_up(self, rows: Tensor, schedule: kernels.DenseSchedule, names: tuple[str, ...]) -> None:
         """Do the steps of a dense optimizer that these rows, which may repeat, have missed. names: ``step_names``."""
-        late = self._stores[kernels.LAST_STEP][rows].amin(dim=1) < schedule.last_step
+        late = self._stores[LAST_STEP][rows].amin(dim=1) < schedule.last_step
         rows = torch.unique(rows[late])
         if rows.numel():
             kernels.catch_up(

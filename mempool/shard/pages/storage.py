@@ -15,6 +15,8 @@ from torch import Tensor
 from mempool import kernels
 from mempool.shard.pages.arena import (
     KEYS,
+    LAST_STEP,
+    MASTER,
     SCALES,
     VALUE_DTYPES,
     VALUES,
@@ -198,7 +200,7 @@ class Storage:
             rows[len(slots) :] = 0  # slots of the last page that do not exist
             if self.schema.packed and array.name in (VALUES, SCALES):
                 continue
-            if self.schedule is not None and array.name == kernels.LAST_STEP:
+            if self.schedule is not None and array.name == LAST_STEP:
                 rows[:] = self.schedule.last_step
                 continue
             self._fill_array(array, arena.blocks, slots, rows[: len(slots)])
@@ -330,12 +332,12 @@ class Storage:
             return
         self.catch_up(ids_M)
         array = self.arrays[name]
-        together = name in (VALUES, kernels.MASTER) and self.schema.master
+        together = name in (VALUES, MASTER) and self.schema.master
         for lane in self._lanes:
             if not lane.arena.has(name):
                 continue
             rows = rows_MW[:, self._places(array, lane.arena.blocks)]
-            for written in (VALUES, kernels.MASTER) if together else (name,):
+            for written in (VALUES, MASTER) if together else (name,):
                 paged = lane.arena.paged(written)
                 kernels.scatter_rows(paged, ids_M, rows.to(paged.value_dtype).contiguous())
 
@@ -344,7 +346,7 @@ class Storage:
         for place, head in enumerate(ids_M.tolist()):
             if head in self.heads:
                 rows_MW[place] = self.head_keys[self.heads.index(head)]
-        return rows_MW.view(ids_M.shape[0], -1)
+        return rows_MW.flatten(1)
 
     def _places(self, array: NamedArray, blocks: Blocks) -> Tensor:
         """Where the columns of ``blocks`` stand in a row of all blocks owned: [W of blocks] int64."""

@@ -8,8 +8,10 @@ from typing import Any, Protocol, TypeVar
 
 from mempool.wire.methods import Method
 
-MAX_MESSAGE_BYTES = 128 * 2**20
-"""65,536 bags of 128 pairs, or as many values of 256 columns, with room to spare."""
+MAX_MESSAGE_BYTES = 256 * 2**20
+"""Of any message. Answers may have so much: only who asks for it holds it."""
+MAX_REQUEST_BYTES = (128 + 16) * 2**20
+"""Of what a server reads: a server holds it for anyone who sends it. 65,536 bags of 128 pairs, or a head's keys."""
 MAX_CONCURRENT_STREAMS = 256
 """Calls at a time of one connection; more wait at the client."""
 
@@ -72,7 +74,7 @@ def client_options(*, max_message_bytes: int = MAX_MESSAGE_BYTES, server_name: s
     """Channel options of a client. server_name: what the servers' certificates are checked for, not their address."""
     return [
         ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", min(max_message_bytes, MAX_REQUEST_BYTES)),
         # Else channels of one process to one address share a single TCP connection.
         ("grpc.use_local_subchannel_pool", 1),
         # Retries are the client's, inside one deadline.
@@ -93,7 +95,7 @@ def client_options(*, max_message_bytes: int = MAX_MESSAGE_BYTES, server_name: s
 def server_options(*, max_message_bytes: int = MAX_MESSAGE_BYTES) -> Options:
     """Options of a server that go with ``client_options``."""
     return [
-        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", min(max_message_bytes, MAX_REQUEST_BYTES)),
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
         # Two servers on one port must fail, not share its connections.

@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from mempool.errors import PoolUnreachable, RequestTooLarge, ShardUnavailable, Unauthenticated, Unavailable
-from mempool.wire.channels.channel import MAX_MESSAGE_BYTES, ReplyT, RequestT, client_options
+from mempool.wire.channels.channel import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, ReplyT, RequestT, client_options
 from mempool.wire.channels.tls import ClientTls
 from mempool.wire.methods import CONTROLLER_KEY, Method
 from mempool.wire.status import from_rpc_error
@@ -69,7 +69,7 @@ class GrpcChannel:
     ) -> None:
         self.address = address
         self.shard = shard
-        self._max_message_bytes = max_message_bytes
+        self._max_request_bytes = min(max_message_bytes, MAX_REQUEST_BYTES)
         self._metadata: Metadata = () if token is None else (("authorization", f"Bearer {_sendable(token)}"),)
         key: Metadata = () if controller_key is None else ((CONTROLLER_KEY, controller_key),)
         self._controlling: Metadata = (*self._metadata, *key)
@@ -152,9 +152,9 @@ class GrpcChannel:
         if self._closed:
             raise self._closed_error()
         frame = method.request.encode(request, narrow_ids=narrow_ids)
-        if len(frame) > self._max_message_bytes:
+        if len(frame) > self._max_request_bytes:
             raise RequestTooLarge(
-                f"{method.request.name} has {len(frame):,} bytes; {self._max_message_bytes:,} are accepted "
+                f"{method.request.name} has {len(frame):,} bytes; {self._max_request_bytes:,} are accepted "
                 "(max_message_bytes). Send fewer bags or rows at a time",
                 shard=self.shard,
                 address=self.address,

@@ -32,7 +32,7 @@ def test_files_are_read_where_commands_are_given(tmp_path: Path, monkeypatch: py
     assert keys.server_tls is not None
     assert keys.server_tls.certificate == files.certificate.read_bytes()
     assert keys.server_tls.key == files.key.read_bytes()
-    assert keys.client_tls == client_tls_of(config(tls=tls))
+    assert keys.client_tls == client_tls_of(tls)
     assert keys.client_tls is not None
     assert keys.client_tls.server_name == "pool.test"
     channels = keys.channels()

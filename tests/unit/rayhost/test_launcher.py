@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError
 from mempool.config import ClusterConfig, PoolConfig, load
 from mempool.errors import ConfigError, ShardUnavailable
 from mempool.rayhost import launcher as launcher_module
-from mempool.rayhost.actors import NAMESPACE
+from mempool.rayhost.actors import NAMESPACE, kernel_variables
 from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.launcher import RayLauncher
 from mempool.rayhost.shard_actor import Description, ShardProcess
@@ -85,7 +85,7 @@ def shards(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeShard]:
     """The actors there are, by name."""
     actors: dict[str, FakeShard] = {}
 
-    def make_actor(_process: type, _config: object, shard: int, _keys: object, **options: Any) -> FakeShard:
+    def make_actor(_process: type, _config: object, shard: int, _token: object, **options: Any) -> FakeShard:
         assert options["max_task_retries"] == 0
         return actors.setdefault(options["name"], FakeShard(shard))
 
@@ -217,5 +217,5 @@ def test_a_shard_gets_what_the_8_gpu_file_says(monkeypatch: pytest.MonkeyPatch) 
         "max_restarts": 7,
         "max_task_retries": 0,
         "scheduling_strategy": "SPREAD",
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "2"}},
+        "variables": kernel_variables(2),
     }
