@@ -192,7 +192,7 @@ def _connect(target: Target) -> Pool:
     from mempool.client import connect
 
     target.status()  # where nobody answers, the command's own words, and soon
-    return connect(target.address, token=target.token, timeout_s=_CHANGE_TIMEOUT_S)
+    return connect(target.address, token=target.token, tls=target.tls, timeout_s=_CHANGE_TIMEOUT_S)
 
 
 def _print_json(document: object) -> None:

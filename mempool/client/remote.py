@@ -1,6 +1,7 @@
 """``mempool.connect``: a ``Pool`` over gRPC. Composition only."""
 
 import os
+from pathlib import Path
 
 from mempool.client.pool import Pool
 from mempool.client.routing.tries import Tries
@@ -11,6 +12,8 @@ from mempool.client.transport.shard import GrpcDialer
 from mempool.config import TOKEN_VARIABLE
 from mempool.errors import InvalidRequest
 from mempool.wire.channels import loop
+from mempool.wire.channels.grpc_channel import GrpcChannels
+from mempool.wire.channels.tls import ClientTls, client_tls
 
 # A controller that is being started again listens within seconds; where nobody does for longer, the address is wrong.
 _REFUSED_S = 5.0
@@ -18,18 +21,22 @@ _REFUSED_S = 5.0
 _STUCK_S = 30.0
 
 
-def connect(address: str, *, token: str | None = None, timeout_s: float = 30.0) -> Pool:
+def connect(
+    address: str, *, token: str | None = None, tls: ClientTls | Path | str | None = None, timeout_s: float = 30.0
+) -> Pool:
     """Attach to a running pool.
 
     Args:
         address: "host:port" of the pool, or several with commas between: "a:7077,b:7077". Addresses of shards do too;
             they answer while the controller is away. IPv6 addresses stand in brackets: "[::1]:7077".
         token: The pool's token; None takes the environment variable MEMPOOL_TOKEN, if set.
+        tls: For a pool with encryption (pool.tls): the file with the certificate of the authority that signed its
+            servers'. None takes the environment variable MEMPOOL_TLS_AUTHORITY, if set; else nothing is encrypted.
         timeout_s: Deadline of each call, this one too, seconds, retries included. Where nobody listens at any address
             this one ends after 5 s.
 
     Raises:
-        InvalidRequest: An address is not "host:port", or timeout_s is not above 0.
+        InvalidRequest: An address is not "host:port", timeout_s is not above 0, or tls is no certificate.
         PoolUnreachable: No address answered within timeout_s.
         Unauthenticated: The token is missing or wrong.
 
@@ -41,7 +48,8 @@ def connect(address: str, *, token: str | None = None, timeout_s: float = 30.0) 
     if not timeout_s > 0.0:
         raise InvalidRequest(f"timeout_s = {timeout_s}: must be above 0 seconds.")
     token = os.environ.get(TOKEN_VARIABLE) or None if token is None else token
-    api, dialer = GrpcPool(addresses, token=token), GrpcDialer(token=token)
+    channels = GrpcChannels(token=token, tls=client_tls(tls))
+    api, dialer = GrpcPool(addresses, channels), GrpcDialer(channels)
     name = loop.run(_name_of(api, timeout_s=timeout_s), timeout_s=timeout_s + _STUCK_S)
     return Pool(api, dialer.dial, name=name or address, timeout_s=timeout_s, on_close=dialer.close)
 

@@ -17,6 +17,7 @@ from mempool.rayhost import ray_process
 from mempool.rayhost.actors import NAMESPACE, cluster_resources, controller_name, make_actor, node_ip, pool_of
 from mempool.rayhost.apply import create_tables
 from mempool.rayhost.controller_actor import ControllerProcess
+from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.serving import advertised_host
 from mempool.rayhost.state.folders import state_folder
 from mempool.rayhost.state.records import (
@@ -50,7 +51,7 @@ def up(config: ClusterConfig, *, say: Say = print, timeout_s: float = _UP_TIMEOU
         PoolUnreachable: Ray cannot be reached or started.
         MempoolError: The pool did not start; what was started for it was ended again.
     """
-    name, token = config.pool.name, config.pool.token()
+    name, keys = config.pool.name, PoolKeys.of(config)
     if not config.pool.port:  # taken now, so that it is the same when the controller comes back
         config = config.model_copy(update={"pool": config.pool.model_copy(update={"port": ray_process.free_port()})})
     _require_down(name)
@@ -66,14 +67,14 @@ def up(config: ClusterConfig, *, say: Say = print, timeout_s: float = _UP_TIMEOU
         for line in (*_shortages(config), *_out_of_reach(config)):
             say(line)
         try:
-            controller = _make_controller(config, token, timeout_s)
+            controller = _make_controller(config, keys, timeout_s)
         except ValueError:  # another `up` came first: what runs under this name is not this one's to end
             raise _already(name, ray_address) from None
         try:
             address = _started(controller, say=say, timeout_s=timeout_s)
             record = PoolRecord(name=name, address=address, ray_address=ray_address, ray_pid=ray_pid, config=config)
             write_record(record)
-            create_tables(config.tables, address=address, token=token, say=say)
+            create_tables(config.tables, address=address, token=keys.token, tls=keys.client_tls, say=say)
         except BaseException:
             _kill(name)
             if before is None:
@@ -206,13 +207,13 @@ def _out_of_reach(config: ClusterConfig) -> list[str]:
     ]
 
 
-def _make_controller(config: ClusterConfig, token: str | None, start_timeout_s: float) -> Any:
+def _make_controller(config: ClusterConfig, keys: PoolKeys, start_timeout_s: float) -> Any:
     """The controller's actor. Raises ValueError where there is one of that name."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     return make_actor(
         ControllerProcess,
         config,
-        token,
+        keys,
         start_timeout_s,
         name=controller_name(config.pool.name),
         num_cpus=0,

@@ -185,6 +185,7 @@ def _serve(threads: int) -> None:
     """[SHARD] a pool of one shard, until the input ends."""
     from mempool.config import ClusterConfig, PoolConfig, ShardConfig
     from mempool.controller import Controller
+    from mempool.rayhost.keys import PoolKeys
     from mempool.rayhost.serving import ControllerServing
     from mempool.rayhost.shard_serving import ShardServing
     from mempool.wire.channels import loop
@@ -192,18 +193,20 @@ def _serve(threads: int) -> None:
     pool = PoolConfig(name="contention", shards=1, port=0)
     config = ClusterConfig(pool=pool, shard=ShardConfig(threads=threads, memory="2GiB"))
 
+    keys = PoolKeys.of(config)
+
     class Here:
         """The launcher of a controller whose only shard is in its own process."""
 
         async def start(self, shard: int) -> ShardInfo:
-            self.serving = ShardServing(config, shard=shard, incarnation=1, node_ip="127.0.0.1", token=None)
+            self.serving = ShardServing(config, shard=shard, incarnation=1, node_ip="127.0.0.1", keys=keys)
             return await self.serving.start()
 
         async def stop(self, info: ShardInfo) -> None:  # noqa: ARG002
             await self.serving.stop()
 
     async def start() -> str:
-        serving = ControllerServing(config, node_ip="127.0.0.1", token=None)
+        serving = ControllerServing(config, node_ip="127.0.0.1", keys=keys)
         controller = Controller(pool.name, launcher=Here(), dial=serving.dial)
         await controller.open(1)
         return await serving.start(controller)

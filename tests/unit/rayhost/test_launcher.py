@@ -12,10 +12,13 @@ from mempool.config import ClusterConfig, PoolConfig, load
 from mempool.errors import ConfigError, ShardUnavailable
 from mempool.rayhost import launcher as launcher_module
 from mempool.rayhost.actors import NAMESPACE, kernel_variables
+from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.launcher import RayLauncher
 from mempool.rayhost.shard_actor import Description, ShardProcess
 from mempool.types import ShardInfo
 from mempool.wire.channels.loop import run
+
+KEYS = PoolKeys(token="a-token", controller_key="a-key")
 
 
 class FakeMethod:
@@ -103,7 +106,7 @@ def shards(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeShard]:
 
 
 def make() -> RayLauncher:
-    return RayLauncher(ClusterConfig(pool=PoolConfig(name="local", shards=2)), token=None)
+    return RayLauncher(ClusterConfig(pool=PoolConfig(name="local", shards=2)), keys=KEYS)
 
 
 def bounded(coro: Any) -> Any:
@@ -201,12 +204,12 @@ def test_a_shard_gets_what_the_8_gpu_file_says(monkeypatch: pytest.MonkeyPatch) 
         return FakeShard(3)
 
     monkeypatch.setattr(launcher_module, "make_actor", make)
-    info = run(RayLauncher(config, token="a-token").start(3), timeout_s=10)
+    info = run(RayLauncher(config, keys=KEYS).start(3), timeout_s=10)
     assert info.shard == 3
     assert info.incarnation > 1_600_000_000_000  # of the clock: above those a controller before this one gave
     assert made == {
         "process": ShardProcess,
-        "arguments": (config, 3, "a-token"),
+        "arguments": (config, 3, KEYS),
         "name": "memory/shard-3",
         "num_cpus": 2,
         "num_gpus": 1,

@@ -8,11 +8,12 @@ import torch
 from mempool.client import GrpcDialer
 from mempool.config import ClusterConfig, PoolConfig, ShardConfig
 from mempool.errors import ConfigError
+from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.shard_serving import ShardServing, engine_device
 from mempool.types import ShardStatus
 from mempool.wire.channels.loop import run
 
-TOKEN = "a-token"
+KEYS = PoolKeys(token="a-token", controller_key="a-key")
 
 
 def config(**pool: object) -> ClusterConfig:
@@ -38,10 +39,10 @@ def test_a_shard_takes_a_port_of_its_range() -> None:
 
         async def serve() -> tuple[str, ShardStatus]:
             serving = ShardServing(
-                config(shard_ports=f"{first}-{first + 1}"), shard=3, incarnation=7, node_ip="10.0.0.7", token=TOKEN
+                config(shard_ports=f"{first}-{first + 1}"), shard=3, incarnation=7, node_ip="10.0.0.7", keys=KEYS
             )
             info = await serving.start()
-            dialer = GrpcDialer(token=TOKEN)
+            dialer = GrpcDialer(KEYS.channels())
             try:
                 return info.address, await dialer.dial(info).status()
             finally:
@@ -64,7 +65,7 @@ def test_a_shard_that_does_not_start_gives_its_port_back(monkeypatch: pytest.Mon
     )
 
     async def serve() -> None:
-        await ShardServing(no_gpu, shard=0, incarnation=1, node_ip="10.0.0.7", token=None).start()
+        await ShardServing(no_gpu, shard=0, incarnation=1, node_ip="10.0.0.7", keys=KEYS).start()
 
     for _ in range(3):  # the controller tries again: what is wrong must not turn into "no free port"
         with pytest.raises(ConfigError, match="no GPU that torch can use"):
