@@ -11,16 +11,24 @@ from mempool.types import PoolStatus, ShardStatus, TableStatus, TableView
 def status(now: PoolStatus, *, address: str) -> dict[str, Any]:
     """The document of `mempool status --json`.
 
-    Keys: ``pool``, ``address``, ``rescaling``, ``shards`` (list, by shard id) and ``tables`` (list). Sizes are bytes,
-    times are seconds. Of a shard in state "unreachable" only ``shard``, ``address``, ``incarnation`` and ``state``
-    mean anything.
+    Keys: ``pool``, ``address``, ``rescaling``, ``wanted_shards`` (null while the controller is away), ``waiting_for``
+    and ``unfinished`` (text, empty if there is nothing), ``shards`` (list, by shard id), ``tables`` (list) and
+    ``creating`` (list, tables that are being made). Sizes are bytes, times are seconds. Of a shard in state
+    "unreachable" only ``shard``, ``address``, ``incarnation`` and ``state`` mean anything.
     """
     return {
         "pool": now.name,
         "address": address,
         "rescaling": now.rescaling,
+        "wanted_shards": now.wanted_shards or None,
+        "waiting_for": now.waiting_for,
+        "unfinished": now.unfinished,
         "shards": [_shard(shard) for shard in now.shards],
         "tables": [table(view, now) for view in now.tables],
+        "creating": [
+            {**asdict(creation), "bytes_done": creation.bytes_done, "bytes_total": creation.bytes_total}
+            for creation in now.creating
+        ],
     }
 
 
@@ -68,6 +76,7 @@ def changes(found: Changes, *, applied: bool) -> dict[str, Any]:
     return {
         "applied": applied,
         "nothing": found.nothing,
+        "unfinished": found.unfinished,
         "shards_before": found.shards_before,
         "shards_after": found.shards_after,
         "create": [table.name for table in found.create],

@@ -31,7 +31,8 @@ def counted(number: int, noun: str) -> str:
 def status(now: PoolStatus, *, address: str) -> None:
     """Shards, tables, and what is wrong."""
     console = _console()
-    moving = ", moving pages" if now.rescaling else ""
+    moving = f", going to {counted(now.wanted_shards, 'shard')}" if now.rescaling else ""
+    moving += f": waiting for {now.waiting_for}" if now.waiting_for else ""
     shown = f"{counted(len(now.shards), 'shard')}, {counted(len(now.tables), 'table')}"
     console.print(f"pool {now.name} at {address}: {shown}{moving}")
     shards = _table(console, "shard", "address", "state", "device", "pages' memory", "up for", "incarnation")
@@ -50,6 +51,9 @@ def status(now: PoolStatus, *, address: str) -> None:
                 f"{table['updates_applied']:,}", style="red" if table["lost_pages"] else None,
             )  # fmt: skip
         console.print(tables)
+    for creation in now.creating:
+        so_far = f"{_size(creation.bytes_done)} of {_size(creation.bytes_total)}" if creation.shards else ""
+        console.print(f"making table {creation.table}: {so_far or 'waits for ' + creation.waiting_for}")
     for line in _troubles(now, found):
         console.print(line, style="red")
 

@@ -32,6 +32,7 @@ class Changes:
         kept: Names of tables the pool has and the file does not; nothing happens to them: apply never drops data.
         refused: Changes no living pool can follow; apply must do nothing at all while there are any.
         restart: Changes that take effect only when the pool is started again; apply leaves them aside.
+        unfinished: What is not where that number of shards would have it, though their number is right.
     """
 
     shards_before: int
@@ -40,11 +41,17 @@ class Changes:
     kept: tuple[str, ...] = ()
     refused: tuple[FieldChange, ...] = ()
     restart: tuple[FieldChange, ...] = ()
+    unfinished: str = ""
+
+    @property
+    def rescale(self) -> bool:
+        """Whether shards are to be started or stopped, or pages to be moved."""
+        return self.shards_before != self.shards_after or bool(self.unfinished)
 
     @property
     def nothing(self) -> bool:
         """Whether apply has nothing to do."""
-        return self.shards_before == self.shards_after and not (self.create or self.refused)
+        return not (self.rescale or self.create or self.refused)
 
     def check(self) -> None:
         """Stop here where the pool cannot follow.
@@ -64,6 +71,8 @@ class Changes:
         said = []
         if self.shards_before != self.shards_after:
             said.append(f"shards: {self.shards_before} -> {self.shards_after}, moving pages while the pool works")
+        if self.unfinished:
+            said.append(f"move pages to where {self.shards_after} shards have them: {self.unfinished}")
         said += [f"create table {t.name}: {t.num_slots:_} x {t.value_dim} {t.dtype}" for t in self.create]
         said += [f"keep table {name}: it is not in the file, and apply never drops data" for name in self.kept]
         said += [f"refuse {change}: it cannot change while the pool lives" for change in self.refused]
@@ -77,6 +86,7 @@ def diff(
     *,
     live_tables: Iterable[TableSchema] | None = None,
     live_shards: int | None = None,
+    unfinished: str = "",
 ) -> Changes:
     """Compare two configurations.
 
@@ -85,6 +95,7 @@ def diff(
         new: The one it shall follow.
         live_tables: The tables the pool has now, clients' own among them; by default those of ``old``.
         live_shards: The shards the pool has now; by default those of ``old``.
+        unfinished: What is not where it should be, though the number of shards may be right.
     """
     if live_tables is None:
         live_tables = map(resolve, old.tables)
@@ -107,6 +118,7 @@ def diff(
         kept=tuple(name for name in live if name not in wanted),
         refused=tuple(change for change in refused if change.before != change.after),
         restart=tuple(restart),
+        unfinished=unfinished,
     )
 
 

@@ -9,9 +9,10 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from mempool.config.amounts import ByteCount, PortRange
-from mempool.config.model import ConfigModel, FieldProblem, Number, WholeNumber
+from mempool.config.model import ConfigModel, FieldProblem, Flag, Number, WholeNumber
 from mempool.config.table import Name, TableConfig
 from mempool.errors import ConfigError
+from mempool.types import MAX_SHARDS
 
 TOKEN_VARIABLE = "MEMPOOL_TOKEN"
 TLS_VARIABLE = "MEMPOOL_TLS_AUTHORITY"
@@ -108,7 +109,7 @@ class PoolConfig(ConfigModel):
     """
 
     name: Name
-    shards: WholeNumber = Field(gt=0, le=4096)
+    shards: WholeNumber = Field(gt=0, le=MAX_SHARDS)
     bind: Host = "127.0.0.1"
     advertise: Host | None = None
     port: WholeNumber = Field(default=7077, ge=0, le=65535)
@@ -214,9 +215,12 @@ class RayConfig(ConfigModel):
     Args:
         address: "auto": the cluster of this machine, or one started here where there is none; "local": always one
             started here; "host:port": that cluster's head.
+        autoscaling: Nodes join that cluster by themselves when shards ask for more than is free: new shards are waited
+            for. Otherwise a rescale for which there is no room is refused at once.
     """
 
     address: Annotated[str, AfterValidator(_ray_address)] = "auto"
+    autoscaling: Flag = False
 
 
 class ClusterConfig(ConfigModel):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from mempool.config import Changes, ClusterConfig, TableConfig, diff
 from mempool.errors import InvalidRequest
+from mempool.placement import Assignment, moves, plan
 from mempool.rayhost.state.records import read_record, write_record
 from mempool.types import PoolStatus, RescaleProgress
 
@@ -27,7 +28,39 @@ def planned(config: ClusterConfig, status: PoolStatus) -> Changes:
         old = config.model_copy(update={"pool": config.pool.model_copy(update={"name": status.name})})
     else:
         old = record.config
-    return diff(old, config, live_tables=[view.schema for view in status.tables], live_shards=len(status.shards))
+    return diff(
+        old,
+        config,
+        live_tables=[view.schema for view in status.tables],
+        live_shards=len(status.shards),
+        unfinished=unfinished(status),
+    )
+
+
+def unfinished(status: PoolStatus) -> str:
+    """What of a pool is not where its shards would have it, for people: a rescale stopped there. "" if nothing."""
+    if status.unfinished:
+        return status.unfinished
+    shards = [shard.info.shard for shard in status.shards]
+    for view in status.tables:
+        schema, placement = view.schema, view.placement
+        missing = sorted(set(placement.shards).difference(shards))
+        if missing:
+            return f"table {schema.name!r} has pages on shard {missing[0]}, which is not among the pool's shards"
+        present = Assignment(owners=placement.owners, key_owners=placement.key_owners)
+        target = plan(
+            present,
+            shards,
+            num_row_pages=schema.num_row_pages,
+            num_blocks=schema.num_blocks,
+            num_key_pages=schema.num_key_pages,
+            layout=schema.layout,
+        )
+        lying = moves(present, target).num_pages
+        if lying:
+            pages = placement.owners.size + placement.key_owners.size
+            return f"{lying:,} of {pages:,} pages of table {schema.name!r} are not where {len(shards)} shards have them"
+    return ""
 
 
 def apply(
@@ -68,10 +101,10 @@ def apply(
             return changes
         if status.rescaling:
             raise InvalidRequest(
-                f"pool {status.name!r} is moving pages for another rescale; wait for it (mempool status shows it), "
-                "then apply again"
+                f"pool {status.name!r} is on its way to {status.wanted_shards} shards; wait for it (see mempool "
+                "status), then apply again"
             )
-        if changes.shards_before != changes.shards_after:
+        if changes.rescale:
             say(f"rescaling: {changes.shards_before} -> {changes.shards_after} shards")
             pool.rescale(changes.shards_after, progress=progress)
             _write_shards(status.name, changes.shards_after)

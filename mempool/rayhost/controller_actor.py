@@ -64,7 +64,7 @@ class ControllerProcess:
     @ray.method(concurrency_group="health")
     def waiting_for(self) -> str:
         """What a start of the pool waits for, for people."""
-        return self._launcher.waiting_for(self._config.pool.shards)
+        return run(self._launcher.starting(), timeout_s=_BIND_TIMEOUT_S) or "the shards' servers"
 
     @ray.method(concurrency_group="health")
     def shard_is_back(self) -> None:
@@ -93,11 +93,13 @@ class ControllerProcess:
         while True:
             try:
                 await self._controller.adopt(await self._launcher.find())
+                self._launcher.heard(self._controller.highest_incarnation)
                 await self._serving.start(self._controller)
                 break
             except (MempoolError, TimeoutError, RayError) as error:
                 _LOG.warning("the controller could not resume yet, will try again: %s", error)
                 await asyncio.sleep(_RETRY_S)
+        self._heard.set()  # shards that came back too are admitted now
         await self._watch()
 
     async def _watch(self) -> None:
@@ -109,6 +111,7 @@ class ControllerProcess:
                     await self._heard.wait()
             self._heard.clear()
             try:
+                self._launcher.heard(self._controller.highest_incarnation)
                 for start in await self._launcher.changed():
                     assert start.info is not None, "admitted"
                     await self._controller.shard_restarted(start.info)

@@ -13,6 +13,7 @@ from mempool.config import ClusterConfig
 from mempool.errors import MempoolError, ShardUnavailable
 from mempool.rayhost.actors import NAMESPACE, free_resources, kernel_variables, make_actor, shard_name, shard_of
 from mempool.rayhost.keys import PoolKeys
+from mempool.rayhost.resources import asked, shortage
 from mempool.rayhost.shard_actor import Description, ShardProcess
 from mempool.types import ShardInfo
 
@@ -22,6 +23,9 @@ _FIND_TIMEOUT_S = 10.0
 _DESCRIBE_TIMEOUT_S = 5.0
 _STOP_TIMEOUT_S = 10.0
 _POLL_S = 0.2
+_FREE_LOOKS = 10
+_FREE_PAUSE_S = 0.5
+"""Ray hears of what an actor gave back about a second later."""
 
 
 class RayLauncher:
@@ -41,6 +45,43 @@ class RayLauncher:
         self._actors: dict[int, Any] = {}
         self._boots: dict[int, str] = {}
         self._incarnation = 0
+        self._starting: set[int] = set()
+
+    async def require_room(self, shards: int) -> None:
+        """Look at what Ray has free; what was given back a moment ago is waited for.
+
+        Raises:
+            ShardUnavailable: So many shards more ask for more than is free, and no nodes join by themselves.
+        """
+        config, lacking = self._config, ""
+        if config.ray.autoscaling:
+            return
+        for _ in range(_FREE_LOOKS):
+            free = await asyncio.to_thread(free_resources)
+            lacking = shortage(asked(config.shard), free, shards=shards)
+            if not lacking:
+                return
+            await asyncio.sleep(_FREE_PAUSE_S)
+        raise ShardUnavailable(
+            f"Ray has no room for {shards} more shard(s) of pool {self._pool!r}: they need {lacking}. Nothing was "
+            "started. Lower shard.num_cpus / shard.num_gpus in the config, or add nodes, then ask again; where nodes "
+            "join by themselves, set ray.autoscaling in the config"
+        )
+
+    async def starting(self) -> str:
+        """What starts under way wait for, for people; "" if there are none."""
+        if not self._starting:
+            return ""
+        starting = ", ".join(str(shard) for shard in sorted(self._starting))
+        free = await asyncio.to_thread(free_resources)
+        lacking = shortage(asked(self._config.shard), free, shards=len(self._starting))
+        if lacking:
+            return f"Ray to place shard {starting}: needs {lacking}"
+        return f"shard {starting} to start"
+
+    def heard(self, incarnation: int) -> None:
+        """An incarnation that some shard of this pool has or had: every new one is higher, whatever the clock says."""
+        self._incarnation = max(self._incarnation, incarnation)
 
     async def start(self, shard: int) -> ShardInfo:
         """Create the actor and admit it.
@@ -49,6 +90,13 @@ class RayLauncher:
             ShardUnavailable: Ray cannot place it, or it does not start in time.
             ConfigError: It has no free port, or there is no such device.
         """
+        self._starting.add(shard)
+        try:
+            return await self._start(shard)
+        finally:
+            self._starting.discard(shard)
+
+    async def _start(self, shard: int) -> ShardInfo:
         actor = await asyncio.to_thread(self._create, shard)
         try:
             async with asyncio.timeout(self._start_timeout_s):
@@ -81,14 +129,22 @@ class RayLauncher:
     async def find(self) -> list[ShardInfo]:
         """The shards of this pool that there are, for a controller that was restarted.
 
-        One that does not answer soon is named without an address; ``changed`` tells when it is there.
+        One that does not answer soon, or has no incarnation yet, is named without an address; ``changed`` tells when it
+        is there: by then those that answer have told what incarnations there were.
         """
         entries = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
         names = {entry["name"] for entry in entries if entry["namespace"] == NAMESPACE}
         shards = {shard: name for name in names if (shard := shard_of(self._pool, name)) is not None}
         for shard, name in shards.items():
             self._actors[shard] = await asyncio.to_thread(ray.get_actor, name, namespace=NAMESPACE)
-        return list(await asyncio.gather(*(self._found(shard) for shard in sorted(shards))))
+        found = await asyncio.gather(*(self._found(shard) for shard in sorted(shards)))
+        for description in found:
+            if description is not None and description.info is not None:
+                self.heard(description.info.incarnation)
+        if not any(description is not None and description.info is not None for description in found):
+            # All are new: nobody knows of others.
+            found = await asyncio.gather(*(self._admitted(shard, found[i]) for i, shard in enumerate(sorted(shards))))
+        return [self._known(shard, description) for shard, description in zip(sorted(shards), found, strict=True)]
 
     async def changed(self) -> list[Description]:
         """The shards that came back as a new process, each admitted as a new incarnation.
@@ -102,14 +158,6 @@ class RayLauncher:
         """The pool knows of this start of a shard."""
         if start.info is not None and start.info.shard in self._boots:
             self._boots[start.info.shard] = start.boot_id
-
-    def waiting_for(self, shards: int) -> str:
-        """What the start of a pool of ``shards`` shards waits for, for people."""
-        free = free_resources()
-        return (
-            f"{len(self._boots)} of {shards} shards have started; each asks Ray for {self._asked()}; free now: "
-            f"CPU={free.get('CPU', 0):g}, GPU={free.get('GPU', 0):g}"
-        )
 
     def _create(self, shard: int) -> Any:
         shard_config = self._config.shard
@@ -129,17 +177,30 @@ class RayLauncher:
         )
         return self._actors[shard]
 
-    async def _found(self, shard: int) -> ShardInfo:
+    async def _found(self, shard: int) -> Description | None:
+        """What a shard's process says of itself; None where it does not answer soon."""
         try:
             async with asyncio.timeout(_FIND_TIMEOUT_S):
-                start = await self._admit(self._actors[shard], await _describe(self._actors[shard]))
+                return await _describe(self._actors[shard])
         except (TimeoutError, RayError) as error:
             _LOG.warning("shard %d does not answer yet (%s)", shard, type(error).__name__)
+            return None
+
+    async def _admitted(self, shard: int, description: Description | None) -> Description | None:
+        """The same start with its incarnation; None where it does not answer soon."""
+        try:
+            async with asyncio.timeout(_FIND_TIMEOUT_S):
+                return None if description is None else await self._admit(self._actors[shard], description)
+        except (TimeoutError, RayError) as error:
+            _LOG.warning("shard %d does not answer any more (%s)", shard, type(error).__name__)
+            return None
+
+    def _known(self, shard: int, description: Description | None) -> ShardInfo:
+        if description is None or description.info is None:
             self._boots[shard] = ""
             return ShardInfo(shard=shard, address="", incarnation=0)
-        assert start.info is not None
-        self._boots[shard] = start.boot_id
-        return start.info
+        self._boots[shard] = description.boot_id
+        return description.info
 
     async def _new_start(self, shard: int) -> Description | None:
         """A shard's newest start, admitted, where the pool does not know it; None too while it is on its way up."""
@@ -158,7 +219,8 @@ class RayLauncher:
     async def _admit(self, actor: Any, description: Description) -> Description:
         """Give a start of a shard its incarnation, unless it has one."""
         if description.info is None:
-            # Milliseconds of now: ascending also over a restart of the controller, which remembers nothing.
+            # Milliseconds of now, so that they ascend over a restart of the controller, which remembers nothing; above
+            # all it has heard of, as its clock may be behind.
             self._incarnation = max(self._incarnation + 1, time.time_ns() // 1_000_000)
             description = replace(description, info=await _await(actor.admit.remote(self._incarnation)))
         return description

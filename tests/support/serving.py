@@ -51,6 +51,12 @@ class ServedPool:
     def dial(self, info: ShardInfo) -> ShardHost:
         return self.dialer.dial(info)
 
+    async def require_room(self, shards: int) -> None:
+        """There is always room."""
+
+    async def starting(self) -> str:
+        return ""
+
     async def start(self, shard: int) -> ShardInfo:
         self._incarnation += 1
         server = Server(

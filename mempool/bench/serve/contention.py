@@ -198,6 +198,12 @@ def _serve(threads: int) -> None:
     class Here:
         """The launcher of a controller whose only shard is in its own process."""
 
+        async def require_room(self, shards: int) -> None:
+            pass
+
+        async def starting(self) -> str:
+            return ""
+
         async def start(self, shard: int) -> ShardInfo:
             self.serving = ShardServing(config, shard=shard, incarnation=1, node_ip="127.0.0.1", keys=keys)
             return await self.serving.start()

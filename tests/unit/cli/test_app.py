@@ -35,7 +35,10 @@ def train(address: str, steps: int) -> None:
 def test_status_as_json(served: ServedPool, file: Path, command: Command) -> None:
     train(served.address, 3)
     document = json.loads(command("status", "--address", served.address, "--json").stdout)
-    assert list(document) == ["pool", "address", "rescaling", "shards", "tables"]
+    assert list(document) == [
+        "pool", "address", "rescaling", "wanted_shards", "waiting_for", "unfinished", "shards", "tables", "creating",
+    ]  # fmt: skip
+    assert (document["wanted_shards"], document["waiting_for"], document["unfinished"]) == (2, "", "")
     assert (document["pool"], document["address"], document["rescaling"]) == ("served", served.address, False)
     assert [shard["shard"] for shard in document["shards"]] == [0, 1]
     for shard in document["shards"]:
@@ -109,6 +112,7 @@ def test_apply(served: ServedPool, file: Path, command: Command) -> None:
         "kept": ["facts"],
         "refused": [],
         "restart": [],
+        "unfinished": "",
     }
     done = command("apply", "-f", file).stdout.splitlines()
     assert done[0] == "rescaling: 2 -> 3 shards"

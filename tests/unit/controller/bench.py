@@ -43,14 +43,24 @@ class Fleet:
         self.hosts: dict[int, Faulty] = {}
         self.refuse: set[int] = set()
         self.incarnation = 0
+        self.room = 1000
+        self.waits_for = ""
+        self.memory_bytes: int | None = None
 
     async def start(self, shard: int) -> ShardInfo:
         if shard in self.refuse:
             raise errors.ShardUnavailable(f"shard {shard} does not fit")
         self.incarnation += 1
         info = ShardInfo(shard=shard, address="", incarnation=self.incarnation)
-        self.hosts[shard] = Faulty(Engine(info, peers=self.dial))
+        self.hosts[shard] = Faulty(Engine(info, peers=self.dial, memory_bytes=self.memory_bytes))
         return info
+
+    async def require_room(self, shards: int) -> None:
+        if shards > self.room:
+            raise errors.ShardUnavailable(f"{shards} shards more do not fit: there is room for {self.room}")
+
+    async def starting(self) -> str:
+        return self.waits_for
 
     async def stop(self, info: ShardInfo) -> None:
         host = self.hosts.pop(info.shard, None)
@@ -66,17 +76,29 @@ class Fleet:
 class Bench:
     """A controller over a fleet, and a client of it."""
 
-    def __init__(self, shards: int, *, round_bytes: int = 64 * 2**20) -> None:
+    def __init__(self, shards: int, *, round_bytes: int = 64 * 2**20, memory_bytes: int | None = None) -> None:
         self.fleet = Fleet()
+        self.fleet.memory_bytes = memory_bytes
         self.controller = Controller("bench", launcher=self.fleet, dial=self.fleet.dial, round_bytes=round_bytes)
         run(self.controller.open(shards), timeout_s=CALL_S)
-        self.pool = Pool(self.controller, self.fleet.dial, name="bench", timeout_s=20.0)
+        self._pools: list[Pool] = []
+        self.pool = self.pool_of(self.controller)
 
     def __enter__(self) -> "Bench":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.pool.close()
+        for pool in reversed(self._pools):
+            pool.close()
+
+    def pool_of(self, controller: Controller, *, timeout_s: float = 20.0) -> Pool:
+        """A client of a controller over these shards, closed with the bench."""
+        self._pools.append(Pool(controller, self.fleet.dial, name="bench", timeout_s=timeout_s))
+        return self._pools[-1]
+
+    def heir(self) -> Controller:
+        """Another controller over these shards, which knows nothing yet."""
+        return Controller("bench", launcher=self.fleet, dial=self.fleet.dial)
 
     def view(self, name: str) -> TableView:
         return run(self.controller.table(name), timeout_s=CALL_S)

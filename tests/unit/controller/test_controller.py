@@ -9,9 +9,7 @@ import torch
 
 import mempool
 from mempool import errors
-from mempool.client import Pool
 from mempool.config import resolve
-from mempool.controller import Controller
 from mempool.wire.channels.loop import run
 
 from .bench import CALL_S, Bench, config, fail, train
@@ -46,12 +44,12 @@ def test_values_and_state_survive_rescales_in_small_rounds(layout: str) -> None:
         table = bench.pool.create_table(config(layout=layout, optimizer=mempool.optim.Adagrad(lr=0.1)))
         train(table, 0)
         everything = torch.arange(600)
-        values, state = table.rows(everything), table.state("values.sum", everything)
+        values, state = table.rows(everything), table.state(everything)["values.sum"]
         for shards in (4, 3, 1, 2):
             reports: list[Any] = []
             bench.pool.rescale(shards, progress=reports.append)
             assert torch.equal(table.rows(everything), values)
-            assert torch.equal(table.state("values.sum", everything), state)
+            assert torch.equal(table.state(everything)["values.sum"], state)
             assert sorted(bench.fleet.hosts) == list(range(shards))
             assert reports[-1].done
             assert reports[-1].pages_moved == reports[-1].pages_total
@@ -138,10 +136,10 @@ def test_a_new_controller_adopts_what_the_shards_know() -> None:
         train(table, 6)
         bench.pool.rescale(3)
         values = table.rows(torch.arange(600))
-        heir = Controller("bench", launcher=bench.fleet, dial=bench.fleet.dial)
+        heir = bench.heir()
         run(heir.adopt(bench.controller.shards), timeout_s=CALL_S)
         assert run(heir.table("facts"), timeout_s=CALL_S).placement.epoch == bench.view("facts").placement.epoch
-        with_heir = Pool(heir, bench.fleet.dial, name="bench", timeout_s=20.0)
+        with_heir = bench.pool_of(heir)
         with_heir.rescale(1)
         assert torch.equal(with_heir.table("facts").rows(torch.arange(600)), values)
         fresh = with_heir.create_table(config(name="fresh"))
@@ -165,8 +163,8 @@ def test_an_adopted_pool_finishes_what_was_half_way() -> None:
         run(bench.fleet.hosts[1].freeze(table.schema.table_id, 5.0), timeout_s=CALL_S)
         run(bench.fleet.hosts[1].set_view(view), timeout_s=CALL_S)
         bench.fleet.hosts[0].faults.clear()
-        heir = Controller("bench", launcher=bench.fleet, dial=bench.fleet.dial)
+        heir = bench.heir()
         run(heir.adopt(bench.controller.shards), timeout_s=CALL_S)
-        client = Pool(heir, bench.fleet.dial, name="bench", timeout_s=20.0)
+        client = bench.pool_of(heir)
         assert torch.equal(client.table("facts").rows(torch.arange(600)), values)
         train(client.table("facts"), 8)

@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from mempool import errors
-from mempool.client import Pool
-from mempool.config import resolve
-from mempool.controller import Controller, controller, mover
-from mempool.placement import Assignment, moves, rounds
+from mempool.controller import mover, telling
+from mempool.placement import Assignment, moves
 from mempool.types import ShardInfo
 from mempool.wire.channels.loop import run
 
@@ -45,13 +43,9 @@ def faulty_from_the_start(bench: Bench, faults: dict[str, Callable[[], Awaitable
     bench.fleet.start = start_faulty  # type: ignore[method-assign]
 
 
-def heir_of(bench: Bench) -> Controller:
-    return Controller("bench", launcher=bench.fleet, dial=bench.fleet.dial)
-
-
 def test_a_view_that_arrives_late_keeps_what_was_staged_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The former owner has given the pages away by then: they are nowhere else."""
-    monkeypatch.setattr(controller, "_PUSH_PAUSE_S", 0.01)
+    monkeypatch.setattr(telling, "_PUSH_PAUSE_S", 0.01)
     with Bench(1, round_bytes=40_000) as bench:
         table = bench.pool.create_table(config(layout="rows"))
         values = table.rows(EVERYTHING)
@@ -69,7 +63,7 @@ def test_a_view_that_arrives_late_keeps_what_was_staged_for_it(monkeypatch: pyte
 
 
 def test_one_lost_packet_does_not_stop_a_rescale(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controller, "_PUSH_PAUSE_S", 0.01)
+    monkeypatch.setattr(telling, "_PUSH_PAUSE_S", 0.01)
     with Bench(1, round_bytes=40_000) as bench:
         table = bench.pool.create_table(config(layout="rows"))
         values = table.rows(EVERYTHING)
@@ -83,7 +77,7 @@ def test_a_shard_that_missed_its_tables_gets_them_when_the_rescale_is_asked_for_
     with Bench(2, round_bytes=40_000) as bench:
         table = bench.pool.create_table(config(layout="rows"))
         values = table.rows(EVERYTHING)
-        faulty_from_the_start(bench, {"attach_table": nth(1, 2)})
+        faulty_from_the_start(bench, {"attach_table": nth(1)})
         with pytest.raises(errors.ShardUnavailable, match="a packet was lost"):
             bench.pool.rescale(3)
         bench.pool.rescale(3)
@@ -116,31 +110,6 @@ def test_a_shard_that_hangs_does_not_hold_up_a_rescale_for_ever(monkeypatch: pyt
         train(table, 2)
 
 
-def test_a_table_whose_maker_did_not_wait_is_on_no_shard() -> None:
-    with Bench(2) as bench:
-        attaching = asyncio.Event()
-
-        async def begin() -> None:
-            attaching.set()
-            await asyncio.Event().wait()
-
-        async def give_up() -> None:
-            making = asyncio.create_task(bench.controller.create_table(resolve(config())))
-            await attaching.wait()
-            making.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await making
-
-        bench.fleet.hosts[1].faults["attach_table"] = begin
-        bench.fleet.hosts[0].faults["drop_table"] = nth(1)
-        run(give_up(), timeout_s=CALL_S)
-        run(bench.controller.reconcile(), timeout_s=CALL_S)
-        for host in bench.fleet.hosts.values():
-            assert run(host.views(), timeout_s=CALL_S) == ()
-        bench.fleet.hosts[1].faults.clear()
-        bench.pool.create_table(config())
-
-
 @pytest.mark.parametrize("deaf", [0, 1])
 def test_a_drop_that_a_shard_missed_stays_a_drop(deaf: int) -> None:
     with Bench(2) as bench:
@@ -149,11 +118,11 @@ def test_a_drop_that_a_shard_missed_stays_a_drop(deaf: int) -> None:
         bench.pool.drop_table("facts")
         table = bench.pool.create_table(config(seed=5))
         values = table.rows(EVERYTHING)
-        heir = heir_of(bench)
+        heir = bench.heir()
         run(heir.adopt(bench.controller.shards), timeout_s=CALL_S)
         (view,) = run(heir.tables(), timeout_s=CALL_S)
         assert view.schema.table_id == table.schema.table_id
-        assert torch.equal(Pool(heir, bench.fleet.dial).table("facts").rows(EVERYTHING), values)
+        assert torch.equal(bench.pool_of(heir).table("facts").rows(EVERYTHING), values)
         run(heir.reconcile(), timeout_s=CALL_S)
         run(bench.controller.reconcile(), timeout_s=CALL_S)
         for host in bench.fleet.hosts.values():
@@ -165,7 +134,7 @@ def test_a_controller_that_hears_nobody_does_not_take_the_pool_for_empty() -> No
         bench.pool.create_table(config())
         for host in bench.fleet.hosts.values():
             host.faults["views"] = nth(1)
-        heir = heir_of(bench)
+        heir = bench.heir()
         with pytest.raises(errors.ShardUnavailable, match=r"none of the 2 shards.*a packet was lost"):
             run(heir.adopt(bench.controller.shards), timeout_s=CALL_S)
         run(heir.adopt(bench.controller.shards), timeout_s=CALL_S)
@@ -180,14 +149,14 @@ def test_a_shard_that_is_away_does_not_keep_a_new_controller_from_its_work() -> 
         ]
         for method in ("views", "status", "set_view", "thaw"):
             bench.fleet.hosts[2].faults[method] = fail(errors.ShardUnavailable("not there yet"))
-        heir = heir_of(bench)
+        heir = bench.heir()
         run(heir.adopt(shards), timeout_s=CALL_S)
         assert [view.schema.name for view in run(heir.tables(), timeout_s=CALL_S)] == ["wide"]
         with pytest.raises(errors.ShardUnavailable, match="not there yet"):
-            Pool(heir, bench.fleet.dial).rescale(4)
+            bench.pool_of(heir).rescale(4)
         bench.fleet.hosts[2].faults.clear()
         run(heir.shard_restarted(bench.controller.shards[2]), timeout_s=CALL_S)
-        Pool(heir, bench.fleet.dial).rescale(1)
+        bench.pool_of(heir).rescale(1)
 
 
 def test_a_table_that_only_a_silent_shard_knows_is_learned_when_it_is_heard() -> None:
@@ -197,19 +166,19 @@ def test_a_table_that_only_a_silent_shard_knows_is_learned_when_it_is_heard() ->
         run(bench.fleet.hosts[0].close(), timeout_s=CALL_S)
         info = run(bench.fleet.start(0), timeout_s=CALL_S)
         bench.fleet.hosts[1].faults["views"] = nth(1)
-        heir = heir_of(bench)
+        heir = bench.heir()
         run(heir.adopt([info, bench.controller.shards[1]]), timeout_s=CALL_S)
         assert run(heir.tables(), timeout_s=CALL_S) == ()
         run(heir.reconcile(), timeout_s=CALL_S)
         with pytest.raises(errors.DataLoss, match=r"shard 0 .* lost 19 pages of table 'facts'"):
-            Pool(heir, bench.fleet.dial).table("facts").rows(EVERYTHING)
+            bench.pool_of(heir).table("facts").rows(EVERYTHING)
 
 
 def test_tables_that_were_made_past_a_controller_are_left_alone() -> None:
     with Bench(2) as bench:
-        stranger = heir_of(bench)
+        stranger = bench.heir()
         run(stranger.adopt(bench.controller.shards), timeout_s=CALL_S)
-        table = Pool(stranger, bench.fleet.dial).create_table(config())
+        table = bench.pool_of(stranger).create_table(config())
         for host in bench.fleet.hosts.values():
             run(host.freeze(table.schema.table_id, 5.0), timeout_s=CALL_S)
         bench.pool.create_table(config(seed=5))  # of the same name
@@ -229,8 +198,7 @@ def test_nothing_is_thawed_while_a_shard_is_silent_that_may_know_more() -> None:
         before, after = (
             Assignment(owners=view.placement.owners, key_owners=view.placement.key_owners) for view in (present, target)
         )
-        (everything,) = rounds(moves(before, after), page_bytes=1, max_bytes=2**30)
-        pulls = mover._pulls(present, everything)
+        pulls = mover._pulls(present, moves(before, after))
         for host in bench.fleet.hosts.values():
             run(host.freeze(table.schema.table_id, 5.0), timeout_s=CALL_S)
         for dest, requests in pulls:
@@ -238,16 +206,16 @@ def test_nothing_is_thawed_while_a_shard_is_silent_that_may_know_more() -> None:
                 run(bench.fleet.hosts[dest].pull_pages(request), timeout_s=CALL_S)
         run(bench.fleet.hosts[1].set_view(target), timeout_s=CALL_S)
         bench.fleet.hosts[1].faults["views"] = nth(1)
-        heir = heir_of(bench)
+        heir = bench.heir()
         run(heir.adopt(bench.controller.shards), timeout_s=CALL_S)
         run(heir.reconcile(), timeout_s=CALL_S)
-        inherited = Pool(heir, bench.fleet.dial, timeout_s=5.0).table("facts")
+        inherited = bench.pool_of(heir, timeout_s=5.0).table("facts")
         assert torch.equal(inherited.rows(EVERYTHING), values)
         train(inherited, 3)
 
 
 def test_a_dead_shard_that_owns_nothing_can_be_scaled_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controller, "_PUSH_PAUSE_S", 0.01)
+    monkeypatch.setattr(telling, "_PUSH_PAUSE_S", 0.01)
     with Bench(4, round_bytes=40_000) as bench:
         table = bench.pool.create_table(config(value_dim=192, layout="columns"))
         values = table.rows(EVERYTHING)

@@ -31,6 +31,9 @@ class ActedLauncher:
     async def stop(self, info: ShardInfo) -> None:
         pass
 
+    def heard(self, incarnation: int) -> None:
+        self.highest = incarnation
+
     async def changed(self) -> list[Description]:
         self.looks += 1
         if self.failures:

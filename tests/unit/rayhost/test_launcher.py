@@ -1,5 +1,6 @@
 """The launcher's bookkeeping of starts and restarts, with actors that are plain objects."""
 
+import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -166,14 +167,100 @@ def test_a_restarted_controller_finds_its_shards(shards: dict[str, FakeShard]) -
     after = make()
     found = bounded(after.find())
     assert found[0] == known
-    assert found[1].incarnation >= known.incarnation  # of another shard: within one millisecond it may be the same
-    assert (found[2].address, found[2].incarnation) == ("", 0)
+    for unknown in found[1:]:
+        assert (unknown.address, unknown.incarnation) == ("", 0)
     assert len(found) == 3, "another pool's shard was adopted"
+    (start,) = bounded(after.changed())
+    assert start.info.shard == 1
+    assert start.info.incarnation > known.incarnation
+    after.acknowledge(start)
     assert bounded(after.changed()) == []
     shards["local/shard-2"].dead = False
     shards["local/shard-2"].boot(2)
     (start,) = bounded(after.changed())
     assert start.info.shard == 2
+
+
+def test_incarnations_ascend_when_the_clock_goes_back(
+    shards: dict[str, FakeShard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = make()
+    known = [bounded(before.start(shard)) for shard in range(2)]
+    monkeypatch.setattr(launcher_module.time, "time_ns", lambda: 10**15)  # years ago
+    shards["local/shard-1"].boot(2)
+    after = make()
+    bounded(after.find())
+    views_say = known[1].incarnation + 5_000  # of a shard that is away for good
+    after.heard(views_say)
+    (start,) = bounded(after.changed())
+    assert start.info.incarnation == views_say + 1
+    assert bounded(after.start(2)).incarnation == views_say + 2
+    after.heard(1)
+    assert bounded(after.start(3)).incarnation == views_say + 3
+
+
+def test_a_controller_that_finds_only_new_processes_admits_them(shards: dict[str, FakeShard]) -> None:
+    """Nobody could tell of other incarnations: there is nobody to wait for."""
+    before = make()
+    for shard in range(2):
+        bounded(before.start(shard))
+        shards[f"local/shard-{shard}"].boot(2)
+    found = bounded(make().find())
+    assert [info.address for info in found] == ["127.0.0.1:1"] * 2
+    assert all(info.incarnation > 0 for info in found)
+
+
+def config_asking(cpus: float, **ray: object) -> ClusterConfig:
+    return ClusterConfig.model_validate(
+        {"pool": {"name": "local", "shards": 2}, "shard": {"num_cpus": cpus}, "ray": ray}
+    )
+
+
+def test_room_is_asked_for_at_once_and_told_in_numbers(
+    shards: dict[str, FakeShard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launcher_module, "_FREE_PAUSE_S", 0.001)
+    looks = []
+
+    def free() -> dict[str, float]:
+        looks.append(1)
+        return {"CPU": 2.0} if len(looks) > 3 else {}
+
+    monkeypatch.setattr(launcher_module, "free_resources", free)
+    bounded(RayLauncher(config_asking(1), keys=KEYS).require_room(2))
+    assert len(looks) == 4, "what was given back a moment ago is waited for"
+    with pytest.raises(ShardUnavailable, match=r"no room for 3 more shard\(s\).* they need CPU 3, free 2\."):
+        bounded(RayLauncher(config_asking(1), keys=KEYS).require_room(3))
+    bounded(RayLauncher(config_asking(1, autoscaling=True), keys=KEYS).require_room(3))
+    bounded(RayLauncher(config_asking(0), keys=KEYS).require_room(4000))
+    assert shards == {}
+
+
+@pytest.mark.usefixtures("shards")
+def test_what_a_start_waits_for_is_said_while_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = RayLauncher(config_asking(1), keys=KEYS)
+
+    async def watched() -> tuple[str, str, str]:
+        before = await launcher.starting()
+        go_on = asyncio.Event()
+
+        async def placed(_: object) -> Description:
+            await go_on.wait()
+            return Description(boot_id="a", info=None)
+
+        monkeypatch.setattr(launcher_module, "_describe", placed)
+        starting = asyncio.create_task(launcher.start(1))
+        while not launcher._starting:
+            await asyncio.sleep(0)
+        ready = await launcher.starting()
+        monkeypatch.setattr(launcher_module, "free_resources", dict)
+        lacking = await launcher.starting()
+        go_on.set()
+        await starting
+        assert await launcher.starting() == ""
+        return before, ready, lacking
+
+    assert bounded(watched()) == ("", "shard 1 to start", "Ray to place shard 1: needs CPU 1, free 0")
 
 
 def test_a_start_that_fails_leaves_no_actor(shards: dict[str, FakeShard]) -> None:

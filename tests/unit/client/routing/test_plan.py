@@ -24,7 +24,7 @@ from mempool.client.routing.plan import (
 from mempool.errors import Internal
 from mempool.types import Placement, ShardInfo, TableSchema, TableView
 from mempool.types.bags import Bags
-from tests.unit.client.fakes import make_schema
+from tests.support.faulty import make_schema
 
 
 def make_view(
@@ -206,12 +206,18 @@ class TestNewerView:
     def test_same_view_is_no_news(self) -> None:
         assert newer_view(self.old, make_view(self.old.schema, np.zeros((8, 3)), epoch=4)) is self.old
 
-    def test_lower_epoch_is_no_news(self) -> None:
-        assert newer_view(self.old, self.changed(epoch=3, incarnations=(9,) * 8)) is self.old
+    def test_lower_epoch_is_no_news_of_where_pages_are(self) -> None:
+        shards = tuple(info.incarnation for info in self.old.shards)
+        assert newer_view(self.old, self.changed(epoch=3, incarnations=(0,) * len(shards))) is self.old
+        later = newer_view(self.old, self.changed(epoch=3, incarnations=(9,) * len(shards)))
+        assert later.placement is self.old.placement
+        assert {info.incarnation for info in later.shards} == {9}
 
-    def test_higher_epoch_is_taken_whole(self) -> None:
-        new = self.changed(epoch=5, incarnations=(1, 1))
-        assert newer_view(self.old, new) is new
+    def test_higher_epoch_is_news_of_where_pages_are_and_not_of_older_starts(self) -> None:
+        first = newer_view(self.old, self.changed(incarnations=(3, 1)))
+        second = newer_view(first, self.changed(epoch=5, incarnations=(1, 5, 1)))
+        assert second.placement.epoch == 5
+        assert [(info.incarnation, info.address) for info in second.shards] == [(3, "h0:3"), (5, "h1:5"), (1, "h2:1")]
 
     def test_of_one_epoch_every_shard_keeps_its_latest_start(self) -> None:
         first = newer_view(self.old, self.changed(incarnations=(3, 1)))
