@@ -17,7 +17,7 @@ from mempool.rayhost import ray_process
 from mempool.rayhost.actors import NAMESPACE, cluster_resources, controller_name, make_actor, node_ip, pool_of
 from mempool.rayhost.apply import create_tables
 from mempool.rayhost.controller_actor import ControllerProcess
-from mempool.rayhost.keys import PoolKeys
+from mempool.rayhost.keys import PoolKeys, client_tls_of
 from mempool.rayhost.serving import advertised_host
 from mempool.rayhost.state.folders import state_folder
 from mempool.rayhost.state.records import (
@@ -145,9 +145,22 @@ def _require_down(pool: str) -> None:
         raise _already(pool, record.ray_address)
 
 
-def _already(pool: str, ray_address: str) -> AlreadyExists:
+def _pool_at(config: ClusterConfig) -> str | None:
+    """The pool that listens where this one would; None where it is none, or one with another token."""
+    from mempool.client.transport.asking import pool_status
+
+    host = advertised_host(config, "127.0.0.1")
+    try:
+        tls = client_tls_of(config.pool.tls)
+        return pool_status([f"{host}:{config.pool.port}"], token=config.pool.token(), tls=tls, timeout_s=0.0).name
+    except MempoolError:
+        return None
+
+
+def _already(pool: str, ray_address: str | None = None) -> AlreadyExists:
+    where = "" if ray_address is None else f" on Ray at {ray_address}"
     return AlreadyExists(
-        f"pool {pool!r} runs already on Ray at {ray_address}. Change it with `mempool apply -f FILE`, end it with "
+        f"pool {pool!r} runs already{where}. Change it with `mempool apply -f FILE`, end it with "
         f"`mempool down --pool {pool}`, or give the new one another pool.name"
     )
 
@@ -156,8 +169,14 @@ def _require_port(config: ClusterConfig) -> None:
     """A port that another process has is known before anything is started: the controller begins on this node."""
     pool = config.pool
     problem = ray_process.port_problem(pool.bind, pool.port)
-    if problem is not None:
-        raise ConfigError(
+    if problem is None:
+        return
+    there = _pool_at(config)
+    if there == pool.name:
+        raise _already(pool.name)
+    if there is not None:
+        problem = f"pool {there!r} does"
+    raise ConfigError(
             f"pool {pool.name!r} cannot listen on {pool.bind}, port {pool.port}: {problem}. Set pool.port (0 takes a "
             "free one) or pool.bind, or end the process that has it"
         )
