@@ -177,9 +177,9 @@ def _require_port(config: ClusterConfig) -> None:
     if there is not None:
         problem = f"pool {there!r} does"
     raise ConfigError(
-            f"pool {pool.name!r} cannot listen on {pool.bind}, port {pool.port}: {problem}. Set pool.port (0 takes a "
-            "free one) or pool.bind, or end the process that has it"
-        )
+        f"pool {pool.name!r} cannot listen on {pool.bind}, port {pool.port}: {problem}. Set pool.port (0 takes a "
+        "free one) or pool.bind, or end the process that has it"
+    )
 
 
 def _ray_for(config: ClusterConfig, say: Say, timeout_s: float) -> tuple[str, int | None]:

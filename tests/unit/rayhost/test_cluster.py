@@ -9,12 +9,18 @@ import ray
 from ray.exceptions import GetTimeoutError
 
 from mempool.config import ClusterConfig, PoolConfig
+from mempool.controller import Controller
 from mempool.errors import AlreadyExists, ConfigError, NotFound, PoolUnreachable
 from mempool.rayhost import cluster, ray_process
 from mempool.rayhost.cluster import down, up
+from mempool.rayhost.keys import PoolKeys
+from mempool.rayhost.launcher import RayLauncher
+from mempool.rayhost.serving import ControllerServing
 from mempool.rayhost.state.records import PoolRecord, read_record, write_record
+from mempool.wire.channels import loop
 
 ADDRESS = "10.0.0.9:6379"
+KEYS = PoolKeys(token=None, controller_key="a-key")
 PORT_PROBLEM = ray_process.port_problem
 
 
@@ -214,4 +220,26 @@ def test_up_says_what_it_waits_for_until_its_time_is_over(acted: ActedRay, monke
     answers[:] = [GetTimeoutError(), GetTimeoutError()]
     with pytest.raises(PoolUnreachable, match=r"within 0 s \(the controller's process is not there yet\).*--timeout"):
         up(config(), say=said.append, timeout_s=0.0)
+    assert acted.actors == {}
+
+
+def test_a_pool_that_runs_already_is_known_by_who_has_its_port(
+    acted: ActedRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def serve() -> tuple[ControllerServing, str]:
+        running = ClusterConfig(pool=PoolConfig(name="mine", shards=1, port=0))
+        serving = ControllerServing(running, node_ip="127.0.0.1", keys=KEYS)
+        controller = Controller("mine", launcher=RayLauncher(running, keys=KEYS), dial=serving.dial)
+        return serving, await serving.start(controller)
+
+    monkeypatch.setattr(ray_process, "port_problem", PORT_PROBLEM)
+    serving, address = loop.run(serve(), timeout_s=30)
+    port = int(address.rpartition(":")[2])
+    try:
+        with pytest.raises(AlreadyExists, match="'mine' runs already"):
+            up(ClusterConfig(pool=PoolConfig(name="mine", shards=1, port=port)), say=lambda _: None)
+        with pytest.raises(ConfigError, match=rf"'yours' cannot listen on 127.0.0.1, port {port}: pool 'mine' does"):
+            up(ClusterConfig(pool=PoolConfig(name="yours", shards=1, port=port)), say=lambda _: None)
+    finally:
+        loop.run(serving.stop(), timeout_s=30)
     assert acted.actors == {}
