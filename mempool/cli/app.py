@@ -76,7 +76,7 @@ def up(
             min=1,
             help="How long Ray, and then the pool, may take to start. Ray's 60 s begin anew while it makes progress.",
         ),
-    ] = 600.0,
+    ] = 300.0,
 ) -> None:
     """Start a pool and its tables on Ray, and Ray too where there is none."""
     with reported():
