@@ -26,11 +26,8 @@ def test_other_pools_and_other_actors_are_not_ours() -> None:
 def test_threads_of_kernels_sleep_when_idle() -> None:
     variables = kernel_variables(3)
     assert (variables["OMP_NUM_THREADS"], variables["NUMBA_NUM_THREADS"]) == ("3", "3")
-    assert (variables["OMP_WAIT_POLICY"], variables["GOMP_SPINCOUNT"], variables["KMP_BLOCKTIME"]) == (
-        "passive",
-        "0",
-        "0",
-    )
+    quiet = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+    assert quiet.items() <= variables.items()
 
 
 @pytest.mark.parametrize("installed", [False, True])
