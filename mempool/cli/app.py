@@ -76,7 +76,7 @@ def up(
             min=1,
             help="How long Ray, and then the pool, may take to start. Ray's 60 s begin anew while it makes progress.",
         ),
-    ] = 600.0,
+    ] = 300.0,
 ) -> None:
     """Start a pool and its tables on Ray, and Ray too where there is none."""
     with reported():
@@ -120,6 +120,7 @@ def apply(
     with reported():
         from mempool.cli import documents, show
         from mempool.cli.target import find_target
+        from mempool.cli.waiting import told_waits
         from mempool.rayhost import apply as carry_out
         from mempool.rayhost import planned
 
@@ -131,8 +132,11 @@ def apply(
             if not as_json:
                 show.changes(changes)
         else:
-            with show.rescale_progress(quiet=as_json) as (say, progress):
-                changes = carry_out(config, address=target.address, token=target.token, say=say, progress=progress)
+            with (
+                show.rescale_progress(quiet=as_json) as (say, progress),
+                told_waits(target.status, say=say, progress=progress) as report,
+            ):
+                changes = carry_out(config, address=target.address, token=target.token, say=say, progress=report)
             if not as_json:
                 show.outcome(changes)
         if as_json:
@@ -152,17 +156,22 @@ def scale(
     with reported():
         from mempool.cli import show
         from mempool.cli.target import find_target
+        from mempool.cli.waiting import told_waits
         from mempool.config import set_shards
         from mempool.errors import ConfigError
 
         target = find_target(file, pool, address)
-        with _connect(target) as client, show.rescale_progress() as (_, progress):
+        with (
+            _connect(target) as client,
+            show.rescale_progress() as (say, progress),
+            told_waits(target.status, say=say, progress=progress) as report,
+        ):
             if target.config is not None and client.name != target.config.pool.name:
                 raise ConfigError(
                     f"{file} is of pool {target.config.pool.name!r}, and at {target.address} is pool {client.name!r}; "
                     "nothing was changed. Give that pool's file, or its --address alone"
                 )
-            client.rescale(shards, progress=progress)
+            client.rescale(shards, progress=report)
         count = show.counted(shards, "shard")
         if file is not None:
             set_shards(file, shards)
@@ -192,7 +201,7 @@ def _connect(target: Target) -> Pool:
     from mempool.client import connect
 
     target.status()  # where nobody answers, the command's own words, and soon
-    return connect(target.address, token=target.token, timeout_s=_CHANGE_TIMEOUT_S)
+    return connect(target.address, token=target.token, tls=target.tls, timeout_s=_CHANGE_TIMEOUT_S)
 
 
 def _print_json(document: object) -> None:

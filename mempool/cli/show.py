@@ -172,10 +172,19 @@ def _held(shard: ShardStatus) -> str:
 def _troubles(now: PoolStatus, tables: list[dict[str, object]]) -> list[str]:
     """Lines for what needs somebody's attention."""
     lines = [
-        f"shard {shard.info.shard} does not answer; Ray starts it again if its process died"
+        f"shard {shard.info.shard} is starting"
+        if shard.state == "starting"
+        else f"shard {shard.info.shard} does not answer; Ray starts it again if its process died"
         for shard in now.shards
         if shard.state != "ready"
     ]
+    if now.unfinished:
+        lines.append(now.unfinished)
+    elif now.wanted_shards not in (0, len(now.shards)) and not now.rescaling:
+        lines.append(
+            f"the pool has {counted(len(now.shards), 'shard')} and was asked for {now.wanted_shards}: ask again with "
+            f"mempool scale --shards {now.wanted_shards}"
+        )
     lines += [
         f"table {table['name']} lost {table['lost_pages']} of {table['pages']} pages: it answers DATA_LOSS. "
         f"Drop it (pool.drop_table({table['name']!r})), make it again and write back what you saved"

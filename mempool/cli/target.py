@@ -8,12 +8,17 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mempool.cli.outcome import UsageError
-from mempool.config import ClusterConfig, load
-from mempool.errors import NotFound, PoolUnreachable
+from mempool.client.transport.addresses import addresses_of
+from mempool.config import ClusterConfig, TlsConfig, load
+from mempool.errors import InvalidRequest, NotFound, PoolUnreachable
 from mempool.rayhost import PoolRecord, read_record, read_records
 from mempool.types import PoolStatus
+
+if TYPE_CHECKING:
+    from mempool.wire.channels.tls import ClientTls
 
 ADDRESS_VARIABLE = "MEMPOOL_ADDRESS"
 DEFAULT_ADDRESS = "localhost:7077"
@@ -31,6 +36,7 @@ class Target:
     Attributes:
         address: Where it is, or several with commas.
         token: Its token; None is that of MEMPOOL_TOKEN, if set.
+        tls_files: How its connections are encrypted; None: as MEMPOOL_TLS_AUTHORITY says, if set.
         config: Of the file, where one was given.
         name: Its name where a file, an option or a record says it; None where only the address is known.
         guessed: Nothing named it: the address is where a pool would be by default.
@@ -38,9 +44,17 @@ class Target:
 
     address: str
     token: str | None = None
+    tls_files: TlsConfig | None = None
     config: ClusterConfig | None = None
     name: str | None = None
     guessed: bool = False
+
+    @property
+    def tls(self) -> "ClientTls | None":
+        """How its servers are known. Raises ConfigError where the authority's file cannot be read."""
+        from mempool.rayhost.keys import client_tls_of
+
+        return client_tls_of(self.tls_files)
 
     def status(self) -> PoolStatus:
         """Ask it. Raises PoolUnreachable, with what to do."""
@@ -49,14 +63,14 @@ class Target:
         # Where only the default stands for the address, nobody there is the usual case, not one that passes.
         timeout_s = 0.0 if self.guessed else _ANSWER_TIMEOUT_S
         try:
-            return pool_status(parts(self.address), token=self.token, timeout_s=timeout_s)
+            return pool_status(parts(self.address), token=self.token, tls=self.tls, timeout_s=timeout_s)
         except PoolUnreachable as error:
             raise PoolUnreachable(f"{error.message}. {self._advice()}", address=error.address) from None
 
     def _advice(self) -> str:
         if self.guessed:
             return "No pool was started on this machine: start one with `mempool up -f FILE`, or give its --address"
-        if self.name is not None:
+        if self.name is not None and read_record(self.name) is not None:
             return f"If pool {self.name!r} is gone: `mempool down --pool {self.name}`, then `mempool up -f FILE`"
         return "Is it up, and the address right? Start one: `mempool up -f FILE`"
 
@@ -82,9 +96,17 @@ def find_target(file: Path | None = None, pool: str | None = None, address: str 
         if pool is not None:
             raise UsageError("--pool and --address both name a pool; give one of them")
         parts(address)
-        return Target(address=address, token=None if config is None else config.pool.token(), config=config)
+        if config is None:
+            return Target(address=address)
+        return Target(address=address, token=config.pool.token(), tls_files=config.pool.tls, config=config)
     if config is not None:
-        return Target(address=_address_of(config), token=config.pool.token(), config=config, name=config.pool.name)
+        return Target(
+            address=_address_of(config),
+            token=config.pool.token(),
+            tls_files=config.pool.tls,
+            config=config,
+            name=config.pool.name,
+        )
     if pool is not None:
         return _recorded(pool)
     if address := os.environ.get(ADDRESS_VARIABLE):
@@ -107,13 +129,10 @@ def named(target: Target) -> str:
 
 def parts(address: str) -> list[str]:
     """The addresses of a text with commas. Raises UsageError where one is not host:port."""
-    found = [part.strip() for part in address.split(",")]
-    for part in found:
-        host, _, port = part.rpartition(":")
-        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host.replace(":", "/")
-        if not bare or "/" in bare or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 65_536:
-            raise UsageError(f"address {part!r} is not host:port, as in {DEFAULT_ADDRESS!r} or '[::1]:7077'")
-    return found
+    try:
+        return addresses_of(address)
+    except InvalidRequest as error:
+        raise UsageError(error.message) from None
 
 
 def _address_of(config: ClusterConfig) -> str:
@@ -139,7 +158,8 @@ def _recorded(pool: str) -> Target:
 
 
 def _of(record: PoolRecord) -> Target:
-    return Target(address=record.address, token=record.config.pool.token(), name=record.name)
+    pool = record.config.pool
+    return Target(address=record.address, token=pool.token(), tls_files=pool.tls, name=record.name)
 
 
 def _only(records: list[PoolRecord]) -> Target:

@@ -5,13 +5,23 @@ Leaves doing it to ``mempool.rayhost``. Reading a file needs PyYAML (``mempool[s
 
 from mempool.config.amounts import format_bytes, parse_bytes
 from mempool.config.changes import Changes, FieldChange, diff
-from mempool.config.cluster import TOKEN_VARIABLE, ClusterConfig, PoolConfig, RayConfig, ShardConfig, is_loopback
+from mempool.config.cluster import (
+    TLS_VARIABLE,
+    TOKEN_VARIABLE,
+    ClusterConfig,
+    PoolConfig,
+    RayConfig,
+    ShardConfig,
+    TlsConfig,
+    is_loopback,
+)
 from mempool.config.file import load, set_shards
 from mempool.config.optimizers import SGD, Adagrad, Adam, AdamW, Optimizer, RowWiseAdagrad, RowWiseAdam
 from mempool.config.table import FlatKeys, ProductKeys, TableConfig, resolve
 
 __all__ = [
     "SGD",
+    "TLS_VARIABLE",
     "TOKEN_VARIABLE",
     "Adagrad",
     "Adam",
@@ -28,6 +38,7 @@ __all__ = [
     "RowWiseAdam",
     "ShardConfig",
     "TableConfig",
+    "TlsConfig",
     "diff",
     "format_bytes",
     "is_loopback",

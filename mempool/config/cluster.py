@@ -15,6 +15,7 @@ from mempool.errors import ConfigError
 from mempool.types import MAX_SHARDS
 
 TOKEN_VARIABLE = "MEMPOOL_TOKEN"
+TLS_VARIABLE = "MEMPOOL_TLS_AUTHORITY"
 RECORDED = "recorded"
 """Set in the validation's context for the configuration of a pool that runs already."""
 
@@ -54,6 +55,44 @@ def _ray_address(value: str) -> str:
 Host = Annotated[str, AfterValidator(_host)]
 
 
+def _from_the_file(path: Path, info: ValidationInfo) -> Path:
+    """A path relative to the cluster file, kept absolute."""
+    folder = (info.context or {}).get("folder", "")
+    return Path(folder, path.expanduser()).absolute()
+
+
+FilePath = Annotated[Path, AfterValidator(_from_the_file)]
+
+
+class TlsConfig(ConfigModel):
+    """Encryption of all connections of a pool. Files of PEM, where commands are given; shards get them through Ray.
+
+    Args:
+        certificate: Shown by the controller and every shard, followed by those that lead to the authority. It must name
+            every host that clients are told (``pool.advertise``, or each node's address), or ``server_name``.
+        key: The certificate's private key.
+        authority: The certificate of who signed it; clients get it (MEMPOOL_TLS_AUTHORITY).
+        server_name: A name in the certificate that shards and commands check instead of each other's address.
+    """
+
+    certificate: FilePath
+    key: FilePath
+    authority: FilePath
+    server_name: Host | None = None
+
+    def read(self, name: Literal["certificate", "key", "authority"]) -> bytes:
+        """The bytes of one of the files. Raises ConfigError where it cannot be read, or is no PEM."""
+        path: Path = getattr(self, name)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(f"pool.tls.{name} {str(path)!r} cannot be read ({error.strerror}).") from None
+        wanted = b"PRIVATE KEY-----" if name == "key" else b"BEGIN CERTIFICATE"
+        if wanted not in content:
+            raise ConfigError(f"pool.tls.{name} {str(path)!r} holds no {name} in PEM.")
+        return content
+
+
 class PoolConfig(ConfigModel):
     """The pool as a whole.
 
@@ -68,6 +107,7 @@ class PoolConfig(ConfigModel):
         shard_ports: First and last port that shards may take on a node; None takes free ones.
         token_file: A file with the token, where commands are given, relative to the cluster file (in Python: to the
             working folder) and kept absolute; shards get the token through Ray. None: MEMPOOL_TOKEN, if set.
+        tls: Encrypts all connections; None: the token and all data travel in clear text.
     """
 
     name: Name
@@ -76,13 +116,8 @@ class PoolConfig(ConfigModel):
     advertise: Host | None = None
     port: WholeNumber = Field(default=7077, ge=0, le=65535)
     shard_ports: PortRange = None
-    token_file: Path | None = None
-
-    @field_validator("token_file")
-    @classmethod
-    def _from_the_file(cls, token_file: Path | None, info: ValidationInfo) -> Path | None:
-        folder = (info.context or {}).get("folder", "")
-        return token_file and Path(folder, token_file.expanduser()).absolute()
+    token_file: FilePath | None = None
+    tls: TlsConfig | None = None
 
     @model_validator(mode="after")
     def _token_and_ports(self, info: ValidationInfo) -> Self:

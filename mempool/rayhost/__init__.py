@@ -6,7 +6,7 @@ Naming `up` or `down` loads Ray; `apply` and the records do not.
 from typing import TYPE_CHECKING, Any
 
 from mempool.rayhost.apply import apply, planned
-from mempool.rayhost.records import PoolRecord, read_record, read_records
+from mempool.rayhost.state.records import PoolRecord, read_record, read_records
 
 if TYPE_CHECKING:
     from mempool.rayhost.cluster import down, up

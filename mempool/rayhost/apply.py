@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from mempool.config import Changes, ClusterConfig, TableConfig, diff
 from mempool.errors import InvalidRequest
 from mempool.placement import Assignment, moves, plan
-from mempool.rayhost.records import read_record, write_record
+from mempool.rayhost.state.records import read_record, write_record
 from mempool.types import PoolStatus, RescaleProgress
+
+if TYPE_CHECKING:
+    from mempool.wire.channels.tls import ClientTls
 
 _ANSWER_TIMEOUT_S = 15.0
 _TABLE_TIMEOUT_S = 3600.0  # initial values of a table of a hundred GiB take their time
@@ -86,8 +90,10 @@ def apply(
         PoolUnreachable: The pool does not answer.
     """
     from mempool.client import connect  # here, because it loads torch, and what only looks at plans needs none
+    from mempool.rayhost.keys import client_tls_of
 
-    with connect(address, token=token, timeout_s=_ANSWER_TIMEOUT_S) as pool:
+    tls = client_tls_of(config.pool.tls)
+    with connect(address, token=token, tls=tls, timeout_s=_ANSWER_TIMEOUT_S) as pool:
         status = pool.status()
         changes = planned(config, status)
         changes.check()
@@ -102,19 +108,24 @@ def apply(
             say(f"rescaling: {changes.shards_before} -> {changes.shards_after} shards")
             pool.rescale(changes.shards_after, progress=progress)
             _write_shards(status.name, changes.shards_after)
-    create_tables(changes.create, address=address, token=token, say=say)
+    create_tables(changes.create, address=address, token=token, tls=tls, say=say)
     return changes
 
 
 def create_tables(
-    tables: tuple[TableConfig, ...], *, address: str, token: str | None, say: Callable[[str], None]
+    tables: tuple[TableConfig, ...],
+    *,
+    address: str,
+    token: str | None,
+    tls: "ClientTls | None",
+    say: Callable[[str], None],
 ) -> None:
     """Create tables one after another. Raises MempoolError; those made before it stay."""
     if not tables:
         return
     from mempool.client import connect
 
-    with connect(address, token=token, timeout_s=_TABLE_TIMEOUT_S) as pool:
+    with connect(address, token=token, tls=tls, timeout_s=_TABLE_TIMEOUT_S) as pool:
         for table in tables:
             say(f"creating table {table.name!r}: {table.num_slots:,} x {table.value_dim} {table.dtype}")
             pool.create_table(table)

@@ -17,8 +17,10 @@ from mempool.rayhost import ray_process
 from mempool.rayhost.actors import NAMESPACE, cluster_resources, controller_name, make_actor, node_ip, pool_of
 from mempool.rayhost.apply import create_tables
 from mempool.rayhost.controller_actor import ControllerProcess
-from mempool.rayhost.folders import state_folder
-from mempool.rayhost.records import (
+from mempool.rayhost.keys import PoolKeys, client_tls_of
+from mempool.rayhost.serving import advertised_host
+from mempool.rayhost.state.folders import state_folder
+from mempool.rayhost.state.records import (
     PoolRecord,
     forget_record,
     hand_over_ray,
@@ -26,7 +28,6 @@ from mempool.rayhost.records import (
     record_path,
     write_record,
 )
-from mempool.rayhost.serving import advertised_host
 
 _UP_TIMEOUT_S = 300.0
 _SAY_EVERY_S = 15.0
@@ -50,7 +51,7 @@ def up(config: ClusterConfig, *, say: Say = print, timeout_s: float = _UP_TIMEOU
         PoolUnreachable: Ray cannot be reached or started.
         MempoolError: The pool did not start; what was started for it was ended again.
     """
-    name, token = config.pool.name, config.pool.token()
+    name, keys = config.pool.name, PoolKeys.of(config)
     if not config.pool.port:  # taken now, so that it is the same when the controller comes back
         config = config.model_copy(update={"pool": config.pool.model_copy(update={"port": ray_process.free_port()})})
     _require_down(name)
@@ -61,18 +62,19 @@ def up(config: ClusterConfig, *, say: Say = print, timeout_s: float = _UP_TIMEOU
         if _actors(name):
             raise _already(name, ray_address)
         before = read_record(name)
-        say(f"starting pool {name!r}: {config.pool.shards} shards")
+        shards = config.pool.shards
+        say(f"starting pool {name!r}: {shards} {'shard' if shards == 1 else 'shards'}")
         for line in (*_shortages(config), *_out_of_reach(config)):
             say(line)
         try:
-            controller = _make_controller(config, token, timeout_s)
+            controller = _make_controller(config, keys, timeout_s)
         except ValueError:  # another `up` came first: what runs under this name is not this one's to end
             raise _already(name, ray_address) from None
         try:
             address = _started(controller, say=say, timeout_s=timeout_s)
             record = PoolRecord(name=name, address=address, ray_address=ray_address, ray_pid=ray_pid, config=config)
             write_record(record)
-            create_tables(config.tables, address=address, token=token, say=say)
+            create_tables(config.tables, address=address, token=keys.token, tls=keys.client_tls, say=say)
         except BaseException:
             _kill(name)
             if before is None:
@@ -143,9 +145,22 @@ def _require_down(pool: str) -> None:
         raise _already(pool, record.ray_address)
 
 
-def _already(pool: str, ray_address: str) -> AlreadyExists:
+def _pool_at(config: ClusterConfig) -> str | None:
+    """The pool that listens where this one would; None where it is none, or one with another token."""
+    from mempool.client.transport.asking import pool_status
+
+    host = advertised_host(config, "127.0.0.1")
+    try:
+        tls = client_tls_of(config.pool.tls)
+        return pool_status([f"{host}:{config.pool.port}"], token=config.pool.token(), tls=tls, timeout_s=0.0).name
+    except MempoolError:
+        return None
+
+
+def _already(pool: str, ray_address: str | None = None) -> AlreadyExists:
+    where = "" if ray_address is None else f" on Ray at {ray_address}"
     return AlreadyExists(
-        f"pool {pool!r} runs already on Ray at {ray_address}. Change it with `mempool apply -f FILE`, end it with "
+        f"pool {pool!r} runs already{where}. Change it with `mempool apply -f FILE`, end it with "
         f"`mempool down --pool {pool}`, or give the new one another pool.name"
     )
 
@@ -154,11 +169,17 @@ def _require_port(config: ClusterConfig) -> None:
     """A port that another process has is known before anything is started: the controller begins on this node."""
     pool = config.pool
     problem = ray_process.port_problem(pool.bind, pool.port)
-    if problem is not None:
-        raise ConfigError(
-            f"pool {pool.name!r} cannot listen on {pool.bind}, port {pool.port}: {problem}. Set pool.port (0 takes a "
-            "free one) or pool.bind, or end the process that has it"
-        )
+    if problem is None:
+        return
+    there = _pool_at(config)
+    if there == pool.name:
+        raise _already(pool.name)
+    if there is not None:
+        problem = f"pool {there!r} does"
+    raise ConfigError(
+        f"pool {pool.name!r} cannot listen on {pool.bind}, port {pool.port}: {problem}. Set pool.port (0 takes a "
+        "free one) or pool.bind, or end the process that has it"
+    )
 
 
 def _ray_for(config: ClusterConfig, say: Say, timeout_s: float) -> tuple[str, int | None]:
@@ -168,7 +189,7 @@ def _ray_for(config: ClusterConfig, say: Say, timeout_s: float) -> tuple[str, in
         try:
             return ray_process.attach("auto"), None
         except PoolUnreachable:
-            say("no Ray on this machine yet")
+            say("no Ray on this machine yet that this user may use")
     if wanted in ("auto", "local"):
         return ray_process.start(say, timeout_s=timeout_s)
     return ray_process.attach(wanted), None
@@ -205,13 +226,13 @@ def _out_of_reach(config: ClusterConfig) -> list[str]:
     ]
 
 
-def _make_controller(config: ClusterConfig, token: str | None, start_timeout_s: float) -> Any:
+def _make_controller(config: ClusterConfig, keys: PoolKeys, start_timeout_s: float) -> Any:
     """The controller's actor. Raises ValueError where there is one of that name."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     return make_actor(
         ControllerProcess,
         config,
-        token,
+        keys,
         start_timeout_s,
         name=controller_name(config.pool.name),
         num_cpus=0,

@@ -14,6 +14,7 @@ from mempool.config import ClusterConfig
 from mempool.controller import Controller
 from mempool.errors import MempoolError
 from mempool.rayhost.actors import node_ip
+from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.launcher import RayLauncher
 from mempool.rayhost.serving import ControllerServing
 from mempool.wire.channels.loop import run
@@ -31,23 +32,23 @@ class ControllerProcess:
 
     Args:
         config: The pool's configuration.
-        token: The pool's token.
+        keys: The pool's.
         start_timeout_s: How long shards may take to start with the pool.
     """
 
-    def __init__(self, config: ClusterConfig, token: str | None, start_timeout_s: float) -> None:
+    def __init__(self, config: ClusterConfig, keys: PoolKeys, start_timeout_s: float) -> None:
         self._config = config
-        self._launcher = RayLauncher(config, token=token, start_timeout_s=start_timeout_s)
+        self._launcher = RayLauncher(config, keys=keys, start_timeout_s=start_timeout_s)
         self._start_timeout_s = start_timeout_s
         self._watching: asyncio.Task[None] | None = None
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
-        run(self._make(node_ip(), token, restarted), timeout_s=_BIND_TIMEOUT_S)
+        run(self._make(node_ip(), keys, restarted), timeout_s=_BIND_TIMEOUT_S)
 
-    async def _make(self, node_ip: str, token: str | None, restarted: bool) -> None:
+    async def _make(self, node_ip: str, keys: PoolKeys, restarted: bool) -> None:
         # On the IO loop, to which gRPC's servers belong from their making.
         self._loop = asyncio.get_running_loop()
         self._heard = asyncio.Event()
-        self._serving = ControllerServing(self._config, node_ip=node_ip, token=token)
+        self._serving = ControllerServing(self._config, node_ip=node_ip, keys=keys)
         self._controller = Controller(self._config.pool.name, launcher=self._launcher, dial=self._serving.dial)
         if restarted:  # nobody calls start() a second time
             self._watching = asyncio.create_task(self._resume())
@@ -63,7 +64,7 @@ class ControllerProcess:
     @ray.method(concurrency_group="health")
     def waiting_for(self) -> str:
         """What a start of the pool waits for, for people."""
-        return self._launcher.waiting_for(self._config.pool.shards)
+        return run(self._launcher.starting(), timeout_s=_BIND_TIMEOUT_S) or "the shards' servers"
 
     @ray.method(concurrency_group="health")
     def shard_is_back(self) -> None:

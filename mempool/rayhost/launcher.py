@@ -12,6 +12,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 from mempool.config import ClusterConfig
 from mempool.errors import MempoolError, ShardUnavailable
 from mempool.rayhost.actors import NAMESPACE, free_resources, kernel_variables, make_actor, shard_name, shard_of
+from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.resources import asked, shortage
 from mempool.rayhost.shard_actor import Description, ShardProcess
 from mempool.types import ShardInfo
@@ -32,13 +33,13 @@ class RayLauncher:
 
     Args:
         config: Resources of a shard, and what its server binds to.
-        token: The pool's token, handed to the actors (they may run on hosts without the token's file).
+        keys: The pool's, handed to the actors (they may run on hosts without the files).
         start_timeout_s: How long a shard may take to be placed and to start.
     """
 
-    def __init__(self, config: ClusterConfig, *, token: str | None, start_timeout_s: float = _START_TIMEOUT_S) -> None:
+    def __init__(self, config: ClusterConfig, *, keys: PoolKeys, start_timeout_s: float = _START_TIMEOUT_S) -> None:
         self._config = config
-        self._token = token
+        self._keys = keys
         self._start_timeout_s = start_timeout_s
         self._pool = config.pool.name
         self._actors: dict[int, Any] = {}
@@ -158,21 +159,13 @@ class RayLauncher:
         if start.info is not None and start.info.shard in self._boots:
             self._boots[start.info.shard] = start.boot_id
 
-    def waiting_for(self, shards: int) -> str:
-        """What the start of a pool of ``shards`` shards waits for, for people."""
-        free = free_resources()
-        return (
-            f"{len(self._boots)} of {shards} shards have started; each asks Ray for {self._asked()}; free now: "
-            f"CPU={free.get('CPU', 0):g}, GPU={free.get('GPU', 0):g}"
-        )
-
     def _create(self, shard: int) -> Any:
         shard_config = self._config.shard
         self._actors[shard] = make_actor(
             ShardProcess,
             self._config,
             shard,
-            self._token,
+            self._keys,
             name=shard_name(self._pool, shard),
             num_cpus=shard_config.num_cpus,
             num_gpus=shard_config.num_gpus,

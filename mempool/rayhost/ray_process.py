@@ -11,8 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import chdir, suppress
+from collections.abc import Callable, Iterator
+from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
 
 import ray
@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 
 from mempool.errors import PoolUnreachable
 from mempool.rayhost.actors import NAMESPACE
-from mempool.rayhost.folders import (
+from mempool.rayhost.state.folders import (
     home_folder,
     ray_folder,
     ray_place,
@@ -40,6 +40,8 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 _STATE_ROOM_BYTES = 2**20
 _RAY_ROOM_BYTES = 64 * 2**20
 _LOGS_KEPT = 5
+_WORKER_PORTS = range(10002, 20000)
+_TRIES_VARIABLE = "RAY_gcs_server_port_wait_time_s"
 _AUTH_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 Say = Callable[[str], None]
@@ -59,7 +61,7 @@ def attach(address: str) -> str:
         _use_ray_token()
         address = _found() if address == "auto" else address
         _knock(address)
-        with chdir(_neutral_folder()):
+        with chdir(_neutral_folder()), _few_tries():
             ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         ray.shutdown()
@@ -93,9 +95,10 @@ def start(say: Say, *, timeout_s: float = 300.0) -> tuple[str, int]:
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1",
         f"--port={port}", "--include-dashboard=false", "--disable-usage-stats", "--log-color=false",
         f"--object-store-memory={_OBJECT_STORE_BYTES}", f"--temp-dir={folder}",
+        f"--ray-client-server-port={free_port()}",  # by default one for the whole host, and Ray ends without
     ]  # fmt: skip
     say(f"starting Ray at 127.0.0.1:{port} (log: {log})")
-    with log.open("wb") as output:
+    with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as output:
         # Not in the folder of the command: Python would import from there, and it could not be unmounted.
         process = subprocess.Popen(
             command,
@@ -112,6 +115,7 @@ def start(say: Say, *, timeout_s: float = 300.0) -> tuple[str, int]:
         attach(address)
     except BaseException:
         end(process.pid, address, say=say, keep_log=True)
+        process.poll()
         raise
     return address, process.pid
 
@@ -195,11 +199,13 @@ def end(pid: int, address: str, *, say: Say, keep_log: bool = False) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody has now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port of this machine that nobody has now, and none of those that Ray gives its workers later."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port: int = probe.getsockname()[1]
+        if port not in _WORKER_PORTS:
+            return port
 
 
 def _alive(pid: int) -> bool:
@@ -240,6 +246,19 @@ def _found() -> str:
             _knock(address)
             return address
     return canonicalize_bootstrap_address("auto") or "auto"
+
+
+@contextmanager
+def _few_tries() -> Iterator[None]:
+    """Ray asks twenty times, a second or more apart, whatever it is told: also that its token is another one."""
+    given = os.environ.get(_TRIES_VARIABLE)
+    if given is None:
+        os.environ[_TRIES_VARIABLE] = "4"
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ[_TRIES_VARIABLE]
 
 
 def _neutral_folder() -> Path:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from mempool.client import GrpcDialer
 from mempool.config import ClusterConfig
 from mempool.controller import Controller
+from mempool.rayhost.keys import PoolKeys
 from mempool.server import Server
 from mempool.types import ShardHost, ShardInfo
 
@@ -35,14 +36,14 @@ class ControllerServing:
     Args:
         config: The pool's configuration.
         node_ip: This node's address, as others see it.
-        token: The pool's token.
+        keys: The pool's.
     """
 
-    def __init__(self, config: ClusterConfig, *, node_ip: str, token: str | None) -> None:
+    def __init__(self, config: ClusterConfig, *, node_ip: str, keys: PoolKeys) -> None:
         self._config = config
         self._host = advertised_host(config, node_ip)
-        self._server = Server(token=token)
-        self._dialer = GrpcDialer(token=token)
+        self._server = Server(token=keys.token, tls=keys.server_tls)
+        self._dialer = GrpcDialer(keys.channels())
         self._port = 0
         self.address: str | None = None
 

@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 
 from mempool.config import ClusterConfig
 from mempool.rayhost.actors import NAMESPACE, controller_name, node_ip
+from mempool.rayhost.keys import PoolKeys
 from mempool.types import ShardInfo
 from mempool.wire.channels.loop import run
 
@@ -36,13 +37,13 @@ class Description:
 class ShardProcess:
     """One start of a shard's process. Made an actor by ``RayLauncher``."""
 
-    def __init__(self, config: ClusterConfig, shard: int, token: str | None) -> None:
+    def __init__(self, config: ClusterConfig, shard: int, keys: PoolKeys) -> None:
         # Here and not above: the controller names this class too, and needs no torch.
         import mempool.rayhost.shard_serving  # noqa: F401
 
         self._config = config
         self._shard = shard
-        self._token = token
+        self._keys = keys
         self._boot_id = uuid.uuid4().hex
         self._serving: ShardServing | None = None
         self._info: ShardInfo | None = None
@@ -74,7 +75,7 @@ class ShardProcess:
         from mempool.rayhost.shard_serving import ShardServing
 
         self._serving = ShardServing(
-            self._config, shard=self._shard, incarnation=incarnation, node_ip=node_ip, token=self._token
+            self._config, shard=self._shard, incarnation=incarnation, node_ip=node_ip, keys=self._keys
         )
         return await self._serving.start()
 

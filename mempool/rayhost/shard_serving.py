@@ -10,11 +10,13 @@ from typing import NoReturn
 from mempool.client import GrpcDialer, Router
 from mempool.config import ClusterConfig, ShardConfig
 from mempool.errors import ConfigError
+from mempool.observe import Stages
+from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.serving import advertised_host
 from mempool.server import LookupCoordinator, Server, ShardViews
 from mempool.shard import Engine
 from mempool.types import ShardHost, ShardInfo
-from mempool.wire.channels.channel import MAX_MESSAGE_BYTES
+from mempool.wire.channels.channel import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 
 _LOG = logging.getLogger(__name__)
 _EXIT_FATAL = 70  # "internal software error" of sysexits.h
@@ -35,16 +37,23 @@ class ShardServing:
         shard: The shard's number.
         incarnation: Of this start.
         node_ip: This node's address, as others see it.
-        token: The pool's token.
+        keys: The pool's.
     """
 
-    def __init__(self, config: ClusterConfig, *, shard: int, incarnation: int, node_ip: str, token: str | None) -> None:
+    def __init__(self, config: ClusterConfig, *, shard: int, incarnation: int, node_ip: str, keys: PoolKeys) -> None:
         self._config = config
         self._host = advertised_host(config, node_ip)
         self._shard = shard
         self._incarnation = incarnation
-        self._server = Server(token=token)
-        self._dialer = GrpcDialer(token=token)
+        self._stages = Stages()
+        self._server = Server(
+            token=keys.token,
+            controller_key=keys.controller_key,
+            tls=keys.server_tls,
+            in_flight_bytes=in_flight_bytes(config.shard),
+            stages=self._stages,
+        )
+        self._dialer = GrpcDialer(keys.channels())
         self._engine: Engine | None = None
 
     async def start(self) -> ShardInfo:
@@ -75,6 +84,7 @@ class ShardServing:
             commit_memory_bytes=self._config.shard.commit_bytes,
             max_message_bytes=MAX_MESSAGE_BYTES,
             on_fatal=end_process,
+            stages=self._stages,
         )
 
         def dial(peer: ShardInfo) -> ShardHost:
@@ -91,6 +101,11 @@ class ShardServing:
         await self._dialer.close()
         if self._engine is not None:
             await self._engine.close()
+
+
+def in_flight_bytes(shard: ShardConfig) -> int:
+    """What a shard's callers may have it hold of messages at a time: a part of its memory, and three large ones."""
+    return max(shard.memory // 4, 3 * MAX_REQUEST_BYTES)
 
 
 def engine_device(shard: ShardConfig) -> str:

@@ -1,69 +1,234 @@
-"""From protocol calls to gRPC handlers: decode, call, encode; every error becomes a status with its details."""
+"""From protocol calls to gRPC handlers. A call's life: its secrets are checked, it waits for room, its message is read;
+decode, call, encode. Every error becomes a status with its details. Nothing of a call outlives its end.
+"""
 
+import asyncio
+import hmac
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import NoReturn, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 
-from mempool.errors import MempoolError, RequestTooLarge
+from mempool.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    MempoolError,
+    RequestTooLarge,
+    ShardUnavailable,
+    Unauthenticated,
+)
 from mempool.observe import Stages
-from mempool.wire.methods import Method
-from mempool.wire.status import to_status
+from mempool.server.admission import Admission, Passage
+from mempool.types.caller import Caller, calling
+from mempool.wire.methods import CONTROLLER_KEY, Method
+from mempool.wire.status import Metadata, to_status
 
 RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
+Context = Any  # grpc.aio.ServicerContext, whose stubs differ from what it is
 
 _LOG = logging.getLogger("mempool.server")
 
 
-async def abort(context: "grpc.aio.ServicerContext[bytes, bytes]", error: Exception, call: str) -> NoReturn:
-    """End a call with an error's status and details; what is not mempool's own is a bug and is logged."""
+@dataclass(slots=True, kw_only=True)
+class Door:
+    """What every call of a server passes.
+
+    Attributes:
+        admission: Bounds the bytes of all calls.
+        stages: Where receiving, decoding, encoding and replying are timed.
+        controller_key: What calls of the controller must carry; None: they are refused.
+        receive_timeout_s: How long a message may take to come, once there is room for it.
+        closed: No call is let in any more: the server is ending.
+    """
+
+    admission: Admission
+    stages: Stages
+    controller_key: str | None = field(repr=False)
+    receive_timeout_s: float
+    closed: bool = False
+
+    async def enter(self, method: Method[Any, Any], context: Context) -> tuple[Passage, str]:
+        """Check a call and wait for room; answers the way in, and who asks.
+
+        Raises:
+            Unauthenticated: It needs the controller's key and does not have it.
+            ShardUnavailable: The server is ending, or has too much to do.
+        """
+        if method.controls and not self._has_key(context.invocation_metadata()):
+            raise Unauthenticated(
+                f"{method.name} is for the pool's controller and its shards alone; clients change tables and shards by "
+                "PoolService"
+            )
+        if self.closed:
+            raise ShardUnavailable("this process is ending; try again in a moment")
+        peer: str = context.peer()
+        return await self.admission.enter(peer.rpartition(":")[0]), peer
+
+    async def receive(self, method: Method[Any, Any], context: Context) -> bytes:
+        """The call's one message.
+
+        Raises:
+            InvalidRequest: There is none.
+            DeadlineExceeded: It took too long.
+        """
+        try:
+            async with asyncio.timeout(self.receive_timeout_s):
+                frame: Any = await context.read()
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the message of {method.name} did not come within {self.receive_timeout_s:g} s; it was given up"
+            ) from None
+        if not isinstance(frame, bytes):
+            raise InvalidRequest(f"{method.name} came without a message")
+        return frame
+
+    def _has_key(self, metadata: tuple[tuple[str, str | bytes], ...]) -> bool:
+        expected = self.controller_key
+        if expected is None:
+            return False
+        for key, value in metadata:
+            if key == CONTROLLER_KEY:
+                given = value if isinstance(value, bytes) else value.encode()
+                return hmac.compare_digest(given, expected.encode())
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """How a call ends that failed."""
+
+    code: grpc.StatusCode
+    message: str
+    metadata: Metadata
+
+    def end(self, context: Context) -> None:
+        """Make it the end of a call. Not by ``abort``, whose exception would be kept with all that raised it."""
+        context.set_code(self.code)
+        context.set_details(self.message)
+        context.set_trailing_metadata(self.metadata)
+
+
+def refusal(error: Exception, call: str) -> Refusal:
+    """The end of a call by an error; what is not mempool's own is a bug and is logged.
+
+    Nothing that the error holds is kept: its tracebacks hold frames, and these the request, the reply and the error.
+    """
     if not isinstance(error, MempoolError | TimeoutError):
-        _LOG.exception("%s failed", call, exc_info=error)
-    code, message, metadata = to_status(error)
-    await context.abort(code, message, metadata)
+        _LOG.error("%s failed", call, exc_info=error)
+    refused = Refusal(*to_status(error))
+    errors: list[BaseException | None] = [error]
+    while errors:
+        known = errors.pop()
+        if known is not None:
+            errors += (known.__cause__, known.__context__)
+            known.__traceback__ = known.__cause__ = known.__context__ = None
+    return refused
 
 
 def handler(
     method: Method[RequestT, ReplyT],
     call: Callable[[RequestT], Awaitable[ReplyT]],
     *,
+    door: Door,
     max_message_bytes: int,
-    stages: Stages,
 ) -> "grpc.RpcMethodHandler[bytes, bytes]":
-    """The handler of one call. Frames go in and out as raw bytes: protobuf's own classes see only the scalars."""
+    """The handler of one call. Frames go in and out as raw bytes: protobuf's own classes see only the scalars.
 
-    async def handle(frame: bytes, context: "grpc.aio.ServicerContext[bytes, bytes]") -> bytes:
-        try:
-            with stages.measure("decode"):
-                request = method.request.decode(frame)
+    To gRPC it takes a stream, of one message: the messages of others are read before any of our code is asked.
+    """
+    stages = door.stages
+
+    async def answer(context: Context, ended: "_Ended") -> bytes:
+        ended.passage, peer = await door.enter(method, context)
+        received_s = time.perf_counter()
+        frame = await door.receive(method, context)
+        ended.passage.resize(len(frame))
+        decoded_s = time.perf_counter()
+        stages.record("receive", decoded_s - received_s)
+        request = method.request.decode(frame)
+        stages.record("decode", time.perf_counter() - decoded_s)
+        with calling(Caller(peer, _deadline_s(context))):
             reply = await call(request)
-            with stages.measure("encode"):
-                encoded = method.reply.encode(reply)
-            if len(encoded) > max_message_bytes:
-                raise RequestTooLarge(
-                    f"the answer to {method.name} would have {len(encoded):,} bytes; {max_message_bytes:,} are "
-                    "accepted (max_message_bytes). Ask for fewer bags or rows at a time"
-                )
-            return encoded
-        except Exception as error:
-            await abort(context, error, method.name)
+        called_s = time.perf_counter()
+        encoded = method.reply.encode(reply)
+        ended.replied_s = time.perf_counter()
+        stages.record("encode", ended.replied_s - called_s)
+        if len(encoded) > max_message_bytes:
+            raise RequestTooLarge(
+                f"the answer to {method.name} would have {len(encoded):,} bytes; {max_message_bytes:,} are "
+                "accepted (max_message_bytes). Ask for fewer bags or rows at a time"
+            )
+        ended.passage.resize(len(encoded))
+        return encoded
 
-    return grpc.unary_unary_rpc_method_handler(handle)
+    async def handle(_: object, context: Context) -> bytes:
+        ended = _Ended(stages)
+        ended.follow()
+        try:
+            return await answer(context, ended)
+        except Exception as error:
+            refused = refusal(error, method.name)
+        refused.end(context)
+        return b""
+
+    return grpc.stream_unary_rpc_method_handler(handle)
 
 
 def streaming_handler(
-    method: Method[RequestT, ReplyT], call: Callable[[RequestT], AsyncIterator[ReplyT]]
+    method: Method[RequestT, ReplyT], call: Callable[[RequestT], AsyncIterator[ReplyT]], *, door: Door
 ) -> "grpc.RpcMethodHandler[bytes, bytes]":
     """The handler of a call that is answered by a stream."""
 
-    async def handle(frame: bytes, context: "grpc.aio.ServicerContext[bytes, bytes]") -> AsyncIterator[bytes]:
-        try:
+    async def answer(context: Context, ended: "_Ended") -> None:
+        ended.passage, peer = await door.enter(method, context)
+        frame = await door.receive(method, context)
+        ended.passage.resize(len(frame))
+        with calling(Caller(peer, _deadline_s(context))):
             async for reply in call(method.request.decode(frame)):
-                yield method.reply.encode(reply)
-        except Exception as error:
-            await abort(context, error, method.name)
+                await context.write(method.reply.encode(reply))
 
-    return grpc.unary_stream_rpc_method_handler(handle)
+    async def handle(_: object, context: Context) -> None:
+        ended = _Ended(door.stages)
+        ended.follow()
+        try:
+            await answer(context, ended)
+        except Exception as error:
+            refused = refusal(error, method.name)
+        else:
+            return
+        refused.end(context)
+
+    return grpc.stream_stream_rpc_method_handler(handle)
+
+
+class _Ended:
+    """Gives a call's room back when its answer has been taken, or it ended otherwise."""
+
+    __slots__ = ("_stages", "passage", "replied_s")
+
+    def __init__(self, stages: Stages) -> None:
+        self._stages = stages
+        self.passage: Passage | None = None
+        self.replied_s: float | None = None
+
+    def follow(self) -> None:
+        """Watch the task that serves this call: it ends when gRPC has sent the answer."""
+        task = asyncio.current_task()
+        assert task is not None, "handlers run in tasks"
+        task.add_done_callback(self)
+
+    def __call__(self, _: "asyncio.Task[Any]") -> None:
+        if self.passage is not None:
+            self.passage.leave()
+        if self.replied_s is not None:
+            self._stages.record("reply", time.perf_counter() - self.replied_s)
+
+
+def _deadline_s(context: Context) -> float | None:
+    left_s: float | None = context.time_remaining()
+    return None if left_s is None else time.monotonic() + left_s

@@ -1,5 +1,6 @@
 """One gRPC server of this process: a port, the services on it, health and reflection. Runs on the process's IO loop."""
 
+import logging
 from collections.abc import Iterable, Mapping
 
 import grpc
@@ -11,12 +12,23 @@ from grpc_reflection.v1alpha import reflection
 from mempool.config import is_loopback
 from mempool.errors import ConfigError
 from mempool.observe import Stages
+from mempool.server.admission import Admission
+from mempool.server.calls import Door
+from mempool.server.memory import Trimming
 from mempool.server.services import Handlers, Lookup, Services
 from mempool.server.token import TokenInterceptor
 from mempool.types import PoolApi, ShardHost
-from mempool.wire.channels.channel import MAX_MESSAGE_BYTES, server_options
+from mempool.wire.channels.channel import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, server_options
+from mempool.wire.channels.tls import ServerTls
 from mempool.wire.methods import MEMORY_SERVICE, POOL_SERVICE, SHARD_SERVICE
 from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2  # noqa: F401  # reflection finds the services by them
+
+IN_FLIGHT_BYTES = 4 * MAX_REQUEST_BYTES
+RECEIVE_TIMEOUT_S = 30.0
+_LAST_WORDS_S = 0.5
+"""For what is on its way out when all calls have ended."""
+
+_LOG = logging.getLogger("mempool.server")
 
 
 class Server:
@@ -24,16 +36,42 @@ class Server:
 
     Args:
         token: What every call must carry. None is for loopback addresses only.
+        controller_key: What calls of the controller must carry beside it; None: nobody may make them.
+        tls: Who this server is; None: connections are not encrypted.
         max_message_bytes: Neither takes nor sends larger messages.
+        in_flight_bytes: Bytes of messages and answers of all callers together; more of them wait. At least one
+            message of the largest size.
+        receive_timeout_s: How long a message may take to come.
+        stages: Where the stages of calls are timed.
     """
 
-    def __init__(self, *, token: str | None, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+    def __init__(
+        self,
+        *,
+        token: str | None,
+        controller_key: str | None = None,
+        tls: ServerTls | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        in_flight_bytes: int = IN_FLIGHT_BYTES,
+        receive_timeout_s: float = RECEIVE_TIMEOUT_S,
+        stages: Stages | None = None,
+    ) -> None:
         self._token = token
-        self._stages = Stages()
-        self._services = Services(max_message_bytes=max_message_bytes, stages=self._stages)
+        self._tls = tls
+        self._admission = Admission(
+            budget_bytes=in_flight_bytes, message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES)
+        )
+        self._trimming = Trimming(self._admission)
+        self._door = Door(
+            admission=self._admission,
+            stages=stages or Stages(),
+            controller_key=controller_key,
+            receive_timeout_s=receive_timeout_s,
+        )
+        self._services = Services(max_message_bytes=max_message_bytes, door=self._door)
         self._server = grpc.aio.server(
             interceptors=() if token is None else (TokenInterceptor(token),),
-            options=server_options(max_message_bytes=max_message_bytes),
+            options=server_options(max_message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES)),
         )
         self._health = HealthServicer()
         self._started = False
@@ -49,11 +87,17 @@ class Server:
                 f"bind = {host!r} is reachable from other hosts and there is no token; set pool.token_file in the "
                 "config (or MEMPOOL_TOKEN), or bind to 127.0.0.1"
             )
+        if self._tls is None and not is_loopback(host):
+            _LOG.warning(
+                "%s is reachable from other hosts and nothing is encrypted: the token and all data travel in clear "
+                "text, for anyone on the way to read and to use. Set pool.tls, or keep to a network you trust",
+                host,
+            )
         authority = f"[{host}]" if ":" in host and not host.startswith("[") else host
         tried = []
         for port in ports:
             try:
-                bound: int = self._server.add_insecure_port(f"{authority}:{port}")
+                bound = self._take(f"{authority}:{port}")
             except RuntimeError:
                 bound = 0
             if bound:
@@ -78,12 +122,21 @@ class Server:
         reflection.enable_server_reflection(names, self._server)
         await self._server.start()
         self._started = True
-        for service in ("", *handlers):
+        self._trimming.start()
+        for service in ("", *names):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self, grace_s: float = 2.0) -> None:
-        """Tell health probes, let calls under way finish for ``grace_s``, close the port."""
+        """Tell health probes, refuse new calls, let calls under way finish for ``grace_s``, close the port."""
         await self._health.enter_graceful_shutdown()
+        self._door.closed = True
+        self._trimming.stop()
         if not self._started:  # gRPC keeps the port of a server that never started
             await self._server.start()
-        await self._server.stop(grace_s)
+        await self._admission.empty(grace_s)
+        await self._server.stop(min(grace_s, _LAST_WORDS_S))
+
+    def _take(self, address: str) -> int:
+        if self._tls is None:
+            return int(self._server.add_insecure_port(address))
+        return int(self._server.add_secure_port(address, self._tls.credentials()))

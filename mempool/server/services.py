@@ -6,8 +6,7 @@ from typing import TypeVar
 
 import grpc
 
-from mempool.observe import Stages
-from mempool.server.calls import handler, streaming_handler
+from mempool.server.calls import Door, handler, streaming_handler
 from mempool.types import Ledger, PoolApi, PoolStatus, ShardHost, ShardStatus, TableView
 from mempool.wire import methods
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
@@ -26,11 +25,11 @@ class Services:
 
     Args:
         max_message_bytes: Larger replies are refused.
-        stages: Where decoding and encoding are timed.
+        door: What every call passes.
     """
 
     max_message_bytes: int
-    stages: Stages
+    door: Door
 
     def memory(self, shard: ShardHost | None, lookup: Lookup) -> Handlers:
         """``MemoryService``. Without a shard, as on the controller's address, it has Lookup alone."""
@@ -89,11 +88,11 @@ class Services:
                 self._of(methods.GET_TABLE, pool.table),
                 self._of(methods.LIST_TABLES, tables),
                 self._of(methods.GET_STATUS, status),
-                (methods.RESCALE.name, streaming_handler(methods.RESCALE, pool.rescale)),
+                (methods.RESCALE.name, streaming_handler(methods.RESCALE, pool.rescale, door=self.door)),
             ]
         )
 
     def _of(
         self, method: Method[RequestT, ReplyT], call: Callable[[RequestT], Awaitable[ReplyT]]
     ) -> tuple[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
-        return method.name, handler(method, call, max_message_bytes=self.max_message_bytes, stages=self.stages)
+        return method.name, handler(method, call, door=self.door, max_message_bytes=self.max_message_bytes)

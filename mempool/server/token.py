@@ -1,4 +1,4 @@
-"""One check for every call: does it carry the pool's token?"""
+"""One check for every call, before its message is read: does it carry the pool's token?"""
 
 import hmac
 from collections.abc import Awaitable, Callable
@@ -8,7 +8,7 @@ import grpc
 import grpc.aio
 
 from mempool.errors import Unauthenticated
-from mempool.server.calls import abort
+from mempool.server.calls import refusal
 
 _PUBLIC = ("/grpc.health.v1.Health/",)
 """Health probes come from kubelets and load balancers, which have no token; they learn nothing of the tables."""
@@ -38,7 +38,9 @@ class TokenInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _refusing(message: str) -> "grpc.RpcMethodHandler[bytes, bytes]":
-    async def refuse(_request: bytes, context: "grpc.aio.ServicerContext[bytes, bytes]") -> bytes:
-        await abort(context, Unauthenticated(message), "token check")
+    """A handler that takes and gives a stream, so that gRPC neither reads a message for it nor sends one."""
 
-    return grpc.unary_unary_rpc_method_handler(refuse)
+    async def refuse(_: object, context: Any) -> None:
+        refusal(Unauthenticated(message), "token check").end(context)
+
+    return grpc.stream_stream_rpc_method_handler(refuse)

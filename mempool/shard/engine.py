@@ -87,6 +87,7 @@ class Engine:
         max_message_bytes: What an answer may have; larger ones are refused before any work. None: there is no message.
         on_fatal: Told, on the engine's thread, why the shard cannot go on (its CUDA context is broken, say). It has
             ended then and refuses everything. None: nobody needs to know.
+        stages: Where its work is timed, with that of the server before it; None: on its own.
     """
 
     def __init__(
@@ -104,11 +105,12 @@ class Engine:
         held_lease_s: float = 60.0,
         max_message_bytes: int | None = None,
         on_fatal: Callable[[BaseException], None] | None = None,
+        stages: Stages | None = None,
     ) -> None:
         self.info = info
         self._peers = peers
         self._started_s = time.monotonic()
-        self._stages = Stages()
+        self._stages = stages or Stages()
         self._budget = Budget(client_memory_bytes, context_bytes=context_budget_bytes, commit_bytes=commit_memory_bytes)
         contexts = Contexts(room=lambda: self._budget.context_room, lease_s=context_lease_s)
         self._tenancy = Tenancy(

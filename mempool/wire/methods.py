@@ -23,6 +23,8 @@ PACKAGE = "mempool.wire.v1"
 MEMORY_SERVICE = f"{PACKAGE}.MemoryService"
 SHARD_SERVICE = f"{PACKAGE}.ShardService"
 POOL_SERVICE = f"{PACKAGE}.PoolService"
+CONTROLLER_KEY = "mempool-controller-key"
+"""Metadata that the calls of the controller, and of shards that pull from each other, carry."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,6 +41,11 @@ class Method(Generic[RequestT, ReplyT]):
     def path(self) -> str:
         """What gRPC calls it: "/mempool.wire.v1.MemoryService/Gather"."""
         return f"/{self.service}/{self.name}"
+
+    @property
+    def controls(self) -> bool:
+        """Whether it is the controller's, and its shards' among each other: it needs the controller's key."""
+        return self.service == SHARD_SERVICE and self.name != "Status"
 
     def decode_reply(self, frame: bytes | memoryview) -> ReplyT:
         """The value of a reply. Raises Internal for a malformed one: the caller of a method did nothing wrong."""

@@ -20,6 +20,7 @@ from mempool.client import GrpcPool, GrpcShard
 from mempool.embedded import EngineLauncher
 from mempool.shard import Engine
 from mempool.types import ShardHost, ShardInfo
+from mempool.wire.channels.grpc_channel import GrpcChannels
 from mempool.wire.channels.loop import run
 from tests.integration.pools import RayPool
 from tests.support.faulty import FaultyShard
@@ -28,6 +29,7 @@ from tests.support.serving import served_pool
 from .driver import Driver, Hosted
 
 NUM_SHARDS = 3
+_CONTROLLER_KEY = "of the contract suite"
 
 
 @asynccontextmanager
@@ -76,12 +78,13 @@ async def ray_hosts(num_shards: int) -> AsyncIterator[list[Hosted]]:
     """Shards of a pool that `mempool up` started, with a Ray of its own; their controller is left idle."""
     with tempfile.TemporaryDirectory() as folder:
         pool = RayPool(Path(folder), name="contract", shards=num_shards, ray_address="local")
-        await asyncio.to_thread(pool.up)
+        await asyncio.to_thread(pool.up_with_key, _CONTROLLER_KEY)
         try:
-            front = GrpcPool([pool.address])
+            channels = GrpcChannels(controller_key=_CONTROLLER_KEY)
+            front = GrpcPool([pool.address], channels)
             infos = [shard.info for shard in (await front.status()).shards]
             await front.close()
-            hosts = [GrpcShard(info) for info in infos]
+            hosts = [GrpcShard(info, channels(info.address, shard=info.shard)) for info in infos]
             yield [Hosted(host=host, info=info) for host, info in zip(hosts, infos, strict=True)]
             for host in hosts:
                 await host.close()

@@ -58,8 +58,8 @@ class Fuzz:
         self._seed = seed
         self._pool = RawChannel(target.address, key=target.token)
         self._shards = [RawChannel(address, key=target.token) for address in target.shards]
-        key = target.controller_key or target.token
-        self._controllers = [RawChannel(address, key=key) for address in target.shards]
+        keys = {"key": target.token, "controller_key": target.controller_key}
+        self._controllers = [RawChannel(address, **keys) for address in target.shards]
         self._rows: list[bytes] = []
         self._baseline = 0
 

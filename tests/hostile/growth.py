@@ -191,7 +191,7 @@ async def _measure(target: Target) -> int:
     view = await view_of(pool, VICTIM)
     requests = Requests(view, shard=0, seed=1)
     shard = RawChannel(target.shards[0], key=TOKEN)
-    controller = RawChannel(target.shards[0], key=target.controller_key or TOKEN)
+    controller = RawChannel(target.shards[0], key=TOKEN, controller_key=target.controller_key)
     channels = {"MemoryService": shard, "ShardService": controller, "PoolService": pool}
     bad = 0
     for label, field, size, make in FIELDS:

@@ -10,6 +10,7 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 
+from mempool.wire.methods import CONTROLLER_KEY
 from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2
 
 SERVICES: dict[str, ServiceDescriptor] = {
@@ -68,9 +69,10 @@ METHODS = {method.label: method for method in methods()}
 class RawChannel:
     """A connection that sends bytes as they are. Use it on a running event loop."""
 
-    def __init__(self, address: str, *, key: str | None = None) -> None:
+    def __init__(self, address: str, *, key: str | None = None, controller_key: str | None = None) -> None:
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
-        self._metadata = () if key is None else (("authorization", f"Bearer {key}"),)
+        token = () if key is None else (("authorization", f"Bearer {key}"),)
+        self._metadata = token if controller_key is None else (*token, (CONTROLLER_KEY, controller_key))
 
     async def send(self, method: RawMethod, frame: bytes, *, timeout_s: float = 30.0) -> tuple[str, bytes, str]:
         """The name of the status the call ended with, the last reply's bytes, and the status' message."""

@@ -8,6 +8,7 @@ import asyncio
 import gc
 import json
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -16,7 +17,9 @@ from typing import Any, Self
 
 from mempool.config import ClusterConfig
 from mempool.controller import Controller
-from mempool.rayhost.serving import ControllerServing, ShardServing
+from mempool.rayhost.keys import PoolKeys
+from mempool.rayhost.serving import ControllerServing
+from mempool.rayhost.shard_serving import ShardServing
 from mempool.types import ShardInfo
 from mempool.wire.channels.loop import run
 from tests.integration.pools import free_port
@@ -97,9 +100,9 @@ class Target:
 class _Launcher:
     """Starts shards in this process, with what a shard's own process would start."""
 
-    def __init__(self, config: ClusterConfig, token: str | None) -> None:
+    def __init__(self, config: ClusterConfig, keys: PoolKeys) -> None:
         self._config = config
-        self._token = token
+        self._keys = keys
         self._serving: dict[int, ShardServing] = {}
         self.infos: dict[int, ShardInfo] = {}
 
@@ -111,7 +114,7 @@ class _Launcher:
 
     async def start(self, shard: int) -> ShardInfo:
         serving = ShardServing(
-            self._config, shard=shard, incarnation=time.time_ns() // 1_000_000, node_ip="127.0.0.1", token=self._token
+            self._config, shard=shard, incarnation=time.time_ns() // 1_000_000, node_ip="127.0.0.1", keys=self._keys
         )
         self.infos[shard] = await serving.start()
         self._serving[shard] = serving
@@ -125,15 +128,16 @@ async def _serve(arguments: argparse.Namespace) -> None:
     shard = {"memory": arguments.memory, "num_cpus": 0, "threads": 1, "device": "cpu"}
     pool = {"name": "target", "shards": arguments.shards, "port": arguments.port}
     config = ClusterConfig.model_validate({"pool": pool, "shard": shard, "tables": []})
-    launcher = _Launcher(config, arguments.token)
-    serving = ControllerServing(config, node_ip="127.0.0.1", token=arguments.token)
+    keys = PoolKeys(token=arguments.token, controller_key=secrets.token_hex(32))
+    launcher = _Launcher(config, keys)
+    serving = ControllerServing(config, node_ip="127.0.0.1", keys=keys)
     controller = Controller("target", launcher=launcher, dial=serving.dial)
     await controller.open(arguments.shards)
     address = await serving.start(controller)
     said = {
         "address": address,
         "shards": [launcher.infos[shard].address for shard in sorted(launcher.infos)],
-        "controller_key": None,
+        "controller_key": keys.controller_key,
     }
     print(json.dumps(said), flush=True)
     await asyncio.to_thread(sys.stdin.read)

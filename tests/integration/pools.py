@@ -118,6 +118,18 @@ class RayPool:
     def up(self, *, expect: int = 0, folder: Path | None = None) -> Ended:
         return self.run("up", "-f", str(self.file), expect=expect, folder=folder)
 
+    def up_with_key(self, controller_key: str) -> None:
+        """`mempool up` by a process that draws this controller key, for tests that do what only controllers do."""
+        script = (
+            "import sys, types, mempool.rayhost.keys as keys\n"
+            f"keys.secrets = types.SimpleNamespace(token_hex=lambda _: {controller_key!r})\n"
+            f"sys.argv = ['mempool', 'up', '-f', {str(self.file)!r}]\n"
+            "from mempool.cli import main\n"
+            "main()\n"
+        )
+        command = [sys.executable, "-c", script]
+        subprocess.run(command, env=self._env, timeout=COMMAND_S, stdin=subprocess.DEVNULL, check=True)
+
     def down(self, *, expect: int = 0) -> Ended:
         return self.run("down", "--pool", self.name, expect=expect)
 

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from mempool.client import GrpcDialer, Router
 from mempool.controller import Controller
@@ -10,6 +11,10 @@ from mempool.server import LookupCoordinator, Server, ShardViews
 from mempool.shard import Engine
 from mempool.types import ShardHost, ShardInfo
 from mempool.wire.channels.channel import MAX_MESSAGE_BYTES
+from mempool.wire.channels.grpc_channel import GrpcChannels
+from mempool.wire.channels.tls import ClientTls, ServerTls
+
+CONTROLLER_KEY = "for controllers only"
 
 
 @dataclass
@@ -24,13 +29,22 @@ class ServedShard:
 class ServedPool:
     """A pool of served shards; its own launcher."""
 
-    def __init__(self, *, token: str | None = None, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
+    def __init__(
+        self,
+        *,
+        token: str | None = None,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        tls: tuple[ServerTls, ClientTls] | tuple[None, None] = (None, None),
+        **server_options: Any,
+    ) -> None:
         self.token = token
+        self.tls, client_tls = tls
+        self.server_options = server_options
         self.max_message_bytes = max_message_bytes
-        self.dialer = GrpcDialer(token=token)
+        self.dialer = GrpcDialer(GrpcChannels(token=token, controller_key=CONTROLLER_KEY, tls=client_tls))
         self.shards: dict[int, ServedShard] = {}
         self.controller = Controller("served", launcher=self, dial=self.dialer.dial)
-        self.server = Server(token=token)
+        self.server = Server(token=token, tls=self.tls)
         self.address = ""
         self._incarnation = 0
 
@@ -45,7 +59,13 @@ class ServedPool:
 
     async def start(self, shard: int) -> ShardInfo:
         self._incarnation += 1
-        server = Server(token=self.token, max_message_bytes=self.max_message_bytes)
+        server = Server(
+            token=self.token,
+            controller_key=CONTROLLER_KEY,
+            tls=self.tls,
+            max_message_bytes=self.max_message_bytes,
+            **self.server_options,
+        )
         port = server.bind("127.0.0.1", [0])
         info = ShardInfo(shard=shard, address=f"127.0.0.1:{port}", incarnation=self._incarnation)
         engine = Engine(info, peers=self.dial)
@@ -70,10 +90,10 @@ class ServedPool:
 
 @asynccontextmanager
 async def served_pool(
-    num_shards: int, *, token: str | None = None, max_message_bytes: int = MAX_MESSAGE_BYTES
+    num_shards: int, *, token: str | None = None, max_message_bytes: int = MAX_MESSAGE_BYTES, **options: Any
 ) -> AsyncIterator[ServedPool]:
-    """A pool that is served, until the block ends. Runs on the IO loop."""
-    pool = ServedPool(token=token, max_message_bytes=max_message_bytes)
+    """A pool that is served, until the block ends. Runs on the IO loop. Options: of ``ServedPool``."""
+    pool = ServedPool(token=token, max_message_bytes=max_message_bytes, **options)
     await pool.serve()
     await pool.controller.open(num_shards)
     try:

@@ -4,13 +4,16 @@ import asyncio
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from mempool.config import TOKEN_VARIABLE
 from mempool.errors import DeadlineExceeded, MempoolError, PoolUnreachable, Unavailable
 from mempool.types import PoolStatus
 from mempool.wire import methods
 from mempool.wire.channels import loop
-from mempool.wire.channels.channel import Channel
+from mempool.wire.channels.channel import Channels
+from mempool.wire.channels.grpc_channel import GrpcChannels
+from mempool.wire.channels.tls import ClientTls, client_tls
 
 # How long one address may take; the controller itself gives its shards two seconds.
 _ANSWER_S = 5.0
@@ -24,12 +27,19 @@ _NO_CONNECTION = re.compile(
 )
 
 
-def pool_status(addresses: Sequence[str], *, token: str | None = None, timeout_s: float = 5.0) -> PoolStatus:
+def pool_status(
+    addresses: Sequence[str],
+    *,
+    token: str | None = None,
+    tls: ClientTls | Path | str | None = None,
+    timeout_s: float = 5.0,
+) -> PoolStatus:
     """The status of a pool, from the first address that answers.
 
     Args:
         addresses: "host:port" of the pool or of its shards, at least one.
         token: The pool's token; None takes the environment variable MEMPOOL_TOKEN, if set.
+        tls: As for ``connect``.
         timeout_s: How long to ask again where nobody answers: a controller that comes back takes seconds. 0 asks once.
 
     Raises:
@@ -37,14 +47,14 @@ def pool_status(addresses: Sequence[str], *, token: str | None = None, timeout_s
         Unauthenticated: The token is missing or wrong.
     """
     token = os.environ.get(TOKEN_VARIABLE) or None if token is None else token
-    asked = _asked(addresses, token=token, timeout_s=timeout_s)
+    asked = _asked(addresses, GrpcChannels(token=token, tls=client_tls(tls)), timeout_s=timeout_s)
     return loop.run(asked, timeout_s=timeout_s + _ANSWER_S * len(addresses) + _STUCK_S)
 
 
-async def _asked(addresses: Sequence[str], *, token: str | None, timeout_s: float) -> PoolStatus:
+async def _asked(addresses: Sequence[str], make: Channels, *, timeout_s: float) -> PoolStatus:
     clock = asyncio.get_running_loop()
     deadline_s = clock.time() + timeout_s
-    channels = {address: Channel(address, token=token) for address in addresses}
+    channels = {address: make(address) for address in addresses}
     try:
         while True:
             problems: dict[str, MempoolError] = {}
@@ -65,6 +75,6 @@ def _reason(error: MempoolError) -> str:
     if isinstance(error, DeadlineExceeded):
         return f"nothing came within {_ANSWER_S:g} s"
     if isinstance(error, Unavailable) and error.refused:
-        return "Connection refused"
+        return "connection refused: nobody listens at that port"
     found = _NO_CONNECTION.search(error.message)
     return found["why"].strip() if found else error.message

@@ -1,4 +1,4 @@
-"""The controller over gRPC: ``PoolApi`` by any of several addresses, by the shards' while the controller is away."""
+"""The controller behind channels: ``PoolApi`` by any of several addresses, by shards' while the controller is away."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
@@ -6,8 +6,9 @@ from typing import TypeVar
 
 from mempool.errors import DeadlineExceeded, MempoolError, NotFound, PoolUnreachable, Unavailable
 from mempool.types import PoolStatus, RescaleProgress, TableSchema, TableView
+from mempool.types.caller import current_caller
 from mempool.wire import methods
-from mempool.wire.channels.channel import MAX_MESSAGE_BYTES, Channel
+from mempool.wire.channels.channel import Channel, Channels
 
 T = TypeVar("T")
 
@@ -27,16 +28,12 @@ class GrpcPool:
 
     Args:
         addresses: "host:port" of the controller, of shards, or of both; at least one.
-        token: The pool's token.
-        max_message_bytes: Neither sends nor takes larger messages.
+        channels: Makes the connections.
     """
 
-    def __init__(
-        self, addresses: Iterable[str], *, token: str | None = None, max_message_bytes: int = MAX_MESSAGE_BYTES
-    ) -> None:
+    def __init__(self, addresses: Iterable[str], channels: Channels) -> None:
         self._bootstrap = tuple(dict.fromkeys(addresses))
-        self._token = token
-        self._max_message_bytes = max_message_bytes
+        self._make_channel = channels
         self._preferred = self._bootstrap[0]
         self._detour_end_s = 0.0
         self._shard_addresses: dict[str, None] = {}
@@ -44,10 +41,14 @@ class GrpcPool:
         self._closed = False
 
     async def create_table(self, schema: TableSchema) -> TableView:
-        return self._learned(await self._change(lambda channel: channel.call(methods.CREATE_TABLE, schema)))
+        return self._learned(
+            await self._change(
+                lambda channel, timeout_s: channel.call(methods.CREATE_TABLE, schema, timeout_s=timeout_s)
+            )
+        )
 
     async def drop_table(self, name: str) -> None:
-        await self._change(lambda channel: channel.call(methods.DROP_TABLE, name))
+        await self._change(lambda channel, timeout_s: channel.call(methods.DROP_TABLE, name, timeout_s=timeout_s))
 
     async def table(self, name: str) -> TableView:
         """Raises NotFound only if the pool's own addresses say so: a shard may not have heard of the table yet."""
@@ -93,11 +94,11 @@ class GrpcPool:
         self._channels.clear()
         await asyncio.gather(*(channel.close() for channel in channels))
 
-    async def _change(self, call: Callable[[Channel], Awaitable[T]]) -> T:
+    async def _change(self, call: Callable[[Channel, float | None], Awaitable[T]]) -> T:
         problems: dict[str, MempoolError] = {}
         for address in self._bootstrap:
             try:
-                return await call(self._channel(address))
+                return await call(self._channel(address), current_caller().remaining_s())
             except Unavailable as error:  # also what a shard says, which changes nothing
                 problems[address] = error
         raise self._unreachable(problems)
@@ -110,7 +111,9 @@ class GrpcPool:
             self._preferred = self._bootstrap[0]
         for address in dict.fromkeys((self._preferred, *self._bootstrap, *self._shard_addresses)):
             try:
-                answer = await call(self._channel(address), _READ_TIMEOUT_S)
+                left_s = current_caller().remaining_s()
+                timeout_s = _READ_TIMEOUT_S if left_s is None else min(left_s, _READ_TIMEOUT_S)
+                answer = await call(self._channel(address), timeout_s)
             except (Unavailable, DeadlineExceeded) as error:
                 problems[address] = error
             except NotFound as error:
@@ -137,8 +140,7 @@ class GrpcPool:
             raise PoolUnreachable("the pool was closed on this side")
         channel = self._channels.get(address)
         if channel is None:
-            channel = Channel(address, token=self._token, max_message_bytes=self._max_message_bytes)
-            self._channels[address] = channel
+            channel = self._channels[address] = self._make_channel(address)
         return channel
 
     def _unreachable(self, problems: Mapping[str, MempoolError]) -> PoolUnreachable:

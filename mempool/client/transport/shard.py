@@ -1,4 +1,4 @@
-"""Shards and the controller over gRPC: ``ShardHost`` and ``PoolApi`` as calls on channels. Each call is tried once.
+"""Shards behind channels: ``ShardHost`` as calls, each tried once, with what is left of its caller's time as deadline.
 
 Everything here is made, used and closed on the process's IO loop. Retries and deadlines are the router's.
 """
@@ -41,8 +41,9 @@ from mempool.types import (
     WriteRowsReply,
     WriteRowsRequest,
 )
+from mempool.types.caller import current_caller
 from mempool.wire import methods
-from mempool.wire.channels.channel import MAX_MESSAGE_BYTES, Channel
+from mempool.wire.channels.channel import Channel, Channels
 from mempool.wire.codecs.pages import FreezeTable
 from mempool.wire.methods import Method
 
@@ -58,19 +59,16 @@ _IDLE_S = 120.0
 
 
 class GrpcShard:
-    """A shard behind its address; a ``ShardHost``.
+    """A shard behind a channel; a ``ShardHost``.
 
     Args:
-        info: Where it is.
-        token: The pool's token.
-        max_message_bytes: Neither sends nor takes larger messages.
+        info: Which it is.
+        channel: Leads to it; closed with this.
     """
 
-    def __init__(
-        self, info: ShardInfo, *, token: str | None = None, max_message_bytes: int = MAX_MESSAGE_BYTES
-    ) -> None:
+    def __init__(self, info: ShardInfo, channel: Channel) -> None:
         self.info = info
-        self._channel = Channel(info.address, shard=info.shard, token=token, max_message_bytes=max_message_bytes)
+        self._channel = channel
         self._calls = 0
 
     @property
@@ -137,9 +135,12 @@ class GrpcShard:
         await self._channel.close()
 
     async def _call(self, method: Method[RequestT, ReplyT], request: RequestT, *, ids: Tensor | None = None) -> ReplyT:
+        narrow_ids = ids is not None and _fit_narrow(ids)
         self._calls += 1
         try:
-            return await self._channel.call(method, request, narrow_ids=ids is not None and _fit_narrow(ids))
+            return await self._channel.call(
+                method, request, timeout_s=current_caller().remaining_s(), narrow_ids=narrow_ids
+            )
         finally:
             self._calls -= 1
 
@@ -148,13 +149,11 @@ class GrpcDialer:
     """Connections to shards, one to each start of each, made at first use. Its ``dial`` is what a router asks for.
 
     Args:
-        token: The pool's token.
-        max_message_bytes: Neither sends nor takes larger messages.
+        channels: Makes the connections.
     """
 
-    def __init__(self, *, token: str | None = None, max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
-        self._token = token
-        self._max_message_bytes = max_message_bytes
+    def __init__(self, channels: Channels) -> None:
+        self._channels = channels
         self._hosts: dict[ShardInfo, GrpcShard] = {}
         self._used_s: dict[ShardInfo, float] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -176,7 +175,7 @@ class GrpcDialer:
         now_s = asyncio.get_running_loop().time()
         if host is None:
             self._close_idle(now_s)
-            host = GrpcShard(info, token=self._token, max_message_bytes=self._max_message_bytes)
+            host = GrpcShard(info, self._channels(info.address, shard=info.shard))
             self._hosts[info] = host
         self._used_s[info] = now_s
         return host

@@ -3,9 +3,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mempool import kernels
 from mempool.bench import machine, peers
 from mempool.bench.cases import Workload
+from mempool.kernels import dispatch as kernels
 
 
 @pytest.fixture(autouse=True)

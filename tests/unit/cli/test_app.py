@@ -15,7 +15,7 @@ import mempool
 from mempool import rayhost
 from mempool.cli import show
 from mempool.cli import target as target_module
-from mempool.types import RescaleProgress
+from mempool.types import PoolStatus, RescaleProgress, ShardInfo, ShardStatus
 from mempool.wire.channels.loop import run
 from tests.support.serving import ServedPool
 
@@ -113,6 +113,7 @@ def test_apply(served: ServedPool, file: Path, command: Command) -> None:
         "kept": ["facts"],
         "refused": [],
         "restart": [],
+        "unfinished": "",
     }
     done = command("apply", "-f", file).stdout.splitlines()
     assert done[0] == "rescaling: 2 -> 3 shards"
@@ -196,7 +197,7 @@ def test_nobody_there(command: Command, monkeypatch: pytest.MonkeyPatch) -> None
     found = command("status", "--address", f"127.0.0.1:{port}", "--json", expect=3)
     assert found.stdout == ""
     assert found.stderr.count(f"127.0.0.1:{port}") == 1
-    assert "Connection refused" in found.stderr
+    assert "connection refused" in found.stderr
 
 
 def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,3 +232,25 @@ def test_who_stops_watching_a_rescale_is_told_that_it_goes_on(capsys: pytest.Cap
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert "goes on without its watcher: see mempool status" in capsys.readouterr().err
+
+
+def shown(capsys: pytest.CaptureFixture[str], **fields: object) -> str:
+    now = PoolStatus(name="p", tables=(), **{"shards": (), "rescaling": False, **fields})
+    show.status(now, address="localhost:7077")
+    return capsys.readouterr().out
+
+
+def test_status_says_what_is_not_as_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    infos = [ShardInfo(shard=shard, address="localhost:1", incarnation=1) for shard in range(2)]
+    shards = (ShardStatus(info=infos[0], state="ready"), ShardStatus(info=infos[1], state="starting"))
+    assert "asked for" not in shown(capsys, shards=shards, wanted_shards=2)
+    assert "asked for" not in shown(capsys, shards=shards, wanted_shards=0), "while the controller is away"
+    found = shown(capsys, shards=shards, wanted_shards=3)
+    assert "has 2 shards and was asked for 3: ask again with mempool scale --shards 3" in found
+    assert "shard 1 is starting" in found
+    moving = shown(capsys, shards=shards, wanted_shards=3, rescaling=True, waiting_for="Ray to place shard 2")
+    assert moving.splitlines()[0].endswith("going to 3 shards: waiting for Ray to place shard 2")
+    assert "asked for" not in moving
+    assert (
+        shown(capsys, wanted_shards=3, unfinished="stopped there; do this").splitlines()[-1] == "stopped there; do this"
+    )

@@ -11,7 +11,7 @@ from mempool.cli.outcome import UsageError
 from mempool.cli.target import Target, find_target, named, parts
 from mempool.config import ClusterConfig, PoolConfig
 from mempool.errors import ConfigError, NotFound, PoolUnreachable
-from mempool.rayhost.records import PoolRecord, write_record
+from mempool.rayhost.state.records import PoolRecord, write_record
 from tests.support.serving import ServedPool
 
 from .conftest import Command
@@ -111,15 +111,17 @@ def test_the_name_of_a_pool_by_its_address(served: ServedPool) -> None:
 def test_nobody_there_is_said_once_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target_module, "_ANSWER_TIMEOUT_S", 0.0)
     address = "127.0.0.1:1"
+    started("mine", address)
     for target, advice in (
         (Target(address=address, guessed=True), r"No pool was started on this machine: .*`mempool up -f FILE`"),
         (Target(address=address, name="mine"), r"`mempool down --pool mine`"),
         (Target(address=address), r"the address right\?"),
+        (Target(address=address, name="of a file"), r"the address right\?"),
     ):
         with pytest.raises(PoolUnreachable, match=advice) as caught:
             target.status()
         assert caught.value.message.count(address) == 1
-        assert "Connection refused" in caught.value.message
+        assert "connection refused" in caught.value.message
 
 
 def test_status_finds_the_only_pool(served: ServedPool, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:

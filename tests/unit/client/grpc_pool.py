@@ -7,8 +7,10 @@ from mempool.controller import Controller
 from mempool.server import LookupCoordinator, Server, ShardViews
 from mempool.shard import Engine
 from mempool.types import ShardInfo
+from mempool.wire.channels.grpc_channel import GrpcChannels
 from mempool.wire.channels.loop import run
 
+CONTROLLER_KEY = "for controllers only"
 _BOUND_S = 60.0
 
 
@@ -25,7 +27,7 @@ class GrpcPoolHere:
         self.infos: dict[int, ShardInfo] = {}
         self._engines: dict[int, Engine] = {}
         self._servers: dict[int, Server] = {}
-        self._dialer = GrpcDialer(token=token)
+        self._dialer = GrpcDialer(GrpcChannels(token=token, controller_key=CONTROLLER_KEY))
         self._front: Server | None = None
         self._controller = Controller("here", launcher=self, dial=self._dialer.dial)
         self.address = run(self._open(shards), _BOUND_S)
@@ -78,7 +80,7 @@ class GrpcPoolHere:
         return f"127.0.0.1:{port}"
 
     async def _start(self, shard: int, *, incarnation: int) -> ShardInfo:
-        server = Server(token=self.token)
+        server = Server(token=self.token, controller_key=CONTROLLER_KEY)
         port = server.bind("127.0.0.1", [0])
         info = ShardInfo(shard=shard, address=f"127.0.0.1:{port}", incarnation=incarnation)
         engine = Engine(info, peers=self._dialer.dial)

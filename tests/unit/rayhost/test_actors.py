@@ -1,8 +1,12 @@
-"""Names of actors."""
+"""Names of actors, and the environment of their processes."""
+
+from pathlib import Path
 
 import pytest
 
-from mempool.rayhost.actors import controller_name, pool_of, shard_name, shard_of
+import mempool
+from mempool.rayhost import actors
+from mempool.rayhost.actors import controller_name, kernel_variables, pool_of, shard_name, shard_of
 
 
 @pytest.mark.parametrize("pool", ["local", "a.b-c_d", "shard-1"])
@@ -17,3 +21,32 @@ def test_other_pools_and_other_actors_are_not_ours() -> None:
     assert shard_of("local", "local/shard-x") is None
     assert shard_of("local", "local/shard--1") is None
     assert pool_of("somebody's actor") is None
+
+
+def test_threads_of_kernels_sleep_when_idle() -> None:
+    variables = kernel_variables(3)
+    assert (variables["OMP_NUM_THREADS"], variables["NUMBA_NUM_THREADS"]) == ("3", "3")
+    quiet = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+    assert quiet.items() <= variables.items()
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_workers_import_this_mempool(installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = str(Path(mempool.__file__).resolve().parents[1])
+    monkeypatch.setattr(actors.sysconfig, "get_path", lambda _: here if installed else "/elsewhere")
+    made: list[dict[str, object]] = []
+
+    class Made:
+        def options(self, **options: object) -> "Made":
+            made.append(options)
+            return self
+
+        def remote(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(actors.ray, "remote", lambda **_: lambda _: Made())
+    actors.make_actor(object, name="a", variables={"X": "1"})
+    actors.make_actor(object, name="b")
+    path = {} if installed else {"PYTHONPATH": here + ":${PYTHONPATH}"}
+    assert made[0]["runtime_env"] == {"env_vars": {**path, "X": "1"}}
+    assert made[1].get("runtime_env") == ({"env_vars": path} if path else None)

@@ -10,7 +10,7 @@ from mempool.config import ClusterConfig, PoolConfig, ShardConfig, TableConfig, 
 from mempool.placement import plan
 from mempool.rayhost import planned
 from mempool.rayhost.apply import unfinished
-from mempool.rayhost.records import PoolRecord, write_record
+from mempool.rayhost.state.records import PoolRecord, write_record
 from mempool.types import Placement, PoolStatus, ShardInfo, ShardStatus, TableView
 from mempool.types.schema import Layout
 

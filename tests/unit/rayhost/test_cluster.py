@@ -1,18 +1,27 @@
 """What `up` and `down` end, and above all what they leave alone, beside a Ray that is only acted."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import GetTimeoutError
 
 from mempool.config import ClusterConfig, PoolConfig
-from mempool.errors import AlreadyExists, NotFound, PoolUnreachable
+from mempool.controller import Controller
+from mempool.errors import AlreadyExists, ConfigError, NotFound, PoolUnreachable
 from mempool.rayhost import cluster, ray_process
 from mempool.rayhost.cluster import down, up
-from mempool.rayhost.records import PoolRecord, read_record, write_record
+from mempool.rayhost.keys import PoolKeys
+from mempool.rayhost.launcher import RayLauncher
+from mempool.rayhost.serving import ControllerServing
+from mempool.rayhost.state.records import PoolRecord, read_record, write_record
+from mempool.wire.channels import loop
 
 ADDRESS = "10.0.0.9:6379"
+KEYS = PoolKeys(token=None, controller_key="a-key")
+PORT_PROBLEM = ray_process.port_problem
 
 
 class Actor:
@@ -20,7 +29,7 @@ class Actor:
 
     def __init__(self, failure: Exception | None = None) -> None:
         self.failure = failure
-        self.start = self.stop = self
+        self.start = self.stop = self.waiting_for = self
 
     def remote(self) -> "Actor":
         return self
@@ -81,6 +90,7 @@ def acted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ActedRay:
     replaced: dict[tuple[Any, str], Any] = {
         (ray_process, "attach"): found.attach,
         (ray_process, "end"): found.end,
+        (ray_process, "port_problem"): lambda *_: None,
         (ray_process, "runs"): lambda pid, address: pid > 0 and bool(address),
         (cluster, "make_actor"): found.make,
         (cluster, "cluster_resources"): dict,
@@ -174,3 +184,62 @@ def test_up_says_where_clients_elsewhere_would_be_told_this_machines_loopback(
     up(ClusterConfig(pool=PoolConfig(name="mine", shards=1, port=7077, **pool)), say=said.append)
     assert list(acted.actors) == ["mine/controller"]
     assert any("set pool.advertise" in line for line in said) == warned
+
+
+def test_a_taken_port_is_known_before_ray_is_asked(acted: ActedRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(ray_process, "attach", asked.append)
+    monkeypatch.setattr(ray_process, "port_problem", PORT_PROBLEM)
+    monkeypatch.setattr(ray_process, "start", lambda *_, **__: asked.append("start"))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"'mine' cannot listen on 127.0.0.1, port {port}: .*Set pool.port"):
+            up(ClusterConfig(pool=PoolConfig(name="mine", shards=1, port=port)), say=lambda _: None)
+    assert asked == []
+    assert acted.actors == {}
+
+
+def test_up_says_what_it_waits_for_until_its_time_is_over(acted: ActedRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[Any] = [GetTimeoutError(), "1 of 2 shards have started", "127.0.0.1:7077", "stopped"]
+
+    def get(*_: object, **__: object) -> str:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    monkeypatch.setattr(ray, "get", get)
+    said: list[str] = []
+    assert up(config(), say=said.append).address == "127.0.0.1:7077"
+    assert any("still starting" in line and "1 of 2 shards have started" in line for line in said)
+    down("mine", say=lambda _: None)
+
+    monkeypatch.setattr(cluster, "_SAY_EVERY_S", 0.0)
+    answers[:] = [GetTimeoutError(), GetTimeoutError()]
+    with pytest.raises(PoolUnreachable, match=r"within 0 s \(the controller's process is not there yet\).*--timeout"):
+        up(config(), say=said.append, timeout_s=0.0)
+    assert acted.actors == {}
+
+
+def test_a_pool_that_runs_already_is_known_by_who_has_its_port(
+    acted: ActedRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def serve() -> tuple[ControllerServing, str]:
+        running = ClusterConfig(pool=PoolConfig(name="mine", shards=1, port=0))
+        serving = ControllerServing(running, node_ip="127.0.0.1", keys=KEYS)
+        controller = Controller("mine", launcher=RayLauncher(running, keys=KEYS), dial=serving.dial)
+        return serving, await serving.start(controller)
+
+    monkeypatch.setattr(ray_process, "port_problem", PORT_PROBLEM)
+    serving, address = loop.run(serve(), timeout_s=30)
+    port = int(address.rpartition(":")[2])
+    try:
+        with pytest.raises(AlreadyExists, match="'mine' runs already"):
+            up(ClusterConfig(pool=PoolConfig(name="mine", shards=1, port=port)), say=lambda _: None)
+        with pytest.raises(ConfigError, match=rf"'yours' cannot listen on 127.0.0.1, port {port}: pool 'mine' does"):
+            up(ClusterConfig(pool=PoolConfig(name="yours", shards=1, port=port)), say=lambda _: None)
+    finally:
+        loop.run(serving.stop(), timeout_s=30)
+    assert acted.actors == {}

@@ -8,6 +8,7 @@ import pytest
 from mempool.config import ClusterConfig, PoolConfig
 from mempool.rayhost import controller_actor
 from mempool.rayhost.controller_actor import ControllerProcess
+from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.shard_actor import Description
 from mempool.types import ShardInfo
 from mempool.wire.channels.loop import run
@@ -70,7 +71,7 @@ def test_a_shard_that_is_back_is_looked_after_when_it_says_so(
     monkeypatch.setattr(controller_actor, "_LOOK_S", 3600.0)
     monkeypatch.setattr(controller_actor, "_RETRY_S", 0.01)
     told: list[ShardInfo] = []
-    process = ControllerProcess(CONFIG, None, 30.0)
+    process = ControllerProcess(CONFIG, PoolKeys(token=None, controller_key="k"), 30.0)
 
     async def restarted(info: ShardInfo) -> None:
         told.append(info)
@@ -91,7 +92,7 @@ def test_a_shard_that_is_back_is_looked_after_when_it_says_so(
 
 def test_what_was_not_heard_is_found_by_looking(launcher: ActedLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(controller_actor, "_LOOK_S", 0.01)
-    process = ControllerProcess(CONFIG, None, 30.0)
+    process = ControllerProcess(CONFIG, PoolKeys(token=None, controller_key="k"), 30.0)
     process.start()
     try:
         run(until(lambda: launcher.looks > 2), timeout_s=30)

@@ -13,10 +13,13 @@ from mempool.config import ClusterConfig, PoolConfig, load
 from mempool.errors import ConfigError, ShardUnavailable
 from mempool.rayhost import launcher as launcher_module
 from mempool.rayhost.actors import NAMESPACE, kernel_variables
+from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.launcher import RayLauncher
 from mempool.rayhost.shard_actor import Description, ShardProcess
 from mempool.types import ShardInfo
 from mempool.wire.channels.loop import run
+
+KEYS = PoolKeys(token="a-token", controller_key="a-key")
 
 
 class FakeMethod:
@@ -104,7 +107,7 @@ def shards(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeShard]:
 
 
 def make() -> RayLauncher:
-    return RayLauncher(ClusterConfig(pool=PoolConfig(name="local", shards=2)), token=None)
+    return RayLauncher(ClusterConfig(pool=PoolConfig(name="local", shards=2)), keys=KEYS)
 
 
 def bounded(coro: Any) -> Any:
@@ -224,18 +227,18 @@ def test_room_is_asked_for_at_once_and_told_in_numbers(
         return {"CPU": 2.0} if len(looks) > 3 else {}
 
     monkeypatch.setattr(launcher_module, "free_resources", free)
-    bounded(RayLauncher(config_asking(1), token=None).require_room(2))
+    bounded(RayLauncher(config_asking(1), keys=KEYS).require_room(2))
     assert len(looks) == 4, "what was given back a moment ago is waited for"
     with pytest.raises(ShardUnavailable, match=r"no room for 3 more shard\(s\).* they need CPU 3, free 2\."):
-        bounded(RayLauncher(config_asking(1), token=None).require_room(3))
-    bounded(RayLauncher(config_asking(1, autoscaling=True), token=None).require_room(3))
-    bounded(RayLauncher(config_asking(0), token=None).require_room(4000))
+        bounded(RayLauncher(config_asking(1), keys=KEYS).require_room(3))
+    bounded(RayLauncher(config_asking(1, autoscaling=True), keys=KEYS).require_room(3))
+    bounded(RayLauncher(config_asking(0), keys=KEYS).require_room(4000))
     assert shards == {}
 
 
 @pytest.mark.usefixtures("shards")
 def test_what_a_start_waits_for_is_said_while_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    launcher = RayLauncher(config_asking(1), token=None)
+    launcher = RayLauncher(config_asking(1), keys=KEYS)
 
     async def watched() -> tuple[str, str, str]:
         before = await launcher.starting()
@@ -288,12 +291,12 @@ def test_a_shard_gets_what_the_8_gpu_file_says(monkeypatch: pytest.MonkeyPatch) 
         return FakeShard(3)
 
     monkeypatch.setattr(launcher_module, "make_actor", make)
-    info = run(RayLauncher(config, token="a-token").start(3), timeout_s=10)
+    info = run(RayLauncher(config, keys=KEYS).start(3), timeout_s=10)
     assert info.shard == 3
     assert info.incarnation > 1_600_000_000_000  # of the clock: above those a controller before this one gave
     assert made == {
         "process": ShardProcess,
-        "arguments": (config, 3, "a-token"),
+        "arguments": (config, 3, KEYS),
         "name": "memory/shard-3",
         "num_cpus": 2,
         "num_gpus": 1,

@@ -17,7 +17,9 @@ import mempool.rayhost.controller_actor  # what the actor's process imports
 from mempool.client import GrpcPool
 from mempool.config import ClusterConfig, PoolConfig
 from mempool.controller import Controller
+from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.serving import ControllerServing
+from mempool.wire.channels.grpc_channel import GrpcChannels
 from mempool.wire.channels.loop import run
 
 class NoShards:
@@ -26,9 +28,9 @@ class NoShards:
 
 async def serve():
     config = ClusterConfig(pool=PoolConfig(name="light", shards=1, port=0))
-    serving = ControllerServing(config, node_ip="127.0.0.1", token=None)
+    serving = ControllerServing(config, node_ip="127.0.0.1", keys=PoolKeys(token=None, controller_key="k"))
     address = await serving.start(Controller("light", launcher=NoShards(), dial=serving.dial))
-    api = GrpcPool([address])
+    api = GrpcPool([address], GrpcChannels())
     try:
         assert (await api.status()).name == "light"
         assert await api.tables() == ()

@@ -1,7 +1,9 @@
 """A pool behind real gRPC on loopback: services, token, limits, health, reflection, errors, a shard's own answers."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
+from unittest.mock import AsyncMock
 
 import grpc
 import grpc.aio
@@ -17,11 +19,13 @@ from mempool import errors
 from mempool.client import GrpcShard, connect
 from mempool.config import resolve
 from mempool.server import Server
-from mempool.types import Envelope, GatherRequest
-from mempool.wire.channels.channel import Channel
+from mempool.types import Envelope, GatherRequest, ShardInfo, ShardStatus
+from mempool.wire.channels.grpc_channel import GrpcChannel
 from mempool.wire.channels.loop import run
 from mempool.wire.codecs.lookup import LookupRequest
-from mempool.wire.methods import CREATE_TABLE, GATHER, LOOKUP
+from mempool.wire.methods import CREATE_TABLE, GATHER, LOOKUP, STATUS
+
+from .doors import served as served_door
 
 CALL_S = 30.0
 
@@ -81,7 +85,7 @@ def test_lookup_of_a_thin_client_equals_the_clients_own(
     address = served.address if at == "controller" else served.shards[1].info.address
 
     async def ask(asked: torch.Tensor) -> list[torch.Tensor]:
-        async with Channel(address) as channel:
+        async with GrpcChannel(address) as channel:
             reply = await channel.call(LOOKUP, LookupRequest(table=name, queries=asked, topk=8), timeout_s=CALL_S)
             return [reply.ids.clone(), reply.scores.clone(), reply.weights.clone(), reply.values.clone()]
 
@@ -98,7 +102,7 @@ def test_lookup_says_what_is_wrong(served: ServedPool, client: mempool.Pool) -> 
     client.create_table(mempool.TableConfig(name="keyless", num_slots=16, value_dim=8))
 
     async def ask(table: str, queries: torch.Tensor) -> None:
-        async with Channel(served.shards[0].info.address) as channel:
+        async with GrpcChannel(served.shards[0].info.address) as channel:
             await channel.call(LOOKUP, LookupRequest(table=table, queries=queries, topk=2), timeout_s=CALL_S)
 
     with pytest.raises(errors.InvalidRequest, match="has no keys in the pool"):
@@ -126,7 +130,7 @@ def test_without_the_token_nothing_is_answered(guarded: ServedPool, token: str |
 
     async def create() -> None:
         schema = resolve(mempool.TableConfig(name="theirs", num_slots=32, value_dim=8))
-        async with Channel(guarded.address, token=token) as channel:
+        async with GrpcChannel(guarded.address, token=token) as channel:
             await channel.call(CREATE_TABLE, schema, timeout_s=CALL_S)
 
     with pytest.raises(errors.Unauthenticated):
@@ -179,7 +183,7 @@ def test_errors_of_the_engine_arrive_as_themselves(served: ServedPool) -> None:
     info = served.shards[0].info
 
     async def gather() -> None:
-        shard = GrpcShard(info)
+        shard = GrpcShard(info, GrpcChannel(info.address, shard=info.shard))
         envelope = Envelope(table_id=999_999, epoch=1, incarnation=info.incarnation)
         ids, offsets = torch.tensor([0]), torch.tensor([0, 1])
         try:
@@ -210,6 +214,66 @@ def test_health_needs_no_token_and_ends_with_the_server() -> None:
         served.close()
     with pytest.raises(grpc.aio.AioRpcError):
         run(probe(address), timeout_s=CALL_S)
+
+
+async def health(address: str, service: str) -> int:
+    async with grpc.aio.insecure_channel(address) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        reply = await health_pb2_grpc.HealthStub(channel).Check(request, timeout=CALL_S)
+        return int(reply.status)
+
+
+NAMES = [
+    "",
+    "mempool.wire.v1.MemoryService",
+    "mempool.wire.v1.PoolService",
+    "mempool.wire.v1.ShardService",
+    "grpc.health.v1.Health",
+    "grpc.reflection.v1alpha.ServerReflection",
+]
+
+
+def test_health_answers_for_each_service_also_while_calls_are_let_finish() -> None:
+    async def main() -> None:
+        begun, go_on = asyncio.Event(), asyncio.Event()
+
+        async def status() -> ShardStatus:
+            begun.set()
+            await go_on.wait()
+            return ShardStatus(info=ShardInfo(shard=0, address="", incarnation=1), state="ready")
+
+        shard = AsyncMock()
+        shard.status = status
+        async with served_door(shard) as (address, server), GrpcChannel(address, shard=0) as channel:
+            for name in NAMES:
+                assert await health(address, name) == health_pb2.HealthCheckResponse.SERVING, name
+            under_way = asyncio.create_task(channel.call(STATUS, None, timeout_s=CALL_S))
+            await begun.wait()
+            stopping = asyncio.create_task(server.stop(CALL_S))
+            await asyncio.sleep(0.05)
+            for name in NAMES:
+                assert await health(address, name) == health_pb2.HealthCheckResponse.NOT_SERVING, name
+            with pytest.raises(errors.ShardUnavailable, match="this process is ending"):
+                await channel.call(STATUS, None, timeout_s=CALL_S)
+            assert not stopping.done()
+            go_on.set()
+            assert (await under_way).state == "ready"
+            await stopping
+
+    run(main(), timeout_s=2 * CALL_S)
+
+
+def test_a_bind_that_others_reach_without_encryption_is_said_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    async def bind(host: str) -> None:
+        server = Server(token="sesame")
+        server.bind(host, [0])
+        await server.stop(0.0)
+
+    run(bind("127.0.0.1"), timeout_s=CALL_S)
+    assert caplog.text == ""
+    run(bind("0.0.0.0"), timeout_s=CALL_S)
+    assert "0.0.0.0 is reachable from other hosts and nothing is encrypted" in caplog.text
+    assert "sesame" not in caplog.text
 
 
 def test_reflection_shows_the_services_with_their_messages(served: ServedPool) -> None:

@@ -23,8 +23,9 @@ from mempool.errors import (
     Unauthenticated,
 )
 from mempool.types import RescaleProgress, ShardInfo
+from mempool.wire.channels.grpc_channel import GrpcChannels
 from mempool.wire.channels.loop import run
-from tests.unit.client.grpc_pool import GrpcPoolHere, addresses
+from tests.unit.client.grpc_pool import CONTROLLER_KEY, GrpcPoolHere, addresses
 
 CONFIG = TableConfig(name="facts", num_slots=100, value_dim=96, block_dim=16, optimizer=SGD(lr=0.5))
 NOBODY = "127.0.0.1:1"
@@ -233,7 +234,7 @@ def test_dialer_keeps_one_connection_to_each_start_and_closes_idle_ones(
     here: GrpcPoolHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def main() -> None:
-        dialer = GrpcDialer()
+        dialer = GrpcDialer(GrpcChannels())
         first = here.infos[0]
         host = dialer.dial(first)
         assert dialer.dial(first) is host
@@ -256,7 +257,7 @@ def test_dialer_keeps_one_connection_to_each_start_and_closes_idle_ones(
 def test_shard_without_an_address_cannot_be_dialled() -> None:
     async def main() -> None:
         with pytest.raises(ShardUnavailable, match="shard 3 cannot be reached: it has no address yet"):
-            GrpcDialer().dial(ShardInfo(shard=3, address="", incarnation=1))
+            GrpcDialer(GrpcChannels()).dial(ShardInfo(shard=3, address="", incarnation=1))
 
     run(main(), 30.0)
 
@@ -269,7 +270,8 @@ def test_shard_behind_its_address_is_a_whole_shard_host(here: GrpcPoolHere) -> N
         table.commit()
 
     async def main() -> None:
-        shard = GrpcShard(here.infos[0])
+        info = here.infos[0]
+        shard = GrpcShard(info, GrpcChannels(controller_key=CONTROLLER_KEY)(info.address, shard=0))
         ledger = await shard.freeze(table_id, 5.0)
         assert (ledger.version, ledger.updates_applied) == (1, 1)
         await shard.thaw(table_id)

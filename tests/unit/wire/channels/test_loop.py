@@ -126,7 +126,7 @@ def late():
     except MempoolError as error:
         print("late:", error)
 atexit.register(late)
-from mempool.wire.channels.channel import Channel
+from mempool.wire.channels.grpc_channel import GrpcChannel
 from mempool.wire.channels.loop import io_loop, run
 async def nothing(): pass
 async def forever():
@@ -134,7 +134,7 @@ async def forever():
         await asyncio.sleep(600)
     finally:
         print("cancelled")
-async def connect(): return Channel("127.0.0.1:1", shard=0)
+async def connect(): return GrpcChannel("127.0.0.1:1", shard=0)
 channel = run(connect())
 asyncio.run_coroutine_threadsafe(forever(), io_loop())
 run(asyncio.sleep(0.05))

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mempool.errors import ConfigError
-from mempool.rayhost import folders
-from mempool.rayhost.folders import ray_folder, ray_place, require_room, room_problem, state_folder, state_place
+from mempool.rayhost.state import folders
+from mempool.rayhost.state.folders import ray_folder, ray_place, require_room, room_problem, state_folder, state_place
 
 
 @pytest.fixture(autouse=True)

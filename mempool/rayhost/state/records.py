@@ -11,7 +11,7 @@ from pathlib import Path
 from mempool.config import ClusterConfig
 from mempool.config.cluster import RECORDED
 from mempool.errors import ConfigError
-from mempool.rayhost.folders import require_room, state_folder, state_place
+from mempool.rayhost.state.folders import require_room, state_folder, state_place
 
 _RECORD_BYTES = 1 << 20
 

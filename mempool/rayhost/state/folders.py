@@ -36,7 +36,7 @@ def state_folder() -> Path:
             f"user {os.getuid()} has no home (no HOME), and `mempool up` has to write down what it started; {advice}"
         )
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
         reason = None if os.access(path, os.W_OK | os.X_OK) else "no right to write there"
     except OSError as error:
         reason = error.strerror

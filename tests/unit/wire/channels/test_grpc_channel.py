@@ -12,7 +12,8 @@ import torch
 from mempool import errors
 from mempool.types import Envelope, GatherReply, GatherRequest, RescaleProgress, Stamp
 from mempool.wire import methods
-from mempool.wire.channels.channel import Channel, server_options
+from mempool.wire.channels.channel import server_options
+from mempool.wire.channels.grpc_channel import GrpcChannel
 from mempool.wire.channels.loop import run
 from mempool.wire.status import to_status
 from mempool.wire.v1 import data_pb2, data_pb2_grpc
@@ -105,9 +106,9 @@ def server() -> Iterator[tuple[Server, str]]:
     run(served.stop(), WAIT_S)
 
 
-def with_channel(address: str, use: Callable[[Channel], Awaitable[Any]], **options: Any) -> Any:
+def with_channel(address: str, use: Callable[[GrpcChannel], Awaitable[Any]], **options: Any) -> Any:
     async def main() -> Any:
-        async with Channel(address, shard=2, **options) as channel:
+        async with GrpcChannel(address, shard=2, **options) as channel:
             return await use(channel)
 
     return run(main(), WAIT_S)
@@ -215,7 +216,7 @@ def test_a_server_that_goes_away_in_the_middle(server: tuple[Server, str]) -> No
     served, address = server
 
     async def main() -> None:
-        async with Channel(address, shard=2) as channel:
+        async with GrpcChannel(address, shard=2) as channel:
             call = asyncio.ensure_future(channel.call(methods.GATHER, gather_request(lookup_id=4), timeout_s=WAIT_S))
             await asyncio.sleep(0.1)
             await served.stop()
@@ -227,7 +228,7 @@ def test_a_server_that_goes_away_in_the_middle(server: tuple[Server, str]) -> No
 
 def test_closing_a_channel_ends_its_calls_but_not_their_tasks(server: tuple[Server, str]) -> None:
     async def main() -> None:
-        channel = Channel(server[1], shard=2)
+        channel = GrpcChannel(server[1], shard=2)
         call = asyncio.ensure_future(channel.call(methods.GATHER, gather_request(lookup_id=4), timeout_s=WAIT_S))
         await asyncio.sleep(0.1)
         await channel.close()
@@ -246,7 +247,7 @@ def test_a_cancelled_caller_is_cancelled(server: tuple[Server, str]) -> None:
     served, address = server
 
     async def main() -> None:
-        async with Channel(address, shard=2) as channel:
+        async with GrpcChannel(address, shard=2) as channel:
             call = asyncio.ensure_future(channel.call(methods.GATHER, gather_request(lookup_id=4), timeout_s=WAIT_S))
             await asyncio.sleep(0.1)
             call.cancel()
@@ -263,7 +264,7 @@ def test_a_call_the_server_does_not_know(server: tuple[Server, str]) -> None:
 
 
 def test_streams(server: tuple[Server, str]) -> None:
-    async def collect(channel: Channel) -> list[RescaleProgress]:
+    async def collect(channel: GrpcChannel) -> list[RescaleProgress]:
         return [progress async for progress in channel.stream(methods.RESCALE, 4, timeout_s=WAIT_S)]
 
     found = with_channel(server[1], collect)
@@ -278,7 +279,7 @@ def test_streams(server: tuple[Server, str]) -> None:
 def test_a_stream_that_fails_gives_what_came_before(server: tuple[Server, str]) -> None:
     found: list[RescaleProgress] = []
 
-    async def collect(channel: Channel) -> None:
+    async def collect(channel: GrpcChannel) -> None:
         async for progress in channel.stream(methods.RESCALE, 3, timeout_s=WAIT_S):
             found.append(progress)  # noqa: PERF401
 

@@ -1,5 +1,8 @@
 """Records of pools: written, read, overwritten, unreadable."""
 
+import contextlib
+import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +10,7 @@ import pytest
 
 from mempool.config import Adam, ClusterConfig, PoolConfig, ProductKeys, TableConfig
 from mempool.errors import ConfigError
-from mempool.rayhost.records import (
+from mempool.rayhost.state.records import (
     PoolRecord,
     forget_record,
     hand_over_ray,
@@ -91,3 +94,35 @@ def test_reading_makes_no_folder_and_writing_says_what_to_set(monkeypatch: pytes
     assert not (tmp_path / "none").exists()
     with pytest.raises(ConfigError, match="XDG_STATE_HOME"):
         write_record(record("first"))
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, timeout=10)
+    if made.returncode:
+        pytest.skip("no right to mount")
+    yield folder
+    subprocess.run(["umount", folder], check=True, timeout=10)
+
+
+def test_a_full_disk_is_named_and_leaves_the_record_as_it_was(tiny_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMPOOL_STATE", str(tiny_disk))
+    write_record(record("first", ray_pid=1))
+    filler = tiny_disk / "filler"
+    with contextlib.suppress(OSError):
+        filler.write_bytes(bytes(1 << 20))
+    with pytest.raises(ConfigError, match="no space left on device"):
+        write_record(record("first", ray_pid=2))
+    assert sorted(path.name for path in tiny_disk.iterdir()) == ["filler", "first.json"]
+    found = read_record("first")
+    assert found is not None
+    assert found.ray_pid == 1
+
+
+def test_only_its_owner_reads_a_record() -> None:
+    write_record(record("first"))
+    (path,) = state_folder().iterdir()
+    assert path.stat().st_mode & 0o777 == 0o600

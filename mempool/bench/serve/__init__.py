@@ -1,0 +1,1 @@
+"""Benchmarks of served pools: clients and shards as processes of one host."""

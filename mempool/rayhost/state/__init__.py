@@ -1,0 +1,1 @@
+"""What `up` writes down for later commands of the same user, and where. Loads no Ray."""

@@ -1,0 +1,75 @@
+"""What a shard says of the pool by itself, with peers that answer, and peers that do not."""
+
+import asyncio
+from typing import Any
+from unittest.mock import AsyncMock
+
+import numpy as np
+import pytest
+
+from mempool.config import TableConfig, resolve
+from mempool.errors import NotFound, PoolUnreachable, ShardUnavailable
+from mempool.server import ShardViews, views
+from mempool.types import Placement, ShardInfo, ShardStatus, TableView
+
+INFOS = tuple(ShardInfo(shard=shard, address=f"host{shard}:1", incarnation=1) for shard in range(3))
+SCHEMA = resolve(TableConfig(name="facts", num_slots=64, value_dim=8))
+VIEW = TableView(
+    schema=SCHEMA,
+    placement=Placement(
+        table_id=1,
+        epoch=1,
+        owners=np.zeros((SCHEMA.num_row_pages, SCHEMA.num_blocks), np.int32),
+        key_owners=np.zeros(0, np.int32),
+    ),
+    shards=INFOS,
+)
+
+
+def shard_views(*, peer: Any = None) -> ShardViews:
+    own = AsyncMock()
+    own.views.return_value = (VIEW,)
+    own.status.return_value = ShardStatus(info=INFOS[1], state="ready")
+    return ShardViews("run-7", shard=own, dial=lambda info: peer(info), controller="head:7077")
+
+
+def test_tables_are_those_of_its_views() -> None:
+    assert asyncio.run(shard_views().tables()) == (VIEW,)
+    assert asyncio.run(shard_views().table("facts")) is VIEW
+    with pytest.raises(NotFound, match="this shard knows no table 'ficts'; its tables: facts"):
+        asyncio.run(shard_views().table("ficts"))
+
+
+def test_peers_are_asked_for_their_status_and_named_where_they_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(views, "_STATUS_TIMEOUT_S", 0.05)
+
+    async def silent() -> ShardStatus:
+        await asyncio.sleep(60.0)
+        raise AssertionError
+
+    def peer(info: ShardInfo) -> Any:
+        host = AsyncMock()
+        if info.shard == 0:
+            host.status = silent
+        else:
+            host.status.side_effect = ShardUnavailable("gone")
+        return host
+
+    status = asyncio.run(shard_views(peer=peer).status())
+    assert [(shard.info, shard.state) for shard in status.shards] == [
+        (INFOS[0], "unreachable"),
+        (INFOS[1], "ready"),
+        (INFOS[2], "unreachable"),
+    ]
+    assert (status.name, status.tables, status.rescaling) == ("run-7", (VIEW,), False)
+
+
+def test_changes_are_for_the_controller() -> None:
+    async def rescale() -> None:
+        async for _ in shard_views().rescale(3):
+            raise AssertionError
+
+    for change in (shard_views().create_table(SCHEMA), shard_views().drop_table("facts"), rescale()):
+        with pytest.raises(PoolUnreachable, match="only the controller of pool 'run-7' changes it; it is at head:7077"):
+            asyncio.run(change)
+    asyncio.run(shard_views().close())
