@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +28,7 @@ U64 = st.one_of(st.integers(0, 300), st.integers(0, 2**64 - 1))
 U32 = st.one_of(st.integers(0, 300), st.integers(0, 2**32 - 1))
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 DOUBLE = st.floats(allow_nan=False)
+SECONDS = st.floats(0.0, allow_infinity=False)
 U64S = st.lists(U64, max_size=5).map(tuple)
 U32S = st.lists(U32, max_size=5).map(tuple)
 FLOAT32 = st.just(torch.float32)
@@ -149,9 +152,9 @@ SHARD_STATUS = build(
     kept_bytes=U64,
     client_limit_bytes=U64,
     page_limit_bytes=U64,
-    uptime_s=DOUBLE,
+    uptime_s=SECONDS,
     tables=st.lists(TABLE_STATUS, max_size=2).map(tuple),
-    stages=st.lists(build(types.StageTime, stage=TEXT, count=U64, total_s=DOUBLE), max_size=2).map(tuple),
+    stages=st.lists(build(types.StageTime, stage=TEXT, count=U64, total_s=SECONDS), max_size=2).map(tuple),
 )
 PAGES: Mapping[str, st.SearchStrategy[Any]] = {
     "table_id": U64,
@@ -275,7 +278,7 @@ CASES: dict[Method[Any, Any], Case] = {
     ),
     methods.FREEZE: (
         shard_pb2.FreezeRequest,
-        build(FreezeTable, table_id=U64, timeout_s=DOUBLE),
+        build(FreezeTable, table_id=U64, timeout_s=SECONDS),
         shard_pb2.FreezeReply,
         LEDGER,
     ),
@@ -447,3 +450,26 @@ def test_every_rpc_has_its_method() -> None:
 def test_a_malformed_reply_is_no_fault_of_the_caller() -> None:
     with pytest.raises(Internal, match=r"answer to Gather cannot be read: GatherReply\.values is missing"):
         methods.GATHER.decode_reply(b"")
+
+
+def test_controllers_messages_need_no_torch() -> None:
+    script = """
+import sys
+import numpy as np
+from mempool.types import *
+from mempool.wire import methods
+
+view = TableView(
+    schema=TableSchema(table_id=1, name="t", num_slots=8, value_dim=4, block_dim=4, page_slots=8, dtype="float32",
+                       seed=0, init_std=0.1, stride=0, layout="auto", optimizer=OptimizerSpec(algorithm="sgd", lr=0.1)),
+    placement=Placement(table_id=1, epoch=1, owners=np.zeros((1, 1), np.int32), key_owners=np.zeros(0, np.int32)),
+    shards=(),
+)
+source = ShardInfo(shard=0, address="a:1", incarnation=1)
+pull = PullPages(table_id=1, source=source, row_pages=np.arange(3), blocks=(0,))
+for codec, value in ((methods.SET_VIEW.request, view), (methods.PULL_PAGES.request, pull)):
+    assert codec.encode(codec.decode(codec.encode(value))) == codec.encode(value)
+import mempool.server, mempool.wire.channels.grpc_channel
+sys.exit("torch" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], timeout=60, check=True)

@@ -205,7 +205,7 @@ def test_nobody_listens() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(errors.ShardUnavailable, match=r"shard 2 at .* does not answer \(UNAVAILABLE") as caught:
+        with pytest.raises(errors.ShardUnavailable, match=r"shard 2 at .* does not answer") as caught:
             gather(address, gather_request())
     assert caught.value.retryable
 

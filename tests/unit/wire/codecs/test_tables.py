@@ -133,7 +133,7 @@ def test_a_view_whose_placement_is_of_another_shape_is_refused() -> None:
 
 
 def test_an_unknown_state_is_not_sent() -> None:
-    with pytest.raises(InvalidRequest, match="state is 'asleep'; expected one of ready, starting, unreachable"):
+    with pytest.raises(InvalidRequest, match="'asleep' is none of ready, starting, unreachable"):
         pages.STATUS_REPLY.encode(ShardStatus(info=VIEW.shards[0], state="asleep"))
 
 
