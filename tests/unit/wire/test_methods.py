@@ -139,6 +139,9 @@ TABLE_STATUS = build(
     lookups=U64,
     frozen=st.booleans(),
 )
+STAGE_TIME = build(
+    types.StageTime, stage=TEXT, count=U64, total_s=SECONDS, p50_s=SECONDS, p99_s=SECONDS, max_s=SECONDS
+)
 SHARD_STATUS = build(
     types.ShardStatus,
     info=SHARD_INFO,
@@ -154,7 +157,10 @@ SHARD_STATUS = build(
     page_limit_bytes=U64,
     uptime_s=SECONDS,
     tables=st.lists(TABLE_STATUS, max_size=2).map(tuple),
-    stages=st.lists(build(types.StageTime, stage=TEXT, count=U64, total_s=SECONDS), max_size=2).map(tuple),
+    stages=st.lists(STAGE_TIME, max_size=2).map(tuple),
+        build(types.StageTime, stage=TEXT, count=U64, total_s=SECONDS, p50_s=SECONDS, p99_s=SECONDS, max_s=SECONDS),
+        max_size=2,
+    ).map(tuple),
 )
 PAGES: Mapping[str, st.SearchStrategy[Any]] = {
     "table_id": U64,
