@@ -31,11 +31,13 @@ class Ledger:
         version: Table version: commits applied since the table was made.
         updates_applied: Updates applied since the table was made.
         entries: (group, rank) -> the newest applied step.
+        step_offset: The optimizer's step count less the version: 0 where it was never set.
     """
 
     version: int = 0
     updates_applied: int = 0
     entries: Mapping[tuple[str, int], LedgerEntry] = field(default_factory=dict)
+    step_offset: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

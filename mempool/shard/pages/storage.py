@@ -171,8 +171,8 @@ class Storage:
 
     # Initial values
 
-    def initialise(self, placement: Placement) -> Iterator[None]:
-        """Own and fill what the placement gives this shard, a piece at a time: each piece is one ``next``."""
+    def initialise(self, placement: Placement) -> Iterator[int]:
+        """Own and fill what the placement gives this shard, a piece at a time: each ``next`` answers its bytes."""
         owned = placement.owners == self.shard
         filling: list[tuple[Arena, npt.NDArray[np.int64]]] = []
         for blocks, row_pages in by_blocks(owned).items():
@@ -184,7 +184,7 @@ class Storage:
                 # Packed values are encoded from float32.
                 for piece in pieces(len(run), arena.page_bytes * (4 if self.schema.packed else 1)):
                     self._fill(arena, run[piece])
-                    yield
+                    yield len(run[piece]) * arena.page_bytes
         heads = tuple(int(head) for head in np.flatnonzero(placement.key_owners == self.shard))
         self.set_head_keys({head: initial_head_keys(self.schema, head) for head in heads})
         self.own(placement)

@@ -55,3 +55,5 @@ WRITE_ROWS_REQUEST = FrameCodec(
     Mirror(pb.WriteRowsRequest, types.WriteRowsRequest, _REQUEST), {"ids": SLOT_IDS, "rows": _ROWS}
 )
 WRITE_ROWS_REPLY = FrameCodec(Mirror(pb.WriteRowsReply, types.WriteRowsReply, _REPLY))
+STEP_COUNT_REQUEST = FrameCodec(Mirror(pb.StepCountRequest, types.StepCountRequest, _REQUEST))
+STEP_COUNT_REPLY = FrameCodec(Mirror(pb.StepCountReply, types.StepCountReply, _REPLY))

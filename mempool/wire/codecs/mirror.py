@@ -43,7 +43,8 @@ class Mirror(Generic[T, MessageT]):
         message: The generated class. Tensor fields are not its business.
         make: The value's class, whose fields have the same names.
         parts: Field name -> what converts it; for messages inside and enums.
-        optional: Messages inside that may be absent: None then. All others must be there.
+        optional: Messages inside that may be absent: None then, as it is for absent scalars whose absence can be told.
+            All other messages inside must be there.
         left_out: Fields that are no attributes of the value.
     """
 
@@ -237,6 +238,8 @@ def _made_from_message(
         elif (check := _check(field)) is not None:
             names[f"_{name}"] = check
             text = f"_{name}({text}, {message!r}, {name!r})"
+        if name not in parts and field.has_presence:
+            text += f" if message.HasField({name!r}) else None"
         arguments.append(f"{name}={text}")
     made: Callable[..., T] = eval(f"lambda message, **more: _make({', '.join([*arguments, '**more'])})", names)
     return made

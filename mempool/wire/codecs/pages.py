@@ -36,7 +36,12 @@ def ledger_message(value: Ledger) -> pb.Ledger:
         pb.LedgerEntry(group=group, rank=rank, step=entry.step, sequences=entry.sequences)
         for (group, rank), entry in value.entries.items()
     ]
-    return pb.Ledger(version=value.version, updates_applied=value.updates_applied, entries=entries)
+    return pb.Ledger(
+        version=value.version,
+        updates_applied=value.updates_applied,
+        entries=entries,
+        step_offset=value.step_offset,
+    )
 
 
 def ledger_value(message: pb.Ledger) -> Ledger:
@@ -47,7 +52,12 @@ def ledger_value(message: pb.Ledger) -> Ledger:
         if (entry.group, entry.rank) in entries:
             raise InvalidRequest(f"Ledger.entries has rank {entry.rank} of group {entry.group!r} twice")
         entries[entry.group, entry.rank] = LedgerEntry(step=entry.step, sequences=tuple(entry.sequences))
-    return Ledger(version=message.version, updates_applied=message.updates_applied, entries=entries)
+    return Ledger(
+        version=message.version,
+        updates_applied=message.updates_applied,
+        entries=entries,
+        step_offset=message.step_offset,
+    )
 
 
 class PageBatchCodec:

@@ -1,6 +1,5 @@
 """Schemas, placements, views and status as messages: the codecs of ``PoolService``. All go through protobuf itself."""
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,9 +8,11 @@ from mempool.errors import InvalidRequest
 from mempool.types.pool import (
     PoolStatus,
     RescaleProgress,
+    ShardFill,
     ShardInfo,
     ShardStatus,
     StageTime,
+    TableCreation,
     TableStatus,
     TableView,
 )
@@ -27,6 +28,7 @@ from mempool.types.schema import (
     TableSchema,
     default_rounding,
 )
+from mempool.types.schema_checks import check_schema
 from mempool.wire.bodies.tensors import array_from_message, tensor_to_message
 from mempool.wire.codecs.codec import MAX_SMALL_BYTES, Only, ProtoCodec
 from mempool.wire.codecs.mirror import Choice, Functions, Mirror, Several, checked_text, choice, require
@@ -73,23 +75,39 @@ def optimizer_message(value: OptimizerSpec) -> table_pb2.OptimizerSpec:
         initial_accumulator_value=value.initial_accumulator_value,
         weight_decay=value.weight_decay,
         dense=value.dense,
+        momentum=value.momentum,
+        dampening=value.dampening,
+        nesterov=value.nesterov,
+        decoupled_weight_decay=value.decoupled_weight_decay,
+        corrected_eps=value.corrected_eps,
+        max_norm=value.max_norm,
     )
 
 
 def optimizer_value(message: table_pb2.OptimizerSpec) -> OptimizerSpec:
-    """Raises InvalidRequest where a number is out of ``mempool.config``'s range: foreign clients lack that."""
     given: dict[str, float] = {"lr": message.lr}
-    for name in ("eps", "beta1", "beta2", "lr_decay", "initial_accumulator_value", "weight_decay"):
+    for name in (
+        "eps",
+        "beta1",
+        "beta2",
+        "lr_decay",
+        "initial_accumulator_value",
+        "weight_decay",
+        "momentum",
+        "dampening",
+        "max_norm",
+    ):
         if message.HasField(name):
             given[name] = getattr(message, name)
-    for name, number in given.items():
-        below = 1.0 if name.startswith("beta") else math.inf
-        if not 0.0 <= number < below or (name == "eps" and number == 0.0):  # NaN neither
-            least = "above 0" if name == "eps" else "at least 0"
-            wanted = f"{least} and below 1" if below == 1.0 else f"finite and {least}"
-            raise InvalidRequest(f"OptimizerSpec.{name} is {number}; it must be {wanted}")
     algorithm = choice(_ALGORITHM_NAMES, message.algorithm, "OptimizerSpec.algorithm")
-    return OptimizerSpec(algorithm=algorithm, dense=message.dense, **given)
+    return OptimizerSpec(
+        algorithm=algorithm,
+        dense=message.dense,
+        nesterov=message.nesterov,
+        decoupled_weight_decay=message.decoupled_weight_decay,
+        corrected_eps=message.corrected_eps,
+        **given,
+    )
 
 
 def schema_message(value: TableSchema) -> table_pb2.TableSchema:
@@ -121,11 +139,8 @@ def schema_message(value: TableSchema) -> table_pb2.TableSchema:
 
 
 def schema_value(message: table_pb2.TableSchema) -> TableSchema:
+    """Raises InvalidRequest for whatever ``mempool.config`` would refuse: foreign clients lack that."""
     require(message, "optimizer")
-    # Whoever computes with a schema divides by these.
-    for name in ("num_slots", "value_dim", "block_dim", "page_slots"):
-        if not getattr(message, name):
-            raise InvalidRequest(f"TableSchema.{name} is missing or 0; it must be at least 1")
     keys: ProductKeySpec | FlatKeySpec | None = None
     if message.HasField("product_keys"):
         product = message.product_keys
@@ -137,9 +152,7 @@ def schema_value(message: table_pb2.TableSchema) -> TableSchema:
     rounding = default_rounding(dtype, master=message.master)
     if message.rounding != table_pb2.ROUNDING_UNSPECIFIED:
         rounding = choice(_ROUNDING_NAMES, message.rounding, "TableSchema.rounding")
-    if message.master and dtype == "float32":
-        raise InvalidRequest("TableSchema.master is true with float32 values; they are their own master")
-    return TableSchema(
+    schema = TableSchema(
         table_id=message.table_id,
         name=checked_text(message.name, "TableSchema", "name"),
         num_slots=message.num_slots,
@@ -156,6 +169,8 @@ def schema_value(message: table_pb2.TableSchema) -> TableSchema:
         rounding=rounding,
         master=message.master,
     )
+    check_schema(schema)
+    return schema
 
 
 def _deterministic(keys: table_pb2.ProductKeySpec | table_pb2.FlatKeySpec) -> bool:
@@ -190,6 +205,13 @@ def _whole_view(message: table_pb2.TableView) -> TableView:
     found = placement.owners.shape, placement.key_owners.shape
     if found != expected:
         raise InvalidRequest(f"TableView.placement has owners {found}; the schema of {schema.name!r} has {expected}")
+    if placement.table_id != schema.table_id:
+        raise InvalidRequest(
+            f"TableView.placement is of table {placement.table_id}; the schema of {schema.name!r} of {schema.table_id}"
+        )
+    lowest = min(int(placement.owners.min()), int(placement.key_owners.min(initial=0)))
+    if lowest < 0:
+        raise InvalidRequest(f"TableView.placement of {schema.name!r} names shard {lowest}; shards count from 0")
     return view
 
 
@@ -218,7 +240,14 @@ SHARD_STATUS = Mirror(
         "stages": Several(Mirror(status_pb2.StageTime, StageTime)),
     },
 )
-POOL_STATUS = Mirror(status_pb2.PoolStatus, PoolStatus, {"shards": Several(SHARD_STATUS), "tables": Several(VIEW)})
+_CREATION = Mirror(
+    status_pb2.TableCreation, TableCreation, {"shards": Several(Mirror(status_pb2.ShardFill, ShardFill))}
+)
+POOL_STATUS = Mirror(
+    status_pb2.PoolStatus,
+    PoolStatus,
+    {"shards": Several(SHARD_STATUS), "tables": Several(VIEW), "creating": Several(_CREATION)},
+)
 
 CREATE_TABLE_REQUEST: ProtoCodec[TableSchema, pool_pb2.CreateTableRequest] = ProtoCodec(
     Only(pool_pb2.CreateTableRequest, "schema", SCHEMA), MAX_SMALL_BYTES

@@ -102,10 +102,13 @@ class Ledger(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     UPDATES_APPLIED_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
+    STEP_OFFSET_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """The table version: commits applied since the table was made."""
     updates_applied: _builtins.int
     """Updates applied since the table was made."""
+    step_offset: _builtins.int
+    """The optimizer's step count less the version: 0 where it was never set."""
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerEntry]:
         """One entry for each (group, rank)."""
@@ -116,10 +119,11 @@ class Ledger(_message.Message):
         version: _builtins.int = ...,
         updates_applied: _builtins.int = ...,
         entries: _abc.Iterable[Global___LedgerEntry] | None = ...,
+        step_offset: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "updates_applied", b"updates_applied", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "step_offset", b"step_offset", "updates_applied", b"updates_applied", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

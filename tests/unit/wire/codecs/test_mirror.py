@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mempool.errors import InvalidRequest
-from mempool.types import Ledger, StepId
+from mempool.types import Envelope, Ledger, StepCountRequest, StepId
 from mempool.wire import methods
 from mempool.wire.codecs import mirror
 from mempool.wire.codecs.mirror import Choice, Mirror, Several
@@ -135,3 +135,10 @@ def test_a_table_that_does_not_fit_its_message_is_a_mistake_of_the_programmer() 
         Mirror(status_pb2.ShardStatus, dict)
     with pytest.raises(AssertionError, match="Envelope has no such fields"):
         Mirror(data_pb2.Envelope, dict, {"nothing": Choice({"a": 1})})
+
+
+def test_an_absent_number_is_none_where_absence_can_be_told() -> None:
+    envelope = Envelope(table_id=1, epoch=1, incarnation=1)
+    for count in (None, 0, 7):
+        request = StepCountRequest(envelope=envelope, set=count, at_version=3)
+        assert methods.STEP_COUNT.request.decode(methods.STEP_COUNT.request.encode(request)) == request
