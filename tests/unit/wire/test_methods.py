@@ -76,6 +76,9 @@ NUMBERS: Mapping[str, st.SearchStrategy[float]] = {
     "lr_decay": RATE,
     "initial_accumulator_value": RATE,
     "weight_decay": RATE,
+    "momentum": st.floats(0.0, 1.0, exclude_max=True),
+    "dampening": st.floats(0.0, 1.0, exclude_max=True),
+    "max_norm": st.none() | st.floats(1e-37, 1e30),
 }
 
 
@@ -84,6 +87,8 @@ def schemas(draw: st.DrawFn) -> types.TableSchema:
     """Any that ``check_schema`` takes; with other numbers nothing of the kind travels."""
     algorithm = draw(st.sampled_from(["sgd", "adagrad", "rowwise_adagrad", "adam", "adamw", "rowwise_adam"]))
     given = {name: draw(NUMBERS[name]) for name, taken in HYPER_PARAMETERS.items() if algorithm in taken.of}
+    if given.get("momentum") == 0.0:
+        given["dampening"] = 0.0
     dtype, master = draw(st.sampled_from(["float32", "bfloat16", "float8_e4m3fn", "int8"])), draw(st.booleans())
     master = master and dtype != "float32"
     fine = dtype == "float32" or master
@@ -102,12 +107,13 @@ def schemas(draw: st.DrawFn) -> types.TableSchema:
     root = draw(st.integers(1, 10))
     num_slots = root**2 if isinstance(keys, types.ProductKeySpec) else draw(st.integers(1, 100))
     value_dim = draw(st.integers(1, 100))
+    whole_rows = given.get("max_norm") is not None  # of which the norm is
     return types.TableSchema(
         table_id=draw(U64),
         name=draw(st.from_regex(NAME, fullmatch=True)),
         num_slots=num_slots,
         value_dim=value_dim,
-        block_dim=draw(st.integers(1, value_dim)),
+        block_dim=value_dim if whole_rows else draw(st.integers(1, value_dim)),
         page_slots=draw(st.sampled_from([1, 8, 16, 64])),
         dtype=dtype,  # type: ignore[arg-type]
         seed=draw(st.integers(0, 2**63 - 1)),
@@ -280,6 +286,12 @@ CASES: dict[Method[Any, Any], Case] = {
             weights=PER_HEAD,
             values=BAGS,
         ),
+    ),
+    methods.STEP_COUNT: (
+        data_pb2.StepCountRequest,
+        build(types.StepCountRequest, envelope=ENVELOPE, set=st.none() | U64, at_version=U64),
+        data_pb2.StepCountReply,
+        build(types.StepCountReply, **STAMPED, count=U64),
     ),
     methods.READ_ROWS: (
         data_pb2.ReadRowsRequest,
