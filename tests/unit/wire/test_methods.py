@@ -122,7 +122,7 @@ def schemas(draw: st.DrawFn) -> types.TableSchema:
         layout=draw(st.sampled_from(["auto", "columns", "rows", "grid"])),  # type: ignore[arg-type]
         optimizer=types.OptimizerSpec(
             algorithm=algorithm,  # type: ignore[arg-type]
-            dense=algorithm == "adamw" and fine and draw(st.booleans()),
+            dense=algorithm == "adamw" and fine and not whole_rows and draw(st.booleans()),
             **given,
         ),
         keys=keys,
