@@ -16,6 +16,7 @@ from mempool.types import MAX_SHARDS
 
 TOKEN_VARIABLE = "MEMPOOL_TOKEN"
 TLS_VARIABLE = "MEMPOOL_TLS_AUTHORITY"
+TLS_NAME_VARIABLE = "MEMPOOL_TLS_SERVER_NAME"
 RECORDED = "recorded"
 """Set in the validation's context for the configuration of a pool that runs already."""
 
@@ -72,7 +73,8 @@ class TlsConfig(ConfigModel):
             every host that clients are told (``pool.advertise``, or each node's address), or ``server_name``.
         key: The certificate's private key.
         authority: The certificate of who signed it; clients get it (MEMPOOL_TLS_AUTHORITY).
-        server_name: A name in the certificate that shards and commands check instead of each other's address.
+        server_name: A name in the certificate that shards, commands and clients (MEMPOOL_TLS_SERVER_NAME) check instead
+            of the addresses.
     """
 
     certificate: FilePath

@@ -1,40 +1,100 @@
-"""Time spent in the stages of the data path, since the start. Counts only; showing them is the work of others.
+"""Time spent in the stages of calls, since the start: how often, how long in all, how spread. Leaves showing it.
 
-Measuring must never fail what is measured: nothing here raises.
+Measuring must never fail what is measured, nor hold it up: nothing here raises, and locks are held for a few counts.
 """
 
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from types import TracebackType
 
 from mempool.types import StageTime
 
+_BUCKETS = 48
+"""Bucket b holds 2^(b - 1) to 2^b nanoseconds; the last one all that is longer, from 39 hours on."""
+
+
+class _Spread:
+    """The times of one stage."""
+
+    __slots__ = ("buckets", "count", "max_ns", "total_ns")
+
+    def __init__(self) -> None:
+        self.count = self.total_ns = self.max_ns = 0
+        self.buckets = [0] * _BUCKETS
+
+    def copy(self) -> "_Spread":
+        same = _Spread()
+        same.count, same.total_ns, same.max_ns = self.count, self.total_ns, self.max_ns
+        same.buckets = self.buckets.copy()
+        return same
+
+    def quantile_ns(self, share: float) -> float:
+        """The time that ``share`` of all were done in: exact to its bucket, spread evenly within."""
+        rank = share * self.count
+        for bucket, count in enumerate(self.buckets):
+            if count and rank <= count:
+                low, high = (2.0 ** (bucket - 1) if bucket else 0.0), 2.0**bucket
+                return min(low + (high - low) * rank / count, float(self.max_ns))
+            rank -= count
+        return float(self.max_ns)
+
 
 class Stages:
-    """Counts and total seconds per stage; safe to use from several threads."""
+    """Counts, totals and spreads per stage; safe to use from several threads. A process has one, for all its parts."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._totals: dict[str, tuple[int, float]] = {}
+        self._spreads: dict[str, _Spread] = {}
 
     def record(self, stage: str, seconds: float) -> None:
         """Add one passage through ``stage`` that took ``seconds``."""
+        nanoseconds = int(seconds * 1e9) if 0.0 < seconds < 1e9 else 0  # neither NaN nor a clock that went back
+        bucket = min(nanoseconds.bit_length(), _BUCKETS - 1)
         with self._lock:
-            count, total_s = self._totals.get(stage, (0, 0.0))
-            self._totals[stage] = (count + 1, total_s + seconds)
+            spread = self._spreads.get(stage)
+            if spread is None:
+                spread = self._spreads[stage] = _Spread()
+            spread.count += 1
+            spread.total_ns += nanoseconds
+            spread.buckets[bucket] += 1
+            if nanoseconds > spread.max_ns:
+                spread.max_ns = nanoseconds
 
-    @contextmanager
-    def measure(self, stage: str) -> Iterator[None]:
+    def measure(self, stage: str) -> AbstractContextManager[None]:
         """Time a ``with`` block; a block that raises counts too."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.record(stage, time.perf_counter() - started)
+        return _Measured(self, stage)
 
     def snapshot(self) -> tuple[StageTime, ...]:
         """All stages so far, by name."""
         with self._lock:
-            totals = sorted(self._totals.items())
-        return tuple(StageTime(stage=stage, count=count, total_s=total_s) for stage, (count, total_s) in totals)
+            spreads = [(stage, spread.copy()) for stage, spread in self._spreads.items()]
+        return tuple(
+            StageTime(
+                stage=stage,
+                count=spread.count,
+                total_s=spread.total_ns / 1e9,
+                p50_s=spread.quantile_ns(0.5) / 1e9,
+                p99_s=spread.quantile_ns(0.99) / 1e9,
+                max_s=spread.max_ns / 1e9,
+            )
+            for stage, spread in sorted(spreads, key=lambda item: item[0])
+        )
+
+
+class _Measured(AbstractContextManager[None]):
+    """A block that is timed; a class, as a generator would take as long as what it measures."""
+
+    __slots__ = ("_stage", "_stages", "_started_s")
+
+    def __init__(self, stages: Stages, stage: str) -> None:
+        self._stages = stages
+        self._stage = stage
+
+    def __enter__(self) -> None:
+        self._started_s = time.perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stages.record(self._stage, time.perf_counter() - self._started_s)

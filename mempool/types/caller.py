@@ -5,8 +5,6 @@ client's transport when it sends. Nothing else needs it, so it is no argument of
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -37,11 +35,16 @@ def current_caller() -> Caller:
     return _CALLER.get()
 
 
-@contextmanager
-def calling(caller: Caller) -> Iterator[None]:
+class calling:  # used as the function it could be; every call passes it, and a generator takes longer
     """Everything in the ``with`` block is asked by ``caller``."""
-    token = _CALLER.set(caller)
-    try:
-        yield
-    finally:
-        _CALLER.reset(token)
+
+    __slots__ = ("_caller", "_token")
+
+    def __init__(self, caller: Caller) -> None:
+        self._caller = caller
+
+    def __enter__(self) -> None:
+        self._token = _CALLER.set(self._caller)
+
+    def __exit__(self, *_: object) -> None:
+        _CALLER.reset(self._token)

@@ -35,11 +35,20 @@ class TableView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageTime:
-    """Time spent in one stage of the data path since the shard started."""
+    """Time spent in one stage of calls since the process started.
+
+    Attributes:
+        count: How many times it was passed; total_s: seconds, all times together.
+        p50_s, p99_s: What half, and 99 of 100, took at most: known to a factor of two, and interpolated.
+        max_s: The longest.
+    """
 
     stage: str
     count: int
     total_s: float
+    p50_s: float = 0.0
+    p99_s: float = 0.0
+    max_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

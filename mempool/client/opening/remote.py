@@ -32,6 +32,7 @@ def connect(
         token: The pool's token; None takes the environment variable MEMPOOL_TOKEN, if set.
         tls: For a pool with encryption (pool.tls): the file with the certificate of the authority that signed its
             servers'. None takes the environment variable MEMPOOL_TLS_AUTHORITY, if set; else nothing is encrypted.
+            MEMPOOL_TLS_SERVER_NAME is the name their certificates are for, where it is not their addresses.
         timeout_s: Deadline of each call, this one too, seconds, retries included. Where nobody listens at any address
             this one ends after 5 s.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import grpc
 
-from mempool.config import TLS_VARIABLE
+from mempool.config import TLS_NAME_VARIABLE, TLS_VARIABLE
 from mempool.errors import InvalidRequest
 
 
@@ -47,6 +47,8 @@ class ServerTls:
 def client_tls(source: ClientTls | Path | str | None) -> ClientTls | None:
     """What a user says of encryption: the file with the authority's certificate; None takes the environment's, if set.
 
+    MEMPOOL_TLS_SERVER_NAME is the name that the servers' certificates are for, where it is not their addresses.
+
     Raises:
         InvalidRequest: There is no certificate in that file.
     """
@@ -63,4 +65,4 @@ def client_tls(source: ClientTls | Path | str | None) -> ClientTls | None:
         ) from None
     if b"BEGIN CERTIFICATE" not in authority:
         raise InvalidRequest(f"{str(path)!r} holds no certificate in PEM; give the file of pool.tls.authority")
-    return ClientTls(authority=authority)
+    return ClientTls(authority=authority, server_name=os.environ.get(TLS_NAME_VARIABLE) or None)

@@ -3,24 +3,32 @@
 Leaves the fields of each message to ``messages``, ``tables``, ``pages`` and ``lookup``.
 """
 
-from collections.abc import Callable, Mapping
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Literal, Protocol, TypeVar
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from google.protobuf.message import DecodeError, Message
-from torch import Tensor
 
 from mempool.errors import InvalidRequest, MempoolError
-from mempool.types.messages import ReplyDtype
 from mempool.wire.bodies.frames import decode_frame, encode_frame
-from mempool.wire.bodies.tensors import dtype_name
+from mempool.wire.bodies.tensors import FrameMemory, Part, wire_dtype
+from mempool.wire.codecs.mirror import Choice, Converter, Mirror
 from mempool.wire.v1 import tensor_pb2
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 MessageT = TypeVar("MessageT", bound=Message)
+AnyTensor: TypeAlias = "Tensor | npt.NDArray[np.generic]"
+
+MAX_SMALL_BYTES = 64 * 2**10
+"""Of a request that has no list of any length in it."""
 
 
 class Codec(Protocol[T]):
@@ -52,25 +60,35 @@ class Codec(Protocol[T]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorField:
-    """What a tensor of a message must be. Dtypes () accepts all that travel; ids may be narrowed."""
+    """What a tensor of a message must be.
 
-    dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    Attributes:
+        dtypes: Names; () accepts all that travel.
+        dims: Numbers of dimensions.
+        optional: It may be absent; None then.
+        ids: Slot ids, which may be narrowed.
+        array: The value has a numpy array of its own, not a tensor.
+    """
+
+    dtypes: tuple[str, ...] = ("float32",)
     dims: tuple[int, ...] = (1,)
     optional: bool = False
     ids: bool = False
+    array: bool = False
 
-    def check(self, value: Tensor, where: str) -> None:
+    def check(self, dtype: str, shape: Sequence[int], where: str) -> None:
         """Raises InvalidRequest for another dtype or number of dimensions."""
-        if self.dtypes and value.dtype not in self.dtypes:
-            expected = " or ".join(map(dtype_name, self.dtypes))
-            raise InvalidRequest(f"{where} has dtype {dtype_name(value.dtype)}; expected {expected}")
-        if value.ndim not in self.dims:
+        if self.dtypes and dtype not in self.dtypes:
+            raise InvalidRequest(f"{where} has dtype {dtype}; expected {' or '.join(self.dtypes)}")
+        if len(shape) not in self.dims:
             expected = " or ".join(map(str, self.dims))
-            raise InvalidRequest(f"{where} has shape {list(value.shape)}; expected {expected} dimensions")
+            raise InvalidRequest(f"{where} has shape {list(shape)}; expected {expected} dimensions")
 
 
-SLOT_IDS = TensorField(dtypes=(torch.int64, torch.uint32), ids=True)
-INT64 = TensorField(dtypes=(torch.int64,))
+SLOT_IDS = TensorField(dtypes=("int64", "uint32"), ids=True)
+INT64 = TensorField(dtypes=("int64",))
+NUMBERS = TensorField(dtypes=("int64",), array=True)
+PER_HEAD = TensorField(dims=(3,))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,69 +96,104 @@ class FrameCodec(Generic[T, MessageT]):
     """A message with tensors.
 
     Attributes:
-        message: The generated class.
-        pack: Makes the message of a value, without its tensors.
-        unpack: Makes the value of a message and its tensors, by field name; absent ones are absent.
-        tensors: The tensor fields, which are attributes (tensors or arrays) of the value by the same names.
+        mirror: Its scalars.
+        tensors: Its tensor fields, which are attributes of the value by the same names.
     """
 
-    message: type[MessageT]
-    pack: Callable[[T], MessageT]
-    unpack: Callable[[MessageT, Mapping[str, Tensor]], T]
+    mirror: Mirror[T, MessageT]
     tensors: Mapping[str, TensorField] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        return self.message.DESCRIPTOR.name
+        return self.mirror.message.DESCRIPTOR.name
 
     def encode(self, value: T, *, narrow_ids: bool = False) -> bytes:
-        header = packed(self.pack, value, self.name)
-        tensors: dict[str, Tensor] = {}
+        header = packed(self.mirror.to_message, value, self.name)
+        tensors: dict[str, AnyTensor] = {}
         for name, spec in self.tensors.items():
-            attribute: Tensor | npt.NDArray[np.int64] | None = getattr(value, name)
-            if attribute is None:
+            tensor: AnyTensor | None = getattr(value, name)
+            if tensor is None:
                 continue
-            tensor = attribute if isinstance(attribute, Tensor) else torch.from_numpy(np.array(attribute))
-            spec.check(tensor, f"{self.name}.{name}")
+            where = f"{self.name}.{name}"
+            spec.check(wire_dtype(tensor, where).name, tensor.shape, where)
             tensors[name] = narrowed(tensor) if narrow_ids and spec.ids else tensor
         return encode_frame(header, tensors)
 
     def decode(self, frame: bytes | memoryview) -> T:
-        header = self.message()
+        header = self.mirror.message()
         found = decode_frame(frame, header)
-        tensors: dict[str, Tensor] = {}
+        memory = FrameMemory(frame) if found else None
+        tensors: dict[str, Any] = {}
         for name, spec in self.tensors.items():
-            where = f"{self.name}.{name}"
-            if name in found:
-                (tensors[name],) = found[name]
-                spec.check(tensors[name], where)
+            tensors[name] = None
+            if name in found and memory is not None:
+                tensors[name] = tensor_of(found[name][0], spec, memory, f"{self.name}.{name}")
             elif not spec.optional:
-                raise InvalidRequest(f"{where} is missing")
-        return self.unpack(header, tensors)
+                raise InvalidRequest(f"{self.name}.{name} is missing")
+        return self.mirror.from_message(header, **tensors)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ProtoCodec(Generic[T, MessageT]):
-    """A message that goes through protobuf whole."""
+    """A message that goes through protobuf whole.
 
-    message: type[MessageT]
-    pack: Callable[[T], MessageT]
-    unpack: Callable[[MessageT], T]
+    Attributes:
+        mirror: The message of a value, and back.
+        max_bytes: Larger ones are refused unread; None: the limit of all messages.
+    """
+
+    mirror: Mirror[T, MessageT] | Only[T, MessageT]
+    max_bytes: int | None = None
 
     @property
     def name(self) -> str:
-        return self.message.DESCRIPTOR.name
+        return self.mirror.message.DESCRIPTOR.name
 
     def encode(self, value: T, *, narrow_ids: bool = False) -> bytes:  # noqa: ARG002
-        return packed(self.pack, value, self.name).SerializeToString(deterministic=True)
+        return packed(self.mirror.to_message, value, self.name).SerializeToString(deterministic=True)
 
     def decode(self, frame: bytes | memoryview) -> T:
-        return self.unpack(parsed(self.message, frame))
+        if self.max_bytes is not None and len(frame) > self.max_bytes:
+            raise InvalidRequest(f"{self.name} has {len(frame):,} bytes; at most {self.max_bytes:,} are taken")
+        return self.mirror.from_message(parsed(self.mirror.message, frame))
 
 
-def narrowed(ids: Tensor) -> Tensor:
+class Only(Generic[T, MessageT]):
+    """A message of one field, whose value stands for it alone. As a ``Mirror``.
+
+    Args:
+        message: The generated class.
+        name: The field; None: the message has none, and its value is None.
+        converter: Of the field, where it needs one.
+    """
+
+    def __init__(self, message: type[MessageT], name: str | None = None, converter: Converter | None = None) -> None:
+        self.message = message
+        self._name = name
+        self._mirror: Mirror[Any, MessageT] = Mirror(
+            message, dict, {} if converter is None or name is None else {name: converter}
+        )
+
+    def to_message(self, value: T) -> MessageT:
+        only = SimpleNamespace() if self._name is None else SimpleNamespace(**{self._name: value})
+        return self._mirror.to_message(only)
+
+    def from_message(self, message: MessageT) -> T:
+        found: dict[str | None, Any] = self._mirror.from_message(message)
+        only: T = found.get(self._name)  # type: ignore[assignment]
+        return only
+
+
+def tensor_of(part: Part, spec: TensorField, memory: FrameMemory, where: str) -> AnyTensor:
+    """A received tensor, checked. Raises InvalidRequest."""
+    spec.check(part.dtype.name, part.shape, where)
+    return memory.array(part) if spec.array else memory.tensor(part)
+
+
+def narrowed(ids: AnyTensor) -> npt.NDArray[np.uint32]:
     """Slot ids as uint32, by numpy: torch would wake its thread pool, which takes milliseconds on a busy host."""
-    return torch.from_numpy(ids.detach().cpu().numpy().astype(np.uint32))
+    wide = ids if isinstance(ids, np.ndarray) else ids.detach().cpu().numpy()
+    return wide.astype(np.uint32)
 
 
 def parsed(message: type[MessageT], frame: bytes | memoryview) -> MessageT:
@@ -161,33 +214,7 @@ def packed(pack: Callable[[T], MessageT], value: T, name: str) -> MessageT:
         raise InvalidRequest(f"{name} cannot be sent: {error}") from None
 
 
-def require(message: Message, *names: str) -> None:
-    """Raises InvalidRequest for a field that is missing, where presence can be told (messages)."""
-    for name in names:
-        if not message.HasField(name):
-            raise InvalidRequest(f"{message.DESCRIPTOR.name}.{name} is missing")
-
-
-def choice(names: Mapping[int, T], number: int, where: str) -> T:
-    """The value an enum's number stands for. Raises InvalidRequest for a number that is not known."""
-    try:
-        return names[number]
-    except KeyError:
-        known = ", ".join(f"{known} ({name})" for known, name in names.items())
-        raise InvalidRequest(f"{where} is {number}; expected one of {known}") from None
-
-
-FLOAT_DTYPES: Mapping[Literal["float32", "bfloat16"], tensor_pb2.Dtype.ValueType] = {
-    "float32": tensor_pb2.DTYPE_FLOAT32,
-    "bfloat16": tensor_pb2.DTYPE_BFLOAT16,
-}
-_REPLY_DTYPES: Mapping[int, ReplyDtype] = {
-    tensor_pb2.DTYPE_UNSPECIFIED: "float32",
-    tensor_pb2.DTYPE_FLOAT32: "float32",
-    tensor_pb2.DTYPE_BFLOAT16: "bfloat16",
-}
-
-
-def reply_dtype(number: int, where: str) -> ReplyDtype:
-    """What a reply's values are to be sent as; float32 where the request does not say."""
-    return choice(_REPLY_DTYPES, number, where)
+REPLY_DTYPE: Choice[str] = Choice(
+    {"float32": tensor_pb2.DTYPE_FLOAT32, "bfloat16": tensor_pb2.DTYPE_BFLOAT16}, absent="float32"
+)
+"""What a reply's values are to be sent as; float32 where the request does not say."""

@@ -1,15 +1,18 @@
 """Request and reply of ``Lookup``, the call of thin clients that any shard coordinates, and their codecs."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mempool.types.messages import ReplyDtype, Stamp
-from mempool.wire.codecs.codec import FLOAT_DTYPES, FrameCodec, TensorField, reply_dtype, require
-from mempool.wire.codecs.messages import stamp_message, stamp_value
+from mempool.wire.codecs.codec import PER_HEAD, REPLY_DTYPE, FrameCodec, TensorField
+from mempool.wire.codecs.messages import STAMP
+from mempool.wire.codecs.mirror import Mirror
 from mempool.wire.v1 import data_pb2 as pb
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,46 +46,15 @@ class LookupReply:
     values: Tensor
 
 
-def _pack_lookup(value: LookupRequest) -> pb.LookupRequest:
-    return pb.LookupRequest(table=value.table, topk=value.topk, reply_dtype=FLOAT_DTYPES[value.reply_dtype])
-
-
-def _unpack_lookup(message: pb.LookupRequest, tensors: Mapping[str, Tensor]) -> LookupRequest:
-    return LookupRequest(
-        table=message.table,
-        queries=tensors["queries"],
-        topk=message.topk,
-        reply_dtype=reply_dtype(message.reply_dtype, "LookupRequest.reply_dtype"),
-    )
-
-
-def _pack_lookup_reply(value: LookupReply) -> pb.LookupReply:
-    return pb.LookupReply(stamp=stamp_message(value.stamp), newest_table_version=value.newest_table_version)
-
-
-def _unpack_lookup_reply(message: pb.LookupReply, tensors: Mapping[str, Tensor]) -> LookupReply:
-    require(message, "stamp")
-    return LookupReply(
-        stamp=stamp_value(message.stamp),
-        newest_table_version=message.newest_table_version,
-        ids=tensors["ids"],
-        scores=tensors["scores"],
-        weights=tensors["weights"],
-        values=tensors["values"],
-    )
-
-
-_PER_HEAD = TensorField(dims=(3,))
-
-LOOKUP_REQUEST = FrameCodec(pb.LookupRequest, _pack_lookup, _unpack_lookup, {"queries": TensorField(dims=(2, 3))})
+LOOKUP_REQUEST = FrameCodec(
+    Mirror(pb.LookupRequest, LookupRequest, {"reply_dtype": REPLY_DTYPE}), {"queries": TensorField(dims=(2, 3))}
+)
 LOOKUP_REPLY = FrameCodec(
-    pb.LookupReply,
-    _pack_lookup_reply,
-    _unpack_lookup_reply,
+    Mirror(pb.LookupReply, LookupReply, {"stamp": STAMP}),
     {
-        "ids": TensorField(dtypes=(torch.int64,), dims=(3,)),
-        "scores": _PER_HEAD,
-        "weights": _PER_HEAD,
-        "values": TensorField(dtypes=(torch.float32, torch.bfloat16), dims=(2,)),
+        "ids": TensorField(dtypes=("int64",), dims=(3,)),
+        "scores": PER_HEAD,
+        "weights": PER_HEAD,
+        "values": TensorField(dtypes=("float32", "bfloat16"), dims=(2,)),
     },
 )

@@ -4,23 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
-from torch import Tensor
-
 from mempool.errors import InvalidRequest
 from mempool.types.pages import AttachTable, ExportPages, Ledger, LedgerEntry, PageBatch, PullPages, PullReport
 from mempool.types.pool import ShardStatus, TableView
 from mempool.wire.bodies.frames import decode_frame, encode_frame
-from mempool.wire.codecs.codec import INT64, FrameCodec, ProtoCodec, choice, packed, require
-from mempool.wire.codecs.tables import (
-    shard_info_message,
-    shard_info_value,
-    shard_status_message,
-    shard_status_value,
-    view_message,
-    view_value,
-)
+from mempool.wire.bodies.tensors import FrameMemory
+from mempool.wire.codecs.codec import MAX_SMALL_BYTES, NUMBERS, FrameCodec, Only, ProtoCodec, packed, tensor_of
+from mempool.wire.codecs.mirror import MAX_MESSAGES, Choice, Functions, Mirror, bounded, checked_text
+from mempool.wire.codecs.tables import SHARD_INFO, SHARD_STATUS, VIEW
 from mempool.wire.v1 import shard_pb2 as pb
 
 Mode = Literal["initialise", "empty", "lost"]
@@ -30,7 +21,6 @@ _MODES: Mapping[Mode, pb.AttachMode.ValueType] = {
     "empty": pb.ATTACH_MODE_EMPTY,
     "lost": pb.ATTACH_MODE_LOST,
 }
-_MODE_NAMES: Mapping[int, Mode] = {number: name for name, number in _MODES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +46,9 @@ def ledger_message(value: Ledger) -> pb.Ledger:
 
 def ledger_value(message: pb.Ledger) -> Ledger:
     entries: dict[tuple[str, int], LedgerEntry] = {}
+    bounded(len(message.entries), MAX_MESSAGES, "Ledger.entries")
     for entry in message.entries:
+        checked_text(entry.group, "LedgerEntry", "group")
         if (entry.group, entry.rank) in entries:
             raise InvalidRequest(f"Ledger.entries has rank {entry.rank} of group {entry.group!r} twice")
         entries[entry.group, entry.rank] = LedgerEntry(step=entry.step, sequences=tuple(entry.sequences))
@@ -68,80 +60,16 @@ def ledger_value(message: pb.Ledger) -> Ledger:
     )
 
 
-def _pack_attach(value: AttachTable) -> pb.AttachTableRequest:
-    return pb.AttachTableRequest(
-        view=view_message(value.view),
-        mode=_MODES[value.mode],
-        ledger=None if value.ledger is None else ledger_message(value.ledger),
-    )
-
-
-def _unpack_attach(message: pb.AttachTableRequest) -> AttachTable:
-    require(message, "view")
-    return AttachTable(
-        view=view_value(message.view),
-        mode=choice(_MODE_NAMES, message.mode, "AttachTableRequest.mode"),
-        ledger=ledger_value(message.ledger) if message.HasField("ledger") else None,
-    )
-
-
-def _unpack_freeze_reply(message: pb.FreezeReply) -> Ledger:
-    require(message, "ledger")
-    return ledger_value(message.ledger)
-
-
-def _unpack_set_view(message: pb.SetViewRequest) -> TableView:
-    require(message, "view")
-    return view_value(message.view)
-
-
-def _unpack_status(message: pb.StatusReply) -> ShardStatus:
-    require(message, "status")
-    return shard_status_value(message.status)
-
-
-def _numbers(tensor: Tensor) -> npt.NDArray[np.int64]:
-    numbers: npt.NDArray[np.int64] = tensor.numpy().copy()
-    return numbers
-
-
-def _pack_export(value: ExportPages) -> pb.ExportPagesRequest:
-    return pb.ExportPagesRequest(table_id=value.table_id, blocks=value.blocks, key_pages=value.key_pages)
-
-
-def _unpack_export(message: pb.ExportPagesRequest, tensors: Mapping[str, Tensor]) -> ExportPages:
-    return ExportPages(
-        table_id=message.table_id,
-        row_pages=_numbers(tensors["row_pages"]),
-        blocks=tuple(message.blocks),
-        key_pages=tuple(message.key_pages),
-    )
-
-
-def _pack_pull(value: PullPages) -> pb.PullPagesRequest:
-    return pb.PullPagesRequest(
-        table_id=value.table_id,
-        source=shard_info_message(value.source),
-        blocks=value.blocks,
-        key_pages=value.key_pages,
-    )
-
-
-def _unpack_pull(message: pb.PullPagesRequest, tensors: Mapping[str, Tensor]) -> PullPages:
-    require(message, "source")
-    return PullPages(
-        table_id=message.table_id,
-        source=shard_info_value(message.source),
-        row_pages=_numbers(tensors["row_pages"]),
-        blocks=tuple(message.blocks),
-        key_pages=tuple(message.key_pages),
-    )
-
-
 class PageBatchCodec:
     """A ``PageBatch`` as ``ExportPagesReply``, its arrays as views of the frame."""
 
     name = "ExportPagesReply"
+    _mirror = Mirror(
+        pb.ExportPagesReply,
+        PageBatch,
+        {"ledger": Functions(ledger_message, ledger_value)},
+        left_out=("array_names",),
+    )
 
     def encode(self, value: PageBatch, *, narrow_ids: bool = False) -> bytes:  # noqa: ARG002
         header = packed(self._header, value, self.name)
@@ -150,71 +78,51 @@ class PageBatchCodec:
     def decode(self, frame: bytes | memoryview) -> PageBatch:
         header = pb.ExportPagesReply()
         found = decode_frame(frame, header)
-        require(header, "ledger")
-        names, arrays = tuple(header.array_names), found.get("arrays", [])
+        names, arrays = tuple(header.array_names), found.pop("arrays", [])
         if len(names) != len(arrays) or len(set(names)) != len(names):
             raise InvalidRequest(f"{self.name} has {len(arrays)} arrays and the names {list(names)}; expected one each")
         if "row_pages" not in found:
             raise InvalidRequest(f"{self.name}.row_pages is missing")
-        (row_pages,) = found["row_pages"]
-        INT64.check(row_pages, f"{self.name}.row_pages")
-        return PageBatch(
-            table_id=header.table_id,
-            row_pages=_numbers(row_pages),
-            blocks=tuple(header.blocks),
-            key_pages=tuple(header.key_pages),
-            arrays=dict(zip(names, arrays, strict=True)),
-            ledger=ledger_value(header.ledger),
+        memory = FrameMemory(frame)
+        return self._mirror.from_message(
+            header,
+            row_pages=tensor_of(found["row_pages"][0], NUMBERS, memory, f"{self.name}.row_pages"),
+            arrays={
+                checked_text(name, self.name, "array_names"): memory.tensor(part)
+                for name, part in zip(names, arrays, strict=True)
+            },
         )
 
-    @staticmethod
-    def _header(value: PageBatch) -> pb.ExportPagesReply:
-        return pb.ExportPagesReply(
-            table_id=value.table_id,
-            blocks=value.blocks,
-            key_pages=value.key_pages,
-            ledger=ledger_message(value.ledger),
-            array_names=value.arrays.keys(),
-        )
+    def _header(self, value: PageBatch) -> pb.ExportPagesReply:
+        header = self._mirror.to_message(value)
+        header.array_names.extend(value.arrays)
+        return header
 
 
-def _nothing(_: object) -> None:
-    return None
+_LEDGER = Functions(ledger_message, ledger_value)
 
-
-ATTACH_TABLE_REQUEST = ProtoCodec(pb.AttachTableRequest, _pack_attach, _unpack_attach)
-ATTACH_TABLE_REPLY = ProtoCodec(pb.AttachTableReply, lambda _: pb.AttachTableReply(), _nothing)
-DROP_TABLE_REQUEST = ProtoCodec(
-    pb.ShardServiceDropTableRequest,
-    lambda table_id: pb.ShardServiceDropTableRequest(table_id=table_id),
-    lambda message: message.table_id,
+ATTACH_TABLE_REQUEST = ProtoCodec(
+    Mirror(
+        pb.AttachTableRequest,
+        AttachTable,
+        {"view": VIEW, "mode": Choice(_MODES), "ledger": _LEDGER},
+        optional=("ledger",),
+    )
 )
-DROP_TABLE_REPLY = ProtoCodec(pb.ShardServiceDropTableReply, lambda _: pb.ShardServiceDropTableReply(), _nothing)
-FREEZE_REQUEST = ProtoCodec(
-    pb.FreezeRequest,
-    lambda freeze: pb.FreezeRequest(table_id=freeze.table_id, timeout_s=freeze.timeout_s),
-    lambda message: FreezeTable(table_id=message.table_id, timeout_s=message.timeout_s),
+ATTACH_TABLE_REPLY: ProtoCodec[None, pb.AttachTableReply] = ProtoCodec(Only(pb.AttachTableReply))
+DROP_TABLE_REQUEST: ProtoCodec[int, pb.ShardServiceDropTableRequest] = ProtoCodec(
+    Only(pb.ShardServiceDropTableRequest, "table_id"), MAX_SMALL_BYTES
 )
-FREEZE_REPLY = ProtoCodec(
-    pb.FreezeReply, lambda ledger: pb.FreezeReply(ledger=ledger_message(ledger)), _unpack_freeze_reply
-)
-THAW_REQUEST = ProtoCodec(
-    pb.ThawRequest, lambda table_id: pb.ThawRequest(table_id=table_id), lambda message: message.table_id
-)
-THAW_REPLY = ProtoCodec(pb.ThawReply, lambda _: pb.ThawReply(), _nothing)
-EXPORT_PAGES_REQUEST = FrameCodec(pb.ExportPagesRequest, _pack_export, _unpack_export, {"row_pages": INT64})
+DROP_TABLE_REPLY: ProtoCodec[None, pb.ShardServiceDropTableReply] = ProtoCodec(Only(pb.ShardServiceDropTableReply))
+FREEZE_REQUEST = ProtoCodec(Mirror(pb.FreezeRequest, FreezeTable), MAX_SMALL_BYTES)
+FREEZE_REPLY: ProtoCodec[Ledger, pb.FreezeReply] = ProtoCodec(Only(pb.FreezeReply, "ledger", _LEDGER))
+THAW_REQUEST: ProtoCodec[int, pb.ThawRequest] = ProtoCodec(Only(pb.ThawRequest, "table_id"), MAX_SMALL_BYTES)
+THAW_REPLY: ProtoCodec[None, pb.ThawReply] = ProtoCodec(Only(pb.ThawReply))
+EXPORT_PAGES_REQUEST = FrameCodec(Mirror(pb.ExportPagesRequest, ExportPages), {"row_pages": NUMBERS})
 EXPORT_PAGES_REPLY = PageBatchCodec()
-PULL_PAGES_REQUEST = FrameCodec(pb.PullPagesRequest, _pack_pull, _unpack_pull, {"row_pages": INT64})
-PULL_PAGES_REPLY = ProtoCodec(
-    pb.PullPagesReply,
-    lambda report: pb.PullPagesReply(pages=report.pages, num_bytes=report.num_bytes),
-    lambda message: PullReport(pages=message.pages, num_bytes=message.num_bytes),
-)
-SET_VIEW_REQUEST = ProtoCodec(
-    pb.SetViewRequest, lambda view: pb.SetViewRequest(view=view_message(view)), _unpack_set_view
-)
-SET_VIEW_REPLY = ProtoCodec(pb.SetViewReply, lambda _: pb.SetViewReply(), _nothing)
-STATUS_REQUEST = ProtoCodec(pb.StatusRequest, lambda _: pb.StatusRequest(), _nothing)
-STATUS_REPLY = ProtoCodec(
-    pb.StatusReply, lambda status: pb.StatusReply(status=shard_status_message(status)), _unpack_status
-)
+PULL_PAGES_REQUEST = FrameCodec(Mirror(pb.PullPagesRequest, PullPages, {"source": SHARD_INFO}), {"row_pages": NUMBERS})
+PULL_PAGES_REPLY = ProtoCodec(Mirror(pb.PullPagesReply, PullReport))
+SET_VIEW_REQUEST: ProtoCodec[TableView, pb.SetViewRequest] = ProtoCodec(Only(pb.SetViewRequest, "view", VIEW))
+SET_VIEW_REPLY: ProtoCodec[None, pb.SetViewReply] = ProtoCodec(Only(pb.SetViewReply))
+STATUS_REQUEST: ProtoCodec[None, pb.StatusRequest] = ProtoCodec(Only(pb.StatusRequest), MAX_SMALL_BYTES)
+STATUS_REPLY: ProtoCodec[ShardStatus, pb.StatusReply] = ProtoCodec(Only(pb.StatusReply, "status", SHARD_STATUS))

@@ -30,7 +30,8 @@ from mempool.types.schema import (
 )
 from mempool.types.schema_checks import check_schema
 from mempool.wire.bodies.tensors import array_from_message, tensor_to_message
-from mempool.wire.codecs.codec import ProtoCodec, choice, require
+from mempool.wire.codecs.codec import MAX_SMALL_BYTES, Only, ProtoCodec
+from mempool.wire.codecs.mirror import Choice, Functions, Mirror, Several, checked_text, choice, require
 from mempool.wire.v1 import pool_pb2, status_pb2, table_pb2, tensor_pb2
 
 _LAYOUTS: Mapping[Layout, table_pb2.Layout.ValueType] = {
@@ -61,12 +62,6 @@ _ROUNDINGS: Mapping[Rounding, table_pb2.Rounding.ValueType] = {
     "nearest": table_pb2.ROUNDING_NEAREST,
 }
 _ROUNDING_NAMES: Mapping[int, Rounding] = {number: name for name, number in _ROUNDINGS.items()}
-_STATES: Mapping[str, status_pb2.ShardState.ValueType] = {
-    "ready": status_pb2.SHARD_STATE_READY,
-    "starting": status_pb2.SHARD_STATE_STARTING,
-    "unreachable": status_pb2.SHARD_STATE_UNREACHABLE,
-}
-_STATE_NAMES: Mapping[int, str] = {number: name for name, number in _STATES.items()}
 
 
 def optimizer_message(value: OptimizerSpec) -> table_pb2.OptimizerSpec:
@@ -159,7 +154,7 @@ def schema_value(message: table_pb2.TableSchema) -> TableSchema:
         rounding = choice(_ROUNDING_NAMES, message.rounding, "TableSchema.rounding")
     schema = TableSchema(
         table_id=message.table_id,
-        name=message.name,
+        name=checked_text(message.name, "TableSchema", "name"),
         num_slots=message.num_slots,
         value_dim=message.value_dim,
         block_dim=message.block_dim,
@@ -203,25 +198,9 @@ def placement_value(message: table_pb2.Placement) -> Placement:
     )
 
 
-def shard_info_message(value: ShardInfo) -> table_pb2.ShardInfo:
-    return table_pb2.ShardInfo(shard=value.shard, address=value.address, incarnation=value.incarnation)
-
-
-def shard_info_value(message: table_pb2.ShardInfo) -> ShardInfo:
-    return ShardInfo(shard=message.shard, address=message.address, incarnation=message.incarnation)
-
-
-def view_message(value: TableView) -> table_pb2.TableView:
-    return table_pb2.TableView(
-        schema=schema_message(value.schema),
-        placement=placement_message(value.placement),
-        shards=map(shard_info_message, value.shards),
-    )
-
-
-def view_value(message: table_pb2.TableView) -> TableView:
-    require(message, "schema", "placement")
-    schema, placement = schema_value(message.schema), placement_value(message.placement)
+def _whole_view(message: table_pb2.TableView) -> TableView:
+    view = _VIEW.from_message(message)
+    schema, placement = view.schema, view.placement
     expected = (schema.num_row_pages, schema.num_blocks), (schema.num_key_pages,)
     found = placement.owners.shape, placement.key_owners.shape
     if found != expected:
@@ -233,221 +212,70 @@ def view_value(message: table_pb2.TableView) -> TableView:
     lowest = min(int(placement.owners.min()), int(placement.key_owners.min(initial=0)))
     if lowest < 0:
         raise InvalidRequest(f"TableView.placement of {schema.name!r} names shard {lowest}; shards count from 0")
-    return TableView(schema=schema, placement=placement, shards=tuple(map(shard_info_value, message.shards)))
+    return view
 
 
-def table_status_message(value: TableStatus) -> status_pb2.TableStatus:
-    return status_pb2.TableStatus(
-        table_id=value.table_id,
-        name=value.name,
-        epoch=value.epoch,
-        version=value.version,
-        pages=value.pages,
-        lost_pages=value.lost_pages,
-        num_bytes=value.num_bytes,
-        updates_held=value.updates_held,
-        updates_applied=value.updates_applied,
-        lookups=value.lookups,
-        frozen=value.frozen,
-        bytes_to_fill=value.bytes_to_fill,
-    )
-
-
-def table_status_value(message: status_pb2.TableStatus) -> TableStatus:
-    return TableStatus(
-        table_id=message.table_id,
-        name=message.name,
-        epoch=message.epoch,
-        version=message.version,
-        pages=message.pages,
-        lost_pages=message.lost_pages,
-        num_bytes=message.num_bytes,
-        updates_held=message.updates_held,
-        updates_applied=message.updates_applied,
-        lookups=message.lookups,
-        frozen=message.frozen,
-        bytes_to_fill=message.bytes_to_fill,
-    )
-
-
-def stage_message(value: StageTime) -> status_pb2.StageTime:
-    return status_pb2.StageTime(stage=value.stage, count=value.count, total_s=value.total_s)
-
-
-def stage_value(message: status_pb2.StageTime) -> StageTime:
-    return StageTime(stage=message.stage, count=message.count, total_s=message.total_s)
-
-
-def shard_status_message(value: ShardStatus) -> status_pb2.ShardStatus:
-    if value.state not in _STATES:
-        raise InvalidRequest(f"ShardStatus.state is {value.state!r}; expected one of {', '.join(_STATES)}")
-    return status_pb2.ShardStatus(
-        info=shard_info_message(value.info),
-        state=_STATES[value.state],
-        device=value.device,
-        num_bytes=value.num_bytes,
-        context_bytes=value.context_bytes,
-        held_bytes=value.held_bytes,
-        queued_bytes=value.queued_bytes,
-        queued_calls=value.queued_calls,
-        kept_bytes=value.kept_bytes,
-        client_limit_bytes=value.client_limit_bytes,
-        page_limit_bytes=value.page_limit_bytes,
-        uptime_s=value.uptime_s,
-        tables=map(table_status_message, value.tables),
-        stages=map(stage_message, value.stages),
-    )
-
-
-def shard_status_value(message: status_pb2.ShardStatus) -> ShardStatus:
-    require(message, "info")
-    return ShardStatus(
-        info=shard_info_value(message.info),
-        state=choice(_STATE_NAMES, message.state, "ShardStatus.state"),
-        device=message.device,
-        num_bytes=message.num_bytes,
-        context_bytes=message.context_bytes,
-        held_bytes=message.held_bytes,
-        queued_bytes=message.queued_bytes,
-        queued_calls=message.queued_calls,
-        kept_bytes=message.kept_bytes,
-        client_limit_bytes=message.client_limit_bytes,
-        page_limit_bytes=message.page_limit_bytes,
-        uptime_s=message.uptime_s,
-        tables=tuple(map(table_status_value, message.tables)),
-        stages=tuple(map(stage_value, message.stages)),
-    )
-
-
-def creation_message(value: TableCreation) -> status_pb2.TableCreation:
-    fills = (
-        status_pb2.ShardFill(shard=fill.shard, bytes_done=fill.bytes_done, bytes_total=fill.bytes_total)
-        for fill in value.shards
-    )
-    return status_pb2.TableCreation(
-        table=value.table,
-        table_id=value.table_id,
-        waiting_for=value.waiting_for,
-        spent_s=value.spent_s,
-        shards=fills,
-    )
-
-
-def creation_value(message: status_pb2.TableCreation) -> TableCreation:
-    return TableCreation(
-        table=message.table,
-        table_id=message.table_id,
-        waiting_for=message.waiting_for,
-        spent_s=message.spent_s,
-        shards=tuple(
-            ShardFill(shard=fill.shard, bytes_done=fill.bytes_done, bytes_total=fill.bytes_total)
-            for fill in message.shards
-        ),
-    )
-
-
-def pool_status_message(value: PoolStatus) -> status_pb2.PoolStatus:
-    return status_pb2.PoolStatus(
-        name=value.name,
-        shards=map(shard_status_message, value.shards),
-        tables=map(view_message, value.tables),
-        rescaling=value.rescaling,
-        wanted_shards=value.wanted_shards,
-        waiting_for=value.waiting_for,
-        unfinished=value.unfinished,
-        creating=map(creation_message, value.creating),
-    )
-
-
-def pool_status_value(message: status_pb2.PoolStatus) -> PoolStatus:
-    return PoolStatus(
-        name=message.name,
-        shards=tuple(map(shard_status_value, message.shards)),
-        tables=tuple(map(view_value, message.tables)),
-        rescaling=message.rescaling,
-        wanted_shards=message.wanted_shards,
-        waiting_for=message.waiting_for,
-        unfinished=message.unfinished,
-        creating=tuple(map(creation_value, message.creating)),
-    )
-
-
-def required_schema(message: pool_pb2.CreateTableRequest) -> TableSchema:
-    require(message, "schema")
-    return schema_value(message.schema)
-
-
-def required_view(message: pool_pb2.CreateTableReply | pool_pb2.GetTableReply) -> TableView:
-    require(message, "view")
-    return view_value(message.view)
-
-
-def required_status(message: pool_pb2.GetStatusReply) -> PoolStatus:
-    require(message, "status")
-    return pool_status_value(message.status)
-
-
-def _pack_progress(value: RescaleProgress) -> pool_pb2.RescaleReply:
-    return pool_pb2.RescaleReply(
-        shards_before=value.shards_before,
-        shards_after=value.shards_after,
-        pages_moved=value.pages_moved,
-        pages_total=value.pages_total,
-        bytes_moved=value.bytes_moved,
-        bytes_total=value.bytes_total,
-        table=value.table,
-        done=value.done,
-    )
-
-
-def _unpack_progress(message: pool_pb2.RescaleReply) -> RescaleProgress:
-    return RescaleProgress(
-        shards_before=message.shards_before,
-        shards_after=message.shards_after,
-        pages_moved=message.pages_moved,
-        pages_total=message.pages_total,
-        bytes_moved=message.bytes_moved,
-        bytes_total=message.bytes_total,
-        table=message.table,
-        done=message.done,
-    )
-
-
-def _nothing(_: object) -> None:
-    return None
-
-
-CREATE_TABLE_REQUEST = ProtoCodec(
-    pool_pb2.CreateTableRequest,
-    lambda schema: pool_pb2.CreateTableRequest(schema=schema_message(schema)),
-    required_schema,
+SCHEMA = Functions(schema_message, schema_value)
+SHARD_INFO = Mirror(table_pb2.ShardInfo, ShardInfo)
+_VIEW = Mirror(
+    table_pb2.TableView,
+    TableView,
+    {"schema": SCHEMA, "placement": Functions(placement_message, placement_value), "shards": Several(SHARD_INFO)},
 )
-CREATE_TABLE_REPLY = ProtoCodec(
-    pool_pb2.CreateTableReply, lambda view: pool_pb2.CreateTableReply(view=view_message(view)), required_view
+VIEW = Functions(_VIEW.to_message, _whole_view)
+_STATES = Choice(
+    {
+        "ready": status_pb2.SHARD_STATE_READY,
+        "starting": status_pb2.SHARD_STATE_STARTING,
+        "unreachable": status_pb2.SHARD_STATE_UNREACHABLE,
+    }
 )
-DROP_TABLE_REQUEST = ProtoCodec(
-    pool_pb2.DropTableRequest, lambda name: pool_pb2.DropTableRequest(name=name), lambda message: message.name
+SHARD_STATUS = Mirror(
+    status_pb2.ShardStatus,
+    ShardStatus,
+    {
+        "info": SHARD_INFO,
+        "state": _STATES,
+        "tables": Several(Mirror(status_pb2.TableStatus, TableStatus)),
+        "stages": Several(Mirror(status_pb2.StageTime, StageTime)),
+    },
 )
-DROP_TABLE_REPLY = ProtoCodec(pool_pb2.DropTableReply, lambda _: pool_pb2.DropTableReply(), _nothing)
-GET_TABLE_REQUEST = ProtoCodec(
-    pool_pb2.GetTableRequest, lambda name: pool_pb2.GetTableRequest(name=name), lambda message: message.name
+_CREATION = Mirror(
+    status_pb2.TableCreation, TableCreation, {"shards": Several(Mirror(status_pb2.ShardFill, ShardFill))}
 )
-GET_TABLE_REPLY = ProtoCodec(
-    pool_pb2.GetTableReply, lambda view: pool_pb2.GetTableReply(view=view_message(view)), required_view
+POOL_STATUS = Mirror(
+    status_pb2.PoolStatus,
+    PoolStatus,
+    {"shards": Several(SHARD_STATUS), "tables": Several(VIEW), "creating": Several(_CREATION)},
 )
-LIST_TABLES_REQUEST = ProtoCodec(pool_pb2.ListTablesRequest, lambda _: pool_pb2.ListTablesRequest(), _nothing)
-LIST_TABLES_REPLY = ProtoCodec(
-    pool_pb2.ListTablesReply,
-    lambda views: pool_pb2.ListTablesReply(views=map(view_message, views)),
-    lambda message: tuple(map(view_value, message.views)),
+
+CREATE_TABLE_REQUEST: ProtoCodec[TableSchema, pool_pb2.CreateTableRequest] = ProtoCodec(
+    Only(pool_pb2.CreateTableRequest, "schema", SCHEMA), MAX_SMALL_BYTES
 )
-RESCALE_REQUEST = ProtoCodec(
-    pool_pb2.RescaleRequest, lambda shards: pool_pb2.RescaleRequest(shards=shards), lambda message: message.shards
+CREATE_TABLE_REPLY: ProtoCodec[TableView, pool_pb2.CreateTableReply] = ProtoCodec(
+    Only(pool_pb2.CreateTableReply, "view", VIEW)
 )
-RESCALE_REPLY = ProtoCodec(pool_pb2.RescaleReply, _pack_progress, _unpack_progress)
-GET_STATUS_REQUEST = ProtoCodec(pool_pb2.GetStatusRequest, lambda _: pool_pb2.GetStatusRequest(), _nothing)
-GET_STATUS_REPLY = ProtoCodec(
-    pool_pb2.GetStatusReply,
-    lambda status: pool_pb2.GetStatusReply(status=pool_status_message(status)),
-    required_status,
+DROP_TABLE_REQUEST: ProtoCodec[str, pool_pb2.DropTableRequest] = ProtoCodec(
+    Only(pool_pb2.DropTableRequest, "name"), MAX_SMALL_BYTES
+)
+DROP_TABLE_REPLY: ProtoCodec[None, pool_pb2.DropTableReply] = ProtoCodec(Only(pool_pb2.DropTableReply))
+GET_TABLE_REQUEST: ProtoCodec[str, pool_pb2.GetTableRequest] = ProtoCodec(
+    Only(pool_pb2.GetTableRequest, "name"), MAX_SMALL_BYTES
+)
+GET_TABLE_REPLY: ProtoCodec[TableView, pool_pb2.GetTableReply] = ProtoCodec(Only(pool_pb2.GetTableReply, "view", VIEW))
+LIST_TABLES_REQUEST: ProtoCodec[None, pool_pb2.ListTablesRequest] = ProtoCodec(
+    Only(pool_pb2.ListTablesRequest), MAX_SMALL_BYTES
+)
+LIST_TABLES_REPLY: ProtoCodec[tuple[TableView, ...], pool_pb2.ListTablesReply] = ProtoCodec(
+    Only(pool_pb2.ListTablesReply, "views", Several(VIEW))
+)
+RESCALE_REQUEST: ProtoCodec[int, pool_pb2.RescaleRequest] = ProtoCodec(
+    Only(pool_pb2.RescaleRequest, "shards"), MAX_SMALL_BYTES
+)
+RESCALE_REPLY = ProtoCodec(Mirror(pool_pb2.RescaleReply, RescaleProgress))
+GET_STATUS_REQUEST: ProtoCodec[None, pool_pb2.GetStatusRequest] = ProtoCodec(
+    Only(pool_pb2.GetStatusRequest), MAX_SMALL_BYTES
+)
+GET_STATUS_REPLY: ProtoCodec[PoolStatus, pool_pb2.GetStatusReply] = ProtoCodec(
+    Only(pool_pb2.GetStatusReply, "status", POOL_STATUS)
 )

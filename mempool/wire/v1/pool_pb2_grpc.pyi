@@ -9,7 +9,7 @@ away. A shard answers the others with ERROR_CODE_POOL_UNREACHABLE: ask the contr
 
 Beside this service, grpc.health.v1.Health and gRPC server reflection run on the same port. Where the pool has a
 token, as it must unless it is bound to loopback only, every call but those of Health needs the metadata
-`authorization: Bearer <token>`.
+`authorization: Bearer <token>`. A call is refused before its message is read; a message is read when there is room for it.
 """
 
 from collections import abc as _abc

@@ -57,22 +57,34 @@ class StageTime(_message.Message):
     STAGE_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     TOTAL_S_FIELD_NUMBER: _builtins.int
+    P50_S_FIELD_NUMBER: _builtins.int
+    P99_S_FIELD_NUMBER: _builtins.int
+    MAX_S_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
     """Name of the stage."""
     count: _builtins.int
     """How many times it was passed."""
     total_s: _builtins.float
     """Seconds, all times together."""
+    p50_s: _builtins.float
+    """Seconds that half of them took at most; known to a factor of two, and interpolated."""
+    p99_s: _builtins.float
+    """Seconds that 99 of 100 took at most; as p50_s."""
+    max_s: _builtins.float
+    """Seconds of the longest."""
     def __init__(
         self,
         *,
         stage: _builtins.str = ...,
         count: _builtins.int = ...,
         total_s: _builtins.float = ...,
+        p50_s: _builtins.float = ...,
+        p99_s: _builtins.float = ...,
+        max_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "stage", b"stage", "total_s", b"total_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "max_s", b"max_s", "p50_s", b"p50_s", "p99_s", b"p99_s", "stage", b"stage", "total_s", b"total_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -113,7 +113,6 @@ def test_apply(served: ServedPool, file: Path, command: Command) -> None:
         "kept": ["facts"],
         "refused": [],
         "restart": [],
-        "unfinished": "",
     }
     done = command("apply", "-f", file).stdout.splitlines()
     assert done[0] == "rescaling: 2 -> 3 shards"

@@ -1,6 +1,11 @@
+"""Stages are counted whole, spread to a factor of two, from any thread, and never fail what they measure."""
+
+import math
 import threading
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mempool.observe import Stages
 
@@ -39,3 +44,25 @@ def test_threads_lose_no_count() -> None:
         thread.join(timeout=30)
     (time,) = stages.snapshot()
     assert (time.count, time.total_s) == (8000, 8000.0)
+
+
+@given(st.lists(st.floats(1e-8, 1e4), min_size=1, max_size=200))
+def test_quantiles_are_right_to_a_factor_of_two(seconds: list[float]) -> None:
+    stages = Stages()
+    for second in seconds:
+        stages.record("kernel", second)
+    (time,) = stages.snapshot()
+    ordered = sorted(seconds)
+    for share, found in ((0.5, time.p50_s), (0.99, time.p99_s)):
+        exact = ordered[math.ceil(share * len(ordered)) - 1]
+        assert exact / 2.01 <= found <= exact * 2.01
+    assert time.p50_s <= time.p99_s <= time.max_s
+    assert time.max_s == pytest.approx(ordered[-1], abs=2e-9)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf, -math.inf])
+def test_a_clock_that_is_wrong_harms_nothing(seconds: float) -> None:
+    stages = Stages()
+    stages.record("kernel", seconds)
+    (time,) = stages.snapshot()
+    assert (time.count, time.total_s, time.p50_s, time.p99_s, time.max_s) == (1, 0.0, 0.0, 0.0, 0.0)

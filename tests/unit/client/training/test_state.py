@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tests.unit.client.fakes import FakePool, make_schema
 
 import mempool
 from mempool.client import Pool, Table

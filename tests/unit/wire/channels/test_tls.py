@@ -65,6 +65,8 @@ def test_a_client_says_it_by_a_file_or_the_environment(
     assert client_tls(str(certificates.authority)) == expected
     monkeypatch.setenv("MEMPOOL_TLS_AUTHORITY", str(certificates.authority))
     assert client_tls(None) == expected
+    monkeypatch.setenv("MEMPOOL_TLS_SERVER_NAME", "pool.test")
+    assert client_tls(None) == ClientTls(authority=expected.authority, server_name="pool.test")
 
 
 def test_a_file_without_a_certificate_is_refused(certificates: Certificates, tmp_path: Path) -> None:

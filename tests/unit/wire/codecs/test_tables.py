@@ -163,7 +163,7 @@ def test_a_view_whose_placement_cannot_be_is_refused(change: dict[str, object], 
 
 
 def test_an_unknown_state_is_not_sent() -> None:
-    with pytest.raises(InvalidRequest, match="state is 'asleep'; expected one of ready, starting, unreachable"):
+    with pytest.raises(InvalidRequest, match="'asleep' is none of ready, starting, unreachable"):
         pages.STATUS_REPLY.encode(ShardStatus(info=VIEW.shards[0], state="asleep"))
 
 

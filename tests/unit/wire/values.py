@@ -1,0 +1,379 @@
+"""Values of every message of every call, drawn at random: what ``test_methods`` sends and reads."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from google.protobuf.message import Message
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mempool import types
+from mempool.types.schema_checks import HYPER_PARAMETERS, NAME
+from mempool.wire import methods
+from mempool.wire.codecs.lookup import LookupReply, LookupRequest
+from mempool.wire.codecs.pages import FreezeTable
+from mempool.wire.methods import Method
+from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2
+
+U64 = st.one_of(st.integers(0, 300), st.integers(0, 2**64 - 1))
+U32 = st.one_of(st.integers(0, 300), st.integers(0, 2**32 - 1))
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+DOUBLE = st.floats(allow_nan=False)
+SECONDS = st.floats(0.0, allow_infinity=False)
+U64S = st.lists(U64, max_size=5).map(tuple)
+U32S = st.lists(U32, max_size=5).map(tuple)
+FLOAT32 = st.just(torch.float32)
+FLOATS = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+@st.composite
+def tensors(draw: st.DrawFn, dims: int, dtypes: st.SearchStrategy[torch.dtype] = FLOAT32) -> Tensor:
+    dtype = draw(dtypes)
+    shape = draw(st.lists(st.integers(0, 5), min_size=dims, max_size=dims))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    if dtype.is_floating_point:
+        tensor = torch.randn(shape, generator=generator).to(dtype)
+    else:
+        tensor = torch.randint(0, 2**31 - 1, shape, generator=generator).to(dtype)
+    return tensor.transpose(0, 1) if dims > 1 and draw(st.booleans()) else tensor
+
+
+INT64 = tensors(1, st.just(torch.int64))
+IDS = tensors(1, st.sampled_from([torch.int64, torch.uint32]))
+BAGS = tensors(2, FLOATS)
+ROWS = tensors(
+    2, st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.uint8])
+)
+PER_HEAD = tensors(3)
+NUMPY_IDS = st.lists(st.integers(0, 2**40), max_size=5).map(lambda ids: np.array(ids, np.int64))
+
+
+def build(cls: type, **parts: Any) -> st.SearchStrategy[Any]:
+    return st.builds(cls, **parts)
+
+
+ENVELOPE = build(types.Envelope, table_id=U64, epoch=U64, incarnation=U64)
+STAMP = build(types.Stamp, shard=U32, incarnation=U64, epoch=U64, table_version=U64)
+STEP_ID = build(types.StepId, group=TEXT, rank=U32, step=U64)
+REPLY_DTYPE = st.sampled_from(["float32", "bfloat16"])
+RATE = st.floats(0.0, 1e30)
+NUMBERS: Mapping[str, st.SearchStrategy[float]] = {
+    "lr": RATE,
+    "eps": st.floats(1e-37, 1e30),
+    "beta1": st.floats(0.0, 1.0, exclude_max=True),
+    "beta2": st.floats(0.0, 1.0, exclude_max=True),
+    "lr_decay": RATE,
+    "initial_accumulator_value": RATE,
+    "weight_decay": RATE,
+    "momentum": st.floats(0.0, 1.0, exclude_max=True),
+    "dampening": st.floats(0.0, 1.0, exclude_max=True),
+    "max_norm": st.none() | st.floats(1e-37, 1e30),
+}
+
+
+@st.composite
+def schemas(draw: st.DrawFn) -> types.TableSchema:
+    """Any that ``check_schema`` takes; with other numbers nothing of the kind travels."""
+    algorithm = draw(st.sampled_from(["sgd", "adagrad", "rowwise_adagrad", "adam", "adamw", "rowwise_adam"]))
+    given = {name: draw(NUMBERS[name]) for name, taken in HYPER_PARAMETERS.items() if algorithm in taken.of}
+    if given.get("momentum") == 0.0:
+        given["dampening"] = 0.0
+    dtype, master = draw(st.sampled_from(["float32", "bfloat16", "float8_e4m3fn", "int8"])), draw(st.booleans())
+    master = master and dtype != "float32"
+    fine = dtype == "float32" or master
+    keys = draw(
+        st.one_of(
+            st.none(),
+            build(types.FlatKeySpec, key_dim=st.integers(1, 4096), deterministic=st.booleans()),
+            build(
+                types.ProductKeySpec,
+                heads=st.integers(1, 4),
+                key_dim=st.integers(1, 2048).map(lambda half: 2 * half),
+                deterministic=st.booleans(),
+            ),
+        )
+    )
+    root = draw(st.integers(1, 10))
+    num_slots = root**2 if isinstance(keys, types.ProductKeySpec) else draw(st.integers(1, 100))
+    value_dim = draw(st.integers(1, 100))
+    whole_rows = given.get("max_norm") is not None  # of which the norm is
+    return types.TableSchema(
+        table_id=draw(U64),
+        name=draw(st.from_regex(NAME, fullmatch=True)),
+        num_slots=num_slots,
+        value_dim=value_dim,
+        block_dim=value_dim if whole_rows else draw(st.integers(1, value_dim)),
+        page_slots=draw(st.sampled_from([1, 8, 16, 64])),
+        dtype=dtype,  # type: ignore[arg-type]
+        seed=draw(st.integers(0, 2**63 - 1)),
+        init_std=draw(st.floats(0.0, 1e6)),
+        stride=math.isqrt(num_slots) if math.isqrt(num_slots) ** 2 == num_slots else 0,
+        layout=draw(st.sampled_from(["auto", "columns", "rows", "grid"])),  # type: ignore[arg-type]
+        optimizer=types.OptimizerSpec(
+            algorithm=algorithm,  # type: ignore[arg-type]
+            dense=algorithm == "adamw" and fine and not whole_rows and draw(st.booleans()),
+            **given,
+        ),
+        keys=keys,
+        rounding="nearest" if fine else draw(st.sampled_from(["stochastic", "nearest"])),  # type: ignore[arg-type]
+        master=master,
+    )
+
+
+SCHEMA = schemas()
+SHARD_INFO = build(types.ShardInfo, shard=U32, address=TEXT, incarnation=U64)
+
+
+@st.composite
+def views(draw: st.DrawFn) -> types.TableView:
+    schema = draw(SCHEMA)
+    random = np.random.default_rng(draw(st.integers(0, 2**31)))
+    placement = types.Placement(
+        table_id=schema.table_id,
+        epoch=draw(U64),
+        owners=random.integers(0, 2**31, (schema.num_row_pages, schema.num_blocks), np.int32),
+        key_owners=random.integers(0, 2**31, schema.num_key_pages, np.int32),
+    )
+    return types.TableView(schema=schema, placement=placement, shards=tuple(draw(st.lists(SHARD_INFO, max_size=3))))
+
+
+VIEW = views()
+LEDGER = build(
+    types.Ledger,
+    version=U64,
+    updates_applied=U64,
+    entries=st.dictionaries(st.tuples(TEXT, U32), build(types.LedgerEntry, step=U64, sequences=U64S), max_size=3),
+)
+TABLE_STATUS = build(
+    types.TableStatus,
+    table_id=U64,
+    name=TEXT,
+    epoch=U64,
+    version=U64,
+    pages=U64,
+    lost_pages=U64,
+    num_bytes=U64,
+    updates_held=U64,
+    updates_applied=U64,
+    lookups=U64,
+    frozen=st.booleans(),
+    bytes_to_fill=U64,
+)
+STAGE_TIME = build(types.StageTime, stage=TEXT, count=U64, total_s=SECONDS, p50_s=SECONDS, p99_s=SECONDS, max_s=SECONDS)
+SHARD_STATUS = build(
+    types.ShardStatus,
+    info=SHARD_INFO,
+    state=st.sampled_from(["ready", "starting", "unreachable"]),
+    device=TEXT,
+    num_bytes=U64,
+    context_bytes=U64,
+    held_bytes=U64,
+    queued_bytes=U64,
+    queued_calls=U64,
+    kept_bytes=U64,
+    client_limit_bytes=U64,
+    page_limit_bytes=U64,
+    uptime_s=SECONDS,
+    tables=st.lists(TABLE_STATUS, max_size=2).map(tuple),
+    stages=st.lists(STAGE_TIME, max_size=2).map(tuple),
+)
+CREATION = build(
+    types.TableCreation,
+    table=TEXT,
+    table_id=U64,
+    waiting_for=TEXT,
+    spent_s=SECONDS,
+    shards=st.lists(build(types.ShardFill, shard=U32, bytes_done=U64, bytes_total=U64), max_size=2).map(tuple),
+)
+PAGES: Mapping[str, st.SearchStrategy[Any]] = {
+    "table_id": U64,
+    "row_pages": NUMPY_IDS,
+    "blocks": U32S,
+    "key_pages": U32S,
+}
+STAMPED = {"stamp": STAMP}
+STEP = {"envelope": ENVELOPE, "step_id": STEP_ID}
+
+# Method -> generated classes of request and reply, values of both.
+Case = tuple[type[Message], st.SearchStrategy[Any], type[Message], st.SearchStrategy[Any]]
+CASES: dict[Method[Any, Any], Case] = {
+    methods.GATHER: (
+        data_pb2.GatherRequest,
+        build(
+            types.GatherRequest,
+            envelope=ENVELOPE,
+            lookup_id=U64,
+            ids=IDS,
+            weights=st.none() | tensors(1, FLOATS),
+            offsets=INT64,
+            remember=st.booleans(),
+            release=U64S,
+            reply_dtype=REPLY_DTYPE,
+        ),
+        data_pb2.GatherReply,
+        build(types.GatherReply, **STAMPED, blocks=U32S, values=BAGS),
+    ),
+    methods.UPDATE: (
+        data_pb2.UpdateRequest,
+        build(
+            types.UpdateRequest,
+            **STEP,
+            sequence=U64,
+            lookup_id=U64,
+            blocks=U32S,
+            grads=BAGS,
+            hold=st.booleans(),
+            want_weight_grad=st.booleans(),
+            ids=st.none() | IDS,
+            weights=st.none() | tensors(1, FLOATS),
+            offsets=st.none() | INT64,
+        ),
+        data_pb2.UpdateReply,
+        build(types.UpdateReply, **STAMPED, weight_grad=st.none() | tensors(1)),
+    ),
+    methods.PREPARE: (
+        data_pb2.PrepareRequest,
+        build(types.PrepareRequest, **STEP, sequences=U64S, want_norm=st.booleans()),
+        data_pb2.PrepareReply,
+        build(
+            types.PrepareReply,
+            **STAMPED,
+            missing=U64S,
+            squared_norm=DOUBLE,
+            finite=st.booleans(),
+            applied=st.booleans(),
+        ),
+    ),
+    methods.COMMIT: (
+        data_pb2.CommitRequest,
+        build(types.CommitRequest, **STEP, lr=DOUBLE, grad_scale=DOUBLE, sequences=U64S, one_phase=st.booleans()),
+        data_pb2.CommitReply,
+        build(types.CommitReply, **STAMPED, missing=U64S, applied=st.booleans()),
+    ),
+    methods.DISCARD: (
+        data_pb2.DiscardRequest,
+        build(types.DiscardRequest, **STEP),
+        data_pb2.DiscardReply,
+        build(types.DiscardReply, **STAMPED, discarded=U64),
+    ),
+    methods.SCORE: (
+        data_pb2.ScoreRequest,
+        build(types.ScoreRequest, envelope=ENVELOPE, queries=PER_HEAD, topk=U32),
+        data_pb2.ScoreReply,
+        build(types.ScoreReply, **STAMPED, heads=U32S, scores=PER_HEAD, ids=tensors(3, st.just(torch.int64))),
+    ),
+    methods.LOOKUP: (
+        data_pb2.LookupRequest,
+        build(LookupRequest, table=TEXT, queries=tensors(2) | PER_HEAD, topk=U32, reply_dtype=REPLY_DTYPE),
+        data_pb2.LookupReply,
+        build(
+            LookupReply,
+            **STAMPED,
+            newest_table_version=U64,
+            ids=tensors(3, st.just(torch.int64)),
+            scores=PER_HEAD,
+            weights=PER_HEAD,
+            values=BAGS,
+        ),
+    ),
+    methods.STEP_COUNT: (
+        data_pb2.StepCountRequest,
+        build(types.StepCountRequest, envelope=ENVELOPE, set=st.none() | U64, at_version=U64),
+        data_pb2.StepCountReply,
+        build(types.StepCountReply, **STAMPED, count=U64),
+    ),
+    methods.READ_ROWS: (
+        data_pb2.ReadRowsRequest,
+        build(types.ReadRowsRequest, envelope=ENVELOPE, array=TEXT, ids=IDS),
+        data_pb2.ReadRowsReply,
+        build(types.ReadRowsReply, **STAMPED, blocks=U32S, rows=ROWS),
+    ),
+    methods.WRITE_ROWS: (
+        data_pb2.WriteRowsRequest,
+        build(types.WriteRowsRequest, envelope=ENVELOPE, array=TEXT, ids=IDS, blocks=U32S, rows=ROWS),
+        data_pb2.WriteRowsReply,
+        build(types.WriteRowsReply, **STAMPED),
+    ),
+    methods.ATTACH_TABLE: (
+        shard_pb2.AttachTableRequest,
+        build(
+            types.AttachTable,
+            view=VIEW,
+            mode=st.sampled_from(["initialise", "empty", "lost"]),
+            ledger=st.none() | LEDGER,
+        ),
+        shard_pb2.AttachTableReply,
+        st.none(),
+    ),
+    methods.SHARD_DROP_TABLE: (
+        shard_pb2.ShardServiceDropTableRequest,
+        U64,
+        shard_pb2.ShardServiceDropTableReply,
+        st.none(),
+    ),
+    methods.FREEZE: (
+        shard_pb2.FreezeRequest,
+        build(FreezeTable, table_id=U64, timeout_s=SECONDS),
+        shard_pb2.FreezeReply,
+        LEDGER,
+    ),
+    methods.THAW: (shard_pb2.ThawRequest, U64, shard_pb2.ThawReply, st.none()),
+    methods.EXPORT_PAGES: (
+        shard_pb2.ExportPagesRequest,
+        build(types.ExportPages, **PAGES),
+        shard_pb2.ExportPagesReply,
+        build(types.PageBatch, **PAGES, arrays=st.dictionaries(TEXT, ROWS, max_size=3), ledger=LEDGER),
+    ),
+    methods.PULL_PAGES: (
+        shard_pb2.PullPagesRequest,
+        build(types.PullPages, **PAGES, source=SHARD_INFO),
+        shard_pb2.PullPagesReply,
+        build(types.PullReport, pages=U64, num_bytes=U64),
+    ),
+    methods.SET_VIEW: (shard_pb2.SetViewRequest, VIEW, shard_pb2.SetViewReply, st.none()),
+    methods.STATUS: (shard_pb2.StatusRequest, st.none(), shard_pb2.StatusReply, SHARD_STATUS),
+    methods.CREATE_TABLE: (pool_pb2.CreateTableRequest, SCHEMA, pool_pb2.CreateTableReply, VIEW),
+    methods.DROP_TABLE: (pool_pb2.DropTableRequest, TEXT, pool_pb2.DropTableReply, st.none()),
+    methods.GET_TABLE: (pool_pb2.GetTableRequest, TEXT, pool_pb2.GetTableReply, VIEW),
+    methods.LIST_TABLES: (
+        pool_pb2.ListTablesRequest,
+        st.none(),
+        pool_pb2.ListTablesReply,
+        st.lists(VIEW, max_size=2).map(tuple),
+    ),
+    methods.RESCALE: (
+        pool_pb2.RescaleRequest,
+        U32,
+        pool_pb2.RescaleReply,
+        build(
+            types.RescaleProgress,
+            shards_before=U32,
+            shards_after=U32,
+            pages_moved=U64,
+            pages_total=U64,
+            bytes_moved=U64,
+            bytes_total=U64,
+            table=TEXT,
+            done=st.booleans(),
+        ),
+    ),
+    methods.GET_STATUS: (
+        pool_pb2.GetStatusRequest,
+        st.none(),
+        pool_pb2.GetStatusReply,
+        build(
+            types.PoolStatus,
+            name=TEXT,
+            shards=st.lists(SHARD_STATUS, max_size=2).map(tuple),
+            tables=st.lists(VIEW, max_size=2).map(tuple),
+            rescaling=st.booleans(),
+            wanted_shards=U32,
+            waiting_for=TEXT,
+            unfinished=TEXT,
+            creating=st.lists(CREATION, max_size=2).map(tuple),
+        ),
+    ),
+}
