@@ -23,7 +23,6 @@ from mempool.errors import MempoolError
 from mempool.placement import Assignment, Round, apply_round, moves, plan, rounds
 from mempool.types import (
     ELEMENT_BYTES,
-    Ledger,
     Placement,
     ProductKeySpec,
     PullPages,
@@ -162,7 +161,7 @@ class Mover:
         )
         await self._push(self._roster.put(view.schema, moved), owners)
 
-    async def _freeze(self, shard: int, table_id: int) -> Ledger:
+    async def _freeze(self, shard: int, table_id: int) -> int:
         return await self._call(
             self._roster.shards[shard],
             lambda host: host.freeze(table_id, _FREEZE_TIMEOUT_S),

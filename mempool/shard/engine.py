@@ -26,7 +26,7 @@ from mempool.errors import (
 from mempool.observe import Stages
 from mempool.shard import validate
 from mempool.shard.hosted import HostedTable, Parked
-from mempool.shard.pages.staging import export, pull
+from mempool.shard.pages.transfer import export, ledger_part, pull
 from mempool.shard.steps import commits
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.steps.held import Budget, HeldUpdate
@@ -38,10 +38,11 @@ from mempool.types import (
     DiscardReply,
     DiscardRequest,
     Envelope,
+    ExportLedger,
     ExportPages,
     GatherReply,
     GatherRequest,
-    Ledger,
+    LedgerPart,
     PageBatch,
     PrepareReply,
     PrepareRequest,
@@ -155,7 +156,7 @@ class Engine:
     async def drop_table(self, table_id: int) -> None:
         await self._thread.run("drop_table", lambda: self._drop(table_id))
 
-    async def freeze(self, table_id: int, timeout_s: float) -> Ledger:
+    async def freeze(self, table_id: int, timeout_s: float) -> int:
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._when_woken("freeze", lambda: self._freeze(table_id))
@@ -169,6 +170,9 @@ class Engine:
 
     async def export_pages(self, request: ExportPages) -> PageBatch:
         return await self._thread.run("export_pages", lambda: self._export(request))
+
+    async def export_ledger(self, request: ExportLedger) -> LedgerPart:
+        return await self._thread.run("export_ledger", lambda: self._export_ledger(request))
 
     async def pull_pages(self, request: PullPages) -> PullReport:
         """Read pages from their owner in batches and stage each between other requests.
@@ -186,6 +190,12 @@ class Engine:
             source=self._peers(request.source),
             page_bytes=table.storage.page_bytes(request.blocks),
             stage=lambda batch: self._thread.run("stage", lambda: self._stage(table, batch)),
+            lacks_ledger=lambda: self._thread.run(
+                "stage", lambda: self._pulling(table).staging.lacks_ledger(table.ledger.version)
+            ),
+            stage_ledger=lambda ledger: self._thread.run(
+                "stage", lambda: self._pulling(table).staging.put_ledger(ledger)
+            ),
         )
 
     async def set_view(self, view: TableView) -> None:
@@ -388,7 +398,7 @@ class Engine:
         for table_id in list(self._tables):
             self._drop(table_id)
 
-    def _freeze(self, table_id: int) -> Ledger | Parked:
+    def _freeze(self, table_id: int) -> int | Parked:
         table = self._table(table_id)
         table.check_ready()
         table.check_whole()
@@ -396,13 +406,13 @@ class Engine:
         table.updates.expire()
         if any(table.updates.prepared()):
             return table.park_until_decided()
-        return table.ledger.snapshot()
+        return table.ledger.version
 
-    def _give_up_freeze(self, table_id: int, timeout_s: float) -> Ledger:
+    def _give_up_freeze(self, table_id: int, timeout_s: float) -> int:
         table = self._table(table_id)
         undecided = list(table.updates.prepared())
         if not undecided and table.frozen:
-            return table.ledger.snapshot()
+            return table.ledger.version
         self._thaw(table_id)
         (group, rank), step = undecided[0] if undecided else (("", 0), None)
         raise DeadlineExceeded(
@@ -426,7 +436,12 @@ class Engine:
     def _export(self, request: ExportPages) -> PageBatch:
         table = self._table(request.table_id)
         table.check_ready()
-        return export(table.storage, request, table.ledger.snapshot())
+        return export(table.storage, request, version=table.ledger.version)
+
+    def _export_ledger(self, request: ExportLedger) -> LedgerPart:
+        table = self._table(request.table_id)
+        table.check_ready()
+        return ledger_part(table.ledger.snapshot(), request)
 
     def _check_pull(self, request: PullPages) -> HostedTable:
         table = self._table(request.table_id)
@@ -438,9 +453,12 @@ class Engine:
         return table
 
     def _stage(self, table: HostedTable, batch: PageBatch) -> int:
-        if self._tables.get(batch.table_id) is not table:
-            raise NotFound(f"table {batch.table_id} was dropped while its pages were pulled", shard=self.info.shard)
-        return table.staging.put(batch)
+        return self._pulling(table).staging.put(batch)
+
+    def _pulling(self, table: HostedTable) -> HostedTable:
+        if self._tables.get(table.table_id) is not table:
+            raise NotFound(f"table {table.table_id} was dropped while its pages were pulled", shard=self.info.shard)
+        return table
 
     def _set_view(self, view: TableView) -> None:
         table = self._table(view.schema.table_id)

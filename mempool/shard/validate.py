@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mempool.errors import ContextMissing, InvalidRequest
 from mempool.kernels import LAST_STEP
-from mempool.shard.pages.arena import KEYS, SCALES, Blocks, key_dim
+from mempool.shard.pages.named_arrays import KEYS, SCALES, Blocks, key_dim
 from mempool.shard.pages.storage import Storage
 from mempool.types import (
     CommitRequest,

@@ -14,13 +14,13 @@ from torch import Tensor
 from mempool.errors import RequestTooLarge
 from mempool.kernels import SortedPairs
 from mempool.shard.pages.storage import Lane
-from mempool.types import Ledger, LedgerEntry, StepId
+from mempool.types import Ledger, StepId
 from mempool.types.bags import Bags
 
 Rank = tuple[str, int]
 
 _MAX_LEDGER_ENTRIES = 16_384
-"""Every client that ever committed leaves an entry, and the ledger goes with every batch of pages. An entry is needed
+"""Every client that ever committed leaves an entry, and the ledger goes with every move of pages. An entry is needed
 only while its client may repeat its newest commit; so many other clients do not come in between."""
 
 
@@ -276,8 +276,8 @@ class AppliedLedger:
 
     def has(self, step_id: StepId) -> bool:
         """Whether that step, or a later one of its rank, was applied."""
-        entry = self._entries.get((step_id.group, step_id.rank))
-        return entry is not None and step_id.step <= entry.step
+        applied = self._entries.get((step_id.group, step_id.rank))
+        return applied is not None and step_id.step <= applied
 
     def add(self, step_id: StepId, sequences: tuple[int, ...]) -> None:
         """A step was applied."""
@@ -285,7 +285,7 @@ class AppliedLedger:
         self.updates_applied += len(sequences)
         rank = step_id.group, step_id.rank
         self._entries.pop(rank, None)  # so that the order is that of the newest commits
-        self._entries[rank] = LedgerEntry(step=step_id.step, sequences=sequences)
+        self._entries[rank] = step_id.step
         if len(self._entries) > _MAX_LEDGER_ENTRIES:
             del self._entries[next(iter(self._entries))]
 

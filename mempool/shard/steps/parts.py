@@ -31,8 +31,7 @@ def pairs_bytes(table: Storage, updates: Sequence[HeldUpdate]) -> int:
     width = table.schema.width(table.blocks)
     joined = 0 if len(updates) == 1 else 28 * pairs + 4 * width * bags
     in_lanes = sum(
-        SORTED_BYTES * pairs + (0 if lane.columns is None else 4 * len(lane.arena.columns) * bags)
-        for lane in table.lanes
+        SORTED_BYTES * pairs + (0 if lane.columns is None else 4 * lane.arena.width * bags) for lane in table.lanes
     )
     return (
         16 * bags + (8 + SORT_BYTES + _scratch_bytes(table, width) + _missed_bytes(table)) * pairs + joined + in_lanes
@@ -50,7 +49,7 @@ def reduce_in_parts(table: Storage, updates: Sequence[HeldUpdate], room_bytes: i
             some of the columns) 8 KiB for each column.
     """
     for lane in table.lanes:
-        width = len(lane.arena.columns)
+        width = lane.arena.width
         picks_gradients = len(updates) > 1 or lane.columns is not None
         pair_bytes = _PICKED_BYTES + SORTED_BYTES + SORT_BYTES + _scratch_bytes(table, width)
         pair_bytes += 8 * width if picks_gradients else 0

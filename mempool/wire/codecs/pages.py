@@ -1,6 +1,6 @@
 """Ledgers, pages and the other values of ``PageHost`` as messages: the codecs of ``ShardService``."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +9,16 @@ import numpy.typing as npt
 from torch import Tensor
 
 from mempool.errors import InvalidRequest
-from mempool.types.pages import AttachTable, ExportPages, Ledger, LedgerEntry, PageBatch, PullPages, PullReport
+from mempool.types.pages import (
+    AttachTable,
+    ExportLedger,
+    ExportPages,
+    Ledger,
+    LedgerPart,
+    PageBatch,
+    PullPages,
+    PullReport,
+)
 from mempool.types.pool import ShardStatus, TableView
 from mempool.wire.bodies.frames import decode_frame, encode_frame
 from mempool.wire.codecs.codec import INT64, FrameCodec, ProtoCodec, choice, packed, require
@@ -42,20 +51,45 @@ class FreezeTable:
 
 
 def ledger_message(value: Ledger) -> pb.Ledger:
-    entries = [
-        pb.LedgerEntry(group=group, rank=rank, step=entry.step, sequences=entry.sequences)
-        for (group, rank), entry in value.entries.items()
-    ]
-    return pb.Ledger(version=value.version, updates_applied=value.updates_applied, entries=entries)
+    return pb.Ledger(
+        version=value.version, updates_applied=value.updates_applied, entries=_entry_messages(value.entries)
+    )
 
 
 def ledger_value(message: pb.Ledger) -> Ledger:
-    entries: dict[tuple[str, int], LedgerEntry] = {}
-    for entry in message.entries:
-        if (entry.group, entry.rank) in entries:
-            raise InvalidRequest(f"Ledger.entries has rank {entry.rank} of group {entry.group!r} twice")
-        entries[entry.group, entry.rank] = LedgerEntry(step=entry.step, sequences=tuple(entry.sequences))
+    entries = _entry_values(message.entries, "Ledger")
     return Ledger(version=message.version, updates_applied=message.updates_applied, entries=entries)
+
+
+def _entry_messages(entries: Mapping[tuple[str, int], int]) -> list[pb.LedgerEntry]:
+    return [pb.LedgerEntry(group=group, rank=rank, step=step) for (group, rank), step in entries.items()]
+
+
+def _entry_values(messages: Iterable[pb.LedgerEntry], where: str) -> dict[tuple[str, int], int]:
+    entries: dict[tuple[str, int], int] = {}
+    for entry in messages:
+        if (entry.group, entry.rank) in entries:
+            raise InvalidRequest(f"{where}.entries has rank {entry.rank} of group {entry.group[:64]!r} twice")
+        entries[entry.group, entry.rank] = entry.step
+    return entries
+
+
+def _pack_ledger_part(value: LedgerPart) -> pb.ExportLedgerReply:
+    return pb.ExportLedgerReply(
+        version=value.version,
+        updates_applied=value.updates_applied,
+        num_entries=value.num_entries,
+        entries=_entry_messages(value.entries),
+    )
+
+
+def _unpack_ledger_part(message: pb.ExportLedgerReply) -> LedgerPart:
+    return LedgerPart(
+        version=message.version,
+        updates_applied=message.updates_applied,
+        num_entries=message.num_entries,
+        entries=_entry_values(message.entries, "ExportLedgerReply"),
+    )
 
 
 def _pack_attach(value: AttachTable) -> pb.AttachTableRequest:
@@ -73,11 +107,6 @@ def _unpack_attach(message: pb.AttachTableRequest) -> AttachTable:
         mode=choice(_MODE_NAMES, message.mode, "AttachTableRequest.mode"),
         ledger=ledger_value(message.ledger) if message.HasField("ledger") else None,
     )
-
-
-def _unpack_freeze_reply(message: pb.FreezeReply) -> Ledger:
-    require(message, "ledger")
-    return ledger_value(message.ledger)
 
 
 def _unpack_set_view(message: pb.SetViewRequest) -> TableView:
@@ -140,7 +169,6 @@ class PageBatchCodec:
     def decode(self, frame: bytes | memoryview) -> PageBatch:
         header = pb.ExportPagesReply()
         found = decode_frame(frame, header)
-        require(header, "ledger")
         names, arrays = tuple(header.array_names), found.get("arrays", [])
         if len(names) != len(arrays) or len(set(names)) != len(names):
             raise InvalidRequest(f"{self.name} has {len(arrays)} arrays and the names {list(names)}; expected one each")
@@ -154,7 +182,7 @@ class PageBatchCodec:
             blocks=tuple(header.blocks),
             key_pages=tuple(header.key_pages),
             arrays=dict(zip(names, arrays, strict=True)),
-            ledger=ledger_value(header.ledger),
+            version=header.version,
         )
 
     @staticmethod
@@ -163,7 +191,7 @@ class PageBatchCodec:
             table_id=value.table_id,
             blocks=value.blocks,
             key_pages=value.key_pages,
-            ledger=ledger_message(value.ledger),
+            version=value.version,
             array_names=value.arrays.keys(),
         )
 
@@ -186,7 +214,7 @@ FREEZE_REQUEST = ProtoCodec(
     lambda message: FreezeTable(table_id=message.table_id, timeout_s=message.timeout_s),
 )
 FREEZE_REPLY = ProtoCodec(
-    pb.FreezeReply, lambda ledger: pb.FreezeReply(ledger=ledger_message(ledger)), _unpack_freeze_reply
+    pb.FreezeReply, lambda version: pb.FreezeReply(version=version), lambda message: message.version
 )
 THAW_REQUEST = ProtoCodec(
     pb.ThawRequest, lambda table_id: pb.ThawRequest(table_id=table_id), lambda message: message.table_id
@@ -194,6 +222,12 @@ THAW_REQUEST = ProtoCodec(
 THAW_REPLY = ProtoCodec(pb.ThawReply, lambda _: pb.ThawReply(), _nothing)
 EXPORT_PAGES_REQUEST = FrameCodec(pb.ExportPagesRequest, _pack_export, _unpack_export, {"row_pages": INT64})
 EXPORT_PAGES_REPLY = PageBatchCodec()
+EXPORT_LEDGER_REQUEST = ProtoCodec(
+    pb.ExportLedgerRequest,
+    lambda request: pb.ExportLedgerRequest(table_id=request.table_id, first=request.first),
+    lambda message: ExportLedger(table_id=message.table_id, first=message.first),
+)
+EXPORT_LEDGER_REPLY = ProtoCodec(pb.ExportLedgerReply, _pack_ledger_part, _unpack_ledger_part)
 PULL_PAGES_REQUEST = FrameCodec(pb.PullPagesRequest, _pack_pull, _unpack_pull, {"row_pages": INT64})
 PULL_PAGES_REPLY = ProtoCodec(
     pb.PullPagesReply,

@@ -116,11 +116,12 @@ def views(draw: st.DrawFn) -> types.TableView:
 
 
 VIEW = views()
+ENTRIES = st.dictionaries(st.tuples(TEXT, U32), U64, max_size=3)
 LEDGER = build(
     types.Ledger,
     version=U64,
     updates_applied=U64,
-    entries=st.dictionaries(st.tuples(TEXT, U32), build(types.LedgerEntry, step=U64, sequences=U64S), max_size=3),
+    entries=ENTRIES,
 )
 TABLE_STATUS = build(
     types.TableStatus,
@@ -271,14 +272,20 @@ CASES: dict[Method[Any, Any], Case] = {
         shard_pb2.FreezeRequest,
         build(FreezeTable, table_id=U64, timeout_s=DOUBLE),
         shard_pb2.FreezeReply,
-        LEDGER,
+        U64,
     ),
     methods.THAW: (shard_pb2.ThawRequest, U64, shard_pb2.ThawReply, st.none()),
     methods.EXPORT_PAGES: (
         shard_pb2.ExportPagesRequest,
         build(types.ExportPages, **PAGES),
         shard_pb2.ExportPagesReply,
-        build(types.PageBatch, **PAGES, arrays=st.dictionaries(TEXT, ROWS, max_size=3), ledger=LEDGER),
+        build(types.PageBatch, **PAGES, arrays=st.dictionaries(TEXT, ROWS, max_size=3), version=U64),
+    ),
+    methods.EXPORT_LEDGER: (
+        shard_pb2.ExportLedgerRequest,
+        build(types.ExportLedger, table_id=U64, first=U64),
+        shard_pb2.ExportLedgerReply,
+        build(types.LedgerPart, version=U64, updates_applied=U64, num_entries=U64, entries=ENTRIES),
     ),
     methods.PULL_PAGES: (
         shard_pb2.PullPagesRequest,

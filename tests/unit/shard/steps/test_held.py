@@ -4,7 +4,7 @@ import torch
 from mempool.errors import RequestTooLarge
 from mempool.shard.steps import held
 from mempool.shard.steps.held import AppliedLedger, Budget, HeldUpdate, HeldUpdates, PreparedStep, in_canonical_order
-from mempool.types import Ledger, LedgerEntry, StepId
+from mempool.types import Ledger, StepId
 from mempool.types.bags import Bags
 
 
@@ -119,8 +119,7 @@ def test_the_ledger_knows_every_step_up_to_the_newest() -> None:
     assert [ledger.has(_step(step)) for step in (3, 4, 5)] == [True, True, False]
     assert not ledger.has(_step(4, "b"))
     assert not ledger.has(_step(4, rank=1))
-    entry = LedgerEntry(step=4, sequences=(1, 2))
-    assert ledger.snapshot() == Ledger(version=1, updates_applied=2, entries={("a", 0): entry})
+    assert ledger.snapshot() == Ledger(version=1, updates_applied=2, entries={("a", 0): 4})
 
 
 def test_only_a_newer_ledger_is_taken_over() -> None:
@@ -128,11 +127,11 @@ def test_only_a_newer_ledger_is_taken_over() -> None:
     ledger.adopt(Ledger(version=2, updates_applied=9))
     ledger.adopt(None)
     assert ledger.snapshot() == Ledger(version=3, updates_applied=5)
-    newer = Ledger(version=4, updates_applied=6, entries={("a", 0): LedgerEntry(step=1, sequences=(0,))})
+    newer = Ledger(version=4, updates_applied=6, entries={("a", 0): 1})
     ledger.adopt(newer)
     assert ledger.snapshot() == newer
     ledger.add(_step(2), (3,))
-    assert newer.entries == {("a", 0): LedgerEntry(step=1, sequences=(0,))}
+    assert newer.entries == {("a", 0): 1}
 
 
 def test_dead_ranks_of_another_table_make_room_too() -> None:
