@@ -97,6 +97,23 @@ def test_the_ledger_moves_with_the_pages(driver: Driver) -> None:
     assert driver.status(0).pages == 0
 
 
+def test_a_ledger_of_very_many_groups_with_long_names_moves_once(driver: Driver) -> None:
+    """More than any message's header may hold, whatever the number of batches that the pages come in."""
+    entries = {(f"{number:0256d}", 0): number + 1 for number in range(16_384)}
+    ledger = Ledger(version=5, updates_applied=16_384, entries=entries)
+    driver.view = driver.make_view(make_schema(), LAYOUTS["one"], epoch=1)
+    driver.call(driver.host(0).attach_table(AttachTable(view=driver.view, mode="initialise", ledger=ledger)))
+    for shard in range(1, len(driver.hosted)):
+        driver.call(driver.host(shard).attach_table(AttachTable(view=driver.view, mode="empty")))
+    before = driver.read()
+    driver.move("rows")
+    assert driver.ledger(1) == ledger
+    assert driver.status(1).version == 5
+    driver.move("grid")
+    assert [driver.ledger(shard) for shard in (0, 2)] == [ledger, ledger]
+    assert torch.equal(driver.read(), before)
+
+
 def test_held_updates_stay_behind_and_are_sent_again(driver: Driver) -> None:
     bags = make_bags(1)
     driver.create(make_schema(), "one")
@@ -193,7 +210,7 @@ def test_a_freeze_waits_for_prepared_steps(driver: Driver, decision: str) -> Non
         assert driver.commit(1, [0])[0].applied
     else:
         driver.discard(1)
-    assert freezing.result(timeout=20).version == (decision == "commit")
+    assert freezing.result(timeout=20) == (decision == "commit")
     driver.call(driver.host(0).thaw(driver.table_id))
 
 

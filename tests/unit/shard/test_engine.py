@@ -281,6 +281,26 @@ def test_a_large_table_is_filled_in_pieces(make_driver: MakeDriver, monkeypatch:
     assert torch.equal(whole.read("keys"), keys)
 
 
+def test_dropping_a_table_ends_its_filling_at_once_and_others_are_served_meanwhile(
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = make_driver().create(make_schema())
+    monkeypatch.setattr(filling, "_PIECE_BYTES", 1)
+    large = Driver(driver.hosted, table_id=2)
+    schema = make_schema(num_slots=2**16, page_slots=2**12, value_dim=2**14, block_dim=1)  # millions of pieces
+    large.view = large.make_view(schema, np.zeros((16, 2**14)), epoch=1)
+    filled = large.submit(large.host(0).attach_table(AttachTable(view=large.view, mode="initialise")))
+    while len(driver.call(driver.host(0).status()).tables) < 2:
+        assert not filled.done()
+    driver.gather(make_bags(1))
+    driver.train(1, {0: (make_bags(1), GRADS)})
+    assert not filled.done()
+    large.call(large.host(0).drop_table(2))
+    with pytest.raises(NotFound, match="dropped while it was being made"):
+        filled.result(timeout=20)
+    assert len(driver.call(driver.host(0).status()).tables) == 1
+
+
 def test_a_table_that_is_being_made_says_so(make_driver: MakeDriver) -> None:
     driver = make_driver()
     driver.view = driver.make_view(make_schema(), LAYOUTS["one"], epoch=1)

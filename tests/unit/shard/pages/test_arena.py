@@ -1,10 +1,19 @@
+import gc
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mempool import kernels
+from mempool.errors import InvalidRequest
 from mempool.shard.pages import arena as arena_module
 from mempool.shard.pages.arena import PAGE_TABLE_BYTES, Arena, pieces
+from mempool.shard.pages.memory import AllocatedRows, ReservedRows
 from mempool.shard.pages.named_arrays import named_arrays, row_bytes
 from mempool.types import FlatKeySpec, OptimizerSpec
 from tests.contract.driver import make_schema
@@ -158,3 +167,119 @@ def _ones(dtype: str) -> torch.Tensor:
     """The value of the code 1."""
     code = torch.ones(1, dtype=torch.uint8)
     return code.view(torch.int8 if dtype == "int8" else torch.float8_e4m3fn).float()
+
+
+class _BytesMoved(TorchDispatchMode):
+    """Counts what operations write that are no views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func.is_view:
+            self.num_bytes += result.nbytes
+        return result
+
+
+def test_growing_in_many_rounds_moves_no_byte_and_takes_no_more_than_its_pages() -> None:
+    schema = make_schema(num_slots=2**20, page_slots=64, value_dim=64, block_dim=64, optimizer=ROWWISE)
+    arena = Arena(schema=schema, blocks=(0,), arrays=named_arrays(schema), device=torch.device("cpu"))
+    moved = _BytesMoved()
+    with moved:
+        torch.zeros(1)  # loads what torch needs for this
+    moved.num_bytes = 0
+    before = _resident()
+    addresses = set()
+    for number in range(1_000):
+        with moved:
+            arena.reserve(1)
+            taken = arena.take(1)
+        with arena.writing(pages=torch.from_numpy(taken)):
+            arena.pages("values")[taken[0]] = number
+        arena.publish(np.array([number]), taken)
+        addresses.add(tuple(arena.rows(array.name).data_ptr() for array in arena.arrays))
+    assert len(addresses) == 1
+    assert moved.num_bytes == 0
+    assert arena.num_bytes == 1_000 * arena.page_bytes + schema.num_row_pages * PAGE_TABLE_BYTES
+    assert _resident() - before < arena.num_bytes + 8 * 2**20
+    read = kernels.gather_rows(arena.paged(), torch.arange(0, 64_000, 64))
+    assert torch.equal(read[:, 0], torch.arange(1_000.0))
+    arena.give_back(arena.withdraw(np.arange(0, 990)))
+    arena.shrink()
+    assert arena.num_bytes == 10 * arena.page_bytes + schema.num_row_pages * PAGE_TABLE_BYTES
+    assert _resident() - before < 8 * 2**20
+    assert torch.equal(
+        kernels.gather_rows(arena.paged(), torch.arange(990 * 64, 64_000, 64))[:, 0], torch.arange(990.0, 1_000)
+    )
+
+
+def test_what_was_written_since_is_known_by_page() -> None:
+    arena = _arena((0, 2))
+    taken = arena.take(5)
+    arena.publish(np.arange(5), taken)
+    before = arena.writes
+    assert arena.written_since(before).tolist() == []
+    with arena.writing(torch.tensor([0, 7, 8, 7, 39])):
+        pass
+    between = arena.writes
+    with arena.writing(pages=torch.tensor([3])):
+        pass
+    assert arena.written_since(before).tolist() == [0, 1, 3, 4]
+    assert arena.written_since(between).tolist() == [3]
+
+
+def test_rows_that_are_copied_to_grow_do_so_by_a_good_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: many small takes stay linear, the first is exact, and none is beyond the table."""
+    monkeypatch.setattr(
+        arena_module,
+        "rows_on",
+        lambda device, *, max_rows, width, dtype: AllocatedRows(width=width, dtype=dtype, device=device),  # noqa: ARG005
+    )
+    schema = make_schema(num_slots=8 * 100, optimizer=ROWWISE)
+    arena = Arena(schema=schema, blocks=(0, 1), arrays=named_arrays(schema), device=torch.device("cpu"))
+    copies, size = 0, 0
+    for number in range(100):
+        promised = arena.growth_bytes(1)
+        before, size = size, arena.num_bytes
+        taken = arena.take(1)
+        arena.pages("values")[taken[0]] = number
+        arena.publish(np.array([number]), taken)
+        assert arena.num_bytes == size + promised
+        copies += arena.num_bytes != before
+        size = arena.num_bytes
+    assert arena.num_bytes == 100 * arena.page_bytes + 100 * PAGE_TABLE_BYTES
+    assert copies < 25
+    assert torch.equal(kernels.gather_rows(arena.paged(), torch.arange(0, 800, 8))[:, 0], torch.arange(100.0))
+    arena.give_back(arena.withdraw(np.arange(90)))
+    arena.shrink()
+    assert arena.num_bytes == 10 * arena.page_bytes + 100 * PAGE_TABLE_BYTES
+    assert torch.equal(kernels.gather_rows(arena.paged(), torch.arange(720, 800, 8))[:, 0], torch.arange(90.0, 100))
+
+
+def test_memory_that_cannot_be_had_leaves_the_arena_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = _arena((0, 1, 2))
+    kept = _fill(arena, [0, 3])
+    size = arena.num_bytes
+    real, calls = ReservedRows.resize, itertools.count()
+
+    def resize(self: ReservedRows, num_rows: int) -> None:
+        if next(calls) == 1:  # of the second array: the first has grown
+            raise InvalidRequest("none left")
+        real(self, num_rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReservedRows, "resize", resize)
+        with pytest.raises(InvalidRequest, match="none left"):
+            arena.take(3)
+    assert (arena.num_bytes, arena.num_taken) == (size, 2)
+    assert _same(_read(arena, [0, 3]), kept)
+    more = _fill(arena, [1, 2, 4])
+    assert _same(_read(arena, [0, 3]), kept)
+    assert _same(_read(arena, [1, 2, 4]), more)
+
+
+def _resident() -> int:
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
