@@ -10,6 +10,7 @@
     ├── Unauthenticated        a token is missing or wrong
     ├── Unavailable            nobody answers, for now (also a ConnectionError); retryable
     │   ├── ShardUnavailable
+    │   ├── Overloaded         the shard has too much to do or to hold just now; it says when to try again
     │   └── PoolUnreachable
     ├── DeadlineExceeded       the call's time is over (also a TimeoutError)
     ├── DataLoss               pages are gone; the message says what to restore
@@ -42,6 +43,7 @@ class ErrorCode(IntEnum):
     DATA_LOSS = 12
     STALE_PLACEMENT = 13
     CONTEXT_MISSING = 14
+    OVERLOADED = 15
 
 
 class MempoolError(Exception):
@@ -109,15 +111,32 @@ class Unauthenticated(MempoolError):
 
 
 class Unavailable(MempoolError, ConnectionError):
-    """Nobody answers, for now."""
+    """Nobody answers, for now. refused: the host does, and says that nobody listens at that port."""
 
     retryable = True
+    refused: bool = False
 
 
 class ShardUnavailable(Unavailable):
     """A shard does not answer, or is not ready yet."""
 
     code = ErrorCode.SHARD_UNAVAILABLE
+
+
+class Overloaded(Unavailable):
+    """A shard has more to do, or holds more for its clients, than it can take just now. Nothing was changed.
+
+    Args:
+        retry_after_s: Seconds after which to try again.
+    """
+
+    code = ErrorCode.OVERLOADED
+
+    def __init__(
+        self, message: str, *, shard: int | None = None, address: str | None = None, retry_after_s: float = 0.0
+    ) -> None:
+        super().__init__(message, shard=shard, address=address)
+        self.retry_after_s = retry_after_s
 
 
 class PoolUnreachable(Unavailable):

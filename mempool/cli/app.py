@@ -1,23 +1,26 @@
 """The commands. What they do is ``mempool.rayhost``'s and ``mempool.client``'s; how it looks is ``show``'s.
 
 Exit codes: 0 ok, 1 failed, 2 usage, 3 the pool, a shard or Ray cannot be reached.
+
+A command imports what it needs when it runs: help is there at once, and who only looks at a pool loads no torch.
 """
 
-import json
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import mempool
-from mempool.cli import bench, documents, show
-from mempool.cli.outcome import UsageError, reported, undone_by_signals
-from mempool.cli.target import Target, find_target
-from mempool.client import Pool, connect
-from mempool.config import ClusterConfig, load, set_shards
-from mempool.errors import ConfigError, NotFound
+from mempool.cli import bench
+from mempool.cli.outcome import reported, undone_by_signals
 
-_ANSWER_TIMEOUT_S = 5.0
+if TYPE_CHECKING:
+    from mempool.cli.target import Target
+    from mempool.client import Pool
+
+_CHANGE_TIMEOUT_S = 15.0
 
 app = typer.Typer(
     help="A pool of memory that trains behind an RPC: start it, look at it, scale it, end it.",
@@ -32,13 +35,16 @@ File = Annotated[Path, typer.Option("-f", "--file", metavar="FILE", help="The cl
 MaybeFile = Annotated[
     Path | None, typer.Option("-f", "--file", metavar="FILE", help="The cluster file: names the pool and its token.")
 ]
+PoolName = Annotated[
+    str | None, typer.Option("--pool", metavar="NAME", help="The name of a pool that was started on this machine.")
+]
 Address = Annotated[
     str | None,
     typer.Option(
         "--address",
         metavar="HOST:PORT",
-        help="The pool's address, or several with commas; by default that of the file, then MEMPOOL_ADDRESS, then "
-        "localhost:7077.",
+        help="The pool's address, or several with commas. Where nothing names a pool: MEMPOOL_ADDRESS, then the only "
+        "pool that was started on this machine, then localhost:7077.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, with stable keys, and nothing else.")]
@@ -60,47 +66,68 @@ def _main(
 
 
 @app.command()
-def up(file: File) -> None:
+def up(
+    file: File,
+    timeout_s: Annotated[
+        float,
+        typer.Option(
+            "--timeout",
+            metavar="SECONDS",
+            min=1,
+            help="How long Ray, and then the pool, may take to start. Ray's 60 s begin anew while it makes progress.",
+        ),
+    ] = 600.0,
+) -> None:
     """Start a pool and its tables on Ray, and Ray too where there is none."""
     with reported():
-        from mempool.rayhost import up as start
+        from mempool.cli import show
+        from mempool.config import load
 
         config = load(file)
+        from mempool.rayhost import up as start
+
         with undone_by_signals():
-            record = start(config, say=show.say)
+            record = start(config, say=show.say, timeout_s=timeout_s)
         show.say(f"pool {record.name!r} is up: mempool.connect({record.address!r})")
 
 
 @app.command()
-def status(file: MaybeFile = None, address: Address = None, as_json: Json = False) -> None:
+def status(file: MaybeFile = None, pool: PoolName = None, address: Address = None, as_json: Json = False) -> None:
     """Show shards and tables."""
     with reported():
-        target = find_target(file, address)
-        with _connect(target) as pool:
-            now = pool.status()
+        from mempool.cli import documents
+        from mempool.cli.target import find_target
+
+        target = find_target(file, pool, address)
+        now = target.status()
         if as_json:
             _print_json(documents.status(now, address=target.address))
         else:
+            from mempool.cli import show
+
             show.status(now, address=target.address)
 
 
 @app.command()
 def apply(
     file: File,
+    pool: PoolName = None,
     address: Address = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Bring the running pool to what the file says: rescale, create tables. Never drops data."""
     with reported():
+        from mempool.cli import documents, show
+        from mempool.cli.target import find_target
         from mempool.rayhost import apply as carry_out
         from mempool.rayhost import planned
 
-        target = find_target(file, address)
-        config = _config(target)
+        target = find_target(file, pool, address)
+        config = target.config
+        assert config is not None, "the file was given"
         if dry_run:
-            with _connect(target) as pool:
-                changes = planned(config, pool.status())
+            changes = planned(config, target.status())
             if not as_json:
                 show.changes(changes)
         else:
@@ -118,59 +145,57 @@ def apply(
 def scale(
     shards: Annotated[int, typer.Option("--shards", metavar="N", min=1, help="How many shards the pool shall have.")],
     file: MaybeFile = None,
+    pool: PoolName = None,
     address: Address = None,
 ) -> None:
     """Change the number of shards while the pool serves; with a file, the file is edited too."""
     with reported():
-        target = find_target(file, address)
-        with _connect(target) as pool, show.rescale_progress() as (_, progress):
-            if target.config is not None and pool.name != target.config.pool.name:
+        from mempool.cli import show
+        from mempool.cli.target import find_target
+        from mempool.config import set_shards
+        from mempool.errors import ConfigError
+
+        target = find_target(file, pool, address)
+        with _connect(target) as client, show.rescale_progress() as (_, progress):
+            if target.config is not None and client.name != target.config.pool.name:
                 raise ConfigError(
-                    f"{file} is of pool {target.config.pool.name!r}, and at {target.address} is pool {pool.name!r}; "
+                    f"{file} is of pool {target.config.pool.name!r}, and at {target.address} is pool {client.name!r}; "
                     "nothing was changed. Give that pool's file, or its --address alone"
                 )
-            pool.rescale(shards, progress=progress)
+            client.rescale(shards, progress=progress)
+        count = show.counted(shards, "shard")
         if file is not None:
             set_shards(file, shards)
-            show.say(f"{shards} shards; {file} says so too")
+            show.say(f"{count}; {file} says so too")
         else:
-            show.say(f"{shards} shards. Set pool.shards to {shards} in the cluster file too: the next apply follows it")
+            show.say(f"{count}. Set pool.shards to {shards} in the cluster file too: the next apply follows it")
 
 
 @app.command()
-def down(
-    pool: Annotated[
-        str | None, typer.Option("--pool", metavar="NAME", help="Its name; by default the one pool started here.")
-    ] = None,
-) -> None:
+def down(file: MaybeFile = None, pool: PoolName = None, address: Address = None) -> None:
     """End a pool and what it holds, and Ray too where `mempool up` started it."""
     with reported():
+        from mempool.cli import show
+        from mempool.cli.target import find_target, named
+
+        # A name is enough: a pool that no record knows may run on the Ray of this machine.
+        name = (
+            pool if pool is not None and file is None and address is None else named(find_target(file, pool, address))
+        )
         from mempool.rayhost import down as end
 
-        name = pool if pool is not None else _only_pool()
         end(name, say=show.say)
         show.say(f"pool {name!r} is down")
 
 
 def _connect(target: Target) -> Pool:
-    return connect(target.address, token=target.token, timeout_s=_ANSWER_TIMEOUT_S)
+    from mempool.client import connect
 
-
-def _config(target: Target) -> ClusterConfig:
-    assert target.config is not None, "the file was given"
-    return target.config
-
-
-def _only_pool() -> str:
-    from mempool.rayhost import read_records
-
-    names = [record.name for record in read_records()]
-    if not names:
-        raise NotFound("no pool was started on this machine by `mempool up`; name the one you mean with --pool NAME")
-    if len(names) > 1:
-        raise UsageError(f"several pools were started on this machine; name one with --pool: {', '.join(names)}")
-    return names[0]
+    target.status()  # where nobody answers, the command's own words, and soon
+    return connect(target.address, token=target.token, timeout_s=_CHANGE_TIMEOUT_S)
 
 
 def _print_json(document: object) -> None:
+    import json
+
     print(json.dumps(document, indent=2))

@@ -86,6 +86,12 @@ def _shard(shard: ShardStatus) -> dict[str, Any]:
         "device": shard.device,
         "num_bytes": shard.num_bytes,
         "context_bytes": shard.context_bytes,
+        "held_bytes": shard.held_bytes,
+        "queued_bytes": shard.queued_bytes,
+        "queued_calls": shard.queued_calls,
+        "kept_bytes": shard.kept_bytes,
+        "client_limit_bytes": shard.client_limit_bytes,
+        "page_limit_bytes": shard.page_limit_bytes,
         "uptime_s": shard.uptime_s,
         "stages": [asdict(stage) for stage in shard.stages],
     }

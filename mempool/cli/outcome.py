@@ -24,15 +24,18 @@ def reported() -> Iterator[None]:
     except MempoolError as error:
         _fail(error.message, _code(error))
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "mempool":
+        package = (error.name or "mempool").partition(".")[0]
+        if package == "mempool":
             raise
         _fail(
-            f"this command needs the package {error.name!r}, which is not installed: pip install 'mempool[server]'",
-            FAILED,
+            f"this command needs the package {package!r}, which is not installed: pip install 'mempool[server]'", FAILED
         )
     except BrokenPipeError:  # `mempool status | head`
         sys.stderr.close()
         raise typer.Exit(FAILED) from None
+    except OSError as error:  # a full disk, a right that is missing: the system's own words
+        where = "" if error.filename is None else f": {error.filename}"
+        _fail(f"{error.strerror or error}{where}", FAILED)
 
 
 @contextmanager

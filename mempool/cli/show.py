@@ -23,11 +23,17 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def counted(number: int, noun: str) -> str:
+    """1, "shard" -> "1 shard"; 2 -> "2 shards"."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def status(now: PoolStatus, *, address: str) -> None:
     """Shards, tables, and what is wrong."""
     console = _console()
     moving = ", moving pages" if now.rescaling else ""
-    console.print(f"pool {now.name} at {address}: {len(now.shards)} shards, {len(now.tables)} tables{moving}")
+    shown = f"{counted(len(now.shards), 'shard')}, {counted(len(now.tables), 'table')}"
+    console.print(f"pool {now.name} at {address}: {shown}{moving}")
     shards = _table(console, "shard", "address", "state", "device", "pages' memory", "up for", "incarnation")
     for shard in now.shards:
         shards.add_row(*_shard_row(shard), style=None if shard.state == "ready" else "red")

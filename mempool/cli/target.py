@@ -1,43 +1,119 @@
-"""Which pool a command means: an option, a cluster file, MEMPOOL_ADDRESS, or localhost:7077."""
+"""Which pool a command means: an option, a cluster file, MEMPOOL_ADDRESS, or the only one that was started here.
+
+Loads no Ray and no torch.
+"""
 
 import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from mempool.cli.outcome import UsageError
 from mempool.config import ClusterConfig, load
-from mempool.rayhost import read_record
+from mempool.errors import NotFound, PoolUnreachable
+from mempool.rayhost import PoolRecord, read_record, read_records
+from mempool.types import PoolStatus
 
 ADDRESS_VARIABLE = "MEMPOOL_ADDRESS"
 DEFAULT_ADDRESS = "localhost:7077"
 
 _ANYWHERE = ("0.0.0.0", "::")
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+_ANSWER_TIMEOUT_S = 5.0
+_KNOCK_TIMEOUT_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A pool. token None: that of MEMPOOL_TOKEN, if set. config: of the file, where one was given."""
+    """A pool.
+
+    Attributes:
+        address: Where it is, or several with commas.
+        token: Its token; None is that of MEMPOOL_TOKEN, if set.
+        config: Of the file, where one was given.
+        name: Its name where a file, an option or a record says it; None where only the address is known.
+        guessed: Nothing named it: the address is where a pool would be by default.
+    """
 
     address: str
-    token: str | None
-    config: ClusterConfig | None
+    token: str | None = None
+    config: ClusterConfig | None = None
+    name: str | None = None
+    guessed: bool = False
+
+    def status(self) -> PoolStatus:
+        """Ask it. Raises PoolUnreachable, with what to do."""
+        from mempool.client.asking import pool_status  # gRPC: what is wrong with a file shows without it
+
+        # Where only the default stands for the address, nobody there is the usual case, not one that passes.
+        timeout_s = 0.0 if self.guessed else _ANSWER_TIMEOUT_S
+        try:
+            return pool_status(parts(self.address), token=self.token, timeout_s=timeout_s)
+        except PoolUnreachable as error:
+            raise PoolUnreachable(f"{error.message}. {self._advice()}", address=error.address) from None
+
+    def _advice(self) -> str:
+        if self.guessed:
+            return "No pool was started on this machine: start one with `mempool up -f FILE`, or give its --address"
+        if self.name is not None:
+            return f"If pool {self.name!r} is gone: `mempool down --pool {self.name}`, then `mempool up -f FILE`"
+        return "Is it up, and the address right? Start one: `mempool up -f FILE`"
 
 
-def find_target(file: Path | None, address: str | None) -> Target:
-    """The pool that these options mean; the first that says so of: address, file, environment, default.
+def find_target(file: Path | None = None, pool: str | None = None, address: str | None = None) -> Target:
+    """The pool that these options mean; where there are none, MEMPOOL_ADDRESS, or the only pool that runs.
+
+    Args:
+        file: A cluster file: the pool of its name.
+        pool: The name of a pool that was started on this machine.
+        address: "host:port", or several with commas; goes before all else, and the file then gives only the token.
 
     Raises:
         ConfigError: The file is wrong.
-        UsageError: The address is none, or the file says no port and the pool was not started on this machine.
+        UsageError: The options do not fit together, the address is none, or several pools run.
+        NotFound: No pool of that name was started here.
+        PoolUnreachable: Several were started here, and none answers.
     """
     config = None if file is None else load(file)
-    if address is None:
-        address = os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS if config is None else _address_of(config)
-    for part in address.split(","):
-        host, _, port = part.strip().rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
-            raise UsageError(f"address {part.strip()!r} is not host:port, as in {DEFAULT_ADDRESS!r}")
-    return Target(address=address, token=None if config is None else config.pool.token(), config=config)
+    if config is not None and pool not in (None, config.pool.name):
+        raise UsageError(f"--pool {pool} is not the pool of {file}, which is {config.pool.name!r}; give one of them")
+    if address is not None:
+        if pool is not None:
+            raise UsageError("--pool and --address both name a pool; give one of them")
+        parts(address)
+        return Target(address=address, token=None if config is None else config.pool.token(), config=config)
+    if config is not None:
+        return Target(address=_address_of(config), token=config.pool.token(), config=config, name=config.pool.name)
+    if pool is not None:
+        return _recorded(pool)
+    if address := os.environ.get(ADDRESS_VARIABLE):
+        parts(address)
+        return Target(address=address)
+    return _only(read_records())
+
+
+def named(target: Target) -> str:
+    """The name of a target's pool, asked of the pool where only its address is known. Raises PoolUnreachable."""
+    if target.name is not None:
+        return target.name
+    here = [record.name for record in read_records() if _same_place(record.address, target.address)]
+    if len(here) == 1:
+        return here[0]
+    if target.guessed:
+        raise NotFound("no pool was started on this machine by `mempool up`; name the one you mean with --pool NAME")
+    return target.status().name
+
+
+def parts(address: str) -> list[str]:
+    """The addresses of a text with commas. Raises UsageError where one is not host:port."""
+    found = [part.strip() for part in address.split(",")]
+    for part in found:
+        host, _, port = part.rpartition(":")
+        bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host.replace(":", "/")
+        if not bare or "/" in bare or not (port.isascii() and port.isdecimal()) or not 0 < int(port) < 65_536:
+            raise UsageError(f"address {part!r} is not host:port, as in {DEFAULT_ADDRESS!r} or '[::1]:7077'")
+    return found
 
 
 def _address_of(config: ClusterConfig) -> str:
@@ -52,3 +128,48 @@ def _address_of(config: ClusterConfig) -> str:
         )
     host = pool.advertise or ("localhost" if pool.bind in _ANYWHERE else pool.bind)
     return f"[{host}]:{pool.port}" if ":" in host else f"{host}:{pool.port}"
+
+
+def _recorded(pool: str) -> Target:
+    record = read_record(pool)
+    if record is None:
+        known = ", ".join(record.name for record in read_records()) or "none"
+        raise NotFound(f"no pool {pool!r} was started on this machine by `mempool up`; started here: {known}")
+    return _of(record)
+
+
+def _of(record: PoolRecord) -> Target:
+    return Target(address=record.address, token=record.config.pool.token(), name=record.name)
+
+
+def _only(records: list[PoolRecord]) -> Target:
+    """The only pool that was started here, or the only one of them where somebody answers."""
+    if not records:
+        return Target(address=DEFAULT_ADDRESS, guessed=True)
+    if len(records) == 1:
+        return _of(records[0])
+    with ThreadPoolExecutor(len(records)) as pool:
+        running = [record for record, there in zip(records, pool.map(_knock, records), strict=True) if there]
+    if len(running) == 1:
+        return _of(running[0])
+    listed = ", ".join(f"{record.name} ({record.address})" for record in running or records)
+    if running:
+        raise UsageError(f"several pools run on this machine; name one with --pool: {listed}")
+    raise PoolUnreachable(
+        f"several pools were started on this machine and none answers: {listed}. Name one with --pool"
+    )
+
+
+def _knock(record: PoolRecord) -> bool:
+    """Whether anybody listens there; who it is shows when it is asked."""
+    host, _, port = record.address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
+
+
+def _same_place(one: str, other: str) -> bool:
+    hosts, ports = zip(*(address.strip().rpartition(":")[::2] for address in (one, other)), strict=True)
+    return ports[0] == ports[1] and (hosts[0] == hosts[1] or all(host in _LOOPBACK for host in hosts))

@@ -1,6 +1,6 @@
-"""The checks of a caller's bags and rows before anything is sent.
+"""The checks of a caller's bags before anything is sent, and of ids in general.
 
-Legend: B bags, L pairs of all bags together, M rows.
+Legend: B bags, L pairs of all bags together.
 """
 
 import torch
@@ -28,7 +28,7 @@ def checked_bags(
     Raises:
         InvalidRequest: Naming the tensor, the value and its position.
     """
-    _require_integers("ids", ids, table=table)
+    require_integers("ids", ids, table=table)
     if weights is not None:
         _require_weights(weights, ids, table=table)
     if offsets is None:
@@ -44,20 +44,6 @@ def checked_bags(
     own_ids = own_copy(ids, torch.int64)
     require_in_range(own_ids, num_slots=num_slots, table=table)
     return own_ids.reshape(-1), None if weights is None else weights.reshape(-1), checked_offsets
-
-
-def checked_rows(ids: Tensor, *, num_slots: int, table: str, what: str = "slots") -> Tensor:
-    """Ids of rows, [M] integers on any device, as int64 on the CPU, a copy of its own.
-
-    Raises:
-        InvalidRequest: Not a tensor of one dimension, not integers, or out of range.
-    """
-    _require_integers("ids", ids, table=table)
-    if ids.dim() != 1:
-        raise InvalidRequest(f"table {table!r}: ids has shape {list(ids.shape)}; rows are named by ids [M].")
-    own_ids = own_copy(ids, torch.int64)
-    require_in_range(own_ids, num_slots=num_slots, table=table, what=what)
-    return own_ids
 
 
 def require_in_range(ids: Tensor, *, num_slots: int, table: str, what: str = "slots") -> None:
@@ -83,7 +69,8 @@ def own_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to(device="cpu", dtype=dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def _require_integers(name: str, tensor: object, *, table: str) -> None:
+def require_integers(name: str, tensor: object, *, table: str) -> None:
+    """Raises InvalidRequest unless ``tensor`` is a tensor of integers."""
     if not isinstance(tensor, Tensor):
         raise InvalidRequest(f"table {table!r}: {name} must be a torch.Tensor, not {type(tensor).__name__}.")
     if tensor.dtype not in _INTEGERS:
@@ -105,7 +92,7 @@ def _require_weights(weights: object, ids: Tensor, *, table: str) -> None:
 
 
 def _checked_offsets(offsets: Tensor, ids: Tensor, *, table: str) -> Tensor:
-    _require_integers("offsets", offsets, table=table)
+    require_integers("offsets", offsets, table=table)
     if ids.dim() != 1 or offsets.dim() != 1 or offsets.shape[0] == 0:
         raise InvalidRequest(
             f"gather of table {table!r}: with offsets, ids must be [L] and offsets [B + 1]; they have shapes "

@@ -3,36 +3,38 @@
 How the controller and the shards are reached is for whoever makes it: ``connect`` (gRPC) or ``mempool.local``.
 """
 
+import operator
 import secrets
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from dataclasses import replace
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self
 
+from mempool.client.connection import Connection
+from mempool.client.creation import CreateProgress, Creation
 from mempool.client.routing.fanout import Dial
 from mempool.client.routing.router import Router
-from mempool.client.session import Session
+from mempool.client.routing.whereabouts import Whereabouts
 from mempool.client.table import Table
-from mempool.config import TableConfig, resolve
-from mempool.errors import AlreadyExists, InvalidRequest, NotFound
-from mempool.types import PoolApi, PoolStatus, RescaleProgress, TableSchema, TableView
-from mempool.wire.channels import loop
-
-T = TypeVar("T")
-
-# Deadlines are kept on the loop; this only ends a wait for a loop that is stuck.
-_STUCK_S = 30.0
+from mempool.client.training.session import Session
+from mempool.config import TableConfig
+from mempool.errors import InvalidRequest, NotFound
+from mempool.types import PoolApi, PoolStatus, RescaleProgress, TableView
+from mempool.types.caller import Caller, calling
 
 
 class Pool:
     """A client of one pool. All threads may use it. Close it, or use it with ``with``.
 
+    One that is not closed ends, with a ResourceWarning, when it and its tables are gone.
+
     Args:
         api: The controller, or what stands for it; closed with the pool.
         dial: Gives the host of a shard, without waiting.
         name: The pool's name, for messages.
-        timeout_s: Deadline of each call but ``rescale``, seconds, retries included.
+        embedded: It runs in this process, for messages.
+        doing: What a shard is at just now, for messages; "" if there is nothing to say.
+        timeout_s: Deadline of each call but ``create_table`` and ``rescale``, seconds, retries included.
         on_close: Awaited when the pool is closed, after everything else.
     """
 
@@ -42,23 +44,20 @@ class Pool:
         dial: Dial,
         *,
         name: str = "",
+        embedded: bool = False,
+        doing: Callable[[int], str] | None = None,
         timeout_s: float = 30.0,
         on_close: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        if not timeout_s > 0.0:
-            raise InvalidRequest(f"timeout_s = {timeout_s}: must be above 0 seconds.")
-        self.name = name
-        self.timeout_s = timeout_s
-        self.router = Router(api, dial=dial, pool=name, timeout_s=timeout_s)
+        self._where = Whereabouts(name=name, embedded=embedded, doing=doing)
+        self._connection = Connection(api, dial, where=self._where, timeout_s=timeout_s, on_close=on_close)
         self._api = api
-        self._on_close = on_close
         self._group = secrets.token_hex(16)
         self._lock = threading.Lock()
         self._tables: dict[int, Table] = {}
-        self._closed = False
 
     def __repr__(self) -> str:
-        return f"Pool({self.name!r}{', closed' if self._closed else ''})"
+        return f"Pool({self.name!r}{', closed' if self._connection.closed else ''})"
 
     def __enter__(self) -> Self:
         return self
@@ -68,14 +67,53 @@ class Pool:
     ) -> None:
         self.close()
 
-    def create_table(self, config: TableConfig) -> Table:
+    @property
+    def name(self) -> str:
+        return self._where.name
+
+    @property
+    def timeout_s(self) -> float:
+        """Deadline of each call but ``create_table`` and ``rescale``, seconds, retries included."""
+        return self._connection.timeout_s
+
+    @property
+    def router(self) -> Router:
+        """The way to the shards, for those who work on the IO loop themselves."""
+        return self._connection.router
+
+    def create_table(
+        self,
+        config: TableConfig,
+        *,
+        exist_ok: bool = False,
+        progress: Callable[[CreateProgress], None] | None = None,
+    ) -> Table:
         """Make a table; its values have their initial state when this returns.
 
+        Takes as long as the table is large; timeout_s bounds only how long nothing may move. What takes longer than two
+        seconds says so, once, through the logger "mempool".
+
+        Args:
+            config: The table.
+            exist_ok: Open a table of that name that is there already, if it is what the config says. (Sizes of pages
+                and blocks, layout, rounding and init_std are compared where the config names them.)
+            progress: Called with each report, about once a second, on a thread of mempool's own: it must not wait for
+                this pool. An exception of it ends the wait.
+
         Raises:
-            AlreadyExists: There is a table of that name.
-            PoolUnreachable: The controller did not answer within timeout_s.
+            AlreadyExists: There is a table of that name; with exist_ok, and it differs: the message says in what.
+            PoolUnreachable: The controller did not answer for timeout_s.
+            DeadlineExceeded: The pool did not get on with it for timeout_s; it goes on all the same.
         """
-        return self._opened(self._run(self._create_table(resolve(config))))
+        creation = Creation(config, api=self._api, router=self.router, exist_ok=bool(exist_ok), on_progress=progress)
+        try:
+            return self._opened(self._connection.run_long(creation.run()))
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note(
+                f"The pool goes on making table {config.name!r}: create_table(..., exist_ok=True) waits for it again, "
+                f"drop_table({config.name!r}) gives it up."
+            )
+            raise
 
     def table(self, name: str) -> Table:
         """A table by name; the same object for as long as the pool has that table.
@@ -84,11 +122,11 @@ class Pool:
             NotFound: There is no such table.
             PoolUnreachable: Nobody answered within timeout_s.
         """
-        return self._opened(self._run(self.router.open(name)))
+        return self._opened(self._connection.run(self.router.open(name)))
 
     def tables(self) -> tuple[Table, ...]:
         """All tables, in the order they were made."""
-        return tuple(self._opened(view) for view in self._run(self._list_tables()))
+        return tuple(self._opened(view) for view in self._connection.run(self._list_tables()))
 
     def drop_table(self, name: str) -> None:
         """Drop a table, its values and what is pending on it, for every client.
@@ -97,13 +135,13 @@ class Pool:
             NotFound: There is no such table.
             PoolUnreachable: The controller did not answer within timeout_s.
         """
-        self._run(self._drop_table(name))
+        self._connection.run(self._drop_table(name))
         with self._lock:
             dropped = [table_id for table_id, table in self._tables.items() if table.name == name]
             for table_id in dropped:
                 del self._tables[table_id]
         for table_id in dropped:
-            self._run(self._forget(table_id))
+            self._connection.run(self._forget(table_id))
 
     def rescale(self, shards: int, *, progress: Callable[[RescaleProgress], None] | None = None) -> None:
         """Change the number of shards while the pool serves: pages move, training and lookups go on.
@@ -118,60 +156,34 @@ class Pool:
             InvalidRequest: Another rescale is going on, or shards is below 1.
             PoolUnreachable: The controller does not answer; once begun, a rescale may go on by itself: see ``status``.
         """
-        if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
-            raise InvalidRequest(f"shards = {shards!r}: a pool has at least 1 shard.")
-        reports, report = self._run(self.router.retried("rescale", lambda: self._begin_rescale(shards)))
+        count = _whole_shards(shards)
+        reports, report = self._connection.run(
+            self._connection.tries.run("rescale", lambda: self._begin_rescale(count))
+        )
         try:
             while report is not None:
                 if progress is not None:
                     progress(report)
-                report = self._run(_next(reports), timeout_s=None)
+                report = self._connection.run_long(_next(reports))
         finally:
-            self._run(_end(reports))
+            self._connection.run(_end(reports))
 
     def status(self) -> PoolStatus:
         """Shards, tables, and whether pages are moving."""
-        return self._run(self.router.retried("status", self._api.status))
+        return self._connection.run(self._connection.tries.run("status", self._api.status))
 
     def close(self) -> None:
         """Give back connections; an embedded pool ends with it. What is pending is lost. Repeatable."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-        loop.run(self._close(), timeout_s=self.timeout_s + _STUCK_S)
-
-    async def _close(self) -> None:
-        self.router.close()
-        try:
-            await self._api.close()
-        finally:
-            if self._on_close is not None:
-                await self._on_close()
+        self._connection.close()
 
     async def _begin_rescale(self, shards: int) -> tuple[AsyncIterator[RescaleProgress], RescaleProgress | None]:
         """The reports and the first of them. Where it raises Unavailable nothing has begun: it may be tried again."""
         reports = self._api.rescale(shards)
-        return reports, await _next(reports)
-
-    async def _create_table(self, schema: TableSchema) -> TableView:
-        tries = 0
-
-        async def ask() -> TableView:
-            nonlocal tries
-            tries += 1
-            try:
-                view = await self._api.create_table(schema)
-            except AlreadyExists:
-                # An earlier try that was not heard of may have made it.
-                if tries == 1 or not _made_by(schema, view := await self._api.table(schema.name)):
-                    raise
-            return self.router.adopt(view)
-
-        return await self.router.retried(schema.name, ask)
+        with calling(Caller()):  # what is begun here has no deadline
+            return reports, await _next(reports)
 
     async def _list_tables(self) -> list[TableView]:
-        return [self.router.adopt(view) for view in await self.router.retried("tables", self._api.tables)]
+        return [self.router.adopt(view) for view in await self._connection.tries.run("tables", self._api.tables)]
 
     async def _forget(self, table_id: int) -> None:
         self.router.forget(table_id)
@@ -188,7 +200,7 @@ class Pool:
                 if tries == 1:
                     raise
 
-        await self.router.retried(name, ask)
+        await self._connection.tries.run(name, ask)
 
     def _opened(self, view: TableView) -> Table:
         schema = view.schema
@@ -196,15 +208,9 @@ class Pool:
             table = self._tables.get(schema.table_id)
             if table is None:
                 session = Session(self.router, table_id=schema.table_id, group=self._group)
-                table = Table(schema, router=self.router, session=session, run=self._run)
+                table = Table(schema, router=self.router, session=session, run=self._connection.run)
                 self._tables[schema.table_id] = table
             return table
-
-    def _run(self, coroutine: Coroutine[Any, Any, T], *, timeout_s: float | None = _STUCK_S) -> T:
-        if self._closed:
-            coroutine.close()
-            raise InvalidRequest(f"pool {self.name!r} is closed; connect to it again.")
-        return loop.run(coroutine, timeout_s=None if timeout_s is None else timeout_s + self.timeout_s)
 
 
 async def _next(reports: AsyncIterator[RescaleProgress]) -> RescaleProgress | None:
@@ -217,5 +223,12 @@ async def _end(reports: AsyncIterator[RescaleProgress]) -> None:
         await close()
 
 
-def _made_by(schema: TableSchema, view: TableView) -> bool:
-    return replace(schema, table_id=view.schema.table_id) == view.schema
+def _whole_shards(shards: object) -> int:
+    """Any kind of integer, numpy's too, but no bool."""
+    try:
+        count = 0 if isinstance(shards, bool) else operator.index(shards)  # type: ignore[arg-type]
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise InvalidRequest(f"shards = {shards!r}: a pool has at least 1 shard, a whole number.")
+    return count

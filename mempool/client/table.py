@@ -1,46 +1,35 @@
-"""A table as a trainer or reader uses it: checks what it is given, moves tensors, waits for the router and the session.
+"""A table as a trainer or reader uses it.
+
+What it is given is checked in ``bags``, ``rows`` and ``lookup``, and sent from ``training.link`` (gathers and their
+gradients), ``rows`` (reads and writes) and ``training.session`` (the optimizer's step).
 
 Legend: B bags, L pairs per bag (or of all bags, with offsets), M rows, H heads, K top-k, D key dim, n half-keys, V
 value dim.
 """
 
-import math
-from collections.abc import Callable, Coroutine
-from typing import Any, Literal, NoReturn, Protocol, TypeVar
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from mempool.client.autograd import pooled_gather
-from mempool.client.bags import checked_bags, checked_rows, own_copy
+from mempool.client.bags import checked_bags
 from mempool.client.lookup import Lookup, checked_queries, without_heads
-from mempool.client.routing.attempt import LookupRecord
 from mempool.client.routing.router import Router
-from mempool.client.session import Prepared, Session, SessionCounters
+from mempool.client.rows import Rows, checked_key_rows, checked_matrix, checked_rows, distinct_rows, require_distinct
+from mempool.client.training.link import TableLink, WireDtype
+from mempool.client.training.session import Prepared, Session, SessionCounters
 from mempool.client.untraced import untraced
+from mempool.client.waiting import Run
 from mempool.errors import InvalidRequest
-from mempool.types import FlatKeySpec, ProductKeySpec, StorageDtype, TableSchema
-from mempool.types.bags import Bags
+from mempool.types import FlatKeySpec, StorageDtype, TableSchema
 
-T = TypeVar("T")
-
-WireDtype = Literal["float32", "bfloat16"]
-
-_WIRE_DTYPES: dict[WireDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _STORAGE_DTYPES: dict[StorageDtype, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float8_e4m3fn": torch.float8_e4m3fn,
     "int8": torch.int8,
 }
-# Reads and writes of rows are cut into messages of about this size.
-_ROWS_MESSAGE_BYTES = 32 * 1024 * 1024
-
-
-class Run(Protocol):
-    """Runs a coroutine on the event loop, from any other thread, and waits for it."""
-
-    def __call__(self, coroutine: Coroutine[Any, Any, T]) -> T: ...
 
 
 class Table:
@@ -60,8 +49,9 @@ class Table:
         self._router = router
         self._session = session
         self._run = run
-        self._anchor = torch.zeros(0, requires_grad=True)
-        self._wire_dtype: WireDtype = "float32"
+        self._link = TableLink(schema, router=router, session=session, run=run)
+        self._rows = Rows(schema, router=router, run=run)
+        self._anchor = torch.zeros(0, dtype=torch.float32, device="cpu", requires_grad=True)
 
     def __reduce__(self) -> NoReturn:
         raise InvalidRequest(
@@ -95,13 +85,11 @@ class Table:
 
     @property
     def wire_dtype(self) -> WireDtype:
-        return self._wire_dtype
+        return self._link.wire_dtype
 
     @wire_dtype.setter
     def wire_dtype(self, wire_dtype: WireDtype) -> None:
-        if wire_dtype not in _WIRE_DTYPES:
-            raise InvalidRequest(f"wire_dtype = {wire_dtype!r}: must be 'float32' or 'bfloat16'.")
-        self._wire_dtype = wire_dtype
+        self._link.wire_dtype = wire_dtype
 
     @property
     def requires_grad(self) -> bool:
@@ -140,7 +128,7 @@ class Table:
             ids, weights, offsets, num_slots=self.num_slots, table=self.name
         )
         return pooled_gather(
-            self,
+            self._link,
             anchor=self._anchor,
             ids=flat_ids,
             weights=flat_weights,
@@ -169,7 +157,7 @@ class Table:
         """
         checked = checked_queries(queries, topk, schema=self.schema)
         lookup, _ = self._run(
-            self._router.lookup(self.schema.table_id, queries=checked, topk=topk, reply_dtype=self._wire_dtype)
+            self._router.lookup(self.schema.table_id, queries=checked, topk=topk, reply_dtype=self.wire_dtype)
         )
         if isinstance(self.schema.keys, FlatKeySpec):
             lookup = without_heads(lookup)
@@ -186,7 +174,7 @@ class Table:
             ShardUnavailable: A shard did not answer within the pool's timeout_s.
             DataLoss: Pages of the table are gone.
         """
-        return self._read("values", checked_rows(ids, num_slots=self.num_slots, table=self.name))
+        return self._rows.read("values", checked_rows(ids, num_slots=self.num_slots, table=self.name))
 
     @untraced
     def state(self, name: str, ids: Tensor) -> Tensor:
@@ -197,7 +185,7 @@ class Table:
         Raises:
             InvalidRequest: Wrong ids, or the table's optimizer has no state of that name.
         """
-        return self._read(name, checked_rows(ids, num_slots=self.num_slots, table=self.name))
+        return self._rows.read(name, checked_rows(ids, num_slots=self.num_slots, table=self.name))
 
     @untraced
     def write(self, ids: Tensor, values: Tensor) -> None:
@@ -211,11 +199,11 @@ class Table:
             InvalidRequest: Wrong ids or values; nothing was sent.
             ShardUnavailable: A shard did not answer within the pool's timeout_s; some rows may be written.
         """
-        own_ids = self._distinct(checked_rows(ids, num_slots=self.num_slots, table=self.name))
+        own_ids = distinct_rows(ids, num_slots=self.num_slots, table=self.name)
         short = self.schema.dtype == "bfloat16" and not self.schema.master  # rounded here, it is half the bytes
         dtype = torch.bfloat16 if short else torch.float32
         shape = [own_ids.shape[0], self.value_dim]
-        self._write("values", own_ids, self._checked_matrix("values", values, shape, dtype))
+        self._rows.write("values", own_ids, checked_matrix("values", values, shape, dtype, table=self.name))
 
     @untraced
     def read_keys(self, ids: Tensor | None = None) -> Tensor:
@@ -227,8 +215,8 @@ class Table:
         Returns:
             Flat keys: [M, D]. Product keys: [M, 2, n, D / 2].
         """
-        key_ids, shape = self._key_ids(ids)
-        return self._read("keys", key_ids).reshape(shape)
+        key_ids, shape = checked_key_rows(ids, schema=self.schema)
+        return self._rows.read("keys", key_ids).reshape(shape)
 
     @untraced
     def write_keys(self, keys: Tensor, ids: Tensor | None = None) -> None:
@@ -241,18 +229,24 @@ class Table:
         Raises:
             InvalidRequest: The table has no keys in the pool, or keys or ids are not as they must be; nothing was sent.
         """
-        key_ids, shape = self._key_ids(ids)
-        checked = self._checked_matrix("keys", keys, shape, torch.float32)
+        key_ids, shape = checked_key_rows(ids, schema=self.schema)
+        checked = checked_matrix("keys", keys, shape, torch.float32, table=self.name)
         if not bool(torch.isfinite(checked).all()):
             raise InvalidRequest(
                 f"table {self.name!r}: keys must be finite; a key of NaN or inf makes every lookup NaN."
             )
-        self._write("keys", self._distinct(key_ids), checked.reshape(key_ids.shape[0], -1))
+        require_distinct(key_ids, table=self.name)
+        self._rows.write("keys", key_ids, checked.reshape(key_ids.shape[0], -1))
 
     @property
     def pending(self) -> int:
         """Updates pushed by backward passes and not yet committed or discarded."""
         return self._session.pending
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of ids, weights and gradients that are kept here until those are committed or discarded."""
+        return self._session.pending_bytes
 
     @property
     def counters(self) -> SessionCounters:
@@ -282,82 +276,10 @@ class Table:
         return self._run(self._session.commit(lr=self.schema.optimizer.lr if lr is None else lr, grad_scale=grad_scale))
 
     def discard(self) -> int:
-        """Drop what is pending; answers how many updates. A step whose commit is under way is decided and stays."""
+        """Drop what is pending; answers how many updates. A step whose commit is under way is decided and stays.
+
+        Where nothing is pending this is free: nothing is sent and nobody is waited for.
+        """
+        if self._session.nothing_to_drop:
+            return 0
         return self._run(self._session.discard())
-
-    def send_gather(self, bags: Bags, *, remember: bool) -> tuple[Tensor, LookupRecord]:
-        """For ``mempool.client.autograd``: pooled values [B, V] float32 on the CPU."""
-        return self._run(self._session.gather(bags, remember=remember, reply_dtype=self._wire_dtype))
-
-    def send_update(self, record: LookupRecord, grads: Tensor, *, hold: bool, want_weight_grad: bool) -> Tensor | None:
-        """For ``mempool.client.autograd``: grads [B, V] on any device -> d_weights [L] float32 on the CPU."""
-        if not (hold or want_weight_grad):
-            return None
-        own = own_copy(grads, _WIRE_DTYPES[self._wire_dtype])
-        return self._run(self._session.update(record, own, hold=hold, want_weight_grad=want_weight_grad))
-
-    def release(self, record: LookupRecord) -> Callable[[], None]:
-        """For ``mempool.client.autograd``."""
-        return self._router.release(record)
-
-    def wire_weights(self, weights: Tensor | None) -> Tensor | None:
-        """For ``mempool.client.autograd``: weights as they are sent."""
-        return None if weights is None else own_copy(weights, _WIRE_DTYPES[self._wire_dtype])
-
-    def _read(self, array: str, ids: Tensor) -> Tensor:
-        rows = [
-            self._run(self._router.read_rows(self.schema.table_id, array=array, ids=chunk))
-            for chunk in torch.split(ids, self._rows_per_message(array))
-        ]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
-
-    def _write(self, array: str, ids: Tensor, rows: Tensor) -> None:
-        if ids.numel() == 0:
-            return
-        size = self._rows_per_message(array)
-        for id_chunk, row_chunk in zip(torch.split(ids, size), torch.split(rows, size), strict=True):
-            self._run(self._router.write_rows(self.schema.table_id, array=array, ids=id_chunk, rows=row_chunk))
-
-    def _rows_per_message(self, array: str) -> int:
-        keys = self.schema.keys
-        width = self.value_dim
-        if array == "keys" and keys is not None:
-            width = keys.key_dim if isinstance(keys, FlatKeySpec) else keys.key_dim * math.isqrt(self.num_slots)
-        return max(1, _ROWS_MESSAGE_BYTES // (4 * width))
-
-    def _key_ids(self, ids: Tensor | None) -> tuple[Tensor, list[int]]:
-        """Ids of keys [M], all where None, and the shape of those keys."""
-        keys = self.schema.keys
-        if keys is None:
-            raise InvalidRequest(
-                f"table {self.name!r} has no keys in the pool; make it with keys=ProductKeys(...) or FlatKeys(...)."
-            )
-        count = keys.heads if isinstance(keys, ProductKeySpec) else self.num_slots
-        if ids is None:
-            key_ids = torch.arange(count, dtype=torch.int64)
-        elif isinstance(keys, ProductKeySpec):
-            key_ids = checked_rows(ids, num_slots=keys.heads, table=self.name, what="heads")
-        else:
-            key_ids = checked_rows(ids, num_slots=count, table=self.name)
-        if isinstance(keys, ProductKeySpec):
-            return key_ids, [key_ids.shape[0], 2, math.isqrt(self.num_slots), keys.key_dim // 2]
-        return key_ids, [key_ids.shape[0], keys.key_dim]
-
-    def _checked_matrix(self, name: str, matrix: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
-        if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
-            kind = str(matrix.dtype) if isinstance(matrix, Tensor) else type(matrix).__name__
-            raise InvalidRequest(f"table {self.name!r}: {name} must be a floating torch.Tensor, not {kind}.")
-        if list(matrix.shape) != shape:
-            raise InvalidRequest(f"table {self.name!r}: {name} has shape {list(matrix.shape)}, must be {shape}.")
-        return own_copy(matrix, dtype)
-
-    def _distinct(self, ids: Tensor) -> Tensor:
-        ordered, order = torch.sort(ids, stable=True)
-        repeats = torch.nonzero(ordered[1:] == ordered[:-1])
-        if repeats.numel():
-            at = int(repeats[0])
-            raise InvalidRequest(
-                f"table {self.name!r}: ids[{int(order[at])}], ids[{int(order[at + 1])}] are both {int(ordered[at])}; "
-                "ids of a write must be distinct."
-            )
-        return ids

@@ -65,7 +65,7 @@ def local(*, shards: int = 1, device: str = "auto", name: str = "local", timeout
     launcher = EngineLauncher(device=_device(device), pool=name)
     controller = Controller(name, launcher=launcher, dial=launcher.dial)
     run(controller.open(shards), timeout_s=_START_TIMEOUT_S)
-    return Pool(controller, dial=launcher.dial, name=name, timeout_s=timeout_s)
+    return Pool(controller, dial=launcher.dial, name=name, embedded=True, timeout_s=timeout_s)
 
 
 def _require_server_packages() -> None:

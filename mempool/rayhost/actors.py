@@ -1,17 +1,47 @@
-"""The actors of a pool on Ray: their names, and how they are made."""
+"""The actors of a pool on Ray: their names, how they are made, and the environment of their processes."""
 
+import site
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import ray
 
 NAMESPACE = "mempool"
 
+# A thread of OpenMP (torch's and Numba's kernels) that waits for work spins on its core by default, for 200 ms and
+# more: beside a trainer on the same host both lose ten times what the kernel takes. Read when the library is loaded.
+_QUIET_THREADS = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 
-def make_actor(process: type, *arguments: object, name: str, **options: Any) -> Any:
-    """Start a process as an actor that outlives its creator, with calls of group "health" answered at any time."""
+
+def make_actor(
+    process: type, *arguments: object, name: str, variables: dict[str, str] | None = None, **options: Any
+) -> Any:
+    """Start a process as an actor that outlives its creator, with calls of group "health" answered at any time.
+
+    variables: Of the process's environment, beside those that every process of a pool has.
+    """
+    environment = {**_path(), **(variables or {})}
     remote: Any = ray.remote  # whose types know no concurrency groups
     actor_class = remote(concurrency_groups={"health": 1})(process)
+    if environment:
+        options["runtime_env"] = {"env_vars": environment}
     return actor_class.options(name=name, namespace=NAMESPACE, lifetime="detached", **options).remote(*arguments)
+
+
+def kernel_variables(threads: int) -> dict[str, str]:
+    """The environment of a process that runs kernels: its threads, which sleep when they have nothing to do.
+
+    Ray by itself sets OMP_NUM_THREADS=1 for actors without CPUs.
+    """
+    return {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads), **_QUIET_THREADS}
+
+
+def _path() -> dict[str, str]:
+    """Lets workers of this host import the mempool that this command is, where it is not an installed one."""
+    here = Path(__file__).resolve().parents[2]
+    installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()}
+    return {} if str(here) in installed else {"PYTHONPATH": f"{here}:${{PYTHONPATH}}"}
 
 
 def node_ip() -> str:

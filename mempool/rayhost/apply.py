@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from mempool.client import connect
 from mempool.config import Changes, ClusterConfig, TableConfig, diff
 from mempool.errors import InvalidRequest
 from mempool.rayhost.records import read_record, write_record
@@ -53,6 +52,8 @@ def apply(
         DataLoss: A table has lost pages and the number of shards should change.
         PoolUnreachable: The pool does not answer.
     """
+    from mempool.client import connect  # here, because it loads torch, and what only looks at plans needs none
+
     with connect(address, token=token, timeout_s=_ANSWER_TIMEOUT_S) as pool:
         status = pool.status()
         changes = planned(config, status)
@@ -78,6 +79,8 @@ def create_tables(
     """Create tables one after another. Raises MempoolError; those made before it stay."""
     if not tables:
         return
+    from mempool.client import connect
+
     with connect(address, token=token, timeout_s=_TABLE_TIMEOUT_S) as pool:
         for table in tables:
             say(f"creating table {table.name!r}: {table.num_slots:,} x {table.value_dim} {table.dtype}")

@@ -3,45 +3,50 @@
 Leaves what runs afterwards to the actors, and Ray's own coming and going to ``ray_process``.
 """
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mempool.config import ClusterConfig, is_loopback
-from mempool.errors import AlreadyExists, MempoolError, NotFound, PoolUnreachable
+from mempool.errors import AlreadyExists, ConfigError, MempoolError, NotFound, PoolUnreachable
 from mempool.rayhost import ray_process
 from mempool.rayhost.actors import NAMESPACE, cluster_resources, controller_name, make_actor, node_ip, pool_of
 from mempool.rayhost.apply import create_tables
 from mempool.rayhost.controller_actor import ControllerProcess
+from mempool.rayhost.folders import state_folder
 from mempool.rayhost.records import (
     PoolRecord,
     forget_record,
     hand_over_ray,
     read_record,
     record_path,
-    state_folder,
     write_record,
 )
 from mempool.rayhost.serving import advertised_host
 
 _UP_TIMEOUT_S = 300.0
+_SAY_EVERY_S = 15.0
+_ASK_TIMEOUT_S = 2.0
 _DOWN_TIMEOUT_S = 60.0
 
 Say = Callable[[str], None]
 
 
-def up(config: ClusterConfig, *, say: Say = print) -> PoolRecord:
+def up(config: ClusterConfig, *, say: Say = print, timeout_s: float = _UP_TIMEOUT_S) -> PoolRecord:
     """Start a pool and its tables; the pool goes on when this process ends.
 
     Args:
         config: What to start.
-        say: Told each step.
+        say: Told each step, and now and then what is waited for.
+        timeout_s: How long Ray may take to start, and then the shards; filling tables has no limit of its own here.
 
     Raises:
         AlreadyExists: A pool of that name runs already.
+        ConfigError: The pool's port is taken, or there is no folder or no room for what has to be written down.
         PoolUnreachable: Ray cannot be reached or started.
         MempoolError: The pool did not start; what was started for it was ended again.
     """
@@ -50,7 +55,8 @@ def up(config: ClusterConfig, *, say: Say = print) -> PoolRecord:
         config = config.model_copy(update={"pool": config.pool.model_copy(update={"port": ray_process.free_port()})})
     _require_down(name)
     state_folder()  # where there can be none, nothing is started
-    ray_address, ray_pid = _ray_for(config, say)
+    _require_port(config)
+    ray_address, ray_pid = _ray_for(config, say, timeout_s)
     try:
         if _actors(name):
             raise _already(name, ray_address)
@@ -59,11 +65,11 @@ def up(config: ClusterConfig, *, say: Say = print) -> PoolRecord:
         for line in (*_shortages(config), *_out_of_reach(config)):
             say(line)
         try:
-            controller = _make_controller(config, token)
+            controller = _make_controller(config, token, timeout_s)
         except ValueError:  # another `up` came first: what runs under this name is not this one's to end
             raise _already(name, ray_address) from None
         try:
-            address = _started(controller)
+            address = _started(controller, say=say, timeout_s=timeout_s)
             record = PoolRecord(name=name, address=address, ray_address=ray_address, ray_pid=ray_pid, config=config)
             write_record(record)
             create_tables(config.tables, address=address, token=token, say=say)
@@ -144,7 +150,18 @@ def _already(pool: str, ray_address: str) -> AlreadyExists:
     )
 
 
-def _ray_for(config: ClusterConfig, say: Say) -> tuple[str, int | None]:
+def _require_port(config: ClusterConfig) -> None:
+    """A port that another process has is known before anything is started: the controller begins on this node."""
+    pool = config.pool
+    problem = ray_process.port_problem(pool.bind, pool.port)
+    if problem is not None:
+        raise ConfigError(
+            f"pool {pool.name!r} cannot listen on {pool.bind}, port {pool.port}: {problem}. Set pool.port (0 takes a "
+            "free one) or pool.bind, or end the process that has it"
+        )
+
+
+def _ray_for(config: ClusterConfig, say: Say, timeout_s: float) -> tuple[str, int | None]:
     """Ray's address, and the pid of the Ray started here for this pool. This process is attached to it then."""
     wanted = config.ray.address
     if wanted == "auto":
@@ -153,7 +170,7 @@ def _ray_for(config: ClusterConfig, say: Say) -> tuple[str, int | None]:
         except PoolUnreachable:
             say("no Ray on this machine yet")
     if wanted in ("auto", "local"):
-        return ray_process.start(say)
+        return ray_process.start(say, timeout_s=timeout_s)
     return ray_process.attach(wanted), None
 
 
@@ -188,13 +205,14 @@ def _out_of_reach(config: ClusterConfig) -> list[str]:
     ]
 
 
-def _make_controller(config: ClusterConfig, token: str | None) -> Any:
+def _make_controller(config: ClusterConfig, token: str | None, start_timeout_s: float) -> Any:
     """The controller's actor. Raises ValueError where there is one of that name."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     return make_actor(
         ControllerProcess,
         config,
         token,
+        start_timeout_s,
         name=controller_name(config.pool.name),
         num_cpus=0,
         max_restarts=-1,
@@ -202,16 +220,37 @@ def _make_controller(config: ClusterConfig, token: str | None) -> Any:
     )
 
 
-def _started(controller: Any) -> str:
+def _started(controller: Any, *, say: Say, timeout_s: float) -> str:
     """The pool's address, once the controller has started its shards."""
+    began_s = time.monotonic()
+    starting = controller.start.remote()
+    while True:
+        try:
+            address: str = ray.get(starting, timeout=_SAY_EVERY_S)
+            return address
+        except GetTimeoutError:
+            spent_s = time.monotonic() - began_s
+            waiting = _waiting(controller)
+            # The controller itself ends a start that takes too long, and knows better why.
+            if spent_s > timeout_s + 2 * _SAY_EVERY_S:
+                raise PoolUnreachable(
+                    f"the pool did not start within {timeout_s:g} s ({waiting}); give it more with --timeout"
+                ) from None
+            say(f"still starting ({spent_s:.0f} s): {waiting}")
+        except RayError as error:
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, MempoolError):
+                raise cause from None
+            raise PoolUnreachable(f"the pool's controller did not start: {error}") from error
+
+
+def _waiting(controller: Any) -> str:
+    """What a start waits for."""
     try:
-        address: str = ray.get(controller.start.remote(), timeout=_UP_TIMEOUT_S)
-        return address
-    except RayError as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, MempoolError):
-            raise cause from None
-        raise PoolUnreachable(f"the pool's controller did not start: {error}") from error
+        waiting: str = ray.get(controller.waiting_for.remote(), timeout=_ASK_TIMEOUT_S)
+        return waiting
+    except RayError:
+        return "the controller's process is not there yet"
 
 
 def _stop(pool: str, say: Say) -> None:

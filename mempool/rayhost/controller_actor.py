@@ -5,6 +5,7 @@ It may die and come back at any time: clients and shards go on without it, and i
 
 import asyncio
 import logging
+from contextlib import suppress
 
 import ray
 from ray.exceptions import RayError
@@ -18,25 +19,34 @@ from mempool.rayhost.serving import ControllerServing
 from mempool.wire.channels.loop import run
 
 _LOG = logging.getLogger("mempool.rayhost")
-_START_TIMEOUT_S = 300.0
+_BIND_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 60.0
-_LOOK_S = 0.5
-_LOOKS_PER_RECONCILE = 10
+# A shard that Ray restarted says so itself; looking finds what was not heard, and costs every process.
+_LOOK_S = 10.0
 _RETRY_S = 1.0
 
 
 class ControllerProcess:
-    """One start of the controller's process. Made an actor by ``cluster.up``."""
+    """One start of the controller's process. Made an actor by ``cluster.up``.
 
-    def __init__(self, config: ClusterConfig, token: str | None) -> None:
+    Args:
+        config: The pool's configuration.
+        token: The pool's token.
+        start_timeout_s: How long shards may take to start with the pool.
+    """
+
+    def __init__(self, config: ClusterConfig, token: str | None, start_timeout_s: float) -> None:
         self._config = config
-        self._launcher = RayLauncher(config, token=token)
+        self._launcher = RayLauncher(config, token=token, start_timeout_s=start_timeout_s)
+        self._start_timeout_s = start_timeout_s
         self._watching: asyncio.Task[None] | None = None
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
-        run(self._make(node_ip(), token, restarted), timeout_s=_START_TIMEOUT_S)
+        run(self._make(node_ip(), token, restarted), timeout_s=_BIND_TIMEOUT_S)
 
     async def _make(self, node_ip: str, token: str | None, restarted: bool) -> None:
         # On the IO loop, to which gRPC's servers belong from their making.
+        self._loop = asyncio.get_running_loop()
+        self._heard = asyncio.Event()
         self._serving = ControllerServing(self._config, node_ip=node_ip, token=token)
         self._controller = Controller(self._config.pool.name, launcher=self._launcher, dial=self._serving.dial)
         if restarted:  # nobody calls start() a second time
@@ -48,12 +58,17 @@ class ControllerProcess:
         Raises:
             MempoolError: The address is taken, or a shard does not start; nothing is left running then.
         """
-        return run(self._start(), timeout_s=_START_TIMEOUT_S)
+        return run(self._start(), timeout_s=self._start_timeout_s + _BIND_TIMEOUT_S)
 
     @ray.method(concurrency_group="health")
-    def address(self) -> str | None:
-        """The pool's address once it is served."""
-        return self._serving.address
+    def waiting_for(self) -> str:
+        """What a start of the pool waits for, for people."""
+        return self._launcher.waiting_for(self._config.pool.shards)
+
+    @ray.method(concurrency_group="health")
+    def shard_is_back(self) -> None:
+        """A shard's process says that Ray has started it again: look at once."""
+        self._loop.call_soon_threadsafe(self._heard.set)
 
     def stop(self) -> None:
         """Stop all shards, then the server."""
@@ -86,19 +101,22 @@ class ControllerProcess:
 
     async def _watch(self) -> None:
         """Admit restarted shards; now and then bring views up to date. Ends with the process."""
-        looks = 0
+        pause_s = _LOOK_S
         while True:
-            await asyncio.sleep(_LOOK_S)
-            looks += 1
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._heard.wait()
+            self._heard.clear()
             try:
                 for start in await self._launcher.changed():
                     assert start.info is not None, "admitted"
                     await self._controller.shard_restarted(start.info)
                     self._launcher.acknowledge(start)
-                if looks % _LOOKS_PER_RECONCILE == 0:
-                    await self._controller.reconcile()
+                await self._controller.reconcile()
+                pause_s = _LOOK_S
             except Exception as error:  # whatever it is, the next look may do better; without looks nothing recovers
                 _LOG.warning("looking after the shards failed, will be tried again: %r", error)
+                pause_s = _RETRY_S
 
     async def _stop(self) -> None:
         if self._watching is not None:

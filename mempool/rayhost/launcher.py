@@ -11,7 +11,7 @@ from ray.exceptions import ActorUnavailableError, RayError
 
 from mempool.config import ClusterConfig
 from mempool.errors import MempoolError, ShardUnavailable
-from mempool.rayhost.actors import NAMESPACE, free_resources, make_actor, shard_name, shard_of
+from mempool.rayhost.actors import NAMESPACE, free_resources, kernel_variables, make_actor, shard_name, shard_of
 from mempool.rayhost.shard_actor import Description, ShardProcess
 from mempool.types import ShardInfo
 
@@ -29,11 +29,13 @@ class RayLauncher:
     Args:
         config: Resources of a shard, and what its server binds to.
         token: The pool's token, handed to the actors (they may run on hosts without the token's file).
+        start_timeout_s: How long a shard may take to be placed and to start.
     """
 
-    def __init__(self, config: ClusterConfig, *, token: str | None) -> None:
+    def __init__(self, config: ClusterConfig, *, token: str | None, start_timeout_s: float = _START_TIMEOUT_S) -> None:
         self._config = config
         self._token = token
+        self._start_timeout_s = start_timeout_s
         self._pool = config.pool.name
         self._actors: dict[int, Any] = {}
         self._boots: dict[int, str] = {}
@@ -48,7 +50,7 @@ class RayLauncher:
         """
         actor = await asyncio.to_thread(self._create, shard)
         try:
-            async with asyncio.timeout(_START_TIMEOUT_S):
+            async with asyncio.timeout(self._start_timeout_s):
                 started = await self._admit(actor, await _describe(actor))
         except BaseException as error:
             self._actors.pop(shard, None)
@@ -100,9 +102,16 @@ class RayLauncher:
         if start.info is not None and start.info.shard in self._boots:
             self._boots[start.info.shard] = start.boot_id
 
+    def waiting_for(self, shards: int) -> str:
+        """What the start of a pool of ``shards`` shards waits for, for people."""
+        free = free_resources()
+        return (
+            f"{len(self._boots)} of {shards} shards have started; each asks Ray for {self._asked()}; free now: "
+            f"CPU={free.get('CPU', 0):g}, GPU={free.get('GPU', 0):g}"
+        )
+
     def _create(self, shard: int) -> Any:
         shard_config = self._config.shard
-        threads = str(shard_config.threads)
         self._actors[shard] = make_actor(
             ShardProcess,
             self._config,
@@ -115,8 +124,7 @@ class RayLauncher:
             max_restarts=shard_config.max_restarts,
             max_task_retries=0,  # at most once: calls of the controller are repeated by the controller
             scheduling_strategy="SPREAD",
-            # Ray sets OMP_NUM_THREADS=1 for actors without CPUs; torch and numba read it when they are imported.
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": threads}},
+            variables=kernel_variables(shard_config.threads),
         )
         return self._actors[shard]
 
@@ -155,19 +163,20 @@ class RayLauncher:
         return description
 
     def _no_start(self, shard: int, error: Exception) -> str:
-        config = self._config.shard
-        wanted = f"num_cpus={config.num_cpus:g}, num_gpus={config.num_gpus:g}"
-        if config.resources:
-            wanted += f", resources={config.resources}"
         free = free_resources()
-        detail = f"no answer within {_START_TIMEOUT_S:g} s"
+        detail = f"no answer within {self._start_timeout_s:g} s"
         if not isinstance(error, TimeoutError):
             detail = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         return (
             f"shard {shard} of pool {self._pool!r} did not start ({detail}); it asks Ray for "
-            f"{wanted}; free now: CPU={free.get('CPU', 0):g}, GPU={free.get('GPU', 0):g}. "
+            f"{self._asked()}; free now: CPU={free.get('CPU', 0):g}, GPU={free.get('GPU', 0):g}. "
             "Lower shard.num_cpus / shard.num_gpus in the config, or add nodes"
         )
+
+    def _asked(self) -> str:
+        config = self._config.shard
+        asked = f"num_cpus={config.num_cpus:g}, num_gpus={config.num_gpus:g}"
+        return f"{asked}, resources={config.resources}" if config.resources else asked
 
 
 async def _describe(actor: Any) -> Description:

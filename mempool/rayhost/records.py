@@ -11,6 +11,9 @@ from pathlib import Path
 from mempool.config import ClusterConfig
 from mempool.config.cluster import RECORDED
 from mempool.errors import ConfigError
+from mempool.rayhost.folders import require_room, state_folder, state_place
+
+_RECORD_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,22 +34,9 @@ class PoolRecord:
     config: ClusterConfig
 
 
-def state_folder() -> Path:
-    """Where records and logs of this user are; made if missing. Raises ConfigError where that cannot be."""
-    path = _folder()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot make {path} ({error.strerror}), where `mempool up` writes down what it started; set "
-            "XDG_STATE_HOME to a folder of yours"
-        ) from None
-    return path
-
-
 def write_record(record: PoolRecord) -> None:
     """Write a record down in one step, over an older one of the same pool. Raises ConfigError."""
-    path = state_folder() / record_path(record.name).name
+    folder = state_folder()
     fields = {
         "name": record.name,
         "address": record.address,
@@ -54,14 +44,22 @@ def write_record(record: PoolRecord) -> None:
         "ray_pid": record.ray_pid,
         "config": record.config.model_dump(mode="json"),
     }
-    aside = path.with_suffix(f".{os.getpid()}")
-    aside.write_text(json.dumps(fields, indent=2) + "\n")
-    aside.replace(path)
+    aside = folder / f"{record.name}.{os.getpid()}"
+    try:
+        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+            file.write(json.dumps(fields, indent=2) + "\n")
+        aside.replace(folder / f"{record.name}.json")
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        require_room(folder, _RECORD_BYTES)
+        raise ConfigError(f"cannot write the record of pool {record.name!r} in {folder}: {error.strerror}") from None
 
 
 def read_record(pool: str) -> PoolRecord | None:
     """The record of a pool; None where there is none that can be read."""
     path = record_path(pool)
+    if path is None:
+        return None
     try:
         fields = json.loads(path.read_text())
         config = ClusterConfig.model_validate(fields["config"], context={RECORDED: True})
@@ -74,13 +72,24 @@ def read_record(pool: str) -> PoolRecord | None:
 
 def read_records() -> list[PoolRecord]:
     """Every record, by name."""
-    names = sorted(path.stem for path in _folder().glob("*.json"))
+    folder = state_place()
+    if folder is None:
+        return []
+    try:
+        names = sorted(path.stem for path in folder.glob("*.json"))
+    except OSError:
+        return []
     return [record for name in names if (record := read_record(name)) is not None]
 
 
 def forget_record(pool: str) -> None:
-    """Remove a record; none is no error."""
-    record_path(pool).unlink(missing_ok=True)
+    """Remove a record; none is no error. Raises ConfigError."""
+    path = record_path(pool)
+    try:
+        if path is not None:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot delete {path}, the record of pool {pool!r}: {error.strerror}") from None
 
 
 def hand_over_ray(record: PoolRecord, heir: str) -> bool:
@@ -92,10 +101,7 @@ def hand_over_ray(record: PoolRecord, heir: str) -> bool:
     return True
 
 
-def record_path(pool: str) -> Path:
-    """Where the record of a pool is, or would be."""
-    return _folder() / f"{pool}.json"
-
-
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "mempool"
+def record_path(pool: str) -> Path | None:
+    """Where the record of a pool is, or would be; None where this user has no place for one."""
+    folder = state_place()
+    return None if folder is None else folder / f"{pool}.json"

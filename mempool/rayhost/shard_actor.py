@@ -5,16 +5,22 @@ this start its incarnation, and only then is there an engine and a server: a pro
 before the controller knows that its pages are gone. Data never passes through Ray: clients speak to the server.
 """
 
+from __future__ import annotations
+
 import uuid
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import ray
+from ray.exceptions import RayError
 
 from mempool.config import ClusterConfig
-from mempool.rayhost.actors import node_ip
-from mempool.rayhost.serving import ShardServing
+from mempool.rayhost.actors import NAMESPACE, controller_name, node_ip
 from mempool.types import ShardInfo
 from mempool.wire.channels.loop import run
+
+if TYPE_CHECKING:
+    from mempool.rayhost.shard_serving import ShardServing
 
 _CALL_TIMEOUT_S = 60.0
 
@@ -31,12 +37,17 @@ class ShardProcess:
     """One start of a shard's process. Made an actor by ``RayLauncher``."""
 
     def __init__(self, config: ClusterConfig, shard: int, token: str | None) -> None:
+        # Here and not above: the controller names this class too, and needs no torch.
+        import mempool.rayhost.shard_serving  # noqa: F401
+
         self._config = config
         self._shard = shard
         self._token = token
         self._boot_id = uuid.uuid4().hex
         self._serving: ShardServing | None = None
         self._info: ShardInfo | None = None
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            _tell_controller(config.pool.name)
 
     @ray.method(concurrency_group="health")  # answers whatever the engine does
     def describe(self) -> Description:
@@ -60,7 +71,18 @@ class ShardProcess:
             self._serving = None
 
     async def _serve(self, incarnation: int, node_ip: str) -> ShardInfo:
+        from mempool.rayhost.shard_serving import ShardServing
+
         self._serving = ShardServing(
             self._config, shard=self._shard, incarnation=incarnation, node_ip=node_ip, token=self._token
         )
         return await self._serving.start()
+
+
+def _tell_controller(pool: str) -> None:
+    """Say that a shard's process is there again. A controller that does not hear it finds out by looking."""
+    try:
+        controller = ray.get_actor(controller_name(pool), namespace=NAMESPACE)
+        controller.shard_is_back.remote()
+    except (ValueError, RayError):  # it is away too; it asks all shards when it comes back
+        return

@@ -3,7 +3,8 @@
 Decides what a table answers at all (fences, freezes); the answers are made elsewhere.
 """
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Awaitable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -12,7 +13,9 @@ import torch
 from mempool.errors import DataLoss, ShardUnavailable, StalePlacement
 from mempool.shard.pages.staging import Staging
 from mempool.shard.pages.storage import Storage
-from mempool.shard.steps.held import AppliedLedger, Budget, HeldUpdates
+from mempool.shard.steps.budget import Budget
+from mempool.shard.steps.held import HeldUpdates
+from mempool.shard.steps.ledger import AppliedLedger
 from mempool.types import AttachTable, Envelope, ShardInfo, Stamp, StepId, TableStatus, TableView
 
 
@@ -27,9 +30,19 @@ class Parked:
         if self.woken.set_running_or_notify_cancel():
             self.woken.set_result(None)
 
+    def wait(self) -> Awaitable[None]:
+        """Done when ``wake`` was called. Cancelling it says that nobody waits."""
+        return asyncio.wrap_future(self.woken)
+
 
 class HostedTable:
-    """One table on one shard."""
+    """One table on one shard.
+
+    Attributes:
+        pages, lost_pages: (row page, block)s and key pages that are here, and that are owned and not there.
+        num_bytes: Of its pages: of those that are here or staged, or that initial values are being written to.
+            All three are of the last ``measure``; any thread may read them.
+    """
 
     def __init__(
         self, request: AttachTable, *, info: ShardInfo, device: torch.device, budget: Budget, lease_s: float
@@ -52,6 +65,8 @@ class HostedTable:
         elif request.mode == "lost":
             self.storage.own(request.view.placement)
             self.storage.lose_all()
+        self.pages = self.lost_pages = self.num_bytes = 0
+        self.measure()
 
     @property
     def table_id(self) -> int:
@@ -61,10 +76,10 @@ class HostedTable:
     def epoch(self) -> int:
         return self.view.placement.epoch
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of its pages: of those that are here or staged, or that initial values are being written to."""
-        return max(self.storage.num_bytes + self.staging.num_bytes, self._filling_bytes)
+    def measure(self) -> None:
+        """Count pages and bytes anew: to be called by whoever changed which pages are here."""
+        self.pages, self.lost_pages = self.storage.num_pages, self.storage.num_lost
+        self.num_bytes = max(self.storage.num_bytes + self.staging.num_bytes, self._filling_bytes)
 
     @property
     def stamp(self) -> Stamp:
@@ -79,6 +94,7 @@ class HostedTable:
         """Write a piece of the initial values. Returns whether all are there."""
         if self._filling is not None and next(self._filling, self) is self:
             self._filling, self._filling_bytes = None, 0
+        self.measure()
         return self._filling is None
 
     def check(self, envelope: Envelope) -> None:
@@ -119,10 +135,9 @@ class HostedTable:
 
     def check_whole(self) -> None:
         """Raises DataLoss where pages are lost."""
-        lost = self.storage.num_lost
-        if lost:
+        if self.lost_pages:
             raise DataLoss(
-                f"shard {self.info.shard} (incarnation {self.info.incarnation}) lost {lost} pages of table "
+                f"shard {self.info.shard} (incarnation {self.info.incarnation}) lost {self.lost_pages} pages of table "
                 f"{self.view.schema.name!r}: it restarted without them, or a commit failed half way. They are not "
                 f"replaced by initial values. Drop the table (pool.drop_table({self.view.schema.name!r})), make it "
                 "again and write back what you saved of it; other tables go on",
@@ -148,7 +163,7 @@ class HostedTable:
 
     def steps_changed(self) -> None:
         """A prepared step was decided, or dropped: a freeze may go on."""
-        if not any(self.updates.prepared()):
+        if self._waiting_for_decisions and not self.updates.any_prepared:
             _wake(self._waiting_for_decisions)
 
     def thaw(self) -> None:
@@ -169,10 +184,12 @@ class HostedTable:
         if self.ledger.adopt(arrived):
             self.storage.begin_at(self.ledger.version)
         self.view = view
+        self.measure()
         self.updates.clear()
         self.steps_changed()
         self.thaw()
         self.storage.shrink_arenas()  # last: all is adopted, should there be no memory for it
+        self.measure()
         return True
 
     def close(self) -> None:
@@ -182,15 +199,15 @@ class HostedTable:
         _wake(self._waiting_for_decisions)
 
     def status(self) -> TableStatus:
-        storage = self.storage
+        """The table at a glance; any thread may ask."""
         return TableStatus(
             table_id=self.table_id,
             name=self.view.schema.name,
             epoch=self.epoch,
             version=self.ledger.version,
-            pages=storage.num_pages,
-            lost_pages=storage.num_lost,
-            num_bytes=storage.num_bytes,
+            pages=self.pages,
+            lost_pages=self.lost_pages,
+            num_bytes=self.num_bytes,
             updates_held=len(self.updates),
             updates_applied=self.ledger.updates_applied,
             lookups=self.lookups,
@@ -200,6 +217,8 @@ class HostedTable:
 
 def _park(waiting: list[Parked]) -> Parked:
     parked = Parked()
+    if len(waiting).bit_count() == 1:  # at 1, 2, 4, ...: what is left out below costs little
+        waiting[:] = [other for other in waiting if not other.woken.cancelled()]
     waiting.append(parked)
     return parked
 

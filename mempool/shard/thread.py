@@ -1,6 +1,7 @@
-"""The engine's one thread: jobs in the order they came, their results for asyncio.
+"""The engine's one thread: runs jobs in the order that ``jobs`` says, their results for asyncio.
 
-All state of an engine is touched by this thread only, so nothing behind it needs a lock.
+All state behind an engine is touched by this thread only, so nothing there needs a lock. A failure after which nothing
+can be trusted (of CUDA's context, of the interpreter) ends it; those who wait are told, and whoever asked to be.
 """
 
 import asyncio
@@ -8,80 +9,309 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from contextlib import suppress
+from types import GeneratorType
+from typing import Any
 
 import torch
 
-from mempool.errors import Internal, MempoolError, ShardUnavailable
+from mempool.errors import DeadlineExceeded, Internal, MempoolError, Overloaded, ShardUnavailable
 from mempool.observe import Stages
-
-T = TypeVar("T")
+from mempool.shard.jobs import JOB_BYTES, Job, JobQueue
+from mempool.shard.steps.budget import Budget, out_of_memory
+from mempool.types.caller import Caller, current_caller
 
 _LOG = logging.getLogger(__name__)
 
 
 class EngineThread:
-    """Runs jobs one after another. ``name`` is said in messages and names the thread."""
+    """Runs jobs one after another.
 
-    def __init__(self, *, name: str, stages: Stages) -> None:
+    Args:
+        name: Is said in messages, and names the thread.
+        stages: Where time is counted.
+        budget: Bounds the bytes of what waits.
+        upkeep: Run on the thread now and then, also when nothing else is to do, while there is something to keep up.
+        upkeep_s: Seconds between two of them.
+        probe: Raises where the device cannot be used any more; asked after a job failed for no reason of its own.
+        on_fatal: Told, on the thread, why it ends, where that is for a failure after which nothing can be trusted.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        stages: Stages,
+        budget: Budget | None = None,
+        upkeep: Callable[[], bool] = lambda: False,
+        upkeep_s: float = 15.0,
+        probe: Callable[[], None] = lambda: None,
+        on_fatal: Callable[[BaseException], None] | None = None,
+    ) -> None:
         self._name = name
         self._stages = stages
-        self._jobs: queue.SimpleQueue[tuple[str, float, Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
-        self._closing = threading.Lock()
-        self._closed = False
+        self._upkeep = upkeep
+        self._upkeep_s = upkeep_s
+        self._probe = probe
+        self._on_fatal = on_fatal
+        self._jobs = JobQueue(budget or Budget(2**62), name=name)
+        self._lock = threading.Lock()  # of the queue and of what says whether it is open
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # rung once for each job that lines up
+        self._closed: str | None = None
+        self._keeping_up = False
+        self._next_upkeep_s = 0.0
         self._ended: Future[None] = Future()
+        self._doing: Job | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    async def run(self, stage: str, job: Callable[[], T]) -> T:
-        """Run a job after all that came before it. Cancelling skips it if it has not begun, and harms no other.
+    @property
+    def num_jobs(self) -> int:
+        """Jobs that wait or are being answered."""
+        return self._jobs.num_jobs
+
+    async def run(
+        self,
+        stage: str,
+        job: Callable[[Any], Any],
+        request: Any = None,
+        *,
+        cost: int = JOB_BYTES,
+        control: bool = False,
+        caller: Caller | None = None,
+        again: Callable[[Any], Awaitable[None] | None] | None = None,
+    ) -> Any:
+        """Run a job when its turn comes. Cancelling skips it, or the rest of it, and harms no other.
+
+        Args:
+            stage: What it is called.
+            job: Is given the request. A generator is run piece by piece, others in between; what it returns counts.
+            request: What was asked.
+            cost: Bytes that it makes the shard hold.
+            control: It is the controller's, and goes first.
+            caller: Who asks; None: whoever the call is served for.
+            again: Where given, looks at a result: what it answers is awaited, and the job run once more; None: it is
+                the answer.
 
         Raises:
             ShardUnavailable: The thread was closed.
+            Overloaded: Too much waits already.
+            DeadlineExceeded: Nobody waits for it any more.
             MempoolError: What the job raised; anything else it raised comes as Internal.
         """
-        done: Future[T] = Future()
-        # Under the lock, so that no job can come after the end mark and wait forever.
-        with self._closing:
-            if self._closed:
-                raise ShardUnavailable(f"{self._name} is closed")
-            self._jobs.put((stage, time.perf_counter(), job, done))
-        return await asyncio.wrap_future(done)
+        loop = asyncio.get_running_loop()
+        asked = Job(
+            stage=stage,
+            request=request,
+            caller=current_caller() if caller is None else caller,
+            cost=cost,
+            run=job,
+            done=_Answer(loop),
+            control=control,
+        )
+        del request, job
+        result = waits = None
+        try:
+            self._enter(asked)
+            while True:
+                result = await asked.done.future
+                waits = None if again is None else again(result)
+                if waits is None:
+                    return result
+                await waits
+                asked.done = _Answer(loop)
+                self._line_up_again(asked)
+        finally:
+            with self._lock:
+                self._jobs.leave(asked)
+            # An error that is raised here knows this frame: what it holds would live as long as the error.
+            del asked, result, waits
 
     async def close(self) -> None:
         """Let the jobs that are waiting finish, then end the thread. Repeatable."""
-        with self._closing:
-            if not self._closed:
-                self._closed = True
-                self._jobs.put(None)
+        with self._lock:
+            if self._closed is None:
+                self._closed = f"{self._name} is closed"
+                self._bell.put(None)
         await asyncio.shield(asyncio.wrap_future(self._ended))
         self._thread.join()
 
+    def check_open(self) -> None:
+        """Raises ShardUnavailable where the thread takes no jobs any more."""
+        if self._closed is not None:
+            raise ShardUnavailable(self._closed)
+
+    def _enter(self, job: Job) -> None:
+        with self._lock:
+            # Under the lock, so that no job can come after the end and wait forever.
+            self.check_open()
+            job.put_s = time.perf_counter()
+            self._jobs.add(job, now_s=time.monotonic())
+        self._bell.put(None)
+
+    def _line_up_again(self, job: Job) -> None:
+        with self._lock:
+            self.check_open()
+            job.put_s = time.perf_counter()
+            self._jobs.again(job)
+        self._bell.put(None)
+
+    # On the thread
+
     def _run(self) -> None:
-        with torch.no_grad():
-            while (item := self._jobs.get()) is not None:
-                self._run_one(*item)
-                # A waiting thread must not keep the last job's tensors alive.
-                del item
+        try:
+            with torch.no_grad():
+                while self._serve():
+                    pass
+        except BaseException as error:
+            self._end_for_good(error)
         self._ended.set_result(None)
 
-    def _run_one(self, stage: str, put_s: float, job: Callable[[], Any], done: "Future[Any]") -> None:
-        if not done.set_running_or_notify_cancel():
-            return
+    def _serve(self) -> bool:
+        """Run the next job, or a piece of one. Returns whether there may be more."""
+        wait_s = max(0.0, self._next_upkeep_s - time.monotonic()) if self._keeping_up else None
+        with suppress(queue.Empty):
+            self._bell.get(timeout=wait_s)
+        now_s = time.monotonic()
+        with self._lock:
+            job = self._jobs.ready(now_s=now_s)
+            late = self._jobs.take_expired()
+        for one in late:
+            self._tell_late(one)
+        if self._keeping_up and now_s >= self._next_upkeep_s:
+            self._keep_up()
+        if job is None:
+            return self._closed is None or len(self._jobs) > 0
+        self._doing = job
+        self._do(job)
+        self._doing = None
+        if not self._keeping_up:
+            self._keeping_up, self._next_upkeep_s = True, now_s + self._upkeep_s
+        return True
+
+    def _keep_up(self) -> None:
+        with self._lock:
+            late = self._jobs.expire(now_s=time.monotonic())
+        for job in late:
+            self._tell_late(job)
+        self._keeping_up = self._upkeep() or len(self._jobs) > 0
+        self._next_upkeep_s = time.monotonic() + self._upkeep_s
+
+    def _tell_late(self, job: Job) -> None:
+        job.done.fail(DeadlineExceeded(f"{job.stage}: the call's time was over before its turn came at {self._name}"))
+        job.forget()
+
+    def _do(self, job: Job) -> None:
         started_s = time.perf_counter()
-        self._stages.record("queue", started_s - put_s)
+        self._stages.record("queue", started_s - job.put_s)
+        more = False
         try:
-            result = job()
+            more = self._do_some(job)
         except MempoolError as error:
-            done.set_exception(error)
+            self._fail(job, error)
         except Exception as error:
-            _LOG.exception("%s: %s failed", self._name, stage)
-            internal = Internal(f"{self._name}: {stage} failed with {type(error).__name__}: {error}. This is a bug.")
-            internal.__cause__ = error
-            done.set_exception(internal)
-        else:
-            done.set_result(result)
-        finally:
-            self._stages.record(stage, time.perf_counter() - started_s)
+            self._fail(job, self._explained(job, error))
+        spent_s = time.perf_counter() - started_s
+        self._stages.record(job.stage, spent_s)
+        with self._lock:
+            self._jobs.spent(job, spent_s)
+            if more:
+                job.put_s = time.perf_counter()
+                self._jobs.again(job)
+        if more:
+            self._bell.put(None)
+
+    def _do_some(self, job: Job) -> bool:
+        """Run a job, or its next piece. Returns whether there are more."""
+        if job.pieces is None:
+            result = job.run(job.request)
+            if not isinstance(result, GeneratorType):
+                job.done.give(result)
+                return False
+            job.pieces = result
+        try:
+            grown = next(job.pieces)
+        except StopIteration as end:
+            job.pieces = None
+            job.done.give(end.value)
+            return False
+        if grown:
+            with self._lock:
+                if job.known:
+                    self._jobs.grow(job, grown)
+        return True
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        job.pieces = None
+        job.done.fail(_bare(error))
+
+    def _explained(self, job: Job, error: Exception) -> MempoolError:
+        """What a caller is told of an error that is not ours."""
+        if out_of_memory(error):
+            _LOG.warning("%s: no memory for %s: %s", self._name, job.stage, error)
+            return Overloaded(
+                f"{self._name} has no memory for {job.stage} just now ({type(error).__name__}: {error}). Repeating it "
+                "is safe; ask for less at a time, or give shards more memory (shard.memory)",
+                retry_after_s=1.0,
+            )
+        _LOG.exception("%s: %s failed", self._name, job.stage)
+        try:
+            self._probe()
+        except Exception as broken:
+            raise _BrokenDevice(f"{job.stage} failed, and the device with it: {broken}") from error
+        return Internal(f"{self._name}: {job.stage} failed with {type(error).__name__}: {error}. This is a bug.")
+
+    def _end_for_good(self, error: BaseException) -> None:
+        """Nothing can be trusted any more: tell all who wait, and whoever wants to know."""
+        _LOG.critical("%s cannot go on", self._name, exc_info=error)
+        text = f"{self._name} has ended: {type(error).__name__}: {error}. Its pages are gone with it"
+        with self._lock:
+            self._closed = text
+            waiting = self._jobs.drain()
+        for job in (*([self._doing] if self._doing is not None else []), *waiting):
+            job.done.fail(ShardUnavailable(text))
+            job.forget()
+        self._doing = None
+        if self._on_fatal is not None:
+            self._on_fatal(error)
+
+
+class _BrokenDevice(BaseException):
+    """The device takes no work any more. No Exception: nobody catches it but the end of the thread."""
+
+
+class _Answer:
+    """A job's result on its way to the loop that waits for it."""
+
+    __slots__ = ("_loop", "future")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self.future: asyncio.Future[Any] = loop.create_future()
+
+    def give(self, value: Any) -> None:
+        self._send(value, None)
+
+    def fail(self, error: BaseException) -> None:
+        self._send(None, error)
+
+    def _send(self, value: Any, error: BaseException | None) -> None:
+        with suppress(RuntimeError):  # the loop is closed, and so nobody waits
+            self._loop.call_soon_threadsafe(_settle, self.future, value, error)
+
+
+def _settle(future: "asyncio.Future[Any]", value: Any, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is None:
+        future.set_result(value)
+    else:
+        future.set_exception(error)
+
+
+def _bare(error: BaseException) -> BaseException:
+    """The error without the frames it went through, and without what it came from: they hold the request."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error

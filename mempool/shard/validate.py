@@ -1,24 +1,28 @@
 """The door of the engine: every request is checked here, and brought to the shard's device and dtypes.
 
-Nothing behind it looks at a request's tensors. Those may be read-only views of a network frame, or the caller's own:
-they are never written to, and what is kept (``own``) is a copy, as the caller may write to his and a small view would
-keep its whole frame in memory.
+Numbers, names and sizes of answers are checked by ``bounds``, before. Nothing behind looks at a request's tensors. Those
+may be read-only views of a network frame, or the caller's own: they are never written to, and what is kept (``own``) is
+a copy, as the caller may write to his and a small view would keep its whole frame in memory.
 """
-
-import math
 
 import torch
 from torch import Tensor
 
 from mempool.errors import ContextMissing, InvalidRequest
-from mempool.kernels import LAST_STEP
-from mempool.shard.pages.named_arrays import KEYS, SCALES, Blocks, key_dim
+from mempool.shard.bounds import (
+    check_lookup_id,
+    check_released,
+    check_reply,
+    shown,
+    shown_numbers,
+)
+from mempool.shard.pages.named_arrays import KEYS, LAST_STEP, SCALES, VALUE_DTYPES, VALUES, Blocks, key_dim
 from mempool.shard.pages.storage import Storage
 from mempool.types import (
-    CommitRequest,
+    GatherRequest,
     ProductKeySpec,
+    ReadRowsRequest,
     ScoreRequest,
-    StepId,
     TableSchema,
     UpdateRequest,
 )
@@ -26,6 +30,7 @@ from mempool.types.bags import Bags
 
 _FLOATS = (torch.float32, torch.bfloat16)
 _IDS = (torch.int64, torch.uint32)
+_REPLIES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 READ_ONLY = (SCALES, LAST_STEP)
 
 
@@ -86,9 +91,10 @@ def check_bags(table: Storage, ids: Tensor, weights: Tensor | None, offsets: Ten
             f"offsets go from {int(offsets[0])} to {int(offsets[-1])}; they must go from 0 to {num_pairs}, the number "
             "of ids. Nothing was changed."
         )
-    steps = offsets.diff()
-    if steps.numel() and int(steps.min()) < 0:
-        position = int((steps < 0).nonzero()[0, 0])
+    # Compared in pairs: differences of numbers that far apart would wrap.
+    falls = offsets[1:] < offsets[:-1]
+    if bool(falls.any()):
+        position = int(falls.nonzero()[0, 0])
         raise InvalidRequest(
             f"offsets must not descend: offsets[{position}] = {int(offsets[position])} is followed by "
             f"{int(offsets[position + 1])}. Nothing was changed."
@@ -101,14 +107,36 @@ def check_bags(table: Storage, ids: Tensor, weights: Tensor | None, offsets: Ten
     )
 
 
-def check_update(table: Storage, request: UpdateRequest, remembered: Bags | None) -> tuple[Bags, Tensor]:
+def check_gather(table: Storage, request: GatherRequest, *, reply_bytes: int | None) -> tuple[Bags, torch.dtype]:
+    """The gather's bags on the shard's device, and the dtype of its answer.
+
+    Raises:
+        InvalidRequest: Wrong bags, an unknown dtype, too many lookups to release.
+        RequestTooLarge: The answer would have more than ``reply_bytes``.
+    """
+    check_lookup_id(request.lookup_id)
+    check_released(request.release)
+    dtype = _REPLIES.get(request.reply_dtype)
+    if dtype is None:
+        raise InvalidRequest(f"reply_dtype = {shown(request.reply_dtype)} must be 'float32' or 'bfloat16'")
+    bag_bytes = dtype.itemsize * table.schema.width(table.blocks)
+    check_reply(bag_bytes * max(0, request.offsets.numel() - 1), reply_bytes, f"a gather of {_bags_of(request)}")
+    return check_bags(table, request.ids, request.weights, request.offsets, own=request.remember), dtype
+
+
+def check_update(
+    table: Storage, request: UpdateRequest, remembered: Bags | None, *, reply_bytes: int | None
+) -> tuple[Bags, Tensor]:
     """The update's bags, those it brings or else those remembered, and its gradient [B, W] float32.
 
     Raises:
-        InvalidRequest: Wrong bags, blocks or gradient, or a step or sequence below 0.
+        InvalidRequest: Wrong bags, blocks or gradient, or a step or sequence out of range.
+        RequestTooLarge: The answer would have more than ``reply_bytes``.
         ContextMissing: It brings no bags and none are remembered.
     """
-    check_step(request.step_id, (request.sequence,))
+    check_lookup_id(request.lookup_id)
+    if request.want_weight_grad and request.ids is not None:
+        check_reply(4 * request.ids.numel(), reply_bytes, f"the gradient of {request.ids.numel():,} weights")
     _check_blocks(table, request.blocks, table.blocks)
     if (request.ids is None) != (request.offsets is None):
         raise InvalidRequest("an update brings both ids and offsets, or neither. Nothing was changed.")
@@ -130,35 +158,13 @@ def check_update(table: Storage, request: UpdateRequest, remembered: Bags | None
     return bags, admit(request.grads, device=table.device, dtype=torch.float32, own=request.hold)
 
 
-def check_step(step_id: StepId, sequences: tuple[int, ...]) -> None:
-    """Raises InvalidRequest for negative numbers, and for a sequence named twice."""
-    if step_id.step < 0 or step_id.rank < 0 or any(sequence < 0 for sequence in sequences):
-        raise InvalidRequest(
-            f"step {step_id.step}, rank {step_id.rank} and the sequences must not be negative. Nothing was changed."
-        )
-    if len(set(sequences)) != len(sequences):
-        twice = next(sequence for sequence in sequences if sequences.count(sequence) > 1)
-        raise InvalidRequest(f"sequence {twice} is named twice in step {step_id.step}. Nothing was changed.")
-
-
-def check_commit(request: CommitRequest) -> None:
-    """Raises InvalidRequest for wrong sequences and for a learning rate or scale that no step can have."""
-    check_step(request.step_id, request.sequences)
-    if not math.isfinite(request.lr) or request.lr < 0:
-        raise InvalidRequest(f"lr = {request.lr} must be a finite number, 0 or more. Nothing was changed.")
-    if not math.isfinite(request.grad_scale):
-        raise InvalidRequest(
-            f"grad_scale = {request.grad_scale} must be finite; discard a step whose gradient overflowed. "
-            "Nothing was changed."
-        )
-
-
-def check_score(table: Storage, request: ScoreRequest) -> Tensor:
+def check_score(table: Storage, request: ScoreRequest, *, reply_bytes: int | None) -> Tensor:
     """Queries [B, H, D] float32 on the shard's device.
 
     Raises:
         InvalidRequest: The table keeps no keys in the pool, another shape or dtype, a query that is not finite, or a
             top-k the keys cannot give.
+        RequestTooLarge: The answer would have more than ``reply_bytes``.
     """
     schema, queries = table.schema, request.queries
     if schema.keys is None:
@@ -175,6 +181,12 @@ def check_score(table: Storage, request: ScoreRequest) -> Tensor:
         raise InvalidRequest(
             f"topk = {request.topk} must be 1 to {schema.num_slots}, the number of slots of table {schema.name!r}"
         )
+    answered = len(table.heads) if schema.num_key_pages else 1
+    check_reply(
+        12 * queries.shape[0] * answered * request.topk,
+        reply_bytes,
+        f"topk = {request.topk:,} of {queries.shape[0]:,} queries and {answered} heads",
+    )
     finite = queries.isfinite()
     if not bool(finite.all()):
         bag, head, column = (int(number) for number in (~finite).nonzero()[0])
@@ -183,6 +195,29 @@ def check_score(table: Storage, request: ScoreRequest) -> Tensor:
             "no top-k; look where it comes from"
         )
     return admit(queries, device=table.device, dtype=torch.float32)
+
+
+def check_read(table: Storage, request: ReadRowsRequest, *, reply_bytes: int | None) -> Tensor:
+    """Ids of rows to read, int64 on the shard's device.
+
+    Raises:
+        InvalidRequest: As ``check_array`` does.
+        RequestTooLarge: The answer would have more than ``reply_bytes``.
+    """
+    ids = check_array(table, request.array, request.ids)
+    check_reply(
+        row_bytes(table, request.array) * ids.numel(), reply_bytes, f"{ids.numel():,} rows of {request.array!r}"
+    )
+    return ids
+
+
+def row_bytes(table: Storage, name: str) -> int:
+    """Bytes of a row of a named array here, as it is read."""
+    array = table.arrays.get(name)
+    if array is None:
+        return 4 * table.row_width(name)
+    dtype = VALUE_DTYPES[table.schema.dtype] if name == VALUES else array.dtype
+    return dtype.itemsize * table.row_width(name)
 
 
 def check_array(table: Storage, name: str, ids: Tensor) -> Tensor:
@@ -198,7 +233,7 @@ def check_array(table: Storage, name: str, ids: Tensor) -> Tensor:
         numbers = check_ids(schema, ids)
     else:
         names = [*table.arrays, *([KEYS] if isinstance(schema.keys, ProductKeySpec) else [])]
-        raise InvalidRequest(f"table {schema.name!r} has no array {name!r}; it has {', '.join(names)}")
+        raise InvalidRequest(f"table {schema.name!r} has no array {shown(name)}; it has {', '.join(names)}")
     return admit(numbers, device=table.device, dtype=torch.int64)
 
 
@@ -222,9 +257,13 @@ def check_rows(table: Storage, name: str, ids_M: Tensor, blocks: Blocks, rows: T
 def _check_blocks(table: Storage, blocks: Blocks, expected: Blocks) -> None:
     if tuple(blocks) != expected:
         raise InvalidRequest(
-            f"blocks {tuple(blocks)} are not those that shard {table.shard} owns of table {table.schema.name!r}: "
+            f"blocks {shown_numbers(blocks)} are not those that shard {table.shard} owns of table {table.schema.name!r}, "
             f"{expected}. Nothing was changed."
         )
+
+
+def _bags_of(request: GatherRequest) -> str:
+    return f"{max(0, request.offsets.numel() - 1):,} bags of {request.ids.numel():,} pairs"
 
 
 def _shown(tensor: Tensor) -> str:

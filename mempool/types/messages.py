@@ -4,10 +4,14 @@ Legend: B bags, L pairs of all bags together, M rows asked for, W columns of the
 D key dim. Bags are CSR: ``offsets`` [B + 1] int64, bag b holds pairs offsets[b] to offsets[b + 1].
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 ReplyDtype = Literal["float32", "bfloat16"]
 
@@ -215,8 +219,9 @@ class ScoreReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadRowsRequest:
-    """Rows of one named array: "values", "keys", an optimizer state, "master" (float32 values), "scales" (of values).
+    """Rows of one named array: "values", "keys", or what belongs to a trainable array, named ``<array>.<what>``.
 
+    Optimizer state ("values.sum", "values.exp_avg"), "values.master" (float32), "values.scales", "values.last_step".
     ids: [M] int64: slot ids, or head numbers for the keys of product keys.
     """
 
@@ -243,8 +248,8 @@ class WriteRowsRequest:
     """Overwrite rows; shapes as in ReadRowsReply, ``blocks`` as this shard owns them. Pages not owned are skipped.
 
     Idempotent. Atomic on one shard, not across shards. Waits while the table's pages are moving. Values are rounded to
-    what is stored, to nearest, with new scales; "values" and "master" are written together. "scales" and "last_step"
-    cannot be written.
+    what is stored, to nearest, with new scales; "values" and "values.master" are written together. "values.scales" and
+    "values.last_step" cannot be written.
     """
 
     envelope: Envelope

@@ -1,14 +1,18 @@
 """Values of the ``PageHost`` protocol: tables coming and going on a shard, pages moving between shards."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from mempool.types.pool import ShardInfo, TableView
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

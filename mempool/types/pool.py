@@ -58,13 +58,27 @@ class TableStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardStatus:
-    """One shard. state: "ready", "starting" or "unreachable" (the rest is then of no meaning but ``info``)."""
+    """One shard. state: "ready", "starting" or "unreachable" (the rest is then of no meaning but ``info``).
+
+    Attributes:
+        num_bytes: Of its pages; it may have ``page_limit_bytes`` of them (0: as much as the device has).
+        context_bytes, held_bytes, queued_bytes: What clients make it hold: lookups remembered for their gradients,
+            updates that are not committed, calls that wait or are answered. Of ``client_limit_bytes`` together.
+        queued_calls: Calls that wait or are answered.
+        kept_bytes: Sums that prepared steps keep for their commit.
+    """
 
     info: ShardInfo
     state: str
     device: str = ""
     num_bytes: int = 0
     context_bytes: int = 0
+    held_bytes: int = 0
+    queued_bytes: int = 0
+    queued_calls: int = 0
+    kept_bytes: int = 0
+    client_limit_bytes: int = 0
+    page_limit_bytes: int = 0
     uptime_s: float = 0.0
     tables: tuple[TableStatus, ...] = ()
     stages: tuple[StageTime, ...] = ()

@@ -34,6 +34,7 @@ _STATUS: dict[ErrorCode, grpc.StatusCode] = {
     ErrorCode.DATA_LOSS: grpc.StatusCode.DATA_LOSS,
     ErrorCode.STALE_PLACEMENT: grpc.StatusCode.ABORTED,
     ErrorCode.CONTEXT_MISSING: grpc.StatusCode.FAILED_PRECONDITION,
+    ErrorCode.OVERLOADED: grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
 
 _CLASSES: dict[int, type[MempoolError]] = {
@@ -53,6 +54,7 @@ _CLASSES: dict[int, type[MempoolError]] = {
         errors.DataLoss,
         errors.StalePlacement,
         errors.ContextMissing,
+        errors.Overloaded,
     )
 }
 
@@ -68,6 +70,8 @@ _FOREIGN: dict[grpc.StatusCode, type[MempoolError]] = {
 _TOO_LARGE = re.compile(r"(sent|received) message larger than max \((\d+) vs\.? (\d+)\)", re.IGNORECASE)
 # How a connection that breaks in the middle of a call shows, besides UNAVAILABLE.
 _BROKEN_CODES = (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED)
+# gRPC names the address again, and its own layers, around what the operating system said.
+_REFUSED = re.compile(r"connection refused", re.IGNORECASE)
 _BROKEN = re.compile(r"RST_STREAM|GOAWAY|stream removed|connection reset|socket closed|channel closed", re.IGNORECASE)
 
 
@@ -88,6 +92,8 @@ def to_status(error: BaseException) -> tuple[grpc.StatusCode, str, Metadata]:
         detail.shard = error.shard
     if error.address is not None:
         detail.address = error.address
+    if isinstance(error, errors.Overloaded):
+        detail.retry_after_s = error.retry_after_s
     return _STATUS[error.code], _cut(error.message, MAX_STATUS_BYTES), ((DETAIL_KEY, detail.SerializeToString()),)
 
 
@@ -109,13 +115,19 @@ def from_rpc_error(
         except DecodeError:
             break
         if (known := _CLASSES.get(detail.code)) is not None:
-            return known(
+            found = known(
                 detail.message,
                 shard=detail.shard if detail.HasField("shard") else shard,
                 address=detail.address if detail.HasField("address") else address,
             )
+            if isinstance(found, errors.Overloaded):
+                found.retry_after_s = detail.retry_after_s
+            return found
     cls, message = _foreign(error.code(), error.details() or "", shard, address)
-    return cls(message, shard=shard, address=address)
+    failure = cls(message, shard=shard, address=address)
+    if isinstance(failure, errors.Unavailable):
+        failure.refused = _REFUSED.search(error.details() or "") is not None
+    return failure
 
 
 def _foreign(
@@ -132,7 +144,10 @@ def _foreign(
         )
     broken = code in _BROKEN_CODES and _BROKEN.search(details)
     if broken or code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
-        return unavailable, f"{who} does not answer ({why}). See which shards are up: mempool status"
+        if _REFUSED.search(details):
+            why = "connection refused: nobody listens at that port"
+        advice = "" if shard is None else ". See which shards are up: mempool status"
+        return unavailable, f"{who} does not answer ({why}){advice}"
     if code is grpc.StatusCode.CANCELLED:
         return unavailable, f"{who} ended the call before answering it ({why})"
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -59,7 +59,7 @@ LAYOUTS: dict[str, list[list[int]]] = {
     "mixed": [[0, 0, 1], [2, 1, 0], [0, 2, 2], [1, 1, 1], [2, 2, 2], [0, 1, 2], [1, 0, 0]],
 }
 EXACT_LAYOUTS = ("one", "columns")
-BLOCK_ARRAYS = ("row_sum", "row_exp_avg_sq", "last_step", "scales")
+BLOCK_ARRAYS = ("values.row_sum", "values.row_exp_avg_sq", "values.last_step", "values.scales")
 
 
 def make_schema(**changes: Any) -> TableSchema:

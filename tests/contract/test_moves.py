@@ -28,8 +28,8 @@ OPTIMIZERS = {
 }
 ARRAYS = {
     "sgd": ("values", "keys"),
-    "adam": ("values", "exp_avg", "exp_avg_sq", "keys"),
-    "rowwise_adagrad": ("values", "row_sum", "keys"),
+    "adam": ("values", "values.exp_avg", "values.exp_avg_sq", "keys"),
+    "rowwise_adagrad": ("values", "values.row_sum", "keys"),
 }
 
 

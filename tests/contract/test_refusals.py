@@ -80,7 +80,7 @@ BAD_UPDATES = {
     "a negative sequence": ({"sequence": -1}, r"negative|out of range"),
 }
 BAD_ROWS = {
-    "an unknown array": ({"array": "exp_avg"}, "no array 'exp_avg'; it has values, sum"),
+    "an unknown array": ({"array": "values.exp_avg"}, "no array 'values.exp_avg'; it has values, values.sum"),
     "a table without keys": ({"array": "keys"}, "no array 'keys'"),
     "an id above": ({"ids": torch.tensor([1, 50])}, r"ids\[1\] = 50"),
     "rows too narrow": ({"rows": torch.ones(2, 9)}, r"\[2, 10\]"),

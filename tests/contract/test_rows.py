@@ -14,10 +14,10 @@ IDS = torch.tensor([49, 0, 7, 8, 31])
 ARRAYS = [
     ("values", make_schema(dtype="bfloat16")),
     ("values", make_schema()),
-    ("sum", make_schema()),
-    ("row_sum", make_schema(optimizer=ROWWISE)),
-    ("exp_avg", make_schema(optimizer=ADAM)),
-    ("exp_avg_sq", make_schema(optimizer=ADAM)),
+    ("values.sum", make_schema()),
+    ("values.row_sum", make_schema(optimizer=ROWWISE)),
+    ("values.exp_avg", make_schema(optimizer=ADAM)),
+    ("values.exp_avg_sq", make_schema(optimizer=ADAM)),
     ("keys", make_schema(keys=FlatKeySpec(key_dim=6))),
 ]
 
@@ -39,11 +39,11 @@ def test_what_is_written_is_read(driver: Driver, layout: str, array: str, schema
 @pytest.mark.parametrize("layout", ["one", "mixed"])
 def test_state_starts_as_the_optimizer_says(driver: Driver, layout: str) -> None:
     driver.create(make_schema(optimizer=ROWWISE), layout)
-    assert torch.equal(driver.read("row_sum"), torch.full((50, 3), 0.5))
+    assert torch.equal(driver.read("values.row_sum"), torch.full((50, 3), 0.5))
     driver.drop()
     driver.create(make_schema(optimizer=ADAM), layout)
-    assert torch.equal(driver.read("exp_avg"), torch.zeros(50, 10))
-    assert torch.equal(driver.read("exp_avg_sq"), torch.zeros(50, 10))
+    assert torch.equal(driver.read("values.exp_avg"), torch.zeros(50, 10))
+    assert torch.equal(driver.read("values.exp_avg_sq"), torch.zeros(50, 10))
 
 
 def test_of_a_repeated_id_the_last_row_stays(driver: Driver) -> None:

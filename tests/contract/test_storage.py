@@ -36,9 +36,9 @@ def _train(driver: Driver, schema: TableSchema, layout: str, *, moves: tuple[str
         driver.train(step, {step: (make_bags(step, lengths=(30, 4, 0, 9)), grads)})
         for target in itertools.islice(rest, 1):
             driver.move(target)
-    found = {name: driver.read(name) for name in ("values", "exp_avg", "exp_avg_sq")}
+    found = {name: driver.read(name) for name in ("values", "values.exp_avg", "values.exp_avg_sq")}
     if schema.packed:
-        found["scales"] = driver.read("scales")
+        found["values.scales"] = driver.read("values.scales")
     driver.drop()
     return found
 
@@ -64,7 +64,7 @@ def test_what_is_written_gets_new_scales(driver: Driver, dtype: str, layout: str
     expected[ids] = _stored(rows, driver.schema)
     assert same(driver.read(), expected)
     largest = torch.stack([rows[:, :4], rows[:, 4:8], rows[:, 8:].repeat(1, 2)], 1).abs().amax(2)
-    assert torch.equal(driver.read("scales")[ids], largest / (448.0 if dtype == "float8_e4m3fn" else 127.0))
+    assert torch.equal(driver.read("values.scales")[ids], largest / (448.0 if dtype == "float8_e4m3fn" else 127.0))
 
 
 @pytest.mark.parametrize("dtype", PACKED)
@@ -120,14 +120,14 @@ def test_a_master_trains_as_float32(driver: Driver, dtype: str, layout: str) -> 
     exact = _train(driver, make_schema(optimizer=ADAM), layout)
     driver.create(make_schema(dtype=dtype, master=True, optimizer=ADAM), layout)
     driver.write("values", torch.tensor([5]), torch.full((1, 10), 1 / 3))
-    assert torch.equal(driver.read("master")[5], torch.full((10,), 1 / 3))
-    assert same(driver.read(), _stored(driver.read("master"), driver.schema))
+    assert torch.equal(driver.read("values.master")[5], torch.full((10,), 1 / 3))
+    assert same(driver.read(), _stored(driver.read("values.master"), driver.schema))
     driver.drop()
     driver.create(make_schema(dtype=dtype, master=True, optimizer=ADAM), layout)
     for step in range(1, 4):
         grads = torch.randn(4, 10, generator=torch.Generator().manual_seed(step))
         driver.train(step, {step: (make_bags(step, lengths=(30, 4, 0, 9)), grads)})
-    assert same(driver.read("master"), exact["values"])
+    assert same(driver.read("values.master"), exact["values"])
     assert same(driver.read(), _stored(exact["values"], driver.schema))
 
 
@@ -146,7 +146,7 @@ def test_pages_travel_as_codes_and_scales(driver: Driver, dtype: str) -> None:
     driver.create(make_schema(dtype=dtype), "one")
     request = ExportPages(table_id=driver.table_id, row_pages=torch.tensor([2, 6]).numpy(), blocks=(0, 2))
     arrays = driver.call(driver.host(0).export_pages(request)).arrays
-    codes, scales = arrays["values"], arrays["scales"]
+    codes, scales = arrays["values"], arrays["values.scales"]
     assert (codes.dtype, codes.shape, scales.dtype, scales.shape) == (torch.uint8, (16, 6), torch.float32, (16, 2))
     assert not codes[10:].any()  # slots that do not exist
     assert not scales[10:].any()
@@ -154,7 +154,7 @@ def test_pages_travel_as_codes_and_scales(driver: Driver, dtype: str) -> None:
     assert torch.equal(values[:8], driver.read()[16:24, [0, 1, 2, 3, 8, 9]])
 
 
-@pytest.mark.parametrize("array", ["scales", "last_step"])
+@pytest.mark.parametrize("array", ["values.scales", "values.last_step"])
 def test_what_follows_from_other_arrays_is_not_written(driver: Driver, array: str) -> None:
     dense = OptimizerSpec(algorithm="adamw", lr=0.1, dense=True)
     driver.create(make_schema(dtype="int8", master=True, optimizer=dense), "one")
@@ -196,5 +196,5 @@ def test_a_write_to_a_dense_table_is_of_the_present_version(driver: Driver) -> N
             driver.write("values", ids, torch.ones(2, 10))
             values.data[ids] = 1.0
     assert relative_error(driver.read(), values) < 1e-5
-    assert torch.equal(driver.read("last_step"), torch.full((50, 3), 6, dtype=torch.int32))
-    assert relative_error(driver.read("exp_avg"), adamw.state[values]["exp_avg"]) < 1e-5
+    assert torch.equal(driver.read("values.last_step"), torch.full((50, 3), 6, dtype=torch.int32))
+    assert relative_error(driver.read("values.exp_avg"), adamw.state[values]["exp_avg"]) < 1e-5

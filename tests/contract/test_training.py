@@ -108,7 +108,7 @@ def test_bfloat16_storage_trains_in_float32(driver: Driver) -> None:
         oracle.step(0.1, 1.0)
     assert driver.read().dtype == torch.bfloat16
     assert relative_error(driver.read(), oracle.values) < 1e-2
-    assert driver.read("sum").dtype == torch.float32
+    assert driver.read("values.sum").dtype == torch.float32
 
 
 def test_short_gradients(driver: Driver) -> None:

@@ -86,11 +86,23 @@ class RayPool:
         assert before in text
         self.file.write_text(text.replace(before, after))
 
-    def run(self, *arguments: str, expect: int = 0) -> Ended:
-        """Run `mempool` with these arguments, as a process of its own."""
-        command = [sys.executable, "-m", "mempool", *arguments]
+    def run(self, *arguments: str, expect: int = 0, folder: Path | None = None) -> Ended:
+        """Run `mempool` with these arguments, as a process of its own, in a folder."""
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "mempool",
+            *arguments,
+        ]  # -P: as the installed command, whatever lies here
         done = subprocess.run(
-            command, env=self._env, capture_output=True, text=True, timeout=COMMAND_S, stdin=subprocess.DEVNULL
+            command,
+            env=self._env,
+            capture_output=True,
+            text=True,
+            timeout=COMMAND_S,
+            stdin=subprocess.DEVNULL,
+            cwd=folder,
         )
         return _checked(arguments, Ended(code=done.returncode, out=done.stdout, err=done.stderr), expect)
 
@@ -103,8 +115,8 @@ class RayPool:
             raise done.exception
         return _checked(arguments, Ended(code=done.exit_code, out=done.stdout, err=done.stderr), expect)
 
-    def up(self, *, expect: int = 0) -> Ended:
-        return self.run("up", "-f", str(self.file), expect=expect)
+    def up(self, *, expect: int = 0, folder: Path | None = None) -> Ended:
+        return self.run("up", "-f", str(self.file), expect=expect, folder=folder)
 
     def down(self, *, expect: int = 0) -> Ended:
         return self.run("down", "--pool", self.name, expect=expect)

@@ -1,14 +1,23 @@
 """When a failed call is tried again, and what is said when it is not: a state machine without clock, socket or sleep.
 
-The router feeds it failures and carries out its actions.
+``Tries`` feeds it failures and carries out its actions.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mempool.errors import DeadlineExceeded, MempoolError, NotFound, PoolUnreachable, Replan, ShardUnavailable
+from mempool.client.routing.whereabouts import Whereabouts
+from mempool.errors import (
+    DeadlineExceeded,
+    MempoolError,
+    NotFound,
+    Overloaded,
+    PoolUnreachable,
+    Replan,
+    ShardUnavailable,
+)
 
-_ADVICE = "See which shards are up: mempool status"
+_LONGEST_RETRY_AFTER_S = 60.0  # what is longer, or no number, is not from a shard of ours
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,24 +52,27 @@ class Retry:
 
     Args:
         table: Name of the table, for messages.
-        pool: Name of the pool, for messages.
+        where: The pool, for messages.
         start_s: When the call began, on the caller's clock.
         timeout_s: How long it may take in all.
         jitter: Gives a number from 0 to 1 at each call.
+        refused_s: How long to go on where nobody listens at any address; None: as long as for all else.
     """
 
     def __init__(
         self,
         *,
         table: str,
-        pool: str,
+        where: Whereabouts,
         start_s: float,
         timeout_s: float,
         backoff: Backoff,
         jitter: Callable[[], float],
+        refused_s: float | None = None,
     ) -> None:
         self._table = table
-        self._pool = pool
+        self._where = where
+        self._refused_s = timeout_s if refused_s is None else min(refused_s, timeout_s)
         self._start_s = start_s
         self._timeout_s = timeout_s
         self._backoff = backoff
@@ -90,7 +102,10 @@ class Retry:
         else:
             self._outages += 1
             delay_s = self._backoff.delay_s(self._outages, jitter=self._jitter())
-        if now_s + delay_s >= self._start_s + self._timeout_s:
+            if isinstance(error, Overloaded) and 0.0 < error.retry_after_s < _LONGEST_RETRY_AFTER_S:
+                # Spread out, as others were told the same.
+                delay_s = max(delay_s, error.retry_after_s * (1.0 + self._jitter() / 2.0))
+        if now_s + delay_s >= self._start_s + self._patience_s(error):
             return GiveUp(error=self._final(error, now_s=now_s))
         self._try_began_s = now_s + delay_s
         return Again(delay_s=delay_s)
@@ -108,35 +123,45 @@ class Retry:
             return self._final(self._last, now_s=now_s)
         return self._final(PoolUnreachable(f"no answer about table {self._table!r}"), now_s=now_s)
 
+    def _patience_s(self, error: MempoolError) -> float:
+        return self._refused_s if isinstance(error, PoolUnreachable) and error.refused else self._timeout_s
+
     def _final(self, error: MempoolError, *, now_s: float) -> MempoolError:
-        spent = f"{now_s - self._start_s:.1f} s"
-        last = error.message.removesuffix(_ADVICE).rstrip(". ")  # which is said once, at the end
-        tries = f"{self._tries} {'try' if self._tries == 1 else 'tries'}; last: {last}"
         if _not_attached_yet(error):
             return error
+        where = self._where
+        spent = f"{now_s - self._start_s:.1f} s"
+        last = where.without_advice(error.message)
+        tries = f"{self._tries} {'try' if self._tries == 1 else 'tries'}; last: {last}"
         if isinstance(error, Replan):
             return DeadlineExceeded(
-                f"table {self._table!r} of pool {self._pool!r} could not be reached under one placement within {spent} "
-                f"({tries}). Its pages may be moving: see mempool status, or give the pool a longer timeout_s.",
+                f"table {self._table!r} of {where.pool} could not be reached under one placement within {spent} "
+                f"({tries}). {where.moving_advice}",
                 shard=error.shard,
                 address=error.address,
             )
         if isinstance(error, PoolUnreachable):
             return PoolUnreachable(
-                f"pool {self._pool!r} did not answer within {spent} ({tries}). "
-                "Is it up, and the address right? Start one: mempool up -f cluster/local.yaml",
+                f"{where.silent} within {spent} ({tries}). {where.unreachable_advice}",
                 address=error.address,
             )
         if isinstance(error, DeadlineExceeded):
             return DeadlineExceeded(
-                f"table {self._table!r} of pool {self._pool!r}: not done within {spent} ({tries}). "
-                "Repeating it is safe.",
+                f"table {self._table!r} of {where.pool}: not done within {spent} ({tries}). Repeating it is safe.",
                 shard=error.shard,
                 address=error.address,
             )
+        if isinstance(error, Overloaded):
+            return Overloaded(
+                f"table {self._table!r} of {where.pool}: not done within {spent} ({tries}).",
+                shard=error.shard,
+                address=error.address,
+                retry_after_s=error.retry_after_s,
+            )
         who = "a shard" if error.shard is None else f"shard {error.shard}"
         return ShardUnavailable(
-            f"{who} of pool {self._pool!r} did not answer within {spent} ({tries}). " + _ADVICE,
+            f"table {self._table!r}: {who} of {where.pool} did not answer within {spent} ({tries}). "
+            + where.shard_advice(error.shard),
             shard=error.shard,
             address=error.address,
         )

@@ -19,8 +19,10 @@ from mempool.client.lookup import Lookup
 from mempool.client.routing.attempt import Attempt, LookupRecord, Seen
 from mempool.client.routing.fanout import Dial, Fanout, Traffic
 from mempool.client.routing.plan import TablePlan, make_plan, newer_view
-from mempool.client.routing.retry import Backoff, GiveUp, Retry
-from mempool.errors import MempoolError, NotFound, StalePlacement, Unavailable
+from mempool.client.routing.retry import Backoff
+from mempool.client.routing.tries import Tries
+from mempool.client.routing.whereabouts import Whereabouts
+from mempool.errors import NotFound, StalePlacement, Unavailable
 from mempool.types import PoolApi, StepId, TableView
 from mempool.types.bags import Bags
 from mempool.types.messages import ReplyDtype
@@ -39,7 +41,7 @@ class Router:
         api: The controller, or what stands for it.
         dial: Gives the host of a shard at once, without waiting; called for every request, so it keeps its connections
             itself. May raise Unavailable.
-        pool: Name of the pool, for messages.
+        pool: The pool, or only its name, for messages.
         timeout_s: Deadline of a call that names none, seconds.
         patience_s: After so much silence of a shard, the view is asked for again, and followed if it is a new one.
         backoff: Waits between tries.
@@ -51,21 +53,18 @@ class Router:
         api: PoolApi,
         *,
         dial: Dial,
-        pool: str = "",
+        pool: Whereabouts | str = "",
         timeout_s: float = 30.0,
         patience_s: float = 5.0,
         backoff: Backoff | None = None,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self.timeout_s = timeout_s
+        where = Whereabouts(name=pool) if isinstance(pool, str) else pool
+        self.tries = Tries(where, timeout_s=timeout_s, backoff=backoff, jitter=jitter)
         self.traffic = Traffic()
-        self.pool = pool
         self._api = api
         self._dial = dial
         self._patience_s = patience_s
-        self._backoff = backoff or Backoff()
-        self._jitter = jitter
-        self._closed = False
         self._plans: dict[int, TablePlan] = {}
         self._acknowledged: dict[int, int] = {}
         self._names: dict[int, str] = {}  # of all tables ever seen, for messages
@@ -76,9 +75,14 @@ class Router:
         self._released: deque[tuple[int, tuple[int, ...], int]] = deque(maxlen=_MAX_RELEASED)
         self._to_release: dict[tuple[int, int], deque[int]] = {}
 
+    @property
+    def timeout_s(self) -> float:
+        """Deadline of a call that names none, seconds."""
+        return self.tries.timeout_s
+
     def close(self) -> None:
         """Try nothing again any more: calls under way end with their next failure."""
-        self._closed = True
+        self.tries.close()
 
     async def open(self, name: str, *, timeout_s: float | None = None) -> TableView:
         """The view of a table by name, asked for now.
@@ -91,7 +95,7 @@ class Router:
         async def ask() -> TableView:
             return self.adopt(await self._api.table(name))
 
-        return await self.retried(name, ask, timeout_s=timeout_s)
+        return await self.tries.run(name, ask, timeout_s=timeout_s)
 
     def adopt(self, view: TableView) -> TableView:
         """Take over a view that was heard of elsewhere; answers what is known now, which may be newer."""
@@ -143,10 +147,11 @@ class Router:
         lookup_id = self._next_lookup_id
         self._next_lookup_id += 1
 
-        async def once(attempt: Attempt) -> tuple[Tensor, LookupRecord]:
-            return await attempt.gather(bags, lookup_id=lookup_id, remember=remember, reply_dtype=reply_dtype)
-
-        return await self.call(table_id, once, timeout_s=timeout_s)
+        return await self.call(
+            table_id,
+            lambda attempt: attempt.gather(bags, lookup_id=lookup_id, remember=remember, reply_dtype=reply_dtype),
+            timeout_s=timeout_s,
+        )
 
     async def update(
         self,
@@ -164,35 +169,25 @@ class Router:
         ``sequence`` names the update: trying again, or repeating the call, does not make a second one.
         """
 
-        async def once(attempt: Attempt) -> Tensor | None:
-            return await attempt.update(
-                record,
-                grads,
-                step_id=step_id,
-                sequence=sequence,
-                hold=hold,
-                want_weight_grad=want_weight_grad,
-            )
-
-        return await self.call(record.table_id, once, timeout_s=timeout_s)
+        return await self.call(
+            record.table_id,
+            lambda attempt: attempt.update(
+                record, grads, step_id=step_id, sequence=sequence, hold=hold, want_weight_grad=want_weight_grad
+            ),
+            timeout_s=timeout_s,
+        )
 
     async def discard(self, table_id: int, step_id: StepId, *, timeout_s: float | None = None) -> None:
         """Drop what shards hold of a step."""
 
-        async def once(attempt: Attempt) -> None:
-            await attempt.discard(step_id)
-
-        await self.call(table_id, once, timeout_s=timeout_s)
+        await self.call(table_id, lambda attempt: attempt.discard(step_id), timeout_s=timeout_s)
 
     async def score(
         self, table_id: int, *, queries: Tensor, topk: int, timeout_s: float | None = None
     ) -> tuple[Tensor, Tensor, Seen]:
         """Top-k of keys in the pool by (score descending, id ascending): scores and ids [B, H, K] (float32, int64)."""
 
-        async def once(attempt: Attempt) -> tuple[Tensor, Tensor, Seen]:
-            return await attempt.score(queries, topk=topk)
-
-        return await self.call(table_id, once, timeout_s=timeout_s)
+        return await self.call(table_id, lambda attempt: attempt.score(queries, topk=topk), timeout_s=timeout_s)
 
     async def lookup(
         self,
@@ -228,20 +223,14 @@ class Router:
     async def read_rows(self, table_id: int, *, array: str, ids: Tensor, timeout_s: float | None = None) -> Tensor:
         """Rows [M, ..] of a named array in its dtype; ids [M] int64: slots, or heads for the keys of product keys."""
 
-        async def once(attempt: Attempt) -> Tensor:
-            return await attempt.read_rows(array, ids)
-
-        return await self.call(table_id, once, timeout_s=timeout_s)
+        return await self.call(table_id, lambda attempt: attempt.read_rows(array, ids), timeout_s=timeout_s)
 
     async def write_rows(
         self, table_id: int, *, array: str, ids: Tensor, rows: Tensor, timeout_s: float | None = None
     ) -> None:
         """Overwrite rows [M, ..]. Atomic on one shard, not across shards; repeating it is safe."""
 
-        async def once(attempt: Attempt) -> None:
-            await attempt.write_rows(array, ids, rows)
-
-        await self.call(table_id, once, timeout_s=timeout_s)
+        await self.call(table_id, lambda attempt: attempt.write_rows(array, ids, rows), timeout_s=timeout_s)
 
     async def call(
         self, table_id: int, once: Callable[[Attempt], Awaitable[T]], *, timeout_s: float | None = None
@@ -263,56 +252,13 @@ class Router:
             if fanout is not None:
                 await self._refresh(fanout.plan)
 
-        name = self._names.get(table_id, f"with id {table_id}")
-        return await self.retried(
-            name, run, refresh=refresh, waiting_for=lambda: fanout.waiting_for if fanout else (), timeout_s=timeout_s
-        )
-
-    async def retried(
-        self,
-        what: str,
-        run: Callable[[], Awaitable[T]],
-        *,
-        refresh: Callable[[], Awaitable[None]] | None = None,
-        waiting_for: Callable[[], tuple[tuple[int, str], ...]] = tuple,
-        timeout_s: float | None = None,
-    ) -> T:
-        """Run ``run`` until it succeeds, the deadline ends, or an error that no retry can heal.
-
-        Args:
-            what: Name of the table it is about, or of the call, for messages.
-            run: May be cut off anywhere and run again.
-            refresh: Run before each further try.
-            waiting_for: (shard, address) of those that were asked and have not answered.
-        """
-        clock = asyncio.get_running_loop()
-        timeout_s = self.timeout_s if timeout_s is None else timeout_s
-        retry = Retry(
-            table=what,
-            pool=self.pool,
-            start_s=clock.time(),
+        return await self.tries.run(
+            self._names.get(table_id, f"with id {table_id}"),
+            run,
+            refresh=refresh,
+            waiting_for=lambda: fanout.waiting_for if fanout else (),
             timeout_s=timeout_s,
-            backoff=self._backoff,
-            jitter=self._jitter,
         )
-        try:
-            async with asyncio.timeout(timeout_s):
-                while True:
-                    try:
-                        return await run()
-                    except MempoolError as error:
-                        if self._closed:
-                            raise MempoolError(f"pool {self.pool!r} was closed during the call.") from error
-                        action = retry.failed(error, now_s=clock.time())
-                        if isinstance(action, GiveUp):
-                            raise action.error from (None if action.error is error else error)
-                    await asyncio.sleep(action.delay_s)
-                    if refresh is not None:
-                        await refresh()
-        except MempoolError:
-            raise
-        except TimeoutError:
-            raise retry.out_of_time(waiting_for=waiting_for(), now_s=clock.time()) from None
 
     async def _while_current(self, plan: TablePlan, attempt: Awaitable[T]) -> T:
         """The result of ``attempt``, unless its plan gets old while a shard keeps silent.
@@ -362,16 +308,18 @@ class Router:
             if view.schema.table_id != schema.table_id:
                 self.forget(schema.table_id)
                 raise NotFound(
-                    f"table {schema.name!r} of pool {self.pool!r} was dropped and made again (id {schema.table_id}, "
-                    f"now {view.schema.table_id}); open the new one with pool.table({schema.name!r})."
+                    f"table {schema.name!r} of {self.tries.where.pool} was dropped and made again "
+                    f"(id {schema.table_id}, now {view.schema.table_id}); open the new one with "
+                    f"pool.table({schema.name!r})."
                 )
             self.adopt(view)
 
     def _dropped(self, table_id: int) -> NotFound:
         name = self._names.get(table_id)
+        pool = self.tries.where.pool
         if name is None:
-            return NotFound(f"pool {self.pool!r} has no table with id {table_id}; it may have been dropped.")
-        return NotFound(f"table {name!r} of pool {self.pool!r} was dropped; make it again with create_table.")
+            return NotFound(f"{pool} has no table with id {table_id}; it may have been dropped.")
+        return NotFound(f"table {name!r} of {pool} was dropped; make it again with create_table.")
 
     def _take_released(self, table_id: int, shard: int) -> tuple[int, ...]:
         while self._released:

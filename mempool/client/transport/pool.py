@@ -1,10 +1,10 @@
 """The controller over gRPC: ``PoolApi`` by any of several addresses, by the shards' while the controller is away."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import TypeVar
 
-from mempool.errors import DeadlineExceeded, NotFound, PoolUnreachable, Unavailable
+from mempool.errors import DeadlineExceeded, MempoolError, NotFound, PoolUnreachable, Unavailable
 from mempool.types import PoolStatus, RescaleProgress, TableSchema, TableView
 from mempool.wire import methods
 from mempool.wire.channels.channel import MAX_MESSAGE_BYTES, Channel
@@ -72,7 +72,7 @@ class GrpcPool:
 
     async def rescale(self, shards: int) -> AsyncIterator[RescaleProgress]:
         """Where the stream breaks after its first message the rescale goes on, and this raises PoolUnreachable."""
-        problems: list[str] = []
+        problems: dict[str, MempoolError] = {}
         for address in self._bootstrap:
             begun = False
             try:
@@ -83,7 +83,7 @@ class GrpcPool:
             except Unavailable as error:
                 if begun:
                     raise
-                problems.append(f"{address}: {error.message}")
+                problems[address] = error
         raise self._unreachable(problems)
 
     async def close(self) -> None:
@@ -94,16 +94,16 @@ class GrpcPool:
         await asyncio.gather(*(channel.close() for channel in channels))
 
     async def _change(self, call: Callable[[Channel], Awaitable[T]]) -> T:
-        problems: list[str] = []
+        problems: dict[str, MempoolError] = {}
         for address in self._bootstrap:
             try:
                 return await call(self._channel(address))
             except Unavailable as error:  # also what a shard says, which changes nothing
-                problems.append(f"{address}: {error.message}")
+                problems[address] = error
         raise self._unreachable(problems)
 
     async def _read(self, call: Callable[[Channel, float], Awaitable[T]]) -> T:
-        problems: list[str] = []
+        problems: dict[str, MempoolError] = {}
         unknown: NotFound | None = None
         clock = asyncio.get_running_loop()
         if clock.time() > self._detour_end_s:
@@ -112,11 +112,11 @@ class GrpcPool:
             try:
                 answer = await call(self._channel(address), _READ_TIMEOUT_S)
             except (Unavailable, DeadlineExceeded) as error:
-                problems.append(f"{address}: {error.message}")
+                problems[address] = error
             except NotFound as error:
                 if address in self._bootstrap:
                     unknown = unknown or error
-                problems.append(f"{address}: {error.message}")
+                problems[address] = error
             else:
                 if address != self._preferred:
                     self._preferred, self._detour_end_s = address, clock.time() + _DETOUR_S
@@ -141,5 +141,11 @@ class GrpcPool:
             self._channels[address] = channel
         return channel
 
-    def _unreachable(self, problems: list[str]) -> PoolUnreachable:
-        return PoolUnreachable("; ".join(problems), address=self._bootstrap[0])
+    def _unreachable(self, problems: Mapping[str, MempoolError]) -> PoolUnreachable:
+        texts = [
+            error.message if address in error.message else f"{address}: {error.message}"
+            for address, error in problems.items()
+        ]
+        unreachable = PoolUnreachable("; ".join(texts), address=self._bootstrap[0])
+        unreachable.refused = all(isinstance(error, Unavailable) and error.refused for error in problems.values())
+        return unreachable

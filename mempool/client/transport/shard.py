@@ -3,12 +3,13 @@
 Everything here is made, used and closed on the process's IO loop. Retries and deadlines are the router's.
 """
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from mempool.errors import ShardUnavailable
 from mempool.types import (
@@ -43,6 +44,9 @@ from mempool.wire import methods
 from mempool.wire.channels.channel import MAX_MESSAGE_BYTES, Channel
 from mempool.wire.codecs.pages import FreezeTable
 from mempool.wire.methods import Method
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
@@ -198,7 +202,7 @@ class GrpcDialer:
 
 def _fit_narrow(ids: Tensor) -> bool:
     """Whether ids fit uint32. One pass over them costs less than the bytes it saves."""
-    if not ids.numel() or ids.dtype == torch.uint32:
-        return True
     numbers = ids.numpy()  # numpy: torch's thread pool can hold up the IO loop for milliseconds
+    if not numbers.size or numbers.dtype == np.uint32:
+        return True
     return int(numbers.min()) >= 0 and int(numbers.max()) < _NARROW_END

@@ -3,7 +3,7 @@
 Knows where rows lie and which pages were written to. What they hold at first is ``filling``'s, who asks is the table's.
 
 Values of one byte an element lie in one tensor with their scales, a row in one piece. "values" (their codes) and
-"scales" are views of it, so that pages are moved, staged and exported by named array whatever they hold.
+"values.scales" are views of it, so that pages are moved, staged and exported by named array whatever they hold.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mempool import kernels
 from mempool.shard.pages.memory import rows_on
-from mempool.shard.pages.named_arrays import SCALES, VALUES, Blocks, NamedArray, packed_layout, row_bytes
+from mempool.shard.pages.named_arrays import LAST_STEP, SCALES, VALUES, Blocks, NamedArray, packed_layout, row_bytes
 from mempool.types import TableSchema
 
 PageNumbers = npt.NDArray[np.int64]
@@ -114,8 +114,8 @@ class Arena:
         return rows.view(self._capacity, self._page_slots, rows.shape[1])
 
     def state(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """Optimizer state and master, to be changed in place."""
-        return {name: self._stores[name] for name in names}
+        """State and master of the values, to be changed in place, by the names of kernels: without the array's."""
+        return {name: self._stores[f"{VALUES}.{name}"] for name in names}
 
     def locate(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """[M] slot ids, all of the table: which are here, [M] bool, and the arena rows of those."""
@@ -153,7 +153,7 @@ class Arena:
 
     def catch_up(self, rows: Tensor, schedule: kernels.DenseSchedule, names: tuple[str, ...]) -> None:
         """Do the steps of a dense optimizer that these rows, which may repeat, have missed. names: ``step_names``."""
-        late = self._stores[kernels.LAST_STEP][rows].amin(dim=1) < schedule.last_step
+        late = self._stores[LAST_STEP][rows].amin(dim=1) < schedule.last_step
         rows = torch.unique(rows[late])
         if rows.numel():
             with self.writing(rows):

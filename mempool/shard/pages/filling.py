@@ -13,6 +13,7 @@ from mempool import kernels
 from mempool.shard.pages.arena import Arena
 from mempool.shard.pages.masks import RowPages, runs
 from mempool.shard.pages.named_arrays import (
+    LAST_STEP,
     SCALES,
     VALUES,
     Blocks,
@@ -89,7 +90,7 @@ def _fill_rows(arena: Arena, array: NamedArray, rows: slice, slots: range, *, la
     held = arena.rows(array.name)[rows]
     held[len(slots) :] = 0  # slots of the last page that do not exist
     held = held[: len(slots)]
-    if array.name == kernels.LAST_STEP:
+    if array.name == LAST_STEP:
         held[:] = last_step
     elif array.initial is not None:
         held[:] = array.initial

@@ -1,6 +1,7 @@
 """The named arrays of a table's pages: what a row has in each, where a block's columns lie in it, what it holds first.
 
-Knows no storage. Work is linear in the columns asked for, whatever the number of blocks.
+What belongs to a trainable array is named `<array>.<what>`: its optimizer state, master, scales and last step. Knows no
+storage. Work is linear in the columns asked for, whatever the number of blocks.
 """
 
 import math
@@ -22,7 +23,9 @@ Blocks = tuple[int, ...]
 Columns = npt.NDArray[np.int64]
 
 VALUES = "values"
-SCALES = "scales"
+SCALES = f"{VALUES}.scales"
+MASTER = f"{VALUES}.{kernels.MASTER}"
+LAST_STEP = f"{VALUES}.{kernels.LAST_STEP}"
 KEYS = "keys"
 HEAD_KEYS = "head_keys"
 
@@ -95,9 +98,11 @@ def named_arrays(schema: TableSchema) -> tuple[NamedArray, ...]:
     if schema.packed:
         arrays.append(NamedArray(name=SCALES, per="block", dtype=torch.float32, initial=None, schema=schema))
     if schema.master:
-        arrays.append(NamedArray(name=kernels.MASTER, per="element", dtype=torch.float32, initial=None, schema=schema))
+        arrays.append(NamedArray(name=MASTER, per="element", dtype=torch.float32, initial=None, schema=schema))
     arrays += [
-        NamedArray(name=state.name, per=state.per, dtype=state.dtype, initial=state.initial, schema=schema)
+        NamedArray(
+            name=f"{VALUES}.{state.name}", per=state.per, dtype=state.dtype, initial=state.initial, schema=schema
+        )
         for state in state_arrays(schema.optimizer)
     ]
     if isinstance(schema.keys, FlatKeySpec):

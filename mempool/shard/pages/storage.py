@@ -19,6 +19,7 @@ from mempool.shard.pages.filling import filled, filled_head_keys
 from mempool.shard.pages.masks import Mask, by_blocks
 from mempool.shard.pages.named_arrays import (
     KEYS,
+    MASTER,
     VALUE_DTYPES,
     VALUES,
     Blocks,
@@ -322,14 +323,14 @@ class Storage:
             return
         self.catch_up(ids_M)
         array = self.arrays[name]
-        together = name in (VALUES, kernels.MASTER) and self.schema.master
+        together = name in (VALUES, MASTER) and self.schema.master
         for lane in self._lanes:
             arena = lane.arena
             if not arena.has(name):
                 continue
             rows = rows_MW if lane.has_all(array) else rows_MW[:, self._places(array, arena.blocks)]
             with arena.writing(arena.locate(ids_M)[1]):
-                for written in (VALUES, kernels.MASTER) if together else (name,):
+                for written in (VALUES, MASTER) if together else (name,):
                     paged = arena.paged(written)
                     kernels.scatter_rows(paged, ids_M, rows.to(paged.value_dtype).contiguous())
 
@@ -338,7 +339,7 @@ class Storage:
         for place, head in enumerate(ids_M.tolist()):
             if head in self.heads:
                 rows_MW[place] = self.head_keys[self.heads.index(head)]
-        return rows_MW.view(ids_M.shape[0], -1)
+        return rows_MW.flatten(1)
 
     def _places(self, array: NamedArray, blocks: Blocks) -> Tensor:
         """Where the columns of ``blocks`` stand in a row of all blocks owned: [W of blocks] int64."""

@@ -16,6 +16,7 @@ from mempool.shard.pages.masks import RowPages, cells
 from mempool.shard.pages.named_arrays import HEAD_KEYS
 from mempool.shard.pages.staging import check_pages
 from mempool.shard.pages.storage import Storage
+from mempool.shard.steps.ledger import MAX_ENTRIES
 from mempool.types import ExportLedger, ExportPages, Ledger, LedgerPart, PageBatch, PullPages, PullReport, ShardHost
 
 _PART_BYTES = 256 * 2**10
@@ -23,9 +24,6 @@ _PART_BYTES = 256 * 2**10
 
 _ENTRY_BYTES = 24
 """Of an entry, besides its group's name."""
-
-_MOST_ENTRIES = 2**20
-"""A ledger that says it has more is not taken: far more than any shard keeps."""
 
 
 def export(table: Storage, request: ExportPages, *, version: int) -> PageBatch:
@@ -116,7 +114,7 @@ async def read_ledger(table_id: int, source: ShardHost) -> Ledger:
                 f"the ledger of table {table_id} went from version {head.version} ({head.num_entries:,} entries) to "
                 f"{part.version} ({part.num_entries:,}) while it was read; is the table frozen there?"
             )
-        if len(entries) == before < head.num_entries or not before <= len(entries) <= head.num_entries <= _MOST_ENTRIES:
+        if len(entries) == before < head.num_entries or not before <= len(entries) <= head.num_entries <= MAX_ENTRIES:
             raise Internal(
                 f"the ledger of table {table_id} says that it has {head.num_entries:,} entries; {len(entries):,} came"
             )

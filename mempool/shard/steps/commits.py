@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from mempool import kernels
 from mempool.errors import DataLoss, StepConflict
 from mempool.kernels import OptimizerStep, SortedPairs
 from mempool.shard.pages.storage import Lane, Storage
+from mempool.shard.steps.budget import Budget
 from mempool.shard.steps.held import (
-    AppliedLedger,
-    Budget,
     HeldUpdate,
     HeldUpdates,
     Pairs,
@@ -26,8 +26,9 @@ from mempool.shard.steps.held import (
     Reduction,
     in_canonical_order,
 )
+from mempool.shard.steps.ledger import AppliedLedger
 from mempool.shard.steps.optimizers import optimizer_step, rounding
-from mempool.shard.steps.parts import pairs_bytes, reduce_in_parts
+from mempool.shard.steps.parts import pairs_bytes, reduce_in_parts, reduce_in_smaller_parts
 from mempool.types import CommitRequest, PrepareRequest, StepId
 
 
@@ -36,11 +37,12 @@ def missing(updates: HeldUpdates, step_id: StepId, sequences: Sequence[int]) -> 
     return tuple(sequence for sequence in sorted(sequences) if updates.get(step_id, sequence) is None)
 
 
-def prepare(table: Storage, updates: HeldUpdates, request: PrepareRequest) -> PreparedStep:
+def prepare(table: Storage, updates: HeldUpdates, request: PrepareRequest, *, caller: str = "") -> PreparedStep:
     """Prepare a step of which nothing is missing; a repeat answers what was found the first time.
 
     Raises:
         StepConflict: A later step of the rank is prepared already.
+        Overloaded: There is no room to remember that it is prepared.
     """
     step_id, sequences = request.step_id, tuple(sorted(request.sequences))
     known = updates.prepared_step(step_id)
@@ -58,7 +60,7 @@ def prepare(table: Storage, updates: HeldUpdates, request: PrepareRequest) -> Pr
         finite=norm.finite,
         reductions=reductions,
     )
-    updates.set_prepared(step_id, prepared)
+    updates.set_prepared(step_id, prepared, caller=caller)
     return prepared
 
 
@@ -68,6 +70,7 @@ def commit(table: Storage, updates: HeldUpdates, ledger: AppliedLedger, request:
     Raises:
         StepConflict: The step was not prepared, or with other updates. Nothing was changed.
         DataLoss: A kernel failed when rows may have been written to: what the table holds is not known any more.
+        Exception: What failed before the first row was written, as it was. Nothing was changed.
     """
     step_id, sequences = request.step_id, tuple(sorted(request.sequences))
     prepared = updates.prepared_step(step_id)
@@ -91,13 +94,18 @@ def commit(table: Storage, updates: HeldUpdates, ledger: AppliedLedger, request:
     elif pairs_bytes(table, held) <= updates.budget.commit_room:
         writes = _writes_of_pairs(table, held, step)
     else:
-        writes = _writes_of_sums(table, reduce_in_parts(table, held, updates.budget.commit_room), step)
+        writes = _writes_of_sums(table, reduce_in_smaller_parts(table, held, updates.budget.commit_room), step)
+    begun = 0
     try:
-        for write in writes:
+        for write in writes:  # which sums what it writes
+            begun += 1
             write()
         if table.schedule is not None:
             table.schedule.append(request.lr)
     except Exception as error:
+        # On a GPU memory is taken before the kernel that writes is launched.
+        if begun == 0 or (begun == 1 and isinstance(error, torch.OutOfMemoryError)):
+            raise
         table.lose_all()
         raise DataLoss(
             f"step {step_id.step} of group {step_id.group!r} failed half way on table {table.schema.name!r} "

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from mempool.shard.steps.budget import ENTRY_BYTES, tensors_bytes
 from mempool.types.bags import Bags
 
 
@@ -16,21 +17,28 @@ class _Context:
     table_id: int
     epoch: int
     bags: Bags
+    num_bytes: int
     expires_s: float
+
+
+def context_bytes(bags: Bags) -> int:
+    """What it costs to remember these."""
+    return ENTRY_BYTES + tensors_bytes((bags.ids, bags.weights, bags.offsets))
 
 
 class Contexts:
     """Contexts of all tables of a shard, by lookup id. Not thread-safe: used by the engine's thread only.
 
     Args:
-        budget_bytes: When more is remembered, the oldest are forgotten; one larger than the budget is never remembered.
+        room: Bytes that may be remembered, asked for whenever more is: the oldest are then forgotten, and one that is
+            larger than all of it is never remembered.
         lease_s: A context older than this is forgotten.
         clock: Seconds, monotonic; replaced in tests.
     """
 
-    def __init__(self, *, budget_bytes: int, lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, *, room: Callable[[], int], lease_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.num_bytes = 0
-        self._budget_bytes = budget_bytes
+        self._room = room
         self._lease_s = lease_s
         self._clock = clock
         self._contexts: OrderedDict[int, _Context] = OrderedDict()
@@ -41,21 +49,20 @@ class Contexts:
     def remember(self, lookup_id: int, *, table_id: int, epoch: int, bags: Bags) -> None:
         """Keep ``bags``, whose tensors nobody else may write to. A repeated lookup replaces the earlier one."""
         self._forget(lookup_id)
-        now = self._clock()
-        self.expire(now)
-        if bags.num_bytes > self._budget_bytes:
+        self.expire()
+        num_bytes, room = context_bytes(bags), self._room()
+        if num_bytes > room:
             return
-        while self.num_bytes + bags.num_bytes > self._budget_bytes:
-            self._forget(next(iter(self._contexts)))
-        self._contexts[lookup_id] = _Context(table_id, epoch, bags, now + self._lease_s)
-        self.num_bytes += bags.num_bytes
+        self._forget_beyond(room - num_bytes)
+        self._contexts[lookup_id] = _Context(table_id, epoch, bags, num_bytes, self._clock() + self._lease_s)
+        self.num_bytes += num_bytes
 
     def recall(self, lookup_id: int, *, table_id: int, epoch: int) -> Bags | None:
         """The bags of a lookup of that table and epoch; None if they are not remembered.
 
         Another epoch is another routing of pairs to shards: ids of an older one would not fit the client's gradients.
         """
-        self.expire(self._clock())
+        self.expire()
         context = self._contexts.get(lookup_id)
         if context is None or context.table_id != table_id or context.epoch != epoch:
             return None
@@ -70,15 +77,24 @@ class Contexts:
         """Forget all of one table."""
         self.release([key for key, context in self._contexts.items() if context.table_id == table_id])
 
-    def expire(self, now_s: float) -> None:
+    def give_way(self) -> None:
+        """Forget the oldest where others have taken the room."""
+        self._forget_beyond(self._room())
+
+    def expire(self) -> None:
         """Forget those whose lease is over. The order of insertion is the order of expiry, as all leases are equal."""
+        now_s = self._clock()
         while self._contexts:
             lookup_id, context = next(iter(self._contexts.items()))
             if context.expires_s > now_s:
                 return
             self._forget(lookup_id)
 
+    def _forget_beyond(self, num_bytes: int) -> None:
+        while self._contexts and self.num_bytes > num_bytes:
+            self._forget(next(iter(self._contexts)))
+
     def _forget(self, lookup_id: int) -> None:
         context = self._contexts.pop(lookup_id, None)
         if context is not None:
-            self.num_bytes -= context.bags.num_bytes
+            self.num_bytes -= context.num_bytes

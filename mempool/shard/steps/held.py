@@ -1,27 +1,24 @@
-"""Updates held until their step is decided, the steps that are prepared, and the ledger of what was applied.
+"""Updates held until their step is decided, and the steps that are prepared, each with the rank that they belong to.
 
-Values only: arithmetic on tables is in ``commits``.
+Values only: arithmetic on tables is in ``commits``, who may hold how much in ``budget``.
 """
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from mempool.errors import RequestTooLarge
+from mempool.errors import MempoolError
 from mempool.kernels import SortedPairs
 from mempool.shard.pages.storage import Lane
-from mempool.types import Ledger, StepId
+from mempool.shard.steps.budget import ENTRY_BYTES, TENSOR_BYTES, Budget, numbers_bytes, tensors_bytes, text_bytes
+from mempool.types import StepId
 from mempool.types.bags import Bags
 
 Rank = tuple[str, int]
-
-_MAX_LEDGER_ENTRIES = 16_384
-"""Every client that ever committed leaves an entry, and the ledger goes with every move of pages. An entry is needed
-only while its client may repeat its newest commit; so many other clients do not come in between."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +30,9 @@ class HeldUpdate:
 
     @property
     def num_bytes(self) -> int:
-        return self.bags.num_bytes + self.grads.nbytes
+        """What it costs to hold it."""
+        bags = self.bags
+        return ENTRY_BYTES + tensors_bytes((bags.ids, bags.weights, bags.offsets, self.grads))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +47,21 @@ class Pairs:
 
 @dataclass(frozen=True, slots=True)
 class Reduction:
-    """One arena's gradient, summed per distinct row: [U, W of the arena] float32."""
+    """One arena's gradient, summed per distinct row: [U, W of the arena] float32.
+
+    Attributes:
+        reached: Of a step in parts: the lane's number, and the slot that the parts up to this one reach to.
+    """
 
     lane: Lane
     pairs: SortedPairs
     sums: Tensor
+    reached: tuple[int, int] = (0, 0)
 
     @classmethod
-    def of(cls, lane: Lane, pairs: SortedPairs, sums: Tensor) -> "Reduction":
+    def of(cls, lane: Lane, pairs: SortedPairs, sums: Tensor, *, reached: tuple[int, int] = (0, 0)) -> "Reduction":
         """Without the order of the pairs, which is as long as the batch: the optimizer needs the rows alone."""
-        return cls(lane, replace(pairs, order=pairs.order[:0].clone()), sums)
+        return cls(lane, replace(pairs, order=pairs.order[:0].clone()), sums, reached)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,9 +76,17 @@ class PreparedStep:
     reductions: tuple[Reduction, ...] | None
 
     @property
+    def kept_bytes(self) -> int:
+        """Bytes of sums kept for the commit."""
+        return sum(
+            reduction.sums.nbytes + reduction.pairs.rows.nbytes * 3 + 5 * TENSOR_BYTES
+            for reduction in self.reductions or ()
+        )
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes kept for the commit."""
-        return sum(reduction.sums.nbytes + reduction.pairs.rows.nbytes * 3 for reduction in self.reductions or ())
+        """What it costs besides its sums."""
+        return ENTRY_BYTES + numbers_bytes(len(self.sequences))
 
     def is_of(self, step_id: StepId, sequences: tuple[int, ...]) -> bool:
         """Whether it is that step, of these updates (ascending)."""
@@ -83,56 +95,28 @@ class PreparedStep:
 
 @dataclass(slots=True)
 class RankUpdates:
-    """What one rank of a group has on this shard of one table."""
+    """What one rank of a group has on this shard of one table.
 
-    updates: dict[tuple[int, int], HeldUpdate] = field(default_factory=dict)
+    Attributes:
+        owner: Who answers for the bytes: the connection that brought the first of them, else the rank.
+        updates: By step, then sequence.
+        num_bytes: Of all of it but the sums that ``prepared`` keeps.
+    """
+
+    owner: str
+    num_bytes: int
+    updates: dict[int, dict[int, HeldUpdate]] = field(default_factory=dict)
     prepared: PreparedStep | None = None
     touched_s: float = 0.0
 
 
-class Budget:
-    """Bytes held on a shard, over all tables, and those that preparing and committing steps may take besides.
-
-    Attributes:
-        holders: Those who hold them; gone with their tables.
-    """
-
-    def __init__(self, limit_bytes: int, *, commit_bytes: int = 256 * 2**20) -> None:
-        self.limit_bytes = limit_bytes
-        self.commit_bytes = commit_bytes
-        self.num_bytes = 0
-        self.holders: WeakSet[HeldUpdates] = WeakSet()
-
-    @property
-    def commit_room(self) -> int:
-        """What a Prepare or Commit may take now: all but what prepared steps keep. At least half of it."""
-        return self.commit_bytes - self._kept_bytes
-
-    @property
-    def kept_room(self) -> int:
-        """What a prepared step may keep for its commit."""
-        return self.commit_bytes // 2 - self._kept_bytes
-
-    @property
-    def _kept_bytes(self) -> int:
-        return sum(step.num_bytes for holder in self.holders for _, step in holder.prepared())
-
-    def make_room(self, num_bytes: int) -> bool:
-        """Whether so much more fits, once dead ranks of whatever table have left where it does not."""
-        if self.num_bytes + num_bytes > self.limit_bytes:
-            for holder in self.holders:
-                holder.expire()
-        return self.num_bytes + num_bytes <= self.limit_bytes
-
-
 class HeldUpdates:
-    """Held updates of one table, by (group, rank), then (step, sequence).
+    """Held updates of one table, by (group, rank), then step and sequence.
 
     Args:
         budget: Shared by the tables of a shard.
-        lease_s: A rank that said nothing for longer is taken for dead where it stands in others' way: when the budget
-            is used up, or when its prepared step holds off a freeze. Dropping updates is safe: Prepare reports them
-            missing and a client that lives sends them again.
+        lease_s: A rank that said nothing for longer is taken for dead: what it holds is dropped. That is safe: Prepare
+            reports what is missing, and a Commit that it is not prepared; a client that lives sends them again.
         clock: Seconds, monotonic; replaced in tests.
     """
 
@@ -141,99 +125,162 @@ class HeldUpdates:
         budget.holders.add(self)
         self._lease_s = lease_s
         self._clock = clock
-        self._sessions: dict[Rank, RankUpdates] = {}
+        self._count = 0
+        self._ranks: OrderedDict[Rank, RankUpdates] = OrderedDict()  # those that were silent longest come first
+        self._prepared: dict[Rank, PreparedStep] = {}
 
     def __len__(self) -> int:
-        return sum(len(session.updates) for session in self._sessions.values())
+        return self._count
 
     def touch(self, step_id: StepId) -> None:
         """The rank is alive."""
-        session = self._sessions.get((step_id.group, step_id.rank))
-        if session is not None:
-            session.touched_s = self._clock()
+        rank = step_id.group, step_id.rank
+        found = self._ranks.get(rank)
+        if found is not None:
+            found.touched_s = self._clock()
+            self._ranks.move_to_end(rank)
 
     def get(self, step_id: StepId, sequence: int) -> HeldUpdate | None:
         """The update of that step and sequence, if it is held."""
-        session = self._sessions.get((step_id.group, step_id.rank))
-        return session.updates.get((step_id.step, sequence)) if session else None
+        found = self._ranks.get((step_id.group, step_id.rank))
+        return found.updates.get(step_id.step, {}).get(sequence) if found else None
 
-    def hold(self, step_id: StepId, sequence: int, update: HeldUpdate) -> None:
-        """Hold an update that is not held yet.
+    def hold(self, step_id: StepId, sequence: int, update: HeldUpdate, *, caller: str = "") -> None:
+        """Hold an update that is not held yet. caller: the connection that brought it, "" for this process itself.
 
         Raises:
-            RequestTooLarge: The shard holds too much already.
+            RequestTooLarge: Its owner holds more than one may.
+            Overloaded: There is no room beside what others hold.
         """
-        if not self.budget.make_room(update.num_bytes):
-            raise RequestTooLarge(
-                f"an update of {update.num_bytes:,} bytes does not fit: this shard holds {self.budget.num_bytes:,} "
-                f"bytes of updates that were not committed, and may hold {self.budget.limit_bytes:,}; commit more "
-                "often (fewer lookups per step), discard what is not wanted (zero_grad), or use more shards"
-            )
-        self._session(step_id).updates[step_id.step, sequence] = update
-        self.budget.num_bytes += update.num_bytes
+        found = self._admitted(step_id, update.num_bytes, caller, "an update")
+        found.updates.setdefault(step_id.step, {})[sequence] = update
+        self._count += 1
+        self._add(found, update.num_bytes)
 
     def prepared(self) -> Iterator[tuple[Rank, PreparedStep]]:
         """All steps that are prepared and not decided."""
-        for rank, session in self._sessions.items():
-            if session.prepared is not None:
-                yield rank, session.prepared
+        yield from self._prepared.items()
+
+    @property
+    def any_prepared(self) -> bool:
+        """Whether there is a step that is prepared and not decided."""
+        return bool(self._prepared)
 
     def prepared_step(self, step_id: StepId) -> PreparedStep | None:
         """The step of that rank that is prepared, whichever it is."""
-        session = self._sessions.get((step_id.group, step_id.rank))
-        return session.prepared if session is not None else None
+        return self._prepared.get((step_id.group, step_id.rank))
 
-    def set_prepared(self, step_id: StepId, prepared: PreparedStep) -> None:
-        """The step is prepared, in place of what its rank had prepared before."""
-        self._session(step_id).prepared = prepared
+    def set_prepared(self, step_id: StepId, prepared: PreparedStep, *, caller: str = "") -> None:
+        """The step is prepared, in place of what its rank had prepared before. Raises as ``hold`` does."""
+        found = self._admitted(step_id, prepared.num_bytes, caller, "a prepared step")
+        self._end_prepare(found, step_id)
+        found.prepared = self._prepared[step_id.group, step_id.rank] = prepared
+        self.budget.kept_bytes += prepared.kept_bytes
+        self._add(found, prepared.num_bytes)
 
     def give_up_older(self, step_id: StepId) -> None:
         """End the Prepare of an earlier step: a rank decides its steps in order, so this one's Discard was lost."""
         prepared = self.prepared_step(step_id)
         if prepared is not None and prepared.step < step_id.step:
-            self._session(step_id).prepared = None
+            self._end_prepare(self._ranks[step_id.group, step_id.rank], step_id)
 
     def discard(self, step_id: StepId) -> int:
         """Drop what is held of one step. Returns how many updates that were."""
-        session = self._sessions.get((step_id.group, step_id.rank))
-        if session is None:
+        found = self._ranks.get((step_id.group, step_id.rank))
+        if found is None:
             return 0
-        if session.prepared is not None and session.prepared.step == step_id.step:
-            session.prepared = None
-        return self._drop(session, lambda step: step == step_id.step)
+        self.touch(step_id)
+        if found.prepared is not None and found.prepared.step == step_id.step:
+            self._end_prepare(found, step_id)
+        dropped = self._drop_step(found, step_id.step)
+        self._forget_empty(found, step_id)
+        return dropped
 
     def decided(self, step_id: StepId) -> None:
         """A step was applied: drop it, and older ones that its rank left behind."""
-        session = self._session(step_id)
-        session.prepared = None
-        self._drop(session, lambda step: step <= step_id.step)
-        if not session.updates:
-            del self._sessions[step_id.group, step_id.rank]
+        found = self._ranks.get((step_id.group, step_id.rank))
+        if found is None:
+            return
+        self.touch(step_id)
+        self._end_prepare(found, step_id)
+        for step in [step for step in found.updates if step <= step_id.step]:
+            self._drop_step(found, step)
+        self._forget_empty(found, step_id)
 
     def clear(self) -> None:
         """Drop everything."""
-        for session in self._sessions.values():
-            self._drop(session, lambda _: True)
-        self._sessions.clear()
+        for rank in list(self._ranks):
+            self._forget(rank)
 
     def expire(self) -> None:
         """Drop what ranks hold that said nothing for longer than the lease."""
         now = self._clock()
-        for rank, session in list(self._sessions.items()):
-            if now - session.touched_s > self._lease_s:
-                self._drop(session, lambda _: True)
-                del self._sessions[rank]
+        while self._ranks:
+            rank, found = next(iter(self._ranks.items()))
+            if now - found.touched_s <= self._lease_s:
+                return
+            self._forget(rank)
 
-    def _session(self, step_id: StepId) -> RankUpdates:
-        session = self._sessions.setdefault((step_id.group, step_id.rank), RankUpdates())
-        session.touched_s = self._clock()
-        return session
+    def _admitted(self, step_id: StepId, num_bytes: int, caller: str, what: str) -> RankUpdates:
+        """The rank's entry, once so much more of it has room."""
+        rank = step_id.group, step_id.rank
+        refusal = self._refusal(rank, num_bytes, caller, what)
+        if refusal is not None:
+            for holder in self.budget.holders:  # the dead of whatever table make room
+                holder.expire()
+            refusal = self._refusal(rank, num_bytes, caller, what)
+        if refusal is not None:
+            raise refusal
+        found = self._ranks.get(rank)
+        if found is None:
+            found = self._ranks[rank] = RankUpdates(owner=_owner(rank, caller), num_bytes=0)
+            self._add(found, _rank_bytes(rank))
+        self.touch(step_id)
+        return found
 
-    def _drop(self, session: RankUpdates, unwanted: Callable[[int], bool]) -> int:
-        keys = [key for key in session.updates if unwanted(key[0])]
-        for key in keys:
-            self.budget.num_bytes -= session.updates.pop(key).num_bytes
-        return len(keys)
+    def _refusal(self, rank: Rank, num_bytes: int, caller: str, what: str) -> MempoolError | None:
+        found = self._ranks.get(rank)
+        if found is None:
+            return self.budget.refusal(_owner(rank, caller), num_bytes + _rank_bytes(rank), what)
+        return self.budget.refusal(found.owner, num_bytes, what)
+
+    def _add(self, found: RankUpdates, num_bytes: int) -> None:
+        found.num_bytes += num_bytes
+        self.budget.hold(found.owner, num_bytes)
+
+    def _end_prepare(self, found: RankUpdates, step_id: StepId) -> None:
+        prepared = found.prepared
+        if prepared is not None:
+            found.prepared = None
+            del self._prepared[step_id.group, step_id.rank]
+            self.budget.kept_bytes -= prepared.kept_bytes
+            self._add(found, -prepared.num_bytes)
+
+    def _drop_step(self, found: RankUpdates, step: int) -> int:
+        dropped = found.updates.pop(step, {})
+        self._count -= len(dropped)
+        self._add(found, -sum(update.num_bytes for update in dropped.values()))
+        return len(dropped)
+
+    def _forget_empty(self, found: RankUpdates, step_id: StepId) -> None:
+        if not found.updates and found.prepared is None:
+            self._forget((step_id.group, step_id.rank))
+
+    def _forget(self, rank: Rank) -> None:
+        found = self._ranks.pop(rank)
+        prepared = self._prepared.pop(rank, None)
+        if prepared is not None:
+            self.budget.kept_bytes -= prepared.kept_bytes
+        self._count -= sum(len(updates) for updates in found.updates.values())
+        self.budget.hold(found.owner, -found.num_bytes)
+
+
+def _owner(rank: Rank, caller: str) -> str:
+    return caller or f"rank {rank[1]} of group {rank[0]!r}"
+
+
+def _rank_bytes(rank: Rank) -> int:
+    return 2 * ENTRY_BYTES + text_bytes(rank[0])
 
 
 def in_canonical_order(updates: Sequence[HeldUpdate], *, width: int, device: torch.device) -> Pairs:
@@ -263,42 +310,3 @@ def in_canonical_order(updates: Sequence[HeldUpdate], *, width: int, device: tor
 def _weights(bags: Bags) -> Tensor:
     ones = torch.ones(bags.ids.shape[0], dtype=torch.float32, device=bags.ids.device)
     return ones if bags.weights is None else bags.weights
-
-
-class AppliedLedger:
-    """What was applied to a table's pages here. Of very many ranks, those that committed last are remembered."""
-
-    def __init__(self, ledger: Ledger | None) -> None:
-        ledger = ledger or Ledger()
-        self.version = ledger.version
-        self.updates_applied = ledger.updates_applied
-        self._entries = dict(ledger.entries)
-
-    def has(self, step_id: StepId) -> bool:
-        """Whether that step, or a later one of its rank, was applied."""
-        applied = self._entries.get((step_id.group, step_id.rank))
-        return applied is not None and step_id.step <= applied
-
-    def add(self, step_id: StepId, sequences: tuple[int, ...]) -> None:
-        """A step was applied."""
-        self.version += 1
-        self.updates_applied += len(sequences)
-        rank = step_id.group, step_id.rank
-        self._entries.pop(rank, None)  # so that the order is that of the newest commits
-        self._entries[rank] = step_id.step
-        if len(self._entries) > _MAX_LEDGER_ENTRIES:
-            del self._entries[next(iter(self._entries))]
-
-    def adopt(self, ledger: Ledger | None) -> bool:
-        """Take over the ledger that came with pages, where it is ahead: a shard that owned nothing got no commits.
-
-        Returns:
-            Whether it was ahead.
-        """
-        ahead = ledger is not None and ledger.version > self.version
-        if ahead:
-            self.__init__(ledger)  # type: ignore[misc]
-        return ahead
-
-    def snapshot(self) -> Ledger:
-        return Ledger(version=self.version, updates_applied=self.updates_applied, entries=dict(self._entries))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mempool import kernels
 from mempool.shard.pages.storage import Lane, Storage
+from mempool.shard.steps.budget import out_of_memory
 from mempool.shard.steps.held import HeldUpdate, Pairs, Reduction
 
 SORT_BYTES = 64
@@ -23,6 +24,7 @@ SORTED_BYTES = 32
 _SCANNED_BYTES = 24  # of a pair of which it is found whether its slot lies in a range: masks, its position
 _PICKED_BYTES = 48  # of a pair in that range: position, id, weight, bag, and their copies while they are joined
 _BUCKETS = 4096
+_LEAST_ROOM = 2**16
 
 
 def pairs_bytes(table: Storage, updates: Sequence[HeldUpdate]) -> int:
@@ -38,7 +40,9 @@ def pairs_bytes(table: Storage, updates: Sequence[HeldUpdate]) -> int:
     )
 
 
-def reduce_in_parts(table: Storage, updates: Sequence[HeldUpdate], room_bytes: int) -> Iterator[Reduction]:
+def reduce_in_parts(
+    table: Storage, updates: Sequence[HeldUpdate], room_bytes: int, *, reached: tuple[int, int] = (0, 0)
+) -> Iterator[Reduction]:
     """The sums of all rows of a step, range after range.
 
     Args:
@@ -47,8 +51,11 @@ def reduce_in_parts(table: Storage, updates: Sequence[HeldUpdate], room_bytes: i
         room_bytes: What this may take, with what the optimizer needs besides for one part. RUN_PIECE pairs are taken at
             once in any case: 150 KiB, and where gradients have to be picked out (of several updates, or for an arena of
             some of the columns) 8 KiB for each column.
+        reached: Where to go on after an earlier part (``Reduction.reached``), perhaps with another room.
     """
-    for lane in table.lanes:
+    for number, lane in enumerate(table.lanes):
+        if number < reached[0]:
+            continue
         width = lane.arena.width
         picks_gradients = len(updates) > 1 or lane.columns is not None
         pair_bytes = _PICKED_BYTES + SORTED_BYTES + SORT_BYTES + _scratch_bytes(table, width)
@@ -56,13 +63,33 @@ def reduce_in_parts(table: Storage, updates: Sequence[HeldUpdate], room_bytes: i
         max_pairs = max(1, room_bytes // 2 // pair_bytes // kernels.RUN_PIECE) * kernels.RUN_PIECE
         max_rows = max(1, room_bytes // 4 // (4 * width + _missed_bytes(table)))
         scanned = max(_BUCKETS, room_bytes // 8 // _SCANNED_BYTES)
-        ranges = _ranges(updates, 0, table.schema.num_slots, max_pairs=max_pairs, max_rows=max_rows, scanned=scanned)
+        begin = reached[1] if number == reached[0] else 0
+        if begin >= table.schema.num_slots:
+            continue
+        ranges = _ranges(
+            updates, begin, table.schema.num_slots, max_pairs=max_pairs, max_rows=max_rows, scanned=scanned
+        )
         for first, end in ranges:
             parts = _parts(updates, first, end, num_pairs=max_pairs, scanned=scanned)
-            reduction = _summed(lane, _joined(lane, next(parts)))
+            reduction = _summed(lane, _joined(lane, next(parts)), reached=(number, end))
             for part in parts:  # there are more where the range is one slot
                 _add(lane, _joined(lane, part), reduction.sums)
             yield reduction
+
+
+def reduce_in_smaller_parts(table: Storage, updates: Sequence[HeldUpdate], room_bytes: int) -> Iterator[Reduction]:
+    """As ``reduce_in_parts``; where there is no memory for a part after all, it goes on with smaller ones."""
+    reached = 0, 0
+    while True:
+        try:
+            for reduction in reduce_in_parts(table, updates, room_bytes, reached=reached):
+                reached = reduction.reached
+                yield reduction
+            return
+        except Exception as error:
+            if not out_of_memory(error) or room_bytes <= _LEAST_ROOM:
+                raise
+            room_bytes //= 4
 
 
 def _scratch_bytes(table: Storage, width: int) -> int:
@@ -136,9 +163,10 @@ def _joined(lane: Lane, part: list[tuple[HeldUpdate, Tensor]]) -> Pairs:
     return Pairs(torch.cat(ids), torch.cat(weights) if weighted else None, torch.cat(bags), torch.cat(grads))
 
 
-def _summed(lane: Lane, pairs: Pairs) -> Reduction:
+def _summed(lane: Lane, pairs: Pairs, *, reached: tuple[int, int]) -> Reduction:
     in_order = kernels.sort_pairs(lane.arena.paged(), pairs.ids)
-    return Reduction.of(lane, in_order, kernels.segment_sum(in_order, pairs.weights, pairs.bags, pairs.grads))
+    sums = kernels.segment_sum(in_order, pairs.weights, pairs.bags, pairs.grads)
+    return Reduction.of(lane, in_order, sums, reached=reached)
 
 
 def _add(lane: Lane, pairs: Pairs, sums: Tensor) -> None:

@@ -79,6 +79,7 @@ class _Call:
 
 _lock = threading.Lock()
 _current: IoLoop | None = None
+_started: set[Future[Any]] = set()
 
 
 def io_loop() -> asyncio.AbstractEventLoop:
@@ -129,6 +130,20 @@ def run(coro: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
         if not io.ended and (future is None or not future.done()):
             io.loop.call_soon_threadsafe(call.cancel)
         raise
+
+
+def start(coro: Coroutine[Any, Any, object]) -> None:
+    """Runs a coroutine on the IO loop without waiting for it, from any thread and at any moment (finalizers).
+
+    Nothing is run where there is no loop any more: what the coroutine would end has ended then.
+    """
+    io = _current
+    if io is None or io.ended or io.pid != os.getpid():
+        coro.close()
+        return
+    future = asyncio.run_coroutine_threadsafe(coro, io.loop)
+    _started.add(future)
+    future.add_done_callback(_started.discard)
 
 
 def _io_loop() -> IoLoop:

@@ -754,8 +754,9 @@ class ReadRowsRequest(_message.Message):
     ARRAY_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
     array: _builtins.str
-    """"values", "keys", the name of an optimizer state, "master" (float32 values of a table that keeps them) or "scales" (of
-    values of one byte an element).
+    """"values", "keys", or what belongs to a trainable array, named "<array>.<what>": optimizer state by torch's names
+    ("values.sum", "values.exp_avg"), "values.master" (float32 values of a table that keeps them), "values.scales" (of
+    values of one byte an element), "values.last_step" (of a dense optimizer).
     """
     @_builtins.property
     def envelope(self) -> Global___Envelope:
@@ -831,7 +832,7 @@ class WriteRowsRequest(_message.Message):
     IDS_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     array: _builtins.str
-    """"values", "keys", "master", or the name of an optimizer state but "last_step". Values and their master are written
+    """As in ReadRows, but for "values.scales" and "values.last_step". Values and their master are written
     together: the stored values are rounded to nearest, with new scales where there are any.
     """
     @_builtins.property

@@ -77,6 +77,10 @@ class _ErrorCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorCode.V
     """FAILED_PRECONDITION. The shard does not remember the lookup of this Update (evicted, expired, restarted, page moved).
     Send the same Update again with ids, weights and offsets.
     """
+    ERROR_CODE_OVERLOADED: _ErrorCode.ValueType  # 15
+    """RESOURCE_EXHAUSTED. The shard has more to do, or holds more for its clients, than it can take just now. Nothing was
+    changed. Send the same message again after `retry_after_s`, with growing pauses, until your own deadline.
+    """
 
 class ErrorCode(_ErrorCode, metaclass=_ErrorCodeEnumTypeWrapper):
     """What went wrong, and what the caller does about it. Numbers are never reused."""
@@ -125,6 +129,10 @@ ERROR_CODE_CONTEXT_MISSING: ErrorCode.ValueType  # 14
 """FAILED_PRECONDITION. The shard does not remember the lookup of this Update (evicted, expired, restarted, page moved).
 Send the same Update again with ids, weights and offsets.
 """
+ERROR_CODE_OVERLOADED: ErrorCode.ValueType  # 15
+"""RESOURCE_EXHAUSTED. The shard has more to do, or holds more for its clients, than it can take just now. Nothing was
+changed. Send the same message again after `retry_after_s`, with growing pauses, until your own deadline.
+"""
 Global___ErrorCode: _TypeAlias = ErrorCode  # noqa: Y015
 
 @_typing.final
@@ -137,6 +145,7 @@ class ErrorDetail(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     SHARD_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_S_FIELD_NUMBER: _builtins.int
     code: Global___ErrorCode.ValueType
     """What went wrong."""
     message: _builtins.str
@@ -145,6 +154,8 @@ class ErrorDetail(_message.Message):
     """The shard that raised the error, where one did."""
     address: _builtins.str
     """The address of the peer that was spoken to when the error arose, where that was not the server itself."""
+    retry_after_s: _builtins.float
+    """Of ERROR_CODE_OVERLOADED: seconds after which to try again."""
     def __init__(
         self,
         *,
@@ -152,17 +163,22 @@ class ErrorDetail(_message.Message):
         message: _builtins.str = ...,
         shard: _builtins.int | None = ...,
         address: _builtins.str | None = ...,
+        retry_after_s: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_address", b"_address", "_shard", b"_shard", "address", b"address", "shard", b"shard"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_address", b"_address", "_retry_after_s", b"_retry_after_s", "_shard", b"_shard", "address", b"address", "retry_after_s", b"retry_after_s", "shard", b"shard"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_address", b"_address", "_shard", b"_shard", "address", b"address", "code", b"code", "message", b"message", "shard", b"shard"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_address", b"_address", "_retry_after_s", b"_retry_after_s", "_shard", b"_shard", "address", b"address", "code", b"code", "message", b"message", "retry_after_s", b"retry_after_s", "shard", b"shard"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__address: _TypeAlias = _typing.Literal["address"]  # noqa: Y015
     _WhichOneofArgType__address: _TypeAlias = _typing.Literal["_address", b"_address"]  # noqa: Y015
+    _WhichOneofReturnType__retry_after_s: _TypeAlias = _typing.Literal["retry_after_s"]  # noqa: Y015
+    _WhichOneofArgType__retry_after_s: _TypeAlias = _typing.Literal["_retry_after_s", b"_retry_after_s"]  # noqa: Y015
     _WhichOneofReturnType__shard: _TypeAlias = _typing.Literal["shard"]  # noqa: Y015
     _WhichOneofArgType__shard: _TypeAlias = _typing.Literal["_shard", b"_shard"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__address) -> _WhichOneofReturnType__address | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__retry_after_s) -> _WhichOneofReturnType__retry_after_s | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__shard) -> _WhichOneofReturnType__shard | None: ...
 

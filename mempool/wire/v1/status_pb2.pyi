@@ -154,6 +154,12 @@ class ShardStatus(_message.Message):
     UPTIME_S_FIELD_NUMBER: _builtins.int
     TABLES_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
+    HELD_BYTES_FIELD_NUMBER: _builtins.int
+    QUEUED_BYTES_FIELD_NUMBER: _builtins.int
+    QUEUED_CALLS_FIELD_NUMBER: _builtins.int
+    KEPT_BYTES_FIELD_NUMBER: _builtins.int
+    CLIENT_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    PAGE_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     state: Global___ShardState.ValueType
     """Whether it serves."""
     device: _builtins.str
@@ -161,9 +167,21 @@ class ShardStatus(_message.Message):
     num_bytes: _builtins.int
     """Bytes of all pages."""
     context_bytes: _builtins.int
-    """Bytes of remembered lookups and held updates."""
+    """Bytes of remembered lookups."""
     uptime_s: _builtins.float
     """Seconds since its start."""
+    held_bytes: _builtins.int
+    """Bytes of held updates, and of what is known of their ranks."""
+    queued_bytes: _builtins.int
+    """Bytes of calls that wait or are being answered."""
+    queued_calls: _builtins.int
+    """How many these calls are."""
+    kept_bytes: _builtins.int
+    """Bytes of sums that prepared steps keep for their commit."""
+    client_limit_bytes: _builtins.int
+    """What remembered lookups, held updates and calls may have together."""
+    page_limit_bytes: _builtins.int
+    """What pages may have; 0: as much as the device has."""
     @_builtins.property
     def info(self) -> _table_pb2.ShardInfo:
         """Which, and where."""
@@ -187,10 +205,16 @@ class ShardStatus(_message.Message):
         uptime_s: _builtins.float = ...,
         tables: _abc.Iterable[Global___TableStatus] | None = ...,
         stages: _abc.Iterable[Global___StageTime] | None = ...,
+        held_bytes: _builtins.int = ...,
+        queued_bytes: _builtins.int = ...,
+        queued_calls: _builtins.int = ...,
+        kept_bytes: _builtins.int = ...,
+        client_limit_bytes: _builtins.int = ...,
+        page_limit_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_bytes", b"context_bytes", "device", b"device", "info", b"info", "num_bytes", b"num_bytes", "stages", b"stages", "state", b"state", "tables", b"tables", "uptime_s", b"uptime_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_limit_bytes", b"client_limit_bytes", "context_bytes", b"context_bytes", "device", b"device", "held_bytes", b"held_bytes", "info", b"info", "kept_bytes", b"kept_bytes", "num_bytes", b"num_bytes", "page_limit_bytes", b"page_limit_bytes", "queued_bytes", b"queued_bytes", "queued_calls", b"queued_calls", "stages", b"stages", "state", b"state", "tables", b"tables", "uptime_s", b"uptime_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

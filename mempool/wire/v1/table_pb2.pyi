@@ -308,7 +308,7 @@ class TableSchema(_message.Message):
     rounding: Global___Rounding.ValueType
     """How a step's results are rounded to dtype."""
     master: _builtins.bool
-    """Keep float32 values (the array "master") beside the stored ones; steps are made on them."""
+    """Keep float32 values (the array "values.master") beside the stored ones; steps are made on them."""
     @_builtins.property
     def optimizer(self) -> Global___OptimizerSpec:
         """What applies updates."""

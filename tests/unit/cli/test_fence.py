@@ -9,11 +9,11 @@ from mempool.cli.app import app
 
 COMMANDS = {
     "": ["--version"],
-    "up": ["--file", "-f"],
-    "status": ["--address", "--file", "--json", "-f"],
-    "apply": ["--address", "--dry-run", "--file", "--json", "-f"],
-    "scale": ["--address", "--file", "--shards", "-f"],
-    "down": ["--pool"],
+    "up": ["--file", "--timeout", "-f"],
+    "status": ["--address", "--file", "--json", "--pool", "-f"],
+    "apply": ["--address", "--dry-run", "--file", "--json", "--pool", "-f"],
+    "scale": ["--address", "--file", "--pool", "--shards", "-f"],
+    "down": ["--address", "--file", "--pool", "-f"],
     "bench": [],
     "bench kernels": ["--device", "--json", "--only", "--out", "--plot", "--quick", "--rounds"],
 }

@@ -15,15 +15,15 @@ def test_module_runs_the_command() -> None:
     assert done.stdout.strip() == mempool.__version__
 
 
-@pytest.mark.parametrize("package", ["typer", "rich"])
-def test_missing_packages_are_named(package: str) -> None:
+@pytest.mark.parametrize(("package", "command"), [("typer", "status"), ("rich", "up"), ("yaml", "status")])
+def test_missing_packages_are_named(package: str, command: str) -> None:
     code = f"import sys; sys.modules[{package!r}] = None; from mempool.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code, "status", "-f", "none.yaml"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, command, "-f", __file__], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert f"needs the package {package!r}" in done.stderr
+    assert f"needs the package {package!r}" in done.stderr or "needs PyYAML" in done.stderr
     assert "pip install 'mempool[server]'" in done.stderr
 
 

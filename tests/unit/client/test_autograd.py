@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from mempool.client import Pool, Table
 
 from .fakes import FakePool, Fault
-from .test_router import COLUMNS, LAYOUTS
+from .routing.test_router import COLUMNS, LAYOUTS
 
 LR = 0.5
 

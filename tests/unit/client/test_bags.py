@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mempool.client.bags import checked_bags, checked_rows, own_copy
+from mempool.client.bags import checked_bags, own_copy
 from mempool.errors import InvalidRequest
 
 
@@ -100,11 +100,3 @@ def test_mistakes_are_named_with_value_and_position(ids: object, weights: object
         check(ids, weights, offsets)
     assert text in str(raised.value)
     assert "facts" in str(raised.value)
-
-
-def test_rows_are_named_by_a_vector_in_range() -> None:
-    assert checked_rows(torch.tensor([3, 3, 99]), num_slots=100, table="facts").tolist() == [3, 3, 99]
-    with pytest.raises(InvalidRequest, match=r"ids has shape \[1, 1\]; rows are named by ids \[M\]"):
-        checked_rows(torch.tensor([[3]]), num_slots=100, table="facts")
-    with pytest.raises(InvalidRequest, match=r"ids\[1\] = 4 is outside table 'facts': it has 4 heads, 0 to 3"):
-        checked_rows(torch.tensor([3, 4]), num_slots=4, table="facts", what="heads")

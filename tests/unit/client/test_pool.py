@@ -11,7 +11,7 @@ from mempool.errors import AlreadyExists, InvalidRequest, NotFound, PoolUnreacha
 from mempool.types import RescaleProgress, TableSchema, TableView
 
 from .fakes import FakePool
-from .test_router import COLUMNS
+from .routing.test_router import COLUMNS
 
 CONFIG = TableConfig(name="other", num_slots=64, value_dim=12, block_dim=4, page_slots=8, optimizer=SGD(lr=0.5))
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from mempool.client import GrpcDialer, GrpcShard, connect
+from mempool.client import remote as remote_module
+from mempool.client.remote import addresses_of
 from mempool.client.transport import shard as transport_module
 from mempool.client.transport.shard import _fit_narrow
 from mempool.config import SGD, Adagrad, FlatKeys, TableConfig
@@ -78,7 +80,7 @@ def test_lookups_and_keys_over_the_wire(here: GrpcPoolHere) -> None:
         found = table.lookup(queries, topk=7)
         order = (queries @ keys.t()).argsort(dim=-1, descending=True, stable=True)[:, :7]
         assert torch.equal(found.ids, order)
-        state = table.state("sum", torch.tensor([1, 2, 3]))
+        state = table.state("values.sum", torch.tensor([1, 2, 3]))
         assert torch.equal(state, torch.zeros(3, 8))
 
 
@@ -91,7 +93,7 @@ def test_client_outlives_the_controller(here: GrpcPoolHere) -> None:
         assert table.commit() == 1
         assert pool.table("facts") is table  # answered by a shard
         assert [shard.state for shard in pool.status().shards] == ["ready", "ready"]
-        pool.router.timeout_s = 0.3
+        pool.router.tries.timeout_s = 0.3
         with pytest.raises(PoolUnreachable, match="pool 'here' did not answer within"):
             pool.create_table(TableConfig(name="other", num_slots=10, value_dim=4))
 
@@ -119,16 +121,49 @@ def test_shard_alone_knows_the_pool_but_does_not_change_it(here: GrpcPoolHere) -
 
 
 def test_nobody_there() -> None:
-    with pytest.raises(PoolUnreachable, match=f"pool '{NOBODY}' did not answer within 0.* mempool up -f"):
+    with pytest.raises(PoolUnreachable, match=r"no pool answered within 0.* mempool up -f") as raised:
         connect(NOBODY, timeout_s=0.3)
+    assert str(raised.value).count(NOBODY) == 1
+    assert "connection refused: nobody listens at that port" in str(raised.value)
+
+
+def test_where_nobody_listens_connecting_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_module, "_REFUSED_S", 0.2)
+    with pytest.raises(PoolUnreachable, match=r"no pool answered within 0\."):
+        connect(f"{NOBODY}, 127.0.0.1:2", timeout_s=300.0)
 
 
 @pytest.mark.parametrize(
-    "address", ["", "localhost", ":7077", "localhost:", "localhost:http", "a:1,b", "a:0", "a:70000"]
+    ("address", "right"),
+    [
+        ("", "'localhost:7077'"),
+        ("localhost", "the port is missing; a pool's is 7077 unless its file says otherwise: 'localhost:7077'"),
+        (":7077", "the host is missing; this machine is 'localhost:7077'"),
+        ("localhost:", "'localhost:7077'"),
+        ("localhost:http", "the port is 'http', must be a number from 1 to 65535"),
+        ("a:1,b", "'b:7077'"),
+        ("a:0", "the port is '0', must be"),
+        ("a:70000", "the port is '70000', must be"),
+        ("a:\u0667\u0667", "must be a number"),
+        ("http://host:7077", "there is no http:// before it; give 'host:7077'"),
+        ("grpc://host:7077/", "give 'host:7077'"),
+        ("host:7077/pool", "a host and a port are all of it"),
+        ("::1:7077", "an IPv6 address stands in brackets; give '[::1]:7077'"),
+        (7077, "must be text"),
+    ],
 )
-def test_addresses_are_host_and_port(address: str) -> None:
-    with pytest.raises(InvalidRequest, match="is not host:port"):
+def test_addresses_are_host_and_port_and_the_right_one_is_said(address: str, right: str) -> None:
+    with pytest.raises(InvalidRequest) as raised:
         connect(address)
+    assert right in str(raised.value)
+
+
+def test_addresses_that_are_right_pass() -> None:
+    assert addresses_of(" localhost:7077, [::1]:7078 ,10.0.0.1:65535") == [
+        "localhost:7077",
+        "[::1]:7078",
+        "10.0.0.1:65535",
+    ]
 
 
 def test_token_is_asked_for_and_taken_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

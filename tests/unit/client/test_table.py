@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from mempool.client import Pool, Table
-from mempool.client import table as table_module
+from mempool.client import rows as rows_module
 from mempool.errors import InvalidRequest, ShardUnavailable
 from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec
 
 from .fakes import FakePool, Fault, make_schema
-from .test_router import COLUMNS, LAYOUTS
+from .routing.test_router import COLUMNS, LAYOUTS
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_rows_and_writes(opened, layout: str) -> None:  # type: ignore[no-untype
 
 
 def test_large_reads_and_writes_are_cut_into_messages(opened, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(table_module, "_ROWS_MESSAGE_BYTES", 4 * 12 * 10)
+    monkeypatch.setattr(rows_module, "_MESSAGE_BYTES", 4 * 12 * 10)
     fake, table = opened(FakePool(LAYOUTS["one"]))
     table.write(torch.arange(64), torch.arange(64.0)[:, None].expand(64, 12))
     assert torch.equal(table.rows(torch.arange(63, -1, -1)), torch.arange(63.0, -1, -1)[:, None].expand(64, 12))

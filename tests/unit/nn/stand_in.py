@@ -39,6 +39,10 @@ class LocalSession:
     def pending(self) -> int:
         return len(self._held)
 
+    @property
+    def nothing_to_drop(self) -> bool:
+        return not self._held
+
     def gradient(self) -> Tensor:
         """The gradient of what is held, [num_slots, value_dim]."""
         total = torch.zeros_like(self.values)

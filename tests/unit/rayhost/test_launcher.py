@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError
 from mempool.config import ClusterConfig, PoolConfig, load
 from mempool.errors import ConfigError, ShardUnavailable
 from mempool.rayhost import launcher as launcher_module
-from mempool.rayhost.actors import NAMESPACE
+from mempool.rayhost.actors import NAMESPACE, kernel_variables
 from mempool.rayhost.launcher import RayLauncher
 from mempool.rayhost.shard_actor import Description, ShardProcess
 from mempool.types import ShardInfo
@@ -214,5 +214,5 @@ def test_a_shard_gets_what_the_8_gpu_file_says(monkeypatch: pytest.MonkeyPatch) 
         "max_restarts": 7,
         "max_task_retries": 0,
         "scheduling_strategy": "SPREAD",
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "2"}},
+        "variables": kernel_variables(2),
     }

@@ -48,9 +48,9 @@ def _same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 @pytest.mark.parametrize(
     ("blocks", "widths"),
     [
-        ((0, 1, 2), {"values": 10, "row_sum": 3, "keys": 6}),
-        ((1,), {"values": 4, "row_sum": 1}),
-        ((0, 2), {"values": 6, "row_sum": 2, "keys": 6}),
+        ((0, 1, 2), {"values": 10, "values.row_sum": 3, "keys": 6}),
+        ((1,), {"values": 4, "values.row_sum": 1}),
+        ((0, 2), {"values": 6, "values.row_sum": 2, "keys": 6}),
     ],
 )
 def test_arrays_are_as_wide_as_their_blocks(blocks: tuple[int, ...], widths: dict[str, int]) -> None:
@@ -128,7 +128,7 @@ def test_copying_takes_columns_of_named_blocks(monkeypatch: pytest.MonkeyPatch) 
     target.publish(np.array([2, 4]), taken)
     copied = _read(target, [2, 4])
     assert torch.equal(copied["values"], rows["values"][:, [0, 1, 2, 3, 8, 9]])
-    assert torch.equal(copied["row_sum"], rows["row_sum"][:, [0, 2]])
+    assert torch.equal(copied["values.row_sum"], rows["values.row_sum"][:, [0, 2]])
     assert torch.equal(copied["keys"], rows["keys"])
 
 
@@ -150,7 +150,7 @@ def test_packed_rows_are_one_read_and_their_padding_stays_zero(dtype: str) -> No
     for _ in range(3):  # grows, and takes again what was given back
         taken = arena.take(3)
         arena.publish(np.arange(3), taken)
-        for name in ("values", "scales"):
+        for name in ("values", "values.scales"):
             pages = arena.pages(name)
             pages[torch.from_numpy(taken)] = torch.ones(3, *pages.shape[1:], dtype=pages.dtype)
         rows = arena.paged().rows

@@ -39,7 +39,7 @@ def test_values_are_those_of_the_generator_and_state_is_its_initial_one() -> Non
     table = make_table(SCHEMAS["float32"])
     expected = kernels.initial_values(7, 0, 50, 0, 10, 0.5)
     assert torch.equal(table.read("values", torch.arange(50)), expected)
-    assert torch.equal(table.read("sum", torch.arange(50)), torch.full((50, 10), 0.25))
+    assert torch.equal(table.read("values.sum", torch.arange(50)), torch.full((50, 10), 0.25))
     (lane,) = table.lanes
     assert not lane.arena.rows("values")[50:].any()  # slots of the last page that do not exist
 
@@ -48,7 +48,7 @@ def test_rows_of_a_dense_optimizer_begin_at_the_tables_version() -> None:
     table = Storage(SCHEMAS["dense"], shard=0, device=CPU, version=5)
     for _ in table.initialise(placement_of("one")):
         pass
-    assert torch.equal(table.read("last_step", torch.arange(50)), torch.full((50, 3), 5, dtype=torch.int32))
+    assert torch.equal(table.read("values.last_step", torch.arange(50)), torch.full((50, 3), 5, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("what", ["wide", "many", "heads"])

@@ -6,7 +6,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mempool import kernels
 from mempool.shard.pages.named_arrays import (
     Blocks,
     half_keys,
@@ -27,7 +26,7 @@ BLOCKS = st.sets(st.integers(0, SCHEMA.num_blocks - 1)).map(lambda blocks: tuple
 
 def _columns(name: str, blocks: Blocks) -> list[object]:
     """What each column of a row of these blocks is."""
-    if name == "row_sum":
+    if name == "values.row_sum":
         return [("block", block) for block in blocks]
     if name == "keys":
         return [("key", column) for column in range(6)] if 0 in blocks else []
@@ -93,8 +92,8 @@ def test_head_keys_differ_and_depend_on_the_seed() -> None:
     ("dtype", "master", "algorithm", "names"),
     [
         ("float32", False, "sgd", ["values"]),
-        ("bfloat16", True, "adam", ["values", kernels.MASTER, "exp_avg", "exp_avg_sq"]),
-        ("int8", False, "rowwise_adagrad", ["values", "scales", "row_sum"]),
+        ("bfloat16", True, "adam", ["values", "values.master", "values.exp_avg", "values.exp_avg_sq"]),
+        ("int8", False, "rowwise_adagrad", ["values", "values.scales", "values.row_sum"]),
     ],
 )
 def test_arrays_are_those_of_dtype_and_optimizer(dtype: str, master: bool, algorithm: str, names: list[str]) -> None:

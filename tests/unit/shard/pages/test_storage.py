@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from mempool.shard.pages.named_arrays import LAST_STEP, SCALES
 from mempool.shard.pages.storage import Storage
 from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec, TableSchema
 from mempool.types.bags import Bags
@@ -43,7 +44,7 @@ def test_reading_is_the_same_bits_wherever_pages_lie(schema: TableSchema, layout
     whole = make_table(schema)
     generator = torch.Generator().manual_seed(1)
     for name in whole.arrays:
-        if name not in ("scales", "last_step"):
+        if name not in (SCALES, LAST_STEP):
             rows = torch.randn(50, whole.row_width(name), generator=generator)
             rows[::3] = -0.0
             whole.write(name, torch.arange(50), rows)
@@ -53,7 +54,7 @@ def test_reading_is_the_same_bits_wherever_pages_lie(schema: TableSchema, layout
         for name, array in table.arrays.items():
             columns = torch.from_numpy(array.places(table.row_blocks(name), tuple(range(3))))
             expected = whole.read(name, torch.arange(50))
-            if name not in ("scales", "last_step"):
+            if name not in (SCALES, LAST_STEP):
                 table.write(name, torch.arange(50), expected[:, columns])
         for name, array in table.arrays.items():
             columns = torch.from_numpy(array.places(table.row_blocks(name), tuple(range(3))))

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from mempool.shard.pages.arena import Arena
 from mempool.shard.steps import commits
-from mempool.shard.steps.held import AppliedLedger, Budget, HeldUpdate, HeldUpdates
+from mempool.shard.steps.budget import Budget
+from mempool.shard.steps.held import HeldUpdate, HeldUpdates
+from mempool.shard.steps.ledger import AppliedLedger
 from mempool.types import CommitRequest, Envelope, FlatKeySpec, OptimizerSpec, PrepareRequest, StepId, TableSchema
 from mempool.types.bags import Bags
 from tests.contract.driver import make_schema
@@ -115,7 +117,7 @@ def test_exactly_the_pages_that_are_written_to_are_marked(
             continue
         if not table.blocks:
             continue
-        name = {"write": "values", "state": table.step_names[0]}.get(operation, "")
+        name = {"write": "values", "state": f"values.{table.step_names[0]}"}.get(operation, "")
         if name:
             rows = torch.from_numpy(watched.random.normal(size=(len(ids), table.row_width(name)))).float()
             found = watched.watch(lambda name=name, ids=ids, rows=rows: table.write(name, ids, rows))  # type: ignore[misc]

@@ -6,9 +6,9 @@ import torch
 from mempool.errors import InvalidRequest
 from mempool.types import CommitRequest, PrepareRequest
 from mempool.types.bags import Bags
+from tests.unit.client.fakes import FakePool
+from tests.unit.client.routing.test_router import COLUMNS, LAYOUTS
 
-from .fakes import FakePool
-from .test_router import COLUMNS, LAYOUTS
 from .trainer import LR, Trainer
 
 

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from mempool.client.routing.retry import Backoff
 from mempool.client.routing.router import Router
-from mempool.client.session import Session
+from mempool.client.training.session import Session
 from mempool.types.bags import Bags
-
-from .fakes import FakePool
+from tests.unit.client.fakes import FakePool
 
 LR = 0.25
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from mempool.errors import DataLoss, MempoolError, ShardUnavailable
 from mempool.types.bags import Bags
+from tests.unit.client.fakes import HEALING, FakePool, Fault
+from tests.unit.client.routing.test_router import COLUMNS, GRID, LAYOUTS, ROWS
 
-from .fakes import HEALING, FakePool, Fault
-from .test_router import COLUMNS, GRID, LAYOUTS, ROWS
 from .trainer import LR, Trainer
 
 

@@ -24,8 +24,7 @@ from mempool.client.routing.plan import (
 from mempool.errors import Internal
 from mempool.types import Placement, ShardInfo, TableSchema, TableView
 from mempool.types.bags import Bags
-
-from .fakes import make_schema
+from tests.unit.client.fakes import make_schema
 
 
 def make_view(

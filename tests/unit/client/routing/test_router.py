@@ -21,8 +21,7 @@ from mempool.errors import (
 )
 from mempool.types import GatherRequest, StepId, UpdateRequest
 from mempool.types.bags import Bags
-
-from .fakes import HEALING, FakePool, Fault
+from tests.unit.client.fakes import HEALING, FakePool, Fault
 
 COLUMNS = np.tile([0, 1, 2], (8, 1))
 ROWS = np.tile(np.arange(8)[:, None] % 3, (1, 3))

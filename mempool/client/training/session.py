@@ -1,4 +1,4 @@
-"""One trainer's undecided step on one table: numbers its updates, keeps them until a commit is acknowledged.
+"""Carries out one trainer's steps on one table: pushes updates, prepares, commits, discards. What a step is: ``steps``.
 
 Everything runs on one event loop, so that backward passes of several threads need no lock. What a step of several
 tables needs together (a global norm, a gradient scaler) is decided above, between ``prepare`` and ``commit``.
@@ -7,15 +7,15 @@ tables needs together (a global norm, a gradient scaler) is decided above, betwe
 import asyncio
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from mempool.client.routing.attempt import Attempt, LookupRecord
-from mempool.client.routing.plan import TablePlan
 from mempool.client.routing.router import Router
+from mempool.client.training.steps import Decision, Pushed, Step, Steps
 from mempool.errors import Internal, InvalidRequest, StepConflict
-from mempool.types import CommitReply, StepId
+from mempool.types import CommitReply
 from mempool.types.bags import Bags
 from mempool.types.messages import ReplyDtype
 
@@ -50,35 +50,6 @@ class SessionCounters:
     steps_committed: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Pushed:
-    record: LookupRecord
-    grads: Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Decision:
-    lr: float
-    grad_scale: float
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Step:
-    """A step from its first update to its acknowledged commit.
-
-    Attributes:
-        sealed: The sequences it consists of, once it is being prepared; later updates belong to the next step.
-        prepared_on: The plan under which all owners have prepared it.
-        decision: Set before the first message that may apply it; from then on it can only be committed, by this.
-    """
-
-    number: int
-    updates: dict[int, _Pushed] = field(default_factory=dict)
-    sealed: tuple[int, ...] = ()
-    prepared_on: TablePlan | None = None
-    decision: _Decision | None = None
-
-
 class Session:
     """The updates and steps of one client on one table.
 
@@ -89,26 +60,31 @@ class Session:
     Args:
         router: Carries the calls.
         table_id: The table.
-        group: The client's name in ledgers, unique among all clients.
+        group: The name of the trainer's group in ledgers, unique among all groups.
+        rank: The trainer's number in its group.
     """
 
-    def __init__(self, router: Router, *, table_id: int, group: str) -> None:
+    def __init__(self, router: Router, *, table_id: int, group: str, rank: int = 0) -> None:
         self.counters = SessionCounters()
         self._router = router
         self._table_id = table_id
-        self._group = group
-        self._next_sequence = 1
-        self._open = _Step(number=1)
-        self._closing: _Step | None = None
+        self._steps = Steps(group=group, rank=rank)
         self._deciding = asyncio.Lock()
-        # Steps that were given up here and that some shard may still hold, or have prepared.
-        self._given_up: list[StepId] = []
 
     @property
     def pending(self) -> int:
         """Updates pushed and not yet committed or discarded."""
-        closing = self._closing
-        return len(self._open.updates) + (0 if closing is None else len(closing.sealed))
+        return self._steps.pending
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of ids, weights and gradients that are kept for them here."""
+        return self._steps.pending_bytes
+
+    @property
+    def nothing_to_drop(self) -> bool:
+        """Whether ``discard`` would do nothing. May be asked on any thread."""
+        return self._steps.nothing_to_drop
 
     async def gather(
         self,
@@ -141,15 +117,15 @@ class Session:
         """
         if not (hold or want_weight_grad):
             return None
-        sequence, self._next_sequence = self._next_sequence, self._next_sequence + 1
-        step = self._open
+        sequence = self._steps.next_sequence()
+        step = self._steps.open
         if hold:
-            step.updates[sequence] = _Pushed(record=record, grads=grads)
+            step.add(sequence, Pushed(record=record, grads=grads))
         try:
             weight_grad = await self._router.update(
                 record,
                 grads,
-                step_id=self._step_id(step),
+                step_id=step.step_id,
                 sequence=sequence,
                 hold=hold,
                 want_weight_grad=want_weight_grad,
@@ -157,8 +133,7 @@ class Session:
             )
         except BaseException:
             # Where a shard holds it all the same, no commit will name it, and the shard drops it with that commit.
-            if not step.sealed:
-                step.updates.pop(sequence, None)
+            step.remove(sequence)
             raise
         if hold:
             self.counters.updates_pushed += 1
@@ -176,10 +151,11 @@ class Session:
             if step is None:
                 return None
 
-            async def once(attempt: Attempt) -> Prepared:
-                return await self._prepare(attempt, step, want_norm=want_norm)
-
-            return await self._router.call(self._table_id, once, timeout_s=left_s())
+            return await self._router.call(
+                self._table_id,
+                lambda attempt: self._prepare(attempt, step, want_norm=want_norm),
+                timeout_s=left_s(),
+            )
 
     async def commit(self, *, lr: float, grad_scale: float = 1.0, timeout_s: float | None = None) -> int:
         """Apply everything pending as one optimizer step; nothing is sent, and no step counted, where nothing is.
@@ -206,7 +182,7 @@ class Session:
             step = await self._seal(left_s)
             if step is None:
                 return committed
-            return committed + await self._commit(step, _Decision(lr=lr, grad_scale=grad_scale), left_s)
+            return committed + await self._commit(step, Decision(lr=lr, grad_scale=grad_scale), left_s)
 
     async def discard(self, *, timeout_s: float | None = None) -> int:
         """Drop what is pending; sends nothing where nothing is. A step whose commit is under way stays.
@@ -216,47 +192,31 @@ class Session:
         """
         left_s = self._deadline(timeout_s)
         async with self._deciding:
-            dropped = 0
-            if self._closing is not None and self._closing.decision is None:
-                dropped += len(self._closing.updates)
-                self._given_up.append(self._step_id(self._closing))
-                self._closing = None
-            if self._open.updates:
-                dropped += len(self._open.updates)
-                self._given_up.append(self._step_id(self._open))
-                self._open = _Step(number=self._open.number + 1)
+            dropped = self._steps.give_up()
             await self._drop_given_up(left_s)
             return dropped
 
-    async def _seal(self, left_s: _LeftS) -> _Step | None:
+    async def _seal(self, left_s: _LeftS) -> Step | None:
         """The step to prepare: what is pending, closed to further updates."""
-        closing = self._closing
-        if closing is not None and self._open.updates:
-            # Prepared, neither committed nor discarded, and more came: the two become one step, under the later number.
-            self._open.updates = closing.updates | self._open.updates
-            self._given_up.append(self._step_id(closing))
-            self._closing = closing = None
+        self._steps.merge()
         await self._drop_given_up(left_s)
-        if closing is None and self._open.updates:
-            closing = self._open
-            closing.sealed = tuple(sorted(closing.updates))
-            self._closing, self._open = closing, _Step(number=closing.number + 1)
-        return closing
+        return self._steps.seal()
 
     async def _drop_given_up(self, left_s: _LeftS) -> None:
         # Forgotten here before the first message: should one fail, no commit names those updates any more. But a shard
         # that has such a step prepared would refuse the next one, so it is told again before that.
-        while self._given_up:
-            await self._router.discard(self._table_id, self._given_up[0], timeout_s=left_s())
-            del self._given_up[0]
+        given_up = self._steps.given_up
+        while given_up:
+            await self._router.discard(self._table_id, given_up[0], timeout_s=left_s())
+            del given_up[0]
 
     async def _finish_decided(self, left_s: _LeftS) -> int:
-        step = self._closing
+        step = self._steps.decided
         if step is None or step.decision is None:
             return 0
         return await self._commit(step, step.decision, left_s)
 
-    async def _commit(self, step: _Step, decision: _Decision, left_s: _LeftS) -> int:
+    async def _commit(self, step: Step, decision: Decision, left_s: _LeftS) -> int:
         async def once(attempt: Attempt) -> None:
             if len(attempt.plan.owners) == 1 and step.prepared_on is None:
                 await self._commit_in_one(attempt, step, decision)
@@ -264,12 +224,12 @@ class Session:
                 await self._commit_in_two(attempt, step, decision)
 
         await self._router.call(self._table_id, once, timeout_s=left_s())
-        self._closing = None
+        self._steps.acknowledged()
         self.counters.steps_committed += 1
         self.counters.updates_committed += len(step.sealed)
         return len(step.sealed)
 
-    async def _commit_in_one(self, attempt: Attempt, step: _Step, decision: _Decision) -> None:
+    async def _commit_in_one(self, attempt: Attempt, step: Step, decision: Decision) -> None:
         for _ in range(_MAX_ROUNDS):
             step.decision = decision
             try:
@@ -284,7 +244,7 @@ class Session:
             await self._send_missing(attempt, step, missing)
         raise _keeps_missing(step, missing)
 
-    async def _commit_in_two(self, attempt: Attempt, step: _Step, decision: _Decision) -> None:
+    async def _commit_in_two(self, attempt: Attempt, step: Step, decision: Decision) -> None:
         for more in reversed(range(_MAX_ROUNDS)):
             if step.prepared_on is not attempt.plan:
                 await self._prepare(attempt, step, want_norm=False)
@@ -299,20 +259,20 @@ class Session:
                     raise
 
     async def _send_commit(
-        self, attempt: Attempt, step: _Step, decision: _Decision, *, one_phase: bool
+        self, attempt: Attempt, step: Step, decision: Decision, *, one_phase: bool
     ) -> dict[int, CommitReply]:
         return await attempt.commit(
-            self._step_id(step),
+            step.step_id,
             lr=decision.lr,
             grad_scale=decision.grad_scale,
             sequences=step.sealed,
             one_phase=one_phase,
         )
 
-    async def _prepare(self, attempt: Attempt, step: _Step, *, want_norm: bool) -> Prepared:
+    async def _prepare(self, attempt: Attempt, step: Step, *, want_norm: bool) -> Prepared:
         missing: Mapping[int, tuple[int, ...]] = {}
         for _ in range(_MAX_ROUNDS):
-            replies = await attempt.prepare(self._step_id(step), sequences=step.sealed, want_norm=want_norm)
+            replies = await attempt.prepare(step.step_id, sequences=step.sealed, want_norm=want_norm)
             missing = {shard: reply.missing for shard, reply in replies.items() if reply.missing and not reply.applied}
             if not missing:
                 step.prepared_on = attempt.plan
@@ -324,15 +284,15 @@ class Session:
             await self._send_missing(attempt, step, missing)
         raise _keeps_missing(step, missing)
 
-    async def _send_missing(self, attempt: Attempt, step: _Step, missing: Mapping[int, Collection[int]]) -> None:
+    async def _send_missing(self, attempt: Attempt, step: Step, missing: Mapping[int, Collection[int]]) -> None:
         for sequence in sorted(set().union(*missing.values())):
             pushed = step.updates.get(sequence)
             if pushed is None:
-                raise Internal(f"shards miss update {sequence}, which step {step.number} does not have.")
+                raise Internal(f"shards miss update {sequence}, which step {step.step_id.step} does not have.")
             await attempt.update(
                 pushed.record,
                 pushed.grads,
-                step_id=self._step_id(step),
+                step_id=step.step_id,
                 sequence=sequence,
                 hold=True,
                 want_weight_grad=False,
@@ -345,12 +305,9 @@ class Session:
         end_s = clock.time() + (self._router.timeout_s if timeout_s is None else timeout_s)
         return lambda: end_s - clock.time()
 
-    def _step_id(self, step: _Step) -> StepId:
-        return StepId(group=self._group, rank=0, step=step.number)
 
-
-def _keeps_missing(step: _Step, missing: Mapping[int, tuple[int, ...]]) -> Internal:
+def _keeps_missing(step: Step, missing: Mapping[int, tuple[int, ...]]) -> Internal:
     return Internal(
-        f"shards still miss updates of step {step.number} after {_MAX_ROUNDS} rounds of sending them again: "
+        f"shards still miss updates of step {step.step_id.step} after {_MAX_ROUNDS} rounds of sending them again: "
         f"{dict(missing)} (shard: sequences). Please report it."
     )

@@ -5,8 +5,8 @@ import torch
 
 from mempool.errors import InvalidRequest
 from mempool.types import FlatKeySpec, ProductKeySpec
+from tests.unit.client.fakes import FakePool, make_schema
 
-from .fakes import FakePool, make_schema
 from .test_router import COLUMNS, LAYOUTS, assert_near, make_router
 
 

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mempool.client.routing.retry import Again, Backoff, GiveUp, Retry
+from mempool.client.routing.whereabouts import Whereabouts
 from mempool.errors import (
     ContextMissing,
     DataLoss,
@@ -22,7 +23,7 @@ from mempool.errors import (
 def make_retry(*, timeout_s: float = 30.0, jitter: float = 0.0) -> Retry:
     return Retry(
         table="facts",
-        pool="run-7",
+        where=Whereabouts(name="run-7"),
         start_s=100.0,
         timeout_s=timeout_s,
         backoff=Backoff(first_s=0.05, longest_s=1.0),
@@ -87,8 +88,8 @@ def test_shard_that_stays_away_is_named_with_all_that_is_known() -> None:
     assert isinstance(action.error, ShardUnavailable)
     assert (action.error.shard, action.error.address) == (6, "10.0.0.3:7070")
     assert str(action.error) == (
-        "shard 6 of pool 'run-7' did not answer within 2.0 s (3 tries; last: UNAVAILABLE from 10.0.0.3:7070). "
-        "See which shards are up: mempool status"
+        "table 'facts': shard 6 of pool 'run-7' did not answer within 2.0 s (3 tries; last: UNAVAILABLE from "
+        "10.0.0.3:7070). See which shards are up: mempool status"
     )
 
 

@@ -1,0 +1,109 @@
+"""What a pool, its tables and the graphs of their gathers share: the router, the controller, the wait for the IO loop.
+
+Ends once: when it is closed, or when the last of them is gone.
+"""
+
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from mempool.client.routing.fanout import Dial
+from mempool.client.routing.router import Router
+from mempool.client.routing.tries import Tries
+from mempool.client.routing.whereabouts import Whereabouts
+from mempool.errors import InvalidRequest
+from mempool.types import PoolApi
+from mempool.wire.channels import loop
+
+T = TypeVar("T")
+
+# Deadlines are kept on the loop; this only ends a wait for a loop that is stuck.
+_STUCK_S = 30.0
+
+
+class Connection:
+    """A way to a pool, as its ``Pool`` and its tables hold it. They know it, and it knows none of them.
+
+    Args:
+        api: The controller, or what stands for it; closed with the connection.
+        dial: Gives the host of a shard, without waiting.
+        where: The pool, for messages.
+        timeout_s: Deadline of a call that names none, seconds.
+        on_close: Awaited when the connection ends, after everything else.
+    """
+
+    def __init__(
+        self,
+        api: PoolApi,
+        dial: Dial,
+        *,
+        where: Whereabouts,
+        timeout_s: float,
+        on_close: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        if not timeout_s > 0.0:
+            raise InvalidRequest(f"timeout_s = {timeout_s}: must be above 0 seconds.")
+        self.api = api
+        self.where = where
+        self.timeout_s = timeout_s
+        self.router = Router(api, dial=dial, pool=where, timeout_s=timeout_s)
+        self._on_close = on_close
+        self._lock = threading.Lock()
+        self._closed = False
+        self._abandoned = weakref.finalize(self, _abandon, os.getpid(), where, self.router, api, on_close)
+        self._abandoned.atexit = False
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def tries(self) -> Tries:
+        return self.router.tries
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Wait for a coroutine that keeps to the connection's deadline itself."""
+        return self._wait(coroutine, self.timeout_s + _STUCK_S)
+
+    def run_long(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Wait for a coroutine that has no deadline."""
+        return self._wait(coroutine, None)
+
+    def close(self) -> None:
+        """End it, and wait for that. Repeatable."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._abandoned.detach()
+        loop.run(_end(self.router, self.api, self._on_close), timeout_s=self.timeout_s + _STUCK_S)
+
+    def _wait(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None) -> T:
+        if self._closed:
+            coroutine.close()
+            raise InvalidRequest(self.where.closed)
+        return loop.run(coroutine, timeout_s=timeout_s)
+
+
+def _abandon(
+    pid: int, where: Whereabouts, router: Router, api: PoolApi, on_close: Callable[[], Awaitable[None]] | None
+) -> None:
+    """Nobody can close the connection any more: end it, without waiting, for this may run on any thread."""
+    if pid != os.getpid():
+        return  # a fork's copy: what it stands for lives in the parent
+    try:
+        loop.start(_end(router, api, on_close))
+    finally:
+        warnings.warn(f"{where.pool} was not closed: use it with `with`, or close() it", ResourceWarning, stacklevel=2)
+
+
+async def _end(router: Router, api: PoolApi, on_close: Callable[[], Awaitable[None]] | None) -> None:
+    router.close()
+    try:
+        await api.close()
+    finally:
+        if on_close is not None:
+            await on_close()

@@ -1,0 +1,105 @@
+"""Carries out what ``retry`` decides: tries, waits, and a call's one deadline, which goes with it to the shards."""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from mempool.client.routing.retry import Backoff, GiveUp, Retry
+from mempool.client.routing.whereabouts import Whereabouts
+from mempool.errors import MempoolError
+from mempool.types.caller import Caller, calling, current_caller
+
+T = TypeVar("T")
+
+
+class Tries:
+    """Runs calls until they succeed, their deadline ends, or an error comes that no retry can heal.
+
+    Args:
+        where: The pool, for messages.
+        timeout_s: Deadline of a call that names none, seconds.
+        backoff: Waits between tries.
+        jitter: Gives a number from 0 to 1 at each call.
+    """
+
+    def __init__(
+        self,
+        where: Whereabouts,
+        *,
+        timeout_s: float = 30.0,
+        backoff: Backoff | None = None,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self.where = where
+        self.timeout_s = timeout_s
+        self._backoff = backoff or Backoff()
+        self._jitter = jitter
+        self._closed = False
+
+    def close(self) -> None:
+        """Try nothing again any more: calls under way end with their next failure."""
+        self._closed = True
+
+    def retry(self, what: str, *, timeout_s: float | None = None, refused_s: float | None = None) -> Retry:
+        """The policy of one call that begins now; arguments as of ``run``."""
+        return Retry(
+            table=what,
+            where=self.where,
+            start_s=asyncio.get_running_loop().time(),
+            timeout_s=self.timeout_s if timeout_s is None else timeout_s,
+            backoff=self._backoff,
+            jitter=self._jitter,
+            refused_s=refused_s,
+        )
+
+    async def run(
+        self,
+        what: str,
+        once: Callable[[], Awaitable[T]],
+        *,
+        refresh: Callable[[], Awaitable[None]] | None = None,
+        waiting_for: Callable[[], tuple[tuple[int, str], ...]] = tuple,
+        timeout_s: float | None = None,
+        refused_s: float | None = None,
+    ) -> T:
+        """The result of ``once``.
+
+        Args:
+            what: Name of the table it is about, or of the call, for messages.
+            once: May be cut off anywhere and run again, so all it sends must bear repetition.
+            refresh: Run before each further try.
+            waiting_for: (shard, address) of those that were asked and have not answered.
+            refused_s: How long to go on where nobody listens at any address; None: until the deadline.
+        """
+        clock = asyncio.get_running_loop()
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        retry = self.retry(what, timeout_s=timeout_s, refused_s=refused_s)
+        try:
+            with calling(_bounded(timeout_s)):
+                async with asyncio.timeout(timeout_s):
+                    while True:
+                        try:
+                            return await once()
+                        except MempoolError as error:
+                            if self._closed:
+                                raise MempoolError(f"{self.where.pool} was closed during the call.") from error
+                            action = retry.failed(error, now_s=clock.time())
+                            if isinstance(action, GiveUp):
+                                raise action.error from (None if action.error is error else error)
+                        await asyncio.sleep(action.delay_s)
+                        if refresh is not None:
+                            await refresh()
+        except MempoolError:
+            raise
+        except TimeoutError:
+            raise retry.out_of_time(waiting_for=waiting_for(), now_s=clock.time()) from None
+
+
+def _bounded(timeout_s: float) -> Caller:
+    """Whoever asks now, with this deadline, or their own where it is earlier."""
+    caller, deadline_s = current_caller(), time.monotonic() + timeout_s
+    if caller.deadline_s is not None:
+        deadline_s = min(deadline_s, caller.deadline_s)
+    return Caller(name=caller.name, deadline_s=deadline_s)

@@ -1,0 +1,124 @@
+"""Rows of a table's named arrays: the checks of a caller's ids and matrices, and how reads and writes become messages.
+
+Leaves which shard owns which row to the router. Legend: M rows, D key dim, n half-keys.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from mempool.client.bags import own_copy, require_in_range, require_integers
+from mempool.client.routing.router import Router
+from mempool.client.waiting import Run
+from mempool.errors import InvalidRequest
+from mempool.types import FlatKeySpec, ProductKeySpec, TableSchema
+
+# Reads and writes are cut into messages of about this size.
+_MESSAGE_BYTES = 32 * 1024 * 1024
+
+
+class Rows:
+    """Reads and writes of one table's named arrays, of any size: cut into messages, one after another.
+
+    Args:
+        schema: The table.
+        router: Carries the messages.
+        run: Waits for them.
+    """
+
+    def __init__(self, schema: TableSchema, *, router: Router, run: Run) -> None:
+        self._schema = schema
+        self._router = router
+        self._run = run
+
+    def read(self, array: str, ids: Tensor) -> Tensor:
+        """Rows [M, ..] of an array in its dtype; ids: [M] int64, checked."""
+        rows = [
+            self._run(self._router.read_rows(self._schema.table_id, array=array, ids=chunk))
+            for chunk in torch.split(ids, self._rows_per_message(array))
+        ]
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def write(self, array: str, ids: Tensor, rows: Tensor) -> None:
+        """Overwrite rows [M, ..] of an array; ids: [M] int64, checked and distinct."""
+        if ids.numel() == 0:
+            return
+        size = self._rows_per_message(array)
+        for id_chunk, row_chunk in zip(torch.split(ids, size), torch.split(rows, size), strict=True):
+            self._run(self._router.write_rows(self._schema.table_id, array=array, ids=id_chunk, rows=row_chunk))
+
+    def _rows_per_message(self, array: str) -> int:
+        keys, width = self._schema.keys, self._schema.value_dim
+        if array == "keys" and keys is not None:
+            width = keys.key_dim if isinstance(keys, FlatKeySpec) else keys.key_dim * math.isqrt(self._schema.num_slots)
+        return max(1, _MESSAGE_BYTES // (4 * width))
+
+
+def checked_rows(ids: Tensor, *, num_slots: int, table: str, what: str = "slots") -> Tensor:
+    """Ids of rows, [M] integers on any device, as int64 on the CPU, a copy of its own.
+
+    Raises:
+        InvalidRequest: Not a tensor of one dimension, not integers, or out of range.
+    """
+    require_integers("ids", ids, table=table)
+    if ids.dim() != 1:
+        raise InvalidRequest(f"table {table!r}: ids has shape {list(ids.shape)}; rows are named by ids [M].")
+    own_ids = own_copy(ids, torch.int64)
+    require_in_range(own_ids, num_slots=num_slots, table=table, what=what)
+    return own_ids
+
+
+def distinct_rows(ids: Tensor, *, num_slots: int, table: str) -> Tensor:
+    """As ``checked_rows``, for a write: also distinct."""
+    own_ids = checked_rows(ids, num_slots=num_slots, table=table)
+    require_distinct(own_ids, table=table)
+    return own_ids
+
+
+def require_distinct(ids: Tensor, *, table: str) -> None:
+    """Raises InvalidRequest for the first of ``ids`` [M] that is there twice."""
+    ordered, order = torch.sort(ids, stable=True)
+    repeats = torch.nonzero(ordered[1:] == ordered[:-1])
+    if repeats.numel():
+        at = int(repeats[0])
+        raise InvalidRequest(
+            f"table {table!r}: ids[{int(order[at])}], ids[{int(order[at + 1])}] are both {int(ordered[at])}; "
+            "ids of a write must be distinct."
+        )
+
+
+def checked_matrix(name: str, matrix: Tensor, shape: list[int], dtype: torch.dtype, *, table: str) -> Tensor:
+    """What a caller wants written, as ``dtype`` on the CPU, a copy of its own.
+
+    Raises:
+        InvalidRequest: Not a floating tensor, or of another shape.
+    """
+    if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
+        kind = str(matrix.dtype) if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise InvalidRequest(f"table {table!r}: {name} must be a floating torch.Tensor, not {kind}.")
+    if list(matrix.shape) != shape:
+        raise InvalidRequest(f"table {table!r}: {name} has shape {list(matrix.shape)}, must be {shape}.")
+    return own_copy(matrix, dtype)
+
+
+def checked_key_rows(ids: Tensor | None, *, schema: TableSchema) -> tuple[Tensor, list[int]]:
+    """Ids of keys in the pool [M], all where None, and the shape of those keys: [M, D], or [M, 2, n, D / 2].
+
+    Raises:
+        InvalidRequest: The table has no keys in the pool, or ids are wrong.
+    """
+    keys, table = schema.keys, schema.name
+    if keys is None:
+        raise InvalidRequest(
+            f"table {table!r} has no keys in the pool; make it with keys=ProductKeys(...) or FlatKeys(...)."
+        )
+    heads = isinstance(keys, ProductKeySpec)
+    count = keys.heads if isinstance(keys, ProductKeySpec) else schema.num_slots
+    if ids is None:
+        key_ids = torch.arange(count, dtype=torch.int64, device="cpu")
+    else:
+        key_ids = checked_rows(ids, num_slots=count, table=table, what="heads" if heads else "slots")
+    if heads:
+        return key_ids, [key_ids.shape[0], 2, math.isqrt(schema.num_slots), keys.key_dim // 2]
+    return key_ids, [key_ids.shape[0], keys.key_dim]

@@ -1,0 +1,72 @@
+"""What ties the autograd of gathers to a table in a pool: bags and gradients as they are sent, and the waits for them.
+
+Legend: B bags, L pairs of all bags together, V value dim.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mempool.client.bags import own_copy
+from mempool.client.routing.attempt import LookupRecord
+from mempool.client.routing.router import Router
+from mempool.client.training.session import Session
+from mempool.client.waiting import Run
+from mempool.errors import InvalidRequest
+from mempool.types import TableSchema
+from mempool.types.bags import Bags
+
+WireDtype = Literal["float32", "bfloat16"]
+
+_WIRE_DTYPES: dict[WireDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class TableLink:
+    """A table as ``mempool.client.autograd`` sees it (its ``Link``). Lives as long as a graph, or the table, needs it.
+
+    Life of a gather: [TRAINER] ``wire_weights`` copies, ``send_gather`` waits for pooled values; in the backward pass
+    ``send_update`` copies and waits for d_weights; ``release`` lets the shards forget once the graph is gone.
+    """
+
+    def __init__(self, schema: TableSchema, *, router: Router, session: Session, run: Run) -> None:
+        self._schema = schema
+        self._router = router
+        self._session = session
+        self._run = run
+        self._wire_dtype: WireDtype = "float32"
+
+    @property
+    def value_dim(self) -> int:
+        return self._schema.value_dim
+
+    @property
+    def wire_dtype(self) -> WireDtype:
+        """What weights, gradients and whole pooled values are on the wire. Sums are float32 in either case."""
+        return self._wire_dtype
+
+    @wire_dtype.setter
+    def wire_dtype(self, wire_dtype: WireDtype) -> None:
+        if wire_dtype not in _WIRE_DTYPES:
+            raise InvalidRequest(f"wire_dtype = {wire_dtype!r}: must be 'float32' or 'bfloat16'.")
+        self._wire_dtype = wire_dtype
+
+    def wire_weights(self, weights: Tensor | None) -> Tensor | None:
+        """Weights as they are sent."""
+        return None if weights is None else own_copy(weights, _WIRE_DTYPES[self._wire_dtype])
+
+    def send_gather(self, bags: Bags, *, remember: bool) -> tuple[Tensor, LookupRecord]:
+        """Pooled values [B, V] float32 on the CPU."""
+        return self._run(self._session.gather(bags, remember=remember, reply_dtype=self._wire_dtype))
+
+    def send_update(self, record: LookupRecord, grads: Tensor, *, hold: bool, want_weight_grad: bool) -> Tensor | None:
+        """grads [B, V] on any device -> d_weights [L] float32 on the CPU."""
+        if not (hold or want_weight_grad):
+            return None
+        own = own_copy(grads, _WIRE_DTYPES[self._wire_dtype])
+        return self._run(self._session.update(record, own, hold=hold, want_weight_grad=want_weight_grad))
+
+    def release(self, record: LookupRecord) -> Callable[[], None]:
+        """A function that lets shards forget a lookup, with the next gather; for any thread, at any moment."""
+        return self._router.release(record)

@@ -1,0 +1,100 @@
+"""A shard's server: engine, router for thin clients, gRPC. Loads torch and the kernels, so only a shard's process does.
+
+Everything here runs on the process's IO loop; the engine has its own thread.
+"""
+
+from mempool.client import GrpcDialer, Router
+from mempool.config import ClusterConfig, ShardConfig
+from mempool.errors import ConfigError
+from mempool.rayhost.serving import advertised_host
+from mempool.server import LookupCoordinator, Server, ShardViews
+from mempool.shard import Engine
+from mempool.types import ShardHost, ShardInfo
+
+
+class ShardServing:
+    """One start of a shard: its engine and its server.
+
+    Args:
+        config: The pool's configuration.
+        shard: The shard's number.
+        incarnation: Of this start.
+        node_ip: This node's address, as others see it.
+        token: The pool's token.
+    """
+
+    def __init__(self, config: ClusterConfig, *, shard: int, incarnation: int, node_ip: str, token: str | None) -> None:
+        self._config = config
+        self._host = advertised_host(config, node_ip)
+        self._shard = shard
+        self._incarnation = incarnation
+        self._server = Server(token=token)
+        self._dialer = GrpcDialer(token=token)
+        self._engine: Engine | None = None
+
+    async def start(self) -> ShardInfo:
+        """Bind, start, answer where the shard is.
+
+        Raises:
+            ConfigError: No port is free, or the device cannot be used. Port and engine are given back: it will be tried
+                again, and a range of ports is soon used up.
+        """
+        try:
+            return await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _start(self) -> ShardInfo:
+        pool = self._config.pool
+        port = self._server.bind(pool.bind, _shard_ports(self._config))
+        info = ShardInfo(shard=self._shard, address=f"{self._host}:{port}", incarnation=self._incarnation)
+        engine = self._engine = Engine(
+            info,
+            device=engine_device(self._config.shard),
+            peers=self._dialer.dial,
+            pool=pool.name,
+            memory_bytes=self._config.shard.memory,
+            context_budget_bytes=self._config.shard.context_memory,
+            commit_memory_bytes=self._config.shard.commit_memory,
+        )
+
+        def dial(peer: ShardInfo) -> ShardHost:
+            return engine if peer.shard == info.shard else self._dialer.dial(peer)
+
+        views = ShardViews(pool.name, shard=engine, dial=dial, controller=f"port {pool.port} of the controller's node")
+        router = Router(views, dial=dial, pool=pool.name)
+        await self._server.start(shard=engine, pool=views, lookup=LookupCoordinator(router, info=info).lookup)
+        return info
+
+    async def stop(self) -> None:
+        """Let calls under way finish, then end the engine."""
+        await self._server.stop()
+        await self._dialer.close()
+        if self._engine is not None:
+            await self._engine.close()
+
+
+def engine_device(shard: ShardConfig) -> str:
+    """The device a shard's pages lie on: "auto" takes the GPU that Ray gave it, if any.
+
+    Raises:
+        ConfigError: "cuda" and this process sees no GPU.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if shard.device == "cuda" and not cuda:
+        raise ConfigError(
+            "shard.device = 'cuda' and a shard finds no GPU that torch can use: this torch "
+            f"({torch.__version__}) is built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'the CPU'}. "
+            "Install torch with CUDA there, or set shard.device to 'auto' or 'cpu'"
+        )
+    if shard.device == "auto":
+        return "cuda" if shard.num_gpus and cuda else "cpu"
+    return shard.device
+
+
+def _shard_ports(config: ClusterConfig) -> list[int]:
+    ports = config.pool.shard_ports
+    return [0] if ports is None else list(range(ports[0], ports[1] + 1))

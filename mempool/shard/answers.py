@@ -1,0 +1,294 @@
+"""What a shard answers to clients: each request is fenced, checked and sized, then done; nothing changes before.
+
+All runs on the engine's thread. Long reads are done in pieces, others in between: each bag, query or row is of one
+version of the table, none older than the one the answer is stamped with. Writes are never cut.
+"""
+
+from collections.abc import Generator, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mempool.errors import DataLoss
+from mempool.observe import Stages
+from mempool.shard import bounds, validate
+from mempool.shard.hosted import HostedTable, Parked
+from mempool.shard.steps import commits
+from mempool.shard.steps.contexts import Contexts
+from mempool.shard.steps.held import HeldUpdate
+from mempool.shard.tenancy import Tenancy
+from mempool.types import (
+    CommitReply,
+    CommitRequest,
+    DiscardReply,
+    DiscardRequest,
+    GatherReply,
+    GatherRequest,
+    PrepareReply,
+    PrepareRequest,
+    ReadRowsReply,
+    ReadRowsRequest,
+    ScoreReply,
+    ScoreRequest,
+    UpdateReply,
+    UpdateRequest,
+    WriteRowsReply,
+    WriteRowsRequest,
+)
+from mempool.types.bags import Bags
+
+READ_PIECE_BYTES = 256 * 2**20
+"""Bytes of rows that a gather, or the gradient of its weights, reads at once: some tens of milliseconds."""
+COPY_PIECE_BYTES = 64 * 2**20
+"""Bytes of rows that are read as they are at once."""
+SCORE_PIECE_PRODUCTS = 2**32
+"""Products that scoring makes at once, but of at least ``_LEAST_QUERIES``, which share each key that is read."""
+_LEAST_QUERIES = 16
+
+T = TypeVar("T")
+Pieces = Generator[int, None, T]
+"""Work in pieces: tells first how many bytes its answer will have, 0 after each piece, and returns the answer."""
+
+
+class Answers:
+    """The data half of a shard.
+
+    Args:
+        tenancy: The tables.
+        contexts: Lookups remembered.
+        stages: Where time is counted.
+        reply_bytes: What an answer may have; None: as much as there is.
+    """
+
+    def __init__(self, tenancy: Tenancy, *, contexts: Contexts, stages: Stages, reply_bytes: int | None) -> None:
+        self._tenancy = tenancy
+        self._contexts = contexts
+        self._stages = stages
+        self._reply_bytes = reply_bytes
+
+    def gather(self, request: GatherRequest) -> GatherReply | Pieces[GatherReply]:
+        table = self._tenancy.fenced(request.envelope)
+        with self._stages.measure("copy in"):
+            bags, dtype = validate.check_gather(table.storage, request, reply_bytes=self._reply_bytes)
+        if _row_bytes(table) * (bags.num_pairs + bags.num_bags) > READ_PIECE_BYTES:
+            return self._gather_in_pieces(request, table, bags, dtype)
+        with self._stages.measure("kernel"):
+            values = table.storage.pooled(bags, dtype)
+        return self._gathered(request, table, bags, self._copy_out(values))
+
+    def _gather_in_pieces(
+        self, request: GatherRequest, table: HostedTable, bags: Bags, dtype: torch.dtype
+    ) -> Pieces[GatherReply]:
+        stamp = table.stamp
+        width = table.storage.schema.width(table.storage.blocks)
+        yield dtype.itemsize * width * bags.num_bags
+        values = torch.empty((bags.num_bags, width), dtype=dtype)
+        for first, end, part in _parts_of(bags, _row_bytes(table)):
+            table = self._tenancy.fenced(request.envelope)  # it may have moved, or been dropped, meanwhile
+            with self._stages.measure("kernel"):
+                pooled = table.storage.pooled(part, dtype)
+            values[first:end] = self._copy_out(pooled)
+            yield 0
+        reply = self._gathered(request, table, bags, values)
+        return GatherReply(stamp=stamp, blocks=reply.blocks, values=reply.values)
+
+    def _gathered(self, request: GatherRequest, table: HostedTable, bags: Bags, values: Tensor) -> GatherReply:
+        self._contexts.release(request.release)
+        if request.remember:
+            self._contexts.remember(request.lookup_id, table_id=table.table_id, epoch=table.epoch, bags=bags)
+        table.lookups += 1
+        return GatherReply(stamp=table.stamp, blocks=table.storage.blocks, values=values)
+
+    def update(self, request: UpdateRequest, *, caller: str = "") -> UpdateReply | Pieces[UpdateReply]:
+        table = self._tenancy.fenced(request.envelope)
+        bounds.check_step(request.step_id, (request.sequence,))
+        held = table.updates.get(request.step_id, request.sequence) if request.hold else None
+        if held is not None:
+            # A repeat is answered from what is held, whatever it brings: its context may be gone by now.
+            update = held
+        else:
+            remembered = self._contexts.recall(request.lookup_id, table_id=table.table_id, epoch=table.epoch)
+            with self._stages.measure("copy in"):
+                update = HeldUpdate(
+                    *validate.check_update(table.storage, request, remembered, reply_bytes=self._reply_bytes)
+                )
+        new = request.hold and held is None
+        if not request.want_weight_grad:
+            return self._updated(request, table, update if new else None, None, caller)
+        if _row_bytes(table) * (update.bags.num_pairs + update.bags.num_bags) > READ_PIECE_BYTES:
+            return self._update_in_pieces(request, table, update, new, caller)
+        with self._stages.measure("kernel"):
+            weight_grad = self._copy_out(table.storage.weight_grad(update.bags, update.grads))
+        return self._updated(request, table, update if new else None, weight_grad, caller)
+
+    def _update_in_pieces(
+        self, request: UpdateRequest, table: HostedTable, update: HeldUpdate, new: bool, caller: str
+    ) -> Pieces[UpdateReply]:
+        yield 4 * update.bags.num_pairs
+        weight_grad = torch.empty(update.bags.num_pairs, dtype=torch.float32)
+        at = 0
+        for first, end, part in _parts_of(update.bags, _row_bytes(table)):
+            table = self._tenancy.fenced(request.envelope)
+            with self._stages.measure("kernel"):
+                found = self._copy_out(table.storage.weight_grad(part, update.grads[first:end]))
+            weight_grad[at : at + found.shape[0]] = found
+            at += found.shape[0]
+            yield 0
+        new = new and table.updates.get(request.step_id, request.sequence) is None
+        return self._updated(request, table, update if new else None, weight_grad, caller)
+
+    def _updated(
+        self,
+        request: UpdateRequest,
+        table: HostedTable,
+        new: HeldUpdate | None,
+        weight_grad: Tensor | None,
+        caller: str,
+    ) -> UpdateReply:
+        if new is not None and not table.ledger.has(request.step_id):
+            table.updates.hold(request.step_id, request.sequence, new, caller=caller)
+            self._tenancy.make_room()
+        return UpdateReply(stamp=table.stamp, weight_grad=weight_grad)
+
+    def prepare(self, request: PrepareRequest, *, caller: str = "") -> PrepareReply | Parked:
+        table = self._tenancy.fenced(request.envelope)
+        bounds.check_step(request.step_id, request.sequences)
+        if table.ledger.has(request.step_id):
+            return PrepareReply(stamp=table.stamp, missing=(), squared_norm=0.0, finite=True, applied=True)
+        if table.holds_off(request.step_id):
+            return table.park_until_thaw()
+        missing = commits.missing(table.updates, request.step_id, request.sequences)
+        if missing:
+            return PrepareReply(stamp=table.stamp, missing=missing, squared_norm=0.0, finite=True, applied=False)
+        with self._stages.measure("kernel"):
+            step = commits.prepare(table.storage, table.updates, request, caller=caller)
+        return PrepareReply(
+            stamp=table.stamp, missing=(), squared_norm=step.squared_norm, finite=step.finite, applied=False
+        )
+
+    def commit(self, request: CommitRequest) -> CommitReply | Parked:
+        table = self._tenancy.fenced(request.envelope)
+        bounds.check_commit(request)
+        if table.ledger.has(request.step_id):
+            return CommitReply(stamp=table.stamp, missing=(), applied=True)
+        if request.one_phase:
+            if table.holds_off(request.step_id):
+                return table.park_until_thaw()
+            missing = commits.missing(table.updates, request.step_id, request.sequences)
+            if missing:
+                return CommitReply(stamp=table.stamp, missing=missing, applied=False)
+        try:
+            with self._stages.measure("kernel"):
+                commits.commit(table.storage, table.updates, table.ledger, request)
+        except DataLoss:
+            table.measure()
+            raise
+        table.steps_changed()
+        return CommitReply(stamp=table.stamp, missing=(), applied=True)
+
+    def discard(self, request: DiscardRequest) -> DiscardReply:
+        table = self._tenancy.fenced(request.envelope)
+        bounds.check_step(request.step_id, ())
+        discarded = table.updates.discard(request.step_id)
+        table.steps_changed()
+        return DiscardReply(stamp=table.stamp, discarded=discarded)
+
+    def score(self, request: ScoreRequest) -> ScoreReply | Pieces[ScoreReply]:
+        table = self._tenancy.fenced(request.envelope)
+        with self._stages.measure("copy in"):
+            queries = validate.check_score(table.storage, request, reply_bytes=self._reply_bytes)
+        num_queries = max(_LEAST_QUERIES, SCORE_PIECE_PRODUCTS // max(1, _products(table, request.topk)))
+        if queries.shape[0] > num_queries:
+            return self._score_in_pieces(request, table, queries, num_queries)
+        with self._stages.measure("kernel"):
+            heads, scores, ids = table.storage.score(queries, request.topk)
+        return ScoreReply(stamp=table.stamp, heads=heads, scores=self._copy_out(scores), ids=self._copy_out(ids))
+
+    def _score_in_pieces(
+        self, request: ScoreRequest, table: HostedTable, queries: Tensor, num_queries: int
+    ) -> Pieces[ScoreReply]:
+        stamp = table.stamp
+        heads = table.storage.heads if table.storage.schema.num_key_pages else (0,)
+        shape = queries.shape[0], len(heads), request.topk
+        yield 12 * shape[0] * shape[1] * shape[2]
+        scores, ids = torch.empty(shape, dtype=torch.float32), torch.empty(shape, dtype=torch.int64)
+        for first in range(0, queries.shape[0], num_queries):
+            table = self._tenancy.fenced(request.envelope)
+            with self._stages.measure("kernel"):
+                _, best, found = table.storage.score(queries[first : first + num_queries], request.topk)
+            scores[first : first + num_queries] = self._copy_out(best)
+            ids[first : first + num_queries] = self._copy_out(found)
+            yield 0
+        return ScoreReply(stamp=stamp, heads=heads, scores=scores, ids=ids)
+
+    def read_rows(self, request: ReadRowsRequest) -> ReadRowsReply | Pieces[ReadRowsReply]:
+        table = self._tenancy.fenced(request.envelope)
+        ids = validate.check_read(table.storage, request, reply_bytes=self._reply_bytes)
+        blocks = table.storage.row_blocks(request.array)
+        num_rows = max(1, COPY_PIECE_BYTES // max(1, validate.row_bytes(table.storage, request.array)))
+        if ids.shape[0] > num_rows:
+            return self._read_in_pieces(request, table, ids, num_rows)
+        rows = self._copy_out(table.storage.read(request.array, ids))
+        return ReadRowsReply(stamp=table.stamp, blocks=blocks, rows=rows)
+
+    def _read_in_pieces(
+        self, request: ReadRowsRequest, table: HostedTable, ids: Tensor, num_rows: int
+    ) -> Pieces[ReadRowsReply]:
+        stamp, blocks = table.stamp, table.storage.row_blocks(request.array)
+        yield validate.row_bytes(table.storage, request.array) * ids.shape[0]
+        rows: Tensor | None = None
+        for first in range(0, ids.shape[0], num_rows):
+            table = self._tenancy.fenced(request.envelope)
+            part = self._copy_out(table.storage.read(request.array, ids[first : first + num_rows]))
+            if rows is None:
+                rows = torch.empty((ids.shape[0], part.shape[1]), dtype=part.dtype)
+            rows[first : first + num_rows] = part
+            yield 0
+        assert rows is not None, "there are more rows than a piece has"
+        return ReadRowsReply(stamp=stamp, blocks=blocks, rows=rows)
+
+    def write_rows(self, request: WriteRowsRequest) -> WriteRowsReply | Parked:
+        table = self._tenancy.fenced(request.envelope)
+        if table.frozen:
+            return table.park_until_thaw()
+        ids = validate.check_array(table.storage, request.array, request.ids)
+        rows = validate.check_rows(table.storage, request.array, ids, request.blocks, request.rows)
+        table.storage.write(request.array, ids, rows)
+        return WriteRowsReply(stamp=table.stamp)
+
+    def _copy_out(self, tensor: Tensor) -> Tensor:
+        # On a GPU this waits for the kernel too: its launch alone is counted as "kernel".
+        with self._stages.measure("copy out"):
+            return tensor.cpu()
+
+
+def _row_bytes(table: HostedTable) -> int:
+    """Bytes of a row of values, of all blocks here, taken as float32."""
+    return 4 * table.storage.schema.width(table.storage.blocks)
+
+
+def _products(table: HostedTable, topk: int) -> int:
+    """Products that one query takes, of all heads here."""
+    schema, storage = table.storage.schema, table.storage
+    if schema.keys is None:
+        return 0
+    if schema.num_key_pages:
+        _, _, half_keys, half_dim = storage.head_keys.shape
+        return len(storage.heads) * (2 * half_keys * half_dim + topk * topk)
+    return schema.num_slots * schema.keys.key_dim
+
+
+def _parts_of(bags: Bags, row_bytes: int) -> Iterator[tuple[int, int, Bags]]:
+    """Bags some at a time, as views: first, end, and they. A bag is never cut."""
+    most = max(1, READ_PIECE_BYTES // max(1, row_bytes))
+    first = 0
+    while first < bags.num_bags:
+        start = bags.offsets[first]
+        # Empty bags are answered too, so there are so many bags at most as well.
+        end = min(int(torch.searchsorted(bags.offsets, start + most, right=True)) - 1, first + most, bags.num_bags)
+        end = max(end, first + 1)
+        pairs = slice(int(start), int(bags.offsets[end]))
+        weights = None if bags.weights is None else bags.weights[pairs]
+        yield first, end, Bags(bags.ids[pairs], weights, bags.offsets[first : end + 1] - start)
+        first = end

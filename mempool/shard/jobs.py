@@ -1,0 +1,330 @@
+"""Jobs of a shard and the order they are done in: events in, jobs out, without threads, clocks or sleeps.
+
+Callers are served fairly, by what their work weighs (weighted fair queueing): a small call does not wait for what others
+have piled up. Jobs of one caller keep their order; what the controller asks goes first. Leaves running them to ``thread``.
+"""
+
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush
+from typing import Any, Protocol
+
+from mempool.errors import DeadlineExceeded, Overloaded, RequestTooLarge
+from mempool.shard.steps.budget import Budget
+from mempool.types.caller import Caller
+
+JOB_BYTES = 4096
+"""What a job costs besides its tensors: objects of the call, from the connection to here."""
+PIECE_BYTES = 16 * 2**20
+"""Long work is cut into pieces of about so many bytes read or written, and no job is thought lighter or heavier."""
+MAX_JOBS = 8192
+"""Jobs of all callers together."""
+MAX_CALLER_JOBS = 1024
+MAX_CONTROL_JOBS = 256
+_BASE_WEIGHT = 16 * 1024
+_BYTES_A_SECOND = 10**9  # what is thought to be read or written meanwhile, where a job took longer than its bytes say
+_LONGEST_RETRY_S = 2.0
+
+
+class Answer(Protocol):
+    """Where the result of a job goes, from the thread that runs it."""
+
+    @property
+    def future(self) -> Awaitable[Any]: ...
+
+    def give(self, value: Any) -> None: ...
+
+    def fail(self, error: BaseException) -> None: ...
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Job:
+    """One request on its way through a shard.
+
+    Attributes:
+        stage: What it is called where time is counted.
+        request: What was asked; None once it is answered.
+        caller: Who asks, and until when.
+        cost: Bytes that it makes the shard hold until it is answered.
+        run: Does it: the result, or a generator that does it in pieces and returns the result.
+        done: Where the result goes.
+        control: It is the controller's.
+        put_s: When it came, on a clock that measures.
+        pieces: What is left of it, where it is done in pieces.
+        known: It is in the queue, or on its way back to whoever asked.
+        gone: Nobody waits for it any more.
+        waiting: It lies in the queue.
+    """
+
+    stage: str
+    request: Any
+    caller: Caller
+    cost: int
+    run: Callable[[Any], Any]
+    done: Answer
+    control: bool = False
+    put_s: float = 0.0
+    pieces: Any = None
+    known: bool = False
+    gone: bool = False
+    waiting: bool = False
+    weight: int = 0
+
+    def forget(self) -> None:
+        """Keep nothing of the request alive."""
+        self.request = self.run = self.pieces = None  # type: ignore[assignment]
+
+
+@dataclass(slots=True)
+class _Lane:
+    """One caller: jobs and bytes that the queue knows of, and the moment up to which its work is accounted for."""
+
+    jobs: int = 0
+    num_bytes: int = 0
+    waiting: int = 0
+    ends: int = 0
+
+
+@dataclass(slots=True, order=True)
+class _Entry:
+    ends: int
+    number: int
+    job: Job = field(compare=False)
+
+
+class JobQueue:
+    """Jobs that wait. Not thread-safe.
+
+    Args:
+        budget: Counts the bytes of jobs from ``add`` to ``leave``, and bounds them.
+        name: Of the shard, for messages.
+    """
+
+    def __init__(self, budget: Budget, *, name: str = "the shard") -> None:
+        self._budget = budget
+        self._name = name
+        self._control: deque[Job] = deque()
+        self._heap: list[_Entry] = []
+        self._lanes: dict[str, _Lane] = {}
+        self._now = 0  # virtual: what each caller that waits has got of the shard, in bytes
+        self._busy = 0  # callers with jobs that wait
+        self._number = 0
+        self._jobs = 0
+        self._waiting = 0
+        self._expired: list[Job] = []
+
+    def __len__(self) -> int:
+        """Jobs that wait."""
+        return self._waiting + len(self._control)
+
+    @property
+    def num_jobs(self) -> int:
+        """Jobs that wait, or are being answered."""
+        return self._jobs
+
+    def add(self, job: Job, *, now_s: float) -> None:
+        """Take a job in; ``leave`` must follow.
+
+        Raises:
+            DeadlineExceeded: Nobody waits for it any more.
+            RequestTooLarge: It could never fit.
+            Overloaded: Too much waits already, of this caller or of all.
+        """
+        deadline_s = job.caller.deadline_s
+        if deadline_s is not None and deadline_s <= now_s:
+            raise DeadlineExceeded(f"the call's time was over when it reached {self._name}; nothing was changed")
+        lane = self._lanes.get(job.caller.name) or _Lane()
+        self._refuse(job, lane)
+        self._lanes[job.caller.name] = lane
+        job.known = True
+        lane.jobs += 1
+        lane.num_bytes += job.cost
+        self._jobs += 1
+        self._budget.queued_bytes += job.cost
+        if job.control:
+            job.waiting = True
+            self._control.append(job)
+        else:
+            self._line_up(job, lane, _BASE_WEIGHT + min(job.cost, PIECE_BYTES))
+
+    def grow(self, job: Job, num_bytes: int) -> None:
+        """The job is to hold so much more until it is answered.
+
+        Raises:
+            RequestTooLarge: It could never fit.
+            Overloaded: There is no room for it now.
+        """
+        lane = self._lanes[job.caller.name]
+        self._refuse_bytes(num_bytes, lane, f"the answer to {job.stage}", alone=lane.jobs == 1)
+        job.cost += num_bytes
+        lane.num_bytes += num_bytes
+        self._budget.queued_bytes += num_bytes
+
+    def again(self, job: Job) -> None:
+        """Line a job up once more that is known: for its next piece, or because what it waited for has come."""
+        if job.gone:
+            return
+        if job.control:
+            job.waiting = True
+            self._control.append(job)
+        else:
+            self._line_up(job, self._lanes[job.caller.name], _BASE_WEIGHT + min(job.cost, PIECE_BYTES))
+
+    def ready(self, *, now_s: float) -> Job | None:
+        """The next job to run, None where none waits. Those nobody waits for are passed over."""
+        while self._control:
+            job = self._control.popleft()
+            job.waiting = False
+            if not job.gone and not self._is_late(job, now_s):
+                return job
+        while self._heap:
+            job = heappop(self._heap).job
+            if job.gone:  # counted out when it left
+                continue
+            self._out(job)
+            if not self._is_late(job, now_s):
+                self._now += job.weight // max(1, self._busy + (1 if self._lanes[job.caller.name].waiting == 0 else 0))
+                return job
+        return None
+
+    def expire(self, *, now_s: float) -> list[Job]:
+        """Jobs whose time was over before they were begun, each once: to be told so."""
+        late = [entry for entry in self._heap if not entry.job.gone and _over(entry.job, now_s)]
+        if late:
+            for entry in late:
+                self._out(entry.job)
+                self._expired.append(entry.job)
+            rest = [entry for entry in self._heap if entry.job.waiting]
+            heapify(rest)
+            self._heap = rest
+        return self.take_expired()
+
+    def take_expired(self) -> list[Job]:
+        """Those found to be late so far, each once."""
+        expired, self._expired = self._expired, []
+        return expired
+
+    def drain(self) -> list[Job]:
+        """All that wait: none of them will be run."""
+        jobs = [*self._control, *(entry.job for entry in self._heap if entry.job.waiting)]
+        for job in jobs:
+            if not job.control:
+                self._out(job)
+            job.waiting = False
+        self._control.clear()
+        self._heap.clear()
+        return jobs
+
+    def spent(self, job: Job, seconds: float) -> None:
+        """How long a job, or a piece of one, took: a caller answers for work that weighed more than was thought."""
+        excess = int(seconds * _BYTES_A_SECOND) - job.weight
+        lane = self._lanes.get(job.caller.name)
+        if excess > 0 and lane is not None and not job.control:
+            lane.ends = max(lane.ends, self._now) + excess
+            self._now += excess // max(1, self._busy + (1 if lane.waiting == 0 else 0))
+
+    def leave(self, job: Job) -> None:
+        """The job is answered, or nobody waits for it any more: nothing of it is kept. Repeatable."""
+        job.gone = True
+        if not job.known:
+            return
+        job.known = False
+        if job.waiting:
+            if job.control:
+                self._control.remove(job)
+                job.waiting = False
+            else:
+                self._out(job)
+            job.forget()
+        lane = self._lanes[job.caller.name]
+        lane.jobs -= 1
+        lane.num_bytes -= job.cost
+        self._jobs -= 1
+        self._budget.queued_bytes -= job.cost
+        self._clear(job.caller.name, lane)
+
+    def _line_up(self, job: Job, lane: _Lane, weight: int) -> None:
+        job.weight = weight
+        job.waiting = True
+        lane.ends = max(lane.ends, self._now) + weight
+        self._busy += lane.waiting == 0
+        lane.waiting += 1
+        self._waiting += 1
+        self._number += 1
+        heappush(self._heap, _Entry(lane.ends, self._number, job))
+        if len(self._heap) > 2 * self._waiting + 64:  # most are of jobs that left
+            self._heap = [entry for entry in self._heap if entry.job.waiting]
+            heapify(self._heap)
+
+    def _out(self, job: Job) -> None:
+        """The job does not wait any more."""
+        job.waiting = False
+        lane = self._lanes[job.caller.name]
+        lane.waiting -= 1
+        self._busy -= lane.waiting == 0
+        self._waiting -= 1
+
+    def _is_late(self, job: Job, now_s: float) -> bool:
+        late = _over(job, now_s)
+        if late:
+            self._expired.append(job)
+        return late
+
+    def _clear(self, name: str, lane: _Lane) -> None:
+        """Forget callers that are owed nothing and owe nothing."""
+        if not self._jobs:
+            self._lanes.clear()
+            self._heap.clear()
+            self._now = 0
+        elif not lane.jobs and lane.ends <= self._now:
+            del self._lanes[name]
+        elif len(self._lanes) > 2 * self._jobs + 1024:
+            self._lanes = {
+                caller: known for caller, known in self._lanes.items() if known.jobs or known.ends > self._now
+            }
+
+    def _refuse(self, job: Job, lane: _Lane) -> None:
+        if job.control:
+            if len(self._control) >= MAX_CONTROL_JOBS:
+                raise Overloaded(
+                    f"{len(self._control):,} calls about tables and pages wait at {self._name} already; try again "
+                    "later. Nothing was changed.",
+                    retry_after_s=self._wait_s(),
+                )
+            return
+        if lane.jobs >= MAX_CALLER_JOBS or self._jobs >= MAX_JOBS:
+            raise Overloaded(
+                f"{lane.jobs:,} calls of this caller and {self._jobs:,} of all wait at {self._name} already, of "
+                f"{MAX_CALLER_JOBS:,} and {MAX_JOBS:,}; wait for answers before you ask more. Nothing was changed.",
+                retry_after_s=self._wait_s(),
+            )
+        self._refuse_bytes(job.cost, lane, f"a {job.stage}", alone=lane.jobs == 0)
+
+    def _refuse_bytes(self, num_bytes: int, lane: _Lane, what: str, *, alone: bool) -> None:
+        """Refuse what does not fit, or would leave others less than this caller has. One call alone may have it all."""
+        budget = self._budget
+        room = budget.queue_room - num_bytes
+        if room >= 0 and (alone or lane.num_bytes + num_bytes <= room):
+            return
+        if num_bytes > budget.queue_limit or (alone and lane.num_bytes + num_bytes > budget.queue_limit):
+            raise RequestTooLarge(
+                f"{what} of {lane.num_bytes * alone + num_bytes:,} bytes does not fit: {self._name} has "
+                f"{budget.queue_limit:,} bytes for all calls that it is answering (half of shard.client_memory). Send "
+                "fewer bags or rows at a time. Nothing was changed."
+            )
+        raise Overloaded(
+            f"{what} of {num_bytes:,} bytes does not fit now: calls at {self._name} hold {budget.queued_bytes:,} "
+            f"bytes, {lane.num_bytes:,} of them of this caller, and {max(0, budget.queue_room):,} are left; wait for "
+            "answers before you ask more. Nothing was changed.",
+            retry_after_s=self._wait_s(),
+        )
+
+    def _wait_s(self) -> float:
+        """When it may be worth while to try again."""
+        return min(_LONGEST_RETRY_S, 0.05 + self._budget.queued_bytes / _BYTES_A_SECOND)
+
+
+def _over(job: Job, now_s: float) -> bool:
+    deadline_s = job.caller.deadline_s
+    return deadline_s is not None and deadline_s <= now_s

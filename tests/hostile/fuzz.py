@@ -1,0 +1,206 @@
+"""Mutated frames against every method of a shard and of the controller: alive, bounded, unchanged, never INTERNAL.
+
+    python -m tests.hostile.fuzz --frames 100000 --seed 1
+
+Prints a line per method and ends with 1 if anything was found; what was found is printed with the frame that did it.
+"""
+
+import argparse
+import asyncio
+import random
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from mempool.wire.v1 import data_pb2, table_pb2
+from tests.hostile.mutate import mutated
+from tests.hostile.raw import METHODS, RawChannel, RawMethod
+from tests.hostile.target import Target, resident_bytes
+from tests.hostile.valid import NUM_SLOTS, VICTIM, WITNESS, Requests, tensor, view_of
+
+BATCH = 500
+SLOWEST_S = 5.0
+IN_FLIGHT = 16
+GROWTH_BYTES = 512 * 2**20
+_CONTROLLERS = ("AttachTable", "DropTable", "Freeze", "Thaw", "ExportPages", "PullPages", "SetView")
+_SHARDS, _MAX_SHARDS = 2, 4096
+
+
+@dataclass
+class Found:
+    """What a method did with its frames."""
+
+    method: RawMethod
+    statuses: Counter[str] = field(default_factory=Counter)
+    slowest_s: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+    def line(self, resident: int) -> str:
+        told = " ".join(f"{name}={count}" for name, count in self.statuses.most_common())
+        frames = sum(self.statuses.values())
+        return (
+            f"{self.method.label:28} {frames:8} frames  slowest {self.slowest_s:6.3f} s  "
+            f"{resident / 2**20:7.0f} MiB  problems {len(self.problems)}  {told}"
+        )
+
+
+class Fuzz:
+    """One run against a target of its own."""
+
+    def __init__(self, target: Target, *, seed: int) -> None:
+        self.target = target
+        self._rng = random.Random(seed)
+        self._seed = seed
+        self._pool = RawChannel(target.address, key=target.token)
+        self._shards = [RawChannel(address, key=target.token) for address in target.shards]
+        key = target.controller_key or target.token
+        self._controllers = [RawChannel(address, key=key) for address in target.shards]
+        self._rows: list[bytes] = []
+        self._baseline = 0
+
+    async def open(self) -> None:
+        """Make the tables, remember what the witness holds."""
+        await view_of(self._pool, VICTIM)
+        self._rows = await self._witness()
+        self._baseline = resident_bytes(self.target.pid)
+
+    async def close(self) -> None:
+        for channel in (self._pool, *self._shards, *self._controllers):
+            await channel.close()
+
+    async def run(self, method: RawMethod, frames: int) -> Found:
+        """So many frames to one method, in batches; after each the pool must be as it was."""
+        found = Found(method)
+        while frames > 0 and not found.problems:
+            await self._batch(method, min(BATCH, frames), found)
+            frames -= BATCH
+            await self._check(found)
+        return found
+
+    async def _batch(self, method: RawMethod, frames: int, found: Found) -> None:
+        view = await view_of(self._pool, VICTIM)
+        shard = self._rng.choice(view.shards).shard
+        requests = Requests(view, shard=shard, seed=self._rng.getrandbits(32))
+        channel = self._channel(method, shard)
+        gate = asyncio.Semaphore(IN_FLIGHT)
+
+        async def one(frame: bytes) -> None:
+            async with gate:
+                started_s = time.monotonic()
+                status, _, message = await channel.send(method, frame)
+                took_s = time.monotonic() - started_s
+            found.statuses[status] += 1
+            found.slowest_s = max(found.slowest_s, took_s)
+            if status in ("INTERNAL", "UNKNOWN") or (status == "UNAVAILABLE" and not self.target.alive):
+                found.problems.append(f"{status}: {message[:300]}\n    frame {frame[:400].hex()}")
+            elif took_s > SLOWEST_S:
+                found.problems.append(f"answered after {took_s:.1f} s ({status})\n    frame {frame[:400].hex()}")
+
+        await asyncio.gather(*(one(frame) for frame in self._frames(method, requests, frames)))
+
+    def _frames(self, method: RawMethod, requests: Requests, frames: int) -> list[bytes]:
+        made = []
+        while len(made) < frames:
+            frame = mutated(requests.of(method.label), self._rng)
+            if method.name == "Rescale" and _asks_for_shards(method, frame):
+                continue
+            made.append(frame)
+        return made
+
+    def _channel(self, method: RawMethod, shard: int) -> RawChannel:
+        if method.service == "PoolService":
+            return self._pool
+        if method.service == "ShardService" and method.name in _CONTROLLERS:
+            return self._controllers[shard]
+        return self._shards[shard]
+
+    async def _check(self, found: Found) -> None:
+        """Alive, bounded, and the witness bit for bit what it was."""
+        if not self.target.alive:
+            found.problems.append("the process died")
+            return
+        grown = resident_bytes(self.target.pid) - self._baseline
+        if grown > GROWTH_BYTES:
+            found.problems.append(f"resident memory grew by {grown / 2**20:.0f} MiB")
+        view = await view_of(self._pool, VICTIM)
+        for shard in {info.shard for info in view.shards}:
+            thaw = Requests(view, shard=shard, seed=0).of("ShardService.Thaw").SerializeToString()
+            await self._controllers[shard].send(METHODS["ShardService.Thaw"], thaw)
+        if await self._witness() != self._rows:
+            found.problems.append("a table that no frame named has changed")
+
+    async def _witness(self) -> list[bytes]:
+        view = await view_of(self._pool, WITNESS)
+        rows = []
+        for info in view.shards:
+            request = _all_rows(view, info)
+            status, reply, message = await self._shards[info.shard].send(
+                METHODS["MemoryService.ReadRows"], request.SerializeToString()
+            )
+            if status != "OK":
+                return [f"{status} {message}".encode()]
+            rows.append(bytes(data_pb2.ReadRowsReply.FromString(reply).rows.inline))
+        return rows
+
+
+def _all_rows(view: table_pb2.TableView, info: table_pb2.ShardInfo) -> data_pb2.ReadRowsRequest:
+
+    return data_pb2.ReadRowsRequest(
+        envelope=Requests(view, shard=info.shard, seed=0).envelope(),
+        array="values",
+        ids=tensor(np.arange(NUM_SLOTS, dtype=np.int64)),
+    )
+
+
+def _asks_for_shards(method: RawMethod, frame: bytes) -> bool:
+    """Whether a rescale would really be done: this process is no place for thousands of shards."""
+    try:
+        parsed = method.request.FromString(frame)
+    except DecodeError:
+        return False
+    shards: int = parsed.shards  # type: ignore[attr-defined]
+    return shards != _SHARDS and 0 < shards <= _MAX_SHARDS
+
+
+async def fuzz(target: Target, *, frames: int, seed: int, only: str = "") -> list[Found]:
+    """Every method whose label contains ``only``, one after the other."""
+    run = Fuzz(target, seed=seed)
+    await run.open()
+    results = []
+    for label, method in METHODS.items():
+        if only not in label:
+            continue
+        started_s = time.monotonic()
+        found = await run.run(method, frames)
+        results.append(found)
+        print(found.line(resident_bytes(target.pid) if target.alive else 0), f"{time.monotonic() - started_s:.0f} s")
+        for problem in found.problems[:5]:
+            print("  ", problem)
+        sys.stdout.flush()
+        if not target.alive:
+            break
+    await run.close()
+    return results
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--frames", type=int, default=1_000)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--log", type=Path, help="where the target's standard error goes")
+    arguments = parser.parse_args()
+    with Target(shards=_SHARDS, token="fuzz", log=arguments.log) as target:
+        results = asyncio.run(fuzz(target, frames=arguments.frames, seed=arguments.seed, only=arguments.only))
+    bad = sum(len(found.problems) for found in results)
+    print(f"{sum(sum(found.statuses.values()) for found in results):,} frames, seed {arguments.seed}, {bad} problems")
+    return 1 if bad or len(results) == 0 else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,219 @@
+"""Valid requests of every method against a table that is there: what mutations start from."""
+
+import random
+import secrets
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import Message
+
+from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2, table_pb2, tensor_pb2
+from tests.hostile.raw import RawChannel
+
+DTYPES = {
+    np.dtype(np.float32): tensor_pb2.DTYPE_FLOAT32,
+    np.dtype(np.int64): tensor_pb2.DTYPE_INT64,
+    np.dtype(np.uint32): tensor_pb2.DTYPE_UINT32,
+    np.dtype(np.int32): tensor_pb2.DTYPE_INT32,
+}
+NUM_SLOTS, VALUE_DIM, BLOCK_DIM, HEADS, KEY_DIM = 256, 32, 16, 2, 8
+VICTIM, WITNESS = "victim", "witness"
+
+
+def tensor(array: Any) -> tensor_pb2.Tensor:
+    """An array as it travels."""
+    array = np.ascontiguousarray(array)
+    return tensor_pb2.Tensor(dtype=DTYPES[array.dtype], shape=array.shape, inline=array.tobytes())
+
+
+def schema(name: str, **changes: Any) -> table_pb2.TableSchema:
+    """A small table with product keys."""
+    fields: dict[str, Any] = {
+        "name": name,
+        "num_slots": NUM_SLOTS,
+        "value_dim": VALUE_DIM,
+        "block_dim": BLOCK_DIM,
+        "page_slots": 16,
+        "dtype": tensor_pb2.DTYPE_FLOAT32,
+        "seed": 7,
+        "init_std": 0.5,
+        "stride": 16,
+        "layout": table_pb2.LAYOUT_AUTO,
+        "optimizer": table_pb2.OptimizerSpec(algorithm=table_pb2.ALGORITHM_ADAGRAD, lr=0.1),
+        "product_keys": table_pb2.ProductKeySpec(heads=HEADS, key_dim=KEY_DIM),
+        "rounding": table_pb2.ROUNDING_NEAREST,
+    }
+    return table_pb2.TableSchema(**(fields | changes))
+
+
+class Requests:
+    """Valid requests to one shard about one table.
+
+    Args:
+        view: The table as the pool says it is.
+        shard: Index of the shard that is asked.
+        seed: Of everything drawn.
+    """
+
+    def __init__(self, view: table_pb2.TableView, *, shard: int, seed: int) -> None:
+        self.view = view
+        self.info = next(info for info in view.shards if info.shard == shard)
+        owners = np.frombuffer(view.placement.owners.inline, np.int32).reshape(tuple(view.placement.owners.shape))
+        self.blocks = [int(block) for block in np.flatnonzero((owners == shard).any(0))]
+        self.random = random.Random(seed)
+        self._arrays = np.random.default_rng(seed)
+        self._group = secrets.token_hex(4)
+
+    def of(self, label: str) -> Message:
+        """A valid request of a method."""
+        make = {
+            "MemoryService.Gather": self._gather,
+            "MemoryService.Update": self._update,
+            "MemoryService.Prepare": self._prepare,
+            "MemoryService.Commit": self._commit,
+            "MemoryService.Discard": self._discard,
+            "MemoryService.Score": self._score,
+            "MemoryService.Lookup": self._lookup,
+            "MemoryService.ReadRows": self._read_rows,
+            "MemoryService.WriteRows": self._write_rows,
+            "ShardService.AttachTable": self._attach_table,
+            "ShardService.DropTable": self._shard_drop,
+            "ShardService.Freeze": self._freeze,
+            "ShardService.Thaw": self._thaw,
+            "ShardService.ExportPages": self._export_pages,
+            "ShardService.PullPages": self._pull_pages,
+            "ShardService.SetView": lambda: shard_pb2.SetViewRequest(view=self.view),
+            "ShardService.Status": shard_pb2.StatusRequest,
+            "PoolService.CreateTable": self._create,
+            "PoolService.DropTable": lambda: pool_pb2.DropTableRequest(name="nobody"),
+            "PoolService.GetTable": lambda: pool_pb2.GetTableRequest(name=VICTIM),
+            "PoolService.ListTables": pool_pb2.ListTablesRequest,
+            "PoolService.Rescale": lambda: pool_pb2.RescaleRequest(shards=len(self.view.shards)),
+            "PoolService.GetStatus": pool_pb2.GetStatusRequest,
+        }[label]
+        message: Message = make()
+        return message
+
+    def envelope(self) -> data_pb2.Envelope:
+        return data_pb2.Envelope(
+            table_id=self.view.schema.table_id, epoch=self.view.placement.epoch, incarnation=self.info.incarnation
+        )
+
+    def bags(self, bags: int = 4, pairs: int = 3) -> dict[str, tensor_pb2.Tensor]:
+        ids = self._arrays.integers(0, NUM_SLOTS, bags * pairs)
+        return {
+            "ids": tensor(ids if self.random.random() < 0.5 else ids.astype(np.uint32)),
+            "weights": tensor(self._arrays.random(bags * pairs, np.float32)),
+            "offsets": tensor(np.arange(bags + 1, dtype=np.int64) * pairs),
+        }
+
+    def step(self) -> data_pb2.StepId:
+        return data_pb2.StepId(group=self._group, rank=0, step=self.random.randrange(1000))
+
+    def _gather(self) -> Message:
+        return data_pb2.GatherRequest(
+            envelope=self.envelope(),
+            lookup_id=self.random.getrandbits(20),
+            remember=self.random.random() < 0.5,
+            release=[1, 2],
+            reply_dtype=tensor_pb2.DTYPE_FLOAT32,
+            **self.bags(),
+        )
+
+    def _update(self) -> Message:
+        return data_pb2.UpdateRequest(
+            envelope=self.envelope(),
+            step_id=self.step(),
+            sequence=self.random.randrange(1000),
+            lookup_id=self.random.getrandbits(20),
+            blocks=self.blocks,
+            hold=True,
+            want_weight_grad=self.random.random() < 0.5,
+            grads=tensor(self._arrays.random((4, len(self.blocks) * BLOCK_DIM), np.float32)),
+            **self.bags(),
+        )
+
+    def _prepare(self) -> Message:
+        return data_pb2.PrepareRequest(
+            envelope=self.envelope(), step_id=self.step(), sequences=[1, 2, 3], want_norm=self.random.random() < 0.5
+        )
+
+    def _commit(self) -> Message:
+        return data_pb2.CommitRequest(
+            envelope=self.envelope(),
+            step_id=self.step(),
+            lr=0.1,
+            grad_scale=1.0,
+            sequences=[1, 2],
+            one_phase=self.random.random() < 0.7,
+        )
+
+    def _discard(self) -> Message:
+        return data_pb2.DiscardRequest(envelope=self.envelope(), step_id=self.step())
+
+    def _queries(self) -> tensor_pb2.Tensor:
+        return tensor(self._arrays.random((3, HEADS, KEY_DIM), np.float32))
+
+    def _score(self) -> Message:
+        return data_pb2.ScoreRequest(envelope=self.envelope(), topk=4, queries=self._queries())
+
+    def _lookup(self) -> Message:
+        return data_pb2.LookupRequest(table=VICTIM, topk=4, queries=self._queries())
+
+    def _read_rows(self) -> Message:
+        ids = self._arrays.integers(0, NUM_SLOTS, 5)
+        return data_pb2.ReadRowsRequest(envelope=self.envelope(), array="values", ids=tensor(ids))
+
+    def _write_rows(self) -> Message:
+        return data_pb2.WriteRowsRequest(
+            envelope=self.envelope(),
+            array="values",
+            blocks=self.blocks,
+            ids=tensor(self._arrays.integers(0, NUM_SLOTS, 5)),
+            rows=tensor(self._arrays.random((5, len(self.blocks) * BLOCK_DIM), np.float32)),
+        )
+
+    def _attach_table(self) -> Message:
+        return shard_pb2.AttachTableRequest(view=self.view, mode=shard_pb2.ATTACH_MODE_EMPTY)
+
+    def _shard_drop(self) -> Message:
+        return shard_pb2.ShardServiceDropTableRequest(table_id=self.random.getrandbits(16))
+
+    def _freeze(self) -> Message:
+        return shard_pb2.FreezeRequest(table_id=self.view.schema.table_id, timeout_s=0.1)
+
+    def _thaw(self) -> Message:
+        return shard_pb2.ThawRequest(table_id=self.view.schema.table_id)
+
+    def _export_pages(self) -> Message:
+        owners = np.frombuffer(self.view.placement.owners.inline, np.int32).reshape(
+            tuple(self.view.placement.owners.shape)
+        )
+        mine = np.flatnonzero((owners[:, self.blocks] == self.info.shard).all(1)) if self.blocks else np.array([], int)
+        return shard_pb2.ExportPagesRequest(
+            table_id=self.view.schema.table_id, blocks=self.blocks, row_pages=tensor(mine[:2].astype(np.int64))
+        )
+
+    def _pull_pages(self) -> Message:
+        other = next((info for info in self.view.shards if info.shard != self.info.shard), self.info)
+        return shard_pb2.PullPagesRequest(
+            table_id=self.view.schema.table_id,
+            source=other,
+            blocks=self.blocks,
+            row_pages=tensor(np.array([0, 1], np.int64)),
+        )
+
+    def _create(self) -> Message:
+        return pool_pb2.CreateTableRequest(schema=schema(f"t{self.random.randrange(4)}"))
+
+
+async def view_of(pool: RawChannel, name: str) -> table_pb2.TableView:
+    """A table's view; it is made where it is not there."""
+    listed = await pool.ask("PoolService.ListTables")
+    for view in listed.views:
+        if view.schema.name == name:
+            found: table_pb2.TableView = view
+            return found
+    made = await pool.ask("PoolService.CreateTable", pool_pb2.CreateTableRequest(schema=schema(name)), timeout_s=120)
+    created: table_pb2.TableView = made.view
+    return created

@@ -1,0 +1,96 @@
+"""When the controller's process looks after its shards: when one says that it is back, not at every tick."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from mempool.config import ClusterConfig, PoolConfig
+from mempool.rayhost import controller_actor
+from mempool.rayhost.controller_actor import ControllerProcess
+from mempool.rayhost.shard_actor import Description
+from mempool.types import ShardInfo
+from mempool.wire.channels.loop import run
+
+CONFIG = ClusterConfig(pool=PoolConfig(name="watched", shards=1, port=0))
+
+
+class ActedLauncher:
+    """Shards that start at once; ``back`` are those that Ray has restarted."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+        self.back: list[Description] = []
+        self.failures = 0
+        self.known: list[Description] = []
+
+    async def start(self, shard: int) -> ShardInfo:
+        return ShardInfo(shard=shard, address="", incarnation=1)
+
+    async def stop(self, info: ShardInfo) -> None:
+        pass
+
+    async def changed(self) -> list[Description]:
+        self.looks += 1
+        if self.failures:
+            self.failures -= 1
+            raise RuntimeError("Ray is away")
+        back, self.back = self.back, []
+        return back
+
+    def acknowledge(self, start: Description) -> None:
+        self.known.append(start)
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> ActedLauncher:
+    acted = ActedLauncher()
+
+    class Context:
+        was_current_actor_reconstructed = False
+
+    monkeypatch.setattr(controller_actor, "RayLauncher", lambda *_, **__: acted)
+    monkeypatch.setattr(controller_actor, "node_ip", lambda: "127.0.0.1")
+    monkeypatch.setattr(controller_actor.ray, "get_runtime_context", Context)
+    return acted
+
+
+async def until(check: Any) -> None:
+    async with asyncio.timeout(20):
+        while not check():
+            await asyncio.sleep(0.01)
+
+
+def test_a_shard_that_is_back_is_looked_after_when_it_says_so(
+    launcher: ActedLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(controller_actor, "_LOOK_S", 3600.0)
+    monkeypatch.setattr(controller_actor, "_RETRY_S", 0.01)
+    told: list[ShardInfo] = []
+    process = ControllerProcess(CONFIG, None, 30.0)
+
+    async def restarted(info: ShardInfo) -> None:
+        told.append(info)
+
+    monkeypatch.setattr(process._controller, "shard_restarted", restarted)
+    process.start()
+    try:
+        info = ShardInfo(shard=0, address="", incarnation=2)
+        launcher.back = [Description(boot_id="second", info=info)]
+        launcher.failures = 2  # tried again, though nobody says anything more
+        process.shard_is_back()
+        run(until(lambda: launcher.known), timeout_s=30)
+        assert told == [info]
+        assert launcher.looks == 3
+    finally:
+        process.stop()
+
+
+def test_what_was_not_heard_is_found_by_looking(launcher: ActedLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_actor, "_LOOK_S", 0.01)
+    process = ControllerProcess(CONFIG, None, 30.0)
+    process.start()
+    try:
+        run(until(lambda: launcher.looks > 2), timeout_s=30)
+    finally:
+        process.stop()
