@@ -199,16 +199,17 @@ def check_pages(table: Storage, row_pages: RowPages, blocks: Blocks, key_pages: 
     """Refuse pages that the table has not, or that are named twice. Raises InvalidRequest."""
     schema = table.schema
     for what, asked, limit in (
-        ("row page", row_pages.tolist(), schema.num_row_pages),
-        ("block", list(blocks), schema.num_blocks),
-        ("key page", list(key_pages), schema.num_key_pages),
+        ("row page", row_pages, schema.num_row_pages),
+        ("block", np.asarray(blocks, dtype=np.int64), schema.num_blocks),
+        ("key page", np.asarray(key_pages, dtype=np.int64), schema.num_key_pages),
     ):
-        bad = [number for number in asked if not 0 <= number < limit]
-        if bad:
+        bad = asked[(asked < 0) | (asked >= limit)]
+        if len(bad):
             raise InvalidRequest(f"table {schema.name!r} has no {what} {bad[0]}: it has {limit} (0 to {limit - 1})")
-        if len(set(asked)) != len(asked):
-            raise InvalidRequest(f"a {what} of table {schema.name!r} is named twice in {asked[:8]}")
-    if list(blocks) != sorted(blocks):
+        if len(asked) > limit or len(np.unique(asked)) != len(asked):
+            more = " ..." if len(asked) > 8 else ""
+            raise InvalidRequest(f"a {what} of table {schema.name!r} is named twice in {asked[:8].tolist()}{more}")
+    if (np.diff(np.asarray(blocks, dtype=np.int64)) < 0).any():
         raise InvalidRequest(f"blocks {blocks[:8]} are not ascending")
 
 
@@ -224,6 +225,6 @@ def _check_batch(table: Storage, batch: PageBatch) -> None:
     got = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in batch.arrays.items()}
     if got != expected:
         raise Internal(
-            f"pages of table {table.schema.name!r} came as {got}, and its schema says {expected}; do all shards run "
-            "the same version of mempool?"
+            f"pages of table {table.schema.name!r} came as {str(got)[:1000]}, and its schema says {expected}; do all "
+            "shards run the same version of mempool?"
         )

@@ -84,7 +84,8 @@ def ledger_part(ledger: Ledger, request: ExportLedger) -> LedgerPart:
     """Entries of a ledger from ``request.first`` on, as many as travel in one message."""
     entries: dict[tuple[str, int], int] = {}
     num_bytes = 0
-    for rank, step in islice(ledger.entries.items(), request.first, None):
+    first = min(request.first, len(ledger.entries))  # a number from outside may be beyond what islice takes
+    for rank, step in islice(ledger.entries.items(), first, None):
         num_bytes += len(rank[0].encode()) + _ENTRY_BYTES
         if entries and num_bytes > _PART_BYTES:
             break

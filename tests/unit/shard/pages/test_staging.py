@@ -80,6 +80,8 @@ def test_what_is_here_already_or_nowhere_is_refused_and_nothing_changes() -> Non
         ([4], (), (2,), "has no key page 2"),
         ([4, 4], (1,), (), "named twice"),
         ([4], (2, 1), (), "not ascending"),
+        ([-1], (1,), (), "has no row page -1"),
+        ([4] * 100, (1,), (), r"named twice in \[4, 4, 4, 4, 4, 4, 4, 4\] \.\.\."),
     ):
         with pytest.raises(InvalidRequest, match=match):
             moving.staging.check_pull(np.array(row_pages, dtype=np.int64), blocks, key_pages)

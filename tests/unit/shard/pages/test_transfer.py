@@ -50,7 +50,8 @@ def test_a_ledger_travels_in_parts(entries: int, name_bytes: int) -> None:
     for first in range(0, entries, max(1, entries // 5)):
         part = ledger_part(ledger, ExportLedger(table_id=1, first=first))
         assert len(part.entries) == 1 or sum(len(group) + 24 for group, _ in part.entries) <= 256 * 2**10
-    assert ledger_part(ledger, ExportLedger(table_id=1, first=entries + 5)).entries == {}
+    for beyond in (entries, entries + 5, 2**64 - 1):
+        assert ledger_part(ledger, ExportLedger(table_id=1, first=beyond)).entries == {}
 
 
 @pytest.mark.parametrize(
