@@ -64,5 +64,7 @@ async def _asked(addresses: Sequence[str], *, token: str | None, timeout_s: floa
 def _reason(error: MempoolError) -> str:
     if isinstance(error, DeadlineExceeded):
         return f"nothing came within {_ANSWER_S:g} s"
+    if isinstance(error, Unavailable) and error.refused:
+        return "connection refused"
     found = _NO_CONNECTION.search(error.message)
     return found["why"].strip() if found else error.message

@@ -6,14 +6,14 @@ The controller makes it, and goes on where nobody waits any more; asking again j
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, fields, replace
 
 from mempool.client.routing.retry import GiveUp
 from mempool.client.routing.router import Router
 from mempool.config import TableConfig, resolve
-from mempool.errors import AlreadyExists, DeadlineExceeded, MempoolError
-from mempool.types import FlatKeySpec, OptimizerSpec, PoolApi, ProductKeySpec, TableSchema, TableView
+from mempool.errors import AlreadyExists, DeadlineExceeded, MempoolError, NotFound
+from mempool.types import FlatKeySpec, OptimizerSpec, PoolApi, PoolStatus, ProductKeySpec, TableSchema, TableView
 from mempool.types.caller import Caller, calling
 
 _LOG = logging.getLogger("mempool")
@@ -33,16 +33,22 @@ class CreateProgress:
         table: Its name.
         bytes_done: Bytes of pages that have their initial values.
         bytes_total: Of how many; 0 while the pool has not begun.
+        waiting_for: What has to end before it begins, in words; "" where nothing has.
         spent_s: Seconds since it was asked for here.
     """
 
     table: str
     bytes_done: int
     bytes_total: int
+    waiting_for: str
     spent_s: float
 
-
-OnProgress = Callable[[CreateProgress], None]
+    def __str__(self) -> str:
+        if self.bytes_total:
+            mib = 2**20
+            done, total = self.bytes_done / mib, self.bytes_total / mib
+            return f"{done:,.0f} of {total:,.0f} MiB have their initial values"
+        return f"it waits for {self.waiting_for}" if self.waiting_for else "the pool has not begun to fill it"
 
 
 class Creation:
@@ -53,30 +59,26 @@ class Creation:
         api: The controller.
         router: Takes over the view.
         exist_ok: A table of that name and this schema is as good as a new one.
-        on_progress: Called with each report, on the IO loop's thread.
+
+    Attributes:
+        view: The table, once ``reports`` has ended.
     """
 
-    def __init__(
-        self,
-        config: TableConfig,
-        *,
-        api: PoolApi,
-        router: Router,
-        exist_ok: bool,
-        on_progress: OnProgress | None = None,
-    ) -> None:
+    view: TableView
+
+    def __init__(self, config: TableConfig, *, api: PoolApi, router: Router, exist_ok: bool) -> None:
         self._schema = resolve(config)
-        self._derived = [name for name in _DERIVED if getattr(config, name, None) is None or _unsaid(config, name)]
+        said = {name for name in config.model_fields_set if getattr(config, name) is not None}
+        self._aside = ("table_id", *(name for name in _DERIVED if name not in said))
         self._api = api
         self._router = router
         self._exist_ok = exist_ok
-        self._on_progress = on_progress
         self._began_s = time.monotonic()
         self._moved_s = self._began_s
         self._seen: CreateProgress | None = None
 
-    async def run(self) -> TableView:
-        """Make the table, or find it.
+    async def reports(self) -> AsyncIterator[CreateProgress]:
+        """Make the table, or find it; says now and then how far it is.
 
         Raises:
             AlreadyExists: There is another table of that name; the message says in what it differs.
@@ -85,15 +87,16 @@ class Creation:
         """
         with calling(Caller()):  # no deadline goes along: the work is as long as the table is large
             making = asyncio.ensure_future(self._made())
-            try:
-                wait_s = _QUIET_S
-                while not (await asyncio.wait({making}, timeout=wait_s))[0]:
-                    wait_s = _POLL_S
-                    await self._look()
-                return making.result()
-            finally:
-                making.cancel()
-                await asyncio.gather(making, return_exceptions=True)
+        try:
+            wait_s = _QUIET_S
+            while not (await asyncio.wait({making}, timeout=wait_s))[0]:
+                wait_s = _POLL_S
+                if (seen := await self._look()) is not None:
+                    yield seen
+            self.view = making.result()
+        finally:
+            making.cancel()
+            await asyncio.gather(making, return_exceptions=True)
 
     async def _made(self) -> TableView:
         clock = asyncio.get_running_loop()
@@ -116,70 +119,60 @@ class Creation:
                 await asyncio.sleep(action.delay_s)
 
     async def _found(self, error: AlreadyExists, *, ours: bool) -> TableView:
-        view = await self._router.tries.run(self._schema.name, lambda: self._api.table(self._schema.name))
+        name = self._schema.name
+        try:
+            view = await self._router.tries.run(name, lambda: self._api.table(name))
+        except NotFound:  # another one is being made just now
+            raise error from None
         if ours and replace(self._schema, table_id=view.schema.table_id) == view.schema:
             return view
         if not self._exist_ok:
             raise error
-        differences = _differences(self._schema, view.schema, aside=("table_id", *self._derived))
+        differences = _differences(self._schema, view.schema, aside=self._aside)
         if differences:
-            listed = "; ".join(differences)
             raise AlreadyExists(
-                f"table {self._schema.name!r} of {self._router.tries.where.pool} exists and is another one: {listed}. "
-                f"Ask for what it is, open it with pool.table({self._schema.name!r}), or take another name."
+                f"table {name!r} of {self._router.tries.where.pool} exists and is another one: "
+                f"{'; '.join(differences)}. Ask for what it is, open it with pool.table({name!r}), or take another "
+                "name."
             )
         return view
 
-    async def _look(self) -> None:
+    async def _look(self) -> CreateProgress | None:
         """Asks how far it is, and ends the wait where nothing has moved for the pool's timeout_s."""
-        timeout_s = self._router.timeout_s
+        name, timeout_s = self._schema.name, self._router.timeout_s
         try:
             async with asyncio.timeout(min(timeout_s, 2 * _QUIET_S)):
-                status = await self._api.status()
+                seen = _progress(await self._api.status(), name, spent_s=time.monotonic() - self._began_s)
         except (MempoolError, TimeoutError):
-            status = None
-        now_s = time.monotonic()
-        if status is not None:
-            done, total = _progress(status, self._schema.name)
-            seen = CreateProgress(
-                table=self._schema.name, bytes_done=done, bytes_total=total, spent_s=now_s - self._began_s
-            )
-            before = self._seen
+            seen = None
+        now_s, before = time.monotonic(), self._seen
+        if seen is not None:
             # Where the pool has not begun it is at work on something else, and answers: that is a sign of life.
-            if before is None or total == 0 or (before.bytes_done, before.bytes_total) != (done, total):
+            if before is None or seen.bytes_total == 0 or seen.bytes_done != before.bytes_done:
                 self._moved_s = now_s
+            if before is None:
+                _LOG.warning("making table %r takes a while: %s", name, seen)
             self._seen = seen
-            self._say(seen, first=before is None)
         if now_s - self._moved_s > timeout_s:
             raise DeadlineExceeded(
-                f"table {self._schema.name!r} of {self._router.tries.where.pool}: its making has not moved for "
-                f"{timeout_s:.1f} s ({self._at()}). The pool goes on with it: create_table(..., exist_ok=True) waits "
-                f"for it again, drop_table({self._schema.name!r}) gives it up."
+                f"table {name!r} of {self._router.tries.where.pool}: its making has not moved for {timeout_s:.1f} s "
+                f"({self._seen or 'its controller does not answer'}). The pool goes on with it: create_table(..., "
+                f"exist_ok=True) waits for it again, drop_table({name!r}) gives it up."
             )
-
-    def _say(self, seen: CreateProgress, *, first: bool) -> None:
-        if first:
-            _LOG.warning("making table %r takes a while: %s", self._schema.name, self._at())
-        if self._on_progress is not None:
-            self._on_progress(seen)
-
-    def _at(self) -> str:
-        seen = self._seen
-        if seen is None or not seen.bytes_total:
-            return "the pool has not begun to fill it"
-        return f"{seen.bytes_done / 2**20:,.0f} of {seen.bytes_total / 2**20:,.0f} MiB have their initial values"
+        return seen
 
 
-def _unsaid(config: TableConfig, name: str) -> bool:
-    return name not in config.model_fields_set
-
-
-def _progress(status: object, table: str) -> tuple[int, int]:
-    """(bytes done, bytes in all) of a table that is being made; (0, 0) where the pool says nothing of it."""
+def _progress(status: PoolStatus, table: str, *, spent_s: float) -> CreateProgress:
     for creation in getattr(status, "creating", ()):
         if creation.table == table:
-            return creation.bytes_done, creation.bytes_total
-    return 0, 0
+            return CreateProgress(
+                table=table,
+                bytes_done=creation.bytes_done,
+                bytes_total=creation.bytes_total,
+                waiting_for=creation.waiting_for,
+                spent_s=spent_s,
+            )
+    return CreateProgress(table=table, bytes_done=0, bytes_total=0, waiting_for="", spent_s=spent_s)
 
 
 def _differences(asked: object, found: object, *, aside: tuple[str, ...] = (), prefix: str = "") -> list[str]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mempool.client.counts import as_count
 from mempool.errors import InvalidRequest
 from mempool.types import FlatKeySpec, TableSchema
 
@@ -28,12 +29,11 @@ class Lookup(NamedTuple):
     values: Tensor
 
 
-def checked_queries(queries: Tensor, topk: int, *, schema: TableSchema) -> Tensor:
+def checked_queries(queries: Tensor, *, schema: TableSchema) -> Tensor:
     """A caller's queries as shards take them, after all checks.
 
     Args:
         queries: [B, H, D] for product keys, [B, D] for flat keys; floating, on any device.
-        topk: From 1 to num_slots.
 
     Returns:
         [B, H, D] (H = 1 for flat keys) float32 on the CPU, a copy of its own.
@@ -57,12 +57,6 @@ def checked_queries(queries: Tensor, topk: int, *, schema: TableSchema) -> Tenso
         raise InvalidRequest(
             f"lookup in table {name!r}: queries has shape {list(queries.shape)}, its keys ask for [B, {wanted}]."
         )
-    if isinstance(topk, bool) or not isinstance(topk, int):
-        raise InvalidRequest(f"lookup in table {name!r}: topk = {topk!r} must be a whole number.")
-    if not 1 <= topk <= schema.num_slots:
-        raise InvalidRequest(
-            f"lookup in table {name!r}: topk = {topk!r} must be from 1 to its {schema.num_slots} slots."
-        )
     own = queries.detach().to(device="cpu", dtype=torch.float32, copy=True, memory_format=torch.contiguous_format)
     bad = torch.nonzero(~torch.isfinite(own))
     if bad.numel():
@@ -71,6 +65,21 @@ def checked_queries(queries: Tensor, topk: int, *, schema: TableSchema) -> Tenso
             f"lookup in table {name!r}: queries{position} = {float(own[tuple(position)])}; queries must be finite."
         )
     return own.reshape(own.shape[0], heads, keys.key_dim)
+
+
+def checked_topk(topk: object, *, schema: TableSchema) -> int:
+    """How many slots per head, from 1 to num_slots, any kind of integer.
+
+    Raises:
+        InvalidRequest: It is something else.
+    """
+    count = as_count(topk)
+    if count is None or not 1 <= count <= schema.num_slots:
+        raise InvalidRequest(
+            f"lookup in table {schema.name!r}: topk = {topk!r} must be a whole number from 1 to its "
+            f"{schema.num_slots} slots."
+        )
+    return count
 
 
 def without_heads(lookup: Lookup) -> Lookup:

@@ -3,14 +3,14 @@
 How the controller and the shards are reached is for whoever makes it: ``connect`` (gRPC) or ``mempool.local``.
 """
 
-import operator
 import secrets
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from mempool.client.connection import Connection
+from mempool.client.counts import shard_count
 from mempool.client.creation import CreateProgress, Creation
 from mempool.client.routing.fanout import Dial
 from mempool.client.routing.router import Router
@@ -18,9 +18,11 @@ from mempool.client.routing.whereabouts import Whereabouts
 from mempool.client.table import Table
 from mempool.client.training.session import Session
 from mempool.config import TableConfig
-from mempool.errors import InvalidRequest, NotFound
+from mempool.errors import NotFound
 from mempool.types import PoolApi, PoolStatus, RescaleProgress, TableView
 from mempool.types.caller import Caller, calling
+
+T = TypeVar("T")
 
 
 class Pool:
@@ -97,23 +99,24 @@ class Pool:
             config: The table.
             exist_ok: Open a table of that name that is there already, if it is what the config says. (Sizes of pages
                 and blocks, layout, rounding and init_std are compared where the config names them.)
-            progress: Called with each report, about once a second, on a thread of mempool's own: it must not wait for
-                this pool. An exception of it ends the wait.
+            progress: Called on this thread with each report, from two seconds on about once a second; an exception of
+                it ends the wait, not the making.
 
         Raises:
             AlreadyExists: There is a table of that name; with exist_ok, and it differs: the message says in what.
             PoolUnreachable: The controller did not answer for timeout_s.
             DeadlineExceeded: The pool did not get on with it for timeout_s; it goes on all the same.
         """
-        creation = Creation(config, api=self._api, router=self.router, exist_ok=bool(exist_ok), on_progress=progress)
+        creation = Creation(config, api=self._api, router=self.router, exist_ok=bool(exist_ok))
         try:
-            return self._opened(self._connection.run_long(creation.run()))
+            self._follow(creation.reports(), progress)
         except KeyboardInterrupt as interrupt:
             interrupt.add_note(
                 f"The pool goes on making table {config.name!r}: create_table(..., exist_ok=True) waits for it again, "
                 f"drop_table({config.name!r}) gives it up."
             )
             raise
+        return self._opened(creation.view)
 
     def table(self, name: str) -> Table:
         """A table by name; the same object for as long as the pool has that table.
@@ -156,17 +159,9 @@ class Pool:
             InvalidRequest: Another rescale is going on, or shards is below 1.
             PoolUnreachable: The controller does not answer; once begun, a rescale may go on by itself: see ``status``.
         """
-        count = _whole_shards(shards)
-        reports, report = self._connection.run(
-            self._connection.tries.run("rescale", lambda: self._begin_rescale(count))
-        )
-        try:
-            while report is not None:
-                if progress is not None:
-                    progress(report)
-                report = self._connection.run_long(_next(reports))
-        finally:
-            self._connection.run(_end(reports))
+        count = shard_count(shards)
+        reports, first = self._connection.run(self._connection.tries.run("rescale", lambda: self._begin_rescale(count)))
+        self._follow(reports, progress, first)
 
     def status(self) -> PoolStatus:
         """Shards, tables, and whether pages are moving."""
@@ -175,6 +170,17 @@ class Pool:
     def close(self) -> None:
         """Give back connections; an embedded pool ends with it. What is pending is lost. Repeatable."""
         self._connection.close()
+
+    def _follow(self, reports: AsyncIterator[T], progress: Callable[[T], None] | None, report: T | None = None) -> None:
+        """Hand on all reports, the first one first where it is there already, on this thread."""
+        try:
+            report = self._connection.run_long(_next(reports)) if report is None else report
+            while report is not None:
+                if progress is not None:
+                    progress(report)
+                report = self._connection.run_long(_next(reports))
+        finally:
+            self._connection.run(_end(reports))
 
     async def _begin_rescale(self, shards: int) -> tuple[AsyncIterator[RescaleProgress], RescaleProgress | None]:
         """The reports and the first of them. Where it raises Unavailable nothing has begun: it may be tried again."""
@@ -213,22 +219,11 @@ class Pool:
             return table
 
 
-async def _next(reports: AsyncIterator[RescaleProgress]) -> RescaleProgress | None:
+async def _next(reports: AsyncIterator[T]) -> T | None:
     return await anext(reports, None)
 
 
-async def _end(reports: AsyncIterator[RescaleProgress]) -> None:
+async def _end(reports: AsyncIterator[object]) -> None:
     close = getattr(reports, "aclose", None)  # an iterator need not have it; a generator must be ended on its loop
     if close is not None:
         await close()
-
-
-def _whole_shards(shards: object) -> int:
-    """Any kind of integer, numpy's too, but no bool."""
-    try:
-        count = 0 if isinstance(shards, bool) else operator.index(shards)  # type: ignore[arg-type]
-    except TypeError:
-        count = 0
-    if count < 1:
-        raise InvalidRequest(f"shards = {shards!r}: a pool has at least 1 shard, a whole number.")
-    return count

@@ -7,6 +7,7 @@ Legend: B bags, L pairs per bag (or of all bags, with offsets), M rows, H heads,
 value dim.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from mempool.client.autograd import pooled_gather
 from mempool.client.bags import checked_bags
-from mempool.client.lookup import Lookup, checked_queries, without_heads
+from mempool.client.lookup import Lookup, checked_queries, checked_topk, without_heads
 from mempool.client.routing.router import Router
 from mempool.client.rows import Rows, checked_key_rows, checked_matrix, checked_rows, distinct_rows, require_distinct
+from mempool.client.state import checked_state, checked_step, names_to_read
 from mempool.client.training.link import TableLink, WireDtype
 from mempool.client.training.session import Prepared, Session, SessionCounters
 from mempool.client.untraced import untraced
@@ -155,9 +157,10 @@ class Table:
             ShardUnavailable: A shard did not answer within the pool's timeout_s.
             DataLoss: Pages of the table are gone.
         """
-        checked = checked_queries(queries, topk, schema=self.schema)
+        checked = checked_queries(queries, schema=self.schema)
+        count = checked_topk(topk, schema=self.schema)
         lookup, _ = self._run(
-            self._router.lookup(self.schema.table_id, queries=checked, topk=topk, reply_dtype=self.wire_dtype)
+            self._router.lookup(self.schema.table_id, queries=checked, topk=count, reply_dtype=self.wire_dtype)
         )
         if isinstance(self.schema.keys, FlatKeySpec):
             lookup = without_heads(lookup)
@@ -177,15 +180,65 @@ class Table:
         return self._rows.read("values", checked_rows(ids, num_slots=self.num_slots, table=self.name))
 
     @untraced
-    def state(self, name: str, ids: Tensor) -> Tensor:
-        """Optimizer state by name: ids [M] int64 -> [M, value_dim], or [M, column blocks] for row-wise state.
+    def state(self, ids: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Optimizer state of slots, as it is kept: what ``write_state`` takes.
 
-        Also "master", the float32 values of a table that keeps them, and "scales" of one-byte values, [M, blocks].
+        Args:
+            ids: [M] int64 slot ids.
+            names: Which; by default all that can be written. Names are those of torch behind the array's:
+                "values.momentum_buffer", "values.sum", "values.exp_avg", "values.exp_avg_sq"; row-wise
+                "values.row_sum", "values.row_exp_avg_sq"; "values.master" where float32 values are kept. Only read:
+                "values.scales" (of one-byte values) and "values.last_step" (of a dense optimizer).
+
+        Returns:
+            By name, on the CPU: [M, value_dim] float32; of row-wise state and scales [M, column blocks]; last steps
+            [M, column blocks] int32. A momentum of -0.0 has had no gradient yet.
 
         Raises:
-            InvalidRequest: Wrong ids, or the table's optimizer has no state of that name.
+            InvalidRequest: Wrong ids, or the table's optimizer has no state of that name; nothing was sent.
         """
-        return self._rows.read(name, checked_rows(ids, num_slots=self.num_slots, table=self.name))
+        own_ids = checked_rows(ids, num_slots=self.num_slots, table=self.name)
+        return {name: self._rows.read(name, own_ids) for name in names_to_read(self.schema, names)}
+
+    @untraced
+    def write_state(self, ids: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Overwrite optimizer state of slots; values stay, but with "values.master" they are rounded from it.
+
+        To continue training from elsewhere: ``write`` the values, then their state, then ``set_step``.
+
+        Args:
+            ids: [M] int64, distinct.
+            state: By name as in ``state``, each as that returns it; what is left out stays.
+
+        Raises:
+            InvalidRequest: Wrong ids, names or shapes; nothing was sent.
+            ShardUnavailable: A shard did not answer within the pool's timeout_s; some rows may be written.
+        """
+        own_ids = distinct_rows(ids, num_slots=self.num_slots, table=self.name)
+        checked = checked_state(self.schema, state, own_ids.shape[0])
+        for name, matrix in checked.items():
+            self._rows.write(name, own_ids, matrix)
+
+    def step_count(self) -> int:
+        """How many steps the table's optimizer counts: its commits, or what ``set_step`` said and those after.
+
+        Raises:
+            StepConflict: Somebody commits meanwhile.
+        """
+        return self._run(self._router.step_count(self.schema.table_id))
+
+    def set_step(self, step: int) -> None:
+        """Let the optimizer count on from ``step``, as after so many steps.
+
+        It is torch's ``state["step"]`` and FBGEMM's ``iter``: Adam's bias correction, Adagrad's learning rate decay and
+        stochastic rounding follow it. While nobody trains: a commit in between may find it set on some shards only.
+
+        Raises:
+            InvalidRequest: No whole number, or below 0; nothing was sent.
+            StepConflict: Somebody commits meanwhile; set it again.
+        """
+        number = checked_step(self.schema, step)
+        self._run(self._router.step_count(self.schema.table_id, to=number))
 
     @untraced
     def write(self, ids: Tensor, values: Tensor) -> None:

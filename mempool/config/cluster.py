@@ -12,6 +12,7 @@ from mempool.config.amounts import ByteCount, PortRange
 from mempool.config.model import ConfigModel, FieldProblem, Number, WholeNumber
 from mempool.config.table import Name, TableConfig
 from mempool.errors import ConfigError
+from mempool.types import MAX_SHARDS
 
 TOKEN_VARIABLE = "MEMPOOL_TOKEN"
 RECORDED = "recorded"
@@ -68,7 +69,7 @@ class PoolConfig(ConfigModel):
     """
 
     name: Name
-    shards: WholeNumber = Field(gt=0, le=4096)
+    shards: WholeNumber = Field(gt=0, le=MAX_SHARDS)
     bind: Host = "127.0.0.1"
     advertise: Host | None = None
     port: WholeNumber = Field(default=7077, ge=0, le=65535)

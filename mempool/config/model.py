@@ -5,14 +5,14 @@ Leaves to others: what the fields are (``table``, ``cluster``), and which line o
 
 import difflib
 import operator
-import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Self, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mempool.errors import ConfigError
+from mempool.types.schema_checks import Range, shown
 
 Loc = tuple[str | int, ...]
 _Init = TypeVar("_Init", bound=Callable[..., None])
@@ -98,11 +98,12 @@ def path_text(loc: Loc) -> str:
 
 def value_text(value: object) -> str:
     """A value as it is shown in messages: numbers with underscores, text in quotes, long things cut."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:_}"
-    if isinstance(value, BaseModel):
-        return repr(value)
-    return _short_repr.repr(value)
+    return repr(value) if isinstance(value, BaseModel) else shown(value)
+
+
+def within(allowed: Range) -> Any:
+    """The field's limits, for ``Annotated``: those that every other door of the pool has too."""
+    return Field(ge=allowed.low, lt=allowed.high) if allowed.below else Field(ge=allowed.low, le=allowed.high)
 
 
 def _whole_number(value: object) -> int:
@@ -130,9 +131,6 @@ def _flag(value: object) -> object:
 WholeNumber = Annotated[int, BeforeValidator(_whole_number)]
 Number = Annotated[float, BeforeValidator(_number)]
 Flag = Annotated[bool, BeforeValidator(_flag)]
-
-_short_repr = reprlib.Repr()
-_short_repr.maxstring = _short_repr.maxother = 80
 
 _TEXTS = {
     "greater_than": "must be greater than {gt}",
@@ -188,7 +186,10 @@ def _problem(details: Any, model: type[ConfigModel]) -> Problem:
         text = str(problem)
     else:
         template = _TEXTS.get(kind)
-        text = template.format(**context) if template else f"is not valid: {details['msg']}"
+        numbers = {
+            key: value_text(limit) if isinstance(limit, int | float) else limit for key, limit in context.items()
+        }
+        text = template.format(**numbers) if template else f"is not valid: {details['msg']}"
     return Problem(loc=loc, text=f" = {value_text(value)} {text}")
 
 

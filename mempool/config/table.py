@@ -4,19 +4,36 @@ Leaves to others: which shard owns which page (``mempool.placement``).
 """
 
 import math
+from dataclasses import replace
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from mempool.config.model import ConfigModel, FieldProblem, Flag, Number, WholeNumber
-from mempool.config.optimizers import Adagrad, AdamW, Optimizer
+from mempool.config.model import ConfigModel, FieldProblem, Flag, Loc, Number, WholeNumber, within
+from mempool.config.optimizers import Adagrad, Optimizer, whole_rows
 from mempool.types import FlatKeySpec, ProductKeySpec, Rounding, StorageDtype, TableSchema, default_rounding
+from mempool.types.schema_checks import (
+    KEY_RANGES,
+    MAX_PAGE_SLOTS,
+    MAX_PAGES,
+    NAME,
+    RANGES,
+    odd_problem,
+    power_of_two_problem,
+    schema_problems,
+)
+from mempool.types.sizes import row_page_bytes
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_.-]{0,62}$")]
+Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 
-# Placement keeps four bytes for each page in the controller and in every client.
-_MAX_PAGES = 2**24
-_MAX_PAGE_SLOTS = 2**20
+_PAGE_BYTES = 64 * 2**20
+"""Pages are at most so large unless asked for: as much as one round of a move carries."""
+
+_LOCS: dict[tuple[str, ...], Loc] = {
+    ("optimizer", "beta1"): ("optimizer", "betas", 0),
+    ("optimizer", "beta2"): ("optimizer", "betas", 1),
+}
+"""Where a field of the schema stands in a configuration, where that is not the same."""
 
 
 class ProductKeys(ConfigModel):
@@ -30,17 +47,16 @@ class ProductKeys(ConfigModel):
     """
 
     type: Literal["product"] = "product"
-    heads: WholeNumber = Field(gt=0, le=4096)
-    key_dim: WholeNumber = Field(gt=0, le=2**20)
+    heads: Annotated[WholeNumber, within(KEY_RANGES["heads"])]
+    key_dim: Annotated[WholeNumber, within(KEY_RANGES["key_dim"])]
     deterministic: Flag = True
 
     @field_validator("key_dim")
     @classmethod
     def _even(cls, key_dim: int) -> int:
-        if key_dim % 2:
-            raise ValueError(
-                f"is odd; a query is cut into two halves. Nearest: {_pair_text(key_dim - 1, key_dim + 1)}."
-            )
+        text = odd_problem(key_dim)
+        if text is not None:
+            raise ValueError(text)
         return key_dim
 
 
@@ -53,7 +69,7 @@ class FlatKeys(ConfigModel):
     """
 
     type: Literal["flat"] = "flat"
-    key_dim: WholeNumber = Field(gt=0, le=2**20)
+    key_dim: Annotated[WholeNumber, within(KEY_RANGES["key_dim"])]
     deterministic: Flag = True
 
 
@@ -74,8 +90,10 @@ class TableConfig(ConfigModel):
         layout: How pages spread over shards: "columns", "rows", "grid", or "auto".
         keys: Keys kept in the pool, or None where the model has them or ids come from the caller.
         optimizer: What the shards run at each commit.
-        block_dim: Width of a column block; by default an eighth of value_dim, in steps of 64.
-        page_slots: Slots of a page, a power of two; by default about a 64th of the table, 16 to 4096.
+        block_dim: Width of a column block; by default an eighth of value_dim, in steps of 64, or all of it where the
+            optimizer needs whole rows (``rowwise="row"``, ``max_norm``).
+        page_slots: Slots of a page, a power of two; by default about a 64th of the table, 16 to 4096, but fewer where
+            a page would have more than 64 MiB, and more where there would be more than 2^20 pages.
         init_std: Standard deviation of initial values; by default 1 / sqrt(value_dim).
 
     Raises:
@@ -88,63 +106,36 @@ class TableConfig(ConfigModel):
     """
 
     name: Name
-    num_slots: WholeNumber = Field(gt=0, le=2**63 - 1)
-    value_dim: WholeNumber = Field(gt=0, le=2**20)
+    num_slots: Annotated[WholeNumber, within(RANGES["num_slots"])]
+    value_dim: Annotated[WholeNumber, within(RANGES["value_dim"])]
     dtype: StorageDtype = "float32"
     rounding: Rounding | None = None
     master: Flag = False
-    seed: WholeNumber = Field(default=0, ge=0, le=2**63 - 1)
+    seed: Annotated[WholeNumber, within(RANGES["seed"])] = 0
     layout: Literal["auto", "columns", "rows", "grid"] = "auto"
     keys: Annotated[ProductKeys | FlatKeys, Field(discriminator="type")] | None = None
     optimizer: Optimizer = Adagrad(lr=0.1)
-    block_dim: WholeNumber | None = Field(default=None, gt=0, le=2**20)
-    page_slots: WholeNumber | None = Field(default=None, gt=0, le=_MAX_PAGE_SLOTS)
-    init_std: Number | None = Field(default=None, ge=0)
+    block_dim: Annotated[WholeNumber, within(RANGES["block_dim"])] | None = None
+    page_slots: Annotated[WholeNumber, within(RANGES["page_slots"])] | None = None
+    init_std: Annotated[Number, within(RANGES["init_std"])] | None = None
 
     @field_validator("page_slots")
     @classmethod
     def _power_of_two(cls, page_slots: int | None) -> int | None:
-        if page_slots is not None and page_slots & (page_slots - 1):
-            below = 1 << (page_slots.bit_length() - 1)
-            above = below * 2 if below * 2 <= _MAX_PAGE_SLOTS else None
-            raise ValueError(f"is not a power of two. Nearest: {_pair_text(below, above)}.")
+        text = None if page_slots is None else power_of_two_problem(page_slots)
+        if text is not None:
+            raise ValueError(text)
         return page_slots
 
     @model_validator(mode="after")
-    def _rounding_and_master(self) -> Self:
-        if self.master and self.dtype == "float32":
-            raise FieldProblem(("master",), self.master, "has nothing to add: values of dtype float32 are their own.")
-        if self.rounding == "stochastic" and default_rounding(self.dtype, master=self.master) == "nearest":
-            kept = "a master of float32" if self.master else "dtype float32"
-            raise FieldProblem(("rounding",), self.rounding, f"has nothing to round with {kept}; leave it out.")
-        if isinstance(self.optimizer, AdamW) and self.optimizer.dense and self.dtype != "float32" and not self.master:
-            raise FieldProblem(
-                ("optimizer", "dense"),
-                True,
-                f"needs float32 values, and dtype is {self.dtype!r}: a slot's missed steps are too small for it. "
-                "Give master=True, or dtype float32, or dense=False.",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _squares_and_pages(self) -> Self:
-        root = math.isqrt(self.num_slots)
-        if isinstance(self.keys, ProductKeys) and root * root != self.num_slots:
-            raise FieldProblem(
-                ("num_slots",),
-                self.num_slots,
-                "is not a square; product keys need n * n. "
-                f"Nearest: {root**2:_} ({root}^2) or {(root + 1) ** 2:_} ({root + 1}^2).",
-            )
-        schema = resolve(self)
-        pages = schema.num_row_pages * schema.num_blocks
-        if pages > _MAX_PAGES:
-            raise FieldProblem(
-                ("num_slots",),
-                self.num_slots,
-                f"makes {pages:_} pages of {schema.page_slots} slots x {schema.block_dim} columns; a table may have "
-                f"{_MAX_PAGES:_}. Give a larger page_slots (at most {_MAX_PAGE_SLOTS:_}) or block_dim.",
-            )
+    def _schema(self) -> Self:
+        """What every door of the pool checks, and that an optimizer of whole rows has them."""
+        reason = whole_rows(self.optimizer)
+        if reason is not None and self.block_dim is not None and self.block_dim < self.value_dim:
+            text = f"cuts slots in several blocks, and {reason} of the optimizer needs them whole; leave it out."
+            raise FieldProblem(("block_dim",), self.block_dim, text)
+        for problem in schema_problems(resolve(self)):
+            raise FieldProblem(_LOCS.get(problem.path, problem.path), problem.value, problem.text)
         return self
 
 
@@ -153,24 +144,26 @@ def resolve(config: TableConfig) -> TableSchema:
     keys = config.keys
     root = math.isqrt(config.num_slots)
     flat = isinstance(keys, FlatKeys)
-    return TableSchema(
+    whole = whole_rows(config.optimizer) is not None
+    schema = TableSchema(
         table_id=0,
         name=config.name,
         num_slots=config.num_slots,
         value_dim=config.value_dim,
-        block_dim=config.block_dim or _default_block_dim(config.value_dim),
-        page_slots=config.page_slots or _default_page_slots(config.num_slots),
+        block_dim=config.block_dim or (config.value_dim if whole else _default_block_dim(config.value_dim)),
+        page_slots=config.page_slots or 1,
         dtype=config.dtype,
         seed=config.seed,
         init_std=1 / math.sqrt(config.value_dim) if config.init_std is None else config.init_std,
         stride=root if root * root == config.num_slots else 0,
-        # Flat keys lie beside block 0: only rows let every shard score slots of its own.
-        layout="rows" if flat and config.layout == "auto" else config.layout,
+        # Flat keys lie beside block 0: only rows let every shard score slots of its own. One block has but rows to cut.
+        layout="rows" if (flat or whole) and config.layout == "auto" else config.layout,
         optimizer=config.optimizer.spec(),
         keys=_key_spec(keys),
         rounding=config.rounding or default_rounding(config.dtype, master=config.master),
         master=config.master,
     )
+    return schema if config.page_slots else replace(schema, page_slots=_default_page_slots(schema))
 
 
 def _key_spec(keys: ProductKeys | FlatKeys | None) -> ProductKeySpec | FlatKeySpec | None:
@@ -185,11 +178,16 @@ def _default_block_dim(value_dim: int) -> int:
     return min(value_dim, max(64, -(-eighth // 64) * 64))
 
 
-def _default_page_slots(num_slots: int) -> int:
-    """About 64 pages for small tables, so that they spread; large pages for large ones, so that they are few."""
-    next_power = 1 << (-(-num_slots // 64) - 1).bit_length()
-    return min(4096, max(16, next_power))
+def _default_page_slots(schema: TableSchema) -> int:
+    """About 64 pages for small tables, so that they spread; large pages for large ones, so that they are few.
 
-
-def _pair_text(below: int, above: int | None) -> str:
-    return " or ".join(f"{n:_}" for n in (below, above) if n)
+    Smaller where rows are wide, so that a page moves soon; larger where there would be too many. schema: Of pages of
+    one slot.
+    """
+    next_power = 1 << (-(-schema.num_slots // 64) - 1).bit_length()
+    page_slots = min(4096, max(16, next_power))
+    while page_slots > 1 and page_slots * row_page_bytes(schema) > _PAGE_BYTES:
+        page_slots //= 2
+    while -(-schema.num_slots // page_slots) * schema.num_blocks > MAX_PAGES and page_slots < MAX_PAGE_SLOTS:
+        page_slots *= 2
+    return page_slots

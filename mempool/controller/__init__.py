@@ -4,6 +4,7 @@ It speaks to shards through the ``ShardHost`` protocol and starts them through a
 in this process or Ray actors on other hosts is for the composition roots to choose.
 """
 
-from mempool.controller.controller import Controller, Launcher
+from mempool.controller.controller import Controller
+from mempool.controller.launcher import Launcher
 
 __all__ = ["Controller", "Launcher"]

@@ -16,25 +16,16 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from mempool.controller.roster import Roster
 from mempool.controller.settling import Call
 from mempool.errors import MempoolError
-from mempool.placement import Assignment, Round, apply_round, moves, plan, rounds
-from mempool.types import (
-    ELEMENT_BYTES,
-    Placement,
-    ProductKeySpec,
-    PullPages,
-    PullReport,
-    RescaleProgress,
-    TableSchema,
-    TableView,
-)
+from mempool.placement import Assignment, Moves, Rounds, apply_moves, moves, plan, rounds
+from mempool.types import Placement, PullPages, PullReport, RescaleProgress, TableSchema, TableView
+from mempool.types.sizes import key_page_bytes, slot_bytes
 
 T = TypeVar("T")
-
-_STATES_PER_ELEMENT = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 0, "adam": 2, "adamw": 2, "rowwise_adam": 1}
 
 _FREEZE_TIMEOUT_S = 20.0
 _ANSWER_TIMEOUT_S = 10.0
@@ -42,24 +33,39 @@ _ANSWER_TIMEOUT_S = 10.0
 _PULL_TIMEOUT_S = 600.0
 _LONGEST_PAUSE_S = 2.0
 """Between two rounds writers get at most this long, so that a rescale ends."""
+_NAMED = 10
+"""How many tables a message names."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MovePlan:
-    """The rounds that bring one table to its new placement."""
+    """The rounds that bring one table to its new placement.
 
-    name: str
+    Attributes:
+        schema: The table.
+        epoch: Of the placement they begin with.
+        present, target: Its owners before and after.
+        page_bytes: Bytes of one page, about.
+    """
+
+    schema: TableSchema
+    epoch: int
     present: Assignment
-    rounds: tuple[Round, ...]
+    target: Assignment
+    rounds: Rounds
     page_bytes: int
 
     @property
+    def name(self) -> str:
+        return self.schema.name
+
+    @property
     def pages(self) -> int:
-        return sum(round_.num_pages for round_ in self.rounds)
+        return self.rounds.moves.num_pages
 
 
 def plan_moves(view: TableView, shards: Sequence[int], round_bytes: int) -> MovePlan:
-    """Plan one table's way to ``shards``."""
+    """Plan one table's way to ``shards``. Takes a moment where there are many pages or shards: not for the event loop."""
     schema, placement = view.schema, view.placement
     present = Assignment(owners=placement.owners, key_owners=placement.key_owners)
     target = plan(
@@ -70,17 +76,18 @@ def plan_moves(view: TableView, shards: Sequence[int], round_bytes: int) -> Move
         num_key_pages=schema.num_key_pages,
         layout=schema.layout,
     )
-    page_bytes = _page_bytes(schema)
+    width = min(schema.block_dim, schema.value_dim)
+    page_bytes = schema.page_slots * slot_bytes(schema, width=width, blocks=1, first=0)
     return MovePlan(
-        name=schema.name,
+        schema=schema,
+        epoch=placement.epoch,
         present=present,
-        rounds=tuple(
-            rounds(
-                moves(present, target),
-                page_bytes=page_bytes,
-                max_bytes=round_bytes,
-                key_page_bytes=_key_page_bytes(view),
-            )
+        target=target,
+        rounds=rounds(
+            moves(present, target),
+            page_bytes=page_bytes,
+            max_bytes=round_bytes,
+            key_page_bytes=key_page_bytes(schema) or None,
         ),
         page_bytes=page_bytes,
     )
@@ -104,19 +111,36 @@ class Mover:
         self._roster = roster
         self._call = call
         self._push = push
+        self._pages_total = sum(plan_.pages for plan_ in plans)
+        self._bytes_total = sum(plan_.pages * plan_.page_bytes for plan_ in plans)
         self._pages_moved = 0
         self._bytes_moved = 0
 
+    @property
+    def begun(self) -> bool:
+        """Whether any page has changed its owner."""
+        return self._pages_moved > 0
+
+    def moved_text(self) -> str:
+        """What has moved and what has not, for people."""
+        moved, parts = self._pages_moved, []
+        for plan_ in self._plans:
+            done = min(moved, plan_.pages)
+            moved -= done
+            if plan_.pages:
+                parts.append(f"{done:,} of {plan_.pages:,} of table {plan_.name!r}")
+        listed = ", ".join(parts[:_NAMED]) + (f" and of {len(parts) - _NAMED} tables more" if parts[_NAMED:] else "")
+        return f"{self._pages_moved:,} of {self._pages_total:,} pages have moved ({listed})"
+
     def progress(self, *, table: str, done: bool = False) -> RescaleProgress:
         """Where the rescale stands; bytes_total is an estimate until the last round."""
-        bytes_total = sum(plan_.pages * plan_.page_bytes for plan_ in self._plans)
         return RescaleProgress(
             shards_before=self._shards[0],
             shards_after=self._shards[1],
             pages_moved=self._pages_moved,
-            pages_total=sum(plan_.pages for plan_ in self._plans),
+            pages_total=self._pages_total,
             bytes_moved=self._bytes_moved,
-            bytes_total=self._bytes_moved if done else max(bytes_total, self._bytes_moved),
+            bytes_total=self._bytes_moved if done else max(self._bytes_total, self._bytes_moved),
             table=table,
             done=done,
         )
@@ -128,17 +152,16 @@ class Mover:
             yield self.progress(table=plan_.name)
             for number, round_ in enumerate(plan_.rounds):
                 started = time.monotonic()
-                assignment = apply_round(assignment, round_)
+                assignment = apply_moves(assignment, round_)
                 await self._move(plan_.name, round_, assignment)
                 yield self.progress(table=plan_.name)
                 if number + 1 < len(plan_.rounds):
                     await asyncio.sleep(min(time.monotonic() - started, _LONGEST_PAUSE_S))
 
-    async def _move(self, table: str, round_: Round, assignment: Assignment) -> None:
+    async def _move(self, table: str, round_: Moves, assignment: Assignment) -> None:
         view = self._roster.view(table)
         table_id, placement = view.schema.table_id, view.placement
-        dests = {move.dest for move in round_.moves} | {move.dest for move in round_.key_moves}
-        owners = sorted({*placement.shards, *dests})
+        owners = np.union1d(placement.shards, np.concatenate([round_.dests, round_.key_dests])).tolist()
         try:
             # Clients prepare a step at the lowest owner first: once that is at rest, no step is half prepared, and the
             # others come to rest too. All at once could leave a step prepared here and held off there.
@@ -180,39 +203,43 @@ class Mover:
             return  # it comes back without a freeze, or is thawed when it is settled
 
 
-def _pulls(view: TableView, round_: Round) -> list[tuple[int, list[PullPages]]]:
+def _pulls(view: TableView, round_: Moves) -> list[tuple[int, list[PullPages]]]:
     """The pulls of a round by destination: row pages that move in the same blocks from the same source go together."""
-    blocks_of: dict[tuple[int, int, int], list[int]] = defaultdict(list)
-    for move in round_.moves:
-        blocks_of[move.dest, move.source, move.row_page].append(move.block)
-    row_pages_of: dict[tuple[int, int, tuple[int, ...]], list[int]] = defaultdict(list)
-    for (dest, source, row_page), blocks in blocks_of.items():
-        row_pages_of[dest, source, tuple(sorted(blocks))].append(row_page)
-    heads_of: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for key_move in round_.key_moves:
-        heads_of[key_move.dest, key_move.source].append(key_move.head)
-
+    info_of = {info.shard: info for info in view.shards}
     pulls: dict[int, list[PullPages]] = defaultdict(list)
-    for (dest, source, blocks_), row_pages in sorted(row_pages_of.items()):
+
+    def pull(dest: int, source: int, row_pages: npt.NDArray[np.int64], blocks: Sequence[int], heads: list[int]) -> None:
         pulls[dest].append(
             PullPages(
                 table_id=view.schema.table_id,
-                source=view.shard_info(source),
-                row_pages=np.array(sorted(row_pages), dtype=np.int64),
-                blocks=blocks_,
+                source=info_of[source],
+                row_pages=row_pages,
+                blocks=tuple(blocks),
+                key_pages=tuple(heads),
             )
         )
-    for (dest, source), heads in sorted(heads_of.items()):
-        pulls[dest].append(
-            PullPages(
-                table_id=view.schema.table_id,
-                source=view.shard_info(source),
-                row_pages=np.empty(0, dtype=np.int64),
-                blocks=(),
-                key_pages=tuple(sorted(heads)),
-            )
-        )
+
+    ways = np.stack([round_.dests, round_.sources], axis=1)
+    for dest, source in np.unique(ways, axis=0).tolist():
+        here = (round_.dests == dest) & (round_.sources == source)
+        for row_pages, blocks in _together(round_.row_pages[here], round_.blocks[here]):
+            pull(dest, source, row_pages, blocks, [])
+    key_ways = np.stack([round_.key_dests, round_.key_sources], axis=1)
+    for dest, source in np.unique(key_ways, axis=0).tolist():
+        here = (round_.key_dests == dest) & (round_.key_sources == source)
+        pull(dest, source, np.empty(0, dtype=np.int64), (), round_.heads[here].tolist())
     return sorted(pulls.items())
+
+
+def _together(
+    row_pages: npt.NDArray[np.int64], blocks: npt.NDArray[np.int64]
+) -> list[tuple[npt.NDArray[np.int64], list[int]]]:
+    """Row pages by the blocks that are named with them; both are by row page, then block."""
+    pages, first = np.unique(row_pages, return_index=True)
+    mask = np.zeros((pages.size, int(blocks.max()) + 1), dtype=np.bool_)
+    mask[np.repeat(np.arange(pages.size), np.diff(first, append=row_pages.size)), blocks] = True
+    patterns, group = np.unique(mask, axis=0, return_inverse=True)
+    return [(pages[group.reshape(-1) == number], np.flatnonzero(of).tolist()) for number, of in enumerate(patterns)]
 
 
 async def _all(calls: Iterable[Awaitable[T]]) -> list[T]:
@@ -222,16 +249,3 @@ async def _all(calls: Iterable[Awaitable[T]]) -> list[T]:
         if isinstance(result, BaseException):
             raise result
     return [result for result in results if not isinstance(result, BaseException)]
-
-
-def _key_page_bytes(view: TableView) -> int | None:
-    keys = view.schema.keys
-    return 4 * view.schema.stride * keys.key_dim if isinstance(keys, ProductKeySpec) else None
-
-
-def _page_bytes(schema: TableSchema) -> int:
-    """Bytes of a page of values with its optimizer's state."""
-    optimizer = schema.optimizer
-    per_element = ELEMENT_BYTES[schema.dtype] + 4 * (_STATES_PER_ELEMENT[optimizer.algorithm] + schema.master)
-    per_block = optimizer.algorithm.startswith("rowwise_") + optimizer.dense + (ELEMENT_BYTES[schema.dtype] == 1)
-    return schema.page_slots * (min(schema.block_dim, schema.value_dim) * per_element + 4 * per_block)

@@ -1,10 +1,18 @@
 """Composition root of the embedded pool: engines by number, a controller over them, a ``Pool`` in front."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from mempool.client import Pool
+from mempool.client.counts import shard_count
 from mempool.controller import Controller
 from mempool.errors import ConfigError, ShardUnavailable
 from mempool.types import ShardHost, ShardInfo
 from mempool.wire.channels.loop import run
+
+if TYPE_CHECKING:
+    from mempool.shard import Engine
 
 _START_TIMEOUT_S = 120.0
 
@@ -15,7 +23,7 @@ class EngineLauncher:
     def __init__(self, *, device: str, pool: str) -> None:
         self._device = device
         self._pool = pool
-        self._engines: dict[int, ShardHost] = {}
+        self._engines: dict[int, Engine] = {}
         self._started = 0
 
     async def start(self, shard: int) -> ShardInfo:
@@ -27,10 +35,22 @@ class EngineLauncher:
         self._engines[shard] = Engine(info, device=self._device, peers=self.dial, pool=self._pool)
         return info
 
+    async def require_room(self, shards: int) -> None:
+        """There is room for as many engines as anybody asks for."""
+
+    async def waiting_for(self) -> str:
+        """Engines start at once."""
+        return ""
+
     async def stop(self, info: ShardInfo) -> None:
         engine = self._engines.pop(info.shard, None)
         if engine is not None:
             await engine.close()
+
+    def doing(self, shard: int) -> str:
+        """What a shard is at just now, for messages; "" for nothing."""
+        engine = self._engines.get(shard)
+        return "" if engine is None else engine.doing
 
     def dial(self, info: ShardInfo) -> ShardHost:
         """Raises ShardUnavailable for a shard that a rescale took away; the router then follows the new view."""
@@ -61,11 +81,12 @@ def local(*, shards: int = 1, device: str = "auto", name: str = "local", timeout
         ...     table.gather(torch.tensor([[1, 2, 3]]), torch.ones(1, 3)).shape
         torch.Size([1, 64])
     """
+    count = shard_count(shards)
     _require_server_packages()
     launcher = EngineLauncher(device=_device(device), pool=name)
     controller = Controller(name, launcher=launcher, dial=launcher.dial)
-    run(controller.open(shards), timeout_s=_START_TIMEOUT_S)
-    return Pool(controller, dial=launcher.dial, name=name, embedded=True, timeout_s=timeout_s)
+    run(controller.open(count), timeout_s=_START_TIMEOUT_S)
+    return Pool(controller, dial=launcher.dial, name=name, embedded=True, doing=launcher.doing, timeout_s=timeout_s)
 
 
 def _require_server_packages() -> None:

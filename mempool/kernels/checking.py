@@ -1,9 +1,12 @@
 """Checks of shapes, dtypes and devices before a kernel reads raw memory. The range of ids is the server's to check.
 
-What must lie in a range is looked at on the CPU only: on a GPU that would wait for the device.
+What must lie in a range is looked at on the CPU only: on a GPU that would wait for the device. Kernels of a GPU keep
+offsets among the pairs themselves.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -41,7 +44,7 @@ def check_ids(paged: Paged, ids: Tensor) -> None:
 
 
 def check_bags(paged: Paged, ids: Tensor, offsets: Tensor) -> None:
-    """Slot ids and the offsets of their bags. Offsets' values are read on the CPU only: on a GPU that would wait."""
+    """Slot ids and the offsets of their bags. Offsets are compared: their differences can leave int64."""
     check_ids(paged, ids)
     _check("offsets", offsets, (max(1, offsets.numel()),), torch.int64, paged.rows.device)
     if offsets.device.type != "cpu":
@@ -92,6 +95,11 @@ def check_segments(sums: Tensor, places: Tensor, pairs: SortedPairs, width: int)
 def check_state(paged: Paged, state: dict[str, Tensor], step: OptimizerStep) -> None:
     """The state tensors that the algorithm keeps, beside the arena, and the rounding's columns."""
     _check_state(paged, state, STATE_NAMES[step.algorithm], step.block_dim, step.algorithm)
+    if not math.isinf(step.max_norm) and step.block_dim < paged.width:
+        raise ValueError(
+            f"max_norm is of whole rows, of one block: the step has blocks of {step.block_dim}, the arena has"
+            f" {paged.width} columns"
+        )
     if paged.packed is not None and paged.packed.block_dim != step.block_dim:
         raise ValueError(
             f"the arena has one scale per {paged.packed.block_dim} columns, the step has blocks of {step.block_dim}"

@@ -26,10 +26,7 @@ from mempool.kernels.checking import (
     check_weights,
 )
 from mempool.kernels.implementation import implementation_for
-from mempool.kernels.steps import (
-    DenseSchedule,
-    OptimizerStep,
-)
+from mempool.kernels.steps import DenseSchedule, OptimizerStep
 
 
 def weighted_sum(

@@ -9,11 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Algorithm = Literal["sgd", "adagrad", "rowwise_adagrad", "adam", "adamw", "rowwise_adam"]
+Algorithm = Literal["sgd", "sgd_momentum", "adagrad", "rowwise_adagrad", "adam", "adamw", "rowwise_adam"]
 
-#: Names of the state tensors each algorithm keeps, in the order in which kernels take them.
+#: Names of the state tensors each algorithm keeps, in the order in which kernels take them. A step acts on one array:
+#: whoever keeps several has these names behind the array's own, as in "values.sum".
 STATE_NAMES: dict[str, tuple[str, ...]] = {
     "sgd": (),
+    "sgd_momentum": ("momentum_buffer",),
     "adagrad": ("sum",),
     "rowwise_adagrad": ("row_sum",),
     "adam": ("exp_avg", "exp_avg_sq"),
@@ -29,7 +31,18 @@ MASTER = "master"
 #: [R, blocks] int32, the step up to which a row is caught up: accompanies the state of a dense AdamW.
 LAST_STEP = "last_step"
 
-ALGORITHMS: tuple[Algorithm, ...] = ("sgd", "adagrad", "rowwise_adagrad", "adam", "adamw", "rowwise_adam")
+#: What a momentum buffer holds in elements that had no gradient yet: the first one is not dampened. Equal to 0.
+NO_MOMENTUM = -0.0
+
+ALGORITHMS: tuple[Algorithm, ...] = (
+    "sgd",
+    "sgd_momentum",
+    "adagrad",
+    "rowwise_adagrad",
+    "adam",
+    "adamw",
+    "rowwise_adam",
+)
 
 _GAMMA = 0x9E3779B97F4A7C15
 _MASK = 0xFFFFFFFFFFFFFFFF
@@ -71,6 +84,9 @@ class RandomRounding:
 class OptimizerStep:
     """One commit's optimizer step, with the arithmetic of torch's own optimizers.
 
+    In this order: the gradient is scaled; an L2 decay is added to it; values are multiplied by the decoupled decay; the
+    rule; the row is shrunk to ``max_norm``. Only rows with a gradient take part.
+
     Attributes:
         algorithm: Which rule; see STATE_NAMES for the state it keeps.
         lr: Learning rate.
@@ -80,13 +96,22 @@ class OptimizerStep:
         beta1: Decay of Adam's first moment.
         beta2: Decay of Adam's second moment.
         lr_decay: Adagrad's learning rate decay.
-        weight_decay: AdamW's decoupled decay: values are first multiplied by ``1 - lr * weight_decay``.
+        weight_decay: Decoupled: values are first multiplied by ``1 - rate * weight_decay``, of the step's own learning
+            rate. With ``l2``: values times it are added to the gradient.
         block_dim: Columns of a block; row-wise state is per (row, block). The last block may be narrower.
         rounding: Stochastic rounding of the results; None rounds to nearest, ties to even. float32 is never rounded,
             and neither are rows with a master, which are rounded to nearest.
+        l2: Weight decay is part of the gradient, and so of momentum and moments; not of adamw.
+        momentum: Of sgd_momentum, as in torch.optim.SGD: the buffer times it, plus the gradient.
+        dampening: What is left out of the gradients in that sum, but of the first one of an element (NO_MOMENTUM).
+        nesterov: The update is the gradient plus momentum times the buffer.
+        corrected_eps: Adam and row-wise Adam add eps after the bias correction of the root, as torch.optim.Adam and
+            FBGEMM do; False: beside the uncorrected root, as SparseAdam. AdamW's always is corrected.
+        max_norm: Rows with a larger 2-norm after the step are scaled to it, before they are rounded to the stored
+            element; infinity bounds nothing. Rows must be one block.
 
     Raises:
-        ValueError: Unknown algorithm, step below 1, or block_dim below 1.
+        ValueError: Unknown algorithm, step below 1, block_dim below 1, or an option that the algorithm has not.
     """
 
     algorithm: Algorithm
@@ -100,6 +125,12 @@ class OptimizerStep:
     weight_decay: float = 0.0
     block_dim: int = 64
     rounding: RandomRounding | None = None
+    l2: bool = False
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    corrected_eps: bool = False
+    max_norm: float = math.inf
 
     def __post_init__(self) -> None:
         if self.algorithm not in STATE_NAMES:
@@ -108,27 +139,55 @@ class OptimizerStep:
             raise ValueError(f"step counts commits from 1, got {self.step}")
         if self.block_dim < 1:
             raise ValueError(f"block_dim must be at least 1, got {self.block_dim}")
+        if (self.momentum or self.dampening or self.nesterov) and self.algorithm != "sgd_momentum":
+            raise ValueError(f"momentum is of sgd_momentum alone, not of {self.algorithm}")
+        if self.l2 and self.algorithm == "adamw":
+            raise ValueError("adamw's weight decay is decoupled; for L2 take adam with corrected_eps")
+        if not self.max_norm > 0.0:
+            raise ValueError(f"max_norm must be above 0, got {self.max_norm}")
 
     @property
-    def step_size(self) -> float:
-        """What multiplies the update: the decayed learning rate, Adam's bias corrections folded in as torch does."""
+    def rate(self) -> float:
+        """The learning rate of this step: Adagrad's decayed, the others' as it is."""
         if self.algorithm in ("adagrad", "rowwise_adagrad"):
             return self.lr / (1.0 + (self.step - 1) * self.lr_decay)
-        if self.algorithm in ("adam", "rowwise_adam"):  # as SparseAdam: eps beside the uncorrected root
-            return self.lr * math.sqrt(1.0 - self.beta2**self.step) / (1.0 - self.beta1**self.step)
-        if self.algorithm == "adamw":
-            return self.lr / (1.0 - self.beta1**self.step)
         return self.lr
 
     @property
+    def corrected(self) -> bool:
+        """Whether eps is added after the bias correction of the root."""
+        return self.algorithm == "adamw" or (self.corrected_eps and self.algorithm in ("adam", "rowwise_adam"))
+
+    @property
+    def step_size(self) -> float:
+        """What multiplies the update: the step's rate, Adam's bias corrections folded in as torch does."""
+        if self.algorithm in ("adam", "adamw", "rowwise_adam"):
+            first = 1.0 - self.beta1**self.step
+            if self.corrected:
+                return self.lr / first
+            return self.lr * math.sqrt(1.0 - self.beta2**self.step) / first
+        return self.rate
+
+    @property
     def root_correction(self) -> float:
-        """What AdamW divides the root of the second moment by before it adds eps; 1 for the others."""
-        return math.sqrt(1.0 - self.beta2**self.step) if self.algorithm == "adamw" else 1.0
+        """What the root of the second moment is divided by before eps is added; 1 where it is not corrected."""
+        return math.sqrt(1.0 - self.beta2**self.step) if self.corrected else 1.0
 
     @property
     def decay(self) -> float:
         """What values are multiplied with first."""
-        return 1.0 - self.lr * self.weight_decay if self.algorithm == "adamw" else 1.0
+        return 1.0 if self.l2 else 1.0 - self.rate * self.weight_decay
+
+    @property
+    def gradient_decay(self) -> float:
+        """What multiplies the values that are added to the gradient."""
+        return self.weight_decay if self.l2 else 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is a rule by itself. Kernels compile variants of their own for options that are used."""
+        decays = self.weight_decay != 0.0 and self.algorithm != "adamw"
+        return self.algorithm != "sgd_momentum" and not decays and math.isinf(self.max_norm)
 
 
 class DenseSchedule:
@@ -139,7 +198,8 @@ class DenseSchedule:
     (``mempool.kernels.catch_up``).
 
     Args:
-        first_step: The first step that is recorded; rows know a last step of at least ``first_step - 1``.
+        first_step: The first step that is recorded; rows know a last step of at least ``first_step - 1``. A table's
+            version serves: bias corrections can have numbers of their own.
         beta1, beta2, eps, weight_decay: AdamW's.
         device: Where the kernels run.
     """
@@ -181,15 +241,15 @@ class DenseSchedule:
         """[T + 1] float64: the logarithm of the product of all decays before each step."""
         return self._log_decays[: self._count + 1]
 
-    def append(self, lr: float) -> None:
-        """Record the next step."""
+    def append(self, lr: float, *, number: int | None = None) -> None:
+        """Record the next step. number: of bias corrections, where it is not counted as rows count their last step."""
         if self._count == self._steps.shape[1]:
             self._steps = torch.cat([self._steps, torch.empty_like(self._steps)], dim=1)
             self._log_decays = torch.cat([self._log_decays, torch.zeros_like(self._log_decays[1:])])
         step = OptimizerStep(
             "adamw",
             lr=lr,
-            step=self.last_step + 1,
+            step=self.last_step + 1 if number is None else number,
             beta1=self.beta1,
             beta2=self.beta2,
             eps=self.eps,

@@ -21,6 +21,9 @@ from mempool.kernels.steps import (
 def warm_up(device: torch.device | str = "cpu") -> None:
     """Compile (or load from the disk cache) every kernel that a device uses, for every stored element.
 
+    Options of optimizers (``OptimizerStep.plain``) have variants of their own, compiled when a table first has a step
+    with them.
+
     For whoever wants no request to wait for a compiler, which takes tens of seconds where the disk cache is empty.
 
     Args:
@@ -52,6 +55,8 @@ def warm_up(device: torch.device | str = "cpu") -> None:
         }
         for algorithm in ALGORITHMS:
             step = OptimizerStep(algorithm, lr=0.0)
+            if not step.plain:
+                continue
             kernels.optimizer_step(paged, state, pairs, sums, step)
             kernels.fused_step(paged, state, pairs, weights, bags, grads, step)
         state |= {

@@ -1,64 +1,87 @@
-"""The plan of moves from one assignment to another, cut into rounds of bounded size.
+"""The plan of moves from one assignment to another, cut into rounds of bounded size: arrays, whatever their number.
 
-Pure: who sends the bytes, and when the epoch rises, is left to ``control``.
+Pure: who sends the bytes, and when the epoch rises, is left to the controller.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import groupby
-from operator import attrgetter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mempool.errors import InvalidRequest
 from mempool.placement.assignment import Assignment, Int32Array
 
-__all__ = ["KeyMove", "Move", "Round", "apply_round", "moves", "rounds"]
+__all__ = ["Moves", "Rounds", "apply_moves", "moves", "rounds"]
+
+Int64Array = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
-    """The page (row_page, block) goes from shard ``source`` to shard ``dest``."""
-
-    row_page: int
-    block: int
-    source: int
-    dest: int
+def _none() -> Int64Array:
+    return np.empty(0, dtype=np.int64)
 
 
-@dataclass(frozen=True, slots=True)
-class KeyMove:
-    """The key page of ``head`` goes from shard ``source`` to shard ``dest``."""
-
-    head: int
-    source: int
-    dest: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Round:
-    """Moves carried out together, between two epochs; all moves of a row page are in the same round.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Moves:
+    """Pages that change their owner: the i-th goes from shard ``sources[i]`` to shard ``dests[i]``.
 
     Attributes:
-        moves: by row page, then block.
-        key_moves: by head.
-        num_bytes: bytes of the pages that move.
+        row_pages, blocks, sources, dests: [M] int64, by row page, then block.
+        heads, key_sources, key_dests: [K] int64, key pages by head.
     """
 
-    moves: tuple[Move, ...]
-    key_moves: tuple[KeyMove, ...]
-    num_bytes: int
+    row_pages: Int64Array = field(default_factory=_none)
+    blocks: Int64Array = field(default_factory=_none)
+    sources: Int64Array = field(default_factory=_none)
+    dests: Int64Array = field(default_factory=_none)
+    heads: Int64Array = field(default_factory=_none)
+    key_sources: Int64Array = field(default_factory=_none)
+    key_dests: Int64Array = field(default_factory=_none)
 
     @property
     def num_pages(self) -> int:
         """Pages that move, key pages too."""
-        return len(self.moves) + len(self.key_moves)
+        return self.row_pages.size + self.heads.size
+
+    def part(self, pages: slice, keys: slice) -> "Moves":
+        """Some of these moves."""
+        return Moves(
+            row_pages=self.row_pages[pages],
+            blocks=self.blocks[pages],
+            sources=self.sources[pages],
+            dests=self.dests[pages],
+            heads=self.heads[keys],
+            key_sources=self.key_sources[keys],
+            key_dests=self.key_dests[keys],
+        )
 
 
-def moves(present: Assignment, target: Assignment) -> list[Move | KeyMove]:
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Rounds:
+    """Moves, cut where a round ends: each round is carried out together, between two epochs.
+
+    Attributes:
+        page_ends, key_ends: [R] int64; round r has the moves from ``page_ends[r - 1]`` (0 at first) to ``page_ends[r]``,
+            and so for key pages. All moves of a row page are in the same round.
+    """
+
+    moves: Moves
+    page_ends: Int64Array
+    key_ends: Int64Array
+
+    def __len__(self) -> int:
+        return self.page_ends.size
+
+    def __iter__(self) -> Iterator[Moves]:
+        page = key = 0
+        for page_end, key_end in zip(self.page_ends.tolist(), self.key_ends.tolist(), strict=True):
+            yield self.moves.part(slice(page, page_end), slice(key, key_end))
+            page, key = page_end, key_end
+
+
+def moves(present: Assignment, target: Assignment) -> Moves:
     """Every page whose owner differs, by row page and then block, so that ranges of row pages go together.
-
-    Key pages follow, by head.
 
     Raises:
         InvalidRequest: the two are of different tables: their numbers of pages differ.
@@ -69,25 +92,26 @@ def moves(present: Assignment, target: Assignment) -> list[Move | KeyMove]:
             f"{target.owners.shape} and {target.num_key_pages}: they are not of the same table."
         )
     row_page, block = np.nonzero(present.owners != target.owners)
-    columns = (row_page, block, present.owners[row_page, block], target.owners[row_page, block])
     head = np.flatnonzero(present.key_owners != target.key_owners)
-    key_columns = (head, present.key_owners[head], target.key_owners[head])
-    return [
-        *(Move(*fields) for fields in zip(*(column.tolist() for column in columns), strict=True)),
-        *(KeyMove(*fields) for fields in zip(*(column.tolist() for column in key_columns), strict=True)),
-    ]
+    return Moves(
+        row_pages=row_page.astype(np.int64, copy=False),
+        blocks=block.astype(np.int64, copy=False),
+        sources=present.owners[row_page, block].astype(np.int64),
+        dests=target.owners[row_page, block].astype(np.int64),
+        heads=head.astype(np.int64, copy=False),
+        key_sources=present.key_owners[head].astype(np.int64),
+        key_dests=target.key_owners[head].astype(np.int64),
+    )
 
 
-def rounds(
-    moves: Iterable[Move | KeyMove], *, page_bytes: int, max_bytes: int, key_page_bytes: int | None = None
-) -> list[Round]:
-    """Splits moves into rounds of at most ``max_bytes``; row pages ascending, then the key pages.
+def rounds(moves: Moves, *, page_bytes: int, max_bytes: int, key_page_bytes: int | None = None) -> Rounds:
+    """Cuts moves into rounds of at most ``max_bytes``; row pages first, then the key pages.
 
     The moves of one row page stay together, so that a round is never of less than one row page (or one key page), even
     where that alone is more than ``max_bytes``.
 
     Args:
-        moves: in any order.
+        moves: by row page, then block, as the function ``moves`` gives them.
         page_bytes: bytes of one page with everything it holds.
         max_bytes: most bytes of a round.
         key_page_bytes: bytes of one key page; None takes it to be as large as any other page.
@@ -99,64 +123,58 @@ def rounds(
     for name, value in (("page_bytes", page_bytes), ("max_bytes", max_bytes), ("key_page_bytes", key_bytes)):
         if value < 1:
             raise InvalidRequest(f"{name} = {value}: must be at least 1.")
-    page_moves: list[Move] = []
-    key_moves: list[KeyMove] = []
-    for move in moves:
-        if isinstance(move, KeyMove):
-            key_moves.append(move)
-        else:
-            page_moves.append(move)
-    page_moves.sort(key=attrgetter("row_page", "block"))
-    key_moves.sort(key=attrgetter("head"))
-
-    # (moves that stay together, their bytes), in order
-    groups: list[tuple[list[Move], list[KeyMove], int]] = []
-    for _, group in groupby(page_moves, key=attrgetter("row_page")):
-        together = list(group)
-        groups.append((together, [], len(together) * page_bytes))
-    groups += [([], [move], key_bytes) for move in key_moves]
-
-    batches: list[tuple[list[Move], list[KeyMove], int]] = []
-    for pages, keys, num_bytes in groups:
-        if batches and batches[-1][2] + num_bytes <= max_bytes:
-            before = batches.pop()
-            before[0].extend(pages)
-            before[1].extend(keys)
-            batches.append((before[0], before[1], before[2] + num_bytes))
-        else:
-            batches.append((pages, keys, num_bytes))
-    return [Round(moves=tuple(pages), key_moves=tuple(keys), num_bytes=size) for pages, keys, size in batches]
+    num_pages, num_keys = moves.row_pages.size, moves.heads.size
+    # Groups that stay together: the moves of one row page, then each key page. Where each ends, and in bytes.
+    group_ends = np.flatnonzero(np.diff(moves.row_pages, append=-1)) + 1
+    bytes_ends = np.concatenate(
+        [group_ends * page_bytes, num_pages * page_bytes + np.arange(1, num_keys + 1) * key_bytes]
+    ).astype(np.int64)
+    last: list[int] = []  # group of each round
+    done = 0
+    while done < bytes_ends.size:
+        begun = int(bytes_ends[done - 1]) if done else 0
+        done = max(done + 1, int(np.searchsorted(bytes_ends, begun + max_bytes, side="right")))
+        last.append(done - 1)
+    ends = np.array(last, dtype=np.int64)
+    pages_at = np.concatenate([group_ends, np.full(num_keys, num_pages)]).astype(np.int64)
+    return Rounds(moves=moves, page_ends=pages_at[ends], key_ends=np.maximum(ends + 1 - group_ends.size, 0))
 
 
-def apply_round(assignment: Assignment, round: Round) -> Assignment:
-    """The assignment after one round; the one given is not changed.
+def apply_moves(assignment: Assignment, moves: Moves) -> Assignment:
+    """The assignment after these moves; the one given is not changed.
 
     Raises:
         InvalidRequest: a move's page does not exist, or is not owned by the move's source.
     """
     owners, key_owners = assignment.owners.copy(), assignment.key_owners.copy()
-    _apply(owners, [((move.row_page, move.block), move.source, move.dest) for move in round.moves], what="page")
-    _apply(key_owners, [((move.head,), move.source, move.dest) for move in round.key_moves], what="key page")
+    _apply(owners, (moves.row_pages, moves.blocks), moves.sources, moves.dests, what="page")
+    _apply(key_owners, (moves.heads,), moves.key_sources, moves.key_dests, what="key page")
     owners.flags.writeable = False
     return Assignment(owners=owners, key_owners=key_owners)
 
 
-def _apply(owners: Int32Array, steps: Sequence[tuple[tuple[int, ...], int, int]], *, what: str) -> None:
-    if not steps:
+def _apply(
+    owners: Int32Array, places: tuple[Int64Array, ...], sources: Int64Array, dests: Int64Array, *, what: str
+) -> None:
+    if not sources.size:
         return
-    places, sources, dests = zip(*steps, strict=True)
-    index_NM = np.array(places, dtype=np.int64).T
-    outside = (index_NM < 0) | (index_NM >= np.array(owners.shape)[:, None])
+
+    def place(number: Any) -> tuple[int, ...]:
+        return tuple(int(axis[number]) for axis in places)
+
+    outside = np.zeros(sources.shape, dtype=np.bool_)
+    for axis, size in zip(places, owners.shape, strict=True):
+        outside |= (axis < 0) | (axis >= size)
     if outside.any():
-        place = places[int(outside.any(axis=0).argmax())]
-        raise InvalidRequest(f"a move names {what} {place}, which does not exist: the table has {owners.shape}.")
-    index = tuple(index_NM)
-    found = owners[index]
-    wrong = found != np.array(sources)
+        raise InvalidRequest(
+            f"a move names {what} {place(outside.argmax())}, which does not exist: the table has {owners.shape}."
+        )
+    found = owners[places]
+    wrong = found != sources
     if wrong.any():
         first = int(wrong.argmax())
         raise InvalidRequest(
-            f"a move takes {what} {places[first]} from shard {sources[first]}, but shard {found[first]} owns it; "
+            f"a move takes {what} {place(first)} from shard {sources[first]}, but shard {found[first]} owns it; "
             "plan the moves again from the present assignment."
         )
-    owners[index] = dests
+    owners[places] = dests

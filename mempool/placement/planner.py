@@ -1,6 +1,6 @@
 """The planner of placement: a pure function from the present owners and the shards to the owners to be.
 
-Decides only; ``rescale`` turns the difference into moves, others carry them out.
+Decides only; ``moves`` turns the difference into moves, others carry them out.
 """
 
 from collections.abc import Sequence

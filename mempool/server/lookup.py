@@ -6,7 +6,7 @@ The router does the work, on the IO loop; calls of other shards are leaf calls (
 import torch
 
 from mempool.client import Router
-from mempool.client.lookup import checked_queries
+from mempool.client.lookup import checked_queries, checked_topk
 from mempool.types import ShardInfo, Stamp
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
 
@@ -41,8 +41,8 @@ class LookupCoordinator:
             queries = queries.unsqueeze(1)
         found, seen = await self._router.lookup(
             schema.table_id,
-            queries=checked_queries(queries, request.topk, schema=schema),
-            topk=request.topk,
+            queries=checked_queries(queries, schema=schema),
+            topk=checked_topk(request.topk, schema=schema),
             reply_dtype=request.reply_dtype,
         )
         return LookupReply(

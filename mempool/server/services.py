@@ -47,6 +47,7 @@ class Services:
                 self._of(methods.SCORE, shard.score),
                 self._of(methods.READ_ROWS, shard.read_rows),
                 self._of(methods.WRITE_ROWS, shard.write_rows),
+                self._of(methods.STEP_COUNT, shard.step_count),
             ]
         )
 

@@ -31,6 +31,8 @@ from mempool.types import (
     ReadRowsRequest,
     ScoreReply,
     ScoreRequest,
+    StepCountReply,
+    StepCountRequest,
     UpdateReply,
     UpdateRequest,
     WriteRowsReply,
@@ -256,6 +258,15 @@ class Answers:
         rows = validate.check_rows(table.storage, request.array, ids, request.blocks, request.rows)
         table.storage.write(request.array, ids, rows)
         return WriteRowsReply(stamp=table.stamp)
+
+    def step_count(self, request: StepCountRequest) -> StepCountReply | Parked:
+        table = self._tenancy.fenced(request.envelope)
+        if request.set is not None:
+            if table.frozen:  # the ledger is on its way to other shards
+                return table.park_until_thaw()
+            bounds.check_number("set", request.set)
+            table.ledger.count_steps(request.set, at_version=request.at_version)
+        return StepCountReply(stamp=table.stamp, count=table.ledger.step)
 
     def _copy_out(self, tensor: Tensor) -> Tensor:
         # On a GPU this waits for the kernel too: its launch alone is counted as "kernel".

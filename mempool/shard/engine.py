@@ -50,6 +50,8 @@ from mempool.types import (
     ShardHost,
     ShardInfo,
     ShardStatus,
+    StepCountReply,
+    StepCountRequest,
     TableView,
     UpdateReply,
     UpdateRequest,
@@ -131,6 +133,11 @@ class Engine:
             on_fatal=on_fatal,
         )
 
+    @property
+    def doing(self) -> str:
+        """What it is at just now, for messages; "" for nothing."""
+        return self._thread.doing
+
     # Shard
 
     async def gather(self, request: GatherRequest) -> GatherReply:
@@ -170,6 +177,10 @@ class Engine:
     async def write_rows(self, request: WriteRowsRequest) -> WriteRowsReply:
         cost = _cost(request.ids, request.rows)
         reply: WriteRowsReply = await self._ask("write_rows", self._answers.write_rows, request, cost)
+        return reply
+
+    async def step_count(self, request: StepCountRequest) -> StepCountReply:
+        reply: StepCountReply = await self._ask("step_count", self._answers.step_count, request, JOB_BYTES)
         return reply
 
     # PageHost

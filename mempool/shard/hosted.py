@@ -42,6 +42,7 @@ class HostedTable:
         pages, lost_pages: (row page, block)s and key pages that are here, and that are owned and not there.
         num_bytes: Of its pages: of those that are here or staged, or that initial values are being written to.
             All three are of the last ``measure``; any thread may read them.
+        bytes_to_fill: Bytes of initial values that are still to be written; any thread may read it.
     """
 
     def __init__(
@@ -55,13 +56,13 @@ class HostedTable:
         self.updates = HeldUpdates(budget=budget, lease_s=lease_s)
         self.frozen = False
         self.lookups = 0
-        self._filling: Iterator[None] | None = None
-        self._filling_bytes = 0
+        self._filling: Iterator[int] | None = None
+        self._filling_bytes = self.bytes_to_fill = 0
         self._waiting_for_thaw: list[Parked] = []
         self._waiting_for_decisions: list[Parked] = []
         if request.mode == "initialise":
             self._filling = self.storage.initialise(request.view.placement)
-            self._filling_bytes = self.storage.initial_bytes(request.view.placement)
+            self._filling_bytes = self.bytes_to_fill = self.storage.initial_bytes(request.view.placement)
         elif request.mode == "lost":
             self.storage.own(request.view.placement)
             self.storage.lose_all()
@@ -92,8 +93,11 @@ class HostedTable:
 
     def fill(self) -> bool:
         """Write a piece of the initial values. Returns whether all are there."""
-        if self._filling is not None and next(self._filling, self) is self:
-            self._filling, self._filling_bytes = None, 0
+        if self._filling is not None:
+            written = next(self._filling, None)
+            if written is None:
+                self._filling, self._filling_bytes = None, 0
+            self.bytes_to_fill = 0 if written is None else max(1, self.bytes_to_fill - written)
         self.measure()
         return self._filling is None
 
@@ -212,6 +216,7 @@ class HostedTable:
             updates_applied=self.ledger.updates_applied,
             lookups=self.lookups,
             frozen=self.frozen,
+            bytes_to_fill=self.bytes_to_fill,
         )
 
 

@@ -72,6 +72,15 @@ class EngineThread:
         """Jobs that wait or are being answered."""
         return self._jobs.num_jobs
 
+    @property
+    def doing(self) -> str:
+        """What it is at just now, for messages: "it is at 'gather', and 3 more calls wait"; "" for nothing."""
+        job = self._doing
+        if job is None:
+            return ""
+        waiting = self.num_jobs - 1
+        return f"it is at {job.stage!r}" + (f", and {waiting} more calls wait" if waiting > 0 else "")
+
     async def run(
         self,
         stage: str,

@@ -264,3 +264,20 @@ class WriteRowsReply:
     """The write is done."""
 
     stamp: Stamp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCountRequest:
+    """Asks how many steps the table's optimizer counts, or sets it: so many are done at ``at_version``."""
+
+    envelope: Envelope
+    set: int | None = None
+    at_version: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCountReply:
+    """Steps that are done."""
+
+    stamp: Stamp
+    count: int

@@ -23,11 +23,13 @@ class Ledger:
         version: Table version: commits applied since the table was made.
         updates_applied: Updates applied since the table was made.
         entries: (group, rank) -> its highest applied step.
+        step_offset: The optimizer's step count less the version: 0 where it was never set.
     """
 
     version: int = 0
     updates_applied: int = 0
     entries: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    step_offset: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,12 +93,14 @@ class LedgerPart:
         updates_applied: As in ``Ledger``.
         num_entries: Of the whole ledger.
         entries: Of this part; none where ``first`` is beyond the last.
+        step_offset: As in ``Ledger``.
     """
 
     version: int
     updates_applied: int
     num_entries: int
     entries: Mapping[tuple[str, int], int]
+    step_offset: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

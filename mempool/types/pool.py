@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from mempool.types.schema import Placement, TableSchema
 
+MAX_SHARDS = 4096
+"""Shards of a pool: every one of them is asked for its status, told every placement, and named in every view."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardInfo:
@@ -41,7 +44,10 @@ class StageTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableStatus:
-    """One table as one shard sees it. pages and lost_pages count (row page, block)s and key pages."""
+    """One table as one shard sees it. pages and lost_pages count (row page, block)s and key pages.
+
+    bytes_to_fill: Bytes of initial values that are still to be written here; 0 once the table answers.
+    """
 
     table_id: int
     name: str
@@ -54,6 +60,7 @@ class TableStatus:
     updates_applied: int
     lookups: int
     frozen: bool
+    bytes_to_fill: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,14 +91,62 @@ class ShardStatus:
     stages: tuple[StageTime, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardFill:
+    """How many bytes of a table that is being made have their initial values on one shard, and of how many."""
+
+    shard: int
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableCreation:
+    """A table that is being made: its name, and how far each of its owners is.
+
+    Attributes:
+        table_id: 0 until it is placed.
+        waiting_for: What has to end before it begins, for people; "" once it is being filled.
+        spent_s: Seconds since it was asked for.
+        shards: Its owners; none until it is placed.
+    """
+
+    table: str
+    table_id: int
+    waiting_for: str
+    spent_s: float
+    shards: tuple[ShardFill, ...]
+
+    @property
+    def bytes_done(self) -> int:
+        return sum(fill.bytes_done for fill in self.shards)
+
+    @property
+    def bytes_total(self) -> int:
+        return sum(fill.bytes_total for fill in self.shards)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PoolStatus:
-    """The pool at a glance. ``rescaling`` tells whether pages are being moved now."""
+    """The pool at a glance.
+
+    Attributes:
+        rescaling: Whether the pool is on its way to another number of shards.
+        wanted_shards: The number of shards it was last asked for: more or fewer than ``shards`` while it is on its way,
+            and where it did not get there. 0: not known (a shard answers, while the controller is away).
+        waiting_for: What the rescale waits for, for people; "" if for nothing.
+        unfinished: Why a rescale stopped half way and what to do, for people; "" if none did.
+        creating: Tables that are being made.
+    """
 
     name: str
     shards: tuple[ShardStatus, ...]
     tables: tuple[TableView, ...]
     rescaling: bool
+    wanted_shards: int = 0
+    waiting_for: str = ""
+    unfinished: str = ""
+    creating: tuple[TableCreation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,8 @@ from mempool.types.messages import (
     ReadRowsRequest,
     ScoreReply,
     ScoreRequest,
+    StepCountReply,
+    StepCountRequest,
     UpdateReply,
     UpdateRequest,
     WriteRowsReply,
@@ -48,6 +50,8 @@ class Shard(Protocol):
     async def read_rows(self, request: ReadRowsRequest) -> ReadRowsReply: ...
 
     async def write_rows(self, request: WriteRowsRequest) -> WriteRowsReply: ...
+
+    async def step_count(self, request: StepCountRequest) -> StepCountReply: ...
 
 
 class PageHost(Protocol):

@@ -19,7 +19,16 @@ ELEMENT_BYTES: dict[StorageDtype, int] = {"float32": 4, "bfloat16": 2, "float8_e
 class OptimizerSpec:
     """The optimizer a table's shards run, with torch's names and meanings of its hyper-parameters.
 
-    dense: AdamW of every slot at every step, as torch.optim.AdamW on the whole table; otherwise of touched slots only.
+    Attributes:
+        weight_decay: Added to the gradient, times the values; with ``decoupled_weight_decay``, and for AdamW, values
+            are first multiplied by 1 - lr * weight_decay.
+        dense: AdamW of every slot at every step, as torch.optim.AdamW on the whole table; otherwise, as all others do,
+            of slots that have a gradient only.
+        momentum, dampening, nesterov: SGD's; the momentum of a slot rests while it has no gradient.
+        corrected_eps: Adam and row-wise Adam add eps after the bias correction, as torch.optim.Adam and FBGEMM; False:
+            before it, as torch.optim.SparseAdam.
+        max_norm: Slots whose value has a larger 2-norm after a step are scaled to it; None bounds nothing. Of tables
+            with one column block.
     """
 
     algorithm: Algorithm
@@ -31,6 +40,12 @@ class OptimizerSpec:
     initial_accumulator_value: float = 0.0
     weight_decay: float = 0.0
     dense: bool = False
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    decoupled_weight_decay: bool = False
+    corrected_eps: bool = False
+    max_norm: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -77,6 +77,9 @@ READ_ROWS: Method[types.ReadRowsRequest, types.ReadRowsReply] = Method(
 WRITE_ROWS: Method[types.WriteRowsRequest, types.WriteRowsReply] = Method(
     MEMORY_SERVICE, "WriteRows", messages.WRITE_ROWS_REQUEST, messages.WRITE_ROWS_REPLY
 )
+STEP_COUNT: Method[types.StepCountRequest, types.StepCountReply] = Method(
+    MEMORY_SERVICE, "StepCount", messages.STEP_COUNT_REQUEST, messages.STEP_COUNT_REPLY
+)
 
 ATTACH_TABLE: Method[AttachTable, None] = Method(
     SHARD_SERVICE, "AttachTable", pages.ATTACH_TABLE_REQUEST, pages.ATTACH_TABLE_REPLY

@@ -30,7 +30,7 @@ def test_gathers_and_rows_equal_torchs_adamw_on_the_whole_table(
             pool=pool if rescaled else None, shards=shards, layout=layout, optimizer=optimizer, **config
         )
         everything = torch.arange(NUM_SLOTS)
-        whole = torch.nn.Parameter(table.state("values.master", everything) if master else all_rows(table))
+        whole = torch.nn.Parameter(table.state(everything)["values.master"] if master else all_rows(table))
         steps = [PoolOptimizer(table), torch.optim.AdamW([whole], lr=0.05, **HYPER)]
         schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(step, STEPS) for step in steps]
         for number in range(STEPS):
@@ -51,10 +51,10 @@ def test_gathers_and_rows_equal_torchs_adamw_on_the_whole_table(
                 step.step()
                 step.zero_grad()
                 schedule.step()
-        rows = table.state("values.master", everything) if master else all_rows(table)
+        rows = table.state(everything)["values.master"] if master else all_rows(table)
         assert relative_error(rows, whole) < 1e-5
-        assert relative_error(table.state("values.exp_avg", everything), steps[1].state[whole]["exp_avg"]) < 1e-5
-        assert relative_error(table.state("values.exp_avg_sq", everything), steps[1].state[whole]["exp_avg_sq"]) < 1e-5
-        assert table.state("values.last_step", everything).unique().tolist() == [STEPS]
+        assert relative_error(table.state(everything)["values.exp_avg"], steps[1].state[whole]["exp_avg"]) < 1e-5
+        assert relative_error(table.state(everything)["values.exp_avg_sq"], steps[1].state[whole]["exp_avg_sq"]) < 1e-5
+        assert table.state(everything, ["values.last_step"])["values.last_step"].unique().tolist() == [STEPS]
         if master:
             assert torch.equal(all_rows(table), rows.to(torch.bfloat16))

@@ -22,6 +22,7 @@ from mempool.shard import Engine
 from mempool.types import ShardHost, ShardInfo
 from mempool.wire.channels.loop import run
 from tests.integration.pools import RayPool
+from tests.support.faulty import FaultyShard
 from tests.support.serving import served_pool
 
 from .driver import Driver, Hosted
@@ -53,6 +54,13 @@ async def local_hosts(num_shards: int) -> AsyncIterator[list[Hosted]]:
     finally:
         for info in infos:
             await launcher.stop(info)
+
+
+@asynccontextmanager
+async def faulty_hosts(num_shards: int) -> AsyncIterator[list[Hosted]]:
+    """What tests of the client stand on, while no fault is asked for."""
+    async with engines(num_shards) as hosted:
+        yield [Hosted(host=FaultyShard(host.host, host.info), info=host.info) for host in hosted]
 
 
 @asynccontextmanager
@@ -96,6 +104,7 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "engine": Kind(engines),
     "local": Kind(local_hosts),
+    "faulty": Kind(faulty_hosts),
     "grpc": Kind(grpc_hosts),
     "ray": Kind(ray_hosts, skip_reason=_no_ray),
 }

@@ -56,6 +56,7 @@ class TouchedRows(torch.optim.Optimizer):
         self.steps = 0
         self.exp_avg = torch.zeros_like(values_NV)
         self.exp_avg_sq = torch.zeros_like(values_NV)
+        self.touched = torch.zeros(values_NV.shape[0], 1, dtype=torch.bool)
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -64,27 +65,44 @@ class TouchedRows(torch.optim.Optimizer):
         rows, grad = gradient.indices()[0], gradient.values()
         spec, lr = self.schema.optimizer, self.param_groups[0]["lr"]
         self.steps += 1
-        mean_square = torch.empty_like(grad)
-        for block in range(self.schema.num_blocks):
-            columns = slice(*self.schema.block_columns(block))
-            mean_square[:, columns] = grad[:, columns].square().mean(1, keepdim=True)
-        if spec.algorithm == "rowwise_adagrad":
-            self.exp_avg_sq[rows] += mean_square
-            values_NV[rows] -= lr * grad / (self.exp_avg_sq[rows].sqrt() + spec.eps)
-            return
-        square = mean_square if spec.algorithm == "rowwise_adam" else grad.square()
+        if spec.decoupled_weight_decay or spec.algorithm == "adamw":
+            values_NV[rows] *= 1 - lr * spec.weight_decay
+        else:
+            grad = grad + spec.weight_decay * values_NV[rows]
+        values_NV[rows] -= lr * self._update(rows, grad)
+        self.touched[rows] = True
+        if spec.max_norm is not None:
+            norms = values_NV[rows].norm(dim=1, keepdim=True)
+            values_NV[rows] *= (spec.max_norm / norms).clamp(max=1.0)
+
+    def _update(self, rows: Tensor, grad: Tensor) -> Tensor:
+        """What the learning rate multiplies."""
+        spec = self.schema.optimizer
+        if spec.algorithm == "sgd":
+            later = spec.momentum * self.exp_avg[rows] + (1 - spec.dampening) * grad
+            self.exp_avg[rows] = torch.where(self.touched[rows], later, grad)
+            return grad + spec.momentum * self.exp_avg[rows] if spec.nesterov else self.exp_avg[rows]
+        square = grad.square()
+        if spec.algorithm.startswith("rowwise"):
+            for block in range(self.schema.num_blocks):
+                columns = slice(*self.schema.block_columns(block))
+                square[:, columns] = square[:, columns].mean(1, keepdim=True)
+        if spec.algorithm.endswith("adagrad"):
+            self.exp_avg_sq[rows] += square
+            return grad / (self.exp_avg_sq[rows].sqrt() + spec.eps)
         self.exp_avg[rows] += (1 - spec.beta1) * (grad - self.exp_avg[rows])
         self.exp_avg_sq[rows] += (1 - spec.beta2) * (square - self.exp_avg_sq[rows])
         first, second = 1 - spec.beta1**self.steps, (1 - spec.beta2**self.steps) ** 0.5
-        if spec.algorithm == "rowwise_adam":  # as SparseAdam: eps beside the root that is not corrected
-            values_NV[rows] -= lr * second / first * self.exp_avg[rows] / (self.exp_avg_sq[rows].sqrt() + spec.eps)
-        else:
-            values_NV[rows] *= 1 - lr * spec.weight_decay
-            values_NV[rows] -= lr / first * self.exp_avg[rows] / (self.exp_avg_sq[rows].sqrt() / second + spec.eps)
+        if spec.corrected_eps or spec.algorithm == "adamw":
+            return self.exp_avg[rows] / first / (self.exp_avg_sq[rows].sqrt() / second + spec.eps)
+        # As SparseAdam: eps beside the root that is not corrected.
+        return second / first * self.exp_avg[rows] / (self.exp_avg_sq[rows].sqrt() + spec.eps)
 
 
 def _optimizer(schema: TableSchema, values_NV: Tensor) -> torch.optim.Optimizer:
     spec = schema.optimizer
+    if spec.momentum or spec.max_norm or spec.corrected_eps or (spec.weight_decay and not spec.dense):
+        return TouchedRows(values_NV, schema)
     if spec.algorithm == "sgd":
         return torch.optim.SGD([values_NV], lr=spec.lr)
     if spec.algorithm == "adagrad":

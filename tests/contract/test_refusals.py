@@ -233,7 +233,11 @@ def test_a_shard_behind_what_was_acknowledged_has_lost_commits(trained: Driver) 
 def test_unknown_tables(trained: Driver) -> None:
     for method, request in _all_requests(trained, table_id=10**6):
         _refused(trained, method, request, NotFound, "no table 1000000")
-    view = replace(trained.placed, schema=replace(trained.schema, table_id=10**6))
+    view = replace(
+        trained.placed,
+        schema=replace(trained.schema, table_id=10**6),
+        placement=replace(trained.placed.placement, table_id=10**6),
+    )
     _refused(trained, "set_view", view, NotFound, "no table 1000000")
     before = trained.contents()
     with pytest.raises(NotFound):

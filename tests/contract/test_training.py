@@ -21,10 +21,53 @@ OPTIMIZERS = {
 }
 
 
+OPTIONS = {
+    "momentum": (
+        OptimizerSpec(algorithm="sgd", lr=0.1, momentum=0.8, dampening=0.3, weight_decay=0.1),
+        {},
+    ),
+    "nesterov": (
+        OptimizerSpec(algorithm="sgd", lr=0.1, momentum=0.8, nesterov=True, max_norm=1.2),
+        {"block_dim": 10},
+    ),
+    "adam": (
+        OptimizerSpec(algorithm="adam", lr=0.1, eps=0.1, weight_decay=0.1, corrected_eps=True),
+        {},
+    ),
+    "whole rows": (
+        OptimizerSpec(
+            algorithm="rowwise_adam",
+            lr=0.1,
+            eps=0.1,
+            weight_decay=0.3,
+            decoupled_weight_decay=True,
+            corrected_eps=True,
+            max_norm=1.2,
+        ),
+        {"block_dim": 10},
+    ),
+    "l2": (OptimizerSpec(algorithm="rowwise_adagrad", lr=0.1, weight_decay=0.1), {}),
+}
+
+
 @pytest.mark.parametrize("algorithm", OPTIMIZERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_torch(driver: Driver, algorithm: str, layout: str) -> None:
     driver.create(make_schema(optimizer=OPTIMIZERS[algorithm]), layout)
+    _train_beside_the_oracle(driver)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("layout", ["rows", "mixed"])
+def test_options_equal_their_formulas(driver: Driver, options: str, layout: str) -> None:
+    spec, changes = OPTIONS[options]
+    schema = make_schema(optimizer=spec, **changes)
+    owners = [row[: schema.num_blocks] for row in LAYOUTS[layout]]
+    driver.create(schema, owners)
+    _train_beside_the_oracle(driver)
+
+
+def _train_beside_the_oracle(driver: Driver) -> None:
     oracle = Oracle(driver.schema, driver.read())
     sequences = itertools.count()
     for step in range(1, 7):

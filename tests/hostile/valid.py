@@ -76,6 +76,7 @@ class Requests:
             "MemoryService.Lookup": self._lookup,
             "MemoryService.ReadRows": self._read_rows,
             "MemoryService.WriteRows": self._write_rows,
+            "MemoryService.StepCount": lambda: data_pb2.StepCountRequest(envelope=self.envelope()),
             "ShardService.AttachTable": self._attach_table,
             "ShardService.DropTable": self._shard_drop,
             "ShardService.Freeze": self._freeze,

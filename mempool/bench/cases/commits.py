@@ -115,7 +115,8 @@ def _prepared(
 ) -> Prepared:
     paged = tables.arena_to_change(spec)
     sets = tables.pairs(paged, spec.num_slots, num_bags, bag_size, ids)
-    step = OptimizerStep(algorithm, lr=_LEARNING_RATE, eps=1e-8, block_dim=spec.value_dim, weight_decay=0.01)
+    decay = 0.01 if algorithm == "adamw" else 0.0
+    step = OptimizerStep(algorithm, lr=_LEARNING_RATE, eps=1e-8, block_dim=spec.value_dim, weight_decay=decay)
     if spec.element != "float32":
         columns = torch.zeros(1, dtype=torch.int64, device=tables.device)
         step = replace(step, rounding=RandomRounding(RandomRounding.key_of(seed=0, table=0, step=1), columns))

@@ -21,7 +21,7 @@ from mempool.client.routing.plan import (
     split,
 )
 from mempool.client.routing.row_calls import read_rows, write_rows
-from mempool.errors import ContextMissing, Internal
+from mempool.errors import ContextMissing, Internal, StepConflict
 from mempool.types import (
     CommitReply,
     CommitRequest,
@@ -37,6 +37,8 @@ from mempool.types import (
     ShardHost,
     ShardInfo,
     Stamp,
+    StepCountReply,
+    StepCountRequest,
     StepId,
     UpdateReply,
     UpdateRequest,
@@ -279,6 +281,35 @@ class Attempt:
     async def write_rows(self, array: str, ids: Tensor, rows: Tensor) -> None:
         """Overwrite rows [M, ..] of a named array, in the table's order of columns."""
         await write_rows(self._fanout, array, ids, rows)
+
+    async def step_count(self, *, to: int | None) -> int:
+        """How many steps the table's optimizer counts; ``to`` makes it that many.
+
+        Raises:
+            StepConflict: Owners are at different versions: somebody commits meanwhile.
+        """
+
+        async def ask(host: ShardHost, envelope: Envelope) -> StepCountReply:
+            return await host.step_count(StepCountRequest(envelope=envelope))
+
+        replies = await self._fanout.each([(owner, ask) for owner in self.plan.owners])
+        seen = self._seen([reply.stamp for reply in replies])
+        counts = {reply.count for reply in replies}
+        if seen.oldest_version != seen.newest_version or (to is None and len(counts) > 1):
+            raise StepConflict(
+                f"owners of table {self.plan.schema.name!r} are at versions {seen.oldest_version} to "
+                f"{seen.newest_version} and count {min(counts)} to {max(counts)} steps: somebody commits, or sets the "
+                "step, meanwhile. Do it again while nobody trains"
+            )
+        if to is None:
+            return counts.pop()
+
+        async def tell(host: ShardHost, envelope: Envelope) -> StepCountReply:
+            request = StepCountRequest(envelope=envelope, set=to, at_version=seen.oldest_version)
+            return await host.step_count(request)
+
+        await self._fanout.each([(owner, tell) for owner in self.plan.owners])
+        return to
 
     def _sequences(self, owner: ShardInfo, sequences: tuple[int, ...]) -> tuple[int, ...]:
         """Owners of key pages alone hold no updates, but their ledger follows."""

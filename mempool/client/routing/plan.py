@@ -117,19 +117,20 @@ def make_plan(view: TableView) -> TablePlan:
 def newer_view(old: TableView, new: TableView) -> TableView:
     """What is known after ``new`` was heard: ``old`` itself where it says nothing new.
 
-    Views come from the controller and, while it is away, from shards, which may lag behind: a lower epoch, and a lower
-    incarnation of a shard within one epoch, are no news.
+    Views come from the controller and, while it is away, from shards, which may lag behind: a lower epoch is no news of
+    where pages are, and whatever the epoch, a lower incarnation of a shard is no news of where that shard is.
     """
-    if new.placement.epoch != old.placement.epoch:
-        return new if new.placement.epoch > old.placement.epoch else old
-    known = {info.shard: info for info in old.shards}
+    placed, other = (new, old) if new.placement.epoch > old.placement.epoch else (old, new)
+    if new.placement.epoch == old.placement.epoch:
+        placed, other = new, old
+    known = {info.shard: info for info in other.shards}
     merged = tuple(
-        before if (before := known.get(info.shard)) is not None and before.incarnation > info.incarnation else info
-        for info in new.shards
+        heard if (heard := known.get(info.shard)) is not None and heard.incarnation > info.incarnation else info
+        for info in placed.shards
     )
-    if set(merged) == set(old.shards):
+    if placed.placement.epoch == old.placement.epoch and set(merged) == set(old.shards):
         return old
-    return TableView(schema=new.schema, placement=new.placement, shards=merged)
+    return TableView(schema=placed.schema, placement=placed.placement, shards=merged)
 
 
 def split(plan: TablePlan, bags: Bags) -> tuple[Part, ...]:

@@ -232,6 +232,11 @@ class Router:
 
         await self.call(table_id, lambda attempt: attempt.write_rows(array, ids, rows), timeout_s=timeout_s)
 
+    async def step_count(self, table_id: int, *, to: int | None = None, timeout_s: float | None = None) -> int:
+        """How many steps the table's optimizer counts; ``to`` makes it that many, at every owner."""
+
+        return await self.call(table_id, lambda attempt: attempt.step_count(to=to), timeout_s=timeout_s)
+
     async def call(
         self, table_id: int, once: Callable[[Attempt], Awaitable[T]], *, timeout_s: float | None = None
     ) -> T:

@@ -34,6 +34,8 @@ from mempool.types import (
     ScoreRequest,
     ShardInfo,
     ShardStatus,
+    StepCountReply,
+    StepCountRequest,
     TableView,
     UpdateReply,
     UpdateRequest,
@@ -100,6 +102,9 @@ class GrpcShard:
 
     async def write_rows(self, request: WriteRowsRequest) -> WriteRowsReply:
         return await self._call(methods.WRITE_ROWS, request, ids=request.ids)
+
+    async def step_count(self, request: StepCountRequest) -> StepCountReply:
+        return await self._call(methods.STEP_COUNT, request)
 
     async def attach_table(self, request: AttachTable) -> None:
         await self._call(methods.ATTACH_TABLE, request)

@@ -1,4 +1,4 @@
-"""One row's part of a commit on the CPU: its gradients summed, the optimizer's rule, its values read and rounded.
+"""One row's part of a commit on the CPU: its gradients summed, its values read and rounded, its missed steps done.
 
 Everything here runs on the calling thread and is compiled into the kernels of ``updates``. Sums and rules follow each
 column, or each block of columns, apart from the others: the columns of an arena may be cut between blocks without
@@ -15,14 +15,10 @@ from numba.extending import overload
 
 from mempool.kernels.arguments import RUN_PIECE
 from mempool.kernels.cpu.elements import load, row_random, store_block
+from mempool.kernels.cpu.rules import Rule
 from mempool.kernels.cpu.runtime import Array, prefetch_row, serial
 
 numba: Any = typed_numba
-
-#: The number by which kernels know a rule. AdamW's is Adam's, with a decay and a correction of the root.
-RULES = {"sgd": 0, "adagrad": 1, "rowwise_adagrad": 2, "adam": 3, "adamw": 3, "rowwise_adam": 4}
-#: Partial sums of a block's squares: one for all columns that are equal modulo this.
-LANES = 16
 
 _PAIRS_AHEAD = 24
 
@@ -46,18 +42,6 @@ class Arena(NamedTuple):
     master: Array  #: [R, W] float32
     block_dim: int
     width: int
-
-
-class Rule(NamedTuple):
-    """An optimizer's step: rule, numbers, state. State that is not kept has one row, of no columns."""
-
-    number: int  #: of RULES
-    scalars: Array  #: float32: grad_scale, step_size, eps, 1 - beta1, 1 - beta2, root_correction, decay
-    state0: Array  #: [R, W] float32, or [R, blocks] for row-wise Adagrad
-    state1: Array  #: [R, W] float32, or [R, blocks] for row-wise Adam
-    randomly: bool  #: stochastic rounding, else to nearest
-    key: int  #: ``RandomRounding.key``
-    columns: Array  #: ``RandomRounding.columns``, not read unless randomly
 
 
 class Schedule(NamedTuple):
@@ -122,90 +106,6 @@ def sum_pairs(gradients: Gradients, first: int, end: int, piece: Array, out: Arr
         _sum_piece(gradients, start, min(end, start + RUN_PIECE), piece)
         for column in range(out.shape[0]):
             out[column] += piece[column]
-
-
-@serial
-def own_row(matrix: Array, row: int) -> Any:
-    """A row of a matrix, or the only one of a matrix that is not kept."""
-    return matrix[row if matrix.shape[1] > 0 else 0]
-
-
-@serial
-def mean_square(grads: Array, lanes: Array) -> Any:
-    """Mean of the squares of a block's gradients, added up in an order that vector units can follow."""
-    width = grads.shape[0]
-    for lane in range(LANES):
-        lanes[lane] = np.float32(0)
-    for group in range(width // LANES):
-        part = grads[LANES * group : LANES * group + LANES]
-        for lane in range(LANES):
-            lanes[lane] += part[lane] * part[lane]
-    rest = grads[width - width % LANES :]
-    for lane in range(rest.shape[0]):
-        lanes[lane] += rest[lane] * rest[lane]
-    half = LANES // 2
-    while half > 0:
-        for lane in range(half):
-            lanes[lane] += lanes[lane + half]
-        half //= 2
-    return lanes[0] / np.float32(width)
-
-
-@serial
-def apply_rule(rule: Rule, block_dim: int, row: int, values: Array, grads: Array, lanes: Array) -> None:
-    """One row's step on float32 values and state, in place.
-
-    Args:
-        rule: What to do.
-        block_dim: Columns of a block.
-        row: The arena row, for its state.
-        values: [W].
-        grads: [W], scaled.
-        lanes: [LANES], overwritten.
-    """
-    scalars = rule.scalars
-    state0, state1 = own_row(rule.state0, row), own_row(rule.state1, row)
-    step_size, eps, width = scalars[1], scalars[2], grads.shape[0]
-    if rule.number == 0:
-        for column in range(width):
-            values[column] = values[column] - step_size * grads[column]
-    elif rule.number == 1:
-        for column in range(width):
-            grad = grads[column]
-            total = state0[column] + grad * grad
-            state0[column] = total
-            values[column] = values[column] - step_size * (grad / (np.sqrt(total) + eps))
-    elif rule.number == 2:
-        for block in range(state0.shape[0]):
-            first, end = block * block_dim, min((block + 1) * block_dim, width)
-            block_grads, block_values = grads[first:end], values[first:end]
-            total = state0[block] + mean_square(block_grads, lanes)
-            state0[block] = total
-            divisor = np.sqrt(total) + eps
-            for column in range(block_grads.shape[0]):
-                block_values[column] = block_values[column] - step_size * (block_grads[column] / divisor)
-    elif rule.number == 3:
-        rest1, rest2, correction, decay = scalars[3], scalars[4], scalars[5], scalars[6]
-        for column in range(width):
-            grad = grads[column]
-            moment1 = state0[column] + (grad - state0[column]) * rest1
-            moment2 = state1[column] + (grad * grad - state1[column]) * rest2
-            state0[column] = moment1
-            state1[column] = moment2
-            update = moment1 / (np.sqrt(moment2) / correction + eps)
-            values[column] = values[column] * decay - step_size * update
-    else:
-        rest1, rest2 = scalars[3], scalars[4]
-        for block in range(state1.shape[0]):
-            first, end = block * block_dim, min((block + 1) * block_dim, width)
-            block_grads, block_values, moments = grads[first:end], values[first:end], state0[first:end]
-            moment2 = state1[block] + (mean_square(block_grads, lanes) - state1[block]) * rest2
-            state1[block] = moment2
-            divisor = np.sqrt(moment2) + eps
-            for column in range(block_grads.shape[0]):
-                moment1 = moments[column] + (block_grads[column] - moments[column]) * rest1
-                moments[column] = moment1
-                block_values[column] = block_values[column] - step_size * (moment1 / divisor)
 
 
 @serial

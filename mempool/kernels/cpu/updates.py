@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mempool.kernels.arguments import RUN_PIECE, Paged, SortedPairs
+from mempool.kernels.cpu.rules import LANES, RULES, Rule, apply_rule, options_of
 from mempool.kernels.cpu.runtime import (
     EMPTY_WEIGHTS,
     Array,
@@ -32,13 +33,9 @@ from mempool.kernels.cpu.runtime import (
     view,
 )
 from mempool.kernels.cpu.steps import (
-    LANES,
-    RULES,
     Arena,
     Gradients,
-    Rule,
     Schedule,
-    apply_rule,
     catch_up_block,
     own_values,
     round_block,
@@ -230,14 +227,16 @@ def _rule(state: dict[str, Tensor], step: OptimizerStep) -> Rule:
     states = [storage(state[name]) for name in STATE_NAMES[step.algorithm]]
     state0, state1 = [*states, _NO_MATRIX, _NO_MATRIX][:2]
     rounding = None if MASTER in state else step.rounding
+    decay = step.decay if step.algorithm == "adamw" else 1.0  # other rules' is among the options
     return Rule(
         RULES[step.algorithm],
-        np.array([*numbers, step.root_correction, step.decay], dtype=np.float32),
+        np.array([*numbers, step.root_correction, decay], dtype=np.float32),
         state0,
         state1,
         rounding is not None,
         0 if rounding is None else rounding.key,
         _NO_NUMBERS if rounding is None else view(rounding.columns),
+        options_of(step),
     )
 
 

@@ -32,6 +32,12 @@ from mempool.kernels.gpu.sorting import sort_pairs
 
 
 @triton.jit
+def _within(offset, num_pairs):
+    """An offset that is a place among the pairs, whatever was given: on a GPU nobody has looked before."""
+    return tl.minimum(tl.maximum(offset, 0), num_pairs)
+
+
+@triton.jit
 def _fetch(ids, weights, page_table, num_pages, page_shift, pair, end, WEIGHTED: tl.constexpr, UNROLL: tl.constexpr):
     """Arena rows of the next pairs of each bag, -1 where there is none or it is not here, and the pairs' weights."""
     rows = ()
@@ -48,7 +54,7 @@ def _fetch(ids, weights, page_table, num_pages, page_shift, pair, end, WEIGHTED:
     return rows, pair_weights
 
 
-@triton.jit(do_not_specialize=["num_bags", "num_pages", "page_shift"])
+@triton.jit(do_not_specialize=["num_bags", "num_pairs", "num_pages", "page_shift"])
 def weighted_sum_kernel(
     rows,
     scales,
@@ -58,6 +64,7 @@ def weighted_sum_kernel(
     offsets,
     out,
     num_bags,
+    num_pairs,
     num_pages,
     page_shift,
     WEIGHTED: tl.constexpr,
@@ -77,8 +84,8 @@ def weighted_sum_kernel(
     """
     bag = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns, mask, block = tile_columns(tl.program_id(1), WIDTH, BLOCK_DIM, BLOCKS, BLOCK)
-    first = tl.load(offsets + bag, mask=bag < num_bags, other=0)
-    end = tl.load(offsets + bag + 1, mask=bag < num_bags, other=0)
+    first = _within(tl.load(offsets + bag, mask=bag < num_bags, other=0), num_pairs)
+    end = _within(tl.load(offsets + bag + 1, mask=bag < num_bags, other=0), num_pairs)
     acc = tl.zeros([ROWS, BLOCKS, BLOCK], dtype=tl.float32)
     ahead, ahead_weights = _fetch(ids, weights, page_table, num_pages, page_shift, first, end, WEIGHTED, UNROLL)
     for place in range(0, tl.max(end - first, axis=0), UNROLL):
@@ -124,6 +131,7 @@ def weighted_sum(paged: Paged, ids: Tensor, weights: Tensor | None, offsets: Ten
                 contiguous(offsets),
                 storage(out),
                 num_bags,
+                ids.numel(),
                 paged.page_table.numel(),
                 paged.page_shift,
                 WEIGHTED=weights is not None,
@@ -247,7 +255,7 @@ def scatter_rows(paged: Paged, ids: Tensor, values: Tensor) -> None:
             )
 
 
-@triton.jit(do_not_specialize=["num_pages", "page_shift"])
+@triton.jit(do_not_specialize=["num_pairs", "num_pages", "page_shift"])
 def weight_gradient_kernel(
     rows,
     scales,
@@ -256,6 +264,7 @@ def weight_gradient_kernel(
     offsets,
     grads,
     out,
+    num_pairs,
     num_pages,
     page_shift,
     ROWS: tl.constexpr,
@@ -268,8 +277,8 @@ def weight_gradient_kernel(
 ):
     """One warp a bag, or a share of it: the products of its gradient with ROWS values at once."""
     bag = tl.program_id(0).to(tl.int64)
-    first = tl.load(offsets + bag) + tl.program_id(1) * ROWS
-    end = tl.load(offsets + bag + 1)
+    first = _within(tl.load(offsets + bag), num_pairs) + tl.program_id(1) * ROWS
+    end = _within(tl.load(offsets + bag + 1), num_pairs)
     NUM_TILES: tl.constexpr = (WIDTH + BLOCKS * BLOCK_DIM - 1) // (BLOCKS * BLOCK_DIM)
     if NUM_TILES == 1:
         columns, mask, block = tile_columns(0, WIDTH, BLOCK_DIM, BLOCKS, BLOCK)
@@ -306,6 +315,7 @@ def weight_gradient(paged: Paged, ids: Tensor, offsets: Tensor, grads: Tensor) -
                 contiguous(offsets),
                 contiguous(grads),
                 out,
+                num_pairs,
                 paged.page_table.numel(),
                 paged.page_shift,
                 **tile.options,

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -39,9 +41,29 @@ def _by_block(divisor, like):
     return tl.broadcast_to(divisor[:, :, None], like.shape)
 
 
+@triton.jit
+def _brought_on(buffer, grad, momentum, share):
+    """Momentum with the gradient of a step; see torch.optim.SGD."""
+    # NO_MOMENTUM; adding 0.0 keeps a gradient of -0.0 apart from it.
+    fresh = (buffer == 0.0) & (buffer.to(tl.int32, bitcast=True) < 0)
+    return tl.where(fresh, grad, momentum * buffer + share * grad) + 0.0
+
+
+@triton.jit
+def _bounded(value, mask, max_norm):
+    """Rows [rows, 1, columns] of a larger norm, scaled to it."""
+    norm = tl.sqrt_rn(tree_sum(tl.where(mask, value * value, 0.0)))
+    larger = norm > max_norm
+    share = tl.div_rn(tl.zeros_like(norm) + max_norm, tl.where(larger, norm, 1.0))
+    return tl.where(_by_block(larger, value), value * _by_block(share, value), value)
+
+
 @triton.jit(
-    do_not_specialize=["num_rows", "key", "grad_scale", "step_size", "eps", "rest1", "rest2", "correction", "decay"]
-)
+    do_not_specialize=[
+        "num_rows", "key", "grad_scale", "step_size", "eps", "rest1", "rest2", "correction", "decay", "gradient_decay",
+        "momentum", "share", "max_norm",
+    ]
+)  # fmt: skip
 def step_kernel(
     rows,
     scales,
@@ -66,11 +88,20 @@ def step_kernel(
     rest2,
     correction,
     decay,
+    gradient_decay,
+    momentum,
+    share,
+    max_norm,
     ALGORITHM: tl.constexpr,
     FUSED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     MASTERED: tl.constexpr,
     RANDOMLY: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    L2: tl.constexpr,
+    DECAYED: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    BOUNDED: tl.constexpr,
     COLUMNS_OF: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -119,9 +150,20 @@ def step_kernel(
     else:
         total = tl.load(sums + run[:, None, None] * WIDTH + columns, mask=mask, other=0.0)
     grad = total * grad_scale
+    if L2:
+        grad = grad + gradient_decay * value
+    if DECAYED:
+        value = value * decay
 
     if ALGORITHM == "sgd":
         value = value - step_size * grad
+    elif ALGORITHM == "sgd_momentum":
+        first = _brought_on(first, grad, momentum, share)
+        tl.store(state0 + place, first, mask=mask)
+        update = first
+        if NESTEROV:
+            update = grad + momentum * first
+        value = value - step_size * update
     elif ALGORITHM == "adagrad":
         first = first + grad * grad
         tl.store(state0 + place, first, mask=mask)
@@ -136,16 +178,20 @@ def step_kernel(
         if ALGORITHM == "rowwise_adam":
             second = second + (_block_mean(grad, mask, block, WIDTH, BLOCK_DIM) - second) * rest2
             tl.store(state1 + block_place, second, mask=block_mask)
-            divisor = _by_block(tl.sqrt_rn(second) + eps, grad)
+            root = tl.sqrt_rn(second)
+            if CORRECTED:
+                root = tl.div_rn(root, tl.zeros_like(root) + correction)
+            divisor = _by_block(root + eps, grad)
         else:
             second = second + (grad * grad - second) * rest2
             tl.store(state1 + place, second, mask=mask)
             root = tl.sqrt_rn(second)
-            if ALGORITHM == "adamw":
+            if CORRECTED:
                 root = tl.div_rn(root, tl.zeros_like(root) + correction)
-                value = value * decay
             divisor = root + eps
         value = value - step_size * tl.div_rn(first, divisor)
+    if BOUNDED:
+        value = _bounded(value, mask, max_norm)
 
     if MASTERED:
         tl.store(master + place, value, mask=mask)
@@ -171,7 +217,8 @@ def _launch_step(
     if not num_rows:
         return
     names = STATE_NAMES[step.algorithm]
-    blocked = paged.packed is not None or not BLOCK_STATE.isdisjoint(names)
+    bounded = not math.isinf(step.max_norm)
+    blocked = paged.packed is not None or bounded or not BLOCK_STATE.isdisjoint(names)
     tile = tuning.step_tile(paged, step.block_dim if blocked else None)
     # float32 is never rounded, and what has a master is rounded to nearest.
     rounding = None if MASTER in state or paged.rows.dtype == torch.float32 else step.rounding
@@ -196,11 +243,21 @@ def _launch_step(
             1.0 - step.beta2,
             float(step.root_correction),
             float(step.decay),
+            float(step.gradient_decay),
+            float(step.momentum),
+            1.0 - step.dampening,
+            float(step.max_norm),
             ALGORITHM=step.algorithm,
             FUSED=fused,
             WEIGHTED=weighted,
             MASTERED=MASTER in state,
             RANDOMLY=rounding is not None,
+            CORRECTED=step.corrected,
+            L2=step.gradient_decay != 0.0,
+            # AdamW's decay is no option: its kernel is one with and without.
+            DECAYED=step.algorithm == "adamw" or step.decay != 1.0,
+            NESTEROV=step.nesterov,
+            BOUNDED=bounded,
             COLUMNS_OF=step.block_dim if rounding is not None else 1,
             NUM_BLOCKS=-(-paged.width // tile.block_dim),
             UNROLL=tuning.STEP_UNROLL,

@@ -43,11 +43,15 @@ def optimizer_step(
 ) -> None:
     """The optimizer's formulas on float64 ``values`` [R, W] and float64 ``state``, in place; nothing is rounded."""
     rows, grads = sorted_rows.cpu(), sums.double().cpu() * step.grad_scale
+    if step.gradient_decay:
+        grads = grads + step.gradient_decay * values[rows]
     blocks = [
         slice(first, min(first + step.block_dim, grads.shape[1])) for first in range(0, grads.shape[1], step.block_dim)
     ]
     if step.algorithm == "sgd":
         update = grads
+    elif step.algorithm == "sgd_momentum":
+        update = _momentum(state["momentum_buffer"], rows, grads, step)
     elif step.algorithm == "adagrad":
         state["sum"][rows] += grads**2
         update = grads / (state["sum"][rows].sqrt() + step.eps)
@@ -64,12 +68,23 @@ def optimizer_step(
             for block, columns in enumerate(blocks):
                 mean = (grads[:, columns] ** 2).mean(dim=1)
                 second[rows, block] = step.beta2 * second[rows, block] + (1 - step.beta2) * mean
-                update[:, columns] = first[rows, columns] / (second[rows, block].sqrt()[:, None] + step.eps)
+                root = second[rows, block].sqrt()[:, None] / step.root_correction
+                update[:, columns] = first[rows, columns] / (root + step.eps)
         else:
             second = state["exp_avg_sq"]
             second[rows] = step.beta2 * second[rows] + (1 - step.beta2) * grads**2
             update = first[rows] / (second[rows].sqrt() / step.root_correction + step.eps)
-    values[rows] = values[rows] * step.decay - step.step_size * update
+    stepped = values[rows] * step.decay - step.step_size * update
+    norms = stepped.norm(dim=1, keepdim=True)
+    values[rows] = torch.where(norms > step.max_norm, stepped * (step.max_norm / norms), stepped)
+
+
+def _momentum(buffers: Tensor, rows: Tensor, grads: Tensor, step: OptimizerStep) -> Tensor:
+    buffer = buffers[rows]
+    fresh = (buffer == 0) & torch.signbit(buffer)
+    buffer = torch.where(fresh, grads, step.momentum * buffer + (1 - step.dampening) * grads) + 0.0
+    buffers[rows] = buffer
+    return grads + step.momentum * buffer if step.nesterov else buffer
 
 
 def catch_up(

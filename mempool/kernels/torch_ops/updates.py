@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -64,6 +66,8 @@ def _update(state: dict[str, Tensor], rows: Tensor, grads: Tensor, step: Optimiz
     if step.algorithm == "sgd":
         return grads
     states = [state[name] for name in STATE_NAMES[step.algorithm]]
+    if step.algorithm == "sgd_momentum":
+        return _momentum(states[0], rows, grads, step)
     if step.algorithm in ("adagrad", "rowwise_adagrad"):
         squares = grads * grads if step.algorithm == "adagrad" else _mean_squares(grads, step.block_dim)
         total = states[0][rows] + squares
@@ -78,6 +82,14 @@ def _update(state: dict[str, Tensor], rows: Tensor, grads: Tensor, step: Optimiz
     return update / divisor
 
 
+def _momentum(buffers: Tensor, rows: Tensor, grads: Tensor, step: OptimizerStep) -> Tensor:
+    buffer = buffers[rows]
+    fresh = (buffer == 0) & torch.signbit(buffer)  # NO_MOMENTUM; adding 0.0 keeps a gradient of -0.0 apart from it
+    buffer = torch.where(fresh, grads, step.momentum * buffer + (1.0 - step.dampening) * grads) + 0.0
+    buffers[rows] = buffer
+    return grads + step.momentum * buffer if step.nesterov else buffer
+
+
 def optimizer_step(
     paged: Paged, state: dict[str, Tensor], pairs: SortedPairs, sums: Tensor, step: OptimizerStep
 ) -> None:
@@ -85,8 +97,14 @@ def optimizer_step(
     for first, end in chunks(sums.shape[0], paged.width):
         rows = pairs.rows[first:end]
         values = state[MASTER][rows] if MASTER in state else read_rows(paged, rows)
-        update = _update(state, rows, sums[first:end] * step.grad_scale, step)
+        grads = sums[first:end] * step.grad_scale
+        if step.gradient_decay:
+            grads = grads + step.gradient_decay * values
+        update = _update(state, rows, grads, step)
         values = values * step.decay - step.step_size * update
+        if math.isfinite(step.max_norm):
+            norms = values.square().sum(dim=1, keepdim=True).sqrt()
+            values = torch.where(norms > step.max_norm, values * (step.max_norm / norms), values)
         random = None
         if MASTER in state:
             state[MASTER][rows] = values

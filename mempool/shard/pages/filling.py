@@ -33,8 +33,8 @@ _STEP_BYTES = 64 * 2**10
 
 def filled(
     arenas: list[tuple[Arena, RowPages]], schema: TableSchema, *, last_step: int, device: torch.device
-) -> Iterator[None]:
-    """Write the initial values of row pages that were published in new arenas, a piece at each ``next``.
+) -> Iterator[int]:
+    """Write the initial values of row pages that were published in new arenas: a piece at each ``next``, its bytes.
 
     Args:
         arenas: Arenas, and the row pages of each, ascending; they lie side by side in that order.
@@ -43,25 +43,25 @@ def filled(
         device: The arenas'.
     """
     return _in_pieces(
-        cost
+        num_bytes
         for arena, row_pages in arenas
         for run in runs(row_pages)
-        for cost in _fill_run(arena, run, schema, last_step=last_step, device=device)
+        for num_bytes in _fill_run(arena, run, schema, last_step=last_step, device=device)
     )
 
 
-def filled_head_keys(head_keys: Tensor, heads: tuple[int, ...], schema: TableSchema) -> Iterator[None]:
-    """Write the initial product keys of these heads into [H, 2, n, key_dim / 2], a piece at each ``next``."""
+def filled_head_keys(head_keys: Tensor, heads: tuple[int, ...], schema: TableSchema) -> Iterator[int]:
+    """Write the initial product keys of these heads into [H, 2, n, key_dim / 2]: a piece at each ``next``, its bytes."""
     return _in_pieces(_fill_heads(head_keys, heads, schema))
 
 
-def _in_pieces(costs: Iterator[int]) -> Iterator[None]:
-    spent = 0
-    for cost in costs:
-        spent += cost + _STEP_BYTES
+def _in_pieces(steps: Iterator[int]) -> Iterator[int]:
+    written = spent = 0
+    for num_bytes in steps:
+        written, spent = written + num_bytes, spent + num_bytes + _STEP_BYTES
         if spent >= _PIECE_BYTES:
-            spent = 0
-            yield
+            yield written
+            written = spent = 0
 
 
 def _fill_run(

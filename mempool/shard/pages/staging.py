@@ -19,7 +19,7 @@ class Staging:
     """Staged pages of one table. Row pages lie in the arena of the blocks they came with, published nowhere.
 
     Attributes:
-        version: The highest table version that pages came with; 0 where none are staged.
+        version: The highest table version that pages came with; None where none are staged.
         ledger: The ledger that came with them.
     """
 
@@ -27,7 +27,7 @@ class Staging:
         self._table = table
         self._pages: dict[Blocks, StagedPages] = {}
         self._heads: dict[int, Tensor] = {}
-        self.version = 0
+        self.version: int | None = None
         self.ledger: Ledger | None = None
 
     @property
@@ -96,7 +96,7 @@ class Staging:
         if len(batch.row_pages):
             self._put_rows(batch)
         self._heads |= heads
-        self.version = max(self.version, batch.version)
+        self.version = max(self.version or 0, batch.version)
         return sum(rows.nbytes for rows in batch.arrays.values())
 
     def _put_rows(self, batch: PageBatch) -> None:
@@ -113,8 +113,13 @@ class Staging:
                 held[at] = batch.arrays[array.name].view(count, *held.shape[1:]).to(table.device)
 
     def lacks_ledger(self, version: int) -> bool:
-        """Whether pages came from ahead of this table version and what was applied to them did not come yet."""
-        return self.version > version and (self.ledger is None or self.ledger.version != self.version)
+        """Whether what was applied to staged pages is not known here and did not come yet. version: the table's here.
+
+        It is known where the table has pages already and got all commits that they got.
+        """
+        if self.version is None or (self.ledger is not None and self.ledger.version == self.version):
+            return False
+        return self.version > version or not self._table.num_pages + self._table.num_lost
 
     def put_ledger(self, ledger: Ledger) -> None:
         """Stage what was applied to the pages, as their owner knows it.
@@ -167,8 +172,7 @@ class Staging:
     def _clear(self) -> None:
         self._pages.clear()
         self._heads.clear()
-        self.version = 0
-        self.ledger = None
+        self.version = self.ledger = None
 
     def _check_complete(self, placement: Placement, owned: Mask, version: int) -> None:
         table = self._table

@@ -174,8 +174,8 @@ class Storage:
 
     # Initial values
 
-    def initialise(self, placement: Placement) -> Iterator[None]:
-        """Own and fill what the placement gives this shard, a piece at a time: each piece is one ``next``.
+    def initialise(self, placement: Placement) -> Iterator[int]:
+        """Own and fill what the placement gives this shard, a piece at a time: each ``next`` answers its bytes.
 
         Raises:
             InvalidRequest: There is not so much memory.

@@ -95,6 +95,7 @@ def ledger_part(ledger: Ledger, request: ExportLedger) -> LedgerPart:
         updates_applied=ledger.updates_applied,
         num_entries=len(ledger.entries),
         entries=entries,
+        step_offset=ledger.step_offset,
     )
 
 
@@ -119,7 +120,12 @@ async def read_ledger(table_id: int, source: ShardHost) -> Ledger:
             raise Internal(
                 f"the ledger of table {table_id} says that it has {head.num_entries:,} entries; {len(entries):,} came"
             )
-    return Ledger(version=head.version, updates_applied=head.updates_applied, entries=entries)
+    return Ledger(
+        version=head.version,
+        updates_applied=head.updates_applied,
+        entries=entries,
+        step_offset=head.step_offset,
+    )
 
 
 async def pull(
@@ -138,7 +144,7 @@ async def pull(
         source: The shard that owns the pages.
         page_bytes: Bytes of one row page with the blocks asked for; a batch is about 16 MiB.
         stage: Stages a batch and returns its bytes.
-        lacks_ledger: Whether the pages came from ahead of what this shard knows to be applied.
+        lacks_ledger: Whether this shard does not know what was applied to the pages.
         stage_ledger: Stages their ledger.
 
     Raises:

@@ -88,7 +88,7 @@ def commit(table: Storage, updates: HeldUpdates, ledger: AppliedLedger, request:
         )
     kept = prepared.reductions if prepared is not None and prepared.is_of(step_id, sequences) else None
     held = _held(updates, step_id, sequences)
-    step = optimizer_step(table.schema, lr=request.lr, grad_scale=request.grad_scale, version=ledger.version + 1)
+    step = optimizer_step(table.schema, lr=request.lr, grad_scale=request.grad_scale, number=ledger.step + 1)
     if kept is not None:
         writes: Iterable[Callable[[], None]] = _writes_of_sums(table, kept, step)
     elif pairs_bytes(table, held) <= updates.budget.commit_room:
@@ -101,7 +101,7 @@ def commit(table: Storage, updates: HeldUpdates, ledger: AppliedLedger, request:
             begun += 1
             write()
         if table.schedule is not None:
-            table.schedule.append(request.lr)
+            table.schedule.append(request.lr, number=step.step)
     except Exception as error:
         # On a GPU memory is taken before the kernel that writes is launched.
         if begun == 0 or (begun == 1 and isinstance(error, torch.OutOfMemoryError)):
@@ -199,7 +199,7 @@ class _Write:
 
     def __init__(self, table: Storage, lane: Lane, step: OptimizerStep) -> None:
         arena = lane.arena
-        rounded = rounding(table.schema, arena.blocks, version=step.step, device=table.device)
+        rounded = rounding(table.schema, arena.blocks, number=step.step, device=table.device)
         self._table = table
         self._arena = arena
         self._step = replace(step, rounding=rounded)
@@ -225,7 +225,8 @@ class _Write:
 
     def _after(self, pairs: SortedPairs) -> None:
         if self._table.schedule is not None:
-            self._arena.state((kernels.LAST_STEP,))[kernels.LAST_STEP][pairs.rows] = self._step.step
+            version = self._table.schedule.last_step + 1  # recorded when all rows are written
+            self._arena.state((kernels.LAST_STEP,))[kernels.LAST_STEP][pairs.rows] = version
 
 
 def _refuse_older(prepared: PreparedStep | None, step_id: StepId) -> None:

@@ -1,6 +1,7 @@
 """From a table's OptimizerSpec to the state its shards keep and the step the kernels take. The arithmetic is theirs."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +12,9 @@ from mempool.kernels import (
     BLOCK_STATE,
     LAST_STEP,
     MASTER,
+    NO_MOMENTUM,
     STATE_NAMES,
+    Algorithm,
     DenseSchedule,
     OptimizerStep,
     RandomRounding,
@@ -33,13 +36,10 @@ class StateArray:
 
 def state_arrays(optimizer: OptimizerSpec) -> tuple[StateArray, ...]:
     """The arrays an optimizer keeps beside the values, as the kernels name them."""
+    initial = dict.fromkeys(_ACCUMULATORS, optimizer.initial_accumulator_value) | {"momentum_buffer": NO_MOMENTUM}
     arrays = [
-        StateArray(
-            name=name,
-            per="block" if name in BLOCK_STATE else "element",
-            initial=optimizer.initial_accumulator_value if name in _ACCUMULATORS else 0.0,
-        )
-        for name in STATE_NAMES[optimizer.algorithm]
+        StateArray(name=name, per="block" if name in BLOCK_STATE else "element", initial=initial.get(name, 0.0))
+        for name in STATE_NAMES[_algorithm(optimizer)]
     ]
     if optimizer.dense:
         arrays.append(StateArray(name=LAST_STEP, per="block", initial=0, dtype=torch.int32))
@@ -52,32 +52,43 @@ def step_names(schema: TableSchema) -> tuple[str, ...]:
     return (*names, MASTER) if schema.master else names
 
 
-def optimizer_step(schema: TableSchema, *, lr: float, grad_scale: float, version: int) -> OptimizerStep:
-    """The step of the commit that makes table version ``version``, without its rounding."""
+def optimizer_step(schema: TableSchema, *, lr: float, grad_scale: float, number: int) -> OptimizerStep:
+    """The step of a commit, without its rounding. number: from 1, as the optimizer counts."""
     optimizer = schema.optimizer
     return OptimizerStep(
-        algorithm=optimizer.algorithm,
+        algorithm=_algorithm(optimizer),
         lr=lr,
         grad_scale=grad_scale,
-        step=version,
+        step=number,
         eps=optimizer.eps,
         beta1=optimizer.beta1,
         beta2=optimizer.beta2,
         lr_decay=optimizer.lr_decay,
         weight_decay=optimizer.weight_decay,
         block_dim=schema.block_dim,
+        l2=optimizer.algorithm != "adamw" and not optimizer.decoupled_weight_decay,
+        momentum=optimizer.momentum,
+        dampening=optimizer.dampening,
+        nesterov=optimizer.nesterov,
+        corrected_eps=optimizer.corrected_eps,
+        max_norm=math.inf if optimizer.max_norm is None else optimizer.max_norm,
     )
 
 
+def _algorithm(optimizer: OptimizerSpec) -> Algorithm:
+    """The kernels' rule: SGD with momentum is one of its own."""
+    return "sgd_momentum" if optimizer.algorithm == "sgd" and optimizer.momentum > 0.0 else optimizer.algorithm
+
+
 def rounding(
-    schema: TableSchema, blocks: tuple[int, ...], *, version: int, device: torch.device
+    schema: TableSchema, blocks: tuple[int, ...], *, number: int, device: torch.device
 ) -> RandomRounding | None:
-    """How the step that makes ``version`` rounds the columns of these blocks, side by side; None: to nearest."""
+    """How the step of that number rounds the columns of these blocks, side by side; None: to nearest."""
     if schema.rounding == "nearest":
         return None
     # By its name: a pool's table ids tell when tables were made, and no two runs of one job would be alike.
     table = int.from_bytes(hashlib.sha256(schema.name.encode()).digest()[:8], "big")
-    key = RandomRounding.key_of(seed=schema.seed, table=table, step=version)
+    key = RandomRounding.key_of(seed=schema.seed, table=table, step=number)
     return RandomRounding(key, torch.tensor([schema.block_columns(block)[0] for block in blocks], device=device))
 
 

@@ -159,8 +159,9 @@ def _io_loop() -> IoLoop:
                 _current = io
     if io.pid != os.getpid():
         raise MempoolError(
-            f"process {os.getpid()} was forked from process {io.pid}, which had used mempool's network; gRPC does "
-            "not survive that. Start processes by spawn (multiprocessing_context='spawn'), or connect only in the child"
+            f"process {os.getpid()} was forked from process {io.pid}, where mempool was in use: its threads and "
+            "connections are there, and pools and tables cannot be used here. Start processes by spawn "
+            "(multiprocessing_context='spawn'), or let only the child, and not its parent, open a pool"
         )
     if io.ended:
         raise MempoolError(

@@ -285,6 +285,28 @@ def _unpack_write_rows_reply(message: pb.WriteRowsReply, _: Tensors) -> types.Wr
     return types.WriteRowsReply(stamp=stamp_value(message.stamp))
 
 
+def _pack_step_count(value: types.StepCountRequest) -> pb.StepCountRequest:
+    return pb.StepCountRequest(envelope=envelope_message(value.envelope), set=value.set, at_version=value.at_version)
+
+
+def _unpack_step_count(message: pb.StepCountRequest, _: Tensors) -> types.StepCountRequest:
+    require(message, "envelope")
+    return types.StepCountRequest(
+        envelope=envelope_value(message.envelope),
+        set=message.set if message.HasField("set") else None,
+        at_version=message.at_version,
+    )
+
+
+def _pack_step_count_reply(value: types.StepCountReply) -> pb.StepCountReply:
+    return pb.StepCountReply(stamp=stamp_message(value.stamp), count=value.count)
+
+
+def _unpack_step_count_reply(message: pb.StepCountReply, _: Tensors) -> types.StepCountReply:
+    require(message, "stamp")
+    return types.StepCountReply(stamp=stamp_value(message.stamp), count=message.count)
+
+
 _BAGS = TensorField(dtypes=_FLOATS, dims=(2,))
 _ROWS = TensorField(dtypes=(), dims=(2,))
 _PER_HEAD = TensorField(dims=(3,))
@@ -326,3 +348,5 @@ WRITE_ROWS_REQUEST = FrameCodec(
     pb.WriteRowsRequest, _pack_write_rows, _unpack_write_rows, {"ids": SLOT_IDS, "rows": _ROWS}
 )
 WRITE_ROWS_REPLY = FrameCodec(pb.WriteRowsReply, _pack_write_rows_reply, _unpack_write_rows_reply)
+STEP_COUNT_REQUEST = FrameCodec(pb.StepCountRequest, _pack_step_count, _unpack_step_count)
+STEP_COUNT_REPLY = FrameCodec(pb.StepCountReply, _pack_step_count_reply, _unpack_step_count_reply)

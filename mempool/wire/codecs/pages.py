@@ -52,13 +52,20 @@ class FreezeTable:
 
 def ledger_message(value: Ledger) -> pb.Ledger:
     return pb.Ledger(
-        version=value.version, updates_applied=value.updates_applied, entries=_entry_messages(value.entries)
+        version=value.version,
+        updates_applied=value.updates_applied,
+        entries=_entry_messages(value.entries),
+        step_offset=value.step_offset,
     )
 
 
 def ledger_value(message: pb.Ledger) -> Ledger:
-    entries = _entry_values(message.entries, "Ledger")
-    return Ledger(version=message.version, updates_applied=message.updates_applied, entries=entries)
+    return Ledger(
+        version=message.version,
+        updates_applied=message.updates_applied,
+        entries=_entry_values(message.entries, "Ledger"),
+        step_offset=message.step_offset,
+    )
 
 
 def _entry_messages(entries: Mapping[tuple[str, int], int]) -> list[pb.LedgerEntry]:
@@ -80,6 +87,7 @@ def _pack_ledger_part(value: LedgerPart) -> pb.ExportLedgerReply:
         updates_applied=value.updates_applied,
         num_entries=value.num_entries,
         entries=_entry_messages(value.entries),
+        step_offset=value.step_offset,
     )
 
 
@@ -89,6 +97,7 @@ def _unpack_ledger_part(message: pb.ExportLedgerReply) -> LedgerPart:
         updates_applied=message.updates_applied,
         num_entries=message.num_entries,
         entries=_entry_values(message.entries, "ExportLedgerReply"),
+        step_offset=message.step_offset,
     )
 
 

@@ -1,6 +1,5 @@
 """Schemas, placements, views and status as messages: the codecs of ``PoolService``. All go through protobuf itself."""
 
-import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,9 +8,11 @@ from mempool.errors import InvalidRequest
 from mempool.types.pool import (
     PoolStatus,
     RescaleProgress,
+    ShardFill,
     ShardInfo,
     ShardStatus,
     StageTime,
+    TableCreation,
     TableStatus,
     TableView,
 )
@@ -27,6 +28,7 @@ from mempool.types.schema import (
     TableSchema,
     default_rounding,
 )
+from mempool.types.schema_checks import check_schema
 from mempool.wire.bodies.tensors import array_from_message, tensor_to_message
 from mempool.wire.codecs.codec import ProtoCodec, choice, require
 from mempool.wire.v1 import pool_pb2, status_pb2, table_pb2, tensor_pb2
@@ -78,23 +80,39 @@ def optimizer_message(value: OptimizerSpec) -> table_pb2.OptimizerSpec:
         initial_accumulator_value=value.initial_accumulator_value,
         weight_decay=value.weight_decay,
         dense=value.dense,
+        momentum=value.momentum,
+        dampening=value.dampening,
+        nesterov=value.nesterov,
+        decoupled_weight_decay=value.decoupled_weight_decay,
+        corrected_eps=value.corrected_eps,
+        max_norm=value.max_norm,
     )
 
 
 def optimizer_value(message: table_pb2.OptimizerSpec) -> OptimizerSpec:
-    """Raises InvalidRequest where a number is out of ``mempool.config``'s range: foreign clients lack that."""
     given: dict[str, float] = {"lr": message.lr}
-    for name in ("eps", "beta1", "beta2", "lr_decay", "initial_accumulator_value", "weight_decay"):
+    for name in (
+        "eps",
+        "beta1",
+        "beta2",
+        "lr_decay",
+        "initial_accumulator_value",
+        "weight_decay",
+        "momentum",
+        "dampening",
+        "max_norm",
+    ):
         if message.HasField(name):
             given[name] = getattr(message, name)
-    for name, number in given.items():
-        below = 1.0 if name.startswith("beta") else math.inf
-        if not 0.0 <= number < below or (name == "eps" and number == 0.0):  # NaN neither
-            least = "above 0" if name == "eps" else "at least 0"
-            wanted = f"{least} and below 1" if below == 1.0 else f"finite and {least}"
-            raise InvalidRequest(f"OptimizerSpec.{name} is {number}; it must be {wanted}")
     algorithm = choice(_ALGORITHM_NAMES, message.algorithm, "OptimizerSpec.algorithm")
-    return OptimizerSpec(algorithm=algorithm, dense=message.dense, **given)
+    return OptimizerSpec(
+        algorithm=algorithm,
+        dense=message.dense,
+        nesterov=message.nesterov,
+        decoupled_weight_decay=message.decoupled_weight_decay,
+        corrected_eps=message.corrected_eps,
+        **given,
+    )
 
 
 def schema_message(value: TableSchema) -> table_pb2.TableSchema:
@@ -126,11 +144,8 @@ def schema_message(value: TableSchema) -> table_pb2.TableSchema:
 
 
 def schema_value(message: table_pb2.TableSchema) -> TableSchema:
+    """Raises InvalidRequest for whatever ``mempool.config`` would refuse: foreign clients lack that."""
     require(message, "optimizer")
-    # Whoever computes with a schema divides by these.
-    for name in ("num_slots", "value_dim", "block_dim", "page_slots"):
-        if not getattr(message, name):
-            raise InvalidRequest(f"TableSchema.{name} is missing or 0; it must be at least 1")
     keys: ProductKeySpec | FlatKeySpec | None = None
     if message.HasField("product_keys"):
         product = message.product_keys
@@ -142,9 +157,7 @@ def schema_value(message: table_pb2.TableSchema) -> TableSchema:
     rounding = default_rounding(dtype, master=message.master)
     if message.rounding != table_pb2.ROUNDING_UNSPECIFIED:
         rounding = choice(_ROUNDING_NAMES, message.rounding, "TableSchema.rounding")
-    if message.master and dtype == "float32":
-        raise InvalidRequest("TableSchema.master is true with float32 values; they are their own master")
-    return TableSchema(
+    schema = TableSchema(
         table_id=message.table_id,
         name=message.name,
         num_slots=message.num_slots,
@@ -161,6 +174,8 @@ def schema_value(message: table_pb2.TableSchema) -> TableSchema:
         rounding=rounding,
         master=message.master,
     )
+    check_schema(schema)
+    return schema
 
 
 def _deterministic(keys: table_pb2.ProductKeySpec | table_pb2.FlatKeySpec) -> bool:
@@ -211,6 +226,13 @@ def view_value(message: table_pb2.TableView) -> TableView:
     found = placement.owners.shape, placement.key_owners.shape
     if found != expected:
         raise InvalidRequest(f"TableView.placement has owners {found}; the schema of {schema.name!r} has {expected}")
+    if placement.table_id != schema.table_id:
+        raise InvalidRequest(
+            f"TableView.placement is of table {placement.table_id}; the schema of {schema.name!r} of {schema.table_id}"
+        )
+    lowest = min(int(placement.owners.min()), int(placement.key_owners.min(initial=0)))
+    if lowest < 0:
+        raise InvalidRequest(f"TableView.placement of {schema.name!r} names shard {lowest}; shards count from 0")
     return TableView(schema=schema, placement=placement, shards=tuple(map(shard_info_value, message.shards)))
 
 
@@ -227,6 +249,7 @@ def table_status_message(value: TableStatus) -> status_pb2.TableStatus:
         updates_applied=value.updates_applied,
         lookups=value.lookups,
         frozen=value.frozen,
+        bytes_to_fill=value.bytes_to_fill,
     )
 
 
@@ -243,6 +266,7 @@ def table_status_value(message: status_pb2.TableStatus) -> TableStatus:
         updates_applied=message.updates_applied,
         lookups=message.lookups,
         frozen=message.frozen,
+        bytes_to_fill=message.bytes_to_fill,
     )
 
 
@@ -295,12 +319,43 @@ def shard_status_value(message: status_pb2.ShardStatus) -> ShardStatus:
     )
 
 
+def creation_message(value: TableCreation) -> status_pb2.TableCreation:
+    fills = (
+        status_pb2.ShardFill(shard=fill.shard, bytes_done=fill.bytes_done, bytes_total=fill.bytes_total)
+        for fill in value.shards
+    )
+    return status_pb2.TableCreation(
+        table=value.table,
+        table_id=value.table_id,
+        waiting_for=value.waiting_for,
+        spent_s=value.spent_s,
+        shards=fills,
+    )
+
+
+def creation_value(message: status_pb2.TableCreation) -> TableCreation:
+    return TableCreation(
+        table=message.table,
+        table_id=message.table_id,
+        waiting_for=message.waiting_for,
+        spent_s=message.spent_s,
+        shards=tuple(
+            ShardFill(shard=fill.shard, bytes_done=fill.bytes_done, bytes_total=fill.bytes_total)
+            for fill in message.shards
+        ),
+    )
+
+
 def pool_status_message(value: PoolStatus) -> status_pb2.PoolStatus:
     return status_pb2.PoolStatus(
         name=value.name,
         shards=map(shard_status_message, value.shards),
         tables=map(view_message, value.tables),
         rescaling=value.rescaling,
+        wanted_shards=value.wanted_shards,
+        waiting_for=value.waiting_for,
+        unfinished=value.unfinished,
+        creating=map(creation_message, value.creating),
     )
 
 
@@ -310,6 +365,10 @@ def pool_status_value(message: status_pb2.PoolStatus) -> PoolStatus:
         shards=tuple(map(shard_status_value, message.shards)),
         tables=tuple(map(view_value, message.tables)),
         rescaling=message.rescaling,
+        wanted_shards=message.wanted_shards,
+        waiting_for=message.waiting_for,
+        unfinished=message.unfinished,
+        creating=tuple(map(creation_value, message.creating)),
     )
 
 

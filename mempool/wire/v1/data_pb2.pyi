@@ -891,3 +891,65 @@ class WriteRowsReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WriteRowsReply: _TypeAlias = WriteRowsReply  # noqa: Y015
+
+@_typing.final
+class StepCountRequest(_message.Message):
+    """Asks for the step count, or sets it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENVELOPE_FIELD_NUMBER: _builtins.int
+    SET_FIELD_NUMBER: _builtins.int
+    AT_VERSION_FIELD_NUMBER: _builtins.int
+    set: _builtins.int
+    """So many steps are done: the next commit is the one after. Absent: only read."""
+    at_version: _builtins.int
+    """With `set`: the table version at which that is so."""
+    @_builtins.property
+    def envelope(self) -> Global___Envelope:
+        """The view."""
+
+    def __init__(
+        self,
+        *,
+        envelope: Global___Envelope | None = ...,
+        set: _builtins.int | None = ...,
+        at_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_set", b"_set", "envelope", b"envelope", "set", b"set"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_set", b"_set", "at_version", b"at_version", "envelope", b"envelope", "set", b"set"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__set: _TypeAlias = _typing.Literal["set"]  # noqa: Y015
+    _WhichOneofArgType__set: _TypeAlias = _typing.Literal["_set", b"_set"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__set) -> _WhichOneofReturnType__set | None: ...
+
+Global___StepCountRequest: _TypeAlias = StepCountRequest  # noqa: Y015
+
+@_typing.final
+class StepCountReply(_message.Message):
+    """The step count."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAMP_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """Steps that are done, after `set`."""
+    @_builtins.property
+    def stamp(self) -> Global___Stamp:
+        """Who answered."""
+
+    def __init__(
+        self,
+        *,
+        stamp: Global___Stamp | None = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["stamp", b"stamp"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "stamp", b"stamp"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepCountReply: _TypeAlias = StepCountReply  # noqa: Y015

@@ -80,6 +80,11 @@ class MemoryServiceStub(object):
                 request_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.WriteRowsRequest.SerializeToString,
                 response_deserializer=mempool_dot_wire_dot_v1_dot_data__pb2.WriteRowsReply.FromString,
                 _registered_method=True)
+        self.StepCount = channel.unary_unary(
+                '/mempool.wire.v1.MemoryService/StepCount',
+                request_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.StepCountRequest.SerializeToString,
+                response_deserializer=mempool_dot_wire_dot_v1_dot_data__pb2.StepCountReply.FromString,
+                _registered_method=True)
 
 
 class MemoryServiceServicer(object):
@@ -187,6 +192,18 @@ class MemoryServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StepCount(self, request, context):
+        """Reads how many steps the table's optimizer counts, and with `set` changes it, so that training can be continued from a
+        state of elsewhere: Adam's bias correction and Adagrad's learning rate decay go on from there. It is the number of
+        commits where it was never set.
+
+        Idempotent. Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have.
+        ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MemoryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -234,6 +251,11 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     servicer.WriteRows,
                     request_deserializer=mempool_dot_wire_dot_v1_dot_data__pb2.WriteRowsRequest.FromString,
                     response_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.WriteRowsReply.SerializeToString,
+            ),
+            'StepCount': grpc.unary_unary_rpc_method_handler(
+                    servicer.StepCount,
+                    request_deserializer=mempool_dot_wire_dot_v1_dot_data__pb2.StepCountRequest.FromString,
+                    response_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.StepCountReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -480,6 +502,33 @@ class MemoryService(object):
             '/mempool.wire.v1.MemoryService/WriteRows',
             mempool_dot_wire_dot_v1_dot_data__pb2.WriteRowsRequest.SerializeToString,
             mempool_dot_wire_dot_v1_dot_data__pb2.WriteRowsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StepCount(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mempool.wire.v1.MemoryService/StepCount',
+            mempool_dot_wire_dot_v1_dot_data__pb2.StepCountRequest.SerializeToString,
+            mempool_dot_wire_dot_v1_dot_data__pb2.StepCountReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -126,6 +126,14 @@ class MemoryServiceStub:
 
     Idempotent. Atomic on one shard, not across shards. Waits while the table's pages are moving.
     """
+    StepCount: _grpc.UnaryUnaryMultiCallable[_data_pb2.StepCountRequest, _data_pb2.StepCountReply]
+    """Reads how many steps the table's optimizer counts, and with `set` changes it, so that training can be continued from a
+    state of elsewhere: Adam's bias correction and Adagrad's learning rate decay go on from there. It is the number of
+    commits where it was never set.
+
+    Idempotent. Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have.
+    ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
+    """
 
 @_typing.type_check_only
 class MemoryServiceAsyncStub(MemoryServiceStub):
@@ -196,6 +204,14 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     the table version too. Where an id is repeated, the last one stays.
 
     Idempotent. Atomic on one shard, not across shards. Waits while the table's pages are moving.
+    """
+    StepCount: _aio.UnaryUnaryMultiCallable[_data_pb2.StepCountRequest, _data_pb2.StepCountReply]  # type: ignore[assignment]
+    """Reads how many steps the table's optimizer counts, and with `set` changes it, so that training can be continued from a
+    state of elsewhere: Adam's bias correction and Adagrad's learning rate decay go on from there. It is the number of
+    commits where it was never set.
+
+    Idempotent. Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have.
+    ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
     """
 
 class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -318,6 +334,20 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         the table version too. Where an id is repeated, the last one stays.
 
         Idempotent. Atomic on one shard, not across shards. Waits while the table's pages are moving.
+        """
+
+    @_abc_1.abstractmethod
+    def StepCount(
+        self,
+        request: _data_pb2.StepCountRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_data_pb2.StepCountReply, _abc.Awaitable[_data_pb2.StepCountReply]]:
+        """Reads how many steps the table's optimizer counts, and with `set` changes it, so that training can be continued from a
+        state of elsewhere: Adam's bias correction and Adagrad's learning rate decay go on from there. It is the number of
+        commits where it was never set.
+
+        Idempotent. Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have.
+        ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
         """
 
 def add_MemoryServiceServicer_to_server(servicer: MemoryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

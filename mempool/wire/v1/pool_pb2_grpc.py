@@ -74,16 +74,19 @@ class PoolServiceServicer(object):
     def CreateTable(self, request, context):
         """Makes a table. When it is answered, every owner has the table's pages with their initial values.
 
-        Not idempotent: a repeat is answered ERROR_CODE_ALREADY_EXISTS, so after an unknown outcome call GetTable. A failure
-        half way leaves no table behind. ERROR_CODE_INVALID_REQUEST or ERROR_CODE_CONFIG: the schema is wrong; the message
-        names the field.
+        The pool makes it whatever becomes of the caller: a call that was cut off is asked again, and joins in where the
+        table is still being made (GetStatus tells how far it is). Once it is there a repeat is answered
+        ERROR_CODE_ALREADY_EXISTS, so after an unknown outcome call GetTable too. With another schema under a name that is
+        taken, also by a table that is still being made: ERROR_CODE_ALREADY_EXISTS, with the difference. DropTable ends it.
+        A failure half way leaves no table behind. ERROR_CODE_INVALID_REQUEST: the schema is wrong; the message names the
+        field, its value and the limit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DropTable(self, request, context):
-        """Drops a table, its pages and what is held of it. Requests still under way for it are answered ERROR_CODE_NOT_FOUND.
+        """Drops a table, also one that is being made, its pages and what is held of it. Requests still under way for it are answered ERROR_CODE_NOT_FOUND.
 
         ERROR_CODE_NOT_FOUND where there is no such table, also when a first try took effect without your hearing of it.
         """
@@ -111,7 +114,8 @@ class PoolServiceServicer(object):
         Tables move one after the other, each with its own switch to a new epoch: readers do not wait, writers wait no longer
         than that table's transfer. A failure ends the stream with an error; tables switched by then stay where they are now,
         the others where they were, and every table works: calling again resumes. One at a time: a second call meanwhile is
-        answered ERROR_CODE_INVALID_REQUEST. If the stream breaks, the rescale goes on (GetStatus tells).
+        answered ERROR_CODE_INVALID_REQUEST. If the stream breaks, the rescale goes on (GetStatus tells, and what it waits
+        for). Where the pages would not fit, or there are no resources for new shards, it is refused before anything moves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

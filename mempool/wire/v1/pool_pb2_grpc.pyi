@@ -45,12 +45,15 @@ class PoolServiceStub:
     CreateTable: _grpc.UnaryUnaryMultiCallable[_pool_pb2.CreateTableRequest, _pool_pb2.CreateTableReply]
     """Makes a table. When it is answered, every owner has the table's pages with their initial values.
 
-    Not idempotent: a repeat is answered ERROR_CODE_ALREADY_EXISTS, so after an unknown outcome call GetTable. A failure
-    half way leaves no table behind. ERROR_CODE_INVALID_REQUEST or ERROR_CODE_CONFIG: the schema is wrong; the message
-    names the field.
+    The pool makes it whatever becomes of the caller: a call that was cut off is asked again, and joins in where the
+    table is still being made (GetStatus tells how far it is). Once it is there a repeat is answered
+    ERROR_CODE_ALREADY_EXISTS, so after an unknown outcome call GetTable too. With another schema under a name that is
+    taken, also by a table that is still being made: ERROR_CODE_ALREADY_EXISTS, with the difference. DropTable ends it.
+    A failure half way leaves no table behind. ERROR_CODE_INVALID_REQUEST: the schema is wrong; the message names the
+    field, its value and the limit.
     """
     DropTable: _grpc.UnaryUnaryMultiCallable[_pool_pb2.DropTableRequest, _pool_pb2.DropTableReply]
-    """Drops a table, its pages and what is held of it. Requests still under way for it are answered ERROR_CODE_NOT_FOUND.
+    """Drops a table, also one that is being made, its pages and what is held of it. Requests still under way for it are answered ERROR_CODE_NOT_FOUND.
 
     ERROR_CODE_NOT_FOUND where there is no such table, also when a first try took effect without your hearing of it.
     """
@@ -64,7 +67,8 @@ class PoolServiceStub:
     Tables move one after the other, each with its own switch to a new epoch: readers do not wait, writers wait no longer
     than that table's transfer. A failure ends the stream with an error; tables switched by then stay where they are now,
     the others where they were, and every table works: calling again resumes. One at a time: a second call meanwhile is
-    answered ERROR_CODE_INVALID_REQUEST. If the stream breaks, the rescale goes on (GetStatus tells).
+    answered ERROR_CODE_INVALID_REQUEST. If the stream breaks, the rescale goes on (GetStatus tells, and what it waits
+    for). Where the pages would not fit, or there are no resources for new shards, it is refused before anything moves.
     """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_pool_pb2.GetStatusRequest, _pool_pb2.GetStatusReply]
     """The pool at a glance. Shards that do not answer in time are named with SHARD_STATE_UNREACHABLE; that is no error."""
@@ -77,12 +81,15 @@ class PoolServiceAsyncStub(PoolServiceStub):
     CreateTable: _aio.UnaryUnaryMultiCallable[_pool_pb2.CreateTableRequest, _pool_pb2.CreateTableReply]  # type: ignore[assignment]
     """Makes a table. When it is answered, every owner has the table's pages with their initial values.
 
-    Not idempotent: a repeat is answered ERROR_CODE_ALREADY_EXISTS, so after an unknown outcome call GetTable. A failure
-    half way leaves no table behind. ERROR_CODE_INVALID_REQUEST or ERROR_CODE_CONFIG: the schema is wrong; the message
-    names the field.
+    The pool makes it whatever becomes of the caller: a call that was cut off is asked again, and joins in where the
+    table is still being made (GetStatus tells how far it is). Once it is there a repeat is answered
+    ERROR_CODE_ALREADY_EXISTS, so after an unknown outcome call GetTable too. With another schema under a name that is
+    taken, also by a table that is still being made: ERROR_CODE_ALREADY_EXISTS, with the difference. DropTable ends it.
+    A failure half way leaves no table behind. ERROR_CODE_INVALID_REQUEST: the schema is wrong; the message names the
+    field, its value and the limit.
     """
     DropTable: _aio.UnaryUnaryMultiCallable[_pool_pb2.DropTableRequest, _pool_pb2.DropTableReply]  # type: ignore[assignment]
-    """Drops a table, its pages and what is held of it. Requests still under way for it are answered ERROR_CODE_NOT_FOUND.
+    """Drops a table, also one that is being made, its pages and what is held of it. Requests still under way for it are answered ERROR_CODE_NOT_FOUND.
 
     ERROR_CODE_NOT_FOUND where there is no such table, also when a first try took effect without your hearing of it.
     """
@@ -96,7 +103,8 @@ class PoolServiceAsyncStub(PoolServiceStub):
     Tables move one after the other, each with its own switch to a new epoch: readers do not wait, writers wait no longer
     than that table's transfer. A failure ends the stream with an error; tables switched by then stay where they are now,
     the others where they were, and every table works: calling again resumes. One at a time: a second call meanwhile is
-    answered ERROR_CODE_INVALID_REQUEST. If the stream breaks, the rescale goes on (GetStatus tells).
+    answered ERROR_CODE_INVALID_REQUEST. If the stream breaks, the rescale goes on (GetStatus tells, and what it waits
+    for). Where the pages would not fit, or there are no resources for new shards, it is refused before anything moves.
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_pool_pb2.GetStatusRequest, _pool_pb2.GetStatusReply]  # type: ignore[assignment]
     """The pool at a glance. Shards that do not answer in time are named with SHARD_STATE_UNREACHABLE; that is no error."""
@@ -112,9 +120,12 @@ class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_pool_pb2.CreateTableReply, _abc.Awaitable[_pool_pb2.CreateTableReply]]:
         """Makes a table. When it is answered, every owner has the table's pages with their initial values.
 
-        Not idempotent: a repeat is answered ERROR_CODE_ALREADY_EXISTS, so after an unknown outcome call GetTable. A failure
-        half way leaves no table behind. ERROR_CODE_INVALID_REQUEST or ERROR_CODE_CONFIG: the schema is wrong; the message
-        names the field.
+        The pool makes it whatever becomes of the caller: a call that was cut off is asked again, and joins in where the
+        table is still being made (GetStatus tells how far it is). Once it is there a repeat is answered
+        ERROR_CODE_ALREADY_EXISTS, so after an unknown outcome call GetTable too. With another schema under a name that is
+        taken, also by a table that is still being made: ERROR_CODE_ALREADY_EXISTS, with the difference. DropTable ends it.
+        A failure half way leaves no table behind. ERROR_CODE_INVALID_REQUEST: the schema is wrong; the message names the
+        field, its value and the limit.
         """
 
     @_abc_1.abstractmethod
@@ -123,7 +134,7 @@ class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _pool_pb2.DropTableRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_pool_pb2.DropTableReply, _abc.Awaitable[_pool_pb2.DropTableReply]]:
-        """Drops a table, its pages and what is held of it. Requests still under way for it are answered ERROR_CODE_NOT_FOUND.
+        """Drops a table, also one that is being made, its pages and what is held of it. Requests still under way for it are answered ERROR_CODE_NOT_FOUND.
 
         ERROR_CODE_NOT_FOUND where there is no such table, also when a first try took effect without your hearing of it.
         """
@@ -155,7 +166,8 @@ class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
         Tables move one after the other, each with its own switch to a new epoch: readers do not wait, writers wait no longer
         than that table's transfer. A failure ends the stream with an error; tables switched by then stay where they are now,
         the others where they were, and every table works: calling again resumes. One at a time: a second call meanwhile is
-        answered ERROR_CODE_INVALID_REQUEST. If the stream breaks, the rescale goes on (GetStatus tells).
+        answered ERROR_CODE_INVALID_REQUEST. If the stream breaks, the rescale goes on (GetStatus tells, and what it waits
+        for). Where the pages would not fit, or there are no resources for new shards, it is refused before anything moves.
         """
 
     @_abc_1.abstractmethod

@@ -96,10 +96,13 @@ class Ledger(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     UPDATES_APPLIED_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
+    STEP_OFFSET_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """The table version: commits applied since the table was made."""
     updates_applied: _builtins.int
     """Updates applied since the table was made."""
+    step_offset: _builtins.int
+    """The optimizer's step count less the version: 0 where it was never set."""
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerEntry]:
         """One entry for each (group, rank)."""
@@ -110,10 +113,11 @@ class Ledger(_message.Message):
         version: _builtins.int = ...,
         updates_applied: _builtins.int = ...,
         entries: _abc.Iterable[Global___LedgerEntry] | None = ...,
+        step_offset: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "updates_applied", b"updates_applied", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "step_offset", b"step_offset", "updates_applied", b"updates_applied", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -431,12 +435,15 @@ class ExportLedgerReply(_message.Message):
     UPDATES_APPLIED_FIELD_NUMBER: _builtins.int
     NUM_ENTRIES_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
+    STEP_OFFSET_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     """The table version."""
     updates_applied: _builtins.int
     """Updates applied since the table was made."""
     num_entries: _builtins.int
     """Entries of the whole ledger."""
+    step_offset: _builtins.int
+    """As in Ledger."""
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerEntry]:
         """Those from the first that was asked for on, as many as travel in one message; none beyond the last."""
@@ -448,10 +455,11 @@ class ExportLedgerReply(_message.Message):
         updates_applied: _builtins.int = ...,
         num_entries: _builtins.int = ...,
         entries: _abc.Iterable[Global___LedgerEntry] | None = ...,
+        step_offset: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "num_entries", b"num_entries", "updates_applied", b"updates_applied", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "num_entries", b"num_entries", "step_offset", b"step_offset", "updates_applied", b"updates_applied", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

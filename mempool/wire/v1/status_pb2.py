@@ -25,21 +25,25 @@ _sym_db = _symbol_database.Default()
 from mempool.wire.v1 import table_pb2 as mempool_dot_wire_dot_v1_dot_table__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmempool/wire/v1/status.proto\x12\x0fmempool.wire.v1\x1a\x1bmempool/wire/v1/table.proto\":\n\tStageTime\x12\r\n\x05stage\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\"\xd3\x01\n\x0bTableStatus\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\r\n\x05pages\x18\x05 \x01(\x04\x12\x12\n\nlost_pages\x18\x06 \x01(\x04\x12\x11\n\tnum_bytes\x18\x07 \x01(\x04\x12\x14\n\x0cupdates_held\x18\x08 \x01(\x04\x12\x17\n\x0fupdates_applied\x18\t \x01(\x04\x12\x0f\n\x07lookups\x18\n \x01(\x04\x12\x0e\n\x06\x66rozen\x18\x0b \x01(\x08\"\x93\x03\n\x0bShardStatus\x12(\n\x04info\x18\x01 \x01(\x0b\x32\x1a.mempool.wire.v1.ShardInfo\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.mempool.wire.v1.ShardState\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x15\n\rcontext_bytes\x18\x05 \x01(\x04\x12\x10\n\x08uptime_s\x18\x06 \x01(\x01\x12,\n\x06tables\x18\x07 \x03(\x0b\x32\x1c.mempool.wire.v1.TableStatus\x12*\n\x06stages\x18\x08 \x03(\x0b\x32\x1a.mempool.wire.v1.StageTime\x12\x12\n\nheld_bytes\x18\t \x01(\x04\x12\x14\n\x0cqueued_bytes\x18\n \x01(\x04\x12\x14\n\x0cqueued_calls\x18\x0b \x01(\x04\x12\x12\n\nkept_bytes\x18\x0c \x01(\x04\x12\x1a\n\x12\x63lient_limit_bytes\x18\r \x01(\x04\x12\x18\n\x10page_limit_bytes\x18\x0e \x01(\x04\"\x87\x01\n\nPoolStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x06shards\x18\x02 \x03(\x0b\x32\x1c.mempool.wire.v1.ShardStatus\x12*\n\x06tables\x18\x03 \x03(\x0b\x32\x1a.mempool.wire.v1.TableView\x12\x11\n\trescaling\x18\x04 \x01(\x08*w\n\nShardState\x12\x1b\n\x17SHARD_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11SHARD_STATE_READY\x10\x01\x12\x18\n\x14SHARD_STATE_STARTING\x10\x02\x12\x1b\n\x17SHARD_STATE_UNREACHABLE\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cmempool/wire/v1/status.proto\x12\x0fmempool.wire.v1\x1a\x1bmempool/wire/v1/table.proto\":\n\tStageTime\x12\r\n\x05stage\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\x12\x0f\n\x07total_s\x18\x03 \x01(\x01\"\xea\x01\n\x0bTableStatus\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x0f\n\x07version\x18\x04 \x01(\x04\x12\r\n\x05pages\x18\x05 \x01(\x04\x12\x12\n\nlost_pages\x18\x06 \x01(\x04\x12\x11\n\tnum_bytes\x18\x07 \x01(\x04\x12\x14\n\x0cupdates_held\x18\x08 \x01(\x04\x12\x17\n\x0fupdates_applied\x18\t \x01(\x04\x12\x0f\n\x07lookups\x18\n \x01(\x04\x12\x0e\n\x06\x66rozen\x18\x0b \x01(\x08\x12\x15\n\rbytes_to_fill\x18\x0c \x01(\x04\"\x93\x03\n\x0bShardStatus\x12(\n\x04info\x18\x01 \x01(\x0b\x32\x1a.mempool.wire.v1.ShardInfo\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.mempool.wire.v1.ShardState\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x15\n\rcontext_bytes\x18\x05 \x01(\x04\x12\x10\n\x08uptime_s\x18\x06 \x01(\x01\x12,\n\x06tables\x18\x07 \x03(\x0b\x32\x1c.mempool.wire.v1.TableStatus\x12*\n\x06stages\x18\x08 \x03(\x0b\x32\x1a.mempool.wire.v1.StageTime\x12\x12\n\nheld_bytes\x18\t \x01(\x04\x12\x14\n\x0cqueued_bytes\x18\n \x01(\x04\x12\x14\n\x0cqueued_calls\x18\x0b \x01(\x04\x12\x12\n\nkept_bytes\x18\x0c \x01(\x04\x12\x1a\n\x12\x63lient_limit_bytes\x18\r \x01(\x04\x12\x18\n\x10page_limit_bytes\x18\x0e \x01(\x04\"C\n\tShardFill\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x12\n\nbytes_done\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04\"\x82\x01\n\rTableCreation\x12\r\n\x05table\x18\x01 \x01(\t\x12\x10\n\x08table_id\x18\x02 \x01(\x04\x12\x13\n\x0bwaiting_for\x18\x03 \x01(\t\x12\x0f\n\x07spent_s\x18\x04 \x01(\x01\x12*\n\x06shards\x18\x05 \x03(\x0b\x32\x1a.mempool.wire.v1.ShardFill\"\xf9\x01\n\nPoolStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12,\n\x06shards\x18\x02 \x03(\x0b\x32\x1c.mempool.wire.v1.ShardStatus\x12*\n\x06tables\x18\x03 \x03(\x0b\x32\x1a.mempool.wire.v1.TableView\x12\x11\n\trescaling\x18\x04 \x01(\x08\x12\x15\n\rwanted_shards\x18\x05 \x01(\r\x12\x13\n\x0bwaiting_for\x18\x06 \x01(\t\x12\x12\n\nunfinished\x18\x07 \x01(\t\x12\x30\n\x08\x63reating\x18\x08 \x03(\x0b\x32\x1e.mempool.wire.v1.TableCreation*w\n\nShardState\x12\x1b\n\x17SHARD_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11SHARD_STATE_READY\x10\x01\x12\x18\n\x14SHARD_STATE_STARTING\x10\x02\x12\x1b\n\x17SHARD_STATE_UNREACHABLE\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mempool.wire.v1.status_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SHARDSTATE']._serialized_start=896
-  _globals['_SHARDSTATE']._serialized_end=1015
+  _globals['_SHARDSTATE']._serialized_start=1235
+  _globals['_SHARDSTATE']._serialized_end=1354
   _globals['_STAGETIME']._serialized_start=78
   _globals['_STAGETIME']._serialized_end=136
   _globals['_TABLESTATUS']._serialized_start=139
-  _globals['_TABLESTATUS']._serialized_end=350
-  _globals['_SHARDSTATUS']._serialized_start=353
-  _globals['_SHARDSTATUS']._serialized_end=756
-  _globals['_POOLSTATUS']._serialized_start=759
-  _globals['_POOLSTATUS']._serialized_end=894
+  _globals['_TABLESTATUS']._serialized_end=373
+  _globals['_SHARDSTATUS']._serialized_start=376
+  _globals['_SHARDSTATUS']._serialized_end=779
+  _globals['_SHARDFILL']._serialized_start=781
+  _globals['_SHARDFILL']._serialized_end=848
+  _globals['_TABLECREATION']._serialized_start=851
+  _globals['_TABLECREATION']._serialized_end=981
+  _globals['_POOLSTATUS']._serialized_start=984
+  _globals['_POOLSTATUS']._serialized_end=1233
 # @@protoc_insertion_point(module_scope)

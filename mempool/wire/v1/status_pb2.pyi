@@ -95,6 +95,7 @@ class TableStatus(_message.Message):
     UPDATES_APPLIED_FIELD_NUMBER: _builtins.int
     LOOKUPS_FIELD_NUMBER: _builtins.int
     FROZEN_FIELD_NUMBER: _builtins.int
+    BYTES_TO_FILL_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
     """The table."""
     name: _builtins.str
@@ -117,6 +118,8 @@ class TableStatus(_message.Message):
     """Gathers answered here since the shard started."""
     frozen: _builtins.bool
     """Whether Prepare and WriteRows wait for a move of pages."""
+    bytes_to_fill: _builtins.int
+    """Bytes of initial values that are still to be written here; 0 once the table answers."""
     def __init__(
         self,
         *,
@@ -131,10 +134,11 @@ class TableStatus(_message.Message):
         updates_applied: _builtins.int = ...,
         lookups: _builtins.int = ...,
         frozen: _builtins.bool = ...,
+        bytes_to_fill: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "frozen", b"frozen", "lookups", b"lookups", "lost_pages", b"lost_pages", "name", b"name", "num_bytes", b"num_bytes", "pages", b"pages", "table_id", b"table_id", "updates_applied", b"updates_applied", "updates_held", b"updates_held", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_to_fill", b"bytes_to_fill", "epoch", b"epoch", "frozen", b"frozen", "lookups", b"lookups", "lost_pages", b"lost_pages", "name", b"name", "num_bytes", b"num_bytes", "pages", b"pages", "table_id", b"table_id", "updates_applied", b"updates_applied", "updates_held", b"updates_held", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -221,6 +225,76 @@ class ShardStatus(_message.Message):
 Global___ShardStatus: _TypeAlias = ShardStatus  # noqa: Y015
 
 @_typing.final
+class ShardFill(_message.Message):
+    """How far one owner of a table that is being made is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_FIELD_NUMBER: _builtins.int
+    BYTES_DONE_FIELD_NUMBER: _builtins.int
+    BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    shard: _builtins.int
+    """The shard."""
+    bytes_done: _builtins.int
+    """Bytes that have their initial values."""
+    bytes_total: _builtins.int
+    """Of how many."""
+    def __init__(
+        self,
+        *,
+        shard: _builtins.int = ...,
+        bytes_done: _builtins.int = ...,
+        bytes_total: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_done", b"bytes_done", "bytes_total", b"bytes_total", "shard", b"shard"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShardFill: _TypeAlias = ShardFill  # noqa: Y015
+
+@_typing.final
+class TableCreation(_message.Message):
+    """A table that is being made. It is among the tables of the pool once all its owners have filled it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_FIELD_NUMBER: _builtins.int
+    TABLE_ID_FIELD_NUMBER: _builtins.int
+    WAITING_FOR_FIELD_NUMBER: _builtins.int
+    SPENT_S_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
+    table: _builtins.str
+    """Its name."""
+    table_id: _builtins.int
+    """Its id; 0 until it is placed."""
+    waiting_for: _builtins.str
+    """What has to end before it begins, for people; empty once it is being filled."""
+    spent_s: _builtins.float
+    """Seconds since it was asked for."""
+    @_builtins.property
+    def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardFill]:
+        """Its owners, ascending; none until it is placed."""
+
+    def __init__(
+        self,
+        *,
+        table: _builtins.str = ...,
+        table_id: _builtins.int = ...,
+        waiting_for: _builtins.str = ...,
+        spent_s: _builtins.float = ...,
+        shards: _abc.Iterable[Global___ShardFill] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shards", b"shards", "spent_s", b"spent_s", "table", b"table", "table_id", b"table_id", "waiting_for", b"waiting_for"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TableCreation: _TypeAlias = TableCreation  # noqa: Y015
+
+@_typing.final
 class PoolStatus(_message.Message):
     """The pool at a glance. Shards are asked one after the other or at once, so figures of different shards may be of slightly
     different moments.
@@ -232,10 +306,20 @@ class PoolStatus(_message.Message):
     SHARDS_FIELD_NUMBER: _builtins.int
     TABLES_FIELD_NUMBER: _builtins.int
     RESCALING_FIELD_NUMBER: _builtins.int
+    WANTED_SHARDS_FIELD_NUMBER: _builtins.int
+    WAITING_FOR_FIELD_NUMBER: _builtins.int
+    UNFINISHED_FIELD_NUMBER: _builtins.int
+    CREATING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The pool's name."""
     rescaling: _builtins.bool
-    """Whether pages are being moved."""
+    """Whether the pool is on its way to another number of shards."""
+    wanted_shards: _builtins.int
+    """The number of shards it was last asked for; 0 where that is not known: a shard answers for the controller."""
+    waiting_for: _builtins.str
+    """What the rescale waits for, for people; empty if for nothing."""
+    unfinished: _builtins.str
+    """Why a rescale stopped half way and what to do, for people; empty if none did."""
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardStatus]:
         """All shards, ascending by number."""
@@ -244,6 +328,10 @@ class PoolStatus(_message.Message):
     def tables(self) -> _containers.RepeatedCompositeFieldContainer[_table_pb2.TableView]:
         """All tables, ascending by table id."""
 
+    @_builtins.property
+    def creating(self) -> _containers.RepeatedCompositeFieldContainer[Global___TableCreation]:
+        """Tables that are being made."""
+
     def __init__(
         self,
         *,
@@ -251,10 +339,14 @@ class PoolStatus(_message.Message):
         shards: _abc.Iterable[Global___ShardStatus] | None = ...,
         tables: _abc.Iterable[_table_pb2.TableView] | None = ...,
         rescaling: _builtins.bool = ...,
+        wanted_shards: _builtins.int = ...,
+        waiting_for: _builtins.str = ...,
+        unfinished: _builtins.str = ...,
+        creating: _abc.Iterable[Global___TableCreation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "rescaling", b"rescaling", "shards", b"shards", "tables", b"tables"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["creating", b"creating", "name", b"name", "rescaling", b"rescaling", "shards", b"shards", "tables", b"tables", "unfinished", b"unfinished", "waiting_for", b"waiting_for", "wanted_shards", b"wanted_shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -25,31 +25,31 @@ _sym_db = _symbol_database.Default()
 from mempool.wire.v1 import tensor_pb2 as mempool_dot_wire_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmempool/wire/v1/table.proto\x12\x0fmempool.wire.v1\x1a\x1cmempool/wire/v1/tensor.proto\"\xc5\x02\n\rOptimizerSpec\x12-\n\talgorithm\x18\x01 \x01(\x0e\x32\x1a.mempool.wire.v1.Algorithm\x12\n\n\x02lr\x18\x02 \x01(\x01\x12\x10\n\x03\x65ps\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x62\x65ta1\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05\x62\x65ta2\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x15\n\x08lr_decay\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12&\n\x19initial_accumulator_value\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x19\n\x0cweight_decay\x18\x08 \x01(\x01H\x05\x88\x01\x01\x12\r\n\x05\x64\x65nse\x18\t \x01(\x08\x42\x06\n\x04_epsB\x08\n\x06_beta1B\x08\n\x06_beta2B\x0b\n\t_lr_decayB\x1c\n\x1a_initial_accumulator_valueB\x0f\n\r_weight_decay\"^\n\x0eProductKeySpec\x12\r\n\x05heads\x18\x01 \x01(\r\x12\x0f\n\x07key_dim\x18\x02 \x01(\r\x12\x1a\n\rdeterministic\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x10\n\x0e_deterministic\"L\n\x0b\x46latKeySpec\x12\x0f\n\x07key_dim\x18\x01 \x01(\r\x12\x1a\n\rdeterministic\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x10\n\x0e_deterministic\"\xde\x03\n\x0bTableSchema\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\tnum_slots\x18\x03 \x01(\x04\x12\x11\n\tvalue_dim\x18\x04 \x01(\r\x12\x11\n\tblock_dim\x18\x05 \x01(\r\x12\x12\n\npage_slots\x18\x06 \x01(\r\x12%\n\x05\x64type\x18\x07 \x01(\x0e\x32\x16.mempool.wire.v1.Dtype\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x10\n\x08init_std\x18\t \x01(\x01\x12\x0e\n\x06stride\x18\n \x01(\x04\x12\'\n\x06layout\x18\x0b \x01(\x0e\x32\x17.mempool.wire.v1.Layout\x12\x31\n\toptimizer\x18\x0c \x01(\x0b\x32\x1e.mempool.wire.v1.OptimizerSpec\x12\x37\n\x0cproduct_keys\x18\r \x01(\x0b\x32\x1f.mempool.wire.v1.ProductKeySpecH\x00\x12\x31\n\tflat_keys\x18\x0e \x01(\x0b\x32\x1c.mempool.wire.v1.FlatKeySpecH\x00\x12+\n\x08rounding\x18\x0f \x01(\x0e\x32\x19.mempool.wire.v1.Rounding\x12\x0e\n\x06master\x18\x10 \x01(\x08\x42\x06\n\x04keys\"\x82\x01\n\tPlacement\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\'\n\x06owners\x18  \x01(\x0b\x32\x17.mempool.wire.v1.Tensor\x12+\n\nkey_owners\x18! \x01(\x0b\x32\x17.mempool.wire.v1.Tensor\"@\n\tShardInfo\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\"\x94\x01\n\tTableView\x12,\n\x06schema\x18\x01 \x01(\x0b\x32\x1c.mempool.wire.v1.TableSchema\x12-\n\tplacement\x18\x02 \x01(\x0b\x32\x1a.mempool.wire.v1.Placement\x12*\n\x06shards\x18\x03 \x03(\x0b\x32\x1a.mempool.wire.v1.ShardInfo*g\n\x06Layout\x12\x16\n\x12LAYOUT_UNSPECIFIED\x10\x00\x12\x0f\n\x0bLAYOUT_AUTO\x10\x01\x12\x12\n\x0eLAYOUT_COLUMNS\x10\x02\x12\x0f\n\x0bLAYOUT_ROWS\x10\x03\x12\x0f\n\x0bLAYOUT_GRID\x10\x04*\xb4\x01\n\tAlgorithm\x12\x19\n\x15\x41LGORITHM_UNSPECIFIED\x10\x00\x12\x11\n\rALGORITHM_SGD\x10\x01\x12\x15\n\x11\x41LGORITHM_ADAGRAD\x10\x02\x12\x1d\n\x19\x41LGORITHM_ROWWISE_ADAGRAD\x10\x03\x12\x12\n\x0e\x41LGORITHM_ADAM\x10\x04\x12\x13\n\x0f\x41LGORITHM_ADAMW\x10\x05\x12\x1a\n\x16\x41LGORITHM_ROWWISE_ADAM\x10\x06*S\n\x08Rounding\x12\x18\n\x14ROUNDING_UNSPECIFIED\x10\x00\x12\x17\n\x13ROUNDING_STOCHASTIC\x10\x01\x12\x14\n\x10ROUNDING_NEAREST\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmempool/wire/v1/table.proto\x12\x0fmempool.wire.v1\x1a\x1cmempool/wire/v1/tensor.proto\"\xfc\x03\n\rOptimizerSpec\x12-\n\talgorithm\x18\x01 \x01(\x0e\x32\x1a.mempool.wire.v1.Algorithm\x12\n\n\x02lr\x18\x02 \x01(\x01\x12\x10\n\x03\x65ps\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x62\x65ta1\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05\x62\x65ta2\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\x15\n\x08lr_decay\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12&\n\x19initial_accumulator_value\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x19\n\x0cweight_decay\x18\x08 \x01(\x01H\x05\x88\x01\x01\x12\r\n\x05\x64\x65nse\x18\t \x01(\x08\x12\x15\n\x08momentum\x18\n \x01(\x01H\x06\x88\x01\x01\x12\x16\n\tdampening\x18\x0b \x01(\x01H\x07\x88\x01\x01\x12\x10\n\x08nesterov\x18\x0c \x01(\x08\x12\x1e\n\x16\x64\x65\x63oupled_weight_decay\x18\r \x01(\x08\x12\x15\n\rcorrected_eps\x18\x0e \x01(\x08\x12\x15\n\x08max_norm\x18\x0f \x01(\x01H\x08\x88\x01\x01\x42\x06\n\x04_epsB\x08\n\x06_beta1B\x08\n\x06_beta2B\x0b\n\t_lr_decayB\x1c\n\x1a_initial_accumulator_valueB\x0f\n\r_weight_decayB\x0b\n\t_momentumB\x0c\n\n_dampeningB\x0b\n\t_max_norm\"^\n\x0eProductKeySpec\x12\r\n\x05heads\x18\x01 \x01(\r\x12\x0f\n\x07key_dim\x18\x02 \x01(\r\x12\x1a\n\rdeterministic\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x10\n\x0e_deterministic\"L\n\x0b\x46latKeySpec\x12\x0f\n\x07key_dim\x18\x01 \x01(\r\x12\x1a\n\rdeterministic\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x10\n\x0e_deterministic\"\xde\x03\n\x0bTableSchema\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\tnum_slots\x18\x03 \x01(\x04\x12\x11\n\tvalue_dim\x18\x04 \x01(\r\x12\x11\n\tblock_dim\x18\x05 \x01(\r\x12\x12\n\npage_slots\x18\x06 \x01(\r\x12%\n\x05\x64type\x18\x07 \x01(\x0e\x32\x16.mempool.wire.v1.Dtype\x12\x0c\n\x04seed\x18\x08 \x01(\x04\x12\x10\n\x08init_std\x18\t \x01(\x01\x12\x0e\n\x06stride\x18\n \x01(\x04\x12\'\n\x06layout\x18\x0b \x01(\x0e\x32\x17.mempool.wire.v1.Layout\x12\x31\n\toptimizer\x18\x0c \x01(\x0b\x32\x1e.mempool.wire.v1.OptimizerSpec\x12\x37\n\x0cproduct_keys\x18\r \x01(\x0b\x32\x1f.mempool.wire.v1.ProductKeySpecH\x00\x12\x31\n\tflat_keys\x18\x0e \x01(\x0b\x32\x1c.mempool.wire.v1.FlatKeySpecH\x00\x12+\n\x08rounding\x18\x0f \x01(\x0e\x32\x19.mempool.wire.v1.Rounding\x12\x0e\n\x06master\x18\x10 \x01(\x08\x42\x06\n\x04keys\"\x82\x01\n\tPlacement\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\'\n\x06owners\x18  \x01(\x0b\x32\x17.mempool.wire.v1.Tensor\x12+\n\nkey_owners\x18! \x01(\x0b\x32\x17.mempool.wire.v1.Tensor\"@\n\tShardInfo\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\"\x94\x01\n\tTableView\x12,\n\x06schema\x18\x01 \x01(\x0b\x32\x1c.mempool.wire.v1.TableSchema\x12-\n\tplacement\x18\x02 \x01(\x0b\x32\x1a.mempool.wire.v1.Placement\x12*\n\x06shards\x18\x03 \x03(\x0b\x32\x1a.mempool.wire.v1.ShardInfo*g\n\x06Layout\x12\x16\n\x12LAYOUT_UNSPECIFIED\x10\x00\x12\x0f\n\x0bLAYOUT_AUTO\x10\x01\x12\x12\n\x0eLAYOUT_COLUMNS\x10\x02\x12\x0f\n\x0bLAYOUT_ROWS\x10\x03\x12\x0f\n\x0bLAYOUT_GRID\x10\x04*\xb4\x01\n\tAlgorithm\x12\x19\n\x15\x41LGORITHM_UNSPECIFIED\x10\x00\x12\x11\n\rALGORITHM_SGD\x10\x01\x12\x15\n\x11\x41LGORITHM_ADAGRAD\x10\x02\x12\x1d\n\x19\x41LGORITHM_ROWWISE_ADAGRAD\x10\x03\x12\x12\n\x0e\x41LGORITHM_ADAM\x10\x04\x12\x13\n\x0f\x41LGORITHM_ADAMW\x10\x05\x12\x1a\n\x16\x41LGORITHM_ROWWISE_ADAM\x10\x06*S\n\x08Rounding\x12\x18\n\x14ROUNDING_UNSPECIFIED\x10\x00\x12\x17\n\x13ROUNDING_STOCHASTIC\x10\x01\x12\x14\n\x10ROUNDING_NEAREST\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mempool.wire.v1.table_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LAYOUT']._serialized_start=1411
-  _globals['_LAYOUT']._serialized_end=1514
-  _globals['_ALGORITHM']._serialized_start=1517
-  _globals['_ALGORITHM']._serialized_end=1697
-  _globals['_ROUNDING']._serialized_start=1699
-  _globals['_ROUNDING']._serialized_end=1782
+  _globals['_LAYOUT']._serialized_start=1594
+  _globals['_LAYOUT']._serialized_end=1697
+  _globals['_ALGORITHM']._serialized_start=1700
+  _globals['_ALGORITHM']._serialized_end=1880
+  _globals['_ROUNDING']._serialized_start=1882
+  _globals['_ROUNDING']._serialized_end=1965
   _globals['_OPTIMIZERSPEC']._serialized_start=79
-  _globals['_OPTIMIZERSPEC']._serialized_end=404
-  _globals['_PRODUCTKEYSPEC']._serialized_start=406
-  _globals['_PRODUCTKEYSPEC']._serialized_end=500
-  _globals['_FLATKEYSPEC']._serialized_start=502
-  _globals['_FLATKEYSPEC']._serialized_end=578
-  _globals['_TABLESCHEMA']._serialized_start=581
-  _globals['_TABLESCHEMA']._serialized_end=1059
-  _globals['_PLACEMENT']._serialized_start=1062
-  _globals['_PLACEMENT']._serialized_end=1192
-  _globals['_SHARDINFO']._serialized_start=1194
-  _globals['_SHARDINFO']._serialized_end=1258
-  _globals['_TABLEVIEW']._serialized_start=1261
-  _globals['_TABLEVIEW']._serialized_end=1409
+  _globals['_OPTIMIZERSPEC']._serialized_end=587
+  _globals['_PRODUCTKEYSPEC']._serialized_start=589
+  _globals['_PRODUCTKEYSPEC']._serialized_end=683
+  _globals['_FLATKEYSPEC']._serialized_start=685
+  _globals['_FLATKEYSPEC']._serialized_end=761
+  _globals['_TABLESCHEMA']._serialized_start=764
+  _globals['_TABLESCHEMA']._serialized_end=1242
+  _globals['_PLACEMENT']._serialized_start=1245
+  _globals['_PLACEMENT']._serialized_end=1375
+  _globals['_SHARDINFO']._serialized_start=1377
+  _globals['_SHARDINFO']._serialized_end=1441
+  _globals['_TABLEVIEW']._serialized_start=1444
+  _globals['_TABLEVIEW']._serialized_end=1592
 # @@protoc_insertion_point(module_scope)

@@ -61,7 +61,7 @@ class _AlgorithmEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Algorithm.V
     ALGORITHM_UNSPECIFIED: _Algorithm.ValueType  # 0
     """Not valid in a schema."""
     ALGORITHM_SGD: _Algorithm.ValueType  # 1
-    """torch.optim.SGD without momentum."""
+    """torch.optim.SGD of the slots that have a gradient; the momentum of the others rests."""
     ALGORITHM_ADAGRAD: _Algorithm.ValueType  # 2
     """torch.optim.Adagrad."""
     ALGORITHM_ROWWISE_ADAGRAD: _Algorithm.ValueType  # 3
@@ -79,7 +79,7 @@ class Algorithm(_Algorithm, metaclass=_AlgorithmEnumTypeWrapper):
 ALGORITHM_UNSPECIFIED: Algorithm.ValueType  # 0
 """Not valid in a schema."""
 ALGORITHM_SGD: Algorithm.ValueType  # 1
-"""torch.optim.SGD without momentum."""
+"""torch.optim.SGD of the slots that have a gradient; the momentum of the others rests."""
 ALGORITHM_ADAGRAD: Algorithm.ValueType  # 2
 """torch.optim.Adagrad."""
 ALGORITHM_ROWWISE_ADAGRAD: Algorithm.ValueType  # 3
@@ -135,6 +135,12 @@ class OptimizerSpec(_message.Message):
     INITIAL_ACCUMULATOR_VALUE_FIELD_NUMBER: _builtins.int
     WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
     DENSE_FIELD_NUMBER: _builtins.int
+    MOMENTUM_FIELD_NUMBER: _builtins.int
+    DAMPENING_FIELD_NUMBER: _builtins.int
+    NESTEROV_FIELD_NUMBER: _builtins.int
+    DECOUPLED_WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
+    CORRECTED_EPS_FIELD_NUMBER: _builtins.int
+    MAX_NORM_FIELD_NUMBER: _builtins.int
     algorithm: Global___Algorithm.ValueType
     """Which optimizer."""
     lr: _builtins.float
@@ -150,10 +156,32 @@ class OptimizerSpec(_message.Message):
     initial_accumulator_value: _builtins.float
     """Adagrad: what the accumulators start with. Default 0."""
     weight_decay: _builtins.float
-    """AdamW: values are first multiplied by 1 - lr * weight_decay. Default 0."""
+    """AdamW, and any other with decoupled_weight_decay: values are first multiplied by 1 - lr * weight_decay. Otherwise the
+    values times it are added to the gradient, as torch.optim does. Of slots that have a gradient. Default 0.
+    """
     dense: _builtins.bool
     """AdamW: every slot takes part in every step, as torch.optim.AdamW on the whole table. The shards do a slot's missed
     steps when it is next read or touched. Needs values in float32, or a master.
+    """
+    momentum: _builtins.float
+    """SGD: the update is a buffer ("values.momentum_buffer"), which a step multiplies by momentum and adds its gradient to;
+    at least 0 and below 1. Default 0.
+    """
+    dampening: _builtins.float
+    """SGD: the share of a gradient that is not added to the momentum; a slot's first gradient is added whole, as torch
+    does. Default 0.
+    """
+    nesterov: _builtins.bool
+    """SGD: the update is the gradient plus momentum times the buffer."""
+    decoupled_weight_decay: _builtins.bool
+    """The weight decay of any optimizer as AdamW's."""
+    corrected_eps: _builtins.bool
+    """Adam and row-wise Adam: eps is added to the root after its bias correction, as torch.optim.Adam and FBGEMM do; false:
+    before it, as torch.optim.SparseAdam.
+    """
+    max_norm: _builtins.float
+    """Slots whose value has a larger 2-norm after a step are scaled to it, before they are rounded to what is stored; above
+    0. Absent: no bound. Needs one column block: block_dim = value_dim.
     """
     def __init__(
         self,
@@ -167,21 +195,33 @@ class OptimizerSpec(_message.Message):
         initial_accumulator_value: _builtins.float | None = ...,
         weight_decay: _builtins.float | None = ...,
         dense: _builtins.bool = ...,
+        momentum: _builtins.float | None = ...,
+        dampening: _builtins.float | None = ...,
+        nesterov: _builtins.bool = ...,
+        decoupled_weight_decay: _builtins.bool = ...,
+        corrected_eps: _builtins.bool = ...,
+        max_norm: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lr_decay", b"_lr_decay", "_weight_decay", b"_weight_decay", "beta1", b"beta1", "beta2", b"beta2", "eps", b"eps", "initial_accumulator_value", b"initial_accumulator_value", "lr_decay", b"lr_decay", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_dampening", b"_dampening", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lr_decay", b"_lr_decay", "_max_norm", b"_max_norm", "_momentum", b"_momentum", "_weight_decay", b"_weight_decay", "beta1", b"beta1", "beta2", b"beta2", "dampening", b"dampening", "eps", b"eps", "initial_accumulator_value", b"initial_accumulator_value", "lr_decay", b"lr_decay", "max_norm", b"max_norm", "momentum", b"momentum", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lr_decay", b"_lr_decay", "_weight_decay", b"_weight_decay", "algorithm", b"algorithm", "beta1", b"beta1", "beta2", b"beta2", "dense", b"dense", "eps", b"eps", "initial_accumulator_value", b"initial_accumulator_value", "lr", b"lr", "lr_decay", b"lr_decay", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_beta1", b"_beta1", "_beta2", b"_beta2", "_dampening", b"_dampening", "_eps", b"_eps", "_initial_accumulator_value", b"_initial_accumulator_value", "_lr_decay", b"_lr_decay", "_max_norm", b"_max_norm", "_momentum", b"_momentum", "_weight_decay", b"_weight_decay", "algorithm", b"algorithm", "beta1", b"beta1", "beta2", b"beta2", "corrected_eps", b"corrected_eps", "dampening", b"dampening", "decoupled_weight_decay", b"decoupled_weight_decay", "dense", b"dense", "eps", b"eps", "initial_accumulator_value", b"initial_accumulator_value", "lr", b"lr", "lr_decay", b"lr_decay", "max_norm", b"max_norm", "momentum", b"momentum", "nesterov", b"nesterov", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__beta1: _TypeAlias = _typing.Literal["beta1"]  # noqa: Y015
     _WhichOneofArgType__beta1: _TypeAlias = _typing.Literal["_beta1", b"_beta1"]  # noqa: Y015
     _WhichOneofReturnType__beta2: _TypeAlias = _typing.Literal["beta2"]  # noqa: Y015
     _WhichOneofArgType__beta2: _TypeAlias = _typing.Literal["_beta2", b"_beta2"]  # noqa: Y015
+    _WhichOneofReturnType__dampening: _TypeAlias = _typing.Literal["dampening"]  # noqa: Y015
+    _WhichOneofArgType__dampening: _TypeAlias = _typing.Literal["_dampening", b"_dampening"]  # noqa: Y015
     _WhichOneofReturnType__eps: _TypeAlias = _typing.Literal["eps"]  # noqa: Y015
     _WhichOneofArgType__eps: _TypeAlias = _typing.Literal["_eps", b"_eps"]  # noqa: Y015
     _WhichOneofReturnType__initial_accumulator_value: _TypeAlias = _typing.Literal["initial_accumulator_value"]  # noqa: Y015
     _WhichOneofArgType__initial_accumulator_value: _TypeAlias = _typing.Literal["_initial_accumulator_value", b"_initial_accumulator_value"]  # noqa: Y015
     _WhichOneofReturnType__lr_decay: _TypeAlias = _typing.Literal["lr_decay"]  # noqa: Y015
     _WhichOneofArgType__lr_decay: _TypeAlias = _typing.Literal["_lr_decay", b"_lr_decay"]  # noqa: Y015
+    _WhichOneofReturnType__max_norm: _TypeAlias = _typing.Literal["max_norm"]  # noqa: Y015
+    _WhichOneofArgType__max_norm: _TypeAlias = _typing.Literal["_max_norm", b"_max_norm"]  # noqa: Y015
+    _WhichOneofReturnType__momentum: _TypeAlias = _typing.Literal["momentum"]  # noqa: Y015
+    _WhichOneofArgType__momentum: _TypeAlias = _typing.Literal["_momentum", b"_momentum"]  # noqa: Y015
     _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
     _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
     @_typing.overload
@@ -189,11 +229,17 @@ class OptimizerSpec(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__beta2) -> _WhichOneofReturnType__beta2 | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dampening) -> _WhichOneofReturnType__dampening | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__eps) -> _WhichOneofReturnType__eps | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__initial_accumulator_value) -> _WhichOneofReturnType__initial_accumulator_value | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lr_decay) -> _WhichOneofReturnType__lr_decay | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_norm) -> _WhichOneofReturnType__max_norm | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__momentum) -> _WhichOneofReturnType__momentum | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
 

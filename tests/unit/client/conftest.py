@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from mempool.client import Pool
-
-from .fakes import FakePool
+from tests.support.faulty import FaultyPool
 
 T = TypeVar("T")
 
@@ -41,7 +40,7 @@ def open_pool() -> Iterator[Callable[..., Pool]]:
     """Makes clients of pools in memory, and closes them."""
     opened: list[Pool] = []
 
-    def make(fake: FakePool, *, timeout_s: float = 10.0) -> Pool:
+    def make(fake: FaultyPool, *, timeout_s: float = 10.0) -> Pool:
         opened.append(Pool(fake, fake.dial, name="run-7", timeout_s=timeout_s))
         return opened[-1]
 

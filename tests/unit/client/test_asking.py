@@ -36,5 +36,5 @@ def test_each_address_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PoolUnreachable) as caught:
         pool_status([NOBODY, "nowhere.invalid:7077"], timeout_s=0.1)
     message = caught.value.message
-    assert message.startswith(f"no pool answers at {NOBODY} (Connection refused), nowhere.invalid:7077 (")
+    assert message.startswith(f"no pool answers at {NOBODY} (connection refused), nowhere.invalid:7077 (")
     assert message.count(NOBODY) == message.count("nowhere.invalid") == 1

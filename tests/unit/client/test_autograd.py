@@ -14,9 +14,7 @@ from torch.nn.functional import embedding_bag
 from torch.utils.checkpoint import checkpoint
 
 from mempool.client import Pool, Table
-
-from .fakes import FakePool, Fault
-from .routing.test_router import COLUMNS, LAYOUTS
+from tests.support.faulty import COLUMNS, LAYOUTS, Fault, FaultyPool
 
 LR = 0.5
 
@@ -25,7 +23,7 @@ LR = 0.5
 class Twin:
     """A table, and a tensor with the same values that torch trains."""
 
-    fake: FakePool
+    fake: FaultyPool
     table: Table
     values: Tensor
 
@@ -50,13 +48,13 @@ class Twin:
         assert (self.fake.values - expected).norm() <= 1e-6 * expected.norm()
 
     def held(self) -> int:
-        return len(self.fake.shards[0].held)
+        return self.fake.shards[0].held
 
 
 @pytest.fixture
 def twin(open_pool: Callable[..., Pool]) -> Callable[..., Twin]:
     def make(layout: str = "columns") -> Twin:
-        fake = FakePool(LAYOUTS[layout])
+        fake = FaultyPool(LAYOUTS[layout])
         return Twin(fake, open_pool(fake).table("facts"), fake.values.float().requires_grad_())
 
     return make
@@ -166,14 +164,14 @@ def test_no_grad_leaves_nothing_behind(twin) -> None:  # type: ignore[no-untyped
     assert not pooled.requires_grad
     with torch.inference_mode():
         both.table.gather(ids, weights)
-    assert not any(shard.contexts for shard in both.fake.shards)
+    assert not any(shard.context_bytes for shard in both.fake.shards)
 
 
 def test_evaluation_with_gradients_sends_ids_along_backward(twin) -> None:  # type: ignore[no-untyped-def]
     both, loss = twin(), make_loss()
     ids, weights = make_inputs()
     pooled = both.table.gather(ids, weights, remember=False)
-    assert not any(shard.contexts for shard in both.fake.shards)
+    assert not any(shard.context_bytes for shard in both.fake.shards)
     loss(pooled).backward()
     loss(both.gather(ids, weights.detach())).backward()
     both.assert_trained_alike()
@@ -188,11 +186,11 @@ def test_contexts_are_released_with_the_graph(twin, backward: bool) -> None:  # 
     if backward:
         pooled.sum().backward()
     both.table.gather(ids, weights, remember=False)
-    assert [len(shard.contexts) for shard in both.fake.shards] == [1, 1, 1]  # the graph lives
+    assert all(shard.context_bytes for shard in both.fake.shards)  # the graph lives
     del pooled
     gc.collect()
     both.table.gather(ids, weights, remember=False)
-    assert [len(shard.contexts) for shard in both.fake.shards] == [0, 0, 0]
+    assert not any(shard.context_bytes for shard in both.fake.shards)
 
 
 def test_second_backward_is_a_second_update(twin) -> None:  # type: ignore[no-untyped-def]
@@ -235,7 +233,7 @@ def test_activation_checkpointing_counts_each_gradient_once(twin, reentrant: boo
     both.assert_trained_alike()
     gc.collect()
     both.table.gather(ids, weights.detach(), remember=False)
-    assert not any(shard.contexts for shard in both.fake.shards)
+    assert not any(shard.context_bytes for shard in both.fake.shards)
 
 
 def test_gradients_of_gradients_are_refused(twin) -> None:  # type: ignore[no-untyped-def]
@@ -298,12 +296,12 @@ def test_inputs_may_be_written_over_at_once(twin) -> None:  # type: ignore[no-un
         weights.zero_()
     pooled.retain_grad()
     for shard in both.fake.shards:
-        shard.contexts.clear()  # so that they are sent again
+        shard.forget()  # so that they are sent again
     loss(pooled).backward()
     assert pooled.grad is not None
     pooled.grad.zero_()
     for shard in both.fake.shards:
-        shard.held.clear()  # and again, with the gradient
+        shard.forget()  # and again, with the gradient
     loss(both.gather(kept_ids, kept_weights)).backward()
     both.assert_trained_alike()
 
@@ -392,7 +390,7 @@ def test_compiled_code_breaks_its_graph_and_is_right(twin) -> None:  # type: ign
 
 
 def test_moves_between_forward_and_backward_change_no_gradient(open_pool) -> None:  # type: ignore[no-untyped-def]
-    fake = FakePool(COLUMNS, num_shards=4)
+    fake = FaultyPool(COLUMNS, num_shards=4)
     both = Twin(fake, open_pool(fake).table("facts"), fake.values.float().requires_grad_())
     loss = make_loss()
     for seed, layout in enumerate(("grid", "one", "rows", "columns")):

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,15 +10,13 @@ from mempool.client import Pool
 from mempool.config import SGD, TableConfig, resolve
 from mempool.errors import AlreadyExists, InvalidRequest, NotFound, PoolUnreachable
 from mempool.types import RescaleProgress, TableSchema, TableView
-
-from .fakes import FakePool
-from .routing.test_router import COLUMNS
+from tests.support.faulty import COLUMNS, FaultyPool
 
 CONFIG = TableConfig(name="other", num_slots=64, value_dim=12, block_dim=4, page_slots=8, optimizer=SGD(lr=0.5))
 
 
 def test_tables_are_one_object_each(open_pool) -> None:  # type: ignore[no-untyped-def]
-    pool = open_pool(FakePool(COLUMNS))
+    pool = open_pool(FaultyPool(COLUMNS))
     table = pool.table("facts")
     assert pool.table("facts") is table
     assert pool.tables() == (table,)
@@ -26,7 +25,7 @@ def test_tables_are_one_object_each(open_pool) -> None:  # type: ignore[no-untyp
 
 
 def test_created_table_is_at_once_usable(open_pool) -> None:  # type: ignore[no-untyped-def]
-    fake = FakePool(COLUMNS)
+    fake = FaultyPool(COLUMNS)
     pool = open_pool(fake)
     table = pool.create_table(CONFIG)
     assert table.schema == replace(resolve(CONFIG), table_id=1)
@@ -35,7 +34,7 @@ def test_created_table_is_at_once_usable(open_pool) -> None:  # type: ignore[no-
         pool.create_table(CONFIG)
 
 
-class ForgetfulPool(FakePool):
+class ForgetfulPool(FaultyPool):
     """Does what it is told, and loses its first answer."""
 
     def __init__(self) -> None:
@@ -63,7 +62,7 @@ def test_table_whose_making_was_not_heard_of_is_made_once(open_pool) -> None:  #
 
 def test_another_table_of_that_name_is_not_taken_for_ours(open_pool) -> None:  # type: ignore[no-untyped-def]
     fake = ForgetfulPool()
-    create = FakePool.create_table
+    create = FaultyPool.create_table
 
     async def different() -> TableView:
         fake.create_table = lambda schema: create(fake, schema)  # type: ignore[method-assign]
@@ -88,13 +87,13 @@ def test_drop_that_was_not_heard_of_is_done_once(open_pool) -> None:  # type: ig
 
 
 def test_rescale_reports_on_the_callers_thread(open_pool) -> None:  # type: ignore[no-untyped-def]
-    pool = open_pool(FakePool(COLUMNS))
+    pool = open_pool(FaultyPool(COLUMNS))
     reports: list[RescaleProgress] = []
     pool.rescale(5, progress=reports.append)
     assert [(report.pages_moved, report.done) for report in reports] == [(0, False), (7, True)]
     assert {report.shards_after for report in reports} == {5}
-    pool.rescale(5)
-    for shards in (0, -1, True, 2.0):
+    pool.rescale(np.int64(5))
+    for shards in (0, -1, True, np.bool_(True), 2.0):
         with pytest.raises(InvalidRequest, match="a pool has at least 1 shard"):
             pool.rescale(shards)
 
@@ -106,7 +105,7 @@ def test_rescale_reports_on_the_callers_thread(open_pool) -> None:  # type: igno
 
 
 def test_status_goes_through(open_pool) -> None:  # type: ignore[no-untyped-def]
-    status = open_pool(FakePool(COLUMNS)).status()
+    status = open_pool(FaultyPool(COLUMNS)).status()
     assert [shard.info.shard for shard in status.shards] == [0, 1, 2]
 
 
@@ -116,7 +115,7 @@ def test_closed_pool_says_so() -> None:
     async def on_close() -> None:
         closed.append(True)
 
-    fake = FakePool(COLUMNS)
+    fake = FaultyPool(COLUMNS)
     with Pool(fake, fake.dial, name="run-7", on_close=on_close) as pool:
         table = pool.table("facts")
     pool.close()
@@ -128,7 +127,7 @@ def test_closed_pool_says_so() -> None:
 
 
 def test_timeout_must_be_positive() -> None:
-    fake = FakePool(COLUMNS)
+    fake = FaultyPool(COLUMNS)
     for timeout_s in (0.0, -1.0, float("nan")):
         with pytest.raises(InvalidRequest, match="must be above 0 seconds"):
             Pool(fake, fake.dial, timeout_s=timeout_s)

@@ -80,7 +80,7 @@ def test_lookups_and_keys_over_the_wire(here: GrpcPoolHere) -> None:
         found = table.lookup(queries, topk=7)
         order = (queries @ keys.t()).argsort(dim=-1, descending=True, stable=True)[:, :7]
         assert torch.equal(found.ids, order)
-        state = table.state("values.sum", torch.tensor([1, 2, 3]))
+        state = table.state(torch.tensor([1, 2, 3]))["values.sum"]
         assert torch.equal(state, torch.zeros(3, 8))
 
 

@@ -6,8 +6,7 @@ import torch
 from mempool.client.rows import checked_key_rows, checked_matrix, checked_rows, distinct_rows
 from mempool.errors import InvalidRequest
 from mempool.types import FlatKeySpec, ProductKeySpec
-
-from .fakes import make_schema
+from tests.support.faulty import make_schema
 
 
 def test_rows_are_named_by_a_vector_in_range() -> None:

@@ -10,15 +10,13 @@ from mempool.client import Pool, Table
 from mempool.client import rows as rows_module
 from mempool.errors import InvalidRequest, ShardUnavailable
 from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec
-
-from .fakes import FakePool, Fault, make_schema
-from .routing.test_router import COLUMNS, LAYOUTS
+from tests.support.faulty import COLUMNS, LAYOUTS, Fault, FaultyPool, make_schema
 
 
 @pytest.fixture
-def opened(open_pool: Callable[..., Pool]) -> Callable[..., tuple[FakePool, Table]]:
-    def make(fake: FakePool | None = None, **options: object) -> tuple[FakePool, Table]:
-        fake = fake or FakePool(COLUMNS)
+def opened(open_pool: Callable[..., Pool]) -> Callable[..., tuple[FaultyPool, Table]]:
+    def make(fake: FaultyPool | None = None, **options: object) -> tuple[FaultyPool, Table]:
+        fake = fake or FaultyPool(COLUMNS)
         return fake, open_pool(fake, **options).table("facts")
 
     return make
@@ -32,20 +30,20 @@ def test_says_what_it_is(opened) -> None:  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_and_writes(opened, layout: str) -> None:  # type: ignore[no-untyped-def]
-    fake, table = opened(FakePool(LAYOUTS[layout]))
+    rowwise = OptimizerSpec(algorithm="rowwise_adagrad", lr=0.5, initial_accumulator_value=2.0)
+    fake, table = opened(FaultyPool(LAYOUTS[layout], schema=make_schema(optimizer=rowwise)))
     ids = torch.tensor([63, 0, 9, 0], dtype=torch.int32)
     assert torch.equal(table.rows(ids), fake.values.float()[ids.long()])
     values = torch.randn(3, 12, dtype=torch.float64)
     table.write(ids[:3], values)
     assert torch.equal(table.rows(ids[:3]), values.float())
-    assert torch.equal(table.state("per_block", ids), ids[:, None] * 10.0 + torch.arange(3))
     assert table.rows(ids[:0]).shape == (0, 12)
     table.write(ids[:0], values[:0])
 
 
 def test_large_reads_and_writes_are_cut_into_messages(opened, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(rows_module, "_MESSAGE_BYTES", 4 * 12 * 10)
-    fake, table = opened(FakePool(LAYOUTS["one"]))
+    fake, table = opened(FaultyPool(LAYOUTS["one"]))
     table.write(torch.arange(64), torch.arange(64.0)[:, None].expand(64, 12))
     assert torch.equal(table.rows(torch.arange(63, -1, -1)), torch.arange(63.0, -1, -1)[:, None].expand(64, 12))
     assert [len(request.ids) for request in fake.shards[0].requests("write_rows")] == [10] * 6 + [4]
@@ -53,7 +51,7 @@ def test_large_reads_and_writes_are_cut_into_messages(opened, monkeypatch: pytes
 
 
 def test_values_are_rounded_to_the_tables_dtype(opened) -> None:  # type: ignore[no-untyped-def]
-    fake, table = opened(FakePool(COLUMNS, schema=make_schema(dtype="bfloat16")))
+    fake, table = opened(FaultyPool(COLUMNS, schema=make_schema(dtype="bfloat16")))
     assert table.dtype == torch.bfloat16
     table.write(torch.tensor([3]), torch.full((1, 12), 1.001))
     assert {request.rows.dtype for request in fake.shards[0].requests("write_rows")} == {torch.bfloat16}
@@ -94,7 +92,9 @@ def test_wrong_gathers_send_nothing(opened) -> None:  # type: ignore[no-untyped-
 
 def test_flat_keys_and_lookups(opened) -> None:  # type: ignore[no-untyped-def]
     keys = torch.randn(64, 5)
-    fake, table = opened(FakePool(LAYOUTS["rows"], schema=make_schema(keys=FlatKeySpec(key_dim=5)), keys=keys.clone()))
+    fake, table = opened(
+        FaultyPool(LAYOUTS["rows"], schema=make_schema(keys=FlatKeySpec(key_dim=5)), keys=keys.clone())
+    )
     queries = torch.randn(6, 5, dtype=torch.float64)
     found = table.lookup(queries, topk=4)
     scores, ids = (queries.float() @ keys.t()).topk(4)
@@ -114,7 +114,7 @@ def test_flat_keys_and_lookups(opened) -> None:  # type: ignore[no-untyped-def]
 
 def test_product_keys_have_the_models_shape(opened) -> None:  # type: ignore[no-untyped-def]
     schema = make_schema(keys=ProductKeySpec(heads=3, key_dim=4), stride=8)
-    fake, table = opened(FakePool(COLUMNS, schema=schema, key_owners=(0, 2, 0), keys=torch.zeros(3, 2, 8, 2)))
+    fake, table = opened(FaultyPool(COLUMNS, schema=schema, key_owners=(0, 2, 0), keys=torch.zeros(3, 2, 8, 2)))
     keys = torch.randn(3, 2, 8, 2)
     table.write_keys(keys)
     assert torch.equal(table.read_keys(), keys)
@@ -140,7 +140,7 @@ def test_tables_without_keys_say_so(opened) -> None:  # type: ignore[no-untyped-
 
 def test_commit_takes_the_tables_own_learning_rate(opened) -> None:  # type: ignore[no-untyped-def]
     schema = make_schema(optimizer=OptimizerSpec(algorithm="sgd", lr=0.125))
-    fake, table = opened(FakePool(COLUMNS, schema=schema))
+    fake, table = opened(FaultyPool(COLUMNS, schema=schema))
     for lr, expected in ((None, 0.125), (0.5, 0.5), (0.0, 0.0)):
         table.gather(torch.tensor([[1]])).sum().backward()
         assert table.pending == 1
@@ -163,7 +163,7 @@ def test_discard_and_prepare_go_through(opened) -> None:  # type: ignore[no-unty
 
 
 def test_traffic_is_counted(open_pool) -> None:  # type: ignore[no-untyped-def]
-    pool = open_pool(FakePool(COLUMNS))
+    pool = open_pool(FaultyPool(COLUMNS))
     pool.table("facts").gather(torch.zeros(8, 4, dtype=torch.int64), torch.ones(8, 4))
     assert pool.router.traffic.bytes_sent == 3 * (32 * 8 + 32 * 4 + 9 * 8)
     assert pool.router.traffic.bytes_received == 8 * 12 * 4

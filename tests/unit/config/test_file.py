@@ -111,7 +111,7 @@ def test_all_errors_come_at_once_in_the_order_of_lines(tmp_path: Path) -> None:
     assert str(caught.value).splitlines() == [
         f"{path}:2: pool.shards is missing",
         f"{path}:2: pool.shrads = 0 is not a known field; did you mean shards?",
-        f"{path}:6: tables[0].value_dim = 0 must be greater than 0",
+        f"{path}:6: tables[0].value_dim = 0 must be at least 1",
     ]
 
 

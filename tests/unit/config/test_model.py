@@ -15,7 +15,7 @@ SMALL = {"name": "a", "num_slots": 16, "value_dim": 4}
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TableConfig(**SMALL | {"value_dim": -1}), "TableConfig.value_dim = -1 must be greater than 0"),
+        (lambda: TableConfig(**SMALL | {"value_dim": -1}), "TableConfig.value_dim = -1 must be at least 1"),
         (lambda: TableConfig(**SMALL | {"num_slots": True}), "TableConfig.num_slots = True is not a whole number"),
         (lambda: TableConfig(**SMALL | {"num_slots": "16"}), "TableConfig.num_slots = '16' is not a whole number"),
         (lambda: TableConfig(**SMALL | {"num_slots": 16.0}), "TableConfig.num_slots = 16.0 is not a whole number"),
@@ -48,13 +48,14 @@ SMALL = {"name": "a", "num_slots": 16, "value_dim": 4}
         ),
         (
             lambda: TableConfig(**SMALL, optimizer={"type": "sgd", "lr": 1, "eps": 1}),
-            "TableConfig.optimizer.eps = 1 is not a known field; known here: lr, type",
+            "TableConfig.optimizer.eps = 1 is not a known field; known here: dampening, decoupled_weight_decay, lr, "
+            "max_norm, momentum, nesterov, type, weight_decay",
         ),
         (
             lambda: TableConfig(**SMALL, keys=3),
             "TableConfig.keys = 3 must be a mapping, with fields of: deterministic, heads, key_dim, type",
         ),
-        (lambda: Adagrad(lr=-1), "Adagrad.lr = -1 must be at least 0.0"),
+        (lambda: Adagrad(lr=-1), "Adagrad.lr = -1 must be at least 0"),
         (lambda: SGD(True), "SGD.lr = True is not a number"),
         (lambda: ClusterConfig.model_validate({}), "ClusterConfig.pool is missing"),
         (

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mempool.config import SGD, Adagrad, Adam, AdamW, RowWiseAdagrad, RowWiseAdam, TableConfig
+from mempool.config import SGD, Adagrad, Adam, AdamW, RowWiseAdagrad, RowWiseAdam, TableConfig, resolve
 from mempool.errors import ConfigError
 from mempool.types import OptimizerSpec
 
@@ -49,14 +49,21 @@ def test_the_type_is_read_in_any_case(written: str, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("ours", "torchs"),
-    [(Adagrad, torch.optim.Adagrad), (Adam, torch.optim.SparseAdam), (AdamW, torch.optim.AdamW)],
-    ids=["adagrad", "adam", "adamw"],
+    [
+        (SGD, torch.optim.SGD),
+        (Adagrad, torch.optim.Adagrad),
+        (Adam, torch.optim.SparseAdam),
+        (Adam, torch.optim.Adam),
+        (AdamW, torch.optim.AdamW),
+    ],
+    ids=["sgd", "adagrad", "sparse_adam", "adam", "adamw"],
 )
 def test_defaults_are_torchs(ours: Any, torchs: Any) -> None:
     theirs = inspect.signature(torchs).parameters
-    for field, info in ours.model_fields.items():
-        if field not in ("type", "lr", "dense"):
-            assert info.default == theirs[field].default, field
+    shared = [field for field in ours.model_fields if field in theirs and field != "lr"]
+    assert len(shared) >= 2
+    for field in shared:
+        assert ours.model_fields[field].default == theirs[field].default, field
 
 
 def test_specs_carry_every_hyper_parameter() -> None:
@@ -76,6 +83,33 @@ def test_specs_carry_every_hyper_parameter() -> None:
     )
 
 
+def test_specs_carry_every_option() -> None:
+    assert SGD(0.5, momentum=0.9, dampening=0.1, weight_decay=0.2, max_norm=3).spec() == OptimizerSpec(
+        algorithm="sgd", lr=0.5, momentum=0.9, dampening=0.1, weight_decay=0.2, max_norm=3.0
+    )
+    assert SGD(0.5, momentum=0.9, nesterov=True, decoupled_weight_decay=True).spec() == OptimizerSpec(
+        algorithm="sgd", lr=0.5, momentum=0.9, nesterov=True, decoupled_weight_decay=True
+    )
+    decay = {"weight_decay": 0.2, "decoupled_weight_decay": True, "max_norm": 2.0}
+    for optimizer in (Adagrad, RowWiseAdagrad, Adam, RowWiseAdam):
+        spec = optimizer(0.5, **decay).spec()  # type: ignore[arg-type]
+        assert {name: getattr(spec, name) for name in decay} == decay
+    assert AdamW(0.5, max_norm=2).spec().max_norm == 2.0
+    assert Adam(0.5, corrected_eps=True).spec().corrected_eps
+    assert RowWiseAdam(0.5, corrected_eps=True).spec().corrected_eps
+
+
+@pytest.mark.parametrize(
+    "optimizer", [RowWiseAdagrad(0.1, rowwise="row"), RowWiseAdam(0.1, rowwise="row"), SGD(0.1, max_norm=1)]
+)
+def test_an_optimizer_of_whole_rows_gives_the_table_one_block(optimizer: Any) -> None:
+    schema = resolve(TableConfig(name="a", num_slots=64, value_dim=1000, optimizer=optimizer))
+    assert (schema.block_dim, schema.num_blocks, schema.layout) == (1000, 1, "rows")
+    assert resolve(TableConfig(name="a", num_slots=64, value_dim=1000)).num_blocks > 1
+    with pytest.raises(ConfigError, match=r"block_dim = 64 cuts slots in several blocks, and .* needs"):
+        TableConfig(name="a", num_slots=64, value_dim=1000, optimizer=optimizer, block_dim=64)
+
+
 @pytest.mark.parametrize(
     ("make", "field"),
     [
@@ -88,6 +122,9 @@ def test_specs_carry_every_hyper_parameter() -> None:
         (lambda: AdamW(0.1, weight_decay=-1), "AdamW.weight_decay"),
         (lambda: AdamW(0.1, dense=1), "AdamW.dense"),  # type: ignore[arg-type]
         (lambda: RowWiseAdam(0.1, eps=0), "RowWiseAdam.eps"),
+        (lambda: SGD(0.1, momentum=1.0), "SGD.momentum"),
+        (lambda: SGD(0.1, max_norm=0), "SGD.max_norm"),
+        (lambda: RowWiseAdam(0.1, rowwise="slot"), "RowWiseAdam.rowwise"),  # type: ignore[arg-type]
     ],
 )
 def test_hyper_parameters_out_of_range_are_refused(make: Any, field: str) -> None:
@@ -99,3 +136,17 @@ def test_hyper_parameters_out_of_range_are_refused(make: Any, field: str) -> Non
 def test_a_mistyped_argument_is_refused() -> None:
     with pytest.raises(TypeError, match="epsilon"):
         Adagrad(0.1, epsilon=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (SGD(0.1, nesterov=True), r"optimizer\.nesterov = True needs a momentum above 0 and no dampening"),
+        (SGD(0.1, momentum=0.9, nesterov=True, dampening=0.1), r"optimizer\.nesterov = True needs a momentum above 0"),
+        (SGD(0.1, dampening=0.1), r"optimizer\.dampening = 0\.1 dampens a momentum, which is 0"),
+        (AdamW(0.1, dense=True, max_norm=1), r"optimizer\.max_norm = 1\.0 bounds slots when they have a gradient"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(optimizer: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TableConfig(name="a", num_slots=4, value_dim=2, optimizer=optimizer)

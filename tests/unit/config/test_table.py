@@ -4,10 +4,10 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mempool.config import Adam, AdamW, FlatKeys, ProductKeys, TableConfig, resolve
+from mempool.config import SGD, Adam, AdamW, FlatKeys, ProductKeys, TableConfig, resolve
 from mempool.errors import ConfigError
 from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec, TableSchema
 
@@ -60,9 +60,17 @@ def test_default_page_slots(num_slots: int, page_slots: int) -> None:
     assert resolve(TableConfig(name="a", num_slots=num_slots, value_dim=8)).page_slots == page_slots
 
 
+def test_default_pages_are_small_where_rows_are_wide_and_large_where_they_would_be_too_many() -> None:
+    wide = resolve(TableConfig(name="a", num_slots=10**6, value_dim=2**14, optimizer=Adam(0.1)))
+    assert wide.page_slots == 256  # of 192 KiB each: 4,096 would be a page of 768 MiB, which no message can carry
+    many = resolve(TableConfig(name="a", num_slots=2**40, value_dim=1, optimizer=SGD(0.1)))
+    assert (many.page_slots, many.num_row_pages) == (2**20, 2**20)
+
+
 @settings(deadline=None)
 @given(num_slots=st.integers(1, 2**32), value_dim=st.integers(1, 2**14))
 def test_defaults_cover_the_table_in_few_pages(num_slots: int, value_dim: int) -> None:
+    assume(num_slots * value_dim <= 2**40)  # 4 TiB of values
     schema = resolve(TableConfig(name="a", num_slots=num_slots, value_dim=value_dim))
     assert 1 <= schema.num_blocks <= 8
     assert schema.width(tuple(range(schema.num_blocks))) == value_dim
@@ -119,12 +127,19 @@ def test_names_that_would_hurt_elsewhere_are_refused(name: str) -> None:
     ("fields", "message"),
     [
         ({"keys": {"type": "product", "heads": 2, "key_dim": 5}}, r"keys\.key_dim = 5 is odd.* Nearest: 4 or 6\."),
-        ({"keys": {"type": "flat", "key_dim": 0}}, r"keys\.key_dim = 0 must be greater than 0"),
-        ({"keys": {"type": "product", "heads": 0, "key_dim": 2}}, r"keys\.heads = 0 must be greater than 0"),
+        ({"keys": {"type": "flat", "key_dim": 0}}, r"keys\.key_dim = 0 must be at least 1"),
+        ({"keys": {"type": "product", "heads": 0, "key_dim": 2}}, r"keys\.heads = 0 must be at least 1"),
         ({"seed": 2**63}, r"seed = 9_223_372_036_854_775_808 must be at most"),
-        ({"block_dim": 0}, r"block_dim = 0 must be greater than 0"),
-        ({"num_slots": 2**62}, r"num_slots = .* pages of 4096 slots.* larger page_slots"),
-        ({"num_slots": 2**30, "page_slots": 1}, r"a table may have 16_777_216\. Give a larger page_slots"),
+        ({"block_dim": 0}, r"block_dim = 0 must be at least 1"),
+        ({"num_slots": 2**62}, r"num_slots = .* must be at most 1_099_511_627_776"),
+        ({"num_slots": 2**30, "page_slots": 1}, r"a table may have 1_048_576\. Give a larger page_slots"),
+        ({"value_dim": 2**20, "block_dim": 1}, r"block_dim = 1 makes 1_048_576 column blocks.* Give at least 4_096"),
+        ({"block_dim": 5}, r"block_dim = 5 is wider than a value; give at most value_dim, 4"),
+        (
+            {"page_slots": 2**20, "value_dim": 64},
+            r"page_slots = .* makes pages of 512\.0 MiB.* at most 262_144\.",
+        ),
+        ({"init_std": 1e300}, r"init_std = 1e\+300 must be at most 1000000\.0"),
     ],
 )
 def test_impossible_tables_are_refused(fields: dict[str, object], message: str) -> None:

@@ -43,14 +43,24 @@ class Fleet:
         self.hosts: dict[int, Faulty] = {}
         self.refuse: set[int] = set()
         self.incarnation = 0
+        self.room = 1000
+        self.waits_for = ""
+        self.memory_bytes: int | None = None
 
     async def start(self, shard: int) -> ShardInfo:
         if shard in self.refuse:
             raise errors.ShardUnavailable(f"shard {shard} does not fit")
         self.incarnation += 1
         info = ShardInfo(shard=shard, address="", incarnation=self.incarnation)
-        self.hosts[shard] = Faulty(Engine(info, peers=self.dial))
+        self.hosts[shard] = Faulty(Engine(info, peers=self.dial, memory_bytes=self.memory_bytes))
         return info
+
+    async def require_room(self, shards: int) -> None:
+        if shards > self.room:
+            raise errors.ShardUnavailable(f"{shards} shards more do not fit: there is room for {self.room}")
+
+    async def waiting_for(self) -> str:
+        return self.waits_for
 
     async def stop(self, info: ShardInfo) -> None:
         host = self.hosts.pop(info.shard, None)

@@ -46,12 +46,12 @@ def test_values_and_state_survive_rescales_in_small_rounds(layout: str) -> None:
         table = bench.pool.create_table(config(layout=layout, optimizer=mempool.optim.Adagrad(lr=0.1)))
         train(table, 0)
         everything = torch.arange(600)
-        values, state = table.rows(everything), table.state("values.sum", everything)
+        values, state = table.rows(everything), table.state(everything)["values.sum"]
         for shards in (4, 3, 1, 2):
             reports: list[Any] = []
             bench.pool.rescale(shards, progress=reports.append)
             assert torch.equal(table.rows(everything), values)
-            assert torch.equal(table.state("values.sum", everything), state)
+            assert torch.equal(table.state(everything)["values.sum"], state)
             assert sorted(bench.fleet.hosts) == list(range(shards))
             assert reports[-1].done
             assert reports[-1].pages_moved == reports[-1].pages_total

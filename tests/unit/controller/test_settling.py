@@ -10,8 +10,8 @@ import torch
 from mempool import errors
 from mempool.client import Pool
 from mempool.config import resolve
-from mempool.controller import Controller, controller, mover
-from mempool.placement import Assignment, moves, rounds
+from mempool.controller import Controller, mover, telling
+from mempool.placement import Assignment, moves
 from mempool.types import ShardInfo
 from mempool.wire.channels.loop import run
 
@@ -51,7 +51,7 @@ def heir_of(bench: Bench) -> Controller:
 
 def test_a_view_that_arrives_late_keeps_what_was_staged_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The former owner has given the pages away by then: they are nowhere else."""
-    monkeypatch.setattr(controller, "_PUSH_PAUSE_S", 0.01)
+    monkeypatch.setattr(telling, "_PUSH_PAUSE_S", 0.01)
     with Bench(1, round_bytes=40_000) as bench:
         table = bench.pool.create_table(config(layout="rows"))
         values = table.rows(EVERYTHING)
@@ -69,7 +69,7 @@ def test_a_view_that_arrives_late_keeps_what_was_staged_for_it(monkeypatch: pyte
 
 
 def test_one_lost_packet_does_not_stop_a_rescale(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controller, "_PUSH_PAUSE_S", 0.01)
+    monkeypatch.setattr(telling, "_PUSH_PAUSE_S", 0.01)
     with Bench(1, round_bytes=40_000) as bench:
         table = bench.pool.create_table(config(layout="rows"))
         values = table.rows(EVERYTHING)
@@ -83,7 +83,7 @@ def test_a_shard_that_missed_its_tables_gets_them_when_the_rescale_is_asked_for_
     with Bench(2, round_bytes=40_000) as bench:
         table = bench.pool.create_table(config(layout="rows"))
         values = table.rows(EVERYTHING)
-        faulty_from_the_start(bench, {"attach_table": nth(1, 2)})
+        faulty_from_the_start(bench, {"attach_table": nth(1)})
         with pytest.raises(errors.ShardUnavailable, match="a packet was lost"):
             bench.pool.rescale(3)
         bench.pool.rescale(3)
@@ -229,8 +229,7 @@ def test_nothing_is_thawed_while_a_shard_is_silent_that_may_know_more() -> None:
         before, after = (
             Assignment(owners=view.placement.owners, key_owners=view.placement.key_owners) for view in (present, target)
         )
-        (everything,) = rounds(moves(before, after), page_bytes=1, max_bytes=2**30)
-        pulls = mover._pulls(present, everything)
+        pulls = mover._pulls(present, moves(before, after))
         for host in bench.fleet.hosts.values():
             run(host.freeze(table.schema.table_id, 5.0), timeout_s=CALL_S)
         for dest, requests in pulls:
@@ -247,7 +246,7 @@ def test_nothing_is_thawed_while_a_shard_is_silent_that_may_know_more() -> None:
 
 
 def test_a_dead_shard_that_owns_nothing_can_be_scaled_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(controller, "_PUSH_PAUSE_S", 0.01)
+    monkeypatch.setattr(telling, "_PUSH_PAUSE_S", 0.01)
     with Bench(4, round_bytes=40_000) as bench:
         table = bench.pool.create_table(config(value_dim=192, layout="columns"))
         values = table.rows(EVERYTHING)

@@ -1,9 +1,11 @@
 """The embedded pool as a user meets it."""
 
+import gc
 import pickle
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -66,10 +68,8 @@ def test_a_shard_that_lost_an_acknowledged_commit_is_not_believed() -> None:
         table.gather(ids).sum().backward()
         table.commit()
         table.gather(ids)
-        info = pool.status().shards[1].info
-        engine = pool.router._dial(info)  # type: ignore[attr-defined]
-        engine._tables[table.schema.table_id].ledger.version -= 1  # what a restore of an older state would be
-        with pytest.raises(errors.DataLoss, match="version 0, and this client has seen version 1 acknowledged"):
+        pool.router._acknowledged[table.schema.table_id] += 1  # what a restore of an older state would look like
+        with pytest.raises(errors.DataLoss, match="version 1, and this client has seen version 2 acknowledged"):
             table.gather(ids)
 
 
@@ -90,3 +90,40 @@ def test_a_table_is_not_pickled() -> None:
         table = pool.create_table(mempool.TableConfig(name="facts", num_slots=64, value_dim=8))
         with pytest.raises(errors.InvalidRequest, match="connect to the pool"):
             pickle.dumps(table)
+
+
+def _shard_threads(name: str) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.endswith(f"pool {name!r}")]
+
+
+def test_a_pool_that_is_not_closed_ends_with_the_last_that_holds_it_and_is_warned_of() -> None:
+    def trained() -> tuple[mempool.Table, torch.Tensor]:
+        pool = mempool.local(shards=2, name="lost", timeout_s=60)
+        table = pool.create_table(mempool.TableConfig(name="facts", num_slots=64, value_dim=8))
+        return table, table.gather(torch.tensor([[1, 2]]))
+
+    gc.disable()  # no cycle holds it
+    try:
+        table, pooled = trained()
+        gone = weakref.ref(table)
+        del table
+        pooled.sum().backward()  # a graph is enough
+        assert len(_shard_threads("lost")) == 2
+        with pytest.warns(ResourceWarning, match="embedded pool 'lost' was not closed"):
+            del pooled
+        assert gone() is None
+        for thread in _shard_threads("lost"):
+            thread.join(30.0)
+        assert not _shard_threads("lost")
+    finally:
+        gc.enable()
+
+
+def test_a_closed_pool_says_that_it_was_embedded() -> None:
+    with mempool.local(name="mine", timeout_s=60) as pool:
+        table = pool.create_table(mempool.TableConfig(name="facts", num_slots=64, value_dim=8))
+    with pytest.raises(errors.InvalidRequest) as raised:
+        table.rows(torch.tensor([1]))
+    assert str(raised.value) == (
+        "embedded pool 'mine' is closed, and its tables ended with it; make another with mempool.local()."
+    )

@@ -4,6 +4,7 @@ The package's own functions are called with tensors on the CPU, and what they wo
 being run: with the constants, the options and the alignment of arguments that a launch on a GPU has.
 """
 
+import functools
 import json
 import re
 import subprocess
@@ -23,6 +24,7 @@ from mempool.kernels import DenseSchedule, OptimizerStep, PackedLayout, Paged, R
 
 TARGET = GPUTarget("cuda", 90, 32)
 NUM_BAGS, PAIRS_OF_A_BAG, NUM_ROWS = 64, 32, 4096
+OPTIONS = [("sgd_momentum", {"momentum": 0.9, "nesterov": True}), ("rowwise_adam", {"l2": True, "corrected_eps": True})]
 
 
 class Compiler:
@@ -98,11 +100,11 @@ def read(triton_kernels, width, element, block_dim, weighted=True, dtype=torch.f
     triton_kernels.gather_rows(paged, ids, paged.value_dtype)
 
 
-def step(triton_kernels, width, element, block_dim, algorithm, randomly=False, mastered=False, fused=True):
+def step(triton_kernels, width, element, block_dim, algorithm, randomly=False, mastered=False, fused=True, **options):
     paged, _, weights, _, bags, grads, pairs = make_case(width, element, block_dim)
     columns = torch.zeros(kernels.num_blocks(width, block_dim), dtype=torch.int64)
     rounding = RandomRounding(RandomRounding.key_of(seed=1, table=2, step=3), columns) if randomly else None
-    one = OptimizerStep(algorithm, lr=0.1, block_dim=block_dim, rounding=rounding)
+    one = OptimizerStep(algorithm, lr=0.1, block_dim=block_dim, rounding=rounding, **options)
     state = make_state(algorithm, width, block_dim)
     if mastered:
         state[kernels.MASTER] = torch.zeros(NUM_ROWS, width)
@@ -162,6 +164,9 @@ def cases():
         yield "odd", step, (100, element, 36, "sgd", True)
     for algorithm in kernels.ALGORITHMS:
         yield algorithm, step, (256, "bfloat16", 64, algorithm, False, True, False)
+    for algorithm, options in OPTIONS:
+        one_step = functools.partial(step, weight_decay=0.1, max_norm=1.0, **options)
+        yield f"{algorithm} {options}", one_step, (256, "bfloat16", 256, algorithm, True)
     yield "others", others, ()
     yield "scores", scores, ()
 

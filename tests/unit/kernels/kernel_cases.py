@@ -1,6 +1,8 @@
 """Random cases for the kernels: arenas with holes, ragged bags, repeated ids, odd widths; NaN where nobody may look."""
 
+import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from typing import get_args
 
@@ -9,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from mempool import kernels
-from mempool.kernels import PackedElement, PackedLayout, Paged, reference
+from mempool.kernels import OptimizerStep, PackedElement, PackedLayout, Paged, SortedPairs, num_blocks, reference
 
 kernel_settings = settings.get_profile("kernels")
 
@@ -137,6 +139,62 @@ def cases(draw, widths=WIDTHS, elements=kernels.ELEMENTS, max_bags=6, max_pairs=
         bags=torch.repeat_interleave(torch.arange(len(sizes)), offsets.diff()),
         grads=torch.randn(len(sizes), width, generator=generator),
         block_dim=block_dim,
+    )
+
+
+def make_state(paged: Paged, step: OptimizerStep, *, master: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Positive state, and any master, for the owned rows, NaN in the spare ones. Some momentum has not begun."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name in kernels.STATE_NAMES[step.algorithm]:
+        columns = num_blocks(paged.width, step.block_dim) if name in kernels.BLOCK_STATE else paged.width
+        state[name] = torch.rand(paged.rows.shape[0], columns, generator=generator)
+        if name == "momentum_buffer":
+            state[name][::3] = kernels.NO_MOMENTUM
+    if master:
+        state["master"] = torch.randn(paged.rows.shape[0], paged.width, generator=generator)
+    for tensor in state.values():
+        tensor[~owned_rows(paged)] = torch.nan
+    return state
+
+
+def fitted(step: OptimizerStep, case: Case, **changes) -> OptimizerStep:
+    """The step with the case's blocks: norms are bounded where a row is one."""
+    max_norm = step.max_norm if case.block_dim >= case.paged.width else math.inf
+    return dataclasses.replace(step, block_dim=case.block_dim, max_norm=max_norm, **changes)
+
+
+def pairs_of(rows: torch.Tensor, slots: torch.Tensor | None = None) -> SortedPairs:
+    """Distinct rows, one pair each."""
+    places = torch.arange(rows.numel() + 1)
+    return SortedPairs(order=places[:-1], rows=rows, slots=rows if slots is None else slots, starts=places)
+
+
+def moved(under_test, pairs: SortedPairs) -> SortedPairs:
+    return SortedPairs(**{name: under_test.to(getattr(pairs, name)) for name in ("order", "rows", "slots", "starts")})
+
+
+@st.composite
+def steps(draw) -> OptimizerStep:
+    """Every rule with every option that it has."""
+    algorithm = draw(st.sampled_from(kernels.ALGORITHMS))
+    momentum = {}
+    if algorithm == "sgd_momentum":
+        nesterov = draw(st.booleans())
+        dampening = 0.0 if nesterov else draw(st.sampled_from((0.0, 0.4)))
+        momentum = {"momentum": 0.8, "dampening": dampening, "nesterov": nesterov}
+    return OptimizerStep(
+        algorithm,
+        lr=draw(st.sampled_from((0.1, 1e-3))),
+        grad_scale=draw(st.sampled_from((1.0, 0.37))),
+        step=draw(st.integers(1, 50)),
+        eps=draw(st.sampled_from((1e-8, 0.3))),
+        lr_decay=draw(st.sampled_from((0.0, 0.01))),
+        weight_decay=draw(st.sampled_from((0.0, 0.1))),
+        l2=algorithm != "adamw" and draw(st.booleans()),
+        corrected_eps=draw(st.booleans()),
+        max_norm=draw(st.sampled_from((math.inf, 0.5, 4.0))),
+        **momentum,
     )
 
 

@@ -1,13 +1,16 @@
 """Implementations against each other: what is summed in a fixed order has the same bits on the CPU and on the GPU."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from kernel_cases import UnderTest, cases, kernel_settings, make_paged, same_bits
+from kernel_cases import UnderTest, cases, kernel_settings, make_paged, make_state, same_bits, steps
 
 from mempool import kernels
-from mempool.kernels import RUN_PIECE, OptimizerStep, Paged, RandomRounding
+from mempool.kernels import RUN_PIECE, Paged, RandomRounding
 
 
 @pytest.fixture(autouse=True)
@@ -48,40 +51,25 @@ def test_sums_of_hot_rows_have_the_bits_of_the_cpu(under_test):
 
 
 @kernel_settings
-@given(
-    case=cases(),
-    algorithm=st.sampled_from(("sgd", "adagrad", "adam", "adamw")),
-    master=st.booleans(),
-    randomly=st.booleans(),
-)
-def test_optimizer_steps_have_the_bits_of_the_cpu(under_test, case, algorithm, master, randomly):
-    """All but the row-wise rules, whose mean over a block is added up in another order."""
+@given(case=cases(), step=steps(), master=st.booleans(), randomly=st.booleans())
+def test_optimizer_steps_have_the_bits_of_the_cpu(under_test, case, step, master, randomly):
+    """All but the row-wise rules and bounds of norms, whose sums over a block are added up in another order."""
     if under_test.name == "torch":
         pytest.skip("torch's operations fuse multiply and add where they like")
+    assume(not kernels.BLOCK_STATE & set(kernels.STATE_NAMES[step.algorithm]))
     columns = 7 + torch.arange(kernels.num_blocks(case.paged.width, case.block_dim))
-    shape = (case.paged.rows.shape[0], case.paged.width)
-    names = (*kernels.STATE_NAMES[algorithm], *(("master",) if master else ()))
-    state = {name: torch.full(shape, 0.25) for name in names}
+    state = make_state(case.paged, step, master=master)
     results = []
     for to, implementation in (
         (under_test.to, under_test.kernels),
         (UnderTest("numba", "cpu").to, kernels.implementation("numba")),
     ):
         rounding = RandomRounding(-5, to(columns)) if randomly else None
-        step = OptimizerStep(
-            algorithm,
-            lr=0.1,
-            step=7,
-            eps=1e-8,
-            grad_scale=0.3,
-            weight_decay=0.1,
-            block_dim=case.block_dim,
-            rounding=rounding,
-        )
+        one = dataclasses.replace(step, block_dim=case.block_dim, max_norm=math.inf, rounding=rounding)
         paged, own_state = to(case.paged), to(state)
         pairs = implementation.sort_pairs(paged, to(case.ids))
         gradients = to(case.weights), to(case.bags), to(case.grads)
-        implementation.fused_step(paged, own_state, pairs, *gradients, step)
+        implementation.fused_step(paged, own_state, pairs, *gradients, one)
         results.append([paged.rows, *own_state.values()])
     assert all(same_bits(one, other) for one, other in zip(*results, strict=True))
 

@@ -6,55 +6,30 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import assert_close, cases, column_slice, kernel_settings, make_paged, owned_rows, same_bits
+from kernel_cases import (
+    assert_close,
+    cases,
+    column_slice,
+    fitted,
+    kernel_settings,
+    make_paged,
+    make_state,
+    moved,
+    pairs_of,
+    same_bits,
+    steps,
+)
 
 from mempool import kernels
-from mempool.kernels import DenseSchedule, OptimizerStep, Paged, RandomRounding, SortedPairs, num_blocks, reference
+from mempool.kernels import DenseSchedule, OptimizerStep, Paged, RandomRounding, num_blocks, reference
 
 MASTERS = pytest.mark.parametrize("master", [False, True], ids=["plain", "master"])
-
-
-def make_state(paged: Paged, step: OptimizerStep, *, master: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Positive state, and any master, for the owned rows, NaN in the spare ones."""
-    generator = torch.Generator().manual_seed(seed)
-    state = {}
-    for name in kernels.STATE_NAMES[step.algorithm]:
-        columns = num_blocks(paged.width, step.block_dim) if name in kernels.BLOCK_STATE else paged.width
-        state[name] = torch.rand(paged.rows.shape[0], columns, generator=generator)
-    if master:
-        state["master"] = torch.randn(paged.rows.shape[0], paged.width, generator=generator)
-    for tensor in state.values():
-        tensor[~owned_rows(paged)] = torch.nan
-    return state
-
-
-def pairs_of(rows: torch.Tensor, slots: torch.Tensor | None = None) -> SortedPairs:
-    """Distinct rows, one pair each."""
-    places = torch.arange(rows.numel() + 1)
-    return SortedPairs(order=places[:-1], rows=rows, slots=rows if slots is None else slots, starts=places)
-
-
-def moved(under_test, pairs: SortedPairs) -> SortedPairs:
-    return SortedPairs(**{name: under_test.to(getattr(pairs, name)) for name in ("order", "rows", "slots", "starts")})
-
-
-@st.composite
-def steps(draw) -> OptimizerStep:
-    return OptimizerStep(
-        draw(st.sampled_from(kernels.ALGORITHMS)),
-        lr=draw(st.sampled_from((0.1, 1e-3))),
-        grad_scale=draw(st.sampled_from((1.0, 0.37))),
-        step=draw(st.integers(1, 50)),
-        eps=draw(st.sampled_from((1e-8, 0.3))),
-        lr_decay=draw(st.sampled_from((0.0, 0.01))),
-        weight_decay=draw(st.sampled_from((0.0, 0.1))),
-    )
 
 
 @kernel_settings
 @given(case=cases(elements=("float32",)), step=steps(), master=st.booleans())
 def test_optimizer_step_equals_reference_and_touches_nothing_else(under_test, case, step, master):
-    step = dataclasses.replace(step, block_dim=case.block_dim)
+    step = fitted(step, case)
     pairs = reference.sort_pairs(case.paged, case.ids)
     sums = reference.segment_sum(pairs, case.weights, case.bags, case.grads).float()
     state = make_state(case.paged, step, master=master)
@@ -81,7 +56,7 @@ def test_stored_elements_are_the_float32_result_rounded(under_test, case, step, 
     width, block_dim = case.paged.width, case.block_dim
     columns = 1000 + 3 * block_dim * torch.arange(num_blocks(width, block_dim))
     rounding = RandomRounding(RandomRounding.key_of(seed=1, table=2, step=step.step), columns) if randomly else None
-    step = dataclasses.replace(step, block_dim=block_dim, rounding=rounding)
+    step = fitted(step, case, rounding=rounding)
     own_step = step
     if rounding is not None:
         own_step = dataclasses.replace(step, rounding=RandomRounding(rounding.key, under_test.to(columns)))
@@ -115,7 +90,7 @@ def test_stored_elements_are_the_float32_result_rounded(under_test, case, step, 
 @given(case=cases(), step=steps(), master=st.booleans())
 def test_fused_step_is_bitwise_the_two_steps(under_test, case, step, master):
     columns = under_test.to(torch.arange(num_blocks(case.paged.width, case.block_dim)))
-    step = dataclasses.replace(step, block_dim=case.block_dim, rounding=RandomRounding(7, columns))
+    step = fitted(step, case, rounding=RandomRounding(7, columns))
     state = make_state(case.paged, step, master=master)
     paged_two, state_two = under_test.to(case.paged), under_test.to(state)
     paged_one, state_one = under_test.to(case.paged), under_test.to(state)

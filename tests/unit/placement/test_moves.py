@@ -1,6 +1,5 @@
 """Moves and rounds: together they turn the present into the target, in valid steps."""
 
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -9,9 +8,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mempool.errors import InvalidRequest
-from mempool.placement import Assignment, KeyMove, Move, apply_round, moves, plan, rounds
+from mempool.placement import Assignment, Moves, apply_moves, moves, plan, rounds
 
 from .strategies import LAYOUTS, presents, shard_sets
+
+
+def listed(some: Moves) -> list[tuple[int, ...]]:
+    """(row page, block, source, dest), then (head, source, dest)."""
+    pages = zip(*(axis.tolist() for axis in (some.row_pages, some.blocks, some.sources, some.dests)), strict=True)
+    keys = zip(*(axis.tolist() for axis in (some.heads, some.key_sources, some.key_dests)), strict=True)
+    return [*pages, *keys]
+
+
+def made(*steps: tuple[int, ...]) -> Moves:
+    """Moves of such tuples."""
+    pages = np.array([step for step in steps if len(step) == 4], dtype=np.int64).reshape(-1, 4).T
+    keys = np.array([step for step in steps if len(step) == 3], dtype=np.int64).reshape(-1, 3).T
+    return Moves(
+        row_pages=pages[0],
+        blocks=pages[1],
+        sources=pages[2],
+        dests=pages[3],
+        heads=keys[0],
+        key_sources=keys[1],
+        key_dests=keys[2],
+    )
 
 
 @given(
@@ -28,31 +49,35 @@ def test_rounds_lead_from_the_present_to_the_target(present, shards, layout, pag
     keys = present.num_key_pages
     target = plan(present, shards, num_row_pages=rows, num_blocks=blocks, num_key_pages=keys, layout=layout)
     all_moves = moves(present, target)
-    plan_rounds = rounds(all_moves[::-1], page_bytes=page_bytes, key_page_bytes=key_bytes, max_bytes=max_bytes)
+    cut = rounds(all_moves, page_bytes=page_bytes, key_page_bytes=key_bytes, max_bytes=max_bytes)
+    parts = list(cut)
+    assert len(parts) == len(cut)
 
-    joined = [move for one in plan_rounds for move in one.moves] + [
-        move for one in plan_rounds for move in one.key_moves
-    ]
-    assert joined == all_moves, "the rounds, in order, are the moves, in order"
-    seen_rows = [{move.row_page for move in one.moves} for one in plan_rounds]
+    joined = [move for part in parts for move in listed(part)]
+    assert joined == listed(all_moves), "the rounds, in order, are the moves, in order"
+    assert sum(part.num_pages for part in parts) == all_moves.num_pages
+    seen_rows = [set(part.row_pages.tolist()) for part in parts]
     assert sum(map(len, seen_rows)) == len(set().union(*seen_rows)), "a row page is in two rounds"
-    for one, row_pages in zip(plan_rounds, seen_rows, strict=True):
-        assert one.num_pages == len(one.moves) + len(one.key_moves) > 0
-        assert one.num_bytes == len(one.moves) * page_bytes + len(one.key_moves) * key_bytes
-        assert one.num_bytes <= max_bytes or len(row_pages) + len(one.key_moves) == 1
-    for one, following in pairwise(plan_rounds):
-        first = following.moves[0].row_page if following.moves else None
-        together = [move for move in following.moves if move.row_page == first]
-        group_bytes = len(together) * page_bytes if together else key_bytes
-        assert one.num_bytes + group_bytes > max_bytes, "the next group had fitted"
+
+    def size(part: Moves) -> int:
+        return part.row_pages.size * page_bytes + part.heads.size * key_bytes
+
+    for part, row_pages in zip(parts, seen_rows, strict=True):
+        assert part.num_pages > 0
+        assert size(part) <= max_bytes or len(row_pages) + part.heads.size == 1
+    for part, following in pairwise(parts):
+        first = following.row_pages[0] if following.row_pages.size else None
+        together = int((following.row_pages == first).sum())
+        group_bytes = together * page_bytes if together else key_bytes
+        assert size(part) + group_bytes > max_bytes, "the next group had fitted"
 
     state = present
-    for one in plan_rounds:
+    for part in parts:
         before = state.owners.copy()
-        following = apply_round(state, one)
+        following = apply_moves(state, part)
         np.testing.assert_array_equal(state.owners, before)
         changed = (following.owners != state.owners).sum() + (following.key_owners != state.key_owners).sum()
-        assert changed == one.num_pages
+        assert changed == part.num_pages
         state = following
     assert state == target
 
@@ -64,14 +89,25 @@ def table(owners, keys=()):
 def test_moves_name_page_source_and_dest_in_order():
     present = table([[0, 1], [0, 1], [2, 2]], [0, 1])
     target = table([[0, 3], [3, 0], [2, 2]], [0, 3])
-    assert moves(present, target) == [Move(0, 1, 1, 3), Move(1, 0, 0, 3), Move(1, 1, 1, 0), KeyMove(1, 1, 3)]
-    assert moves(present, present) == []
-    assert rounds([], page_bytes=1, max_bytes=1) == []
+    found = moves(present, target)
+    assert listed(found) == [(0, 1, 1, 3), (1, 0, 0, 3), (1, 1, 1, 0), (1, 1, 3)]
+    assert moves(present, present).num_pages == 0
+    assert list(rounds(Moves(), page_bytes=1, max_bytes=1)) == []
 
 
 def test_a_key_page_is_as_large_as_a_page_unless_told():
-    (one,) = rounds([KeyMove(0, 0, 1), Move(0, 0, 0, 1)], page_bytes=7, max_bytes=100)
-    assert one.num_bytes == 14
+    steps = made((0, 0, 0, 1), (0, 0, 1))
+    assert len(rounds(steps, page_bytes=7, max_bytes=14)) == 1
+    assert len(rounds(steps, page_bytes=7, max_bytes=13)) == 2
+    assert len(rounds(steps, page_bytes=7, max_bytes=13, key_page_bytes=6)) == 1
+
+
+def test_a_million_pages_are_planned_as_arrays():
+    """No object a page: what is made is a few arrays, and the rounds are views of them."""
+    present, target = table(np.zeros((2**20, 1))), table(np.ones((2**20, 1)))
+    cut = rounds(moves(present, target), page_bytes=64, max_bytes=2**20)
+    assert len(cut) == 64
+    assert all(part.row_pages.base is not None for part in cut)
 
 
 def test_moves_of_different_tables_are_refused():
@@ -81,21 +117,21 @@ def test_moves_of_different_tables_are_refused():
         moves(table([[0]], [1]), table([[0]]))
 
 
-def test_a_round_that_does_not_fit_the_assignment_is_refused():
+def test_moves_that_do_not_fit_the_assignment_are_refused():
     present = table([[0, 1]], [0])
-    (one,) = rounds([Move(0, 1, 1, 2), KeyMove(0, 0, 2)], page_bytes=1, max_bytes=10)
-    done = apply_round(present, one)
+    done = apply_moves(present, made((0, 1, 1, 2), (0, 0, 2)))
     assert done == table([[0, 2]], [2])
-    with pytest.raises(InvalidRequest, match="shard 2 owns it"):
-        apply_round(done, one)
-    with pytest.raises(InvalidRequest, match="does not exist"):
-        apply_round(present, replace(one, moves=(Move(0, 2, 1, 2),)))
-    with pytest.raises(InvalidRequest, match="does not exist"):
-        apply_round(present, replace(one, moves=(Move(-1, 0, 0, 2),)))
+    with pytest.raises(InvalidRequest, match=r"takes page \(0, 1\) from shard 1, but shard 2 owns it"):
+        apply_moves(done, made((0, 1, 1, 2)))
+    with pytest.raises(InvalidRequest, match=r"takes key page \(0,\) from shard 0, but shard 2 owns it"):
+        apply_moves(done, made((0, 0, 2)))
+    for place in ((0, 2), (-1, 0), (1, 0)):
+        with pytest.raises(InvalidRequest, match=r"page \(.*\), which does not exist"):
+            apply_moves(present, made((*place, 1, 2)))
 
 
 @pytest.mark.parametrize("name", ["page_bytes", "max_bytes", "key_page_bytes"])
 def test_bytes_below_one_are_refused(name):
     sizes = {"page_bytes": 4, "max_bytes": 8, "key_page_bytes": 4} | {name: 0}
     with pytest.raises(InvalidRequest, match=f"{name} = 0"):
-        rounds([KeyMove(0, 0, 1)], **sizes)
+        rounds(made((0, 0, 1)), **sizes)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mempool import types
 from mempool.errors import Internal, InvalidRequest
+from mempool.types.schema_checks import HYPER_PARAMETERS, NAME
 from mempool.wire import methods
 from mempool.wire.codecs.codec import Codec
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
@@ -62,43 +64,65 @@ ENVELOPE = build(types.Envelope, table_id=U64, epoch=U64, incarnation=U64)
 STAMP = build(types.Stamp, shard=U32, incarnation=U64, epoch=U64, table_version=U64)
 STEP_ID = build(types.StepId, group=TEXT, rank=U32, step=U64)
 REPLY_DTYPE = st.sampled_from(["float32", "bfloat16"])
-RATE = st.floats(0.0, allow_infinity=False)
-DECAY = st.floats(0.0, 1.0, exclude_max=True)
-OPTIMIZER = build(
-    types.OptimizerSpec,
-    algorithm=st.sampled_from(["sgd", "adagrad", "rowwise_adagrad", "adam", "adamw", "rowwise_adam"]),
-    lr=RATE,
-    eps=st.floats(0.0, exclude_min=True, allow_infinity=False),
-    beta1=DECAY,
-    beta2=DECAY,
-    lr_decay=RATE,
-    initial_accumulator_value=RATE,
-    weight_decay=RATE,
-    dense=st.booleans(),
-)
-KEYS = st.one_of(
-    st.none(),
-    build(types.FlatKeySpec, key_dim=U32, deterministic=st.booleans()),
-    build(types.ProductKeySpec, heads=st.integers(1, 4), key_dim=U32, deterministic=st.booleans()),
-)
-SCHEMA = build(
-    types.TableSchema,
-    table_id=U64,
-    name=TEXT,
-    num_slots=st.integers(1, 100),
-    value_dim=st.integers(1, 100),
-    block_dim=st.integers(1, 40),
-    page_slots=st.sampled_from([8, 16, 64]),
-    dtype=st.sampled_from(["float32", "bfloat16", "float8_e4m3fn", "int8"]),
-    seed=U64,
-    init_std=DOUBLE,
-    stride=U64,
-    layout=st.sampled_from(["auto", "columns", "rows", "grid"]),
-    optimizer=OPTIMIZER,
-    keys=KEYS,
-    rounding=st.sampled_from(["stochastic", "nearest"]),
-    master=st.booleans(),
-).map(lambda schema: dataclasses.replace(schema, master=schema.master and schema.dtype != "float32"))
+RATE = st.floats(0.0, 1e30)
+NUMBERS: Mapping[str, st.SearchStrategy[float]] = {
+    "lr": RATE,
+    "eps": st.floats(1e-37, 1e30),
+    "beta1": st.floats(0.0, 1.0, exclude_max=True),
+    "beta2": st.floats(0.0, 1.0, exclude_max=True),
+    "lr_decay": RATE,
+    "initial_accumulator_value": RATE,
+    "weight_decay": RATE,
+}
+
+
+@st.composite
+def schemas(draw: st.DrawFn) -> types.TableSchema:
+    """Any that ``check_schema`` takes; with other numbers nothing of the kind travels."""
+    algorithm = draw(st.sampled_from(["sgd", "adagrad", "rowwise_adagrad", "adam", "adamw", "rowwise_adam"]))
+    given = {name: draw(NUMBERS[name]) for name, taken in HYPER_PARAMETERS.items() if algorithm in taken.of}
+    dtype, master = draw(st.sampled_from(["float32", "bfloat16", "float8_e4m3fn", "int8"])), draw(st.booleans())
+    master = master and dtype != "float32"
+    fine = dtype == "float32" or master
+    keys = draw(
+        st.one_of(
+            st.none(),
+            build(types.FlatKeySpec, key_dim=st.integers(1, 4096), deterministic=st.booleans()),
+            build(
+                types.ProductKeySpec,
+                heads=st.integers(1, 4),
+                key_dim=st.integers(1, 2048).map(lambda half: 2 * half),
+                deterministic=st.booleans(),
+            ),
+        )
+    )
+    root = draw(st.integers(1, 10))
+    num_slots = root**2 if isinstance(keys, types.ProductKeySpec) else draw(st.integers(1, 100))
+    value_dim = draw(st.integers(1, 100))
+    return types.TableSchema(
+        table_id=draw(U64),
+        name=draw(st.from_regex(NAME, fullmatch=True)),
+        num_slots=num_slots,
+        value_dim=value_dim,
+        block_dim=draw(st.integers(1, value_dim)),
+        page_slots=draw(st.sampled_from([1, 8, 16, 64])),
+        dtype=dtype,  # type: ignore[arg-type]
+        seed=draw(st.integers(0, 2**63 - 1)),
+        init_std=draw(st.floats(0.0, 1e6)),
+        stride=math.isqrt(num_slots) if math.isqrt(num_slots) ** 2 == num_slots else 0,
+        layout=draw(st.sampled_from(["auto", "columns", "rows", "grid"])),  # type: ignore[arg-type]
+        optimizer=types.OptimizerSpec(
+            algorithm=algorithm,  # type: ignore[arg-type]
+            dense=algorithm == "adamw" and fine and draw(st.booleans()),
+            **given,
+        ),
+        keys=keys,
+        rounding="nearest" if fine else draw(st.sampled_from(["stochastic", "nearest"])),  # type: ignore[arg-type]
+        master=master,
+    )
+
+
+SCHEMA = schemas()
 SHARD_INFO = build(types.ShardInfo, shard=U32, address=TEXT, incarnation=U64)
 
 
@@ -107,7 +131,7 @@ def views(draw: st.DrawFn) -> types.TableView:
     schema = draw(SCHEMA)
     random = np.random.default_rng(draw(st.integers(0, 2**31)))
     placement = types.Placement(
-        table_id=draw(U64),
+        table_id=schema.table_id,
         epoch=draw(U64),
         owners=random.integers(0, 2**31, (schema.num_row_pages, schema.num_blocks), np.int32),
         key_owners=random.integers(0, 2**31, schema.num_key_pages, np.int32),
@@ -136,6 +160,7 @@ TABLE_STATUS = build(
     updates_applied=U64,
     lookups=U64,
     frozen=st.booleans(),
+    bytes_to_fill=U64,
 )
 SHARD_STATUS = build(
     types.ShardStatus,
@@ -153,6 +178,14 @@ SHARD_STATUS = build(
     uptime_s=DOUBLE,
     tables=st.lists(TABLE_STATUS, max_size=2).map(tuple),
     stages=st.lists(build(types.StageTime, stage=TEXT, count=U64, total_s=DOUBLE), max_size=2).map(tuple),
+)
+CREATION = build(
+    types.TableCreation,
+    table=TEXT,
+    table_id=U64,
+    waiting_for=TEXT,
+    spent_s=DOUBLE,
+    shards=st.lists(build(types.ShardFill, shard=U32, bytes_done=U64, bytes_total=U64), max_size=2).map(tuple),
 )
 PAGES: Mapping[str, st.SearchStrategy[Any]] = {
     "table_id": U64,
@@ -336,6 +369,10 @@ CASES: dict[Method[Any, Any], Case] = {
             shards=st.lists(SHARD_STATUS, max_size=2).map(tuple),
             tables=st.lists(VIEW, max_size=2).map(tuple),
             rescaling=st.booleans(),
+            wanted_shards=U32,
+            waiting_for=TEXT,
+            unfinished=TEXT,
+            creating=st.lists(CREATION, max_size=2).map(tuple),
         ),
     ),
 }

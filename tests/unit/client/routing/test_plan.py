@@ -24,7 +24,7 @@ from mempool.client.routing.plan import (
 from mempool.errors import Internal
 from mempool.types import Placement, ShardInfo, TableSchema, TableView
 from mempool.types.bags import Bags
-from tests.unit.client.fakes import make_schema
+from tests.support.faulty import make_schema
 
 
 def make_view(

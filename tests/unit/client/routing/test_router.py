@@ -1,9 +1,7 @@
 """Routing, following placement and retrying, against shards in memory that fail on demand."""
 
 import asyncio
-from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,16 +19,12 @@ from mempool.errors import (
 )
 from mempool.types import GatherRequest, StepId, UpdateRequest
 from mempool.types.bags import Bags
-from tests.unit.client.fakes import HEALING, FakePool, Fault
+from tests.support.faulty import COLUMNS, GRID, HEALING, LAYOUTS, ROWS, Fault, FaultyPool
 
-COLUMNS = np.tile([0, 1, 2], (8, 1))
-ROWS = np.tile(np.arange(8)[:, None] % 3, (1, 3))
-GRID = np.array([[page % 2, page % 2, 2 + page % 2] for page in range(8)])
-LAYOUTS = {"one": np.zeros((8, 3)), "columns": COLUMNS, "rows": ROWS, "grid": GRID}
 STEP = StepId(group="g", rank=0, step=1)
 
 
-def make_router(pool: FakePool, **options: object) -> Router:
+def make_router(pool: FaultyPool, **options: object) -> Router:
     options = {"pool": "run-7", "timeout_s": 20.0, "backoff": Backoff(first_s=0.001, longest_s=0.002), **options}
     return Router(pool, dial=pool.dial, **options)  # type: ignore[arg-type]
 
@@ -59,7 +53,7 @@ def assert_near(found: Tensor, expected: Tensor, *, within: float = 1e-6) -> Non
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("weights", [True, False])
 def test_gather_is_the_weighted_sum(wait, layout: str, weights: bool) -> None:  # type: ignore[no-untyped-def]
-    pool, bags = FakePool(LAYOUTS[layout]), make_bags(weights=weights)
+    pool, bags = FaultyPool(LAYOUTS[layout]), make_bags(weights=weights)
 
     async def main() -> None:
         router = make_router(pool)
@@ -75,7 +69,7 @@ def test_gather_is_the_weighted_sum(wait, layout: str, weights: bool) -> None:  
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_update_gives_the_weights_gradient(wait, layout: str) -> None:  # type: ignore[no-untyped-def]
-    pool, bags = FakePool(LAYOUTS[layout]), make_bags()
+    pool, bags = FaultyPool(LAYOUTS[layout]), make_bags()
     grads = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
 
     async def main() -> None:
@@ -95,7 +89,7 @@ def test_update_gives_the_weights_gradient(wait, layout: str) -> None:  # type: 
 
 def test_shard_without_pairs_of_its_row_pages_is_not_asked_but_told(wait) -> None:  # type: ignore[no-untyped-def]
     """Nothing to gather there; but the step's sequence must be held there too."""
-    pool = FakePool(ROWS)
+    pool = FaultyPool(ROWS)
     bags = Bags(ids=torch.tensor([0, 7]), weights=None, offsets=torch.tensor([0, 2]))  # row page 0: shard 0
 
     async def main() -> None:
@@ -110,12 +104,12 @@ def test_shard_without_pairs_of_its_row_pages_is_not_asked_but_told(wait) -> Non
     (request,) = pool.shards[1].requests("update")
     assert isinstance(request, UpdateRequest)
     assert request.grads.shape == (0, 12)
-    assert list(pool.shards[1].held) == [("g", 1, 1)]
+    assert pool.shards[1].held == 1
 
 
 @pytest.mark.parametrize("layout", ["one", "columns", "grid"])
 def test_reply_dtype_is_never_that_of_partial_sums(wait, layout: str) -> None:  # type: ignore[no-untyped-def]
-    pool = FakePool(LAYOUTS[layout])
+    pool = FaultyPool(LAYOUTS[layout])
 
     async def main() -> Tensor:
         values, _ = await make_router(pool).gather(1, bags=make_bags(), reply_dtype="bfloat16")
@@ -131,7 +125,7 @@ def test_reply_dtype_is_never_that_of_partial_sums(wait, layout: str) -> None:  
 @pytest.mark.parametrize("fault", HEALING)
 @pytest.mark.parametrize("layout", ["one", "grid"])
 def test_calls_heal(wait, fault: Fault, layout: str) -> None:  # type: ignore[no-untyped-def]
-    pool, bags = FakePool(LAYOUTS[layout]), make_bags()
+    pool, bags = FaultyPool(LAYOUTS[layout]), make_bags()
     grads = torch.randn(4, 12)
 
     async def main() -> None:
@@ -151,16 +145,16 @@ def test_calls_heal(wait, fault: Fault, layout: str) -> None:  # type: ignore[no
 
     wait(main())
     for shard in pool.shards:
-        assert len(shard.held) <= 1  # repeats are held once
+        assert shard.held <= 1  # repeats are held once
 
 
 def test_forgotten_context_is_sent_again_to_that_shard_alone(wait) -> None:  # type: ignore[no-untyped-def]
-    pool, bags = FakePool(COLUMNS), make_bags()
+    pool, bags = FaultyPool(COLUMNS), make_bags()
 
     async def main() -> None:
         router = make_router(pool)
         _, record = await router.gather(1, bags=bags, remember=True)
-        pool.shards[1].contexts.clear()
+        pool.shards[1].forget()
         await router.update(record, torch.ones(4, 12), step_id=STEP, sequence=1)
 
     wait(main())
@@ -169,7 +163,7 @@ def test_forgotten_context_is_sent_again_to_that_shard_alone(wait) -> None:  # t
 
 
 def test_not_remembered_means_sent_along_at_once(wait) -> None:  # type: ignore[no-untyped-def]
-    pool = FakePool(COLUMNS)
+    pool = FaultyPool(COLUMNS)
 
     async def main() -> None:
         router = make_router(pool)
@@ -183,7 +177,7 @@ def test_not_remembered_means_sent_along_at_once(wait) -> None:  # type: ignore[
 
 @pytest.mark.parametrize("after", LAYOUTS)
 def test_moved_pages_are_followed_between_lookup_and_update(wait, after: str) -> None:  # type: ignore[no-untyped-def]
-    pool, bags = FakePool(COLUMNS, num_shards=4), make_bags()
+    pool, bags = FaultyPool(COLUMNS, num_shards=4), make_bags()
     grads = torch.randn(4, 12)
 
     async def main() -> None:
@@ -202,7 +196,7 @@ def test_moved_pages_are_followed_between_lookup_and_update(wait, after: str) ->
 
 
 def test_view_is_asked_for_once_by_all_who_need_it(wait) -> None:  # type: ignore[no-untyped-def]
-    pool, bags = FakePool(COLUMNS), make_bags()
+    pool, bags = FaultyPool(COLUMNS), make_bags()
 
     async def main() -> None:
         router = make_router(pool)
@@ -218,7 +212,7 @@ def test_view_is_asked_for_once_by_all_who_need_it(wait) -> None:  # type: ignor
 
 
 def test_controller_may_be_away(wait) -> None:  # type: ignore[no-untyped-def]
-    pool, bags = FakePool(COLUMNS), make_bags()
+    pool, bags = FaultyPool(COLUMNS), make_bags()
 
     async def main() -> None:
         router = make_router(pool)
@@ -237,7 +231,7 @@ def test_controller_may_be_away(wait) -> None:  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize("fault", [Fault.ERROR_BEFORE, Fault.SILENT])
 def test_shard_that_stays_away_is_named(wait, fault: Fault) -> None:  # type: ignore[no-untyped-def]
-    pool = FakePool(COLUMNS)
+    pool = FaultyPool(COLUMNS)
     pool.shards[2].faults["gather"] = [fault] * 1000
 
     async def main() -> None:
@@ -255,7 +249,7 @@ def test_shard_that_stays_away_is_named(wait, fault: Fault) -> None:  # type: ig
 
 
 def test_silent_shard_that_lives_again_elsewhere_is_found_in_time(wait) -> None:  # type: ignore[no-untyped-def]
-    pool, bags = FakePool(COLUMNS), make_bags()
+    pool, bags = FaultyPool(COLUMNS), make_bags()
     pool.shards[1].faults["gather"] = [Fault.SILENT]
 
     async def main() -> None:
@@ -272,7 +266,7 @@ def test_silent_shard_that_lives_again_elsewhere_is_found_in_time(wait) -> None:
 
 
 def test_plan_that_stays_old_is_no_endless_loop(wait) -> None:  # type: ignore[no-untyped-def]
-    pool = FakePool(COLUMNS)
+    pool = FaultyPool(COLUMNS)
     pool.shards[0].faults["gather"] = [Fault.STALE] * 1000
 
     async def main() -> None:
@@ -284,7 +278,7 @@ def test_plan_that_stays_old_is_no_endless_loop(wait) -> None:  # type: ignore[n
 
 
 def test_lost_pages_pass_at_once_even_beside_a_shard_that_is_away(wait) -> None:  # type: ignore[no-untyped-def]
-    pool = FakePool(COLUMNS)
+    pool = FaultyPool(COLUMNS)
     pool.shards[0].faults["gather"] = [Fault.ERROR_BEFORE]
     pool.shards[1].faults["gather"] = [Fault.DATA_LOSS] * 5
 
@@ -298,12 +292,12 @@ def test_lost_pages_pass_at_once_even_beside_a_shard_that_is_away(wait) -> None:
 
 
 def test_dropped_table_is_not_found(wait) -> None:  # type: ignore[no-untyped-def]
-    pool = FakePool(COLUMNS)
+    pool = FaultyPool(COLUMNS)
 
     async def main() -> None:
         router = make_router(pool)
         await router.open("facts")
-        pool.dropped = True
+        pool.drop()
         for _ in range(2):
             with pytest.raises(NotFound, match="table 'facts' of pool 'run-7' was dropped"):
                 await router.gather(1, bags=make_bags())
@@ -314,13 +308,12 @@ def test_dropped_table_is_not_found(wait) -> None:  # type: ignore[no-untyped-de
 
 
 def test_table_made_again_is_another_table(wait) -> None:  # type: ignore[no-untyped-def]
-    pool = FakePool(COLUMNS)
+    pool = FaultyPool(COLUMNS)
 
     async def main() -> None:
         router = make_router(pool)
         await router.open("facts")
-        pool.schema = replace(pool.schema, table_id=2)
-        pool.placement = replace(pool.placement, table_id=2)
+        pool.drop_and_remake()
         with pytest.raises(NotFound, match=r"dropped and made again \(id 1, now 2\).*pool.table\('facts'\)"):
             await router.gather(1, bags=make_bags())
         assert (await router.open("facts")).schema.table_id == 2
@@ -331,7 +324,7 @@ def test_table_made_again_is_another_table(wait) -> None:  # type: ignore[no-unt
 
 
 def test_table_is_found_by_its_id_alone(wait) -> None:  # type: ignore[no-untyped-def]
-    pool = FakePool(COLUMNS)
+    pool = FaultyPool(COLUMNS)
 
     async def main() -> None:
         router = make_router(pool)
@@ -344,7 +337,7 @@ def test_table_is_found_by_its_id_alone(wait) -> None:  # type: ignore[no-untype
 
 
 def test_views_heard_elsewhere_are_followed(wait) -> None:  # type: ignore[no-untyped-def]
-    pool = FakePool(COLUMNS)
+    pool = FaultyPool(COLUMNS)
 
     async def main() -> None:
         router = make_router(pool)
@@ -359,25 +352,26 @@ def test_views_heard_elsewhere_are_followed(wait) -> None:  # type: ignore[no-un
 
 
 def test_released_lookups_are_told_to_the_shards_that_remember_them_once(wait) -> None:  # type: ignore[no-untyped-def]
-    pool = FakePool(COLUMNS)
+    pool = FaultyPool(COLUMNS)
 
     async def main() -> None:
         router = make_router(pool)
         _, record = await router.gather(1, bags=make_bags(), remember=True)
-        assert [list(shard.contexts) for shard in pool.shards] == [[record.lookup_id]] * 3
+        assert all(shard.context_bytes > 0 for shard in pool.shards)
         router.release(record)()
         await router.gather(1, bags=make_bags())
         await router.gather(1, bags=make_bags())
-        assert [list(shard.contexts) for shard in pool.shards] == [[], [], []]
+        assert [shard.context_bytes for shard in pool.shards] == [0, 0, 0]
 
     wait(main())
     for shard in pool.shards:
         released = [request.release for request in shard.requests("gather") if isinstance(request, GatherRequest)]
         assert [len(ids) for ids in released] == [0, 1, 0]
+        assert released[1] == (shard.requests("gather")[0].lookup_id,)
 
 
 def test_lookup_ids_of_two_clients_do_not_meet(wait) -> None:  # type: ignore[no-untyped-def]
-    pool = FakePool(COLUMNS)
+    pool = FaultyPool(COLUMNS)
 
     async def main() -> None:
         for router in (make_router(pool), make_router(pool)):
@@ -385,12 +379,13 @@ def test_lookup_ids_of_two_clients_do_not_meet(wait) -> None:  # type: ignore[no
                 await router.gather(1, bags=make_bags(), remember=True)
 
     wait(main())
-    assert len(pool.shards[0].contexts) == 6
-    assert all(0 <= lookup_id < 2**63 for lookup_id in pool.shards[0].contexts)
+    lookup_ids = {request.lookup_id for request in pool.shards[0].requests("gather")}
+    assert len(lookup_ids) == 6
+    assert all(0 <= lookup_id < 2**63 for lookup_id in lookup_ids)
 
 
 def test_work_under_a_plan_is_cancelled_with_the_caller(wait) -> None:  # type: ignore[no-untyped-def]
-    pool = FakePool(COLUMNS)
+    pool = FaultyPool(COLUMNS)
     pool.shards[1].faults["gather"] = [Fault.SILENT]
 
     async def main() -> None:
@@ -405,7 +400,7 @@ def test_work_under_a_plan_is_cancelled_with_the_caller(wait) -> None:  # type: 
 
 
 def test_own_calls_have_the_same_plan_and_retries(wait) -> None:  # type: ignore[no-untyped-def]
-    pool = FakePool(COLUMNS)
+    pool = FaultyPool(COLUMNS)
     plans = []
 
     async def once(attempt: Attempt) -> int:
@@ -422,7 +417,7 @@ def test_own_calls_have_the_same_plan_and_retries(wait) -> None:  # type: ignore
 
 
 def test_bugs_are_not_retried(wait) -> None:  # type: ignore[no-untyped-def]
-    pool = FakePool(COLUMNS)
+    pool = FaultyPool(COLUMNS)
     tries = 0
 
     async def once(_: Attempt) -> None:

@@ -4,24 +4,30 @@ import pytest
 import torch
 
 from mempool.errors import InvalidRequest
-from mempool.types import FlatKeySpec, ProductKeySpec
-from tests.unit.client.fakes import FakePool, make_schema
+from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec
+from tests.support.faulty import COLUMNS, LAYOUTS, FaultyPool, make_schema
 
-from .test_router import COLUMNS, LAYOUTS, assert_near, make_router
+from .test_router import assert_near, make_router
+
+ROWWISE = OptimizerSpec(algorithm="rowwise_adagrad", lr=0.5)
+ROW_STATE = "values.row_sum"
+STATE = torch.arange(64)[:, None] * 10.0 + torch.arange(3)  # [N, blocks]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_and_states_come_back_whole(wait, layout: str) -> None:  # type: ignore[no-untyped-def]
-    pool = FakePool(LAYOUTS[layout])
+    pool = FaultyPool(LAYOUTS[layout], schema=make_schema(optimizer=ROWWISE))
     ids = torch.tensor([63, 0, 17, 17, 40])
 
     async def main() -> None:
         router = make_router(pool)
         assert torch.equal(await router.read_rows(1, array="values", ids=ids), pool.values[ids].float())
-        assert torch.equal(await router.read_rows(1, array="per_block", ids=ids), ids[:, None] * 10.0 + torch.arange(3))
+        await router.write_rows(1, array=ROW_STATE, ids=torch.arange(64), rows=STATE)
+        assert torch.equal(await router.read_rows(1, array=ROW_STATE, ids=ids), STATE[ids])
+        assert torch.equal(pool.rows(ROW_STATE), STATE)
         none = await router.read_rows(1, array="values", ids=ids[:0])
         assert none.shape == (0, 12)
-        with pytest.raises(InvalidRequest, match="no array 'moments'"):
+        with pytest.raises(InvalidRequest, match="moments"):
             await router.read_rows(1, array="moments", ids=ids)
 
     wait(main())
@@ -29,7 +35,7 @@ def test_rows_and_states_come_back_whole(wait, layout: str) -> None:  # type: ig
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_are_written_where_they_belong(wait, layout: str) -> None:  # type: ignore[no-untyped-def]
-    pool = FakePool(LAYOUTS[layout])
+    pool = FaultyPool(LAYOUTS[layout])
     expected = pool.values.clone()
     ids, rows = torch.tensor([63, 0, 17]), torch.randn(3, 12)
     expected[ids] = rows.double()
@@ -44,7 +50,7 @@ def test_rows_are_written_where_they_belong(wait, layout: str) -> None:  # type:
 @pytest.mark.parametrize("layout", ["one", "rows", "grid", "columns"])
 def test_flat_keys_are_scored_by_all_merged_and_then_normalised(wait, layout: str) -> None:  # type: ignore[no-untyped-def]
     keys = torch.randint(-2, 3, (64, 5)).float()  # many exact ties
-    pool = FakePool(LAYOUTS[layout], schema=make_schema(keys=FlatKeySpec(key_dim=5)), keys=keys)
+    pool = FaultyPool(LAYOUTS[layout], schema=make_schema(keys=FlatKeySpec(key_dim=5)), keys=keys)
     queries = torch.randint(-2, 3, (6, 1, 5)).float()
 
     async def main() -> None:
@@ -64,7 +70,7 @@ def test_flat_keys_are_scored_by_all_merged_and_then_normalised(wait, layout: st
 def test_product_keys_are_scored_head_by_head_where_they_are(wait) -> None:  # type: ignore[no-untyped-def]
     keys = torch.randint(-2, 3, (3, 2, 8, 2)).float()
     schema = make_schema(keys=ProductKeySpec(heads=3, key_dim=4), stride=8)
-    pool = FakePool(COLUMNS, schema=schema, key_owners=(1, 3, 1), keys=keys)
+    pool = FaultyPool(COLUMNS, schema=schema, key_owners=(1, 3, 1), keys=keys)
     queries = torch.randint(-2, 3, (6, 3, 4)).float()
 
     async def main() -> None:
@@ -82,17 +88,22 @@ def test_product_keys_are_scored_head_by_head_where_they_are(wait) -> None:  # t
         await router.write_rows(1, array="keys", ids=torch.tensor([1]), rows=torch.full((1, 32), 7.0))
 
     wait(main())
-    assert torch.equal(keys[1], torch.full((2, 8, 2), 7.0))
+    assert torch.equal(pool.keys[1], torch.full((2, 8, 2), 7.0))
     assert {shard.info.shard for shard in pool.shards if "score" in shard.names()} == {1, 3}
 
 
-def test_state_per_block_is_told_from_values_where_the_lowest_shard_owns_a_narrow_block_alone(wait) -> None:  # type: ignore[no-untyped-def]
-    pool = FakePool([[1, 1, 0]] * 8, schema=make_schema(value_dim=9))  # blocks of 4, 4 and 1 columns
+def test_state_per_block_is_told_from_values_where_the_lowest_shard_owns_a_narrow_block_alone(  # type: ignore[no-untyped-def]
+    wait,
+) -> None:
+    pool = FaultyPool(
+        [[1, 1, 0]] * 8, schema=make_schema(value_dim=9, optimizer=ROWWISE)
+    )  # blocks of 4, 4 and 1 columns
     ids = torch.tensor([63, 0, 17])
 
     async def main() -> None:
         router = make_router(pool)
-        assert torch.equal(await router.read_rows(1, array="per_block", ids=ids), ids[:, None] * 10.0 + torch.arange(3))
+        await router.write_rows(1, array=ROW_STATE, ids=torch.arange(64), rows=STATE)
+        assert torch.equal(await router.read_rows(1, array=ROW_STATE, ids=ids), STATE[ids])
         assert torch.equal(await router.read_rows(1, array="values", ids=ids), pool.values[ids].float())
 
     wait(main())

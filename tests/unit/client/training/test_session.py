@@ -4,17 +4,16 @@ import pytest
 import torch
 
 from mempool.errors import InvalidRequest
-from mempool.types import CommitRequest, PrepareRequest
+from mempool.types import CommitRequest, PrepareRequest, ProductKeySpec
 from mempool.types.bags import Bags
-from tests.unit.client.fakes import FakePool
-from tests.unit.client.routing.test_router import COLUMNS, LAYOUTS
+from tests.support.faulty import COLUMNS, LAYOUTS, FaultyPool, make_schema
 
 from .trainer import LR, Trainer
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_steps_of_several_updates_are_applied(wait, layout: str) -> None:  # type: ignore[no-untyped-def]
-    trainer = Trainer.of(FakePool(LAYOUTS[layout]))
+    trainer = Trainer.of(FaultyPool(LAYOUTS[layout]))
 
     async def main() -> None:
         for updates in (1, 3, 2):
@@ -40,7 +39,7 @@ def test_steps_of_several_updates_are_applied(wait, layout: str) -> None:  # typ
 
 
 def test_one_owner_commits_in_one_message_and_several_in_two(wait) -> None:  # type: ignore[no-untyped-def]
-    one, several = Trainer.of(FakePool(LAYOUTS["one"])), Trainer.of(FakePool(COLUMNS))
+    one, several = Trainer.of(FaultyPool(LAYOUTS["one"])), Trainer.of(FaultyPool(COLUMNS))
 
     async def main() -> None:
         for trainer in (one, several):
@@ -53,7 +52,7 @@ def test_one_owner_commits_in_one_message_and_several_in_two(wait) -> None:  # t
 
 
 def test_nothing_pending_sends_nothing_and_counts_no_step(wait) -> None:  # type: ignore[no-untyped-def]
-    trainer = Trainer.of(FakePool(COLUMNS))
+    trainer = Trainer.of(FaultyPool(COLUMNS))
 
     async def main() -> None:
         assert await trainer.session.commit(lr=LR) == 0
@@ -71,7 +70,7 @@ def test_nothing_pending_sends_nothing_and_counts_no_step(wait) -> None:  # type
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_prepare_gives_the_norm_and_commit_takes_its_scale(wait, layout: str) -> None:  # type: ignore[no-untyped-def]
-    trainer = Trainer.of(FakePool(LAYOUTS[layout]))
+    trainer = Trainer.of(FaultyPool(LAYOUTS[layout]))
 
     async def main() -> None:
         await trainer.push()
@@ -81,7 +80,7 @@ def test_prepare_gives_the_norm_and_commit_takes_its_scale(wait, layout: str) ->
         norm = trainer.gradient.norm()
         assert prepared.updates == 2
         assert prepared.finite
-        assert abs(prepared.squared_norm - float(norm**2)) <= 1e-9 * float(norm**2)
+        assert abs(prepared.squared_norm - float(norm**2)) <= 1e-5 * float(norm**2)
         assert await trainer.session.commit(lr=LR, grad_scale=float(0.1 / norm)) == 2
         trainer.apply(grad_scale=float(0.1 / norm))
         trainer.assert_equal()
@@ -93,7 +92,7 @@ def test_prepare_gives_the_norm_and_commit_takes_its_scale(wait, layout: str) ->
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 def test_gradients_that_overflowed_are_sent_reported_and_discarded(wait, bad: float) -> None:  # type: ignore[no-untyped-def]
-    trainer = Trainer.of(FakePool(COLUMNS))
+    trainer = Trainer.of(FaultyPool(COLUMNS))
 
     async def main() -> None:
         await trainer.push(scale=bad)
@@ -113,7 +112,7 @@ def test_gradients_that_overflowed_are_sent_reported_and_discarded(wait, bad: fl
 
 
 def test_discarded_updates_are_never_applied(wait) -> None:  # type: ignore[no-untyped-def]
-    trainer = Trainer.of(FakePool(COLUMNS))
+    trainer = Trainer.of(FaultyPool(COLUMNS))
 
     async def main() -> None:
         await trainer.push()
@@ -131,7 +130,7 @@ def test_discarded_updates_are_never_applied(wait) -> None:  # type: ignore[no-u
 
 
 def test_updates_after_prepare_are_prepared_with_the_others(wait) -> None:  # type: ignore[no-untyped-def]
-    trainer = Trainer.of(FakePool(COLUMNS))
+    trainer = Trainer.of(FaultyPool(COLUMNS))
 
     async def main() -> None:
         await trainer.push()
@@ -141,7 +140,7 @@ def test_updates_after_prepare_are_prepared_with_the_others(wait) -> None:  # ty
         prepared = await trainer.session.prepare()
         assert prepared is not None
         assert prepared.updates == 2
-        assert abs(prepared.squared_norm - float(trainer.gradient.square().sum())) < 1e-9
+        assert prepared.squared_norm == pytest.approx(float(trainer.gradient.square().sum()), rel=1e-5)
         assert await trainer.session.commit(lr=LR) == 2
         trainer.apply()
         trainer.assert_equal()
@@ -151,7 +150,7 @@ def test_updates_after_prepare_are_prepared_with_the_others(wait) -> None:  # ty
 
 
 def test_frozen_table_gets_weight_gradients_and_no_updates(wait) -> None:  # type: ignore[no-untyped-def]
-    trainer = Trainer.of(FakePool(COLUMNS))
+    trainer = Trainer.of(FaultyPool(COLUMNS))
 
     async def main() -> None:
         bags = Bags(ids=torch.tensor([3, 9]), weights=None, offsets=torch.tensor([0, 2]))
@@ -169,7 +168,8 @@ def test_frozen_table_gets_weight_gradients_and_no_updates(wait) -> None:  # typ
 
 
 def test_owner_of_keys_alone_follows_the_ledger(wait) -> None:  # type: ignore[no-untyped-def]
-    trainer = Trainer.of(FakePool(COLUMNS, key_owners=(3,)))
+    schema = make_schema(keys=ProductKeySpec(heads=1, key_dim=4), stride=8)
+    trainer = Trainer.of(FaultyPool(COLUMNS, schema=schema, key_owners=(3,)))
 
     async def main() -> None:
         await trainer.push()
@@ -196,7 +196,7 @@ def test_owner_of_keys_alone_follows_the_ledger(wait) -> None:  # type: ignore[n
     ],
 )
 def test_wrong_numbers_change_nothing(wait, lr: float, grad_scale: float, text: str) -> None:  # type: ignore[no-untyped-def]
-    trainer = Trainer.of(FakePool(COLUMNS))
+    trainer = Trainer.of(FaultyPool(COLUMNS))
 
     async def main() -> None:
         await trainer.push()

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from mempool.errors import DataLoss, MempoolError, ShardUnavailable
 from mempool.types.bags import Bags
-from tests.unit.client.fakes import HEALING, FakePool, Fault
-from tests.unit.client.routing.test_router import COLUMNS, GRID, LAYOUTS, ROWS
+from tests.support.faulty import COLUMNS, GRID, HEALING, LAYOUTS, ROWS, Fault, FaultyPool
 
 from .trainer import LR, Trainer
 
@@ -21,7 +20,7 @@ from .trainer import LR, Trainer
 def test_every_call_may_fail_twice_without_loss_or_doubling(  # type: ignore[no-untyped-def]
     wait, method: str, fault: Fault, layout: str
 ) -> None:
-    trainer = Trainer.of(FakePool(LAYOUTS[layout]))
+    trainer = Trainer.of(FaultyPool(LAYOUTS[layout]))
 
     async def main() -> None:
         await trainer.push()
@@ -55,7 +54,7 @@ class TestUnacknowledgedCommit:
         assert trainer.session.pending == 1
 
     def test_is_continued_with_what_was_decided(self, wait) -> None:  # type: ignore[no-untyped-def]
-        trainer = Trainer.of(FakePool(COLUMNS))
+        trainer = Trainer.of(FaultyPool(COLUMNS))
 
         async def main() -> None:
             await self.fail(trainer)
@@ -67,7 +66,7 @@ class TestUnacknowledgedCommit:
         assert {shard.version for shard in trainer.pool.shards} == {1}
 
     def test_is_finished_before_the_next_step(self, wait) -> None:  # type: ignore[no-untyped-def]
-        trainer = Trainer.of(FakePool(COLUMNS))
+        trainer = Trainer.of(FaultyPool(COLUMNS))
 
         async def main() -> None:
             await self.fail(trainer)
@@ -83,7 +82,7 @@ class TestUnacknowledgedCommit:
         assert trainer.session.counters.steps_committed == 2
 
     def test_is_not_discarded(self, wait) -> None:  # type: ignore[no-untyped-def]
-        trainer = Trainer.of(FakePool(COLUMNS))
+        trainer = Trainer.of(FaultyPool(COLUMNS))
 
         async def main() -> None:
             await self.fail(trainer)
@@ -98,7 +97,7 @@ class TestUnacknowledgedCommit:
         wait(main())
 
     def test_is_finished_by_prepare_too(self, wait) -> None:  # type: ignore[no-untyped-def]
-        trainer = Trainer.of(FakePool(COLUMNS))
+        trainer = Trainer.of(FaultyPool(COLUMNS))
 
         async def main() -> None:
             await self.fail(trainer)
@@ -109,7 +108,7 @@ class TestUnacknowledgedCommit:
         wait(main())
 
     def test_survives_a_restart_in_between(self, wait) -> None:  # type: ignore[no-untyped-def]
-        trainer = Trainer.of(FakePool(COLUMNS))
+        trainer = Trainer.of(FaultyPool(COLUMNS))
 
         async def main() -> None:
             await self.fail(trainer)
@@ -123,7 +122,7 @@ class TestUnacknowledgedCommit:
         assert {shard.version for shard in trainer.pool.shards} == {1}
 
     def test_of_one_owner_may_be_finished_by_several(self, wait) -> None:  # type: ignore[no-untyped-def]
-        trainer = Trainer.of(FakePool(LAYOUTS["one"], num_shards=3))
+        trainer = Trainer.of(FaultyPool(LAYOUTS["one"], num_shards=3))
 
         async def main() -> None:
             await trainer.push()
@@ -139,7 +138,7 @@ class TestUnacknowledgedCommit:
 
 
 def test_failed_prepare_leaves_a_step_that_goes_on(wait) -> None:  # type: ignore[no-untyped-def]
-    trainer = Trainer.of(FakePool(COLUMNS))
+    trainer = Trainer.of(FaultyPool(COLUMNS))
 
     async def main() -> None:
         await trainer.push()
@@ -155,7 +154,7 @@ def test_failed_prepare_leaves_a_step_that_goes_on(wait) -> None:  # type: ignor
 
 
 def test_failed_discard_neither_applies_nor_stands_in_the_way(wait) -> None:  # type: ignore[no-untyped-def]
-    trainer = Trainer.of(FakePool(COLUMNS))
+    trainer = Trainer.of(FaultyPool(COLUMNS))
 
     async def main() -> None:
         await trainer.push()
@@ -176,7 +175,7 @@ def test_failed_discard_neither_applies_nor_stands_in_the_way(wait) -> None:  # 
 
 
 def test_failed_update_is_no_part_of_the_step(wait) -> None:  # type: ignore[no-untyped-def]
-    trainer = Trainer.of(FakePool(COLUMNS))
+    trainer = Trainer.of(FaultyPool(COLUMNS))
 
     async def main() -> None:
         bags = Bags(ids=torch.tensor([3]), weights=None, offsets=torch.tensor([0, 1]))
@@ -195,7 +194,7 @@ def test_failed_update_is_no_part_of_the_step(wait) -> None:  # type: ignore[no-
 
 def test_pages_move_between_any_two_calls_of_a_step(wait) -> None:  # type: ignore[no-untyped-def]
     placements = [LAYOUTS["one"], COLUMNS, GRID, ROWS]
-    trainer = Trainer.of(FakePool(COLUMNS, num_shards=4))
+    trainer = Trainer.of(FaultyPool(COLUMNS, num_shards=4))
     turn = 0
 
     def move() -> None:
@@ -221,7 +220,7 @@ def test_pages_move_between_any_two_calls_of_a_step(wait) -> None:  # type: igno
 
 
 def test_backward_passes_of_many_threads_make_one_step(wait) -> None:  # type: ignore[no-untyped-def]
-    trainer = Trainer.of(FakePool(COLUMNS))
+    trainer = Trainer.of(FaultyPool(COLUMNS))
 
     async def main() -> None:
         await asyncio.gather(*(trainer.push() for _ in range(25)))
@@ -233,7 +232,7 @@ def test_backward_passes_of_many_threads_make_one_step(wait) -> None:  # type: i
 
 
 def test_commits_at_once_commit_once(wait) -> None:  # type: ignore[no-untyped-def]
-    trainer = Trainer.of(FakePool(COLUMNS))
+    trainer = Trainer.of(FaultyPool(COLUMNS))
 
     async def main() -> None:
         await trainer.push()
@@ -245,7 +244,7 @@ def test_commits_at_once_commit_once(wait) -> None:  # type: ignore[no-untyped-d
 
 
 def test_shard_that_forgets_again_and_again_is_no_endless_loop(wait) -> None:  # type: ignore[no-untyped-def]
-    trainer = Trainer.of(FakePool(COLUMNS))
+    trainer = Trainer.of(FaultyPool(COLUMNS))
 
     async def main() -> None:
         await trainer.push()
@@ -269,7 +268,7 @@ _EVENTS = st.sampled_from(["push", "push", "push", "commit", "prepare", "discard
 @settings(deadline=None, max_examples=60)
 def test_any_history_applies_what_was_committed_once(faults, events, layout) -> None:  # type: ignore[no-untyped-def]
     placements = [LAYOUTS[name] for name in sorted(LAYOUTS)]
-    trainer = Trainer.of(FakePool(LAYOUTS[layout], num_shards=4))
+    trainer = Trainer.of(FaultyPool(LAYOUTS[layout], num_shards=4))
     for name, queue in faults.items():
         for number, fault in enumerate(queue):
             trainer.pool.shards[number % 4].faults[name].append(fault)

@@ -54,9 +54,9 @@ def create(change: dict[str, object]) -> bytes:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_slots": 0}, r"TableSchema\.num_slots is missing or 0; it must be at least 1"),
-        ({"block_dim": 0}, r"TableSchema\.block_dim is missing or 0"),
-        ({"page_slots": 0}, r"TableSchema\.page_slots is missing or 0"),
+        ({"num_slots": 0}, r"TableSchema\.num_slots = 0 must be at least 1"),
+        ({"block_dim": 0}, r"TableSchema\.block_dim = 0 must be at least 1"),
+        ({"page_slots": 0}, r"TableSchema\.page_slots = 0 must be at least 1"),
         ({"dtype": 5}, r"TableSchema\.dtype is 5; expected one of 1 \(float32\), 2 \(bfloat16\)"),
         ({"dtype": 8}, r"TableSchema\.dtype is 8; expected one of .*, 9 \(float8_e4m3fn\), 10 \(int8\)"),
         ({"rounding": 3}, r"TableSchema\.rounding is 3; expected one of 1 \(stochastic\), 2 \(nearest\)"),
@@ -70,6 +70,18 @@ def test_a_wrong_schema_is_refused(change: dict[str, object], message: str) -> N
         tables.CREATE_TABLE_REQUEST.decode(create(change))
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        OptimizerSpec(algorithm="sgd", lr=0.1, momentum=0.9, dampening=0.2, weight_decay=0.1, max_norm=2.0),
+        OptimizerSpec(algorithm="sgd", lr=0.1, momentum=0.9, nesterov=True),
+        OptimizerSpec(algorithm="adam", lr=0.1, corrected_eps=True, weight_decay=0.1, decoupled_weight_decay=True),
+    ],
+)
+def test_options_of_an_optimizer_travel(optimizer: OptimizerSpec) -> None:
+    assert tables.optimizer_value(tables.optimizer_message(optimizer)) == optimizer
+
+
 def test_absent_hyper_parameters_have_their_defaults() -> None:
     message = table_pb2.OptimizerSpec(algorithm=table_pb2.ALGORITHM_ADAM, lr=0.5, beta1=0.0)
     assert tables.optimizer_value(message) == OptimizerSpec(algorithm="adam", lr=0.5, beta1=0.0)
@@ -78,22 +90,25 @@ def test_absent_hyper_parameters_have_their_defaults() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"beta1": 1.0}, r"OptimizerSpec\.beta1 is 1\.0; it must be at least 0 and below 1"),
-        ({"beta2": -0.5}, r"OptimizerSpec\.beta2 is -0\.5"),
-        ({"lr": float("nan")}, r"OptimizerSpec\.lr is nan; it must be finite and at least 0"),
-        ({"weight_decay": float("inf")}, r"OptimizerSpec\.weight_decay is inf"),
-        ({"eps": 0.0}, r"OptimizerSpec\.eps is 0\.0; it must be finite and above 0"),
+        ({"beta1": 1.0}, r"TableSchema\.optimizer\.beta1 = 1\.0 must be less than 1"),
+        ({"beta2": -0.5}, r"TableSchema\.optimizer\.beta2 = -0\.5 must be at least 0"),
+        ({"lr": float("nan")}, r"TableSchema\.optimizer\.lr = nan must be finite"),
+        ({"weight_decay": float("inf")}, r"TableSchema\.optimizer\.weight_decay = inf must be at most"),
+        ({"eps": 0.0}, r"TableSchema\.optimizer\.eps = 0\.0 must be at least 1e-37"),
+        ({"lr_decay": 0.5}, r"TableSchema\.optimizer\.lr_decay = 0\.5 means nothing to adamw; .* of adagrad"),
     ],
 )
 def test_hyper_parameters_out_of_range_are_refused(change: dict[str, float], message: str) -> None:
     given = {"algorithm": table_pb2.ALGORITHM_ADAMW, "lr": 0.5, "dense": True}
+    schema = tables.schema_message(SCHEMA)
+    schema.optimizer.CopyFrom(table_pb2.OptimizerSpec(**given | change))  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match=message):
-        tables.optimizer_value(table_pb2.OptimizerSpec(**given | change))  # type: ignore[arg-type]
+        tables.schema_value(schema)
 
 
 def test_a_master_is_for_narrow_values() -> None:
     wrong = dataclasses.replace(SCHEMA, dtype="float32", master=True)
-    with pytest.raises(InvalidRequest, match="master is true with float32 values"):
+    with pytest.raises(InvalidRequest, match="master = True has nothing to add: values of dtype float32 are their own"):
         tables.schema_value(tables.schema_message(wrong))
 
 
@@ -129,6 +144,21 @@ def test_a_view_whose_placement_is_of_another_shape_is_refused() -> None:
     with pytest.raises(
         InvalidRequest, match=r"owners \(\(7, 3\), \(0,\)\); the schema of 'facts' has \(\(7, 2\), \(0,\)\)"
     ):
+        pages.SET_VIEW_REQUEST.decode(frame)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"table_id": 2}, r"placement is of table 2; the schema of 'facts' of 1"),
+        ({"owners": np.full((7, 2), -1, np.int32)}, r"placement of 'facts' names shard -1"),
+    ],
+)
+def test_a_view_whose_placement_cannot_be_is_refused(change: dict[str, object], message: str) -> None:
+    frame = pages.SET_VIEW_REQUEST.encode(
+        dataclasses.replace(VIEW, placement=dataclasses.replace(VIEW.placement, **change))  # type: ignore[arg-type]
+    )
+    with pytest.raises(InvalidRequest, match=message):
         pages.SET_VIEW_REQUEST.decode(frame)
 
 

@@ -1,0 +1,265 @@
+"""Creating and dropping tables. A creation is a task of the controller: it outlives the call that asked for it.
+
+The life of one: its schema is checked and its name taken; it waits for a rescale to end; it is placed, on a thread;
+every shard attaches it and fills its pages, while others change tables too; then it is a table of the roster. A repeat
+of the call joins in, a drop of its name ends it, and a failure leaves nothing behind.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+
+from mempool.controller.calls import ShardCalls
+from mempool.controller.roster import Roster
+from mempool.errors import AlreadyExists, InvalidRequest, MempoolError, NotFound, ShardUnavailable
+from mempool.placement import plan
+from mempool.types import (
+    AttachTable,
+    FlatKeySpec,
+    OptimizerSpec,
+    Placement,
+    ProductKeySpec,
+    ShardFill,
+    ShardInfo,
+    ShardStatus,
+    TableCreation,
+    TableSchema,
+    TableView,
+)
+from mempool.types.schema_checks import check_schema, shown
+from mempool.types.sizes import owned_bytes
+
+_LOG = logging.getLogger("mempool.controller")
+_FILL_TIMEOUT_S = 3600.0
+"""Writing the initial values of a large table takes minutes; whoever waits for it has a deadline of their own."""
+MAX_TABLES = 4096
+MAX_PLACED_PAGES = 2**22
+"""Pages of all tables: each costs four bytes in whatever tells of all tables, as a status does."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Making:
+    """A table that is being made.
+
+    Attributes:
+        schema: As it was asked for, table_id 0.
+        task: Makes it.
+        view: Where its pages will be, once that is planned; until then it waits for its turn.
+        bytes_of: Bytes that each owner has to fill.
+        ended: Why it is to end, where somebody ends it.
+    """
+
+    schema: TableSchema
+    task: "asyncio.Task[TableView] | None" = None
+    view: TableView | None = None
+    bytes_of: dict[int, int] = field(default_factory=dict)
+    ended: MempoolError | None = None
+    began_s: float = field(default_factory=time.monotonic)
+
+
+class TableChanges:
+    """Creates and drops the tables of one pool.
+
+    Args:
+        roster: The pool's shards and tables.
+        calls: Reaches the shards.
+        changing: Held by whatever changes the pool: a rescale, a settling, and planning here; not while pages are
+            filled.
+    """
+
+    def __init__(self, roster: Roster, calls: ShardCalls, *, changing: asyncio.Lock) -> None:
+        self._roster = roster
+        self._calls = calls
+        self._changing = changing
+        self._making: dict[str, Making] = {}
+
+    async def create(self, schema: TableSchema) -> TableView:
+        """Make a table, or wait for the one that is being made of the same schema.
+
+        Raises:
+            InvalidRequest: The schema is wrong, or the pool has too many tables or pages.
+            AlreadyExists: There is a table of that name, or one of another schema is being made.
+            NotFound: It was dropped while it was being made.
+            MempoolError: A shard could not attach it; it is on none then.
+        """
+        check_schema(schema)
+        schema = replace(schema, table_id=0)
+        making = self._making.get(schema.name)
+        if making is None:
+            self._require_new(schema)
+            making = self._making[schema.name] = Making(schema=schema)
+            making.task = asyncio.create_task(self._make(making))
+            making.task.add_done_callback(lambda task: self._made(making, task))
+        elif making.schema != schema:
+            raise AlreadyExists(
+                f"table {schema.name!r} is being made by another call, and differs: "
+                f"{'; '.join(differences(making.schema, schema))}. Ask for the same, take another name, or end that one "
+                f"with pool.drop_table({schema.name!r})"
+            )
+        assert making.task is not None
+        try:
+            return await asyncio.shield(making.task)  # a caller that goes away ends its waiting alone
+        except asyncio.CancelledError:
+            if making.ended is not None and making.task.done():
+                raise making.ended from None
+            raise
+
+    async def drop(self, name: str) -> None:
+        """Drop a table; one that is being made is not made. Raises NotFound."""
+        making = self._making.get(name)
+        if making is not None:
+            await self._end(making, NotFound(f"table {name!r} was dropped while it was being made"))
+            if name not in self._roster.names:
+                return
+        async with self._changing:
+            view = self._roster.remove(name)
+            table_id = view.schema.table_id
+            await self._calls.everywhere(self._roster.infos, lambda host: host.drop_table(table_id), tolerant=True)
+
+    async def idle(self) -> None:
+        """Wait until no table is being filled. Call it with ``changing`` held, so that none begins meanwhile."""
+        while filling := [making.task for making in self._making.values() if making.view is not None and making.task]:
+            await asyncio.wait(filling)
+
+    @property
+    def filling(self) -> tuple[str, ...]:
+        """Names of the tables that are being filled."""
+        return tuple(name for name, making in self._making.items() if making.view is not None)
+
+    async def close(self) -> None:
+        """End what is being made."""
+        why = ShardUnavailable("the table was not made: its pool's controller is closing")
+        await asyncio.gather(*(self._end(making, why) for making in list(self._making.values())))
+
+    def creations(self, statuses: Iterable[ShardStatus]) -> tuple[TableCreation, ...]:
+        """The tables that are being made, and how far the shards say that they are."""
+        to_fill = {
+            (table.table_id, status.info.shard): table.bytes_to_fill for status in statuses for table in status.tables
+        }
+        return tuple(_creation(making, to_fill) for making in self._making.values())
+
+    def _require_new(self, schema: TableSchema) -> None:
+        """Raises where a table may not be added to what the pool has and makes."""
+        present = self._roster.find(schema.name)
+        if present is not None:
+            found = "; ".join(differences(present.schema, schema))
+            raise AlreadyExists(
+                f"table {schema.name!r} exists already ({present.schema.num_slots:,} x {present.schema.value_dim} "
+                f"{present.schema.dtype}{'; it differs: ' + found if found else ''}); take it with "
+                f"pool.table({schema.name!r}), or drop it first with pool.drop_table({schema.name!r})"
+            )
+        schemas = [making.schema for making in self._making.values()]
+        schemas += [view.schema for view in self._roster.views]
+        if len(schemas) >= MAX_TABLES:
+            raise InvalidRequest(
+                f"the pool has {len(schemas):,} tables, the most it may have; drop one, or keep several tables' rows "
+                "in one table"
+            )
+        pages = sum(_num_pages(other) for other in schemas)
+        if pages + _num_pages(schema) > MAX_PLACED_PAGES:
+            raise InvalidRequest(
+                f"table {schema.name!r} has {_num_pages(schema):,} pages and the pool's tables {pages:,}; together "
+                f"they may have {MAX_PLACED_PAGES:,}. Give it a larger page_slots or block_dim, or drop a table"
+            )
+
+    async def _make(self, making: Making) -> TableView:
+        table_id = self._roster.new_table_id()
+        schema = replace(making.schema, table_id=table_id)
+        infos: tuple[ShardInfo, ...] = ()
+        try:
+            async with self._changing:
+                infos = self._roster.infos
+                view, making.bytes_of = await asyncio.to_thread(first_view, schema, infos)
+                self._roster.unfinished.add(table_id)
+                making.view = view
+            request = AttachTable(view=view, mode="initialise")
+            await self._calls.everywhere(infos, lambda host: host.attach_table(request), timeout_s=_FILL_TIMEOUT_S)
+            self._require_same(infos, schema.name)
+            return self._roster.put(schema, view.placement)
+        except BaseException:
+            if making.view is not None:
+                self._roster.dropped.add(table_id)
+                await self._calls.everywhere(infos, lambda host: host.drop_table(table_id), tolerant=True)
+            raise
+        finally:
+            self._roster.unfinished.discard(table_id)
+
+    def _made(self, making: Making, task: "asyncio.Task[TableView]") -> None:
+        """It is made, or it is not: whoever asked for it may be gone."""
+        del self._making[making.schema.name]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _LOG.warning("table %r was not made: %s", making.schema.name, error)
+
+    def _require_same(self, infos: tuple[ShardInfo, ...], table: str) -> None:
+        """Raises ShardUnavailable where a shard was started anew since: what it had filled is gone."""
+        for info in infos:
+            if self._roster.shards.get(info.shard) != info:
+                raise ShardUnavailable(
+                    f"shard {info.shard} was started anew while table {table!r} was being made; ask for it again",
+                    shard=info.shard,
+                )
+
+    async def _end(self, making: Making, why: MempoolError) -> None:
+        making.ended = why
+        assert making.task is not None
+        making.task.cancel()
+        await asyncio.wait([making.task])
+
+
+def first_view(schema: TableSchema, infos: tuple[ShardInfo, ...]) -> tuple[TableView, dict[int, int]]:
+    """The view of a new table, and how many bytes each of its owners has to fill."""
+    assignment = plan(
+        None,
+        [info.shard for info in infos],
+        num_row_pages=schema.num_row_pages,
+        num_blocks=schema.num_blocks,
+        num_key_pages=schema.num_key_pages,
+        layout=schema.layout,
+    )
+    placement = Placement(table_id=schema.table_id, epoch=1, owners=assignment.owners, key_owners=assignment.key_owners)
+    bytes_of = {shard: owned_bytes(schema, placement, shard) for shard in placement.shards}
+    return TableView(schema=schema, placement=placement, shards=infos), bytes_of
+
+
+def differences(present: object, asked: object, *, path: str = "") -> list[str]:
+    """Fields in which two schemas differ, down into optimizer and keys: "optimizer.lr is 0.1, not 0.2"."""
+    nested = (TableSchema, OptimizerSpec, ProductKeySpec, FlatKeySpec)
+    if type(present) is not type(asked) or not isinstance(present, nested):
+        return [] if present == asked else [f"{path} is {_shown(present)}, not {_shown(asked)}"]
+    return [
+        difference
+        for each in fields(present)
+        if each.name != "table_id"
+        for difference in differences(
+            getattr(present, each.name), getattr(asked, each.name), path=f"{path}.{each.name}".lstrip(".")
+        )
+    ]
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, ProductKeySpec | FlatKeySpec) else shown(value)
+
+
+def _num_pages(schema: TableSchema) -> int:
+    return schema.num_row_pages * schema.num_blocks + schema.num_key_pages
+
+
+def _creation(making: Making, to_fill: dict[tuple[int, int], int]) -> TableCreation:
+    table_id = 0 if making.view is None else making.view.schema.table_id
+    return TableCreation(
+        table=making.schema.name,
+        table_id=table_id,
+        waiting_for="" if making.view is not None else "the change of the pool that is under way",
+        spent_s=time.monotonic() - making.began_s,
+        shards=tuple(
+            # A shard that says nothing of it has not begun.
+            ShardFill(
+                shard=shard,
+                bytes_done=max(0, total - to_fill.get((table_id, shard), total)),
+                bytes_total=total,
+            )
+            for shard, total in sorted(making.bytes_of.items())
+        ),
+    )

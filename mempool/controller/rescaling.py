@@ -1,0 +1,274 @@
+"""Changing the number of shards while clients go on: what is checked first, what is started, moved and stopped.
+
+A rescale is a task of the controller; whoever asked for it only watches. The moves of pages are ``mover.py``'s.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+
+from mempool.controller.calls import ShardCalls
+from mempool.controller.changes import TableChanges
+from mempool.controller.launcher import Launcher
+from mempool.controller.mover import MovePlan, Mover, plan_moves
+from mempool.controller.room import growth, require_room
+from mempool.controller.roster import Roster
+from mempool.controller.telling import Telling
+from mempool.errors import DataLoss, InvalidRequest, MempoolError, ShardUnavailable
+from mempool.types import MAX_SHARDS, RescaleProgress, ShardInfo, ShardStatus
+
+_LOG = logging.getLogger("mempool.controller")
+
+Reports = asyncio.Queue[RescaleProgress | Exception]
+
+
+class Rescaling:
+    """The rescales of one pool, one at a time.
+
+    Args:
+        roster: The pool's shards and tables.
+        calls, telling: Reach the shards.
+        launcher: Starts and stops them.
+        changes: What creates tables, and has to come to rest first.
+        changing: Held while the pool changes.
+        round_bytes: Bytes that one round of a move carries at most.
+
+    Attributes:
+        wanted: The number of shards asked for, of a rescale that goes on or has stopped half way.
+        unfinished: Why a rescale stopped half way, and what to do.
+    """
+
+    def __init__(
+        self,
+        roster: Roster,
+        *,
+        calls: ShardCalls,
+        telling: Telling,
+        launcher: Launcher,
+        changes: TableChanges,
+        changing: asyncio.Lock,
+        round_bytes: int,
+    ) -> None:
+        self._roster = roster
+        self._calls = calls
+        self._telling = telling
+        self._launcher = launcher
+        self._changes = changes
+        self._changing = changing
+        self._round_bytes = round_bytes
+        self._task: asyncio.Task[None] | None = None
+        self._waiting = ""
+        self._starting = False
+        self.wanted: int | None = None
+        self.unfinished = ""
+
+    @property
+    def running(self) -> bool:
+        """Whether one goes on."""
+        return self._task is not None
+
+    async def waiting_for(self) -> str:
+        """What the one that goes on waits for, for people; "" if for nothing."""
+        return await self._launcher.waiting_for() if self._starting else self._waiting
+
+    async def start(self, shards: Sequence[int]) -> None:
+        """Start shards: all of them, or none. Raises what the launcher raised."""
+        results = await asyncio.gather(*(self._launcher.start(shard) for shard in shards), return_exceptions=True)
+        started = [result for result in results if isinstance(result, ShardInfo)]
+        for result in results:
+            if isinstance(result, BaseException):
+                await self.stop(started)
+                raise result
+        self._roster.set_shards(started)
+
+    async def stop(self, infos: Sequence[ShardInfo]) -> dict[ShardInfo, BaseException]:
+        """Stop shards; answers those that could not be stopped, with the reason."""
+        results = await asyncio.gather(*(self._launcher.stop(info) for info in infos), return_exceptions=True)
+        return {info: result for info, result in zip(infos, results, strict=True) if isinstance(result, BaseException)}
+
+    async def rescale(self, shards: int) -> AsyncIterator[RescaleProgress]:
+        """Begin one, and watch it. Raises as ``Controller.rescale`` does."""
+        check_shards(shards)
+        if self._task is not None:
+            raise InvalidRequest(
+                f"a rescale to {self.wanted} shards is under way; wait for it (mempool status shows it), then ask again"
+            )
+        # A task of its own: a watcher that goes away (Ctrl-C at `mempool scale`) does not stop a move half way.
+        reports: Reports = asyncio.Queue()
+        self.wanted = shards
+        self._task = asyncio.create_task(self._run(shards, reports))
+        while True:
+            report = await reports.get()
+            if isinstance(report, Exception):
+                raise report
+            yield report
+            if report.done:
+                return
+
+    async def close(self) -> None:
+        """End the one that goes on, between two calls."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def _run(self, shards: int, reports: Reports) -> None:
+        last: RescaleProgress | Exception = ShardUnavailable("the rescale was stopped: its controller is closing")
+        self._waiting = "another change of the pool"
+        try:
+            async with self._changing:
+                async for progress in self._rescale(shards):
+                    if progress.done:
+                        last = progress
+                    else:
+                        reports.put_nowait(progress)
+            self.wanted, self.unfinished = None, ""
+        except Exception as error:  # told to whoever watches; a bug is no less an answer than a failed shard
+            _LOG.warning("a rescale to %d shards failed: %s", shards, error)
+            last = error
+        finally:
+            self._task, self._waiting, self._starting = None, "", False
+            if not self.unfinished:
+                self.wanted = None
+            reports.put_nowait(last)
+
+    async def _rescale(self, shards: int) -> AsyncIterator[RescaleProgress]:
+        before = sorted(self._roster.shards)
+        after = shards_after(before, shards)
+        added, removed = sorted(set(after) - set(before)), sorted(set(before) - set(after))
+        yield _begun(len(before), shards)  # at once: starting shards takes a while
+        if self._changes.filling:
+            self._waiting = f"tables that are being made: {', '.join(self._changes.filling)}"
+        await self._changes.idle()
+        self._waiting = ""
+        plans = await self._checked_plans(after, removed)
+        mover = Mover(
+            shards_before=len(before),
+            shards_after=shards,
+            plans=plans,
+            roster=self._roster,
+            call=self._calls.call,
+            push=self._telling.push_decided,
+        )
+        try:
+            if added:
+                await self._start_checked(added)
+                await self._telling.require_settled(removed)
+                _require_unchanged(plans, self._roster)
+                require_room(_growth(plans), await self._statuses())
+            async for progress in mover.run():
+                yield progress
+        except Exception as error:
+            await self._telling.settle()
+            if mover.begun:
+                self._half_done(error, mover, shards)
+            else:
+                await self._take_back(added)
+            raise
+        await self._remove(removed)
+        yield mover.progress(table="", done=True)
+
+    async def _checked_plans(self, after: Sequence[int], removed: Sequence[int]) -> list[MovePlan]:
+        """Plans of all tables, once every shard is as it should be and has room for what it would get."""
+        await self._telling.require_settled(removed)
+        statuses = await self._statuses()
+        _require_whole(statuses)
+        views, round_bytes = self._roster.views, self._round_bytes
+        plans = await asyncio.to_thread(lambda: [plan_moves(view, after, round_bytes) for view in views])
+        require_room(await asyncio.to_thread(_growth, plans), statuses)
+        return plans
+
+    async def _start_checked(self, added: Sequence[int]) -> None:
+        """Start the shards that are missing, where there are the resources for them."""
+        await self._launcher.require_room(len(added))
+        self._starting = True
+        try:
+            await self.start(added)
+        finally:
+            self._starting = False
+
+    async def _statuses(self) -> tuple[ShardStatus, ...]:
+        return await self._calls.statuses(self._roster.infos)
+
+    async def _take_back(self, added: Sequence[int]) -> None:
+        """Stop what was started for a rescale that moved nothing: the pool is as it was."""
+        idle = [shard for shard in added if shard in self._roster.shards and shard not in self._roster.owners]
+        await self._remove(idle, tolerant=True)
+
+    async def _remove(self, shards: Sequence[int], *, tolerant: bool = False) -> None:
+        """Let shards go that own nothing. Raises the reason where one cannot be stopped: it is the pool's still."""
+        if not shards:
+            return
+        gone = [self._roster.shards[shard] for shard in shards]
+        self._roster.remove_shards(shards)
+        for view in self._roster.views:
+            await self._telling.push(view, self._roster.infos)
+        errors = await self.stop(gone)
+        if errors:
+            self._roster.set_shards(errors)  # the same rescale, asked for again, stops them
+            if not tolerant:
+                raise next(iter(errors.values()))
+
+    def _half_done(self, error: Exception, mover: Mover, shards: int) -> None:
+        """Let status and the error say what has moved and what to do."""
+        said = (
+            f"{mover.moved_text()}. What has moved stays where it is now, every table answers, and {shards} shards can "
+            f"be asked for again: mempool scale --shards {shards}, or mempool apply"
+        )
+        self.unfinished = f"the rescale to {shards} shards stopped ({error}): {said}"
+        if isinstance(error, MempoolError):
+            error.message = f"{error.message}. The rescale to {shards} shards stopped half way: {said}"
+            error.args = (error.message,)
+
+
+def check_shards(shards: int) -> None:
+    """Raises InvalidRequest for what is no number of shards."""
+    if isinstance(shards, bool) or not isinstance(shards, int) or not 1 <= shards <= MAX_SHARDS:
+        raise InvalidRequest(
+            f"shards = {shards!r}: a pool has a whole number of shards, at least 1 shard and at most {MAX_SHARDS:,}"
+        )
+
+
+def shards_after(before: Sequence[int], shards: int) -> list[int]:
+    """The shard ids after a rescale: the lowest of the present ones stay, free ids are filled from below."""
+    kept = sorted(before)[:shards]
+    taken = set(kept)
+    free = (shard for shard in range(len(before) + shards) if shard not in taken)
+    return sorted(kept + [next(free) for _ in range(shards - len(kept))])
+
+
+def _growth(plans: Sequence[MovePlan]) -> dict[int, int]:
+    return growth((plan_.schema, plan_.present, plan_.target) for plan_ in plans)
+
+
+def _require_whole(statuses: Sequence[ShardStatus]) -> None:
+    for status in statuses:
+        for table in status.tables:
+            if table.lost_pages:
+                raise DataLoss(
+                    f"table {table.name!r} has {table.lost_pages} lost pages on shard {status.info.shard}, which "
+                    f"cannot be moved; drop the table (pool.drop_table({table.name!r})), then rescale",
+                    shard=status.info.shard,
+                )
+
+
+def _require_unchanged(plans: Sequence[MovePlan], roster: Roster) -> None:
+    """Raises where a shard that was heard since knows a newer placement than the plans began with."""
+    for plan_ in plans:
+        found = roster.find(plan_.schema.name)
+        if found is None or found.placement.epoch != plan_.epoch:
+            raise ShardUnavailable(
+                f"table {plan_.schema.name!r} was found in another place than planned; ask for the rescale again"
+            )
+
+
+def _begun(shards_before: int, shards_after: int) -> RescaleProgress:
+    return RescaleProgress(
+        shards_before=shards_before,
+        shards_after=shards_after,
+        pages_moved=0,
+        pages_total=0,
+        bytes_moved=0,
+        bytes_total=0,
+        table="",
+        done=False,
+    )

@@ -1,0 +1,78 @@
+"""Makes shards know what the roster says, and remembers that some missed it."""
+
+import asyncio
+import logging
+from collections.abc import Collection, Sequence
+
+from mempool.controller.calls import ShardCalls
+from mempool.controller.roster import Roster
+from mempool.controller.settling import settle
+from mempool.errors import ShardUnavailable
+from mempool.types import ShardInfo, TableView
+
+_LOG = logging.getLogger("mempool.controller")
+_PUSH_TRIES = 4
+_PUSH_PAUSE_S = 0.5
+
+
+class Telling:
+    """Tells the shards of one pool.
+
+    Attributes:
+        missed: Some shard missed what it was told.
+    """
+
+    def __init__(self, pool: str, roster: Roster, calls: ShardCalls) -> None:
+        self._pool = pool
+        self._roster = roster
+        self._calls = calls
+        self.missed = False
+
+    async def settle(self) -> dict[int, BaseException]:
+        """Bring every shard to what the roster says; answers what is in the way, by shard."""
+        problems = await settle(self._roster, self._calls.call)
+        self.missed = bool(problems)
+        for shard, problem in problems.items():
+            _LOG.warning("shard %d of pool %s is not up to date: %s", shard, self._pool, problem)
+        return problems
+
+    async def require_settled(self, removed: Sequence[int]) -> None:
+        """Raises what is wrong with a shard, but for one that owns nothing and is to go."""
+        problems = await self.settle()
+        owners = self._roster.owners
+        for shard, problem in sorted(problems.items()):
+            if shard in owners or shard not in removed:
+                raise problem
+
+    async def push(self, view: TableView, infos: Sequence[ShardInfo]) -> dict[ShardInfo, BaseException]:
+        """Make shards know a view; answers those that did not take it. They are told again when they are settled."""
+        results = await asyncio.gather(
+            *(self._calls.call(info, lambda host: host.set_view(view)) for info in infos), return_exceptions=True
+        )
+        failed = {
+            info: result for info, result in zip(infos, results, strict=True) if isinstance(result, BaseException)
+        }
+        self.missed = self.missed or bool(failed)
+        return failed
+
+    async def push_decided(self, view: TableView, owners: Collection[int]) -> None:
+        """Make every shard know a placement that is decided. owners: Those that own pages before or after it.
+
+        Raises:
+            ShardUnavailable: An owner did not take it, though told several times. No page may move before it has: what
+                it has staged is nowhere else any more, and a failed move would thaw it.
+        """
+        failed = await self.push(view, self._roster.infos)
+        for _ in range(_PUSH_TRIES - 1):
+            if failed:
+                await asyncio.sleep(_PUSH_PAUSE_S)
+                failed = await self.push(view, list(failed))
+        for info, error in failed.items():
+            if info.shard not in owners:
+                continue
+            raise ShardUnavailable(
+                f"shard {info.shard} did not take epoch {view.placement.epoch} of table {view.schema.name!r} "
+                f"({error}); the rescale stops here. Ask for it again once all shards are ready: mempool status",
+                shard=info.shard,
+                address=info.address,
+            )

@@ -1,0 +1,101 @@
+"""Looking after shards: adoption by a new controller, shards that came back, what they missed; and the pool's status."""
+
+import asyncio
+from collections.abc import Iterable
+
+from mempool.controller.calls import ShardCalls
+from mempool.controller.changes import TableChanges
+from mempool.controller.rescaling import Rescaling
+from mempool.controller.roster import Roster
+from mempool.controller.telling import Telling
+from mempool.errors import ShardUnavailable
+from mempool.types import PoolStatus, ShardInfo, ShardStatus, TableView
+
+
+class Watching:
+    """Watches the shards of one pool.
+
+    Args:
+        pool: Its name.
+        roster: Its shards and tables.
+        calls, telling: Reach the shards.
+        changes, rescaling: What goes on, for the status.
+        changing: Held while the pool changes.
+    """
+
+    def __init__(
+        self,
+        pool: str,
+        roster: Roster,
+        *,
+        calls: ShardCalls,
+        telling: Telling,
+        changes: TableChanges,
+        rescaling: Rescaling,
+        changing: asyncio.Lock,
+    ) -> None:
+        self._pool = pool
+        self._roster = roster
+        self._calls = calls
+        self._telling = telling
+        self._changes = changes
+        self._rescaling = rescaling
+        self._changing = changing
+
+    async def adopt(self, infos: Iterable[ShardInfo]) -> None:
+        """Take over running shards. Raises ShardUnavailable where none answers."""
+        async with self._changing:
+            self._roster.set_shards(infos)
+            self._roster.complete = False
+            problems = await self._telling.settle()
+            if problems and len(problems) == len(self._roster.infos):
+                shard, problem = min(problems.items())
+                raise ShardUnavailable(
+                    f"none of the {len(problems)} shards of pool {self._pool!r} answers the controller that was "
+                    f"started anew (shard {shard}: {problem}); it tries again: see mempool status",
+                    shard=shard,
+                )
+
+    async def admit(self, info: ShardInfo) -> None:
+        """A shard came back as a new incarnation. Raises MempoolError where it does not answer."""
+        async with self._changing:
+            self._roster.set_shards([info])
+            problems = await self._telling.settle()
+            if info.shard in problems:
+                raise problems[info.shard]
+
+    async def reconcile(self) -> None:
+        """Give shards what they missed. Called now and then; cheap when all is well."""
+        if self._changing.locked():
+            return
+        async with self._changing:
+            statuses = await self._calls.statuses(self._roster.infos)
+            views = self._roster.views
+            if self._telling.missed or self._roster.dropped or not all(is_current(each, views) for each in statuses):
+                await self._telling.settle()
+
+    async def status(self) -> PoolStatus:
+        """The pool at a glance; waits for nothing that goes on."""
+        infos, rescaling = self._roster.infos, self._rescaling
+        statuses, waiting_for = await asyncio.gather(self._calls.statuses(infos), rescaling.waiting_for())
+        return PoolStatus(
+            name=self._pool,
+            shards=statuses,
+            tables=self._roster.views,
+            rescaling=rescaling.running,
+            wanted_shards=len(infos) if rescaling.wanted is None else rescaling.wanted,
+            waiting_for=waiting_for,
+            unfinished=rescaling.unfinished,
+            creating=self._changes.creations(statuses),
+        )
+
+
+def is_current(status: ShardStatus, views: Iterable[TableView]) -> bool:
+    """Whether a shard has what it should have; one that does not answer cannot be told anything now."""
+    has = {table.table_id: table for table in status.tables}
+    return status.state != "ready" or all(
+        (table := has.get(view.schema.table_id)) is not None
+        and table.epoch == view.placement.epoch
+        and not table.frozen
+        for view in views
+    )

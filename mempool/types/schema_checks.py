@@ -1,0 +1,314 @@
+"""What a table's schema may be: one check for every door (Python, file, wire, shard), as tables of rules.
+
+Pure, of types and errors alone. A door names the field in its own words: by the path a problem has.
+"""
+
+import math
+import re
+import reprlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+
+from mempool.errors import InvalidRequest
+from mempool.types.schema import (
+    Algorithm,
+    FlatKeySpec,
+    OptimizerSpec,
+    ProductKeySpec,
+    TableSchema,
+    default_rounding,
+)
+from mempool.types.sizes import key_page_bytes, row_page_bytes
+
+MAX_BLOCKS = 256
+"""Column blocks: a shard works on every block of every row by itself, and plans are made of (shard, block) pairs."""
+MAX_PAGES = 2**20
+"""(row page, block) pages: each costs four bytes in the controller, every shard and client, and in each new view."""
+MAX_PAGE_SLOTS = 2**20
+MAX_PAGE_BYTES = 128 * 2**20
+"""A row page, and the keys of a head, move in one message, which has at most 256 MiB."""
+
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}", re.ASCII)
+NAME_TEXT = "must begin with a letter and go on with letters, digits, _ . or -, at most 63 in all"
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """Numbers a field may have: ``low`` to ``high``, both allowed unless ``below`` leaves ``high`` out."""
+
+    low: float
+    high: float
+    below: bool = False
+
+    def problem(self, value: float) -> str | None:
+        """What is wrong with a value, to follow "field = value "; None where nothing is."""
+        if value < self.low:
+            return f"must be at least {shown(self.low)}"
+        if value > self.high or (self.below and value == self.high):
+            return f"must be {'less than' if self.below else 'at most'} {shown(self.high)}"
+        return None if math.isfinite(value) else "must be finite"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HyperParameter:
+    """A number of an optimizer: its range, and which algorithms take it."""
+
+    range: Range
+    of: frozenset[Algorithm]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchemaProblem:
+    """One thing wrong with a schema.
+
+    Attributes:
+        path: The field: ("num_slots",), ("keys", "heads"), ("optimizer", "eps").
+        text: What is wrong and what to do, to follow "field = value ".
+    """
+
+    path: tuple[str, ...]
+    value: object
+    text: str
+
+
+RANGES: Mapping[str, Range] = {
+    "num_slots": Range(low=1, high=2**40),
+    "value_dim": Range(low=1, high=2**20),
+    "block_dim": Range(low=1, high=2**20),
+    "page_slots": Range(low=1, high=MAX_PAGE_SLOTS),
+    "seed": Range(low=0, high=2**63 - 1),
+    "init_std": Range(low=0, high=1e6),
+}
+KEY_RANGES: Mapping[str, Range] = {
+    "heads": Range(low=1, high=4096),
+    "key_dim": Range(low=1, high=2**20),
+}
+
+_LARGE = Range(low=0, high=1e30)  # float32 holds it, and its product with a gradient
+_EPS = Range(low=1e-37, high=1e30)  # float32 holds it: with less, 0 / 0
+_DECAY = Range(low=0, high=1, below=True)
+_ADAMS: frozenset[Algorithm] = frozenset({"adam", "adamw", "rowwise_adam"})
+_ADAGRADS: frozenset[Algorithm] = frozenset({"adagrad", "rowwise_adagrad"})
+
+HYPER_PARAMETERS: Mapping[str, HyperParameter] = {
+    "lr": HyperParameter(range=_LARGE, of=_ADAMS | _ADAGRADS | {"sgd"}),
+    "eps": HyperParameter(range=_EPS, of=_ADAMS | _ADAGRADS),
+    "beta1": HyperParameter(range=_DECAY, of=_ADAMS),
+    "beta2": HyperParameter(range=_DECAY, of=_ADAMS),
+    "lr_decay": HyperParameter(range=_LARGE, of=frozenset({"adagrad"})),
+    "initial_accumulator_value": HyperParameter(range=_LARGE, of=frozenset({"adagrad"})),
+    "weight_decay": HyperParameter(range=_LARGE, of=_ADAMS | _ADAGRADS | {"sgd"}),
+    "momentum": HyperParameter(range=_DECAY, of=frozenset({"sgd"})),
+    "dampening": HyperParameter(range=_DECAY, of=frozenset({"sgd"})),
+    "max_norm": HyperParameter(range=Range(low=1e-37, high=1e30), of=_ADAMS | _ADAGRADS | {"sgd"}),
+}
+"""Every number of an ``OptimizerSpec``; one that an algorithm does not take must be left at its default."""
+FLAGS: Mapping[str, frozenset[Algorithm]] = {
+    "dense": frozenset({"adamw"}),
+    "nesterov": frozenset({"sgd"}),
+    "decoupled_weight_decay": _ADAGRADS | {"sgd", "adam", "rowwise_adam"},
+    "corrected_eps": frozenset({"adam", "rowwise_adam"}),
+}
+"""What can be asked of which algorithms."""
+
+_DEFAULTS = {field.name: field.default for field in fields(OptimizerSpec)}
+
+
+def check_schema(schema: TableSchema) -> None:
+    """Raises InvalidRequest that names the first field which is wrong, its value, the limit and what to do."""
+    for problem in schema_problems(schema):
+        path = ".".join(("TableSchema", *problem.path))
+        raise InvalidRequest(f"{path} = {shown(problem.value)} {problem.text}")
+
+
+def schema_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
+    """All that is wrong with a schema: fields by themselves, and if those are right, fields together."""
+    found = False
+    for problem in (*_field_problems(schema), *_key_problems(schema), *optimizer_problems(schema.optimizer)):
+        found = True
+        yield problem
+    if not found:
+        yield from _shape_problems(schema)
+        yield from _rounding_problems(schema)
+        yield from _norm_problems(schema)
+
+
+def optimizer_problems(optimizer: OptimizerSpec) -> Iterator[SchemaProblem]:
+    """What is wrong with an optimizer's numbers, whatever the table."""
+    algorithm = optimizer.algorithm
+    for name, parameter in HYPER_PARAMETERS.items():
+        value = getattr(optimizer, name)
+        if value is None:
+            continue
+        text = parameter.range.problem(value)
+        if text is None and algorithm not in parameter.of and value != _DEFAULTS[name]:
+            text = f"means nothing to {algorithm}; leave it out. It is of {', '.join(sorted(parameter.of))}"
+        if text is not None:
+            yield SchemaProblem(path=("optimizer", name), value=value, text=text)
+    for name, of in FLAGS.items():
+        if getattr(optimizer, name) and algorithm not in of:
+            text = f"means nothing to {algorithm}; leave it out. It is of {', '.join(sorted(of))}"
+            yield SchemaProblem(path=("optimizer", name), value=True, text=text)
+    yield from _momentum_problems(optimizer)
+
+
+def _momentum_problems(optimizer: OptimizerSpec) -> Iterator[SchemaProblem]:
+    if optimizer.nesterov and (optimizer.momentum == 0.0 or optimizer.dampening != 0.0):
+        text = "needs a momentum above 0 and no dampening, as in torch.optim.SGD"
+        yield SchemaProblem(path=("optimizer", "nesterov"), value=True, text=text)
+    if optimizer.dampening != 0.0 and optimizer.momentum == 0.0:
+        text = "dampens a momentum, which is 0; leave it out, or give a momentum"
+        yield SchemaProblem(path=("optimizer", "dampening"), value=optimizer.dampening, text=text)
+
+
+def power_of_two_problem(page_slots: int) -> str | None:
+    """What is wrong with a number of slots of a page within its range."""
+    if not page_slots & (page_slots - 1):
+        return None
+    below = 1 << (page_slots.bit_length() - 1)
+    return f"is not a power of two. Nearest: {_nearest(below, below * 2, high=MAX_PAGE_SLOTS)}."
+
+
+def odd_problem(key_dim: int) -> str | None:
+    """What is wrong with the width of a product key within its range."""
+    if not key_dim % 2:
+        return None
+    near = _nearest(key_dim - 1, key_dim + 1, high=KEY_RANGES["key_dim"].high)
+    return f"is odd; a query is cut into two halves. Nearest: {near}."
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: whole numbers with underscores, text in quotes, long things cut."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:_}" if abs(value) < 10**40 else "a number of more than 40 digits"
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+def _nearest(*numbers: int, high: float) -> str:
+    return " or ".join(shown(number) for number in numbers if 1 <= number <= high)
+
+
+def _field_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
+    if NAME.fullmatch(schema.name) is None:
+        yield SchemaProblem(path=("name",), value=schema.name, text=NAME_TEXT)
+    for name, allowed in RANGES.items():
+        value = getattr(schema, name)
+        text = allowed.problem(value)
+        if text is None and name == "page_slots":
+            text = power_of_two_problem(value)
+        if text is not None:
+            yield SchemaProblem(path=(name,), value=value, text=text)
+
+
+def _key_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
+    for name, allowed in KEY_RANGES.items():
+        value = getattr(schema.keys, name, None)
+        if value is None:
+            continue
+        text = allowed.problem(value)
+        if text is None and name == "key_dim" and isinstance(schema.keys, ProductKeySpec):
+            text = odd_problem(value)
+        if text is not None:
+            yield SchemaProblem(path=("keys", name), value=value, text=text)
+
+
+def _shape_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
+    """Of fields that are right by themselves."""
+    root = math.isqrt(schema.num_slots)
+    square = root * root == schema.num_slots
+    if isinstance(schema.keys, ProductKeySpec) and not square:
+        yield SchemaProblem(
+            path=("num_slots",),
+            value=schema.num_slots,
+            text="is not a square; product keys need n * n. "
+            f"Nearest: {root**2:_} ({root}^2) or {(root + 1) ** 2:_} ({root + 1}^2).",
+        )
+    elif schema.stride != (root if square else 0):
+        text = f"must be {root}, as num_slots is {root}^2" if square else "must be 0, as num_slots is not a square"
+        yield SchemaProblem(path=("stride",), value=schema.stride, text=text)
+    if schema.block_dim > schema.value_dim:
+        text = f"is wider than a value; give at most value_dim, {schema.value_dim:_}"
+        yield SchemaProblem(path=("block_dim",), value=schema.block_dim, text=text)
+    elif schema.num_blocks > MAX_BLOCKS:
+        least = -(-schema.value_dim // MAX_BLOCKS)
+        yield SchemaProblem(
+            path=("block_dim",),
+            value=schema.block_dim,
+            text=f"makes {schema.num_blocks:_} column blocks of {schema.value_dim:_} columns; a table may have "
+            f"{MAX_BLOCKS}. Give at least {least:_}",
+        )
+    yield from _page_problems(schema)
+
+
+def _page_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
+    """Pages are few, so that all can know where they are, and small, so that each can move."""
+    pages = schema.num_row_pages * schema.num_blocks
+    if schema.num_blocks <= MAX_BLOCKS and pages > MAX_PAGES:
+        yield SchemaProblem(
+            path=("num_slots",),
+            value=schema.num_slots,
+            text=f"makes {pages:_} pages of {schema.page_slots} slots x {schema.block_dim} columns; a table may have "
+            f"{MAX_PAGES:_}. Give a larger page_slots (at most {MAX_PAGE_SLOTS:_}) or block_dim.",
+        )
+    num_bytes = row_page_bytes(schema)
+    if num_bytes > MAX_PAGE_BYTES:
+        per_slot = num_bytes // schema.page_slots
+        fitting = 1 << max(0, (MAX_PAGE_BYTES // per_slot).bit_length() - 1)
+        least = f"Give at most {fitting:_}." if fitting * per_slot <= MAX_PAGE_BYTES else "Make the rows narrower."
+        yield SchemaProblem(
+            path=("page_slots",),
+            value=schema.page_slots,
+            text=f"makes pages of {num_bytes / _MIB:,.1f} MiB ({per_slot:_} bytes a slot, optimizer's state and flat "
+            f"keys with it); a page moves in one message and may have {MAX_PAGE_BYTES // _MIB} MiB. {least}",
+        )
+    num_bytes = key_page_bytes(schema)
+    if num_bytes > MAX_PAGE_BYTES:
+        yield SchemaProblem(
+            path=("keys", "key_dim"),
+            value=_key_dim(schema),
+            text=f"makes keys of {num_bytes / _MIB:,.1f} MiB a head; they move in one message and may have "
+            f"{MAX_PAGE_BYTES // _MIB} MiB. Give at most {MAX_PAGE_BYTES // (8 * max(1, schema.stride)) * 2:_}",
+        )
+
+
+def _rounding_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
+    if schema.master and schema.dtype == "float32":
+        text = "has nothing to add: values of dtype float32 are their own."
+        yield SchemaProblem(path=("master",), value=True, text=text)
+    elif schema.rounding == "stochastic" and default_rounding(schema.dtype, master=schema.master) == "nearest":
+        kept = "a master of float32" if schema.master else "dtype float32"
+        text = f"has nothing to round with {kept}; leave it out."
+        yield SchemaProblem(path=("rounding",), value=schema.rounding, text=text)
+    if schema.optimizer.dense and schema.dtype != "float32" and not schema.master:
+        yield SchemaProblem(
+            path=("optimizer", "dense"),
+            value=True,
+            text=f"needs float32 values, and dtype is {schema.dtype!r}: a slot's missed steps are too small for it. "
+            "Give master=True, or dtype float32, or dense=False.",
+        )
+
+
+def _norm_problems(schema: TableSchema) -> Iterator[SchemaProblem]:
+    max_norm = schema.optimizer.max_norm
+    if max_norm is None:
+        return
+    if schema.optimizer.dense:
+        text = "bounds slots when they have a gradient, and a dense optimizer moves them without; leave one out"
+        yield SchemaProblem(path=("optimizer", "max_norm"), value=max_norm, text=text)
+    elif schema.num_blocks > 1:
+        yield SchemaProblem(
+            path=("optimizer", "max_norm"),
+            value=max_norm,
+            text=f"bounds whole values, which no shard has of {schema.num_blocks} column blocks; give block_dim = "
+            f"value_dim, {schema.value_dim:_}",
+        )
+
+
+def _key_dim(schema: TableSchema) -> int:
+    return schema.keys.key_dim if isinstance(schema.keys, ProductKeySpec | FlatKeySpec) else 0
