@@ -240,7 +240,12 @@ class Driver:
             part = self.call(self.host(shard).export_ledger(request))
             entries |= part.entries
             if not part.entries or len(entries) == part.num_entries:
-                return Ledger(version=part.version, updates_applied=part.updates_applied, entries=entries)
+                return Ledger(
+                    version=part.version,
+                    updates_applied=part.updates_applied,
+                    entries=entries,
+                    step_offset=part.step_offset,
+                )
 
     def contents(self) -> dict[str, Any]:
         """Everything that a bad request must not change: every page of every array, the ledgers, what is held."""

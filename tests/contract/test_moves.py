@@ -100,7 +100,7 @@ def test_the_ledger_moves_with_the_pages(driver: Driver) -> None:
 def test_a_ledger_of_very_many_groups_with_long_names_moves_once(driver: Driver) -> None:
     """More than any message's header may hold, whatever the number of batches that the pages come in."""
     entries = {(f"{number:0256d}", 0): number + 1 for number in range(16_384)}
-    ledger = Ledger(version=5, updates_applied=16_384, entries=entries)
+    ledger = Ledger(version=5, updates_applied=16_384, entries=entries, step_offset=2)
     driver.view = driver.make_view(make_schema(), LAYOUTS["one"], epoch=1)
     driver.call(driver.host(0).attach_table(AttachTable(view=driver.view, mode="initialise", ledger=ledger)))
     for shard in range(1, len(driver.hosted)):

@@ -51,7 +51,7 @@ def filled(
 
 
 def filled_head_keys(head_keys: Tensor, heads: tuple[int, ...], schema: TableSchema) -> Iterator[int]:
-    """Write the initial product keys of these heads into [H, 2, n, key_dim / 2]: a piece at each ``next``, its bytes."""
+    """Write the initial product keys of these heads into [H, 2, n, key_dim / 2], as ``filled`` does rows."""
     return _in_pieces(_fill_heads(head_keys, heads, schema))
 
 

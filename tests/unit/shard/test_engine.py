@@ -21,7 +21,17 @@ from mempool.errors import (
 )
 from mempool.shard import Engine
 from mempool.shard.pages import arena, filling
-from mempool.types import AttachTable, ExportPages, FlatKeySpec, PageBatch, ProductKeySpec, PullPages, ShardInfo
+from mempool.types import (
+    AttachTable,
+    ExportLedger,
+    ExportPages,
+    FlatKeySpec,
+    LedgerPart,
+    PageBatch,
+    ProductKeySpec,
+    PullPages,
+    ShardInfo,
+)
 from mempool.wire.channels.loop import run
 from tests.contract.driver import LAYOUTS, Driver, Hosted, make_bags, make_schema, same
 
@@ -153,6 +163,9 @@ def test_a_source_that_fails_leaves_everything_as_it_was(make_driver: MakeDriver
             if request.row_pages[0] > 4:
                 raise ShardUnavailable("gone")
             return await engines[0].host.export_pages(request)
+
+        async def export_ledger(self, request: ExportLedger) -> LedgerPart:
+            return await engines[0].host.export_ledger(request)
 
     driver = make_driver(2, peers=lambda _: Broken()).create(make_schema(), "one")  # type: ignore[arg-type,return-value]
     engines = driver.hosted

@@ -324,7 +324,14 @@ CASES: dict[Method[Any, Any], Case] = {
         shard_pb2.ExportLedgerRequest,
         build(types.ExportLedger, table_id=U64, first=U64),
         shard_pb2.ExportLedgerReply,
-        build(types.LedgerPart, version=U64, updates_applied=U64, num_entries=U64, entries=ENTRIES),
+        build(
+            types.LedgerPart,
+            version=U64,
+            updates_applied=U64,
+            num_entries=U64,
+            entries=ENTRIES,
+            step_offset=st.integers(-(2**63), 2**63 - 1),
+        ),
     ),
     methods.PULL_PAGES: (
         shard_pb2.PullPagesRequest,

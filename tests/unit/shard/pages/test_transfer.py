@@ -70,7 +70,9 @@ def test_a_ledger_whose_parts_do_not_fit_is_refused(change: Any, match: str) -> 
 
 
 def _changed(part: LedgerPart, **changes: Any) -> LedgerPart:
-    fields = {name: getattr(part, name) for name in ("version", "updates_applied", "num_entries", "entries")}
+    fields = {
+        name: getattr(part, name) for name in ("version", "updates_applied", "num_entries", "entries", "step_offset")
+    }
     return LedgerPart(**(fields | changes))
 
 

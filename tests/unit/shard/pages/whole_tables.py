@@ -60,6 +60,8 @@ class MovingTable:
             none = np.empty(0, dtype=np.int64)
             request = ExportPages(table_id=1, row_pages=none, blocks=(), key_pages=heads)
             self.staging.put(export(self.library, request, version=0))
+        if self.staging.lacks_ledger(0):
+            self.staging.put_ledger(Ledger())
 
     def move(self, owners: Any, *, key_owners: Any = None) -> None:
         target = placement_of(
@@ -93,4 +95,4 @@ def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 def a_ledger(num_entries: int, name_bytes: int) -> Ledger:
     """As many groups, each with a name of so many bytes."""
     entries = {(f"{number:0{name_bytes}d}", 0): number + 1 for number in range(num_entries)}
-    return Ledger(version=7, updates_applied=11, entries=entries)
+    return Ledger(version=7, updates_applied=11, entries=entries, step_offset=-3)
