@@ -21,7 +21,7 @@ from mempool.controller.roster import Roster
 from mempool.controller.settling import Call
 from mempool.errors import MempoolError
 from mempool.placement import Assignment, Moves, Rounds, apply_moves, moves, plan, rounds
-from mempool.types import Ledger, Placement, PullPages, PullReport, RescaleProgress, TableSchema, TableView
+from mempool.types import Placement, PullPages, PullReport, RescaleProgress, TableSchema, TableView
 from mempool.types.sizes import key_page_bytes, slot_bytes
 
 T = TypeVar("T")
@@ -184,7 +184,7 @@ class Mover:
         )
         await self._push(self._roster.put(view.schema, moved), owners)
 
-    async def _freeze(self, shard: int, table_id: int) -> Ledger:
+    async def _freeze(self, shard: int, table_id: int) -> int:
         return await self._call(
             self._roster.shards[shard],
             lambda host: host.freeze(table_id, _FREEZE_TIMEOUT_S),

@@ -147,7 +147,7 @@ def _require_down(pool: str) -> None:
 
 def _pool_at(config: ClusterConfig) -> str | None:
     """The pool that listens where this one would; None where it is none, or one with another token."""
-    from mempool.client.transport.asking import pool_status
+    from mempool.client.opening.asking import pool_status
 
     host = advertised_host(config, "127.0.0.1")
     try:

@@ -7,7 +7,7 @@ from typing import TypeVar
 import grpc
 
 from mempool.server.calls import Door, handler, streaming_handler
-from mempool.types import Ledger, PoolApi, PoolStatus, ShardHost, ShardStatus, TableView
+from mempool.types import PoolApi, PoolStatus, ShardHost, ShardStatus, TableView
 from mempool.wire import methods
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
 from mempool.wire.codecs.pages import FreezeTable
@@ -53,7 +53,7 @@ class Services:
     def shard(self, shard: ShardHost) -> Handlers:
         """``ShardService``: what the controller and peers ask."""
 
-        async def freeze(request: FreezeTable) -> Ledger:
+        async def freeze(request: FreezeTable) -> int:
             return await shard.freeze(request.table_id, request.timeout_s)
 
         async def status(_: None) -> ShardStatus:
@@ -66,6 +66,7 @@ class Services:
                 self._of(methods.FREEZE, freeze),
                 self._of(methods.THAW, shard.thaw),
                 self._of(methods.EXPORT_PAGES, shard.export_pages),
+                self._of(methods.EXPORT_LEDGER, shard.export_ledger),
                 self._of(methods.PULL_PAGES, shard.pull_pages),
                 self._of(methods.SET_VIEW, shard.set_view),
                 self._of(methods.STATUS, status),

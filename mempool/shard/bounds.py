@@ -105,8 +105,8 @@ def check_ledger(ledger: Ledger | None) -> None:
     check_number("the ledger's version", ledger.version)
     check_number("the ledger's updates_applied", ledger.updates_applied)
     check_number("the ledger's step", ledger.version + ledger.step_offset)
-    for (group, rank), entry in ledger.entries.items():
-        check_step(StepId(group=group, rank=rank, step=entry.step), ())
+    for (group, rank), step in ledger.entries.items():
+        check_step(StepId(group=group, rank=rank, step=step), ())
     if len(ledger.entries) > MAX_ENTRIES:
         raise InvalidRequest(f"the ledger has {len(ledger.entries):,} entries; it may have {MAX_ENTRIES:,}")
 

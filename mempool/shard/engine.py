@@ -21,7 +21,7 @@ from mempool.shard import bounds
 from mempool.shard.answers import Answers
 from mempool.shard.hosted import Parked
 from mempool.shard.jobs import JOB_BYTES
-from mempool.shard.pages.staging import pull
+from mempool.shard.pages.transfer import pull
 from mempool.shard.steps.budget import MIB, Budget, numbers_bytes
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.tenancy import Tenancy
@@ -32,10 +32,12 @@ from mempool.types import (
     CommitRequest,
     DiscardReply,
     DiscardRequest,
+    ExportLedger,
     ExportPages,
     GatherReply,
     GatherRequest,
     Ledger,
+    LedgerPart,
     PageBatch,
     PrepareReply,
     PrepareRequest,
@@ -204,18 +206,18 @@ class Engine:
     async def drop_table(self, table_id: int) -> None:
         await self._control("drop_table", self._tenancy.drop, table_id)
 
-    async def freeze(self, table_id: int, timeout_s: float) -> Ledger:
+    async def freeze(self, table_id: int, timeout_s: float) -> int:
         bounds.check_freeze(timeout_s)
-        ledger: Ledger
+        version: int
         try:
             async with asyncio.timeout(timeout_s):
-                ledger = await self._control("freeze", self._tenancy.freeze, table_id)
+                version = await self._control("freeze", self._tenancy.freeze, table_id)
         except TimeoutError as error:
             if isinstance(error, MempoolError):
                 raise
             give_up = partial(self._tenancy.give_up_freeze, timeout_s=timeout_s)
-            ledger = await self._control("freeze", give_up, table_id)
-        return ledger
+            version = await self._control("freeze", give_up, table_id)
+        return version
 
     async def thaw(self, table_id: int) -> None:
         await self._control("thaw", self._tenancy.thaw, table_id)
@@ -223,6 +225,10 @@ class Engine:
     async def export_pages(self, request: ExportPages) -> PageBatch:
         batch: PageBatch = await self._thread.run("export_pages", self._tenancy.export, request)
         return batch
+
+    async def export_ledger(self, request: ExportLedger) -> LedgerPart:
+        part: LedgerPart = await self._control("export_ledger", self._tenancy.export_ledger, request)
+        return part
 
     async def pull_pages(self, request: PullPages) -> PullReport:
         """Read pages from their owner in batches and stage each between other requests.
@@ -243,11 +249,20 @@ class Engine:
             )
             return num_bytes
 
+        async def lacks_ledger() -> bool:
+            lacks: bool = await self._control("stage", self._tenancy.lacks_ledger, table)
+            return lacks
+
+        async def stage_ledger(ledger: Ledger) -> None:
+            await self._control("stage", partial(self._tenancy.stage_ledger, table), ledger)
+
         return await pull(
             request,
             source=self._peers(request.source),
             page_bytes=table.storage.page_bytes(request.blocks),
             stage=stage,
+            lacks_ledger=lacks_ledger,
+            stage_ledger=stage_ledger,
         )
 
     async def set_view(self, view: TableView) -> None:

@@ -190,7 +190,7 @@ class HostedTable:
             return False
         self.check_ready()
         arrived = self.staging.ledger
-        self.staging.adopt(view.placement)
+        self.staging.adopt(view.placement, version=self.ledger.version)
         if self.ledger.adopt(arrived):
             self.storage.begin_at(self.ledger.version)
         self.view = view
@@ -198,6 +198,8 @@ class HostedTable:
         self.updates.clear()
         self.steps_changed()
         self.thaw()
+        self.storage.shrink_arenas()  # last: all is adopted, should there be no memory for it
+        self.measure()
         return True
 
     def close(self) -> None:

@@ -11,14 +11,16 @@ from mempool.errors import DeadlineExceeded, InvalidRequest, NotFound, StalePlac
 from mempool.observe import Stages
 from mempool.shard.bounds import check_ledger, check_reply
 from mempool.shard.hosted import HostedTable, Parked
-from mempool.shard.pages.staging import export
+from mempool.shard.pages.transfer import export, ledger_part
 from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.shard.steps.contexts import Contexts
 from mempool.types import (
     AttachTable,
     Envelope,
+    ExportLedger,
     ExportPages,
     Ledger,
+    LedgerPart,
     PageBatch,
     PullPages,
     ShardInfo,
@@ -153,8 +155,8 @@ class Tenancy:
 
     # Moves
 
-    def freeze(self, table_id: int) -> Ledger | Parked:
-        """Begin a freeze, or go on with it: the ledger once nothing is prepared."""
+    def freeze(self, table_id: int) -> int | Parked:
+        """Begin a freeze, or go on with it: the table's version once nothing is prepared."""
         table = self.table(table_id)
         table.check_ready()
         table.check_whole()
@@ -162,14 +164,14 @@ class Tenancy:
         table.expire()
         if table.updates.any_prepared:
             return table.park_until_decided()
-        return table.ledger.snapshot()
+        return table.ledger.version
 
-    def give_up_freeze(self, table_id: int, timeout_s: float) -> Ledger:
+    def give_up_freeze(self, table_id: int, timeout_s: float) -> int:
         """The last look at a freeze whose time is over: thawed, with DeadlineExceeded, where something is undecided."""
         table = self.table(table_id)
         undecided = next(table.updates.prepared(), None)
         if undecided is None and table.frozen:
-            return table.ledger.snapshot()
+            return table.ledger.version
         self.thaw(table_id)
         why = ""
         if undecided is not None:
@@ -193,13 +195,19 @@ class Tenancy:
             table.thaw()
 
     def export(self, request: ExportPages) -> PageBatch:
-        """Pages whole, for a peer. Raises as ``staging.export`` does, and RequestTooLarge."""
+        """Pages whole, for a peer. Raises as ``transfer.export`` does, and RequestTooLarge."""
         table = self.table(request.table_id)
         table.check_ready()
         num_bytes = len(request.row_pages) * table.storage.page_bytes(request.blocks)
         num_bytes += len(request.key_pages) * table.storage.head_bytes
         check_reply(num_bytes, self._reply_bytes, f"{len(request.row_pages):,} row pages")
-        return export(table.storage, request, table.ledger.snapshot())
+        return export(table.storage, request, version=table.ledger.version)
+
+    def export_ledger(self, request: ExportLedger) -> LedgerPart:
+        """A part of a table's ledger, for a peer."""
+        table = self.table(request.table_id)
+        table.check_ready()
+        return ledger_part(table.ledger.snapshot(), request)
 
     def begin_pull(self, request: PullPages) -> HostedTable:
         """Check a pull and make room for it."""
@@ -214,11 +222,25 @@ class Tenancy:
 
     def stage(self, table: HostedTable, batch: PageBatch) -> int:
         """Stage a batch of a pull. Returns its bytes."""
-        if self._tables.get(batch.table_id) is not table:
-            raise NotFound(f"table {batch.table_id} was dropped while its pages were pulled", shard=self._info.shard)
+        self._require_pulled(table)
         num_bytes = table.staging.put(batch)
         table.measure()
         return num_bytes
+
+    def lacks_ledger(self, table: HostedTable) -> bool:
+        """Whether a pull is to bring what was applied to its pages, too."""
+        self._require_pulled(table)
+        return table.staging.lacks_ledger(table.ledger.version)
+
+    def stage_ledger(self, table: HostedTable, ledger: Ledger) -> None:
+        """Stage the ledger of a pull. Raises InvalidRequest for one that no shard makes, Internal where it is newer."""
+        self._require_pulled(table)
+        check_ledger(ledger)
+        table.staging.put_ledger(ledger)
+
+    def _require_pulled(self, table: HostedTable) -> None:
+        if self._tables.get(table.table_id) is not table:
+            raise NotFound(f"table {table.table_id} was dropped while its pages were pulled", shard=self._info.shard)
 
     def set_view(self, view: TableView) -> None:
         """Adopt a view. Raises Internal as ``HostedTable.adopt`` does."""

@@ -16,7 +16,7 @@ from mempool.shard.bounds import (
     shown,
     shown_numbers,
 )
-from mempool.shard.pages.arena import KEYS, LAST_STEP, SCALES, VALUE_DTYPES, VALUES, Blocks, key_dim
+from mempool.shard.pages.named_arrays import KEYS, LAST_STEP, SCALES, VALUE_DTYPES, VALUES, Blocks, key_dim
 from mempool.shard.pages.storage import Storage
 from mempool.types import (
     GatherRequest,

@@ -16,27 +16,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LedgerEntry:
-    """What was applied of one group: its highest applied step and the sequences of that step."""
-
-    step: int
-    sequences: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Ledger:
     """What was applied to a table's pages. It is part of their state and moves with them.
 
     Attributes:
         version: Table version: commits applied since the table was made.
         updates_applied: Updates applied since the table was made.
-        entries: (group, rank) -> the newest applied step.
+        entries: (group, rank) -> its highest applied step.
         step_offset: The optimizer's step count less the version: 0 where it was never set.
     """
 
     version: int = 0
     updates_applied: int = 0
-    entries: Mapping[tuple[str, int], LedgerEntry] = field(default_factory=dict)
+    entries: Mapping[tuple[str, int], int] = field(default_factory=dict)
     step_offset: int = 0
 
 
@@ -73,7 +65,7 @@ class PageBatch:
         arrays: Named arrays of the row pages: per element [M * page_slots, W of blocks] (uint8 codes for one-byte
             values), row-wise state and scales [M * page_slots, len(blocks)], flat "keys" [M * page_slots, key_dim]
             where block 0 is among the blocks; and "head_keys" [len(key_pages), 2, n, key_dim / 2] for key pages.
-        ledger: The table's ledger at the shard that exported them.
+        version: The table's version at the shard that exported them.
     """
 
     table_id: int
@@ -81,7 +73,34 @@ class PageBatch:
     blocks: tuple[int, ...]
     key_pages: tuple[int, ...]
     arrays: Mapping[str, Tensor]
-    ledger: Ledger
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportLedger:
+    """Read entries of a table's ledger from the ``first``-th on (0-based), as many as travel in one message."""
+
+    table_id: int
+    first: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerPart:
+    """Entries of a ledger, in its order. All parts of one reading have the same version and num_entries.
+
+    Attributes:
+        version: As in ``Ledger``.
+        updates_applied: As in ``Ledger``.
+        num_entries: Of the whole ledger.
+        entries: Of this part; none where ``first`` is beyond the last.
+        step_offset: As in ``Ledger``.
+    """
+
+    version: int
+    updates_applied: int
+    num_entries: int
+    entries: Mapping[tuple[str, int], int]
+    step_offset: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

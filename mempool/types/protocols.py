@@ -27,7 +27,7 @@ from mempool.types.messages import (
     WriteRowsReply,
     WriteRowsRequest,
 )
-from mempool.types.pages import AttachTable, ExportPages, Ledger, PageBatch, PullPages, PullReport
+from mempool.types.pages import AttachTable, ExportLedger, ExportPages, LedgerPart, PageBatch, PullPages, PullReport
 from mempool.types.pool import PoolStatus, RescaleProgress, ShardStatus, TableView
 from mempool.types.schema import TableSchema
 
@@ -62,10 +62,10 @@ class PageHost(Protocol):
     async def drop_table(self, table_id: int) -> None:
         """Forget a table and free its pages; unknown ids are no error."""
 
-    async def freeze(self, table_id: int, timeout_s: float) -> Ledger:
+    async def freeze(self, table_id: int, timeout_s: float) -> int:
         """Hold off new Prepares and writes until set_view or thaw; wait for prepared steps to be decided.
 
-        Lookups and updates go on. Answers the ledger at the moment of standstill.
+        Lookups and updates go on. Answers the table's version, at which it stands still.
 
         Raises:
             DeadlineExceeded: A prepared step was not decided in ``timeout_s``; the table is thawed again.
@@ -75,6 +75,8 @@ class PageHost(Protocol):
         """Undo a freeze and drop what was staged; no error where there is nothing to undo."""
 
     async def export_pages(self, request: ExportPages) -> PageBatch: ...
+
+    async def export_ledger(self, request: ExportLedger) -> LedgerPart: ...
 
     async def pull_pages(self, request: PullPages) -> PullReport: ...
 

@@ -128,8 +128,9 @@ class TableSchema:
         return start, min(start + self.block_dim, self.value_dim)
 
     def width(self, blocks: tuple[int, ...]) -> int:
-        """Columns of these blocks together."""
-        return sum(stop - start for start, stop in map(self.block_columns, blocks))
+        """Columns of these blocks, ascending, together."""
+        lacking = self.num_blocks * self.block_dim - self.value_dim if blocks[-1:] == (self.num_blocks - 1,) else 0
+        return len(blocks) * self.block_dim - lacking
 
 
 def default_rounding(dtype: StorageDtype, *, master: bool) -> Rounding:

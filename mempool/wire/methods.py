@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 from mempool.errors import Internal, InvalidRequest
 from mempool.types import messages as types
-from mempool.types.pages import AttachTable, ExportPages, Ledger, PageBatch, PullPages, PullReport
+from mempool.types.pages import AttachTable, ExportLedger, ExportPages, LedgerPart, PageBatch, PullPages, PullReport
 from mempool.types.pool import PoolStatus, RescaleProgress, ShardStatus, TableView
 from mempool.types.schema import TableSchema
 from mempool.wire.codecs import lookup, messages, pages, tables
@@ -94,10 +94,13 @@ ATTACH_TABLE: Method[AttachTable, None] = Method(
 SHARD_DROP_TABLE: Method[int, None] = Method(
     SHARD_SERVICE, "DropTable", pages.DROP_TABLE_REQUEST, pages.DROP_TABLE_REPLY
 )
-FREEZE: Method[FreezeTable, Ledger] = Method(SHARD_SERVICE, "Freeze", pages.FREEZE_REQUEST, pages.FREEZE_REPLY)
+FREEZE: Method[FreezeTable, int] = Method(SHARD_SERVICE, "Freeze", pages.FREEZE_REQUEST, pages.FREEZE_REPLY)
 THAW: Method[int, None] = Method(SHARD_SERVICE, "Thaw", pages.THAW_REQUEST, pages.THAW_REPLY)
 EXPORT_PAGES: Method[ExportPages, PageBatch] = Method(
     SHARD_SERVICE, "ExportPages", pages.EXPORT_PAGES_REQUEST, pages.EXPORT_PAGES_REPLY
+)
+EXPORT_LEDGER: Method[ExportLedger, LedgerPart] = Method(
+    SHARD_SERVICE, "ExportLedger", pages.EXPORT_LEDGER_REQUEST, pages.EXPORT_LEDGER_REPLY
 )
 PULL_PAGES: Method[PullPages, PullReport] = Method(
     SHARD_SERVICE, "PullPages", pages.PULL_PAGES_REQUEST, pages.PULL_PAGES_REPLY

@@ -21,8 +21,10 @@ from mempool.types import (
     CommitRequest,
     DiscardRequest,
     Envelope,
+    ExportLedger,
     ExportPages,
     GatherRequest,
+    Ledger,
     OptimizerSpec,
     Placement,
     PrepareReply,
@@ -230,17 +232,32 @@ class Driver:
         tables = self.call(self.host(shard).status()).tables
         return next(table for table in tables if table.table_id == self.table_id)
 
+    def ledger(self, shard: int) -> Ledger:
+        """What was applied to the table, as one shard knows it, read part after part."""
+        entries: dict[tuple[str, int], int] = {}
+        while True:
+            request = ExportLedger(table_id=self.table_id, first=len(entries))
+            part = self.call(self.host(shard).export_ledger(request))
+            entries |= part.entries
+            if not part.entries or len(entries) == part.num_entries:
+                return Ledger(
+                    version=part.version,
+                    updates_applied=part.updates_applied,
+                    entries=entries,
+                    step_offset=part.step_offset,
+                )
+
     def contents(self) -> dict[str, Any]:
         """Everything that a bad request must not change: every page of every array, the ledgers, what is held."""
         found: dict[str, Any] = {}
         for shard in self.owners:
             placement = self.placed.placement
+            found[f"{shard} ledger"] = self.ledger(shard)
             for page in range(self.schema.num_row_pages):
                 blocks = tuple(np.flatnonzero(placement.owners[page] == shard).tolist())
                 if blocks:
                     request = ExportPages(table_id=self.table_id, row_pages=np.array([page]), blocks=blocks)
                     batch = self.call(self.host(shard).export_pages(request))
-                    found[f"{shard} ledger"] = batch.ledger
                     for name, rows in batch.arrays.items():
                         found[f"{name} of page {page} blocks {blocks}"] = rows.clone()
             heads = tuple(np.flatnonzero(placement.key_owners == shard).tolist())

@@ -12,7 +12,6 @@ from mempool.types import (
     ExportPages,
     FlatKeySpec,
     Ledger,
-    LedgerEntry,
     OptimizerSpec,
     ProductKeySpec,
     PullPages,
@@ -88,15 +87,31 @@ def test_the_ledger_moves_with_the_pages(driver: Driver) -> None:
     driver.train(1, {0: (make_bags(1), GRADS), 1: (make_bags(2), GRADS)})
     driver.move([[1, 1, 1]] * 7)
     assert driver.owners == (1,)
-    ledger = driver.call(driver.host(1).freeze(driver.table_id, 5.0))
+    assert driver.call(driver.host(1).freeze(driver.table_id, 5.0)) == 1
     driver.call(driver.host(1).thaw(driver.table_id))
-    entry = LedgerEntry(step=1, sequences=())
-    assert ledger == Ledger(version=1, updates_applied=2, entries={("trainer", 0): entry})
+    assert driver.ledger(1) == Ledger(version=1, updates_applied=2, entries={("trainer", 0): 1})
     assert driver.prepare(1, [0, 1])[1].applied
     before = driver.contents()
     assert driver.commit(1, [0, 1])[1].applied
     assert same(driver.contents(), before)
     assert driver.status(0).pages == 0
+
+
+def test_a_ledger_of_very_many_groups_with_long_names_moves_once(driver: Driver) -> None:
+    """More than any message's header may hold, whatever the number of batches that the pages come in."""
+    entries = {(f"{number:0256d}", 0): number + 1 for number in range(16_384)}
+    ledger = Ledger(version=5, updates_applied=16_384, entries=entries, step_offset=2)
+    driver.view = driver.make_view(make_schema(), LAYOUTS["one"], epoch=1)
+    driver.call(driver.host(0).attach_table(AttachTable(view=driver.view, mode="initialise", ledger=ledger)))
+    for shard in range(1, len(driver.hosted)):
+        driver.call(driver.host(shard).attach_table(AttachTable(view=driver.view, mode="empty")))
+    before = driver.read()
+    driver.move("rows")
+    assert driver.ledger(1) == ledger
+    assert driver.status(1).version == 5
+    driver.move("grid")
+    assert [driver.ledger(shard) for shard in (0, 2)] == [ledger, ledger]
+    assert torch.equal(driver.read(), before)
 
 
 def test_held_updates_stay_behind_and_are_sent_again(driver: Driver) -> None:
@@ -147,8 +162,7 @@ def test_a_freeze_holds_off_writers_and_lets_readers_pass(driver: Driver) -> Non
     bags = make_bags(1)
     driver.gather(bags)
     driver.update(1, 0, GRADS)
-    frozen = driver.call(driver.host(0).freeze(driver.table_id, 5.0))
-    assert frozen == Ledger()
+    assert driver.call(driver.host(0).freeze(driver.table_id, 5.0)) == 0
     assert driver.status(0).frozen
     rows = WriteRowsRequest(
         envelope=driver.envelope(0), array="values", ids=torch.tensor([0]), blocks=(0, 1, 2), rows=torch.ones(1, 10)
@@ -196,7 +210,7 @@ def test_a_freeze_waits_for_prepared_steps(driver: Driver, decision: str) -> Non
         assert driver.commit(1, [0])[0].applied
     else:
         driver.discard(1)
-    assert freezing.result(timeout=20).version == (decision == "commit")
+    assert freezing.result(timeout=20) == (decision == "commit")
     driver.call(driver.host(0).thaw(driver.table_id))
 
 

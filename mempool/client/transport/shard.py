@@ -18,10 +18,11 @@ from mempool.types import (
     CommitRequest,
     DiscardReply,
     DiscardRequest,
+    ExportLedger,
     ExportPages,
     GatherReply,
     GatherRequest,
-    Ledger,
+    LedgerPart,
     PageBatch,
     PrepareReply,
     PrepareRequest,
@@ -109,7 +110,7 @@ class GrpcShard:
     async def drop_table(self, table_id: int) -> None:
         await self._call(methods.SHARD_DROP_TABLE, table_id)
 
-    async def freeze(self, table_id: int, timeout_s: float) -> Ledger:
+    async def freeze(self, table_id: int, timeout_s: float) -> int:
         return await self._call(methods.FREEZE, FreezeTable(table_id=table_id, timeout_s=timeout_s))
 
     async def thaw(self, table_id: int) -> None:
@@ -117,6 +118,9 @@ class GrpcShard:
 
     async def export_pages(self, request: ExportPages) -> PageBatch:
         return await self._call(methods.EXPORT_PAGES, request)
+
+    async def export_ledger(self, request: ExportLedger) -> LedgerPart:
+        return await self._call(methods.EXPORT_LEDGER, request)
 
     async def pull_pages(self, request: PullPages) -> PullReport:
         return await self._call(methods.PULL_PAGES, request)

@@ -1,38 +1,41 @@
 """Pages on their way to this shard: staged beside those that answer, adopted with the view that gives them to it.
 
-Pulling them is done in batches that hold up neither shard for long.
+How they come is ``transfer``'s, how they are adopted ``adoption``'s.
 """
 
-from collections.abc import Awaitable, Callable, Iterable
-
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mempool.errors import DataLoss, Internal, InvalidRequest
-from mempool.shard.pages.arena import HEAD_KEYS, Blocks, pieces
-from mempool.shard.pages.storage import Mask, Storage
-from mempool.types import ExportPages, Ledger, PageBatch, Placement, PullPages, PullReport, ShardHost
-
-RowPages = npt.NDArray[np.int64]
+from mempool.errors import Internal, InvalidRequest
+from mempool.shard.pages.adoption import Adoption, StagedPages, adopted_head_keys
+from mempool.shard.pages.masks import Mask, RowPages, cells
+from mempool.shard.pages.named_arrays import HEAD_KEYS, Blocks
+from mempool.shard.pages.storage import Storage
+from mempool.types import Ledger, PageBatch, Placement
 
 
 class Staging:
-    """Staged pages of one table. Row pages lie in the arena of the blocks they came with, published nowhere."""
+    """Staged pages of one table. Row pages lie in the arena of the blocks they came with, published nowhere.
+
+    Attributes:
+        version: The highest table version that pages came with; None where none are staged.
+        ledger: The ledger that came with them.
+    """
 
     def __init__(self, table: Storage) -> None:
         self._table = table
-        self._places: dict[Blocks, dict[int, int]] = {}
+        self._pages: dict[Blocks, StagedPages] = {}
         self._heads: dict[int, Tensor] = {}
+        self.version: int | None = None
         self.ledger: Ledger | None = None
 
     @property
     def mask(self) -> Mask:
         """[P, num_blocks]: what is staged."""
         staged = np.zeros_like(self._table.owned)
-        for blocks, places in self._places.items():
-            staged[_cells(places, blocks)] = True
+        for blocks, pages in self._pages.items():
+            staged[cells(pages.row_pages, blocks)] = True
         return staged
 
     def check_pull(self, row_pages: RowPages, blocks: Blocks, key_pages: tuple[int, ...]) -> None:
@@ -42,8 +45,8 @@ class Staging:
             InvalidRequest: With the first such page.
         """
         table = self._table
-        _check_pages(table, row_pages, blocks, key_pages)
-        here = np.argwhere(table.owned[_cells(row_pages, blocks)])
+        check_pages(table, row_pages, blocks, key_pages)
+        here = np.argwhere(table.owned[cells(row_pages, blocks)])
         if len(here):
             page, block = int(row_pages[here[0][0]]), blocks[int(here[0][1])]
             raise InvalidRequest(
@@ -62,83 +65,116 @@ class Staging:
     def new_bytes(self, row_pages: RowPages, blocks: Blocks, key_pages: tuple[int, ...]) -> int:
         """Bytes that these would take beside what is here and staged."""
         heads = sum(head not in self._heads for head in key_pages)
-        count = self._count_new(row_pages, blocks)
+        count = len(self._new(row_pages, blocks))
         return self._table.new_bytes({blocks: count} if count else {}, heads=heads)
 
-    def _count_new(self, row_pages: RowPages, blocks: Blocks) -> int:
-        places = self._places.get(blocks, {})
-        return sum(page not in places for page in row_pages.tolist())
+    def _new(self, row_pages: RowPages, blocks: Blocks) -> RowPages:
+        pages = self._pages.get(blocks)
+        return row_pages if pages is None else row_pages[~pages.has(row_pages)]
 
     def reserve(self, row_pages: RowPages, blocks: Blocks) -> None:
-        """Make room for row pages that are to come in batches."""
-        new = self._count_new(row_pages, blocks)
-        if new:
-            self._table.arena(blocks).reserve(new)
+        """Make room for row pages that are to come in batches. Raises InvalidRequest where there is none."""
+        new = self._new(row_pages, blocks)
+        if len(new):
+            self._table.arena(blocks).reserve(len(new))
 
     def put(self, batch: PageBatch) -> int:
         """Stage a batch; pages staged before are overwritten. Returns its bytes.
 
         Raises:
-            InvalidRequest: A page of it is owned here already.
-            Internal: The batch is not what the table's schema says. Nothing was changed in either case.
+            InvalidRequest: A page of it is owned here already, or there is no memory for it.
+            Internal: The batch is not what the table's schema says. Nothing was changed in any case.
         """
         table = self._table
         self.check_pull(batch.row_pages, batch.blocks, batch.key_pages)
         _check_batch(table, batch)
-        row_pages = [int(page) for page in batch.row_pages]
-        if row_pages:
-            arena = table.arena(batch.blocks)
-            places = self._places.setdefault(batch.blocks, {})
-            new = [page for page in row_pages if page not in places]
-            places.update(zip(new, arena.take(len(new)).tolist(), strict=True))
-            at = torch.tensor([places[page] for page in row_pages])
-            for array in arena.arrays:
-                pages = arena.pages(array.name)
-                pages[at] = batch.arrays[array.name].view(len(row_pages), *pages.shape[1:]).to(table.device)
-        for head, keys in zip(batch.key_pages, batch.arrays.get(HEAD_KEYS, ()), strict=True):
-            # Copied: a view would keep the whole frame in memory.
-            self._heads[head] = keys.to(table.device, copy=True)
-        if self.ledger is None or batch.ledger.version > self.ledger.version:
-            self.ledger = batch.ledger
+        # Copied: a view would keep the whole frame in memory.
+        heads = {
+            head: keys.to(table.device, copy=True)
+            for head, keys in zip(batch.key_pages, batch.arrays.get(HEAD_KEYS, ()), strict=True)
+        }
+        if len(batch.row_pages):
+            self._put_rows(batch)
+        self._heads |= heads
+        self.version = max(self.version or 0, batch.version)
         return sum(rows.nbytes for rows in batch.arrays.values())
+
+    def _put_rows(self, batch: PageBatch) -> None:
+        table, count = self._table, len(batch.row_pages)
+        arena = table.arena(batch.blocks)
+        new = self._new(batch.row_pages, batch.blocks)
+        taken = arena.take(len(new))
+        pages = self._pages.setdefault(batch.blocks, StagedPages())
+        pages.add(new, taken)
+        at = torch.from_numpy(pages.places(batch.row_pages)).to(table.device)
+        with arena.writing(pages=at):
+            for array in arena.arrays:
+                held = arena.pages(array.name)
+                held[at] = batch.arrays[array.name].view(count, *held.shape[1:]).to(table.device)
+
+    def lacks_ledger(self, version: int) -> bool:
+        """Whether what was applied to staged pages is not known here and did not come yet. version: the table's here.
+
+        It is known where the table has pages already and got all commits that they got.
+        """
+        if self.version is None or (self.ledger is not None and self.ledger.version == self.version):
+            return False
+        return self.version > version or not self._table.num_pages + self._table.num_lost
+
+    def put_ledger(self, ledger: Ledger) -> None:
+        """Stage what was applied to the pages, as their owner knows it.
+
+        Raises:
+            Internal: It is of another version than they. Nothing was changed.
+        """
+        if ledger.version != self.version:
+            raise Internal(
+                f"pages of table {self._table.schema.name!r} came at version {self.version} and their ledger at "
+                f"{ledger.version}: their owner did not stand still. Nothing was changed."
+            )
+        self.ledger = ledger
 
     def drop(self) -> None:
         """Forget what is staged and free its memory."""
-        for blocks, places in self._places.items():
-            self._table.arenas[blocks].give_back(np.array(list(places.values()), dtype=np.int64))
+        for blocks, pages in self._pages.items():
+            self._table.arenas[blocks].give_back(pages.arena_pages)
         self._clear()
         self._table.drop_idle_arenas()
 
-    def adopt(self, placement: Placement) -> None:
+    def adopt(self, placement: Placement, *, version: int) -> None:
         """Own what ``placement`` gives this shard: staged pages come alive, pages not owned any more are freed.
 
+        Args:
+            placement: The new one.
+            version: The table's version here so far.
+
         Raises:
-            Internal: It gives pages that are neither here nor staged. Nothing was changed.
+            Internal: It gives pages that are neither here nor staged, or whose ledger is not.
+            InvalidRequest: There is not enough memory. Nothing was changed in any case.
         """
         table = self._table
         owned = placement.owners == table.shard
-        self._check_complete(placement, owned)
-        whole = owned & ~table.lost
-        homes = _Homes(table, self._places)
-        changed = np.flatnonzero((whole != (table.owned & ~table.lost)).any(axis=1))
-        for blocks, row_pages in _by_pattern(whole, changed).items():
-            homes.move(row_pages, blocks)
-        homes.finish()
-        heads = [int(head) for head in np.flatnonzero((placement.key_owners == table.shard) & ~table.key_lost)]
-        if tuple(heads) != table.heads:
-            present = dict(zip(table.heads, table.head_keys, strict=True))
-            table.set_head_keys({head: self._heads.get(head, present.get(head)) for head in heads})  # type: ignore[misc]
+        self._check_complete(placement, owned, version)
+        heads = tuple(np.flatnonzero((placement.key_owners == table.shard) & ~table.key_lost).tolist())
+        adoption = Adoption(table, self._pages)
+        try:
+            adoption.prepare(owned & ~table.lost)
+            head_keys = adopted_head_keys(table, self._heads, heads)
+        except BaseException:
+            adoption.undo()
+            raise
+        adoption.publish()
+        table.set_head_keys(heads, head_keys)
         self._clear()
         table.drop_idle_arenas()
-        table.shrink_arenas()
         table.own(placement)
 
     def _clear(self) -> None:
-        self._places.clear()
+        self._pages.clear()
         self._heads.clear()
-        self.ledger = None
+        self.version = self.ledger = None
 
-    def _check_complete(self, placement: Placement, owned: Mask) -> None:
+    def _check_complete(self, placement: Placement, owned: Mask, version: int) -> None:
         table = self._table
         lacking = np.argwhere(owned & ~table.owned & ~self.mask)
         if len(lacking):
@@ -156,141 +192,29 @@ class Staging:
                 f"epoch {placement.epoch} gives shard {table.shard} the keys of heads {lacking_keys.tolist()} of table "
                 f"{table.schema.name!r}, which it neither has nor has staged; pull them first. Nothing was changed."
             )
+        if self.lacks_ledger(version):
+            raise Internal(
+                f"epoch {placement.epoch} gives shard {table.shard} pages of table {table.schema.name!r} at version "
+                f"{self.version} whose ledger did not come; pull them again. Nothing was changed."
+            )
 
 
-class _Homes:
-    """Where pages lie before an adoption (owned or staged) and where they go."""
-
-    def __init__(self, table: Storage, staged: dict[Blocks, dict[int, int]]) -> None:
-        self._table = table
-        self._staged = staged
-        self._adopted: dict[Blocks, set[int]] = {blocks: set() for blocks in staged}
-
-    def move(self, row_pages: RowPages, blocks: Blocks) -> None:
-        """Bring pages into the arena of ``blocks``; pages of no blocks are freed."""
-        by_sources: dict[tuple[tuple[Blocks, bool], ...], list[int]] = {}
-        owned_in = [(key, arena.page_of) for key, arena in self._table.arenas.items()]
-        for page in row_pages.tolist():
-            owned = [(key, False) for key, page_of in owned_in if page_of[page] >= 0]
-            staged = [(key, True) for key, places in self._staged.items() if page in places]
-            by_sources.setdefault((*owned, *staged), []).append(page)
-        for sources, pages in by_sources.items():
-            self._move_alike(np.array(pages, dtype=np.int64), blocks, sources)
-
-    def _move_alike(self, pages: RowPages, blocks: Blocks, sources: tuple[tuple[Blocks, bool], ...]) -> None:
-        """Move pages whose columns come from the same arenas."""
-        arenas = self._table.arenas
-        if blocks and (blocks, True) in sources:
-            # They lie where they belong already; what is owned of them besides is not wanted any more.
-            taken = np.array([self._staged[blocks][page] for page in pages.tolist()], dtype=np.int64)
-            self._adopted[blocks].update(pages.tolist())
-            wanted: set[int] = set()
-        elif blocks:
-            taken = self._table.arena(blocks).take(len(pages))
-            wanted = set(blocks)
-        else:
-            taken, wanted = np.empty(0, dtype=np.int64), set()
-        for key, is_staged in sources:
-            part = tuple(sorted(wanted.intersection(key)))
-            if part:
-                at = [self._staged[key][page] if is_staged else arenas[key].page_of[page] for page in pages.tolist()]
-                arenas[blocks].copy_from(
-                    arenas[key], blocks=part, source_pages=np.array(at, dtype=np.int64), arena_pages=taken
-                )
-                wanted.difference_update(part)
-        for key, is_staged in sources:
-            if not is_staged:
-                arenas[key].give_back(arenas[key].withdraw(pages))
-        if blocks:
-            arenas[blocks].publish(pages, taken)
-
-    def finish(self) -> None:
-        """Free the staged pages that were copied from, or not wanted."""
-        for blocks, places in self._staged.items():
-            rest = [place for page, place in places.items() if page not in self._adopted[blocks]]
-            self._table.arenas[blocks].give_back(np.array(rest, dtype=np.int64))
-
-
-def export(table: Storage, request: ExportPages, ledger: Ledger) -> PageBatch:
-    """Copy pages out, to the CPU.
-
-    Raises:
-        InvalidRequest: A page does not exist or is not owned here.
-        DataLoss: A page is owned here and lost.
-    """
-    _check_pages(table, request.row_pages, request.blocks, request.key_pages)
-    wanted = np.zeros_like(table.owned)
-    wanted[_cells(request.row_pages, request.blocks)] = True
-    if not table.owned[wanted].all() or not table.key_owned[list(request.key_pages)].all():
-        raise InvalidRequest(
-            f"shard {table.shard} does not own all of the {int(wanted.sum())} row pages and {len(request.key_pages)} "
-            f"key pages of table {table.schema.name!r} that were asked of it; ask their owners of the newest placement",
-            shard=table.shard,
-        )
-    if table.lost[wanted].any() or table.key_lost[list(request.key_pages)].any():
-        raise DataLoss(f"shard {table.shard} lost pages of table {table.schema.name!r} that were asked of it")
-    return PageBatch(
-        table_id=request.table_id,
-        row_pages=request.row_pages,
-        blocks=request.blocks,
-        key_pages=request.key_pages,
-        arrays=_exported(table, request),
-        ledger=ledger,
-    )
-
-
-def _exported(table: Storage, request: ExportPages) -> dict[str, Tensor]:
-    page_slots, count = table.schema.page_slots, len(request.row_pages)
-    table.catch_up_pages(request.row_pages)  # so that the new owner need not know what steps there were
-    arrays: dict[str, Tensor] = {}
-    for array in table.arrays.values():
-        width = array.width(request.blocks)
-        if not width or not count:
-            continue
-        out = torch.empty((count, page_slots, width), dtype=array.dtype)
-        for arena in table.arenas.values():
-            at = np.flatnonzero(arena.page_of[request.row_pages] >= 0)
-            if not len(at) or not arena.has(array.name):
-                continue
-            pages = arena.pages(array.name)[torch.from_numpy(arena.page_of[request.row_pages[at]].astype(np.int64))]
-            for block in request.blocks:
-                if block in arena.blocks and array.width((block,)):
-                    into, out_of = array.columns(request.blocks, block), array.columns(arena.blocks, block)
-                    out[torch.from_numpy(at), :, into] = pages[:, :, out_of].cpu()
-        arrays[array.name] = out.view(count * page_slots, width)
-    if request.key_pages:
-        places = [table.heads.index(head) for head in request.key_pages]
-        arrays[HEAD_KEYS] = table.head_keys[places].cpu()
-    return arrays
-
-
-def _cells(row_pages: Iterable[int] | RowPages, blocks: Blocks) -> tuple[npt.NDArray[np.int64], ...]:
-    """Index of all (row page, block)s of these."""
-    return np.ix_(np.fromiter(row_pages, dtype=np.int64), np.array(blocks, dtype=np.int64))
-
-
-def _by_pattern(mask: Mask, row_pages: RowPages) -> dict[Blocks, RowPages]:
-    """Row pages by what the mask says of them, () included; those that free come last, as others copy from them."""
-    groups: dict[Blocks, list[int]] = {}
-    for page in row_pages.tolist():
-        groups.setdefault(tuple(int(block) for block in np.flatnonzero(mask[page])), []).append(page)
-    return {blocks: np.array(groups[blocks], dtype=np.int64) for blocks in sorted(groups, reverse=True)}
-
-
-def _check_pages(table: Storage, row_pages: RowPages, blocks: Blocks, key_pages: tuple[int, ...]) -> None:
+def check_pages(table: Storage, row_pages: RowPages, blocks: Blocks, key_pages: tuple[int, ...]) -> None:
+    """Refuse pages that the table has not, or that are named twice. Raises InvalidRequest."""
     schema = table.schema
     for what, asked, limit in (
-        ("row page", row_pages.tolist(), schema.num_row_pages),
-        ("block", list(blocks), schema.num_blocks),
-        ("key page", list(key_pages), schema.num_key_pages),
+        ("row page", row_pages, schema.num_row_pages),
+        ("block", np.asarray(blocks, dtype=np.int64), schema.num_blocks),
+        ("key page", np.asarray(key_pages, dtype=np.int64), schema.num_key_pages),
     ):
-        bad = [number for number in asked if not 0 <= number < limit]
-        if bad:
+        bad = asked[(asked < 0) | (asked >= limit)]
+        if len(bad):
             raise InvalidRequest(f"table {schema.name!r} has no {what} {bad[0]}: it has {limit} (0 to {limit - 1})")
-        if len(set(asked)) != len(asked):
-            raise InvalidRequest(f"a {what} of table {schema.name!r} is named twice in {asked[:8]}")
-    if list(blocks) != sorted(blocks):
-        raise InvalidRequest(f"blocks {blocks} are not ascending")
+        if len(asked) > limit or len(np.unique(asked)) != len(asked):
+            more = " ..." if len(asked) > 8 else ""
+            raise InvalidRequest(f"a {what} of table {schema.name!r} is named twice in {asked[:8].tolist()}{more}")
+    if (np.diff(np.asarray(blocks, dtype=np.int64)) < 0).any():
+        raise InvalidRequest(f"blocks {blocks[:8]} are not ascending")
 
 
 def _check_batch(table: Storage, batch: PageBatch) -> None:
@@ -305,45 +229,6 @@ def _check_batch(table: Storage, batch: PageBatch) -> None:
     got = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in batch.arrays.items()}
     if got != expected:
         raise Internal(
-            f"pages of table {table.schema.name!r} came as {got}, and its schema says {expected}; do all shards run "
-            "the same version of mempool?"
+            f"pages of table {table.schema.name!r} came as {str(got)[:1000]}, and its schema says {expected}; do all "
+            "shards run the same version of mempool?"
         )
-
-
-async def pull(
-    request: PullPages, *, source: ShardHost, page_bytes: int, stage: Callable[[PageBatch], Awaitable[int]]
-) -> PullReport:
-    """Read the pages of ``request`` from ``source`` and stage them.
-
-    Args:
-        request: What to pull.
-        source: The shard that owns the pages.
-        page_bytes: Bytes of one row page with the blocks asked for; a batch is about 16 MiB.
-        stage: Stages a batch and returns its bytes.
-
-    Raises:
-        Internal: The source answered other pages than it was asked for.
-    """
-    batches = [_asked(request, rows=request.row_pages[piece]) for piece in pieces(len(request.row_pages), page_bytes)]
-    batches += [_asked(request, head=head) for head in request.key_pages]
-    num_bytes = 0
-    for asked in batches:
-        batch = await source.export_pages(asked)
-        if (
-            batch.table_id != asked.table_id
-            or not np.array_equal(batch.row_pages, asked.row_pages)
-            or (batch.blocks, batch.key_pages) != (asked.blocks, asked.key_pages)
-        ):
-            raise Internal(f"shard {request.source.shard} answered other pages than it was asked for")
-        num_bytes += await stage(batch)
-    pages = len(request.row_pages) * len(request.blocks) + len(request.key_pages)
-    return PullReport(pages=pages, num_bytes=num_bytes)
-
-
-def _asked(request: PullPages, *, rows: npt.NDArray[np.int64] | None = None, head: int | None = None) -> ExportPages:
-    return ExportPages(
-        table_id=request.table_id,
-        row_pages=np.empty(0, dtype=np.int64) if rows is None else rows,
-        blocks=() if rows is None else request.blocks,
-        key_pages=() if head is None else (head,),
-    )

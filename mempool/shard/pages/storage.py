@@ -1,6 +1,7 @@
 """One table's storage on one shard: which pages are here, in which arenas, and what is asked of them by slot id.
 
-Requests are checked in ``validate``, updates are held and reduced in ``held``, pages come and go in ``staging``.
+Requests are checked in ``validate``, updates are held and reduced in ``held``, pages come and go in ``staging``, and
+new ones are filled in ``filling``.
 Legend: B bags, L pairs, M rows asked for, W columns of the blocks owned, H heads, K top-k, D key dim, P row pages.
 """
 
@@ -13,29 +14,25 @@ import torch
 from torch import Tensor
 
 from mempool import kernels
-from mempool.shard.pages.arena import (
+from mempool.shard.pages.arena import PAGE_TABLE_BYTES, Arena
+from mempool.shard.pages.filling import filled, filled_head_keys
+from mempool.shard.pages.masks import Mask, by_blocks
+from mempool.shard.pages.named_arrays import (
     KEYS,
-    LAST_STEP,
     MASTER,
-    SCALES,
     VALUE_DTYPES,
     VALUES,
-    Arena,
     Blocks,
     NamedArray,
     half_keys,
-    initial_head_keys,
-    initial_rows,
+    head_keys_shape,
     key_dim,
     named_arrays,
-    pieces,
     row_bytes,
 )
 from mempool.shard.steps.optimizers import dense_schedule, step_names
 from mempool.types import Placement, ProductKeySpec, TableSchema
 from mempool.types.bags import Bags
-
-Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +46,10 @@ class Lane:
         """The columns of the arena."""
         return grads_BW if self.columns is None else grads_BW[:, self.columns].contiguous()
 
+    def has_all(self, array: NamedArray) -> bool:
+        """Whether the rows of an array that the arena has are as wide as those of all blocks owned."""
+        return self.columns is None or array.per == "slot"
+
 
 class Storage:
     """The pages of one table on one shard.
@@ -58,6 +59,8 @@ class Storage:
         key_owned, key_lost: [num_key_pages], the same for product keys.
         arenas: One per distinct set of owned blocks; arenas of pages that are still being staged are among them.
         blocks: All blocks this shard owns any page of, ascending.
+        num_lost: (row page, block)s and key pages that are owned and not there.
+        num_pages: Those that are here.
         heads, head_keys: The heads whose product keys are here, ascending, and [H, 2, n, key_dim / 2] float32.
         step_names: The arrays that a step of the optimizer changes besides the values.
         schedule: The steps that slots without a gradient have missed, of a dense optimizer; else None. Rows are brought
@@ -82,10 +85,11 @@ class Storage:
         self.arenas: dict[Blocks, Arena] = {}
         self.blocks: Blocks = ()
         self.heads: tuple[int, ...] = ()
-        half_keys_shape = (2, half_keys(schema), key_dim(schema) // 2) if schema.num_key_pages else (2, 0, 0)
-        self.head_keys = torch.empty((0, *half_keys_shape), dtype=torch.float32, device=device)
+        self.head_keys = torch.empty((0, *head_keys_shape(schema)), dtype=torch.float32, device=device)
         self.step_names = step_names(schema)
         self.schedule = dense_schedule(schema, version=version, device=device)
+        self.num_lost = 0
+        self.num_pages = 0
         self._lanes: tuple[Lane, ...] = ()
 
     # Ownership
@@ -96,12 +100,13 @@ class Storage:
         self.key_owned = placement.key_owners == self.shard
         self.lost &= self.owned
         self.key_lost &= self.key_owned
-        self.blocks = tuple(int(block) for block in np.flatnonzero(self.owned.any(axis=0)))
+        self.blocks = tuple(np.flatnonzero(self.owned.any(axis=0)).tolist())
         self._lanes = tuple(
             Lane(arena=arena, columns=None if blocks == self.blocks else self._places(self.arrays[VALUES], blocks))
             for blocks, arena in sorted(self.arenas.items())
             if (arena.page_of >= 0).any()
         )
+        self._count()
 
     def lose_all(self) -> None:
         """Everything owned is gone, its storage too."""
@@ -109,16 +114,12 @@ class Storage:
         self.arenas.clear()
         self._lanes = ()
         self.heads, self.head_keys = (), self.head_keys[:0].clone()
+        self._count()
 
-    @property
-    def num_lost(self) -> int:
-        """(row page, block)s and key pages that are owned and not there."""
-        return int(self.lost.sum()) + int(self.key_lost.sum())
-
-    @property
-    def num_pages(self) -> int:
-        """(row page, block)s and key pages that are here."""
-        return int(self.owned.sum()) + int(self.key_owned.sum()) - self.num_lost
+    def _count(self) -> None:
+        # Every request asks whether anything is lost, and a mask has as many cells as the table has pages.
+        self.num_lost = int(self.lost.sum()) + int(self.key_lost.sum())
+        self.num_pages = int(self.owned.sum()) + int(self.key_owned.sum()) - self.num_lost
 
     @property
     def num_bytes(self) -> int:
@@ -140,12 +141,14 @@ class Storage:
             if blocks in self.arenas:
                 num_bytes += self.arenas[blocks].growth_bytes(count)
             else:
-                num_bytes += self.page_bytes(blocks) * count + 4 * self.schema.num_row_pages  # and the page table
+                num_bytes += self.page_bytes(blocks) * count + PAGE_TABLE_BYTES * self.schema.num_row_pages
         return num_bytes
 
     def initial_bytes(self, placement: Placement) -> int:
         """Bytes that what a placement gives this shard takes, where nothing of the table is here yet."""
-        row_pages = {blocks: len(pages) for blocks, pages in by_blocks(placement.owners == self.shard).items()}
+        row_pages = {
+            blocks: len(pages) for blocks, pages in by_blocks(placement.owners == self.shard).items() if blocks
+        }
         return self.new_bytes(row_pages, heads=int((placement.key_owners == self.shard).sum()))
 
     @property
@@ -172,57 +175,28 @@ class Storage:
     # Initial values
 
     def initialise(self, placement: Placement) -> Iterator[int]:
-        """Own and fill what the placement gives this shard, a piece at a time: each ``next`` answers its bytes."""
-        owned = placement.owners == self.shard
-        filling: list[tuple[Arena, npt.NDArray[np.int64]]] = []
-        for blocks, row_pages in by_blocks(owned).items():
-            arena = self.arena(blocks)
-            arena.publish(row_pages, arena.take(len(row_pages)))
-            filling.append((arena, row_pages))
-        for arena, row_pages in filling:
-            for run in _runs(row_pages):
-                # Packed values are encoded from float32.
-                for piece in pieces(len(run), arena.page_bytes * (4 if self.schema.packed else 1)):
-                    self._fill(arena, run[piece])
-                    yield len(run[piece]) * arena.page_bytes
-        heads = tuple(int(head) for head in np.flatnonzero(placement.key_owners == self.shard))
-        self.set_head_keys({head: initial_head_keys(self.schema, head) for head in heads})
+        """Own and fill what the placement gives this shard, a piece at a time: each ``next`` answers its bytes.
+
+        Raises:
+            InvalidRequest: There is not so much memory.
+        """
+        filling = []
+        for blocks, row_pages in by_blocks(placement.owners == self.shard).items():
+            if blocks:
+                arena = self.arena(blocks)
+                arena.publish(row_pages, arena.take(len(row_pages)))
+                filling.append((arena, row_pages))
+        heads = tuple(np.flatnonzero(placement.key_owners == self.shard).tolist())
+        head_keys = torch.empty((len(heads), *head_keys_shape(self.schema)), dtype=torch.float32, device=self.device)
+        last_step = 0 if self.schedule is None else self.schedule.last_step
+        yield from filled(filling, self.schema, last_step=last_step, device=self.device)
+        yield from filled_head_keys(head_keys, heads, self.schema)
+        self.set_head_keys(heads, head_keys)
         self.own(placement)
 
-    def _fill(self, arena: Arena, run: npt.NDArray[np.int64]) -> None:
-        """Initial values of consecutive row pages, which lie one after another in a new arena."""
-        page_slots = self.schema.page_slots
-        first = int(run[0]) * page_slots
-        slots = range(first, min(first + len(run) * page_slots, self.schema.num_slots))
-        start = int(arena.page_of[run[0]]) * page_slots
-        for array in arena.arrays:
-            rows = arena.rows(array.name)[start : start + len(run) * page_slots]
-            rows[len(slots) :] = 0  # slots of the last page that do not exist
-            if self.schema.packed and array.name in (VALUES, SCALES):
-                continue
-            if self.schedule is not None and array.name == LAST_STEP:
-                rows[:] = self.schedule.last_step
-                continue
-            self._fill_array(array, arena.blocks, slots, rows[: len(slots)])
-        if self.schema.packed:
-            values = torch.empty(len(slots), self.schema.width(arena.blocks), dtype=torch.float32, device=self.device)
-            self._fill_array(self.arrays[VALUES], arena.blocks, slots, values)
-            ids = torch.arange(slots.start, slots.stop, device=self.device)
-            kernels.scatter_rows(arena.paged(), ids, values)
-
-    def _fill_array(self, array: NamedArray, blocks: Blocks, slots: range, rows: Tensor) -> None:
-        for block in blocks:
-            if array.width((block,)):
-                initial = torch.as_tensor(initial_rows(array, slots, block), device=self.device)
-                rows[:, array.columns(blocks, block)] = initial
-
-    def set_head_keys(self, keys: dict[int, Tensor]) -> None:
-        """These heads' product keys are here from now on, and no others."""
-        self.heads = tuple(sorted(keys))
-        if keys:
-            self.head_keys = torch.stack([keys[head].to(self.device) for head in self.heads])
-        else:
-            self.head_keys = self.head_keys[:0].clone()
+    def set_head_keys(self, heads: tuple[int, ...], head_keys: Tensor) -> None:
+        """These heads' product keys are here from now on, and no others: ascending, [H, 2, n, key_dim / 2]."""
+        self.heads, self.head_keys = heads, head_keys
 
     # By slot id
 
@@ -261,9 +235,12 @@ class Storage:
     def weight_grad(self, bags: Bags, grads_BW: Tensor) -> Tensor:
         """[L] float32: <grads[bag], V[id]> over the columns that are here."""
         self.catch_up(bags.ids)
-        weight_grad_L = torch.zeros(bags.ids.shape[0], dtype=torch.float32, device=self.device)
+        weight_grad_L: Tensor | None = None
         for lane in self._lanes:
-            weight_grad_L += kernels.weight_gradient(lane.arena.paged(), bags.ids, bags.offsets, lane.of(grads_BW))
+            part_L = kernels.weight_gradient(lane.arena.paged(), bags.ids, bags.offsets, lane.of(grads_BW))
+            weight_grad_L = part_L if weight_grad_L is None else weight_grad_L.add_(part_L)
+        if weight_grad_L is None:
+            return torch.zeros(bags.ids.shape[0], dtype=torch.float32, device=self.device)
         return weight_grad_L
 
     def score(self, queries_BHD: Tensor, topk: int) -> tuple[tuple[int, ...], Tensor, Tensor]:
@@ -309,18 +286,32 @@ class Storage:
             return self._read_heads(ids_M)
         self.catch_up(ids_M)
         array = self.arrays[name]
+        lanes = [lane for lane in self._lanes if lane.arena.has(name)]
+        if len(lanes) == 1 and lanes[0].has_all(array):
+            return self._read_all(lanes[0].arena, name, ids_M)
         dtype = VALUE_DTYPES[self.schema.dtype] if name == VALUES else array.dtype
         rows_MW = torch.zeros(ids_M.shape[0], self.row_width(name), dtype=dtype, device=self.device)
-        for lane in self._lanes:
-            if not lane.arena.has(name):
-                continue
+        for lane in lanes:
             here, rows = lane.arena.locate(ids_M)
             at = here.nonzero()[:, 0]
-            places = self._places(array, lane.arena.blocks)
-            values = name == VALUES
-            found = kernels.gather_rows(lane.arena.paged(), ids_M[at]) if values else lane.arena.rows(name)[rows]
+            found = (
+                kernels.gather_rows(lane.arena.paged(), ids_M[at]) if name == VALUES else lane.arena.rows(name)[rows]
+            )
             # Copied, not added: a sum with zero would lose the sign of -0.0.
-            rows_MW[at[:, None], places[None, :]] = found
+            for to, out_of in self._copies(array, lane.arena.blocks):
+                rows_MW[at, to] = found[:, out_of]
+        return rows_MW
+
+    def _read_all(self, arena: Arena, name: str, ids_M: Tensor) -> Tensor:
+        """Rows of an array of which one arena has all columns: they are written once."""
+        if name == VALUES:
+            return kernels.gather_rows(arena.paged(), ids_M)
+        here, rows = arena.locate(ids_M)
+        found = arena.rows(name)[rows]
+        if found.shape[0] == ids_M.shape[0]:
+            return found
+        rows_MW = torch.zeros(ids_M.shape[0], found.shape[1], dtype=found.dtype, device=self.device)
+        rows_MW[here] = found
         return rows_MW
 
     def write(self, name: str, ids_M: Tensor, rows_MW: Tensor) -> None:
@@ -334,12 +325,14 @@ class Storage:
         array = self.arrays[name]
         together = name in (VALUES, MASTER) and self.schema.master
         for lane in self._lanes:
-            if not lane.arena.has(name):
+            arena = lane.arena
+            if not arena.has(name):
                 continue
-            rows = rows_MW[:, self._places(array, lane.arena.blocks)]
-            for written in (VALUES, MASTER) if together else (name,):
-                paged = lane.arena.paged(written)
-                kernels.scatter_rows(paged, ids_M, rows.to(paged.value_dtype).contiguous())
+            rows = rows_MW if lane.has_all(array) else rows_MW[:, self._places(array, arena.blocks)]
+            with arena.writing(arena.locate(ids_M)[1]):
+                for written in (VALUES, MASTER) if together else (name,):
+                    paged = arena.paged(written)
+                    kernels.scatter_rows(paged, ids_M, rows.to(paged.value_dtype).contiguous())
 
     def _read_heads(self, ids_M: Tensor) -> Tensor:
         rows_MW = torch.zeros(ids_M.shape[0], *self.head_keys.shape[1:], dtype=torch.float32, device=self.device)
@@ -350,21 +343,11 @@ class Storage:
 
     def _places(self, array: NamedArray, blocks: Blocks) -> Tensor:
         """Where the columns of ``blocks`` stand in a row of all blocks owned: [W of blocks] int64."""
-        all_blocks = self.row_blocks(array.name)
-        spans = [array.columns(all_blocks, block) for block in blocks if block in all_blocks]
-        return torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(self.device)
+        return torch.from_numpy(array.places(blocks, self.row_blocks(array.name))).to(self.device)
 
-
-def by_blocks(owned: Mask) -> dict[Blocks, npt.NDArray[np.int64]]:
-    """Row pages by the set of blocks owned of them; pages of which nothing is owned are left out."""
-    if not owned.any():
-        return {}
-    patterns, group = np.unique(owned, axis=0, return_inverse=True)
-    return {
-        tuple(int(block) for block in np.flatnonzero(pattern)): np.flatnonzero(group.reshape(-1) == number)
-        for number, pattern in enumerate(patterns)
-        if pattern.any()
-    }
+    def _copies(self, array: NamedArray, blocks: Blocks) -> list[tuple[slice, slice]]:
+        """Ranges of a row of all blocks owned, and those of a row of ``blocks`` that belong there."""
+        return array.copies(blocks, into=self.row_blocks(array.name), out_of=blocks)
 
 
 def best(scores_BK: Tensor, ids_BK: Tensor, topk: int) -> tuple[Tensor, Tensor]:
@@ -377,7 +360,3 @@ def best(scores_BK: Tensor, ids_BK: Tensor, topk: int) -> tuple[Tensor, Tensor]:
 def _no_candidates(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     scores = torch.full(shape, float("-inf"), dtype=torch.float32, device=device)
     return scores, torch.full(shape, -1, dtype=torch.int64, device=device)
-
-
-def _runs(row_pages: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-    return np.split(row_pages, np.flatnonzero(np.diff(row_pages) != 1) + 1)

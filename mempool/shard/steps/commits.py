@@ -146,7 +146,7 @@ def _reduce(table: Storage, held: list[HeldUpdate], norm: _Norm, budget: Budget)
     pairs = _joined(table, held)
     in_order = [kernels.sort_pairs(lane.arena.paged(), pairs.ids) for lane in table.lanes]
     kept_bytes = sum(
-        (4 * len(lane.arena.columns) + 24) * sorted_pairs.rows.shape[0] + KEPT_BYTES
+        (4 * lane.arena.width + 24) * sorted_pairs.rows.shape[0] + KEPT_BYTES
         for lane, sorted_pairs in zip(table.lanes, in_order, strict=True)
     )
     keep = kept_bytes <= min(rest, budget.kept_room)
@@ -208,14 +208,16 @@ class _Write:
     def sums(self, pairs: SortedPairs, sums: Tensor) -> None:
         """Apply sums; pairs: their rows."""
         paged, state = self._before(pairs)
-        kernels.optimizer_step(paged, state, pairs, sums, self._step)
-        self._after(pairs)
+        with self._arena.writing(pairs.rows):
+            kernels.optimizer_step(paged, state, pairs, sums, self._step)
+            self._after(pairs)
 
     def pairs(self, in_order: SortedPairs, pairs: Pairs, grads: Tensor) -> None:
         """Sum and apply; grads: the arena's columns."""
         paged, state = self._before(in_order)
-        kernels.fused_step(paged, state, in_order, pairs.weights, pairs.bags, grads, self._step)
-        self._after(in_order)
+        with self._arena.writing(in_order.rows):
+            kernels.fused_step(paged, state, in_order, pairs.weights, pairs.bags, grads, self._step)
+            self._after(in_order)
 
     def _before(self, pairs: SortedPairs) -> tuple[kernels.Paged, dict[str, Tensor]]:
         if self._table.schedule is not None:

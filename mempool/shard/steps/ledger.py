@@ -1,10 +1,10 @@
 """What was applied to a table's pages here: the rule that a step is applied once. Values only."""
 
 from mempool.errors import StepConflict
-from mempool.types import Ledger, LedgerEntry, StepId
+from mempool.types import Ledger, StepId
 
 MAX_ENTRIES = 16_384
-"""Every client that ever committed leaves an entry, and the ledger goes with every batch of pages. An entry is needed
+"""Every client that ever committed leaves an entry, and the ledger goes with every move of pages. An entry is needed
 only while its client may repeat its newest commit; so many other clients do not come in between."""
 
 
@@ -15,7 +15,7 @@ class AppliedLedger:
         self.version = 0
         self.updates_applied = 0
         self._step_offset = 0
-        self._entries: dict[tuple[str, int], LedgerEntry] = {}
+        self._entries: dict[tuple[str, int], int] = {}
         self._take(ledger or Ledger())
 
     @property
@@ -38,8 +38,8 @@ class AppliedLedger:
 
     def has(self, step_id: StepId) -> bool:
         """Whether that step, or a later one of its rank, was applied."""
-        entry = self._entries.get((step_id.group, step_id.rank))
-        return entry is not None and step_id.step <= entry.step
+        applied = self._entries.get((step_id.group, step_id.rank))
+        return applied is not None and step_id.step <= applied
 
     def add(self, step_id: StepId, sequences: tuple[int, ...]) -> None:
         """A step was applied."""
@@ -47,8 +47,7 @@ class AppliedLedger:
         self.updates_applied += len(sequences)
         rank = step_id.group, step_id.rank
         self._entries.pop(rank, None)  # so that the order is that of the newest commits
-        # Which updates a step had is never asked again, and would be most of what the ledger weighs.
-        self._entries[rank] = LedgerEntry(step=step_id.step, sequences=())
+        self._entries[rank] = step_id.step
         if len(self._entries) > MAX_ENTRIES:
             del self._entries[next(iter(self._entries))]
 

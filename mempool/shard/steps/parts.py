@@ -33,8 +33,7 @@ def pairs_bytes(table: Storage, updates: Sequence[HeldUpdate]) -> int:
     width = table.schema.width(table.blocks)
     joined = 0 if len(updates) == 1 else 28 * pairs + 4 * width * bags
     in_lanes = sum(
-        SORTED_BYTES * pairs + (0 if lane.columns is None else 4 * len(lane.arena.columns) * bags)
-        for lane in table.lanes
+        SORTED_BYTES * pairs + (0 if lane.columns is None else 4 * lane.arena.width * bags) for lane in table.lanes
     )
     return (
         16 * bags + (8 + SORT_BYTES + _scratch_bytes(table, width) + _missed_bytes(table)) * pairs + joined + in_lanes
@@ -57,7 +56,7 @@ def reduce_in_parts(
     for number, lane in enumerate(table.lanes):
         if number < reached[0]:
             continue
-        width = len(lane.arena.columns)
+        width = lane.arena.width
         picks_gradients = len(updates) > 1 or lane.columns is not None
         pair_bytes = _PICKED_BYTES + SORTED_BYTES + SORT_BYTES + _scratch_bytes(table, width)
         pair_bytes += 8 * width if picks_gradients else 0

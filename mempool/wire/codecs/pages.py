@@ -1,11 +1,20 @@
 """Ledgers, pages and the other values of ``PageHost`` as messages: the codecs of ``ShardService``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from mempool.errors import InvalidRequest
-from mempool.types.pages import AttachTable, ExportPages, Ledger, LedgerEntry, PageBatch, PullPages, PullReport
+from mempool.types.pages import (
+    AttachTable,
+    ExportLedger,
+    ExportPages,
+    Ledger,
+    LedgerPart,
+    PageBatch,
+    PullPages,
+    PullReport,
+)
 from mempool.types.pool import ShardStatus, TableView
 from mempool.wire.bodies.frames import decode_frame, encode_frame
 from mempool.wire.bodies.tensors import FrameMemory
@@ -32,44 +41,48 @@ class FreezeTable:
 
 
 def ledger_message(value: Ledger) -> pb.Ledger:
-    entries = [
-        pb.LedgerEntry(group=group, rank=rank, step=entry.step, sequences=entry.sequences)
-        for (group, rank), entry in value.entries.items()
-    ]
     return pb.Ledger(
         version=value.version,
         updates_applied=value.updates_applied,
-        entries=entries,
+        entries=_ENTRIES.to_wire(value.entries),
         step_offset=value.step_offset,
     )
 
 
 def ledger_value(message: pb.Ledger) -> Ledger:
-    entries: dict[tuple[str, int], LedgerEntry] = {}
-    bounded(len(message.entries), MAX_MESSAGES, "Ledger.entries")
-    for entry in message.entries:
-        checked_text(entry.group, "LedgerEntry", "group")
-        if (entry.group, entry.rank) in entries:
-            raise InvalidRequest(f"Ledger.entries has rank {entry.rank} of group {entry.group!r} twice")
-        entries[entry.group, entry.rank] = LedgerEntry(step=entry.step, sequences=tuple(entry.sequences))
     return Ledger(
         version=message.version,
         updates_applied=message.updates_applied,
-        entries=entries,
+        entries=_ENTRIES.from_wire(message.entries, "Ledger.entries"),
         step_offset=message.step_offset,
     )
+
+
+class _Entries:
+    """The converter of a ledger's entries: (group, rank) -> step."""
+
+    def to_wire(self, value: Mapping[tuple[str, int], int]) -> list[pb.LedgerEntry]:
+        return [pb.LedgerEntry(group=group, rank=rank, step=step) for (group, rank), step in value.items()]
+
+    def from_wire(self, wire: Sequence[pb.LedgerEntry], where: str) -> dict[tuple[str, int], int]:
+        bounded(len(wire), MAX_MESSAGES, where)
+        entries: dict[tuple[str, int], int] = {}
+        for entry in wire:
+            checked_text(entry.group, "LedgerEntry", "group")
+            if (entry.group, entry.rank) in entries:
+                raise InvalidRequest(f"{where} has rank {entry.rank} of group {entry.group!r} twice")
+            entries[entry.group, entry.rank] = entry.step
+        return entries
+
+
+_ENTRIES = _Entries()
 
 
 class PageBatchCodec:
     """A ``PageBatch`` as ``ExportPagesReply``, its arrays as views of the frame."""
 
     name = "ExportPagesReply"
-    _mirror = Mirror(
-        pb.ExportPagesReply,
-        PageBatch,
-        {"ledger": Functions(ledger_message, ledger_value)},
-        left_out=("array_names",),
-    )
+    _mirror = Mirror(pb.ExportPagesReply, PageBatch, left_out=("array_names",))
 
     def encode(self, value: PageBatch, *, narrow_ids: bool = False) -> bytes:  # noqa: ARG002
         header = packed(self._header, value, self.name)
@@ -115,11 +128,13 @@ DROP_TABLE_REQUEST: ProtoCodec[int, pb.ShardServiceDropTableRequest] = ProtoCode
 )
 DROP_TABLE_REPLY: ProtoCodec[None, pb.ShardServiceDropTableReply] = ProtoCodec(Only(pb.ShardServiceDropTableReply))
 FREEZE_REQUEST = ProtoCodec(Mirror(pb.FreezeRequest, FreezeTable), MAX_SMALL_BYTES)
-FREEZE_REPLY: ProtoCodec[Ledger, pb.FreezeReply] = ProtoCodec(Only(pb.FreezeReply, "ledger", _LEDGER))
+FREEZE_REPLY: ProtoCodec[int, pb.FreezeReply] = ProtoCodec(Only(pb.FreezeReply, "version"))
 THAW_REQUEST: ProtoCodec[int, pb.ThawRequest] = ProtoCodec(Only(pb.ThawRequest, "table_id"), MAX_SMALL_BYTES)
 THAW_REPLY: ProtoCodec[None, pb.ThawReply] = ProtoCodec(Only(pb.ThawReply))
 EXPORT_PAGES_REQUEST = FrameCodec(Mirror(pb.ExportPagesRequest, ExportPages), {"row_pages": NUMBERS})
 EXPORT_PAGES_REPLY = PageBatchCodec()
+EXPORT_LEDGER_REQUEST = ProtoCodec(Mirror(pb.ExportLedgerRequest, ExportLedger), MAX_SMALL_BYTES)
+EXPORT_LEDGER_REPLY = ProtoCodec(Mirror(pb.ExportLedgerReply, LedgerPart, {"entries": _ENTRIES}))
 PULL_PAGES_REQUEST = FrameCodec(Mirror(pb.PullPagesRequest, PullPages, {"source": SHARD_INFO}), {"row_pages": NUMBERS})
 PULL_PAGES_REPLY = ProtoCodec(Mirror(pb.PullPagesReply, PullReport))
 SET_VIEW_REQUEST: ProtoCodec[TableView, pb.SetViewRequest] = ProtoCodec(Only(pb.SetViewRequest, "view", VIEW))

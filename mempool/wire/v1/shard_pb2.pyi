@@ -5,7 +5,8 @@ What the pool's controller, and a shard that takes over pages, ask of one shard.
 needs, beside the token, the metadata `mempool-controller-key`, a secret that only the pool's own processes have.
 
 A move of one table, as the controller carries it out: Freeze at all its shards; PullPages at every shard that is given
-pages, which fetches them by ExportPages from their present owners and stages them; SetView with the next epoch at all.
+pages, which fetches them by ExportPages from their present owners and stages them, and, where the table is new to it,
+fetches by ExportLedger what was applied to them; SetView with the next epoch at all.
 If anything fails before the first SetView: Thaw at all, and nothing has changed. Nothing here carries an epoch check of
 its own: the controller is the only caller, and orders its calls.
 """
@@ -66,28 +67,22 @@ class LedgerEntry(_message.Message):
     GROUP_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
-    SEQUENCES_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     """The group."""
     rank: _builtins.int
     """The rank."""
     step: _builtins.int
     """Its highest applied step."""
-    @_builtins.property
-    def sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The updates of that step."""
-
     def __init__(
         self,
         *,
         group: _builtins.str = ...,
         rank: _builtins.int = ...,
         step: _builtins.int = ...,
-        sequences: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "rank", b"rank", "sequences", b"sequences", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "rank", b"rank", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -251,19 +246,17 @@ class FreezeReply(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    LEDGER_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def ledger(self) -> Global___Ledger:
-        """Its ledger at this moment."""
-
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Its version."""
     def __init__(
         self,
         *,
-        ledger: Global___Ledger | None = ...,
+        version: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -357,12 +350,14 @@ class ExportPagesReply(_message.Message):
     TABLE_ID_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
     KEY_PAGES_FIELD_NUMBER: _builtins.int
-    LEDGER_FIELD_NUMBER: _builtins.int
     ARRAY_NAMES_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     ROW_PAGES_FIELD_NUMBER: _builtins.int
     ARRAYS_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
     """The table."""
+    version: _builtins.int
+    """The table's version here."""
     @_builtins.property
     def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Column blocks, as asked for."""
@@ -370,10 +365,6 @@ class ExportPagesReply(_message.Message):
     @_builtins.property
     def key_pages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Key pages, as asked for."""
-
-    @_builtins.property
-    def ledger(self) -> Global___Ledger:
-        """The table's ledger here."""
 
     @_builtins.property
     def array_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -396,18 +387,84 @@ class ExportPagesReply(_message.Message):
         table_id: _builtins.int = ...,
         blocks: _abc.Iterable[_builtins.int] | None = ...,
         key_pages: _abc.Iterable[_builtins.int] | None = ...,
-        ledger: Global___Ledger | None = ...,
         array_names: _abc.Iterable[_builtins.str] | None = ...,
+        version: _builtins.int = ...,
         row_pages: _tensor_pb2.Tensor | None = ...,
         arrays: _abc.Iterable[_tensor_pb2.Tensor] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "row_pages", b"row_pages"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["row_pages", b"row_pages"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["array_names", b"array_names", "arrays", b"arrays", "blocks", b"blocks", "key_pages", b"key_pages", "ledger", b"ledger", "row_pages", b"row_pages", "table_id", b"table_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["array_names", b"array_names", "arrays", b"arrays", "blocks", b"blocks", "key_pages", b"key_pages", "row_pages", b"row_pages", "table_id", b"table_id", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExportPagesReply: _TypeAlias = ExportPagesReply  # noqa: Y015
+
+@_typing.final
+class ExportLedgerRequest(_message.Message):
+    """Asks for a part of a ledger."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_ID_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    table_id: _builtins.int
+    """The table."""
+    first: _builtins.int
+    """The first entry asked for, 0-based."""
+    def __init__(
+        self,
+        *,
+        table_id: _builtins.int = ...,
+        first: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "table_id", b"table_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportLedgerRequest: _TypeAlias = ExportLedgerRequest  # noqa: Y015
+
+@_typing.final
+class ExportLedgerReply(_message.Message):
+    """A part of a ledger."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    UPDATES_APPLIED_FIELD_NUMBER: _builtins.int
+    NUM_ENTRIES_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    STEP_OFFSET_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The table version."""
+    updates_applied: _builtins.int
+    """Updates applied since the table was made."""
+    num_entries: _builtins.int
+    """Entries of the whole ledger."""
+    step_offset: _builtins.int
+    """As in Ledger."""
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerEntry]:
+        """Those from the first that was asked for on, as many as travel in one message; none beyond the last."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        updates_applied: _builtins.int = ...,
+        num_entries: _builtins.int = ...,
+        entries: _abc.Iterable[Global___LedgerEntry] | None = ...,
+        step_offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "num_entries", b"num_entries", "step_offset", b"step_offset", "updates_applied", b"updates_applied", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportLedgerReply: _TypeAlias = ExportLedgerReply  # noqa: Y015
 
 @_typing.final
 class PullPagesRequest(_message.Message):

@@ -60,6 +60,11 @@ class ShardServiceStub(object):
                 request_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ExportPagesRequest.SerializeToString,
                 response_deserializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ExportPagesReply.FromString,
                 _registered_method=True)
+        self.ExportLedger = channel.unary_unary(
+                '/mempool.wire.v1.ShardService/ExportLedger',
+                request_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ExportLedgerRequest.SerializeToString,
+                response_deserializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ExportLedgerReply.FromString,
+                _registered_method=True)
         self.PullPages = channel.unary_unary(
                 '/mempool.wire.v1.ShardService/PullPages',
                 request_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.PullPagesRequest.SerializeToString,
@@ -97,7 +102,7 @@ class ShardServiceServicer(object):
 
     def Freeze(self, request, context):
         """Holds off new Prepares, one-phase Commits and WriteRows of a table until SetView or Thaw, and waits for prepared steps
-        to be decided. Lookups and updates go on. Repeatable: a frozen table answers its ledger again.
+        to be decided. Lookups and updates go on. Repeatable: a frozen table answers its version again.
 
         ERROR_CODE_DEADLINE_EXCEEDED where a prepared step was not decided in time; the table is then thawed again.
         """
@@ -113,9 +118,17 @@ class ShardServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ExportPages(self, request, context):
-        """Reads pages whole, with everything they hold and the table's ledger. Changes nothing. The caller asks for no more pages
+        """Reads pages whole, with everything they hold. Changes nothing. The caller asks for no more pages
         at a time than fit into one message. ERROR_CODE_INVALID_REQUEST for pages that are not here, ERROR_CODE_DATA_LOSS for
         lost ones.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportLedger(self, request, context):
+        """Reads the table's ledger, a part of some hundred KiB at a time: who asks goes on from the number of entries that he
+        has, until he has num_entries. Changes nothing. The parts fit together where the table is frozen; version tells.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -173,6 +186,11 @@ def add_ShardServiceServicer_to_server(servicer, server):
                     servicer.ExportPages,
                     request_deserializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ExportPagesRequest.FromString,
                     response_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ExportPagesReply.SerializeToString,
+            ),
+            'ExportLedger': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExportLedger,
+                    request_deserializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ExportLedgerRequest.FromString,
+                    response_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ExportLedgerReply.SerializeToString,
             ),
             'PullPages': grpc.unary_unary_rpc_method_handler(
                     servicer.PullPages,
@@ -326,6 +344,33 @@ class ShardService(object):
             '/mempool.wire.v1.ShardService/ExportPages',
             mempool_dot_wire_dot_v1_dot_shard__pb2.ExportPagesRequest.SerializeToString,
             mempool_dot_wire_dot_v1_dot_shard__pb2.ExportPagesReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportLedger(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mempool.wire.v1.ShardService/ExportLedger',
+            mempool_dot_wire_dot_v1_dot_shard__pb2.ExportLedgerRequest.SerializeToString,
+            mempool_dot_wire_dot_v1_dot_shard__pb2.ExportLedgerReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,7 +5,8 @@ What the pool's controller, and a shard that takes over pages, ask of one shard.
 needs, beside the token, the metadata `mempool-controller-key`, a secret that only the pool's own processes have.
 
 A move of one table, as the controller carries it out: Freeze at all its shards; PullPages at every shard that is given
-pages, which fetches them by ExportPages from their present owners and stages them; SetView with the next epoch at all.
+pages, which fetches them by ExportPages from their present owners and stages them, and, where the table is new to it,
+fetches by ExportLedger what was applied to them; SetView with the next epoch at all.
 If anything fails before the first SetView: Thaw at all, and nothing has changed. Nothing here carries an epoch check of
 its own: the controller is the only caller, and orders its calls.
 """
@@ -46,16 +47,20 @@ class ShardServiceStub:
     """Forgets a table, frees its pages and drops what is held of it. Unknown ids are no error."""
     Freeze: _grpc.UnaryUnaryMultiCallable[_shard_pb2.FreezeRequest, _shard_pb2.FreezeReply]
     """Holds off new Prepares, one-phase Commits and WriteRows of a table until SetView or Thaw, and waits for prepared steps
-    to be decided. Lookups and updates go on. Repeatable: a frozen table answers its ledger again.
+    to be decided. Lookups and updates go on. Repeatable: a frozen table answers its version again.
 
     ERROR_CODE_DEADLINE_EXCEEDED where a prepared step was not decided in time; the table is then thawed again.
     """
     Thaw: _grpc.UnaryUnaryMultiCallable[_shard_pb2.ThawRequest, _shard_pb2.ThawReply]
     """Undoes Freeze and drops pages that were staged. No error where there is nothing to undo."""
     ExportPages: _grpc.UnaryUnaryMultiCallable[_shard_pb2.ExportPagesRequest, _shard_pb2.ExportPagesReply]
-    """Reads pages whole, with everything they hold and the table's ledger. Changes nothing. The caller asks for no more pages
+    """Reads pages whole, with everything they hold. Changes nothing. The caller asks for no more pages
     at a time than fit into one message. ERROR_CODE_INVALID_REQUEST for pages that are not here, ERROR_CODE_DATA_LOSS for
     lost ones.
+    """
+    ExportLedger: _grpc.UnaryUnaryMultiCallable[_shard_pb2.ExportLedgerRequest, _shard_pb2.ExportLedgerReply]
+    """Reads the table's ledger, a part of some hundred KiB at a time: who asks goes on from the number of entries that he
+    has, until he has num_entries. Changes nothing. The parts fit together where the table is frozen; version tells.
     """
     PullPages: _grpc.UnaryUnaryMultiCallable[_shard_pb2.PullPagesRequest, _shard_pb2.PullPagesReply]
     """Fetches pages from their present owner and stages them: they answer nothing until a view is set that gives them to this
@@ -81,16 +86,20 @@ class ShardServiceAsyncStub(ShardServiceStub):
     """Forgets a table, frees its pages and drops what is held of it. Unknown ids are no error."""
     Freeze: _aio.UnaryUnaryMultiCallable[_shard_pb2.FreezeRequest, _shard_pb2.FreezeReply]  # type: ignore[assignment]
     """Holds off new Prepares, one-phase Commits and WriteRows of a table until SetView or Thaw, and waits for prepared steps
-    to be decided. Lookups and updates go on. Repeatable: a frozen table answers its ledger again.
+    to be decided. Lookups and updates go on. Repeatable: a frozen table answers its version again.
 
     ERROR_CODE_DEADLINE_EXCEEDED where a prepared step was not decided in time; the table is then thawed again.
     """
     Thaw: _aio.UnaryUnaryMultiCallable[_shard_pb2.ThawRequest, _shard_pb2.ThawReply]  # type: ignore[assignment]
     """Undoes Freeze and drops pages that were staged. No error where there is nothing to undo."""
     ExportPages: _aio.UnaryUnaryMultiCallable[_shard_pb2.ExportPagesRequest, _shard_pb2.ExportPagesReply]  # type: ignore[assignment]
-    """Reads pages whole, with everything they hold and the table's ledger. Changes nothing. The caller asks for no more pages
+    """Reads pages whole, with everything they hold. Changes nothing. The caller asks for no more pages
     at a time than fit into one message. ERROR_CODE_INVALID_REQUEST for pages that are not here, ERROR_CODE_DATA_LOSS for
     lost ones.
+    """
+    ExportLedger: _aio.UnaryUnaryMultiCallable[_shard_pb2.ExportLedgerRequest, _shard_pb2.ExportLedgerReply]  # type: ignore[assignment]
+    """Reads the table's ledger, a part of some hundred KiB at a time: who asks goes on from the number of entries that he
+    has, until he has num_entries. Changes nothing. The parts fit together where the table is frozen; version tells.
     """
     PullPages: _aio.UnaryUnaryMultiCallable[_shard_pb2.PullPagesRequest, _shard_pb2.PullPagesReply]  # type: ignore[assignment]
     """Fetches pages from their present owner and stages them: they answer nothing until a view is set that gives them to this
@@ -131,7 +140,7 @@ class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_shard_pb2.FreezeReply, _abc.Awaitable[_shard_pb2.FreezeReply]]:
         """Holds off new Prepares, one-phase Commits and WriteRows of a table until SetView or Thaw, and waits for prepared steps
-        to be decided. Lookups and updates go on. Repeatable: a frozen table answers its ledger again.
+        to be decided. Lookups and updates go on. Repeatable: a frozen table answers its version again.
 
         ERROR_CODE_DEADLINE_EXCEEDED where a prepared step was not decided in time; the table is then thawed again.
         """
@@ -150,9 +159,19 @@ class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _shard_pb2.ExportPagesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_shard_pb2.ExportPagesReply, _abc.Awaitable[_shard_pb2.ExportPagesReply]]:
-        """Reads pages whole, with everything they hold and the table's ledger. Changes nothing. The caller asks for no more pages
+        """Reads pages whole, with everything they hold. Changes nothing. The caller asks for no more pages
         at a time than fit into one message. ERROR_CODE_INVALID_REQUEST for pages that are not here, ERROR_CODE_DATA_LOSS for
         lost ones.
+        """
+
+    @_abc_1.abstractmethod
+    def ExportLedger(
+        self,
+        request: _shard_pb2.ExportLedgerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_shard_pb2.ExportLedgerReply, _abc.Awaitable[_shard_pb2.ExportLedgerReply]]:
+        """Reads the table's ledger, a part of some hundred KiB at a time: who asks goes on from the number of entries that he
+        has, until he has num_entries. Changes nothing. The parts fit together where the table is frozen; version tells.
         """
 
     @_abc_1.abstractmethod

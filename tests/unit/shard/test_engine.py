@@ -24,13 +24,15 @@ from mempool.errors import (
     ShardUnavailable,
 )
 from mempool.shard import Engine
-from mempool.shard.pages import arena
+from mempool.shard.pages import arena, filling
 from mempool.shard.steps.contexts import context_bytes
 from mempool.types import (
     AttachTable,
+    ExportLedger,
     ExportPages,
     FlatKeySpec,
     GatherRequest,
+    LedgerPart,
     PageBatch,
     ProductKeySpec,
     PullPages,
@@ -104,7 +106,7 @@ def test_a_dead_trainers_prepared_step_does_not_hold_off_a_freeze_forever(make_d
     driver.gather(make_bags(1))
     driver.update(1, 0, GRADS)
     driver.prepare(1, [0])
-    assert driver.call(driver.host(0).freeze(1, 5.0)).version == 0
+    assert driver.call(driver.host(0).freeze(1, 5.0)) == 0
     assert driver.status(0).updates_held == 0
 
 
@@ -123,7 +125,8 @@ def test_a_freeze_whose_caller_is_gone_and_a_waiting_prepare(make_driver: MakeDr
     waiting.cancel()
     driver.commit(1, [0])
     driver.call(driver.host(0).thaw(1))
-    assert list(driver.call(driver.host(0).freeze(1, 1.0)).entries) == [("trainer", 0)]
+    assert driver.call(driver.host(0).freeze(1, 1.0)) == 1
+    assert list(driver.ledger(0).entries) == [("trainer", 0)]
 
 
 def test_an_abandoned_step_of_a_rank_that_goes_on_lets_the_freeze_through(make_driver: MakeDriver) -> None:
@@ -135,7 +138,7 @@ def test_an_abandoned_step_of_a_rank_that_goes_on_lets_the_freeze_through(make_d
     assert any(driver.status(0).frozen for _ in range(10_000))
     driver.update(2, 1, GRADS)
     waiting = driver.submit(driver.host(0).prepare(driver.prepare_request(0, 2, [1])))
-    assert freezing.result(timeout=20).version == 0
+    assert freezing.result(timeout=20) == 0
     driver.call(driver.host(0).thaw(1))
     assert waiting.result(timeout=20).missing == ()
 
@@ -165,6 +168,9 @@ def test_a_source_that_fails_leaves_everything_as_it_was(make_driver: MakeDriver
             if request.row_pages[0] > 4:
                 raise ShardUnavailable("gone")
             return await engines[0].host.export_pages(request)
+
+        async def export_ledger(self, request: ExportLedger) -> LedgerPart:
+            return await engines[0].host.export_ledger(request)
 
     driver = make_driver(2, peers=lambda _: Broken()).create(make_schema(), "one")  # type: ignore[arg-type,return-value]
     engines = driver.hosted
@@ -282,15 +288,35 @@ def test_large_sums_are_not_kept_and_change_no_bit(make_driver: MakeDriver) -> N
 
 def test_a_large_table_is_filled_in_pieces(make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two pieces, which are jobs of their own, other tables are answered."""
-    monkeypatch.setattr(arena, "_COPY_BYTES", 1)
+    monkeypatch.setattr(filling, "_PIECE_BYTES", 1)
     driver = make_driver().create(make_schema(keys=FlatKeySpec(key_dim=5)))
     pieces = next(time for time in driver.call(driver.host(0).status()).stages if time.stage == "fill")
-    assert pieces.count == 7 + 1  # pages, and the end
+    assert pieces.count > 50 * 10  # elements of the values alone
     values, keys = driver.read(), driver.read("keys")
     monkeypatch.undo()
     whole = make_driver().create(make_schema(keys=FlatKeySpec(key_dim=5)))
     assert torch.equal(whole.read(), values)
     assert torch.equal(whole.read("keys"), keys)
+
+
+def test_dropping_a_table_ends_its_filling_at_once_and_others_are_served_meanwhile(
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = make_driver().create(make_schema())
+    monkeypatch.setattr(filling, "_PIECE_BYTES", 1)
+    large = Driver(driver.hosted, table_id=2)
+    schema = make_schema(num_slots=2**16, page_slots=2**12, value_dim=2**14, block_dim=1)  # millions of pieces
+    large.view = large.make_view(schema, np.zeros((16, 2**14)), epoch=1)
+    filled = large.submit(large.host(0).attach_table(AttachTable(view=large.view, mode="initialise")))
+    while len(driver.call(driver.host(0).status()).tables) < 2:
+        assert not filled.done()
+    driver.gather(make_bags(1))
+    driver.train(1, {0: (make_bags(1), GRADS)})
+    assert not filled.done()
+    large.call(large.host(0).drop_table(2))
+    with pytest.raises(NotFound, match="dropped while it was being made"):
+        filled.result(timeout=20)
+    assert len(driver.call(driver.host(0).status()).tables) == 1
 
 
 def test_a_table_that_is_being_made_says_so(make_driver: MakeDriver) -> None:
@@ -332,7 +358,7 @@ def test_status_tells_what_is_there(make_driver: MakeDriver) -> None:
     (table,) = status.tables
     assert (table.pages, table.lookups, table.updates_held, table.frozen) == (14, 1, 1, False)
     # 7 pages of 8 slots, 6 columns, values and "sum"; and the page table
-    assert status.num_bytes == table.num_bytes == 7 * 8 * 6 * 4 * 2 + 7 * 4
+    assert status.num_bytes == table.num_bytes == 7 * 8 * 6 * 4 * 2 + 7 * arena.PAGE_TABLE_BYTES
     counts = {time.stage: time.count for time in status.stages}
     assert counts["gather"] == counts["update"] == 1
     assert counts["queue"] >= 4

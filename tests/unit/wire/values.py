@@ -1,6 +1,5 @@
 """Values of every message of every call, drawn at random: what ``test_methods`` sends and reads."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,14 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mempool import types
-from mempool.types.schema_checks import HYPER_PARAMETERS, NAME
 from mempool.wire import methods
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
 from mempool.wire.codecs.pages import FreezeTable
 from mempool.wire.methods import Method
 from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2
+from tests.unit.wire.right_schemas import U64, schemas
 
-U64 = st.one_of(st.integers(0, 300), st.integers(0, 2**64 - 1))
 U32 = st.one_of(st.integers(0, 300), st.integers(0, 2**32 - 1))
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 DOUBLE = st.floats(allow_nan=False)
@@ -59,70 +57,6 @@ ENVELOPE = build(types.Envelope, table_id=U64, epoch=U64, incarnation=U64)
 STAMP = build(types.Stamp, shard=U32, incarnation=U64, epoch=U64, table_version=U64)
 STEP_ID = build(types.StepId, group=TEXT, rank=U32, step=U64)
 REPLY_DTYPE = st.sampled_from(["float32", "bfloat16"])
-RATE = st.floats(0.0, 1e30)
-NUMBERS: Mapping[str, st.SearchStrategy[float]] = {
-    "lr": RATE,
-    "eps": st.floats(1e-37, 1e30),
-    "beta1": st.floats(0.0, 1.0, exclude_max=True),
-    "beta2": st.floats(0.0, 1.0, exclude_max=True),
-    "lr_decay": RATE,
-    "initial_accumulator_value": RATE,
-    "weight_decay": RATE,
-    "momentum": st.floats(0.0, 1.0, exclude_max=True),
-    "dampening": st.floats(0.0, 1.0, exclude_max=True),
-    "max_norm": st.none() | st.floats(1e-37, 1e30),
-}
-
-
-@st.composite
-def schemas(draw: st.DrawFn) -> types.TableSchema:
-    """Any that ``check_schema`` takes; with other numbers nothing of the kind travels."""
-    algorithm = draw(st.sampled_from(["sgd", "adagrad", "rowwise_adagrad", "adam", "adamw", "rowwise_adam"]))
-    given = {name: draw(NUMBERS[name]) for name, taken in HYPER_PARAMETERS.items() if algorithm in taken.of}
-    if given.get("momentum") == 0.0:
-        given["dampening"] = 0.0
-    dtype, master = draw(st.sampled_from(["float32", "bfloat16", "float8_e4m3fn", "int8"])), draw(st.booleans())
-    master = master and dtype != "float32"
-    fine = dtype == "float32" or master
-    keys = draw(
-        st.one_of(
-            st.none(),
-            build(types.FlatKeySpec, key_dim=st.integers(1, 4096), deterministic=st.booleans()),
-            build(
-                types.ProductKeySpec,
-                heads=st.integers(1, 4),
-                key_dim=st.integers(1, 2048).map(lambda half: 2 * half),
-                deterministic=st.booleans(),
-            ),
-        )
-    )
-    root = draw(st.integers(1, 10))
-    num_slots = root**2 if isinstance(keys, types.ProductKeySpec) else draw(st.integers(1, 100))
-    value_dim = draw(st.integers(1, 100))
-    whole_rows = given.get("max_norm") is not None  # of which the norm is
-    return types.TableSchema(
-        table_id=draw(U64),
-        name=draw(st.from_regex(NAME, fullmatch=True)),
-        num_slots=num_slots,
-        value_dim=value_dim,
-        block_dim=value_dim if whole_rows else draw(st.integers(1, value_dim)),
-        page_slots=draw(st.sampled_from([1, 8, 16, 64])),
-        dtype=dtype,  # type: ignore[arg-type]
-        seed=draw(st.integers(0, 2**63 - 1)),
-        init_std=draw(st.floats(0.0, 1e6)),
-        stride=math.isqrt(num_slots) if math.isqrt(num_slots) ** 2 == num_slots else 0,
-        layout=draw(st.sampled_from(["auto", "columns", "rows", "grid"])),  # type: ignore[arg-type]
-        optimizer=types.OptimizerSpec(
-            algorithm=algorithm,  # type: ignore[arg-type]
-            dense=algorithm == "adamw" and fine and not whole_rows and draw(st.booleans()),
-            **given,
-        ),
-        keys=keys,
-        rounding="nearest" if fine else draw(st.sampled_from(["stochastic", "nearest"])),  # type: ignore[arg-type]
-        master=master,
-    )
-
-
 SCHEMA = schemas()
 SHARD_INFO = build(types.ShardInfo, shard=U32, address=TEXT, incarnation=U64)
 
@@ -141,12 +75,13 @@ def views(draw: st.DrawFn) -> types.TableView:
 
 
 VIEW = views()
-LEDGER = build(
-    types.Ledger,
-    version=U64,
-    updates_applied=U64,
-    entries=st.dictionaries(st.tuples(TEXT, U32), build(types.LedgerEntry, step=U64, sequences=U64S), max_size=3),
-)
+HISTORY: Mapping[str, st.SearchStrategy[Any]] = {
+    "version": U64,
+    "updates_applied": U64,
+    "entries": st.dictionaries(st.tuples(TEXT, U32), U64, max_size=3),
+    "step_offset": st.integers(-(2**63), 2**63 - 1),
+}
+LEDGER = build(types.Ledger, **HISTORY)
 TABLE_STATUS = build(
     types.TableStatus,
     table_id=U64,
@@ -318,14 +253,20 @@ CASES: dict[Method[Any, Any], Case] = {
         shard_pb2.FreezeRequest,
         build(FreezeTable, table_id=U64, timeout_s=SECONDS),
         shard_pb2.FreezeReply,
-        LEDGER,
+        U64,
     ),
     methods.THAW: (shard_pb2.ThawRequest, U64, shard_pb2.ThawReply, st.none()),
     methods.EXPORT_PAGES: (
         shard_pb2.ExportPagesRequest,
         build(types.ExportPages, **PAGES),
         shard_pb2.ExportPagesReply,
-        build(types.PageBatch, **PAGES, arrays=st.dictionaries(TEXT, ROWS, max_size=3), ledger=LEDGER),
+        build(types.PageBatch, **PAGES, arrays=st.dictionaries(TEXT, ROWS, max_size=3), version=U64),
+    ),
+    methods.EXPORT_LEDGER: (
+        shard_pb2.ExportLedgerRequest,
+        build(types.ExportLedger, table_id=U64, first=U64),
+        shard_pb2.ExportLedgerReply,
+        build(types.LedgerPart, num_entries=U64, **HISTORY),
     ),
     methods.PULL_PAGES: (
         shard_pb2.PullPagesRequest,

@@ -22,7 +22,7 @@ from mempool.errors import (
     ShardUnavailable,
     Unauthenticated,
 )
-from mempool.types import RescaleProgress, ShardInfo
+from mempool.types import ExportLedger, RescaleProgress, ShardInfo
 from mempool.wire.channels.grpc_channel import GrpcChannels
 from mempool.wire.channels.loop import run
 from tests.unit.client.grpc_pool import CONTROLLER_KEY, GrpcPoolHere, addresses
@@ -272,8 +272,9 @@ def test_shard_behind_its_address_is_a_whole_shard_host(here: GrpcPoolHere) -> N
     async def main() -> None:
         info = here.infos[0]
         shard = GrpcShard(info, GrpcChannels(controller_key=CONTROLLER_KEY)(info.address, shard=0))
-        ledger = await shard.freeze(table_id, 5.0)
-        assert (ledger.version, ledger.updates_applied) == (1, 1)
+        assert await shard.freeze(table_id, 5.0) == 1
+        part = await shard.export_ledger(ExportLedger(table_id=table_id, first=0))
+        assert (part.version, part.updates_applied, part.num_entries, len(part.entries)) == (1, 1, 1, 1)
         await shard.thaw(table_id)
         assert [view.schema.name for view in await shard.views()] == ["facts"]
         assert (await shard.status()).tables[0].version == 1

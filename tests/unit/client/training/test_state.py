@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tests.unit.client.fakes import FakePool, make_schema
 
 import mempool
 from mempool.client import Pool, Table
