@@ -54,8 +54,9 @@ def status(now: PoolStatus, *, address: str) -> None:
             )  # fmt: skip
         console.print(tables)
     for creation in now.creating:
-        so_far = f"{_size(creation.bytes_done)} of {_size(creation.bytes_total)}" if creation.shards else ""
-        console.print(f"making table {creation.table}: {so_far or 'waits for ' + creation.waiting_for}")
+        so_far = f"{_size(creation.bytes_done)} of {_size(creation.bytes_total)}"
+        waits = f"waits for {creation.waiting_for}" if creation.waiting_for else ""
+        console.print(f"making table {creation.table}: {waits or so_far}")
     for line in _troubles(now, found):
         console.print(line, style="red")
 

@@ -26,6 +26,7 @@ from mempool.types import (
     ShardStatus,
     TableCreation,
     TableSchema,
+    TableStatus,
     TableView,
 )
 from mempool.types.schema_checks import check_schema, shown
@@ -135,10 +136,8 @@ class TableChanges:
 
     def creations(self, statuses: Iterable[ShardStatus]) -> tuple[TableCreation, ...]:
         """The tables that are being made, and how far the shards say that they are."""
-        to_fill = {
-            (table.table_id, status.info.shard): table.bytes_to_fill for status in statuses for table in status.tables
-        }
-        return tuple(_creation(making, to_fill) for making in self._making.values())
+        seen = {(table.table_id, status.info.shard): table for status in statuses for table in status.tables}
+        return tuple(_creation(making, seen) for making in self._making.values())
 
     def _require_new(self, schema: TableSchema) -> None:
         """Raises where a table may not be added to what the pool has and makes."""
@@ -246,20 +245,28 @@ def _num_pages(schema: TableSchema) -> int:
     return schema.num_row_pages * schema.num_blocks + schema.num_key_pages
 
 
-def _creation(making: Making, to_fill: dict[tuple[int, int], int]) -> TableCreation:
+def _creation(making: Making, seen: dict[tuple[int, int], TableStatus]) -> TableCreation:
     table_id = 0 if making.view is None else making.view.schema.table_id
+    tables = {shard: seen.get((table_id, shard)) for shard in sorted(making.bytes_of)}
     return TableCreation(
         table=making.schema.name,
         table_id=table_id,
-        waiting_for="" if making.view is not None else "the change of the pool that is under way",
+        waiting_for=_waiting_for(making, tables),
         spent_s=time.monotonic() - making.began_s,
         shards=tuple(
             # A shard that says nothing of it has not begun.
             ShardFill(
                 shard=shard,
-                bytes_done=max(0, total - to_fill.get((table_id, shard), total)),
-                bytes_total=total,
+                bytes_done=0 if table is None else max(0, making.bytes_of[shard] - table.bytes_to_fill),
+                bytes_total=making.bytes_of[shard],
             )
-            for shard, total in sorted(making.bytes_of.items())
+            for shard, table in tables.items()
         ),
     )
+
+
+def _waiting_for(making: Making, tables: dict[int, TableStatus | None]) -> str:
+    if making.view is None:
+        return "the change of the pool that is under way"
+    preparing = (f"{table.preparing} on shard {shard}" for shard, table in tables.items() if table and table.preparing)
+    return next(preparing, "")

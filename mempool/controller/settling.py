@@ -13,6 +13,8 @@ from mempool.types import AttachTable, ShardHost, ShardInfo, TableView
 T = TypeVar("T")
 
 _HEAR_TIMEOUT_S = 10.0
+_ATTACH_TIMEOUT_S = 600.0
+"""A shard on a new machine may have to compile kernels first; one that is gone is noticed by its channel."""
 
 
 class Call(Protocol):
@@ -55,7 +57,7 @@ async def _settle_one(roster: Roster, call: Call, info: ShardInfo, views: tuple[
         if known is None:
             # One that owns nothing takes the table's history with its first pages.
             mode = "lost" if info.shard in view.placement.shards else "empty"
-            await call(info, _attach(AttachTable(view=view, mode=mode)))  # type: ignore[arg-type]
+            await call(info, _attach(AttachTable(view=view, mode=mode)), timeout_s=_ATTACH_TIMEOUT_S)  # type: ignore[arg-type]
         elif known.placement.epoch < view.placement.epoch or known.shards != view.shards:
             await call(info, _set_view(view))
 

@@ -32,6 +32,7 @@ from mempool.kernels.dispatch import (
 )
 from mempool.kernels.implementation import Implementation, implementation
 from mempool.kernels.layout import PackedElement, PackedLayout, num_blocks
+from mempool.kernels.making import make_ready
 from mempool.kernels.steps import (
     ALGORITHMS,
     BLOCK_STATE,
@@ -44,7 +45,7 @@ from mempool.kernels.steps import (
     OptimizerStep,
     RandomRounding,
 )
-from mempool.kernels.warming import warm_up
+from mempool.kernels.warming import Needs, warm_up
 
 __all__ = [
     "ALGORITHMS",
@@ -60,6 +61,7 @@ __all__ = [
     "DenseSchedule",
     "Element",
     "Implementation",
+    "Needs",
     "OptimizerStep",
     "PackedElement",
     "PackedLayout",
@@ -73,6 +75,7 @@ __all__ = [
     "gather_rows",
     "implementation",
     "initial_values",
+    "make_ready",
     "num_blocks",
     "optimizer_step",
     "product_gradient",

@@ -1,11 +1,18 @@
-"""Compiling every kernel of a device before the first request needs it."""
+"""The calls that between them need every kernel of a table, or of a device: each is small, and stands for itself.
+
+Who makes a call has its kernels compiled, or loaded from the disk cache. ``making`` does so for a table in time.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mempool.kernels.arguments import ELEMENTS, Element, Paged
+from mempool.kernels.arguments import ELEMENTS, RUN_PIECE, Element, Paged, SortedPairs
 from mempool.kernels.layout import PackedLayout
 from mempool.kernels.steps import (
     ALGORITHMS,
@@ -13,9 +20,50 @@ from mempool.kernels.steps import (
     LAST_STEP,
     MASTER,
     STATE_NAMES,
+    Algorithm,
     DenseSchedule,
     OptimizerStep,
 )
+
+_WIDTH = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What tells which kernels a table needs.
+
+    Attributes:
+        element: What values are stored as.
+        algorithm: The rule of its optimizer.
+        plain: As ``OptimizerStep.plain``: without options, which have a variant of the step.
+        master: Float32 values are kept beside those stored.
+        dense: Rows do the steps that they missed.
+        keys: Of the shard, "" for none.
+        device: Type of the device of its arenas.
+    """
+
+    element: Element = "float32"
+    algorithm: Algorithm = "sgd"
+    plain: bool = True
+    master: bool = False
+    dense: bool = False
+    keys: Literal["", "product", "flat"] = ""
+    device: str = "cpu"
+
+
+def calls_of(needs: Needs) -> tuple[str, ...]:
+    """Names of the calls that need all kernels of such a table, those that take long to compile first."""
+    if needs.device != "cpu":  # initial values are drawn on the CPU in any case
+        return ("initial_values",)
+    names = ["step", "weighted_sum"]
+    names += ["catch_up"] if needs.dense else []
+    names += ["product_topk"] if needs.keys == "product" else ["flat_keys"] if needs.keys == "flat" else []
+    return (*names, "sort_pairs", "segment_sum", "weight_gradient", "rows", "initial_values", "squared_norm")
+
+
+def call(name: str, needs: Needs) -> None:
+    """Make a call by its name."""
+    _CALLS[name](needs)
 
 
 def warm_up(device: torch.device | str = "cpu") -> None:
@@ -29,59 +77,180 @@ def warm_up(device: torch.device | str = "cpu") -> None:
     Args:
         device: Where the shard's arenas lie.
     """
+    place = str(device)
+    for element in ELEMENTS:
+        for algorithm in ALGORITHMS:
+            if algorithm != "sgd_momentum":
+                _step(Needs(element=element, algorithm=algorithm, device=place))
+        needs = Needs(element=element, master=True, device=place)
+        for name in ("step", "catch_up", "weighted_sum", "weight_gradient", "rows", "sort_pairs", "segment_sum"):
+            call(name, needs)
+        if element in ("float32", "bfloat16"):
+            _flat_topk(needs)
+    needs = Needs(device=place)
+    for name in ("catch_up", "squared_norm", "select_topk", "product_topk", "product_gradient", "initial_values"):
+        call(name, needs)
+
+
+def _small_arena(needs: Needs) -> Paged:
+    element = needs.element
+    page_table = torch.zeros(1, dtype=torch.int32, device=needs.device)
+    if element == "float32" or element == "bfloat16":
+        rows = torch.zeros(2, _WIDTH, dtype=torch.float32 if element == "float32" else torch.bfloat16)
+        return Paged(rows.to(needs.device), page_table, 1)
+    packed = PackedLayout(element, width=_WIDTH, block_dim=64)
+    rows = torch.zeros(2, packed.row_bytes, dtype=torch.uint8, device=needs.device)
+    return Paged(rows, page_table, 1, packed)
+
+
+def _numbers(needs: Needs, *numbers: int) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device=needs.device)
+
+
+def _pairs(needs: Needs) -> SortedPairs:
+    """Three pairs of two slots."""
+    order, rows, starts = _numbers(needs, 0, 1, 2), _numbers(needs, 0, 1), _numbers(needs, 0, 1, 3)
+    return SortedPairs(order=order, rows=rows, slots=rows.clone(), starts=starts)
+
+
+def _long_run(needs: Needs) -> tuple[SortedPairs, Tensor]:
+    """Pairs of one slot, so many that threads share its sum, and their bags."""
+    num_pairs = 4 * RUN_PIECE + 1
+    order, one = torch.arange(num_pairs, device=needs.device), _numbers(needs, 0)
+    pairs = SortedPairs(order=order, rows=one, slots=one.clone(), starts=_numbers(needs, 0, num_pairs))
+    return pairs, torch.zeros_like(order)
+
+
+def _grads(needs: Needs) -> Tensor:
+    return torch.ones(2, _WIDTH, device=needs.device)
+
+
+def _state(needs: Needs) -> dict[str, Tensor]:
+    names = STATE_NAMES[needs.algorithm]
+    state = {name: torch.zeros(2, 1 if name in BLOCK_STATE else _WIDTH, device=needs.device) for name in names}
+    if needs.master:
+        state[MASTER] = torch.zeros(2, _WIDTH, device=needs.device)
+    return state
+
+
+def _weighted_sum(needs: Needs) -> None:
     from mempool import kernels
 
-    device = torch.device(device)
-    ids = torch.tensor([0, 1, 1], device=device)
-    offsets, bags = torch.tensor([0, 2, 3], device=device), torch.tensor([0, 0, 1], device=device)
-    weights, grads = torch.ones(3, device=device), torch.ones(2, 4, device=device)
-    page_table = torch.zeros(1, dtype=torch.int32, device=device)
-    schedule = DenseSchedule(first_step=1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, device=device)
+    weights = torch.ones(3, device=needs.device)
+    kernels.weighted_sum(_small_arena(needs), _numbers(needs, 0, 1, 1), weights, _numbers(needs, 0, 2, 3))
+
+
+def _weight_gradient(needs: Needs) -> None:
+    from mempool import kernels
+
+    ids, offsets = _numbers(needs, 0, 1, 1), _numbers(needs, 0, 2, 3)
+    kernels.weight_gradient(_small_arena(needs), ids, offsets, _grads(needs))
+
+
+def _rows(needs: Needs) -> None:
+    from mempool import kernels
+
+    paged, ids = _small_arena(needs), _numbers(needs, 0, 1)
+    kernels.scatter_rows(paged, ids, kernels.gather_rows(paged, ids))
+    kernels.gather_rows(paged, ids, dtype=torch.float16)
+
+
+def _sort_pairs(needs: Needs) -> None:
+    from mempool import kernels
+
+    kernels.sort_pairs(_small_arena(needs), _numbers(needs, 0, 1, 1))
+
+
+def _segment_sum(needs: Needs) -> None:
+    from mempool import kernels
+
+    weights, bags, grads = torch.ones(3, device=needs.device), _numbers(needs, 0, 0, 1), _grads(needs)
+    sums = kernels.segment_sum(_pairs(needs), weights, bags, grads)
+    kernels.add_segments(sums, _numbers(needs, 0, 1), _pairs(needs), weights, bags, grads)
+    pairs, bags = _long_run(needs)
+    kernels.segment_sum(pairs, None, bags, grads)
+
+
+def _squared_norm(needs: Needs) -> None:
+    from mempool import kernels
+
+    kernels.squared_norm(_grads(needs))
+
+
+def _step(needs: Needs) -> None:
+    from mempool import kernels
+
+    paged, state = _small_arena(needs), _state(needs)
+    # Any option has the variant of all: a norm is one that every rule has.
+    bound = float("inf") if needs.plain else 1.0
+    step = OptimizerStep(needs.algorithm, lr=0.0, max_norm=bound)
+    grads, weights, bags = _grads(needs), torch.ones(3, device=needs.device), _numbers(needs, 0, 0, 1)
+    kernels.optimizer_step(paged, state, _pairs(needs), grads, step)
+    kernels.fused_step(paged, state, _pairs(needs), weights, bags, grads, step)
+
+
+def _catch_up(needs: Needs) -> None:
+    from mempool import kernels
+
+    schedule = DenseSchedule(first_step=1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, device=needs.device)
     schedule.append(0.0)
-    for element in ELEMENTS:
-        paged = _small_arena(element, page_table)
-        kernels.weighted_sum(paged, ids, weights, offsets)
-        kernels.weight_gradient(paged, ids, offsets, grads)
-        kernels.scatter_rows(paged, ids, kernels.gather_rows(paged, ids))
-        kernels.gather_rows(paged, ids, dtype=torch.float16)
-        pairs = kernels.sort_pairs(paged, ids)
-        sums = kernels.segment_sum(pairs, weights, bags, grads)
-        kernels.add_segments(sums, torch.arange(2, device=device), pairs, weights, bags, grads)
-        kernels.squared_norm(sums)
-        state = {
-            name: torch.zeros(2, 1 if name in BLOCK_STATE else 4, device=device)
-            for names in STATE_NAMES.values()
-            for name in names
-        }
-        for algorithm in ALGORITHMS:
-            step = OptimizerStep(algorithm, lr=0.0)
-            if not step.plain:
-                continue
-            kernels.optimizer_step(paged, state, pairs, sums, step)
-            kernels.fused_step(paged, state, pairs, weights, bags, grads, step)
-        state |= {
-            MASTER: torch.zeros(2, 4, device=device),
-            LAST_STEP: torch.zeros(2, 1, dtype=torch.int32, device=device),
-        }
-        kernels.fused_step(paged, state, pairs, weights, bags, grads, OptimizerStep("sgd", lr=0.0))
-        kernels.catch_up(paged, state, pairs.rows, schedule, to=1, block_dim=64)
-        if paged.element == "float32":
-            del state[MASTER]
-            kernels.catch_up(paged, state, pairs.rows, schedule, to=1, block_dim=64)
-        if paged.packed is None:
-            kernels.flat_topk(grads, paged, 1, 2)
-    kernels.select_topk(grads, 1)
-    kernels.product_select(grads, grads, 1, 4)
-    queries, keys = grads[:, None].contiguous(), torch.ones(1, 2, 2, 2, device=device)
-    scores, index1, index2 = kernels.product_indices(queries, keys, 1)
-    kernels.product_gradient(queries, keys, index1, index2, scores)
+    state = {name: torch.zeros(2, _WIDTH, device=needs.device) for name in STATE_NAMES["adamw"]}
+    state[LAST_STEP] = torch.zeros(2, 1, dtype=torch.int32, device=needs.device)
+    if needs.master:
+        state[MASTER] = torch.zeros(2, _WIDTH, device=needs.device)
+    kernels.catch_up(_small_arena(needs), state, _numbers(needs, 0, 1), schedule, to=1, block_dim=64)
+
+
+def _flat_topk(needs: Needs) -> None:
+    from mempool import kernels
+
+    kernels.flat_topk(_grads(needs), _small_arena(needs), 1, 2)
+
+
+def _flat_keys(needs: Needs) -> None:
+    _flat_topk(replace(needs, element="float32"))  # whatever values are stored as
+
+
+def _select_topk(needs: Needs) -> None:
+    from mempool import kernels
+
+    kernels.select_topk(_grads(needs), 1)
+    kernels.product_select(_grads(needs), _grads(needs), 1, _WIDTH)
+
+
+def _product_topk(needs: Needs) -> None:
+    from mempool import kernels
+
+    queries, keys = _grads(needs)[:, None].contiguous(), torch.ones(1, 2, 2, 2, device=needs.device)
+    kernels.product_indices(queries, keys, 1)
+
+
+def _product_gradient(needs: Needs) -> None:
+    from mempool import kernels
+
+    queries, keys = _grads(needs)[:, None].contiguous(), torch.ones(1, 2, 2, 2, device=needs.device)
+    index = _numbers(needs, 0, 0).view(2, 1, 1)
+    kernels.product_gradient(queries, keys, index, index.clone(), torch.ones(2, 1, 1, device=needs.device))
+
+
+def _initial_values(needs: Needs) -> None:  # noqa: ARG001 - the same for all
+    from mempool import kernels
+
     kernels.initial_values(0, 0, 1, 0, 1, 1.0)
 
 
-def _small_arena(element: Element, page_table: Tensor) -> Paged:
-    if element == "float32" or element == "bfloat16":
-        rows = torch.zeros(2, 4, dtype=torch.float32 if element == "float32" else torch.bfloat16)
-        return Paged(rows.to(page_table.device), page_table, 1)
-    packed = PackedLayout(element, width=4, block_dim=64)
-    rows = torch.zeros(2, packed.row_bytes, dtype=torch.uint8, device=page_table.device)
-    return Paged(rows, page_table, 1, packed)
+_CALLS: dict[str, Callable[[Needs], None]] = {
+    "weighted_sum": _weighted_sum,
+    "weight_gradient": _weight_gradient,
+    "rows": _rows,
+    "sort_pairs": _sort_pairs,
+    "segment_sum": _segment_sum,
+    "squared_norm": _squared_norm,
+    "step": _step,
+    "catch_up": _catch_up,
+    "flat_keys": _flat_keys,
+    "select_topk": _select_topk,
+    "product_topk": _product_topk,
+    "product_gradient": _product_gradient,
+    "initial_values": _initial_values,
+}

@@ -196,10 +196,13 @@ class Engine:
     async def attach_table(self, request: AttachTable) -> None:
         """Make a table known; large ones are filled piece by piece, so that other tables answer meanwhile.
 
+        Kernels that it needs are made ready first, off the engine's thread: no call on the table waits for a compiler.
+
         Raises:
             InvalidRequest: The table is here already, with pages, at another epoch; or its pages do not fit.
         """
         table = await self._control("attach_table", self._tenancy.attach, request)
+        await self._tenancy.prepare(table)
         while not await self._thread.run("fill", self._tenancy.fill, table, caller=_TABLES):
             pass
 

@@ -43,6 +43,7 @@ class HostedTable:
         num_bytes: Of its pages: of those that are here or staged, or that initial values are being written to.
             All three are of the last ``measure``; any thread may read them.
         bytes_to_fill: Bytes of initial values that are still to be written; any thread may read it.
+        preparing: What is done before they are written, in words; "" for nothing. Any thread may read and write it.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class HostedTable:
         self.lookups = 0
         self._filling: Iterator[int] | None = None
         self._filling_bytes = self.bytes_to_fill = 0
+        self.preparing = ""
         self._waiting_for_thaw: list[Parked] = []
         self._waiting_for_decisions: list[Parked] = []
         if request.mode == "initialise":
@@ -223,6 +225,7 @@ class HostedTable:
             lookups=self.lookups,
             frozen=self.frozen,
             bytes_to_fill=self.bytes_to_fill,
+            preparing=self.preparing,
         )
 
 

@@ -3,10 +3,14 @@
 Changes run on the engine's thread. What is only read (views, status) may be asked on any thread and never waits.
 """
 
+import asyncio
+import logging
+import threading
 import time
 
 import torch
 
+from mempool import kernels
 from mempool.errors import DeadlineExceeded, InvalidRequest, NotFound, StalePlacement
 from mempool.observe import Stages
 from mempool.shard.bounds import check_ledger, check_reply
@@ -14,6 +18,7 @@ from mempool.shard.hosted import HostedTable, Parked
 from mempool.shard.pages.transfer import export, ledger_part
 from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.shard.steps.contexts import Contexts
+from mempool.shard.steps.optimizers import kernel_needs
 from mempool.types import (
     AttachTable,
     Envelope,
@@ -29,6 +34,8 @@ from mempool.types import (
 )
 
 MIB = 2**20
+
+_LOG = logging.getLogger("mempool.shard")
 
 
 class Tenancy:
@@ -117,6 +124,22 @@ class Tenancy:
         self._require_memory(table, table.num_bytes)
         self._tables = self._tables | {table_id: table}
         return table
+
+    async def prepare(self, table: HostedTable) -> None:
+        """Make the table's kernels ready, on a thread of its own; what fails is left to the first call in need."""
+        stop = threading.Event()
+
+        def say(done: int, parts: int) -> None:
+            table.preparing = f"CPU kernels to be compiled, once per machine: {done} of {parts} are"
+
+        try:
+            needs = kernel_needs(table.view.schema, self._device)
+            await asyncio.to_thread(kernels.make_ready, needs, report=say, stop=stop)
+        except Exception as error:
+            _LOG.warning("kernels of table %r were not made ready: %s", table.view.schema.name, error, exc_info=True)
+        finally:
+            stop.set()  # whoever is cancelled waits no longer
+            table.preparing = ""
 
     def fill(self, table: HostedTable) -> bool:
         """Write a piece of initial values. Returns whether all are there; a table that cannot be filled is dropped.

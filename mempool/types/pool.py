@@ -56,6 +56,7 @@ class TableStatus:
     """One table as one shard sees it. pages and lost_pages count (row page, block)s and key pages.
 
     bytes_to_fill: Bytes of initial values that are still to be written here; 0 once the table answers.
+    preparing: What is done before they are written, in words; "" for nothing.
     """
 
     table_id: int
@@ -70,6 +71,7 @@ class TableStatus:
     lookups: int
     frozen: bool
     bytes_to_fill: int = 0
+    preparing: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +117,7 @@ class TableCreation:
 
     Attributes:
         table_id: 0 until it is placed.
-        waiting_for: What has to end before it begins, for people; "" once it is being filled.
+        waiting_for: What has to end before it begins, or goes on, for people; "" once it is being filled.
         spent_s: Seconds since it was asked for.
         shards: Its owners; none until it is placed.
     """

@@ -44,11 +44,13 @@ class CreateProgress:
     spent_s: float
 
     def __str__(self) -> str:
+        if self.waiting_for:
+            return f"it waits for {self.waiting_for}"
         if self.bytes_total:
             mib = 2**20
             done, total = self.bytes_done / mib, self.bytes_total / mib
             return f"{done:,.0f} of {total:,.0f} MiB have their initial values"
-        return f"it waits for {self.waiting_for}" if self.waiting_for else "the pool has not begun to fill it"
+        return "the pool has not begun to fill it"
 
 
 class Creation:
@@ -148,7 +150,8 @@ class Creation:
         now_s, before = time.monotonic(), self._seen
         if seen is not None:
             # Where the pool has not begun it is at work on something else, and answers: that is a sign of life.
-            if before is None or seen.bytes_total == 0 or seen.bytes_done != before.bytes_done:
+            begun = seen.bytes_total > 0 and not seen.waiting_for
+            if before is None or not begun or seen.bytes_done != before.bytes_done:
                 self._moved_s = now_s
             if before is None:
                 _LOG.warning("making table %r takes a while: %s", name, seen)

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mempool.kernels.arguments import Paged
+from mempool.kernels.compiling import watched
 
 logger = logging.getLogger(__name__)
 
@@ -150,9 +151,12 @@ def kernel(function: _F) -> _F:
     try:
         compiled = numba.njit(cache=True, no_cfunc_wrapper=True, **_OPTIONS)(function)
     except RuntimeError:  # no directory for the disk cache is writable: compile in memory, once a process
-        return numba.njit(no_cfunc_wrapper=True, **_OPTIONS)(function)  # type: ignore[no-any-return]
+        compiled = numba.njit(no_cfunc_wrapper=True, **_OPTIONS)(function)
+    compiler: Any = getattr(compiled, "_compiler", None)  # None where NUMBA_DISABLE_JIT leaves the Python function
+    if compiler is not None:
+        compiler.compile = watched(compiler.compile, function.__name__)
     cache: Any = getattr(compiled, "_cache", None)
-    if hasattr(cache, "_cache_file"):  # not where NUMBA_DISABLE_JIT leaves the Python function
+    if hasattr(cache, "_cache_file"):
         cache._cache_file = KernelCacheFile(cache._cache_path, cache._impl.filename_base, _own_stamp())
     return compiled  # type: ignore[no-any-return]
 

@@ -16,10 +16,11 @@ from mempool.kernels import (
     STATE_NAMES,
     Algorithm,
     DenseSchedule,
+    Needs,
     OptimizerStep,
     RandomRounding,
 )
-from mempool.types import OptimizerSpec, TableSchema
+from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec, TableSchema
 
 _ACCUMULATORS = ("sum", "row_sum")
 
@@ -72,6 +73,21 @@ def optimizer_step(schema: TableSchema, *, lr: float, grad_scale: float, number:
         nesterov=optimizer.nesterov,
         corrected_eps=optimizer.corrected_eps,
         max_norm=math.inf if optimizer.max_norm is None else optimizer.max_norm,
+    )
+
+
+def kernel_needs(schema: TableSchema, device: torch.device) -> Needs:
+    """Which kernels a table of this schema needs on a shard."""
+    step = optimizer_step(schema, lr=0.0, grad_scale=1.0, number=1)
+    keys = schema.keys
+    return Needs(
+        element=schema.dtype,
+        algorithm=step.algorithm,
+        plain=step.plain,
+        master=schema.master,
+        dense=schema.optimizer.dense,
+        keys="product" if isinstance(keys, ProductKeySpec) else "flat" if isinstance(keys, FlatKeySpec) else "",
+        device=device.type,
     )
 
 

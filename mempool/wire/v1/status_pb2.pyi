@@ -108,6 +108,7 @@ class TableStatus(_message.Message):
     LOOKUPS_FIELD_NUMBER: _builtins.int
     FROZEN_FIELD_NUMBER: _builtins.int
     BYTES_TO_FILL_FIELD_NUMBER: _builtins.int
+    PREPARING_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
     """The table."""
     name: _builtins.str
@@ -132,6 +133,8 @@ class TableStatus(_message.Message):
     """Whether Prepare and WriteRows wait for a move of pages."""
     bytes_to_fill: _builtins.int
     """Bytes of initial values that are still to be written here; 0 once the table answers."""
+    preparing: _builtins.str
+    """What is done before initial values are written, in words; "" for nothing."""
     def __init__(
         self,
         *,
@@ -147,10 +150,11 @@ class TableStatus(_message.Message):
         lookups: _builtins.int = ...,
         frozen: _builtins.bool = ...,
         bytes_to_fill: _builtins.int = ...,
+        preparing: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_to_fill", b"bytes_to_fill", "epoch", b"epoch", "frozen", b"frozen", "lookups", b"lookups", "lost_pages", b"lost_pages", "name", b"name", "num_bytes", b"num_bytes", "pages", b"pages", "table_id", b"table_id", "updates_applied", b"updates_applied", "updates_held", b"updates_held", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_to_fill", b"bytes_to_fill", "epoch", b"epoch", "frozen", b"frozen", "lookups", b"lookups", "lost_pages", b"lost_pages", "name", b"name", "num_bytes", b"num_bytes", "pages", b"pages", "preparing", b"preparing", "table_id", b"table_id", "updates_applied", b"updates_applied", "updates_held", b"updates_held", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

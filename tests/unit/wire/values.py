@@ -96,6 +96,7 @@ TABLE_STATUS = build(
     lookups=U64,
     frozen=st.booleans(),
     bytes_to_fill=U64,
+    preparing=TEXT,
 )
 STAGE_TIME = build(types.StageTime, stage=TEXT, count=U64, total_s=SECONDS, p50_s=SECONDS, p99_s=SECONDS, max_s=SECONDS)
 SHARD_STATUS = build(
