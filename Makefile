@@ -1,5 +1,6 @@
 # make demo    sets everything up and runs the main job     make lint    lint alone    make imports  import contracts
 # make test    sets everything up and runs every check      make types   mypy alone    make protos   generated code
+# make check   what a change needs at least (SINCE=COMMIT)
 # make bench   times every kernel beside its peers (seven minutes on two cores), in an environment of its own
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -7,12 +8,13 @@ BIN := $(VENV)/bin
 BENCH := .venv-bench
 READY := $(VENV)/.ready
 SOURCES := mempool examples tests protos
+SINCE := HEAD
 
-.PHONY: help demo test bench lint types imports protos protos-check unit setup clean
+.PHONY: help demo test check bench lint types imports protos protos-check unit setup clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 setup: $(READY)
 
@@ -55,7 +57,12 @@ protos-check: $(READY)
 
 unit: $(READY)
 	@echo "== tests"
-	@$(BIN)/python -m pytest -q
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# What a change needs at least, in a minute or so: lint, types, imports, and the tests of the files that changed.
+check: lint types imports
+	@echo "== tests of what changed since $(SINCE)"
+	@OMP_WAIT_POLICY=passive $(BIN)/python tests/changed.py $(SINCE) -n 2 --dist loadfile
 
 # The peers pin torch, so they live in an environment of their own. Times are worth something on an idle machine only.
 bench: $(BENCH)/.ready

@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import socket
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from tests.hostile.target import Target, descriptors, resident_bytes, threads
 from tests.hostile.valid import BLOCK_DIM, Requests, tensor, view_of
 
 TOKEN = "soak"
-SETTLE_S = 5.0
+SETTLE_S = 3.0
 REFUSED_BYTES = 60 * 2**20
 
 
@@ -45,30 +46,50 @@ class Footprint:
         return f"{self.resident / 2**20:.0f} MiB, {self.descriptors} descriptors, {self.threads} threads"
 
 
+class Recorder:
+    """A port in front of another one that keeps what its client says; for one connection."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.said = bytearray()
+        self._to = (host, port)
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listening.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def close(self) -> bytes:
+        """What was said, once the client is gone."""
+        self._thread.join(10)
+        self._listening.close()
+        return bytes(self.said)
+
+    def _serve(self) -> None:
+        client, _ = self._listening.accept()
+        with client, socket.create_connection(self._to) as server:
+            back = threading.Thread(target=self._pump, args=(server, client, None), daemon=True)
+            back.start()
+            self._pump(client, server, self.said)
+            back.join(10)
+
+    @staticmethod
+    def _pump(source: socket.socket, sink: socket.socket, into: bytearray | None) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if into is not None:
+                    into += data
+                sink.sendall(data)
+        with contextlib.suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
+
+
 async def recorded(target: Target, *, steps: int = 20) -> bytes:
-    """The bytes that a client sends on one connection in so many look-ups, updates and a commit."""
+    """The bytes that a client sends on one connection in so many look-ups and updates."""
     host, port = target.shards[0].rsplit(":", 1)
-    sent = bytearray()
-
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, into: bytearray | None) -> None:
-        while data := await reader.read(65536):
-            if into is not None:
-                into += data
-            writer.write(data)
-            await writer.drain()
-        writer.close()
-
-    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        up_reader, up_writer = await asyncio.open_connection(host, int(port))
-        with contextlib.suppress(ConnectionError, asyncio.CancelledError):
-            await asyncio.gather(pump(reader, up_writer, sent), pump(up_reader, writer, None))
-
-    server = await asyncio.start_server(accept, "127.0.0.1", 0)
-    proxy = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    recorder = Recorder(host, int(port))
     front = RawChannel(target.address, key=TOKEN)
     view = await view_of(front, "soak")
     requests = Requests(view, shard=0, seed=3)
-    channel = RawChannel(proxy, key=TOKEN)
+    channel = RawChannel(recorder.address, key=TOKEN)
     for step in range(steps):
         gather = data_pb2.GatherRequest(
             envelope=requests.envelope(), lookup_id=step, remember=True, **requests.bags(32, 16)
@@ -84,11 +105,13 @@ async def recorded(target: Target, *, steps: int = 20) -> bytes:
             grads=grads,
         )
         for label, request in (("MemoryService.Gather", gather), ("MemoryService.Update", update)):
-            await channel.send(METHODS[label], request.SerializeToString())
+            status, _, message = await channel.send(METHODS[label], request.SerializeToString())
+            assert status == "OK", message
     await channel.close()
     await front.close()
-    server.close()
-    return bytes(sent)
+    said = await asyncio.to_thread(recorder.close)
+    assert said
+    return said
 
 
 def _be_killed(address: tuple[str, int], said: bytes, rng: random.Random) -> None:
@@ -147,7 +170,8 @@ async def refused_calls(target: Target, calls: int) -> dict[str, int]:
     return ended
 
 
-def _settled(target: Target) -> Footprint:
+def settled(target: Target) -> Footprint:
+    """What it takes once it has come to rest."""
     time.sleep(SETTLE_S)
     return Footprint.of(target.pid)
 
@@ -163,21 +187,21 @@ def main() -> int:
     with Target(shards=1, token=TOKEN, log=arguments.log) as target:
         said = asyncio.run(recorded(target))
         killed_clients(target, said, max(50, arguments.connects // 10), seed=arguments.seed)
-        before = _settled(target)
+        before = settled(target)
         started_s = time.monotonic()
         killed_clients(target, said, arguments.connects, seed=arguments.seed + 1)
         took_s = time.monotonic() - started_s
-        after = _settled(target)
+        after = settled(target)
         bad += after.descriptors > before.descriptors + 5 or after.threads > before.threads + 2
         bad += after.resident > before.resident + 64 * 2**20
         print(f"{arguments.connects} clients killed in {took_s:.0f} s: {before} -> {after}")
     with Target(shards=1, token=TOKEN, options=("--no-collector",), log=arguments.log) as target:
         ended = asyncio.run(refused_calls(target, max(10, arguments.refusals // 20)))
-        before = _settled(target)
+        before = settled(target)
         started_s = time.monotonic()
         ended = asyncio.run(refused_calls(target, arguments.refusals))
         took_s = time.monotonic() - started_s
-        after = _settled(target)
+        after = settled(target)
         bad += after.resident > before.resident + 128 * 2**20 or after.threads > before.threads + 2
         print(
             f"{arguments.refusals} refused calls of {REFUSED_BYTES >> 20} MiB, no cyclic collector, in {took_s:.0f} s "

@@ -12,6 +12,7 @@ import secrets
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -60,10 +61,10 @@ class Target:
         command += options
         if token is not None:
             command += ["--token", token]
-        errors = None if log is None else log.open("w")
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-        )
+        with nullcontext() if log is None else log.open("w") as errors:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         assert line, "the target did not start"
@@ -83,12 +84,15 @@ class Target:
     def close(self) -> int:
         """End it; its exit status."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         try:
             return self._process.wait(30)
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait(10)
+        finally:
+            self._process.stdout.close()
 
     def __enter__(self) -> Self:
         return self

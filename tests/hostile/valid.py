@@ -82,6 +82,9 @@ class Requests:
             "ShardService.Freeze": self._freeze,
             "ShardService.Thaw": self._thaw,
             "ShardService.ExportPages": self._export_pages,
+            "ShardService.ExportLedger": lambda: shard_pb2.ExportLedgerRequest(
+                table_id=self.view.schema.table_id, first=self.random.randrange(2)
+            ),
             "ShardService.PullPages": self._pull_pages,
             "ShardService.SetView": lambda: shard_pb2.SetViewRequest(view=self.view),
             "ShardService.Status": shard_pb2.StatusRequest,

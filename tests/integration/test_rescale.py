@@ -68,7 +68,7 @@ def test_apply_says_what_it_will_not_do(shared_pool: RayPool) -> None:
         assert "shard.threads: 1 -> 2" in aside
         shared_pool.edit("threads: 2", "threads: 1")
         shared_pool.edit("tables:\n", "tables:\n  - {name: large, num_slots: 4_000_000, value_dim: 128}\n")
-        assert "256.0 MiB" in shared_pool.apply(expect=1).err
+        assert "160.0 MiB" in shared_pool.apply(expect=1).err
         assert [table["name"] for table in shared_pool.status()["tables"]] == ["kept"]
     finally:
         text = shared_pool.file.read_text()

@@ -132,24 +132,34 @@ def checked_dtype(number: int, shape: Sequence[int], num_bytes: int, field: str)
     return dtype
 
 
-class FrameMemory:
-    """Memory of a received frame, of which tensors and arrays are made. They share it and keep the frame alive.
+class _Writable:
+    """A frame as numpy sees it. Declared writable: torch warns, once per process, of memory that is not."""
 
-    Declared writable to numpy: torch warns, once per process, of memory that is not. Nobody may write to it.
-    """
+    __slots__ = ("__array_interface__", "frame")
 
-    __slots__ = ("__array_interface__", "_address", "_bytes", "frame")
-
-    def __init__(self, frame: bytes | memoryview) -> None:
+    def __init__(self, frame: bytes | memoryview, address: int) -> None:
         self.frame = frame
-        self._address: int = np.frombuffer(frame, np.uint8).__array_interface__["data"][0] if len(frame) else 0
         self.__array_interface__ = {
-            "data": (self._address, False),
+            "data": (address, False),
             "shape": (len(frame),),
             "typestr": "|u1",
             "version": 3,
         }
-        self._bytes: npt.NDArray[np.uint8] = np.asarray(self) if len(frame) else np.empty(0, np.uint8)
+
+
+class FrameMemory:
+    """Memory of a received frame, of which tensors and arrays are made. They share it and keep the frame alive.
+
+    Nobody may write to it. Arrays keep the frame by an object of its own: a cycle through one is never collected.
+    """
+
+    __slots__ = ("_address", "_bytes")
+
+    def __init__(self, frame: bytes | memoryview) -> None:
+        self._address: int = np.frombuffer(frame, np.uint8).__array_interface__["data"][0] if len(frame) else 0
+        self._bytes: npt.NDArray[np.uint8] = (
+            np.asarray(_Writable(frame, self._address)) if len(frame) else np.empty(0, np.uint8)
+        )
 
     def tensor(self, part: Part) -> Tensor:
         """A tensor: a view of the frame, or a copy where its elements are misaligned."""

@@ -3,15 +3,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from mempool import kernels
 from mempool.bench import machine, peers
 from mempool.bench.cases import Workload
-from mempool.kernels import dispatch as kernels
+from mempool.kernels.dispatch import bags, topk, updates
 
 
 @pytest.fixture(autouse=True)
 def quick_to_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels that nothing compiles, on one thread: these tests are about the benchmark."""
-    for module in (kernels, machine):
+    for module in (bags, topk, updates, machine):
         monkeypatch.setattr(module, "implementation_for", lambda _: kernels.implementation("torch"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

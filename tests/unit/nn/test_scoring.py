@@ -62,7 +62,7 @@ def test_gradients_equal_autograd_through_plain_operations(
     implementation: Literal["numba", "torch"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float64, one pair of topk calls after the other, as the paper's code does; under autocast too."""
-    monkeypatch.setattr(kernels.dispatch, "implementation_for", lambda _: kernels.implementation(implementation))
+    monkeypatch.setattr(kernels.dispatch.topk, "implementation_for", lambda _: kernels.implementation(implementation))
     generator = torch.Generator().manual_seed(2)
     queries = torch.randn(40, 3, 20, generator=generator)
     keys = torch.randn(3, 2, 30, 10, generator=generator)

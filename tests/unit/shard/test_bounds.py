@@ -4,7 +4,7 @@ import pytest
 
 from mempool.errors import InvalidRequest, RequestTooLarge
 from mempool.shard import bounds
-from mempool.types import CommitRequest, Envelope, Ledger, LedgerEntry, StepId
+from mempool.types import CommitRequest, Envelope, Ledger, StepId
 
 
 def _step(group: str = "g", rank: int = 0, step: int = 0) -> StepId:
@@ -20,7 +20,7 @@ def test_what_is_within_the_limits_passes() -> None:
     bounds.check_reply(10**12, None, "anything")
     bounds.check_reply(2**20, 2**20 + 2048, "a gather")
     bounds.check_ledger(None)
-    bounds.check_ledger(Ledger(version=1, entries={("g", 0): LedgerEntry(step=1, sequences=())}))
+    bounds.check_ledger(Ledger(version=1, entries={("g", 0): 1}))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_lists_that_are_too_long_and_ids_that_are_too_large() -> None:
 
 
 def test_ledgers_that_no_shard_makes() -> None:
-    entry = LedgerEntry(step=1, sequences=())
+    entry = 1
     with pytest.raises(InvalidRequest, match="has 300 bytes"):
         bounds.check_ledger(Ledger(entries={("x" * 300, 0): entry}))
     for odd in (
@@ -112,7 +112,7 @@ def test_ledgers_that_no_shard_makes() -> None:
         with pytest.raises(InvalidRequest, match="the ledger's"):
             bounds.check_ledger(odd)
     with pytest.raises(InvalidRequest, match="step = -1"):
-        bounds.check_ledger(Ledger(entries={("x", 0): LedgerEntry(step=-1, sequences=())}))
+        bounds.check_ledger(Ledger(entries={("x", 0): -1}))
     with pytest.raises(InvalidRequest, match="the ledger has 16,385 entries"):
         bounds.check_ledger(Ledger(entries={("x", rank): entry for rank in range(16_385)}))
 

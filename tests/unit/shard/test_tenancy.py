@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mempool.errors import DeadlineExceeded, InvalidRequest, Overloaded, RequestTooLarge, ShardUnavailable
-from mempool.types import AttachTable, ExportPages, GatherRequest, Ledger, LedgerEntry, UpdateRequest
+from mempool.types import AttachTable, ExportPages, GatherRequest, Ledger, UpdateRequest
 from mempool.types.caller import Caller, calling
 from tests.contract.driver import Driver, make_bags, make_schema, same
 
@@ -122,7 +122,7 @@ def test_a_waiting_freeze_goes_on_soon_after_a_trainer_fell_silent(make_driver: 
     driver = make_driver(held_lease_s=6.0).create(make_schema())
     driver.update(1, 0, GRADS, bags=make_bags(1))
     driver.prepare(1, [0])
-    assert driver.call(driver.host(0).freeze(1, 20.0)).version == 0
+    assert driver.call(driver.host(0).freeze(1, 20.0)) == 0
 
 
 def test_a_freeze_in_vain_says_when_it_will_not_be(make_driver: MakeDriver) -> None:
@@ -189,7 +189,7 @@ def test_views_and_ledgers_that_do_not_fit_are_refused(make_driver: MakeDriver) 
     with pytest.raises(InvalidRequest, match="schema of table 'facts' is another one"):
         driver.call(driver.host(0).set_view(other))
     assert same(driver.contents(), before)
-    ledger = Ledger(version=1, entries={("x" * 300, 0): LedgerEntry(step=1, sequences=())})
+    ledger = Ledger(version=1, entries={("x" * 300, 0): 1})
     with pytest.raises(InvalidRequest, match="has 300 bytes"):
         driver.call(driver.host(0).attach_table(AttachTable(view=driver.placed, mode="empty", ledger=ledger)))
 

@@ -10,6 +10,7 @@ import torch
 from mempool.config import ProductKeys, TableConfig, resolve
 from mempool.kernels import STATE_NAMES
 from mempool.placement import plan
+from mempool.shard.pages.arena import PAGE_TABLE_BYTES
 from mempool.shard.pages.storage import Storage
 from mempool.types import FlatKeySpec, OptimizerSpec, Placement
 from mempool.types.sizes import bytes_by_owner, key_page_bytes, row_page_bytes, slot_bytes, state_names
@@ -50,7 +51,7 @@ def test_what_an_assignment_gives_a_shard_weighs_what_it_takes_there(layout: Any
     assert tuple(held) == placement.shards
     for shard in range(4):
         taken = Storage(schema, shard=shard, device=CPU).initial_bytes(placement)
-        page_tables = 8 * rows * len(np.unique(found.owners == shard, axis=0))
+        page_tables = PAGE_TABLE_BYTES * rows * len(np.unique(found.owners == shard, axis=0))
         filled_up = 0 if dtype == "float32" else 18 * rows * schema.page_slots  # to 16 bytes a row
         assert 0 <= taken - held.get(shard, 0) <= page_tables + filled_up
     assert key_page_bytes(schema) == 4 * 24 * 6

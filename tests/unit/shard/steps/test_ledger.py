@@ -2,7 +2,7 @@ import pytest
 
 from mempool.shard.steps import ledger as ledgers
 from mempool.shard.steps.ledger import AppliedLedger
-from mempool.types import Ledger, LedgerEntry, StepId
+from mempool.types import Ledger, StepId
 
 
 def _step(step: int, group: str = "a", rank: int = 0) -> StepId:
@@ -15,7 +15,7 @@ def test_the_ledger_knows_every_step_up_to_the_newest() -> None:
     assert [ledger.has(_step(step)) for step in (3, 4, 5)] == [True, True, False]
     assert not ledger.has(_step(4, "b"))
     assert not ledger.has(_step(4, rank=1))
-    entry = LedgerEntry(step=4, sequences=())  # which updates they were is not asked again
+    entry = 4  # which updates they were is not asked again
     assert ledger.snapshot() == Ledger(version=1, updates_applied=2, entries={("a", 0): entry})
 
 
@@ -24,11 +24,11 @@ def test_only_a_newer_ledger_is_taken_over() -> None:
     ledger.adopt(Ledger(version=2, updates_applied=9))
     ledger.adopt(None)
     assert ledger.snapshot() == Ledger(version=3, updates_applied=5)
-    newer = Ledger(version=4, updates_applied=6, entries={("a", 0): LedgerEntry(step=1, sequences=(0,))})
+    newer = Ledger(version=4, updates_applied=6, entries={("a", 0): 1})
     ledger.adopt(newer)
     assert ledger.snapshot() == newer
     ledger.add(_step(2), (3,))
-    assert newer.entries == {("a", 0): LedgerEntry(step=1, sequences=(0,))}
+    assert newer.entries == {("a", 0): 1}
 
 
 def test_the_ledger_forgets_the_ranks_that_have_been_silent_longest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """Bodies, dtypes and Tensor messages of the control path."""
 
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -101,3 +103,15 @@ def test_tensors_are_the_frames_own_memory_and_arrays_are_not() -> None:
 def test_misaligned_arrays_are_read_too() -> None:
     frame = b"x" + np.arange(3).tobytes()
     assert FrameMemory(frame).array(Part(DTYPES["int64"], (3,), 1)).tolist() == [0, 1, 2]
+
+
+def test_a_frame_lives_as_long_as_its_tensors() -> None:
+    """Without the cyclic collector, which could not help: numpy's arrays do not tell it what they hold."""
+    frame = memoryview(bytearray(64))
+    known = weakref.ref(frame)
+    memory = FrameMemory(frame)
+    tensor = memory.tensor(Part(DTYPES["float32"], (4,), 0))
+    del frame, memory
+    assert known() is not None
+    del tensor
+    assert known() is None
