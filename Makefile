@@ -24,8 +24,6 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "mempool needs Python 3.11 or newer; set PYTHON=")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@echo "== compiling the CPU kernels (once, kept on disk)"
-	@$(BIN)/python -c "from mempool import kernels; kernels.warm_up()"
 	@touch $@
 
 demo: $(READY)

@@ -45,7 +45,7 @@ from mempool.kernels.steps import (
     OptimizerStep,
     RandomRounding,
 )
-from mempool.kernels.warming import Needs, warm_up
+from mempool.kernels.warming import SCORING, Needs, warm_up
 
 __all__ = [
     "ALGORITHMS",
@@ -56,6 +56,7 @@ __all__ = [
     "MASTER",
     "NO_MOMENTUM",
     "RUN_PIECE",
+    "SCORING",
     "STATE_NAMES",
     "Algorithm",
     "DenseSchedule",

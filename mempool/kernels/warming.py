@@ -30,7 +30,7 @@ _WIDTH = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What tells which kernels a table needs.
+    """What tells which kernels a table needs; or scoring in a trainer, to which the rest is of no meaning.
 
     Attributes:
         element: What values are stored as.
@@ -40,6 +40,7 @@ class Needs:
         dense: Rows do the steps that they missed.
         keys: Of the shard, "" for none.
         device: Type of the device of its arenas.
+        scoring: Product-key scoring in a trainer, with its gradient, instead of a table.
     """
 
     element: Element = "float32"
@@ -49,10 +50,13 @@ class Needs:
     dense: bool = False
     keys: Literal["", "product", "flat"] = ""
     device: str = "cpu"
+    scoring: bool = False
 
 
 def calls_of(needs: Needs) -> tuple[str, ...]:
-    """Names of the calls that need all kernels of such a table, those that take long to compile first."""
+    """Names of the calls that need all of these kernels, those that take long to compile first."""
+    if needs.scoring:
+        return ("product_topk", "product_gradient")
     if needs.device != "cpu":  # initial values are drawn on the CPU in any case
         return ("initial_values",)
     names = ["step", "weighted_sum"]
@@ -64,6 +68,10 @@ def calls_of(needs: Needs) -> tuple[str, ...]:
 def call(name: str, needs: Needs) -> None:
     """Make a call by its name."""
     _CALLS[name](needs)
+
+
+SCORING = Needs(scoring=True)
+"""Of a trainer that scores product keys."""
 
 
 def warm_up(device: torch.device | str = "cpu") -> None:

@@ -47,8 +47,10 @@ def product_topk(
 def _chosen(queries_BHD: Tensor, keys_H2Nd: Tensor, topk: int, deterministic: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Scores [B, H, K] float32 and half-keys of both codebooks [B, H, K] int64."""
     # Imported here so that importing mempool.nn does not load the kernels.
-    from mempool.kernels import product_indices
+    from mempool.kernels import SCORING, make_ready, product_indices
 
+    if queries_BHD.device.type == "cpu":
+        make_ready(SCORING)  # once: with its gradient, on all cores where it has to be compiled
     with torch.autocast(queries_BHD.device.type, enabled=False):
         return product_indices(queries_BHD, _alias(keys_H2Nd), topk, deterministic=deterministic)
 

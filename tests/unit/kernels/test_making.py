@@ -1,0 +1,171 @@
+"""A table's kernels are there before it answers: compiled by child processes, loaded here."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+
+from mempool import kernels
+from mempool.kernels import making, warming
+from mempool.kernels.compiling import NotCompiledError, only_compiled, watched
+
+PROJECT = Path(__file__).parents[3]
+
+
+def run(code: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=PROJECT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def test_with_an_empty_cache_no_call_on_a_served_table_waits_for_a_compiler(tmp_path):
+    """Compiling takes longer than the pool's timeout_s, and happens before the table answers; then nothing compiles."""
+    said = run(
+        """
+        import logging, sys
+        logging.basicConfig(stream=sys.stdout, level=logging.WARNING)
+        sys.path.insert(0, "tests/unit/client")
+        import torch, mempool
+        from grpc_pool import GrpcPoolHere
+        from numba.core import event
+        from mempool import kernels
+        here = GrpcPoolHere(shards=1)
+        pool = mempool.connect(here.address, timeout_s=3)
+        table = pool.create_table(
+            mempool.TableConfig(name="t", num_slots=16, value_dim=8, optimizer=mempool.optim.SGD(lr=0.1))
+        )
+        recorder = event.RecordingListener()
+        event.register("numba:compile", recorder)
+        values = table.gather(torch.tensor([[1, 2]]), torch.ones(1, 2, requires_grad=True))
+        values.sum().backward()
+        mempool.optim.PoolOptimizer([table]).step()
+        table.write(torch.tensor([3]), torch.ones(1, 8))
+        assert table.rows(torch.tensor([3])).tolist() == [[1.0] * 8]
+        assert not recorder.buffer, recorder.buffer
+        pool.close()
+        here.close()
+        """,
+        NUMBA_CACHE_DIR=str(tmp_path),
+    )
+    assert "compiling CPU kernels, once per machine: 0 of 8" in said
+
+
+def test_a_table_of_any_kind_loads_no_kernel_after_it_was_made():
+    run(
+        """
+        import torch, mempool
+        from mempool import optim
+        from mempool.kernels.cpu import bags, initial, sorting, updates
+        from mempool.kernels.cpu.scoring import flat, topk
+        def loaded():
+            return {
+                name: len(kernel.signatures)
+                for module in (bags, flat, initial, sorting, topk, updates)
+                for name, kernel in vars(module).items()
+                if hasattr(kernel, "signatures")
+            }
+        kinds = {
+            "norm": dict(optimizer=optim.Adagrad(lr=0.1, max_norm=1.0), layout="rows"),
+            "dense": dict(optimizer=optim.AdamW(lr=0.1, dense=True), dtype="bfloat16", master=True),
+            "int8": dict(optimizer=optim.RowWiseAdam(lr=0.1), dtype="int8"),
+            "flat": dict(optimizer=optim.SGD(lr=0.1, momentum=0.9), dtype="bfloat16", keys=mempool.FlatKeys(key_dim=8)),
+            "product": dict(optimizer=optim.SGD(lr=0.1), keys=mempool.ProductKeys(heads=2, key_dim=8)),
+        }
+        with mempool.local() as pool:
+            for name, fields in kinds.items():
+                table = pool.create_table(mempool.TableConfig(name=name, num_slots=16, value_dim=8, **fields))
+                before = loaded()
+                if "keys" in fields:
+                    table.lookup(torch.ones(2, 1 if name == "flat" else 2, 8), topk=2)
+                optimizer = optim.PoolOptimizer([table])
+                for max_norm in (None, 1.0):
+                    optimizer.zero_grad()
+                    weights = torch.ones(1, 2, requires_grad=True)
+                    table.gather(torch.tensor([[1, 2]]), weights).sum().backward()
+                    optimizer.step()
+                table.write(torch.tensor([3]), torch.ones(1, 8))
+                table.rows(torch.tensor([1, 3]))
+                assert loaded() == before, (name, before, loaded())
+        """
+    )
+
+
+def test_only_compiled_refuses_to_compile():
+    compiled = []
+    compile_kernel = watched(compiled.append, "kernel")
+    with only_compiled(), pytest.raises(NotCompiledError):
+        compile_kernel("float32")
+    compile_kernel("float64")
+    assert compiled == ["float64"]
+
+
+@pytest.fixture
+def lacking(monkeypatch):
+    """Calls of a table that are all missing until a child, or this process, has made them; which were made here."""
+    made, here = set(), []
+
+    def call(name, needs):
+        if name not in made:
+            raise NotCompiledError(name)
+
+    def call_here(names):
+        monkeypatch.setattr(making, "_load", lambda needs, names: [name for name in names if name not in made])
+        monkeypatch.setattr(making, "call", lambda name, needs: here.append(name))
+        return here
+
+    monkeypatch.setattr(making, "_ready", set())
+    monkeypatch.setattr(making, "call", call)
+    return call_here(made)
+
+
+def test_what_children_cannot_compile_is_compiled_here(lacking, monkeypatch):
+    monkeypatch.setattr(making, "_CHILD", "raise SystemExit(1)")
+    needs = kernels.Needs()
+    kernels.make_ready(needs)
+    assert lacking == list(warming.calls_of(needs))
+
+
+def test_whoever_is_stopped_waits_for_no_child(lacking, monkeypatch):
+    monkeypatch.setattr(making, "_CHILD", "import time; time.sleep(600)")
+    stop = threading.Event()
+    told = []
+
+    def report(done, of):
+        told.append((done, of))
+        stop.set()
+
+    kernels.make_ready(kernels.Needs(), report=report, stop=stop)
+    assert told == [(0, 8)]
+    assert lacking == []
+    assert kernels.Needs() not in making._ready
+
+
+def test_of_two_that_compile_at_once_one_waits(monkeypatch, tmp_path):
+    monkeypatch.setattr(making, "_cache_folder", lambda: tmp_path)
+    inside, free = threading.Event(), threading.Event()
+    order = []
+
+    def second():
+        with making._turn(threading.Event()):
+            order.append("second")
+
+    with making._turn(threading.Event()):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        inside.wait(0.3)
+        order.append("first")
+        free.set()
+    waiting.join(10)
+    assert order == ["first", "second"]
