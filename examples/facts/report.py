@@ -111,6 +111,7 @@ class Report:
         epochs: times each fact was asked.
         seed: of the run.
         seconds: wall time from building the facts to the last answer.
+        spent_s: where it went.
         memory: the model whose memory lives in the pool.
         dense: its dense twin.
         pool: the pool.
@@ -122,6 +123,7 @@ class Report:
     epochs: int
     seed: int
     seconds: float
+    spent_s: dict[str, float]
     memory: ModelReport
     dense: ModelReport
     pool: PoolReport
@@ -142,6 +144,7 @@ class Report:
             "epochs": self.epochs,
             "seed": self.seed,
             "seconds": self.seconds,
+            "spent_s": self.spent_s,
             "headline": "unseen phrasings" if self.memory.unseen else "trained phrasings",
             "ratio": self.ratio,
             "memory": self.memory.as_json(),

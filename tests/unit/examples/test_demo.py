@@ -1,4 +1,5 @@
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,9 +55,26 @@ def faked(monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException) -
 def test_commands_run_in_order_and_the_trainer_gets_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = faked(monkeypatch, "", KeyboardInterrupt())
     assert demo.main(["--epochs", "3"]) == 0
-    assert [command.split()[2] for command in (ran[0], ran[1], ran[3])] == ["up", "status", "down"]
-    assert "--address 127.0.0.1:5" in ran[2]
-    assert "--rescale-to 4 --epochs 3" in ran[2]
+    assert ran[0].startswith("examples/compile_kernels.py -f ")
+    assert [command.split()[2] for command in (ran[1], ran[2], ran[4])] == ["up", "status", "down"]
+    assert "--address 127.0.0.1:5" in ran[3]
+    assert ran[3].endswith(" --epochs 3")  # after the demo's own, so that it counts
+
+
+def test_it_says_where_the_time_went(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*arguments: str, captured: bool = False) -> str:
+        if "examples/train_facts.py" in arguments:
+            (demo._OUT / "facts.json").write_text('{"spent_s": {"training the memory": 7.25}}', encoding="utf-8")
+        return '{"address": "127.0.0.1:5"}' if captured else ""
+
+    monkeypatch.setattr(demo, "_run", run)
+    monkeypatch.setenv("DEMO_BEGAN", str(time.time() - 100.0))
+    assert demo.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    spent = {line[10:]: float(line[:8]) for line in lines if line[:8].strip().replace(".", "").isdigit()}
+    assert 99.0 < spent["setting up"] < 130.0
+    assert spent["trainer: training the memory"] == 7.2
+    assert {"Ray and the pool, up", "Ray and the pool, down"} < spent.keys()
 
 
 @pytest.mark.parametrize(

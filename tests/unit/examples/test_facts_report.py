@@ -42,7 +42,16 @@ def model(trained: int, unseen: int | None) -> ModelReport:
 
 def report(memory: ModelReport, dense: ModelReport, pool: PoolReport = POOL) -> Report:
     return Report(
-        facts=10, source="s", examples=20, epochs=2, seed=0, seconds=3.0, memory=memory, dense=dense, pool=pool
+        facts=10,
+        source="s",
+        examples=20,
+        epochs=2,
+        seed=0,
+        seconds=3.0,
+        spent_s={"training": 2.0},
+        memory=memory,
+        dense=dense,
+        pool=pool,
     )
 
 

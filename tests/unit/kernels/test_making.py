@@ -88,7 +88,7 @@ def test_a_table_of_any_kind_loads_no_kernel_after_it_was_made():
                 table = pool.create_table(mempool.TableConfig(name=name, num_slots=16, value_dim=8, **fields))
                 before = loaded()
                 if "keys" in fields:
-                    table.lookup(torch.ones(2, 1 if name == "flat" else 2, 8), topk=2)
+                    table.lookup(torch.ones(2, 8) if name == "flat" else torch.ones(2, 2, 8), topk=2)
                 optimizer = optim.PoolOptimizer([table])
                 for max_norm in (None, 1.0):
                     optimizer.zero_grad()
@@ -113,21 +113,12 @@ def test_only_compiled_refuses_to_compile():
 
 @pytest.fixture
 def lacking(monkeypatch):
-    """Calls of a table that are all missing until a child, or this process, has made them; which were made here."""
-    made, here = set(), []
-
-    def call(name, needs):
-        if name not in made:
-            raise NotCompiledError(name)
-
-    def call_here(names):
-        monkeypatch.setattr(making, "_load", lambda needs, names: [name for name in names if name not in made])
-        monkeypatch.setattr(making, "call", lambda name, needs: here.append(name))
-        return here
-
+    """All calls of a table lack their kernels; which of them are made in this process."""
+    here = []
     monkeypatch.setattr(making, "_ready", set())
-    monkeypatch.setattr(making, "call", call)
-    return call_here(made)
+    monkeypatch.setattr(making, "_load", lambda _needs, names: list(names))
+    monkeypatch.setattr(making, "call", lambda name, _needs: here.append(name))
+    return here
 
 
 def test_what_children_cannot_compile_is_compiled_here(lacking, monkeypatch):
@@ -154,7 +145,6 @@ def test_whoever_is_stopped_waits_for_no_child(lacking, monkeypatch):
 
 def test_of_two_that_compile_at_once_one_waits(monkeypatch, tmp_path):
     monkeypatch.setattr(making, "_cache_folder", lambda: tmp_path)
-    inside, free = threading.Event(), threading.Event()
     order = []
 
     def second():
@@ -164,8 +154,7 @@ def test_of_two_that_compile_at_once_one_waits(monkeypatch, tmp_path):
     with making._turn(threading.Event()):
         waiting = threading.Thread(target=second)
         waiting.start()
-        inside.wait(0.3)
+        waiting.join(0.3)
         order.append("first")
-        free.set()
     waiting.join(10)
     assert order == ["first", "second"]
