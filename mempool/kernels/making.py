@@ -12,6 +12,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from mempool.kernels.warming import Needs, call, calls_of
 _LOG = logging.getLogger("mempool")
 _LOCK_NAME = "mempool-compiling.lock"
 _POLL_S = 0.1
+_SAY_S = 5.0
 _CHILD = "from mempool.kernels.making import _serve; _serve()"
 
 _ready: set[Needs] = set()
@@ -130,7 +132,7 @@ def _compile(needs: Needs, names: list[str], *, report: Callable[[int, int], Non
     ]
     for thread in threads:
         thread.start()
-    count = 0
+    count, said_s = 0, time.monotonic()
     try:
         while not stop.is_set() and (not done.empty() or any(thread.is_alive() for thread in threads)):
             try:
@@ -139,7 +141,9 @@ def _compile(needs: Needs, names: list[str], *, report: Callable[[int, int], Non
                 continue
             count += 1
             report(count, len(names))
-            _LOG.info("compiling CPU kernels, once per machine: %d of %d", count, len(names))
+            if time.monotonic() - said_s > _SAY_S:
+                said_s = time.monotonic()
+                _LOG.warning("compiling CPU kernels, once per machine: %d of %d", count, len(names))
     finally:
         for child in children:
             child.kill()

@@ -7,6 +7,8 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
 
 import torch
 
@@ -36,6 +38,19 @@ from mempool.types import (
 MIB = 2**20
 
 _LOG = logging.getLogger("mempool.shard")
+
+
+def _make_ready(
+    needs: kernels.Needs, say: Callable[[int, int], None], stop: threading.Event, done: "Future[None]"
+) -> None:
+    if not done.set_running_or_notify_cancel():
+        return
+    try:
+        kernels.make_ready(needs, report=say, stop=stop)
+    except BaseException as error:
+        done.set_exception(error)
+    else:
+        done.set_result(None)
 
 
 class Tenancy:
@@ -132,9 +147,12 @@ class Tenancy:
         def say(done: int, parts: int) -> None:
             table.preparing = f"CPU kernels to be compiled, once per machine: {done} of {parts} are"
 
+        needs = kernel_needs(table.view.schema, self._device)
+        done: Future[None] = Future()
+        # Of its own: those of asyncio are few, and others wait for them.
+        threading.Thread(target=_make_ready, args=(needs, say, stop, done), name="mempool-kernels", daemon=True).start()
         try:
-            needs = kernel_needs(table.view.schema, self._device)
-            await asyncio.to_thread(kernels.make_ready, needs, report=say, stop=stop)
+            await asyncio.wrap_future(done)
         except Exception as error:
             _LOG.warning("kernels of table %r were not made ready: %s", table.view.schema.name, error, exc_info=True)
         finally:

@@ -14,8 +14,14 @@ import mempool
 from mempool import errors
 
 
+def _threads() -> set[threading.Thread]:
+    """But those of the loop that all pools of a process share, and of its executor."""
+    shared = ("mempool-io", "asyncio_")
+    return {thread for thread in threading.enumerate() if not thread.name.startswith(shared)}
+
+
 def test_it_serves_scales_and_ends_with_its_threads() -> None:
-    before = {thread for thread in threading.enumerate() if thread.name != "mempool-io"}
+    before = _threads()
     with mempool.local(shards=2, name="mine") as pool:
         table = pool.create_table(mempool.TableConfig(name="facts", num_slots=100, value_dim=48))
         rows = table.rows(torch.arange(100))
@@ -23,8 +29,7 @@ def test_it_serves_scales_and_ends_with_its_threads() -> None:
         assert torch.equal(table.rows(torch.arange(100)), rows)
         assert [shard.state for shard in pool.status().shards] == ["ready"] * 3
         assert pool.status().name == "mine"
-    after = {thread for thread in threading.enumerate() if thread.name != "mempool-io"}
-    assert after <= before
+    assert _threads() <= before
     with pytest.raises(errors.InvalidRequest, match="closed"):
         table.rows(torch.arange(3))
 
