@@ -19,6 +19,7 @@ RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
 Options = list[tuple[str, Any]]
 
+_LOOKAHEAD_BYTES = 2 * 2**20
 _KEEPALIVE_MS = 30_000
 _KEEPALIVE_TIMEOUT_MS = 10_000
 
@@ -98,6 +99,10 @@ def server_options(*, max_message_bytes: int = MAX_MESSAGE_BYTES) -> Options:
         ("grpc.max_receive_message_length", min(max_message_bytes, MAX_REQUEST_BYTES)),
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_concurrent_streams", MAX_CONCURRENT_STREAMS),
+        # So much of a message may come before the call is let in. By its own estimate gRPC lets 16 MiB a call come,
+        # read or not: a gibibyte of 64 connections that wait.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", _LOOKAHEAD_BYTES),
         # Two servers on one port must fail, not share its connections.
         ("grpc.so_reuseport", 0),
         # Below the client's keepalive, or the server would end connections for "too many pings".
