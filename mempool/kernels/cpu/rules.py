@@ -202,4 +202,5 @@ def apply_rule(rule: Any, block_dim: Any, row: Any, values: Any, grads: Any, lan
 def _apply_rule(rule: Any, block_dim: Any, row: Any, values: Any, grads: Any, lanes: Any) -> Any:  # noqa: ARG001
     plain = isinstance(rule.types[rule.fields.index("options")], numba.types.NoneType)
     # The function itself, not one that calls it: a call level more cost a tenth of a step of 64 columns.
-    return (_follow_rule if plain else _with_options).py_func
+    rule_of: Any = _follow_rule if plain else _with_options
+    return rule_of.py_func
