@@ -56,8 +56,12 @@ protos-check: $(READY)
 	@$(BIN)/python protos/generate.py --check
 
 unit: $(READY)
+	@echo "== compiling the CPU kernels (once per version of them, kept on disk: no test shall wait for a compiler)"
+	@$(BIN)/python -c "from mempool import kernels; kernels.warm_up()"
 	@echo "== tests"
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/integration
+	@echo "== tests that start Ray and its nodes, one after the other"
+	@$(BIN)/python -m pytest -q tests/integration
 
 # What a change needs at least, in a minute or so: lint, types, imports, and the tests of the files that changed.
 check: lint types imports

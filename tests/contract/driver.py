@@ -46,7 +46,7 @@ from mempool.wire.channels.loop import io_loop, run
 
 T = TypeVar("T")
 
-CALL_S = 30.0
+CALL_S = 100.0
 
 _lookup_ids = itertools.count(1)
 
