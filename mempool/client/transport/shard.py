@@ -22,6 +22,8 @@ from mempool.types import (
     ExportPages,
     GatherReply,
     GatherRequest,
+    HeartbeatReply,
+    HeartbeatRequest,
     LedgerPart,
     PageBatch,
     PrepareReply,
@@ -30,6 +32,8 @@ from mempool.types import (
     PullReport,
     ReadRowsReply,
     ReadRowsRequest,
+    ResolveReply,
+    ResolveRequest,
     ScoreReply,
     ScoreRequest,
     ShardInfo,
@@ -45,7 +49,7 @@ from mempool.types import (
 from mempool.types.caller import current_caller
 from mempool.wire import methods
 from mempool.wire.channels.channel import Channel, Channels
-from mempool.wire.codecs.pages import FreezeTable
+from mempool.wire.codecs.pages import FreezeTable, SetView, ThawTable
 from mempool.wire.methods import Method
 
 if TYPE_CHECKING:
@@ -92,6 +96,9 @@ class GrpcShard:
     async def discard(self, request: DiscardRequest) -> DiscardReply:
         return await self._call(methods.DISCARD, request)
 
+    async def heartbeat(self, request: HeartbeatRequest) -> HeartbeatReply:
+        return await self._call(methods.HEARTBEAT, request)
+
     async def score(self, request: ScoreRequest) -> ScoreReply:
         return await self._call(methods.SCORE, request)
 
@@ -110,11 +117,15 @@ class GrpcShard:
     async def drop_table(self, table_id: int) -> None:
         await self._call(methods.SHARD_DROP_TABLE, table_id)
 
-    async def freeze(self, table_id: int, timeout_s: float) -> int:
-        return await self._call(methods.FREEZE, FreezeTable(table_id=table_id, timeout_s=timeout_s))
+    async def freeze(self, table_id: int, timeout_s: float, *, token: str, lease_s: float) -> int:
+        request = FreezeTable(table_id=table_id, timeout_s=timeout_s, token=token, lease_s=lease_s)
+        return await self._call(methods.FREEZE, request)
 
-    async def thaw(self, table_id: int) -> None:
-        await self._call(methods.THAW, table_id)
+    async def thaw(self, table_id: int, *, token: str = "") -> None:
+        await self._call(methods.THAW, ThawTable(table_id=table_id, token=token))
+
+    async def resolve(self, request: ResolveRequest) -> ResolveReply:
+        return await self._call(methods.RESOLVE, request)
 
     async def export_pages(self, request: ExportPages) -> PageBatch:
         return await self._call(methods.EXPORT_PAGES, request)
@@ -125,8 +136,8 @@ class GrpcShard:
     async def pull_pages(self, request: PullPages) -> PullReport:
         return await self._call(methods.PULL_PAGES, request)
 
-    async def set_view(self, view: TableView) -> None:
-        await self._call(methods.SET_VIEW, view)
+    async def set_view(self, view: TableView, *, token: str = "") -> None:
+        await self._call(methods.SET_VIEW, SetView(view=view, token=token))
 
     async def views(self) -> tuple[TableView, ...]:
         return await self._call(methods.LIST_TABLES, None)

@@ -17,11 +17,21 @@ Pairs and bags. A gather is B bags of pairs (slot id, weight), in CSR form: bag 
 offsets[b + 1] - 1, offsets[0] = 0, offsets[B] = L. Ids may be int64, or uint32 where all fit. A bag may be empty, an id
 may be repeated, B and L may be 0.
 
-A training step. Gather (remember) -> Update (hold) -> Prepare at all owners -> Commit at all owners. Updates are only
-held until Commit applies them. Until every owner has acknowledged Commit, keep ids, weights and gradients: Prepare says
-which updates a shard does not hold, to be sent again. Updates are numbered by `sequence`, ascending in the life of one
-(group, rank), and steps by `step`, ascending; a client that joined no group makes up a random group name and is its
-rank 0. Sequences and steps are never used again for something else.
+A training step. Gather (remember) -> Update (hold) -> Prepare at all owners of all its tables, at once -> Commit at its
+decider -> Commit, decided, at the others. Updates are only held until their step is applied. Until every owner has
+answered the last of these, keep ids, weights and gradients: Prepare says which updates a shard does not hold, to be
+sent again. Updates are numbered by `sequence`, ascending in the life of one (group, rank) on a table, and steps by
+`step`, ascending; a client that joined no group makes up a random group name and is its rank 0. Sequences and steps
+are never used again for something else. A rank that goes back to an earlier step is a new `generation`: higher than all
+before it, in which its steps begin anew.
+
+Order. The lowest-numbered shard that owns any page of a table is its gate: it numbers the steps that are decided, by
+table version, and every owner applies them in that order. A step of several tables is decided once, by the gate of its
+first table (the decider). A step is acknowledged when it is decided; an owner that has not applied it yet lets those
+who ask with that version wait until it has.
+
+Leases. What a rank holds on a shard lives while the rank is heard of there: by any call, or by Heartbeat. A rank that was
+silent for longer than the lease loses it: what it prepared and nobody decided is dropped whole, at all tables.
 
 Concurrency. Calls may overlap and are answered in any order. Where one must see the other's effect, wait for its answer.
 
@@ -64,9 +74,9 @@ class Envelope(_message.Message):
     incarnation: _builtins.int
     """Incarnation of the shard that is asked."""
     table_version: _builtins.int
-    """A table version that every owner has acknowledged to this client: the lowest among the stamps of a Commit's answers,
-    once all owners have answered. 0 where it knows of none, and always right. A shard that is behind it has lost commits
-    and answers ERROR_CODE_DATA_LOSS instead of old rows.
+    """A table version that the table's gate has acknowledged to this client, or that it has seen in a reply. 0 where it knows
+    of none, and always right. A shard that is behind it answers once it has caught up; where the gate knows no such
+    version, commits were lost, and the answer is ERROR_CODE_DATA_LOSS instead of old rows.
     """
     def __init__(
         self,
@@ -127,22 +137,26 @@ class StepId(_message.Message):
     GROUP_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     """The group: for a client that joined none, a random name of its own."""
     rank: _builtins.int
     """The rank in the group."""
     step: _builtins.int
     """The step, ascending."""
+    generation: _builtins.int
+    """Counts how often the rank has gone back to an earlier step: a lower generation is over."""
     def __init__(
         self,
         *,
         group: _builtins.str = ...,
         rank: _builtins.int = ...,
         step: _builtins.int = ...,
+        generation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "rank", b"rank", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "group", b"group", "rank", b"rank", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -357,24 +371,21 @@ class UpdateReply(_message.Message):
 Global___UpdateReply: _TypeAlias = UpdateReply  # noqa: Y015
 
 @_typing.final
-class PrepareRequest(_message.Message):
-    """Asks whether a step can be committed."""
+class PreparePart(_message.Message):
+    """One table's part in a step that is to be prepared."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ENVELOPE_FIELD_NUMBER: _builtins.int
     STEP_ID_FIELD_NUMBER: _builtins.int
     SEQUENCES_FIELD_NUMBER: _builtins.int
-    WANT_NORM_FIELD_NUMBER: _builtins.int
-    want_norm: _builtins.bool
-    """Answer squared_norm and finite."""
     @_builtins.property
     def envelope(self) -> Global___Envelope:
         """The view."""
 
     @_builtins.property
     def step_id(self) -> Global___StepId:
-        """The step."""
+        """The step, as this table counts them."""
 
     @_builtins.property
     def sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -386,19 +397,58 @@ class PrepareRequest(_message.Message):
         envelope: Global___Envelope | None = ...,
         step_id: Global___StepId | None = ...,
         sequences: _abc.Iterable[_builtins.int] | None = ...,
-        want_norm: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "step_id", b"step_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "sequences", b"sequences", "step_id", b"step_id", "want_norm", b"want_norm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "sequences", b"sequences", "step_id", b"step_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreparePart: _TypeAlias = PreparePart  # noqa: Y015
+
+@_typing.final
+class PrepareRequest(_message.Message):
+    """Asks whether a step can be committed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: _builtins.int
+    WANT_NORM_FIELD_NUMBER: _builtins.int
+    DECIDER_TABLE_FIELD_NUMBER: _builtins.int
+    DECIDER_STEP_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
+    want_norm: _builtins.bool
+    """Answer squared_norm and finite."""
+    decider_table: _builtins.int
+    """The first table of the step: its gate decides."""
+    decider_step: _builtins.int
+    """The step, as that table counts them."""
+    wait: _builtins.bool
+    """Where a table is held off: answer once it is not."""
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PreparePart]:
+        """The tables of the step that this shard owns anything of."""
+
+    def __init__(
+        self,
+        *,
+        parts: _abc.Iterable[Global___PreparePart] | None = ...,
+        want_norm: _builtins.bool = ...,
+        decider_table: _builtins.int = ...,
+        decider_step: _builtins.int = ...,
+        wait: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decider_step", b"decider_step", "decider_table", b"decider_table", "parts", b"parts", "wait", b"wait", "want_norm", b"want_norm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrepareRequest: _TypeAlias = PrepareRequest  # noqa: Y015
 
 @_typing.final
-class PrepareReply(_message.Message):
-    """Whether a step can be committed."""
+class PreparedPart(_message.Message):
+    """Whether a table's part can be committed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -407,12 +457,15 @@ class PrepareReply(_message.Message):
     SQUARED_NORM_FIELD_NUMBER: _builtins.int
     FINITE_FIELD_NUMBER: _builtins.int
     APPLIED_FIELD_NUMBER: _builtins.int
+    HELD_OFF_FIELD_NUMBER: _builtins.int
     squared_norm: _builtins.float
     """Squared norm of the reduced gradient of what this shard owns; add up over shards. 0 if not asked for."""
     finite: _builtins.bool
     """No infinity and no NaN in the reduced gradient. True if not asked for."""
     applied: _builtins.bool
     """The step was committed before; the other fields are of no meaning then."""
+    held_off: _builtins.bool
+    """The table's pages are moving: the step is not prepared."""
     @_builtins.property
     def stamp(self) -> Global___Stamp:
         """Who answered."""
@@ -429,18 +482,43 @@ class PrepareReply(_message.Message):
         squared_norm: _builtins.float = ...,
         finite: _builtins.bool = ...,
         applied: _builtins.bool = ...,
+        held_off: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["stamp", b"stamp"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "finite", b"finite", "missing", b"missing", "squared_norm", b"squared_norm", "stamp", b"stamp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "finite", b"finite", "held_off", b"held_off", "missing", b"missing", "squared_norm", b"squared_norm", "stamp", b"stamp"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreparedPart: _TypeAlias = PreparedPart  # noqa: Y015
+
+@_typing.final
+class PrepareReply(_message.Message):
+    """Whether a step can be committed: it is prepared here where no part misses anything or is held off."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PreparedPart]:
+        """One for each part, in their order."""
+
+    def __init__(
+        self,
+        *,
+        parts: _abc.Iterable[Global___PreparedPart] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrepareReply: _TypeAlias = PrepareReply  # noqa: Y015
 
 @_typing.final
-class CommitRequest(_message.Message):
-    """Applies a step."""
+class CommitPart(_message.Message):
+    """One table's part in a step that is committed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -449,20 +527,20 @@ class CommitRequest(_message.Message):
     LR_FIELD_NUMBER: _builtins.int
     GRAD_SCALE_FIELD_NUMBER: _builtins.int
     SEQUENCES_FIELD_NUMBER: _builtins.int
-    ONE_PHASE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     lr: _builtins.float
     """Learning rate of this step."""
     grad_scale: _builtins.float
     """Multiplies the reduced gradient before the optimizer sees it: clipping, unscaling, mean."""
-    one_phase: _builtins.bool
-    """Prepare and commit in one message, for a table with one owner: applied only if no update is missing."""
+    version: _builtins.int
+    """The table version that the step makes, as the table's gate has said; 0 at the gate."""
     @_builtins.property
     def envelope(self) -> Global___Envelope:
-        """The view."""
+        """The view. At the decider also of tables that it owns nothing of: their epoch and its incarnation."""
 
     @_builtins.property
     def step_id(self) -> Global___StepId:
-        """The step."""
+        """The step, as this table counts them."""
 
     @_builtins.property
     def sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -476,15 +554,81 @@ class CommitRequest(_message.Message):
         lr: _builtins.float = ...,
         grad_scale: _builtins.float = ...,
         sequences: _abc.Iterable[_builtins.int] | None = ...,
-        one_phase: _builtins.bool = ...,
+        version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "step_id", b"step_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "grad_scale", b"grad_scale", "lr", b"lr", "one_phase", b"one_phase", "sequences", b"sequences", "step_id", b"step_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "grad_scale", b"grad_scale", "lr", b"lr", "sequences", b"sequences", "step_id", b"step_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CommitPart: _TypeAlias = CommitPart  # noqa: Y015
+
+@_typing.final
+class CommitRequest(_message.Message):
+    """Decides a step, or applies it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: _builtins.int
+    DECIDED_FIELD_NUMBER: _builtins.int
+    ONE_PHASE_FIELD_NUMBER: _builtins.int
+    decided: _builtins.bool
+    """The decider has decided it."""
+    one_phase: _builtins.bool
+    """Prepare and commit in one message, where this shard owns everything: applied only if no update is missing."""
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___CommitPart]:
+        """The tables of the step: all of them at its decider, the first one's gate; else those that this shard owns anything of."""
+
+    def __init__(
+        self,
+        *,
+        parts: _abc.Iterable[Global___CommitPart] | None = ...,
+        decided: _builtins.bool = ...,
+        one_phase: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decided", b"decided", "one_phase", b"one_phase", "parts", b"parts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CommitRequest: _TypeAlias = CommitRequest  # noqa: Y015
+
+@_typing.final
+class CommittedPart(_message.Message):
+    """What became of a table's part."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAMP_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The table version that the step makes; 0 where another shard gives it, or where an update is missing."""
+    @_builtins.property
+    def stamp(self) -> Global___Stamp:
+        """Who answered."""
+
+    @_builtins.property
+    def missing(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Only with one_phase: updates the shard does not hold. If there are any, nothing was decided: send them, then Commit."""
+
+    def __init__(
+        self,
+        *,
+        stamp: Global___Stamp | None = ...,
+        missing: _abc.Iterable[_builtins.int] | None = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["stamp", b"stamp"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["missing", b"missing", "stamp", b"stamp", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CommittedPart: _TypeAlias = CommittedPart  # noqa: Y015
 
 @_typing.final
 class CommitReply(_message.Message):
@@ -492,37 +636,27 @@ class CommitReply(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    STAMP_FIELD_NUMBER: _builtins.int
-    MISSING_FIELD_NUMBER: _builtins.int
-    APPLIED_FIELD_NUMBER: _builtins.int
-    applied: _builtins.bool
-    """The step is applied, now or before."""
+    PARTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def stamp(self) -> Global___Stamp:
-        """Who answered."""
-
-    @_builtins.property
-    def missing(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Only with one_phase: updates the shard does not hold. If there are any, nothing was applied: send them, then Commit."""
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___CommittedPart]:
+        """One for each part, in their order."""
 
     def __init__(
         self,
         *,
-        stamp: Global___Stamp | None = ...,
-        missing: _abc.Iterable[_builtins.int] | None = ...,
-        applied: _builtins.bool = ...,
+        parts: _abc.Iterable[Global___CommittedPart] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["stamp", b"stamp"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "missing", b"missing", "stamp", b"stamp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CommitReply: _TypeAlias = CommitReply  # noqa: Y015
 
 @_typing.final
-class DiscardRequest(_message.Message):
-    """Drops a step."""
+class DiscardPart(_message.Message):
+    """One table's part of what is dropped."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -534,7 +668,7 @@ class DiscardRequest(_message.Message):
 
     @_builtins.property
     def step_id(self) -> Global___StepId:
-        """The step."""
+        """The step, as this table counts them."""
 
     def __init__(
         self,
@@ -548,35 +682,113 @@ class DiscardRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___DiscardRequest: _TypeAlias = DiscardRequest  # noqa: Y015
+Global___DiscardPart: _TypeAlias = DiscardPart  # noqa: Y015
 
 @_typing.final
-class DiscardReply(_message.Message):
-    """The step is dropped."""
+class DiscardRequest(_message.Message):
+    """Drops steps."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    STAMP_FIELD_NUMBER: _builtins.int
-    DISCARDED_FIELD_NUMBER: _builtins.int
-    discarded: _builtins.int
-    """How many held updates were dropped."""
+    PARTS_FIELD_NUMBER: _builtins.int
+    KEEP_UPDATES_FIELD_NUMBER: _builtins.int
+    keep_updates: _builtins.bool
+    """End the Prepare alone: the updates stay held."""
     @_builtins.property
-    def stamp(self) -> Global___Stamp:
-        """Who answered."""
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___DiscardPart]:
+        """What to drop."""
 
     def __init__(
         self,
         *,
-        stamp: Global___Stamp | None = ...,
+        parts: _abc.Iterable[Global___DiscardPart] | None = ...,
+        keep_updates: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep_updates", b"keep_updates", "parts", b"parts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiscardRequest: _TypeAlias = DiscardRequest  # noqa: Y015
+
+@_typing.final
+class DiscardReply(_message.Message):
+    """The steps are dropped."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DISCARDED_FIELD_NUMBER: _builtins.int
+    discarded: _builtins.int
+    """How many held updates were dropped."""
+    def __init__(
+        self,
+        *,
         discarded: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["stamp", b"stamp"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["discarded", b"discarded", "stamp", b"stamp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["discarded", b"discarded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DiscardReply: _TypeAlias = DiscardReply  # noqa: Y015
+
+@_typing.final
+class HeartbeatRequest(_message.Message):
+    """Says that a rank is alive."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    incarnation: _builtins.int
+    """Of the shard that is asked, as the rank knows it."""
+    group: _builtins.str
+    """The group."""
+    rank: _builtins.int
+    """The rank in the group."""
+    def __init__(
+        self,
+        *,
+        incarnation: _builtins.int = ...,
+        group: _builtins.str = ...,
+        rank: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "incarnation", b"incarnation", "rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
+
+@_typing.final
+class HeartbeatReply(_message.Message):
+    """The rank's lease begins anew."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_S_FIELD_NUMBER: _builtins.int
+    UPDATES_HELD_FIELD_NUMBER: _builtins.int
+    lease_s: _builtins.float
+    """Seconds of silence after which what the rank holds is dropped."""
+    updates_held: _builtins.int
+    """Updates of the rank that are held here, of all tables."""
+    def __init__(
+        self,
+        *,
+        lease_s: _builtins.float = ...,
+        updates_held: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_s", b"lease_s", "updates_held", b"updates_held"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeartbeatReply: _TypeAlias = HeartbeatReply  # noqa: Y015
 
 @_typing.final
 class ScoreRequest(_message.Message):
