@@ -29,6 +29,7 @@ from mempool.types import (
     TableStatus,
     TableView,
 )
+from mempool.types.running import THREADS, Clock, Runner
 from mempool.types.schema_checks import check_schema, shown
 from mempool.types.sizes import bytes_by_owner
 
@@ -57,7 +58,7 @@ class Making:
     view: TableView | None = None
     bytes_of: dict[int, int] = field(default_factory=dict)
     ended: MempoolError | None = None
-    began_s: float = field(default_factory=time.monotonic)
+    began_s: float = 0.0
 
 
 class TableChanges:
@@ -70,7 +71,17 @@ class TableChanges:
             filled.
     """
 
-    def __init__(self, roster: Roster, calls: ShardCalls, *, changing: asyncio.Lock) -> None:
+    def __init__(
+        self,
+        roster: Roster,
+        calls: ShardCalls,
+        *,
+        changing: asyncio.Lock,
+        clock: Clock = time.monotonic,
+        runner: Runner = THREADS,
+    ) -> None:
+        self._clock = clock
+        self._runner = runner
         self._roster = roster
         self._calls = calls
         self._changing = changing
@@ -90,7 +101,7 @@ class TableChanges:
         making = self._making.get(schema.name)
         if making is None:
             self._require_new(schema)
-            making = self._making[schema.name] = Making(schema=schema)
+            making = self._making[schema.name] = Making(schema=schema, began_s=self._clock())
             making.task = asyncio.create_task(self._make(making))
             making.task.add_done_callback(lambda task: self._made(making, task))
         elif making.schema != schema:
@@ -137,7 +148,8 @@ class TableChanges:
     def creations(self, statuses: Iterable[ShardStatus]) -> tuple[TableCreation, ...]:
         """The tables that are being made, and how far the shards say that they are."""
         seen = {(table.table_id, status.info.shard): table for status in statuses for table in status.tables}
-        return tuple(_creation(making, seen) for making in self._making.values())
+        now_s = self._clock()
+        return tuple(_creation(making, seen, now_s - making.began_s) for making in self._making.values())
 
     def _require_new(self, schema: TableSchema) -> None:
         """Raises where a table may not be added to what the pool has and makes."""
@@ -170,7 +182,7 @@ class TableChanges:
         try:
             async with self._changing:
                 infos = self._roster.infos
-                view, making.bytes_of = await asyncio.to_thread(first_view, schema, infos)
+                view, making.bytes_of = await self._runner.run(lambda: first_view(schema, infos))
                 self._roster.unfinished.add(table_id)
                 making.view = view
             request = AttachTable(view=view, mode="initialise")
@@ -245,14 +257,14 @@ def _num_pages(schema: TableSchema) -> int:
     return schema.num_row_pages * schema.num_blocks + schema.num_key_pages
 
 
-def _creation(making: Making, seen: dict[tuple[int, int], TableStatus]) -> TableCreation:
+def _creation(making: Making, seen: dict[tuple[int, int], TableStatus], spent_s: float) -> TableCreation:
     table_id = 0 if making.view is None else making.view.schema.table_id
     tables = {shard: seen.get((table_id, shard)) for shard in sorted(making.bytes_of)}
     return TableCreation(
         table=making.schema.name,
         table_id=table_id,
         waiting_for=_waiting_for(making, tables),
-        spent_s=time.monotonic() - making.began_s,
+        spent_s=spent_s,
         shards=tuple(
             # A shard that says nothing of it has not begun.
             ShardFill(

@@ -1,6 +1,7 @@
 """The controller of a pool, as one object: the ``PoolApi`` over what creates tables, rescales and watches shards."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 
 from mempool.controller.calls import ShardCalls
@@ -11,6 +12,7 @@ from mempool.controller.roster import Roster
 from mempool.controller.telling import Telling
 from mempool.controller.watching import Watching
 from mempool.types import PoolStatus, RescaleProgress, ShardHost, ShardInfo, TableSchema, TableView
+from mempool.types.running import THREADS, Clock, Runner
 
 
 class Controller:
@@ -24,6 +26,9 @@ class Controller:
         launcher: Starts and stops shards.
         dial: The ``ShardHost`` of a shard, at once; asked for every call, so it keeps its connections itself.
         round_bytes: Bytes that one round of a move carries at most; writers of the table wait for one round.
+        clock: Seconds, monotonic.
+        wall_clock: Seconds since 1970; ids of tables are made of it.
+        runner: Runs what takes long, as planning does.
     """
 
     def __init__(
@@ -33,13 +38,16 @@ class Controller:
         launcher: Launcher,
         dial: Callable[[ShardInfo], ShardHost],
         round_bytes: int = 64 * 2**20,
+        clock: Clock = time.monotonic,
+        wall_clock: Clock = time.time,
+        runner: Runner = THREADS,
     ) -> None:
         self.name = name
         self._changing = changing = asyncio.Lock()
-        self._roster = roster = Roster()
+        self._roster = roster = Roster(wall_clock=wall_clock)
         calls = ShardCalls(name, dial)
         telling = Telling(name, roster, calls)
-        self._changes = changes = TableChanges(roster, calls, changing=changing)
+        self._changes = changes = TableChanges(roster, calls, changing=changing, clock=clock, runner=runner)
         self._rescaling = rescaling = Rescaling(
             roster,
             calls=calls,
@@ -48,6 +56,8 @@ class Controller:
             changes=changes,
             changing=changing,
             round_bytes=round_bytes,
+            clock=clock,
+            runner=runner,
         )
         self._watching = Watching(
             name, roster, calls=calls, telling=telling, changes=changes, rescaling=rescaling, changing=changing

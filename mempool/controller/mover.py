@@ -22,6 +22,7 @@ from mempool.controller.settling import Call
 from mempool.errors import MempoolError
 from mempool.placement import Assignment, Moves, Rounds, apply_moves, moves, plan, rounds
 from mempool.types import Placement, PullPages, PullReport, RescaleProgress, TableSchema, TableView
+from mempool.types.running import THREADS, Clock, Runner
 from mempool.types.sizes import key_page_bytes, slot_bytes
 
 T = TypeVar("T")
@@ -106,7 +107,11 @@ class Mover:
         roster: Roster,
         call: Call,
         push: Callable[[TableView, Collection[int]], Awaitable[None]],
+        clock: Clock = time.monotonic,
+        runner: Runner = THREADS,
     ) -> None:
+        self._clock = clock
+        self._runner = runner
         self._shards = (shards_before, shards_after)
         self._plans = plans
         self._roster = roster
@@ -152,12 +157,12 @@ class Mover:
             assignment = plan_.present
             yield self.progress(table=plan_.name)
             for number, round_ in enumerate(plan_.rounds):
-                started = time.monotonic()
+                started = self._clock()
                 assignment = apply_moves(assignment, round_)
                 await self._move(plan_.name, round_, assignment)
                 yield self.progress(table=plan_.name)
                 if number + 1 < len(plan_.rounds):
-                    await asyncio.sleep(min(time.monotonic() - started, _LONGEST_PAUSE_S))
+                    await asyncio.sleep(min(self._clock() - started, _LONGEST_PAUSE_S))
 
     async def _move(self, table: str, round_: Moves, assignment: Assignment) -> None:
         view = self._roster.view(table)
@@ -169,7 +174,7 @@ class Mover:
             gate, *others = placement.shards
             await self._freeze(gate, table_id)
             await _all(self._freeze(shard, table_id) for shard in others)
-            fetched = await asyncio.to_thread(pulls, view, round_)
+            fetched = await self._runner.run(lambda: pulls(view, round_))
             reports = await _all(self._pull(dest, request) for dest, requests in fetched for request in requests)
         except BaseException:
             await asyncio.gather(*(self._thaw(shard, table_id) for shard in owners))

@@ -5,6 +5,7 @@ A rescale is a task of the controller; whoever asked for it only watches. The mo
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Sequence
 
 from mempool.controller.calls import ShardCalls
@@ -16,6 +17,7 @@ from mempool.controller.roster import Roster
 from mempool.controller.telling import Telling
 from mempool.errors import DataLoss, InvalidRequest, MempoolError, ShardUnavailable
 from mempool.types import MAX_SHARDS, RescaleProgress, ShardInfo, ShardStatus
+from mempool.types.running import THREADS, Clock, Runner
 
 _LOG = logging.getLogger("mempool.controller")
 
@@ -48,7 +50,11 @@ class Rescaling:
         changes: TableChanges,
         changing: asyncio.Lock,
         round_bytes: int,
+        clock: Clock = time.monotonic,
+        runner: Runner = THREADS,
     ) -> None:
+        self._clock = clock
+        self._runner = runner
         self._roster = roster
         self._calls = calls
         self._telling = telling
@@ -148,6 +154,8 @@ class Rescaling:
             roster=self._roster,
             call=self._calls.call,
             push=self._telling.push_decided,
+            clock=self._clock,
+            runner=self._runner,
         )
         try:
             if added:
@@ -173,8 +181,8 @@ class Rescaling:
         statuses = await self._statuses()
         _require_whole(statuses)
         views, round_bytes = self._roster.views, self._round_bytes
-        plans = await asyncio.to_thread(lambda: [plan_moves(view, after, round_bytes) for view in views])
-        require_room(await asyncio.to_thread(_growth, plans), statuses)
+        plans = await self._runner.run(lambda: [plan_moves(view, after, round_bytes) for view in views])
+        require_room(await self._runner.run(lambda: _growth(plans)), statuses)
         return plans
 
     async def _start_checked(self, added: Sequence[int]) -> None:
