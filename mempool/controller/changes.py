@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 
 from mempool.controller.calls import ShardCalls
-from mempool.controller.moves.carrying import Clock
 from mempool.controller.roster import Roster
 from mempool.controller.telling import Telling
 from mempool.errors import AlreadyExists, InvalidRequest, MempoolError, NotFound, ShardUnavailable
@@ -31,6 +30,7 @@ from mempool.types import (
     TableStatus,
     TableView,
 )
+from mempool.types.running import Clock, Runner
 from mempool.types.schema_checks import check_schema, shown
 from mempool.types.sizes import bytes_by_owner
 
@@ -70,16 +70,25 @@ class TableChanges:
         calls, telling: Reach the shards.
         changing: Held by whatever changes the pool: a rescale, a settling, and planning here; not while pages are
             filled.
-        clock: Seconds.
+        clock: Seconds, monotonic.
+        runner: Runs what takes long, as planning does.
     """
 
     def __init__(
-        self, roster: Roster, calls: ShardCalls, *, telling: Telling, changing: asyncio.Lock, clock: Clock
+        self,
+        roster: Roster,
+        calls: ShardCalls,
+        *,
+        telling: Telling,
+        changing: asyncio.Lock,
+        clock: Clock,
+        runner: Runner,
     ) -> None:
         self._roster = roster
         self._calls = calls
         self._telling = telling
         self._clock = clock
+        self._runner = runner
         self._changing = changing
         self._making: dict[str, Making] = {}
 
@@ -177,7 +186,7 @@ class TableChanges:
         try:
             async with self._changing:
                 infos = self._roster.infos
-                view, making.bytes_of = await asyncio.to_thread(first_view, schema, infos)
+                view, making.bytes_of = await self._runner.run(lambda: first_view(schema, infos))
                 self._roster.unfinished.add(table_id)
                 making.view = view
             request = AttachTable(view=view, mode="initialise", pending=True)

@@ -12,6 +12,7 @@ from mempool.controller.roster import Roster
 from mempool.controller.telling import Telling
 from mempool.controller.watching import Watching
 from mempool.types import PoolStatus, RescaleProgress, ShardHost, ShardInfo, TableSchema, TableView
+from mempool.types.running import THREADS, Clock, Runner
 
 
 class Controller:
@@ -27,7 +28,9 @@ class Controller:
         round_bytes: Bytes that one round of a move carries at most. Writers of the table wait for one round, which is
             made smaller where it holds them off for long.
         trainer_lease_s: How long a trainer may hold a step undecided before the shards give it up.
-        clock: Seconds, ascending.
+        clock: Seconds, monotonic.
+        wall_clock: Seconds since 1970; ids of tables are made of it.
+        runner: Runs what takes long, as planning does.
     """
 
     def __init__(
@@ -38,14 +41,18 @@ class Controller:
         dial: Callable[[ShardInfo], ShardHost],
         round_bytes: int = 64 * 2**20,
         trainer_lease_s: float = 10.0,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = time.monotonic,
+        wall_clock: Clock = time.time,
+        runner: Runner = THREADS,
     ) -> None:
         self.name = name
         self._changing = changing = asyncio.Lock()
-        self._roster = roster = Roster()
+        self._roster = roster = Roster(wall_clock=wall_clock)
         calls = ShardCalls(name, dial)
         telling = Telling(name, roster, calls)
-        self._changes = changes = TableChanges(roster, calls, telling=telling, changing=changing, clock=clock)
+        self._changes = changes = TableChanges(
+            roster, calls, telling=telling, changing=changing, clock=clock, runner=runner
+        )
         self._rescaling = rescaling = Rescaling(
             roster,
             calls=calls,
@@ -56,6 +63,7 @@ class Controller:
             round_bytes=round_bytes,
             trainer_lease_s=trainer_lease_s,
             clock=clock,
+            runner=runner,
         )
         self._watching = Watching(
             name, roster, calls=calls, telling=telling, changes=changes, rescaling=rescaling, changing=changing

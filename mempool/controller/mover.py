@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from mempool.agreement import rounds as agreed
 from mempool.agreement.rounds import Ended, Freeze, Pull, Renew, Round, Tell, Thaw
-from mempool.controller.moves.carrying import Clock, carry_out
+from mempool.controller.moves.carrying import carry_out
 from mempool.controller.moves.pace import Pace
 from mempool.controller.pulls import pulls
 from mempool.controller.roster import Roster
@@ -20,6 +20,7 @@ from mempool.controller.settling import Call
 from mempool.errors import ShardUnavailable, StalePlacement
 from mempool.placement import Assignment, Moves, apply_moves, moves, plan, rounds
 from mempool.types import Placement, PullPages, PullReport, RescaleProgress, ShardHost, TableSchema, TableView
+from mempool.types.running import THREADS, Clock, Runner
 from mempool.types.sizes import key_page_bytes, slot_bytes
 
 _REST_S = 5.0
@@ -122,7 +123,8 @@ class Mover:
         round_bytes: Bytes that a round carries at most.
         lease_s: Of a freeze.
         trainer_lease_s: How long a step may be prepared and not decided: a dead trainer's is given up then.
-        clock: Seconds.
+        clock: Seconds, monotonic.
+        runner: Runs what takes long, as naming the pages of a round does.
     """
 
     def __init__(
@@ -138,6 +140,7 @@ class Mover:
         lease_s: float = agreed.LEASE_S,
         trainer_lease_s: float = 10.0,
         clock: Clock = time.monotonic,
+        runner: Runner = THREADS,
     ) -> None:
         self._shards = (shards_before, shards_after)
         self._plans = plans
@@ -148,6 +151,7 @@ class Mover:
         self._lease_s = lease_s
         self._rest_s = trainer_lease_s + _REST_S
         self._clock = clock
+        self._runner = runner
         self._round: tuple[str, Round] | None = None
         self._pages_total = sum(plan_.pages for plan_ in plans)
         self._bytes_total = sum(plan_.pages * plan_.page_bytes for plan_ in plans)
@@ -211,7 +215,8 @@ class Mover:
     async def _move(self, table: str, round_: Moves, assignment: Assignment) -> Assignment:
         """One round; tried again where it was undone only because its leases ended."""
         view = self._roster.view(table)
-        assignment, prepared = await asyncio.to_thread(_prepared, view, round_, assignment)
+        before = assignment
+        assignment, prepared = await self._runner.run(lambda: _prepared(view, round_, before))
         for _ in range(_ROUND_TRIES):
             ended = await self._carry_out(prepared)
             if not (ended.outcome == "undone" and isinstance(ended.error, StalePlacement)):

@@ -11,13 +11,13 @@ from mempool.controller.calls import ShardCalls
 from mempool.controller.changes import TableChanges
 from mempool.controller.launcher import Launcher
 from mempool.controller.mover import MovePlan, Mover, plan_moves
-from mempool.controller.moves.carrying import Clock
 from mempool.controller.moves.wanted import unfinished
 from mempool.controller.room import growth, require_room
 from mempool.controller.roster import Roster
 from mempool.controller.telling import Telling
 from mempool.errors import DataLoss, InvalidRequest, MempoolError, ShardUnavailable
 from mempool.types import MAX_SHARDS, RescaleProgress, ShardInfo, ShardStatus
+from mempool.types.running import Clock, Runner
 
 _LOG = logging.getLogger("mempool.controller")
 
@@ -35,7 +35,8 @@ class Rescaling:
         changing: Held while the pool changes.
         round_bytes: Bytes that one round of a move carries at most.
         trainer_lease_s: How long a step may be prepared and not decided.
-        clock: Seconds.
+        clock: Seconds, monotonic.
+        runner: Runs what takes long, as planning does.
 
     Attributes:
         wanted: The number of shards asked for, of a rescale that goes on or has stopped half way.
@@ -54,6 +55,7 @@ class Rescaling:
         round_bytes: int,
         trainer_lease_s: float,
         clock: Clock,
+        runner: Runner,
     ) -> None:
         self._roster = roster
         self._calls = calls
@@ -64,6 +66,7 @@ class Rescaling:
         self._round_bytes = round_bytes
         self._trainer_lease_s = trainer_lease_s
         self._clock = clock
+        self._runner = runner
         self._task: asyncio.Task[None] | None = None
         self._mover: Mover | None = None
         self._waiting = ""
@@ -94,7 +97,7 @@ class Rescaling:
         if (wanted := self._inherited) is None:
             return
         views, shards = self._roster.views, sorted(self._roster.shards)
-        self.unfinished = await asyncio.to_thread(unfinished, views, shards, wanted)
+        self.unfinished = await self._runner.run(lambda: unfinished(views, shards, wanted))
         self.wanted = (wanted or len(shards)) if self.unfinished else None
         if self._roster.complete:
             self._inherited = None
@@ -180,6 +183,7 @@ class Rescaling:
             round_bytes=self._round_bytes,
             trainer_lease_s=self._trainer_lease_s,
             clock=self._clock,
+            runner=self._runner,
         )
         await self._launcher.keep_wanted(shards)
         try:
@@ -211,8 +215,8 @@ class Rescaling:
         statuses = await self._statuses()
         _require_whole(statuses)
         views, round_bytes = self._roster.views, self._round_bytes
-        plans = await asyncio.to_thread(lambda: [plan_moves(view, after, round_bytes) for view in views])
-        require_room(await asyncio.to_thread(_growth, plans), statuses)
+        plans = await self._runner.run(lambda: [plan_moves(view, after, round_bytes) for view in views])
+        require_room(await self._runner.run(lambda: _growth(plans)), statuses)
         return plans
 
     async def _start_checked(self, added: Sequence[int]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from mempool.agreement.recovery import Knowledge, learn
 from mempool.errors import NotFound
 from mempool.types import Placement, ShardInfo, TableSchema, TableView
+from mempool.types.running import Clock
 from mempool.types.schema_checks import shown
 
 _NAMED = 20
@@ -23,7 +24,8 @@ class Roster:
         highest_incarnation: Of any shard that was ever heard of.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, wall_clock: Clock = time.time) -> None:
+        self._wall_clock = wall_clock
         self.dropped: set[int] = set()
         self.unfinished: set[int] = set()
         self.complete = True
@@ -70,7 +72,7 @@ class Roster:
 
     def new_table_id(self) -> int:
         """An id that no table of this pool ever had: milliseconds of now, so that a restarted controller agrees."""
-        self._last_table_id = max(self._last_table_id + 1, time.time_ns() // 1_000_000)
+        self._last_table_id = max(self._last_table_id + 1, int(self._wall_clock() * 1000))
         return self._last_table_id
 
     def set_shards(self, infos: Iterable[ShardInfo]) -> None:

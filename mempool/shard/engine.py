@@ -59,6 +59,7 @@ from mempool.types import (
     WriteRowsRequest,
 )
 from mempool.types.caller import Caller, current_caller
+from mempool.types.running import THREADS, Clock, Runner
 
 _TABLES = Caller(name="tables")
 """Who asks for the long work on tables and pages, as far as fairness goes."""
@@ -90,6 +91,8 @@ class Engine:
         on_fatal: Told, on the engine's thread, why the shard cannot go on (its CUDA context is broken, say). It has
             ended then and refuses everything. None: nobody needs to know.
         stages: Where its work is timed, with that of the server before it; None: on its own.
+        clock: Seconds, monotonic: what leases, and deadlines of callers, are told by.
+        runner: Gives it its thread.
     """
 
     def __init__(
@@ -108,13 +111,16 @@ class Engine:
         max_message_bytes: int | None = None,
         on_fatal: Callable[[BaseException], None] | None = None,
         stages: Stages | None = None,
+        clock: Clock = time.monotonic,
+        runner: Runner = THREADS,
     ) -> None:
         self.info = info
         self._peers = peers
-        self._started_s = time.monotonic()
+        self._clock = clock
+        self._started_s = clock()
         self._stages = stages or Stages()
         self._budget = Budget(client_memory_bytes, context_bytes=context_budget_bytes, commit_bytes=commit_memory_bytes)
-        contexts = Contexts(room=lambda: self._budget.context_room, lease_s=context_lease_s)
+        contexts = Contexts(room=lambda: self._budget.context_room, lease_s=context_lease_s, clock=clock)
         self._tenancy = Tenancy(
             info,
             device=torch.device(device),
@@ -123,6 +129,8 @@ class Engine:
             page_bytes=memory_bytes,
             held_lease_s=held_lease_s,
             reply_bytes=max_message_bytes,
+            clock=clock,
+            runner=runner,
         )
         self._thread = EngineThread(
             name=f"shard {info.shard} of pool {pool!r}",
@@ -132,6 +140,8 @@ class Engine:
             upkeep_s=min(5.0, max(0.05, min(held_lease_s, context_lease_s) / 12)),
             probe=partial(_probe, torch.device(device)),
             on_fatal=partial(self._end_for_good, on_fatal),
+            clock=clock,
+            runner=runner,
         )
         self._answers = Answers(
             self._tenancy,
@@ -277,7 +287,9 @@ class Engine:
 
     async def status(self) -> ShardStatus:
         self._thread.check_open()
-        return self._tenancy.status(stages=self._stages, started_s=self._started_s, queued_jobs=self._thread.num_jobs)
+        return self._tenancy.status(
+            stages=self._stages, uptime_s=self._clock() - self._started_s, queued_jobs=self._thread.num_jobs
+        )
 
     async def close(self) -> None:
         """Answer what is waiting, then end the thread and free all memory. Repeatable."""

@@ -17,6 +17,7 @@ from mempool.shard.steps.budget import Budget
 from mempool.shard.steps.held import HeldUpdates
 from mempool.shard.steps.ledger import AppliedLedger
 from mempool.types import AttachTable, Envelope, ShardInfo, Stamp, StepId, TableStatus, TableView
+from mempool.types.running import Clock
 
 
 class Parked:
@@ -47,14 +48,21 @@ class HostedTable:
     """
 
     def __init__(
-        self, request: AttachTable, *, info: ShardInfo, device: torch.device, budget: Budget, lease_s: float
+        self,
+        request: AttachTable,
+        *,
+        info: ShardInfo,
+        device: torch.device,
+        budget: Budget,
+        lease_s: float,
+        clock: Clock,
     ) -> None:
         self.info = info
         self.view = request.view
         self.ledger = AppliedLedger(request.ledger)
         self.storage = Storage(request.view.schema, shard=info.shard, device=device, version=self.ledger.version)
         self.staging = Staging(self.storage)
-        self.updates = HeldUpdates(budget=budget, lease_s=lease_s)
+        self.updates = HeldUpdates(budget=budget, lease_s=lease_s, clock=clock)
         self.frozen = False
         self.lookups = 0
         self._filling: Iterator[int] | None = None

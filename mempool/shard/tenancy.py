@@ -3,12 +3,9 @@
 Changes run on the engine's thread. What is only read (views, status) may be asked on any thread and never waits.
 """
 
-import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
 
 import torch
 
@@ -34,23 +31,11 @@ from mempool.types import (
     ShardStatus,
     TableView,
 )
+from mempool.types.running import THREADS, Clock, Runner
 
 MIB = 2**20
 
 _LOG = logging.getLogger("mempool.shard")
-
-
-def _make_ready(
-    needs: kernels.Needs, say: Callable[[int, int], None], stop: threading.Event, done: "Future[None]"
-) -> None:
-    if not done.set_running_or_notify_cancel():
-        return
-    try:
-        kernels.make_ready(needs, report=say, stop=stop)
-    except BaseException as error:
-        done.set_exception(error)
-    else:
-        done.set_result(None)
 
 
 class Tenancy:
@@ -64,6 +49,8 @@ class Tenancy:
         page_bytes: Bytes of pages, of all tables together; None: whatever the device has.
         held_lease_s: Seconds of silence after which a rank's held updates are dropped.
         reply_bytes: What a message to a peer may have; None: as much as there is.
+        clock: Seconds, monotonic: what leases are told by.
+        runner: Makes kernels ready.
     """
 
     def __init__(
@@ -76,6 +63,8 @@ class Tenancy:
         page_bytes: int | None,
         held_lease_s: float,
         reply_bytes: int | None = None,
+        clock: Clock = time.monotonic,
+        runner: Runner = THREADS,
     ) -> None:
         self._info = info
         self._device = device
@@ -84,6 +73,8 @@ class Tenancy:
         self._page_bytes = page_bytes
         self._held_lease_s = held_lease_s
         self._reply_bytes = reply_bytes
+        self._clock = clock
+        self._runner = runner
         # Never changed, always replaced: so that other threads can read it.
         self._tables: dict[int, HostedTable] = {}
 
@@ -134,7 +125,12 @@ class Tenancy:
             )
         self.drop(table_id)
         table = HostedTable(
-            request, info=self._info, device=self._device, budget=self._budget, lease_s=self._held_lease_s
+            request,
+            info=self._info,
+            device=self._device,
+            budget=self._budget,
+            lease_s=self._held_lease_s,
+            clock=self._clock,
         )
         self._require_memory(table, table.num_bytes)
         self._tables = self._tables | {table_id: table}
@@ -148,11 +144,9 @@ class Tenancy:
             table.preparing = f"CPU kernels to be compiled, once per machine: {done} of {parts} are"
 
         needs = kernel_needs(table.view.schema, self._device)
-        done: Future[None] = Future()
-        # Of its own: those of asyncio are few, and others wait for them.
-        threading.Thread(target=_make_ready, args=(needs, say, stop, done), name="mempool-kernels", daemon=True).start()
         try:
-            await asyncio.wrap_future(done)
+            # A thread of its own: those of asyncio are few, and others wait for them.
+            await self._runner.run(lambda: kernels.make_ready(needs, report=say, stop=stop), name="mempool-kernels")
         except Exception as error:
             _LOG.warning("kernels of table %r were not made ready: %s", table.view.schema.name, error, exc_info=True)
         finally:
@@ -317,7 +311,7 @@ class Tenancy:
         """The newest view of every table here."""
         return tuple(table.view for table in self._tables.values())
 
-    def status(self, *, stages: Stages, started_s: float, queued_jobs: int) -> ShardStatus:
+    def status(self, *, stages: Stages, uptime_s: float, queued_jobs: int) -> ShardStatus:
         """The shard at a glance."""
         tables = tuple(table.status() for _, table in sorted(self._tables.items()))
         budget = self._budget
@@ -333,7 +327,7 @@ class Tenancy:
             queued_calls=queued_jobs,
             client_limit_bytes=budget.limit_bytes,
             page_limit_bytes=self._page_bytes or 0,
-            uptime_s=time.monotonic() - started_s,
+            uptime_s=uptime_s,
             tables=tables,
             stages=stages.snapshot(),
         )

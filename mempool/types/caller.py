@@ -5,6 +5,7 @@ client's transport when it sends. Nothing else needs it, so it is no argument of
 """
 
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -15,15 +16,15 @@ class Caller:
 
     Attributes:
         name: Of the connection, "ipv4:10.0.0.3:5123"; "" for this process itself.
-        deadline_s: When nobody waits for the answer any more, on ``time.monotonic``; None: never.
+        deadline_s: When nobody waits for the answer any more, on the process's monotonic clock; None: never.
     """
 
     name: str = ""
     deadline_s: float | None = None
 
-    def remaining_s(self) -> float | None:
+    def remaining_s(self, clock: Callable[[], float] = time.monotonic) -> float | None:
         """Seconds until the deadline, 0 or less when it is over; None without one."""
-        return None if self.deadline_s is None else self.deadline_s - time.monotonic()
+        return None if self.deadline_s is None else self.deadline_s - clock()
 
 
 _NOBODY = Caller()

@@ -8,6 +8,7 @@ Errors that no retry can heal pass at once.
 import asyncio
 import random
 import secrets
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -26,6 +27,7 @@ from mempool.errors import NotFound, StalePlacement, Unavailable
 from mempool.types import PoolApi, StepId, TableView
 from mempool.types.bags import Bags
 from mempool.types.messages import ReplyDtype
+from mempool.types.running import Clock
 
 T = TypeVar("T")
 
@@ -46,6 +48,9 @@ class Router:
         patience_s: After so much silence of a shard, the view is asked for again, and followed if it is a new one.
         backoff: Waits between tries.
         jitter: Gives a number from 0 to 1 at each call.
+        clock: Seconds, monotonic: what deadlines that go along with calls are told by.
+        first_lookup_id: Where its numbers of lookups begin; shards remember those of all clients by them alone, so it
+            must be a random one. None: it is.
     """
 
     def __init__(
@@ -58,9 +63,11 @@ class Router:
         patience_s: float = 5.0,
         backoff: Backoff | None = None,
         jitter: Callable[[], float] = random.random,
+        clock: Clock = time.monotonic,
+        first_lookup_id: int | None = None,
     ) -> None:
         where = Whereabouts(name=pool) if isinstance(pool, str) else pool
-        self.tries = Tries(where, timeout_s=timeout_s, backoff=backoff, jitter=jitter)
+        self.tries = Tries(where, timeout_s=timeout_s, backoff=backoff, jitter=jitter, clock=clock)
         self.traffic = Traffic()
         self._api = api
         self._dial = dial
@@ -69,8 +76,7 @@ class Router:
         self._acknowledged: dict[int, int] = {}
         self._names: dict[int, str] = {}  # of all tables ever seen, for messages
         self._refreshing: dict[int, asyncio.Lock] = {}
-        # Shards remember lookups of all their clients by this number alone, so clients start at random places.
-        self._next_lookup_id = secrets.randbits(62)
+        self._next_lookup_id = secrets.randbits(62) if first_lookup_id is None else first_lookup_id
         # Filled by finalizers, on any thread and at any moment: appending to a deque needs no lock.
         self._released: deque[tuple[int, tuple[int, ...], int]] = deque(maxlen=_MAX_RELEASED)
         self._to_release: dict[tuple[int, int], deque[int]] = {}

@@ -6,6 +6,7 @@ Everything here is made, used and closed on the process's IO loop. Retries and d
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -47,6 +48,7 @@ from mempool.types import (
     WriteRowsRequest,
 )
 from mempool.types.caller import current_caller
+from mempool.types.running import Clock
 from mempool.wire import methods
 from mempool.wire.channels.channel import Channel, Channels
 from mempool.wire.codecs.pages import FreezeTable, SetView, ThawTable
@@ -69,9 +71,11 @@ class GrpcShard:
     Args:
         info: Which it is.
         channel: Leads to it; closed with this.
+        clock: Seconds, monotonic: what callers' deadlines are told by.
     """
 
-    def __init__(self, info: ShardInfo, channel: Channel) -> None:
+    def __init__(self, info: ShardInfo, channel: Channel, *, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
         self.info = info
         self._channel = channel
         self._calls = 0
@@ -154,7 +158,7 @@ class GrpcShard:
         self._calls += 1
         try:
             return await self._channel.call(
-                method, request, timeout_s=current_caller().remaining_s(), narrow_ids=narrow_ids
+                method, request, timeout_s=current_caller().remaining_s(self._clock), narrow_ids=narrow_ids
             )
         finally:
             self._calls -= 1
@@ -165,9 +169,11 @@ class GrpcDialer:
 
     Args:
         channels: Makes the connections.
+        clock: As of ``GrpcShard``.
     """
 
-    def __init__(self, channels: Channels) -> None:
+    def __init__(self, channels: Channels, *, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
         self._channels = channels
         self._hosts: dict[ShardInfo, GrpcShard] = {}
         self._used_s: dict[ShardInfo, float] = {}
@@ -190,7 +196,7 @@ class GrpcDialer:
         now_s = asyncio.get_running_loop().time()
         if host is None:
             self._close_idle(now_s)
-            host = GrpcShard(info, self._channels(info.address, shard=info.shard))
+            host = GrpcShard(info, self._channels(info.address, shard=info.shard), clock=self._clock)
             self._hosts[info] = host
         self._used_s[info] = now_s
         return host

@@ -18,8 +18,8 @@ from mempool.agreement.rounds import (
     Thaw,
     Ticked,
 )
+from mempool.types.running import Clock
 
-Clock = Callable[[], float]
 Make = Callable[[Call], Awaitable[object]]
 
 
