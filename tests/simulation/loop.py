@@ -268,7 +268,7 @@ class InlineRunner:
         self._random = random
         self._longest_s = longest_s
 
-    async def run(self, work: Callable[[], T], *, name: str = "") -> T:
+    async def run(self, work: Callable[[], T], *, name: str = "") -> T:  # noqa: ARG002
         await asyncio.sleep(self.duration_s())
         return work()
 

@@ -46,6 +46,7 @@ class Call:
     """One call: who asks whom for what, and what came of it; the history is made of these."""
 
     number: int
+    process: ProcessLoop
     client: str
     server: str
     method: Method[Any, Any]
@@ -384,7 +385,7 @@ class SimulatedChannel:
             raise DeadlineExceeded("the call's time is over; nothing was sent", shard=self._shard)
         network.calls += 1
         now_s = network._scheduler.now_s
-        call = Call(network.calls, self._loop.name, _machine(self.address), method, request, now_s)
+        call = Call(network.calls, self._loop, self._loop.name, _machine(self.address), method, request, now_s)
         frame = bytes(method.request.encode(request)) if network.encode else None
         waiting = _Waiting(network, self._loop, call, frame, timeout_s, shard=self._shard, address=self.address)
         self._waiting[call.number] = waiting

@@ -1,6 +1,7 @@
 """Simulated loops are loops as asyncio knows them, on time that jumps, and one seed is one history."""
 
 import asyncio
+import itertools
 from collections.abc import Coroutine
 from typing import Any
 
@@ -82,10 +83,12 @@ def test_processes_have_clocks_of_their_own() -> None:
         await asyncio.sleep(10.0)
 
     scheduler.run(sleep(), loop=fast)
-    assert scheduler.now_s == pytest.approx(5.0) and fast.time() == pytest.approx(110.0)
+    assert scheduler.now_s == pytest.approx(5.0)
+    assert fast.time() == pytest.approx(110.0)
     fast.set_speed(0.5)
     scheduler.run(sleep(), loop=fast)
-    assert scheduler.now_s == pytest.approx(25.0) and fast.time() == pytest.approx(120.0)
+    assert scheduler.now_s == pytest.approx(25.0)
+    assert fast.time() == pytest.approx(120.0)
     scheduler.close()
 
 
@@ -134,8 +137,9 @@ def test_a_worker_takes_a_turn_for_each_ring_and_when_its_time_has_come() -> Non
         await worker.join()
 
     scheduler.run(body())
-    assert len(turns) == 5 and turns[1] < 0.02
-    assert [round(later - earlier) for earlier, later in zip(turns[1:], turns[2:], strict=False)] == [5, 5, 5]
+    assert len(turns) == 5
+    assert turns[1] < 0.02
+    assert [round(later - earlier) for earlier, later in itertools.pairwise(turns)] == [5, 5, 5]
     scheduler.close()
 
 
