@@ -130,12 +130,16 @@ class Network:
         return make
 
     def died(self, loop: ProcessLoop) -> None:
-        """Tell those who wait for a process that it is gone, as its machine would."""
+        """Tell those who wait for a process, or serve it, that it is gone, as its machine would."""
         for address, listener in list(self._listeners.items()):
             if listener.loop is loop:
                 del self._listeners[address]
                 for waiting in list(listener.clients.values()):
                     self._send(loop.name, waiting.loop.name, waiting.broken, "its process died")
+            else:
+                for number, waiting in list(listener.clients.items()):
+                    if waiting.loop is loop:
+                        self._send(loop.name, listener.loop.name, self._cancel, listener, number)
 
     # What links do
 
