@@ -5,9 +5,6 @@ from collections.abc import Iterable, Mapping
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection
 
 from mempool.config import is_loopback
 from mempool.errors import ConfigError
@@ -15,6 +12,7 @@ from mempool.observe import Stages
 from mempool.server.admission import Admission
 from mempool.server.calls import Door
 from mempool.server.memory import Trimming
+from mempool.server.public import PublicServices
 from mempool.server.services import Handlers, Lookup, Services
 from mempool.server.token import TokenInterceptor
 from mempool.types import PoolApi, ShardHost
@@ -73,7 +71,7 @@ class Server:
             interceptors=() if token is None else (TokenInterceptor(token),),
             options=server_options(max_message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES)),
         )
-        self._health = HealthServicer()
+        self._public = PublicServices(message_bytes=self._admission.message_bytes)
         self._started = False
 
     def bind(self, host: str, ports: Iterable[int]) -> int:
@@ -117,18 +115,14 @@ class Server:
         }
         for service, methods in handlers.items():
             self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, methods)])
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (*handlers, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        self._public.add_to(self._server, handlers)
         await self._server.start()
         self._started = True
         self._trimming.start()
-        for service in ("", *names):
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self, grace_s: float = 2.0) -> None:
         """Tell health probes, refuse new calls, let calls under way finish for ``grace_s``, close the port."""
-        await self._health.enter_graceful_shutdown()
+        self._public.end()
         self._door.closed = True
         self._trimming.stop()
         if not self._started:  # gRPC keeps the port of a server that never started
