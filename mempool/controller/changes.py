@@ -29,6 +29,7 @@ from mempool.types import (
     TableStatus,
     TableView,
 )
+from mempool.types.caller import Caller, calling
 from mempool.types.schema_checks import check_schema, shown
 from mempool.types.sizes import bytes_by_owner
 
@@ -91,7 +92,8 @@ class TableChanges:
         if making is None:
             self._require_new(schema)
             making = self._making[schema.name] = Making(schema=schema)
-            making.task = asyncio.create_task(self._make(making))
+            with calling(Caller()):  # neither its deadline nor its name goes along: others may join in
+                making.task = asyncio.create_task(self._make(making))
             making.task.add_done_callback(lambda task: self._made(making, task))
         elif making.schema != schema:
             raise AlreadyExists(

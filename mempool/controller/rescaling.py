@@ -16,6 +16,7 @@ from mempool.controller.roster import Roster
 from mempool.controller.telling import Telling
 from mempool.errors import DataLoss, InvalidRequest, MempoolError, ShardUnavailable
 from mempool.types import MAX_SHARDS, RescaleProgress, ShardInfo, ShardStatus
+from mempool.types.caller import Caller, calling
 
 _LOG = logging.getLogger("mempool.controller")
 
@@ -96,7 +97,8 @@ class Rescaling:
         # A task of its own: a watcher that goes away (Ctrl-C at `mempool scale`) does not stop a move half way.
         reports: Reports = asyncio.Queue()
         self.wanted = shards
-        self._task = asyncio.create_task(self._run(shards, reports))
+        with calling(Caller()):  # the watcher's deadline is for its watching alone
+            self._task = asyncio.create_task(self._run(shards, reports))
         while True:
             report = await reports.get()
             if isinstance(report, Exception):

@@ -296,7 +296,8 @@ class JobQueue:
                     retry_after_s=self._wait_s(),
                 )
             return
-        if lane.jobs >= MAX_CALLER_JOBS or self._jobs >= MAX_JOBS:
+        # As with bytes: no caller has more than is left for others, so whoever has none yet is let in.
+        if lane.jobs >= min(MAX_CALLER_JOBS, max(1, MAX_JOBS - self._jobs)) or self._jobs >= MAX_JOBS:
             raise Overloaded(
                 f"{lane.jobs:,} calls of this caller and {self._jobs:,} of all wait at {self._name} already, of "
                 f"{MAX_CALLER_JOBS:,} and {MAX_JOBS:,}; wait for answers before you ask more. Nothing was changed.",
