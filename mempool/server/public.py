@@ -67,11 +67,13 @@ class PublicServices:
             async for reply in shown.ServerReflectionInfo(self._questions(context), context):
                 await context.write(reply.SerializeToString())
 
-        health = {
+        health: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
             "Check": grpc.stream_unary_rpc_method_handler(_ending(check)),
             "Watch": grpc.stream_stream_rpc_method_handler(_ending(self._counted(watch))),
         }
-        reflection = {"ServerReflectionInfo": grpc.stream_stream_rpc_method_handler(_ending(self._counted(reflect)))}
+        reflection: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+            "ServerReflectionInfo": grpc.stream_stream_rpc_method_handler(_ending(self._counted(reflect)))
+        }
         server.add_generic_rpc_handlers(
             [
                 grpc.method_handlers_generic_handler(HEALTH_SERVICE, health),
@@ -88,7 +90,8 @@ class PublicServices:
     def _health_of(self, name: str) -> bytes:
         status = health_pb2.HealthCheckResponse
         known = status.SERVING if self._serving else status.NOT_SERVING
-        return status(status=known if name in self._names else status.SERVICE_UNKNOWN).SerializeToString()
+        said: bytes = status(status=known if name in self._names else status.SERVICE_UNKNOWN).SerializeToString()
+        return said
 
     async def _questions(self, context: Context) -> AsyncIterator[reflection_pb2.ServerReflectionRequest]:
         while (question := await self._next(context, reflection_pb2.ServerReflectionRequest)) is not None:

@@ -23,6 +23,8 @@ from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2  # noqa: F401  # refle
 
 IN_FLIGHT_BYTES = 4 * MAX_REQUEST_BYTES
 RECEIVE_TIMEOUT_S = 30.0
+_CALL_BYTES = 16 * 2**10
+"""What a call costs besides its message and answer: its task, its stream, gRPC's objects."""
 _LAST_WORDS_S = 0.5
 """For what is on its way out when all calls have ended."""
 
@@ -37,8 +39,8 @@ class Server:
         controller_key: What calls of the controller must carry beside it; None: nobody may make them.
         tls: Who this server is; None: connections are not encrypted.
         max_message_bytes: Neither takes nor sends larger messages.
-        in_flight_bytes: Bytes of messages and answers of all callers together; more of them wait. At least one
-            message of the largest size.
+        in_flight_bytes: Bytes of messages of all callers together; more of them wait. At least one message of the
+            largest size. Of answers that one connection has not taken, as many.
         receive_timeout_s: How long a message may take to come.
         stages: Where the stages of calls are timed.
     """
@@ -57,7 +59,9 @@ class Server:
         self._token = token
         self._tls = tls
         self._admission = Admission(
-            budget_bytes=in_flight_bytes, message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES)
+            budget_bytes=in_flight_bytes,
+            message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES),
+            call_bytes=_CALL_BYTES,
         )
         self._trimming = Trimming(self._admission)
         self._door = Door(

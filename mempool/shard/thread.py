@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from types import GeneratorType
 from typing import Any
 
@@ -122,21 +123,32 @@ class EngineThread:
         )
         del request, job
         result = waits = None
+        answered = False
         try:
             self._enter(asked)
             while True:
                 result = await asked.done.future
                 waits = None if again is None else again(result)
                 if waits is None:
+                    answered = True
                     return result
                 await waits
                 asked.done = _Answer(loop)
                 self._line_up_again(asked)
         finally:
-            with self._lock:
-                self._jobs.leave(asked)
+            at_end = asked.caller.at_end if answered else None
+            if at_end is None:
+                self._leave(asked)
+            else:  # who does not take its answers is asked for no more of them than it may have here
+                asked.forget()
+                asked.done = None  # type: ignore[assignment]  # which holds the answer
+                at_end(partial(self._leave, asked))
             # An error that is raised here knows this frame: what it holds would live as long as the error.
             del asked, result, waits
+
+    def _leave(self, job: Job) -> None:
+        with self._lock:
+            self._jobs.leave(job)
 
     def reserve(self, num_bytes: int) -> None:
         """The job that is running is to hold so much more until it is answered. On the thread alone.

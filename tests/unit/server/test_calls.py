@@ -148,7 +148,8 @@ def test_nothing_of_a_refused_call_outlives_it() -> None:
         try:
             raise KeyError("on the way")
         except KeyError as cause:
-            raise StalePlacement("the request was planned for another epoch") from cause
+            error = StalePlacement("the request was planned for another epoch")  # which its own frame keeps alive
+            raise error from cause
 
     async def too_much(request: GatherRequest) -> GatherReply:
         alive.append(weakref.ref(request.ids))
@@ -247,3 +248,45 @@ def test_an_error_half_way_through_a_stream_ends_it() -> None:
             await server.stop(0.0)
 
     run(main(), CALL_S)
+
+
+def test_answers_that_nobody_takes_stay_counted_and_lock_no_other_out() -> None:
+    """A client that stopped reading: its answers lie in gRPC until it goes away."""
+    engine = Engine(ShardInfo(shard=0, address="", incarnation=1), client_memory_bytes=8 * 2**20)
+    made = 0
+
+    async def gather(_: GatherRequest) -> GatherReply:
+        def answer(_: object) -> GatherReply:
+            nonlocal made
+            engine._thread.reserve(2 * 2**20)
+            made += 1
+            return GatherReply(stamp=STAMP, blocks=(0,), values=torch.zeros(1, 2**19))
+
+        reply: GatherReply = await engine._thread.run("gather", answer)
+        return reply
+
+    async def main() -> None:
+        shard = AsyncMock()
+        shard.gather = gather
+        frame = GATHER.request.encode(gather_request())
+        async with served(shard, max_message_bytes=2**22, in_flight_bytes=2**24) as (address, _):
+            channel = grpc.aio.insecure_channel(address, options=RAW_OPTIONS)
+            calls = []
+            for _ in range(40):
+                calls.append(channel.unary_stream(GATHER.path)(frame, timeout=3 * CALL_S))
+                await asyncio.sleep(0.01)
+            while sum(call.done() for call in calls) + made < len(calls):
+                await asyncio.sleep(0.01)
+            refused = {await call.code() for call in calls if call.done()}
+            assert refused == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+            assert made < 20  # gRPC's own windows hold some of them, of 2 MiB each
+            assert engine._budget.queued_bytes >= 2**21
+            await raw(address, GATHER.path, frame)  # another is answered meanwhile
+            await channel.close()
+            while engine._budget.queued_bytes:
+                await asyncio.sleep(0.01)
+
+    try:
+        run(main(), CALL_S)
+    finally:
+        run(engine.close(), CALL_S)
