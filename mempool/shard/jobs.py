@@ -314,8 +314,8 @@ class JobQueue:
         if num_bytes > budget.queue_limit or (alone and lane.num_bytes + num_bytes > budget.queue_limit):
             raise RequestTooLarge(
                 f"{what} of {lane.num_bytes * alone + num_bytes:,} bytes does not fit: {self._name} has "
-                f"{budget.queue_limit:,} bytes for all calls that it is answering (of shard.client_memory). Send "
-                "fewer bags or rows at a time. Nothing was changed."
+                f"{budget.queue_limit:,} bytes for all calls that it is answering, of {budget.limit_bytes:,} for "
+                f"clients{budget.limit_name}. Send fewer bags or rows at a time. Nothing was changed."
             )
         raise Overloaded(
             f"{what} of {num_bytes:,} bytes does not fit now: calls at {self._name} hold {budget.queued_bytes:,} "

@@ -57,7 +57,8 @@ class EngineThread:
         self._upkeep_s = upkeep_s
         self._probe = probe
         self._on_fatal = on_fatal
-        self._jobs = JobQueue(budget or Budget(2**62), name=name)
+        self._budget = budget or Budget(2**62)
+        self._jobs = JobQueue(self._budget, name=name)
         self._lock = threading.Lock()  # of the queue and of what says whether it is open
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # rung once for each job that lines up
         self._closed: str | None = None
@@ -283,9 +284,10 @@ class EngineThread:
         """What a caller is told of an error that is not ours."""
         if out_of_memory(error):
             _LOG.warning("%s: no memory for %s: %s", self._name, job.stage, error)
+            more = ", or give shards more memory (shard.memory)" if self._budget.configured else ""
             return Overloaded(
                 f"{self._name} has no memory for {job.stage} just now ({type(error).__name__}: {error}). Repeating it "
-                "is safe; ask for less at a time, or give shards more memory (shard.memory)",
+                f"is safe; ask for less at a time{more}",
                 retry_after_s=1.0,
             )
         _LOG.exception("%s: %s failed", self._name, job.stage)
