@@ -217,7 +217,7 @@ class Table:
             InvalidRequest: Wrong ids, or the table's optimizer has no state of that name; nothing was sent.
         """
         own_ids = checked_rows(ids, num_slots=self.num_slots, table=self.name)
-        return {name: self._rows.read(name, own_ids) for name in names_to_read(self.schema, names)}
+        return self._rows.read_arrays(names_to_read(self.schema, names), own_ids)
 
     @untraced
     def write_state(self, ids: Tensor, state: Mapping[str, Tensor]) -> None:
