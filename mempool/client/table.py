@@ -57,8 +57,7 @@ class Table:
 
     def __reduce__(self) -> NoReturn:
         raise InvalidRequest(
-            f"table {self.name!r} is a connection and cannot be pickled; in the other process, connect to the pool and "
-            f"take pool.table({self.name!r})"
+            f"table {self.name!r} is a connection and cannot be pickled. {self._router.tries.where.elsewhere_advice}"
         )
 
     def __copy__(self) -> "Table":

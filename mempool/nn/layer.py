@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mempool.client import Table
-from mempool.client.gathers.autograd import gather
+from mempool.client.gathers.autograd import gather, refuse_export
 from mempool.errors import InvalidRequest
 from mempool.nn.choice import MemoryLookup, Scores, checked_scores, weights_of
 from mempool.nn.copies import CopyCaution
@@ -196,6 +196,7 @@ class MemoryLayer(nn.Module):
             InvalidRequest: The last dimension of ``x`` is not ``dim``, or a module answered another width.
             MempoolError: What the table's gather raises.
         """
+        refuse_export(self.table.name)
         if x.dim() == 0 or x.shape[-1] != self.dim:
             raise InvalidRequest(f"this layer takes [..., {self.dim}], got {list(x.shape)}")
         if self._copied is not None and not torch.compiler.is_compiling():
