@@ -21,8 +21,16 @@ from mempool.nn.choice import MemoryLookup, Scores, checked_scores, weights_of
 from mempool.nn.copies import CopyCaution
 from mempool.nn.parts import Gate, Out, gate_part, out_part
 from mempool.nn.scoring import product_topk, unit_rms
-from mempool.nn.sizes import checked_dropout, checked_int, checked_key_dim, checked_topk, codebook_size
-from mempool.nn.values import LayerLink, values_parameter
+from mempool.nn.sizes import (
+    checked_dropout,
+    checked_int,
+    checked_key_dim,
+    checked_std,
+    checked_table,
+    checked_topk,
+    codebook_size,
+)
+from mempool.nn.values import LayerLink, has_mark, values_parameter
 
 
 class MemoryLayer(nn.Module):
@@ -53,8 +61,9 @@ class MemoryLayer(nn.Module):
     ``layer.requires_grad_(False)``, or of a model around it, freezes them for this layer (other layers of the table go
     on), ``model.requires_grad_(False); layer.values.requires_grad_()`` trains nothing else. ``zero_grad()`` of any
     module around it drops what is pending on the table, and so does that of an ordinary optimizer that holds
-    ``values`` and did not step since; in one that steps, ``values`` costs nothing and means nothing. (FSDP manages
-    gradients itself: there only ``PoolOptimizer.zero_grad`` drops.)
+    ``values`` and did not step since; in one that steps, and in a norm over all parameters, it costs nothing and means
+    nothing: clip by ``PoolOptimizer``'s ``max_norm``, or over its parameters. (Under FSDP2, ``zero_grad()``
+    drops where ``PoolOptimizer(model)`` was made after ``fully_shard``, and not with ``set_to_none=False``.)
 
     ``state_dict`` holds the other parameters and nothing of the table: its values live in the pool. States of before
     ``half_keys`` had that name (``keys``) load. A copy, shallow or deep, shares the table: what a teacher or an average
@@ -138,7 +147,7 @@ class MemoryLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        schema = table.schema
+        schema = checked_table(table).schema
         self.dim = checked_int("dim", dim)
         self.out_dim = self.dim if out_dim is None else checked_int("out_dim", out_dim)
         self.heads = checked_int("heads", heads)
@@ -150,7 +159,9 @@ class MemoryLayer(nn.Module):
         self.value_dropout = checked_dropout("value_dropout", value_dropout)
         self.qk_norm = qk_norm
         self.query_norm = query_norm
-        self.key_init_std = 1.0 / math.sqrt(self.key_dim) if key_init_std is None else key_init_std
+        self.key_init_std = (
+            1.0 / math.sqrt(self.key_dim) if key_init_std is None else checked_std("key_init_std", key_init_std)
+        )
         self.deterministic = deterministic
         self.table = table
         self.codebook_size = codebook_size(schema.name, schema.num_slots)
@@ -273,6 +284,11 @@ class MemoryLayer(nn.Module):
         dtype = x.dtype
         if self.gate is not None:
             gate = F.silu(self.gate(x))
+            if gate.shape != bag.shape:
+                raise InvalidRequest(
+                    f"gate answered {list(gate.shape)} for {list(x.shape)}; its last dimension must be the table's"
+                    f" value_dim = {bag.shape[-1]}"
+                )
             dtype, bag = gate.dtype, gate * bag
         bag = bag.to(dtype)
         return bag if self.out is None else self.out(bag)
@@ -287,12 +303,12 @@ class MemoryLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._follow_values()
+        self.follow_values()
         return self
 
-    def _follow_values(self) -> None:
-        """Another parameter may have come in the place of ``values`` (``to_empty`` does that)."""
-        if self.values is not self._link.parameter and type(self.values) is nn.Parameter:
+    def follow_values(self) -> None:
+        """Another parameter may have come in the place of ``values`` (``to_empty`` does that, and ``fully_shard``)."""
+        if self.values is not self._link.parameter and has_mark(self.values):
             self._link = LayerLink(self.table, self.values)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

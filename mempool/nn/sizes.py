@@ -2,6 +2,7 @@
 
 import math
 
+from mempool.client import Table
 from mempool.client.counts import as_count
 from mempool.errors import InvalidRequest
 
@@ -32,11 +33,28 @@ def checked_topk(topk: object, *, num_slots: int) -> int:
     return value
 
 
-def checked_dropout(name: str, dropout: float) -> float:
-    """Raises InvalidRequest for a probability outside [0, 1)."""
-    if not 0.0 <= dropout < 1.0:
+def checked_dropout(name: str, dropout: object) -> float:
+    """Raises InvalidRequest for what is no probability in [0, 1)."""
+    probability = _number(dropout)
+    if not 0.0 <= probability < 1.0:
         raise InvalidRequest(f"{name} = {dropout!r} must be a probability: at least 0, below 1")
-    return float(dropout)
+    return probability
+
+
+def checked_std(name: str, std: object) -> float:
+    """Raises InvalidRequest for what is no finite number of at least 0."""
+    value = _number(std)
+    if not 0.0 <= value < math.inf:
+        raise InvalidRequest(f"{name} = {std!r} must be a finite number of at least 0")
+    return value
+
+
+def checked_table(table: object) -> Table:
+    """Raises InvalidRequest for what is no table."""
+    if isinstance(table, Table):
+        return table
+    how = f"pool.table({table!r})" if isinstance(table, str) else "pool.table(name) or pool.create_table(...)"
+    raise InvalidRequest(f"table = {table!r} is no table of a pool: give {how}")
 
 
 def codebook_size(name: str, num_slots: int) -> int:
@@ -48,3 +66,13 @@ def codebook_size(name: str, num_slots: int) -> int:
             f" Nearest: {size**2:_} ({size}^2) or {(size + 1) ** 2:_} ({size + 1}^2)"
         )
     return size
+
+
+def _number(value: object) -> float:
+    """NaN for what is none."""
+    if isinstance(value, (bool, str, bytes)):
+        return math.nan
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return math.nan

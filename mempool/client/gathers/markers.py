@@ -60,6 +60,8 @@ class Mark:
         grad = parameter.grad
         if grad is None:
             return True
+        if type(grad) is not Tensor:  # of a sharded one this process may have no element
+            return False
         # Only a gradient that was written to is read: on a GPU that waits.
         written = grad._version != self._grad_version and grad.dtype != torch.float16
         return written and float(grad.detach().sum()) == 0.0
