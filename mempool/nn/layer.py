@@ -187,6 +187,8 @@ class MemoryLayer(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter("half_keys" if name == "keys" else name, param)
+        if name == "values" and "_link" in self.__dict__:
+            self.follow_values()
 
     def reset_parameters(self) -> None:
         """Draw new keys. ``query``, ``gate`` and ``out`` have their own ``reset_parameters``; the table stays."""
@@ -307,8 +309,9 @@ class MemoryLayer(nn.Module):
         return self
 
     def follow_values(self) -> None:
-        """Another parameter may have come in the place of ``values`` (``to_empty`` does that, and ``fully_shard``)."""
-        if self.values is not self._link.parameter and has_mark(self.values):
+        """Another parameter may have come in the place of ``values``, as by ``fully_shard``, or into it."""
+        if (self.values is not self._link.parameter or self._link.lost) and has_mark(self.values):
+            self._link.end()
             self._link = LayerLink(self.table, self.values)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -69,3 +69,13 @@ class LayerLink:
 
     def wire_weights(self, weights: Tensor | None) -> Tensor | None:
         return self._link.wire_weights(weights)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the parameter was given another tensor's contents, which know nothing of its mark."""
+        return self._mark is not None and self._mark.lost
+
+    def end(self) -> None:
+        """Another parameter stands for the values from now on; graphs that hold this link go on."""
+        if self._mark is not None:
+            self._mark.end()

@@ -5,6 +5,7 @@ nothing on a parameter that stands for the values. Who discards what is held is 
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -38,26 +39,27 @@ class Mark:
     """
 
     def __init__(self, parameter: Tensor) -> None:
-        self._parameter = weakref.ref(parameter)
+        self._parameter = parameter  # and no weak reference to it: torch swaps no tensor's contents that has one
         self._set = False
         self._parameter_version = self._grad_version = 0
         frozen = not parameter.requires_grad
         parameter.requires_grad_(True)  # torch asks for it; a frozen one may be thawed later
-        parameter.register_post_accumulate_grad_hook(self._accumulated)  # type: ignore[no-untyped-call]
+        self._hook = parameter.register_post_accumulate_grad_hook(_telling(self))  # type: ignore[no-untyped-call]
+        hooks = parameter._post_accumulate_grad_hooks
+        parameter._post_accumulate_grad_hooks = hooks  # to autograd too: after a swap only the object has them
         parameter.requires_grad_(not frozen)
+        self._contents = parameter._cdata
 
     def pushed(self) -> None:
         """An update goes out, and the mark will be set where the backward pass reaches the parameter, which may be
         after other updates: until then its absence means nothing."""
-        parameter = self._parameter()
         self._set = False
-        self._parameter_version = 0 if parameter is None else parameter._version
+        self._parameter_version = self._parameter._version
 
     def zeroed(self) -> bool:
-        parameter = self._parameter()
-        if parameter is None or not self._set or parameter._version != self._parameter_version:
+        if not self._set or self._parameter._version != self._parameter_version:
             return False
-        grad = parameter.grad
+        grad = self._parameter.grad
         if grad is None:
             return True
         if type(grad) is not Tensor:  # of a sharded one this process may have no element
@@ -69,9 +71,32 @@ class Mark:
     def reset(self) -> None:
         self._set = False
 
-    def _accumulated(self, parameter: Tensor) -> None:
+    @property
+    def lost(self) -> bool:
+        """Whether ``torch.utils.swap_tensors`` has given the parameter other contents, which have no hooks."""
+        return self._parameter._cdata != self._contents
+
+    def end(self) -> None:
+        """The parameter means nothing for the values any more."""
+        self._hook.remove()
+        self.reset()
+
+    def accumulated(self, parameter: Tensor) -> None:
+        """Autograd has reached the parameter."""
         self._set = parameter.grad is not None
         self._grad_version = 0 if parameter.grad is None else parameter.grad._version
+
+
+def _telling(mark: Mark) -> Callable[[Tensor], None]:
+    """A hook that does not keep the mark, which keeps the parameter: torch's hooks are hidden from the collector."""
+    weak = weakref.ref(mark)
+
+    def accumulated(parameter: Tensor) -> None:
+        found = weak()
+        if found is not None:
+            found.accumulated(parameter)
+
+    return accumulated
 
 
 class Markers:

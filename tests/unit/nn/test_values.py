@@ -213,14 +213,35 @@ def test_gradients_of_all_parameters_are_handed_out_and_push_nothing() -> None:
     assert layer.table.pending == 0
 
 
+def with_another_parameter(layer: MemoryLayer) -> MemoryLayer:
+    layer.values = nn.Parameter(torch.zeros(1))
+    return layer
+
+
+def swapped(layer: MemoryLayer) -> MemoryLayer:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return layer.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 @pytest.mark.parametrize(
-    "move", [lambda layer: layer.to(torch.bfloat16), lambda layer: layer.to_empty(device="cpu"), copy.deepcopy]
+    "move",
+    [
+        lambda layer: layer.to(torch.bfloat16),
+        lambda layer: layer.to_empty(device="cpu"),
+        copy.deepcopy,
+        with_another_parameter,
+        swapped,
+    ],
 )
 def test_zeroing_works_wherever_the_layer_went(move: Callable[[MemoryLayer], MemoryLayer]) -> None:
     layer = move(make_layer())
     layer.reset_parameters()
     layer(torch.randn(4, 12, dtype=layer.half_keys.dtype)).sum().backward()
     assert layer.table.pending == 1
+    layer.to(layer.half_keys.dtype)
     layer.zero_grad()
     assert layer.table.pending == 0
 

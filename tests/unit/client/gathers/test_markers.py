@@ -87,3 +87,18 @@ def test_marks_end_with_their_parameters() -> None:
     assert not markers.zeroed()
     del parameter, mark
     assert not markers._marks
+
+
+def test_a_mark_knows_when_its_parameter_got_another_tensors_contents() -> None:
+    parameter, mark = make()
+    assert not mark.lost
+    parameter.data = torch.ones(1)
+    assert not mark.lost
+    torch.utils.swap_tensors(parameter, torch.zeros(1, dtype=torch.float64, requires_grad=True))
+    assert mark.lost
+    mark.end()
+    again = Mark(parameter)
+    backward(parameter, again)
+    parameter.grad = None
+    assert again.zeroed()
+    assert not mark.zeroed()
