@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mempool.client.bags import own_copy, require_in_range, require_integers
+from mempool.client.bags import own_copy, require_dense, require_in_range, require_integers
 from mempool.client.opening.waiting import Run
 from mempool.client.routing.router import Router
 from mempool.errors import InvalidRequest
@@ -133,6 +133,7 @@ def checked_matrix(name: str, matrix: Tensor, shape: list[int], dtype: torch.dty
     if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
         kind = str(matrix.dtype) if isinstance(matrix, Tensor) else type(matrix).__name__
         raise InvalidRequest(f"table {table!r}: {name} must be a floating torch.Tensor, not {kind}.")
+    require_dense(name, matrix, table=table)
     if list(matrix.shape) != shape:
         raise InvalidRequest(f"table {table!r}: {name} has shape {list(matrix.shape)}, must be {shape}.")
     return own_copy(matrix, dtype)

@@ -7,6 +7,7 @@ Legend: B bags, L pairs per bag (or of all bags, with offsets), M rows, H heads,
 value dim.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mempool.client.bags import without_padding
+from mempool.client.counts import as_number
 from mempool.client.gathers.autograd import gather
 from mempool.client.gathers.untraced import untraced
 from mempool.client.lookup import Lookup, checked_queries, checked_topk, without_heads
@@ -350,8 +352,12 @@ class Table:
         Returns:
             How many updates were committed.
         """
+        lr = self.schema.optimizer.lr if lr is None else lr
+        for name, number in (("lr", lr), ("grad_scale", grad_scale)):
+            if not math.isfinite(as_number(number)):
+                raise InvalidRequest(f"table {self.name!r}: {name} = {number!r} must be a finite number.")
         self._link.drop_zeroed()
-        return self._run(self._session.commit(lr=self.schema.optimizer.lr if lr is None else lr, grad_scale=grad_scale))
+        return self._run(self._session.commit(lr=float(lr), grad_scale=float(grad_scale)))
 
     def discard(self) -> int:
         """Drop what is pending; answers how many updates. A step whose commit is under way is decided and stays.

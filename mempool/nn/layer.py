@@ -212,6 +212,11 @@ class MemoryLayer(nn.Module):
         refuse_export(self.table.name)
         if x.dim() == 0 or x.shape[-1] != self.dim:
             raise InvalidRequest(f"this layer takes [..., {self.dim}], got {list(x.shape)}")
+        if x.is_meta or self.half_keys.is_meta:
+            raise InvalidRequest(
+                f"this layer of table {self.table.name!r} or its input is on the meta device, without data to look up:"
+                " give it data first (to_empty and load_state_dict)"
+            )
         if self._copied is not None and not torch.compiler.is_compiling():
             self._copied.before_call(self)
         if self.input_dropout:

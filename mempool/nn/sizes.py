@@ -3,7 +3,7 @@
 import math
 
 from mempool.client import Table
-from mempool.client.counts import as_count
+from mempool.client.counts import as_count, as_number
 from mempool.errors import InvalidRequest
 
 
@@ -35,7 +35,7 @@ def checked_topk(topk: object, *, num_slots: int) -> int:
 
 def checked_dropout(name: str, dropout: object) -> float:
     """Raises InvalidRequest for what is no probability in [0, 1)."""
-    probability = _number(dropout)
+    probability = as_number(dropout)
     if not 0.0 <= probability < 1.0:
         raise InvalidRequest(f"{name} = {dropout!r} must be a probability: at least 0, below 1")
     return probability
@@ -43,7 +43,7 @@ def checked_dropout(name: str, dropout: object) -> float:
 
 def checked_std(name: str, std: object) -> float:
     """Raises InvalidRequest for what is no finite number of at least 0."""
-    value = _number(std)
+    value = as_number(std)
     if not 0.0 <= value < math.inf:
         raise InvalidRequest(f"{name} = {std!r} must be a finite number of at least 0")
     return value
@@ -66,13 +66,3 @@ def codebook_size(name: str, num_slots: int) -> int:
             f" Nearest: {size**2:_} ({size}^2) or {(size + 1) ** 2:_} ({size + 1}^2)"
         )
     return size
-
-
-def _number(value: object) -> float:
-    """NaN for what is none."""
-    if isinstance(value, (bool, str, bytes)):
-        return math.nan
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return math.nan

@@ -147,3 +147,17 @@ def test_pools_and_tables_are_shared_by_copies_and_not_pickled(embedded: bool, a
         for thing, name in ((pool, "pool 'run-7'"), (table, "table 'facts'")):
             with pytest.raises(InvalidRequest, match=f"{name} is a connection and cannot be pickled. .*{advice}"):
                 pickle.dumps(thing)
+
+
+def test_what_is_no_config_is_refused_with_what_is(open_pool) -> None:  # type: ignore[no-untyped-def]
+    pool = open_pool(FaultyPool(COLUMNS))
+    for wrong in ("facts", {"name": "facts"}, None):
+        with pytest.raises(InvalidRequest, match=r"it takes a mempool\.TableConfig"):
+            pool.create_table(wrong)
+
+
+def test_numbers_of_a_commit_are_checked(open_pool) -> None:  # type: ignore[no-untyped-def]
+    table = open_pool(FaultyPool(COLUMNS)).table("facts")
+    for name, wrong in (("lr", "x"), ("lr", float("nan")), ("grad_scale", None), ("grad_scale", True)):
+        with pytest.raises(InvalidRequest, match=f"table 'facts': {name} = {wrong!r} must be a finite number"):
+            table.commit(**{name: wrong})

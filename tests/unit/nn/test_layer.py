@@ -281,3 +281,10 @@ def test_a_second_derivative_is_an_error_and_never_zeros() -> None:
 def test_a_trace_is_refused_in_words() -> None:
     with pytest.raises(InvalidRequest, match=r"cannot be exported: .*look up in between"):
         torch.jit.trace(make_layer().eval(), torch.randn(3, 12))  # type: ignore[no-untyped-call]
+
+
+def test_a_layer_without_data_says_so() -> None:
+    layer = make_layer(device="meta")
+    for x in (torch.randn(3, 12), torch.randn(3, 12, device="meta")):
+        with pytest.raises(InvalidRequest, match="table 'facts' or its input is on the meta device"):
+            layer(x)

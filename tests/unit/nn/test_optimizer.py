@@ -387,6 +387,11 @@ def test_groups_can_be_added_but_not_twice() -> None:
         (lambda table: PoolOptimizer(table, lr=math.nan), "lr = nan"),
         (lambda table: PoolOptimizer(table, max_norm=0.0), "max_norm = 0.0 must be above 0"),
         (lambda table: PoolOptimizer(table, max_norm=math.nan), "max_norm = nan"),
+        (lambda table: PoolOptimizer(table, max_norm="1"), "max_norm = '1' must be above 0"),  # type: ignore[arg-type]
+        (lambda table: setattr(PoolOptimizer(table), "max_norm", -1.0), "max_norm = -1.0"),
+        (lambda table: PoolOptimizer(table, lr="0.1"), "lr = '0.1' of table 'facts'"),  # type: ignore[arg-type]
+        (lambda _: PoolOptimizer(None), "was given None; give it a model"),  # type: ignore[arg-type]
+        (lambda _: PoolOptimizer(["facts"]), "got one of type str"),  # type: ignore[list-item]
     ],
 )
 def test_senseless_arguments_are_refused(make: Callable[[Table], object], message: str) -> None:
