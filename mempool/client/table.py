@@ -331,14 +331,16 @@ class Table:
         """What this client has done on this table."""
         return self._session.counters
 
-    def prepare(self, *, want_norm: bool = True) -> Prepared | None:
+    def prepare(self, *, want_norm: bool = True, norm_order: float = 0.0) -> Prepared | None:
         """Make everything pending ready to commit, and learn its norm. None where nothing is pending.
+
+        With ``norm_order`` (above 0, inf for the largest element) it answers the norm of that order, too.
 
         For what needs one decision over several tables: clipping by global norm, gradient scalers. ``commit`` or
         ``discard`` must follow soon: pages cannot move meanwhile.
         """
         self._link.drop_zeroed()
-        return self._run(self._session.prepare(want_norm=want_norm))
+        return self._run(self._session.prepare(want_norm=want_norm, norm_order=norm_order))
 
     def commit(self, *, lr: float | None = None, grad_scale: float = 1.0) -> int:
         """Apply everything pending as one step of the table's optimizer; does nothing where nothing is pending.
