@@ -131,6 +131,7 @@ class _PooledGather(torch.autograd.Function):
         _ = ctx.saved_tensors
         needs_anchor_grad, want_weight_grad = ctx.needs_input_grad[:2]
         accumulates, captured = _accumulates(ctx) if needs_anchor_grad else (False, False)
+        accumulates = accumulates and ctx.anchor.requires_grad  # it may have been frozen since; torch's leaves ask, too
         anchor_grad = weight_grad = None
         with torch.no_grad():
             if ctx.record is None:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 # Nothing beside any gradient or norm, and still no zero after a loss scale was divided out and a norm was clipped.
 _MARK = 1e-20
@@ -32,7 +33,8 @@ class Mark:
     """The mark on one parameter: set by a backward pass, gone when somebody zeroes the parameter's gradient.
 
     A parameter in an ordinary optimizer loses its mark by that optimizer's ``zero_grad``, which does not speak for the
-    table: where the optimizer has stepped over it since the mark was set, nothing was zeroed.
+    table: where the optimizer has stepped over it since the mark was set, nothing was zeroed. That shows in the
+    parameter's version, but not where a fused kernel stepped: torch's optimizers say when they did.
 
     Args:
         parameter: A leaf, whose gradients ``mark_like`` makes.
@@ -49,12 +51,17 @@ class Mark:
         parameter._post_accumulate_grad_hooks = hooks  # to autograd too: after a swap only the object has them
         parameter.requires_grad_(not frozen)
         self._contents = parameter._cdata
+        _STEPS.watch(self)
 
     def pushed(self) -> None:
         """An update goes out, and the mark will be set where the backward pass reaches the parameter, which may be
         after other updates: until then its absence means nothing."""
         self._set = False
         self._parameter_version = self._parameter._version
+
+    @property
+    def parameter(self) -> Tensor:
+        return self._parameter
 
     def zeroed(self) -> bool:
         if not self._set or self._parameter._version != self._parameter_version:
@@ -85,6 +92,31 @@ class Mark:
         """Autograd has reached the parameter."""
         self._set = parameter.grad is not None
         self._grad_version = 0 if parameter.grad is None else parameter.grad._version
+
+
+class _Steps:
+    """Tells marks when an optimizer of torch's has stepped over their parameter."""
+
+    def __init__(self) -> None:
+        self._marks: weakref.WeakSet[Mark] = weakref.WeakSet()
+        self._hooked = False
+
+    def watch(self, mark: Mark) -> None:
+        self._marks.add(mark)
+        if not self._hooked:
+            self._hooked = True
+            register_optimizer_step_post_hook(self._stepped)
+
+    def _stepped(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        marks = tuple(self._marks)
+        if marks:
+            stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            for mark in marks:
+                if id(mark.parameter) in stepped:
+                    mark.reset()
+
+
+_STEPS = _Steps()
 
 
 def _telling(mark: Mark) -> Callable[[Tensor], None]:

@@ -147,7 +147,7 @@ class _Norm:
 
 def _norms(sums: Tensor, order: float) -> Iterator[float]:
     """Of pieces of ``sums``, which need little memory for it."""
-    for piece in torch.split(sums.reshape(-1), _NORM_PIECE):
+    for piece in torch.split(sums.reshape(-1), _NORM_PIECE) if sums.numel() else ():
         largest = float(torch.linalg.vector_norm(piece, math.inf))
         if order == math.inf or largest == 0.0 or not math.isfinite(largest):
             yield largest

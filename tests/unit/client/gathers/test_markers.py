@@ -1,5 +1,8 @@
 """Marks: when a parameter's lost gradient means that somebody zeroed it, and when it does not."""
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -45,9 +48,14 @@ def test_a_gradient_that_was_scaled_or_added_to_was_not() -> None:
     assert not mark.zeroed()
 
 
-def test_an_optimizer_that_stepped_over_it_zeroes_its_own() -> None:
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimizer_that_stepped_over_it_zeroes_its_own(
+    kind: type[torch.optim.Optimizer], options: dict[str, Any]
+) -> None:
     parameter, mark = make()
-    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    optimizer = kind([parameter], lr=0.1, **options)  # type: ignore[call-arg]
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)]).step()
     backward(parameter, mark)
     optimizer.step()
     optimizer.zero_grad()
