@@ -82,6 +82,6 @@ class LookupCoordinator:
         if num_bytes > self._max_message_bytes:
             raise RequestTooLarge(
                 f"a lookup of {num_bags:,} queries in {heads} heads with topk = {topk:,} takes "
-                f"{num_bytes:,} bytes of answers; a message has at most {self._max_message_bytes:,} (max_message_bytes). "
-                "Ask for fewer queries at a time. Nothing was changed."
+                f"{num_bytes:,} bytes of answers; a message has at most {self._max_message_bytes:,} "
+                "(max_message_bytes). Ask for fewer queries at a time. Nothing was changed."
             )

@@ -164,7 +164,7 @@ class Answers:
 
     def prepare(self, request: PrepareRequest, *, caller: str = "") -> PrepareReply | Parked:
         table = self._tenancy.fenced(request.envelope)
-        bounds.check_step(request.step_id, request.sequences)
+        bounds.check_prepare(request)
         if table.ledger.has(request.step_id):
             return PrepareReply(stamp=table.stamp, missing=(), squared_norm=0.0, finite=True, applied=True)
         if table.holds_off(request.step_id):
@@ -175,7 +175,12 @@ class Answers:
         with self._stages.measure("kernel"):
             step = commits.prepare(table.storage, table.updates, request, caller=caller)
         return PrepareReply(
-            stamp=table.stamp, missing=(), squared_norm=step.squared_norm, finite=step.finite, applied=False
+            stamp=table.stamp,
+            missing=(),
+            squared_norm=step.squared_norm,
+            finite=step.finite,
+            applied=False,
+            norm=step.norm if request.norm_order else 0.0,
         )
 
     def commit(self, request: CommitRequest) -> CommitReply | Parked:

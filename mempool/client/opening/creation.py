@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from mempool.client.routing.retry import GiveUp
 from mempool.client.routing.router import Router
 from mempool.config import TableConfig, resolve
-from mempool.errors import AlreadyExists, DeadlineExceeded, MempoolError, NotFound
+from mempool.errors import AlreadyExists, DeadlineExceeded, InvalidRequest, MempoolError, NotFound
 from mempool.types import PoolApi, PoolStatus, TableView
 from mempool.types.caller import Caller, calling
 from mempool.types.schema_differences import schema_differences
@@ -71,6 +71,11 @@ class Creation:
     view: TableView
 
     def __init__(self, config: TableConfig, *, api: PoolApi, router: Router, exist_ok: bool) -> None:
+        if not isinstance(config, TableConfig):
+            raise InvalidRequest(
+                f"create_table was given {type(config).__name__} {config!r}; it takes a mempool.TableConfig(name=...,"
+                " num_slots=..., value_dim=...), and pool.table(name) opens a table that is there"
+            )
         self._schema = resolve(config)
         said = {name for name in config.model_fields_set if getattr(config, name) is not None}
         self._aside = ("table_id", *(name for name in _DERIVED if name not in said))

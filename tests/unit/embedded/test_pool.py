@@ -96,7 +96,7 @@ def test_a_lookup_of_nothing_finds_nothing(keys: mempool.FlatKeys | mempool.Prod
 def test_a_table_is_not_pickled() -> None:
     with mempool.local() as pool:
         table = pool.create_table(mempool.TableConfig(name="facts", num_slots=64, value_dim=8))
-        with pytest.raises(errors.InvalidRequest, match="connect to the pool"):
+        with pytest.raises(errors.InvalidRequest, match="in this process only"):
             pickle.dumps(table)
 
 
