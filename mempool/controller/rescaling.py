@@ -74,7 +74,13 @@ class Rescaling:
 
     async def start(self, shards: Sequence[int]) -> None:
         """Start shards: all of them, or none. Raises what the launcher raised."""
-        results = await asyncio.gather(*(self._launcher.start(shard) for shard in shards), return_exceptions=True)
+        starting = [asyncio.ensure_future(self._launcher.start(shard)) for shard in shards]
+        try:
+            results = await asyncio.gather(*starting, return_exceptions=True)
+        except asyncio.CancelledError:
+            await asyncio.wait(starting)
+            await self.stop([task.result() for task in starting if not task.cancelled() and task.exception() is None])
+            raise
         started = [result for result in results if isinstance(result, ShardInfo)]
         for result in results:
             if isinstance(result, BaseException):

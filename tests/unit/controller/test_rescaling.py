@@ -194,3 +194,32 @@ def test_the_watchers_deadline_does_not_end_a_move() -> None:
         run(work(), timeout_s=CALL_S)
     assert found
     assert set(found) == {Caller()}
+
+
+def test_closing_while_shards_start_stops_those_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Bench(1) as bench:
+        fleet, begun = bench.fleet, asyncio.Event()
+        start = fleet.start
+
+        async def slow(shard: int) -> ShardInfo:
+            if shard == 2:
+                begun.set()
+                await asyncio.sleep(CALL_S)
+            return await start(shard)
+
+        monkeypatch.setattr(fleet, "start", slow)
+
+        async def work() -> None:
+            async def watch() -> None:
+                async for _ in bench.controller.rescale(3):
+                    pass
+
+            watching = asyncio.create_task(watch())
+            await begun.wait()
+            assert 1 in fleet.hosts
+            await bench.controller.close()
+            with pytest.raises(errors.ShardUnavailable, match="its controller is closing"):
+                await watching
+            assert fleet.hosts == {}
+
+        run(work(), timeout_s=CALL_S)
