@@ -91,6 +91,7 @@ class Engine:
         on_fatal: Told, on the engine's thread, why the shard cannot go on (its CUDA context is broken, say). It has
             ended then and refuses everything. None: nobody needs to know.
         stages: Where its work is timed, with that of the server before it; None: on its own.
+        configured: Limits come from a config file; messages name its keys.
         clock: Seconds, monotonic: what leases, and deadlines of callers, are told by.
         runner: Gives it its thread.
     """
@@ -111,6 +112,7 @@ class Engine:
         max_message_bytes: int | None = None,
         on_fatal: Callable[[BaseException], None] | None = None,
         stages: Stages | None = None,
+        configured: bool = True,
         clock: Clock = time.monotonic,
         runner: Runner = THREADS,
     ) -> None:
@@ -119,7 +121,12 @@ class Engine:
         self._clock = clock
         self._started_s = clock()
         self._stages = stages or Stages()
-        self._budget = Budget(client_memory_bytes, context_bytes=context_budget_bytes, commit_bytes=commit_memory_bytes)
+        self._budget = Budget(
+            client_memory_bytes,
+            context_bytes=context_budget_bytes,
+            commit_bytes=commit_memory_bytes,
+            configured=configured,
+        )
         contexts = Contexts(room=lambda: self._budget.context_room, lease_s=context_lease_s, clock=clock)
         self._tenancy = Tenancy(
             info,
