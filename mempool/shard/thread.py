@@ -18,7 +18,7 @@ import torch
 
 from mempool.errors import DeadlineExceeded, Internal, MempoolError, Overloaded, ShardUnavailable
 from mempool.observe import Stages
-from mempool.shard.jobs import JOB_BYTES, Job, JobQueue
+from mempool.shard.jobs import JOB_BYTES, Answered, Job, JobQueue
 from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.types.caller import Caller, current_caller
 from mempool.types.running import ONLY_WHEN_RUNG, THREADS, Clock, Runner
@@ -165,6 +165,11 @@ class EngineThread:
                 if job.known:
                     self._jobs.grow(job, num_bytes)
 
+    def asked_s(self) -> float:
+        """When the job that is running was asked for, on the clock. On the thread alone."""
+        job = self._doing
+        return 0.0 if job is None else job.asked_s
+
     async def close(self) -> None:
         """Let the jobs that are waiting finish, then end the thread. Repeatable."""
         with self._lock:
@@ -182,7 +187,7 @@ class EngineThread:
         with self._lock:
             # Under the lock, so that no job can come after the end and wait forever.
             self.check_open()
-            job.put_s = self._clock()
+            job.put_s = job.asked_s = self._clock()
             self._jobs.add(job, now_s=self._clock())
         self._worker.ring()
 
@@ -262,8 +267,23 @@ class EngineThread:
         elif failure is not None:
             job.pieces = None
             job.done.fail(failure)
+        elif isinstance(result, Answered):
+            job.done.give(result.reply)
+            self._go_on(result)
         else:
             job.done.give(result)
+
+    def _go_on(self, answered: Answered) -> None:
+        """Do what an answer has promised. What fails stays promised: whoever answered sees to it."""
+        started_s = self._clock()
+        try:
+            answered.then()
+        except MempoolError as error:
+            _LOG.warning("%s: what was decided could not be applied: %s", self._name, error)
+        except Exception as error:
+            if not out_of_memory(error):
+                _LOG.exception("%s: what was decided could not be applied", self._name)
+        self._stages.record("after the answer", self._clock() - started_s)
 
     def _do_some(self, job: Job) -> tuple[bool, Any]:
         """Run a job, or its next piece: whether there are more, and else the result."""
