@@ -141,3 +141,8 @@ def test_another_table_of_the_name_is_refused_with_the_difference(
     with pytest.raises(AlreadyExists) as raised:
         pool.create_table(other, exist_ok=True)
     assert text in str(raised.value)
+
+
+def test_a_small_tables_progress_is_told_in_kibibytes() -> None:
+    small = CreateProgress(table="t", bytes_done=1536, bytes_total=10_001, waiting_for="", spent_s=2.0)
+    assert str(small) == "1 of 10 KiB have their initial values"

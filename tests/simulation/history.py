@@ -1,0 +1,331 @@
+"""What was asked, answered and decided in one run, and whether it may be so.
+
+Written down while the run goes on; ``check`` goes over it once, table by table: an oracle is fed with the decided steps
+in the order of their versions, and every answer is compared with it, bit for bit, at the version that it names.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mempool.errors import DataLoss, Internal
+from mempool.types import Placement, ShardInfo, StepId, TableSchema, TableView
+from mempool.wire import methods
+from tests.simulation.loop import ProcessLoop
+from tests.simulation.network import Call, Network
+from tests.simulation.oracle import Content, Oracle
+from tests.simulation.tables import TRAINED
+
+Update = tuple[int, str, int, int]
+"""(table id, group, rank, sequence)."""
+READS = (methods.GATHER.path, methods.READ_ROWS.path)
+
+
+@dataclass(slots=True)
+class Decided:
+    """A step of one table as its messages say it."""
+
+    step_id: StepId
+    lr: float
+    grad_scale: float
+    sequences: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Read:
+    """An answer to a lookup, or to reading rows."""
+
+    call: Call
+    floor: int
+
+
+@dataclass(slots=True)
+class Acknowledged:
+    """A commit that its trainer was told of."""
+
+    updates: tuple[Update, ...]
+    at_s: float
+
+
+@dataclass(slots=True)
+class Write:
+    """A row that was, or may have been, written: when that began, and when it was known to be done."""
+
+    row: Tensor
+    began_s: float
+    done_s: float | None = None
+
+
+@dataclass
+class History:
+    """One run.
+
+    Attributes:
+        violations: What may not be, in words.
+        schemas: Of every table that there ever was, by id.
+        contents: Updates by their number.
+        lost: Tables of which a shard was killed that had pages of them.
+        torn: Steps by what they were told as one: [(table id, step), ...] of each commit of several tables.
+    """
+
+    violations: list[str] = field(default_factory=list)
+    schemas: dict[int, TableSchema] = field(default_factory=dict)
+    placements: dict[tuple[int, int], Placement] = field(default_factory=dict)
+    contents: dict[Update, Content] = field(default_factory=dict)
+    told: dict[tuple[int, StepId], Decided] = field(default_factory=dict)
+    decided: dict[tuple[int, int], Decided] = field(default_factory=dict)
+    reads: list[Read] = field(default_factory=list)
+    acknowledged: list[Acknowledged] = field(default_factory=list)
+    writes: dict[tuple[int, int], list[Write]] = field(default_factory=lambda: defaultdict(list))
+    lost: set[int] = field(default_factory=set)
+    dropped: set[int] = field(default_factory=set)
+    together: set[tuple[tuple[int, StepId], ...]] = field(default_factory=set)
+    known: dict[tuple[ProcessLoop, int], int] = field(default_factory=lambda: defaultdict(int))
+    floors: dict[int, int] = field(default_factory=dict)
+    checked: int = 0
+
+    def say(self, text: str) -> None:
+        """Something that may not be."""
+        if len(self.violations) < 20:
+            self.violations.append(text)
+
+    def watch(self, network: Network) -> None:
+        network.on_sent.append(self._sent)
+        network.on_served.append(self._served)
+        network.on_answered.append(self._answered)
+
+    # What goes by
+
+    def _sent(self, call: Call) -> None:
+        if call.method.path in READS:
+            self.floors[call.number] = self.known[call.process, call.request.envelope.table_id]
+        elif call.method.path == methods.COMMIT.path:
+            steps = tuple((part.envelope.table_id, part.step_id) for part in call.request.parts)
+            if len(steps) > 1 and not call.request.decided:
+                self.together.add(steps)
+            for part in call.request.parts:
+                self._told(part)
+
+    def _told(self, part: Any) -> None:
+        key = part.envelope.table_id, part.step_id
+        told = Decided(part.step_id, part.lr, part.grad_scale, tuple(sorted(part.sequences)))
+        known = self.told.get(key)
+        if known is None or not known.sequences:
+            self.told[key] = told
+        elif told.sequences and known != told and part.version:
+            self.say(f"step {key} is told as {told} and as {known}")
+        elif told.sequences:
+            self.told[key] = told  # nothing was decided of what was told before
+
+    def _served(self, call: Call, reply: Any) -> None:
+        path = call.method.path
+        if path == methods.COMMIT.path:
+            for asked, part in zip(call.request.parts, reply.parts, strict=True):
+                if part.version and not part.missing:
+                    self.note_decided(
+                        asked.envelope.table_id, part.version, asked.step_id, by=f"shard {part.stamp.shard}"
+                    )
+        elif path == methods.ATTACH_TABLE.path:
+            self.note_view(call.request.view)
+        elif path == methods.SET_VIEW.path:
+            self.note_view(call.request.view)
+        elif path == methods.RESOLVE.path:
+            for step in reply.steps:
+                if step.version:
+                    self.note_decided(step.table_id, step.version, step.step_id, by=f"resolve at {call.server}")
+
+    def note_view(self, view: TableView) -> None:
+        """A shard was given a view: of one epoch there is one placement."""
+        table_id = view.schema.table_id
+        self.schemas.setdefault(table_id, view.schema)
+        known = self.placements.setdefault((table_id, view.placement.epoch), view.placement)
+        same = np.array_equal(known.owners, view.placement.owners)
+        if not same or not np.array_equal(known.key_owners, view.placement.key_owners):
+            self.say(f"table {table_id} has two placements of epoch {view.placement.epoch}")
+
+    def note_decided(self, table_id: int, version: int, step_id: StepId, *, by: str) -> None:
+        """Somebody says that this step made this version."""
+        told = self.told.get((table_id, step_id))
+        if told is None:
+            self.say(f"{by} has version {version} of table {table_id} made by {step_id}, which nobody told")
+            return
+        known = self.decided.setdefault((table_id, version), told)
+        if known.step_id != step_id:
+            self.say(f"version {version} of table {table_id} is {known.step_id} and, at {by}, {step_id}")
+
+    def _answered(self, call: Call) -> None:
+        if isinstance(call.error, Internal):
+            self.say(f"{call.method.name} of {call.client} at {call.server}: {call.error}")
+        if isinstance(call.error, DataLoss):
+            table_id = _table_of(call.request)
+            if table_id is not None and table_id not in self.lost:
+                self.say(f"{call.method.name} at {call.server} says DataLoss, and nothing was lost: {call.error}")
+        if call.done and call.method.path in READS:
+            self.reads.append(Read(call, self.floors.pop(call.number)))
+            stamp, table_id = call.reply.stamp, call.request.envelope.table_id
+            self.known[call.process, table_id] = max(self.known[call.process, table_id], stamp.table_version)
+
+    def shard_killed(self, info: ShardInfo) -> None:
+        """Tables that had pages there may answer DataLoss from now on."""
+        for (table_id, _), placement in self.placements.items():
+            if info.shard in placement.shards:
+                self.lost.add(table_id)
+
+    # The check
+
+    def check(self) -> list[str]:
+        """All that may not be; the run is over."""
+        for table_id in sorted(self.schemas):
+            self._check_table(table_id)
+        self._check_whole()
+        return self.violations
+
+    def _check_table(self, table_id: int) -> None:
+        versions = sorted(version for table, version in self.decided if table == table_id)
+        reads = defaultdict(list)
+        for read in self.reads:
+            if read.call.request.envelope.table_id == table_id:
+                reads[read.call.reply.stamp.table_version].append(read)
+        newest = max([*versions, *reads], default=0)
+        if versions != list(range(1, len(versions) + 1)):
+            self.say(f"table {table_id} has versions {versions}: some are missing")
+            return
+        if newest > len(versions):
+            self.say(f"table {table_id}: an answer names version {newest}, and {len(versions)} were made")
+            return
+        made_by = self._check_once(table_id, versions)
+        floors = _Floors(self._acknowledged_versions(table_id, made_by))
+        oracle = Oracle(self.schemas[table_id])
+        try:
+            for version in range(newest + 1):
+                if version:
+                    self._replay(oracle, table_id, self.decided[table_id, version])
+                for read in reads[version]:
+                    self._check_read(oracle, read, floors)
+        finally:
+            oracle.close()
+
+    def _check_once(self, table_id: int, versions: Iterable[int]) -> dict[Update, int]:
+        """Each update is in one step at most; answers in which version it is."""
+        made_by: dict[Update, int] = {}
+        for version in versions:
+            step = self.decided[table_id, version]
+            for sequence in step.sequences:
+                update = (table_id, step.step_id.group, step.step_id.rank, sequence)
+                if update in made_by:
+                    self.say(f"update {update} is in version {made_by[update]} and again in {version}")
+                made_by[update] = version
+        return made_by
+
+    def _acknowledged_versions(self, table_id: int, made_by: Mapping[Update, int]) -> list[tuple[float, int]]:
+        found = []
+        for acknowledged in self.acknowledged:
+            for update in acknowledged.updates:
+                if update[0] == table_id and update not in made_by:
+                    self.say(f"update {update} was acknowledged at {acknowledged.at_s:.3f} s and is in no version")
+                elif update[0] == table_id:
+                    found.append((acknowledged.at_s, made_by[update]))
+        return found
+
+    def _replay(self, oracle: Oracle, table_id: int, step: Decided) -> None:
+        group, rank = step.step_id.group, step.step_id.rank
+        contents = [self.contents[table_id, group, rank, sequence] for sequence in step.sequences]
+        oracle.step(contents, lr=step.lr, grad_scale=step.grad_scale)
+
+    def _check_read(self, oracle: Oracle, read: Read, floors: "_Floors") -> None:
+        call, stamp = read.call, read.call.reply.stamp
+        self.checked += 1
+        where = f"{call.method.name} {call.number} of {call.client} at {call.server}, table {oracle.schema.name!r}"
+        if stamp.table_version < read.floor:
+            self.say(f"{where}: answered of version {stamp.table_version}, and this client had seen {read.floor}")
+        floor = floors.at(call.sent_s)
+        if stamp.table_version < floor:
+            self.say(
+                f"{where}: sent at {call.sent_s:.3f} s, answered of version {stamp.table_version}; version {floor} was "
+                "acknowledged before"
+            )
+        placement = self.placements.get((call.request.envelope.table_id, stamp.epoch))
+        if placement is None:
+            self.say(f"{where}: answered of epoch {stamp.epoch}, which was never told")
+            return
+        if call.method.path == methods.GATHER.path:
+            expected, found = self._gathered(oracle, call, placement)
+        else:
+            expected, found = self._rows(oracle, call, placement)
+        if not torch.equal(expected, found):
+            self.say(f"{where}: version {stamp.table_version} is not what was trained: {_difference(expected, found)}")
+
+    def _gathered(self, oracle: Oracle, call: Call, placement: Placement) -> tuple[Tensor, Tensor]:
+        request, reply, schema = call.request, call.reply, oracle.schema
+        parts = []
+        for block in reply.blocks:
+            here = torch.tensor(placement.owners[:, block] == reply.stamp.shard)
+            ids, weights, offsets = _only(here[request.ids // schema.page_slots], request)
+            values = oracle.gather(ids, weights, offsets, dtype=request.reply_dtype)
+            parts.append(values[:, slice(*schema.block_columns(block))])
+        return torch.cat(parts, dim=1), reply.values
+
+    def _rows(self, oracle: Oracle, call: Call, placement: Placement) -> tuple[Tensor, Tensor]:
+        request, reply, schema = call.request, call.reply, oracle.schema
+        trained = request.ids < TRAINED
+        ids, found = request.ids[trained], reply.rows[trained]
+        if not ids.numel():
+            return found, found
+        rows = oracle.read(request.array, ids)
+        if rows.shape[1] == schema.value_dim:
+            columns = torch.cat([torch.arange(*schema.block_columns(block)) for block in reply.blocks])
+            blocks = torch.cat([torch.full((_width(schema, block),), block) for block in reply.blocks])
+        else:
+            columns = blocks = torch.tensor(reply.blocks)
+        owners = torch.tensor(placement.owners)[(ids // schema.page_slots)[:, None], blocks[None, :]]
+        return torch.where(owners == reply.stamp.shard, rows[:, columns], torch.zeros_like(rows[:, columns])), found
+
+    def _check_whole(self) -> None:
+        """A step of several tables is of all of them or of none."""
+        made = {(table_id, step.step_id) for (table_id, _), step in self.decided.items()}
+        gone = self.lost | self.dropped
+        for steps in sorted(self.together, key=repr):
+            done = [step for step in steps if step in made]
+            if done and len(done) < len(steps) and not any(table_id in gone for table_id, _ in steps):
+                self.say(f"of a step of {len(steps)} tables {len(done)} were made: {done} of {steps}")
+
+
+class _Floors:
+    """The highest version acknowledged to anybody before some moment."""
+
+    def __init__(self, acknowledged: list[tuple[float, int]]) -> None:
+        self._acknowledged = sorted(acknowledged)
+
+    def at(self, when_s: float) -> int:
+        return max((version for at_s, version in self._acknowledged if at_s < when_s), default=0)
+
+
+def _only(here: Tensor, request: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The pairs of a request that are here, in their bags."""
+    before = torch.cat([torch.zeros(1, dtype=torch.int64), here.to(torch.int64).cumsum(0)])
+    weights = None if request.weights is None else request.weights[here]
+    return request.ids[here], weights, before[request.offsets]
+
+
+def _width(schema: TableSchema, block: int) -> int:
+    first, end = schema.block_columns(block)
+    return end - first
+
+
+def _table_of(request: Any) -> int | None:
+    if hasattr(request, "envelope"):
+        return int(request.envelope.table_id)
+    parts = getattr(request, "parts", ())
+    return int(parts[0].envelope.table_id) if len(parts) == 1 else None
+
+
+def _difference(expected: Tensor, found: Tensor) -> str:
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return f"{list(found.shape)} {found.dtype}, expected {list(expected.shape)} {expected.dtype}"
+    at = (expected != found).nonzero()[0].tolist()
+    return f"at {at} {float(found[tuple(at)])!r}, expected {float(expected[tuple(at)])!r}"

@@ -1,0 +1,191 @@
+"""One run on one seed: a pool, its trainers, its faults; then no faults, an end within bounds, and the check.
+
+``python -m tests.simulation.run --seeds 200 --seed 1`` runs many; its last line says seeds, violations, seeds a second.
+"""
+
+import argparse
+import asyncio
+import gc
+import hashlib
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+
+import torch
+
+from tests.simulation.faults import Chaos, Faults
+from tests.simulation.history import History
+from tests.simulation.loop import Scheduler, Stuck
+from tests.simulation.network import Network
+from tests.simulation.processes import Park
+from tests.simulation.workload import Workload
+
+START_S = 60.0
+PROGRESS_S = 240.0
+"""Seconds in which all that was begun has ended, and every trainer has committed once more, after the last fault."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What came of a run."""
+
+    seed: int
+    violations: list[str]
+    digest: str
+    marks: Counter[str]
+    simulated_s: float
+    calls: int
+    checked: int
+    versions: int
+    faults: Faults
+
+
+Hook = Callable[["Run"], None]
+
+
+@dataclass
+class Run:
+    """One run; made, played once, and looked at."""
+
+    seed: int
+    faults: Faults | None = None
+    encode: bool | None = None
+    hooks: tuple[Hook, ...] = ()
+    marks: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.scheduler = Scheduler(self.seed)
+        random = self.scheduler.random("run")
+        self.faults = self.faults or Faults.draw(random)
+        encode = random.random() < 0.1 if self.encode is None else self.encode
+        self.lasts_s = random.choice((10.0, 25.0, 50.0))
+        self.network = Network(self.scheduler, encode=encode)
+        self.history = History()
+        self.history.watch(self.network)
+        self.park = Park(self.scheduler, self.network, drift=0.02 if self.faults.drift else 0.0)
+        self.workload = Workload(self.park, self.history, self.marks)
+        self.shards = random.choice((1, 2, 2, 3, 3, 4))
+
+    def play(self) -> Outcome:
+        """Raises nothing: what goes wrong is a violation."""
+        for hook in self.hooks:
+            hook(self)
+        enabled = gc.isenabled()
+        gc.disable()  # when garbage is collected is no part of a seed
+        try:
+            self._play()
+        except Stuck as stuck:
+            self.history.say(f"no progress: {stuck}; {self.workload.waiting()}")
+        finally:
+            self.network.cut.clear()
+            self.scheduler.close()
+            if enabled:
+                gc.enable()
+        for process, context in self.scheduler.errors:
+            error = context.get("exception")
+            if "never retrieved" not in context.get("message", ""):
+                self.history.say(f"{process}: {context.get('message')}: {error!r}")
+        violations = self.history.check()
+        return Outcome(
+            seed=self.seed,
+            violations=violations,
+            digest=self._digest(),
+            marks=self.marks,
+            simulated_s=self.scheduler.now_s,
+            calls=self.network.calls,
+            checked=self.history.checked,
+            versions=len(self.history.decided),
+            faults=self.faults,  # type: ignore[arg-type]
+        )
+
+    def _play(self) -> None:
+        scheduler, workload = self.scheduler, self.workload
+        controller = self.park.start_controller(shards=self.shards)
+        scheduler.run_until(lambda: controller.ready or controller.life.done(), limit_s=START_S)
+        scheduler.run(workload.begin(), limit_s=2 * START_S)
+        chaos = Chaos(
+            self.faults,  # type: ignore[arg-type]
+            self.park,
+            trainers=workload.trainers,
+            kill_trainer=workload.kill_trainer,
+            kill_shard=workload.kill_shard,
+        )
+        chaos.begin()
+        going = scheduler.world.create_task(chaos.go_on())
+        ended_s = scheduler.now_s + self.lasts_s
+        scheduler.run(asyncio.sleep(self.lasts_s), limit_s=ended_s + 1.0)
+        chaos.end()
+        going.cancel()
+        scheduler.run(workload.end(), limit_s=scheduler.now_s + PROGRESS_S)
+
+    def _digest(self) -> str:
+        """The same for the same run, whatever process it is in."""
+        history = self.history
+        text = repr(
+            (
+                self.scheduler.now_s,
+                self.scheduler.handles,
+                self.network.calls,
+                sorted(self.network.counts.items()),
+                sorted((key, decided.step_id.step) for key, decided in history.decided.items()),
+                sorted(self.marks.items()),
+            )
+        )
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def play(seed: int) -> Outcome:
+    """One run of a seed."""
+    return Run(seed).play()
+
+
+def _prepare_worker() -> None:
+    torch.set_num_threads(1)
+    import logging
+
+    logging.disable(logging.CRITICAL)
+    gc.collect()
+    gc.freeze()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=1, help="the first of them")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--marks", action="store_true", help="say how often each rare branch was met")
+    options = parser.parse_args()
+    began_s = time.monotonic()
+    marks: Counter[str] = Counter()
+    failed: list[int] = []
+    totals: Counter[str] = Counter()
+    seeds = range(options.seed, options.seed + options.seeds)
+    with get_context("spawn").Pool(options.processes, _prepare_worker, maxtasksperchild=100) as pool:
+        for outcome in pool.imap(play, seeds):
+            marks.update(outcome.marks)
+            totals.update(
+                calls=outcome.calls, checked=outcome.checked, versions=outcome.versions, simulated=outcome.simulated_s
+            )
+            if outcome.violations:
+                failed.append(outcome.seed)
+                print(f"seed {outcome.seed}: {len(outcome.violations)} violations", flush=True)
+                for text in outcome.violations[:5]:
+                    print(f"  {text}")
+                print(f"  again: make simulate SEEDS=1 SEED={outcome.seed}", flush=True)
+    if options.marks:
+        for name, count in sorted(marks.items()):
+            print(f"{count:8,}  {name}")
+    spent_s = time.monotonic() - began_s
+    print(
+        f"{totals['simulated']:,.0f} simulated s, {totals['calls']:,} calls, {totals['versions']:,} steps, "
+        f"{totals['checked']:,} answers compared"
+    )
+    print(f"{len(seeds)} seeds, {len(failed)} with violations, {len(seeds) / spent_s:.2f} seeds/s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
