@@ -58,6 +58,7 @@ class HostedTable:
         rounds: Which move's round holds it frozen.
         order_doubt, step_doubt: Who waits to hear of others what was decided.
         gate: The shard that numbers its steps, under the present view.
+        pending: It is being made: it answers no client. Any thread may read it.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class HostedTable:
         self.rounds = RoundsHere(clock)
         self.order_doubt, self.step_doubt = Doubt(), Doubt()
         self.gate = min(request.view.placement.shards)
+        self.pending = request.pending
         self.lookups = 0
         self._clock = clock
         self._filling: Iterator[int] | None = None
@@ -213,7 +215,14 @@ class HostedTable:
                 self.steps_changed()
 
     def check_ready(self) -> None:
-        """Raises ShardUnavailable while initial values are being written."""
+        """Raises ShardUnavailable while the table is being made: here, or on other shards."""
+        if self.pending and self._filling is None:
+            raise ShardUnavailable(
+                f"table {self.view.schema.name!r} is being made: shard {self.info.shard} has its pages, and has not "
+                "heard that all shards have theirs; try again in a moment",
+                shard=self.info.shard,
+                address=self.info.address,
+            )
         if self._filling is not None:
             raise ShardUnavailable(
                 f"shard {self.info.shard} is still writing the initial values of table {self.view.schema.name!r}; "
@@ -278,11 +287,19 @@ class HostedTable:
             _wake(self._waiting_for_rest)
 
     def expire(self) -> None:
-        """Drop what ranks hold that have fallen silent, and what a round left whose controller has."""
+        """Drop what ranks hold that have fallen silent, and, at the gate, end a round whose controller has.
+
+        Elsewhere such a round waits until the gate was asked: what it decided nobody else may undo.
+        """
         self.updates.expire()
         if self.updates.silent():
             self.step_doubt.wait(self._clock())
-        if self.rounds.expire():
+        if self.rounds.lapsed and self.is_gate:
+            self.end_round()
+
+    def end_round(self) -> None:
+        """Whichever round holds the table is over, undecided."""
+        if self.rounds.end():
             self.thaw()
 
     def thaw(self) -> None:
@@ -338,6 +355,7 @@ class HostedTable:
             frozen=self.frozen,
             bytes_to_fill=self.bytes_to_fill,
             preparing=self.preparing,
+            pending=self.pending,
         )
 
 

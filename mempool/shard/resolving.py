@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from mempool.agreement.order import NOBODY
+from mempool.agreement.rounds_here import fate_of_lapsed
 from mempool.errors import MempoolError
 from mempool.shard.hosted import HostedTable
 from mempool.shard.steps.held import PreparedStep
-from mempool.types import DecidedStep, ResolveReply, ResolveRequest, ShardHost, ShardInfo, StepId
+from mempool.types import DecidedStep, ResolveReply, ResolveRequest, ShardHost, ShardInfo, StepId, TableView
 from mempool.types.caller import Caller, calling
 from mempool.types.running import Clock
 
@@ -35,6 +36,15 @@ class Question:
     request: ResolveRequest
     tables: tuple[int, ...]
     asked_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LapsedRound:
+    """A round of a move whose lease is over here, and the shard that knows what became of it; None: nobody does."""
+
+    table_id: int
+    token: str
+    gate: ShardInfo | None
 
 
 class Decisions:
@@ -89,6 +99,25 @@ class Decisions:
         for (table_id, step_id), parts in steps.items():
             self._ask_step(table_id, step_id, parts, found, now)
         return found[:_MOST_QUESTIONS], None if next_s is None else max(0.0, next_s - now)
+
+    def lapsed_rounds(self) -> list[LapsedRound]:
+        """The rounds whose controllers have fallen silent."""
+        return [
+            LapsedRound(table.table_id, table.rounds.token, _info(table, table.gate))
+            for table in self._tables().values()
+            if table.rounds.lapsed and table.rounds.token is not None
+        ]
+
+    def told_of_round(self, lapsed: LapsedRound, view: TableView | None, *, frozen: bool) -> TableView | None:
+        """What the gate says: its view, and whether a round holds the table there. Answers what is to be adopted."""
+        table = self._tables().get(lapsed.table_id)
+        if table is None or table.rounds.token != lapsed.token or not table.rounds.lapsed:
+            return None  # it was heard of meanwhile
+        gate_epoch = None if view is None else view.placement.epoch
+        fate = fate_of_lapsed(epoch=table.epoch, gate_epoch=gate_epoch, gate_frozen=frozen)
+        if fate == "thaw":
+            table.end_round()
+        return view if fate == "adopt" else None
 
     def told(self, question: Question, reply: ResolveReply) -> None:
         """What another shard has answered."""
@@ -213,6 +242,7 @@ class Resolver:
         decisions: What to ask, and who is told.
         run: To the engine's thread.
         peers: Reaches a shard; None: there is none to be asked.
+        adopt: Adopts a view, on the engine's thread.
         sleep: Waits; replaced in tests.
     """
 
@@ -222,11 +252,13 @@ class Resolver:
         *,
         run: Ask,
         peers: Callable[[ShardInfo], ShardHost] | None,
+        adopt: Callable[[TableView], None],
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._decisions = decisions
         self._run = run
         self._peers = peers
+        self._adopt = adopt
         self._sleep = sleep
         self._task: asyncio.Task[None] | None = None
         self._again = False
@@ -253,6 +285,8 @@ class Resolver:
                 if next_s:
                     await self._sleep(min(next_s, 1.0))
                 questions, next_s = await self._run("resolve", lambda _: self._decisions.questions(), None)
+                for lapsed in await self._run("resolve", lambda _: self._decisions.lapsed_rounds(), None):
+                    await self._ask_round(lapsed)
                 for first in range(0, len(questions), _AT_ONCE):
                     await asyncio.gather(*(self._ask(question) for question in questions[first : first + _AT_ONCE]))
                 if next_s is not None:
@@ -261,6 +295,32 @@ class Resolver:
             pass  # the engine is closed
         finally:
             self._task = None
+
+    async def _ask_round(self, lapsed: LapsedRound) -> None:
+        if self._peers is None or lapsed.gate is None:
+            return
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                gate = self._peers(lapsed.gate)
+                # The view last: read first, a round that is decided in between would look like one that is over.
+                status = await gate.status()
+                views = await gate.views()
+        except (MempoolError, TimeoutError) as error:
+            _LOG.info("shard %d does not say what became of a round: %s", lapsed.gate.shard, error)
+            return
+        view = next((view for view in views if view.schema.table_id == lapsed.table_id), None)
+        seen = next((table for table in status.tables if table.table_id == lapsed.table_id), None)
+        frozen = seen is None or seen.frozen
+
+        def tell(_: object) -> None:
+            adopted = self._decisions.told_of_round(lapsed, view, frozen=frozen)
+            if adopted is not None:
+                self._adopt(adopted)
+
+        try:
+            await self._run("resolve", tell, None)
+        except MempoolError as error:
+            _LOG.warning("table %d cannot follow its gate now: %s", lapsed.table_id, error)
 
     async def _ask(self, question: Question) -> None:
         if self._peers is None:

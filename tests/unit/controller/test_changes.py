@@ -57,7 +57,7 @@ def test_a_caller_that_goes_away_does_not_undo_it_and_a_repeat_joins_in() -> Non
             gate.open.set()
             view = await again
             assert view.schema.table_id == creation.table_id
-            assert bench.fleet.hosts[1].calls.count("attach_table") == 1
+            assert bench.fleet.hosts[1].calls.count("attach_table") == 2, "to attach it, and to confirm it"
             assert (await bench.controller.status()).creating == ()
 
         on_loop(work)
