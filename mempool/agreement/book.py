@@ -102,7 +102,7 @@ class Book(Generic[U]):
         return sequence
 
     def merge(self) -> bool:
-        """Where a step was prepared and more came: the two become one step, under the later number. Whether they did."""
+        """Where a step was prepared and more came: they become one, under the later number. Whether they did."""
         closing = self.closing
         if closing is None or closing.committing or not self.open.updates:
             return False

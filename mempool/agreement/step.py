@@ -1,16 +1,44 @@
-"""A trainer's step over several tables and shards, from Prepare until every owner has applied it: events in, actions out.
+"""A trainer's step over several tables and shards, until every owner has applied it: events in, actions out.
 
-One object is one step. ``handle`` takes what was heard, ``next`` says what to do now; doing the same twice, or being cut
-off anywhere, is harmless. Which updates a step has is ``book``'s; sending is the client's.
+One object is one step. ``handle`` takes what was heard, ``next`` says what to do now; doing the same twice, or being
+cut off anywhere, is harmless. Which updates a step has is ``book``'s; sending is the client's.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal
 
+from mempool.agreement.step_events import (
+    Action,
+    Apply,
+    ApplyAnswered,
+    ApplyRefused,
+    Begun,
+    Commit,
+    CommitAnswered,
+    CommitInvalid,
+    CommitSent,
+    Decided,
+    EndPrepare,
+    Event,
+    Fail,
+    Owners,
+    Part,
+    Parts,
+    Placed,
+    Prepare,
+    PrepareAnswered,
+    PrepareEnded,
+    Reached,
+    Refused,
+    Renumber,
+    Renumbered,
+    SendAgain,
+    SentAgain,
+)
 from mempool.errors import Internal, MempoolError, StepConflict
-from mempool.types import CommittedPart, PreparedPart, StepId
+from mempool.types import StepId
 
 # How often, in one go, updates are sent again, or the step goes under another number, before that is an error.
 MAX_ROUNDS = 5
@@ -18,205 +46,6 @@ MAX_ROUNDS = 5
 Goal = Literal["prepared", "decided", "applied"]
 State = Literal["open", "in doubt", "decided"]
 """Of a step: nothing is decided; its Commit was sent and not answered; it is decided, whatever happens now."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Owners:
-    """Who owns a table under one view of it.
-
-    Attributes:
-        shards: Those that own anything, ascending; the first is the table's gate.
-        holders: Those of them that own rows, and so are sent updates.
-        view: Equal where nothing has changed: the placement's epoch and the shards' incarnations.
-    """
-
-    table_id: int
-    shards: tuple[int, ...]
-    holders: frozenset[int]
-    view: object
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """One table's part in a message. lr, grad_scale, version: in Commits alone."""
-
-    table_id: int
-    step_id: StepId
-    sequences: tuple[int, ...]
-    lr: float = 0.0
-    grad_scale: float = 1.0
-    version: int = 0
-
-
-Parts: TypeAlias = tuple[Part, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepare:
-    """Send Prepare to these shards, side by side. wait: answered once the table is not held off any more."""
-
-    to: Mapping[int, Parts]
-    want_norm: bool
-    decider: Part
-    wait: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SendAgain:
-    """Send updates again. missing: by table, then shard: sequences."""
-
-    missing: Mapping[int, Mapping[int, tuple[int, ...]]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EndPrepare:
-    """Discard at these shards, side by side; the updates stay."""
-
-    to: Mapping[int, Parts]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Commit:
-    """Send the Commit to the decider. Say ``CommitSent`` before."""
-
-    shard: int
-    parts: Parts
-    one_phase: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Apply:
-    """Send the decided Commit to these shards, side by side; one that is away must not hold up the others."""
-
-    to: Mapping[int, Parts]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Renumber:
-    """The step's numbers are over: give it new ones, and say ``Renumbered``."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fail:
-    """It cannot go on."""
-
-    error: MempoolError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reached:
-    """The goal is reached."""
-
-
-Action = Prepare | SendAgain | EndPrepare | Commit | Apply | Renumber | Fail | Reached
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Begun:
-    """Somebody begins, or goes on, to carry the step out: rounds are counted from here."""
-
-    want_norm: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Placed:
-    """Where the tables' pages are, as is known now."""
-
-    owners: tuple[Owners, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decided:
-    """The trainer has decided to commit: (lr, grad_scale) by table. Without effect once a Commit was sent."""
-
-    numbers: Mapping[int, tuple[float, float]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrepareAnswered:
-    """A shard's answer to a Prepare, a part for each of its parts."""
-
-    shard: int
-    parts: Parts
-    reply: Sequence[PreparedPart]
-    want_norm: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrepareEnded:
-    """A shard has ended its Prepare and kept the updates."""
-
-    shard: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SentAgain:
-    """All that was missing was sent again."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CommitSent:
-    """From now on the step may be decided."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CommitAnswered:
-    """The decider's answer, a part for each table."""
-
-    shard: int
-    reply: Sequence[CommittedPart]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CommitInvalid:
-    """The decider refused the Commit for its numbers: nothing was decided, and all is open again."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refused:
-    """StepConflict, to a Prepare or to the decider's Commit: nothing was decided, nor ever will be under this number."""
-
-    error: StepConflict
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ApplyAnswered:
-    """A shard's answer to a decided Commit."""
-
-    shard: int
-    parts: Parts
-    reply: Sequence[CommittedPart]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ApplyRefused:
-    """StepConflict, to a decided Commit: the shard has forgotten its Prepare."""
-
-    shard: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Renumbered:
-    """The step goes on under these numbers, by table."""
-
-    step_ids: Mapping[int, StepId]
-
-
-Event = (
-    Begun
-    | Placed
-    | Decided
-    | PrepareAnswered
-    | PrepareEnded
-    | SentAgain
-    | CommitSent
-    | CommitAnswered
-    | CommitInvalid
-    | Refused
-    | ApplyAnswered
-    | ApplyRefused
-    | Renumbered
-)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -319,6 +148,8 @@ class StepOfTables:
                 self._take_committed(event)
             case CommitInvalid():
                 self._reopen()
+            case Refused() if self.state == "decided":
+                self._failed = event.error
             case Refused():
                 self._reopen()
                 self._refused = event.error
@@ -418,7 +249,9 @@ class StepOfTables:
             self._shards[event.shard].missing = missing
             return
         if not event.reply[0].version:
-            self._failed = Internal(f"shard {event.shard} decided {self.name} and gave it no version. Please report it.")
+            self._failed = Internal(
+                f"shard {event.shard} decided {self.name} and gave it no version. Please report it."
+            )
             return
         self.state = "decided"
         for table, answer in zip(self.tables.values(), event.reply, strict=True):
@@ -437,8 +270,8 @@ class StepOfTables:
             table.version = table.version or answer.version
             if not table.version:
                 self._failed = Internal(
-                    f"shard {event.shard}, the gate of table {part.table_id}, applied {self.name} and gave it no version."
-                    " Please report it."
+                    f"shard {event.shard}, the gate of table {part.table_id}, applied {self.name} and gave it no"
+                    " version. Please report it."
                 )
 
     def _reopen(self) -> None:
@@ -481,7 +314,7 @@ class StepOfTables:
     def _commit(self, *, one_phase: bool) -> Commit:
         self._one_phase = one_phase
         decider = self._decider
-        # Of a table whose gate another shard is, the decider records what it decides; the updates are the gate's matter.
+        # Of a table that has another gate the decider records what it decides; the updates are that gate's matter.
         parts = tuple(
             self._part(table, decider if self._owners[table.table_id].shards[0] == decider else -1)
             for table in self.tables.values()
@@ -495,8 +328,8 @@ class StepOfTables:
         if any(self._shards[number].refusals > MAX_ROUNDS for number in unprepared):
             return Fail(
                 error=Internal(
-                    f"{self.name} is decided, and shards {unprepared} forget again and again that they have prepared it."
-                    " Please report it."
+                    f"{self.name} is decided, and shards {unprepared} forget again and again that they have"
+                    " prepared it. Please report it."
                 )
             )
         if unprepared:
@@ -506,9 +339,7 @@ class StepOfTables:
             gates = {self._owners[table_id].shards[0] for table_id in unnumbered}
             to = {
                 gate: tuple(
-                    part
-                    for part in self._left(gate)
-                    if part.version or self._owners[part.table_id].shards[0] == gate
+                    part for part in self._left(gate) if part.version or self._owners[part.table_id].shards[0] == gate
                 )
                 for gate in sorted(gates)
             }
@@ -545,14 +376,14 @@ class StepOfTables:
     def _committed_by_others(self, part: Part) -> StepConflict:
         step_id = part.step_id
         return StepConflict(
-            f"step {step_id.step}, generation {step_id.generation}, of rank {step_id.rank} of group {step_id.group!r} was"
-            " committed before, by another process: a rank is one process at a time, and one that goes back to an earlier"
-            " step comes with a higher generation. Nothing was changed"
+            f"step {step_id.step}, generation {step_id.generation}, of rank {step_id.rank} of group {step_id.group!r}"
+            " was committed before, by another process: a rank is one process at a time, and one that goes back to an"
+            " earlier step comes with a higher generation. Nothing was changed"
         )
 
     def _keeps_missing(self, missing: Mapping[int, Mapping[int, tuple[int, ...]]]) -> Internal:
         return Internal(
             f"{self.name}: shards still miss updates after {MAX_ROUNDS} rounds of sending them again:"
-            f" {({table_id: dict(shards) for table_id, shards in missing.items()})} (table: shard: sequences)."
+            f" { ({table_id: dict(shards) for table_id, shards in missing.items()}) } (table: shard: sequences)."
             " Please report it."
         )

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mempool.agreement.step import (
+from mempool.agreement.step import StepOfTables, TableStep
+from mempool.agreement.step_events import (
     Action,
     Apply,
     ApplyAnswered,
@@ -34,8 +35,6 @@ from mempool.agreement.step import (
     Renumbered,
     SendAgain,
     SentAgain,
-    StepOfTables,
-    TableStep,
 )
 from mempool.errors import Internal, StepConflict
 from mempool.types import CommittedPart, PreparedPart, Stamp, StepId
@@ -176,7 +175,7 @@ class Client:
         self.lost: Callable[[], bool] = lambda: False
         self.in_between: Callable[[], None] = lambda: None
         if held:
-            self._hold({t: {s: SEQUENCES for s in PLACES[place][t]} for t in tables})
+            self._hold({t: dict.fromkeys(PLACES[place][t], SEQUENCES) for t in tables})
 
     def step_id(self) -> StepId:
         return StepId(group="g", rank=0, step=self.next_step)
@@ -308,7 +307,13 @@ def test_a_table_held_off_ends_the_others_prepare_and_is_waited_for_there_alone(
     assert isinstance(ended, EndPrepare)
     assert isinstance(waited, Prepare)
     assert isinstance(anew, Prepare)
-    assert (list(ended.to), list(waited.to), waited.wait, list(anew.to), anew.wait) == ([0, 2], [1], True, [0, 2], False)
+    assert (list(ended.to), list(waited.to), waited.wait, list(anew.to), anew.wait) == (
+        [0, 2],
+        [1],
+        True,
+        [0, 2],
+        False,
+    )
 
 
 def test_a_lost_answer_means_the_same_commit_again_whatever_is_said_then() -> None:
