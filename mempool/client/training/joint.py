@@ -19,6 +19,7 @@ from mempool.agreement.step_events import (
     CommitSent,
     EndPrepare,
     Fail,
+    Gone,
     Parts,
     Placed,
     Prepare,
@@ -78,6 +79,16 @@ class Joint:
         self.step.handle(Placed(owners=together.owners))
         while not isinstance(action := self.step.next(goal), Reached):
             await self._do(together, action)
+
+    def leave(self, table_id: int) -> None:
+        """A table was dropped: its step is over, the others' goes on."""
+        session = self.sessions.pop(table_id)
+        if session.joint is self:
+            session.joint = None
+        if session.applying is self:
+            session.applying = None
+            session.book.applied()
+        self.step.handle(Gone(table_id=table_id))
 
     def add_state(self, error: MempoolError, names: str) -> None:
         """Say what is known of the step, and what the same call does next. names: of its tables, for messages."""

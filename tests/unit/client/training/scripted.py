@@ -202,6 +202,8 @@ class ScriptedShard:
         return any(done[0] == step for done in self.applied[table_id])
 
     def _fence(self, envelope: Envelope) -> None:
+        if envelope.table_id not in self.pool.owners:
+            raise NotFound("no such table", shard=self.info.shard)
         if envelope.epoch != self.pool.epoch or envelope.incarnation != self.info.incarnation:
             raise StalePlacement("the plan is old", shard=self.info.shard)
 
