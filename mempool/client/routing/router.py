@@ -270,7 +270,7 @@ class Router:
                 await self._refresh_all(attempt.plan for attempt in together.attempts.values())
 
         return await self.tries.run(
-            "', '".join(self.name_of(table_id) for table_id in table_ids),
+            ", ".join(self.name_of(table_id) for table_id in table_ids),
             run,
             refresh=refresh,
             waiting_for=lambda: (*waiting_for(), *(together.waiting_for if together else ())),
