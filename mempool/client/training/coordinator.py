@@ -195,7 +195,7 @@ class Coordinator:
         for joint in _distinct(session.applying for session in sessions):
             await self._finish_telling(joint, left_s)
         for joint in _distinct(session.joint for session in sessions):
-            if joint.step.state == "in doubt":
+            if joint.step.state != "open":  # or decided, and cut off before that was noted
                 for other in _distinct(session.applying for session in joint.sessions.values()):
                     await self._finish_telling(other, left_s)
                 await self._carry_out(joint, "decided", left_s, begun=Begun())
@@ -235,6 +235,7 @@ class Coordinator:
 
     def _abandon(self, joint: Joint) -> dict[int, Session]:
         """It is not committed in this company: its tables' steps go on under other numbers."""
+        assert joint.step.state == "open", "a step that may be decided can only be finished"
         for session in joint.sessions.values():
             session.joint = None
             if session.book.closing is not None:
@@ -364,8 +365,11 @@ class Coordinator:
 
     def _note(self, joint: Joint) -> None:
         """Keep for the user what shards dropped."""
+        silences_s = {
+            shard: self.heartbeats.silence_s(shard) for shard in {each for one in joint.dropped for each in one.shards}
+        }
         for dropped in joint.dropped:
-            silence_s = max(self.heartbeats.silence_s(shard) for shard in dropped.shards)
+            silence_s = max(silences_s[shard] for shard in dropped.shards)
             if dropped.table_id is None and silence_s < self.heartbeats.lease_s / 2:
                 continue  # pages moved while nobody knew whether it was decided
             what = (

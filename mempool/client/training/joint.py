@@ -147,6 +147,7 @@ class Joint:
             )
         except StepConflict as refusal:
             self.step.handle(Refused(error=refusal))
+            self.dropped.append(Dropped(None, frozenset(action.to if refusal.shard is None else {refusal.shard})))
         if action.wait and held_off:
             raise StalePlacement(f"shard {held_off[0]} still holds off steps, as pages move", shard=held_off[0])
 
