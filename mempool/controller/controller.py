@@ -25,7 +25,9 @@ class Controller:
         name: The pool's name.
         launcher: Starts and stops shards.
         dial: The ``ShardHost`` of a shard, at once; asked for every call, so it keeps its connections itself.
-        round_bytes: Bytes that one round of a move carries at most; writers of the table wait for one round.
+        round_bytes: Bytes that one round of a move carries at most. Writers of the table wait for one round, which is
+            made smaller where it holds them off for long.
+        trainer_lease_s: How long a trainer may hold a step undecided before the shards give it up.
         clock: Seconds, monotonic.
         wall_clock: Seconds since 1970; ids of tables are made of it.
         runner: Runs what takes long, as planning does.
@@ -38,6 +40,7 @@ class Controller:
         launcher: Launcher,
         dial: Callable[[ShardInfo], ShardHost],
         round_bytes: int = 64 * 2**20,
+        trainer_lease_s: float = 10.0,
         clock: Clock = time.monotonic,
         wall_clock: Clock = time.time,
         runner: Runner = THREADS,
@@ -47,7 +50,9 @@ class Controller:
         self._roster = roster = Roster(wall_clock=wall_clock)
         calls = ShardCalls(name, dial)
         telling = Telling(name, roster, calls)
-        self._changes = changes = TableChanges(roster, calls, changing=changing, clock=clock, runner=runner)
+        self._changes = changes = TableChanges(
+            roster, calls, telling=telling, changing=changing, clock=clock, runner=runner
+        )
         self._rescaling = rescaling = Rescaling(
             roster,
             calls=calls,
@@ -56,6 +61,7 @@ class Controller:
             changes=changes,
             changing=changing,
             round_bytes=round_bytes,
+            trainer_lease_s=trainer_lease_s,
             clock=clock,
             runner=runner,
         )
@@ -79,16 +85,22 @@ class Controller:
         async with self._changing:
             await self._rescaling.start(range(shards))
 
-    async def adopt(self, infos: Iterable[ShardInfo]) -> None:
+    async def adopt(self, infos: Iterable[ShardInfo], *, wanted: int = 0) -> None:
         """Take over running shards after this controller was started anew: their newest views are the pool's tables.
 
         A rescale that was under way stops where it was: the placement that the most advanced shard knows is given to
-        all, and frozen tables are thawed; by ``reconcile``, where a shard does not answer yet.
+        all, and frozen tables are thawed; by ``reconcile``, where a shard does not answer yet. A table that was being
+        made is there where any shard knows that it was, and else is dropped.
+
+        Args:
+            infos: The shards.
+            wanted: How many there were to be, as the launcher was told to keep; 0: nobody knows. Status says what is
+                not so yet.
 
         Raises:
             ShardUnavailable: No shard answers, so nothing is known of the pool's tables.
         """
-        await self._watching.adopt(infos)
+        await self._watching.adopt(infos, wanted)
 
     async def shard_restarted(self, info: ShardInfo) -> None:
         """A shard came back as a new incarnation, without its pages: its tables there answer DataLoss.
