@@ -197,7 +197,7 @@ class TableChanges:
             made = AttachTable(view=view, mode="confirm")
             await self._calls.call(infos[0], lambda host: host.attach_table(made))
             view = self._roster.put(schema, view.placement)
-            await self._telling.confirm(view)
+            await self._telling.confirm(view, infos[1:])
             return view
         except BaseException:
             if making.view is not None:

@@ -306,4 +306,4 @@ def test_neither_the_callers_deadline_nor_its_name_goes_along_to_the_shards() ->
                 await bench.controller.create_table(SCHEMA)
 
         on_loop(work)
-    assert found == [Caller()] * 2
+    assert found == [Caller()] * 4
