@@ -57,7 +57,7 @@ class RoundsHere:
             )
 
     def require(self, token: str) -> None:
-        """Raises StalePlacement unless this very round holds the table: only then has nothing changed since it began."""
+        """Raises StalePlacement unless this round holds the table: only then has nothing changed since it began."""
         self.check(token)
         if self._token is None:
             raise StalePlacement(

@@ -21,6 +21,7 @@ class Faulty:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.info = engine.info
         self.faults: dict[str, Callable[[], Awaitable[None]]] = {}
         self.calls: list[str] = []
 
