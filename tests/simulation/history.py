@@ -81,6 +81,7 @@ class History:
     decided: dict[tuple[int, int], Decided] = field(default_factory=dict)
     reads: list[Read] = field(default_factory=list)
     acknowledged: list[Acknowledged] = field(default_factory=list)
+    discarded: set[Update] = field(default_factory=set)
     writes: dict[tuple[int, int], list[Write]] = field(default_factory=lambda: defaultdict(list))
     lost: set[int] = field(default_factory=set)
     dropped: set[int] = field(default_factory=set)
@@ -127,10 +128,10 @@ class History:
         if path == methods.COMMIT.path:
             for asked, part in zip(call.request.parts, reply.parts, strict=True):
                 if part.version and not part.missing:
-                    self.note_decided(asked.envelope.table_id, part.version, asked.step_id, by=f"shard {part.stamp.shard}")
-        elif path == methods.ATTACH_TABLE.path:
-            self.note_view(call.request.view)
-        elif path == methods.SET_VIEW.path:
+                    self.note_decided(
+                        asked.envelope.table_id, part.version, asked.step_id, by=f"shard {part.stamp.shard}"
+                    )
+        elif path == methods.ATTACH_TABLE.path or path == methods.SET_VIEW.path:
             self.note_view(call.request.view)
         elif path == methods.RESOLVE.path:
             for step in reply.steps:
@@ -217,6 +218,8 @@ class History:
                 update = (table_id, step.step_id.group, step.step_id.rank, sequence)
                 if update in made_by:
                     self.say(f"update {update} is in version {made_by[update]} and again in {version}")
+                if update in self.discarded:
+                    self.say(f"update {update} was discarded and is in version {version}")
                 made_by[update] = version
         return made_by
 

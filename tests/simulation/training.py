@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from mempool.client.training.coordinator import Commitment, Coordinator
+
 from mempool.client.training.session import Session
 from mempool.types import TableView
 from mempool.types.bags import Bags
-from tests.simulation.history import History, Update
+from tests.simulation.history import Acknowledged, History, Update
 from tests.simulation.oracle import Content
 from tests.simulation.processes import Trainer
 
@@ -44,9 +45,7 @@ class Training:
         if hold:
             pending.append(update)
         try:
-            await session.update(
-                record, content.grads, hold=hold, want_weight_grad=want, timeout_s=self.timeout_s
-            )
+            await session.update(record, content.grads, hold=hold, want_weight_grad=want, timeout_s=self.timeout_s)
         except BaseException:
             if update in pending:
                 pending.remove(update)
@@ -56,27 +55,38 @@ class Training:
         sessions = [self._session(view) for view in views]
         await self._coordinator.prepare(sessions, want_norm=want_norm, timeout_s=self.timeout_s)
 
-    async def commit(self, views: Sequence[TableView], *, lr: float, grad_scale: float) -> list[Update]:
-        """Commit all that is pending on these tables, together; answers what was acknowledged."""
+    async def commit(self, views: Sequence[TableView], *, lr: float, grad_scale: float) -> bool:
+        """Commit all that is pending on these tables, together."""
         sessions = [self._session(view) for view in views]
-        pending = [list(self._pending[session.table_id]) for session in sessions]
         commitments = [Commitment(session, lr=lr, grad_scale=grad_scale) for session in sessions]
-        counts = await self._coordinator.commit(commitments, timeout_s=self.timeout_s)
-        acknowledged: list[Update] = []
-        for session, updates, count in zip(sessions, pending, counts, strict=True):
-            if count != len(updates):
-                self._history.say(f"{self._group}: {count} updates are acknowledged, and {len(updates)} were pushed")
-            self._pending[session.table_id] = self._pending[session.table_id][len(updates) :]
-            acknowledged += updates
-        return acknowledged
+        try:
+            await self._coordinator.commit(commitments, timeout_s=self.timeout_s)
+        finally:
+            acknowledged = self._ended()
+            if acknowledged:
+                now_s = self._trainer.loop.scheduler.now_s
+                self._history.acknowledged.append(Acknowledged(tuple(acknowledged), now_s))
+        left = [session.pending for session in sessions if session.pending]
+        if left:
+            self._history.say(f"{self._group}: {left} updates are pending after a commit of all that was")
+        return True
 
     async def discard(self, views: Sequence[TableView]) -> None:
         """Drop what is pending; what is on its way to be decided stays."""
-        sessions = [self._session(view) for view in views]
-        counts = await self._coordinator.discard(sessions, timeout_s=self.timeout_s)
-        for session, count in zip(sessions, counts, strict=True):
-            pending = self._pending[session.table_id]
-            self._pending[session.table_id] = pending[: len(pending) - count]
+        try:
+            await self._coordinator.discard([self._session(view) for view in views], timeout_s=self.timeout_s)
+        finally:
+            self._history.discarded.update(self._ended())
+
+    def _ended(self) -> list[Update]:
+        """Updates that are pending no more, of all tables, since this was asked last."""
+        ended: list[Update] = []
+        for table_id, session in self._sessions.items():
+            book = session.book
+            left = set(book.open.updates) | (set() if book.closing is None else set(book.closing.updates))
+            ended += [update for update in self._pending[table_id] if update[3] not in left]
+            self._pending[table_id] = [update for update in self._pending[table_id] if update[3] in left]
+        return ended
 
     async def close(self) -> None:
         """What is decided reaches every owner."""
