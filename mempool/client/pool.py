@@ -168,7 +168,11 @@ class Pool:
         return self._connection.run(self._connection.tries.run("status", self._api.status))
 
     def close(self) -> None:
-        """Give back connections; an embedded pool ends with it. What is pending is lost. Repeatable."""
+        """Give back connections; an embedded pool ends with it. Repeatable.
+
+        What is pending is lost. What was committed is told to the shards that have not heard of it yet, for timeout_s
+        at most; they learn of it by themselves where that is not enough.
+        """
         self._connection.close()
 
     def _follow(self, reports: AsyncIterator[T], progress: Callable[[T], None] | None, report: T | None = None) -> None:
@@ -213,7 +217,12 @@ class Pool:
         with self._lock:
             table = self._tables.get(schema.table_id)
             if table is None:
-                session = Session(self.router, table_id=schema.table_id, group=self._group)
+                session = Session(
+                    self.router,
+                    table_id=schema.table_id,
+                    group=self._group,
+                    coordinator=self._connection.coordinator,
+                )
                 table = Table(schema, router=self.router, session=session, run=self._connection.run)
                 self._tables[schema.table_id] = table
             return table

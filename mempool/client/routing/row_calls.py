@@ -39,6 +39,7 @@ async def read_rows(fanout: Fanout, array: str, ids: Tensor) -> Tensor:
         fanout.traffic.bytes_sent += kept_ids.nbytes
         reply = await host.read_rows(ReadRowsRequest(envelope=envelope, array=array, ids=kept_ids))
         fanout.traffic.bytes_received += reply.rows.nbytes
+        fanout.saw(reply.stamp.table_version)
         return reply.rows
 
     replies = await fanout.each([(target.info, partial(ask, target)) for target in targets])
@@ -57,9 +58,11 @@ async def write_rows(fanout: Fanout, array: str, ids: Tensor, rows: Tensor) -> N
         if target.route is not None and array != "keys":
             kept_rows = _columns_of(target.route, kept_rows, fanout.plan)
         fanout.traffic.bytes_sent += kept_ids.nbytes + kept_rows.nbytes
-        return await host.write_rows(
+        reply = await host.write_rows(
             WriteRowsRequest(envelope=envelope, array=array, ids=kept_ids, blocks=target.blocks(array), rows=kept_rows)
         )
+        fanout.saw(reply.stamp.table_version)
+        return reply
 
     targets = _targets(fanout.plan, array, ids)
     await fanout.each([(target.info, partial(tell, target)) for target in targets])

@@ -70,6 +70,7 @@ class Tries:
         waiting_for: WaitingFor = tuple,
         timeout_s: float | None = None,
         refused_s: float | None = None,
+        again: bool = True,
     ) -> T:
         """The result of ``once``.
 
@@ -79,6 +80,7 @@ class Tries:
             refresh: Run before each further try.
             waiting_for: (shard, address) of those that were asked and have not answered.
             refused_s: How long to go on where nobody listens at any address; None: until the deadline.
+            again: False: one try, whatever error it ends with.
         """
         clock = asyncio.get_running_loop()
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
@@ -92,6 +94,8 @@ class Tries:
                         except MempoolError as error:
                             if self._closed:
                                 raise MempoolError(f"{self.where.pool} was closed during the call.") from error
+                            if not again:
+                                raise
                             action = retry.failed(error, now_s=clock.time())
                             if isinstance(action, GiveUp):
                                 raise action.error from (None if action.error is error else error)

@@ -1,6 +1,6 @@
 """A real ``Table`` whose session is a tensor in this process: no shards, no loop, torch's own operations."""
 
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,25 @@ class Remembered:
     remembered_by: tuple[()] = ()
 
 
+class LocalCoordinator:
+    """One after another what the pool's does together."""
+
+    async def prepare(self, sessions: Sequence["LocalSession"], *, want_norm: bool) -> list[Prepared | None]:
+        return [await session.prepare(want_norm=want_norm) for session in sessions]
+
+    async def commit(self, commitments: Sequence[Any]) -> list[int]:
+        return [await each.session.commit(lr=each.lr, grad_scale=each.grad_scale) for each in commitments]
+
+    async def discard(self, sessions: Sequence["LocalSession"]) -> list[int]:
+        return [await session.discard() for session in sessions]
+
+    def notices(self) -> list[str]:
+        return []
+
+
+POOL = LocalCoordinator()
+
+
 class LocalSession:
     """Values [num_slots, value_dim], updates held as they come, plain SGD at commit.
 
@@ -32,6 +51,7 @@ class LocalSession:
         generator = torch.Generator("cpu").manual_seed(3)
         self.values = torch.randn(num_slots, value_dim, generator=generator, dtype=torch.float32, device="cpu")
         self.counters = SessionCounters()
+        self.coordinator = POOL
         self.remembered: list[bool] = []
         self.calls: list[tuple[Any, ...]] = []
         self.fail_next_commit: Exception | None = None
