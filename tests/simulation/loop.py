@@ -273,7 +273,11 @@ class InlineRunner:
         return work()
 
     def worker(
-        self, turn: Turn, *, name: str, within: Callable[[], AbstractContextManager[object]] = nullcontext
+        self,
+        turn: Turn,
+        *,
+        name: str,  # noqa: ARG002
+        within: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> "InlineWorker":
         return InlineWorker(self._loop, turn, within=within, duration_s=self.duration_s)
 

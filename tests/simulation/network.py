@@ -347,7 +347,12 @@ class SimulatedChannel:
         self._closed = False
 
     async def call(
-        self, method: Method[Any, Any], request: Any, *, timeout_s: float | None = None, narrow_ids: bool = False
+        self,
+        method: Method[Any, Any],
+        request: Any,
+        *,
+        timeout_s: float | None = None,
+        narrow_ids: bool = False,  # noqa: ARG002
     ) -> Any:
         waiting = self._begin(method, request, timeout_s)
         call = waiting.call

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from mempool.client.training.coordinator import Commitment, Coordinator
-
 from mempool.client.training.session import Session
 from mempool.types import TableView
 from mempool.types.bags import Bags
