@@ -46,6 +46,7 @@ class Park:
     Attributes:
         shards: Running shard processes by number, those that stand still too.
         controller: The running controller's process, None while there is none.
+        wanted: Numbers of the shards that somebody started and nobody stopped, whether or not they are up.
         killed: Incarnations of shards that were killed with what they had.
     """
 
@@ -54,6 +55,7 @@ class Park:
         self.network = network
         self.shards: dict[int, ShardProcess] = {}
         self.controller: ControllerProcess | None = None
+        self.wanted: set[int] = set()
         self.killed: list[ShardInfo] = []
         self.on_shard: list[Callable[[ShardProcess], None]] = []
         self.on_controller: list[Callable[[ControllerProcess], None]] = []
@@ -81,6 +83,7 @@ class Park:
         """A new process for a shard, with nothing in it."""
         self._incarnation += 1
         info = ShardInfo(shard=shard, address=shard_address(shard), incarnation=self._incarnation)
+        self.wanted.add(shard)
         process = self.shards[shard] = ShardProcess(self, info)
         for observer in self.on_shard:
             observer(process)
@@ -95,12 +98,17 @@ class Park:
         process.loop.kill()
         self.network.died(process.loop)
         if comes_back_s is not None:
-            self._later(comes_back_s, lambda: self.start_shard(shard) if shard not in self.shards else None)
+            self._later(comes_back_s, lambda: self._comes_back(shard))
+
+    def _comes_back(self, shard: int) -> None:
+        if shard in self.wanted and shard not in self.shards:
+            self.start_shard(shard)
 
     def remove_shard(self, info: ShardInfo) -> None:
         """A shard's process is ended for good, by the controller."""
         process = self.shards.get(info.shard)
-        if process is not None and process.info == info:
+        self.wanted.discard(info.shard)
+        if process is not None:
             del self.shards[info.shard]
             process.loop.kill()
             self.network.died(process.loop)
@@ -178,9 +186,13 @@ class SimulatedLauncher:
         self._park.remove_shard(info)
 
     async def find(self) -> list[ShardInfo]:
-        """The shards that there are, for a controller that was started anew."""
+        """The shards that there are, for a controller that was started anew; one that is not up has no address."""
         await asyncio.sleep(self._random.random() * 0.5)
-        return [process.info for _, process in sorted(self._park.shards.items())]
+        up = self._park.shards
+        return [
+            up[shard].info if shard in up else ShardInfo(shard=shard, address="", incarnation=0)
+            for shard in sorted(self._park.wanted)
+        ]
 
 
 class ControllerProcess:
