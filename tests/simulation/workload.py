@@ -292,7 +292,7 @@ class _Life:
         except FAULTS:
             self.workload.marks[f"{what} that failed"] += 1
         except NotFound as error:
-            if not ids & history.dropped:
+            if not ids & (history.dropped | history.lost):
                 history.say(f"{self.name}: {what}: {error!r}")
         except DataLoss as error:
             if not ids & history.lost:
