@@ -23,6 +23,7 @@ from mempool.agreement.step_events import (
     EndPrepare,
     Event,
     Fail,
+    Gone,
     Owners,
     Part,
     Parts,
@@ -161,6 +162,9 @@ class StepOfTables:
                 self._shards[event.shard].refusals += 1
             case Renumbered():
                 self._renumber(event.step_ids)
+            case Gone():
+                del self.tables[event.table_id]
+                self._owners, self._shards, self._norms = {}, {}, {}
 
     def next(self, goal: Goal) -> Action:
         """What to do now on the way to ``goal``."""

@@ -190,6 +190,13 @@ class Renumbered:
     step_ids: Mapping[int, StepId]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gone:
+    """A table was dropped: the step goes on without it. At least one other is left."""
+
+    table_id: int
+
+
 Event = (
     Begun
     | Placed
@@ -204,4 +211,5 @@ Event = (
     | ApplyAnswered
     | ApplyRefused
     | Renumbered
+    | Gone
 )

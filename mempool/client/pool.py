@@ -170,8 +170,8 @@ class Pool:
     def close(self) -> None:
         """Give back connections; an embedded pool ends with it. Repeatable.
 
-        What is pending is lost. What was committed is told to the shards that have not heard of it yet, for timeout_s
-        at most; they learn of it by themselves where that is not enough.
+        What is pending is lost. What was committed is told to the shards that have not heard of it yet, for some
+        seconds at most; they learn of it by themselves too.
         """
         self._connection.close()
 

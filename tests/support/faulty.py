@@ -131,6 +131,9 @@ class FaultyShard:
     async def discard(self, request: Any) -> Any:
         return await self._served("discard", request)
 
+    async def heartbeat(self, request: Any) -> Any:
+        return await self._served("heartbeat", request)
+
     async def score(self, request: Any) -> Any:
         return await self._served("score", request)
 
@@ -207,10 +210,10 @@ class FaultyShard:
         """Whether a step is prepared and not decided: a freeze would wait for it."""
         table_id = self.table.table_id
         try:
-            run(self.host.freeze(table_id, 0.01), _BOUND_S)
+            run(self.host.freeze(table_id, 0.01, token="probe", lease_s=_BOUND_S), _BOUND_S)
         except DeadlineExceeded:
             return True
-        run(self.host.thaw(table_id), _BOUND_S)
+        run(self.host.thaw(table_id, token="probe"), _BOUND_S)
         return False
 
     async def _served(self, name: str, request: Any) -> Any:
@@ -227,16 +230,28 @@ class FaultyShard:
             raise StalePlacement("so says the fault")
         if fault is Fault.DATA_LOSS:
             raise DataLoss("pages of table 'facts' are gone; restore checkpoint 7")
-        reply = await getattr(self.host, name)(replace(request, envelope=self._inward(request.envelope)))
+        reply = await getattr(self.host, name)(self._inward_request(request))
         if fault is Fault.ERROR_AFTER:
             raise ShardUnavailable("the connection broke")
         if fault is Fault.SILENT:
             await asyncio.Event().wait()
+        return self._outward(reply)
+
+    def _inward_request(self, request: Any) -> Any:
+        if hasattr(request, "parts"):
+            return replace(request, parts=tuple(self._inward_request(part) for part in request.parts))
+        if hasattr(request, "incarnation"):
+            return replace(request, incarnation=request.incarnation - self._restarts)
+        return replace(request, envelope=self._inward(request.envelope))
+
+    def _outward(self, reply: Any) -> Any:
+        if hasattr(reply, "parts"):
+            return replace(reply, parts=tuple(self._outward(part) for part in reply.parts))
+        if not hasattr(reply, "stamp"):
+            return reply
         stamp = reply.stamp
-        return replace(
-            reply,
-            stamp=replace(stamp, epoch=stamp.epoch - self._forgotten, incarnation=stamp.incarnation + self._restarts),
-        )
+        epoch, incarnation = stamp.epoch - self._forgotten, stamp.incarnation + self._restarts
+        return replace(reply, stamp=replace(stamp, epoch=epoch, incarnation=incarnation))
 
     def _inward(self, envelope: Envelope) -> Envelope:
         return replace(

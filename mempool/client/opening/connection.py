@@ -26,6 +26,8 @@ T = TypeVar("T")
 # Deadlines are kept on the loop; this only ends a wait for a loop that is stuck.
 _STUCK_S = 30.0
 _LONGEST_TIMEOUT_S = 1e9
+# How long the end waits for shards that have not heard yet of what was committed: they learn of it by themselves too.
+_TELLING_S = 5.0
 
 
 def checked_timeout(timeout_s: object) -> float:
@@ -96,7 +98,7 @@ class Connection:
                 return
             self._closed = True
         self._abandoned.detach()
-        loop.run(self._ending(self.api).end(), timeout_s=2 * self.timeout_s + _STUCK_S)
+        loop.run(self._ending(self.api).end(), timeout_s=self.timeout_s + _STUCK_S)
 
     def _ending(self, api: PoolApi) -> "_Ending":
         return _Ending(self.coordinator, self.router, api, self._on_close, self.timeout_s)
@@ -119,7 +121,7 @@ class _Ending:
     timeout_s: float
 
     async def end(self) -> None:
-        await self.coordinator.close(timeout_s=self.timeout_s)
+        await self.coordinator.close(timeout_s=min(self.timeout_s, _TELLING_S))
         self.router.close()
         try:
             await self.api.close()

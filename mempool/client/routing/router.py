@@ -27,7 +27,7 @@ from mempool.client.routing.together import Together
 from mempool.client.routing.tries import Tries
 from mempool.client.routing.whereabouts import Whereabouts
 from mempool.errors import NotFound, StalePlacement, Unavailable
-from mempool.types import PoolApi, ShardHost, ShardInfo, StepId, TableView
+from mempool.types import PoolApi, ShardHost, ShardInfo, TableView
 from mempool.types.bags import Bags
 from mempool.types.messages import ReplyDtype
 from mempool.types.running import Clock
@@ -137,7 +137,7 @@ class Router:
         reply_dtype: ReplyDtype = "float32",
         timeout_s: float | None = None,
     ) -> tuple[Tensor, LookupRecord]:
-        """Weighted sums of rows: values [B, V] float32, and what ``update`` needs to know of this lookup.
+        """Weighted sums of rows: values [B, V] float32, and what an update needs to know of this lookup.
 
         Args:
             remember: Let the shards keep ids and weights for an update to come.
@@ -158,30 +158,6 @@ class Router:
         )
         self.remembered.add(record)
         return values, record
-
-    async def update(
-        self,
-        record: LookupRecord,
-        grads: Tensor,
-        *,
-        step_id: StepId,
-        sequence: int,
-        hold: bool = True,
-        want_weight_grad: bool = True,
-        timeout_s: float | None = None,
-    ) -> Tensor | None:
-        """The gradient of a lookup: grads [B, V] float32 or bfloat16 in, d_weights [L] float32 out if wanted.
-
-        ``sequence`` names the update: trying again, or repeating the call, does not make a second one.
-        """
-
-        return await self.call(
-            record.table_id,
-            lambda attempt: attempt.update(
-                record, grads, step_id=step_id, sequence=sequence, hold=hold, want_weight_grad=want_weight_grad
-            ),
-            timeout_s=timeout_s,
-        )
 
     async def score(
         self, table_id: int, *, queries: Tensor, topk: int, timeout_s: float | None = None
@@ -300,7 +276,7 @@ class Router:
                 await self._refresh_all(attempt.plan for attempt in together.attempts.values())
 
         return await self.tries.run(
-            "', '".join(self.name_of(table_id) for table_id in table_ids),
+            ", ".join(self.name_of(table_id) for table_id in table_ids),
             run,
             refresh=refresh,
             waiting_for=lambda: (*waiting_for(), *(together.waiting_for if together else ())),

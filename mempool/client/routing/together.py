@@ -9,7 +9,6 @@ from functools import partial
 from mempool.agreement.step_events import Owners, Part, Parts
 from mempool.client.routing.attempt import Attempt
 from mempool.client.routing.fanout import Fanout
-from mempool.client.routing.plan import TablePlan
 from mempool.errors import StepConflict
 from mempool.types import (
     CommitPart,
@@ -59,7 +58,7 @@ class Together:
     @property
     def owners(self) -> tuple[Owners, ...]:
         """Who owns the tables, on these plans."""
-        return tuple(owners_of(attempt.plan) for attempt in self.attempts.values())
+        return tuple(attempt.plan.agreeing for attempt in self.attempts.values())
 
     async def prepare(
         self, to: Mapping[int, Parts], *, want_norm: bool, decider: Part, wait: bool, heard: HeardPrepare
@@ -178,13 +177,3 @@ class Together:
         self._saw(parts, [answer.stamp for answer in reply.parts])
         for part, answer in zip(parts, reply.parts, strict=True):
             self._fanouts[part.table_id].saw(answer.version)
-
-
-def owners_of(plan: TablePlan) -> Owners:
-    """What the agreement on a step needs to know of a plan."""
-    return Owners(
-        table_id=plan.schema.table_id,
-        shards=tuple(info.shard for info in plan.owners),
-        holders=frozenset(route.shard for route in plan.routes),
-        view=(plan.epoch, tuple((info.shard, info.incarnation) for info in plan.owners)),
-    )

@@ -195,7 +195,7 @@ class Coordinator:
         for joint in _distinct(session.applying for session in sessions):
             await self._finish_telling(joint, left_s)
         for joint in _distinct(session.joint for session in sessions):
-            if joint.step.state == "in doubt":
+            if joint.step.state != "open":  # or decided, and cut off before that was noted
                 for other in _distinct(session.applying for session in joint.sessions.values()):
                     await self._finish_telling(other, left_s)
                 await self._carry_out(joint, "decided", left_s, begun=Begun())
@@ -235,6 +235,7 @@ class Coordinator:
 
     def _abandon(self, joint: Joint) -> dict[int, Session]:
         """It is not committed in this company: its tables' steps go on under other numbers."""
+        assert joint.step.state == "open", "a step that may be decided can only be finished"
         for session in joint.sessions.values():
             session.joint = None
             if session.book.closing is not None:
@@ -254,7 +255,15 @@ class Coordinator:
             await discard_given_up(together, telling)
 
         table_ids = [session.table_id for session in telling]
-        await self._router.together(table_ids, once, timeout_s=left_s(), waiting_for=lambda: waiting_for(telling))
+        try:
+            await self._router.together(table_ids, once, timeout_s=left_s(), waiting_for=lambda: waiting_for(telling))
+        except NotFound:
+            gone = [session for session in telling if not self._router.holders(session.table_id)]
+            for session in gone:  # with all that was held of them
+                session.book.given_up.clear()
+            if not gone:
+                raise
+            await self._tell_given_up(telling, left_s)
 
     async def _carry_out(
         self, joint: Joint, goal: Goal, left_s: _LeftS, *, begun: Begun, decided: Decided | None = None
@@ -263,18 +272,36 @@ class Coordinator:
         if decided is not None:
             joint.step.handle(decided)
         try:
-            await self._router.together(
-                list(joint.sessions),
-                partial(joint.carry_out, goal),
-                timeout_s=left_s(),
-                waiting_for=lambda: joint.waiting_for,
-            )
+            while True:
+                try:
+                    await self._router.together(
+                        list(joint.sessions),
+                        partial(joint.carry_out, goal),
+                        timeout_s=left_s(),
+                        waiting_for=lambda: joint.waiting_for,
+                    )
+                    return
+                except NotFound:
+                    if not self._leave_dropped(joint):
+                        raise
         except MempoolError as error:
             if not isinstance(error, NotFound):
                 joint.add_state(error, self._names(joint.sessions))
             raise
         finally:
             self._note(joint)
+
+    def _leave_dropped(self, joint: Joint) -> bool:
+        """Whether the step goes on without tables that were dropped; one that nobody has decided on does not."""
+        gone = [table_id for table_id in joint.sessions if not self._router.holders(table_id)]
+        if joint.step.state == "open":
+            self._abandon(joint)
+            return False
+        if not gone or len(gone) == len(joint.sessions):
+            return False
+        for table_id in gone:
+            joint.leave(table_id)
+        return True
 
     def _acknowledge(self, joint: Joint) -> dict[Session, int]:
         counts = {}
@@ -338,8 +365,11 @@ class Coordinator:
 
     def _note(self, joint: Joint) -> None:
         """Keep for the user what shards dropped."""
+        silences_s = {
+            shard: self.heartbeats.silence_s(shard) for shard in {each for one in joint.dropped for each in one.shards}
+        }
         for dropped in joint.dropped:
-            silence_s = max(self.heartbeats.silence_s(shard) for shard in dropped.shards)
+            silence_s = max(silences_s[shard] for shard in dropped.shards)
             if dropped.table_id is None and silence_s < self.heartbeats.lease_s / 2:
                 continue  # pages moved while nobody knew whether it was decided
             what = (

@@ -19,6 +19,7 @@ from mempool.agreement.step_events import (
     CommitSent,
     EndPrepare,
     Fail,
+    Gone,
     Parts,
     Placed,
     Prepare,
@@ -79,6 +80,16 @@ class Joint:
         while not isinstance(action := self.step.next(goal), Reached):
             await self._do(together, action)
 
+    def leave(self, table_id: int) -> None:
+        """A table was dropped: its step is over, the others' goes on."""
+        session = self.sessions.pop(table_id)
+        if session.joint is self:
+            session.joint = None
+        if session.applying is self:
+            session.applying = None
+            session.book.applied()
+        self.step.handle(Gone(table_id=table_id))
+
     def add_state(self, error: MempoolError, names: str) -> None:
         """Say what is known of the step, and what the same call does next. names: of its tables, for messages."""
         number = next(iter(self.step.tables.values())).step_id.step
@@ -136,6 +147,7 @@ class Joint:
             )
         except StepConflict as refusal:
             self.step.handle(Refused(error=refusal))
+            self.dropped.append(Dropped(None, frozenset(action.to if refusal.shard is None else {refusal.shard})))
         if action.wait and held_off:
             raise StalePlacement(f"shard {held_off[0]} still holds off steps, as pages move", shard=held_off[0])
 

@@ -22,6 +22,7 @@ from mempool.agreement.step_events import (
     Decided,
     EndPrepare,
     Fail,
+    Gone,
     Owners,
     Part,
     Parts,
@@ -396,6 +397,15 @@ def test_owners_of_keys_alone_are_asked_for_no_updates() -> None:
     prepare = step.next("prepared")
     assert isinstance(prepare, Prepare)
     assert {shard: parts[0].sequences for shard, parts in prepare.to.items()} == {0: (), 1: (1,)}
+
+
+def test_a_table_that_was_dropped_leaves_the_step_to_the_others() -> None:
+    client = Client("crossed")
+    client.go("decided")
+    client.step.handle(Gone(table_id=2))
+    assert isinstance(client.go("applied", decide=False), Reached)
+    assert list(client.step.tables) == [1, 3]
+    client.assert_applied_once()
 
 
 @given(

@@ -1,5 +1,6 @@
 """A real ``Table`` whose session is a tensor in this process: no shards, no loop, torch's own operations."""
 
+from collections import deque
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,15 +22,25 @@ class Remembered:
 
 
 class LocalCoordinator:
-    """One after another what the pool's does together."""
+    """One after another what the pool's does together.
+
+    Attributes:
+        calls: Of each call its name and how many tables it was of, the newest last.
+    """
+
+    def __init__(self) -> None:
+        self.calls: deque[tuple[str, int]] = deque(maxlen=100)
 
     async def prepare(self, sessions: Sequence["LocalSession"], *, want_norm: bool) -> list[Prepared | None]:
+        self.calls.append(("prepare", len(sessions)))
         return [await session.prepare(want_norm=want_norm) for session in sessions]
 
     async def commit(self, commitments: Sequence[Any]) -> list[int]:
+        self.calls.append(("commit", len(commitments)))
         return [await each.session.commit(lr=each.lr, grad_scale=each.grad_scale) for each in commitments]
 
     async def discard(self, sessions: Sequence["LocalSession"]) -> list[int]:
+        self.calls.append(("discard", len(sessions)))
         return [await session.discard() for session in sessions]
 
     def notices(self) -> list[str]:

@@ -202,6 +202,8 @@ class ScriptedShard:
         return any(done[0] == step for done in self.applied[table_id])
 
     def _fence(self, envelope: Envelope) -> None:
+        if envelope.table_id not in self.pool.owners:
+            raise NotFound("no such table", shard=self.info.shard)
         if envelope.epoch != self.pool.epoch or envelope.incarnation != self.info.incarnation:
             raise StalePlacement("the plan is old", shard=self.info.shard)
 
@@ -251,6 +253,9 @@ class ScriptedPool:
             for table_id, blocks in self.owners.items()
         )
 
+    async def close(self) -> None:
+        """Nothing to give back."""
+
     def move(self) -> None:
         """All tables have a new epoch; what was held and prepared is dropped."""
         self.epoch += 1
@@ -263,6 +268,13 @@ class ScriptedPool:
     def clear(self) -> None:
         for shard in self.shards:
             shard.calls.clear()
+
+
+async def push(session: Session, *, want_weight_grad: bool = False) -> None:
+    """One update, of a lookup that no shard remembers."""
+    seen = Seen(epoch=0, oldest_version=0, newest_version=0)
+    record = LookupRecord(table_id=session.table_id, lookup_id=1, bags=BAGS, seen=seen, remembered_by=frozenset())
+    await session.update(record, torch.ones(1, 12), hold=True, want_weight_grad=want_weight_grad)
 
 
 class Client:
@@ -285,11 +297,7 @@ class Client:
     async def push(self, *sessions: Session, want_weight_grad: bool = False) -> None:
         """One update of each."""
         for session in sessions or self.sessions:
-            seen = Seen(epoch=0, oldest_version=0, newest_version=0)
-            record = LookupRecord(
-                table_id=session.table_id, lookup_id=1, bags=BAGS, seen=seen, remembered_by=frozenset()
-            )
-            await session.update(record, torch.ones(1, 12), hold=True, want_weight_grad=want_weight_grad)
+            await push(session, want_weight_grad=want_weight_grad)
 
     async def arrived(self) -> None:
         for session in self.sessions:

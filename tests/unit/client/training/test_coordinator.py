@@ -6,7 +6,7 @@ import pytest
 
 from mempool.client.training.coordinator import Commitment
 from mempool.client.training.session import Session
-from mempool.errors import ShardUnavailable, StalePlacement
+from mempool.errors import NotFound, ShardUnavailable, StalePlacement
 
 from .scripted import THREE, Client, ScriptedPool
 
@@ -161,6 +161,30 @@ def test_an_unknown_outcome_is_asked_for_again_and_says_so(wait) -> None:  # typ
     assert [done[2] for done in client.pool.shards[0].applied[1]] == [0.25]
 
 
+def test_a_commit_cut_off_as_its_answer_came_is_neither_dropped_nor_done_again(wait) -> None:  # type: ignore[no-untyped-def]
+    client = Client(ScriptedPool({1: THREE, 2: THREE}))
+
+    async def main() -> None:
+        await client.push()
+        step = asyncio.create_task(client.coordinator.commit(commitments(client.sessions)))
+
+        async def cut_off(_: object) -> None:
+            asyncio.get_running_loop().call_soon(step.cancel)
+
+        client.pool.shards[0].after["commit"] = [cut_off]
+        with pytest.raises(asyncio.CancelledError):
+            await step
+        assert await client.coordinator.discard(client.sessions) == [0, 0]
+        await client.push(client.sessions[0])
+        assert await client.sessions[0].commit(lr=LR) == 2
+        await client.coordinator.applied(client.sessions)
+
+    wait(main())
+    client.assert_agreed()
+    assert [session.counters.updates_committed for session in client.sessions] == [2, 1]
+    assert [done[1] for done in client.pool.shards[0].applied[1]] == [(1,), (2,)]
+
+
 def test_pages_that_move_hold_a_step_off_and_do_not_fail_it(wait) -> None:  # type: ignore[no-untyped-def]
     client = Client(ScriptedPool({1: THREE, 2: THREE}))
     pool = client.pool
@@ -219,6 +243,30 @@ def test_a_table_dropped_from_a_prepared_step_leaves_the_others(wait) -> None:  
     wait(main())
     client.assert_agreed()
     assert client.pool.shards[0].applied[1] == []
+
+
+def test_a_table_that_is_dropped_does_not_hold_up_those_it_was_committed_with(wait) -> None:  # type: ignore[no-untyped-def]
+    client = Client(ScriptedPool({1: THREE, 2: THREE, 3: THREE}))
+    pool = client.pool
+
+    async def main() -> None:
+        pool.shards[1].before["apply"] = [NotFound("no such table", shard=1)]
+        await client.push()
+        await client.coordinator.commit(commitments(client.sessions))
+        del pool.owners[2]
+        await client.push(client.sessions[0])
+        assert await client.sessions[0].commit(lr=LR) == 1
+        await client.push(client.sessions[0], client.sessions[2])
+        await client.coordinator.prepare([client.sessions[0], client.sessions[2]])
+        del pool.owners[3]
+        client.router.forget(3)
+        with pytest.raises(NotFound):
+            await client.coordinator.commit(commitments([client.sessions[0], client.sessions[2]]))
+        assert await client.sessions[0].commit(lr=LR) == 1
+        await client.coordinator.applied([client.sessions[0]])
+
+    wait(main())
+    client.assert_agreed()
 
 
 def test_a_discard_waits_for_updates_on_their_way(wait) -> None:  # type: ignore[no-untyped-def]
