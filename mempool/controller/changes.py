@@ -1,18 +1,19 @@
 """Creating and dropping tables. A creation is a task of the controller: it outlives the call that asked for it.
 
 The life of one: its schema is checked and its name taken; it waits for a rescale to end; it is placed, on a thread;
-every shard attaches it and fills its pages, while others change tables too; then it is a table of the roster. A repeat
-of the call joins in, a drop of its name ends it, and a failure leaves nothing behind.
+every shard attaches it as pending and fills its pages, while others change tables too. One shard is told that it is
+made: that decides it; it is a table of the roster, and the other shards are told. A repeat of the call joins in, a drop
+of its name ends it, and a failure leaves nothing behind; what a controller that dies leaves, ``agreement.recovery`` ends.
 """
 
 import asyncio
 import logging
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 
 from mempool.controller.calls import ShardCalls
 from mempool.controller.roster import Roster
+from mempool.controller.telling import Telling
 from mempool.errors import AlreadyExists, InvalidRequest, MempoolError, NotFound, ShardUnavailable
 from mempool.placement import plan
 from mempool.types import (
@@ -29,7 +30,7 @@ from mempool.types import (
     TableStatus,
     TableView,
 )
-from mempool.types.running import THREADS, Clock, Runner
+from mempool.types.running import Clock, Runner
 from mempool.types.schema_checks import check_schema, shown
 from mempool.types.sizes import bytes_by_owner
 
@@ -58,7 +59,7 @@ class Making:
     view: TableView | None = None
     bytes_of: dict[int, int] = field(default_factory=dict)
     ended: MempoolError | None = None
-    began_s: float = 0.0
+    began_s: float
 
 
 class TableChanges:
@@ -66,9 +67,11 @@ class TableChanges:
 
     Args:
         roster: The pool's shards and tables.
-        calls: Reaches the shards.
+        calls, telling: Reach the shards.
         changing: Held by whatever changes the pool: a rescale, a settling, and planning here; not while pages are
             filled.
+        clock: Seconds.
+        runner: Plans tables.
     """
 
     def __init__(
@@ -76,14 +79,16 @@ class TableChanges:
         roster: Roster,
         calls: ShardCalls,
         *,
+        telling: Telling,
         changing: asyncio.Lock,
-        clock: Clock = time.monotonic,
-        runner: Runner = THREADS,
+        clock: Clock,
+        runner: Runner,
     ) -> None:
-        self._clock = clock
-        self._runner = runner
         self._roster = roster
         self._calls = calls
+        self._telling = telling
+        self._clock = clock
+        self._runner = runner
         self._changing = changing
         self._making: dict[str, Making] = {}
 
@@ -148,8 +153,7 @@ class TableChanges:
     def creations(self, statuses: Iterable[ShardStatus]) -> tuple[TableCreation, ...]:
         """The tables that are being made, and how far the shards say that they are."""
         seen = {(table.table_id, status.info.shard): table for status in statuses for table in status.tables}
-        now_s = self._clock()
-        return tuple(_creation(making, seen, now_s - making.began_s) for making in self._making.values())
+        return tuple(_creation(making, seen, self._clock()) for making in self._making.values())
 
     def _require_new(self, schema: TableSchema) -> None:
         """Raises where a table may not be added to what the pool has and makes."""
@@ -185,13 +189,17 @@ class TableChanges:
                 view, making.bytes_of = await self._runner.run(lambda: first_view(schema, infos))
                 self._roster.unfinished.add(table_id)
                 making.view = view
-            request = AttachTable(view=view, mode="initialise")
+            request = AttachTable(view=view, mode="initialise", pending=True)
             await self._calls.everywhere(infos, lambda host: host.attach_table(request), timeout_s=_FILL_TIMEOUT_S)
             self._require_same(infos, schema.name)
-            return self._roster.put(schema, view.placement)
+            made = AttachTable(view=view, mode="confirm")
+            await self._calls.call(infos[0], lambda host: host.attach_table(made))
+            view = self._roster.put(schema, view.placement)
+            await self._telling.confirm(view)
+            return view
         except BaseException:
             if making.view is not None:
-                self._roster.dropped.add(table_id)
+                self._roster.forget(table_id)
                 await self._calls.everywhere(infos, lambda host: host.drop_table(table_id), tolerant=True)
             raise
         finally:
@@ -257,14 +265,14 @@ def _num_pages(schema: TableSchema) -> int:
     return schema.num_row_pages * schema.num_blocks + schema.num_key_pages
 
 
-def _creation(making: Making, seen: dict[tuple[int, int], TableStatus], spent_s: float) -> TableCreation:
+def _creation(making: Making, seen: dict[tuple[int, int], TableStatus], now: float) -> TableCreation:
     table_id = 0 if making.view is None else making.view.schema.table_id
     tables = {shard: seen.get((table_id, shard)) for shard in sorted(making.bytes_of)}
     return TableCreation(
         table=making.schema.name,
         table_id=table_id,
         waiting_for=_waiting_for(making, tables),
-        spent_s=spent_s,
+        spent_s=now - making.began_s,
         shards=tuple(
             # A shard that says nothing of it has not begun.
             ShardFill(

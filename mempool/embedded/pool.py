@@ -43,6 +43,9 @@ class EngineLauncher:
         """Engines start at once."""
         return ""
 
+    async def keep_wanted(self, shards: int) -> None:
+        """The controller is gone with the pool: nobody will ask."""
+
     async def stop(self, info: ShardInfo) -> None:
         engine = self._engines.pop(info.shard, None)
         if engine is not None:

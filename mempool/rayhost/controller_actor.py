@@ -92,7 +92,7 @@ class ControllerProcess:
         """Serve again after Ray restarted this process, however long Ray takes to find the shards."""
         while True:
             try:
-                await self._controller.adopt(await self._launcher.find())
+                await self._controller.adopt(await self._launcher.find(), wanted=self._launcher.wanted)
                 self._launcher.heard(self._controller.highest_incarnation)
                 await self._serving.start(self._controller)
                 break

@@ -75,13 +75,16 @@ class AttachTable:
 
     Attributes:
         mode: "initialise": give the pages this shard owns in the view their initial values; "empty": it owns none yet
-            and will pull them; "lost": it owned pages and has them no more: they answer DataLoss.
+            and will pull them; "lost": it owned pages and has them no more: they answer DataLoss; "confirm": it has
+            them, the table was pending and is made: NotFound where it is not here.
         ledger: Where the table's history stands; None for a new table.
+        pending: The table is being made: it answers no client, and is among no views, until it is confirmed.
     """
 
     view: TableView
-    mode: Literal["initialise", "empty", "lost"]
+    mode: Literal["initialise", "empty", "lost", "confirm"]
     ledger: Ledger | None = None
+    pending: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

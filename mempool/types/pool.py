@@ -57,6 +57,7 @@ class TableStatus:
 
     bytes_to_fill: Bytes of initial values that are still to be written here; 0 once the table answers.
     preparing: What is done before they are written, in words; "" for nothing.
+    pending: It is being made, and answers no client: not all shards are known to have it.
     """
 
     table_id: int
@@ -72,6 +73,7 @@ class TableStatus:
     frozen: bool
     bytes_to_fill: int = 0
     preparing: str = ""
+    pending: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

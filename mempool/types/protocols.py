@@ -113,7 +113,7 @@ class PageHost(Protocol):
         """
 
     async def views(self) -> tuple[TableView, ...]:
-        """The newest view of every table attached here: what bootstrapping clients and a new controller ask for."""
+        """The newest view of every table that is made: what bootstrapping clients and a new controller ask for."""
 
     async def status(self) -> ShardStatus: ...
 

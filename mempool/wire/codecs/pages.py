@@ -29,12 +29,13 @@ from mempool.wire.codecs.mirror import MAX_MESSAGES, Choice, Functions, Mirror, 
 from mempool.wire.codecs.tables import SHARD_INFO, SHARD_STATUS, VIEW
 from mempool.wire.v1 import shard_pb2 as pb
 
-Mode = Literal["initialise", "empty", "lost"]
+Mode = Literal["initialise", "empty", "lost", "confirm"]
 
 _MODES: Mapping[Mode, pb.AttachMode.ValueType] = {
     "initialise": pb.ATTACH_MODE_INITIALISE,
     "empty": pb.ATTACH_MODE_EMPTY,
     "lost": pb.ATTACH_MODE_LOST,
+    "confirm": pb.ATTACH_MODE_CONFIRM,
 }
 
 

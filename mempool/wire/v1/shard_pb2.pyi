@@ -46,6 +46,10 @@ class _AttachModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AttachMode
     """It owns none yet and will pull them."""
     ATTACH_MODE_LOST: _AttachMode.ValueType  # 3
     """It owned pages and has them no more: requests for them are answered ERROR_CODE_DATA_LOSS."""
+    ATTACH_MODE_CONFIRM: _AttachMode.ValueType  # 4
+    """It has them: the table was pending here and is made, so that it answers from now on. ERROR_CODE_NOT_FOUND where the
+    table is not here.
+    """
 
 class AttachMode(_AttachMode, metaclass=_AttachModeEnumTypeWrapper):
     """What a shard does about the pages that the view gives it."""
@@ -58,6 +62,10 @@ ATTACH_MODE_EMPTY: AttachMode.ValueType  # 2
 """It owns none yet and will pull them."""
 ATTACH_MODE_LOST: AttachMode.ValueType  # 3
 """It owned pages and has them no more: requests for them are answered ERROR_CODE_DATA_LOSS."""
+ATTACH_MODE_CONFIRM: AttachMode.ValueType  # 4
+"""It has them: the table was pending here and is made, so that it answers from now on. ERROR_CODE_NOT_FOUND where the
+table is not here.
+"""
 Global___AttachMode: _TypeAlias = AttachMode  # noqa: Y015
 
 class _StepState:
@@ -181,8 +189,13 @@ class AttachTableRequest(_message.Message):
     VIEW_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
     LEDGER_FIELD_NUMBER: _builtins.int
+    PENDING_FIELD_NUMBER: _builtins.int
     mode: Global___AttachMode.ValueType
     """What about the pages."""
+    pending: _builtins.bool
+    """The table is being made: it answers no client, and is among no views, until it is attached with
+    ATTACH_MODE_CONFIRM. A controller that is started anew drops what was confirmed nowhere.
+    """
     @_builtins.property
     def view(self) -> _table_pb2.TableView:
         """What it is and where its pages are."""
@@ -197,10 +210,11 @@ class AttachTableRequest(_message.Message):
         view: _table_pb2.TableView | None = ...,
         mode: Global___AttachMode.ValueType = ...,
         ledger: Global___Ledger | None = ...,
+        pending: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "mode", b"mode", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "mode", b"mode", "pending", b"pending", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -109,6 +109,7 @@ class TableStatus(_message.Message):
     FROZEN_FIELD_NUMBER: _builtins.int
     BYTES_TO_FILL_FIELD_NUMBER: _builtins.int
     PREPARING_FIELD_NUMBER: _builtins.int
+    PENDING_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
     """The table."""
     name: _builtins.str
@@ -135,6 +136,8 @@ class TableStatus(_message.Message):
     """Bytes of initial values that are still to be written here; 0 once the table answers."""
     preparing: _builtins.str
     """What is done before initial values are written, in words; "" for nothing."""
+    pending: _builtins.bool
+    """It is being made, and answers no client yet: not all shards are known to have it."""
     def __init__(
         self,
         *,
@@ -151,10 +154,11 @@ class TableStatus(_message.Message):
         frozen: _builtins.bool = ...,
         bytes_to_fill: _builtins.int = ...,
         preparing: _builtins.str = ...,
+        pending: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_to_fill", b"bytes_to_fill", "epoch", b"epoch", "frozen", b"frozen", "lookups", b"lookups", "lost_pages", b"lost_pages", "name", b"name", "num_bytes", b"num_bytes", "pages", b"pages", "preparing", b"preparing", "table_id", b"table_id", "updates_applied", b"updates_applied", "updates_held", b"updates_held", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_to_fill", b"bytes_to_fill", "epoch", b"epoch", "frozen", b"frozen", "lookups", b"lookups", "lost_pages", b"lost_pages", "name", b"name", "num_bytes", b"num_bytes", "pages", b"pages", "pending", b"pending", "preparing", b"preparing", "table_id", b"table_id", "updates_applied", b"updates_applied", "updates_held", b"updates_held", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
