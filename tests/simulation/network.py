@@ -191,7 +191,8 @@ class Network:
         for observer in self.on_sent:
             observer(waiting.call)
         self._send(client, _machine(address), waiting, self._arrived, waiting, address)
-        if self.weather.repeat and self._random.random() < self.weather.repeat:
+        repeats = waiting.call.method.service != methods.POOL_SERVICE  # a table's name may be another table's by then
+        if repeats and self.weather.repeat and self._random.random() < self.weather.repeat:
             # As a try that its client gave up and made again: the first arrives all the same.
             self.counts["repeated"] += 1
             copy = _Waiting(self, waiting.loop, waiting.call, waiting.frame, waiting.timeout_s, lost=True)

@@ -8,7 +8,6 @@ import asyncio
 import contextvars
 from collections.abc import Callable
 from random import Random
-from typing import Any
 
 from mempool.client import GrpcPool
 from mempool.client.routing.router import Router
@@ -47,6 +46,7 @@ class Park:
         shards: Running shard processes by number, those that stand still too.
         controller: The running controller's process, None while there is none.
         wanted: Numbers of the shards that somebody started and nobody stopped, whether or not they are up.
+        meant: How many shards the pool is meant to have, as the controller had it kept.
         killed: Incarnations of shards that were killed with what they had.
     """
 
@@ -56,10 +56,10 @@ class Park:
         self.shards: dict[int, ShardProcess] = {}
         self.controller: ControllerProcess | None = None
         self.wanted: set[int] = set()
+        self.meant = 0
         self.killed: list[ShardInfo] = []
         self.on_shard: list[Callable[[ShardProcess], None]] = []
         self.on_controller: list[Callable[[ControllerProcess], None]] = []
-        self.kept: dict[str, Any] = {}
         self._drift = drift
         self._random = scheduler.random("park")
         self._incarnation = 0
@@ -181,6 +181,10 @@ class SimulatedLauncher:
     async def starting(self) -> str:
         return ""
 
+    async def keep_wanted(self, shards: int) -> None:
+        await asyncio.sleep(self._random.random() * 0.1)
+        self._park.meant = shards
+
     async def stop(self, info: ShardInfo) -> None:
         await asyncio.sleep(self._random.random() * 0.1)
         self._park.remove_shard(info)
@@ -202,7 +206,8 @@ class ControllerProcess:
         self._park = park
         self._starts = park.scheduler.number()
         self.loop = loop = park.process_loop(CONTROLLER)
-        self._launcher = SimulatedLauncher(park, park.scheduler.random(f"launcher {self._starts}"))
+        random = park.scheduler.random(f"controller {self._starts}")
+        self._launcher = SimulatedLauncher(park, random)
         dialer = GrpcDialer(park.network.channels(loop), clock=loop.time)
         self.controller: Controller | None = None
         self.ready = False
@@ -213,9 +218,11 @@ class ControllerProcess:
                 launcher=self._launcher,
                 dial=dialer.dial,
                 round_bytes=1024,
+                trainer_lease_s=TRAINER_LEASE_S,
                 clock=loop.time,
                 wall_clock=park.wall_clock,
                 runner=park.runner(loop),
+                new_token=lambda: f"{random.getrandbits(64):x}",
             )
             if shards is not None:
                 await controller.open(shards)
@@ -230,7 +237,7 @@ class ControllerProcess:
     async def _resume(self, controller: Controller) -> None:
         while True:
             try:
-                await controller.adopt(await self._launcher.find())
+                await controller.adopt(await self._launcher.find(), wanted=self._park.meant)
                 return
             except (MempoolError, TimeoutError):
                 await asyncio.sleep(_RETRY_S)
