@@ -218,7 +218,8 @@ class Mover:
     async def _move(self, table: str, round_: Moves, assignment: Assignment) -> Assignment:
         """One round; tried again where it was undone only because its leases ended."""
         view = self._roster.view(table)
-        assignment, prepared = await self._runner.run(lambda: _prepared(view, round_, assignment))
+        before = assignment
+        assignment, prepared = await self._runner.run(lambda: _prepared(view, round_, before))
         for _ in range(_ROUND_TRIES):
             ended = await self._carry_out(prepared)
             if not (ended.outcome == "undone" and isinstance(ended.error, StalePlacement)):
