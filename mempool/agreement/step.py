@@ -39,7 +39,8 @@ from mempool.agreement.step_events import (
     SentAgain,
 )
 from mempool.errors import Internal, MempoolError, StepConflict
-from mempool.types import StepId
+from mempool.types import PreparedPart, StepId
+from mempool.types.norms import joined_norm
 
 # How often, in one go, updates are sent again, or the step goes under another number, before that is an error.
 MAX_ROUNDS = 5
@@ -80,6 +81,7 @@ class _Shard:
 
     prepared: bool = False
     with_norm: bool = False
+    norm_order: float = 0.0
     missing: dict[int, tuple[int, ...]] = field(default_factory=dict)
     held_off: bool = False
     unprepared: bool = False
@@ -103,8 +105,9 @@ class StepOfTables:
         self.state: State = "open"
         self._owners: dict[int, Owners] = {}
         self._shards: dict[int, _Shard] = {}
-        self._norms: dict[tuple[int, int], tuple[float, bool]] = {}  # by table and shard
+        self._norms: dict[tuple[int, int], PreparedPart] = {}  # by table and shard
         self._want_norm = False
+        self._norm_order = 0.0
         self._committing = False
         self._one_phase = False
         self._refused: StepConflict | None = None
@@ -117,16 +120,19 @@ class StepOfTables:
         """Whether every owner has prepared it, under the placement that is known."""
         return bool(self._shards) and all(shard.prepared for shard in self._shards.values())
 
-    def norm(self, table_id: int) -> tuple[float, bool]:
-        """The squared norm of a table's gradient, and whether it is finite, once prepared with a norm."""
+    def norm(self, table_id: int) -> tuple[float, bool, float]:
+        """Once prepared with a norm: its square, whether it is finite, and the norm of the order asked for (else 0)."""
         parts = [part for (table, _), part in sorted(self._norms.items()) if table == table_id]
-        return math.fsum(squared for squared, _ in parts), all(finite for _, finite in parts)
+        order = self._norm_order
+        norm = joined_norm([part.norm for part in parts], order) if order else 0.0
+        return math.fsum(part.squared_norm for part in parts), all(part.finite for part in parts), norm
 
     def handle(self, event: Event) -> None:
         """Something was heard, or done."""
         match event:
             case Begun():
                 self._want_norm, self._committing = event.want_norm, self.state != "open"
+                self._norm_order = event.norm_order
                 self._rounds = self._numbers = 0
                 self._failed = None
                 for shard in self._shards.values():
@@ -237,10 +243,10 @@ class StepOfTables:
         if not shard.prepared:
             return
         shard.unprepared = False
-        shard.with_norm = event.want_norm
+        shard.with_norm, shard.norm_order = event.want_norm, event.norm_order
         if event.want_norm:
             for part, answer in answers:
-                self._norms[part.table_id, event.shard] = answer.squared_norm, answer.finite
+                self._norms[part.table_id, event.shard] = answer
 
     def _take_committed(self, event: CommitAnswered) -> None:
         missing = {
@@ -291,7 +297,8 @@ class StepOfTables:
         self._norms = {}
 
     def _is_prepared(self, shard: _Shard) -> bool:
-        return shard.prepared and (shard.with_norm or not self._want_norm)
+        known = shard.with_norm and self._norm_order in (0.0, shard.norm_order)
+        return shard.prepared and (known or not self._want_norm)
 
     def _missing(self) -> dict[int, dict[int, tuple[int, ...]]]:
         missing: dict[int, dict[int, tuple[int, ...]]] = {}
@@ -311,6 +318,7 @@ class StepOfTables:
         return Prepare(
             to=self._parts(shards),
             want_norm=self._want_norm if want_norm is None else want_norm,
+            norm_order=self._norm_order if want_norm is None else 0.0,
             decider=self._part(self._first, self._decider),
             wait=held_off is not None,
         )

@@ -47,6 +47,7 @@ class Prepare:
     want_norm: bool
     decider: Part
     wait: bool = False
+    norm_order: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +105,7 @@ class Begun:
     """Somebody begins, or goes on, to carry the step out: rounds are counted from here."""
 
     want_norm: bool = False
+    norm_order: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +130,7 @@ class PrepareAnswered:
     parts: Parts
     reply: Sequence[PreparedPart]
     want_norm: bool
+    norm_order: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,26 +5,35 @@ version of the table, none older than the one the answer is stamped with. Writes
 """
 
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from mempool.errors import DataLoss
+from mempool.errors import InvalidRequest, StalePlacement
 from mempool.observe import Stages
 from mempool.shard import bounds, validate
 from mempool.shard.hosted import HostedTable, Parked
+from mempool.shard.jobs import Answered
 from mempool.shard.steps import commits
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.steps.held import HeldUpdate
 from mempool.shard.tenancy import Tenancy
 from mempool.types import (
+    CommitPart,
     CommitReply,
     CommitRequest,
+    CommittedPart,
+    DecidedStep,
     DiscardReply,
     DiscardRequest,
+    Envelope,
     GatherReply,
     GatherRequest,
+    PreparedPart,
+    PreparePart,
     PrepareReply,
     PrepareRequest,
     ReadRowsReply,
@@ -45,7 +54,7 @@ READ_PIECE_BYTES = 256 * 2**20
 COPY_PIECE_BYTES = 64 * 2**20
 """Bytes of rows that are read as they are at once."""
 SCORE_PIECE_PRODUCTS = 2**32
-"""Products that scoring makes at once, but of at least ``_LEAST_QUERIES``, which share each key that is read."""
+"""Products that scoring makes at once, but of at least ``_LEAST_QUERIES`` where these share each key that is read."""
 _LEAST_QUERIES = 16
 
 T = TypeVar("T")
@@ -62,6 +71,7 @@ class Answers:
         stages: Where time is counted.
         reply_bytes: What an answer may have; None: as much as there is.
         reserve: Told the bytes of an answer before it is made; may refuse.
+        asked_s: When the request that is being answered came, on the shard's clock.
     """
 
     def __init__(
@@ -72,15 +82,19 @@ class Answers:
         stages: Stages,
         reply_bytes: int | None,
         reserve: Callable[[int], None] = lambda _: None,
+        asked_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._tenancy = tenancy
         self._contexts = contexts
         self._stages = stages
         self._reply_bytes = reply_bytes
         self._reserve = reserve
+        self._asked_s = asked_s
 
-    def gather(self, request: GatherRequest) -> GatherReply | Pieces[GatherReply]:
+    def gather(self, request: GatherRequest) -> GatherReply | Parked | Pieces[GatherReply]:
         table = self._tenancy.fenced(request.envelope)
+        if (waits := self._waits(table, request.envelope)) is not None:
+            return waits
         with self._stages.measure("copy in"):
             bags, dtype = validate.check_gather(table.storage, request, reply_bytes=self._reply_bytes)
         self._reserve(dtype.itemsize * table.storage.schema.width(table.storage.blocks) * bags.num_bags)
@@ -111,9 +125,11 @@ class Answers:
         table.lookups += 1
         return GatherReply(stamp=table.stamp, blocks=table.storage.blocks, values=values)
 
-    def update(self, request: UpdateRequest, *, caller: str = "") -> UpdateReply | Pieces[UpdateReply]:
+    def update(self, request: UpdateRequest, *, caller: str = "") -> UpdateReply | Parked | Pieces[UpdateReply]:
         table = self._tenancy.fenced(request.envelope)
         bounds.check_step(request.step_id, (request.sequence,))
+        if request.want_weight_grad and (waits := self._waits(table, request.envelope)) is not None:
+            return waits
         held = table.updates.get(request.step_id, request.sequence) if request.hold else None
         if held is not None:
             # A repeat is answered from what is held, whatever it brings: its context may be gone by now.
@@ -157,60 +173,217 @@ class Answers:
         weight_grad: Tensor | None,
         caller: str,
     ) -> UpdateReply:
-        if new is not None and not table.ledger.has(request.step_id):
+        if new is not None and not table.ledger.has(request.step_id) and table.order.find(request.step_id) is None:
             table.updates.hold(request.step_id, request.sequence, new, caller=caller)
             self._tenancy.make_room()
         return UpdateReply(stamp=table.stamp, weight_grad=weight_grad)
 
     def prepare(self, request: PrepareRequest, *, caller: str = "") -> PrepareReply | Parked:
-        table = self._tenancy.fenced(request.envelope)
-        bounds.check_step(request.step_id, request.sequences)
-        if table.ledger.has(request.step_id):
-            return PrepareReply(stamp=table.stamp, missing=(), squared_norm=0.0, finite=True, applied=True)
-        if table.holds_off(request.step_id):
-            return table.park_until_thaw()
-        missing = commits.missing(table.updates, request.step_id, request.sequences)
-        if missing:
-            return PrepareReply(stamp=table.stamp, missing=missing, squared_norm=0.0, finite=True, applied=False)
-        with self._stages.measure("kernel"):
-            step = commits.prepare(table.storage, table.updates, request, caller=caller)
-        return PrepareReply(
-            stamp=table.stamp, missing=(), squared_norm=step.squared_norm, finite=step.finite, applied=False
-        )
-
-    def commit(self, request: CommitRequest) -> CommitReply | Parked:
-        table = self._tenancy.fenced(request.envelope)
-        bounds.check_commit(request)
-        if table.ledger.has(request.step_id):
-            return CommitReply(stamp=table.stamp, missing=(), applied=True)
-        if request.one_phase:
-            if table.holds_off(request.step_id):
+        bounds.check_prepare(request)
+        tables = [self._tenancy.fenced(part.envelope) for part in request.parts]
+        found = []
+        for table, part in zip(tables, request.parts, strict=True):
+            reply = self._looked_at(table, part)
+            if isinstance(reply, Parked):
+                return reply
+            if reply.held_off and request.wait:
                 return table.park_until_thaw()
-            missing = commits.missing(table.updates, request.step_id, request.sequences)
-            if missing:
-                return CommitReply(stamp=table.stamp, missing=missing, applied=False)
+            found.append(reply)
+        if any(reply.missing or reply.held_off for reply in found):
+            return PrepareReply(parts=tuple(found))
+        decider = request.decider_table, request.decider_step
+        begun = []
         try:
-            with self._stages.measure("kernel"):
-                commits.commit(table.storage, table.updates, table.ledger, request)
-        except DataLoss:
-            table.measure()
+            for number, (table, part) in enumerate(zip(tables, request.parts, strict=True)):
+                if found[number].applied:
+                    continue
+                known = table.updates.prepared_step(part.step_id)
+                with self._stages.measure("kernel"):
+                    step = commits.prepare(
+                        table.storage,
+                        table.updates,
+                        part.step_id,
+                        part.sequences,
+                        decider=decider,
+                        want_norm=request.want_norm,
+                        norm_order=request.norm_order,
+                        caller=caller,
+                    )
+                if known is None:
+                    begun.append((table, part.step_id))
+                found[number] = PreparedPart(
+                    stamp=table.stamp,
+                    squared_norm=step.squared_norm,
+                    finite=step.finite,
+                    norm=step.norm if request.norm_order else 0.0,
+                )
+        except BaseException:
+            for table, step_id in begun:
+                table.updates.end_prepare(step_id)
+                table.steps_changed()
             raise
-        table.steps_changed()
-        return CommitReply(stamp=table.stamp, missing=(), applied=True)
+        return PrepareReply(parts=tuple(found))
+
+    def _looked_at(self, table: HostedTable, part: PreparePart) -> PreparedPart | Parked:
+        """What speaks against preparing a part."""
+        table.updates.touch(part.step_id)
+        if table.ledger.has(part.step_id) or table.order.find(part.step_id) is not None:
+            return PreparedPart(stamp=table.stamp, applied=True)
+        prepared = table.updates.prepared_step(part.step_id)
+        if prepared is not None and prepared.step < part.step_id.step:
+            return table.park_for_steps()  # what became of that one comes first
+        if table.frozen and prepared is None:
+            return PreparedPart(stamp=table.stamp, held_off=True)
+        return PreparedPart(stamp=table.stamp, missing=commits.missing(table.updates, part.step_id, part.sequences))
+
+    def commit(self, request: CommitRequest) -> CommitReply | Parked | Answered:
+        bounds.check_commit(request)
+        tables = [self._tenancy.fenced(part.envelope) for part in request.parts]
+        if request.decided:
+            return self._apply(request, tables)
+        known = [self._decided_version(table, part) for table, part in zip(tables, request.parts, strict=True)]
+        if known[0]:
+            return _committed(tables, known)
+        if not tables[0].is_gate:
+            raise StalePlacement(
+                f"shard {tables[0].info.shard} decides no steps of table {tables[0].view.schema.name!r}: shard "
+                f"{tables[0].gate} does"
+            )
+        if request.one_phase:
+            return self._commit_in_one(request, tables)
+        for table, part in zip(tables, request.parts, strict=True):
+            if table.owns:
+                commits.require_prepared(table.updates, part.step_id, part.sequences)
+        versions = self._decide(request, tables)
+        # [JOURNAL] the decision is written down here, before it is said. [BARRIER] a group's is made when all its ranks
+        # have committed.
+        return Answered(_committed(tables, versions), partial(self._apply_all, tables))
+
+    def _commit_in_one(self, request: CommitRequest, tables: list[HostedTable]) -> CommitReply | Parked | Answered:
+        """Prepare and commit at once: nobody else has a part in it."""
+        for table, part in zip(tables, request.parts, strict=True):
+            table.updates.touch(part.step_id)
+            prepared = table.updates.prepared_step(part.step_id)
+            if table.frozen and prepared is None:
+                return table.park_until_thaw()
+            if prepared is not None and prepared.step < part.step_id.step:
+                return table.park_for_steps()
+            if not table.owns_all:
+                raise InvalidRequest(
+                    f"shard {table.info.shard} does not own all pages of table {table.view.schema.name!r}: its steps "
+                    "are prepared at every owner first. Nothing was changed."
+                )
+        missing = [
+            commits.missing(table.updates, part.step_id, part.sequences)
+            for table, part in zip(tables, request.parts, strict=True)
+        ]
+        if any(missing):
+            return CommitReply(
+                parts=tuple(
+                    CommittedPart(stamp=table.stamp, missing=lacks)
+                    for table, lacks in zip(tables, missing, strict=True)
+                )
+            )
+        if len(tables) > 1:  # so that what could fail does before any is decided
+            first = request.parts[0]
+            self.prepare(
+                PrepareRequest(
+                    parts=tuple(
+                        PreparePart(envelope=part.envelope, step_id=part.step_id, sequences=part.sequences)
+                        for part in request.parts
+                    ),
+                    want_norm=False,
+                    decider_table=first.envelope.table_id,
+                    decider_step=first.step_id.step,
+                )
+            )
+            versions = self._decide(request, tables)
+            return Answered(_committed(tables, versions), partial(self._apply_all, tables))
+        table, part = tables[0], request.parts[0]
+        prepared = table.updates.prepared_step(part.step_id)
+        if prepared is not None and prepared.sequences != tuple(sorted(part.sequences)):
+            table.updates.end_prepare(part.step_id)
+        table.apply_decided()
+        with self._stages.measure("kernel"):
+            table.apply_now(_decision(table, part))
+        return _committed(tables, [table.order.applied])
+
+    def _decide(self, request: CommitRequest, tables: list[HostedTable]) -> list[int]:
+        """The decision of a step: a version at each table that is numbered here."""
+        decisions = [_decision(table, part) for table, part in zip(tables, request.parts, strict=True)]
+        versions = [
+            table.order.number(step).version if table.is_gate else 0
+            for table, step in zip(tables, decisions, strict=True)
+        ]
+        if len(tables) > 1:
+            tables[0].others[versions[0]] = tuple(
+                replace(step, version=version) for step, version in zip(decisions[1:], versions[1:], strict=True)
+            )
+        return versions
+
+    def _apply_all(self, tables: list[HostedTable]) -> None:
+        with self._stages.measure("apply"):
+            for table in tables:
+                table.apply_decided()
+
+    def _apply(self, request: CommitRequest, tables: list[HostedTable]) -> CommitReply | Parked:
+        """Apply what was decided elsewhere, each table's part in its turn."""
+        versions = []
+        for table, part in zip(tables, request.parts, strict=True):
+            table.updates.touch(part.step_id)
+            version = self._decided_version(table, part)
+            if not version:
+                step = replace(_decision(table, part), version=part.version)
+                if part.version:
+                    table.order.add(step)
+                    version = part.version
+                elif table.is_gate:
+                    version = table.order.number(step).version
+                else:
+                    raise StalePlacement(
+                        f"shard {table.info.shard} gives no versions to steps of table {table.view.schema.name!r}: "
+                        f"shard {table.gate} does"
+                    )
+            versions.append(version)
+        with self._stages.measure("apply"):
+            for table in tables:
+                table.apply_decided()
+        for table, version in zip(tables, versions, strict=True):
+            if version > table.order.applied:
+                return table.park_for_order()
+        return _committed(tables, versions)
+
+    def _decided_version(self, table: HostedTable, part: CommitPart) -> int:
+        """The version of a step that is decided already, else 0. Raises StepConflict where it is over."""
+        waiting = table.order.find(part.step_id)
+        return waiting.version if waiting is not None else table.ledger.applied(part.step_id)
 
     def discard(self, request: DiscardRequest) -> DiscardReply:
-        table = self._tenancy.fenced(request.envelope)
-        bounds.check_step(request.step_id, ())
-        discarded = table.updates.discard(request.step_id)
-        table.steps_changed()
-        return DiscardReply(stamp=table.stamp, discarded=discarded)
+        bounds.check_discard(request)
+        tables = [self._tenancy.fenced(part.envelope) for part in request.parts]
+        discarded = 0
+        for table, part in zip(tables, request.parts, strict=True):
+            if table.order.find(part.step_id) is not None:
+                continue  # decided: it stays
+            if request.keep_updates:
+                table.updates.end_prepare(part.step_id)
+            else:
+                held = table.updates.discard(part.step_id)
+                discarded += held
+                applied = table.ledger.entry(part.step_id).step
+                if (held or applied) and applied < part.step_id.step:  # a Prepare of it that comes late finds it over
+                    table.ledger.drop(part.step_id)
+            table.steps_changed()
+        return DiscardReply(discarded=discarded)
 
-    def score(self, request: ScoreRequest) -> ScoreReply | Pieces[ScoreReply]:
+    def score(self, request: ScoreRequest) -> ScoreReply | Parked | Pieces[ScoreReply]:
         table = self._tenancy.fenced(request.envelope)
+        if (waits := self._waits(table, request.envelope)) is not None:
+            return waits
         with self._stages.measure("copy in"):
             queries = validate.check_score(table.storage, request, reply_bytes=self._reply_bytes)
         self._reserve(12 * queries.shape[0] * (len(table.storage.heads) or 1) * request.topk)
-        num_queries = max(_LEAST_QUERIES, SCORE_PIECE_PRODUCTS // max(1, _products(table, request.topk)))
+        num_queries = _queries_at_once(table, request.topk)
         if queries.shape[0] > num_queries:
             return self._score_in_pieces(request, table, queries, num_queries)
         with self._stages.measure("kernel"):
@@ -233,8 +406,10 @@ class Answers:
             yield
         return ScoreReply(stamp=stamp, heads=heads, scores=scores, ids=ids)
 
-    def read_rows(self, request: ReadRowsRequest) -> ReadRowsReply | Pieces[ReadRowsReply]:
+    def read_rows(self, request: ReadRowsRequest) -> ReadRowsReply | Parked | Pieces[ReadRowsReply]:
         table = self._tenancy.fenced(request.envelope)
+        if (waits := self._waits(table, request.envelope)) is not None:
+            return waits
         ids = validate.check_read(table.storage, request, reply_bytes=self._reply_bytes)
         blocks = table.storage.row_blocks(request.array)
         self._reserve(validate.row_bytes(table.storage, request.array) * ids.shape[0])
@@ -270,6 +445,8 @@ class Answers:
 
     def step_count(self, request: StepCountRequest) -> StepCountReply | Parked:
         table = self._tenancy.fenced(request.envelope)
+        if (waits := self._waits(table, request.envelope)) is not None:
+            return waits
         if request.set is not None:
             if table.frozen:  # the ledger is on its way to other shards
                 return table.park_until_thaw()
@@ -277,10 +454,35 @@ class Answers:
             table.ledger.count_steps(request.set, at_version=request.at_version)
         return StepCountReply(stamp=table.stamp, count=table.ledger.step)
 
+    def _waits(self, table: HostedTable, envelope: Envelope) -> Parked | None:
+        """What a reader has to wait for: a version that it has seen, or a step that may be acknowledged by now."""
+        asked_s = self._asked_s()
+        waits = table.lacks(envelope, waits_since_s=asked_s)
+        return table.in_doubt(waits_since_s=asked_s) if waits is None else waits
+
     def _copy_out(self, tensor: Tensor) -> Tensor:
         # On a GPU this waits for the kernel too: its launch alone is counted as "kernel".
         with self._stages.measure("copy out"):
             return tensor.cpu()
+
+
+def _decision(table: HostedTable, part: CommitPart) -> DecidedStep:
+    return DecidedStep(
+        table_id=table.table_id,
+        version=0,
+        step_id=part.step_id,
+        lr=part.lr,
+        grad_scale=part.grad_scale,
+        sequences=part.sequences,
+    )
+
+
+def _committed(tables: list[HostedTable], versions: list[int]) -> CommitReply:
+    return CommitReply(
+        parts=tuple(
+            CommittedPart(stamp=table.stamp, version=version) for table, version in zip(tables, versions, strict=True)
+        )
+    )
 
 
 def _row_bytes(table: HostedTable) -> int:
@@ -288,15 +490,23 @@ def _row_bytes(table: HostedTable) -> int:
     return 4 * table.storage.schema.width(table.storage.blocks)
 
 
-def _products(table: HostedTable, topk: int) -> int:
-    """Products that one query takes, of all heads here."""
+def _queries_at_once(table: HostedTable, topk: int) -> int:
+    """How many queries are scored before others have their turn."""
+    products, candidates = _products(table, topk)
+    least = _LEAST_QUERIES if candidates <= products else 1  # candidates are each query's own
+    return max(least, SCORE_PIECE_PRODUCTS // max(1, products + candidates))
+
+
+def _products(table: HostedTable, topk: int) -> tuple[int, int]:
+    """Products that one query takes, of all heads here, and the candidates that it chooses among by them."""
     schema, storage = table.storage.schema, table.storage
     if schema.keys is None:
-        return 0
+        return 0, 0
     if schema.num_key_pages:
         _, _, half_keys, half_dim = storage.head_keys.shape
-        return len(storage.heads) * (2 * half_keys * half_dim + topk * topk)
-    return schema.num_slots * schema.keys.key_dim
+        best = min(topk, half_keys)  # of each half
+        return len(storage.heads) * 2 * half_keys * half_dim, len(storage.heads) * best * best
+    return schema.num_slots * schema.keys.key_dim, 0
 
 
 def _parts_of(bags: Bags, row_bytes: int) -> Iterator[tuple[int, int, Bags]]:

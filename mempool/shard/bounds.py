@@ -6,14 +6,19 @@ All is checked in one pass, before any work. Leaves tensors to ``validate``.
 import math
 from collections.abc import Sequence
 
+from mempool.agreement.ledger import MAX_ENTRIES
 from mempool.errors import InvalidRequest, RequestTooLarge
-from mempool.shard.steps.ledger import MAX_ENTRIES
-from mempool.types import CommitRequest, Ledger, StepId
+from mempool.types import CommitPart, CommitRequest, DiscardRequest, Ledger, PreparePart, PrepareRequest, StepId
 
 MAX_NAME_BYTES = 256
 """Of a group's name. Shards keep it with everything the group holds, and in every ledger."""
 MAX_SEQUENCES = 65_536
 """Updates of one step."""
+MAX_PARTS = 1_024
+"""Tables of one step."""
+MAX_DISCARDED = 4_096
+"""Steps that one Discard drops."""
+MAX_TOKEN_BYTES = 64
 MAX_RELEASED = 65_536
 """Lookups that one gather releases."""
 MAX_FREEZE_S = 3600.0
@@ -78,24 +83,76 @@ def check_step(step_id: StepId, sequences: Sequence[int]) -> None:
         seen.add(sequence)
 
 
-def check_commit(request: CommitRequest) -> None:
-    """Raises InvalidRequest for wrong sequences and for a learning rate or scale that no step can have."""
-    check_step(request.step_id, request.sequences)
-    if not math.isfinite(request.lr) or request.lr < 0:
-        raise InvalidRequest(f"lr = {request.lr} must be a finite number, 0 or more. Nothing was changed.")
-    if not math.isfinite(request.grad_scale):
+def check_prepare(request: PrepareRequest) -> None:
+    """Raises InvalidRequest for wrong parts or sequences, and for an order that no norm has."""
+    _check_parts(request.parts)
+    for part in request.parts:
+        check_step(part.step_id, part.sequences)
+    check_number("decider_table", request.decider_table, _MAX_LOOKUP_ID)
+    check_number("decider_step", request.decider_step)
+    if not request.norm_order >= 0.0:
         raise InvalidRequest(
-            f"grad_scale = {request.grad_scale} must be finite; discard a step whose gradient overflowed. "
+            f"norm_order = {request.norm_order} must be above 0 (infinity for the largest element), or 0 for none. "
             "Nothing was changed."
         )
 
 
-def check_freeze(timeout_s: float) -> None:
-    """Raises InvalidRequest for a time that nobody can wait."""
+def check_commit(request: CommitRequest) -> None:
+    """Raises InvalidRequest for wrong parts or sequences, and for a learning rate or scale that no step can have."""
+    _check_parts(request.parts)
+    for part in request.parts:
+        check_step(part.step_id, part.sequences)
+        check_number("version", part.version)
+        if not math.isfinite(part.lr) or part.lr < 0:
+            raise InvalidRequest(f"lr = {part.lr} must be a finite number, 0 or more. Nothing was changed.")
+        if not math.isfinite(part.grad_scale):
+            raise InvalidRequest(
+                f"grad_scale = {part.grad_scale} must be finite; discard a step whose gradient overflowed. "
+                "Nothing was changed."
+            )
+
+
+def check_discard(request: DiscardRequest) -> None:
+    """Raises InvalidRequest for wrong steps."""
+    if len(request.parts) > MAX_DISCARDED:
+        raise InvalidRequest(
+            f"Discard has {len(request.parts):,} parts; at most {MAX_DISCARDED:,} are taken. Nothing was changed."
+        )
+    for part in request.parts:
+        check_step(part.step_id, ())
+
+
+def _check_parts(parts: Sequence[PreparePart | CommitPart]) -> None:
+    if not 1 <= len(parts) <= MAX_PARTS:
+        raise InvalidRequest(f"a step has 1 to {MAX_PARTS:,} tables; {len(parts):,} were named. Nothing was changed.")
+    tables = [part.envelope.table_id for part in parts]
+    if len(set(tables)) < len(tables):
+        raise InvalidRequest(f"a table is named twice in one step: {shown_numbers(tables)}. Nothing was changed.")
+    sequences = sum(len(part.sequences) for part in parts)
+    if sequences > MAX_SEQUENCES:
+        raise InvalidRequest(
+            f"a step names {sequences:,} sequences; its tables together have at most {MAX_SEQUENCES:,} updates. Commit "
+            "more often. Nothing was changed."
+        )
+
+
+def check_freeze(timeout_s: float, *, token: str, lease_s: float) -> None:
+    """Raises InvalidRequest for a time that nobody can wait, or a long token."""
+    check_token(token)
+    if not (math.isfinite(lease_s) and 0.0 <= lease_s <= MAX_FREEZE_S):
+        raise InvalidRequest(
+            f"lease_s = {lease_s} must be at least 0 (no end) and at most {MAX_FREEZE_S:g} s. Nothing was changed."
+        )
     if not (math.isfinite(timeout_s) and 0.0 < timeout_s <= MAX_FREEZE_S):
         raise InvalidRequest(
             f"timeout_s = {timeout_s} must be above 0 and at most {MAX_FREEZE_S:g} seconds. Nothing was changed."
         )
+
+
+def check_token(token: str) -> None:
+    """Raises InvalidRequest for a long one."""
+    if len(token.encode("utf-8", "surrogatepass")) > MAX_TOKEN_BYTES:
+        raise InvalidRequest(f"the token {shown(token)} has more than {MAX_TOKEN_BYTES} bytes. Nothing was changed.")
 
 
 def check_ledger(ledger: Ledger | None) -> None:
@@ -105,8 +162,13 @@ def check_ledger(ledger: Ledger | None) -> None:
     check_number("the ledger's version", ledger.version)
     check_number("the ledger's updates_applied", ledger.updates_applied)
     check_number("the ledger's step", ledger.version + ledger.step_offset)
-    for (group, rank), step in ledger.entries.items():
-        check_step(StepId(group=group, rank=rank, step=step), ())
+    for (group, rank), entry in ledger.entries.items():
+        check_step(StepId(group=group, rank=rank, step=entry.step), ())
+        check_number("a ledger entry's generation", entry.generation)
+        check_number("a ledger entry's version", entry.version)
+        check_number("a ledger entry's dropped", entry.dropped)
+        if len(entry.others) > MAX_PARTS:
+            raise InvalidRequest(f"a ledger entry names {len(entry.others):,} tables; a step has at most {MAX_PARTS:,}")
     if len(ledger.entries) > MAX_ENTRIES:
         raise InvalidRequest(f"the ledger has {len(ledger.entries):,} entries; it may have {MAX_ENTRIES:,}")
 

@@ -22,6 +22,7 @@ from mempool.shard.answers import Answers
 from mempool.shard.hosted import Parked
 from mempool.shard.jobs import JOB_BYTES
 from mempool.shard.pages.transfer import pull
+from mempool.shard.resolving import Resolver
 from mempool.shard.steps.budget import MIB, Budget, numbers_bytes
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.tenancy import Tenancy
@@ -36,6 +37,8 @@ from mempool.types import (
     ExportPages,
     GatherReply,
     GatherRequest,
+    HeartbeatReply,
+    HeartbeatRequest,
     Ledger,
     LedgerPart,
     PageBatch,
@@ -45,6 +48,8 @@ from mempool.types import (
     PullReport,
     ReadRowsReply,
     ReadRowsRequest,
+    ResolveReply,
+    ResolveRequest,
     ScoreReply,
     ScoreRequest,
     ShardHost,
@@ -85,12 +90,13 @@ class Engine:
         commit_memory_bytes: Temporary bytes of preparing and committing steps, of all tables together: a step that
             would need more is summed and applied in parts. The sums of one row and the gradient of one pair, some
             hundred bytes and the width of a row in float32, are needed in any case.
-        held_lease_s: Seconds of silence after which a rank's held updates are dropped, a sixth of it where they stand
-            in others' way; a trainer that lives is asked for them again.
+        held_lease_s: Seconds of silence after which what a rank holds is dropped; a trainer that lives is asked for it
+            again.
         max_message_bytes: What an answer may have; larger ones are refused before any work. None: there is no message.
         on_fatal: Told, on the engine's thread, why the shard cannot go on (its CUDA context is broken, say). It has
             ended then and refuses everything. None: nobody needs to know.
         stages: Where its work is timed, with that of the server before it; None: on its own.
+        configured: Limits come from a config file; messages name its keys.
         clock: Seconds, monotonic: what leases, and deadlines of callers, are told by.
         runner: Gives it its thread.
     """
@@ -107,10 +113,11 @@ class Engine:
         context_budget_bytes: int | None = None,
         context_lease_s: float = 600.0,
         commit_memory_bytes: int = 256 * MIB,
-        held_lease_s: float = 60.0,
+        held_lease_s: float = 10.0,
         max_message_bytes: int | None = None,
         on_fatal: Callable[[BaseException], None] | None = None,
         stages: Stages | None = None,
+        configured: bool = True,
         clock: Clock = time.monotonic,
         runner: Runner = THREADS,
     ) -> None:
@@ -119,7 +126,12 @@ class Engine:
         self._clock = clock
         self._started_s = clock()
         self._stages = stages or Stages()
-        self._budget = Budget(client_memory_bytes, context_bytes=context_budget_bytes, commit_bytes=commit_memory_bytes)
+        self._budget = Budget(
+            client_memory_bytes,
+            context_bytes=context_budget_bytes,
+            commit_bytes=commit_memory_bytes,
+            configured=configured,
+        )
         contexts = Contexts(room=lambda: self._budget.context_room, lease_s=context_lease_s, clock=clock)
         self._tenancy = Tenancy(
             info,
@@ -149,7 +161,11 @@ class Engine:
             stages=self._stages,
             reply_bytes=max_message_bytes,
             reserve=self._thread.reserve,
+            asked_s=self._thread.asked_s,
         )
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._resolver = Resolver(self._tenancy.decisions, run=self._control, peers=peers)
+        self._tenancy.on_doubt = self._poke
 
     @property
     def doing(self) -> str:
@@ -171,17 +187,24 @@ class Engine:
 
     async def prepare(self, request: PrepareRequest) -> PrepareReply:
         caller = current_caller().name
-        cost = _cost(numbers=len(request.sequences))
+        cost = _cost(numbers=sum(len(part.sequences) for part in request.parts)) + JOB_BYTES * len(request.parts)
         reply: PrepareReply = await self._ask("prepare", partial(self._answers.prepare, caller=caller), request, cost)
         return reply
 
     async def commit(self, request: CommitRequest) -> CommitReply:
-        cost = _cost(numbers=len(request.sequences))
+        cost = _cost(numbers=sum(len(part.sequences) for part in request.parts)) + JOB_BYTES * len(request.parts)
         reply: CommitReply = await self._ask("commit", self._answers.commit, request, cost)
         return reply
 
     async def discard(self, request: DiscardRequest) -> DiscardReply:
-        reply: DiscardReply = await self._ask("discard", self._answers.discard, request, JOB_BYTES)
+        cost = JOB_BYTES * (1 + len(request.parts))
+        reply: DiscardReply = await self._ask("discard", self._answers.discard, request, cost)
+        return reply
+
+    async def heartbeat(self, request: HeartbeatRequest) -> HeartbeatReply:
+        """Raises StalePlacement for another incarnation: what the rank held was lost with that one."""
+        self._tenancy.check_incarnation(request.incarnation)
+        reply: HeartbeatReply = await self._control("heartbeat", self._tenancy.heartbeat, request)
         return reply
 
     async def score(self, request: ScoreRequest) -> ScoreReply:
@@ -219,21 +242,30 @@ class Engine:
     async def drop_table(self, table_id: int) -> None:
         await self._control("drop_table", self._tenancy.drop, table_id)
 
-    async def freeze(self, table_id: int, timeout_s: float) -> int:
-        bounds.check_freeze(timeout_s)
+    async def freeze(self, table_id: int, timeout_s: float, *, token: str, lease_s: float) -> int:
+        bounds.check_freeze(timeout_s, token=token, lease_s=lease_s)
         version: int
         try:
             async with asyncio.timeout(timeout_s):
-                version = await self._control("freeze", self._tenancy.freeze, table_id)
+                version = await self._control("freeze", self._tenancy.freeze, (table_id, token, lease_s))
         except TimeoutError as error:
             if isinstance(error, MempoolError):
                 raise
             give_up = partial(self._tenancy.give_up_freeze, timeout_s=timeout_s)
-            version = await self._control("freeze", give_up, table_id)
+            version = await self._control("freeze", give_up, (table_id, token))
         return version
 
-    async def thaw(self, table_id: int) -> None:
-        await self._control("thaw", self._tenancy.thaw, table_id)
+    async def thaw(self, table_id: int, *, token: str = "") -> None:
+        bounds.check_token(token)
+        await self._control("thaw", self._tenancy.thaw, (table_id, token))
+
+    async def resolve(self, request: ResolveRequest) -> ResolveReply:
+        if request.step_id is not None:
+            bounds.check_step(request.step_id, ())
+        reply: ResolveReply = await self._control("resolve", self._tenancy.decisions.answer, request)
+        if request.after_version is not None:
+            self._resolver.poke()  # a gate in doubt asks in its turn
+        return reply
 
     async def export_pages(self, request: ExportPages) -> PageBatch:
         batch: PageBatch = await self._thread.run("export_pages", self._tenancy.export, request)
@@ -258,7 +290,11 @@ class Engine:
         async def stage(batch: PageBatch) -> int:
             cost = _cost(*batch.arrays.values())
             num_bytes: int = await self._thread.run(
-                "stage", partial(self._tenancy.stage, table), batch, cost=cost, caller=_TABLES
+                "stage",
+                partial(self._tenancy.stage, table, token=request.token),
+                batch,
+                cost=cost,
+                caller=_TABLES,
             )
             return num_bytes
 
@@ -267,7 +303,7 @@ class Engine:
             return lacks
 
         async def stage_ledger(ledger: Ledger) -> None:
-            await self._control("stage", partial(self._tenancy.stage_ledger, table), ledger)
+            await self._control("stage", partial(self._tenancy.stage_ledger, table, token=request.token), ledger)
 
         return await pull(
             request,
@@ -278,8 +314,9 @@ class Engine:
             stage_ledger=stage_ledger,
         )
 
-    async def set_view(self, view: TableView) -> None:
-        await self._control("set_view", self._tenancy.set_view, view)
+    async def set_view(self, view: TableView, *, token: str = "") -> None:
+        bounds.check_token(token)
+        await self._control("set_view", partial(self._tenancy.set_view, token=token), view)
 
     async def views(self) -> tuple[TableView, ...]:
         self._thread.check_open()
@@ -293,6 +330,7 @@ class Engine:
 
     async def close(self) -> None:
         """Answer what is waiting, then end the thread and free all memory. Repeatable."""
+        await self._resolver.close()
         with suppress(ShardUnavailable):  # closed before
             await self._thread.run("close", lambda _: self._tenancy.drop_all())
         await self._thread.close()
@@ -305,21 +343,32 @@ class Engine:
 
     # From a call to a job
 
+    def _poke(self) -> None:
+        """On the engine's thread: there is something to ask of other shards."""
+        loop = self._loop
+        if loop is not None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self._resolver.poke)
+
+    def _woken(self, result: object) -> Awaitable[None] | None:
+        """What to wait for until the job is to be run again, from its start: everything may have changed meanwhile."""
+        if not isinstance(result, Parked):
+            return None
+        if result.in_doubt:
+            self._resolver.poke()
+        return result.wait()
+
     async def _ask(self, stage: str, answer: Callable[[Any], Any], request: object, cost: int) -> Any:
+        self._loop = asyncio.get_running_loop()
         try:
-            return await self._thread.run(stage, answer, request, cost=cost, again=_woken)
+            return await self._thread.run(stage, answer, request, cost=cost, again=self._woken)
         except Overloaded as error:
             error.shard, error.address = self.info.shard, self.info.address
             raise
 
     async def _control(self, stage: str, do: Callable[[Any], Any], request: object) -> Any:
         """For what the controller asks: goes before what clients do."""
-        return await self._thread.run(stage, do, request, control=True, again=_woken)
-
-
-def _woken(result: object) -> Awaitable[None] | None:
-    """What to wait for until the job is to be run again, from its start: everything may have changed meanwhile."""
-    return result.wait() if isinstance(result, Parked) else None
+        return await self._thread.run(stage, do, request, control=True, again=self._woken)
 
 
 def _cost(*tensors: Tensor | None, numbers: int = 0) -> int:

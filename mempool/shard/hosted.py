@@ -10,21 +10,29 @@ from dataclasses import replace
 
 import torch
 
+from mempool.agreement.doubt import Doubt
+from mempool.agreement.ledger import AppliedLedger
+from mempool.agreement.order import Order
+from mempool.agreement.rounds_here import RoundsHere
 from mempool.errors import DataLoss, ShardUnavailable, StalePlacement
 from mempool.shard.pages.staging import Staging
 from mempool.shard.pages.storage import Storage
+from mempool.shard.steps import commits
 from mempool.shard.steps.budget import Budget
 from mempool.shard.steps.held import HeldUpdates
-from mempool.shard.steps.ledger import AppliedLedger
-from mempool.types import AttachTable, Envelope, ShardInfo, Stamp, StepId, TableStatus, TableView
+from mempool.types import AttachTable, DecidedStep, Envelope, ShardInfo, Stamp, TableStatus, TableView
 from mempool.types.running import Clock
 
 
 class Parked:
-    """Not an answer: the job is to be run again, from its start, when ``woken`` is done."""
+    """Not an answer: the job is to be run again, from its start, when ``woken`` is done.
 
-    def __init__(self) -> None:
+    in_doubt: It waits for what another shard may have to be asked for.
+    """
+
+    def __init__(self, *, in_doubt: bool = False) -> None:
         self.woken: Future[None] = Future()
+        self.in_doubt = in_doubt
 
     def wake(self) -> None:
         """Let the waiter go on; one that was cancelled is passed over."""
@@ -45,6 +53,11 @@ class HostedTable:
             All three are of the last ``measure``; any thread may read them.
         bytes_to_fill: Bytes of initial values that are still to be written; any thread may read it.
         preparing: What is done before they are written, in words; "" for nothing. Any thread may read and write it.
+        order: Of its steps, as far as it is known here.
+        others: By version: of a decided step that waits to be applied, this table its first: its parts at the others.
+        rounds: Which move's round holds it frozen.
+        order_doubt, step_doubt: Who waits to hear of others what was decided.
+        gate: The shard that numbers its steps, under the present view.
     """
 
     def __init__(
@@ -63,13 +76,19 @@ class HostedTable:
         self.storage = Storage(request.view.schema, shard=info.shard, device=device, version=self.ledger.version)
         self.staging = Staging(self.storage)
         self.updates = HeldUpdates(budget=budget, lease_s=lease_s, clock=clock)
-        self.frozen = False
+        self.order = Order(self.ledger.version)
+        self.others: dict[int, tuple[DecidedStep, ...]] = {}
+        self.rounds = RoundsHere(clock)
+        self.order_doubt, self.step_doubt = Doubt(), Doubt()
+        self.gate = min(request.view.placement.shards)
         self.lookups = 0
+        self._clock = clock
         self._filling: Iterator[int] | None = None
         self._filling_bytes = self.bytes_to_fill = 0
         self.preparing = ""
         self._waiting_for_thaw: list[Parked] = []
-        self._waiting_for_decisions: list[Parked] = []
+        self._waiting_for_rest: list[Parked] = []
+        self._waiting_for_news: list[Parked] = []
         if request.mode == "initialise":
             self._filling = self.storage.initialise(request.view.placement)
             self._filling_bytes = self.bytes_to_fill = self.storage.initial_bytes(request.view.placement)
@@ -91,6 +110,16 @@ class HostedTable:
         """Count pages and bytes anew: to be called by whoever changed which pages are here."""
         self.pages, self.lost_pages = self.storage.num_pages, self.storage.num_lost
         self.num_bytes = max(self.storage.num_bytes + self.staging.num_bytes, self._filling_bytes)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether a move's round holds it."""
+        return self.rounds.held
+
+    @property
+    def is_gate(self) -> bool:
+        """Whether this shard numbers its steps."""
+        return self.gate == self.info.shard
 
     @property
     def stamp(self) -> Stamp:
@@ -129,14 +158,59 @@ class HostedTable:
                 address=self.info.address,
             )
         self.check_whole()
-        if envelope.table_version > self.ledger.version:
+
+    def lacks(self, envelope: Envelope, *, waits_since_s: float) -> Parked | None:
+        """Where the client has seen a later version than is here: what to wait for.
+
+        Raises:
+            DataLoss: The gate does not know of that version: commits were lost.
+        """
+        if envelope.table_version <= self.order.applied:
+            return None
+        self.apply_decided()  # what failed for want of memory is tried again
+        if envelope.table_version <= self.order.applied:
+            return None
+        if self.is_gate or self.order_doubt.covers(waits_since_s):
             raise DataLoss(
-                f"shard {self.info.shard} has table {self.view.schema.name!r} at version {self.ledger.version}, and "
-                f"this client has seen version {envelope.table_version} acknowledged: commits were lost here. Drop "
-                f"the table (pool.drop_table({self.view.schema.name!r})), make it again and write back what you saved",
+                f"shard {self.info.shard} has table {self.view.schema.name!r} at version {self.order.applied}, and "
+                f"this client has seen version {envelope.table_version} acknowledged: commits were lost here, or that "
+                f"version was never given. If they were, drop the table (pool.drop_table({self.view.schema.name!r})), "
+                "make it again and write back what you saved",
                 shard=self.info.shard,
                 address=self.info.address,
             )
+        return self.park_for_order()
+
+    def in_doubt(self, *, waits_since_s: float) -> Parked | None:
+        """Where a step may be acknowledged by now that is not applied here: what a reader has to wait for."""
+        if not self.updates.any_prepared or self.step_doubt.covers(waits_since_s):
+            return None
+        return self.park_for_steps()
+
+    def park_for_order(self) -> Parked:
+        """For a request that comes before what it builds on."""
+        self.order_doubt.wait(self._clock())
+        return _park(self._waiting_for_news, in_doubt=True)
+
+    def park_for_steps(self) -> Parked:
+        """For a request that must know what became of prepared steps."""
+        self.step_doubt.wait(self._clock())
+        return _park(self._waiting_for_news, in_doubt=True)
+
+    def apply_decided(self) -> None:
+        """Apply what is decided and whose turn it is. Raises as ``commits.apply`` does: the rest waits."""
+        applied = self.order.applied
+        try:
+            while (step := self.order.next()) is not None:
+                commits.apply(self.storage, self.updates, self.ledger, step, others=self.others.get(step.version, ()))
+                self.others.pop(step.version, None)
+                self.order.did()
+        except DataLoss:
+            self.measure()
+            raise
+        finally:
+            if self.order.applied > applied:
+                self.steps_changed()
 
     def check_ready(self) -> None:
         """Raises ShardUnavailable while initial values are being written."""
@@ -160,35 +234,61 @@ class HostedTable:
                 address=self.info.address,
             )
 
-    def holds_off(self, step_id: StepId) -> bool:
-        """Whether a freeze holds off preparing this step. One that is prepared already goes on to its end."""
-        self.updates.touch(step_id)
-        self.updates.give_up_older(step_id)
+    def apply_now(self, step: DecidedStep) -> None:
+        """Decide and apply a step in one, where nothing waits and nobody else has a part in it.
+
+        Raises as ``commits.apply`` does; nothing is decided where that changed nothing.
+        """
+        try:
+            commits.apply(self.storage, self.updates, self.ledger, step)
+        except DataLoss:
+            self.measure()
+            raise
+        self.order.add(replace(step, version=self.order.applied + 1))
+        self.order.did()
         self.steps_changed()
-        prepared = self.updates.prepared_step(step_id)
-        return self.frozen and (prepared is None or prepared.step != step_id.step)
+
+    @property
+    def owns(self) -> bool:
+        """Whether any page of it is this shard's."""
+        return self.pages + self.lost_pages > 0
+
+    @property
+    def owns_all(self) -> bool:
+        """Whether every page of it is."""
+        return self.view.placement.shards == (self.info.shard,)
 
     def park_until_thaw(self) -> Parked:
         """For a request that a freeze holds off."""
         return _park(self._waiting_for_thaw)
 
-    def park_until_decided(self) -> Parked:
+    def park_until_rest(self) -> Parked:
         """For a freeze that waits for prepared steps."""
-        return _park(self._waiting_for_decisions)
+        self.step_doubt.wait(self._clock())
+        return _park(self._waiting_for_rest, in_doubt=True)
 
     def steps_changed(self) -> None:
-        """A prepared step was decided, or dropped: a freeze may go on."""
-        if self._waiting_for_decisions and not self.updates.any_prepared:
-            _wake(self._waiting_for_decisions)
+        """Steps were applied, dropped, or are known to be undecided: whoever waits for that looks again."""
+        if not self.updates.any_prepared:
+            self.step_doubt.ends()
+            if not self.order.any_waiting:
+                self.order_doubt.ends()
+        _wake(self._waiting_for_news)
+        if self._waiting_for_rest and not self.updates.any_prepared and not self.order.any_waiting:
+            _wake(self._waiting_for_rest)
 
     def expire(self) -> None:
-        """Drop what ranks hold that have fallen silent; sooner while a freeze waits for them."""
-        self.updates.expire(in_the_way=self.frozen)
-        self.steps_changed()
+        """Drop what ranks hold that have fallen silent, and what a round left whose controller has."""
+        self.updates.expire()
+        if self.updates.silent():
+            self.step_doubt.wait(self._clock())
+        if self.rounds.expire():
+            self.thaw()
 
     def thaw(self) -> None:
-        """End the freeze; those who wait go on."""
-        self.frozen = False
+        """The freeze has ended: what was staged is dropped, and those who wait go on."""
+        self.staging.drop()
+        self.measure()
         _wake(self._waiting_for_thaw)
 
     def adopt(self, view: TableView) -> bool:
@@ -203,11 +303,14 @@ class HostedTable:
         self.staging.adopt(view.placement, version=self.ledger.version)
         if self.ledger.adopt(arrived):
             self.storage.begin_at(self.ledger.version)
+            self.order.moved_to(self.ledger.version)
         self.view = view
+        self.gate = min(view.placement.shards)
         self.measure()
         self.updates.clear()
         self.steps_changed()
-        self.thaw()
+        self.rounds.end()
+        _wake(self._waiting_for_thaw)
         self.storage.shrink_arenas()  # last: all is adopted, should there be no memory for it
         self.measure()
         return True
@@ -216,7 +319,8 @@ class HostedTable:
         """Give back what is held, and let those who wait find out."""
         self.updates.clear()
         _wake(self._waiting_for_thaw)
-        _wake(self._waiting_for_decisions)
+        _wake(self._waiting_for_rest)
+        _wake(self._waiting_for_news)
 
     def status(self) -> TableStatus:
         """The table at a glance; any thread may ask."""
@@ -237,8 +341,8 @@ class HostedTable:
         )
 
 
-def _park(waiting: list[Parked]) -> Parked:
-    parked = Parked()
+def _park(waiting: list[Parked], *, in_doubt: bool = False) -> Parked:
+    parked = Parked(in_doubt=in_doubt)
     if len(waiting).bit_count() == 1:  # at 1, 2, 4, ...: what is left out below costs little
         waiting[:] = [other for other in waiting if not other.woken.cancelled()]
     waiting.append(parked)
@@ -246,6 +350,6 @@ def _park(waiting: list[Parked]) -> Parked:
 
 
 def _wake(waiting: list[Parked]) -> None:
-    for parked in waiting:
+    woken, waiting[:] = list(waiting), []
+    for parked in woken:
         parked.wake()
-    waiting.clear()

@@ -6,15 +6,17 @@ Changes run on the engine's thread. What is only read (views, status) may be ask
 import logging
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 
 from mempool import kernels
 from mempool.errors import DeadlineExceeded, InvalidRequest, NotFound, StalePlacement
 from mempool.observe import Stages
-from mempool.shard.bounds import check_ledger, check_reply
+from mempool.shard.bounds import check_ledger, check_reply, check_step
 from mempool.shard.hosted import HostedTable, Parked
 from mempool.shard.pages.transfer import export, ledger_part
+from mempool.shard.resolving import Decisions
 from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.steps.optimizers import kernel_needs
@@ -23,12 +25,15 @@ from mempool.types import (
     Envelope,
     ExportLedger,
     ExportPages,
+    HeartbeatReply,
+    HeartbeatRequest,
     Ledger,
     LedgerPart,
     PageBatch,
     PullPages,
     ShardInfo,
     ShardStatus,
+    StepId,
     TableView,
 )
 from mempool.types.running import THREADS, Clock, Runner
@@ -36,6 +41,12 @@ from mempool.types.running import THREADS, Clock, Runner
 MIB = 2**20
 
 _LOG = logging.getLogger("mempool.shard")
+
+
+def _check_round(table: HostedTable, token: str) -> None:
+    """Raises StalePlacement where a page comes, or goes, for a round that is not the present one."""
+    if token:
+        table.rounds.check(token)
 
 
 class Tenancy:
@@ -51,6 +62,10 @@ class Tenancy:
         reply_bytes: What a message to a peer may have; None: as much as there is.
         clock: Seconds, monotonic: what leases are told by.
         runner: Makes kernels ready.
+
+    Attributes:
+        decisions: What became of steps, for whoever asks.
+        on_doubt: Called on the engine's thread where another shard is to be asked.
     """
 
     def __init__(
@@ -77,6 +92,8 @@ class Tenancy:
         self._runner = runner
         # Never changed, always replaced: so that other threads can read it.
         self._tables: dict[int, HostedTable] = {}
+        self.decisions = Decisions(info.shard, lambda: self._tables, clock=clock)
+        self.on_doubt: Callable[[], None] = lambda: None
 
     # Which table is meant
 
@@ -93,16 +110,20 @@ class Tenancy:
 
     def fenced(self, envelope: Envelope) -> HostedTable:
         """The table of a request. Raises StalePlacement, NotFound, and as ``HostedTable.check`` does."""
-        if envelope.incarnation != self._info.incarnation:
+        self.check_incarnation(envelope.incarnation)
+        table = self.table(envelope.table_id)
+        table.check(envelope)
+        return table
+
+    def check_incarnation(self, incarnation: int) -> None:
+        """Raises StalePlacement for another one than this."""
+        if incarnation != self._info.incarnation:
             raise StalePlacement(
-                f"the request was planned for incarnation {envelope.incarnation} of shard {self._info.shard}, which is "
+                f"the request was planned for incarnation {incarnation} of shard {self._info.shard}, which is "
                 f"now at {self._info.incarnation}",
                 shard=self._info.shard,
                 address=self._info.address,
             )
-        table = self.table(envelope.table_id)
-        table.check(envelope)
-        return table
 
     # Tables come and go
 
@@ -190,30 +211,36 @@ class Tenancy:
 
     # Moves
 
-    def freeze(self, table_id: int) -> int | Parked:
-        """Begin a freeze, or go on with it: the table's version once nothing is prepared."""
+    def freeze(self, request: tuple[int, str, float]) -> int | Parked:
+        """Begin or renew a round's freeze (table, token, lease): the table's version once nothing is undecided.
+
+        Raises:
+            StalePlacement: Another round holds the table, or this one is over.
+        """
+        table_id, token, lease_s = request
         table = self.table(table_id)
         table.check_ready()
         table.check_whole()
-        table.frozen = True
+        table.rounds.begin(token, lease_s)
         table.expire()
-        if table.updates.any_prepared:
-            return table.park_until_decided()
+        if table.updates.any_prepared or table.order.any_waiting:
+            return table.park_until_rest()
         return table.ledger.version
 
-    def give_up_freeze(self, table_id: int, timeout_s: float) -> int:
+    def give_up_freeze(self, request: tuple[int, str], timeout_s: float) -> int:
         """The last look at a freeze whose time is over: thawed, with DeadlineExceeded, where something is undecided."""
+        table_id, token = request
         table = self.table(table_id)
         undecided = next(table.updates.prepared(), None)
-        if undecided is None and table.frozen:
+        if undecided is None and not table.order.any_waiting and table.frozen:
             return table.ledger.version
-        self.thaw(table_id)
+        self.thaw((table_id, token))
         why = ""
         if undecided is not None:
-            (group, rank), step = undecided
+            step = undecided.step_id
             why = (
-                f": step {step.step} of rank {rank} of group {group!r} is prepared and not decided. If that trainer "
-                f"died, it is given up {table.updates.patience_s:g} s after it was last heard of"
+                f": step {step.step} of rank {step.rank} of group {step.group!r} is prepared and not decided. If that "
+                f"trainer died, it is given up {self._held_lease_s:g} s after it was last heard of"
             )
         raise DeadlineExceeded(
             f"table {table.view.schema.name!r} did not come to rest on shard {self._info.shard} within {timeout_s:g} s"
@@ -221,18 +248,24 @@ class Tenancy:
             shard=self._info.shard,
         )
 
-    def thaw(self, table_id: int) -> None:
-        """End a freeze and drop what is staged; no error where there is nothing to undo."""
+    def thaw(self, request: tuple[int, str]) -> None:
+        """End a round's freeze, or whichever there is (""), and drop what is staged; no error where there is none."""
+        table_id, token = request
         table = self._tables.get(table_id)
-        if table is not None:
-            table.staging.drop()
-            table.measure()
+        if table is not None and (table.rounds.end(token) or not token):
             table.thaw()
+
+    def heartbeat(self, request: HeartbeatRequest) -> HeartbeatReply:
+        """A rank is alive: all it holds stays."""
+        check_step(StepId(group=request.group, rank=request.rank, step=0), ())
+        held = sum(table.updates.heard_of(request.group, request.rank) for table in self._tables.values())
+        return HeartbeatReply(lease_s=self._held_lease_s, updates_held=held)
 
     def export(self, request: ExportPages) -> PageBatch:
         """Pages whole, for a peer. Raises as ``transfer.export`` does, and RequestTooLarge."""
         table = self.table(request.table_id)
         table.check_ready()
+        _check_round(table, request.token)
         num_bytes = len(request.row_pages) * table.storage.page_bytes(request.blocks)
         num_bytes += len(request.key_pages) * table.storage.head_bytes
         check_reply(num_bytes, self._reply_bytes, f"{len(request.row_pages):,} row pages")
@@ -248,6 +281,7 @@ class Tenancy:
         """Check a pull and make room for it."""
         table = self.table(request.table_id)
         table.check_ready()
+        _check_round(table, request.token)
         table.staging.check_pull(request.row_pages, request.blocks, request.key_pages)
         pages = request.row_pages, request.blocks
         self._require_memory(table, table.staging.new_bytes(*pages, request.key_pages))
@@ -255,9 +289,10 @@ class Tenancy:
         table.measure()
         return table
 
-    def stage(self, table: HostedTable, batch: PageBatch) -> int:
-        """Stage a batch of a pull. Returns its bytes."""
+    def stage(self, table: HostedTable, batch: PageBatch, *, token: str = "") -> int:
+        """Stage a batch of a pull. Returns its bytes. Raises StalePlacement where its round is over by now."""
         self._require_pulled(table)
+        _check_round(table, token)
         num_bytes = table.staging.put(batch)
         table.measure()
         return num_bytes
@@ -267,9 +302,11 @@ class Tenancy:
         self._require_pulled(table)
         return table.staging.lacks_ledger(table.ledger.version)
 
-    def stage_ledger(self, table: HostedTable, ledger: Ledger) -> None:
-        """Stage the ledger of a pull. Raises InvalidRequest for one that no shard makes, Internal where it is newer."""
+    def stage_ledger(self, table: HostedTable, ledger: Ledger, *, token: str = "") -> None:
+        """Stage the ledger of a pull. Raises as ``stage``, and InvalidRequest for one that no shard makes, Internal
+        where it is newer."""
         self._require_pulled(table)
+        _check_round(table, token)
         check_ledger(ledger)
         table.staging.put_ledger(ledger)
 
@@ -277,8 +314,8 @@ class Tenancy:
         if self._tables.get(table.table_id) is not table:
             raise NotFound(f"table {table.table_id} was dropped while its pages were pulled", shard=self._info.shard)
 
-    def set_view(self, view: TableView) -> None:
-        """Adopt a view. Raises Internal as ``HostedTable.adopt`` does."""
+    def set_view(self, view: TableView, *, token: str = "") -> None:
+        """Adopt a view. Raises StalePlacement where its round is over here, and as ``HostedTable.adopt`` does."""
         table = self.table(view.schema.table_id)
         if view.schema != table.view.schema:
             raise InvalidRequest(
@@ -286,6 +323,8 @@ class Tenancy:
                 "drop the table and make it anew. Nothing was changed.",
                 shard=self._info.shard,
             )
+        if view.placement.epoch > table.epoch and token:
+            table.rounds.check(token)
         if table.adopt(view):
             self._contexts.drop_table(table.table_id)
 
@@ -297,7 +336,10 @@ class Tenancy:
         self._contexts.give_way()
         for table in self._tables.values():
             table.expire()
-        return self._budget.held_bytes > 0 or len(self._contexts) > 0
+            if table.step_doubt.since_s is not None or table.order_doubt.since_s is not None:
+                self.on_doubt()
+        frozen = any(table.frozen for table in self._tables.values())
+        return frozen or self._budget.held_bytes > 0 or len(self._contexts) > 0
 
     def make_room(self) -> None:
         """Something was held: forget lookups where they stand in its way, and let freezes know of what expired."""

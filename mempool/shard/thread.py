@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from types import GeneratorType
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 
 from mempool.errors import DeadlineExceeded, Internal, MempoolError, Overloaded, ShardUnavailable
 from mempool.observe import Stages
-from mempool.shard.jobs import JOB_BYTES, Job, JobQueue
+from mempool.shard.jobs import JOB_BYTES, Answered, Job, JobQueue
 from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.types.caller import Caller, current_caller
 from mempool.types.running import ONLY_WHEN_RUNG, THREADS, Clock, Runner
@@ -60,7 +61,8 @@ class EngineThread:
         self._upkeep_s = upkeep_s
         self._probe = probe
         self._on_fatal = on_fatal
-        self._jobs = JobQueue(budget or Budget(2**62), name=name)
+        self._budget = budget or Budget(2**62)
+        self._jobs = JobQueue(self._budget, name=name)
         self._lock = threading.Lock()  # of the queue and of what says whether it is open
         self._closed: str | None = None
         self._keeping_up = False
@@ -123,21 +125,32 @@ class EngineThread:
         )
         del request, job
         result = waits = None
+        answered = False
         try:
             self._enter(asked)
             while True:
                 result = await asked.done.future
                 waits = None if again is None else again(result)
                 if waits is None:
+                    answered = True
                     return result
                 await waits
                 asked.done = _Answer(loop)
                 self._line_up_again(asked)
         finally:
-            with self._lock:
-                self._jobs.leave(asked)
+            at_end = asked.caller.at_end if answered else None
+            if at_end is None:
+                self._leave(asked)
+            else:  # who does not take its answers is asked for no more of them than it may have here
+                asked.forget()
+                asked.done = None  # type: ignore[assignment]  # which holds the answer
+                at_end(partial(self._leave, asked))
             # An error that is raised here knows this frame: what it holds would live as long as the error.
             del asked, result, waits
+
+    def _leave(self, job: Job) -> None:
+        with self._lock:
+            self._jobs.leave(job)
 
     def reserve(self, num_bytes: int) -> None:
         """The job that is running is to hold so much more until it is answered. On the thread alone.
@@ -151,6 +164,11 @@ class EngineThread:
             with self._lock:
                 if job.known:
                     self._jobs.grow(job, num_bytes)
+
+    def asked_s(self) -> float:
+        """When the job that is running was asked for, on the clock. On the thread alone."""
+        job = self._doing
+        return 0.0 if job is None else job.asked_s
 
     async def close(self) -> None:
         """Let the jobs that are waiting finish, then end the thread. Repeatable."""
@@ -169,7 +187,7 @@ class EngineThread:
         with self._lock:
             # Under the lock, so that no job can come after the end and wait forever.
             self.check_open()
-            job.put_s = self._clock()
+            job.put_s = job.asked_s = self._clock()
             self._jobs.add(job, now_s=self._clock())
         self._worker.ring()
 
@@ -249,8 +267,23 @@ class EngineThread:
         elif failure is not None:
             job.pieces = None
             job.done.fail(failure)
+        elif isinstance(result, Answered):
+            job.done.give(result.reply)
+            self._go_on(result)
         else:
             job.done.give(result)
+
+    def _go_on(self, answered: Answered) -> None:
+        """Do what an answer has promised. What fails stays promised: whoever answered sees to it."""
+        started_s = self._clock()
+        try:
+            answered.then()
+        except MempoolError as error:
+            _LOG.warning("%s: what was decided could not be applied: %s", self._name, error)
+        except Exception as error:
+            if not out_of_memory(error):
+                _LOG.exception("%s: what was decided could not be applied", self._name)
+        self._stages.record("after the answer", self._clock() - started_s)
 
     def _do_some(self, job: Job) -> tuple[bool, Any]:
         """Run a job, or its next piece: whether there are more, and else the result."""
@@ -270,9 +303,10 @@ class EngineThread:
         """What a caller is told of an error that is not ours."""
         if out_of_memory(error):
             _LOG.warning("%s: no memory for %s: %s", self._name, job.stage, error)
+            more = ", or give shards more memory (shard.memory)" if self._budget.configured else ""
             return Overloaded(
                 f"{self._name} has no memory for {job.stage} just now ({type(error).__name__}: {error}). Repeating it "
-                "is safe; ask for less at a time, or give shards more memory (shard.memory)",
+                f"is safe; ask for less at a time{more}",
                 retry_after_s=1.0,
             )
         _LOG.exception("%s: %s failed", self._name, job.stage)

@@ -142,6 +142,7 @@ class PrepareRequest:
         parts: The tables of the step that this shard owns anything of.
         decider_table, decider_step: The first table of the step, whose gate decides, and the step as it counts them.
         wait: Where a table is held off, answer once it is not.
+        norm_order: With want_norm, of the norm that is asked for besides the squared 2-norm; 0.0: none.
     """
 
     parts: tuple[PreparePart, ...]
@@ -149,6 +150,7 @@ class PrepareRequest:
     decider_table: int
     decider_step: int
     wait: bool = False
+    norm_order: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +163,7 @@ class PreparedPart:
         finite: No inf or NaN in the reduced gradient; True if not asked.
         applied: The step was committed before; the rest is then of no meaning.
         held_off: The table's pages are moving.
+        norm: Of the shard's (slot, block)s together, of the order asked for; 0.0 if none was.
     """
 
     stamp: Stamp
@@ -169,6 +172,7 @@ class PreparedPart:
     finite: bool = True
     applied: bool = False
     held_off: bool = False
+    norm: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,17 +17,21 @@ from torch import Tensor
 
 from mempool.types import (
     AttachTable,
-    CommitReply,
+    CommitPart,
     CommitRequest,
+    CommittedPart,
+    DiscardPart,
     DiscardRequest,
     Envelope,
     ExportLedger,
     ExportPages,
     GatherRequest,
     Ledger,
+    LedgerEntry,
     OptimizerSpec,
     Placement,
-    PrepareReply,
+    PreparedPart,
+    PreparePart,
     PrepareRequest,
     ProductKeySpec,
     PullPages,
@@ -217,13 +221,14 @@ class Driver:
             placement.key_owners if key_owners is None else key_owners,
             epoch=placement.epoch + 1,
         )
+        token = f"round {next(_lookup_ids)}"
         for shard in self.owners:
-            self.call(self.host(shard).freeze(self.table_id, 5.0))
+            self.call(self.host(shard).freeze(self.table_id, 5.0, token=token, lease_s=60.0))
         pages = 0
         for dest, request in self.pulls(target):
-            pages += self.call(self.host(dest).pull_pages(request)).pages
+            pages += self.call(self.host(dest).pull_pages(replace(request, token=token))).pages
         for hosted in self.hosted:
-            self.call(hosted.host.set_view(target))
+            self.call(hosted.host.set_view(target, token=token))
         self.view = target
         return pages
 
@@ -234,7 +239,7 @@ class Driver:
 
     def ledger(self, shard: int) -> Ledger:
         """What was applied to the table, as one shard knows it, read part after part."""
-        entries: dict[tuple[str, int], int] = {}
+        entries: dict[tuple[str, int], LedgerEntry] = {}
         while True:
             request = ExportLedger(table_id=self.table_id, first=len(entries))
             part = self.call(self.host(shard).export_ledger(request))
@@ -323,23 +328,42 @@ class Driver:
             weight_grad = weight_grad + part
         return weight_grad
 
-    def step_id(self, step: int, group: str = "trainer") -> StepId:
-        return StepId(group=group, rank=0, step=step)
+    def step_id(self, step: int, group: str = "trainer", generation: int = 0) -> StepId:
+        return StepId(group=group, rank=0, step=step, generation=generation)
 
     def prepare_request(
-        self, shard: int, step: int, sequences: Sequence[int], *, want_norm: bool = True
+        self,
+        shard: int,
+        step: int,
+        sequences: Sequence[int],
+        *,
+        want_norm: bool = True,
+        norm_order: float = 0.0,
+        wait: bool = False,
+        **step_id: Any,
     ) -> PrepareRequest:
+        part = PreparePart(
+            envelope=self.envelope(shard), step_id=self.step_id(step, **step_id), sequences=tuple(sequences)
+        )
         return PrepareRequest(
-            envelope=self.envelope(shard), step_id=self.step_id(step), sequences=tuple(sequences), want_norm=want_norm
+            parts=(part,),
+            want_norm=want_norm,
+            norm_order=norm_order,
+            decider_table=self.table_id,
+            decider_step=step,
+            wait=wait,
         )
 
-    def prepare(self, step: int, sequences: Sequence[int], *, want_norm: bool = True) -> dict[int, PrepareReply]:
+    def prepare(self, step: int, sequences: Sequence[int], **how: Any) -> dict[int, PreparedPart]:
+        """At all owners at once, as a client asks."""
         return {
-            shard: self.call(
-                self.host(shard).prepare(self.prepare_request(shard, step, sequences, want_norm=want_norm))
-            )
+            shard: self.call(self.host(shard).prepare(self.prepare_request(shard, step, sequences, **how))).parts[0]
             for shard in self.owners
         }
+
+    @property
+    def gate(self) -> int:
+        return min(self.owners)
 
     def commit_request(
         self,
@@ -350,26 +374,41 @@ class Driver:
         lr: float = 0.1,
         grad_scale: float = 1.0,
         one_phase: bool = False,
+        version: int = 0,
+        decided: bool = False,
+        **step_id: Any,
     ) -> CommitRequest:
-        return CommitRequest(
+        part = CommitPart(
             envelope=self.envelope(shard),
-            step_id=self.step_id(step),
+            step_id=self.step_id(step, **step_id),
             lr=lr,
             grad_scale=grad_scale,
             sequences=tuple(sequences),
-            one_phase=one_phase,
+            version=version,
         )
+        return CommitRequest(parts=(part,), one_phase=one_phase, decided=decided)
 
-    def commit(self, step: int, sequences: Sequence[int], **changes: Any) -> dict[int, CommitReply]:
-        return {
-            shard: self.call(self.host(shard).commit(self.commit_request(shard, step, sequences, **changes)))
-            for shard in self.owners
-        }
+    def decide(self, step: int, sequences: Sequence[int], **how: Any) -> CommittedPart:
+        """The Commit at the gate, which decides."""
+        return self.call(self.host(self.gate).commit(self.commit_request(self.gate, step, sequences, **how))).parts[0]
 
-    def discard(self, step: int) -> dict[int, int]:
+    def commit(self, step: int, sequences: Sequence[int], **how: Any) -> dict[int, CommittedPart]:
+        """At the gate, then at the others."""
+        replies = {self.gate: self.decide(step, sequences, **how)}
+        how.pop("one_phase", None)
+        for shard in self.owners:
+            if shard != self.gate:
+                request = self.commit_request(
+                    shard, step, sequences, decided=True, version=replies[self.gate].version, **how
+                )
+                replies[shard] = self.call(self.host(shard).commit(request)).parts[0]
+        return replies
+
+    def discard(self, step: int, *, keep_updates: bool = False) -> dict[int, int]:
         replies = {}
         for shard in self.owners:
-            request = DiscardRequest(envelope=self.envelope(shard), step_id=self.step_id(step))
+            part = DiscardPart(envelope=self.envelope(shard), step_id=self.step_id(step))
+            request = DiscardRequest(parts=(part,), keep_updates=keep_updates)
             replies[shard] = self.call(self.host(shard).discard(request)).discarded
         return replies
 
@@ -382,7 +421,7 @@ class Driver:
             self.update(step, sequence, grads)
         replies = self.prepare(step, list(lookups), want_norm=want_norm)
         assert all(reply.missing == () and not reply.applied for reply in replies.values()), replies
-        assert all(reply.applied for reply in self.commit(step, list(lookups), **how).values())
+        assert all(reply.version for reply in self.commit(step, list(lookups), **how).values())
 
     def score(self, queries: Tensor, topk: int) -> dict[int, tuple[tuple[int, ...], Tensor, Tensor]]:
         """heads, scores, ids by shard."""

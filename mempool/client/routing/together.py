@@ -61,7 +61,14 @@ class Together:
         return tuple(attempt.plan.agreeing for attempt in self.attempts.values())
 
     async def prepare(
-        self, to: Mapping[int, Parts], *, want_norm: bool, decider: Part, wait: bool, heard: HeardPrepare
+        self,
+        to: Mapping[int, Parts],
+        *,
+        want_norm: bool,
+        norm_order: float,
+        decider: Part,
+        wait: bool,
+        heard: HeardPrepare,
     ) -> None:
         """Phase one at these shards. heard: called with each answer as it comes."""
 
@@ -72,6 +79,7 @@ class Together:
                     for part in parts
                 ),
                 want_norm=want_norm,
+                norm_order=norm_order,
                 decider_table=decider.table_id,
                 decider_step=decider.step_id.step,
                 wait=wait,

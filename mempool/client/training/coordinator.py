@@ -43,11 +43,13 @@ class Prepared:
         updates: How many updates it has.
         squared_norm: Squared norm of the table's reduced gradient; 0.0 if it was not asked for.
         finite: No inf or NaN in the reduced gradient; True if it was not asked for.
+        norm: Of the order that was asked for besides; 0.0 if none was.
     """
 
     updates: int
     squared_norm: float
     finite: bool
+    norm: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,12 @@ class Coordinator:
         return found
 
     async def prepare(
-        self, sessions: Sequence[Session], *, want_norm: bool = True, timeout_s: float | None = None
+        self,
+        sessions: Sequence[Session],
+        *,
+        want_norm: bool = True,
+        norm_order: float = 0.0,
+        timeout_s: float | None = None,
     ) -> list[Prepared | None]:
         """Phase one for everything pending on these tables, together; None for those where nothing is.
 
@@ -110,7 +117,7 @@ class Coordinator:
             joint = await self._sealed(sessions, left_s)
             if joint is None:
                 return [None for _ in sessions]
-            await self._carry_out(joint, "prepared", left_s, begun=Begun(want_norm=want_norm))
+            await self._carry_out(joint, "prepared", left_s, begun=Begun(want_norm=want_norm, norm_order=norm_order))
             return [_prepared(joint, session) if session.joint is joint else None for session in sessions]
 
     async def commit(self, commitments: Sequence[Commitment], *, timeout_s: float | None = None) -> list[int]:
@@ -413,6 +420,6 @@ def _distinct(joints: Iterable[Joint | None]) -> list[Joint]:
 
 
 def _prepared(joint: Joint, session: Session) -> Prepared:
-    squared_norm, finite = joint.step.norm(session.table_id)
+    squared_norm, finite, norm = joint.step.norm(session.table_id)
     updates = len(joint.step.tables[session.table_id].sequences)
-    return Prepared(updates=updates, squared_norm=squared_norm, finite=finite)
+    return Prepared(updates=updates, squared_norm=squared_norm, finite=finite, norm=norm)

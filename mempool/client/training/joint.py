@@ -139,11 +139,24 @@ class Joint:
         def heard(shard: int, parts: Parts, reply: PrepareReply) -> None:
             if any(part.held_off for part in reply.parts):
                 held_off.append(shard)
-            self.step.handle(PrepareAnswered(shard=shard, parts=parts, reply=reply.parts, want_norm=action.want_norm))
+            self.step.handle(
+                PrepareAnswered(
+                    shard=shard,
+                    parts=parts,
+                    reply=reply.parts,
+                    want_norm=action.want_norm,
+                    norm_order=action.norm_order,
+                )
+            )
 
         try:
             await together.prepare(
-                action.to, want_norm=action.want_norm, decider=action.decider, wait=action.wait, heard=heard
+                action.to,
+                want_norm=action.want_norm,
+                norm_order=action.norm_order,
+                decider=action.decider,
+                wait=action.wait,
+                heard=heard,
             )
         except StepConflict as refusal:
             self.step.handle(Refused(error=refusal))

@@ -185,12 +185,16 @@ class Session:
             self.counters.updates_pushed += 1
         return weight_grad
 
-    async def prepare(self, *, want_norm: bool = True, timeout_s: float | None = None) -> Prepared | None:
+    async def prepare(
+        self, *, want_norm: bool = True, norm_order: float = 0.0, timeout_s: float | None = None
+    ) -> Prepared | None:
         """Phase one for everything pending: all owners have it all. Sends nothing, and answers None, where nothing is.
 
         Updates pushed from here on belong to the step after, unless ``prepare`` is called again.
         """
-        return (await self.coordinator.prepare([self], want_norm=want_norm, timeout_s=timeout_s))[0]
+        return (
+            await self.coordinator.prepare([self], want_norm=want_norm, norm_order=norm_order, timeout_s=timeout_s)
+        )[0]
 
     async def commit(self, *, lr: float, grad_scale: float = 1.0, timeout_s: float | None = None) -> int:
         """Apply everything pending as one optimizer step; nothing is sent, and no step counted, where nothing is.

@@ -20,11 +20,15 @@ class TableCommit:
     grad_scale: float = 1.0
 
 
-def prepare_tables(links: Sequence[TableLink], *, want_norm: bool = True) -> list[Prepared | None]:
+def prepare_tables(
+    links: Sequence[TableLink], *, want_norm: bool = True, norm_order: float = 0.0
+) -> list[Prepared | None]:
     """Make everything pending on these tables ready to commit; None for those where nothing is."""
     prepared: dict[TableLink, Prepared | None] = {}
     for coordinator, mine in _by_pool(links):
-        answers = mine[0].run(coordinator.prepare([link.session for link in mine], want_norm=want_norm))
+        answers = mine[0].run(
+            coordinator.prepare([link.session for link in mine], want_norm=want_norm, norm_order=norm_order)
+        )
         _tell(coordinator)
         prepared.update(zip(mine, answers, strict=True))
     return [prepared[link] for link in links]

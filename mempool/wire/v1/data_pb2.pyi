@@ -417,6 +417,7 @@ class PrepareRequest(_message.Message):
     DECIDER_TABLE_FIELD_NUMBER: _builtins.int
     DECIDER_STEP_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
+    NORM_ORDER_FIELD_NUMBER: _builtins.int
     want_norm: _builtins.bool
     """Answer squared_norm and finite."""
     decider_table: _builtins.int
@@ -425,6 +426,8 @@ class PrepareRequest(_message.Message):
     """The step, as that table counts them."""
     wait: _builtins.bool
     """Where a table is held off: answer once it is not."""
+    norm_order: _builtins.float
+    """With want_norm: answer norm too, of this order: above 0, infinity for the largest element. 0: only squared_norm."""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PreparePart]:
         """The tables of the step that this shard owns anything of."""
@@ -437,10 +440,11 @@ class PrepareRequest(_message.Message):
         decider_table: _builtins.int = ...,
         decider_step: _builtins.int = ...,
         wait: _builtins.bool = ...,
+        norm_order: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decider_step", b"decider_step", "decider_table", b"decider_table", "parts", b"parts", "wait", b"wait", "want_norm", b"want_norm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decider_step", b"decider_step", "decider_table", b"decider_table", "norm_order", b"norm_order", "parts", b"parts", "wait", b"wait", "want_norm", b"want_norm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -458,6 +462,7 @@ class PreparedPart(_message.Message):
     FINITE_FIELD_NUMBER: _builtins.int
     APPLIED_FIELD_NUMBER: _builtins.int
     HELD_OFF_FIELD_NUMBER: _builtins.int
+    NORM_FIELD_NUMBER: _builtins.int
     squared_norm: _builtins.float
     """Squared norm of the reduced gradient of what this shard owns; add up over shards. 0 if not asked for."""
     finite: _builtins.bool
@@ -466,6 +471,8 @@ class PreparedPart(_message.Message):
     """The step was committed before; the other fields are of no meaning then."""
     held_off: _builtins.bool
     """The table's pages are moving: the step is not prepared."""
+    norm: _builtins.float
+    """Norm of order norm_order of the reduced gradient of what this shard owns. 0 if not asked for."""
     @_builtins.property
     def stamp(self) -> Global___Stamp:
         """Who answered."""
@@ -483,10 +490,11 @@ class PreparedPart(_message.Message):
         finite: _builtins.bool = ...,
         applied: _builtins.bool = ...,
         held_off: _builtins.bool = ...,
+        norm: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["stamp", b"stamp"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "finite", b"finite", "held_off", b"held_off", "missing", b"missing", "squared_norm", b"squared_norm", "stamp", b"stamp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "finite", b"finite", "held_off", b"held_off", "missing", b"missing", "norm", b"norm", "squared_norm", b"squared_norm", "stamp", b"stamp"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

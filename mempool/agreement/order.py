@@ -1,0 +1,128 @@
+"""The order of a table's steps at one of its owners: what is decided and not applied yet, and what was lately.
+
+At the table's gate it gives the numbers. Values only: whoever holds it applies what ``next`` says, and says so.
+"""
+
+from collections import OrderedDict
+
+from mempool.errors import Overloaded
+from mempool.types import DecidedStep, StepId
+
+MAX_KEPT = 4096
+"""Steps that a gate remembers for owners that missed some."""
+MAX_WAITING = 4096
+"""Steps that wait for those before them. One client has one step under way."""
+
+
+class Order:
+    """Decided steps by version.
+
+    Args:
+        version: The table's version here: steps applied.
+
+    Attributes:
+        applied: As ``version``, from now on.
+    """
+
+    def __init__(self, version: int) -> None:
+        self.applied = version
+        self._waiting: dict[int, DecidedStep] = {}
+        self._kept: OrderedDict[int, DecidedStep] = OrderedDict()
+
+    @property
+    def numbered(self) -> int:
+        """The highest version that is known to be given."""
+        return max(self._waiting, default=self.applied)
+
+    @property
+    def any_waiting(self) -> bool:
+        """Whether a decided step is not applied yet."""
+        return bool(self._waiting)
+
+    @property
+    def lacks(self) -> bool:
+        """Whether a step waits for one that is not known here."""
+        return bool(self._waiting) and self.applied + 1 not in self._waiting
+
+    def number(self, step: DecidedStep) -> DecidedStep:
+        """At the gate: give a step its version. A step that has one keeps it.
+
+        Raises:
+            Overloaded: Too many wait: the table cannot be written to.
+        """
+        known = self.find(step.step_id)
+        if known is not None:
+            return known
+        numbered = DecidedStep(
+            table_id=step.table_id,
+            version=self.numbered + 1,
+            step_id=step.step_id,
+            lr=step.lr,
+            grad_scale=step.grad_scale,
+            sequences=step.sequences,
+        )
+        self.add(numbered)
+        return numbered
+
+    def add(self, step: DecidedStep) -> None:
+        """A step that was given its version. One that is known changes nothing, nor does one that was applied.
+
+        Raises:
+            Overloaded: It comes too early, or too many wait.
+        """
+        if step.version <= self.applied or step.version in self._waiting:
+            return
+        if len(self._waiting) >= MAX_WAITING or step.version > self.applied + MAX_KEPT:
+            raise Overloaded(
+                f"version {step.version} of table {step.table_id} cannot wait: the shard is at version {self.applied}, "
+                f"and {len(self._waiting)} steps wait already. Ask again in a moment; nothing was changed.",
+                retry_after_s=0.25,
+            )
+        self._waiting[step.version] = step
+
+    def find(self, step_id: StepId) -> DecidedStep | None:
+        """The step, where it is decided and not applied yet."""
+        return next((step for step in self._waiting.values() if step.step_id == step_id), None)
+
+    def next(self) -> DecidedStep | None:
+        """What is to be applied now."""
+        return self._waiting.get(self.applied + 1)
+
+    def did(self) -> None:
+        """``next`` was applied."""
+        self.applied += 1
+        self._keep(self._waiting.pop(self.applied))
+
+    def moved_to(self, version: int) -> None:
+        """The table was brought to a version by other means: its pages came with it."""
+        self.applied = version
+        self._waiting = {known: step for known, step in self._waiting.items() if known > version}
+        self._kept.clear()
+
+    def after(self, version: int) -> tuple[DecidedStep, ...]:
+        """The steps with higher versions, ascending, as far as they are kept."""
+        kept = [step for known, step in self._kept.items() if known > version]
+        return (*kept, *(step for known, step in sorted(self._waiting.items()) if known > version))
+
+    def learn(self, version: int, steps: tuple[DecidedStep, ...]) -> None:
+        """What the gate says has been decided after ``applied``; it is at ``version``.
+
+        What it no longer keeps is of steps in which this shard has no part: its own could not have been forgotten, as
+        their clients wait for its answer before they go on.
+        """
+        known = {step.version: step for step in steps}
+        for number in range(self.applied + 1, min(version, self.applied + MAX_KEPT) + 1):
+            if number in known:
+                self.add(known[number])
+            elif number not in self._waiting and (not known or number < min(known)):
+                table_id = steps[0].table_id if steps else 0
+                self.add(DecidedStep(table_id=table_id, version=number, step_id=NOBODY, lr=0.0, grad_scale=1.0))
+
+    def _keep(self, step: DecidedStep) -> None:
+        self._kept[step.version] = step
+        if len(self._kept) > MAX_KEPT:
+            self._kept.popitem(last=False)
+
+
+NOBODY = StepId(group="", rank=0, step=0)
+"""Whose step it is that this shard knows nothing of."""

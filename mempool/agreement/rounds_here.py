@@ -1,0 +1,72 @@
+"""Which round of a move holds a table frozen, as one shard knows it: its token, its lease, and which ones are over."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+from mempool.errors import StalePlacement
+
+MAX_OVER = 256
+"""Rounds that are remembered as over; older ones are refused all the same where another holds."""
+
+
+class RoundsHere:
+    """The present round, if there is one.
+
+    Args:
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._token: str | None = None
+        self._ends_s: float | None = None
+        self._over: OrderedDict[str, None] = OrderedDict()
+
+    @property
+    def held(self) -> bool:
+        """Whether a round holds the table."""
+        return self._token is not None
+
+    def begin(self, token: str, lease_s: float) -> None:
+        """The round holds the table, for so long unless it is said again; 0: until it is ended.
+
+        Raises:
+            StalePlacement: Another one holds it, or this one is over.
+        """
+        self.check(token)
+        self._token = token
+        self._ends_s = self._clock() + lease_s if lease_s > 0.0 else None
+
+    def check(self, token: str) -> None:
+        """Raises StalePlacement for what comes from a round that is over, or while another one holds the table."""
+        if token and token in self._over:
+            raise StalePlacement(
+                f"round {token!r} of a move is over on this shard: its controller was not heard of within the freeze's "
+                "lease, or another one has ended it. What comes of it late is refused; nothing was changed"
+            )
+        if self._token is not None and token != self._token:
+            raise StalePlacement(
+                f"round {self._token!r} of a move holds the table, and round {token!r} asks: one of the two "
+                "controllers is late. Nothing was changed"
+            )
+
+    def end(self, token: str = "") -> bool:
+        """The round is over; "": whichever there is. Returns whether one was ended."""
+        if token and token != self._token:
+            self._forget(token)
+            return False
+        held, self._token, self._ends_s = self._token, None, None
+        if held:
+            self._forget(held)
+        return held is not None
+
+    def expire(self) -> bool:
+        """End the round whose lease is over. Returns whether there was one."""
+        if self._ends_s is None or self._clock() < self._ends_s:
+            return False
+        return self.end()
+
+    def _forget(self, token: str) -> None:
+        self._over[token] = None
+        if len(self._over) > MAX_OVER:
+            self._over.popitem(last=False)

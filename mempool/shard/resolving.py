@@ -1,0 +1,288 @@
+"""Settles what a shard is in doubt of: answers what others ask, and asks them. What doubt is: ``agreement.doubt``.
+
+``Decisions`` runs on the engine's thread and knows the tables; ``Resolver`` carries questions to other shards.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from mempool.agreement.order import NOBODY
+from mempool.errors import MempoolError
+from mempool.shard.hosted import HostedTable
+from mempool.shard.steps.held import PreparedStep
+from mempool.types import DecidedStep, ResolveReply, ResolveRequest, ShardHost, ShardInfo, StepId
+from mempool.types.caller import Caller, calling
+from mempool.types.running import Clock
+
+_LOG = logging.getLogger("mempool.shard")
+
+_ANSWER_S = 5.0
+_AT_ONCE = 16
+_MOST_STEPS = 512
+"""Decided steps of one answer."""
+_MOST_QUESTIONS = 256
+"""Put in one round: the others are put in the next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What to ask of which shard; ``tables``: whose doubt it is."""
+
+    target: ShardInfo
+    request: ResolveRequest
+    tables: tuple[int, ...]
+    asked_s: float
+
+
+class Decisions:
+    """What is known here of steps, and what has to be asked.
+
+    Args:
+        shard: This one's number.
+        tables: All tables here, by id, now.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(self, shard: int, tables: Callable[[], Mapping[int, HostedTable]], *, clock: Clock) -> None:
+        self._shard = shard
+        self._tables = tables
+        self._clock = clock
+
+    def answer(self, request: ResolveRequest) -> ResolveReply:
+        """What this shard knows."""
+        table = self._tables().get(request.table_id)
+        if table is None:  # dropped, with all that was not applied to it
+            return ResolveReply(version=0, state="dropped" if request.step_id is not None else "")
+        steps: tuple[DecidedStep, ...] = ()
+        state: Any = ""
+        if request.step_id is not None:
+            state, steps = self._state(table, request.step_id, give_up=request.give_up)
+        if request.after_version is not None:
+            if table.updates.any_prepared:
+                table.step_doubt.wait(self._clock())  # one may be decided, and this gate was not told
+            steps = (*steps, *table.order.after(request.after_version)[:_MOST_STEPS])
+        return ResolveReply(version=table.order.numbered, state=state, steps=steps)
+
+    def questions(self) -> tuple[list[Question], float | None]:
+        """What is to be asked now, and in how many seconds to look again; None: not before something changes."""
+        now = self._clock()
+        found: list[Question] = []
+        next_s: float | None = None
+        steps: dict[tuple[int, StepId], list[tuple[HostedTable, PreparedStep]]] = {}
+        for table in list(self._tables().values()):
+            for doubt, is_order in ((table.order_doubt, True), (table.step_doubt, False)):
+                at_s = doubt.ask_at()
+                if at_s is None:
+                    continue
+                if at_s > now:
+                    next_s = at_s if next_s is None else min(next_s, at_s)
+                    continue
+                doubt.asked_s = now
+                next_s = now if next_s is None else min(next_s, now)
+                if is_order:
+                    self._ask_order(table, found, now)
+                else:
+                    self._collect_steps(table, steps)
+        for (table_id, step_id), parts in steps.items():
+            self._ask_step(table_id, step_id, parts, found, now)
+        return found[:_MOST_QUESTIONS], None if next_s is None else max(0.0, next_s - now)
+
+    def told(self, question: Question, reply: ResolveReply) -> None:
+        """What another shard has answered."""
+        tables = self._tables()
+        if question.request.step_id is not None:
+            self._told_of_step(question, reply, tables)
+        if question.request.after_version is not None:
+            table = tables.get(question.request.table_id)
+            if table is not None:
+                table.order.learn(reply.version, reply.steps)
+                table.order_doubt.settled(question.asked_s)
+                table.apply_decided()
+                table.steps_changed()
+
+    def drop(self, table_id: int, step_id: StepId) -> None:
+        """A step was dropped for good by its decider: here too, at all its tables."""
+        for table in self._tables().values():
+            for prepared in list(table.updates.prepared()):
+                if prepared.decider == (table_id, step_id.step) and _same_rank(prepared.step_id, step_id):
+                    table.updates.discard(prepared.step_id)
+                    table.steps_changed()
+
+    def _state(self, table: HostedTable, step_id: StepId, *, give_up: bool) -> tuple[str, tuple[DecidedStep, ...]]:
+        """At a step's decider: what became of it."""
+        waiting = table.order.find(step_id)
+        if waiting is not None:
+            return "decided", (waiting, *table.others.get(waiting.version, ()))
+        entry = table.ledger.entry(step_id)
+        if step_id.generation < entry.generation:
+            return "dropped", ()
+        if step_id.generation == entry.generation:
+            if step_id.step == entry.step:
+                kept = tuple(step for step in table.order.after(entry.version - 1) if step.version == entry.version)
+                return "decided", (*kept, *entry.others)
+            # A client begins a step when all owners have answered for the one before: who is still in doubt of an
+            # earlier one was never told to apply it.
+            if step_id.step < entry.step or step_id.step <= entry.dropped:
+                return "dropped", ()
+        if not give_up or not table.is_gate or table.updates.lives(step_id):
+            return "pending", ()
+        # [BARRIER] a group's step is given up here, for all its ranks. [JOURNAL] and written down, before it is said.
+        table.ledger.drop(step_id)
+        self.drop(table.table_id, step_id)
+        return "dropped", ()
+
+    def _ask_order(self, table: HostedTable, found: list[Question], now: float) -> None:
+        target = _info(table, table.gate)
+        if table.is_gate or target is None:
+            table.order_doubt.settled(now)
+            table.steps_changed()
+            return
+        request = ResolveRequest(table_id=table.table_id, after_version=table.order.applied)
+        found.append(Question(target, request, (table.table_id,), now))
+
+    def _collect_steps(
+        self, table: HostedTable, steps: dict[tuple[int, StepId], list[tuple[HostedTable, PreparedStep]]]
+    ) -> None:
+        for prepared in table.updates.prepared():
+            decider_table, decider_step = prepared.decider
+            step_id = StepId(
+                group=prepared.step_id.group,
+                rank=prepared.step_id.rank,
+                step=decider_step,
+                generation=prepared.step_id.generation,
+            )
+            steps.setdefault((decider_table, step_id), []).append((table, prepared))
+
+    def _ask_step(
+        self,
+        table_id: int,
+        step_id: StepId,
+        parts: list[tuple[HostedTable, PreparedStep]],
+        found: list[Question],
+        now: float,
+    ) -> None:
+        give_up = any(not table.updates.lives(prepared.step_id) for table, prepared in parts)
+        request = ResolveRequest(table_id=table_id, step_id=step_id, give_up=give_up)
+        decider = self._tables().get(table_id)
+        tables = tuple(table.table_id for table, _ in parts)
+        if decider is None or decider.is_gate:
+            self.told(Question(_NOWHERE, request, tables, now), self.answer(request))
+            return
+        target = _info(decider, decider.gate)
+        if target is not None:
+            found.append(Question(target, request, tables, now))
+
+    def _told_of_step(self, question: Question, reply: ResolveReply, tables: Mapping[int, HostedTable]) -> None:
+        step_id = question.request.step_id
+        assert step_id is not None, "it was asked for"
+        here = [tables[table_id] for table_id in question.tables if table_id in tables]
+        if reply.state == "dropped":
+            self.drop(question.request.table_id, step_id)
+        elif reply.state == "decided":
+            for step in reply.steps:
+                table = tables.get(step.table_id)
+                if table is None or step.step_id == NOBODY or table.updates.prepared_step(step.step_id) is None:
+                    continue
+                if step.version:
+                    table.order.add(step)
+                elif table.is_gate:
+                    table.order.number(step)
+                table.apply_decided()
+            for table in here:
+                if table.updates.any_prepared:
+                    table.order_doubt.wait(self._clock())  # the gate of its order knows the version
+        for table in here:
+            if reply.state != "decided":
+                table.step_doubt.settled(question.asked_s)
+            table.steps_changed()
+
+
+class Ask(Protocol):
+    """Runs a job on the engine's thread, before what clients do."""
+
+    async def __call__(self, stage: str, do: Callable[[Any], Any], request: object) -> Any: ...
+
+
+class Resolver:
+    """Asks other shards, while there is anything to ask. All on the engine's loop.
+
+    Args:
+        decisions: What to ask, and who is told.
+        run: To the engine's thread.
+        peers: Reaches a shard; None: there is none to be asked.
+        sleep: Waits; replaced in tests.
+    """
+
+    def __init__(
+        self,
+        decisions: Decisions,
+        *,
+        run: Ask,
+        peers: Callable[[ShardInfo], ShardHost] | None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._decisions = decisions
+        self._run = run
+        self._peers = peers
+        self._sleep = sleep
+        self._task: asyncio.Task[None] | None = None
+        self._again = False
+
+    def poke(self) -> None:
+        """There may be something to ask."""
+        self._again = True
+        if self._task is None:
+            with calling(Caller()):
+                self._task = asyncio.get_running_loop().create_task(self._work())
+
+    async def close(self) -> None:
+        """Ask nothing more. Repeatable."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def _work(self) -> None:
+        try:
+            next_s: float | None = 0.0
+            while next_s is not None or self._again:
+                self._again = False
+                if next_s:
+                    await self._sleep(min(next_s, 1.0))
+                questions, next_s = await self._run("resolve", lambda _: self._decisions.questions(), None)
+                for first in range(0, len(questions), _AT_ONCE):
+                    await asyncio.gather(*(self._ask(question) for question in questions[first : first + _AT_ONCE]))
+                if next_s is not None:
+                    next_s = max(next_s, 0.001)
+        except MempoolError:
+            pass  # the engine is closed
+        finally:
+            self._task = None
+
+    async def _ask(self, question: Question) -> None:
+        if self._peers is None:
+            return
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                reply = await self._peers(question.target).resolve(question.request)
+        except (MempoolError, TimeoutError) as error:
+            _LOG.info("shard %d does not say what became of steps: %s", question.target.shard, error)
+            return
+        try:
+            await self._run("resolve", lambda told: self._decisions.told(question, told), reply)
+        except MempoolError as error:
+            _LOG.warning("what shard %d decided cannot be applied now: %s", question.target.shard, error)
+
+
+_NOWHERE = ShardInfo(shard=0, address="", incarnation=0)
+
+
+def _info(table: HostedTable, shard: int) -> ShardInfo | None:
+    return next((info for info in table.view.shards if info.shard == shard), None)
+
+
+def _same_rank(one: StepId, other: StepId) -> bool:
+    return (one.group, one.rank, one.generation) == (other.group, other.rank, other.generation)
