@@ -17,8 +17,9 @@ from multiprocessing import get_context
 import torch
 
 from tests.simulation.faults import Chaos, Faults
-from tests.simulation.history import History
+from tests.simulation.history import History, observed
 from tests.simulation.loop import Scheduler, Stuck
+from tests.simulation.marks import Marks
 from tests.simulation.network import Network
 from tests.simulation.processes import Park
 from tests.simulation.workload import Workload
@@ -66,6 +67,7 @@ class Run:
         self.history = History()
         self.history.watch(self.network)
         self.park = Park(self.scheduler, self.network, drift=0.02 if self.faults.drift else 0.0)
+        Marks(self.marks).watch(self.network)
         self.workload = Workload(self.park, self.history, self.marks)
         self.shards = random.choice((1, 2, 2, 3, 3, 4))
 
@@ -76,7 +78,8 @@ class Run:
         enabled = gc.isenabled()
         gc.disable()  # when garbage is collected is no part of a seed
         try:
-            self._play()
+            with observed(self.history):
+                self._play()
         except Stuck as stuck:
             self.history.say(f"no progress: {stuck}; {self.workload.waiting()}")
         finally:

@@ -65,7 +65,8 @@ class Training:
             if acknowledged:
                 now_s = self._trainer.loop.scheduler.now_s
                 self._history.acknowledged.append(Acknowledged(tuple(acknowledged), now_s))
-        left = [session.pending for session in sessions if session.pending]
+        dropped = self._history.dropped
+        left = [session.pending for session in sessions if session.pending and session.table_id not in dropped]
         if left:
             self._history.say(f"{self._group}: {left} updates are pending after a commit of all that was")
         return True
