@@ -275,14 +275,19 @@ class History:
             self.say(f"{where}: version {stamp.table_version} is not what was trained: {_difference(expected, found)}")
 
     def _gathered(self, oracle: Oracle, call: Call, placement: Placement) -> tuple[Tensor, Tensor]:
+        """A shard sums by itself what lies in pages of which it has the same blocks, then these sums."""
         request, reply, schema = call.request, call.reply, oracle.schema
+        here = torch.tensor(placement.owners == reply.stamp.shard)[request.ids // schema.page_slots]  # [L, blocks]
+        patterns = here.unique(dim=0)
         parts = []
         for block in reply.blocks:
-            here = torch.tensor(placement.owners[:, block] == reply.stamp.shard)
-            ids, weights, offsets = _only(here[request.ids // schema.page_slots], request)
-            values = oracle.gather(ids, weights, offsets, dtype=request.reply_dtype)
-            parts.append(values[:, slice(*schema.block_columns(block))])
-        return torch.cat(parts, dim=1), reply.values
+            sums = torch.zeros(len(request.offsets) - 1, _width(schema, block))
+            for pattern in patterns:
+                if pattern[block]:
+                    values = oracle.gather(*_only((here == pattern).all(dim=1), request))
+                    sums += values[:, slice(*schema.block_columns(block))]
+            parts.append(sums)
+        return torch.cat(parts, dim=1).to(reply.values.dtype), reply.values
 
     def _rows(self, oracle: Oracle, call: Call, placement: Placement) -> tuple[Tensor, Tensor]:
         request, reply, schema = call.request, call.reply, oracle.schema
@@ -344,11 +349,10 @@ class _Floors:
         return max((version for at_s, version in self._acknowledged if at_s < when_s), default=0)
 
 
-def _only(here: Tensor, request: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The pairs of a request that are here, in their bags."""
-    before = torch.cat([torch.zeros(1, dtype=torch.int64), here.to(torch.int64).cumsum(0)])
-    weights = None if request.weights is None else request.weights[here]
-    return request.ids[here], weights, before[request.offsets]
+def _only(here: Tensor, request: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs of a request with no weight where they are not here: as a shard reads zeros there."""
+    weights = torch.ones(request.ids.shape[0]) if request.weights is None else request.weights
+    return request.ids, torch.where(here, weights, torch.zeros_like(weights)), request.offsets
 
 
 def _width(schema: TableSchema, block: int) -> int:

@@ -86,7 +86,7 @@ class Scheduler:
             if due > limit_s:
                 self.now_s = max(self.now_s, min(limit_s, due))
                 return False
-            # As a clock does, it goes on in any case: who waits for a moment that is almost there does not wait for ever.
+            # As a clock does, it goes on in any case: nobody waits for ever for a moment that is almost there.
             self.now_s = max(self.now_s + RESOLUTION_S, due)
             for loop in self._loops:
                 if loop.runs:

@@ -146,7 +146,7 @@ class Network:
     # What links do
 
     def _send(self, source: str, dest: str, waiting: "_Waiting", deliver: Callable[..., None], *args: Any) -> None:
-        """Deliver later. A message that is lost breaks its connection; one that is cut off is sent again for a while."""
+        """Deliver later. A message that is lost breaks its connection; one that is cut off is sent again a while."""
         weather, random = self.weather, self._random
         self.counts["messages"] += 1
         if weather.loss and random.random() < weather.loss:
