@@ -82,6 +82,8 @@ class Run:
                 self._play()
         except Stuck as stuck:
             self.history.say(f"no progress: {stuck}; {self.workload.waiting()}")
+        except Exception as error:
+            self.history.say(f"the run ended with {type(error).__name__}: {error}")
         finally:
             self.network.cut.clear()
             self.scheduler.close()
