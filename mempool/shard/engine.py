@@ -1,8 +1,9 @@
 """The engine: one shard's whole work, behind the ``ShardHost`` protocol.
 
 A request becomes a job. The life of one: it is counted and lined up on its caller's event loop (``jobs``), fenced,
-checked, sized and answered on the engine's thread (``answers`` and ``committing`` for clients, ``tenancy`` for pages). Waiting
-(for a freeze to end, for a peer's pages) is done on the loop, never on the thread; views and status do not line up.
+checked, sized and answered on the engine's thread (``answers`` and ``committing`` for clients, ``tenancy`` for tables
+and pages). Waiting (for a freeze to end, for a peer's pages) is done on the loop, never on the thread; views and
+status do not line up.
 """
 
 import asyncio

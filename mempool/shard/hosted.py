@@ -320,13 +320,16 @@ class HostedTable:
         _wake(self._waiting_for_thaw)
 
     def adopt(self, view: TableView) -> bool:
-        """Take over a view. Returns whether pages changed hands. Raises Internal as ``Staging.adopt`` does."""
+        """Take over a view. Returns whether pages changed hands. Raises Internal as ``Staging.adopt`` does, and as
+        ``apply_decided``."""
         if view.placement.epoch < self.epoch:
             return False
         if view.placement.epoch == self.epoch:
             self.view = replace(self.view, shards=view.shards)
             return False
         self.check_ready()
+        if self.order.next() is not None:
+            self.apply_decided()
         arrived = self.staging.ledger
         self.staging.adopt(view.placement, version=self.ledger.version)
         if self.ledger.adopt(arrived):

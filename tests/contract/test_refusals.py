@@ -357,10 +357,10 @@ def test_tensors_that_are_not_contiguous_are_taken(trained: Driver) -> None:
 def test_parts_that_no_step_has(trained: Driver) -> None:
     prepare, commit = trained.prepare_request(0, 3, []), trained.commit_request(0, 3, [])
     for method, request in (("prepare", prepare), ("commit", commit)):
-        _refused(trained, method, replace(request, parts=()), InvalidRequest, "1 to 1,024 tables; 0 were named")
+        _refused(trained, method, replace(request, parts=()), InvalidRequest, "1 to 1,000 tables; 0 were named")
         _refused(trained, method, replace(request, parts=request.parts * 2), InvalidRequest, "named twice in one step")  # type: ignore[type-var]
     part = DiscardPart(envelope=trained.envelope(0), step_id=trained.step_id(3))
-    _refused(trained, "discard", DiscardRequest(parts=(part,) * 4097), InvalidRequest, "4,097 parts; at most 4,096")
+    _refused(trained, "discard", DiscardRequest(parts=(part,) * 1001), InvalidRequest, "1,001 parts; at most 1,000")
 
 
 def test_steps_at_the_wrong_shard_or_of_a_version_never_given(trained: Driver) -> None:
