@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 
@@ -58,6 +59,7 @@ class Run:
     marks: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
+        self.around: AbstractContextManager[object] = nullcontext()
         self.scheduler = Scheduler(self.seed)
         random = self.scheduler.random("run")
         self.faults = self.faults or Faults.draw(random)
@@ -78,7 +80,7 @@ class Run:
         enabled = gc.isenabled()
         gc.disable()  # when garbage is collected is no part of a seed
         try:
-            with observed(self.history):
+            with self.around, observed(self.history):
                 self._play()
         except Stuck as stuck:
             self.history.say(f"no progress: {stuck}; {self.workload.waiting()}")
@@ -147,7 +149,8 @@ def play(seed: int) -> Outcome:
     return Run(seed).play()
 
 
-def _prepare_worker() -> None:
+def prepare_worker() -> None:
+    """A process for many runs: one thread, nothing said, and nothing collected that lives anyhow."""
     torch.set_num_threads(1)
     import logging
 
@@ -168,7 +171,7 @@ def main() -> int:
     failed: list[int] = []
     totals: Counter[str] = Counter()
     seeds = range(options.seed, options.seed + options.seeds)
-    with get_context("spawn").Pool(options.processes, _prepare_worker, maxtasksperchild=100) as pool:
+    with get_context("spawn").Pool(options.processes, prepare_worker, maxtasksperchild=100) as pool:
         for outcome in pool.imap(play, seeds):
             marks.update(outcome.marks)
             totals.update(
