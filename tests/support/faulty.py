@@ -4,7 +4,6 @@ Legend: N slots, V value dim, D key dim, n half-keys.
 """
 
 import asyncio
-import itertools
 import weakref
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
@@ -48,7 +47,6 @@ from mempool.types import (
 from mempool.wire.channels.loop import run, start
 
 _BOUND_S = 60.0
-_tokens = itertools.count(1)
 
 # [8 row pages, 3 blocks] on up to four shards.
 COLUMNS = np.tile([0, 1, 2], (8, 1))
