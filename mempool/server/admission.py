@@ -5,29 +5,33 @@ Leaves reading and answering to ``calls``.
 """
 
 import asyncio
-from collections import deque
+from heapq import heapify, heappop, heappush
 
 from mempool.errors import ShardUnavailable
 
 _MAX_WAITING = 4096
 """Calls that wait for room; they cost some kilobytes each."""
+_LEAST_CHARGE = 16 * 1024
+"""What a call is charged at least, in bytes: small ones cost their handling."""
+_MAX_ACCOUNTS = 4096
 
 
 class Passage:
     """One call that was let in. ``leave`` must follow, whatever becomes of it."""
 
-    __slots__ = ("_admission", "_host", "_num_bytes")
+    __slots__ = ("_admission", "_connection", "_host", "_num_bytes")
 
-    def __init__(self, admission: "Admission", host: str, num_bytes: int) -> None:
+    def __init__(self, admission: "Admission", host: str, connection: str, num_bytes: int) -> None:
         self._admission = admission
         self._host = host
+        self._connection = connection
         self._num_bytes = num_bytes
 
     def resize(self, num_bytes: int) -> None:
         """The call holds so many bytes from now on: those of its message, or of its answer."""
         more = num_bytes - self._num_bytes
         self._num_bytes = num_bytes
-        self._admission.passed_bytes += num_bytes
+        self._admission.passed(self._host, self._connection, num_bytes)
         self._admission.take(self._host, more)
 
     def leave(self, _: object = None) -> None:
@@ -35,8 +39,54 @@ class Passage:
         self._admission.leave(self._host, self._num_bytes)
 
 
+class _Turns:
+    """Calls of one host that wait. The connection goes first whose calls brought and took the fewest bytes meanwhile
+    (start-time fair queueing): beside others' large messages, small ones wait for those under way alone.
+    """
+
+    __slots__ = ("_ends", "_heap", "_now", "_number", "num_waiting")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, str, asyncio.Future[Passage]]] = []
+        self._ends: dict[str, int] = {}  # up to where a connection is served, where that is beyond now
+        self._now = 0
+        self._number = 0
+        self.num_waiting = 0
+
+    def add(self, connection: str, turn: "asyncio.Future[Passage]") -> None:
+        starts = max(self._ends.get(connection, 0), self._now)
+        self._ends[connection] = starts + _LEAST_CHARGE
+        self._number += 1
+        self.num_waiting += 1
+        heappush(self._heap, (starts, self._number, connection, turn))
+        if len(self._ends) > _MAX_ACCOUNTS:
+            beyond = {name: ends for name, ends in self._ends.items() if ends > self._now}
+            self._ends = beyond if len(beyond) <= _MAX_ACCOUNTS // 2 else {}
+
+    def charge(self, connection: str, num_bytes: int) -> None:
+        """What a call was found to weigh, above what it was charged when it came."""
+        self._ends[connection] = max(self._ends.get(connection, 0), self._now) + max(0, num_bytes - _LEAST_CHARGE)
+
+    def pop(self) -> tuple[str, "asyncio.Future[Passage]"]:
+        """The next to be let in, out of those that wait still."""
+        while True:
+            starts, _, connection, turn = heappop(self._heap)
+            if not turn.done():
+                self._now = max(self._now, starts)
+                self.num_waiting -= 1
+                return connection, turn
+
+    def gave_up(self) -> None:
+        """One that waited does so no more: its turn is done already."""
+        self.num_waiting -= 1
+        if len(self._heap) > 2 * self.num_waiting + 64:
+            self._heap = [entry for entry in self._heap if not entry[3].done()]
+            heapify(self._heap)
+
+
 class Admission:
-    """Lets calls in while there is room; those that wait are let in by turns of their hosts, the least served first.
+    """Lets calls in while there is room; those that wait are let in by turns of their hosts, the one with the fewest
+    bytes in first, and of a host by turns of its connections, the least served first.
 
     Args:
         budget_bytes: Bytes of messages and answers of all calls together; at least one call is always let in. Answers
@@ -51,7 +101,7 @@ class Admission:
         self.passed_bytes = 0
         self._active = 0
         self._used_by: dict[str, int] = {}
-        self._waiting: dict[str, deque[asyncio.Future[Passage]]] = {}
+        self._waiting: dict[str, _Turns] = {}
         self._num_waiting = 0
         self._emptied: asyncio.Event | None = None
 
@@ -60,30 +110,35 @@ class Admission:
         """Calls that are in, or wait."""
         return self._active + self._num_waiting
 
-    async def enter(self, host: str) -> Passage:
+    async def enter(self, host: str, connection: str = "") -> Passage:
         """Wait for room for a message.
 
         Args:
             host: Who asks, without its port: connections of one host take turns as one.
+            connection: Which of the host's connections.
 
         Raises:
             ShardUnavailable: Too many wait already.
         """
         if host not in self._waiting and self._has_room(host):
-            return self._let_in(host)
+            return self._let_in(host, connection)
         if self._num_waiting >= _MAX_WAITING:
             raise ShardUnavailable(f"{self._num_waiting:,} calls wait here already; try again in a moment")
         turn: asyncio.Future[Passage] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(host, deque()).append(turn)
+        turns = self._waiting.get(host)
+        if turns is None:
+            turns = self._waiting[host] = _Turns()
+        turns.add(connection, turn)
         self._num_waiting += 1
         try:
             return await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                turn.result().leave()
-            elif host in self._waiting and turn in self._waiting[host]:
-                self._forget(host, turn)
+            if turn.cancelled():
+                turns.gave_up()
+                self._waits_no_more(host, turns)
                 self._look()
+            else:
+                turn.result().leave()
             raise
 
     async def empty(self, timeout_s: float) -> None:
@@ -96,6 +151,13 @@ class Admission:
                 await self._emptied.wait()
         except TimeoutError:
             return
+
+    def passed(self, host: str, connection: str, num_bytes: int) -> None:
+        """For ``Passage``: a message or an answer of so many bytes."""
+        self.passed_bytes += num_bytes
+        turns = self._waiting.get(host)
+        if turns is not None and num_bytes > _LEAST_CHARGE:
+            turns.charge(connection, num_bytes)
 
     def take(self, host: str, num_bytes: int) -> None:
         """For ``Passage``: more bytes, or fewer."""
@@ -120,11 +182,11 @@ class Admission:
             last, self.message_bytes
         )
 
-    def _let_in(self, host: str) -> Passage:
+    def _let_in(self, host: str, connection: str) -> Passage:
         self._active += 1
         self.used_bytes += self.message_bytes
         self._charge(host, self.message_bytes)
-        return Passage(self, host, self.message_bytes)
+        return Passage(self, host, connection, self.message_bytes)
 
     def _charge(self, host: str, num_bytes: int) -> None:
         used = self._used_by.get(host, 0) + num_bytes
@@ -144,14 +206,13 @@ class Admission:
             host = min(self._waiting, key=lambda host: self._used_by.get(host, 0))
             if not self._has_room(host):
                 return
-            turn = self._waiting[host][0]
-            self._forget(host, turn)
-            if not turn.done():
-                turn.set_result(self._let_in(host))
+            turns = self._waiting[host]
+            connection, turn = turns.pop()
+            self._waits_no_more(host, turns)
+            turn.set_result(self._let_in(host, connection))
 
-    def _forget(self, host: str, turn: "asyncio.Future[Passage]") -> None:
+    def _waits_no_more(self, host: str, turns: _Turns) -> None:
         self._num_waiting -= 1
-        turns = self._waiting.pop(host)
-        turns.remove(turn)
-        if turns:
+        del self._waiting[host]
+        if turns.num_waiting:
             self._waiting[host] = turns  # last of the hosts now: among equals the others come first

@@ -26,6 +26,8 @@ from tests.hostile.valid import VALUE_DIM, Requests, tensor, view_of
 
 TOKEN = "flood"
 BODY_BYTES = 200 * 2**20
+_BAGS = (2_000_000, 400_000, 400_000)
+"""Of look-ups with huge replies: the first is above what a message may have, the others are 49 MiB each."""
 _KINDS = ("no token", "large bodies", "held updates", "huge replies", "tiny")
 
 
@@ -108,7 +110,7 @@ def _harm(kind: str, requests: Requests, large: bytes, number: int) -> tuple[str
         envelope=requests.envelope(),
         lookup_id=number,
         ids=tensor(np.zeros(1, np.int64)),
-        offsets=tensor(np.concatenate([np.zeros(2_000_000, np.int64), [1]])),
+        offsets=tensor(np.concatenate([np.zeros(_BAGS[number % len(_BAGS)], np.int64), [1]])),
     )
     return "MemoryService.Gather", empty.SerializeToString()
 
