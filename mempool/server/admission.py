@@ -5,6 +5,7 @@ Leaves reading and answering to ``calls``.
 """
 
 import asyncio
+from collections import deque
 from heapq import heapify, heappop, heappush
 
 from mempool.errors import ShardUnavailable
@@ -14,28 +15,36 @@ _MAX_WAITING = 4096
 _LEAST_CHARGE = 16 * 1024
 """What a call is charged at least, in bytes: small ones cost their handling."""
 _MAX_ACCOUNTS = 4096
+MODEST_BYTES = 4 * 2**20
+"""A connection is modest whose last message and answer had no more."""
 
 
 class Passage:
     """One call that was let in. ``leave`` must follow, whatever becomes of it."""
 
-    __slots__ = ("_admission", "_connection", "_host", "_num_bytes")
+    __slots__ = ("_admission", "_connection", "_host", "_num_bytes", "aside")
 
-    def __init__(self, admission: "Admission", host: str, connection: str, num_bytes: int) -> None:
+    def __init__(self, admission: "Admission", host: str, connection: str, num_bytes: int, *, aside: bool) -> None:
         self._admission = admission
         self._host = host
         self._connection = connection
         self._num_bytes = num_bytes
+        self.aside = aside  # it has the place that is kept for modest connections
 
     def resize(self, num_bytes: int) -> None:
         """The call holds so many bytes from now on: those of its message, or of its answer."""
         more = num_bytes - self._num_bytes
         self._num_bytes = num_bytes
         self._admission.passed(self._host, self._connection, num_bytes)
+        if self.aside and self._admission.is_modest(num_bytes):
+            self.aside = False
+            self._admission.free_place()
         self._admission.take(self._host, more)
 
     def leave(self, _: object = None) -> None:
         """Give its room back."""
+        if self.aside:
+            self._admission.free_place()
         self._admission.leave(self._host, self._num_bytes)
 
 
@@ -73,10 +82,9 @@ class _Turns:
             starts, _, connection, turn = heappop(self._heap)
             if not turn.done():
                 self._now = max(self._now, starts)
-                self.num_waiting -= 1
                 return connection, turn
 
-    def gave_up(self) -> None:
+    def forget_done(self) -> None:
         """One that waited does so no more: its turn is done already."""
         self.num_waiting -= 1
         if len(self._heap) > 2 * self.num_waiting + 64:
@@ -86,11 +94,13 @@ class _Turns:
 
 class Admission:
     """Lets calls in while there is room; those that wait are let in by turns of their hosts, the one with the fewest
-    bytes in first, and of a host by turns of its connections, the least served first.
+    bytes in first, and of a host by turns of its connections, the least served first. One place is kept for modest
+    connections: they do not wait until large messages and answers of others are gone.
 
     Args:
         budget_bytes: Bytes of messages and answers of all calls together; at least one call is always let in. Answers
-            are counted when they are made, so they may exceed it, and then hold up the calls that come.
+            are counted when they are made, so they may exceed it, and then hold up the calls that come. So may one
+            message at a time, by whoever was modest until then.
         message_bytes: Bytes of the largest message.
     """
 
@@ -103,6 +113,10 @@ class Admission:
         self._used_by: dict[str, int] = {}
         self._waiting: dict[str, _Turns] = {}
         self._num_waiting = 0
+        self._modest_bytes = min(MODEST_BYTES, message_bytes // 16)
+        self._modest: dict[str, None] = {}
+        self._place_taken = False
+        self._waiting_modest: deque[tuple[str, str, asyncio.Future[Passage]]] = deque()
         self._emptied: asyncio.Event | None = None
 
     @property
@@ -122,6 +136,9 @@ class Admission:
         """
         if host not in self._waiting and self._has_room(host):
             return self._let_in(host, connection)
+        modest = connection in self._modest
+        if modest and not self._place_taken:
+            return self._let_in_aside(host, connection)
         if self._num_waiting >= _MAX_WAITING:
             raise ShardUnavailable(f"{self._num_waiting:,} calls wait here already; try again in a moment")
         turn: asyncio.Future[Passage] = asyncio.get_running_loop().create_future()
@@ -130,11 +147,12 @@ class Admission:
             turns = self._waiting[host] = _Turns()
         turns.add(connection, turn)
         self._num_waiting += 1
+        if modest:
+            self._waiting_modest.append((host, connection, turn))
         try:
             return await turn
         except asyncio.CancelledError:
             if turn.cancelled():
-                turns.gave_up()
                 self._waits_no_more(host, turns)
                 self._look()
             else:
@@ -155,9 +173,28 @@ class Admission:
     def passed(self, host: str, connection: str, num_bytes: int) -> None:
         """For ``Passage``: a message or an answer of so many bytes."""
         self.passed_bytes += num_bytes
+        if num_bytes > self._modest_bytes:
+            self._modest.pop(connection, None)
+        elif connection and connection not in self._modest:
+            if len(self._modest) >= _MAX_ACCOUNTS:
+                del self._modest[next(iter(self._modest))]
+            self._modest[connection] = None
         turns = self._waiting.get(host)
         if turns is not None and num_bytes > _LEAST_CHARGE:
             turns.charge(connection, num_bytes)
+
+    def is_modest(self, num_bytes: int) -> bool:
+        """For ``Passage``: so much is not large."""
+        return num_bytes <= self._modest_bytes
+
+    def free_place(self) -> None:
+        """For ``Passage``: the place for modest connections is free again."""
+        self._place_taken = False
+        while self._waiting_modest and not self._place_taken:
+            host, connection, turn = self._waiting_modest.popleft()
+            if not turn.done():
+                turn.set_result(self._let_in_aside(host, connection))
+                self._waits_no_more(host, self._waiting[host])
 
     def take(self, host: str, num_bytes: int) -> None:
         """For ``Passage``: more bytes, or fewer."""
@@ -186,7 +223,12 @@ class Admission:
         self._active += 1
         self.used_bytes += self.message_bytes
         self._charge(host, self.message_bytes)
-        return Passage(self, host, connection, self.message_bytes)
+        return Passage(self, host, connection, self.message_bytes, aside=False)
+
+    def _let_in_aside(self, host: str, connection: str) -> Passage:
+        self._active += 1
+        self._place_taken = True
+        return Passage(self, host, connection, 0, aside=True)
 
     def _charge(self, host: str, num_bytes: int) -> None:
         used = self._used_by.get(host, 0) + num_bytes
@@ -208,11 +250,12 @@ class Admission:
                 return
             turns = self._waiting[host]
             connection, turn = turns.pop()
-            self._waits_no_more(host, turns)
             turn.set_result(self._let_in(host, connection))
+            self._waits_no_more(host, turns)
 
     def _waits_no_more(self, host: str, turns: _Turns) -> None:
         self._num_waiting -= 1
+        turns.forget_done()
         del self._waiting[host]
         if turns.num_waiting:
             self._waiting[host] = turns  # last of the hosts now: among equals the others come first
