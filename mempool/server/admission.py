@@ -15,7 +15,7 @@ _MAX_WAITING = 4096
 _LEAST_CHARGE = 16 * 1024
 """What a call is charged at least, in bytes: small ones cost their handling."""
 _MAX_ACCOUNTS = 4096
-MODEST_BYTES = 4 * 2**20
+MODEST_BYTES = 2**20
 """A connection is modest whose last message and answer had no more."""
 
 
