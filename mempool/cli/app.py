@@ -92,7 +92,16 @@ def up(
 
 
 @app.command()
-def status(file: MaybeFile = None, pool: PoolName = None, address: Address = None, as_json: Json = False) -> None:
+def status(
+    file: MaybeFile = None,
+    pool: PoolName = None,
+    address: Address = None,
+    stages: Annotated[
+        bool,
+        typer.Option("--stages", help="Also show what each shard has spent its time on since it started."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Show shards and tables."""
     with reported():
         from mempool.cli import documents
@@ -105,7 +114,7 @@ def status(file: MaybeFile = None, pool: PoolName = None, address: Address = Non
         else:
             from mempool.cli import show
 
-            show.status(now, address=target.address)
+            show.status(now, address=target.address, stages=stages)
 
 
 @app.command()

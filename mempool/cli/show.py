@@ -1,7 +1,7 @@
 """What commands print for people: tables and a progress bar on a terminal, plain lines anywhere else."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -28,8 +28,8 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def status(now: PoolStatus, *, address: str) -> None:
-    """Shards, tables, and what is wrong."""
+def status(now: PoolStatus, *, address: str, stages: bool = False) -> None:
+    """Shards, tables, and what is wrong; with ``stages``, what each shard's calls spend their time on."""
     console = _console()
     moving = f", going to {counted(now.wanted_shards, 'shard')}" if now.rescaling else ""
     moving += f": waiting for {now.waiting_for}" if now.waiting_for else ""
@@ -53,6 +53,8 @@ def status(now: PoolStatus, *, address: str) -> None:
                 f"{table['updates_applied']:,}", style="red" if table["lost_pages"] else None,
             )  # fmt: skip
         console.print(tables)
+    if stages:
+        console.print(_stages(console, now.shards))
     for creation in now.creating:
         so_far = f"{_size(creation.bytes_done)} of {_size(creation.bytes_total)}"
         waits = f"waits for {creation.waiting_for}" if creation.waiting_for else ""
@@ -150,6 +152,18 @@ def _table(console: Console, *columns: str) -> Table:
     return table
 
 
+def _stages(console: Console, shards: Iterable[ShardStatus]) -> Table:
+    """A line for each stage of each shard, what took longest in all first."""
+    table = _table(console, "shard", "stage", "times", "in all", "half within", "99 % within", "longest")
+    for shard in shards:
+        for stage in sorted(shard.stages, key=lambda stage: -stage.total_s):
+            times = (stage.total_s, stage.p50_s, stage.p99_s, stage.max_s)
+            table.add_row(
+                str(shard.info.shard), stage.stage, f"{stage.count:,}", *(_short_time(time) for time in times)
+            )
+    return table
+
+
 def _shard_row(shard: ShardStatus) -> tuple[str, ...]:
     ready = shard.state == "ready"
     return (
@@ -201,6 +215,12 @@ def _size(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.1f} TiB"
+
+
+def _short_time(seconds: float) -> str:
+    if seconds >= 1.0:
+        return f"{seconds:.1f} s"
+    return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} us"
 
 
 def _duration(seconds: float) -> str:

@@ -109,6 +109,19 @@ def require_integers(name: str, tensor: object, *, table: str) -> None:
         raise InvalidRequest(f"table {table!r}: {name} must be a torch.Tensor, not {type(tensor).__name__}.")
     if tensor.dtype not in _INTEGERS:
         raise InvalidRequest(f"table {table!r}: {name} must be of an integer dtype (int64), not {tensor.dtype}.")
+    require_dense(name, tensor, table=table)
+
+
+def require_dense(name: str, tensor: Tensor, *, table: str) -> None:
+    """Raises InvalidRequest for a tensor without data, or whose data are not one block of numbers."""
+    if tensor.is_meta:
+        raise InvalidRequest(f"table {table!r}: {name} is on the meta device, and has no data to send.")
+    if tensor.is_nested:
+        raise InvalidRequest(
+            f"table {table!r}: {name} is a nested tensor; give its values() and offsets(), as with EmbeddingBag."
+        )
+    if tensor.layout is not torch.strided:
+        raise InvalidRequest(f"table {table!r}: {name} is of layout {tensor.layout}; give {name}.to_dense().")
 
 
 def _require_weights(weights: object, ids: Tensor, *, table: str) -> None:
@@ -118,6 +131,7 @@ def _require_weights(weights: object, ids: Tensor, *, table: str) -> None:
         )
     if not weights.is_floating_point():
         raise InvalidRequest(f"gather of table {table!r}: weights must be of a floating dtype, not {weights.dtype}.")
+    require_dense("weights", weights, table=table)
     if weights.shape != ids.shape:
         raise InvalidRequest(
             f"gather of table {table!r}: weights has shape {list(weights.shape)}, ids has {list(ids.shape)}; "

@@ -1,5 +1,6 @@
-"""Counts as callers give them: any kind of integer, numpy's and torch's too, but no bool."""
+"""Numbers as callers give them: any kind of integer or real number, numpy's and torch's too, but no bool or text."""
 
+import math
 import operator
 
 from mempool.errors import InvalidRequest
@@ -13,6 +14,16 @@ def as_count(value: object) -> int | None:
         return operator.index(value)  # type: ignore[arg-type]  # that it may have no __index__ is the question
     except TypeError:
         return None
+
+
+def as_number(value: object) -> float:
+    """``value`` as a float; NaN where it is no number, a bool or text."""
+    if isinstance(value, (bool, str, bytes)):
+        return math.nan
+    try:
+        return float(value)  # type: ignore[arg-type]  # that it may have no __float__ is the question
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
 
 
 def shard_count(shards: object) -> int:

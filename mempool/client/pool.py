@@ -7,7 +7,7 @@ import secrets
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import NoReturn, Self, TypeVar
 
 from mempool.client.counts import shard_count
 from mempool.client.opening.connection import Connection
@@ -18,7 +18,7 @@ from mempool.client.routing.whereabouts import Whereabouts
 from mempool.client.table import Table
 from mempool.client.training.session import Session
 from mempool.config import TableConfig
-from mempool.errors import NotFound
+from mempool.errors import InvalidRequest, NotFound
 from mempool.types import PoolApi, PoolStatus, RescaleProgress, TableView
 from mempool.types.caller import Caller, calling
 
@@ -57,6 +57,19 @@ class Pool:
         self._group = secrets.token_hex(16)
         self._lock = threading.Lock()
         self._tables: dict[int, Table] = {}
+
+    def __reduce__(self) -> NoReturn:
+        raise InvalidRequest(
+            f"{self._where.pool} is a connection and cannot be pickled. {self._where.elsewhere_advice}"
+        )
+
+    def __copy__(self) -> Self:
+        """Itself, as its tables are: a copy of a model that holds it uses the same pool."""
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """Itself."""
+        return self
 
     def __repr__(self) -> str:
         return f"Pool({self.name!r}{', closed' if self._connection.closed else ''})"

@@ -7,6 +7,7 @@ Legend: B bags, L pairs per bag (or of all bags, with offsets), M rows, H heads,
 value dim.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mempool.client.bags import without_padding
+from mempool.client.counts import as_number
 from mempool.client.gathers.autograd import gather
 from mempool.client.gathers.untraced import untraced
 from mempool.client.lookup import Lookup, checked_queries, checked_topk, without_heads
@@ -57,8 +59,7 @@ class Table:
 
     def __reduce__(self) -> NoReturn:
         raise InvalidRequest(
-            f"table {self.name!r} is a connection and cannot be pickled; in the other process, connect to the pool and "
-            f"take pool.table({self.name!r})"
+            f"table {self.name!r} is a connection and cannot be pickled. {self._router.tries.where.elsewhere_advice}"
         )
 
     def __copy__(self) -> "Table":
@@ -217,7 +218,7 @@ class Table:
             InvalidRequest: Wrong ids, or the table's optimizer has no state of that name; nothing was sent.
         """
         own_ids = checked_rows(ids, num_slots=self.num_slots, table=self.name)
-        return {name: self._rows.read(name, own_ids) for name in names_to_read(self.schema, names)}
+        return self._rows.read_arrays(names_to_read(self.schema, names), own_ids)
 
     @untraced
     def write_state(self, ids: Tensor, state: Mapping[str, Tensor]) -> None:
@@ -330,14 +331,16 @@ class Table:
         """What this client has done on this table."""
         return self._session.counters
 
-    def prepare(self, *, want_norm: bool = True) -> Prepared | None:
+    def prepare(self, *, want_norm: bool = True, norm_order: float = 0.0) -> Prepared | None:
         """Make everything pending ready to commit, and learn its norm. None where nothing is pending.
+
+        With ``norm_order`` (above 0, inf for the largest element) it answers the norm of that order, too.
 
         For what needs one decision over several tables: clipping by global norm, gradient scalers. ``commit`` or
         ``discard`` must follow soon: pages cannot move meanwhile.
         """
         self._link.drop_zeroed()
-        return self._run(self._session.prepare(want_norm=want_norm))
+        return self._run(self._session.prepare(want_norm=want_norm, norm_order=norm_order))
 
     def commit(self, *, lr: float | None = None, grad_scale: float = 1.0) -> int:
         """Apply everything pending as one step of the table's optimizer; does nothing where nothing is pending.
@@ -351,8 +354,12 @@ class Table:
         Returns:
             How many updates were committed.
         """
+        lr = self.schema.optimizer.lr if lr is None else lr
+        for name, number in (("lr", lr), ("grad_scale", grad_scale)):
+            if not math.isfinite(as_number(number)):
+                raise InvalidRequest(f"table {self.name!r}: {name} = {number!r} must be a finite number.")
         self._link.drop_zeroed()
-        return self._run(self._session.commit(lr=self.schema.optimizer.lr if lr is None else lr, grad_scale=grad_scale))
+        return self._run(self._session.commit(lr=float(lr), grad_scale=float(grad_scale)))
 
     def discard(self) -> int:
         """Drop what is pending; answers how many updates. A step whose commit is under way is decided and stays.

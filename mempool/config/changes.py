@@ -1,13 +1,14 @@
 """What an edited cluster file asks of a living pool: a pure comparison. ``mempool.rayhost`` carries it out."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from mempool.config.cluster import ClusterConfig
 from mempool.config.model import ConfigModel, value_text
 from mempool.config.table import TableConfig, resolve
 from mempool.errors import ConfigError
-from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec, TableSchema
+from mempool.types import TableSchema
+from mempool.types.schema_differences import schema_differences
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +105,10 @@ def diff(
     refused = [FieldChange(field="pool.name", before=old.pool.name, after=new.pool.name)]
     for name, table in wanted.items():
         if name in live:
-            refused += _schema_changes(f"tables[{name}]", live[name], resolve(table))
+            refused += [
+                FieldChange(field=f"tables[{name}].{found.path}", before=found.first, after=found.second)
+                for found in schema_differences(live[name], resolve(table))
+            ]
     restart = [
         change
         for section in ("pool", "shard", "ray")
@@ -127,17 +131,4 @@ def _model_changes(prefix: str, old: ConfigModel, new: ConfigModel) -> list[Fiel
         FieldChange(field=f"{prefix}.{name}", before=before, after=after)
         for name in type(old).model_fields
         if (before := getattr(old, name)) != (after := getattr(new, name))
-    ]
-
-
-def _schema_changes(prefix: str, old: object, new: object) -> list[FieldChange]:
-    """Fields that differ, down into optimizer and keys of one kind. The pool's table_id is no matter of files."""
-    nested = (TableSchema, OptimizerSpec, ProductKeySpec, FlatKeySpec)
-    if type(old) is not type(new) or not isinstance(old, nested):
-        return [] if old == new else [FieldChange(field=prefix, before=old, after=new)]
-    return [
-        change
-        for field in fields(old)
-        if field.name != "table_id"
-        for change in _schema_changes(f"{prefix}.{field.name}", getattr(old, field.name), getattr(new, field.name))
     ]

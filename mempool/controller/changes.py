@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 
 from mempool.controller.calls import ShardCalls
 from mempool.controller.roster import Roster
@@ -18,7 +18,6 @@ from mempool.placement import plan
 from mempool.types import (
     AttachTable,
     FlatKeySpec,
-    OptimizerSpec,
     Placement,
     ProductKeySpec,
     ShardFill,
@@ -29,7 +28,9 @@ from mempool.types import (
     TableStatus,
     TableView,
 )
+from mempool.types.caller import Caller, calling
 from mempool.types.schema_checks import check_schema, shown
+from mempool.types.schema_differences import schema_differences
 from mempool.types.sizes import bytes_by_owner
 
 _LOG = logging.getLogger("mempool.controller")
@@ -91,7 +92,8 @@ class TableChanges:
         if making is None:
             self._require_new(schema)
             making = self._making[schema.name] = Making(schema=schema)
-            making.task = asyncio.create_task(self._make(making))
+            with calling(Caller()):  # neither its deadline nor its name goes along: others may join in
+                making.task = asyncio.create_task(self._make(making))
             making.task.add_done_callback(lambda task: self._made(making, task))
         elif making.schema != schema:
             raise AlreadyExists(
@@ -222,18 +224,11 @@ def first_view(schema: TableSchema, infos: tuple[ShardInfo, ...]) -> tuple[Table
     return TableView(schema=schema, placement=placement, shards=infos), bytes_of
 
 
-def differences(present: object, asked: object, *, path: str = "") -> list[str]:
-    """Fields in which two schemas differ, down into optimizer and keys: "optimizer.lr is 0.1, not 0.2"."""
-    nested = (TableSchema, OptimizerSpec, ProductKeySpec, FlatKeySpec)
-    if type(present) is not type(asked) or not isinstance(present, nested):
-        return [] if present == asked else [f"{path} is {_shown(present)}, not {_shown(asked)}"]
+def differences(present: TableSchema, asked: TableSchema) -> list[str]:
+    """Fields in which two schemas differ: "optimizer.lr is 0.1, not 0.2"."""
     return [
-        difference
-        for each in fields(present)
-        if each.name != "table_id"
-        for difference in differences(
-            getattr(present, each.name), getattr(asked, each.name), path=f"{path}.{each.name}".lstrip(".")
-        )
+        f"{found.path} is {_shown(found.first)}, not {_shown(found.second)}"
+        for found in schema_differences(present, asked)
     ]
 
 

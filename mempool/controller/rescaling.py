@@ -16,6 +16,7 @@ from mempool.controller.roster import Roster
 from mempool.controller.telling import Telling
 from mempool.errors import DataLoss, InvalidRequest, MempoolError, ShardUnavailable
 from mempool.types import MAX_SHARDS, RescaleProgress, ShardInfo, ShardStatus
+from mempool.types.caller import Caller, calling
 
 _LOG = logging.getLogger("mempool.controller")
 
@@ -73,7 +74,13 @@ class Rescaling:
 
     async def start(self, shards: Sequence[int]) -> None:
         """Start shards: all of them, or none. Raises what the launcher raised."""
-        results = await asyncio.gather(*(self._launcher.start(shard) for shard in shards), return_exceptions=True)
+        starting = [asyncio.ensure_future(self._launcher.start(shard)) for shard in shards]
+        try:
+            results = await asyncio.gather(*starting, return_exceptions=True)
+        except asyncio.CancelledError:
+            await asyncio.wait(starting)
+            await self.stop([task.result() for task in starting if not task.cancelled() and task.exception() is None])
+            raise
         started = [result for result in results if isinstance(result, ShardInfo)]
         for result in results:
             if isinstance(result, BaseException):
@@ -96,7 +103,8 @@ class Rescaling:
         # A task of its own: a watcher that goes away (Ctrl-C at `mempool scale`) does not stop a move half way.
         reports: Reports = asyncio.Queue()
         self.wanted = shards
-        self._task = asyncio.create_task(self._run(shards, reports))
+        with calling(Caller()):  # the watcher's deadline is for its watching alone
+            self._task = asyncio.create_task(self._run(shards, reports))
         while True:
             report = await reports.get()
             if isinstance(report, Exception):

@@ -33,7 +33,7 @@ class EngineLauncher:
 
         self._started += 1
         info = ShardInfo(shard=shard, address="", incarnation=self._started)
-        self._engines[shard] = Engine(info, device=self._device, peers=self.dial, pool=self._pool)
+        self._engines[shard] = Engine(info, device=self._device, peers=self.dial, pool=self._pool, configured=False)
         return info
 
     async def require_room(self, shards: int) -> None:

@@ -104,8 +104,8 @@ def _small_arena(needs: Needs) -> Paged:
     element = needs.element
     page_table = torch.zeros(1, dtype=torch.int32, device=needs.device)
     if element == "float32" or element == "bfloat16":
-        rows = torch.zeros(2, _WIDTH, dtype=torch.float32 if element == "float32" else torch.bfloat16)
-        return Paged(rows.to(needs.device), page_table, 1)
+        dtype = torch.float32 if element == "float32" else torch.bfloat16
+        return Paged(torch.zeros(2, _WIDTH, dtype=dtype, device=needs.device), page_table, 1)
     packed = PackedLayout(element, width=_WIDTH, block_dim=64)
     rows = torch.zeros(2, packed.row_bytes, dtype=torch.uint8, device=needs.device)
     return Paged(rows, page_table, 1, packed)
@@ -124,27 +124,30 @@ def _pairs(needs: Needs) -> SortedPairs:
 def _long_run(needs: Needs) -> tuple[SortedPairs, Tensor]:
     """Pairs of one slot, so many that threads share its sum, and their bags."""
     num_pairs = 4 * RUN_PIECE + 1
-    order, one = torch.arange(num_pairs, device=needs.device), _numbers(needs, 0)
+    order, one = torch.arange(num_pairs, dtype=torch.int64, device=needs.device), _numbers(needs, 0)
     pairs = SortedPairs(order=order, rows=one, slots=one.clone(), starts=_numbers(needs, 0, num_pairs))
     return pairs, torch.zeros_like(order)
 
 
 def _grads(needs: Needs) -> Tensor:
-    return torch.ones(2, _WIDTH, device=needs.device)
+    return torch.ones(2, _WIDTH, dtype=torch.float32, device=needs.device)
 
 
 def _state(needs: Needs) -> dict[str, Tensor]:
     names = STATE_NAMES[needs.algorithm]
-    state = {name: torch.zeros(2, 1 if name in BLOCK_STATE else _WIDTH, device=needs.device) for name in names}
+    state = {
+        name: torch.zeros(2, 1 if name in BLOCK_STATE else _WIDTH, dtype=torch.float32, device=needs.device)
+        for name in names
+    }
     if needs.master:
-        state[MASTER] = torch.zeros(2, _WIDTH, device=needs.device)
+        state[MASTER] = torch.zeros(2, _WIDTH, dtype=torch.float32, device=needs.device)
     return state
 
 
 def _weighted_sum(needs: Needs) -> None:
     from mempool import kernels
 
-    weights = torch.ones(3, device=needs.device)
+    weights = torch.ones(3, dtype=torch.float32, device=needs.device)
     kernels.weighted_sum(_small_arena(needs), _numbers(needs, 0, 1, 1), weights, _numbers(needs, 0, 2, 3))
 
 
@@ -172,7 +175,11 @@ def _sort_pairs(needs: Needs) -> None:
 def _segment_sum(needs: Needs) -> None:
     from mempool import kernels
 
-    weights, bags, grads = torch.ones(3, device=needs.device), _numbers(needs, 0, 0, 1), _grads(needs)
+    weights, bags, grads = (
+        torch.ones(3, dtype=torch.float32, device=needs.device),
+        _numbers(needs, 0, 0, 1),
+        _grads(needs),
+    )
     sums = kernels.segment_sum(_pairs(needs), weights, bags, grads)
     kernels.add_segments(sums, _numbers(needs, 0, 1), _pairs(needs), weights, bags, grads)
     pairs, bags = _long_run(needs)
@@ -192,7 +199,11 @@ def _step(needs: Needs) -> None:
     # Any option has the variant of all: a norm is one that every rule has.
     bound = float("inf") if needs.plain else 1.0
     step = OptimizerStep(needs.algorithm, lr=0.0, max_norm=bound)
-    grads, weights, bags = _grads(needs), torch.ones(3, device=needs.device), _numbers(needs, 0, 0, 1)
+    grads, weights, bags = (
+        _grads(needs),
+        torch.ones(3, dtype=torch.float32, device=needs.device),
+        _numbers(needs, 0, 0, 1),
+    )
     kernels.optimizer_step(paged, state, _pairs(needs), grads, step)
     kernels.fused_step(paged, state, _pairs(needs), weights, bags, grads, step)
 
@@ -202,10 +213,10 @@ def _catch_up(needs: Needs) -> None:
 
     schedule = DenseSchedule(first_step=1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, device=needs.device)
     schedule.append(0.0)
-    state = {name: torch.zeros(2, _WIDTH, device=needs.device) for name in STATE_NAMES["adamw"]}
+    state = {name: torch.zeros(2, _WIDTH, dtype=torch.float32, device=needs.device) for name in STATE_NAMES["adamw"]}
     state[LAST_STEP] = torch.zeros(2, 1, dtype=torch.int32, device=needs.device)
     if needs.master:
-        state[MASTER] = torch.zeros(2, _WIDTH, device=needs.device)
+        state[MASTER] = torch.zeros(2, _WIDTH, dtype=torch.float32, device=needs.device)
     kernels.catch_up(_small_arena(needs), state, _numbers(needs, 0, 1), schedule, to=1, block_dim=64)
 
 
@@ -229,16 +240,24 @@ def _select_topk(needs: Needs) -> None:
 def _product_topk(needs: Needs) -> None:
     from mempool import kernels
 
-    queries, keys = _grads(needs)[:, None].contiguous(), torch.ones(1, 2, 2, 2, device=needs.device)
+    queries, keys = (
+        _grads(needs)[:, None].contiguous(),
+        torch.ones(1, 2, 2, 2, dtype=torch.float32, device=needs.device),
+    )
     kernels.product_indices(queries, keys, 1)
 
 
 def _product_gradient(needs: Needs) -> None:
     from mempool import kernels
 
-    queries, keys = _grads(needs)[:, None].contiguous(), torch.ones(1, 2, 2, 2, device=needs.device)
+    queries, keys = (
+        _grads(needs)[:, None].contiguous(),
+        torch.ones(1, 2, 2, 2, dtype=torch.float32, device=needs.device),
+    )
     index = _numbers(needs, 0, 0).view(2, 1, 1)
-    kernels.product_gradient(queries, keys, index, index.clone(), torch.ones(2, 1, 1, device=needs.device))
+    kernels.product_gradient(
+        queries, keys, index, index.clone(), torch.ones(2, 1, 1, dtype=torch.float32, device=needs.device)
+    )
 
 
 def _initial_values(needs: Needs) -> None:  # noqa: ARG001 - the same for all

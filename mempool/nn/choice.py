@@ -51,6 +51,10 @@ def weights_of(scores_BHK: Tensor, scores: Scores) -> Tensor:
         return torch.relu(scores_BHK)
     assert callable(scores)
     weights = scores(scores_BHK)
+    if not isinstance(weights, Tensor):
+        raise InvalidRequest(
+            f"scores= must make a tensor of weights {list(scores_BHK.shape)}, got {type(weights).__name__}"
+        )
     if weights.shape != scores_BHK.shape:
         raise InvalidRequest(
             f"scores= must make weights {list(scores_BHK.shape)} of scores of that shape, got {list(weights.shape)}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mempool.client import Table
+from mempool.client.counts import as_number
 from mempool.errors import InvalidRequest
 
 _SCALING = frozenset(
@@ -25,8 +26,8 @@ _NORMS = frozenset({"linalg_vector_norm", "vector_norm", "linalg_norm", "norm", 
 class TableNorm(Tensor):
     """The norm of a table's gradient, [1]: what multiplies it multiplies the gradient, and nothing else is possible.
 
-    Clipping by value and norms of another order than 2 need the elements, which are in the pool: an InvalidRequest says
-    so, where the number alone would give a wrong answer.
+    Norms of other orders than 2 are asked of the pool. Clipping by value needs the elements, which are there: an
+    InvalidRequest says so, where the number alone would give a wrong answer.
     """
 
     owner: "TableGradient"
@@ -44,7 +45,10 @@ class TableNorm(Tensor):
         name, options = getattr(func, "__name__", ""), kwargs or {}
         norms = list(_norms_in([*args, *options.values()]))
         if name in _NORMS:
-            _require_order_2(name, args, options, norms)
+            order = _order(name, args, options, norms)
+            if order != 2.0:
+                args = tuple(_of_order(part, order) for part in args)
+                options = {key: _of_order(part, order) for key, part in options.items()}
         elif norms and _writes_otherwise(name) and (name.startswith("_foreach") or isinstance(args[0], TableNorm)):
             _refuse_in_place(name, norms)
         with torch._C.DisableTorchFunctionSubclass():
@@ -62,7 +66,8 @@ class TableGradient(nn.Parameter):
     a tensor [1] with that norm, and whatever scales it scales the whole gradient of the table when it is applied:
     ``GradScaler.unscale_`` and ``torch.nn.utils.clip_grad_norm_`` work as on any parameter, and a norm taken over
     several of these (and over ordinary parameters) is the true global norm. A gradient with an inf or NaN anywhere has
-    norm inf. Only the 2-norm is known: norms of another order, and clipping by value, are refused.
+    norm inf. Norms of other orders are asked of the pool when torch's functions want them (``norm_type=math.inf``);
+    clipping by value is refused.
 
     Reading ``grad`` [TRAINER] prepares the step: [SHARD] reduces what it holds and answers the squared norm, once for
     the same updates. It is None while no update is pending, and nothing is sent then. Setting it to None, or zeroing
@@ -76,6 +81,7 @@ class TableGradient(nn.Parameter):
     _norm: float | None
     _scaled_norm: Tensor | None
     _updates: tuple[int, int] | None
+    _other_norms: dict[float, float]
 
     def __new__(cls, table: Table) -> "TableGradient":
         self = nn.Parameter.__new__(cls, torch.zeros(1, dtype=torch.float64, device="cpu"))
@@ -154,12 +160,30 @@ class TableGradient(nn.Parameter):
         # A gradient of nothing but zeros stays one, whatever it is multiplied with.
         return self._scaled_norm.item() / self._norm if self._norm > 0.0 else 1.0
 
+    def norm_of_order(self, scaled_norm: TableNorm, order: float) -> float:
+        """The norm of another order of a gradient of which ``scaled_norm`` is the 2-norm, scaled as it is.
+
+        Raises:
+            InvalidRequest: It is not this table's gradient any more: it was applied, dropped, or more has come.
+        """
+        if scaled_norm is not self._scaled_norm or not self.prepared:
+            raise InvalidRequest(
+                f"this is an earlier gradient of table {self.table.name!r}, of which only the 2-norm is known; read the"
+                " parameter's grad again"
+            )
+        if order not in self._other_norms:
+            prepared = self.table.prepare(norm_order=order)
+            assert prepared is not None, "it is pending"
+            self._other_norms[order] = prepared.norm if prepared.finite else math.inf
+        return self._other_norms[order] * abs(self.scale)
+
     def _pending_updates(self) -> tuple[int, int]:
         """Two numbers that no other set of pending updates of this table's session has had."""
         return self.table.counters.updates_pushed, self.table.pending
 
     def _forget(self) -> None:
         self._norm = self._scaled_norm = self._updates = None
+        self._other_norms = {}
 
 
 def _norms_in(parts: list[Any]) -> Iterator[TableNorm]:
@@ -179,14 +203,26 @@ def _names(norms: list[TableNorm]) -> str:
     return ", ".join(repr(norm.owner.table.name) for norm in norms)
 
 
-def _require_order_2(name: str, args: tuple[Any, ...], options: dict[str, Any], norms: list[TableNorm]) -> None:
-    order = next((options[key] for key in ("ord", "p") if key in options), args[1] if len(args) > 1 else 2)
-    if name == "dist" or order not in (None, 2, 2.0, "fro"):
+def _order(name: str, args: tuple[Any, ...], options: dict[str, Any], norms: list[TableNorm]) -> float:
+    """The order of the norm that is asked for; raises InvalidRequest for one that only the elements could tell."""
+    asked = next((options[key] for key in ("ord", "p") if key in options), args[1] if len(args) > 1 else None)
+    order = 2.0 if asked in (None, "fro") else as_number(asked)
+    if name == "dist" or not order > 0.0:
+        what = "distance from" if name == "dist" else f"norm of order {asked} of"
         raise InvalidRequest(
-            f"the norm of order {order} of the gradient of table {_names(norms)} is not known: its elements are in the"
-            " pool, and only their 2-norm is here. Clip by norm_type=2 (PoolOptimizer's max_norm does), and other"
-            " parameters apart from the tables' where they need another order"
+            f"the {what} the gradient of table {_names(norms)} is not known: its elements are in the pool, which"
+            " answers norms of orders above 0 only (math.inf for the largest element)"
         )
+    return order
+
+
+def _of_order(part: Any, order: float) -> Any:
+    """What stands for a gradient where its norm of another order is taken: one element of that size."""
+    if isinstance(part, TableNorm):
+        return torch.tensor([part.owner.norm_of_order(part, order)], dtype=torch.float64, device="cpu")
+    if isinstance(part, (list, tuple)):
+        return [_of_order(inner, order) for inner in part]
+    return part
 
 
 def _refuse_in_place(name: str, norms: list[TableNorm]) -> NoReturn:

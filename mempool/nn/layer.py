@@ -15,14 +15,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mempool.client import Table
-from mempool.client.gathers.autograd import gather
+from mempool.client.gathers.autograd import gather, refuse_export
 from mempool.errors import InvalidRequest
 from mempool.nn.choice import MemoryLookup, Scores, checked_scores, weights_of
 from mempool.nn.copies import CopyCaution
 from mempool.nn.parts import Gate, Out, gate_part, out_part
 from mempool.nn.scoring import product_topk, unit_rms
-from mempool.nn.sizes import checked_dropout, checked_int, checked_key_dim, checked_topk, codebook_size
-from mempool.nn.values import LayerLink, values_parameter
+from mempool.nn.sizes import (
+    checked_dropout,
+    checked_int,
+    checked_key_dim,
+    checked_std,
+    checked_table,
+    checked_topk,
+    codebook_size,
+)
+from mempool.nn.values import LayerLink, has_mark, values_parameter
 
 
 class MemoryLayer(nn.Module):
@@ -53,8 +61,9 @@ class MemoryLayer(nn.Module):
     ``layer.requires_grad_(False)``, or of a model around it, freezes them for this layer (other layers of the table go
     on), ``model.requires_grad_(False); layer.values.requires_grad_()`` trains nothing else. ``zero_grad()`` of any
     module around it drops what is pending on the table, and so does that of an ordinary optimizer that holds
-    ``values`` and did not step since; in one that steps, ``values`` costs nothing and means nothing. (FSDP manages
-    gradients itself: there only ``PoolOptimizer.zero_grad`` drops.)
+    ``values`` and did not step since; in one that steps, and in a norm over all parameters, it costs nothing and means
+    nothing: clip by ``PoolOptimizer``'s ``max_norm``, or over its parameters. (Under FSDP2, ``zero_grad()``
+    drops where ``PoolOptimizer(model)`` was made after ``fully_shard``, and not with ``set_to_none=False``.)
 
     ``state_dict`` holds the other parameters and nothing of the table: its values live in the pool. States of before
     ``half_keys`` had that name (``keys``) load. A copy, shallow or deep, shares the table: what a teacher or an average
@@ -138,7 +147,7 @@ class MemoryLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        schema = table.schema
+        schema = checked_table(table).schema
         self.dim = checked_int("dim", dim)
         self.out_dim = self.dim if out_dim is None else checked_int("out_dim", out_dim)
         self.heads = checked_int("heads", heads)
@@ -150,7 +159,9 @@ class MemoryLayer(nn.Module):
         self.value_dropout = checked_dropout("value_dropout", value_dropout)
         self.qk_norm = qk_norm
         self.query_norm = query_norm
-        self.key_init_std = 1.0 / math.sqrt(self.key_dim) if key_init_std is None else key_init_std
+        self.key_init_std = (
+            1.0 / math.sqrt(self.key_dim) if key_init_std is None else checked_std("key_init_std", key_init_std)
+        )
         self.deterministic = deterministic
         self.table = table
         self.codebook_size = codebook_size(schema.name, schema.num_slots)
@@ -176,6 +187,8 @@ class MemoryLayer(nn.Module):
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter("half_keys" if name == "keys" else name, param)
+        if name == "values" and "_link" in self.__dict__:
+            self.follow_values()
 
     def reset_parameters(self) -> None:
         """Draw new keys. ``query``, ``gate`` and ``out`` have their own ``reset_parameters``; the table stays."""
@@ -196,8 +209,14 @@ class MemoryLayer(nn.Module):
             InvalidRequest: The last dimension of ``x`` is not ``dim``, or a module answered another width.
             MempoolError: What the table's gather raises.
         """
+        refuse_export(self.table.name)
         if x.dim() == 0 or x.shape[-1] != self.dim:
             raise InvalidRequest(f"this layer takes [..., {self.dim}], got {list(x.shape)}")
+        if x.is_meta or self.half_keys.is_meta:
+            raise InvalidRequest(
+                f"this layer of table {self.table.name!r} or its input is on the meta device, without data to look up:"
+                " give it data first (to_empty and load_state_dict)"
+            )
         if self._copied is not None and not torch.compiler.is_compiling():
             self._copied.before_call(self)
         if self.input_dropout:
@@ -272,6 +291,11 @@ class MemoryLayer(nn.Module):
         dtype = x.dtype
         if self.gate is not None:
             gate = F.silu(self.gate(x))
+            if gate.shape != bag.shape:
+                raise InvalidRequest(
+                    f"gate answered {list(gate.shape)} for {list(x.shape)}; its last dimension must be the table's"
+                    f" value_dim = {bag.shape[-1]}"
+                )
             dtype, bag = gate.dtype, gate * bag
         bag = bag.to(dtype)
         return bag if self.out is None else self.out(bag)
@@ -286,12 +310,13 @@ class MemoryLayer(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._follow_values()
+        self.follow_values()
         return self
 
-    def _follow_values(self) -> None:
-        """Another parameter may have come in the place of ``values`` (``to_empty`` does that)."""
-        if self.values is not self._link.parameter and type(self.values) is nn.Parameter:
+    def follow_values(self) -> None:
+        """Another parameter may have come in the place of ``values``, as by ``fully_shard``, or into it."""
+        if (self.values is not self._link.parameter or self._link.lost) and has_mark(self.values):
+            self._link.end()
             self._link = LayerLink(self.table, self.values)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

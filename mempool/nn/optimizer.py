@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from mempool.client import Table
+from mempool.client.counts import as_number
 from mempool.errors import InvalidRequest, MempoolError
 from mempool.nn.gradient import TableGradient
 from mempool.nn.tables import tables_of, values_of
@@ -47,6 +48,8 @@ class PoolOptimizer(torch.optim.Optimizer):
         max_norm: Clip the gradient of all tables together to this norm, by the formula of
             ``torch.nn.utils.clip_grad_norm_``. ``math.inf`` only measures ``last_norm``. None does neither and saves a
             round trip per step.
+        norm_type: Order of that norm, above 0; ``math.inf`` for the largest element. Others than 2 cost the shards one
+            more pass over the gradient.
 
     Attributes:
         max_norm: As above; may be changed at any time.
@@ -66,14 +69,27 @@ class PoolOptimizer(torch.optim.Optimizer):
     # GradScaler.step then calls step also where it found an inf, and says so: what is pending can be discarded there.
     _step_supports_amp_scaling = True
 
-    def __init__(self, tables: Tables, lr: float | None = None, max_norm: float | None = None) -> None:
-        if max_norm is not None and not max_norm > 0.0:
-            raise InvalidRequest(f"max_norm = {max_norm} must be above 0; None turns clipping off")
+    def __init__(
+        self, tables: Tables, lr: float | None = None, max_norm: float | None = None, norm_type: float = 2.0
+    ) -> None:
         self.max_norm = max_norm
+        self.norm_type = as_number(norm_type)
+        if not self.norm_type > 0.0:
+            raise InvalidRequest(f"norm_type = {norm_type!r} must be above 0; math.inf is the largest element")
         self.last_norm: float | None = None
         self._looked_at: dict[int, tuple[int, int]] = {}
         self._dropped_told = False
         super().__init__(_groups(tables), {"lr": lr})
+
+    @property
+    def max_norm(self) -> float | None:
+        return self._max_norm
+
+    @max_norm.setter
+    def max_norm(self, max_norm: float | None) -> None:
+        if max_norm is not None and not as_number(max_norm) > 0.0:
+            raise InvalidRequest(f"max_norm = {max_norm!r} must be above 0; None turns clipping off")
+        self._max_norm = None if max_norm is None else float(max_norm)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take one more table: ``{"table": table}``, with an ``lr`` of its own if wanted.
@@ -83,7 +99,11 @@ class PoolOptimizer(torch.optim.Optimizer):
         """
         table = param_group.get("table")
         if not isinstance(table, Table):
-            raise InvalidRequest(f'a group of a PoolOptimizer is {{"table": table, ...}}, got {param_group!r}')
+            given = param_group if table is None else table
+            raise InvalidRequest(
+                f'a group of a PoolOptimizer is {{"table": table, ...}}, got one of type {type(given).__name__}:'
+                " give it the model, or its tables (its parameters belong to an optimizer of torch's)"
+            )
         if any(gradient.table is table for gradient in self._gradients()):
             raise InvalidRequest(f"table {table.name!r} has a parameter group already; a table can have only one")
         lr = param_group.get("lr", self.defaults["lr"])
@@ -213,7 +233,7 @@ class PoolOptimizer(torch.optim.Optimizer):
         gradients = self._pending()
         if not gradients or (self.max_norm is None and not any(gradient.prepared for gradient in gradients)):
             return None
-        norm = float(clip_grad_norm_(gradients, math.inf))
+        norm = float(clip_grad_norm_(gradients, math.inf, self.norm_type))
         if not math.isfinite(norm):
             names = ", ".join(repr(gradient.table.name) for gradient in gradients)
             raise InvalidRequest(
@@ -221,7 +241,7 @@ class PoolOptimizer(torch.optim.Optimizer):
                 " zero_grad() drops it. In mixed precision give step a grad_scaler: it skips such steps"
             )
         if self.max_norm is not None:
-            clip_grad_norm_(gradients, self.max_norm)
+            clip_grad_norm_(gradients, self.max_norm, self.norm_type)
         return norm
 
     def _look(self) -> None:
@@ -256,6 +276,10 @@ def _groups(tables: Tables) -> list[dict[str, Any]]:
         return [{"table": table, "values": values_of(tables, table)} for table in found]
     if isinstance(tables, Table):
         return [{"table": tables}]
+    if not isinstance(tables, Iterable):
+        raise InvalidRequest(
+            f"PoolOptimizer was given {tables!r}; give it a model with memory layers, a table, or a list of tables"
+        )
     groups = [dict(item) if isinstance(item, Mapping) else {"table": item} for item in tables]
     if not groups:
         raise InvalidRequest("PoolOptimizer was given no table")
@@ -264,12 +288,9 @@ def _groups(tables: Tables) -> list[dict[str, Any]]:
 
 def _checked_lr(lr: Any, table: str) -> float:
     """A number, or a tensor or array of one; raises InvalidRequest for all else."""
-    try:
-        number = math.nan if isinstance(lr, (str, bytes, bool)) else float(lr)
-    except (TypeError, ValueError, RuntimeError):
-        number = math.nan
+    number = as_number(lr)
     if not (math.isfinite(number) and number >= 0.0):
-        raise InvalidRequest(f"lr = {lr} of table {table!r} must be finite and at least 0; nothing was applied")
+        raise InvalidRequest(f"lr = {lr!r} of table {table!r} must be finite and at least 0; nothing was applied")
     return number
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from mempool.client.gathers.first_order import first_order_only
 
 _NORM_EPS = 1e-6
 
@@ -84,11 +85,12 @@ class _ProductTopk(torch.autograd.Function):
         return scores, ids
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grads_BHK: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         queries_BHD, keys_H2Nd, index1, index2 = ctx.saved_tensors
-        query_grads, key_grads = _gradients(queries_BHD, keys_H2Nd, index1, index2, grads_BHK)
-        return query_grads, key_grads, None, None, None
+        with torch.no_grad():
+            gradients = _gradients(queries_BHD, keys_H2Nd, index1, index2, grads_BHK)
+        depends_on = (grads_BHK, queries_BHD, keys_H2Nd)
+        return *(first_order_only(gradient, *depends_on) for gradient in gradients), None, None, None
 
 
 @torch.library.custom_op("mempool::product_topk", mutates_args=())

@@ -2,7 +2,8 @@
 
 import math
 
-from mempool.client.counts import as_count
+from mempool.client import Table
+from mempool.client.counts import as_count, as_number
 from mempool.errors import InvalidRequest
 
 
@@ -32,11 +33,28 @@ def checked_topk(topk: object, *, num_slots: int) -> int:
     return value
 
 
-def checked_dropout(name: str, dropout: float) -> float:
-    """Raises InvalidRequest for a probability outside [0, 1)."""
-    if not 0.0 <= dropout < 1.0:
+def checked_dropout(name: str, dropout: object) -> float:
+    """Raises InvalidRequest for what is no probability in [0, 1)."""
+    probability = as_number(dropout)
+    if not 0.0 <= probability < 1.0:
         raise InvalidRequest(f"{name} = {dropout!r} must be a probability: at least 0, below 1")
-    return float(dropout)
+    return probability
+
+
+def checked_std(name: str, std: object) -> float:
+    """Raises InvalidRequest for what is no finite number of at least 0."""
+    value = as_number(std)
+    if not 0.0 <= value < math.inf:
+        raise InvalidRequest(f"{name} = {std!r} must be a finite number of at least 0")
+    return value
+
+
+def checked_table(table: object) -> Table:
+    """Raises InvalidRequest for what is no table."""
+    if isinstance(table, Table):
+        return table
+    how = f"pool.table({table!r})" if isinstance(table, str) else "pool.table(name) or pool.create_table(...)"
+    raise InvalidRequest(f"table = {table!r} is no table of a pool: give {how}")
 
 
 def codebook_size(name: str, num_slots: int) -> int:

@@ -29,7 +29,9 @@ def tables_of(model: nn.Module) -> list[Table]:
 
 def values_of(model: nn.Module, table: Table) -> list[nn.Parameter]:
     """The parameters by which the model's layers stand for the table's values; not those that FSDP manages."""
-    layers = (module for module in model.modules() if isinstance(module, MemoryLayer) and module.table is table)
+    layers = [module for module in model.modules() if isinstance(module, MemoryLayer) and module.table is table]
+    for layer in layers:
+        layer.follow_values()
     return [layer.values for layer in layers if type(layer.values) is nn.Parameter]
 
 

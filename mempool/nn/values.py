@@ -1,5 +1,6 @@
 """The parameter of a layer that stands for its table's values: to freeze them by, and to zero their gradient by."""
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -17,19 +18,27 @@ def values_parameter(*, device: torch.device | str | None, dtype: torch.dtype | 
     return nn.Parameter(torch.zeros(1, device=device, dtype=torch.get_default_dtype() if dtype is None else dtype))
 
 
+def has_mark(parameter: nn.Parameter) -> bool:
+    """Whether a gradient that is missing says that somebody zeroed it: of an ordinary parameter, and of FSDP2's own,
+    sharded one. Others may be views that come and go, whose gradients are taken away by what manages them."""
+    if type(parameter) is nn.Parameter:
+        return True
+    tensors = sys.modules.get("torch.distributed.tensor")  # there if anything is sharded; not loaded for the others
+    return tensors is not None and isinstance(parameter, tensors.DTensor)
+
+
 class LayerLink:
     """A table's link as one layer uses it: an update through it belongs to the layer's parameter.
 
     Args:
         table: The table.
-        parameter: The layer's, while nothing has put another in its place. One that FSDP manages has no mark: FSDP
-            takes gradients away by itself, which is not to say that somebody zeroed them.
+        parameter: The layer's, while nothing has put another in its place.
     """
 
     def __init__(self, table: Table, parameter: nn.Parameter) -> None:
         self._link = table.link
         self.parameter = parameter
-        self._mark = Mark(parameter) if type(parameter) is nn.Parameter else None
+        self._mark = Mark(parameter) if has_mark(parameter) else None
         if self._mark is not None:
             self._link.markers.add(self._mark)
         self.number = LINKS.add(self)
@@ -60,3 +69,13 @@ class LayerLink:
 
     def wire_weights(self, weights: Tensor | None) -> Tensor | None:
         return self._link.wire_weights(weights)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the parameter was given another tensor's contents, which know nothing of its mark."""
+        return self._mark is not None and self._mark.lost
+
+    def end(self) -> None:
+        """Another parameter stands for the values from now on; graphs that hold this link go on."""
+        if self._mark is not None:
+            self._mark.end()

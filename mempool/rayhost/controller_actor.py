@@ -8,11 +8,9 @@ import logging
 from contextlib import suppress
 
 import ray
-from ray.exceptions import RayError
 
 from mempool.config import ClusterConfig
 from mempool.controller import Controller
-from mempool.errors import MempoolError
 from mempool.rayhost.actors import node_ip
 from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.launcher import RayLauncher
@@ -96,8 +94,8 @@ class ControllerProcess:
                 self._launcher.heard(self._controller.highest_incarnation)
                 await self._serving.start(self._controller)
                 break
-            except (MempoolError, TimeoutError, RayError) as error:
-                _LOG.warning("the controller could not resume yet, will try again: %s", error)
+            except Exception as error:  # whatever it is: a process that gives up here serves nobody, and nobody sees it
+                _LOG.warning("the controller could not resume yet, will try again: %r", error)
                 await asyncio.sleep(_RETRY_S)
         self._heard.set()  # shards that came back too are admitted now
         await self._watch()

@@ -1,6 +1,7 @@
-"""How many bytes of what callers send, and are answered, may be in this process at a time, for all of them together.
+"""How many bytes of what callers send, and are answered, may be in this process at a time.
 
 A message's size is known only when it is here, so whoever may send one has room for the largest set aside until then.
+Answers that a connection does not take hold up that connection alone, not those that come.
 Leaves reading and answering to ``calls``.
 """
 
@@ -8,10 +9,11 @@ import asyncio
 from collections import deque
 from heapq import heapify, heappop, heappush
 
-from mempool.errors import ShardUnavailable
+from mempool.errors import Overloaded, ShardUnavailable
 
 _MAX_WAITING = 4096
 """Calls that wait for room; they cost some kilobytes each."""
+_RETRY_AFTER_S = 1.0
 _LEAST_CHARGE = 16 * 1024
 """What a call is charged at least, in bytes: small ones cost their handling."""
 _MAX_ACCOUNTS = 4096
@@ -22,30 +24,43 @@ MODEST_BYTES = 2**20
 class Passage:
     """One call that was let in. ``leave`` must follow, whatever becomes of it."""
 
-    __slots__ = ("_admission", "_connection", "_host", "_num_bytes", "aside")
+    __slots__ = ("_admission", "_answer_bytes", "_connection", "_host", "_num_bytes", "aside")
 
     def __init__(self, admission: "Admission", host: str, connection: str, num_bytes: int, *, aside: bool) -> None:
         self._admission = admission
         self._host = host
         self._connection = connection
         self._num_bytes = num_bytes
+        self._answer_bytes = 0
         self.aside = aside  # it has the place that is kept for modest connections
 
     def resize(self, num_bytes: int) -> None:
-        """The call holds so many bytes from now on: those of its message, or of its answer."""
-        more = num_bytes - self._num_bytes
-        self._num_bytes = num_bytes
+        """The call's message is here, and has so many bytes."""
         self._admission.passed(self._host, self._connection, num_bytes)
         if self.aside and self._admission.is_modest(num_bytes):
             self.aside = False
             self._admission.free_place()
-        self._admission.take(self._host, more)
+        self._holds(num_bytes)
+
+    def answer(self, num_bytes: int) -> None:
+        """The call's answer is here, of so many bytes, until it is taken; its message is not any more."""
+        self._holds(0)
+        self._answer_bytes = num_bytes
+        self._admission.passed(self._host, self._connection, num_bytes)
+        self._admission.answer(self._connection, num_bytes)
 
     def leave(self, _: object = None) -> None:
         """Give its room back."""
+        if self._answer_bytes:
+            self._admission.answer(self._connection, -self._answer_bytes)
         if self.aside:
             self._admission.free_place()
         self._admission.leave(self._host, self._num_bytes)
+
+    def _holds(self, num_bytes: int) -> None:
+        more = num_bytes + self._admission.call_bytes - self._num_bytes
+        self._num_bytes += more
+        self._admission.take(self._host, more)
 
 
 class _Turns:
@@ -98,19 +113,22 @@ class Admission:
     connections: they do not wait until large messages and answers of others are gone.
 
     Args:
-        budget_bytes: Bytes of messages and answers of all calls together; at least one call is always let in. Answers
-            are counted when they are made, so they may exceed it, and then hold up the calls that come. So may one
-            message at a time, by whoever was modest until then.
+        budget_bytes: Bytes of messages of all calls together; at least one call is always let in, and one large message
+            at a time of whoever was modest until then. Of answers that one connection has not taken, as many; whoever
+            makes answers bounds them for all.
         message_bytes: Bytes of the largest message.
+        call_bytes: What a call costs besides its message, as long as it lasts.
     """
 
-    def __init__(self, *, budget_bytes: int, message_bytes: int) -> None:
+    def __init__(self, *, budget_bytes: int, message_bytes: int, call_bytes: int = 0) -> None:
         self.budget_bytes = max(budget_bytes, message_bytes)
         self.message_bytes = message_bytes
+        self.call_bytes = call_bytes
         self.used_bytes = 0
         self.passed_bytes = 0
         self._active = 0
         self._used_by: dict[str, int] = {}
+        self._answers_of: dict[str, int] = {}
         self._waiting: dict[str, _Turns] = {}
         self._num_waiting = 0
         self._modest_bytes = min(MODEST_BYTES, message_bytes // 16)
@@ -129,11 +147,19 @@ class Admission:
 
         Args:
             host: Who asks, without its port: connections of one host take turns as one.
-            connection: Which of the host's connections.
+            connection: Who asks, with its port.
 
         Raises:
             ShardUnavailable: Too many wait already.
+            Overloaded: The connection has not taken the answers to its earlier calls.
         """
+        untaken = self._answers_of.get(connection, 0)
+        if untaken >= self.budget_bytes:
+            raise Overloaded(
+                f"{untaken:,} bytes of answers to this connection were not taken yet, of {self.budget_bytes:,} that "
+                "may wait for it; take them before you ask more",
+                retry_after_s=_RETRY_AFTER_S,
+            )
         if host not in self._waiting and self._has_room(host):
             return self._let_in(host, connection)
         modest = connection in self._modest
@@ -149,6 +175,8 @@ class Admission:
         self._num_waiting += 1
         if modest:
             self._waiting_modest.append((host, connection, turn))
+            if len(self._waiting_modest) > 2 * self._num_waiting + 64:  # most were let in by their turns
+                self._waiting_modest = deque(entry for entry in self._waiting_modest if not entry[2].done())
         try:
             return await turn
         except asyncio.CancelledError:
@@ -202,6 +230,14 @@ class Admission:
         self._charge(host, num_bytes)
         if num_bytes < 0 and self._num_waiting:
             self._let_in_waiting()
+
+    def answer(self, connection: str, num_bytes: int) -> None:
+        """For ``Passage``: so many more bytes wait for a connection to take them, or fewer."""
+        untaken = self._answers_of.get(connection, 0) + num_bytes
+        if untaken:
+            self._answers_of[connection] = untaken
+        else:
+            self._answers_of.pop(connection, None)
 
     def leave(self, host: str, num_bytes: int) -> None:
         """For ``Passage``: its end."""

@@ -58,6 +58,7 @@ class Door:
         Raises:
             Unauthenticated: It needs the controller's key and does not have it.
             ShardUnavailable: The server is ending, or has too much to do.
+            Overloaded: The caller does not take its answers.
         """
         if method.controls and not self._has_key(context.invocation_metadata()):
             raise Unauthenticated(
@@ -155,7 +156,7 @@ def handler(
         stages.record("receive", decoded_s - received_s)
         request = method.request.decode(frame)
         stages.record("decode", time.perf_counter() - decoded_s)
-        with calling(Caller(peer, _deadline_s(context))):
+        with calling(Caller(peer, _deadline_s(context), ended.then)):
             reply = await call(request)
         called_s = time.perf_counter()
         encoded = method.reply.encode(reply)
@@ -166,7 +167,7 @@ def handler(
                 f"the answer to {method.name} would have {len(encoded):,} bytes; {max_message_bytes:,} are "
                 "accepted (max_message_bytes). Ask for fewer bags or rows at a time"
             )
-        ended.passage.resize(len(encoded))
+        ended.passage.answer(len(encoded))
         return encoded
 
     async def handle(_: object, context: Context) -> bytes:
@@ -212,12 +213,17 @@ def streaming_handler(
 class _Ended:
     """Gives a call's room back when its answer has been taken, or it ended otherwise."""
 
-    __slots__ = ("_stages", "passage", "replied_s")
+    __slots__ = ("_stages", "_then", "passage", "replied_s")
 
     def __init__(self, stages: Stages) -> None:
         self._stages = stages
         self.passage: Passage | None = None
         self.replied_s: float | None = None
+        self._then: list[Callable[[], None]] = []
+
+    def then(self, do: Callable[[], None]) -> None:
+        """Do this when the call has ended."""
+        self._then.append(do)
 
     def follow(self) -> None:
         """Watch the task that serves this call: it ends when gRPC has sent the answer."""
@@ -226,6 +232,9 @@ class _Ended:
         task.add_done_callback(self)
 
     def __call__(self, _: "asyncio.Task[Any]") -> None:
+        for do in self._then:
+            do()
+        self._then.clear()
         if self.passage is not None:
             self.passage.leave()
         if self.replied_s is not None:

@@ -7,8 +7,14 @@ import torch
 
 from mempool.client import Router
 from mempool.client.lookup import checked_queries, checked_topk
-from mempool.types import ShardInfo, Stamp
+from mempool.errors import RequestTooLarge
+from mempool.types import FlatKeySpec, ShardInfo, Stamp, TableView
+from mempool.wire.channels.channel import MAX_MESSAGE_BYTES
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
+
+_FOUND_BYTES = 16  # of a slot that was found: its id, score and weight
+_SCORED_BYTES = 12  # of one that a shard found: its id and score
+_ENVELOPE_BYTES = 1024
 
 
 class LookupCoordinator:
@@ -17,10 +23,14 @@ class LookupCoordinator:
     Args:
         router: Finds the shards.
         info: The shard that coordinates; None on the controller's address, whose stamps say shard 0, incarnation 0.
+        max_message_bytes: What an answer may have; what would be larger is refused before any work.
     """
 
-    def __init__(self, router: Router, *, info: ShardInfo | None = None) -> None:
+    def __init__(
+        self, router: Router, *, info: ShardInfo | None = None, max_message_bytes: int = MAX_MESSAGE_BYTES
+    ) -> None:
         self._router = router
+        self._max_message_bytes = max_message_bytes
         self._shard, self._incarnation = (0, 0) if info is None else (info.shard, info.incarnation)
 
     async def lookup(self, request: LookupRequest) -> LookupReply:
@@ -29,6 +39,7 @@ class LookupCoordinator:
         Raises:
             NotFound: There is no such table.
             InvalidRequest: The queries do not fit the table's keys, or topk is out of range.
+            RequestTooLarge: The answer would be larger than a message may be.
             ShardUnavailable: A shard did not answer in time.
             DataLoss: Pages of the table are gone.
         """
@@ -39,10 +50,13 @@ class LookupCoordinator:
             queries = queries.squeeze(1)  # flat keys have no heads
         elif queries.dim() == 2 and schema.num_key_pages == 1:
             queries = queries.unsqueeze(1)
+        queries = checked_queries(queries, schema=schema)
+        topk = checked_topk(request.topk, schema=schema)
+        self._check_answer(view, queries, topk, 4 if request.reply_dtype == "float32" else 2)
         found, seen = await self._router.lookup(
             schema.table_id,
-            queries=checked_queries(queries, schema=schema),
-            topk=checked_topk(request.topk, schema=schema),
+            queries=queries,
+            topk=topk,
             reply_dtype=request.reply_dtype,
         )
         return LookupReply(
@@ -58,3 +72,16 @@ class LookupCoordinator:
             weights=found.weights,
             values=found.values if request.reply_dtype == "float32" else found.values.to(torch.bfloat16),
         )
+
+    def _check_answer(self, view: TableView, queries: torch.Tensor, topk: int, itemsize: int) -> None:
+        """Shards size their own answers; this one has the scores of all heads, their weights and the values too."""
+        num_bags, heads, _ = queries.shape
+        num_bytes = num_bags * (heads * topk * _FOUND_BYTES + view.schema.value_dim * itemsize) + _ENVELOPE_BYTES
+        if isinstance(view.schema.keys, FlatKeySpec):  # whose best every shard answers, and they meet here
+            num_bytes = max(num_bytes, num_bags * topk * _SCORED_BYTES * len(view.shards))
+        if num_bytes > self._max_message_bytes:
+            raise RequestTooLarge(
+                f"a lookup of {num_bags:,} queries in {heads} heads with topk = {topk:,} takes "
+                f"{num_bytes:,} bytes of answers; a message has at most {self._max_message_bytes:,} "
+                "(max_message_bytes). Ask for fewer queries at a time. Nothing was changed."
+            )

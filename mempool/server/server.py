@@ -5,9 +5,6 @@ from collections.abc import Iterable, Mapping
 
 import grpc
 import grpc.aio
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
-from grpc_reflection.v1alpha import reflection
 
 from mempool.config import is_loopback
 from mempool.errors import ConfigError
@@ -15,6 +12,7 @@ from mempool.observe import Stages
 from mempool.server.admission import Admission
 from mempool.server.calls import Door
 from mempool.server.memory import Trimming
+from mempool.server.public import PublicServices
 from mempool.server.services import Handlers, Lookup, Services
 from mempool.server.token import TokenInterceptor
 from mempool.types import PoolApi, ShardHost
@@ -25,6 +23,8 @@ from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2  # noqa: F401  # refle
 
 IN_FLIGHT_BYTES = 4 * MAX_REQUEST_BYTES
 RECEIVE_TIMEOUT_S = 30.0
+_CALL_BYTES = 16 * 2**10
+"""What a call costs besides its message and answer: its task, its stream, gRPC's objects."""
 _LAST_WORDS_S = 0.5
 """For what is on its way out when all calls have ended."""
 
@@ -39,8 +39,8 @@ class Server:
         controller_key: What calls of the controller must carry beside it; None: nobody may make them.
         tls: Who this server is; None: connections are not encrypted.
         max_message_bytes: Neither takes nor sends larger messages.
-        in_flight_bytes: Bytes of messages and answers of all callers together; more of them wait. At least one
-            message of the largest size.
+        in_flight_bytes: Bytes of messages of all callers together; more of them wait. At least one message of the
+            largest size. Of answers that one connection has not taken, as many.
         receive_timeout_s: How long a message may take to come.
         stages: Where the stages of calls are timed.
     """
@@ -59,7 +59,9 @@ class Server:
         self._token = token
         self._tls = tls
         self._admission = Admission(
-            budget_bytes=in_flight_bytes, message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES)
+            budget_bytes=in_flight_bytes,
+            message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES),
+            call_bytes=_CALL_BYTES,
         )
         self._trimming = Trimming(self._admission)
         self._door = Door(
@@ -73,7 +75,7 @@ class Server:
             interceptors=() if token is None else (TokenInterceptor(token),),
             options=server_options(max_message_bytes=min(max_message_bytes, MAX_REQUEST_BYTES)),
         )
-        self._health = HealthServicer()
+        self._public = PublicServices(message_bytes=self._admission.message_bytes)
         self._started = False
 
     def bind(self, host: str, ports: Iterable[int]) -> int:
@@ -117,18 +119,14 @@ class Server:
         }
         for service, methods in handlers.items():
             self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, methods)])
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (*handlers, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        self._public.add_to(self._server, handlers)
         await self._server.start()
         self._started = True
         self._trimming.start()
-        for service in ("", *names):
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self, grace_s: float = 2.0) -> None:
         """Tell health probes, refuse new calls, let calls under way finish for ``grace_s``, close the port."""
-        await self._health.enter_graceful_shutdown()
+        self._public.end()
         self._door.closed = True
         self._trimming.stop()
         if not self._started:  # gRPC keeps the port of a server that never started

@@ -47,7 +47,7 @@ _BAG_ROWS = 16
 COPY_PIECE_BYTES = 64 * 2**20
 """Bytes of rows that are read as they are at once."""
 SCORE_PIECE_PRODUCTS = 2**32
-"""Products that scoring makes at once, but of at least ``_LEAST_QUERIES``, which share each key that is read."""
+"""Products that scoring makes at once, but of at least ``_LEAST_QUERIES`` where these share each key that is read."""
 _LEAST_QUERIES = 16
 
 T = TypeVar("T")
@@ -166,7 +166,7 @@ class Answers:
 
     def prepare(self, request: PrepareRequest, *, caller: str = "") -> PrepareReply | Parked:
         table = self._tenancy.fenced(request.envelope)
-        bounds.check_step(request.step_id, request.sequences)
+        bounds.check_prepare(request)
         if table.ledger.has(request.step_id):
             return PrepareReply(stamp=table.stamp, missing=(), squared_norm=0.0, finite=True, applied=True)
         if table.holds_off(request.step_id):
@@ -177,7 +177,12 @@ class Answers:
         with self._stages.measure("kernel"):
             step = commits.prepare(table.storage, table.updates, request, caller=caller)
         return PrepareReply(
-            stamp=table.stamp, missing=(), squared_norm=step.squared_norm, finite=step.finite, applied=False
+            stamp=table.stamp,
+            missing=(),
+            squared_norm=step.squared_norm,
+            finite=step.finite,
+            applied=False,
+            norm=step.norm if request.norm_order else 0.0,
         )
 
     def commit(self, request: CommitRequest) -> CommitReply | Parked:
@@ -212,7 +217,7 @@ class Answers:
         with self._stages.measure("copy in"):
             queries = validate.check_score(table.storage, request, reply_bytes=self._reply_bytes)
         self._reserve(12 * queries.shape[0] * (len(table.storage.heads) or 1) * request.topk)
-        num_queries = max(_LEAST_QUERIES, SCORE_PIECE_PRODUCTS // max(1, _products(table, request.topk)))
+        num_queries = _queries_at_once(table, request.topk)
         if queries.shape[0] > num_queries:
             return self._score_in_pieces(request, table, queries, num_queries)
         with self._stages.measure("kernel"):
@@ -290,15 +295,23 @@ def _row_bytes(table: HostedTable) -> int:
     return 4 * table.storage.schema.width(table.storage.blocks)
 
 
-def _products(table: HostedTable, topk: int) -> int:
-    """Products that one query takes, of all heads here."""
+def _queries_at_once(table: HostedTable, topk: int) -> int:
+    """How many queries are scored before others have their turn."""
+    products, candidates = _products(table, topk)
+    least = _LEAST_QUERIES if candidates <= products else 1  # candidates are each query's own
+    return max(least, SCORE_PIECE_PRODUCTS // max(1, products + candidates))
+
+
+def _products(table: HostedTable, topk: int) -> tuple[int, int]:
+    """Products that one query takes, of all heads here, and the candidates that it chooses among by them."""
     schema, storage = table.storage.schema, table.storage
     if schema.keys is None:
-        return 0
+        return 0, 0
     if schema.num_key_pages:
         _, _, half_keys, half_dim = storage.head_keys.shape
-        return len(storage.heads) * (2 * half_keys * half_dim + topk * topk)
-    return schema.num_slots * schema.keys.key_dim
+        best = min(topk, half_keys)  # of each half
+        return len(storage.heads) * 2 * half_keys * half_dim, len(storage.heads) * best * best
+    return schema.num_slots * schema.keys.key_dim, 0
 
 
 def _parts_of(bags: Bags, row_bytes: int) -> Iterator[tuple[int, int, Bags]]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from mempool.errors import InvalidRequest, RequestTooLarge
 from mempool.shard.steps.ledger import MAX_ENTRIES
-from mempool.types import CommitRequest, Ledger, StepId
+from mempool.types import CommitRequest, Ledger, PrepareRequest, StepId
 
 MAX_NAME_BYTES = 256
 """Of a group's name. Shards keep it with everything the group holds, and in every ledger."""
@@ -76,6 +76,16 @@ def check_step(step_id: StepId, sequences: Sequence[int]) -> None:
         if sequence in seen:
             raise InvalidRequest(f"sequence {sequence} is named twice in step {step_id.step}. Nothing was changed.")
         seen.add(sequence)
+
+
+def check_prepare(request: PrepareRequest) -> None:
+    """Raises InvalidRequest for wrong sequences and for an order that no norm has."""
+    check_step(request.step_id, request.sequences)
+    if not request.norm_order >= 0.0:
+        raise InvalidRequest(
+            f"norm_order = {request.norm_order} must be above 0 (infinity for the largest element), or 0 for none. "
+            "Nothing was changed."
+        )
 
 
 def check_commit(request: CommitRequest) -> None:

@@ -90,6 +90,7 @@ class Engine:
         on_fatal: Told, on the engine's thread, why the shard cannot go on (its CUDA context is broken, say). It has
             ended then and refuses everything. None: nobody needs to know.
         stages: Where its work is timed, with that of the server before it; None: on its own.
+        configured: Limits come from a config file; messages name its keys.
     """
 
     def __init__(
@@ -108,12 +109,18 @@ class Engine:
         max_message_bytes: int | None = None,
         on_fatal: Callable[[BaseException], None] | None = None,
         stages: Stages | None = None,
+        configured: bool = True,
     ) -> None:
         self.info = info
         self._peers = peers
         self._started_s = time.monotonic()
         self._stages = stages or Stages()
-        self._budget = Budget(client_memory_bytes, context_bytes=context_budget_bytes, commit_bytes=commit_memory_bytes)
+        self._budget = Budget(
+            client_memory_bytes,
+            context_bytes=context_budget_bytes,
+            commit_bytes=commit_memory_bytes,
+            configured=configured,
+        )
         contexts = Contexts(room=lambda: self._budget.context_room, lease_s=context_lease_s)
         self._tenancy = Tenancy(
             info,

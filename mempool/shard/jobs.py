@@ -308,7 +308,8 @@ class JobQueue:
                     retry_after_s=self._wait_s(),
                 )
             return
-        if lane.jobs >= MAX_CALLER_JOBS or self._jobs >= MAX_JOBS:
+        # As with bytes: no caller has more than is left for others, so whoever has none yet is let in.
+        if lane.jobs >= min(MAX_CALLER_JOBS, max(1, MAX_JOBS - self._jobs)) or self._jobs >= MAX_JOBS:
             raise Overloaded(
                 f"{lane.jobs:,} calls of this caller and {self._jobs:,} of all wait at {self._name} already, of "
                 f"{MAX_CALLER_JOBS:,} and {MAX_JOBS:,}; wait for answers before you ask more. Nothing was changed.",
@@ -325,8 +326,8 @@ class JobQueue:
         if num_bytes > budget.queue_limit or (alone and lane.num_bytes + num_bytes > budget.queue_limit):
             raise RequestTooLarge(
                 f"{what} of {lane.num_bytes * alone + num_bytes:,} bytes does not fit: {self._name} has "
-                f"{budget.queue_limit:,} bytes for all calls that it is answering (of shard.client_memory). Send "
-                "fewer bags or rows at a time. Nothing was changed."
+                f"{budget.queue_limit:,} bytes for all calls that it is answering, of {budget.limit_bytes:,} for "
+                f"clients{budget.limit_name}. Send fewer bags or rows at a time. Nothing was changed."
             )
         raise Overloaded(
             f"{what} of {num_bytes:,} bytes does not fit now: calls at {self._name} hold {budget.queued_bytes:,} "

@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from types import GeneratorType
 from typing import Any
 
@@ -56,7 +57,8 @@ class EngineThread:
         self._upkeep_s = upkeep_s
         self._probe = probe
         self._on_fatal = on_fatal
-        self._jobs = JobQueue(budget or Budget(2**62), name=name)
+        self._budget = budget or Budget(2**62)
+        self._jobs = JobQueue(self._budget, name=name)
         self._lock = threading.Lock()  # of the queue and of what says whether it is open
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # rung once for each job that lines up
         self._closed: str | None = None
@@ -122,21 +124,32 @@ class EngineThread:
         )
         del request, job
         result = waits = None
+        answered = False
         try:
             self._enter(asked)
             while True:
                 result = await asked.done.future
                 waits = None if again is None else again(result)
                 if waits is None:
+                    answered = True
                     return result
                 await waits
                 asked.done = _Answer(loop)
                 self._line_up_again(asked)
         finally:
-            with self._lock:
-                self._jobs.leave(asked)
+            at_end = asked.caller.at_end if answered else None
+            if at_end is None:
+                self._leave(asked)
+            else:  # who does not take its answers is asked for no more of them than it may have here
+                asked.forget()
+                asked.done = None  # type: ignore[assignment]  # which holds the answer
+                at_end(partial(self._leave, asked))
             # An error that is raised here knows this frame: what it holds would live as long as the error.
             del asked, result, waits
+
+    def _leave(self, job: Job) -> None:
+        with self._lock:
+            self._jobs.leave(job)
 
     def reserve(self, num_bytes: int) -> None:
         """The job that is running is to hold so much more until it is answered. On the thread alone.
@@ -271,9 +284,10 @@ class EngineThread:
         """What a caller is told of an error that is not ours."""
         if out_of_memory(error):
             _LOG.warning("%s: no memory for %s: %s", self._name, job.stage, error)
+            more = ", or give shards more memory (shard.memory)" if self._budget.configured else ""
             return Overloaded(
                 f"{self._name} has no memory for {job.stage} just now ({type(error).__name__}: {error}). Repeating it "
-                "is safe; ask for less at a time, or give shards more memory (shard.memory)",
+                f"is safe; ask for less at a time{more}",
                 retry_after_s=1.0,
             )
         _LOG.exception("%s: %s failed", self._name, job.stage)

@@ -5,8 +5,9 @@ client's transport when it sends. Nothing else needs it, so it is no argument of
 """
 
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,10 +17,13 @@ class Caller:
     Attributes:
         name: Of the connection, "ipv4:10.0.0.3:5123"; "" for this process itself.
         deadline_s: When nobody waits for the answer any more, on ``time.monotonic``; None: never.
+        at_end: Told what to do when the caller has taken the answer, or is gone; until then the answer is in this
+            process. None: answers are the caller's own as soon as they are made.
     """
 
     name: str = ""
     deadline_s: float | None = None
+    at_end: Callable[[Callable[[], None]], None] | None = field(default=None, repr=False, compare=False)
 
     def remaining_s(self) -> float | None:
         """Seconds until the deadline, 0 or less when it is over; None without one."""

@@ -122,12 +122,16 @@ class UpdateReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrepareRequest:
-    """Phase one of a commit: is everything here, and how large is the gradient? Holds off page moves until decided."""
+    """Phase one of a commit: is everything here, and how large is the gradient? Holds off page moves until decided.
+
+    ``norm_order``: with want_norm, of the norm that is asked for besides the squared 2-norm; 0.0: none.
+    """
 
     envelope: Envelope
     step_id: StepId
     sequences: tuple[int, ...]
     want_norm: bool
+    norm_order: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +143,7 @@ class PrepareReply:
         squared_norm: Sum over the shard's (slot, block)s of the squared norm of the reduced gradient; 0.0 if not asked.
         finite: No inf or NaN in the reduced gradient; True if not asked.
         applied: The step was committed before; the rest is then of no meaning.
+        norm: Of the shard's (slot, block)s together, of the order asked for; 0.0 if none was.
     """
 
     stamp: Stamp
@@ -146,6 +151,7 @@ class PrepareReply:
     squared_norm: float
     finite: bool
     applied: bool
+    norm: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 from mempool.client import GrpcPool, GrpcShard
-from mempool.embedded import EngineLauncher
 from mempool.shard import Engine
 from mempool.types import ShardHost, ShardInfo
 from mempool.wire.channels.grpc_channel import GrpcChannels
@@ -44,18 +43,6 @@ async def engines(num_shards: int) -> AsyncIterator[list[Hosted]]:
     finally:
         for host in hosts.values():
             await host.close()
-
-
-@asynccontextmanager
-async def local_hosts(num_shards: int) -> AsyncIterator[list[Hosted]]:
-    """The shards of an embedded pool, as its controller and its router reach them."""
-    launcher = EngineLauncher(device="cpu", pool="contract")
-    infos = [await launcher.start(shard) for shard in range(num_shards)]
-    try:
-        yield [Hosted(host=launcher.dial(info), info=info) for info in infos]
-    finally:
-        for info in infos:
-            await launcher.stop(info)
 
 
 @asynccontextmanager
@@ -106,7 +93,6 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "engine": Kind(engines),
-    "local": Kind(local_hosts),
     "faulty": Kind(faulty_hosts),
     "grpc": Kind(grpc_hosts),
     "ray": Kind(ray_hosts, skip_reason=_no_ray),

@@ -327,17 +327,19 @@ class Driver:
         return StepId(group=group, rank=0, step=step)
 
     def prepare_request(
-        self, shard: int, step: int, sequences: Sequence[int], *, want_norm: bool = True
+        self, shard: int, step: int, sequences: Sequence[int], *, want_norm: bool = True, norm_order: float = 0.0
     ) -> PrepareRequest:
         return PrepareRequest(
-            envelope=self.envelope(shard), step_id=self.step_id(step), sequences=tuple(sequences), want_norm=want_norm
+            envelope=self.envelope(shard),
+            step_id=self.step_id(step),
+            sequences=tuple(sequences),
+            want_norm=want_norm,
+            norm_order=norm_order,
         )
 
-    def prepare(self, step: int, sequences: Sequence[int], *, want_norm: bool = True) -> dict[int, PrepareReply]:
+    def prepare(self, step: int, sequences: Sequence[int], **norm: Any) -> dict[int, PrepareReply]:
         return {
-            shard: self.call(
-                self.host(shard).prepare(self.prepare_request(shard, step, sequences, want_norm=want_norm))
-            )
+            shard: self.call(self.host(shard).prepare(self.prepare_request(shard, step, sequences, **norm)))
             for shard in self.owners
         }
 

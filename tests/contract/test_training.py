@@ -1,11 +1,14 @@
 """Updates and commits equal torch's own sparse training, whatever the placement."""
 
 import itertools
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mempool.types import OptimizerSpec
+from mempool.types.norms import joined_norm
 
 from .driver import LAYOUTS, Bags, Driver, make_bags, make_schema, reference_sums, relative_error, same
 from .oracle import Oracle
@@ -87,6 +90,11 @@ def _train_beside_the_oracle(driver: Driver) -> None:
         norm = sum(reply.squared_norm for reply in replies.values())
         expected = float(gradient.coalesce().values().square().sum()) if want_norm else 0.0
         assert norm == pytest.approx(expected, rel=1e-5)
+        for order in (1.0, 3.5, math.inf) if step == 2 else ():
+            replies = driver.prepare(step, pushed, norm_order=order)
+            norm = joined_norm([reply.norm for reply in replies.values()], order)
+            assert norm == pytest.approx(float(torch.linalg.vector_norm(gradient.to_dense(), order)), rel=1e-5)
+            assert driver.prepare(step, pushed) == {shard: replace(reply, norm=0.0) for shard, reply in replies.items()}
         driver.commit(step, pushed, lr=lr, grad_scale=grad_scale)
         oracle.step(lr, grad_scale)
         assert relative_error(driver.read(), oracle.values) < 1e-5

@@ -12,15 +12,11 @@ from torch import Tensor
 
 from mempool.client.bags import checked_bags
 from mempool.client.gathers.compiled import compiled_gather
+from mempool.client.gathers.first_order import first_order_only
 from mempool.client.gathers.links import Link
 from mempool.client.gathers.markers import mark_like
 from mempool.errors import InvalidRequest
 from mempool.types.bags import Bags
-
-_NO_SECOND_ORDER = (
-    "a gather from a pool has first derivatives only: its values are not in this process, and the gradient of its"
-    " gradient would miss them. Detach what the memory gives before a second derivative is taken through it"
-)
 
 
 def gather(
@@ -48,7 +44,7 @@ def gather(
     Raises:
         InvalidRequest: A wrong shape, dtype or id, or a transform that a lookup cannot follow; nothing was sent.
     """
-    _refuse_export(link)
+    refuse_export(link.name)
     if torch.compiler.is_compiling():
         return compiled_gather(link, ids, weights, offsets, anchor=anchor, trained=trained, remember=remember)
     _refuse_transforms(link)
@@ -135,6 +131,7 @@ class _PooledGather(torch.autograd.Function):
         _ = ctx.saved_tensors
         needs_anchor_grad, want_weight_grad = ctx.needs_input_grad[:2]
         accumulates, captured = _accumulates(ctx) if needs_anchor_grad else (False, False)
+        accumulates = accumulates and ctx.anchor.requires_grad  # it may have been frozen since; torch's leaves ask, too
         anchor_grad = weight_grad = None
         with torch.no_grad():
             if ctx.record is None:
@@ -152,25 +149,13 @@ class _PooledGather(torch.autograd.Function):
                 anchor_grad = torch.zeros_like(ctx.anchor)
             elif accumulates and ctx.trained:
                 anchor_grad = mark_like(ctx.anchor)
-        if weight_grad is not None and torch.is_grad_enabled():
-            weight_grad = _FirstOrderOnly.apply(weight_grad, grads, ctx.weights, ctx.anchor)  # type: ignore[no-untyped-call]
+        if weight_grad is not None:
+            weight_grad = first_order_only(weight_grad, grads, ctx.weights, ctx.anchor)
         return anchor_grad, weight_grad, None, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Tensor:
         raise RuntimeError(f"forward-mode derivatives do not reach a pool: table {ctx.link.name!r}. Use backward()")
-
-
-class _FirstOrderOnly(torch.autograd.Function):
-    """A gradient that must not be differentiated again: by any way that leads to what it depends on, an error."""
-
-    @staticmethod
-    def forward(ctx: Any, weight_grad: Tensor, *depends_on: Tensor) -> Tensor:  # noqa: ARG004  the graph needs them
-        return weight_grad.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:  # noqa: ARG004
-        raise RuntimeError(_NO_SECOND_ORDER)
 
 
 def _accumulates(ctx: Any) -> tuple[bool, bool]:
@@ -185,10 +170,11 @@ def _accumulates(ctx: Any) -> tuple[bool, bool]:
         return False, True
 
 
-def _refuse_export(link: Link) -> None:
+def refuse_export(table: str) -> None:
+    """Raises InvalidRequest while torch makes a program of a look-up that is to be saved."""
     if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
         raise InvalidRequest(
-            f"table {link.name!r} cannot be exported: its values live in a pool, and a saved program would hold a"
+            f"table {table!r} cannot be exported: its values live in a pool, and a saved program would hold a"
             " connection. Export what comes before and after the lookup, and look up in between"
         )
 

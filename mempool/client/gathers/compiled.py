@@ -173,7 +173,7 @@ def _accumulates(anchor: Tensor) -> bool:
         # The operator sees another tensor of the same memory.
         if leaf is not None and variable is not None and variable.data_ptr() == anchor.data_ptr():
             try:
-                return bool(torch._C._will_engine_execute_node(leaf))
+                return bool(torch._C._will_engine_execute_node(leaf)) and variable.requires_grad
             except RuntimeError:  # torch's answer for a leaf that autograd.grad was asked for
                 return False
     return True

@@ -7,20 +7,22 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from mempool.client.routing.retry import GiveUp
 from mempool.client.routing.router import Router
 from mempool.config import TableConfig, resolve
-from mempool.errors import AlreadyExists, DeadlineExceeded, MempoolError, NotFound
-from mempool.types import FlatKeySpec, OptimizerSpec, PoolApi, PoolStatus, ProductKeySpec, TableSchema, TableView
+from mempool.errors import AlreadyExists, DeadlineExceeded, InvalidRequest, MempoolError, NotFound
+from mempool.types import PoolApi, PoolStatus, TableView
 from mempool.types.caller import Caller, calling
+from mempool.types.schema_differences import schema_differences
 
 _LOG = logging.getLogger("mempool")
 
 # What takes longer than this says so.
 _QUIET_S = 2.0
 _POLL_S = 1.0
+_SMALL_BYTES = 4 * 2**20  # of a table whose progress whole mebibytes would hide
 # Fields of a schema that follow from the others where the caller says nothing of them.
 _DERIVED = ("block_dim", "page_slots", "layout", "rounding", "init_std")
 
@@ -47,9 +49,9 @@ class CreateProgress:
         if self.waiting_for:
             return f"it waits for {self.waiting_for}"
         if self.bytes_total:
-            mib = 2**20
-            done, total = self.bytes_done / mib, self.bytes_total / mib
-            return f"{done:,.0f} of {total:,.0f} MiB have their initial values"
+            unit, size = ("MiB", 2**20) if self.bytes_total >= _SMALL_BYTES else ("KiB", 2**10)
+            done, total = self.bytes_done // size, -(-self.bytes_total // size)
+            return f"{done:,} of {total:,} {unit} have their initial values"
         return "the pool has not begun to fill it"
 
 
@@ -69,6 +71,11 @@ class Creation:
     view: TableView
 
     def __init__(self, config: TableConfig, *, api: PoolApi, router: Router, exist_ok: bool) -> None:
+        if not isinstance(config, TableConfig):
+            raise InvalidRequest(
+                f"create_table was given {type(config).__name__} {config!r}; it takes a mempool.TableConfig(name=...,"
+                " num_slots=..., value_dim=...), and pool.table(name) opens a table that is there"
+            )
         self._schema = resolve(config)
         said = {name for name in config.model_fields_set if getattr(config, name) is not None}
         self._aside = ("table_id", *(name for name in _DERIVED if name not in said))
@@ -130,7 +137,10 @@ class Creation:
             return view
         if not self._exist_ok:
             raise error
-        differences = _differences(self._schema, view.schema, aside=self._aside)
+        differences = [
+            f"{found.path} is {found.second!r}, asked for {found.first!r}"
+            for found in schema_differences(self._schema, view.schema, aside=self._aside)
+        ]
         if differences:
             raise AlreadyExists(
                 f"table {name!r} of {self._router.tries.where.pool} exists and is another one: "
@@ -176,18 +186,3 @@ def _progress(status: PoolStatus, table: str, *, spent_s: float) -> CreateProgre
                 spent_s=spent_s,
             )
     return CreateProgress(table=table, bytes_done=0, bytes_total=0, waiting_for="", spent_s=spent_s)
-
-
-def _differences(asked: object, found: object, *, aside: tuple[str, ...] = (), prefix: str = "") -> list[str]:
-    """Fields in which two schemas differ, down into optimizer and keys: "optimizer.lr is 0.1, asked for 0.2"."""
-    nested = (TableSchema, OptimizerSpec, ProductKeySpec, FlatKeySpec)
-    if type(asked) is not type(found) or not isinstance(asked, nested):
-        return [] if asked == found else [f"{prefix} is {found!r}, asked for {asked!r}"]
-    return [
-        difference
-        for field in fields(asked)
-        if field.name not in aside
-        for difference in _differences(
-            getattr(asked, field.name), getattr(found, field.name), prefix=f"{prefix}.{field.name}".lstrip(".")
-        )
-    ]

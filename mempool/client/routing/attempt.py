@@ -189,7 +189,9 @@ class Attempt:
             grads_of_parts.append((part, reply.weight_grad))
         return merge_weight_grads(grads_of_parts, num_pairs=record.bags.num_pairs)
 
-    async def prepare(self, step_id: StepId, *, sequences: tuple[int, ...], want_norm: bool) -> dict[int, PrepareReply]:
+    async def prepare(
+        self, step_id: StepId, *, sequences: tuple[int, ...], want_norm: bool, norm_order: float = 0.0
+    ) -> dict[int, PrepareReply]:
         """Ask every owner whether the step is complete there; replies by shard, ascending.
 
         Where the lowest owner misses updates, its reply is the only one: the others are not asked yet.
@@ -202,6 +204,7 @@ class Attempt:
                     step_id=step_id,
                     sequences=self._sequences(owner, sequences),
                     want_norm=want_norm,
+                    norm_order=norm_order,
                 )
             )
 

@@ -62,6 +62,13 @@ class Whereabouts:
         )
 
     @property
+    def elsewhere_advice(self) -> str:
+        """How another process gets to the pool, which no pickle can carry."""
+        if self.embedded:
+            return "It lives in this process only: for several processes start a pool (mempool up) and connect to it."
+        return "In the other process, connect to the pool (mempool.connect) and take pool.table(name)."
+
+    @property
     def closed(self) -> str:
         """The pool was closed before the call."""
         if self.embedded:

@@ -19,6 +19,7 @@ from mempool.errors import Internal, InvalidRequest, StepConflict
 from mempool.types import CommitReply
 from mempool.types.bags import Bags
 from mempool.types.messages import ReplyDtype
+from mempool.types.norms import joined_norm
 
 # How often one try may find updates missing, send them again and ask again.
 _MAX_ROUNDS = 5
@@ -34,11 +35,13 @@ class Prepared:
         updates: How many updates it has.
         squared_norm: Squared norm of the table's reduced gradient; 0.0 if it was not asked for.
         finite: No inf or NaN in the reduced gradient; True if it was not asked for.
+        norm: Of the order that was asked for besides; 0.0 if none was.
     """
 
     updates: int
     squared_norm: float
     finite: bool
+    norm: float = 0.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -141,7 +144,9 @@ class Session:
             self.counters.updates_pushed += 1
         return weight_grad
 
-    async def prepare(self, *, want_norm: bool = True, timeout_s: float | None = None) -> Prepared | None:
+    async def prepare(
+        self, *, want_norm: bool = True, norm_order: float = 0.0, timeout_s: float | None = None
+    ) -> Prepared | None:
         """Phase one for everything pending: all owners have it all. Sends nothing, and answers None, where nothing is.
 
         Updates pushed from here on belong to the step after, unless ``prepare`` is called again.
@@ -155,7 +160,7 @@ class Session:
 
             return await self._router.call(
                 self._table_id,
-                lambda attempt: self._prepare(attempt, step, want_norm=want_norm),
+                lambda attempt: self._prepare(attempt, step, want_norm=want_norm, norm_order=norm_order),
                 timeout_s=left_s(),
             )
 
@@ -272,10 +277,12 @@ class Session:
             one_phase=one_phase,
         )
 
-    async def _prepare(self, attempt: Attempt, step: Step, *, want_norm: bool) -> Prepared:
+    async def _prepare(self, attempt: Attempt, step: Step, *, want_norm: bool, norm_order: float = 0.0) -> Prepared:
         missing: Mapping[int, tuple[int, ...]] = {}
         for _ in range(_MAX_ROUNDS):
-            replies = await attempt.prepare(step.step_id, sequences=step.sealed, want_norm=want_norm)
+            replies = await attempt.prepare(
+                step.step_id, sequences=step.sealed, want_norm=want_norm, norm_order=norm_order
+            )
             missing = {shard: reply.missing for shard, reply in replies.items() if reply.missing and not reply.applied}
             if not missing:
                 step.prepared_on = attempt.plan
@@ -283,6 +290,7 @@ class Session:
                     updates=len(step.sealed),
                     squared_norm=math.fsum(reply.squared_norm for reply in replies.values()),
                     finite=all(reply.finite for reply in replies.values()),
+                    norm=joined_norm([reply.norm for reply in replies.values()], norm_order) if norm_order else 0.0,
                 )
             await self._send_missing(attempt, step, missing)
         raise _keeps_missing(attempt.plan, step, missing)

@@ -317,9 +317,7 @@ class Storage:
     def write(self, name: str, ids_M: Tensor, rows_MW: Tensor) -> None:
         """Overwrite rows that are here, in place; others are skipped. Values and their master are written together."""
         if name not in self.arrays:
-            for head, row in zip(ids_M.tolist(), rows_MW, strict=True):
-                if head in self.heads:
-                    self.head_keys[self.heads.index(head)] = row.view(self.head_keys.shape[1:])
+            self._write_heads(ids_M, rows_MW)
             return
         self.catch_up(ids_M)
         array = self.arrays[name]
@@ -336,10 +334,27 @@ class Storage:
 
     def _read_heads(self, ids_M: Tensor) -> Tensor:
         rows_MW = torch.zeros(ids_M.shape[0], *self.head_keys.shape[1:], dtype=torch.float32, device=self.device)
-        for place, head in enumerate(ids_M.tolist()):
-            if head in self.heads:
-                rows_MW[place] = self.head_keys[self.heads.index(head)]
+        places_M = self._head_places(ids_M)
+        here = places_M >= 0
+        rows_MW[here] = self.head_keys[places_M[here]]
         return rows_MW.flatten(1)
+
+    def _write_heads(self, ids_M: Tensor, rows_MW: Tensor) -> None:
+        """The last row of a head counts, as it would one by one: index_put of repeated places has no order."""
+        places_M = self._head_places(ids_M)
+        last = torch.full((len(self.heads) + 1,), -1, dtype=torch.int64, device=self.device)
+        numbers_M = torch.arange(ids_M.shape[0], device=self.device)
+        last.scatter_reduce_(0, places_M + 1, numbers_M, "amax")
+        written = (last[1:] >= 0).nonzero()[:, 0]
+        rows = rows_MW[last[1:][written]].to(self.head_keys.dtype)
+        self.head_keys[written] = rows.view(-1, *self.head_keys.shape[1:])
+
+    def _head_places(self, ids_M: Tensor) -> Tensor:
+        """Where the keys of heads lie, -1 for those that are not here: [M] int64. One look for all of them."""
+        places = torch.full((self.schema.num_key_pages,), -1, dtype=torch.int64, device=self.device)
+        heads = torch.tensor(self.heads, dtype=torch.int64, device=self.device)
+        places[heads] = torch.arange(len(self.heads), device=self.device)
+        return places[ids_M]
 
     def _places(self, array: NamedArray, blocks: Blocks) -> Tensor:
         """Where the columns of ``blocks`` stand in a row of all blocks owned: [W of blocks] int64."""

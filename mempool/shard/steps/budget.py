@@ -62,6 +62,7 @@ class Budget:
         limit_bytes: Of all these together.
         context_bytes: Of remembered lookups, at most; None: half of the limit.
         commit_bytes: What preparing and committing steps may take besides, with the sums they keep in between.
+        configured: The limits come from a config file, whose keys messages name; an embedded pool has none.
 
     Attributes:
         held_bytes: Of held updates and of what is known of their ranks.
@@ -70,8 +71,16 @@ class Budget:
         holders: Those who hold updates; gone with their tables.
     """
 
-    def __init__(self, limit_bytes: int, *, context_bytes: int | None = None, commit_bytes: int = 256 * MIB) -> None:
+    def __init__(
+        self,
+        limit_bytes: int,
+        *,
+        context_bytes: int | None = None,
+        commit_bytes: int = 256 * MIB,
+        configured: bool = True,
+    ) -> None:
         self.limit_bytes = limit_bytes
+        self.configured = configured
         self.commit_bytes = commit_bytes
         self.held_bytes = 0
         self.queued_bytes = 0
@@ -79,6 +88,11 @@ class Budget:
         self._context_bytes = limit_bytes // 2 if context_bytes is None else context_bytes
         self.holders: WeakSet[HeldUpdates] = WeakSet()
         self._owners: dict[str, int] = {}
+
+    @property
+    def limit_name(self) -> str:
+        """What the limit is called where it was set, to follow the number."""
+        return " (shard.client_memory)" if self.configured else ""
 
     # Remembered lookups
 
@@ -123,14 +137,14 @@ class Budget:
             return RequestTooLarge(
                 f"{what} of {num_bytes:,} bytes does not fit: {owner} holds {own:,} bytes on this shard that were not "
                 f"committed, and one trainer may hold {self.share():,} of the {self.limit_bytes:,} for clients; commit "
-                "more often (fewer lookups per step), discard what is not wanted (zero_grad), use more shards, or "
-                "give them more (shard.client_memory). Nothing was changed."
+                "more often (fewer lookups per step), discard what is not wanted (zero_grad), or use more shards"
+                f"{', or give them more (shard.client_memory)' if self.configured else ''}. Nothing was changed."
             )
         return Overloaded(
             f"{what} of {num_bytes:,} bytes does not fit now: clients hold {self.held_bytes:,} bytes on this shard "
-            f"that were not committed, and {self.queued_bytes:,} of calls, of {self.limit_bytes:,} (shard."
-            f"client_memory). Most is held by {self._largest()}. It is free when they commit, discard, or fall silent. "
-            "Nothing was changed.",
+            f"that were not committed, and {self.queued_bytes:,} of calls, of {self.limit_bytes:,}"
+            f"{self.limit_name}. Most is held by {self._largest()}. It is free when they commit, discard, or fall "
+            "silent. Nothing was changed.",
             retry_after_s=_RETRY_AFTER_S,
         )
 

@@ -31,6 +31,10 @@ from mempool.shard.steps.ledger import AppliedLedger
 from mempool.shard.steps.optimizers import optimizer_step, rounding
 from mempool.shard.steps.parts import pairs_bytes, reduce_in_parts, reduce_in_smaller_parts
 from mempool.types import CommitRequest, PrepareRequest, StepId
+from mempool.types.norms import joined_norm
+
+# Elements of sums whose norm of an order other than 2 is taken at a time.
+_NORM_PIECE = 262_144
 
 
 def missing(updates: HeldUpdates, step_id: StepId, sequences: Sequence[int]) -> tuple[int, ...]:
@@ -48,9 +52,9 @@ def prepare(table: Storage, updates: HeldUpdates, request: PrepareRequest, *, ca
     step_id, sequences = request.step_id, tuple(sorted(request.sequences))
     known = updates.prepared_step(step_id)
     _refuse_older(known, step_id)
-    if known is not None and known.is_of(step_id, sequences) and known.want_norm >= request.want_norm:
+    if known is not None and known.is_of(step_id, sequences) and known.answers(request):
         return known
-    norm = _Norm()
+    norm = _Norm(request.norm_order)
     held = _held(updates, step_id, sequences)
     reductions = _reduce(table, held, norm, updates.budget) if request.want_norm and held else None
     prepared = PreparedStep(
@@ -60,6 +64,8 @@ def prepare(table: Storage, updates: HeldUpdates, request: PrepareRequest, *, ca
         squared_norm=norm.squared,
         finite=norm.finite,
         reductions=reductions,
+        norm_order=request.norm_order,
+        norm=norm.norm,
     )
     updates.set_prepared(step_id, prepared, caller=caller)
     return prepared
@@ -123,16 +129,30 @@ def _held(updates: HeldUpdates, step_id: StepId, sequences: Sequence[int]) -> li
 
 
 class _Norm:
-    """The squared norm so far, and whether every number of it was finite."""
+    """The squared norm so far, the norm of another order if there is one, and whether every number was finite."""
 
-    def __init__(self) -> None:
+    def __init__(self, order: float) -> None:
         self.squared = 0.0
         self.finite = True
+        self.norm = 0.0
+        self._order = order
 
     def add(self, sums: Tensor) -> None:
         part, finite = kernels.squared_norm(sums)
         self.squared += part
         self.finite = self.finite and finite and math.isfinite(self.squared)
+        if self._order:
+            self.norm = joined_norm([self.norm, *_norms(sums, self._order)], self._order)
+
+
+def _norms(sums: Tensor, order: float) -> Iterator[float]:
+    """Of pieces of ``sums``, which need little memory for it."""
+    for piece in torch.split(sums.reshape(-1), _NORM_PIECE) if sums.numel() else ():
+        largest = float(torch.linalg.vector_norm(piece, math.inf))
+        if order == math.inf or largest == 0.0 or not math.isfinite(largest):
+            yield largest
+        else:
+            yield largest * float(torch.linalg.vector_norm(piece.double() / largest, order))
 
 
 def _reduce(table: Storage, held: list[HeldUpdate], norm: _Norm, budget: Budget) -> tuple[Reduction, ...] | None:

@@ -15,7 +15,7 @@ from mempool.errors import MempoolError
 from mempool.kernels import SortedPairs
 from mempool.shard.pages.storage import Lane
 from mempool.shard.steps.budget import ENTRY_BYTES, TENSOR_BYTES, Budget, numbers_bytes, tensors_bytes, text_bytes
-from mempool.types import StepId
+from mempool.types import PrepareRequest, StepId
 from mempool.types.bags import Bags
 
 Rank = tuple[str, int]
@@ -69,7 +69,10 @@ class Reduction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedStep:
-    """A step whose updates are all here. reductions: where the norm was asked for, and small enough to keep."""
+    """A step whose updates are all here.
+
+    reductions: where the norm was asked for, and small enough to keep. norm: of order norm_order; 0.0 where that is.
+    """
 
     step: int
     sequences: tuple[int, ...]
@@ -77,6 +80,12 @@ class PreparedStep:
     squared_norm: float
     finite: bool
     reductions: tuple[Reduction, ...] | None
+    norm_order: float = 0.0
+    norm: float = 0.0
+
+    def answers(self, request: PrepareRequest) -> bool:
+        """Whether all is known that is asked for."""
+        return self.want_norm >= request.want_norm and request.norm_order in (0.0, self.norm_order)
 
     @property
     def kept_bytes(self) -> int:

@@ -366,8 +366,11 @@ class PrepareRequest(_message.Message):
     STEP_ID_FIELD_NUMBER: _builtins.int
     SEQUENCES_FIELD_NUMBER: _builtins.int
     WANT_NORM_FIELD_NUMBER: _builtins.int
+    NORM_ORDER_FIELD_NUMBER: _builtins.int
     want_norm: _builtins.bool
     """Answer squared_norm and finite."""
+    norm_order: _builtins.float
+    """With want_norm: answer norm too, of this order: above 0, infinity for the largest element. 0: only squared_norm."""
     @_builtins.property
     def envelope(self) -> Global___Envelope:
         """The view."""
@@ -387,10 +390,11 @@ class PrepareRequest(_message.Message):
         step_id: Global___StepId | None = ...,
         sequences: _abc.Iterable[_builtins.int] | None = ...,
         want_norm: _builtins.bool = ...,
+        norm_order: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "step_id", b"step_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "sequences", b"sequences", "step_id", b"step_id", "want_norm", b"want_norm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "norm_order", b"norm_order", "sequences", b"sequences", "step_id", b"step_id", "want_norm", b"want_norm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -407,12 +411,15 @@ class PrepareReply(_message.Message):
     SQUARED_NORM_FIELD_NUMBER: _builtins.int
     FINITE_FIELD_NUMBER: _builtins.int
     APPLIED_FIELD_NUMBER: _builtins.int
+    NORM_FIELD_NUMBER: _builtins.int
     squared_norm: _builtins.float
     """Squared norm of the reduced gradient of what this shard owns; add up over shards. 0 if not asked for."""
     finite: _builtins.bool
     """No infinity and no NaN in the reduced gradient. True if not asked for."""
     applied: _builtins.bool
     """The step was committed before; the other fields are of no meaning then."""
+    norm: _builtins.float
+    """Norm of order norm_order of the reduced gradient of what this shard owns. 0 if not asked for."""
     @_builtins.property
     def stamp(self) -> Global___Stamp:
         """Who answered."""
@@ -429,10 +436,11 @@ class PrepareReply(_message.Message):
         squared_norm: _builtins.float = ...,
         finite: _builtins.bool = ...,
         applied: _builtins.bool = ...,
+        norm: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["stamp", b"stamp"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "finite", b"finite", "missing", b"missing", "squared_norm", b"squared_norm", "stamp", b"stamp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "finite", b"finite", "missing", b"missing", "norm", b"norm", "squared_norm", b"squared_norm", "stamp", b"stamp"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

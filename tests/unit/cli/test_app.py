@@ -67,6 +67,34 @@ def test_status_for_people(served: ServedPool, command: Command, monkeypatch: py
     assert "\x1b" not in "\n".join(lines), "colours where nobody sees them"
 
 
+def test_status_shows_where_time_goes_if_asked(served: ServedPool, command: Command) -> None:
+    train(served.address, 2)
+    assert "half within" not in command("status", "--address", served.address).stdout
+    lines = command("status", "--address", served.address, "--stages").stdout.splitlines()
+    at = next(number for number, line in enumerate(lines) if "half within" in line)
+    assert lines[at].split() == [
+        "shard",
+        "stage",
+        "times",
+        "in",
+        "all",
+        "half",
+        "within",
+        "99",
+        "%",
+        "within",
+        "longest",
+    ]
+    assert {line.split()[0] for line in lines[at + 1 :] if line.strip()} == {"0", "1"}
+    gathers = [line.split() for line in lines[at + 1 :] if line.split()[1:2] == ["gather"]]
+    assert [gather[2] for gather in gathers] == ["2", "2"], lines
+    assert all(gather[4] in ("us", "ms", "s") for gather in gathers)
+
+
+def test_times_are_short() -> None:
+    assert [show._short_time(time) for time in (0.0, 12e-6, 0.0345, 1.04)] == ["0 us", "12 us", "34.5 ms", "1.0 s"]
+
+
 def test_status_shows_what_is_wrong(served: ServedPool, command: Command) -> None:
     train(served.address, 1)
 

@@ -156,6 +156,9 @@ def test_own_copy_is_contiguous_detached_and_separate() -> None:
             "offsets [B + 1]; they have shapes [2] and [0]",
         ),
         (torch.tensor([1, 2]), None, torch.tensor([0, 2, 1, 2]), "offsets[2] = 1 follows 2"),
+        (torch.tensor([[1, 2]], device="meta"), None, None, "ids is on the meta device, and has no data to send"),
+        (torch.tensor([[1, 2]]).to_sparse(), None, None, "ids is of layout torch.sparse_coo; give ids.to_dense()"),
+        (torch.tensor([[1]]), torch.ones(1, 1, device="meta"), None, "weights is on the meta device"),
     ],
 )
 def test_mistakes_are_named_with_value_and_position(ids: object, weights: object, offsets: object, text: str) -> None:
@@ -163,3 +166,11 @@ def test_mistakes_are_named_with_value_and_position(ids: object, weights: object
         check(ids, weights, offsets)
     assert text in str(raised.value)
     assert "facts" in str(raised.value)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_told_how_bags_are_given(layout: torch.layout) -> None:
+    nested = torch.nested.nested_tensor([torch.tensor([1]), torch.tensor([1, 2])], layout=layout)
+    with pytest.raises(InvalidRequest, match=r"ids is a nested tensor; give its values\(\) and offsets\(\)"):
+        check(nested, None, None)

@@ -1,5 +1,7 @@
 """Pools: tables by name, what a lost answer does, scaling, closing."""
 
+import copy
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -131,3 +133,31 @@ def test_timeout_must_be_positive() -> None:
     for timeout_s in (0.0, -1.0, float("nan"), float("inf"), True, "30", None):
         with pytest.raises(InvalidRequest, match="must be above 0 seconds"):
             Pool(fake, fake.dial, timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize(
+    ("embedded", "advice"),
+    [(False, r"connect to the pool \(mempool.connect\)"), (True, "in this process only: .* start")],
+)
+def test_pools_and_tables_are_shared_by_copies_and_not_pickled(embedded: bool, advice: str) -> None:
+    fake = FaultyPool(COLUMNS)
+    with Pool(fake, fake.dial, name="run-7", embedded=embedded) as pool:
+        table = pool.table("facts")
+        assert copy.copy(pool) is copy.deepcopy([pool])[0] is pool
+        for thing, name in ((pool, "pool 'run-7'"), (table, "table 'facts'")):
+            with pytest.raises(InvalidRequest, match=f"{name} is a connection and cannot be pickled. .*{advice}"):
+                pickle.dumps(thing)
+
+
+def test_what_is_no_config_is_refused_with_what_is(open_pool) -> None:  # type: ignore[no-untyped-def]
+    pool = open_pool(FaultyPool(COLUMNS))
+    for wrong in ("facts", {"name": "facts"}, None):
+        with pytest.raises(InvalidRequest, match=r"it takes a mempool\.TableConfig"):
+            pool.create_table(wrong)
+
+
+def test_numbers_of_a_commit_are_checked(open_pool) -> None:  # type: ignore[no-untyped-def]
+    table = open_pool(FaultyPool(COLUMNS)).table("facts")
+    for name, wrong in (("lr", "x"), ("lr", float("nan")), ("grad_scale", None), ("grad_scale", True)):
+        with pytest.raises(InvalidRequest, match=f"table 'facts': {name} = {wrong!r} must be a finite number"):
+            table.commit(**{name: wrong})

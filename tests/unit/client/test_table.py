@@ -1,6 +1,8 @@
 """The table's face: rows, writes, keys, lookups, and what wrong arguments are told before anything is sent."""
 
+import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -48,6 +50,52 @@ def test_large_reads_and_writes_are_cut_into_messages(opened, monkeypatch: pytes
     assert torch.equal(table.rows(torch.arange(63, -1, -1)), torch.arange(63.0, -1, -1)[:, None].expand(64, 12))
     assert [len(request.ids) for request in fake.shards[0].requests("write_rows")] == [10] * 6 + [4]
     assert [len(request.ids) for request in fake.shards[0].requests("read_rows")] == [10] * 6 + [4]
+
+
+def test_some_messages_of_a_large_read_or_write_are_under_way_together(opened, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(rows_module, "_MESSAGE_BYTES", 4 * 12 * 10)
+    adam = OptimizerSpec(algorithm="adam", lr=0.5)
+    fake, table = opened(FaultyPool(LAYOUTS["one"], schema=make_schema(optimizer=adam)))
+    host, under_way, most = fake.shards[0], 0, dict[str, int]()
+
+    def counted(name: str) -> None:
+        serve = getattr(host, name)
+
+        async def call(request: Any) -> Any:
+            nonlocal under_way
+            under_way += 1
+            most[name] = max(most.get(name, 0), under_way)
+            await asyncio.sleep(0)
+            try:
+                return await serve(request)
+            finally:
+                under_way -= 1
+
+        monkeypatch.setattr(host, name, call)
+
+    counted("read_rows")
+    counted("write_rows")
+    ids = torch.arange(63, -1, -1)
+    table.write_state(ids, {"values.exp_avg": torch.arange(64.0)[:, None].expand(64, 12)})
+    state = table.state(torch.arange(64))
+    assert torch.equal(state["values.exp_avg"], torch.arange(63.0, -1, -1)[:, None].expand(64, 12))
+    assert not state["values.exp_avg_sq"].any()
+    assert most == {"read_rows": rows_module._WINDOW, "write_rows": rows_module._WINDOW}
+    assert table.state(torch.arange(64), []) == {}
+    twice = table.state(torch.arange(64), ["values.exp_avg", "values.exp_avg"])
+    assert torch.equal(twice["values.exp_avg"], state["values.exp_avg"])
+
+
+def test_rows_of_a_closed_pool_are_refused(open_pool: Callable[..., Pool]) -> None:
+    pool = open_pool(FaultyPool(COLUMNS))
+    table = pool.table("facts")
+    pool.close()
+    for refused in (
+        lambda: table.rows(torch.arange(3)),
+        lambda: table.write(torch.arange(3), torch.zeros(3, 12)),
+    ):
+        with pytest.raises(InvalidRequest, match="closed"):
+            refused()
 
 
 def test_values_are_rounded_to_the_tables_dtype(opened) -> None:  # type: ignore[no-untyped-def]

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from mempool.config import resolve
 from mempool.controller import changes
 from mempool.controller.changes import differences, first_view
 from mempool.types import ShardInfo
+from mempool.types.caller import Caller, calling, current_caller
 from mempool.wire.channels.loop import run
 
 from .bench import CALL_S, Bench, config, fail
@@ -286,3 +288,22 @@ def test_a_first_view_says_what_each_owner_fills() -> None:
     view, bytes_of = first_view(replace(SCHEMA, table_id=7), infos)
     assert (view.placement.table_id, view.placement.epoch, view.placement.shards) == (7, 1, (3, 5))
     assert sum(bytes_of.values()) == 19 * 32 * 128 * 8
+
+
+def test_neither_the_callers_deadline_nor_its_name_goes_along_to_the_shards() -> None:
+    """It would cut a long fill off for all who joined in, and for a caller that left."""
+    found: list[Caller] = []
+    with Bench(2) as bench:
+
+        async def note() -> None:
+            found.append(current_caller())
+
+        for host in bench.fleet.hosts.values():
+            host.faults["attach_table"] = note
+
+        async def work() -> None:
+            with calling(Caller("a trainer", time.monotonic() + 5.0)):
+                await bench.controller.create_table(SCHEMA)
+
+        on_loop(work)
+    assert found == [Caller()] * 2

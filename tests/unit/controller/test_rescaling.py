@@ -1,6 +1,7 @@
 """What is checked before a rescale begins, what it says while it waits, and what is left where it stops half way."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from mempool import errors
 from mempool.controller.rescaling import check_shards, shards_after
 from mempool.types import ShardInfo
+from mempool.types.caller import Caller, calling, current_caller
 from mempool.wire.channels.loop import run
 
 from .bench import CALL_S, Bench, config, fail, train
@@ -172,3 +174,52 @@ def test_status_says_what_a_start_waits_for_and_goes_on_saying_it_without_its_wa
                 assert (status.waiting_for, status.wanted_shards, len(status.shards)) == ("", 2, 2)
 
         run(watch_and_leave(), timeout_s=CALL_S)
+
+
+def test_the_watchers_deadline_does_not_end_a_move() -> None:
+    found: list[Caller] = []
+    with Bench(1) as bench:
+        bench.pool.create_table(config(layout="rows"))
+
+        async def note() -> None:
+            found.append(current_caller())
+
+        bench.fleet.hosts[0].faults["freeze"] = note
+
+        async def work() -> None:
+            with calling(Caller("a command", time.monotonic() + 30.0)):
+                async for _ in bench.controller.rescale(2):
+                    pass
+
+        run(work(), timeout_s=CALL_S)
+    assert found
+    assert set(found) == {Caller()}
+
+
+def test_closing_while_shards_start_stops_those_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Bench(1) as bench:
+        fleet, begun = bench.fleet, asyncio.Event()
+        start = fleet.start
+
+        async def slow(shard: int) -> ShardInfo:
+            if shard == 2:
+                begun.set()
+                await asyncio.sleep(CALL_S)
+            return await start(shard)
+
+        monkeypatch.setattr(fleet, "start", slow)
+
+        async def work() -> None:
+            async def watch() -> None:
+                async for _ in bench.controller.rescale(3):
+                    pass
+
+            watching = asyncio.create_task(watch())
+            await begun.wait()
+            assert 1 in fleet.hosts
+            await bench.controller.close()
+            with pytest.raises(errors.ShardUnavailable, match="its controller is closing"):
+                await watching
+            assert fleet.hosts == {}
+
+        run(work(), timeout_s=CALL_S)

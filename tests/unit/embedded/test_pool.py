@@ -6,12 +6,15 @@ import subprocess
 import sys
 import threading
 import weakref
+from typing import Any
 
 import pytest
 import torch
 
 import mempool
 from mempool import errors
+from mempool.embedded import EngineLauncher
+from mempool.wire.channels.loop import run
 
 
 def _threads() -> set[threading.Thread]:
@@ -93,7 +96,7 @@ def test_a_lookup_of_nothing_finds_nothing(keys: mempool.FlatKeys | mempool.Prod
 def test_a_table_is_not_pickled() -> None:
     with mempool.local() as pool:
         table = pool.create_table(mempool.TableConfig(name="facts", num_slots=64, value_dim=8))
-        with pytest.raises(errors.InvalidRequest, match="connect to the pool"):
+        with pytest.raises(errors.InvalidRequest, match="in this process only"):
             pickle.dumps(table)
 
 
@@ -132,3 +135,13 @@ def test_a_closed_pool_says_that_it_was_embedded() -> None:
     assert str(raised.value) == (
         "embedded pool 'mine' is closed, and its tables ended with it; make another with mempool.local()."
     )
+
+
+def test_its_engines_name_no_keys_of_a_config_that_there_is_not() -> None:
+    launcher = EngineLauncher(device="cpu", pool="keyless")
+    info = run(launcher.start(0), timeout_s=20)
+    engine: Any = launcher.dial(info)
+    try:
+        assert not engine._budget.configured
+    finally:
+        run(launcher.stop(info), timeout_s=20)

@@ -72,7 +72,7 @@ class LocalSession:
         rows = grads.repeat_interleave(record.bags.offsets.diff(), dim=0)
         return (rows * self.values[record.bags.ids]).sum(dim=1) if want_weight_grad else None
 
-    async def prepare(self, *, want_norm: bool) -> Prepared | None:
+    async def prepare(self, *, want_norm: bool, norm_order: float = 0.0) -> Prepared | None:
         if not self._held:
             return None
         self.calls.append(("prepare", want_norm))
@@ -81,6 +81,7 @@ class LocalSession:
             updates=len(self._held),
             squared_norm=float(gradient.square().sum()),
             finite=bool(gradient.isfinite().all()),
+            norm=float(torch.linalg.vector_norm(gradient, norm_order)) if norm_order else 0.0,
         )
 
     async def commit(self, *, lr: float, grad_scale: float) -> int:

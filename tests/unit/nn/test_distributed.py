@@ -86,7 +86,7 @@ def test_fsdp_trains_as_a_plain_model() -> None:
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_freezing_reaches_through_fsdp_and_zeroing_is_the_optimizers() -> None:
+def test_freezing_and_zeroing_reach_through_fsdp() -> None:
     model = shard(make_model(), 1)
     layer = model[1]
     assert isinstance(layer, MemoryLayer)
@@ -94,12 +94,42 @@ def test_freezing_reaches_through_fsdp_and_zeroing_is_the_optimizers() -> None:
     model(batch(0)).sum().backward()
     assert layer.table.pending == 0
     layer.requires_grad_(True)
+    optimizer, dense = PoolOptimizer(model), torch.optim.AdamW(model.parameters())
     for _ in range(2):  # FSDP takes gradients from parameters: no one may take that for zeroing
         model(batch(0)).sum().backward()
     assert layer.table.pending == 2
-    model.zero_grad()
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     assert layer.table.pending == 2
-    PoolOptimizer(model).zero_grad()
+    model.zero_grad()
+    assert layer.table.pending == 0
+    model(batch(0)).sum().backward()
+    assert layer.table.pending == 1
+    dense.zero_grad()  # without a step
+    assert layer.table.pending == 0
+    model(batch(0)).sum().backward()
+    dense.step()
+    dense.zero_grad()
+    assert layer.table.pending == 1, "an ordinary optimizer that stepped zeroes its own"
+    optimizer.zero_grad()
+    assert layer.table.pending == 0
+    model.to("cpu")  # torch swaps the contents of sharded parameters
+    model(batch(0)).sum().backward()
+    model.zero_grad()
+    assert layer.table.pending == 0
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_zeroing_under_fsdp_accumulates_where_gradients_are_not_reduced_yet() -> None:
+    model = shard(make_model(), 1)
+    layer = model[1]
+    assert isinstance(layer, MemoryLayer)
+    PoolOptimizer(model)
+    model.set_requires_gradient_sync(False)  # type: ignore[operator]
+    model(batch(0)).sum().backward()
+    model.set_requires_gradient_sync(True)  # type: ignore[operator]
+    model(batch(1)).sum().backward()
+    assert layer.table.pending == 2
+    model.zero_grad()
     assert layer.table.pending == 0
 
 
@@ -154,6 +184,10 @@ def _rank(rank: int, folder: str, answers: "multiprocessing.Queue[tuple[int, dic
     layer = model[1]
     assert isinstance(layer, MemoryLayer)
     result = steps(model, layer, rank=rank, count=2)
+    model(batch(rank)).sum().backward()
+    assert layer.table.pending == 1
+    model.zero_grad()
+    assert layer.table.pending == 0, "also on the rank that has no element of the sharded values"
     answers.put((rank, {name: tensor.numpy() for name, tensor in result.items()}))  # type: ignore[misc]
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -87,8 +87,38 @@ def test_clipping_by_value_is_refused_and_changes_nothing(foreach: bool | None) 
 
 
 @pytest.mark.parametrize("foreach", [None, False, True])
-@pytest.mark.parametrize("order", [1.0, 3.0, math.inf, 0.0])
-def test_norms_of_other_orders_are_refused(order: float, foreach: bool | None) -> None:
+@pytest.mark.parametrize("order", [1.0, 3.0, math.inf, "inf"])
+def test_norms_of_other_orders_are_asked_of_the_pool(order: float, foreach: bool | None) -> None:
+    gradient = TableGradient(pushed())
+    dense = nn.Parameter(torch.ones(2))
+    dense.grad = torch.ones(2)
+    elements = session_of(gradient.table).gradient()
+    twins = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros_like(elements))]
+    twins[0].grad, twins[1].grad = torch.ones(2), elements.clone()
+    for max_norm in (0.5, 0.125):  # the second of what is scaled already
+        norm = torch.nn.utils.clip_grad_norm_([dense, gradient], max_norm, norm_type=order, foreach=foreach)
+        expected = torch.nn.utils.clip_grad_norm_(twins, max_norm, norm_type=order, foreach=foreach)
+        assert float(norm) == pytest.approx(float(expected), rel=1e-5)
+        torch.testing.assert_close(dense.grad, twins[0].grad)
+        torch.testing.assert_close(elements * gradient.scale, twins[1].grad)
+    assert gradient.grad is not None
+    assert float(gradient.grad.norm()) == pytest.approx(float(twins[1].grad.norm()), rel=1e-5)
+    assert [call for call in session_of(gradient.table).calls if call[0] != "prepare"] == []
+
+
+def test_the_norm_of_a_gradient_of_before_is_refused() -> None:
+    gradient = TableGradient(pushed())
+    before = gradient.grad
+    assert before is not None
+    gradient.table.gather(torch.tensor([[1]])).sum().backward()
+    with pytest.raises(InvalidRequest, match=r"an earlier gradient of table 'facts'.* read the parameter's grad again"):
+        before.norm(1.0)
+    assert float(gradient.grad.norm(1.0)) > 0.0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("foreach", [None, False, True])
+@pytest.mark.parametrize("order", [0.0, -1.0, -math.inf])
+def test_norms_of_orders_that_only_elements_tell_are_refused(order: float, foreach: bool | None) -> None:
     gradient = TableGradient(pushed())
     dense = nn.Parameter(torch.ones(2))
     dense.grad = torch.ones(2)

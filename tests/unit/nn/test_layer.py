@@ -266,3 +266,25 @@ def test_the_order_of_sums_is_the_layers_choice(deterministic: bool, monkeypatch
     monkeypatch.setattr(layer_module, "product_topk", asking)
     make_layer(deterministic=deterministic)(torch.randn(3, 12))
     assert asked == [deterministic]
+
+
+def test_a_second_derivative_is_an_error_and_never_zeros() -> None:
+    layer = make_layer(gate="none")
+    x = torch.randn(1, 12)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.functional.hessian(lambda x: layer(x).sum(), x)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.functional.hvp(lambda x: layer(x).sum(), x, torch.ones_like(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+def test_a_trace_is_refused_in_words() -> None:
+    with pytest.raises(InvalidRequest, match=r"cannot be exported: .*look up in between"):
+        torch.jit.trace(make_layer().eval(), torch.randn(3, 12))  # type: ignore[no-untyped-call]
+
+
+def test_a_layer_without_data_says_so() -> None:
+    layer = make_layer(device="meta")
+    for x in (torch.randn(3, 12), torch.randn(3, 12, device="meta")):
+        with pytest.raises(InvalidRequest, match="table 'facts' or its input is on the meta device"):
+            layer(x)

@@ -97,12 +97,15 @@ def test_zero_grad_discards_what_is_held_and_sends_nothing_otherwise() -> None:
     assert all(table.pending == 0 for table in twin.tables)
 
 
-@pytest.mark.parametrize("max_norm", [1.0, 4.0, 100.0, math.inf])
-def test_clips_by_the_global_norm_as_torch(max_norm: float) -> None:
+@pytest.mark.parametrize(
+    ("max_norm", "norm_type"), [(1.0, 2.0), (4.0, 2.0), (100.0, 2.0), (math.inf, 2.0), (1.0, math.inf), (4.0, 1.0)]
+)
+def test_clips_by_the_global_norm_as_torch(max_norm: float, norm_type: float) -> None:
     twin = Twin(max_norm=max_norm)
+    twin.ours.norm_type = norm_type
     for _ in range(3):
         twin.backward()
-        expected = torch.nn.utils.clip_grad_norm_(twin.parameters, max_norm)
+        expected = torch.nn.utils.clip_grad_norm_(twin.parameters, max_norm, norm_type)
         twin.ours.step()
         twin.torchs.step()
         twin.torchs.zero_grad()
@@ -387,6 +390,12 @@ def test_groups_can_be_added_but_not_twice() -> None:
         (lambda table: PoolOptimizer(table, lr=math.nan), "lr = nan"),
         (lambda table: PoolOptimizer(table, max_norm=0.0), "max_norm = 0.0 must be above 0"),
         (lambda table: PoolOptimizer(table, max_norm=math.nan), "max_norm = nan"),
+        (lambda table: PoolOptimizer(table, max_norm="1"), "max_norm = '1' must be above 0"),  # type: ignore[arg-type]
+        (lambda table: setattr(PoolOptimizer(table), "max_norm", -1.0), "max_norm = -1.0"),
+        (lambda table: PoolOptimizer(table, norm_type=0.0), "norm_type = 0.0 must be above 0"),
+        (lambda table: PoolOptimizer(table, lr="0.1"), "lr = '0.1' of table 'facts'"),  # type: ignore[arg-type]
+        (lambda _: PoolOptimizer(None), "was given None; give it a model"),  # type: ignore[arg-type]
+        (lambda _: PoolOptimizer(["facts"]), "got one of type str"),  # type: ignore[list-item]
     ],
 )
 def test_senseless_arguments_are_refused(make: Callable[[Table], object], message: str) -> None:

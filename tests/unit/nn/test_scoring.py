@@ -115,10 +115,13 @@ def test_no_tokens_give_no_scores_and_gradients_of_zero() -> None:
 
 def test_a_gradient_of_the_gradient_is_refused() -> None:
     queries = torch.randn(3, 1, 4, requires_grad=True)
-    scores, _ = product_topk(queries, torch.randn(1, 2, 5, 2), topk=2, stride=5)
+    keys = torch.randn(1, 2, 5, 2, requires_grad=True)
+    scores, _ = product_topk(queries, keys, topk=2, stride=5)
     (grads,) = torch.autograd.grad(scores.square().sum(), queries, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="first derivatives only"):
         grads.sum().backward()
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        torch.autograd.grad(grads.sum(), queries, allow_unused=True)
 
 
 def test_the_graph_keeps_no_half_scores() -> None:

@@ -212,6 +212,10 @@ def test_states_of_before_the_keys_were_renamed_load() -> None:
         ({"input_dropout": 1.0}, "input_dropout = 1.0 must be a probability"),
         ({"query_dropout": -0.1}, "query_dropout = -0.1"),
         ({"value_dropout": float("nan")}, "value_dropout = nan"),
+        ({"value_dropout": None}, "value_dropout = None must be a probability"),
+        ({"key_init_std": -1.0}, "key_init_std = -1.0 must be a finite number of at least 0"),
+        ({"key_init_std": float("inf")}, "key_init_std = inf"),
+        ({"key_init_std": "1"}, "key_init_std = '1'"),
     ],
 )
 def test_senseless_options_are_refused(options: dict[str, Any], message: str) -> None:
@@ -225,3 +229,15 @@ def test_parts_that_answer_another_width_are_refused() -> None:
         make_layer(query=nn.Linear(12, 5))(x)
     with pytest.raises(InvalidRequest, match=r"scores= must make weights \[3, 2, 4\]"):
         make_layer(scores=lambda scores: scores.sum(-1))(x)
+    with pytest.raises(InvalidRequest, match=r"scores= must make a tensor of weights \[3, 2, 4\], got NoneType"):
+        make_layer(scores=lambda _: None)(x)
+    for width in (1, 5):
+        with pytest.raises(InvalidRequest, match=rf"gate answered \[3, {width}\].* value_dim = 7"):
+            make_layer(gate=nn.Linear(12, width))(x)
+
+
+def test_what_is_no_table_is_refused_with_what_is() -> None:
+    with pytest.raises(InvalidRequest, match=r"table = 'facts' is no table of a pool: give pool.table\('facts'\)"):
+        MemoryLayer(12, table="facts")  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match=r"table = None .* pool.create_table"):
+        MemoryLayer(12, table=None)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -50,6 +51,18 @@ def test_a_frozen_layer_pushes_nothing_and_passes_gradients_on(freeze: Callable[
     layer.table.requires_grad_(True)
     backward(layer)
     assert layer.table.pending == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("of_table", [False, True])
+def test_what_was_frozen_after_the_forward_pass_gets_nothing_as_in_torch(compiled: bool, of_table: bool) -> None:
+    layer = make_layer()
+    table, ids = layer.table, torch.tensor([[1, 2]])
+    call = (lambda: table.gather(ids)) if of_table else (lambda: layer(torch.randn(4, 12)))
+    y = torch.compile(call, backend="eager")() if compiled else call()
+    (table if of_table else layer).requires_grad_(False)
+    y.sum().backward()
+    assert table.pending == 0
 
 
 def test_the_values_alone_can_be_trained() -> None:
@@ -161,7 +174,17 @@ def test_gradients_accumulate_over_layers_calls_and_backward_passes() -> None:
     assert table.pending == 3
 
 
-@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad, torch.optim.RMSprop])
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.optim.AdamW,
+        torch.optim.SGD,
+        torch.optim.Adagrad,
+        torch.optim.RMSprop,
+        partial(torch.optim.AdamW, fused=True),
+        partial(torch.optim.SGD, fused=True),
+    ],
+)
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_an_optimizer_of_all_parameters_neither_steps_nor_drops_the_values(
     make: Callable[..., torch.optim.Optimizer], set_to_none: bool
@@ -213,14 +236,35 @@ def test_gradients_of_all_parameters_are_handed_out_and_push_nothing() -> None:
     assert layer.table.pending == 0
 
 
+def with_another_parameter(layer: MemoryLayer) -> MemoryLayer:
+    layer.values = nn.Parameter(torch.zeros(1))
+    return layer
+
+
+def swapped(layer: MemoryLayer) -> MemoryLayer:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        return layer.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
 @pytest.mark.parametrize(
-    "move", [lambda layer: layer.to(torch.bfloat16), lambda layer: layer.to_empty(device="cpu"), copy.deepcopy]
+    "move",
+    [
+        lambda layer: layer.to(torch.bfloat16),
+        lambda layer: layer.to_empty(device="cpu"),
+        copy.deepcopy,
+        with_another_parameter,
+        swapped,
+    ],
 )
 def test_zeroing_works_wherever_the_layer_went(move: Callable[[MemoryLayer], MemoryLayer]) -> None:
     layer = move(make_layer())
     layer.reset_parameters()
     layer(torch.randn(4, 12, dtype=layer.half_keys.dtype)).sum().backward()
     assert layer.table.pending == 1
+    layer.to(layer.half_keys.dtype)
     layer.zero_grad()
     assert layer.table.pending == 0
 

@@ -98,3 +98,26 @@ def test_what_was_not_heard_is_found_by_looking(launcher: ActedLauncher, monkeyp
         run(until(lambda: launcher.looks > 2), timeout_s=30)
     finally:
         process.stop()
+
+
+def test_a_process_that_came_back_goes_on_trying_whatever_fails(
+    launcher: ActedLauncher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An actor that is gone between being listed and being asked for is a ValueError of Ray's."""
+    tries: list[int] = []
+
+    async def find() -> list[ShardInfo]:
+        tries.append(1)
+        raise ValueError("Failed to look up actor")
+
+    class Context:
+        was_current_actor_reconstructed = True
+
+    monkeypatch.setattr(controller_actor, "_RETRY_S", 0.01)
+    monkeypatch.setattr(controller_actor.ray, "get_runtime_context", Context)
+    monkeypatch.setattr(launcher, "find", find, raising=False)
+    process = ControllerProcess(CONFIG, PoolKeys(token=None, controller_key="k"), 30.0)
+    try:
+        run(until(lambda: len(tries) > 2), timeout_s=30)
+    finally:
+        process.stop()

@@ -1,5 +1,7 @@
 """A server alone, before a shard that is a mock, on the IO loop of this process; and raw callers of it."""
 
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -20,6 +22,42 @@ RAW_OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
 ]
+SERVER = """
+import asyncio, os, sys
+from unittest.mock import AsyncMock
+from mempool.server import Server
+from mempool.wire.channels.loop import io_loop, run
+
+async def start():
+    server = Server(token="sesame", max_message_bytes=16 * 2**20, in_flight_bytes=2 * 16 * 2**20)
+    port = server.bind("127.0.0.1", [0])
+    await server.start(shard=AsyncMock(), pool=AsyncMock(), lookup=AsyncMock())
+    return server, port
+
+server, port = run(start(), 30.0)
+print(port, flush=True)
+sys.stdin.read()
+"""
+
+
+class ServerProcess:
+    """A server of its own process, whose memory can be looked at."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._process.stdout is not None
+        self.address = f"127.0.0.1:{int(self._process.stdout.readline())}"
+
+    def resident_bytes(self, kind: str = "VmRSS") -> int:
+        """Resident memory now, or the most there ever was ("VmHWM")."""
+        with open(f"/proc/{self._process.pid}/status") as status:
+            return 1024 * next(int(line.split()[1]) for line in status if line.startswith(kind))
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
 
 
 @asynccontextmanager

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mempool.errors import ShardUnavailable
+from mempool.errors import Overloaded, ShardUnavailable
 from mempool.server import admission as admission_module
 from mempool.server.admission import Admission, Passage
 
@@ -48,16 +48,43 @@ def test_no_more_come_in_than_there_is_room_for() -> None:
     bounded(scenario)
 
 
-def test_answers_hold_up_those_who_come() -> None:
+def test_answers_that_are_not_taken_hold_up_their_own_connection_alone() -> None:
     async def scenario() -> None:
         admission = Admission(budget_bytes=3 * MESSAGE, message_bytes=MESSAGE)
-        first = await admission.enter("a")
-        first.resize(2 * MESSAGE + 1)
-        late = asyncio.create_task(admission.enter("b"))
+        first, second = await admission.enter("a", "a:1"), await admission.enter("a", "a:1")
+        first.answer(2 * MESSAGE)
+        second.answer(MESSAGE - 1)
+        (await admission.enter("a", "a:1")).leave()
+        third = await admission.enter("a", "a:1")
+        third.answer(1)
+        with pytest.raises(Overloaded, match="300 bytes of answers to this connection were not taken yet, of 300"):
+            await admission.enter("a", "a:1")
+        for other in (("b", "b:1"), ("a", "a:2")):
+            (await admission.enter(*other)).leave()
+        for passage in (first, second, third):
+            passage.leave()
+        (await admission.enter("a", "a:1")).leave()
+        assert (admission.used_bytes, admission.active, admission._answers_of) == (0, 0, {})
+
+    bounded(scenario)
+
+
+def test_a_call_costs_something_however_small_its_message() -> None:
+    async def scenario() -> None:
+        admission = Admission(budget_bytes=3 * MESSAGE, message_bytes=MESSAGE, call_bytes=MESSAGE // 2)
+        inside = []
+        for host in "abcde":
+            inside.append(await admission.enter(host))
+            inside[-1].resize(0)
+        assert admission.used_bytes == 5 * MESSAGE // 2
+        late = asyncio.create_task(admission.enter("f"))
         await settle()
         assert not late.done()
-        first.leave()
+        inside[0].leave()
         (await late).leave()
+        for passage in inside[1:]:
+            passage.leave()
+        assert (admission.used_bytes, admission.active) == (0, 0)
 
     bounded(scenario)
 

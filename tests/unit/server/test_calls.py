@@ -148,7 +148,8 @@ def test_nothing_of_a_refused_call_outlives_it() -> None:
         try:
             raise KeyError("on the way")
         except KeyError as cause:
-            raise StalePlacement("the request was planned for another epoch") from cause
+            error = StalePlacement("the request was planned for another epoch")  # which its own frame keeps alive
+            raise error from cause
 
     async def too_much(request: GatherRequest) -> GatherReply:
         alive.append(weakref.ref(request.ids))
@@ -247,3 +248,46 @@ def test_an_error_half_way_through_a_stream_ends_it() -> None:
             await server.stop(0.0)
 
     run(main(), CALL_S)
+
+
+def test_answers_that_nobody_takes_stay_counted_and_lock_no_other_out() -> None:
+    """Of clients that stopped reading: their answers lie in gRPC until they go away."""
+    engine = Engine(ShardInfo(shard=0, address="", incarnation=1), client_memory_bytes=128 * 2**20)
+    sizes: list[int] = []
+    asked = 0
+
+    async def gather(request: GatherRequest) -> GatherReply:
+        nonlocal asked
+        asked += 1
+        width = 2**23 if request.ids.numel() == 2 else 8
+
+        def answer(_: object) -> GatherReply:
+            engine._thread.reserve(4 * width)
+            sizes.append(width)
+            return GatherReply(stamp=STAMP, blocks=(0,), values=torch.zeros(1, width))
+
+        reply: GatherReply = await engine._thread.run("gather", answer)
+        return reply
+
+    async def main() -> None:
+        shard = AsyncMock()
+        shard.gather = gather
+        large, small = (GATHER.request.encode(gather_request(pairs=pairs)) for pairs in (2, 1))
+        async with served(shard, max_message_bytes=2**26, in_flight_bytes=2**28) as (address, server):
+            channels = [grpc.aio.insecure_channel(address, options=RAW_OPTIONS) for _ in range(8)]
+            calls = [channel.unary_stream(GATHER.path)(large, timeout=3 * CALL_S) for channel in channels]
+            while asked < 8 or server._admission.active > len(sizes):  # those that are refused have ended
+                await asyncio.sleep(0.01)
+            assert sizes == [2**23, 2**23]  # 32 MiB each, of the 96 that calls may have; a third leaves room for none
+            assert engine._budget.queued_bytes > 2**26
+            await raw(address, GATHER.path, small)
+            assert [call.done() for call in calls] == [False] * 8, "nobody has read"
+            for channel in channels:
+                await channel.close()
+            await server._admission.empty(CALL_S)
+            assert engine._budget.queued_bytes == 0
+
+    try:
+        run(main(), CALL_S)
+    finally:
+        run(engine.close(), CALL_S)

@@ -1,7 +1,6 @@
 """Who has no token, or no key, gets nothing: before a byte of its message is read."""
 
 import asyncio
-import subprocess
 import sys
 from collections.abc import Iterator
 from unittest.mock import AsyncMock
@@ -24,45 +23,9 @@ from mempool.wire.channels.loop import run
 from mempool.wire.methods import GATHER, Method
 from mempool.wire.v1 import shard_pb2
 
-from .doors import CALL_S, CONTROLLER_KEY, ended, raw, served
+from .doors import CALL_S, CONTROLLER_KEY, ServerProcess, ended, raw, served
 
 MIB = 2**20
-SERVER = """
-import asyncio, os, sys
-from unittest.mock import AsyncMock
-from mempool.server import Server
-from mempool.wire.channels.loop import io_loop, run
-
-async def start():
-    server = Server(token="sesame", max_message_bytes=16 * 2**20, in_flight_bytes=2 * 16 * 2**20)
-    port = server.bind("127.0.0.1", [0])
-    await server.start(shard=AsyncMock(), pool=AsyncMock(), lookup=AsyncMock())
-    return server, port
-
-server, port = run(start(), 30.0)
-print(port, flush=True)
-sys.stdin.read()
-"""
-
-
-class ServerProcess:
-    """A server of its own process, whose memory can be looked at."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self._process.stdout is not None
-        self.address = f"127.0.0.1:{int(self._process.stdout.readline())}"
-
-    def resident_bytes(self, kind: str = "VmRSS") -> int:
-        """Resident memory now, or the most there ever was ("VmHWM")."""
-        with open(f"/proc/{self._process.pid}/status") as status:
-            return 1024 * next(int(line.split()[1]) for line in status if line.startswith(kind))
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
 
 
 @pytest.fixture

@@ -187,3 +187,17 @@ def test_parts_cover_every_bag_once(monkeypatch: pytest.MonkeyPatch, lengths: tu
         assert int(part.offsets[0]) == 0
         assert int(part.offsets[-1]) == part.num_pairs
     assert torch.equal(torch.cat([part.ids for _, _, part in parts] or [made.ids]), made.ids)
+
+
+@pytest.mark.parametrize(("topk", "queries"), [(1, 16), (3, 16), (4, 1), (49, 1)])
+def test_queries_that_share_nothing_are_scored_one_by_one(
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch, topk: int, queries: int
+) -> None:
+    """Seconds of the engine's thread, of five queries for a quarter of all slots each, were one piece."""
+    monkeypatch.setattr(answers, "SCORE_PIECE_PRODUCTS", 1)
+    driver = make_driver().create(
+        make_schema(num_slots=49, keys=ProductKeySpec(heads=3, key_dim=2)), key_owners=[0, 0, 0]
+    )
+    engine: Any = driver.host(0)
+    table = engine._tenancy.fenced(driver.envelope(0))
+    assert answers._queries_at_once(table, topk) == queries

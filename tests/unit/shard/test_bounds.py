@@ -4,7 +4,7 @@ import pytest
 
 from mempool.errors import InvalidRequest, RequestTooLarge
 from mempool.shard import bounds
-from mempool.types import CommitRequest, Envelope, Ledger, StepId
+from mempool.types import CommitRequest, Envelope, Ledger, PrepareRequest, StepId
 
 
 def _step(group: str = "g", rank: int = 0, step: int = 0) -> StepId:
@@ -21,6 +21,19 @@ def test_what_is_within_the_limits_passes() -> None:
     bounds.check_reply(2**20, 2**20 + 2048, "a gather")
     bounds.check_ledger(None)
     bounds.check_ledger(Ledger(version=1, entries={("g", 0): 1}))
+
+
+@pytest.mark.parametrize("order", [-1.0, float("nan"), -float("inf")])
+def test_orders_of_norms(order: float) -> None:
+    for right in (0.0, 0.5, float("inf")):
+        bounds.check_prepare(_prepare(right))
+    with pytest.raises(InvalidRequest, match=f"norm_order = {order} must be above 0"):
+        bounds.check_prepare(_prepare(order))
+
+
+def _prepare(order: float) -> PrepareRequest:
+    envelope = Envelope(table_id=1, epoch=1, incarnation=1, table_version=0)
+    return PrepareRequest(envelope=envelope, step_id=_step(), sequences=(), want_norm=True, norm_order=order)
 
 
 @pytest.mark.parametrize(

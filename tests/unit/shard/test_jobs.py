@@ -1,6 +1,7 @@
 """Which job comes next, who is refused, and that every byte counted is given back."""
 
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -302,3 +303,17 @@ def test_every_byte_and_job_is_given_back(events: list[tuple[Any, ...]]) -> None
         queue.leave(job)
     assert (budget.queued_bytes, queue.num_jobs, len(queue)) == (0, 0, 0)
     assert queue.ready(now_s=now_s) is None
+
+
+def test_callers_with_many_jobs_leave_room_for_one_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "MAX_JOBS", 100)
+    queue, _ = _queue()
+    let_in = dict.fromkeys("abcdefgh", 0)
+    for _ in range(100):
+        for caller in let_in:
+            with suppress(Overloaded):
+                _added(queue, _job(caller))
+                let_in[caller] += 1
+    assert set(let_in.values()) == {11, 12}  # of a hundred, shared with one who is not there yet
+    for newcomer in ("i", "j", "k"):
+        _added(queue, _job(newcomer))

@@ -172,13 +172,14 @@ CASES: dict[Method[Any, Any], Case] = {
     ),
     methods.PREPARE: (
         data_pb2.PrepareRequest,
-        build(types.PrepareRequest, **STEP, sequences=U64S, want_norm=st.booleans()),
+        build(types.PrepareRequest, **STEP, sequences=U64S, want_norm=st.booleans(), norm_order=DOUBLE),
         data_pb2.PrepareReply,
         build(
             types.PrepareReply,
             **STAMPED,
             missing=U64S,
             squared_norm=DOUBLE,
+            norm=DOUBLE,
             finite=st.booleans(),
             applied=st.booleans(),
         ),

@@ -1,5 +1,8 @@
 """Marks: when a parameter's lost gradient means that somebody zeroed it, and when it does not."""
 
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -45,9 +48,14 @@ def test_a_gradient_that_was_scaled_or_added_to_was_not() -> None:
     assert not mark.zeroed()
 
 
-def test_an_optimizer_that_stepped_over_it_zeroes_its_own() -> None:
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimizer_that_stepped_over_it_zeroes_its_own(
+    kind: type[torch.optim.Optimizer], options: dict[str, Any]
+) -> None:
     parameter, mark = make()
-    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    optimizer = kind([parameter], lr=0.1, **options)  # type: ignore[call-arg]
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)]).step()
     backward(parameter, mark)
     optimizer.step()
     optimizer.zero_grad()
@@ -87,3 +95,18 @@ def test_marks_end_with_their_parameters() -> None:
     assert not markers.zeroed()
     del parameter, mark
     assert not markers._marks
+
+
+def test_a_mark_knows_when_its_parameter_got_another_tensors_contents() -> None:
+    parameter, mark = make()
+    assert not mark.lost
+    parameter.data = torch.ones(1)
+    assert not mark.lost
+    torch.utils.swap_tensors(parameter, torch.zeros(1, dtype=torch.float64, requires_grad=True))
+    assert mark.lost
+    mark.end()
+    again = Mark(parameter)
+    backward(parameter, again)
+    parameter.grad = None
+    assert again.zeroed()
+    assert not mark.zeroed()

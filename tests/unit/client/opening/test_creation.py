@@ -16,6 +16,7 @@ from mempool.config import SGD, Adagrad, TableConfig
 from mempool.errors import AlreadyExists, DeadlineExceeded
 from mempool.types import PoolStatus, ShardFill, TableCreation, TableSchema, TableView
 from tests.support.faulty import COLUMNS, FaultyPool
+from tests.support.interrupts import interruptible
 
 CONFIG = TableConfig(name="other", num_slots=64, value_dim=12, block_dim=4, page_slots=8, optimizer=SGD(lr=0.5))
 
@@ -104,7 +105,7 @@ def test_an_interrupt_says_what_becomes_of_it(open_pool: Callable[..., Pool]) ->
         return await status()
 
     slow.status = interrupting  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt) as raised:
+    with interruptible(), pytest.raises(KeyboardInterrupt) as raised:
         pool.create_table(CONFIG)
     assert raised.value.__notes__ == [
         "The pool goes on making table 'other': create_table(..., exist_ok=True) waits for it again, "
@@ -141,3 +142,8 @@ def test_another_table_of_the_name_is_refused_with_the_difference(
     with pytest.raises(AlreadyExists) as raised:
         pool.create_table(other, exist_ok=True)
     assert text in str(raised.value)
+
+
+def test_a_small_tables_progress_is_told_in_kibibytes() -> None:
+    small = CreateProgress(table="t", bytes_done=1536, bytes_total=10_001, waiting_for="", spent_s=2.0)
+    assert str(small) == "1 of 10 KiB have their initial values"

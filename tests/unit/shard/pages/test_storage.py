@@ -123,3 +123,20 @@ def test_arenas_of_nothing_are_dropped() -> None:
     table.drop_idle_arenas()
     assert list(table.arenas) == [(0, 1, 2)]
     assert same_bits(contents(table), before)
+
+
+@pytest.mark.timeout(60)  # one by one, as it was, it took minutes
+def test_keys_of_many_heads_are_read_and_written_as_one_by_one() -> None:
+    num_heads = 4096
+    schema = make_schema(num_slots=1, value_dim=4, block_dim=4, keys=ProductKeySpec(heads=num_heads, key_dim=2))
+    table = make_table(schema, [[0]], key_owners=[head % 2 for head in range(num_heads)])  # half of them are here
+    generator = torch.Generator().manual_seed(7)
+    heads = torch.randint(num_heads, (2**20,), generator=generator)
+    rows = torch.randn(len(heads), 2, generator=generator)
+    table.write("keys", heads, rows)
+    last = dict(zip(heads.tolist(), range(len(heads)), strict=True))
+    every = torch.stack([rows[last[head]] if head % 2 == 0 else torch.zeros(2) for head in range(num_heads)])
+    assert torch.equal(torch.cat([table.read("keys", torch.tensor([head])) for head in range(num_heads)]), every)
+    assert torch.equal(table.read("keys", heads), every[heads])
+    table.write("keys", heads[:0], rows[:0])
+    assert torch.equal(table.read("keys", heads), every[heads])

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mempool.errors import Overloaded, RequestTooLarge
+from mempool.shard.jobs import JobQueue, _Lane
 from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.steps.held import HeldUpdate, HeldUpdates, PreparedStep
@@ -168,3 +169,16 @@ if __name__ == "__main__":
         before = _resident()
         said = make()
         print(name, said, _resident() - before)
+
+
+@pytest.mark.parametrize("configured", [True, False])
+def test_messages_name_keys_of_a_config_only_where_there_is_one(configured: bool) -> None:
+    budget = Budget(8 * MIB, configured=configured)
+    queue = JobQueue(budget)
+    budget.hold("a", 5 * MIB)
+    said = [str(budget.refusal(owner, num_bytes * MIB, "an update")) for owner, num_bytes in (("a", 4), ("b", 3))]
+    with pytest.raises(RequestTooLarge) as caught:
+        queue._refuse_bytes(7 * MIB, _Lane(), "a gather", alone=True)
+    said.append(str(caught.value))
+    assert len(said) == 3
+    assert all(text != "None" and ("shard.client_memory" in text) is configured for text in said), said

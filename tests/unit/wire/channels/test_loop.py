@@ -12,6 +12,7 @@ import pytest
 
 from mempool.errors import DeadlineExceeded, MempoolError
 from mempool.wire.channels.loop import io_loop, run
+from tests.support.interrupts import interruptible
 
 ROOT = Path(__file__).parents[3]
 
@@ -92,7 +93,7 @@ def test_an_interrupt_cancels_the_coroutine() -> None:
             cancelled.set()
             raise
 
-    with pytest.raises(KeyboardInterrupt):
+    with interruptible(), pytest.raises(KeyboardInterrupt):
         run(interrupted(), timeout_s=30)
     assert cancelled.wait(10)
 
