@@ -180,8 +180,8 @@ def _problem(details: Any, model: type[ConfigModel]) -> Problem:
         case "union_tag_invalid":
             loc, value = (*loc, "type"), value["type"]
         case "model_type" | "model_attributes_type" if len(models) > 1:
-            tags = [str(m.model_fields["type"].default) for m in models]
-            tag = value if value in tags else tags[0]
+            types = [str(m.model_fields["type"].default) for m in models]
+            tag = value if value in types else types[0]
             return Problem(
                 loc=loc,
                 text=f" = {value_text(value)} must be a mapping, as {{type: {tag}}} with its fields beside it, or in "
