@@ -8,6 +8,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCH := .venv-bench
 READY := $(VENV)/.ready
+# What the demo needs is less than what tests need, and sooner there.
+DEMO_READY := $(VENV)/.demo-ready
+# Nothing is compiled to bytecode before it is imported: most of it never is.
+PIP := -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # What the demo counts its time from: setting up is part of it.
 BEGAN := $(shell date +%s)
 SOURCES := mempool examples tests protos
@@ -25,13 +29,22 @@ setup: $(READY)
 
 # Made anew when what is to be installed changes; otherwise nothing is installed again.
 $(READY): pyproject.toml constraints.txt
-	@echo "== setting up $(VENV) with $(PYTHON) (a few minutes, once)"
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "mempool needs Python 3.11 or newer; set PYTHON=")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(call made,$(VENV),dev)
+	@touch $@ $(DEMO_READY)
+
+$(DEMO_READY): pyproject.toml constraints.txt
+	@$(call made,$(VENV),server$(,)examples)
 	@touch $@
 
-demo: $(READY)
+, := ,
+define made
+echo "== setting up $(1) with $(PYTHON) (a few minutes, once)"; \
+$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "mempool needs Python 3.11 or newer; set PYTHON=")' && \
+{ test -x $(1)/bin/python || $(PYTHON) -m venv $(1); } && \
+$(1)/bin/python $(PIP) -e '.[$(2)]'
+endef
+
+demo: $(DEMO_READY)
 	@echo "== demo: a pool of 2 shards on Ray, a trainer attached over gRPC, 10,000 facts, 2 -> 4 shards half way"
 	@DEMO_BEGAN=$(BEGAN) $(BIN)/python examples/demo.py
 
@@ -80,9 +93,7 @@ bench: $(BENCH)/.ready
 	@$(BENCH)/bin/mempool bench kernels --out tests/benchmarks/results --plot docs/kernels-cpu.png
 
 $(BENCH)/.ready: pyproject.toml constraints.txt
-	@echo "== setting up $(BENCH) with $(PYTHON) (a few minutes, once)"
-	@test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
-	@$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,bench]'
+	@$(call made,$(BENCH),server$(,)bench)
 	@touch $@
 
 clean:

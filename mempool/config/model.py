@@ -173,8 +173,20 @@ def _problem(details: Any, model: type[ConfigModel]) -> Problem:
         case "union_tag_not_found":
             tags = ", ".join(str(m.model_fields["type"].default) for m in models)
             return Problem(loc=(*loc, "type"), text=f" is missing; give one of: {tags}")
+        case "literal_error":
+            name = str(value).rpartition(".")[2]
+            if not isinstance(value, str) and f"'{name}'" in context["expected"]:
+                return Problem(loc=loc, text=f" = {value_text(value)} must be a text: write {name!r}")
         case "union_tag_invalid":
             loc, value = (*loc, "type"), value["type"]
+        case "model_type" | "model_attributes_type" if len(models) > 1:
+            types = [str(m.model_fields["type"].default) for m in models]
+            tag = value if value in types else types[0]
+            return Problem(
+                loc=loc,
+                text=f" = {value_text(value)} must be a mapping, as {{type: {tag}}} with its fields beside it, or in "
+                f"Python one of {', '.join(f'{m.__name__}(...)' for m in models)}",
+            )
         case "model_type" | "model_attributes_type":
             return Problem(
                 loc=loc, text=f" = {value_text(value)} must be a mapping, with fields of: {', '.join(names)}"

@@ -18,6 +18,7 @@ from mempool.rayhost.actors import NAMESPACE, cluster_resources, controller_name
 from mempool.rayhost.apply import create_tables
 from mempool.rayhost.controller_actor import ControllerProcess
 from mempool.rayhost.keys import PoolKeys, client_tls_of
+from mempool.rayhost.resources import amount_text, asked
 from mempool.rayhost.serving import advertised_host
 from mempool.rayhost.state.folders import state_folder
 from mempool.rayhost.state.records import (
@@ -205,12 +206,12 @@ def _actors(pool: str | None) -> list[str]:
 
 def _shortages(config: ClusterConfig) -> list[str]:
     """A line for each resource of which Ray has less than the shards ask for; nodes may be on their way."""
-    shard, total = config.shard, cluster_resources()
-    asked = {"CPU": shard.num_cpus, "GPU": shard.num_gpus, **shard.resources}
+    total = cluster_resources()
     return [
-        f"shards ask for {config.pool.shards} x {amount:g} {name} and Ray has {total.get(name, 0):g} in all: "
+        f"shards ask for {config.pool.shards} x {amount_text(name, amount)} {name} and Ray has "
+        f"{amount_text(name, total.get(name, 0))} in all: "
         "waiting for nodes that join"
-        for name, amount in asked.items()
+        for name, amount in asked(config.shard).items()
         if amount * config.pool.shards > total.get(name, 0)
     ]
 

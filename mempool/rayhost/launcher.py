@@ -13,7 +13,7 @@ from mempool.config import ClusterConfig
 from mempool.errors import MempoolError, ShardUnavailable
 from mempool.rayhost.actors import NAMESPACE, free_resources, kernel_variables, make_actor, shard_name, shard_of
 from mempool.rayhost.keys import PoolKeys
-from mempool.rayhost.resources import asked, shortage
+from mempool.rayhost.resources import PROCESS_BYTES, asked, shortage
 from mempool.rayhost.shard_actor import Description, ShardProcess, Wanted
 from mempool.types import ShardInfo
 
@@ -65,8 +65,8 @@ class RayLauncher:
             await asyncio.sleep(_FREE_PAUSE_S)
         raise ShardUnavailable(
             f"Ray has no room for {shards} more shard(s) of pool {self._pool!r}: they need {lacking}. Nothing was "
-            "started. Lower shard.num_cpus / shard.num_gpus in the config, or add nodes, then ask again; where nodes "
-            "join by themselves, set ray.autoscaling in the config"
+            "started. Ask for fewer shards, lower shard.num_cpus / shard.num_gpus in the config, or add nodes; where "
+            "nodes join by themselves, set ray.autoscaling in the config"
         )
 
     async def starting(self) -> str:
@@ -204,6 +204,7 @@ class RayLauncher:
             name=shard_name(self._pool, shard),
             num_cpus=shard_config.num_cpus,
             num_gpus=shard_config.num_gpus,
+            memory=PROCESS_BYTES,
             resources=dict(shard_config.resources),
             max_restarts=shard_config.max_restarts,
             max_task_retries=0,  # at most once: calls of the controller are repeated by the controller

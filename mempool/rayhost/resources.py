@@ -4,10 +4,14 @@ from collections.abc import Mapping
 
 from mempool.config import ShardConfig
 
+PROCESS_BYTES = 400 * 2**20
+"""What a shard's process takes before it holds anything. Ray reserves it, also where a shard asks for no CPU: a slip of
+the finger in the number of shards would start processes until the machine has no memory left."""
+
 
 def asked(shard: ShardConfig) -> dict[str, float]:
     """What one shard asks Ray for, by Ray's names."""
-    return {"CPU": shard.num_cpus, "GPU": shard.num_gpus, **shard.resources}
+    return {"CPU": shard.num_cpus, "GPU": shard.num_gpus, "memory": PROCESS_BYTES, **shard.resources}
 
 
 def shortage(asked: Mapping[str, float], free: Mapping[str, float], *, shards: int) -> str:
@@ -16,7 +20,12 @@ def shortage(asked: Mapping[str, float], free: Mapping[str, float], *, shards: i
     Of all nodes together: what is free may still lie in parts on several, none of which takes a shard.
     """
     return ", ".join(
-        f"{name} {amount * shards:g}, free {free.get(name, 0):g}"
+        f"{name} {amount_text(name, amount * shards)}, free {amount_text(name, free.get(name, 0))}"
         for name, amount in asked.items()
         if amount * shards > free.get(name, 0) + 1e-6  # Ray counts in ten-thousandths
     )
+
+
+def amount_text(name: str, amount: float) -> str:
+    """An amount as people read it: Ray counts memory in bytes."""
+    return f"{amount / 2**30:.1f} GiB" if name == "memory" else f"{amount:g}"

@@ -7,53 +7,115 @@ Leaves reading and answering to ``calls``.
 
 import asyncio
 from collections import deque
+from heapq import heapify, heappop, heappush
 
 from mempool.errors import Overloaded, ShardUnavailable
 
 _MAX_WAITING = 4096
 """Calls that wait for room; they cost some kilobytes each."""
 _RETRY_AFTER_S = 1.0
+_LEAST_CHARGE = 16 * 1024
+"""What a call is charged at least, in bytes: small ones cost their handling."""
+_MAX_ACCOUNTS = 4096
+MODEST_BYTES = 2**20
+"""A connection is modest whose last message and answer had no more."""
 
 
 class Passage:
     """One call that was let in. ``leave`` must follow, whatever becomes of it."""
 
-    __slots__ = ("_admission", "_answer_bytes", "_connection", "_host", "_num_bytes")
+    __slots__ = ("_admission", "_answer_bytes", "_connection", "_host", "_num_bytes", "aside")
 
-    def __init__(self, admission: "Admission", host: str, connection: str, num_bytes: int) -> None:
+    def __init__(self, admission: "Admission", host: str, connection: str, num_bytes: int, *, aside: bool) -> None:
         self._admission = admission
         self._host = host
         self._connection = connection
         self._num_bytes = num_bytes
         self._answer_bytes = 0
+        self.aside = aside  # it has the place that is kept for modest connections
 
     def resize(self, num_bytes: int) -> None:
         """The call's message is here, and has so many bytes."""
-        more = num_bytes + self._admission.call_bytes - self._num_bytes
-        self._num_bytes += more
-        self._admission.passed_bytes += num_bytes
-        self._admission.take(self._host, more)
+        self._admission.passed(self._host, self._connection, num_bytes)
+        if self.aside and self._admission.is_modest(num_bytes):
+            self.aside = False
+            self._admission.free_place()
+        self._holds(num_bytes)
 
     def answer(self, num_bytes: int) -> None:
         """The call's answer is here, of so many bytes, until it is taken; its message is not any more."""
-        self.resize(0)
+        self._holds(0)
         self._answer_bytes = num_bytes
-        self._admission.passed_bytes += num_bytes
+        self._admission.passed(self._host, self._connection, num_bytes)
         self._admission.answer(self._connection, num_bytes)
 
     def leave(self, _: object = None) -> None:
         """Give its room back."""
         if self._answer_bytes:
             self._admission.answer(self._connection, -self._answer_bytes)
+        if self.aside:
+            self._admission.free_place()
         self._admission.leave(self._host, self._num_bytes)
+
+    def _holds(self, num_bytes: int) -> None:
+        more = num_bytes + self._admission.call_bytes - self._num_bytes
+        self._num_bytes += more
+        self._admission.take(self._host, more)
+
+
+class _Turns:
+    """Calls of one host that wait. The connection goes first whose calls brought and took the fewest bytes meanwhile
+    (start-time fair queueing): beside others' large messages, small ones wait for those under way alone.
+    """
+
+    __slots__ = ("_ends", "_heap", "_now", "_number", "num_waiting")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[int, int, str, asyncio.Future[Passage]]] = []
+        self._ends: dict[str, int] = {}  # up to where a connection is served, where that is beyond now
+        self._now = 0
+        self._number = 0
+        self.num_waiting = 0
+
+    def add(self, connection: str, turn: "asyncio.Future[Passage]") -> None:
+        starts = max(self._ends.get(connection, 0), self._now)
+        self._ends[connection] = starts + _LEAST_CHARGE
+        self._number += 1
+        self.num_waiting += 1
+        heappush(self._heap, (starts, self._number, connection, turn))
+        if len(self._ends) > _MAX_ACCOUNTS:
+            beyond = {name: ends for name, ends in self._ends.items() if ends > self._now}
+            self._ends = beyond if len(beyond) <= _MAX_ACCOUNTS // 2 else {}
+
+    def charge(self, connection: str, num_bytes: int) -> None:
+        """What a call was found to weigh, above what it was charged when it came."""
+        self._ends[connection] = max(self._ends.get(connection, 0), self._now) + max(0, num_bytes - _LEAST_CHARGE)
+
+    def pop(self) -> tuple[str, "asyncio.Future[Passage]"]:
+        """The next to be let in, out of those that wait still."""
+        while True:
+            starts, _, connection, turn = heappop(self._heap)
+            if not turn.done():
+                self._now = max(self._now, starts)
+                return connection, turn
+
+    def forget_done(self) -> None:
+        """One that waited does so no more: its turn is done already."""
+        self.num_waiting -= 1
+        if len(self._heap) > 2 * self.num_waiting + 64:
+            self._heap = [entry for entry in self._heap if not entry[3].done()]
+            heapify(self._heap)
 
 
 class Admission:
-    """Lets calls in while there is room; those that wait are let in by turns of their hosts, the least served first.
+    """Lets calls in while there is room; those that wait are let in by turns of their hosts, the one with the fewest
+    bytes in first, and of a host by turns of its connections, the least served first. One place is kept for modest
+    connections: they do not wait until large messages and answers of others are gone.
 
     Args:
-        budget_bytes: Bytes of messages of all calls together; at least one call is always let in. Of answers that one
-            connection has not taken, as many; whoever makes answers bounds them for all.
+        budget_bytes: Bytes of messages of all calls together; at least one call is always let in, and one large message
+            at a time of whoever was modest until then. Of answers that one connection has not taken, as many; whoever
+            makes answers bounds them for all.
         message_bytes: Bytes of the largest message.
         call_bytes: What a call costs besides its message, as long as it lasts.
     """
@@ -67,8 +129,12 @@ class Admission:
         self._active = 0
         self._used_by: dict[str, int] = {}
         self._answers_of: dict[str, int] = {}
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        self._waiting: dict[str, _Turns] = {}
         self._num_waiting = 0
+        self._modest_bytes = min(MODEST_BYTES, message_bytes // 16)
+        self._modest: dict[str, None] = {}
+        self._place_taken = False
+        self._waiting_modest: deque[tuple[str, str, asyncio.Future[Passage]]] = deque()
         self._emptied: asyncio.Event | None = None
 
     @property
@@ -94,25 +160,32 @@ class Admission:
                 "may wait for it; take them before you ask more",
                 retry_after_s=_RETRY_AFTER_S,
             )
-        passage = Passage(self, host, connection, self.message_bytes)
         if host not in self._waiting and self._has_room(host):
-            self._let_in(host)
-            return passage
+            return self._let_in(host, connection)
+        modest = connection in self._modest
+        if modest and not self._place_taken:
+            return self._let_in_aside(host, connection)
         if self._num_waiting >= _MAX_WAITING:
             raise ShardUnavailable(f"{self._num_waiting:,} calls wait here already; try again in a moment")
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(host, deque()).append(turn)
+        turn: asyncio.Future[Passage] = asyncio.get_running_loop().create_future()
+        turns = self._waiting.get(host)
+        if turns is None:
+            turns = self._waiting[host] = _Turns()
+        turns.add(connection, turn)
         self._num_waiting += 1
+        if modest:
+            self._waiting_modest.append((host, connection, turn))
+            if len(self._waiting_modest) > 2 * self._num_waiting + 64:  # most were let in by their turns
+                self._waiting_modest = deque(entry for entry in self._waiting_modest if not entry[2].done())
         try:
-            await turn
+            return await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                passage.leave()
-            elif host in self._waiting and turn in self._waiting[host]:
-                self._forget(host, turn)
+            if turn.cancelled():
+                self._waits_no_more(host, turns)
                 self._look()
+            else:
+                turn.result().leave()
             raise
-        return passage
 
     async def empty(self, timeout_s: float) -> None:
         """Wait until no call is in, or the time is over."""
@@ -124,6 +197,32 @@ class Admission:
                 await self._emptied.wait()
         except TimeoutError:
             return
+
+    def passed(self, host: str, connection: str, num_bytes: int) -> None:
+        """For ``Passage``: a message or an answer of so many bytes."""
+        self.passed_bytes += num_bytes
+        if num_bytes > self._modest_bytes:
+            self._modest.pop(connection, None)
+        elif connection and connection not in self._modest:
+            if len(self._modest) >= _MAX_ACCOUNTS:
+                del self._modest[next(iter(self._modest))]
+            self._modest[connection] = None
+        turns = self._waiting.get(host)
+        if turns is not None and num_bytes > _LEAST_CHARGE:
+            turns.charge(connection, num_bytes)
+
+    def is_modest(self, num_bytes: int) -> bool:
+        """For ``Passage``: so much is not large."""
+        return num_bytes <= self._modest_bytes
+
+    def free_place(self) -> None:
+        """For ``Passage``: the place for modest connections is free again."""
+        self._place_taken = False
+        while self._waiting_modest and not self._place_taken:
+            host, connection, turn = self._waiting_modest.popleft()
+            if not turn.done():
+                turn.set_result(self._let_in_aside(host, connection))
+                self._waits_no_more(host, self._waiting[host])
 
     def take(self, host: str, num_bytes: int) -> None:
         """For ``Passage``: more bytes, or fewer."""
@@ -156,10 +255,16 @@ class Admission:
             last, self.message_bytes
         )
 
-    def _let_in(self, host: str) -> None:
+    def _let_in(self, host: str, connection: str) -> Passage:
         self._active += 1
         self.used_bytes += self.message_bytes
         self._charge(host, self.message_bytes)
+        return Passage(self, host, connection, self.message_bytes, aside=False)
+
+    def _let_in_aside(self, host: str, connection: str) -> Passage:
+        self._active += 1
+        self._place_taken = True
+        return Passage(self, host, connection, 0, aside=True)
 
     def _charge(self, host: str, num_bytes: int) -> None:
         used = self._used_by.get(host, 0) + num_bytes
@@ -179,15 +284,14 @@ class Admission:
             host = min(self._waiting, key=lambda host: self._used_by.get(host, 0))
             if not self._has_room(host):
                 return
-            turn = self._waiting[host][0]
-            self._forget(host, turn)
-            if not turn.done():
-                self._let_in(host)
-                turn.set_result(None)
+            turns = self._waiting[host]
+            connection, turn = turns.pop()
+            turn.set_result(self._let_in(host, connection))
+            self._waits_no_more(host, turns)
 
-    def _forget(self, host: str, turn: "asyncio.Future[None]") -> None:
+    def _waits_no_more(self, host: str, turns: _Turns) -> None:
         self._num_waiting -= 1
-        turns = self._waiting.pop(host)
-        turns.remove(turn)
-        if turns:
+        turns.forget_done()
+        del self._waiting[host]
+        if turns.num_waiting:
             self._waiting[host] = turns  # last of the hosts now: among equals the others come first

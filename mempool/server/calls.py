@@ -40,7 +40,7 @@ class Door:
 
     Attributes:
         admission: Bounds the bytes of all calls.
-        stages: Where receiving, decoding, encoding and replying are timed.
+        stages: Where waiting at the door, receiving, decoding, encoding and replying are timed.
         controller_key: What calls of the controller must carry; None: they are refused.
         receive_timeout_s: How long a message may take to come, once there is room for it.
         closed: No call is let in any more: the server is ending.
@@ -68,7 +68,10 @@ class Door:
         if self.closed:
             raise ShardUnavailable("this process is ending; try again in a moment")
         peer: str = context.peer()
-        return await self.admission.enter(peer.rpartition(":")[0], peer), peer
+        came_s = time.perf_counter()
+        passage = await self.admission.enter(peer.rpartition(":")[0], peer)
+        self.stages.record("door", time.perf_counter() - came_s)
+        return passage, peer
 
     async def receive(self, method: Method[Any, Any], context: Context) -> bytes:
         """The call's one message.

@@ -35,6 +35,8 @@ from mempool.types.bags import Bags
 
 READ_PIECE_BYTES = 256 * 2**20
 """Bytes of rows that a gather, or the gradient of its weights, reads at once: some tens of milliseconds."""
+_BAG_ROWS = 16
+"""Rows that are read in the time that the answer of one bag takes: its memory is new, and touched first."""
 COPY_PIECE_BYTES = 64 * 2**20
 """Bytes of rows that are read as they are at once."""
 SCORE_PIECE_PRODUCTS = 2**32
@@ -82,7 +84,7 @@ class Answers:
         with self._stages.measure("copy in"):
             bags, dtype = validate.check_gather(table.storage, request, reply_bytes=self._reply_bytes)
         self._reserve(dtype.itemsize * table.storage.schema.width(table.storage.blocks) * bags.num_bags)
-        if _row_bytes(table) * (bags.num_pairs + bags.num_bags) > READ_PIECE_BYTES:
+        if _row_bytes(table) * (bags.num_pairs + _BAG_ROWS * bags.num_bags) > READ_PIECE_BYTES:
             return self._gather_in_pieces(request, table, bags, dtype)
         with self._stages.measure("kernel"):
             values = table.storage.pooled(bags, dtype)
@@ -281,11 +283,12 @@ def _products(table: HostedTable, topk: int) -> tuple[int, int]:
 def _parts_of(bags: Bags, row_bytes: int) -> Iterator[tuple[int, int, Bags]]:
     """Bags some at a time, as views: first, end, and they. A bag is never cut."""
     most = max(1, READ_PIECE_BYTES // max(1, row_bytes))
+    most_bags = max(1, most // _BAG_ROWS)
     first = 0
     while first < bags.num_bags:
         start = bags.offsets[first]
         # Empty bags are answered too, so there are so many bags at most as well.
-        end = min(int(torch.searchsorted(bags.offsets, start + most, right=True)) - 1, first + most, bags.num_bags)
+        end = min(int(torch.searchsorted(bags.offsets, start + most, right=True)) - 1, first + most_bags, bags.num_bags)
         end = max(end, first + 1)
         pairs = slice(int(start), int(bags.offsets[end]))
         weights = None if bags.weights is None else bags.weights[pairs]

@@ -1,7 +1,8 @@
 """Jobs of a shard and the order they are done in: events in, jobs out, without threads, clocks or sleeps.
 
-Callers are served fairly, by what their work weighs (weighted fair queueing): a small call does not wait for what
-others have piled up. Jobs of one caller keep their order; the controller's go first. Leaves running to ``thread``.
+Hosts are served fairly, by what their work weighs (weighted fair queueing), and so are the callers of a host: a small
+call does not wait for what others have piled up, nor for all the connections that another host has opened. Jobs of one
+caller keep their order; the controller's go first. Leaves running to ``thread``.
 """
 
 from collections import deque
@@ -72,6 +73,7 @@ class Job:
     gone: bool = False
     waiting: bool = False
     weight: int = 0
+    charge: int = 0
 
     def forget(self) -> None:
         """Keep nothing of the request alive."""
@@ -90,6 +92,7 @@ class Answered:
 class _Lane:
     """One caller: jobs and bytes that the queue knows of, and the moment up to which its work is accounted for."""
 
+    host: str
     jobs: int = 0
     num_bytes: int = 0
     waiting: int = 0
@@ -117,8 +120,8 @@ class JobQueue:
         self._control: deque[Job] = deque()
         self._heap: list[_Entry] = []
         self._lanes: dict[str, _Lane] = {}
-        self._now = 0  # virtual: what each caller that waits has got of the shard, in bytes
-        self._busy = 0  # callers with jobs that wait
+        self._now = 0  # virtual: what each host that waits has got of the shard, in bytes
+        self._busy: dict[str, int] = {}  # hosts with jobs that wait: of how many callers
         self._number = 0
         self._jobs = 0
         self._waiting = 0
@@ -145,7 +148,7 @@ class JobQueue:
         deadline_s = job.caller.deadline_s
         if deadline_s is not None and deadline_s <= now_s:
             raise DeadlineExceeded(f"the call's time was over when it reached {self._name}; nothing was changed")
-        lane = self._lanes.get(job.caller.name) or _Lane()
+        lane = self._lanes.get(job.caller.name) or _Lane(_host_of(job.caller.name))
         self._refuse(job, lane)
         self._lanes[job.caller.name] = lane
         job.known = True
@@ -195,7 +198,8 @@ class JobQueue:
                 continue
             self._out(job)
             if not self._is_late(job, now_s):
-                self._now += job.weight // max(1, self._busy + (1 if self._lanes[job.caller.name].waiting == 0 else 0))
+                host = self._lanes[job.caller.name].host
+                self._now += job.weight // (len(self._busy) + (host not in self._busy))
                 return job
         return None
 
@@ -232,7 +236,7 @@ class JobQueue:
         excess = int(seconds * _BYTES_A_SECOND) - job.weight
         lane = self._lanes.get(job.caller.name)
         if excess > 0 and lane is not None and not job.control:
-            lane.ends = max(lane.ends, self._now) + excess
+            lane.ends = max(lane.ends, self._now) + excess * self._busy.get(lane.host, 1)
 
     def leave(self, job: Job) -> None:
         """The job is answered, or nobody waits for it any more: nothing of it is kept. Repeatable."""
@@ -246,7 +250,7 @@ class JobQueue:
                 job.waiting = False
             else:
                 self._out(job)
-                self._lanes[job.caller.name].ends -= job.weight  # it was not done
+                self._lanes[job.caller.name].ends -= job.charge  # it was not done
             job.forget()
         lane = self._lanes[job.caller.name]
         lane.jobs -= 1
@@ -258,8 +262,11 @@ class JobQueue:
     def _line_up(self, job: Job, lane: _Lane, weight: int) -> None:
         job.weight = weight
         job.waiting = True
-        lane.ends = max(lane.ends, self._now) + weight
-        self._busy += lane.waiting == 0
+        if not lane.waiting:
+            self._busy[lane.host] = self._busy.get(lane.host, 0) + 1
+        # Callers of a host share what it gets.
+        job.charge = weight * self._busy[lane.host]
+        lane.ends = max(lane.ends, self._now) + job.charge
         lane.waiting += 1
         self._waiting += 1
         self._number += 1
@@ -273,7 +280,12 @@ class JobQueue:
         job.waiting = False
         lane = self._lanes[job.caller.name]
         lane.waiting -= 1
-        self._busy -= lane.waiting == 0
+        if not lane.waiting:
+            left = self._busy[lane.host] - 1
+            if left:
+                self._busy[lane.host] = left
+            else:
+                del self._busy[lane.host]
         self._waiting -= 1
 
     def _is_late(self, job: Job, now_s: float) -> bool:
@@ -341,3 +353,9 @@ class JobQueue:
 def _over(job: Job, now_s: float) -> bool:
     deadline_s = job.caller.deadline_s
     return deadline_s is not None and deadline_s <= now_s
+
+
+def _host_of(caller: str) -> str:
+    """Where a connection comes from, without its port; others are hosts of their own."""
+    host, port, _ = caller.rpartition(":")
+    return host if port else caller

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 from mempool.types.schema import FlatKeySpec, OptimizerSpec, ProductKeySpec, TableSchema
 
 _NESTED = (TableSchema, OptimizerSpec, ProductKeySpec, FlatKeySpec)
+_FOLLOWS = "stride"
+"""Of num_slots: nobody asked for it, so it differs from nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +34,7 @@ def schema_differences(
 def _differences(first: object, second: object, aside: Collection[str], path: str) -> Iterator[Difference]:
     if type(first) is type(second) and isinstance(first, _NESTED):
         for field in fields(first):
-            if field.name not in aside:
+            if field.name not in aside and field.name != _FOLLOWS:
                 inner = f"{path}.{field.name}".lstrip(".")
                 yield from _differences(getattr(first, field.name), getattr(second, field.name), aside, inner)
     elif first != second:

@@ -2,6 +2,10 @@
 another client waits beside what it waits when alone.
 
     python -m tests.hostile.flood --connections 64 --seconds 20 --memory 1GiB
+
+The other client comes from another address, as from another host, where this machine has one (``--same-host``: from the
+flooders' own, of whose connections it is then one more). The flooders' process is niced (19): they would be elsewhere,
+and must not take the processors from the shard by the system's scheduler.
 """
 
 import argparse
@@ -9,6 +13,7 @@ import asyncio
 import itertools
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -26,6 +31,8 @@ from tests.hostile.valid import VALUE_DIM, Requests, tensor, view_of
 
 TOKEN = "flood"
 BODY_BYTES = 200 * 2**20
+_BAGS = (2_000_000, 400_000, 400_000)
+"""Of look-ups with huge replies: the first is above what a message may have, the others are 49 MiB each."""
 _KINDS = ("no token", "large bodies", "held updates", "huge replies", "tiny")
 
 
@@ -108,9 +115,19 @@ def _harm(kind: str, requests: Requests, large: bytes, number: int) -> tuple[str
         envelope=requests.envelope(),
         lookup_id=number,
         ids=tensor(np.zeros(1, np.int64)),
-        offsets=tensor(np.concatenate([np.zeros(2_000_000, np.int64), [1]])),
+        offsets=tensor(np.concatenate([np.zeros(_BAGS[number % len(_BAGS)], np.int64), [1]])),
     )
     return "MemoryService.Gather", empty.SerializeToString()
+
+
+def own_address() -> str:
+    """An address of this machine besides loopback: who connects to it comes from it. Loopback where there is none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # nothing is sent
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
 
 
 def _child(kind: str, target: Target, connections: int, seconds: float) -> "subprocess.Popen[str]":
@@ -119,10 +136,14 @@ def _child(kind: str, target: Target, connections: int, seconds: float) -> "subp
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def attack(kind: str, *, connections: int, seconds: float, memory: str, log: Path | None = None) -> dict[str, object]:
-    """One flood against a fresh target: peaks of memory, waits of another client before and during."""
-    with Target(shards=1, token=TOKEN, options=("--memory", memory), log=log) as target:
-        alone = asyncio.run(small_calls(target.shards[0], target.address, min(5.0, seconds)))
+def attack(
+    kind: str, *, connections: int, seconds: float, memory: str, client: str = "127.0.0.1", log: Path | None = None
+) -> dict[str, object]:
+    """One flood against a fresh target: peaks of memory, waits of another client, at ``client``, before and during."""
+    bind = "127.0.0.1" if client == "127.0.0.1" else "0.0.0.0"
+    with Target(shards=1, token=TOKEN, options=("--memory", memory, "--bind", bind), log=log) as target:
+        shard = target.shards[0].replace("127.0.0.1", client)
+        alone = asyncio.run(small_calls(shard, target.address, min(5.0, seconds)))
         base = resident_bytes(target.pid)
         flooding = _child(kind, target, connections, seconds)
         peak, watched = base, asyncio.Event()
@@ -137,7 +158,7 @@ def attack(kind: str, *, connections: int, seconds: float, memory: str, log: Pat
                     await asyncio.sleep(0.02)
 
             sampling = asyncio.create_task(sample())
-            waits = await small_calls(target.shards[0], target.address, seconds)
+            waits = await small_calls(shard, target.address, seconds)
             await asyncio.to_thread(flooding.wait, seconds + 120)
             watched.set()
             await sampling
@@ -167,6 +188,7 @@ def main() -> int:
     parser.add_argument("--only", default="")
     parser.add_argument("--be", choices=_KINDS, help="be the flood itself")
     parser.add_argument("--at", nargs=2, metavar=("SHARD", "POOL"))
+    parser.add_argument("--same-host", action="store_true", help="the other client comes from the flooders' address")
     parser.add_argument("--log", type=Path)
     arguments = parser.parse_args()
     if arguments.be:
@@ -177,6 +199,8 @@ def main() -> int:
         )
         print(json.dumps(ended))
         return 0
+    client = "127.0.0.1" if arguments.same_host else own_address()
+    print(f"flooders from 127.0.0.1, niced 19; the other client from {client}", flush=True)
     bad = 0
     for kind in _KINDS:
         if arguments.only not in kind:
@@ -186,6 +210,7 @@ def main() -> int:
             connections=arguments.connections,
             seconds=arguments.seconds,
             memory=arguments.memory,
+            client=client,
             log=arguments.log,
         )
         alone, beside = seen["alone"], seen["beside"]

@@ -63,7 +63,12 @@ class Target:
             command += ["--token", token]
         with nullcontext() if log is None else log.open("w") as errors:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=os.environ | ({} if token is None else {"MEMPOOL_TOKEN": token}),
             )
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -130,7 +135,7 @@ class _Launcher:
 
 async def _serve(arguments: argparse.Namespace) -> None:
     shard = {"memory": arguments.memory, "num_cpus": 0, "threads": 1, "device": "cpu"}
-    pool = {"name": "target", "shards": arguments.shards, "port": arguments.port}
+    pool = {"name": "target", "shards": arguments.shards, "port": arguments.port, "bind": arguments.bind}
     config = ClusterConfig.model_validate({"pool": pool, "shard": shard, "tables": []})
     keys = PoolKeys(token=arguments.token, controller_key=secrets.token_hex(32))
     launcher = _Launcher(config, keys)
@@ -154,6 +159,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--token")
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--bind", default="127.0.0.1")
     parser.add_argument("--memory", default="1GiB", help="shard.memory")
     parser.add_argument("--no-collector", action="store_true", help="run without Python's cyclic collector")
     arguments = parser.parse_args()

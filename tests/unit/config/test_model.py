@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
 from mempool.config import SGD, Adagrad, ClusterConfig, ProductKeys, RowWiseAdagrad, TableConfig
 from mempool.errors import ConfigError
@@ -53,7 +54,21 @@ SMALL = {"name": "a", "num_slots": 16, "value_dim": 4}
         ),
         (
             lambda: TableConfig(**SMALL, keys=3),
-            "TableConfig.keys = 3 must be a mapping, with fields of: deterministic, heads, key_dim, type",
+            "TableConfig.keys = 3 must be a mapping, as {type: product} with its fields beside it, or in Python one of "
+            "ProductKeys(...), FlatKeys(...)",
+        ),
+        (
+            lambda: TableConfig(**SMALL, optimizer="adam"),
+            "TableConfig.optimizer = 'adam' must be a mapping, as {type: adam} with its fields beside it, or in Python "
+            "one of SGD(...), Adagrad(...), RowWiseAdagrad(...), Adam(...), AdamW(...), RowWiseAdam(...)",
+        ),
+        (
+            lambda: TableConfig(**SMALL, dtype=torch.bfloat16),
+            "TableConfig.dtype = torch.bfloat16 must be a text: write 'bfloat16'",
+        ),
+        (
+            lambda: TableConfig(**SMALL, dtype=torch.float16),
+            "TableConfig.dtype = torch.float16 must be 'float32', 'bfloat16', 'float8_e4m3fn' or 'int8'",
         ),
         (lambda: Adagrad(lr=-1), "Adagrad.lr = -1 must be at least 0"),
         (lambda: SGD(True), "SGD.lr = True is not a number"),

@@ -15,6 +15,7 @@ from mempool.rayhost import launcher as launcher_module
 from mempool.rayhost.actors import NAMESPACE, kernel_variables
 from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.launcher import RayLauncher
+from mempool.rayhost.resources import PROCESS_BYTES
 from mempool.rayhost.shard_actor import Description, ShardProcess, Wanted
 from mempool.types import ShardInfo
 from mempool.wire.channels.loop import run
@@ -104,7 +105,7 @@ def shards(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeShard]:
         return ours + [{"name": name, "namespace": namespace} for name, namespace in others]
 
     monkeypatch.setattr(launcher_module, "make_actor", make_actor)
-    monkeypatch.setattr(launcher_module, "free_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(launcher_module, "free_resources", lambda: {"CPU": 2.0, "memory": 8.0 * 2**30})
     monkeypatch.setattr(launcher_module.ray, "kill", lambda actor, no_restart: setattr(actor, "killed", no_restart))
     monkeypatch.setattr(launcher_module.ray, "get_actor", get_actor)
     monkeypatch.setattr(launcher_module.ray.util, "list_named_actors", list_named_actors)
@@ -259,7 +260,7 @@ def test_room_is_asked_for_at_once_and_told_in_numbers(
 
     def free() -> dict[str, float]:
         looks.append(1)
-        return {"CPU": 2.0} if len(looks) > 3 else {}
+        return {"CPU": 2.0, "memory": 8.0 * 2**30} if len(looks) > 3 else {}
 
     monkeypatch.setattr(launcher_module, "free_resources", free)
     bounded(RayLauncher(config_asking(1), keys=KEYS).require_room(2))
@@ -267,7 +268,8 @@ def test_room_is_asked_for_at_once_and_told_in_numbers(
     with pytest.raises(ShardUnavailable, match=r"no room for 3 more shard\(s\).* they need CPU 3, free 2\."):
         bounded(RayLauncher(config_asking(1), keys=KEYS).require_room(3))
     bounded(RayLauncher(config_asking(1, autoscaling=True), keys=KEYS).require_room(3))
-    bounded(RayLauncher(config_asking(0), keys=KEYS).require_room(4000))
+    with pytest.raises(ShardUnavailable, match=r"they need memory 1562\.5 GiB, free 8\.0 GiB\. Nothing was started"):
+        bounded(RayLauncher(config_asking(0), keys=KEYS).require_room(4000))
     assert shards == {}
 
 
@@ -295,7 +297,11 @@ def test_what_a_start_waits_for_is_said_while_it_does(monkeypatch: pytest.Monkey
         assert await launcher.starting() == ""
         return before, ready, lacking
 
-    assert bounded(watched()) == ("", "shard 1 to start", "Ray to place shard 1: needs CPU 1, free 0")
+    assert bounded(watched()) == (
+        "",
+        "shard 1 to start",
+        "Ray to place shard 1: needs CPU 1, free 0, memory 0.4 GiB, free 0.0 GiB",
+    )
 
 
 def test_a_start_that_fails_leaves_no_actor(shards: dict[str, FakeShard]) -> None:
@@ -335,6 +341,7 @@ def test_a_shard_gets_what_the_8_gpu_file_says(monkeypatch: pytest.MonkeyPatch) 
         "name": "memory/shard-3",
         "num_cpus": 2,
         "num_gpus": 1,
+        "memory": PROCESS_BYTES,
         "resources": {"pool_node": 1},
         "max_restarts": 7,
         "max_task_retries": 0,

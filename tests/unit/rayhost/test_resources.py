@@ -1,12 +1,20 @@
 """What shards ask for beside what is free, in words."""
 
 from mempool.config import ShardConfig
-from mempool.rayhost.resources import asked, shortage
+from mempool.rayhost.resources import PROCESS_BYTES, asked, shortage
 
 
 def test_a_shard_asks_for_cpus_gpus_and_what_it_names() -> None:
-    assert asked(ShardConfig()) == {"CPU": 0, "GPU": 0}
-    assert asked(ShardConfig(num_cpus=2, num_gpus=0.5, resources={"disk": 1})) == {"CPU": 2, "GPU": 0.5, "disk": 1}
+    assert asked(ShardConfig()) == {"CPU": 0, "GPU": 0, "memory": PROCESS_BYTES}
+    several = asked(ShardConfig(num_cpus=2, num_gpus=0.5, resources={"disk": 1}))
+    assert several == {"CPU": 2, "GPU": 0.5, "memory": PROCESS_BYTES, "disk": 1}
+
+
+def test_four_hundred_shards_find_no_room_on_a_small_machine_even_without_cpus() -> None:
+    wanted = asked(ShardConfig(num_cpus=0))
+    free = {"CPU": 2.0, "memory": 16.0 * 2**30}
+    assert shortage(wanted, free, shards=4) == ""
+    assert shortage(wanted, free, shards=400) == "memory 156.2 GiB, free 16.0 GiB"
 
 
 def test_a_shortage_names_what_is_needed_and_what_is_free() -> None:

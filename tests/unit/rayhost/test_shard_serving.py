@@ -57,6 +57,21 @@ def test_a_shard_takes_a_port_of_its_range() -> None:
     assert (status.info.shard, status.info.incarnation, status.info.address) == (3, 7, address)
 
 
+def test_a_shards_threads_do_not_wait_long_for_each_other() -> None:
+    async def serve() -> None:
+        serving = ShardServing(config(), shard=0, incarnation=7, node_ip="127.0.0.1", keys=KEYS)
+        await serving.start()
+        await serving.stop()
+
+    before_s = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(0.005)
+        run(serve(), timeout_s=30)
+        assert sys.getswitchinterval() <= 0.001
+    finally:
+        sys.setswitchinterval(before_s)
+
+
 def test_a_shard_that_does_not_start_gives_its_port_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with socket.socket() as probe:

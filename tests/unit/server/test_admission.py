@@ -127,6 +127,94 @@ def test_one_host_cannot_take_all_the_room() -> None:
     bounded(scenario)
 
 
+def test_of_a_hosts_connections_those_with_large_messages_wait_longest() -> None:
+    async def scenario() -> None:
+        size = 2**20
+        admission = Admission(budget_bytes=size, message_bytes=size)
+        inside = await admission.enter("a", "a:0")
+        order: list[str] = []
+
+        async def call(connection: str, num_bytes: int) -> None:
+            passage = await admission.enter("a", connection)
+            order.append(connection)
+            passage.resize(num_bytes)
+            await asyncio.sleep(0)
+            passage.leave()
+
+        first = [asyncio.create_task(call(f"a:{port}", size)) for port in range(1, 5)]
+        await settle()
+        later = [asyncio.create_task(call(f"a:{port}", size)) for port in range(1, 5)]
+        await settle()
+        small = asyncio.create_task(call("a:9", 10))
+        await settle()
+        inside.leave()
+        await asyncio.gather(*first, *later, small)
+        assert order.index("a:9") <= 4
+        assert (admission.used_bytes, admission.active) == (0, 0)
+
+    bounded(scenario)
+
+
+def test_a_modest_connection_waits_for_no_large_answers() -> None:
+    async def scenario() -> None:
+        large = 2**20
+        admission = Admission(budget_bytes=large, message_bytes=large)
+        known = await admission.enter("a", "a:1")
+        known.resize(100)
+        known.leave()
+        answering = await admission.enter("a", "a:2")
+        answering.resize(5 * large)
+        modest = await asyncio.wait_for(admission.enter("a", "a:1"), 1.0)
+        strangers = asyncio.create_task(admission.enter("a", "a:3"))
+        second = asyncio.create_task(admission.enter("a", "a:1"))
+        await settle()
+        assert not strangers.done(), "nothing is known of it"
+        assert not second.done(), "there is one place"
+        modest.resize(large)  # it was not modest: nobody else has the place until it is gone
+        await settle()
+        assert not second.done()
+        assert admission.used_bytes == 6 * large
+        modest.leave()
+        await settle()
+        assert second.done()
+        third = asyncio.create_task(admission.enter("a", "a:1"))
+        await settle()
+        (await second).leave()
+        await settle()
+        assert not third.done(), "it was known for its large message by then"
+        answering.leave()
+        for task in (strangers, third):
+            (await task).leave()
+        assert (admission.used_bytes, admission.active) == (0, 0)
+
+    bounded(scenario)
+
+
+def test_one_that_gives_up_takes_no_place_of_the_modest() -> None:
+    async def scenario() -> None:
+        large = 2**20
+        admission = Admission(budget_bytes=large, message_bytes=large)
+        for name in ("a:1", "a:2", "a:3"):
+            known = await admission.enter("a", name)
+            known.resize(100)
+            known.leave()
+        answering = await admission.enter("a", "a:9")
+        first = await admission.enter("a", "a:1")
+        waiting = [asyncio.create_task(admission.enter("a", name)) for name in ("a:2", "a:3")]
+        await settle()
+        waiting[0].cancel()
+        await settle()
+        first.resize(1)  # its message is here, and small: the place is free
+        await settle()
+        assert waiting[1].done()
+        (await waiting[1]).leave()
+        first.leave()
+        answering.leave()
+        assert (admission.used_bytes, admission.active) == (0, 0)
+
+    bounded(scenario)
+
+
 def test_who_gives_up_waiting_takes_nothing_along() -> None:
     async def scenario() -> None:
         admission = Admission(budget_bytes=MESSAGE, message_bytes=MESSAGE)
@@ -189,7 +277,7 @@ def test_nothing_is_lost_and_nobody_is_forgotten_in_any_order(steps: list[tuple[
         held: dict[asyncio.Task[Passage], int] = {}
         for step, which, size in steps:
             if step == "enter":
-                tasks.append(asyncio.create_task(admission.enter(f"host {which % 3}")))
+                tasks.append(asyncio.create_task(admission.enter(f"host {which % 3}", f"connection {which % 5}")))
             elif tasks:
                 task = tasks[which % len(tasks)]
                 if step == "cancel" and not task.done():

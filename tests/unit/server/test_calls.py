@@ -88,7 +88,7 @@ def test_stages_of_a_call_are_timed_where_the_engine_times_its_own() -> None:
 
     run(main(), CALL_S)
     assert {time.stage: time.count for time in stages.snapshot()} == dict.fromkeys(
-        ("decode", "encode", "receive", "reply"), 3
+        ("decode", "door", "encode", "receive", "reply"), 3
     )
 
 

@@ -182,7 +182,7 @@ def test_parts_cover_every_bag_once(monkeypatch: pytest.MonkeyPatch, lengths: tu
     assert [part[0] for part in parts] == [0, *(part[1] for part in parts)][: len(parts)]
     assert sum(part.num_bags for _, _, part in parts) == len(lengths)
     for first, end, part in parts:
-        assert part.num_bags == end - first <= 10
+        assert part.num_bags == end - first <= 1  # ten rows are read in less time than one bag's answer takes
         assert part.num_pairs <= 10 or part.num_bags == 1
         assert int(part.offsets[0]) == 0
         assert int(part.offsets[-1]) == part.num_pairs

@@ -84,6 +84,22 @@ def test_a_small_call_waits_for_no_more_than_the_job_that_runs() -> None:
         queue.leave(small)
 
 
+def test_a_host_gets_no_more_by_opening_more_connections() -> None:
+    """64 connections of one host ask as often as they are answered, and one of another host does."""
+    queue, _ = _queue()
+    for port in range(64):
+        _added(queue, _job(f"ipv4:10.0.0.1:{port}"))
+    mine = _added(queue, _job("ipv6:[::2]:7"))
+    served = 0
+    for _ in range(2_000):
+        job = _next(queue)
+        queue.leave(job)
+        again = _added(queue, _job(job.caller.name))
+        if job is mine:
+            mine, served = again, served + 1
+    assert 900 <= served <= 1_100
+
+
 def test_nobody_waits_for_ever_beside_many_small_calls() -> None:
     queue, _ = _queue()
     big = _added(queue, _job("big", 16 * MIB))

@@ -18,7 +18,7 @@ KEYED = replace(PLAIN, keys=ProductKeySpec(heads=2, key_dim=8))
     [
         (PLAIN, []),
         (replace(PLAIN, table_id=9), []),
-        (replace(PLAIN, num_slots=64, seed=3), [("num_slots", 100, 64), ("seed", 0, 3)]),
+        (replace(PLAIN, num_slots=64, stride=8, seed=3), [("num_slots", 100, 64), ("seed", 0, 3)]),
         (replace(PLAIN, optimizer=OptimizerSpec(algorithm="sgd", lr=0.1)), [("optimizer.algorithm", "adagrad", "sgd")]),
         (KEYED, [("keys", None, KEYED.keys)]),
     ],
