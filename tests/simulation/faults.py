@@ -158,5 +158,3 @@ class Chaos:
     def _shard_dies(self) -> None:
         if self._park.shards:
             self._kill_shard(self._random.choice(sorted(self._park.shards)))
-
-

@@ -127,7 +127,9 @@ class History:
         if path == methods.COMMIT.path:
             for asked, part in zip(call.request.parts, reply.parts, strict=True):
                 if part.version and not part.missing:
-                    self.note_decided(asked.envelope.table_id, part.version, asked.step_id, by=f"shard {part.stamp.shard}")
+                    self.note_decided(
+                        asked.envelope.table_id, part.version, asked.step_id, by=f"shard {part.stamp.shard}"
+                    )
         elif path == methods.ATTACH_TABLE.path:
             self.note_view(call.request.view)
         elif path == methods.SET_VIEW.path:

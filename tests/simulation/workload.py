@@ -25,7 +25,16 @@ from mempool.types.bags import Bags
 from tests.simulation.history import Acknowledged, History, Write
 from tests.simulation.oracle import Content
 from tests.simulation.processes import Park, Trainer
-from tests.simulation.tables import NUM_SLOTS, TRAINED, WIDTH, draw_bags, draw_grads, draw_schema, may_be_written, numbers
+from tests.simulation.tables import (
+    NUM_SLOTS,
+    TRAINED,
+    WIDTH,
+    draw_bags,
+    draw_grads,
+    draw_schema,
+    may_be_written,
+    numbers,
+)
 from tests.simulation.training import Training
 
 T = TypeVar("T")
