@@ -321,7 +321,7 @@ class HostedTable:
         self.let_go()
 
     def let_go(self) -> None:
-        """At the gate: where the round's lease has ended, it is over."""
+        """At the gate: end the round whose lease has ended."""
         if self.rounds.lapsed and self.is_gate:
             self.end_round()
 

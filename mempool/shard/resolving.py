@@ -6,8 +6,9 @@
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from mempool.agreement.doubt import AGAIN_S
@@ -29,6 +30,9 @@ from mempool.types.caller import Caller, calling
 from mempool.types.running import Clock
 
 _LOG = logging.getLogger("mempool.shard")
+
+_Key = tuple[int, int, StepId | str | None]
+"""Whom something is asked, of which table, and of what."""
 
 _ANSWER_S = 5.0
 _AT_ONCE = 256
@@ -364,7 +368,7 @@ class Resolver:
                     await self._sleep(min(next_s, 1.0))
                 try:
                     questions, next_s = await self._run("resolve", lambda _: self._decisions.questions(), None)
-                    lapsed_rounds = await self._run("resolve", lambda _: self._decisions.lapsed_rounds(), None)
+                    lapsed = await self._run("resolve", lambda _: self._decisions.lapsed_rounds(), None)
                 except ShardUnavailable:  # the engine is closed
                     return
                 except MempoolError as error:  # too much waits there, say
@@ -372,23 +376,33 @@ class Resolver:
                     next_s = AGAIN_S
                     continue
                 for question in questions:
-                    self._begin(question)
-                for lapsed in lapsed_rounds:
-                    await self._ask_round(lapsed)
+                    key = question.target.shard, question.request.table_id, question.request.step_id
+                    self._begin(key, partial(self._ask, question))
+                for round_here in lapsed:
+                    if round_here.gate is not None:
+                        key = round_here.gate.shard, round_here.table_id, round_here.token
+                        self._begin(key, partial(self._ask_round, round_here, round_here.gate))
         finally:
             self._task = None
 
-    async def _ask_round(self, lapsed: LapsedRound) -> None:
-        if self._peers is None or lapsed.gate is None:
+    def _begin(self, key: _Key, ask: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Ask, unless the same is being asked, or too much is: what is not asked now is asked again."""
+        if key in self._asking or len(self._asking) >= _AT_ONCE or self._peers is None:
             return
+        task = asyncio.get_running_loop().create_task(ask())
+        self._asking[key] = task
+        task.add_done_callback(lambda _: self._asking.pop(key, None))
+
+    async def _ask_round(self, lapsed: LapsedRound, gate: ShardInfo) -> None:
+        assert self._peers is not None, "nothing is begun without"
         try:
             async with asyncio.timeout(_ANSWER_S):
-                gate = self._peers(lapsed.gate)
+                host = self._peers(gate)
                 # The view last: read first, a round that is decided in between would look like one that is over.
-                status = await gate.status()
-                views = await gate.views()
+                status = await host.status()
+                views = await host.views()
         except (MempoolError, TimeoutError) as error:
-            _LOG.info("shard %d does not say what became of a round: %s", lapsed.gate.shard, error)
+            _LOG.info("shard %d does not say what became of a round: %s", gate.shard, error)
             return
         view = next((view for view in views if view.schema.table_id == lapsed.table_id), None)
         seen = next((table for table in status.tables if table.table_id == lapsed.table_id), None)
@@ -403,15 +417,6 @@ class Resolver:
             await self._run("resolve", tell, None)
         except MempoolError as error:
             _LOG.warning("table %d cannot follow its gate now: %s", lapsed.table_id, error)
-
-    def _begin(self, question: Question) -> None:
-        """Ask, unless the same is being asked, or too much is: what is not asked now is asked again."""
-        key = question.target.shard, question.request.table_id, question.request.step_id
-        if key in self._asking or len(self._asking) >= _AT_ONCE or self._peers is None:
-            return
-        task = asyncio.get_running_loop().create_task(self._ask(question))
-        self._asking[key] = task
-        task.add_done_callback(lambda _: self._asking.pop(key, None))
 
     async def _ask(self, question: Question) -> None:
         assert self._peers is not None, "nothing is begun without"
@@ -428,7 +433,6 @@ class Resolver:
         self.poke()  # it may have left other questions
 
 
-_Key = tuple[int, int, StepId | None]
 _NOWHERE = ShardInfo(shard=0, address="", incarnation=0)
 
 

@@ -349,6 +349,7 @@ class Tenancy:
                 shard=self._info.shard,
             )
         if view.placement.epoch > table.epoch and token:
+            table.let_go()
             table.rounds.require(token)
         if table.adopt(view):
             self._contexts.drop_table(table.table_id)
