@@ -1,7 +1,7 @@
 import pytest
+from mempool.shard.steps.ledger import AppliedLedger
 
 from mempool.shard.steps import ledger as ledgers
-from mempool.shard.steps.ledger import AppliedLedger
 from mempool.types import Ledger, StepId
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mempool.shard.steps.ledger import AppliedLedger
 from torch import Tensor
 
 from mempool.shard.pages.arena import Arena
 from mempool.shard.steps import commits
 from mempool.shard.steps.budget import Budget
 from mempool.shard.steps.held import HeldUpdate, HeldUpdates
-from mempool.shard.steps.ledger import AppliedLedger
 from mempool.types import CommitRequest, Envelope, FlatKeySpec, OptimizerSpec, PrepareRequest, StepId, TableSchema
 from mempool.types.bags import Bags
 from tests.contract.driver import make_schema

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mempool.shard.steps.ledger import AppliedLedger
 
 from mempool.shard.pages.storage import Storage
 from mempool.shard.steps import commits
 from mempool.shard.steps.budget import Budget
 from mempool.shard.steps.held import HeldUpdate, HeldUpdates
-from mempool.shard.steps.ledger import AppliedLedger
 from mempool.types import CommitRequest, Envelope, OptimizerSpec, Placement, PrepareRequest, StepId
 from mempool.types.bags import Bags
 from tests.contract.driver import make_schema
