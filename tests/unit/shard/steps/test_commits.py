@@ -9,7 +9,7 @@ import torch
 from mempool import kernels
 from mempool.errors import DataLoss, StepConflict
 from mempool.shard.steps import commits, parts
-from mempool.types import StepId
+from mempool.types import DecidedStep, StepId
 from tests.contract.driver import Driver, make_bags, make_schema, same
 from tests.unit.shard.conftest import MakeDriver
 
@@ -43,7 +43,9 @@ def _prepared(make_driver: MakeDriver, *, commit_memory_bytes: int = 100_000, wa
 def _commit(driver: Driver) -> None:
     engine: Any = driver.host(0)
     table = engine._tenancy.table(1)
-    commits.commit(table.storage, table.updates, table.ledger, driver.commit_request(0, 1, [0, 1]))
+    step_id = driver.step_id(1)
+    decided = DecidedStep(table_id=1, version=1, step_id=step_id, lr=0.1, grad_scale=1.0, sequences=(0, 1))
+    commits.apply(table.storage, table.updates, table.ledger, decided)
 
 
 @pytest.mark.parametrize("error", [MemoryError("none"), torch.OutOfMemoryError("none"), ValueError("odd")])
@@ -66,7 +68,7 @@ def test_what_fails_before_the_first_write_changes_nothing(
             _commit(driver)
     assert same(driver.contents(), before)
     assert driver.status(0).lost_pages == 0
-    assert driver.commit(1, [0, 1])[0].applied
+    assert driver.commit(1, [0, 1])[0].version == 1
 
 
 @pytest.mark.parametrize("error", [MemoryError("none"), torch.OutOfMemoryError("none")])
@@ -129,7 +131,7 @@ def test_a_gpu_that_has_no_memory_for_its_first_kernel_loses_nothing(
         with pytest.raises(torch.OutOfMemoryError):
             _commit(driver)
     assert same(driver.contents(), before)
-    assert driver.commit(1, [0, 1])[0].applied
+    assert driver.commit(1, [0, 1])[0].version == 1
 
 
 def test_steps_are_decided_in_order(make_driver: MakeDriver) -> None:
@@ -141,4 +143,4 @@ def test_steps_are_decided_in_order(make_driver: MakeDriver) -> None:
     with pytest.raises(StepConflict, match="is older and cannot be decided"):
         driver.prepare(0, [])
     assert driver.prepare(1, [0, 1, 5, 3])[0].missing == (3, 5)
-    assert driver.commit(1, [1, 0])[0].applied
+    assert driver.commit(1, [1, 0])[0].version == 1
