@@ -352,7 +352,7 @@ def test_a_version_of_another_step_is_refused(make_driver: MakeDriver) -> None:
         _push(driver, group, seed=number + 1)
         driver.decide(1, [0], group=group)
     driver.call(driver.host(1).commit(_decided(driver, 1, "a", 1)))
-    with pytest.raises(StepConflict, match="said to make version 1 .* which another step has made"):
+    with pytest.raises(StepConflict, match=r"said to make version 1 .* which another step has made"):
         driver.call(driver.host(1).commit(_decided(driver, 1, "b", 1)))
     driver.call(driver.host(1).commit(_decided(driver, 1, "b", 2)))
 
