@@ -130,9 +130,7 @@ class History:
                     self.note_decided(
                         asked.envelope.table_id, part.version, asked.step_id, by=f"shard {part.stamp.shard}"
                     )
-        elif path == methods.ATTACH_TABLE.path:
-            self.note_view(call.request.view)
-        elif path == methods.SET_VIEW.path:
+        elif path == methods.ATTACH_TABLE.path or path == methods.SET_VIEW.path:
             self.note_view(call.request.view)
         elif path == methods.RESOLVE.path:
             for step in reply.steps:

@@ -10,6 +10,7 @@ from random import Random
 from typing import Any, TypeVar
 
 import torch
+from tests.simulation.training import Training
 
 from mempool.errors import (
     AlreadyExists,
@@ -35,7 +36,6 @@ from tests.simulation.tables import (
     may_be_written,
     numbers,
 )
-from tests.simulation.training import Training
 
 T = TypeVar("T")
 
