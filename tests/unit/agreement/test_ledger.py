@@ -1,10 +1,4 @@
 import pytest
-<<<<<<< HEAD
-from mempool.shard.steps.ledger import AppliedLedger
-
-from mempool.shard.steps import ledger as ledgers
-from mempool.types import Ledger, StepId
-=======
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +6,6 @@ from mempool.agreement import ledger as ledgers
 from mempool.agreement.ledger import AppliedLedger
 from mempool.errors import StepConflict
 from mempool.types import DecidedStep, Ledger, LedgerEntry, StepId
->>>>>>> 4e1d85c61cc9be57f69339e3c4b2f0a294fb01f6
 
 
 def _step(step: int, group: str = "a", rank: int = 0, generation: int = 0) -> StepId:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mempool.shard.steps.ledger import AppliedLedger
 from torch import Tensor
 
 from mempool.agreement.ledger import AppliedLedger
@@ -16,11 +15,7 @@ from mempool.shard.pages.arena import Arena
 from mempool.shard.steps import commits
 from mempool.shard.steps.budget import Budget
 from mempool.shard.steps.held import HeldUpdate, HeldUpdates
-<<<<<<< HEAD
-from mempool.types import CommitRequest, Envelope, FlatKeySpec, OptimizerSpec, PrepareRequest, StepId, TableSchema
-=======
 from mempool.types import DecidedStep, FlatKeySpec, OptimizerSpec, StepId, TableSchema
->>>>>>> 4e1d85c61cc9be57f69339e3c4b2f0a294fb01f6
 from mempool.types.bags import Bags
 from tests.contract.driver import make_schema
 
