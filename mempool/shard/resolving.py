@@ -203,14 +203,17 @@ class Decisions:
         found: list[Question],
         now: float,
     ) -> None:
-        give_up = any(not table.updates.lives(prepared.step_id) for table, prepared in parts)
+        give_up = any(
+            not table.updates.lives(prepared.step_id) or table.updates.abandoned(prepared.step_id)
+            for table, prepared in parts
+        )
         request = ResolveRequest(table_id=table_id, step_id=step_id, give_up=give_up)
         decider = self._tables().get(table_id)
         tables = tuple(table.table_id for table, _ in parts)
-        if decider is None or decider.is_gate:
+        target = parts[0][1].decider_at if decider is None else _info(decider, decider.gate)
+        if (target is not None and target.shard == self._shard) or (decider is None and target is None):
             self.told(Question(_NOWHERE, request, tables, now), self.answer(request))
             return
-        target = _info(decider, decider.gate)
         if target is not None:
             found.append(Question(target, request, tables, now))
 

@@ -14,6 +14,8 @@ from mempool.errors import DataLoss, Overloaded, StalePlacement, StepConflict
 from mempool.types import (
     CommitPart,
     CommitRequest,
+    DiscardPart,
+    DiscardRequest,
     OptimizerSpec,
     PreparePart,
     PrepareRequest,
@@ -38,7 +40,10 @@ class Clock:
 
 def _push(driver: Driver, group: str, step: int = 1, *, seed: int = 1) -> None:
     """A client's step, as far as Prepare."""
-    driver.update(step, 0, GRADS * seed, bags=make_bags(seed), step_id=driver.step_id(step, group))
+    how: dict[str, Any] = {"step_id": driver.step_id(step, group), "want_weight_grad": False}  # reads no values
+    for shard in driver.owners:
+        request = driver.update_request(shard, step, 0, GRADS * seed, bags=make_bags(seed), **how)
+        driver.call(driver.host(shard).update(request))
     assert all(not reply.missing for reply in driver.prepare(step, [0], group=group).values())
 
 
@@ -116,7 +121,8 @@ def test_a_commit_that_was_lost_is_asked_for(make_driver: MakeDriver) -> None:
             _push(driver, group, seed=number + 1)
             driver.decide(1, [0], group=group, lr=0.3)
         if waits == "step":
-            driver.call(driver.host(1).commit(_decided(driver, 1, "b", 2)))
+            request = driver.commit_request(1, 1, [0], decided=True, version=2, group="b", lr=0.3)
+            driver.call(driver.host(1).commit(request))
         elif waits == "reader":
             driver.call(driver.host(1).read_rows(_reader(driver, 1)))
         else:
@@ -153,8 +159,8 @@ def test_a_decided_step_is_never_dropped(make_driver: MakeDriver) -> None:
     driver = make_driver(2, clock=clock).create(make_schema(), "columns")
     _push(driver, "silent")
     driver.decide(1, [0], group="silent")
+    driver.discard(1, group="silent")  # by a client that does not know
     clock.ahead_s = 1000.0
-    driver.discard(1, group="silent")
     assert driver.freeze(1, 20.0) == 1
     assert _versions(driver) == [1, 1]
 
@@ -293,7 +299,7 @@ def test_a_decided_step_that_has_no_memory_is_tried_again(
     with monkeypatch.context() as patch:
         engine: Any = driver.host(0)
         engine._tenancy.table(1).updates._prepared["a", 0, 0] = replace(
-            engine._tenancy.table(1).updates._prepared["a", 0, 0], sorted=None
+            engine._tenancy.table(1).updates._prepared["a", 0, 0], sorted=None, reductions=None
         )
         patch.setattr(kernels, "segment_sum", fail)
         patch.setattr(kernels, "sort_pairs", fail)
@@ -352,7 +358,7 @@ def test_a_version_of_another_step_is_refused(make_driver: MakeDriver) -> None:
         _push(driver, group, seed=number + 1)
         driver.decide(1, [0], group=group)
     driver.call(driver.host(1).commit(_decided(driver, 1, "a", 1)))
-    with pytest.raises(StepConflict, match="said to make version 1 .* which another step has made"):
+    with pytest.raises(StepConflict, match=r"said to make version 1 .* which another step has made"):
         driver.call(driver.host(1).commit(_decided(driver, 1, "b", 1)))
     driver.call(driver.host(1).commit(_decided(driver, 1, "b", 2)))
 
@@ -374,3 +380,23 @@ def test_nobody_asks_for_nobody(make_driver: MakeDriver) -> None:
     _wait_for(lambda: engine._resolver._task is None)
     assert engine._tenancy.table(1).step_doubt.since_s is None
     driver.call(engine.close())
+
+
+@pytest.mark.parametrize("prepared_at", [(0, 1), (1,)])
+def test_a_discard_is_done_once_its_decider_says_so(make_driver: MakeDriver, prepared_at: tuple[int, ...]) -> None:
+    """The Commit of a client that discards may be on its way still: an owner that has prepared the step asks."""
+    driver = make_driver(2).create(make_schema(), "columns")
+    for shard in prepared_at:
+        request = driver.update_request(shard, 1, 0, GRADS, bags=make_bags(1), want_weight_grad=False)
+        driver.call(driver.host(shard).update(request))
+        driver.call(driver.host(shard).prepare(driver.prepare_request(shard, 1, [0])))
+    (part,) = (DiscardPart(envelope=driver.envelope(1), step_id=driver.step_id(1)),)
+    discarding = driver.submit(driver.host(1).discard(DiscardRequest(parts=(part,))))
+    if 0 in prepared_at:
+        driver.status(1)
+        assert not discarding.done()
+        driver.call(driver.host(0).discard(DiscardRequest(parts=(replace(part, envelope=driver.envelope(0)),))))
+    discarding.result(timeout=10)
+    assert [driver.status(shard).updates_held for shard in (0, 1)] == [0, 0]
+    with pytest.raises(StepConflict, match="was dropped"):
+        driver.decide(1, [0])

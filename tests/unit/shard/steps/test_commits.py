@@ -157,7 +157,7 @@ def test_what_was_sorted_to_prepare_a_step_need_not_be_sorted_to_commit_it(
 
 def test_steps_are_decided_in_order(make_driver: MakeDriver) -> None:
     driver = _prepared(make_driver)
-    with pytest.raises(StepConflict, match="is not prepared here: .* send Prepare first"):
+    with pytest.raises(StepConflict, match=r"is not prepared here: .* send Prepare first"):
         driver.commit(2, [0, 1])
     with pytest.raises(StepConflict, match="was prepared with updates"):
         driver.commit(1, [0])
