@@ -21,6 +21,7 @@ class Doubt:
         since_s: Since when somebody waits; None: nobody does.
         asked_s: When the question was put last.
         settled_s: When the question was put that was answered by "nothing new": who waited before that waits no more.
+            Of the order alone; of steps each has its own.
     """
 
     since_s: float | None = None

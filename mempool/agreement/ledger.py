@@ -9,6 +9,9 @@ MAX_ENTRIES = 16_384
 """Every client that ever committed leaves an entry, and the ledger goes with every move of pages. An entry is needed
 only while its client may repeat its newest commit; so many other clients do not come in between."""
 
+MAX_OTHERS = 65_536
+"""Parts at other tables, of all entries together: what is above is forgotten of the oldest."""
+
 _NONE = LedgerEntry()
 
 
@@ -25,6 +28,7 @@ class AppliedLedger:
         self.updates_applied = 0
         self._step_offset = 0
         self._entries: dict[tuple[str, int], LedgerEntry] = {}
+        self._num_others = 0
         self._take(ledger or Ledger())
 
     @property
@@ -84,14 +88,15 @@ class AppliedLedger:
             return
         self.updates_applied += len(sequences)
         entry = self._current(step_id)
-        if step_id.step > entry.step:
+        if entry.generation == step_id.generation and step_id.step > entry.step:
             entry = replace(entry, step=step_id.step, version=self.version, others=others)
         self._put(step_id, entry)
 
     def drop(self, step_id: StepId) -> None:
-        """A step that was not applied never will be."""
+        """A step that was not applied never will be; one of a generation that is over is so already."""
         entry = self._current(step_id)
-        self._put(step_id, replace(entry, dropped=max(entry.dropped, step_id.step)))
+        if entry.generation == step_id.generation:
+            self._put(step_id, replace(entry, dropped=max(entry.dropped, step_id.step)))
 
     def adopt(self, ledger: Ledger | None) -> bool:
         """Take over the ledger that came with pages, where it is ahead: a shard that owned nothing got no commits.
@@ -121,13 +126,23 @@ class AppliedLedger:
 
     def _put(self, step_id: StepId, entry: LedgerEntry) -> None:
         rank = step_id.group, step_id.rank
-        self._entries.pop(rank, None)  # so that the order is that of the newest commits
+        before = self._entries.pop(rank, _NONE)  # so that the order is that of the newest commits
         self._entries[rank] = entry
+        self._num_others += len(entry.others) - len(before.others)
         if len(self._entries) > MAX_ENTRIES:
-            del self._entries[next(iter(self._entries))]
+            self._num_others -= len(self._entries.pop(next(iter(self._entries))).others)
+        if self._num_others > MAX_OTHERS:
+            self._forget_others()
+
+    def _forget_others(self) -> None:
+        """Of the oldest half: whoever is in doubt of a step asks within seconds."""
+        for rank in list(self._entries)[: (len(self._entries) + 1) // 2]:
+            self._entries[rank] = replace(self._entries[rank], others=())
+        self._num_others = sum(len(entry.others) for entry in self._entries.values())
 
     def _take(self, ledger: Ledger) -> None:
         self.version = ledger.version
         self.updates_applied = ledger.updates_applied
         self._step_offset = ledger.step_offset
         self._entries = dict(ledger.entries)
+        self._num_others = sum(len(entry.others) for entry in self._entries.values())

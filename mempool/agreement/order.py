@@ -4,8 +4,9 @@ At the table's gate it gives the numbers. Values only: whoever holds it applies 
 """
 
 from collections import OrderedDict
+from dataclasses import replace
 
-from mempool.errors import Overloaded
+from mempool.errors import Overloaded, StepConflict
 from mempool.types import DecidedStep, StepId
 
 MAX_KEPT = 4096
@@ -27,6 +28,7 @@ class Order:
     def __init__(self, version: int) -> None:
         self.applied = version
         self._waiting: dict[int, DecidedStep] = {}
+        self._versions: dict[StepId, int] = {}  # of those that wait
         self._kept: OrderedDict[int, DecidedStep] = OrderedDict()
 
     @property
@@ -53,36 +55,54 @@ class Order:
         known = self.find(step.step_id)
         if known is not None:
             return known
-        numbered = DecidedStep(
-            table_id=step.table_id,
-            version=self.numbered + 1,
-            step_id=step.step_id,
-            lr=step.lr,
-            grad_scale=step.grad_scale,
-            sequences=step.sequences,
-        )
+        numbered = replace(step, version=self.numbered + 1)
         self.add(numbered)
         return numbered
+
+    def require_room(self, table_id: int, version: int = 0) -> None:
+        """Raises Overloaded where a step of that version, or of the next one, cannot wait here."""
+        version = version or self.numbered + 1
+        if len(self._waiting) >= MAX_WAITING or version > self.applied + MAX_KEPT:
+            raise Overloaded(
+                f"version {version} of table {table_id} cannot wait: the shard is at version {self.applied}, "
+                f"and {len(self._waiting)} steps wait already. Ask again in a moment; nothing was changed.",
+                retry_after_s=0.25,
+            )
 
     def add(self, step: DecidedStep) -> None:
         """A step that was given its version. One that is known changes nothing, nor does one that was applied.
 
+        Its sequences are not kept: whoever applies it has prepared it, and with them.
+
         Raises:
             Overloaded: It comes too early, or too many wait.
+            StepConflict: Another step waits with that version.
         """
-        if step.version <= self.applied or step.version in self._waiting:
+        if step.version <= self.applied:
             return
-        if len(self._waiting) >= MAX_WAITING or step.version > self.applied + MAX_KEPT:
-            raise Overloaded(
-                f"version {step.version} of table {step.table_id} cannot wait: the shard is at version {self.applied}, "
-                f"and {len(self._waiting)} steps wait already. Ask again in a moment; nothing was changed.",
-                retry_after_s=0.25,
-            )
-        self._waiting[step.version] = step
+        known = self._waiting.get(step.version)
+        if known is not None and known.step_id != NOBODY:
+            if known.step_id != step.step_id:
+                raise StepConflict(
+                    f"version {step.version} of table {step.table_id} is of step {known.step_id.step} of rank "
+                    f"{known.step_id.rank} of group {known.step_id.group!r}: the table's gate has not given it to step "
+                    f"{step.step_id.step} of group {step.step_id.group!r}. Nothing was changed."
+                )
+            return
+        if known is None:
+            self.require_room(step.table_id, step.version)
+        self._waiting[step.version] = replace(step, sequences=())
+        if step.step_id != NOBODY:
+            self._versions[step.step_id] = step.version
 
     def find(self, step_id: StepId) -> DecidedStep | None:
         """The step, where it is decided and not applied yet."""
-        return next((step for step in self._waiting.values() if step.step_id == step_id), None)
+        version = self._versions.get(step_id)
+        return None if version is None else self._waiting[version]
+
+    def waiting(self) -> tuple[DecidedStep, ...]:
+        """Those that are decided and not applied yet, ascending."""
+        return tuple(step for _, step in sorted(self._waiting.items()))
 
     def next(self) -> DecidedStep | None:
         """What is to be applied now."""
@@ -91,18 +111,21 @@ class Order:
     def did(self) -> None:
         """``next`` was applied."""
         self.applied += 1
-        self._keep(self._waiting.pop(self.applied))
+        step = self._waiting.pop(self.applied)
+        self._versions.pop(step.step_id, None)
+        self._keep(step)
 
     def moved_to(self, version: int) -> None:
         """The table was brought to a version by other means: its pages came with it."""
         self.applied = version
         self._waiting = {known: step for known, step in self._waiting.items() if known > version}
+        self._versions = {step.step_id: known for known, step in self._waiting.items() if step.step_id != NOBODY}
         self._kept.clear()
 
     def after(self, version: int) -> tuple[DecidedStep, ...]:
         """The steps with higher versions, ascending, as far as they are kept."""
         kept = [step for known, step in self._kept.items() if known > version]
-        return (*kept, *(step for known, step in sorted(self._waiting.items()) if known > version))
+        return (*kept, *(step for step in self.waiting() if step.version > version))
 
     def learn(self, version: int, steps: tuple[DecidedStep, ...]) -> None:
         """What the gate says has been decided after ``applied``; it is at ``version``.

@@ -21,6 +21,7 @@ class RoundsHere:
         self._clock = clock
         self._token: str | None = None
         self._ends_s: float | None = None
+        self._joined = False
         self._over: OrderedDict[str, None] = OrderedDict()
 
     @property
@@ -40,8 +41,18 @@ class RoundsHere:
             StalePlacement: Another one holds it, or this one is over.
         """
         self.check(token)
-        self._token = token
+        self._token, self._joined = token, False
         self._ends_s = self._clock() + lease_s if lease_s > 0.0 else None
+
+    def join(self, token: str, lease_s: float) -> None:
+        """A page comes for a round: where none was begun here, as the shard owns nothing yet, it holds the table too.
+
+        Raises as ``begin`` does.
+        """
+        self.check(token)
+        if self._token is None or self._joined:
+            self.begin(token, lease_s)
+            self._joined = True
 
     def check(self, token: str) -> None:
         """Raises StalePlacement for what comes from a round that is over, or while another one holds the table."""

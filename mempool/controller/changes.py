@@ -71,8 +71,8 @@ class TableChanges:
         calls, telling: Reach the shards.
         changing: Held by whatever changes the pool: a rescale, a settling, and planning here; not while pages are
             filled.
-        clock: Seconds, monotonic.
-        runner: Runs what takes long, as planning does.
+        clock: Seconds.
+        runner: Plans tables.
     """
 
     def __init__(

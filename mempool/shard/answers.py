@@ -5,37 +5,21 @@ version of the table, none older than the one the answer is stamped with. Writes
 """
 
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import replace
-from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from mempool.errors import InvalidRequest, StalePlacement
 from mempool.observe import Stages
 from mempool.shard import bounds, validate
 from mempool.shard.hosted import HostedTable, Parked
-from mempool.shard.jobs import Answered
-from mempool.shard.steps import commits
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.steps.held import HeldUpdate
 from mempool.shard.tenancy import Tenancy
 from mempool.types import (
-    CommitPart,
-    CommitReply,
-    CommitRequest,
-    CommittedPart,
-    DecidedStep,
-    DiscardReply,
-    DiscardRequest,
     Envelope,
     GatherReply,
     GatherRequest,
-    PreparedPart,
-    PreparePart,
-    PrepareReply,
-    PrepareRequest,
     ReadRowsReply,
     ReadRowsRequest,
     ScoreReply,
@@ -178,204 +162,6 @@ class Answers:
             self._tenancy.make_room()
         return UpdateReply(stamp=table.stamp, weight_grad=weight_grad)
 
-    def prepare(self, request: PrepareRequest, *, caller: str = "") -> PrepareReply | Parked:
-        bounds.check_prepare(request)
-        tables = [self._tenancy.fenced(part.envelope) for part in request.parts]
-        found = []
-        for table, part in zip(tables, request.parts, strict=True):
-            reply = self._looked_at(table, part)
-            if isinstance(reply, Parked):
-                return reply
-            if reply.held_off and request.wait:
-                return table.park_until_thaw()
-            found.append(reply)
-        if any(reply.missing or reply.held_off for reply in found):
-            return PrepareReply(parts=tuple(found))
-        decider = request.decider_table, request.decider_step
-        begun = []
-        try:
-            for number, (table, part) in enumerate(zip(tables, request.parts, strict=True)):
-                if found[number].applied:
-                    continue
-                known = table.updates.prepared_step(part.step_id)
-                with self._stages.measure("kernel"):
-                    step = commits.prepare(
-                        table.storage,
-                        table.updates,
-                        part.step_id,
-                        part.sequences,
-                        decider=decider,
-                        want_norm=request.want_norm,
-                        norm_order=request.norm_order,
-                        caller=caller,
-                    )
-                if known is None:
-                    begun.append((table, part.step_id))
-                found[number] = PreparedPart(
-                    stamp=table.stamp,
-                    squared_norm=step.squared_norm,
-                    finite=step.finite,
-                    norm=step.norm if request.norm_order else 0.0,
-                )
-        except BaseException:
-            for table, step_id in begun:
-                table.updates.end_prepare(step_id)
-                table.steps_changed()
-            raise
-        return PrepareReply(parts=tuple(found))
-
-    def _looked_at(self, table: HostedTable, part: PreparePart) -> PreparedPart | Parked:
-        """What speaks against preparing a part."""
-        table.updates.touch(part.step_id)
-        if table.ledger.has(part.step_id) or table.order.find(part.step_id) is not None:
-            return PreparedPart(stamp=table.stamp, applied=True)
-        prepared = table.updates.prepared_step(part.step_id)
-        if prepared is not None and prepared.step < part.step_id.step:
-            return table.park_for_steps()  # what became of that one comes first
-        if table.frozen and prepared is None:
-            return PreparedPart(stamp=table.stamp, held_off=True)
-        return PreparedPart(stamp=table.stamp, missing=commits.missing(table.updates, part.step_id, part.sequences))
-
-    def commit(self, request: CommitRequest) -> CommitReply | Parked | Answered:
-        bounds.check_commit(request)
-        tables = [self._tenancy.fenced(part.envelope) for part in request.parts]
-        if request.decided:
-            return self._apply(request, tables)
-        known = [self._decided_version(table, part) for table, part in zip(tables, request.parts, strict=True)]
-        if known[0]:
-            return _committed(tables, known)
-        if not tables[0].is_gate:
-            raise StalePlacement(
-                f"shard {tables[0].info.shard} decides no steps of table {tables[0].view.schema.name!r}: shard "
-                f"{tables[0].gate} does"
-            )
-        if request.one_phase:
-            return self._commit_in_one(request, tables)
-        for table, part in zip(tables, request.parts, strict=True):
-            if table.owns:
-                commits.require_prepared(table.updates, part.step_id, part.sequences)
-        versions = self._decide(request, tables)
-        # [JOURNAL] the decision is written down here, before it is said. [BARRIER] a group's is made when all its ranks
-        # have committed.
-        return Answered(_committed(tables, versions), partial(self._apply_all, tables))
-
-    def _commit_in_one(self, request: CommitRequest, tables: list[HostedTable]) -> CommitReply | Parked | Answered:
-        """Prepare and commit at once: nobody else has a part in it."""
-        for table, part in zip(tables, request.parts, strict=True):
-            table.updates.touch(part.step_id)
-            prepared = table.updates.prepared_step(part.step_id)
-            if table.frozen and prepared is None:
-                return table.park_until_thaw()
-            if prepared is not None and prepared.step < part.step_id.step:
-                return table.park_for_steps()
-            if not table.owns_all:
-                raise InvalidRequest(
-                    f"shard {table.info.shard} does not own all pages of table {table.view.schema.name!r}: its steps "
-                    "are prepared at every owner first. Nothing was changed."
-                )
-        missing = [
-            commits.missing(table.updates, part.step_id, part.sequences)
-            for table, part in zip(tables, request.parts, strict=True)
-        ]
-        if any(missing):
-            return CommitReply(
-                parts=tuple(
-                    CommittedPart(stamp=table.stamp, missing=lacks)
-                    for table, lacks in zip(tables, missing, strict=True)
-                )
-            )
-        if len(tables) > 1:  # so that what could fail does before any is decided
-            first = request.parts[0]
-            self.prepare(
-                PrepareRequest(
-                    parts=tuple(
-                        PreparePart(envelope=part.envelope, step_id=part.step_id, sequences=part.sequences)
-                        for part in request.parts
-                    ),
-                    want_norm=False,
-                    decider_table=first.envelope.table_id,
-                    decider_step=first.step_id.step,
-                )
-            )
-            versions = self._decide(request, tables)
-            return Answered(_committed(tables, versions), partial(self._apply_all, tables))
-        table, part = tables[0], request.parts[0]
-        prepared = table.updates.prepared_step(part.step_id)
-        if prepared is not None and prepared.sequences != tuple(sorted(part.sequences)):
-            table.updates.end_prepare(part.step_id)
-        table.apply_decided()
-        with self._stages.measure("kernel"):
-            table.apply_now(_decision(table, part))
-        return _committed(tables, [table.order.applied])
-
-    def _decide(self, request: CommitRequest, tables: list[HostedTable]) -> list[int]:
-        """The decision of a step: a version at each table that is numbered here."""
-        decisions = [_decision(table, part) for table, part in zip(tables, request.parts, strict=True)]
-        versions = [
-            table.order.number(step).version if table.is_gate else 0
-            for table, step in zip(tables, decisions, strict=True)
-        ]
-        if len(tables) > 1:
-            tables[0].others[versions[0]] = tuple(
-                replace(step, version=version) for step, version in zip(decisions[1:], versions[1:], strict=True)
-            )
-        return versions
-
-    def _apply_all(self, tables: list[HostedTable]) -> None:
-        with self._stages.measure("apply"):
-            for table in tables:
-                table.apply_decided()
-
-    def _apply(self, request: CommitRequest, tables: list[HostedTable]) -> CommitReply | Parked:
-        """Apply what was decided elsewhere, each table's part in its turn."""
-        versions = []
-        for table, part in zip(tables, request.parts, strict=True):
-            table.updates.touch(part.step_id)
-            version = self._decided_version(table, part)
-            if not version:
-                step = replace(_decision(table, part), version=part.version)
-                if part.version:
-                    table.order.add(step)
-                    version = part.version
-                elif table.is_gate:
-                    version = table.order.number(step).version
-                else:
-                    raise StalePlacement(
-                        f"shard {table.info.shard} gives no versions to steps of table {table.view.schema.name!r}: "
-                        f"shard {table.gate} does"
-                    )
-            versions.append(version)
-        with self._stages.measure("apply"):
-            for table in tables:
-                table.apply_decided()
-        for table, version in zip(tables, versions, strict=True):
-            if version > table.order.applied:
-                return table.park_for_order()
-        return _committed(tables, versions)
-
-    def _decided_version(self, table: HostedTable, part: CommitPart) -> int:
-        """The version of a step that is decided already, else 0. Raises StepConflict where it is over."""
-        waiting = table.order.find(part.step_id)
-        return waiting.version if waiting is not None else table.ledger.applied(part.step_id)
-
-    def discard(self, request: DiscardRequest) -> DiscardReply:
-        bounds.check_discard(request)
-        tables = [self._tenancy.fenced(part.envelope) for part in request.parts]
-        discarded = 0
-        for table, part in zip(tables, request.parts, strict=True):
-            if table.order.find(part.step_id) is not None:
-                continue  # decided: it stays
-            if request.keep_updates:
-                table.updates.end_prepare(part.step_id)
-            else:
-                held = table.updates.discard(part.step_id)
-                discarded += held
-                applied = table.ledger.entry(part.step_id).step
-                if (held or applied) and applied < part.step_id.step:  # a Prepare of it that comes late finds it over
-                    table.ledger.drop(part.step_id)
-            table.steps_changed()
-        return DiscardReply(discarded=discarded)
-
     def score(self, request: ScoreRequest) -> ScoreReply | Parked | Pieces[ScoreReply]:
         table = self._tenancy.fenced(request.envelope)
         if (waits := self._waits(table, request.envelope)) is not None:
@@ -436,6 +222,8 @@ class Answers:
 
     def write_rows(self, request: WriteRowsRequest) -> WriteRowsReply | Parked:
         table = self._tenancy.fenced(request.envelope)
+        if (waits := self._waits(table, request.envelope)) is not None:  # what the client committed comes before it
+            return waits
         if table.frozen:
             return table.park_until_thaw()
         ids = validate.check_array(table.storage, request.array, request.ids)
@@ -464,25 +252,6 @@ class Answers:
         # On a GPU this waits for the kernel too: its launch alone is counted as "kernel".
         with self._stages.measure("copy out"):
             return tensor.cpu()
-
-
-def _decision(table: HostedTable, part: CommitPart) -> DecidedStep:
-    return DecidedStep(
-        table_id=table.table_id,
-        version=0,
-        step_id=part.step_id,
-        lr=part.lr,
-        grad_scale=part.grad_scale,
-        sequences=part.sequences,
-    )
-
-
-def _committed(tables: list[HostedTable], versions: list[int]) -> CommitReply:
-    return CommitReply(
-        parts=tuple(
-            CommittedPart(stamp=table.stamp, version=version) for table, version in zip(tables, versions, strict=True)
-        )
-    )
 
 
 def _row_bytes(table: HostedTable) -> int:

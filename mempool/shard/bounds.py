@@ -14,9 +14,9 @@ MAX_NAME_BYTES = 256
 """Of a group's name. Shards keep it with everything the group holds, and in every ledger."""
 MAX_SEQUENCES = 65_536
 """Updates of one step."""
-MAX_PARTS = 1_024
-"""Tables of one step."""
-MAX_DISCARDED = 4_096
+MAX_PARTS = 1_000
+"""Tables of one step: a message has no more than 1,024 fields."""
+MAX_DISCARDED = 1_000
 """Steps that one Discard drops."""
 MAX_TOKEN_BYTES = 64
 MAX_RELEASED = 65_536

@@ -1,8 +1,9 @@
 """The engine: one shard's whole work, behind the ``ShardHost`` protocol.
 
 A request becomes a job. The life of one: it is counted and lined up on its caller's event loop (``jobs``), fenced,
-checked, sized and answered on the engine's thread (``answers`` for clients, ``tenancy`` for tables and pages). Waiting
-(for a freeze to end, for a peer's pages) is done on the loop, never on the thread; views and status do not line up.
+checked, sized and answered on the engine's thread (``answers`` and ``committing`` for clients, ``tenancy`` for tables
+and pages). Waiting (for a freeze to end, for a peer's pages) is done on the loop, never on the thread; views and
+status do not line up.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from mempool.errors import Internal, MempoolError, Overloaded, ShardUnavailable
 from mempool.observe import Stages
 from mempool.shard import bounds
 from mempool.shard.answers import Answers
+from mempool.shard.committing import Committing
 from mempool.shard.hosted import Parked
 from mempool.shard.jobs import JOB_BYTES
 from mempool.shard.pages.transfer import pull
@@ -163,6 +165,7 @@ class Engine:
             reserve=self._thread.reserve,
             asked_s=self._thread.asked_s,
         )
+        self._committing = Committing(self._tenancy, stages=self._stages)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._resolver = Resolver(self._tenancy.decisions, run=self._control, peers=peers, adopt=self._tenancy.set_view)
         self._tenancy.on_doubt = self._poke
@@ -188,17 +191,19 @@ class Engine:
     async def prepare(self, request: PrepareRequest) -> PrepareReply:
         caller = current_caller().name
         cost = _cost(numbers=sum(len(part.sequences) for part in request.parts)) + JOB_BYTES * len(request.parts)
-        reply: PrepareReply = await self._ask("prepare", partial(self._answers.prepare, caller=caller), request, cost)
+        reply: PrepareReply = await self._ask(
+            "prepare", partial(self._committing.prepare, caller=caller), request, cost
+        )
         return reply
 
     async def commit(self, request: CommitRequest) -> CommitReply:
         cost = _cost(numbers=sum(len(part.sequences) for part in request.parts)) + JOB_BYTES * len(request.parts)
-        reply: CommitReply = await self._ask("commit", self._answers.commit, request, cost)
+        reply: CommitReply = await self._ask("commit", self._committing.commit, request, cost)
         return reply
 
     async def discard(self, request: DiscardRequest) -> DiscardReply:
         cost = JOB_BYTES * (1 + len(request.parts))
-        reply: DiscardReply = await self._ask("discard", self._answers.discard, request, cost)
+        reply: DiscardReply = await self._ask("discard", self._committing.discard, request, cost)
         return reply
 
     async def heartbeat(self, request: HeartbeatRequest) -> HeartbeatReply:
@@ -371,6 +376,7 @@ class Engine:
 
     async def _control(self, stage: str, do: Callable[[Any], Any], request: object) -> Any:
         """For what the controller asks: goes before what clients do."""
+        self._loop = asyncio.get_running_loop()
         return await self._thread.run(stage, do, request, control=True, again=self._woken)
 
 

@@ -23,6 +23,9 @@ from mempool.shard.steps.held import HeldUpdates
 from mempool.types import AttachTable, DecidedStep, Envelope, ShardInfo, Stamp, TableStatus, TableView
 from mempool.types.running import Clock
 
+PEERS_WAIT_S = 1.0
+"""How long after another shard has asked it is taken to wait: it asks again sooner than that."""
+
 
 class Parked:
     """Not an answer: the job is to be run again, from its start, when ``woken`` is done.
@@ -57,6 +60,7 @@ class HostedTable:
         others: By version: of a decided step that waits to be applied, this table its first: its parts at the others.
         rounds: Which move's round holds it frozen.
         order_doubt, step_doubt: Who waits to hear of others what was decided.
+        peers_wait_until_s: Other shards have asked for what this one has to ask for itself.
         gate: The shard that numbers its steps, under the present view.
         pending: It is being made: it answers no client. Any thread may read it.
     """
@@ -81,6 +85,7 @@ class HostedTable:
         self.others: dict[int, tuple[DecidedStep, ...]] = {}
         self.rounds = RoundsHere(clock)
         self.order_doubt, self.step_doubt = Doubt(), Doubt()
+        self.peers_wait_until_s = float("-inf")
         self.gate = min(request.view.placement.shards)
         self.pending = request.pending
         self.lookups = 0
@@ -149,8 +154,9 @@ class HostedTable:
         Raises:
             ShardUnavailable: The table is still being made.
             StalePlacement: Another epoch.
-            DataLoss: Pages of the table are lost here, or commits that the client has seen acknowledged.
+            DataLoss: Pages of the table are lost here.
         """
+        self.let_go()
         self.check_ready()
         if envelope.epoch != self.epoch:
             raise StalePlacement(
@@ -172,7 +178,8 @@ class HostedTable:
         self.apply_decided()  # what failed for want of memory is tried again
         if envelope.table_version <= self.order.applied:
             return None
-        if self.is_gate or self.order_doubt.covers(waits_since_s):
+        known = envelope.table_version <= self.order.numbered
+        if not known and (self.is_gate or self.order_doubt.covers(waits_since_s)):
             raise DataLoss(
                 f"shard {self.info.shard} has table {self.view.schema.name!r} at version {self.order.applied}, and "
                 f"this client has seen version {envelope.table_version} acknowledged: commits were lost here, or that "
@@ -184,10 +191,13 @@ class HostedTable:
         return self.park_for_order()
 
     def in_doubt(self, *, waits_since_s: float) -> Parked | None:
-        """Where a step may be acknowledged by now that is not applied here: what a reader has to wait for."""
-        if not self.updates.any_prepared or self.step_doubt.covers(waits_since_s):
-            return None
-        return self.park_for_steps()
+        """Where a step may be acknowledged by now that is not applied here: what a reader has to wait for.
+
+        Raises as ``apply_decided`` does.
+        """
+        if self.order.next() is not None:
+            self.apply_decided()
+        return self.park_for_steps() if self.updates.doubtful(waits_since_s) else None
 
     def park_for_order(self) -> Parked:
         """For a request that comes before what it builds on."""
@@ -274,17 +284,29 @@ class HostedTable:
     def park_until_rest(self) -> Parked:
         """For a freeze that waits for prepared steps."""
         self.step_doubt.wait(self._clock())
+        if self.order.any_waiting:
+            self.order_doubt.wait(self._clock())
         return _park(self._waiting_for_rest, in_doubt=True)
 
     def steps_changed(self) -> None:
         """Steps were applied, dropped, or are known to be undecided: whoever waits for that looks again."""
-        if not self.updates.any_prepared:
-            self.step_doubt.ends()
-            if not self.order.any_waiting:
-                self.order_doubt.ends()
         _wake(self._waiting_for_news)
         if self._waiting_for_rest and not self.updates.any_prepared and not self.order.any_waiting:
             _wake(self._waiting_for_rest)
+
+    def peers_wait(self) -> None:
+        """Another shard has asked for the order, and a step may belong into it that this one has not heard of."""
+        self.step_doubt.wait(self._clock())
+        self.peers_wait_until_s = self._clock() + PEERS_WAIT_S
+
+    def end_doubts(self) -> None:
+        """Where nobody waits to hear what was decided, nothing is asked."""
+        waits = any(not parked.woken.cancelled() for parked in (*self._waiting_for_news, *self._waiting_for_rest))
+        peers_wait = self._clock() < self.peers_wait_until_s
+        if not (self.updates.any_prepared and (waits or peers_wait or self.updates.silent())):
+            self.step_doubt.ends()
+        if not (waits or peers_wait or self.order.lacks):
+            self.order_doubt.ends()
 
     def expire(self) -> None:
         """Drop what ranks hold that have fallen silent, and, at the gate, end a round whose controller has.
@@ -294,6 +316,12 @@ class HostedTable:
         self.updates.expire()
         if self.updates.silent():
             self.step_doubt.wait(self._clock())
+        if self.order.lacks:
+            self.order_doubt.wait(self._clock())
+        self.let_go()
+
+    def let_go(self) -> None:
+        """At the gate: end the round whose lease has ended."""
         if self.rounds.lapsed and self.is_gate:
             self.end_round()
 
@@ -309,13 +337,16 @@ class HostedTable:
         _wake(self._waiting_for_thaw)
 
     def adopt(self, view: TableView) -> bool:
-        """Take over a view. Returns whether pages changed hands. Raises Internal as ``Staging.adopt`` does."""
+        """Take over a view. Returns whether pages changed hands. Raises Internal as ``Staging.adopt`` does, and as
+        ``apply_decided``."""
         if view.placement.epoch < self.epoch:
             return False
         if view.placement.epoch == self.epoch:
             self.view = replace(self.view, shards=view.shards)
             return False
         self.check_ready()
+        if self.order.next() is not None:
+            self.apply_decided()
         arrived = self.staging.ledger
         self.staging.adopt(view.placement, version=self.ledger.version)
         if self.ledger.adopt(arrived):

@@ -5,27 +5,42 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
-from mempool.agreement.order import NOBODY
+from mempool.agreement.doubt import AGAIN_S
 from mempool.agreement.rounds_here import fate_of_lapsed
-from mempool.errors import MempoolError
+from mempool.errors import MempoolError, ShardUnavailable
 from mempool.shard.hosted import HostedTable
 from mempool.shard.steps.held import PreparedStep
-from mempool.types import DecidedStep, ResolveReply, ResolveRequest, ShardHost, ShardInfo, StepId, TableView
+from mempool.types import (
+    DecidedStep,
+    LedgerEntry,
+    ResolveReply,
+    ResolveRequest,
+    ShardHost,
+    ShardInfo,
+    StepId,
+    TableView,
+)
 from mempool.types.caller import Caller, calling
 from mempool.types.running import Clock
 
 _LOG = logging.getLogger("mempool.shard")
 
+_Key = tuple[int, int, StepId | str | None]
+"""Whom something is asked, of which table, and of what."""
+
 _ANSWER_S = 5.0
-_AT_ONCE = 16
+_AT_ONCE = 256
+"""Questions that wait for their answers."""
 _MOST_STEPS = 512
 """Decided steps of one answer."""
-_MOST_QUESTIONS = 256
-"""Put in one round: the others are put in the next."""
+_MOST_GONE = 16
+"""Tables that were dropped, whose steps' parts at other tables are still known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +75,22 @@ class Decisions:
         self._shard = shard
         self._tables = tables
         self._clock = clock
+        self._gone: OrderedDict[int, dict[tuple[str, int], LedgerEntry]] = OrderedDict()
+        self._gates_of_gone: OrderedDict[int, ShardInfo] = OrderedDict()
+        self._turn = 0
 
     def answer(self, request: ResolveRequest) -> ResolveReply:
         """What this shard knows."""
         table = self._tables().get(request.table_id)
-        if table is None:  # dropped, with all that was not applied to it
-            return ResolveReply(version=0, state="dropped" if request.step_id is not None else "")
+        if table is None:
+            return self._of_gone(request.table_id, request.step_id)
         steps: tuple[DecidedStep, ...] = ()
         state: Any = ""
         if request.step_id is not None:
             state, steps = self._state(table, request.step_id, give_up=request.give_up)
         if request.after_version is not None:
-            if table.updates.any_prepared:
-                table.step_doubt.wait(self._clock())  # one may be decided, and this gate was not told
+            if table.updates.doubtful(self._clock()):
+                table.peers_wait()  # one may be decided, and this gate was not told
             steps = (*steps, *table.order.after(request.after_version)[:_MOST_STEPS])
         return ResolveReply(version=table.order.numbered, state=state, steps=steps)
 
@@ -83,6 +101,7 @@ class Decisions:
         next_s: float | None = None
         steps: dict[tuple[int, StepId], list[tuple[HostedTable, PreparedStep]]] = {}
         for table in list(self._tables().values()):
+            table.end_doubts()
             for doubt, is_order in ((table.order_doubt, True), (table.step_doubt, False)):
                 at_s = doubt.ask_at()
                 if at_s is None:
@@ -91,14 +110,16 @@ class Decisions:
                     next_s = at_s if next_s is None else min(next_s, at_s)
                     continue
                 doubt.asked_s = now
-                next_s = now if next_s is None else min(next_s, now)
+                next_s = now + AGAIN_S if next_s is None else min(next_s, now + AGAIN_S)
                 if is_order:
                     self._ask_order(table, found, now)
                 else:
                     self._collect_steps(table, steps)
         for (table_id, step_id), parts in steps.items():
             self._ask_step(table_id, step_id, parts, found, now)
-        return found[:_MOST_QUESTIONS], None if next_s is None else max(0.0, next_s - now)
+        self._turn = (self._turn + _AT_ONCE) % max(1, len(found))  # so that each has its turn where there are more
+        found = [*found[self._turn :], *found[: self._turn]][:_AT_ONCE]
+        return found, None if next_s is None else max(0.001, next_s - now)
 
     def lapsed_rounds(self) -> list[LapsedRound]:
         """The rounds whose controllers have fallen silent."""
@@ -127,10 +148,55 @@ class Decisions:
         if question.request.after_version is not None:
             table = tables.get(question.request.table_id)
             if table is not None:
-                table.order.learn(reply.version, reply.steps)
-                table.order_doubt.settled(question.asked_s)
-                table.apply_decided()
-                table.steps_changed()
+                try:
+                    table.order.learn(reply.version, reply.steps)
+                    if table.order.numbered >= reply.version:  # else there are more steps than one answer had
+                        table.order_doubt.settled(question.asked_s)
+                    table.apply_decided()
+                finally:
+                    table.steps_changed()
+
+    def leave(self, table: HostedTable) -> None:
+        """A table is dropped. Steps that were decided as its own may be in doubt at other tables."""
+        kept = {rank: entry for rank, entry in table.ledger.snapshot().entries.items() if entry.others}
+        for step in table.order.waiting():
+            if others := table.others.get(step.version):
+                entry = LedgerEntry(
+                    generation=step.step_id.generation, step=step.step_id.step, version=step.version, others=others
+                )
+                kept[step.step_id.group, step.step_id.rank] = entry
+        if kept:
+            self._gone[table.table_id] = kept
+        if len(self._gone) > _MOST_GONE:
+            self._gone.popitem(last=False)
+        # What was decided as the table's own its gate knows; here it may be prepared, at another table, and in doubt.
+        gate = _info(table, table.gate)
+        if gate is not None and not table.is_gate:
+            self._gates_of_gone[table.table_id] = gate
+        if len(self._gates_of_gone) > _MOST_GONE:
+            self._gates_of_gone.popitem(last=False)
+
+    def _of_gone(self, table_id: int, step_id: StepId | None) -> ResolveReply:
+        """Of a table that is not here: what was not decided of it never will be."""
+        if step_id is None:
+            return ResolveReply(version=0)
+        entry = self._gone.get(table_id, {}).get((step_id.group, step_id.rank))
+        if entry is not None and (entry.generation, entry.step) == (step_id.generation, step_id.step):
+            return ResolveReply(version=0, state="decided", steps=entry.others)
+        return ResolveReply(version=0, state="dropped")
+
+    def supersede(self, prepared: PreparedStep) -> bool:
+        """A trainer goes on with a later step: the one it has prepared never will be decided. Returns whether that is
+        known here: at its decider, or where that has dropped it."""
+        table = self._tables().get(prepared.decider[0])
+        if table is None or not table.is_gate:
+            return False
+        step_id = _at_decider(prepared)
+        if self._state(table, step_id, give_up=False)[0] == "pending":
+            table.ledger.drop(step_id)
+            self.drop(table.table_id, step_id)
+            return True
+        return False
 
     def drop(self, table_id: int, step_id: StepId) -> None:
         """A step was dropped for good by its decider: here too, at all its tables."""
@@ -176,14 +242,7 @@ class Decisions:
         self, table: HostedTable, steps: dict[tuple[int, StepId], list[tuple[HostedTable, PreparedStep]]]
     ) -> None:
         for prepared in table.updates.prepared():
-            decider_table, decider_step = prepared.decider
-            step_id = StepId(
-                group=prepared.step_id.group,
-                rank=prepared.step_id.rank,
-                step=decider_step,
-                generation=prepared.step_id.generation,
-            )
-            steps.setdefault((decider_table, step_id), []).append((table, prepared))
+            steps.setdefault((prepared.decider[0], _at_decider(prepared)), []).append((table, prepared))
 
     def _ask_step(
         self,
@@ -197,10 +256,10 @@ class Decisions:
         request = ResolveRequest(table_id=table_id, step_id=step_id, give_up=give_up)
         decider = self._tables().get(table_id)
         tables = tuple(table.table_id for table, _ in parts)
-        if decider is None or decider.is_gate:
+        target = self._gates_of_gone.get(table_id) if decider is None else _info(decider, decider.gate)
+        if (decider is None and target is None) or (decider is not None and decider.is_gate):
             self.told(Question(_NOWHERE, request, tables, now), self.answer(request))
             return
-        target = _info(decider, decider.gate)
         if target is not None:
             found.append(Question(target, request, tables, now))
 
@@ -213,20 +272,39 @@ class Decisions:
         elif reply.state == "decided":
             for step in reply.steps:
                 table = tables.get(step.table_id)
-                if table is None or step.step_id == NOBODY or table.updates.prepared_step(step.step_id) is None:
+                prepared = None if table is None else table.updates.prepared_step(step.step_id)
+                if table is None or prepared is None or prepared.step_id != step.step_id:
                     continue
                 if step.version:
                     table.order.add(step)
                 elif table.is_gate:
                     table.order.number(step)
-                table.apply_decided()
+            self._apply(here)
             for table in here:
-                if table.updates.any_prepared:
+                if table.updates.any_prepared and not table.is_gate:
                     table.order_doubt.wait(self._clock())  # the gate of its order knows the version
+        elif reply.state == "pending":
+            for table in here:
+                for prepared in table.updates.prepared():
+                    if prepared.decider[0] == question.request.table_id and _at_decider(prepared) == step_id:
+                        table.updates.settle(prepared.step_id, question.asked_s)
         for table in here:
-            if reply.state != "decided":
-                table.step_doubt.settled(question.asked_s)
             table.steps_changed()
+
+    def _apply(self, tables: Sequence[HostedTable]) -> None:
+        """Apply what is decided; what cannot be applied now is told to whoever waits, and tried again."""
+        for table in tables:
+            try:
+                table.apply_decided()
+            except Exception:
+                for other in tables:
+                    other.steps_changed()
+                raise
+
+
+def _at_decider(prepared: PreparedStep) -> StepId:
+    """The step, as the table that decides it counts."""
+    return replace(prepared.step_id, step=prepared.decider[1])
 
 
 class Ask(Protocol):
@@ -261,21 +339,25 @@ class Resolver:
         self._adopt = adopt
         self._sleep = sleep
         self._task: asyncio.Task[None] | None = None
+        self._asking: dict[_Key, asyncio.Task[None]] = {}
         self._again = False
+        self._closed = False
 
     def poke(self) -> None:
         """There may be something to ask."""
         self._again = True
-        if self._task is None:
+        if self._task is None and not self._closed:
             with calling(Caller()):
                 self._task = asyncio.get_running_loop().create_task(self._work())
 
     async def close(self) -> None:
         """Ask nothing more. Repeatable."""
-        task, self._task = self._task, None
-        if task is not None:
+        self._closed = True
+        tasks = [*self._asking.values(), *([self._task] if self._task is not None else [])]
+        for task in tasks:
             task.cancel()
-            await asyncio.wait([task])
+        if tasks:
+            await asyncio.wait(tasks)
 
     async def _work(self) -> None:
         try:
@@ -284,29 +366,43 @@ class Resolver:
                 self._again = False
                 if next_s:
                     await self._sleep(min(next_s, 1.0))
-                questions, next_s = await self._run("resolve", lambda _: self._decisions.questions(), None)
-                for lapsed in await self._run("resolve", lambda _: self._decisions.lapsed_rounds(), None):
-                    await self._ask_round(lapsed)
-                for first in range(0, len(questions), _AT_ONCE):
-                    await asyncio.gather(*(self._ask(question) for question in questions[first : first + _AT_ONCE]))
-                if next_s is not None:
-                    next_s = max(next_s, 0.001)
-        except MempoolError:
-            pass  # the engine is closed
+                try:
+                    questions, next_s = await self._run("resolve", lambda _: self._decisions.questions(), None)
+                    lapsed = await self._run("resolve", lambda _: self._decisions.lapsed_rounds(), None)
+                except ShardUnavailable:  # the engine is closed
+                    return
+                except MempoolError as error:  # too much waits there, say
+                    _LOG.warning("what became of steps cannot be asked now: %s", error)
+                    next_s = AGAIN_S
+                    continue
+                for question in questions:
+                    key = question.target.shard, question.request.table_id, question.request.step_id
+                    self._begin(key, partial(self._ask, question))
+                for round_here in lapsed:
+                    if round_here.gate is not None:
+                        key = round_here.gate.shard, round_here.table_id, round_here.token
+                        self._begin(key, partial(self._ask_round, round_here, round_here.gate))
         finally:
             self._task = None
 
-    async def _ask_round(self, lapsed: LapsedRound) -> None:
-        if self._peers is None or lapsed.gate is None:
+    def _begin(self, key: _Key, ask: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Ask, unless the same is being asked, or too much is: what is not asked now is asked again."""
+        if key in self._asking or len(self._asking) >= _AT_ONCE or self._peers is None:
             return
+        task = asyncio.get_running_loop().create_task(ask())
+        self._asking[key] = task
+        task.add_done_callback(lambda _: self._asking.pop(key, None))
+
+    async def _ask_round(self, lapsed: LapsedRound, gate: ShardInfo) -> None:
+        assert self._peers is not None, "nothing is begun without"
         try:
             async with asyncio.timeout(_ANSWER_S):
-                gate = self._peers(lapsed.gate)
+                host = self._peers(gate)
                 # The view last: read first, a round that is decided in between would look like one that is over.
-                status = await gate.status()
-                views = await gate.views()
+                status = await host.status()
+                views = await host.views()
         except (MempoolError, TimeoutError) as error:
-            _LOG.info("shard %d does not say what became of a round: %s", lapsed.gate.shard, error)
+            _LOG.info("shard %d does not say what became of a round: %s", gate.shard, error)
             return
         view = next((view for view in views if view.schema.table_id == lapsed.table_id), None)
         seen = next((table for table in status.tables if table.table_id == lapsed.table_id), None)
@@ -323,8 +419,7 @@ class Resolver:
             _LOG.warning("table %d cannot follow its gate now: %s", lapsed.table_id, error)
 
     async def _ask(self, question: Question) -> None:
-        if self._peers is None:
-            return
+        assert self._peers is not None, "nothing is begun without"
         try:
             async with asyncio.timeout(_ANSWER_S):
                 reply = await self._peers(question.target).resolve(question.request)
@@ -335,6 +430,7 @@ class Resolver:
             await self._run("resolve", lambda told: self._decisions.told(question, told), reply)
         except MempoolError as error:
             _LOG.warning("what shard %d decided cannot be applied now: %s", question.target.shard, error)
+        self.poke()  # it may have left other questions
 
 
 _NOWHERE = ShardInfo(shard=0, address="", incarnation=0)

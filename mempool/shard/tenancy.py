@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from mempool import kernels
-from mempool.errors import DeadlineExceeded, InvalidRequest, NotFound, StalePlacement
+from mempool.errors import DeadlineExceeded, InvalidRequest, MempoolError, NotFound, StalePlacement
 from mempool.observe import Stages
 from mempool.shard.bounds import check_ledger, check_reply, check_step
 from mempool.shard.hosted import HostedTable, Parked
@@ -43,10 +43,22 @@ MIB = 2**20
 _LOG = logging.getLogger("mempool.shard")
 
 
+_PULL_LEASE_S = 60.0
+"""How long a shard that owns nothing yet keeps what it was sent for a round, unless more comes."""
+
+
 def _check_round(table: HostedTable, token: str) -> None:
-    """Raises StalePlacement where a page comes, or goes, for a round that is not the present one."""
+    """Raises StalePlacement where a page goes for a round that is not the present one."""
+    table.let_go()
     if token:
         table.rounds.check(token)
+
+
+def _join_round(table: HostedTable, token: str) -> None:
+    """Raises StalePlacement where a page comes for a round that is not the present one."""
+    table.let_go()
+    if token:
+        table.rounds.join(token, _PULL_LEASE_S)
 
 
 class Tenancy:
@@ -114,6 +126,11 @@ class Tenancy:
         table = self.table(envelope.table_id)
         table.check(envelope)
         return table
+
+    def decides(self, table_id: int) -> bool:
+        """Whether steps of which that table is the first are decided here."""
+        table = self._tables.get(table_id)
+        return table is not None and table.is_gate
 
     def check_incarnation(self, incarnation: int) -> None:
         """Raises StalePlacement for another one than this."""
@@ -206,6 +223,7 @@ class Tenancy:
         table = self._tables.get(table_id)
         if table is not None:
             self._tables = {key: other for key, other in self._tables.items() if key != table_id}
+            self.decisions.leave(table)
             table.close()
             self._contexts.drop_table(table_id)
 
@@ -288,7 +306,7 @@ class Tenancy:
         """Check a pull and make room for it."""
         table = self.table(request.table_id)
         table.check_ready()
-        _check_round(table, request.token)
+        _join_round(table, request.token)
         table.staging.check_pull(request.row_pages, request.blocks, request.key_pages)
         pages = request.row_pages, request.blocks
         self._require_memory(table, table.staging.new_bytes(*pages, request.key_pages))
@@ -299,7 +317,7 @@ class Tenancy:
     def stage(self, table: HostedTable, batch: PageBatch, *, token: str = "") -> int:
         """Stage a batch of a pull. Returns its bytes. Raises StalePlacement where its round is over by now."""
         self._require_pulled(table)
-        _check_round(table, token)
+        _join_round(table, token)
         num_bytes = table.staging.put(batch)
         table.measure()
         return num_bytes
@@ -313,7 +331,7 @@ class Tenancy:
         """Stage the ledger of a pull. Raises as ``stage``, and InvalidRequest for one that no shard makes, Internal
         where it is newer."""
         self._require_pulled(table)
-        _check_round(table, token)
+        _join_round(table, token)
         check_ledger(ledger)
         table.staging.put_ledger(ledger)
 
@@ -331,6 +349,7 @@ class Tenancy:
                 shard=self._info.shard,
             )
         if view.placement.epoch > table.epoch and token:
+            table.let_go()
             table.rounds.require(token)
         if table.adopt(view):
             self._contexts.drop_table(table.table_id)
@@ -343,16 +362,25 @@ class Tenancy:
         self._contexts.give_way()
         for table in self._tables.values():
             table.expire()
+            self._apply_again(table)
             if table.step_doubt.since_s is not None or table.order_doubt.since_s is not None or table.rounds.lapsed:
                 self.on_doubt()
-        frozen = any(table.frozen for table in self._tables.values())
-        return frozen or self._budget.held_bytes > 0 or len(self._contexts) > 0
+        busy = any(table.frozen or table.order.any_waiting for table in self._tables.values())
+        return busy or self._budget.held_bytes > 0 or len(self._contexts) > 0
+
+    def _apply_again(self, table: HostedTable) -> None:
+        """What was decided and failed, for want of memory, is tried again."""
+        if table.order.next() is None or table.lost_pages:
+            return
+        try:
+            table.apply_decided()
+        except Exception as error:
+            log = _LOG.warning if isinstance(error, MempoolError) or out_of_memory(error) else _LOG.exception
+            log("what was decided for table %r cannot be applied now: %s", table.view.schema.name, error)
 
     def make_room(self) -> None:
-        """Something was held: forget lookups where they stand in its way, and let freezes know of what expired."""
+        """Something was held: forget lookups where they stand in its way."""
         self._contexts.give_way()
-        for table in self._tables.values():
-            table.steps_changed()
 
     # Read on any thread
 

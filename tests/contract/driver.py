@@ -212,7 +212,7 @@ class Driver:
                 requests.append((dest, pull))
         return requests
 
-    def move(self, owners: Any, key_owners: Any = None) -> int:
+    def move(self, owners: Any, key_owners: Any = None, *, token: str = "") -> int:
         """Freeze, pull, set the new view everywhere. Returns how many pages moved."""
         placement = self.placed.placement
         target = self.make_view(
@@ -221,9 +221,9 @@ class Driver:
             placement.key_owners if key_owners is None else key_owners,
             epoch=placement.epoch + 1,
         )
-        token = f"round {next(_lookup_ids)}"
+        token = token or f"round {next(_lookup_ids)}"
         for shard in self.owners:
-            self.call(self.host(shard).freeze(self.table_id, 5.0, token=token, lease_s=60.0))
+            self.freeze(shard, token=token)
         pages = 0
         for dest, request in self.pulls(target):
             pages += self.call(self.host(dest).pull_pages(replace(request, token=token))).pages
@@ -232,8 +232,16 @@ class Driver:
         self.view = target
         return pages
 
+    def freeze(self, shard: int, timeout_s: float = 5.0, *, token: str = "round", lease_s: float = 60.0) -> int:
+        """Hold one shard's Prepares off. Returns the version at which the table stands still."""
+        return self.call(self.host(shard).freeze(self.table_id, timeout_s, token=token, lease_s=lease_s))
+
+    def thaw(self, shard: int, *, token: str = "round") -> None:
+        self.call(self.host(shard).thaw(self.table_id, token=token))
+
     def status(self, shard: int) -> TableStatus:
-        """The table as one shard sees it."""
+        """The table as one shard sees it, once it has applied what it has acknowledged."""
+        self.call(self.host(shard).export_ledger(ExportLedger(table_id=self.table_id, first=2**31)))
         tables = self.call(self.host(shard).status()).tables
         return next(table for table in tables if table.table_id == self.table_id)
 
@@ -404,10 +412,11 @@ class Driver:
                 replies[shard] = self.call(self.host(shard).commit(request)).parts[0]
         return replies
 
-    def discard(self, step: int, *, keep_updates: bool = False) -> dict[int, int]:
+    def discard(self, step: int, *, keep_updates: bool = False, **step_id: Any) -> dict[int, int]:
+        """How many held updates each owner dropped."""
         replies = {}
         for shard in self.owners:
-            part = DiscardPart(envelope=self.envelope(shard), step_id=self.step_id(step))
+            part = DiscardPart(envelope=self.envelope(shard), step_id=self.step_id(step, **step_id))
             request = DiscardRequest(parts=(part,), keep_updates=keep_updates)
             replies[shard] = self.call(self.host(shard).discard(request)).discarded
         return replies

@@ -4,6 +4,7 @@ Legend: N slots, V value dim, D key dim, n half-keys.
 """
 
 import asyncio
+import itertools
 import weakref
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
@@ -47,6 +48,7 @@ from mempool.types import (
 from mempool.wire.channels.loop import run, start
 
 _BOUND_S = 60.0
+_tokens = itertools.count(1)
 
 # [8 row pages, 3 blocks] on up to four shards.
 COLUMNS = np.tile([0, 1, 2], (8, 1))
@@ -210,10 +212,10 @@ class FaultyShard:
         """Whether a step is prepared and not decided: a freeze would wait for it."""
         table_id = self.table.table_id
         try:
-            run(self.host.freeze(table_id, 0.01, token="probe", lease_s=_BOUND_S), _BOUND_S)
+            run(self.host.freeze(table_id, 0.01, token=f"look {next(_tokens)}", lease_s=_BOUND_S), _BOUND_S)
         except DeadlineExceeded:
             return True
-        run(self.host.thaw(table_id, token="probe"), _BOUND_S)
+        run(self.host.thaw(table_id), _BOUND_S)
         return False
 
     async def _served(self, name: str, request: Any) -> Any:
@@ -230,28 +232,29 @@ class FaultyShard:
             raise StalePlacement("so says the fault")
         if fault is Fault.DATA_LOSS:
             raise DataLoss("pages of table 'facts' are gone; restore checkpoint 7")
-        reply = await getattr(self.host, name)(self._inward_request(request))
+        reply = await getattr(self.host, name)(self._request(request))
         if fault is Fault.ERROR_AFTER:
             raise ShardUnavailable("the connection broke")
         if fault is Fault.SILENT:
             await asyncio.Event().wait()
-        return self._outward(reply)
-
-    def _inward_request(self, request: Any) -> Any:
-        if hasattr(request, "parts"):
-            return replace(request, parts=tuple(self._inward_request(part) for part in request.parts))
-        if hasattr(request, "incarnation"):
-            return replace(request, incarnation=request.incarnation - self._restarts)
-        return replace(request, envelope=self._inward(request.envelope))
-
-    def _outward(self, reply: Any) -> Any:
         if hasattr(reply, "parts"):
-            return replace(reply, parts=tuple(self._outward(part) for part in reply.parts))
-        if not hasattr(reply, "stamp"):
-            return reply
+            return replace(reply, parts=tuple(self._stamped(part) for part in reply.parts))
+        return self._stamped(reply) if hasattr(reply, "stamp") else reply
+
+    def _request(self, request: Any) -> Any:
+        """As the host is to see it."""
+        if hasattr(request, "parts"):
+            parts = tuple(replace(part, envelope=self._inward(part.envelope)) for part in request.parts)
+            return replace(request, parts=parts)
+        if hasattr(request, "envelope"):
+            return replace(request, envelope=self._inward(request.envelope))
+        return replace(request, incarnation=request.incarnation - self._restarts)
+
+    def _stamped(self, reply: Any) -> Any:
+        """As callers are to see it."""
         stamp = reply.stamp
-        epoch, incarnation = stamp.epoch - self._forgotten, stamp.incarnation + self._restarts
-        return replace(reply, stamp=replace(stamp, epoch=epoch, incarnation=incarnation))
+        outward = replace(stamp, epoch=stamp.epoch - self._forgotten, incarnation=stamp.incarnation + self._restarts)
+        return replace(reply, stamp=outward)
 
     def _inward(self, envelope: Envelope) -> Envelope:
         return replace(

@@ -51,6 +51,7 @@ def prepare(
     sequences: Sequence[int],
     *,
     decider: tuple[int, int],
+    decided_here: bool = False,
     want_norm: bool = False,
     norm_order: float = 0.0,
     caller: str = "",
@@ -76,6 +77,7 @@ def prepare(
     prepared = PreparedStep(
         step_id=step_id,
         decider=decider,
+        decided_here=decided_here,
         sequences=in_order,
         want_norm=want_norm,
         squared_norm=norm.squared,

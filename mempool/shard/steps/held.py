@@ -93,6 +93,8 @@ class PreparedStep:
 
     Attributes:
         decider: The table whose gate decides it, and the step as that table counts them.
+        decided_here: That gate is this shard: nobody else knows more of it.
+        since_s: When it was prepared first.
         reductions: Where the norm was asked for, and small enough to keep.
         sorted: Where it was not, and they are small enough to keep.
         norm: Of order norm_order; 0.0 where that is.
@@ -100,6 +102,8 @@ class PreparedStep:
 
     step_id: StepId
     decider: tuple[int, int]
+    decided_here: bool = False
+    since_s: float = 0.0
     sequences: tuple[int, ...]
     want_norm: bool
     squared_norm: float
@@ -171,6 +175,7 @@ class HeldUpdates:
         self._count = 0
         self._ranks: OrderedDict[Rank, RankUpdates] = OrderedDict()  # those that were silent longest come first
         self._prepared: dict[Rank, PreparedStep] = {}
+        self._settled: dict[Rank, float] = {}  # of prepared steps: when it was asked that was answered by "undecided"
         self._newest: dict[tuple[str, int], int] = {}  # generation of each that is held
 
     def __len__(self) -> int:
@@ -233,6 +238,22 @@ class HeldUpdates:
         """Whether there is a step that is prepared and not applied."""
         return bool(self._prepared)
 
+    def doubtful(self, waits_since_s: float) -> bool:
+        """Whether a step may have been decided elsewhere before then: prepared by then, and not asked for since."""
+        return any(
+            not prepared.decided_here
+            and prepared.since_s <= waits_since_s
+            and self._settled.get(rank, float("-inf")) < waits_since_s
+            for rank, prepared in self._prepared.items()
+        )
+
+    def settle(self, step_id: StepId, asked_s: float) -> None:
+        """Its decider, asked then, had not decided the step."""
+        prepared = self.prepared_step(step_id)
+        if prepared is not None and prepared.step_id == step_id:
+            rank = _rank(step_id)
+            self._settled[rank] = max(asked_s, self._settled.get(rank, asked_s))
+
     def prepared_step(self, step_id: StepId) -> PreparedStep | None:
         """The step of that rank that is prepared, whichever it is."""
         return self._prepared.get(_rank(step_id))
@@ -246,8 +267,14 @@ class HeldUpdates:
         if found is None or not found.updates:
             found = self._admitted(step_id, prepared.num_bytes, caller, "a prepared step")
         self.touch(step_id)
+        known, settled_s = found.prepared, self._settled.get(_rank(step_id))
+        again = known is not None and known.step_id == step_id
         self._end_prepare(found, step_id)
+        since_s = known.since_s if again and known is not None else self._clock()
+        prepared = replace(prepared, since_s=since_s)
         found.prepared = self._prepared[_rank(step_id)] = prepared
+        if again and settled_s is not None:
+            self._settled[_rank(step_id)] = settled_s
         self.budget.kept_bytes += prepared.kept_bytes
         self._add(found, prepared.num_bytes)
 
@@ -334,6 +361,7 @@ class HeldUpdates:
         if prepared is not None:
             found.prepared = None
             del self._prepared[_rank(step_id)]
+            self._settled.pop(_rank(step_id), None)
             self.budget.kept_bytes -= prepared.kept_bytes
             self._add(found, -prepared.num_bytes)
 
@@ -352,6 +380,7 @@ class HeldUpdates:
         if self._newest.get(rank[:2]) == rank[2]:
             del self._newest[rank[:2]]
         prepared = self._prepared.pop(rank, None)
+        self._settled.pop(rank, None)
         if prepared is not None:
             self.budget.kept_bytes -= prepared.kept_bytes
         self._count -= sum(len(updates) for updates in found.updates.values())
