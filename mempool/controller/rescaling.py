@@ -159,6 +159,7 @@ class Rescaling:
     async def _run(self, shards: int, reports: Reports) -> None:
         last: RescaleProgress | Exception = ShardUnavailable("the rescale was stopped: its controller is closing")
         try:
+            reports.put_nowait(_begun(len(self._roster.shards), shards))  # at once: starting shards takes a while
             await self._until_started(shards)
             self._waiting = "another change of the pool"
             async with self._changing:
@@ -192,7 +193,6 @@ class Rescaling:
         before = sorted(self._roster.shards)
         after = shards_after(before, shards)
         added, removed = sorted(set(after) - set(before)), sorted(set(before) - set(after))
-        yield _begun(len(before), shards)  # at once: starting shards takes a while
         if self._changes.filling:
             self._waiting = f"tables that are being made: {', '.join(self._changes.filling)}"
         await self._changes.idle()
