@@ -287,7 +287,7 @@ class Round:
         if self.phase not in ("deciding", "telling"):
             return []
         tries = self._tries[shard] = self._tries.get(shard, 0) + 1
-        if tries < _TELL_TRIES:
+        if tries < _TELL_TRIES and shard not in self._bystanders:  # those are told when they are settled
             self._again[shard] = (now + _TELL_PAUSE_S, error)
             return []
         if self.phase == "deciding":

@@ -1,7 +1,7 @@
 """Moves the pages of tables to a new placement, in rounds, while clients go on.
 
-What a round is, and when it is decided, is ``agreement.rounds``'; ``docs/agreement.md`` tells why. Between rounds writers
-get a turn as long as the round was. What has moved stays moved, whatever fails later.
+What a round is, and when it is decided, is ``agreement.rounds``'; ``docs/agreement.md`` tells why. Between rounds
+writers get a turn as long as the round was. What has moved stays moved, whatever fails later.
 """
 
 import asyncio
@@ -231,8 +231,8 @@ class Mover:
             self._in_doubt = True
             gate, epoch = view.placement.shards[0], prepared.moved.placement.epoch
             raise ShardUnavailable(
-                f"shard {gate} did not say whether it took epoch {epoch} of table {table!r} ({ended.error}); the rescale "
-                "stops here. Ask for it again once all shards are ready: mempool status",
+                f"shard {gate} did not say whether it took epoch {epoch} of table {table!r} ({ended.error}); the "
+                "rescale stops here. Ask for it again once all shards are ready: mempool status",
                 shard=gate,
             )
         self._pages_moved += round_.num_pages
