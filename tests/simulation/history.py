@@ -88,6 +88,7 @@ class History:
     writes: dict[tuple[int, int], list[Write]] = field(default_factory=lambda: defaultdict(list))
     owners: dict[int, set[tuple[int, int]]] = field(default_factory=lambda: defaultdict(set))
     killed: set[tuple[int, int]] = field(default_factory=set)
+    hit: set[int] = field(default_factory=set)
     dropped: set[int] = field(default_factory=set)
     together: set[tuple[tuple[int, StepId], ...]] = field(default_factory=set)
     answers: list[tuple[int, StepId, int, int]] = field(default_factory=list)
@@ -187,13 +188,14 @@ class History:
     def shard_killed(self, info: ShardInfo) -> None:
         """Tables that had pages there may answer DataLoss from now on."""
         self.killed.add((info.shard, info.incarnation))
+        self.hit |= {table for (table, _), placement in self.placements.items() if info.shard in placement.shards}
 
     @property
     def lost(self) -> set[int]:
-        """Tables that had pages on a shard that was killed, in some placement of theirs."""
+        """Tables that had pages on a shard that was killed, or were being made on it, in some placement of theirs."""
         if not self.killed:
             return set()
-        return {table_id for table_id, owners in self.owners.items() if owners & self.killed}
+        return self.hit | {table_id for table_id, owners in self.owners.items() if owners & self.killed}
 
     # The check
 
