@@ -136,7 +136,8 @@ class AppliedLedger:
 
     def _forget_others(self) -> None:
         """Of the oldest half: whoever is in doubt of a step asks within seconds."""
-        for rank in list(self._entries)[: (len(self._entries) + 1) // 2]:
+        ranks = [rank for rank, entry in self._entries.items() if entry.others]
+        for rank in ranks[: (len(ranks) + 1) // 2]:
             self._entries[rank] = replace(self._entries[rank], others=())
         self._num_others = sum(len(entry.others) for entry in self._entries.values())
 

@@ -67,6 +67,7 @@ class Committing:
                         part.step_id,
                         part.sequences,
                         decider=decider,
+                        decider_at=self._tenancy.gate_of(request.decider_table),
                         decided_here=self._tenancy.decides(request.decider_table),
                         want_norm=request.want_norm,
                         norm_order=request.norm_order,
@@ -214,9 +215,16 @@ class Committing:
         waiting = table.order.find(part.step_id)
         return waiting.version if waiting is not None else table.ledger.applied(part.step_id)
 
-    def discard(self, request: DiscardRequest) -> DiscardReply:
+    def discard(self, request: DiscardRequest) -> DiscardReply | Parked:
         bounds.check_discard(request)
         tables = [self._tenancy.fenced(part.envelope) for part in request.parts]
+        waits = None
+        for table, part in zip(tables, request.parts, strict=True):
+            # Its Commit may be at the decider, or on its way there: what that says is done.
+            if not request.keep_updates and table.updates.abandon(part.step_id):
+                waits = waits or table
+        if waits is not None:
+            return waits.park_for_steps()
         discarded = 0
         for table, part in zip(tables, request.parts, strict=True):
             if table.order.find(part.step_id) is not None:
@@ -224,11 +232,14 @@ class Committing:
             if request.keep_updates:
                 table.updates.end_prepare(part.step_id)
             else:
+                known = table.updates.lives(part.step_id)
                 held = table.updates.discard(part.step_id)
                 discarded += held
                 entry = table.ledger.entry(part.step_id)
                 applied = entry.step if entry.generation == part.step_id.generation else 0
-                if (held or applied) and applied < part.step_id.step:  # a Prepare of it that comes late finds it over
+                if (
+                    known or held or applied
+                ) and applied < part.step_id.step:  # a Prepare of it that comes late finds it over
                     table.ledger.drop(part.step_id)
             table.steps_changed()
         return DiscardReply(discarded=discarded)

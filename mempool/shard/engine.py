@@ -190,14 +190,18 @@ class Engine:
 
     async def prepare(self, request: PrepareRequest) -> PrepareReply:
         caller = current_caller().name
-        cost = _cost(numbers=sum(len(part.sequences) for part in request.parts)) + JOB_BYTES * len(request.parts)
+        cost = _cost(numbers=sum(len(part.sequences) for part in request.parts)) + JOB_BYTES * max(
+            0, len(request.parts) - 1
+        )
         reply: PrepareReply = await self._ask(
             "prepare", partial(self._committing.prepare, caller=caller), request, cost
         )
         return reply
 
     async def commit(self, request: CommitRequest) -> CommitReply:
-        cost = _cost(numbers=sum(len(part.sequences) for part in request.parts)) + JOB_BYTES * len(request.parts)
+        cost = _cost(numbers=sum(len(part.sequences) for part in request.parts)) + JOB_BYTES * max(
+            0, len(request.parts) - 1
+        )
         reply: CommitReply = await self._ask("commit", self._committing.commit, request, cost)
         return reply
 

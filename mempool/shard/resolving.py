@@ -76,7 +76,6 @@ class Decisions:
         self._tables = tables
         self._clock = clock
         self._gone: OrderedDict[int, dict[tuple[str, int], LedgerEntry]] = OrderedDict()
-        self._gates_of_gone: OrderedDict[int, ShardInfo] = OrderedDict()
         self._turn = 0
 
     def answer(self, request: ResolveRequest) -> ResolveReply:
@@ -169,12 +168,6 @@ class Decisions:
             self._gone[table.table_id] = kept
         if len(self._gone) > _MOST_GONE:
             self._gone.popitem(last=False)
-        # What was decided as the table's own its gate knows; here it may be prepared, at another table, and in doubt.
-        gate = _info(table, table.gate)
-        if gate is not None and not table.is_gate:
-            self._gates_of_gone[table.table_id] = gate
-        if len(self._gates_of_gone) > _MOST_GONE:
-            self._gates_of_gone.popitem(last=False)
 
     def _of_gone(self, table_id: int, step_id: StepId | None) -> ResolveReply:
         """Of a table that is not here: what was not decided of it never will be."""
@@ -252,12 +245,15 @@ class Decisions:
         found: list[Question],
         now: float,
     ) -> None:
-        give_up = any(not table.updates.lives(prepared.step_id) for table, prepared in parts)
+        give_up = any(
+            not table.updates.lives(prepared.step_id) or table.updates.abandoned(prepared.step_id)
+            for table, prepared in parts
+        )
         request = ResolveRequest(table_id=table_id, step_id=step_id, give_up=give_up)
         decider = self._tables().get(table_id)
         tables = tuple(table.table_id for table, _ in parts)
-        target = self._gates_of_gone.get(table_id) if decider is None else _info(decider, decider.gate)
-        if (decider is None and target is None) or (decider is not None and decider.is_gate):
+        target = parts[0][1].decider_at if decider is None else _info(decider, decider.gate)
+        if (target is not None and target.shard == self._shard) or (decider is None and target is None):
             self.told(Question(_NOWHERE, request, tables, now), self.answer(request))
             return
         if target is not None:

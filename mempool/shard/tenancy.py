@@ -132,6 +132,13 @@ class Tenancy:
         table = self._tables.get(table_id)
         return table is not None and table.is_gate
 
+    def gate_of(self, table_id: int) -> ShardInfo | None:
+        """The shard that decides such steps; None where it is not known."""
+        table = self._tables.get(table_id)
+        if table is None:
+            return None
+        return next((info for info in table.view.shards if info.shard == table.gate), None)
+
     def check_incarnation(self, incarnation: int) -> None:
         """Raises StalePlacement for another one than this."""
         if incarnation != self._info.incarnation:

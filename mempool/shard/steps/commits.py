@@ -32,7 +32,7 @@ from mempool.shard.steps.held import (
 )
 from mempool.shard.steps.optimizers import optimizer_step, rounding
 from mempool.shard.steps.parts import pairs_bytes, reduce_in_parts, reduce_in_smaller_parts
-from mempool.types import DecidedStep, StepId
+from mempool.types import DecidedStep, ShardInfo, StepId
 from mempool.types.norms import joined_norm
 
 # Elements of sums whose norm of an order other than 2 is taken at a time.
@@ -51,6 +51,7 @@ def prepare(
     sequences: Sequence[int],
     *,
     decider: tuple[int, int],
+    decider_at: ShardInfo | None = None,
     decided_here: bool = False,
     want_norm: bool = False,
     norm_order: float = 0.0,
@@ -77,6 +78,7 @@ def prepare(
     prepared = PreparedStep(
         step_id=step_id,
         decider=decider,
+        decider_at=decider_at,
         decided_here=decided_here,
         sequences=in_order,
         want_norm=want_norm,

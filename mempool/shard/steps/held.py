@@ -15,7 +15,7 @@ from mempool.errors import MempoolError
 from mempool.kernels import SortedPairs
 from mempool.shard.pages.storage import Lane
 from mempool.shard.steps.budget import ENTRY_BYTES, TENSOR_BYTES, Budget, numbers_bytes, tensors_bytes, text_bytes
-from mempool.types import StepId
+from mempool.types import ShardInfo, StepId
 from mempool.types.bags import Bags
 
 Rank = tuple[str, int, int]
@@ -93,6 +93,7 @@ class PreparedStep:
 
     Attributes:
         decider: The table whose gate decides it, and the step as that table counts them.
+        decider_at: Where that gate was then; None: not known.
         decided_here: That gate is this shard: nobody else knows more of it.
         since_s: When it was prepared first.
         reductions: Where the norm was asked for, and small enough to keep.
@@ -102,6 +103,7 @@ class PreparedStep:
 
     step_id: StepId
     decider: tuple[int, int]
+    decider_at: ShardInfo | None = None
     decided_here: bool = False
     since_s: float = 0.0
     sequences: tuple[int, ...]
@@ -176,6 +178,7 @@ class HeldUpdates:
         self._ranks: OrderedDict[Rank, RankUpdates] = OrderedDict()  # those that were silent longest come first
         self._prepared: dict[Rank, PreparedStep] = {}
         self._settled: dict[Rank, float] = {}  # of prepared steps: when it was asked that was answered by "undecided"
+        self._abandoned: set[Rank] = set()  # of prepared steps: whose clients want them discarded
         self._newest: dict[tuple[str, int], int] = {}  # generation of each that is held
 
     def __len__(self) -> int:
@@ -246,6 +249,19 @@ class HeldUpdates:
             and self._settled.get(rank, float("-inf")) < waits_since_s
             for rank, prepared in self._prepared.items()
         )
+
+    def abandon(self, step_id: StepId) -> bool:
+        """Its client discards the step. Returns whether that is for another shard to say: it is prepared, and decided
+        there."""
+        prepared = self.prepared_step(step_id)
+        if prepared is None or prepared.step_id != step_id or prepared.decided_here:
+            return False
+        self._abandoned.add(_rank(step_id))
+        return True
+
+    def abandoned(self, step_id: StepId) -> bool:
+        """Whether the client of the step that is prepared wants it discarded."""
+        return _rank(step_id) in self._abandoned
 
     def settle(self, step_id: StepId, asked_s: float) -> None:
         """Its decider, asked then, had not decided the step."""
@@ -362,6 +378,7 @@ class HeldUpdates:
             found.prepared = None
             del self._prepared[_rank(step_id)]
             self._settled.pop(_rank(step_id), None)
+            self._abandoned.discard(_rank(step_id))
             self.budget.kept_bytes -= prepared.kept_bytes
             self._add(found, -prepared.num_bytes)
 
@@ -381,6 +398,7 @@ class HeldUpdates:
             del self._newest[rank[:2]]
         prepared = self._prepared.pop(rank, None)
         self._settled.pop(rank, None)
+        self._abandoned.discard(rank)
         if prepared is not None:
             self.budget.kept_bytes -= prepared.kept_bytes
         self._count -= sum(len(updates) for updates in found.updates.values())

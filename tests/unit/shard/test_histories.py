@@ -53,7 +53,7 @@ class Histories(RuleBasedStateMachine):
         self.sequences = itertools.count()
         self.last_commit: tuple[int, tuple[int, ...]] | None = None
         self.applied = 0
-        self.version = 0
+        self.version = self.last_version = 0
 
     def teardown(self) -> None:
         for engine in self.engines:
@@ -122,7 +122,7 @@ class Histories(RuleBasedStateMachine):
     def commit(self, lr: float, grad_scale: float) -> None:
         assert self.prepared is not None
         for reply in self.driver.commit(self.step, self.prepared, lr=lr, grad_scale=grad_scale).values():
-            assert reply.applied
+            assert reply.version == self.version + 1
         self._applied(self.prepared, lr, grad_scale)
 
     @precondition(lambda self: self.pending and self.prepared is None and len(self.driver.owners) == 1)
@@ -131,8 +131,8 @@ class Histories(RuleBasedStateMachine):
         (shard,) = self.driver.owners
         sequences = tuple(self.pending)
         request = self.driver.commit_request(shard, self.step, sequences, lr=lr, one_phase=True)
-        reply = self.driver.call(self.driver.host(shard).commit(request))
-        if reply.applied:
+        (reply,) = self.driver.call(self.driver.host(shard).commit(request)).parts
+        if reply.version:
             self._applied(sequences, lr, 1.0)
         else:
             assert reply.missing
@@ -145,7 +145,7 @@ class Histories(RuleBasedStateMachine):
         assert self.last_commit is not None
         step, sequences = self.last_commit
         for reply in self.driver.commit(step, sequences, lr=lr, one_phase=one_phase).values():
-            assert (reply.applied, reply.missing) == (True, ())
+            assert (reply.version, reply.missing) == (self.last_version, ())
 
     @rule()
     def discard(self) -> None:
@@ -164,12 +164,12 @@ class Histories(RuleBasedStateMachine):
     @rule(placement=owners)
     def move_in_vain(self, placement: list[list[int]]) -> None:
         for shard in self.driver.owners:
-            self.driver.call(self.driver.host(shard).freeze(self.driver.table_id, 5.0))
+            self.driver.freeze(shard, token="in vain")
         target = self.driver.make_view(self.driver.schema, placement, epoch=self.driver.placed.placement.epoch + 1)
         for dest, request in self.driver.pulls(target):
             self.driver.call(self.driver.host(dest).pull_pages(request))
         for shard in range(NUM_SHARDS):
-            self.driver.call(self.driver.host(shard).thaw(self.driver.table_id))
+            self.driver.thaw(shard, token="")
 
     @invariant()
     def nothing_is_lost_or_doubled(self) -> None:
@@ -212,6 +212,7 @@ class Histories(RuleBasedStateMachine):
             self.oracle.backward(*self.pending[sequence])
         self.oracle.step(lr, grad_scale)
         self.last_commit = (self.step, sequences)
+        self.last_version = self.version + 1
         self.applied += len(sequences)
         self.version += 1
         self.pending.clear()
