@@ -151,6 +151,7 @@ class Round:
         self._bystanders = tuple(sorted(set(bystanders) - {gate, *others}))
         self._lease_s = lease_s
         self.at_rest_s = self._began_s = 0.0
+        self._long = False
         self._frozen: dict[int, _Frozen] = {}
         self._pulls = set(range(pulls))
         self._open: set[int] = set()
@@ -173,7 +174,7 @@ class Round:
             return None
         times = [again_s for again_s, _ in self._again.values()]
         times += [frozen.asked_s + self._lease_s / _RENEWALS for frozen in self._frozen.values()]
-        if self.waits_for:
+        if self.waits_for and not self._long:
             times.append(self._began_s + _LONG_S)
         return min(times, default=None)
 
@@ -188,6 +189,7 @@ class Round:
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """What is to be done after this. What is answered or fails after the end changes nothing."""
+        self._long = self._long or self.waits_long(now)  # ticked once for that, not again and again
         actions: list[Action] = []
         if self.phase != "ended":
             if isinstance(event, Answered):
@@ -285,7 +287,7 @@ class Round:
         if self.phase not in ("deciding", "telling"):
             return []
         tries = self._tries[shard] = self._tries.get(shard, 0) + 1
-        if tries < _TELL_TRIES:
+        if tries < _TELL_TRIES and shard not in self._bystanders:  # those are told when they are settled
             self._again[shard] = (now + _TELL_PAUSE_S, error)
             return []
         if self.phase == "deciding":

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Literal
 
 from mempool.errors import StalePlacement
 
@@ -22,6 +23,11 @@ class RoundsHere:
         self._ends_s: float | None = None
         self._joined = False
         self._over: OrderedDict[str, None] = OrderedDict()
+
+    @property
+    def token(self) -> str | None:
+        """Of the round that holds the table."""
+        return self._token
 
     @property
     def held(self) -> bool:
@@ -61,6 +67,15 @@ class RoundsHere:
                 "controllers is late. Nothing was changed"
             )
 
+    def require(self, token: str) -> None:
+        """Raises StalePlacement unless this round holds the table: only then has nothing changed since it began."""
+        self.check(token)
+        if self._token is None:
+            raise StalePlacement(
+                f"round {token!r} of a move does not hold the table on this shard, which may have been started anew "
+                "since. Nothing was changed"
+            )
+
     def end(self, token: str = "") -> bool:
         """The round is over; "": whichever there is. Returns whether one was ended."""
         if token and token != self._token:
@@ -71,13 +86,32 @@ class RoundsHere:
             self._forget(held)
         return held is not None
 
-    def expire(self) -> bool:
-        """End the round whose lease is over. Returns whether there was one."""
-        if self._ends_s is None or self._clock() < self._ends_s:
-            return False
-        return self.end()
+    @property
+    def lapsed(self) -> bool:
+        """Whether the lease of the round that holds the table is over."""
+        return self._ends_s is not None and self._clock() >= self._ends_s
 
     def _forget(self, token: str) -> None:
         self._over[token] = None
         if len(self._over) > MAX_OVER:
             self._over.popitem(last=False)
+
+
+Fate = Literal["adopt", "thaw", "wait"]
+
+
+def fate_of_lapsed(*, epoch: int, gate_epoch: int | None, gate_frozen: bool) -> Fate:
+    """What becomes of a round whose lease is over at a shard that is not the gate, from what the gate says.
+
+    A round is decided when the gate takes its view, and over when the gate's own freeze ends: nobody else may say.
+
+    Args:
+        epoch: Of the table here.
+        gate_epoch: At the gate; None: it did not answer, or does not have the table.
+        gate_frozen: Whether a round holds the table there.
+    """
+    if gate_epoch is None or gate_epoch < epoch:
+        return "wait"
+    if gate_epoch > epoch:
+        return "adopt"
+    return "wait" if gate_frozen else "thaw"

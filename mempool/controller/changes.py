@@ -2,8 +2,8 @@
 
 The life of one: its schema is checked and its name taken; it waits for a rescale to end; it is placed, on a thread;
 every shard attaches it as pending and fills its pages, while others change tables too. One shard is told that it is
-made: that decides it; it is a table of the roster, and the other shards are told. A repeat of the call joins in, a drop
-of its name ends it, and a failure leaves nothing behind; what a controller that dies leaves, ``agreement.recovery`` ends.
+made, which decides it: it is a table of the roster, and the others are told. A repeat of the call joins in, a drop of
+its name ends it, a failure leaves nothing behind; what a controller that dies leaves, ``agreement.recovery`` ends.
 """
 
 import asyncio
@@ -71,8 +71,8 @@ class TableChanges:
         calls, telling: Reach the shards.
         changing: Held by whatever changes the pool: a rescale, a settling, and planning here; not while pages are
             filled.
-        clock: Seconds, monotonic.
-        runner: Runs what takes long, as planning does.
+        clock: Seconds.
+        runner: Plans tables.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class TableChanges:
             made = AttachTable(view=view, mode="confirm")
             await self._calls.call(infos[0], lambda host: host.attach_table(made))
             view = self._roster.put(schema, view.placement)
-            await self._telling.confirm(view)
+            await self._telling.confirm(view, infos[1:])
             return view
         except BaseException:
             if making.view is not None:

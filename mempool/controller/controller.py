@@ -1,6 +1,7 @@
 """The controller of a pool, as one object: the ``PoolApi`` over what creates tables, rescales and watches shards."""
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 
@@ -28,9 +29,10 @@ class Controller:
         round_bytes: Bytes that one round of a move carries at most. Writers of the table wait for one round, which is
             made smaller where it holds them off for long.
         trainer_lease_s: How long a trainer may hold a step undecided before the shards give it up.
-        clock: Seconds, monotonic.
+        clock: Seconds, ascending.
         wall_clock: Seconds since 1970; ids of tables are made of it.
         runner: Runs what takes long, as planning does.
+        new_token: Gives a name that no round of any controller ever had.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Controller:
         clock: Clock = time.monotonic,
         wall_clock: Clock = time.time,
         runner: Runner = THREADS,
+        new_token: Callable[[], str] = lambda: secrets.token_hex(16),
     ) -> None:
         self.name = name
         self._changing = changing = asyncio.Lock()
@@ -64,6 +67,7 @@ class Controller:
             trainer_lease_s=trainer_lease_s,
             clock=clock,
             runner=runner,
+            new_token=new_token,
         )
         self._watching = Watching(
             name, roster, calls=calls, telling=telling, changes=changes, rescaling=rescaling, changing=changing

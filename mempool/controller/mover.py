@@ -1,7 +1,7 @@
 """Moves the pages of tables to a new placement, in rounds, while clients go on.
 
-What a round is, and when it is decided, is ``agreement.rounds``'; ``docs/agreement.md`` tells why. Between rounds writers
-get a turn as long as the round was. What has moved stays moved, whatever fails later.
+What a round is, and when it is decided, is ``agreement.rounds``'; ``docs/agreement.md`` tells why. Between rounds
+writers get a turn as long as the round was. What has moved stays moved, whatever fails later.
 """
 
 import asyncio
@@ -123,8 +123,9 @@ class Mover:
         round_bytes: Bytes that a round carries at most.
         lease_s: Of a freeze.
         trainer_lease_s: How long a step may be prepared and not decided: a dead trainer's is given up then.
-        clock: Seconds, monotonic.
-        runner: Runs what takes long, as naming the pages of a round does.
+        clock: Seconds.
+        runner: Works out what a round pulls.
+        new_token: Names rounds.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class Mover:
         trainer_lease_s: float = 10.0,
         clock: Clock = time.monotonic,
         runner: Runner = THREADS,
+        new_token: Callable[[], str] = lambda: secrets.token_hex(16),
     ) -> None:
         self._shards = (shards_before, shards_after)
         self._plans = plans
@@ -152,6 +154,7 @@ class Mover:
         self._rest_s = trainer_lease_s + _REST_S
         self._clock = clock
         self._runner = runner
+        self._new_token = new_token
         self._round: tuple[str, Round] | None = None
         self._pages_total = sum(plan_.pages for plan_ in plans)
         self._bytes_total = sum(plan_.pages * plan_.page_bytes for plan_ in plans)
@@ -228,8 +231,8 @@ class Mover:
             self._in_doubt = True
             gate, epoch = view.placement.shards[0], prepared.moved.placement.epoch
             raise ShardUnavailable(
-                f"shard {gate} did not say whether it took epoch {epoch} of table {table!r} ({ended.error}); the rescale "
-                "stops here. Ask for it again once all shards are ready: mempool status",
+                f"shard {gate} did not say whether it took epoch {epoch} of table {table!r} ({ended.error}); the "
+                "rescale stops here. Ask for it again once all shards are ready: mempool status",
                 shard=gate,
             )
         self._pages_moved += round_.num_pages
@@ -248,7 +251,14 @@ class Mover:
             lease_s=self._lease_s,
         )
         self._round = (view.schema.name, round_)
-        calls = _RoundCalls(prepared, call=self._call, roster=self._roster, lease_s=self._lease_s, rest_s=self._rest_s)
+        calls = _RoundCalls(
+            prepared,
+            token=self._new_token(),
+            call=self._call,
+            roster=self._roster,
+            lease_s=self._lease_s,
+            rest_s=self._rest_s,
+        )
         try:
             ended = await carry_out(
                 round_,
@@ -283,14 +293,16 @@ class Mover:
 class _RoundCalls:
     """The calls of one try of a round, all with its token."""
 
-    def __init__(self, prepared: _Prepared, *, call: Call, roster: Roster, lease_s: float, rest_s: float) -> None:
+    def __init__(
+        self, prepared: _Prepared, *, token: str, call: Call, roster: Roster, lease_s: float, rest_s: float
+    ) -> None:
         self._prepared = prepared
         self._call = call
         self._roster = roster
         self._lease_s = lease_s
         self._rest_s = rest_s
         self._table_id = prepared.view.schema.table_id
-        self._token = secrets.token_hex(16)
+        self._token = token
         self.num_bytes = 0
 
     async def make(self, call: agreed.Call) -> None:

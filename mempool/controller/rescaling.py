@@ -5,7 +5,7 @@ A rescale is a task of the controller; whoever asked for it only watches. The mo
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from mempool.controller.calls import ShardCalls
 from mempool.controller.changes import TableChanges
@@ -36,8 +36,9 @@ class Rescaling:
         changing: Held while the pool changes.
         round_bytes: Bytes that one round of a move carries at most.
         trainer_lease_s: How long a step may be prepared and not decided.
-        clock: Seconds, monotonic.
-        runner: Runs what takes long, as planning does.
+        clock: Seconds.
+        runner: Plans moves.
+        new_token: Names rounds.
 
     Attributes:
         wanted: The number of shards asked for, of a rescale that goes on or has stopped half way.
@@ -57,6 +58,7 @@ class Rescaling:
         trainer_lease_s: float,
         clock: Clock,
         runner: Runner,
+        new_token: Callable[[], str],
     ) -> None:
         self._roster = roster
         self._calls = calls
@@ -68,6 +70,7 @@ class Rescaling:
         self._trainer_lease_s = trainer_lease_s
         self._clock = clock
         self._runner = runner
+        self._new_token = new_token
         self._task: asyncio.Task[None] | None = None
         self._mover: Mover | None = None
         self._waiting = ""
@@ -192,6 +195,7 @@ class Rescaling:
             trainer_lease_s=self._trainer_lease_s,
             clock=self._clock,
             runner=self._runner,
+            new_token=self._new_token,
         )
         await self._launcher.keep_wanted(shards)
         try:

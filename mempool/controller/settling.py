@@ -86,7 +86,7 @@ async def _thaw(call: Call, infos: dict[int, ShardInfo], tables: Iterable[Thaws]
             continue
         if not any((view.schema.table_id, view.placement.epoch) == (table.table_id, table.epoch) for view in views):
             problems[gate.shard] = ShardUnavailable(
-                f"shard {gate.shard} took another view of table {table.table_id} while it was thawed; it is asked again",
+                f"shard {gate.shard} took another view of table {table.table_id} as it was thawed; it is asked again",
                 shard=gate.shard,
             )
             continue

@@ -54,10 +54,9 @@ class Telling:
         self.missed = self.missed or bool(failed)
         return failed
 
-    async def confirm(self, view: TableView) -> None:
-        """Make every shard answer for a table that is made. Those that miss it are told when they are settled."""
+    async def confirm(self, view: TableView, infos: Sequence[ShardInfo]) -> None:
+        """Make shards answer for a table that is made. Those that miss it are told when they are settled."""
         request = AttachTable(view=view, mode="confirm")
-        infos: Sequence[ShardInfo] = self._roster.infos
         for number in range(_PUSH_TRIES):
             if number:
                 await asyncio.sleep(_PUSH_PAUSE_S)

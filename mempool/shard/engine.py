@@ -167,7 +167,7 @@ class Engine:
         )
         self._committing = Committing(self._tenancy, stages=self._stages)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._resolver = Resolver(self._tenancy.decisions, run=self._control, peers=peers)
+        self._resolver = Resolver(self._tenancy.decisions, run=self._control, peers=peers, adopt=self._tenancy.set_view)
         self._tenancy.on_doubt = self._poke
 
     @property
@@ -238,8 +238,11 @@ class Engine:
 
         Raises:
             InvalidRequest: The table is here already, with pages, at another epoch; or its pages do not fit.
+            NotFound: It is to be confirmed, and is not here.
         """
         table = await self._control("attach_table", self._tenancy.attach, request)
+        if request.mode == "confirm":
+            return
         await self._tenancy.prepare(table)
         while not await self._thread.run("fill", self._tenancy.fill, table, caller=_TABLES):
             pass

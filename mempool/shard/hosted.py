@@ -62,6 +62,7 @@ class HostedTable:
         order_doubt, step_doubt: Who waits to hear of others what was decided.
         peers_wait_until_s: Other shards have asked for what this one has to ask for itself.
         gate: The shard that numbers its steps, under the present view.
+        pending: It is being made: it answers no client. Any thread may read it.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class HostedTable:
         self.order_doubt, self.step_doubt = Doubt(), Doubt()
         self.peers_wait_until_s = float("-inf")
         self.gate = min(request.view.placement.shards)
+        self.pending = request.pending
         self.lookups = 0
         self._clock = clock
         self._filling: Iterator[int] | None = None
@@ -223,7 +225,14 @@ class HostedTable:
                 self.steps_changed()
 
     def check_ready(self) -> None:
-        """Raises ShardUnavailable while initial values are being written."""
+        """Raises ShardUnavailable while the table is being made: here, or on other shards."""
+        if self.pending and self._filling is None:
+            raise ShardUnavailable(
+                f"table {self.view.schema.name!r} is being made: shard {self.info.shard} has its pages, and has not "
+                "heard that all shards have theirs; try again in a moment",
+                shard=self.info.shard,
+                address=self.info.address,
+            )
         if self._filling is not None:
             raise ShardUnavailable(
                 f"shard {self.info.shard} is still writing the initial values of table {self.view.schema.name!r}; "
@@ -300,7 +309,10 @@ class HostedTable:
             self.order_doubt.ends()
 
     def expire(self) -> None:
-        """Drop what ranks hold that have fallen silent, and what a round left whose controller has."""
+        """Drop what ranks hold that have fallen silent, and, at the gate, end a round whose controller has.
+
+        Elsewhere such a round waits until the gate was asked: what it decided nobody else may undo.
+        """
         self.updates.expire()
         if self.updates.silent():
             self.step_doubt.wait(self._clock())
@@ -309,8 +321,13 @@ class HostedTable:
         self.let_go()
 
     def let_go(self) -> None:
-        """Where the round's lease has ended: thaw."""
-        if self.rounds.expire():
+        """At the gate: end the round whose lease has ended."""
+        if self.rounds.lapsed and self.is_gate:
+            self.end_round()
+
+    def end_round(self) -> None:
+        """Whichever round holds the table is over, undecided."""
+        if self.rounds.end():
             self.thaw()
 
     def thaw(self) -> None:
@@ -369,6 +386,7 @@ class HostedTable:
             frozen=self.frozen,
             bytes_to_fill=self.bytes_to_fill,
             preparing=self.preparing,
+            pending=self.pending,
         )
 
 

@@ -6,19 +6,33 @@
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from mempool.agreement.doubt import AGAIN_S
+from mempool.agreement.rounds_here import fate_of_lapsed
 from mempool.errors import MempoolError, ShardUnavailable
 from mempool.shard.hosted import HostedTable
 from mempool.shard.steps.held import PreparedStep
-from mempool.types import DecidedStep, LedgerEntry, ResolveReply, ResolveRequest, ShardHost, ShardInfo, StepId
+from mempool.types import (
+    DecidedStep,
+    LedgerEntry,
+    ResolveReply,
+    ResolveRequest,
+    ShardHost,
+    ShardInfo,
+    StepId,
+    TableView,
+)
 from mempool.types.caller import Caller, calling
 from mempool.types.running import Clock
 
 _LOG = logging.getLogger("mempool.shard")
+
+_Key = tuple[int, int, StepId | str | None]
+"""Whom something is asked, of which table, and of what."""
 
 _ANSWER_S = 5.0
 _AT_ONCE = 256
@@ -39,6 +53,15 @@ class Question:
     asked_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class LapsedRound:
+    """A round of a move whose lease is over here, and the shard that knows what became of it; None: nobody does."""
+
+    table_id: int
+    token: str
+    gate: ShardInfo | None
+
+
 class Decisions:
     """What is known here of steps, and what has to be asked.
 
@@ -53,6 +76,7 @@ class Decisions:
         self._tables = tables
         self._clock = clock
         self._gone: OrderedDict[int, dict[tuple[str, int], LedgerEntry]] = OrderedDict()
+        self._gates_of_gone: OrderedDict[int, ShardInfo] = OrderedDict()
         self._turn = 0
 
     def answer(self, request: ResolveRequest) -> ResolveReply:
@@ -97,6 +121,25 @@ class Decisions:
         found = [*found[self._turn :], *found[: self._turn]][:_AT_ONCE]
         return found, None if next_s is None else max(0.001, next_s - now)
 
+    def lapsed_rounds(self) -> list[LapsedRound]:
+        """The rounds whose controllers have fallen silent."""
+        return [
+            LapsedRound(table.table_id, table.rounds.token, _info(table, table.gate))
+            for table in self._tables().values()
+            if table.rounds.lapsed and table.rounds.token is not None
+        ]
+
+    def told_of_round(self, lapsed: LapsedRound, view: TableView | None, *, frozen: bool) -> TableView | None:
+        """What the gate says: its view, and whether a round holds the table there. Answers what is to be adopted."""
+        table = self._tables().get(lapsed.table_id)
+        if table is None or table.rounds.token != lapsed.token or not table.rounds.lapsed:
+            return None  # it was heard of meanwhile
+        gate_epoch = None if view is None else view.placement.epoch
+        fate = fate_of_lapsed(epoch=table.epoch, gate_epoch=gate_epoch, gate_frozen=frozen)
+        if fate == "thaw":
+            table.end_round()
+        return view if fate == "adopt" else None
+
     def told(self, question: Question, reply: ResolveReply) -> None:
         """What another shard has answered."""
         tables = self._tables()
@@ -126,6 +169,12 @@ class Decisions:
             self._gone[table.table_id] = kept
         if len(self._gone) > _MOST_GONE:
             self._gone.popitem(last=False)
+        # What was decided as the table's own its gate knows; here it may be prepared, at another table, and in doubt.
+        gate = _info(table, table.gate)
+        if gate is not None and not table.is_gate:
+            self._gates_of_gone[table.table_id] = gate
+        if len(self._gates_of_gone) > _MOST_GONE:
+            self._gates_of_gone.popitem(last=False)
 
     def _of_gone(self, table_id: int, step_id: StepId | None) -> ResolveReply:
         """Of a table that is not here: what was not decided of it never will be."""
@@ -207,10 +256,10 @@ class Decisions:
         request = ResolveRequest(table_id=table_id, step_id=step_id, give_up=give_up)
         decider = self._tables().get(table_id)
         tables = tuple(table.table_id for table, _ in parts)
-        if decider is None or decider.is_gate:
+        target = self._gates_of_gone.get(table_id) if decider is None else _info(decider, decider.gate)
+        if (decider is None and target is None) or (decider is not None and decider.is_gate):
             self.told(Question(_NOWHERE, request, tables, now), self.answer(request))
             return
-        target = _info(decider, decider.gate)
         if target is not None:
             found.append(Question(target, request, tables, now))
 
@@ -271,6 +320,7 @@ class Resolver:
         decisions: What to ask, and who is told.
         run: To the engine's thread.
         peers: Reaches a shard; None: there is none to be asked.
+        adopt: Adopts a view, on the engine's thread.
         sleep: Waits; replaced in tests.
     """
 
@@ -280,11 +330,13 @@ class Resolver:
         *,
         run: Ask,
         peers: Callable[[ShardInfo], ShardHost] | None,
+        adopt: Callable[[TableView], None],
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._decisions = decisions
         self._run = run
         self._peers = peers
+        self._adopt = adopt
         self._sleep = sleep
         self._task: asyncio.Task[None] | None = None
         self._asking: dict[_Key, asyncio.Task[None]] = {}
@@ -316,6 +368,7 @@ class Resolver:
                     await self._sleep(min(next_s, 1.0))
                 try:
                     questions, next_s = await self._run("resolve", lambda _: self._decisions.questions(), None)
+                    lapsed = await self._run("resolve", lambda _: self._decisions.lapsed_rounds(), None)
                 except ShardUnavailable:  # the engine is closed
                     return
                 except MempoolError as error:  # too much waits there, say
@@ -323,18 +376,47 @@ class Resolver:
                     next_s = AGAIN_S
                     continue
                 for question in questions:
-                    self._begin(question)
+                    key = question.target.shard, question.request.table_id, question.request.step_id
+                    self._begin(key, partial(self._ask, question))
+                for round_here in lapsed:
+                    if round_here.gate is not None:
+                        key = round_here.gate.shard, round_here.table_id, round_here.token
+                        self._begin(key, partial(self._ask_round, round_here, round_here.gate))
         finally:
             self._task = None
 
-    def _begin(self, question: Question) -> None:
+    def _begin(self, key: _Key, ask: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Ask, unless the same is being asked, or too much is: what is not asked now is asked again."""
-        key = question.target.shard, question.request.table_id, question.request.step_id
         if key in self._asking or len(self._asking) >= _AT_ONCE or self._peers is None:
             return
-        task = asyncio.get_running_loop().create_task(self._ask(question))
+        task = asyncio.get_running_loop().create_task(ask())
         self._asking[key] = task
         task.add_done_callback(lambda _: self._asking.pop(key, None))
+
+    async def _ask_round(self, lapsed: LapsedRound, gate: ShardInfo) -> None:
+        assert self._peers is not None, "nothing is begun without"
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                host = self._peers(gate)
+                # The view last: read first, a round that is decided in between would look like one that is over.
+                status = await host.status()
+                views = await host.views()
+        except (MempoolError, TimeoutError) as error:
+            _LOG.info("shard %d does not say what became of a round: %s", gate.shard, error)
+            return
+        view = next((view for view in views if view.schema.table_id == lapsed.table_id), None)
+        seen = next((table for table in status.tables if table.table_id == lapsed.table_id), None)
+        frozen = seen is None or seen.frozen
+
+        def tell(_: object) -> None:
+            adopted = self._decisions.told_of_round(lapsed, view, frozen=frozen)
+            if adopted is not None:
+                self._adopt(adopted)
+
+        try:
+            await self._run("resolve", tell, None)
+        except MempoolError as error:
+            _LOG.warning("table %d cannot follow its gate now: %s", lapsed.table_id, error)
 
     async def _ask(self, question: Question) -> None:
         assert self._peers is not None, "nothing is begun without"
@@ -351,7 +433,6 @@ class Resolver:
         self.poke()  # it may have left other questions
 
 
-_Key = tuple[int, int, StepId | None]
 _NOWHERE = ShardInfo(shard=0, address="", incarnation=0)
 
 

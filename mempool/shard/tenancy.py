@@ -145,11 +145,16 @@ class Tenancy:
     # Tables come and go
 
     def attach(self, request: AttachTable) -> HostedTable:
-        """Make a table known, with nothing in it yet that answers.
+        """Make a table known, with nothing in it yet that answers; or let one answer that was pending.
 
         Raises:
             InvalidRequest: It is here already, with pages, at another epoch; or its pages do not fit.
+            NotFound: It is to be confirmed, and is not here.
         """
+        if request.mode == "confirm":
+            confirmed = self.table(request.view.schema.table_id)
+            confirmed.pending = False
+            return confirmed
         check_ledger(request.ledger)
         table_id, epoch = request.view.schema.table_id, request.view.placement.epoch
         present = self._tables.get(table_id)
@@ -239,8 +244,10 @@ class Tenancy:
         table = self.table(table_id)
         table.check_ready()
         table.check_whole()
-        table.expire()
+        if token != table.rounds.token:
+            table.expire()  # one whose lease is over stands in nobody's way
         table.rounds.begin(token, lease_s)
+        table.expire()
         if table.updates.any_prepared or table.order.any_waiting:
             return table.park_until_rest()
         return table.ledger.version
@@ -341,8 +348,9 @@ class Tenancy:
                 "drop the table and make it anew. Nothing was changed.",
                 shard=self._info.shard,
             )
-        if view.placement.epoch > table.epoch:
-            _check_round(table, token)
+        if view.placement.epoch > table.epoch and token:
+            table.let_go()
+            table.rounds.require(token)
         if table.adopt(view):
             self._contexts.drop_table(table.table_id)
 
@@ -355,7 +363,7 @@ class Tenancy:
         for table in self._tables.values():
             table.expire()
             self._apply_again(table)
-            if table.step_doubt.since_s is not None or table.order_doubt.since_s is not None:
+            if table.step_doubt.since_s is not None or table.order_doubt.since_s is not None or table.rounds.lapsed:
                 self.on_doubt()
         busy = any(table.frozen or table.order.any_waiting for table in self._tables.values())
         return busy or self._budget.held_bytes > 0 or len(self._contexts) > 0
@@ -377,8 +385,8 @@ class Tenancy:
     # Read on any thread
 
     def views(self) -> tuple[TableView, ...]:
-        """The newest view of every table here."""
-        return tuple(table.view for table in self._tables.values())
+        """The newest view of every table here that is made."""
+        return tuple(table.view for table in self._tables.values() if not table.pending)
 
     def status(self, *, stages: Stages, uptime_s: float, queued_jobs: int) -> ShardStatus:
         """The shard at a glance."""

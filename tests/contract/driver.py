@@ -222,13 +222,13 @@ class Driver:
             epoch=placement.epoch + 1,
         )
         token = token or f"round {next(_lookup_ids)}"
-        for shard in self.owners:
+        for shard in (taking_part := sorted({*self.owners, *target.placement.shards})):
             self.freeze(shard, token=token)
         pages = 0
         for dest, request in self.pulls(target):
             pages += self.call(self.host(dest).pull_pages(replace(request, token=token))).pages
-        for hosted in self.hosted:
-            self.call(hosted.host.set_view(target, token=token))
+        for shard, hosted in enumerate(self.hosted):
+            self.call(hosted.host.set_view(target, token=token if shard in taking_part else ""))
         self.view = target
         return pages
 

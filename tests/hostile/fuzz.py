@@ -2,30 +2,35 @@
 
     python -m tests.hostile.fuzz --frames 100000 --seed 1
 
-Prints a line per method and ends with 1 if anything was found; what was found is printed with the frame that did it.
+Each worker is a process with a target of its own, and takes a share of the methods. Prints a line per method, a summary
+at the end, and ends with 1 if anything was found; what was found is printed with the frame that did it.
 """
 
 import argparse
 import asyncio
+import multiprocessing
 import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from mempool.kernels import warm_up
 from mempool.wire.v1 import data_pb2, table_pb2
 from tests.hostile.mutate import mutated
 from tests.hostile.raw import METHODS, RawChannel, RawMethod
 from tests.hostile.target import Target, resident_bytes
 from tests.hostile.valid import NUM_SLOTS, VICTIM, WITNESS, Requests, tensor, view_of
 
-BATCH = 500
+BATCH = 1_000
 SLOWEST_S = 5.0
-IN_FLIGHT = 16
+IN_FLIGHT = 32
 GROWTH_BYTES = 512 * 2**20
 _SHARDS, _MAX_SHARDS = 2, 4096
 
@@ -86,30 +91,29 @@ class Fuzz:
         shard = self._rng.choice(view.shards).shard
         requests = Requests(view, shard=shard, seed=self._rng.getrandbits(32))
         channel = self._channel(method, shard)
-        gate = asyncio.Semaphore(IN_FLIGHT)
+        made = self._frames(method, requests, frames)
 
-        async def one(frame: bytes) -> None:
-            async with gate:
+        async def send_some() -> None:
+            for frame in made:
                 started_s = time.monotonic()
                 status, _, message = await channel.send(method, frame)
                 took_s = time.monotonic() - started_s
-            found.statuses[status] += 1
-            found.slowest_s = max(found.slowest_s, took_s)
-            if status in ("INTERNAL", "UNKNOWN") or (status == "UNAVAILABLE" and not self.target.alive):
-                found.problems.append(f"{status}: {message[:300]}\n    frame {frame[:400].hex()}")
-            elif took_s > SLOWEST_S:
-                found.problems.append(f"answered after {took_s:.1f} s ({status})\n    frame {frame[:400].hex()}")
+                found.statuses[status] += 1
+                found.slowest_s = max(found.slowest_s, took_s)
+                if status in ("INTERNAL", "UNKNOWN") or (status == "UNAVAILABLE" and not self.target.alive):
+                    found.problems.append(f"{status}: {message[:300]}\n    frame {frame[:400].hex()}")
+                elif took_s > SLOWEST_S:
+                    found.problems.append(f"answered after {took_s:.1f} s ({status})\n    frame {frame[:400].hex()}")
 
-        await asyncio.gather(*(one(frame) for frame in self._frames(method, requests, frames)))
+        await asyncio.gather(*(send_some() for _ in range(IN_FLIGHT)))
 
-    def _frames(self, method: RawMethod, requests: Requests, frames: int) -> list[bytes]:
-        made = []
-        while len(made) < frames:
+    def _frames(self, method: RawMethod, requests: Requests, frames: int) -> Iterator[bytes]:
+        while frames > 0:
             frame = mutated(requests.of(method.label), self._rng)
             if method.name == "Rescale" and _asks_for_shards(method, frame):
                 continue
-            made.append(frame)
-        return made
+            frames -= 1
+            yield frame
 
     def _channel(self, method: RawMethod, shard: int) -> RawChannel:
         if method.service == "PoolService":
@@ -166,18 +170,17 @@ def _asks_for_shards(method: RawMethod, frame: bytes) -> bool:
     return shards != _SHARDS and 0 < shards <= _MAX_SHARDS
 
 
-async def fuzz(target: Target, *, frames: int, seed: int, only: str = "") -> list[Found]:
-    """Every method whose label contains ``only``, one after the other."""
+async def fuzz(target: Target, *, frames: int, seed: int, labels: Sequence[str] = tuple(METHODS)) -> list[Found]:
+    """These methods, one after the other."""
     run = Fuzz(target, seed=seed)
     await run.open()
     results = []
-    for label, method in METHODS.items():
-        if only not in label:
-            continue
+    for label in labels:
         started_s = time.monotonic()
-        found = await run.run(method, frames)
+        found = await run.run(METHODS[label], frames)
         results.append(found)
-        print(found.line(resident_bytes(target.pid) if target.alive else 0), f"{time.monotonic() - started_s:.0f} s")
+        resident = resident_bytes(target.pid) if target.alive else 0
+        print(found.line(resident), f"{time.monotonic() - started_s:.0f} s")
         for problem in found.problems[:5]:
             print("  ", problem)
         sys.stdout.flush()
@@ -187,18 +190,67 @@ async def fuzz(target: Target, *, frames: int, seed: int, only: str = "") -> lis
     return results
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one worker found: frames, problems, the slowest answer, and its target's resident memory."""
+
+    frames: int
+    problems: int
+    slowest_s: float
+    before: int
+    after: int
+
+
+def work(labels: Sequence[str], *, frames: int, seed: int, log: Path | None) -> Share:
+    """A worker's whole life: some methods against a target of its own."""
+    with Target(shards=_SHARDS, token="fuzz", log=log) as target:
+        before = resident_bytes(target.pid)
+        results = asyncio.run(fuzz(target, frames=frames, seed=seed, labels=labels))
+        return Share(
+            frames=sum(sum(found.statuses.values()) for found in results),
+            problems=sum(len(found.problems) for found in results) + (len(results) < len(labels)),
+            slowest_s=max(found.slowest_s for found in results),
+            before=before,
+            after=resident_bytes(target.pid) if target.alive else 0,
+        )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--frames", type=int, default=1_000)
+    parser.add_argument("--frames", type=int, default=1_000, help="of each method")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", default="")
-    parser.add_argument("--log", type=Path, help="where the target's standard error goes")
+    parser.add_argument("--only", default="", help="methods whose label contains this")
+    parser.add_argument("--workers", type=int, default=2, help="processes that send, each to a target of its own")
+    parser.add_argument("--log", type=Path, help="where the targets' standard error goes, a file each: LOG.0, LOG.1")
     arguments = parser.parse_args()
-    with Target(shards=_SHARDS, token="fuzz", log=arguments.log) as target:
-        results = asyncio.run(fuzz(target, frames=arguments.frames, seed=arguments.seed, only=arguments.only))
-    bad = sum(len(found.problems) for found in results)
-    print(f"{sum(sum(found.statuses.values()) for found in results):,} frames, seed {arguments.seed}, {bad} problems")
-    return 1 if bad or len(results) == 0 else 0
+    labels = [label for label in METHODS if arguments.only in label]
+    if not labels:
+        parser.error(f"no method's label contains {arguments.only!r}")
+    print("compiling the CPU kernels, so that no answer waits for a compiler", flush=True)
+    warm_up()
+    started_s = time.monotonic()
+    workers = min(arguments.workers, len(labels))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        sent = [
+            pool.submit(
+                work,
+                labels[worker::workers],
+                frames=arguments.frames,
+                seed=arguments.seed * workers + worker,
+                log=None if arguments.log is None else arguments.log.with_name(f"{arguments.log.name}.{worker}"),
+            )
+            for worker in range(workers)
+        ]
+        shares = [one.result() for one in sent]
+    took_s = time.monotonic() - started_s
+    frames, problems = sum(share.frames for share in shares), sum(share.problems for share in shares)
+    memory = ", ".join(f"{share.before / 2**20:.0f} -> {share.after / 2**20:.0f}" for share in shares)
+    print(
+        f"{frames:,} frames to {len(labels)} methods, seed {arguments.seed}, {workers} workers: {problems} problems; "
+        f"slowest answer {max(share.slowest_s for share in shares):.3f} s; resident before -> after {memory} MiB; "
+        f"{took_s:.0f} s, {frames / took_s:,.0f} frames/s"
+    )
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -4,21 +4,24 @@ Written down while the run goes on; ``check`` goes over it once, table by table:
 in the order of their versions, and every answer is compared with it, bit for bit, at the version that it names.
 """
 
+import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mempool.agreement.order import NOBODY, Order
 from mempool.errors import DataLoss, Internal
-from mempool.types import Placement, ShardInfo, StepId, TableSchema, TableView
+from mempool.types import DecidedStep, Placement, ShardInfo, StepId, TableSchema, TableView
 from mempool.wire import methods
 from tests.simulation.loop import ProcessLoop
 from tests.simulation.network import Call, Network
-from tests.simulation.oracle import Content, Oracle
+from tests.simulation.oracle import ORACLE_TABLE, Content, Oracle
 from tests.simulation.tables import TRAINED
 
 Update = tuple[int, str, int, int]
@@ -81,10 +84,12 @@ class History:
     decided: dict[tuple[int, int], Decided] = field(default_factory=dict)
     reads: list[Read] = field(default_factory=list)
     acknowledged: list[Acknowledged] = field(default_factory=list)
+    discarded: set[Update] = field(default_factory=set)
     writes: dict[tuple[int, int], list[Write]] = field(default_factory=lambda: defaultdict(list))
     lost: set[int] = field(default_factory=set)
     dropped: set[int] = field(default_factory=set)
     together: set[tuple[tuple[int, StepId], ...]] = field(default_factory=set)
+    answers: list[tuple[int, StepId, int, int]] = field(default_factory=list)
     known: dict[tuple[ProcessLoop, int], int] = field(default_factory=lambda: defaultdict(int))
     floors: dict[int, int] = field(default_factory=dict)
     checked: int = 0
@@ -127,9 +132,7 @@ class History:
         if path == methods.COMMIT.path:
             for asked, part in zip(call.request.parts, reply.parts, strict=True):
                 if part.version and not part.missing:
-                    self.note_decided(
-                        asked.envelope.table_id, part.version, asked.step_id, by=f"shard {part.stamp.shard}"
-                    )
+                    self.answers.append((asked.envelope.table_id, asked.step_id, part.version, part.stamp.shard))
         elif path == methods.ATTACH_TABLE.path or path == methods.SET_VIEW.path:
             self.note_view(call.request.view)
         elif path == methods.RESOLVE.path:
@@ -146,13 +149,23 @@ class History:
         if not same or not np.array_equal(known.key_owners, view.placement.key_owners):
             self.say(f"table {table_id} has two placements of epoch {view.placement.epoch}")
 
+    def note_applied(self, step: DecidedStep) -> None:
+        """A shard has applied a step, or counted one that it has no part in."""
+        key = step.table_id, step.version
+        if step.step_id == NOBODY:
+            return
+        self.note_decided(step.table_id, step.version, step.step_id, by="some shard")
+        told = self.decided.get(key)
+        if told is not None and (told.lr, told.grad_scale) != (step.lr, step.grad_scale):
+            self.say(f"version {step.version} of table {step.table_id} is applied with {step}, and was told as {told}")
+
     def note_decided(self, table_id: int, version: int, step_id: StepId, *, by: str) -> None:
         """Somebody says that this step made this version."""
         told = self.told.get((table_id, step_id))
         if told is None:
             self.say(f"{by} has version {version} of table {table_id} made by {step_id}, which nobody told")
             return
-        known = self.decided.setdefault((table_id, version), told)
+        known = self.decided.setdefault((table_id, version), replace(told))
         if known.step_id != step_id:
             self.say(f"version {version} of table {table_id} is {known.step_id} and, at {by}, {step_id}")
 
@@ -180,6 +193,7 @@ class History:
         """All that may not be; the run is over."""
         for table_id in sorted(self.schemas):
             self._check_table(table_id)
+        self._check_answers()
         self._check_whole()
         return self.violations
 
@@ -217,6 +231,8 @@ class History:
                 update = (table_id, step.step_id.group, step.step_id.rank, sequence)
                 if update in made_by:
                     self.say(f"update {update} is in version {made_by[update]} and again in {version}")
+                if update in self.discarded:
+                    self.say(f"update {update} was discarded and is in version {version}")
                 made_by[update] = version
         return made_by
 
@@ -259,14 +275,19 @@ class History:
             self.say(f"{where}: version {stamp.table_version} is not what was trained: {_difference(expected, found)}")
 
     def _gathered(self, oracle: Oracle, call: Call, placement: Placement) -> tuple[Tensor, Tensor]:
+        """A shard sums by itself what lies in pages of which it has the same blocks, then these sums."""
         request, reply, schema = call.request, call.reply, oracle.schema
+        here = torch.tensor(placement.owners == reply.stamp.shard)[request.ids // schema.page_slots]  # [L, blocks]
+        patterns = here.unique(dim=0)
         parts = []
         for block in reply.blocks:
-            here = torch.tensor(placement.owners[:, block] == reply.stamp.shard)
-            ids, weights, offsets = _only(here[request.ids // schema.page_slots], request)
-            values = oracle.gather(ids, weights, offsets, dtype=request.reply_dtype)
-            parts.append(values[:, slice(*schema.block_columns(block))])
-        return torch.cat(parts, dim=1), reply.values
+            sums = torch.zeros(len(request.offsets) - 1, _width(schema, block))
+            for pattern in patterns:
+                if pattern[block]:
+                    values = oracle.gather(*_only((here == pattern).all(dim=1), request))
+                    sums += values[:, slice(*schema.block_columns(block))]
+            parts.append(sums)
+        return torch.cat(parts, dim=1).to(reply.values.dtype), reply.values
 
     def _rows(self, oracle: Oracle, call: Call, placement: Placement) -> tuple[Tensor, Tensor]:
         request, reply, schema = call.request, call.reply, oracle.schema
@@ -283,6 +304,13 @@ class History:
         owners = torch.tensor(placement.owners)[(ids // schema.page_slots)[:, None], blocks[None, :]]
         return torch.where(owners == reply.stamp.shard, rows[:, columns], torch.zeros_like(rows[:, columns])), found
 
+    def _check_answers(self) -> None:
+        """A Commit is answered with the version that its step makes; one that comes late, with a later of its rank."""
+        made = {(table_id, step.step_id): version for (table_id, version), step in self.decided.items()}
+        for table_id, step_id, version, shard in self.answers:
+            if version < made.get((table_id, step_id), sys.maxsize):
+                self.say(f"shard {shard} answered that {step_id} makes version {version} of table {table_id}, not so")
+
     def _check_whole(self) -> None:
         """A step of several tables is of all of them or of none."""
         made = {(table_id, step.step_id) for (table_id, _), step in self.decided.items()}
@@ -291,6 +319,24 @@ class History:
             done = [step for step in steps if step in made]
             if done and len(done) < len(steps) and not any(table_id in gone for table_id, _ in steps):
                 self.say(f"of a step of {len(steps)} tables {len(done)} were made: {done} of {steps}")
+
+
+@contextmanager
+def observed(history: History) -> Iterator[None]:
+    """Every step that a shard applies meanwhile is told to the history."""
+    did = Order.did
+
+    def observe(order: Order) -> None:
+        step = order.next()
+        did(order)
+        if step is not None and step.table_id != ORACLE_TABLE:
+            history.note_applied(step)
+
+    Order.did = observe  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Order.did = did  # type: ignore[method-assign]
 
 
 class _Floors:
@@ -303,11 +349,10 @@ class _Floors:
         return max((version for at_s, version in self._acknowledged if at_s < when_s), default=0)
 
 
-def _only(here: Tensor, request: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The pairs of a request that are here, in their bags."""
-    before = torch.cat([torch.zeros(1, dtype=torch.int64), here.to(torch.int64).cumsum(0)])
-    weights = None if request.weights is None else request.weights[here]
-    return request.ids[here], weights, before[request.offsets]
+def _only(here: Tensor, request: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs of a request with no weight where they are not here: as a shard reads zeros there."""
+    weights = torch.ones(request.ids.shape[0]) if request.weights is None else request.weights
+    return request.ids, torch.where(here, weights, torch.zeros_like(weights)), request.offsets
 
 
 def _width(schema: TableSchema, block: int) -> int:

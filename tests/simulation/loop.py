@@ -21,6 +21,9 @@ from mempool.types.running import ONLY_WHEN_RUNG, Turn
 
 T = TypeVar("T")
 
+RESOLUTION_S = 1e-6
+"""Timers are late by so much at most."""
+
 
 class Stuck(Exception):
     """Nothing is left to do, or too much was done, before what was waited for had come."""
@@ -83,7 +86,8 @@ class Scheduler:
             if due > limit_s:
                 self.now_s = max(self.now_s, min(limit_s, due))
                 return False
-            self.now_s = max(self.now_s, due)
+            # As a clock does, it goes on in any case: nobody waits for ever for a moment that is almost there.
+            self.now_s = max(self.now_s + RESOLUTION_S, due)
             for loop in self._loops:
                 if loop.runs:
                     loop.take_due()
@@ -273,7 +277,11 @@ class InlineRunner:
         return work()
 
     def worker(
-        self, turn: Turn, *, name: str, within: Callable[[], AbstractContextManager[object]] = nullcontext
+        self,
+        turn: Turn,
+        *,
+        name: str,  # noqa: ARG002
+        within: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> "InlineWorker":
         return InlineWorker(self._loop, turn, within=within, duration_s=self.duration_s)
 

@@ -112,6 +112,8 @@ class Network:
         self.on_served: list[Callable[[Call, Any], None]] = []
         self.on_answered: list[Callable[[Call], None]] = []
         self.counts: dict[str, int] = defaultdict(int)
+        # What people ask of a pool names tables, and a name may be another table's by then.
+        self.may_repeat: Callable[[Method[Any, Any]], bool] = lambda method: method.service != methods.POOL_SERVICE
         self.encode = encode
         self._scheduler = scheduler
         self._random: Random = scheduler.random("network")
@@ -135,26 +137,23 @@ class Network:
             if listener.loop is loop:
                 del self._listeners[address]
                 for waiting in list(listener.clients.values()):
-                    self._send(loop.name, waiting.loop.name, waiting.broken, "its process died")
+                    self._send(loop.name, waiting.loop.name, waiting, waiting.broken, "its process died")
             else:
                 for number, waiting in list(listener.clients.items()):
                     if waiting.loop is loop:
-                        self._send(loop.name, listener.loop.name, self._cancel, listener, number)
+                        self._send(loop.name, listener.loop.name, waiting, self._cancel, listener, number)
 
     # What links do
 
-    def _send(self, source: str, dest: str, deliver: Callable[..., None], *args: Any) -> bool:
-        """Deliver later. Returns False where it never will be, though the link is not cut."""
+    def _send(self, source: str, dest: str, waiting: "_Waiting", deliver: Callable[..., None], *args: Any) -> None:
+        """Deliver later. A message that is lost breaks its connection; one that is cut off is sent again a while."""
         weather, random = self.weather, self._random
         self.counts["messages"] += 1
-        if (source, dest) in self.cut:
-            self.counts["cut"] += 1
-            return True
         if weather.loss and random.random() < weather.loss:
             self.counts["lost"] += 1
-            return False
-        self._deliver(self._delay_s(), source, dest, deliver, args)
-        return True
+            self._later(random.random() * LONGEST_BREAK_S, waiting.broken, "connection reset")
+        else:
+            self._deliver(self._delay_s(), source, dest, waiting, deliver, args)
 
     def _delay_s(self) -> float:
         weather, random = self.weather, self._random
@@ -164,36 +163,47 @@ class Network:
         return weather.shortest_s + random.random() * (weather.longest_s - weather.shortest_s)
 
     def _deliver(
-        self, delay_s: float, source: str, dest: str, deliver: Callable[..., None], args: tuple[Any, ...]
+        self,
+        delay_s: float,
+        source: str,
+        dest: str,
+        waiting: "_Waiting",
+        deliver: Callable[..., None],
+        args: tuple[Any, ...],
+        silent_s: float = 0.0,
     ) -> None:
         def arrive() -> None:
-            if (source, dest) not in self.cut:  # what is under way when a link is cut is lost
+            if (source, dest) not in self.cut:
                 deliver(*args)
+            elif silent_s < KEEPALIVE_S:  # as TCP does, with longer and longer pauses
+                self.counts["cut"] += 1
+                pause_s = min(KEEPALIVE_S - silent_s, max(0.2, silent_s))
+                self._deliver(pause_s, source, dest, waiting, deliver, args, silent_s + pause_s)
+            else:
+                waiting.broken("keepalive watchdog timeout")
 
-        self._scheduler.world.call_later(delay_s, arrive, context=contextvars.Context())
+        self._later(delay_s, arrive)
+
+    def _later(self, after_s: float, do: Callable[..., None], *args: Any) -> None:
+        self._scheduler.world.call_later(after_s, do, *args, context=contextvars.Context())
 
     def request(self, waiting: "_Waiting", address: str) -> None:
         """Send a request to whoever listens."""
         client = waiting.loop.name
         for observer in self.on_sent:
             observer(waiting.call)
-        if not self._send(client, _machine(address), self._arrived, waiting, address):
-            self._break_later(waiting)
-        if self.weather.repeat and self._random.random() < self.weather.repeat:
+        self._send(client, _machine(address), waiting, self._arrived, waiting, address)
+        if self.may_repeat(waiting.call.method) and self.weather.repeat and self._random.random() < self.weather.repeat:
             # As a try that its client gave up and made again: the first arrives all the same.
             self.counts["repeated"] += 1
             copy = _Waiting(self, waiting.loop, waiting.call, waiting.frame, waiting.timeout_s, lost=True)
             delay_s = self._random.random() * self.weather.longest_repeat_s
-            self._deliver(delay_s, client, _machine(address), self._arrived, (copy, address))
-
-    def _break_later(self, waiting: "_Waiting") -> None:
-        delay_s = self._random.random() * LONGEST_BREAK_S
-        self._scheduler.world.call_later(delay_s, waiting.broken, "connection reset", context=contextvars.Context())
+            self._deliver(delay_s, client, _machine(address), copy, self._arrived, (copy, address))
 
     def _arrived(self, waiting: "_Waiting", address: str) -> None:
         listener = self._listeners.get(address)
         if listener is None:
-            self._send(_machine(address), waiting.loop.name, waiting.refused)
+            self._send(_machine(address), waiting.loop.name, waiting, waiting.refused)
             return
         number = self._scheduler.number()
         listener.clients[number] = waiting
@@ -219,8 +229,7 @@ class Network:
             if method.streams:
                 count = 0
                 async for report in route(request):
-                    if not self._send(listener.loop.name, waiting.loop.name, waiting.reported, count, report):
-                        self._break_later(waiting)
+                    self._send(listener.loop.name, waiting.loop.name, waiting, waiting.reported, count, report)
                     count += 1
                 return count
             reply = await route(request)
@@ -235,23 +244,17 @@ class Network:
             return
         error = done.exception()
         answer = waiting.failed if error is not None else waiting.replied
-        sent = self._send(listener.loop.name, waiting.loop.name, answer, done.result() if error is None else error)
-        if not sent:
-            self._break_later(waiting)
+        value = done.result() if error is None else error
+        self._send(listener.loop.name, waiting.loop.name, waiting, answer, value)
 
     def cancel(self, waiting: "_Waiting") -> None:
         """A client went away: its server is told."""
         for listener, number in waiting.at:
-            self._send(waiting.loop.name, listener.loop.name, self._cancel, listener, number)
+            self._send(waiting.loop.name, listener.loop.name, waiting, self._cancel, listener, number)
 
     def _cancel(self, listener: Listener, number: int) -> None:
         for task in listener.tasks.get(number, []):
             listener.loop.call_soon(task.cancel, context=contextvars.Context())
-
-    def is_silent(self, client: str, address: str) -> bool:
-        """Whether a connection is cut off, one way or the other."""
-        machine = _machine(address)
-        return (client, machine) in self.cut or (machine, client) in self.cut
 
 
 _END = object()
@@ -347,7 +350,12 @@ class SimulatedChannel:
         self._closed = False
 
     async def call(
-        self, method: Method[Any, Any], request: Any, *, timeout_s: float | None = None, narrow_ids: bool = False
+        self,
+        method: Method[Any, Any],
+        request: Any,
+        *,
+        timeout_s: float | None = None,
+        narrow_ids: bool = False,  # noqa: ARG002
     ) -> Any:
         waiting = self._begin(method, request, timeout_s)
         call = waiting.call
@@ -399,17 +407,10 @@ class SimulatedChannel:
     async def _next(self, waiting: _Waiting, timeout_s: float | None) -> tuple[str, Any]:
         try:
             async with asyncio.timeout(timeout_s):
-                while True:
-                    try:
-                        async with asyncio.timeout(KEEPALIVE_S):
-                            kind, value = await waiting.inbox.get()
-                    except TimeoutError:
-                        if self._network.is_silent(self._loop.name, self.address) or not waiting.at:
-                            raise waiting._unavailable("keepalive watchdog timeout") from None
-                        continue
-                    if kind == "error":
-                        raise value
-                    return kind, value
+                kind, value = await waiting.inbox.get()
+            if kind == "error":
+                raise value
+            return kind, value
         except TimeoutError as error:
             if isinstance(error, MempoolError):
                 raise

@@ -28,6 +28,9 @@ from mempool.types import (
 )
 from tests.simulation.loop import InlineRunner, Scheduler
 
+ORACLE_TABLE = 1
+"""Its table's id: no pool gives it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Content:
@@ -43,7 +46,7 @@ class Oracle:
     """One table, whole, at one version after the other."""
 
     def __init__(self, schema: TableSchema) -> None:
-        self.schema = replace(schema, table_id=1)
+        self.schema = replace(schema, table_id=ORACLE_TABLE)
         self.version = 0
         self._scheduler = Scheduler(0)
         loop = self._scheduler.world
@@ -51,7 +54,7 @@ class Oracle:
         self._engine = Engine(ShardInfo(shard=0, address="", incarnation=1), clock=loop.time, runner=runner)
         shape = self.schema.num_row_pages, self.schema.num_blocks
         placement = Placement(
-            table_id=1,
+            table_id=ORACLE_TABLE,
             epoch=1,
             owners=np.zeros(shape, dtype=np.int32),
             key_owners=np.zeros(self.schema.num_key_pages, dtype=np.int32),
@@ -112,7 +115,9 @@ class Oracle:
 
     def arrays(self) -> list[str]:
         """Names of what is kept of every slot."""
-        return [name for name in self._engine._tenancy.table(1).storage.arrays if not name.startswith("keys")]
+        return [
+            name for name in self._engine._tenancy.table(ORACLE_TABLE).storage.arrays if not name.startswith("keys")
+        ]
 
     def close(self) -> None:
         self._run(self._engine.close())
@@ -120,7 +125,7 @@ class Oracle:
 
     @property
     def _envelope(self) -> Envelope:
-        return Envelope(table_id=1, epoch=1, incarnation=1)
+        return Envelope(table_id=ORACLE_TABLE, epoch=1, incarnation=1)
 
     def _run(self, call: Any) -> Any:
         with torch.no_grad():

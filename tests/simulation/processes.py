@@ -8,7 +8,6 @@ import asyncio
 import contextvars
 from collections.abc import Callable
 from random import Random
-from typing import Any
 
 from mempool.client import GrpcPool
 from mempool.client.routing.router import Router
@@ -46,6 +45,8 @@ class Park:
     Attributes:
         shards: Running shard processes by number, those that stand still too.
         controller: The running controller's process, None while there is none.
+        wanted: Numbers of the shards that somebody started and nobody stopped, whether or not they are up.
+        meant: How many shards the pool is meant to have, as the controller had it kept.
         killed: Incarnations of shards that were killed with what they had.
     """
 
@@ -54,10 +55,11 @@ class Park:
         self.network = network
         self.shards: dict[int, ShardProcess] = {}
         self.controller: ControllerProcess | None = None
+        self.wanted: set[int] = set()
+        self.meant = 0
         self.killed: list[ShardInfo] = []
         self.on_shard: list[Callable[[ShardProcess], None]] = []
         self.on_controller: list[Callable[[ControllerProcess], None]] = []
-        self.kept: dict[str, Any] = {}
         self._drift = drift
         self._random = scheduler.random("park")
         self._incarnation = 0
@@ -81,6 +83,7 @@ class Park:
         """A new process for a shard, with nothing in it."""
         self._incarnation += 1
         info = ShardInfo(shard=shard, address=shard_address(shard), incarnation=self._incarnation)
+        self.wanted.add(shard)
         process = self.shards[shard] = ShardProcess(self, info)
         for observer in self.on_shard:
             observer(process)
@@ -95,12 +98,17 @@ class Park:
         process.loop.kill()
         self.network.died(process.loop)
         if comes_back_s is not None:
-            self._later(comes_back_s, lambda: self.start_shard(shard) if shard not in self.shards else None)
+            self._later(comes_back_s, lambda: self._comes_back(shard))
+
+    def _comes_back(self, shard: int) -> None:
+        if shard in self.wanted and shard not in self.shards:
+            self.start_shard(shard)
 
     def remove_shard(self, info: ShardInfo) -> None:
         """A shard's process is ended for good, by the controller."""
         process = self.shards.get(info.shard)
-        if process is not None and process.info == info:
+        self.wanted.discard(info.shard)
+        if process is not None:
             del self.shards[info.shard]
             process.loop.kill()
             self.network.died(process.loop)
@@ -173,14 +181,22 @@ class SimulatedLauncher:
     async def starting(self) -> str:
         return ""
 
+    async def keep_wanted(self, shards: int) -> None:
+        await asyncio.sleep(self._random.random() * 0.1)
+        self._park.meant = shards
+
     async def stop(self, info: ShardInfo) -> None:
         await asyncio.sleep(self._random.random() * 0.1)
         self._park.remove_shard(info)
 
     async def find(self) -> list[ShardInfo]:
-        """The shards that there are, for a controller that was started anew."""
+        """The shards that there are, for a controller that was started anew; one that is not up has no address."""
         await asyncio.sleep(self._random.random() * 0.5)
-        return [process.info for _, process in sorted(self._park.shards.items())]
+        up = self._park.shards
+        return [
+            up[shard].info if shard in up else ShardInfo(shard=shard, address="", incarnation=0)
+            for shard in sorted(self._park.wanted)
+        ]
 
 
 class ControllerProcess:
@@ -190,7 +206,8 @@ class ControllerProcess:
         self._park = park
         self._starts = park.scheduler.number()
         self.loop = loop = park.process_loop(CONTROLLER)
-        self._launcher = SimulatedLauncher(park, park.scheduler.random(f"launcher {self._starts}"))
+        random = park.scheduler.random(f"controller {self._starts}")
+        self._launcher = SimulatedLauncher(park, random)
         dialer = GrpcDialer(park.network.channels(loop), clock=loop.time)
         self.controller: Controller | None = None
         self.ready = False
@@ -201,9 +218,11 @@ class ControllerProcess:
                 launcher=self._launcher,
                 dial=dialer.dial,
                 round_bytes=1024,
+                trainer_lease_s=TRAINER_LEASE_S,
                 clock=loop.time,
                 wall_clock=park.wall_clock,
                 runner=park.runner(loop),
+                new_token=lambda: f"{random.getrandbits(64):x}",
             )
             if shards is not None:
                 await controller.open(shards)
@@ -218,7 +237,7 @@ class ControllerProcess:
     async def _resume(self, controller: Controller) -> None:
         while True:
             try:
-                await controller.adopt(await self._launcher.find())
+                await controller.adopt(await self._launcher.find(), wanted=self._park.meant)
                 return
             except (MempoolError, TimeoutError):
                 await asyncio.sleep(_RETRY_S)

@@ -11,14 +11,16 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 
 import torch
 
 from tests.simulation.faults import Chaos, Faults
-from tests.simulation.history import History
+from tests.simulation.history import History, observed
 from tests.simulation.loop import Scheduler, Stuck
+from tests.simulation.marks import Marks
 from tests.simulation.network import Network
 from tests.simulation.processes import Park
 from tests.simulation.workload import Workload
@@ -57,6 +59,7 @@ class Run:
     marks: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
+        self.around: AbstractContextManager[object] = nullcontext()
         self.scheduler = Scheduler(self.seed)
         random = self.scheduler.random("run")
         self.faults = self.faults or Faults.draw(random)
@@ -66,6 +69,7 @@ class Run:
         self.history = History()
         self.history.watch(self.network)
         self.park = Park(self.scheduler, self.network, drift=0.02 if self.faults.drift else 0.0)
+        Marks(self.marks).watch(self.network)
         self.workload = Workload(self.park, self.history, self.marks)
         self.shards = random.choice((1, 2, 2, 3, 3, 4))
 
@@ -76,9 +80,12 @@ class Run:
         enabled = gc.isenabled()
         gc.disable()  # when garbage is collected is no part of a seed
         try:
-            self._play()
+            with self.around, observed(self.history):
+                self._play()
         except Stuck as stuck:
             self.history.say(f"no progress: {stuck}; {self.workload.waiting()}")
+        except Exception as error:
+            self.history.say(f"the run ended with {type(error).__name__}: {error}")
         finally:
             self.network.cut.clear()
             self.scheduler.close()
@@ -142,7 +149,8 @@ def play(seed: int) -> Outcome:
     return Run(seed).play()
 
 
-def _prepare_worker() -> None:
+def prepare_worker() -> None:
+    """A process for many runs: one thread, nothing said, and nothing collected that lives anyhow."""
     torch.set_num_threads(1)
     import logging
 
@@ -163,7 +171,7 @@ def main() -> int:
     failed: list[int] = []
     totals: Counter[str] = Counter()
     seeds = range(options.seed, options.seed + options.seeds)
-    with get_context("spawn").Pool(options.processes, _prepare_worker, maxtasksperchild=100) as pool:
+    with get_context("spawn").Pool(options.processes, prepare_worker, maxtasksperchild=100) as pool:
         for outcome in pool.imap(play, seeds):
             marks.update(outcome.marks)
             totals.update(

@@ -148,6 +148,14 @@ def test_who_is_cut_off_is_silent_until_the_connection_is_given_up(scene: Scene,
     scene.drop("facts")
 
 
+def test_what_was_sent_while_cut_off_arrives_late(scene: Scene) -> None:
+    scene.network.cut.add(("trainer", "controller"))
+    scene.later(10.0, scene.network.cut.clear)
+    scene.drop("facts")
+    assert 10.0 < scene.scheduler.now_s < 30.0
+    assert scene.pool.dropped == ["facts"]
+
+
 @pytest.mark.parametrize("way", ["request", "reply"])
 def test_a_lost_message_breaks_the_call_whether_or_not_it_was_done(scene: Scene, way: str) -> None:
     if way == "request":
@@ -162,6 +170,7 @@ def test_a_lost_message_breaks_the_call_whether_or_not_it_was_done(scene: Scene,
 
 def test_a_request_may_come_twice_the_second_time_late(scene: Scene) -> None:
     scene.network.weather.repeat = 1.0
+    scene.network.may_repeat = lambda _: True
     scene.drop("facts")
     assert scene.pool.dropped == ["facts"]
     scene.settle()

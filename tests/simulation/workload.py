@@ -10,7 +10,6 @@ from random import Random
 from typing import Any, TypeVar
 
 import torch
-from tests.simulation.training import Training
 
 from mempool.errors import (
     AlreadyExists,
@@ -23,19 +22,11 @@ from mempool.errors import (
 )
 from mempool.types import TableView
 from mempool.types.bags import Bags
-from tests.simulation.history import Acknowledged, History, Write
+from tests.simulation.history import History, Write
 from tests.simulation.oracle import Content
 from tests.simulation.processes import Park, Trainer
-from tests.simulation.tables import (
-    NUM_SLOTS,
-    TRAINED,
-    WIDTH,
-    draw_bags,
-    draw_grads,
-    draw_schema,
-    may_be_written,
-    numbers,
-)
+from tests.simulation.tables import NUM_SLOTS, TRAINED, WIDTH, draw_bags, draw_grads, draw_schema, may_be_written
+from tests.simulation.training import Training
 
 T = TypeVar("T")
 
@@ -301,7 +292,7 @@ class _Life:
         except FAULTS:
             self.workload.marks[f"{what} that failed"] += 1
         except NotFound as error:
-            if not ids & history.dropped:
+            if not ids & (history.dropped | history.lost):
                 history.say(f"{self.name}: {what}: {error!r}")
         except DataLoss as error:
             if not ids & history.lost:
@@ -361,10 +352,9 @@ class TrainerLife(_Life):
         await self.commit(tables, lr, grad_scale)
 
     async def commit(self, tables: list[TableView], lr: float, grad_scale: float) -> None:
-        """Commit, and tell the history what was acknowledged."""
+        """Commit all that is pending on these tables."""
         done = await self.tried("a commit", self.training.commit(tables, lr=lr, grad_scale=grad_scale), *tables)
         if done is not None:
-            self.workload.history.acknowledged.append(Acknowledged(tuple(done), self.now_s()))
             self.workload.marks[f"a commit of {min(3, len(tables))} tables"] += 1
 
     async def push(self, view: TableView) -> None:
@@ -405,6 +395,3 @@ class TrainerLife(_Life):
 async def _said(done: Awaitable[None]) -> bool:
     await done
     return True
-
-
-_ = numbers

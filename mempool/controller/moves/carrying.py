@@ -73,6 +73,10 @@ class _Carrier:
     async def next_event(self, next_s: float | None, clock: Clock) -> Event:
         """What became of one call, or that the time has come."""
         timeout = None if next_s is None else max(0.0, next_s - clock())
+        if not self._under_way:
+            assert timeout is not None, "a round that waits for nothing has ended"
+            await asyncio.sleep(timeout)
+            return Ticked()
         done, _ = await asyncio.wait(self._under_way, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         task = next((task for task in self._under_way if task in done), None)
         if task is None:

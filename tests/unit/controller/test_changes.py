@@ -57,7 +57,7 @@ def test_a_caller_that_goes_away_does_not_undo_it_and_a_repeat_joins_in() -> Non
             gate.open.set()
             view = await again
             assert view.schema.table_id == creation.table_id
-            assert bench.fleet.hosts[1].calls.count("attach_table") == 1
+            assert bench.fleet.hosts[1].calls.count("attach_table") == 2, "to attach it, and to confirm it"
             assert (await bench.controller.status()).creating == ()
 
         on_loop(work)
@@ -306,4 +306,4 @@ def test_neither_the_callers_deadline_nor_its_name_goes_along_to_the_shards() ->
                 await bench.controller.create_table(SCHEMA)
 
         on_loop(work)
-    assert found == [Caller()] * 2
+    assert found == [Caller()] * 4

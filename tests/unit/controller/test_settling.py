@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mempool import errors
+from mempool.agreement import rounds
 from mempool.controller import mover, telling
 from mempool.controller.pulls import pulls
 from mempool.placement import Assignment, moves
@@ -46,7 +47,7 @@ def faulty_from_the_start(bench: Bench, faults: dict[str, Callable[[], Awaitable
 
 def test_a_view_that_arrives_late_keeps_what_was_staged_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The former owner has given the pages away by then: they are nowhere else."""
-    monkeypatch.setattr(telling, "_PUSH_PAUSE_S", 0.01)
+    monkeypatch.setattr(rounds, "_TELL_PAUSE_S", 0.01)
     with Bench(1, round_bytes=40_000) as bench:
         table = bench.pool.create_table(config(layout="rows"))
         values = table.rows(EVERYTHING)
@@ -64,7 +65,7 @@ def test_a_view_that_arrives_late_keeps_what_was_staged_for_it(monkeypatch: pyte
 
 
 def test_one_lost_packet_does_not_stop_a_rescale(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telling, "_PUSH_PAUSE_S", 0.01)
+    monkeypatch.setattr(rounds, "_TELL_PAUSE_S", 0.01)
     with Bench(1, round_bytes=40_000) as bench:
         table = bench.pool.create_table(config(layout="rows"))
         values = table.rows(EVERYTHING)
@@ -101,7 +102,7 @@ def test_a_thaw_that_was_lost_is_repeated(lost: int) -> None:
 
 
 def test_a_shard_that_hangs_does_not_hold_up_a_rescale_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mover, "_FREEZE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(mover, "_REST_S", -9.9)
     monkeypatch.setattr(mover, "_ANSWER_TIMEOUT_S", 0.1)
     with Bench(2) as bench:
         table = bench.pool.create_table(config(layout="rows"))
@@ -181,7 +182,7 @@ def test_tables_that_were_made_past_a_controller_are_left_alone() -> None:
         run(stranger.adopt(bench.controller.shards), timeout_s=CALL_S)
         table = bench.pool_of(stranger).create_table(config())
         for host in bench.fleet.hosts.values():
-            run(host.freeze(table.schema.table_id, 5.0), timeout_s=CALL_S)
+            run(host.freeze(table.schema.table_id, 5.0, token="a", lease_s=0.0), timeout_s=CALL_S)
         bench.pool.create_table(config(seed=5))  # of the same name
         run(bench.controller.reconcile(), timeout_s=CALL_S)
         for host in bench.fleet.hosts.values():
@@ -201,7 +202,7 @@ def test_nothing_is_thawed_while_a_shard_is_silent_that_may_know_more() -> None:
         )
         fetched = pulls(present, moves(before, after))
         for host in bench.fleet.hosts.values():
-            run(host.freeze(table.schema.table_id, 5.0), timeout_s=CALL_S)
+            run(host.freeze(table.schema.table_id, 5.0, token="a", lease_s=0.0), timeout_s=CALL_S)
         for dest, requests in fetched:
             for request in requests:
                 run(bench.fleet.hosts[dest].pull_pages(request), timeout_s=CALL_S)

@@ -31,9 +31,11 @@ class LocalCoordinator:
     def __init__(self) -> None:
         self.calls: deque[tuple[str, int]] = deque(maxlen=100)
 
-    async def prepare(self, sessions: Sequence["LocalSession"], *, want_norm: bool) -> list[Prepared | None]:
+    async def prepare(
+        self, sessions: Sequence["LocalSession"], *, want_norm: bool, norm_order: float = 0.0
+    ) -> list[Prepared | None]:
         self.calls.append(("prepare", len(sessions)))
-        return [await session.prepare(want_norm=want_norm) for session in sessions]
+        return [await session.prepare(want_norm=want_norm, norm_order=norm_order) for session in sessions]
 
     async def commit(self, commitments: Sequence[Any]) -> list[int]:
         self.calls.append(("commit", len(commitments)))

@@ -77,18 +77,30 @@ def test_a_pool_that_is_where_it_should_be_has_nothing_unfinished(layout: Any, s
 
 def test_pages_that_a_stopped_rescale_left_behind_are_not_nothing_to_do() -> None:
     half = status(shards=2, placed_on=1)
-    assert unfinished(half) == "32 of 64 pages of table 'facts' are not where 2 shards have them"
+    said = (
+        "32 of 64 pages of table 'facts' are not where 2 shards have them: ask again with mempool scale --shards 2, or "
+        "mempool apply"
+    )
+    assert unfinished(half) == said
     changes = planned(FILE, half)
     assert changes.rescale
     assert not changes.nothing
-    assert changes.lines() == [
-        "move pages to where 2 shards have them: 32 of 64 pages of table 'facts' are not where 2 shards have them"
-    ]
+    assert changes.lines() == [f"finish the move to 2 shards: {said}"]
 
 
 def test_pages_on_a_shard_that_is_not_there_are_not_nothing_to_do() -> None:
     missing = unfinished(status(shards=1, placed_on=3))
-    assert missing == "table 'facts' has pages on shard 1, which is not among the pool's shards"
+    assert missing.startswith("table 'facts' has pages on shard 1, which is not among the pool's shards: ask again")
+
+
+def test_a_pool_that_was_asked_for_other_shards_than_it_has_is_unfinished() -> None:
+    """Its placements may be as its shards have them all the same."""
+    asked = replace(status(shards=2), wanted_shards=4)
+    said = "the pool has 2 shards and was asked for 4: ask again with mempool scale --shards 4, or mempool apply"
+    assert unfinished(asked) == said
+    assert planned(FILE, asked).rescale, "the file says 2: that it wants 2 now is to be told"
+    assert not planned(FILE, replace(asked, wanted_shards=2)).rescale
+    assert not planned(FILE, replace(asked, wanted_shards=0)).rescale, "a shard answers for the controller"
 
 
 def test_what_the_pool_says_of_a_rescale_that_stopped_counts() -> None:

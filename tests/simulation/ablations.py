@@ -1,0 +1,102 @@
+"""Safeguards switched off, one at a time, to see that the simulation would miss them. For tests only.
+
+``python -m tests.simulation.ablations --seeds 200`` looks for the first seed that shows each one missing.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import get_context
+from typing import Any
+from unittest import mock
+
+from mempool.agreement.ledger import AppliedLedger
+from mempool.agreement.order import Order
+from mempool.agreement.rounds_here import RoundsHere
+from mempool.shard.hosted import HostedTable
+from mempool.shard.steps.held import HeldUpdates
+from mempool.shard.tenancy import Tenancy
+from tests.simulation.faults import Faults
+from tests.simulation.run import Outcome, Run, prepare_worker
+
+Patch = tuple[Any, str, Callable[..., Any]]
+
+
+def _any_epoch(check: Callable[..., None]) -> Callable[..., None]:
+    return lambda table, envelope: check(table, replace(envelope, epoch=table.epoch))
+
+
+def _in_order_of_arrival(order: Order, step: Any) -> None:
+    """A step that is told is the next one, whatever its version."""
+    if step.version > order.applied and step.version not in order._waiting:
+        order._waiting[order.numbered + 1] = replace(step, version=order.numbered + 1)
+
+
+ABLATIONS: dict[str, list[Patch]] = {
+    "incarnation fence": [(Tenancy, "check_incarnation", lambda *_: None)],
+    "epoch fence": [(HostedTable, "check", _any_epoch(HostedTable.check))],
+    "version wait": [(HostedTable, "lacks", lambda *_, **__: None)],
+    "wait for decided steps": [(HostedTable, "in_doubt", lambda *_, **__: None)],
+    "ledger": [(AppliedLedger, "applied", lambda *_: 0)],
+    "token of a round": [(RoundsHere, "check", lambda *_: None)],
+    "order": [(Order, "add", _in_order_of_arrival)],
+    "lease of a trainer": [(HeldUpdates, "lives", lambda *_: True)],
+    "lease of a freeze": [(RoundsHere, "expire", lambda *_: False)],
+}
+FAULTS: dict[str, Faults] = {
+    "incarnation fence": Faults(repeat=True, slow=True, shards_die=True, controller_dies=True),
+    "lease of a trainer": Faults(trainers_die=True, partitions=True),
+    "lease of a freeze": Faults(controller_dies=True, partitions=True, pauses=True),
+    "token of a round": Faults(controller_dies=True, repeat=True, slow=True, pauses=True, partitions=True),
+}
+
+
+@contextmanager
+def without(safeguard: str) -> Iterator[None]:
+    """The safeguard is off in this process."""
+    patches = [mock.patch.object(owner, name, fake) for owner, name, fake in ABLATIONS[safeguard]]
+    for patch in patches:
+        patch.start()
+    try:
+        yield
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def play_without(asked: tuple[str, int]) -> Outcome:
+    """One run without a safeguard. The oracle is another matter: it has nobody to be guarded from."""
+    safeguard, seed = asked
+    run = Run(seed, faults=FAULTS.get(safeguard))
+    run.around = without(safeguard)
+    return run.play()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=200)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    unseen = []
+    with get_context("spawn").Pool(options.processes, prepare_worker) as pool:
+        for safeguard in ABLATIONS:
+            if options.only and options.only != safeguard:
+                continue
+            found = None
+            for outcome in pool.imap(play_without, [(safeguard, seed) for seed in range(1, options.seeds + 1)]):
+                if outcome.violations:
+                    found = outcome
+                    break
+            if found is None:
+                unseen.append(safeguard)
+                print(f"{safeguard}: not missed in {options.seeds} seeds", flush=True)
+            else:
+                print(f"{safeguard}: missed at seed {found.seed}: {found.violations[0][:200]}", flush=True)
+    return 1 if unseen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
