@@ -322,6 +322,8 @@ class Router:
             if not task.done():
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
+            elif not task.cancelled():
+                task.exception()  # known to whoever waits, unless they were cut off in the same moment
 
     async def _plan(self, table_id: int) -> TablePlan:
         plan = self._plans.get(table_id)

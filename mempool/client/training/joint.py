@@ -78,6 +78,9 @@ class Joint:
             await session.pushes.settled()
         self.step.handle(Placed(owners=together.owners))
         while not isinstance(action := self.step.next(goal), Reached):
+            if self.step.state == "open":
+                # A shard that has a step prepared that was given up would wait for what becomes of that.
+                await discard_given_up(together, self.sessions.values())
             await self._do(together, action)
 
     def leave(self, table_id: int) -> None:
@@ -129,7 +132,7 @@ class Joint:
                     ),
                 )
             case Renumber():
-                await self._renumber(together)
+                self._renumber()
             case Fail():
                 raise action.error
 
@@ -195,19 +198,20 @@ class Joint:
         if forgetful:
             self.dropped.append(Dropped(table_id, frozenset(forgetful)))
 
-    async def _renumber(self, together: Together) -> None:
+    def _renumber(self) -> None:
         step_ids = {}
         for table_id, session in self.sessions.items():
             assert session.book.closing is not None
             session.book.renumber()
             step_ids[table_id] = session.book.closing.step_id
         self.step.handle(Renumbered(step_ids=step_ids))
-        await discard_given_up(together, self.sessions.values())
 
 
 async def discard_given_up(together: Together, sessions: Iterable[Session]) -> None:
     """Tell the shards of steps that were given up, and forget them here."""
-    told = {session: tuple(session.book.given_up) for session in sessions}
+    told = {session: tuple(session.book.given_up) for session in sessions if session.book.given_up}
+    if not told:
+        return
     await together.discard({session.table_id: step_ids for session, step_ids in told.items()})
     for session, step_ids in told.items():
         del session.book.given_up[: len(step_ids)]

@@ -97,7 +97,7 @@ class Shards:
         if not any(missing):
             self.prepared.add((shard, first))
         return [
-            PreparedPart(stamp=STAMP, missing=each, squared_norm=2.0, applied=self.has(shard, part))
+            PreparedPart(stamp=STAMP, missing=each, squared_norm=2.0, norm=3.0, applied=self.has(shard, part))
             for each, part in zip(missing, parts, strict=True)
         ]
 
@@ -181,10 +181,12 @@ class Client:
     def step_id(self) -> StepId:
         return StepId(group="g", rank=0, step=self.next_step)
 
-    def go(self, goal: Any, *, decide: bool = True, want_norm: bool = False, actions: int = 100) -> Action:
+    def go(
+        self, goal: Any, *, decide: bool = True, want_norm: bool = False, norm_order: float = 0.0, actions: int = 100
+    ) -> Action:
         """Until the goal is reached, it fails, or an answer is lost."""
         step, shards = self.step, self.shards
-        step.handle(Begun(want_norm=want_norm))
+        step.handle(Begun(want_norm=want_norm, norm_order=norm_order))
         if decide:
             step.handle(Decided(numbers={table_id: NUMBERS[table_id] for table_id in step.tables}))
         for _ in range(actions):
@@ -211,7 +213,15 @@ class Client:
                     step.handle(Refused(error=error))
                     return
                 yield
-                step.handle(PrepareAnswered(shard=shard, parts=parts, reply=reply, want_norm=action.want_norm))
+                step.handle(
+                    PrepareAnswered(
+                        shard=shard,
+                        parts=parts,
+                        reply=reply,
+                        want_norm=action.want_norm,
+                        norm_order=action.norm_order,
+                    )
+                )
         elif isinstance(action, SendAgain):
             self._hold(action.missing)
             yield
@@ -282,9 +292,11 @@ def test_prepared_with_a_norm_is_asked_once_and_again_only_for_a_norm() -> None:
     assert isinstance(client.go("prepared", decide=False), Reached)
     assert isinstance(client.go("prepared", decide=False, want_norm=True), Reached)
     assert isinstance(client.go("prepared", decide=False, want_norm=True), Reached)
-    assert client.step.norm(2) == (6.0, True)
+    assert client.step.norm(2) == (6.0, True, 0.0)
+    assert isinstance(client.go("prepared", decide=False, want_norm=True, norm_order=1.0), Reached)
+    assert client.step.norm(2) == (6.0, True, 9.0)
     assert isinstance(client.go("decided"), Reached)
-    assert client.kinds() == ["Prepare", "Prepare", "Commit"]
+    assert client.kinds() == ["Prepare", "Prepare", "Prepare", "Commit"]
 
 
 def test_what_is_missing_is_sent_to_those_who_miss_it_alone() -> None:

@@ -105,7 +105,12 @@ def test_one_prepare_a_shard_with_each_tables_own_envelope(wait) -> None:  # typ
     to = {0: parts(1), 1: parts(1, 2), 2: parts(2)}
     wait(
         tables.together.prepare(
-            to, want_norm=True, decider=parts(1)[0], wait=False, heard=lambda shard, *_: heard.append(shard)
+            to,
+            want_norm=True,
+            norm_order=0.0,
+            decider=parts(1)[0],
+            wait=False,
+            heard=lambda shard, *_: heard.append(shard),
         )
     )
     assert sorted(heard) == [0, 1, 2]

@@ -339,6 +339,24 @@ def test_a_step_that_was_dropped_after_silence_goes_under_the_next_number_and_is
     assert any("a step of tables 'table-1', 'table-2' was dropped" in notice for notice in client.coordinator.notices())
 
 
+def test_a_number_that_was_given_up_is_told_of_until_all_have_heard(wait) -> None:  # type: ignore[no-untyped-def]
+    client = Client(ScriptedPool({1: THREE}))
+
+    async def main() -> None:
+        await client.push()
+        await client.sessions[0].prepare()
+        client.pool.shards[0].forget()
+        client.pool.shards[1].before["discard"] = [StalePlacement("old"), ShardUnavailable("away")]
+        assert await client.sessions[0].commit(lr=LR) == 1
+        await client.coordinator.applied(client.sessions)
+
+    wait(main())
+    client.assert_agreed()
+    names = client.pool.shards[1].names()
+    assert names.count("discard") == 3
+    assert "prepare" not in names[names.index("discard") : -names[::-1].index("discard")]
+
+
 def test_commits_of_many_tables_at_once_do_not_wait_for_each_other_in_a_circle(wait) -> None:  # type: ignore[no-untyped-def]
     client = Client(ScriptedPool(dict.fromkeys(range(1, 5), THREE)))
     one, two, three, four = client.sessions
