@@ -22,6 +22,8 @@ from mempool.types.running import Clock, Runner
 
 _LOG = logging.getLogger("mempool.controller")
 
+_START_LOOKS, _START_PAUSE_S = 480, 0.25
+
 Reports = asyncio.Queue[RescaleProgress | Exception]
 
 
@@ -156,8 +158,10 @@ class Rescaling:
 
     async def _run(self, shards: int, reports: Reports) -> None:
         last: RescaleProgress | Exception = ShardUnavailable("the rescale was stopped: its controller is closing")
-        self._waiting = "another change of the pool"
         try:
+            reports.put_nowait(_begun(len(self._roster.shards), shards))  # at once: starting shards takes a while
+            await self._until_started(shards)
+            self._waiting = "another change of the pool"
             async with self._changing:
                 async for progress in self._rescale(shards):
                     if progress.done:
@@ -174,11 +178,21 @@ class Rescaling:
                 self.wanted = self._before or None
             reports.put_nowait(last)
 
+    async def _until_started(self, shards: int) -> None:
+        """Wait for shards that a controller before this one began to start, and that are to stay. Not for ever."""
+        for _ in range(_START_LOOKS):
+            staying = shards_after(sorted(self._roster.shards), shards)
+            infos = self._roster.shards
+            starting = [shard for shard in staying if shard in infos and not infos[shard].incarnation]
+            if not starting:
+                return
+            self._waiting = f"shard {', '.join(map(str, starting))} to start"
+            await asyncio.sleep(_START_PAUSE_S)
+
     async def _rescale(self, shards: int) -> AsyncIterator[RescaleProgress]:
         before = sorted(self._roster.shards)
         after = shards_after(before, shards)
         added, removed = sorted(set(after) - set(before)), sorted(set(before) - set(after))
-        yield _begun(len(before), shards)  # at once: starting shards takes a while
         if self._changes.filling:
             self._waiting = f"tables that are being made: {', '.join(self._changes.filling)}"
         await self._changes.idle()

@@ -115,7 +115,8 @@ class ControllerProcess:
                     await self._controller.shard_restarted(start.info)
                     self._launcher.acknowledge(start)
                 await self._controller.reconcile()
-                pause_s = _LOOK_S
+                # One that is on its way up for the first time does not say when it is there.
+                pause_s = _LOOK_S if all(info.incarnation for info in self._controller.shards) else _RETRY_S
             except Exception as error:  # whatever it is, the next look may do better; without looks nothing recovers
                 _LOG.warning("looking after the shards failed, will be tried again: %r", error)
                 pause_s = _RETRY_S

@@ -9,7 +9,7 @@ import torch
 
 from mempool import errors
 from mempool.agreement import rounds
-from mempool.controller import mover, telling
+from mempool.controller import mover, rescaling
 from mempool.controller.pulls import pulls
 from mempool.placement import Assignment, moves
 from mempool.types import ShardInfo
@@ -143,7 +143,8 @@ def test_a_controller_that_hears_nobody_does_not_take_the_pool_for_empty() -> No
         assert len(run(heir.tables(), timeout_s=CALL_S)) == 1
 
 
-def test_a_shard_that_is_away_does_not_keep_a_new_controller_from_its_work() -> None:
+def test_a_shard_that_is_away_does_not_keep_a_new_controller_from_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rescaling, "_START_LOOKS", 1)
     with Bench(3) as bench:
         bench.pool.create_table(config(name="wide", layout="columns"))
         shards = [
@@ -217,7 +218,7 @@ def test_nothing_is_thawed_while_a_shard_is_silent_that_may_know_more() -> None:
 
 
 def test_a_dead_shard_that_owns_nothing_can_be_scaled_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telling, "_PUSH_PAUSE_S", 0.01)
+    monkeypatch.setattr(rounds, "_TELL_PAUSE_S", 0.01)
     with Bench(4, round_bytes=40_000) as bench:
         table = bench.pool.create_table(config(value_dim=192, layout="columns"))
         values = table.rows(EVERYTHING)
