@@ -72,7 +72,7 @@ class History:
         violations: What may not be, in words.
         schemas: Of every table that there ever was, by id.
         contents: Updates by their number.
-        lost: Tables of which a shard was killed that had pages of them.
+        owners: (shard, incarnation) of those that had pages of a table, by table; killed: of those that were killed.
         torn: Steps by what they were told as one: [(table id, step), ...] of each commit of several tables.
     """
 
@@ -86,7 +86,9 @@ class History:
     acknowledged: list[Acknowledged] = field(default_factory=list)
     discarded: set[Update] = field(default_factory=set)
     writes: dict[tuple[int, int], list[Write]] = field(default_factory=lambda: defaultdict(list))
-    lost: set[int] = field(default_factory=set)
+    owners: dict[int, set[tuple[int, int]]] = field(default_factory=lambda: defaultdict(set))
+    killed: set[tuple[int, int]] = field(default_factory=set)
+    hit: set[int] = field(default_factory=set)
     dropped: set[int] = field(default_factory=set)
     together: set[tuple[tuple[int, StepId], ...]] = field(default_factory=set)
     answers: list[tuple[int, StepId, int, int]] = field(default_factory=list)
@@ -144,6 +146,8 @@ class History:
         """A shard was given a view: of one epoch there is one placement."""
         table_id = view.schema.table_id
         self.schemas.setdefault(table_id, view.schema)
+        placed = set(view.placement.shards)
+        self.owners[table_id] |= {(info.shard, info.incarnation) for info in view.shards if info.shard in placed}
         known = self.placements.setdefault((table_id, view.placement.epoch), view.placement)
         same = np.array_equal(known.owners, view.placement.owners)
         if not same or not np.array_equal(known.key_owners, view.placement.key_owners):
@@ -183,9 +187,15 @@ class History:
 
     def shard_killed(self, info: ShardInfo) -> None:
         """Tables that had pages there may answer DataLoss from now on."""
-        for (table_id, _), placement in self.placements.items():
-            if info.shard in placement.shards:
-                self.lost.add(table_id)
+        self.killed.add((info.shard, info.incarnation))
+        self.hit |= {table for (table, _), placement in self.placements.items() if info.shard in placement.shards}
+
+    @property
+    def lost(self) -> set[int]:
+        """Tables that had pages on a shard that was killed, or were being made on it, in some placement of theirs."""
+        if not self.killed:
+            return set()
+        return self.hit | {table_id for table_id, owners in self.owners.items() if owners & self.killed}
 
     # The check
 

@@ -169,6 +169,7 @@ def main() -> int:
     began_s = time.monotonic()
     marks: Counter[str] = Counter()
     failed: list[int] = []
+    done = 0
     totals: Counter[str] = Counter()
     seeds = range(options.seed, options.seed + options.seeds)
     with get_context("spawn").Pool(options.processes, prepare_worker, maxtasksperchild=100) as pool:
@@ -177,6 +178,9 @@ def main() -> int:
             totals.update(
                 calls=outcome.calls, checked=outcome.checked, versions=outcome.versions, simulated=outcome.simulated_s
             )
+            done += 1
+            if done % 50 == 0:
+                print(f"... {done} seeds, {time.monotonic() - began_s:.0f} s", flush=True)
             if outcome.violations:
                 failed.append(outcome.seed)
                 print(f"seed {outcome.seed}: {len(outcome.violations)} violations", flush=True)
