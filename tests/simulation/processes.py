@@ -178,9 +178,6 @@ class SimulatedLauncher:
         running = self._park.shards.get(shard)
         return self._park.start_shard(shard) if running is None else running.info
 
-    async def keep_wanted(self, shards: int) -> None:
-        """Nobody will ask, yet."""
-
     async def starting(self) -> str:
         return ""
 

@@ -41,9 +41,6 @@ class GrpcPoolHere:
     async def starting(self) -> str:
         return ""
 
-    async def keep_wanted(self, shards: int) -> None:
-        """Nobody will ask."""
-
     async def start(self, shard: int) -> ShardInfo:
         """For the controller."""
         return await self._start(shard, incarnation=1)
