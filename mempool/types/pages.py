@@ -151,7 +151,7 @@ class LedgerPart:
 class PullPages:
     """Fetch pages from their present owner and stage them; they answer nothing until a view that says so is set.
 
-    token: The round; where another one's freeze holds, or none, the pull is refused and what it brings is not staged.
+    token: The round; where another one holds the table, or it is over, the pull is refused and nothing is staged.
     """
 
     table_id: int

@@ -48,22 +48,11 @@ from mempool.types import (
 )
 from mempool.wire.channels.loop import io_loop, run
 
+from .layouts import BLOCK_ARRAYS, LAYOUTS
+
 T = TypeVar("T")
-
 CALL_S = 100.0
-
 _lookup_ids = itertools.count(1)
-
-# [7 row pages, 3 blocks] on up to three shards; "mixed" has shards whose pages have different blocks.
-LAYOUTS: dict[str, list[list[int]]] = {
-    "one": [[0, 0, 0]] * 7,
-    "columns": [[0, 1, 1]] * 7,
-    "rows": [[0, 0, 0]] * 4 + [[1, 1, 1]] * 3,
-    "grid": [[0, 1, 1]] * 3 + [[2, 0, 0]] * 4,
-    "mixed": [[0, 0, 1], [2, 1, 0], [0, 2, 2], [1, 1, 1], [2, 2, 2], [0, 1, 2], [1, 0, 0]],
-}
-EXACT_LAYOUTS = ("one", "columns")
-BLOCK_ARRAYS = ("values.row_sum", "values.row_exp_avg_sq", "values.last_step", "values.scales")
 
 
 def make_schema(**changes: Any) -> TableSchema:
@@ -215,9 +204,10 @@ class Driver:
     def move(self, owners: Any, key_owners: Any = None, *, token: str = "") -> int:
         """Freeze, pull, set the new view everywhere. Returns how many pages moved."""
         placement = self.placed.placement
+        owners = LAYOUTS[owners] if isinstance(owners, str) else owners
         target = self.make_view(
             self.schema,
-            LAYOUTS[owners] if isinstance(owners, str) else owners,
+            owners,
             placement.key_owners if key_owners is None else key_owners,
             epoch=placement.epoch + 1,
         )

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from .driver import EXACT_LAYOUTS, LAYOUTS, Bags, Driver, make_bags, make_schema, reference_sums, relative_error
+from .driver import Bags, Driver, make_bags, make_schema, reference_sums, relative_error
+from .layouts import EXACT_LAYOUTS, LAYOUTS
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -20,7 +20,8 @@ from mempool.types import (
     WriteRowsRequest,
 )
 
-from .driver import LAYOUTS, Driver, make_bags, make_schema, relative_error, same
+from .driver import Driver, make_bags, make_schema, relative_error, same
+from .layouts import LAYOUTS
 
 GRADS = torch.linspace(-1, 1, 40).view(4, 10)
 OPTIMIZERS = {

@@ -10,7 +10,8 @@ import torch
 from mempool.types import OptimizerSpec
 from mempool.types.norms import joined_norm
 
-from .driver import LAYOUTS, Bags, Driver, make_bags, make_schema, reference_sums, relative_error, same
+from .driver import Bags, Driver, make_bags, make_schema, reference_sums, relative_error, same
+from .layouts import LAYOUTS
 from .oracle import Oracle
 
 OPTIMIZERS = {

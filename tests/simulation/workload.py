@@ -295,7 +295,7 @@ class _Life:
             if not ids & (history.dropped | history.lost):
                 history.say(f"{self.name}: {what}: {error!r}")
         except DataLoss as error:
-            if not ids & history.lost:
+            if not ids & (history.lost | history.dropped):
                 history.say(f"{self.name}: {what}: {error!r}")
         except MempoolError as error:
             history.say(f"{self.name}: {what}: {error!r}")

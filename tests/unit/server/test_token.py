@@ -82,7 +82,17 @@ def test_a_call_without_the_token_reaches_nothing(metadata: tuple[tuple[str, str
     run(main(), CALL_S)
 
 
-CONTROLLERS = {"AttachTable", "DropTable", "Freeze", "Thaw", "ExportPages", "ExportLedger", "PullPages", "SetView"}
+CONTROLLERS = {
+    "AttachTable",
+    "DropTable",
+    "Freeze",
+    "Thaw",
+    "Resolve",
+    "ExportPages",
+    "ExportLedger",
+    "PullPages",
+    "SetView",
+}
 
 
 def test_the_controllers_calls_are_these() -> None:

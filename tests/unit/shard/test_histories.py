@@ -163,8 +163,9 @@ class Histories(RuleBasedStateMachine):
     @precondition(lambda self: self.prepared is None)
     @rule(placement=owners)
     def move_in_vain(self, placement: list[list[int]]) -> None:
+        token = f"in vain {next(_table_ids)}"
         for shard in self.driver.owners:
-            self.driver.freeze(shard, token="in vain")
+            self.driver.freeze(shard, token=token)
         target = self.driver.make_view(self.driver.schema, placement, epoch=self.driver.placed.placement.epoch + 1)
         for dest, request in self.driver.pulls(target):
             self.driver.call(self.driver.host(dest).pull_pages(request))

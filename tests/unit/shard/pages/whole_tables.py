@@ -11,7 +11,7 @@ from mempool.shard.pages.staging import Staging
 from mempool.shard.pages.storage import Storage
 from mempool.shard.pages.transfer import export
 from mempool.types import ExportPages, Ledger, LedgerEntry, Placement, TableSchema
-from tests.contract.driver import LAYOUTS
+from tests.contract.layouts import LAYOUTS
 
 CPU = torch.device("cpu")
 NOBODY = 9
