@@ -60,9 +60,6 @@ class ServedPool:
     async def starting(self) -> str:
         return ""
 
-    async def keep_wanted(self, shards: int) -> None:
-        """Nobody will ask."""
-
     async def start(self, shard: int) -> ShardInfo:
         self._incarnation += 1
         server = Server(
