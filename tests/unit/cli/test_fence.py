@@ -10,7 +10,7 @@ from mempool.cli.app import app
 COMMANDS = {
     "": ["--version"],
     "up": ["--file", "--timeout", "-f"],
-    "status": ["--address", "--file", "--json", "--pool", "-f"],
+    "status": ["--address", "--file", "--json", "--pool", "--stages", "-f"],
     "apply": ["--address", "--dry-run", "--file", "--json", "--pool", "-f"],
     "scale": ["--address", "--file", "--pool", "--shards", "-f"],
     "down": ["--address", "--file", "--pool", "-f"],
