@@ -18,7 +18,7 @@ from mempool.config.cluster import (
 )
 from mempool.config.file import load, set_shards
 from mempool.config.optimizers import SGD, Adagrad, Adam, AdamW, Optimizer, RowWiseAdagrad, RowWiseAdam
-from mempool.config.table import FlatKeys, ProductKeys, TableConfig, resolve
+from mempool.config.table import FlatKeys, ProductKeys, TableConfig, resolve, unsaid
 
 __all__ = [
     "SGD",
@@ -48,4 +48,5 @@ __all__ = [
     "parse_bytes",
     "resolve",
     "set_shards",
+    "unsaid",
 ]

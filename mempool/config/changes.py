@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from mempool.config.cluster import ClusterConfig
 from mempool.config.model import ConfigModel, value_text
-from mempool.config.table import TableConfig, resolve
+from mempool.config.table import TableConfig, resolve, unsaid
 from mempool.errors import ConfigError
 from mempool.types import TableSchema
 from mempool.types.schema_differences import schema_differences
@@ -105,9 +105,12 @@ def diff(
     refused = [FieldChange(field="pool.name", before=old.pool.name, after=new.pool.name)]
     for name, table in wanted.items():
         if name in live:
+            differences = list(schema_differences(live[name], resolve(table)))
+            # What only follows from a field that was changed would hide it.
+            asked = [found for found in differences if found.path not in unsaid(table)]
             refused += [
                 FieldChange(field=f"tables[{name}].{found.path}", before=found.first, after=found.second)
-                for found in schema_differences(live[name], resolve(table))
+                for found in asked or differences
             ]
     restart = [
         change

@@ -27,6 +27,9 @@ from mempool.types.sizes import row_page_bytes
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 
 _PAGE_BYTES = 64 * 2**20
+
+# Fields of a schema that follow from the others where nothing is said of them.
+_DERIVED = ("block_dim", "page_slots", "layout", "rounding", "init_std")
 """Pages are at most so large unless asked for: as much as one round of a move carries."""
 
 _LOCS: dict[tuple[str, ...], Loc] = {
@@ -191,3 +194,9 @@ def _default_page_slots(schema: TableSchema) -> int:
     while -(-schema.num_slots // page_slots) * schema.num_blocks > MAX_PAGES and page_slots < MAX_PAGE_SLOTS:
         page_slots *= 2
     return page_slots
+
+
+def unsaid(config: TableConfig) -> tuple[str, ...]:
+    """Fields of the schema that follow from the others, as the config says nothing of them."""
+    said = {name for name in config.model_fields_set if getattr(config, name) is not None}
+    return tuple(name for name in _DERIVED if name not in said)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from mempool.client.routing.retry import GiveUp
 from mempool.client.routing.router import Router
-from mempool.config import TableConfig, resolve
+from mempool.config import TableConfig, resolve, unsaid
 from mempool.errors import AlreadyExists, DeadlineExceeded, InvalidRequest, MempoolError, NotFound
 from mempool.types import PoolApi, PoolStatus, TableView
 from mempool.types.caller import Caller, calling
@@ -23,8 +23,6 @@ _LOG = logging.getLogger("mempool")
 _QUIET_S = 2.0
 _POLL_S = 1.0
 _SMALL_BYTES = 4 * 2**20  # of a table whose progress whole mebibytes would hide
-# Fields of a schema that follow from the others where the caller says nothing of them.
-_DERIVED = ("block_dim", "page_slots", "layout", "rounding", "init_std")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +75,7 @@ class Creation:
                 " num_slots=..., value_dim=...), and pool.table(name) opens a table that is there"
             )
         self._schema = resolve(config)
-        said = {name for name in config.model_fields_set if getattr(config, name) is not None}
-        self._aside = ("table_id", *(name for name in _DERIVED if name not in said))
+        self._aside = ("table_id", *unsaid(config))
         self._api = api
         self._router = router
         self._exist_ok = exist_ok

@@ -60,15 +60,19 @@ def test_saying_a_default_aloud_is_no_change() -> None:
     assert diff(config(FACTS), config(aloud)).nothing
 
 
+def test_a_field_that_is_taken_out_of_the_file_is_told_though_it_only_follows() -> None:
+    found = diff(config(changed(FACTS, init_std=0.5)), config(FACTS))
+    assert [each.field for each in found.refused] == ["tables[facts].init_std"]
+
+
 @pytest.mark.parametrize(
     ("edited", "changes"),
     [
         (changed(FACTS, value_dim=512, init_std=1 / 16), [("tables[facts].value_dim", 256, 512)]),
         (changed(FACTS, dtype="bfloat16", rounding="nearest"), [("tables[facts].dtype", "float32", "bfloat16")]),
-        (
-            changed(FACTS, dtype="int8"),
-            [("tables[facts].dtype", "float32", "int8"), ("tables[facts].rounding", "nearest", "stochastic")],
-        ),
+        # What only follows (init_std, page_slots, rounding) is not told beside what was edited; alone it is.
+        (changed(FACTS, dtype="int8"), [("tables[facts].dtype", "float32", "int8")]),
+        (changed(FACTS, value_dim=512), [("tables[facts].value_dim", 256, 512)]),
         (changed(FACTS, optimizer=Adagrad(0.5)), [("tables[facts].optimizer.lr", 0.1, 0.5)]),
         (
             changed(FACTS, optimizer=Adam(0.1, eps=1e-10)),

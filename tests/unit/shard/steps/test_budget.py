@@ -192,7 +192,7 @@ def test_messages_name_keys_of_a_config_only_where_there_is_one(configured: bool
     budget.hold("a", 5 * MIB)
     said = [str(budget.refusal(owner, num_bytes * MIB, "an update")) for owner, num_bytes in (("a", 4), ("b", 3))]
     with pytest.raises(RequestTooLarge) as caught:
-        queue._refuse_bytes(7 * MIB, _Lane(), "a gather", alone=True)
+        queue._refuse_bytes(7 * MIB, _Lane("a"), "a gather", alone=True)
     said.append(str(caught.value))
     assert len(said) == 3
     assert all(text != "None" and ("shard.client_memory" in text) is configured for text in said), said
