@@ -123,9 +123,10 @@ class Router:
     def release(self, record: LookupRecord) -> Callable[[], None]:
         """A function that lets shards forget a lookup, with the next gather; for any thread, at any moment."""
         shards = tuple(shard for shard, _ in record.remembered_by)
-        entry = (record.table_id, shards, record.lookup_id)
+        numbers = range(record.lookup_id, record.lookup_id + record.lookups)
+        entries = [(record.table_id, shards, number) for number in numbers]
         released = self._released  # the function keeps neither the router nor the record alive
-        return lambda: released.append(entry)
+        return lambda: released.extend(entries)
 
     async def gather(
         self,
@@ -148,7 +149,7 @@ class Router:
             NotFound: The table was dropped.
         """
         lookup_id = self._next_lookup_id
-        self._next_lookup_id += 1
+        self._next_lookup_id += max(1, bags.num_bags)  # as many messages as it may take, whatever the plan
 
         return await self.call(
             table_id,
