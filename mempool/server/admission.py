@@ -233,11 +233,7 @@ class Admission:
 
     def answer(self, connection: str, num_bytes: int) -> None:
         """For ``Passage``: so many more bytes wait for a connection to take them, or fewer."""
-        untaken = self._answers_of.get(connection, 0) + num_bytes
-        if untaken:
-            self._answers_of[connection] = untaken
-        else:
-            self._answers_of.pop(connection, None)
+        _add(self._answers_of, connection, num_bytes)
 
     def leave(self, host: str, num_bytes: int) -> None:
         """For ``Passage``: its end."""
@@ -267,11 +263,7 @@ class Admission:
         return Passage(self, host, connection, 0, aside=True)
 
     def _charge(self, host: str, num_bytes: int) -> None:
-        used = self._used_by.get(host, 0) + num_bytes
-        if used:
-            self._used_by[host] = used
-        else:
-            self._used_by.pop(host, None)
+        _add(self._used_by, host, num_bytes)
 
     def _look(self) -> None:
         if self._num_waiting:
@@ -295,3 +287,12 @@ class Admission:
         del self._waiting[host]
         if turns.num_waiting:
             self._waiting[host] = turns  # last of the hosts now: among equals the others come first
+
+
+def _add(counts: dict[str, int], name: str, num_bytes: int) -> None:
+    """Count so many more; who is at 0 is forgotten, as names come from outside."""
+    total = counts.get(name, 0) + num_bytes
+    if total:
+        counts[name] = total
+    else:
+        counts.pop(name, None)
