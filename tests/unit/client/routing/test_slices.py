@@ -94,7 +94,9 @@ def test_large_answers_come_in_several_messages_and_nothing_else_changes(
         pool = FaultyPool(LAYOUTS[layout])
         router = Router(pool, dial=pool.dial)
         values, record = await router.gather(1, bags=bags, remember=True)
-        found = await router.update(record, grads, step_id=STEP, sequence=1)
+        found = await router.call(
+            1, lambda attempt: attempt.update(record, grads, step_id=STEP, sequence=1, hold=True, want_weight_grad=True)
+        )
         for shard in pool.shards:
             (request,) = shard.requests("update")
             assert isinstance(request, UpdateRequest)
