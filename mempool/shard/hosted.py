@@ -387,6 +387,7 @@ class HostedTable:
             bytes_to_fill=self.bytes_to_fill,
             preparing=self.preparing,
             pending=self.pending,
+            round=self.rounds.token or "",
         )
 
 

@@ -128,13 +128,13 @@ class Decisions:
             if table.rounds.lapsed and table.rounds.token is not None
         ]
 
-    def told_of_round(self, lapsed: LapsedRound, view: TableView | None, *, frozen: bool) -> TableView | None:
-        """What the gate says: its view, and whether a round holds the table there. Answers what is to be adopted."""
+    def told_of_round(self, lapsed: LapsedRound, view: TableView | None, *, token: str | None) -> TableView | None:
+        """What the gate says: its view, and which round holds the table there. Answers what is to be adopted."""
         table = self._tables().get(lapsed.table_id)
         if table is None or table.rounds.token != lapsed.token or not table.rounds.lapsed:
             return None  # it was heard of meanwhile
         gate_epoch = None if view is None else view.placement.epoch
-        fate = fate_of_lapsed(epoch=table.epoch, gate_epoch=gate_epoch, gate_frozen=frozen)
+        fate = fate_of_lapsed(lapsed.token, epoch=table.epoch, gate_epoch=gate_epoch, gate_token=token)
         if fate == "thaw":
             table.end_round()
         return view if fate == "adopt" else None
@@ -402,10 +402,13 @@ class Resolver:
             return
         view = next((view for view in views if view.schema.table_id == lapsed.table_id), None)
         seen = next((table for table in status.tables if table.table_id == lapsed.table_id), None)
-        frozen = seen is None or seen.frozen
+        if seen is None:
+            view = None  # without the table it knows nothing of its rounds
+        # One of an older version does not say which: it is taken for this one.
+        token = None if seen is None or not seen.frozen else seen.round or lapsed.token
 
         def tell(_: object) -> None:
-            adopted = self._decisions.told_of_round(lapsed, view, frozen=frozen)
+            adopted = self._decisions.told_of_round(lapsed, view, token=token)
             if adopted is not None:
                 self._adopt(adopted)
 
