@@ -103,8 +103,8 @@ Fate = Literal["adopt", "thaw", "wait"]
 def fate_of_lapsed(token: str, *, epoch: int, gate_epoch: int | None, gate_token: str | None) -> Fate:
     """What becomes of a round whose lease is over at a shard that is not the gate, from what the gate says.
 
-    A round is decided when the gate takes its view, and over when the gate's own freeze ends: nobody else may say. Where
-    another round holds the table there, this one has ended before that began.
+    A round is decided when the gate takes its view, and over when the gate's own freeze ends: nobody else may say.
+    Where another round holds the table there, this one has ended before that began.
 
     Args:
         token: Of the round whose lease is over here.
