@@ -119,6 +119,8 @@ class Answers:
         bounds.check_step(request.step_id, (request.sequence,))
         if request.want_weight_grad and (waits := self._waits(table, request.envelope)) is not None:
             return waits
+        if request.hold:
+            table.require_newest(request.step_id)
         held = table.updates.get(request.step_id, request.sequence) if request.hold else None
         if held is not None:
             # A repeat is answered from what is held, whatever it brings: its context may be gone by now.
