@@ -87,6 +87,7 @@ class ShardServing:
             client_memory_bytes=self._config.shard.client_bytes,
             context_budget_bytes=self._config.shard.context_memory,
             commit_memory_bytes=self._config.shard.commit_bytes,
+            held_lease_s=self._config.shard.trainer_lease,
             max_message_bytes=MAX_MESSAGE_BYTES,
             on_fatal=end_process,
             stages=self._stages,

@@ -10,8 +10,9 @@ from contextlib import suppress
 from mempool.client.routing.router import Router
 from mempool.errors import MempoolError
 from mempool.types import HeartbeatRequest, ShardInfo
+from mempool.types.running import TRAINER_LEASE_S
 
-_FIRST_LEASE_S = 10.0  # until a shard has said how long it is
+_FIRST_LEASE_S = TRAINER_LEASE_S  # until a shard has said how long it is
 _SHORTEST_S = 0.05
 _AT_ONCE = 64
 
