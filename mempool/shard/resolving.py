@@ -215,7 +215,9 @@ class Decisions:
             # earlier one was never told to apply it.
             if step_id.step < entry.step or step_id.step <= entry.dropped:
                 return "dropped", ()
-        if not give_up or not table.is_gate or table.updates.lives(step_id):
+        if not give_up or not table.is_gate:
+            return "pending", ()
+        if table.updates.lives(step_id) and not table.updates.stalled(step_id):
             return "pending", ()
         # [BARRIER] a group's step is given up here, for all its ranks. [JOURNAL] and written down, before it is said.
         table.ledger.drop(step_id)
@@ -246,7 +248,9 @@ class Decisions:
         now: float,
     ) -> None:
         give_up = any(
-            not table.updates.lives(prepared.step_id) or table.updates.abandoned(prepared.step_id)
+            not table.updates.lives(prepared.step_id)
+            or table.updates.abandoned(prepared.step_id)
+            or (table.rest_waited_for and table.updates.stalled(prepared.step_id))
             for table, prepared in parts
         )
         request = ResolveRequest(table_id=table_id, step_id=step_id, give_up=give_up)
