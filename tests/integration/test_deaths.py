@@ -15,11 +15,14 @@ def test_a_dead_trainers_step_is_whole_or_absent(shared_pool: RayPool, cut: int,
     assert found.rescale_s <= shared_pool.trainer_lease_s + REST_S
 
 
+# It is told so, in a warning.
+@pytest.mark.filterwarnings("ignore:(a step|updates) of .* dropped by shards:UserWarning")
 def test_a_trainer_cut_off_for_longer_than_its_lease_loses_nothing(shared_pool: RayPool) -> None:
     found = cut_off(shared_pool, shard=1, method="Prepare")
     assert found.silent_s >= shared_pool.trainer_lease_s
 
 
+@pytest.mark.filterwarnings("ignore:(a step|updates) of .* dropped by shards:UserWarning")
 def test_a_shard_that_stands_still_for_longer_than_leases(shared_pool: RayPool) -> None:
     stopped_shard(shared_pool, for_s=3 * shared_pool.trainer_lease_s)
 
