@@ -273,7 +273,7 @@ class Round:
         if isinstance(call, Thaw):  # its freeze ends by itself
             return self._is_thawed(call.shard)
         if isinstance(call, Renew) and not isinstance(error, StalePlacement):
-            if call.shard in self._frozen:
+            if call.shard in self._frozen and self.phase != "undoing":  # what undid it is what is told
                 self._frozen[call.shard].sent.pop(call, None)
                 self._error = error
             return []  # the next one may arrive

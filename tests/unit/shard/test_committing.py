@@ -168,7 +168,7 @@ def test_a_step_that_hangs_is_given_up_for_a_freeze_though_its_trainer_lives(mak
     clock.ahead_s = 11.0
     _beat(driver, "hangs")
     assert all(driver.status(shard).updates_held for shard in driver.owners)
-    assert [driver.freeze(shard, 20.0) for shard in (2, 1, 0)] == [0, 0, 0]
+    assert [driver.freeze(shard, 4.0) for shard in (2, 1, 0)] == [0, 0, 0]
     with pytest.raises(StepConflict, match="was dropped"):
         driver.decide(1, [0], group="hangs")
     for shard in driver.owners:
