@@ -228,6 +228,8 @@ class Round:
         if frozen is None or self.phase in ("undoing", "ended"):
             return []
         frozen.alive_s = max(frozen.alive_s, frozen.sent.pop(call, frozen.alive_s))
+        if not frozen.answered:  # the renewals of a freeze that waited for a step are answered right after it
+            frozen.alive_s = max(frozen.alive_s, now - self._lease_s / _RENEWALS)
         frozen.answered = True
         if self.phase == "gate":
             self.phase = "others"

@@ -48,13 +48,14 @@ class Trainer:
 
     Attributes:
         steps: Those that are done.
+        table: What is trained.
         failed: What ended it before its time.
     """
 
     def __init__(self, table: Table, *, bags: int) -> None:
         self.steps: list[Step] = []
         self.failed: BaseException | None = None
-        self._table = table
+        self.table = table
         self._bags = bags
         self._enough = threading.Event()
         self._thread = threading.Thread(target=self._train)
@@ -71,13 +72,13 @@ class Trainer:
         weights = torch.ones(self._bags, 32)
         try:
             while not self._enough.is_set():
-                ids = torch.randint(self._table.num_slots, (self._bags, 32), generator=random)
+                ids = torch.randint(self.table.num_slots, (self._bags, 32), generator=random)
                 times_s = [time.monotonic()]
-                values = self._table.gather(ids, weights)
+                values = self.table.gather(ids, weights)
                 times_s.append(time.monotonic())
                 values.square().sum().backward()
                 times_s.append(time.monotonic())
-                self._table.commit()
+                self.table.commit()
                 times_s.append(time.monotonic())
                 parts_s = [later_s - sooner_s for sooner_s, later_s in itertools.pairwise(times_s)]
                 self.steps.append(Step(times_s[0], tuple(parts_s)))
@@ -106,8 +107,8 @@ def way(pool: mempool.Pool, trainer: Trainer, shards: int, table_bytes: int) -> 
     return (
         f"{last.shards_before} -> {last.shards_after}: {ended_s - began_s:.1f} s, {ended_s - moving_s:.1f} s of it "
         f"moving; longest step {longest}, {longest.seconds / usual_s:.1f} times the usual {1e3 * usual_s:.0f} ms; one "
-        f"in twenty of {len(meanwhile)} takes {1e3 * slow:.0f} ms or more, before pages moved {1e3 * before_s:.0f} ms at "
-        f"most; moved {last.bytes_moved / 2**20:.0f} MiB in {rounds} rounds, of at least {least / 2**20:.0f} MiB"
+        f"in twenty of {len(meanwhile)} takes {1e3 * slow:.0f} ms or more; before pages moved {1e3 * before_s:.0f} ms "
+        f"at most; moved {last.bytes_moved / 2**20:.0f} MiB in {rounds} rounds, of at least {least / 2**20:.0f} MiB"
     )
 
 
@@ -133,6 +134,7 @@ def main() -> None:
                         print(way(client, trainer, shards, slots * 4 * _WIDTH), flush=True)
                 finally:
                     trainer.end()
+                trainer.table.rows(torch.arange(0, slots, 97))  # whoever has not heard of the last step waits for it
                 versions = {table.version for shard in client.status().shards for table in shard.tables if table.pages}
                 assert versions == {len(trainer.steps)}, f"{len(trainer.steps)} steps, and shards have {versions}"
         except AssertionError as error:

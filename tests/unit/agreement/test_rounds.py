@@ -71,6 +71,16 @@ def test_a_freeze_is_renewed_at_a_third_of_its_lease_also_while_it_waits() -> No
     assert round_.handle(Ticked(), 9.0) == [Renew(0, 3)]
 
 
+def test_a_freeze_that_waited_for_a_lease_is_not_taken_for_lost_when_it_is_answered() -> None:
+    """A dead trainer's step ends with a lease as long as the freeze's."""
+    round_ = made(others=(1,))
+    round_.begin(0.0)
+    for number in (1, 2, 3):
+        assert round_.handle(Ticked(), 3.0 * number) == [Renew(0, number)]
+    assert answered(round_, Freeze(0), now=10.5) == [Freeze(1)]
+    assert answered(round_, Renew(0, 1), Renew(0, 2), Renew(0, 3), Freeze(1), now=10.5) == [Pull(0), Pull(1)]
+
+
 def test_a_shard_that_does_not_renew_for_a_lease_undoes_the_round() -> None:
     round_ = made(others=(1,))
     round_.begin(0.0)
