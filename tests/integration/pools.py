@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -151,6 +152,15 @@ class RayPool:
 
     def apply(self, *arguments: str, expect: int = 0) -> Ended:
         return self.run_here("apply", "-f", str(self.file), *arguments, expect=expect)
+
+    def apply_shards(self, shards: int) -> Ended:
+        """`mempool apply` of the file with another number of shards; the file is as before then."""
+        text = self.file.read_text()
+        self.file.write_text(re.sub(r"(?m)^  shards: \d+$", f"  shards: {shards}", text))
+        try:
+            return self.run_here("apply", "-f", str(self.file), expect=None)
+        finally:
+            self.file.write_text(text)
 
     def status(self) -> dict[str, Any]:
         """`mempool status --json`."""
