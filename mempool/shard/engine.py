@@ -66,7 +66,7 @@ from mempool.types import (
     WriteRowsRequest,
 )
 from mempool.types.caller import Caller, current_caller
-from mempool.types.running import THREADS, Clock, Runner
+from mempool.types.running import THREADS, TRAINER_LEASE_S, Clock, Runner
 
 _TABLES = Caller(name="tables")
 """Who asks for the long work on tables and pages, as far as fairness goes."""
@@ -117,7 +117,7 @@ class Engine:
         context_budget_bytes: int | None = None,
         context_lease_s: float = 600.0,
         commit_memory_bytes: int = 256 * MIB,
-        held_lease_s: float = 10.0,
+        held_lease_s: float = TRAINER_LEASE_S,
         max_message_bytes: int | None = None,
         max_answer_bytes: int | None = None,
         on_fatal: Callable[[BaseException], None] | None = None,

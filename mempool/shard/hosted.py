@@ -326,6 +326,11 @@ class HostedTable:
             self.order_doubt.wait(self._clock())
         return _park(self._waiting_for_rest, in_doubt=True)
 
+    @property
+    def rest_waited_for(self) -> bool:
+        """Whether a freeze waits for prepared steps."""
+        return any(not parked.woken.cancelled() for parked in self._waiting_for_rest)
+
     def steps_changed(self) -> None:
         """Steps were applied, dropped, or are known to be undecided: whoever waits for that looks again."""
         _wake(self._waiting_for_news)

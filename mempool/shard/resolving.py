@@ -230,7 +230,9 @@ class Decisions:
         newest = table.ledger.entry(step_id).generation
         if entry is None or step_id.generation < newest or step_id.step <= max(entry.step, entry.dropped):
             return "dropped", ()
-        if not give_up or not table.is_gate or table.updates.lives(step_id):
+        if not give_up or not table.is_gate:
+            return "pending", ()
+        if table.updates.lives(step_id) and not table.updates.stalled(step_id):
             return "pending", ()
         # [BARRIER] a group's step is given up here, for all its ranks. [JOURNAL] and written down, before it is said.
         table.ledger.drop(step_id)
@@ -261,7 +263,9 @@ class Decisions:
         now: float,
     ) -> None:
         give_up = any(
-            not table.updates.lives(prepared.step_id) or table.updates.abandoned(prepared.step_id)
+            not table.updates.lives(prepared.step_id)
+            or table.updates.abandoned(prepared.step_id)
+            or (table.rest_waited_for and table.updates.stalled(prepared.step_id))
             for table, prepared in parts
         )
         request = ResolveRequest(table_id=table_id, step_id=step_id, give_up=give_up)

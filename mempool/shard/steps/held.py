@@ -209,6 +209,14 @@ class HeldUpdates:
         found = self._ranks.get(_rank(step_id))
         return found is not None and self._clock() - found.touched_s <= self._lease_s
 
+    def stalled(self, step_id: StepId) -> bool:
+        """Whether that step has been prepared for longer than a lease: its trainer may live, and not reach some other
+        shard."""
+        prepared = self.prepared_step(step_id)
+        if prepared is None or prepared.step_id != step_id:
+            return False
+        return self._clock() - prepared.since_s > self._lease_s
+
     def silent(self) -> tuple[PreparedStep, ...]:
         """Prepared steps of ranks whose lease has ended."""
         now = self._clock()
