@@ -178,7 +178,7 @@ class History:
             self.say(f"{call.method.name} of {call.client} at {call.server}: {call.error}")
         if isinstance(call.error, DataLoss):
             table_id = _table_of(call.request)
-            if table_id is not None and table_id not in self.lost | self.dropped:
+            if table_id is not None and table_id not in self.lost:
                 self.say(f"{call.method.name} at {call.server} says DataLoss, and nothing was lost: {call.error}")
         if call.done and call.method.path in READS:
             self.reads.append(Read(call, self.floors.pop(call.number)))

@@ -141,6 +141,7 @@ class Workload:
             try:
                 return await self._operator.api.create_table(schema)
             except AlreadyExists:
+                # A late repeat of an earlier call may be making another one of that name: then there is none yet.
                 return await self._operator.api.table(name)
 
         view = await self._patiently(ask)
@@ -154,7 +155,7 @@ class Workload:
 
         async def ask() -> None:
             try:
-                await self._operator.api.drop_table(name)
+                await self._operator.api.drop_table(name, table_id=view.schema.table_id)
             except NotFound:
                 return
 
@@ -199,7 +200,7 @@ class Workload:
             try:
                 async with asyncio.timeout(60.0):
                     return await ask()
-            except (*FAULTS, TimeoutError, DataLoss):
+            except (*FAULTS, TimeoutError, DataLoss, NotFound):
                 await asyncio.sleep(self._random.random() * 2.0)
             except MempoolError as error:
                 self.history.say(f"the operator: {error!r}")
@@ -295,7 +296,7 @@ class _Life:
             if not ids & (history.dropped | history.lost):
                 history.say(f"{self.name}: {what}: {error!r}")
         except DataLoss as error:
-            if not ids & (history.lost | history.dropped):
+            if not ids & history.lost:
                 history.say(f"{self.name}: {what}: {error!r}")
         except MempoolError as error:
             history.say(f"{self.name}: {what}: {error!r}")

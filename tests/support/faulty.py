@@ -363,7 +363,7 @@ class FaultyPool:
         await self._attach()
         return self.view
 
-    async def drop_table(self, name: str) -> None:
+    async def drop_table(self, name: str, *, table_id: int = 0) -> None:  # noqa: ARG002
         await self.table(name)
         await asyncio.gather(*(shard.host.drop_table(self.schema.table_id) for shard in self.shards))
         self.dropped = True

@@ -47,8 +47,8 @@ class ForgetfulPool(FaultyPool):
         view = await super().create_table(schema)
         return self._lose(view)
 
-    async def drop_table(self, name: str) -> None:
-        await super().drop_table(name)
+    async def drop_table(self, name: str, *, table_id: int = 0) -> None:
+        await super().drop_table(name, table_id=table_id)
         self._lose(self.view)
 
     def _lose(self, view: TableView) -> TableView:
