@@ -359,7 +359,7 @@ class FaultyPool:
         if schema.name == self.schema.name:
             raise AlreadyExists(f"there is a table {schema.name!r}")
         await asyncio.gather(*(shard.host.drop_table(self.schema.table_id) for shard in self.shards))
-        self.schema = replace(schema, table_id=self.schema.table_id)
+        self.schema = replace(schema, table_id=self.schema.table_id + 1)
         await self._attach()
         return self.view
 
