@@ -59,6 +59,8 @@ class Workload:
         self._operator = Trainer(park, "operator")
         self._made = 0
         self._starts = 0
+        self.generations: Counter[str] = Counter()
+        self.goes_back = self._random.random() < 0.5
         self._rescales = self._random.random() < 0.5
         self._changes_tables = self._random.random() < 0.3
         self._operating: asyncio.Task[None] | None = None
@@ -324,15 +326,33 @@ class TrainerLife(_Life):
 
     def __init__(self, workload: Workload, trainer: Trainer, name: str) -> None:
         super().__init__(workload, trainer, name)
-        self.training = Training(trainer, group=name, history=workload.history)
+        # In half of the runs one that comes in a dead one's place goes on in its name, as from a checkpoint.
+        self.group = trainer.name if workload.goes_back else name
+        self.training = self._next_generation()
+        if self.training.generation:
+            workload.marks["a trainer that another one of a higher generation took the place of"] += 1
+
+    def _next_generation(self) -> Training:
+        generations = self.workload.generations
+        generation = generations[self.group]
+        generations[self.group] += 1
+        return Training(self.trainer, group=self.group, history=self.workload.history, generation=generation)
 
     async def live(self) -> None:
         while not self.workload.ending:
             await asyncio.sleep(self.random.expovariate(1 / 0.3))
+            if self.workload.goes_back and self.random.random() < 0.03:
+                await self.go_back()
             await self.step()
         self.training.timeout_s = 100.0
         await self.step(last=True)
         await self.training.close()
+
+    async def go_back(self) -> None:
+        """Begin again, as after a loss that is no number: what was pending is nobody's any more."""
+        await self.tried("an end before going back", self.training.close())
+        self.training = self._next_generation()
+        self.workload.marks["a trainer that went back to an earlier step"] += 1
 
     async def step(self, *, last: bool = False) -> None:
         """One step of some tables."""
