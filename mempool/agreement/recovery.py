@@ -36,11 +36,13 @@ class Heard:
         views: Of the tables that are made, as far as it knows.
         pending: Ids of those that are being made.
         frozen: Ids of those whose pages are moving.
+        dropped: Ids of tables that it was told to drop: one shard that was decides it for all.
     """
 
     views: tuple[TableView, ...] = ()
     pending: frozenset[int] = frozenset()
     frozen: frozenset[int] = frozenset()
+    dropped: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,13 @@ def learn(known: Knowledge, view: TableView) -> Knowledge:
 def learn_all(known: Knowledge, heard: Iterable[Heard], *, everyone: bool) -> Knowledge:
     """Take over what shards say; ``everyone``: all of the pool's, so that what none of them knows there is not."""
     reports = list(heard)
+    gone = {table_id for report in reports for table_id in report.dropped}
+    known = replace(
+        known,
+        views={name: view for name, view in known.views.items() if view.schema.table_id not in gone},
+        # Only of those that somebody has still: a shard remembers its drops for long.
+        dropped=known.dropped | {table_id for report in reports for table_id in _has(report) if table_id in gone},
+    )
     for report in reports:
         for view in report.views:
             known = learn(known, view)
@@ -110,7 +119,7 @@ def learn_all(known: Knowledge, heard: Iterable[Heard], *, everyone: bool) -> Kn
 def owed(known: Knowledge, info: ShardInfo, heard: Heard) -> list[Action]:
     """What a shard that was heard is to be told: drops first, so that there is room."""
     present = {view.schema.table_id: view for view in heard.views}
-    has = present.keys() | heard.pending
+    has = _has(heard)
     actions: list[Action] = [Drop(table_id) for table_id in sorted(known.dropped & has)]
     for view in known.views.values():
         table_id = view.schema.table_id
@@ -149,6 +158,11 @@ def thaws(known: Knowledge, heard: Mapping[int, Heard]) -> list[Thaws]:
         for view in known.views.values()
         if view.schema.table_id not in known.making and _is_frozen(view.schema.table_id, heard.values())
     ]
+
+
+def _has(heard: Heard) -> frozenset[int]:
+    """Ids of the tables that a shard has, made or not."""
+    return heard.pending.union(view.schema.table_id for view in heard.views)
 
 
 def _is_frozen(table_id: int, heard: Collection[Heard]) -> bool:

@@ -212,18 +212,30 @@ class Pool:
         self.router.forget(table_id)
 
     async def _drop_table(self, name: str) -> None:
+        table_id = await self._connection.tries.run(name, lambda: self._id_of(name))
         tries = 0
 
         async def ask() -> None:
             nonlocal tries
             tries += 1
             try:
-                await self._api.drop_table(name)
+                # By its id: a try that is late must not drop a table that somebody made of that name meanwhile.
+                await self._api.drop_table(name, table_id=table_id)
             except NotFound:
                 if tries == 1:
                     raise
 
         await self._connection.tries.run(name, ask)
+
+    async def _id_of(self, name: str) -> int:
+        """The id of a table, also of one that is being made. Raises NotFound."""
+        try:
+            return (await self._api.table(name)).schema.table_id
+        except NotFound:
+            for creation in (await self._api.status()).creating:
+                if creation.table == name:
+                    return creation.table_id
+            raise
 
     def _opened(self, view: TableView) -> Table:
         schema = view.schema

@@ -49,6 +49,7 @@ class Making:
 
     Attributes:
         schema: As it was asked for, table_id 0.
+        table_id: The id that it will have.
         task: Makes it.
         view: Where its pages will be, once that is planned; until then it waits for its turn.
         bytes_of: Bytes that each owner has to fill.
@@ -56,6 +57,7 @@ class Making:
     """
 
     schema: TableSchema
+    table_id: int
     task: "asyncio.Task[TableView] | None" = None
     view: TableView | None = None
     bytes_of: dict[int, int] = field(default_factory=dict)
@@ -107,7 +109,9 @@ class TableChanges:
         making = self._making.get(schema.name)
         if making is None:
             self._require_new(schema)
-            making = self._making[schema.name] = Making(schema=schema, began_s=self._clock())
+            making = self._making[schema.name] = Making(
+                schema=schema, table_id=self._roster.new_table_id(), began_s=self._clock()
+            )
             with calling(Caller()):  # neither its deadline nor its name goes along: others may join in
                 making.task = asyncio.create_task(self._make(making))
             making.task.add_done_callback(lambda task: self._made(making, task))
@@ -125,17 +129,41 @@ class TableChanges:
                 raise making.ended from None
             raise
 
-    async def drop(self, name: str) -> None:
-        """Drop a table; one that is being made is not made. Raises NotFound."""
+    async def drop(self, name: str, table_id: int) -> None:
+        """Drop a table; one that is being made is not made. As ``Controller.drop_table``."""
         making = self._making.get(name)
-        if making is not None:
+        if making is not None and table_id in (0, making.table_id):
             await self._end(making, NotFound(f"table {name!r} was dropped while it was being made"))
             if name not in self._roster.names:
                 return
         async with self._changing:
-            view = self._roster.remove(name)
-            table_id = view.schema.table_id
-            await self._calls.everywhere(self._roster.infos, lambda host: host.drop_table(table_id), tolerant=True)
+            view = self._roster.view(name)
+            found = view.schema.table_id
+            if table_id not in (0, found):
+                raise NotFound(
+                    f"table {name!r} with the id {table_id} is gone already; the pool has another of that name, with "
+                    f"the id {found}, which stays"
+                )
+            told = await self._decide_drop(view)
+            self._roster.forget(found)
+            others = [info for info in self._roster.infos if info != told]
+            await self._calls.everywhere(others, lambda host: host.drop_table(found), tolerant=True)
+
+    async def _decide_drop(self, view: TableView) -> ShardInfo:
+        """Tell one shard that a table is dropped, an owner if one answers: that decides it, for every controller.
+
+        Raises what the last one said where none could be told: the table is there still.
+        """
+        owners = view.placement.shards
+        problem: MempoolError = ShardUnavailable(f"table {view.schema.name!r} was not dropped: the pool has no shards")
+        for info in sorted(self._roster.infos, key=lambda info: (info.shard not in owners, info.shard)):
+            try:
+                await self._calls.call(info, lambda host: host.drop_table(view.schema.table_id))
+            except MempoolError as error:
+                problem = error
+            else:
+                return info
+        raise problem
 
     async def idle(self) -> None:
         """Wait until no table is being filled. Call it with ``changing`` held, so that none begins meanwhile."""
@@ -182,7 +210,7 @@ class TableChanges:
             )
 
     async def _make(self, making: Making) -> TableView:
-        table_id = self._roster.new_table_id()
+        table_id = making.table_id
         schema = replace(making.schema, table_id=table_id)
         infos: tuple[ShardInfo, ...] = ()
         try:
@@ -261,7 +289,7 @@ def _num_pages(schema: TableSchema) -> int:
 
 
 def _creation(making: Making, seen: dict[tuple[int, int], TableStatus], now: float) -> TableCreation:
-    table_id = 0 if making.view is None else making.view.schema.table_id
+    table_id = making.table_id
     tables = {shard: seen.get((table_id, shard)) for shard in sorted(making.bytes_of)}
     return TableCreation(
         table=making.schema.name,

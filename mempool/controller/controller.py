@@ -129,9 +129,17 @@ class Controller:
         """
         return await self._changes.create(schema)
 
-    async def drop_table(self, name: str) -> None:
-        """Drop a table, also one that is being made. Raises NotFound."""
-        await self._changes.drop(name)
+    async def drop_table(self, name: str, *, table_id: int = 0) -> None:
+        """Drop a table, also one that is being made; it is gone once one shard was told.
+
+        Args:
+            table_id: Of the table that is meant; 0: whichever has that name.
+
+        Raises:
+            NotFound: There is no such table, or another one has that name by now.
+            ShardUnavailable: No shard answered.
+        """
+        await self._changes.drop(name, table_id)
 
     async def table(self, name: str) -> TableView:
         """The view of a table. Raises NotFound."""

@@ -123,14 +123,8 @@ class Roster:
         """Remember that there were such starts of shards."""
         self.highest_incarnation = max(self.highest_incarnation, *(info.incarnation for info in infos), 0)
 
-    def remove(self, name: str) -> TableView:
-        view = self.view(name)
-        del self._views[name]
-        self.dropped.add(view.schema.table_id)
-        return view
-
     def forget(self, table_id: int) -> None:
-        """A table that was being made is not made, whatever shards have of it."""
+        """A table is dropped, or one that was being made is not made, whatever shards have of it."""
         self._views = {name: view for name, view in self._views.items() if view.schema.table_id != table_id}
         self.dropped.add(table_id)
 

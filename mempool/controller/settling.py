@@ -61,6 +61,7 @@ async def _hear(call: Call, info: ShardInfo) -> Heard:
         views=views,
         pending=frozenset(table.table_id for table in status.tables if table.pending),
         frozen=frozenset(table.table_id for table in status.tables if table.frozen),
+        dropped=frozenset(status.dropped),
     )
 
 

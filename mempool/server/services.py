@@ -7,7 +7,7 @@ from typing import TypeVar
 import grpc
 
 from mempool.server.calls import Door, handler, streaming_handler
-from mempool.types import PoolApi, PoolStatus, ShardHost, ShardStatus, TableView
+from mempool.types import DropTable, PoolApi, PoolStatus, ShardHost, ShardStatus, TableView
 from mempool.wire import methods
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
 from mempool.wire.codecs.pages import FreezeTable, SetView, ThawTable
@@ -90,10 +90,13 @@ class Services:
         async def status(_: None) -> PoolStatus:
             return await pool.status()
 
+        async def drop(request: DropTable) -> None:
+            await pool.drop_table(request.name, table_id=request.table_id)
+
         return dict(
             [
                 self._of(methods.CREATE_TABLE, pool.create_table),
-                self._of(methods.DROP_TABLE, pool.drop_table),
+                self._of(methods.DROP_TABLE, drop),
                 self._of(methods.GET_TABLE, pool.table),
                 self._of(methods.LIST_TABLES, tables),
                 self._of(methods.GET_STATUS, status),

@@ -49,7 +49,7 @@ class ShardViews:
     async def create_table(self, schema: TableSchema) -> TableView:
         self._refuse(f"create table {schema.name!r}")
 
-    async def drop_table(self, name: str) -> None:
+    async def drop_table(self, name: str, *, table_id: int = 0) -> None:  # noqa: ARG002
         self._refuse(f"drop table {name!r}")
 
     async def rescale(self, shards: int) -> AsyncIterator[RescaleProgress]:

@@ -259,7 +259,7 @@ class Engine:
             pass
 
     async def drop_table(self, table_id: int) -> None:
-        await self._control("drop_table", self._tenancy.drop, table_id)
+        await self._control("drop_table", self._tenancy.end, table_id)
 
     async def freeze(self, table_id: int, timeout_s: float, *, token: str, lease_s: float) -> int:
         bounds.check_freeze(timeout_s, token=token, lease_s=lease_s)

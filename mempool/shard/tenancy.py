@@ -42,9 +42,10 @@ MIB = 2**20
 
 _LOG = logging.getLogger("mempool.shard")
 
-
 _PULL_LEASE_S = 60.0
 """How long a shard that owns nothing yet keeps what it was sent for a round, unless more comes."""
+MOST_ENDED = 1024
+"""Dropped tables that a shard remembers: for longer than a controller needs to tell every shard."""
 
 
 def _check_round(table: HostedTable, token: str) -> None:
@@ -116,6 +117,7 @@ class Tenancy:
         self._runner = runner
         # Never changed, always replaced: so that other threads can read it.
         self._tables: dict[int, HostedTable] = {}
+        self._ended: tuple[int, ...] = ()
         self.decisions = Decisions(info.shard, lambda: self._tables, clock=clock)
         self.on_doubt: Callable[[], None] = lambda: None
 
@@ -175,6 +177,12 @@ class Tenancy:
             confirmed.pending = False
             return confirmed
         check_ledger(request.ledger)
+        if request.view.schema.table_id in self._ended:
+            raise NotFound(
+                f"table {request.view.schema.name!r} ({request.view.schema.table_id}) was dropped on shard "
+                f"{self._info.shard}, and is not attached again: the request is late",
+                shard=self._info.shard,
+            )
         table_id, epoch = request.view.schema.table_id, request.view.placement.epoch
         present = self._tables.get(table_id)
         if present is not None and present.epoch == epoch:
@@ -245,6 +253,12 @@ class Tenancy:
             self.decisions.leave(table)
             table.close()
             self._contexts.drop_table(table_id)
+
+    def end(self, table_id: int) -> None:
+        """Drop a table for good: the shard remembers it, refuses it from now on, and says so to controllers."""
+        self.drop(table_id)
+        if table_id not in self._ended:
+            self._ended = (*self._ended, table_id)[-MOST_ENDED:]
 
     def drop_all(self) -> None:
         """Forget all tables."""
@@ -429,6 +443,7 @@ class Tenancy:
             uptime_s=uptime_s,
             tables=tables,
             stages=stages.snapshot(),
+            dropped=self._ended,
         )
 
     def _require_memory(self, table: HostedTable, num_bytes: int) -> None:

@@ -47,6 +47,7 @@ from mempool.types.pages import (
 )
 from mempool.types.pool import (
     MAX_SHARDS,
+    DropTable,
     PoolStatus,
     RescaleProgress,
     ShardFill,
@@ -82,6 +83,7 @@ __all__ = [
     "DiscardPart",
     "DiscardReply",
     "DiscardRequest",
+    "DropTable",
     "Envelope",
     "ExportLedger",
     "ExportPages",

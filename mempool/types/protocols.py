@@ -131,7 +131,9 @@ class PoolApi(Protocol):
     async def create_table(self, schema: TableSchema) -> TableView:
         """Make a table; ``schema.table_id`` is ignored and given by the pool. Raises AlreadyExists."""
 
-    async def drop_table(self, name: str) -> None: ...
+    async def drop_table(self, name: str, *, table_id: int = 0) -> None:
+        """Drop a table, also one that is being made. Raises NotFound; also where ``table_id`` is given and another
+        table has that name by now."""
 
     async def table(self, name: str) -> TableView: ...
 

@@ -20,7 +20,7 @@ from mempool.types.pages import (
     ResolveReply,
     ResolveRequest,
 )
-from mempool.types.pool import PoolStatus, RescaleProgress, ShardStatus, TableView
+from mempool.types.pool import DropTable, PoolStatus, RescaleProgress, ShardStatus, TableView
 from mempool.types.schema import TableSchema
 from mempool.wire.codecs import lookup, messages, pages, tables
 from mempool.wire.codecs.codec import Codec
@@ -127,7 +127,9 @@ STATUS: Method[None, ShardStatus] = Method(SHARD_SERVICE, "Status", pages.STATUS
 CREATE_TABLE: Method[TableSchema, TableView] = Method(
     POOL_SERVICE, "CreateTable", tables.CREATE_TABLE_REQUEST, tables.CREATE_TABLE_REPLY
 )
-DROP_TABLE: Method[str, None] = Method(POOL_SERVICE, "DropTable", tables.DROP_TABLE_REQUEST, tables.DROP_TABLE_REPLY)
+DROP_TABLE: Method[DropTable, None] = Method(
+    POOL_SERVICE, "DropTable", tables.DROP_TABLE_REQUEST, tables.DROP_TABLE_REPLY
+)
 GET_TABLE: Method[str, TableView] = Method(POOL_SERVICE, "GetTable", tables.GET_TABLE_REQUEST, tables.GET_TABLE_REPLY)
 LIST_TABLES: Method[None, tuple[TableView, ...]] = Method(
     POOL_SERVICE, "ListTables", tables.LIST_TABLES_REQUEST, tables.LIST_TABLES_REPLY

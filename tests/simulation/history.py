@@ -25,7 +25,7 @@ from tests.simulation.oracle import ORACLE_TABLE, Content, Oracle
 from tests.simulation.tables import TRAINED
 
 Update = tuple[int, str, int, int]
-"""(table id, group, rank, sequence)."""
+"""(table id, group, generation, sequence); all ranks are 0."""
 READS = (methods.GATHER.path, methods.READ_ROWS.path)
 
 
@@ -178,7 +178,7 @@ class History:
             self.say(f"{call.method.name} of {call.client} at {call.server}: {call.error}")
         if isinstance(call.error, DataLoss):
             table_id = _table_of(call.request)
-            if table_id is not None and table_id not in self.lost | self.dropped:
+            if table_id is not None and table_id not in self.lost:
                 self.say(f"{call.method.name} at {call.server} says DataLoss, and nothing was lost: {call.error}")
         if call.done and call.method.path in READS:
             self.reads.append(Read(call, self.floors.pop(call.number)))
@@ -235,10 +235,15 @@ class History:
     def _check_once(self, table_id: int, versions: Iterable[int]) -> dict[Update, int]:
         """Each update is in one step at most; answers in which version it is."""
         made_by: dict[Update, int] = {}
+        newest: dict[str, tuple[int, int]] = {}
         for version in versions:
             step = self.decided[table_id, version]
+            at = step.step_id.generation, step.step_id.step
+            if at <= newest.get(step.step_id.group, (-1, -1)):
+                self.say(f"version {version} of table {table_id} is {step.step_id}, after {newest[step.step_id.group]}")
+            newest[step.step_id.group] = at
             for sequence in step.sequences:
-                update = (table_id, step.step_id.group, step.step_id.rank, sequence)
+                update = (table_id, step.step_id.group, step.step_id.generation, sequence)
                 if update in made_by:
                     self.say(f"update {update} is in version {made_by[update]} and again in {version}")
                 if update in self.discarded:
@@ -257,8 +262,8 @@ class History:
         return found
 
     def _replay(self, oracle: Oracle, table_id: int, step: Decided) -> None:
-        group, rank = step.step_id.group, step.step_id.rank
-        contents = [self.contents[table_id, group, rank, sequence] for sequence in step.sequences]
+        group, generation = step.step_id.group, step.step_id.generation
+        contents = [self.contents[table_id, group, generation, sequence] for sequence in step.sequences]
         oracle.step(contents, lr=step.lr, grad_scale=step.grad_scale)
 
     def _check_read(self, oracle: Oracle, read: Read, floors: "_Floors") -> None:

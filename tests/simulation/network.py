@@ -112,8 +112,6 @@ class Network:
         self.on_served: list[Callable[[Call, Any], None]] = []
         self.on_answered: list[Callable[[Call], None]] = []
         self.counts: dict[str, int] = defaultdict(int)
-        # What people ask of a pool names tables, and a name may be another table's by then.
-        self.may_repeat: Callable[[Method[Any, Any]], bool] = lambda method: method.service != methods.POOL_SERVICE
         self.encode = encode
         self._scheduler = scheduler
         self._random: Random = scheduler.random("network")
@@ -193,7 +191,7 @@ class Network:
         for observer in self.on_sent:
             observer(waiting.call)
         self._send(client, _machine(address), waiting, self._arrived, waiting, address)
-        if self.may_repeat(waiting.call.method) and self.weather.repeat and self._random.random() < self.weather.repeat:
+        if self.weather.repeat and self._random.random() < self.weather.repeat:
             # As a try that its client gave up and made again: the first arrives all the same.
             self.counts["repeated"] += 1
             copy = _Waiting(self, waiting.loop, waiting.call, waiting.frame, waiting.timeout_s, lost=True)

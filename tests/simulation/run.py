@@ -17,6 +17,7 @@ from multiprocessing import get_context
 
 import torch
 
+from tests.simulation.branches import counted, missed
 from tests.simulation.faults import Chaos, Faults
 from tests.simulation.history import History, observed
 from tests.simulation.loop import Scheduler, Stuck
@@ -28,6 +29,8 @@ from tests.simulation.workload import Workload
 START_S = 60.0
 PROGRESS_S = 240.0
 """Seconds in which all that was begun has ended, and every trainer has committed once more, after the last fault."""
+ENOUGH = 200
+"""Seeds in which every rare branch must have been met."""
 
 
 @dataclass(slots=True)
@@ -80,7 +83,7 @@ class Run:
         enabled = gc.isenabled()
         gc.disable()  # when garbage is collected is no part of a seed
         try:
-            with self.around, observed(self.history):
+            with self.around, observed(self.history), counted(self.marks):
                 self._play()
         except Stuck as stuck:
             self.history.say(f"no progress: {stuck}; {self.workload.waiting()}")
@@ -195,8 +198,11 @@ def main() -> int:
         f"{totals['simulated']:,.0f} simulated s, {totals['calls']:,} calls, {totals['versions']:,} steps, "
         f"{totals['checked']:,} answers compared"
     )
+    never = missed(marks) if len(seeds) >= ENOUGH else []
+    for name in never:
+        print(f"never met: {name}")
     print(f"{len(seeds)} seeds, {len(failed)} with violations, {len(seeds) / spent_s:.2f} seeds/s")
-    return 1 if failed else 0
+    return 1 if failed or never else 0
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ class Dropper:
         self.ended: list[str] = []
         self.takes_s = 0.0
 
-    async def drop_table(self, name: str) -> None:
+    async def drop_table(self, name: str, *, table_id: int = 0) -> None:  # noqa: ARG002
         assert current_caller().name == "trainer"
         try:
             await asyncio.sleep(self.takes_s)
@@ -170,7 +170,6 @@ def test_a_lost_message_breaks_the_call_whether_or_not_it_was_done(scene: Scene,
 
 def test_a_request_may_come_twice_the_second_time_late(scene: Scene) -> None:
     scene.network.weather.repeat = 1.0
-    scene.network.may_repeat = lambda _: True
     scene.drop("facts")
     assert scene.pool.dropped == ["facts"]
     scene.settle()

@@ -19,12 +19,14 @@ class Training:
         trainer: Its router and loop.
         group: Its name in ledgers.
         history: Is told what every update consists of.
+        generation: How often this group has gone back to an earlier step.
     """
 
-    def __init__(self, trainer: Trainer, *, group: str, history: History) -> None:
+    def __init__(self, trainer: Trainer, *, group: str, history: History, generation: int = 0) -> None:
         self.timeout_s = 30.0
         self._trainer = trainer
         self._group = group
+        self.generation = generation
         self._history = history
         self._coordinator = Coordinator(trainer.router)
         self._sessions: dict[int, Session] = {}
@@ -38,7 +40,7 @@ class Training:
     async def push(self, view: TableView, record: Any, content: Content, *, hold: bool, want: bool) -> None:
         """One update. One that fails is no part of a step."""
         table_id, session = view.schema.table_id, self._session(view)
-        update = (table_id, self._group, 0, session.book._next_sequence)
+        update = (table_id, self._group, self.generation, session.book._next_sequence)
         self._history.contents[update] = content
         pending = self._pending[table_id]
         if hold:
@@ -97,7 +99,11 @@ class Training:
         if table_id not in self._sessions:
             self._trainer.router.adopt(view)
             self._sessions[table_id] = Session(
-                self._trainer.router, table_id=table_id, group=self._group, coordinator=self._coordinator
+                self._trainer.router,
+                table_id=table_id,
+                group=self._group,
+                generation=self.generation,
+                coordinator=self._coordinator,
             )
             self._pending[table_id] = []
         return self._sessions[table_id]

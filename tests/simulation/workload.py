@@ -59,6 +59,8 @@ class Workload:
         self._operator = Trainer(park, "operator")
         self._made = 0
         self._starts = 0
+        self.generations: Counter[str] = Counter()
+        self.goes_back = self._random.random() < 0.5
         self._rescales = self._random.random() < 0.5
         self._changes_tables = self._random.random() < 0.3
         self._operating: asyncio.Task[None] | None = None
@@ -141,6 +143,7 @@ class Workload:
             try:
                 return await self._operator.api.create_table(schema)
             except AlreadyExists:
+                # A late repeat of an earlier call may be making another one of that name: then there is none yet.
                 return await self._operator.api.table(name)
 
         view = await self._patiently(ask)
@@ -154,7 +157,7 @@ class Workload:
 
         async def ask() -> None:
             try:
-                await self._operator.api.drop_table(name)
+                await self._operator.api.drop_table(name, table_id=view.schema.table_id)
             except NotFound:
                 return
 
@@ -199,7 +202,7 @@ class Workload:
             try:
                 async with asyncio.timeout(60.0):
                     return await ask()
-            except (*FAULTS, TimeoutError, DataLoss):
+            except (*FAULTS, TimeoutError, DataLoss, NotFound):
                 await asyncio.sleep(self._random.random() * 2.0)
             except MempoolError as error:
                 self.history.say(f"the operator: {error!r}")
@@ -295,7 +298,7 @@ class _Life:
             if not ids & (history.dropped | history.lost):
                 history.say(f"{self.name}: {what}: {error!r}")
         except DataLoss as error:
-            if not ids & (history.lost | history.dropped):
+            if not ids & history.lost:
                 history.say(f"{self.name}: {what}: {error!r}")
         except MempoolError as error:
             history.say(f"{self.name}: {what}: {error!r}")
@@ -323,15 +326,33 @@ class TrainerLife(_Life):
 
     def __init__(self, workload: Workload, trainer: Trainer, name: str) -> None:
         super().__init__(workload, trainer, name)
-        self.training = Training(trainer, group=name, history=workload.history)
+        # In half of the runs one that comes in a dead one's place goes on in its name, as from a checkpoint.
+        self.group = trainer.name if workload.goes_back else name
+        self.training = self._next_generation()
+        if self.training.generation:
+            workload.marks["a trainer that another one of a higher generation took the place of"] += 1
+
+    def _next_generation(self) -> Training:
+        generations = self.workload.generations
+        generation = generations[self.group]
+        generations[self.group] += 1
+        return Training(self.trainer, group=self.group, history=self.workload.history, generation=generation)
 
     async def live(self) -> None:
         while not self.workload.ending:
             await asyncio.sleep(self.random.expovariate(1 / 0.3))
+            if self.workload.goes_back and self.random.random() < 0.03:
+                await self.go_back()
             await self.step()
         self.training.timeout_s = 100.0
         await self.step(last=True)
         await self.training.close()
+
+    async def go_back(self) -> None:
+        """Begin again, as after a loss that is no number: what was pending is nobody's any more."""
+        await self.tried("an end before going back", self.training.close())
+        self.training = self._next_generation()
+        self.workload.marks["a trainer that went back to an earlier step"] += 1
 
     async def step(self, *, last: bool = False) -> None:
         """One step of some tables."""

@@ -363,11 +363,11 @@ class FaultyPool:
         if schema.name == self.schema.name:
             raise AlreadyExists(f"there is a table {schema.name!r}")
         await asyncio.gather(*(shard.host.drop_table(self.schema.table_id) for shard in self.shards))
-        self.schema = replace(schema, table_id=self.schema.table_id)
+        self.schema = replace(schema, table_id=self.schema.table_id + 1)
         await self._attach()
         return self.view
 
-    async def drop_table(self, name: str) -> None:
+    async def drop_table(self, name: str, *, table_id: int = 0) -> None:  # noqa: ARG002
         await self.table(name)
         await asyncio.gather(*(shard.host.drop_table(self.schema.table_id) for shard in self.shards))
         self.dropped = True

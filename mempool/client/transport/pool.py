@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from typing import TypeVar
 
 from mempool.errors import DeadlineExceeded, MempoolError, NotFound, PoolUnreachable, Unavailable
-from mempool.types import PoolStatus, RescaleProgress, TableSchema, TableView
+from mempool.types import DropTable, PoolStatus, RescaleProgress, TableSchema, TableView
 from mempool.types.caller import current_caller
 from mempool.types.running import Clock
 from mempool.wire import methods
@@ -51,8 +51,9 @@ class GrpcPool:
             )
         )
 
-    async def drop_table(self, name: str) -> None:
-        await self._change(lambda channel, timeout_s: channel.call(methods.DROP_TABLE, name, timeout_s=timeout_s))
+    async def drop_table(self, name: str, *, table_id: int = 0) -> None:
+        request = DropTable(name=name, table_id=table_id)
+        await self._change(lambda channel, timeout_s: channel.call(methods.DROP_TABLE, request, timeout_s=timeout_s))
 
     async def table(self, name: str) -> TableView:
         """Raises NotFound only if the pool's own addresses say so: a shard may not have heard of the table yet."""

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,6 +55,19 @@ def test_a_table_that_is_confirmed_anywhere_is_confirmed_everywhere() -> None:
     (confirm,) = owed(known, INFOS[0], pending)
     assert isinstance(confirm, Confirm)
     assert confirm.view is made
+
+
+@pytest.mark.parametrize("known", [ADOPTING, Knowledge(views={"t1": view(1)})])
+def test_a_table_that_one_shard_was_told_to_drop_is_dropped_everywhere(known: Knowledge) -> None:
+    told, missed = Heard(dropped=frozenset({1})), Heard(views=(view(1), view(2)))
+    for heard in ([told, missed], [missed, told]):
+        learned = learn_all(known, heard, everyone=True)
+        assert "t1" not in learned.views
+        assert Drop(1) in owed(learned, INFOS[1], missed)
+        assert not any(
+            isinstance(action, Attach) and action.view.schema.table_id == 1 for action in owed(learned, INFOS[0], told)
+        )
+    assert learn_all(known, [told, told], everyone=True).dropped == frozenset(), "nobody has it any more"
 
 
 def test_a_table_that_this_controller_is_making_is_left_alone() -> None:

@@ -248,3 +248,30 @@ def test_a_shard_that_does_not_stop_is_stopped_when_asked_again() -> None:
         assert sorted(bench.fleet.hosts) == [0, 1]
         bench.pool.rescale(1)
         assert sorted(bench.fleet.hosts) == [0]
+
+
+@pytest.mark.parametrize("deaf", [0, 1])
+def test_a_drop_that_its_controller_did_not_live_to_finish_is_a_drop(deaf: int) -> None:
+    """Seed 16: a new controller took the table from the shard that had it still, and gave it to the other as lost."""
+    with Bench(2) as bench:
+        bench.pool.create_table(config(layout="rows"))
+        bench.fleet.hosts[deaf].faults["drop_table"] = nth(1)
+        bench.pool.drop_table("facts")
+        heir = bench.heir()  # and the first controller does nothing any more
+        run(heir.adopt(bench.controller.shards), timeout_s=CALL_S)
+        assert run(heir.tables(), timeout_s=CALL_S) == ()
+        for host in bench.fleet.hosts.values():
+            assert run(host.views(), timeout_s=CALL_S) == ()
+
+
+def test_a_drop_that_no_shard_was_told_of_is_none() -> None:
+    with Bench(2) as bench:
+        table = bench.pool.create_table(config(layout="rows"))
+        for host in bench.fleet.hosts.values():
+            host.faults["drop_table"] = nth(1)
+        with pytest.raises(errors.ShardUnavailable, match="a packet was lost"):
+            run(bench.controller.drop_table("facts"), timeout_s=CALL_S)
+        train(table, 1)
+        bench.pool.drop_table("facts")
+        with pytest.raises(errors.NotFound):
+            bench.pool.table("facts")

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from mempool.errors import DeadlineExceeded, InvalidRequest, Overloaded, RequestTooLarge, ShardUnavailable
+from mempool.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded, RequestTooLarge, ShardUnavailable
+from mempool.shard import tenancy
 from mempool.types import AttachTable, ExportPages, GatherRequest, Ledger, LedgerEntry, UpdateRequest
 from mempool.types.caller import Caller, calling
 from tests.contract.driver import Driver, make_bags, make_schema, same
@@ -231,3 +232,18 @@ def test_a_shard_that_cannot_go_on_tells_those_who_wait_for_a_table(make_driver:
         with pytest.raises(ShardUnavailable, match="has ended"):
             driver.call(asked())
     assert [type(error) for error in told] == [_Broken]
+
+
+def test_a_table_that_was_dropped_does_not_come_back_and_is_remembered(
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tenancy, "MOST_ENDED", 3)
+    driver = make_driver().create(make_schema())
+    driver.drop()
+    for mode in ("initialise", "lost", "empty"):
+        late = AttachTable(view=driver.view, mode=mode)  # type: ignore[arg-type]
+        with pytest.raises(NotFound, match=r"was dropped on shard 0, and is not attached again: the request is late"):
+            driver.call(driver.host(0).attach_table(late))
+    for table_id in (1, 7, 8, 9):
+        driver.call(driver.host(0).drop_table(table_id))
+    assert driver.call(driver.host(0).status()).dropped == (7, 8, 9)
