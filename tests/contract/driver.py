@@ -52,6 +52,7 @@ from .layouts import BLOCK_ARRAYS, LAYOUTS
 
 T = TypeVar("T")
 CALL_S = 100.0
+_NONE = np.empty(0, dtype=np.int64)
 _lookup_ids = itertools.count(1)
 
 
@@ -198,8 +199,7 @@ class Driver:
                     )
             heads = tuple(np.flatnonzero((old.key_owners == source) & (new.key_owners == dest)).tolist())
             if heads:
-                none = np.empty(0, dtype=np.int64)
-                pull = PullPages(table_id=self.table_id, source=info, row_pages=none, blocks=(), key_pages=heads)
+                pull = PullPages(table_id=self.table_id, source=info, row_pages=_NONE, blocks=(), key_pages=heads)
                 requests.append((dest, pull))
         return requests
 
@@ -267,8 +267,7 @@ class Driver:
                         found[f"{name} of page {page} blocks {blocks}"] = rows.clone()
             heads = tuple(np.flatnonzero(placement.key_owners == shard).tolist())
             if heads:
-                none = np.empty(0, dtype=np.int64)
-                request = ExportPages(table_id=self.table_id, row_pages=none, blocks=(), key_pages=heads)
+                request = ExportPages(table_id=self.table_id, row_pages=_NONE, blocks=(), key_pages=heads)
                 batch = self.call(self.host(shard).export_pages(request))
                 found |= {f"{name} of heads {heads}": keys.clone() for name, keys in batch.arrays.items()}
             found[f"{shard} held"] = self.status(shard).updates_held
