@@ -168,6 +168,7 @@ class Training:
     def step(self) -> dict[str, dict[str, Any]]:
         """One step. Answers what each part of it sent, until it returned."""
         found = {}
+        self.counts.settle()  # of the step before
         parts: list[tuple[str, Callable[[], Any]]] = [
             ("zero_grad", self.optimizer.zero_grad),
             ("backward", lambda: None),
