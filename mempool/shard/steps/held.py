@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from mempool.agreement.ledger import over
 from mempool.errors import MempoolError
 from mempool.kernels import SortedPairs
 from mempool.shard.pages.storage import Lane
@@ -196,6 +197,12 @@ class HeldUpdates:
         key = group, rank, generation
         self._touch(key)
         return sum(len(updates) for updates in self._ranks[key].updates.values())
+
+    def require_newest(self, step_id: StepId) -> None:
+        """Raises StepConflict where a later generation of the rank holds anything here."""
+        newest = self._newest.get((step_id.group, step_id.rank), 0)
+        if step_id.generation < newest:
+            raise over(step_id, newest)
 
     def lives(self, step_id: StepId) -> bool:
         """Whether the rank holds something and its lease has not ended."""

@@ -248,7 +248,8 @@ class World:
         if shard is gate:
             shard.held, shard.over, shard.staged = False, True, None
             return
-        fate = fate_of_lapsed(epoch=shard.epoch, gate_epoch=gate.epoch if heard else None, gate_frozen=gate.held)
+        gate_epoch = gate.epoch if heard else None
+        fate = fate_of_lapsed("r", epoch=shard.epoch, gate_epoch=gate_epoch, gate_token="r" if gate.held else None)
         if fate == "thaw":
             shard.held, shard.over, shard.staged = False, True, None
         elif fate == "adopt":
