@@ -58,6 +58,14 @@ FAULTS: dict[str, Faults] = {
     "generation": Faults(trainers_die=True),
     "token of a round": Faults(controller_dies=True, repeat=True, slow=True, pauses=True, partitions=True),
 }
+SEEN_AT: dict[str, int] = {
+    "generation": 1,
+    "epoch fence": 2,
+    "ledger": 2,
+    "wait for decided steps": 4,
+    "order": 4,
+}
+"""The first seed that shows each one missing: how many were needed. What is not here was not missed yet."""
 
 
 @contextmanager
