@@ -120,6 +120,7 @@ SHARD_STATUS = build(
     uptime_s=SECONDS,
     tables=st.lists(TABLE_STATUS, max_size=2).map(tuple),
     stages=st.lists(STAGE_TIME, max_size=2).map(tuple),
+    dropped=U64S,
 )
 CREATION = build(
     types.TableCreation,
@@ -330,7 +331,12 @@ CASES: dict[Method[Any, Any], Case] = {
     methods.SET_VIEW: (shard_pb2.SetViewRequest, build(SetView, view=VIEW, **TOKEN), shard_pb2.SetViewReply, st.none()),
     methods.STATUS: (shard_pb2.StatusRequest, st.none(), shard_pb2.StatusReply, SHARD_STATUS),
     methods.CREATE_TABLE: (pool_pb2.CreateTableRequest, SCHEMA, pool_pb2.CreateTableReply, VIEW),
-    methods.DROP_TABLE: (pool_pb2.DropTableRequest, TEXT, pool_pb2.DropTableReply, st.none()),
+    methods.DROP_TABLE: (
+        pool_pb2.DropTableRequest,
+        build(types.DropTable, name=TEXT, table_id=U64),
+        pool_pb2.DropTableReply,
+        st.none(),
+    ),
     methods.GET_TABLE: (pool_pb2.GetTableRequest, TEXT, pool_pb2.GetTableReply, VIEW),
     methods.LIST_TABLES: (
         pool_pb2.ListTablesRequest,
