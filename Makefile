@@ -19,7 +19,7 @@ SINCE := HEAD
 SEEDS ?= 200
 SEED ?= 1
 
-.PHONY: help demo test check simulate bench lint types imports protos protos-check unit setup clean
+.PHONY: help demo test static check simulate bench lint types imports protos protos-check unit kernels run-tests setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -48,7 +48,12 @@ demo: $(DEMO_READY)
 	@echo "== demo: a pool of 2 shards on Ray, a trainer attached over gRPC, 10,000 facts, 2 -> 4 shards half way"
 	@DEMO_BEGAN=$(BEGAN) $(BIN)/python examples/demo.py
 
-test: lint types imports protos-check unit
+# What is checked without running it needs one core, as does the start of the kernels' compiler.
+test: $(READY)
+	@$(MAKE) --no-print-directory -j 2 static kernels
+	@$(MAKE) --no-print-directory run-tests
+
+static: lint types imports protos-check
 
 lint: $(READY)
 	@echo "== lint"
@@ -71,11 +76,17 @@ protos-check: $(READY)
 	@$(BIN)/buf lint protos
 	@$(BIN)/python protos/generate.py --check
 
-unit: $(READY)
+unit: kernels
+	@$(MAKE) --no-print-directory run-tests
+
+kernels: $(READY)
 	@echo "== compiling the CPU kernels (once per version of them, kept on disk: no test shall wait for a compiler)"
 	@$(BIN)/python -c "from mempool import kernels; kernels.warm_up()"
+
+# File by file in the order of tests/conftest.py, the long ones first.
+run-tests:
 	@echo "== tests"
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/integration
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/integration
 	@echo "== tests that start Ray and its nodes, one after the other"
 	@$(BIN)/python -m pytest -q tests/integration
 

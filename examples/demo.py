@@ -15,14 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
 SHARDS_BEFORE = 2
 SHARDS_AFTER = 4
-# As many steps of both models as two minutes on two slow cores allow, for facts asked often enough to be learned.
-TRAINING = ("--num-facts", "10000", "--epochs", "14")
+# As many steps of both models as a minute on two slow cores allows, for facts asked often enough to be learned.
+TRAINING = ("--num-facts", "10000", "--epochs", "9")
 
 _ROOT = Path(__file__).resolve().parent.parent
 _OUT = Path("out") / "demo"
@@ -46,15 +46,14 @@ def main(arguments: Sequence[str]) -> int:
         (_OUT / "facts.json").unlink(missing_ok=True)  # an interrupted run leaves no figures of the one before
         config = write_config(pool, folder=_OUT, template=Path("cluster/local.yaml"))
         _say(f"a pool of {SHARDS_BEFORE} shards, by {config}")
-        with _timed(spent, "kernels: compiling what is needed, or finding it"):
-            _run("examples/compile_kernels.py", "-f", str(config))
-        with _timed(spent, "Ray and the pool, up"):
-            _run("-m", "mempool", "up", "-f", str(config))
-        try:
+        with ExitStack() as ending:
+            with (
+                _timed(spent, "Ray and the pool, up; kernels compiled beside it, or found"),
+                _beside("examples/compile_kernels.py", "-f", str(config)),
+            ):
+                _run("-m", "mempool", "up", "-f", str(config))
+                ending.callback(_end, pool, spent=spent)
             _train(config, arguments, spent=spent)
-        finally:
-            with _timed(spent, "Ray and the pool, down"):
-                _end(pool)
     except DemoError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
@@ -117,11 +116,12 @@ def _began_s() -> float:
         return time.time()
 
 
-def _end(pool: str) -> None:
+def _end(pool: str, *, spent: dict[str, float]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     _say("ending the pool and what was started for it (a few seconds, not to be interrupted)")
-    _run("-m", "mempool", "down", "--pool", pool)
+    with _timed(spent, "Ray and the pool, down"):
+        _run("-m", "mempool", "down", "--pool", pool)
 
 
 def _run(*arguments: str, captured: bool = False) -> str:
@@ -134,7 +134,22 @@ def _run(*arguments: str, captured: bool = False) -> str:
     Raises:
         DemoError: if it fails.
     """
-    print(f"$ {shlex.join(['python', *arguments])}", flush=True)
+    with _started(*arguments, captured=captured) as process:
+        printed, _ = process.communicate()
+    return printed or ""
+
+
+@contextmanager
+def _beside(*arguments: str) -> Iterator[None]:
+    """Runs a Python command beside what is done meanwhile, and waits for it. Raises DemoError as ``_run``."""
+    with _started(*arguments, after=" &"):
+        yield
+
+
+@contextmanager
+def _started(*arguments: str, captured: bool = False, after: str = "") -> Iterator[subprocess.Popen[str]]:
+    command = shlex.join(["python", *arguments])
+    print(f"$ {command}{after}", flush=True)
     process = subprocess.Popen(
         [sys.executable, *arguments],
         env={**os.environ, "XDG_STATE_HOME": str(_ROOT / _STATE)},
@@ -143,7 +158,8 @@ def _run(*arguments: str, captured: bool = False) -> str:
         start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
     )
     try:
-        printed, _ = process.communicate()
+        yield process
+        process.wait()
     except BaseException:
         process.send_signal(signal.SIGINT)
         try:
@@ -153,8 +169,7 @@ def _run(*arguments: str, captured: bool = False) -> str:
             process.wait()
         raise
     if process.returncode:
-        raise DemoError(f"`{shlex.join(['python', *arguments])}` ended with {process.returncode}")
-    return printed or ""
+        raise DemoError(f"`{command}` ended with {process.returncode}")
 
 
 def _say(text: str) -> None:

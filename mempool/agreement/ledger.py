@@ -1,5 +1,6 @@
 """What was applied to a table's pages: the rule that a step is applied once, or never. Values only."""
 
+from collections import OrderedDict
 from dataclasses import replace
 
 from mempool.errors import StepConflict
@@ -8,6 +9,9 @@ from mempool.types import DecidedStep, Ledger, LedgerEntry, StepId
 MAX_ENTRIES = 16_384
 """Every client that ever committed leaves an entry, and the ledger goes with every move of pages. An entry is needed
 only while its client may repeat its newest commit; so many other clients do not come in between."""
+
+MAX_OLDER = 1024
+"""Entries of generations that are over: of their last steps shards may be in doubt when the next one commits."""
 
 MAX_OTHERS = 65_536
 """Parts at other tables, of all entries together: what is above is forgotten of the oldest."""
@@ -28,6 +32,7 @@ class AppliedLedger:
         self.updates_applied = 0
         self._step_offset = 0
         self._entries: dict[tuple[str, int], LedgerEntry] = {}
+        self._older: OrderedDict[tuple[str, int, int], LedgerEntry] = OrderedDict()
         self._num_others = 0
         self._take(ledger or Ledger())
 
@@ -53,6 +58,13 @@ class AppliedLedger:
         """What is known of the step's rank, in the newest generation heard of."""
         return self._entries.get((step_id.group, step_id.rank), _NONE)
 
+    def entry_of_its_generation(self, step_id: StepId) -> LedgerEntry | None:
+        """What is known of the step's rank in the step's own generation; None where nothing is any more."""
+        entry = self.entry(step_id)
+        if step_id.generation < entry.generation:
+            return self._older.get((step_id.group, step_id.rank, step_id.generation))
+        return entry if step_id.generation == entry.generation else LedgerEntry(generation=step_id.generation)
+
     def applied(self, step_id: StepId) -> int:
         """The table version that the step made, or a later one of its rank; 0 where it may still be applied.
 
@@ -62,10 +74,7 @@ class AppliedLedger:
         entry = self.entry(step_id)
         who = f"step {step_id.step} of rank {step_id.rank} of group {step_id.group!r}"
         if step_id.generation < entry.generation:
-            raise StepConflict(
-                f"{who} is of generation {step_id.generation}, and generation {entry.generation} has begun: this "
-                "trainer was replaced by one that came later. It must not go on. Nothing was changed."
-            )
+            raise over(step_id, entry.generation)
         if step_id.generation > entry.generation:
             return 0
         if step_id.step <= entry.step:
@@ -127,6 +136,10 @@ class AppliedLedger:
     def _put(self, step_id: StepId, entry: LedgerEntry) -> None:
         rank = step_id.group, step_id.rank
         before = self._entries.pop(rank, _NONE)  # so that the order is that of the newest commits
+        if before.generation < entry.generation and before.step:
+            self._older[(*rank, before.generation)] = before
+            if len(self._older) > MAX_OLDER:
+                self._older.popitem(last=False)
         self._entries[rank] = entry
         self._num_others += len(entry.others) - len(before.others)
         if len(self._entries) > MAX_ENTRIES:
@@ -147,3 +160,12 @@ class AppliedLedger:
         self._step_offset = ledger.step_offset
         self._entries = dict(ledger.entries)
         self._num_others = sum(len(entry.others) for entry in self._entries.values())
+
+
+def over(step_id: StepId, generation: int) -> StepConflict:
+    """The refusal of a step whose generation has ended, as that one has begun."""
+    return StepConflict(
+        f"step {step_id.step} of rank {step_id.rank} of group {step_id.group!r} is of generation {step_id.generation}, "
+        f"and generation {generation} has begun: this trainer was replaced by one that came later. It must not go on. "
+        "Nothing was changed."
+    )

@@ -4,6 +4,7 @@ At the table's gate it gives the numbers. Values only: whoever holds it applies 
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
 
 from mempool.errors import Overloaded, StepConflict
@@ -127,19 +128,39 @@ class Order:
         kept = [step for known, step in self._kept.items() if known > version]
         return (*kept, *(step for step in self.waiting() if step.version > version))
 
-    def learn(self, version: int, steps: tuple[DecidedStep, ...]) -> None:
+    def learn(
+        self,
+        version: int,
+        steps: tuple[DecidedStep, ...],
+        *,
+        prepared: Callable[[StepId], bool] = lambda _: True,
+    ) -> DecidedStep | None:
         """What the gate says has been decided after ``applied``; it is at ``version``.
 
-        What it no longer keeps is of steps in which this shard has no part: its own could not have been forgotten, as
-        their clients wait for its answer before they go on.
+        A step is prepared at every owner before it is decided. One that is not (a late message has ended its Prepare)
+        is not taken: it would be applied without its updates. Its trainer prepares it again once it is told so, when it
+        comes to have it applied; those after it wait. What the gate no longer keeps is of steps in which this shard has
+        no part: its own could not have been forgotten, as their clients wait for its answer before they go on.
+
+        Args:
+            prepared: Whether a step is prepared here, or has no part here.
+
+        Returns:
+            The first that was not taken.
         """
         known = {step.version: step for step in steps}
+        refused: DecidedStep | None = None
         for number in range(self.applied + 1, min(version, self.applied + MAX_KEPT) + 1):
             if number in known:
-                self.add(known[number])
+                step = known[number]
+                if step.step_id == NOBODY or step.step_id in self._versions or prepared(step.step_id):
+                    self.add(step)
+                else:
+                    refused = refused or step
             elif number not in self._waiting and (not known or number < min(known)):
                 table_id = steps[0].table_id if steps else 0
                 self.add(DecidedStep(table_id=table_id, version=number, step_id=NOBODY, lr=0.0, grad_scale=1.0))
+        return refused
 
     def _keep(self, step: DecidedStep) -> None:
         self._kept[step.version] = step

@@ -228,6 +228,8 @@ class Round:
         if frozen is None or self.phase in ("undoing", "ended"):
             return []
         frozen.alive_s = max(frozen.alive_s, frozen.sent.pop(call, frozen.alive_s))
+        if not frozen.answered:  # the renewals of a freeze that waited for a step are answered right after it
+            frozen.alive_s = max(frozen.alive_s, now - self._lease_s / _RENEWALS)
         frozen.answered = True
         if self.phase == "gate":
             self.phase = "others"
@@ -273,7 +275,7 @@ class Round:
         if isinstance(call, Thaw):  # its freeze ends by itself
             return self._is_thawed(call.shard)
         if isinstance(call, Renew) and not isinstance(error, StalePlacement):
-            if call.shard in self._frozen:
+            if call.shard in self._frozen and self.phase != "undoing":  # what undid it is what is told
                 self._frozen[call.shard].sent.pop(call, None)
                 self._error = error
             return []  # the next one may arrive

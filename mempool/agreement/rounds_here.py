@@ -100,18 +100,20 @@ class RoundsHere:
 Fate = Literal["adopt", "thaw", "wait"]
 
 
-def fate_of_lapsed(*, epoch: int, gate_epoch: int | None, gate_frozen: bool) -> Fate:
+def fate_of_lapsed(token: str, *, epoch: int, gate_epoch: int | None, gate_token: str | None) -> Fate:
     """What becomes of a round whose lease is over at a shard that is not the gate, from what the gate says.
 
     A round is decided when the gate takes its view, and over when the gate's own freeze ends: nobody else may say.
+    Where another round holds the table there, this one has ended before that began.
 
     Args:
+        token: Of the round whose lease is over here.
         epoch: Of the table here.
         gate_epoch: At the gate; None: it did not answer, or does not have the table.
-        gate_frozen: Whether a round holds the table there.
+        gate_token: Of the round that holds the table there; None: none does.
     """
     if gate_epoch is None or gate_epoch < epoch:
         return "wait"
     if gate_epoch > epoch:
         return "adopt"
-    return "wait" if gate_frozen else "thaw"
+    return "wait" if gate_token == token else "thaw"

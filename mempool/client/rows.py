@@ -3,11 +3,9 @@
 Leaves which shard owns which row to the router. Legend: M rows, D key dim, n half-keys.
 """
 
-import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,15 +13,9 @@ from torch import Tensor
 from mempool.client.bags import own_copy, require_dense, require_in_range, require_integers
 from mempool.client.opening.waiting import Run
 from mempool.client.routing.router import Router
+from mempool.client.routing.slices import MESSAGE_BYTES, together, windows
 from mempool.errors import InvalidRequest
 from mempool.types import FlatKeySpec, ProductKeySpec, TableSchema
-
-# Reads and writes are cut into messages of about this size.
-_MESSAGE_BYTES = 8 * 1024 * 1024  # small shards, which have room for small messages only, take it too
-# So many are under way at a time: shards work on one while another is on the wire, and no caller fills their queue.
-_WINDOW = 4
-
-T = TypeVar("T")
 
 
 class Rows:
@@ -50,9 +42,9 @@ class Rows:
         table_id = self._schema.table_id
         pieces = [(array, chunk) for array in arrays for chunk in torch.split(ids, self._rows_per_message(array))]
         read: dict[str, list[Tensor]] = {array: [] for array in arrays}
-        for window in _windows(pieces):
+        for window in windows(pieces):
             calls = [partial(self._router.read_rows, table_id, array=array, ids=chunk) for array, chunk in window]
-            for (array, _), rows in zip(window, self._run(_together(calls)), strict=True):
+            for (array, _), rows in zip(window, self._run(together(calls)), strict=True):
                 read[array].append(rows)
         return {array: rows[0] if len(rows) == 1 else torch.cat(rows) for array, rows in read.items()}
 
@@ -62,33 +54,17 @@ class Rows:
             return
         table_id, size = self._schema.table_id, self._rows_per_message(array)
         pieces = list(zip(torch.split(ids, size), torch.split(rows, size), strict=True))
-        for window in _windows(pieces):
+        for window in windows(pieces):
             calls = [
                 partial(self._router.write_rows, table_id, array=array, ids=chunk, rows=part) for chunk, part in window
             ]
-            self._run(_together(calls))
+            self._run(together(calls))
 
     def _rows_per_message(self, array: str) -> int:
         keys, width = self._schema.keys, self._schema.value_dim
         if array == "keys" and keys is not None:
             width = keys.key_dim if isinstance(keys, FlatKeySpec) else keys.key_dim * math.isqrt(self._schema.num_slots)
-        return max(1, _MESSAGE_BYTES // (4 * width))
-
-
-def _windows(pieces: Sequence[T]) -> Iterator[Sequence[T]]:
-    return (pieces[start : start + _WINDOW] for start in range(0, len(pieces), _WINDOW))
-
-
-async def _together(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
-    """All of them side by side, answers in their order; the first that fails ends the others."""
-    tasks = [asyncio.ensure_future(call()) for call in calls]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        tasks.clear()  # they know their errors, and those this frame: they would end with a collection only
+        return max(1, MESSAGE_BYTES // (4 * width))
 
 
 def checked_rows(ids: Tensor, *, num_slots: int, table: str, what: str = "slots") -> Tensor:

@@ -7,7 +7,7 @@ import difflib
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Self, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -55,6 +55,17 @@ class ConfigModel(BaseModel):
     """A frozen model that takes known fields only and raises ``ConfigError``, however it is made."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+
+    by_position: ClassVar[str] = ""
+    """The argument that may be given without its name."""
+    called_wrong: ClassVar[str] = ""
+    """What else to say to whoever gives others so."""
+
+    def __new__(cls, /, *given: object, **data: object) -> Self:
+        if len(given) > bool(cls.by_position) or (given and cls.by_position in data):
+            names = ", ".join(name for name in cls.model_fields if name != "type")
+            raise TypeError(f"{cls.__name__} takes its arguments by name: {names}{cls.called_wrong}")
+        return super().__new__(cls)
 
     @plain_init
     def __init__(self, /, **data: Any) -> None:

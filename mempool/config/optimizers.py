@@ -24,7 +24,19 @@ _MaxNorm = Annotated[Number, _limits("max_norm")] | None
 RowWise = Literal["block", "row"]
 
 
-class SGD(ConfigModel):
+class _Optimizer(ConfigModel):
+    by_position = "lr"
+    called_wrong = (
+        "; lr may come without its name. It takes no parameters, as it says what the shards do with a table's values: "
+        "make the table with TableConfig(..., optimizer=...), and step with mempool.optim.PoolOptimizer(model)"
+    )
+
+    @plain_init
+    def __init__(self, /, **data: Any) -> None:
+        super().__init__(**data)
+
+
+class SGD(_Optimizer):
     """``torch.optim.SGD`` of the slots that have a gradient; the momentum of the others rests.
 
     Args:
@@ -81,7 +93,7 @@ class SGD(ConfigModel):
         return _spec(self)
 
 
-class Adagrad(ConfigModel):
+class Adagrad(_Optimizer):
     """``torch.optim.Adagrad`` of the slots that have a gradient: one sum of squared gradients per element.
 
     Args:
@@ -130,7 +142,7 @@ class Adagrad(ConfigModel):
         return _spec(self)
 
 
-class RowWiseAdagrad(ConfigModel):
+class RowWiseAdagrad(_Optimizer):
     """Adagrad with one sum per slot and column block, of the mean of the squares: 1 / block_dim of Adagrad's state.
 
     FBGEMM's, where a slot is one block.
@@ -179,7 +191,7 @@ class RowWiseAdagrad(ConfigModel):
         return _spec(self)
 
 
-class Adam(ConfigModel):
+class Adam(_Optimizer):
     """``torch.optim.SparseAdam``: only slots with a gradient change, and the step is the table's.
 
     With ``corrected_eps`` the arithmetic is that of ``torch.optim.Adam`` and of FBGEMM's Adam, whose weight decay is
@@ -231,7 +243,7 @@ class Adam(ConfigModel):
         return _spec(self)
 
 
-class AdamW(ConfigModel):
+class AdamW(_Optimizer):
     """``torch.optim.AdamW``: Adam with decoupled weight decay; the step is the table's.
 
     Args:
@@ -270,7 +282,7 @@ class AdamW(ConfigModel):
         return _spec(self)
 
 
-class RowWiseAdam(ConfigModel):
+class RowWiseAdam(_Optimizer):
     """Adam with one second moment per slot and column block, of the mean of the squares: half of Adam's state.
 
     FBGEMM's partial row-wise Adam with ``corrected_eps`` and ``rowwise="row"``; its weight decay is decoupled.

@@ -13,7 +13,7 @@ from mempool.controller.roster import Roster
 from mempool.controller.telling import Telling
 from mempool.controller.watching import Watching
 from mempool.types import PoolStatus, RescaleProgress, ShardHost, ShardInfo, TableSchema, TableView
-from mempool.types.running import THREADS, Clock, Runner
+from mempool.types.running import THREADS, TRAINER_LEASE_S, Clock, Runner
 
 
 class Controller:
@@ -42,7 +42,7 @@ class Controller:
         launcher: Launcher,
         dial: Callable[[ShardInfo], ShardHost],
         round_bytes: int = 64 * 2**20,
-        trainer_lease_s: float = 10.0,
+        trainer_lease_s: float = TRAINER_LEASE_S,
         clock: Clock = time.monotonic,
         wall_clock: Clock = time.time,
         runner: Runner = THREADS,

@@ -20,7 +20,7 @@ from mempool.controller.settling import Call
 from mempool.errors import ShardUnavailable, StalePlacement
 from mempool.placement import Assignment, Moves, apply_moves, moves, plan, rounds
 from mempool.types import Placement, PullPages, PullReport, RescaleProgress, ShardHost, TableSchema, TableView
-from mempool.types.running import THREADS, Clock, Runner
+from mempool.types.running import THREADS, TRAINER_LEASE_S, Clock, Runner
 from mempool.types.sizes import key_page_bytes, slot_bytes
 
 _REST_S = 5.0
@@ -139,7 +139,7 @@ class Mover:
         untold: Callable[[], None],
         round_bytes: int = 64 * 2**20,
         lease_s: float = agreed.LEASE_S,
-        trainer_lease_s: float = 10.0,
+        trainer_lease_s: float = TRAINER_LEASE_S,
         clock: Clock = time.monotonic,
         runner: Runner = THREADS,
         new_token: Callable[[], str] = lambda: secrets.token_hex(16),

@@ -47,7 +47,12 @@ class ControllerProcess:
         self._loop = asyncio.get_running_loop()
         self._heard = asyncio.Event()
         self._serving = ControllerServing(self._config, node_ip=node_ip, keys=keys)
-        self._controller = Controller(self._config.pool.name, launcher=self._launcher, dial=self._serving.dial)
+        self._controller = Controller(
+            self._config.pool.name,
+            launcher=self._launcher,
+            dial=self._serving.dial,
+            trainer_lease_s=self._config.shard.trainer_lease,
+        )
         if restarted:  # nobody calls start() a second time
             self._watching = asyncio.create_task(self._resume())
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from mempool.client import GrpcDialer
 from mempool.config import ClusterConfig
 from mempool.controller import Controller
+from mempool.rayhost import collector
 from mempool.rayhost.keys import PoolKeys
 from mempool.server import Server
 from mempool.types import ShardHost, ShardInfo
@@ -62,6 +63,7 @@ class ControllerServing:
         lookup = _LateLookup(controller, dial=self.dial, pool=self._config.pool.name)
         await self._server.start(shard=None, pool=controller, lookup=lookup)
         self.address = f"{self._host}:{self._port}"
+        collector.settle()
         return self.address
 
     async def stop(self) -> None:

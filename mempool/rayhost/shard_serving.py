@@ -6,18 +6,20 @@ Everything here runs on the process's IO loop; the engine has its own thread.
 import logging
 import os
 import sys
+from functools import partial
 from typing import NoReturn
 
 from mempool.client import GrpcDialer, Router
 from mempool.config import ClusterConfig, ShardConfig
 from mempool.errors import ConfigError
 from mempool.observe import Stages
+from mempool.rayhost import collector
 from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.serving import advertised_host
 from mempool.server import LookupCoordinator, Server, ShardViews
 from mempool.shard import Engine
 from mempool.types import ShardHost, ShardInfo
-from mempool.wire.channels.channel import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
+from mempool.wire.channels.channel import MAX_ANSWER_BYTES, MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 
 _LOG = logging.getLogger(__name__)
 _SWITCH_S = 0.0005
@@ -87,8 +89,11 @@ class ShardServing:
             client_memory_bytes=self._config.shard.client_bytes,
             context_budget_bytes=self._config.shard.context_memory,
             commit_memory_bytes=self._config.shard.commit_bytes,
+            held_lease_s=self._config.shard.trainer_lease,
             max_message_bytes=MAX_MESSAGE_BYTES,
+            max_answer_bytes=MAX_ANSWER_BYTES,
             on_fatal=end_process,
+            on_loaded=partial(collector.settle, young=True),
             stages=self._stages,
         )
 
@@ -98,6 +103,7 @@ class ShardServing:
         views = ShardViews(pool.name, shard=engine, dial=dial, controller=f"port {pool.port} of the controller's node")
         router = Router(views, dial=dial, pool=pool.name)
         await self._server.start(shard=engine, pool=views, lookup=LookupCoordinator(router, info=info).lookup)
+        collector.settle()
         return info
 
     async def stop(self) -> None:

@@ -23,6 +23,7 @@ from mempool.errors import (
 )
 from mempool.observe import Stages
 from mempool.server.admission import Admission, Passage
+from mempool.server.turns import FEW_CALLS, Turns
 from mempool.types.caller import Caller, calling
 from mempool.wire.methods import CONTROLLER_KEY, Method
 from mempool.wire.status import Metadata, to_status
@@ -44,6 +45,7 @@ class Door:
         controller_key: What calls of the controller must carry; None: they are refused.
         receive_timeout_s: How long a message may take to come, once there is room for it.
         closed: No call is let in any more: the server is ending.
+        turns: Whose work the loop does next, where many calls are in.
     """
 
     admission: Admission
@@ -51,6 +53,7 @@ class Door:
     controller_key: str | None = field(repr=False)
     receive_timeout_s: float
     closed: bool = False
+    turns: Turns = field(default_factory=Turns)
 
     async def enter(self, method: Method[Any, Any], context: Context) -> tuple[Passage, str]:
         """Check a call and wait for room; answers the way in, and who asks.
@@ -90,6 +93,11 @@ class Door:
         if not isinstance(frame, bytes):
             raise InvalidRequest(f"{method.name} came without a message")
         return frame
+
+    async def turn(self, peer: str) -> None:
+        """Wait until it is this connection's turn to keep the loop."""
+        if self.admission.active > FEW_CALLS:
+            await self.turns.take(peer.rpartition(":")[0], peer)
 
     def _has_key(self, metadata: tuple[tuple[str, str | bytes], ...]) -> bool:
         expected = self.controller_key
@@ -152,12 +160,14 @@ def handler(
         received_s = time.perf_counter()
         frame = await door.receive(method, context)
         ended.passage.resize(len(frame))
+        stages.record("receive", time.perf_counter() - received_s)
+        await door.turn(peer)
         decoded_s = time.perf_counter()
-        stages.record("receive", decoded_s - received_s)
         request = method.request.decode(frame)
         stages.record("decode", time.perf_counter() - decoded_s)
         with calling(Caller(peer, _deadline_s(context), ended.then)):
             reply = await call(request)
+        await door.turn(peer)
         called_s = time.perf_counter()
         encoded = method.reply.encode(reply)
         ended.replied_s = time.perf_counter()

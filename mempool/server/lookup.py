@@ -9,7 +9,7 @@ from mempool.client import Router
 from mempool.client.lookup import checked_queries, checked_topk
 from mempool.errors import RequestTooLarge
 from mempool.types import FlatKeySpec, ShardInfo, Stamp, TableView
-from mempool.wire.channels.channel import MAX_MESSAGE_BYTES
+from mempool.wire.channels.channel import MAX_ANSWER_BYTES
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
 
 _FOUND_BYTES = 16  # of a slot that was found: its id, score and weight
@@ -23,14 +23,14 @@ class LookupCoordinator:
     Args:
         router: Finds the shards.
         info: The shard that coordinates; None on the controller's address, whose stamps say shard 0, incarnation 0.
-        max_message_bytes: What an answer may have; what would be larger is refused before any work.
+        max_answer_bytes: What an answer may have; what would be larger is refused before any work.
     """
 
     def __init__(
-        self, router: Router, *, info: ShardInfo | None = None, max_message_bytes: int = MAX_MESSAGE_BYTES
+        self, router: Router, *, info: ShardInfo | None = None, max_answer_bytes: int = MAX_ANSWER_BYTES
     ) -> None:
         self._router = router
-        self._max_message_bytes = max_message_bytes
+        self._max_answer_bytes = max_answer_bytes
         self._shard, self._incarnation = (0, 0) if info is None else (info.shard, info.incarnation)
 
     async def lookup(self, request: LookupRequest) -> LookupReply:
@@ -79,9 +79,9 @@ class LookupCoordinator:
         num_bytes = num_bags * (heads * topk * _FOUND_BYTES + view.schema.value_dim * itemsize) + _ENVELOPE_BYTES
         if isinstance(view.schema.keys, FlatKeySpec):  # whose best every shard answers, and they meet here
             num_bytes = max(num_bytes, num_bags * topk * _SCORED_BYTES * len(view.shards))
-        if num_bytes > self._max_message_bytes:
+        if num_bytes > self._max_answer_bytes:
             raise RequestTooLarge(
                 f"a lookup of {num_bags:,} queries in {heads} heads with topk = {topk:,} takes "
-                f"{num_bytes:,} bytes of answers; a message has at most {self._max_message_bytes:,} "
-                "(max_message_bytes). Ask for fewer queries at a time. Nothing was changed."
+                f"{num_bytes:,} bytes of answers; an answer has at most {self._max_answer_bytes:,}. "
+                "Ask for fewer queries at a time. Nothing was changed."
             )

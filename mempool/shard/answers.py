@@ -33,7 +33,7 @@ from mempool.types import (
 )
 from mempool.types.bags import Bags
 
-READ_PIECE_BYTES = 256 * 2**20
+READ_PIECE_BYTES = 64 * 2**20
 """Bytes of rows that a gather, or the gradient of its weights, reads at once: some tens of milliseconds."""
 _BAG_ROWS = 16
 """Rows that are read in the time that the answer of one bag takes: its memory is new, and touched first."""
@@ -55,7 +55,8 @@ class Answers:
         tenancy: The tables.
         contexts: Lookups remembered.
         stages: Where time is counted.
-        reply_bytes: What an answer may have; None: as much as there is.
+        reply_bytes: What values, scores and rows may have; None: as much as there is.
+        message_bytes: What any answer may have.
         reserve: Told the bytes of an answer before it is made; may refuse.
         asked_s: When the request that is being answered came, on the shard's clock.
     """
@@ -67,6 +68,7 @@ class Answers:
         contexts: Contexts,
         stages: Stages,
         reply_bytes: int | None,
+        message_bytes: int | None,
         reserve: Callable[[int], None] = lambda _: None,
         asked_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
@@ -74,6 +76,7 @@ class Answers:
         self._contexts = contexts
         self._stages = stages
         self._reply_bytes = reply_bytes
+        self._message_bytes = message_bytes
         self._reserve = reserve
         self._asked_s = asked_s
 
@@ -116,15 +119,19 @@ class Answers:
         bounds.check_step(request.step_id, (request.sequence,))
         if request.want_weight_grad and (waits := self._waits(table, request.envelope)) is not None:
             return waits
+        if request.hold:
+            table.require_newest(request.step_id)
         held = table.updates.get(request.step_id, request.sequence) if request.hold else None
         if held is not None:
             # A repeat is answered from what is held, whatever it brings: its context may be gone by now.
             update = held
         else:
-            remembered = self._contexts.recall(request.lookup_id, table_id=table.table_id, epoch=table.epoch)
+            remembered = self._contexts.recall(
+                request.lookup_id, request.lookups, table_id=table.table_id, epoch=table.epoch
+            )
             with self._stages.measure("copy in"):
                 update = HeldUpdate(
-                    *validate.check_update(table.storage, request, remembered, reply_bytes=self._reply_bytes)
+                    *validate.check_update(table.storage, request, remembered, reply_bytes=self._message_bytes)
                 )
         new = request.hold and held is None
         if not request.want_weight_grad:
@@ -290,7 +297,5 @@ def _parts_of(bags: Bags, row_bytes: int) -> Iterator[tuple[int, int, Bags]]:
         # Empty bags are answered too, so there are so many bags at most as well.
         end = min(int(torch.searchsorted(bags.offsets, start + most, right=True)) - 1, first + most_bags, bags.num_bags)
         end = max(end, first + 1)
-        pairs = slice(int(start), int(bags.offsets[end]))
-        weights = None if bags.weights is None else bags.weights[pairs]
-        yield first, end, Bags(bags.ids[pairs], weights, bags.offsets[first : end + 1] - start)
+        yield first, end, bags.some(first, end)
         first = end

@@ -91,6 +91,7 @@ class Committing:
     def _looked_at(self, table: HostedTable, part: PreparePart) -> PreparedPart | Parked:
         """What speaks against preparing a part."""
         table.updates.touch(part.step_id)
+        table.require_newest(part.step_id)
         if table.ledger.has(part.step_id) or table.order.find(part.step_id) is not None:
             return PreparedPart(stamp=table.stamp, applied=True)
         prepared = table.updates.prepared_step(part.step_id)
@@ -98,6 +99,8 @@ class Committing:
             if not self._tenancy.decisions.supersede(prepared):
                 return table.park_for_steps()  # what became of that one comes first
             prepared = None
+        if not self._tenancy.decisions.supersede_older(table, part.step_id):
+            return table.park_for_steps()
         if table.frozen and prepared is None:
             return PreparedPart(stamp=table.stamp, held_off=True)
         return PreparedPart(stamp=table.stamp, missing=commits.missing(table.updates, part.step_id, part.sequences))
@@ -107,19 +110,31 @@ class Committing:
         tables = [self._tenancy.fenced(part.envelope) for part in request.parts]
         if request.decided:
             return self._apply(request, tables)
-        known = [self._decided_version(table, part) for table, part in zip(tables, request.parts, strict=True)]
-        if known[0]:
+        first = tables[0]
+        if self._decided_version(first, request.parts[0]):
+            known = [self._decided_version(table, part) for table, part in zip(tables, request.parts, strict=True)]
             return _committed(tables, known)
-        if not tables[0].is_gate:
+        if not first.is_gate:
             raise StalePlacement(
-                f"shard {tables[0].info.shard} decides no steps of table {tables[0].view.schema.name!r}: shard "
-                f"{tables[0].gate} does"
+                f"shard {first.info.shard} decides no steps of table {first.view.schema.name!r}: shard "
+                f"{first.gate} does"
             )
-        if request.one_phase:
-            return self._commit_in_one(request, tables)
-        for table, part in zip(tables, request.parts, strict=True):
-            if table.owns:
-                commits.require_prepared(table.updates, part.step_id, part.sequences)
+        try:
+            for table, part in zip(tables, request.parts, strict=True):
+                table.require_newest(part.step_id)
+                table.ledger.applied(part.step_id)
+            if request.one_phase:
+                return self._commit_in_one(request, tables)
+            for table, part in zip(tables, request.parts, strict=True):
+                if table.owns:  # which updates they are is said to the table's own gate
+                    sequences = part.sequences if table.is_gate else None
+                    commits.require_prepared(table.updates, part.step_id, sequences)
+        except StepConflict as refusal:
+            # Its trainer goes on under the next number: a copy of this that comes late must find the step over.
+            self._tenancy.decisions.refuse(first, request.parts[0].step_id)
+            raise StepConflict(
+                f"{refusal.message} With that the step is over here, too: commit its updates as a later one."
+            ) from refusal
         return self._decide(request, tables)
 
     def _commit_in_one(self, request: CommitRequest, tables: list[HostedTable]) -> CommitReply | Parked | Answered:
@@ -136,6 +151,9 @@ class Committing:
                 if not self._tenancy.decisions.supersede(prepared):
                     return table.park_for_steps()
                 prepared = None
+            commits.refuse_older(prepared, part.step_id)
+            if not self._tenancy.decisions.supersede_older(table, part.step_id):
+                return table.park_for_steps()
             if table.frozen and prepared is None:
                 return table.park_until_thaw()
         missing = [
@@ -259,7 +277,7 @@ def _decision(table: HostedTable, part: CommitPart) -> DecidedStep:
 def _check_decided(table: HostedTable, part: CommitPart) -> None:
     """Raises StepConflict where a step said to be decided cannot be, StalePlacement at a shard that does not number it,
     Overloaded where it cannot wait."""
-    if table.owns:
+    if table.owns or part.sequences:
         commits.require_prepared(table.updates, part.step_id, part.sequences)
     if not part.version and not table.is_gate:
         raise StalePlacement(

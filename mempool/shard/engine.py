@@ -66,7 +66,7 @@ from mempool.types import (
     WriteRowsRequest,
 )
 from mempool.types.caller import Caller, current_caller
-from mempool.types.running import THREADS, Clock, Runner
+from mempool.types.running import THREADS, TRAINER_LEASE_S, Clock, Runner
 
 _TABLES = Caller(name="tables")
 """Who asks for the long work on tables and pages, as far as fairness goes."""
@@ -94,9 +94,11 @@ class Engine:
             hundred bytes and the width of a row in float32, are needed in any case.
         held_lease_s: Seconds of silence after which what a rank holds is dropped; a trainer that lives is asked for it
             again.
-        max_message_bytes: What an answer may have; larger ones are refused before any work. None: there is no message.
+        max_message_bytes: What a message may have; larger ones are refused before any work. None: there is no message.
+        max_answer_bytes: What values, scores and rows for a client may have, likewise; None: as much as a message.
         on_fatal: Told, on the engine's thread, why the shard cannot go on (its CUDA context is broken, say). It has
             ended then and refuses everything. None: nobody needs to know.
+        on_loaded: Told when kernels that a new table needs are loaded.
         stages: Where its work is timed, with that of the server before it; None: on its own.
         configured: Limits come from a config file; messages name its keys.
         clock: Seconds, monotonic: what leases, and deadlines of callers, are told by.
@@ -115,9 +117,11 @@ class Engine:
         context_budget_bytes: int | None = None,
         context_lease_s: float = 600.0,
         commit_memory_bytes: int = 256 * MIB,
-        held_lease_s: float = 10.0,
+        held_lease_s: float = TRAINER_LEASE_S,
         max_message_bytes: int | None = None,
+        max_answer_bytes: int | None = None,
         on_fatal: Callable[[BaseException], None] | None = None,
+        on_loaded: Callable[[], None] = lambda: None,
         stages: Stages | None = None,
         configured: bool = True,
         clock: Clock = time.monotonic,
@@ -125,6 +129,7 @@ class Engine:
     ) -> None:
         self.info = info
         self._peers = peers
+        self._on_loaded = on_loaded
         self._clock = clock
         self._started_s = clock()
         self._stages = stages or Stages()
@@ -161,7 +166,8 @@ class Engine:
             self._tenancy,
             contexts=contexts,
             stages=self._stages,
-            reply_bytes=max_message_bytes,
+            reply_bytes=max_message_bytes if max_answer_bytes is None else max_answer_bytes,
+            message_bytes=max_message_bytes,
             reserve=self._thread.reserve,
             asked_s=self._thread.asked_s,
         )
@@ -248,6 +254,7 @@ class Engine:
         if request.mode == "confirm":
             return
         await self._tenancy.prepare(table)
+        self._on_loaded()
         while not await self._thread.run("fill", self._tenancy.fill, table, caller=_TABLES):
             pass
 

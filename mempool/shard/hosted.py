@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from mempool.agreement.doubt import Doubt
-from mempool.agreement.ledger import AppliedLedger
+from mempool.agreement.ledger import AppliedLedger, over
 from mempool.agreement.order import Order
 from mempool.agreement.rounds_here import RoundsHere
 from mempool.errors import DataLoss, ShardUnavailable, StalePlacement
@@ -20,7 +20,7 @@ from mempool.shard.pages.storage import Storage
 from mempool.shard.steps import commits
 from mempool.shard.steps.budget import Budget
 from mempool.shard.steps.held import HeldUpdates
-from mempool.types import AttachTable, DecidedStep, Envelope, ShardInfo, Stamp, TableStatus, TableView
+from mempool.types import AttachTable, DecidedStep, Envelope, ShardInfo, Stamp, StepId, TableStatus, TableView
 from mempool.types.running import Clock
 
 PEERS_WAIT_S = 1.0
@@ -61,6 +61,7 @@ class HostedTable:
         rounds: Which move's round holds it frozen.
         order_doubt, step_doubt: Who waits to hear of others what was decided.
         peers_wait_until_s: Other shards have asked for what this one has to ask for itself.
+        unprepared: The next step in the order, where it is decided and not prepared here, and since when that is known.
         gate: The shard that numbers its steps, under the present view.
         pending: It is being made: it answers no client. Any thread may read it.
     """
@@ -86,10 +87,12 @@ class HostedTable:
         self.rounds = RoundsHere(clock)
         self.order_doubt, self.step_doubt = Doubt(), Doubt()
         self.peers_wait_until_s = float("-inf")
+        self.unprepared: tuple[DecidedStep, float] | None = None
         self.gate = min(request.view.placement.shards)
         self.pending = request.pending
         self.lookups = 0
         self._clock = clock
+        self._lease_s = lease_s
         self._filling: Iterator[int] | None = None
         self._filling_bytes = self.bytes_to_fill = 0
         self.preparing = ""
@@ -167,6 +170,13 @@ class HostedTable:
             )
         self.check_whole()
 
+    def require_newest(self, step_id: StepId) -> None:
+        """Raises StepConflict where a later generation of the step's rank has committed, or holds anything here."""
+        self.updates.require_newest(step_id)
+        newest = self.ledger.entry(step_id).generation
+        if step_id.generation < newest:
+            raise over(step_id, newest)
+
     def lacks(self, envelope: Envelope, *, waits_since_s: float) -> Parked | None:
         """Where the client has seen a later version than is here: what to wait for.
 
@@ -178,6 +188,7 @@ class HostedTable:
         self.apply_decided()  # what failed for want of memory is tried again
         if envelope.table_version <= self.order.applied:
             return None
+        self._check_prepared()
         known = envelope.table_version <= self.order.numbered
         if not known and (self.is_gate or self.order_doubt.covers(waits_since_s)):
             raise DataLoss(
@@ -189,6 +200,33 @@ class HostedTable:
                 address=self.info.address,
             )
         return self.park_for_order()
+
+    def learn(self, version: int, steps: tuple[DecidedStep, ...]) -> None:
+        """What the gate says has been decided, up to that version: kept in order, as far as it can be applied."""
+        whole = self.owns and not self.lost_pages
+        refused = self.order.learn(version, steps, prepared=self._has_prepared if whole else lambda _: True)
+        known = self.unprepared
+        if refused is None or known is None or refused.version != known[0].version:
+            self.unprepared = None if refused is None else (refused, self._clock())
+
+    def _has_prepared(self, step_id: StepId) -> bool:
+        prepared = self.updates.prepared_step(step_id)
+        return prepared is not None and prepared.step_id == step_id
+
+    def _check_prepared(self) -> None:
+        """Raises ShardUnavailable where a decided step is not prepared here, and its trainer has not come for it."""
+        if self.unprepared is None or self.unprepared[0].version <= self.order.applied:
+            return
+        (step, since_s), who = self.unprepared, self.unprepared[0].step_id
+        if self._clock() - since_s > self._lease_s:
+            raise ShardUnavailable(
+                f"version {step.version} of table {self.view.schema.name!r} is step {who.step} of rank {who.rank} of "
+                f"group {who.group!r}, which is decided, and whose updates are not on shard {self.info.shard} any "
+                "more: its trainer sends them again when it commits next. Where that trainer is gone they are lost "
+                "here: drop the table, make it again and write back what you saved",
+                shard=self.info.shard,
+                address=self.info.address,
+            )
 
     def in_doubt(self, *, waits_since_s: float) -> Parked | None:
         """Where a step may be acknowledged by now that is not applied here: what a reader has to wait for.
@@ -288,6 +326,11 @@ class HostedTable:
             self.order_doubt.wait(self._clock())
         return _park(self._waiting_for_rest, in_doubt=True)
 
+    @property
+    def rest_waited_for(self) -> bool:
+        """Whether a freeze waits for prepared steps."""
+        return any(not parked.woken.cancelled() for parked in self._waiting_for_rest)
+
     def steps_changed(self) -> None:
         """Steps were applied, dropped, or are known to be undecided: whoever waits for that looks again."""
         _wake(self._waiting_for_news)
@@ -352,6 +395,7 @@ class HostedTable:
         if self.ledger.adopt(arrived):
             self.storage.begin_at(self.ledger.version)
             self.order.moved_to(self.ledger.version)
+        self.unprepared = None
         self.view = view
         self.gate = min(view.placement.shards)
         self.measure()
@@ -387,6 +431,7 @@ class HostedTable:
             bytes_to_fill=self.bytes_to_fill,
             preparing=self.preparing,
             pending=self.pending,
+            round=self.rounds.token or "",
         )
 
 

@@ -128,13 +128,13 @@ class Decisions:
             if table.rounds.lapsed and table.rounds.token is not None
         ]
 
-    def told_of_round(self, lapsed: LapsedRound, view: TableView | None, *, frozen: bool) -> TableView | None:
-        """What the gate says: its view, and whether a round holds the table there. Answers what is to be adopted."""
+    def told_of_round(self, lapsed: LapsedRound, view: TableView | None, *, token: str | None) -> TableView | None:
+        """What the gate says: its view, and which round holds the table there. Answers what is to be adopted."""
         table = self._tables().get(lapsed.table_id)
         if table is None or table.rounds.token != lapsed.token or not table.rounds.lapsed:
             return None  # it was heard of meanwhile
         gate_epoch = None if view is None else view.placement.epoch
-        fate = fate_of_lapsed(epoch=table.epoch, gate_epoch=gate_epoch, gate_frozen=frozen)
+        fate = fate_of_lapsed(lapsed.token, epoch=table.epoch, gate_epoch=gate_epoch, gate_token=token)
         if fate == "thaw":
             table.end_round()
         return view if fate == "adopt" else None
@@ -148,7 +148,7 @@ class Decisions:
             table = tables.get(question.request.table_id)
             if table is not None:
                 try:
-                    table.order.learn(reply.version, reply.steps)
+                    table.learn(reply.version, reply.steps)
                     if table.order.numbered >= reply.version:  # else there are more steps than one answer had
                         table.order_doubt.settled(question.asked_s)
                     table.apply_decided()
@@ -191,6 +191,23 @@ class Decisions:
             return True
         return False
 
+    def supersede_older(self, table: HostedTable, step_id: StepId) -> bool:
+        """A trainer that has gone back comes with its first step: what its older generations have prepared here is not
+        decided any more. Returns whether what became of that is known here."""
+        older = [
+            prepared
+            for prepared in (table.updates.prepared() if step_id.generation else ())
+            if (prepared.step_id.group, prepared.step_id.rank) == (step_id.group, step_id.rank)
+            and prepared.step_id.generation < step_id.generation
+        ]
+        return not [prepared for prepared in older if not self.supersede(prepared)]
+
+    def refuse(self, table: HostedTable, step_id: StepId) -> None:
+        """The decider refuses a step's Commit: a copy of it that comes later is not decided either."""
+        if table.order.find(step_id) is None and self._state(table, step_id, give_up=False)[0] == "pending":
+            table.ledger.drop(step_id)
+            self.drop(table.table_id, step_id)
+
     def drop(self, table_id: int, step_id: StepId) -> None:
         """A step was dropped for good by its decider: here too, at all its tables."""
         for table in self._tables().values():
@@ -204,18 +221,18 @@ class Decisions:
         waiting = table.order.find(step_id)
         if waiting is not None:
             return "decided", (waiting, *table.others.get(waiting.version, ()))
-        entry = table.ledger.entry(step_id)
-        if step_id.generation < entry.generation:
+        entry = table.ledger.entry_of_its_generation(step_id)
+        if entry is not None and step_id.step == entry.step:
+            kept = tuple(step for step in table.order.after(entry.version - 1) if step.version == entry.version)
+            return "decided", (*kept, *entry.others)
+        # A client begins a step when all owners have answered for the one before: who is still in doubt of an earlier
+        # one was never told to apply it. Of a generation that is over nothing is decided any more.
+        newest = table.ledger.entry(step_id).generation
+        if entry is None or step_id.generation < newest or step_id.step <= max(entry.step, entry.dropped):
             return "dropped", ()
-        if step_id.generation == entry.generation:
-            if step_id.step == entry.step:
-                kept = tuple(step for step in table.order.after(entry.version - 1) if step.version == entry.version)
-                return "decided", (*kept, *entry.others)
-            # A client begins a step when all owners have answered for the one before: who is still in doubt of an
-            # earlier one was never told to apply it.
-            if step_id.step < entry.step or step_id.step <= entry.dropped:
-                return "dropped", ()
-        if not give_up or not table.is_gate or table.updates.lives(step_id):
+        if not give_up or not table.is_gate:
+            return "pending", ()
+        if table.updates.lives(step_id) and not table.updates.stalled(step_id):
             return "pending", ()
         # [BARRIER] a group's step is given up here, for all its ranks. [JOURNAL] and written down, before it is said.
         table.ledger.drop(step_id)
@@ -246,7 +263,9 @@ class Decisions:
         now: float,
     ) -> None:
         give_up = any(
-            not table.updates.lives(prepared.step_id) or table.updates.abandoned(prepared.step_id)
+            not table.updates.lives(prepared.step_id)
+            or table.updates.abandoned(prepared.step_id)
+            or (table.rest_waited_for and table.updates.stalled(prepared.step_id))
             for table, prepared in parts
         )
         request = ResolveRequest(table_id=table_id, step_id=step_id, give_up=give_up)
@@ -402,10 +421,13 @@ class Resolver:
             return
         view = next((view for view in views if view.schema.table_id == lapsed.table_id), None)
         seen = next((table for table in status.tables if table.table_id == lapsed.table_id), None)
-        frozen = seen is None or seen.frozen
+        if seen is None:
+            view = None  # without the table it knows nothing of its rounds
+        # One of an older version does not say which: it is taken for this one.
+        token = None if seen is None or not seen.frozen else seen.round or lapsed.token
 
         def tell(_: object) -> None:
-            adopted = self._decisions.told_of_round(lapsed, view, frozen=frozen)
+            adopted = self._decisions.told_of_round(lapsed, view, token=token)
             if adopted is not None:
                 self._adopt(adopted)
 

@@ -62,6 +62,18 @@ def _join_round(table: HostedTable, token: str) -> None:
         table.rounds.join(token, _PULL_LEASE_S)
 
 
+def _check_version(table: HostedTable, version: int) -> None:
+    """Raises StalePlacement where pages of a round come at another version than those that are here: in a round all
+    owners stand still at one, or one of them has not applied what the others have."""
+    here = table.ledger.version if table.owns else table.staging.version
+    if here is not None and version != here:
+        raise StalePlacement(
+            f"pages of table {table.view.schema.name!r} come at version {version}, and shard {table.info.shard} has it "
+            f"at {here}: the owner that is at the lower one has not applied a step that is decided. Nothing was "
+            "changed; move them again once it has"
+        )
+
+
 class Tenancy:
     """The tables of one shard.
 
@@ -336,9 +348,12 @@ class Tenancy:
         return table
 
     def stage(self, table: HostedTable, batch: PageBatch, *, token: str = "") -> int:
-        """Stage a batch of a pull. Returns its bytes. Raises StalePlacement where its round is over by now."""
+        """Stage a batch of a pull. Returns its bytes. Raises StalePlacement where its round is over by now, or its
+        owner is at another version."""
         self._require_pulled(table)
         _join_round(table, token)
+        if token:
+            _check_version(table, batch.version)
         num_bytes = table.staging.put(batch)
         table.measure()
         return num_bytes

@@ -38,3 +38,11 @@ class Bags:
     def num_bytes(self) -> int:
         weights = 0 if self.weights is None else self.weights.nbytes
         return self.ids.nbytes + weights + self.offsets.nbytes
+
+    def some(self, first: int, end: int) -> Bags:
+        """The bags from ``first`` to ``end``; views, but for the offsets."""
+        if first == 0 and end == self.num_bags:
+            return self
+        start, stop = int(self.offsets[first]), int(self.offsets[end])
+        weights = None if self.weights is None else self.weights[start:stop]
+        return Bags(ids=self.ids[start:stop], weights=weights, offsets=self.offsets[first : end + 1] - start)

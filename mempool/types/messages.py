@@ -96,6 +96,8 @@ class UpdateRequest:
 
     Attributes:
         sequence: Number of this update in the life of (group, rank), ascending; a repeat is answered as before.
+        lookup_id: The lookup it is the gradient of.
+        lookups: Of so many lookups, numbered on from ``lookup_id``, the bags one after the other; 0 is 1.
         blocks: Blocks whose columns ``grads`` has: all that this shard owns any page of, ascending.
         grads: [B, W] float32 or bfloat16, d loss / d pooled values.
         hold: Keep it as pending for the step's Commit. False for a frozen table: only d_weights are computed.
@@ -112,6 +114,7 @@ class UpdateRequest:
     grads: Tensor
     hold: bool
     want_weight_grad: bool
+    lookups: int = 1
     ids: Tensor | None = None
     weights: Tensor | None = None
     offsets: Tensor | None = None

@@ -58,6 +58,7 @@ class TableStatus:
     bytes_to_fill: Bytes of initial values that are still to be written here; 0 once the table answers.
     preparing: What is done before they are written, in words; "" for nothing.
     pending: It is being made, and answers no client: not all shards are known to have it.
+    round: Token of the round of a move that holds it frozen; "" where none does.
     """
 
     table_id: int
@@ -74,6 +75,7 @@ class TableStatus:
     bytes_to_fill: int = 0
     preparing: str = ""
     pending: bool = False
+    round: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

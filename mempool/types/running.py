@@ -18,6 +18,8 @@ Clock = Callable[[], float]
 Turn = Callable[[], float | None]
 """Does one thing, and answers how many seconds may pass until it is called again unasked (inf: none); None: the end."""
 ONLY_WHEN_RUNG = float("inf")
+TRAINER_LEASE_S = 10.0
+"""Silence of a trainer after which it is taken for dead, where nothing else is said: what it holds is dropped."""
 
 
 class Worker(Protocol):

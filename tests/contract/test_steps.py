@@ -68,10 +68,8 @@ def test_prepare_reports_what_is_missing(driver: Driver) -> None:
     driver.call(driver.host(0).update(driver.update_request(0, 1, 2, GRADS)))
     assert {shard: reply.missing for shard, reply in driver.prepare(1, [2, 4, 9]).items()} == {0: (9,), 1: (2, 9)}
     before = driver.contents()
-    for shard in (0, 1):
-        request = driver.commit_request(shard, 1, [2, 4, 9], decided=shard == 1, version=shard)
-        with pytest.raises(StepConflict, match="not prepared"):
-            driver.call(driver.host(shard).commit(request))
+    with pytest.raises(StepConflict, match="not prepared"):
+        driver.call(driver.host(1).commit(driver.commit_request(1, 1, [2, 4, 9], decided=True, version=1)))
     assert same(driver.contents(), before)
     driver.call(driver.host(1).update(driver.update_request(1, 1, 2, GRADS)))
     assert {shard: reply.missing for shard, reply in driver.prepare(1, [4, 2]).items()} == {0: (), 1: ()}
@@ -85,13 +83,37 @@ def test_a_commit_of_other_updates_than_prepared_is_refused(driver: Driver) -> N
     driver.update(1, 0, GRADS)
     driver.update(1, 1, GRADS)
     driver.prepare(1, [0])
-    before = driver.contents()
+    before = driver.read()
     with pytest.raises(StepConflict, match="prepared with updates"):
         driver.commit(1, [0, 1])
-    assert same(driver.contents(), before)
-    driver.prepare(1, [0, 1])
-    driver.commit(1, [0, 1])
+    assert torch.equal(driver.read(), before)
+    for sequence in (0, 1):
+        driver.update(2, sequence, GRADS)
+    driver.prepare(2, [0, 1])
+    driver.commit(2, [0, 1])
     assert driver.status(0).updates_applied == 2
+
+
+@pytest.mark.parametrize("one_phase", [False, True])
+def test_a_commit_that_its_decider_refuses_is_never_decided_late(driver: Driver, one_phase: bool) -> None:
+    """A copy of it may be under way still, while its trainer goes on under the next number."""
+    driver.create(make_schema(), "one" if one_phase else "columns")
+    driver.gather(make_bags(1))
+    driver.update(1, 0, GRADS)
+    if one_phase:
+        driver.update(2, 0, GRADS)
+        driver.prepare(2, [0])
+    refused = driver.commit_request(0, 1, [0], one_phase=one_phase)
+    with pytest.raises(StepConflict, match=r"With that the step is over here, too|was dropped"):
+        driver.call(driver.host(0).commit(refused))
+    if not one_phase:
+        driver.update(2, 0, GRADS)
+        driver.prepare(2, [0])
+    for late in (driver.host(0).prepare(driver.prepare_request(0, 1, [0])), driver.host(0).commit(refused)):
+        with pytest.raises(StepConflict, match="was dropped"):
+            driver.call(late)
+    driver.commit(2, [0])
+    assert [driver.status(shard).version for shard in driver.owners] == [1] * len(driver.owners)
 
 
 def test_a_later_step_takes_the_place_of_one_given_up(driver: Driver) -> None:
@@ -255,10 +277,37 @@ def test_a_prepare_that_is_ended_leaves_the_updates(driver: Driver) -> None:
     driver.prepare(1, [0])
     assert set(driver.discard(1, keep_updates=True).values()) == {0}
     with pytest.raises(StepConflict, match="not prepared"):
-        driver.commit(1, [0])
+        driver.call(driver.host(1).commit(driver.commit_request(1, 1, [0], decided=True, version=1)))
     assert {reply.missing for reply in driver.prepare(1, [0]).values()} == {()}
     driver.commit(1, [0])
     assert {driver.status(shard).updates_applied for shard in (0, 1)} == {1}
+
+
+def test_an_old_generation_is_refused_as_soon_as_the_new_one_prepares(driver: Driver) -> None:
+    """What it has prepared is not decided any more, and nothing of it is held."""
+    driver.create(make_schema(), "columns")
+    driver.gather(make_bags(1))
+    driver.update(8, 0, GRADS)
+    driver.prepare(8, [0])
+    driver.update(2, 0, GRADS, step_id=driver.step_id(2, generation=1))
+    driver.prepare(2, [0], generation=1)
+    before = driver.contents()
+    over = r"of generation 0, and generation 1 has begun: this trainer was replaced by one that came later"
+    for late in (
+        lambda: driver.prepare(9, []),
+        lambda: driver.prepare(8, [0]),
+        lambda: driver.decide(8, [0]),
+        lambda: driver.commit(9, [], one_phase=True),
+        lambda: driver.update(9, 1, GRADS),
+    ):
+        with pytest.raises(StepConflict, match=f"{over}|was dropped"):
+            late()
+    assert same(driver.contents() | {"0 ledger": 0}, before | {"0 ledger": 0})  # but for what the decider has dropped
+    driver.update(9, 1, GRADS, hold=False)  # nothing is trained by that
+    driver.commit(2, [0], generation=1)
+    assert {driver.status(shard).version for shard in driver.owners} == {1}
+    with pytest.raises(StepConflict, match=over):
+        driver.update(9, 1, GRADS)
 
 
 def test_a_trainer_that_goes_back_begins_a_new_generation(driver: Driver) -> None:

@@ -10,7 +10,7 @@ from mempool.controller import Controller
 from mempool.server import LookupCoordinator, Server, ShardViews
 from mempool.shard import Engine
 from mempool.types import ShardHost, ShardInfo
-from mempool.wire.channels.channel import MAX_MESSAGE_BYTES
+from mempool.wire.channels.channel import MAX_ANSWER_BYTES, MAX_MESSAGE_BYTES
 from mempool.wire.channels.grpc_channel import GrpcChannels
 from mempool.wire.channels.tls import ClientTls, ServerTls
 
@@ -71,7 +71,7 @@ class ServedPool:
         )
         port = server.bind("127.0.0.1", [0])
         info = ShardInfo(shard=shard, address=f"127.0.0.1:{port}", incarnation=self._incarnation)
-        engine = Engine(info, peers=self.dial)
+        engine = Engine(info, peers=self.dial, max_message_bytes=MAX_MESSAGE_BYTES, max_answer_bytes=MAX_ANSWER_BYTES)
         views = ShardViews("served", shard=engine, dial=self.dial, controller=self.address)
         router = Router(views, dial=self.dial, pool="served")
         await server.start(shard=engine, pool=views, lookup=LookupCoordinator(router, info=info).lookup)

@@ -14,6 +14,7 @@ from mempool.client.routing.fanout import Fanout
 from mempool.client.routing.plan import (
     Part,
     ShardRoute,
+    TablePlan,
     merge_candidates,
     merge_values,
     merge_weight_grads,
@@ -21,6 +22,7 @@ from mempool.client.routing.plan import (
     split,
 )
 from mempool.client.routing.row_calls import read_rows, write_rows
+from mempool.client.routing.slices import slices, some_at_a_time
 from mempool.errors import ContextMissing, Internal, StepConflict
 from mempool.types import (
     Envelope,
@@ -40,6 +42,9 @@ from mempool.types import (
 from mempool.types.bags import Bags
 from mempool.types.messages import ReplyDtype
 
+SCORED_BYTES = 12
+"""Of one key that a shard found: its score and id."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Seen:
@@ -55,11 +60,14 @@ class LookupRecord:
     """What is kept of a gather for its updates.
 
     Attributes:
+        lookup_id: Shards know it by this number, and the next ones where they were asked for it in several messages.
+        lookups: How many.
         remembered_by: (shard, incarnation) of those that were asked to remember it, under the placement of ``seen``.
     """
 
     table_id: int
     lookup_id: int
+    lookups: int
     bags: Bags
     seen: Seen
     remembered_by: frozenset[tuple[int, int]]
@@ -89,38 +97,45 @@ class Attempt:
         """Pooled values [B, V] float32, and what to keep for the update."""
         # A shard none of whose row pages are named would answer zeros.
         parts = [part for part in split(self.plan, bags) if part.kept is None or part.bags.num_pairs]
+        pieces = gather_slices(self.plan, bags.num_bags)
 
-        async def ask(part: Part, host: ShardHost, envelope: Envelope) -> GatherReply:
+        async def ask_some(part: Part, host: ShardHost, envelope: Envelope, number: int) -> GatherReply:
             route = part.route
+            some = part.bags.some(*pieces[number])
             request = GatherRequest(
                 envelope=envelope,
-                lookup_id=lookup_id,
-                ids=part.bags.ids,
-                weights=part.bags.weights,
-                offsets=part.bags.offsets,
+                lookup_id=lookup_id + number,
+                ids=some.ids,
+                weights=some.weights,
+                offsets=some.offsets,
                 remember=remember,
                 release=self._take_released(route.shard),
                 reply_dtype="float32" if route.partial else reply_dtype,
             )
-            self._traffic.bytes_sent += part.bags.num_bytes
+            self._traffic.bytes_sent += some.num_bytes
             reply = await host.gather(request)
             self._fanout.saw(reply.stamp.table_version)
             _require_blocks(reply.blocks, route)
             self._traffic.bytes_received += reply.values.nbytes
             return reply
 
-        replies = await self._fanout.each([(part.route.info, partial(ask, part)) for part in parts])
+        async def ask(part: Part, host: ShardHost, envelope: Envelope) -> list[GatherReply]:
+            numbers = range(len(pieces))
+            return await some_at_a_time([partial(ask_some, part, host, envelope, number) for number in numbers])
+
+        answers = await self._fanout.each([(part.route.info, partial(ask, part)) for part in parts])
         values = merge_values(
             self.plan,
-            [(part.route, reply.values) for part, reply in zip(parts, replies, strict=True)],
+            [(part.route, _one([reply.values for reply in some])) for part, some in zip(parts, answers, strict=True)],
             num_bags=bags.num_bags,
         )
         asked = frozenset((part.route.shard, part.route.info.incarnation) for part in parts)
         record = LookupRecord(
             table_id=self.plan.schema.table_id,
             lookup_id=lookup_id,
+            lookups=len(pieces),
             bags=bags,
-            seen=self._seen([reply.stamp for reply in replies]),
+            seen=self._seen([reply.stamp for some in answers for reply in some]),
             remembered_by=asked if remember else frozenset(),
         )
         return values, record
@@ -160,6 +175,7 @@ class Attempt:
                     step_id=step_id,
                     sequence=sequence,
                     lookup_id=record.lookup_id,
+                    lookups=record.lookups,
                     blocks=route.blocks,
                     grads=part_grads,
                     hold=hold,
@@ -195,31 +211,38 @@ class Attempt:
 
         queries: [B, H, D] float32 for product keys, [B, 1, D] for flat keys.
         """
-        request_bytes = queries.nbytes
+        pieces = slices(queries.shape[0], queries.shape[1] * topk * SCORED_BYTES)
 
-        async def ask(host: ShardHost, envelope: Envelope) -> ScoreReply:
-            self._traffic.bytes_sent += request_bytes
-            reply = await host.score(ScoreRequest(envelope=envelope, queries=queries, topk=topk))
+        async def ask_some(host: ShardHost, envelope: Envelope, first: int, end: int) -> ScoreReply:
+            some = queries[first:end]
+            self._traffic.bytes_sent += some.nbytes
+            reply = await host.score(ScoreRequest(envelope=envelope, queries=some, topk=topk))
             self._traffic.bytes_received += reply.scores.nbytes + reply.ids.nbytes
             self._fanout.saw(reply.stamp.table_version)
             return reply
 
-        if isinstance(self.plan.schema.keys, FlatKeySpec):
-            owners = [route.info for route in self.plan.routes if route.blocks[0] == 0]
-            replies = await self._fanout.each([(owner, ask) for owner in owners])
-            scores, ids = merge_candidates(
-                [reply.scores for reply in replies], [reply.ids for reply in replies], topk=topk
-            )
-            return scores, ids, self._seen([reply.stamp for reply in replies])
+        async def ask(host: ShardHost, envelope: Envelope) -> list[ScoreReply]:
+            return await some_at_a_time([partial(ask_some, host, envelope, *piece) for piece in pieces])
+
+        flat = isinstance(self.plan.schema.keys, FlatKeySpec)
+        owners = [route.info for route in self.plan.routes if route.blocks[0] == 0]
+        if not flat:
+            owners = [owner for owner, _ in self.plan.head_owners]
+        answers = await self._fanout.each([(owner, ask) for owner in owners])
+        seen = self._seen([reply.stamp for some in answers for reply in some])
+        found = [(_one([reply.scores for reply in some]), _one([reply.ids for reply in some])) for some in answers]
+        if flat:
+            scores, ids = merge_candidates([scores for scores, _ in found], [ids for _, ids in found], topk=topk)
+            return scores, ids, seen
         shape = (queries.shape[0], queries.shape[1], topk)
         scores = torch.empty(shape, dtype=torch.float32, device="cpu")
         ids = torch.empty(shape, dtype=torch.int64, device="cpu")
-        replies = await self._fanout.each([(owner, ask) for owner, _ in self.plan.head_owners])
-        for (owner, heads), reply in zip(self.plan.head_owners, replies, strict=True):
-            if reply.heads != heads:
-                raise Internal(f"shard {owner.shard} answered heads {reply.heads}; it owns {heads}.")
-            scores[:, list(heads)], ids[:, list(heads)] = reply.scores, reply.ids
-        return scores, ids, self._seen([reply.stamp for reply in replies])
+        for (owner, heads), some, (of_scores, of_ids) in zip(self.plan.head_owners, answers, found, strict=True):
+            for reply in some:
+                if reply.heads != heads:
+                    raise Internal(f"shard {owner.shard} answered heads {reply.heads}; it owns {heads}.")
+            scores[:, list(heads)], ids[:, list(heads)] = of_scores, of_ids
+        return scores, ids, seen
 
     async def read_rows(self, array: str, ids: Tensor) -> Tensor:
         """Rows [M, ..] of a named array in its dtype; ids: [M] int64, slots, or heads for the keys of product keys."""
@@ -265,6 +288,16 @@ class Attempt:
         return Seen(
             epoch=self.plan.epoch, oldest_version=min(versions, default=0), newest_version=max(versions, default=0)
         )
+
+
+def gather_slices(plan: TablePlan, num_bags: int) -> list[tuple[int, int]]:
+    """First and end of the bags that are asked for by each message of a gather, at every shard alike."""
+    widest = max((route.width for route in plan.routes), default=0)
+    return slices(num_bags, 4 * widest)
+
+
+def _one(matrices: Sequence[Tensor]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
 
 
 def _no_bags(bags: Bags) -> Bags:

@@ -25,13 +25,15 @@ class Remembered:
         """Shards were asked to remember a lookup."""
         for shard, _ in record.remembered_by:
             at = record.table_id, shard
-            self._counts[at] = self._counts.get(at, 0) + 1
+            self._counts[at] = self._counts.get(at, 0) + record.lookups
 
     def release(self, record: LookupRecord) -> Callable[[], None]:
         """A function that lets shards forget a lookup, with the next gather; for any thread, at any moment."""
-        entry = record.table_id, tuple(shard for shard, _ in record.remembered_by), record.lookup_id
+        shards = tuple(shard for shard, _ in record.remembered_by)
+        numbers = range(record.lookup_id, record.lookup_id + record.lookups)
+        entries = [(record.table_id, shards, number) for number in numbers]
         released = self._released  # the function keeps neither the router nor the record alive
-        return lambda: released.append(entry)
+        return lambda: released.extend(entries)
 
     def take(self, table_id: int, shard: int) -> tuple[int, ...]:
         """Lookups that a shard may forget, each once."""

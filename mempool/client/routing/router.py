@@ -149,7 +149,7 @@ class Router:
             NotFound: The table was dropped.
         """
         lookup_id = self._next_lookup_id
-        self._next_lookup_id += 1
+        self._next_lookup_id += max(1, bags.num_bags)  # as many messages as it may take, whatever the plan
 
         values, record = await self.call(
             table_id,

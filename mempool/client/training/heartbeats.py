@@ -10,8 +10,10 @@ from contextlib import suppress
 from mempool.client.routing.router import Router
 from mempool.errors import MempoolError
 from mempool.types import HeartbeatRequest, ShardInfo
+from mempool.types.running import TRAINER_LEASE_S
 
-_FIRST_LEASE_S = 10.0  # until a shard has said how long it is
+_FIRST_LEASE_S = TRAINER_LEASE_S  # until a shard has said how long it is
+_LEAST_LEASE_S = 1.0  # that a pool may have
 _SHORTEST_S = 0.05
 _AT_ONCE = 64
 
@@ -39,6 +41,7 @@ class Heartbeats:
         self._silences: dict[int, float] = {}
         self._began_s = 0.0
         self._closed = False
+        self._learnt = False
 
     def wake(self) -> None:
         """Something may be held from now on."""
@@ -64,16 +67,21 @@ class Heartbeats:
                 await asyncio.wait({task})
 
     async def _beat(self) -> None:
-        at_once = asyncio.Semaphore(_AT_ONCE)
+        at_once, loop = asyncio.Semaphore(_AT_ONCE), asyncio.get_running_loop()
+        last_s = loop.time()
         while True:
-            pause_s = max(_SHORTEST_S, self.lease_s / 3)
-            await asyncio.sleep(pause_s)
+            # From one beat to the next, whatever the beat took: a shard that hangs does not make others wait. The first
+            # comes soon, to learn how long the lease is.
+            pause_s = max(_SHORTEST_S, (self.lease_s if self._learnt else min(_LEAST_LEASE_S, self.lease_s)) / 3)
+            await asyncio.sleep(max(0.0, last_s + pause_s - loop.time()))
+            last_s = loop.time()
             holdings = self._holdings()
             if not holdings:
                 return
             beats = [self._say(info, rank, pause_s, at_once) for info, ranks in holdings.items() for rank in ranks]
             leases = [lease_s for lease_s in await asyncio.gather(*beats) if lease_s is not None and lease_s > 0.0]
             self.lease_s = min(leases, default=self.lease_s)
+            self._learnt = self._learnt or bool(leases)
 
     async def _say(self, info: ShardInfo, rank: Rank, timeout_s: float, at_once: asyncio.Semaphore) -> float | None:
         """The lease, as the shard says; None where it does not answer in time: calls of the step find out why."""

@@ -68,7 +68,7 @@ def prepare(
     """
     in_order = tuple(sorted(sequences))
     known = updates.prepared_step(step_id)
-    _refuse_older(known, step_id)
+    refuse_older(known, step_id)
     again = known is not None and known.is_of(step_id, in_order)
     if again and known is not None and known.answers(want_norm=want_norm, norm_order=norm_order):
         return known
@@ -93,15 +93,16 @@ def prepare(
     return prepared
 
 
-def require_prepared(updates: HeldUpdates, step_id: StepId, sequences: Sequence[int]) -> None:
-    """Raises StepConflict for a step that is not prepared, or with other updates."""
-    prepared, in_order = updates.prepared_step(step_id), tuple(sorted(sequences))
+def require_prepared(updates: HeldUpdates, step_id: StepId, sequences: Sequence[int] | None) -> None:
+    """Raises StepConflict for a step that is not prepared, or with other updates (None: whichever)."""
+    prepared = updates.prepared_step(step_id)
     if prepared is None or prepared.step != step_id.step:
         raise StepConflict(
             f"step {step_id.step} of rank {step_id.rank} of group {step_id.group!r} is not prepared here: its trainer "
             "was not heard of for longer than its lease, or it was never sent; send Prepare first (one_phase does both "
             "where one shard owns everything). Nothing was changed."
         )
+    in_order = prepared.sequences if sequences is None else tuple(sorted(sequences))
     if prepared.sequences != in_order:
         raise StepConflict(
             f"step {step_id.step} of rank {step_id.rank} of group {step_id.group!r} was prepared with updates "
@@ -308,8 +309,8 @@ class _Write:
             self._arena.state((kernels.LAST_STEP,))[kernels.LAST_STEP][pairs.rows] = version
 
 
-def _refuse_older(prepared: PreparedStep | None, step_id: StepId) -> None:
-    """A late message about an older step must not undo what is prepared."""
+def refuse_older(prepared: PreparedStep | None, step_id: StepId) -> None:
+    """Raises StepConflict: a late message about an older step must not undo what is prepared."""
     if prepared is not None and prepared.step > step_id.step:
         raise StepConflict(
             f"step {prepared.step} of rank {step_id.rank} of group {step_id.group!r} is prepared here already; "

@@ -5,8 +5,11 @@ Bounded by bytes and by a lease; what is gone is asked for again by ``ContextMis
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
 
 from mempool.shard.steps.budget import ENTRY_BYTES, tensors_bytes
 from mempool.types.bags import Bags
@@ -24,6 +27,20 @@ class _Context:
 def context_bytes(bags: Bags) -> int:
     """What it costs to remember these."""
     return ENTRY_BYTES + tensors_bytes((bags.ids, bags.weights, bags.offsets))
+
+
+def joined(several: Sequence[Bags]) -> Bags | None:
+    """Bags one after the other, copied. None where some have weights and some have not."""
+    weights = [bags.weights for bags in several if bags.weights is not None]
+    if weights and len(weights) < len(several):
+        return None
+    starts = accumulate((bags.num_pairs for bags in several), initial=0)
+    ends = [bags.offsets[1:] + start for bags, start in zip(several, starts, strict=False)]
+    return Bags(
+        ids=torch.cat([bags.ids for bags in several]),
+        weights=torch.cat(weights) if weights else None,
+        offsets=torch.cat([several[0].offsets[:1], *ends]),
+    )
 
 
 class Contexts:
@@ -57,16 +74,19 @@ class Contexts:
         self._contexts[lookup_id] = _Context(table_id, epoch, bags, num_bytes, self._clock() + self._lease_s)
         self.num_bytes += num_bytes
 
-    def recall(self, lookup_id: int, *, table_id: int, epoch: int) -> Bags | None:
-        """The bags of a lookup of that table and epoch; None if they are not remembered.
+    def recall(self, lookup_id: int, lookups: int = 1, *, table_id: int, epoch: int) -> Bags | None:
+        """The bags of lookups of that table and epoch, one after the other; None if one is not remembered.
 
         Another epoch is another routing of pairs to shards: ids of an older one would not fit the client's gradients.
         """
         self.expire()
-        context = self._contexts.get(lookup_id)
-        if context is None or context.table_id != table_id or context.epoch != epoch:
-            return None
-        return context.bags
+        found: list[Bags] = []
+        for number in range(lookup_id, lookup_id + max(1, lookups)):
+            context = self._contexts.get(number)
+            if context is None or context.table_id != table_id or context.epoch != epoch:
+                return None
+            found.append(context.bags)
+        return found[0] if len(found) == 1 else joined(found)
 
     def release(self, lookup_ids: Iterable[int]) -> None:
         """Forget these; unknown ones are no error."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from mempool.agreement.ledger import over
 from mempool.errors import MempoolError
 from mempool.kernels import SortedPairs
 from mempool.shard.pages.storage import Lane
@@ -197,10 +198,24 @@ class HeldUpdates:
         self._touch(key)
         return sum(len(updates) for updates in self._ranks[key].updates.values())
 
+    def require_newest(self, step_id: StepId) -> None:
+        """Raises StepConflict where a later generation of the rank holds anything here."""
+        newest = self._newest.get((step_id.group, step_id.rank), 0)
+        if step_id.generation < newest:
+            raise over(step_id, newest)
+
     def lives(self, step_id: StepId) -> bool:
         """Whether the rank holds something and its lease has not ended."""
         found = self._ranks.get(_rank(step_id))
         return found is not None and self._clock() - found.touched_s <= self._lease_s
+
+    def stalled(self, step_id: StepId) -> bool:
+        """Whether that step has been prepared for longer than a lease: its trainer may live, and not reach some other
+        shard."""
+        prepared = self.prepared_step(step_id)
+        if prepared is None or prepared.step_id != step_id:
+            return False
+        return self._clock() - prepared.since_s > self._lease_s
 
     def silent(self) -> tuple[PreparedStep, ...]:
         """Prepared steps of ranks whose lease has ended."""

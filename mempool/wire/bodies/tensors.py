@@ -170,8 +170,9 @@ class FrameMemory:
         if not count:
             return torch.empty(part.shape, dtype=dtype)
         if (self._address + part.at) % part.dtype.itemsize:
+            # Copied by numpy: torch would set a team of threads to it, on the IO loop.
             size = count * part.dtype.itemsize
-            flat = torch.frombuffer(self._bytes, dtype=torch.uint8, count=size, offset=part.at).clone().view(dtype)
+            flat = torch.frombuffer(self._bytes[part.at : part.at + size].copy(), dtype=dtype)
         else:
             flat = torch.frombuffer(self._bytes, dtype=dtype, count=count, offset=part.at)
         return flat if len(part.shape) == 1 else flat.view(part.shape)

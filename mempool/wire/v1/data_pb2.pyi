@@ -275,6 +275,7 @@ class UpdateRequest(_message.Message):
     BLOCKS_FIELD_NUMBER: _builtins.int
     HOLD_FIELD_NUMBER: _builtins.int
     WANT_WEIGHT_GRAD_FIELD_NUMBER: _builtins.int
+    LOOKUPS_FIELD_NUMBER: _builtins.int
     GRADS_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
@@ -287,6 +288,10 @@ class UpdateRequest(_message.Message):
     """Keep it for the step's Commit. False where values are not trained and only the weights' gradient is wanted."""
     want_weight_grad: _builtins.bool
     """Answer the weights' gradient."""
+    lookups: _builtins.int
+    """Of so many lookups, numbered on from lookup_id, the bags one after the other. 0 is 1. An answer has a bounded size
+    (GatherReply), so bags whose answer is larger are asked for by several.
+    """
     @_builtins.property
     def envelope(self) -> Global___Envelope:
         """The view."""
@@ -325,6 +330,7 @@ class UpdateRequest(_message.Message):
         blocks: _abc.Iterable[_builtins.int] | None = ...,
         hold: _builtins.bool = ...,
         want_weight_grad: _builtins.bool = ...,
+        lookups: _builtins.int = ...,
         grads: _tensor_pb2.Tensor | None = ...,
         ids: _tensor_pb2.Tensor | None = ...,
         weights: _tensor_pb2.Tensor | None = ...,
@@ -332,7 +338,7 @@ class UpdateRequest(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "grads", b"grads", "ids", b"ids", "offsets", b"offsets", "step_id", b"step_id", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "envelope", b"envelope", "grads", b"grads", "hold", b"hold", "ids", b"ids", "lookup_id", b"lookup_id", "offsets", b"offsets", "sequence", b"sequence", "step_id", b"step_id", "want_weight_grad", b"want_weight_grad", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "envelope", b"envelope", "grads", b"grads", "hold", b"hold", "ids", b"ids", "lookup_id", b"lookup_id", "lookups", b"lookups", "offsets", b"offsets", "sequence", b"sequence", "step_id", b"step_id", "want_weight_grad", b"want_weight_grad", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

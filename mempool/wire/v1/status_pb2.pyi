@@ -110,6 +110,7 @@ class TableStatus(_message.Message):
     BYTES_TO_FILL_FIELD_NUMBER: _builtins.int
     PREPARING_FIELD_NUMBER: _builtins.int
     PENDING_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
     """The table."""
     name: _builtins.str
@@ -138,6 +139,8 @@ class TableStatus(_message.Message):
     """What is done before initial values are written, in words; "" for nothing."""
     pending: _builtins.bool
     """It is being made, and answers no client yet: not all shards are known to have it."""
+    round: _builtins.str
+    """Token of the round of a move that holds it frozen; "" where none does."""
     def __init__(
         self,
         *,
@@ -155,10 +158,11 @@ class TableStatus(_message.Message):
         bytes_to_fill: _builtins.int = ...,
         preparing: _builtins.str = ...,
         pending: _builtins.bool = ...,
+        round: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_to_fill", b"bytes_to_fill", "epoch", b"epoch", "frozen", b"frozen", "lookups", b"lookups", "lost_pages", b"lost_pages", "name", b"name", "num_bytes", b"num_bytes", "pages", b"pages", "pending", b"pending", "preparing", b"preparing", "table_id", b"table_id", "updates_applied", b"updates_applied", "updates_held", b"updates_held", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_to_fill", b"bytes_to_fill", "epoch", b"epoch", "frozen", b"frozen", "lookups", b"lookups", "lost_pages", b"lost_pages", "name", b"name", "num_bytes", b"num_bytes", "pages", b"pages", "pending", b"pending", "preparing", b"preparing", "round", b"round", "table_id", b"table_id", "updates_applied", b"updates_applied", "updates_held", b"updates_held", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

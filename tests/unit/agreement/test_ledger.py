@@ -61,6 +61,15 @@ def test_a_generation_that_is_over_is_refused_and_a_new_one_begins_anew() -> Non
         ledger.applied(_step(9))
 
 
+def test_the_last_step_of_a_generation_that_is_over_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledgers, "MAX_OLDER", 2)
+    ledger = AppliedLedger(None)
+    for generation in range(4):
+        ledger.add(_step(5 + generation, generation=generation), ())
+    known = [ledger.entry_of_its_generation(_step(1, generation=generation)) for generation in range(5)]
+    assert [entry and (entry.step, entry.version) for entry in known] == [None, (6, 2), (7, 3), (8, 4), (0, 0)]
+
+
 @pytest.mark.parametrize("late", [AppliedLedger.drop, lambda ledger, step_id: ledger.add(step_id, ())])
 def test_what_comes_late_of_an_old_generation_takes_no_step_from_the_new_one(late: object) -> None:
     ledger = AppliedLedger(None)

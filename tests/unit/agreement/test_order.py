@@ -87,6 +87,25 @@ def test_a_step_of_nobody_gives_way_to_the_one_it_stood_for() -> None:
     assert [step.step_id for step in _apply(order)] == [NOBODY, _step(2).step_id]
 
 
+@given(st.sets(st.integers(1, 6)), st.permutations(range(1, 7)))
+def test_what_is_not_prepared_is_not_learned_and_holds_up_what_comes_after(gone: set[int], again: list[int]) -> None:
+    """Until its trainer comes with it; each is applied once, in order, and none that was not prepared."""
+    gate, owner = Order(0), Order(0)
+    for number in range(1, 7):
+        gate.number(_step(number))
+    prepared = {_step(number).step_id for number in range(1, 7) if number not in gone}
+    refused = owner.learn(gate.numbered, gate.after(0), prepared=lambda step_id: step_id in prepared)
+    assert (refused.version if refused else None) == min(gone, default=None)
+    applied = _apply(owner)
+    assert len(applied) == min(gone, default=7) - 1
+    for number in again:
+        if number in gone:
+            prepared.add(_step(number).step_id)
+            owner.add(_step(number, number))
+            applied += _apply(owner)
+    assert [(step.version, step.step_id) for step in applied] == [(n, _step(n).step_id) for n in range(1, 7)]
+
+
 def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orders, "MAX_KEPT", 4)
     monkeypatch.setattr(orders, "MAX_WAITING", 3)

@@ -1,5 +1,6 @@
 """One round of a move by events alone: calls that are lost, late or refused, leases that end, controllers that die."""
 
+import asyncio
 import random
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from mempool.agreement.rounds import (
     Ticked,
 )
 from mempool.agreement.rounds_here import fate_of_lapsed
-from mempool.errors import Internal, MempoolError, ShardUnavailable, StalePlacement
+from mempool.errors import DeadlineExceeded, Internal, MempoolError, ShardUnavailable, StalePlacement
 
 LEASE_S = 9.0
 
@@ -70,6 +71,16 @@ def test_a_freeze_is_renewed_at_a_third_of_its_lease_also_while_it_waits() -> No
     assert round_.handle(Ticked(), 9.0) == [Renew(0, 3)]
 
 
+def test_a_freeze_that_waited_for_a_lease_is_not_taken_for_lost_when_it_is_answered() -> None:
+    """A dead trainer's step ends with a lease as long as the freeze's."""
+    round_ = made(others=(1,))
+    round_.begin(0.0)
+    for number in (1, 2, 3):
+        assert round_.handle(Ticked(), 3.0 * number) == [Renew(0, number)]
+    assert answered(round_, Freeze(0), now=10.5) == [Freeze(1)]
+    assert answered(round_, Renew(0, 1), Renew(0, 2), Renew(0, 3), Freeze(1), now=10.5) == [Pull(0), Pull(1)]
+
+
 def test_a_shard_that_does_not_renew_for_a_lease_undoes_the_round() -> None:
     round_ = made(others=(1,))
     round_.begin(0.0)
@@ -98,6 +109,17 @@ def test_what_fails_before_the_decision_undoes_the_round(call: Call) -> None:
     assert round_.handle(Failed(call, error), 1.0) == [Thaw(0), Thaw(1), Thaw(2)]
     assert answered(round_, Pull(0), Pull(1), Freeze(1), Thaw(0), Thaw(1)) == [], "late answers begin nothing"
     assert answered(round_, Thaw(2)) == [Ended("undone", error)]
+
+
+def test_what_undid_a_round_is_told_whatever_its_cut_off_renewals_say() -> None:
+    round_ = made(others=(1,))
+    round_.begin(0.0)
+    round_.handle(Ticked(), 3.4)
+    late = DeadlineExceeded("did not come to rest")
+    round_.handle(Failed(Freeze(0), late), 7.0)
+    round_.handle(Failed(Renew(0, 1), asyncio.CancelledError()), 7.0)
+    answered(round_, Thaw(0), now=7.0)
+    assert answered(round_, Thaw(1), now=7.0) == [Ended("undone", late)]
 
 
 def decided(round_: Round) -> None:
@@ -226,7 +248,8 @@ class World:
         if shard is gate:
             shard.held, shard.over, shard.staged = False, True, None
             return
-        fate = fate_of_lapsed(epoch=shard.epoch, gate_epoch=gate.epoch if heard else None, gate_frozen=gate.held)
+        gate_epoch = gate.epoch if heard else None
+        fate = fate_of_lapsed("r", epoch=shard.epoch, gate_epoch=gate_epoch, gate_token="r" if gate.held else None)
         if fate == "thaw":
             shard.held, shard.over, shard.staged = False, True, None
         elif fate == "adopt":

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mempool.agreement import rounds_here
-from mempool.agreement.rounds_here import RoundsHere
+from mempool.agreement.rounds_here import Fate, RoundsHere, fate_of_lapsed
 from mempool.errors import StalePlacement
 
 
@@ -16,20 +16,25 @@ class Clock:
         return self.now_s
 
 
+def expire(rounds: RoundsHere) -> bool:
+    """As a table's gate does: whether the lease of a round had ended, which is over then."""
+    return rounds.lapsed and rounds.end()
+
+
 def test_a_round_holds_for_its_lease_unless_it_is_said_again() -> None:
     clock = Clock()
     rounds = RoundsHere(clock)
     rounds.begin("a", 10.0)
     clock.now_s += 9.0
-    assert not rounds.expire()
+    assert not expire(rounds)
     rounds.begin("a", 10.0)
     clock.now_s += 9.0
-    assert not rounds.expire()
+    assert not expire(rounds)
     assert rounds.held
     clock.now_s += 1.0
-    assert rounds.expire()
+    assert expire(rounds)
     assert not rounds.held
-    assert not rounds.expire()
+    assert not expire(rounds)
     with pytest.raises(StalePlacement, match="round 'a' of a move is over on this shard"):
         rounds.begin("a", 10.0)
 
@@ -39,7 +44,7 @@ def test_without_a_lease_it_holds_until_it_is_ended() -> None:
     rounds = RoundsHere(clock)
     rounds.begin("a", 0.0)
     clock.now_s += 1e9
-    assert not rounds.expire()
+    assert not expire(rounds)
     assert rounds.end("a")
     assert not rounds.held
 
@@ -65,14 +70,32 @@ def test_who_joins_goes_on_while_pages_come_and_a_freeze_is_not_prolonged_by_the
     clock.now_s += 9.0
     rounds.join("a", 10.0)
     clock.now_s += 9.0
-    assert not rounds.expire()
+    assert not expire(rounds)
     rounds.begin("a", 5.0)
     clock.now_s += 4.0
     rounds.join("a", 10.0)
     clock.now_s += 1.0
-    assert rounds.expire()
+    assert expire(rounds)
     with pytest.raises(StalePlacement, match="is over"):
         rounds.join("a", 10.0)
+
+
+@pytest.mark.parametrize(
+    ("gate_epoch", "gate_token", "fate"),
+    [
+        (None, None, "wait"),
+        (1, None, "wait"),
+        (2, "a", "wait"),
+        (2, "b", "thaw"),
+        (2, None, "thaw"),
+        (3, "a", "adopt"),
+        (3, None, "adopt"),
+    ],
+)
+def test_the_gate_says_what_becomes_of_a_round_by_its_token(
+    gate_epoch: int | None, gate_token: str | None, fate: Fate
+) -> None:
+    assert fate_of_lapsed("a", epoch=2, gate_epoch=gate_epoch, gate_token=gate_token) == fate
 
 
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,7 +119,7 @@ def test_a_round_that_is_over_never_comes_back(events: list[tuple[str, str]]) ->
     for event, token in events:
         if event == "later":
             clock.now_s += 6.0
-            if rounds.expire():
+            if expire(rounds):
                 over.add(held)
                 held = ""
             continue

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mempool.client import Pool, Table
 from mempool.client import rows as rows_module
+from mempool.client.routing.slices import WINDOW
 from mempool.errors import InvalidRequest, ShardUnavailable
 from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec
 from tests.support.faulty import COLUMNS, LAYOUTS, Fault, FaultyPool, make_schema
@@ -44,7 +45,7 @@ def test_rows_and_writes(opened, layout: str) -> None:  # type: ignore[no-untype
 
 
 def test_large_reads_and_writes_are_cut_into_messages(opened, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(rows_module, "_MESSAGE_BYTES", 4 * 12 * 10)
+    monkeypatch.setattr(rows_module, "MESSAGE_BYTES", 4 * 12 * 10)
     fake, table = opened(FaultyPool(LAYOUTS["one"]))
     table.write(torch.arange(64), torch.arange(64.0)[:, None].expand(64, 12))
     assert torch.equal(table.rows(torch.arange(63, -1, -1)), torch.arange(63.0, -1, -1)[:, None].expand(64, 12))
@@ -53,7 +54,7 @@ def test_large_reads_and_writes_are_cut_into_messages(opened, monkeypatch: pytes
 
 
 def test_some_messages_of_a_large_read_or_write_are_under_way_together(opened, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(rows_module, "_MESSAGE_BYTES", 4 * 12 * 10)
+    monkeypatch.setattr(rows_module, "MESSAGE_BYTES", 4 * 12 * 10)
     adam = OptimizerSpec(algorithm="adam", lr=0.5)
     fake, table = opened(FaultyPool(LAYOUTS["one"], schema=make_schema(optimizer=adam)))
     host, under_way, most = fake.shards[0], 0, dict[str, int]()
@@ -80,7 +81,7 @@ def test_some_messages_of_a_large_read_or_write_are_under_way_together(opened, m
     state = table.state(torch.arange(64))
     assert torch.equal(state["values.exp_avg"], torch.arange(63.0, -1, -1)[:, None].expand(64, 12))
     assert not state["values.exp_avg_sq"].any()
-    assert most == {"read_rows": rows_module._WINDOW, "write_rows": rows_module._WINDOW}
+    assert most == {"read_rows": WINDOW, "write_rows": WINDOW}
     assert table.state(torch.arange(64), []) == {}
     twice = table.state(torch.arange(64), ["values.exp_avg", "values.exp_avg"])
     assert torch.equal(twice["values.exp_avg"], state["values.exp_avg"])

@@ -150,3 +150,11 @@ def test_a_mistyped_argument_is_refused() -> None:
 def test_options_that_contradict_each_other_are_refused(optimizer: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         TableConfig(name="a", num_slots=4, value_dim=2, optimizer=optimizer)
+
+
+def test_whoever_gives_parameters_as_to_torchs_optimizers_is_told_what_these_are() -> None:
+    with pytest.raises(TypeError, match=r"^Adam takes its arguments by name: lr, betas, .*PoolOptimizer\(model\)"):
+        Adam([torch.zeros(1)], lr=0.1)  # type: ignore[misc]
+    with pytest.raises(TypeError, match=r"^SGD takes its arguments by name: lr, momentum"):
+        SGD([torch.zeros(1)], 0.1)  # type: ignore[misc]
+    assert SGD(0.1) == SGD(lr=0.1)

@@ -65,7 +65,7 @@ def test_an_answer_that_no_message_holds_is_refused_before_any_work(
 ) -> None:
     with mempool.local(shards=2) as pool:
         pool.create_table(mempool.TableConfig(name="keyed", num_slots=64, value_dim=8, keys=keys))
-        small = LookupCoordinator(pool.router, max_message_bytes=1024 + 96 * 20)
+        small = LookupCoordinator(pool.router, max_answer_bytes=1024 + 96 * 20)
 
         def asked(num_queries: int) -> LookupRequest:
             return LookupRequest(table="keyed", queries=torch.zeros(num_queries, *queries), topk=2)
@@ -84,7 +84,7 @@ def test_what_every_shard_finds_by_flat_keys_meets_here_and_is_counted() -> None
                 name="keyed", num_slots=64, value_dim=1, keys=mempool.FlatKeys(key_dim=4), layout="rows"
             )
         )
-        small = LookupCoordinator(pool.router, max_message_bytes=1024 + 20 * 8 * 12 * 3)
+        small = LookupCoordinator(pool.router, max_answer_bytes=1024 + 20 * 8 * 12 * 3)
         request = LookupRequest(table="keyed", queries=torch.zeros(28, 4), topk=8)  # itself of 3,696 + 1,024 bytes
         with pytest.raises(RequestTooLarge, match=r"takes 8,064 bytes of answers"):
             run(small.lookup(request), CALL_S)

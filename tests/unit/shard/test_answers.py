@@ -172,6 +172,22 @@ def test_answers_that_no_message_holds_are_refused_first(make_driver: MakeDriver
     driver.gather(make_bags(1))
 
 
+def test_answers_for_clients_have_a_limit_of_their_own_and_a_row_travels_whatever_its_size(
+    make_driver: MakeDriver,
+) -> None:
+    driver = make_driver(max_message_bytes=2**20, max_answer_bytes=1024 + 4).create(make_schema())
+    empty = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(RequestTooLarge, match="a gather of 1 bags"):
+        driver.call(driver.host(0).gather(_gather(driver, ids=empty[:0], weights=None, offsets=empty)))
+
+    def read(rows: int) -> ReadRowsRequest:
+        return ReadRowsRequest(envelope=driver.envelope(0), array="values", ids=torch.zeros(rows, dtype=torch.int64))
+
+    with pytest.raises(RequestTooLarge, match="2 rows of 'values'"):
+        driver.call(driver.host(0).read_rows(read(2)))
+    assert driver.call(driver.host(0).read_rows(read(1))).rows.shape[0] == 1
+
+
 @pytest.mark.parametrize("lengths", [(), (0,), (5,), (0, 0, 0), (100, 1), LENGTHS])
 def test_parts_cover_every_bag_once(monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...]) -> None:
     monkeypatch.setattr(answers, "READ_PIECE_BYTES", 400)

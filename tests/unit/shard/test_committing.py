@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from mempool import kernels
-from mempool.errors import DataLoss, Overloaded, StalePlacement, StepConflict
+from mempool.errors import DataLoss, DeadlineExceeded, Overloaded, StalePlacement, StepConflict
 from mempool.types import (
     CommitPart,
     CommitRequest,
     DiscardPart,
     DiscardRequest,
+    HeartbeatRequest,
     OptimizerSpec,
     PreparePart,
     PrepareRequest,
@@ -152,6 +153,36 @@ def test_a_step_of_a_silent_rank_is_dropped_at_its_decider_and_then_everywhere(m
     _push(driver, "silent", step=2)
     driver.commit(2, [0], group="silent")
     assert _versions(driver) == [1, 1, 1]
+
+
+def test_a_step_that_hangs_is_given_up_for_a_freeze_though_its_trainer_lives(make_driver: MakeDriver) -> None:
+    """It reaches these shards, and another not: it would hold off a rescale for as long as it likes."""
+    clock = Clock()
+    driver = make_driver(3, clock=clock).create(make_schema(), "mixed")
+    before = driver.read()
+    _push(driver, "hangs")
+    clock.ahead_s = 9.0
+    _beat(driver, "hangs")
+    with pytest.raises(DeadlineExceeded, match="prepared and not decided"):
+        driver.freeze(0, 0.6, token="in vain")
+    clock.ahead_s = 11.0
+    _beat(driver, "hangs")
+    assert all(driver.status(shard).updates_held for shard in driver.owners)
+    assert [driver.freeze(shard, 4.0) for shard in (2, 1, 0)] == [0, 0, 0]
+    with pytest.raises(StepConflict, match="was dropped"):
+        driver.decide(1, [0], group="hangs")
+    for shard in driver.owners:
+        driver.thaw(shard)
+    assert torch.equal(driver.read(), before)
+    _push(driver, "hangs", step=2)
+    driver.commit(2, [0], group="hangs")
+    assert _versions(driver) == [1, 1, 1]
+
+
+def _beat(driver: Driver, group: str) -> None:
+    for shard in driver.owners:
+        request = HeartbeatRequest(incarnation=driver.host(shard).info.incarnation, group=group, rank=0)
+        driver.call(driver.host(shard).heartbeat(request))
 
 
 def test_a_decided_step_is_never_dropped(make_driver: MakeDriver) -> None:
@@ -349,7 +380,9 @@ def test_pages_that_come_for_a_round_that_nobody_ends_are_dropped(make_driver: M
     clock.ahead_s = 61.0
     with pytest.raises(StalePlacement, match="round 'round' of a move is over"):
         driver.call(driver.host(dest).pull_pages(replace(pull, token="round")))
-    assert driver.status(dest).num_bytes == 0
+    clock.ahead_s = 130.0  # a minute after the last that was asked for
+    _wait_for(lambda: driver.status(dest).num_bytes == 0)  # once the gate was asked
+    assert not driver.status(dest).frozen
 
 
 def test_a_version_of_another_step_is_refused(make_driver: MakeDriver) -> None:

@@ -264,6 +264,7 @@ def test_a_commit_that_fails_half_way_loses_the_table_and_says_so(
         assert driver.contents().keys() == before.keys()  # nothing was written yet
         patch.setattr(kernels, "fused_step", fail)
         assert driver.commit(1, [0])[0].version == 1  # decided: what fails then is told to whoever comes next
+        driver.status(0)  # by then it has failed
     with pytest.raises(DataLoss, match="lost 21 pages"):
         driver.gather(make_bags(1))
     assert driver.status(0).lost_pages == 21

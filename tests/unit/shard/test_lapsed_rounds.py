@@ -61,8 +61,7 @@ def test_a_round_that_nobody_renews_is_over_everywhere_and_refuses_what_is_late(
 def test_a_round_that_the_gate_has_decided_is_followed_without_any_controller(make_driver: MakeDriver) -> None:
     driver, moved = begun(make_driver)
     driver.call(driver.host(0).set_view(moved, token="r1"))
-    until(lambda: table(driver, 1).epoch == moved.placement.epoch)
-    assert not table(driver, 1).frozen
+    until(lambda: table(driver, 1).epoch == moved.placement.epoch and not table(driver, 1).frozen)
     assert table(driver, 0).pages + table(driver, 1).pages == moved.placement.owners.size
     assert table(driver, 0).lost_pages == table(driver, 1).lost_pages == 0
 
@@ -74,6 +73,17 @@ def test_a_shard_waits_for_a_gate_that_still_holds(make_driver: MakeDriver) -> N
     assert table(driver, 1).frozen
     driver.call(driver.host(0).set_view(moved, token="r1"))
     until(lambda: table(driver, 1).epoch == moved.placement.epoch)
+
+
+def test_another_round_at_the_gate_does_not_keep_the_one_before_it_alive(make_driver: MakeDriver) -> None:
+    driver, moved = begun(make_driver)
+    driver.call(driver.host(0).thaw(driver.table_id, token="r1"))
+    driver.call(driver.host(0).freeze(driver.table_id, 5.0, token="r2", lease_s=600.0))
+    until(lambda: not table(driver, 1).frozen)
+    assert table(driver, 0).round == "r2"
+    driver.call(driver.host(1).freeze(driver.table_id, 5.0, token="r2", lease_s=600.0))
+    with pytest.raises(StalePlacement, match="round 'r1' of a move is over"):
+        driver.call(driver.host(1).set_view(moved, token="r1"))
 
 
 def test_a_view_of_a_round_that_does_not_hold_the_table_is_refused(make_driver: MakeDriver) -> None:

@@ -102,6 +102,8 @@ TABLE_STATUS = build(
     frozen=st.booleans(),
     bytes_to_fill=U64,
     preparing=TEXT,
+    pending=st.booleans(),
+    round=TEXT,
 )
 STAGE_TIME = build(types.StageTime, stage=TEXT, count=U64, total_s=SECONDS, p50_s=SECONDS, p99_s=SECONDS, max_s=SECONDS)
 SHARD_STATUS = build(

@@ -13,6 +13,7 @@ def record(lookup_id: int, *shards: int, table_id: int = 1) -> LookupRecord:
     return LookupRecord(
         table_id=table_id,
         lookup_id=lookup_id,
+        lookups=1,
         bags=BAGS,
         seen=Seen(epoch=1, oldest_version=0, newest_version=0),
         remembered_by=frozenset((shard, 7) for shard in shards),

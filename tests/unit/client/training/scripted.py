@@ -273,7 +273,9 @@ class ScriptedPool:
 async def push(session: Session, *, want_weight_grad: bool = False) -> None:
     """One update, of a lookup that no shard remembers."""
     seen = Seen(epoch=0, oldest_version=0, newest_version=0)
-    record = LookupRecord(table_id=session.table_id, lookup_id=1, bags=BAGS, seen=seen, remembered_by=frozenset())
+    record = LookupRecord(
+        table_id=session.table_id, lookup_id=1, lookups=1, bags=BAGS, seen=seen, remembered_by=frozenset()
+    )
     await session.update(record, torch.ones(1, 12), hold=True, want_weight_grad=want_weight_grad)
 
 

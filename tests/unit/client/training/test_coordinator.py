@@ -194,7 +194,8 @@ def test_pages_that_move_hold_a_step_off_and_do_not_fail_it(wait) -> None:  # ty
         pool.shards[1].frozen = {2: thaw}
         await client.push()
         step = asyncio.create_task(client.coordinator.commit(commitments(client.sessions)))
-        await asyncio.sleep(0.05)
+        while pool.names()[1][-1:] != ["wait"]:
+            await asyncio.sleep(0.01)
         assert not step.done()
         # Nothing is prepared anywhere meanwhile: a freeze elsewhere need not wait.
         assert not any(shard.prepared for shard in pool.shards)

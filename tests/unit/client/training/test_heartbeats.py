@@ -1,6 +1,11 @@
 """Heartbeats: to whom, how often, and when not."""
 
 import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from mempool.client.training import heartbeats as training_heartbeats
 
 from .scripted import THREE, Client, ScriptedPool
 
@@ -60,4 +65,35 @@ def test_the_lease_is_learnt_and_silence_is_known(wait) -> None:  # type: ignore
         assert heartbeats.silence_s(0) < 0.2
         await client.coordinator.close(timeout_s=1.0)
 
+    wait(main())
+
+
+def test_a_shard_that_hangs_delays_nobodys_beat_and_the_first_comes_soon(  # type: ignore[no-untyped-def]
+    wait, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Client(ScriptedPool({1: THREE}))
+    heartbeats = client.coordinator.heartbeats
+    pauses_s: list[float] = []
+    sleep = asyncio.sleep
+
+    async def slept(pause_s: float) -> None:
+        pauses_s.append(pause_s)
+        await sleep(min(pause_s, 0.2))
+
+    async def never(_: object) -> None:
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        monkeypatch.setattr(training_heartbeats, "asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": slept}))
+        client.pool.shards[1].heartbeat = never
+        await client.push()
+        await until(lambda: heartbeats.lease_s == 0.6)
+        assert pauses_s[0] < 0.4  # not a third of ten seconds: how long the lease is is not known yet
+        del pauses_s[:]
+        await until(lambda: len(pauses_s) >= 4)
+        assert max(pauses_s[1:]) < 0.1  # the beat itself took its 0.2 s: the next is due
+        await client.coordinator.close(timeout_s=1.0)
+
+    for shard in client.pool.shards:
+        shard.lease_s = 0.6
     wait(main())

@@ -1,6 +1,7 @@
 """Optimizer state and step count through a table: read, written back to the bit, refused in words."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -163,7 +164,7 @@ def test_a_commit_that_one_owner_has_is_every_owners_before_steps_are_counted(wa
         router = make_router(pool)
         assert await router.step_count(1, to=5) == 5
         first = pool.shards[0]
-        envelope = first.requests("step_count")[0].envelope
+        envelope, *others = (shard.requests("step_count")[0].envelope for shard in pool.shards)
         step_id = StepId(group="g", rank=0, step=1)
         part = CommitPart(envelope=envelope, step_id=step_id, lr=1.0, grad_scale=1.0, sequences=())
         prepare = PreparePart(envelope=envelope, step_id=step_id, sequences=())
@@ -172,7 +173,11 @@ def test_a_commit_that_one_owner_has_is_every_owners_before_steps_are_counted(wa
         assert reply.parts[0].version == 1
         with pytest.raises(StepConflict, match=r"owners of table 'facts' are at versions 0 to 1 .* 5 to 6 steps"):
             await router.step_count(1)
-        # Now that it knows of the version, nobody answers before it.
+        # Now that it knows of the version, nobody answers before it: whoever has prepared the step asks for it.
+        for shard, other in zip(pool.shards[1:], others, strict=True):
+            part_there = replace(prepare, envelope=other)
+            request = PrepareRequest(parts=(part_there,), want_norm=False, decider_table=1, decider_step=1)
+            await shard.prepare(request)
         assert await router.step_count(1) == 6
         assert await router.step_count(1, to=9) == 9
 

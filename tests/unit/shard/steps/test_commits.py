@@ -157,11 +157,15 @@ def test_what_was_sorted_to_prepare_a_step_need_not_be_sorted_to_commit_it(
 
 def test_steps_are_decided_in_order(make_driver: MakeDriver) -> None:
     driver = _prepared(make_driver)
-    with pytest.raises(StepConflict, match=r"is not prepared here: .* send Prepare first"):
-        driver.commit(2, [0, 1])
-    with pytest.raises(StepConflict, match="was prepared with updates"):
-        driver.commit(1, [0])
     with pytest.raises(StepConflict, match="is older and cannot be decided"):
         driver.prepare(0, [])
     assert driver.prepare(1, [0, 1, 5, 3])[0].missing == (3, 5)
     assert driver.commit(1, [1, 0])[0].version == 1
+    with pytest.raises(StepConflict, match=r"is not prepared here: .* With that the step is over here"):
+        driver.commit(2, [0, 1])
+    driver.update(3, 7, GRADS, bags=make_bags(1))
+    driver.prepare(3, [7])
+    with pytest.raises(StepConflict, match=r"was prepared with updates \[7\] .* With that the step is over here"):
+        driver.commit(3, [])
+    with pytest.raises(StepConflict, match=r"step 3 .* was dropped"):
+        driver.prepare(3, [7])

@@ -78,3 +78,27 @@ def test_tables_and_epochs_are_kept_apart() -> None:
     assert contexts.num_bytes == context_bytes(_bags(1))
     contexts.release([1, 1, 77])
     assert (len(contexts), contexts.num_bytes) == (0, 0)
+
+
+def test_lookups_one_after_the_other_are_recalled_as_one() -> None:
+    contexts = _contexts()
+    first = Bags(torch.tensor([4, 5, 6]), torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 3]))
+    second = Bags(torch.tensor([7]), torch.tensor([4.0]), torch.tensor([0, 0, 1]))
+    contexts.remember(10, table_id=1, epoch=1, bags=first)
+    contexts.remember(11, table_id=1, epoch=1, bags=second)
+    both = contexts.recall(10, 2, table_id=1, epoch=1)
+    assert both is not None
+    assert both.weights is not None
+    assert (both.ids.tolist(), both.weights.tolist()) == ([4, 5, 6, 7], [1.0, 2.0, 3.0, 4.0])
+    assert both.offsets.tolist() == [0, 1, 3, 3, 4]
+    assert contexts.recall(10, 3, table_id=1, epoch=1) is None
+    assert contexts.recall(10, 0, table_id=1, epoch=1) is first  # as a client says that knows of no others
+
+
+def test_lookups_that_do_not_fit_together_are_asked_for_again() -> None:
+    contexts = _contexts()
+    contexts.remember(1, table_id=1, epoch=1, bags=_bags(2))
+    contexts.remember(
+        2, table_id=1, epoch=1, bags=Bags(torch.zeros(1, dtype=torch.int64), torch.ones(1), torch.tensor([0, 1]))
+    )
+    assert contexts.recall(1, 2, table_id=1, epoch=1) is None

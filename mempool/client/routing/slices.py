@@ -1,0 +1,54 @@
+"""Calls of any size as messages of a bounded one: how many bags or queries go in each, and a few of them at a time.
+
+A message is copied as a whole, at both of its ends, while all else there stands still: so none is large.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import TypeVar
+
+MESSAGE_BYTES = 8 * 2**20
+"""About so much is asked for by one message. Small shards, which have room for small messages only, take it too."""
+WINDOW = 4
+"""So many are under way at a time: shards work on one while another is on the wire, and no caller fills their queue."""
+
+T = TypeVar("T")
+
+
+def slices(count: int, item_bytes: int) -> list[tuple[int, int]]:
+    """First and end of each message's items, one message at least; of about equal size.
+
+    Args:
+        count: Items of the whole call.
+        item_bytes: Of the answer to each.
+    """
+    messages = max(1, -(-count * item_bytes // MESSAGE_BYTES))
+    size = max(1, -(-count // messages))
+    return [(first, min(first + size, count)) for first in range(0, max(1, count), size)]
+
+
+def windows(pieces: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Pieces, as many as may be under way at a time."""
+    return (pieces[start : start + WINDOW] for start in range(0, len(pieces), WINDOW))
+
+
+async def together(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+    """All of them side by side, answers in their order; the first that fails ends the others."""
+    tasks = [asyncio.ensure_future(call()) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        tasks.clear()  # they know their errors, and those this frame: they would end with a collection only
+
+
+async def some_at_a_time(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+    """As ``together``, a window after the other; a single call is only awaited."""
+    if len(calls) == 1:
+        return [await calls[0]()]
+    answers: list[T] = []
+    for window in windows(calls):
+        answers += await together(window)
+    return answers

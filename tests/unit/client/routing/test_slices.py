@@ -1,0 +1,133 @@
+"""Calls of any size as messages of a bounded one."""
+
+import asyncio
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import mempool
+from mempool import FlatKeys, ProductKeys, optim
+from mempool.client.routing import slices as slices_module
+from mempool.client.routing.router import Router
+from mempool.client.routing.slices import MESSAGE_BYTES, WINDOW, slices, some_at_a_time, together
+from mempool.types import StepId, UpdateRequest
+from mempool.types.bags import Bags
+from tests.support.faulty import LAYOUTS, FaultyPool
+
+STEP = StepId(group="g", rank=0, step=1)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 5_000), st.integers(0, 2**24))
+def test_slices_cover_all_once_in_messages_of_bounded_size(count: int, item_bytes: int) -> None:
+    found = slices(count, item_bytes)
+    assert found[0][0] == 0
+    assert found[-1][1] == count
+    assert all(first[1] == second[0] for first, second in pairwise(found))
+    assert all((end - first) * item_bytes <= MESSAGE_BYTES + item_bytes for first, end in found)
+    assert all(end > first for first, end in found) or count == 0
+    if count * item_bytes <= MESSAGE_BYTES:
+        assert len(found) == 1
+
+
+def test_what_has_no_items_is_asked_once() -> None:
+    assert slices(0, 100) == [(0, 0)]
+
+
+def test_some_are_under_way_at_a_time_and_answers_keep_their_order() -> None:
+    under_way = most = 0
+
+    async def call(number: int) -> int:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        await asyncio.sleep(0.001 * (number % 3))
+        under_way -= 1
+        return number
+
+    async def main() -> list[int]:
+        return await some_at_a_time([lambda number=number: call(number) for number in range(11)])  # type: ignore[misc]
+
+    assert asyncio.run(main()) == list(range(11))
+    assert most == WINDOW
+
+
+def test_one_that_fails_ends_the_others() -> None:
+    ended: list[str] = []
+
+    async def fails() -> None:
+        raise ValueError("no")
+
+    async def waits() -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+
+    async def main() -> None:
+        with pytest.raises(ValueError, match="no"):
+            await together([waits, fails])
+
+    asyncio.run(main())
+    assert ended == ["cancelled"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("weights", [True, False])
+def test_large_answers_come_in_several_messages_and_nothing_else_changes(
+    wait, monkeypatch: pytest.MonkeyPatch, layout: str, weights: bool
+) -> None:  # type: ignore[no-untyped-def]
+    generator = torch.Generator().manual_seed(0)
+    bags = Bags(
+        ids=torch.randint(0, 64, (10,), generator=generator),
+        weights=torch.randn(10, generator=generator) if weights else None,
+        offsets=torch.tensor([0, 3, 3, 7, 10]),
+    )
+    grads = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
+
+    async def step() -> tuple[FaultyPool, Tensor, Tensor | None]:
+        pool = FaultyPool(LAYOUTS[layout])
+        router = Router(pool, dial=pool.dial)
+        values, record = await router.gather(1, bags=bags, remember=True)
+        found = await router.call(
+            1, lambda attempt: attempt.update(record, grads, step_id=STEP, sequence=1, hold=True, want_weight_grad=True)
+        )
+        for shard in pool.shards:
+            (request,) = shard.requests("update")
+            assert isinstance(request, UpdateRequest)
+            assert request.ids is None  # remembered there, all of them
+            assert request.lookups == len(shard.requests("gather"))
+        asked = [{request.lookup_id for request in shard.requests("gather")} for shard in pool.shards]
+        router.release(record)()
+        await router.gather(1, bags=bags)  # which tells what may be forgotten
+        told = [{number for request in shard.requests("gather") for number in request.release} for shard in pool.shards]
+        assert told == asked
+        return pool, values, found
+
+    _, whole_values, whole_found = wait(step())
+    monkeypatch.setattr(slices_module, "MESSAGE_BYTES", 4 * 12)
+    pool, values, found = wait(step())
+    assert torch.equal(values, whole_values)
+    assert found is not None
+    assert whole_found is not None
+    assert torch.equal(found, whole_found)
+    assert max(len(shard.requests("gather")) for shard in pool.shards) > 2
+
+
+@pytest.mark.parametrize("keys", [FlatKeys(key_dim=3), ProductKeys(heads=2, key_dim=4)])
+def test_many_queries_go_in_several_messages(monkeypatch: pytest.MonkeyPatch, keys: FlatKeys | ProductKeys) -> None:
+    tail = (keys.key_dim,) if isinstance(keys, FlatKeys) else (keys.heads, keys.key_dim)
+    queries = torch.randn(5, *tail, generator=torch.Generator().manual_seed(3))
+    with mempool.local(shards=2, device="cpu") as pool:
+        table = pool.create_table(
+            mempool.TableConfig(name="facts", num_slots=64, value_dim=8, keys=keys, optimizer=optim.SGD(lr=0.1))
+        )
+        whole = table.lookup(queries, 3)
+        monkeypatch.setattr(slices_module, "MESSAGE_BYTES", 90)  # of two queries, or of one
+        found = table.lookup(queries, 3)
+    assert all(torch.equal(one, other) for one, other in zip(found, whole, strict=True))
