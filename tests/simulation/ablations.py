@@ -62,8 +62,8 @@ SEEN_AT: dict[str, int] = {
     "generation": 1,
     "epoch fence": 2,
     "ledger": 2,
-    "wait for decided steps": 4,
-    "order": 4,
+    "wait for decided steps": 6,
+    "order": 13,
 }
 """The first seed that shows each one missing: how many were needed. What is not here was not missed yet."""
 
