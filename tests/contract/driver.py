@@ -178,10 +178,9 @@ class Driver:
         return self
 
     def drop(self) -> None:
-        """The next table has another id: none comes back."""
         for hosted in self.hosted:
             self.call(hosted.host.drop_table(self.table_id))
-        self.table_id += 1
+        self.table_id += 1  # none comes back
 
     def pulls(self, target: TableView) -> list[tuple[int, PullPages]]:
         """(destination, request) of every page that changes its owner, block by block."""

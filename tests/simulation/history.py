@@ -282,6 +282,9 @@ class History:
         if placement is None:
             self.say(f"{where}: answered of epoch {stamp.epoch}, which was never told")
             return
+        if stamp.epoch != call.request.envelope.epoch:
+            self.say(f"{where}: planned by epoch {call.request.envelope.epoch}, answered of epoch {stamp.epoch}")
+            return
         if call.method.path == methods.GATHER.path:
             expected, found = self._gathered(oracle, call, placement)
         else:

@@ -46,6 +46,7 @@ class Scheduler:
         self.errors: list[tuple[str, dict[str, Any]]] = []
         self._random = self.random("scheduler")
         self._loops: list[ProcessLoop] = []
+        self._alive: list[ProcessLoop] = []
         self._number = 0
         self._generators: weakref.WeakKeyDictionary[Any, ProcessLoop] = weakref.WeakKeyDictionary()
         self.world = self.loop("world")
@@ -58,7 +59,13 @@ class Scheduler:
         """The loop of a new process, whose clock shows ``begins_s`` now and makes ``speed`` seconds a second."""
         loop = ProcessLoop(self, name, begins_s=begins_s, speed=speed)
         self._loops.append(loop)
+        self._alive.append(loop)
         return loop
+
+    def bury(self, loop: "ProcessLoop") -> None:
+        """It never runs again; its tasks end with all others."""
+        if loop in self._alive:
+            self._alive.remove(loop)
 
     def run_until(self, done: Callable[[], bool], *, limit_s: float, most_handles: int = 5_000_000) -> None:
         """Run until ``done``. Raises Stuck where there is nothing left to do, or ``limit_s`` is reached before."""
@@ -80,15 +87,15 @@ class Scheduler:
 
     def step(self, limit_s: float) -> bool:
         """Run one callback; before, let time pass until there is one. Returns whether there was one by ``limit_s``."""
-        active = [loop for loop in self._loops if loop.ready and loop.runs]
+        active = [loop for loop in self._alive if loop.ready and loop.runs]
         if not active:
-            due = min((loop.next_due_s() for loop in self._loops if loop.runs), default=ONLY_WHEN_RUNG)
+            due = min((loop.next_due_s() for loop in self._alive if loop.runs), default=ONLY_WHEN_RUNG)
             if due > limit_s:
                 self.now_s = max(self.now_s, min(limit_s, due))
                 return False
             # As a clock does, it goes on in any case: nobody waits for ever for a moment that is almost there.
             self.now_s = max(self.now_s + RESOLUTION_S, due)
-            for loop in self._loops:
+            for loop in self._alive:
                 if loop.runs:
                     loop.take_due()
             return True
@@ -109,6 +116,7 @@ class Scheduler:
 
     def close(self) -> None:
         """End every task of every process, as if each had been told to stop; nothing is warned of later."""
+        self._alive = list(self._loops)
         for _ in range(20):
             tasks = [task for loop in self._loops for task in asyncio.all_tasks(loop)]
             if not tasks:
@@ -176,6 +184,7 @@ class ProcessLoop(asyncio.AbstractEventLoop):
     def kill(self) -> None:
         """Nothing of it ever runs again."""
         self.dead, self.runs = True, False
+        self.scheduler.bury(self)
 
     def set_speed(self, speed: float) -> None:
         """Its clock makes so many seconds a second from now on."""

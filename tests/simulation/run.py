@@ -129,6 +129,10 @@ class Run:
         scheduler.run(asyncio.sleep(self.lasts_s), limit_s=ended_s + 1.0)
         chaos.end()
         going.cancel()
+        if self.faults.controller_dies and workload.rescaling:  # type: ignore[union-attr]
+            # For good: what it froze thaws by itself, and trainers go on.
+            self.park.kill_controller(comes_back_s=10 * PROGRESS_S)
+            self.marks["a controller that died in a rescale and did not come back"] += 1
         scheduler.run(workload.end(), limit_s=scheduler.now_s + PROGRESS_S)
 
     def _digest(self) -> str:

@@ -87,6 +87,8 @@ class Workload:
                     life.result()
         if self._operating is not None:
             self._operating.result()
+        if self._rescales and not self.history.lost and self.park.controller is not None:
+            await self._on(self._operator, self._rescale_at_last())
         await self._on(self._operator, self._read_all())
 
     def waiting(self) -> str:
@@ -173,6 +175,26 @@ class Workload:
             self.marks["a rescale that ended at its first call"] += 1
         except (*FAULTS, DataLoss, InvalidRequest, MempoolError) as error:
             self.marks[f"a rescale that failed: {type(error).__name__}"] += 1
+
+    async def _rescale_at_last(self) -> None:
+        """No faults any more: whatever dead trainers and controllers have left stands in no rescale's way for long."""
+        problem: MempoolError | None = None
+        for _ in range(4):
+            self._operator_doing = "rescales at last"
+            try:
+                async for _ in self._operator.api.rescale(self._random.randint(1, 4)):
+                    pass
+            except MempoolError as error:
+                problem = error
+                await asyncio.sleep(5.0)
+            else:
+                return
+        self.history.say(f"no progress: without faults no rescale ends: {problem!r}")
+
+    @property
+    def rescaling(self) -> bool:
+        """Whether the operator waits for a rescale now."""
+        return self._operator_doing == "rescales"
 
     async def _operate(self) -> None:
         random = self._random

@@ -122,6 +122,7 @@ SHARD_STATUS = build(
     uptime_s=SECONDS,
     tables=st.lists(TABLE_STATUS, max_size=2).map(tuple),
     stages=st.lists(STAGE_TIME, max_size=2).map(tuple),
+    dropped=U64S,
 )
 CREATION = build(
     types.TableCreation,
