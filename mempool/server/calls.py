@@ -72,7 +72,9 @@ class Door:
             raise ShardUnavailable("this process is ending; try again in a moment")
         peer: str = context.peer()
         came_s = time.perf_counter()
-        passage = await self.admission.enter(peer.rpartition(":")[0], peer)
+        host = peer.rpartition(":")[0]
+        self.turns.saw(host)
+        passage = await self.admission.enter(host, peer)
         self.stages.record("door", time.perf_counter() - came_s)
         return passage, peer
 
@@ -167,6 +169,8 @@ def handler(
         stages.record("decode", time.perf_counter() - decoded_s)
         with calling(Caller(peer, _deadline_s(context), ended.then)):
             reply = await call(request)
+        host = peer.rpartition(":")[0]
+        await door.turns.room(host, method.reply.tensor_bytes(reply))
         await door.turn(peer)
         called_s = time.perf_counter()
         encoded = method.reply.encode(reply)
@@ -178,6 +182,7 @@ def handler(
                 "accepted (max_message_bytes). Ask for fewer bags or rows at a time"
             )
         ended.passage.answer(len(encoded))
+        ended.then(door.turns.answers(host, len(encoded), since_s=called_s))
         return encoded
 
     async def handle(_: object, context: Context) -> bytes:

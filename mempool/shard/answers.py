@@ -129,6 +129,8 @@ class Answers:
             remembered = self._contexts.recall(
                 request.lookup_id, request.lookups, table_id=table.table_id, epoch=table.epoch
             )
+            if request.hold and not table.ledger.has(request.step_id) and table.order.find(request.step_id) is None:
+                table.updates.require_room(request.step_id, _held_bytes(request, remembered), caller=caller)
             with self._stages.measure("copy in"):
                 update = HeldUpdate(
                     *validate.check_update(table.storage, request, remembered, reply_bytes=self._message_bytes)
@@ -285,6 +287,15 @@ def _products(table: HostedTable, topk: int) -> tuple[int, int]:
         best = min(topk, half_keys)  # of each half
         return len(storage.heads) * 2 * half_keys * half_dim, len(storage.heads) * best * best
     return schema.num_slots * schema.keys.key_dim, 0
+
+
+def _held_bytes(request: UpdateRequest, remembered: Bags | None) -> int:
+    """What holding an update takes, near enough to refuse it before it is copied."""
+    num_bytes = 4 * request.grads.numel()
+    if request.ids is None:
+        return num_bytes + (0 if remembered is None else remembered.num_bytes)
+    weights = 0 if request.weights is None else 4 * request.weights.numel()
+    return num_bytes + 8 * request.ids.numel() + weights
 
 
 def _parts_of(bags: Bags, row_bytes: int) -> Iterator[tuple[int, int, Bags]]:

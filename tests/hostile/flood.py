@@ -31,8 +31,8 @@ from tests.hostile.valid import VALUE_DIM, Requests, tensor, view_of
 
 TOKEN = "flood"
 BODY_BYTES = 200 * 2**20
-_BAGS = (400_000, 130_000, 130_000)
-"""Of look-ups with huge replies: the first is above what an answer may have, the others are 16 MiB each."""
+_BAGS = (400_000, 32_700, 32_700)
+"""Of look-ups with huge replies: the first is above what an answer may have, the others are 4 MiB each."""
 _KINDS = ("no token", "large bodies", "held updates", "huge replies", "tiny")
 
 

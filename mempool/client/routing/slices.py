@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TypeVar
 
-MESSAGE_BYTES = 8 * 2**20
+MESSAGE_BYTES = 2 * 2**20
 """About so much is asked for by one message. Small shards, which have room for small messages only, take it too."""
 WINDOW = 4
 """So many are under way at a time: shards work on one while another is on the wire, and no caller fills their queue."""

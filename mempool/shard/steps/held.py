@@ -247,6 +247,10 @@ class HeldUpdates:
         self._count += 1
         self._add(found, update.num_bytes)
 
+    def require_room(self, step_id: StepId, num_bytes: int, *, caller: str = "") -> None:
+        """Raise what ``hold`` of an update of so many bytes would: before anything is copied for it."""
+        self._require(_rank(step_id), num_bytes, caller, "an update")
+
     def prepared(self) -> Iterator[PreparedStep]:
         """All steps that are prepared and not applied."""
         yield from self._prepared.values()
@@ -362,13 +366,7 @@ class HeldUpdates:
     def _admitted(self, step_id: StepId, num_bytes: int, caller: str, what: str) -> RankUpdates:
         """The rank's entry, once so much more of it has room."""
         rank = _rank(step_id)
-        refusal = self._refusal(rank, num_bytes, caller, what)
-        if refusal is not None:
-            for holder in self.budget.holders:  # the dead of whatever table make room
-                holder.expire()
-            refusal = self._refusal(rank, num_bytes, caller, what)
-        if refusal is not None:
-            raise refusal
+        self._require(rank, num_bytes, caller, what)
         found = self._ranks.get(rank)
         if found is None:
             found = self._ranks[rank] = RankUpdates(owner=_owner(rank, caller), num_bytes=0)
@@ -376,6 +374,15 @@ class HeldUpdates:
             self._add(found, _rank_bytes(rank))
         self.touch(step_id)
         return found
+
+    def _require(self, rank: Rank, num_bytes: int, caller: str, what: str) -> None:
+        refusal = self._refusal(rank, num_bytes, caller, what)
+        if refusal is not None:
+            for holder in self.budget.holders:  # the dead of whatever table make room
+                holder.expire()
+            refusal = self._refusal(rank, num_bytes, caller, what)
+        if refusal is not None:
+            raise refusal
 
     def _refusal(self, rank: Rank, num_bytes: int, caller: str, what: str) -> MempoolError | None:
         found = self._ranks.get(rank)

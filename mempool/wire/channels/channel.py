@@ -10,7 +10,7 @@ from mempool.wire.methods import Method
 
 MAX_MESSAGE_BYTES = 256 * 2**20
 """Of any message. Answers may have so much: only who asks for it holds it."""
-MAX_ANSWER_BYTES = 16 * 2**20
+MAX_ANSWER_BYTES = 4 * 2**20
 """Of values, scores and rows that a client asks for: all of a shard stands still while gRPC copies a message. Clients
 ask for more by several messages. A row that is larger travels by itself."""
 MAX_REQUEST_BYTES = (128 + 16) * 2**20

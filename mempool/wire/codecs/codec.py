@@ -50,6 +50,9 @@ class Codec(Protocol[T]):
             InvalidRequest: The value has no place in the message.
         """
 
+    def tensor_bytes(self, value: T) -> int:
+        """Bytes of the tensors of a value, 0 for a message that has none: nearly what ``encode`` makes of it."""
+
     def decode(self, frame: bytes | memoryview) -> T:
         """The value of some bytes. Tensors are views of ``frame``, which nobody may write to.
 
@@ -119,6 +122,10 @@ class FrameCodec(Generic[T, MessageT]):
             tensors[name] = narrowed(tensor) if narrow_ids and spec.ids else tensor
         return encode_frame(header, tensors)
 
+    def tensor_bytes(self, value: T) -> int:
+        tensors = (getattr(value, name) for name in self.tensors)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
     def decode(self, frame: bytes | memoryview) -> T:
         header = self.mirror.message()
         found = decode_frame(frame, header)
@@ -151,6 +158,9 @@ class ProtoCodec(Generic[T, MessageT]):
 
     def encode(self, value: T, *, narrow_ids: bool = False) -> bytes:  # noqa: ARG002
         return packed(self.mirror.to_message, value, self.name).SerializeToString(deterministic=True)
+
+    def tensor_bytes(self, value: T) -> int:  # noqa: ARG002
+        return 0
 
     def decode(self, frame: bytes | memoryview) -> T:
         if self.max_bytes is not None and len(frame) > self.max_bytes:

@@ -134,6 +134,9 @@ class PageBatchCodec:
         header = packed(self._header, value, self.name)
         return encode_frame(header, {"row_pages": value.row_pages, "arrays": list(value.arrays.values())})
 
+    def tensor_bytes(self, value: PageBatch) -> int:
+        return sum(array.nbytes for array in value.arrays.values())
+
     def decode(self, frame: bytes | memoryview) -> PageBatch:
         header = pb.ExportPagesReply()
         found = decode_frame(frame, header)
