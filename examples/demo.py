@@ -22,7 +22,7 @@ from types import FrameType
 SHARDS_BEFORE = 2
 SHARDS_AFTER = 4
 # As many steps of both models as a minute on two slow cores allows, for facts asked often enough to be learned.
-TRAINING = ("--num-facts", "10000", "--epochs", "9")
+TRAINING = ("--num-facts", "10000", "--epochs", "8")
 
 _ROOT = Path(__file__).resolve().parent.parent
 _OUT = Path("out") / "demo"
