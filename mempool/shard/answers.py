@@ -34,7 +34,9 @@ from mempool.types import (
 from mempool.types.bags import Bags
 
 READ_PIECE_BYTES = 64 * 2**20
-"""Bytes of rows that a gather, or the gradient of its weights, reads at once: some tens of milliseconds."""
+"""Bytes of rows that a gather, or the gradient of its weights, reads at once: some milliseconds."""
+WHOLE_READ_BYTES = 192 * 2**20
+"""Where nobody else waits so much is read at once, as pieces cost a little more than the whole."""
 _BAG_ROWS = 16
 """Rows that are read in the time that the answer of one bag takes: its memory is new, and touched first."""
 COPY_PIECE_BYTES = 64 * 2**20
@@ -57,6 +59,7 @@ class Answers:
         stages: Where time is counted.
         reply_bytes: What values, scores and rows may have; None: as much as there is.
         message_bytes: What any answer may have.
+        others_wait: Whether other jobs do.
         reserve: Told the bytes of an answer before it is made; may refuse.
         asked_s: When the request that is being answered came, on the shard's clock.
     """
@@ -69,6 +72,7 @@ class Answers:
         stages: Stages,
         reply_bytes: int | None,
         message_bytes: int | None,
+        others_wait: Callable[[], bool] = lambda: False,
         reserve: Callable[[int], None] = lambda _: None,
         asked_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
@@ -77,8 +81,13 @@ class Answers:
         self._stages = stages
         self._reply_bytes = reply_bytes
         self._message_bytes = message_bytes
+        self._others_wait = others_wait
         self._reserve = reserve
         self._asked_s = asked_s
+
+    def _is_long(self, num_bytes: int) -> bool:
+        """Whether reading so much is cut into pieces."""
+        return num_bytes > (READ_PIECE_BYTES if self._others_wait() else WHOLE_READ_BYTES)
 
     def gather(self, request: GatherRequest) -> GatherReply | Parked | Pieces[GatherReply]:
         table = self._tenancy.fenced(request.envelope)
@@ -87,7 +96,7 @@ class Answers:
         with self._stages.measure("copy in"):
             bags, dtype = validate.check_gather(table.storage, request, reply_bytes=self._reply_bytes)
         self._reserve(dtype.itemsize * table.storage.schema.width(table.storage.blocks) * bags.num_bags)
-        if _row_bytes(table) * (bags.num_pairs + _BAG_ROWS * bags.num_bags) > READ_PIECE_BYTES:
+        if self._is_long(_row_bytes(table) * (bags.num_pairs + _BAG_ROWS * bags.num_bags)):
             return self._gather_in_pieces(request, table, bags, dtype)
         with self._stages.measure("kernel"):
             values = table.storage.pooled(bags, dtype)
@@ -139,7 +148,7 @@ class Answers:
         if not request.want_weight_grad:
             return self._updated(request, table, update if new else None, None, caller)
         self._reserve(4 * update.bags.num_pairs)
-        if _row_bytes(table) * (update.bags.num_pairs + update.bags.num_bags) > READ_PIECE_BYTES:
+        if self._is_long(_row_bytes(table) * (update.bags.num_pairs + update.bags.num_bags)):
             return self._update_in_pieces(request, table, update, new, caller)
         with self._stages.measure("kernel"):
             weight_grad = self._copy_out(table.storage.weight_grad(update.bags, update.grads))

@@ -75,6 +75,10 @@ class EngineThread:
         """Jobs that wait or are being answered."""
         return self._jobs.num_jobs
 
+    def others_wait(self) -> bool:
+        """Whether jobs wait for the one that runs."""
+        return len(self._jobs) > 0
+
     @property
     def doing(self) -> str:
         """What it is at just now, for messages: "it is at 'gather', and 3 more calls wait"; "" for nothing."""

@@ -14,6 +14,7 @@ from mempool.shard import answers
 from mempool.shard.answers import Answers, _parts_of
 from mempool.types import (
     FlatKeySpec,
+    GatherReply,
     GatherRequest,
     ProductKeySpec,
     ReadRowsRequest,
@@ -33,6 +34,7 @@ GRADS = torch.randn(len(LENGTHS), 10, generator=torch.Generator().manual_seed(1)
 def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So small that each bag, query or row is one."""
     monkeypatch.setattr(answers, "READ_PIECE_BYTES", 40)
+    monkeypatch.setattr(answers, "WHOLE_READ_BYTES", 40)
     monkeypatch.setattr(answers, "COPY_PIECE_BYTES", 40)
     monkeypatch.setattr(answers, "SCORE_PIECE_PRODUCTS", 1)
     monkeypatch.setattr(answers, "_LEAST_QUERIES", 1)
@@ -216,3 +218,20 @@ def test_queries_that_share_nothing_are_scored_one_by_one(
     engine: Any = driver.host(0)
     table = engine._tenancy.fenced(driver.envelope(0))
     assert answers._queries_at_once(table, topk) == queries
+
+
+def test_long_reads_are_cut_sooner_where_others_wait(make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "READ_PIECE_BYTES", 40)
+    driver = make_driver().create(make_schema())
+    inner: Answers = driver.host(0)._answers  # type: ignore[attr-defined]
+    bags = make_bags(5, lengths=LENGTHS, num_slots=49)
+    request = _gather(driver, ids=bags.ids, weights=bags.weights, offsets=bags.offsets)
+    whole = inner.gather(request)
+    assert isinstance(whole, GatherReply)
+    monkeypatch.setattr(inner, "_others_wait", lambda: True)
+    pieces = inner.gather(request)
+    assert not isinstance(pieces, GatherReply)
+    with pytest.raises(StopIteration) as end:
+        while True:
+            next(pieces)
+    assert torch.equal(end.value.value.values, whole.values)
