@@ -73,7 +73,8 @@ class Door:
         peer: str = context.peer()
         came_s = time.perf_counter()
         host = peer.rpartition(":")[0]
-        self.turns.saw(host)
+        if not method.controls:
+            self.turns.saw(host)
         passage = await self.admission.enter(host, peer)
         self.stages.record("door", time.perf_counter() - came_s)
         return passage, peer

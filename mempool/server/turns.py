@@ -19,11 +19,11 @@ ON_THE_WAY_BYTES = 4 * 2**20
 """A host to which so much is on its way gets no further large answer: it is read as fast as it is made."""
 _STALLED_S = 0.25
 """An answer that is not taken for so long holds up no other any more: its reader may have stopped."""
-_REST = 3.0
-"""After a large answer its host's next one rests for so many times as long as it took, where others have calls: gRPC
-copies and sends a message as a whole, and nobody is served meanwhile."""
+_REST = 5.0
+"""After a large answer its host's next one rests for so many times as long as it took, where hosts without large ones
+have calls: gRPC copies and sends a message as a whole, and nobody is served meanwhile."""
 _OTHERS_S = 1.0
-"""A host has calls that had one so long ago."""
+"""A host has calls that had one so long ago, and large answers."""
 _MAX_HOSTS = 1024
 
 _Waiting = deque[asyncio.Future[None]]
@@ -36,6 +36,7 @@ class Turns:
         self._hosts: dict[str, dict[str, _Waiting]] = {}  # in the order of their turns
         self._running = False
         self._seen: dict[str, float] = {}  # when hosts had a call last, the latest at the end
+        self._had_large: dict[str, float] = {}  # when hosts had a large answer last, likewise
         self._rests_until: dict[str, float] = {}  # large answers, by host
         self._alarms: dict[str, asyncio.TimerHandle] = {}
         self._on_the_way: dict[str, int] = {}  # bytes of large answers, by host
@@ -57,11 +58,8 @@ class Turns:
         await turn  # where it is cancelled, its turn is passed over
 
     def saw(self, host: str) -> None:
-        """A host has a call."""
-        self._seen.pop(host, None)
-        self._seen[host] = time.perf_counter()
-        if len(self._seen) > _MAX_HOSTS:
-            del self._seen[next(iter(self._seen))]
+        """A client's host has a call."""
+        _note(self._seen, host)
 
     async def room(self, host: str, num_bytes: int) -> None:
         """Wait until an answer of so many bytes may be made for a host."""
@@ -93,6 +91,7 @@ class Turns:
         """
         if num_bytes < LARGE_BYTES:
             return _nothing
+        _note(self._had_large, host)
         loop = asyncio.get_running_loop()
         loop.call_soon(self._made, host, since_s)  # in the next round: gRPC has copied it and begun to send
         self._on_the_way[host] = self._on_the_way.get(host, 0) + num_bytes
@@ -125,11 +124,13 @@ class Turns:
         return max(0.0, self._rests_until.get(host, 0.0) - time.perf_counter()) if self._others(host) else 0.0
 
     def _others(self, host: str) -> bool:
-        """Whether another host has calls."""
+        """Whether another host has calls, and no large answers: hosts that have take turns as all do."""
         after_s = time.perf_counter() - _OTHERS_S
         for other in reversed(self._seen):
-            if other != host:
-                return self._seen[other] > after_s
+            if self._seen[other] <= after_s:
+                return False
+            if other != host and self._had_large.get(other, 0.0) <= after_s:
+                return True
         return False
 
     def _call_next(self, host: str) -> None:
@@ -169,6 +170,13 @@ class Turns:
         if connections:
             self._hosts[host] = connections
         return turn
+
+
+def _note(moments: dict[str, float], host: str) -> None:
+    moments.pop(host, None)
+    moments[host] = time.perf_counter()
+    if len(moments) > _MAX_HOSTS:
+        del moments[next(iter(moments))]
 
 
 def _nothing() -> None:

@@ -77,6 +77,21 @@ def test_where_others_have_calls_a_host_rests_after_each(monkeypatch: pytest.Mon
     wait(main())
 
 
+def test_hosts_that_have_large_answers_do_not_rest_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns_module, "_REST", 1e6)
+
+    async def main() -> None:
+        turns = Turns()
+        for host in ("one", "other"):
+            turns.saw(host)
+            turns.answers(host, LARGE_BYTES, since_s=time.perf_counter() - 0.01)
+        await asyncio.sleep(0.01)
+        assert await is_let_in(turns, LARGE_BYTES, host="one")
+        assert await is_let_in(turns, LARGE_BYTES, host="other")
+
+    wait(main())
+
+
 def test_one_at_a_time_is_made_beside_others_and_all_in_the_end() -> None:
     made: list[int] = []
 
