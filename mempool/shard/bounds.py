@@ -14,6 +14,8 @@ MAX_NAME_BYTES = 256
 """Of a group's name. Shards keep it with everything the group holds, and in every ledger."""
 MAX_SEQUENCES = 65_536
 """Updates of one step."""
+MAX_LOOKUPS = 4096
+"""That an update may be of: of so many messages one gather is made."""
 MAX_RELEASED = 65_536
 """Lookups that one gather releases."""
 MAX_FREEZE_S = 3600.0
@@ -44,6 +46,11 @@ def check_number(what: str, number: int, most: int = _MAX_NUMBER) -> None:
 def check_lookup_id(number: int) -> None:
     """Raises InvalidRequest for one that is no 64-bit number."""
     check_number("lookup_id", number, _MAX_LOOKUP_ID)
+
+
+def check_lookups(count: int) -> None:
+    """Raises InvalidRequest for an update of more lookups than one gather is cut into."""
+    check_number("lookups", count, MAX_LOOKUPS)
 
 
 def check_released(lookup_ids: Sequence[int]) -> None:
