@@ -135,8 +135,13 @@ class Answers:
             # A repeat is answered from what is held, whatever it brings: its context may be gone by now.
             update = held
         else:
+            bounds.check_lookups(request.lookups)
             remembered = self._contexts.recall(
-                request.lookup_id, request.lookups, table_id=table.table_id, epoch=table.epoch
+                request.lookup_id,
+                request.lookups,
+                table_id=table.table_id,
+                epoch=table.epoch,
+                reserve=self._reserve,
             )
             if request.hold and not table.ledger.has(request.step_id) and table.order.find(request.step_id) is None:
                 table.updates.require_room(request.step_id, _held_bytes(request, remembered), caller=caller)

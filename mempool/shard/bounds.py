@@ -19,6 +19,8 @@ MAX_PARTS = 1_000
 MAX_DISCARDED = 1_000
 """Steps that one Discard drops."""
 MAX_TOKEN_BYTES = 64
+MAX_LOOKUPS = 4096
+"""That an update may be of: of so many messages one gather is made."""
 MAX_RELEASED = 65_536
 """Lookups that one gather releases."""
 MAX_FREEZE_S = 3600.0
@@ -49,6 +51,11 @@ def check_number(what: str, number: int, most: int = _MAX_NUMBER) -> None:
 def check_lookup_id(number: int) -> None:
     """Raises InvalidRequest for one that is no 64-bit number."""
     check_number("lookup_id", number, _MAX_LOOKUP_ID)
+
+
+def check_lookups(count: int) -> None:
+    """Raises InvalidRequest for an update of more lookups than one gather is cut into."""
+    check_number("lookups", count, MAX_LOOKUPS)
 
 
 def check_released(lookup_ids: Sequence[int]) -> None:

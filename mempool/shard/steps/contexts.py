@@ -74,10 +74,19 @@ class Contexts:
         self._contexts[lookup_id] = _Context(table_id, epoch, bags, num_bytes, self._clock() + self._lease_s)
         self.num_bytes += num_bytes
 
-    def recall(self, lookup_id: int, lookups: int = 1, *, table_id: int, epoch: int) -> Bags | None:
+    def recall(
+        self,
+        lookup_id: int,
+        lookups: int = 1,
+        *,
+        table_id: int,
+        epoch: int,
+        reserve: Callable[[int], None] = lambda _: None,
+    ) -> Bags | None:
         """The bags of lookups of that table and epoch, one after the other; None if one is not remembered.
 
         Another epoch is another routing of pairs to shards: ids of an older one would not fit the client's gradients.
+        ``reserve`` is told the bytes of those that are copied into one, and may refuse.
         """
         self.expire()
         found: list[Bags] = []
@@ -86,7 +95,10 @@ class Contexts:
             if context is None or context.table_id != table_id or context.epoch != epoch:
                 return None
             found.append(context.bags)
-        return found[0] if len(found) == 1 else joined(found)
+        if len(found) == 1:
+            return found[0]
+        reserve(sum(bags.num_bytes for bags in found))
+        return joined(found)
 
     def release(self, lookup_ids: Iterable[int]) -> None:
         """Forget these; unknown ones are no error."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mempool.errors import NotFound, RequestTooLarge, StalePlacement
+from mempool.errors import InvalidRequest, NotFound, RequestTooLarge, StalePlacement
 from mempool.shard import answers
 from mempool.shard.answers import Answers, _parts_of
 from mempool.types import (
@@ -239,3 +239,20 @@ def _values(pieces: Generator[None, None, GatherReply]) -> Iterator[torch.Tensor
     """What comes of work in pieces."""
     reply = yield from pieces  # type: ignore[misc]
     yield reply.values
+
+
+def test_an_update_is_of_a_bounded_number_of_lookups_and_their_copy_is_reserved(make_driver: MakeDriver) -> None:
+    driver = make_driver().create(make_schema())
+    inner: Answers = driver.host(0)._answers  # type: ignore[attr-defined]
+    request = replace(driver.update_request(0, 1, 3, GRADS, bags=make_bags(5, lengths=LENGTHS, num_slots=49)), ids=None)
+    request = replace(request, weights=None, offsets=None)
+    with pytest.raises(InvalidRequest, match="lookups"):
+        inner.update(replace(request, lookups=4097))
+    reserved: list[int] = []
+    inner._reserve = reserved.append
+    bags = bags_module.Bags(torch.tensor([1, 2]), None, torch.tensor([0, 2]))
+    for number in (request.lookup_id, request.lookup_id + 1):
+        inner._contexts.remember(number, table_id=request.envelope.table_id, epoch=request.envelope.epoch, bags=bags)
+    with pytest.raises(InvalidRequest, match="grads must be"):
+        inner.update(replace(request, lookups=2))
+    assert reserved == [2 * bags.num_bytes]
