@@ -19,7 +19,7 @@ SINCE := HEAD
 SEEDS ?= 200
 SEED ?= 1
 
-.PHONY: help demo test static check simulate bench lint types imports protos protos-check unit kernels run-tests setup clean
+.PHONY: help demo test static check bench lint types imports protos protos-check unit kernels run-tests files integration setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -83,12 +83,18 @@ kernels: $(READY)
 	@echo "== compiling the CPU kernels (once per version of them, kept on disk: no test shall wait for a compiler)"
 	@$(BIN)/python -c "from mempool import kernels; kernels.warm_up()"
 
-# File by file in the order of tests/conftest.py, the long ones first.
+# Those that start Ray and its nodes wait most of their time, one after the other.
 run-tests:
+	@$(MAKE) --no-print-directory -j 2 -O files integration
+
+# File by file in the order of tests/conftest.py, the long ones first.
+files: $(READY)
 	@echo "== tests"
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/integration
-	@echo "== tests that start Ray and its nodes, one after the other"
-	@$(BIN)/python -m pytest -q tests/integration
+
+integration: $(READY)
+	@echo "== tests that start Ray and its nodes"
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q tests/integration
 
 # What a change needs at least, in a minute or so: lint, types, imports, and the tests of the files that changed.
 check: lint types imports
@@ -96,6 +102,7 @@ check: lint types imports
 	@OMP_WAIT_POLICY=passive $(BIN)/python tests/changed.py $(SINCE) -n 2 --dist loadfile
 
 # Exit 1 where a seed showed what may not be; the last line says seeds, violations, seeds a second.
+.PHONY: simulate
 simulate: $(READY)
 	@$(BIN)/python -m tests.simulation.run --seeds $(SEEDS) --seed $(SEED)
 
