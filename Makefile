@@ -8,18 +8,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCH := .venv-bench
 READY := $(VENV)/.ready
-# What the demo needs is less than what tests need, and sooner there.
+# What the demo needs is less than what tests need, and sooner there; what compiles its kernels needs less still.
 DEMO_READY := $(VENV)/.demo-ready
+KERNELS_READY := $(VENV)/.kernels-ready
 # Nothing is compiled to bytecode before it is imported: most of it never is.
 PIP := -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # What the demo counts its time from: setting up is part of it.
+ifndef BEGAN
 BEGAN := $(shell date +%s)
+endif
+export BEGAN
 SOURCES := mempool examples tests protos
 SINCE := HEAD
 SEEDS ?= 200
 SEED ?= 1
 
-.PHONY: help demo test static check bench lint types imports protos protos-check unit kernels run-tests files integration setup clean
+.PHONY: help demo run-demo test static check bench lint types imports protos protos-check unit kernels run-tests files integration setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,11 +33,15 @@ setup: $(READY)
 
 # Made anew when what is to be installed changes; otherwise nothing is installed again.
 $(READY): pyproject.toml constraints.txt
-	@$(call made,$(VENV),dev)
-	@touch $@ $(DEMO_READY)
+	@$(call made,$(VENV),-e '.[dev]')
+	@touch $(KERNELS_READY) $(DEMO_READY) $@
 
-$(DEMO_READY): pyproject.toml constraints.txt
-	@$(call made,$(VENV),server$(,)examples)
+$(KERNELS_READY): pyproject.toml constraints.txt
+	@$(call made,$(VENV),torch numba numpy pydantic pyyaml)
+	@touch $@
+
+$(DEMO_READY): $(KERNELS_READY)
+	@$(BIN)/python $(PIP) -e '.[server,examples]'
 	@touch $@
 
 , := ,
@@ -41,10 +49,15 @@ define made
 echo "== setting up $(1) with $(PYTHON) (a few minutes, once)"; \
 $(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "mempool needs Python 3.11 or newer; set PYTHON=")' && \
 { test -x $(1)/bin/python || $(PYTHON) -m venv $(1); } && \
-$(1)/bin/python $(PIP) -e '.[$(2)]'
+$(1)/bin/python $(PIP) $(2)
 endef
 
-demo: $(DEMO_READY)
+# Kernels compile while the rest is installed and Ray starts; where they are compiled already that ends at once.
+demo: $(KERNELS_READY)
+	@PYTHONPATH=. $(BIN)/python examples/compile_kernels.py -f cluster/local.yaml & \
+	$(MAKE) --no-print-directory run-demo; code=$$?; wait; exit $$code
+
+run-demo: $(DEMO_READY)
 	@echo "== demo: a pool of 2 shards on Ray, a trainer attached over gRPC, 10,000 facts, 2 -> 4 shards half way"
 	@DEMO_BEGAN=$(BEGAN) $(BIN)/python examples/demo.py
 
@@ -111,7 +124,7 @@ bench: $(BENCH)/.ready
 	@$(BENCH)/bin/mempool bench kernels --out tests/benchmarks/results --plot docs/kernels-cpu.png
 
 $(BENCH)/.ready: pyproject.toml constraints.txt
-	@$(call made,$(BENCH),server$(,)bench)
+	@$(call made,$(BENCH),-e '.[server$(,)bench]')
 	@touch $@
 
 clean:
