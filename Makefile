@@ -11,6 +11,8 @@ READY := $(VENV)/.ready
 # What the demo needs is less than what tests need, and sooner there; what compiles its kernels needs less still.
 DEMO_READY := $(VENV)/.demo-ready
 KERNELS_READY := $(VENV)/.kernels-ready
+# What builds mempool: in place, so that pip makes no environment for it each time.
+BUILD := hatchling editables
 # Nothing is compiled to bytecode before it is imported: most of it never is.
 PIP := -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # What the demo counts its time from: setting up is part of it.
@@ -32,16 +34,16 @@ help:
 setup: $(READY)
 
 # Made anew when what is to be installed changes; otherwise nothing is installed again.
-$(READY): pyproject.toml constraints.txt
-	@$(call made,$(VENV),-e '.[dev]')
-	@touch $(KERNELS_READY) $(DEMO_READY) $@
+$(READY): $(KERNELS_READY)
+	@$(BIN)/python $(PIP) --no-build-isolation -e '.[dev]'
+	@touch $(DEMO_READY) $@
 
 $(KERNELS_READY): pyproject.toml constraints.txt
-	@$(call made,$(VENV),torch numba numpy pydantic pyyaml)
+	@$(call made,$(VENV),$(BUILD) torch numba numpy pydantic pyyaml)
 	@touch $@
 
 $(DEMO_READY): $(KERNELS_READY)
-	@$(BIN)/python $(PIP) -e '.[server,examples]'
+	@$(BIN)/python $(PIP) --no-build-isolation -e '.[server,examples]'
 	@touch $@
 
 , := ,
