@@ -25,10 +25,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_place)
 
 
-def pytest_collection_finish() -> None:
+def _settle() -> None:
     """Thousands of tests and what they import stay; each collection of a test's garbage would walk through them."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    _settle()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is None or nextitem.path != item.path:  # what this file was the first to import stays too
+        _settle()
 
 
 @pytest.hookimpl(optionalhook=True)
