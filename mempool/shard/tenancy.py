@@ -13,9 +13,10 @@ import torch
 from mempool import kernels
 from mempool.errors import DeadlineExceeded, InvalidRequest, MempoolError, NotFound, StalePlacement
 from mempool.observe import Stages
-from mempool.shard.bounds import check_ledger, check_reply, check_step
-from mempool.shard.hosted import HostedTable, Parked
+from mempool.shard.bounds import check_ledger, check_rank, check_reply
+from mempool.shard.hosted import HostedTable
 from mempool.shard.pages.transfer import export, ledger_part
+from mempool.shard.parking import Parked
 from mempool.shard.resolving import Decisions
 from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.shard.steps.contexts import Contexts
@@ -33,7 +34,6 @@ from mempool.types import (
     PullPages,
     ShardInfo,
     ShardStatus,
-    StepId,
     TableView,
 )
 from mempool.types.running import THREADS, Clock, Runner
@@ -315,7 +315,7 @@ class Tenancy:
 
     def heartbeat(self, request: HeartbeatRequest) -> HeartbeatReply:
         """A rank is alive: all it holds stays."""
-        check_step(StepId(group=request.group, rank=request.rank, step=0), ())
+        check_rank(request.group, request.rank)
         held = sum(table.updates.heard_of(request.group, request.rank) for table in self._tables.values())
         return HeartbeatReply(lease_s=self._held_lease_s, updates_held=held)
 
@@ -401,7 +401,7 @@ class Tenancy:
             self._apply_again(table)
             if table.step_doubt.since_s is not None or table.order_doubt.since_s is not None or table.rounds.lapsed:
                 self.on_doubt()
-        busy = any(table.frozen or table.order.any_waiting for table in self._tables.values())
+        busy = any(table.frozen or table.order.any_waiting or table.waited_for for table in self._tables.values())
         return busy or self._budget.held_bytes > 0 or len(self._contexts) > 0
 
     def _apply_again(self, table: HostedTable) -> None:
