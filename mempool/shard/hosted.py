@@ -246,8 +246,8 @@ class HostedTable:
         late = self.info if by is None else by
         at = f" at {late.address}" if late.address else ""
         return ShardUnavailable(
-            f"shard {self.info.shard} has waited {LONGEST_WAIT_S:g} s to hear of table {self.view.schema.name!r} {what}:"
-            f" shard {late.shard}{at} knows, and did not say. Nothing was changed",
+            f"shard {self.info.shard} has waited {LONGEST_WAIT_S:g} s to hear of table {self.view.schema.name!r} "
+            f"{what}: shard {late.shard}{at} knows, and did not say. Nothing was changed",
             shard=late.shard,
             address=late.address,
         )
@@ -329,8 +329,8 @@ class HostedTable:
         if self.held_off_for_long(since_s):
             raise ShardUnavailable(
                 f"pages of table {self.view.schema.name!r} are moving (round {self.rounds.token!r}), which has held "
-                f"this call off on shard {self.info.shard} for {LONGEST_WAIT_S:g} s: the move is late, or its controller "
-                "is. Nothing was changed",
+                f"this call off on shard {self.info.shard} for {LONGEST_WAIT_S:g} s: the move is late, or its "
+                "controller is. Nothing was changed",
                 shard=self.info.shard,
                 address=self.info.address,
             )
