@@ -36,6 +36,7 @@ class AppliedLedger:
         self.updates_applied = 0
         self._step_offset = 0
         self._entries: dict[tuple[str, int], LedgerEntry] = {}
+        self._never: OrderedDict[tuple[str, int], None] = OrderedDict()  # those that never committed: of dropped steps
         self._older: OrderedDict[tuple[str, int, int], LedgerEntry] = OrderedDict()
         self._num_others = 0
         self._take(ledger or Ledger())
@@ -145,9 +146,15 @@ class AppliedLedger:
             if len(self._older) > MAX_OLDER:
                 self._older.popitem(last=False)
         self._entries[rank] = entry
+        self._never.pop(rank, None)
+        if _never_committed(entry):
+            self._never[rank] = None
         self._num_others += _count(entry) - _count(before)
         if len(self._entries) > MAX_ENTRIES:
-            self._num_others -= _count(self._entries.pop(next(iter(self._entries))))
+            # What is refused leaves an entry, too: however many there are, they push out none that was applied.
+            oldest = next(iter(self._never or self._entries))
+            self._never.pop(oldest, None)
+            self._num_others -= _count(self._entries.pop(oldest))
         if self._num_others > MAX_OTHERS:
             self._forget_others()
 
@@ -163,7 +170,13 @@ class AppliedLedger:
         self.updates_applied = ledger.updates_applied
         self._step_offset = ledger.step_offset
         self._entries = dict(ledger.entries)
+        self._never = OrderedDict((rank, None) for rank, entry in self._entries.items() if _never_committed(entry))
         self._num_others = sum(_count(entry) for entry in self._entries.values())
+
+
+def _never_committed(entry: LedgerEntry) -> bool:
+    """Whether it stands for dropped steps alone, and of no earlier generation."""
+    return not (entry.step or entry.generation)
 
 
 def _count(entry: LedgerEntry) -> int:

@@ -289,16 +289,22 @@ class Tenancy:
         """The last look at a freeze whose time is over: thawed, with DeadlineExceeded, where something is undecided."""
         table_id, token = request
         table = self.table(table_id)
-        undecided = next(table.updates.prepared(), None)
-        if undecided is None and not table.order.any_waiting and table.frozen:
+        if not table.updates.any_prepared and not table.order.any_waiting and table.frozen:
             return table.ledger.version
+        undecided = next((step for step in table.updates.prepared() if table.order.find(step.step_id) is None), None)
         self.thaw((table_id, token))
         why = ""
         if undecided is not None:
-            step = undecided.step_id
+            step, by = undecided.step_id, undecided.decider_at
             why = (
-                f": step {step.step} of rank {step.rank} of group {step.group!r} is prepared and not decided. If that "
-                f"trainer died, it is given up {self._held_lease_s:g} s after it was last heard of"
+                f": step {step.step} of rank {step.rank} of group {step.group!r} is prepared and not decided"
+                f"{'' if by is None or by.shard == self._info.shard else f' as far as shard {by.shard} has said'}. If "
+                f"that trainer died, it is given up {self._held_lease_s:g} s after it was last heard of"
+            )
+        elif table.order.any_waiting:
+            why = (
+                f": its version {table.order.applied + 1} is decided and not applied here"
+                f"{', as updates of it are missing: its trainer sends them again' if table.unprepared else ''}"
             )
         raise DeadlineExceeded(
             f"table {table.view.schema.name!r} did not come to rest on shard {self._info.shard} within {timeout_s:g} s"

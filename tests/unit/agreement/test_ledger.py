@@ -50,6 +50,28 @@ def test_the_ledger_forgets_the_ranks_that_have_been_silent_longest(monkeypatch:
     assert (ledger.version, ledger.updates_applied) == (5, 5)
 
 
+def test_what_is_refused_pushes_out_nothing_that_was_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that sends Commits of thousands of ranks that hold nothing: no other client's step is applied twice."""
+    monkeypatch.setattr(ledgers, "MAX_ENTRIES", 4)
+    ledger = AppliedLedger(None)
+    for group in ("a", "b"):
+        ledger.add(_step(1, group), (0,))
+    ledger.drop(_step(1, "a", generation=1))
+    for number in range(100):
+        ledger.drop(_step(1, f"refused {number}"))
+        if number == 50:
+            moved = AppliedLedger(None)
+            moved.adopt(ledger.snapshot())
+            ledger = moved
+    with pytest.raises(StepConflict, match="generation 0, and generation 1 has begun"):
+        ledger.applied(_step(1, "a"))
+    assert ledger.has(_step(1, "b"))
+    assert list(ledger.snapshot().entries)[2:] == [("refused 98", 0), ("refused 99", 0)]
+    for group in "cdef":
+        ledger.add(_step(1, group), (0,))
+    assert list(ledger.snapshot().entries) == [(group, 0) for group in "cdef"]
+
+
 def test_a_generation_that_is_over_is_refused_and_a_new_one_begins_anew() -> None:
     ledger = AppliedLedger(None)
     ledger.add(_step(9), (0,))
