@@ -151,15 +151,18 @@ def test_of_two_tables_one_that_cannot_apply_does_not_keep_the_other_in_doubt(
     for table in (driver, other):
         _push(table, 1)
         table.prepare(1, [0])
-    other.decide(1, [0])
+    gate: Any = driver.host(0)
     engine: Any = driver.host(1)
     broken = engine._tenancy.table(1)
+    for table in (driver, other):
+        table.decide(1, [0])
 
     def fail() -> None:
         raise MempoolError("cannot be applied")
 
     monkeypatch.setattr(broken, "apply_decided", fail)
     monkeypatch.setattr(broken, "gate", 1)  # so that it asks itself
+    broken.order.add(gate._tenancy.table(1).order.after(0)[0])
     broken.step_doubt.wait(0.0)
     broken._waiting_for_rest.park()
     reading = other.submit(
