@@ -21,9 +21,9 @@ from mempool.observe import Stages
 from mempool.shard import bounds
 from mempool.shard.answers import Answers
 from mempool.shard.committing import Committing
-from mempool.shard.hosted import Parked
 from mempool.shard.jobs import JOB_BYTES
 from mempool.shard.pages.transfer import pull
+from mempool.shard.parking import Parked
 from mempool.shard.resolving import Resolver
 from mempool.shard.steps.budget import MIB, Budget, numbers_bytes
 from mempool.shard.steps.contexts import Contexts
@@ -156,7 +156,7 @@ class Engine:
             stages=self._stages,
             budget=self._budget,
             upkeep=self._tenancy.expire,
-            upkeep_s=min(5.0, max(0.05, min(held_lease_s, context_lease_s) / 12)),
+            upkeep_s=min(1.0, max(0.05, min(held_lease_s, context_lease_s) / 12)),
             probe=partial(_probe, torch.device(device)),
             on_fatal=partial(self._end_for_good, on_fatal),
             clock=clock,
@@ -172,7 +172,7 @@ class Engine:
             reserve=self._thread.reserve,
             asked_s=self._thread.asked_s,
         )
-        self._committing = Committing(self._tenancy, stages=self._stages)
+        self._committing = Committing(self._tenancy, stages=self._stages, asked_s=self._thread.asked_s)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._resolver = Resolver(self._tenancy.decisions, run=self._control, peers=peers, adopt=self._tenancy.set_view)
         self._tenancy.on_doubt = self._poke
