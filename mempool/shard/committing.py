@@ -48,8 +48,10 @@ class Committing:
             reply = self._looked_at(table, part)
             if isinstance(reply, Parked):
                 return reply
-            if reply.held_off and request.wait:
-                return table.park_until_thaw()
+            if reply.held_off:
+                table.hold_off(part.step_id)
+                if request.wait:
+                    return table.park_until_thaw()
             found.append(reply)
         if any(reply.missing or reply.held_off for reply in found):
             return PrepareReply(parts=tuple(found))
@@ -155,6 +157,7 @@ class Committing:
             if not self._tenancy.decisions.supersede_older(table, part.step_id):
                 return table.park_for_steps()
             if table.frozen and prepared is None:
+                table.hold_off(part.step_id)
                 return table.park_until_thaw()
         missing = [
             commits.missing(table.updates, part.step_id, part.sequences)
@@ -259,6 +262,7 @@ class Committing:
                     known or held or applied
                 ) and applied < part.step_id.step:  # a Prepare of it that comes late finds it over
                     table.ledger.drop(part.step_id)
+                table.turns.served(part.step_id)
             table.steps_changed()
         return DiscardReply(discarded=discarded)
 

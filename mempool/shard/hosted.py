@@ -4,8 +4,9 @@ Decides what a table answers at all (fences, freezes); the answers are made else
 """
 
 import asyncio
-from collections.abc import Awaitable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from mempool.agreement.doubt import Doubt
 from mempool.agreement.ledger import AppliedLedger, over
 from mempool.agreement.order import Order
 from mempool.agreement.rounds_here import RoundsHere
+from mempool.agreement.turns import Turns
 from mempool.errors import DataLoss, ShardUnavailable, StalePlacement
 from mempool.shard.pages.staging import Staging
 from mempool.shard.pages.storage import Storage
@@ -31,20 +33,32 @@ class Parked:
     """Not an answer: the job is to be run again, from its start, when ``woken`` is done.
 
     in_doubt: It waits for what another shard may have to be asked for.
+    longest_s: Seconds after which it is run again in any case; None: not before.
     """
 
-    def __init__(self, *, in_doubt: bool = False) -> None:
+    def __init__(self, *, in_doubt: bool = False, longest_s: float | None = None) -> None:
         self.woken: Future[None] = Future()
         self.in_doubt = in_doubt
+        self.longest_s = longest_s
 
     def wake(self) -> None:
         """Let the waiter go on; one that was cancelled is passed over."""
         if self.woken.set_running_or_notify_cancel():
             self.woken.set_result(None)
 
-    def wait(self) -> Awaitable[None]:
+    async def wait(self) -> None:
         """Done when ``wake`` was called. Cancelling it says that nobody waits."""
-        return asyncio.wrap_future(self.woken)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.longest_s):
+                await asyncio.wrap_future(self.woken)
+
+
+class Behind(Exception):
+    """The request knows a newer placement, whose view is on its way here: ``parked`` is what it waits for."""
+
+    def __init__(self, parked: Parked) -> None:
+        super().__init__()
+        self.parked = parked
 
 
 class HostedTable:
@@ -59,6 +73,7 @@ class HostedTable:
         order: Of its steps, as far as it is known here.
         others: By version: of a decided step that waits to be applied, this table its first: its parts at the others.
         rounds: Which move's round holds it frozen.
+        turns: Whose steps a freeze has held off.
         order_doubt, step_doubt: Who waits to hear of others what was decided.
         peers_wait_until_s: Other shards have asked for what this one has to ask for itself.
         unprepared: The next step in the order, where it is decided and not prepared here, and since when that is known.
@@ -85,6 +100,7 @@ class HostedTable:
         self.order = Order(self.ledger.version)
         self.others: dict[int, tuple[DecidedStep, ...]] = {}
         self.rounds = RoundsHere(clock)
+        self.turns = Turns()
         self.order_doubt, self.step_doubt = Doubt(), Doubt()
         self.peers_wait_until_s = float("-inf")
         self.unprepared: tuple[DecidedStep, float] | None = None
@@ -98,6 +114,7 @@ class HostedTable:
         self.preparing = ""
         self._waiting_for_thaw: list[Parked] = []
         self._waiting_for_rest: list[Parked] = []
+        self._waiting_for_turns: list[Parked] = []
         self._waiting_for_news: list[Parked] = []
         if request.mode == "initialise":
             self._filling = self.storage.initialise(request.view.placement)
@@ -158,9 +175,12 @@ class HostedTable:
             ShardUnavailable: The table is still being made.
             StalePlacement: Another epoch.
             DataLoss: Pages of the table are lost here.
+            Behind: The next epoch, whose view this shard is about to be told.
         """
         self.let_go()
         self.check_ready()
+        if self.frozen and envelope.epoch == self.epoch + 1:
+            raise Behind(self.park_until_thaw())
         if envelope.epoch != self.epoch:
             raise StalePlacement(
                 f"the request was planned for epoch {envelope.epoch} of table {self.view.schema.name!r}; shard "
@@ -255,6 +275,7 @@ class HostedTable:
                 commits.apply(self.storage, self.updates, self.ledger, step, others=self.others.get(step.version, ()))
                 self.others.pop(step.version, None)
                 self.order.did()
+                self.turns.served(step.step_id)
         except DataLoss:
             self.measure()
             raise
@@ -303,6 +324,7 @@ class HostedTable:
             raise
         self.order.add(replace(step, version=self.order.applied + 1))
         self.order.did()
+        self.turns.served(step.step_id)
         self.steps_changed()
 
     @property
@@ -318,6 +340,19 @@ class HostedTable:
     def park_until_thaw(self) -> Parked:
         """For a request that a freeze holds off."""
         return _park(self._waiting_for_thaw)
+
+    def hold_off(self, step_id: StepId) -> None:
+        """A freeze holds off this step: it goes before the next freeze."""
+        self.turns.held_off(step_id)
+
+    def park_for_turns(self) -> Parked | None:
+        """For a freeze, where steps that the last one held off go first. The gate, frozen first, speaks for all."""
+        ends_s = self.turns.ends_s(now_s := self._clock())
+        if ends_s is None or not self.is_gate:
+            return None
+        parked = _park(self._waiting_for_turns)
+        parked.longest_s = ends_s - now_s
+        return parked
 
     def park_until_rest(self) -> Parked:
         """For a freeze that waits for prepared steps."""
@@ -336,6 +371,8 @@ class HostedTable:
         _wake(self._waiting_for_news)
         if self._waiting_for_rest and not self.updates.any_prepared and not self.order.any_waiting:
             _wake(self._waiting_for_rest)
+        if self._waiting_for_turns and self.turns.ends_s(self._clock()) is None:
+            _wake(self._waiting_for_turns)
 
     def peers_wait(self) -> None:
         """Another shard has asked for the order, and a step may belong into it that this one has not heard of."""
@@ -375,6 +412,7 @@ class HostedTable:
 
     def thaw(self) -> None:
         """The freeze has ended: what was staged is dropped, and those who wait go on."""
+        self.turns.thawed(self._clock())
         self.staging.drop()
         self.measure()
         _wake(self._waiting_for_thaw)
@@ -400,8 +438,9 @@ class HostedTable:
         self.gate = min(view.placement.shards)
         self.measure()
         self.updates.clear()
-        self.steps_changed()
         self.rounds.end()
+        self.turns.thawed(self._clock())
+        self.steps_changed()
         _wake(self._waiting_for_thaw)
         self.storage.shrink_arenas()  # last: all is adopted, should there be no memory for it
         self.measure()
@@ -412,6 +451,7 @@ class HostedTable:
         self.updates.clear()
         _wake(self._waiting_for_thaw)
         _wake(self._waiting_for_rest)
+        _wake(self._waiting_for_turns)
         _wake(self._waiting_for_news)
 
     def status(self) -> TableStatus:
