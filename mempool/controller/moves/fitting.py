@@ -15,11 +15,14 @@ def require_fit(status: PoolStatus, shards: int, tables: Sequence[TableSchema]) 
     """Whether a pool can have so many shards and these tables besides its own.
 
     A shard that is to be started may hold what the others may; what one may hold that does not answer is not known.
+    Tables that are being filled have their room already.
 
     Raises:
         InvalidRequest: It cannot: with the numbers, and what to do.
     """
     check_shards(shards)
+    filled = {creation.table for creation in status.creating if creation.shards}
+    tables = [schema for schema in tables if schema.name not in filled]
     schemas = [view.schema for view in status.tables] + list(tables)
     pages = sum(num_pages(schema) for schema in schemas)
     if tables and (len(schemas) > MAX_TABLES or pages > MAX_PLACED_PAGES):

@@ -10,7 +10,16 @@ from mempool.controller.moves import fitting
 from mempool.controller.moves.fitting import require_fit
 from mempool.errors import InvalidRequest
 from mempool.placement import plan
-from mempool.types import Placement, PoolStatus, ShardInfo, ShardStatus, TableSchema, TableView
+from mempool.types import (
+    Placement,
+    PoolStatus,
+    ShardFill,
+    ShardInfo,
+    ShardStatus,
+    TableCreation,
+    TableSchema,
+    TableView,
+)
 
 MIB = 2**20
 
@@ -61,6 +70,19 @@ def test_a_shard_that_does_not_answer_speaks_for_nobody() -> None:
     now = pool(2, limit_mib=16, mib=24)
     silent = replace(now, shards=tuple(replace(shard, state="unreachable") for shard in now.shards))
     require_fit(silent, 3, [table("new", 1024)])
+
+
+def test_a_table_that_is_being_filled_is_not_counted_twice() -> None:
+    """Whoever asked for it may be gone: the same apply joins in."""
+    now, new = pool(2, limit_mib=16, mib=24), table("new", 8)
+    fill = ShardFill(shard=0, bytes_done=0, bytes_total=8 * MIB)
+    being_made = TableCreation(table="new", table_id=2, waiting_for="", spent_s=1.0, shards=(fill,))
+    full = replace(now, shards=tuple(replace(shard, num_bytes=16 * MIB) for shard in now.shards))
+    with pytest.raises(InvalidRequest, match="do not fit"):
+        require_fit(full, 2, [new])
+    require_fit(replace(full, creating=(being_made,)), 2, [new])
+    with pytest.raises(InvalidRequest, match="do not fit"):
+        require_fit(replace(full, creating=(replace(being_made, shards=()),)), 2, [new])
 
 
 def test_too_many_tables_or_pages_are_known_before(monkeypatch: pytest.MonkeyPatch) -> None:
