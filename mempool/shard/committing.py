@@ -53,8 +53,10 @@ class Committing:
             reply = self._looked_at(table, part)
             if isinstance(reply, Parked):
                 return reply
-            if reply.held_off and request.wait and not table.held_off_for_long(self._asked_s()):
-                return table.park_until_thaw(self._asked_s())
+            if reply.held_off:
+                table.hold_off(part.step_id)
+                if request.wait and not table.held_off_for_long(self._asked_s()):
+                    return table.park_until_thaw(self._asked_s())
             found.append(reply)
         if any(reply.missing or reply.held_off for reply in found):
             return PrepareReply(parts=tuple(found))
@@ -162,6 +164,7 @@ class Committing:
             if (older := self._tenancy.decisions.supersede_older(table, part.step_id)) is not None:
                 return table.park_for_steps(older, self._asked_s())
             if table.frozen and prepared is None:
+                table.hold_off(part.step_id)
                 return table.park_until_thaw(self._asked_s())
         missing = [
             commits.missing(table.updates, part.step_id, part.sequences)
@@ -278,6 +281,7 @@ class Committing:
                     known or held or applied
                 ) and applied < part.step_id.step:  # a Prepare of it that comes late finds it over
                     table.ledger.drop(part.step_id)
+                table.turns.served(part.step_id)
             table.steps_changed()
         return DiscardReply(discarded=discarded)
 

@@ -8,9 +8,10 @@ status do not line up.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import suppress
 from functools import partial
+from types import GeneratorType
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from mempool.observe import Stages
 from mempool.shard import bounds
 from mempool.shard.answers import Answers
 from mempool.shard.committing import Committing
+from mempool.shard.hosted import Behind
 from mempool.shard.jobs import JOB_BYTES
 from mempool.shard.pages.transfer import pull
 from mempool.shard.parking import Parked
@@ -381,7 +383,7 @@ class Engine:
     async def _ask(self, stage: str, answer: Callable[[Any], Any], request: object, cost: int) -> Any:
         self._loop = asyncio.get_running_loop()
         try:
-            return await self._thread.run(stage, answer, request, cost=cost, again=self._woken)
+            return await self._thread.run(stage, partial(_answered, answer), request, cost=cost, again=self._woken)
         except Overloaded as error:
             error.shard, error.address = self.info.shard, self.info.address
             raise
@@ -390,6 +392,22 @@ class Engine:
         """For what the controller asks: goes before what clients do."""
         self._loop = asyncio.get_running_loop()
         return await self._thread.run(stage, do, request, control=True, again=self._woken)
+
+
+def _answered(answer: Callable[[Any], Any], request: object) -> Any:
+    """The answer, or what the request waits for that is ahead of this shard."""
+    try:
+        result = answer(request)
+    except Behind as behind:
+        return behind.parked
+    return _in_pieces(result) if isinstance(result, GeneratorType) else result
+
+
+def _in_pieces(pieces: Generator[None, None, Any]) -> Generator[None, None, Any]:
+    try:
+        return (yield from pieces)
+    except Behind as behind:
+        return behind.parked
 
 
 def _cost(*tensors: Tensor | None, numbers: int = 0) -> int:

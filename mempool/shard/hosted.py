@@ -12,6 +12,7 @@ from mempool.agreement.doubt import Doubt
 from mempool.agreement.ledger import AppliedLedger, over
 from mempool.agreement.order import Order
 from mempool.agreement.rounds_here import RoundsHere
+from mempool.agreement.turns import Turns
 from mempool.errors import DataLoss, ShardUnavailable, StalePlacement
 from mempool.shard.pages.staging import Staging
 from mempool.shard.pages.storage import Storage
@@ -26,6 +27,14 @@ PEERS_WAIT_S = 1.0
 """How long after another shard has asked it is taken to wait: it asks again sooner than that."""
 
 
+class Behind(Exception):
+    """The request knows a newer placement, whose view is on its way here: ``parked`` is what it waits for."""
+
+    def __init__(self, parked: Parked) -> None:
+        super().__init__()
+        self.parked = parked
+
+
 class HostedTable:
     """One table on one shard.
 
@@ -38,6 +47,7 @@ class HostedTable:
         order: Of its steps, as far as it is known here.
         others: By version: of a decided step that waits to be applied, this table its first: its parts at the others.
         rounds: Which move's round holds it frozen.
+        turns: Whose steps a freeze has held off.
         order_doubt, step_doubt: Who waits to hear of others what was decided.
         peers_wait_until_s: Other shards have asked for what this one has to ask for itself.
         unprepared: The next step in the order, where it is decided and not prepared here, and since when that is known.
@@ -64,6 +74,7 @@ class HostedTable:
         self.order = Order(self.ledger.version)
         self.others: dict[int, tuple[DecidedStep, ...]] = {}
         self.rounds = RoundsHere(clock)
+        self.turns = Turns()
         self.order_doubt, self.step_doubt = Doubt(), Doubt()
         self.peers_wait_until_s = float("-inf")
         self.unprepared: tuple[DecidedStep, float] | None = None
@@ -77,6 +88,7 @@ class HostedTable:
         self.preparing = ""
         self._waiting_for_thaw = Waiting()
         self._waiting_for_rest = Waiting()
+        self._waiting_for_turns = Waiting()
         self._waiting_for_news = Waiting()
         if request.mode == "initialise":
             self._filling = self.storage.initialise(request.view.placement)
@@ -137,9 +149,12 @@ class HostedTable:
             ShardUnavailable: The table is still being made.
             StalePlacement: Another epoch.
             DataLoss: Pages of the table are lost here.
+            Behind: The next epoch, whose view this shard is about to be told.
         """
         self.let_go()
         self.check_ready()
+        if self.frozen and envelope.epoch == self.epoch + 1:
+            raise Behind(self.park_until_thaw(self._clock()))
         if envelope.epoch != self.epoch:
             raise StalePlacement(
                 f"the request was planned for epoch {envelope.epoch} of table {self.view.schema.name!r}; shard "
@@ -260,6 +275,7 @@ class HostedTable:
                 commits.apply(self.storage, self.updates, self.ledger, step, others=self.others.get(step.version, ()))
                 self.others.pop(step.version, None)
                 self.order.did()
+                self.turns.served(step.step_id)
         except DataLoss:
             self.measure()
             raise
@@ -308,6 +324,7 @@ class HostedTable:
             raise
         self.order.add(replace(step, version=self.order.applied + 1))
         self.order.did()
+        self.turns.served(step.step_id)
         self.steps_changed()
 
     @property
@@ -340,6 +357,17 @@ class HostedTable:
         """Whether a request of that time has waited long enough for a freeze to end."""
         return is_late(since_s, self._clock())
 
+    def hold_off(self, step_id: StepId) -> None:
+        """A freeze holds off this step: it goes before the next freeze."""
+        self.turns.held_off(step_id)
+
+    def park_for_turns(self) -> Parked | None:
+        """For a freeze, where steps that the last one held off go first. The gate, frozen first, speaks for all."""
+        ends_s = self.turns.ends_s(now_s := self._clock())
+        if ends_s is None or not self.is_gate:
+            return None
+        return self._waiting_for_turns.park(since_s=now_s, longest_s=ends_s - now_s)
+
     def park_until_rest(self) -> Parked:
         """For a freeze that waits for prepared steps."""
         self.step_doubt.wait(self._clock())
@@ -362,6 +390,8 @@ class HostedTable:
         self._waiting_for_news.wake()
         if not self.updates.any_prepared and not self.order.any_waiting:
             self._waiting_for_rest.wake()
+        if self._waiting_for_turns and self.turns.ends_s(self._clock()) is None:
+            self._waiting_for_turns.wake()
 
     def peers_wait(self) -> None:
         """Another shard has asked for the order, and a step may belong into it that this one has not heard of."""
@@ -403,6 +433,7 @@ class HostedTable:
 
     def thaw(self) -> None:
         """The freeze has ended: what was staged is dropped, and those who wait go on."""
+        self.turns.thawed(self._clock())
         self.staging.drop()
         self.measure()
         self._waiting_for_thaw.wake()
@@ -428,8 +459,9 @@ class HostedTable:
         self.gate = min(view.placement.shards)
         self.measure()
         self.updates.clear()
-        self.steps_changed()
         self.rounds.end()
+        self.turns.thawed(self._clock())
+        self.steps_changed()
         self._waiting_for_thaw.wake()
         self.storage.shrink_arenas()  # last: all is adopted, should there be no memory for it
         self.measure()
@@ -440,6 +472,7 @@ class HostedTable:
         self.updates.clear()
         self._waiting_for_thaw.wake()
         self._waiting_for_rest.wake()
+        self._waiting_for_turns.wake()
         self._waiting_for_news.wake()
 
     def status(self) -> TableStatus:

@@ -4,8 +4,8 @@ What they wait for, and what they are told where it does not come, is ``hosted``
 """
 
 import asyncio
-from collections.abc import Awaitable
 from concurrent.futures import Future
+from contextlib import suppress
 
 LONGEST_WAIT_S = 3.0
 """How long a request waits here for what others do. Then it is told whom it waits for: its caller asks again for as
@@ -17,21 +17,25 @@ class Parked:
 
     since_s: When it was asked for.
     in_doubt: It waits for what another shard may have to be asked for.
+    longest_s: Seconds after which it is run again in any case; None: not before.
     """
 
-    def __init__(self, *, since_s: float = 0.0, in_doubt: bool = False) -> None:
+    def __init__(self, *, since_s: float = 0.0, in_doubt: bool = False, longest_s: float | None = None) -> None:
         self.woken: Future[None] = Future()
         self.since_s = since_s
         self.in_doubt = in_doubt
+        self.longest_s = longest_s
 
     def wake(self) -> None:
         """Let the waiter go on; one that was cancelled is passed over."""
         if self.woken.set_running_or_notify_cancel():
             self.woken.set_result(None)
 
-    def wait(self) -> Awaitable[None]:
+    async def wait(self) -> None:
         """Done when ``wake`` was called. Cancelling it says that nobody waits."""
-        return asyncio.wrap_future(self.woken)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.longest_s):
+                await asyncio.wrap_future(self.woken)
 
 
 class Waiting:
@@ -44,9 +48,9 @@ class Waiting:
         """Whether anybody does who has not left."""
         return any(not parked.woken.cancelled() for parked in self._parked)
 
-    def park(self, *, since_s: float = 0.0, in_doubt: bool = False) -> Parked:
+    def park(self, *, since_s: float = 0.0, in_doubt: bool = False, longest_s: float | None = None) -> Parked:
         """One more waits."""
-        parked = Parked(since_s=since_s, in_doubt=in_doubt)
+        parked = Parked(since_s=since_s, in_doubt=in_doubt, longest_s=longest_s)
         if len(self._parked).bit_count() == 1:  # at 1, 2, 4, ...: what is left out below costs little
             self._parked = [other for other in self._parked if not other.woken.cancelled()]
         self._parked.append(parked)

@@ -270,6 +270,8 @@ class Tenancy:
     def freeze(self, request: tuple[int, str, float]) -> int | Parked:
         """Begin or renew a round's freeze (table, token, lease): the table's version once nothing is undecided.
 
+        It begins when those were served that the freeze before it has held off, or their turn is over.
+
         Raises:
             StalePlacement: Another round holds the table, or this one is over.
         """
@@ -279,6 +281,9 @@ class Tenancy:
         table.check_whole()
         if token != table.rounds.token:
             table.let_go()  # one whose lease is over stands in nobody's way
+            table.rounds.check(token)
+            if (turns := table.park_for_turns()) is not None:
+                return turns
         table.rounds.begin(token, lease_s)
         table.expire()
         if table.updates.any_prepared or table.order.any_waiting:
