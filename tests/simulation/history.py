@@ -227,8 +227,7 @@ class History:
             for version in range(newest + 1):
                 if version:
                     self._replay(oracle, table_id, self.decided[table_id, version])
-                for read in reads[version]:
-                    self._check_read(oracle, read, floors)
+                self._check_reads(oracle, reads[version], floors)
         finally:
             oracle.close()
 
@@ -266,10 +265,25 @@ class History:
         contents = [self.contents[table_id, group, generation, sequence] for sequence in step.sequences]
         oracle.step(contents, lr=step.lr, grad_scale=step.grad_scale)
 
-    def _check_read(self, oracle: Oracle, read: Read, floors: "_Floors") -> None:
+    def _check_reads(self, oracle: Oracle, reads: list[Read], floors: "_Floors") -> None:
+        """Answers of one version."""
+        self.checked += len(reads)
+        whole = [read for read in reads if self._is_in_time(oracle, read, floors)]
+        sums = _Sums(oracle)
+        for read in whole:
+            call = read.call
+            placement = self.placements[call.request.envelope.table_id, call.reply.stamp.epoch]
+            if call.method.path == methods.GATHER.path:
+                sums.ask(call, placement)
+            else:
+                self._check_same(oracle, call, *_rows(oracle, call, placement))
+        for call, expected in sums.found():
+            self._check_same(oracle, call, expected, call.reply.values)
+
+    def _is_in_time(self, oracle: Oracle, read: Read, floors: "_Floors") -> bool:
+        """Whether an answer is of a version and an epoch that it may be of, so that it can be compared."""
         call, stamp = read.call, read.call.reply.stamp
-        self.checked += 1
-        where = f"{call.method.name} {call.number} of {call.client} at {call.server}, table {oracle.schema.name!r}"
+        where = _where(oracle, call)
         if stamp.table_version < read.floor:
             self.say(f"{where}: answered of version {stamp.table_version}, and this client had seen {read.floor}")
         floor = floors.at(call.sent_s)
@@ -278,49 +292,20 @@ class History:
                 f"{where}: sent at {call.sent_s:.3f} s, answered of version {stamp.table_version}; version {floor} was "
                 "acknowledged before"
             )
-        placement = self.placements.get((call.request.envelope.table_id, stamp.epoch))
-        if placement is None:
+        if (call.request.envelope.table_id, stamp.epoch) not in self.placements:
             self.say(f"{where}: answered of epoch {stamp.epoch}, which was never told")
-            return
+            return False
         if stamp.epoch != call.request.envelope.epoch:
             self.say(f"{where}: planned by epoch {call.request.envelope.epoch}, answered of epoch {stamp.epoch}")
-            return
-        if call.method.path == methods.GATHER.path:
-            expected, found = self._gathered(oracle, call, placement)
-        else:
-            expected, found = self._rows(oracle, call, placement)
+            return False
+        return True
+
+    def _check_same(self, oracle: Oracle, call: Call, expected: Tensor, found: Tensor) -> None:
         if not torch.equal(expected, found):
-            self.say(f"{where}: version {stamp.table_version} is not what was trained: {_difference(expected, found)}")
-
-    def _gathered(self, oracle: Oracle, call: Call, placement: Placement) -> tuple[Tensor, Tensor]:
-        """A shard sums by itself what lies in pages of which it has the same blocks, then these sums."""
-        request, reply, schema = call.request, call.reply, oracle.schema
-        here = torch.tensor(placement.owners == reply.stamp.shard)[request.ids // schema.page_slots]  # [L, blocks]
-        patterns = here.unique(dim=0)
-        parts = []
-        for block in reply.blocks:
-            sums = torch.zeros(len(request.offsets) - 1, _width(schema, block))
-            for pattern in patterns:
-                if pattern[block]:
-                    values = oracle.gather(*_only((here == pattern).all(dim=1), request))
-                    sums += values[:, slice(*schema.block_columns(block))]
-            parts.append(sums)
-        return torch.cat(parts, dim=1).to(reply.values.dtype), reply.values
-
-    def _rows(self, oracle: Oracle, call: Call, placement: Placement) -> tuple[Tensor, Tensor]:
-        request, reply, schema = call.request, call.reply, oracle.schema
-        trained = request.ids < TRAINED
-        ids, found = request.ids[trained], reply.rows[trained]
-        if not ids.numel():
-            return found, found
-        rows = oracle.read(request.array, ids)
-        if rows.shape[1] == schema.value_dim:
-            columns = torch.cat([torch.arange(*schema.block_columns(block)) for block in reply.blocks])
-            blocks = torch.cat([torch.full((_width(schema, block),), block) for block in reply.blocks])
-        else:
-            columns = blocks = torch.tensor(reply.blocks)
-        owners = torch.tensor(placement.owners)[(ids // schema.page_slots)[:, None], blocks[None, :]]
-        return torch.where(owners == reply.stamp.shard, rows[:, columns], torch.zeros_like(rows[:, columns])), found
+            version = call.reply.stamp.table_version
+            self.say(
+                f"{_where(oracle, call)}: version {version} is not what was trained: {_difference(expected, found)}"
+            )
 
     def _check_answers(self) -> None:
         """A Commit is answered with the version that its step makes; one that comes late, with a later of its rank."""
@@ -365,6 +350,65 @@ class _Floors:
 
     def at(self, when_s: float) -> int:
         return max((version for at_s, version in self._acknowledged if at_s < when_s), default=0)
+
+
+class _Sums:
+    """What lookups of one version are to be answered with, all asked of the oracle in one.
+
+    A shard sums by itself what lies in pages of which it has the same blocks, then these sums.
+    """
+
+    def __init__(self, oracle: Oracle) -> None:
+        self._oracle = oracle
+        self._bags: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._calls: list[tuple[Call, list[tuple[int, int]]]] = []
+
+    def ask(self, call: Call, placement: Placement) -> None:
+        request, schema = call.request, self._oracle.schema
+        first = schema.num_blocks - 1
+        codes = (placement.owners == call.reply.stamp.shard) @ (1 << np.arange(first, -1, -1))  # of each page
+        here = codes[request.ids.numpy() // schema.page_slots]
+        asked = []
+        for code in sorted(set(here.tolist()) - {0}):
+            asked.append((code, len(self._bags)))
+            self._bags.append(_only(torch.from_numpy(here == code), request))
+        self._calls.append((call, asked))
+
+    def found(self) -> Iterator[tuple[Call, Tensor]]:
+        """Each call, and what it is to be answered with."""
+        sums = self._oracle.gather_all(self._bags)
+        first = self._oracle.schema.num_blocks - 1
+        for call, asked in self._calls:
+            parts = []
+            for block in call.reply.blocks:
+                begin, end = self._oracle.schema.block_columns(block)
+                part = torch.zeros(len(call.request.offsets) - 1, end - begin)
+                for code, number in asked:
+                    if code >> (first - block) & 1:
+                        part += sums[number][:, begin:end]
+                parts.append(part)
+            yield call, torch.cat(parts, dim=1).to(call.reply.values.dtype)
+
+
+def _rows(oracle: Oracle, call: Call, placement: Placement) -> tuple[Tensor, Tensor]:
+    """What rows are to be answered, and what was."""
+    request, reply, schema = call.request, call.reply, oracle.schema
+    trained = request.ids < TRAINED
+    ids, found = request.ids[trained], reply.rows[trained]
+    if not ids.numel():
+        return found, found
+    rows = oracle.read(request.array, ids)
+    if rows.shape[1] == schema.value_dim:
+        columns = torch.cat([torch.arange(*schema.block_columns(block)) for block in reply.blocks])
+        blocks = torch.cat([torch.full((_width(schema, block),), block) for block in reply.blocks])
+    else:
+        columns = blocks = torch.tensor(reply.blocks)
+    owners = torch.tensor(placement.owners)[(ids // schema.page_slots)[:, None], blocks[None, :]]
+    return torch.where(owners == reply.stamp.shard, rows[:, columns], torch.zeros_like(rows[:, columns])), found
+
+
+def _where(oracle: Oracle, call: Call) -> str:
+    return f"{call.method.name} {call.number} of {call.client} at {call.server}, table {oracle.schema.name!r}"
 
 
 def _only(here: Tensor, request: Any) -> tuple[Tensor, Tensor, Tensor]:
