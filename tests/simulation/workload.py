@@ -61,8 +61,10 @@ class Workload:
         self._starts = 0
         self.generations: Counter[str] = Counter()
         self.goes_back = self._random.random() < 0.5
-        self._rescales = self._random.random() < 0.5
-        self._changes_tables = self._random.random() < 0.3
+        self.rescales, self.changes_tables = self._random.choice(
+            ((False, False), (True, False), (True, False), (False, True), (True, True))
+        )
+        self._pause_s = self._random.choice((1.0, 3.0))
         self._operating: asyncio.Task[None] | None = None
 
     # Lives
@@ -70,9 +72,9 @@ class Workload:
     async def begin(self) -> None:
         """Make tables and start everybody. On the world's loop."""
         await self._on(self._operator, self._make_tables(self._random.choice((1, 1, 2, 3))))
-        for number in range(self._random.choice((1, 2, 3))):
+        for number in range(self._random.choice((1, 1, 2, 3))):
             self._start(f"trainer-{number}", TrainerLife)
-        if self._random.random() < 0.7:
+        if self._random.random() < 0.4:
             self._start("reader", ReaderLife)
         self._operating = self._operator.loop.create_task(self._operate())
 
@@ -87,7 +89,7 @@ class Workload:
                     life.result()
         if self._operating is not None:
             self._operating.result()
-        if self._rescales and not self.history.lost and self.park.controller is not None:
+        if self.rescales and not self.history.lost and self.park.controller is not None:
             await self._on(self._operator, self._rescale_at_last())
         await self._on(self._operator, self._read_all())
 
@@ -200,13 +202,13 @@ class Workload:
         random = self._random
         while not self.ending:
             self._operator_doing = "sleeps"
-            await asyncio.sleep(random.expovariate(1 / 5.0))
+            await asyncio.sleep(random.expovariate(1 / self._pause_s))
             if self.ending:
                 break
-            if self._rescales and random.random() < 0.7:
+            if self.rescales and (not self.changes_tables or random.random() < 0.6):
                 self._operator_doing = "rescales"
                 await self._rescale(random.randint(1, 4))
-            elif self._changes_tables or self.history.lost:
+            elif self.changes_tables or self.history.lost:
                 name = random.choice(sorted(self.views)) if self.views else ""
                 if name and (random.random() < 0.5 or self.views[name].schema.table_id in self.history.lost):
                     self._operator_doing = f"drops {name}"
@@ -298,6 +300,10 @@ class _Life:
     async def live(self) -> None:
         raise NotImplementedError
 
+    async def rest(self) -> None:
+        """Mostly short, now and then long: so a run has busy moments and is not busy all the time."""
+        await asyncio.sleep(self.random.expovariate(1 / (3.0 if self.random.random() < 0.2 else 0.1)))
+
     def now_s(self) -> float:
         return self.workload.park.scheduler.now_s
 
@@ -332,7 +338,7 @@ class ReaderLife(_Life):
 
     async def live(self) -> None:
         while not self.workload.ending:
-            await asyncio.sleep(self.random.expovariate(1 / 0.3))
+            await self.rest()
             for view in self.pick():
                 if self.random.random() < 0.5:
                     self.trainer.router.forget(view.schema.table_id)
@@ -362,7 +368,7 @@ class TrainerLife(_Life):
 
     async def live(self) -> None:
         while not self.workload.ending:
-            await asyncio.sleep(self.random.expovariate(1 / 0.3))
+            await self.rest()
             if self.workload.goes_back and self.random.random() < 0.03:
                 await self.go_back()
             await self.step()
