@@ -11,7 +11,7 @@ from random import Random
 from tests.simulation.loop import ProcessLoop
 from tests.simulation.network import Weather
 from tests.simulation.processes import Park, Trainer
-from tests.simulation.traps import Trap, Traps
+from tests.simulation.traps import NO_SCENE, Scene, Trap, Traps
 
 KINDS = (
     "loss",
@@ -28,7 +28,7 @@ KINDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Faults:
-    """Which kinds of faults a run has; traps: how many. Traps of its own take the place of those that are drawn."""
+    """Which kinds of faults a run has; traps: how many, besides those of its scene."""
 
     loss: bool = False
     slow: bool = False
@@ -40,7 +40,7 @@ class Faults:
     controller_dies: bool = False
     shards_die: bool = False
     traps: int = 0
-    own_traps: tuple[Trap, ...] = ()
+    scene: Scene = NO_SCENE
 
     @classmethod
     def draw(cls, random: Random) -> "Faults":
@@ -48,6 +48,8 @@ class Faults:
         chance = random.choice((0.0, 0.2, 0.4, 0.6))
         drawn = {name: random.random() < chance for name in KINDS}
         drawn["shards_die"] = random.random() < 1 / 6
+        if random.random() < 0.5:
+            return cls(**drawn, traps=random.choice((0, 0, 1)), scene=Scene.draw(random))
         return cls(**drawn, traps=random.choice((0, 1, 2, 4, 6)))
 
 
@@ -95,7 +97,8 @@ class Chaos:
             if wanted
         ]
         drawn = [Trap.draw(random, rescales=rescales, tables=tables) for _ in range(faults.traps)]
-        self._traps = Traps(faults.own_traps or tuple(dict.fromkeys(drawn)), park, kill_trainer=kill_trainer)
+        traps = tuple(dict.fromkeys((*faults.scene.traps, *drawn)))
+        self._traps = Traps(traps, park, kill_trainer=kill_trainer)
         self._over = False
 
     def begin(self) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mempool.agreement.order import NOBODY, Order
 from mempool.errors import DataLoss, Internal
-from mempool.types import DecidedStep, Placement, ShardInfo, StepId, TableSchema, TableView
+from mempool.types import DecidedStep, HeartbeatRequest, Placement, ShardInfo, StepId, TableSchema, TableView
 from mempool.wire import methods
 from tests.simulation.loop import ProcessLoop
 from tests.simulation.network import Call, Network
@@ -73,6 +73,7 @@ class History:
         schemas: Of every table that there ever was, by id.
         contents: Updates by their number.
         owners: (shard, incarnation) of those that had pages of a table, by table; killed: of those that were killed.
+        incarnations: Of the shards that run now, by their processes' names.
         torn: Steps by what they were told as one: [(table id, step), ...] of each commit of several tables.
     """
 
@@ -94,6 +95,7 @@ class History:
     answers: list[tuple[int, StepId, int, int]] = field(default_factory=list)
     known: dict[tuple[ProcessLoop, int], int] = field(default_factory=lambda: defaultdict(int))
     floors: dict[int, int] = field(default_factory=dict)
+    incarnations: dict[str, int] = field(default_factory=dict)
     checked: int = 0
 
     def say(self, text: str) -> None:
@@ -131,6 +133,12 @@ class History:
 
     def _served(self, call: Call, reply: Any) -> None:
         path = call.method.path
+        for incarnation in _incarnations_of(call.request):
+            if incarnation != self.incarnations[call.server]:
+                self.say(
+                    f"{call.method.name} of {call.client} was for incarnation {incarnation} of {call.server}, and "
+                    f"incarnation {self.incarnations[call.server]} answered"
+                )
         if path == methods.COMMIT.path:
             for asked, part in zip(call.request.parts, reply.parts, strict=True):
                 if part.version and not part.missing:
@@ -184,6 +192,9 @@ class History:
             self.reads.append(Read(call, self.floors.pop(call.number)))
             stamp, table_id = call.reply.stamp, call.request.envelope.table_id
             self.known[call.process, table_id] = max(self.known[call.process, table_id], stamp.table_version)
+
+    def shard_started(self, info: ShardInfo, name: str) -> None:
+        self.incarnations[name] = info.incarnation
 
     def shard_killed(self, info: ShardInfo) -> None:
         """Tables that had pages there may answer DataLoss from now on."""
@@ -425,6 +436,14 @@ def _only(here: Tensor, request: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _width(schema: TableSchema, block: int) -> int:
     first, end = schema.block_columns(block)
     return end - first
+
+
+def _incarnations_of(request: Any) -> list[int]:
+    """The start of a shard that a request is for, as often as it says so."""
+    if isinstance(request, HeartbeatRequest):
+        return [request.incarnation]
+    parts = (request,) if hasattr(request, "envelope") else getattr(request, "parts", ())
+    return [part.envelope.incarnation for part in parts]
 
 
 def _table_of(request: Any) -> int | None:

@@ -101,8 +101,8 @@ class Network:
     Attributes:
         weather: Of all links.
         cut: (from, to) of the links that let nothing through.
-        late, again, answered_late: Seconds by which a call's request, a copy of it, or its answer, is late; put there by
-            who is told of it.
+        late, again, answered_late: Seconds by which a call's request, a copy of it, or its answer, is late; put there
+            by who is told of it.
         on_sent, on_served, on_answered: Told each call when it is sent, when a server has done it and when its answer
             has come.
     """

@@ -10,12 +10,14 @@ from random import Random
 from typing import Any, Literal
 
 from mempool.wire import methods
+from mempool.wire.methods import Method
 from tests.simulation.loop import ProcessLoop
 from tests.simulation.network import Call, Network
 from tests.simulation.processes import CONTROLLER, Park
 
 Effect = Literal[
     "comes late",
+    "comes late, of a sender that dies",
     "comes again",
     "is answered late",
     "its sender dies",
@@ -25,7 +27,14 @@ Effect = Literal[
     "its server hears nobody",
     "they are cut off from each other",
 ]
-SENT: tuple[Effect, ...] = ("comes late", "comes again", "they are cut off from each other")
+SENT: tuple[Effect, ...] = (
+    "comes late",
+    "comes late, of a sender that dies",
+    "comes again",
+    "they are cut off from each other",
+)
+COMES_BACK_S = 0.5
+"""So soon somebody else is in the place of a sender whose message comes late."""
 
 _CONTROL = (
     methods.FREEZE,
@@ -50,6 +59,7 @@ _STEPS = (
 )
 _BY_CONTROLLER: tuple[Effect, ...] = (
     "comes late",
+    "comes late, of a sender that dies",
     "comes again",
     "is answered late",
     "its sender dies",
@@ -63,6 +73,7 @@ _BY_CONTROLLER: tuple[Effect, ...] = (
 )
 _BY_OTHERS: tuple[Effect, ...] = (
     "comes late",
+    "comes late, of a sender that dies",
     "comes again",
     "is answered late",
     "its sender dies",
@@ -82,6 +93,7 @@ class Trap:
 
     Attributes:
         path: Of its method.
+        only: Of these only each round's first (the gate's), the others of a round, or what confirms a table.
         effect: What happens: as it is sent, or once it is served.
         for_s: For how long.
         skip: So many messages are let through before.
@@ -93,6 +105,7 @@ class Trap:
     for_s: float
     skip: int = 0
     times: int = 1
+    only: Literal["", "first of its round", "not first of its round", "confirms"] = ""
 
     @classmethod
     def draw(cls, random: Random, *, rescales: bool, tables: bool) -> "Trap":
@@ -108,6 +121,99 @@ class Trap:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    """Traps that go together, and what a run must have for them to meet anything; None: as it is drawn."""
+
+    traps: tuple[Trap, ...] = ()
+    rescales: bool | None = None
+    tables: bool | None = None
+    goes_back: bool | None = None
+    drifts: bool | None = None
+
+    @classmethod
+    def draw(cls, random: Random) -> "Scene":
+        """One in which something rare is likely."""
+        return random.choice(_SCENES)(random)
+
+
+NO_SCENE = Scene()
+
+
+def _trap(method: Method[Any, Any], effect: Effect, for_s: float, **more: Any) -> Trap:
+    return Trap(path=method.path, effect=effect, for_s=for_s, **more)
+
+
+def _dies_in_a_round(random: Random) -> Scene:
+    """A controller dies in a round, and none comes for longer than the freeze's lease: what was decided stands, and
+    what was not is over."""
+    trap = random.choice(
+        (
+            _trap(methods.FREEZE, "its sender dies", 25.0, only="not first of its round", skip=random.randrange(4)),
+            _trap(methods.SET_VIEW, "its sender dies", 25.0, only="first of its round", skip=random.randrange(3)),
+        )
+    )
+    return Scene(traps=(trap,), rescales=True, drifts=random.random() < 0.5)
+
+
+def _late_rounds(random: Random) -> Scene:
+    """What a dead controller has sent comes while another one is there."""
+    method = random.choice((methods.FREEZE, methods.FREEZE, methods.SET_VIEW, methods.PULL_PAGES))
+    only = random.choice(("", "not first of its round"))
+    late = _trap(method, "comes late, of a sender that dies", 1.5 + 5.0 * random.random(), skip=1, times=3, only=only)
+    return Scene(traps=(late,), rescales=True)
+
+
+def _untold_view(random: Random) -> Scene:
+    """A view is decided, and some shard cannot be told."""
+    effect: Effect = random.choice(("they are cut off from each other", "its server stands still"))
+    return Scene(traps=(_trap(methods.SET_VIEW, effect, 14.0, only="not first of its round", times=2),), rescales=True)
+
+
+def _made_half(random: Random) -> Scene:
+    """A controller dies while it confirms a table."""
+    return Scene(
+        traps=(_trap(methods.ATTACH_TABLE, "its sender dies", 3.0 * random.random(), only="confirms", times=4),),
+        tables=True,
+    )
+
+
+def _late_tables(random: Random) -> Scene:
+    """Copies of what made and dropped tables come later."""
+    again = (methods.ATTACH_TABLE, methods.DROP_TABLE, methods.SHARD_DROP_TABLE)
+    return Scene(
+        traps=tuple(_trap(method, "comes again", 0.5 + 5.0 * random.random(), times=1000) for method in again),
+        tables=True,
+    )
+
+
+def _dead_trainer(random: Random) -> Scene:
+    """A trainer dies with a step under way, and the next one goes on in its name."""
+    method = random.choice((methods.UPDATE, methods.PREPARE, methods.COMMIT))
+    effect: Effect = random.choice(("its sender dies", "comes late, of a sender that dies"))
+    late = _trap(method, effect, 1.0 + 6.0 * random.random(), skip=random.randrange(20), times=3)
+    return Scene(traps=(late,), goes_back=True)
+
+
+def _silent_trainer(random: Random) -> Scene:
+    """A trainer is not heard of for longer than its lease, with a step prepared."""
+    effect: Effect = random.choice(("its sender stands still", "its sender reaches nobody"))
+    trap = _trap(methods.PREPARE, effect, 14.0, skip=random.randrange(8), times=3)
+    return Scene(traps=(trap,), rescales=random.random() < 0.5)
+
+
+_SCENES = (
+    _dies_in_a_round,
+    _dies_in_a_round,
+    _late_rounds,
+    _untold_view,
+    _made_half,
+    _late_tables,
+    _dead_trainer,
+    _silent_trainer,
+)
+
+
 class Traps:
     """The traps of one run, until ``end``.
 
@@ -119,6 +225,7 @@ class Traps:
 
     def __init__(self, traps: tuple[Trap, ...], park: Park, *, kill_trainer: Callable[[str], None]) -> None:
         self._left = {trap: [trap.skip, trap.times] for trap in traps}
+        self._rounds: dict[Trap, set[str]] = {trap: set() for trap in traps}
         self._park = park
         self._kill_trainer = kill_trainer
         self._over = False
@@ -141,17 +248,29 @@ class Traps:
         for trap, left in self._left.items():
             if self._over or trap.path != call.method.path or not now(trap) or not left[1]:
                 continue
+            if trap.only and not self._is_meant(trap, call):
+                continue
             if left[0]:
                 left[0] -= 1
             else:
                 left[1] -= 1
                 self._spring(trap, call)
 
+    def _is_meant(self, trap: Trap, call: Call) -> bool:
+        if trap.only == "confirms":
+            return bool(call.request.mode == "confirm")
+        token, known = call.request.token, self._rounds[trap]
+        first = bool(token) and token not in known
+        known.add(token)
+        return first if trap.only == "first of its round" else bool(token) and not first
+
     def _spring(self, trap: Trap, call: Call) -> None:
         network, world = self._park.network, self._park.scheduler.world
         network.counts[f"trap: {call.method.name} {trap.effect}"] += 1
-        if trap.effect == "comes late":
+        if trap.effect.startswith("comes late"):
             network.late[call.number] = trap.for_s
+            if trap.effect != "comes late":
+                world.call_soon(self._kill, call.process, COMES_BACK_S)
         elif trap.effect == "comes again":
             network.again[call.number] = trap.for_s
         elif trap.effect == "is answered late":

@@ -27,6 +27,7 @@ from tests.simulation.oracle import Content
 from tests.simulation.processes import Park, Trainer
 from tests.simulation.tables import NUM_SLOTS, TRAINED, WIDTH, draw_bags, draw_grads, draw_schema, may_be_written
 from tests.simulation.training import Training
+from tests.simulation.traps import Scene
 
 T = TypeVar("T")
 
@@ -41,13 +42,14 @@ class Workload:
         park: The processes.
         history: Is told.
         marks: Rare things that were met are counted here.
+        scene: What is to be done in any case, whatever the seed draws.
 
     Attributes:
         trainers: Those that are running now, by name.
         views: The tables that trainers know of, by name, as they were made.
     """
 
-    def __init__(self, park: Park, history: History, marks: Counter[str]) -> None:
+    def __init__(self, park: Park, history: History, marks: Counter[str], *, scene: Scene) -> None:
         self.park = park
         self.history = history
         self.marks = marks
@@ -64,6 +66,9 @@ class Workload:
         self.rescales, self.changes_tables = self._random.choice(
             ((False, False), (True, False), (True, False), (False, True), (True, True))
         )
+        self.goes_back = _first(scene.goes_back, self.goes_back)
+        self.rescales = _first(scene.rescales, self.rescales)
+        self.changes_tables = _first(scene.tables, self.changes_tables)
         self._pause_s = self._random.choice((1.0, 3.0))
         self._operating: asyncio.Task[None] | None = None
 
@@ -92,6 +97,7 @@ class Workload:
         if self.rescales and not self.history.lost and self.park.controller is not None:
             await self._on(self._operator, self._rescale_at_last())
         await self._on(self._operator, self._read_all())
+        await self._let_leases_end()
 
     def waiting(self) -> str:
         """Who is still at what, for a run that does not end."""
@@ -261,16 +267,31 @@ class Workload:
                         f"{made} were made"
                     )
 
+    async def _let_leases_end(self) -> None:
+        """Nobody trains any more: after a lease, and the time in which a shard looks, nothing is held for anybody."""
+        self._operator_doing = "lets leases end"
+        await asyncio.sleep(2.0 * self.park.lease_s + 5.0)
+        for number, process in sorted(self.park.shards.items()):
+            status = await self._on(self._operator, self._operator.dialer.dial(process.info).status())
+            for table in status.tables:
+                if table.updates_held and table.table_id not in self.history.lost:
+                    self.history.say(
+                        f"in the end shard {number} holds {table.updates_held} updates of table {table.name!r} for "
+                        "nobody"
+                    )
+
     def check_written(self, view: TableView, ids: torch.Tensor, rows: torch.Tensor, asked_s: float) -> None:
-        """Every row that was written holds one whole write."""
+        """What a row that was written has in each block is of one write. Blocks may lie on several shards, which writes
+        of several clients, or a copy that comes late, reach in any order."""
+        schema = view.schema
         for slot, row in zip(ids.tolist(), rows, strict=True):
-            writes = self.history.writes[view.schema.table_id, slot]
-            if not writes:
+            writes = self.history.writes[schema.table_id, slot]
+            if not any(write.done_s is not None and write.done_s < asked_s for write in writes):
                 continue
-            if not any(torch.equal(write.row, row) for write in writes) and any(
-                write.done_s is not None and write.done_s < asked_s for write in writes
-            ):
-                self.history.say(f"slot {slot} of table {view.schema.name!r} is what nobody wrote: {row.tolist()}")
+            for block in range(schema.num_blocks):
+                columns = slice(*schema.block_columns(block))
+                if not any(torch.equal(write.row[columns], row[columns]) for write in writes):
+                    self.history.say(f"slot {slot} of table {schema.name!r} is what nobody wrote: {row.tolist()}")
 
 
 def _arrays(view: TableView) -> list[str]:
@@ -285,6 +306,10 @@ def _arrays(view: TableView) -> list[str]:
         "rowwise_adam": ["values.exp_avg", "values.row_exp_avg_sq"],
     }[algorithm]
     return ["values", *state]
+
+
+def _first(asked: bool | None, drawn: bool) -> bool:
+    return drawn if asked is None else asked
 
 
 class _Life:
