@@ -4,6 +4,7 @@ What befalls at random seldom falls between a freeze and the view that follows. 
 seed: the message's kind, what happens then, for how long, and how many of them are let through before.
 """
 
+import contextvars
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -270,13 +271,13 @@ class Traps:
         if trap.effect.startswith("comes late"):
             network.late[call.number] = trap.for_s
             if trap.effect != "comes late":
-                world.call_soon(self._kill, call.process, COMES_BACK_S)
+                world.call_soon(self._kill, call.process, COMES_BACK_S, context=contextvars.Context())
         elif trap.effect == "comes again":
             network.again[call.number] = trap.for_s
         elif trap.effect == "is answered late":
             network.answered_late[call.number] = trap.for_s
-        else:  # not in the middle of what the process does now
-            world.call_soon(self._befall, trap, call, network)
+        else:  # not in the middle of what the process does now, nor under its deadline
+            world.call_soon(self._befall, trap, call, network, context=contextvars.Context())
 
     def _befall(self, trap: Trap, call: Call, network: Network) -> None:
         if self._over:

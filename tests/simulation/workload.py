@@ -115,7 +115,8 @@ class Workload:
         trainer.loop.kill()
         self.park.network.died(trainer.loop)
         kind = ReaderLife if name == "reader" else TrainerLife
-        self.park.scheduler.world.call_later(5.0 * self._random.random(), self._start, name, kind)
+        after_s = self._random.choice((0.5, 5.0)) * self._random.random()
+        self.park.scheduler.world.call_later(after_s, self._start, name, kind)
 
     def kill_shard(self, shard: int) -> None:
         """A shard's process dies with its pages."""
