@@ -330,7 +330,7 @@ class Round:
         return actions
 
     def _renew_s(self, frozen: _Frozen) -> float:
-        """When to renew a freeze: one sum for ``next_s`` and for what is due then, or a last bit would keep them apart."""
+        """When to renew a freeze: one sum, for ``next_s`` and for what is due; a last bit would keep two apart."""
         return frozen.asked_s + self._lease_s / _RENEWALS
 
     def _lost(self, shard: int) -> MempoolError:
