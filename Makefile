@@ -96,7 +96,7 @@ check: lint types imports
 	@OMP_WAIT_POLICY=passive $(BIN)/python tests/changed.py $(SINCE) -n 2 --dist loadfile
 
 # Exit 1 where a seed showed what may not be; the last line says seeds, violations, seeds a second.
-simulate: $(READY)
+simulate: kernels
 	@$(BIN)/python -m tests.simulation.run --seeds $(SEEDS) --seed $(SEED)
 
 # The peers pin torch, so they live in an environment of their own. Times are worth something on an idle machine only.

@@ -322,6 +322,7 @@ class _Life:
         self.name = name
         self.random: Random = trainer.random
         self.doing = ""
+        self.last = False  # no faults any more: what is tried now has to come to a good end
 
     async def live(self) -> None:
         raise NotImplementedError
@@ -346,8 +347,10 @@ class _Life:
         ids = {view.schema.table_id for view in tables}
         try:
             return await call
-        except FAULTS:
+        except FAULTS as error:
             self.workload.marks[f"{what} that failed"] += 1
+            if self.last and not ids & (history.dropped | history.lost):
+                history.say(f"no progress: {self.name}: without faults {what} ends with {error!r}")
         except NotFound as error:
             if not ids & (history.dropped | history.lost):
                 history.say(f"{self.name}: {what}: {error!r}")
@@ -399,6 +402,7 @@ class TrainerLife(_Life):
                 await self.go_back()
             await self.step()
         self.training.timeout_s = 100.0
+        self.last = True
         await self.step(last=True)
         await self.training.close()
 
