@@ -70,7 +70,7 @@ class Scheduler:
         if loop in self.busy:
             self.busy.remove(loop)
 
-    def run_until(self, done: Callable[[], bool], *, limit_s: float, most_handles: int = 5_000_000) -> None:
+    def run_until(self, done: Callable[[], bool], *, limit_s: float, most_handles: int = 500_000) -> None:
         """Run until ``done``. Raises Stuck where there is nothing left to do, or ``limit_s`` is reached before."""
         last = self.handles + most_handles
         hooks = sys.get_asyncgen_hooks()
