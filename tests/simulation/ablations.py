@@ -89,8 +89,9 @@ FAULTS: dict[str, Faults] = {
     "version wait": Faults(
         scene=Scene(
             traps=(
-                _trap(methods.DISCARD, "comes again", 0.1, times=1000),
-                _trap(methods.COMMIT, "comes late", 0.3, times=1000),
+                _trap(methods.FREEZE, "its sender dies", 0.5, only="first of its round", times=20),
+                _trap(methods.DISCARD, "comes again", 3.0, times=1000),
+                _trap(methods.COMMIT, "comes late", 1.5, times=1000),
             ),
             rescales=True,
             tables=False,
@@ -99,13 +100,18 @@ FAULTS: dict[str, Faults] = {
 }
 """Faults in which a safeguard is likely to be needed; without, they are drawn by the seed."""
 SEEN_AT: dict[str, int] = {
+    "incarnation fence": 1,
+    "epoch fence": 8,
+    "wait for decided steps": 4,
     "generation": 1,
-    "epoch fence": 2,
-    "ledger": 2,
-    "wait for decided steps": 6,
-    "order": 13,
+    "ledger": 4,
+    "version wait": 16,
+    "token of a round": 3,
+    "order": 16,
+    "lease of a trainer": 6,
+    "lease of a freeze": 3,
 }
-"""The first seed that shows each one missing: how many were needed. What is not here was not missed yet."""
+"""The first seed that shows each one missing: how many were needed."""
 
 
 @contextmanager
@@ -124,9 +130,14 @@ def without(safeguard: str) -> Iterator[None]:
 def play_without(asked: tuple[str, int]) -> Outcome:
     """One run without a safeguard. The oracle is another matter: it has nobody to be guarded from."""
     safeguard, seed = asked
-    run = Run(seed, faults=FAULTS.get(safeguard))
+    run = run_of(safeguard, seed)
     run.around = without(safeguard)
     return run.play()
+
+
+def run_of(safeguard: str, seed: int) -> Run:
+    """A run in which it is likely to be needed."""
+    return Run(seed, faults=FAULTS.get(safeguard))
 
 
 def kind_of(violation: str) -> str:
