@@ -118,7 +118,7 @@ check: lint types imports
 
 # Exit 1 where a seed showed what may not be; the last line says seeds, violations, seeds a second.
 .PHONY: simulate
-simulate: $(READY)
+simulate: kernels
 	@$(BIN)/python -m tests.simulation.run --seeds $(SEEDS) --seed $(SEED)
 
 # The peers pin torch, so they live in an environment of their own. Times are worth something on an idle machine only.

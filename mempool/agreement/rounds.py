@@ -173,14 +173,14 @@ class Round:
         if self.phase in ("undoing", "ended"):
             return None
         times = [again_s for again_s, _ in self._again.values()]
-        times += [frozen.asked_s + self._lease_s / _RENEWALS for frozen in self._frozen.values()]
+        times += [self._renew_s(frozen) for frozen in self._frozen.values()]
         if self.waits_for and not self._long:
             times.append(self._began_s + _LONG_S)
         return min(times, default=None)
 
     def waits_long(self, now: float) -> bool:
         """Whether its freeze takes so long that it must be a step it waits for."""
-        return bool(self.waits_for) and now - self._began_s >= _LONG_S
+        return bool(self.waits_for) and now >= self._began_s + _LONG_S
 
     def begin(self, now: float) -> list[Action]:
         """The first calls."""
@@ -324,10 +324,14 @@ class Round:
                 del self._again[shard]
                 actions.append(self._tell(shard))
         for shard, frozen in self._frozen.items():
-            if now - frozen.asked_s >= self._lease_s / _RENEWALS:
+            if now >= self._renew_s(frozen):
                 frozen.renewals += 1
                 actions.append(self._ask(Renew(shard, frozen.renewals), frozen, now))
         return actions
+
+    def _renew_s(self, frozen: _Frozen) -> float:
+        """When to renew a freeze: one sum, for ``next_s`` and for what is due; a last bit would keep two apart."""
+        return frozen.asked_s + self._lease_s / _RENEWALS
 
     def _lost(self, shard: int) -> MempoolError:
         why = "" if self._error is None else f" ({self._error})"

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 from mempool.agreement.doubt import AGAIN_S
 from mempool.agreement.ledger import FORGOTTEN
 from mempool.agreement.rounds_here import fate_of_lapsed
-from mempool.errors import MempoolError, ShardUnavailable
+from mempool.errors import MempoolError, NotFound, ShardUnavailable
 from mempool.shard.hosted import HostedTable
 from mempool.shard.steps.held import PreparedStep
 from mempool.types import (
@@ -83,7 +83,11 @@ class Decisions:
         self._turn = 0
 
     def answer(self, request: ResolveRequest) -> ResolveReply:
-        """What this shard knows."""
+        """What this shard knows.
+
+        Raises:
+            NotFound: The order of a table is asked for that is not here: nobody may take that for an order of nothing.
+        """
         table = self._tables().get(request.table_id)
         if table is None:
             return self._of_gone(request.table_id, request.step_id)
@@ -177,7 +181,7 @@ class Decisions:
     def _of_gone(self, table_id: int, step_id: StepId | None) -> ResolveReply:
         """Of a table that is not here: what was not decided of it never will be."""
         if step_id is None:
-            return ResolveReply(version=0)
+            raise NotFound(f"shard {self._shard} has no table {table_id}: it was dropped, or this shard is new")
         entry = self._gone.get(table_id, {}).get((step_id.group, step_id.rank))
         if entry is not None and (entry.generation, entry.step) == (step_id.generation, step_id.step):
             return ResolveReply(version=0, state="decided", steps=entry.others)

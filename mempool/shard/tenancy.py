@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from mempool import kernels
@@ -72,6 +73,12 @@ def _check_version(table: HostedTable, version: int) -> None:
             f"at {here}: the owner that is at the lower one has not applied a step that is decided. Nothing was "
             "changed; move them again once it has"
         )
+
+
+def _same_placement(one: TableView, other: TableView) -> bool:
+    return np.array_equal(one.placement.owners, other.placement.owners) and np.array_equal(
+        one.placement.key_owners, other.placement.key_owners
+    )
 
 
 class Tenancy:
@@ -387,13 +394,21 @@ class Tenancy:
             raise NotFound(f"table {table.table_id} was dropped while its pages were pulled", shard=self._info.shard)
 
     def set_view(self, view: TableView, *, token: str = "") -> None:
-        """Adopt a view. Raises StalePlacement where its round is over here, and as ``HostedTable.adopt`` does."""
+        """Adopt a view. Raises StalePlacement where its round is over here, or another one has made its epoch, and as
+        ``HostedTable.adopt`` does."""
         table = self.table(view.schema.table_id)
         if view.schema != table.view.schema:
             raise InvalidRequest(
                 f"the view's schema of table {table.view.schema.name!r} is another one than the table was made with; "
                 "drop the table and make it anew. Nothing was changed.",
                 shard=self._info.shard,
+            )
+        if view.placement.epoch == table.epoch and not _same_placement(view, table.view):
+            raise StalePlacement(
+                f"table {table.view.schema.name!r} is at epoch {table.epoch} on shard {self._info.shard} by another "
+                "round: one of two controllers is late. Nothing was changed",
+                shard=self._info.shard,
+                address=self._info.address,
             )
         if view.placement.epoch > table.epoch and token:
             table.let_go()

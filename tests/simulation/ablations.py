@@ -19,8 +19,11 @@ from mempool.agreement.rounds_here import RoundsHere
 from mempool.shard.hosted import HostedTable
 from mempool.shard.steps.held import HeldUpdates
 from mempool.shard.tenancy import Tenancy
+from mempool.wire import methods
+from mempool.wire.methods import Method
 from tests.simulation.faults import Faults
 from tests.simulation.run import Outcome, Run, prepare_worker
+from tests.simulation.traps import Effect, Scene, Trap
 
 Patch = tuple[Any, str, Any]
 
@@ -48,24 +51,67 @@ ABLATIONS: dict[str, list[Patch]] = {
     "ledger": [(AppliedLedger, "applied", lambda *_: 0)],
     "token of a round": [(RoundsHere, "check", lambda *_: None)],
     "order": [(Order, "add", _in_order_of_arrival), (Order, "may_take", lambda *_: True)],
-    "lease of a trainer": [(HeldUpdates, "lives", lambda *_: True)],
+    "lease of a trainer": [
+        (HeldUpdates, "lives", lambda *_: True),
+        (HeldUpdates, "silent", lambda *_: ()),
+        (HeldUpdates, "expire", lambda *_: None),
+    ],
     "lease of a freeze": [(RoundsHere, "lapsed", property(lambda _: False))],
 }
+
+
+def _trap(method: Method[Any, Any], effect: Effect, for_s: float, **more: Any) -> Trap:
+    return Trap(path=method.path, effect=effect, for_s=for_s, **more)
+
+
 FAULTS: dict[str, Faults] = {
-    "incarnation fence": Faults(repeat=True, slow=True, shards_die=True, controller_dies=True),
-    "lease of a trainer": Faults(trainers_die=True, partitions=True),
-    "lease of a freeze": Faults(controller_dies=True, partitions=True, pauses=True),
+    "incarnation fence": Faults(shards_die=True, trainers_die=True),
+    "lease of a trainer": Faults(trainers_die=True),
+    "lease of a freeze": Faults(
+        scene=Scene(
+            traps=(_trap(methods.FREEZE, "its sender dies", 1e4, only="not first of its round"),),
+            rescales=True,
+            tables=False,
+        )
+    ),
     "generation": Faults(trainers_die=True),
-    "token of a round": Faults(controller_dies=True, repeat=True, slow=True, pauses=True, partitions=True),
+    "token of a round": Faults(
+        scene=Scene(
+            traps=(
+                _trap(
+                    methods.SET_VIEW, "comes late, of a sender that dies", 5.0, only="first of its round", times=1000
+                ),
+            ),
+            rescales=True,
+            tables=False,
+        )
+    ),
+    "version wait": Faults(
+        scene=Scene(
+            traps=(
+                _trap(methods.FREEZE, "its sender dies", 0.5, only="first of its round", times=20),
+                _trap(methods.DISCARD, "comes again", 3.0, times=1000),
+                _trap(methods.COMMIT, "comes late", 1.5, times=1000),
+            ),
+            rescales=True,
+            tables=False,
+        )
+    ),
 }
+"""Faults in which a safeguard is likely to be needed; without, they are drawn by the seed."""
 SEEN_AT: dict[str, int] = {
+    "incarnation fence": 1,
+    "epoch fence": 8,
+    "wait for decided steps": 4,
     "generation": 1,
-    "epoch fence": 2,
-    "ledger": 2,
-    "wait for decided steps": 6,
-    "order": 13,
+    "ledger": 4,
+    "version wait": 16,
+    "token of a round": 3,
+    "order": 16,
+    "lease of a trainer": 6,
+    "lease of a freeze": 3,
 }
-"""The first seed that shows each one missing: how many were needed. What is not here was not missed yet."""
+"""The first seed that shows each one missing: how many were needed."""
 
 
 @contextmanager
@@ -84,9 +130,14 @@ def without(safeguard: str) -> Iterator[None]:
 def play_without(asked: tuple[str, int]) -> Outcome:
     """One run without a safeguard. The oracle is another matter: it has nobody to be guarded from."""
     safeguard, seed = asked
-    run = Run(seed, faults=FAULTS.get(safeguard))
+    run = run_of(safeguard, seed)
     run.around = without(safeguard)
     return run.play()
+
+
+def run_of(safeguard: str, seed: int) -> Run:
+    """A run in which it is likely to be needed."""
+    return Run(seed, faults=FAULTS.get(safeguard))
 
 
 def kind_of(violation: str) -> str:

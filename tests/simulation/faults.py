@@ -5,17 +5,30 @@ A run has few kinds of faults, another run others: what one kind hides another r
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from random import Random
 
 from tests.simulation.loop import ProcessLoop
 from tests.simulation.network import Weather
 from tests.simulation.processes import Park, Trainer
+from tests.simulation.traps import NO_SCENE, Scene, Trap, Traps
+
+KINDS = (
+    "loss",
+    "slow",
+    "repeat",
+    "partitions",
+    "pauses",
+    "drift",
+    "trainers_die",
+    "controller_dies",
+    "shards_die",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Faults:
-    """Which kinds of faults a run has."""
+    """Which kinds of faults a run has; traps: how many, besides those of its scene."""
 
     loss: bool = False
     slow: bool = False
@@ -26,14 +39,18 @@ class Faults:
     trainers_die: bool = False
     controller_dies: bool = False
     shards_die: bool = False
+    traps: int = 0
+    scene: Scene = NO_SCENE
 
     @classmethod
     def draw(cls, random: Random) -> "Faults":
-        """Each kind in one run of two or three; shards die, and take their pages with them, in one of six."""
-        chance = random.choice((0.2, 0.4, 0.6))
-        drawn = {each.name: random.random() < chance for each in fields(cls)}
+        """Each kind in one run of three or so; shards die, and take their pages with them, in one of six."""
+        chance = random.choice((0.0, 0.2, 0.4, 0.6))
+        drawn = {name: random.random() < chance for name in KINDS}
         drawn["shards_die"] = random.random() < 1 / 6
-        return cls(**drawn)
+        if random.random() < 0.5:
+            return cls(**drawn, traps=random.choice((0, 0, 1)), scene=Scene.draw(random))
+        return cls(**drawn, traps=random.choice((0, 1, 2, 4, 6)))
 
 
 class Chaos:
@@ -43,8 +60,9 @@ class Chaos:
         faults: Which kinds.
         park: The processes.
         trainers: The trainers that are running now, by name.
-        replace: Puts another process in a dead trainer's place.
+        kill_trainer: Kills one, by name.
         kill_shard: Kills a shard.
+        rescales, tables: What there is for traps to meet.
     """
 
     def __init__(
@@ -55,6 +73,8 @@ class Chaos:
         trainers: dict[str, Trainer],
         kill_trainer: Callable[[str], None],
         kill_shard: Callable[[int], None],
+        rescales: bool,
+        tables: bool,
     ) -> None:
         self._faults = faults
         self._park = park
@@ -76,11 +96,15 @@ class Chaos:
             )
             if wanted
         ]
+        drawn = [Trap.draw(random, rescales=rescales, tables=tables) for _ in range(faults.traps)]
+        traps = tuple(dict.fromkeys((*faults.scene.traps, *drawn)))
+        self._traps = Traps(traps, park, kill_trainer=kill_trainer)
         self._over = False
 
     def begin(self) -> None:
         """From now on links are what this run has of them."""
         faults, random = self._faults, self._random
+        self._traps.begin()
         self._park.network.weather = Weather(
             longest_s=random.choice((0.001, 0.01, 0.1)),
             slow=random.choice((0.01, 0.1)) if faults.slow else 0.0,
@@ -99,6 +123,7 @@ class Chaos:
     def end(self) -> None:
         """No faults any more: links are whole, who stood still goes on, clocks are as fast as true time."""
         self._over = True
+        self._traps.end()
         network = self._park.network
         network.weather = Weather()
         network.cut.clear()
@@ -153,7 +178,7 @@ class Chaos:
             self._kill_trainer(self._random.choice(sorted(self._trainers)))
 
     def _controller_dies(self) -> None:
-        self._park.kill_controller(comes_back_s=5.0 * self._random.random())
+        self._park.kill_controller(comes_back_s=self._random.choice((1.0, 5.0, 25.0)) * self._random.random())
 
     def _shard_dies(self) -> None:
         if self._park.shards:

@@ -47,6 +47,7 @@ class Scheduler:
         self._random = self.random("scheduler")
         self._loops: list[ProcessLoop] = []
         self._alive: list[ProcessLoop] = []
+        self.busy: list[ProcessLoop] = []  # those that run and have something ready
         self._number = 0
         self._generators: weakref.WeakKeyDictionary[Any, ProcessLoop] = weakref.WeakKeyDictionary()
         self.world = self.loop("world")
@@ -66,8 +67,10 @@ class Scheduler:
         """It never runs again; its tasks end with all others."""
         if loop in self._alive:
             self._alive.remove(loop)
+        if loop in self.busy:
+            self.busy.remove(loop)
 
-    def run_until(self, done: Callable[[], bool], *, limit_s: float, most_handles: int = 5_000_000) -> None:
+    def run_until(self, done: Callable[[], bool], *, limit_s: float, most_handles: int = 500_000) -> None:
         """Run until ``done``. Raises Stuck where there is nothing left to do, or ``limit_s`` is reached before."""
         last = self.handles + most_handles
         hooks = sys.get_asyncgen_hooks()
@@ -87,24 +90,30 @@ class Scheduler:
 
     def step(self, limit_s: float) -> bool:
         """Run one callback; before, let time pass until there is one. Returns whether there was one by ``limit_s``."""
-        active = [loop for loop in self._alive if loop.ready and loop.runs]
-        if not active:
-            due = min((loop.next_due_s() for loop in self._alive if loop.runs), default=ONLY_WHEN_RUNG)
-            if due > limit_s:
-                self.now_s = max(self.now_s, min(limit_s, due))
+        busy = self.busy
+        if not busy:
+            due = [(loop.next_due_s(), loop) for loop in self._alive if loop.runs]
+            first_s = min((due_s for due_s, _ in due), default=ONLY_WHEN_RUNG)
+            if first_s > limit_s:
+                self.now_s = max(self.now_s, min(limit_s, first_s))
                 return False
             # As a clock does, it goes on in any case: nobody waits for ever for a moment that is almost there.
-            self.now_s = max(self.now_s + RESOLUTION_S, due)
-            for loop in self._alive:
-                if loop.runs:
+            now_s = self.now_s = max(self.now_s + RESOLUTION_S, first_s)
+            for due_s, loop in due:
+                if due_s <= now_s:
                     loop.take_due()
             return True
-        loop = active[0] if len(active) == 1 else self._random.choice(active)
+        random = self._random.random
+        at = int(random() * len(busy)) if len(busy) > 1 else 0
+        loop = busy[at]
         ready = loop.ready
         # The last one takes the place of the one that is run: what is ready has no order.
-        place = self._random.randrange(len(ready)) if len(ready) > 1 else 0
+        place = int(random() * len(ready)) if len(ready) > 1 else 0
         handle, ready[place] = ready[place], ready[-1]
         ready.pop()
+        if not ready:
+            busy[at] = busy[-1]
+            busy.pop()
         if not handle._cancelled:  # type: ignore[attr-defined]
             self.handles += 1
             events._set_running_loop(loop)
@@ -125,9 +134,11 @@ class Scheduler:
                 task.cancel()
             for loop in self._loops:
                 loop.runs = True
+            self.busy = [loop for loop in self._loops if loop.ready]
             deadline_s = self.now_s + 1.0
-            while any(loop.ready for loop in self._loops) and self.step(deadline_s):
+            while self.busy and self.step(deadline_s):
                 pass
+        self.busy.clear()
         for loop in self._loops:
             loop.ready.clear()
             loop.forget_timers()
@@ -177,9 +188,14 @@ class ProcessLoop(asyncio.AbstractEventLoop):
     def stop(self) -> None:
         """Stand still, as after SIGSTOP: nothing of it runs, its clock goes on."""
         self.runs = False
+        if self in self.scheduler.busy:
+            self.scheduler.busy.remove(self)
 
     def resume(self) -> None:
-        self.runs = not self.dead
+        if not self.runs and not self.dead:
+            self.runs = True
+            if self.ready:
+                self.scheduler.busy.append(self)
 
     def kill(self) -> None:
         """Nothing of it ever runs again."""
@@ -207,7 +223,12 @@ class ProcessLoop(asyncio.AbstractEventLoop):
     def take_due(self) -> None:
         """Make ready what is due."""
         while self._timers and self.next_due_s() <= self.scheduler.now_s:
-            self.ready.append(heapq.heappop(self._timers)[2])
+            self.make_ready(heapq.heappop(self._timers)[2])
+
+    def make_ready(self, handle: asyncio.Handle) -> None:
+        if not self.ready and self.runs:
+            self.scheduler.busy.append(self)
+        self.ready.append(handle)
 
     def forget_timers(self) -> None:
         self._timers.clear()
@@ -217,7 +238,7 @@ class ProcessLoop(asyncio.AbstractEventLoop):
     def call_soon(self, callback: Any, *args: Any, context: contextvars.Context | None = None) -> asyncio.Handle:
         handle = asyncio.Handle(callback, args, self, context)
         if not self.closed:
-            self.ready.append(handle)
+            self.make_ready(handle)
         return handle
 
     def call_soon_threadsafe(

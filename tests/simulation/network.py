@@ -101,12 +101,18 @@ class Network:
     Attributes:
         weather: Of all links.
         cut: (from, to) of the links that let nothing through.
-        observers: Told each call when it is sent, when a server has done it and when its answer has come.
+        late, again, answered_late: Seconds by which a call's request, a copy of it, or its answer, is late; put there
+            by who is told of it.
+        on_sent, on_served, on_answered: Told each call when it is sent, when a server has done it and when its answer
+            has come.
     """
 
     def __init__(self, scheduler: Scheduler, *, encode: bool = False) -> None:
         self.weather = Weather()
         self.cut: set[tuple[str, str]] = set()
+        self.late: dict[int, float] = {}
+        self.again: dict[int, float] = {}
+        self.answered_late: dict[int, float] = {}
         self.calls = 0
         self.on_sent: list[Callable[[Call], None]] = []
         self.on_served: list[Callable[[Call, Any], None]] = []
@@ -190,13 +196,18 @@ class Network:
         client = waiting.loop.name
         for observer in self.on_sent:
             observer(waiting.call)
-        self._send(client, _machine(address), waiting, self._arrived, waiting, address)
-        if self.weather.repeat and self._random.random() < self.weather.repeat:
+        late_s, again_s = self.late.pop(waiting.call.number, None), self.again.pop(waiting.call.number, None)
+        if late_s is None:
+            self._send(client, _machine(address), waiting, self._arrived, waiting, address)
+        else:
+            self._deliver(late_s, client, _machine(address), waiting, self._arrived, (waiting, address))
+        if again_s is None and self.weather.repeat and self._random.random() < self.weather.repeat:
+            again_s = self._random.random() * self.weather.longest_repeat_s
+        if again_s is not None:
             # As a try that its client gave up and made again: the first arrives all the same.
             self.counts["repeated"] += 1
             copy = _Waiting(self, waiting.loop, waiting.call, waiting.frame, waiting.timeout_s, lost=True)
-            delay_s = self._random.random() * self.weather.longest_repeat_s
-            self._deliver(delay_s, client, _machine(address), copy, self._arrived, (copy, address))
+            self._deliver(again_s, client, _machine(address), copy, self._arrived, (copy, address))
 
     def _arrived(self, waiting: "_Waiting", address: str) -> None:
         listener = self._listeners.get(address)
@@ -243,7 +254,11 @@ class Network:
         error = done.exception()
         answer = waiting.failed if error is not None else waiting.replied
         value = done.result() if error is None else error
-        self._send(listener.loop.name, waiting.loop.name, waiting, answer, value)
+        late_s = self.answered_late.pop(waiting.call.number, None)
+        if late_s is None:
+            self._send(listener.loop.name, waiting.loop.name, waiting, answer, value)
+        else:
+            self._deliver(late_s, listener.loop.name, waiting.loop.name, waiting, answer, (value,))
 
     def cancel(self, waiting: "_Waiting") -> None:
         """A client went away: its server is told."""

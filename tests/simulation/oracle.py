@@ -108,6 +108,17 @@ class Oracle:
         )
         return self._run(self._engine.gather(request)).values
 
+    def gather_all(self, bags: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Sequence[Tensor]:
+        """[B, V] of each (ids, weights, offsets): what they would be one by one."""
+        if not bags:
+            return ()
+        ids, weights = (torch.cat([each[number] for each in bags]) for number in (0, 1))
+        offsets, pairs = [torch.zeros(1, dtype=torch.int64)], 0
+        for each in bags:
+            offsets.append(each[2][1:] + pairs)
+            pairs += len(each[0])
+        return self.gather(ids, weights, torch.cat(offsets)).split([len(each[2]) - 1 for each in bags])
+
     def read(self, array: str, ids: Tensor) -> Tensor:
         """Rows of a named array."""
         request = ReadRowsRequest(envelope=self._envelope, array=array, ids=ids)

@@ -23,7 +23,6 @@ from tests.simulation.network import Network
 POOL = "simulated"
 CONTROLLER = "controller"
 CONTROLLER_ADDRESS = "controller:7077"
-TRAINER_LEASE_S = 10.0
 _LOOK_S = 10.0
 _RETRY_S = 1.0
 _EPOCH_S = 1_700_000_000.0  # when the simulated world begins, on everybody's wall clock
@@ -40,7 +39,7 @@ class Park:
         scheduler: Runs them.
         network: Links them.
         drift: By how much clocks may be faster or slower than true time, as a part of it.
-        leases_s: Of trainers on shards, seconds.
+        lease_s: Of trainers on shards.
 
     Attributes:
         shards: Running shard processes by number, those that stand still too.
@@ -50,7 +49,7 @@ class Park:
         killed: Incarnations of shards that were killed with what they had.
     """
 
-    def __init__(self, scheduler: Scheduler, network: Network, *, drift: float = 0.0) -> None:
+    def __init__(self, scheduler: Scheduler, network: Network, *, drift: float = 0.0, lease_s: float = 10.0) -> None:
         self.scheduler = scheduler
         self.network = network
         self.shards: dict[int, ShardProcess] = {}
@@ -60,6 +59,7 @@ class Park:
         self.killed: list[ShardInfo] = []
         self.on_shard: list[Callable[[ShardProcess], None]] = []
         self.on_controller: list[Callable[[ControllerProcess], None]] = []
+        self.lease_s = lease_s
         self._drift = drift
         self._random = scheduler.random("park")
         self._incarnation = 0
@@ -151,7 +151,7 @@ class ShardProcess:
             device="cpu",
             peers=dialer.dial,
             pool=POOL,
-            held_lease_s=TRAINER_LEASE_S,
+            held_lease_s=park.lease_s,
             clock=loop.time,
             runner=park.runner(loop),
         )
@@ -218,7 +218,7 @@ class ControllerProcess:
                 launcher=self._launcher,
                 dial=dialer.dial,
                 round_bytes=1024,
-                trainer_lease_s=TRAINER_LEASE_S,
+                trainer_lease_s=park.lease_s,
                 clock=loop.time,
                 wall_clock=park.wall_clock,
                 runner=park.runner(loop),

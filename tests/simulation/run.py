@@ -10,7 +10,6 @@ import hashlib
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -48,17 +47,13 @@ class Outcome:
     faults: Faults
 
 
-Hook = Callable[["Run"], None]
-
-
 @dataclass
 class Run:
-    """One run; made, played once, and looked at."""
+    """One run; made, played once, and looked at. What is not said is drawn by the seed."""
 
     seed: int
     faults: Faults | None = None
     encode: bool | None = None
-    hooks: tuple[Hook, ...] = ()
     marks: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -67,19 +62,23 @@ class Run:
         random = self.scheduler.random("run")
         self.faults = self.faults or Faults.draw(random)
         encode = random.random() < 0.1 if self.encode is None else self.encode
-        self.lasts_s = random.choice((10.0, 25.0, 50.0))
+        self.lasts_s = random.choice((6.0, 12.0, 24.0))
         self.network = Network(self.scheduler, encode=encode)
         self.history = History()
         self.history.watch(self.network)
-        self.park = Park(self.scheduler, self.network, drift=0.02 if self.faults.drift else 0.0)
+        self.park = Park(
+            self.scheduler,
+            self.network,
+            drift=random.choice((0.02, 0.3)) if self.faults.drift or self.faults.scene.drifts else 0.0,
+            lease_s=random.choice((3.0, 10.0)),
+        )
         Marks(self.marks).watch(self.network)
-        self.workload = Workload(self.park, self.history, self.marks)
+        self.park.on_shard.append(lambda shard: self.history.shard_started(shard.info, shard.loop.name))
+        self.workload = Workload(self.park, self.history, self.marks, scene=self.faults.scene)
         self.shards = random.choice((1, 2, 2, 3, 3, 4))
 
     def play(self) -> Outcome:
         """Raises nothing: what goes wrong is a violation."""
-        for hook in self.hooks:
-            hook(self)
         enabled = gc.isenabled()
         gc.disable()  # when garbage is collected is no part of a seed
         try:
@@ -122,6 +121,8 @@ class Run:
             trainers=workload.trainers,
             kill_trainer=workload.kill_trainer,
             kill_shard=workload.kill_shard,
+            rescales=workload.rescales,
+            tables=workload.changes_tables,
         )
         chaos.begin()
         going = scheduler.world.create_task(chaos.go_on())
@@ -179,7 +180,7 @@ def main() -> int:
     done = 0
     totals: Counter[str] = Counter()
     seeds = range(options.seed, options.seed + options.seeds)
-    with get_context("spawn").Pool(options.processes, prepare_worker, maxtasksperchild=100) as pool:
+    with get_context("spawn").Pool(options.processes, prepare_worker, maxtasksperchild=1000) as pool:
         for outcome in pool.imap(play, seeds):
             marks.update(outcome.marks)
             totals.update(

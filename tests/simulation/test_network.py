@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mempool.errors import DeadlineExceeded, Internal, MempoolError, NotFound, PoolUnreachable
-from mempool.types import RescaleProgress
+from mempool.types import DropTable, RescaleProgress
 from mempool.types.caller import current_caller
 from mempool.wire import methods
 from tests.simulation.loop import ProcessLoop, Scheduler
@@ -67,7 +67,7 @@ class Scene:
         self.channel: SimulatedChannel = self.network.channels(self.client)(ADDRESS)
 
     def drop(self, name: str, *, timeout_s: float | None = None, wait_s: float = 1000.0) -> None:
-        call = self.channel.call(methods.DROP_TABLE, name, timeout_s=timeout_s)
+        call = self.channel.call(methods.DROP_TABLE, DropTable(name=name, table_id=0), timeout_s=timeout_s)
         self.scheduler.run(call, loop=self.client, limit_s=self.scheduler.now_s + wait_s)
 
     def later(self, after_s: float, do: Any, *args: Any) -> None:
@@ -129,7 +129,7 @@ def test_a_caller_that_goes_away_ends_the_call_at_the_server(scene: Scene) -> No
     async def leave() -> None:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(1.0):
-                await scene.channel.call(methods.DROP_TABLE, "facts")
+                await scene.channel.call(methods.DROP_TABLE, DropTable(name="facts", table_id=0))
 
     scene.pool.takes_s = 50.0
     scene.scheduler.run(leave(), loop=scene.client)
@@ -186,7 +186,7 @@ def test_a_server_that_stands_still_answers_late(scene: Scene) -> None:
 def test_messages_overtake_each_other_and_a_seed_says_how() -> None:
     def order(seed: int) -> list[str]:
         scene = Scene(seed)
-        calls = [scene.channel.call(methods.DROP_TABLE, name) for name in "abcdef"]
+        calls = [scene.channel.call(methods.DROP_TABLE, DropTable(name=name, table_id=0)) for name in "abcdef"]
 
         async def together() -> None:
             await asyncio.gather(*calls, return_exceptions=True)

@@ -39,3 +39,15 @@ def test_the_oracle_is_what_torch_makes_in_float64(algorithm: str) -> None:
             oracle.read("values", every).double(), reference.values.detach(), rtol=1e-4, atol=1e-5
         )
     oracle.close()
+
+
+def test_asked_for_many_at_once_it_answers_as_one_by_one() -> None:
+    random = Random(7)
+    oracle = Oracle(draw_schema(random, "facts"))
+    asked = []
+    for _ in range(9):
+        ids, weights, offsets = draw_bags(random)
+        asked.append((ids, torch.ones(len(ids)) if weights is None else weights, offsets))
+    for bags, sums in zip(asked, oracle.gather_all(asked), strict=True):
+        assert torch.equal(oracle.gather(*bags), sums)
+    oracle.close()

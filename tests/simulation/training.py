@@ -97,6 +97,7 @@ class Training:
     def _session(self, view: TableView) -> Session:
         table_id = view.schema.table_id
         if table_id not in self._sessions:
+            self._trainer.api._learned(view)  # as one that has asked for it
             self._trainer.router.adopt(view)
             self._sessions[table_id] = Session(
                 self._trainer.router,

@@ -27,6 +27,7 @@ from tests.simulation.oracle import Content
 from tests.simulation.processes import Park, Trainer
 from tests.simulation.tables import NUM_SLOTS, TRAINED, WIDTH, draw_bags, draw_grads, draw_schema, may_be_written
 from tests.simulation.training import Training
+from tests.simulation.traps import Scene
 
 T = TypeVar("T")
 
@@ -41,13 +42,14 @@ class Workload:
         park: The processes.
         history: Is told.
         marks: Rare things that were met are counted here.
+        scene: What is to be done in any case, whatever the seed draws.
 
     Attributes:
         trainers: Those that are running now, by name.
         views: The tables that trainers know of, by name, as they were made.
     """
 
-    def __init__(self, park: Park, history: History, marks: Counter[str]) -> None:
+    def __init__(self, park: Park, history: History, marks: Counter[str], *, scene: Scene) -> None:
         self.park = park
         self.history = history
         self.marks = marks
@@ -61,8 +63,13 @@ class Workload:
         self._starts = 0
         self.generations: Counter[str] = Counter()
         self.goes_back = self._random.random() < 0.5
-        self._rescales = self._random.random() < 0.5
-        self._changes_tables = self._random.random() < 0.3
+        self.rescales, self.changes_tables = self._random.choice(
+            ((False, False), (True, False), (True, False), (False, True), (True, True))
+        )
+        self.goes_back = _first(scene.goes_back, self.goes_back)
+        self.rescales = _first(scene.rescales, self.rescales)
+        self.changes_tables = _first(scene.tables, self.changes_tables)
+        self._pause_s = self._random.choice((1.0, 3.0))
         self._operating: asyncio.Task[None] | None = None
 
     # Lives
@@ -70,9 +77,9 @@ class Workload:
     async def begin(self) -> None:
         """Make tables and start everybody. On the world's loop."""
         await self._on(self._operator, self._make_tables(self._random.choice((1, 1, 2, 3))))
-        for number in range(self._random.choice((1, 2, 3))):
+        for number in range(self._random.choice((1, 1, 2, 3))):
             self._start(f"trainer-{number}", TrainerLife)
-        if self._random.random() < 0.7:
+        if self._random.random() < 0.4:
             self._start("reader", ReaderLife)
         self._operating = self._operator.loop.create_task(self._operate())
 
@@ -87,9 +94,10 @@ class Workload:
                     life.result()
         if self._operating is not None:
             self._operating.result()
-        if self._rescales and not self.history.lost and self.park.controller is not None:
+        if self.rescales and not self.history.lost and self.park.controller is not None:
             await self._on(self._operator, self._rescale_at_last())
         await self._on(self._operator, self._read_all())
+        await self._let_leases_end()
 
     def waiting(self) -> str:
         """Who is still at what, for a run that does not end."""
@@ -107,7 +115,8 @@ class Workload:
         trainer.loop.kill()
         self.park.network.died(trainer.loop)
         kind = ReaderLife if name == "reader" else TrainerLife
-        self.park.scheduler.world.call_later(5.0 * self._random.random(), self._start, name, kind)
+        after_s = self._random.choice((0.5, 5.0)) * self._random.random()
+        self.park.scheduler.world.call_later(after_s, self._start, name, kind)
 
     def kill_shard(self, shard: int) -> None:
         """A shard's process dies with its pages."""
@@ -200,13 +209,13 @@ class Workload:
         random = self._random
         while not self.ending:
             self._operator_doing = "sleeps"
-            await asyncio.sleep(random.expovariate(1 / 5.0))
+            await asyncio.sleep(random.expovariate(1 / self._pause_s))
             if self.ending:
                 break
-            if self._rescales and random.random() < 0.7:
+            if self.rescales and (not self.changes_tables or random.random() < 0.6):
                 self._operator_doing = "rescales"
                 await self._rescale(random.randint(1, 4))
-            elif self._changes_tables or self.history.lost:
+            elif self.changes_tables or self.history.lost:
                 name = random.choice(sorted(self.views)) if self.views else ""
                 if name and (random.random() < 0.5 or self.views[name].schema.table_id in self.history.lost):
                     self._operator_doing = f"drops {name}"
@@ -259,16 +268,31 @@ class Workload:
                         f"{made} were made"
                     )
 
+    async def _let_leases_end(self) -> None:
+        """Nobody trains any more: after a lease, and the time in which a shard looks, nothing is held for anybody."""
+        self._operator_doing = "lets leases end"
+        await asyncio.sleep(2.0 * self.park.lease_s + 5.0)
+        for number, process in sorted(self.park.shards.items()):
+            status = await self._on(self._operator, self._operator.dialer.dial(process.info).status())
+            for table in status.tables:
+                if table.updates_held and table.table_id not in self.history.lost:
+                    self.history.say(
+                        f"in the end shard {number} holds {table.updates_held} updates of table {table.name!r} for "
+                        "nobody"
+                    )
+
     def check_written(self, view: TableView, ids: torch.Tensor, rows: torch.Tensor, asked_s: float) -> None:
-        """Every row that was written holds one whole write."""
+        """What a row that was written has in each block is of one write. Blocks may lie on several shards, which writes
+        of several clients, or a copy that comes late, reach in any order."""
+        schema = view.schema
         for slot, row in zip(ids.tolist(), rows, strict=True):
-            writes = self.history.writes[view.schema.table_id, slot]
-            if not writes:
+            writes = self.history.writes[schema.table_id, slot]
+            if not any(write.done_s is not None and write.done_s < asked_s for write in writes):
                 continue
-            if not any(torch.equal(write.row, row) for write in writes) and any(
-                write.done_s is not None and write.done_s < asked_s for write in writes
-            ):
-                self.history.say(f"slot {slot} of table {view.schema.name!r} is what nobody wrote: {row.tolist()}")
+            for block in range(schema.num_blocks):
+                columns = slice(*schema.block_columns(block))
+                if not any(torch.equal(write.row[columns], row[columns]) for write in writes):
+                    self.history.say(f"slot {slot} of table {schema.name!r} is what nobody wrote: {row.tolist()}")
 
 
 def _arrays(view: TableView) -> list[str]:
@@ -285,6 +309,10 @@ def _arrays(view: TableView) -> list[str]:
     return ["values", *state]
 
 
+def _first(asked: bool | None, drawn: bool) -> bool:
+    return drawn if asked is None else asked
+
+
 class _Life:
     """One process of a run, from its start to its end."""
 
@@ -294,9 +322,14 @@ class _Life:
         self.name = name
         self.random: Random = trainer.random
         self.doing = ""
+        self.last = False  # no faults any more: what is tried now has to come to a good end
 
     async def live(self) -> None:
         raise NotImplementedError
+
+    async def rest(self) -> None:
+        """Mostly short, now and then long: so a run has busy moments and is not busy all the time."""
+        await asyncio.sleep(self.random.expovariate(1 / (3.0 if self.random.random() < 0.2 else 0.1)))
 
     def now_s(self) -> float:
         return self.workload.park.scheduler.now_s
@@ -314,8 +347,10 @@ class _Life:
         ids = {view.schema.table_id for view in tables}
         try:
             return await call
-        except FAULTS:
+        except FAULTS as error:
             self.workload.marks[f"{what} that failed"] += 1
+            if self.last and not ids & (history.dropped | history.lost):
+                history.say(f"no progress: {self.name}: without faults {what} ends with {error!r}")
         except NotFound as error:
             if not ids & (history.dropped | history.lost):
                 history.say(f"{self.name}: {what}: {error!r}")
@@ -332,7 +367,7 @@ class ReaderLife(_Life):
 
     async def live(self) -> None:
         while not self.workload.ending:
-            await asyncio.sleep(self.random.expovariate(1 / 0.3))
+            await self.rest()
             for view in self.pick():
                 if self.random.random() < 0.5:
                     self.trainer.router.forget(view.schema.table_id)
@@ -362,11 +397,12 @@ class TrainerLife(_Life):
 
     async def live(self) -> None:
         while not self.workload.ending:
-            await asyncio.sleep(self.random.expovariate(1 / 0.3))
+            await self.rest()
             if self.workload.goes_back and self.random.random() < 0.03:
                 await self.go_back()
             await self.step()
         self.training.timeout_s = 100.0
+        self.last = True
         await self.step(last=True)
         await self.training.close()
 

@@ -160,6 +160,10 @@ class Coordinator:
                 session.counters.updates_discarded += dropped[-1]
                 if session.joint is not None and session.book.closing is None:
                     concerned |= self._abandon(session.joint)
+            if any(session.book.given_up for session in concerned.values()):
+                # What is over at a shard is so with all that came before it: first it hears of the step before.
+                for joint in _distinct(session.applying for session in concerned.values()):
+                    await self._finish_telling(joint, left_s)
             await self._tell_given_up(concerned.values(), left_s)
             return dropped
 
