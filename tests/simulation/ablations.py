@@ -106,7 +106,7 @@ SEEN_AT: dict[str, int] = {
     "generation": 1,
     "ledger": 4,
     "version wait": 16,
-    "token of a round": 3,
+    "token of a round": 5,
     "order": 16,
     "lease of a trainer": 6,
     "lease of a freeze": 3,
