@@ -8,18 +8,24 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCH := .venv-bench
 READY := $(VENV)/.ready
-# What the demo needs is less than what tests need, and sooner there.
+# What the demo needs is less than what tests need, and sooner there; what compiles its kernels needs less still.
 DEMO_READY := $(VENV)/.demo-ready
+KERNELS_READY := $(VENV)/.kernels-ready
+# What builds mempool: in place, so that pip makes no environment for it each time.
+BUILD := hatchling editables
 # Nothing is compiled to bytecode before it is imported: most of it never is.
 PIP := -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # What the demo counts its time from: setting up is part of it.
+ifndef BEGAN
 BEGAN := $(shell date +%s)
+endif
+export BEGAN
 SOURCES := mempool examples tests protos
 SINCE := HEAD
 SEEDS ?= 200
 SEED ?= 1
 
-.PHONY: help demo test static check simulate bench lint types imports protos protos-check unit kernels run-tests setup clean
+.PHONY: help demo run-demo test static check bench lint types imports protos protos-check unit kernels run-tests files integration setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,12 +34,16 @@ help:
 setup: $(READY)
 
 # Made anew when what is to be installed changes; otherwise nothing is installed again.
-$(READY): pyproject.toml constraints.txt
-	@$(call made,$(VENV),dev)
-	@touch $@ $(DEMO_READY)
+$(READY): $(KERNELS_READY)
+	@$(BIN)/python $(PIP) --no-build-isolation -e '.[dev]'
+	@touch $(DEMO_READY) $@
 
-$(DEMO_READY): pyproject.toml constraints.txt
-	@$(call made,$(VENV),server$(,)examples)
+$(KERNELS_READY): pyproject.toml constraints.txt
+	@$(call made,$(VENV),$(BUILD) torch numba numpy pydantic pyyaml)
+	@touch $@
+
+$(DEMO_READY): $(KERNELS_READY)
+	@$(BIN)/python $(PIP) --no-build-isolation -e '.[server,examples]'
 	@touch $@
 
 , := ,
@@ -41,10 +51,15 @@ define made
 echo "== setting up $(1) with $(PYTHON) (a few minutes, once)"; \
 $(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "mempool needs Python 3.11 or newer; set PYTHON=")' && \
 { test -x $(1)/bin/python || $(PYTHON) -m venv $(1); } && \
-$(1)/bin/python $(PIP) -e '.[$(2)]'
+$(1)/bin/python $(PIP) $(2)
 endef
 
-demo: $(DEMO_READY)
+# Kernels compile while the rest is installed and Ray starts; where they are compiled already that ends at once.
+demo: $(KERNELS_READY)
+	@PYTHONPATH=. $(BIN)/python examples/compile_kernels.py -f cluster/local.yaml & \
+	$(MAKE) --no-print-directory run-demo; code=$$?; wait; exit $$code
+
+run-demo: $(DEMO_READY)
 	@echo "== demo: a pool of 2 shards on Ray, a trainer attached over gRPC, 10,000 facts, 2 -> 4 shards half way"
 	@DEMO_BEGAN=$(BEGAN) $(BIN)/python examples/demo.py
 
@@ -83,12 +98,18 @@ kernels: $(READY)
 	@echo "== compiling the CPU kernels (once per version of them, kept on disk: no test shall wait for a compiler)"
 	@$(BIN)/python -c "from mempool import kernels; kernels.warm_up()"
 
-# File by file in the order of tests/conftest.py, the long ones first.
+# Those that start Ray and its nodes wait most of their time, one after the other.
 run-tests:
+	@$(MAKE) --no-print-directory -j 2 -O files integration
+
+# File by file in the order of tests/conftest.py, the long ones first.
+files: $(READY)
 	@echo "== tests"
 	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/integration
-	@echo "== tests that start Ray and its nodes, one after the other"
-	@$(BIN)/python -m pytest -q tests/integration
+
+integration: $(READY)
+	@echo "== tests that start Ray and its nodes"
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q tests/integration
 
 # What a change needs at least, in a minute or so: lint, types, imports, and the tests of the files that changed.
 check: lint types imports
@@ -96,6 +117,7 @@ check: lint types imports
 	@OMP_WAIT_POLICY=passive $(BIN)/python tests/changed.py $(SINCE) -n 2 --dist loadfile
 
 # Exit 1 where a seed showed what may not be; the last line says seeds, violations, seeds a second.
+.PHONY: simulate
 simulate: kernels
 	@$(BIN)/python -m tests.simulation.run --seeds $(SEEDS) --seed $(SEED)
 
@@ -104,7 +126,7 @@ bench: $(BENCH)/.ready
 	@$(BENCH)/bin/mempool bench kernels --out tests/benchmarks/results --plot docs/kernels-cpu.png
 
 $(BENCH)/.ready: pyproject.toml constraints.txt
-	@$(call made,$(BENCH),server$(,)bench)
+	@$(call made,$(BENCH),-e '.[server$(,)bench]')
 	@touch $@
 
 clean:

@@ -47,10 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         config = write_config(pool, folder=_OUT, template=Path("cluster/local.yaml"))
         _say(f"a pool of {SHARDS_BEFORE} shards, by {config}")
         with ExitStack() as ending:
-            with (
-                _timed(spent, "Ray and the pool, up; kernels compiled beside it, or found"),
-                _beside("examples/compile_kernels.py", "-f", str(config)),
-            ):
+            with _timed(spent, "Ray and the pool, up; the rest of its kernels compiled, or all found"):
                 _run("-m", "mempool", "up", "-f", str(config))
                 ending.callback(_end, pool, spent=spent)
             _train(config, arguments, spent=spent)
@@ -134,22 +131,8 @@ def _run(*arguments: str, captured: bool = False) -> str:
     Raises:
         DemoError: if it fails.
     """
-    with _started(*arguments, captured=captured) as process:
-        printed, _ = process.communicate()
-    return printed or ""
-
-
-@contextmanager
-def _beside(*arguments: str) -> Iterator[None]:
-    """Runs a Python command beside what is done meanwhile, and waits for it. Raises DemoError as ``_run``."""
-    with _started(*arguments, after=" &"):
-        yield
-
-
-@contextmanager
-def _started(*arguments: str, captured: bool = False, after: str = "") -> Iterator[subprocess.Popen[str]]:
     command = shlex.join(["python", *arguments])
-    print(f"$ {command}{after}", flush=True)
+    print(f"$ {command}", flush=True)
     process = subprocess.Popen(
         [sys.executable, *arguments],
         env={**os.environ, "XDG_STATE_HOME": str(_ROOT / _STATE)},
@@ -158,8 +141,7 @@ def _started(*arguments: str, captured: bool = False, after: str = "") -> Iterat
         start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on once
     )
     try:
-        yield process
-        process.wait()
+        printed, _ = process.communicate()
     except BaseException:
         process.send_signal(signal.SIGINT)
         try:
@@ -170,6 +152,7 @@ def _started(*arguments: str, captured: bool = False, after: str = "") -> Iterat
         raise
     if process.returncode:
         raise DemoError(f"`{command}` ended with {process.returncode}")
+    return printed or ""
 
 
 def _say(text: str) -> None:

@@ -1,9 +1,55 @@
-"""The order of the suite: two workers take its files one after the other, and a long one at the end leaves one idle."""
+"""How the suite shares its workers: a file's tests go to one of them, the long files first, so that none idles at the
+end; the contract's files go to one together, as they share what they start."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-_LONG = ("test_triton.py", "test_parts.py", "test_training.py", "test_distributed.py")
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadFileScheduling
+
+_LONG = ("test_triton.py", "contract", "test_parts.py", "test_training.py", "test_distributed.py")
+
+
+def _place(item: pytest.Item) -> int:
+    for place, name in enumerate(_LONG):
+        if name in (item.path.name, item.path.parent.name):
+            return place
+    return len(_LONG)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
+    items.sort(key=_place)
+
+
+def _settle() -> None:
+    """Thousands of tests and what they import stay; each collection of a test's garbage would walk through them."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    _settle()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is None or nextitem.path != item.path:  # what this file was the first to import stays too
+        _settle()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    if config.option.dist != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class FilesAndContract(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "tests/contract" if file.startswith("tests/contract/") else file
+
+    return FilesAndContract(config, log)

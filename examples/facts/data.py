@@ -5,10 +5,12 @@ How a question is turned into numbers is `text.py`'s; facts of your own come thr
 
 from __future__ import annotations
 
+import gc
 import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -104,10 +106,11 @@ def build_facts(num_facts: int = 20_000, *, seed: int = 0) -> FactBook:
     if num_facts < 1:
         raise ValueError(f"num_facts = {num_facts}; give at least 1.")
     random = Random(seed)
-    cities = list(_city_facts())
-    others = sorted(_airport_facts(), key=_sort_key) + sorted(_county_facts(), key=_sort_key)
-    random.shuffle(others)
-    candidates = single_answers([*_country_facts(), *cities, *others])
+    with _no_collections():
+        cities = list(_city_facts())
+        others = sorted(_airport_facts(), key=_sort_key) + sorted(_county_facts(), key=_sort_key)
+        random.shuffle(others)
+        candidates = single_answers([*_country_facts(), *cities, *others])
     picked: list[Fact] = []
     room = {relation: round(quota * num_facts / 20_000) for relation, quota in QUOTAS.items()}
     for fact in candidates:
@@ -117,6 +120,18 @@ def build_facts(num_facts: int = 20_000, *, seed: int = 0) -> FactBook:
             picked.append(fact)
     random.shuffle(picked)
     return FactBook(facts=tuple(picked[:num_facts]), phrasings=PHRASINGS)
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Millions of small objects come here, none in a cycle: the cyclic collector would look for one again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def single_answers(facts: Iterable[Fact]) -> list[Fact]:

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from dataclasses import replace
 
+from mempool.agreement.order import NOBODY
 from mempool.errors import StepConflict
 from mempool.types import DecidedStep, Ledger, LedgerEntry, StepId
 
@@ -15,6 +16,9 @@ MAX_OLDER = 1024
 
 MAX_OTHERS = 65_536
 """Parts at other tables, of all entries together: what is above is forgotten of the oldest."""
+
+FORGOTTEN = DecidedStep(table_id=0, version=0, step_id=NOBODY, lr=0.0, grad_scale=1.0)
+"""In the place of those parts."""
 
 _NONE = LedgerEntry()
 
@@ -32,6 +36,7 @@ class AppliedLedger:
         self.updates_applied = 0
         self._step_offset = 0
         self._entries: dict[tuple[str, int], LedgerEntry] = {}
+        self._never: OrderedDict[tuple[str, int], None] = OrderedDict()  # those that never committed: of dropped steps
         self._older: OrderedDict[tuple[str, int, int], LedgerEntry] = OrderedDict()
         self._num_others = 0
         self._take(ledger or Ledger())
@@ -141,25 +146,42 @@ class AppliedLedger:
             if len(self._older) > MAX_OLDER:
                 self._older.popitem(last=False)
         self._entries[rank] = entry
-        self._num_others += len(entry.others) - len(before.others)
+        self._never.pop(rank, None)
+        if _never_committed(entry):
+            self._never[rank] = None
+        self._num_others += _count(entry) - _count(before)
         if len(self._entries) > MAX_ENTRIES:
-            self._num_others -= len(self._entries.pop(next(iter(self._entries))).others)
+            # What is refused leaves an entry, too: however many there are, they push out none that was applied.
+            oldest = next(iter(self._never or self._entries))
+            self._never.pop(oldest, None)
+            self._num_others -= _count(self._entries.pop(oldest))
         if self._num_others > MAX_OTHERS:
             self._forget_others()
 
     def _forget_others(self) -> None:
         """Of the oldest half: whoever is in doubt of a step asks within seconds."""
-        ranks = [rank for rank, entry in self._entries.items() if entry.others]
+        ranks = [rank for rank, entry in self._entries.items() if _count(entry)]
         for rank in ranks[: (len(ranks) + 1) // 2]:
-            self._entries[rank] = replace(self._entries[rank], others=())
-        self._num_others = sum(len(entry.others) for entry in self._entries.values())
+            self._entries[rank] = replace(self._entries[rank], others=(FORGOTTEN,))
+        self._num_others = sum(_count(entry) for entry in self._entries.values())
 
     def _take(self, ledger: Ledger) -> None:
         self.version = ledger.version
         self.updates_applied = ledger.updates_applied
         self._step_offset = ledger.step_offset
         self._entries = dict(ledger.entries)
-        self._num_others = sum(len(entry.others) for entry in self._entries.values())
+        self._never = OrderedDict((rank, None) for rank, entry in self._entries.items() if _never_committed(entry))
+        self._num_others = sum(_count(entry) for entry in self._entries.values())
+
+
+def _never_committed(entry: LedgerEntry) -> bool:
+    """Whether it stands for dropped steps alone, and of no earlier generation."""
+    return not (entry.step or entry.generation)
+
+
+def _count(entry: LedgerEntry) -> int:
+    """Parts at other tables that are kept of it."""
+    return 0 if FORGOTTEN in entry.others[:1] else len(entry.others)
 
 
 def over(step_id: StepId, generation: int) -> StepConflict:

@@ -101,6 +101,16 @@ class Order:
         version = self._versions.get(step_id)
         return None if version is None else self._waiting[version]
 
+    def at(self, version: int) -> DecidedStep | None:
+        """The step that waits with that version, where it is known which."""
+        step = self._waiting.get(version)
+        return None if step is None or step.step_id == NOBODY else step
+
+    def may_take(self, version: int) -> bool:
+        """Whether a step that is said to make that version can be taken at its trainer's word: it is the next one, or
+        the version was given, and it was not known to whom."""
+        return version == self.applied + 1 or version in self._waiting
+
     def waiting(self) -> tuple[DecidedStep, ...]:
         """Those that are decided and not applied yet, ascending."""
         return tuple(step for _, step in sorted(self._waiting.items()))

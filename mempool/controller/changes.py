@@ -202,10 +202,10 @@ class TableChanges:
                 f"the pool has {len(schemas):,} tables, the most it may have; drop one, or keep several tables' rows "
                 "in one table"
             )
-        pages = sum(_num_pages(other) for other in schemas)
-        if pages + _num_pages(schema) > MAX_PLACED_PAGES:
+        pages = sum(num_pages(other) for other in schemas)
+        if pages + num_pages(schema) > MAX_PLACED_PAGES:
             raise InvalidRequest(
-                f"table {schema.name!r} has {_num_pages(schema):,} pages and the pool's tables {pages:,}; together "
+                f"table {schema.name!r} has {num_pages(schema):,} pages and the pool's tables {pages:,}; together "
                 f"they may have {MAX_PLACED_PAGES:,}. Give it a larger page_slots or block_dim, or drop a table"
             )
 
@@ -284,7 +284,8 @@ def _shown(value: object) -> str:
     return repr(value) if isinstance(value, ProductKeySpec | FlatKeySpec) else shown(value)
 
 
-def _num_pages(schema: TableSchema) -> int:
+def num_pages(schema: TableSchema) -> int:
+    """Row pages by blocks, and key pages: what a placement names an owner of each."""
     return schema.num_row_pages * schema.num_blocks + schema.num_key_pages
 
 

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mempool.config import Changes, ClusterConfig, TableConfig, diff
+from mempool.config import Changes, ClusterConfig, TableConfig, diff, resolve
+from mempool.controller.moves.fitting import require_fit
 from mempool.controller.moves.wanted import unfinished as as_wanted
 from mempool.errors import InvalidRequest
 from mempool.rayhost.state.records import read_record, write_record
@@ -67,7 +68,7 @@ def apply(
 
     Raises:
         ConfigError: The file asks for what no living pool can follow; nothing was changed.
-        InvalidRequest: A rescale is going on.
+        InvalidRequest: A rescale is going on, or it does not fit; nothing was changed.
         DataLoss: A table has lost pages and the number of shards should change.
         PoolUnreachable: The pool does not answer.
     """
@@ -86,6 +87,7 @@ def apply(
                 f"pool {status.name!r} is on its way to {status.wanted_shards} shards; wait for it (see mempool "
                 "status), then apply again"
             )
+        require_fit(status, changes.shards_after, [resolve(table) for table in changes.create])
         if changes.rescale:
             say(f"rescaling: {changes.shards_before} -> {changes.shards_after} shards")
             pool.rescale(changes.shards_after, progress=progress)

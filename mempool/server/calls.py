@@ -75,6 +75,7 @@ class Door:
         host = peer.rpartition(":")[0]
         if not method.controls:
             self.turns.saw(host)
+            await self.turns.to_read(host, peer)
         passage = await self.admission.enter(host, peer)
         self.stages.record("door", time.perf_counter() - came_s)
         return passage, peer
@@ -163,6 +164,8 @@ def handler(
         received_s = time.perf_counter()
         frame = await door.receive(method, context)
         ended.passage.resize(len(frame))
+        if not method.controls:
+            door.turns.has_read(peer.rpartition(":")[0], peer, len(frame))
         stages.record("receive", time.perf_counter() - received_s)
         await door.turn(peer)
         decoded_s = time.perf_counter()

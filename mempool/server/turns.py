@@ -1,5 +1,5 @@
 """Whose work the IO loop does next, where many calls are in: hosts take turns at decoding and encoding, and the large
-answers to one host leave time to the calls of others.
+messages and answers of one host leave time to the calls of others.
 
 Without it a loop works through whatever came in the order it came, and one host's hundred connections stand before
 every other's call, at each of its steps. Leaves bytes to ``admission`` and the work of shards to their engine's queue.
@@ -10,11 +10,14 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 FEW_CALLS = 4
 """With so many calls in nobody waits long, and nobody lines up."""
 LARGE_BYTES = 256 * 2**10
-"""Smaller answers wait for their turn alone."""
+"""Smaller messages and answers wait for their turn alone."""
 ON_THE_WAY_BYTES = 4 * 2**20
 """A host to which so much is on its way gets no further large answer: it is read as fast as it is made."""
 _STALLED_S = 0.25
@@ -22,8 +25,12 @@ _STALLED_S = 0.25
 _REST = 5.0
 """After a large answer its host's next one rests for so many times as long as it took, where hosts without large ones
 have calls: gRPC copies and sends a message as a whole, and nobody is served meanwhile."""
+_READ_S = 1e-9
+"""Per byte of a message: gRPC copies it twice, to memory that is touched for the first time."""
+_LONGEST_WAIT_S = 2.0
+"""Of a message, until it is read."""
 _OTHERS_S = 1.0
-"""A host has calls that had one so long ago, and large answers."""
+"""A host has calls that had one so long ago, and large messages or answers."""
 _MAX_HOSTS = 1024
 
 _Waiting = deque[asyncio.Future[None]]
@@ -36,7 +43,9 @@ class Turns:
         self._hosts: dict[str, dict[str, _Waiting]] = {}  # in the order of their turns
         self._running = False
         self._seen: dict[str, float] = {}  # when hosts had a call last, the latest at the end
-        self._had_large: dict[str, float] = {}  # when hosts had a large answer last, likewise
+        self._had_large: dict[str, float] = {}  # when hosts had a large message or answer last, likewise
+        self._large_messages: dict[str, tuple[float, int]] = {}  # by connection: when it sent the last, and its bytes
+        self._reads_from: dict[str, float] = {}  # by host: until then it has had its share of reading
         self._rests_until: dict[str, float] = {}  # large answers, by host
         self._alarms: dict[str, asyncio.TimerHandle] = {}
         self._on_the_way: dict[str, int] = {}  # bytes of large answers, by host
@@ -59,7 +68,27 @@ class Turns:
 
     def saw(self, host: str) -> None:
         """A client's host has a call."""
-        _note(self._seen, host)
+        _note(self._seen, host, time.perf_counter())
+
+    async def to_read(self, host: str, connection: str) -> None:
+        """Wait until the next message of a connection may be read. How large it is shows only then; where the last was
+        large a moment ago it is taken to be, and its host's messages rest as its large answers do.
+        """
+        now_s = time.perf_counter()
+        last_s, num_bytes = self._large_messages.get(connection, (-math.inf, 0))
+        if last_s <= now_s - _OTHERS_S - _LONGEST_WAIT_S or not self._others(host):
+            return
+        starts_s = min(max(now_s, self._reads_from.get(host, 0.0)), now_s + _LONGEST_WAIT_S)
+        _note(self._reads_from, host, starts_s + (1 + _REST) * _READ_S * num_bytes)
+        if starts_s > now_s:
+            await asyncio.sleep(starts_s - now_s)
+
+    def has_read(self, host: str, connection: str, num_bytes: int) -> None:
+        """A message of so many bytes is here."""
+        if num_bytes >= LARGE_BYTES:
+            now_s = time.perf_counter()
+            _note(self._had_large, host, now_s)
+            _note(self._large_messages, connection, (now_s, num_bytes))
 
     async def room(self, host: str, num_bytes: int) -> None:
         """Wait until an answer of so many bytes may be made for a host."""
@@ -91,7 +120,7 @@ class Turns:
         """
         if num_bytes < LARGE_BYTES:
             return _nothing
-        _note(self._had_large, host)
+        _note(self._had_large, host, time.perf_counter())
         loop = asyncio.get_running_loop()
         loop.call_soon(self._made, host, since_s)  # in the next round: gRPC has copied it and begun to send
         self._on_the_way[host] = self._on_the_way.get(host, 0) + num_bytes
@@ -124,7 +153,7 @@ class Turns:
         return max(0.0, self._rests_until.get(host, 0.0) - time.perf_counter()) if self._others(host) else 0.0
 
     def _others(self, host: str) -> bool:
-        """Whether another host has calls, and no large answers: hosts that have take turns as all do."""
+        """Whether another host has calls, and nothing large: hosts that have take turns as all do."""
         after_s = time.perf_counter() - _OTHERS_S
         for other in reversed(self._seen):
             if self._seen[other] <= after_s:
@@ -172,11 +201,12 @@ class Turns:
         return turn
 
 
-def _note(moments: dict[str, float], host: str) -> None:
-    moments.pop(host, None)
-    moments[host] = time.perf_counter()
-    if len(moments) > _MAX_HOSTS:
-        del moments[next(iter(moments))]
+def _note(known: dict[str, T], name: str, what: T) -> None:
+    """Names come from outside: of too many the one that was noted the longest ago is forgotten."""
+    known.pop(name, None)
+    known[name] = what
+    if len(known) > _MAX_HOSTS:
+        del known[next(iter(known))]
 
 
 def _nothing() -> None:

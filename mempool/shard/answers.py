@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mempool.observe import Stages
 from mempool.shard import bounds, validate
-from mempool.shard.hosted import HostedTable, Parked
+from mempool.shard.hosted import HostedTable
+from mempool.shard.parking import Parked
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.steps.held import HeldUpdate
 from mempool.shard.tenancy import Tenancy
@@ -250,7 +251,7 @@ class Answers:
         if (waits := self._waits(table, request.envelope)) is not None:  # what the client committed comes before it
             return waits
         if table.frozen:
-            return table.park_until_thaw()
+            return table.park_until_thaw(self._asked_s())
         ids = validate.check_array(table.storage, request.array, request.ids)
         rows = validate.check_rows(table.storage, request.array, ids, request.blocks, request.rows)
         table.storage.write(request.array, ids, rows)
@@ -262,7 +263,7 @@ class Answers:
             return waits
         if request.set is not None:
             if table.frozen:  # the ledger is on its way to other shards
-                return table.park_until_thaw()
+                return table.park_until_thaw(self._asked_s())
             bounds.check_number("set", request.set)
             table.ledger.count_steps(request.set, at_version=request.at_version)
         return StepCountReply(stamp=table.stamp, count=table.ledger.step)

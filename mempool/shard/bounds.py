@@ -67,16 +67,24 @@ def check_released(lookup_ids: Sequence[int]) -> None:
         )
 
 
-def check_step(step_id: StepId, sequences: Sequence[int]) -> None:
-    """Raises InvalidRequest for a group without or with a long name, numbers out of range, a sequence named twice."""
-    size = len(step_id.group.encode("utf-8", "surrogatepass"))
+def check_rank(group: str, rank: int) -> None:
+    """Raises InvalidRequest for a group without or with a long name, or a number out of range."""
+    size = len(group.encode("utf-8", "surrogatepass"))
     if not 1 <= size <= MAX_NAME_BYTES:
         raise InvalidRequest(
-            f"the group's name {shown(step_id.group)} has {size:,} bytes; it must have 1 to {MAX_NAME_BYTES}. Nothing "
-            "was changed."
+            f"the group's name {shown(group)} has {size:,} bytes; it must have 1 to {MAX_NAME_BYTES}. Nothing was "
+            "changed."
         )
-    check_number("rank", step_id.rank, _MAX_RANK)
+    check_number("rank", rank, _MAX_RANK)
+
+
+def check_step(step_id: StepId, sequences: Sequence[int]) -> None:
+    """Raises InvalidRequest as ``check_rank``, for a step or sequence out of range, and a sequence named twice."""
+    check_rank(step_id.group, step_id.rank)
     check_number("step", step_id.step)
+    check_number("generation", step_id.generation)
+    if step_id.step == 0:  # in a ledger that is none
+        raise InvalidRequest("step = 0: steps are counted from 1. Nothing was changed.")
     if len(sequences) > MAX_SEQUENCES:
         raise InvalidRequest(
             f"step {step_id.step} names {len(sequences):,} sequences; a step has at most {MAX_SEQUENCES:,} updates. "
@@ -97,6 +105,12 @@ def check_prepare(request: PrepareRequest) -> None:
         check_step(part.step_id, part.sequences)
     check_number("decider_table", request.decider_table, _MAX_LOOKUP_ID)
     check_number("decider_step", request.decider_step)
+    named = {part.envelope.table_id: part.step_id.step for part in request.parts}.get(request.decider_table)
+    if request.decider_step == 0 or named not in (None, request.decider_step):
+        raise InvalidRequest(
+            f"decider_step = {request.decider_step} of table {request.decider_table} must be the step as that table "
+            f"counts it{'' if named is None else f': {named}'}, 1 or more. Nothing was changed."
+        )
     if not request.norm_order >= 0.0:
         raise InvalidRequest(
             f"norm_order = {request.norm_order} must be above 0 (infinity for the largest element), or 0 for none. "
@@ -170,7 +184,8 @@ def check_ledger(ledger: Ledger | None) -> None:
     check_number("the ledger's updates_applied", ledger.updates_applied)
     check_number("the ledger's step", ledger.version + ledger.step_offset)
     for (group, rank), entry in ledger.entries.items():
-        check_step(StepId(group=group, rank=rank, step=entry.step), ())
+        check_rank(group, rank)
+        check_number("a ledger entry's step", entry.step)
         check_number("a ledger entry's generation", entry.generation)
         check_number("a ledger entry's version", entry.version)
         check_number("a ledger entry's dropped", entry.dropped)

@@ -8,9 +8,10 @@ status do not line up.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import suppress
 from functools import partial
+from types import GeneratorType
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from mempool.observe import Stages
 from mempool.shard import bounds
 from mempool.shard.answers import Answers
 from mempool.shard.committing import Committing
-from mempool.shard.hosted import Parked
+from mempool.shard.hosted import Behind
 from mempool.shard.jobs import JOB_BYTES
 from mempool.shard.pages.transfer import pull
+from mempool.shard.parking import Parked
 from mempool.shard.resolving import Resolver
 from mempool.shard.steps.budget import MIB, Budget, numbers_bytes
 from mempool.shard.steps.contexts import Contexts
@@ -156,7 +158,7 @@ class Engine:
             stages=self._stages,
             budget=self._budget,
             upkeep=self._tenancy.expire,
-            upkeep_s=min(5.0, max(0.05, min(held_lease_s, context_lease_s) / 12)),
+            upkeep_s=min(1.0, max(0.05, min(held_lease_s, context_lease_s) / 12)),
             probe=partial(_probe, torch.device(device)),
             on_fatal=partial(self._end_for_good, on_fatal),
             clock=clock,
@@ -172,7 +174,7 @@ class Engine:
             reserve=self._thread.reserve,
             asked_s=self._thread.asked_s,
         )
-        self._committing = Committing(self._tenancy, stages=self._stages)
+        self._committing = Committing(self._tenancy, stages=self._stages, asked_s=self._thread.asked_s)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._resolver = Resolver(self._tenancy.decisions, run=self._control, peers=peers, adopt=self._tenancy.set_view)
         self._tenancy.on_doubt = self._poke
@@ -381,7 +383,7 @@ class Engine:
     async def _ask(self, stage: str, answer: Callable[[Any], Any], request: object, cost: int) -> Any:
         self._loop = asyncio.get_running_loop()
         try:
-            return await self._thread.run(stage, answer, request, cost=cost, again=self._woken)
+            return await self._thread.run(stage, partial(_answered, answer), request, cost=cost, again=self._woken)
         except Overloaded as error:
             error.shard, error.address = self.info.shard, self.info.address
             raise
@@ -390,6 +392,22 @@ class Engine:
         """For what the controller asks: goes before what clients do."""
         self._loop = asyncio.get_running_loop()
         return await self._thread.run(stage, do, request, control=True, again=self._woken)
+
+
+def _answered(answer: Callable[[Any], Any], request: object) -> Any:
+    """The answer, or what the request waits for that is ahead of this shard."""
+    try:
+        result = answer(request)
+    except Behind as behind:
+        return behind.parked
+    return _in_pieces(result) if isinstance(result, GeneratorType) else result
+
+
+def _in_pieces(pieces: Generator[None, None, Any]) -> Generator[None, None, Any]:
+    try:
+        return (yield from pieces)
+    except Behind as behind:
+        return behind.parked
 
 
 def _cost(*tensors: Tensor | None, numbers: int = 0) -> int:

@@ -3,9 +3,7 @@
 Decides what a table answers at all (fences, freezes); the answers are made elsewhere.
 """
 
-import asyncio
-from collections.abc import Awaitable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -14,12 +12,14 @@ from mempool.agreement.doubt import Doubt
 from mempool.agreement.ledger import AppliedLedger, over
 from mempool.agreement.order import Order
 from mempool.agreement.rounds_here import RoundsHere
+from mempool.agreement.turns import Turns
 from mempool.errors import DataLoss, ShardUnavailable, StalePlacement
 from mempool.shard.pages.staging import Staging
 from mempool.shard.pages.storage import Storage
+from mempool.shard.parking import LONGEST_WAIT_S, Parked, Waiting, is_late
 from mempool.shard.steps import commits
 from mempool.shard.steps.budget import Budget
-from mempool.shard.steps.held import HeldUpdates
+from mempool.shard.steps.held import HeldUpdates, PreparedStep
 from mempool.types import AttachTable, DecidedStep, Envelope, ShardInfo, Stamp, StepId, TableStatus, TableView
 from mempool.types.running import Clock
 
@@ -27,24 +27,12 @@ PEERS_WAIT_S = 1.0
 """How long after another shard has asked it is taken to wait: it asks again sooner than that."""
 
 
-class Parked:
-    """Not an answer: the job is to be run again, from its start, when ``woken`` is done.
+class Behind(Exception):
+    """The request knows a newer placement, whose view is on its way here: ``parked`` is what it waits for."""
 
-    in_doubt: It waits for what another shard may have to be asked for.
-    """
-
-    def __init__(self, *, in_doubt: bool = False) -> None:
-        self.woken: Future[None] = Future()
-        self.in_doubt = in_doubt
-
-    def wake(self) -> None:
-        """Let the waiter go on; one that was cancelled is passed over."""
-        if self.woken.set_running_or_notify_cancel():
-            self.woken.set_result(None)
-
-    def wait(self) -> Awaitable[None]:
-        """Done when ``wake`` was called. Cancelling it says that nobody waits."""
-        return asyncio.wrap_future(self.woken)
+    def __init__(self, parked: Parked) -> None:
+        super().__init__()
+        self.parked = parked
 
 
 class HostedTable:
@@ -59,6 +47,7 @@ class HostedTable:
         order: Of its steps, as far as it is known here.
         others: By version: of a decided step that waits to be applied, this table its first: its parts at the others.
         rounds: Which move's round holds it frozen.
+        turns: Whose steps a freeze has held off.
         order_doubt, step_doubt: Who waits to hear of others what was decided.
         peers_wait_until_s: Other shards have asked for what this one has to ask for itself.
         unprepared: The next step in the order, where it is decided and not prepared here, and since when that is known.
@@ -85,6 +74,7 @@ class HostedTable:
         self.order = Order(self.ledger.version)
         self.others: dict[int, tuple[DecidedStep, ...]] = {}
         self.rounds = RoundsHere(clock)
+        self.turns = Turns()
         self.order_doubt, self.step_doubt = Doubt(), Doubt()
         self.peers_wait_until_s = float("-inf")
         self.unprepared: tuple[DecidedStep, float] | None = None
@@ -96,9 +86,10 @@ class HostedTable:
         self._filling: Iterator[int] | None = None
         self._filling_bytes = self.bytes_to_fill = 0
         self.preparing = ""
-        self._waiting_for_thaw: list[Parked] = []
-        self._waiting_for_rest: list[Parked] = []
-        self._waiting_for_news: list[Parked] = []
+        self._waiting_for_thaw = Waiting()
+        self._waiting_for_rest = Waiting()
+        self._waiting_for_turns = Waiting()
+        self._waiting_for_news = Waiting()
         if request.mode == "initialise":
             self._filling = self.storage.initialise(request.view.placement)
             self._filling_bytes = self.bytes_to_fill = self.storage.initial_bytes(request.view.placement)
@@ -158,9 +149,12 @@ class HostedTable:
             ShardUnavailable: The table is still being made.
             StalePlacement: Another epoch.
             DataLoss: Pages of the table are lost here.
+            Behind: The next epoch, whose view this shard is about to be told.
         """
         self.let_go()
         self.check_ready()
+        if self.frozen and envelope.epoch == self.epoch + 1:
+            raise Behind(self.park_until_thaw(self._clock()))
         if envelope.epoch != self.epoch:
             raise StalePlacement(
                 f"the request was planned for epoch {envelope.epoch} of table {self.view.schema.name!r}; shard "
@@ -199,19 +193,15 @@ class HostedTable:
                 shard=self.info.shard,
                 address=self.info.address,
             )
-        return self.park_for_order()
+        return self.park_for_order(waits_since_s)
 
     def learn(self, version: int, steps: tuple[DecidedStep, ...]) -> None:
         """What the gate says has been decided, up to that version: kept in order, as far as it can be applied."""
         whole = self.owns and not self.lost_pages
-        refused = self.order.learn(version, steps, prepared=self._has_prepared if whole else lambda _: True)
+        refused = self.order.learn(version, steps, prepared=self.updates.is_prepared if whole else lambda _: True)
         known = self.unprepared
         if refused is None or known is None or refused.version != known[0].version:
             self.unprepared = None if refused is None else (refused, self._clock())
-
-    def _has_prepared(self, step_id: StepId) -> bool:
-        prepared = self.updates.prepared_step(step_id)
-        return prepared is not None and prepared.step_id == step_id
 
     def _check_prepared(self) -> None:
         """Raises ShardUnavailable where a decided step is not prepared here, and its trainer has not come for it."""
@@ -235,17 +225,47 @@ class HostedTable:
         """
         if self.order.next() is not None:
             self.apply_decided()
-        return self.park_for_steps() if self.updates.doubtful(waits_since_s) else None
+        prepared = self.updates.doubtful(waits_since_s)
+        return None if prepared is None else self.park_for_steps(prepared, waits_since_s)
 
-    def park_for_order(self) -> Parked:
-        """For a request that comes before what it builds on."""
+    def park_for_order(self, since_s: float) -> Parked:
+        """For a request, of that time, that comes before what it builds on.
+
+        Raises:
+            ShardUnavailable: It has waited for long enough.
+        """
+        if is_late(since_s, self._clock()):
+            self._check_prepared()
+            raise self._no_word(f"what its version {self.order.applied + 1} is", _info(self.view, self.gate))
         self.order_doubt.wait(self._clock())
-        return _park(self._waiting_for_news, in_doubt=True)
+        return self._waiting_for_news.park(since_s=since_s, in_doubt=True)
 
-    def park_for_steps(self) -> Parked:
-        """For a request that must know what became of prepared steps."""
+    def park_for_steps(self, prepared: PreparedStep, since_s: float) -> Parked:
+        """For a request, of that time, that must know what became of a prepared step.
+
+        Raises:
+            ShardUnavailable: It has waited for long enough.
+        """
+        if is_late(since_s, self._clock()):
+            who = prepared.step_id
+            what = f"whether step {who.step} of rank {who.rank} of group {who.group!r}, prepared here, is decided"
+            by = prepared.decider_at
+            if by is None or by.shard == self.info.shard:  # decided here, and numbered elsewhere
+                by = _info(self.view, self.gate)
+            raise self._no_word(what, by)
         self.step_doubt.wait(self._clock())
-        return _park(self._waiting_for_news, in_doubt=True)
+        return self._waiting_for_news.park(since_s=since_s, in_doubt=True)
+
+    def _no_word(self, what: str, by: ShardInfo | None) -> ShardUnavailable:
+        """What another shard does not say: that one is late, not this."""
+        late = self.info if by is None else by
+        at = f" at {late.address}" if late.address else ""
+        return ShardUnavailable(
+            f"shard {self.info.shard} has waited {LONGEST_WAIT_S:g} s to hear of table {self.view.schema.name!r} "
+            f"{what}: shard {late.shard}{at} knows, and did not say. Nothing was changed",
+            shard=late.shard,
+            address=late.address,
+        )
 
     def apply_decided(self) -> None:
         """Apply what is decided and whose turn it is. Raises as ``commits.apply`` does: the rest waits."""
@@ -255,6 +275,7 @@ class HostedTable:
                 commits.apply(self.storage, self.updates, self.ledger, step, others=self.others.get(step.version, ()))
                 self.others.pop(step.version, None)
                 self.order.did()
+                self.turns.served(step.step_id)
         except DataLoss:
             self.measure()
             raise
@@ -303,6 +324,7 @@ class HostedTable:
             raise
         self.order.add(replace(step, version=self.order.applied + 1))
         self.order.did()
+        self.turns.served(step.step_id)
         self.steps_changed()
 
     @property
@@ -315,27 +337,61 @@ class HostedTable:
         """Whether every page of it is."""
         return self.view.placement.shards == (self.info.shard,)
 
-    def park_until_thaw(self) -> Parked:
-        """For a request that a freeze holds off."""
-        return _park(self._waiting_for_thaw)
+    def park_until_thaw(self, since_s: float) -> Parked:
+        """For a request, of that time, that a freeze holds off.
+
+        Raises:
+            ShardUnavailable: It has waited for long enough.
+        """
+        if self.held_off_for_long(since_s):
+            raise ShardUnavailable(
+                f"pages of table {self.view.schema.name!r} are moving (round {self.rounds.token!r}), which has held "
+                f"this call off on shard {self.info.shard} for {LONGEST_WAIT_S:g} s: the move is late, or its "
+                "controller is. Nothing was changed",
+                shard=self.info.shard,
+                address=self.info.address,
+            )
+        return self._waiting_for_thaw.park(since_s=since_s)
+
+    def held_off_for_long(self, since_s: float) -> bool:
+        """Whether a request of that time has waited long enough for a freeze to end."""
+        return is_late(since_s, self._clock())
+
+    def hold_off(self, step_id: StepId) -> None:
+        """A freeze holds off this step: it goes before the next freeze."""
+        self.turns.held_off(step_id)
+
+    def park_for_turns(self) -> Parked | None:
+        """For a freeze, where steps that the last one held off go first. The gate, frozen first, speaks for all."""
+        ends_s = self.turns.ends_s(now_s := self._clock())
+        if ends_s is None or not self.is_gate:
+            return None
+        return self._waiting_for_turns.park(since_s=now_s, longest_s=ends_s - now_s)
 
     def park_until_rest(self) -> Parked:
         """For a freeze that waits for prepared steps."""
         self.step_doubt.wait(self._clock())
         if self.order.any_waiting:
             self.order_doubt.wait(self._clock())
-        return _park(self._waiting_for_rest, in_doubt=True)
+        return self._waiting_for_rest.park(in_doubt=True)
 
     @property
     def rest_waited_for(self) -> bool:
         """Whether a freeze waits for prepared steps."""
-        return any(not parked.woken.cancelled() for parked in self._waiting_for_rest)
+        return bool(self._waiting_for_rest)
+
+    @property
+    def waited_for(self) -> bool:
+        """Whether any request waits for it."""
+        return bool(self._waiting_for_news or self._waiting_for_rest or self._waiting_for_thaw)
 
     def steps_changed(self) -> None:
         """Steps were applied, dropped, or are known to be undecided: whoever waits for that looks again."""
-        _wake(self._waiting_for_news)
-        if self._waiting_for_rest and not self.updates.any_prepared and not self.order.any_waiting:
-            _wake(self._waiting_for_rest)
+        self._waiting_for_news.wake()
+        if not self.updates.any_prepared and not self.order.any_waiting:
+            self._waiting_for_rest.wake()
+        if self._waiting_for_turns and self.turns.ends_s(self._clock()) is None:
+            self._waiting_for_turns.wake()
 
     def peers_wait(self) -> None:
         """Another shard has asked for the order, and a step may belong into it that this one has not heard of."""
@@ -344,7 +400,7 @@ class HostedTable:
 
     def end_doubts(self) -> None:
         """Where nobody waits to hear what was decided, nothing is asked."""
-        waits = any(not parked.woken.cancelled() for parked in (*self._waiting_for_news, *self._waiting_for_rest))
+        waits = bool(self._waiting_for_news or self._waiting_for_rest)
         peers_wait = self._clock() < self.peers_wait_until_s
         if not (self.updates.any_prepared and (waits or peers_wait or self.updates.silent())):
             self.step_doubt.ends()
@@ -362,6 +418,8 @@ class HostedTable:
         if self.order.lacks:
             self.order_doubt.wait(self._clock())
         self.let_go()
+        self._waiting_for_news.wake_late(self._clock())
+        self._waiting_for_thaw.wake_late(self._clock())
 
     def let_go(self) -> None:
         """At the gate: end the round whose lease has ended."""
@@ -375,9 +433,10 @@ class HostedTable:
 
     def thaw(self) -> None:
         """The freeze has ended: what was staged is dropped, and those who wait go on."""
+        self.turns.thawed(self._clock())
         self.staging.drop()
         self.measure()
-        _wake(self._waiting_for_thaw)
+        self._waiting_for_thaw.wake()
 
     def adopt(self, view: TableView) -> bool:
         """Take over a view. Returns whether pages changed hands. Raises Internal as ``Staging.adopt`` does, and as
@@ -400,9 +459,10 @@ class HostedTable:
         self.gate = min(view.placement.shards)
         self.measure()
         self.updates.clear()
-        self.steps_changed()
         self.rounds.end()
-        _wake(self._waiting_for_thaw)
+        self.turns.thawed(self._clock())
+        self.steps_changed()
+        self._waiting_for_thaw.wake()
         self.storage.shrink_arenas()  # last: all is adopted, should there be no memory for it
         self.measure()
         return True
@@ -410,9 +470,10 @@ class HostedTable:
     def close(self) -> None:
         """Give back what is held, and let those who wait find out."""
         self.updates.clear()
-        _wake(self._waiting_for_thaw)
-        _wake(self._waiting_for_rest)
-        _wake(self._waiting_for_news)
+        self._waiting_for_thaw.wake()
+        self._waiting_for_rest.wake()
+        self._waiting_for_turns.wake()
+        self._waiting_for_news.wake()
 
     def status(self) -> TableStatus:
         """The table at a glance; any thread may ask."""
@@ -435,15 +496,5 @@ class HostedTable:
         )
 
 
-def _park(waiting: list[Parked], *, in_doubt: bool = False) -> Parked:
-    parked = Parked(in_doubt=in_doubt)
-    if len(waiting).bit_count() == 1:  # at 1, 2, 4, ...: what is left out below costs little
-        waiting[:] = [other for other in waiting if not other.woken.cancelled()]
-    waiting.append(parked)
-    return parked
-
-
-def _wake(waiting: list[Parked]) -> None:
-    woken, waiting[:] = list(waiting), []
-    for parked in woken:
-        parked.wake()
+def _info(view: TableView, shard: int) -> ShardInfo | None:
+    return next((info for info in view.shards if info.shard == shard), None)

@@ -9,9 +9,10 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from mempool.agreement.doubt import AGAIN_S
+from mempool.agreement.ledger import FORGOTTEN
 from mempool.agreement.rounds_here import fate_of_lapsed
 from mempool.errors import MempoolError, NotFound, ShardUnavailable
 from mempool.shard.hosted import HostedTable
@@ -33,6 +34,9 @@ _LOG = logging.getLogger("mempool.shard")
 
 _Key = tuple[int, int, StepId | str | None]
 """Whom something is asked, of which table, and of what."""
+
+_Drop = Literal["", "lease", "unwanted"]
+"""Why a step that is not decided is to be dropped."""
 
 _ANSWER_S = 5.0
 _AT_ONCE = 256
@@ -90,9 +94,10 @@ class Decisions:
         steps: tuple[DecidedStep, ...] = ()
         state: Any = ""
         if request.step_id is not None:
-            state, steps = self._state(table, request.step_id, give_up=request.give_up)
+            drop: _Drop = "unwanted" if request.unwanted else "lease" if request.give_up else ""
+            state, steps = self._state(table, request.step_id, drop=drop)
         if request.after_version is not None:
-            if table.updates.doubtful(self._clock()):
+            if table.updates.doubtful(self._clock()) is not None:
                 table.peers_wait()  # one may be decided, and this gate was not told
             steps = (*steps, *table.order.after(request.after_version)[:_MOST_STEPS])
         return ResolveReply(version=table.order.numbered, state=state, steps=steps)
@@ -182,35 +187,38 @@ class Decisions:
             return ResolveReply(version=0, state="decided", steps=entry.others)
         return ResolveReply(version=0, state="dropped")
 
-    def supersede(self, prepared: PreparedStep) -> bool:
-        """A trainer goes on with a later step: the one it has prepared never will be decided. Returns whether that is
-        known here: at its decider, or where that has dropped it."""
-        table = self._tables().get(prepared.decider[0])
-        if table is None or not table.is_gate:
+    def supersede(self, table: HostedTable, prepared: PreparedStep) -> bool:
+        """A trainer goes on with a later step: the one it has prepared on that table is not decided any more. Returns
+        whether it is gone here: at its decider, at once; elsewhere its decider is asked, which drops it then, unless it
+        was decided."""
+        decider = self._tables().get(prepared.decider[0])
+        if decider is None or not decider.is_gate:
+            table.updates.give_up(prepared.step_id)
             return False
         step_id = _at_decider(prepared)
-        if self._state(table, step_id, give_up=False)[0] == "pending":
-            table.ledger.drop(step_id)
-            self.drop(table.table_id, step_id)
-            return True
-        return False
+        if self._state(decider, step_id, drop="unwanted")[0] == "dropped":
+            self.drop(decider.table_id, step_id)
+        return not table.updates.is_prepared(prepared.step_id)
 
-    def supersede_older(self, table: HostedTable, step_id: StepId) -> bool:
+    def supersede_older(self, table: HostedTable, step_id: StepId) -> PreparedStep | None:
         """A trainer that has gone back comes with its first step: what its older generations have prepared here is not
-        decided any more. Returns whether what became of that is known here."""
+        decided any more. Returns what of that is not gone yet."""
         older = [
             prepared
             for prepared in (table.updates.prepared() if step_id.generation else ())
             if (prepared.step_id.group, prepared.step_id.rank) == (step_id.group, step_id.rank)
             and prepared.step_id.generation < step_id.generation
         ]
-        return not [prepared for prepared in older if not self.supersede(prepared)]
+        return next((prepared for prepared in older if not self.supersede(table, prepared)), None)
 
     def refuse(self, table: HostedTable, step_id: StepId) -> None:
         """The decider refuses a step's Commit: a copy of it that comes later is not decided either."""
-        if table.order.find(step_id) is None and self._state(table, step_id, give_up=False)[0] == "pending":
-            table.ledger.drop(step_id)
-            self.drop(table.table_id, step_id)
+        self._state(table, step_id, drop="unwanted")
+
+    def is_decided(self, prepared: PreparedStep) -> bool:
+        """Whether the decider, which is here, has decided the step."""
+        table = self._tables().get(prepared.decider[0])
+        return table is not None and self._state(table, _at_decider(prepared))[0] == "decided"
 
     def drop(self, table_id: int, step_id: StepId) -> None:
         """A step was dropped for good by its decider: here too, at all its tables."""
@@ -220,13 +228,16 @@ class Decisions:
                     table.updates.discard(prepared.step_id)
                     table.steps_changed()
 
-    def _state(self, table: HostedTable, step_id: StepId, *, give_up: bool) -> tuple[str, tuple[DecidedStep, ...]]:
-        """At a step's decider: what became of it."""
+    def _state(self, table: HostedTable, step_id: StepId, *, drop: _Drop = "") -> tuple[str, tuple[DecidedStep, ...]]:
+        """At a step's decider: what became of it, and with it all its parts.
+
+        drop: Where it is not decided it is dropped for good: unless it is under way here; or whatever it is.
+        """
         waiting = table.order.find(step_id)
         if waiting is not None:
             return "decided", (waiting, *table.others.get(waiting.version, ()))
         entry = table.ledger.entry_of_its_generation(step_id)
-        if entry is not None and step_id.step == entry.step:
+        if entry is not None and 0 < step_id.step == entry.step:
             kept = tuple(step for step in table.order.after(entry.version - 1) if step.version == entry.version)
             return "decided", (*kept, *entry.others)
         # A client begins a step when all owners have answered for the one before: who is still in doubt of an earlier
@@ -234,9 +245,7 @@ class Decisions:
         newest = table.ledger.entry(step_id).generation
         if entry is None or step_id.generation < newest or step_id.step <= max(entry.step, entry.dropped):
             return "dropped", ()
-        if not give_up or not table.is_gate:
-            return "pending", ()
-        if table.updates.lives(step_id) and not table.updates.stalled(step_id):
+        if not drop or not table.is_gate or (drop == "lease" and table.updates.under_way(step_id)):
             return "pending", ()
         # [BARRIER] a group's step is given up here, for all its ranks. [JOURNAL] and written down, before it is said.
         table.ledger.drop(step_id)
@@ -268,19 +277,21 @@ class Decisions:
     ) -> None:
         give_up = any(
             not table.updates.lives(prepared.step_id)
-            or table.updates.abandoned(prepared.step_id)
             or (table.rest_waited_for and table.updates.stalled(prepared.step_id))
             for table, prepared in parts
         )
-        request = ResolveRequest(table_id=table_id, step_id=step_id, give_up=give_up)
+        unwanted = any(table.updates.unwanted(prepared.step_id) for table, prepared in parts)
+        request = ResolveRequest(table_id=table_id, step_id=step_id, give_up=give_up or unwanted, unwanted=unwanted)
         decider = self._tables().get(table_id)
         tables = tuple(table.table_id for table, _ in parts)
         target = parts[0][1].decider_at if decider is None else _info(decider, decider.gate)
-        if (target is not None and target.shard == self._shard) or (decider is None and target is None):
-            self.told(Question(_NOWHERE, request, tables, now), self.answer(request))
+        if target is None or target.shard == self._shard:
+            try:
+                self.told(Question(_NOWHERE, request, tables, now), self.answer(request))
+            except Exception as error:  # of one table: others are asked for all the same
+                _LOG.warning("what is decided of tables %s cannot be applied now: %s", tables, error)
             return
-        if target is not None:
-            found.append(Question(target, request, tables, now))
+        found.append(Question(target, request, tables, now))
 
     def _told_of_step(self, question: Question, reply: ResolveReply, tables: Mapping[int, HostedTable]) -> None:
         step_id = question.request.step_id
@@ -291,14 +302,14 @@ class Decisions:
         elif reply.state == "decided":
             for step in reply.steps:
                 table = tables.get(step.table_id)
-                prepared = None if table is None else table.updates.prepared_step(step.step_id)
-                if table is None or prepared is None or prepared.step_id != step.step_id:
+                if table is None or not table.updates.is_prepared(step.step_id):
                     continue
                 if step.version:
                     table.order.add(step)
                 elif table.is_gate:
                     table.order.number(step)
             self._apply(here)
+            _drop_strangers(question, reply, here)
             for table in here:
                 if table.updates.any_prepared and not table.is_gate:
                     table.order_doubt.wait(self._clock())  # the gate of its order knows the version
@@ -319,6 +330,21 @@ class Decisions:
                 for other in tables:
                     other.steps_changed()
                 raise
+
+
+def _drop_strangers(question: Question, reply: ResolveReply, tables: Sequence[HostedTable]) -> None:
+    """What was prepared as part of a step that was decided without it is no part of any decision."""
+    if FORGOTTEN in reply.steps:
+        return
+    parts = {(step.table_id, step.step_id) for step in reply.steps}
+    for table in tables:
+        for prepared in list(table.updates.prepared()):
+            asked = (
+                prepared.decider[0] == question.request.table_id and _at_decider(prepared) == question.request.step_id
+            )
+            # The decider's own table has the step it decided, whether its gate remembers the rest of it or not.
+            if asked and table.table_id != prepared.decider[0] and (table.table_id, prepared.step_id) not in parts:
+                table.updates.discard(prepared.step_id)
 
 
 def _at_decider(prepared: PreparedStep) -> StepId:

@@ -14,9 +14,10 @@ import torch
 from mempool import kernels
 from mempool.errors import DeadlineExceeded, InvalidRequest, MempoolError, NotFound, StalePlacement
 from mempool.observe import Stages
-from mempool.shard.bounds import check_ledger, check_reply, check_step
-from mempool.shard.hosted import HostedTable, Parked
+from mempool.shard.bounds import check_ledger, check_rank, check_reply
+from mempool.shard.hosted import HostedTable
 from mempool.shard.pages.transfer import export, ledger_part
+from mempool.shard.parking import Parked
 from mempool.shard.resolving import Decisions
 from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.shard.steps.contexts import Contexts
@@ -34,7 +35,6 @@ from mempool.types import (
     PullPages,
     ShardInfo,
     ShardStatus,
-    StepId,
     TableView,
 )
 from mempool.types.running import THREADS, Clock, Runner
@@ -277,6 +277,8 @@ class Tenancy:
     def freeze(self, request: tuple[int, str, float]) -> int | Parked:
         """Begin or renew a round's freeze (table, token, lease): the table's version once nothing is undecided.
 
+        It begins when those were served that the freeze before it has held off, or their turn is over.
+
         Raises:
             StalePlacement: Another round holds the table, or this one is over.
         """
@@ -286,6 +288,9 @@ class Tenancy:
         table.check_whole()
         if token != table.rounds.token:
             table.let_go()  # one whose lease is over stands in nobody's way
+            table.rounds.check(token)
+            if (turns := table.park_for_turns()) is not None:
+                return turns
         table.rounds.begin(token, lease_s)
         table.expire()
         if table.updates.any_prepared or table.order.any_waiting:
@@ -296,16 +301,22 @@ class Tenancy:
         """The last look at a freeze whose time is over: thawed, with DeadlineExceeded, where something is undecided."""
         table_id, token = request
         table = self.table(table_id)
-        undecided = next(table.updates.prepared(), None)
-        if undecided is None and not table.order.any_waiting and table.frozen:
+        if not table.updates.any_prepared and not table.order.any_waiting and table.frozen:
             return table.ledger.version
+        undecided = next((step for step in table.updates.prepared() if table.order.find(step.step_id) is None), None)
         self.thaw((table_id, token))
         why = ""
         if undecided is not None:
-            step = undecided.step_id
+            step, by = undecided.step_id, undecided.decider_at
             why = (
-                f": step {step.step} of rank {step.rank} of group {step.group!r} is prepared and not decided. If that "
-                f"trainer died, it is given up {self._held_lease_s:g} s after it was last heard of"
+                f": step {step.step} of rank {step.rank} of group {step.group!r} is prepared and not decided"
+                f"{'' if by is None or by.shard == self._info.shard else f' as far as shard {by.shard} has said'}. If "
+                f"that trainer died, it is given up {self._held_lease_s:g} s after it was last heard of"
+            )
+        elif table.order.any_waiting:
+            why = (
+                f": its version {table.order.applied + 1} is decided and not applied here"
+                f"{', as updates of it are missing: its trainer sends them again' if table.unprepared else ''}"
             )
         raise DeadlineExceeded(
             f"table {table.view.schema.name!r} did not come to rest on shard {self._info.shard} within {timeout_s:g} s"
@@ -322,7 +333,7 @@ class Tenancy:
 
     def heartbeat(self, request: HeartbeatRequest) -> HeartbeatReply:
         """A rank is alive: all it holds stays."""
-        check_step(StepId(group=request.group, rank=request.rank, step=0), ())
+        check_rank(request.group, request.rank)
         held = sum(table.updates.heard_of(request.group, request.rank) for table in self._tables.values())
         return HeartbeatReply(lease_s=self._held_lease_s, updates_held=held)
 
@@ -418,7 +429,7 @@ class Tenancy:
             self._apply_again(table)
             if table.step_doubt.since_s is not None or table.order_doubt.since_s is not None or table.rounds.lapsed:
                 self.on_doubt()
-        busy = any(table.frozen or table.order.any_waiting for table in self._tables.values())
+        busy = any(table.frozen or table.order.any_waiting or table.waited_for for table in self._tables.values())
         return busy or self._budget.held_bytes > 0 or len(self._contexts) > 0
 
     def _apply_again(self, table: HostedTable) -> None:

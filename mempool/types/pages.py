@@ -182,13 +182,16 @@ class ResolveRequest:
         table_id: The table of the order, or the first one of the step.
         after_version: The decisions with higher versions are asked for; None: no order is.
         step_id: The step asked for, as that table counts them; None: no step is.
-        give_up: Drop the step for good where it is not decided and its rank's lease has ended there.
+        give_up: Drop the step for good where it is not decided, unless it is prepared there, not for longer than a
+            lease, and its rank's lease has not ended.
+        unwanted: Drop it for good where it is not decided: its client has discarded it, or gone on with a later one.
     """
 
     table_id: int
     after_version: int | None = None
     step_id: StepId | None = None
     give_up: bool = False
+    unwanted: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

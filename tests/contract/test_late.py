@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mempool.errors import DataLoss, StalePlacement, StepConflict
+from mempool.errors import DataLoss, InvalidRequest, NotFound, StalePlacement, StepConflict
 from mempool.types import ReadRowsRequest
 
 from .driver import Driver, make_bags, make_schema, same
@@ -87,3 +87,82 @@ def test_a_version_that_was_never_given(driver: Driver) -> None:
     assert same(driver.contents(), held)
     driver.commit(2, [0])
     assert before.keys() == held.keys()
+
+
+def test_a_commit_of_a_version_that_was_never_given(driver: Driver) -> None:
+    """At the gate, and at another owner, which asks it; nothing waits for what is before it."""
+    driver.create(make_schema(), "columns")
+    driver.train(1, {0: (make_bags(1), GRADS)})
+    driver.gather(make_bags(1))
+    driver.update(2, 0, GRADS)
+    driver.prepare(2, [0])
+    held = driver.contents()
+    for shard in driver.owners:
+        for version in (3, 2**40):
+            ahead = driver.submit(
+                driver.host(shard).commit(driver.commit_request(shard, 2, [0], decided=True, version=version))
+            )
+            words = rf"said to make version {version} .* its gate, shard 0, has given 1 versions so far"
+            with pytest.raises(StepConflict, match=words):
+                ahead.result(timeout=5)
+    assert same(driver.contents(), held)
+    assert {reply.version for reply in driver.commit(2, [0]).values()} == {2}
+    assert [driver.freeze(shard) for shard in driver.owners] == [2, 2]
+    for shard in driver.owners:
+        driver.thaw(shard)
+
+
+def test_a_step_that_its_decider_does_not_know_stands_in_nobodys_way(driver: Driver) -> None:
+    """Its trainer lives, and goes on with the next."""
+    driver.create(make_schema(), "columns")
+    driver.gather(make_bags(1))
+    driver.update(2, 0, GRADS)
+    driver.call(driver.host(1).prepare(driver.prepare_request(1, 1, [])))
+    going_on = driver.submit(driver.host(1).prepare(driver.prepare_request(1, 2, [0])))
+    assert going_on.result(timeout=5).parts[0].missing == ()
+    with pytest.raises(StepConflict, match="step 1 is older and cannot be decided any more"):
+        driver.call(driver.host(1).prepare(driver.prepare_request(1, 1, [])))
+    for late in (lambda: driver.prepare(1, []), lambda: driver.decide(1, [])):
+        with pytest.raises(StepConflict, match="step 1 of rank 0 of group 'trainer' was dropped"):
+            late()
+    driver.prepare(2, [0])
+    assert {reply.version for reply in driver.commit(2, [0]).values()} == {1}
+
+
+@pytest.mark.parametrize("decided", [False, True])
+@pytest.mark.parametrize("generation", [0, 1])
+def test_a_later_step_ends_one_that_another_shard_decides(driver: Driver, decided: bool, generation: int) -> None:
+    """Whole or not at all: where it was decided it is applied first."""
+    driver.create(make_schema(), "columns")
+    driver.gather(make_bags(1))
+    driver.update(1, 0, GRADS)
+    driver.prepare(1, [0])
+    if decided:
+        driver.decide(1, [0])
+    going_on = driver.submit(driver.host(1).prepare(driver.prepare_request(1, 2, [], generation=generation)))
+    assert going_on.result(timeout=5).parts[0].missing == ()
+    assert driver.status(1).version == int(decided)
+    if not decided:
+        with pytest.raises(StepConflict, match="step 1 of rank 0 of group 'trainer' was dropped"):
+            driver.decide(1, [0])
+    driver.prepare(2, [], generation=generation)
+    assert {reply.version for reply in driver.commit(2, [], generation=generation).values()} == {1 + decided}
+    assert [driver.status(shard).version for shard in driver.owners] == [1 + decided] * 2
+    assert [driver.status(shard).updates_applied for shard in driver.owners] == [int(decided)] * 2
+
+
+def test_a_step_names_who_decides_it(driver: Driver) -> None:
+    driver.create(make_schema(), "columns")
+    request = driver.prepare_request(1, 5, [])
+    before = driver.contents()
+    for number in (0, 4, 2**53 - 1):
+        with pytest.raises(InvalidRequest, match=rf"decider_step = {number} of table .* as that table counts it: 5"):
+            driver.call(driver.host(1).prepare(replace(request, decider_step=number)))
+    with pytest.raises(NotFound, match="has no table 987654"):
+        driver.call(driver.host(1).prepare(replace(request, decider_table=987654)))
+    with pytest.raises(InvalidRequest, match="step = 0: steps are counted from 1"):
+        driver.call(driver.host(1).prepare(driver.prepare_request(1, 0, [])))
+    assert same(driver.contents(), before)
+    assert [driver.freeze(shard) for shard in driver.owners] == [0, 0]
+    for shard in driver.owners:
+        driver.thaw(shard)

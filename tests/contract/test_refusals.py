@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mempool.errors import DataLoss, InvalidRequest, MempoolError, NotFound, Overloaded, StalePlacement
+from mempool.errors import DataLoss, InvalidRequest, MempoolError, NotFound, StalePlacement, StepConflict
 from mempool.types import (
     AttachTable,
     DiscardPart,
@@ -375,7 +375,11 @@ def test_steps_at_the_wrong_shard_or_of_a_version_never_given(trained: Driver) -
                 "shard 1 decides no steps of table 'facts': shard 0 does",
             ),
             (other.commit_request(1, 1, [0], decided=True), StalePlacement, "shard 1 gives no versions to steps"),
-            (other.commit_request(1, 1, [0], decided=True, version=5000), Overloaded, "version 5000 .* cannot wait"),
+            (
+                other.commit_request(1, 1, [0], decided=True, version=5000),
+                StepConflict,
+                "said to make version 5000 .* its gate, shard 0, has given 0 versions so far",
+            ),
             (other.commit_request(0, 1, [0], one_phase=True), InvalidRequest, "does not own all pages"),
         ):
             with pytest.raises(error, match=match):

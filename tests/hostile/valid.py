@@ -114,7 +114,7 @@ class Requests:
         }
 
     def step(self) -> data_pb2.StepId:
-        return data_pb2.StepId(group=self._group, rank=0, step=self.random.randrange(1000))
+        return data_pb2.StepId(group=self._group, rank=0, step=1 + self.random.randrange(1000))
 
     def _gather(self) -> Message:
         return data_pb2.GatherRequest(

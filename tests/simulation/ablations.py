@@ -50,7 +50,7 @@ ABLATIONS: dict[str, list[Patch]] = {
     "generation": [(AppliedLedger, "applied", _any_generation(AppliedLedger.applied))],
     "ledger": [(AppliedLedger, "applied", lambda *_: 0)],
     "token of a round": [(RoundsHere, "check", lambda *_: None)],
-    "order": [(Order, "add", _in_order_of_arrival)],
+    "order": [(Order, "add", _in_order_of_arrival), (Order, "may_take", lambda *_: True)],
     "lease of a trainer": [
         (HeldUpdates, "lives", lambda *_: True),
         (HeldUpdates, "silent", lambda *_: ()),

@@ -46,8 +46,8 @@ def _refused(kinds: Mapping[str, str]) -> Say:
     return say
 
 
-def _early(_: Any, __: Any, order: Order, step: Any) -> str | None:
-    return "a decided step that came before the one before it" if step.version > order.applied + 1 else None
+def _early(taken: Any, *_: Any) -> str | None:
+    return "a decided step that came before the one before it" if taken is False else None
 
 
 def _given(start: str) -> Say:
@@ -64,7 +64,7 @@ _WRAPPED: list[tuple[Any, str, Say]] = [
     (resolving, "fate_of_lapsed", _given("a lapsed round, away from its gate, whose fate was to")),
     (Decisions, "supersede", _where("a prepared step whose place a later one took")),
     (Decisions, "leave", _always("a table that was dropped on a shard")),
-    (Order, "add", _early),
+    (Order, "may_take", _early),
     (
         AppliedLedger,
         "applied",

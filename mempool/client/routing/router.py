@@ -9,7 +9,7 @@ import asyncio
 import random
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -236,9 +236,8 @@ class Router:
             attempt = self._attempt(await self._plan(table_id))
             return await self._while_current((attempt.plan,), once(attempt))
 
-        async def refresh() -> None:
-            if attempt is not None:
-                await self._refresh(attempt.plan)
+        async def refresh() -> bool:
+            return attempt is not None and await self._refresh_all((attempt.plan,))
 
         return await self.tries.run(
             self.name_of(table_id),
@@ -271,9 +270,10 @@ class Router:
             plans = tuple(attempt.plan for attempt in together.attempts.values())
             return await self._while_current(plans, once(together))
 
-        async def refresh() -> None:
-            if together is not None:
-                await self._refresh_all(attempt.plan for attempt in together.attempts.values())
+        async def refresh() -> bool:
+            if together is None:
+                return False
+            return await self._refresh_all([attempt.plan for attempt in together.attempts.values()])
 
         return await self.tries.run(
             ", ".join(self.name_of(table_id) for table_id in table_ids),
@@ -335,12 +335,13 @@ class Router:
                 raise self._dropped(table_id)
         return plan
 
-    async def _refresh_all(self, plans: Iterable[TablePlan]) -> None:
-        first, *others = plans
-        if others:
-            await asyncio.gather(*(self._refresh(plan) for plan in (first, *others)))
+    async def _refresh_all(self, plans: Sequence[TablePlan]) -> bool:
+        """Ask for the tables' views; answers whether any plan is a newer one now."""
+        if len(plans) == 1:
+            await self._refresh(plans[0])
         else:
-            await self._refresh(first)
+            await asyncio.gather(*(self._refresh(plan) for plan in plans))
+        return any(self._plans.get(plan.schema.table_id) is not plan for plan in plans)
 
     async def _refresh(self, plan: TablePlan) -> None:
         """Ask for a table's view, unless somebody has done so since ``plan``. Without an answer the old one stays."""

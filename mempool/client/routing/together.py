@@ -27,6 +27,9 @@ from mempool.types import (
     StepId,
 )
 
+_MOST_DISCARDED = 500
+"""Steps that one Discard names: a shard takes no more than 1,000. A client that was cut off for long has many."""
+
 HeardPrepare = Callable[[int, Parts, PrepareReply], None]
 HeardCommit = Callable[[int, Parts, Sequence[CommittedPart] | StepConflict], None]
 
@@ -145,7 +148,9 @@ class Together:
                 DiscardPart(envelope=self._fanouts[table_id].envelope(self._info(table_id, shard)), step_id=step_id)
                 for table_id, step_id in steps
             )
-            await host.discard(DiscardRequest(parts=parts, keep_updates=keep_updates))
+            for first in range(0, len(parts), _MOST_DISCARDED):
+                some = parts[first : first + _MOST_DISCARDED]
+                await host.discard(DiscardRequest(parts=some, keep_updates=keep_updates))
             if heard is not None:
                 heard(shard)
 

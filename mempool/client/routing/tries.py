@@ -66,7 +66,7 @@ class Tries:
         what: str,
         once: Callable[[], Awaitable[T]],
         *,
-        refresh: Callable[[], Awaitable[None]] | None = None,
+        refresh: Callable[[], Awaitable[bool]] | None = None,
         waiting_for: WaitingFor = tuple,
         timeout_s: float | None = None,
         refused_s: float | None = None,
@@ -77,7 +77,7 @@ class Tries:
         Args:
             what: Name of the table it is about, or of the call, for messages.
             once: May be cut off anywhere and run again, so all it sends must bear repetition.
-            refresh: Run before each further try.
+            refresh: Run before each further try; answers whether it found anything newer.
             waiting_for: (shard, address) of those that were asked and have not answered.
             refused_s: How long to go on where nobody listens at any address; None: until the deadline.
             again: False: one try, whatever error it ends with.
@@ -100,8 +100,8 @@ class Tries:
                             if isinstance(action, GiveUp):
                                 raise action.error from (None if action.error is error else error)
                         await asyncio.sleep(action.delay_s)
-                        if refresh is not None:
-                            await refresh()
+                        if refresh is not None and await refresh():
+                            retry.replanned()
         except MempoolError:
             raise
         except TimeoutError:

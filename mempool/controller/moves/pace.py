@@ -1,6 +1,6 @@
 """How large the rounds of a move are: as large as they can be without holding writers off for long. Pure."""
 
-AIM_S = 0.1
+AIM_S = 0.06
 """How long the pulls of a round, and telling the new view, may hold writers off."""
 _FIRST_BYTES = 4 * 2**20
 _LEAST_BYTES = 2**20

@@ -69,7 +69,7 @@ def prepare(
     in_order = tuple(sorted(sequences))
     known = updates.prepared_step(step_id)
     refuse_older(known, step_id)
-    again = known is not None and known.is_of(step_id, in_order)
+    again = known is not None and known.is_of(step_id, in_order) and known.decider == decider
     if again and known is not None and known.answers(want_norm=want_norm, norm_order=norm_order):
         return known
     norm = _Norm(norm_order)
@@ -93,14 +93,26 @@ def prepare(
     return prepared
 
 
-def require_prepared(updates: HeldUpdates, step_id: StepId, sequences: Sequence[int] | None) -> None:
-    """Raises StepConflict for a step that is not prepared, or with other updates (None: whichever)."""
+def require_prepared(
+    updates: HeldUpdates,
+    step_id: StepId,
+    sequences: Sequence[int] | None,
+    *,
+    decider: tuple[int, int] | None = None,
+) -> None:
+    """Raises StepConflict for a step that is not prepared, or with other updates, or another decider (None: any)."""
     prepared = updates.prepared_step(step_id)
-    if prepared is None or prepared.step != step_id.step:
+    if prepared is None or prepared.step_id != step_id:
         raise StepConflict(
             f"step {step_id.step} of rank {step_id.rank} of group {step_id.group!r} is not prepared here: its trainer "
             "was not heard of for longer than its lease, or it was never sent; send Prepare first (one_phase does both "
             "where one shard owns everything). Nothing was changed."
+        )
+    if decider is not None and prepared.decider != decider:
+        raise StepConflict(
+            f"step {step_id.step} of rank {step_id.rank} of group {step_id.group!r} was prepared as a part of step "
+            f"{prepared.decider[1]} of table {prepared.decider[0]}, and is to be committed as one of step {decider[1]} "
+            f"of table {decider[0]}; prepare it again. Nothing was changed."
         )
     in_order = prepared.sequences if sequences is None else tuple(sorted(sequences))
     if prepared.sequences != in_order:

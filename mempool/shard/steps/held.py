@@ -179,7 +179,7 @@ class HeldUpdates:
         self._ranks: OrderedDict[Rank, RankUpdates] = OrderedDict()  # those that were silent longest come first
         self._prepared: dict[Rank, PreparedStep] = {}
         self._settled: dict[Rank, float] = {}  # of prepared steps: when it was asked that was answered by "undecided"
-        self._abandoned: set[Rank] = set()  # of prepared steps: whose clients want them discarded
+        self._unwanted: set[Rank] = set()  # of prepared steps: whose clients want them decided no more
         self._newest: dict[tuple[str, int], int] = {}  # generation of each that is held
 
     def __len__(self) -> int:
@@ -212,10 +212,11 @@ class HeldUpdates:
     def stalled(self, step_id: StepId) -> bool:
         """Whether that step has been prepared for longer than a lease: its trainer may live, and not reach some other
         shard."""
-        prepared = self.prepared_step(step_id)
-        if prepared is None or prepared.step_id != step_id:
-            return False
-        return self._clock() - prepared.since_s > self._lease_s
+        return self.is_prepared(step_id) and self._clock() - self._prepared[_rank(step_id)].since_s > self._lease_s
+
+    def under_way(self, step_id: StepId) -> bool:
+        """Whether that step is prepared, not for longer than a lease, and its trainer lives."""
+        return self.is_prepared(step_id) and self.lives(step_id) and not self.stalled(step_id)
 
     def silent(self) -> tuple[PreparedStep, ...]:
         """Prepared steps of ranks whose lease has ended."""
@@ -260,27 +261,26 @@ class HeldUpdates:
         """Whether there is a step that is prepared and not applied."""
         return bool(self._prepared)
 
-    def doubtful(self, waits_since_s: float) -> bool:
-        """Whether a step may have been decided elsewhere before then: prepared by then, and not asked for since."""
-        return any(
-            not prepared.decided_here
-            and prepared.since_s <= waits_since_s
-            and self._settled.get(rank, float("-inf")) < waits_since_s
-            for rank, prepared in self._prepared.items()
-        )
+    def doubtful(self, waits_since_s: float) -> PreparedStep | None:
+        """A step that may have been decided elsewhere before then: prepared by then, and not asked for since."""
+        for rank, prepared in self._prepared.items():
+            asked_s = self._settled.get(rank, float("-inf"))
+            if not prepared.decided_here and prepared.since_s <= waits_since_s and asked_s < waits_since_s:
+                return prepared
+        return None
 
-    def abandon(self, step_id: StepId) -> bool:
-        """Its client discards the step. Returns whether that is for another shard to say: it is prepared, and decided
-        there."""
+    def give_up(self, step_id: StepId) -> PreparedStep | None:
+        """Its client discards the step, or has gone on. Returns it where that is for another shard to say: it is
+        prepared, and decided there."""
         prepared = self.prepared_step(step_id)
         if prepared is None or prepared.step_id != step_id or prepared.decided_here:
-            return False
-        self._abandoned.add(_rank(step_id))
-        return True
+            return None
+        self._unwanted.add(_rank(step_id))
+        return prepared
 
-    def abandoned(self, step_id: StepId) -> bool:
-        """Whether the client of the step that is prepared wants it discarded."""
-        return _rank(step_id) in self._abandoned
+    def unwanted(self, step_id: StepId) -> bool:
+        """Whether the client of the step that is prepared wants it decided no more."""
+        return _rank(step_id) in self._unwanted
 
     def settle(self, step_id: StepId, asked_s: float) -> None:
         """Its decider, asked then, had not decided the step."""
@@ -292,6 +292,11 @@ class HeldUpdates:
     def prepared_step(self, step_id: StepId) -> PreparedStep | None:
         """The step of that rank that is prepared, whichever it is."""
         return self._prepared.get(_rank(step_id))
+
+    def is_prepared(self, step_id: StepId) -> bool:
+        """Whether it is that very step of its rank."""
+        prepared = self.prepared_step(step_id)
+        return prepared is not None and prepared.step_id == step_id
 
     def set_prepared(self, step_id: StepId, prepared: PreparedStep, *, caller: str = "") -> None:
         """The step is prepared, in place of what its rank had prepared before.
@@ -312,6 +317,13 @@ class HeldUpdates:
             self._settled[_rank(step_id)] = settled_s
         self.budget.kept_bytes += prepared.kept_bytes
         self._add(found, prepared.num_bytes)
+
+    def decided_unnumbered(self, step_id: StepId) -> None:
+        """The step that is prepared is decided here, and another shard says which version of this table it makes."""
+        if self.is_prepared(step_id):
+            rank = _rank(step_id)
+            found = replace(self._prepared[rank], decided_here=False)
+            self._ranks[rank].prepared = self._prepared[rank] = found
 
     def end_prepare(self, step_id: StepId) -> bool:
         """The step is prepared no more; its updates stay. Returns whether it was."""
@@ -400,7 +412,7 @@ class HeldUpdates:
             found.prepared = None
             del self._prepared[_rank(step_id)]
             self._settled.pop(_rank(step_id), None)
-            self._abandoned.discard(_rank(step_id))
+            self._unwanted.discard(_rank(step_id))
             self.budget.kept_bytes -= prepared.kept_bytes
             self._add(found, -prepared.num_bytes)
 
@@ -420,7 +432,7 @@ class HeldUpdates:
             del self._newest[rank[:2]]
         prepared = self._prepared.pop(rank, None)
         self._settled.pop(rank, None)
-        self._abandoned.discard(rank)
+        self._unwanted.discard(rank)
         if prepared is not None:
             self.budget.kept_bytes -= prepared.kept_bytes
         self._count -= sum(len(updates) for updates in found.updates.values())

@@ -675,12 +675,17 @@ class ResolveRequest(_message.Message):
     AFTER_VERSION_FIELD_NUMBER: _builtins.int
     STEP_ID_FIELD_NUMBER: _builtins.int
     GIVE_UP_FIELD_NUMBER: _builtins.int
+    UNWANTED_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
     """The table: of the order asked for, or the first one of the step asked for."""
     after_version: _builtins.int
     """The decisions with higher versions are asked for, a number of them at a time. Absent: none."""
     give_up: _builtins.bool
-    """Drop the step for good where it is not decided and its rank's lease has ended here."""
+    """Drop the step for good where it is not decided, unless it is prepared here, not for longer than a lease, and its
+    rank's lease has not ended.
+    """
+    unwanted: _builtins.bool
+    """Drop it for good where it is not decided: its client has discarded it, or gone on with a later step."""
     @_builtins.property
     def step_id(self) -> _data_pb2.StepId:
         """The step asked for. Absent: none."""
@@ -692,10 +697,11 @@ class ResolveRequest(_message.Message):
         after_version: _builtins.int | None = ...,
         step_id: _data_pb2.StepId | None = ...,
         give_up: _builtins.bool = ...,
+        unwanted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_after_version", b"_after_version", "after_version", b"after_version", "step_id", b"step_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_version", b"_after_version", "after_version", b"after_version", "give_up", b"give_up", "step_id", b"step_id", "table_id", b"table_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_version", b"_after_version", "after_version", b"after_version", "give_up", b"give_up", "step_id", b"step_id", "table_id", b"table_id", "unwanted", b"unwanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__after_version: _TypeAlias = _typing.Literal["after_version"]  # noqa: Y015
     _WhichOneofArgType__after_version: _TypeAlias = _typing.Literal["_after_version", b"_after_version"]  # noqa: Y015

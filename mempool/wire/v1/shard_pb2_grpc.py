@@ -117,7 +117,7 @@ class ShardServiceServicer(object):
 
     def Resolve(self, request, context):
         """A shard that is in doubt asks here what became of steps: the gate of a table for its order, a step's decider for its
-        decision. Changes nothing but with give_up, and never waits.
+        decision. Changes nothing but with give_up or unwanted, and never waits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -54,7 +54,7 @@ class ShardServiceStub:
     """
     Resolve: _grpc.UnaryUnaryMultiCallable[_shard_pb2.ResolveRequest, _shard_pb2.ResolveReply]
     """A shard that is in doubt asks here what became of steps: the gate of a table for its order, a step's decider for its
-    decision. Changes nothing but with give_up, and never waits.
+    decision. Changes nothing but with give_up or unwanted, and never waits.
     """
     Thaw: _grpc.UnaryUnaryMultiCallable[_shard_pb2.ThawRequest, _shard_pb2.ThawReply]
     """Undoes Freeze and drops pages that were staged. No error where there is nothing to undo."""
@@ -97,7 +97,7 @@ class ShardServiceAsyncStub(ShardServiceStub):
     """
     Resolve: _aio.UnaryUnaryMultiCallable[_shard_pb2.ResolveRequest, _shard_pb2.ResolveReply]  # type: ignore[assignment]
     """A shard that is in doubt asks here what became of steps: the gate of a table for its order, a step's decider for its
-    decision. Changes nothing but with give_up, and never waits.
+    decision. Changes nothing but with give_up or unwanted, and never waits.
     """
     Thaw: _aio.UnaryUnaryMultiCallable[_shard_pb2.ThawRequest, _shard_pb2.ThawReply]  # type: ignore[assignment]
     """Undoes Freeze and drops pages that were staged. No error where there is nothing to undo."""
@@ -161,7 +161,7 @@ class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_shard_pb2.ResolveReply, _abc.Awaitable[_shard_pb2.ResolveReply]]:
         """A shard that is in doubt asks here what became of steps: the gate of a table for its order, a step's decider for its
-        decision. Changes nothing but with give_up, and never waits.
+        decision. Changes nothing but with give_up or unwanted, and never waits.
         """
 
     @_abc_1.abstractmethod

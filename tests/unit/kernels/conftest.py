@@ -56,6 +56,27 @@ def fused_in_the_interpreter():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quicker_interpreter():
+    """It prepares the whole language again for each function that a kernel calls; once for each launch is enough."""
+    if "triton:cpu" not in CHOSEN:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    prepare = interpreter._patch_lang
+
+    def once(function):
+        languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+        prepared = not any(tl.core.is_builtin(language.load) for language in languages)
+        return interpreter._LangPatchScope() if prepared else prepare(function)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", once)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def poisoned_outputs():
     """New memory holds NaN, and whole numbers their largest: what a kernel does not write is no accidental zero."""

@@ -1,15 +1,18 @@
 """What `apply` compares an edited file with."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import mempool.client
 from mempool.config import ClusterConfig, PoolConfig, ShardConfig, TableConfig, resolve
+from mempool.errors import InvalidRequest
 from mempool.placement import plan
 from mempool.rayhost import planned
-from mempool.rayhost.apply import unfinished
+from mempool.rayhost.apply import apply, unfinished
 from mempool.rayhost.state.records import PoolRecord, write_record
 from mempool.types import Placement, PoolStatus, ShardInfo, ShardStatus, TableView
 from mempool.types.schema import Layout
@@ -113,3 +116,34 @@ def test_what_the_pool_says_of_a_rescale_that_stopped_counts() -> None:
 def test_the_file_of_another_pool_is_refused() -> None:
     changes = planned(ClusterConfig(pool=PoolConfig(name="mine", shards=2), tables=[TABLE]), status("other"))
     assert [change.field for change in changes.refused] == ["pool.name"]
+
+
+def test_a_table_that_will_not_fit_is_refused_before_pages_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+
+    class Pool:
+        def status(self) -> PoolStatus:
+            now = status(shards=2)
+            return replace(now, shards=tuple(replace(shard, page_limit_bytes=2**20) for shard in now.shards))
+
+        def rescale(self, shards: int, **_: object) -> None:
+            done.append(shards)
+
+        def create_table(self, table: TableConfig) -> None:
+            done.append(table.name)
+
+    monkeypatch.setattr(mempool.client, "connect", lambda *_, **__: nullcontext(Pool()))
+
+    def ask(num_slots: int) -> None:
+        new = TableConfig(name="new", num_slots=num_slots, value_dim=64)
+        apply(
+            ClusterConfig(pool=PoolConfig(name="local", shards=4), tables=[TABLE, new]),
+            address="127.0.0.1:1",
+            say=lambda _: None,
+        )
+
+    with pytest.raises(InvalidRequest, match=r"do not fit.*1\.0 MiB free of 1\.0 MiB\. Nothing was moved"):
+        ask(2**20)
+    assert done == []
+    ask(64)
+    assert done == [4, "new"]

@@ -7,6 +7,7 @@ import pytest
 
 from mempool.config import ClusterConfig, PoolConfig, ShardConfig
 from mempool.controller import Controller
+from mempool.errors import ShardUnavailable
 from mempool.rayhost import controller_actor
 from mempool.rayhost.controller_actor import ControllerProcess
 from mempool.rayhost.keys import PoolKeys
@@ -87,6 +88,27 @@ def test_a_shard_that_is_back_is_looked_after_when_it_says_so(
         run(until(lambda: launcher.known), timeout_s=30)
         assert told == [info]
         assert launcher.looks == 3
+    finally:
+        process.stop()
+
+
+def test_a_shard_that_hangs_keeps_no_other_one_away(launcher: ActedLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_actor, "_RETRY_S", 0.01)
+    hanging, back = (
+        Description(boot_id="second", info=ShardInfo(shard=shard, address="", incarnation=2)) for shard in (0, 1)
+    )
+    process = ControllerProcess(CONFIG, PoolKeys(token=None, controller_key="k"), 30.0)
+
+    async def restarted(info: ShardInfo) -> None:
+        if info.shard == 0:
+            raise ShardUnavailable("no answer")
+
+    monkeypatch.setattr(process._controller, "shard_restarted", restarted)
+    process.start()
+    try:
+        launcher.back = [hanging, back]
+        process.shard_is_back()
+        run(until(lambda: launcher.known == [back]), timeout_s=30)
     finally:
         process.stop()
 

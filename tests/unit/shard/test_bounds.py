@@ -1,5 +1,7 @@
 """Numbers, names and sizes at their limits and beyond; every check is one pass."""
 
+from dataclasses import replace
+
 import pytest
 
 from mempool.errors import InvalidRequest, RequestTooLarge
@@ -7,7 +9,7 @@ from mempool.shard import bounds
 from mempool.types import CommitPart, CommitRequest, Envelope, Ledger, LedgerEntry, PreparePart, PrepareRequest, StepId
 
 
-def _step(group: str = "g", rank: int = 0, step: int = 0) -> StepId:
+def _step(group: str = "g", rank: int = 0, step: int = 1) -> StepId:
     return StepId(group=group, rank=rank, step=step)
 
 
@@ -34,7 +36,7 @@ def test_orders_of_norms(order: float) -> None:
 def _prepare(order: float) -> PrepareRequest:
     envelope = Envelope(table_id=1, epoch=1, incarnation=1, table_version=0)
     part = PreparePart(envelope=envelope, step_id=_step(), sequences=())
-    return PrepareRequest(parts=(part,), want_norm=True, norm_order=order, decider_table=1, decider_step=0)
+    return PrepareRequest(parts=(part,), want_norm=True, norm_order=order, decider_table=1, decider_step=1)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,8 @@ def _prepare(order: float) -> PrepareRequest:
         (_step(rank=-1), (), "rank = -1"),
         (_step(rank=2**32), (), "rank = 4294967296"),
         (_step(step=-1), (), "step = -1"),
+        (_step(step=0), (), "step = 0: steps are counted from 1"),
+        (replace(_step(), generation=-1), (), "generation = -1"),
         (_step(step=2**53), (), "step = 9007199254740992"),
         (_step(), (3, -1), "sequence = -1"),
         (_step(), (2**63,), "sequence = 9223372036854775808"),
@@ -153,7 +157,7 @@ def test_steps_of_too_many_tables() -> None:
         return PreparePart(envelope=envelope, step_id=_step(), sequences=sequences)
 
     def check(*parts: PreparePart) -> None:
-        bounds.check_prepare(PrepareRequest(parts=parts, want_norm=False, decider_table=0, decider_step=0))
+        bounds.check_prepare(PrepareRequest(parts=parts, want_norm=False, decider_table=0, decider_step=1))
 
     check(*(part(table_id) for table_id in range(1000)))
     with pytest.raises(InvalidRequest, match="1 to 1,000 tables; 1,001 were named"):

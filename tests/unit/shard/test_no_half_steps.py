@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mempool.errors import ShardUnavailable, StalePlacement, StepConflict
+from mempool.errors import DeadlineExceeded, ShardUnavailable, StalePlacement, StepConflict
 from mempool.types import (
     CommitPart,
     CommitRequest,
@@ -119,6 +119,15 @@ def test_where_its_trainer_does_not_come_the_step_is_known_as_lost(make_driver: 
         driver.call(driver.host(1).read_rows(reader(driver, 1, 2)))
     reading.cancel()
     assert versions(driver) == [2, 0]
+
+
+def test_a_freeze_says_what_it_has_waited_for(make_driver: MakeDriver) -> None:
+    driver = forgetful(make_driver)
+    with pytest.raises(DeadlineExceeded, match="its version 1 is decided and not applied here, as updates of it are"):
+        driver.freeze(1, 0.5)
+    push(driver, driver.step_id(1, "c"))
+    with pytest.raises(DeadlineExceeded, match="group 'c' is prepared and not decided as far as shard 0 has said"):
+        driver.freeze(1, 0.5, token="again")
 
 
 def test_pages_of_an_owner_that_has_missed_a_step_do_not_move(make_driver: MakeDriver) -> None:

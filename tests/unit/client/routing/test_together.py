@@ -86,6 +86,10 @@ class Tables:
     def dial(self, info: ShardInfo) -> Host:
         return self.hosts.setdefault(info, Host(info))
 
+    def asked_all(self, shard: int) -> list[Any]:
+        """What that shard was asked, in order."""
+        return [request for info, host in self.hosts.items() if info.shard == shard for request in host.requests]
+
     def asked(self, shard: int) -> Any:
         """The one request that came to a shard."""
         (host,) = (host for info, host in self.hosts.items() if info.shard == shard)
@@ -170,3 +174,12 @@ def test_discards_name_every_step_of_every_table_once_a_shard(wait) -> None:  # 
     wait(tables.together.end_prepare({2: parts(2)}, heard=ended.append))
     assert tables.asked(2).keep_updates
     assert ended == [2]
+
+
+def test_very_many_discards_are_named_some_at_a_time(wait) -> None:  # type: ignore[no-untyped-def]
+    """A shard takes no more than 1,000 in a message, and a client that was cut off for long has more."""
+    tables = Tables()
+    wait(tables.together.discard({1: [replace(STEP, step=step) for step in range(1, 1201)]}))
+    named = [[part.step_id.step for part in request.parts] for request in tables.asked_all(1)]
+    assert [len(steps) for steps in named] == [500, 500, 200]
+    assert [step for steps in named for step in steps] == list(range(1, 1201))

@@ -201,12 +201,12 @@ def test_a_step_is_in_doubt_until_its_decider_was_asked() -> None:
     assert not held.doubtful(9.0)
     for group in ("b", "c"):
         held.set_prepared(_step(1, group), _prepared(1, group=group))
-    assert [held.doubtful(since_s) for since_s in (4.0, 5.0, 6.0)] == [False, True, True]
+    assert [bool(held.doubtful(since_s)) for since_s in (4.0, 5.0, 6.0)] == [False, True, True]
     held.settle(_step(1, "b"), 6.0)
     assert held.doubtful(6.0)  # of the other one nobody has said anything
     held.settle(_step(1, "c"), 6.0)
     held.settle(_step(2, "c"), 9.0)  # another step
-    assert [held.doubtful(since_s) for since_s in (6.0, 6.5)] == [False, True]
+    assert [bool(held.doubtful(since_s)) for since_s in (6.0, 6.5)] == [False, True]
     clock.now_s = 7.0
     held.set_prepared(_step(1, "b"), _prepared(1, (1,), group="b"))  # sent again: it may have been decided before
     assert held.doubtful(6.5)
