@@ -104,7 +104,7 @@ SEEN_AT: dict[str, int] = {
     "epoch fence": 8,
     "wait for decided steps": 4,
     "generation": 1,
-    "ledger": 4,
+    "ledger": 16,
     "version wait": 16,
     "token of a round": 5,
     "order": 16,
