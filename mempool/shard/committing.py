@@ -273,14 +273,13 @@ class Committing:
                 table.updates.end_prepare(part.step_id)
             else:
                 known = table.updates.lives(part.step_id)
-                earlier = table.updates.prepared_step(part.step_id)
                 held = table.updates.discard(part.step_id)
                 discarded += held
                 entry = table.ledger.entry(part.step_id)
                 applied = entry.step if entry.generation == part.step_id.generation else 0
                 # A Prepare of it that comes late finds it over: but not with it an earlier step that is prepared here,
                 # and may be decided.
-                undecided = earlier is not None and earlier.step < part.step_id.step
+                undecided = prepared is not None and prepared.step < part.step_id.step
                 if (known or held or applied) and applied < part.step_id.step and not undecided:
                     table.ledger.drop(part.step_id)
                 table.turns.served(part.step_id)

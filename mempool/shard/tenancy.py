@@ -403,10 +403,12 @@ class Tenancy:
                 "drop the table and make it anew. Nothing was changed.",
                 shard=self._info.shard,
             )
-        if view.placement.epoch == table.epoch and not _same_placement(view, table.view):
+        late = view.placement.epoch < table.epoch and token
+        if late or (view.placement.epoch == table.epoch and not _same_placement(view, table.view)):
             raise StalePlacement(
-                f"table {table.view.schema.name!r} is at epoch {table.epoch} on shard {self._info.shard} by another "
-                "round: one of two controllers is late. Nothing was changed",
+                f"the view of epoch {view.placement.epoch} is late: another round has brought table "
+                f"{table.view.schema.name!r} to epoch {table.epoch} on shard {self._info.shard}, so one of two "
+                "controllers is late. Nothing was changed",
                 shard=self._info.shard,
                 address=self._info.address,
             )

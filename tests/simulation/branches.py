@@ -171,16 +171,12 @@ def _counting(original: Callable[..., Any], say: Say, marks: Counter[str]) -> Ca
 
     @functools.wraps(original)
     def call(*arguments: Any, **named: Any) -> Any:
-        early = say is _early and say(None, None, *arguments)
         try:
             result = original(*arguments, **named)
         except MempoolError as error:
             note(None, error, arguments)
             raise
-        if say is _early:
-            marks.update([early] if early else [])
-        else:
-            note(result, None, arguments)
+        note(result, None, arguments)
         return result
 
     return call

@@ -10,7 +10,7 @@ import pytest
 from tests.simulation.run import play
 
 ROOT = Path(__file__).parents[2]
-SEEDS = range(1, 41)
+SEEDS = range(1, 31)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -22,5 +22,8 @@ def test_a_view_of_the_present_epoch_with_another_placement_is_refused(make_driv
         driver.call(host.set_view(other))
     with pytest.raises(StalePlacement, match="one of two controllers is late"):
         driver.call(host.set_view(other, token="late"))
+    older = replace(view, placement=replace(view.placement, epoch=0))
+    with pytest.raises(StalePlacement, match="the view of epoch 0 is late"):
+        driver.call(host.set_view(older, token="late"))
     (kept,) = driver.call(host.views())
     assert np.array_equal(kept.placement.owners, view.placement.owners)
