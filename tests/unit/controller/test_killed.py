@@ -42,14 +42,15 @@ class Killed:
     async def call(self, method: Callable[..., Awaitable[Any]], *arguments: Any, **named: Any) -> Any:
         self.calls += 1
         number = self.calls
-        if not self.number or number < self.number:
+        survives = not self.number or number < self.number
+        if survives or (number == self.number and self._arrives):
             self.under_way += 1
             try:
-                return await method(*arguments, **named)
+                answer = await method(*arguments, **named)
             finally:
                 self.under_way -= 1
-        if number == self.number and self._arrives:
-            await method(*arguments, **named)
+            if survives:
+                return answer
         self.died.set()
         return await asyncio.Event().wait()
 
