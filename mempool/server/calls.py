@@ -25,7 +25,7 @@ from mempool.observe import Stages
 from mempool.server.admission import Admission, Passage
 from mempool.server.turns import FEW_CALLS, Turns
 from mempool.types.caller import Caller, calling
-from mempool.wire.methods import CONTROLLER_KEY, Method
+from mempool.wire.methods import CONTROLLER_KEY, SHARD_SERVICE, Method
 from mempool.wire.status import Metadata, to_status
 
 RequestT = TypeVar("RequestT")
@@ -55,8 +55,8 @@ class Door:
     closed: bool = False
     turns: Turns = field(default_factory=Turns)
 
-    async def enter(self, method: Method[Any, Any], context: Context) -> tuple[Passage, str]:
-        """Check a call and wait for room; answers the way in, and who asks.
+    async def enter(self, method: Method[Any, Any], context: Context) -> tuple[Passage, str, float]:
+        """Check a call and wait for room; answers the way in, who asks, and what ``turns`` reserved for its message.
 
         Raises:
             Unauthenticated: It needs the controller's key and does not have it.
@@ -68,17 +68,22 @@ class Door:
                 f"{method.name} is for the pool's controller and its shards alone; clients change tables and shards by "
                 "PoolService"
             )
-        if self.closed:
-            raise ShardUnavailable("this process is ending; try again in a moment")
+        self._check_open()
         peer: str = context.peer()
         came_s = time.perf_counter()
         host = peer.rpartition(":")[0]
-        if not method.controls:
+        reserved_s = 0.0
+        if _is_paced(method):
             self.turns.saw(host)
-            await self.turns.to_read(host, peer)
-        passage = await self.admission.enter(host, peer)
+            reserved_s = await self.turns.to_read(host, _sender(method, peer))
+            self._check_open()  # whoever ends waits for those that are in, not for those that rest
+        try:
+            passage = await self.admission.enter(host, peer)
+        except BaseException:
+            self.turns.gives_back(host, reserved_s)
+            raise
         self.stages.record("door", time.perf_counter() - came_s)
-        return passage, peer
+        return passage, peer, reserved_s
 
     async def receive(self, method: Method[Any, Any], context: Context) -> bytes:
         """The call's one message.
@@ -102,6 +107,10 @@ class Door:
         """Wait until it is this connection's turn to keep the loop."""
         if self.admission.active > FEW_CALLS:
             await self.turns.take(peer.rpartition(":")[0], peer)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ShardUnavailable("this process is ending; try again in a moment")
 
     def _has_key(self, metadata: tuple[tuple[str, str | bytes], ...]) -> bool:
         expected = self.controller_key
@@ -158,14 +167,15 @@ def handler(
     To gRPC it takes a stream, of one message: the messages of others are read before any of our code is asked.
     """
     stages = door.stages
+    paced = _is_paced(method)
 
     async def answer(context: Context, ended: "_Ended") -> bytes:
-        ended.passage, peer = await door.enter(method, context)
+        ended.passage, peer, reserved_s = await door.enter(method, context)
         received_s = time.perf_counter()
         frame = await door.receive(method, context)
         ended.passage.resize(len(frame))
-        if not method.controls:
-            door.turns.has_read(peer.rpartition(":")[0], peer, len(frame))
+        if paced:
+            door.turns.has_read(peer.rpartition(":")[0], _sender(method, peer), len(frame), reserved_s=reserved_s)
         stages.record("receive", time.perf_counter() - received_s)
         await door.turn(peer)
         decoded_s = time.perf_counter()
@@ -174,7 +184,8 @@ def handler(
         with calling(Caller(peer, _deadline_s(context), ended.then)):
             reply = await call(request)
         host = peer.rpartition(":")[0]
-        await door.turns.room(host, method.reply.tensor_bytes(reply))
+        if paced:
+            await door.turns.room(host, method.reply.tensor_bytes(reply))
         await door.turn(peer)
         called_s = time.perf_counter()
         encoded = method.reply.encode(reply)
@@ -186,7 +197,8 @@ def handler(
                 "accepted (max_message_bytes). Ask for fewer bags or rows at a time"
             )
         ended.passage.answer(len(encoded))
-        ended.then(door.turns.answers(host, len(encoded), since_s=called_s))
+        if paced:
+            ended.then(door.turns.answers(host, len(encoded), since_s=called_s))
         return encoded
 
     async def handle(_: object, context: Context) -> bytes:
@@ -208,7 +220,7 @@ def streaming_handler(
     """The handler of a call that is answered by a stream."""
 
     async def answer(context: Context, ended: "_Ended") -> None:
-        ended.passage, peer = await door.enter(method, context)
+        ended.passage, peer, _ = await door.enter(method, context)
         frame = await door.receive(method, context)
         ended.passage.resize(len(frame))
         with calling(Caller(peer, _deadline_s(context))):
@@ -227,6 +239,16 @@ def streaming_handler(
         refused.end(context)
 
     return grpc.stream_stream_rpc_method_handler(handle)
+
+
+def _is_paced(method: Method[Any, Any]) -> bool:
+    """Whether a call is a client's. Nobody rests for the controller's questions, nor do pages that move: writers wait
+    for them."""
+    return method.service != SHARD_SERVICE
+
+
+def _sender(method: Method[Any, Any], peer: str) -> str:
+    return f"{peer} {method.name}"
 
 
 class _Ended:

@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
+from mempool.errors import ShardUnavailable
+
 T = TypeVar("T")
 
 FEW_CALLS = 4
@@ -32,6 +34,8 @@ _LONGEST_WAIT_S = 2.0
 _OTHERS_S = 1.0
 """A host has calls that had one so long ago, and large messages or answers."""
 _MAX_HOSTS = 1024
+_MAX_RESTING = 4096
+"""Calls whose messages rest; they cost some kilobytes each."""
 
 _Waiting = deque[asyncio.Future[None]]
 
@@ -44,8 +48,9 @@ class Turns:
         self._running = False
         self._seen: dict[str, float] = {}  # when hosts had a call last, the latest at the end
         self._had_large: dict[str, float] = {}  # when hosts had a large message or answer last, likewise
-        self._large_messages: dict[str, tuple[float, int]] = {}  # by connection: when it sent the last, and its bytes
+        self._large_messages: dict[str, tuple[float, int]] = {}  # by sender: when it sent the last, and its bytes
         self._reads_from: dict[str, float] = {}  # by host: until then it has had its share of reading
+        self._num_resting = 0
         self._rests_until: dict[str, float] = {}  # large answers, by host
         self._alarms: dict[str, asyncio.TimerHandle] = {}
         self._on_the_way: dict[str, int] = {}  # bytes of large answers, by host
@@ -70,32 +75,61 @@ class Turns:
         """A client's host has a call."""
         _note(self._seen, host, time.perf_counter())
 
-    async def to_read(self, host: str, connection: str) -> None:
-        """Wait until the next message of a connection may be read. How large it is shows only then; where the last was
-        large a moment ago it is taken to be, and its host's messages rest as its large answers do.
+    async def to_read(self, host: str, sender: str) -> float:
+        """Wait until the next message may be read. How large it is shows only then; where its sender's last was large a
+        moment ago it is taken to be, and its host's messages rest as its large answers do.
+
+        Args:
+            host: Who asks, without its port.
+            sender: The connection, and what it asks for: messages of one kind are of like sizes.
+
+        Returns:
+            What was reserved, in seconds, for ``has_read`` or ``gives_back``.
+
+        Raises:
+            ShardUnavailable: Too many rest already.
         """
         now_s = time.perf_counter()
-        last_s, num_bytes = self._large_messages.get(connection, (-math.inf, 0))
+        last_s, num_bytes = self._large_messages.get(sender, (-math.inf, 0))
         if last_s <= now_s - _OTHERS_S - _LONGEST_WAIT_S or not self._others(host):
-            return
-        starts_s = min(max(now_s, self._reads_from.get(host, 0.0)), now_s + _LONGEST_WAIT_S)
-        _note(self._reads_from, host, starts_s + (1 + _REST) * _READ_S * num_bytes)
+            return 0.0
+        free_s = max(now_s, self._reads_from.get(host, 0.0))
+        starts_s = min(free_s, now_s + _LONGEST_WAIT_S)
+        if starts_s > now_s and self._num_resting >= _MAX_RESTING:
+            raise ShardUnavailable(f"{self._num_resting:,} calls rest here already; try again in a moment")
+        reserved_s = max(0.0, starts_s + _reading_s(num_bytes) - free_s)
+        _note(self._reads_from, host, free_s + reserved_s)
         if starts_s > now_s:
-            await asyncio.sleep(starts_s - now_s)
+            self._num_resting += 1
+            try:
+                await asyncio.sleep(starts_s - now_s)
+            except asyncio.CancelledError:
+                self.gives_back(host, reserved_s)
+                raise
+            finally:
+                self._num_resting -= 1
+        return reserved_s
 
-    def has_read(self, host: str, connection: str, num_bytes: int) -> None:
-        """A message of so many bytes is here."""
+    def has_read(self, host: str, sender: str, num_bytes: int, *, reserved_s: float = 0.0) -> None:
+        """A message of so many bytes is here; reserved_s: what ``to_read`` answered."""
         if num_bytes >= LARGE_BYTES:
             now_s = time.perf_counter()
             _note(self._had_large, host, now_s)
-            _note(self._large_messages, connection, (now_s, num_bytes))
+            _note(self._large_messages, sender, (now_s, num_bytes))
+        # The next one rests for what this was, not for what it was taken to be.
+        self.gives_back(host, max(0.0, reserved_s - _reading_s(num_bytes)))
+
+    def gives_back(self, host: str, reserved_s: float) -> None:
+        """So much of what ``to_read`` answered is not needed."""
+        if reserved_s and host in self._reads_from:
+            self._reads_from[host] -= reserved_s
 
     async def room(self, host: str, num_bytes: int) -> None:
         """Wait until an answer of so many bytes may be made for a host."""
         if num_bytes < LARGE_BYTES:
             return
         if host not in self._to_send and not self._left_s(host):
-            self._rests_until[host] = time.perf_counter() + _STALLED_S  # until it is known how long it took
+            self._starts(host)
             return
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._to_send.setdefault(host, deque()).append(turn)
@@ -141,10 +175,12 @@ class Turns:
 
     def _made(self, host: str, since_s: float) -> None:
         now_s = time.perf_counter()
-        self._rests_until[host] = now_s + _REST * (now_s - since_s)
-        if len(self._rests_until) > _MAX_HOSTS:
-            self._rests_until = {name: until_s for name, until_s in self._rests_until.items() if until_s > now_s}
+        _note(self._rests_until, host, now_s + _REST * (now_s - since_s))
         self._call_next(host)
+
+    def _starts(self, host: str) -> None:
+        """A large answer is to be made: the next rests until it is known how long it took."""
+        _note(self._rests_until, host, time.perf_counter() + _STALLED_S)
 
     def _left_s(self, host: str) -> float:
         """How long a host's next large answer waits still; as long as none is taken: for good."""
@@ -169,7 +205,7 @@ class Turns:
         while waiting and waiting[0].done():
             waiting.popleft()
         if waiting and not (left_s := self._left_s(host)):
-            self._rests_until[host] = time.perf_counter() + _STALLED_S
+            self._starts(host)
             waiting.popleft().set_result(None)
             left_s = self._left_s(host)
         if (alarm := self._alarms.pop(host, None)) is not None:
@@ -199,6 +235,11 @@ class Turns:
         if connections:
             self._hosts[host] = connections
         return turn
+
+
+def _reading_s(num_bytes: int) -> float:
+    """How long a message is read, and its host's next one rests; small ones cost nobody anything."""
+    return (1 + _REST) * _READ_S * num_bytes if num_bytes >= LARGE_BYTES else 0.0
 
 
 def _note(known: dict[str, T], name: str, what: T) -> None:

@@ -4,20 +4,35 @@ import asyncio
 from collections.abc import Coroutine
 from unittest.mock import AsyncMock
 
+import numpy as np
 import pytest
 import torch
 
+from mempool.errors import ShardUnavailable
 from mempool.server import turns as turns_module
 from mempool.server.turns import LARGE_BYTES, Turns
-from mempool.types import GatherReply, Stamp
+from mempool.types import (
+    DiscardReply,
+    DiscardRequest,
+    Envelope,
+    ExportPages,
+    GatherReply,
+    PageBatch,
+    ShardInfo,
+    ShardStatus,
+    Stamp,
+    StepId,
+)
 from mempool.wire.channels.grpc_channel import GrpcChannel
 from mempool.wire.channels.loop import run
-from mempool.wire.methods import GATHER
+from mempool.wire.methods import DISCARD, EXPORT_PAGES, GATHER, STATUS
 
-from .doors import CALL_S, gather_request, served
+from .doors import CALL_S, CONTROLLER_KEY, gather_request, served
 
 BOUND_S = 20.0
 LOUD, OF_LOUD = "loud", "loud:1"
+STAMP = Stamp(shard=0, incarnation=1, epoch=1, table_version=1)
+ENVELOPE = Envelope(table_id=1, epoch=1, incarnation=1)
 
 
 def wait(coroutine: Coroutine[object, object, None]) -> None:
@@ -128,19 +143,18 @@ def test_names_are_remembered_up_to_a_number(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_door_says_what_it_reads_and_asks_before() -> None:
     asked: list[tuple[str, str]] = []
-    stamp = Stamp(shard=0, incarnation=1, epoch=1, table_version=1)
 
     async def main() -> None:
         shard = AsyncMock()
-        shard.gather.return_value = GatherReply(stamp=stamp, blocks=(0,), values=torch.zeros(1, 8))
+        shard.gather.return_value = GatherReply(stamp=STAMP, blocks=(0,), values=torch.zeros(1, 8))
         async with served(shard) as (address, server), GrpcChannel(address) as channel:
             turns = server._door.turns
             to_read = turns.to_read
 
-            async def noted(host: str, connection: str) -> None:
-                asked.append((host, connection))
+            async def noted(host: str, sender: str) -> float:
+                asked.append((host, sender))
                 assert server._admission.active == 0, "who rests takes no room"
-                await to_read(host, connection)
+                return await to_read(host, sender)
 
             turns.to_read = noted  # type: ignore[method-assign]
             await channel.call(GATHER, gather_request(), timeout_s=CALL_S)
@@ -148,6 +162,155 @@ def test_the_door_says_what_it_reads_and_asks_before() -> None:
             await channel.call(GATHER, gather_request(pairs=LARGE_BYTES // 8), timeout_s=CALL_S)
             ((connection, (_, num_bytes)),) = turns._large_messages.items()
             assert num_bytes >= LARGE_BYTES
-            assert asked == [(connection.rpartition(":")[0], connection)] * 2
+            assert asked == [(connection.partition(" ")[0].rpartition(":")[0], connection)] * 2
+
+    run(main(), 3 * CALL_S)
+
+
+def test_who_sent_a_large_message_does_not_rest_for_small_ones() -> None:
+    async def main() -> None:
+        turns = Turns()
+        turns.saw("quiet")
+        turns.has_read(LOUD, OF_LOUD, LARGE_BYTES)
+        for _ in range(5):
+            reserved_s = await turns.to_read(LOUD, OF_LOUD)
+            assert reserved_s > 0
+            turns.has_read(LOUD, OF_LOUD, LARGE_BYTES - 1, reserved_s=reserved_s)
+        reserved_s = await turns.to_read(LOUD, OF_LOUD)
+        turns.has_read(LOUD, OF_LOUD, LARGE_BYTES, reserved_s=reserved_s)
+        assert not await is_read(turns)
+
+    wait(main())
+
+
+def test_what_is_given_back_was_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns_module, "_LONGEST_WAIT_S", 0.0)
+
+    async def main() -> None:
+        turns = Turns()
+        turns.saw("quiet")
+        turns.has_read(LOUD, OF_LOUD, LARGE_BYTES)
+        first = await turns.to_read(LOUD, OF_LOUD)
+        rests_until_s = turns._reads_from[LOUD]
+        for _ in range(50):  # the longest wait is reached: these add little, whatever they are taken to be
+            turns.has_read(LOUD, OF_LOUD, 0, reserved_s=await turns.to_read(LOUD, OF_LOUD))
+        assert turns._reads_from[LOUD] == pytest.approx(rests_until_s, abs=1.0)
+        turns.gives_back(LOUD, first)
+        turns.gives_back("forgotten", first)
+
+    wait(main())
+
+
+def test_whoever_gives_up_resting_leaves_no_rest_behind() -> None:
+    async def main() -> None:
+        turns = Turns()
+        turns.saw("quiet")
+        turns.has_read(LOUD, OF_LOUD, LARGE_BYTES)
+        await turns.to_read(LOUD, OF_LOUD)
+        rests_until_s = turns._reads_from[LOUD]
+        for _ in range(3):
+            assert not await is_read(turns)
+        assert turns._reads_from[LOUD] == pytest.approx(rests_until_s)
+        assert turns._num_resting == 0
+
+    wait(main())
+
+
+def test_so_many_rest_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns_module, "_MAX_RESTING", 2)
+
+    async def main() -> None:
+        turns = Turns()
+        turns.saw("quiet")
+        turns.has_read(LOUD, OF_LOUD, LARGE_BYTES)
+        await turns.to_read(LOUD, OF_LOUD)
+        resting = [asyncio.ensure_future(turns.to_read(LOUD, OF_LOUD)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(ShardUnavailable, match="2 calls rest here already; try again"):
+            await turns.to_read(LOUD, OF_LOUD)
+        await turns.to_read("quiet", "quiet:1")
+        for task in resting:
+            task.cancel()
+        await asyncio.gather(*resting, return_exceptions=True)
+
+    wait(main())
+
+
+def test_the_door_takes_calls_of_other_methods_for_messages_of_other_sizes() -> None:
+    async def main() -> None:
+        shard = AsyncMock()
+        shard.gather.return_value = GatherReply(stamp=STAMP, blocks=(0,), values=torch.zeros(1, 8))
+        shard.discard.return_value = DiscardReply(stamp=STAMP, discarded=0)
+        async with served(shard) as (address, server), GrpcChannel(address) as channel:
+            for _ in range(2):
+                server._door.turns.saw("quiet")
+                await channel.call(GATHER, gather_request(pairs=LARGE_BYTES // 8), timeout_s=CALL_S)
+            step_id = StepId(group="g", rank=0, step=1)
+            for _ in range(3):
+                server._door.turns.saw("quiet")
+                await channel.call(DISCARD, DiscardRequest(envelope=ENVELOPE, step_id=step_id), timeout_s=CALL_S)
+
+    run(main(), 3 * CALL_S)
+
+
+def test_a_call_that_rested_while_the_server_ended_is_not_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        shard = AsyncMock()
+        async with served(shard) as (address, server), GrpcChannel(address) as channel:
+
+            async def ended_meanwhile(*_: str) -> float:
+                server._door.closed = True
+                return 0.0
+
+            monkeypatch.setattr(server._door.turns, "to_read", ended_meanwhile)
+            with pytest.raises(ShardUnavailable, match="this process is ending"):
+                await channel.call(GATHER, gather_request(), timeout_s=CALL_S)
+            shard.gather.assert_not_called()
+
+    run(main(), 3 * CALL_S)
+
+
+def test_a_call_that_is_not_let_in_leaves_no_rest_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        given_back: list[float] = []
+        async with served() as (address, server), GrpcChannel(address) as channel:
+            turns = server._door.turns
+            monkeypatch.setattr(turns, "to_read", AsyncMock(return_value=7.0))
+            monkeypatch.setattr(turns, "gives_back", lambda _, reserved_s: given_back.append(reserved_s))
+            monkeypatch.setattr(server._admission, "enter", AsyncMock(side_effect=ShardUnavailable("full")))
+            with pytest.raises(ShardUnavailable, match="full"):
+                await channel.call(GATHER, gather_request(), timeout_s=CALL_S)
+        assert given_back == [7.0]
+
+    run(main(), 3 * CALL_S)
+
+
+def test_pages_that_move_do_not_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever trains waits until they have moved."""
+    pages = np.zeros(1, dtype=np.int64)
+    request = ExportPages(table_id=1, row_pages=pages, blocks=(0,))
+    batch = PageBatch(
+        table_id=1,
+        row_pages=pages,
+        blocks=(0,),
+        key_pages=(),
+        arrays={"values": torch.zeros(LARGE_BYTES // 8, 8)},
+        version=1,
+    )
+
+    info = ShardInfo(shard=0, address="127.0.0.1:1", incarnation=1)
+
+    async def main() -> None:
+        shard = AsyncMock()
+        shard.export_pages.return_value = batch
+        shard.status.return_value = ShardStatus(info=info, state="ready")
+        async with served(shard) as (address, server), GrpcChannel(address, controller_key=CONTROLLER_KEY) as channel:
+            turns = server._door.turns
+            monkeypatch.setattr(turns, "room", AsyncMock(side_effect=AssertionError))
+            await channel.call(EXPORT_PAGES, request, timeout_s=CALL_S)
+            assert not turns._had_large
+            assert not turns._on_the_way
+            await channel.call(STATUS, None, timeout_s=CALL_S)
+            assert not turns._seen, "nobody rests for who asks how a shard is"
 
     run(main(), 3 * CALL_S)
