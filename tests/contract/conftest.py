@@ -110,7 +110,7 @@ class _Opened:
 
     def get(self, name: str) -> list[Hosted]:
         if name not in self.hosted:
-            self.hosted[name] = run(self.stack.enter_async_context(KINDS[name].factory(NUM_SHARDS)), timeout_s=90)
+            self.hosted[name] = run(self.stack.enter_async_context(KINDS[name].factory(NUM_SHARDS)), timeout_s=240)
         return self.hosted[name]
 
 
@@ -118,7 +118,7 @@ class _Opened:
 def opened() -> Iterator[_Opened]:
     opened = _Opened()
     yield opened
-    run(opened.stack.aclose(), timeout_s=60)
+    run(opened.stack.aclose(), timeout_s=120)
 
 
 @pytest.fixture(params=list(KINDS))

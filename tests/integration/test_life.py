@@ -49,7 +49,7 @@ def test_up_to_down(tmp_path: Path) -> None:
     finally:
         ended = pool.run("down")  # the only pool that was started here
     assert "ending Ray" in ended.out
-    wait_for("every process to end", lambda: not any(_alive(pid) for pid in processes), within_s=30)
+    wait_for("every process to end", lambda: not any(_alive(pid) for pid in processes), within_s=90)
 
 
 def _libraries(pid: int | None) -> set[str]:
