@@ -25,7 +25,7 @@ SINCE := HEAD
 SEEDS ?= 200
 SEED ?= 1
 
-.PHONY: help demo run-demo test static check bench lint types imports protos protos-check unit kernels run-tests files integration setup clean
+.PHONY: help demo compile-kernels run-demo test static check bench lint types imports protos protos-check unit kernels run-tests files integration setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -50,18 +50,22 @@ $(DEMO_READY): $(KERNELS_READY)
 define made
 echo "== setting up $(1) with $(PYTHON) (a few minutes, once)"; \
 $(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "mempool needs Python 3.11 or newer; set PYTHON=")' && \
-{ test -x $(1)/bin/python || $(PYTHON) -m venv $(1); } && \
+{ test -x $(1)/bin/pip || $(PYTHON) -m venv $(1); } && \
 $(1)/bin/python $(PIP) $(2)
 endef
 
-# Kernels compile while the rest is installed and Ray starts; where they are compiled already that ends at once.
+# Kernels compile while the rest is installed and Ray starts; where they are compiled already that ends at once. No shell
+# stands between make and these, so that who ends it ends them.
 demo: $(KERNELS_READY)
-	@PYTHONPATH=. $(BIN)/python examples/compile_kernels.py -f cluster/local.yaml & \
-	$(MAKE) --no-print-directory run-demo; code=$$?; wait; exit $$code
+	@exec $(MAKE) --no-print-directory -j 2 compile-kernels run-demo
+
+# Without them the pool compiles what it needs.
+compile-kernels: $(KERNELS_READY)
+	-@exec env PYTHONPATH=. $(BIN)/python examples/compile_kernels.py -f cluster/local.yaml
 
 run-demo: $(DEMO_READY)
 	@echo "== demo: a pool of 2 shards on Ray, a trainer attached over gRPC, 10,000 facts, 2 -> 4 shards half way"
-	@DEMO_BEGAN=$(BEGAN) $(BIN)/python examples/demo.py
+	@exec env DEMO_BEGAN=$(BEGAN) $(BIN)/python examples/demo.py
 
 # What is checked without running it needs one core, as does the start of the kernels' compiler.
 test: $(READY)

@@ -20,13 +20,16 @@ from mempool.shard.steps.optimizers import kernel_needs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; answers the exit code."""
+    """Runs the command line; answers the exit code, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="compile_kernels", description="Compiles what a cluster's tables need.")
     parser.add_argument("-f", "--file", type=Path, required=True, help="the cluster file")
     options = parser.parse_args(arguments)
     needed = [kernel_needs(resolve(table), torch.device("cpu")) for table in load(options.file).tables]
-    for needs in dict.fromkeys([SCORING, *needed]):  # scoring first: it has the part that takes longest
-        make_ready(needs)
+    try:
+        for needs in dict.fromkeys([SCORING, *needed]):  # scoring first: it has the part that takes longest
+            make_ready(needs)
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
