@@ -97,7 +97,7 @@ class Attempt:
         """Pooled values [B, V] float32, and what to keep for the update."""
         # A shard none of whose row pages are named would answer zeros.
         parts = [part for part in split(self.plan, bags) if part.kept is None or part.bags.num_pairs]
-        pieces = gather_slices(self.plan, bags.num_bags)
+        pieces = gather_slices(self.plan, bags)
 
         async def ask_some(part: Part, host: ShardHost, envelope: Envelope, number: int) -> GatherReply:
             route = part.route
@@ -211,7 +211,8 @@ class Attempt:
 
         queries: [B, H, D] float32 for product keys, [B, 1, D] for flat keys.
         """
-        pieces = slices(queries.shape[0], queries.shape[1] * topk * SCORED_BYTES)
+        num_queries, num_heads, dim = queries.shape
+        pieces = slices(num_queries, num_heads * max(topk * SCORED_BYTES, dim * queries.element_size()))
 
         async def ask_some(host: ShardHost, envelope: Envelope, first: int, end: int) -> ScoreReply:
             some = queries[first:end]
@@ -290,10 +291,10 @@ class Attempt:
         )
 
 
-def gather_slices(plan: TablePlan, num_bags: int) -> list[tuple[int, int]]:
+def gather_slices(plan: TablePlan, bags: Bags) -> list[tuple[int, int]]:
     """First and end of the bags that are asked for by each message of a gather, at every shard alike."""
     widest = max((route.width for route in plan.routes), default=0)
-    return slices(num_bags, 4 * widest)
+    return slices(bags.num_bags, max(4 * widest, bags.num_bytes // max(1, bags.num_bags)))
 
 
 def _one(matrices: Sequence[Tensor]) -> Tensor:

@@ -4,13 +4,20 @@ A message is copied as a whole, at both of its ends, while all else there stands
 """
 
 import asyncio
+import random
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from typing import TypeVar
 
+from mempool.errors import Overloaded
+
 MESSAGE_BYTES = 2 * 2**20
-"""About so much is asked for by one message. Small shards, which have room for small messages only, take it too."""
+"""About so much is in a message, and asked for by it. Small shards, with room for small messages only, take it too."""
 WINDOW = 4
 """So many are under way at a time: shards work on one while another is on the wire, and no caller fills their queue."""
+_TRIES = 6
+"""Of a message that finds no room, before the whole call is tried again."""
+_LONGEST_PAUSE_S = 1.0
 
 T = TypeVar("T")
 
@@ -20,7 +27,7 @@ def slices(count: int, item_bytes: int) -> list[tuple[int, int]]:
 
     Args:
         count: Items of the whole call.
-        item_bytes: Of the answer to each.
+        item_bytes: Of each, or of the answer to it where that is more.
     """
     messages = max(1, -(-count * item_bytes // MESSAGE_BYTES))
     size = max(1, -(-count // messages))
@@ -45,10 +52,25 @@ async def together(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
 
 
 async def some_at_a_time(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
-    """As ``together``, a window after the other; a single call is only awaited."""
+    """As ``together``, a window after the other; a single call is only awaited.
+
+    One of many that finds no room is asked again by itself: with the answers of all others thrown away for it, a large
+    call would ask a busy shard for much more, and beside enough others never end.
+    """
     if len(calls) == 1:
         return [await calls[0]()]
     answers: list[T] = []
     for window in windows(calls):
-        answers += await together(window)
+        answers += await together([partial(_patiently, call) for call in window])
     return answers
+
+
+async def _patiently(call: Callable[[], Awaitable[T]]) -> T:
+    for _ in range(_TRIES - 1):
+        try:
+            return await call()
+        except Overloaded as error:
+            after_s = error.retry_after_s
+        pause_s = after_s if 0.0 < after_s < _LONGEST_PAUSE_S else _LONGEST_PAUSE_S
+        await asyncio.sleep(pause_s * (1.0 + random.random() / 2.0))  # spread out, as others were told the same
+    return await call()

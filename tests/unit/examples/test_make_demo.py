@@ -56,7 +56,9 @@ def making(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_what_it_started_ends_with_make(making: subprocess.Popen[bytes], tmp_path: Path, number: signal.Signals) -> None:
+def test_what_it_started_ends_with_make(
+    making: subprocess.Popen[bytes], tmp_path: Path, number: signal.Signals
+) -> None:
     assert until(lambda: (tmp_path / "compiling").exists() and (tmp_path / "training").exists())
     started = [int((tmp_path / name).read_text()) for name in ("compiling", "training")]
     try:

@@ -1,6 +1,8 @@
 """Calls of any size as messages of a bounded one."""
 
 import asyncio
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -12,11 +14,13 @@ from torch import Tensor
 import mempool
 from mempool import FlatKeys, ProductKeys, optim
 from mempool.client.routing import slices as slices_module
+from mempool.client.routing.retry import Backoff
 from mempool.client.routing.router import Router
 from mempool.client.routing.slices import MESSAGE_BYTES, WINDOW, slices, some_at_a_time, together
-from mempool.types import StepId, UpdateRequest
+from mempool.errors import Overloaded
+from mempool.types import GatherRequest, ProductKeySpec, ScoreRequest, StepId, UpdateRequest
 from mempool.types.bags import Bags
-from tests.support.faulty import LAYOUTS, FaultyPool
+from tests.support.faulty import HEALING, LAYOUTS, Fault, FaultyPool, make_schema
 
 STEP = StepId(group="g", rank=0, step=1)
 
@@ -77,6 +81,79 @@ def test_one_that_fails_ends_the_others() -> None:
     assert ended == ["cancelled"]
 
 
+def test_one_that_finds_no_room_is_asked_again_and_the_others_are_not() -> None:
+    asked = [0] * 9
+    refused = {2: 1, 3: 3, 8: slices_module._TRIES - 1}
+
+    async def call(number: int) -> int:
+        asked[number] += 1
+        if asked[number] <= refused.get(number, 0):
+            raise Overloaded("full", retry_after_s=0.001)
+        return number
+
+    async def main() -> list[int]:
+        return await some_at_a_time([partial(call, number) for number in range(9)])
+
+    assert asyncio.run(main()) == list(range(9))
+    assert asked == [1 + refused.get(number, 0) for number in range(9)]
+
+
+@pytest.mark.parametrize("retry_after_s", [-1.0, 0.0, float("nan"), float("inf"), 1e9])
+def test_one_that_never_finds_room_fails_in_the_end(monkeypatch: pytest.MonkeyPatch, retry_after_s: float) -> None:
+    monkeypatch.setattr(slices_module, "_LONGEST_PAUSE_S", 0.001)
+    asked = 0
+
+    async def call() -> None:
+        nonlocal asked
+        asked += 1
+        raise Overloaded("full", retry_after_s=retry_after_s)
+
+    async def main() -> None:
+        with pytest.raises(Overloaded, match="full"):
+            await some_at_a_time([call, partial(asyncio.sleep, 0)])
+
+    asyncio.run(main())
+    assert asked == slices_module._TRIES
+
+
+@pytest.mark.parametrize("fault", HEALING)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_happens_between_two_messages_of_a_gather_changes_nothing(
+    wait, monkeypatch: pytest.MonkeyPatch, layout: str, fault: Fault
+) -> None:  # type: ignore[no-untyped-def]
+    generator = torch.Generator().manual_seed(0)
+    bags = Bags(
+        ids=torch.tensor([5, 5, 63, 1, 5, 20, 40, 63, 0, 31]),
+        weights=torch.randn(10, generator=generator),
+        offsets=torch.tensor([0, 0, 3, 3, 7, 10, 10]),
+    )
+    grads = torch.randn(6, 12, generator=generator)
+
+    async def step(*faults: Fault | None, forgets: bool = False) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        pool = FaultyPool(LAYOUTS[layout])
+        router = Router(pool, dial=pool.dial, backoff=Backoff(first_s=0.001, longest_s=0.001))
+        pool.shards[0].faults["gather"] = list(faults)  # type: ignore[arg-type]
+        values, record = await router.gather(1, bags=bags, remember=True)
+        if forgets:  # one message of several
+            first, *_ = (request for request in pool.shards[0].requests("gather") if request.remember)
+            await pool.shards[0].gather(replace(first, remember=False, release=(record.lookup_id + 1,)))
+        found = await router.update(record, grads, step_id=STEP, sequence=1)
+        missing = [request.ids is not None for request in pool.shards[0].requests("update")]
+        assert not forgets or missing == [False, True]
+        commit = await router.call(
+            1, lambda attempt: attempt.commit(STEP, lr=0.5, grad_scale=1.0, sequences=(1,), one_phase=True)
+        )
+        assert all(reply.applied for reply in commit.values())
+        return values, found, [pool.values]
+
+    whole = wait(step())
+    monkeypatch.setattr(slices_module, "MESSAGE_BYTES", 4 * 12)
+    for values, found, rows in (wait(step(None, fault)), wait(step(None, None, forgets=True))):
+        assert torch.equal(values, whole[0])
+        assert torch.equal(found, whole[1])
+        assert torch.equal(rows[0], whole[2][0])
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("weights", [True, False])
 def test_large_answers_come_in_several_messages_and_nothing_else_changes(
@@ -131,3 +208,28 @@ def test_many_queries_go_in_several_messages(monkeypatch: pytest.MonkeyPatch, ke
         monkeypatch.setattr(slices_module, "MESSAGE_BYTES", 90)  # of two queries, or of one
         found = table.lookup(queries, 3)
     assert all(torch.equal(one, other) for one, other in zip(found, whole, strict=True))
+
+
+def test_messages_that_ask_are_bounded_too(wait, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """Of many pairs for a bag, or queries wider than their answers."""
+    ids, offsets = torch.randint(0, 64, (400,)), torch.arange(0, 401, 50)
+    bags = Bags(ids=ids, weights=torch.randn(400), offsets=offsets)
+    queries = torch.randn(6, 2, 4)
+
+    async def ask() -> tuple[Tensor, list[GatherRequest], list[ScoreRequest]]:
+        schema = make_schema(keys=ProductKeySpec(heads=2, key_dim=4), stride=8)
+        pool = FaultyPool(LAYOUTS["one"], schema=schema, key_owners=[0, 0])
+        router = Router(pool, dial=pool.dial)
+        values, _ = await router.gather(1, bags=bags)
+        await router.score(1, queries=queries, topk=1)
+        shard = pool.shards[0]
+        return values, shard.requests("gather"), shard.requests("score")
+
+    whole, *_ = wait(ask())
+    monkeypatch.setattr(slices_module, "MESSAGE_BYTES", 1250)  # of two bags
+    values, gathers, _ = wait(ask())
+    assert torch.equal(values, whole)
+    assert [request.ids.shape[0] for request in gathers] == [100] * 4
+    monkeypatch.setattr(slices_module, "MESSAGE_BYTES", 2 * 2 * 4 * 4)  # of two queries
+    *_, scores = wait(ask())
+    assert [request.queries.shape[0] for request in scores] == [2] * 3
