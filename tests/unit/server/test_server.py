@@ -143,7 +143,7 @@ def test_messages_over_the_limit_are_refused_both_ways(guarded: ServedPool) -> N
     with connect(guarded.address, token="sesame", timeout_s=CALL_S) as pool:
         table = pool.create_table(mempool.TableConfig(name="wide", num_slots=64, value_dim=1024))
         with pytest.raises(errors.RequestTooLarge, match="1,048,576"):
-            table.gather(torch.zeros(300, 1024, dtype=torch.int64))
+            table.gather(torch.zeros(1, 300 * 1024, dtype=torch.int64))  # a bag is never cut
         with pytest.raises(errors.RequestTooLarge, match="1,048,576"):
             table.gather(torch.zeros(300, 1, dtype=torch.int64))
         assert table.gather(torch.zeros(3, 2, dtype=torch.int64)).shape == (3, 1024)
