@@ -13,7 +13,8 @@ DEMO_READY := $(VENV)/.demo-ready
 KERNELS_READY := $(VENV)/.kernels-ready
 # What builds mempool: in place, so that pip makes no environment for it each time.
 BUILD := hatchling editables
-# Nothing is compiled to bytecode before it is imported: most of it never is.
+# Nothing is compiled to bytecode before it is imported: most of it never is. What is imported must be kept then.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # What the demo counts its time from: setting up is part of it.
 ifndef BEGAN
@@ -102,14 +103,14 @@ kernels: $(READY)
 	@echo "== compiling the CPU kernels (once per version of them, kept on disk: no test shall wait for a compiler)"
 	@$(BIN)/python -c "from mempool import kernels; kernels.warm_up()"
 
-# Those that start Ray and its nodes wait most of their time, one after the other.
+# Those that start Ray and its nodes wait most of their time, one after the other; the others leave them the processors.
 run-tests:
 	@$(MAKE) --no-print-directory -j 2 -O files integration
 
 # File by file in the order of tests/conftest.py, the long ones first.
 files: $(READY)
 	@echo "== tests"
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/integration
+	@OMP_WAIT_POLICY=passive nice $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/integration
 
 integration: $(READY)
 	@echo "== tests that start Ray and its nodes"

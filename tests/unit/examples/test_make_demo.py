@@ -47,7 +47,12 @@ def making(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
         os.utime(tmp_path / name, (number, number))  # all is installed
     names = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     process = subprocess.Popen(
-        ["make", "demo"], cwd=tmp_path, env=names, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ["make", "demo"],
+        cwd=tmp_path,
+        env=names,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which whoever runs in the background ignores
     )
     yield process
     if process.poll() is None:
