@@ -48,7 +48,7 @@ def test_the_engine_hears_who_asks_and_until_when() -> None:
     assert with_deadline.name.startswith("ipv4:127.0.0.1:")
     left_s = with_deadline.remaining_s()
     assert left_s is not None
-    assert 0.0 < left_s <= CALL_S
+    assert 0.0 < left_s <= 1.01 * CALL_S  # gRPC sends it in a few digits, rounded up
     assert without.deadline_s is None
 
 
