@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 FEW_CALLS = 4
 """With so many calls in nobody waits long, and nobody lines up."""
-LARGE_BYTES = 256 * 2**10
+LARGE_BYTES = 512 * 2**10
 """Smaller messages and answers wait for their turn alone."""
 ON_THE_WAY_BYTES = 4 * 2**20
 """A host to which so much is on its way gets no further large answer: it is read as fast as it is made."""
