@@ -22,10 +22,9 @@ from mempool.observe import Stages
 from mempool.shard import bounds
 from mempool.shard.answers import Answers
 from mempool.shard.committing import Committing
-from mempool.shard.hosted import Behind
 from mempool.shard.jobs import JOB_BYTES
 from mempool.shard.pages.transfer import pull
-from mempool.shard.parking import Parked
+from mempool.shard.parking import Behind, Parked
 from mempool.shard.resolving import Resolver
 from mempool.shard.steps.budget import MIB, Budget, numbers_bytes
 from mempool.shard.steps.contexts import Contexts

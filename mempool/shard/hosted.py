@@ -16,7 +16,7 @@ from mempool.agreement.turns import Turns
 from mempool.errors import DataLoss, ShardUnavailable, StalePlacement
 from mempool.shard.pages.staging import Staging
 from mempool.shard.pages.storage import Storage
-from mempool.shard.parking import LONGEST_WAIT_S, Parked, Waiting, is_late
+from mempool.shard.parking import LONGEST_WAIT_S, Behind, Parked, Waiting, is_late
 from mempool.shard.steps import commits
 from mempool.shard.steps.budget import Budget
 from mempool.shard.steps.held import HeldUpdates, PreparedStep
@@ -25,14 +25,6 @@ from mempool.types.running import Clock
 
 PEERS_WAIT_S = 1.0
 """How long after another shard has asked it is taken to wait: it asks again sooner than that."""
-
-
-class Behind(Exception):
-    """The request knows a newer placement, whose view is on its way here: ``parked`` is what it waits for."""
-
-    def __init__(self, parked: Parked) -> None:
-        super().__init__()
-        self.parked = parked
 
 
 class HostedTable:

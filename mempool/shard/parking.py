@@ -38,6 +38,14 @@ class Parked:
                 await asyncio.wrap_future(self.woken)
 
 
+class Behind(Exception):
+    """The request knows a newer placement, whose view is on its way here: ``parked`` is what it waits for."""
+
+    def __init__(self, parked: Parked) -> None:
+        super().__init__()
+        self.parked = parked
+
+
 class Waiting:
     """Those who wait for one thing."""
 

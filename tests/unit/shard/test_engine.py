@@ -124,7 +124,7 @@ def test_a_freeze_whose_caller_is_gone_and_a_waiting_prepare(make_driver: MakeDr
     waiting.cancel()
     driver.commit(1, [0])
     driver.thaw(0)
-    assert driver.freeze(0, 1.0, token="another") == 1
+    assert driver.freeze(0, 5.0, token="another") == 1  # a turn that nobody takes ends by itself
     assert list(driver.ledger(0).entries) == [("trainer", 0)]
 
 
