@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -153,7 +153,8 @@ def _compile(needs: Needs, names: list[str], *, report: Callable[[int, int], Non
             child.wait()
             for pipe in (child.stdin, child.stdout):
                 assert pipe is not None
-                pipe.close()
+                with suppress(OSError):  # what a dead child was not told yet
+                    pipe.close()
     if count == len(names):
         _LOG.info("compiled %d CPU kernels; they are kept in %s", count, _cache_folder())
 

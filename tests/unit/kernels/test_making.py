@@ -121,8 +121,18 @@ def lacking(monkeypatch):
     return here
 
 
-def test_what_children_cannot_compile_is_compiled_here(lacking, monkeypatch):
+@pytest.mark.parametrize("dead_before_it_is_told", [False, True])
+def test_what_children_cannot_compile_is_compiled_here(lacking, monkeypatch, dead_before_it_is_told):
     monkeypatch.setattr(making, "_CHILD", "raise SystemExit(1)")
+    start = making._start_child
+
+    def start_dead():
+        child = start()
+        child.wait(60)
+        return child
+
+    if dead_before_it_is_told:
+        monkeypatch.setattr(making, "_start_child", start_dead)
     needs = kernels.Needs()
     kernels.make_ready(needs)
     assert lacking == list(warming.calls_of(needs))
