@@ -2,32 +2,17 @@
 
 import asyncio
 import time
-from collections.abc import Coroutine
 
 import pytest
 
 from mempool.server import turns as turns_module
 from mempool.server.turns import LARGE_BYTES, ON_THE_WAY_BYTES, Turns
 
-BOUND_S = 20.0
-
-
-def wait(coroutine: Coroutine[object, object, None]) -> None:
-    async def main() -> None:
-        async with asyncio.timeout(BOUND_S):
-            await coroutine
-
-    asyncio.run(main())
+from .waits import is_let_through, wait
 
 
 async def is_let_in(turns: Turns, num_bytes: int, *, host: str = "loud") -> bool:
-    task = asyncio.ensure_future(turns.room(host, num_bytes))
-    await asyncio.sleep(0)
-    if task.done():
-        return True
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    return False
+    return await is_let_through(turns.room(host, num_bytes))
 
 
 def test_so_much_is_on_its_way_to_a_host_and_the_next_waits_until_it_is_taken() -> None:

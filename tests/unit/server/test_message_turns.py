@@ -1,7 +1,6 @@
 """Large messages of one host: beside others' calls they are read with rests, as large answers are made."""
 
 import asyncio
-from collections.abc import Coroutine
 from unittest.mock import AsyncMock
 
 import numpy as np
@@ -28,19 +27,11 @@ from mempool.wire.channels.loop import run
 from mempool.wire.methods import DISCARD, EXPORT_PAGES, GATHER, STATUS
 
 from .doors import CALL_S, CONTROLLER_KEY, gather_request, served
+from .waits import is_let_through, wait
 
-BOUND_S = 20.0
 LOUD, OF_LOUD = "loud", "loud:1"
 STAMP = Stamp(shard=0, incarnation=1, epoch=1, table_version=1)
 ENVELOPE = Envelope(table_id=1, epoch=1, incarnation=1)
-
-
-def wait(coroutine: Coroutine[object, object, None]) -> None:
-    async def main() -> None:
-        async with asyncio.timeout(BOUND_S):
-            await coroutine
-
-    asyncio.run(main())
 
 
 @pytest.fixture(autouse=True)
@@ -51,13 +42,7 @@ def slow_reading(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def is_read(turns: Turns, connection: str = OF_LOUD) -> bool:
-    task = asyncio.ensure_future(turns.to_read(connection.partition(":")[0], connection))
-    await asyncio.sleep(0)
-    if task.done():
-        return True
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    return False
+    return await is_let_through(turns.to_read(connection.partition(":")[0], connection))
 
 
 def test_beside_others_a_large_message_is_followed_by_a_rest() -> None:
