@@ -15,7 +15,7 @@ from mempool.controller.calls import ShardCalls
 from mempool.controller.roster import Roster
 from mempool.controller.telling import Telling
 from mempool.errors import AlreadyExists, InvalidRequest, MempoolError, NotFound, ShardUnavailable
-from mempool.placement import plan
+from mempool.placement import plan_table
 from mempool.types import (
     AttachTable,
     FlatKeySpec,
@@ -259,14 +259,7 @@ class TableChanges:
 
 def first_view(schema: TableSchema, infos: tuple[ShardInfo, ...]) -> tuple[TableView, dict[int, int]]:
     """The view of a new table, and how many bytes each of its owners has to fill."""
-    assignment = plan(
-        None,
-        [info.shard for info in infos],
-        num_row_pages=schema.num_row_pages,
-        num_blocks=schema.num_blocks,
-        num_key_pages=schema.num_key_pages,
-        layout=schema.layout,
-    )
+    assignment = plan_table(schema, None, [info.shard for info in infos])
     placement = Placement(table_id=schema.table_id, epoch=1, owners=assignment.owners, key_owners=assignment.key_owners)
     bytes_of = bytes_by_owner(schema, placement.owners, placement.key_owners)
     return TableView(schema=schema, placement=placement, shards=infos), bytes_of

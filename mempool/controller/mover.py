@@ -18,7 +18,7 @@ from mempool.controller.pulls import pulls
 from mempool.controller.roster import Roster
 from mempool.controller.settling import Call
 from mempool.errors import ShardUnavailable, StalePlacement
-from mempool.placement import Assignment, Moves, apply_moves, moves, plan, rounds
+from mempool.placement import Assignment, Moves, apply_moves, assignment_of, moves, plan_table, rounds
 from mempool.types import Placement, PullPages, PullReport, RescaleProgress, ShardHost, TableSchema, TableView
 from mempool.types.running import THREADS, TRAINER_LEASE_S, Clock, Runner
 from mempool.types.sizes import key_page_bytes, slot_bytes
@@ -80,15 +80,8 @@ class MovePlan:
 def plan_moves(view: TableView, shards: Sequence[int], round_bytes: int) -> MovePlan:
     """Plan one table's way to ``shards``. Takes a while where pages or shards are many: not for the event loop."""
     schema, placement = view.schema, view.placement
-    present = Assignment(owners=placement.owners, key_owners=placement.key_owners)
-    target = plan(
-        present,
-        shards,
-        num_row_pages=schema.num_row_pages,
-        num_blocks=schema.num_blocks,
-        num_key_pages=schema.num_key_pages,
-        layout=schema.layout,
-    )
+    present = assignment_of(placement)
+    target = plan_table(schema, present, shards)
     width = min(schema.block_dim, schema.value_dim)
     page_bytes = schema.page_slots * slot_bytes(schema, width=width, blocks=1, first=0)
     return MovePlan(

@@ -8,6 +8,7 @@ from mempool.placement.moves import Moves, apply_moves, moves, rounds
 from mempool.placement.planner import plan
 from mempool.placement.routing import Route, routes
 from mempool.placement.summary import LayoutKind, ShardSummary, describe, layout_kind
+from mempool.placement.tables import assignment_of, plan_table
 
 __all__ = [
     "Assignment",
@@ -16,10 +17,12 @@ __all__ = [
     "Route",
     "ShardSummary",
     "apply_moves",
+    "assignment_of",
     "describe",
     "layout_kind",
     "moves",
     "plan",
+    "plan_table",
     "rounds",
     "routes",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mempool.agreement.step_events import Owners
 from mempool.errors import Internal
-from mempool.placement import Assignment, Route, routes
+from mempool.placement import Route, assignment_of, routes
 from mempool.types import ShardInfo, TableSchema, TableView
 from mempool.types.bags import Bags
 
@@ -104,7 +104,7 @@ def make_plan(view: TableView) -> TablePlan:
         raise Internal(
             f"the view of table {schema.name!r}, epoch {placement.epoch}, names no address of shards {unknown}."
         )
-    assignment = Assignment(owners=placement.owners, key_owners=placement.key_owners)
+    assignment = assignment_of(placement)
     heads: dict[int, list[int]] = {}
     for head, shard in enumerate(placement.key_owners.tolist()):
         heads.setdefault(shard, []).append(head)

@@ -6,7 +6,7 @@ from mempool.controller.changes import MAX_PLACED_PAGES, MAX_TABLES, num_pages
 from mempool.controller.rescaling import check_shards, shards_after
 from mempool.controller.room import growth, require_room
 from mempool.errors import InvalidRequest
-from mempool.placement import Assignment, plan
+from mempool.placement import assignment_of, plan_table
 from mempool.types import PoolStatus, ShardInfo, ShardStatus, TableSchema
 from mempool.types.sizes import bytes_by_owner
 
@@ -34,27 +34,16 @@ def require_fit(status: PoolStatus, shards: int, tables: Sequence[TableSchema]) 
     grown = growth(
         (
             view.schema,
-            present := Assignment(owners=view.placement.owners, key_owners=view.placement.key_owners),
-            _placed(view.schema, present, after),
+            present := assignment_of(view.placement),
+            plan_table(view.schema, present, after),
         )
         for view in status.tables
     )
     for schema in tables:
-        first = _placed(schema, None, after)
+        first = plan_table(schema, None, after)
         for shard, num_bytes in bytes_by_owner(schema, first.owners, first.key_owners).items():
             grown[shard] = grown.get(shard, 0) + num_bytes
     require_room(grown, [*status.shards, *_to_be_started(status, after)])
-
-
-def _placed(schema: TableSchema, present: Assignment | None, shards: Sequence[int]) -> Assignment:
-    return plan(
-        present,
-        shards,
-        num_row_pages=schema.num_row_pages,
-        num_blocks=schema.num_blocks,
-        num_key_pages=schema.num_key_pages,
-        layout=schema.layout,
-    )
 
 
 def _to_be_started(status: PoolStatus, after: Sequence[int]) -> list[ShardStatus]:

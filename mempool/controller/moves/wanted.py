@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from mempool.placement import Assignment, moves, plan
+from mempool.placement import assignment_of, moves, plan_table
 from mempool.types import TableView
 
 
@@ -28,15 +28,8 @@ def _lying(views: Iterable[TableView], shards: Sequence[int]) -> str:
         missing = sorted(set(placement.shards).difference(shards))
         if missing:
             return f"table {schema.name!r} has pages on shard {missing[0]}, which is not among the pool's shards"
-        present = Assignment(owners=placement.owners, key_owners=placement.key_owners)
-        target = plan(
-            present,
-            shards,
-            num_row_pages=schema.num_row_pages,
-            num_blocks=schema.num_blocks,
-            num_key_pages=schema.num_key_pages,
-            layout=schema.layout,
-        )
+        present = assignment_of(placement)
+        target = plan_table(schema, present, shards)
         lying = moves(present, target).num_pages
         if lying:
             pages = placement.owners.size + placement.key_owners.size
