@@ -16,6 +16,7 @@ from unittest import mock
 from mempool.agreement.ledger import AppliedLedger
 from mempool.agreement.order import Order
 from mempool.agreement.rounds_here import RoundsHere
+from mempool.agreement.writes import SeenWrites
 from mempool.shard.hosted import HostedTable
 from mempool.shard.steps.held import HeldUpdates
 from mempool.shard.tenancy import Tenancy
@@ -57,6 +58,7 @@ ABLATIONS: dict[str, list[Patch]] = {
         (HeldUpdates, "expire", lambda *_: None),
     ],
     "lease of a freeze": [(RoundsHere, "lapsed", property(lambda _: False))],
+    "numbers of writes": [(SeenWrites, "is_due", lambda *_: True)],
 }
 
 
@@ -86,6 +88,13 @@ FAULTS: dict[str, Faults] = {
             tables=False,
         )
     ),
+    "numbers of writes": Faults(
+        scene=Scene(
+            traps=(_trap(methods.WRITE_ROWS, "comes again", 5.0, times=1000),),
+            rescales=False,
+            tables=False,
+        )
+    ),
     "version wait": Faults(
         scene=Scene(
             traps=(
@@ -110,6 +119,7 @@ SEEN_AT: dict[str, int] = {
     "order": 16,
     "lease of a trainer": 6,
     "lease of a freeze": 3,
+    "numbers of writes": 1,
 }
 """The first seed that shows each one missing: how many were needed."""
 
