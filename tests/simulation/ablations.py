@@ -90,9 +90,10 @@ FAULTS: dict[str, Faults] = {
     ),
     "numbers of writes": Faults(
         scene=Scene(
-            traps=(_trap(methods.WRITE_ROWS, "comes again", 5.0, times=1000),),
+            traps=(_trap(methods.WRITE_ROWS, "comes again", 2.0, times=1000),),
             rescales=False,
             tables=False,
+            writes=True,
         )
     ),
     "version wait": Faults(

@@ -78,6 +78,7 @@ class Workload:
         self.goes_back = _first(scene.goes_back, self.goes_back)
         self.rescales = _first(scene.rescales, self.rescales)
         self.changes_tables = _first(scene.tables, self.changes_tables)
+        self.writes = scene.writes
         self._pause_s = self._random.choice((1.0, 3.0))
         self._operating: asyncio.Task[None] | None = None
 
@@ -435,7 +436,7 @@ class TrainerLife(_Life):
         for view in tables:
             for _ in range(1 if last else random.choice((0, 1, 1, 2))):
                 await self.push(view)
-            if not last and random.random() < 0.1:
+            if not last and random.random() < (0.9 if self.workload.writes else 0.1):
                 await self.read_or_write(view)
         if not last and random.random() < 0.05:
             await self.tried("a discard", self.training.discard(tables), *tables)
@@ -471,7 +472,7 @@ class TrainerLife(_Life):
         if not may_be_written(view.schema):
             return
         history, table_id, asked_s = self.workload.history, view.schema.table_id, self.now_s()
-        slot = self.random.randrange(TRAINED, NUM_SLOTS)
+        slot = self.random.randrange(TRAINED, NUM_SLOTS) // 4 * 4  # few, in two pages: writes follow each other
         ids = torch.tensor([slot])
         if self.random.random() < 0.5:
             read = self.trainer.router.read_rows(table_id, array="values", ids=ids, timeout_s=20.0)
