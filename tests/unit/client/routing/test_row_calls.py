@@ -1,10 +1,12 @@
 """Rows and keys over all their owners: read whole, written where they belong, scored and merged."""
 
 import asyncio
+from collections.abc import Awaitable
 
 import pytest
 import torch
 
+from mempool.client.routing import router as routers
 from mempool.errors import InvalidRequest
 from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec
 from tests.support.faulty import COLUMNS, LAYOUTS, ROWS, Fault, FaultyPool, make_schema
@@ -81,6 +83,34 @@ def test_a_write_keeps_its_number_and_says_which_are_under_way(wait) -> None:  #
     assert {write.number: write.open for write in counts} == {5: (2,), 6: (2,)}  # each try is a write of its own
     assert len({write.writer for write in writes + counts}) == 1
     assert all(request.write_id is None for request in first.requests("step_count") if request.set is None)
+
+
+def test_no_more_writes_begin_than_a_message_may_name(wait, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(routers, "MAX_OPEN", 2)
+    pool = FaultyPool(ROWS)
+    first, second = pool.shards[:2]
+    second.faults["write_rows"] = [Fault.SILENT] * 1000
+
+    async def main() -> None:
+        router = make_router(pool)
+
+        def write(slot: int) -> Awaitable[None]:
+            return router.write_rows(1, array="values", ids=torch.tensor([slot]), rows=torch.ones(1, 12))
+
+        going = [asyncio.ensure_future(write(60)) for _ in range(2)]
+        while len({request.write_id.number for request in second.requests("write_rows")}) < 2:
+            await asyncio.sleep(0.01)
+        waits = asyncio.ensure_future(write(5))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not first.requests("write_rows")
+        going[0].cancel()
+        await waits
+        going[1].cancel()
+        await asyncio.gather(*going, return_exceptions=True)
+
+    wait(main())
+    assert [request.write_id.open for request in first.requests("write_rows")] == [(2,)]
 
 
 @pytest.mark.parametrize("layout", ["one", "rows", "columns"])
