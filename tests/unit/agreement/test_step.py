@@ -1,6 +1,8 @@
 """A step over tables and shards, by events alone, against shards that are a few sets: whatever fails, whenever."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mempool.agreement.attempts import Attempts
 from mempool.agreement.step import StepOfTables, TableStep
 from mempool.agreement.step_events import (
     Action,
@@ -64,6 +67,7 @@ class Shards:
     Attributes:
         held: (shard, table, step, sequence).
         prepared: (shard, step of the first table).
+        attempts: By shard.
         decided: By step of the first table: (lr, grad_scale) by table, and versions.
         applied: (shard, table) -> what was applied there, in order: (step, sequences, lr, grad_scale).
     """
@@ -72,6 +76,7 @@ class Shards:
     epoch: int = 1
     held: set[tuple[int, int, int, int]] = field(default_factory=set)
     prepared: set[tuple[int, int]] = field(default_factory=set)
+    attempts: dict[int, Attempts] = field(default_factory=lambda: defaultdict(Attempts))
     over: int = 0
     decided: dict[int, Parts] = field(default_factory=dict)
     versions: dict[int, int] = field(default_factory=dict)
@@ -79,15 +84,19 @@ class Shards:
     held_off: set[int] = field(default_factory=set)
     sent: list[Action] = field(default_factory=list)
 
-    def prepare(self, shard: int, parts: Parts, first: int, *, wait: bool) -> list[PreparedPart]:
+    def prepare(
+        self, shard: int, parts: Parts, first: int, *, wait: bool = False, attempt: int = 0
+    ) -> list[PreparedPart]:
         if first <= self.over and first not in self.decided:
             raise StepConflict("dropped")
+        if all(self.has(shard, part) for part in parts):
+            return [PreparedPart(stamp=STAMP, applied=True) for _ in parts]
+        if late := self.attempts[shard].late(first, attempt):
+            raise StepConflict(late)
         if wait:
             self.held_off.discard(shard)
         if shard in self.held_off:
             return [PreparedPart(stamp=STAMP, held_off=True) for _ in parts]
-        if all(self.has(shard, part) for part in parts):
-            return [PreparedPart(stamp=STAMP, applied=True) for _ in parts]
         missing = [
             tuple(s for s in part.sequences if (shard, part.table_id, part.step_id.step, s) not in self.held)
             if not self.has(shard, part)
@@ -96,10 +105,15 @@ class Shards:
         ]
         if not any(missing):
             self.prepared.add((shard, first))
+            self.attempts[shard].prepared(first, attempt)
         return [
             PreparedPart(stamp=STAMP, missing=each, squared_norm=2.0, norm=3.0, applied=self.has(shard, part))
             for each, part in zip(missing, parts, strict=True)
         ]
+
+    def end(self, shard: int, first: int, attempt: int) -> None:
+        if self.attempts[shard].end(first, attempt):
+            self.prepared.discard((shard, first))
 
     def has(self, shard: int, part: Part) -> bool:
         return any(done.step_id == part.step_id for done in self.applied.get((shard, part.table_id), []))
@@ -154,10 +168,12 @@ class Shards:
         self.place, self.epoch = place, self.epoch + 1
         self.held.clear()
         self.prepared.clear()
+        self.attempts.clear()
 
     def forget(self, shard: int) -> None:
         self.held = {each for each in self.held if each[0] != shard}
         self.prepared = {each for each in self.prepared if each[0] != shard}
+        self.attempts.pop(shard, None)
 
 
 SEQUENCES = (1, 2)
@@ -208,7 +224,7 @@ class Client:
             first = action.decider.step_id.step
             for shard, parts in action.to.items():
                 try:
-                    reply = shards.prepare(shard, parts, first, wait=action.wait)
+                    reply = shards.prepare(shard, parts, first, wait=action.wait, attempt=action.attempt)
                 except StepConflict as error:
                     step.handle(Refused(error=error))
                     return
@@ -227,8 +243,8 @@ class Client:
             yield
             step.handle(SentAgain())
         elif isinstance(action, EndPrepare):
-            for shard in action.to:
-                shards.prepared = {each for each in shards.prepared if each[0] != shard}
+            for shard, parts in action.to.items():
+                shards.end(shard, parts[0].step_id.step, action.attempt)
                 yield
                 step.handle(PrepareEnded(shard=shard))
         elif isinstance(action, Commit):
@@ -261,6 +277,18 @@ class Client:
             number = self.step.tables[table_id].step_id.step
             for shard, sequences in by_shard.items():
                 self.shards.held |= {(shard, table_id, number, sequence) for sequence in sequences}
+
+    def again(self, action: Action) -> None:
+        """Copies of what was sent come once more."""
+        if not isinstance(action, Prepare | EndPrepare):
+            return
+        for shard, parts in action.to.items():
+            first = parts[0].step_id.step  # all tables of a step here count alike
+            if isinstance(action, EndPrepare):
+                self.shards.end(shard, first, action.attempt)
+            else:
+                with suppress(StepConflict):
+                    self.shards.prepare(shard, parts, first, attempt=action.attempt)
 
     def kinds(self) -> list[str]:
         return [type(action).__name__ for action in self.shards.sent]
@@ -327,6 +355,34 @@ def test_a_table_held_off_ends_the_others_prepare_and_is_waited_for_there_alone(
         [0, 2],
         False,
     )
+
+
+def test_copies_that_come_late_neither_end_nor_begin_anything() -> None:
+    """What is decided stays prepared until it is applied; while a shard waits for a move, nothing else is prepared."""
+    client = Client("same")
+    shards = client.shards
+    shards.held_off = {1}
+
+    def late() -> None:
+        for action in list(shards.sent) * 2:
+            client.again(action)
+            assert not (isinstance(shards.sent[-1], EndPrepare) and shards.prepared)
+            for part in (part for parts in shards.decided.values() for part in parts):
+                for shard in PLACES["same"][part.table_id]:
+                    assert shards.has(shard, part) or (shard, part.step_id.step) in shards.prepared
+
+    client.in_between = late
+    assert isinstance(client.go("applied"), Reached)
+    assert client.kinds() == ["Prepare", "EndPrepare", "Prepare", "Prepare", "Commit", "Apply"]
+    client.assert_applied_once()
+
+
+def test_every_prepare_has_a_higher_number_and_an_end_names_the_newest() -> None:
+    client = Client("same")
+    client.shards.held_off = {1}
+    client.go("decided")
+    numbers = [each.attempt for each in client.shards.sent if isinstance(each, Prepare | EndPrepare)]
+    assert numbers == [1, 1, 2, 3]
 
 
 def test_a_lost_answer_means_the_same_commit_again_whatever_is_said_then() -> None:
@@ -431,6 +487,7 @@ def test_a_table_that_was_dropped_leaves_the_step_to_the_others() -> None:
             st.tuples(st.just("forget"), st.integers(0, 3)),
             st.tuples(st.just("hold off"), st.integers(0, 3)),
             st.tuples(st.just("drop"), st.just(0)),
+            st.tuples(st.just("come late"), st.integers(0, 30)),
             st.tuples(st.just("move"), st.sampled_from(sorted(PLACES))),
         ),
         max_size=25,
@@ -450,6 +507,9 @@ def test_whatever_happens_a_step_is_applied_once_everywhere(
             shards.forget(which)
         elif what == "hold off":
             shards.held_off.add(which)
+        elif what == "come late":
+            for action in shards.sent[-which:]:
+                client.again(action)
         elif what == "drop" and first not in shards.decided:
             shards.over = first
             shards.prepared.clear()
