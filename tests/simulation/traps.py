@@ -222,8 +222,8 @@ def _late_ends(random: Random) -> Scene:
 
 
 _SCENES = (
-    _late_ends,
     _dies_in_a_round,
+    _late_ends,
     _late_rounds,
     _untold_view,
     _made_half,
