@@ -183,7 +183,7 @@ class StepOfTables:
             return Fail(error=self._keeps_missing(lacking))
         if self.state == "decided":
             return self._next_apply() if goal == "applied" else Reached()
-        if self.state == "in doubt":
+        if self.state == "in doubt" and not self._missing():
             return self._commit(one_phase=self._one_phase and len(self._shards) == 1)
         if lacking := self._missing():
             return SendAgain(missing=lacking)
@@ -255,8 +255,7 @@ class StepOfTables:
             for table_id, answer in zip(self.tables, event.reply, strict=True)
             if answer.missing
         }
-        if missing:
-            self._reopen()
+        if missing:  # it stays in doubt: once they are there, a copy of this Commit that comes late decides it, too
             self._shards[event.shard].missing = missing
             return
         if not event.reply[0].version:

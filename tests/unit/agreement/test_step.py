@@ -123,6 +123,20 @@ def test_a_lost_answer_means_the_same_commit_again_whatever_is_said_then() -> No
     client.assert_applied_once()
 
 
+def test_a_commit_in_one_phase_that_misses_updates_may_still_be_decided() -> None:
+    """By a copy of it that comes once they are there: so it is neither dropped nor committed by other numbers."""
+    client = Client("one", held=False)
+    client.lost = lambda: isinstance(client.shards.sent[-1], SendAgain)
+    client.go("decided")
+    assert client.kinds() == ["Commit", "SendAgain"]
+    assert client.step.state == "in doubt"
+    client.step.handle(Decided(numbers={1: (9.0, 9.0)}))
+    client.lost = lambda: False
+    assert isinstance(client.go("applied", decide=False), Reached)
+    assert client.kinds()[2:] == ["SendAgain", "Commit"]
+    client.assert_applied_once()
+
+
 def test_a_dropped_step_goes_on_under_the_next_number() -> None:
     client = Client("same")
     client.go("prepared", decide=False)
