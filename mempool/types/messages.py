@@ -59,6 +59,18 @@ class StepId:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WriteId:
+    """One write of a client. Those before it that are not in ``open`` (ascending) are over: answered, or given up.
+
+    writer: The client, a random number. number: Ascends in the life of a client, over all its tables.
+    """
+
+    writer: int
+    number: int
+    open: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GatherRequest:
     """Weighted sums of the rows this shard owns. Pairs of pages it does not own add nothing.
 
@@ -340,9 +352,9 @@ class ReadRowsReply:
 class WriteRowsRequest:
     """Overwrite rows; shapes as in ReadRowsReply, ``blocks`` as this shard owns them. Pages not owned are skipped.
 
-    Idempotent. Atomic on one shard, not across shards. Waits while the table's pages are moving. Values are rounded to
-    what is stored, to nearest, with new scales; "values" and "values.master" are written together. "values.scales" and
-    "values.last_step" cannot be written.
+    Idempotent by ``write_id``; without one, each copy is written when it comes. Atomic on one shard, not across shards.
+    Waits while the table's pages are moving. Values are rounded to what is stored, to nearest, with new scales;
+    "values" and "values.master" are written together. "values.scales" and "values.last_step" cannot be written.
     """
 
     envelope: Envelope
@@ -350,6 +362,7 @@ class WriteRowsRequest:
     ids: Tensor
     blocks: tuple[int, ...]
     rows: Tensor
+    write_id: WriteId | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -366,6 +379,7 @@ class StepCountRequest:
     envelope: Envelope
     set: int | None = None
     at_version: int = 0
+    write_id: WriteId | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from mempool.agreement.attempts import Attempts
 from mempool.agreement.ledger import AppliedLedger
 from mempool.agreement.order import Order
 from mempool.agreement.rounds_here import RoundsHere
+from mempool.agreement.writes import SeenWrites
 from mempool.shard.hosted import HostedTable
 from mempool.shard.steps.held import HeldUpdates
 from mempool.shard.tenancy import Tenancy
@@ -59,6 +60,7 @@ ABLATIONS: dict[str, list[Patch]] = {
     ],
     "lease of a freeze": [(RoundsHere, "lapsed", property(lambda _: False))],
     "attempt": [(Attempts, "end", lambda *_: True), (Attempts, "late", lambda *_: "")],
+    "numbers of writes": [(SeenWrites, "is_due", lambda *_: True)],
 }
 
 
@@ -99,6 +101,14 @@ FAULTS: dict[str, Faults] = {
             tables=False,
         )
     ),
+    "numbers of writes": Faults(
+        scene=Scene(
+            traps=(_trap(methods.WRITE_ROWS, "comes again", 2.0, times=1000),),
+            rescales=False,
+            tables=False,
+            writes=True,
+        )
+    ),
     "version wait": Faults(
         scene=Scene(
             traps=(
@@ -124,6 +134,7 @@ SEEN_AT: dict[str, int] = {
     "lease of a trainer": 6,
     "lease of a freeze": 3,
     "attempt": 7,
+    "numbers of writes": 1,
 }
 """The first seed that shows each one missing: how many were needed."""
 

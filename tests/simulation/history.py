@@ -57,11 +57,21 @@ class Acknowledged:
 
 @dataclass(slots=True)
 class Write:
-    """A row that was, or may have been, written: when that began, and when it was known to be done."""
+    """A row that was, or may have been, written: by which client, when that began, and when it was known to be done, or
+    was given up."""
 
     row: Tensor
+    client: str
     began_s: float
     done_s: float | None = None
+    given_up_s: float | None = None
+
+    def is_over_for(self, later: "Write") -> bool:
+        """Whether that one began when this one was over: done, or given up by the same client."""
+        over_s = self.done_s
+        if over_s is None and later.client == self.client:
+            over_s = self.given_up_s
+        return over_s is not None and over_s < later.began_s
 
 
 @dataclass

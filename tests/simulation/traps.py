@@ -126,13 +126,17 @@ class Trap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """Traps that go together, and what a run must have for them to meet anything; None: as it is drawn."""
+    """Traps that go together, and what a run must have for them to meet anything; None: as it is drawn.
+
+    writes: Trainers write rows at every other step.
+    """
 
     traps: tuple[Trap, ...] = ()
     rescales: bool | None = None
     tables: bool | None = None
     goes_back: bool | None = None
     drifts: bool | None = None
+    writes: bool = False
 
     @classmethod
     def draw(cls, random: Random) -> "Scene":
@@ -221,6 +225,12 @@ def _late_ends(random: Random) -> Scene:
     )
 
 
+def _late_writes(random: Random) -> Scene:
+    """Copies of writes come later, when others were done."""
+    trap = _trap(methods.WRITE_ROWS, "comes again", 0.2 + 4.0 * random.random(), times=1000)
+    return Scene(traps=(trap,), rescales=random.random() < 0.5, writes=True)
+
+
 _SCENES = (
     _dies_in_a_round,
     _late_ends,
@@ -230,6 +240,7 @@ _SCENES = (
     _late_tables,
     _dead_trainer,
     _silent_trainer,
+    _late_writes,
 )
 
 

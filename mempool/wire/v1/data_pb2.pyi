@@ -37,7 +37,7 @@ Concurrency. Calls may overlap and are answered in any order. Where one must see
 
 Limits. A message, either way, is at most 256 MiB (ERROR_CODE_REQUEST_TOO_LARGE); scalars and names of one request (all but its tensors) are at most 4 MiB.
 
-64-bit integers: the values in this package stay below 2^53 except lookup ids and seeds, so a client in a language
+64-bit integers: the values in this package stay below 2^53 except lookup ids, writers and seeds, so a client in a language
 without them may use doubles for what it reads.
 """
 
@@ -161,6 +161,40 @@ class StepId(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepId: _TypeAlias = StepId  # noqa: Y015
+
+@_typing.final
+class WriteId(_message.Message):
+    """One write of a client: of rows, or of the step count."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WRITER_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    OPEN_FIELD_NUMBER: _builtins.int
+    writer: _builtins.int
+    """The client: a number unique among all clients (random), 1 or more."""
+    number: _builtins.int
+    """The write: numbers ascend in the life of a client, from 1, over all its tables. A repeat keeps its number."""
+    @_builtins.property
+    def open(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Writes of this client before this one that were neither answered nor given up when this message was sent, ascending;
+        at most 1,024. All others before it are over: copies of them that come later are refused.
+        """
+
+    def __init__(
+        self,
+        *,
+        writer: _builtins.int = ...,
+        number: _builtins.int = ...,
+        open: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "open", b"open", "writer", b"writer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WriteId: _TypeAlias = WriteId  # noqa: Y015
 
 @_typing.final
 class GatherRequest(_message.Message):
@@ -1067,6 +1101,7 @@ class WriteRowsRequest(_message.Message):
     ENVELOPE_FIELD_NUMBER: _builtins.int
     ARRAY_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
+    WRITE_ID_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     array: _builtins.str
@@ -1082,6 +1117,10 @@ class WriteRowsRequest(_message.Message):
         """The column blocks that `rows` has: as ReadRows answers them here."""
 
     @_builtins.property
+    def write_id(self) -> Global___WriteId:
+        """Which write this is. May be absent: see WriteRows."""
+
+    @_builtins.property
     def ids(self) -> _tensor_pb2.Tensor:
         """[M] int64 or uint32: slot ids; head numbers for the keys of product keys."""
 
@@ -1095,12 +1134,13 @@ class WriteRowsRequest(_message.Message):
         envelope: Global___Envelope | None = ...,
         array: _builtins.str = ...,
         blocks: _abc.Iterable[_builtins.int] | None = ...,
+        write_id: Global___WriteId | None = ...,
         ids: _tensor_pb2.Tensor | None = ...,
         rows: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "ids", b"ids", "rows", b"rows"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "ids", b"ids", "rows", b"rows", "write_id", b"write_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["array", b"array", "blocks", b"blocks", "envelope", b"envelope", "ids", b"ids", "rows", b"rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["array", b"array", "blocks", b"blocks", "envelope", b"envelope", "ids", b"ids", "rows", b"rows", "write_id", b"write_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1139,6 +1179,7 @@ class StepCountRequest(_message.Message):
     ENVELOPE_FIELD_NUMBER: _builtins.int
     SET_FIELD_NUMBER: _builtins.int
     AT_VERSION_FIELD_NUMBER: _builtins.int
+    WRITE_ID_FIELD_NUMBER: _builtins.int
     set: _builtins.int
     """So many steps are done: the next commit is the one after. Absent: only read."""
     at_version: _builtins.int
@@ -1147,16 +1188,21 @@ class StepCountRequest(_message.Message):
     def envelope(self) -> Global___Envelope:
         """The view."""
 
+    @_builtins.property
+    def write_id(self) -> Global___WriteId:
+        """With `set`: which write this is. May be absent: see WriteRows."""
+
     def __init__(
         self,
         *,
         envelope: Global___Envelope | None = ...,
         set: _builtins.int | None = ...,
         at_version: _builtins.int = ...,
+        write_id: Global___WriteId | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_set", b"_set", "envelope", b"envelope", "set", b"set"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_set", b"_set", "envelope", b"envelope", "set", b"set", "write_id", b"write_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_set", b"_set", "at_version", b"at_version", "envelope", b"envelope", "set", b"set"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_set", b"_set", "at_version", b"at_version", "envelope", b"envelope", "set", b"set", "write_id", b"write_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__set: _TypeAlias = _typing.Literal["set"]  # noqa: Y015
     _WhichOneofArgType__set: _TypeAlias = _typing.Literal["_set", b"_set"]  # noqa: Y015
