@@ -136,6 +136,7 @@ def check_prepare(request: PrepareRequest) -> None:
         check_step(part.step_id, part.sequences)
     check_number("decider_table", request.decider_table, _MAX_LOOKUP_ID)
     check_number("decider_step", request.decider_step)
+    check_number("attempt", request.attempt)
     named = {part.envelope.table_id: part.step_id.step for part in request.parts}.get(request.decider_table)
     if request.decider_step == 0 or named not in (None, request.decider_step):
         raise InvalidRequest(
@@ -170,6 +171,7 @@ def check_discard(request: DiscardRequest) -> None:
         raise InvalidRequest(
             f"Discard has {len(request.parts):,} parts; at most {MAX_DISCARDED:,} are taken. Nothing was changed."
         )
+    check_number("attempt", request.attempt)
     for part in request.parts:
         check_step(part.step_id, ())
 

@@ -158,6 +158,7 @@ class PrepareRequest:
         decider_table, decider_step: The first table of the step, whose gate decides, and the step as it counts them.
         wait: Where a table is held off, answer once it is not.
         norm_order: With want_norm, of the norm that is asked for besides the squared 2-norm; 0.0: none.
+        attempt: Which Prepare of the step it is, ascending; 0: not counted.
     """
 
     parts: tuple[PreparePart, ...]
@@ -166,6 +167,7 @@ class PrepareRequest:
     decider_step: int
     wait: bool = False
     norm_order: float = 0.0
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,10 +261,16 @@ class DiscardPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiscardRequest:
-    """Drop what is held of steps that were not committed, and end their Prepare; keep_updates: end that alone."""
+    """Drop what is held of steps that were not committed, and end their Prepare.
+
+    Attributes:
+        keep_updates: End the Prepare alone.
+        attempt: Then: the newest Prepare that is ended; a later one stays.
+    """
 
     parts: tuple[DiscardPart, ...]
     keep_updates: bool = False
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from typing import Any
 from unittest import mock
 
+from mempool.agreement.attempts import Attempts
 from mempool.agreement.ledger import AppliedLedger
 from mempool.agreement.order import Order
 from mempool.agreement.rounds_here import RoundsHere
@@ -58,6 +59,7 @@ ABLATIONS: dict[str, list[Patch]] = {
         (HeldUpdates, "expire", lambda *_: None),
     ],
     "lease of a freeze": [(RoundsHere, "lapsed", property(lambda _: False))],
+    "attempt": [(Attempts, "end", lambda *_: True), (Attempts, "late", lambda *_: "")],
     "numbers of writes": [(SeenWrites, "is_due", lambda *_: True)],
 }
 
@@ -77,6 +79,17 @@ FAULTS: dict[str, Faults] = {
         )
     ),
     "generation": Faults(trainers_die=True),
+    "attempt": Faults(
+        scene=Scene(
+            traps=(
+                _trap(methods.FREEZE, "its sender dies", 0.5, only="first of its round", times=20),
+                _trap(methods.DISCARD, "comes again with a Commit", 0.0, times=1000),
+                _trap(methods.COMMIT, "its sender dies", 1.0, skip=4, times=1000),
+            ),
+            rescales=True,
+            tables=False,
+        )
+    ),
     "token of a round": Faults(
         scene=Scene(
             traps=(
@@ -120,6 +133,7 @@ SEEN_AT: dict[str, int] = {
     "order": 16,
     "lease of a trainer": 6,
     "lease of a freeze": 3,
+    "attempt": 7,
     "numbers of writes": 1,
 }
 """The first seed that shows each one missing: how many were needed."""

@@ -458,6 +458,7 @@ class PrepareRequest(_message.Message):
     DECIDER_STEP_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
     NORM_ORDER_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     want_norm: _builtins.bool
     """Answer squared_norm and finite."""
     decider_table: _builtins.int
@@ -468,6 +469,10 @@ class PrepareRequest(_message.Message):
     """Where a table is held off: answer once it is not."""
     norm_order: _builtins.float
     """With want_norm: answer norm too, of this order: above 0, infinity for the largest element. 0: only squared_norm."""
+    attempt: _builtins.int
+    """Which Prepare of the step this is: each names a higher number than those before it, whichever shards they went to, so
+    that one that comes late is known from one that counts. 0: not counted.
+    """
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PreparePart]:
         """The tables of the step that this shard owns anything of."""
@@ -481,10 +486,11 @@ class PrepareRequest(_message.Message):
         decider_step: _builtins.int = ...,
         wait: _builtins.bool = ...,
         norm_order: _builtins.float = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decider_step", b"decider_step", "decider_table", b"decider_table", "norm_order", b"norm_order", "parts", b"parts", "wait", b"wait", "want_norm", b"want_norm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "decider_step", b"decider_step", "decider_table", b"decider_table", "norm_order", b"norm_order", "parts", b"parts", "wait", b"wait", "want_norm", b"want_norm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -740,8 +746,13 @@ class DiscardRequest(_message.Message):
 
     PARTS_FIELD_NUMBER: _builtins.int
     KEEP_UPDATES_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     keep_updates: _builtins.bool
     """End the Prepare alone: the updates stay held."""
+    attempt: _builtins.int
+    """With keep_updates: the newest Prepare of these steps that is ended. A later one stays, and an earlier one that comes
+    only now is refused.
+    """
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___DiscardPart]:
         """What to drop."""
@@ -751,10 +762,11 @@ class DiscardRequest(_message.Message):
         *,
         parts: _abc.Iterable[Global___DiscardPart] | None = ...,
         keep_updates: _builtins.bool = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep_updates", b"keep_updates", "parts", b"parts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "keep_updates", b"keep_updates", "parts", b"parts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

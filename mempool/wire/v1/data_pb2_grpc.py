@@ -128,7 +128,8 @@ class MemoryServiceServicer(object):
 
         Repeatable. A table whose pages are moving answers `held_off`: end what other shards have prepared (Discard with
         keep_updates), and ask the shard that said so with `wait`, which is answered when the move's round is over.
-        ERROR_CODE_STEP_CONFLICT for a step that was dropped (its lease ended), and for a generation that is over.
+        ERROR_CODE_STEP_CONFLICT for a step that was dropped (its lease ended), for a generation that is over, and for an
+        attempt that was ended or that a later one has come before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -95,7 +95,8 @@ class MemoryServiceStub:
 
     Repeatable. A table whose pages are moving answers `held_off`: end what other shards have prepared (Discard with
     keep_updates), and ask the shard that said so with `wait`, which is answered when the move's round is over.
-    ERROR_CODE_STEP_CONFLICT for a step that was dropped (its lease ended), and for a generation that is over.
+    ERROR_CODE_STEP_CONFLICT for a step that was dropped (its lease ended), for a generation that is over, and for an
+    attempt that was ended or that a later one has come before.
     """
     Commit: _grpc.UnaryUnaryMultiCallable[_data_pb2.CommitRequest, _data_pb2.CommitReply]
     """Second phase. Three kinds:
@@ -189,7 +190,8 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
 
     Repeatable. A table whose pages are moving answers `held_off`: end what other shards have prepared (Discard with
     keep_updates), and ask the shard that said so with `wait`, which is answered when the move's round is over.
-    ERROR_CODE_STEP_CONFLICT for a step that was dropped (its lease ended), and for a generation that is over.
+    ERROR_CODE_STEP_CONFLICT for a step that was dropped (its lease ended), for a generation that is over, and for an
+    attempt that was ended or that a later one has come before.
     """
     Commit: _aio.UnaryUnaryMultiCallable[_data_pb2.CommitRequest, _data_pb2.CommitReply]  # type: ignore[assignment]
     """Second phase. Three kinds:
@@ -298,7 +300,8 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Repeatable. A table whose pages are moving answers `held_off`: end what other shards have prepared (Discard with
         keep_updates), and ask the shard that said so with `wait`, which is answered when the move's round is over.
-        ERROR_CODE_STEP_CONFLICT for a step that was dropped (its lease ended), and for a generation that is over.
+        ERROR_CODE_STEP_CONFLICT for a step that was dropped (its lease ended), for a generation that is over, and for an
+        attempt that was ended or that a later one has come before.
         """
 
     @_abc_1.abstractmethod

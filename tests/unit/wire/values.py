@@ -195,6 +195,7 @@ CASES: dict[Method[Any, Any], Case] = {
             decider_step=U64,
             wait=st.booleans(),
             norm_order=DOUBLE,
+            attempt=U64,
         ),
         data_pb2.PrepareReply,
         build(
@@ -224,7 +225,7 @@ CASES: dict[Method[Any, Any], Case] = {
     ),
     methods.DISCARD: (
         data_pb2.DiscardRequest,
-        build(types.DiscardRequest, **parts(types.DiscardPart, **STEP), keep_updates=st.booleans()),
+        build(types.DiscardRequest, **parts(types.DiscardPart, **STEP), keep_updates=st.booleans(), attempt=U64),
         data_pb2.DiscardReply,
         build(types.DiscardReply, discarded=U64),
     ),
