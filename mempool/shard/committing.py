@@ -306,8 +306,8 @@ def _decision(table: HostedTable, part: CommitPart) -> DecidedStep:
 
 
 def _check_decided(table: HostedTable, part: CommitPart) -> None:
-    """Raises StepConflict where a step said to be decided cannot be, StalePlacement at a shard that does not number it,
-    Overloaded where it cannot wait."""
+    """Raises StepConflict where a step said to be decided cannot be, or is known not to be, StalePlacement at a shard
+    that does not number it, Overloaded where it cannot wait."""
     if table.owns or part.sequences:
         commits.require_prepared(table.updates, part.step_id, part.sequences)
     if not part.version and not table.is_gate:
@@ -321,6 +321,13 @@ def _check_decided(table: HostedTable, part: CommitPart) -> None:
             f"step {part.step_id.step} of group {part.step_id.group!r} is said to make version {part.version} of table "
             f"{table.view.schema.name!r}, which another step {'has made' if waiting is None else 'makes'}. Nothing was "
             "changed."
+        )
+    prepared = table.updates.prepared_step(part.step_id)
+    numbered_here = bool(part.version) and table.is_gate  # a version that it has not given is refused as that
+    if prepared is not None and prepared.step_id == part.step_id and prepared.decided_here and not numbered_here:
+        raise StepConflict(
+            f"step {part.step_id.step} of group {part.step_id.group!r} is said to be decided: its decider, shard "
+            f"{table.info.shard}, has not decided it. Its trainer is ahead of that. Nothing was changed."
         )
     if not part.version:
         table.order.require_room(table.table_id)

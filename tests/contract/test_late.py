@@ -112,6 +112,21 @@ def test_a_commit_of_a_version_that_was_never_given(driver: Driver) -> None:
         driver.thaw(shard)
 
 
+def test_its_decider_does_not_believe_that_a_step_is_decided(driver: Driver) -> None:
+    """It would be applied there alone, were it not prepared elsewhere."""
+    driver.create(make_schema(), "columns")
+    driver.gather(make_bags(1))
+    driver.update(1, 0, GRADS)
+    driver.call(driver.host(0).prepare(driver.prepare_request(0, 1, [0])))
+    held = driver.contents()
+    told = driver.commit_request(0, 1, [0], decided=True)
+    with pytest.raises(StepConflict, match="its decider, shard 0, has not decided it"):
+        driver.call(driver.host(0).commit(told))
+    assert same(driver.contents(), held)
+    driver.prepare(1, [0])
+    assert {reply.version for reply in driver.commit(1, [0]).values()} == {1}
+
+
 def test_a_step_that_its_decider_does_not_know_stands_in_nobodys_way(driver: Driver) -> None:
     """Its trainer lives, and goes on with the next."""
     driver.create(make_schema(), "columns")
