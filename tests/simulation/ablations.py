@@ -122,6 +122,8 @@ FAULTS: dict[str, Faults] = {
     ),
 }
 """Faults in which a safeguard is likely to be needed; without, they are drawn by the seed."""
+GUARDED_BESIDE = {"version wait": "attempt"}
+"""What another one guards as well since it is there: the first is looked at without the second."""
 SEEN_AT: dict[str, int] = {
     "incarnation fence": 1,
     "epoch fence": 8,
@@ -140,9 +142,11 @@ SEEN_AT: dict[str, int] = {
 
 
 @contextmanager
-def without(safeguard: str) -> Iterator[None]:
-    """The safeguard is off in this process."""
-    patches = [mock.patch.object(owner, name, fake) for owner, name, fake in ABLATIONS[safeguard]]
+def without(*safeguards: str) -> Iterator[None]:
+    """The safeguards are off in this process."""
+    patches = [
+        mock.patch.object(owner, name, fake) for safeguard in safeguards for owner, name, fake in ABLATIONS[safeguard]
+    ]
     for patch in patches:
         patch.start()
     try:
@@ -155,12 +159,24 @@ def without(safeguard: str) -> Iterator[None]:
 def play_without(asked: tuple[str, int]) -> Outcome:
     """One run without a safeguard. The oracle is another matter: it has nobody to be guarded from."""
     safeguard, seed = asked
-    run = run_of(safeguard, seed)
-    run.around = without(safeguard)
+    run = _run_of(safeguard, seed)
+    run.around = without(safeguard, *_beside(safeguard))
     return run.play()
 
 
-def run_of(safeguard: str, seed: int) -> Run:
+def play_with(asked: tuple[str, int]) -> Outcome:
+    """The same run with the safeguard."""
+    safeguard, seed = asked
+    run = _run_of(safeguard, seed)
+    run.around = without(*_beside(safeguard))
+    return run.play()
+
+
+def _beside(safeguard: str) -> tuple[str, ...]:
+    return (GUARDED_BESIDE[safeguard],) if safeguard in GUARDED_BESIDE else ()
+
+
+def _run_of(safeguard: str, seed: int) -> Run:
     """A run in which it is likely to be needed."""
     return Run(seed, faults=FAULTS.get(safeguard))
 
