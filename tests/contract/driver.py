@@ -48,6 +48,7 @@ from mempool.types import (
 )
 from mempool.wire.channels.loop import io_loop, run
 
+from .bags import Bags
 from .layouts import BLOCK_ARRAYS, LAYOUTS
 
 T = TypeVar("T")
@@ -81,30 +82,6 @@ class Hosted:
 
     host: ShardHost
     info: ShardInfo
-
-
-@dataclass(frozen=True)
-class Bags:
-    """ids [L] int64, weights [L] float32 or None, offsets [B + 1] int64."""
-
-    ids: Tensor
-    weights: Tensor | None
-    offsets: Tensor
-
-    @property
-    def num_bags(self) -> int:
-        return self.offsets.shape[0] - 1
-
-
-def make_bags(seed: int, *, num_slots: int = 50, lengths: Sequence[int] = (3, 0, 5, 1), weighted: bool = True) -> Bags:
-    """Random bags, with repeated ids, the first and the last slot."""
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(lengths)
-    ids = torch.randint(num_slots, (total,), generator=generator)
-    if total >= 3:
-        ids[0], ids[1], ids[-1] = num_slots - 1, 0, ids[total // 2]
-    weights = torch.randn(total, generator=generator) if weighted else None
-    return Bags(ids, weights, torch.tensor([0, *itertools.accumulate(lengths)]))
 
 
 class Driver:
@@ -482,19 +459,3 @@ def same(left: Any, right: Any) -> bool:
         same_kind = left.dtype == right.dtype and left.shape == right.shape
         return same_kind and torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
     return bool(left == right)
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected."""
-    got, expected = got.detach().double(), expected.detach().double()
-    return float((got - expected).norm() / expected.norm().clamp(min=1e-12))
-
-
-def reference_sums(values_NV: Tensor, bags: Bags) -> Tensor:
-    """[B, V] float64: weighted sums, one pair after another."""
-    sums = torch.zeros(bags.num_bags, values_NV.shape[1], dtype=torch.float64)
-    for bag in range(bags.num_bags):
-        for pair in range(int(bags.offsets[bag]), int(bags.offsets[bag + 1])):
-            weight = 1.0 if bags.weights is None else bags.weights[pair].double()
-            sums[bag] += weight * values_NV[bags.ids[pair]].double()
-    return sums

@@ -8,7 +8,8 @@ import torch
 from mempool.errors import InvalidRequest, StepConflict
 from mempool.types import DiscardPart, DiscardRequest
 
-from .driver import Driver, make_bags, make_schema, same
+from .bags import make_bags
+from .driver import Driver, make_schema, same
 
 _rounds = itertools.count()
 GRADS = torch.linspace(-1, 1, 40).view(4, 10)

@@ -8,7 +8,8 @@ import torch
 from mempool.errors import DataLoss, InvalidRequest, NotFound, StalePlacement, StepConflict
 from mempool.types import ReadRowsRequest, StepCountRequest, WriteId, WriteRowsRequest
 
-from .driver import Driver, make_bags, make_schema, same
+from .bags import make_bags
+from .driver import Driver, make_schema, same
 
 GRADS = torch.linspace(-1, 1, 40).view(4, 10)
 

@@ -20,7 +20,8 @@ from mempool.types import (
     WriteRowsRequest,
 )
 
-from .driver import Driver, make_bags, make_schema, relative_error, same
+from .bags import make_bags, relative_error
+from .driver import Driver, make_schema, same
 from .layouts import LAYOUTS
 
 GRADS = torch.linspace(-1, 1, 40).view(4, 10)

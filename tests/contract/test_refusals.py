@@ -20,7 +20,8 @@ from mempool.types import (
     WriteRowsRequest,
 )
 
-from .driver import Bags, Driver, make_bags, make_schema, same
+from .bags import Bags, make_bags
+from .driver import Driver, make_schema, same
 
 GRADS = torch.linspace(-1, 1, 40).view(4, 10)
 NAN, INF = float("nan"), float("inf")

@@ -8,7 +8,8 @@ import torch
 from mempool.errors import DeadlineExceeded, InvalidRequest, StepConflict
 from mempool.types import OptimizerSpec, StepCountRequest
 
-from .driver import Driver, make_bags, make_schema, same
+from .bags import make_bags
+from .driver import Driver, make_schema, same
 
 ADAM = OptimizerSpec(algorithm="adam", lr=0.1, eps=1e-8)
 DENSE = OptimizerSpec(algorithm="adamw", lr=0.1, eps=1e-8, weight_decay=0.1, dense=True)

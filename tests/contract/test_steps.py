@@ -8,7 +8,8 @@ import torch
 from mempool.errors import ContextMissing, StalePlacement, StepConflict
 from mempool.types import HeartbeatRequest, ResolveReply, ResolveRequest
 
-from .driver import Bags, Driver, make_bags, make_schema, same
+from .bags import Bags, make_bags
+from .driver import Driver, make_schema, same
 
 GRADS = torch.linspace(-1, 1, 40).view(4, 10)
 

@@ -5,7 +5,8 @@ import pytest
 from mempool.errors import StalePlacement
 from mempool.types import HeartbeatRequest, StepCountRequest
 
-from .driver import Driver, make_bags, make_schema
+from .bags import make_bags
+from .driver import Driver, make_schema
 from .test_moves import GRADS
 
 

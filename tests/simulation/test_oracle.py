@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mempool.types import OptimizerSpec
-from tests.contract.driver import Bags
+from tests.contract.bags import Bags
 from tests.contract.oracle import Oracle as Float64
 from tests.simulation.oracle import Content, Oracle
 from tests.simulation.tables import ALGORITHMS, NUM_SLOTS, draw_bags, draw_grads, draw_schema

@@ -22,7 +22,8 @@ from mempool.types import (
     UpdateReply,
 )
 from mempool.types import bags as bags_module
-from tests.contract.driver import Driver, make_bags, make_schema
+from tests.contract.bags import make_bags
+from tests.contract.driver import Driver, make_schema
 
 from .conftest import MakeDriver
 

@@ -22,7 +22,8 @@ from mempool.types import (
     PrepareRequest,
     ReadRowsRequest,
 )
-from tests.contract.driver import Driver, make_bags, make_schema, same
+from tests.contract.bags import make_bags
+from tests.contract.driver import Driver, make_schema, same
 
 from .conftest import MakeDriver
 

@@ -5,7 +5,8 @@ import torch
 
 from mempool.errors import StepConflict
 from mempool.types import DiscardPart, DiscardRequest, StepId
-from tests.contract.driver import Driver, make_bags, make_schema
+from tests.contract.bags import make_bags
+from tests.contract.driver import Driver, make_schema
 
 from .conftest import MakeDriver
 

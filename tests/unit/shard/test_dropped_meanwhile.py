@@ -7,7 +7,8 @@ import torch
 
 from mempool.errors import NotFound
 from mempool.types import ReadRowsRequest, ResolveRequest
-from tests.contract.driver import make_bags, make_schema
+from tests.contract.bags import make_bags
+from tests.contract.driver import make_schema
 
 from .conftest import MakeDriver
 

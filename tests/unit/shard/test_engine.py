@@ -40,7 +40,8 @@ from mempool.types import (
 )
 from mempool.types.bags import Bags as TypesBags
 from mempool.wire.channels.loop import run
-from tests.contract.driver import Driver, Hosted, make_bags, make_schema, same
+from tests.contract.bags import make_bags
+from tests.contract.driver import Driver, Hosted, make_schema, same
 from tests.contract.layouts import LAYOUTS
 
 from .conftest import MakeDriver

@@ -17,7 +17,8 @@ from mempool.errors import ContextMissing
 from mempool.shard import Engine
 from mempool.types import FlatKeySpec, OptimizerSpec, ShardInfo
 from mempool.wire.channels.loop import run
-from tests.contract.driver import Bags, Driver, Hosted, make_bags, make_schema, reference_sums, relative_error
+from tests.contract.bags import Bags, make_bags, reference_sums, relative_error
+from tests.contract.driver import Driver, Hosted, make_schema
 from tests.contract.oracle import Oracle
 
 NUM_SHARDS = 3

@@ -22,7 +22,8 @@ from mempool.types import (
     ReadRowsRequest,
     StepId,
 )
-from tests.contract.driver import Driver, make_bags, make_schema
+from tests.contract.bags import make_bags
+from tests.contract.driver import Driver, make_schema
 
 from .conftest import MakeDriver
 

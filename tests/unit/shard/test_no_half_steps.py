@@ -21,7 +21,8 @@ from mempool.types import (
     ResolveRequest,
     StepId,
 )
-from tests.contract.driver import Driver, make_bags, make_schema
+from tests.contract.bags import make_bags
+from tests.contract.driver import Driver, make_schema
 
 from .conftest import MakeDriver
 

@@ -9,7 +9,8 @@ import torch
 from mempool.errors import MempoolError, Overloaded, ShardUnavailable
 from mempool.shard.parking import LONGEST_WAIT_S, Waiting
 from mempool.types import DiscardPart, DiscardRequest, Envelope, ReadRowsRequest, WriteRowsRequest
-from tests.contract.driver import Driver, make_bags, make_schema, same
+from tests.contract.bags import make_bags
+from tests.contract.driver import Driver, make_schema, same
 
 from .conftest import MakeDriver
 

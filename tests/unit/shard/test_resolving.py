@@ -19,7 +19,8 @@ from mempool.types import (
     ReadRowsRequest,
     ResolveRequest,
 )
-from tests.contract.driver import Driver, make_bags, make_schema
+from tests.contract.bags import make_bags
+from tests.contract.driver import Driver, make_schema
 
 from .conftest import MakeDriver
 

@@ -17,7 +17,8 @@ from mempool.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloade
 from mempool.shard import tenancy
 from mempool.types import AttachTable, ExportPages, GatherRequest, Ledger, LedgerEntry, UpdateRequest
 from mempool.types.caller import Caller, calling
-from tests.contract.driver import Driver, make_bags, make_schema, same
+from tests.contract.bags import make_bags
+from tests.contract.driver import Driver, make_schema, same
 
 from .conftest import MakeDriver
 

@@ -10,7 +10,8 @@ from mempool import kernels
 from mempool.errors import DataLoss, StepConflict
 from mempool.shard.steps import commits, parts
 from mempool.types import DecidedStep, StepId
-from tests.contract.driver import Driver, make_bags, make_schema, same
+from tests.contract.bags import make_bags
+from tests.contract.driver import Driver, make_schema, same
 from tests.unit.shard.conftest import MakeDriver
 
 LENGTHS = (400, 0, 70, 1900)

@@ -17,7 +17,8 @@ from mempool.shard.steps.held import HeldUpdate, in_canonical_order
 from mempool.shard.steps.parts import pairs_bytes, reduce_in_parts
 from mempool.types import OptimizerSpec, Placement, StepId
 from mempool.types.bags import Bags
-from tests.contract.driver import make_bags, make_schema, same
+from tests.contract.bags import make_bags
+from tests.contract.driver import make_schema, same
 from tests.contract.layouts import LAYOUTS
 from tests.unit.shard.conftest import MakeDriver
 
