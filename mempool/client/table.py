@@ -8,7 +8,7 @@ value dim.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -22,9 +22,11 @@ from mempool.client.lookup import Lookup, checked_queries, checked_topk, without
 from mempool.client.opening.waiting import Run
 from mempool.client.routing.router import Router
 from mempool.client.rows import Rows, checked_key_rows, checked_matrix, checked_rows, distinct_rows, require_distinct
+from mempool.client.training.coordinator import Prepared
 from mempool.client.training.link import TableLink, WireDtype
-from mempool.client.training.session import Prepared, Session, SessionCounters
+from mempool.client.training.session import Session, SessionCounters
 from mempool.client.training.state import checked_state, checked_step, names_to_read
+from mempool.client.training.tables import TableCommit, commit_tables, discard_tables, prepare_tables
 from mempool.errors import InvalidRequest
 from mempool.types import FlatKeySpec, StorageDtype, TableSchema
 
@@ -187,8 +189,8 @@ class Table:
         return Lookup(*(part.to(queries.device) for part in lookup))
 
     @untraced
-    def rows(self, ids: Tensor) -> Tensor:
-        """Values as they are stored: ids [M] int64 -> [M, value_dim] on the CPU. No gradient.
+    def rows(self, ids: Tensor | Sequence[int]) -> Tensor:
+        """Values as they are stored: ids [M] int64, or a list of int -> [M, value_dim] on the CPU. No gradient.
 
         In the table's dtype; in float32 where that is float8_e4m3fn or int8.
 
@@ -200,11 +202,11 @@ class Table:
         return self._rows.read("values", checked_rows(ids, num_slots=self.num_slots, table=self.name))
 
     @untraced
-    def state(self, ids: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    def state(self, ids: Tensor | Sequence[int], names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Optimizer state of slots, as it is kept: what ``write_state`` takes.
 
         Args:
-            ids: [M] int64 slot ids.
+            ids: [M] int64 slot ids, or a list of int.
             names: Which; by default all that can be written. Names are those of torch behind the array's:
                 "values.momentum_buffer", "values.sum", "values.exp_avg", "values.exp_avg_sq"; row-wise
                 "values.row_sum", "values.row_exp_avg_sq"; "values.master" where float32 values are kept. Only read:
@@ -221,13 +223,13 @@ class Table:
         return self._rows.read_arrays(names_to_read(self.schema, names), own_ids)
 
     @untraced
-    def write_state(self, ids: Tensor, state: Mapping[str, Tensor]) -> None:
+    def write_state(self, ids: Tensor | Sequence[int], state: Mapping[str, Tensor]) -> None:
         """Overwrite optimizer state of slots; values stay, but with "values.master" they are rounded from it.
 
         To continue training from elsewhere: ``write`` the values, then their state, then ``set_step``.
 
         Args:
-            ids: [M] int64, distinct.
+            ids: [M] int64, or a list of int; distinct.
             state: By name as in ``state``, each as that returns it; what is left out stays.
 
         Raises:
@@ -261,11 +263,11 @@ class Table:
         self._run(self._router.step_count(self.schema.table_id, to=number))
 
     @untraced
-    def write(self, ids: Tensor, values: Tensor) -> None:
+    def write(self, ids: Tensor | Sequence[int], values: Tensor) -> None:
         """Overwrite values; optimizer state stays. Atomic on one shard, not across shards; repeating it is safe.
 
         Args:
-            ids: [M] int64, distinct.
+            ids: [M] int64, or a list of int; distinct.
             values: [M, value_dim] floating; rounded to the table's dtype, to nearest, and kept whole in a master.
 
         Raises:
@@ -340,12 +342,13 @@ class Table:
         ``discard`` must follow soon: pages cannot move meanwhile.
         """
         self._link.drop_zeroed()
-        return self._run(self._session.prepare(want_norm=want_norm, norm_order=norm_order))
+        return prepare_tables([self._link], want_norm=want_norm, norm_order=norm_order)[0]
 
     def commit(self, *, lr: float | None = None, grad_scale: float = 1.0) -> int:
         """Apply everything pending as one step of the table's optimizer; does nothing where nothing is pending.
 
-        A commit that failed on its way is continued by the next call, with the lr and grad_scale it was decided with.
+        It is acknowledged once it is decided: every later lookup of this client sees it. A commit that failed on its
+        way is continued by the next call, with the lr and grad_scale it was sent with; the error says what is known.
 
         Args:
             lr: Learning rate of this step; None takes the table's own.
@@ -359,13 +362,11 @@ class Table:
             if not math.isfinite(as_number(number)):
                 raise InvalidRequest(f"table {self.name!r}: {name} = {number!r} must be a finite number.")
         self._link.drop_zeroed()
-        return self._run(self._session.commit(lr=float(lr), grad_scale=float(grad_scale)))
+        return commit_tables([TableCommit(self._link, lr=float(lr), grad_scale=float(grad_scale))])[0]
 
     def discard(self) -> int:
         """Drop what is pending; answers how many updates. A step whose commit is under way is decided and stays.
 
         Where nothing is pending this is free: nothing is sent and nobody is waited for.
         """
-        if self._session.nothing_to_drop:
-            return 0
-        return self._run(self._session.discard())
+        return discard_tables([self._link])[0]

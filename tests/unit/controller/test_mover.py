@@ -47,7 +47,7 @@ def test_pulls_fetch_each_page_of_a_round_once_from_its_owner(
     found = plan_moves(present, range(after), round_bytes)
     assert (found.name, found.epoch, found.present.owners.tolist()) == ("a", 4, present.placement.owners.tolist())
     state = found.present
-    for part in found.rounds:
+    for part in found.rounds(round_bytes):
         pulled: list[tuple[int, ...]] = []
         for dest, requests in pulls(present, part):
             for request in requests:
@@ -91,8 +91,8 @@ def test_a_mover_counts_once_and_says_what_has_moved() -> None:
         shards_after=2,
         plans=plans,
         roster=Roster(),
-        call=None,
-        push=None,  # type: ignore[arg-type]
+        call=None,  # type: ignore[arg-type]
+        untold=lambda: None,
     )
     assert not mover.begun
     total = sum(each.pages for each in plans)
@@ -120,4 +120,4 @@ def test_a_million_pages_are_planned_and_cut_as_arrays(layout: Any) -> None:
     large = TableView(schema=replace(schema, layout=layout), placement=placement, shards=())
     found = plan_moves(large, [0, 1, 2], 64 * 2**20)
     assert found.pages == (0 if layout == "columns" else 2 * (2**20 // 3))
-    assert all(part.num_pages <= 2**16 for part in found.rounds), "pages of a round are named one by one"
+    assert all(part.num_pages <= 2**16 for part in found.rounds(64 * 2**20)), "pages of a round are named one by one"
