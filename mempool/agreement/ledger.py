@@ -126,6 +126,17 @@ class AppliedLedger:
         self._take(ledger)
         return True
 
+    def learn_others(self, ledger: Ledger | None) -> None:
+        """Take over, of steps that another shard has decided, their parts at other tables: it alone knows them."""
+        for rank, decided in () if ledger is None else ledger.entries.items():
+            entry = self._entries.get(rank, _NONE)
+            same_step = (entry.generation, entry.step) == (decided.generation, decided.step)
+            if decided.others and not entry.others and same_step:
+                self._entries[rank] = replace(entry, others=decided.others)
+                self._num_others += _count(decided)
+        if self._num_others > MAX_OTHERS:
+            self._forget_others()
+
     def snapshot(self) -> Ledger:
         return Ledger(
             version=self.version,

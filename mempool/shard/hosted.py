@@ -149,7 +149,7 @@ class HostedTable:
         self.let_go()
         self.check_ready()
         if self.frozen and envelope.epoch == self.epoch + 1:
-            raise Behind(self.park_until_thaw(self._clock()))
+            raise Behind(self.park_until_thaw)
         if envelope.epoch != self.epoch:
             raise StalePlacement(
                 f"the request was planned for epoch {envelope.epoch} of table {self.view.schema.name!r}; shard "
@@ -444,11 +444,12 @@ class HostedTable:
         self.check_ready()
         if self.order.next() is not None:
             self.apply_decided()
-        arrived = self.staging.ledger
+        arrived, decisions = self.staging.ledger, self.staging.decisions
         self.staging.adopt(view.placement, version=self.ledger.version)
         if self.ledger.adopt(arrived):
             self.storage.begin_at(self.ledger.version)
             self.order.moved_to(self.ledger.version)
+        self.ledger.learn_others(decisions)
         self.unprepared = None
         self.view = view
         self.gate = min(view.placement.shards)

@@ -151,6 +151,8 @@ class LedgerPart:
 class PullPages:
     """Fetch pages from their present owner and stage them; they answer nothing until a view that says so is set.
 
+    One that names no page is sent to a shard that is to be the table's gate: it fetches what the present one decided.
+
     token: The round; where another one holds the table, or it is over, the pull is refused and nothing is staged.
     """
 
@@ -160,6 +162,11 @@ class PullPages:
     blocks: tuple[int, ...]
     key_pages: tuple[int, ...] = ()
     token: str = ""
+
+    @property
+    def of_decisions(self) -> bool:
+        """Whether it names no page."""
+        return not (len(self.row_pages) or self.key_pages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

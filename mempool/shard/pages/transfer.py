@@ -147,7 +147,8 @@ async def pull(
     lacks_ledger: Callable[[], Awaitable[bool]],
     stage_ledger: Callable[[Ledger], Awaitable[None]],
 ) -> PullReport:
-    """Read the pages of ``request`` from ``source`` and stage them, then, once a move, what was applied to them.
+    """Read the pages of ``request`` from ``source`` and stage them, then, once a move, what was applied to them; where
+    it names no page, what the source has decided.
 
     Args:
         request: What to pull.
@@ -165,7 +166,7 @@ async def pull(
         num_bytes += await _pull_batch(_asked(request, rows=request.row_pages[piece]), request, source, stage)
     for head in request.key_pages:
         num_bytes += await _pull_batch(_asked(request, head=head), request, source, stage)
-    if await lacks_ledger():
+    if request.of_decisions or await lacks_ledger():
         await stage_ledger(await read_ledger(request.table_id, source))
     pages = len(request.row_pages) * len(request.blocks) + len(request.key_pages)
     return PullReport(pages=pages, num_bytes=num_bytes)

@@ -546,7 +546,9 @@ Global___ExportLedgerReply: _TypeAlias = ExportLedgerReply  # noqa: Y015
 
 @_typing.final
 class PullPagesRequest(_message.Message):
-    """Fetches pages."""
+    """Fetches pages.
+    One that names no page is sent to a shard that is to be the gate: it fetches what the present one decided.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -171,3 +171,19 @@ def test_a_step_is_applied_once_or_never(events: list[tuple[str, int, int, int]]
             ledger.drop(step_id)
             dropped.add(step_id)
     assert not applied & dropped
+
+
+def test_a_new_gate_learns_which_other_parts_the_steps_had_that_it_knows() -> None:
+    other = DecidedStep(table_id=2, version=0, step_id=StepId(group="a", rank=0, step=3), lr=0.1, grad_scale=1.0)
+    gate, owner = AppliedLedger(None), AppliedLedger(None)
+    for ledger, others in ((gate, (other,)), (owner, ())):
+        ledger.add(StepId(group="a", rank=0, step=3), (1,), others)
+        ledger.add(StepId(group="b", rank=0, step=1), (2,))
+    gate.drop(StepId(group="c", rank=0, step=1))
+    owner.learn_others(gate.snapshot())
+    entries = owner.snapshot().entries
+    assert list(entries) == [("a", 0), ("b", 0)]  # and nobody it has not heard of
+    assert entries["a", 0].others == (other,)
+    owner.add(StepId(group="a", rank=0, step=4), (1,))
+    owner.learn_others(gate.snapshot())  # of an older step: that one is not asked for any more
+    assert owner.snapshot().entries["a", 0].others == ()
