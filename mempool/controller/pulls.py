@@ -40,8 +40,7 @@ def pulls(view: TableView, moves: Moves) -> list[tuple[int, list[PullPages]]]:
 def pull_of_decisions(view: TableView) -> PullPages:
     """For the shard that is to be the table's gate: what the present one decided, as steps of other tables may be in
     doubt of it."""
-    gate = view.placement.shards[0]
-    (source,) = (info for info in view.shards if info.shard == gate)
+    source = view.shard_info(view.placement.shards[0])
     return PullPages(table_id=view.schema.table_id, source=source, row_pages=np.empty(0, dtype=np.int64), blocks=())
 
 

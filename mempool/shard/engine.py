@@ -261,8 +261,8 @@ class Engine:
         while not await self._thread.run("fill", self._tenancy.fill, table, caller=_TABLES):
             pass
 
-    async def drop_table(self, table_id: int) -> None:
-        await self._control("drop_table", self._tenancy.end, table_id)
+    async def drop_table(self, table_id: int, *, unmade: bool = False) -> None:
+        await self._control("drop_table", partial(self._tenancy.end, unmade=unmade), table_id)
 
     async def freeze(self, table_id: int, timeout_s: float, *, token: str, lease_s: float) -> int:
         bounds.check_freeze(timeout_s, token=token, lease_s=lease_s)

@@ -118,6 +118,11 @@ class HostedTable:
         return self.gate == self.info.shard
 
     @property
+    def gate_info(self) -> ShardInfo | None:
+        """Where that shard is; None where the view does not say."""
+        return next((info for info in self.view.shards if info.shard == self.gate), None)
+
+    @property
     def stamp(self) -> Stamp:
         return Stamp(
             shard=self.info.shard,
@@ -231,7 +236,7 @@ class HostedTable:
         """
         if is_late(since_s, self._clock()):
             self._check_prepared()
-            raise self._no_word(f"what its version {self.order.applied + 1} is", _info(self.view, self.gate))
+            raise self._no_word(f"what its version {self.order.applied + 1} is", self.gate_info)
         self.order_doubt.wait(self._clock())
         return self._waiting_for_news.park(since_s=since_s, in_doubt=True)
 
@@ -246,7 +251,7 @@ class HostedTable:
             what = f"whether step {who.step} of rank {who.rank} of group {who.group!r}, prepared here, is decided"
             by = prepared.decider_at
             if by is None or by.shard == self.info.shard:  # decided here, and numbered elsewhere
-                by = _info(self.view, self.gate)
+                by = self.gate_info
             raise self._no_word(what, by)
         self.step_doubt.wait(self._clock())
         return self._waiting_for_news.park(since_s=since_s, in_doubt=True)
@@ -491,7 +496,3 @@ class HostedTable:
             pending=self.pending,
             round=self.rounds.token or "",
         )
-
-
-def _info(view: TableView, shard: int) -> ShardInfo | None:
-    return next((info for info in view.shards if info.shard == shard), None)

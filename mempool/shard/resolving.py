@@ -132,7 +132,7 @@ class Decisions:
     def lapsed_rounds(self) -> list[LapsedRound]:
         """The rounds whose controllers have fallen silent."""
         return [
-            LapsedRound(table.table_id, table.rounds.token, _info(table, table.gate))
+            LapsedRound(table.table_id, table.rounds.token, table.gate_info)
             for table in self._tables().values()
             if table.rounds.lapsed and table.rounds.token is not None
         ]
@@ -253,7 +253,7 @@ class Decisions:
         return "dropped", ()
 
     def _ask_order(self, table: HostedTable, found: list[Question], now: float) -> None:
-        target = _info(table, table.gate)
+        target = table.gate_info
         if table.is_gate or target is None:
             table.order_doubt.settled(now)
             table.steps_changed()
@@ -284,7 +284,7 @@ class Decisions:
         request = ResolveRequest(table_id=table_id, step_id=step_id, give_up=give_up or unwanted, unwanted=unwanted)
         decider = self._tables().get(table_id)
         tables = tuple(table.table_id for table, _ in parts)
-        target = parts[0][1].decider_at if decider is None else _info(decider, decider.gate)
+        target = parts[0][1].decider_at if decider is None else decider.gate_info
         if target is None or target.shard == self._shard:
             try:
                 self.told(Question(_NOWHERE, request, tables, now), self.answer(request))
@@ -482,10 +482,6 @@ class Resolver:
 
 
 _NOWHERE = ShardInfo(shard=0, address="", incarnation=0)
-
-
-def _info(table: HostedTable, shard: int) -> ShardInfo | None:
-    return next((info for info in table.view.shards if info.shard == shard), None)
 
 
 def _same_rank(one: StepId, other: StepId) -> bool:

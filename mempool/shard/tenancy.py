@@ -18,7 +18,7 @@ from mempool.shard.hosted import HostedTable
 from mempool.shard.pages.transfer import export, ledger_part
 from mempool.shard.parking import Parked
 from mempool.shard.resolving import Decisions
-from mempool.shard.steps.budget import Budget, out_of_memory
+from mempool.shard.steps.budget import MIB, Budget, out_of_memory
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.steps.optimizers import kernel_needs
 from mempool.types import (
@@ -37,8 +37,6 @@ from mempool.types import (
     TableView,
 )
 from mempool.types.running import THREADS, Clock, Runner
-
-MIB = 2**20
 
 _LOG = logging.getLogger("mempool.shard")
 
@@ -149,9 +147,7 @@ class Tenancy:
     def gate_of(self, table_id: int) -> ShardInfo | None:
         """The shard that decides such steps; None where it is not known."""
         table = self._tables.get(table_id)
-        if table is None:
-            return None
-        return next((info for info in table.view.shards if info.shard == table.gate), None)
+        return None if table is None else table.gate_info
 
     def check_incarnation(self, incarnation: int) -> None:
         """Raises StalePlacement for another one than this."""
@@ -181,8 +177,8 @@ class Tenancy:
         check_ledger(request.ledger)
         if request.view.schema.table_id in self._ended:
             raise NotFound(
-                f"table {request.view.schema.name!r} ({request.view.schema.table_id}) was dropped on shard "
-                f"{self._info.shard}, and is not attached again: the request is late",
+                f"table {request.view.schema.table_id} was dropped on shard {self._info.shard}, and is not attached "
+                "again: the request is late",
                 shard=self._info.shard,
             )
         table_id, epoch = request.view.schema.table_id, request.view.placement.epoch
@@ -263,11 +259,19 @@ class Tenancy:
             table.close()
             self._contexts.drop_table(table_id)
 
-    def end(self, table_id: int) -> None:
-        """Drop a table for good: the shard remembers it, refuses it from now on, and says so to controllers."""
+    def end(self, table_id: int, *, unmade: bool = False) -> None:
+        """Drop a table for good: the shard remembers it, refuses it from now on, and says so to controllers.
+
+        Raises StalePlacement where only a pending one is meant, and it was confirmed.
+        """
+        table = self._tables.get(table_id)
+        if unmade and table is not None and not table.pending:
+            raise StalePlacement(
+                f"table {table.view.schema.name!r} ({table_id}) was confirmed on shard {self._info.shard}: who says "
+                "that nobody has made it is late. Nothing was changed"
+            )
         self.drop(table_id)
-        if table_id not in self._ended:
-            self._ended = (*self._ended, table_id)[-MOST_ENDED:]
+        self._ended = (*(each for each in self._ended if each != table_id), table_id)[-MOST_ENDED:]
 
     def drop_all(self) -> None:
         """Forget all tables."""

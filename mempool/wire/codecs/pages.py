@@ -40,6 +40,14 @@ _MODES: Mapping[Mode, pb.AttachMode.ValueType] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ForgetTable:
+    """The arguments of ``PageHost.drop_table``."""
+
+    table_id: int
+    unmade: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FreezeTable:
     """The arguments of ``PageHost.freeze``."""
 
@@ -172,9 +180,7 @@ ATTACH_TABLE_REQUEST = ProtoCodec(
     )
 )
 ATTACH_TABLE_REPLY: ProtoCodec[None, pb.AttachTableReply] = ProtoCodec(Only(pb.AttachTableReply))
-DROP_TABLE_REQUEST: ProtoCodec[int, pb.ShardServiceDropTableRequest] = ProtoCodec(
-    Only(pb.ShardServiceDropTableRequest, "table_id"), MAX_SMALL_BYTES
-)
+DROP_TABLE_REQUEST = ProtoCodec(Mirror(pb.ShardServiceDropTableRequest, ForgetTable), MAX_SMALL_BYTES)
 DROP_TABLE_REPLY: ProtoCodec[None, pb.ShardServiceDropTableReply] = ProtoCodec(Only(pb.ShardServiceDropTableReply))
 FREEZE_REQUEST = ProtoCodec(Mirror(pb.FreezeRequest, FreezeTable), MAX_SMALL_BYTES)
 FREEZE_REPLY: ProtoCodec[int, pb.FreezeReply] = ProtoCodec(Only(pb.FreezeReply, "version"))

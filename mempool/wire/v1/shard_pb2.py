@@ -28,17 +28,17 @@ from mempool.wire.v1 import table_pb2 as mempool_dot_wire_dot_v1_dot_table__pb2
 from mempool.wire.v1 import tensor_pb2 as mempool_dot_wire_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmempool/wire/v1/shard.proto\x12\x0fmempool.wire.v1\x1a\x1amempool/wire/v1/data.proto\x1a\x1cmempool/wire/v1/status.proto\x1a\x1bmempool/wire/v1/table.proto\x1a\x1cmempool/wire/v1/tensor.proto\"\xa2\x01\n\x0bLedgerEntry\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x12\n\ngeneration\x18\x05 \x01(\x04\x12\x0f\n\x07version\x18\x06 \x01(\x04\x12\x0f\n\x07\x64ropped\x18\x07 \x01(\x04\x12,\n\x06others\x18\x08 \x03(\x0b\x32\x1c.mempool.wire.v1.DecidedStepJ\x04\x08\x04\x10\x05\"v\n\x06Ledger\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x17\n\x0fupdates_applied\x18\x02 \x01(\x04\x12-\n\x07\x65ntries\x18\x03 \x03(\x0b\x32\x1c.mempool.wire.v1.LedgerEntry\x12\x13\n\x0bstep_offset\x18\x04 \x01(\x12\"\xa3\x01\n\x12\x41ttachTableRequest\x12(\n\x04view\x18\x01 \x01(\x0b\x32\x1a.mempool.wire.v1.TableView\x12)\n\x04mode\x18\x02 \x01(\x0e\x32\x1b.mempool.wire.v1.AttachMode\x12\'\n\x06ledger\x18\x03 \x01(\x0b\x32\x17.mempool.wire.v1.Ledger\x12\x0f\n\x07pending\x18\x04 \x01(\x08\"\x12\n\x10\x41ttachTableReply\"0\n\x1cShardServiceDropTableRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\"\x1c\n\x1aShardServiceDropTableReply\"T\n\rFreezeRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x11\n\ttimeout_s\x18\x02 \x01(\x01\x12\r\n\x05token\x18\x03 \x01(\t\x12\x0f\n\x07lease_s\x18\x04 \x01(\x01\"$\n\x0b\x46reezeReply\x12\x0f\n\x07version\x18\x02 \x01(\x04J\x04\x08\x01\x10\x02\".\n\x0bThawRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\r\n\x05token\x18\x02 \x01(\t\"\x0b\n\tThawReply\"\x84\x01\n\x12\x45xportPagesRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x02 \x03(\r\x12\x11\n\tkey_pages\x18\x03 \x03(\r\x12\r\n\x05token\x18\x04 \x01(\t\x12*\n\trow_pages\x18  \x01(\x0b\x32\x17.mempool.wire.v1.Tensor\"\xc8\x01\n\x10\x45xportPagesReply\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x02 \x03(\r\x12\x11\n\tkey_pages\x18\x03 \x03(\r\x12\x13\n\x0b\x61rray_names\x18\x05 \x03(\t\x12\x0f\n\x07version\x18\x06 \x01(\x04\x12*\n\trow_pages\x18  \x01(\x0b\x32\x17.mempool.wire.v1.Tensor\x12\'\n\x06\x61rrays\x18! \x03(\x0b\x32\x17.mempool.wire.v1.TensorJ\x04\x08\x04\x10\x05\"6\n\x13\x45xportLedgerRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\r\n\x05\x66irst\x18\x02 \x01(\x04\"\x96\x01\n\x11\x45xportLedgerReply\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x17\n\x0fupdates_applied\x18\x02 \x01(\x04\x12\x13\n\x0bnum_entries\x18\x03 \x01(\x04\x12-\n\x07\x65ntries\x18\x04 \x03(\x0b\x32\x1c.mempool.wire.v1.LedgerEntry\x12\x13\n\x0bstep_offset\x18\x05 \x01(\x12\"\xae\x01\n\x10PullPagesRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12*\n\x06source\x18\x02 \x01(\x0b\x32\x1a.mempool.wire.v1.ShardInfo\x12\x0e\n\x06\x62locks\x18\x03 \x03(\r\x12\x11\n\tkey_pages\x18\x04 \x03(\r\x12\r\n\x05token\x18\x05 \x01(\t\x12*\n\trow_pages\x18  \x01(\x0b\x32\x17.mempool.wire.v1.Tensor\"2\n\x0ePullPagesReply\x12\r\n\x05pages\x18\x01 \x01(\x04\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"I\n\x0eSetViewRequest\x12(\n\x04view\x18\x01 \x01(\x0b\x32\x1a.mempool.wire.v1.TableView\x12\r\n\x05token\x18\x02 \x01(\t\"\x0e\n\x0cSetViewReply\"\x9d\x01\n\x0eResolveRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x1a\n\rafter_version\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12(\n\x07step_id\x18\x03 \x01(\x0b\x32\x17.mempool.wire.v1.StepId\x12\x0f\n\x07give_up\x18\x04 \x01(\x08\x12\x10\n\x08unwanted\x18\x05 \x01(\x08\x42\x10\n\x0e_after_version\"\x8d\x01\n\x0b\x44\x65\x63idedStep\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12(\n\x07step_id\x18\x03 \x01(\x0b\x32\x17.mempool.wire.v1.StepId\x12\n\n\x02lr\x18\x04 \x01(\x01\x12\x12\n\ngrad_scale\x18\x05 \x01(\x01\x12\x11\n\tsequences\x18\x06 \x03(\x04\"w\n\x0cResolveReply\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.mempool.wire.v1.StepState\x12+\n\x05steps\x18\x03 \x03(\x0b\x32\x1c.mempool.wire.v1.DecidedStep\"\x0f\n\rStatusRequest\";\n\x0bStatusReply\x12,\n\x06status\x18\x01 \x01(\x0b\x32\x1c.mempool.wire.v1.ShardStatus*\x8b\x01\n\nAttachMode\x12\x1b\n\x17\x41TTACH_MODE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x41TTACH_MODE_INITIALISE\x10\x01\x12\x15\n\x11\x41TTACH_MODE_EMPTY\x10\x02\x12\x14\n\x10\x41TTACH_MODE_LOST\x10\x03\x12\x17\n\x13\x41TTACH_MODE_CONFIRM\x10\x04*o\n\tStepState\x12\x1a\n\x16STEP_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12STEP_STATE_DECIDED\x10\x01\x12\x16\n\x12STEP_STATE_PENDING\x10\x02\x12\x16\n\x12STEP_STATE_DROPPED\x10\x03\x32\xb8\x06\n\x0cShardService\x12U\n\x0b\x41ttachTable\x12#.mempool.wire.v1.AttachTableRequest\x1a!.mempool.wire.v1.AttachTableReply\x12g\n\tDropTable\x12-.mempool.wire.v1.ShardServiceDropTableRequest\x1a+.mempool.wire.v1.ShardServiceDropTableReply\x12\x46\n\x06\x46reeze\x12\x1e.mempool.wire.v1.FreezeRequest\x1a\x1c.mempool.wire.v1.FreezeReply\x12I\n\x07Resolve\x12\x1f.mempool.wire.v1.ResolveRequest\x1a\x1d.mempool.wire.v1.ResolveReply\x12@\n\x04Thaw\x12\x1c.mempool.wire.v1.ThawRequest\x1a\x1a.mempool.wire.v1.ThawReply\x12U\n\x0b\x45xportPages\x12#.mempool.wire.v1.ExportPagesRequest\x1a!.mempool.wire.v1.ExportPagesReply\x12X\n\x0c\x45xportLedger\x12$.mempool.wire.v1.ExportLedgerRequest\x1a\".mempool.wire.v1.ExportLedgerReply\x12O\n\tPullPages\x12!.mempool.wire.v1.PullPagesRequest\x1a\x1f.mempool.wire.v1.PullPagesReply\x12I\n\x07SetView\x12\x1f.mempool.wire.v1.SetViewRequest\x1a\x1d.mempool.wire.v1.SetViewReply\x12\x46\n\x06Status\x12\x1e.mempool.wire.v1.StatusRequest\x1a\x1c.mempool.wire.v1.StatusReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmempool/wire/v1/shard.proto\x12\x0fmempool.wire.v1\x1a\x1amempool/wire/v1/data.proto\x1a\x1cmempool/wire/v1/status.proto\x1a\x1bmempool/wire/v1/table.proto\x1a\x1cmempool/wire/v1/tensor.proto\"\xa2\x01\n\x0bLedgerEntry\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x12\n\ngeneration\x18\x05 \x01(\x04\x12\x0f\n\x07version\x18\x06 \x01(\x04\x12\x0f\n\x07\x64ropped\x18\x07 \x01(\x04\x12,\n\x06others\x18\x08 \x03(\x0b\x32\x1c.mempool.wire.v1.DecidedStepJ\x04\x08\x04\x10\x05\"v\n\x06Ledger\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x17\n\x0fupdates_applied\x18\x02 \x01(\x04\x12-\n\x07\x65ntries\x18\x03 \x03(\x0b\x32\x1c.mempool.wire.v1.LedgerEntry\x12\x13\n\x0bstep_offset\x18\x04 \x01(\x12\"\xa3\x01\n\x12\x41ttachTableRequest\x12(\n\x04view\x18\x01 \x01(\x0b\x32\x1a.mempool.wire.v1.TableView\x12)\n\x04mode\x18\x02 \x01(\x0e\x32\x1b.mempool.wire.v1.AttachMode\x12\'\n\x06ledger\x18\x03 \x01(\x0b\x32\x17.mempool.wire.v1.Ledger\x12\x0f\n\x07pending\x18\x04 \x01(\x08\"\x12\n\x10\x41ttachTableReply\"@\n\x1cShardServiceDropTableRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x0e\n\x06unmade\x18\x02 \x01(\x08\"\x1c\n\x1aShardServiceDropTableReply\"T\n\rFreezeRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x11\n\ttimeout_s\x18\x02 \x01(\x01\x12\r\n\x05token\x18\x03 \x01(\t\x12\x0f\n\x07lease_s\x18\x04 \x01(\x01\"$\n\x0b\x46reezeReply\x12\x0f\n\x07version\x18\x02 \x01(\x04J\x04\x08\x01\x10\x02\".\n\x0bThawRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\r\n\x05token\x18\x02 \x01(\t\"\x0b\n\tThawReply\"\x84\x01\n\x12\x45xportPagesRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x02 \x03(\r\x12\x11\n\tkey_pages\x18\x03 \x03(\r\x12\r\n\x05token\x18\x04 \x01(\t\x12*\n\trow_pages\x18  \x01(\x0b\x32\x17.mempool.wire.v1.Tensor\"\xc8\x01\n\x10\x45xportPagesReply\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x02 \x03(\r\x12\x11\n\tkey_pages\x18\x03 \x03(\r\x12\x13\n\x0b\x61rray_names\x18\x05 \x03(\t\x12\x0f\n\x07version\x18\x06 \x01(\x04\x12*\n\trow_pages\x18  \x01(\x0b\x32\x17.mempool.wire.v1.Tensor\x12\'\n\x06\x61rrays\x18! \x03(\x0b\x32\x17.mempool.wire.v1.TensorJ\x04\x08\x04\x10\x05\"6\n\x13\x45xportLedgerRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\r\n\x05\x66irst\x18\x02 \x01(\x04\"\x96\x01\n\x11\x45xportLedgerReply\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x17\n\x0fupdates_applied\x18\x02 \x01(\x04\x12\x13\n\x0bnum_entries\x18\x03 \x01(\x04\x12-\n\x07\x65ntries\x18\x04 \x03(\x0b\x32\x1c.mempool.wire.v1.LedgerEntry\x12\x13\n\x0bstep_offset\x18\x05 \x01(\x12\"\xae\x01\n\x10PullPagesRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12*\n\x06source\x18\x02 \x01(\x0b\x32\x1a.mempool.wire.v1.ShardInfo\x12\x0e\n\x06\x62locks\x18\x03 \x03(\r\x12\x11\n\tkey_pages\x18\x04 \x03(\r\x12\r\n\x05token\x18\x05 \x01(\t\x12*\n\trow_pages\x18  \x01(\x0b\x32\x17.mempool.wire.v1.Tensor\"2\n\x0ePullPagesReply\x12\r\n\x05pages\x18\x01 \x01(\x04\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"I\n\x0eSetViewRequest\x12(\n\x04view\x18\x01 \x01(\x0b\x32\x1a.mempool.wire.v1.TableView\x12\r\n\x05token\x18\x02 \x01(\t\"\x0e\n\x0cSetViewReply\"\x9d\x01\n\x0eResolveRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x1a\n\rafter_version\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12(\n\x07step_id\x18\x03 \x01(\x0b\x32\x17.mempool.wire.v1.StepId\x12\x0f\n\x07give_up\x18\x04 \x01(\x08\x12\x10\n\x08unwanted\x18\x05 \x01(\x08\x42\x10\n\x0e_after_version\"\x8d\x01\n\x0b\x44\x65\x63idedStep\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12(\n\x07step_id\x18\x03 \x01(\x0b\x32\x17.mempool.wire.v1.StepId\x12\n\n\x02lr\x18\x04 \x01(\x01\x12\x12\n\ngrad_scale\x18\x05 \x01(\x01\x12\x11\n\tsequences\x18\x06 \x03(\x04\"w\n\x0cResolveReply\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.mempool.wire.v1.StepState\x12+\n\x05steps\x18\x03 \x03(\x0b\x32\x1c.mempool.wire.v1.DecidedStep\"\x0f\n\rStatusRequest\";\n\x0bStatusReply\x12,\n\x06status\x18\x01 \x01(\x0b\x32\x1c.mempool.wire.v1.ShardStatus*\x8b\x01\n\nAttachMode\x12\x1b\n\x17\x41TTACH_MODE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x41TTACH_MODE_INITIALISE\x10\x01\x12\x15\n\x11\x41TTACH_MODE_EMPTY\x10\x02\x12\x14\n\x10\x41TTACH_MODE_LOST\x10\x03\x12\x17\n\x13\x41TTACH_MODE_CONFIRM\x10\x04*o\n\tStepState\x12\x1a\n\x16STEP_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12STEP_STATE_DECIDED\x10\x01\x12\x16\n\x12STEP_STATE_PENDING\x10\x02\x12\x16\n\x12STEP_STATE_DROPPED\x10\x03\x32\xb8\x06\n\x0cShardService\x12U\n\x0b\x41ttachTable\x12#.mempool.wire.v1.AttachTableRequest\x1a!.mempool.wire.v1.AttachTableReply\x12g\n\tDropTable\x12-.mempool.wire.v1.ShardServiceDropTableRequest\x1a+.mempool.wire.v1.ShardServiceDropTableReply\x12\x46\n\x06\x46reeze\x12\x1e.mempool.wire.v1.FreezeRequest\x1a\x1c.mempool.wire.v1.FreezeReply\x12I\n\x07Resolve\x12\x1f.mempool.wire.v1.ResolveRequest\x1a\x1d.mempool.wire.v1.ResolveReply\x12@\n\x04Thaw\x12\x1c.mempool.wire.v1.ThawRequest\x1a\x1a.mempool.wire.v1.ThawReply\x12U\n\x0b\x45xportPages\x12#.mempool.wire.v1.ExportPagesRequest\x1a!.mempool.wire.v1.ExportPagesReply\x12X\n\x0c\x45xportLedger\x12$.mempool.wire.v1.ExportLedgerRequest\x1a\".mempool.wire.v1.ExportLedgerReply\x12O\n\tPullPages\x12!.mempool.wire.v1.PullPagesRequest\x1a\x1f.mempool.wire.v1.PullPagesReply\x12I\n\x07SetView\x12\x1f.mempool.wire.v1.SetViewRequest\x1a\x1d.mempool.wire.v1.SetViewReply\x12\x46\n\x06Status\x12\x1e.mempool.wire.v1.StatusRequest\x1a\x1c.mempool.wire.v1.StatusReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mempool.wire.v1.shard_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ATTACHMODE']._serialized_start=2272
-  _globals['_ATTACHMODE']._serialized_end=2411
-  _globals['_STEPSTATE']._serialized_start=2413
-  _globals['_STEPSTATE']._serialized_end=2524
+  _globals['_ATTACHMODE']._serialized_start=2288
+  _globals['_ATTACHMODE']._serialized_end=2427
+  _globals['_STEPSTATE']._serialized_start=2429
+  _globals['_STEPSTATE']._serialized_end=2540
   _globals['_LEDGERENTRY']._serialized_start=166
   _globals['_LEDGERENTRY']._serialized_end=328
   _globals['_LEDGER']._serialized_start=330
@@ -48,43 +48,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ATTACHTABLEREPLY']._serialized_start=616
   _globals['_ATTACHTABLEREPLY']._serialized_end=634
   _globals['_SHARDSERVICEDROPTABLEREQUEST']._serialized_start=636
-  _globals['_SHARDSERVICEDROPTABLEREQUEST']._serialized_end=684
-  _globals['_SHARDSERVICEDROPTABLEREPLY']._serialized_start=686
-  _globals['_SHARDSERVICEDROPTABLEREPLY']._serialized_end=714
-  _globals['_FREEZEREQUEST']._serialized_start=716
-  _globals['_FREEZEREQUEST']._serialized_end=800
-  _globals['_FREEZEREPLY']._serialized_start=802
-  _globals['_FREEZEREPLY']._serialized_end=838
-  _globals['_THAWREQUEST']._serialized_start=840
-  _globals['_THAWREQUEST']._serialized_end=886
-  _globals['_THAWREPLY']._serialized_start=888
-  _globals['_THAWREPLY']._serialized_end=899
-  _globals['_EXPORTPAGESREQUEST']._serialized_start=902
-  _globals['_EXPORTPAGESREQUEST']._serialized_end=1034
-  _globals['_EXPORTPAGESREPLY']._serialized_start=1037
-  _globals['_EXPORTPAGESREPLY']._serialized_end=1237
-  _globals['_EXPORTLEDGERREQUEST']._serialized_start=1239
-  _globals['_EXPORTLEDGERREQUEST']._serialized_end=1293
-  _globals['_EXPORTLEDGERREPLY']._serialized_start=1296
-  _globals['_EXPORTLEDGERREPLY']._serialized_end=1446
-  _globals['_PULLPAGESREQUEST']._serialized_start=1449
-  _globals['_PULLPAGESREQUEST']._serialized_end=1623
-  _globals['_PULLPAGESREPLY']._serialized_start=1625
-  _globals['_PULLPAGESREPLY']._serialized_end=1675
-  _globals['_SETVIEWREQUEST']._serialized_start=1677
-  _globals['_SETVIEWREQUEST']._serialized_end=1750
-  _globals['_SETVIEWREPLY']._serialized_start=1752
-  _globals['_SETVIEWREPLY']._serialized_end=1766
-  _globals['_RESOLVEREQUEST']._serialized_start=1769
-  _globals['_RESOLVEREQUEST']._serialized_end=1926
-  _globals['_DECIDEDSTEP']._serialized_start=1929
-  _globals['_DECIDEDSTEP']._serialized_end=2070
-  _globals['_RESOLVEREPLY']._serialized_start=2072
-  _globals['_RESOLVEREPLY']._serialized_end=2191
-  _globals['_STATUSREQUEST']._serialized_start=2193
-  _globals['_STATUSREQUEST']._serialized_end=2208
-  _globals['_STATUSREPLY']._serialized_start=2210
-  _globals['_STATUSREPLY']._serialized_end=2269
-  _globals['_SHARDSERVICE']._serialized_start=2527
-  _globals['_SHARDSERVICE']._serialized_end=3351
+  _globals['_SHARDSERVICEDROPTABLEREQUEST']._serialized_end=700
+  _globals['_SHARDSERVICEDROPTABLEREPLY']._serialized_start=702
+  _globals['_SHARDSERVICEDROPTABLEREPLY']._serialized_end=730
+  _globals['_FREEZEREQUEST']._serialized_start=732
+  _globals['_FREEZEREQUEST']._serialized_end=816
+  _globals['_FREEZEREPLY']._serialized_start=818
+  _globals['_FREEZEREPLY']._serialized_end=854
+  _globals['_THAWREQUEST']._serialized_start=856
+  _globals['_THAWREQUEST']._serialized_end=902
+  _globals['_THAWREPLY']._serialized_start=904
+  _globals['_THAWREPLY']._serialized_end=915
+  _globals['_EXPORTPAGESREQUEST']._serialized_start=918
+  _globals['_EXPORTPAGESREQUEST']._serialized_end=1050
+  _globals['_EXPORTPAGESREPLY']._serialized_start=1053
+  _globals['_EXPORTPAGESREPLY']._serialized_end=1253
+  _globals['_EXPORTLEDGERREQUEST']._serialized_start=1255
+  _globals['_EXPORTLEDGERREQUEST']._serialized_end=1309
+  _globals['_EXPORTLEDGERREPLY']._serialized_start=1312
+  _globals['_EXPORTLEDGERREPLY']._serialized_end=1462
+  _globals['_PULLPAGESREQUEST']._serialized_start=1465
+  _globals['_PULLPAGESREQUEST']._serialized_end=1639
+  _globals['_PULLPAGESREPLY']._serialized_start=1641
+  _globals['_PULLPAGESREPLY']._serialized_end=1691
+  _globals['_SETVIEWREQUEST']._serialized_start=1693
+  _globals['_SETVIEWREQUEST']._serialized_end=1766
+  _globals['_SETVIEWREPLY']._serialized_start=1768
+  _globals['_SETVIEWREPLY']._serialized_end=1782
+  _globals['_RESOLVEREQUEST']._serialized_start=1785
+  _globals['_RESOLVEREQUEST']._serialized_end=1942
+  _globals['_DECIDEDSTEP']._serialized_start=1945
+  _globals['_DECIDEDSTEP']._serialized_end=2086
+  _globals['_RESOLVEREPLY']._serialized_start=2088
+  _globals['_RESOLVEREPLY']._serialized_end=2207
+  _globals['_STATUSREQUEST']._serialized_start=2209
+  _globals['_STATUSREQUEST']._serialized_end=2224
+  _globals['_STATUSREPLY']._serialized_start=2226
+  _globals['_STATUSREPLY']._serialized_end=2285
+  _globals['_SHARDSERVICE']._serialized_start=2543
+  _globals['_SHARDSERVICE']._serialized_end=3367
 # @@protoc_insertion_point(module_scope)

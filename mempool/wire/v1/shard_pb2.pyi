@@ -244,16 +244,20 @@ class ShardServiceDropTableRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TABLE_ID_FIELD_NUMBER: _builtins.int
+    UNMADE_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
     """The table."""
+    unmade: _builtins.bool
+    """Only where it is pending: one that was confirmed stays, ERROR_CODE_STALE_PLACEMENT."""
     def __init__(
         self,
         *,
         table_id: _builtins.int = ...,
+        unmade: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["table_id", b"table_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["table_id", b"table_id", "unmade", b"unmade"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
