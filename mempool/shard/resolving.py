@@ -12,14 +12,13 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 from mempool.agreement.doubt import AGAIN_S
-from mempool.agreement.ledger import FORGOTTEN
+from mempool.agreement.ledger import FORGOTTEN, generations
 from mempool.agreement.rounds_here import fate_of_lapsed
 from mempool.errors import MempoolError, NotFound, ShardUnavailable
 from mempool.shard.hosted import HostedTable
 from mempool.shard.steps.held import PreparedStep
 from mempool.types import (
     DecidedStep,
-    LedgerEntry,
     ResolveReply,
     ResolveRequest,
     ShardHost,
@@ -79,7 +78,7 @@ class Decisions:
         self._shard = shard
         self._tables = tables
         self._clock = clock
-        self._gone: OrderedDict[int, dict[tuple[str, int], LedgerEntry]] = OrderedDict()
+        self._gone: OrderedDict[int, dict[StepId, tuple[DecidedStep, ...]]] = OrderedDict()
         self._turn = 0
 
     def answer(self, request: ResolveRequest) -> ResolveReply:
@@ -166,13 +165,15 @@ class Decisions:
 
     def leave(self, table: HostedTable) -> None:
         """A table is dropped. Steps that were decided as its own may be in doubt at other tables."""
-        kept = {rank: entry for rank, entry in table.ledger.snapshot().entries.items() if entry.others}
+        kept: dict[StepId, tuple[DecidedStep, ...]] = {}
+        for (group, rank), newest in table.ledger.snapshot().entries.items():
+            for entry in generations(newest):
+                if entry.others:
+                    step_id = StepId(group=group, rank=rank, step=entry.step, generation=entry.generation)
+                    kept[step_id] = entry.others
         for step in table.order.waiting():
             if others := table.others.get(step.version):
-                entry = LedgerEntry(
-                    generation=step.step_id.generation, step=step.step_id.step, version=step.version, others=others
-                )
-                kept[step.step_id.group, step.step_id.rank] = entry
+                kept[step.step_id] = others
         if kept:
             self._gone[table.table_id] = kept
         if len(self._gone) > _MOST_GONE:
@@ -182,10 +183,8 @@ class Decisions:
         """Of a table that is not here: what was not decided of it never will be."""
         if step_id is None:
             raise NotFound(f"shard {self._shard} has no table {table_id}: it was dropped, or this shard is new")
-        entry = self._gone.get(table_id, {}).get((step_id.group, step_id.rank))
-        if entry is not None and (entry.generation, entry.step) == (step_id.generation, step_id.step):
-            return ResolveReply(version=0, state="decided", steps=entry.others)
-        return ResolveReply(version=0, state="dropped")
+        others = self._gone.get(table_id, {}).get(step_id)
+        return ResolveReply(version=0, state="dropped" if others is None else "decided", steps=others or ())
 
     def supersede(self, table: HostedTable, prepared: PreparedStep) -> bool:
         """A trainer goes on with a later step: the one it has prepared on that table is not decided any more. Returns

@@ -43,6 +43,7 @@ class LedgerEntry:
         version: The table version that step made.
         dropped: Steps up to this one are over: what was not applied of them never will be.
         others: Where that step was of several tables, this one its first: its parts at the others.
+        older: What became of the generation before it that applied anything.
     """
 
     generation: int = 0
@@ -50,6 +51,7 @@ class LedgerEntry:
     version: int = 0
     dropped: int = 0
     others: tuple[DecidedStep, ...] = ()
+    older: LedgerEntry | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

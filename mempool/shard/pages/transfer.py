@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mempool.agreement.ledger import MAX_ENTRIES
+from mempool.agreement.ledger import MAX_ENTRIES, generations
 from mempool.errors import DataLoss, Internal, InvalidRequest
 from mempool.shard.pages.arena import pieces
 from mempool.shard.pages.masks import RowPages, cells
@@ -96,7 +96,7 @@ def ledger_part(ledger: Ledger, request: ExportLedger) -> LedgerPart:
     num_bytes = 0
     first = min(request.first, len(ledger.entries))  # a number from outside may be beyond what islice takes
     for rank, entry in islice(ledger.entries.items(), first, None):
-        num_bytes += len(rank[0].encode()) + _ENTRY_BYTES * (1 + len(entry.others))
+        num_bytes += len(rank[0].encode()) + sum(_ENTRY_BYTES * (1 + len(each.others)) for each in generations(entry))
         if entries and num_bytes > _PART_BYTES:
             break
         entries[rank] = entry

@@ -109,6 +109,7 @@ class LedgerEntry(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     DROPPED_FIELD_NUMBER: _builtins.int
     OTHERS_FIELD_NUMBER: _builtins.int
+    OLDER_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     """The group."""
     rank: _builtins.int
@@ -125,6 +126,10 @@ class LedgerEntry(_message.Message):
     def others(self) -> _containers.RepeatedCompositeFieldContainer[Global___DecidedStep]:
         """What was decided with that step, where it was of several tables and this one its first: its parts at the others."""
 
+    @_builtins.property
+    def older(self) -> Global___LedgerEntry:
+        """The same of the generation before it that applied anything, without group and rank, and without one before that."""
+
     def __init__(
         self,
         *,
@@ -135,10 +140,11 @@ class LedgerEntry(_message.Message):
         version: _builtins.int = ...,
         dropped: _builtins.int = ...,
         others: _abc.Iterable[Global___DecidedStep] | None = ...,
+        older: Global___LedgerEntry | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["older", b"older"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "generation", b"generation", "group", b"group", "others", b"others", "rank", b"rank", "step", b"step", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "generation", b"generation", "group", b"group", "older", b"older", "others", b"others", "rank", b"rank", "step", b"step", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -83,13 +83,16 @@ def test_a_generation_that_is_over_is_refused_and_a_new_one_begins_anew() -> Non
         ledger.applied(_step(9))
 
 
-def test_the_last_step_of_a_generation_that_is_over_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledgers, "MAX_OLDER", 2)
+def test_the_last_step_of_the_generation_before_is_remembered_and_moves_with_the_ledger() -> None:
     ledger = AppliedLedger(None)
     for generation in range(4):
         ledger.add(_step(5 + generation, generation=generation), ())
-    known = [ledger.entry_of_its_generation(_step(1, generation=generation)) for generation in range(5)]
-    assert [entry and (entry.step, entry.version) for entry in known] == [None, (6, 2), (7, 3), (8, 4), (0, 0)]
+    ledger.drop(_step(1, generation=4))
+    ledger.drop(_step(1, generation=5))  # that applied nothing before
+    for each in (ledger, AppliedLedger(ledger.snapshot())):
+        known = [each.entry_of_its_generation(_step(1, generation=generation)) for generation in range(7)]
+        found = [entry and (entry.step, entry.version) for entry in known]
+        assert found == [None, None, None, (8, 4), None, (0, 0), (0, 0)]
 
 
 @pytest.mark.parametrize("late", [AppliedLedger.drop, lambda ledger, step_id: ledger.add(step_id, ())])
