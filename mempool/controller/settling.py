@@ -67,6 +67,7 @@ async def _drop_unmade(roster: Roster, call: Call, table_ids: Iterable[int]) -> 
             await call(first, partial(_dropped_unmade, table_id))
         except Exception as error:
             problems[first.shard] = error
+            roster.complete = False  # it may be the pool's: shards are heard again
         else:
             roster.forget(table_id)
     return problems

@@ -17,15 +17,7 @@ from mempool.agreement.rounds_here import fate_of_lapsed
 from mempool.errors import MempoolError, NotFound, ShardUnavailable
 from mempool.shard.hosted import HostedTable
 from mempool.shard.steps.held import PreparedStep
-from mempool.types import (
-    DecidedStep,
-    ResolveReply,
-    ResolveRequest,
-    ShardHost,
-    ShardInfo,
-    StepId,
-    TableView,
-)
+from mempool.types import DecidedStep, ResolveReply, ResolveRequest, ShardHost, ShardInfo, StepId, TableView
 from mempool.types.caller import Caller, calling
 from mempool.types.running import Clock
 
@@ -48,12 +40,14 @@ _MOST_GONE = 16
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What to ask of which shard; ``tables``: whose doubt it is."""
+    """What to ask of which shard; ``tables``: whose doubt it is. last: its decider knows of no decision; a table's gate
+    is asked, too, in case the decider is one that was started anew."""
 
     target: ShardInfo
     request: ResolveRequest
     tables: tuple[int, ...]
     asked_s: float
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +73,7 @@ class Decisions:
         self._tables = tables
         self._clock = clock
         self._gone: OrderedDict[int, dict[StepId, tuple[DecidedStep, ...]]] = OrderedDict()
+        self._last: list[Question] = []
         self._turn = 0
 
     def answer(self, request: ResolveRequest) -> ResolveReply:
@@ -124,6 +119,8 @@ class Decisions:
                     self._collect_steps(table, steps)
         for (table_id, step_id), parts in steps.items():
             self._ask_step(table_id, step_id, parts, found, now)
+        found += self._last
+        self._last = []
         self._turn = (self._turn + _AT_ONCE) % max(1, len(found))  # so that each has its turn where there are more
         found = [*found[self._turn :], *found[: self._turn]][:_AT_ONCE]
         return found, None if next_s is None else max(0.001, next_s - now)
@@ -219,13 +216,25 @@ class Decisions:
         table = self._tables().get(prepared.decider[0])
         return table is not None and self._state(table, _at_decider(prepared))[0] == "decided"
 
-    def drop(self, table_id: int, step_id: StepId) -> None:
-        """A step was dropped for good by its decider: here too, at all its tables."""
+    def drop(self, table_id: int, step_id: StepId, *, said_elsewhere: bool = False) -> None:
+        """A step was dropped for good by its decider: here too, at all its tables.
+
+        said_elsewhere: By another shard. One that was started anew knows of no decision, and a table's gate may have
+            heard of one: that is asked, before the step is dropped there.
+        """
         for table in self._tables().values():
             for prepared in list(table.updates.prepared()):
-                if prepared.decider == (table_id, step_id.step) and _same_rank(prepared.step_id, step_id):
-                    table.updates.discard(prepared.step_id)
-                    table.steps_changed()
+                if prepared.decider != (table_id, step_id.step) or not _same_rank(prepared.step_id, step_id):
+                    continue
+                if said_elsewhere and table.table_id != table_id and not table.is_gate and table.gate_info is not None:
+                    request = ResolveRequest(
+                        table_id=table.table_id, step_id=prepared.step_id, after_version=table.order.applied
+                    )
+                    asked = Question(table.gate_info, request, (table.table_id,), self._clock(), last=True)
+                    self._last.append(asked)
+                    continue
+                table.updates.discard(prepared.step_id)
+                table.steps_changed()
 
     def _state(self, table: HostedTable, step_id: StepId, *, drop: _Drop = "") -> tuple[str, tuple[DecidedStep, ...]]:
         """At a step's decider: what became of it, and with it all its parts.
@@ -296,8 +305,11 @@ class Decisions:
         step_id = question.request.step_id
         assert step_id is not None, "it was asked for"
         here = [tables[table_id] for table_id in question.tables if table_id in tables]
-        if reply.state == "dropped":
-            self.drop(question.request.table_id, step_id)
+        if question.last and reply.state != "decided":
+            for other in here:
+                other.updates.discard(step_id)
+        elif reply.state == "dropped":
+            self.drop(question.request.table_id, step_id, said_elsewhere=question.target is not _NOWHERE)
         elif reply.state == "decided":
             for step in reply.steps:
                 table = tables.get(step.table_id)

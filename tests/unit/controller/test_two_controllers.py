@@ -74,22 +74,12 @@ def test_a_table_that_another_controller_dropped_first_is_not_made() -> None:
     with Bench(2) as bench:
         confirming = Held(2)
         bench.fleet.hosts[0].faults["attach_table"] = confirming
-        failed: list[BaseException] = []
-
-        def make() -> None:
-            try:
-                bench.pool.create_table(config())
-            except errors.MempoolError as error:
-                failed.append(error)
-
-        making = threading.Thread(target=make)
-        making.start()
+        making = submit(bench.controller.create_table(resolve(config())))
         assert confirming.came.wait(CALL_S)
         heir, adopting = adoption(bench)
         adopting.result(CALL_S)
         confirming.let_go()
-        making.join(CALL_S)
-        assert len(failed) == 1
+        assert isinstance(making.exception(CALL_S), errors.NotFound)
         assert all(not run(host.status(), timeout_s=CALL_S).tables for host in bench.fleet.hosts.values())
         assert run(heir.tables(), timeout_s=CALL_S) == ()
 
