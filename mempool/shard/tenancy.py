@@ -165,8 +165,7 @@ class Tenancy:
         """Make a table known, with nothing in it yet that answers; or let one answer that was pending.
 
         Raises:
-            InvalidRequest: It is here already, with pages, at an earlier epoch, or another one has its id; or its pages
-                do not fit.
+            InvalidRequest: It is here already, with pages, at an earlier epoch; or another one is; or it does not fit.
             StalePlacement: It is here at a later epoch.
             NotFound: It is to be confirmed, and is not here.
         """

@@ -213,12 +213,8 @@ class Driver:
             self.freeze(shard, token=token)
         pages, pulls = 0, self.pulls(target)
         if self.gate != (gate := target.placement.shards[0]):
-            pulls.append(
-                (
-                    gate,
-                    PullPages(table_id=self.table_id, source=self.hosted[self.gate].info, row_pages=_NONE, blocks=()),
-                )
-            )
+            old = self.hosted[self.gate].info
+            pulls.append((gate, PullPages(table_id=self.table_id, source=old, row_pages=_NONE, blocks=())))
         for dest, request in pulls:
             pages += self.call(self.host(dest).pull_pages(replace(request, token=token))).pages
         for shard, hosted in enumerate(self.hosted):
