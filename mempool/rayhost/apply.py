@@ -105,7 +105,7 @@ def apply(
                 "status), then apply again"
             )
         if changes.rescale:
-            say(f"rescaling: {changes.shards_before} -> {changes.shards_after} shards")
+            say(f"asking for {changes.shards_after} shards; there are {changes.shards_before}")
             pool.rescale(changes.shards_after, progress=progress)
             _write_shards(status.name, changes.shards_after)
     create_tables(changes.create, address=address, token=token, tls=tls, say=say)
