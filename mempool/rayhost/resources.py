@@ -30,8 +30,8 @@ def remedies(asked: Mapping[str, float], free: Mapping[str, float], *, shards: i
     names = {
         "CPU": "lower shard.num_cpus in the config",
         "GPU": "lower shard.num_gpus in the config",
-        "memory": f"give Ray more memory (ray start --memory; each shard's process takes {PROCESS_BYTES / 2**30:.1f} GiB "
-        "of it, beside shard.memory)",
+        "memory": "give Ray more memory (ray start --memory; of it each shard's process takes "
+        f"{PROCESS_BYTES / 2**30:.1f} GiB, beside shard.memory)",
     }
     short = _short(asked, free, shards)
     return ", ".join(dict.fromkeys(names.get(name, "lower shard.resources in the config") for name in short))
