@@ -189,7 +189,7 @@ def test_errors_are_one_message(file: Path, command: Command, tmp_path: Path) ->
     assert f"{file}:1: pool.shards is missing" in command("apply", "-f", file, expect=1).stderr
     file.write_text("pool: {name: elsewhere, shards: 1, port: 0}\n")
     assert "--address" in command("status", "-f", file, expect=2).stderr
-    assert "no pool was started" in command("down", expect=1).stderr
+    assert "no pool that `mempool up` started runs" in command("down", expect=1).stderr
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
