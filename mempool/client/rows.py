@@ -73,7 +73,11 @@ def checked_rows(ids: Tensor | Sequence[int], *, num_slots: int, table: str, wha
     Raises:
         InvalidRequest: Not of one dimension, not integers, or out of range.
     """
-    named = torch.tensor(_listed(ids, table), dtype=torch.int64) if isinstance(ids, list | tuple | range) else ids
+    named = (
+        torch.tensor(_listed(ids, table), dtype=torch.int64, device="cpu")
+        if isinstance(ids, list | tuple | range)
+        else ids
+    )
     require_integers("ids", named, table=table)
     assert isinstance(named, Tensor)
     if named.dim() != 1:

@@ -29,7 +29,7 @@ def test_backward_passes_without_a_step() -> None:
             if len(caught) > len(told):
                 told.append(count)
     assert told == [1_000]
-    assert "1_000 updates of table 'facts'" in str(caught[0].message)
+    assert "1,000 updates of table 'facts'" in str(caught[0].message)
 
 
 @pytest.mark.usefixtures("two_ranks")
