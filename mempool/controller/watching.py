@@ -1,7 +1,7 @@
 """Looking after shards: adoption by a new controller, shards that came back, what they missed; the pool's status."""
 
 import asyncio
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 
 from mempool.controller.calls import ShardCalls
 from mempool.controller.changes import TableChanges
@@ -42,7 +42,7 @@ class Watching:
         self._rescaling = rescaling
         self._changing = changing
 
-    async def adopt(self, infos: Iterable[ShardInfo], wanted: int) -> None:
+    async def adopt(self, infos: Iterable[ShardInfo]) -> None:
         """Take over running shards. Raises ShardUnavailable where none answers."""
         async with self._changing:
             self._roster.set_shards(infos)
@@ -55,14 +55,12 @@ class Watching:
                     f"started anew (shard {shard}: {problem}); it tries again: see mempool status",
                     shard=shard,
                 )
-            await self._rescaling.inherit(wanted)
 
     async def admit(self, info: ShardInfo) -> None:
         """A shard came back as a new incarnation. Raises MempoolError where it does not answer."""
         async with self._changing:
             self._roster.set_shards([info])
             problems = await self._telling.settle()
-            await self._rescaling.look_again()
             if info.shard in problems:
                 raise problems[info.shard]
 
@@ -72,11 +70,9 @@ class Watching:
             return
         async with self._changing:
             statuses = await self._calls.statuses(self._roster.infos)
-            views, making = self._roster.views, self._roster.unfinished
-            current = all(is_current(each, views, making) for each in statuses)
-            if self._telling.missed or self._roster.dropped or not current:
+            views = self._roster.views
+            if self._telling.missed or self._roster.dropped or not all(is_current(each, views) for each in statuses):
                 await self._telling.settle()
-                await self._rescaling.look_again()
 
     async def status(self) -> PoolStatus:
         """The pool at a glance; waits for nothing that goes on."""
@@ -94,14 +90,9 @@ class Watching:
         )
 
 
-def is_current(status: ShardStatus, views: Iterable[TableView], making: Container[int] = ()) -> bool:
-    """Whether a shard has what it should have; one that does not answer cannot be told anything now.
-
-    making: Tables that may be pending there.
-    """
+def is_current(status: ShardStatus, views: Iterable[TableView]) -> bool:
+    """Whether a shard has what it should have; one that does not answer cannot be told anything now."""
     has = {table.table_id: table for table in status.tables}
-    if any(table.pending and table.table_id not in making for table in status.tables):
-        return status.state != "ready"
     return status.state != "ready" or all(
         (table := has.get(view.schema.table_id)) is not None
         and table.epoch == view.placement.epoch

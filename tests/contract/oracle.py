@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mempool.types import TableSchema
 
-from .bags import Bags
+from .driver import Bags
 
 
 class Oracle:

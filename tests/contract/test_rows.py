@@ -5,8 +5,7 @@ import torch
 
 from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec, ReadRowsRequest
 
-from .driver import Driver, make_schema, same
-from .layouts import LAYOUTS
+from .driver import LAYOUTS, Driver, make_schema, same
 
 ADAM = OptimizerSpec(algorithm="adam", lr=0.1)
 ROWWISE = OptimizerSpec(algorithm="rowwise_adagrad", lr=0.1)

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from mempool.types import FlatKeySpec, ProductKeySpec
 
-from .driver import Driver, make_schema
-from .layouts import LAYOUTS
+from .driver import LAYOUTS, Driver, make_schema
 
 
 def _best(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,7 @@ from torch import Tensor
 from mempool.types import OptimizerSpec
 from mempool.types.norms import joined_norm
 
-from .bags import Bags, make_bags, reference_sums, relative_error
-from .driver import Driver, make_schema, same
-from .layouts import LAYOUTS
+from .driver import LAYOUTS, Bags, Driver, make_bags, make_schema, reference_sums, relative_error, same
 from .oracle import Oracle
 
 OPTIMIZERS = {

@@ -54,9 +54,6 @@ class ServedPool:
     async def require_room(self, shards: int) -> None:
         """There is room."""
 
-    async def keep_wanted(self, shards: int) -> None:
-        """Nobody will ask."""
-
     async def starting(self) -> str:
         return ""
 

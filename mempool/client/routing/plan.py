@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mempool.agreement.step_events import Owners
 from mempool.errors import Internal
-from mempool.placement import Route, assignment_of, routes
+from mempool.placement import Assignment, Route, routes
 from mempool.types import ShardInfo, TableSchema, TableView
 from mempool.types.bags import Bags
 
@@ -63,7 +62,6 @@ class TablePlan:
         owners: Shards that own anything, ascending: those that every commit is sent to.
         head_owners: Per shard that owns key pages, ascending: (shard, its heads).
         page_owners: [row pages, blocks] int32, the placement's owners as a tensor.
-        agreeing: Those whom a step is agreed on with.
     """
 
     view: TableView
@@ -71,7 +69,6 @@ class TablePlan:
     owners: tuple[ShardInfo, ...]
     head_owners: tuple[tuple[ShardInfo, tuple[int, ...]], ...]
     page_owners: Tensor
-    agreeing: Owners
 
     @property
     def schema(self) -> TableSchema:
@@ -104,24 +101,14 @@ def make_plan(view: TableView) -> TablePlan:
         raise Internal(
             f"the view of table {schema.name!r}, epoch {placement.epoch}, names no address of shards {unknown}."
         )
-    assignment = assignment_of(placement)
+    assignment = Assignment(owners=placement.owners, key_owners=placement.key_owners)
     heads: dict[int, list[int]] = {}
     for head, shard in enumerate(placement.key_owners.tolist()):
         heads.setdefault(shard, []).append(head)
-    shard_routes = tuple(
-        _shard_route(infos[shard], route, schema) for shard, route in sorted(routes(assignment).items())
-    )
-    owners = tuple(infos[shard] for shard in placement.shards)
     return TablePlan(
         view=view,
-        routes=shard_routes,
-        owners=owners,
-        agreeing=Owners(
-            table_id=schema.table_id,
-            shards=tuple(info.shard for info in owners),
-            holders=frozenset(route.shard for route in shard_routes),
-            view=(placement.epoch, tuple((info.shard, info.incarnation) for info in owners)),
-        ),
+        routes=tuple(_shard_route(infos[shard], route, schema) for shard, route in sorted(routes(assignment).items())),
+        owners=tuple(infos[shard] for shard in placement.shards),
         head_owners=tuple((infos[shard], tuple(heads[shard])) for shard in sorted(heads)),
         page_owners=torch.tensor(placement.owners, dtype=torch.int32, device="cpu"),
     )

@@ -26,8 +26,7 @@ from mempool.types import (
     UpdateRequest,
 )
 from mempool.types.bags import Bags
-from tests.contract.driver import make_schema
-from tests.contract.layouts import LAYOUTS
+from tests.contract.driver import LAYOUTS, make_schema
 
 CPU = torch.device("cpu")
 ENVELOPE = Envelope(table_id=0, epoch=1, incarnation=1)
