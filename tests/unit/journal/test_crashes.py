@@ -1,0 +1,222 @@
+"""Every crash point of a journal: power cuts, kills and failing disks at each operation; flipped bits and cut files."""
+
+import errno
+from random import Random
+
+import pytest
+from fakefiles import FakeFiles
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from journal_lives import FOLDER, OWNER, Lives, payload, script, until_it_ends
+
+from mempool.errors import DataLoss, MempoolError
+from mempool.journal.reading import MARK_NAME, read_chain, read_records
+
+
+def _num_operations() -> int:
+    lives = Lives(0)
+    before = len(lives.files.operations)
+    script(lives)
+    assert not lives.failed
+    return len(lives.files.operations) - before
+
+
+def _goes_on(lives: Lives) -> None:
+    """Whatever came before, it can be opened, appended to, and opened again."""
+    lives.files.heal()
+    lives.begin()
+    lives.append(2)
+    lives.work()
+    lives.files.power_cut()
+    found = lives.begin()
+    assert found[-2:] == lives.appended[-2:]
+
+
+@pytest.mark.parametrize("how", ["power", "kill"])
+def test_a_crash_at_every_operation(how: str) -> None:
+    num_operations = _num_operations()
+    assert num_operations > 75
+    torn = 0
+    for seed in range(4):
+        for number in range(1, num_operations + 1):
+            lives = Lives(seed * 1000 + number)
+            lives.files.cut_power_at(number)
+            assert until_it_ends(lives, script)
+            lives.files.heal()
+            if how == "power":
+                lives.files.power_cut()
+            else:
+                lives.files.killed()
+            lives.begin()
+            torn += lives.journal.torn is not None
+            lives.append(1)
+            lives.work()
+            _crash_again(lives, how)
+            _goes_on(lives)
+    assert torn > 10
+
+
+def _crash_again(lives: Lives, how: str) -> None:
+    """With something written and not acknowledged; how the one crash ended is not how the other one does."""
+    lives.append(3)
+    lives.files.cut_power_at(1 + lives.files.random.randrange(3))
+    until_it_ends(lives, Lives.work)
+    lives.files.heal()
+    lives.files.killed() if how == "power" else lives.files.power_cut()
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_a_failure_at_every_operation(code: int) -> None:
+    failed = 0
+    for number in range(1, _num_operations() + 1):
+        lives = Lives(number)
+        lives.files.fail(number, code)
+        until_it_ends(lives, script)
+        failed += len(lives.failed)
+        lives.files.killed() if number % 2 else lives.files.power_cut()
+        _goes_on(lives)
+    assert failed > 50
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.lists(st.integers(1, 40), min_size=1, max_size=12))
+def test_failures_and_crashes_in_any_order(seed: int, distances: list[int]) -> None:
+    random = Random(seed)
+    lives = Lives(seed)
+    for distance in distances:
+        what = random.choice(("cut", "fail", "both"))
+        if what != "cut":
+            lives.files.fail(random.randint(1, distance), random.choice((errno.EIO, errno.ENOSPC)))
+        if what != "fail":
+            lives.files.cut_power_at(distance)
+        until_it_ends(lives, script)
+        lives.files.heal()
+        lives.files.power_cut() if random.random() < 0.6 else lives.files.killed()
+        lives.begin()
+        lives.files.killed()
+    _goes_on(lives)
+
+
+def test_a_full_disk_refuses_and_goes_on_when_there_is_room() -> None:
+    lives = Lives(1, capacity_bytes=3000, segment_bytes=600)
+    lives.begin()
+    while not lives.failed:
+        lives.append(2)
+        lives.work()
+    lives.append(1)
+    lives.work()
+    assert len(lives.failed) == 3
+    lives.files.capacity_bytes = 10**6
+    lives.append(2)
+    lives.work()
+    assert len(lives.failed) == 3
+    lives.files.power_cut()
+    found = lives.begin()
+    assert found == [name for name in lives.appended if name not in lives.failed]
+
+
+def _small_journal(*, clean: bool) -> tuple[FakeFiles, list[int]]:
+    """Three segments, of two lives; the ids in it, all acknowledged."""
+    lives = Lives(5, segment_bytes=400)
+    lives.begin()
+    for count in (2, 2, 1):
+        lives.append(count)
+        lives.work()
+    lives.close()
+    lives.begin()
+    for count in (2, 1):
+        lives.append(count)
+        lives.work()
+    if clean:
+        lives.close()
+    assert len([path for path in lives.files.paths() if path.endswith(".segment")]) == 3
+    return lives.files.copy(), sorted(lives.acknowledged)
+
+
+def _read(files: FakeFiles) -> list[int]:
+    chain = read_chain(files, FOLDER, OWNER)
+    found = []
+    for record in read_records(files, chain, after=0):
+        found.append(int.from_bytes(record.payload[:4], "little"))
+        assert record.payload == payload(found[-1])
+    return found
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_every_flipped_bit_is_found_or_harms_nothing(clean: bool) -> None:
+    files, names = _small_journal(clean=clean)
+    harmless = 0
+    for path in files.paths():
+        content = files.content(path)
+        for bit in range(8 * len(content)):
+            files.flip(path, bit)
+            try:
+                found = _read(files)
+            except MempoolError as error:
+                assert path in str(error)
+                assert isinstance(error, DataLoss)
+            else:
+                assert found == names
+                harmless += 1
+                assert path.endswith(MARK_NAME), "all other files count"
+            files.flip(path, bit)
+    assert harmless > 0
+    assert _read(files) == names
+
+
+@pytest.mark.parametrize("clean", [True, False])
+def test_every_cut_file_is_found(clean: bool) -> None:
+    files, names = _small_journal(clean=clean)
+    for path in files.paths():
+        content = files.content(path)
+        for num_bytes in range(len(content)):
+            cut = files.copy()
+            cut.cut(path, num_bytes)
+            if path.endswith(MARK_NAME):
+                assert _read(cut) == names
+            else:
+                with pytest.raises(DataLoss, match=path):
+                    _read(cut)
+
+
+def test_without_the_mark_a_cut_or_flipped_end_gives_a_prefix_and_all_else_is_found() -> None:
+    """As after a power cut that lost the mark: then nothing says of the newest batch whether it was acknowledged."""
+    files, names = _small_journal(clean=False)
+    files.forget(f"{FOLDER}/{MARK_NAME}")
+    newest = files.paths()[-1]
+    assert newest.endswith("3.segment")
+    before_newest_batch = names[:-1]
+    outcomes = set()
+    for path in files.paths():
+        for bit in range(8 * len(files.content(path))):
+            files.flip(path, bit)
+            try:
+                found = _read(files)
+            except DataLoss as error:
+                assert path in str(error)
+                outcomes.add("found")
+            else:
+                assert path == newest
+                assert found == before_newest_batch
+                outcomes.add("torn")
+            files.flip(path, bit)
+    assert outcomes == {"found", "torn"}
+
+
+def test_a_missing_segment_is_named() -> None:
+    files, names = _small_journal(clean=False)
+    segments = [path for path in files.paths() if path.endswith(".segment")]
+    for path in segments[1:]:
+        without = files.copy()
+        without.forget(path)
+        with pytest.raises(DataLoss, match="missing") as told:
+            _read(without)
+        assert path in str(told.value) or "were synced" in str(told.value)
+    without = files.copy()
+    without.forget(segments[0])
+    with pytest.raises(DataLoss, match="begins with record 5, and what comes after 0 is wanted"):
+        _read(without)
+    for path in segments:
+        files.forget(path)
+    with pytest.raises(DataLoss, match=rf"records 1 to {len(names)} were synced"):
+        _read(files)
