@@ -157,6 +157,7 @@ class SegmentWriter:
             file.write([packed], 0)
             file.sync()
             self._files.rename(path + NEW, path)
+            file.path = path
             self._files.sync_folder(self._folder)
         except StorageFailed:
             # If it has its name, it has no record, and the next try takes its place.

@@ -97,14 +97,16 @@ class Lives:
     def _check(self, found: list[int]) -> None:
         assert found == sorted(set(found)), "in the order they were appended in"
         assert set(found) <= set(self.appended), "nothing that was not appended"
-        assert {name for name in self.acknowledged if name >= self.removed_to} <= set(found), "all that was acknowledged"
+        assert {name for name in self.acknowledged if name >= self.removed_to} <= set(found), (
+            "all that was acknowledged"
+        )
         for name in self.failed & set(found):
             assert not [later for later in self.acknowledged if later > name], "what failed, before what did not"
 
 
 def payload(name: int) -> bytes:
     """What is appended under an id."""
-    return name.to_bytes(4, "little") + bytes((name * 31 + place) % 256 for place in range(name * 37 % 150))
+    return name.to_bytes(4, "little") + bytes((name * 31 + place) % 256 for place in range(name * 37 % 70))
 
 
 def script(lives: Lives) -> None:
