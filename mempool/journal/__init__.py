@@ -9,5 +9,20 @@ from mempool.journal.folder import ShardFolder
 from mempool.journal.journal import Journal, Sync
 from mempool.journal.reading import Record, Torn
 from mempool.journal.records import Owner
+from mempool.journal.snapshots import Snapshot, Snapshots
 
-__all__ = ["Bytes", "DiskFiles", "File", "Files", "Journal", "Lock", "Owner", "Record", "ShardFolder", "Sync", "Torn"]
+__all__ = [
+    "Bytes",
+    "DiskFiles",
+    "File",
+    "Files",
+    "Journal",
+    "Lock",
+    "Owner",
+    "Record",
+    "ShardFolder",
+    "Snapshot",
+    "Snapshots",
+    "Sync",
+    "Torn",
+]

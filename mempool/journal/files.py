@@ -11,7 +11,7 @@ from typing import Protocol
 from mempool.errors import StorageFailed
 
 Bytes = bytes | bytearray | memoryview
-"""What can be written as it is: contiguous, of single bytes."""
+"""What can be written as it is: contiguous, of single bytes; ``views_of`` makes that of any."""
 
 
 class File(Protocol):
@@ -98,6 +98,12 @@ class Files(Protocol):
 def join(folder: str, *names: str) -> str:
     """A path below a folder."""
     return "/".join((folder.rstrip("/"), *names))
+
+
+def views_of(buffers: Sequence[Bytes]) -> list[memoryview]:
+    """Any contiguous buffers, numpy's too, as they can be written: of single bytes; empty ones are left out."""
+    views = [memoryview(buffer) for buffer in buffers]
+    return [view.cast("B") for view in views if view.nbytes]
 
 
 def storage_failed(error: OSError, path: str, doing: str) -> StorageFailed:

@@ -11,7 +11,7 @@ from contextlib import closing, suppress
 from typing import Literal
 
 from mempool.errors import DataLoss, Internal, InvalidRequest, MempoolError, Overloaded, RequestTooLarge, StorageFailed
-from mempool.journal.files import Bytes, Files, join
+from mempool.journal.files import Bytes, Files, join, views_of
 from mempool.journal.reading import MARK_NAME, Record, Torn, read_chain, read_records
 from mempool.journal.records import MOST_PAYLOAD_BYTES, RECORD_BYTES, Owner, pack_mark
 from mempool.journal.writing import Entry, SegmentWriter
@@ -136,8 +136,7 @@ class Journal:
             RequestTooLarge: It is larger than a record may be.
             StorageFailed: The journal is closed.
         """
-        views = [memoryview(buffer) for buffer in buffers]
-        parts = [view.cast("B") for view in views if view.nbytes]
+        parts = views_of(buffers)
         num_bytes = sum(view.nbytes for view in parts)
         if num_bytes > MOST_PAYLOAD_BYTES:
             raise RequestTooLarge(

@@ -15,10 +15,12 @@ from mempool.journal.files import File, Files, join
 from mempool.journal.records import (
     MARK_BYTES,
     RECORD_BYTES,
+    RESTORE,
     SEGMENT_BYTES,
     Damaged,
     Owner,
     SegmentHeader,
+    lost,
     mark_bytes,
     sum_of,
     unpack_mark,
@@ -32,7 +34,6 @@ NEW = ".new"
 _SEGMENT_NAME = re.compile(r"(\d{12})\.segment")
 _CHUNK_BYTES = 8 * 2**20
 """Read at once. Records are handed out as views of it."""
-_RESTORE = "Restore the pool from a checkpoint, or this file from a copy"
 
 
 def segment_name(sequence: int) -> str:
@@ -115,12 +116,12 @@ def read_chain(files: Files, folder: str, owner: Owner) -> Chain:
     for sequence, name in found:
         if headers and sequence != headers[-1][1].sequence + 1:
             missing = join(folder, segment_name(headers[-1][1].sequence + 1))
-            raise DataLoss(f"{missing} is missing, and later segments of this journal are there. {_RESTORE}.")
+            raise DataLoss(f"{missing} is missing, and later segments of this journal are there. {RESTORE}.")
         headers.append(_read_header(files, join(folder, name), owner, sequence))
     segments = []
     for (path, header, size), (_, later, _) in pairwise(headers):
         if size < later.previous_bytes:
-            raise _lost(path, size, f"it ends here, and had {later.previous_bytes:,} bytes")
+            raise lost(path, size, f"it ends here, and had {later.previous_bytes:,} bytes")
         segments.append(Segment(path, header, later.previous_last, later.previous_bytes))
     torn, unsure = None, 0
     if headers:
@@ -129,7 +130,7 @@ def read_chain(files: Files, folder: str, owner: Owner) -> Chain:
         marked = max(marked, newest.header.previous_last)
     last = segments[-1].last if segments else 0
     if last < marked:
-        raise _lost(
+        raise lost(
             segments[-1].path if segments else join(folder, segment_name(1)),
             segments[-1].num_bytes if segments else 0,
             f"records {last + 1} to {marked} were synced (says {join(folder, MARK_NAME)}) and are missing",
@@ -148,7 +149,7 @@ def read_records(files: Files, chain: Chain, *, after: int) -> Iterator[Record]:
     if segments and segments[0].header.previous_last > after:
         raise DataLoss(
             f"{segments[0].path} begins with record {segments[0].header.first}, and what comes after {after} is "
-            f"wanted: a segment before it is missing, or the snapshot is older than this journal. {_RESTORE}."
+            f"wanted: a segment before it is missing, or the snapshot is older than this journal. {RESTORE}."
         )
     for segment in segments:
         with closing(files.open(segment.path)) as file:
@@ -159,9 +160,9 @@ def read_records(files: Files, chain: Chain, *, after: int) -> Iterator[Record]:
                     if number > after:
                         yield record
             except _Bad as bad:
-                raise _lost(segment.path, bad.offset, bad.why) from None
+                raise lost(segment.path, bad.offset, bad.why) from None
             if number != segment.last:
-                raise _lost(
+                raise lost(
                     segment.path, segment.num_bytes, f"record {number} is the last, and {segment.last} should be"
                 )
 
@@ -218,7 +219,7 @@ def _find_end(
         except _Bad as bad:
             synced = max(marked, _synced_behind(file, header.mark, bad.offset, size))
             if bad.number <= synced:
-                raise _lost(path, bad.offset, f"{bad.why}, and records up to {synced} were synced") from None
+                raise lost(path, bad.offset, f"{bad.why}, and records up to {synced} were synced") from None
             torn = Torn(path, bad.offset, size - bad.offset, bad.why)
     return Segment(path, header, last, end), unsure, torn
 
@@ -244,7 +245,7 @@ def _read_header(files: Files, path: str, owner: Owner, sequence: int) -> tuple[
         try:
             header = unpack_segment(file.read(0, SEGMENT_BYTES), owner, path)
         except Damaged as damage:
-            raise _lost(path, 0, str(damage)) from None
+            raise lost(path, 0, str(damage)) from None
         if header.sequence != sequence:
             raise ConfigError(f"{path} is segment {header.sequence}: it was renamed. Give it its own name back.")
         return path, header, file.size()
@@ -253,7 +254,3 @@ def _read_header(files: Files, path: str, owner: Owner, sequence: int) -> tuple[
 def _read_mark(files: Files, folder: str) -> int:
     with closing(files.open(join(folder, MARK_NAME))) as file:
         return unpack_mark(file.read(0, MARK_BYTES))
-
-
-def _lost(path: str, offset: int, why: str) -> DataLoss:
-    return DataLoss(f"{path} is damaged at byte {offset:,}: {why}. Nothing of it was read as data. {_RESTORE}.")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import xxhash
 
-from mempool.errors import ConfigError
+from mempool.errors import ConfigError, DataLoss
 from mempool.journal.files import Bytes
 
 VERSION = 1
@@ -31,6 +31,14 @@ MOST_PAYLOAD_BYTES = 2**30
 
 class Damaged(Exception):
     """These bytes are not what was written; the text says what shows it."""
+
+
+RESTORE = "Restore the pool from a checkpoint, or this file from a copy"
+
+
+def lost(path: str, offset: int, why: str) -> DataLoss:
+    """What is stored there is damaged, and will be read as no data."""
+    return DataLoss(f"{path} is damaged at byte {offset:,}: {why}. Nothing of it was read as data. {RESTORE}.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,7 @@ class FakeFiles:
         self._faults[len(self.operations) + number] = code
 
     def cut_power_at(self, number: int) -> None:
-        """The power goes in the middle of the operation ``number`` from now: it raises PowerCut."""
+        """The power goes in the middle of the operation ``number`` from now: it raises PowerCut, as do all later."""
         self._cut_at = len(self.operations) + number
 
     def heal(self) -> None:
@@ -209,8 +209,9 @@ class FakeFiles:
         """Count an operation, and fail it where that was asked for; ``half`` does a part of it before."""
         self.operations.append((what, path))
         number = len(self.operations)
-        if number == self._cut_at:
-            half()
+        if self._cut_at is not None and number >= self._cut_at:
+            if number == self._cut_at:
+                half()
             raise PowerCut(f"in operation {number}: {what} {path}")
         if (code := self._faults.pop(number, None)) is not None:
             half()
