@@ -4,11 +4,12 @@
 
 Journal: a step is a record of 2 MiB, durable, then one of 200 bytes, durable; what is older than 32 steps is removed.
 Pages: a store of pages of 256 KiB, of which some are written over, durably, at once; then all are read in order.
-Engines take turns in an order that changes; medians are printed, and what the disk was given to write.
+Engines, each in a process of its own, take turns in an order that changes; medians, and what the disk was given.
 """
 
 import argparse
 import asyncio
+import multiprocessing
 import os
 import random
 import shutil
@@ -17,23 +18,18 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import lmdb
 import rocksdict
 
-from mempool.journal import DiskFiles, Journal, Owner
+from mempool.journal import DiskFiles, Journal, Owner, Snapshots
 
 LARGE, SMALL = 2 * 2**20, 200
 KEPT_STEPS = 32
 PAGE_BYTES = 256 * 2**10
-
-
-class Engine(Protocol):
-    def put(self, key: int, value: bytes) -> None: ...
-    def remove_before(self, key: int) -> None: ...
-    def close(self) -> None: ...
 
 
 class Own:
@@ -141,27 +137,68 @@ class Rocks:
 
 
 class Packs:
-    """What a snapshot would be: the pages that changed, in one file written in one go, and where each page is."""
+    """The snapshots of mempool: each change is one."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._where, self._packs = folder, {}, []
+        self._store = Snapshots(DiskFiles(), str(folder), owner=Owner("bench", 0))
+        self._after = 0
 
     def put_many(self, pages: dict[int, bytes]) -> None:
-        files, name = DiskFiles(), str(self._folder / f"pack-{len(self._packs)}")
-        file = files.open(name, new=True)
-        file.write(list(pages.values()), 0)
-        file.sync()
-        files.sync_folder(str(self._folder))
-        for place, key in enumerate(pages):
-            self._where[key] = (len(self._packs), place * PAGE_BYTES)
-        self._packs.append(file)
+        self._after += 1
+        changed = {b"%d" % key: value for key, value in pages.items()}
+        with self._store.begin(after=self._after) as snapshot:
+            for key in self._store.newest.pages if self._store.newest is not None else ():
+                if key not in changed:
+                    snapshot.keep(key)
+            for key, value in changed.items():
+                snapshot.write(key, [("values", [value])])
+            snapshot.finish(b"")
 
     def read_all(self) -> int:
-        return sum(len(self._packs[pack].read(at, PAGE_BYTES)) for _, (pack, at) in sorted(self._where.items()))
+        return sum(len(bytes(arrays["values"])) for _, arrays in self._store.pages())
 
     def close(self) -> None:
-        for file in self._packs:
-            file.close()
+        pass
+
+
+def serve(kind: Callable[[Path], Any], folder: Path, orders: Connection) -> None:
+    """[ENGINE'S PROCESS] Do what is ordered; answer each with its seconds, its result, and what the disk was given."""
+    folder.mkdir()
+    engine = kind(folder)
+    while (order := orders.recv()) is not None:
+        name, arguments = order
+        before, began = written_bytes(), time.perf_counter()
+        result = getattr(engine, name)(*arguments)
+        took_s = time.perf_counter() - began
+        orders.send((took_s, result, written_bytes() - before))
+    engine.close()
+    orders.send(written_bytes())
+
+
+class Process:
+    """An engine in a process of its own.
+
+    Attributes:
+        written: Bytes that it gave the disk, since it was asked for them to be counted.
+    """
+
+    def __init__(self, kind: Callable[[Path], Any], folder: Path) -> None:
+        self._orders, theirs = multiprocessing.Pipe()
+        self._process = multiprocessing.get_context("fork").Process(target=serve, args=(kind, folder, theirs))
+        self._process.start()
+        self.written = 0
+
+    def __call__(self, name: str, *arguments: Any) -> float:
+        """Seconds that a method took."""
+        self._orders.send((name, arguments))
+        took_s, self.result, written = self._orders.recv()
+        self.written += written
+        return float(took_s)
+
+    def close(self) -> None:
+        self._orders.send(None)
+        self.written_in_all = self._orders.recv()
+        self._process.join()
 
 
 def written_bytes() -> int:
@@ -180,89 +217,68 @@ def turns(engines: list[str], rounds: int, take: Callable[[str], None]) -> None:
 
 
 def journals(folder: Path, *, rounds: int, steps: int) -> None:
-    kinds: dict[str, Callable[[Path], Engine]] = {"own": Own, "sqlite": Sqlite, "lmdb": Lmdb, "rocksdb": Rocks}
-    at: dict[str, Engine] = {}
-    for name, kind in kinds.items():
-        (folder / name).mkdir()
-        at[name] = kind(folder / name)
+    kinds: dict[str, Callable[[Path], Any]] = {"own": Own, "sqlite": Sqlite, "lmdb": Lmdb, "rocksdb": Rocks}
+    at = {name: Process(kind, folder / name) for name, kind in kinds.items()}
     large, small = os.urandom(LARGE), os.urandom(SMALL)
     large_s: dict[str, list[float]] = {name: [] for name in kinds}
     small_s: dict[str, list[float]] = {name: [] for name in kinds}
     remove_s: dict[str, list[float]] = {name: [] for name in kinds}
-    written = dict.fromkeys(kinds, 0)
     numbers = dict.fromkeys(kinds, 0)
 
     def take(name: str) -> None:
-        engine, before = at[name], written_bytes()
         for _ in range(steps):
             number = numbers[name] = numbers[name] + 2
-            began = time.perf_counter()
-            engine.put(number - 1, large)
-            middle = time.perf_counter()
-            engine.put(number, small)
-            ended = time.perf_counter()
-            large_s[name].append(middle - began)
-            small_s[name].append(ended - middle)
-        began = time.perf_counter()
-        engine.remove_before(max(0, numbers[name] - 2 * KEPT_STEPS))
-        remove_s[name].append(time.perf_counter() - began)
-        written[name] += written_bytes() - before
+            large_s[name].append(at[name]("put", number - 1, large))
+            small_s[name].append(at[name]("put", number, small))
+        remove_s[name].append(at[name]("remove_before", max(0, numbers[name] - 2 * KEPT_STEPS)))
 
     turns(list(kinds), rounds, take)
     print(f"journal: {rounds} rounds of {steps} steps; medians in ms (90th percentile)")
     for name in kinds:
-        count = len(large_s[name])
-        print(
-            f"  {name:8} 2 MiB {_ms(large_s[name])}   200 B {_ms(small_s[name])}   a step "
-            f"{_ms([a + b for a, b in zip(large_s[name], small_s[name], strict=True)])}   removing "
-            f"{statistics.median(remove_s[name]) * 1e3:7.2f}   "
-            f"written {written[name] / (count * (LARGE + SMALL)):.2f} times the records"
-        )
         at[name].close()
+        step_s = [a + b for a, b in zip(large_s[name], small_s[name], strict=True)]
+        times = at[name].written_in_all / (len(step_s) * (LARGE + SMALL))
+        print(
+            f"  {name:8} 2 MiB {_ms(large_s[name])}   200 B {_ms(small_s[name])}   a step {_ms(step_s)}   "
+            f"removing {_ms(remove_s[name])}   written {times:.2f} times the records"
+        )
 
 
 def pages(folder: Path, *, num_pages: int, changes: int, share: float) -> None:
     kinds: dict[str, Callable[[Path], Any]] = {"packs": Packs, "sqlite": Sqlite, "lmdb": Lmdb, "rocksdb": Rocks}
-    at: dict[str, Any] = {}
-    for name, kind in kinds.items():
-        (folder / f"pages-{name}").mkdir()
-        at[name] = kind(folder / f"pages-{name}")
+    at = {name: Process(kind, folder / f"pages-{name}") for name, kind in kinds.items()}
     chosen = random.Random(2)
     blocks = [os.urandom(PAGE_BYTES) for _ in range(8)]
-    fill_s: dict[str, float] = {}
     change_s: dict[str, list[float]] = {name: [] for name in kinds}
     read_s: dict[str, list[float]] = {name: [] for name in kinds}
-    written = dict.fromkeys(kinds, 0)
-    for name in kinds:
-        began = time.perf_counter()
-        for first in range(0, num_pages, 256):
-            at[name].put_many({key: blocks[key % 8] for key in range(first, min(first + 256, num_pages))})
-        fill_s[name] = time.perf_counter() - began
-    several = max(1, int(num_pages * share))
+    fill_s = dict.fromkeys(kinds, 0.0)
+    for first in range(0, num_pages, 256):
+        several = {key: blocks[key % 8] for key in range(first, min(first + 256, num_pages))}
+        for name in kinds:
+            fill_s[name] += at[name]("put_many", several)
+    for process in at.values():
+        process.written = 0
+    count = max(1, int(num_pages * share))
 
     def change(name: str) -> None:
-        changed = {key: blocks[(key + 1) % 8] for key in sorted(chosen.sample(range(num_pages), several))}
-        before, began = written_bytes(), time.perf_counter()
-        at[name].put_many(changed)
-        change_s[name].append(time.perf_counter() - began)
-        written[name] += written_bytes() - before
+        changed = {key: blocks[(key + 1) % 8] for key in sorted(chosen.sample(range(num_pages), count))}
+        change_s[name].append(at[name]("put_many", changed))
 
     def read(name: str) -> None:
-        began = time.perf_counter()
-        assert at[name].read_all() == num_pages * PAGE_BYTES
-        read_s[name].append(time.perf_counter() - began)
+        read_s[name].append(at[name]("read_all"))
+        assert at[name].result == num_pages * PAGE_BYTES
 
     turns(list(kinds), changes, change)
     turns(list(kinds), 3, read)
     size = num_pages * PAGE_BYTES
-    print(f"pages: {num_pages:,} of 256 KiB; {changes} times {several} of them at random written over; medians")
+    print(f"pages: {num_pages:,} of 256 KiB; {changes} times {count} of them at random written over; medians")
     for name in kinds:
-        times, read_GB = written[name] / (several * PAGE_BYTES * changes), size / statistics.median(read_s[name]) / 1e9
+        times, read_GB = at[name].written / (count * PAGE_BYTES * changes), size / statistics.median(read_s[name]) / 1e9
+        at[name].close()
         print(
             f"  {name:8} filled {size / fill_s[name] / 1e9:5.2f} GB/s   changed {_ms(change_s[name])} ms   "
             f"written {times:.2f} times   read {read_GB:5.2f} GB/s"
         )
-        at[name].close()
 
 
 def _ms(seconds: list[float]) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -176,24 +177,40 @@ def test_a_failure_at_every_operation_leaves_the_old_one(code: int) -> None:
 
 def test_after_failures_a_crash_in_the_next_try_leaves_one_of_them_whole() -> None:
     old, new = _history(2)
-    for seed in range(300):
+    for seed, (first, failures, cut_at) in enumerate(product(range(1, 16), (1, 2, 5), range(1, 18))):
         files = _disk(FakeFiles(seed))
         _write_all(files, [old])
         store = Snapshots(files, "s", owner=OWNER)
-        random = Random(seed)
-        first = random.randint(1, 12)
-        for number in range(first, first + random.randint(1, 4)):
+        for number in range(first, first + failures):
             files.fail(number, errno.EIO)
         with suppress(StorageFailed):
             _take(store, 1, old, new)
         files.heal()
         assert store.newest is not None
-        files.cut_power_at(random.randint(1, 14))
+        files.cut_power_at(cut_at)
         with suppress(PowerCut):
             _take(store, 2, old if store.newest.after == 0 else new, new)
         files.heal()
         files.power_cut()
         assert _all(Snapshots(files, "s", owner=OWNER)) in (old, new)
+
+
+def test_a_manifest_that_failed_goes_before_its_pack() -> None:
+    old, new = _history(2)
+    for seed in range(150):
+        files = _disk(FakeFiles(seed))
+        _write_all(files, [old])
+        store = Snapshots(files, "s", owner=OWNER)
+        copy = files.copy()
+        rehearsed = Snapshots(copy, "s", owner=OWNER)
+        copy.operations.clear()
+        _take(rehearsed, 1, old, new)
+        done = [what for what, _ in copy.operations]
+        files.fail(done.index("rename") + 2, errno.EIO)
+        with pytest.raises(StorageFailed, match="could not sync_folder"):
+            _take(store, 1, old, new)
+        files.power_cut()
+        assert _all(Snapshots(files, "s", owner=OWNER)) == old
 
 
 def test_a_snapshot_that_is_left_was_never_there() -> None:
