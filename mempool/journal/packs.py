@@ -164,10 +164,13 @@ def unpack_manifest(data: bytes, owner: Owner, path: str) -> Manifest:
     at = _MANIFEST.size + head_bytes
     head = data[_MANIFEST.size : at]
     pages = {}
-    for _ in range(num_pages):
-        key_bytes, *place = _PLACE.unpack_from(data, at)
-        at += _PLACE.size + key_bytes
-        pages[data[at - key_bytes : at]] = Place(*place)
+    try:
+        for _ in range(num_pages):
+            key_bytes, *place = _PLACE.unpack_from(data, at)
+            at += _PLACE.size + key_bytes
+            pages[data[at - key_bytes : at]] = Place(*place)
+    except struct.error:
+        raise Damaged(f"it has {len(pages):,} pages, and says {num_pages:,}") from None
     if at != len(data) - _SUM.size or len(pages) != num_pages:
         raise Damaged(f"it ends after {at:,} of {len(data):,} bytes")
     return Manifest(sequence, after, head, pages)

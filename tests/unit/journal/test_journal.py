@@ -2,6 +2,8 @@
 
 import asyncio
 import errno
+import subprocess
+import sys
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -83,6 +85,36 @@ def test_threads_that_append_at_once_share_syncs_and_all_is_read_again(tmp_path:
     assert _read(journal) == wanted
     assert _read(journal, after=250) == wanted[250:]
     assert [number for number, _, _ in wanted] == list(range(1, 401))
+
+
+_APPENDS = """
+import os, sys
+from mempool.journal import DiskFiles, Journal, Owner
+journal = Journal(DiskFiles(), sys.argv[1], owner=Owner("pool-1", 0), segment_bytes=100_000)
+while True:
+    numbers = [journal.append(7, [b"%08d" % (journal.next_number), bytes(n * 100)]) for n in range(20)]
+    journal.when_synced(numbers[-1]).result()
+    os.write(1, b"%d\\n" % numbers[-1])
+"""
+
+
+def test_a_killed_process_loses_nothing_that_it_acknowledged(tmp_path: Path) -> None:
+    acknowledged = 0
+    for lines in (30, 7):
+        with subprocess.Popen([sys.executable, "-c", _APPENDS, str(tmp_path)], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            for _ in range(lines):
+                acknowledged = int(process.stdout.readline())
+            process.kill()
+            acknowledged = int(([b"%d" % acknowledged, *process.stdout.read().split()])[-1])
+        journal = Journal(DiskFiles(), str(tmp_path), owner=OWNER, runner=ByHand())
+        numbers = []
+        for record in journal.records():
+            assert record.kind == 7
+            assert bytes(record.payload[:8]) == b"%08d" % record.number
+            numbers.append(record.number)
+        assert numbers == list(range(1, len(numbers) + 1))
+        assert len(numbers) >= acknowledged > 0
 
 
 def test_what_gathers_while_a_sync_runs_goes_with_the_next_one(files: FakeFiles, hand: ByHand) -> None:
