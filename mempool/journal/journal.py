@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing, suppress
+from copy import copy
 from typing import Literal
 
 from mempool.errors import DataLoss, Internal, InvalidRequest, MempoolError, Overloaded, RequestTooLarge, StorageFailed
@@ -185,7 +186,7 @@ class Journal:
         if failure is None:
             done.set_result(None)
         else:
-            done.set_exception(failure.error)
+            done.set_exception(copy(failure.error))
         return done
 
     def remove_before(self, number: int) -> "Future[int]":
@@ -250,10 +251,11 @@ class Journal:
         """Tell all who wait, and those behind them. Their numbers are left out."""
         with self._lock:
             behind, self._gathering, self._writing = self._gathering, _Batch(self._next), None
-            failure = _Failure(batch.first, self._next - 1, error)
-            if self._failures and self._failures[-1].last + 1 == failure.first:
-                failure = _Failure(self._failures.pop().first, failure.last, error)
-            self._failures.append(failure)
+            first = batch.first
+            if self._failures and self._failures[-1].last + 1 == first:
+                first = self._failures.pop().first
+            # A copy has no traceback, which would keep what was to be written.
+            self._failures.append(_Failure(first, self._next - 1, copy(error)))
             if len(self._failures) > _MOST_FAILURES:
                 self._known_from = self._failures.popleft().last + 1
         for one in (batch, behind):

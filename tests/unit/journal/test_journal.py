@@ -2,9 +2,11 @@
 
 import asyncio
 import errno
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -166,6 +168,25 @@ def test_a_failed_sync_fails_all_who_wait_and_nobody_later(files: FakeFiles, han
     assert isinstance(journal.when_synced(failed[1]).exception(timeout=0), StorageFailed)
     files.power_cut()
     assert _read(_journal(files, ByHand())) == [(1, 1, b"kept"), (4, 2, b"later")]
+
+
+def test_a_failure_that_is_remembered_keeps_nothing_of_what_failed(files: FakeFiles, hand: ByHand) -> None:
+    class Buffer(bytearray):
+        """Of which one can see whether it is still there."""
+
+    journal = _journal(files, hand)
+    payload = Buffer(b"x" * 100)
+    seen = weakref.ref(payload)
+    files.fail(1, errno.EROFS)
+    number = journal.append(1, [payload])
+    del payload
+    hand.work()
+    gc.collect()
+    assert seen() is None
+    failed = journal.when_synced(number).exception(timeout=0)
+    assert isinstance(failed, StorageFailed)
+    assert failed.errno == errno.EROFS
+    assert "read-only" in str(failed)
 
 
 def test_what_waits_behind_a_failed_batch_fails_with_it(hand: ByHand) -> None:
