@@ -47,7 +47,8 @@ class Journal:
         owner: Whose records these are.
         runner: Where it writes.
         sync: When records are durable.
-        after: The number of a record up to which the caller has all from elsewhere: new ones come behind it.
+        after: The number of a record (``last`` as it was then) up to which the caller has all from elsewhere, as in a
+            snapshot: new ones come behind it.
         segment_bytes: A segment that has so many is followed by another.
         most_waiting_bytes: What waits to be written, at most; more than that is refused.
 
@@ -100,6 +101,11 @@ class Journal:
     def next_number(self) -> int:
         """The number of the record that is appended next."""
         return self._next
+
+    @property
+    def last(self) -> int:
+        """The number of the last record that is written, and with sync on durable; 0 for none. What failed has none."""
+        return self._writer.last
 
     @property
     def num_bytes(self) -> int:

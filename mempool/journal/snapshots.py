@@ -75,10 +75,7 @@ class Snapshots:
         """Begin a new one. One at a time.
 
         Args:
-            after: The number of the journal's record up to which all is in its pages.
-
-        Raises:
-            StorageFailed: There is still the old one.
+            after: The number of the journal's record up to which all is in its pages: ``Journal.last``.
         """
         self._begun += 1
         return Snapshot(self, self._begun, after=after)

@@ -56,8 +56,8 @@ async def lives(path: str) -> None:
                 for known, number in numbers:
                     error = journal.when_synced(number).exception(timeout=0)
                     say(f"acknowledged {known}" if error is None else f"failed {known}")
-            snapshot_of(snapshots, name, journal.next_number - 1)
-            removed = journal.remove_before(journal.next_number - 3)
+            snapshot_of(snapshots, name, journal.last)
+            removed = journal.remove_before(journal.last - 2)
             hand.work()
             removed.result(timeout=0)
             await journal.close()

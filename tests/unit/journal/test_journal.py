@@ -163,6 +163,7 @@ def test_a_failed_sync_fails_all_who_wait_and_nobody_later(files: FakeFiles, han
     assert journal.when_synced(kept).result(timeout=0) is None
     later = journal.append(2, [b"later"])
     assert later == 4, "a number is one record's for ever"
+    assert journal.last == kept
     hand.work()
     assert journal.when_synced(later).exception(timeout=0) is None
     assert isinstance(journal.when_synced(failed[1]).exception(timeout=0), StorageFailed)
