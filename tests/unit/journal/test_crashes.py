@@ -185,6 +185,41 @@ def test_every_cut_file_is_found(clean: bool) -> None:
                     _read(cut)
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32))
+def test_whatever_is_done_to_a_file_is_found_or_harms_nothing(seed: int) -> None:
+    """Bytes put over others, put in, taken out, written twice, at places of one file or of several."""
+    random = Random(seed)
+    files, names = _small_journal(clean=seed % 2 == 0)
+    touched = set()
+    for _ in range(random.randint(1, 3)):
+        path = random.choice(files.paths())
+        content = files.content(path)
+        at, num_bytes = random.randrange(len(content)), random.choice((1, 2, 8, 40, 48, 72))
+        part = random.choice((random.randbytes(num_bytes), bytes(num_bytes), content[-num_bytes:], content[:num_bytes]))
+        change = random.choice(
+            (
+                content[:at] + part + content[at + num_bytes :],
+                content[:at] + part + content[at:],
+                content[:at] + content[at + num_bytes :],
+                content + part,
+            )
+        )
+        if change != content:
+            touched.add(path)
+        files.cut(path, 0)
+        files.open(path).write([change], 0)
+    found = _outcome(files)
+    if isinstance(found, DataLoss):
+        assert any(path in str(found) for path in files.paths())
+    elif touched <= {path for path in touched if path.endswith(MARK_NAME)}:
+        assert found == names
+    else:
+        assert found == names[: len(found)], "a prefix, at least"
+        marked = not any(path.endswith(MARK_NAME) for path in touched)
+        assert found == names or not marked, "all of it, where the mark says what there was"
+
+
 def test_without_the_mark_a_cut_or_flipped_end_gives_a_prefix_and_all_else_is_found() -> None:
     """As after a power cut that lost the mark: then nothing says of the newest batch whether it was acknowledged."""
     files, names = _small_journal(clean=False)
