@@ -14,6 +14,7 @@
     │   └── PoolUnreachable
     ├── DeadlineExceeded       the call's time is over (also a TimeoutError)
     ├── DataLoss               pages are gone; the message says what to restore
+    ├── StorageError           a disk or another place of files cannot be read or written (also an OSError)
     ├── Replan                 internal: the caller's view of the pool is old; the client follows and tries again
     │   ├── StalePlacement     the page's epoch, or the shard's incarnation, is another one
     │   └── ContextMissing     the shard no longer remembers the lookup; the client sends ids and weights again
@@ -44,6 +45,7 @@ class ErrorCode(IntEnum):
     STALE_PLACEMENT = 13
     CONTEXT_MISSING = 14
     OVERLOADED = 15
+    STORAGE = 16
 
 
 class MempoolError(Exception):
@@ -156,6 +158,12 @@ class DataLoss(MempoolError):
     """Pages are gone and are not replaced by initial values; the message says what to restore."""
 
     code = ErrorCode.DATA_LOSS
+
+
+class StorageError(MempoolError, OSError):
+    """A place of files is full, not writable, not there or fails; what was written there before is whole."""
+
+    code = ErrorCode.STORAGE
 
 
 class Replan(MempoolError):
