@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from mempool.checkpoint.stores.local import LocalStore
 from mempool.checkpoint.stores.remote import FsspecStore
@@ -30,7 +29,7 @@ def open_store(place: str | os.PathLike[str]) -> Store:
     if scheme in ("file", "local"):
         if not rest.startswith("/"):
             raise InvalidRequest(f"{place!r} is not absolute; write file:///path, or the path alone")
-        return LocalStore(unquote(urlsplit(place).path))
+        return LocalStore(rest)
     import fsspec  # here: most never need it, and it takes a while
 
     try:

@@ -64,7 +64,7 @@ class Store(Protocol):
 
 
 def check_path(path: str) -> str:
-    """The path. Raises DataLoss for one that could lead out of the place: it is from a file that anybody may have made."""
+    """The path. Raises DataLoss for one that could lead out of the place: it may be from a file that anybody made."""
     names = path.split("/")
     if len(path) > _MAX_PATH or not all(_NAME.fullmatch(name) for name in names):
         raise DataLoss(
@@ -82,15 +82,16 @@ def place_of(url: str, path: str) -> str:
 def ends_early(url: str, path: str, *, wanted: int) -> DataLoss:
     """What is raised where a file is shorter than it was."""
     return DataLoss(
-        f"{place_of(url, path)} ends before byte {wanted:_}: the file is cut off. Copy it again from where it is whole, "
-        f"or restore another checkpoint"
+        f"{place_of(url, path)} ends before byte {wanted:_}: the file is cut off. Copy it again from where it is "
+        f"whole, or restore another checkpoint"
     )
 
 
 def is_missing(url: str, path: str) -> DataLoss:
     """What is raised where a file that should be there is not."""
     return DataLoss(
-        f"{place_of(url, path)} is missing, and a checkpoint needs it. Copy it there again, or restore another checkpoint"
+        f"{place_of(url, path)} is missing, and a checkpoint needs it. Copy it there again, or restore another "
+        f"checkpoint"
     )
 
 
