@@ -199,7 +199,8 @@ def _files(given: Fields) -> dict[str, StoredFile]:
     found: dict[str, StoredFile] = {}
     for path, value in given.items("files"):
         file = Fields(value, path)
-        found[check_path(file.text("path"))] = parse_file(file)
+        name = check_path(file.text("path"))
+        found[name] = parse_file(file)
     return found
 
 

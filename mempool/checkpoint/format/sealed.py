@@ -18,8 +18,10 @@ _SEAL_BYTES = len(_MARK) + 64 + len(b'"\n}\n')
 
 def sealed(kind: str, fields: dict[str, Any]) -> bytes:
     """The document. kind: What it is, as "mempool.checkpoint"."""
-    text = json.dumps({"format": kind, "format_version": FORMAT_VERSION, **fields}, indent=1, allow_nan=False)
-    body = text.removesuffix("\n}").encode()
+    # A member a line: json's own indentation is many times slower.
+    members = {"format": kind, "format_version": FORMAT_VERSION, **fields}.items()
+    lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in members]
+    body = ("{\n " + ",\n ".join(lines)).encode()
     return body + _MARK + hashlib.sha256(body).hexdigest().encode() + b'"\n}\n'
 
 
