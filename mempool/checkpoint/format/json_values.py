@@ -1,12 +1,15 @@
 """Taking values out of JSON that somebody else wrote: each of its type, or an error with its path."""
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 ValueT = TypeVar("ValueT")
 
 MAX_INTEGER = 2**64 - 1
+
+_SPAN = re.compile(r"(\d{1,20})(?:-(\d{1,20}))?", re.ASCII)
 
 
 class Unfit(Exception):
@@ -111,10 +114,10 @@ def spans(text: object, path: str, *, below: int) -> tuple[int, ...]:
     if not isinstance(text, str):
         raise Unfit(f"{path} is {text!r:.80}, no text as '0-3,7'")
     for part in text.split(",") if text else ():
-        first, _, last = part.partition("-")
-        if not (first.isdecimal() and first.isascii() and (last or first).isdecimal() and len(first + last) <= 40):
+        match = _SPAN.fullmatch(part)
+        if match is None:
             raise Unfit(f"{path} is {text!r:.80}, no text as '0-3,7'")
-        begin, end = int(first), int(last or first)
+        begin, end = int(match[1]), int(match[2] or match[1])
         if end < begin or end >= below or (found and begin <= found[-1]):
             raise Unfit(f"{path} has {part!r}, which is out of order or not below {below}")
         found += range(begin, end + 1)
