@@ -14,10 +14,14 @@ ASIDE = ".part"
 
 
 class LocalStore:
-    """A folder; it is made when the first file is written. As ``Store``."""
+    """A folder; it is made when the first file is written. As ``Store``.
 
-    def __init__(self, root: str | Path) -> None:
+    own_names: Paths are the user's own, not a manifest's: they may be any.
+    """
+
+    def __init__(self, root: str | Path, *, own_names: bool = False) -> None:
         self.root = Path(root).expanduser().absolute()
+        self._own_names = own_names
 
     @property
     def url(self) -> str:
@@ -93,7 +97,7 @@ class LocalStore:
                     break
 
     def _file(self, path: str) -> Path:
-        return self.root / check_path(path)
+        return self.root / (path if self._own_names else check_path(path))
 
 
 class _Whole:

@@ -12,9 +12,10 @@ from mempool.errors import MempoolError, NotFound, StorageError
 
 
 class FsspecStore:
-    """A folder of an fsspec file system (Any: fsspec has no types of its own). As ``Store``."""
+    """A folder of an fsspec file system (Any: fsspec has no types of its own). As ``LocalStore``."""
 
-    def __init__(self, url: str, file_system: Any, root: str) -> None:
+    def __init__(self, url: str, file_system: Any, root: str, *, own_names: bool = False) -> None:
+        self._own_names = own_names
         self._url = url
         self._files = file_system
         self._root = root.rstrip("/")
@@ -84,7 +85,7 @@ class FsspecStore:
             self._files.rmdir(target.rpartition("/")[0])
 
     def _file(self, path: str) -> str:
-        return f"{self._root}/{check_path(path)}"
+        return f"{self._root}/{path if self._own_names else check_path(path)}"
 
     @contextmanager
     def _told(self, doing: str, path: str) -> Iterator[None]:
