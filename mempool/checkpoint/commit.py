@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mempool.checkpoint.format.json_values import JsonObject
-from mempool.checkpoint.format.layout import live_batches, places
+from mempool.checkpoint.format.layout import live_batches, live_bytes, places
 from mempool.checkpoint.format.manifest import (
     Manifest,
     Part,
@@ -93,16 +93,24 @@ def begin(store: Store, *, pool: str, incremental: bool = True) -> Begun:
     Args:
         store: The place.
         pool: The pool's name.
-        incremental: Let pages that did not change be read from the newest checkpoint's files.
+        incremental: Let pages that did not change be read from the newest checkpoint's files: unless its manifest is
+            damaged, or more than half of its files' bytes are of pages that were written anew since.
 
     Raises:
-        InvalidRequest: The place has checkpoints of another pool.
-        DataLoss: The newest manifest is damaged: nothing can stand on it.
+        InvalidRequest: The place has checkpoints of another pool, or of a newer format.
     """
     listed = store.list()
     numbers = [number for path in listed if (number := number_of(path.partition("/")[0])) is not None]
-    there = names(listed)
-    newest = read_manifest(store, there[-1]) if there else None
+    newest: Manifest | None = None
+    base: Manifest | None = None
+    for name in reversed(names(listed)):
+        try:
+            newest = read_manifest(store, name)
+        except DataLoss:  # no reason to take no checkpoint, which may be the one that is whole
+            incremental = False
+            continue
+        base = newest if incremental and not _is_worn(newest) else None
+        break
     if newest is not None and newest.pool != pool:
         raise InvalidRequest(
             f"{store.url} has checkpoints of pool {newest.pool!r}, and this is pool {pool!r}: give another place"
@@ -112,7 +120,7 @@ def begin(store: Store, *, pool: str, incremental: bool = True) -> Begun:
         name=f"{number:06d}-{secrets.token_hex(4)}",
         number=number,
         pool=pool,
-        base=newest if incremental else None,
+        base=base,
     )
 
 
@@ -139,7 +147,8 @@ def commit(
 
     Raises:
         InvalidRequest: Parts of a table are of different versions or schemas, pages are missing or twice, a part
-            stands on another checkpoint, or ``extra`` is no JSON. Nothing counts then.
+            stands on another checkpoint, ``extra`` is no JSON, or another one was taken here meanwhile. Nothing counts
+            then.
         DataLoss: A file that is needed is missing or short.
     """
     tables: dict[str, list[Part]] = {}
@@ -172,6 +181,12 @@ def commit(
     problems = missing_files(store, manifest)
     if problems:
         raise DataLoss(f"checkpoint {begun.name!r} is not whole: {'; '.join(problems[:3])}. Take it again")
+    later = [name for name in names(store.list()) if (number_of(name) or 0) >= begun.number]
+    if later:
+        raise InvalidRequest(
+            f"checkpoint {later[-1]!r} was taken in {store.url} meanwhile, by another pool or another controller of "
+            f"this one: give each a place of its own"
+        )
     store.put(manifest_path(begun.name), data)
     return manifest
 
@@ -189,6 +204,12 @@ def missing_files(store: Store, manifest: Manifest) -> list[str]:
         elif size != file.size:
             found.append(f"{place_of(store.url, path)} has {size:_} bytes, and should have {file.size:_}")
     return found
+
+
+def _is_worn(manifest: Manifest) -> bool:
+    """Whether most of what it keeps was written anew since."""
+    live = sum(live_bytes(table.schema, table.arrays) for table in manifest.tables.values())
+    return sum(file.size - file.header_bytes for file in manifest.files.values()) > 2 * live
 
 
 def _joined(begun: Begun, parts: Sequence[Part]) -> TableState:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mempool.checkpoint.commit import missing_files, names, read_manifest
-from mempool.checkpoint.format.layout import places
+from mempool.checkpoint.format.layout import live_bytes, places
 from mempool.checkpoint.format.manifest import Manifest, TableState
 from mempool.checkpoint.format.pages import CHECKSUM_BYTES, Batch, PageArray, Piece, arrays_of, blocks_of, wrong_pages
 from mempool.checkpoint.format.schema_json import schema_json
@@ -135,21 +135,8 @@ def _described(manifest: Manifest) -> dict[str, Any]:
         "files": len(manifest.files),
         "bytes": sum(file.size for file in manifest.files.values()),
         "own_bytes": sum(file.size for path, file in manifest.files.items() if path.startswith(own)),
-        "live_bytes": sum(_live_bytes(table) for table in manifest.tables.values()),
+        "live_bytes": sum(live_bytes(table.schema, table.arrays) for table in manifest.tables.values()),
     }
-
-
-def _live_bytes(table: TableState) -> int:
-    """Bytes of the pages alone: what a checkpoint of everything would have, but for headers."""
-    schema = table.schema
-    heads = sum(array.page_bytes(schema, 0) for array in table.arrays if array.per == "head")
-    row = sum(
-        array.page_bytes(schema, block)
-        for array in table.arrays
-        if array.per != "head"
-        for block in range(schema.num_blocks)
-    )
-    return schema.num_row_pages * row + schema.num_key_pages * heads
 
 
 def _table(name: str, table: TableState) -> dict[str, Any]:
@@ -161,5 +148,5 @@ def _table(name: str, table: TableState) -> dict[str, Any]:
         "schema": schema_json(table.schema),
         "arrays": [{"name": array.name, "per": array.per, "dtype": array.dtype} for array in table.arrays],
         "pages": int(where.batch.size + where.key_batch.size),
-        "bytes": _live_bytes(table),
+        "bytes": live_bytes(table.schema, table.arrays),
     }

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mempool.checkpoint.commit import missing_files, read_manifest
+from mempool.checkpoint.commit import missing_files, names, read_manifest
 from mempool.checkpoint.format.layout import BATCH_BYTES, PageGroup, group_pages, places
 from mempool.checkpoint.format.manifest import Manifest, TableState
 from mempool.checkpoint.format.pages import CHECKSUM_BYTES, PageArray, Pages, blocks_of, wrong_pages
@@ -64,10 +64,11 @@ class Checkpoint:
         self.manifest: Manifest = read_manifest(store, name)
         problems = missing_files(store, self.manifest)
         if problems:
+            there = [other for other in names(store.list()) if other != self.manifest.name]
             raise DataLoss(
                 f"checkpoint {self.manifest.name!r} of {store.url} is not whole: {len(problems)} of its "
                 f"{len(self.manifest.files)} files: {'; '.join(problems[:3])}. Copy them there again, or restore "
-                f"another checkpoint"
+                f"another checkpoint ({', '.join(there[-3:]) or 'there is none'})"
             )
 
     def table(self, name: str) -> "StoredTable":

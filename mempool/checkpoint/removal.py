@@ -1,12 +1,12 @@
 """Old checkpoints away, and what interrupted ones left: only files that no kept manifest names, and only ours."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mempool.checkpoint.commit import names, number_of, read_manifest
 from mempool.checkpoint.format.manifest import MANIFEST, manifest_path
 from mempool.checkpoint.stores import Store
-from mempool.errors import InvalidRequest, NotFound
+from mempool.errors import DataLoss, InvalidRequest, NotFound
 
 _OURS = (".safetensors", ".part", MANIFEST)
 
@@ -47,7 +47,7 @@ def _remove(store: Store, gone: Iterable[str]) -> Removed:
     gone = tuple(gone)
     listed = store.list()
     kept = [name for name in names(listed) if name not in gone]
-    needed = {path for name in kept for path in (*read_manifest(store, name).files, manifest_path(name))}
+    needed = {path for name in kept for path in _needed(store, name)}
     newest = max((number for name in kept if (number := number_of(name)) is not None), default=0)
     unneeded = [path for path in listed if path not in needed and _is_old(path, newest, gone)]
     manifests = [manifest_path(name) for name in gone]
@@ -57,6 +57,16 @@ def _remove(store: Store, gone: Iterable[str]) -> Removed:
         if path not in manifests:
             store.remove(path)
     return Removed(checkpoints=gone, files=len(unneeded), num_bytes=sum(listed[path] for path in unneeded))
+
+
+def _needed(store: Store, name: str) -> Iterator[str]:
+    try:
+        files = read_manifest(store, name).files
+    except DataLoss as error:
+        raise DataLoss(
+            f"{error}. Nothing was removed, as what it reads is not known; remove {name!r} by name"
+        ) from None
+    yield from (*files, manifest_path(name))
 
 
 def _is_old(path: str, newest: int, gone: tuple[str, ...]) -> bool:

@@ -124,6 +124,12 @@ def live_batches(schema: TableSchema, batches: Sequence[Batch]) -> tuple[Batch, 
     return tuple(batch for index, batch in enumerate(batches) if live[index])
 
 
+def live_bytes(schema: TableSchema, arrays: Sequence[PageArray]) -> int:
+    """Bytes of a table's pages alone: what files of all of them have, but for headers."""
+    rows = sum(_row_bytes(schema, arrays, block) for block in range(schema.num_blocks))
+    return schema.num_row_pages * rows + schema.num_key_pages * _head_bytes(schema, arrays)
+
+
 def _row_bytes(schema: TableSchema, arrays: Sequence[PageArray], block: int) -> int:
     return sum(array.page_bytes(schema, block) for array in arrays if array.per != "head")
 

@@ -160,3 +160,38 @@ def test_a_writer_is_used_as_it_is_meant() -> None:
         with pytest.raises(InvalidRequest, match="once for each"):
             writing.write(CONTENT.of(group))
     assert store.files == {}
+
+
+def test_two_pools_that_begin_in_one_place_do_not_both_end() -> None:
+    store = MemoryStore()
+    first, second = begin(store, pool="a"), begin(store, pool="b")
+    parts = [write_part(store, begun, CONTENT, 0, Pages.all(PLAIN)) for begun in (first, second)]
+    commit(store, first, parts[:1])
+    with pytest.raises(InvalidRequest, match=f"checkpoint '{first.name}' was taken in memory meanwhile"):
+        commit(store, second, parts[1:])
+    assert read_manifest(store).pool == "a"
+
+
+def test_a_damaged_manifest_keeps_nobody_from_a_whole_checkpoint() -> None:
+    store = MemoryStore()
+    write(store, [CONTENT], pool="a")
+    damaged = write(store, [CONTENT], pool="a")
+    store.files[f"{damaged.name}/manifest.json"] = b""
+    begun = begin(store, pool="a")
+    assert (begun.base, begun.number) == (None, 3)
+    with pytest.raises(InvalidRequest, match="checkpoints of pool 'a'"):
+        begin(store, pool="b")
+
+
+def test_a_base_of_which_most_is_dead_is_stood_on_no_more() -> None:
+    store = MemoryStore()
+    write(store, [CONTENT], pool="a")
+    seen = []
+    for version in range(4, 9):
+        changed = Pages.all(PLAIN)
+        changed.row_pages[16 - version :] = False  # a page of each stays live, and the file that it is in with it
+        begun = begin(store, pool="a")
+        seen.append(begun.base is not None)
+        content = replace(CONTENT, version=version)
+        commit(store, begun, [write_part(store, begun, content, 0, Pages.all(PLAIN), changed)])
+    assert seen == [True, True, False, True, True]
