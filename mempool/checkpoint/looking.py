@@ -112,7 +112,7 @@ def _damages(store: Store, path: str, pieces: list[tuple[Piece, int, str]]) -> I
             except DataLoss as error:
                 yield Damage(file=path, offset=None, length=None, what=str(error))
                 return
-            for index in wrong_pages(checksums, buffer):
+            for index in wrong_pages(checksums, memoryview(buffer)):
                 yield Damage(file=path, offset=offset + index * size, length=size, what=f"{what}: another checksum")
 
 

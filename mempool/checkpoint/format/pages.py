@@ -137,14 +137,13 @@ def arrays_of(arrays: tuple[PageArray, ...], batch: Batch) -> tuple[PageArray, .
     return tuple(array for array in arrays if (batch.heads if array.per == "head" else blocks_of(array, batch.blocks)))
 
 
-def wrong_pages(checksums: bytes, data: bytes | bytearray) -> Sequence[int]:
+def wrong_pages(checksums: bytes, data: memoryview) -> Sequence[int]:
     """Which of the pages in ``data``, of one size, have other checksums than these."""
     count = len(checksums) // CHECKSUM_BYTES
     page_bytes = len(data) // count if count else 0
-    view = memoryview(data)
     return [
         index
         for index in range(count)
-        if zlib.crc32(view[index * page_bytes : (index + 1) * page_bytes])
+        if zlib.crc32(data[index * page_bytes : (index + 1) * page_bytes])
         != int.from_bytes(checksums[CHECKSUM_BYTES * index : CHECKSUM_BYTES * (index + 1)])
     ]

@@ -166,3 +166,29 @@ def test_a_backends_own_errors_are_told() -> None:
     for act in (store.list, lambda: store.read("x"), lambda: store.put("x", b""), lambda: store.remove("x")):
         with pytest.raises(StorageError, match=r"cannot \w+ s3://bucket/run.*403 Forbidden.*Is the place right"):
             act()
+
+
+def test_a_file_is_durable_before_it_is_seen_and_its_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power cut leaves: the older file or the new one, whole."""
+    done: list[str] = []
+
+    def noted(name: str, what: Any) -> Any:
+        real = getattr(os, name)
+
+        def call(*given: Any) -> Any:
+            done.append(what(*given))
+            return real(*given)
+
+        return call
+
+    def synced(descriptor: int) -> str:
+        target = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        return f"sync {target.relative_to(tmp_path) if target.is_dir() else 'the file'}"
+
+    monkeypatch.setattr(os, "write", noted("write", lambda *_: "write"))
+    monkeypatch.setattr(os, "fsync", noted("fsync", synced))
+    monkeypatch.setattr(os, "replace", noted("replace", lambda *_: "rename"))
+    LocalStore(tmp_path / "place").put("a/x", b"0123")
+    assert done == ["sync place", "sync .", "write", "sync the file", "rename", "sync place/a"]
