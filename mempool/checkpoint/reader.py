@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from mempool.checkpoint.commit import missing_files, names, read_manifest
+from mempool.checkpoint.format.json_values import Unfit
 from mempool.checkpoint.format.layout import BATCH_BYTES, PageGroup, group_pages, places
+from mempool.checkpoint.format.ledger_json import parse_ledger
 from mempool.checkpoint.format.manifest import Manifest, TableState
 from mempool.checkpoint.format.pages import CHECKSUM_BYTES, PageArray, Pages, blocks_of, wrong_pages
 from mempool.checkpoint.stores import Store
 from mempool.checkpoint.stores.store import place_of
 from mempool.errors import DataLoss, InvalidRequest, NotFound
-from mempool.types import PageBatch, TableSchema
+from mempool.types import Ledger, PageBatch, TableSchema
 from mempool.types.schema_differences import schema_differences
 
 OF_THE_POOL = ("table_id", "name", "layout")
@@ -90,8 +92,28 @@ class StoredTable:
         self.state = state
         self._places = places(state.schema, state.batches)
 
-    def check_schema(self, schema: TableSchema, *, aside: Collection[str] = OF_THE_POOL) -> None:
-        """Whether the pages are those of such a table. aside: Fields that may differ.
+    def ledger(self) -> Ledger | None:
+        """What was applied of whom, as ``ledger_json`` keeps it; None where nothing is. Raises DataLoss for others."""
+        if self.state.ledger is None:
+            return None
+        try:
+            return parse_ledger(self.state.ledger)
+        except Unfit as error:
+            raise DataLoss(f"the checkpoint's table {self.state.schema.name!r} has no ledger: {error}") from None
+
+    def check_schema(
+        self,
+        schema: TableSchema,
+        *,
+        arrays: Collection[PageArray] | None = None,
+        aside: Collection[str] = OF_THE_POOL,
+    ) -> None:
+        """Whether the pages are those of such a table.
+
+        Args:
+            schema: Of the table that would take them.
+            arrays: Of its pages; None where the schema says enough.
+            aside: Fields that may differ.
 
         Raises:
             InvalidRequest: They are not; with every field that differs.
@@ -102,6 +124,12 @@ class StoredTable:
             raise InvalidRequest(
                 f"the checkpoint's table {self.state.schema.name!r} is no table {schema.name!r}: {fields}. Make the "
                 f"table as the checkpoint's is, or restore it under another name"
+            )
+        if arrays is not None and set(arrays) != set(self.state.arrays):
+            there, here = (sorted(array.name for array in those) for those in (self.state.arrays, arrays))
+            raise InvalidRequest(
+                f"pages of the checkpoint's table {self.state.schema.name!r} have the arrays {there}, and {here} are "
+                f"expected: another version of mempool wrote them. Restore with that one"
             )
 
     def ranges(self, pages: Pages, *, arrays: Collection[str] | None = None) -> Iterator[PageRange]:

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from mempool.checkpoint.commit import names, number_of, read_manifest
 from mempool.checkpoint.format.manifest import MANIFEST, manifest_path
 from mempool.checkpoint.stores import Store
+from mempool.checkpoint.stores.local import ASIDE
 from mempool.errors import DataLoss, InvalidRequest, NotFound
 
-_OURS = (".safetensors", ".part", MANIFEST)
+_OURS = (".safetensors", ASIDE, MANIFEST)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mempool.checkpoint.stores.store import FileWriter, check_path, ends_early, is_missing, place_of, told
@@ -33,14 +33,19 @@ class LocalStore:
         aside = target.with_name(f"{target.name}.{secrets.token_hex(4)}{ASIDE}")
         with told("write", self.url, path):
             _make_folder(target.parent)
-            try:
-                with open(aside, "xb", buffering=0) as file:
-                    yield _Whole(file.fileno())
+            file = open(aside, "xb", buffering=0)  # noqa: SIM115  # closed below
+        try:
+            with file:
+                yield _Whole(self, file.fileno(), path)  # what fails there is not of the place
+                with told("write", self.url, path):
                     os.fsync(file.fileno())
+            with told("write", self.url, path):
                 os.replace(aside, target)
-            except BaseException:
-                aside.unlink(missing_ok=True)
-                raise
+        except BaseException:
+            with suppress(OSError):
+                aside.unlink()
+            raise
+        with told("write", self.url, path):
             _sync_folder(target.parent)
 
     def put(self, path: str, data: bytes) -> None:
@@ -103,13 +108,14 @@ class LocalStore:
 class _Whole:
     """Writes all it is given: the system may take less at once."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    def __init__(self, store: LocalStore, descriptor: int, path: str) -> None:
+        self._url, self._descriptor, self._path = store.url, descriptor, path
 
     def write(self, data: bytes | memoryview) -> None:
         rest = memoryview(data).cast("B")
-        while len(rest):
-            rest = rest[os.write(self._descriptor, rest) :]
+        with told("write", self._url, self._path):
+            while len(rest):
+                rest = rest[os.write(self._descriptor, rest) :]
 
 
 def _make_folder(folder: Path) -> None:

@@ -13,12 +13,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from mempool.checkpoint.commit import begin, commit
+from mempool.checkpoint.format.ledger_json import ledger_json
 from mempool.checkpoint.format.pages import Pages
 from mempool.checkpoint.reader import Checkpoint
 from mempool.checkpoint.stores.local import LocalStore
 from mempool.errors import DataLoss, InvalidRequest, NotFound
-from mempool.types import TableSchema
-from tests.unit.checkpoint.contents import FLAT, PLAIN, PRODUCT, Content, read, same_bits, spread, write
+from mempool.types import Ledger, LedgerEntry, TableSchema
+from tests.unit.checkpoint.contents import (
+    FLAT,
+    PLAIN,
+    PRODUCT,
+    Content,
+    page_arrays,
+    read,
+    same_bits,
+    spread,
+    write,
+    write_part,
+)
 from tests.unit.checkpoint.memory import MemoryStore
 from tests.unit.wire.right_schemas import schemas
 
@@ -141,6 +154,9 @@ def test_another_schema_is_refused_with_the_difference(tmp_path: Path) -> None:
     stored.check_schema(replace(PLAIN, table_id=99, name="others", layout="rows"))
     with pytest.raises(InvalidRequest, match="value_dim is 20 there and 24 here, dtype is 'float32' there"):
         stored.check_schema(replace(PLAIN, value_dim=24, dtype="bfloat16"))
+    stored.check_schema(PLAIN, arrays=page_arrays(PLAIN))
+    with pytest.raises(InvalidRequest, match=r"have the arrays .*exp_avg_sq.*, and \['values'\] are expected"):
+        stored.check_schema(PLAIN, arrays=page_arrays(PLAIN)[:1])
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
@@ -181,3 +197,17 @@ def test_a_file_cut_off_meanwhile_is_found_in_reading(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(DataLoss, match="is missing, and a checkpoint needs it"):
         read(checkpoint, "facts", spread(PLAIN, 1))
+
+
+def test_a_ledger_is_read_where_there_is_one() -> None:
+    store = MemoryStore()
+    content = Content.random(PLAIN, seed=1)
+    write(store, [content])
+    with pytest.raises(DataLoss, match=r"table 'facts' has no ledger: ledger\.entries is missing"):
+        Checkpoint(store).table("facts").ledger()
+    ledger = Ledger(version=3, entries={("a", 0): LedgerEntry(step=3, version=3)}, step_offset=-1)
+    for given_, found in [(ledger_json(ledger), ledger), (None, None)]:
+        begun = begin(store, pool="run-7")
+        part = write_part(store, begun, content, 0, Pages.all(PLAIN))
+        commit(store, begun, [part], ledgers={"facts": given_})
+        assert Checkpoint(store).table("facts").ledger() == found

@@ -70,10 +70,12 @@ def test_a_file_left_by_an_error_is_not_there(store: Store) -> None:
     def fail() -> None:
         with store.create("a/b.bin") as file:
             file.write(b"0123")
-            raise KeyError
+            raise error
 
-    with pytest.raises(KeyError):
-        fail()
+    for error in (KeyError("x"), ConnectionError("the caller's own")):
+        with pytest.raises(type(error), match=r"x|own") as raised:
+            fail()
+        assert raised.value is error
     assert store.list() == {}
 
 
