@@ -1,8 +1,9 @@
-# make demo    sets everything up and runs the main job     make lint    lint alone    make imports  import contracts
-# make test    sets everything up and runs every check      make types   mypy alone    make protos   generated code
-# make check   what a change needs at least (SINCE=COMMIT)
+# make demo      sets everything up, trains on a pool and grows it, and says what came of it
+# make test      sets everything up and runs every check; make lint, types, imports, unit, integration: one of them alone
+# make check     what a change needs at least (SINCE=COMMIT)
 # make simulate  whole pools on simulated time and links, each on a seed (SEEDS=200 SEED=1); says how to replay one
-# make bench   times every kernel beside its peers (seven minutes on two cores), in an environment of its own
+# make bench     times every kernel beside its peers (seven minutes on two cores), in an environment of its own
+# make protos    generated code
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,7 +31,7 @@ SEED ?= 1
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '1,6s/^# //p' Makefile
 
 setup: $(READY)
 

@@ -35,13 +35,13 @@ class Heard:
     Attributes:
         views: Of the tables that are made, as far as it knows.
         pending: Ids of those that are being made.
-        frozen: Ids of those whose pages are moving.
+        frozen: Those whose pages are moving: the token of their round by id; "" where it has none.
         dropped: Ids of tables that it was told to drop: one shard that was decides it for all.
     """
 
     views: tuple[TableView, ...] = ()
     pending: frozenset[int] = frozenset()
-    frozen: frozenset[int] = frozenset()
+    frozen: Mapping[int, str] = field(default_factory=dict)
     dropped: frozenset[int] = frozenset()
 
 
@@ -138,9 +138,11 @@ def owed(known: Knowledge, info: ShardInfo, heard: Heard) -> list[Action]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thaws:
     """A table to be thawed: at its gate, whose epoch is then asked for again, and only where that is ``epoch`` still at
-    the others: until the gate is thawed a round of a controller that is not dead may end there."""
+    the others: until the gate is thawed a round of a controller that is not dead may end there. By name: a message of
+    this that comes late must not end a round that has begun since."""
 
     table_id: int
+    tokens: tuple[str, ...]
     epoch: int
     gate: int
     others: tuple[int, ...]
@@ -151,12 +153,13 @@ def thaws(known: Knowledge, heard: Mapping[int, Heard]) -> list[Thaws]:
     return [
         Thaws(
             table_id=view.schema.table_id,
+            tokens=tokens,
             epoch=view.placement.epoch,
             gate=view.placement.shards[0],
             others=_others(view, heard),
         )
         for view in known.views.values()
-        if view.schema.table_id not in known.making and _is_frozen(view.schema.table_id, heard.values())
+        if view.schema.table_id not in known.making and (tokens := _rounds_of(view.schema.table_id, heard.values()))
     ]
 
 
@@ -165,8 +168,8 @@ def _has(heard: Heard) -> frozenset[int]:
     return heard.pending.union(view.schema.table_id for view in heard.views)
 
 
-def _is_frozen(table_id: int, heard: Collection[Heard]) -> bool:
-    return any(table_id in report.frozen for report in heard)
+def _rounds_of(table_id: int, heard: Collection[Heard]) -> tuple[str, ...]:
+    return tuple(sorted({report.frozen[table_id] for report in heard if table_id in report.frozen}))
 
 
 def _others(view: TableView, heard: Mapping[int, Heard]) -> tuple[int, ...]:

@@ -114,6 +114,7 @@ class StepOfTables:
         self._failed: MempoolError | None = None
         self._rounds = 0
         self._numbers = 0
+        self._attempts = 0  # Prepares so far, under whatever number
 
     @property
     def prepared(self) -> bool:
@@ -182,7 +183,7 @@ class StepOfTables:
             return Fail(error=self._keeps_missing(lacking))
         if self.state == "decided":
             return self._next_apply() if goal == "applied" else Reached()
-        if self.state == "in doubt":
+        if self.state == "in doubt" and not self._missing():
             return self._commit(one_phase=self._one_phase and len(self._shards) == 1)
         if lacking := self._missing():
             return SendAgain(missing=lacking)
@@ -254,8 +255,7 @@ class StepOfTables:
             for table_id, answer in zip(self.tables, event.reply, strict=True)
             if answer.missing
         }
-        if missing:
-            self._reopen()
+        if missing:  # it stays in doubt: once they are there, a copy of this Commit that comes late decides it, too
             self._shards[event.shard].missing = missing
             return
         if not event.reply[0].version:
@@ -313,14 +313,16 @@ class StepOfTables:
             # No step is prepared on one shard and held off on another, each waiting for the other's end.
             prepared = [number for number, shard in self._shards.items() if shard.prepared]
             if prepared and self.state == "open":
-                return EndPrepare(to=self._parts(prepared))
+                return EndPrepare(to=self._parts(prepared), attempt=self._attempts)
             shards = [held_off]
+        self._attempts += 1
         return Prepare(
             to=self._parts(shards),
             want_norm=self._want_norm if want_norm is None else want_norm,
             norm_order=self._norm_order if want_norm is None else 0.0,
             decider=self._part(self._first, self._decider),
             wait=held_off is not None,
+            attempt=self._attempts,
         )
 
     def _commit(self, *, one_phase: bool) -> Commit:

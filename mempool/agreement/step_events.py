@@ -41,11 +41,13 @@ Parts: TypeAlias = tuple[Part, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepare:
-    """Send Prepare to these shards, side by side. wait: answered once the table is not held off any more."""
+    """Send Prepare to these shards, side by side. wait: answered once the table is not held off any more; attempt:
+    which of the step's Prepares it is."""
 
     to: Mapping[int, Parts]
     want_norm: bool
     decider: Part
+    attempt: int
     wait: bool = False
     norm_order: float = 0.0
 
@@ -59,9 +61,10 @@ class SendAgain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndPrepare:
-    """Discard at these shards, side by side; the updates stay."""
+    """Discard at these shards, side by side; the updates stay. attempt: the newest Prepare that is ended."""
 
     to: Mapping[int, Parts]
+    attempt: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import typer
 
-from mempool.errors import MempoolError, Unavailable
+from mempool.errors import MempoolError, PoolUnreachable
 
 FAILED, USAGE, UNREACHABLE = 1, 2, 3
 
@@ -62,7 +62,7 @@ def undone_by_signals() -> Iterator[None]:
 def _code(error: MempoolError) -> int:
     if isinstance(error, UsageError):
         return USAGE
-    return UNREACHABLE if isinstance(error, Unavailable) else FAILED
+    return UNREACHABLE if isinstance(error, PoolUnreachable) else FAILED
 
 
 def _fail(message: str, code: int) -> None:

@@ -67,6 +67,8 @@ def changes(found: Changes) -> None:
     """What `apply` would do."""
     for line in found.lines() or ["nothing to do: the pool is as the file says"]:
         say(line)
+    if found.shards_after > found.shards_before:
+        say("whether Ray has room for more shards is asked when it is done")
 
 
 def outcome(found: Changes) -> None:

@@ -67,21 +67,29 @@ class Rows:
         return max(1, MESSAGE_BYTES // (4 * width))
 
 
-def checked_rows(ids: Tensor, *, num_slots: int, table: str, what: str = "slots") -> Tensor:
-    """Ids of rows, [M] integers on any device, as int64 on the CPU, a copy of its own.
+def checked_rows(ids: Tensor | Sequence[int], *, num_slots: int, table: str, what: str = "slots") -> Tensor:
+    """Ids of rows, [M] integers on any device or a list of them, as int64 on the CPU, a copy of its own.
 
     Raises:
-        InvalidRequest: Not a tensor of one dimension, not integers, or out of range.
+        InvalidRequest: Not of one dimension, not integers, or out of range.
     """
-    require_integers("ids", ids, table=table)
-    if ids.dim() != 1:
-        raise InvalidRequest(f"table {table!r}: ids has shape {list(ids.shape)}; rows are named by ids [M].")
-    own_ids = own_copy(ids, torch.int64)
+    named = torch.tensor(_listed(ids, table), dtype=torch.int64) if isinstance(ids, list | tuple | range) else ids
+    require_integers("ids", named, table=table)
+    assert isinstance(named, Tensor)
+    if named.dim() != 1:
+        raise InvalidRequest(f"table {table!r}: ids has shape {list(named.shape)}; rows are named by ids [M].")
+    own_ids = own_copy(named, torch.int64)
     require_in_range(own_ids, num_slots=num_slots, table=table, what=what)
     return own_ids
 
 
-def distinct_rows(ids: Tensor, *, num_slots: int, table: str) -> Tensor:
+def _listed(ids: Sequence[object], table: str) -> Sequence[object]:
+    if not all(type(value) is int and -(2**63) <= value < 2**63 for value in ids):
+        raise InvalidRequest(f"table {table!r}: ids must be integers, as a tensor or as a list of int.")
+    return ids
+
+
+def distinct_rows(ids: Tensor | Sequence[int], *, num_slots: int, table: str) -> Tensor:
     """As ``checked_rows``, for a write: also distinct."""
     own_ids = checked_rows(ids, num_slots=num_slots, table=table)
     require_distinct(own_ids, table=table)

@@ -8,7 +8,7 @@ value dim.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -189,8 +189,8 @@ class Table:
         return Lookup(*(part.to(queries.device) for part in lookup))
 
     @untraced
-    def rows(self, ids: Tensor) -> Tensor:
-        """Values as they are stored: ids [M] int64 -> [M, value_dim] on the CPU. No gradient.
+    def rows(self, ids: Tensor | Sequence[int]) -> Tensor:
+        """Values as they are stored: ids [M] int64, or a list of int -> [M, value_dim] on the CPU. No gradient.
 
         In the table's dtype; in float32 where that is float8_e4m3fn or int8.
 
@@ -202,11 +202,11 @@ class Table:
         return self._rows.read("values", checked_rows(ids, num_slots=self.num_slots, table=self.name))
 
     @untraced
-    def state(self, ids: Tensor, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+    def state(self, ids: Tensor | Sequence[int], names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Optimizer state of slots, as it is kept: what ``write_state`` takes.
 
         Args:
-            ids: [M] int64 slot ids.
+            ids: [M] int64 slot ids, or a list of int.
             names: Which; by default all that can be written. Names are those of torch behind the array's:
                 "values.momentum_buffer", "values.sum", "values.exp_avg", "values.exp_avg_sq"; row-wise
                 "values.row_sum", "values.row_exp_avg_sq"; "values.master" where float32 values are kept. Only read:
@@ -223,13 +223,13 @@ class Table:
         return self._rows.read_arrays(names_to_read(self.schema, names), own_ids)
 
     @untraced
-    def write_state(self, ids: Tensor, state: Mapping[str, Tensor]) -> None:
+    def write_state(self, ids: Tensor | Sequence[int], state: Mapping[str, Tensor]) -> None:
         """Overwrite optimizer state of slots; values stay, but with "values.master" they are rounded from it.
 
         To continue training from elsewhere: ``write`` the values, then their state, then ``set_step``.
 
         Args:
-            ids: [M] int64, distinct.
+            ids: [M] int64, or a list of int; distinct.
             state: By name as in ``state``, each as that returns it; what is left out stays.
 
         Raises:
@@ -263,11 +263,11 @@ class Table:
         self._run(self._router.step_count(self.schema.table_id, to=number))
 
     @untraced
-    def write(self, ids: Tensor, values: Tensor) -> None:
+    def write(self, ids: Tensor | Sequence[int], values: Tensor) -> None:
         """Overwrite values; optimizer state stays. Atomic on one shard, not across shards; repeating it is safe.
 
         Args:
-            ids: [M] int64, distinct.
+            ids: [M] int64, or a list of int; distinct.
             values: [M, value_dim] floating; rounded to the table's dtype, to nearest, and kept whole in a master.
 
         Raises:

@@ -74,7 +74,7 @@ class Changes:
             said.append(f"shards: {self.shards_before} -> {self.shards_after}, moving pages while the pool works")
         if self.unfinished:
             said.append(f"finish the move to {self.shards_after} shards: {self.unfinished}")
-        said += [f"create table {t.name}: {t.num_slots:_} x {t.value_dim} {t.dtype}" for t in self.create]
+        said += [f"create table {t.name}: {t.num_slots:,} x {t.value_dim} {t.dtype}" for t in self.create]
         said += [f"keep table {name}: it is not in the file, and apply never drops data" for name in self.kept]
         said += [f"refuse {change}: it cannot change while the pool lives" for change in self.refused]
         said += [f"leave aside {change}: it takes effect when the pool is started again" for change in self.restart]

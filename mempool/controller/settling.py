@@ -6,6 +6,7 @@ Hears first: a shard may know a newer placement than a controller that was start
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from mempool.agreement import recovery
@@ -60,7 +61,7 @@ async def _hear(call: Call, info: ShardInfo) -> Heard:
     return Heard(
         views=views,
         pending=frozenset(table.table_id for table in status.tables if table.pending),
-        frozen=frozenset(table.table_id for table in status.tables if table.frozen),
+        frozen={table.table_id: table.round for table in status.tables if table.frozen},
         dropped=frozenset(status.dropped),
     )
 
@@ -80,7 +81,7 @@ async def _thaw(call: Call, infos: dict[int, ShardInfo], tables: Iterable[Thaws]
     for table in tables:
         gate = infos[table.gate]
         try:
-            await call(gate, _thawed(table.table_id))
+            await _thaw_one(call, gate, table)
             views = await call(gate, lambda host: host.views(), timeout_s=_HEAR_TIMEOUT_S)
         except Exception as error:
             problems[gate.shard] = error
@@ -92,7 +93,7 @@ async def _thaw(call: Call, infos: dict[int, ShardInfo], tables: Iterable[Thaws]
             )
             continue
         others = tuple(infos[shard] for shard in table.others)
-        problems |= _problems(await _each(others, _thawing(call, table.table_id)))
+        problems |= _problems(await _each(others, partial(_thaw_one, call, table=table)))
     return problems
 
 
@@ -119,12 +120,10 @@ def _attach(request: AttachTable) -> Callable[[ShardHost], Awaitable[None]]:
     return lambda host: host.attach_table(request)
 
 
-def _thawed(table_id: int) -> Callable[[ShardHost], Awaitable[None]]:
-    return lambda host: host.thaw(table_id)
+async def _thaw_one(call: Call, info: ShardInfo, table: Thaws) -> None:
+    for token in table.tokens:
+        await call(info, partial(_thawed, table.table_id, token))
 
 
-def _thawing(call: Call, table_id: int) -> Callable[[ShardInfo], Coroutine[Any, Any, None]]:
-    async def thaw(info: ShardInfo) -> None:
-        await call(info, _thawed(table_id))
-
-    return thaw
+def _thawed(table_id: int, token: str, host: ShardHost) -> Awaitable[None]:
+    return host.thaw(table_id, token=token)

@@ -89,7 +89,7 @@ def apply(
             )
         require_fit(status, changes.shards_after, [resolve(table) for table in changes.create])
         if changes.rescale:
-            say(f"rescaling: {changes.shards_before} -> {changes.shards_after} shards")
+            say(f"asking for {changes.shards_after} shards; there are {changes.shards_before}")
             pool.rescale(changes.shards_after, progress=progress)
             _write_shards(status.name, changes.shards_after)
     create_tables(changes.create, address=address, token=token, tls=tls, say=say)

@@ -33,6 +33,8 @@ from mempool.rayhost.state.records import (
 from mempool.wire.channels import loop
 
 _UP_TIMEOUT_S = 300.0
+_ROOM_TIMEOUT_S = 60.0
+"""Ray answers at once what it has free."""
 _SAY_EVERY_S = 15.0
 _ASK_TIMEOUT_S = 2.0
 _DOWN_TIMEOUT_S = 60.0
@@ -68,7 +70,7 @@ def up(config: ClusterConfig, *, say: Say = print, timeout_s: float = _UP_TIMEOU
         before = read_record(name)
         shards = config.pool.shards
         say(f"starting pool {name!r}: {shards} {'shard' if shards == 1 else 'shards'}")
-        loop.run(RayLauncher(config, keys=keys).require_room(shards), timeout_s=timeout_s)
+        loop.run(RayLauncher(config, keys=keys).require_room(shards), timeout_s=_ROOM_TIMEOUT_S)
         for line in (*_shortages(config), *_out_of_reach(config)):
             say(line)
         try:

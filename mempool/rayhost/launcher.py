@@ -13,7 +13,7 @@ from mempool.config import ClusterConfig
 from mempool.errors import MempoolError, ShardUnavailable
 from mempool.rayhost.actors import NAMESPACE, free_resources, kernel_variables, make_actor, shard_name, shard_of
 from mempool.rayhost.keys import PoolKeys
-from mempool.rayhost.resources import PROCESS_BYTES, asked, shortage
+from mempool.rayhost.resources import PROCESS_BYTES, asked, remedies, shortage
 from mempool.rayhost.shard_actor import Description, ShardProcess, Wanted
 from mempool.types import ShardInfo
 
@@ -65,7 +65,7 @@ class RayLauncher:
             await asyncio.sleep(_FREE_PAUSE_S)
         raise ShardUnavailable(
             f"Ray has no room for {shards} more shard(s) of pool {self._pool!r}: they need {lacking}. Nothing was "
-            "started. Ask for fewer shards, lower shard.num_cpus / shard.num_gpus in the config, or add nodes; where "
+            f"started. Ask for fewer shards, {remedies(asked(config.shard), free, shards=shards)}, or add nodes; where "
             "nodes join by themselves, set ray.autoscaling in the config"
         )
 

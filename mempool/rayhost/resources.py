@@ -20,10 +20,26 @@ def shortage(asked: Mapping[str, float], free: Mapping[str, float], *, shards: i
     Of all nodes together: what is free may still lie in parts on several, none of which takes a shard.
     """
     return ", ".join(
-        f"{name} {amount_text(name, amount * shards)}, free {amount_text(name, free.get(name, 0))}"
-        for name, amount in asked.items()
-        if amount * shards > free.get(name, 0) + 1e-6  # Ray counts in ten-thousandths
+        f"{name} {amount_text(name, asked[name] * shards)}, free {amount_text(name, free.get(name, 0))}"
+        for name in _short(asked, free, shards)
     )
+
+
+def remedies(asked: Mapping[str, float], free: Mapping[str, float], *, shards: int) -> str:
+    """What to change where ``shortage`` names something, of that alone."""
+    names = {
+        "CPU": "lower shard.num_cpus in the config",
+        "GPU": "lower shard.num_gpus in the config",
+        "memory": "give Ray more memory (ray start --memory; of it each shard's process takes "
+        f"{PROCESS_BYTES / 2**30:.1f} GiB, beside shard.memory)",
+    }
+    short = _short(asked, free, shards)
+    return ", ".join(dict.fromkeys(names.get(name, "lower shard.resources in the config") for name in short))
+
+
+def _short(asked: Mapping[str, float], free: Mapping[str, float], shards: int) -> list[str]:
+    # Ray counts in ten-thousandths
+    return [name for name, amount in asked.items() if amount * shards > free.get(name, 0) + 1e-6]
 
 
 def amount_text(name: str, amount: float) -> str:

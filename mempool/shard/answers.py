@@ -254,7 +254,10 @@ class Answers:
             return table.park_until_thaw(self._asked_s())
         ids = validate.check_array(table.storage, request.array, request.ids)
         rows = validate.check_rows(table.storage, request.array, ids, request.blocks, request.rows)
-        table.storage.write(request.array, ids, rows)
+        bounds.check_write(request.write_id)
+        if table.writes.is_due(request.write_id):
+            table.storage.write(request.array, ids, rows)
+        table.writes.did(request.write_id)
         return WriteRowsReply(stamp=table.stamp)
 
     def step_count(self, request: StepCountRequest) -> StepCountReply | Parked:
@@ -265,7 +268,10 @@ class Answers:
             if table.frozen:  # the ledger is on its way to other shards
                 return table.park_until_thaw(self._asked_s())
             bounds.check_number("set", request.set)
-            table.ledger.count_steps(request.set, at_version=request.at_version)
+            bounds.check_write(request.write_id)
+            if table.writes.is_due(request.write_id):
+                table.ledger.count_steps(request.set, at_version=request.at_version)
+            table.writes.did(request.write_id)
         return StepCountReply(stamp=table.stamp, count=table.ledger.step)
 
     def _waits(self, table: HostedTable, envelope: Envelope) -> Parked | None:

@@ -5,10 +5,21 @@ All is checked in one pass, before any work. Leaves tensors to ``validate``.
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from mempool.agreement.ledger import MAX_ENTRIES
+from mempool.agreement.writes import MAX_OPEN
 from mempool.errors import InvalidRequest, RequestTooLarge
-from mempool.types import CommitPart, CommitRequest, DiscardRequest, Ledger, PreparePart, PrepareRequest, StepId
+from mempool.types import (
+    CommitPart,
+    CommitRequest,
+    DiscardRequest,
+    Ledger,
+    PreparePart,
+    PrepareRequest,
+    StepId,
+    WriteId,
+)
 
 MAX_NAME_BYTES = 256
 """Of a group's name. Shards keep it with everything the group holds, and in every ledger."""
@@ -26,7 +37,7 @@ MAX_RELEASED = 65_536
 MAX_FREEZE_S = 3600.0
 _MAX_RANK = 2**32 - 1
 _MAX_NUMBER = 2**53 - 1  # steps, sequences: every client's language can hold them
-_MAX_LOOKUP_ID = 2**64 - 1
+_MAX_LOOKUP_ID = _MAX_WRITER = 2**64 - 1
 _SHOWN = 64
 
 
@@ -98,6 +109,26 @@ def check_step(step_id: StepId, sequences: Sequence[int]) -> None:
         seen.add(sequence)
 
 
+def check_write(write_id: WriteId | None) -> None:
+    """Raises InvalidRequest for numbers out of range, and for open ones that do not ascend to its own, or are many."""
+    if write_id is None:
+        return
+    check_number("writer", write_id.writer, _MAX_WRITER)
+    check_number("a write's number", write_id.number)
+    if write_id.writer == 0 or write_id.number == 0:
+        raise InvalidRequest("writers, and the writes of each, are numbered from 1. Nothing was changed.")
+    if len(write_id.open) > MAX_OPEN:
+        raise InvalidRequest(
+            f"write {write_id.number} names {len(write_id.open):,} open ones before it; a client has at most "
+            f"{MAX_OPEN:,} under way. Nothing was changed."
+        )
+    if any(later <= earlier for earlier, later in pairwise((0, *write_id.open, write_id.number))):
+        raise InvalidRequest(
+            f"the open writes {shown_numbers(write_id.open)} before write {write_id.number} must ascend, from 1 to "
+            "below it. Nothing was changed."
+        )
+
+
 def check_prepare(request: PrepareRequest) -> None:
     """Raises InvalidRequest for wrong parts or sequences, and for an order that no norm has."""
     _check_parts(request.parts)
@@ -105,6 +136,7 @@ def check_prepare(request: PrepareRequest) -> None:
         check_step(part.step_id, part.sequences)
     check_number("decider_table", request.decider_table, _MAX_LOOKUP_ID)
     check_number("decider_step", request.decider_step)
+    check_number("attempt", request.attempt)
     named = {part.envelope.table_id: part.step_id.step for part in request.parts}.get(request.decider_table)
     if request.decider_step == 0 or named not in (None, request.decider_step):
         raise InvalidRequest(
@@ -139,6 +171,7 @@ def check_discard(request: DiscardRequest) -> None:
         raise InvalidRequest(
             f"Discard has {len(request.parts):,} parts; at most {MAX_DISCARDED:,} are taken. Nothing was changed."
         )
+    check_number("attempt", request.attempt)
     for part in request.parts:
         check_step(part.step_id, ())
 

@@ -50,7 +50,7 @@ class Committing:
         self._tenancy.table(request.decider_table)  # where it was dropped, nobody decides the step any more
         found = []
         for table, part in zip(tables, request.parts, strict=True):
-            reply = self._looked_at(table, part)
+            reply = self._looked_at(table, part, request.attempt)
             if isinstance(reply, Parked):
                 return reply
             if reply.held_off:
@@ -80,6 +80,7 @@ class Committing:
                         norm_order=request.norm_order,
                         caller=caller,
                     )
+                table.updates.attempted(part.step_id, request.attempt)
                 if known is None:
                     begun.append((table, part.step_id))
                 found[number] = PreparedPart(
@@ -95,12 +96,18 @@ class Committing:
             raise
         return PrepareReply(parts=tuple(found))
 
-    def _looked_at(self, table: HostedTable, part: PreparePart) -> PreparedPart | Parked:
+    def _looked_at(self, table: HostedTable, part: PreparePart, attempt: int) -> PreparedPart | Parked:
         """What speaks against preparing a part."""
         table.updates.touch(part.step_id)
         table.require_newest(part.step_id)
         if table.ledger.has(part.step_id) or table.order.find(part.step_id) is not None:
             return PreparedPart(stamp=table.stamp, applied=True)
+        if late := table.updates.late(part.step_id, attempt):
+            step_id = part.step_id
+            raise StepConflict(
+                f"Prepare {attempt} of step {step_id.step} of rank {step_id.rank} of group {step_id.group!r} comes "
+                f"late: {late}. Nothing was changed."
+            )
         prepared = table.updates.prepared_step(part.step_id)
         if prepared is not None and prepared.step < part.step_id.step:
             if not self._tenancy.decisions.supersede(table, prepared):
@@ -270,7 +277,7 @@ class Committing:
             ):
                 continue  # decided: it stays
             if request.keep_updates:
-                table.updates.end_prepare(part.step_id)
+                table.updates.end_attempt(part.step_id, request.attempt)
             else:
                 known = table.updates.lives(part.step_id)
                 held = table.updates.discard(part.step_id)
@@ -299,8 +306,8 @@ def _decision(table: HostedTable, part: CommitPart) -> DecidedStep:
 
 
 def _check_decided(table: HostedTable, part: CommitPart) -> None:
-    """Raises StepConflict where a step said to be decided cannot be, StalePlacement at a shard that does not number it,
-    Overloaded where it cannot wait."""
+    """Raises StepConflict where a step said to be decided cannot be, or is known not to be, StalePlacement at a shard
+    that does not number it, Overloaded where it cannot wait."""
     if table.owns or part.sequences:
         commits.require_prepared(table.updates, part.step_id, part.sequences)
     if not part.version and not table.is_gate:
@@ -314,6 +321,13 @@ def _check_decided(table: HostedTable, part: CommitPart) -> None:
             f"step {part.step_id.step} of group {part.step_id.group!r} is said to make version {part.version} of table "
             f"{table.view.schema.name!r}, which another step {'has made' if waiting is None else 'makes'}. Nothing was "
             "changed."
+        )
+    prepared = table.updates.prepared_step(part.step_id)
+    numbered_here = bool(part.version) and table.is_gate  # a version that it has not given is refused as that
+    if prepared is not None and prepared.step_id == part.step_id and prepared.decided_here and not numbered_here:
+        raise StepConflict(
+            f"step {part.step_id.step} of group {part.step_id.group!r} is said to be decided: its decider, shard "
+            f"{table.info.shard}, has not decided it. Its trainer is ahead of that. Nothing was changed."
         )
     if not part.version:
         table.order.require_room(table.table_id)

@@ -233,12 +233,13 @@ class Engine:
         return reply
 
     async def write_rows(self, request: WriteRowsRequest) -> WriteRowsReply:
-        cost = _cost(request.ids, request.rows)
+        cost = _cost(request.ids, request.rows, numbers=_open_writes(request))
         reply: WriteRowsReply = await self._ask("write_rows", self._answers.write_rows, request, cost)
         return reply
 
     async def step_count(self, request: StepCountRequest) -> StepCountReply:
-        reply: StepCountReply = await self._ask("step_count", self._answers.step_count, request, JOB_BYTES)
+        cost = _cost(numbers=_open_writes(request))
+        reply: StepCountReply = await self._ask("step_count", self._answers.step_count, request, cost)
         return reply
 
     # PageHost
@@ -416,6 +417,10 @@ def _cost(*tensors: Tensor | None, numbers: int = 0) -> int:
         if tensor is not None:
             cost += tensor.nbytes
     return cost
+
+
+def _open_writes(request: WriteRowsRequest | StepCountRequest) -> int:
+    return 0 if request.write_id is None else len(request.write_id.open)
 
 
 def _probe(device: torch.device) -> None:

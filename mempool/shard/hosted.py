@@ -13,6 +13,7 @@ from mempool.agreement.ledger import AppliedLedger, over
 from mempool.agreement.order import Order
 from mempool.agreement.rounds_here import RoundsHere
 from mempool.agreement.turns import Turns
+from mempool.agreement.writes import SeenWrites
 from mempool.errors import DataLoss, ShardUnavailable, StalePlacement
 from mempool.shard.pages.staging import Staging
 from mempool.shard.pages.storage import Storage
@@ -40,6 +41,7 @@ class HostedTable:
         others: By version: of a decided step that waits to be applied, this table its first: its parts at the others.
         rounds: Which move's round holds it frozen.
         turns: Whose steps a freeze has held off.
+        writes: Which writes to it were done, and which are over.
         order_doubt, step_doubt: Who waits to hear of others what was decided.
         peers_wait_until_s: Other shards have asked for what this one has to ask for itself.
         unprepared: The next step in the order, where it is decided and not prepared here, and since when that is known.
@@ -67,6 +69,7 @@ class HostedTable:
         self.others: dict[int, tuple[DecidedStep, ...]] = {}
         self.rounds = RoundsHere(clock)
         self.turns = Turns()
+        self.writes = SeenWrites()
         self.order_doubt, self.step_doubt = Doubt(), Doubt()
         self.peers_wait_until_s = float("-inf")
         self.unprepared: tuple[DecidedStep, float] | None = None
@@ -451,6 +454,7 @@ class HostedTable:
         self.gate = min(view.placement.shards)
         self.measure()
         self.updates.clear()
+        self.writes.clear()
         self.rounds.end()
         self.turns.thawed(self._clock())
         self.steps_changed()

@@ -176,7 +176,8 @@ class Tenancy:
         """Make a table known, with nothing in it yet that answers; or let one answer that was pending.
 
         Raises:
-            InvalidRequest: It is here already, with pages, at another epoch; or its pages do not fit.
+            InvalidRequest: It is here already, with pages, at an earlier epoch; or its pages do not fit.
+            StalePlacement: It is here at a later epoch.
             NotFound: It is to be confirmed, and is not here.
         """
         if request.mode == "confirm":
@@ -194,6 +195,12 @@ class Tenancy:
         present = self._tables.get(table_id)
         if present is not None and present.epoch == epoch:
             return present
+        if present is not None and present.epoch > epoch:
+            raise StalePlacement(
+                f"table {present.view.schema.name!r} is here at epoch {present.epoch}, and is to "
+                f"be attached at epoch {epoch}: the request is late. Nothing was changed",
+                shard=self._info.shard,
+            )
         if present is not None and present.pages + present.lost_pages:
             raise InvalidRequest(
                 f"shard {self._info.shard} has table {present.view.schema.name!r} at epoch {present.epoch} already, "

@@ -27,6 +27,7 @@ from mempool.types.messages import (
     StepId,
     UpdateReply,
     UpdateRequest,
+    WriteId,
     WriteRowsReply,
     WriteRowsRequest,
 )
@@ -134,6 +135,7 @@ __all__ = [
     "TableView",
     "UpdateReply",
     "UpdateRequest",
+    "WriteId",
     "WriteRowsReply",
     "WriteRowsRequest",
     "default_rounding",

@@ -59,6 +59,18 @@ class StepId:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WriteId:
+    """One write of a client. Those before it that are not in ``open`` (ascending) are over: answered, or given up.
+
+    writer: The client, a random number. number: Ascends in the life of a client, over all its tables.
+    """
+
+    writer: int
+    number: int
+    open: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GatherRequest:
     """Weighted sums of the rows this shard owns. Pairs of pages it does not own add nothing.
 
@@ -146,6 +158,7 @@ class PrepareRequest:
         decider_table, decider_step: The first table of the step, whose gate decides, and the step as it counts them.
         wait: Where a table is held off, answer once it is not.
         norm_order: With want_norm, of the norm that is asked for besides the squared 2-norm; 0.0: none.
+        attempt: Which Prepare of the step it is, ascending; 0: not counted.
     """
 
     parts: tuple[PreparePart, ...]
@@ -154,6 +167,7 @@ class PrepareRequest:
     decider_step: int
     wait: bool = False
     norm_order: float = 0.0
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,10 +261,16 @@ class DiscardPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiscardRequest:
-    """Drop what is held of steps that were not committed, and end their Prepare; keep_updates: end that alone."""
+    """Drop what is held of steps that were not committed, and end their Prepare.
+
+    Attributes:
+        keep_updates: End the Prepare alone.
+        attempt: Then: the newest Prepare that is ended; a later one stays.
+    """
 
     parts: tuple[DiscardPart, ...]
     keep_updates: bool = False
+    attempt: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,9 +352,9 @@ class ReadRowsReply:
 class WriteRowsRequest:
     """Overwrite rows; shapes as in ReadRowsReply, ``blocks`` as this shard owns them. Pages not owned are skipped.
 
-    Idempotent. Atomic on one shard, not across shards. Waits while the table's pages are moving. Values are rounded to
-    what is stored, to nearest, with new scales; "values" and "values.master" are written together. "values.scales" and
-    "values.last_step" cannot be written.
+    Idempotent by ``write_id``; without one, each copy is written when it comes. Atomic on one shard, not across shards.
+    Waits while the table's pages are moving. Values are rounded to what is stored, to nearest, with new scales;
+    "values" and "values.master" are written together. "values.scales" and "values.last_step" cannot be written.
     """
 
     envelope: Envelope
@@ -342,6 +362,7 @@ class WriteRowsRequest:
     ids: Tensor
     blocks: tuple[int, ...]
     rows: Tensor
+    write_id: WriteId | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -358,6 +379,7 @@ class StepCountRequest:
     envelope: Envelope
     set: int | None = None
     at_version: int = 0
+    write_id: WriteId | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -338,6 +338,7 @@ class Driver:
         want_norm: bool = True,
         norm_order: float = 0.0,
         wait: bool = False,
+        attempt: int = 0,
         **step_id: Any,
     ) -> PrepareRequest:
         part = PreparePart(
@@ -350,6 +351,7 @@ class Driver:
             decider_table=self.table_id,
             decider_step=step,
             wait=wait,
+            attempt=attempt,
         )
 
     def prepare(self, step: int, sequences: Sequence[int], **how: Any) -> dict[int, PreparedPart]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mempool.errors import DataLoss, InvalidRequest, NotFound, StalePlacement, StepConflict
-from mempool.types import ReadRowsRequest
+from mempool.types import ReadRowsRequest, StepCountRequest, WriteId, WriteRowsRequest
 
 from .driver import Driver, make_bags, make_schema, same
 
@@ -112,6 +112,21 @@ def test_a_commit_of_a_version_that_was_never_given(driver: Driver) -> None:
         driver.thaw(shard)
 
 
+def test_its_decider_does_not_believe_that_a_step_is_decided(driver: Driver) -> None:
+    """It would be applied there alone, were it not prepared elsewhere."""
+    driver.create(make_schema(), "columns")
+    driver.gather(make_bags(1))
+    driver.update(1, 0, GRADS)
+    driver.call(driver.host(0).prepare(driver.prepare_request(0, 1, [0])))
+    held = driver.contents()
+    told = driver.commit_request(0, 1, [0], decided=True)
+    with pytest.raises(StepConflict, match="its decider, shard 0, has not decided it"):
+        driver.call(driver.host(0).commit(told))
+    assert same(driver.contents(), held)
+    driver.prepare(1, [0])
+    assert {reply.version for reply in driver.commit(1, [0]).values()} == {1}
+
+
 def test_a_step_that_its_decider_does_not_know_stands_in_nobodys_way(driver: Driver) -> None:
     """Its trainer lives, and goes on with the next."""
     driver.create(make_schema(), "columns")
@@ -166,3 +181,92 @@ def test_a_step_names_who_decides_it(driver: Driver) -> None:
     assert [driver.freeze(shard) for shard in driver.owners] == [0, 0]
     for shard in driver.owners:
         driver.thaw(shard)
+
+
+def _written(driver: Driver, shard: int, value: float, write_id: WriteId) -> WriteRowsRequest:
+    """Rows 3 and 40 as that value, as far as a shard has them."""
+    blocks = driver.blocks(shard)
+    width = len(driver.columns(blocks))
+    return WriteRowsRequest(
+        envelope=driver.envelope(shard),
+        array="values",
+        ids=torch.tensor([3, 40]),
+        blocks=blocks,
+        rows=torch.full((2, width), value),
+        write_id=write_id,
+    )
+
+
+def _write(driver: Driver, value: float, write_id: WriteId) -> None:
+    for shard in driver.owners:
+        driver.call(driver.host(shard).write_rows(_written(driver, shard, value, write_id)))
+
+
+def _rows(driver: Driver) -> set[float]:
+    return set(driver.read("values", torch.tensor([3, 40])).flatten().tolist())
+
+
+@pytest.mark.parametrize("layout", ["columns", "mixed"])
+def test_a_write_that_a_newer_one_followed(driver: Driver, layout: str) -> None:
+    """A copy that arrives when its client has long been answered, of what another copy did, or of what none did."""
+    driver.create(make_schema(), layout)
+    first, given_up = WriteId(writer=7, number=1), WriteId(writer=7, number=2)
+    newer = WriteId(writer=7, number=4, open=(3,))
+    _write(driver, 1.0, first)
+    _write(driver, 4.0, newer)
+    before = driver.contents()
+    for late in (first, given_up):
+        with pytest.raises(InvalidRequest, match="of writer 7 is late: its client has said with write 4 that"):
+            _write(driver, 1.0, late)
+    assert same(driver.contents(), before)
+    _write(driver, 3.0, WriteId(writer=7, number=3))  # began before that one, and is under way
+    assert _rows(driver) == {3.0}
+    for copy in (newer, WriteId(writer=7, number=3)):
+        _write(driver, 9.0, copy)  # answered as it was, and not done again
+        assert _rows(driver) == {3.0}
+    _write(driver, 8.0, WriteId(writer=8, number=1))
+    assert _rows(driver) == {8.0}
+
+
+def test_a_write_goes_on_where_its_pages_have_moved_to(driver: Driver) -> None:
+    """Of one number, it is of other rows at each shard there; a copy by the old view is refused for that."""
+    driver.create(make_schema(), "rows")
+    write_id = WriteId(writer=7, number=1)
+    shard = driver.owners[1]
+    late = _written(driver, shard, 1.0, write_id)
+    driver.call(driver.host(shard).write_rows(late))  # the other half is not written any more before they move
+    driver.move("one")
+    _write(driver, 1.0, write_id)
+    assert _rows(driver) == {1.0}
+    with pytest.raises((StalePlacement, InvalidRequest)):
+        driver.call(driver.host(shard).write_rows(late))
+
+
+def test_a_step_count_that_a_newer_one_followed(driver: Driver) -> None:
+    driver.create(make_schema(), "one")
+
+    def count(number: int, to: int) -> int:
+        request = StepCountRequest(
+            envelope=driver.envelope(0), set=to, at_version=0, write_id=WriteId(writer=7, number=number)
+        )
+        return driver.call(driver.host(0).step_count(request)).count
+
+    assert count(1, 10) == 10
+    assert count(2, 20) == 20
+    with pytest.raises(InvalidRequest, match="write 1 of writer 7 is late"):
+        count(1, 10)
+    assert count(2, 30) == 20  # answered, and not done again
+    assert driver.call(driver.host(0).step_count(StepCountRequest(envelope=driver.envelope(0)))).count == 20
+
+
+def test_writes_that_no_client_numbers_so(driver: Driver) -> None:
+    driver.create(make_schema(), "one")
+    before = driver.contents()
+    bad = WriteId(writer=7, number=5, open=(5,))
+    with pytest.raises(InvalidRequest, match=r"open writes \(5\) before write 5 must ascend"):
+        _write(driver, 1.0, bad)
+    request = StepCountRequest(envelope=driver.envelope(0), set=3, at_version=0, write_id=bad)
+    with pytest.raises(InvalidRequest, match=r"open writes \(5\) before write 5 must ascend"):
+        driver.call(driver.host(0).step_count(request))
+    assert same(driver.contents(), before)
+    assert driver.call(driver.host(0).step_count(StepCountRequest(envelope=driver.envelope(0)))).count == 0

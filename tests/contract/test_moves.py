@@ -371,3 +371,17 @@ def test_what_comes_late_of_a_round_that_is_over_is_refused(driver: Driver) -> N
     assert driver.status(1).num_bytes == 0
     assert same(driver.contents(), before)
     driver.move("columns")
+
+
+def test_an_attach_that_comes_late_does_not_bring_back_an_earlier_epoch(driver: Driver) -> None:
+    """At a shard without pages, where it would take the table's place, and make pages that others have."""
+    driver.create(make_schema(), "columns")
+    first = driver.placed
+    driver.move([[1, 1, 1]] * 7)
+    for mode in ("initialise", "empty"):
+        late = AttachTable(view=first, mode=mode, pending=True)  # type: ignore[arg-type]
+        with pytest.raises(StalePlacement, match="is here at epoch 2, and is to be attached at epoch 1"):
+            driver.call(driver.host(0).attach_table(late))
+    assert (driver.status(0).epoch, driver.status(0).pages) == (2, 0)
+    driver.move("columns")
+    assert driver.status(0).pages

@@ -194,6 +194,7 @@ class Requests:
             envelope=self.envelope(),
             array="values",
             blocks=self.blocks,
+            write_id=data_pb2.WriteId(writer=self.random.getrandbits(63) + 1, number=9, open=[3, 7]),
             ids=tensor(self._arrays.integers(0, NUM_SLOTS, 5)),
             rows=tensor(self._arrays.random((5, len(self.blocks) * BLOCK_DIM), np.float32)),
         )

@@ -93,6 +93,12 @@ class RayPool:
         assert before in text
         self.file.write_text(text.replace(before, after))
 
+    def edit_shards(self, shards: int) -> None:
+        """Change how many shards the file asks for."""
+        text, count = re.subn(r"^  shards: \d+$", f"  shards: {shards}", self.file.read_text(), flags=re.MULTILINE)
+        assert count == 1
+        self.file.write_text(text)
+
     def start(self, *command: str) -> "subprocess.Popen[str]":
         """A process of Python's, which is told the pool's token; its output is to be read."""
         env = self._env | ({} if self.token is None else {"MEMPOOL_TOKEN": self.token})

@@ -13,9 +13,11 @@ from multiprocessing import get_context
 from typing import Any
 from unittest import mock
 
+from mempool.agreement.attempts import Attempts
 from mempool.agreement.ledger import AppliedLedger
 from mempool.agreement.order import Order
 from mempool.agreement.rounds_here import RoundsHere
+from mempool.agreement.writes import SeenWrites
 from mempool.shard.hosted import HostedTable
 from mempool.shard.steps.held import HeldUpdates
 from mempool.shard.tenancy import Tenancy
@@ -57,6 +59,8 @@ ABLATIONS: dict[str, list[Patch]] = {
         (HeldUpdates, "expire", lambda *_: None),
     ],
     "lease of a freeze": [(RoundsHere, "lapsed", property(lambda _: False))],
+    "attempt": [(Attempts, "end", lambda *_: True), (Attempts, "late", lambda *_: "")],
+    "numbers of writes": [(SeenWrites, "is_due", lambda *_: True)],
 }
 
 
@@ -75,6 +79,17 @@ FAULTS: dict[str, Faults] = {
         )
     ),
     "generation": Faults(trainers_die=True),
+    "attempt": Faults(
+        scene=Scene(
+            traps=(
+                _trap(methods.FREEZE, "its sender dies", 0.5, only="first of its round", times=20),
+                _trap(methods.DISCARD, "comes again with a Commit", 0.0, times=1000),
+                _trap(methods.COMMIT, "its sender dies", 1.0, skip=4, times=1000),
+            ),
+            rescales=True,
+            tables=False,
+        )
+    ),
     "token of a round": Faults(
         scene=Scene(
             traps=(
@@ -84,6 +99,14 @@ FAULTS: dict[str, Faults] = {
             ),
             rescales=True,
             tables=False,
+        )
+    ),
+    "numbers of writes": Faults(
+        scene=Scene(
+            traps=(_trap(methods.WRITE_ROWS, "comes again", 2.0, times=1000),),
+            rescales=False,
+            tables=False,
+            writes=True,
         )
     ),
     "version wait": Faults(
@@ -99,6 +122,8 @@ FAULTS: dict[str, Faults] = {
     ),
 }
 """Faults in which a safeguard is likely to be needed; without, they are drawn by the seed."""
+GUARDED_BESIDE = {"version wait": "attempt"}
+"""What another one guards as well since it is there: the first is looked at without the second."""
 SEEN_AT: dict[str, int] = {
     "incarnation fence": 1,
     "epoch fence": 8,
@@ -110,14 +135,18 @@ SEEN_AT: dict[str, int] = {
     "order": 16,
     "lease of a trainer": 6,
     "lease of a freeze": 3,
+    "attempt": 7,
+    "numbers of writes": 1,
 }
 """The first seed that shows each one missing: how many were needed."""
 
 
 @contextmanager
-def without(safeguard: str) -> Iterator[None]:
-    """The safeguard is off in this process."""
-    patches = [mock.patch.object(owner, name, fake) for owner, name, fake in ABLATIONS[safeguard]]
+def without(*safeguards: str) -> Iterator[None]:
+    """The safeguards are off in this process."""
+    patches = [
+        mock.patch.object(owner, name, fake) for safeguard in safeguards for owner, name, fake in ABLATIONS[safeguard]
+    ]
     for patch in patches:
         patch.start()
     try:
@@ -130,12 +159,24 @@ def without(safeguard: str) -> Iterator[None]:
 def play_without(asked: tuple[str, int]) -> Outcome:
     """One run without a safeguard. The oracle is another matter: it has nobody to be guarded from."""
     safeguard, seed = asked
-    run = run_of(safeguard, seed)
-    run.around = without(safeguard)
+    run = _run_of(safeguard, seed)
+    run.around = without(safeguard, *_beside(safeguard))
     return run.play()
 
 
-def run_of(safeguard: str, seed: int) -> Run:
+def play_with(asked: tuple[str, int]) -> Outcome:
+    """The same run with the safeguard."""
+    safeguard, seed = asked
+    run = _run_of(safeguard, seed)
+    run.around = without(*_beside(safeguard))
+    return run.play()
+
+
+def _beside(safeguard: str) -> tuple[str, ...]:
+    return (GUARDED_BESIDE[safeguard],) if safeguard in GUARDED_BESIDE else ()
+
+
+def _run_of(safeguard: str, seed: int) -> Run:
     """A run in which it is likely to be needed."""
     return Run(seed, faults=FAULTS.get(safeguard))
 

@@ -17,6 +17,7 @@ from mempool.agreement.order import Order
 from mempool.agreement.rounds import Round
 from mempool.agreement.rounds_here import RoundsHere
 from mempool.agreement.step import StepOfTables
+from mempool.agreement.writes import SeenWrites
 from mempool.controller.changes import TableChanges
 from mempool.errors import MempoolError
 from mempool.shard import resolving
@@ -50,6 +51,12 @@ def _early(taken: Any, *_: Any) -> str | None:
     return "a decided step that came before the one before it" if taken is False else None
 
 
+def _write(due: Any, error: Any, *_: Any) -> str | None:
+    if error is not None:
+        return "a write that was over"
+    return "a write that came again" if due is False else None
+
+
 def _given(start: str) -> Say:
     return lambda result, *_: f"{start} {result}"
 
@@ -81,6 +88,7 @@ _WRAPPED: list[tuple[Any, str, Say]] = [
     (StepOfTables, "_renumber", _always("a step that was given up and went on under its next number")),
     (Round, "_undo", _always("a round that its controller undid")),
     (Round, "_not_told", _always("a view that was decided and that a shard had to be told again")),
+    (SeenWrites, "is_due", _write),
     (TableChanges, "drop", _refused({"gone already": "a drop that came after its table had been made anew"})),
 ]
 _OWED = "a shard that had to be told to"
@@ -114,6 +122,8 @@ EXPECTED = frozenset(
         f"{_OWED} confirm",
         f"{_OWED} drop",
         f"{_OWED} push",
+        "a write that came again",
+        "a write that was over",
         "a trainer that went back to an earlier step",
         "a trainer that another one of a higher generation took the place of",
     }

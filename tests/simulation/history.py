@@ -57,11 +57,21 @@ class Acknowledged:
 
 @dataclass(slots=True)
 class Write:
-    """A row that was, or may have been, written: when that began, and when it was known to be done."""
+    """A row that was, or may have been, written: by which client, when that began, and when it was known to be done, or
+    was given up."""
 
     row: Tensor
+    client: str
     began_s: float
     done_s: float | None = None
+    given_up_s: float | None = None
+
+    def is_over_for(self, later: "Write") -> bool:
+        """Whether that one began when this one was over: done, or given up by the same client."""
+        over_s = self.done_s
+        if over_s is None and later.client == self.client:
+            over_s = self.given_up_s
+        return over_s is not None and over_s < later.began_s
 
 
 @dataclass
@@ -325,9 +335,13 @@ class History:
 
     def _check_answers(self) -> None:
         """A Commit is answered with the version that its step makes; one that comes late, with a later of its rank."""
-        made = {(table_id, step.step_id): version for (table_id, version), step in self.decided.items()}
+        made = defaultdict(list)
+        for (table_id, version), step in self.decided.items():
+            made[table_id, step.step_id.group, step.step_id.rank].append((_age(step.step_id), version))
         for table_id, step_id, version, shard in self.answers:
-            if version < made.get((table_id, step_id), sys.maxsize):
+            of_rank = made[table_id, step_id.group, step_id.rank]
+            least = min((other for age, other in of_rank if age >= _age(step_id)), default=sys.maxsize)
+            if version < least:
                 self.say(f"shard {shard} answered that {step_id} makes version {version} of table {table_id}, not so")
 
     def _check_whole(self) -> None:
@@ -338,6 +352,10 @@ class History:
             done = [step for step in steps if step in made]
             if done and len(done) < len(steps) and not any(table_id in gone for table_id, _ in steps):
                 self.say(f"of a step of {len(steps)} tables {len(done)} were made: {done} of {steps}")
+
+
+def _age(step_id: StepId) -> tuple[int, int]:
+    return step_id.generation, step_id.step
 
 
 @contextmanager

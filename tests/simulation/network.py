@@ -103,6 +103,7 @@ class Network:
         cut: (from, to) of the links that let nothing through.
         late, again, answered_late: Seconds by which a call's request, a copy of it, or its answer, is late; put there
             by who is told of it.
+        with_commit: Calls of which a copy comes with the next Commit that their sender has decided.
         on_sent, on_served, on_answered: Told each call when it is sent, when a server has done it and when its answer
             has come.
     """
@@ -113,6 +114,8 @@ class Network:
         self.late: dict[int, float] = {}
         self.again: dict[int, float] = {}
         self.answered_late: dict[int, float] = {}
+        self.with_commit: set[int] = set()
+        self._kept: dict[str, list[Callable[[], None]]] = defaultdict(list)
         self.calls = 0
         self.on_sent: list[Callable[[Call], None]] = []
         self.on_served: list[Callable[[Call, Any], None]] = []
@@ -201,13 +204,22 @@ class Network:
             self._send(client, _machine(address), waiting, self._arrived, waiting, address)
         else:
             self._deliver(late_s, client, _machine(address), waiting, self._arrived, (waiting, address))
+        if waiting.call.method is methods.COMMIT and not waiting.call.request.decided:
+            for send in self._kept.pop(client, ()):
+                send()
         if again_s is None and self.weather.repeat and self._random.random() < self.weather.repeat:
             again_s = self._random.random() * self.weather.longest_repeat_s
         if again_s is not None:
-            # As a try that its client gave up and made again: the first arrives all the same.
-            self.counts["repeated"] += 1
-            copy = _Waiting(self, waiting.loop, waiting.call, waiting.frame, waiting.timeout_s, lost=True)
-            self._deliver(again_s, client, _machine(address), copy, self._arrived, (copy, address))
+            self._send_again(again_s, waiting, address)
+        if waiting.call.number in self.with_commit:
+            self.with_commit.discard(waiting.call.number)
+            self._kept[client].append(lambda: self._send_again(self._delay_s(), waiting, address))
+
+    def _send_again(self, after_s: float, waiting: "_Waiting", address: str) -> None:
+        """As a try that its client gave up and made again: the first arrives all the same."""
+        self.counts["repeated"] += 1
+        copy = _Waiting(self, waiting.loop, waiting.call, waiting.frame, waiting.timeout_s, lost=True)
+        self._deliver(after_s, waiting.loop.name, _machine(address), copy, self._arrived, (copy, address))
 
     def _arrived(self, waiting: "_Waiting", address: str) -> None:
         listener = self._listeners.get(address)

@@ -92,6 +92,13 @@ def draw_bags(random: Random, *, lowest: int = 0, end: int = TRAINED) -> "tuple[
     return torch.tensor(ids, dtype=torch.int64), weights, torch.tensor(offsets, dtype=torch.int64)
 
 
+def draw_row(random: Random, number: int) -> Tensor:
+    """[V] float32: what a write makes of a slot, the ``number``th of it. Of eight in a row no two are the same in any
+    block. All are +3 or -3: the same in every dtype, with every scale."""
+    sign = random.choice((-1.0, 1.0))
+    return torch.tensor([3.0, *(-3.0 if number >> bit & 1 else 3.0 for bit in range(3))] * (WIDTH // 4)) * sign
+
+
 def draw_grads(random: Random, num_bags: int) -> Tensor:
     """[B, V] float32."""
     rows = [[numbers(random) for _ in range(WIDTH)] for _ in range(num_bags)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.simulation.ablations import ABLATIONS, SEEN_AT, play_without, run_of
+from tests.simulation.ablations import ABLATIONS, SEEN_AT, play_with, play_without
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -16,4 +16,4 @@ def one_thread() -> None:
 def test_a_safeguard_that_is_off_is_missed(safeguard: str) -> None:
     seed = SEEN_AT[safeguard]
     assert play_without((safeguard, seed)).violations
-    assert not run_of(safeguard, seed).play().violations
+    assert not play_with((safeguard, seed)).violations

@@ -20,6 +20,7 @@ Effect = Literal[
     "comes late",
     "comes late, of a sender that dies",
     "comes again",
+    "comes again with a Commit",
     "is answered late",
     "its sender dies",
     "its sender stands still",
@@ -32,6 +33,7 @@ SENT: tuple[Effect, ...] = (
     "comes late",
     "comes late, of a sender that dies",
     "comes again",
+    "comes again with a Commit",
     "they are cut off from each other",
 )
 COMES_BACK_S = 0.5
@@ -124,13 +126,17 @@ class Trap:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """Traps that go together, and what a run must have for them to meet anything; None: as it is drawn."""
+    """Traps that go together, and what a run must have for them to meet anything; None: as it is drawn.
+
+    writes: Trainers write rows at every other step.
+    """
 
     traps: tuple[Trap, ...] = ()
     rescales: bool | None = None
     tables: bool | None = None
     goes_back: bool | None = None
     drifts: bool | None = None
+    writes: bool = False
 
     @classmethod
     def draw(cls, random: Random) -> "Scene":
@@ -203,15 +209,38 @@ def _silent_trainer(random: Random) -> Scene:
     return Scene(traps=(trap,), rescales=random.random() < 0.5)
 
 
+def _late_ends(random: Random) -> Scene:
+    """Copies of what ended a Prepare, or was ended, come when its step is decided, and its trainer dies then. The
+    freeze that held it off ends undecided, so that they are of the present view."""
+    late = _trap(
+        random.choice((methods.DISCARD, methods.DISCARD, methods.PREPARE)), "comes again with a Commit", 0.0, times=1000
+    )
+    return Scene(
+        traps=(
+            late,
+            _trap(methods.FREEZE, "its sender dies", 0.5, only="first of its round", times=20),
+            _trap(methods.COMMIT, "its sender dies", 1.0, skip=random.randrange(12), times=3),
+        ),
+        rescales=True,
+    )
+
+
+def _late_writes(random: Random) -> Scene:
+    """Copies of writes come later, when others were done."""
+    trap = _trap(methods.WRITE_ROWS, "comes again", 0.2 + 4.0 * random.random(), times=1000)
+    return Scene(traps=(trap,), rescales=random.random() < 0.5, writes=True)
+
+
 _SCENES = (
     _dies_in_a_round,
-    _dies_in_a_round,
+    _late_ends,
     _late_rounds,
     _untold_view,
     _made_half,
     _late_tables,
     _dead_trainer,
     _silent_trainer,
+    _late_writes,
 )
 
 
@@ -274,6 +303,8 @@ class Traps:
                 world.call_soon(self._kill, call.process, COMES_BACK_S, context=contextvars.Context())
         elif trap.effect == "comes again":
             network.again[call.number] = trap.for_s
+        elif trap.effect == "comes again with a Commit":
+            network.with_commit.add(call.number)
         elif trap.effect == "is answered late":
             network.answered_late[call.number] = trap.for_s
         else:  # not in the middle of what the process does now, nor under its deadline

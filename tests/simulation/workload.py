@@ -25,7 +25,16 @@ from mempool.types.bags import Bags
 from tests.simulation.history import History, Write
 from tests.simulation.oracle import Content
 from tests.simulation.processes import Park, Trainer
-from tests.simulation.tables import NUM_SLOTS, TRAINED, WIDTH, draw_bags, draw_grads, draw_schema, may_be_written
+from tests.simulation.tables import (
+    NUM_SLOTS,
+    TRAINED,
+    WIDTH,
+    draw_bags,
+    draw_grads,
+    draw_row,
+    draw_schema,
+    may_be_written,
+)
 from tests.simulation.training import Training
 from tests.simulation.traps import Scene
 
@@ -69,6 +78,7 @@ class Workload:
         self.goes_back = _first(scene.goes_back, self.goes_back)
         self.rescales = _first(scene.rescales, self.rescales)
         self.changes_tables = _first(scene.tables, self.changes_tables)
+        self.writes = scene.writes
         self._pause_s = self._random.choice((1.0, 3.0))
         self._operating: asyncio.Task[None] | None = None
 
@@ -271,6 +281,9 @@ class Workload:
     async def _let_leases_end(self) -> None:
         """Nobody trains any more: after a lease, and the time in which a shard looks, nothing is held for anybody."""
         self._operator_doing = "lets leases end"
+        network = self.park.network
+        if network.counts.get("repeated"):  # the last copy of a Heartbeat begins a lease anew
+            await asyncio.sleep(network.weather.longest_repeat_s)
         await asyncio.sleep(2.0 * self.park.lease_s + 5.0)
         for number, process in sorted(self.park.shards.items()):
             status = await self._on(self._operator, self._operator.dialer.dial(process.info).status())
@@ -282,17 +295,25 @@ class Workload:
                     )
 
     def check_written(self, view: TableView, ids: torch.Tensor, rows: torch.Tensor, asked_s: float) -> None:
-        """What a row that was written has in each block is of one write. Blocks may lie on several shards, which writes
-        of several clients, or a copy that comes late, reach in any order."""
+        """What a row that was written has in each block is of one write, and of none that was over before one began
+        that was done before the reading. Blocks may lie on several shards, which writes that overlap reach in any
+        order."""
         schema = view.schema
         for slot, row in zip(ids.tolist(), rows, strict=True):
             writes = self.history.writes[schema.table_id, slot]
-            if not any(write.done_s is not None and write.done_s < asked_s for write in writes):
+            done = [write for write in writes if write.done_s is not None and write.done_s < asked_s]
+            if not done:
                 continue
             for block in range(schema.num_blocks):
                 columns = slice(*schema.block_columns(block))
-                if not any(torch.equal(write.row[columns], row[columns]) for write in writes):
+                found = [write for write in writes if torch.equal(write.row[columns], row[columns])]
+                if not found:
                     self.history.say(f"slot {slot} of table {schema.name!r} is what nobody wrote: {row.tolist()}")
+                elif all(any(write.is_over_for(later) for later in done) for write in found):
+                    self.history.say(
+                        f"slot {slot} of table {schema.name!r} is of a write that was over at "
+                        f"{found[-1].done_s or found[-1].given_up_s:.3f} s, and a later one was done: {row.tolist()}"
+                    )
 
 
 def _arrays(view: TableView) -> list[str]:
@@ -418,7 +439,7 @@ class TrainerLife(_Life):
         for view in tables:
             for _ in range(1 if last else random.choice((0, 1, 1, 2))):
                 await self.push(view)
-            if not last and random.random() < 0.1:
+            if not last and random.random() < (0.9 if self.workload.writes else 0.1):
                 await self.read_or_write(view)
         if not last and random.random() < 0.05:
             await self.tried("a discard", self.training.discard(tables), *tables)
@@ -454,7 +475,7 @@ class TrainerLife(_Life):
         if not may_be_written(view.schema):
             return
         history, table_id, asked_s = self.workload.history, view.schema.table_id, self.now_s()
-        slot = self.random.randrange(TRAINED, NUM_SLOTS)
+        slot = self.random.randrange(TRAINED, NUM_SLOTS) // 4 * 4  # few, in two pages: writes follow each other
         ids = torch.tensor([slot])
         if self.random.random() < 0.5:
             read = self.trainer.router.read_rows(table_id, array="values", ids=ids, timeout_s=20.0)
@@ -462,13 +483,14 @@ class TrainerLife(_Life):
             if rows is not None:
                 self.workload.check_written(view, ids, rows, asked_s)
             return
-        # Multiples of 1/2 up to 3 are the same in every dtype and with every scale of a row that has a 3.
-        row = torch.tensor([[self.random.choice((-3.0, 3.0))] * WIDTH])
-        write = Write(row[0].clone(), asked_s)
+        row = draw_row(self.random, len(history.writes[table_id, slot])).reshape(1, WIDTH)
+        write = Write(row[0].clone(), self.name, asked_s)
         history.writes[table_id, slot].append(write)
         done = self.trainer.router.write_rows(table_id, array="values", ids=ids, rows=row, timeout_s=20.0)
         if await self.tried("writing rows", _said(done), view):
             write.done_s = self.now_s()
+        else:
+            write.given_up_s = self.now_s()
 
 
 async def _said(done: Awaitable[None]) -> bool:

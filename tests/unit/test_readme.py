@@ -25,6 +25,14 @@ def test_its_paths_exist() -> None:
         assert (ROOT / name).exists(), name
 
 
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+)
+def test_links_lead_somewhere(page: str) -> None:
+    for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text()):
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+
+
 def test_its_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     told = README + (ROOT / "CONTRIBUTING.md").read_text()

@@ -46,6 +46,8 @@ class CreateProgress:
     def __str__(self) -> str:
         if self.waiting_for:
             return f"it waits for {self.waiting_for}"
+        if self.bytes_total and not self.bytes_done:
+            return "its CPU kernels are made ready, and its first values"
         if self.bytes_total:
             unit, size = ("MiB", 2**20) if self.bytes_total >= _SMALL_BYTES else ("KiB", 2**10)
             done, total = self.bytes_done // size, -(-self.bytes_total // size)

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mempool.agreement.writes import OpenWrite, Writer
 from mempool.client.routing.fanout import Fanout
 from mempool.client.routing.plan import (
     Part,
@@ -249,11 +250,11 @@ class Attempt:
         """Rows [M, ..] of a named array in its dtype; ids: [M] int64, slots, or heads for the keys of product keys."""
         return await read_rows(self._fanout, array, ids)
 
-    async def write_rows(self, array: str, ids: Tensor, rows: Tensor) -> None:
+    async def write_rows(self, array: str, ids: Tensor, rows: Tensor, *, write: OpenWrite) -> None:
         """Overwrite rows [M, ..] of a named array, in the table's order of columns."""
-        await write_rows(self._fanout, array, ids, rows)
+        await write_rows(self._fanout, array, ids, rows, write=write)
 
-    async def step_count(self, *, to: int | None) -> int:
+    async def step_count(self, *, to: int | None, writer: Writer) -> int:
         """How many steps the table's optimizer counts; ``to`` makes it that many.
 
         Raises:
@@ -277,11 +278,14 @@ class Attempt:
         if to is None:
             return counts.pop()
 
-        async def tell(host: ShardHost, envelope: Envelope) -> StepCountReply:
-            request = StepCountRequest(envelope=envelope, set=to, at_version=seen.oldest_version)
-            return await host.step_count(request)
+        with writer.begin() as write:  # of each try its own: at another version it is another write
 
-        await self._fanout.each([(owner, tell) for owner in self.plan.owners])
+            async def tell(host: ShardHost, envelope: Envelope) -> StepCountReply:
+                return await host.step_count(
+                    StepCountRequest(envelope=envelope, set=to, at_version=seen.oldest_version, write_id=write.id)
+                )
+
+            await self._fanout.each([(owner, tell) for owner in self.plan.owners])
         return to
 
     def _seen(self, stamps: Sequence[Stamp]) -> Seen:

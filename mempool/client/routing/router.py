@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from mempool.agreement.writes import MAX_OPEN, Writer
 from mempool.client.lookup import Lookup
 from mempool.client.routing.attempt import Attempt, LookupRecord, Seen
 from mempool.client.routing.fanout import Dial, Fanout, Traffic
@@ -50,8 +51,8 @@ class Router:
         backoff: Waits between tries.
         jitter: Gives a number from 0 to 1 at each call.
         clock: Seconds, monotonic: what deadlines that go along with calls are told by.
-        first_lookup_id: Where its numbers of lookups begin; shards remember those of all clients by them alone, so it
-            must be a random one. None: it is.
+        first_lookup_id: Where its numbers of lookups begin, and what its writes are told from others' by; shards
+            remember those of all clients by them alone, so it must be a random one. None: it is.
     """
 
     def __init__(
@@ -78,6 +79,8 @@ class Router:
         self._names: dict[int, str] = {}  # of all tables ever seen, for messages
         self._refreshing: dict[int, asyncio.Lock] = {}
         self._next_lookup_id = secrets.randbits(62) if first_lookup_id is None else first_lookup_id
+        self._writer = Writer(self._next_lookup_id + 1)
+        self._room_for_writes = asyncio.Semaphore(MAX_OPEN)
         self.remembered = Remembered()
 
     @property
@@ -206,13 +209,19 @@ class Router:
         self, table_id: int, *, array: str, ids: Tensor, rows: Tensor, timeout_s: float | None = None
     ) -> None:
         """Overwrite rows [M, ..]. Atomic on one shard, not across shards; repeating it is safe."""
-
-        await self.call(table_id, lambda attempt: attempt.write_rows(array, ids, rows), timeout_s=timeout_s)
+        async with self._room_for_writes:
+            with self._writer.begin() as write:
+                await self.call(
+                    table_id, lambda attempt: attempt.write_rows(array, ids, rows, write=write), timeout_s=timeout_s
+                )
 
     async def step_count(self, table_id: int, *, to: int | None = None, timeout_s: float | None = None) -> int:
         """How many steps the table's optimizer counts; ``to`` makes it that many, at every owner."""
 
-        return await self.call(table_id, lambda attempt: attempt.step_count(to=to), timeout_s=timeout_s)
+        async with self._room_for_writes:
+            return await self.call(
+                table_id, lambda attempt: attempt.step_count(to=to, writer=self._writer), timeout_s=timeout_s
+            )
 
     async def call(
         self,

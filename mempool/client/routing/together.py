@@ -71,6 +71,7 @@ class Together:
         norm_order: float,
         decider: Part,
         wait: bool,
+        attempt: int,
         heard: HeardPrepare,
     ) -> None:
         """Phase one at these shards. heard: called with each answer as it comes."""
@@ -86,6 +87,7 @@ class Together:
                 decider_table=decider.table_id,
                 decider_step=decider.step_id.step,
                 wait=wait,
+                attempt=attempt,
             )
             reply = await host.prepare(request)
             self._saw(parts, [answer.stamp for answer in reply.parts])
@@ -129,18 +131,20 @@ class Together:
         for table_id, ids in step_ids.items():
             for info in self.attempts[table_id].plan.owners:
                 to.setdefault(info.shard, []).extend((table_id, step_id) for step_id in ids)
-        await self._discard({shard: steps for shard, steps in to.items() if steps}, keep_updates=False, heard=heard)
+        await self._discard({shard: steps for shard, steps in to.items() if steps}, heard=heard)
 
-    async def end_prepare(self, to: Mapping[int, Parts], *, heard: Callable[[int], None]) -> None:
-        """Let these shards end their Prepare, and keep the updates. heard: called with each as it has."""
+    async def end_prepare(self, to: Mapping[int, Parts], *, attempt: int, heard: Callable[[int], None]) -> None:
+        """Let these shards end their Prepares up to that attempt, and keep the updates. heard: called with each that
+        has."""
         steps = {shard: [(part.table_id, part.step_id) for part in parts] for shard, parts in to.items()}
-        await self._discard(steps, keep_updates=True, heard=heard)
+        await self._discard(steps, keep_updates=True, attempt=attempt, heard=heard)
 
     async def _discard(
         self,
         to: Mapping[int, Sequence[tuple[int, StepId]]],
         *,
-        keep_updates: bool,
+        keep_updates: bool = False,
+        attempt: int = 0,
         heard: Callable[[int], None] | None,
     ) -> None:
         async def ask(shard: int, steps: Sequence[tuple[int, StepId]], host: ShardHost, _: Envelope) -> None:
@@ -150,7 +154,7 @@ class Together:
             )
             for first in range(0, len(parts), _MOST_DISCARDED):
                 some = parts[first : first + _MOST_DISCARDED]
-                await host.discard(DiscardRequest(parts=some, keep_updates=keep_updates))
+                await host.discard(DiscardRequest(parts=some, keep_updates=keep_updates, attempt=attempt))
             if heard is not None:
                 heard(shard)
 

@@ -42,7 +42,7 @@ class Cautions:
         if not self._uncommitted_told and (pending >= _MAX_UPDATES or pending_bytes >= _MAX_BYTES):
             self._uncommitted_told = True
             warnings.warn(
-                f"{pending:_} updates of table {self._table!r} ({pending_bytes / 2**20:.0f} MiB) wait for a commit, and"
+                f"{pending:,} updates of table {self._table!r} ({pending_bytes / 2**20:.0f} MiB) wait for a commit, and"
                 " more come: backward() only pushes them. Call step() of a mempool.optim.PoolOptimizer for this table"
                 " after each backward pass (or table.commit()), zero_grad() to drop them, or freeze the table with"
                 " table.requires_grad_(False)",

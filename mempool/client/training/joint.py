@@ -119,7 +119,9 @@ class Joint:
                 )
                 step.handle(SentAgain())
             case EndPrepare():
-                await together.end_prepare(action.to, heard=lambda shard: step.handle(PrepareEnded(shard=shard)))
+                await together.end_prepare(
+                    action.to, attempt=action.attempt, heard=lambda shard: step.handle(PrepareEnded(shard=shard))
+                )
             case Commit():
                 await self._commit(together, action)
             case Apply():
@@ -159,6 +161,7 @@ class Joint:
                 norm_order=action.norm_order,
                 decider=action.decider,
                 wait=action.wait,
+                attempt=action.attempt,
                 heard=heard,
             )
         except StepConflict as refusal:

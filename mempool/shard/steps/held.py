@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from mempool.agreement.attempts import Attempts
 from mempool.agreement.ledger import over
 from mempool.errors import MempoolError
 from mempool.kernels import SortedPairs
@@ -150,12 +151,14 @@ class RankUpdates:
         owner: Who answers for the bytes: the connection that brought the first of them, else the rank.
         updates: By step, then sequence.
         num_bytes: Of all of it but the sums that ``prepared`` keeps.
+        attempts: Which Prepares of its newest step count.
     """
 
     owner: str
     num_bytes: int
     updates: dict[int, dict[int, HeldUpdate]] = field(default_factory=dict)
     prepared: PreparedStep | None = None
+    attempts: Attempts = field(default_factory=Attempts)
     touched_s: float = 0.0
 
 
@@ -334,6 +337,22 @@ class HeldUpdates:
         self._end_prepare(found, step_id)
         self._forget_empty(found, step_id)
         return True
+
+    def attempted(self, step_id: StepId, attempt: int) -> None:
+        """This Prepare of the step has prepared it, or found that it is."""
+        self._ranks[_rank(step_id)].attempts.prepared(step_id.step, attempt)
+
+    def late(self, step_id: StepId, attempt: int) -> str:
+        """Why this Prepare of the step counts no more, in words; "": it counts."""
+        found = self._ranks.get(_rank(step_id))
+        return "" if found is None else found.attempts.late(step_id.step, attempt)
+
+    def end_attempt(self, step_id: StepId, attempt: int) -> None:
+        """The step's Prepares up to this one are ended; its updates stay. That they are is kept with the rank, whatever
+        else it has here, until it was silent for a lease."""
+        found = self._ranks.get(_rank(step_id))
+        if found is not None and found.attempts.end(step_id.step, attempt) and self.is_prepared(step_id):
+            self._end_prepare(found, step_id)
 
     def discard(self, step_id: StepId) -> int:
         """Drop what is held of one step. Returns how many updates that were."""

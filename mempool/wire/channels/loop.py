@@ -8,7 +8,7 @@ import atexit
 import os
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
 from mempool.errors import DeadlineExceeded, MempoolError
@@ -129,6 +129,10 @@ def run(coro: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
         raise DeadlineExceeded(
             f"the call took longer than {timeout_s} s; whether it took effect is not known"
         ) from None
+    except CancelledError:
+        if not io.ended:
+            raise
+        raise MempoolError("this Python ends, and a call of mempool that another thread waited for with it") from None
     except BaseException:
         if not io.ended and (future is None or not future.done()):
             io.loop.call_soon_threadsafe(call.cancel)

@@ -11,6 +11,7 @@ from mempool.wire.v1 import data_pb2 as pb
 ENVELOPE = Mirror(pb.Envelope, types.Envelope)
 STAMP = Mirror(pb.Stamp, types.Stamp)
 STEP_ID = Mirror(pb.StepId, types.StepId)
+WRITE_ID = Mirror(pb.WriteId, types.WriteId)
 
 _FLOATS = ("float32", "bfloat16")
 _WEIGHTS = TensorField(dtypes=_FLOATS, optional=True)
@@ -19,6 +20,7 @@ _ROWS = TensorField(dtypes=(), dims=(2,))
 
 _REQUEST: dict[str, Converter] = {"envelope": ENVELOPE}
 _STEP: dict[str, Converter] = {"envelope": ENVELOPE, "step_id": STEP_ID}
+_WRITE: dict[str, Converter] = {"envelope": ENVELOPE, "write_id": WRITE_ID}
 _REPLY: dict[str, Converter] = {"stamp": STAMP}
 
 GATHER_REQUEST = FrameCodec(
@@ -68,8 +70,9 @@ SCORE_REPLY = FrameCodec(
 READ_ROWS_REQUEST = FrameCodec(Mirror(pb.ReadRowsRequest, types.ReadRowsRequest, _REQUEST), {"ids": SLOT_IDS})
 READ_ROWS_REPLY = FrameCodec(Mirror(pb.ReadRowsReply, types.ReadRowsReply, _REPLY), {"rows": _ROWS})
 WRITE_ROWS_REQUEST = FrameCodec(
-    Mirror(pb.WriteRowsRequest, types.WriteRowsRequest, _REQUEST), {"ids": SLOT_IDS, "rows": _ROWS}
+    Mirror(pb.WriteRowsRequest, types.WriteRowsRequest, _WRITE, optional=("write_id",)),
+    {"ids": SLOT_IDS, "rows": _ROWS},
 )
 WRITE_ROWS_REPLY = FrameCodec(Mirror(pb.WriteRowsReply, types.WriteRowsReply, _REPLY))
-STEP_COUNT_REQUEST = FrameCodec(Mirror(pb.StepCountRequest, types.StepCountRequest, _REQUEST))
+STEP_COUNT_REQUEST = FrameCodec(Mirror(pb.StepCountRequest, types.StepCountRequest, _WRITE, optional=("write_id",)))
 STEP_COUNT_REPLY = FrameCodec(Mirror(pb.StepCountReply, types.StepCountReply, _REPLY))

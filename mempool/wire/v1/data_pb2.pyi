@@ -37,7 +37,7 @@ Concurrency. Calls may overlap and are answered in any order. Where one must see
 
 Limits. A message, either way, is at most 256 MiB (ERROR_CODE_REQUEST_TOO_LARGE); scalars and names of one request (all but its tensors) are at most 4 MiB.
 
-64-bit integers: the values in this package stay below 2^53 except lookup ids and seeds, so a client in a language
+64-bit integers: the values in this package stay below 2^53 except lookup ids, writers and seeds, so a client in a language
 without them may use doubles for what it reads.
 """
 
@@ -161,6 +161,40 @@ class StepId(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepId: _TypeAlias = StepId  # noqa: Y015
+
+@_typing.final
+class WriteId(_message.Message):
+    """One write of a client: of rows, or of the step count."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WRITER_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    OPEN_FIELD_NUMBER: _builtins.int
+    writer: _builtins.int
+    """The client: a number unique among all clients (random), 1 or more."""
+    number: _builtins.int
+    """The write: numbers ascend in the life of a client, from 1, over all its tables. A repeat keeps its number."""
+    @_builtins.property
+    def open(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Writes of this client before this one that were neither answered nor given up when this message was sent, ascending;
+        at most 1,024. All others before it are over: copies of them that come later are refused.
+        """
+
+    def __init__(
+        self,
+        *,
+        writer: _builtins.int = ...,
+        number: _builtins.int = ...,
+        open: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "open", b"open", "writer", b"writer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WriteId: _TypeAlias = WriteId  # noqa: Y015
 
 @_typing.final
 class GatherRequest(_message.Message):
@@ -424,6 +458,7 @@ class PrepareRequest(_message.Message):
     DECIDER_STEP_FIELD_NUMBER: _builtins.int
     WAIT_FIELD_NUMBER: _builtins.int
     NORM_ORDER_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     want_norm: _builtins.bool
     """Answer squared_norm and finite."""
     decider_table: _builtins.int
@@ -434,6 +469,10 @@ class PrepareRequest(_message.Message):
     """Where a table is held off: answer once it is not."""
     norm_order: _builtins.float
     """With want_norm: answer norm too, of this order: above 0, infinity for the largest element. 0: only squared_norm."""
+    attempt: _builtins.int
+    """Which Prepare of the step this is: each names a higher number than those before it, whichever shards they went to, so
+    that one that comes late is known from one that counts. 0: not counted.
+    """
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PreparePart]:
         """The tables of the step that this shard owns anything of."""
@@ -447,10 +486,11 @@ class PrepareRequest(_message.Message):
         decider_step: _builtins.int = ...,
         wait: _builtins.bool = ...,
         norm_order: _builtins.float = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decider_step", b"decider_step", "decider_table", b"decider_table", "norm_order", b"norm_order", "parts", b"parts", "wait", b"wait", "want_norm", b"want_norm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "decider_step", b"decider_step", "decider_table", b"decider_table", "norm_order", b"norm_order", "parts", b"parts", "wait", b"wait", "want_norm", b"want_norm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -706,8 +746,13 @@ class DiscardRequest(_message.Message):
 
     PARTS_FIELD_NUMBER: _builtins.int
     KEEP_UPDATES_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     keep_updates: _builtins.bool
     """End the Prepare alone: the updates stay held."""
+    attempt: _builtins.int
+    """With keep_updates: the newest Prepare of these steps that is ended. A later one stays, and an earlier one that comes
+    only now is refused.
+    """
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___DiscardPart]:
         """What to drop."""
@@ -717,10 +762,11 @@ class DiscardRequest(_message.Message):
         *,
         parts: _abc.Iterable[Global___DiscardPart] | None = ...,
         keep_updates: _builtins.bool = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep_updates", b"keep_updates", "parts", b"parts"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "keep_updates", b"keep_updates", "parts", b"parts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1055,6 +1101,7 @@ class WriteRowsRequest(_message.Message):
     ENVELOPE_FIELD_NUMBER: _builtins.int
     ARRAY_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
+    WRITE_ID_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     array: _builtins.str
@@ -1070,6 +1117,10 @@ class WriteRowsRequest(_message.Message):
         """The column blocks that `rows` has: as ReadRows answers them here."""
 
     @_builtins.property
+    def write_id(self) -> Global___WriteId:
+        """Which write this is. May be absent: see WriteRows."""
+
+    @_builtins.property
     def ids(self) -> _tensor_pb2.Tensor:
         """[M] int64 or uint32: slot ids; head numbers for the keys of product keys."""
 
@@ -1083,12 +1134,13 @@ class WriteRowsRequest(_message.Message):
         envelope: Global___Envelope | None = ...,
         array: _builtins.str = ...,
         blocks: _abc.Iterable[_builtins.int] | None = ...,
+        write_id: Global___WriteId | None = ...,
         ids: _tensor_pb2.Tensor | None = ...,
         rows: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "ids", b"ids", "rows", b"rows"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "ids", b"ids", "rows", b"rows", "write_id", b"write_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["array", b"array", "blocks", b"blocks", "envelope", b"envelope", "ids", b"ids", "rows", b"rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["array", b"array", "blocks", b"blocks", "envelope", b"envelope", "ids", b"ids", "rows", b"rows", "write_id", b"write_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1127,6 +1179,7 @@ class StepCountRequest(_message.Message):
     ENVELOPE_FIELD_NUMBER: _builtins.int
     SET_FIELD_NUMBER: _builtins.int
     AT_VERSION_FIELD_NUMBER: _builtins.int
+    WRITE_ID_FIELD_NUMBER: _builtins.int
     set: _builtins.int
     """So many steps are done: the next commit is the one after. Absent: only read."""
     at_version: _builtins.int
@@ -1135,16 +1188,21 @@ class StepCountRequest(_message.Message):
     def envelope(self) -> Global___Envelope:
         """The view."""
 
+    @_builtins.property
+    def write_id(self) -> Global___WriteId:
+        """With `set`: which write this is. May be absent: see WriteRows."""
+
     def __init__(
         self,
         *,
         envelope: Global___Envelope | None = ...,
         set: _builtins.int | None = ...,
         at_version: _builtins.int = ...,
+        write_id: Global___WriteId | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_set", b"_set", "envelope", b"envelope", "set", b"set"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_set", b"_set", "envelope", b"envelope", "set", b"set", "write_id", b"write_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_set", b"_set", "at_version", b"at_version", "envelope", b"envelope", "set", b"set"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_set", b"_set", "at_version", b"at_version", "envelope", b"envelope", "set", b"set", "write_id", b"write_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__set: _TypeAlias = _typing.Literal["set"]  # noqa: Y015
     _WhichOneofArgType__set: _TypeAlias = _typing.Literal["_set", b"_set"]  # noqa: Y015

@@ -128,7 +128,8 @@ class MemoryServiceServicer(object):
 
         Repeatable. A table whose pages are moving answers `held_off`: end what other shards have prepared (Discard with
         keep_updates), and ask the shard that said so with `wait`, which is answered when the move's round is over.
-        ERROR_CODE_STEP_CONFLICT for a step that was dropped (its lease ended), and for a generation that is over.
+        ERROR_CODE_STEP_CONFLICT for a step that was dropped (its lease ended), for a generation that is over, and for an
+        attempt that was ended or that a later one has come before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -208,7 +209,9 @@ class MemoryServiceServicer(object):
         """Overwrites rows, as far as this shard owns them; the rest is skipped. Optimizer state of the rows stays as it is, and
         the table version too. Where an id is repeated, the last one stays.
 
-        Idempotent. Atomic on one shard, not across shards. Waits while the table's pages are moving.
+        Atomic on one shard, not across shards. Waits while the table's pages are moving. Idempotent by (writer, number): a
+        repeat of a write that is done is answered and not done again, and one that its client has said to be over is late:
+        ERROR_CODE_INVALID_REQUEST. Without a write_id each copy is written when it comes, also one that comes late.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -219,8 +222,8 @@ class MemoryServiceServicer(object):
         state of elsewhere: Adam's bias correction and Adagrad's learning rate decay go on from there. It is the number of
         commits where it was never set.
 
-        Idempotent. Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have.
-        ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
+        Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have. Setting it is
+        a write, idempotent as WriteRows is; at another version it is another write. ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,7 +37,7 @@ Concurrency. Calls may overlap and are answered in any order. Where one must see
 
 Limits. A message, either way, is at most 256 MiB (ERROR_CODE_REQUEST_TOO_LARGE); scalars and names of one request (all but its tensors) are at most 4 MiB.
 
-64-bit integers: the values in this package stay below 2^53 except lookup ids and seeds, so a client in a language
+64-bit integers: the values in this package stay below 2^53 except lookup ids, writers and seeds, so a client in a language
 without them may use doubles for what it reads.
 """
 
@@ -95,7 +95,8 @@ class MemoryServiceStub:
 
     Repeatable. A table whose pages are moving answers `held_off`: end what other shards have prepared (Discard with
     keep_updates), and ask the shard that said so with `wait`, which is answered when the move's round is over.
-    ERROR_CODE_STEP_CONFLICT for a step that was dropped (its lease ended), and for a generation that is over.
+    ERROR_CODE_STEP_CONFLICT for a step that was dropped (its lease ended), for a generation that is over, and for an
+    attempt that was ended or that a later one has come before.
     """
     Commit: _grpc.UnaryUnaryMultiCallable[_data_pb2.CommitRequest, _data_pb2.CommitReply]
     """Second phase. Three kinds:
@@ -147,15 +148,17 @@ class MemoryServiceStub:
     """Overwrites rows, as far as this shard owns them; the rest is skipped. Optimizer state of the rows stays as it is, and
     the table version too. Where an id is repeated, the last one stays.
 
-    Idempotent. Atomic on one shard, not across shards. Waits while the table's pages are moving.
+    Atomic on one shard, not across shards. Waits while the table's pages are moving. Idempotent by (writer, number): a
+    repeat of a write that is done is answered and not done again, and one that its client has said to be over is late:
+    ERROR_CODE_INVALID_REQUEST. Without a write_id each copy is written when it comes, also one that comes late.
     """
     StepCount: _grpc.UnaryUnaryMultiCallable[_data_pb2.StepCountRequest, _data_pb2.StepCountReply]
     """Reads how many steps the table's optimizer counts, and with `set` changes it, so that training can be continued from a
     state of elsewhere: Adam's bias correction and Adagrad's learning rate decay go on from there. It is the number of
     commits where it was never set.
 
-    Idempotent. Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have.
-    ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
+    Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have. Setting it is
+    a write, idempotent as WriteRows is; at another version it is another write. ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
     """
 
 @_typing.type_check_only
@@ -187,7 +190,8 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
 
     Repeatable. A table whose pages are moving answers `held_off`: end what other shards have prepared (Discard with
     keep_updates), and ask the shard that said so with `wait`, which is answered when the move's round is over.
-    ERROR_CODE_STEP_CONFLICT for a step that was dropped (its lease ended), and for a generation that is over.
+    ERROR_CODE_STEP_CONFLICT for a step that was dropped (its lease ended), for a generation that is over, and for an
+    attempt that was ended or that a later one has come before.
     """
     Commit: _aio.UnaryUnaryMultiCallable[_data_pb2.CommitRequest, _data_pb2.CommitReply]  # type: ignore[assignment]
     """Second phase. Three kinds:
@@ -239,15 +243,17 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     """Overwrites rows, as far as this shard owns them; the rest is skipped. Optimizer state of the rows stays as it is, and
     the table version too. Where an id is repeated, the last one stays.
 
-    Idempotent. Atomic on one shard, not across shards. Waits while the table's pages are moving.
+    Atomic on one shard, not across shards. Waits while the table's pages are moving. Idempotent by (writer, number): a
+    repeat of a write that is done is answered and not done again, and one that its client has said to be over is late:
+    ERROR_CODE_INVALID_REQUEST. Without a write_id each copy is written when it comes, also one that comes late.
     """
     StepCount: _aio.UnaryUnaryMultiCallable[_data_pb2.StepCountRequest, _data_pb2.StepCountReply]  # type: ignore[assignment]
     """Reads how many steps the table's optimizer counts, and with `set` changes it, so that training can be continued from a
     state of elsewhere: Adam's bias correction and Adagrad's learning rate decay go on from there. It is the number of
     commits where it was never set.
 
-    Idempotent. Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have.
-    ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
+    Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have. Setting it is
+    a write, idempotent as WriteRows is; at another version it is another write. ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
     """
 
 class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -294,7 +300,8 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Repeatable. A table whose pages are moving answers `held_off`: end what other shards have prepared (Discard with
         keep_updates), and ask the shard that said so with `wait`, which is answered when the move's round is over.
-        ERROR_CODE_STEP_CONFLICT for a step that was dropped (its lease ended), and for a generation that is over.
+        ERROR_CODE_STEP_CONFLICT for a step that was dropped (its lease ended), for a generation that is over, and for an
+        attempt that was ended or that a later one has come before.
         """
 
     @_abc_1.abstractmethod
@@ -388,7 +395,9 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         """Overwrites rows, as far as this shard owns them; the rest is skipped. Optimizer state of the rows stays as it is, and
         the table version too. Where an id is repeated, the last one stays.
 
-        Idempotent. Atomic on one shard, not across shards. Waits while the table's pages are moving.
+        Atomic on one shard, not across shards. Waits while the table's pages are moving. Idempotent by (writer, number): a
+        repeat of a write that is done is answered and not done again, and one that its client has said to be over is late:
+        ERROR_CODE_INVALID_REQUEST. Without a write_id each copy is written when it comes, also one that comes late.
         """
 
     @_abc_1.abstractmethod
@@ -401,8 +410,8 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         state of elsewhere: Adam's bias correction and Adagrad's learning rate decay go on from there. It is the number of
         commits where it was never set.
 
-        Idempotent. Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have.
-        ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
+        Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have. Setting it is
+        a write, idempotent as WriteRows is; at another version it is another write. ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
         """
 
 def add_MemoryServiceServicer_to_server(servicer: MemoryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

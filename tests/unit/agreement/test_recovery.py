@@ -72,7 +72,7 @@ def test_a_table_that_one_shard_was_told_to_drop_is_dropped_everywhere(known: Kn
 
 def test_a_table_that_this_controller_is_making_is_left_alone() -> None:
     known = Knowledge(views={"t1": view(1)}, making=frozenset({1}))
-    heard = Heard(pending=frozenset({1}), frozen=frozenset({1}))
+    heard = Heard(pending=frozenset({1}), frozen={1: "r"})
     known = learn_all(known, [heard] * 3, everyone=True)
     assert owed(known, INFOS[0], heard) == []
     assert owed(known, INFOS[1], Heard()) == []
@@ -95,10 +95,12 @@ def test_of_two_tables_of_one_name_the_later_lives() -> None:
 
 def test_what_is_frozen_anywhere_is_thawed_at_its_gate_first() -> None:
     table = view(1, epoch=3, owners=(1, 2))
-    heard = {0: Heard(views=(table,)), 1: Heard(views=(table,)), 2: Heard(views=(table,), frozen=frozenset({1}))}
+    heard = {0: Heard(views=(table,)), 1: Heard(views=(table,)), 2: Heard(views=(table,), frozen={1: "r"})}
     known = learn_all(ADOPTING, heard.values(), everyone=True)
-    assert thaws(known, heard) == [Thaws(table_id=1, epoch=3, gate=1, others=(0, 2))]
-    assert thaws(known, {shard: replace(each, frozen=frozenset()) for shard, each in heard.items()}) == []
+    assert thaws(known, heard) == [Thaws(table_id=1, tokens=("r",), epoch=3, gate=1, others=(0, 2))]
+    heard[0] = replace(heard[0], frozen={1: "", 9: "of none"})
+    assert thaws(known, heard)[0].tokens == ("", "r")
+    assert thaws(known, {shard: replace(each, frozen={}) for shard, each in heard.items()}) == []
 
 
 State = st.sampled_from(["absent", "pending", "made"])

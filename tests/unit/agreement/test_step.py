@@ -1,7 +1,5 @@
 """A step over tables and shards, by events alone, against shards that are a few sets: whatever fails, whenever."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -10,13 +8,8 @@ from hypothesis import strategies as st
 
 from mempool.agreement.step import StepOfTables, TableStep
 from mempool.agreement.step_events import (
-    Action,
-    Apply,
-    ApplyAnswered,
-    ApplyRefused,
     Begun,
     Commit,
-    CommitAnswered,
     CommitInvalid,
     CommitSent,
     Decided,
@@ -25,254 +18,14 @@ from mempool.agreement.step_events import (
     Gone,
     Owners,
     Part,
-    Parts,
     Placed,
     Prepare,
-    PrepareAnswered,
-    PrepareEnded,
     Reached,
-    Refused,
-    Renumber,
-    Renumbered,
     SendAgain,
-    SentAgain,
 )
 from mempool.errors import Internal, StepConflict
-from mempool.types import CommittedPart, PreparedPart, Stamp, StepId
-
-STAMP = Stamp(shard=0, incarnation=1, epoch=1, table_version=0)
-NUMBERS = {1: (0.1, 1.0), 2: (0.2, 0.5), 3: (0.3, 1.0)}
-PLACES: dict[str, dict[int, tuple[int, ...]]] = {
-    "one": {1: (0,), 2: (0,), 3: (0,)},
-    "same": {1: (0, 1, 2), 2: (0, 1, 2), 3: (0, 1, 2)},
-    "apart": {1: (0,), 2: (1, 2), 3: (3,)},
-    "crossed": {1: (1, 2), 2: (0, 1), 3: (0, 2, 3)},
-}
-
-
-def owners(place: str, epoch: int = 1) -> tuple[Owners, ...]:
-    return tuple(
-        Owners(table_id=table_id, shards=shards, holders=frozenset(shards), view=(place, epoch))
-        for table_id, shards in PLACES[place].items()
-    )
-
-
-@dataclass
-class Shards:
-    """What four shards know, as the protocol has it; ``sent`` are the rounds that were sent to them.
-
-    Attributes:
-        held: (shard, table, step, sequence).
-        prepared: (shard, step of the first table).
-        decided: By step of the first table: (lr, grad_scale) by table, and versions.
-        applied: (shard, table) -> what was applied there, in order: (step, sequences, lr, grad_scale).
-    """
-
-    place: str
-    epoch: int = 1
-    held: set[tuple[int, int, int, int]] = field(default_factory=set)
-    prepared: set[tuple[int, int]] = field(default_factory=set)
-    over: int = 0
-    decided: dict[int, Parts] = field(default_factory=dict)
-    versions: dict[int, int] = field(default_factory=dict)
-    applied: dict[tuple[int, int], list[Part]] = field(default_factory=dict)
-    held_off: set[int] = field(default_factory=set)
-    sent: list[Action] = field(default_factory=list)
-
-    def prepare(self, shard: int, parts: Parts, first: int, *, wait: bool) -> list[PreparedPart]:
-        if first <= self.over and first not in self.decided:
-            raise StepConflict("dropped")
-        if wait:
-            self.held_off.discard(shard)
-        if shard in self.held_off:
-            return [PreparedPart(stamp=STAMP, held_off=True) for _ in parts]
-        if all(self.has(shard, part) for part in parts):
-            return [PreparedPart(stamp=STAMP, applied=True) for _ in parts]
-        missing = [
-            tuple(s for s in part.sequences if (shard, part.table_id, part.step_id.step, s) not in self.held)
-            if not self.has(shard, part)
-            else ()
-            for part in parts
-        ]
-        if not any(missing):
-            self.prepared.add((shard, first))
-        return [
-            PreparedPart(stamp=STAMP, missing=each, squared_norm=2.0, norm=3.0, applied=self.has(shard, part))
-            for each, part in zip(missing, parts, strict=True)
-        ]
-
-    def has(self, shard: int, part: Part) -> bool:
-        return any(done.step_id == part.step_id for done in self.applied.get((shard, part.table_id), []))
-
-    def commit(self, shard: int, parts: Parts, *, one_phase: bool) -> list[CommittedPart]:
-        first = parts[0].step_id.step
-        if first not in self.decided:
-            if one_phase:
-                reply = self.prepare(shard, parts, first, wait=True)
-                if any(part.missing for part in reply):
-                    return [CommittedPart(stamp=STAMP, missing=part.missing) for part in reply]
-            elif (shard, first) not in self.prepared or first <= self.over:
-                self.over = max(self.over, first)
-                raise StepConflict("not prepared")
-            self.decided[first] = parts
-            for part in parts:
-                if PLACES[self.place][part.table_id][0] == shard:
-                    self.versions[part.table_id] = self.versions.get(part.table_id, 0) + 1
-                    self._apply(shard, part)
-        return [
-            CommittedPart(
-                stamp=STAMP,
-                version=self.versions[part.table_id] if PLACES[self.place][part.table_id][0] == shard else 0,
-            )
-            for part in parts
-        ]
-
-    def apply(self, shard: int, parts: Parts, first: int) -> list[CommittedPart]:
-        assert first in self.decided
-        if not all(self.has(shard, part) for part in parts) and (shard, first) not in self.prepared:
-            raise StepConflict("not prepared here")
-        for part in parts:
-            if not self.has(shard, part):
-                gate = PLACES[self.place][part.table_id][0] == shard
-                assert gate or part.version, "others than the gate are told the version"
-                if gate and not part.version:
-                    self.versions[part.table_id] = self.versions.get(part.table_id, 0) + 1
-                self._apply(shard, part)
-        return [CommittedPart(stamp=STAMP, version=self.versions[part.table_id]) for part in parts]
-
-    def _apply(self, shard: int, part: Part) -> None:
-        self.applied.setdefault((shard, part.table_id), []).append(part)
-
-    def move(self, place: str) -> None:
-        """Prepared steps were decided and applied, or are dropped; what is held is dropped; ledgers go with pages."""
-        done = {table_id: part for parts in self.decided.values() for part in parts for table_id in [part.table_id]}
-        for table_id, part in done.items():
-            self.versions.setdefault(table_id, 1)
-            for shard in {*PLACES[self.place][table_id], *PLACES[place][table_id]}:
-                if not self.has(shard, part):
-                    self._apply(shard, replace(part, sequences=SEQUENCES))
-        self.place, self.epoch = place, self.epoch + 1
-        self.held.clear()
-        self.prepared.clear()
-
-    def forget(self, shard: int) -> None:
-        self.held = {each for each in self.held if each[0] != shard}
-        self.prepared = {each for each in self.prepared if each[0] != shard}
-
-
-SEQUENCES = (1, 2)
-
-
-class Client:
-    """Carries out what a step says, on ``Shards``; every answer may be lost."""
-
-    def __init__(self, place: str, *, tables: tuple[int, ...] = (1, 2, 3), held: bool = True) -> None:
-        self.shards = Shards(place)
-        self.next_step = 1
-        self.step = StepOfTables(
-            TableStep(table_id=table_id, step_id=self.step_id(), sequences=SEQUENCES) for table_id in tables
-        )
-        self.next_step = 2
-        self.lost: Callable[[], bool] = lambda: False
-        self.in_between: Callable[[], None] = lambda: None
-        if held:
-            self._hold({t: dict.fromkeys(PLACES[place][t], SEQUENCES) for t in tables})
-
-    def step_id(self) -> StepId:
-        return StepId(group="g", rank=0, step=self.next_step)
-
-    def go(
-        self, goal: Any, *, decide: bool = True, want_norm: bool = False, norm_order: float = 0.0, actions: int = 100
-    ) -> Action:
-        """Until the goal is reached, it fails, or an answer is lost."""
-        step, shards = self.step, self.shards
-        step.handle(Begun(want_norm=want_norm, norm_order=norm_order))
-        if decide:
-            step.handle(Decided(numbers={table_id: NUMBERS[table_id] for table_id in step.tables}))
-        for _ in range(actions):
-            self.in_between()
-            placed = [each for each in owners(shards.place, shards.epoch) if each.table_id in step.tables]
-            step.handle(Placed(owners=tuple(placed)))
-            action = step.next(goal)
-            if isinstance(action, Reached | Fail):
-                return action
-            shards.sent.append(action)
-            for _ in self._carry_out(action):
-                if self.lost():
-                    return action
-        raise AssertionError(f"no end in sight: {shards.sent[-6:]}")
-
-    def _carry_out(self, action: Action) -> Iterator[None]:
-        step, shards = self.step, self.shards
-        if isinstance(action, Prepare):
-            first = action.decider.step_id.step
-            for shard, parts in action.to.items():
-                try:
-                    reply = shards.prepare(shard, parts, first, wait=action.wait)
-                except StepConflict as error:
-                    step.handle(Refused(error=error))
-                    return
-                yield
-                step.handle(
-                    PrepareAnswered(
-                        shard=shard,
-                        parts=parts,
-                        reply=reply,
-                        want_norm=action.want_norm,
-                        norm_order=action.norm_order,
-                    )
-                )
-        elif isinstance(action, SendAgain):
-            self._hold(action.missing)
-            yield
-            step.handle(SentAgain())
-        elif isinstance(action, EndPrepare):
-            for shard in action.to:
-                shards.prepared = {each for each in shards.prepared if each[0] != shard}
-                yield
-                step.handle(PrepareEnded(shard=shard))
-        elif isinstance(action, Commit):
-            step.handle(CommitSent())
-            try:
-                answer = shards.commit(action.shard, action.parts, one_phase=action.one_phase)
-            except StepConflict as error:
-                yield
-                step.handle(Refused(error=error))
-                return
-            yield
-            step.handle(CommitAnswered(shard=action.shard, reply=answer))
-        elif isinstance(action, Apply):
-            first = next(iter(step.tables.values())).step_id.step
-            for shard, parts in action.to.items():
-                try:
-                    answer = shards.apply(shard, parts, first)
-                except StepConflict:
-                    step.handle(ApplyRefused(shard=shard))
-                    continue
-                yield
-                step.handle(ApplyAnswered(shard=shard, parts=parts, reply=answer))
-        elif isinstance(action, Renumber):
-            step_id = self.step_id()
-            self.next_step += 1
-            step.handle(Renumbered(step_ids=dict.fromkeys(step.tables, step_id)))
-
-    def _hold(self, missing: Any) -> None:
-        for table_id, by_shard in missing.items():
-            number = self.step.tables[table_id].step_id.step
-            for shard, sequences in by_shard.items():
-                self.shards.held |= {(shard, table_id, number, sequence) for sequence in sequences}
-
-    def kinds(self) -> list[str]:
-        return [type(action).__name__ for action in self.shards.sent]
-
-    def assert_applied_once(self) -> None:
-        place = PLACES[self.shards.place]
-        for table_id, table in self.step.tables.items():
-            for shard in place[table_id]:
-                (part,) = self.shards.applied[shard, table_id]
-                assert part.step_id == table.step_id
-                assert (part.lr, part.grad_scale) == NUMBERS[table_id]
-        assert len(self.shards.decided) == 1
+from mempool.types import StepId
+from tests.unit.agreement.step_by_events import NUMBERS, PLACES, SEQUENCES, Client, owners
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -329,6 +82,34 @@ def test_a_table_held_off_ends_the_others_prepare_and_is_waited_for_there_alone(
     )
 
 
+def test_copies_that_come_late_neither_end_nor_begin_anything() -> None:
+    """What is decided stays prepared until it is applied; while a shard waits for a move, nothing else is prepared."""
+    client = Client("same")
+    shards = client.shards
+    shards.held_off = {1}
+
+    def late() -> None:
+        for action in list(shards.sent) * 2:
+            client.again(action)
+            assert not (isinstance(shards.sent[-1], EndPrepare) and shards.prepared)
+            for part in (part for parts in shards.decided.values() for part in parts):
+                for shard in PLACES["same"][part.table_id]:
+                    assert shards.has(shard, part) or (shard, part.step_id.step) in shards.prepared
+
+    client.in_between = late
+    assert isinstance(client.go("applied"), Reached)
+    assert client.kinds() == ["Prepare", "EndPrepare", "Prepare", "Prepare", "Commit", "Apply"]
+    client.assert_applied_once()
+
+
+def test_every_prepare_has_a_higher_number_and_an_end_names_the_newest() -> None:
+    client = Client("same")
+    client.shards.held_off = {1}
+    client.go("decided")
+    numbers = [each.attempt for each in client.shards.sent if isinstance(each, Prepare | EndPrepare)]
+    assert numbers == [1, 1, 2, 3]
+
+
 def test_a_lost_answer_means_the_same_commit_again_whatever_is_said_then() -> None:
     client = Client("same")
     client.lost = lambda: isinstance(client.shards.sent[-1], Commit)
@@ -339,6 +120,20 @@ def test_a_lost_answer_means_the_same_commit_again_whatever_is_said_then() -> No
     client.shards.move("crossed")
     client.go("applied", decide=False)
     assert [action for action in client.kinds() if action == "Prepare"] == ["Prepare"]
+    client.assert_applied_once()
+
+
+def test_a_commit_in_one_phase_that_misses_updates_may_still_be_decided() -> None:
+    """By a copy of it that comes once they are there: so it is neither dropped nor committed by other numbers."""
+    client = Client("one", held=False)
+    client.lost = lambda: isinstance(client.shards.sent[-1], SendAgain)
+    client.go("decided")
+    assert client.kinds() == ["Commit", "SendAgain"]
+    assert client.step.state == "in doubt"
+    client.step.handle(Decided(numbers={1: (9.0, 9.0)}))
+    client.lost = lambda: False
+    assert isinstance(client.go("applied", decide=False), Reached)
+    assert client.kinds()[2:] == ["SendAgain", "Commit"]
     client.assert_applied_once()
 
 
@@ -431,6 +226,7 @@ def test_a_table_that_was_dropped_leaves_the_step_to_the_others() -> None:
             st.tuples(st.just("forget"), st.integers(0, 3)),
             st.tuples(st.just("hold off"), st.integers(0, 3)),
             st.tuples(st.just("drop"), st.just(0)),
+            st.tuples(st.just("come late"), st.integers(0, 30)),
             st.tuples(st.just("move"), st.sampled_from(sorted(PLACES))),
         ),
         max_size=25,
@@ -450,6 +246,9 @@ def test_whatever_happens_a_step_is_applied_once_everywhere(
             shards.forget(which)
         elif what == "hold off":
             shards.held_off.add(which)
+        elif what == "come late":
+            for action in shards.sent[-which:]:
+                client.again(action)
         elif what == "drop" and first not in shards.decided:
             shards.over = first
             shards.prepared.clear()

@@ -143,7 +143,7 @@ def test_apply(served: ServedPool, file: Path, command: Command) -> None:
         "restart": [],
     }
     done = command("apply", "-f", file).stdout.splitlines()
-    assert done[0] == "rescaling: 2 -> 3 shards"
+    assert done[0] == "asking for 3 shards; there are 2"
     assert done[-1] == "creating table 'more': 64 x 8 float32"
     assert sorted(served.shards) == [0, 1, 2]
     assert json.loads(command("apply", "-f", file, "--json").stdout)["nothing"] is True

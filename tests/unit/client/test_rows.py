@@ -17,6 +17,19 @@ def test_rows_are_named_by_a_vector_in_range() -> None:
         checked_rows(torch.tensor([3, 4]), num_slots=4, table="facts", what="heads")
 
 
+def test_rows_may_be_named_by_a_list() -> None:
+    for ids in ([3, 0], (3, 0), range(3, -1, -3)):
+        assert torch.equal(checked_rows(ids, num_slots=4, table="facts"), torch.tensor([3, 0]))
+    assert checked_rows([], num_slots=4, table="facts").shape == (0,)
+    for wrong in ([1.0], [True], [2**63], [[1]], ["1"]):
+        with pytest.raises(InvalidRequest, match="ids must be integers, as a tensor or as a list of int"):
+            checked_rows(wrong, num_slots=4, table="facts")
+    with pytest.raises(InvalidRequest, match=r"ids must be a torch\.Tensor, not int"):
+        checked_rows(3, num_slots=4, table="facts")  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match=r"ids\[0\] = 4 is outside"):
+        checked_rows([4], num_slots=4, table="facts")
+
+
 def test_rows_of_a_write_are_distinct() -> None:
     ids = torch.tensor([5, 3, 99])
     assert distinct_rows(ids, num_slots=100, table="facts").tolist() == [5, 3, 99]

@@ -132,7 +132,7 @@ def test_lines_are_for_people() -> None:
     found = diff(config(OTHER), config(FACTS, shards=4, port=1))
     assert found.lines() == [
         "shards: 2 -> 4, moving pages while the pool works",
-        "create table facts: 1_024 x 256 float32",
+        "create table facts: 1,024 x 256 float32",
         "keep table other: it is not in the file, and apply never drops data",
         "leave aside pool.port: 7_077 -> 1: it takes effect when the pool is started again",
     ]

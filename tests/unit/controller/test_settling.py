@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -275,3 +276,29 @@ def test_a_drop_that_no_shard_was_told_of_is_none() -> None:
         bench.pool.drop_table("facts")
         with pytest.raises(errors.NotFound):
             bench.pool.table("facts")
+
+
+def test_what_a_settling_thaws_is_named() -> None:
+    """A copy of its Thaw that comes late leaves a round that has begun since."""
+    with Bench(2) as bench:
+        bench.pool.create_table(config(layout="rows"))
+        table_id = bench.view("facts").schema.table_id
+        asked: list[tuple[Any, Any]] = []
+        for host in bench.fleet.hosts.values():
+            run(host.freeze(table_id, 5.0, token="of the dead", lease_s=60.0), timeout_s=CALL_S)
+            engine, thaw = host._engine, host._engine.thaw
+
+            def noted(*arguments: Any, _thaw: Any = thaw, **named: Any) -> Any:
+                asked.append((arguments, named))
+                return _thaw(*arguments, **named)
+
+            engine.thaw = noted  # type: ignore[method-assign]
+        run(bench.controller.reconcile(), timeout_s=CALL_S)
+        assert not any(table.frozen for shard in bench.pool.status().shards for table in shard.tables)
+        for host in bench.fleet.hosts.values():
+            run(host.freeze(table_id, 5.0, token="of the living", lease_s=60.0), timeout_s=CALL_S)
+        for arguments, named in tuple(asked):
+            for host in bench.fleet.hosts.values():
+                run(host.thaw(*arguments, **named), timeout_s=CALL_S)
+        assert all(table.frozen for shard in bench.pool.status().shards for table in shard.tables)
+        assert asked

@@ -1,7 +1,7 @@
 """What shards ask for beside what is free, in words."""
 
 from mempool.config import ShardConfig
-from mempool.rayhost.resources import PROCESS_BYTES, asked, shortage
+from mempool.rayhost.resources import PROCESS_BYTES, asked, remedies, shortage
 
 
 def test_a_shard_asks_for_cpus_gpus_and_what_it_names() -> None:
@@ -15,6 +15,13 @@ def test_four_hundred_shards_find_no_room_on_a_small_machine_even_without_cpus()
     free = {"CPU": 2.0, "memory": 16.0 * 2**30}
     assert shortage(wanted, free, shards=4) == ""
     assert shortage(wanted, free, shards=400) == "memory 156.2 GiB, free 16.0 GiB"
+
+
+def test_remedies_are_of_what_is_short_alone() -> None:
+    wanted, free = asked(ShardConfig(num_cpus=1, resources={"disk": 1, "tape": 1})), {"CPU": 2.0, "memory": 2.0**40}
+    assert remedies(wanted, free | {"disk": 9.0, "tape": 9.0}, shards=3) == "lower shard.num_cpus in the config"
+    assert remedies(wanted, free, shards=2) == "lower shard.resources in the config"
+    assert "ray start --memory" in remedies({"memory": 1.0}, {}, shards=1)
 
 
 def test_a_shortage_names_what_is_needed_and_what_is_free() -> None:

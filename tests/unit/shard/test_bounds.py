@@ -1,12 +1,23 @@
 """Numbers, names and sizes at their limits and beyond; every check is one pass."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from mempool.errors import InvalidRequest, RequestTooLarge
 from mempool.shard import bounds
-from mempool.types import CommitPart, CommitRequest, Envelope, Ledger, LedgerEntry, PreparePart, PrepareRequest, StepId
+from mempool.types import (
+    CommitPart,
+    CommitRequest,
+    Envelope,
+    Ledger,
+    LedgerEntry,
+    PreparePart,
+    PrepareRequest,
+    StepId,
+    WriteId,
+)
 
 
 def _step(group: str = "g", rank: int = 0, step: int = 1) -> StepId:
@@ -103,6 +114,32 @@ def test_commits_out_of_bounds(changes: dict[str, object], match: str) -> None:
     part = CommitPart(envelope=envelope, step_id=_step(), **values)  # type: ignore[arg-type]
     with pytest.raises(InvalidRequest, match=match):
         bounds.check_commit(CommitRequest(parts=(part,), one_phase=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"writer": 0}, "numbered from 1"),
+        ({"writer": 2**64}, "writer = 18446744073709551616"),
+        ({"number": 0}, "numbered from 1"),
+        ({"number": -1}, "a write's number = -1"),
+        ({"number": 2**53}, "a write's number = 9007199254740992"),
+        ({"open": (0, 3)}, r"open writes \(0, 3\) before write 9 must ascend"),
+        ({"open": (3, 3)}, r"open writes \(3, 3\) before write 9 must ascend"),
+        ({"open": (5, 3)}, "must ascend"),
+        ({"open": (3, 9)}, "must ascend, from 1 to below it. Nothing was changed"),
+        (
+            {"open": tuple(range(1, 1026)), "number": 2000},
+            "names 1,025 open ones before it; a client has at most 1,024",
+        ),
+    ],
+)
+def test_writes_out_of_bounds(changes: dict[str, Any], match: str) -> None:
+    write_id = WriteId(writer=1, number=9, open=(1, 8))
+    bounds.check_write(write_id)
+    bounds.check_write(None)
+    with pytest.raises(InvalidRequest, match=match):
+        bounds.check_write(replace(write_id, **changes))
 
 
 @pytest.mark.parametrize("timeout_s", [float("nan"), float("inf"), float("-inf"), -0.0, 0.0, -1.0, 1e9, 3600.1])

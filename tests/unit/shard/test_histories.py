@@ -21,6 +21,8 @@ from tests.contract.driver import Bags, Driver, Hosted, make_bags, make_schema, 
 from tests.contract.oracle import Oracle
 
 NUM_SHARDS = 3
+LEASE_S = 3600.0
+"""What is held stays, however slow the machine is: a history has no time in it."""
 ALGORITHMS = ("sgd", "adagrad", "rowwise_adagrad", "adam", "adamw", "dense adamw", "rowwise_adam")
 
 _table_ids = itertools.count(1)
@@ -43,7 +45,7 @@ class Histories(RuleBasedStateMachine):
         self.engines: list[Engine] = []
         for shard in range(NUM_SHARDS):
             info = ShardInfo(shard=shard, address="", incarnation=1)
-            self.engines.append(Engine(info, peers=lambda source: self.engines[source.shard]))
+            self.engines.append(Engine(info, peers=lambda source: self.engines[source.shard], held_lease_s=LEASE_S))
         hosted = [Hosted(host=engine, info=engine.info) for engine in self.engines]
         self.driver = Driver(hosted, table_id=next(_table_ids))
         self.lookups: list[tuple[int, Bags]] = []

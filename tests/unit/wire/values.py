@@ -56,6 +56,7 @@ def build(cls: type, **parts: Any) -> st.SearchStrategy[Any]:
 ENVELOPE = build(types.Envelope, table_id=U64, epoch=U64, incarnation=U64, table_version=U64)
 STAMP = build(types.Stamp, shard=U32, incarnation=U64, epoch=U64, table_version=U64)
 STEP_ID = build(types.StepId, group=TEXT, rank=U32, step=U64, generation=U64)
+WRITE_ID = st.none() | build(types.WriteId, writer=U64, number=U64, open=U64S)
 REPLY_DTYPE = st.sampled_from(["float32", "bfloat16"])
 SCHEMA = schemas()
 SHARD_INFO = build(types.ShardInfo, shard=U32, address=TEXT, incarnation=U64)
@@ -194,6 +195,7 @@ CASES: dict[Method[Any, Any], Case] = {
             decider_step=U64,
             wait=st.booleans(),
             norm_order=DOUBLE,
+            attempt=U64,
         ),
         data_pb2.PrepareReply,
         build(
@@ -223,7 +225,7 @@ CASES: dict[Method[Any, Any], Case] = {
     ),
     methods.DISCARD: (
         data_pb2.DiscardRequest,
-        build(types.DiscardRequest, **parts(types.DiscardPart, **STEP), keep_updates=st.booleans()),
+        build(types.DiscardRequest, **parts(types.DiscardPart, **STEP), keep_updates=st.booleans(), attempt=U64),
         data_pb2.DiscardReply,
         build(types.DiscardReply, discarded=U64),
     ),
@@ -255,7 +257,7 @@ CASES: dict[Method[Any, Any], Case] = {
     ),
     methods.STEP_COUNT: (
         data_pb2.StepCountRequest,
-        build(types.StepCountRequest, envelope=ENVELOPE, set=st.none() | U64, at_version=U64),
+        build(types.StepCountRequest, envelope=ENVELOPE, set=st.none() | U64, at_version=U64, write_id=WRITE_ID),
         data_pb2.StepCountReply,
         build(types.StepCountReply, **STAMPED, count=U64),
     ),
@@ -267,7 +269,9 @@ CASES: dict[Method[Any, Any], Case] = {
     ),
     methods.WRITE_ROWS: (
         data_pb2.WriteRowsRequest,
-        build(types.WriteRowsRequest, envelope=ENVELOPE, array=TEXT, ids=IDS, blocks=U32S, rows=ROWS),
+        build(
+            types.WriteRowsRequest, envelope=ENVELOPE, array=TEXT, ids=IDS, blocks=U32S, rows=ROWS, write_id=WRITE_ID
+        ),
         data_pb2.WriteRowsReply,
         build(types.WriteRowsReply, **STAMPED),
     ),

@@ -114,6 +114,7 @@ def test_one_prepare_a_shard_with_each_tables_own_envelope(wait) -> None:  # typ
             norm_order=0.0,
             decider=parts(1)[0],
             wait=False,
+            attempt=5,
             heard=lambda shard, *_: heard.append(shard),
         )
     )
@@ -124,6 +125,7 @@ def test_one_prepare_a_shard_with_each_tables_own_envelope(wait) -> None:  # typ
         (2, 5, 8),
     ]
     assert (request.want_norm, request.decider_table, request.decider_step, request.wait) == (True, 1, 4, False)
+    assert request.attempt == 5
     assert request.parts[0].envelope.table_version in (4, 7)
     assert tables.versions == {1: 7, 2: 7}
     assert [(owners.table_id, owners.shards) for owners in tables.together.owners] == [(1, (0, 1)), (2, (1, 2))]
@@ -171,8 +173,8 @@ def test_discards_name_every_step_of_every_table_once_a_shard(wait) -> None:  # 
     assert not request.keep_updates
     tables = Tables()
     ended: list[int] = []
-    wait(tables.together.end_prepare({2: parts(2)}, heard=ended.append))
-    assert tables.asked(2).keep_updates
+    wait(tables.together.end_prepare({2: parts(2)}, attempt=3, heard=ended.append))
+    assert (tables.asked(2).keep_updates, tables.asked(2).attempt) == (True, 3)
     assert ended == [2]
 
 
