@@ -134,7 +134,7 @@ def commit(
     written_by: str = "mempool",
     now: datetime | None = None,
 ) -> Manifest:
-    """End a checkpoint: once its manifest is written it counts, whole.
+    """End a checkpoint: once its manifest is written it counts, whole. It can be repeated.
 
     Args:
         store: The place.
@@ -181,7 +181,9 @@ def commit(
     problems = missing_files(store, manifest)
     if problems:
         raise DataLoss(f"checkpoint {begun.name!r} is not whole: {'; '.join(problems[:3])}. Take it again")
-    later = [name for name in names(store.list()) if (number_of(name) or 0) >= begun.number]
+    # Its own is there where this is the second try, and nobody heard of the first.
+    there = set(names(store.list())) - {begun.name}
+    later = sorted(name for name in there if (number_of(name) or 0) >= begun.number)
     if later:
         raise InvalidRequest(
             f"checkpoint {later[-1]!r} was taken in {store.url} meanwhile, by another pool or another controller of "

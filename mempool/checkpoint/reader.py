@@ -132,6 +132,10 @@ class StoredTable:
                 f"expected: another version of mempool wrote them. Restore with that one"
             )
 
+    def num_bytes(self, pages: Pages) -> int:
+        """What ``batches`` reads of some pages in all."""
+        return sum(group.num_bytes(self.state.schema, self.state.arrays) for group in self._groups(pages, BATCH_BYTES))
+
     def ranges(self, pages: Pages, *, arrays: Collection[str] | None = None) -> Iterator[PageRange]:
         """What has to be read of which files for some pages, in the order in which ``batches`` reads it."""
         pages.check(self.state.schema)

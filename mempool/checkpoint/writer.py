@@ -44,6 +44,9 @@ class PartWriter:
         since: The base of the checkpoint, that the other pages are read from.
         since_version: The table's version in that base.
         batch_bytes, file_bytes: What is in memory together, and what a file has, about.
+
+    Attributes:
+        num_bytes, written_bytes: Of pages, in all and so far.
     """
 
     def __init__(
@@ -80,8 +83,10 @@ class PartWriter:
         # Elements of more bytes first: they stay aligned. Those of heads' keys are in batches of their own.
         self._row_arrays = sorted((a for a in arrays if a.per != "head"), key=lambda a: -a.page_bytes(schema, 0))
         self._head_arrays = [array for array in arrays if array.per == "head"]
-        groups = group_pages(schema, arrays, written, batch_bytes=batch_bytes)
-        self._files_left = group_files(schema, arrays, groups, file_bytes=file_bytes)
+        groups = list(group_pages(schema, arrays, written, batch_bytes=batch_bytes))
+        self.num_bytes = sum(group.num_bytes(schema, arrays) for group in groups)
+        self.written_bytes = 0
+        self._files_left = group_files(schema, arrays, iter(groups), file_bytes=file_bytes)
         # A writer that is tried again writes files of its own: the one before may be writing yet.
         self._stem = f"{checkpoint}/{schema.name}.{writer}.{secrets.token_hex(4)}"
         self._files: dict[str, StoredFile] = {}
@@ -135,6 +140,7 @@ class PartWriter:
         self._batches.append(
             Batch(file=file.path, rows=group.rows, blocks=group.blocks, heads=group.heads, tensors=tensors)
         )
+        self.written_bytes += group.num_bytes(self._schema, self._arrays)
         self._awaited = None
 
     def part(self) -> Part:

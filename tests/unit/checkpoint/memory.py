@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from mempool.checkpoint.stores import FileWriter, check_path
 from mempool.checkpoint.stores.store import ends_early, is_missing
-from mempool.errors import NotFound
+from mempool.errors import NotFound, StorageError
 
 
 class Died(BaseException):
@@ -20,6 +20,7 @@ class MemoryStore:
     Attributes:
         files: What is there.
         dies_at: Dies in the n-th change, having done it in part; None: never.
+        fails_at: The n-th change fails, as on a disk that is full for a moment; None: none does.
         changes: So far.
         renames: Files are there once they are whole; otherwise they grow in sight.
     """
@@ -27,6 +28,7 @@ class MemoryStore:
     def __init__(self, files: dict[str, bytes] | None = None, *, renames: bool = True) -> None:
         self.files = files if files is not None else {}
         self.dies_at: int | None = None
+        self.fails_at: int | None = None
         self.changes = 0
         self.renames = renames
 
@@ -79,6 +81,8 @@ class MemoryStore:
         self.changes += 1
         if self.dies_at is not None and self.changes >= self.dies_at:
             raise Died
+        if self.changes == self.fails_at:
+            raise StorageError("no space left")
 
 
 class _File:

@@ -109,6 +109,7 @@ def test_extra_must_be_json() -> None:
             commit(store, begun, [part], extra=extra)
     with pytest.raises(InvalidRequest, match="ledgers of tables"):
         commit(store, begun, [part], ledgers={"others": {}})
+    commit(store, begun, [part])
     manifest = commit(store, begun, [part], extra={"epoch": 3, "model": "m-3.pt"})
     assert read_manifest(store).extra == manifest.extra == {"epoch": 3, "model": "m-3.pt"}
 
@@ -156,7 +157,9 @@ def test_a_writer_is_used_as_it_is_meant() -> None:
         ]:
             with pytest.raises(InvalidRequest, match=told):
                 writing.write(arrays)
+        assert (writing.written_bytes, writing.num_bytes) == (0, 3 * 104 * 20 * 4)
         writing.write(CONTENT.of(group))
+        assert writing.written_bytes == writing.num_bytes
         with pytest.raises(InvalidRequest, match="once for each"):
             writing.write(CONTENT.of(group))
     assert store.files == {}

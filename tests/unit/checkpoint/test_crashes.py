@@ -11,6 +11,7 @@ from mempool.checkpoint.format.pages import Pages
 from mempool.checkpoint.looking import checkpoints, verify
 from mempool.checkpoint.reader import Checkpoint
 from mempool.checkpoint.removal import keep_newest, remove
+from mempool.errors import StorageError
 from tests.unit.checkpoint.contents import FLAT, PLAIN, PRODUCT, Content, read, spread, write
 from tests.unit.checkpoint.memory import Died, MemoryStore
 
@@ -109,6 +110,29 @@ def test_every_crash_leaves_what_was_whole(renames: bool) -> None:
         assert check(store, known) == [3]
         manifest = Checkpoint(store).manifest
         assert set(store.files) == {*manifest.files, f"{manifest.name}/manifest.json"}
+
+
+def test_every_failure_leaves_what_was_whole_and_the_next_try_does_it() -> None:
+    before = MemoryStore()
+    take(before, 0)
+    take(before, 1)
+    undisturbed = MemoryStore(dict(before.files))
+    scenario(undisturbed, [])
+    known: Known = {}
+    for fails_at in range(1, undisturbed.changes + 1, 3):
+        store = MemoryStore(dict(before.files))
+        store.fails_at = fails_at
+        done: list[str] = []
+        with pytest.raises(StorageError, match="no space left"):
+            scenario(store, done)
+        assert not any(path.endswith(".part") for path in store.files)
+        assert {"taken 2": 2, "taken 3": 3}.get(next((d for d in reversed(done) if "taken" in d), ""), 1) in check(
+            store, known
+        )
+        write(store, MOMENTS[3], shards=2)
+        keep_newest(store, 1)
+        assert check(store, known) == [3]
+        assert {path.partition("/")[0] for path in store.files} == {Checkpoint(store).manifest.name}
 
 
 def test_an_error_in_writing_leaves_no_file() -> None:
