@@ -151,13 +151,7 @@ def commit(
             then.
         DataLoss: A file that is needed is missing or short.
     """
-    tables: dict[str, list[Part]] = {}
-    for part in parts:
-        if part.checkpoint != begun.name:
-            raise InvalidRequest(f"part {part.writer!r} is of checkpoint {part.checkpoint!r}, not of {begun.name!r}")
-        if not all(path.startswith(f"{begun.name}/") for path in part.files):
-            raise InvalidRequest(f"part {part.writer!r} names files outside of checkpoint {begun.name!r}")
-        tables.setdefault(part.table.schema.name, []).append(part)
+    tables = _by_table(begun, parts)
     ledgers = ledgers or {}
     unknown = sorted(set(ledgers) - set(tables))
     if unknown:
@@ -181,6 +175,23 @@ def commit(
     problems = missing_files(store, manifest)
     if problems:
         raise DataLoss(f"checkpoint {begun.name!r} is not whole: {'; '.join(problems[:3])}. Take it again")
+    _check_newest(store, begun)
+    store.put(manifest_path(begun.name), data)
+    return manifest
+
+
+def _by_table(begun: Begun, parts: Sequence[Part]) -> dict[str, list[Part]]:
+    tables: dict[str, list[Part]] = {}
+    for part in parts:
+        if part.checkpoint != begun.name:
+            raise InvalidRequest(f"part {part.writer!r} is of checkpoint {part.checkpoint!r}, not of {begun.name!r}")
+        if not all(path.startswith(f"{begun.name}/") for path in part.files):
+            raise InvalidRequest(f"part {part.writer!r} names files outside of checkpoint {begun.name!r}")
+        tables.setdefault(part.table.schema.name, []).append(part)
+    return tables
+
+
+def _check_newest(store: Store, begun: Begun) -> None:
     # Its own is there where this is the second try, and nobody heard of the first.
     there = set(names(store.list())) - {begun.name}
     later = sorted(name for name in there if (number_of(name) or 0) >= begun.number)
@@ -189,8 +200,6 @@ def commit(
             f"checkpoint {later[-1]!r} was taken in {store.url} meanwhile, by another pool or another controller of "
             f"this one: give each a place of its own"
         )
-    store.put(manifest_path(begun.name), data)
-    return manifest
 
 
 def missing_files(store: Store, manifest: Manifest) -> list[str]:
