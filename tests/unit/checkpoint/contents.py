@@ -21,21 +21,9 @@ from mempool.checkpoint.writer import PartWriter
 from mempool.placement import Assignment, plan_table
 from mempool.shard.pages.named_arrays import HEAD_KEYS, head_keys_shape, named_arrays
 from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec, TableSchema
+from tests.unit.types.schemas import PLAIN as SCHEMA
 
-PLAIN = TableSchema(
-    table_id=7,
-    name="facts",
-    num_slots=100,
-    value_dim=20,
-    block_dim=6,
-    page_slots=8,
-    dtype="float32",
-    seed=0,
-    init_std=0.1,
-    stride=10,
-    layout="auto",
-    optimizer=OptimizerSpec(algorithm="adam", lr=0.1),
-)
+PLAIN = replace(SCHEMA, table_id=7, block_dim=6, page_slots=8, optimizer=OptimizerSpec(algorithm="adam", lr=0.1))
 PRODUCT = replace(PLAIN, name="paths", table_id=8, keys=ProductKeySpec(heads=3, key_dim=4))
 FLAT = replace(PLAIN, name="cities", table_id=9, dtype="int8", rounding="stochastic", keys=FlatKeySpec(key_dim=5))
 
