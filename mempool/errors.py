@@ -113,7 +113,8 @@ class Unauthenticated(MempoolError):
 
 
 class Unavailable(MempoolError, ConnectionError):
-    """Nobody answers, for now. refused: the host does, and says that nobody listens at that port."""
+    """Nobody answers, for now. refused: no host of that name is known, or it says that nobody listens
+    at that port."""
 
     retryable = True
     refused: bool = False

@@ -123,7 +123,7 @@ def named(target: Target) -> str:
     if len(here) == 1:
         return here[0]
     if target.guessed:
-        raise NotFound("no pool was started on this machine by `mempool up`; name the one you mean with --pool NAME")
+        raise NotFound("no pool that `mempool up` started runs on this machine; name the one you mean with --pool NAME")
     return target.status().name
 
 

@@ -74,6 +74,7 @@ _TOO_LARGE = re.compile(r"(sent|received) message larger than max \((\d+) vs\.? 
 _BROKEN_CODES = (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.CANCELLED)
 # gRPC names the address again, and its own layers, around what the operating system said.
 _REFUSED = re.compile(r"connection refused", re.IGNORECASE)
+_UNKNOWN_HOST = re.compile(r"domain name not found|name or service not known|no such host", re.IGNORECASE)
 _BROKEN = re.compile(r"RST_STREAM|GOAWAY|stream removed|connection reset|socket closed|channel closed", re.IGNORECASE)
 
 
@@ -128,7 +129,7 @@ def from_rpc_error(
     cls, message = _foreign(error.code(), error.details() or "", shard, address)
     failure = cls(message, shard=shard, address=address)
     if isinstance(failure, errors.Unavailable):
-        failure.refused = _REFUSED.search(error.details() or "") is not None
+        failure.refused = any(pattern.search(error.details() or "") for pattern in (_REFUSED, _UNKNOWN_HOST))
     return failure
 
 
@@ -148,6 +149,8 @@ def _foreign(
     if broken or code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED):
         if _REFUSED.search(details):
             why = "connection refused: nobody listens at that port"
+        elif _UNKNOWN_HOST.search(details):
+            why = "no host of that name is known"
         advice = "" if shard is None else ". See which shards are up: mempool status"
         return unavailable, f"{who} does not answer ({why}){advice}"
     if code is grpc.StatusCode.CANCELLED:

@@ -26,6 +26,8 @@ _NO_CONNECTION = re.compile(
     r"(failed to connect|lookup failed|DNS resolution failed).*: (?P<why>[^:()\[\]]+)[\])]", re.DOTALL
 )
 
+_REFUSED = re.compile(r"\((?P<why>[^()]+)\)$")
+
 
 def pool_status(
     addresses: Sequence[str],
@@ -74,7 +76,6 @@ async def _asked(addresses: Sequence[str], make: Channels, *, timeout_s: float) 
 def _reason(error: MempoolError) -> str:
     if isinstance(error, DeadlineExceeded):
         return f"nothing came within {_ANSWER_S:g} s"
-    if isinstance(error, Unavailable) and error.refused:
-        return "connection refused: nobody listens at that port"
-    found = _NO_CONNECTION.search(error.message)
+    refused = isinstance(error, Unavailable) and error.refused
+    found = (_REFUSED if refused else _NO_CONNECTION).search(error.message)
     return found["why"].strip() if found else error.message

@@ -104,7 +104,7 @@ def test_the_name_of_a_pool_by_its_address(served: ServedPool) -> None:
     started("b", "127.0.0.1:7002")
     assert named(Target(address="localhost:7002")) == "b"
     assert named(Target(address=served.address)) == "served", "asked"
-    with pytest.raises(NotFound, match="no pool was started"):
+    with pytest.raises(NotFound, match="no pool that `mempool up` started runs"):
         named(Target(address="localhost:7077", guessed=True))
 
 

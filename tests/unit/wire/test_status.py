@@ -85,6 +85,13 @@ Sizes = "Received message larger than max (5242880 vs. 4194304)"
             r"shard 3 at h:1 does not answer \(UNAVAILABLE: refused\)",
         ),
         ("UNAVAILABLE", "refused", None, errors.PoolUnreachable, "the pool at h:1 does not answer"),
+        (
+            "UNAVAILABLE",
+            "DNS resolution failed for h:1: C-ares status is not ARES_SUCCESS: Domain name not found",
+            None,
+            errors.PoolUnreachable,
+            r"the pool at h:1 does not answer \(no host of that name is known\)",
+        ),
         ("CANCELLED", "Channel closed", 3, errors.ShardUnavailable, "does not answer"),
         ("CANCELLED", "", 3, errors.ShardUnavailable, "ended the call before answering"),
         ("INTERNAL", "Received RST_STREAM with error code 2", 3, errors.ShardUnavailable, "RST_STREAM"),
@@ -107,6 +114,8 @@ def test_grpcs_own_failures_are_told_in_our_words(
     found = from_rpc_error(foreign(grpc.StatusCode[code], details), shard=shard, address="h:1")
     assert type(found) is cls
     assert (found.shard, found.address) == (shard, "h:1")
+    if isinstance(found, errors.Unavailable):
+        assert found.refused == ("Domain name" in details)
     with pytest.raises(cls, match=message):
         raise found
 
