@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +15,7 @@ from mempool.checkpoint.format.pages import Pages
 from mempool.checkpoint.looking import checkpoints, verify
 from mempool.checkpoint.reader import Checkpoint
 from mempool.checkpoint.removal import keep_newest, remove
+from mempool.checkpoint.stores import Store
 from mempool.errors import StorageError
 from tests.unit.checkpoint.contents import FLAT, PLAIN, PRODUCT, Content, read, spread, write
 from tests.unit.checkpoint.memory import Died, MemoryStore
@@ -40,7 +45,7 @@ def history(steps: int) -> list[list[Content]]:
 MOMENTS = history(4)
 
 
-def take(store: MemoryStore, step: int) -> None:
+def take(store: Store, step: int) -> None:
     write(store, MOMENTS[step], shards=2, changed=some_pages(step) if step else None, batch_bytes=1500, file_bytes=4000)
 
 
@@ -48,12 +53,17 @@ Known = dict[tuple[int, ...], tuple[int, list[bytes]]]
 """Very bytes that were checked before, by their ids, and the step they are of."""
 
 
-def check(store: MemoryStore, known: Known) -> list[int]:
+def kept(store: Store, path: str) -> bytes:
+    """The bytes themselves, where they are in memory."""
+    return store.files[path] if isinstance(store, MemoryStore) else store.read(path)
+
+
+def check(store: Store, known: Known) -> list[int]:
     """Every checkpoint that is there is whole, and as it was taken. Returns the steps of theirs."""
     steps = []
     for name in names(store.list()):
         checkpoint = Checkpoint(store, name)
-        held = [store.files[path] for path in (f"{name}/manifest.json", *checkpoint.manifest.files)]
+        held = [kept(store, path) for path in (f"{name}/manifest.json", *checkpoint.manifest.files)]
         these = tuple(map(id, held))
         if these in known:
             steps.append(known[these][0])
@@ -67,7 +77,7 @@ def check(store: MemoryStore, known: Known) -> list[int]:
     return steps
 
 
-def scenario(store: MemoryStore, done: list[str]) -> None:
+def scenario(store: Store, done: list[str]) -> None:
     """Two more checkpoints and a removal; done: what was acknowledged of it."""
     take(store, 2)
     done.append("taken 2")
@@ -133,6 +143,17 @@ def test_every_failure_leaves_what_was_whole_and_the_next_try_does_it() -> None:
         keep_newest(store, 1)
         assert check(store, known) == [3]
         assert {path.partition("/")[0] for path in store.files} == {Checkpoint(store).manifest.name}
+
+
+def test_a_killed_process_leaves_what_was_whole_in_a_folder(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.unit.checkpoint.killed", str(tmp_path), "9"]
+    root = Path(__file__).parents[3]
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 10
 
 
 def test_an_error_in_writing_leaves_no_file() -> None:
