@@ -124,7 +124,7 @@ class PartWriter:
 
         Raises:
             InvalidRequest: They are not those arrays.
-            StorageError: The place is full, or fails.
+            StorageFailed: The place is full, or fails.
         """
         group, file = self._awaited, self._open
         if group is None or file is None:

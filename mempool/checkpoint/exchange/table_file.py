@@ -97,7 +97,7 @@ class TableFile:
 
         Raises:
             InvalidRequest: They are of another tensor or shape, or too many.
-            StorageError: The place is full, or fails.
+            StorageFailed: The place is full, or fails.
         """
         assert self._file is not None, "used with `with`"
         entry = self._entries[self._at] if self._at < len(self._entries) else None
@@ -149,7 +149,7 @@ def export_table(
 
     Raises:
         DataLoss: A page is damaged; no file is left then.
-        StorageError: The place is full, or fails.
+        StorageFailed: The place is full, or fails.
     """
     schema = table.state.schema
     entries = list(table_entries(schema))

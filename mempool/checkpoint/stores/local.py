@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mempool.checkpoint.stores.store import FileWriter, check_path, ends_early, is_missing, place_of, told
-from mempool.errors import NotFound, StorageError
+from mempool.errors import NotFound, StorageFailed
 
 ASIDE = ".part"
 """How the name of a file ends that is not whole yet."""
@@ -78,7 +78,7 @@ class LocalStore:
         root = self._file(folder) if folder else self.root
         with told("read", self.url, folder):
             if root.exists() and not root.is_dir():
-                raise StorageError(f"{root} is a file, and checkpoints are kept in a folder: give another place")
+                raise StorageFailed(f"{root} is a file, and checkpoints are kept in a folder: give another place")
             found: dict[str, int] = {}
             for where, _, names in os.walk(root, onerror=_raise_unless_gone):
                 for name in names:

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from mempool.checkpoint.stores.store import FileWriter, check_path, ends_early, is_missing, place_of, told
-from mempool.errors import MempoolError, NotFound, StorageError
+from mempool.errors import MempoolError, NotFound, StorageFailed
 
 
 class FsspecStore:
@@ -97,7 +97,9 @@ class FsspecStore:
             raise
         except Exception as error:
             where = place_of(self.url, path)
-            raise StorageError(f"cannot {doing} {where}: {error!r}. Is the place right, and may you use it?") from error
+            raise StorageFailed(
+                f"cannot {doing} {where}: {error!r}. Is the place right, and may you use it?"
+            ) from error
 
 
 class _Told:

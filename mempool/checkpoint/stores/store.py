@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-from mempool.errors import DataLoss, MempoolError, StorageError
+from mempool.errors import DataLoss, MempoolError, StorageFailed
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", re.ASCII)
 _MAX_PATH = 400
@@ -32,7 +32,7 @@ class FileWriter(Protocol):
 
 
 class Store(Protocol):
-    """A place of files. All methods raise StorageError where the place does not do what is asked.
+    """A place of files. All methods raise StorageFailed where the place does not do what is asked.
 
     Attributes:
         url: What the user gave; messages name files by it.
@@ -97,7 +97,7 @@ def is_missing(url: str, path: str) -> DataLoss:
 
 @contextmanager
 def told(doing: str, url: str, path: str = "") -> Iterator[None]:
-    """Tell failures of a place as StorageError. doing: "write", "read", ..."""
+    """Tell failures of a place as StorageFailed. doing: "write", "read", ..."""
     try:
         yield
     except MempoolError:
@@ -105,4 +105,6 @@ def told(doing: str, url: str, path: str = "") -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error) or type(error).__name__
         advice = _ADVICE.get(error.errno or 0, "Is the place right, and can it be reached?")
-        raise StorageError(f"cannot {doing} {place_of(url, path)}: {reason}. {advice}") from error
+        raise StorageFailed(
+            f"cannot {doing} {place_of(url, path)}: {reason}. {advice}", errno=error.errno or 0
+        ) from error

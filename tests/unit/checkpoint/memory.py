@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from mempool.checkpoint.stores import FileWriter, check_path
 from mempool.checkpoint.stores.store import ends_early, is_missing
-from mempool.errors import NotFound, StorageError
+from mempool.errors import NotFound, StorageFailed
 
 
 class Died(BaseException):
@@ -82,7 +82,7 @@ class MemoryStore:
         if self.dies_at is not None and self.changes >= self.dies_at:
             raise Died
         if self.changes == self.fails_at:
-            raise StorageError("no space left")
+            raise StorageFailed("no space left")
 
 
 class _File:

@@ -16,7 +16,7 @@ from mempool.checkpoint.looking import checkpoints, verify
 from mempool.checkpoint.reader import Checkpoint
 from mempool.checkpoint.removal import keep_newest, remove
 from mempool.checkpoint.stores import Store
-from mempool.errors import StorageError
+from mempool.errors import StorageFailed
 from tests.unit.checkpoint.contents import FLAT, PLAIN, PRODUCT, Content, read, spread, write
 from tests.unit.checkpoint.memory import Died, MemoryStore
 
@@ -133,7 +133,7 @@ def test_every_failure_leaves_what_was_whole_and_the_next_try_does_it() -> None:
         store = MemoryStore(dict(before.files))
         store.fails_at = fails_at
         done: list[str] = []
-        with pytest.raises(StorageError, match="no space left"):
+        with pytest.raises(StorageFailed, match="no space left"):
             scenario(store, done)
         assert not any(path.endswith(".part") for path in store.files)
         assert {"taken 2": 2, "taken 3": 3}.get(next((d for d in reversed(done) if "taken" in d), ""), 1) in check(

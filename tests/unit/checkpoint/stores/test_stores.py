@@ -16,7 +16,7 @@ from mempool.checkpoint.reader import Checkpoint
 from mempool.checkpoint.stores import Store, open_store
 from mempool.checkpoint.stores.local import LocalStore
 from mempool.checkpoint.stores.remote import FsspecStore
-from mempool.errors import DataLoss, InvalidRequest, NotFound, StorageError
+from mempool.errors import DataLoss, InvalidRequest, NotFound, StorageFailed
 from tests.unit.checkpoint.contents import PLAIN, Content, read, spread, write
 from tests.unit.checkpoint.memory import MemoryStore
 
@@ -110,9 +110,9 @@ def test_places_are_told_apart(tmp_path: Path) -> None:
 
 def test_a_place_that_is_a_file_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StorageError, match="file is a file, and checkpoints are kept in a folder"):
+    with pytest.raises(StorageFailed, match="file is a file, and checkpoints are kept in a folder"):
         open_store(tmp_path / "file").list()
-    with pytest.raises(StorageError, match=r"cannot write .*file/x: .*\. Is the place right"):
+    with pytest.raises(StorageFailed, match=r"cannot write .*file/x: .*\. Is the place right"):
         open_store(tmp_path / "file").put("x", b"")
 
 
@@ -130,7 +130,7 @@ def test_a_disk_that_fails_is_said_and_leaves_no_file(
     store.put("a/older", b"older")
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fails)
-        with pytest.raises(StorageError, match=rf"cannot write {tmp_path}/a/new: {os.strerror(number)}\. .*{told}"):
+        with pytest.raises(StorageFailed, match=rf"cannot write {tmp_path}/a/new: {os.strerror(number)}\. .*{told}"):
             store.put("a/new", b"new")
     assert store.list() == {"a/older": 5}
 
@@ -166,7 +166,7 @@ class Refusing:
 def test_a_backends_own_errors_are_told() -> None:
     store = FsspecStore("s3://bucket/run", Refusing(), "bucket/run")
     for act in (store.list, lambda: store.read("x"), lambda: store.put("x", b""), lambda: store.remove("x")):
-        with pytest.raises(StorageError, match=r"cannot \w+ s3://bucket/run.*403 Forbidden.*Is the place right"):
+        with pytest.raises(StorageFailed, match=r"cannot \w+ s3://bucket/run.*403 Forbidden.*Is the place right"):
             act()
 
 
