@@ -130,8 +130,10 @@ def test_a_disk_that_fails_is_said_and_leaves_no_file(
     store.put("a/older", b"older")
     with monkeypatch.context() as patch:
         patch.setattr(os, call, fails)
-        with pytest.raises(StorageFailed, match=rf"cannot write {tmp_path}/a/new: {os.strerror(number)}\. .*{told}"):
+        sentence = rf"cannot write {tmp_path}/a/new: {os.strerror(number)}\. .*{told}"
+        with pytest.raises(StorageFailed, match=sentence) as raised:
             store.put("a/new", b"new")
+    assert raised.value.errno == number
     assert store.list() == {"a/older": 5}
 
 
