@@ -1,6 +1,7 @@
 """What was applied to a table's pages: the rule that a step is applied once, or never. Values only."""
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import replace
 
 from mempool.agreement.order import NOBODY
@@ -10,9 +11,6 @@ from mempool.types import DecidedStep, Ledger, LedgerEntry, StepId
 MAX_ENTRIES = 16_384
 """Every client that ever committed leaves an entry, and the ledger goes with every move of pages. An entry is needed
 only while its client may repeat its newest commit; so many other clients do not come in between."""
-
-MAX_OLDER = 1024
-"""Entries of generations that are over: of their last steps shards may be in doubt when the next one commits."""
 
 MAX_OTHERS = 65_536
 """Parts at other tables, of all entries together: what is above is forgotten of the oldest."""
@@ -37,7 +35,6 @@ class AppliedLedger:
         self._step_offset = 0
         self._entries: dict[tuple[str, int], LedgerEntry] = {}
         self._never: OrderedDict[tuple[str, int], None] = OrderedDict()  # those that never committed: of dropped steps
-        self._older: OrderedDict[tuple[str, int, int], LedgerEntry] = OrderedDict()
         self._num_others = 0
         self._take(ledger or Ledger())
 
@@ -66,9 +63,9 @@ class AppliedLedger:
     def entry_of_its_generation(self, step_id: StepId) -> LedgerEntry | None:
         """What is known of the step's rank in the step's own generation; None where nothing is any more."""
         entry = self.entry(step_id)
-        if step_id.generation < entry.generation:
-            return self._older.get((step_id.group, step_id.rank, step_id.generation))
-        return entry if step_id.generation == entry.generation else LedgerEntry(generation=step_id.generation)
+        if step_id.generation > entry.generation:
+            return LedgerEntry(generation=step_id.generation)
+        return next((each for each in generations(entry) if each.generation == step_id.generation), None)
 
     def applied(self, step_id: StepId) -> int:
         """The table version that the step made, or a later one of its rank; 0 where it may still be applied.
@@ -126,6 +123,16 @@ class AppliedLedger:
         self._take(ledger)
         return True
 
+    def learn_others(self, ledger: Ledger | None) -> None:
+        """Take over, of steps that another shard has decided, their parts at other tables: it alone knows them."""
+        for rank, decided in () if ledger is None else ledger.entries.items():
+            if (entry := self._entries.get(rank)) is not None:
+                others = {(each.generation, each.step): each.others for each in generations(decided)}
+                learned = self._entries[rank] = _with_others(entry, others)
+                self._num_others += _count(learned) - _count(entry)
+        if self._num_others > MAX_OTHERS:
+            self._forget_others()
+
     def snapshot(self) -> Ledger:
         return Ledger(
             version=self.version,
@@ -141,10 +148,8 @@ class AppliedLedger:
     def _put(self, step_id: StepId, entry: LedgerEntry) -> None:
         rank = step_id.group, step_id.rank
         before = self._entries.pop(rank, _NONE)  # so that the order is that of the newest commits
-        if before.generation < entry.generation and before.step:
-            self._older[(*rank, before.generation)] = before
-            if len(self._older) > MAX_OLDER:
-                self._older.popitem(last=False)
+        if before.generation < entry.generation:  # of its last step shards may be in doubt when the next one commits
+            entry = replace(entry, older=replace(before, older=None) if before.step else before.older)
         self._entries[rank] = entry
         self._never.pop(rank, None)
         if _never_committed(entry):
@@ -162,7 +167,9 @@ class AppliedLedger:
         """Of the oldest half: whoever is in doubt of a step asks within seconds."""
         ranks = [rank for rank, entry in self._entries.items() if _count(entry)]
         for rank in ranks[: (len(ranks) + 1) // 2]:
-            self._entries[rank] = replace(self._entries[rank], others=(FORGOTTEN,))
+            entry = self._entries[rank]
+            forgotten = {(each.generation, each.step): (FORGOTTEN,) for each in generations(entry) if each.others}
+            self._entries[rank] = _with_others(entry, forgotten, anew=True)
         self._num_others = sum(_count(entry) for entry in self._entries.values())
 
     def _take(self, ledger: Ledger) -> None:
@@ -174,14 +181,28 @@ class AppliedLedger:
         self._num_others = sum(_count(entry) for entry in self._entries.values())
 
 
+def generations(entry: LedgerEntry) -> tuple[LedgerEntry, ...]:
+    """What is known of a rank's newest generation, and of the one before it."""
+    return (entry,) if entry.older is None else (entry, entry.older)
+
+
+def _with_others(
+    entry: LedgerEntry, others: Mapping[tuple[int, int], tuple[DecidedStep, ...]], *, anew: bool = False
+) -> LedgerEntry:
+    """The parts at other tables of these steps, by generation and step: where none are known, or anew."""
+    older = None if entry.older is None else _with_others(entry.older, others, anew=anew)
+    found = others.get((entry.generation, entry.step), ())
+    return replace(entry, others=found or entry.others if anew else entry.others or found, older=older)
+
+
 def _never_committed(entry: LedgerEntry) -> bool:
     """Whether it stands for dropped steps alone, and of no earlier generation."""
     return not (entry.step or entry.generation)
 
 
 def _count(entry: LedgerEntry) -> int:
-    """Parts at other tables that are kept of it."""
-    return 0 if FORGOTTEN in entry.others[:1] else len(entry.others)
+    """Parts at other tables that are remembered with it."""
+    return sum(len(each.others) for each in generations(entry) if each.others != (FORGOTTEN,))
 
 
 def over(step_id: StepId, generation: int) -> StepConflict:

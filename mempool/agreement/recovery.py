@@ -19,12 +19,15 @@ class Knowledge:
         views: The tables, by name.
         dropped: Ids of tables that are gone, and that some shard may not have heard of.
         making: Ids of tables that it is making now: what shards have of them is no news.
+        unmade: Ids of tables that are pending and were confirmed nowhere, when every shard was heard. Another
+            controller may confirm one just now, first at the pool's first shard: that is to drop it first, or refuse.
         complete: Every table of the pool is known. Not so from an adoption until each shard was heard once.
     """
 
     views: Mapping[str, TableView] = field(default_factory=dict)
     dropped: frozenset[int] = frozenset()
     making: frozenset[int] = frozenset()
+    unmade: frozenset[int] = frozenset()
     complete: bool = True
 
 
@@ -106,13 +109,15 @@ def learn_all(known: Knowledge, heard: Iterable[Heard], *, everyone: bool) -> Kn
         # Only of those that somebody has still: a shard remembers its drops for long.
         dropped=known.dropped | {table_id for report in reports for table_id in _has(report) if table_id in gone},
     )
+    pending = {table_id for report in reports for table_id in report.pending} - known.making - known.dropped
+    confirmed = {view.schema.table_id for report in reports for view in report.views}
+    if pending & confirmed:  # whoever makes it, it is made, and to be confirmed everywhere
+        known = replace(known, complete=False)
     for report in reports:
         for view in report.views:
             known = learn(known, view)
     if everyone:
-        made = {view.schema.table_id for view in known.views.values()}
-        pending = frozenset(table_id for report in reports for table_id in report.pending)
-        known = replace(known, complete=True, dropped=known.dropped | (pending - made - known.making))
+        known = replace(known, complete=True, unmade=frozenset(pending - confirmed))
     return known
 
 

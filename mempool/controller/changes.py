@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from mempool.controller.calls import ShardCalls
 from mempool.controller.roster import Roster
 from mempool.controller.telling import Telling
-from mempool.errors import AlreadyExists, InvalidRequest, MempoolError, NotFound, ShardUnavailable
+from mempool.errors import AlreadyExists, InvalidRequest, MempoolError, NotFound, ShardUnavailable, StalePlacement
 from mempool.placement import plan_table
 from mempool.types import (
     AttachTable,
@@ -53,6 +53,7 @@ class Making:
         task: Makes it.
         view: Where its pages will be, once that is planned; until then it waits for its turn.
         bytes_of: Bytes that each owner has to fill.
+        asked: A shard was asked to let it answer: it may be made.
         ended: Why it is to end, where somebody ends it.
     """
 
@@ -61,6 +62,7 @@ class Making:
     task: "asyncio.Task[TableView] | None" = None
     view: TableView | None = None
     bytes_of: dict[int, int] = field(default_factory=dict)
+    asked: bool = False
     ended: MempoolError | None = None
     began_s: float
 
@@ -223,17 +225,36 @@ class TableChanges:
             await self._calls.everywhere(infos, lambda host: host.attach_table(request), timeout_s=_FILL_TIMEOUT_S)
             self._require_same(infos, schema.name)
             made = AttachTable(view=view, mode="confirm")
+            making.asked = True
             await self._calls.call(infos[0], lambda host: host.attach_table(made))
             view = self._roster.put(schema, view.placement)
             await self._telling.confirm(view, infos[1:])
             return view
         except BaseException:
             if making.view is not None:
-                self._roster.forget(table_id)
-                await self._calls.everywhere(infos, lambda host: host.drop_table(table_id), tolerant=True)
+                await self._unmake(making.view, infos, asked=making.asked)
             raise
         finally:
             self._roster.unfinished.discard(table_id)
+
+    async def _unmake(self, view: TableView, infos: tuple[ShardInfo, ...], *, asked: bool) -> None:
+        """Leave nothing of a table on any shard. Where one was asked to confirm it, that one says whether it is made:
+        another controller may have heard so, and clients have used it."""
+        table_id = view.schema.table_id
+        try:
+            if asked:
+                await self._calls.call(infos[0], lambda host: host.drop_table(table_id, unmade=True))
+        except StalePlacement:
+            self._roster.put(view.schema, view.placement)
+            self._telling.untold()
+            return
+        except MempoolError as error:
+            _LOG.warning("whether table %r is made is not known yet: %s", view.schema.name, error)
+            self._roster.complete = False  # shards are asked when they are settled
+            self._telling.untold()
+            return
+        self._roster.forget(table_id)
+        await self._calls.everywhere(infos, lambda host: host.drop_table(table_id), tolerant=True)
 
     def _made(self, making: Making, task: "asyncio.Task[TableView]") -> None:
         """It is made, or it is not: whoever asked for it may be gone."""

@@ -14,7 +14,7 @@ from mempool.agreement import rounds as agreed
 from mempool.agreement.rounds import Ended, Freeze, Pull, Renew, Round, Tell, Thaw
 from mempool.controller.moves.carrying import carry_out
 from mempool.controller.moves.pace import Pace
-from mempool.controller.pulls import pulls
+from mempool.controller.pulls import pull_of_decisions, pulls
 from mempool.controller.roster import Roster
 from mempool.controller.settling import Call
 from mempool.errors import ShardUnavailable, StalePlacement
@@ -331,5 +331,7 @@ def _prepared(view: TableView, round_: Moves, assignment: Assignment) -> tuple[A
         owners=following.owners,
         key_owners=following.key_owners,
     )
-    fetched = tuple((dest, request) for dest, requests in pulls(view, round_) for request in requests)
-    return following, _Prepared(view=view, moved=replace(view, placement=moved), pulls=fetched)
+    fetched = [(dest, request) for dest, requests in pulls(view, round_) for request in requests]
+    if moved.shards[0] != view.placement.shards[0]:
+        fetched.append((moved.shards[0], pull_of_decisions(view)))
+    return following, _Prepared(view=view, moved=replace(view, placement=moved), pulls=tuple(fetched))

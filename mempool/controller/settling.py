@@ -39,7 +39,9 @@ async def settle(roster: Roster, call: Call) -> dict[int, BaseException]:
     infos = roster.infos
     heard = await _each(infos, lambda info: _hear(call, info))
     known = {shard: found for shard, found in heard.items() if not isinstance(found, BaseException)}
-    roster.learn(recovery.learn_all(roster.knowledge, known.values(), everyone=len(known) == len(infos)))
+    learned = recovery.learn_all(roster.knowledge, known.values(), everyone=len(known) == len(infos))
+    roster.learn(learned)
+    kept = await _drop_unmade(roster, call, learned.unmade)
     for found in known.values():
         roster.hear_of(info for view in found.views for info in view.shards)
     answering = [info for info in infos if info.shard in known]
@@ -47,12 +49,32 @@ async def settle(roster: Roster, call: Call) -> dict[int, BaseException]:
     settled = await _each(
         answering, lambda info: _settle_one(call, info, recovery.owed(knowledge, info, known[info.shard]))
     )
-    problems = _problems(heard) | _problems(settled)
+    problems = _problems(heard) | _problems(settled) | kept
     if not problems:
         problems = await _thaw(call, {info.shard: info for info in infos}, recovery.thaws(knowledge, known))
     if not problems:
         roster.dropped.clear()
     return problems
+
+
+async def _drop_unmade(roster: Roster, call: Call, table_ids: Iterable[int]) -> dict[int, BaseException]:
+    """Drop tables that were confirmed nowhere. Answers, by shard, why the first one keeps some: it was told meanwhile
+    that they are made, say."""
+    problems: dict[int, BaseException] = {}
+    for table_id in sorted(table_ids):
+        first = roster.infos[0]
+        try:
+            await call(first, partial(_dropped_unmade, table_id))
+        except Exception as error:
+            problems[first.shard] = error
+            roster.complete = False  # it may be the pool's: shards are heard again
+        else:
+            roster.forget(table_id)
+    return problems
+
+
+def _dropped_unmade(table_id: int, host: ShardHost) -> Awaitable[None]:
+    return host.drop_table(table_id, unmade=True)
 
 
 async def _hear(call: Call, info: ShardInfo) -> Heard:

@@ -10,7 +10,7 @@ from mempool.server.calls import Door, handler, streaming_handler
 from mempool.types import DropTable, PoolApi, PoolStatus, ShardHost, ShardStatus, TableView
 from mempool.wire import methods
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
-from mempool.wire.codecs.pages import FreezeTable, SetView, ThawTable
+from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
 from mempool.wire.methods import Method
 
 RequestT = TypeVar("RequestT")
@@ -57,6 +57,9 @@ class Services:
         async def freeze(request: FreezeTable) -> int:
             return await shard.freeze(request.table_id, request.timeout_s, token=request.token, lease_s=request.lease_s)
 
+        async def drop(request: ForgetTable) -> None:
+            await shard.drop_table(request.table_id, unmade=request.unmade)
+
         async def thaw(request: ThawTable) -> None:
             await shard.thaw(request.table_id, token=request.token)
 
@@ -69,7 +72,7 @@ class Services:
         return dict(
             [
                 self._of(methods.ATTACH_TABLE, shard.attach_table),
-                self._of(methods.SHARD_DROP_TABLE, shard.drop_table),
+                self._of(methods.SHARD_DROP_TABLE, drop),
                 self._of(methods.FREEZE, freeze),
                 self._of(methods.THAW, thaw),
                 self._of(methods.RESOLVE, shard.resolve),

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from itertools import pairwise
 
-from mempool.agreement.ledger import MAX_ENTRIES
+from mempool.agreement.ledger import MAX_ENTRIES, generations
 from mempool.agreement.writes import MAX_OPEN
 from mempool.errors import InvalidRequest, RequestTooLarge
 from mempool.types import (
@@ -15,6 +15,7 @@ from mempool.types import (
     CommitRequest,
     DiscardRequest,
     Ledger,
+    LedgerEntry,
     PreparePart,
     PrepareRequest,
     StepId,
@@ -216,16 +217,21 @@ def check_ledger(ledger: Ledger | None) -> None:
     check_number("the ledger's version", ledger.version)
     check_number("the ledger's updates_applied", ledger.updates_applied)
     check_number("the ledger's step", ledger.version + ledger.step_offset)
-    for (group, rank), entry in ledger.entries.items():
+    for (group, rank), newest in ledger.entries.items():
         check_rank(group, rank)
-        check_number("a ledger entry's step", entry.step)
-        check_number("a ledger entry's generation", entry.generation)
-        check_number("a ledger entry's version", entry.version)
-        check_number("a ledger entry's dropped", entry.dropped)
-        if len(entry.others) > MAX_PARTS:
-            raise InvalidRequest(f"a ledger entry names {len(entry.others):,} tables; a step has at most {MAX_PARTS:,}")
+        for entry in generations(newest):
+            _check_entry(entry)
     if len(ledger.entries) > MAX_ENTRIES:
         raise InvalidRequest(f"the ledger has {len(ledger.entries):,} entries; it may have {MAX_ENTRIES:,}")
+
+
+def _check_entry(entry: LedgerEntry) -> None:
+    check_number("a ledger entry's step", entry.step)
+    check_number("a ledger entry's generation", entry.generation)
+    check_number("a ledger entry's version", entry.version)
+    check_number("a ledger entry's dropped", entry.dropped)
+    if len(entry.others) > MAX_PARTS:
+        raise InvalidRequest(f"a ledger entry names {len(entry.others):,} tables; a step has at most {MAX_PARTS:,}")
 
 
 def check_reply(num_bytes: int, limit_bytes: int | None, what: str) -> None:

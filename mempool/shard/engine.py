@@ -261,8 +261,8 @@ class Engine:
         while not await self._thread.run("fill", self._tenancy.fill, table, caller=_TABLES):
             pass
 
-    async def drop_table(self, table_id: int) -> None:
-        await self._control("drop_table", self._tenancy.end, table_id)
+    async def drop_table(self, table_id: int, *, unmade: bool = False) -> None:
+        await self._control("drop_table", partial(self._tenancy.end, unmade=unmade), table_id)
 
     async def freeze(self, table_id: int, timeout_s: float, *, token: str, lease_s: float) -> int:
         bounds.check_freeze(timeout_s, token=token, lease_s=lease_s)
@@ -325,7 +325,8 @@ class Engine:
             return lacks
 
         async def stage_ledger(ledger: Ledger) -> None:
-            await self._control("stage", partial(self._tenancy.stage_ledger, table, token=request.token), ledger)
+            staged = partial(self._tenancy.stage_ledger, table, token=request.token, decisions=request.of_decisions)
+            await self._control("stage", staged, ledger)
 
         return await pull(
             request,
@@ -383,31 +384,29 @@ class Engine:
     async def _ask(self, stage: str, answer: Callable[[Any], Any], request: object, cost: int) -> Any:
         self._loop = asyncio.get_running_loop()
         try:
-            return await self._thread.run(stage, partial(_answered, answer), request, cost=cost, again=self._woken)
+            return await self._thread.run(stage, partial(self._answered, answer), request, cost=cost, again=self._woken)
         except Overloaded as error:
             error.shard, error.address = self.info.shard, self.info.address
             raise
+
+    def _answered(self, answer: Callable[[Any], Any], request: object) -> Any:
+        """The answer, or what the request waits for that is ahead of this shard."""
+        try:
+            result = answer(request)
+        except Behind as behind:
+            return behind.park(self._thread.asked_s())
+        return self._in_pieces(result) if isinstance(result, GeneratorType) else result
+
+    def _in_pieces(self, pieces: Generator[None, None, Any]) -> Generator[None, None, Any]:
+        try:
+            return (yield from pieces)
+        except Behind as behind:
+            return behind.park(self._thread.asked_s())
 
     async def _control(self, stage: str, do: Callable[[Any], Any], request: object) -> Any:
         """For what the controller asks: goes before what clients do."""
         self._loop = asyncio.get_running_loop()
         return await self._thread.run(stage, do, request, control=True, again=self._woken)
-
-
-def _answered(answer: Callable[[Any], Any], request: object) -> Any:
-    """The answer, or what the request waits for that is ahead of this shard."""
-    try:
-        result = answer(request)
-    except Behind as behind:
-        return behind.parked
-    return _in_pieces(result) if isinstance(result, GeneratorType) else result
-
-
-def _in_pieces(pieces: Generator[None, None, Any]) -> Generator[None, None, Any]:
-    try:
-        return (yield from pieces)
-    except Behind as behind:
-        return behind.parked
 
 
 def _cost(*tensors: Tensor | None, numbers: int = 0) -> int:

@@ -118,6 +118,11 @@ class HostedTable:
         return self.gate == self.info.shard
 
     @property
+    def gate_info(self) -> ShardInfo | None:
+        """Where that shard is; None where the view does not say."""
+        return next((info for info in self.view.shards if info.shard == self.gate), None)
+
+    @property
     def stamp(self) -> Stamp:
         return Stamp(
             shard=self.info.shard,
@@ -149,7 +154,7 @@ class HostedTable:
         self.let_go()
         self.check_ready()
         if self.frozen and envelope.epoch == self.epoch + 1:
-            raise Behind(self.park_until_thaw(self._clock()))
+            raise Behind(self.park_until_thaw)
         if envelope.epoch != self.epoch:
             raise StalePlacement(
                 f"the request was planned for epoch {envelope.epoch} of table {self.view.schema.name!r}; shard "
@@ -231,7 +236,7 @@ class HostedTable:
         """
         if is_late(since_s, self._clock()):
             self._check_prepared()
-            raise self._no_word(f"what its version {self.order.applied + 1} is", _info(self.view, self.gate))
+            raise self._no_word(f"what its version {self.order.applied + 1} is", self.gate_info)
         self.order_doubt.wait(self._clock())
         return self._waiting_for_news.park(since_s=since_s, in_doubt=True)
 
@@ -246,7 +251,7 @@ class HostedTable:
             what = f"whether step {who.step} of rank {who.rank} of group {who.group!r}, prepared here, is decided"
             by = prepared.decider_at
             if by is None or by.shard == self.info.shard:  # decided here, and numbered elsewhere
-                by = _info(self.view, self.gate)
+                by = self.gate_info
             raise self._no_word(what, by)
         self.step_doubt.wait(self._clock())
         return self._waiting_for_news.park(since_s=since_s, in_doubt=True)
@@ -444,11 +449,12 @@ class HostedTable:
         self.check_ready()
         if self.order.next() is not None:
             self.apply_decided()
-        arrived = self.staging.ledger
+        arrived, decisions = self.staging.ledger, self.staging.decisions
         self.staging.adopt(view.placement, version=self.ledger.version)
         if self.ledger.adopt(arrived):
             self.storage.begin_at(self.ledger.version)
             self.order.moved_to(self.ledger.version)
+        self.ledger.learn_others(decisions)
         self.unprepared = None
         self.view = view
         self.gate = min(view.placement.shards)
@@ -490,7 +496,3 @@ class HostedTable:
             pending=self.pending,
             round=self.rounds.token or "",
         )
-
-
-def _info(view: TableView, shard: int) -> ShardInfo | None:
-    return next((info for info in view.shards if info.shard == shard), None)

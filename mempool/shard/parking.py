@@ -4,6 +4,7 @@ What they wait for, and what they are told where it does not come, is ``hosted``
 """
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 
@@ -39,11 +40,12 @@ class Parked:
 
 
 class Behind(Exception):
-    """The request knows a newer placement, whose view is on its way here: ``parked`` is what it waits for."""
+    """The request knows a newer placement, whose view is on its way here: ``park``, told when it was asked for, is what
+    it waits for."""
 
-    def __init__(self, parked: Parked) -> None:
+    def __init__(self, park: Callable[[float], Parked]) -> None:
         super().__init__()
-        self.parked = parked
+        self.park = park
 
 
 class Waiting:

@@ -12,21 +12,12 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 from mempool.agreement.doubt import AGAIN_S
-from mempool.agreement.ledger import FORGOTTEN
+from mempool.agreement.ledger import FORGOTTEN, generations
 from mempool.agreement.rounds_here import fate_of_lapsed
 from mempool.errors import MempoolError, NotFound, ShardUnavailable
 from mempool.shard.hosted import HostedTable
 from mempool.shard.steps.held import PreparedStep
-from mempool.types import (
-    DecidedStep,
-    LedgerEntry,
-    ResolveReply,
-    ResolveRequest,
-    ShardHost,
-    ShardInfo,
-    StepId,
-    TableView,
-)
+from mempool.types import DecidedStep, ResolveReply, ResolveRequest, ShardHost, ShardInfo, StepId, TableView
 from mempool.types.caller import Caller, calling
 from mempool.types.running import Clock
 
@@ -49,12 +40,14 @@ _MOST_GONE = 16
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What to ask of which shard; ``tables``: whose doubt it is."""
+    """What to ask of which shard; ``tables``: whose doubt it is. last: its decider knows of no decision; a table's gate
+    is asked, too, in case the decider is one that was started anew."""
 
     target: ShardInfo
     request: ResolveRequest
     tables: tuple[int, ...]
     asked_s: float
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +72,8 @@ class Decisions:
         self._shard = shard
         self._tables = tables
         self._clock = clock
-        self._gone: OrderedDict[int, dict[tuple[str, int], LedgerEntry]] = OrderedDict()
+        self._gone: OrderedDict[int, dict[StepId, tuple[DecidedStep, ...]]] = OrderedDict()
+        self._last: list[Question] = []
         self._turn = 0
 
     def answer(self, request: ResolveRequest) -> ResolveReply:
@@ -125,6 +119,8 @@ class Decisions:
                     self._collect_steps(table, steps)
         for (table_id, step_id), parts in steps.items():
             self._ask_step(table_id, step_id, parts, found, now)
+        found += self._last
+        self._last = []
         self._turn = (self._turn + _AT_ONCE) % max(1, len(found))  # so that each has its turn where there are more
         found = [*found[self._turn :], *found[: self._turn]][:_AT_ONCE]
         return found, None if next_s is None else max(0.001, next_s - now)
@@ -132,7 +128,7 @@ class Decisions:
     def lapsed_rounds(self) -> list[LapsedRound]:
         """The rounds whose controllers have fallen silent."""
         return [
-            LapsedRound(table.table_id, table.rounds.token, _info(table, table.gate))
+            LapsedRound(table.table_id, table.rounds.token, table.gate_info)
             for table in self._tables().values()
             if table.rounds.lapsed and table.rounds.token is not None
         ]
@@ -166,13 +162,15 @@ class Decisions:
 
     def leave(self, table: HostedTable) -> None:
         """A table is dropped. Steps that were decided as its own may be in doubt at other tables."""
-        kept = {rank: entry for rank, entry in table.ledger.snapshot().entries.items() if entry.others}
+        kept: dict[StepId, tuple[DecidedStep, ...]] = {}
+        for (group, rank), newest in table.ledger.snapshot().entries.items():
+            for entry in generations(newest):
+                if entry.others:
+                    step_id = StepId(group=group, rank=rank, step=entry.step, generation=entry.generation)
+                    kept[step_id] = entry.others
         for step in table.order.waiting():
             if others := table.others.get(step.version):
-                entry = LedgerEntry(
-                    generation=step.step_id.generation, step=step.step_id.step, version=step.version, others=others
-                )
-                kept[step.step_id.group, step.step_id.rank] = entry
+                kept[step.step_id] = others
         if kept:
             self._gone[table.table_id] = kept
         if len(self._gone) > _MOST_GONE:
@@ -182,10 +180,8 @@ class Decisions:
         """Of a table that is not here: what was not decided of it never will be."""
         if step_id is None:
             raise NotFound(f"shard {self._shard} has no table {table_id}: it was dropped, or this shard is new")
-        entry = self._gone.get(table_id, {}).get((step_id.group, step_id.rank))
-        if entry is not None and (entry.generation, entry.step) == (step_id.generation, step_id.step):
-            return ResolveReply(version=0, state="decided", steps=entry.others)
-        return ResolveReply(version=0, state="dropped")
+        others = self._gone.get(table_id, {}).get(step_id)
+        return ResolveReply(version=0, state="dropped" if others is None else "decided", steps=others or ())
 
     def supersede(self, table: HostedTable, prepared: PreparedStep) -> bool:
         """A trainer goes on with a later step: the one it has prepared on that table is not decided any more. Returns
@@ -220,13 +216,25 @@ class Decisions:
         table = self._tables().get(prepared.decider[0])
         return table is not None and self._state(table, _at_decider(prepared))[0] == "decided"
 
-    def drop(self, table_id: int, step_id: StepId) -> None:
-        """A step was dropped for good by its decider: here too, at all its tables."""
+    def drop(self, table_id: int, step_id: StepId, *, said_elsewhere: bool = False) -> None:
+        """A step was dropped for good by its decider: here too, at all its tables.
+
+        said_elsewhere: By another shard. One that was started anew knows of no decision, and a table's gate may have
+            heard of one: that is asked, before the step is dropped there.
+        """
         for table in self._tables().values():
             for prepared in list(table.updates.prepared()):
-                if prepared.decider == (table_id, step_id.step) and _same_rank(prepared.step_id, step_id):
-                    table.updates.discard(prepared.step_id)
-                    table.steps_changed()
+                if prepared.decider != (table_id, step_id.step) or not _same_rank(prepared.step_id, step_id):
+                    continue
+                if said_elsewhere and table.table_id != table_id and not table.is_gate and table.gate_info is not None:
+                    request = ResolveRequest(
+                        table_id=table.table_id, step_id=prepared.step_id, after_version=table.order.applied
+                    )
+                    asked = Question(table.gate_info, request, (table.table_id,), self._clock(), last=True)
+                    self._last.append(asked)
+                    continue
+                table.updates.discard(prepared.step_id)
+                table.steps_changed()
 
     def _state(self, table: HostedTable, step_id: StepId, *, drop: _Drop = "") -> tuple[str, tuple[DecidedStep, ...]]:
         """At a step's decider: what became of it, and with it all its parts.
@@ -253,7 +261,7 @@ class Decisions:
         return "dropped", ()
 
     def _ask_order(self, table: HostedTable, found: list[Question], now: float) -> None:
-        target = _info(table, table.gate)
+        target = table.gate_info
         if table.is_gate or target is None:
             table.order_doubt.settled(now)
             table.steps_changed()
@@ -284,7 +292,7 @@ class Decisions:
         request = ResolveRequest(table_id=table_id, step_id=step_id, give_up=give_up or unwanted, unwanted=unwanted)
         decider = self._tables().get(table_id)
         tables = tuple(table.table_id for table, _ in parts)
-        target = parts[0][1].decider_at if decider is None else _info(decider, decider.gate)
+        target = parts[0][1].decider_at if decider is None else decider.gate_info
         if target is None or target.shard == self._shard:
             try:
                 self.told(Question(_NOWHERE, request, tables, now), self.answer(request))
@@ -297,8 +305,11 @@ class Decisions:
         step_id = question.request.step_id
         assert step_id is not None, "it was asked for"
         here = [tables[table_id] for table_id in question.tables if table_id in tables]
-        if reply.state == "dropped":
-            self.drop(question.request.table_id, step_id)
+        if question.last and reply.state != "decided":
+            for other in here:
+                other.updates.discard(step_id)
+        elif reply.state == "dropped":
+            self.drop(question.request.table_id, step_id, said_elsewhere=question.target is not _NOWHERE)
         elif reply.state == "decided":
             for step in reply.steps:
                 table = tables.get(step.table_id)
@@ -482,10 +493,6 @@ class Resolver:
 
 
 _NOWHERE = ShardInfo(shard=0, address="", incarnation=0)
-
-
-def _info(table: HostedTable, shard: int) -> ShardInfo | None:
-    return next((info for info in table.view.shards if info.shard == shard), None)
 
 
 def _same_rank(one: StepId, other: StepId) -> bool:

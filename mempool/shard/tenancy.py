@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 
 from mempool import kernels
@@ -19,7 +18,7 @@ from mempool.shard.hosted import HostedTable
 from mempool.shard.pages.transfer import export, ledger_part
 from mempool.shard.parking import Parked
 from mempool.shard.resolving import Decisions
-from mempool.shard.steps.budget import Budget, out_of_memory
+from mempool.shard.steps.budget import MIB, Budget, out_of_memory
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.steps.optimizers import kernel_needs
 from mempool.types import (
@@ -38,8 +37,6 @@ from mempool.types import (
     TableView,
 )
 from mempool.types.running import THREADS, Clock, Runner
-
-MIB = 2**20
 
 _LOG = logging.getLogger("mempool.shard")
 
@@ -73,12 +70,6 @@ def _check_version(table: HostedTable, version: int) -> None:
             f"at {here}: the owner that is at the lower one has not applied a step that is decided. Nothing was "
             "changed; move them again once it has"
         )
-
-
-def _same_placement(one: TableView, other: TableView) -> bool:
-    return np.array_equal(one.placement.owners, other.placement.owners) and np.array_equal(
-        one.placement.key_owners, other.placement.key_owners
-    )
 
 
 class Tenancy:
@@ -156,9 +147,7 @@ class Tenancy:
     def gate_of(self, table_id: int) -> ShardInfo | None:
         """The shard that decides such steps; None where it is not known."""
         table = self._tables.get(table_id)
-        if table is None:
-            return None
-        return next((info for info in table.view.shards if info.shard == table.gate), None)
+        return None if table is None else table.gate_info
 
     def check_incarnation(self, incarnation: int) -> None:
         """Raises StalePlacement for another one than this."""
@@ -176,7 +165,7 @@ class Tenancy:
         """Make a table known, with nothing in it yet that answers; or let one answer that was pending.
 
         Raises:
-            InvalidRequest: It is here already, with pages, at an earlier epoch; or its pages do not fit.
+            InvalidRequest: It is here already, with pages, at an earlier epoch; or another one is; or it does not fit.
             StalePlacement: It is here at a later epoch.
             NotFound: It is to be confirmed, and is not here.
         """
@@ -187,13 +176,14 @@ class Tenancy:
         check_ledger(request.ledger)
         if request.view.schema.table_id in self._ended:
             raise NotFound(
-                f"table {request.view.schema.name!r} ({request.view.schema.table_id}) was dropped on shard "
-                f"{self._info.shard}, and is not attached again: the request is late",
+                f"table {request.view.schema.table_id} was dropped on shard {self._info.shard}, and is not attached "
+                "again: the request is late",
                 shard=self._info.shard,
             )
         table_id, epoch = request.view.schema.table_id, request.view.placement.epoch
         present = self._tables.get(table_id)
         if present is not None and present.epoch == epoch:
+            self._require_same(present, request.view)
             return present
         if present is not None and present.epoch > epoch:
             raise StalePlacement(
@@ -268,11 +258,19 @@ class Tenancy:
             table.close()
             self._contexts.drop_table(table_id)
 
-    def end(self, table_id: int) -> None:
-        """Drop a table for good: the shard remembers it, refuses it from now on, and says so to controllers."""
+    def end(self, table_id: int, *, unmade: bool = False) -> None:
+        """Drop a table for good: the shard remembers it, refuses it from now on, and says so to controllers.
+
+        Raises StalePlacement where only a pending one is meant, and it was confirmed.
+        """
+        table = self._tables.get(table_id)
+        if unmade and table is not None and not table.pending:
+            raise StalePlacement(
+                f"table {table.view.schema.name!r} ({table_id}) was confirmed on shard {self._info.shard}: who says "
+                "that nobody has made it is late. Nothing was changed"
+            )
         self.drop(table_id)
-        if table_id not in self._ended:
-            self._ended = (*self._ended, table_id)[-MOST_ENDED:]
+        self._ended = (*(each for each in self._ended if each != table_id), table_id)[-MOST_ENDED:]
 
     def drop_all(self) -> None:
         """Forget all tables."""
@@ -388,30 +386,33 @@ class Tenancy:
         self._require_pulled(table)
         return table.staging.lacks_ledger(table.ledger.version)
 
-    def stage_ledger(self, table: HostedTable, ledger: Ledger, *, token: str = "") -> None:
-        """Stage the ledger of a pull. Raises as ``stage``, and InvalidRequest for one that no shard makes, Internal
-        where it is newer."""
+    def stage_ledger(self, table: HostedTable, ledger: Ledger, *, token: str = "", decisions: bool = False) -> None:
+        """Stage the ledger of a pull, or the gate's decisions. Raises as ``stage``, and InvalidRequest for one that no
+        shard makes, Internal where it is newer."""
         self._require_pulled(table)
         _join_round(table, token)
         check_ledger(ledger)
-        table.staging.put_ledger(ledger)
+        table.staging.put_ledger(ledger, decisions=decisions)
 
     def _require_pulled(self, table: HostedTable) -> None:
         if self._tables.get(table.table_id) is not table:
             raise NotFound(f"table {table.table_id} was dropped while its pages were pulled", shard=self._info.shard)
 
+    def _require_same(self, table: HostedTable, view: TableView) -> None:
+        if view.schema != table.view.schema:
+            raise InvalidRequest(
+                f"the view's schema of table {view.schema.name!r} is another one than table {table.view.schema.name!r} "
+                f"({table.table_id}) was made with; drop the table and make it anew. Nothing was changed.",
+                shard=self._info.shard,
+            )
+
     def set_view(self, view: TableView, *, token: str = "") -> None:
         """Adopt a view. Raises StalePlacement where its round is over here, or another one has made its epoch, and as
         ``HostedTable.adopt`` does."""
         table = self.table(view.schema.table_id)
-        if view.schema != table.view.schema:
-            raise InvalidRequest(
-                f"the view's schema of table {table.view.schema.name!r} is another one than the table was made with; "
-                "drop the table and make it anew. Nothing was changed.",
-                shard=self._info.shard,
-            )
+        self._require_same(table, view)
         late = view.placement.epoch < table.epoch and token
-        if late or (view.placement.epoch == table.epoch and not _same_placement(view, table.view)):
+        if late or (view.placement.epoch == table.epoch and not view.placement.same_owners(table.view.placement)):
             raise StalePlacement(
                 f"the view of epoch {view.placement.epoch} is late: another round has brought table "
                 f"{table.view.schema.name!r} to epoch {table.epoch} on shard {self._info.shard}, so one of two "

@@ -43,6 +43,7 @@ class LedgerEntry:
         version: The table version that step made.
         dropped: Steps up to this one are over: what was not applied of them never will be.
         others: Where that step was of several tables, this one its first: its parts at the others.
+        older: What became of the generation before it that applied anything.
     """
 
     generation: int = 0
@@ -50,6 +51,7 @@ class LedgerEntry:
     version: int = 0
     dropped: int = 0
     others: tuple[DecidedStep, ...] = ()
+    older: LedgerEntry | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +153,8 @@ class LedgerPart:
 class PullPages:
     """Fetch pages from their present owner and stage them; they answer nothing until a view that says so is set.
 
+    One that names no page is sent to a shard that is to be the table's gate: it fetches what the present one decided.
+
     token: The round; where another one holds the table, or it is over, the pull is refused and nothing is staged.
     """
 
@@ -160,6 +164,11 @@ class PullPages:
     blocks: tuple[int, ...]
     key_pages: tuple[int, ...] = ()
     token: str = ""
+
+    @property
+    def of_decisions(self) -> bool:
+        """Whether it names no page."""
+        return not (len(self.row_pages) or self.key_pages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -73,8 +73,12 @@ class PageHost(Protocol):
 
     async def attach_table(self, request: AttachTable) -> None: ...
 
-    async def drop_table(self, table_id: int) -> None:
-        """Forget a table and free its pages; unknown ids are no error."""
+    async def drop_table(self, table_id: int, *, unmade: bool = False) -> None:
+        """Forget a table and free its pages; unknown ids are no error.
+
+        Raises:
+            StalePlacement: It is to be dropped only where it is ``unmade``, and it was confirmed.
+        """
 
     async def freeze(self, table_id: int, timeout_s: float, *, token: str, lease_s: float) -> int:
         """Hold off new Prepares and writes until set_view or thaw; wait for prepared steps to be decided.

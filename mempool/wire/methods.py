@@ -24,7 +24,7 @@ from mempool.types.pool import DropTable, PoolStatus, RescaleProgress, ShardStat
 from mempool.types.schema import TableSchema
 from mempool.wire.codecs import lookup, messages, pages, tables
 from mempool.wire.codecs.codec import Codec
-from mempool.wire.codecs.pages import FreezeTable, SetView, ThawTable
+from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
 
 RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
@@ -104,7 +104,7 @@ STEP_COUNT: Method[types.StepCountRequest, types.StepCountReply] = Method(
 ATTACH_TABLE: Method[AttachTable, None] = Method(
     SHARD_SERVICE, "AttachTable", pages.ATTACH_TABLE_REQUEST, pages.ATTACH_TABLE_REPLY
 )
-SHARD_DROP_TABLE: Method[int, None] = Method(
+SHARD_DROP_TABLE: Method[ForgetTable, None] = Method(
     SHARD_SERVICE, "DropTable", pages.DROP_TABLE_REQUEST, pages.DROP_TABLE_REPLY
 )
 FREEZE: Method[FreezeTable, int] = Method(SHARD_SERVICE, "Freeze", pages.FREEZE_REQUEST, pages.FREEZE_REPLY)

@@ -183,17 +183,16 @@ class Driver:
         """Freeze, pull, set the new view everywhere. Returns how many pages moved."""
         placement = self.placed.placement
         owners = LAYOUTS[owners] if isinstance(owners, str) else owners
-        target = self.make_view(
-            self.schema,
-            owners,
-            placement.key_owners if key_owners is None else key_owners,
-            epoch=placement.epoch + 1,
-        )
+        keys = placement.key_owners if key_owners is None else key_owners
+        target = self.make_view(self.schema, owners, keys, epoch=placement.epoch + 1)
         token = token or f"round {next(_lookup_ids)}"
         for shard in (taking_part := sorted({*self.owners, *target.placement.shards})):
             self.freeze(shard, token=token)
-        pages = 0
-        for dest, request in self.pulls(target):
+        pages, pulls = 0, self.pulls(target)
+        if self.gate != (gate := target.placement.shards[0]):
+            old = self.hosted[self.gate].info
+            pulls.append((gate, PullPages(table_id=self.table_id, source=old, row_pages=_NONE, blocks=())))
+        for dest, request in pulls:
             pages += self.call(self.host(dest).pull_pages(replace(request, token=token))).pages
         for shard, hosted in enumerate(self.hosted):
             self.call(hosted.host.set_view(target, token=token if shard in taking_part else ""))

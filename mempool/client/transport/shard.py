@@ -51,7 +51,7 @@ from mempool.types.caller import current_caller
 from mempool.types.running import Clock
 from mempool.wire import methods
 from mempool.wire.channels.channel import Channel, Channels
-from mempool.wire.codecs.pages import FreezeTable, SetView, ThawTable
+from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
 from mempool.wire.methods import Method
 
 if TYPE_CHECKING:
@@ -118,8 +118,8 @@ class GrpcShard:
     async def attach_table(self, request: AttachTable) -> None:
         await self._call(methods.ATTACH_TABLE, request)
 
-    async def drop_table(self, table_id: int) -> None:
-        await self._call(methods.SHARD_DROP_TABLE, table_id)
+    async def drop_table(self, table_id: int, *, unmade: bool = False) -> None:
+        await self._call(methods.SHARD_DROP_TABLE, ForgetTable(table_id=table_id, unmade=unmade))
 
     async def freeze(self, table_id: int, timeout_s: float, *, token: str, lease_s: float) -> int:
         request = FreezeTable(table_id=table_id, timeout_s=timeout_s, token=token, lease_s=lease_s)

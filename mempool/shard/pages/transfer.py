@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mempool.agreement.ledger import MAX_ENTRIES
+from mempool.agreement.ledger import MAX_ENTRIES, generations
 from mempool.errors import DataLoss, Internal, InvalidRequest
 from mempool.shard.pages.arena import pieces
 from mempool.shard.pages.masks import RowPages, cells
@@ -96,7 +96,7 @@ def ledger_part(ledger: Ledger, request: ExportLedger) -> LedgerPart:
     num_bytes = 0
     first = min(request.first, len(ledger.entries))  # a number from outside may be beyond what islice takes
     for rank, entry in islice(ledger.entries.items(), first, None):
-        num_bytes += len(rank[0].encode()) + _ENTRY_BYTES * (1 + len(entry.others))
+        num_bytes += len(rank[0].encode()) + sum(_ENTRY_BYTES * (1 + len(each.others)) for each in generations(entry))
         if entries and num_bytes > _PART_BYTES:
             break
         entries[rank] = entry
@@ -147,7 +147,8 @@ async def pull(
     lacks_ledger: Callable[[], Awaitable[bool]],
     stage_ledger: Callable[[Ledger], Awaitable[None]],
 ) -> PullReport:
-    """Read the pages of ``request`` from ``source`` and stage them, then, once a move, what was applied to them.
+    """Read the pages of ``request`` from ``source`` and stage them, then, once a move, what was applied to them; where
+    it names no page, what the source has decided.
 
     Args:
         request: What to pull.
@@ -165,7 +166,7 @@ async def pull(
         num_bytes += await _pull_batch(_asked(request, rows=request.row_pages[piece]), request, source, stage)
     for head in request.key_pages:
         num_bytes += await _pull_batch(_asked(request, head=head), request, source, stage)
-    if await lacks_ledger():
+    if request.of_decisions or await lacks_ledger():
         await stage_ledger(await read_ledger(request.table_id, source))
     pages = len(request.row_pages) * len(request.blocks) + len(request.key_pages)
     return PullReport(pages=pages, num_bytes=num_bytes)

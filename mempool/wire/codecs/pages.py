@@ -40,6 +40,14 @@ _MODES: Mapping[Mode, pb.AttachMode.ValueType] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ForgetTable:
+    """The arguments of ``PageHost.drop_table``."""
+
+    table_id: int
+    unmade: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FreezeTable:
     """The arguments of ``PageHost.freeze``."""
 
@@ -87,22 +95,35 @@ _DECIDED_STEP = Mirror(pb.DecidedStep, DecidedStep, {"step_id": STEP_ID})
 _DECIDED_STEPS = Several(_DECIDED_STEP)
 
 
+def _entry_message(entry: LedgerEntry, *, group: str = "", rank: int = 0) -> pb.LedgerEntry:
+    return pb.LedgerEntry(
+        group=group,
+        rank=rank,
+        step=entry.step,
+        generation=entry.generation,
+        version=entry.version,
+        dropped=entry.dropped,
+        others=_DECIDED_STEPS.to_wire(entry.others),
+        older=None if entry.older is None else _entry_message(entry.older),
+    )
+
+
+def _entry_value(message: pb.LedgerEntry, *, older: LedgerEntry | None = None) -> LedgerEntry:
+    return LedgerEntry(
+        generation=message.generation,
+        step=message.step,
+        version=message.version,
+        dropped=message.dropped,
+        others=_DECIDED_STEPS.from_wire(message.others, "LedgerEntry.others"),
+        older=older,
+    )
+
+
 class _Entries:
     """The converter of a ledger's entries: (group, rank) -> what was applied of it."""
 
     def to_wire(self, value: Mapping[tuple[str, int], LedgerEntry]) -> list[pb.LedgerEntry]:
-        return [
-            pb.LedgerEntry(
-                group=group,
-                rank=rank,
-                step=entry.step,
-                generation=entry.generation,
-                version=entry.version,
-                dropped=entry.dropped,
-                others=_DECIDED_STEPS.to_wire(entry.others),
-            )
-            for (group, rank), entry in value.items()
-        ]
+        return [_entry_message(entry, group=group, rank=rank) for (group, rank), entry in value.items()]
 
     def from_wire(self, wire: Sequence[pb.LedgerEntry], where: str) -> dict[tuple[str, int], LedgerEntry]:
         bounded(len(wire), MAX_MESSAGES, where)
@@ -111,13 +132,8 @@ class _Entries:
             checked_text(entry.group, "LedgerEntry", "group")
             if (entry.group, entry.rank) in entries:
                 raise InvalidRequest(f"{where} has rank {entry.rank} of group {entry.group!r} twice")
-            entries[entry.group, entry.rank] = LedgerEntry(
-                generation=entry.generation,
-                step=entry.step,
-                version=entry.version,
-                dropped=entry.dropped,
-                others=_DECIDED_STEPS.from_wire(entry.others, "LedgerEntry.others"),
-            )
+            older = _entry_value(entry.older) if entry.HasField("older") else None
+            entries[entry.group, entry.rank] = _entry_value(entry, older=older)
         return entries
 
 
@@ -172,9 +188,7 @@ ATTACH_TABLE_REQUEST = ProtoCodec(
     )
 )
 ATTACH_TABLE_REPLY: ProtoCodec[None, pb.AttachTableReply] = ProtoCodec(Only(pb.AttachTableReply))
-DROP_TABLE_REQUEST: ProtoCodec[int, pb.ShardServiceDropTableRequest] = ProtoCodec(
-    Only(pb.ShardServiceDropTableRequest, "table_id"), MAX_SMALL_BYTES
-)
+DROP_TABLE_REQUEST = ProtoCodec(Mirror(pb.ShardServiceDropTableRequest, ForgetTable), MAX_SMALL_BYTES)
 DROP_TABLE_REPLY: ProtoCodec[None, pb.ShardServiceDropTableReply] = ProtoCodec(Only(pb.ShardServiceDropTableReply))
 FREEZE_REQUEST = ProtoCodec(Mirror(pb.FreezeRequest, FreezeTable), MAX_SMALL_BYTES)
 FREEZE_REPLY: ProtoCodec[int, pb.FreezeReply] = ProtoCodec(Only(pb.FreezeReply, "version"))

@@ -109,6 +109,7 @@ class LedgerEntry(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     DROPPED_FIELD_NUMBER: _builtins.int
     OTHERS_FIELD_NUMBER: _builtins.int
+    OLDER_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     """The group."""
     rank: _builtins.int
@@ -125,6 +126,10 @@ class LedgerEntry(_message.Message):
     def others(self) -> _containers.RepeatedCompositeFieldContainer[Global___DecidedStep]:
         """What was decided with that step, where it was of several tables and this one its first: its parts at the others."""
 
+    @_builtins.property
+    def older(self) -> Global___LedgerEntry:
+        """The same of the generation before it that applied anything, without group and rank, and without one before that."""
+
     def __init__(
         self,
         *,
@@ -135,10 +140,11 @@ class LedgerEntry(_message.Message):
         version: _builtins.int = ...,
         dropped: _builtins.int = ...,
         others: _abc.Iterable[Global___DecidedStep] | None = ...,
+        older: Global___LedgerEntry | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["older", b"older"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "generation", b"generation", "group", b"group", "others", b"others", "rank", b"rank", "step", b"step", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "generation", b"generation", "group", b"group", "older", b"older", "others", b"others", "rank", b"rank", "step", b"step", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -244,16 +250,20 @@ class ShardServiceDropTableRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TABLE_ID_FIELD_NUMBER: _builtins.int
+    UNMADE_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
     """The table."""
+    unmade: _builtins.bool
+    """Only where it is pending: one that was confirmed stays, ERROR_CODE_STALE_PLACEMENT."""
     def __init__(
         self,
         *,
         table_id: _builtins.int = ...,
+        unmade: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["table_id", b"table_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["table_id", b"table_id", "unmade", b"unmade"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -546,7 +556,9 @@ Global___ExportLedgerReply: _TypeAlias = ExportLedgerReply  # noqa: Y015
 
 @_typing.final
 class PullPagesRequest(_message.Message):
-    """Fetches pages."""
+    """Fetches pages.
+    One that names no page is sent to a shard that is to be the gate: it fetches what the present one decided.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -83,13 +83,16 @@ def test_a_generation_that_is_over_is_refused_and_a_new_one_begins_anew() -> Non
         ledger.applied(_step(9))
 
 
-def test_the_last_step_of_a_generation_that_is_over_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledgers, "MAX_OLDER", 2)
+def test_the_last_step_of_the_generation_before_is_remembered_and_moves_with_the_ledger() -> None:
     ledger = AppliedLedger(None)
     for generation in range(4):
         ledger.add(_step(5 + generation, generation=generation), ())
-    known = [ledger.entry_of_its_generation(_step(1, generation=generation)) for generation in range(5)]
-    assert [entry and (entry.step, entry.version) for entry in known] == [None, (6, 2), (7, 3), (8, 4), (0, 0)]
+    ledger.drop(_step(1, generation=4))
+    ledger.drop(_step(1, generation=5))  # that applied nothing before
+    for each in (ledger, AppliedLedger(ledger.snapshot())):
+        known = [each.entry_of_its_generation(_step(1, generation=generation)) for generation in range(7)]
+        found = [entry and (entry.step, entry.version) for entry in known]
+        assert found == [None, None, None, (8, 4), None, (0, 0), (0, 0)]
 
 
 @pytest.mark.parametrize("late", [AppliedLedger.drop, lambda ledger, step_id: ledger.add(step_id, ())])
@@ -171,3 +174,19 @@ def test_a_step_is_applied_once_or_never(events: list[tuple[str, int, int, int]]
             ledger.drop(step_id)
             dropped.add(step_id)
     assert not applied & dropped
+
+
+def test_a_new_gate_learns_which_other_parts_the_steps_had_that_it_knows() -> None:
+    other = DecidedStep(table_id=2, version=0, step_id=StepId(group="a", rank=0, step=3), lr=0.1, grad_scale=1.0)
+    gate, owner = AppliedLedger(None), AppliedLedger(None)
+    for ledger, others in ((gate, (other,)), (owner, ())):
+        ledger.add(StepId(group="a", rank=0, step=3), (1,), others)
+        ledger.add(StepId(group="b", rank=0, step=1), (2,))
+    gate.drop(StepId(group="c", rank=0, step=1))
+    owner.learn_others(gate.snapshot())
+    entries = owner.snapshot().entries
+    assert list(entries) == [("a", 0), ("b", 0)]  # and nobody it has not heard of
+    assert entries["a", 0].others == (other,)
+    owner.add(StepId(group="a", rank=0, step=4), (1,))
+    owner.learn_others(gate.snapshot())  # of an older step: that one is not asked for any more
+    assert owner.snapshot().entries["a", 0].others == ()

@@ -44,9 +44,10 @@ def test_a_table_that_is_confirmed_nowhere_is_dropped_once_all_were_heard() -> N
     some = learn_all(ADOPTING, [heard], everyone=False)
     assert owed(some, INFOS[0], heard) == [], "a silent shard may have it confirmed"
     assert not some.complete
+    assert some.unmade == frozenset()
     everyone = learn_all(some, [heard, Heard(), Heard()], everyone=True)
-    assert owed(everyone, INFOS[0], heard) == [Drop(1)]
-    assert owed(everyone, INFOS[1], Heard()) == []
+    assert everyone.unmade == {1}, "it may be confirmed just now: who would be told that is asked"
+    assert owed(everyone, INFOS[0], heard) == []
 
 
 def test_a_table_that_is_confirmed_anywhere_is_confirmed_everywhere() -> None:
@@ -82,7 +83,17 @@ def test_a_table_that_this_controller_is_making_is_left_alone() -> None:
 def test_what_somebody_else_makes_under_a_controller_that_knows_its_pool_is_ended() -> None:
     """It is of a controller before this one: its message was late."""
     known = learn_all(Knowledge(), [Heard(pending=frozenset({4}), views=(view(5),))], everyone=True)
-    assert owed(known, INFOS[0], Heard(pending=frozenset({4}), views=(view(5),))) == [Drop(4)], "made ones it leaves"
+    assert known.unmade == {4}, "made ones it leaves"
+    assert not known.views
+
+
+def test_what_somebody_else_has_made_is_confirmed_where_it_is_pending() -> None:
+    pending = Heard(pending=frozenset({4}))
+    known = learn_all(Knowledge(), [Heard(views=(view(4),)), pending], everyone=True)
+    assert known.unmade == frozenset()
+    assert known.complete
+    (confirm,) = owed(known, INFOS[1], pending)
+    assert isinstance(confirm, Confirm)
 
 
 def test_of_two_tables_of_one_name_the_later_lives() -> None:
@@ -123,6 +134,7 @@ def test_a_creation_that_was_cut_anywhere_ends_whole_or_not_at_all(states: list[
             if shard not in unheard
         }
         known = learn_all(known, heard.values(), everyone=not unheard)
+        known = replace(known, dropped=known.dropped | known.unmade)  # as the first shard does not refuse
         for shard, report in heard.items():
             for action in owed(known, INFOS[shard], report):
                 assert not isinstance(action, Attach), "its pages would be lost"

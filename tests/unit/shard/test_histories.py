@@ -199,8 +199,9 @@ class Histories(RuleBasedStateMachine):
                     assert arena.num_taken == int((arena.page_of >= 0).sum()) > 0
         if self.driver.view is None:
             return
-        held = sum(engine._budget.held_bytes for engine in self.engines)
-        assert (held == 0) == (sum(self.driver.status(shard).updates_held for shard in range(NUM_SHARDS)) == 0)
+        # First the statuses: they come when what was acknowledged is applied, and so let go.
+        updates_held = sum(self.driver.status(shard).updates_held for shard in range(NUM_SHARDS))
+        assert (sum(engine._budget.held_bytes for engine in self.engines) == 0) == (updates_held == 0)
 
     def _push(self, sequence: int, *, resend: bool = False) -> Tensor:
         bags, grads = self.pending[sequence]

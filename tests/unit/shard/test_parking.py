@@ -128,10 +128,14 @@ def test_a_call_that_a_move_holds_off_for_long_is_told_so(make_driver: MakeDrive
     write = WriteRowsRequest(
         envelope=driver.envelope(0), array="values", ids=torch.arange(3), blocks=(0, 1, 2), rows=torch.zeros(3, 10)
     )
+    reader_of_the_next_epoch = ReadRowsRequest(
+        envelope=driver.envelope(0, epoch=2), array="values", ids=torch.arange(3)
+    )
     preparing = driver.submit(host.prepare(driver.prepare_request(0, 1, [0], wait=True)))
     others: list[Any] = [
         driver.submit(host.commit(driver.commit_request(0, 1, [0], one_phase=True))),
         driver.submit(host.write_rows(write)),
+        driver.submit(host.read_rows(reader_of_the_next_epoch)),
     ]
     driver.status(0)
     assert not any(call.done() for call in (preparing, *others))

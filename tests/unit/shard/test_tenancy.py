@@ -196,6 +196,18 @@ def test_views_and_ledgers_that_do_not_fit_are_refused(make_driver: MakeDriver) 
         driver.call(driver.host(0).attach_table(AttachTable(view=driver.placed, mode="empty", ledger=ledger)))
 
 
+def test_a_table_with_the_id_of_another_is_refused(make_driver: MakeDriver) -> None:
+    """Two controllers that gave one id: whoever comes second does not take the first one's table for its own."""
+    driver = make_driver().create(make_schema())
+    other = replace(driver.placed, schema=replace(driver.schema, name="other"))
+    before = driver.contents()
+    with pytest.raises(
+        InvalidRequest, match=r"schema of table 'other' is another one than table 'facts' \(1\) was made"
+    ):
+        driver.call(driver.host(0).attach_table(AttachTable(view=other, mode="initialise", pending=True)))
+    assert same(driver.contents(), before)
+
+
 def test_pages_that_no_message_holds_are_not_exported(make_driver: MakeDriver) -> None:
     driver = make_driver(max_message_bytes=4096).create(make_schema())
     one = ExportPages(table_id=1, row_pages=np.array([0]), blocks=(0, 1, 2))

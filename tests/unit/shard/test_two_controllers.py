@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mempool.errors import StalePlacement
-from tests.contract.driver import make_schema
+from mempool.errors import NotFound, StalePlacement
+from mempool.types import AttachTable
+from tests.contract.driver import make_schema, same
 
 from .conftest import MakeDriver
 
@@ -27,3 +28,21 @@ def test_a_view_of_the_present_epoch_with_another_placement_is_refused(make_driv
         driver.call(host.set_view(older, token="late"))
     (kept,) = driver.call(host.views())
     assert np.array_equal(kept.placement.owners, view.placement.owners)
+
+
+def test_a_table_that_was_confirmed_is_not_dropped_as_one_that_nobody_has_made(make_driver: MakeDriver) -> None:
+    driver = make_driver(1)
+    driver.view = driver.make_view(make_schema(), [[0, 0, 0]] * 7, epoch=1)
+    host = driver.host(0)
+    confirm = AttachTable(view=driver.view, mode="confirm")
+    driver.call(host.attach_table(AttachTable(view=driver.view, mode="initialise", pending=True)))
+    driver.call(host.attach_table(confirm))
+    before = driver.contents()
+    with pytest.raises(StalePlacement, match=r"table 'facts' \(1\) was confirmed on shard 0: who says that nobody has"):
+        driver.call(host.drop_table(1, unmade=True))
+    assert same(driver.contents(), before)
+    driver.call(host.drop_table(1))
+    driver.call(host.drop_table(2, unmade=True))
+    late = replace(driver.view, schema=replace(driver.view.schema, table_id=2))
+    with pytest.raises(NotFound, match="the request is late"):
+        driver.call(host.attach_table(AttachTable(view=late, mode="initialise", pending=True)))

@@ -12,7 +12,7 @@ from torch import Tensor
 from mempool import types
 from mempool.wire import methods
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
-from mempool.wire.codecs.pages import FreezeTable, SetView, ThawTable
+from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
 from mempool.wire.methods import Method
 from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2
 from tests.unit.wire.right_schemas import U64, schemas
@@ -80,7 +80,9 @@ DECIDED = build(
     types.DecidedStep, table_id=U64, version=U64, step_id=STEP_ID, lr=DOUBLE, grad_scale=DOUBLE, sequences=U64S
 )
 DECIDED_STEPS = st.lists(DECIDED, max_size=3).map(tuple)
-ENTRY = build(types.LedgerEntry, generation=U64, step=U64, version=U64, dropped=U64, others=DECIDED_STEPS)
+OF_A_GENERATION = {"generation": U64, "step": U64, "version": U64, "dropped": U64, "others": DECIDED_STEPS}
+OLDER = st.none() | build(types.LedgerEntry, **OF_A_GENERATION)
+ENTRY = build(types.LedgerEntry, older=OLDER, **OF_A_GENERATION)
 HISTORY: Mapping[str, st.SearchStrategy[Any]] = {
     "version": U64,
     "updates_applied": U64,
@@ -288,7 +290,7 @@ CASES: dict[Method[Any, Any], Case] = {
     ),
     methods.SHARD_DROP_TABLE: (
         shard_pb2.ShardServiceDropTableRequest,
-        U64,
+        build(ForgetTable, table_id=U64, unmade=st.booleans()),
         shard_pb2.ShardServiceDropTableReply,
         st.none(),
     ),
