@@ -80,15 +80,18 @@ class Push:
 Action = Drop | Attach | Confirm | Push
 
 
-def learn(known: Knowledge, view: TableView) -> Knowledge:
+def learn(known: Knowledge, view: TableView, *, made: Collection[int] = ()) -> Knowledge:
     """Take over what a shard says of a table that is made, where it is news: a higher epoch, or an unknown table.
 
     Of two tables of one name the later one lives: the other was dropped, and that shard missed it.
+
+    Args:
+        made: Unknown tables that are taken over even by who knows all there are.
     """
     table_id, name = view.schema.table_id, view.schema.name
     present = known.views.get(name)
     unknown = present is None or present.schema.table_id != table_id
-    if table_id in known.dropped or table_id in known.making or (unknown and known.complete):
+    if table_id in known.dropped or table_id in known.making or (unknown and known.complete and table_id not in made):
         return known  # a table that nobody made through this controller is not for it to touch
     if present is not None and unknown:
         known = replace(known, dropped=known.dropped | {min(present.schema.table_id, table_id)})
@@ -111,11 +114,10 @@ def learn_all(known: Knowledge, heard: Iterable[Heard], *, everyone: bool) -> Kn
     )
     pending = {table_id for report in reports for table_id in report.pending} - known.making - known.dropped
     confirmed = {view.schema.table_id for report in reports for view in report.views}
-    if pending & confirmed:  # whoever makes it, it is made, and to be confirmed everywhere
-        known = replace(known, complete=False)
+    made = pending & confirmed  # whoever makes them, they are made, and to be confirmed everywhere
     for report in reports:
         for view in report.views:
-            known = learn(known, view)
+            known = learn(known, view, made=made)
     if everyone:
         known = replace(known, complete=True, unmade=frozenset(pending - confirmed))
     return known

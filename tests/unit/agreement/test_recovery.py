@@ -96,6 +96,13 @@ def test_what_somebody_else_has_made_is_confirmed_where_it_is_pending() -> None:
     assert isinstance(confirm, Confirm)
 
 
+def test_other_tables_that_it_does_not_know_are_not_taken_over_with_it() -> None:
+    """A shard that missed a drop has them still."""
+    heard = Heard(views=(view(4, name="a"), view(5, name="b")))
+    known = learn_all(Knowledge(), [heard, Heard(pending=frozenset({4}))], everyone=True)
+    assert set(known.views) == {"a"}
+
+
 def test_of_two_tables_of_one_name_the_later_lives() -> None:
     first, second = view(1, name="a"), view(2, name="a")
     for order in ((first, second), (second, first)):
