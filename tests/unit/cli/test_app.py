@@ -129,6 +129,7 @@ def test_apply(served: ServedPool, file: Path, command: Command) -> None:
     assert "shards: 2 -> 3" in dry
     assert "create table more: 64 x 8 float32" in dry
     assert "keep table facts" in dry
+    assert "whether Ray has room for more shards is asked when it is done" in dry
     assert len(served.shards) == 2
     planned = json.loads(command("apply", "-f", file, "--dry-run", "--json").stdout)
     assert planned == {

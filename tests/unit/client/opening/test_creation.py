@@ -79,6 +79,7 @@ def test_it_takes_as_long_as_it_moves_and_says_how_far_it_is(
     assert [(report.bytes_done, report.bytes_total) for report in reports[: len(steps)]] == steps
     assert reports[-1].spent_s > 0.25  # longer than any other call may take
     assert str(reports[0]) == "it waits for a rescale"
+    assert str(reports[1]) == "its CPU kernels are made ready, and its first values"
     assert str(reports[5]) == "4 of 64 MiB have their initial values"
     assert [record.getMessage() for record in caplog.records] == [
         "making table 'other' takes a while: it waits for a rescale"

@@ -145,6 +145,34 @@ run(asyncio.sleep(0.05))
     assert "late: the interpreter is ending" in done.stdout
 
 
+def test_a_call_that_another_thread_waits_for_ends_in_words_as_python_ends() -> None:
+    done = script(
+        """
+import asyncio, atexit, threading
+from mempool.wire.channels.loop import run
+begun, said = threading.Event(), []
+async def wait():
+    begun.set()
+    await asyncio.sleep(60)
+def ask():
+    try:
+        run(wait())
+    except BaseException as error:
+        said.append(error)
+def tell():  # after the loop was ended, which is registered later
+    thread.join(20)
+    print(repr(said))
+atexit.register(tell)
+thread = threading.Thread(target=ask, daemon=True)
+thread.start()
+assert begun.wait(20)
+"""
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "MempoolError" in done.stdout
+    assert "this Python ends" in done.stdout
+
+
 def test_importing_starts_nothing_and_loads_nothing_heavy() -> None:
     done = script("""
 import sys, threading
