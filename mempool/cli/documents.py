@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mempool.config import Changes, FieldChange
-from mempool.placement import Assignment, describe, layout_kind
+from mempool.placement import assignment_of, describe, layout_kind
 from mempool.types import PoolStatus, ShardStatus, TableStatus, TableView
 
 
@@ -39,7 +39,7 @@ def table(view: TableView, now: PoolStatus) -> dict[str, Any]:
     ``lost_pages`` those that answer DATA_LOSS; ``placement`` is the kind of layout the pages have now.
     """
     schema, placement = view.schema, view.placement
-    assignment = Assignment(owners=placement.owners, key_owners=placement.key_owners)
+    assignment = assignment_of(placement)
     seen = {shard.info.shard: found for shard in now.shards if (found := _seen(shard, schema.table_id)) is not None}
     return {
         "name": schema.name,

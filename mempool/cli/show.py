@@ -208,7 +208,25 @@ def _troubles(now: PoolStatus, tables: list[dict[str, object]]) -> list[str]:
         for table in tables
         if table["lost_pages"]
     ]
-    return lines
+    return lines + _half_made(now)
+
+
+def _half_made(now: PoolStatus) -> list[str]:
+    """Lines for tables that are neither made nor being made: their controller died, or a shard missed that they are."""
+    going_on = {creation.table_id for creation in now.creating}
+    made = {view.schema.table_id for view in now.tables}
+    half: dict[int, tuple[str, list[int]]] = {}
+    for shard in now.shards:
+        for table in shard.tables:
+            if table.pending and table.table_id not in going_on:
+                half.setdefault(table.table_id, (table.name, []))[1].append(shard.info.shard)
+    return [
+        f"table {name} is made, and shard {', '.join(map(str, shards))} has not heard so yet: it is told again"
+        if table_id in made
+        else f"table {name} is half made on shard {', '.join(map(str, shards))}, and nobody makes it any more: it is "
+        "dropped once every shard has been heard, unless one of them knows that it is made"
+        for table_id, (name, shards) in sorted(half.items())
+    ]
 
 
 def _size(num_bytes: float) -> str:

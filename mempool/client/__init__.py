@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from mempool.client.routing.attempt import Seen
     from mempool.client.routing.router import Router
     from mempool.client.table import Table
-    from mempool.client.training.session import Prepared, Session, SessionCounters
+    from mempool.client.training.coordinator import Prepared
+    from mempool.client.training.session import Session, SessionCounters
     from mempool.client.transport.pool import GrpcPool
     from mempool.client.transport.shard import GrpcDialer, GrpcShard
     from mempool.types.bags import Bags
@@ -42,7 +43,7 @@ _HOMES = {
     "GrpcShard": "mempool.client.transport.shard",
     "Lookup": "mempool.client.lookup",
     "Pool": "mempool.client.pool",
-    "Prepared": "mempool.client.training.session",
+    "Prepared": "mempool.client.training.coordinator",
     "Router": "mempool.client.routing.router",
     "Seen": "mempool.client.routing.attempt",
     "Session": "mempool.client.training.session",

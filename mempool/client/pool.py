@@ -181,7 +181,11 @@ class Pool:
         return self._connection.run(self._connection.tries.run("status", self._api.status))
 
     def close(self) -> None:
-        """Give back connections; an embedded pool ends with it. What is pending is lost. Repeatable."""
+        """Give back connections; an embedded pool ends with it. Repeatable.
+
+        What is pending is lost. What was committed is told to the shards that have not heard of it yet, for some
+        seconds at most; they learn of it by themselves too.
+        """
         self._connection.close()
 
     def _follow(self, reports: AsyncIterator[T], progress: Callable[[T], None] | None, report: T | None = None) -> None:
@@ -208,25 +212,42 @@ class Pool:
         self.router.forget(table_id)
 
     async def _drop_table(self, name: str) -> None:
+        table_id = await self._connection.tries.run(name, lambda: self._id_of(name))
         tries = 0
 
         async def ask() -> None:
             nonlocal tries
             tries += 1
             try:
-                await self._api.drop_table(name)
+                # By its id: a try that is late must not drop a table that somebody made of that name meanwhile.
+                await self._api.drop_table(name, table_id=table_id)
             except NotFound:
                 if tries == 1:
                     raise
 
         await self._connection.tries.run(name, ask)
 
+    async def _id_of(self, name: str) -> int:
+        """The id of a table, also of one that is being made. Raises NotFound."""
+        try:
+            return (await self._api.table(name)).schema.table_id
+        except NotFound:
+            for creation in (await self._api.status()).creating:
+                if creation.table == name:
+                    return creation.table_id
+            raise
+
     def _opened(self, view: TableView) -> Table:
         schema = view.schema
         with self._lock:
             table = self._tables.get(schema.table_id)
             if table is None:
-                session = Session(self.router, table_id=schema.table_id, group=self._group)
+                session = Session(
+                    self.router,
+                    table_id=schema.table_id,
+                    group=self._group,
+                    coordinator=self._connection.coordinator,
+                )
                 table = Table(schema, router=self.router, session=session, run=self._connection.run)
                 self._tables[schema.table_id] = table
             return table

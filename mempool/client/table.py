@@ -22,9 +22,11 @@ from mempool.client.lookup import Lookup, checked_queries, checked_topk, without
 from mempool.client.opening.waiting import Run
 from mempool.client.routing.router import Router
 from mempool.client.rows import Rows, checked_key_rows, checked_matrix, checked_rows, distinct_rows, require_distinct
+from mempool.client.training.coordinator import Prepared
 from mempool.client.training.link import TableLink, WireDtype
-from mempool.client.training.session import Prepared, Session, SessionCounters
+from mempool.client.training.session import Session, SessionCounters
 from mempool.client.training.state import checked_state, checked_step, names_to_read
+from mempool.client.training.tables import TableCommit, commit_tables, discard_tables, prepare_tables
 from mempool.errors import InvalidRequest
 from mempool.types import FlatKeySpec, StorageDtype, TableSchema
 
@@ -340,12 +342,13 @@ class Table:
         ``discard`` must follow soon: pages cannot move meanwhile.
         """
         self._link.drop_zeroed()
-        return self._run(self._session.prepare(want_norm=want_norm, norm_order=norm_order))
+        return prepare_tables([self._link], want_norm=want_norm, norm_order=norm_order)[0]
 
     def commit(self, *, lr: float | None = None, grad_scale: float = 1.0) -> int:
         """Apply everything pending as one step of the table's optimizer; does nothing where nothing is pending.
 
-        A commit that failed on its way is continued by the next call, with the lr and grad_scale it was decided with.
+        It is acknowledged once it is decided: every later lookup of this client sees it. A commit that failed on its
+        way is continued by the next call, with the lr and grad_scale it was sent with; the error says what is known.
 
         Args:
             lr: Learning rate of this step; None takes the table's own.
@@ -359,13 +362,11 @@ class Table:
             if not math.isfinite(as_number(number)):
                 raise InvalidRequest(f"table {self.name!r}: {name} = {number!r} must be a finite number.")
         self._link.drop_zeroed()
-        return self._run(self._session.commit(lr=float(lr), grad_scale=float(grad_scale)))
+        return commit_tables([TableCommit(self._link, lr=float(lr), grad_scale=float(grad_scale))])[0]
 
     def discard(self) -> int:
         """Drop what is pending; answers how many updates. A step whose commit is under way is decided and stays.
 
         Where nothing is pending this is free: nothing is sent and nobody is waited for.
         """
-        if self._session.nothing_to_drop:
-            return 0
-        return self._run(self._session.discard())
+        return discard_tables([self._link])[0]

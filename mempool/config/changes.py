@@ -73,7 +73,7 @@ class Changes:
         if self.shards_before != self.shards_after:
             said.append(f"shards: {self.shards_before} -> {self.shards_after}, moving pages while the pool works")
         if self.unfinished:
-            said.append(f"move pages to where {self.shards_after} shards have them: {self.unfinished}")
+            said.append(f"finish the move to {self.shards_after} shards: {self.unfinished}")
         said += [f"create table {t.name}: {t.num_slots:,} x {t.value_dim} {t.dtype}" for t in self.create]
         said += [f"keep table {name}: it is not in the file, and apply never drops data" for name in self.kept]
         said += [f"refuse {change}: it cannot change while the pool lives" for change in self.refused]

@@ -13,6 +13,7 @@ from mempool.config.model import ConfigModel, FieldProblem, Flag, Number, WholeN
 from mempool.config.table import Name, TableConfig
 from mempool.errors import ConfigError
 from mempool.types import MAX_SHARDS
+from mempool.types.running import TRAINER_LEASE_S
 
 TOKEN_VARIABLE = "MEMPOOL_TOKEN"
 TLS_VARIABLE = "MEMPOOL_TLS_AUTHORITY"
@@ -174,6 +175,8 @@ class ShardConfig(ConfigModel):
         context_memory: Of client_memory, what remembered lookups may have; the oldest is forgotten first. None: half.
         commit_memory: Of memory, the temporary memory of commits: a larger step is applied in parts. None: an eighth,
             at most 256 MiB.
+        trainer_lease: Seconds without a word of a trainer after which shards drop what it has not committed, and a
+            rescale goes on over a step that it left undecided. A trainer says that it lives, at a third of it.
         resources: Ray's custom resources a shard asks for, to say on which nodes it may run.
         max_restarts: How often Ray starts a dead shard again; -1 is always.
     """
@@ -186,6 +189,7 @@ class ShardConfig(ConfigModel):
     client_memory: Annotated[ByteCount, Field(ge=2**20)] | None = None
     context_memory: Annotated[ByteCount, Field(ge=2**20)] | None = None
     commit_memory: Annotated[ByteCount, Field(ge=2**20)] | None = None
+    trainer_lease: Number = Field(default=TRAINER_LEASE_S, ge=1, le=600)
     resources: dict[str, Annotated[Number, Field(gt=0)]] = Field(default_factory=dict)
     max_restarts: WholeNumber = Field(default=-1, ge=-1)
 

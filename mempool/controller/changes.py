@@ -1,20 +1,21 @@
 """Creating and dropping tables. A creation is a task of the controller: it outlives the call that asked for it.
 
 The life of one: its schema is checked and its name taken; it waits for a rescale to end; it is placed, on a thread;
-every shard attaches it and fills its pages, while others change tables too; then it is a table of the roster. A repeat
-of the call joins in, a drop of its name ends it, and a failure leaves nothing behind.
+every shard attaches it as pending and fills its pages, while others change tables too. One shard is told that it is
+made, which decides it: it is a table of the roster, and the others are told. A repeat of the call joins in, a drop of
+its name ends it, a failure leaves nothing behind; what a controller that dies leaves, ``agreement.recovery`` ends.
 """
 
 import asyncio
 import logging
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from mempool.controller.calls import ShardCalls
 from mempool.controller.roster import Roster
-from mempool.errors import AlreadyExists, InvalidRequest, MempoolError, NotFound, ShardUnavailable
-from mempool.placement import plan
+from mempool.controller.telling import Telling
+from mempool.errors import AlreadyExists, InvalidRequest, MempoolError, NotFound, ShardUnavailable, StalePlacement
+from mempool.placement import plan_table
 from mempool.types import (
     AttachTable,
     FlatKeySpec,
@@ -29,6 +30,7 @@ from mempool.types import (
     TableView,
 )
 from mempool.types.caller import Caller, calling
+from mempool.types.running import Clock, Runner
 from mempool.types.schema_checks import check_schema, shown
 from mempool.types.schema_differences import schema_differences
 from mempool.types.sizes import bytes_by_owner
@@ -47,18 +49,22 @@ class Making:
 
     Attributes:
         schema: As it was asked for, table_id 0.
+        table_id: The id that it will have.
         task: Makes it.
         view: Where its pages will be, once that is planned; until then it waits for its turn.
         bytes_of: Bytes that each owner has to fill.
+        asked: A shard was asked to let it answer: it may be made.
         ended: Why it is to end, where somebody ends it.
     """
 
     schema: TableSchema
+    table_id: int
     task: "asyncio.Task[TableView] | None" = None
     view: TableView | None = None
     bytes_of: dict[int, int] = field(default_factory=dict)
+    asked: bool = False
     ended: MempoolError | None = None
-    began_s: float = field(default_factory=time.monotonic)
+    began_s: float
 
 
 class TableChanges:
@@ -66,14 +72,28 @@ class TableChanges:
 
     Args:
         roster: The pool's shards and tables.
-        calls: Reaches the shards.
+        calls, telling: Reach the shards.
         changing: Held by whatever changes the pool: a rescale, a settling, and planning here; not while pages are
             filled.
+        clock: Seconds.
+        runner: Plans tables.
     """
 
-    def __init__(self, roster: Roster, calls: ShardCalls, *, changing: asyncio.Lock) -> None:
+    def __init__(
+        self,
+        roster: Roster,
+        calls: ShardCalls,
+        *,
+        telling: Telling,
+        changing: asyncio.Lock,
+        clock: Clock,
+        runner: Runner,
+    ) -> None:
         self._roster = roster
         self._calls = calls
+        self._telling = telling
+        self._clock = clock
+        self._runner = runner
         self._changing = changing
         self._making: dict[str, Making] = {}
 
@@ -91,7 +111,9 @@ class TableChanges:
         making = self._making.get(schema.name)
         if making is None:
             self._require_new(schema)
-            making = self._making[schema.name] = Making(schema=schema)
+            making = self._making[schema.name] = Making(
+                schema=schema, table_id=self._roster.new_table_id(), began_s=self._clock()
+            )
             with calling(Caller()):  # neither its deadline nor its name goes along: others may join in
                 making.task = asyncio.create_task(self._make(making))
             making.task.add_done_callback(lambda task: self._made(making, task))
@@ -109,17 +131,41 @@ class TableChanges:
                 raise making.ended from None
             raise
 
-    async def drop(self, name: str) -> None:
-        """Drop a table; one that is being made is not made. Raises NotFound."""
+    async def drop(self, name: str, table_id: int) -> None:
+        """Drop a table; one that is being made is not made. As ``Controller.drop_table``."""
         making = self._making.get(name)
-        if making is not None:
+        if making is not None and table_id in (0, making.table_id):
             await self._end(making, NotFound(f"table {name!r} was dropped while it was being made"))
             if name not in self._roster.names:
                 return
         async with self._changing:
-            view = self._roster.remove(name)
-            table_id = view.schema.table_id
-            await self._calls.everywhere(self._roster.infos, lambda host: host.drop_table(table_id), tolerant=True)
+            view = self._roster.view(name)
+            found = view.schema.table_id
+            if table_id not in (0, found):
+                raise NotFound(
+                    f"table {name!r} with the id {table_id} is gone already; the pool has another of that name, with "
+                    f"the id {found}, which stays"
+                )
+            told = await self._decide_drop(view)
+            self._roster.forget(found)
+            others = [info for info in self._roster.infos if info != told]
+            await self._calls.everywhere(others, lambda host: host.drop_table(found), tolerant=True)
+
+    async def _decide_drop(self, view: TableView) -> ShardInfo:
+        """Tell one shard that a table is dropped, an owner if one answers: that decides it, for every controller.
+
+        Raises what the last one said where none could be told: the table is there still.
+        """
+        owners = view.placement.shards
+        problem: MempoolError = ShardUnavailable(f"table {view.schema.name!r} was not dropped: the pool has no shards")
+        for info in sorted(self._roster.infos, key=lambda info: (info.shard not in owners, info.shard)):
+            try:
+                await self._calls.call(info, lambda host: host.drop_table(view.schema.table_id))
+            except MempoolError as error:
+                problem = error
+            else:
+                return info
+        raise problem
 
     async def idle(self) -> None:
         """Wait until no table is being filled. Call it with ``changing`` held, so that none begins meanwhile."""
@@ -139,7 +185,7 @@ class TableChanges:
     def creations(self, statuses: Iterable[ShardStatus]) -> tuple[TableCreation, ...]:
         """The tables that are being made, and how far the shards say that they are."""
         seen = {(table.table_id, status.info.shard): table for status in statuses for table in status.tables}
-        return tuple(_creation(making, seen) for making in self._making.values())
+        return tuple(_creation(making, seen, self._clock()) for making in self._making.values())
 
     def _require_new(self, schema: TableSchema) -> None:
         """Raises where a table may not be added to what the pool has and makes."""
@@ -158,34 +204,57 @@ class TableChanges:
                 f"the pool has {len(schemas):,} tables, the most it may have; drop one, or keep several tables' rows "
                 "in one table"
             )
-        pages = sum(_num_pages(other) for other in schemas)
-        if pages + _num_pages(schema) > MAX_PLACED_PAGES:
+        pages = sum(num_pages(other) for other in schemas)
+        if pages + num_pages(schema) > MAX_PLACED_PAGES:
             raise InvalidRequest(
-                f"table {schema.name!r} has {_num_pages(schema):,} pages and the pool's tables {pages:,}; together "
+                f"table {schema.name!r} has {num_pages(schema):,} pages and the pool's tables {pages:,}; together "
                 f"they may have {MAX_PLACED_PAGES:,}. Give it a larger page_slots or block_dim, or drop a table"
             )
 
     async def _make(self, making: Making) -> TableView:
-        table_id = self._roster.new_table_id()
+        table_id = making.table_id
         schema = replace(making.schema, table_id=table_id)
         infos: tuple[ShardInfo, ...] = ()
         try:
             async with self._changing:
                 infos = self._roster.infos
-                view, making.bytes_of = await asyncio.to_thread(first_view, schema, infos)
+                view, making.bytes_of = await self._runner.run(lambda: first_view(schema, infos))
                 self._roster.unfinished.add(table_id)
                 making.view = view
-            request = AttachTable(view=view, mode="initialise")
+            request = AttachTable(view=view, mode="initialise", pending=True)
             await self._calls.everywhere(infos, lambda host: host.attach_table(request), timeout_s=_FILL_TIMEOUT_S)
             self._require_same(infos, schema.name)
-            return self._roster.put(schema, view.placement)
+            made = AttachTable(view=view, mode="confirm")
+            making.asked = True
+            await self._calls.call(infos[0], lambda host: host.attach_table(made))
+            view = self._roster.put(schema, view.placement)
+            await self._telling.confirm(view, infos[1:])
+            return view
         except BaseException:
             if making.view is not None:
-                self._roster.dropped.add(table_id)
-                await self._calls.everywhere(infos, lambda host: host.drop_table(table_id), tolerant=True)
+                await self._unmake(making.view, infos, asked=making.asked)
             raise
         finally:
             self._roster.unfinished.discard(table_id)
+
+    async def _unmake(self, view: TableView, infos: tuple[ShardInfo, ...], *, asked: bool) -> None:
+        """Leave nothing of a table on any shard. Where one was asked to confirm it, that one says whether it is made:
+        another controller may have heard so, and clients have used it."""
+        table_id = view.schema.table_id
+        try:
+            if asked:
+                await self._calls.call(infos[0], lambda host: host.drop_table(table_id, unmade=True))
+        except StalePlacement:
+            self._roster.put(view.schema, view.placement)
+            self._telling.untold()
+            return
+        except MempoolError as error:
+            _LOG.warning("whether table %r is made is not known yet: %s", view.schema.name, error)
+            self._roster.complete = False  # shards are asked when they are settled
+            self._telling.untold()
+            return
+        self._roster.forget(table_id)
+        await self._calls.everywhere(infos, lambda host: host.drop_table(table_id), tolerant=True)
 
     def _made(self, making: Making, task: "asyncio.Task[TableView]") -> None:
         """It is made, or it is not: whoever asked for it may be gone."""
@@ -211,14 +280,7 @@ class TableChanges:
 
 def first_view(schema: TableSchema, infos: tuple[ShardInfo, ...]) -> tuple[TableView, dict[int, int]]:
     """The view of a new table, and how many bytes each of its owners has to fill."""
-    assignment = plan(
-        None,
-        [info.shard for info in infos],
-        num_row_pages=schema.num_row_pages,
-        num_blocks=schema.num_blocks,
-        num_key_pages=schema.num_key_pages,
-        layout=schema.layout,
-    )
+    assignment = plan_table(schema, None, [info.shard for info in infos])
     placement = Placement(table_id=schema.table_id, epoch=1, owners=assignment.owners, key_owners=assignment.key_owners)
     bytes_of = bytes_by_owner(schema, placement.owners, placement.key_owners)
     return TableView(schema=schema, placement=placement, shards=infos), bytes_of
@@ -236,18 +298,19 @@ def _shown(value: object) -> str:
     return repr(value) if isinstance(value, ProductKeySpec | FlatKeySpec) else shown(value)
 
 
-def _num_pages(schema: TableSchema) -> int:
+def num_pages(schema: TableSchema) -> int:
+    """Row pages by blocks, and key pages: what a placement names an owner of each."""
     return schema.num_row_pages * schema.num_blocks + schema.num_key_pages
 
 
-def _creation(making: Making, seen: dict[tuple[int, int], TableStatus]) -> TableCreation:
-    table_id = 0 if making.view is None else making.view.schema.table_id
+def _creation(making: Making, seen: dict[tuple[int, int], TableStatus], now: float) -> TableCreation:
+    table_id = making.table_id
     tables = {shard: seen.get((table_id, shard)) for shard in sorted(making.bytes_of)}
     return TableCreation(
         table=making.schema.name,
         table_id=table_id,
         waiting_for=_waiting_for(making, tables),
-        spent_s=time.monotonic() - making.began_s,
+        spent_s=now - making.began_s,
         shards=tuple(
             # A shard that says nothing of it has not begun.
             ShardFill(

@@ -1,6 +1,8 @@
 """The controller of a pool, as one object: the ``PoolApi`` over what creates tables, rescales and watches shards."""
 
 import asyncio
+import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 
 from mempool.controller.calls import ShardCalls
@@ -11,6 +13,7 @@ from mempool.controller.roster import Roster
 from mempool.controller.telling import Telling
 from mempool.controller.watching import Watching
 from mempool.types import PoolStatus, RescaleProgress, ShardHost, ShardInfo, TableSchema, TableView
+from mempool.types.running import THREADS, TRAINER_LEASE_S, Clock, Runner
 
 
 class Controller:
@@ -23,7 +26,13 @@ class Controller:
         name: The pool's name.
         launcher: Starts and stops shards.
         dial: The ``ShardHost`` of a shard, at once; asked for every call, so it keeps its connections itself.
-        round_bytes: Bytes that one round of a move carries at most; writers of the table wait for one round.
+        round_bytes: Bytes that one round of a move carries at most. Writers of the table wait for one round, which is
+            made smaller where it holds them off for long.
+        trainer_lease_s: How long a trainer may hold a step undecided before the shards give it up.
+        clock: Seconds, ascending.
+        wall_clock: Seconds since 1970; ids of tables are made of it.
+        runner: Runs what takes long, as planning does.
+        new_token: Gives a name that no round of any controller ever had.
     """
 
     def __init__(
@@ -33,13 +42,20 @@ class Controller:
         launcher: Launcher,
         dial: Callable[[ShardInfo], ShardHost],
         round_bytes: int = 64 * 2**20,
+        trainer_lease_s: float = TRAINER_LEASE_S,
+        clock: Clock = time.monotonic,
+        wall_clock: Clock = time.time,
+        runner: Runner = THREADS,
+        new_token: Callable[[], str] = lambda: secrets.token_hex(16),
     ) -> None:
         self.name = name
         self._changing = changing = asyncio.Lock()
-        self._roster = roster = Roster()
+        self._roster = roster = Roster(wall_clock=wall_clock)
         calls = ShardCalls(name, dial)
         telling = Telling(name, roster, calls)
-        self._changes = changes = TableChanges(roster, calls, changing=changing)
+        self._changes = changes = TableChanges(
+            roster, calls, telling=telling, changing=changing, clock=clock, runner=runner
+        )
         self._rescaling = rescaling = Rescaling(
             roster,
             calls=calls,
@@ -48,6 +64,10 @@ class Controller:
             changes=changes,
             changing=changing,
             round_bytes=round_bytes,
+            trainer_lease_s=trainer_lease_s,
+            clock=clock,
+            runner=runner,
+            new_token=new_token,
         )
         self._watching = Watching(
             name, roster, calls=calls, telling=telling, changes=changes, rescaling=rescaling, changing=changing
@@ -69,16 +89,22 @@ class Controller:
         async with self._changing:
             await self._rescaling.start(range(shards))
 
-    async def adopt(self, infos: Iterable[ShardInfo]) -> None:
+    async def adopt(self, infos: Iterable[ShardInfo], *, wanted: int = 0) -> None:
         """Take over running shards after this controller was started anew: their newest views are the pool's tables.
 
         A rescale that was under way stops where it was: the placement that the most advanced shard knows is given to
-        all, and frozen tables are thawed; by ``reconcile``, where a shard does not answer yet.
+        all, and frozen tables are thawed; by ``reconcile``, where a shard does not answer yet. A table that was being
+        made is there where any shard knows that it was, and else is dropped.
+
+        Args:
+            infos: The shards.
+            wanted: How many there were to be, as the launcher was told to keep; 0: nobody knows. Status says what is
+                not so yet.
 
         Raises:
             ShardUnavailable: No shard answers, so nothing is known of the pool's tables.
         """
-        await self._watching.adopt(infos)
+        await self._watching.adopt(infos, wanted)
 
     async def shard_restarted(self, info: ShardInfo) -> None:
         """A shard came back as a new incarnation, without its pages: its tables there answer DataLoss.
@@ -103,9 +129,17 @@ class Controller:
         """
         return await self._changes.create(schema)
 
-    async def drop_table(self, name: str) -> None:
-        """Drop a table, also one that is being made. Raises NotFound."""
-        await self._changes.drop(name)
+    async def drop_table(self, name: str, *, table_id: int = 0) -> None:
+        """Drop a table, also one that is being made; it is gone once one shard was told.
+
+        Args:
+            table_id: Of the table that is meant; 0: whichever has that name.
+
+        Raises:
+            NotFound: There is no such table, or another one has that name by now.
+            ShardUnavailable: No shard answered.
+        """
+        await self._changes.drop(name, table_id)
 
     async def table(self, name: str) -> TableView:
         """The view of a table. Raises NotFound."""

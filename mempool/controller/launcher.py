@@ -17,5 +17,11 @@ class Launcher(Protocol):
     async def starting(self) -> str:
         """What starts that are under way wait for, for people; "" if there are none."""
 
+    async def keep_wanted(self, shards: int) -> None:
+        """Keep, with the pool, how many shards it is meant to have, for a controller that is started anew to find.
+
+        Raises ShardUnavailable where nobody could keep it.
+        """
+
     async def stop(self, info: ShardInfo) -> None:
         """Stop a shard that owns nothing any more."""

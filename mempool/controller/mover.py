@@ -1,60 +1,63 @@
 """Moves the pages of tables to a new placement, in rounds, while clients go on.
 
-The life of a round, for one table: [CONTROLLER] freeze every owner, the lowest first: new Prepares and writes wait,
-prepared steps are let finish, lookups and updates go on. [DESTINATIONS] pull their pages from the owners, stage them.
-[CONTROLLER] a view with the next epoch goes to every shard: staged pages come alive, moved ones are freed, held updates
-are dropped (their clients still have them and send them again), the freeze ends. Between rounds writers get a turn as
-long as the round was. Nothing is decided before the first shard has the new view; until then any failure thaws all.
-From then on nobody is thawed, and no further round begins, until all owners have it: a thaw drops what is staged.
+What a round is, and when it is decided, is ``agreement.rounds``'; ``docs/agreement.md`` tells why. Between rounds
+writers get a turn as long as the round was. What has moved stays moved, whatever fails later.
 """
 
 import asyncio
+import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-import numpy as np
-
-from mempool.controller.pulls import pulls
+from mempool.agreement import rounds as agreed
+from mempool.agreement.rounds import Ended, Freeze, Pull, Renew, Round, Tell, Thaw
+from mempool.controller.moves.carrying import carry_out
+from mempool.controller.moves.pace import Pace
+from mempool.controller.pulls import pull_of_decisions, pulls
 from mempool.controller.roster import Roster
 from mempool.controller.settling import Call
-from mempool.errors import MempoolError
-from mempool.placement import Assignment, Moves, Rounds, apply_moves, moves, plan, rounds
-from mempool.types import Placement, PullPages, PullReport, RescaleProgress, TableSchema, TableView
+from mempool.errors import ShardUnavailable, StalePlacement
+from mempool.placement import Assignment, Moves, apply_moves, assignment_of, moves, plan_table, rounds
+from mempool.types import Placement, PullPages, PullReport, RescaleProgress, ShardHost, TableSchema, TableView
+from mempool.types.running import THREADS, TRAINER_LEASE_S, Clock, Runner
 from mempool.types.sizes import key_page_bytes, slot_bytes
 
-T = TypeVar("T")
-
-_FREEZE_TIMEOUT_S = 20.0
+_REST_S = 5.0
+"""Beyond the trainers' lease: how long a freeze waits for prepared steps at most."""
 _ANSWER_TIMEOUT_S = 10.0
-"""How late a freeze or a thaw may be answered: a shard that hangs does not hold up the others."""
+"""How late a freeze, a view or a thaw may be answered: a shard that hangs does not hold up the others."""
 _PULL_TIMEOUT_S = 600.0
 _LONGEST_PAUSE_S = 2.0
 """Between two rounds writers get at most this long, so that a rescale ends."""
 _MOST_PAGES = 2**16
 """Pages of a round, however small they are: they are named one by one."""
+_ROUND_TRIES = 3
+"""A round that was undone because its leases ended is tried so often: a controller that was paused has not failed."""
 _NAMED = 10
 """How many tables a message names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class MovePlan:
-    """The rounds that bring one table to its new placement.
+    """The way of one table to its new placement.
 
     Attributes:
         schema: The table.
         epoch: Of the placement they begin with.
         present, target: Its owners before and after.
+        moves: From one to the other.
         page_bytes: Bytes of one page, about.
+        counted_bytes: Bytes that a page counts for in a round: more than it has, where pages are very small.
     """
 
     schema: TableSchema
     epoch: int
     present: Assignment
     target: Assignment
-    rounds: Rounds
+    moves: Moves
     page_bytes: int
+    counted_bytes: int
 
     @property
     def name(self) -> str:
@@ -62,21 +65,23 @@ class MovePlan:
 
     @property
     def pages(self) -> int:
-        return self.rounds.moves.num_pages
+        return self.moves.num_pages
+
+    def rounds(self, round_bytes: int | Callable[[], int]) -> Iterator[Moves]:
+        """Its moves in rounds of at most so many bytes; a function is asked before each."""
+        return rounds(
+            self.moves,
+            page_bytes=self.counted_bytes,
+            max_bytes=round_bytes,
+            key_page_bytes=key_page_bytes(self.schema) or None,
+        )
 
 
 def plan_moves(view: TableView, shards: Sequence[int], round_bytes: int) -> MovePlan:
     """Plan one table's way to ``shards``. Takes a while where pages or shards are many: not for the event loop."""
     schema, placement = view.schema, view.placement
-    present = Assignment(owners=placement.owners, key_owners=placement.key_owners)
-    target = plan(
-        present,
-        shards,
-        num_row_pages=schema.num_row_pages,
-        num_blocks=schema.num_blocks,
-        num_key_pages=schema.num_key_pages,
-        layout=schema.layout,
-    )
+    present = assignment_of(placement)
+    target = plan_table(schema, present, shards)
     width = min(schema.block_dim, schema.value_dim)
     page_bytes = schema.page_slots * slot_bytes(schema, width=width, blocks=1, first=0)
     return MovePlan(
@@ -84,18 +89,37 @@ def plan_moves(view: TableView, shards: Sequence[int], round_bytes: int) -> Move
         epoch=placement.epoch,
         present=present,
         target=target,
-        rounds=rounds(
-            moves(present, target),
-            page_bytes=max(page_bytes, -(-round_bytes // _MOST_PAGES)),
-            max_bytes=round_bytes,
-            key_page_bytes=key_page_bytes(schema) or None,
-        ),
+        moves=moves(present, target),
         page_bytes=page_bytes,
+        counted_bytes=max(page_bytes, -(-round_bytes // _MOST_PAGES)),
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Prepared:
+    """A round as it is carried out: before and after, and what is pulled by whom. All of it made before the freeze."""
+
+    view: TableView
+    moved: TableView
+    pulls: tuple[tuple[int, PullPages], ...]
+
+
 class Mover:
-    """Carries out the plans of one rescale, table by table, round by round."""
+    """Carries out the plans of one rescale, table by table, round by round.
+
+    Args:
+        shards_before, shards_after: How many, for reports.
+        plans: Of all tables.
+        roster: The pool's shards and tables.
+        call: Reaches a shard.
+        untold: Called where a shard that has no part in a round did not take its view.
+        round_bytes: Bytes that a round carries at most.
+        lease_s: Of a freeze.
+        trainer_lease_s: How long a step may be prepared and not decided: a dead trainer's is given up then.
+        clock: Seconds.
+        runner: Works out what a round pulls.
+        new_token: Names rounds.
+    """
 
     def __init__(
         self,
@@ -105,22 +129,48 @@ class Mover:
         plans: Sequence[MovePlan],
         roster: Roster,
         call: Call,
-        push: Callable[[TableView, Collection[int]], Awaitable[None]],
+        untold: Callable[[], None],
+        round_bytes: int = 64 * 2**20,
+        lease_s: float = agreed.LEASE_S,
+        trainer_lease_s: float = TRAINER_LEASE_S,
+        clock: Clock = time.monotonic,
+        runner: Runner = THREADS,
+        new_token: Callable[[], str] = lambda: secrets.token_hex(16),
     ) -> None:
         self._shards = (shards_before, shards_after)
         self._plans = plans
         self._roster = roster
         self._call = call
-        self._push = push
+        self._untold = untold
+        self._pace = Pace(round_bytes)
+        self._lease_s = lease_s
+        self._rest_s = trainer_lease_s + _REST_S
+        self._clock = clock
+        self._runner = runner
+        self._new_token = new_token
+        self._round: tuple[str, Round] | None = None
         self._pages_total = sum(plan_.pages for plan_ in plans)
         self._bytes_total = sum(plan_.pages * plan_.page_bytes for plan_ in plans)
         self._pages_moved = 0
         self._bytes_moved = 0
+        self._in_doubt = False
 
     @property
     def begun(self) -> bool:
-        """Whether any page has changed its owner."""
-        return self._pages_moved > 0
+        """Whether any page has changed its owner, or may have."""
+        return self._pages_moved > 0 or self._in_doubt
+
+    @property
+    def waiting_for(self) -> str:
+        """What the round under way waits for, for people; "" if for nothing."""
+        if self._round is None or not self._round[1].waits_long(self._clock()):
+            return ""
+        table, round_ = self._round
+        shards = ", ".join(str(shard) for shard in round_.waits_for)
+        return (
+            f"a step of table {table!r} that is prepared on shard {shards} and not decided: by its trainer, or, if "
+            f"that is gone, by the end of its lease (at most {self._rest_s:g} s)"
+        )
 
     def moved_text(self) -> str:
         """What has moved and what has not, for people."""
@@ -149,64 +199,139 @@ class Mover:
     async def run(self) -> AsyncIterator[RescaleProgress]:
         """Raises what a failed round raised; the rounds before it stay done."""
         for plan_ in self._plans:
-            assignment = plan_.present
+            assignment, pause_s = plan_.present, 0.0
             yield self.progress(table=plan_.name)
-            for number, round_ in enumerate(plan_.rounds):
-                started = time.monotonic()
-                assignment = apply_moves(assignment, round_)
-                await self._move(plan_.name, round_, assignment)
+            for round_ in plan_.rounds(lambda: self._pace.round_bytes):
+                await asyncio.sleep(min(pause_s, _LONGEST_PAUSE_S))
+                began_s = self._clock()
+                assignment = await self._move(plan_.name, round_, assignment)
+                pause_s = self._clock() - began_s
                 yield self.progress(table=plan_.name)
-                if number + 1 < len(plan_.rounds):
-                    await asyncio.sleep(min(time.monotonic() - started, _LONGEST_PAUSE_S))
 
-    async def _move(self, table: str, round_: Moves, assignment: Assignment) -> None:
+    async def _move(self, table: str, round_: Moves, assignment: Assignment) -> Assignment:
+        """One round; tried again where it was undone only because its leases ended."""
         view = self._roster.view(table)
-        table_id, placement = view.schema.table_id, view.placement
-        owners = np.union1d(placement.shards, np.concatenate([round_.dests, round_.key_dests])).tolist()
-        try:
-            # Clients prepare a step at the lowest owner first: once that is at rest, no step is half prepared, and the
-            # others come to rest too. All at once could leave a step prepared here and held off there.
-            gate, *others = placement.shards
-            await self._freeze(gate, table_id)
-            await _all(self._freeze(shard, table_id) for shard in others)
-            fetched = await asyncio.to_thread(pulls, view, round_)
-            reports = await _all(self._pull(dest, request) for dest, requests in fetched for request in requests)
-        except BaseException:
-            await asyncio.gather(*(self._thaw(shard, table_id) for shard in owners))
-            raise
+        before = assignment
+        assignment, prepared = await self._runner.run(lambda: _prepared(view, round_, before))
+        for _ in range(_ROUND_TRIES):
+            ended = await self._carry_out(prepared)
+            if not (ended.outcome == "undone" and isinstance(ended.error, StalePlacement)):
+                break
+        if ended.outcome == "undone":
+            assert ended.error is not None
+            raise ended.error
+        if ended.outcome == "unknown":
+            self._in_doubt = True
+            gate, epoch = view.placement.shards[0], prepared.moved.placement.epoch
+            raise ShardUnavailable(
+                f"shard {gate} did not say whether it took epoch {epoch} of table {table!r} ({ended.error}); the "
+                "rescale stops here. Ask for it again once all shards are ready: mempool status",
+                shard=gate,
+            )
         self._pages_moved += round_.num_pages
-        self._bytes_moved += sum(report.num_bytes for report in reports)
-        moved = Placement(
-            table_id=table_id,
-            epoch=placement.epoch + 1,
-            owners=assignment.owners,
-            key_owners=assignment.key_owners,
-        )
-        await self._push(self._roster.put(view.schema, moved), owners)
+        self._require_told(prepared, ended)
+        return assignment
 
-    async def _freeze(self, shard: int, table_id: int) -> int:
-        return await self._call(
-            self._roster.shards[shard],
-            lambda host: host.freeze(table_id, _FREEZE_TIMEOUT_S),
-            timeout_s=_FREEZE_TIMEOUT_S + _ANSWER_TIMEOUT_S,
+    async def _carry_out(self, prepared: _Prepared) -> Ended:
+        view, moved = prepared.view, prepared.moved
+        owners = {*view.placement.shards, *(dest for dest, _ in prepared.pulls)}
+        gate = view.placement.shards[0]
+        round_ = Round(
+            gate=gate,
+            others=owners,
+            bystanders=self._roster.shards.keys(),
+            pulls=len(prepared.pulls),
+            lease_s=self._lease_s,
         )
-
-    async def _pull(self, dest: int, request: PullPages) -> PullReport:
-        return await self._call(
-            self._roster.shards[dest], lambda host: host.pull_pages(request), timeout_s=_PULL_TIMEOUT_S
+        self._round = (view.schema.name, round_)
+        calls = _RoundCalls(
+            prepared,
+            token=self._new_token(),
+            call=self._call,
+            roster=self._roster,
+            lease_s=self._lease_s,
+            rest_s=self._rest_s,
         )
-
-    async def _thaw(self, shard: int, table_id: int) -> None:
         try:
-            await self._call(self._roster.shards[shard], lambda host: host.thaw(table_id), timeout_s=_ANSWER_TIMEOUT_S)
-        except MempoolError:
-            return  # it comes back without a freeze, or is thawed when it is settled
+            ended = await carry_out(
+                round_,
+                calls.make,
+                on_decided=lambda: self._decided(moved),
+                clock=self._clock,
+            )
+        finally:
+            self._round = None
+        if ended.outcome == "moved":
+            self._bytes_moved += calls.num_bytes
+            self._pace.took(calls.num_bytes, self._clock() - round_.at_rest_s)
+        return ended
+
+    def _decided(self, moved: TableView) -> None:
+        self._roster.put(moved.schema, moved.placement)
+
+    def _require_told(self, prepared: _Prepared, ended: Ended) -> None:
+        """No further page may move before every owner has the view: what it has staged is nowhere else any more."""
+        view = prepared.moved
+        owners = {*prepared.view.placement.shards, *(dest for dest, _ in prepared.pulls)}
+        for shard, error in ended.untold:
+            self._untold()
+            if shard in owners:
+                raise ShardUnavailable(
+                    f"shard {shard} did not take epoch {view.placement.epoch} of table {view.schema.name!r} "
+                    f"({error}); the rescale stops here. Ask for it again once all shards are ready: mempool status",
+                    shard=shard,
+                )
 
 
-async def _all(calls: Iterable[Awaitable[T]]) -> list[T]:
-    """All results, or the first error once every call has ended: none is left running behind the next step."""
-    results = await asyncio.gather(*calls, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return [result for result in results if not isinstance(result, BaseException)]
+class _RoundCalls:
+    """The calls of one try of a round, all with its token."""
+
+    def __init__(
+        self, prepared: _Prepared, *, token: str, call: Call, roster: Roster, lease_s: float, rest_s: float
+    ) -> None:
+        self._prepared = prepared
+        self._call = call
+        self._roster = roster
+        self._lease_s = lease_s
+        self._rest_s = rest_s
+        self._table_id = prepared.view.schema.table_id
+        self._token = token
+        self.num_bytes = 0
+
+    async def make(self, call: agreed.Call) -> None:
+        """One call, with a bound on its time."""
+        if isinstance(call, Pull):
+            await self._pull(*self._prepared.pulls[call.number])
+            return
+        timeout_s = _ANSWER_TIMEOUT_S + (self._rest_s if isinstance(call, Freeze | Renew) else 0)
+        await self._call(self._roster.shards[call.shard], lambda host: self._asked(call, host), timeout_s=timeout_s)
+
+    async def _asked(self, call: Freeze | Renew | Tell | Thaw, host: ShardHost) -> None:
+        if isinstance(call, Tell):
+            await host.set_view(self._prepared.moved, token=self._token if call.token else "")
+        elif isinstance(call, Thaw):
+            await host.thaw(self._table_id, token=self._token)
+        else:
+            await host.freeze(self._table_id, self._rest_s, token=self._token, lease_s=self._lease_s)
+
+    async def _pull(self, dest: int, request: PullPages) -> None:
+        asked = replace(request, token=self._token)
+        report: PullReport = await self._call(
+            self._roster.shards[dest], lambda host: host.pull_pages(asked), timeout_s=_PULL_TIMEOUT_S
+        )
+        self.num_bytes += report.num_bytes
+
+
+def _prepared(view: TableView, round_: Moves, assignment: Assignment) -> tuple[Assignment, _Prepared]:
+    """A round, and the assignment after it. Takes a while where pages are many."""
+    following = apply_moves(assignment, round_)
+    moved = Placement(
+        table_id=view.schema.table_id,
+        epoch=view.placement.epoch + 1,
+        owners=following.owners,
+        key_owners=following.key_owners,
+    )
+    fetched = [(dest, request) for dest, requests in pulls(view, round_) for request in requests]
+    if moved.shards[0] != view.placement.shards[0]:
+        fetched.append((moved.shards[0], pull_of_decisions(view)))
+    return following, _Prepared(view=view, moved=replace(view, placement=moved), pulls=tuple(fetched))

@@ -37,6 +37,13 @@ def pulls(view: TableView, moves: Moves) -> list[tuple[int, list[PullPages]]]:
     return sorted(found.items())
 
 
+def pull_of_decisions(view: TableView) -> PullPages:
+    """For the shard that is to be the table's gate: what the present one decided, as steps of other tables may be in
+    doubt of it."""
+    source = view.shard_info(view.placement.shards[0])
+    return PullPages(table_id=view.schema.table_id, source=source, row_pages=np.empty(0, dtype=np.int64), blocks=())
+
+
 def _row_page_pulls(moves: Moves) -> Iterator[tuple[int, int, Int64Array, tuple[int, ...]]]:
     """(destination, source, row pages ascending, blocks ascending)."""
     if not moves.row_pages.size:

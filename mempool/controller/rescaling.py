@@ -5,20 +5,24 @@ A rescale is a task of the controller; whoever asked for it only watches. The mo
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from mempool.controller.calls import ShardCalls
 from mempool.controller.changes import TableChanges
 from mempool.controller.launcher import Launcher
 from mempool.controller.mover import MovePlan, Mover, plan_moves
+from mempool.controller.moves.wanted import unfinished
 from mempool.controller.room import growth, require_room
 from mempool.controller.roster import Roster
 from mempool.controller.telling import Telling
 from mempool.errors import DataLoss, InvalidRequest, MempoolError, ShardUnavailable
 from mempool.types import MAX_SHARDS, RescaleProgress, ShardInfo, ShardStatus
 from mempool.types.caller import Caller, calling
+from mempool.types.running import Clock, Runner
 
 _LOG = logging.getLogger("mempool.controller")
+
+_START_LOOKS, _START_PAUSE_S = 480, 0.25
 
 Reports = asyncio.Queue[RescaleProgress | Exception]
 
@@ -33,10 +37,14 @@ class Rescaling:
         changes: What creates tables, and has to come to rest first.
         changing: Held while the pool changes.
         round_bytes: Bytes that one round of a move carries at most.
+        trainer_lease_s: How long a step may be prepared and not decided.
+        clock: Seconds.
+        runner: Plans moves.
+        new_token: Names rounds.
 
     Attributes:
         wanted: The number of shards asked for, of a rescale that goes on or has stopped half way.
-        unfinished: Why a rescale stopped half way, and what to do.
+        unfinished: Why a rescale stopped half way, or what is not where it should be, and what to do.
     """
 
     def __init__(
@@ -49,6 +57,10 @@ class Rescaling:
         changes: TableChanges,
         changing: asyncio.Lock,
         round_bytes: int,
+        trainer_lease_s: float,
+        clock: Clock,
+        runner: Runner,
+        new_token: Callable[[], str],
     ) -> None:
         self._roster = roster
         self._calls = calls
@@ -57,9 +69,16 @@ class Rescaling:
         self._changes = changes
         self._changing = changing
         self._round_bytes = round_bytes
+        self._trainer_lease_s = trainer_lease_s
+        self._clock = clock
+        self._runner = runner
+        self._new_token = new_token
         self._task: asyncio.Task[None] | None = None
+        self._mover: Mover | None = None
         self._waiting = ""
-        self._starting = False
+        self._starting = self._half_way = False
+        self._before = 0
+        self._inherited: int | None = None
         self.wanted: int | None = None
         self.unfinished = ""
 
@@ -70,7 +89,24 @@ class Rescaling:
 
     async def waiting_for(self) -> str:
         """What the one that goes on waits for, for people; "" if for nothing."""
-        return await self._launcher.starting() if self._starting else self._waiting
+        if self._starting:
+            return await self._launcher.starting()
+        return self._waiting or ("" if self._mover is None else self._mover.waiting_for)
+
+    async def inherit(self, wanted: int) -> None:
+        """Take over what a controller before this one was asked for; 0: nobody knows."""
+        self._inherited = wanted
+        await self.look_again()
+
+    async def look_again(self) -> None:
+        """Find out what of it is not so yet; again while there are shards that were not heard yet."""
+        if (wanted := self._inherited) is None:
+            return
+        views, shards = self._roster.views, sorted(self._roster.shards)
+        self.unfinished = await self._runner.run(lambda: unfinished(views, shards, wanted))
+        self.wanted = (wanted or len(shards)) if self.unfinished else None
+        if self._roster.complete:
+            self._inherited = None
 
     async def start(self, shards: Sequence[int]) -> None:
         """Start shards: all of them, or none. Raises what the launcher raised."""
@@ -102,7 +138,8 @@ class Rescaling:
             )
         # A task of its own: a watcher that goes away (Ctrl-C at `mempool scale`) does not stop a move half way.
         reports: Reports = asyncio.Queue()
-        self.wanted = shards
+        self._before = (self.wanted or 0) if self.unfinished else 0
+        self.wanted, self._half_way, self._inherited = shards, False, None
         with calling(Caller()):  # the watcher's deadline is for its watching alone
             self._task = asyncio.create_task(self._run(shards, reports))
         while True:
@@ -121,42 +158,60 @@ class Rescaling:
 
     async def _run(self, shards: int, reports: Reports) -> None:
         last: RescaleProgress | Exception = ShardUnavailable("the rescale was stopped: its controller is closing")
-        self._waiting = "another change of the pool"
         try:
+            reports.put_nowait(_begun(len(self._roster.shards), shards))  # at once: starting shards takes a while
+            await self._until_started(shards)
+            self._waiting = "another change of the pool"
             async with self._changing:
                 async for progress in self._rescale(shards):
                     if progress.done:
                         last = progress
                     else:
                         reports.put_nowait(progress)
-            self.wanted, self.unfinished = None, ""
+            self._before, self.unfinished = 0, ""
         except Exception as error:  # told to whoever watches; a bug is no less an answer than a failed shard
             _LOG.warning("a rescale to %d shards failed: %s", shards, error)
             last = error
         finally:
-            self._task, self._waiting, self._starting = None, "", False
-            if not self.unfinished:
-                self.wanted = None
+            self._task, self._mover, self._waiting, self._starting = None, None, "", False
+            if not self._half_way:
+                self.wanted = self._before or None
             reports.put_nowait(last)
+
+    async def _until_started(self, shards: int) -> None:
+        """Wait for shards that a controller before this one began to start, and that are to stay. Not for ever."""
+        for _ in range(_START_LOOKS):
+            staying = shards_after(sorted(self._roster.shards), shards)
+            infos = self._roster.shards
+            starting = [shard for shard in staying if shard in infos and not infos[shard].incarnation]
+            if not starting:
+                return
+            self._waiting = f"shard {', '.join(map(str, starting))} to start"
+            await asyncio.sleep(_START_PAUSE_S)
 
     async def _rescale(self, shards: int) -> AsyncIterator[RescaleProgress]:
         before = sorted(self._roster.shards)
         after = shards_after(before, shards)
         added, removed = sorted(set(after) - set(before)), sorted(set(before) - set(after))
-        yield _begun(len(before), shards)  # at once: starting shards takes a while
         if self._changes.filling:
             self._waiting = f"tables that are being made: {', '.join(self._changes.filling)}"
         await self._changes.idle()
         self._waiting = ""
         plans = await self._checked_plans(after, removed)
-        mover = Mover(
+        mover = self._mover = Mover(
             shards_before=len(before),
             shards_after=shards,
             plans=plans,
             roster=self._roster,
             call=self._calls.call,
-            push=self._telling.push_decided,
+            untold=self._telling.untold,
+            round_bytes=self._round_bytes,
+            trainer_lease_s=self._trainer_lease_s,
+            clock=self._clock,
+            runner=self._runner,
+            new_token=self._new_token,
         )
+        await self._launcher.keep_wanted(shards)
         try:
             if added:
                 await self._start_checked(added)
@@ -171,8 +226,13 @@ class Rescaling:
                 self._half_done(error, mover, shards)
             else:
                 await self._take_back(added)
+                await self._keep_as_it_is()
             raise
-        await self._remove(removed)
+        try:
+            await self._remove(removed)
+        except Exception as error:
+            self._half_done(error, mover, shards)
+            raise
         yield mover.progress(table="", done=True)
 
     async def _checked_plans(self, after: Sequence[int], removed: Sequence[int]) -> list[MovePlan]:
@@ -181,8 +241,8 @@ class Rescaling:
         statuses = await self._statuses()
         _require_whole(statuses)
         views, round_bytes = self._roster.views, self._round_bytes
-        plans = await asyncio.to_thread(lambda: [plan_moves(view, after, round_bytes) for view in views])
-        require_room(await asyncio.to_thread(_growth, plans), statuses)
+        plans = await self._runner.run(lambda: [plan_moves(view, after, round_bytes) for view in views])
+        require_room(await self._runner.run(lambda: _growth(plans)), statuses)
         return plans
 
     async def _start_checked(self, added: Sequence[int]) -> None:
@@ -201,6 +261,13 @@ class Rescaling:
         """Stop what was started for a rescale that moved nothing: the pool is as it was."""
         idle = [shard for shard in added if shard in self._roster.shards and shard not in self._roster.owners]
         await self._remove(idle, tolerant=True)
+
+    async def _keep_as_it_is(self) -> None:
+        """Nothing has moved: the pool is meant to have the shards that it has, or that it was asked for before."""
+        try:
+            await self._launcher.keep_wanted(self._before or len(self._roster.shards))
+        except MempoolError as error:
+            _LOG.warning("nobody could be told that a rescale was taken back: %s", error)
 
     async def _remove(self, shards: Sequence[int], *, tolerant: bool = False) -> None:
         """Let shards go that own nothing. Raises the reason where one cannot be stopped: it is the pool's still."""
@@ -222,6 +289,7 @@ class Rescaling:
             f"{mover.moved_text()}. What has moved stays where it is now, every table answers, and {shards} shards can "
             f"be asked for again: mempool scale --shards {shards}, or mempool apply"
         )
+        self._half_way = True
         self.unfinished = f"the rescale to {shards} shards stopped ({error}): {said}"
         if isinstance(error, MempoolError):
             error.message = f"{error.message}. The rescale to {shards} shards stopped half way: {said}"

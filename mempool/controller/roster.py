@@ -4,8 +4,10 @@ import time
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 
+from mempool.agreement.recovery import Knowledge, learn
 from mempool.errors import NotFound
 from mempool.types import Placement, ShardInfo, TableSchema, TableView
+from mempool.types.running import Clock
 from mempool.types.schema_checks import shown
 
 _NAMED = 20
@@ -22,7 +24,8 @@ class Roster:
         highest_incarnation: Of any shard that was ever heard of.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, wall_clock: Clock = time.time) -> None:
+        self._wall_clock = wall_clock
         self.dropped: set[int] = set()
         self.unfinished: set[int] = set()
         self.complete = True
@@ -69,7 +72,7 @@ class Roster:
 
     def new_table_id(self) -> int:
         """An id that no table of this pool ever had: milliseconds of now, so that a restarted controller agrees."""
-        self._last_table_id = max(self._last_table_id + 1, time.time_ns() // 1_000_000)
+        self._last_table_id = max(self._last_table_id + 1, int(self._wall_clock() * 1000))
         return self._last_table_id
 
     def set_shards(self, infos: Iterable[ShardInfo]) -> None:
@@ -91,30 +94,39 @@ class Roster:
         self._views[schema.name] = view
         return view
 
+    @property
+    def knowledge(self) -> Knowledge:
+        """What is known of tables, as a value."""
+        return Knowledge(
+            views=dict(self._views),
+            dropped=frozenset(self.dropped),
+            making=frozenset(self.unfinished),
+            complete=self.complete,
+        )
+
+    def learn(self, known: Knowledge) -> None:
+        """Take over what follows from what shards said."""
+        for name in self._views.keys() - known.views.keys():
+            del self._views[name]
+        for name, view in known.views.items():
+            if self._views.get(name) is not view:
+                self.put(view.schema, view.placement)
+        self.dropped |= known.dropped
+        self.complete = known.complete
+
     def hear(self, view: TableView) -> None:
-        """Take over what a shard says of a table, where it is news: a higher epoch, or a table not known yet.
+        """Take over what a shard says of a table, where it is news: see ``agreement.recovery.learn``."""
+        self.hear_of(view.shards)
+        self.learn(learn(self.knowledge, view))
 
-        Of two tables of one name the later one lives: the other was dropped, and that shard missed it.
-        """
-        table_id = view.schema.table_id
-        self.highest_incarnation = max(self.highest_incarnation, *(info.incarnation for info in view.shards), 0)
-        known = self._views.get(view.schema.name)
-        unknown = known is None or known.schema.table_id != table_id
-        if table_id in self.dropped or table_id in self.unfinished or (unknown and self.complete):
-            return  # a table that nobody made through this controller is not for it to touch
-        if known is not None and known.schema.table_id != table_id:
-            self.dropped.add(min(known.schema.table_id, table_id))
-            if known.schema.table_id > table_id:
-                return
-        elif known is not None and known.placement.epoch >= view.placement.epoch:
-            return
-        self.put(view.schema, view.placement)
+    def hear_of(self, infos: Iterable[ShardInfo]) -> None:
+        """Remember that there were such starts of shards."""
+        self.highest_incarnation = max(self.highest_incarnation, *(info.incarnation for info in infos), 0)
 
-    def remove(self, name: str) -> TableView:
-        view = self.view(name)
-        del self._views[name]
-        self.dropped.add(view.schema.table_id)
-        return view
+    def forget(self, table_id: int) -> None:
+        """A table is dropped, or one that was being made is not made, whatever shards have of it."""
+        self._views = {name: view for name, view in self._views.items() if view.schema.table_id != table_id}
+        self.dropped.add(table_id)
 
     def _refresh(self) -> None:
         self._views = {name: replace(view, shards=self.infos) for name, view in self._views.items()}

@@ -1,14 +1,19 @@
 """Brings shards to what the roster says, whatever they missed: tables made or dropped, placements, the end of a freeze.
 
-Hears first: a shard may know a newer placement than a controller that was started anew.
+Hears first: a shard may know a newer placement than a controller that was started anew. What follows from it is
+``agreement.recovery``'s to say.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from mempool.agreement import recovery
+from mempool.agreement.recovery import Attach, Confirm, Drop, Heard, Thaws
 from mempool.controller.roster import Roster
-from mempool.types import AttachTable, ShardHost, ShardInfo, TableView
+from mempool.errors import ShardUnavailable
+from mempool.types import AttachTable, ShardHost, ShardInfo
 
 T = TypeVar("T")
 
@@ -32,39 +37,86 @@ async def settle(roster: Roster, call: Call) -> dict[int, BaseException]:
     shard that is silent, or missed a view, may be one whose former owner has given them away already.
     """
     infos = roster.infos
-    heard = await _each(infos, lambda info: call(info, lambda host: host.views(), timeout_s=_HEAR_TIMEOUT_S))
-    known = {shard: views for shard, views in heard.items() if not isinstance(views, BaseException)}
-    for views in known.values():
-        for view in views:
-            roster.hear(view)
-    roster.complete = roster.complete or len(known) == len(infos)
+    heard = await _each(infos, lambda info: _hear(call, info))
+    known = {shard: found for shard, found in heard.items() if not isinstance(found, BaseException)}
+    learned = recovery.learn_all(roster.knowledge, known.values(), everyone=len(known) == len(infos))
+    roster.learn(learned)
+    kept = await _drop_unmade(roster, call, learned.unmade)
+    for found in known.values():
+        roster.hear_of(info for view in found.views for info in view.shards)
     answering = [info for info in infos if info.shard in known]
-    settled = await _each(answering, lambda info: _settle_one(roster, call, info, known[info.shard]))
-    problems = _problems(heard) | _problems(settled)
+    knowledge = roster.knowledge
+    settled = await _each(
+        answering, lambda info: _settle_one(call, info, recovery.owed(knowledge, info, known[info.shard]))
+    )
+    problems = _problems(heard) | _problems(settled) | kept
     if not problems:
-        problems = _problems(await _each(infos, lambda info: _thaw_all(roster, call, info)))
+        problems = await _thaw(call, {info.shard: info for info in infos}, recovery.thaws(knowledge, known))
     if not problems:
         roster.dropped.clear()
     return problems
 
 
-async def _settle_one(roster: Roster, call: Call, info: ShardInfo, views: tuple[TableView, ...]) -> None:
-    present = {view.schema.table_id: view for view in views}
-    for table_id in sorted(roster.dropped.intersection(present)):
-        await call(info, _drop(table_id))
-    for view in roster.views:
-        known = present.get(view.schema.table_id)
-        if known is None:
-            # One that owns nothing takes the table's history with its first pages.
-            mode = "lost" if info.shard in view.placement.shards else "empty"
-            await call(info, _attach(AttachTable(view=view, mode=mode)), timeout_s=_ATTACH_TIMEOUT_S)  # type: ignore[arg-type]
-        elif known.placement.epoch < view.placement.epoch or known.shards != view.shards:
-            await call(info, _set_view(view))
+async def _drop_unmade(roster: Roster, call: Call, table_ids: Iterable[int]) -> dict[int, BaseException]:
+    """Drop tables that were confirmed nowhere. Answers, by shard, why the first one keeps some: it was told meanwhile
+    that they are made, say."""
+    problems: dict[int, BaseException] = {}
+    for table_id in sorted(table_ids):
+        first = roster.infos[0]
+        try:
+            await call(first, partial(_dropped_unmade, table_id))
+        except Exception as error:
+            problems[first.shard] = error
+            roster.complete = False  # it may be the pool's: shards are heard again
+        else:
+            roster.forget(table_id)
+    return problems
 
 
-async def _thaw_all(roster: Roster, call: Call, info: ShardInfo) -> None:
-    for view in roster.views:
-        await call(info, _thaw(view.schema.table_id))
+def _dropped_unmade(table_id: int, host: ShardHost) -> Awaitable[None]:
+    return host.drop_table(table_id, unmade=True)
+
+
+async def _hear(call: Call, info: ShardInfo) -> Heard:
+    views = await call(info, lambda host: host.views(), timeout_s=_HEAR_TIMEOUT_S)
+    status = await call(info, lambda host: host.status(), timeout_s=_HEAR_TIMEOUT_S)
+    return Heard(
+        views=views,
+        pending=frozenset(table.table_id for table in status.tables if table.pending),
+        frozen={table.table_id: table.round for table in status.tables if table.frozen},
+        dropped=frozenset(status.dropped),
+    )
+
+
+async def _settle_one(call: Call, info: ShardInfo, actions: Iterable[recovery.Action]) -> None:
+    for action in actions:
+        if isinstance(action, Attach):
+            request = AttachTable(view=action.view, mode=action.mode)
+            await call(info, _attach(request), timeout_s=_ATTACH_TIMEOUT_S)
+        else:
+            await call(info, _told(action))
+
+
+async def _thaw(call: Call, infos: dict[int, ShardInfo], tables: Iterable[Thaws]) -> dict[int, BaseException]:
+    """End what froze tables. Answers, by shard, why that could not be done."""
+    problems: dict[int, BaseException] = {}
+    for table in tables:
+        gate = infos[table.gate]
+        try:
+            await _thaw_one(call, gate, table)
+            views = await call(gate, lambda host: host.views(), timeout_s=_HEAR_TIMEOUT_S)
+        except Exception as error:
+            problems[gate.shard] = error
+            continue
+        if not any((view.schema.table_id, view.placement.epoch) == (table.table_id, table.epoch) for view in views):
+            problems[gate.shard] = ShardUnavailable(
+                f"shard {gate.shard} took another view of table {table.table_id} as it was thawed; it is asked again",
+                shard=gate.shard,
+            )
+            continue
+        others = tuple(infos[shard] for shard in table.others)
+        problems |= _problems(await _each(others, partial(_thaw_one, call, table=table)))
+    return problems
 
 
 async def _each(
@@ -78,17 +130,22 @@ def _problems(results: dict[int, T | BaseException]) -> dict[int, BaseException]
     return {shard: result for shard, result in results.items() if isinstance(result, BaseException)}
 
 
+def _told(action: Drop | Confirm | recovery.Push) -> Callable[[ShardHost], Awaitable[None]]:
+    if isinstance(action, Drop):
+        return lambda host: host.drop_table(action.table_id)
+    if isinstance(action, Confirm):
+        return _attach(AttachTable(view=action.view, mode="confirm"))
+    return lambda host: host.set_view(action.view)
+
+
 def _attach(request: AttachTable) -> Callable[[ShardHost], Awaitable[None]]:
     return lambda host: host.attach_table(request)
 
 
-def _drop(table_id: int) -> Callable[[ShardHost], Awaitable[None]]:
-    return lambda host: host.drop_table(table_id)
+async def _thaw_one(call: Call, info: ShardInfo, table: Thaws) -> None:
+    for token in table.tokens:
+        await call(info, partial(_thawed, table.table_id, token))
 
 
-def _set_view(view: TableView) -> Callable[[ShardHost], Awaitable[None]]:
-    return lambda host: host.set_view(view)
-
-
-def _thaw(table_id: int) -> Callable[[ShardHost], Awaitable[None]]:
-    return lambda host: host.thaw(table_id)
+def _thawed(table_id: int, token: str, host: ShardHost) -> Awaitable[None]:
+    return host.thaw(table_id, token=token)

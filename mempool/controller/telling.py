@@ -2,13 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from mempool.controller.calls import ShardCalls
 from mempool.controller.roster import Roster
 from mempool.controller.settling import settle
-from mempool.errors import ShardUnavailable
-from mempool.types import ShardInfo, TableView
+from mempool.types import AttachTable, ShardInfo, TableView
 
 _LOG = logging.getLogger("mempool.controller")
 _PUSH_TRIES = 4
@@ -55,24 +54,27 @@ class Telling:
         self.missed = self.missed or bool(failed)
         return failed
 
-    async def push_decided(self, view: TableView, owners: Collection[int]) -> None:
-        """Make every shard know a placement that is decided. owners: Those that own pages before or after it.
-
-        Raises:
-            ShardUnavailable: An owner did not take it, though told several times. No page may move before it has: what
-                it has staged is nowhere else any more, and a failed move would thaw it.
-        """
-        failed = await self.push(view, self._roster.infos)
-        for _ in range(_PUSH_TRIES - 1):
-            if failed:
+    async def confirm(self, view: TableView, infos: Sequence[ShardInfo]) -> None:
+        """Make shards answer for a table that is made. Those that miss it are told when they are settled."""
+        request = AttachTable(view=view, mode="confirm")
+        for number in range(_PUSH_TRIES):
+            if number:
                 await asyncio.sleep(_PUSH_PAUSE_S)
-                failed = await self.push(view, list(failed))
-        for info, error in failed.items():
-            if info.shard not in owners:
-                continue
-            raise ShardUnavailable(
-                f"shard {info.shard} did not take epoch {view.placement.epoch} of table {view.schema.name!r} "
-                f"({error}); the rescale stops here. Ask for it again once all shards are ready: mempool status",
-                shard=info.shard,
-                address=info.address,
+            results = await asyncio.gather(
+                *(self._calls.call(info, lambda host: host.attach_table(request)) for info in infos),
+                return_exceptions=True,
             )
+            infos = [info for info, result in zip(infos, results, strict=True) if isinstance(result, BaseException)]
+            if not infos:
+                return
+        self.missed = True
+        _LOG.warning(
+            "table %r of pool %s is made; shard %s does not know it yet, and is told again",
+            view.schema.name,
+            self._pool,
+            ", ".join(str(info.shard) for info in infos),
+        )
+
+    def untold(self) -> None:
+        """Some shard did not hear what it was told: it is settled again."""
+        self.missed = True

@@ -1,7 +1,7 @@
 """Looking after shards: adoption by a new controller, shards that came back, what they missed; the pool's status."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from mempool.controller.calls import ShardCalls
 from mempool.controller.changes import TableChanges
@@ -42,7 +42,7 @@ class Watching:
         self._rescaling = rescaling
         self._changing = changing
 
-    async def adopt(self, infos: Iterable[ShardInfo]) -> None:
+    async def adopt(self, infos: Iterable[ShardInfo], wanted: int) -> None:
         """Take over running shards. Raises ShardUnavailable where none answers."""
         async with self._changing:
             self._roster.set_shards(infos)
@@ -55,12 +55,14 @@ class Watching:
                     f"started anew (shard {shard}: {problem}); it tries again: see mempool status",
                     shard=shard,
                 )
+            await self._rescaling.inherit(wanted)
 
     async def admit(self, info: ShardInfo) -> None:
         """A shard came back as a new incarnation. Raises MempoolError where it does not answer."""
         async with self._changing:
             self._roster.set_shards([info])
             problems = await self._telling.settle()
+            await self._rescaling.look_again()
             if info.shard in problems:
                 raise problems[info.shard]
 
@@ -70,9 +72,11 @@ class Watching:
             return
         async with self._changing:
             statuses = await self._calls.statuses(self._roster.infos)
-            views = self._roster.views
-            if self._telling.missed or self._roster.dropped or not all(is_current(each, views) for each in statuses):
+            views, making = self._roster.views, self._roster.unfinished
+            current = all(is_current(each, views, making) for each in statuses)
+            if self._telling.missed or self._roster.dropped or not current:
                 await self._telling.settle()
+                await self._rescaling.look_again()
 
     async def status(self) -> PoolStatus:
         """The pool at a glance; waits for nothing that goes on."""
@@ -90,9 +94,14 @@ class Watching:
         )
 
 
-def is_current(status: ShardStatus, views: Iterable[TableView]) -> bool:
-    """Whether a shard has what it should have; one that does not answer cannot be told anything now."""
+def is_current(status: ShardStatus, views: Iterable[TableView], making: Container[int] = ()) -> bool:
+    """Whether a shard has what it should have; one that does not answer cannot be told anything now.
+
+    making: Tables that may be pending there.
+    """
     has = {table.table_id: table for table in status.tables}
+    if any(table.pending and table.table_id not in making for table in status.tables):
+        return status.state != "ready"
     return status.state != "ready" or all(
         (table := has.get(view.schema.table_id)) is not None
         and table.epoch == view.placement.epoch

@@ -10,6 +10,7 @@ from mempool.client.opening.connection import checked_timeout
 from mempool.controller import Controller
 from mempool.errors import ConfigError, ShardUnavailable
 from mempool.types import ShardHost, ShardInfo
+from mempool.types.running import TRAINER_LEASE_S
 from mempool.wire.channels.loop import run
 
 if TYPE_CHECKING:
@@ -33,7 +34,14 @@ class EngineLauncher:
 
         self._started += 1
         info = ShardInfo(shard=shard, address="", incarnation=self._started)
-        self._engines[shard] = Engine(info, device=self._device, peers=self.dial, pool=self._pool, configured=False)
+        self._engines[shard] = Engine(
+            info,
+            device=self._device,
+            peers=self.dial,
+            pool=self._pool,
+            held_lease_s=TRAINER_LEASE_S,
+            configured=False,
+        )
         return info
 
     async def require_room(self, shards: int) -> None:
@@ -42,6 +50,9 @@ class EngineLauncher:
     async def starting(self) -> str:
         """Engines start at once."""
         return ""
+
+    async def keep_wanted(self, shards: int) -> None:
+        """The controller is gone with the pool: nobody will ask."""
 
     async def stop(self, info: ShardInfo) -> None:
         engine = self._engines.pop(info.shard, None)
@@ -86,7 +97,7 @@ def local(*, shards: int = 1, device: str = "auto", name: str = "local", timeout
     count, timeout_s = shard_count(shards), checked_timeout(timeout_s)
     _require_server_packages()
     launcher = EngineLauncher(device=_device(device), pool=name)
-    controller = Controller(name, launcher=launcher, dial=launcher.dial)
+    controller = Controller(name, launcher=launcher, dial=launcher.dial, trainer_lease_s=TRAINER_LEASE_S)
     run(controller.open(count), timeout_s=_START_TIMEOUT_S)
     return Pool(controller, dial=launcher.dial, name=name, embedded=True, doing=launcher.doing, timeout_s=timeout_s)
 

@@ -4,14 +4,15 @@ Applies nothing itself: that is ``PoolOptimizer``'s.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from mempool.client import Table
+from mempool.client import Prepared, Table
 from mempool.client.counts import as_number
+from mempool.client.training.tables import prepare_tables
 from mempool.errors import InvalidRequest
 
 _SCALING = frozenset(
@@ -75,9 +76,11 @@ class TableGradient(nn.Parameter):
 
     Attributes:
         table: The table, shared by reference.
+        peers: Gives the gradients that are stepped together with this one: they are prepared together too.
     """
 
     table: Table
+    peers: "Callable[[], Sequence[TableGradient]]"
     _norm: float | None
     _scaled_norm: Tensor | None
     _updates: tuple[int, int] | None
@@ -87,6 +90,7 @@ class TableGradient(nn.Parameter):
         self = nn.Parameter.__new__(cls, torch.zeros(1, dtype=torch.float64, device="cpu"))
         assert isinstance(self, TableGradient)
         self.table = table
+        self.peers = tuple
         self._forget()
         return self
 
@@ -110,13 +114,12 @@ class TableGradient(nn.Parameter):
         if not self.table.pending:
             self._forget()
         elif not self.prepared:
-            prepared = self.table.prepare()
-            self._forget()
-            if prepared is not None:
-                self._norm = math.sqrt(prepared.squared_norm) if prepared.finite else math.inf
-                norm = torch.tensor([self._norm], dtype=torch.float64, device="cpu")
-                self._scaled_norm = TableNorm.of(norm, self)
-                self._updates = self._pending_updates()
+            together = [self, *(peer for peer in self.peers() if peer is not self and peer.table.pending)]
+            for gradient in together:
+                gradient.table.link.drop_zeroed()
+            answers = prepare_tables([gradient.table.link for gradient in together])
+            for gradient, prepared in zip(together, answers, strict=True):
+                gradient._take(prepared)
         return self._scaled_norm
 
     @grad.setter
@@ -176,6 +179,21 @@ class TableGradient(nn.Parameter):
             assert prepared is not None, "it is pending"
             self._other_norms[order] = prepared.norm if prepared.finite else math.inf
         return self._other_norms[order] * abs(self.scale)
+
+    def _take(self, prepared: Prepared | None) -> None:
+        """Its step is prepared. Where it was already, with the same updates, what it was scaled by stays."""
+        if self.prepared:
+            return
+        self._forget()
+        if prepared is not None:
+            self._norm = math.sqrt(prepared.squared_norm) if prepared.finite else math.inf
+            norm = torch.tensor([self._norm], dtype=torch.float64, device="cpu")
+            self._scaled_norm = TableNorm.of(norm, self)
+            self._updates = self._pending_updates()
+
+    def drop(self) -> None:
+        """Its updates were discarded."""
+        self._forget()
 
     def _pending_updates(self) -> tuple[int, int]:
         """Two numbers that no other set of pending updates of this table's session has had."""

@@ -7,6 +7,7 @@ which learning rate and with which scale.
 import inspect
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
@@ -16,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from mempool.client import Table
 from mempool.client.counts import as_number
+from mempool.client.training.tables import TableCommit, commit_tables, discard_tables
 from mempool.errors import InvalidRequest, MempoolError
 from mempool.nn.gradient import TableGradient
 from mempool.nn.tables import tables_of, values_of
@@ -110,7 +112,9 @@ class PoolOptimizer(torch.optim.Optimizer):
         lr = table.schema.optimizer.lr if lr is None else lr
         _checked_lr(lr, table.name)
         group = {name: option for name, option in param_group.items() if name != "values"}
-        params = [TableGradient(table), *param_group.get("values", ())]
+        gradient = TableGradient(table)
+        gradient.peers = self._peers_of(gradient)
+        params = [gradient, *param_group.get("values", ())]
         super().add_param_group({**group, "params": params, "table": table.name, "lr": lr})
 
     @torch.no_grad()
@@ -120,10 +124,10 @@ class PoolOptimizer(torch.optim.Optimizer):
         *,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> float | None:
-        """Apply what is pending, as one commit of each table that has anything; nothing is sent for the others.
+        """Apply what is pending, as one step of all tables of a pool that have anything; the others hear nothing.
 
-        Every group is checked before anything is sent; with a norm or a scaler to decide by, every table is prepared
-        before any is committed. A step that failed on its way (a shard away for too long) is continued by the next
+        Every group is checked before anything is sent. Tables of one pool are decided together, those of several pools
+        one pool after another. A step that failed on its way (a shard away for too long) is continued by the next
         call, with what was decided.
 
         Args:
@@ -137,7 +141,7 @@ class PoolOptimizer(torch.optim.Optimizer):
             InvalidRequest: A group's lr is not a finite number of at least 0. Or, with max_norm, or where a gradient's
                 ``grad`` was read since the last update: a gradient has an inf or NaN, which scaling would spread over
                 the table. Nothing was applied; ``zero_grad`` drops it.
-            MempoolError: What the tables' prepare and commit raise.
+            MempoolError: What the tables' prepare and commit raise; it says whether the step is decided.
         """
         if grad_scaler is not None and grad_scaler.is_enabled():
             if closure is not None:
@@ -158,9 +162,13 @@ class PoolOptimizer(torch.optim.Optimizer):
             return loss
         self._unscale(getattr(self, "grad_scale", None))
         self.last_norm = self._clipped_norm()
-        for lr, gradient in zip(lrs, self._gradients(), strict=True):
-            if gradient.table.pending:
-                gradient.table.commit(lr=lr, grad_scale=gradient.scale)
+        commit_tables(
+            [
+                TableCommit(gradient.table.link, lr=lr, grad_scale=gradient.scale)
+                for lr, gradient in zip(lrs, self._gradients(), strict=True)
+                if gradient.table.pending
+            ]
+        )
         self._look()
         return loss
 
@@ -171,8 +179,10 @@ class PoolOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002  # torch's signature
         """Drop what backward passes have pushed since the last step; nothing is sent where nothing is held."""
-        for group, gradient in zip(self.param_groups, self._gradients(), strict=True):
-            gradient.grad = None
+        gradients = self._gradients()
+        discard_tables([gradient.table.link for gradient in gradients])
+        for group, gradient in zip(self.param_groups, gradients, strict=True):
+            gradient.drop()
             for values in group["params"][1:]:
                 values.grad = None
         self._look()
@@ -217,6 +227,17 @@ class PoolOptimizer(torch.optim.Optimizer):
 
     def _gradients(self) -> list[TableGradient]:
         return [group["params"][0] for group in self.param_groups]
+
+    def _peers_of(self, gradient: TableGradient) -> Callable[[], list[TableGradient]]:
+        """Those of tables of its pool: they are one step."""
+        this, pool = weakref.ref(self), gradient.table.link.session.coordinator
+
+        def peers() -> list[TableGradient]:
+            optimizer = this()
+            everyone = [] if optimizer is None else optimizer._gradients()
+            return [each for each in everyone if each.table.link.session.coordinator is pool]
+
+        return peers
 
     def _pending(self) -> list[TableGradient]:
         return [gradient for gradient in self._gradients() if gradient.table.pending]

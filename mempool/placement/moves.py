@@ -3,7 +3,7 @@
 Pure: who sends the bytes, and when the epoch rises, is left to the controller.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mempool.errors import InvalidRequest
 from mempool.placement.assignment import Assignment, Int32Array
 
-__all__ = ["Moves", "Rounds", "apply_moves", "moves", "rounds"]
+__all__ = ["Moves", "apply_moves", "moves", "rounds"]
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -57,29 +57,6 @@ class Moves:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Rounds:
-    """Moves, cut where a round ends: each round is carried out together, between two epochs.
-
-    Attributes:
-        page_ends, key_ends: [R] int64; round r has the moves from ``page_ends[r - 1]``, 0 at first, to
-            ``page_ends[r]``, and so for key pages. All moves of a row page are in the same round.
-    """
-
-    moves: Moves
-    page_ends: Int64Array
-    key_ends: Int64Array
-
-    def __len__(self) -> int:
-        return self.page_ends.size
-
-    def __iter__(self) -> Iterator[Moves]:
-        page = key = 0
-        for page_end, key_end in zip(self.page_ends.tolist(), self.key_ends.tolist(), strict=True):
-            yield self.moves.part(slice(page, page_end), slice(key, key_end))
-            page, key = page_end, key_end
-
-
 def moves(present: Assignment, target: Assignment) -> Moves:
     """Every page whose owner differs, by row page and then block, so that ranges of row pages go together.
 
@@ -104,40 +81,47 @@ def moves(present: Assignment, target: Assignment) -> Moves:
     )
 
 
-def rounds(moves: Moves, *, page_bytes: int, max_bytes: int, key_page_bytes: int | None = None) -> Rounds:
+def rounds(
+    moves: Moves, *, page_bytes: int, max_bytes: int | Callable[[], int], key_page_bytes: int | None = None
+) -> Iterator[Moves]:
     """Cuts moves into rounds of at most ``max_bytes``; row pages first, then the key pages.
 
     The moves of one row page stay together, so that a round is never of less than one row page (or one key page), even
-    where that alone is more than ``max_bytes``.
+    where that alone is more than ``max_bytes``. Each round is carried out together, between two epochs.
 
     Args:
         moves: by row page, then block, as the function ``moves`` gives them.
         page_bytes: bytes of one page with everything it holds.
-        max_bytes: most bytes of a round.
+        max_bytes: most bytes of a round; a function is asked before each, so that it may follow what was measured.
         key_page_bytes: bytes of one key page; None takes it to be as large as any other page.
 
     Raises:
         InvalidRequest: a number of bytes is below 1.
     """
     key_bytes = page_bytes if key_page_bytes is None else key_page_bytes
-    for name, value in (("page_bytes", page_bytes), ("max_bytes", max_bytes), ("key_page_bytes", key_bytes)):
+    most = max_bytes if callable(max_bytes) else None
+    fixed = 1 if callable(max_bytes) else max_bytes
+    for name, value in (("page_bytes", page_bytes), ("max_bytes", fixed), ("key_page_bytes", key_bytes)):
         if value < 1:
             raise InvalidRequest(f"{name} = {value}: must be at least 1.")
+    return _rounds(moves, page_bytes, key_bytes, most or (lambda: fixed))
+
+
+def _rounds(moves: Moves, page_bytes: int, key_bytes: int, most: Callable[[], int]) -> Iterator[Moves]:
     num_pages, num_keys = moves.row_pages.size, moves.heads.size
     # Groups that stay together: the moves of one row page, then each key page. Where each ends, and in bytes.
     group_ends = np.flatnonzero(np.diff(moves.row_pages, append=-1)) + 1
     bytes_ends = np.concatenate(
         [group_ends * page_bytes, num_pages * page_bytes + np.arange(1, num_keys + 1) * key_bytes]
     ).astype(np.int64)
-    last: list[int] = []  # group of each round
-    done = 0
+    pages_at = np.concatenate([group_ends, np.full(num_keys, num_pages)]).astype(np.int64)
+    done = page = key = 0
     while done < bytes_ends.size:
         begun = int(bytes_ends[done - 1]) if done else 0
-        done = max(done + 1, int(np.searchsorted(bytes_ends, begun + max_bytes, side="right")))
-        last.append(done - 1)
-    ends = np.array(last, dtype=np.int64)
-    pages_at = np.concatenate([group_ends, np.full(num_keys, num_pages)]).astype(np.int64)
-    return Rounds(moves=moves, page_ends=pages_at[ends], key_ends=np.maximum(ends + 1 - group_ends.size, 0))
+        done = max(done + 1, int(np.searchsorted(bytes_ends, begun + most(), side="right")))
+        page_end, key_end = int(pages_at[done - 1]), max(done - group_ends.size, 0)
+        yield moves.part(slice(page, page_end), slice(key, key_end))
+        page, key = page_end, key_end
 
 
 def apply_moves(assignment: Assignment, moves: Moves) -> Assignment:

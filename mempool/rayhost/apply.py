@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mempool.config import Changes, ClusterConfig, TableConfig, diff
+from mempool.config import Changes, ClusterConfig, TableConfig, diff, resolve
+from mempool.controller.moves.fitting import require_fit
+from mempool.controller.moves.wanted import unfinished as as_wanted
 from mempool.errors import InvalidRequest
-from mempool.placement import Assignment, moves, plan
 from mempool.rayhost.state.records import read_record, write_record
 from mempool.types import PoolStatus, RescaleProgress
 
@@ -38,29 +39,11 @@ def planned(config: ClusterConfig, status: PoolStatus) -> Changes:
 
 
 def unfinished(status: PoolStatus) -> str:
-    """What of a pool is not where its shards would have it, for people: a rescale stopped there. "" if nothing."""
+    """What of a pool is not as it was asked to be, for people: a rescale stopped there. "" if nothing."""
     if status.unfinished:
         return status.unfinished
     shards = [shard.info.shard for shard in status.shards]
-    for view in status.tables:
-        schema, placement = view.schema, view.placement
-        missing = sorted(set(placement.shards).difference(shards))
-        if missing:
-            return f"table {schema.name!r} has pages on shard {missing[0]}, which is not among the pool's shards"
-        present = Assignment(owners=placement.owners, key_owners=placement.key_owners)
-        target = plan(
-            present,
-            shards,
-            num_row_pages=schema.num_row_pages,
-            num_blocks=schema.num_blocks,
-            num_key_pages=schema.num_key_pages,
-            layout=schema.layout,
-        )
-        lying = moves(present, target).num_pages
-        if lying:
-            pages = placement.owners.size + placement.key_owners.size
-            return f"{lying:,} of {pages:,} pages of table {schema.name!r} are not where {len(shards)} shards have them"
-    return ""
+    return as_wanted(status.tables, shards, 0 if status.rescaling else status.wanted_shards)
 
 
 def apply(
@@ -85,7 +68,7 @@ def apply(
 
     Raises:
         ConfigError: The file asks for what no living pool can follow; nothing was changed.
-        InvalidRequest: A rescale is going on.
+        InvalidRequest: A rescale is going on, or it does not fit; nothing was changed.
         DataLoss: A table has lost pages and the number of shards should change.
         PoolUnreachable: The pool does not answer.
     """
@@ -104,6 +87,7 @@ def apply(
                 f"pool {status.name!r} is on its way to {status.wanted_shards} shards; wait for it (see mempool "
                 "status), then apply again"
             )
+        require_fit(status, changes.shards_after, [resolve(table) for table in changes.create])
         if changes.rescale:
             say(f"asking for {changes.shards_after} shards; there are {changes.shards_before}")
             pool.rescale(changes.shards_after, progress=progress)

@@ -18,6 +18,7 @@ from mempool.rayhost.actors import NAMESPACE, cluster_resources, controller_name
 from mempool.rayhost.apply import create_tables
 from mempool.rayhost.controller_actor import ControllerProcess
 from mempool.rayhost.keys import PoolKeys, client_tls_of
+from mempool.rayhost.launcher import RayLauncher
 from mempool.rayhost.resources import amount_text, asked
 from mempool.rayhost.serving import advertised_host
 from mempool.rayhost.state.folders import state_folder
@@ -29,8 +30,11 @@ from mempool.rayhost.state.records import (
     record_path,
     write_record,
 )
+from mempool.wire.channels import loop
 
 _UP_TIMEOUT_S = 300.0
+_ROOM_TIMEOUT_S = 60.0
+"""Ray answers at once what it has free."""
 _SAY_EVERY_S = 15.0
 _ASK_TIMEOUT_S = 2.0
 _DOWN_TIMEOUT_S = 60.0
@@ -50,6 +54,7 @@ def up(config: ClusterConfig, *, say: Say = print, timeout_s: float = _UP_TIMEOU
         AlreadyExists: A pool of that name runs already.
         ConfigError: The pool's port is taken, or there is no folder or no room for what has to be written down.
         PoolUnreachable: Ray cannot be reached or started.
+        ShardUnavailable: The shards ask for more than Ray has free, and no nodes join by themselves.
         MempoolError: The pool did not start; what was started for it was ended again.
     """
     name, keys = config.pool.name, PoolKeys.of(config)
@@ -65,6 +70,7 @@ def up(config: ClusterConfig, *, say: Say = print, timeout_s: float = _UP_TIMEOU
         before = read_record(name)
         shards = config.pool.shards
         say(f"starting pool {name!r}: {shards} {'shard' if shards == 1 else 'shards'}")
+        loop.run(RayLauncher(config, keys=keys).require_room(shards), timeout_s=_ROOM_TIMEOUT_S)
         for line in (*_shortages(config), *_out_of_reach(config)):
             say(line)
         try:

@@ -15,6 +15,7 @@ from mempool.rayhost.actors import node_ip
 from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.launcher import RayLauncher
 from mempool.rayhost.serving import ControllerServing
+from mempool.rayhost.shard_actor import Description
 from mempool.wire.channels.loop import run
 
 _LOG = logging.getLogger("mempool.rayhost")
@@ -47,7 +48,12 @@ class ControllerProcess:
         self._loop = asyncio.get_running_loop()
         self._heard = asyncio.Event()
         self._serving = ControllerServing(self._config, node_ip=node_ip, keys=keys)
-        self._controller = Controller(self._config.pool.name, launcher=self._launcher, dial=self._serving.dial)
+        self._controller = Controller(
+            self._config.pool.name,
+            launcher=self._launcher,
+            dial=self._serving.dial,
+            trainer_lease_s=self._config.shard.trainer_lease,
+        )
         if restarted:  # nobody calls start() a second time
             self._watching = asyncio.create_task(self._resume())
 
@@ -90,7 +96,7 @@ class ControllerProcess:
         """Serve again after Ray restarted this process, however long Ray takes to find the shards."""
         while True:
             try:
-                await self._controller.adopt(await self._launcher.find())
+                await self._controller.adopt(await self._launcher.find(), wanted=self._launcher.wanted)
                 self._launcher.heard(self._controller.highest_incarnation)
                 await self._serving.start(self._controller)
                 break
@@ -110,15 +116,30 @@ class ControllerProcess:
             self._heard.clear()
             try:
                 self._launcher.heard(self._controller.highest_incarnation)
-                for start in await self._launcher.changed():
-                    assert start.info is not None, "admitted"
-                    await self._controller.shard_restarted(start.info)
-                    self._launcher.acknowledge(start)
+                left = await self._admit(await self._launcher.changed())
                 await self._controller.reconcile()
-                pause_s = _LOOK_S
+                # One that is on its way up for the first time does not say when it is there.
+                here = not left and all(info.incarnation for info in self._controller.shards)
+                pause_s = _LOOK_S if here else _RETRY_S
             except Exception as error:  # whatever it is, the next look may do better; without looks nothing recovers
                 _LOG.warning("looking after the shards failed, will be tried again: %r", error)
                 pause_s = _RETRY_S
+
+    async def _admit(self, starts: list[Description]) -> list[Description]:
+        """Admit shards that came back; those that do not answer keep no other one away. Answers those."""
+        left = []
+        for start in starts:
+            assert start.info is not None, "admitted"
+            try:
+                await self._controller.shard_restarted(start.info)
+            except Exception as error:  # it is told of again
+                _LOG.warning(
+                    "shard %d is back and could not be admitted, will be tried again: %r", start.info.shard, error
+                )
+                left.append(start)
+            else:
+                self._launcher.acknowledge(start)
+        return left
 
     async def _stop(self) -> None:
         if self._watching is not None:

@@ -14,7 +14,7 @@ from mempool.errors import MempoolError, ShardUnavailable
 from mempool.rayhost.actors import NAMESPACE, free_resources, kernel_variables, make_actor, shard_name, shard_of
 from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.resources import PROCESS_BYTES, asked, remedies, shortage
-from mempool.rayhost.shard_actor import Description, ShardProcess
+from mempool.rayhost.shard_actor import Description, ShardProcess, Wanted
 from mempool.types import ShardInfo
 
 _LOG = logging.getLogger("mempool.rayhost")
@@ -46,6 +46,7 @@ class RayLauncher:
         self._boots: dict[int, str] = {}
         self._incarnation = 0
         self._starting: set[int] = set()
+        self._wanted: Wanted | None = None
 
     async def require_room(self, shards: int) -> None:
         """Look at what Ray has free; what was given back a moment ago is waited for.
@@ -78,6 +79,38 @@ class RayLauncher:
         if lacking:
             return f"Ray to place shard {starting}: needs {lacking}"
         return f"shard {starting} to start"
+
+    @property
+    def wanted(self) -> int:
+        """How many shards the pool is meant to have, as its shards' processes kept it; 0: nobody knows."""
+        return 0 if self._wanted is None else self._wanted.shards
+
+    async def keep_wanted(self, shards: int) -> None:
+        """Give it to the process of every shard; one that keeps it is enough.
+
+        Raises:
+            ShardUnavailable: None took it.
+        """
+        number = time.time_ns() // 1_000_000
+        if self._wanted is not None:
+            number = max(number, self._wanted.number + 1)  # whatever the clock says
+        wanted = Wanted(number, shards)
+        kept = await asyncio.gather(*(self._keep(shard, wanted) for shard in self._actors))
+        if not any(kept):
+            raise ShardUnavailable(
+                f"none of the {len(self._actors)} shards of pool {self._pool!r} answers, so nothing was begun; see "
+                "which are up: mempool status"
+            )
+        self._wanted = wanted
+
+    async def _keep(self, shard: int, wanted: Wanted) -> bool:
+        try:
+            async with asyncio.timeout(_DESCRIBE_TIMEOUT_S):
+                await _await(self._actors[shard].keep.remote(wanted))
+        except (TimeoutError, KeyError, RayError) as error:
+            _LOG.warning("shard %d did not keep how many shards are wanted (%s)", shard, type(error).__name__)
+            return False
+        return True
 
     def heard(self, incarnation: int) -> None:
         """An incarnation that some shard of this pool has or had: every new one is higher, whatever the clock says."""
@@ -141,6 +174,8 @@ class RayLauncher:
         for description in found:
             if description is not None and description.info is not None:
                 self.heard(description.info.incarnation)
+        kept = [description.wanted for description in found if description is not None and description.wanted]
+        self._wanted = max(kept, default=None)
         if not any(description is not None and description.info is not None for description in found):
             # All are new: nobody knows of others.
             found = await asyncio.gather(*(self._admitted(shard, found[i]) for i, shard in enumerate(sorted(shards))))
@@ -224,6 +259,8 @@ class RayLauncher:
             # all it has heard of, as its clock may be behind.
             self._incarnation = max(self._incarnation + 1, time.time_ns() // 1_000_000)
             description = replace(description, info=await _await(actor.admit.remote(self._incarnation)))
+            if self._wanted is not None:
+                await _await(actor.keep.remote(self._wanted))
         return description
 
     def _no_start(self, shard: int, error: Exception) -> str:

@@ -26,12 +26,27 @@ if TYPE_CHECKING:
 _CALL_TIMEOUT_S = 60.0
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Wanted:
+    """How many shards a pool is meant to have; the one with the highest ``number`` was asked for last."""
+
+    number: int
+    shards: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """What a shard process says of itself. info is None until this start of it was admitted."""
+    """What a shard process says of itself.
+
+    Attributes:
+        boot_id: New at each start of the process.
+        info: None until this start of it was admitted.
+        wanted: What it was given to keep: how many shards the pool is meant to have; None: nothing.
+    """
 
     boot_id: str
     info: ShardInfo | None
+    wanted: Wanted | None = None
 
 
 class ShardProcess:
@@ -47,13 +62,19 @@ class ShardProcess:
         self._boot_id = uuid.uuid4().hex
         self._serving: ShardServing | None = None
         self._info: ShardInfo | None = None
+        self._wanted: Wanted | None = None
         if ray.get_runtime_context().was_current_actor_reconstructed:
             _tell_controller(config.pool.name)
 
     @ray.method(concurrency_group="health")  # answers whatever the engine does
     def describe(self) -> Description:
         """Who this is."""
-        return Description(boot_id=self._boot_id, info=self._info)
+        return Description(boot_id=self._boot_id, info=self._info, wanted=self._wanted)
+
+    @ray.method(concurrency_group="health")
+    def keep(self, wanted: Wanted) -> None:
+        """Keep this for a controller that is started anew; what is older than what is kept changes nothing."""
+        self._wanted = wanted if self._wanted is None else max(wanted, self._wanted)
 
     def admit(self, incarnation: int) -> ShardInfo:
         """Start the engine and its server as this incarnation; a repeat answers the same.

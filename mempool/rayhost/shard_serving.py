@@ -89,6 +89,7 @@ class ShardServing:
             client_memory_bytes=self._config.shard.client_bytes,
             context_budget_bytes=self._config.shard.context_memory,
             commit_memory_bytes=self._config.shard.commit_bytes,
+            held_lease_s=self._config.shard.trainer_lease,
             max_message_bytes=MAX_MESSAGE_BYTES,
             max_answer_bytes=MAX_ANSWER_BYTES,
             on_fatal=end_process,

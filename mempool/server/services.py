@@ -7,10 +7,10 @@ from typing import TypeVar
 import grpc
 
 from mempool.server.calls import Door, handler, streaming_handler
-from mempool.types import PoolApi, PoolStatus, ShardHost, ShardStatus, TableView
+from mempool.types import DropTable, PoolApi, PoolStatus, ShardHost, ShardStatus, TableView
 from mempool.wire import methods
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
-from mempool.wire.codecs.pages import FreezeTable
+from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
 from mempool.wire.methods import Method
 
 RequestT = TypeVar("RequestT")
@@ -43,6 +43,7 @@ class Services:
                 self._of(methods.PREPARE, shard.prepare),
                 self._of(methods.COMMIT, shard.commit),
                 self._of(methods.DISCARD, shard.discard),
+                self._of(methods.HEARTBEAT, shard.heartbeat),
                 self._of(methods.SCORE, shard.score),
                 self._of(methods.READ_ROWS, shard.read_rows),
                 self._of(methods.WRITE_ROWS, shard.write_rows),
@@ -54,7 +55,16 @@ class Services:
         """``ShardService``: what the controller and peers ask."""
 
         async def freeze(request: FreezeTable) -> int:
-            return await shard.freeze(request.table_id, request.timeout_s)
+            return await shard.freeze(request.table_id, request.timeout_s, token=request.token, lease_s=request.lease_s)
+
+        async def drop(request: ForgetTable) -> None:
+            await shard.drop_table(request.table_id, unmade=request.unmade)
+
+        async def thaw(request: ThawTable) -> None:
+            await shard.thaw(request.table_id, token=request.token)
+
+        async def set_view(request: SetView) -> None:
+            await shard.set_view(request.view, token=request.token)
 
         async def status(_: None) -> ShardStatus:
             return await shard.status()
@@ -62,13 +72,14 @@ class Services:
         return dict(
             [
                 self._of(methods.ATTACH_TABLE, shard.attach_table),
-                self._of(methods.SHARD_DROP_TABLE, shard.drop_table),
+                self._of(methods.SHARD_DROP_TABLE, drop),
                 self._of(methods.FREEZE, freeze),
-                self._of(methods.THAW, shard.thaw),
+                self._of(methods.THAW, thaw),
+                self._of(methods.RESOLVE, shard.resolve),
                 self._of(methods.EXPORT_PAGES, shard.export_pages),
                 self._of(methods.EXPORT_LEDGER, shard.export_ledger),
                 self._of(methods.PULL_PAGES, shard.pull_pages),
-                self._of(methods.SET_VIEW, shard.set_view),
+                self._of(methods.SET_VIEW, set_view),
                 self._of(methods.STATUS, status),
             ]
         )
@@ -82,10 +93,13 @@ class Services:
         async def status(_: None) -> PoolStatus:
             return await pool.status()
 
+        async def drop(request: DropTable) -> None:
+            await pool.drop_table(request.name, table_id=request.table_id)
+
         return dict(
             [
                 self._of(methods.CREATE_TABLE, pool.create_table),
-                self._of(methods.DROP_TABLE, pool.drop_table),
+                self._of(methods.DROP_TABLE, drop),
                 self._of(methods.GET_TABLE, pool.table),
                 self._of(methods.LIST_TABLES, tables),
                 self._of(methods.GET_STATUS, status),

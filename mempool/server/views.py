@@ -2,13 +2,18 @@
 the controller is away."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import NoReturn
 
 from mempool.errors import MempoolError, NotFound, PoolUnreachable
 from mempool.types import PoolStatus, RescaleProgress, ShardHost, ShardInfo, ShardStatus, TableSchema, TableView
+from mempool.types.running import Clock
 
 _STATUS_TIMEOUT_S = 2.0
+_PEERS_KEPT_S = 2.0
+"""Whatever is asked of a shard, its peers are asked for their status this seldom: else one call would cost a call of
+every shard, and so would everybody's at every shard."""
 
 
 class ShardViews:
@@ -19,13 +24,26 @@ class ShardViews:
         shard: The shard that answers.
         dial: Its peers, asked for their status.
         controller: Where changes have to be asked for, for messages.
+        clock: Seconds, ascending.
     """
 
-    def __init__(self, pool: str, *, shard: ShardHost, dial: Callable[[ShardInfo], ShardHost], controller: str) -> None:
+    def __init__(
+        self,
+        pool: str,
+        *,
+        shard: ShardHost,
+        dial: Callable[[ShardInfo], ShardHost],
+        controller: str,
+        clock: Clock = time.monotonic,
+    ) -> None:
         self._pool = pool
         self._shard = shard
         self._dial = dial
         self._controller = controller
+        self._clock = clock
+        self._asking = asyncio.Lock()
+        self._peers: dict[ShardInfo, ShardStatus] = {}
+        self._heard_s = float("-inf")
 
     async def tables(self) -> tuple[TableView, ...]:
         return await self._shard.views()
@@ -39,17 +57,16 @@ class ShardViews:
         raise NotFound(f"this shard knows no table {name!r}; its tables: {known}")
 
     async def status(self) -> PoolStatus:
-        """Its own status and that of the peers its views name."""
+        """Its own status and that of the peers its views name, which may be two seconds old."""
         own, views = await asyncio.gather(self._shard.status(), self._shard.views())
         peers = {info.shard: info for view in views for info in view.shards if info.shard != own.info.shard}
-        others = await asyncio.gather(*(self._peer_status(peers[shard]) for shard in sorted(peers)))
-        shards = sorted((own, *others), key=lambda status: status.info.shard)
+        shards = sorted((own, *await self._others(list(peers.values()))), key=lambda status: status.info.shard)
         return PoolStatus(name=self._pool, shards=tuple(shards), tables=views, rescaling=False)
 
     async def create_table(self, schema: TableSchema) -> TableView:
         self._refuse(f"create table {schema.name!r}")
 
-    async def drop_table(self, name: str) -> None:
+    async def drop_table(self, name: str, *, table_id: int = 0) -> None:  # noqa: ARG002
         self._refuse(f"drop table {name!r}")
 
     async def rescale(self, shards: int) -> AsyncIterator[RescaleProgress]:
@@ -64,6 +81,13 @@ class ShardViews:
             f"cannot {what}: a shard answers, and only the controller of pool {self._pool!r} changes it; "
             f"it is at {self._controller} and Ray restarts it if it died: try again shortly"
         )
+
+    async def _others(self, infos: list[ShardInfo]) -> list[ShardStatus]:
+        async with self._asking:  # who comes meanwhile is answered by what is heard now
+            if self._clock() - self._heard_s >= _PEERS_KEPT_S or not self._peers.keys() >= set(infos):
+                statuses = await asyncio.gather(*(self._peer_status(info) for info in infos))
+                self._peers, self._heard_s = dict(zip(infos, statuses, strict=True)), self._clock()
+            return [self._peers[info] for info in infos]
 
     async def _peer_status(self, info: ShardInfo) -> ShardStatus:
         try:

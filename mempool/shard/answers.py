@@ -10,23 +10,17 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from mempool.errors import DataLoss
 from mempool.observe import Stages
 from mempool.shard import bounds, validate
-from mempool.shard.hosted import HostedTable, Parked
-from mempool.shard.steps import commits
+from mempool.shard.hosted import HostedTable
+from mempool.shard.parking import Parked
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.steps.held import HeldUpdate
 from mempool.shard.tenancy import Tenancy
 from mempool.types import (
-    CommitReply,
-    CommitRequest,
-    DiscardReply,
-    DiscardRequest,
+    Envelope,
     GatherReply,
     GatherRequest,
-    PrepareReply,
-    PrepareRequest,
     ReadRowsReply,
     ReadRowsRequest,
     ScoreReply,
@@ -68,6 +62,7 @@ class Answers:
         message_bytes: What any answer may have.
         others_wait: Whether other jobs do.
         reserve: Told the bytes of an answer before it is made; may refuse.
+        asked_s: When the request that is being answered came, on the shard's clock.
     """
 
     def __init__(
@@ -80,6 +75,7 @@ class Answers:
         message_bytes: int | None,
         others_wait: Callable[[], bool] = lambda: False,
         reserve: Callable[[int], None] = lambda _: None,
+        asked_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._tenancy = tenancy
         self._contexts = contexts
@@ -88,13 +84,16 @@ class Answers:
         self._message_bytes = message_bytes
         self._others_wait = others_wait
         self._reserve = reserve
+        self._asked_s = asked_s
 
     def _is_long(self, num_bytes: int) -> bool:
         """Whether reading so much is cut into pieces."""
         return num_bytes > (READ_PIECE_BYTES if self._others_wait() else WHOLE_READ_BYTES)
 
-    def gather(self, request: GatherRequest) -> GatherReply | Pieces[GatherReply]:
+    def gather(self, request: GatherRequest) -> GatherReply | Parked | Pieces[GatherReply]:
         table = self._tenancy.fenced(request.envelope)
+        if (waits := self._waits(table, request.envelope)) is not None:
+            return waits
         with self._stages.measure("copy in"):
             bags, dtype = validate.check_gather(table.storage, request, reply_bytes=self._reply_bytes)
         self._reserve(dtype.itemsize * table.storage.schema.width(table.storage.blocks) * bags.num_bags)
@@ -125,9 +124,13 @@ class Answers:
         table.lookups += 1
         return GatherReply(stamp=table.stamp, blocks=table.storage.blocks, values=values)
 
-    def update(self, request: UpdateRequest, *, caller: str = "") -> UpdateReply | Pieces[UpdateReply]:
+    def update(self, request: UpdateRequest, *, caller: str = "") -> UpdateReply | Parked | Pieces[UpdateReply]:
         table = self._tenancy.fenced(request.envelope)
         bounds.check_step(request.step_id, (request.sequence,))
+        if request.want_weight_grad and (waits := self._waits(table, request.envelope)) is not None:
+            return waits
+        if request.hold:
+            table.require_newest(request.step_id)
         held = table.updates.get(request.step_id, request.sequence) if request.hold else None
         if held is not None:
             # A repeat is answered from what is held, whatever it brings: its context may be gone by now.
@@ -141,7 +144,7 @@ class Answers:
                 epoch=table.epoch,
                 reserve=self._reserve,
             )
-            if request.hold and not table.ledger.has(request.step_id):
+            if request.hold and not table.ledger.has(request.step_id) and table.order.find(request.step_id) is None:
                 table.updates.require_room(request.step_id, _held_bytes(request, remembered), caller=caller)
             with self._stages.measure("copy in"):
                 update = HeldUpdate(
@@ -180,61 +183,15 @@ class Answers:
         weight_grad: Tensor | None,
         caller: str,
     ) -> UpdateReply:
-        if new is not None and not table.ledger.has(request.step_id):
+        if new is not None and not table.ledger.has(request.step_id) and table.order.find(request.step_id) is None:
             table.updates.hold(request.step_id, request.sequence, new, caller=caller)
             self._tenancy.make_room()
         return UpdateReply(stamp=table.stamp, weight_grad=weight_grad)
 
-    def prepare(self, request: PrepareRequest, *, caller: str = "") -> PrepareReply | Parked:
+    def score(self, request: ScoreRequest) -> ScoreReply | Parked | Pieces[ScoreReply]:
         table = self._tenancy.fenced(request.envelope)
-        bounds.check_prepare(request)
-        if table.ledger.has(request.step_id):
-            return PrepareReply(stamp=table.stamp, missing=(), squared_norm=0.0, finite=True, applied=True)
-        if table.holds_off(request.step_id):
-            return table.park_until_thaw()
-        missing = commits.missing(table.updates, request.step_id, request.sequences)
-        if missing:
-            return PrepareReply(stamp=table.stamp, missing=missing, squared_norm=0.0, finite=True, applied=False)
-        with self._stages.measure("kernel"):
-            step = commits.prepare(table.storage, table.updates, request, caller=caller)
-        return PrepareReply(
-            stamp=table.stamp,
-            missing=(),
-            squared_norm=step.squared_norm,
-            finite=step.finite,
-            applied=False,
-            norm=step.norm if request.norm_order else 0.0,
-        )
-
-    def commit(self, request: CommitRequest) -> CommitReply | Parked:
-        table = self._tenancy.fenced(request.envelope)
-        bounds.check_commit(request)
-        if table.ledger.has(request.step_id):
-            return CommitReply(stamp=table.stamp, missing=(), applied=True)
-        if request.one_phase:
-            if table.holds_off(request.step_id):
-                return table.park_until_thaw()
-            missing = commits.missing(table.updates, request.step_id, request.sequences)
-            if missing:
-                return CommitReply(stamp=table.stamp, missing=missing, applied=False)
-        try:
-            with self._stages.measure("kernel"):
-                commits.commit(table.storage, table.updates, table.ledger, request)
-        except DataLoss:
-            table.measure()
-            raise
-        table.steps_changed()
-        return CommitReply(stamp=table.stamp, missing=(), applied=True)
-
-    def discard(self, request: DiscardRequest) -> DiscardReply:
-        table = self._tenancy.fenced(request.envelope)
-        bounds.check_step(request.step_id, ())
-        discarded = table.updates.discard(request.step_id)
-        table.steps_changed()
-        return DiscardReply(stamp=table.stamp, discarded=discarded)
-
-    def score(self, request: ScoreRequest) -> ScoreReply | Pieces[ScoreReply]:
-        table = self._tenancy.fenced(request.envelope)
+        if (waits := self._waits(table, request.envelope)) is not None:
+            return waits
         with self._stages.measure("copy in"):
             queries = validate.check_score(table.storage, request, reply_bytes=self._reply_bytes)
         self._reserve(12 * queries.shape[0] * (len(table.storage.heads) or 1) * request.topk)
@@ -261,8 +218,10 @@ class Answers:
             yield
         return ScoreReply(stamp=stamp, heads=heads, scores=scores, ids=ids)
 
-    def read_rows(self, request: ReadRowsRequest) -> ReadRowsReply | Pieces[ReadRowsReply]:
+    def read_rows(self, request: ReadRowsRequest) -> ReadRowsReply | Parked | Pieces[ReadRowsReply]:
         table = self._tenancy.fenced(request.envelope)
+        if (waits := self._waits(table, request.envelope)) is not None:
+            return waits
         ids = validate.check_read(table.storage, request, reply_bytes=self._reply_bytes)
         blocks = table.storage.row_blocks(request.array)
         self._reserve(validate.row_bytes(table.storage, request.array) * ids.shape[0])
@@ -289,21 +248,37 @@ class Answers:
 
     def write_rows(self, request: WriteRowsRequest) -> WriteRowsReply | Parked:
         table = self._tenancy.fenced(request.envelope)
+        if (waits := self._waits(table, request.envelope)) is not None:  # what the client committed comes before it
+            return waits
         if table.frozen:
-            return table.park_until_thaw()
+            return table.park_until_thaw(self._asked_s())
         ids = validate.check_array(table.storage, request.array, request.ids)
         rows = validate.check_rows(table.storage, request.array, ids, request.blocks, request.rows)
-        table.storage.write(request.array, ids, rows)
+        bounds.check_write(request.write_id)
+        if table.writes.is_due(request.write_id):
+            table.storage.write(request.array, ids, rows)
+        table.writes.did(request.write_id)
         return WriteRowsReply(stamp=table.stamp)
 
     def step_count(self, request: StepCountRequest) -> StepCountReply | Parked:
         table = self._tenancy.fenced(request.envelope)
+        if (waits := self._waits(table, request.envelope)) is not None:
+            return waits
         if request.set is not None:
             if table.frozen:  # the ledger is on its way to other shards
-                return table.park_until_thaw()
+                return table.park_until_thaw(self._asked_s())
             bounds.check_number("set", request.set)
-            table.ledger.count_steps(request.set, at_version=request.at_version)
+            bounds.check_write(request.write_id)
+            if table.writes.is_due(request.write_id):
+                table.ledger.count_steps(request.set, at_version=request.at_version)
+            table.writes.did(request.write_id)
         return StepCountReply(stamp=table.stamp, count=table.ledger.step)
+
+    def _waits(self, table: HostedTable, envelope: Envelope) -> Parked | None:
+        """What a reader has to wait for: a version that it has seen, or a step that may be acknowledged by now."""
+        asked_s = self._asked_s()
+        waits = table.lacks(envelope, waits_since_s=asked_s)
+        return table.in_doubt(waits_since_s=asked_s) if waits is None else waits
 
     def _copy_out(self, tensor: Tensor) -> Tensor:
         # On a GPU this waits for the kernel too: its launch alone is counted as "kernel".

@@ -5,15 +5,32 @@ All is checked in one pass, before any work. Leaves tensors to ``validate``.
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
+from mempool.agreement.ledger import MAX_ENTRIES, generations
+from mempool.agreement.writes import MAX_OPEN
 from mempool.errors import InvalidRequest, RequestTooLarge
-from mempool.shard.steps.ledger import MAX_ENTRIES
-from mempool.types import CommitRequest, Ledger, PrepareRequest, StepId
+from mempool.types import (
+    CommitPart,
+    CommitRequest,
+    DiscardRequest,
+    Ledger,
+    LedgerEntry,
+    PreparePart,
+    PrepareRequest,
+    StepId,
+    WriteId,
+)
 
 MAX_NAME_BYTES = 256
 """Of a group's name. Shards keep it with everything the group holds, and in every ledger."""
 MAX_SEQUENCES = 65_536
 """Updates of one step."""
+MAX_PARTS = 1_000
+"""Tables of one step: a message has no more than 1,024 fields."""
+MAX_DISCARDED = 1_000
+"""Steps that one Discard drops."""
+MAX_TOKEN_BYTES = 64
 MAX_LOOKUPS = 4096
 """That an update may be of: of so many messages one gather is made."""
 MAX_RELEASED = 65_536
@@ -21,7 +38,7 @@ MAX_RELEASED = 65_536
 MAX_FREEZE_S = 3600.0
 _MAX_RANK = 2**32 - 1
 _MAX_NUMBER = 2**53 - 1  # steps, sequences: every client's language can hold them
-_MAX_LOOKUP_ID = 2**64 - 1
+_MAX_LOOKUP_ID = _MAX_WRITER = 2**64 - 1
 _SHOWN = 64
 
 
@@ -62,16 +79,24 @@ def check_released(lookup_ids: Sequence[int]) -> None:
         )
 
 
-def check_step(step_id: StepId, sequences: Sequence[int]) -> None:
-    """Raises InvalidRequest for a group without or with a long name, numbers out of range, a sequence named twice."""
-    size = len(step_id.group.encode("utf-8", "surrogatepass"))
+def check_rank(group: str, rank: int) -> None:
+    """Raises InvalidRequest for a group without or with a long name, or a number out of range."""
+    size = len(group.encode("utf-8", "surrogatepass"))
     if not 1 <= size <= MAX_NAME_BYTES:
         raise InvalidRequest(
-            f"the group's name {shown(step_id.group)} has {size:,} bytes; it must have 1 to {MAX_NAME_BYTES}. Nothing "
-            "was changed."
+            f"the group's name {shown(group)} has {size:,} bytes; it must have 1 to {MAX_NAME_BYTES}. Nothing was "
+            "changed."
         )
-    check_number("rank", step_id.rank, _MAX_RANK)
+    check_number("rank", rank, _MAX_RANK)
+
+
+def check_step(step_id: StepId, sequences: Sequence[int]) -> None:
+    """Raises InvalidRequest as ``check_rank``, for a step or sequence out of range, and a sequence named twice."""
+    check_rank(step_id.group, step_id.rank)
     check_number("step", step_id.step)
+    check_number("generation", step_id.generation)
+    if step_id.step == 0:  # in a ledger that is none
+        raise InvalidRequest("step = 0: steps are counted from 1. Nothing was changed.")
     if len(sequences) > MAX_SEQUENCES:
         raise InvalidRequest(
             f"step {step_id.step} names {len(sequences):,} sequences; a step has at most {MAX_SEQUENCES:,} updates. "
@@ -85,9 +110,40 @@ def check_step(step_id: StepId, sequences: Sequence[int]) -> None:
         seen.add(sequence)
 
 
+def check_write(write_id: WriteId | None) -> None:
+    """Raises InvalidRequest for numbers out of range, and for open ones that do not ascend to its own, or are many."""
+    if write_id is None:
+        return
+    check_number("writer", write_id.writer, _MAX_WRITER)
+    check_number("a write's number", write_id.number)
+    if write_id.writer == 0 or write_id.number == 0:
+        raise InvalidRequest("writers, and the writes of each, are numbered from 1. Nothing was changed.")
+    if len(write_id.open) > MAX_OPEN:
+        raise InvalidRequest(
+            f"write {write_id.number} names {len(write_id.open):,} open ones before it; a client has at most "
+            f"{MAX_OPEN:,} under way. Nothing was changed."
+        )
+    if any(later <= earlier for earlier, later in pairwise((0, *write_id.open, write_id.number))):
+        raise InvalidRequest(
+            f"the open writes {shown_numbers(write_id.open)} before write {write_id.number} must ascend, from 1 to "
+            "below it. Nothing was changed."
+        )
+
+
 def check_prepare(request: PrepareRequest) -> None:
-    """Raises InvalidRequest for wrong sequences and for an order that no norm has."""
-    check_step(request.step_id, request.sequences)
+    """Raises InvalidRequest for wrong parts or sequences, and for an order that no norm has."""
+    _check_parts(request.parts)
+    for part in request.parts:
+        check_step(part.step_id, part.sequences)
+    check_number("decider_table", request.decider_table, _MAX_LOOKUP_ID)
+    check_number("decider_step", request.decider_step)
+    check_number("attempt", request.attempt)
+    named = {part.envelope.table_id: part.step_id.step for part in request.parts}.get(request.decider_table)
+    if request.decider_step == 0 or named not in (None, request.decider_step):
+        raise InvalidRequest(
+            f"decider_step = {request.decider_step} of table {request.decider_table} must be the step as that table "
+            f"counts it{'' if named is None else f': {named}'}, 1 or more. Nothing was changed."
+        )
     if not request.norm_order >= 0.0:
         raise InvalidRequest(
             f"norm_order = {request.norm_order} must be above 0 (infinity for the largest element), or 0 for none. "
@@ -96,23 +152,62 @@ def check_prepare(request: PrepareRequest) -> None:
 
 
 def check_commit(request: CommitRequest) -> None:
-    """Raises InvalidRequest for wrong sequences and for a learning rate or scale that no step can have."""
-    check_step(request.step_id, request.sequences)
-    if not math.isfinite(request.lr) or request.lr < 0:
-        raise InvalidRequest(f"lr = {request.lr} must be a finite number, 0 or more. Nothing was changed.")
-    if not math.isfinite(request.grad_scale):
+    """Raises InvalidRequest for wrong parts or sequences, and for a learning rate or scale that no step can have."""
+    _check_parts(request.parts)
+    for part in request.parts:
+        check_step(part.step_id, part.sequences)
+        check_number("version", part.version)
+        if not math.isfinite(part.lr) or part.lr < 0:
+            raise InvalidRequest(f"lr = {part.lr} must be a finite number, 0 or more. Nothing was changed.")
+        if not math.isfinite(part.grad_scale):
+            raise InvalidRequest(
+                f"grad_scale = {part.grad_scale} must be finite; discard a step whose gradient overflowed. "
+                "Nothing was changed."
+            )
+
+
+def check_discard(request: DiscardRequest) -> None:
+    """Raises InvalidRequest for wrong steps."""
+    if len(request.parts) > MAX_DISCARDED:
         raise InvalidRequest(
-            f"grad_scale = {request.grad_scale} must be finite; discard a step whose gradient overflowed. "
-            "Nothing was changed."
+            f"Discard has {len(request.parts):,} parts; at most {MAX_DISCARDED:,} are taken. Nothing was changed."
+        )
+    check_number("attempt", request.attempt)
+    for part in request.parts:
+        check_step(part.step_id, ())
+
+
+def _check_parts(parts: Sequence[PreparePart | CommitPart]) -> None:
+    if not 1 <= len(parts) <= MAX_PARTS:
+        raise InvalidRequest(f"a step has 1 to {MAX_PARTS:,} tables; {len(parts):,} were named. Nothing was changed.")
+    tables = [part.envelope.table_id for part in parts]
+    if len(set(tables)) < len(tables):
+        raise InvalidRequest(f"a table is named twice in one step: {shown_numbers(tables)}. Nothing was changed.")
+    sequences = sum(len(part.sequences) for part in parts)
+    if sequences > MAX_SEQUENCES:
+        raise InvalidRequest(
+            f"a step names {sequences:,} sequences; its tables together have at most {MAX_SEQUENCES:,} updates. Commit "
+            "more often. Nothing was changed."
         )
 
 
-def check_freeze(timeout_s: float) -> None:
-    """Raises InvalidRequest for a time that nobody can wait."""
+def check_freeze(timeout_s: float, *, token: str, lease_s: float) -> None:
+    """Raises InvalidRequest for a time that nobody can wait, or a long token."""
+    check_token(token)
+    if not (math.isfinite(lease_s) and 0.0 <= lease_s <= MAX_FREEZE_S):
+        raise InvalidRequest(
+            f"lease_s = {lease_s} must be at least 0 (no end) and at most {MAX_FREEZE_S:g} s. Nothing was changed."
+        )
     if not (math.isfinite(timeout_s) and 0.0 < timeout_s <= MAX_FREEZE_S):
         raise InvalidRequest(
             f"timeout_s = {timeout_s} must be above 0 and at most {MAX_FREEZE_S:g} seconds. Nothing was changed."
         )
+
+
+def check_token(token: str) -> None:
+    """Raises InvalidRequest for a long one."""
+    if len(token.encode("utf-8", "surrogatepass")) > MAX_TOKEN_BYTES:
+        raise InvalidRequest(f"the token {shown(token)} has more than {MAX_TOKEN_BYTES} bytes. Nothing was changed.")
 
 
 def check_ledger(ledger: Ledger | None) -> None:
@@ -122,10 +217,21 @@ def check_ledger(ledger: Ledger | None) -> None:
     check_number("the ledger's version", ledger.version)
     check_number("the ledger's updates_applied", ledger.updates_applied)
     check_number("the ledger's step", ledger.version + ledger.step_offset)
-    for (group, rank), step in ledger.entries.items():
-        check_step(StepId(group=group, rank=rank, step=step), ())
+    for (group, rank), newest in ledger.entries.items():
+        check_rank(group, rank)
+        for entry in generations(newest):
+            _check_entry(entry)
     if len(ledger.entries) > MAX_ENTRIES:
         raise InvalidRequest(f"the ledger has {len(ledger.entries):,} entries; it may have {MAX_ENTRIES:,}")
+
+
+def _check_entry(entry: LedgerEntry) -> None:
+    check_number("a ledger entry's step", entry.step)
+    check_number("a ledger entry's generation", entry.generation)
+    check_number("a ledger entry's version", entry.version)
+    check_number("a ledger entry's dropped", entry.dropped)
+    if len(entry.others) > MAX_PARTS:
+        raise InvalidRequest(f"a ledger entry names {len(entry.others):,} tables; a step has at most {MAX_PARTS:,}")
 
 
 def check_reply(num_bytes: int, limit_bytes: int | None, what: str) -> None:

@@ -1,15 +1,17 @@
 """The engine: one shard's whole work, behind the ``ShardHost`` protocol.
 
 A request becomes a job. The life of one: it is counted and lined up on its caller's event loop (``jobs``), fenced,
-checked, sized and answered on the engine's thread (``answers`` for clients, ``tenancy`` for tables and pages). Waiting
-(for a freeze to end, for a peer's pages) is done on the loop, never on the thread; views and status do not line up.
+checked, sized and answered on the engine's thread (``answers`` and ``committing`` for clients, ``tenancy`` for tables
+and pages). Waiting (for a freeze to end, for a peer's pages) is done on the loop, never on the thread; views and
+status do not line up.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import suppress
 from functools import partial
+from types import GeneratorType
 from typing import Any
 
 import torch
@@ -19,9 +21,11 @@ from mempool.errors import Internal, MempoolError, Overloaded, ShardUnavailable
 from mempool.observe import Stages
 from mempool.shard import bounds
 from mempool.shard.answers import Answers
-from mempool.shard.hosted import Parked
+from mempool.shard.committing import Committing
 from mempool.shard.jobs import JOB_BYTES
 from mempool.shard.pages.transfer import pull
+from mempool.shard.parking import Behind, Parked
+from mempool.shard.resolving import Resolver
 from mempool.shard.steps.budget import MIB, Budget, numbers_bytes
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.tenancy import Tenancy
@@ -36,6 +40,8 @@ from mempool.types import (
     ExportPages,
     GatherReply,
     GatherRequest,
+    HeartbeatReply,
+    HeartbeatRequest,
     Ledger,
     LedgerPart,
     PageBatch,
@@ -45,6 +51,8 @@ from mempool.types import (
     PullReport,
     ReadRowsReply,
     ReadRowsRequest,
+    ResolveReply,
+    ResolveRequest,
     ScoreReply,
     ScoreRequest,
     ShardHost,
@@ -59,6 +67,7 @@ from mempool.types import (
     WriteRowsRequest,
 )
 from mempool.types.caller import Caller, current_caller
+from mempool.types.running import THREADS, TRAINER_LEASE_S, Clock, Runner
 
 _TABLES = Caller(name="tables")
 """Who asks for the long work on tables and pages, as far as fairness goes."""
@@ -84,8 +93,8 @@ class Engine:
         commit_memory_bytes: Temporary bytes of preparing and committing steps, of all tables together: a step that
             would need more is summed and applied in parts. The sums of one row and the gradient of one pair, some
             hundred bytes and the width of a row in float32, are needed in any case.
-        held_lease_s: Seconds of silence after which a rank's held updates are dropped, a sixth of it where they stand
-            in others' way; a trainer that lives is asked for them again.
+        held_lease_s: Seconds of silence after which what a rank holds is dropped; a trainer that lives is asked for it
+            again.
         max_message_bytes: What a message may have; larger ones are refused before any work. None: there is no message.
         max_answer_bytes: What values, scores and rows for a client may have, likewise; None: as much as a message.
         on_fatal: Told, on the engine's thread, why the shard cannot go on (its CUDA context is broken, say). It has
@@ -93,6 +102,8 @@ class Engine:
         on_loaded: Told when kernels that a new table needs are loaded.
         stages: Where its work is timed, with that of the server before it; None: on its own.
         configured: Limits come from a config file; messages name its keys.
+        clock: Seconds, monotonic: what leases, and deadlines of callers, are told by.
+        runner: Gives it its thread.
     """
 
     def __init__(
@@ -107,18 +118,21 @@ class Engine:
         context_budget_bytes: int | None = None,
         context_lease_s: float = 600.0,
         commit_memory_bytes: int = 256 * MIB,
-        held_lease_s: float = 60.0,
+        held_lease_s: float = TRAINER_LEASE_S,
         max_message_bytes: int | None = None,
         max_answer_bytes: int | None = None,
         on_fatal: Callable[[BaseException], None] | None = None,
         on_loaded: Callable[[], None] = lambda: None,
         stages: Stages | None = None,
         configured: bool = True,
+        clock: Clock = time.monotonic,
+        runner: Runner = THREADS,
     ) -> None:
         self.info = info
         self._peers = peers
         self._on_loaded = on_loaded
-        self._started_s = time.monotonic()
+        self._clock = clock
+        self._started_s = clock()
         self._stages = stages or Stages()
         self._budget = Budget(
             client_memory_bytes,
@@ -126,7 +140,7 @@ class Engine:
             commit_bytes=commit_memory_bytes,
             configured=configured,
         )
-        contexts = Contexts(room=lambda: self._budget.context_room, lease_s=context_lease_s)
+        contexts = Contexts(room=lambda: self._budget.context_room, lease_s=context_lease_s, clock=clock)
         self._tenancy = Tenancy(
             info,
             device=torch.device(device),
@@ -135,15 +149,19 @@ class Engine:
             page_bytes=memory_bytes,
             held_lease_s=held_lease_s,
             reply_bytes=max_message_bytes,
+            clock=clock,
+            runner=runner,
         )
         self._thread = EngineThread(
             name=f"shard {info.shard} of pool {pool!r}",
             stages=self._stages,
             budget=self._budget,
             upkeep=self._tenancy.expire,
-            upkeep_s=min(5.0, max(0.05, min(held_lease_s, context_lease_s) / 12)),
+            upkeep_s=min(1.0, max(0.05, min(held_lease_s, context_lease_s) / 12)),
             probe=partial(_probe, torch.device(device)),
             on_fatal=partial(self._end_for_good, on_fatal),
+            clock=clock,
+            runner=runner,
         )
         self._answers = Answers(
             self._tenancy,
@@ -153,7 +171,12 @@ class Engine:
             message_bytes=max_message_bytes,
             others_wait=self._thread.others_wait,
             reserve=self._thread.reserve,
+            asked_s=self._thread.asked_s,
         )
+        self._committing = Committing(self._tenancy, stages=self._stages, asked_s=self._thread.asked_s)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._resolver = Resolver(self._tenancy.decisions, run=self._control, peers=peers, adopt=self._tenancy.set_view)
+        self._tenancy.on_doubt = self._poke
 
     @property
     def doing(self) -> str:
@@ -175,17 +198,30 @@ class Engine:
 
     async def prepare(self, request: PrepareRequest) -> PrepareReply:
         caller = current_caller().name
-        cost = _cost(numbers=len(request.sequences))
-        reply: PrepareReply = await self._ask("prepare", partial(self._answers.prepare, caller=caller), request, cost)
+        cost = _cost(numbers=sum(len(part.sequences) for part in request.parts)) + JOB_BYTES * max(
+            0, len(request.parts) - 1
+        )
+        reply: PrepareReply = await self._ask(
+            "prepare", partial(self._committing.prepare, caller=caller), request, cost
+        )
         return reply
 
     async def commit(self, request: CommitRequest) -> CommitReply:
-        cost = _cost(numbers=len(request.sequences))
-        reply: CommitReply = await self._ask("commit", self._answers.commit, request, cost)
+        cost = _cost(numbers=sum(len(part.sequences) for part in request.parts)) + JOB_BYTES * max(
+            0, len(request.parts) - 1
+        )
+        reply: CommitReply = await self._ask("commit", self._committing.commit, request, cost)
         return reply
 
     async def discard(self, request: DiscardRequest) -> DiscardReply:
-        reply: DiscardReply = await self._ask("discard", self._answers.discard, request, JOB_BYTES)
+        cost = JOB_BYTES * (1 + len(request.parts))
+        reply: DiscardReply = await self._ask("discard", self._committing.discard, request, cost)
+        return reply
+
+    async def heartbeat(self, request: HeartbeatRequest) -> HeartbeatReply:
+        """Raises StalePlacement for another incarnation: what the rank held was lost with that one."""
+        self._tenancy.check_incarnation(request.incarnation)
+        reply: HeartbeatReply = await self._control("heartbeat", self._tenancy.heartbeat, request)
         return reply
 
     async def score(self, request: ScoreRequest) -> ScoreReply:
@@ -197,12 +233,13 @@ class Engine:
         return reply
 
     async def write_rows(self, request: WriteRowsRequest) -> WriteRowsReply:
-        cost = _cost(request.ids, request.rows)
+        cost = _cost(request.ids, request.rows, numbers=_open_writes(request))
         reply: WriteRowsReply = await self._ask("write_rows", self._answers.write_rows, request, cost)
         return reply
 
     async def step_count(self, request: StepCountRequest) -> StepCountReply:
-        reply: StepCountReply = await self._ask("step_count", self._answers.step_count, request, JOB_BYTES)
+        cost = _cost(numbers=_open_writes(request))
+        reply: StepCountReply = await self._ask("step_count", self._answers.step_count, request, cost)
         return reply
 
     # PageHost
@@ -214,31 +251,43 @@ class Engine:
 
         Raises:
             InvalidRequest: The table is here already, with pages, at another epoch; or its pages do not fit.
+            NotFound: It is to be confirmed, and is not here.
         """
         table = await self._control("attach_table", self._tenancy.attach, request)
+        if request.mode == "confirm":
+            return
         await self._tenancy.prepare(table)
         self._on_loaded()
         while not await self._thread.run("fill", self._tenancy.fill, table, caller=_TABLES):
             pass
 
-    async def drop_table(self, table_id: int) -> None:
-        await self._control("drop_table", self._tenancy.drop, table_id)
+    async def drop_table(self, table_id: int, *, unmade: bool = False) -> None:
+        await self._control("drop_table", partial(self._tenancy.end, unmade=unmade), table_id)
 
-    async def freeze(self, table_id: int, timeout_s: float) -> int:
-        bounds.check_freeze(timeout_s)
+    async def freeze(self, table_id: int, timeout_s: float, *, token: str, lease_s: float) -> int:
+        bounds.check_freeze(timeout_s, token=token, lease_s=lease_s)
         version: int
         try:
             async with asyncio.timeout(timeout_s):
-                version = await self._control("freeze", self._tenancy.freeze, table_id)
+                version = await self._control("freeze", self._tenancy.freeze, (table_id, token, lease_s))
         except TimeoutError as error:
             if isinstance(error, MempoolError):
                 raise
             give_up = partial(self._tenancy.give_up_freeze, timeout_s=timeout_s)
-            version = await self._control("freeze", give_up, table_id)
+            version = await self._control("freeze", give_up, (table_id, token))
         return version
 
-    async def thaw(self, table_id: int) -> None:
-        await self._control("thaw", self._tenancy.thaw, table_id)
+    async def thaw(self, table_id: int, *, token: str = "") -> None:
+        bounds.check_token(token)
+        await self._control("thaw", self._tenancy.thaw, (table_id, token))
+
+    async def resolve(self, request: ResolveRequest) -> ResolveReply:
+        if request.step_id is not None:
+            bounds.check_step(request.step_id, ())
+        reply: ResolveReply = await self._control("resolve", self._tenancy.decisions.answer, request)
+        if request.after_version is not None:
+            self._resolver.poke()  # a gate in doubt asks in its turn
+        return reply
 
     async def export_pages(self, request: ExportPages) -> PageBatch:
         batch: PageBatch = await self._thread.run("export_pages", self._tenancy.export, request)
@@ -263,7 +312,11 @@ class Engine:
         async def stage(batch: PageBatch) -> int:
             cost = _cost(*batch.arrays.values())
             num_bytes: int = await self._thread.run(
-                "stage", partial(self._tenancy.stage, table), batch, cost=cost, caller=_TABLES
+                "stage",
+                partial(self._tenancy.stage, table, token=request.token),
+                batch,
+                cost=cost,
+                caller=_TABLES,
             )
             return num_bytes
 
@@ -272,7 +325,8 @@ class Engine:
             return lacks
 
         async def stage_ledger(ledger: Ledger) -> None:
-            await self._control("stage", partial(self._tenancy.stage_ledger, table), ledger)
+            staged = partial(self._tenancy.stage_ledger, table, token=request.token, decisions=request.of_decisions)
+            await self._control("stage", staged, ledger)
 
         return await pull(
             request,
@@ -283,8 +337,9 @@ class Engine:
             stage_ledger=stage_ledger,
         )
 
-    async def set_view(self, view: TableView) -> None:
-        await self._control("set_view", self._tenancy.set_view, view)
+    async def set_view(self, view: TableView, *, token: str = "") -> None:
+        bounds.check_token(token)
+        await self._control("set_view", partial(self._tenancy.set_view, token=token), view)
 
     async def views(self) -> tuple[TableView, ...]:
         self._thread.check_open()
@@ -292,10 +347,13 @@ class Engine:
 
     async def status(self) -> ShardStatus:
         self._thread.check_open()
-        return self._tenancy.status(stages=self._stages, started_s=self._started_s, queued_jobs=self._thread.num_jobs)
+        return self._tenancy.status(
+            stages=self._stages, uptime_s=self._clock() - self._started_s, queued_jobs=self._thread.num_jobs
+        )
 
     async def close(self) -> None:
         """Answer what is waiting, then end the thread and free all memory. Repeatable."""
+        await self._resolver.close()
         with suppress(ShardUnavailable):  # closed before
             await self._thread.run("close", lambda _: self._tenancy.drop_all())
         await self._thread.close()
@@ -308,21 +366,47 @@ class Engine:
 
     # From a call to a job
 
+    def _poke(self) -> None:
+        """On the engine's thread: there is something to ask of other shards."""
+        loop = self._loop
+        if loop is not None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self._resolver.poke)
+
+    def _woken(self, result: object) -> Awaitable[None] | None:
+        """What to wait for until the job is to be run again, from its start: everything may have changed meanwhile."""
+        if not isinstance(result, Parked):
+            return None
+        if result.in_doubt:
+            self._resolver.poke()
+        return result.wait()
+
     async def _ask(self, stage: str, answer: Callable[[Any], Any], request: object, cost: int) -> Any:
+        self._loop = asyncio.get_running_loop()
         try:
-            return await self._thread.run(stage, answer, request, cost=cost, again=_woken)
+            return await self._thread.run(stage, partial(self._answered, answer), request, cost=cost, again=self._woken)
         except Overloaded as error:
             error.shard, error.address = self.info.shard, self.info.address
             raise
 
+    def _answered(self, answer: Callable[[Any], Any], request: object) -> Any:
+        """The answer, or what the request waits for that is ahead of this shard."""
+        try:
+            result = answer(request)
+        except Behind as behind:
+            return behind.park(self._thread.asked_s())
+        return self._in_pieces(result) if isinstance(result, GeneratorType) else result
+
+    def _in_pieces(self, pieces: Generator[None, None, Any]) -> Generator[None, None, Any]:
+        try:
+            return (yield from pieces)
+        except Behind as behind:
+            return behind.park(self._thread.asked_s())
+
     async def _control(self, stage: str, do: Callable[[Any], Any], request: object) -> Any:
         """For what the controller asks: goes before what clients do."""
-        return await self._thread.run(stage, do, request, control=True, again=_woken)
-
-
-def _woken(result: object) -> Awaitable[None] | None:
-    """What to wait for until the job is to be run again, from its start: everything may have changed meanwhile."""
-    return result.wait() if isinstance(result, Parked) else None
+        self._loop = asyncio.get_running_loop()
+        return await self._thread.run(stage, do, request, control=True, again=self._woken)
 
 
 def _cost(*tensors: Tensor | None, numbers: int = 0) -> int:
@@ -332,6 +416,10 @@ def _cost(*tensors: Tensor | None, numbers: int = 0) -> int:
         if tensor is not None:
             cost += tensor.nbytes
     return cost
+
+
+def _open_writes(request: WriteRowsRequest | StepCountRequest) -> int:
+    return 0 if request.write_id is None else len(request.write_id.open)
 
 
 def _probe(device: torch.device) -> None:

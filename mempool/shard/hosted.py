@@ -3,36 +3,29 @@
 Decides what a table answers at all (fences, freezes); the answers are made elsewhere.
 """
 
-import asyncio
-from collections.abc import Awaitable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 
+from mempool.agreement.doubt import Doubt
+from mempool.agreement.ledger import AppliedLedger, over
+from mempool.agreement.order import Order
+from mempool.agreement.rounds_here import RoundsHere
+from mempool.agreement.turns import Turns
+from mempool.agreement.writes import SeenWrites
 from mempool.errors import DataLoss, ShardUnavailable, StalePlacement
 from mempool.shard.pages.staging import Staging
 from mempool.shard.pages.storage import Storage
+from mempool.shard.parking import LONGEST_WAIT_S, Behind, Parked, Waiting, is_late
+from mempool.shard.steps import commits
 from mempool.shard.steps.budget import Budget
-from mempool.shard.steps.held import HeldUpdates
-from mempool.shard.steps.ledger import AppliedLedger
-from mempool.types import AttachTable, Envelope, ShardInfo, Stamp, StepId, TableStatus, TableView
+from mempool.shard.steps.held import HeldUpdates, PreparedStep
+from mempool.types import AttachTable, DecidedStep, Envelope, ShardInfo, Stamp, StepId, TableStatus, TableView
+from mempool.types.running import Clock
 
-
-class Parked:
-    """Not an answer: the job is to be run again, from its start, when ``woken`` is done."""
-
-    def __init__(self) -> None:
-        self.woken: Future[None] = Future()
-
-    def wake(self) -> None:
-        """Let the waiter go on; one that was cancelled is passed over."""
-        if self.woken.set_running_or_notify_cancel():
-            self.woken.set_result(None)
-
-    def wait(self) -> Awaitable[None]:
-        """Done when ``wake`` was called. Cancelling it says that nobody waits."""
-        return asyncio.wrap_future(self.woken)
+PEERS_WAIT_S = 1.0
+"""How long after another shard has asked it is taken to wait: it asks again sooner than that."""
 
 
 class HostedTable:
@@ -44,24 +37,54 @@ class HostedTable:
             All three are of the last ``measure``; any thread may read them.
         bytes_to_fill: Bytes of initial values that are still to be written; any thread may read it.
         preparing: What is done before they are written, in words; "" for nothing. Any thread may read and write it.
+        order: Of its steps, as far as it is known here.
+        others: By version: of a decided step that waits to be applied, this table its first: its parts at the others.
+        rounds: Which move's round holds it frozen.
+        turns: Whose steps a freeze has held off.
+        writes: Which writes to it were done, and which are over.
+        order_doubt, step_doubt: Who waits to hear of others what was decided.
+        peers_wait_until_s: Other shards have asked for what this one has to ask for itself.
+        unprepared: The next step in the order, where it is decided and not prepared here, and since when that is known.
+        gate: The shard that numbers its steps, under the present view.
+        pending: It is being made: it answers no client. Any thread may read it.
     """
 
     def __init__(
-        self, request: AttachTable, *, info: ShardInfo, device: torch.device, budget: Budget, lease_s: float
+        self,
+        request: AttachTable,
+        *,
+        info: ShardInfo,
+        device: torch.device,
+        budget: Budget,
+        lease_s: float,
+        clock: Clock,
     ) -> None:
         self.info = info
         self.view = request.view
         self.ledger = AppliedLedger(request.ledger)
         self.storage = Storage(request.view.schema, shard=info.shard, device=device, version=self.ledger.version)
         self.staging = Staging(self.storage)
-        self.updates = HeldUpdates(budget=budget, lease_s=lease_s)
-        self.frozen = False
+        self.updates = HeldUpdates(budget=budget, lease_s=lease_s, clock=clock)
+        self.order = Order(self.ledger.version)
+        self.others: dict[int, tuple[DecidedStep, ...]] = {}
+        self.rounds = RoundsHere(clock)
+        self.turns = Turns()
+        self.writes = SeenWrites()
+        self.order_doubt, self.step_doubt = Doubt(), Doubt()
+        self.peers_wait_until_s = float("-inf")
+        self.unprepared: tuple[DecidedStep, float] | None = None
+        self.gate = min(request.view.placement.shards)
+        self.pending = request.pending
         self.lookups = 0
+        self._clock = clock
+        self._lease_s = lease_s
         self._filling: Iterator[int] | None = None
         self._filling_bytes = self.bytes_to_fill = 0
         self.preparing = ""
-        self._waiting_for_thaw: list[Parked] = []
-        self._waiting_for_decisions: list[Parked] = []
+        self._waiting_for_thaw = Waiting()
+        self._waiting_for_rest = Waiting()
+        self._waiting_for_turns = Waiting()
+        self._waiting_for_news = Waiting()
         if request.mode == "initialise":
             self._filling = self.storage.initialise(request.view.placement)
             self._filling_bytes = self.bytes_to_fill = self.storage.initial_bytes(request.view.placement)
@@ -83,6 +106,21 @@ class HostedTable:
         """Count pages and bytes anew: to be called by whoever changed which pages are here."""
         self.pages, self.lost_pages = self.storage.num_pages, self.storage.num_lost
         self.num_bytes = max(self.storage.num_bytes + self.staging.num_bytes, self._filling_bytes)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether a move's round holds it."""
+        return self.rounds.held
+
+    @property
+    def is_gate(self) -> bool:
+        """Whether this shard numbers its steps."""
+        return self.gate == self.info.shard
+
+    @property
+    def gate_info(self) -> ShardInfo | None:
+        """Where that shard is; None where the view does not say."""
+        return next((info for info in self.view.shards if info.shard == self.gate), None)
 
     @property
     def stamp(self) -> Stamp:
@@ -110,9 +148,13 @@ class HostedTable:
         Raises:
             ShardUnavailable: The table is still being made.
             StalePlacement: Another epoch.
-            DataLoss: Pages of the table are lost here, or commits that the client has seen acknowledged.
+            DataLoss: Pages of the table are lost here.
+            Behind: The next epoch, whose view this shard is about to be told.
         """
+        self.let_go()
         self.check_ready()
+        if self.frozen and envelope.epoch == self.epoch + 1:
+            raise Behind(self.park_until_thaw)
         if envelope.epoch != self.epoch:
             raise StalePlacement(
                 f"the request was planned for epoch {envelope.epoch} of table {self.view.schema.name!r}; shard "
@@ -121,17 +163,135 @@ class HostedTable:
                 address=self.info.address,
             )
         self.check_whole()
-        if envelope.table_version > self.ledger.version:
+
+    def require_newest(self, step_id: StepId) -> None:
+        """Raises StepConflict where a later generation of the step's rank has committed, or holds anything here."""
+        self.updates.require_newest(step_id)
+        newest = self.ledger.entry(step_id).generation
+        if step_id.generation < newest:
+            raise over(step_id, newest)
+
+    def lacks(self, envelope: Envelope, *, waits_since_s: float) -> Parked | None:
+        """Where the client has seen a later version than is here: what to wait for.
+
+        Raises:
+            DataLoss: The gate does not know of that version: commits were lost.
+        """
+        if envelope.table_version <= self.order.applied:
+            return None
+        self.apply_decided()  # what failed for want of memory is tried again
+        if envelope.table_version <= self.order.applied:
+            return None
+        self._check_prepared()
+        known = envelope.table_version <= self.order.numbered
+        if not known and (self.is_gate or self.order_doubt.covers(waits_since_s)):
             raise DataLoss(
-                f"shard {self.info.shard} has table {self.view.schema.name!r} at version {self.ledger.version}, and "
-                f"this client has seen version {envelope.table_version} acknowledged: commits were lost here. Drop "
-                f"the table (pool.drop_table({self.view.schema.name!r})), make it again and write back what you saved",
+                f"shard {self.info.shard} has table {self.view.schema.name!r} at version {self.order.applied}, and "
+                f"this client has seen version {envelope.table_version} acknowledged: commits were lost here, or that "
+                f"version was never given. If they were, drop the table (pool.drop_table({self.view.schema.name!r})), "
+                "make it again and write back what you saved",
+                shard=self.info.shard,
+                address=self.info.address,
+            )
+        return self.park_for_order(waits_since_s)
+
+    def learn(self, version: int, steps: tuple[DecidedStep, ...]) -> None:
+        """What the gate says has been decided, up to that version: kept in order, as far as it can be applied."""
+        whole = self.owns and not self.lost_pages
+        refused = self.order.learn(version, steps, prepared=self.updates.is_prepared if whole else lambda _: True)
+        known = self.unprepared
+        if refused is None or known is None or refused.version != known[0].version:
+            self.unprepared = None if refused is None else (refused, self._clock())
+
+    def _check_prepared(self) -> None:
+        """Raises ShardUnavailable where a decided step is not prepared here, and its trainer has not come for it."""
+        if self.unprepared is None or self.unprepared[0].version <= self.order.applied:
+            return
+        (step, since_s), who = self.unprepared, self.unprepared[0].step_id
+        if self._clock() - since_s > self._lease_s:
+            raise ShardUnavailable(
+                f"version {step.version} of table {self.view.schema.name!r} is step {who.step} of rank {who.rank} of "
+                f"group {who.group!r}, which is decided, and whose updates are not on shard {self.info.shard} any "
+                "more: its trainer sends them again when it commits next. Where that trainer is gone they are lost "
+                "here: drop the table, make it again and write back what you saved",
                 shard=self.info.shard,
                 address=self.info.address,
             )
 
+    def in_doubt(self, *, waits_since_s: float) -> Parked | None:
+        """Where a step may be acknowledged by now that is not applied here: what a reader has to wait for.
+
+        Raises as ``apply_decided`` does.
+        """
+        if self.order.next() is not None:
+            self.apply_decided()
+        prepared = self.updates.doubtful(waits_since_s)
+        return None if prepared is None else self.park_for_steps(prepared, waits_since_s)
+
+    def park_for_order(self, since_s: float) -> Parked:
+        """For a request, of that time, that comes before what it builds on.
+
+        Raises:
+            ShardUnavailable: It has waited for long enough.
+        """
+        if is_late(since_s, self._clock()):
+            self._check_prepared()
+            raise self._no_word(f"what its version {self.order.applied + 1} is", self.gate_info)
+        self.order_doubt.wait(self._clock())
+        return self._waiting_for_news.park(since_s=since_s, in_doubt=True)
+
+    def park_for_steps(self, prepared: PreparedStep, since_s: float) -> Parked:
+        """For a request, of that time, that must know what became of a prepared step.
+
+        Raises:
+            ShardUnavailable: It has waited for long enough.
+        """
+        if is_late(since_s, self._clock()):
+            who = prepared.step_id
+            what = f"whether step {who.step} of rank {who.rank} of group {who.group!r}, prepared here, is decided"
+            by = prepared.decider_at
+            if by is None or by.shard == self.info.shard:  # decided here, and numbered elsewhere
+                by = self.gate_info
+            raise self._no_word(what, by)
+        self.step_doubt.wait(self._clock())
+        return self._waiting_for_news.park(since_s=since_s, in_doubt=True)
+
+    def _no_word(self, what: str, by: ShardInfo | None) -> ShardUnavailable:
+        """What another shard does not say: that one is late, not this."""
+        late = self.info if by is None else by
+        at = f" at {late.address}" if late.address else ""
+        return ShardUnavailable(
+            f"shard {self.info.shard} has waited {LONGEST_WAIT_S:g} s to hear of table {self.view.schema.name!r} "
+            f"{what}: shard {late.shard}{at} knows, and did not say. Nothing was changed",
+            shard=late.shard,
+            address=late.address,
+        )
+
+    def apply_decided(self) -> None:
+        """Apply what is decided and whose turn it is. Raises as ``commits.apply`` does: the rest waits."""
+        applied = self.order.applied
+        try:
+            while (step := self.order.next()) is not None:
+                commits.apply(self.storage, self.updates, self.ledger, step, others=self.others.get(step.version, ()))
+                self.others.pop(step.version, None)
+                self.order.did()
+                self.turns.served(step.step_id)
+        except DataLoss:
+            self.measure()
+            raise
+        finally:
+            if self.order.applied > applied:
+                self.steps_changed()
+
     def check_ready(self) -> None:
-        """Raises ShardUnavailable while initial values are being written."""
+        """Raises ShardUnavailable while the table is being made: here, or on other shards."""
+        if self.pending and self._filling is None:
+            raise ShardUnavailable(
+                f"table {self.view.schema.name!r} is being made: shard {self.info.shard} has its pages, and has not "
+                "heard that all shards have theirs; try again in a moment",
+                shard=self.info.shard,
+                address=self.info.address,
+            )
         if self._filling is not None:
             raise ShardUnavailable(
                 f"shard {self.info.shard} is still writing the initial values of table {self.view.schema.name!r}; "
@@ -152,54 +312,159 @@ class HostedTable:
                 address=self.info.address,
             )
 
-    def holds_off(self, step_id: StepId) -> bool:
-        """Whether a freeze holds off preparing this step. One that is prepared already goes on to its end."""
-        self.updates.touch(step_id)
-        self.updates.give_up_older(step_id)
+    def apply_now(self, step: DecidedStep) -> None:
+        """Decide and apply a step in one, where nothing waits and nobody else has a part in it.
+
+        Raises as ``commits.apply`` does; nothing is decided where that changed nothing.
+        """
+        try:
+            commits.apply(self.storage, self.updates, self.ledger, step)
+        except DataLoss:
+            self.measure()
+            raise
+        self.order.add(replace(step, version=self.order.applied + 1))
+        self.order.did()
+        self.turns.served(step.step_id)
         self.steps_changed()
-        prepared = self.updates.prepared_step(step_id)
-        return self.frozen and (prepared is None or prepared.step != step_id.step)
 
-    def park_until_thaw(self) -> Parked:
-        """For a request that a freeze holds off."""
-        return _park(self._waiting_for_thaw)
+    @property
+    def owns(self) -> bool:
+        """Whether any page of it is this shard's."""
+        return self.pages + self.lost_pages > 0
 
-    def park_until_decided(self) -> Parked:
+    @property
+    def owns_all(self) -> bool:
+        """Whether every page of it is."""
+        return self.view.placement.shards == (self.info.shard,)
+
+    def park_until_thaw(self, since_s: float) -> Parked:
+        """For a request, of that time, that a freeze holds off.
+
+        Raises:
+            ShardUnavailable: It has waited for long enough.
+        """
+        if self.held_off_for_long(since_s):
+            raise ShardUnavailable(
+                f"pages of table {self.view.schema.name!r} are moving (round {self.rounds.token!r}), which has held "
+                f"this call off on shard {self.info.shard} for {LONGEST_WAIT_S:g} s: the move is late, or its "
+                "controller is. Nothing was changed",
+                shard=self.info.shard,
+                address=self.info.address,
+            )
+        return self._waiting_for_thaw.park(since_s=since_s)
+
+    def held_off_for_long(self, since_s: float) -> bool:
+        """Whether a request of that time has waited long enough for a freeze to end."""
+        return is_late(since_s, self._clock())
+
+    def hold_off(self, step_id: StepId) -> None:
+        """A freeze holds off this step: it goes before the next freeze."""
+        self.turns.held_off(step_id)
+
+    def park_for_turns(self) -> Parked | None:
+        """For a freeze, where steps that the last one held off go first. The gate, frozen first, speaks for all."""
+        ends_s = self.turns.ends_s(now_s := self._clock())
+        if ends_s is None or not self.is_gate:
+            return None
+        return self._waiting_for_turns.park(since_s=now_s, longest_s=ends_s - now_s)
+
+    def park_until_rest(self) -> Parked:
         """For a freeze that waits for prepared steps."""
-        return _park(self._waiting_for_decisions)
+        self.step_doubt.wait(self._clock())
+        if self.order.any_waiting:
+            self.order_doubt.wait(self._clock())
+        return self._waiting_for_rest.park(in_doubt=True)
+
+    @property
+    def rest_waited_for(self) -> bool:
+        """Whether a freeze waits for prepared steps."""
+        return bool(self._waiting_for_rest)
+
+    @property
+    def waited_for(self) -> bool:
+        """Whether any request waits for it."""
+        return bool(self._waiting_for_news or self._waiting_for_rest or self._waiting_for_thaw)
 
     def steps_changed(self) -> None:
-        """A prepared step was decided, or dropped: a freeze may go on."""
-        if self._waiting_for_decisions and not self.updates.any_prepared:
-            _wake(self._waiting_for_decisions)
+        """Steps were applied, dropped, or are known to be undecided: whoever waits for that looks again."""
+        self._waiting_for_news.wake()
+        if not self.updates.any_prepared and not self.order.any_waiting:
+            self._waiting_for_rest.wake()
+        if self._waiting_for_turns and self.turns.ends_s(self._clock()) is None:
+            self._waiting_for_turns.wake()
+
+    def peers_wait(self) -> None:
+        """Another shard has asked for the order, and a step may belong into it that this one has not heard of."""
+        self.step_doubt.wait(self._clock())
+        self.peers_wait_until_s = self._clock() + PEERS_WAIT_S
+
+    def end_doubts(self) -> None:
+        """Where nobody waits to hear what was decided, nothing is asked."""
+        waits = bool(self._waiting_for_news or self._waiting_for_rest)
+        peers_wait = self._clock() < self.peers_wait_until_s
+        if not (self.updates.any_prepared and (waits or peers_wait or self.updates.silent())):
+            self.step_doubt.ends()
+        if not (waits or peers_wait or self.order.lacks):
+            self.order_doubt.ends()
 
     def expire(self) -> None:
-        """Drop what ranks hold that have fallen silent; sooner while a freeze waits for them."""
-        self.updates.expire(in_the_way=self.frozen)
-        self.steps_changed()
+        """Drop what ranks hold that have fallen silent, and, at the gate, end a round whose controller has.
+
+        Elsewhere such a round waits until the gate was asked: what it decided nobody else may undo.
+        """
+        self.updates.expire()
+        if self.updates.silent():
+            self.step_doubt.wait(self._clock())
+        if self.order.lacks:
+            self.order_doubt.wait(self._clock())
+        self.let_go()
+        self._waiting_for_news.wake_late(self._clock())
+        self._waiting_for_thaw.wake_late(self._clock())
+
+    def let_go(self) -> None:
+        """At the gate: end the round whose lease has ended."""
+        if self.rounds.lapsed and self.is_gate:
+            self.end_round()
+
+    def end_round(self) -> None:
+        """Whichever round holds the table is over, undecided."""
+        if self.rounds.end():
+            self.thaw()
 
     def thaw(self) -> None:
-        """End the freeze; those who wait go on."""
-        self.frozen = False
-        _wake(self._waiting_for_thaw)
+        """The freeze has ended: what was staged is dropped, and those who wait go on."""
+        self.turns.thawed(self._clock())
+        self.staging.drop()
+        self.measure()
+        self._waiting_for_thaw.wake()
 
     def adopt(self, view: TableView) -> bool:
-        """Take over a view. Returns whether pages changed hands. Raises Internal as ``Staging.adopt`` does."""
+        """Take over a view. Returns whether pages changed hands. Raises Internal as ``Staging.adopt`` does, and as
+        ``apply_decided``."""
         if view.placement.epoch < self.epoch:
             return False
         if view.placement.epoch == self.epoch:
             self.view = replace(self.view, shards=view.shards)
             return False
         self.check_ready()
-        arrived = self.staging.ledger
+        if self.order.next() is not None:
+            self.apply_decided()
+        arrived, decisions = self.staging.ledger, self.staging.decisions
         self.staging.adopt(view.placement, version=self.ledger.version)
         if self.ledger.adopt(arrived):
             self.storage.begin_at(self.ledger.version)
+            self.order.moved_to(self.ledger.version)
+        self.ledger.learn_others(decisions)
+        self.unprepared = None
         self.view = view
+        self.gate = min(view.placement.shards)
         self.measure()
         self.updates.clear()
+        self.writes.clear()
+        self.rounds.end()
+        self.turns.thawed(self._clock())
         self.steps_changed()
-        self.thaw()
+        self._waiting_for_thaw.wake()
         self.storage.shrink_arenas()  # last: all is adopted, should there be no memory for it
         self.measure()
         return True
@@ -207,8 +472,10 @@ class HostedTable:
     def close(self) -> None:
         """Give back what is held, and let those who wait find out."""
         self.updates.clear()
-        _wake(self._waiting_for_thaw)
-        _wake(self._waiting_for_decisions)
+        self._waiting_for_thaw.wake()
+        self._waiting_for_rest.wake()
+        self._waiting_for_turns.wake()
+        self._waiting_for_news.wake()
 
     def status(self) -> TableStatus:
         """The table at a glance; any thread may ask."""
@@ -226,18 +493,6 @@ class HostedTable:
             frozen=self.frozen,
             bytes_to_fill=self.bytes_to_fill,
             preparing=self.preparing,
+            pending=self.pending,
+            round=self.rounds.token or "",
         )
-
-
-def _park(waiting: list[Parked]) -> Parked:
-    parked = Parked()
-    if len(waiting).bit_count() == 1:  # at 1, 2, 4, ...: what is left out below costs little
-        waiting[:] = [other for other in waiting if not other.woken.cancelled()]
-    waiting.append(parked)
-    return parked
-
-
-def _wake(waiting: list[Parked]) -> None:
-    for parked in waiting:
-        parked.wake()
-    waiting.clear()

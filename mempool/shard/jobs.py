@@ -67,6 +67,7 @@ class Job:
     done: Answer
     control: bool = False
     put_s: float = 0.0
+    asked_s: float = 0.0
     pieces: Any = None
     known: bool = False
     gone: bool = False
@@ -77,6 +78,14 @@ class Job:
     def forget(self) -> None:
         """Keep nothing of the request alive."""
         self.request = self.run = self.pieces = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A result that is to be sent at once, and what the thread does next, before any other job."""
+
+    reply: Any
+    then: Callable[[], None]
 
 
 @dataclass(slots=True)

@@ -3,22 +3,22 @@
 Changes run on the engine's thread. What is only read (views, status) may be asked on any thread and never waits.
 """
 
-import asyncio
 import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 
 import torch
 
 from mempool import kernels
-from mempool.errors import DeadlineExceeded, InvalidRequest, NotFound, StalePlacement
+from mempool.errors import DeadlineExceeded, InvalidRequest, MempoolError, NotFound, StalePlacement
 from mempool.observe import Stages
-from mempool.shard.bounds import check_ledger, check_reply
-from mempool.shard.hosted import HostedTable, Parked
+from mempool.shard.bounds import check_ledger, check_rank, check_reply
+from mempool.shard.hosted import HostedTable
 from mempool.shard.pages.transfer import export, ledger_part
-from mempool.shard.steps.budget import Budget, out_of_memory
+from mempool.shard.parking import Parked
+from mempool.shard.resolving import Decisions
+from mempool.shard.steps.budget import MIB, Budget, out_of_memory
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.steps.optimizers import kernel_needs
 from mempool.types import (
@@ -26,6 +26,8 @@ from mempool.types import (
     Envelope,
     ExportLedger,
     ExportPages,
+    HeartbeatReply,
+    HeartbeatRequest,
     Ledger,
     LedgerPart,
     PageBatch,
@@ -34,23 +36,40 @@ from mempool.types import (
     ShardStatus,
     TableView,
 )
-
-MIB = 2**20
+from mempool.types.running import THREADS, Clock, Runner
 
 _LOG = logging.getLogger("mempool.shard")
 
+_PULL_LEASE_S = 60.0
+"""How long a shard that owns nothing yet keeps what it was sent for a round, unless more comes."""
+MOST_ENDED = 1024
+"""Dropped tables that a shard remembers: for longer than a controller needs to tell every shard."""
 
-def _make_ready(
-    needs: kernels.Needs, say: Callable[[int, int], None], stop: threading.Event, done: "Future[None]"
-) -> None:
-    if not done.set_running_or_notify_cancel():
-        return
-    try:
-        kernels.make_ready(needs, report=say, stop=stop)
-    except BaseException as error:
-        done.set_exception(error)
-    else:
-        done.set_result(None)
+
+def _check_round(table: HostedTable, token: str) -> None:
+    """Raises StalePlacement where a page goes for a round that is not the present one."""
+    table.let_go()
+    if token:
+        table.rounds.check(token)
+
+
+def _join_round(table: HostedTable, token: str) -> None:
+    """Raises StalePlacement where a page comes for a round that is not the present one."""
+    table.let_go()
+    if token:
+        table.rounds.join(token, _PULL_LEASE_S)
+
+
+def _check_version(table: HostedTable, version: int) -> None:
+    """Raises StalePlacement where pages of a round come at another version than those that are here: in a round all
+    owners stand still at one, or one of them has not applied what the others have."""
+    here = table.ledger.version if table.owns else table.staging.version
+    if here is not None and version != here:
+        raise StalePlacement(
+            f"pages of table {table.view.schema.name!r} come at version {version}, and shard {table.info.shard} has it "
+            f"at {here}: the owner that is at the lower one has not applied a step that is decided. Nothing was "
+            "changed; move them again once it has"
+        )
 
 
 class Tenancy:
@@ -64,6 +83,12 @@ class Tenancy:
         page_bytes: Bytes of pages, of all tables together; None: whatever the device has.
         held_lease_s: Seconds of silence after which a rank's held updates are dropped.
         reply_bytes: What a message to a peer may have; None: as much as there is.
+        clock: Seconds, monotonic: what leases are told by.
+        runner: Makes kernels ready.
+
+    Attributes:
+        decisions: What became of steps, for whoever asks.
+        on_doubt: Called on the engine's thread where another shard is to be asked.
     """
 
     def __init__(
@@ -76,6 +101,8 @@ class Tenancy:
         page_bytes: int | None,
         held_lease_s: float,
         reply_bytes: int | None = None,
+        clock: Clock = time.monotonic,
+        runner: Runner = THREADS,
     ) -> None:
         self._info = info
         self._device = device
@@ -84,8 +111,13 @@ class Tenancy:
         self._page_bytes = page_bytes
         self._held_lease_s = held_lease_s
         self._reply_bytes = reply_bytes
+        self._clock = clock
+        self._runner = runner
         # Never changed, always replaced: so that other threads can read it.
         self._tables: dict[int, HostedTable] = {}
+        self._ended: tuple[int, ...] = ()
+        self.decisions = Decisions(info.shard, lambda: self._tables, clock=clock)
+        self.on_doubt: Callable[[], None] = lambda: None
 
     # Which table is meant
 
@@ -102,30 +134,63 @@ class Tenancy:
 
     def fenced(self, envelope: Envelope) -> HostedTable:
         """The table of a request. Raises StalePlacement, NotFound, and as ``HostedTable.check`` does."""
-        if envelope.incarnation != self._info.incarnation:
-            raise StalePlacement(
-                f"the request was planned for incarnation {envelope.incarnation} of shard {self._info.shard}, which is "
-                f"now at {self._info.incarnation}",
-                shard=self._info.shard,
-                address=self._info.address,
-            )
+        self.check_incarnation(envelope.incarnation)
         table = self.table(envelope.table_id)
         table.check(envelope)
         return table
 
+    def decides(self, table_id: int) -> bool:
+        """Whether steps of which that table is the first are decided here."""
+        table = self._tables.get(table_id)
+        return table is not None and table.is_gate
+
+    def gate_of(self, table_id: int) -> ShardInfo | None:
+        """The shard that decides such steps; None where it is not known."""
+        table = self._tables.get(table_id)
+        return None if table is None else table.gate_info
+
+    def check_incarnation(self, incarnation: int) -> None:
+        """Raises StalePlacement for another one than this."""
+        if incarnation != self._info.incarnation:
+            raise StalePlacement(
+                f"the request was planned for incarnation {incarnation} of shard {self._info.shard}, which is "
+                f"now at {self._info.incarnation}",
+                shard=self._info.shard,
+                address=self._info.address,
+            )
+
     # Tables come and go
 
     def attach(self, request: AttachTable) -> HostedTable:
-        """Make a table known, with nothing in it yet that answers.
+        """Make a table known, with nothing in it yet that answers; or let one answer that was pending.
 
         Raises:
-            InvalidRequest: It is here already, with pages, at another epoch; or its pages do not fit.
+            InvalidRequest: It is here already, with pages, at an earlier epoch; or another one is; or it does not fit.
+            StalePlacement: It is here at a later epoch.
+            NotFound: It is to be confirmed, and is not here.
         """
+        if request.mode == "confirm":
+            confirmed = self.table(request.view.schema.table_id)
+            confirmed.pending = False
+            return confirmed
         check_ledger(request.ledger)
+        if request.view.schema.table_id in self._ended:
+            raise NotFound(
+                f"table {request.view.schema.table_id} was dropped on shard {self._info.shard}, and is not attached "
+                "again: the request is late",
+                shard=self._info.shard,
+            )
         table_id, epoch = request.view.schema.table_id, request.view.placement.epoch
         present = self._tables.get(table_id)
         if present is not None and present.epoch == epoch:
+            self._require_same(present, request.view)
             return present
+        if present is not None and present.epoch > epoch:
+            raise StalePlacement(
+                f"table {present.view.schema.name!r} is here at epoch {present.epoch}, and is to "
+                f"be attached at epoch {epoch}: the request is late. Nothing was changed",
+                shard=self._info.shard,
+            )
         if present is not None and present.pages + present.lost_pages:
             raise InvalidRequest(
                 f"shard {self._info.shard} has table {present.view.schema.name!r} at epoch {present.epoch} already, "
@@ -134,7 +199,12 @@ class Tenancy:
             )
         self.drop(table_id)
         table = HostedTable(
-            request, info=self._info, device=self._device, budget=self._budget, lease_s=self._held_lease_s
+            request,
+            info=self._info,
+            device=self._device,
+            budget=self._budget,
+            lease_s=self._held_lease_s,
+            clock=self._clock,
         )
         self._require_memory(table, table.num_bytes)
         self._tables = self._tables | {table_id: table}
@@ -148,11 +218,9 @@ class Tenancy:
             table.preparing = f"CPU kernels to be compiled, once per machine: {done} of {parts} are"
 
         needs = kernel_needs(table.view.schema, self._device)
-        done: Future[None] = Future()
-        # Of its own: those of asyncio are few, and others wait for them.
-        threading.Thread(target=_make_ready, args=(needs, say, stop, done), name="mempool-kernels", daemon=True).start()
         try:
-            await asyncio.wrap_future(done)
+            # A thread of its own: those of asyncio are few, and others wait for them.
+            await self._runner.run(lambda: kernels.make_ready(needs, report=say, stop=stop), name="mempool-kernels")
         except Exception as error:
             _LOG.warning("kernels of table %r were not made ready: %s", table.view.schema.name, error, exc_info=True)
         finally:
@@ -186,8 +254,23 @@ class Tenancy:
         table = self._tables.get(table_id)
         if table is not None:
             self._tables = {key: other for key, other in self._tables.items() if key != table_id}
+            self.decisions.leave(table)
             table.close()
             self._contexts.drop_table(table_id)
+
+    def end(self, table_id: int, *, unmade: bool = False) -> None:
+        """Drop a table for good: the shard remembers it, refuses it from now on, and says so to controllers.
+
+        Raises StalePlacement where only a pending one is meant, and it was confirmed.
+        """
+        table = self._tables.get(table_id)
+        if unmade and table is not None and not table.pending:
+            raise StalePlacement(
+                f"table {table.view.schema.name!r} ({table_id}) was confirmed on shard {self._info.shard}: who says "
+                "that nobody has made it is late. Nothing was changed"
+            )
+        self.drop(table_id)
+        self._ended = (*(each for each in self._ended if each != table_id), table_id)[-MOST_ENDED:]
 
     def drop_all(self) -> None:
         """Forget all tables."""
@@ -196,30 +279,49 @@ class Tenancy:
 
     # Moves
 
-    def freeze(self, table_id: int) -> int | Parked:
-        """Begin a freeze, or go on with it: the table's version once nothing is prepared."""
+    def freeze(self, request: tuple[int, str, float]) -> int | Parked:
+        """Begin or renew a round's freeze (table, token, lease): the table's version once nothing is undecided.
+
+        It begins when those were served that the freeze before it has held off, or their turn is over.
+
+        Raises:
+            StalePlacement: Another round holds the table, or this one is over.
+        """
+        table_id, token, lease_s = request
         table = self.table(table_id)
         table.check_ready()
         table.check_whole()
-        table.frozen = True
+        if token != table.rounds.token:
+            table.let_go()  # one whose lease is over stands in nobody's way
+            table.rounds.check(token)
+            if (turns := table.park_for_turns()) is not None:
+                return turns
+        table.rounds.begin(token, lease_s)
         table.expire()
-        if table.updates.any_prepared:
-            return table.park_until_decided()
+        if table.updates.any_prepared or table.order.any_waiting:
+            return table.park_until_rest()
         return table.ledger.version
 
-    def give_up_freeze(self, table_id: int, timeout_s: float) -> int:
+    def give_up_freeze(self, request: tuple[int, str], timeout_s: float) -> int:
         """The last look at a freeze whose time is over: thawed, with DeadlineExceeded, where something is undecided."""
+        table_id, token = request
         table = self.table(table_id)
-        undecided = next(table.updates.prepared(), None)
-        if undecided is None and table.frozen:
+        if not table.updates.any_prepared and not table.order.any_waiting and table.frozen:
             return table.ledger.version
-        self.thaw(table_id)
+        undecided = next((step for step in table.updates.prepared() if table.order.find(step.step_id) is None), None)
+        self.thaw((table_id, token))
         why = ""
         if undecided is not None:
-            (group, rank), step = undecided
+            step, by = undecided.step_id, undecided.decider_at
             why = (
-                f": step {step.step} of rank {rank} of group {group!r} is prepared and not decided. If that trainer "
-                f"died, it is given up {table.updates.patience_s:g} s after it was last heard of"
+                f": step {step.step} of rank {step.rank} of group {step.group!r} is prepared and not decided"
+                f"{'' if by is None or by.shard == self._info.shard else f' as far as shard {by.shard} has said'}. If "
+                f"that trainer died, it is given up {self._held_lease_s:g} s after it was last heard of"
+            )
+        elif table.order.any_waiting:
+            why = (
+                f": its version {table.order.applied + 1} is decided and not applied here"
+                f"{', as updates of it are missing: its trainer sends them again' if table.unprepared else ''}"
             )
         raise DeadlineExceeded(
             f"table {table.view.schema.name!r} did not come to rest on shard {self._info.shard} within {timeout_s:g} s"
@@ -227,18 +329,24 @@ class Tenancy:
             shard=self._info.shard,
         )
 
-    def thaw(self, table_id: int) -> None:
-        """End a freeze and drop what is staged; no error where there is nothing to undo."""
+    def thaw(self, request: tuple[int, str]) -> None:
+        """End a round's freeze, or whichever there is (""), and drop what is staged; no error where there is none."""
+        table_id, token = request
         table = self._tables.get(table_id)
-        if table is not None:
-            table.staging.drop()
-            table.measure()
+        if table is not None and (table.rounds.end(token) or not token):
             table.thaw()
+
+    def heartbeat(self, request: HeartbeatRequest) -> HeartbeatReply:
+        """A rank is alive: all it holds stays."""
+        check_rank(request.group, request.rank)
+        held = sum(table.updates.heard_of(request.group, request.rank) for table in self._tables.values())
+        return HeartbeatReply(lease_s=self._held_lease_s, updates_held=held)
 
     def export(self, request: ExportPages) -> PageBatch:
         """Pages whole, for a peer. Raises as ``transfer.export`` does, and RequestTooLarge."""
         table = self.table(request.table_id)
         table.check_ready()
+        _check_round(table, request.token)
         num_bytes = len(request.row_pages) * table.storage.page_bytes(request.blocks)
         num_bytes += len(request.key_pages) * table.storage.head_bytes
         check_reply(num_bytes, self._reply_bytes, f"{len(request.row_pages):,} row pages")
@@ -254,6 +362,7 @@ class Tenancy:
         """Check a pull and make room for it."""
         table = self.table(request.table_id)
         table.check_ready()
+        _join_round(table, request.token)
         table.staging.check_pull(request.row_pages, request.blocks, request.key_pages)
         pages = request.row_pages, request.blocks
         self._require_memory(table, table.staging.new_bytes(*pages, request.key_pages))
@@ -261,9 +370,13 @@ class Tenancy:
         table.measure()
         return table
 
-    def stage(self, table: HostedTable, batch: PageBatch) -> int:
-        """Stage a batch of a pull. Returns its bytes."""
+    def stage(self, table: HostedTable, batch: PageBatch, *, token: str = "") -> int:
+        """Stage a batch of a pull. Returns its bytes. Raises StalePlacement where its round is over by now, or its
+        owner is at another version."""
         self._require_pulled(table)
+        _join_round(table, token)
+        if token:
+            _check_version(table, batch.version)
         num_bytes = table.staging.put(batch)
         table.measure()
         return num_bytes
@@ -273,25 +386,43 @@ class Tenancy:
         self._require_pulled(table)
         return table.staging.lacks_ledger(table.ledger.version)
 
-    def stage_ledger(self, table: HostedTable, ledger: Ledger) -> None:
-        """Stage the ledger of a pull. Raises InvalidRequest for one that no shard makes, Internal where it is newer."""
+    def stage_ledger(self, table: HostedTable, ledger: Ledger, *, token: str = "", decisions: bool = False) -> None:
+        """Stage the ledger of a pull, or the gate's decisions. Raises as ``stage``, and InvalidRequest for one that no
+        shard makes, Internal where it is newer."""
         self._require_pulled(table)
+        _join_round(table, token)
         check_ledger(ledger)
-        table.staging.put_ledger(ledger)
+        table.staging.put_ledger(ledger, decisions=decisions)
 
     def _require_pulled(self, table: HostedTable) -> None:
         if self._tables.get(table.table_id) is not table:
             raise NotFound(f"table {table.table_id} was dropped while its pages were pulled", shard=self._info.shard)
 
-    def set_view(self, view: TableView) -> None:
-        """Adopt a view. Raises Internal as ``HostedTable.adopt`` does."""
-        table = self.table(view.schema.table_id)
+    def _require_same(self, table: HostedTable, view: TableView) -> None:
         if view.schema != table.view.schema:
             raise InvalidRequest(
-                f"the view's schema of table {table.view.schema.name!r} is another one than the table was made with; "
-                "drop the table and make it anew. Nothing was changed.",
+                f"the view's schema of table {view.schema.name!r} is another one than table {table.view.schema.name!r} "
+                f"({table.table_id}) was made with; drop the table and make it anew. Nothing was changed.",
                 shard=self._info.shard,
             )
+
+    def set_view(self, view: TableView, *, token: str = "") -> None:
+        """Adopt a view. Raises StalePlacement where its round is over here, or another one has made its epoch, and as
+        ``HostedTable.adopt`` does."""
+        table = self.table(view.schema.table_id)
+        self._require_same(table, view)
+        late = view.placement.epoch < table.epoch and token
+        if late or (view.placement.epoch == table.epoch and not view.placement.same_owners(table.view.placement)):
+            raise StalePlacement(
+                f"the view of epoch {view.placement.epoch} is late: another round has brought table "
+                f"{table.view.schema.name!r} to epoch {table.epoch} on shard {self._info.shard}, so one of two "
+                "controllers is late. Nothing was changed",
+                shard=self._info.shard,
+                address=self._info.address,
+            )
+        if view.placement.epoch > table.epoch and token:
+            table.let_go()
+            table.rounds.require(token)
         if table.adopt(view):
             self._contexts.drop_table(table.table_id)
 
@@ -303,21 +434,33 @@ class Tenancy:
         self._contexts.give_way()
         for table in self._tables.values():
             table.expire()
-        return self._budget.held_bytes > 0 or len(self._contexts) > 0
+            self._apply_again(table)
+            if table.step_doubt.since_s is not None or table.order_doubt.since_s is not None or table.rounds.lapsed:
+                self.on_doubt()
+        busy = any(table.frozen or table.order.any_waiting or table.waited_for for table in self._tables.values())
+        return busy or self._budget.held_bytes > 0 or len(self._contexts) > 0
+
+    def _apply_again(self, table: HostedTable) -> None:
+        """What was decided and failed, for want of memory, is tried again."""
+        if table.order.next() is None or table.lost_pages:
+            return
+        try:
+            table.apply_decided()
+        except Exception as error:
+            log = _LOG.warning if isinstance(error, MempoolError) or out_of_memory(error) else _LOG.exception
+            log("what was decided for table %r cannot be applied now: %s", table.view.schema.name, error)
 
     def make_room(self) -> None:
-        """Something was held: forget lookups where they stand in its way, and let freezes know of what expired."""
+        """Something was held: forget lookups where they stand in its way."""
         self._contexts.give_way()
-        for table in self._tables.values():
-            table.steps_changed()
 
     # Read on any thread
 
     def views(self) -> tuple[TableView, ...]:
-        """The newest view of every table here."""
-        return tuple(table.view for table in self._tables.values())
+        """The newest view of every table here that is made."""
+        return tuple(table.view for table in self._tables.values() if not table.pending)
 
-    def status(self, *, stages: Stages, started_s: float, queued_jobs: int) -> ShardStatus:
+    def status(self, *, stages: Stages, uptime_s: float, queued_jobs: int) -> ShardStatus:
         """The shard at a glance."""
         tables = tuple(table.status() for _, table in sorted(self._tables.items()))
         budget = self._budget
@@ -333,9 +476,10 @@ class Tenancy:
             queued_calls=queued_jobs,
             client_limit_bytes=budget.limit_bytes,
             page_limit_bytes=self._page_bytes or 0,
-            uptime_s=time.monotonic() - started_s,
+            uptime_s=uptime_s,
             tables=tables,
             stages=stages.snapshot(),
+            dropped=self._ended,
         )
 
     def _require_memory(self, table: HostedTable, num_bytes: int) -> None:

@@ -6,11 +6,9 @@ can be trusted (of CUDA's context, of the interpreter) ends it; those who wait a
 
 import asyncio
 import logging
-import queue
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from types import GeneratorType
@@ -20,9 +18,10 @@ import torch
 
 from mempool.errors import DeadlineExceeded, Internal, MempoolError, Overloaded, ShardUnavailable
 from mempool.observe import Stages
-from mempool.shard.jobs import JOB_BYTES, Job, JobQueue
+from mempool.shard.jobs import JOB_BYTES, Answered, Job, JobQueue
 from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.types.caller import Caller, current_caller
+from mempool.types.running import ONLY_WHEN_RUNG, THREADS, Clock, Runner
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,6 +37,8 @@ class EngineThread:
         upkeep_s: Seconds between two of them.
         probe: Raises where the device cannot be used any more; asked after a job failed for no reason of its own.
         on_fatal: Told, on the thread, why it ends, where that is for a failure after which nothing can be trusted.
+        clock: Seconds, monotonic: what deadlines of callers are told by.
+        runner: Gives it its thread.
     """
 
     def __init__(
@@ -50,8 +51,11 @@ class EngineThread:
         upkeep_s: float = 15.0,
         probe: Callable[[], None] = lambda: None,
         on_fatal: Callable[[BaseException], None] | None = None,
+        clock: Clock = time.monotonic,
+        runner: Runner = THREADS,
     ) -> None:
         self._name = name
+        self._clock = clock
         self._stages = stages
         self._upkeep = upkeep
         self._upkeep_s = upkeep_s
@@ -60,14 +64,11 @@ class EngineThread:
         self._budget = budget or Budget(2**62)
         self._jobs = JobQueue(self._budget, name=name)
         self._lock = threading.Lock()  # of the queue and of what says whether it is open
-        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()  # rung once for each job that lines up
         self._closed: str | None = None
         self._keeping_up = False
         self._next_upkeep_s = 0.0
-        self._ended: Future[None] = Future()
         self._doing: Job | None = None
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._worker = runner.worker(self._turn, name=name, within=torch.no_grad)  # rung once for each job in line
 
     @property
     def num_jobs(self) -> int:
@@ -168,14 +169,18 @@ class EngineThread:
                 if job.known:
                     self._jobs.grow(job, num_bytes)
 
+    def asked_s(self) -> float:
+        """When the job that is running was asked for, on the clock. On the thread alone."""
+        job = self._doing
+        return 0.0 if job is None else job.asked_s
+
     async def close(self) -> None:
         """Let the jobs that are waiting finish, then end the thread. Repeatable."""
         with self._lock:
             if self._closed is None:
                 self._closed = f"{self._name} is closed"
-                self._bell.put(None)
-        await asyncio.shield(asyncio.wrap_future(self._ended))
-        self._thread.join()
+                self._worker.ring()
+        await self._worker.join()
 
     def check_open(self) -> None:
         """Raises ShardUnavailable where the thread takes no jobs any more."""
@@ -186,34 +191,33 @@ class EngineThread:
         with self._lock:
             # Under the lock, so that no job can come after the end and wait forever.
             self.check_open()
-            job.put_s = time.perf_counter()
-            self._jobs.add(job, now_s=time.monotonic())
-        self._bell.put(None)
+            job.put_s = job.asked_s = self._clock()
+            self._jobs.add(job, now_s=self._clock())
+        self._worker.ring()
 
     def _line_up_again(self, job: Job) -> None:
         with self._lock:
             self.check_open()
-            job.put_s = time.perf_counter()
+            job.put_s = self._clock()
             self._jobs.again(job)
-        self._bell.put(None)
+        self._worker.ring()
 
     # On the thread
 
-    def _run(self) -> None:
+    def _turn(self) -> float | None:
+        """Run the next job, or a piece of one; answers how long there is nothing to do unasked, None at the end."""
         try:
-            with torch.no_grad():
-                while self._serve():
-                    pass
+            more = self._serve()
         except BaseException as error:
             self._end_for_good(error)
-        self._ended.set_result(None)
+            return None
+        if not more:
+            return None
+        return max(0.0, self._next_upkeep_s - self._clock()) if self._keeping_up else ONLY_WHEN_RUNG
 
     def _serve(self) -> bool:
         """Run the next job, or a piece of one. Returns whether there may be more."""
-        wait_s = max(0.0, self._next_upkeep_s - time.monotonic()) if self._keeping_up else None
-        with suppress(queue.Empty):
-            self._bell.get(timeout=wait_s)
-        now_s = time.monotonic()
+        now_s = self._clock()
         with self._lock:
             job = self._jobs.ready(now_s=now_s)
             late = self._jobs.take_expired()
@@ -232,18 +236,18 @@ class EngineThread:
 
     def _keep_up(self) -> None:
         with self._lock:
-            late = self._jobs.expire(now_s=time.monotonic())
+            late = self._jobs.expire(now_s=self._clock())
         for job in late:
             self._tell_late(job)
         self._keeping_up = self._upkeep() or len(self._jobs) > 0
-        self._next_upkeep_s = time.monotonic() + self._upkeep_s
+        self._next_upkeep_s = self._clock() + self._upkeep_s
 
     def _tell_late(self, job: Job) -> None:
         job.done.fail(DeadlineExceeded(f"{job.stage}: the call's time was over before its turn came at {self._name}"))
         job.forget()
 
     def _do(self, job: Job) -> None:
-        started_s = time.perf_counter()
+        started_s = self._clock()
         self._stages.record("queue", started_s - job.put_s)
         result: Any = None
         failure: BaseException | None = None
@@ -255,7 +259,7 @@ class EngineThread:
         except Exception as error:
             failure = _bare(self._explained(job, error))
             _bare(error)
-        ended_s = time.perf_counter()
+        ended_s = self._clock()
         self._stages.record(job.stage, ended_s - started_s)
         with self._lock:
             self._jobs.spent(job, ended_s - started_s)
@@ -263,12 +267,27 @@ class EngineThread:
                 job.put_s = ended_s
                 self._jobs.again(job)
         if more:
-            self._bell.put(None)
+            self._worker.ring()
         elif failure is not None:
             job.pieces = None
             job.done.fail(failure)
+        elif isinstance(result, Answered):
+            job.done.give(result.reply)
+            self._go_on(result)
         else:
             job.done.give(result)
+
+    def _go_on(self, answered: Answered) -> None:
+        """Do what an answer has promised. What fails stays promised: whoever answered sees to it."""
+        started_s = self._clock()
+        try:
+            answered.then()
+        except MempoolError as error:
+            _LOG.warning("%s: what was decided could not be applied: %s", self._name, error)
+        except Exception as error:
+            if not out_of_memory(error):
+                _LOG.exception("%s: what was decided could not be applied", self._name)
+        self._stages.record("after the answer", self._clock() - started_s)
 
     def _do_some(self, job: Job) -> tuple[bool, Any]:
         """Run a job, or its next piece: whether there are more, and else the result."""

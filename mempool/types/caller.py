@@ -16,7 +16,7 @@ class Caller:
 
     Attributes:
         name: Of the connection, "ipv4:10.0.0.3:5123"; "" for this process itself.
-        deadline_s: When nobody waits for the answer any more, on ``time.monotonic``; None: never.
+        deadline_s: When nobody waits for the answer any more, on the process's monotonic clock; None: never.
         at_end: Told what to do when the caller has taken the answer, or is gone; until then the answer is in this
             process. None: answers are the caller's own as soon as they are made.
     """
@@ -25,9 +25,9 @@ class Caller:
     deadline_s: float | None = None
     at_end: Callable[[Callable[[], None]], None] | None = field(default=None, repr=False, compare=False)
 
-    def remaining_s(self) -> float | None:
+    def remaining_s(self, clock: Callable[[], float] = time.monotonic) -> float | None:
         """Seconds until the deadline, 0 or less when it is over; None without one."""
-        return None if self.deadline_s is None else self.deadline_s - time.monotonic()
+        return None if self.deadline_s is None else self.deadline_s - clock()
 
 
 _NOBODY = Caller()

@@ -24,8 +24,9 @@ class Envelope:
         table_id: The table.
         epoch: Epoch of the placement the request was planned for; another one is answered ``StalePlacement``.
         incarnation: Incarnation of the shard the request was planned for; another one is answered ``StalePlacement``.
-        table_version: A version that every owner has acknowledged to this client; 0 if it knows of none. A shard that
-            is behind it has lost commits, and answers ``DataLoss``.
+        table_version: A version that the table's gate has acknowledged to this client, or that a reply was stamped
+            with; 0 if it knows of none. A shard that is behind it answers once it has caught up; ``DataLoss`` where
+            the gate knows no such version: commits were lost.
     """
 
     table_id: int
@@ -46,11 +47,27 @@ class Stamp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepId:
-    """One rank's part in one step of its group. A client that joined no group is a group of one (rank 0)."""
+    """One rank's part in one step of its group. A client that joined no group is a group of one (rank 0).
+
+    generation: How often the rank has gone back to an earlier step; a lower one is over, steps begin anew in each.
+    """
 
     group: str
     rank: int
     step: int
+    generation: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteId:
+    """One write of a client. Those before it that are not in ``open`` (ascending) are over: answered, or given up.
+
+    writer: The client, a random number. number: Ascends in the life of a client, over all its tables.
+    """
+
+    writer: int
+    number: int
+    open: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,48 +141,73 @@ class UpdateReply:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrepareRequest:
-    """Phase one of a commit: is everything here, and how large is the gradient? Holds off page moves until decided.
-
-    ``norm_order``: with want_norm, of the norm that is asked for besides the squared 2-norm; 0.0: none.
-    """
+class PreparePart:
+    """One table's part in a step that is to be prepared. sequences: the updates that this shard was sent."""
 
     envelope: Envelope
     step_id: StepId
     sequences: tuple[int, ...]
-    want_norm: bool
-    norm_order: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrepareReply:
-    """Answer to Prepare.
+class PrepareRequest:
+    """Phase one of a step: is everything here, and how large is the gradient? All or nothing; holds off page moves.
 
     Attributes:
-        missing: Sequences this shard does not hold; while there are any, the step is not prepared.
+        parts: The tables of the step that this shard owns anything of.
+        decider_table, decider_step: The first table of the step, whose gate decides, and the step as it counts them.
+        wait: Where a table is held off, answer once it is not.
+        norm_order: With want_norm, of the norm that is asked for besides the squared 2-norm; 0.0: none.
+        attempt: Which Prepare of the step it is, ascending; 0: not counted.
+    """
+
+    parts: tuple[PreparePart, ...]
+    want_norm: bool
+    decider_table: int
+    decider_step: int
+    wait: bool = False
+    norm_order: float = 0.0
+    attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedPart:
+    """Answer to a part of Prepare; the step is prepared where no part misses anything or is held off.
+
+    Attributes:
+        missing: Sequences this shard does not hold.
         squared_norm: Sum over the shard's (slot, block)s of the squared norm of the reduced gradient; 0.0 if not asked.
         finite: No inf or NaN in the reduced gradient; True if not asked.
         applied: The step was committed before; the rest is then of no meaning.
+        held_off: The table's pages are moving.
         norm: Of the shard's (slot, block)s together, of the order asked for; 0.0 if none was.
     """
 
     stamp: Stamp
-    missing: tuple[int, ...]
-    squared_norm: float
-    finite: bool
-    applied: bool
+    missing: tuple[int, ...] = ()
+    squared_norm: float = 0.0
+    finite: bool = True
+    applied: bool = False
+    held_off: bool = False
     norm: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CommitRequest:
-    """Phase two: apply the prepared step, in place, in the canonical order (rank, sequence, bag, pair).
+class PrepareReply:
+    """One for each part, in their order."""
+
+    parts: tuple[PreparedPart, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitPart:
+    """One table's part in a step that is committed.
 
     Attributes:
         lr: Learning rate of this step.
         grad_scale: Multiplies the reduced gradient before the optimizer sees it (clipping, unscaling, mean).
-        sequences: The updates of the step.
-        one_phase: Prepare and commit in one message, for a table with one owner: applies only if nothing is missing.
+        sequences: The updates of the step; none at a decider for tables whose gate it is not.
+        version: The table version that the step makes, as the table's gate has said; 0 at the gate.
     """
 
     envelope: Envelope
@@ -173,32 +215,86 @@ class CommitRequest:
     lr: float
     grad_scale: float
     sequences: tuple[int, ...]
-    one_phase: bool
+    version: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommitRequest:
+    """Phase two: decide the step at its decider, or, ``decided``, apply it elsewhere, in the table's order.
+
+    Attributes:
+        parts: All tables of the step, in its order, at the decider; else those that this shard owns anything of.
+        one_phase: Prepare and commit in one message, where this shard owns all: only if nothing is missing.
+    """
+
+    parts: tuple[CommitPart, ...]
+    decided: bool = False
+    one_phase: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommittedPart:
+    """``missing`` is only ever non-empty with one_phase; then nothing was decided.
+
+    version: The table version that the step makes; 0 where another shard gives it, or where an update is missing.
+    """
+
+    stamp: Stamp
+    missing: tuple[int, ...] = ()
+    version: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommitReply:
-    """``missing`` is only ever non-empty with one_phase; then nothing was applied. A repeat is answered as before."""
+    """One for each part, in their order. A repeat is answered as before."""
 
-    stamp: Stamp
-    missing: tuple[int, ...]
-    applied: bool
+    parts: tuple[CommittedPart, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DiscardRequest:
-    """Drop what is held of a step that was not committed, and end its Prepare."""
+class DiscardPart:
+    """A step of one table that is dropped."""
 
     envelope: Envelope
     step_id: StepId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DiscardRequest:
+    """Drop what is held of steps that were not committed, and end their Prepare.
+
+    Attributes:
+        keep_updates: End the Prepare alone.
+        attempt: Then: the newest Prepare that is ended; a later one stays.
+    """
+
+    parts: tuple[DiscardPart, ...]
+    keep_updates: bool = False
+    attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DiscardReply:
     """``discarded``: how many held updates were dropped."""
 
-    stamp: Stamp
     discarded: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeartbeatRequest:
+    """A rank is alive: what it holds here, of all tables, stays for a lease more."""
+
+    incarnation: int
+    group: str
+    rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeartbeatReply:
+    """lease_s: Seconds of silence after which what the rank holds is dropped; updates_held: of all tables, here."""
+
+    lease_s: float
+    updates_held: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,9 +352,9 @@ class ReadRowsReply:
 class WriteRowsRequest:
     """Overwrite rows; shapes as in ReadRowsReply, ``blocks`` as this shard owns them. Pages not owned are skipped.
 
-    Idempotent. Atomic on one shard, not across shards. Waits while the table's pages are moving. Values are rounded to
-    what is stored, to nearest, with new scales; "values" and "values.master" are written together. "values.scales" and
-    "values.last_step" cannot be written.
+    Idempotent by ``write_id``; without one, each copy is written when it comes. Atomic on one shard, not across shards.
+    Waits while the table's pages are moving. Values are rounded to what is stored, to nearest, with new scales;
+    "values" and "values.master" are written together. "values.scales" and "values.last_step" cannot be written.
     """
 
     envelope: Envelope
@@ -266,6 +362,7 @@ class WriteRowsRequest:
     ids: Tensor
     blocks: tuple[int, ...]
     rows: Tensor
+    write_id: WriteId | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,6 +379,7 @@ class StepCountRequest:
     envelope: Envelope
     set: int | None = None
     at_version: int = 0
+    write_id: WriteId | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

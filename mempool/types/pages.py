@@ -9,10 +9,49 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
+from mempool.types.messages import StepId
 from mempool.types.pool import ShardInfo, TableView
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecidedStep:
+    """A step that was decided, at one table.
+
+    Attributes:
+        version: The table version it makes; 0 where the table's gate has not given it yet.
+        lr, grad_scale, sequences: As in ``CommitPart``.
+    """
+
+    table_id: int
+    version: int
+    step_id: StepId
+    lr: float
+    grad_scale: float
+    sequences: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerEntry:
+    """What became of the steps of one (group, rank).
+
+    Attributes:
+        generation: The newest that was heard of.
+        step: Its highest applied step of that generation; 0 for none.
+        version: The table version that step made.
+        dropped: Steps up to this one are over: what was not applied of them never will be.
+        others: Where that step was of several tables, this one its first: its parts at the others.
+        older: What became of the generation before it that applied anything.
+    """
+
+    generation: int = 0
+    step: int = 0
+    version: int = 0
+    dropped: int = 0
+    others: tuple[DecidedStep, ...] = ()
+    older: LedgerEntry | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,13 +61,13 @@ class Ledger:
     Attributes:
         version: Table version: commits applied since the table was made.
         updates_applied: Updates applied since the table was made.
-        entries: (group, rank) -> its highest applied step.
+        entries: (group, rank) -> what was applied of it.
         step_offset: The optimizer's step count less the version: 0 where it was never set.
     """
 
     version: int = 0
     updates_applied: int = 0
-    entries: Mapping[tuple[str, int], int] = field(default_factory=dict)
+    entries: Mapping[tuple[str, int], LedgerEntry] = field(default_factory=dict)
     step_offset: int = 0
 
 
@@ -38,23 +77,30 @@ class AttachTable:
 
     Attributes:
         mode: "initialise": give the pages this shard owns in the view their initial values; "empty": it owns none yet
-            and will pull them; "lost": it owned pages and has them no more: they answer DataLoss.
+            and will pull them; "lost": it owned pages and has them no more: they answer DataLoss; "confirm": it has
+            them, the table was pending and is made: NotFound where it is not here.
         ledger: Where the table's history stands; None for a new table.
+        pending: The table is being made: it answers no client, and is among no views, until it is confirmed.
     """
 
     view: TableView
-    mode: Literal["initialise", "empty", "lost"]
+    mode: Literal["initialise", "empty", "lost", "confirm"]
     ledger: Ledger | None = None
+    pending: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ExportPages:
-    """Read pages whole. row_pages [M] int64: logical row pages, of each the pages of ``blocks``; plus key pages."""
+    """Read pages whole. row_pages [M] int64: logical row pages, of each the pages of ``blocks``; plus key pages.
+
+    token: The round they are read for; another one is refused.
+    """
 
     table_id: int
     row_pages: npt.NDArray[np.int64]
     blocks: tuple[int, ...]
     key_pages: tuple[int, ...] = ()
+    token: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -99,19 +145,30 @@ class LedgerPart:
     version: int
     updates_applied: int
     num_entries: int
-    entries: Mapping[tuple[str, int], int]
+    entries: Mapping[tuple[str, int], LedgerEntry]
     step_offset: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PullPages:
-    """Fetch pages from their present owner and stage them; they answer nothing until a view that says so is set."""
+    """Fetch pages from their present owner and stage them; they answer nothing until a view that says so is set.
+
+    One that names no page is sent to a shard that is to be the table's gate: it fetches what the present one decided.
+
+    token: The round; where another one holds the table, or it is over, the pull is refused and nothing is staged.
+    """
 
     table_id: int
     source: ShardInfo
     row_pages: npt.NDArray[np.int64]
     blocks: tuple[int, ...]
     key_pages: tuple[int, ...] = ()
+    token: str = ""
+
+    @property
+    def of_decisions(self) -> bool:
+        """Whether it names no page."""
+        return not (len(self.row_pages) or self.key_pages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,3 +177,43 @@ class PullReport:
 
     pages: int
     num_bytes: int
+
+
+StepState = Literal["", "decided", "pending", "dropped"]
+"""What is known of a step: it is applied, here or soon; may still be decided; never will be. "": none was asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolveRequest:
+    """A shard in doubt asks what became of steps: a table's gate for its order, a step's decider for its decision.
+
+    Attributes:
+        table_id: The table of the order, or the first one of the step.
+        after_version: The decisions with higher versions are asked for; None: no order is.
+        step_id: The step asked for, as that table counts them; None: no step is.
+        give_up: Drop the step for good where it is not decided, unless it is prepared there, not for longer than a
+            lease, and its rank's lease has not ended.
+        unwanted: Drop it for good where it is not decided: its client has discarded it, or gone on with a later one.
+    """
+
+    table_id: int
+    after_version: int | None = None
+    step_id: StepId | None = None
+    give_up: bool = False
+    unwanted: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolveReply:
+    """What became of them.
+
+    Attributes:
+        version: The table's version at the shard that answers, of what was numbered.
+        state: Of the step asked for.
+        steps: Its parts, where it is decided; or the order asked for, ascending, as much as is kept: a gap before the
+            first was of steps that the asking shard has no part in.
+    """
+
+    version: int
+    state: StepState = ""
+    steps: tuple[DecidedStep, ...] = ()

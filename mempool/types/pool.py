@@ -57,6 +57,8 @@ class TableStatus:
 
     bytes_to_fill: Bytes of initial values that are still to be written here; 0 once the table answers.
     preparing: What is done before they are written, in words; "" for nothing.
+    pending: It is being made, and answers no client: not all shards are known to have it.
+    round: Token of the round of a move that holds it frozen; "" where none does.
     """
 
     table_id: int
@@ -72,6 +74,8 @@ class TableStatus:
     frozen: bool
     bytes_to_fill: int = 0
     preparing: str = ""
+    pending: bool = False
+    round: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +88,7 @@ class ShardStatus:
             updates that are not committed, calls that wait or are answered. Of ``client_limit_bytes`` together.
         queued_calls: Calls that wait or are answered.
         kept_bytes: Sums that prepared steps keep for their commit.
+        dropped: Ids of tables that it was told to drop, the newest of them.
     """
 
     info: ShardInfo
@@ -100,6 +105,15 @@ class ShardStatus:
     uptime_s: float = 0.0
     tables: tuple[TableStatus, ...] = ()
     stages: tuple[StageTime, ...] = ()
+    dropped: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropTable:
+    """Asks for a table's end. table_id: 0 for whichever has that name, now or when the request comes late."""
+
+    name: str
+    table_id: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +130,6 @@ class TableCreation:
     """A table that is being made: its name, and how far each of its owners is.
 
     Attributes:
-        table_id: 0 until it is placed.
         waiting_for: What has to end before it begins, or goes on, for people; "" once it is being filled.
         spent_s: Seconds since it was asked for.
         shards: Its owners; none until it is placed.

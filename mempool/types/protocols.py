@@ -14,6 +14,8 @@ from mempool.types.messages import (
     DiscardRequest,
     GatherReply,
     GatherRequest,
+    HeartbeatReply,
+    HeartbeatRequest,
     PrepareReply,
     PrepareRequest,
     ReadRowsReply,
@@ -27,7 +29,17 @@ from mempool.types.messages import (
     WriteRowsReply,
     WriteRowsRequest,
 )
-from mempool.types.pages import AttachTable, ExportLedger, ExportPages, LedgerPart, PageBatch, PullPages, PullReport
+from mempool.types.pages import (
+    AttachTable,
+    ExportLedger,
+    ExportPages,
+    LedgerPart,
+    PageBatch,
+    PullPages,
+    PullReport,
+    ResolveReply,
+    ResolveRequest,
+)
 from mempool.types.pool import PoolStatus, RescaleProgress, ShardStatus, TableView
 from mempool.types.schema import TableSchema
 
@@ -45,6 +57,8 @@ class Shard(Protocol):
 
     async def discard(self, request: DiscardRequest) -> DiscardReply: ...
 
+    async def heartbeat(self, request: HeartbeatRequest) -> HeartbeatReply: ...
+
     async def score(self, request: ScoreRequest) -> ScoreReply: ...
 
     async def read_rows(self, request: ReadRowsRequest) -> ReadRowsReply: ...
@@ -59,20 +73,30 @@ class PageHost(Protocol):
 
     async def attach_table(self, request: AttachTable) -> None: ...
 
-    async def drop_table(self, table_id: int) -> None:
-        """Forget a table and free its pages; unknown ids are no error."""
+    async def drop_table(self, table_id: int, *, unmade: bool = False) -> None:
+        """Forget a table and free its pages; unknown ids are no error.
 
-    async def freeze(self, table_id: int, timeout_s: float) -> int:
+        Raises:
+            StalePlacement: It is to be dropped only where it is ``unmade``, and it was confirmed.
+        """
+
+    async def freeze(self, table_id: int, timeout_s: float, *, token: str, lease_s: float) -> int:
         """Hold off new Prepares and writes until set_view or thaw; wait for prepared steps to be decided.
 
-        Lookups and updates go on. Answers the table's version, at which it stands still.
+        Lookups and updates go on. Answers the table's version, at which it stands still. ``token`` names the round: a
+        repeat with the same one renews the lease, after which the freeze, and its round, are over by themselves.
 
         Raises:
             DeadlineExceeded: A prepared step was not decided in ``timeout_s``; the table is thawed again.
+            StalePlacement: Another round's freeze holds.
         """
 
-    async def thaw(self, table_id: int) -> None:
-        """Undo a freeze and drop what was staged; no error where there is nothing to undo."""
+    async def thaw(self, table_id: int, *, token: str = "") -> None:
+        """Undo a freeze, of this round or of whichever there is ("" ), and drop what was staged; no error where there
+        is nothing to undo."""
+
+    async def resolve(self, request: ResolveRequest) -> ResolveReply:
+        """What became of steps, for a shard that is in doubt. Never waits for other calls."""
 
     async def export_pages(self, request: ExportPages) -> PageBatch: ...
 
@@ -80,17 +104,20 @@ class PageHost(Protocol):
 
     async def pull_pages(self, request: PullPages) -> PullReport: ...
 
-    async def set_view(self, view: TableView) -> None:
-        """Adopt a view. With a higher epoch: staged pages come alive, pages not owned any more are freed, held updates
-        are dropped (their clients are told by Prepare and send them again), the freeze ends. With the same epoch:
-        addresses are taken over. A lower epoch is ignored.
+    async def set_view(self, view: TableView, *, token: str = "") -> None:
+        """Adopt a view; ``token`` names the round that it ends, "" for none.
+
+        With a higher epoch: staged pages come alive, pages not owned any more are freed, held updates are dropped
+        (Prepare tells their clients, who send them again), the freeze ends. With the same epoch: addresses are taken
+        over. A lower epoch is ignored.
 
         Raises:
             Internal: The view gives this shard pages it neither has nor has staged; nothing was changed.
+            StalePlacement: The round is over; nothing was changed.
         """
 
     async def views(self) -> tuple[TableView, ...]:
-        """The newest view of every table attached here: what bootstrapping clients and a new controller ask for."""
+        """The newest view of every table that is made: what bootstrapping clients and a new controller ask for."""
 
     async def status(self) -> ShardStatus: ...
 
@@ -108,7 +135,9 @@ class PoolApi(Protocol):
     async def create_table(self, schema: TableSchema) -> TableView:
         """Make a table; ``schema.table_id`` is ignored and given by the pool. Raises AlreadyExists."""
 
-    async def drop_table(self, name: str) -> None: ...
+    async def drop_table(self, name: str, *, table_id: int = 0) -> None:
+        """Drop a table, also one that is being made. Raises NotFound; also where ``table_id`` is given and another
+        table has that name by now."""
 
     async def table(self, name: str) -> TableView: ...
 

@@ -152,6 +152,10 @@ class Placement:
     owners: npt.NDArray[np.int32]
     key_owners: npt.NDArray[np.int32]
 
+    def same_owners(self, other: "Placement") -> bool:
+        """Whether every page has the same owner in both."""
+        return np.array_equal(self.owners, other.owners) and np.array_equal(self.key_owners, other.key_owners)
+
     @property
     def shards(self) -> tuple[int, ...]:
         """Every shard that owns something of the table, ascending."""

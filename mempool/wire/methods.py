@@ -9,12 +9,22 @@ from typing import Generic, TypeVar
 
 from mempool.errors import Internal, InvalidRequest
 from mempool.types import messages as types
-from mempool.types.pages import AttachTable, ExportLedger, ExportPages, LedgerPart, PageBatch, PullPages, PullReport
-from mempool.types.pool import PoolStatus, RescaleProgress, ShardStatus, TableView
+from mempool.types.pages import (
+    AttachTable,
+    ExportLedger,
+    ExportPages,
+    LedgerPart,
+    PageBatch,
+    PullPages,
+    PullReport,
+    ResolveReply,
+    ResolveRequest,
+)
+from mempool.types.pool import DropTable, PoolStatus, RescaleProgress, ShardStatus, TableView
 from mempool.types.schema import TableSchema
 from mempool.wire.codecs import lookup, messages, pages, tables
 from mempool.wire.codecs.codec import Codec
-from mempool.wire.codecs.pages import FreezeTable
+from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
 
 RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
@@ -72,6 +82,9 @@ COMMIT: Method[types.CommitRequest, types.CommitReply] = Method(
 DISCARD: Method[types.DiscardRequest, types.DiscardReply] = Method(
     MEMORY_SERVICE, "Discard", messages.DISCARD_REQUEST, messages.DISCARD_REPLY
 )
+HEARTBEAT: Method[types.HeartbeatRequest, types.HeartbeatReply] = Method(
+    MEMORY_SERVICE, "Heartbeat", messages.HEARTBEAT_REQUEST, messages.HEARTBEAT_REPLY
+)
 SCORE: Method[types.ScoreRequest, types.ScoreReply] = Method(
     MEMORY_SERVICE, "Score", messages.SCORE_REQUEST, messages.SCORE_REPLY
 )
@@ -91,11 +104,14 @@ STEP_COUNT: Method[types.StepCountRequest, types.StepCountReply] = Method(
 ATTACH_TABLE: Method[AttachTable, None] = Method(
     SHARD_SERVICE, "AttachTable", pages.ATTACH_TABLE_REQUEST, pages.ATTACH_TABLE_REPLY
 )
-SHARD_DROP_TABLE: Method[int, None] = Method(
+SHARD_DROP_TABLE: Method[ForgetTable, None] = Method(
     SHARD_SERVICE, "DropTable", pages.DROP_TABLE_REQUEST, pages.DROP_TABLE_REPLY
 )
 FREEZE: Method[FreezeTable, int] = Method(SHARD_SERVICE, "Freeze", pages.FREEZE_REQUEST, pages.FREEZE_REPLY)
-THAW: Method[int, None] = Method(SHARD_SERVICE, "Thaw", pages.THAW_REQUEST, pages.THAW_REPLY)
+THAW: Method[ThawTable, None] = Method(SHARD_SERVICE, "Thaw", pages.THAW_REQUEST, pages.THAW_REPLY)
+RESOLVE: Method[ResolveRequest, ResolveReply] = Method(
+    SHARD_SERVICE, "Resolve", pages.RESOLVE_REQUEST, pages.RESOLVE_REPLY
+)
 EXPORT_PAGES: Method[ExportPages, PageBatch] = Method(
     SHARD_SERVICE, "ExportPages", pages.EXPORT_PAGES_REQUEST, pages.EXPORT_PAGES_REPLY
 )
@@ -105,13 +121,15 @@ EXPORT_LEDGER: Method[ExportLedger, LedgerPart] = Method(
 PULL_PAGES: Method[PullPages, PullReport] = Method(
     SHARD_SERVICE, "PullPages", pages.PULL_PAGES_REQUEST, pages.PULL_PAGES_REPLY
 )
-SET_VIEW: Method[TableView, None] = Method(SHARD_SERVICE, "SetView", pages.SET_VIEW_REQUEST, pages.SET_VIEW_REPLY)
+SET_VIEW: Method[SetView, None] = Method(SHARD_SERVICE, "SetView", pages.SET_VIEW_REQUEST, pages.SET_VIEW_REPLY)
 STATUS: Method[None, ShardStatus] = Method(SHARD_SERVICE, "Status", pages.STATUS_REQUEST, pages.STATUS_REPLY)
 
 CREATE_TABLE: Method[TableSchema, TableView] = Method(
     POOL_SERVICE, "CreateTable", tables.CREATE_TABLE_REQUEST, tables.CREATE_TABLE_REPLY
 )
-DROP_TABLE: Method[str, None] = Method(POOL_SERVICE, "DropTable", tables.DROP_TABLE_REQUEST, tables.DROP_TABLE_REPLY)
+DROP_TABLE: Method[DropTable, None] = Method(
+    POOL_SERVICE, "DropTable", tables.DROP_TABLE_REQUEST, tables.DROP_TABLE_REPLY
+)
 GET_TABLE: Method[str, TableView] = Method(POOL_SERVICE, "GetTable", tables.GET_TABLE_REQUEST, tables.GET_TABLE_REPLY)
 LIST_TABLES: Method[None, tuple[TableView, ...]] = Method(
     POOL_SERVICE, "ListTables", tables.LIST_TABLES_REQUEST, tables.LIST_TABLES_REPLY

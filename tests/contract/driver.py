@@ -17,17 +17,21 @@ from torch import Tensor
 
 from mempool.types import (
     AttachTable,
-    CommitReply,
+    CommitPart,
     CommitRequest,
+    CommittedPart,
+    DiscardPart,
     DiscardRequest,
     Envelope,
     ExportLedger,
     ExportPages,
     GatherRequest,
     Ledger,
+    LedgerEntry,
     OptimizerSpec,
     Placement,
-    PrepareReply,
+    PreparedPart,
+    PreparePart,
     PrepareRequest,
     ProductKeySpec,
     PullPages,
@@ -44,22 +48,13 @@ from mempool.types import (
 )
 from mempool.wire.channels.loop import io_loop, run
 
+from .bags import Bags
+from .layouts import BLOCK_ARRAYS, LAYOUTS
+
 T = TypeVar("T")
-
 CALL_S = 100.0
-
+_NONE = np.empty(0, dtype=np.int64)
 _lookup_ids = itertools.count(1)
-
-# [7 row pages, 3 blocks] on up to three shards; "mixed" has shards whose pages have different blocks.
-LAYOUTS: dict[str, list[list[int]]] = {
-    "one": [[0, 0, 0]] * 7,
-    "columns": [[0, 1, 1]] * 7,
-    "rows": [[0, 0, 0]] * 4 + [[1, 1, 1]] * 3,
-    "grid": [[0, 1, 1]] * 3 + [[2, 0, 0]] * 4,
-    "mixed": [[0, 0, 1], [2, 1, 0], [0, 2, 2], [1, 1, 1], [2, 2, 2], [0, 1, 2], [1, 0, 0]],
-}
-EXACT_LAYOUTS = ("one", "columns")
-BLOCK_ARRAYS = ("values.row_sum", "values.row_exp_avg_sq", "values.last_step", "values.scales")
 
 
 def make_schema(**changes: Any) -> TableSchema:
@@ -87,30 +82,6 @@ class Hosted:
 
     host: ShardHost
     info: ShardInfo
-
-
-@dataclass(frozen=True)
-class Bags:
-    """ids [L] int64, weights [L] float32 or None, offsets [B + 1] int64."""
-
-    ids: Tensor
-    weights: Tensor | None
-    offsets: Tensor
-
-    @property
-    def num_bags(self) -> int:
-        return self.offsets.shape[0] - 1
-
-
-def make_bags(seed: int, *, num_slots: int = 50, lengths: Sequence[int] = (3, 0, 5, 1), weighted: bool = True) -> Bags:
-    """Random bags, with repeated ids, the first and the last slot."""
-    generator = torch.Generator().manual_seed(seed)
-    total = sum(lengths)
-    ids = torch.randint(num_slots, (total,), generator=generator)
-    if total >= 3:
-        ids[0], ids[1], ids[-1] = num_slots - 1, 0, ids[total // 2]
-    weights = torch.randn(total, generator=generator) if weighted else None
-    return Bags(ids, weights, torch.tensor([0, *itertools.accumulate(lengths)]))
 
 
 class Driver:
@@ -186,6 +157,7 @@ class Driver:
     def drop(self) -> None:
         for hosted in self.hosted:
             self.call(hosted.host.drop_table(self.table_id))
+        self.table_id += 1  # none comes back
 
     def pulls(self, target: TableView) -> list[tuple[int, PullPages]]:
         """(destination, request) of every page that changes its owner, block by block."""
@@ -203,38 +175,46 @@ class Driver:
                     )
             heads = tuple(np.flatnonzero((old.key_owners == source) & (new.key_owners == dest)).tolist())
             if heads:
-                none = np.empty(0, dtype=np.int64)
-                pull = PullPages(table_id=self.table_id, source=info, row_pages=none, blocks=(), key_pages=heads)
+                pull = PullPages(table_id=self.table_id, source=info, row_pages=_NONE, blocks=(), key_pages=heads)
                 requests.append((dest, pull))
         return requests
 
-    def move(self, owners: Any, key_owners: Any = None) -> int:
+    def move(self, owners: Any, key_owners: Any = None, *, token: str = "") -> int:
         """Freeze, pull, set the new view everywhere. Returns how many pages moved."""
         placement = self.placed.placement
-        target = self.make_view(
-            self.schema,
-            LAYOUTS[owners] if isinstance(owners, str) else owners,
-            placement.key_owners if key_owners is None else key_owners,
-            epoch=placement.epoch + 1,
-        )
-        for shard in self.owners:
-            self.call(self.host(shard).freeze(self.table_id, 5.0))
-        pages = 0
-        for dest, request in self.pulls(target):
-            pages += self.call(self.host(dest).pull_pages(request)).pages
-        for hosted in self.hosted:
-            self.call(hosted.host.set_view(target))
+        owners = LAYOUTS[owners] if isinstance(owners, str) else owners
+        keys = placement.key_owners if key_owners is None else key_owners
+        target = self.make_view(self.schema, owners, keys, epoch=placement.epoch + 1)
+        token = token or f"round {next(_lookup_ids)}"
+        for shard in (taking_part := sorted({*self.owners, *target.placement.shards})):
+            self.freeze(shard, token=token)
+        pages, pulls = 0, self.pulls(target)
+        if self.gate != (gate := target.placement.shards[0]):
+            old = self.hosted[self.gate].info
+            pulls.append((gate, PullPages(table_id=self.table_id, source=old, row_pages=_NONE, blocks=())))
+        for dest, request in pulls:
+            pages += self.call(self.host(dest).pull_pages(replace(request, token=token))).pages
+        for shard, hosted in enumerate(self.hosted):
+            self.call(hosted.host.set_view(target, token=token if shard in taking_part else ""))
         self.view = target
         return pages
 
+    def freeze(self, shard: int, timeout_s: float = 5.0, *, token: str = "round", lease_s: float = 60.0) -> int:
+        """Hold one shard's Prepares off. Returns the version at which the table stands still."""
+        return self.call(self.host(shard).freeze(self.table_id, timeout_s, token=token, lease_s=lease_s))
+
+    def thaw(self, shard: int, *, token: str = "round") -> None:
+        self.call(self.host(shard).thaw(self.table_id, token=token))
+
     def status(self, shard: int) -> TableStatus:
-        """The table as one shard sees it."""
+        """The table as one shard sees it, once it has applied what it has acknowledged."""
+        self.call(self.host(shard).export_ledger(ExportLedger(table_id=self.table_id, first=2**31)))
         tables = self.call(self.host(shard).status()).tables
         return next(table for table in tables if table.table_id == self.table_id)
 
     def ledger(self, shard: int) -> Ledger:
         """What was applied to the table, as one shard knows it, read part after part."""
-        entries: dict[tuple[str, int], int] = {}
+        entries: dict[tuple[str, int], LedgerEntry] = {}
         while True:
             request = ExportLedger(table_id=self.table_id, first=len(entries))
             part = self.call(self.host(shard).export_ledger(request))
@@ -262,8 +242,7 @@ class Driver:
                         found[f"{name} of page {page} blocks {blocks}"] = rows.clone()
             heads = tuple(np.flatnonzero(placement.key_owners == shard).tolist())
             if heads:
-                none = np.empty(0, dtype=np.int64)
-                request = ExportPages(table_id=self.table_id, row_pages=none, blocks=(), key_pages=heads)
+                request = ExportPages(table_id=self.table_id, row_pages=_NONE, blocks=(), key_pages=heads)
                 batch = self.call(self.host(shard).export_pages(request))
                 found |= {f"{name} of heads {heads}": keys.clone() for name, keys in batch.arrays.items()}
             found[f"{shard} held"] = self.status(shard).updates_held
@@ -323,25 +302,44 @@ class Driver:
             weight_grad = weight_grad + part
         return weight_grad
 
-    def step_id(self, step: int, group: str = "trainer") -> StepId:
-        return StepId(group=group, rank=0, step=step)
+    def step_id(self, step: int, group: str = "trainer", generation: int = 0) -> StepId:
+        return StepId(group=group, rank=0, step=step, generation=generation)
 
     def prepare_request(
-        self, shard: int, step: int, sequences: Sequence[int], *, want_norm: bool = True, norm_order: float = 0.0
+        self,
+        shard: int,
+        step: int,
+        sequences: Sequence[int],
+        *,
+        want_norm: bool = True,
+        norm_order: float = 0.0,
+        wait: bool = False,
+        attempt: int = 0,
+        **step_id: Any,
     ) -> PrepareRequest:
+        part = PreparePart(
+            envelope=self.envelope(shard), step_id=self.step_id(step, **step_id), sequences=tuple(sequences)
+        )
         return PrepareRequest(
-            envelope=self.envelope(shard),
-            step_id=self.step_id(step),
-            sequences=tuple(sequences),
+            parts=(part,),
             want_norm=want_norm,
             norm_order=norm_order,
+            decider_table=self.table_id,
+            decider_step=step,
+            wait=wait,
+            attempt=attempt,
         )
 
-    def prepare(self, step: int, sequences: Sequence[int], **norm: Any) -> dict[int, PrepareReply]:
+    def prepare(self, step: int, sequences: Sequence[int], **how: Any) -> dict[int, PreparedPart]:
+        """At all owners at once, as a client asks."""
         return {
-            shard: self.call(self.host(shard).prepare(self.prepare_request(shard, step, sequences, **norm)))
+            shard: self.call(self.host(shard).prepare(self.prepare_request(shard, step, sequences, **how))).parts[0]
             for shard in self.owners
         }
+
+    @property
+    def gate(self) -> int:
+        return min(self.owners)
 
     def commit_request(
         self,
@@ -352,26 +350,42 @@ class Driver:
         lr: float = 0.1,
         grad_scale: float = 1.0,
         one_phase: bool = False,
+        version: int = 0,
+        decided: bool = False,
+        **step_id: Any,
     ) -> CommitRequest:
-        return CommitRequest(
+        part = CommitPart(
             envelope=self.envelope(shard),
-            step_id=self.step_id(step),
+            step_id=self.step_id(step, **step_id),
             lr=lr,
             grad_scale=grad_scale,
             sequences=tuple(sequences),
-            one_phase=one_phase,
+            version=version,
         )
+        return CommitRequest(parts=(part,), one_phase=one_phase, decided=decided)
 
-    def commit(self, step: int, sequences: Sequence[int], **changes: Any) -> dict[int, CommitReply]:
-        return {
-            shard: self.call(self.host(shard).commit(self.commit_request(shard, step, sequences, **changes)))
-            for shard in self.owners
-        }
+    def decide(self, step: int, sequences: Sequence[int], **how: Any) -> CommittedPart:
+        """The Commit at the gate, which decides."""
+        return self.call(self.host(self.gate).commit(self.commit_request(self.gate, step, sequences, **how))).parts[0]
 
-    def discard(self, step: int) -> dict[int, int]:
+    def commit(self, step: int, sequences: Sequence[int], **how: Any) -> dict[int, CommittedPart]:
+        """At the gate, then at the others."""
+        replies = {self.gate: self.decide(step, sequences, **how)}
+        how.pop("one_phase", None)
+        for shard in self.owners:
+            if shard != self.gate:
+                request = self.commit_request(
+                    shard, step, sequences, decided=True, version=replies[self.gate].version, **how
+                )
+                replies[shard] = self.call(self.host(shard).commit(request)).parts[0]
+        return replies
+
+    def discard(self, step: int, *, keep_updates: bool = False, **step_id: Any) -> dict[int, int]:
+        """How many held updates each owner dropped."""
         replies = {}
         for shard in self.owners:
-            request = DiscardRequest(envelope=self.envelope(shard), step_id=self.step_id(step))
+            part = DiscardPart(envelope=self.envelope(shard), step_id=self.step_id(step, **step_id))
+            request = DiscardRequest(parts=(part,), keep_updates=keep_updates)
             replies[shard] = self.call(self.host(shard).discard(request)).discarded
         return replies
 
@@ -384,7 +398,7 @@ class Driver:
             self.update(step, sequence, grads)
         replies = self.prepare(step, list(lookups), want_norm=want_norm)
         assert all(reply.missing == () and not reply.applied for reply in replies.values()), replies
-        assert all(reply.applied for reply in self.commit(step, list(lookups), **how).values())
+        assert all(reply.version for reply in self.commit(step, list(lookups), **how).values())
 
     def score(self, queries: Tensor, topk: int) -> dict[int, tuple[tuple[int, ...], Tensor, Tensor]]:
         """heads, scores, ids by shard."""
@@ -444,19 +458,3 @@ def same(left: Any, right: Any) -> bool:
         same_kind = left.dtype == right.dtype and left.shape == right.shape
         return same_kind and torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
     return bool(left == right)
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected."""
-    got, expected = got.detach().double(), expected.detach().double()
-    return float((got - expected).norm() / expected.norm().clamp(min=1e-12))
-
-
-def reference_sums(values_NV: Tensor, bags: Bags) -> Tensor:
-    """[B, V] float64: weighted sums, one pair after another."""
-    sums = torch.zeros(bags.num_bags, values_NV.shape[1], dtype=torch.float64)
-    for bag in range(bags.num_bags):
-        for pair in range(int(bags.offsets[bag]), int(bags.offsets[bag + 1])):
-            weight = 1.0 if bags.weights is None else bags.weights[pair].double()
-            sums[bag] += weight * values_NV[bags.ids[pair]].double()
-    return sums

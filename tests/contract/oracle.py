@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mempool.types import TableSchema
 
-from .driver import Bags
+from .bags import Bags
 
 
 class Oracle:

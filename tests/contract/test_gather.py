@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from .driver import EXACT_LAYOUTS, LAYOUTS, Bags, Driver, make_bags, make_schema, reference_sums, relative_error
+from .bags import Bags, make_bags, reference_sums, relative_error
+from .driver import Driver, make_schema
+from .layouts import EXACT_LAYOUTS, LAYOUTS
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,6 +1,7 @@
 """Pages changing their owner: whole, with state and ledger, without held updates, and nobody notices."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,13 +13,16 @@ from mempool.types import (
     ExportPages,
     FlatKeySpec,
     Ledger,
+    LedgerEntry,
     OptimizerSpec,
     ProductKeySpec,
     PullPages,
     WriteRowsRequest,
 )
 
-from .driver import LAYOUTS, Driver, make_bags, make_schema, relative_error, same
+from .bags import make_bags, relative_error
+from .driver import Driver, make_schema, same
+from .layouts import LAYOUTS
 
 GRADS = torch.linspace(-1, 1, 40).view(4, 10)
 OPTIMIZERS = {
@@ -87,19 +91,20 @@ def test_the_ledger_moves_with_the_pages(driver: Driver) -> None:
     driver.train(1, {0: (make_bags(1), GRADS), 1: (make_bags(2), GRADS)})
     driver.move([[1, 1, 1]] * 7)
     assert driver.owners == (1,)
-    assert driver.call(driver.host(1).freeze(driver.table_id, 5.0)) == 1
-    driver.call(driver.host(1).thaw(driver.table_id))
-    assert driver.ledger(1) == Ledger(version=1, updates_applied=2, entries={("trainer", 0): 1})
+    assert driver.freeze(1) == 1
+    driver.thaw(1)
+    entry = LedgerEntry(step=1, version=1)
+    assert driver.ledger(1) == Ledger(version=1, updates_applied=2, entries={("trainer", 0): entry})
     assert driver.prepare(1, [0, 1])[1].applied
     before = driver.contents()
-    assert driver.commit(1, [0, 1])[1].applied
+    assert driver.commit(1, [0, 1])[1].version == 1
     assert same(driver.contents(), before)
     assert driver.status(0).pages == 0
 
 
 def test_a_ledger_of_very_many_groups_with_long_names_moves_once(driver: Driver) -> None:
     """More than any message's header may hold, whatever the number of batches that the pages come in."""
-    entries = {(f"{number:0256d}", 0): number + 1 for number in range(16_384)}
+    entries = {(f"{number:0256d}", 0): LedgerEntry(step=number + 1, version=5) for number in range(16_384)}
     ledger = Ledger(version=5, updates_applied=16_384, entries=entries, step_offset=2)
     driver.view = driver.make_view(make_schema(), LAYOUTS["one"], epoch=1)
     driver.call(driver.host(0).attach_table(AttachTable(view=driver.view, mode="initialise", ledger=ledger)))
@@ -162,23 +167,25 @@ def test_a_freeze_holds_off_writers_and_lets_readers_pass(driver: Driver) -> Non
     bags = make_bags(1)
     driver.gather(bags)
     driver.update(1, 0, GRADS)
-    assert driver.call(driver.host(0).freeze(driver.table_id, 5.0)) == 0
+    assert driver.freeze(0) == 0
     assert driver.status(0).frozen
     rows = WriteRowsRequest(
         envelope=driver.envelope(0), array="values", ids=torch.tensor([0]), blocks=(0, 1, 2), rows=torch.ones(1, 10)
     )
     waiting = [
-        driver.submit(driver.host(0).prepare(driver.prepare_request(0, 1, [0]))),
+        driver.submit(driver.host(0).prepare(driver.prepare_request(0, 1, [0], wait=True))),
         driver.submit(driver.host(0).commit(driver.commit_request(0, 1, [0], one_phase=True))),
         driver.submit(driver.host(0).write_rows(rows)),
     ]
+    assert driver.prepare(1, [0])[0].held_off
     sums = driver.gather(bags)  # comes after the three in the shard's queue
     driver.update(1, 1, GRADS)
     assert not any(future.done() for future in waiting)
-    driver.call(driver.host(0).thaw(driver.table_id))
+    driver.thaw(0)
     results = [future.result(timeout=20) for future in waiting]
-    assert results[0].missing == ()
-    assert results[1].applied
+    (prepared,), (committed,) = results[0].parts, results[1].parts  # type: ignore[union-attr]
+    assert (prepared.missing, prepared.held_off) == ((), False)
+    assert committed.version == 1
     assert not driver.status(0).frozen
     assert relative_error(driver.gather(bags), sums) > 1e-3
 
@@ -188,9 +195,9 @@ def test_waiting_writers_meet_the_new_epoch(driver: Driver) -> None:
     driver.gather(make_bags(1))
     driver.update(1, 0, GRADS)
     before = driver.read()
-    driver.call(driver.host(0).freeze(driver.table_id, 5.0))
+    driver.freeze(0)
     waiting = driver.submit(driver.host(0).commit(driver.commit_request(0, 1, [0], one_phase=True)))
-    driver.move("columns")
+    driver.move("columns", token="round")
     with pytest.raises(StalePlacement):
         waiting.result(timeout=20)
     assert torch.equal(driver.read(), before)
@@ -202,16 +209,17 @@ def test_a_freeze_waits_for_prepared_steps(driver: Driver, decision: str) -> Non
     driver.gather(make_bags(1))
     driver.update(1, 0, GRADS)
     driver.prepare(1, [0])
-    freezing = driver.submit(driver.host(0).freeze(driver.table_id, 20.0))
+    freezing = driver.submit(driver.host(0).freeze(driver.table_id, 20.0, token="round", lease_s=60.0))
     assert any(driver.status(0).frozen for _ in range(10_000))
-    assert driver.prepare(1, [0])[0].missing == ()  # a repeat of what is prepared goes through
+    again = driver.prepare(1, [0])[0]
+    assert (again.missing, again.held_off) == ((), False)  # a repeat of what is prepared goes through
     assert not freezing.done()
     if decision == "commit":
-        assert driver.commit(1, [0])[0].applied
+        assert driver.commit(1, [0])[0].version == 1
     else:
         driver.discard(1)
     assert freezing.result(timeout=20) == (decision == "commit")
-    driver.call(driver.host(0).thaw(driver.table_id))
+    driver.thaw(0)
 
 
 def test_a_freeze_that_waits_too_long_gives_up(driver: Driver) -> None:
@@ -220,24 +228,29 @@ def test_a_freeze_that_waits_too_long_gives_up(driver: Driver) -> None:
     driver.update(1, 0, GRADS)
     driver.prepare(1, [0])
     with pytest.raises(DeadlineExceeded, match="step 1 of rank 0 of group 'trainer'"):
-        driver.call(driver.host(0).freeze(driver.table_id, 0.05))
+        driver.freeze(0, 0.05)
     assert not driver.status(0).frozen
-    assert driver.commit(1, [0])[0].applied
+    assert driver.commit(1, [0])[0].version == 1
 
 
-def test_a_freeze_that_cuts_through_a_step_lets_go_of_it(driver: Driver) -> None:
-    """One owner is frozen before a step's Prepare and another after it: neither can go on. The freeze gives up."""
+def test_a_step_that_a_freeze_cuts_through_is_prepared_anew(driver: Driver) -> None:
+    """One owner is frozen before a step's Prepare and another after it: the client ends what is prepared, and waits."""
     driver.create(make_schema(), "columns")
     driver.gather(make_bags(1))
     driver.update(1, 0, GRADS)
-    driver.call(driver.host(0).freeze(driver.table_id, 5.0))
-    waiting = driver.submit(driver.host(0).prepare(driver.prepare_request(0, 1, [0])))
-    assert driver.call(driver.host(1).prepare(driver.prepare_request(1, 1, [0]))).missing == ()
+    driver.freeze(0)
+    assert {shard: reply.held_off for shard, reply in driver.prepare(1, [0]).items()} == {0: True, 1: False}
+    waiting = driver.submit(driver.host(0).prepare(driver.prepare_request(0, 1, [0], wait=True)))
     with pytest.raises(DeadlineExceeded, match="prepared and not decided"):
-        driver.call(driver.host(1).freeze(driver.table_id, 0.05))
+        driver.freeze(1, 0.05)
+    driver.discard(1, keep_updates=True)
+    assert driver.freeze(1, token="another") == 0
+    assert [driver.status(shard).updates_held for shard in (0, 1)] == [1, 1]
     assert not waiting.done()
-    driver.call(driver.host(0).thaw(driver.table_id))
-    assert waiting.result(timeout=20).missing == ()
+    driver.thaw(0)
+    driver.thaw(1, token="another")
+    assert waiting.result(timeout=20).parts[0].missing == ()
+    driver.prepare(1, [0])
     driver.commit(1, [0])
     driver.move("rows")
     assert {driver.status(shard).version for shard in (0, 1)} == {1}
@@ -247,14 +260,14 @@ def test_a_thaw_drops_what_was_staged(driver: Driver) -> None:
     driver.create(make_schema(), "one")
     driver.train(1, {0: (make_bags(1), GRADS)})
     before, values = driver.contents(), driver.read()
-    driver.call(driver.host(0).freeze(driver.table_id, 5.0))
+    driver.freeze(0)
     target = driver.make_view(driver.schema, LAYOUTS["columns"], epoch=2)
     for dest, request in driver.pulls(target):
         driver.call(driver.host(dest).pull_pages(request))
     assert driver.status(1).num_bytes > 0
     for shard in (0, 1):
         for _ in range(2):
-            driver.call(driver.host(shard).thaw(driver.table_id))
+            driver.thaw(shard, token="")
     assert driver.status(1).num_bytes == 0
     assert same(driver.contents(), before)
     with pytest.raises(Internal, match="pull them first"):
@@ -268,7 +281,7 @@ def test_a_pull_can_be_repeated(driver: Driver) -> None:
     driver.create(make_schema(), "one")
     values = driver.read()
     target = driver.make_view(driver.schema, LAYOUTS["mixed"], epoch=2)
-    driver.call(driver.host(0).freeze(driver.table_id, 5.0))
+    driver.freeze(0)
     for _ in range(2):
         for dest, request in driver.pulls(target):
             report = driver.call(driver.host(dest).pull_pages(request))
@@ -322,3 +335,54 @@ def test_attaching_again_changes_nothing(driver: Driver) -> None:
     for shard in (0, 1):
         driver.call(driver.host(shard).attach_table(AttachTable(view=driver.placed, mode="initialise")))
     assert same(driver.contents(), before)
+
+
+def test_what_comes_late_of_a_round_that_is_over_is_refused(driver: Driver) -> None:
+    driver.create(make_schema(), "one")
+    driver.train(1, {0: (make_bags(1), GRADS)})
+    before = driver.contents()
+    target = driver.make_view(driver.schema, LAYOUTS["columns"], epoch=2)
+    driver.freeze(0, token="first")
+    ((dest, pull),) = driver.pulls(target)
+    pull = replace(pull, token="first")
+    driver.call(driver.host(dest).pull_pages(pull))
+    for shard in (0, 1):
+        driver.thaw(shard, token="first")
+    export = ExportPages(table_id=driver.table_id, row_pages=pull.row_pages, blocks=pull.blocks, token="first")
+    for late in (
+        driver.host(0).freeze(driver.table_id, 5.0, token="first", lease_s=60.0),
+        driver.host(0).export_pages(export),
+        driver.host(0).set_view(target, token="first"),
+        driver.host(dest).pull_pages(pull),
+        driver.host(dest).set_view(target, token="first"),
+    ):
+        with pytest.raises(StalePlacement, match="round 'first' of a move is over"):
+            driver.call(late)  # type: ignore[arg-type]
+    driver.freeze(0, token="second")
+    driver.thaw(0, token="first")
+    assert driver.status(0).frozen
+    for other in (
+        driver.host(0).freeze(driver.table_id, 5.0, token="third", lease_s=60.0),
+        driver.host(0).set_view(target, token="third"),
+        driver.host(0).export_pages(replace(export, token="third")),
+    ):
+        with pytest.raises(StalePlacement, match="round 'second' of a move holds the table, and round 'third' asks"):
+            driver.call(other)  # type: ignore[arg-type]
+    driver.thaw(0, token="second")
+    assert driver.status(1).num_bytes == 0
+    assert same(driver.contents(), before)
+    driver.move("columns")
+
+
+def test_an_attach_that_comes_late_does_not_bring_back_an_earlier_epoch(driver: Driver) -> None:
+    """At a shard without pages, where it would take the table's place, and make pages that others have."""
+    driver.create(make_schema(), "columns")
+    first = driver.placed
+    driver.move([[1, 1, 1]] * 7)
+    for mode in ("initialise", "empty"):
+        late = AttachTable(view=first, mode=mode, pending=True)  # type: ignore[arg-type]
+        with pytest.raises(StalePlacement, match="is here at epoch 2, and is to be attached at epoch 1"):
+            driver.call(driver.host(0).attach_table(late))
+    assert (driver.status(0).epoch, driver.status(0).pages) == (2, 0)
+    driver.move("columns")
+    assert driver.status(0).pages

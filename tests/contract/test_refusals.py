@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from mempool.errors import DataLoss, InvalidRequest, MempoolError, NotFound, StalePlacement
+from mempool.errors import DataLoss, InvalidRequest, MempoolError, NotFound, StalePlacement, StepConflict
 from mempool.types import (
     AttachTable,
+    DiscardPart,
     DiscardRequest,
     FlatKeySpec,
     GatherRequest,
@@ -19,7 +20,8 @@ from mempool.types import (
     WriteRowsRequest,
 )
 
-from .driver import Bags, Driver, make_bags, make_schema, same
+from .bags import Bags, make_bags
+from .driver import Driver, make_schema, same
 
 GRADS = torch.linspace(-1, 1, 40).view(4, 10)
 NAN, INF = float("nan"), float("inf")
@@ -41,6 +43,14 @@ def _gather(driver: Driver, **changes: Any) -> GatherRequest:
 
 def _update(driver: Driver, **changes: Any) -> UpdateRequest:
     return replace(driver.update_request(0, 2, 7, GRADS, bags=make_bags(1)), **changes)
+
+
+def _of_part(request: Any, **changes: Any) -> Any:
+    """The request with other fields; of the table's part in it, where it has parts."""
+    parts = getattr(request, "parts", None)
+    if parts is None:
+        return replace(request, **changes)
+    return replace(request, parts=tuple(replace(part, **changes) for part in parts))
 
 
 def _rows(driver: Driver, **changes: Any) -> WriteRowsRequest:
@@ -162,15 +172,16 @@ def test_bad_reads(trained: Driver, array: str, ids: torch.Tensor, match: str) -
 )
 @pytest.mark.parametrize("one_phase", [False, True])
 def test_bad_commits(trained: Driver, changes: dict[str, Any], match: str, one_phase: bool) -> None:
-    request = replace(trained.commit_request(0, 2, [1], one_phase=one_phase), **changes)
+    request = _of_part(trained.commit_request(0, 2, [1], one_phase=one_phase), **changes)
     _refused(trained, "commit", request, InvalidRequest, match)
-    assert trained.commit(2, [1])[0].applied  # and the step it was about is as it was
+    assert trained.commit(2, [1])[0].version == 2  # and the step it was about is as it was
 
 
 def test_bad_steps(trained: Driver) -> None:
     _refused(trained, "prepare", trained.prepare_request(0, 3, [4, 4]), InvalidRequest, "sequence 4 is named twice")
     _refused(trained, "prepare", trained.prepare_request(0, -3, [4]), InvalidRequest, r"negative|out of range")
-    request = DiscardRequest(envelope=trained.envelope(0), step_id=trained.step_id(-1))
+    part = DiscardPart(envelope=trained.envelope(0), step_id=trained.step_id(-1))
+    request = DiscardRequest(parts=(part,))
     _refused(trained, "discard", request, InvalidRequest, r"negative|out of range")
     for group, match in (
         ("", "has 0 bytes"),
@@ -184,7 +195,7 @@ def test_bad_steps(trained: Driver) -> None:
             ("discard", request),
             ("update", _update(trained)),
         ):
-            _refused(trained, method, replace(asked, step_id=step_id), InvalidRequest, match)  # type: ignore[type-var]
+            _refused(trained, method, _of_part(asked, step_id=step_id), InvalidRequest, match)
     sequences = tuple(range(65_537))
     _refused(trained, "prepare", trained.prepare_request(0, 3, sequences), InvalidRequest, "names 65,537 sequences")
 
@@ -196,7 +207,12 @@ def test_a_gather_that_releases_too_much(trained: Driver) -> None:
 @pytest.mark.parametrize("timeout_s", [NAN, INF, -INF, -0.0, 0.0, -1.0, 1e6])
 def test_freezes_of_no_length(trained: Driver, timeout_s: float) -> None:
     with pytest.raises(InvalidRequest, match=r"timeout_s"):
-        trained.call(trained.host(0).freeze(trained.table_id, timeout_s))
+        trained.freeze(0, timeout_s)
+    with pytest.raises(InvalidRequest, match="the token"):
+        trained.freeze(0, token="x" * 65)
+    if timeout_s != 0.0:
+        with pytest.raises(InvalidRequest, match="lease_s"):
+            trained.freeze(0, lease_s=timeout_s)
     assert not trained.status(0).frozen
 
 
@@ -253,12 +269,12 @@ def _all_requests(driver: Driver, **fence: int) -> list[tuple[str, Any]]:
         ("update", _update(driver)),
         ("prepare", driver.prepare_request(0, 2, [1])),
         ("commit", driver.commit_request(0, 2, [1])),
-        ("discard", DiscardRequest(envelope=envelope, step_id=driver.step_id(2))),
+        ("discard", DiscardRequest(parts=(DiscardPart(envelope=envelope, step_id=driver.step_id(2)),))),
         ("score", ScoreRequest(envelope=envelope, queries=QUERIES, topk=1)),
         ("read_rows", ReadRowsRequest(envelope=envelope, array="values", ids=torch.tensor([1]))),
         ("write_rows", _rows(driver)),
     ]
-    return [(method, replace(request, envelope=envelope)) for method, request in requests]
+    return [(method, _of_part(request, envelope=envelope)) for method, request in requests]
 
 
 @pytest.mark.parametrize("fence", [{"epoch": 0}, {"epoch": 2}, {"incarnation": 0}, {"incarnation": 99}])
@@ -270,7 +286,9 @@ def test_requests_planned_for_another_view(trained: Driver, fence: dict[str, int
 def test_a_shard_behind_what_was_acknowledged_has_lost_commits(trained: Driver) -> None:
     version = trained.call(trained.host(0).gather(_gather(trained))).stamp.table_version
     for method, request in _all_requests(trained, table_version=version + 1):
-        _refused(trained, method, request, DataLoss, f"version {version}, and .* version {version + 1} acknowledged")
+        if method not in ("prepare", "commit", "discard"):  # which build on no version
+            match = f"version {version}, and .* version {version + 1} acknowledged"
+            _refused(trained, method, request, DataLoss, match)
     request = _gather(trained, envelope=trained.envelope(0, table_version=version))
     assert trained.call(trained.host(0).gather(request)).values.shape == (4, 10)
 
@@ -286,8 +304,8 @@ def test_unknown_tables(trained: Driver) -> None:
     _refused(trained, "set_view", view, NotFound, "no table 1000000")
     before = trained.contents()
     with pytest.raises(NotFound):
-        trained.call(trained.host(0).freeze(10**6, 1.0))
-    trained.call(trained.host(0).thaw(10**6))
+        trained.call(trained.host(0).freeze(10**6, 1.0, token="round", lease_s=1.0))
+    trained.call(trained.host(0).thaw(10**6, token="round"))
     trained.call(trained.host(0).drop_table(10**6))
     assert same(trained.contents(), before)
 
@@ -315,7 +333,7 @@ def test_lost_pages_say_so_and_other_tables_go_on(driver: Driver) -> None:
         with pytest.raises(DataLoss, match=r"lost 21 pages of table 'facts'.*Drop the table"):
             driver.call(getattr(driver.host(0), method)(request))
     with pytest.raises(DataLoss):
-        driver.call(driver.host(0).freeze(driver.table_id, 1.0))
+        driver.freeze(0, 1.0)
     status = driver.status(0)
     assert (status.pages, status.lost_pages) == (0, 21)
     other = Driver(driver.hosted, table_id=driver.table_id + 10**5)
@@ -335,3 +353,38 @@ def test_tensors_that_are_not_contiguous_are_taken(trained: Driver) -> None:
         torch.stack([bags.offsets, bags.offsets], 1)[:, 0],
     )
     assert torch.equal(trained.gather(spread), expected)
+
+
+def test_parts_that_no_step_has(trained: Driver) -> None:
+    prepare, commit = trained.prepare_request(0, 3, []), trained.commit_request(0, 3, [])
+    for method, request in (("prepare", prepare), ("commit", commit)):
+        _refused(trained, method, replace(request, parts=()), InvalidRequest, "1 to 1,000 tables; 0 were named")
+        _refused(trained, method, replace(request, parts=request.parts * 2), InvalidRequest, "named twice in one step")  # type: ignore[type-var]
+    part = DiscardPart(envelope=trained.envelope(0), step_id=trained.step_id(3))
+    _refused(trained, "discard", DiscardRequest(parts=(part,) * 1001), InvalidRequest, "1,001 parts; at most 1,000")
+
+
+def test_steps_at_the_wrong_shard_or_of_a_version_never_given(trained: Driver) -> None:
+    other = Driver(trained.hosted, table_id=trained.table_id + 2 * 10**5).create(make_schema(), "columns")
+    try:
+        other.update(1, 0, GRADS, bags=make_bags(1))
+        other.prepare(1, [0])
+        for request, error, match in (
+            (
+                other.commit_request(1, 1, [0]),
+                StalePlacement,
+                "shard 1 decides no steps of table 'facts': shard 0 does",
+            ),
+            (other.commit_request(1, 1, [0], decided=True), StalePlacement, "shard 1 gives no versions to steps"),
+            (
+                other.commit_request(1, 1, [0], decided=True, version=5000),
+                StepConflict,
+                "said to make version 5000 .* its gate, shard 0, has given 0 versions so far",
+            ),
+            (other.commit_request(0, 1, [0], one_phase=True), InvalidRequest, "does not own all pages"),
+        ):
+            with pytest.raises(error, match=match):
+                other.call(other.host(0 if request.one_phase else 1).commit(request))
+        assert {reply.version for reply in other.commit(1, [0]).values()} == {1}
+    finally:
+        other.drop()

@@ -5,7 +5,8 @@ import torch
 
 from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec, ReadRowsRequest
 
-from .driver import LAYOUTS, Driver, make_schema, same
+from .driver import Driver, make_schema, same
+from .layouts import LAYOUTS
 
 ADAM = OptimizerSpec(algorithm="adam", lr=0.1)
 ROWWISE = OptimizerSpec(algorithm="rowwise_adagrad", lr=0.1)

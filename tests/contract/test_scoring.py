@@ -6,7 +6,8 @@ from torch import Tensor
 
 from mempool.types import FlatKeySpec, ProductKeySpec
 
-from .driver import LAYOUTS, Driver, make_schema
+from .driver import Driver, make_schema
+from .layouts import LAYOUTS
 
 
 def _best(scores: Tensor, topk: int) -> tuple[Tensor, Tensor]:

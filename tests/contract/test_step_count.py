@@ -8,7 +8,8 @@ import torch
 from mempool.errors import DeadlineExceeded, InvalidRequest, StepConflict
 from mempool.types import OptimizerSpec, StepCountRequest
 
-from .driver import Driver, make_bags, make_schema, same
+from .bags import make_bags
+from .driver import Driver, make_schema, same
 
 ADAM = OptimizerSpec(algorithm="adam", lr=0.1, eps=1e-8)
 DENSE = OptimizerSpec(algorithm="adamw", lr=0.1, eps=1e-8, weight_decay=0.1, dense=True)
@@ -73,7 +74,7 @@ def test_it_moves_with_the_pages_also_before_any_commit(driver: Driver) -> None:
 
 def test_a_frozen_table_lets_it_wait(driver: Driver) -> None:
     driver.create(make_schema(optimizer=ADAM), "one")
-    driver.call(driver.host(0).freeze(driver.table_id, 5.0))
+    driver.freeze(0)
     request = StepCountRequest(envelope=driver.envelope(0), set=3, at_version=0)
 
     async def impatient() -> None:
@@ -83,7 +84,7 @@ def test_a_frozen_table_lets_it_wait(driver: Driver) -> None:
     with pytest.raises((TimeoutError, DeadlineExceeded)):
         driver.call(impatient())
     assert count(driver, 0) == 0
-    driver.call(driver.host(0).thaw(driver.table_id))
+    driver.thaw(0)
     assert count(driver, 0, set=4, at_version=0) == 4
 
 

@@ -10,7 +10,9 @@ from mempool.errors import InvalidRequest
 from mempool.kernels import PackedLayout, Paged, reference
 from mempool.types import ExportPages, OptimizerSpec, TableSchema
 
-from .driver import EXACT_LAYOUTS, LAYOUTS, Bags, Driver, make_bags, make_schema, reference_sums, relative_error, same
+from .bags import Bags, make_bags, reference_sums, relative_error
+from .driver import Driver, make_schema, same
+from .layouts import EXACT_LAYOUTS, LAYOUTS
 
 NARROW = ("bfloat16", "float8_e4m3fn", "int8")
 PACKED = NARROW[1:]

@@ -11,7 +11,9 @@ from torch import Tensor
 from mempool.types import OptimizerSpec
 from mempool.types.norms import joined_norm
 
-from .driver import LAYOUTS, Bags, Driver, make_bags, make_schema, reference_sums, relative_error, same
+from .bags import Bags, make_bags, reference_sums, relative_error
+from .driver import Driver, make_schema, same
+from .layouts import LAYOUTS
 from .oracle import Oracle
 
 OPTIMIZERS = {

@@ -63,8 +63,9 @@ def _update(requests: Requests, *, pairs: int = 8, bags: int = 1, blocks: int = 
 def _step(cls: type[Message], requests: Requests, *, sequences: int = 0, group: int = 4) -> Message:
     step = data_pb2.StepId(group="g" * group, step=requests.random.getrandbits(40))
     if cls is data_pb2.DiscardRequest:
-        return data_pb2.DiscardRequest(envelope=requests.envelope(), step_id=step)
-    return cls(envelope=requests.envelope(), step_id=step, sequences=range(sequences))  # type: ignore[call-arg]
+        return data_pb2.DiscardRequest(parts=[data_pb2.DiscardPart(envelope=requests.envelope(), step_id=step)])
+    part = data_pb2.CommitPart if cls is data_pb2.CommitRequest else data_pb2.PreparePart
+    return cls(parts=[part(envelope=requests.envelope(), step_id=step, sequences=range(sequences))])  # type: ignore[call-arg]
 
 
 def _view(requests: Requests, *, shards: int = 0, entries: int = 0) -> shard_pb2.AttachTableRequest:
@@ -152,6 +153,19 @@ FIELDS: list[tuple[str, str, int, Make]] = [
             blocks=r.blocks,
             ids=tensor(np.arange(n, dtype=np.int64) % NUM_SLOTS),
             rows=tensor(np.ones((n, len(r.blocks) * BLOCK_DIM), np.float32)),
+        ),
+    ),
+    (
+        "MemoryService.WriteRows",
+        "write_id.open",
+        10,
+        lambda r, n: data_pb2.WriteRowsRequest(
+            envelope=r.envelope(),
+            array="values",
+            blocks=r.blocks,
+            write_id=data_pb2.WriteId(writer=r.random.getrandbits(63) + 1, number=n + 1, open=range(1, n + 1)),
+            ids=tensor(_zeros(1)),
+            rows=tensor(np.ones((1, len(r.blocks) * BLOCK_DIM), np.float32)),
         ),
     ),
     ("ShardService.AttachTable", "view.shards", 1_000, lambda r, n: _view(r, shards=n)),

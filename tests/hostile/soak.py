@@ -90,7 +90,7 @@ async def recorded(target: Target, *, steps: int = 20) -> bytes:
     view = await view_of(front, "soak")
     requests = Requests(view, shard=0, seed=3)
     channel = RawChannel(recorder.address, key=TOKEN)
-    for step in range(steps):
+    for step in range(1, steps + 1):
         gather = data_pb2.GatherRequest(
             envelope=requests.envelope(), lookup_id=step, remember=True, **requests.bags(32, 16)
         )

@@ -118,6 +118,9 @@ class _Launcher:
     async def require_room(self, shards: int) -> None:
         """There is room."""
 
+    async def keep_wanted(self, shards: int) -> None:
+        """Nobody will ask."""
+
     async def starting(self) -> str:
         return ""
 
@@ -140,7 +143,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
     keys = PoolKeys(token=arguments.token, controller_key=secrets.token_hex(32))
     launcher = _Launcher(config, keys)
     serving = ControllerServing(config, node_ip="127.0.0.1", keys=keys)
-    controller = Controller("target", launcher=launcher, dial=serving.dial)
+    controller = Controller("target", launcher=launcher, dial=serving.dial, trainer_lease_s=config.shard.trainer_lease)
     await controller.open(arguments.shards)
     address = await serving.start(controller)
     said = {

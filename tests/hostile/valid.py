@@ -72,6 +72,7 @@ class Requests:
             "MemoryService.Prepare": self._prepare,
             "MemoryService.Commit": self._commit,
             "MemoryService.Discard": self._discard,
+            "MemoryService.Heartbeat": self._heartbeat,
             "MemoryService.Score": self._score,
             "MemoryService.Lookup": self._lookup,
             "MemoryService.ReadRows": self._read_rows,
@@ -81,6 +82,7 @@ class Requests:
             "ShardService.DropTable": self._shard_drop,
             "ShardService.Freeze": self._freeze,
             "ShardService.Thaw": self._thaw,
+            "ShardService.Resolve": self._resolve,
             "ShardService.ExportPages": self._export_pages,
             "ShardService.ExportLedger": lambda: shard_pb2.ExportLedgerRequest(
                 table_id=self.view.schema.table_id, first=self.random.randrange(2)
@@ -112,7 +114,7 @@ class Requests:
         }
 
     def step(self) -> data_pb2.StepId:
-        return data_pb2.StepId(group=self._group, rank=0, step=self.random.randrange(1000))
+        return data_pb2.StepId(group=self._group, rank=0, step=1 + self.random.randrange(1000))
 
     def _gather(self) -> Message:
         return data_pb2.GatherRequest(
@@ -138,22 +140,41 @@ class Requests:
         )
 
     def _prepare(self) -> Message:
+        step_id = self.step()
+        part = data_pb2.PreparePart(envelope=self.envelope(), step_id=step_id, sequences=[1, 2, 3])
         return data_pb2.PrepareRequest(
-            envelope=self.envelope(), step_id=self.step(), sequences=[1, 2, 3], want_norm=self.random.random() < 0.5
+            parts=[part],
+            want_norm=self.random.random() < 0.5,
+            decider_table=self.view.schema.table_id,
+            decider_step=step_id.step,
         )
 
     def _commit(self) -> Message:
-        return data_pb2.CommitRequest(
+        kind = self.random.random()
+        part = data_pb2.CommitPart(
             envelope=self.envelope(),
             step_id=self.step(),
             lr=0.1,
             grad_scale=1.0,
             sequences=[1, 2],
-            one_phase=self.random.random() < 0.7,
+            version=1 if kind > 0.9 else 0,
         )
+        return data_pb2.CommitRequest(parts=[part], one_phase=kind < 0.7, decided=kind > 0.8)
 
     def _discard(self) -> Message:
-        return data_pb2.DiscardRequest(envelope=self.envelope(), step_id=self.step())
+        part = data_pb2.DiscardPart(envelope=self.envelope(), step_id=self.step())
+        return data_pb2.DiscardRequest(parts=[part], keep_updates=self.random.random() < 0.3)
+
+    def _heartbeat(self) -> Message:
+        return data_pb2.HeartbeatRequest(incarnation=self.info.incarnation, group=self._group, rank=0)
+
+    def _resolve(self) -> Message:
+        return shard_pb2.ResolveRequest(
+            table_id=self.view.schema.table_id,
+            after_version=self.random.randrange(3),
+            step_id=self.step(),
+            give_up=self.random.random() < 0.5,
+        )
 
     def _queries(self) -> tensor_pb2.Tensor:
         return tensor(self._arrays.random((3, HEADS, KEY_DIM), np.float32))
@@ -173,6 +194,7 @@ class Requests:
             envelope=self.envelope(),
             array="values",
             blocks=self.blocks,
+            write_id=data_pb2.WriteId(writer=self.random.getrandbits(63) + 1, number=9, open=[3, 7]),
             ids=tensor(self._arrays.integers(0, NUM_SLOTS, 5)),
             rows=tensor(self._arrays.random((5, len(self.blocks) * BLOCK_DIM), np.float32)),
         )
@@ -184,7 +206,7 @@ class Requests:
         return shard_pb2.ShardServiceDropTableRequest(table_id=self.random.getrandbits(16))
 
     def _freeze(self) -> Message:
-        return shard_pb2.FreezeRequest(table_id=self.view.schema.table_id, timeout_s=0.1)
+        return shard_pb2.FreezeRequest(table_id=self.view.schema.table_id, timeout_s=0.1, lease_s=5.0)
 
     def _thaw(self) -> Message:
         return shard_pb2.ThawRequest(table_id=self.view.schema.table_id)

@@ -28,6 +28,7 @@ def shared_pool(ray_nodes: RayNodes, tmp_path_factory: pytest.TempPathFactory) -
         ray_at=ray_nodes.address,
         token=TOKEN,
         resources={"head": 1},
+        trainer_lease_s=2.0,
     )
     pool.up()
     yield pool

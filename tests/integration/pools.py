@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -44,6 +45,8 @@ class RayPool:
         ray_address: As in the file; "auto" finds ``ray_at``.
         ray_at: What RAY_ADDRESS says.
         token: None binds to loopback; a token binds to all interfaces.
+        memory: Of a shard.
+        trainer_lease_s: How long a trainer may be silent.
     """
 
     def __init__(
@@ -57,9 +60,12 @@ class RayPool:
         token: str | None = None,
         port: int | None = None,
         resources: dict[str, float] | None = None,
+        memory: str = "256MiB",
+        trainer_lease_s: float = 10.0,
     ) -> None:
         self.name = name
         self.token = token
+        self.trainer_lease_s = trainer_lease_s
         self.port = free_port() if port is None else port
         self.file = folder / f"{name}.yaml"
         self._env = {key: value for key, value in os.environ.items() if not key.startswith(("MEMPOOL_", "RAY_"))}
@@ -70,7 +76,8 @@ class RayPool:
         if token is not None:
             (folder / "token").write_text(token + "\n")
             pool |= {"bind": "0.0.0.0", "token_file": "token"}
-        shard = {"num_cpus": 0, "threads": 1, "memory": "256MiB", "resources": resources or {}}
+        shard = {"num_cpus": 0, "threads": 1, "memory": memory, "resources": resources or {}}
+        shard |= {"trainer_lease": trainer_lease_s}
         # JSON is YAML; one field to a line, as people write it.
         sections = {"pool": pool, "shard": shard, "ray": {"address": ray_address}}
         lines = [f"{section}:\n" + _fields(fields) for section, fields in sections.items()]
@@ -85,6 +92,19 @@ class RayPool:
         text = self.file.read_text()
         assert before in text
         self.file.write_text(text.replace(before, after))
+
+    def edit_shards(self, shards: int) -> None:
+        """Change how many shards the file asks for."""
+        text, count = re.subn(r"^  shards: \d+$", f"  shards: {shards}", self.file.read_text(), flags=re.MULTILINE)
+        assert count == 1
+        self.file.write_text(text)
+
+    def start(self, *command: str) -> "subprocess.Popen[str]":
+        """A process of Python's, which is told the pool's token; its output is to be read."""
+        env = self._env | ({} if self.token is None else {"MEMPOOL_TOKEN": self.token})
+        return subprocess.Popen(
+            [sys.executable, *command], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+        )
 
     def run(self, *arguments: str, expect: int = 0, folder: Path | None = None) -> Ended:
         """Run `mempool` with these arguments, as a process of its own, in a folder."""
@@ -106,8 +126,11 @@ class RayPool:
         )
         return _checked(arguments, Ended(code=done.returncode, out=done.stdout, err=done.stderr), expect)
 
-    def run_here(self, *arguments: str, expect: int = 0) -> Ended:
-        """The same within this process, which spares importing everything again: for commands that need no Ray."""
+    def run_here(self, *arguments: str, expect: int | None = 0) -> Ended:
+        """The same within this process, which spares importing everything again: for commands that need no Ray.
+
+        expect: How it ends; None: as it may.
+        """
         changes = {key: self._env[key] for key in ("HOME", "XDG_STATE_HOME")}
         unset = {key: None for key in os.environ if key.startswith("MEMPOOL_")}
         done = CliRunner().invoke(app, list(arguments), env=changes | unset)
@@ -135,6 +158,15 @@ class RayPool:
 
     def apply(self, *arguments: str, expect: int = 0) -> Ended:
         return self.run_here("apply", "-f", str(self.file), *arguments, expect=expect)
+
+    def apply_shards(self, shards: int) -> Ended:
+        """`mempool apply` of the file with another number of shards; the file is as before then."""
+        text = self.file.read_text()
+        self.file.write_text(re.sub(r"(?m)^  shards: \d+$", f"  shards: {shards}", text))
+        try:
+            return self.run_here("apply", "-f", str(self.file), expect=None)
+        finally:
+            self.file.write_text(text)
 
     def status(self) -> dict[str, Any]:
         """`mempool status --json`."""
@@ -179,6 +211,7 @@ class Training:
     def assert_exact(self, pool: mempool.Pool) -> None:
         """Committed updates are applied, once each, on every shard that owns pages; values are as torch has them."""
         assert self.table.counters.updates_committed == 2 * self.steps
+        assert self.error() <= 1e-5  # read first: shards that have not heard of the last step wait for it
         owners = 0
         for shard in pool.status().shards:
             for status in shard.tables:
@@ -187,7 +220,6 @@ class Training:
                     assert status.updates_applied == 2 * self.steps, shard.info
                     assert status.version == self.steps, shard.info
         assert owners
-        assert self.error() <= 1e-5
 
 
 def wait_for(what: str, check: Callable[[], T | None], *, within_s: float = 180.0) -> T:
@@ -254,8 +286,8 @@ def free_port() -> int:
         return port
 
 
-def _checked(arguments: tuple[str, ...], ended: Ended, expect: int) -> Ended:
-    assert ended.code == expect, f"{arguments} ended with {ended.code}:\n{ended.out}\n{ended.err}"
+def _checked(arguments: tuple[str, ...], ended: Ended, expect: int | None) -> Ended:
+    assert expect is None or ended.code == expect, f"{arguments} ended with {ended.code}:\n{ended.out}\n{ended.err}"
     assert "Traceback" not in ended.err, ended.err
     return ended
 

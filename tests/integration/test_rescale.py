@@ -27,11 +27,11 @@ def test_apply_rescales_while_a_trainer_runs(shared_pool: RayPool) -> None:
         trainer.start()
         try:
             wait_for("first steps", lambda: training.steps >= 3 or failures)
-            shared_pool.edit(f"shards: {before}", "shards: 4")
+            shared_pool.edit_shards(4)
             grown = shared_pool.run("apply", "-f", str(shared_pool.file)).out
             at_four = training.steps
             wait_for("steps on 4 shards", lambda: training.steps >= at_four + 3 or failures)
-            shared_pool.edit("shards: 4", "shards: 3")
+            shared_pool.edit_shards(3)
             shrunk = json.loads(shared_pool.apply("--json").out)
             at_three = training.steps
             wait_for("steps on 3 shards", lambda: training.steps >= at_three + 3 or failures)
@@ -87,9 +87,9 @@ def test_a_second_rescale_is_refused(shared_pool: RayPool) -> None:
             wait_for("the rescale to begin", lambda: other.status().rescaling)
             with pytest.raises(InvalidRequest, match=r"rescale to \d+ shards is under way"):
                 other.rescale(now)
-            shared_pool.edit("shards: 3", "shards: 5")
+            shared_pool.edit_shards(5)
             assert "on its way to" in shared_pool.apply(expect=1).err
-            shared_pool.edit("shards: 5", "shards: 3")
+            shared_pool.edit_shards(3)
         finally:
             grower.join(60)
         assert not grower.is_alive()

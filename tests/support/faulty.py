@@ -4,6 +4,7 @@ Legend: N slots, V value dim, D key dim, n half-keys.
 """
 
 import asyncio
+import itertools
 import weakref
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
@@ -47,6 +48,7 @@ from mempool.types import (
 from mempool.wire.channels.loop import run, start
 
 _BOUND_S = 60.0
+_tokens = itertools.count(1)
 
 # [8 row pages, 3 blocks] on up to four shards.
 COLUMNS = np.tile([0, 1, 2], (8, 1))
@@ -131,6 +133,9 @@ class FaultyShard:
     async def discard(self, request: Any) -> Any:
         return await self._served("discard", request)
 
+    async def heartbeat(self, request: Any) -> Any:
+        return await self._served("heartbeat", request)
+
     async def score(self, request: Any) -> Any:
         return await self._served("score", request)
 
@@ -206,12 +211,16 @@ class FaultyShard:
     def prepared(self) -> bool:
         """Whether a step is prepared and not decided: a freeze would wait for it."""
         table_id = self.table.table_id
-        try:
-            run(self.host.freeze(table_id, 0.01), _BOUND_S)
-        except DeadlineExceeded:
-            return True
-        run(self.host.thaw(table_id), _BOUND_S)
-        return False
+        for _ in range(100):
+            try:
+                run(self.host.freeze(table_id, 0.01, token=f"look {next(_tokens)}", lease_s=_BOUND_S), _BOUND_S)
+            except DeadlineExceeded as late:
+                if "is prepared and not decided" in str(late):
+                    return True
+                continue  # it was not looked at in time
+            run(self.host.thaw(table_id), _BOUND_S)
+            return False
+        raise AssertionError("the shard has no time for a look")
 
     async def _served(self, name: str, request: Any) -> Any:
         fault = self.faults[name].pop(0) if self.faults[name] else None
@@ -227,16 +236,29 @@ class FaultyShard:
             raise StalePlacement("so says the fault")
         if fault is Fault.DATA_LOSS:
             raise DataLoss("pages of table 'facts' are gone; restore checkpoint 7")
-        reply = await getattr(self.host, name)(replace(request, envelope=self._inward(request.envelope)))
+        reply = await getattr(self.host, name)(self._request(request))
         if fault is Fault.ERROR_AFTER:
             raise ShardUnavailable("the connection broke")
         if fault is Fault.SILENT:
             await asyncio.Event().wait()
+        if hasattr(reply, "parts"):
+            return replace(reply, parts=tuple(self._stamped(part) for part in reply.parts))
+        return self._stamped(reply) if hasattr(reply, "stamp") else reply
+
+    def _request(self, request: Any) -> Any:
+        """As the host is to see it."""
+        if hasattr(request, "parts"):
+            parts = tuple(replace(part, envelope=self._inward(part.envelope)) for part in request.parts)
+            return replace(request, parts=parts)
+        if hasattr(request, "envelope"):
+            return replace(request, envelope=self._inward(request.envelope))
+        return replace(request, incarnation=request.incarnation - self._restarts)
+
+    def _stamped(self, reply: Any) -> Any:
+        """As callers are to see it."""
         stamp = reply.stamp
-        return replace(
-            reply,
-            stamp=replace(stamp, epoch=stamp.epoch - self._forgotten, incarnation=stamp.incarnation + self._restarts),
-        )
+        outward = replace(stamp, epoch=stamp.epoch - self._forgotten, incarnation=stamp.incarnation + self._restarts)
+        return replace(reply, stamp=outward)
 
     def _inward(self, envelope: Envelope) -> Envelope:
         return replace(
@@ -341,11 +363,11 @@ class FaultyPool:
         if schema.name == self.schema.name:
             raise AlreadyExists(f"there is a table {schema.name!r}")
         await asyncio.gather(*(shard.host.drop_table(self.schema.table_id) for shard in self.shards))
-        self.schema = replace(schema, table_id=self.schema.table_id)
+        self.schema = replace(schema, table_id=self.schema.table_id + 1)
         await self._attach()
         return self.view
 
-    async def drop_table(self, name: str) -> None:
+    async def drop_table(self, name: str, *, table_id: int = 0) -> None:  # noqa: ARG002
         await self.table(name)
         await asyncio.gather(*(shard.host.drop_table(self.schema.table_id) for shard in self.shards))
         self.dropped = True

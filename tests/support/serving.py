@@ -54,6 +54,9 @@ class ServedPool:
     async def require_room(self, shards: int) -> None:
         """There is room."""
 
+    async def keep_wanted(self, shards: int) -> None:
+        """Nobody will ask."""
+
     async def starting(self) -> str:
         return ""
 

@@ -208,6 +208,9 @@ def _serve(threads: int) -> None:
             self.serving = ShardServing(config, shard=shard, incarnation=1, node_ip="127.0.0.1", keys=keys)
             return await self.serving.start()
 
+        async def keep_wanted(self, shards: int) -> None:
+            pass
+
         async def stop(self, info: ShardInfo) -> None:  # noqa: ARG002
             await self.serving.stop()
 

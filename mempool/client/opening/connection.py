@@ -9,12 +9,14 @@ import threading
 import warnings
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mempool.client.routing.fanout import Dial
 from mempool.client.routing.router import Router
 from mempool.client.routing.tries import Tries
 from mempool.client.routing.whereabouts import Whereabouts
+from mempool.client.training.coordinator import Coordinator
 from mempool.errors import InvalidRequest
 from mempool.types import PoolApi
 from mempool.wire.channels import loop
@@ -24,6 +26,8 @@ T = TypeVar("T")
 # Deadlines are kept on the loop; this only ends a wait for a loop that is stuck.
 _STUCK_S = 30.0
 _LONGEST_TIMEOUT_S = 1e9
+# How long the end waits for shards that have not heard yet of what was committed: they learn of it by themselves too.
+_TELLING_S = 5.0
 
 
 def checked_timeout(timeout_s: object) -> float:
@@ -64,10 +68,11 @@ class Connection:
         self.where = where
         self.timeout_s = timeout_s
         self.router = Router(api, dial=dial, pool=where, timeout_s=timeout_s)
+        self.coordinator = Coordinator(self.router)
         self._on_close = on_close
         self._lock = threading.Lock()
         self._closed = False
-        self._abandoned = weakref.finalize(self, _abandon, os.getpid(), where, self.router, api, on_close)
+        self._abandoned = weakref.finalize(self, _abandon, os.getpid(), where, self._ending(api))
         self._abandoned.atexit = False
 
     @property
@@ -93,7 +98,10 @@ class Connection:
                 return
             self._closed = True
         self._abandoned.detach()
-        loop.run(_end(self.router, self.api, self._on_close), timeout_s=self.timeout_s + _STUCK_S)
+        loop.run(self._ending(self.api).end(), timeout_s=self.timeout_s + _STUCK_S)
+
+    def _ending(self, api: PoolApi) -> "_Ending":
+        return _Ending(self.coordinator, self.router, api, self._on_close, self.timeout_s)
 
     def _wait(self, coroutine: Coroutine[Any, Any, T], timeout_s: float | None) -> T:
         if self._closed:
@@ -102,22 +110,31 @@ class Connection:
         return loop.run(coroutine, timeout_s=timeout_s)
 
 
-def _abandon(
-    pid: int, where: Whereabouts, router: Router, api: PoolApi, on_close: Callable[[], Awaitable[None]] | None
-) -> None:
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """All that a connection gives back; knows nothing of the connection itself."""
+
+    coordinator: Coordinator
+    router: Router
+    api: PoolApi
+    on_close: Callable[[], Awaitable[None]] | None
+    timeout_s: float
+
+    async def end(self) -> None:
+        await self.coordinator.close(timeout_s=min(self.timeout_s, _TELLING_S))
+        self.router.close()
+        try:
+            await self.api.close()
+        finally:
+            if self.on_close is not None:
+                await self.on_close()
+
+
+def _abandon(pid: int, where: Whereabouts, ending: _Ending) -> None:
     """Nobody can close the connection any more: end it, without waiting, for this may run on any thread."""
     if pid != os.getpid():
         return  # a fork's copy: what it stands for lives in the parent
     try:
-        loop.start(_end(router, api, on_close))
+        loop.start(ending.end())
     finally:
         warnings.warn(f"{where.pool} was not closed: use it with `with`, or close() it", ResourceWarning, stacklevel=2)
-
-
-async def _end(router: Router, api: PoolApi, on_close: Callable[[], Awaitable[None]] | None) -> None:
-    router.close()
-    try:
-        await api.close()
-    finally:
-        if on_close is not None:
-            await on_close()

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mempool.agreement.writes import OpenWrite, Writer
 from mempool.client.routing.fanout import Fanout
 from mempool.client.routing.plan import (
     Part,
@@ -25,19 +26,13 @@ from mempool.client.routing.row_calls import read_rows, write_rows
 from mempool.client.routing.slices import slices, some_at_a_time
 from mempool.errors import ContextMissing, Internal, StepConflict
 from mempool.types import (
-    CommitReply,
-    CommitRequest,
-    DiscardRequest,
     Envelope,
     FlatKeySpec,
     GatherReply,
     GatherRequest,
-    PrepareReply,
-    PrepareRequest,
     ScoreReply,
     ScoreRequest,
     ShardHost,
-    ShardInfo,
     Stamp,
     StepCountReply,
     StepCountRequest,
@@ -93,6 +88,10 @@ class Attempt:
         self._traffic = fanout.traffic
         self._take_released = take_released
 
+    @property
+    def fanout(self) -> Fanout:
+        return self._fanout
+
     async def gather(
         self, bags: Bags, *, lookup_id: int, remember: bool, reply_dtype: ReplyDtype
     ) -> tuple[Tensor, LookupRecord]:
@@ -116,6 +115,7 @@ class Attempt:
             )
             self._traffic.bytes_sent += some.num_bytes
             reply = await host.gather(request)
+            self._fanout.saw(reply.stamp.table_version)
             _require_blocks(reply.blocks, route)
             self._traffic.bytes_received += reply.values.nbytes
             return reply
@@ -185,7 +185,9 @@ class Attempt:
                     weights=bags.weights if inline else None,
                     offsets=bags.offsets if inline else None,
                 )
-                return await host.update(request)
+                reply = await host.update(request)
+                self._fanout.saw(reply.stamp.table_version)
+                return reply
 
             if known and not empty:
                 try:
@@ -205,65 +207,6 @@ class Attempt:
             grads_of_parts.append((part, reply.weight_grad))
         return merge_weight_grads(grads_of_parts, num_pairs=record.bags.num_pairs)
 
-    async def prepare(
-        self, step_id: StepId, *, sequences: tuple[int, ...], want_norm: bool, norm_order: float = 0.0
-    ) -> dict[int, PrepareReply]:
-        """Ask every owner whether the step is complete there; replies by shard, ascending.
-
-        Where the lowest owner misses updates, its reply is the only one: the others are not asked yet.
-        """
-
-        async def ask(owner: ShardInfo, host: ShardHost, envelope: Envelope) -> PrepareReply:
-            return await host.prepare(
-                PrepareRequest(
-                    envelope=envelope,
-                    step_id=step_id,
-                    sequences=self._sequences(owner, sequences),
-                    want_norm=want_norm,
-                    norm_order=norm_order,
-                )
-            )
-
-        # The lowest owner first, and the others only once it is prepared: a move freezes owners in the same order, so
-        # no step is ever prepared on one shard and held off on another, each waiting for the other's end.
-        first, *rest = self.plan.owners
-        gate = (await self._fanout.each([(first, partial(ask, first))]))[0]
-        if gate.missing and not gate.applied:
-            return {first.shard: gate}
-        replies = [gate]
-        if rest:
-            replies += await self._fanout.each([(owner, partial(ask, owner)) for owner in rest])
-        return {owner.shard: reply for owner, reply in zip(self.plan.owners, replies, strict=True)}
-
-    async def commit(
-        self, step_id: StepId, *, lr: float, grad_scale: float, sequences: tuple[int, ...], one_phase: bool
-    ) -> dict[int, CommitReply]:
-        """Tell every owner to apply the step; replies by shard, ascending."""
-
-        async def ask(owner: ShardInfo, host: ShardHost, envelope: Envelope) -> CommitReply:
-            return await host.commit(
-                CommitRequest(
-                    envelope=envelope,
-                    step_id=step_id,
-                    lr=lr,
-                    grad_scale=grad_scale,
-                    sequences=self._sequences(owner, sequences),
-                    one_phase=one_phase,
-                )
-            )
-
-        replies = await self._fanout.each([(owner, partial(ask, owner)) for owner in self.plan.owners])
-        self._fanout.acknowledge(min(reply.stamp.table_version for reply in replies))
-        return {owner.shard: reply for owner, reply in zip(self.plan.owners, replies, strict=True)}
-
-    async def discard(self, step_id: StepId) -> None:
-        """Tell every owner to drop what it holds of the step."""
-
-        async def ask(host: ShardHost, envelope: Envelope) -> object:
-            return await host.discard(DiscardRequest(envelope=envelope, step_id=step_id))
-
-        await self._fanout.each([(owner, ask) for owner in self.plan.owners])
-
     async def score(self, queries: Tensor, *, topk: int) -> tuple[Tensor, Tensor, Seen]:
         """Top-k of the table's keys by (score descending, id ascending): scores [B, H, K] float32, ids [B, H, K] int64.
 
@@ -277,6 +220,7 @@ class Attempt:
             self._traffic.bytes_sent += some.nbytes
             reply = await host.score(ScoreRequest(envelope=envelope, queries=some, topk=topk))
             self._traffic.bytes_received += reply.scores.nbytes + reply.ids.nbytes
+            self._fanout.saw(reply.stamp.table_version)
             return reply
 
         async def ask(host: ShardHost, envelope: Envelope) -> list[ScoreReply]:
@@ -306,11 +250,11 @@ class Attempt:
         """Rows [M, ..] of a named array in its dtype; ids: [M] int64, slots, or heads for the keys of product keys."""
         return await read_rows(self._fanout, array, ids)
 
-    async def write_rows(self, array: str, ids: Tensor, rows: Tensor) -> None:
+    async def write_rows(self, array: str, ids: Tensor, rows: Tensor, *, write: OpenWrite) -> None:
         """Overwrite rows [M, ..] of a named array, in the table's order of columns."""
-        await write_rows(self._fanout, array, ids, rows)
+        await write_rows(self._fanout, array, ids, rows, write=write)
 
-    async def step_count(self, *, to: int | None) -> int:
+    async def step_count(self, *, to: int | None, writer: Writer) -> int:
         """How many steps the table's optimizer counts; ``to`` makes it that many.
 
         Raises:
@@ -318,7 +262,9 @@ class Attempt:
         """
 
         async def ask(host: ShardHost, envelope: Envelope) -> StepCountReply:
-            return await host.step_count(StepCountRequest(envelope=envelope))
+            reply = await host.step_count(StepCountRequest(envelope=envelope))
+            self._fanout.saw(reply.stamp.table_version)
+            return reply
 
         replies = await self._fanout.each([(owner, ask) for owner in self.plan.owners])
         seen = self._seen([reply.stamp for reply in replies])
@@ -332,16 +278,15 @@ class Attempt:
         if to is None:
             return counts.pop()
 
-        async def tell(host: ShardHost, envelope: Envelope) -> StepCountReply:
-            request = StepCountRequest(envelope=envelope, set=to, at_version=seen.oldest_version)
-            return await host.step_count(request)
+        with writer.begin() as write:  # of each try its own: at another version it is another write
 
-        await self._fanout.each([(owner, tell) for owner in self.plan.owners])
+            async def tell(host: ShardHost, envelope: Envelope) -> StepCountReply:
+                return await host.step_count(
+                    StepCountRequest(envelope=envelope, set=to, at_version=seen.oldest_version, write_id=write.id)
+                )
+
+            await self._fanout.each([(owner, tell) for owner in self.plan.owners])
         return to
-
-    def _sequences(self, owner: ShardInfo, sequences: tuple[int, ...]) -> tuple[int, ...]:
-        """Owners of key pages alone hold no updates, but their ledger follows."""
-        return sequences if any(route.shard == owner.shard for route in self.plan.routes) else ()
 
     def _seen(self, stamps: Sequence[Stamp]) -> Seen:
         versions = [stamp.table_version for stamp in stamps]

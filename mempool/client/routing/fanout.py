@@ -33,12 +33,12 @@ class Fanout:
         plan: The plan.
         dial: Gives the host of a shard.
         traffic: For those that send to add to.
-        acknowledged: By table id, the highest version known to be at every owner.
+        versions: By table id, the highest version that is known to be: acknowledged, or seen in a reply.
     """
 
-    def __init__(self, plan: TablePlan, *, dial: Dial, traffic: Traffic, acknowledged: dict[int, int]) -> None:
+    def __init__(self, plan: TablePlan, *, dial: Dial, traffic: Traffic, versions: dict[int, int]) -> None:
         self.plan = plan
-        self._acknowledged = acknowledged
+        self._versions = versions
         self.traffic = traffic
         self._dial = dial
         self._waiting: dict[int, str] = {}
@@ -48,20 +48,34 @@ class Fanout:
         """(shard, address) of those that were asked and have not answered, ascending; for whom a deadline cut off."""
         return tuple(sorted(self._waiting.items()))
 
-    def acknowledge(self, version: int) -> None:
-        """Every owner of the table is at this version, or beyond."""
+    def saw(self, version: int) -> None:
+        """There is such a version of the table: later requests are answered by it or a later one."""
         table_id = self.plan.schema.table_id
-        self._acknowledged[table_id] = max(version, self._acknowledged.get(table_id, 0))
+        if version > self._versions.get(table_id, 0):
+            self._versions[table_id] = version
 
-    async def each(self, calls: Sequence[tuple[ShardInfo, Call[T]]]) -> list[T]:
-        """All calls together, replies in their order. One that fails ends the others; the gravest error is raised."""
+    def envelope(self, info: ShardInfo) -> Envelope:
+        """What a request to this shard says of the plan."""
+        table_id = self.plan.schema.table_id
+        return Envelope(
+            table_id=table_id,
+            epoch=self.plan.epoch,
+            incarnation=info.incarnation,
+            table_version=self._versions.get(table_id, 0),
+        )
+
+    async def each(self, calls: Sequence[tuple[ShardInfo, Call[T]]], *, to_the_end: bool = False) -> list[T]:
+        """All calls together, replies in their order; the gravest error is raised.
+
+        to_the_end: One that fails does not end the others.
+        """
         if not calls:  # an empty batch on a table by rows needs nobody
             return []
         if len(calls) == 1:
             return [await self._one(*calls[0])]
         tasks = [asyncio.ensure_future(self._one(info, call)) for info, call in calls]
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            await asyncio.wait(tasks, return_when=asyncio.ALL_COMPLETED if to_the_end else asyncio.FIRST_EXCEPTION)
         finally:
             for task in tasks:
                 task.cancel()
@@ -73,16 +87,9 @@ class Fanout:
         return [task.result() for task in tasks]
 
     async def _one(self, info: ShardInfo, call: Call[T]) -> T:
-        table_id = self.plan.schema.table_id
-        envelope = Envelope(
-            table_id=table_id,
-            epoch=self.plan.epoch,
-            incarnation=info.incarnation,
-            table_version=self._acknowledged.get(table_id, 0),
-        )
         self._waiting[info.shard] = info.address
         try:
-            reply = await call(self._dial(info), envelope)
+            reply = await call(self._dial(info), self.envelope(info))
         except MempoolError as error:
             self._waiting.pop(info.shard, None)
             if error.shard is None:

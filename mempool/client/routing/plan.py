@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mempool.agreement.step_events import Owners
 from mempool.errors import Internal
-from mempool.placement import Assignment, Route, routes
+from mempool.placement import Route, assignment_of, routes
 from mempool.types import ShardInfo, TableSchema, TableView
 from mempool.types.bags import Bags
 
@@ -62,6 +63,7 @@ class TablePlan:
         owners: Shards that own anything, ascending: those that every commit is sent to.
         head_owners: Per shard that owns key pages, ascending: (shard, its heads).
         page_owners: [row pages, blocks] int32, the placement's owners as a tensor.
+        agreeing: Those whom a step is agreed on with.
     """
 
     view: TableView
@@ -69,6 +71,7 @@ class TablePlan:
     owners: tuple[ShardInfo, ...]
     head_owners: tuple[tuple[ShardInfo, tuple[int, ...]], ...]
     page_owners: Tensor
+    agreeing: Owners
 
     @property
     def schema(self) -> TableSchema:
@@ -101,14 +104,24 @@ def make_plan(view: TableView) -> TablePlan:
         raise Internal(
             f"the view of table {schema.name!r}, epoch {placement.epoch}, names no address of shards {unknown}."
         )
-    assignment = Assignment(owners=placement.owners, key_owners=placement.key_owners)
+    assignment = assignment_of(placement)
     heads: dict[int, list[int]] = {}
     for head, shard in enumerate(placement.key_owners.tolist()):
         heads.setdefault(shard, []).append(head)
+    shard_routes = tuple(
+        _shard_route(infos[shard], route, schema) for shard, route in sorted(routes(assignment).items())
+    )
+    owners = tuple(infos[shard] for shard in placement.shards)
     return TablePlan(
         view=view,
-        routes=tuple(_shard_route(infos[shard], route, schema) for shard, route in sorted(routes(assignment).items())),
-        owners=tuple(infos[shard] for shard in placement.shards),
+        routes=shard_routes,
+        owners=owners,
+        agreeing=Owners(
+            table_id=schema.table_id,
+            shards=tuple(info.shard for info in owners),
+            holders=frozenset(route.shard for route in shard_routes),
+            view=(placement.epoch, tuple((info.shard, info.incarnation) for info in owners)),
+        ),
         head_owners=tuple((infos[shard], tuple(heads[shard])) for shard in sorted(heads)),
         page_owners=torch.tensor(placement.owners, dtype=torch.int32, device="cpu"),
     )

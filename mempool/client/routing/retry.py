@@ -17,6 +17,7 @@ from mempool.errors import (
     ShardUnavailable,
 )
 
+_REPLAN_PART = 0.1  # of the first wait after an outage: a view reaches shards and controller within milliseconds
 _LONGEST_RETRY_AFTER_S = 60.0  # what is longer, or no number, is not from a shard of ours
 
 
@@ -27,9 +28,12 @@ class Backoff:
     first_s: float = 0.05
     longest_s: float = 1.0
 
-    def delay_s(self, number: int, *, jitter: float) -> float:
-        """The wait before try ``number`` + 1 of the same kind, from 1. jitter: 0 (whole wait) to 1 (half of it)."""
-        whole = min(self.longest_s, self.first_s * 2.0 ** min(number - 1, 60))
+    def delay_s(self, number: int, *, jitter: float, first: float = 1.0) -> float:
+        """The wait before try ``number`` + 1 of the same kind, from 1. jitter: 0 (whole wait) to 1 (half of it).
+
+        first: Begin with this part of ``first_s``.
+        """
+        whole = min(self.longest_s, first * self.first_s * 2.0 ** min(number - 1, 60))
         return whole * (1.0 - jitter / 2.0)
 
 
@@ -88,6 +92,10 @@ class Retry:
         """Failed tries so far."""
         return self._tries
 
+    def replanned(self) -> None:
+        """A newer view came: what follows is the first try on it."""
+        self._replans = 0
+
     def failed(self, error: MempoolError, *, now_s: float) -> Again | GiveUp:
         """What to do after a try that ended with ``error``."""
         self._tries += 1
@@ -95,10 +103,13 @@ class Retry:
         if not (error.retryable or _not_attached_yet(error)):
             return GiveUp(error=error)
         if isinstance(error, Replan):
-            # The new view is there in most cases, so the first replan does not wait. Later ones do: a shard may not
-            # have heard yet of what the controller already says, or the other way round.
+            # The new view is there in most cases, so the first replan does not wait. Those without a newer view do:
+            # a shard may not have heard yet of what the controller already says, or the other way round, for a moment.
             self._replans += 1
-            delay_s = 0.0 if self._replans == 1 else self._backoff.delay_s(self._replans - 1, jitter=self._jitter())
+            if self._replans == 1:
+                delay_s = 0.0
+            else:
+                delay_s = self._backoff.delay_s(self._replans - 1, jitter=self._jitter(), first=_REPLAN_PART)
         else:
             self._outages += 1
             delay_s = self._backoff.delay_s(self._outages, jitter=self._jitter())

@@ -8,30 +8,34 @@ Errors that no retry can heal pass at once.
 import asyncio
 import random
 import secrets
-from collections import deque
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from mempool.agreement.writes import MAX_OPEN, Writer
 from mempool.client.lookup import Lookup
 from mempool.client.routing.attempt import Attempt, LookupRecord, Seen
 from mempool.client.routing.fanout import Dial, Fanout, Traffic
+from mempool.client.routing.patience import WaitingFor
 from mempool.client.routing.plan import TablePlan, make_plan, newer_view
+from mempool.client.routing.remembered import Remembered
 from mempool.client.routing.retry import Backoff
+from mempool.client.routing.together import Together
 from mempool.client.routing.tries import Tries
 from mempool.client.routing.whereabouts import Whereabouts
 from mempool.errors import NotFound, StalePlacement, Unavailable
-from mempool.types import PoolApi, StepId, TableView
+from mempool.types import PoolApi, ShardHost, ShardInfo, TableView
 from mempool.types.bags import Bags
 from mempool.types.messages import ReplyDtype
+from mempool.types.running import Clock
 
 T = TypeVar("T")
 
 _REFRESH_TIMEOUT_S = 5.0
-_MAX_RELEASED = 65_536
-_MAX_RELEASED_PER_GATHER = 1_024
 
 
 class Router:
@@ -46,6 +50,9 @@ class Router:
         patience_s: After so much silence of a shard, the view is asked for again, and followed if it is a new one.
         backoff: Waits between tries.
         jitter: Gives a number from 0 to 1 at each call.
+        clock: Seconds, monotonic: what deadlines that go along with calls are told by.
+        first_lookup_id: Where its numbers of lookups begin, and what its writes are told from others' by; shards
+            remember those of all clients by them alone, so it must be a random one. None: it is.
     """
 
     def __init__(
@@ -58,22 +65,23 @@ class Router:
         patience_s: float = 5.0,
         backoff: Backoff | None = None,
         jitter: Callable[[], float] = random.random,
+        clock: Clock = time.monotonic,
+        first_lookup_id: int | None = None,
     ) -> None:
         where = Whereabouts(name=pool) if isinstance(pool, str) else pool
-        self.tries = Tries(where, timeout_s=timeout_s, backoff=backoff, jitter=jitter)
+        self.tries = Tries(where, timeout_s=timeout_s, backoff=backoff, jitter=jitter, clock=clock)
         self.traffic = Traffic()
         self._api = api
         self._dial = dial
         self._patience_s = patience_s
         self._plans: dict[int, TablePlan] = {}
-        self._acknowledged: dict[int, int] = {}
+        self._versions: dict[int, int] = {}  # that are known to be, by table
         self._names: dict[int, str] = {}  # of all tables ever seen, for messages
         self._refreshing: dict[int, asyncio.Lock] = {}
-        # Shards remember lookups of all their clients by this number alone, so clients start at random places.
-        self._next_lookup_id = secrets.randbits(62)
-        # Filled by finalizers, on any thread and at any moment: appending to a deque needs no lock.
-        self._released: deque[tuple[int, tuple[int, ...], int]] = deque(maxlen=_MAX_RELEASED)
-        self._to_release: dict[tuple[int, int], deque[int]] = {}
+        self._next_lookup_id = secrets.randbits(62) if first_lookup_id is None else first_lookup_id
+        self._writer = Writer(self._next_lookup_id + 1)
+        self._room_for_writes = asyncio.Semaphore(MAX_OPEN)
+        self.remembered = Remembered()
 
     @property
     def timeout_s(self) -> float:
@@ -109,24 +117,19 @@ class Router:
             if newer is not known.view:
                 plan = self._plans[table_id] = make_plan(newer)
                 gone = {route.shard for route in known.routes} - {route.shard for route in plan.routes}
-                for shard in gone:  # they remember nothing of the table any more
-                    self._to_release.pop((table_id, shard), None)
+                self.remembered.left(table_id, gone)
         return self._plans[table_id].view
 
     def forget(self, table_id: int) -> None:
         """Keep nothing more of a table, which was dropped."""
         self._plans.pop(table_id, None)
-        self._acknowledged.pop(table_id, None)
+        self._versions.pop(table_id, None)
         self._refreshing.pop(table_id, None)
-        self._to_release = {key: waiting for key, waiting in self._to_release.items() if key[0] != table_id}
+        self.remembered.forget(table_id)
 
     def release(self, record: LookupRecord) -> Callable[[], None]:
         """A function that lets shards forget a lookup, with the next gather; for any thread, at any moment."""
-        shards = tuple(shard for shard, _ in record.remembered_by)
-        numbers = range(record.lookup_id, record.lookup_id + record.lookups)
-        entries = [(record.table_id, shards, number) for number in numbers]
-        released = self._released  # the function keeps neither the router nor the record alive
-        return lambda: released.extend(entries)
+        return self.remembered.release(record)
 
     async def gather(
         self,
@@ -137,7 +140,7 @@ class Router:
         reply_dtype: ReplyDtype = "float32",
         timeout_s: float | None = None,
     ) -> tuple[Tensor, LookupRecord]:
-        """Weighted sums of rows: values [B, V] float32, and what ``update`` needs to know of this lookup.
+        """Weighted sums of rows: values [B, V] float32, and what an update needs to know of this lookup.
 
         Args:
             remember: Let the shards keep ids and weights for an update to come.
@@ -151,40 +154,13 @@ class Router:
         lookup_id = self._next_lookup_id
         self._next_lookup_id += max(1, bags.num_bags)  # as many messages as it may take, whatever the plan
 
-        return await self.call(
+        values, record = await self.call(
             table_id,
             lambda attempt: attempt.gather(bags, lookup_id=lookup_id, remember=remember, reply_dtype=reply_dtype),
             timeout_s=timeout_s,
         )
-
-    async def update(
-        self,
-        record: LookupRecord,
-        grads: Tensor,
-        *,
-        step_id: StepId,
-        sequence: int,
-        hold: bool = True,
-        want_weight_grad: bool = True,
-        timeout_s: float | None = None,
-    ) -> Tensor | None:
-        """The gradient of a lookup: grads [B, V] float32 or bfloat16 in, d_weights [L] float32 out if wanted.
-
-        ``sequence`` names the update: trying again, or repeating the call, does not make a second one.
-        """
-
-        return await self.call(
-            record.table_id,
-            lambda attempt: attempt.update(
-                record, grads, step_id=step_id, sequence=sequence, hold=hold, want_weight_grad=want_weight_grad
-            ),
-            timeout_s=timeout_s,
-        )
-
-    async def discard(self, table_id: int, step_id: StepId, *, timeout_s: float | None = None) -> None:
-        """Drop what shards hold of a step."""
-
-        await self.call(table_id, lambda attempt: attempt.discard(step_id), timeout_s=timeout_s)
+        self.remembered.add(record)
+        return values, record
 
     async def score(
         self, table_id: int, *, queries: Tensor, topk: int, timeout_s: float | None = None
@@ -233,44 +209,109 @@ class Router:
         self, table_id: int, *, array: str, ids: Tensor, rows: Tensor, timeout_s: float | None = None
     ) -> None:
         """Overwrite rows [M, ..]. Atomic on one shard, not across shards; repeating it is safe."""
-
-        await self.call(table_id, lambda attempt: attempt.write_rows(array, ids, rows), timeout_s=timeout_s)
+        async with self._room_for_writes:
+            with self._writer.begin() as write:
+                await self.call(
+                    table_id, lambda attempt: attempt.write_rows(array, ids, rows, write=write), timeout_s=timeout_s
+                )
 
     async def step_count(self, table_id: int, *, to: int | None = None, timeout_s: float | None = None) -> int:
         """How many steps the table's optimizer counts; ``to`` makes it that many, at every owner."""
 
-        return await self.call(table_id, lambda attempt: attempt.step_count(to=to), timeout_s=timeout_s)
+        async with self._room_for_writes:
+            return await self.call(
+                table_id, lambda attempt: attempt.step_count(to=to, writer=self._writer), timeout_s=timeout_s
+            )
 
     async def call(
-        self, table_id: int, once: Callable[[Attempt], Awaitable[T]], *, timeout_s: float | None = None
+        self,
+        table_id: int,
+        once: Callable[[Attempt], Awaitable[T]],
+        *,
+        timeout_s: float | None = None,
+        again: bool = True,
     ) -> T:
         """Run ``once`` on the table's plan until it succeeds, the deadline ends, or an error that no retry can heal.
 
         ``once`` may be cut off anywhere and run again on another plan, so all it sends must bear repetition.
+
+        Args:
+            again: False: one try, whatever it ends with.
         """
-        fanout: Fanout | None = None
+        attempt: Attempt | None = None
 
         async def run() -> T:
-            nonlocal fanout
-            plan = await self._plan(table_id)
-            fanout = Fanout(plan, dial=self._dial, traffic=self.traffic, acknowledged=self._acknowledged)
-            attempt = Attempt(fanout, take_released=lambda shard: self._take_released(table_id, shard))
-            return await self._while_current(fanout.plan, once(attempt))
+            nonlocal attempt
+            attempt = self._attempt(await self._plan(table_id))
+            return await self._while_current((attempt.plan,), once(attempt))
 
-        async def refresh() -> None:
-            if fanout is not None:
-                await self._refresh(fanout.plan)
+        async def refresh() -> bool:
+            return attempt is not None and await self._refresh_all((attempt.plan,))
 
         return await self.tries.run(
-            self._names.get(table_id, f"with id {table_id}"),
+            self.name_of(table_id),
             run,
             refresh=refresh,
-            waiting_for=lambda: fanout.waiting_for if fanout else (),
+            waiting_for=lambda: attempt.fanout.waiting_for if attempt else (),
+            timeout_s=timeout_s,
+            again=again,
+        )
+
+    async def together(
+        self,
+        table_ids: Sequence[int],
+        once: Callable[[Together], Awaitable[T]],
+        *,
+        waiting_for: WaitingFor = tuple,
+        timeout_s: float | None = None,
+    ) -> T:
+        """As ``call``, on the plans of several tables at once: where one of them is old, all are asked for again.
+
+        Args:
+            table_ids: In the order of the step; at least one.
+            waiting_for: (shard, address) of others that have not answered yet and are waited for too.
+        """
+        together: Together | None = None
+
+        async def run() -> T:
+            nonlocal together
+            together = Together({table_id: self._attempt(await self._plan(table_id)) for table_id in table_ids})
+            plans = tuple(attempt.plan for attempt in together.attempts.values())
+            return await self._while_current(plans, once(together))
+
+        async def refresh() -> bool:
+            if together is None:
+                return False
+            return await self._refresh_all([attempt.plan for attempt in together.attempts.values()])
+
+        return await self.tries.run(
+            ", ".join(self.name_of(table_id) for table_id in table_ids),
+            run,
+            refresh=refresh,
+            waiting_for=lambda: (*waiting_for(), *(together.waiting_for if together else ())),
             timeout_s=timeout_s,
         )
 
-    async def _while_current(self, plan: TablePlan, attempt: Awaitable[T]) -> T:
-        """The result of ``attempt``, unless its plan gets old while a shard keeps silent.
+    def name_of(self, table_id: int) -> str:
+        """The table's name, for messages."""
+        return self._names.get(table_id, f"with id {table_id}")
+
+    def holders(self, table_id: int) -> tuple[ShardInfo, ...]:
+        """Those that own anything of a table, as is known; none where nothing is."""
+        plan = self._plans.get(table_id)
+        return () if plan is None else plan.owners
+
+    def dial(self, info: ShardInfo) -> ShardHost:
+        """The host of a shard, without waiting; may raise Unavailable."""
+        return self._dial(info)
+
+    def _attempt(self, plan: TablePlan) -> Attempt:
+        table_id = plan.schema.table_id
+        fanout = Fanout(plan, dial=self._dial, traffic=self.traffic, versions=self._versions)
+        return Attempt(fanout, take_released=partial(self.remembered.take, table_id))
+
+    async def _while_current(self, plans: tuple[TablePlan, ...], attempt: Awaitable[T]) -> T:
+        """The result of ``attempt``, unless one of its plans gets old while a shard keeps silent.
 
         A host that is gone sends no error. Where its shard lives again elsewhere the view says so, long before any
         connection notices.
@@ -281,14 +322,17 @@ class Router:
         task = asyncio.ensure_future(attempt)
         try:
             while not (await asyncio.wait({task}, timeout=self._patience_s))[0]:
-                await self._refresh(plan)
-                if self._plans.get(plan.schema.table_id) is not plan:
-                    raise StalePlacement(f"table {plan.schema.name!r} has moved while a shard kept silent")
+                await self._refresh_all(plans)
+                for plan in plans:
+                    if self._plans.get(plan.schema.table_id) is not plan:
+                        raise StalePlacement(f"table {plan.schema.name!r} has moved while a shard kept silent")
             return task.result()
         finally:
             if not task.done():
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
+            elif not task.cancelled():
+                task.exception()  # known to whoever waits, unless they were cut off in the same moment
 
     async def _plan(self, table_id: int) -> TablePlan:
         plan = self._plans.get(table_id)
@@ -299,6 +343,14 @@ class Router:
             if plan is None:
                 raise self._dropped(table_id)
         return plan
+
+    async def _refresh_all(self, plans: Sequence[TablePlan]) -> bool:
+        """Ask for the tables' views; answers whether any plan is a newer one now."""
+        if len(plans) == 1:
+            await self._refresh(plans[0])
+        else:
+            await asyncio.gather(*(self._refresh(plan) for plan in plans))
+        return any(self._plans.get(plan.schema.table_id) is not plan for plan in plans)
 
     async def _refresh(self, plan: TablePlan) -> None:
         """Ask for a table's view, unless somebody has done so since ``plan``. Without an answer the old one stays."""
@@ -329,17 +381,3 @@ class Router:
         if name is None:
             return NotFound(f"{pool} has no table with id {table_id}; it may have been dropped.")
         return NotFound(f"table {name!r} of {pool} was dropped; make it again with create_table.")
-
-    def _take_released(self, table_id: int, shard: int) -> tuple[int, ...]:
-        while self._released:
-            released_table, shards, lookup_id = self._released.popleft()
-            plan = self._plans.get(released_table)
-            for released_shard in shards:
-                if plan is None or not any(route.shard == released_shard for route in plan.routes):
-                    continue  # it has left the table, and forgot the lookup with its pages
-                waiting = self._to_release.setdefault((released_table, released_shard), deque(maxlen=_MAX_RELEASED))
-                waiting.append(lookup_id)
-        mine = self._to_release.get((table_id, shard))
-        if not mine:
-            return ()
-        return tuple(mine.popleft() for _ in range(min(len(mine), _MAX_RELEASED_PER_GATHER)))

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mempool.agreement.writes import OpenWrite
 from mempool.client.routing.fanout import Fanout
 from mempool.client.routing.plan import ShardRoute, TablePlan, pick_columns, place_rows, rows_of
 from mempool.types import Envelope, ProductKeySpec, ReadRowsRequest, ShardHost, ShardInfo, WriteRowsRequest
@@ -39,6 +40,7 @@ async def read_rows(fanout: Fanout, array: str, ids: Tensor) -> Tensor:
         fanout.traffic.bytes_sent += kept_ids.nbytes
         reply = await host.read_rows(ReadRowsRequest(envelope=envelope, array=array, ids=kept_ids))
         fanout.traffic.bytes_received += reply.rows.nbytes
+        fanout.saw(reply.stamp.table_version)
         return reply.rows
 
     replies = await fanout.each([(target.info, partial(ask, target)) for target in targets])
@@ -49,17 +51,25 @@ async def read_rows(fanout: Fanout, array: str, ids: Tensor) -> Tensor:
     return _merged_rows(fanout.plan, ids, targets, replies)
 
 
-async def write_rows(fanout: Fanout, array: str, ids: Tensor, rows: Tensor) -> None:
-    """Overwrite rows [M, ..] of a named array, in the table's order of columns."""
+async def write_rows(fanout: Fanout, array: str, ids: Tensor, rows: Tensor, *, write: OpenWrite) -> None:
+    """Overwrite rows [M, ..] of a named array, in the table's order of columns; ``write``: of all tries the same."""
 
     async def tell(target: _Target, host: ShardHost, envelope: Envelope) -> object:
         kept_ids, kept_rows = (ids, rows) if target.kept is None else (ids[target.kept], rows[target.kept])
         if target.route is not None and array != "keys":
             kept_rows = _columns_of(target.route, kept_rows, fanout.plan)
         fanout.traffic.bytes_sent += kept_ids.nbytes + kept_rows.nbytes
-        return await host.write_rows(
-            WriteRowsRequest(envelope=envelope, array=array, ids=kept_ids, blocks=target.blocks(array), rows=kept_rows)
+        request = WriteRowsRequest(
+            envelope=envelope,
+            array=array,
+            ids=kept_ids,
+            blocks=target.blocks(array),
+            rows=kept_rows,
+            write_id=write.id,
         )
+        reply = await host.write_rows(request)
+        fanout.saw(reply.stamp.table_version)
+        return reply
 
     targets = _targets(fanout.plan, array, ids)
     await fanout.each([(target.info, partial(tell, target)) for target in targets])

@@ -12,6 +12,7 @@ from mempool.client.routing.retry import Backoff, GiveUp, Retry
 from mempool.client.routing.whereabouts import Whereabouts
 from mempool.errors import MempoolError
 from mempool.types.caller import Caller, calling, current_caller
+from mempool.types.running import Clock
 
 T = TypeVar("T")
 
@@ -24,6 +25,7 @@ class Tries:
         timeout_s: Deadline of a call that names none, seconds.
         backoff: Waits between tries.
         jitter: Gives a number from 0 to 1 at each call.
+        clock: Seconds, monotonic: what deadlines that go along with calls are told by.
     """
 
     def __init__(
@@ -33,7 +35,9 @@ class Tries:
         timeout_s: float = 30.0,
         backoff: Backoff | None = None,
         jitter: Callable[[], float] = random.random,
+        clock: Clock = time.monotonic,
     ) -> None:
+        self._clock = clock
         self.where = where
         self.timeout_s = timeout_s
         self._backoff = backoff or Backoff()
@@ -62,25 +66,27 @@ class Tries:
         what: str,
         once: Callable[[], Awaitable[T]],
         *,
-        refresh: Callable[[], Awaitable[None]] | None = None,
+        refresh: Callable[[], Awaitable[bool]] | None = None,
         waiting_for: WaitingFor = tuple,
         timeout_s: float | None = None,
         refused_s: float | None = None,
+        again: bool = True,
     ) -> T:
         """The result of ``once``.
 
         Args:
             what: Name of the table it is about, or of the call, for messages.
             once: May be cut off anywhere and run again, so all it sends must bear repetition.
-            refresh: Run before each further try.
+            refresh: Run before each further try; answers whether it found anything newer.
             waiting_for: (shard, address) of those that were asked and have not answered.
             refused_s: How long to go on where nobody listens at any address; None: until the deadline.
+            again: False: one try, whatever error it ends with.
         """
         clock = asyncio.get_running_loop()
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         retry = self.retry(what, timeout_s=timeout_s, refused_s=refused_s)
         try:
-            with calling(_bounded(timeout_s if self._patience is None else max(timeout_s, LONGEST_WORK_S))):
+            with calling(self._bounded(timeout_s if self._patience is None else max(timeout_s, LONGEST_WORK_S))):
                 async with self._deadline(timeout_s, waiting_for):
                     while True:
                         try:
@@ -88,12 +94,14 @@ class Tries:
                         except MempoolError as error:
                             if self._closed:
                                 raise MempoolError(f"{self.where.pool} was closed during the call.") from error
+                            if not again:
+                                raise
                             action = retry.failed(error, now_s=clock.time())
                             if isinstance(action, GiveUp):
                                 raise action.error from (None if action.error is error else error)
                         await asyncio.sleep(action.delay_s)
-                        if refresh is not None:
-                            await refresh()
+                        if refresh is not None and await refresh():
+                            retry.replanned()
         except MempoolError:
             raise
         except TimeoutError:
@@ -104,10 +112,9 @@ class Tries:
             return asyncio.timeout(timeout_s)
         return self._patience.timeout(timeout_s, waiting_for)
 
-
-def _bounded(timeout_s: float) -> Caller:
-    """Whoever asks now, with this deadline, or their own where it is earlier."""
-    caller, deadline_s = current_caller(), time.monotonic() + timeout_s
-    if caller.deadline_s is not None:
-        deadline_s = min(deadline_s, caller.deadline_s)
-    return Caller(name=caller.name, deadline_s=deadline_s)
+    def _bounded(self, timeout_s: float) -> Caller:
+        """Whoever asks now, with this deadline, or their own where it is earlier."""
+        caller, deadline_s = current_caller(), self._clock() + timeout_s
+        if caller.deadline_s is not None:
+            deadline_s = min(deadline_s, caller.deadline_s)
+        return Caller(name=caller.name, deadline_s=deadline_s)

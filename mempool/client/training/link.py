@@ -35,13 +35,15 @@ class TableLink:
     Attributes:
         number: In ``LINKS``.
         markers: Of the modules whose ``zero_grad`` drops what is pending.
+        session: The table's updates and steps.
+        run: Waits for the IO loop.
     """
 
     def __init__(self, schema: TableSchema, *, router: Router, session: Session, run: Run) -> None:
         self._schema = schema
         self._router = router
-        self._session = session
-        self._run = run
+        self.session = session
+        self.run = run
         self._wire_dtype: WireDtype = "float32"
         self._cautions = Cautions(schema.name, grouped=False)
         self.markers = Markers()
@@ -76,7 +78,7 @@ class TableLink:
 
     def send_gather(self, bags: Bags, *, remember: bool) -> tuple[Tensor, LookupRecord]:
         """Pooled values [B, V] float32 on the CPU."""
-        return self._run(self._session.gather(bags, remember=remember, reply_dtype=self._wire_dtype))
+        return self.run(self.session.gather(bags, remember=remember, reply_dtype=self._wire_dtype))
 
     def send_update(self, record: LookupRecord, grads: Tensor, *, hold: bool, want_weight_grad: bool) -> Tensor | None:
         """grads [B, V] on any device -> d_weights [L] float32 on the CPU."""
@@ -86,9 +88,9 @@ class TableLink:
             self._cautions.before_update()
             self._begin_gradient()
         own = own_copy(grads, _WIRE_DTYPES[self._wire_dtype])
-        answer = self._run(self._session.update(record, own, hold=hold, want_weight_grad=want_weight_grad))
+        answer = self.run(self.session.update(record, own, hold=hold, want_weight_grad=want_weight_grad))
         if hold:
-            self._cautions.after_update(pending=self._session.pending, pending_bytes=self._session.pending_bytes)
+            self._cautions.after_update(pending=self.session.pending, pending_bytes=self.session.pending_bytes)
         return answer
 
     def version(self) -> int:
@@ -100,14 +102,14 @@ class TableLink:
 
     def drop_zeroed(self) -> int:
         """Discard what is pending if a module that holds the table has zeroed it; answers how many updates."""
-        if self._session.nothing_to_drop or not self.markers.zeroed():
+        if self.session.nothing_to_drop or not self.markers.zeroed():
             return 0
         self.markers.reset()
-        return self._run(self._session.discard())
+        return self.run(self.session.discard())
 
     def _begin_gradient(self) -> None:
         self.drop_zeroed()
-        if not self._session.pending:
+        if not self.session.pending:
             self.markers.reset()
 
     def release(self, record: LookupRecord) -> Callable[[], None]:

@@ -1,47 +1,45 @@
-"""Carries out one trainer's steps on one table: pushes updates, prepares, commits, discards. What a step is: ``steps``.
+"""One trainer's updates and steps on one table: numbers them, keeps them, pushes them. Committing is ``coordinator``'s.
 
-Everything runs on one event loop, so that backward passes of several threads need no lock. What a step of several
-tables needs together (a global norm, a gradient scaler) is decided above, between ``prepare`` and ``commit``.
+Everything runs on one event loop, so that backward passes of several threads need no lock.
 """
 
 import asyncio
-import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
+from mempool.agreement.book import Book, Step
 from mempool.client.routing.attempt import Attempt, LookupRecord
 from mempool.client.routing.plan import TablePlan
 from mempool.client.routing.router import Router
-from mempool.client.training.steps import Decision, Pushed, Step, Steps
-from mempool.errors import Internal, InvalidRequest, StepConflict
-from mempool.types import CommitReply
+from mempool.client.training.coordinator import Commitment, Coordinator, Prepared
+from mempool.client.training.joint import Joint
+from mempool.client.training.pushes import Pushes
+from mempool.errors import Internal, MempoolError
+from mempool.types import StepId
 from mempool.types.bags import Bags
 from mempool.types.messages import ReplyDtype
-from mempool.types.norms import joined_norm
-
-# How often one try may find updates missing, send them again and ask again.
-_MAX_ROUNDS = 5
-
-_LeftS = Callable[[], float]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """What a prepared step looks like.
+@dataclass(slots=True, kw_only=True, eq=False)
+class Pushed:
+    """An update that was pushed: its lookup and its gradient [B, V].
 
     Attributes:
-        updates: How many updates it has.
-        squared_norm: Squared norm of the table's reduced gradient; 0.0 if it was not asked for.
-        finite: No inf or NaN in the reduced gradient; True if it was not asked for.
-        norm: Of the order that was asked for besides; 0.0 if none was.
+        held: The step's number and the plan under which every shard has said that it holds it; None where none was.
     """
 
-    updates: int
-    squared_norm: float
-    finite: bool
-    norm: float = 0.0
+    record: LookupRecord
+    grads: Tensor
+    held: tuple[int, TablePlan] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """What keeping it costs, in tensors."""
+        return self.grads.nbytes + self.record.bags.num_bytes
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,37 +57,68 @@ class Session:
     """The updates and steps of one client on one table.
 
     Life of a step: [TRAINER] ``update`` numbers a gradient, keeps it, sends it; [SHARD] holds it; [TRAINER]
-    ``prepare`` asks whether everything is there, sends again what is missing; ``commit`` tells every owner to apply
-    it and forgets the updates once all have said so. A failed call leaves a step that the same call continues.
+    ``prepare`` asks whether everything is there, sends again what is missing; ``commit`` lets the decider decide, tells
+    the others, and forgets the updates once all have applied it. A failed call leaves a step that the same call
+    continues. Steps of several tables together: ``Coordinator``.
 
     Args:
         router: Carries the calls.
         table_id: The table.
         group: The name of the trainer's group in ledgers, unique among all groups.
         rank: The trainer's number in its group.
+        generation: How often the trainer has gone back to an earlier step.
+        coordinator: That of all sessions on the pool; None: one of its own.
+
+    Attributes:
+        book: Its steps.
+        pushes: Its updates that are on their way.
+        joint: The step that is prepared, or whose Commit is under way, with other tables' where they are committed
+            together. applying: The one before, decided, which some owners may not have applied yet.
+        deciding: Held by whoever prepares, commits or discards.
     """
 
-    def __init__(self, router: Router, *, table_id: int, group: str, rank: int = 0) -> None:
+    def __init__(
+        self,
+        router: Router,
+        *,
+        table_id: int,
+        group: str,
+        rank: int = 0,
+        generation: int = 0,
+        coordinator: Coordinator | None = None,
+    ) -> None:
         self.counters = SessionCounters()
+        self.table_id = table_id
+        self.rank = group, rank
+        self.book: Book[Pushed] = Book(group=group, rank=rank, generation=generation)
+        self.pushes = Pushes()
+        self.joint: Joint | None = None
+        self.applying: Joint | None = None
+        self.deciding = asyncio.Lock()
+        self.coordinator = Coordinator(router) if coordinator is None else coordinator
         self._router = router
-        self._table_id = table_id
-        self._steps = Steps(group=group, rank=rank)
-        self._deciding = asyncio.Lock()
+        self._pushing: dict[int, Attempt] = {}
+        self.coordinator.add(self)
 
     @property
     def pending(self) -> int:
         """Updates pushed and not yet committed or discarded."""
-        return self._steps.pending
+        return self.book.pending
 
     @property
     def pending_bytes(self) -> int:
         """Bytes of ids, weights and gradients that are kept for them here."""
-        return self._steps.pending_bytes
+        return self.book.pending_bytes
 
     @property
     def nothing_to_drop(self) -> bool:
         """Whether ``discard`` would do nothing. May be asked on any thread."""
-        return self._steps.nothing_to_drop
+        return self.book.nothing_to_drop
+
+    @property
+    def waiting_for(self) -> tuple[tuple[int, str], ...]:
+        """(shard, address) of those that have not answered a push."""
+        return tuple(sorted({each for attempt in self._pushing.values() for each in attempt.fanout.waiting_for}))
 
     async def gather(
         self,
@@ -101,14 +130,20 @@ class Session:
     ) -> tuple[Tensor, LookupRecord]:
         """As the router's."""
         self.counters.lookups += 1
-        return await self._router.gather(
-            self._table_id, bags=bags, remember=remember, reply_dtype=reply_dtype, timeout_s=timeout_s
+        answer = await self._router.gather(
+            self.table_id, bags=bags, remember=remember, reply_dtype=reply_dtype, timeout_s=timeout_s
         )
+        if remember:
+            self.coordinator.heartbeats.wake()
+        return answer
 
     async def update(
         self, record: LookupRecord, grads: Tensor, *, hold: bool, want_weight_grad: bool, timeout_s: float | None = None
     ) -> Tensor | None:
         """Push the gradient of a lookup.
+
+        Where no d_weights are wanted nobody waits for the shards' answers, but where too many bytes are on their way:
+        what does not arrive is sent again by the commit.
 
         Args:
             grads: [B, V] float32 or bfloat16, not to be changed by the caller any more.
@@ -118,22 +153,28 @@ class Session:
             d_weights [L] float32, None if not wanted.
 
         Raises:
-            MempoolError: As the router's; the update is then no part of the step.
+            MempoolError: As the router's, where d_weights are wanted; the update is then no part of the step.
         """
         if not (hold or want_weight_grad):
             return None
-        sequence = self._steps.next_sequence()
-        step = self._steps.open
+        update = Pushed(record=record, grads=grads)
+        if not want_weight_grad:
+            await self.pushes.room(update.num_bytes)
+        sequence = self.book.next_sequence()
+        step = self.book.open
         if hold:
-            step.add(sequence, Pushed(record=record, grads=grads))
+            step.add(sequence, update)
+            self.coordinator.heartbeats.wake()
+        if not want_weight_grad:
+            self.counters.updates_pushed += 1
+            self.pushes.start(self._push(update, step.step_id, sequence), update.num_bytes)
+            return None
         try:
-            weight_grad = await self._router.update(
-                record,
-                grads,
-                step_id=step.step_id,
-                sequence=sequence,
-                hold=hold,
-                want_weight_grad=want_weight_grad,
+            weight_grad = await self._router.call(
+                self.table_id,
+                partial(
+                    _send, update=update, step_id=step.step_id, sequence=sequence, hold=hold, want_weight_grad=True
+                ),
                 timeout_s=timeout_s,
             )
         except BaseException:
@@ -151,24 +192,15 @@ class Session:
 
         Updates pushed from here on belong to the step after, unless ``prepare`` is called again.
         """
-        left_s = self._deadline(timeout_s)
-        async with self._deciding:
-            await self._finish_decided(left_s)
-            step = await self._seal(left_s)
-            if step is None:
-                return None
-
-            return await self._router.call(
-                self._table_id,
-                lambda attempt: self._prepare(attempt, step, want_norm=want_norm, norm_order=norm_order),
-                timeout_s=left_s(),
-            )
+        return (
+            await self.coordinator.prepare([self], want_norm=want_norm, norm_order=norm_order, timeout_s=timeout_s)
+        )[0]
 
     async def commit(self, *, lr: float, grad_scale: float = 1.0, timeout_s: float | None = None) -> int:
         """Apply everything pending as one optimizer step; nothing is sent, and no step counted, where nothing is.
 
         A commit that failed on its way (its error says so) is continued by the next call, with the lr and grad_scale
-        that were decided then, for some shards may have applied it.
+        that were decided then, for it may be decided.
 
         Returns:
             How many updates were committed.
@@ -177,19 +209,8 @@ class Session:
             InvalidRequest: lr or grad_scale is not finite, or lr is negative; nothing was changed.
             MempoolError: As the router's.
         """
-        if not (math.isfinite(lr) and lr >= 0.0):
-            raise InvalidRequest(f"lr = {lr}: a learning rate must be finite and not negative.")
-        if not math.isfinite(grad_scale):
-            raise InvalidRequest(
-                f"grad_scale = {grad_scale}: must be finite; discard a step whose gradients overflowed."
-            )
-        left_s = self._deadline(timeout_s)
-        async with self._deciding:
-            committed = await self._finish_decided(left_s)
-            step = await self._seal(left_s)
-            if step is None:
-                return committed
-            return committed + await self._commit(step, Decision(lr=lr, grad_scale=grad_scale), left_s)
+        commitment = Commitment(self, lr=lr, grad_scale=grad_scale)
+        return (await self.coordinator.commit([commitment], timeout_s=timeout_s))[0]
 
     async def discard(self, *, timeout_s: float | None = None) -> int:
         """Drop what is pending; sends nothing where nothing is. A step whose commit is under way stays.
@@ -197,128 +218,71 @@ class Session:
         Returns:
             How many updates were dropped.
         """
-        left_s = self._deadline(timeout_s)
-        async with self._deciding:
-            dropped = self._steps.give_up()
-            self.counters.updates_discarded += dropped
-            await self._drop_given_up(left_s)
-            return dropped
+        return (await self.coordinator.discard([self], timeout_s=timeout_s))[0]
 
-    async def _seal(self, left_s: _LeftS) -> Step | None:
-        """The step to prepare: what is pending, closed to further updates."""
-        self._steps.merge()
-        await self._drop_given_up(left_s)
-        return self._steps.seal()
+    async def send_again(
+        self, attempt: Attempt, step: Step[Pushed], missing: Mapping[int, tuple[int, ...]]
+    ) -> set[int]:
+        """Send updates of a step to the shards that miss them.
 
-    async def _drop_given_up(self, left_s: _LeftS) -> None:
-        # Forgotten here before the first message: should one fail, no commit names those updates any more. But a shard
-        # that has such a step prepared would refuse the next one, so it is told again before that.
-        given_up = self._steps.given_up
-        while given_up:
-            await self._router.discard(self._table_id, given_up[0], timeout_s=left_s())
-            del given_up[0]
+        Args:
+            missing: Sequences by shard.
 
-    async def _finish_decided(self, left_s: _LeftS) -> int:
-        step = self._steps.decided
-        if step is None or step.decision is None:
-            return 0
-        return await self._commit(step, step.decision, left_s)
-
-    async def _commit(self, step: Step, decision: Decision, left_s: _LeftS) -> int:
-        async def once(attempt: Attempt) -> None:
-            if len(attempt.plan.owners) == 1 and step.prepared_on is None:
-                await self._commit_in_one(attempt, step, decision)
-            else:
-                await self._commit_in_two(attempt, step, decision)
-
-        await self._router.call(self._table_id, once, timeout_s=left_s())
-        self._steps.acknowledged()
-        self.counters.steps_committed += 1
-        self.counters.updates_committed += len(step.sealed)
-        return len(step.sealed)
-
-    async def _commit_in_one(self, attempt: Attempt, step: Step, decision: Decision) -> None:
-        for _ in range(_MAX_ROUNDS):
-            step.decision = decision
-            try:
-                replies = await self._send_commit(attempt, step, decision, one_phase=True)
-            except InvalidRequest:
-                step.decision = None  # the one owner changed nothing, so all is open again
-                raise
-            missing = {shard: reply.missing for shard, reply in replies.items() if not reply.applied}
-            if not missing:
-                return
-            step.decision = None
-            await self._send_missing(attempt, step, missing)
-        raise _keeps_missing(attempt.plan, step, missing)
-
-    async def _commit_in_two(self, attempt: Attempt, step: Step, decision: Decision) -> None:
-        for more in reversed(range(_MAX_ROUNDS)):
-            if step.prepared_on is not attempt.plan:
-                await self._prepare(attempt, step, want_norm=False)
-            step.decision = decision
-            try:
-                await self._send_commit(attempt, step, decision, one_phase=False)
-                return
-            except StepConflict:
-                # An owner has forgotten its Prepare: it starts over, and owners that have applied the step say so.
-                step.prepared_on = None
-                if not more:
-                    raise
-
-    async def _send_commit(
-        self, attempt: Attempt, step: Step, decision: Decision, *, one_phase: bool
-    ) -> dict[int, CommitReply]:
-        return await attempt.commit(
-            step.step_id,
-            lr=decision.lr,
-            grad_scale=decision.grad_scale,
-            sequences=step.sealed,
-            one_phase=one_phase,
-        )
-
-    async def _prepare(self, attempt: Attempt, step: Step, *, want_norm: bool, norm_order: float = 0.0) -> Prepared:
-        missing: Mapping[int, tuple[int, ...]] = {}
-        for _ in range(_MAX_ROUNDS):
-            replies = await attempt.prepare(
-                step.step_id, sequences=step.sealed, want_norm=want_norm, norm_order=norm_order
-            )
-            missing = {shard: reply.missing for shard, reply in replies.items() if reply.missing and not reply.applied}
-            if not missing:
-                step.prepared_on = attempt.plan
-                return Prepared(
-                    updates=len(step.sealed),
-                    squared_norm=math.fsum(reply.squared_norm for reply in replies.values()),
-                    finite=all(reply.finite for reply in replies.values()),
-                    norm=joined_norm([reply.norm for reply in replies.values()], norm_order) if norm_order else 0.0,
-                )
-            await self._send_missing(attempt, step, missing)
-        raise _keeps_missing(attempt.plan, step, missing)
-
-    async def _send_missing(self, attempt: Attempt, step: Step, missing: Mapping[int, Collection[int]]) -> None:
+        Returns:
+            Shards that had said, under the same plan, that they hold what they miss now.
+        """
+        forgetful: set[int] = set()
         for sequence in sorted(set().union(*missing.values())):
-            pushed = step.updates.get(sequence)
-            if pushed is None:
+            update = step.updates.get(sequence)
+            if update is None:
                 raise Internal(f"shards miss update {sequence}, which step {step.step_id.step} does not have.")
-            await attempt.update(
-                pushed.record,
-                pushed.grads,
+            only = [shard for shard, sequences in missing.items() if sequence in sequences]
+            if update.held == (step.step_id.step, attempt.plan):
+                forgetful.update(only)
+            await _send(
+                attempt,
+                update=update,
                 step_id=step.step_id,
                 sequence=sequence,
                 hold=True,
                 want_weight_grad=False,
-                only=[shard for shard, sequences in missing.items() if sequence in sequences],
+                only=only,
             )
+        return forgetful
 
-    def _deadline(self, timeout_s: float | None) -> _LeftS:
-        """One deadline for all messages of a call: the seconds left of it, asked at any time from now."""
-        clock = asyncio.get_running_loop()
-        end_s = clock.time() + (self._router.timeout_s if timeout_s is None else timeout_s)
-        return lambda: end_s - clock.time()
+    async def _push(self, update: Pushed, step_id: StepId, sequence: int) -> None:
+        """One try, whose failure is no error: Prepare says what is missing."""
+
+        async def once(attempt: Attempt) -> None:
+            self._pushing[sequence] = attempt
+            await _send(attempt, update=update, step_id=step_id, sequence=sequence, hold=True, want_weight_grad=False)
+
+        try:
+            with suppress(MempoolError):
+                await self._router.call(self.table_id, once, again=False)
+        finally:
+            self._pushing.pop(sequence, None)
 
 
-def _keeps_missing(plan: TablePlan, step: Step, missing: Mapping[int, tuple[int, ...]]) -> Internal:
-    return Internal(
-        f"table {plan.schema.name!r}: shards still miss updates of step {step.step_id.step}, rank {step.step_id.rank}, "
-        f"after {_MAX_ROUNDS} rounds of sending them again: {dict(missing)} (shard: sequences). Please report it."
+async def _send(
+    attempt: Attempt,
+    *,
+    update: Pushed,
+    step_id: StepId,
+    sequence: int,
+    hold: bool,
+    want_weight_grad: bool,
+    only: list[int] | None = None,
+) -> Tensor | None:
+    answer = await attempt.update(
+        update.record,
+        update.grads,
+        step_id=step_id,
+        sequence=sequence,
+        hold=hold,
+        want_weight_grad=want_weight_grad,
+        only=only,
     )
+    if hold:
+        update.held = step_id.step, attempt.plan
+    return answer

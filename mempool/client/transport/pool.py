@@ -1,12 +1,14 @@
 """The controller behind channels: ``PoolApi`` by any of several addresses, by shards' while the controller is away."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import TypeVar
 
 from mempool.errors import DeadlineExceeded, MempoolError, NotFound, PoolUnreachable, Unavailable
-from mempool.types import PoolStatus, RescaleProgress, TableSchema, TableView
+from mempool.types import DropTable, PoolStatus, RescaleProgress, TableSchema, TableView
 from mempool.types.caller import current_caller
+from mempool.types.running import Clock
 from mempool.wire import methods
 from mempool.wire.channels.channel import Channel, Channels
 
@@ -29,9 +31,11 @@ class GrpcPool:
     Args:
         addresses: "host:port" of the controller, of shards, or of both; at least one.
         channels: Makes the connections.
+        clock: Seconds, monotonic: what callers' deadlines are told by.
     """
 
-    def __init__(self, addresses: Iterable[str], channels: Channels) -> None:
+    def __init__(self, addresses: Iterable[str], channels: Channels, *, clock: Clock = time.monotonic) -> None:
+        self._deadlines = clock
         self._bootstrap = tuple(dict.fromkeys(addresses))
         self._make_channel = channels
         self._preferred = self._bootstrap[0]
@@ -47,8 +51,9 @@ class GrpcPool:
             )
         )
 
-    async def drop_table(self, name: str) -> None:
-        await self._change(lambda channel, timeout_s: channel.call(methods.DROP_TABLE, name, timeout_s=timeout_s))
+    async def drop_table(self, name: str, *, table_id: int = 0) -> None:
+        request = DropTable(name=name, table_id=table_id)
+        await self._change(lambda channel, timeout_s: channel.call(methods.DROP_TABLE, request, timeout_s=timeout_s))
 
     async def table(self, name: str) -> TableView:
         """Raises NotFound only if the pool's own addresses say so: a shard may not have heard of the table yet."""
@@ -98,7 +103,7 @@ class GrpcPool:
         problems: dict[str, MempoolError] = {}
         for address in self._bootstrap:
             try:
-                return await call(self._channel(address), current_caller().remaining_s())
+                return await call(self._channel(address), current_caller().remaining_s(self._deadlines))
             except Unavailable as error:  # also what a shard says, which changes nothing
                 problems[address] = error
         raise self._unreachable(problems)
@@ -111,7 +116,7 @@ class GrpcPool:
             self._preferred = self._bootstrap[0]
         for address in dict.fromkeys((self._preferred, *self._bootstrap, *self._shard_addresses)):
             try:
-                left_s = current_caller().remaining_s()
+                left_s = current_caller().remaining_s(self._deadlines)
                 timeout_s = _READ_TIMEOUT_S if left_s is None else min(left_s, _READ_TIMEOUT_S)
                 answer = await call(self._channel(address), timeout_s)
             except (Unavailable, DeadlineExceeded) as error:

@@ -6,6 +6,7 @@ Everything here is made, used and closed on the process's IO loop. Retries and d
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +23,8 @@ from mempool.types import (
     ExportPages,
     GatherReply,
     GatherRequest,
+    HeartbeatReply,
+    HeartbeatRequest,
     LedgerPart,
     PageBatch,
     PrepareReply,
@@ -30,6 +33,8 @@ from mempool.types import (
     PullReport,
     ReadRowsReply,
     ReadRowsRequest,
+    ResolveReply,
+    ResolveRequest,
     ScoreReply,
     ScoreRequest,
     ShardInfo,
@@ -43,9 +48,10 @@ from mempool.types import (
     WriteRowsRequest,
 )
 from mempool.types.caller import current_caller
+from mempool.types.running import Clock
 from mempool.wire import methods
 from mempool.wire.channels.channel import Channel, Channels
-from mempool.wire.codecs.pages import FreezeTable
+from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
 from mempool.wire.methods import Method
 
 if TYPE_CHECKING:
@@ -65,9 +71,11 @@ class GrpcShard:
     Args:
         info: Which it is.
         channel: Leads to it; closed with this.
+        clock: Seconds, monotonic: what callers' deadlines are told by.
     """
 
-    def __init__(self, info: ShardInfo, channel: Channel) -> None:
+    def __init__(self, info: ShardInfo, channel: Channel, *, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
         self.info = info
         self._channel = channel
         self._calls = 0
@@ -92,6 +100,9 @@ class GrpcShard:
     async def discard(self, request: DiscardRequest) -> DiscardReply:
         return await self._call(methods.DISCARD, request)
 
+    async def heartbeat(self, request: HeartbeatRequest) -> HeartbeatReply:
+        return await self._call(methods.HEARTBEAT, request)
+
     async def score(self, request: ScoreRequest) -> ScoreReply:
         return await self._call(methods.SCORE, request)
 
@@ -107,14 +118,18 @@ class GrpcShard:
     async def attach_table(self, request: AttachTable) -> None:
         await self._call(methods.ATTACH_TABLE, request)
 
-    async def drop_table(self, table_id: int) -> None:
-        await self._call(methods.SHARD_DROP_TABLE, table_id)
+    async def drop_table(self, table_id: int, *, unmade: bool = False) -> None:
+        await self._call(methods.SHARD_DROP_TABLE, ForgetTable(table_id=table_id, unmade=unmade))
 
-    async def freeze(self, table_id: int, timeout_s: float) -> int:
-        return await self._call(methods.FREEZE, FreezeTable(table_id=table_id, timeout_s=timeout_s))
+    async def freeze(self, table_id: int, timeout_s: float, *, token: str, lease_s: float) -> int:
+        request = FreezeTable(table_id=table_id, timeout_s=timeout_s, token=token, lease_s=lease_s)
+        return await self._call(methods.FREEZE, request)
 
-    async def thaw(self, table_id: int) -> None:
-        await self._call(methods.THAW, table_id)
+    async def thaw(self, table_id: int, *, token: str = "") -> None:
+        await self._call(methods.THAW, ThawTable(table_id=table_id, token=token))
+
+    async def resolve(self, request: ResolveRequest) -> ResolveReply:
+        return await self._call(methods.RESOLVE, request)
 
     async def export_pages(self, request: ExportPages) -> PageBatch:
         return await self._call(methods.EXPORT_PAGES, request)
@@ -125,8 +140,8 @@ class GrpcShard:
     async def pull_pages(self, request: PullPages) -> PullReport:
         return await self._call(methods.PULL_PAGES, request)
 
-    async def set_view(self, view: TableView) -> None:
-        await self._call(methods.SET_VIEW, view)
+    async def set_view(self, view: TableView, *, token: str = "") -> None:
+        await self._call(methods.SET_VIEW, SetView(view=view, token=token))
 
     async def views(self) -> tuple[TableView, ...]:
         return await self._call(methods.LIST_TABLES, None)
@@ -143,7 +158,7 @@ class GrpcShard:
         self._calls += 1
         try:
             return await self._channel.call(
-                method, request, timeout_s=current_caller().remaining_s(), narrow_ids=narrow_ids
+                method, request, timeout_s=current_caller().remaining_s(self._clock), narrow_ids=narrow_ids
             )
         finally:
             self._calls -= 1
@@ -154,9 +169,11 @@ class GrpcDialer:
 
     Args:
         channels: Makes the connections.
+        clock: As of ``GrpcShard``.
     """
 
-    def __init__(self, channels: Channels) -> None:
+    def __init__(self, channels: Channels, *, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
         self._channels = channels
         self._hosts: dict[ShardInfo, GrpcShard] = {}
         self._used_s: dict[ShardInfo, float] = {}
@@ -179,7 +196,7 @@ class GrpcDialer:
         now_s = asyncio.get_running_loop().time()
         if host is None:
             self._close_idle(now_s)
-            host = GrpcShard(info, self._channels(info.address, shard=info.shard))
+            host = GrpcShard(info, self._channels(info.address, shard=info.shard), clock=self._clock)
             self._hosts[info] = host
         self._used_s[info] = now_s
         return host

@@ -24,6 +24,8 @@ PageNumbers = npt.NDArray[np.int64]
 PAGE_TABLE_BYTES = 12
 """Of every row page of the table, here or not: where it lies, and when it was last written to."""
 
+_IDLE_PART = 16
+"""An arena lets a sixteenth of its pages be free before it gives memory back."""
 _COPY_BYTES = 16 * 2**20
 """Rows are copied in pieces of about this size, so that no copy needs much memory beside the arenas."""
 
@@ -55,7 +57,7 @@ class Arena:
         self._row_bytes = row_bytes(schema, blocks)
         self._block_dim = schema.block_dim
         self._packed = packed_layout(schema, blocks)
-        self._capacity = 0
+        self._capacity = self._freed = 0
         self._free: PageNumbers = np.empty(0, dtype=np.int64)  # descending: the lowest is taken first
         widths = {array.name: (array.width(blocks), array.dtype) for array in self.arrays}
         if self._packed is not None:
@@ -208,6 +210,7 @@ class Arena:
     def give_back(self, arena_pages: PageNumbers) -> None:
         """Arena pages that are not published any more."""
         self._free = np.sort(np.append(self._free, arena_pages))[::-1]
+        self._freed += len(arena_pages)
 
     def publish(self, row_pages: PageNumbers, arena_pages: PageNumbers) -> None:
         """From now on these row pages are found at these arena pages."""
@@ -220,15 +223,31 @@ class Arena:
         return arena_pages
 
     def shrink(self) -> None:
-        """Give memory back where more than half of the arena is free; changes where pages lie, not what they hold."""
-        count = self.num_taken
-        if len(self._free) * 2 <= self._capacity:
+        """Give memory back that holds no pages; changes where pages lie, not what they hold.
+
+        Where that costs no copy of the whole, a little each time: whoever moves pages away, round after round, waits
+        for as much as moves, and never for all that is left. Else all, where more than half is free.
+        """
+        freed, self._freed = self._freed, 0
+        if all(rows.grows_in_place for rows in self._memory.values()):
+            if len(self._free) * _IDLE_PART <= self._capacity:
+                return
+            # Two for each that went, so that it catches up with those that were let be before.
+            most = max(2 * freed, _COPY_BYTES // max(1, self.page_bytes), 1)
+        elif len(self._free) * 2 > self._capacity:
+            most = self._capacity
+        else:
             return
         here = np.flatnonzero(self.page_of >= 0)
-        if len(here) != count:
+        if len(here) != self.num_taken:
             return  # pages on their way here are known to others by where they lie
+        # Whatever lies from ``count`` on has to move: at most so many pages, to as many holes before it.
+        count = self.num_taken
+        if len(here) > most:
+            count = max(count, int(np.partition(self.page_of[here], -most)[-most]))
         beyond = here[self.page_of[here] >= count]
-        places, holes = self.page_of[beyond].astype(np.int64), self._free[self._free < count]
+        places = self.page_of[beyond].astype(np.int64)
+        holes = np.sort(self._free)[: len(beyond)]
         for piece in pieces(len(holes), self.page_bytes):
             source, into = (torch.from_numpy(pages[piece].copy()).to(self._device) for pages in (places, holes))
             with self.writing(pages=into):
@@ -236,7 +255,8 @@ class Arena:
                     pages = rows.view(self._capacity, self._page_slots, rows.shape[1])
                     pages[into] = pages[source]
         self.publish(beyond, holes)
-        self._free = np.empty(0, dtype=np.int64)
+        free = np.setdiff1d(np.append(self._free, places), holes)
+        self._free = free[free < count][::-1].copy()
         self._resize(count, room=count)
 
     def _grown(self, count: int) -> int:

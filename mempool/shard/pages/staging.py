@@ -21,6 +21,7 @@ class Staging:
     Attributes:
         version: The highest table version that pages came with; None where none are staged.
         ledger: The ledger that came with them.
+        decisions: The ledger of the table's gate, where this shard is to be that instead.
     """
 
     def __init__(self, table: Storage) -> None:
@@ -29,6 +30,7 @@ class Staging:
         self._heads: dict[int, Tensor] = {}
         self.version: int | None = None
         self.ledger: Ledger | None = None
+        self.decisions: Ledger | None = None
 
     @property
     def mask(self) -> Mask:
@@ -121,12 +123,15 @@ class Staging:
             return False
         return self.version > version or not self._table.num_pages + self._table.num_lost
 
-    def put_ledger(self, ledger: Ledger) -> None:
-        """Stage what was applied to the pages, as their owner knows it.
+    def put_ledger(self, ledger: Ledger, *, decisions: bool = False) -> None:
+        """Stage what was applied to the pages, as their owner knows it; or what the gate, whose ledger it is, decided.
 
         Raises:
             Internal: It is of another version than they. Nothing was changed.
         """
+        if decisions:  # it may come before the pages do
+            self.decisions = ledger
+            return
         if ledger.version != self.version:
             raise Internal(
                 f"pages of table {self._table.schema.name!r} came at version {self.version} and their ledger at "
@@ -172,7 +177,7 @@ class Staging:
     def _clear(self) -> None:
         self._pages.clear()
         self._heads.clear()
-        self.version = self.ledger = None
+        self.version = self.ledger = self.decisions = None
 
     def _check_complete(self, placement: Placement, owned: Mask, version: int) -> None:
         table = self._table

@@ -10,14 +10,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mempool.agreement.ledger import MAX_ENTRIES, generations
 from mempool.errors import DataLoss, Internal, InvalidRequest
 from mempool.shard.pages.arena import pieces
 from mempool.shard.pages.masks import RowPages, cells
 from mempool.shard.pages.named_arrays import HEAD_KEYS
 from mempool.shard.pages.staging import check_pages
 from mempool.shard.pages.storage import Storage
-from mempool.shard.steps.ledger import MAX_ENTRIES
-from mempool.types import ExportLedger, ExportPages, Ledger, LedgerPart, PageBatch, PullPages, PullReport, ShardHost
+from mempool.types import (
+    ExportLedger,
+    ExportPages,
+    Ledger,
+    LedgerEntry,
+    LedgerPart,
+    PageBatch,
+    PullPages,
+    PullReport,
+    ShardHost,
+)
 
 _PART_BYTES = 256 * 2**10
 """Of a ledger's entries that travel in one message, about."""
@@ -82,14 +92,14 @@ def _exported(table: Storage, request: ExportPages) -> dict[str, Tensor]:
 
 def ledger_part(ledger: Ledger, request: ExportLedger) -> LedgerPart:
     """Entries of a ledger from ``request.first`` on, as many as travel in one message."""
-    entries: dict[tuple[str, int], int] = {}
+    entries: dict[tuple[str, int], LedgerEntry] = {}
     num_bytes = 0
     first = min(request.first, len(ledger.entries))  # a number from outside may be beyond what islice takes
-    for rank, step in islice(ledger.entries.items(), first, None):
-        num_bytes += len(rank[0].encode()) + _ENTRY_BYTES
+    for rank, entry in islice(ledger.entries.items(), first, None):
+        num_bytes += len(rank[0].encode()) + sum(_ENTRY_BYTES * (1 + len(each.others)) for each in generations(entry))
         if entries and num_bytes > _PART_BYTES:
             break
-        entries[rank] = step
+        entries[rank] = entry
     return LedgerPart(
         version=ledger.version,
         updates_applied=ledger.updates_applied,
@@ -105,7 +115,7 @@ async def read_ledger(table_id: int, source: ShardHost) -> Ledger:
     Raises:
         Internal: The parts do not fit together: the table does not stand still there.
     """
-    entries: dict[tuple[str, int], int] = {}
+    entries: dict[tuple[str, int], LedgerEntry] = {}
     head: LedgerPart | None = None
     while head is None or len(entries) < head.num_entries:
         part = await source.export_ledger(ExportLedger(table_id=table_id, first=len(entries)))
@@ -137,7 +147,8 @@ async def pull(
     lacks_ledger: Callable[[], Awaitable[bool]],
     stage_ledger: Callable[[Ledger], Awaitable[None]],
 ) -> PullReport:
-    """Read the pages of ``request`` from ``source`` and stage them, then, once a move, what was applied to them.
+    """Read the pages of ``request`` from ``source`` and stage them, then, once a move, what was applied to them; where
+    it names no page, what the source has decided.
 
     Args:
         request: What to pull.
@@ -155,7 +166,7 @@ async def pull(
         num_bytes += await _pull_batch(_asked(request, rows=request.row_pages[piece]), request, source, stage)
     for head in request.key_pages:
         num_bytes += await _pull_batch(_asked(request, head=head), request, source, stage)
-    if await lacks_ledger():
+    if request.of_decisions or await lacks_ledger():
         await stage_ledger(await read_ledger(request.table_id, source))
     pages = len(request.row_pages) * len(request.blocks) + len(request.key_pages)
     return PullReport(pages=pages, num_bytes=num_bytes)
@@ -180,4 +191,5 @@ def _asked(request: PullPages, *, rows: RowPages | None = None, head: int | None
         row_pages=np.empty(0, dtype=np.int64) if rows is None else rows,
         blocks=() if rows is None else request.blocks,
         key_pages=() if head is None else (head,),
+        token=request.token,
     )

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from mempool import kernels
+from mempool.agreement.ledger import AppliedLedger
+from mempool.agreement.order import NOBODY
 from mempool.errors import DataLoss, StepConflict
 from mempool.kernels import OptimizerStep, SortedPairs
 from mempool.shard.pages.storage import Lane, Storage
@@ -22,15 +24,15 @@ from mempool.shard.steps.held import (
     KEPT_BYTES,
     HeldUpdate,
     HeldUpdates,
+    InOrder,
     Pairs,
     PreparedStep,
     Reduction,
     in_canonical_order,
 )
-from mempool.shard.steps.ledger import AppliedLedger
 from mempool.shard.steps.optimizers import optimizer_step, rounding
 from mempool.shard.steps.parts import pairs_bytes, reduce_in_parts, reduce_in_smaller_parts
-from mempool.types import CommitRequest, PrepareRequest, StepId
+from mempool.types import DecidedStep, ShardInfo, StepId
 from mempool.types.norms import joined_norm
 
 # Elements of sums whose norm of an order other than 2 is taken at a time.
@@ -42,64 +44,112 @@ def missing(updates: HeldUpdates, step_id: StepId, sequences: Sequence[int]) -> 
     return tuple(sequence for sequence in sorted(sequences) if updates.get(step_id, sequence) is None)
 
 
-def prepare(table: Storage, updates: HeldUpdates, request: PrepareRequest, *, caller: str = "") -> PreparedStep:
+def prepare(
+    table: Storage,
+    updates: HeldUpdates,
+    step_id: StepId,
+    sequences: Sequence[int],
+    *,
+    decider: tuple[int, int],
+    decider_at: ShardInfo | None = None,
+    decided_here: bool = False,
+    want_norm: bool = False,
+    norm_order: float = 0.0,
+    caller: str = "",
+) -> PreparedStep:
     """Prepare a step of which nothing is missing; a repeat answers what was found the first time.
+
+    Pairs are sorted, or summed where the norm is wanted, and kept for the commit where they are small enough: once the
+    step is decided, there is little left that could fail.
 
     Raises:
         StepConflict: A later step of the rank is prepared already.
         Overloaded: There is no room to remember that it is prepared.
     """
-    step_id, sequences = request.step_id, tuple(sorted(request.sequences))
+    in_order = tuple(sorted(sequences))
     known = updates.prepared_step(step_id)
-    _refuse_older(known, step_id)
-    if known is not None and known.is_of(step_id, sequences) and known.answers(request):
+    refuse_older(known, step_id)
+    again = known is not None and known.is_of(step_id, in_order) and known.decider == decider
+    if again and known is not None and known.answers(want_norm=want_norm, norm_order=norm_order):
         return known
-    norm = _Norm(request.norm_order)
-    held = _held(updates, step_id, sequences)
-    reductions = _reduce(table, held, norm, updates.budget) if request.want_norm and held else None
+    norm = _Norm(norm_order)
+    held = _held(updates, step_id, in_order)
+    reductions = _reduce(table, held, norm, updates.budget) if want_norm and held else None
     prepared = PreparedStep(
-        step=step_id.step,
-        sequences=sequences,
-        want_norm=request.want_norm,
+        step_id=step_id,
+        decider=decider,
+        decider_at=decider_at,
+        decided_here=decided_here,
+        sequences=in_order,
+        want_norm=want_norm,
         squared_norm=norm.squared,
         finite=norm.finite,
         reductions=reductions,
-        norm_order=request.norm_order,
+        sorted=_sorted(table, held, updates.budget) if held and not want_norm else None,
+        norm_order=norm_order,
         norm=norm.norm,
     )
     updates.set_prepared(step_id, prepared, caller=caller)
     return prepared
 
 
-def commit(table: Storage, updates: HeldUpdates, ledger: AppliedLedger, request: CommitRequest) -> None:
-    """Apply a step of which nothing is missing, in place.
+def require_prepared(
+    updates: HeldUpdates,
+    step_id: StepId,
+    sequences: Sequence[int] | None,
+    *,
+    decider: tuple[int, int] | None = None,
+) -> None:
+    """Raises StepConflict for a step that is not prepared, or with other updates, or another decider (None: any)."""
+    prepared = updates.prepared_step(step_id)
+    if prepared is None or prepared.step_id != step_id:
+        raise StepConflict(
+            f"step {step_id.step} of rank {step_id.rank} of group {step_id.group!r} is not prepared here: its trainer "
+            "was not heard of for longer than its lease, or it was never sent; send Prepare first (one_phase does both "
+            "where one shard owns everything). Nothing was changed."
+        )
+    if decider is not None and prepared.decider != decider:
+        raise StepConflict(
+            f"step {step_id.step} of rank {step_id.rank} of group {step_id.group!r} was prepared as a part of step "
+            f"{prepared.decider[1]} of table {prepared.decider[0]}, and is to be committed as one of step {decider[1]} "
+            f"of table {decider[0]}; prepare it again. Nothing was changed."
+        )
+    in_order = prepared.sequences if sequences is None else tuple(sorted(sequences))
+    if prepared.sequences != in_order:
+        raise StepConflict(
+            f"step {step_id.step} of rank {step_id.rank} of group {step_id.group!r} was prepared with updates "
+            f"{_shown(prepared.sequences)} and is to be committed with {_shown(in_order)}; prepare it again. Nothing "
+            "was changed."
+        )
+
+
+def apply(
+    table: Storage,
+    updates: HeldUpdates,
+    ledger: AppliedLedger,
+    decided: DecidedStep,
+    *,
+    others: tuple[DecidedStep, ...] = (),
+) -> None:
+    """Apply a step that was decided, in place, with the updates of it that are here.
 
     Raises:
-        StepConflict: The step was not prepared, or with other updates. Nothing was changed.
         DataLoss: A kernel failed when rows may have been written to: what the table holds is not known any more.
         Exception: What failed before the first row was written, as it was. Nothing was changed.
     """
-    step_id, sequences = request.step_id, tuple(sorted(request.sequences))
+    step_id = decided.step_id
     prepared = updates.prepared_step(step_id)
-    if request.one_phase:
-        _refuse_older(prepared, step_id)
-    elif prepared is None or prepared.step != step_id.step:
-        raise StepConflict(
-            f"step {step_id.step} of rank {step_id.rank} of group {step_id.group!r} is not prepared here; send Prepare "
-            "first (one_phase does both where a table has one owner)"
-        )
-    elif prepared.sequences != sequences:
-        raise StepConflict(
-            f"step {step_id.step} of rank {step_id.rank} of group {step_id.group!r} was prepared with updates "
-            f"{_shown(prepared.sequences)} and is to be committed with {_shown(sequences)}; prepare it again"
-        )
-    kept = prepared.reductions if prepared is not None and prepared.is_of(step_id, sequences) else None
+    if prepared is not None and prepared.step != step_id.step:
+        prepared = None
+    sequences = prepared.sequences if prepared is not None else tuple(sorted(decided.sequences))
     held = _held(updates, step_id, sequences)
-    step = optimizer_step(table.schema, lr=request.lr, grad_scale=request.grad_scale, number=ledger.step + 1)
-    if kept is not None:
-        writes: Iterable[Callable[[], None]] = _writes_of_sums(table, kept, step)
+    step = optimizer_step(table.schema, lr=decided.lr, grad_scale=decided.grad_scale, number=ledger.step + 1)
+    if prepared is not None and prepared.reductions is not None:
+        writes: Iterable[Callable[[], None]] = _writes_of_sums(table, prepared.reductions, step)
+    elif prepared is not None and prepared.sorted is not None:
+        writes = _writes_in_order(table, prepared.sorted, step)
     elif pairs_bytes(table, held) <= updates.budget.commit_room:
-        writes = _writes_of_pairs(table, held, step)
+        writes = _writes_in_order(table, _in_order(table, held) if held else (), step)
     else:
         writes = _writes_of_sums(table, reduce_in_smaller_parts(table, held, updates.budget.commit_room), step)
     begun = 0
@@ -108,7 +158,7 @@ def commit(table: Storage, updates: HeldUpdates, ledger: AppliedLedger, request:
             begun += 1
             write()
         if table.schedule is not None:
-            table.schedule.append(request.lr, number=step.step)
+            table.schedule.append(decided.lr, number=step.step)
     except Exception as error:
         # On a GPU memory is taken before the kernel that writes is launched.
         if begun == 0 or (begun == 1 and isinstance(error, torch.OutOfMemoryError)):
@@ -119,7 +169,10 @@ def commit(table: Storage, updates: HeldUpdates, ledger: AppliedLedger, request:
             f"({type(error).__name__}: {error}): its pages on this shard are not usable any more; drop the table and "
             "make it anew"
         ) from error
-    ledger.add(step_id, sequences)
+    if step_id == NOBODY:
+        ledger.add(None, ())
+        return
+    ledger.add(step_id, sequences, others)
     updates.decided(step_id)
 
 
@@ -203,16 +256,34 @@ def _writes_of_sums(
         yield partial(write.sums, reduction.pairs, reduction.sums)
 
 
-def _writes_of_pairs(table: Storage, held: list[HeldUpdate], step: OptimizerStep) -> list[Callable[[], None]]:
-    """Per arena, the call that sums and applies in one pass. Sorting, which needs memory, is done before all."""
-    writes: list[Callable[[], None]] = []
-    if not held:  # as on a shard none of whose pages were looked up
-        return writes
+def _in_order(table: Storage, held: list[HeldUpdate]) -> tuple[InOrder, ...]:
+    """The pairs of updates, sorted for each arena. All that needs memory for it."""
     pairs = _joined(table, held)
-    for lane in table.lanes:
-        in_order = kernels.sort_pairs(lane.arena.paged(), pairs.ids)
-        writes.append(partial(_Write(table, lane, step).pairs, in_order, pairs, lane.of(pairs.grads)))
-    return writes
+    return tuple(
+        InOrder(
+            lane=lane,
+            in_order=kernels.sort_pairs(lane.arena.paged(), pairs.ids),
+            pairs=pairs,
+            copied=len(held) > 1,
+        )
+        for lane in table.lanes
+    )
+
+
+def _sorted(table: Storage, held: list[HeldUpdate], budget: Budget) -> tuple[InOrder, ...] | None:
+    """Sorted, where that may be kept until the commit."""
+    if pairs_bytes(table, held) > budget.commit_room:
+        return None
+    parts = _in_order(table, held)
+    return parts if sum(part.num_bytes for part in parts) <= budget.kept_room else None
+
+
+def _writes_in_order(table: Storage, parts: Iterable[InOrder], step: OptimizerStep) -> list[Callable[[], None]]:
+    """Per arena, the call that sums and applies in one pass."""
+    return [
+        partial(_Write(table, part.lane, step).pairs, part.in_order, part.pairs, part.lane.of(part.pairs.grads))
+        for part in parts
+    ]
 
 
 class _Write:
@@ -250,8 +321,8 @@ class _Write:
             self._arena.state((kernels.LAST_STEP,))[kernels.LAST_STEP][pairs.rows] = version
 
 
-def _refuse_older(prepared: PreparedStep | None, step_id: StepId) -> None:
-    """A late message about an older step must not undo what is prepared."""
+def refuse_older(prepared: PreparedStep | None, step_id: StepId) -> None:
+    """Raises StepConflict: a late message about an older step must not undo what is prepared."""
     if prepared is not None and prepared.step > step_id.step:
         raise StepConflict(
             f"step {prepared.step} of rank {step_id.rank} of group {step_id.group!r} is prepared here already; "

@@ -5,12 +5,13 @@ Shapes and dtypes of tensors are checked here; what they must be in view of a ta
 
 from mempool.types import messages as types
 from mempool.wire.codecs.codec import INT64, PER_HEAD, REPLY_DTYPE, SLOT_IDS, FrameCodec, TensorField
-from mempool.wire.codecs.mirror import Converter, Mirror
+from mempool.wire.codecs.mirror import Converter, Mirror, Several
 from mempool.wire.v1 import data_pb2 as pb
 
 ENVELOPE = Mirror(pb.Envelope, types.Envelope)
 STAMP = Mirror(pb.Stamp, types.Stamp)
 STEP_ID = Mirror(pb.StepId, types.StepId)
+WRITE_ID = Mirror(pb.WriteId, types.WriteId)
 
 _FLOATS = ("float32", "bfloat16")
 _WEIGHTS = TensorField(dtypes=_FLOATS, optional=True)
@@ -19,6 +20,7 @@ _ROWS = TensorField(dtypes=(), dims=(2,))
 
 _REQUEST: dict[str, Converter] = {"envelope": ENVELOPE}
 _STEP: dict[str, Converter] = {"envelope": ENVELOPE, "step_id": STEP_ID}
+_WRITE: dict[str, Converter] = {"envelope": ENVELOPE, "write_id": WRITE_ID}
 _REPLY: dict[str, Converter] = {"stamp": STAMP}
 
 GATHER_REQUEST = FrameCodec(
@@ -38,12 +40,28 @@ UPDATE_REQUEST = FrameCodec(
 UPDATE_REPLY = FrameCodec(
     Mirror(pb.UpdateReply, types.UpdateReply, _REPLY), {"weight_grad": TensorField(optional=True)}
 )
-PREPARE_REQUEST = FrameCodec(Mirror(pb.PrepareRequest, types.PrepareRequest, _STEP))
-PREPARE_REPLY = FrameCodec(Mirror(pb.PrepareReply, types.PrepareReply, _REPLY))
-COMMIT_REQUEST = FrameCodec(Mirror(pb.CommitRequest, types.CommitRequest, _STEP))
-COMMIT_REPLY = FrameCodec(Mirror(pb.CommitReply, types.CommitReply, _REPLY))
-DISCARD_REQUEST = FrameCodec(Mirror(pb.DiscardRequest, types.DiscardRequest, _STEP))
-DISCARD_REPLY = FrameCodec(Mirror(pb.DiscardReply, types.DiscardReply, _REPLY))
+PREPARE_REQUEST = FrameCodec(
+    Mirror(
+        pb.PrepareRequest, types.PrepareRequest, {"parts": Several(Mirror(pb.PreparePart, types.PreparePart, _STEP))}
+    )
+)
+PREPARE_REPLY = FrameCodec(
+    Mirror(pb.PrepareReply, types.PrepareReply, {"parts": Several(Mirror(pb.PreparedPart, types.PreparedPart, _REPLY))})
+)
+COMMIT_REQUEST = FrameCodec(
+    Mirror(pb.CommitRequest, types.CommitRequest, {"parts": Several(Mirror(pb.CommitPart, types.CommitPart, _STEP))})
+)
+COMMIT_REPLY = FrameCodec(
+    Mirror(pb.CommitReply, types.CommitReply, {"parts": Several(Mirror(pb.CommittedPart, types.CommittedPart, _REPLY))})
+)
+DISCARD_REQUEST = FrameCodec(
+    Mirror(
+        pb.DiscardRequest, types.DiscardRequest, {"parts": Several(Mirror(pb.DiscardPart, types.DiscardPart, _STEP))}
+    )
+)
+DISCARD_REPLY = FrameCodec(Mirror(pb.DiscardReply, types.DiscardReply))
+HEARTBEAT_REQUEST = FrameCodec(Mirror(pb.HeartbeatRequest, types.HeartbeatRequest))
+HEARTBEAT_REPLY = FrameCodec(Mirror(pb.HeartbeatReply, types.HeartbeatReply))
 SCORE_REQUEST = FrameCodec(Mirror(pb.ScoreRequest, types.ScoreRequest, _REQUEST), {"queries": PER_HEAD})
 SCORE_REPLY = FrameCodec(
     Mirror(pb.ScoreReply, types.ScoreReply, _REPLY),
@@ -52,8 +70,9 @@ SCORE_REPLY = FrameCodec(
 READ_ROWS_REQUEST = FrameCodec(Mirror(pb.ReadRowsRequest, types.ReadRowsRequest, _REQUEST), {"ids": SLOT_IDS})
 READ_ROWS_REPLY = FrameCodec(Mirror(pb.ReadRowsReply, types.ReadRowsReply, _REPLY), {"rows": _ROWS})
 WRITE_ROWS_REQUEST = FrameCodec(
-    Mirror(pb.WriteRowsRequest, types.WriteRowsRequest, _REQUEST), {"ids": SLOT_IDS, "rows": _ROWS}
+    Mirror(pb.WriteRowsRequest, types.WriteRowsRequest, _WRITE, optional=("write_id",)),
+    {"ids": SLOT_IDS, "rows": _ROWS},
 )
 WRITE_ROWS_REPLY = FrameCodec(Mirror(pb.WriteRowsReply, types.WriteRowsReply, _REPLY))
-STEP_COUNT_REQUEST = FrameCodec(Mirror(pb.StepCountRequest, types.StepCountRequest, _REQUEST))
+STEP_COUNT_REQUEST = FrameCodec(Mirror(pb.StepCountRequest, types.StepCountRequest, _WRITE, optional=("write_id",)))
 STEP_COUNT_REPLY = FrameCodec(Mirror(pb.StepCountReply, types.StepCountReply, _REPLY))

@@ -7,29 +7,44 @@ from typing import Literal
 from mempool.errors import InvalidRequest
 from mempool.types.pages import (
     AttachTable,
+    DecidedStep,
     ExportLedger,
     ExportPages,
     Ledger,
+    LedgerEntry,
     LedgerPart,
     PageBatch,
     PullPages,
     PullReport,
+    ResolveReply,
+    ResolveRequest,
+    StepState,
 )
 from mempool.types.pool import ShardStatus, TableView
 from mempool.wire.bodies.frames import decode_frame, encode_frame
 from mempool.wire.bodies.tensors import FrameMemory
 from mempool.wire.codecs.codec import MAX_SMALL_BYTES, NUMBERS, FrameCodec, Only, ProtoCodec, packed, tensor_of
-from mempool.wire.codecs.mirror import MAX_MESSAGES, Choice, Functions, Mirror, bounded, checked_text
+from mempool.wire.codecs.messages import STEP_ID
+from mempool.wire.codecs.mirror import MAX_MESSAGES, Choice, Functions, Mirror, Several, bounded, checked_text
 from mempool.wire.codecs.tables import SHARD_INFO, SHARD_STATUS, VIEW
 from mempool.wire.v1 import shard_pb2 as pb
 
-Mode = Literal["initialise", "empty", "lost"]
+Mode = Literal["initialise", "empty", "lost", "confirm"]
 
 _MODES: Mapping[Mode, pb.AttachMode.ValueType] = {
     "initialise": pb.ATTACH_MODE_INITIALISE,
     "empty": pb.ATTACH_MODE_EMPTY,
     "lost": pb.ATTACH_MODE_LOST,
+    "confirm": pb.ATTACH_MODE_CONFIRM,
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForgetTable:
+    """The arguments of ``PageHost.drop_table``."""
+
+    table_id: int
+    unmade: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +53,24 @@ class FreezeTable:
 
     table_id: int
     timeout_s: float
+    token: str
+    lease_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThawTable:
+    """The arguments of ``PageHost.thaw``."""
+
+    table_id: int
+    token: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SetView:
+    """The arguments of ``PageHost.set_view``."""
+
+    view: TableView
+    token: str
 
 
 def ledger_message(value: Ledger) -> pb.Ledger:
@@ -58,20 +91,49 @@ def ledger_value(message: pb.Ledger) -> Ledger:
     )
 
 
+_DECIDED_STEP = Mirror(pb.DecidedStep, DecidedStep, {"step_id": STEP_ID})
+_DECIDED_STEPS = Several(_DECIDED_STEP)
+
+
+def _entry_message(entry: LedgerEntry, *, group: str = "", rank: int = 0) -> pb.LedgerEntry:
+    return pb.LedgerEntry(
+        group=group,
+        rank=rank,
+        step=entry.step,
+        generation=entry.generation,
+        version=entry.version,
+        dropped=entry.dropped,
+        others=_DECIDED_STEPS.to_wire(entry.others),
+        older=None if entry.older is None else _entry_message(entry.older),
+    )
+
+
+def _entry_value(message: pb.LedgerEntry, *, older: LedgerEntry | None = None) -> LedgerEntry:
+    return LedgerEntry(
+        generation=message.generation,
+        step=message.step,
+        version=message.version,
+        dropped=message.dropped,
+        others=_DECIDED_STEPS.from_wire(message.others, "LedgerEntry.others"),
+        older=older,
+    )
+
+
 class _Entries:
-    """The converter of a ledger's entries: (group, rank) -> step."""
+    """The converter of a ledger's entries: (group, rank) -> what was applied of it."""
 
-    def to_wire(self, value: Mapping[tuple[str, int], int]) -> list[pb.LedgerEntry]:
-        return [pb.LedgerEntry(group=group, rank=rank, step=step) for (group, rank), step in value.items()]
+    def to_wire(self, value: Mapping[tuple[str, int], LedgerEntry]) -> list[pb.LedgerEntry]:
+        return [_entry_message(entry, group=group, rank=rank) for (group, rank), entry in value.items()]
 
-    def from_wire(self, wire: Sequence[pb.LedgerEntry], where: str) -> dict[tuple[str, int], int]:
+    def from_wire(self, wire: Sequence[pb.LedgerEntry], where: str) -> dict[tuple[str, int], LedgerEntry]:
         bounded(len(wire), MAX_MESSAGES, where)
-        entries: dict[tuple[str, int], int] = {}
+        entries: dict[tuple[str, int], LedgerEntry] = {}
         for entry in wire:
             checked_text(entry.group, "LedgerEntry", "group")
             if (entry.group, entry.rank) in entries:
                 raise InvalidRequest(f"{where} has rank {entry.rank} of group {entry.group!r} twice")
-            entries[entry.group, entry.rank] = entry.step
+            older = _entry_value(entry.older) if entry.HasField("older") else None
+            entries[entry.group, entry.rank] = _entry_value(entry, older=older)
         return entries
 
 
@@ -126,13 +188,11 @@ ATTACH_TABLE_REQUEST = ProtoCodec(
     )
 )
 ATTACH_TABLE_REPLY: ProtoCodec[None, pb.AttachTableReply] = ProtoCodec(Only(pb.AttachTableReply))
-DROP_TABLE_REQUEST: ProtoCodec[int, pb.ShardServiceDropTableRequest] = ProtoCodec(
-    Only(pb.ShardServiceDropTableRequest, "table_id"), MAX_SMALL_BYTES
-)
+DROP_TABLE_REQUEST = ProtoCodec(Mirror(pb.ShardServiceDropTableRequest, ForgetTable), MAX_SMALL_BYTES)
 DROP_TABLE_REPLY: ProtoCodec[None, pb.ShardServiceDropTableReply] = ProtoCodec(Only(pb.ShardServiceDropTableReply))
 FREEZE_REQUEST = ProtoCodec(Mirror(pb.FreezeRequest, FreezeTable), MAX_SMALL_BYTES)
 FREEZE_REPLY: ProtoCodec[int, pb.FreezeReply] = ProtoCodec(Only(pb.FreezeReply, "version"))
-THAW_REQUEST: ProtoCodec[int, pb.ThawRequest] = ProtoCodec(Only(pb.ThawRequest, "table_id"), MAX_SMALL_BYTES)
+THAW_REQUEST = ProtoCodec(Mirror(pb.ThawRequest, ThawTable), MAX_SMALL_BYTES)
 THAW_REPLY: ProtoCodec[None, pb.ThawReply] = ProtoCodec(Only(pb.ThawReply))
 EXPORT_PAGES_REQUEST = FrameCodec(Mirror(pb.ExportPagesRequest, ExportPages), {"row_pages": NUMBERS})
 EXPORT_PAGES_REPLY = PageBatchCodec()
@@ -140,7 +200,19 @@ EXPORT_LEDGER_REQUEST = ProtoCodec(Mirror(pb.ExportLedgerRequest, ExportLedger),
 EXPORT_LEDGER_REPLY = ProtoCodec(Mirror(pb.ExportLedgerReply, LedgerPart, {"entries": _ENTRIES}))
 PULL_PAGES_REQUEST = FrameCodec(Mirror(pb.PullPagesRequest, PullPages, {"source": SHARD_INFO}), {"row_pages": NUMBERS})
 PULL_PAGES_REPLY = ProtoCodec(Mirror(pb.PullPagesReply, PullReport))
-SET_VIEW_REQUEST: ProtoCodec[TableView, pb.SetViewRequest] = ProtoCodec(Only(pb.SetViewRequest, "view", VIEW))
+SET_VIEW_REQUEST = ProtoCodec(Mirror(pb.SetViewRequest, SetView, {"view": VIEW}))
 SET_VIEW_REPLY: ProtoCodec[None, pb.SetViewReply] = ProtoCodec(Only(pb.SetViewReply))
+_STEP_STATES: Choice[StepState] = Choice(
+    {
+        "": pb.STEP_STATE_UNSPECIFIED,
+        "decided": pb.STEP_STATE_DECIDED,
+        "pending": pb.STEP_STATE_PENDING,
+        "dropped": pb.STEP_STATE_DROPPED,
+    }
+)
+RESOLVE_REQUEST = ProtoCodec(
+    Mirror(pb.ResolveRequest, ResolveRequest, {"step_id": STEP_ID}, optional=("step_id",)), MAX_SMALL_BYTES
+)
+RESOLVE_REPLY = ProtoCodec(Mirror(pb.ResolveReply, ResolveReply, {"state": _STEP_STATES, "steps": _DECIDED_STEPS}))
 STATUS_REQUEST: ProtoCodec[None, pb.StatusRequest] = ProtoCodec(Only(pb.StatusRequest), MAX_SMALL_BYTES)
 STATUS_REPLY: ProtoCodec[ShardStatus, pb.StatusReply] = ProtoCodec(Only(pb.StatusReply, "status", SHARD_STATUS))

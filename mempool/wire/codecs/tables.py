@@ -6,6 +6,7 @@ import numpy as np
 
 from mempool.errors import InvalidRequest
 from mempool.types.pool import (
+    DropTable,
     PoolStatus,
     RescaleProgress,
     ShardFill,
@@ -255,8 +256,8 @@ CREATE_TABLE_REQUEST: ProtoCodec[TableSchema, pool_pb2.CreateTableRequest] = Pro
 CREATE_TABLE_REPLY: ProtoCodec[TableView, pool_pb2.CreateTableReply] = ProtoCodec(
     Only(pool_pb2.CreateTableReply, "view", VIEW)
 )
-DROP_TABLE_REQUEST: ProtoCodec[str, pool_pb2.DropTableRequest] = ProtoCodec(
-    Only(pool_pb2.DropTableRequest, "name"), MAX_SMALL_BYTES
+DROP_TABLE_REQUEST: ProtoCodec[DropTable, pool_pb2.DropTableRequest] = ProtoCodec(
+    Mirror(pool_pb2.DropTableRequest, DropTable), MAX_SMALL_BYTES
 )
 DROP_TABLE_REPLY: ProtoCodec[None, pool_pb2.DropTableReply] = ProtoCodec(Only(pool_pb2.DropTableReply))
 GET_TABLE_REQUEST: ProtoCodec[str, pool_pb2.GetTableRequest] = ProtoCodec(

@@ -17,17 +17,27 @@ Pairs and bags. A gather is B bags of pairs (slot id, weight), in CSR form: bag 
 offsets[b + 1] - 1, offsets[0] = 0, offsets[B] = L. Ids may be int64, or uint32 where all fit. A bag may be empty, an id
 may be repeated, B and L may be 0.
 
-A training step. Gather (remember) -> Update (hold) -> Prepare at all owners -> Commit at all owners. Updates are only
-held until Commit applies them. Until every owner has acknowledged Commit, keep ids, weights and gradients: Prepare says
-which updates a shard does not hold, to be sent again. Updates are numbered by `sequence`, ascending in the life of one
-(group, rank), and steps by `step`, ascending; a client that joined no group makes up a random group name and is its
-rank 0. Sequences and steps are never used again for something else.
+A training step. Gather (remember) -> Update (hold) -> Prepare at all owners of all its tables, at once -> Commit at its
+decider -> Commit, decided, at the others. Updates are only held until their step is applied. Until every owner has
+answered the last of these, keep ids, weights and gradients: Prepare says which updates a shard does not hold, to be
+sent again. Updates are numbered by `sequence`, ascending in the life of one (group, rank) on a table, and steps by
+`step`, ascending; a client that joined no group makes up a random group name and is its rank 0. Sequences and steps
+are never used again for something else. A rank that goes back to an earlier step is a new `generation`: higher than all
+before it, in which its steps begin anew.
+
+Order. The lowest-numbered shard that owns any page of a table is its gate: it numbers the steps that are decided, by
+table version, and every owner applies them in that order. A step of several tables is decided once, by the gate of its
+first table (the decider). A step is acknowledged when it is decided; an owner that has not applied it yet lets those
+who ask with that version wait until it has.
+
+Leases. What a rank holds on a shard lives while the rank is heard of there: by any call, or by Heartbeat. A rank that was
+silent for longer than the lease loses it: what it prepared and nobody decided is dropped whole, at all tables.
 
 Concurrency. Calls may overlap and are answered in any order. Where one must see the other's effect, wait for its answer.
 
 Limits. A message, either way, is at most 256 MiB (ERROR_CODE_REQUEST_TOO_LARGE); scalars and names of one request (all but its tensors) are at most 4 MiB.
 
-64-bit integers: the values in this package stay below 2^53 except lookup ids and seeds, so a client in a language
+64-bit integers: the values in this package stay below 2^53 except lookup ids, writers and seeds, so a client in a language
 without them may use doubles for what it reads.
 """
 
@@ -64,9 +74,9 @@ class Envelope(_message.Message):
     incarnation: _builtins.int
     """Incarnation of the shard that is asked."""
     table_version: _builtins.int
-    """A table version that every owner has acknowledged to this client: the lowest among the stamps of a Commit's answers,
-    once all owners have answered. 0 where it knows of none, and always right. A shard that is behind it has lost commits
-    and answers ERROR_CODE_DATA_LOSS instead of old rows.
+    """A table version that the table's gate has acknowledged to this client, or that it has seen in a reply. 0 where it knows
+    of none, and always right. A shard that is behind it answers once it has caught up; where the gate knows no such
+    version, commits were lost, and the answer is ERROR_CODE_DATA_LOSS instead of old rows.
     """
     def __init__(
         self,
@@ -127,26 +137,64 @@ class StepId(_message.Message):
     GROUP_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     """The group: for a client that joined none, a random name of its own."""
     rank: _builtins.int
     """The rank in the group."""
     step: _builtins.int
     """The step, ascending."""
+    generation: _builtins.int
+    """Counts how often the rank has gone back to an earlier step: a lower generation is over."""
     def __init__(
         self,
         *,
         group: _builtins.str = ...,
         rank: _builtins.int = ...,
         step: _builtins.int = ...,
+        generation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "rank", b"rank", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "group", b"group", "rank", b"rank", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepId: _TypeAlias = StepId  # noqa: Y015
+
+@_typing.final
+class WriteId(_message.Message):
+    """One write of a client: of rows, or of the step count."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WRITER_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    OPEN_FIELD_NUMBER: _builtins.int
+    writer: _builtins.int
+    """The client: a number unique among all clients (random), 1 or more."""
+    number: _builtins.int
+    """The write: numbers ascend in the life of a client, from 1, over all its tables. A repeat keeps its number."""
+    @_builtins.property
+    def open(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Writes of this client before this one that were neither answered nor given up when this message was sent, ascending;
+        at most 1,024. All others before it are over: copies of them that come later are refused.
+        """
+
+    def __init__(
+        self,
+        *,
+        writer: _builtins.int = ...,
+        number: _builtins.int = ...,
+        open: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "open", b"open", "writer", b"writer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WriteId: _TypeAlias = WriteId  # noqa: Y015
 
 @_typing.final
 class GatherRequest(_message.Message):
@@ -363,27 +411,21 @@ class UpdateReply(_message.Message):
 Global___UpdateReply: _TypeAlias = UpdateReply  # noqa: Y015
 
 @_typing.final
-class PrepareRequest(_message.Message):
-    """Asks whether a step can be committed."""
+class PreparePart(_message.Message):
+    """One table's part in a step that is to be prepared."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     ENVELOPE_FIELD_NUMBER: _builtins.int
     STEP_ID_FIELD_NUMBER: _builtins.int
     SEQUENCES_FIELD_NUMBER: _builtins.int
-    WANT_NORM_FIELD_NUMBER: _builtins.int
-    NORM_ORDER_FIELD_NUMBER: _builtins.int
-    want_norm: _builtins.bool
-    """Answer squared_norm and finite."""
-    norm_order: _builtins.float
-    """With want_norm: answer norm too, of this order: above 0, infinity for the largest element. 0: only squared_norm."""
     @_builtins.property
     def envelope(self) -> Global___Envelope:
         """The view."""
 
     @_builtins.property
     def step_id(self) -> Global___StepId:
-        """The step."""
+        """The step, as this table counts them."""
 
     @_builtins.property
     def sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -395,20 +437,68 @@ class PrepareRequest(_message.Message):
         envelope: Global___Envelope | None = ...,
         step_id: Global___StepId | None = ...,
         sequences: _abc.Iterable[_builtins.int] | None = ...,
-        want_norm: _builtins.bool = ...,
-        norm_order: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "step_id", b"step_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "norm_order", b"norm_order", "sequences", b"sequences", "step_id", b"step_id", "want_norm", b"want_norm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "sequences", b"sequences", "step_id", b"step_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreparePart: _TypeAlias = PreparePart  # noqa: Y015
+
+@_typing.final
+class PrepareRequest(_message.Message):
+    """Asks whether a step can be committed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: _builtins.int
+    WANT_NORM_FIELD_NUMBER: _builtins.int
+    DECIDER_TABLE_FIELD_NUMBER: _builtins.int
+    DECIDER_STEP_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
+    NORM_ORDER_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    want_norm: _builtins.bool
+    """Answer squared_norm and finite."""
+    decider_table: _builtins.int
+    """The first table of the step: its gate decides."""
+    decider_step: _builtins.int
+    """The step, as that table counts them."""
+    wait: _builtins.bool
+    """Where a table is held off: answer once it is not."""
+    norm_order: _builtins.float
+    """With want_norm: answer norm too, of this order: above 0, infinity for the largest element. 0: only squared_norm."""
+    attempt: _builtins.int
+    """Which Prepare of the step this is: each names a higher number than those before it, whichever shards they went to, so
+    that one that comes late is known from one that counts. 0: not counted.
+    """
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PreparePart]:
+        """The tables of the step that this shard owns anything of."""
+
+    def __init__(
+        self,
+        *,
+        parts: _abc.Iterable[Global___PreparePart] | None = ...,
+        want_norm: _builtins.bool = ...,
+        decider_table: _builtins.int = ...,
+        decider_step: _builtins.int = ...,
+        wait: _builtins.bool = ...,
+        norm_order: _builtins.float = ...,
+        attempt: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "decider_step", b"decider_step", "decider_table", b"decider_table", "norm_order", b"norm_order", "parts", b"parts", "wait", b"wait", "want_norm", b"want_norm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrepareRequest: _TypeAlias = PrepareRequest  # noqa: Y015
 
 @_typing.final
-class PrepareReply(_message.Message):
-    """Whether a step can be committed."""
+class PreparedPart(_message.Message):
+    """Whether a table's part can be committed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -417,6 +507,7 @@ class PrepareReply(_message.Message):
     SQUARED_NORM_FIELD_NUMBER: _builtins.int
     FINITE_FIELD_NUMBER: _builtins.int
     APPLIED_FIELD_NUMBER: _builtins.int
+    HELD_OFF_FIELD_NUMBER: _builtins.int
     NORM_FIELD_NUMBER: _builtins.int
     squared_norm: _builtins.float
     """Squared norm of the reduced gradient of what this shard owns; add up over shards. 0 if not asked for."""
@@ -424,6 +515,8 @@ class PrepareReply(_message.Message):
     """No infinity and no NaN in the reduced gradient. True if not asked for."""
     applied: _builtins.bool
     """The step was committed before; the other fields are of no meaning then."""
+    held_off: _builtins.bool
+    """The table's pages are moving: the step is not prepared."""
     norm: _builtins.float
     """Norm of order norm_order of the reduced gradient of what this shard owns. 0 if not asked for."""
     @_builtins.property
@@ -442,19 +535,44 @@ class PrepareReply(_message.Message):
         squared_norm: _builtins.float = ...,
         finite: _builtins.bool = ...,
         applied: _builtins.bool = ...,
+        held_off: _builtins.bool = ...,
         norm: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["stamp", b"stamp"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "finite", b"finite", "missing", b"missing", "norm", b"norm", "squared_norm", b"squared_norm", "stamp", b"stamp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "finite", b"finite", "held_off", b"held_off", "missing", b"missing", "norm", b"norm", "squared_norm", b"squared_norm", "stamp", b"stamp"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreparedPart: _TypeAlias = PreparedPart  # noqa: Y015
+
+@_typing.final
+class PrepareReply(_message.Message):
+    """Whether a step can be committed: it is prepared here where no part misses anything or is held off."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PreparedPart]:
+        """One for each part, in their order."""
+
+    def __init__(
+        self,
+        *,
+        parts: _abc.Iterable[Global___PreparedPart] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrepareReply: _TypeAlias = PrepareReply  # noqa: Y015
 
 @_typing.final
-class CommitRequest(_message.Message):
-    """Applies a step."""
+class CommitPart(_message.Message):
+    """One table's part in a step that is committed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -463,20 +581,20 @@ class CommitRequest(_message.Message):
     LR_FIELD_NUMBER: _builtins.int
     GRAD_SCALE_FIELD_NUMBER: _builtins.int
     SEQUENCES_FIELD_NUMBER: _builtins.int
-    ONE_PHASE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     lr: _builtins.float
     """Learning rate of this step."""
     grad_scale: _builtins.float
     """Multiplies the reduced gradient before the optimizer sees it: clipping, unscaling, mean."""
-    one_phase: _builtins.bool
-    """Prepare and commit in one message, for a table with one owner: applied only if no update is missing."""
+    version: _builtins.int
+    """The table version that the step makes, as the table's gate has said; 0 at the gate."""
     @_builtins.property
     def envelope(self) -> Global___Envelope:
-        """The view."""
+        """The view. At the decider also of tables that it owns nothing of: their epoch and its incarnation."""
 
     @_builtins.property
     def step_id(self) -> Global___StepId:
-        """The step."""
+        """The step, as this table counts them."""
 
     @_builtins.property
     def sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -490,15 +608,81 @@ class CommitRequest(_message.Message):
         lr: _builtins.float = ...,
         grad_scale: _builtins.float = ...,
         sequences: _abc.Iterable[_builtins.int] | None = ...,
-        one_phase: _builtins.bool = ...,
+        version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "step_id", b"step_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "grad_scale", b"grad_scale", "lr", b"lr", "one_phase", b"one_phase", "sequences", b"sequences", "step_id", b"step_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "grad_scale", b"grad_scale", "lr", b"lr", "sequences", b"sequences", "step_id", b"step_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CommitPart: _TypeAlias = CommitPart  # noqa: Y015
+
+@_typing.final
+class CommitRequest(_message.Message):
+    """Decides a step, or applies it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: _builtins.int
+    DECIDED_FIELD_NUMBER: _builtins.int
+    ONE_PHASE_FIELD_NUMBER: _builtins.int
+    decided: _builtins.bool
+    """The decider has decided it."""
+    one_phase: _builtins.bool
+    """Prepare and commit in one message, where this shard owns everything: applied only if no update is missing."""
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___CommitPart]:
+        """The tables of the step: all of them at its decider, the first one's gate; else those that this shard owns anything of."""
+
+    def __init__(
+        self,
+        *,
+        parts: _abc.Iterable[Global___CommitPart] | None = ...,
+        decided: _builtins.bool = ...,
+        one_phase: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decided", b"decided", "one_phase", b"one_phase", "parts", b"parts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CommitRequest: _TypeAlias = CommitRequest  # noqa: Y015
+
+@_typing.final
+class CommittedPart(_message.Message):
+    """What became of a table's part."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAMP_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The table version that the step makes; 0 where another shard gives it, or where an update is missing."""
+    @_builtins.property
+    def stamp(self) -> Global___Stamp:
+        """Who answered."""
+
+    @_builtins.property
+    def missing(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Only with one_phase: updates the shard does not hold. If there are any, nothing was decided: send them, then Commit."""
+
+    def __init__(
+        self,
+        *,
+        stamp: Global___Stamp | None = ...,
+        missing: _abc.Iterable[_builtins.int] | None = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["stamp", b"stamp"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["missing", b"missing", "stamp", b"stamp", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CommittedPart: _TypeAlias = CommittedPart  # noqa: Y015
 
 @_typing.final
 class CommitReply(_message.Message):
@@ -506,37 +690,27 @@ class CommitReply(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    STAMP_FIELD_NUMBER: _builtins.int
-    MISSING_FIELD_NUMBER: _builtins.int
-    APPLIED_FIELD_NUMBER: _builtins.int
-    applied: _builtins.bool
-    """The step is applied, now or before."""
+    PARTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def stamp(self) -> Global___Stamp:
-        """Who answered."""
-
-    @_builtins.property
-    def missing(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Only with one_phase: updates the shard does not hold. If there are any, nothing was applied: send them, then Commit."""
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___CommittedPart]:
+        """One for each part, in their order."""
 
     def __init__(
         self,
         *,
-        stamp: Global___Stamp | None = ...,
-        missing: _abc.Iterable[_builtins.int] | None = ...,
-        applied: _builtins.bool = ...,
+        parts: _abc.Iterable[Global___CommittedPart] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["stamp", b"stamp"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applied", b"applied", "missing", b"missing", "stamp", b"stamp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CommitReply: _TypeAlias = CommitReply  # noqa: Y015
 
 @_typing.final
-class DiscardRequest(_message.Message):
-    """Drops a step."""
+class DiscardPart(_message.Message):
+    """One table's part of what is dropped."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -548,7 +722,7 @@ class DiscardRequest(_message.Message):
 
     @_builtins.property
     def step_id(self) -> Global___StepId:
-        """The step."""
+        """The step, as this table counts them."""
 
     def __init__(
         self,
@@ -562,35 +736,119 @@ class DiscardRequest(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___DiscardRequest: _TypeAlias = DiscardRequest  # noqa: Y015
+Global___DiscardPart: _TypeAlias = DiscardPart  # noqa: Y015
 
 @_typing.final
-class DiscardReply(_message.Message):
-    """The step is dropped."""
+class DiscardRequest(_message.Message):
+    """Drops steps."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    STAMP_FIELD_NUMBER: _builtins.int
-    DISCARDED_FIELD_NUMBER: _builtins.int
-    discarded: _builtins.int
-    """How many held updates were dropped."""
+    PARTS_FIELD_NUMBER: _builtins.int
+    KEEP_UPDATES_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    keep_updates: _builtins.bool
+    """End the Prepare alone: the updates stay held."""
+    attempt: _builtins.int
+    """With keep_updates: the newest Prepare of these steps that is ended. A later one stays, and an earlier one that comes
+    only now is refused.
+    """
     @_builtins.property
-    def stamp(self) -> Global___Stamp:
-        """Who answered."""
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___DiscardPart]:
+        """What to drop."""
 
     def __init__(
         self,
         *,
-        stamp: Global___Stamp | None = ...,
+        parts: _abc.Iterable[Global___DiscardPart] | None = ...,
+        keep_updates: _builtins.bool = ...,
+        attempt: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "keep_updates", b"keep_updates", "parts", b"parts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiscardRequest: _TypeAlias = DiscardRequest  # noqa: Y015
+
+@_typing.final
+class DiscardReply(_message.Message):
+    """The steps are dropped."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DISCARDED_FIELD_NUMBER: _builtins.int
+    discarded: _builtins.int
+    """How many held updates were dropped."""
+    def __init__(
+        self,
+        *,
         discarded: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["stamp", b"stamp"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["discarded", b"discarded", "stamp", b"stamp"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["discarded", b"discarded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DiscardReply: _TypeAlias = DiscardReply  # noqa: Y015
+
+@_typing.final
+class HeartbeatRequest(_message.Message):
+    """Says that a rank is alive."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    incarnation: _builtins.int
+    """Of the shard that is asked, as the rank knows it."""
+    group: _builtins.str
+    """The group."""
+    rank: _builtins.int
+    """The rank in the group."""
+    def __init__(
+        self,
+        *,
+        incarnation: _builtins.int = ...,
+        group: _builtins.str = ...,
+        rank: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "incarnation", b"incarnation", "rank", b"rank"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
+
+@_typing.final
+class HeartbeatReply(_message.Message):
+    """The rank's lease begins anew."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEASE_S_FIELD_NUMBER: _builtins.int
+    UPDATES_HELD_FIELD_NUMBER: _builtins.int
+    lease_s: _builtins.float
+    """Seconds of silence after which what the rank holds is dropped."""
+    updates_held: _builtins.int
+    """Updates of the rank that are held here, of all tables."""
+    def __init__(
+        self,
+        *,
+        lease_s: _builtins.float = ...,
+        updates_held: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_s", b"lease_s", "updates_held", b"updates_held"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeartbeatReply: _TypeAlias = HeartbeatReply  # noqa: Y015
 
 @_typing.final
 class ScoreRequest(_message.Message):
@@ -843,6 +1101,7 @@ class WriteRowsRequest(_message.Message):
     ENVELOPE_FIELD_NUMBER: _builtins.int
     ARRAY_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
+    WRITE_ID_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
     ROWS_FIELD_NUMBER: _builtins.int
     array: _builtins.str
@@ -858,6 +1117,10 @@ class WriteRowsRequest(_message.Message):
         """The column blocks that `rows` has: as ReadRows answers them here."""
 
     @_builtins.property
+    def write_id(self) -> Global___WriteId:
+        """Which write this is. May be absent: see WriteRows."""
+
+    @_builtins.property
     def ids(self) -> _tensor_pb2.Tensor:
         """[M] int64 or uint32: slot ids; head numbers for the keys of product keys."""
 
@@ -871,12 +1134,13 @@ class WriteRowsRequest(_message.Message):
         envelope: Global___Envelope | None = ...,
         array: _builtins.str = ...,
         blocks: _abc.Iterable[_builtins.int] | None = ...,
+        write_id: Global___WriteId | None = ...,
         ids: _tensor_pb2.Tensor | None = ...,
         rows: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "ids", b"ids", "rows", b"rows"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "ids", b"ids", "rows", b"rows", "write_id", b"write_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["array", b"array", "blocks", b"blocks", "envelope", b"envelope", "ids", b"ids", "rows", b"rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["array", b"array", "blocks", b"blocks", "envelope", b"envelope", "ids", b"ids", "rows", b"rows", "write_id", b"write_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -915,6 +1179,7 @@ class StepCountRequest(_message.Message):
     ENVELOPE_FIELD_NUMBER: _builtins.int
     SET_FIELD_NUMBER: _builtins.int
     AT_VERSION_FIELD_NUMBER: _builtins.int
+    WRITE_ID_FIELD_NUMBER: _builtins.int
     set: _builtins.int
     """So many steps are done: the next commit is the one after. Absent: only read."""
     at_version: _builtins.int
@@ -923,16 +1188,21 @@ class StepCountRequest(_message.Message):
     def envelope(self) -> Global___Envelope:
         """The view."""
 
+    @_builtins.property
+    def write_id(self) -> Global___WriteId:
+        """With `set`: which write this is. May be absent: see WriteRows."""
+
     def __init__(
         self,
         *,
         envelope: Global___Envelope | None = ...,
         set: _builtins.int | None = ...,
         at_version: _builtins.int = ...,
+        write_id: Global___WriteId | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_set", b"_set", "envelope", b"envelope", "set", b"set"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_set", b"_set", "envelope", b"envelope", "set", b"set", "write_id", b"write_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_set", b"_set", "at_version", b"at_version", "envelope", b"envelope", "set", b"set"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_set", b"_set", "at_version", b"at_version", "envelope", b"envelope", "set", b"set", "write_id", b"write_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__set: _TypeAlias = _typing.Literal["set"]  # noqa: Y015
     _WhichOneofArgType__set: _TypeAlias = _typing.Literal["_set", b"_set"]  # noqa: Y015

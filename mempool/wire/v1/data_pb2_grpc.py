@@ -60,6 +60,11 @@ class MemoryServiceStub(object):
                 request_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.DiscardRequest.SerializeToString,
                 response_deserializer=mempool_dot_wire_dot_v1_dot_data__pb2.DiscardReply.FromString,
                 _registered_method=True)
+        self.Heartbeat = channel.unary_unary(
+                '/mempool.wire.v1.MemoryService/Heartbeat',
+                request_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.HeartbeatRequest.SerializeToString,
+                response_deserializer=mempool_dot_wire_dot_v1_dot_data__pb2.HeartbeatReply.FromString,
+                _registered_method=True)
         self.Score = channel.unary_unary(
                 '/mempool.wire.v1.MemoryService/Score',
                 request_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.ScoreRequest.SerializeToString,
@@ -116,35 +121,53 @@ class MemoryServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Prepare(self, request, context):
-        """First phase of a commit: does the shard hold every update of the step, and how large is their reduced gradient? While
-        updates are missing the step is not prepared: send them again, then Prepare again. Once prepared, pages of the table
-        do not move until Commit or Discard, so decide soon: after the freeze's time-out the move is given up, not the step.
+        """First phase of a step: does the shard hold every update of it, and how large is their reduced gradient? Names every
+        table of the step that this shard owns anything of. All or nothing: where an update is missing, or a table is held off,
+        nothing is prepared: send what is missing, or wait, then Prepare again. Once prepared, the tables' pages do not move
+        until the step is decided, so decide soon.
 
-        Repeatable. Waits while the table's pages are moving. Send it to every shard that owns any page of the table: to the
-        lowest-numbered first, and to the others only once that one is prepared. A move brings owners to rest in the same
-        order; in any other, a step could be prepared on one shard and held off on the next, and the move would time out.
+        Repeatable. A table whose pages are moving answers `held_off`: end what other shards have prepared (Discard with
+        keep_updates), and ask the shard that said so with `wait`, which is answered when the move's round is over.
+        ERROR_CODE_STEP_CONFLICT for a step that was dropped (its lease ended), for a generation that is over, and for an
+        attempt that was ended or that a later one has come before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Commit(self, request, context):
-        """Second phase: applies the step's updates in place, reduced per slot in the order (rank, sequence, bag, pair), and
-        raises the table version by one. Send it to every shard that owns any page of the table, also to those that hold
-        nothing of the step, for version and ledger must agree everywhere.
+        """Second phase. Three kinds:
 
-        Atomic on one shard. Between shards it is not: until all have answered, a reader may see some shards' columns before
-        and others' after the step; compare `table_version` in the replies. Idempotent by (group, rank, step): a step not above
-        the last applied one of its (group, rank) is answered `applied` and does nothing. Once one shard has acknowledged,
-        repeat at the others until they do. ERROR_CODE_STEP_CONFLICT where no Prepare preceded, except with `one_phase`.
+        At the step's decider, once all owners of all its tables have prepared it: decides the step. Names every table of the
+        step, in the step's order. Numbers it at the tables whose gate this shard is; answered once that is done, at which the
+        step is acknowledged: it is applied everywhere whatever happens to the client. ERROR_CODE_STEP_CONFLICT where it is not
+        prepared here (its lease ended, say): nothing was decided; prepare it anew.
+
+        `decided`, at other shards, once the decider has answered: applies the step, at the version that the table's gate has
+        given it; version 0 at the gate itself, which then gives it one. Answered when it is applied here. Of several tables
+        whose gates differ, ask the gates first. Send it to every owner, also to those that hold nothing of the step.
+
+        `one_phase`, where one shard owns all pages of all tables of the step: Prepare and Commit at once, if nothing is missing.
+
+        Atomic over shards and tables: a reader of several shards may see some before and others after the step only where it
+        asks without the version that was acknowledged; compare `table_version` in the replies. Idempotent by (group, generation,
+        rank, step): a step not above the last applied one is answered with the version of then and does nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Discard(self, request, context):
-        """Drops what is held of a step that was not committed, and ends its Prepare. Repeatable; nothing held is no error. A
+        """Drops what is held of steps that were not committed, and ends their Prepare. Repeatable; nothing held is no error. A
         step that was committed stays so.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Heartbeat(self, request, context):
+        """Says that a rank is alive, and keeps what it holds here, of all tables. Send it to every shard that the rank holds
+        anything on, at a third of the lease. Never waits for other calls.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -186,7 +209,9 @@ class MemoryServiceServicer(object):
         """Overwrites rows, as far as this shard owns them; the rest is skipped. Optimizer state of the rows stays as it is, and
         the table version too. Where an id is repeated, the last one stays.
 
-        Idempotent. Atomic on one shard, not across shards. Waits while the table's pages are moving.
+        Atomic on one shard, not across shards. Waits while the table's pages are moving. Idempotent by (writer, number): a
+        repeat of a write that is done is answered and not done again, and one that its client has said to be over is late:
+        ERROR_CODE_INVALID_REQUEST. Without a write_id each copy is written when it comes, also one that comes late.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -197,8 +222,8 @@ class MemoryServiceServicer(object):
         state of elsewhere: Adam's bias correction and Adagrad's learning rate decay go on from there. It is the number of
         commits where it was never set.
 
-        Idempotent. Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have.
-        ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
+        Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have. Setting it is
+        a write, idempotent as WriteRows is; at another version it is another write. ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -231,6 +256,11 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     servicer.Discard,
                     request_deserializer=mempool_dot_wire_dot_v1_dot_data__pb2.DiscardRequest.FromString,
                     response_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.DiscardReply.SerializeToString,
+            ),
+            'Heartbeat': grpc.unary_unary_rpc_method_handler(
+                    servicer.Heartbeat,
+                    request_deserializer=mempool_dot_wire_dot_v1_dot_data__pb2.HeartbeatRequest.FromString,
+                    response_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.HeartbeatReply.SerializeToString,
             ),
             'Score': grpc.unary_unary_rpc_method_handler(
                     servicer.Score,
@@ -394,6 +424,33 @@ class MemoryService(object):
             '/mempool.wire.v1.MemoryService/Discard',
             mempool_dot_wire_dot_v1_dot_data__pb2.DiscardRequest.SerializeToString,
             mempool_dot_wire_dot_v1_dot_data__pb2.DiscardReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Heartbeat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mempool.wire.v1.MemoryService/Heartbeat',
+            mempool_dot_wire_dot_v1_dot_data__pb2.HeartbeatRequest.SerializeToString,
+            mempool_dot_wire_dot_v1_dot_data__pb2.HeartbeatReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -17,17 +17,27 @@ Pairs and bags. A gather is B bags of pairs (slot id, weight), in CSR form: bag 
 offsets[b + 1] - 1, offsets[0] = 0, offsets[B] = L. Ids may be int64, or uint32 where all fit. A bag may be empty, an id
 may be repeated, B and L may be 0.
 
-A training step. Gather (remember) -> Update (hold) -> Prepare at all owners -> Commit at all owners. Updates are only
-held until Commit applies them. Until every owner has acknowledged Commit, keep ids, weights and gradients: Prepare says
-which updates a shard does not hold, to be sent again. Updates are numbered by `sequence`, ascending in the life of one
-(group, rank), and steps by `step`, ascending; a client that joined no group makes up a random group name and is its
-rank 0. Sequences and steps are never used again for something else.
+A training step. Gather (remember) -> Update (hold) -> Prepare at all owners of all its tables, at once -> Commit at its
+decider -> Commit, decided, at the others. Updates are only held until their step is applied. Until every owner has
+answered the last of these, keep ids, weights and gradients: Prepare says which updates a shard does not hold, to be
+sent again. Updates are numbered by `sequence`, ascending in the life of one (group, rank) on a table, and steps by
+`step`, ascending; a client that joined no group makes up a random group name and is its rank 0. Sequences and steps
+are never used again for something else. A rank that goes back to an earlier step is a new `generation`: higher than all
+before it, in which its steps begin anew.
+
+Order. The lowest-numbered shard that owns any page of a table is its gate: it numbers the steps that are decided, by
+table version, and every owner applies them in that order. A step of several tables is decided once, by the gate of its
+first table (the decider). A step is acknowledged when it is decided; an owner that has not applied it yet lets those
+who ask with that version wait until it has.
+
+Leases. What a rank holds on a shard lives while the rank is heard of there: by any call, or by Heartbeat. A rank that was
+silent for longer than the lease loses it: what it prepared and nobody decided is dropped whole, at all tables.
 
 Concurrency. Calls may overlap and are answered in any order. Where one must see the other's effect, wait for its answer.
 
 Limits. A message, either way, is at most 256 MiB (ERROR_CODE_REQUEST_TOO_LARGE); scalars and names of one request (all but its tensors) are at most 4 MiB.
 
-64-bit integers: the values in this package stay below 2^53 except lookup ids and seeds, so a client in a language
+64-bit integers: the values in this package stay below 2^53 except lookup ids, writers and seeds, so a client in a language
 without them may use doubles for what it reads.
 """
 
@@ -78,27 +88,41 @@ class MemoryServiceStub:
     a move of pages; Prepare tells.
     """
     Prepare: _grpc.UnaryUnaryMultiCallable[_data_pb2.PrepareRequest, _data_pb2.PrepareReply]
-    """First phase of a commit: does the shard hold every update of the step, and how large is their reduced gradient? While
-    updates are missing the step is not prepared: send them again, then Prepare again. Once prepared, pages of the table
-    do not move until Commit or Discard, so decide soon: after the freeze's time-out the move is given up, not the step.
+    """First phase of a step: does the shard hold every update of it, and how large is their reduced gradient? Names every
+    table of the step that this shard owns anything of. All or nothing: where an update is missing, or a table is held off,
+    nothing is prepared: send what is missing, or wait, then Prepare again. Once prepared, the tables' pages do not move
+    until the step is decided, so decide soon.
 
-    Repeatable. Waits while the table's pages are moving. Send it to every shard that owns any page of the table: to the
-    lowest-numbered first, and to the others only once that one is prepared. A move brings owners to rest in the same
-    order; in any other, a step could be prepared on one shard and held off on the next, and the move would time out.
+    Repeatable. A table whose pages are moving answers `held_off`: end what other shards have prepared (Discard with
+    keep_updates), and ask the shard that said so with `wait`, which is answered when the move's round is over.
+    ERROR_CODE_STEP_CONFLICT for a step that was dropped (its lease ended), for a generation that is over, and for an
+    attempt that was ended or that a later one has come before.
     """
     Commit: _grpc.UnaryUnaryMultiCallable[_data_pb2.CommitRequest, _data_pb2.CommitReply]
-    """Second phase: applies the step's updates in place, reduced per slot in the order (rank, sequence, bag, pair), and
-    raises the table version by one. Send it to every shard that owns any page of the table, also to those that hold
-    nothing of the step, for version and ledger must agree everywhere.
+    """Second phase. Three kinds:
 
-    Atomic on one shard. Between shards it is not: until all have answered, a reader may see some shards' columns before
-    and others' after the step; compare `table_version` in the replies. Idempotent by (group, rank, step): a step not above
-    the last applied one of its (group, rank) is answered `applied` and does nothing. Once one shard has acknowledged,
-    repeat at the others until they do. ERROR_CODE_STEP_CONFLICT where no Prepare preceded, except with `one_phase`.
+    At the step's decider, once all owners of all its tables have prepared it: decides the step. Names every table of the
+    step, in the step's order. Numbers it at the tables whose gate this shard is; answered once that is done, at which the
+    step is acknowledged: it is applied everywhere whatever happens to the client. ERROR_CODE_STEP_CONFLICT where it is not
+    prepared here (its lease ended, say): nothing was decided; prepare it anew.
+
+    `decided`, at other shards, once the decider has answered: applies the step, at the version that the table's gate has
+    given it; version 0 at the gate itself, which then gives it one. Answered when it is applied here. Of several tables
+    whose gates differ, ask the gates first. Send it to every owner, also to those that hold nothing of the step.
+
+    `one_phase`, where one shard owns all pages of all tables of the step: Prepare and Commit at once, if nothing is missing.
+
+    Atomic over shards and tables: a reader of several shards may see some before and others after the step only where it
+    asks without the version that was acknowledged; compare `table_version` in the replies. Idempotent by (group, generation,
+    rank, step): a step not above the last applied one is answered with the version of then and does nothing.
     """
     Discard: _grpc.UnaryUnaryMultiCallable[_data_pb2.DiscardRequest, _data_pb2.DiscardReply]
-    """Drops what is held of a step that was not committed, and ends its Prepare. Repeatable; nothing held is no error. A
+    """Drops what is held of steps that were not committed, and ends their Prepare. Repeatable; nothing held is no error. A
     step that was committed stays so.
+    """
+    Heartbeat: _grpc.UnaryUnaryMultiCallable[_data_pb2.HeartbeatRequest, _data_pb2.HeartbeatReply]
+    """Says that a rank is alive, and keeps what it holds here, of all tables. Send it to every shard that the rank holds
+    anything on, at a third of the lease. Never waits for other calls.
     """
     Score: _grpc.UnaryUnaryMultiCallable[_data_pb2.ScoreRequest, _data_pb2.ScoreReply]
     """The best keys among those this shard owns, by (score descending, id ascending), before any softmax. Merge the
@@ -124,15 +148,17 @@ class MemoryServiceStub:
     """Overwrites rows, as far as this shard owns them; the rest is skipped. Optimizer state of the rows stays as it is, and
     the table version too. Where an id is repeated, the last one stays.
 
-    Idempotent. Atomic on one shard, not across shards. Waits while the table's pages are moving.
+    Atomic on one shard, not across shards. Waits while the table's pages are moving. Idempotent by (writer, number): a
+    repeat of a write that is done is answered and not done again, and one that its client has said to be over is late:
+    ERROR_CODE_INVALID_REQUEST. Without a write_id each copy is written when it comes, also one that comes late.
     """
     StepCount: _grpc.UnaryUnaryMultiCallable[_data_pb2.StepCountRequest, _data_pb2.StepCountReply]
     """Reads how many steps the table's optimizer counts, and with `set` changes it, so that training can be continued from a
     state of elsewhere: Adam's bias correction and Adagrad's learning rate decay go on from there. It is the number of
     commits where it was never set.
 
-    Idempotent. Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have.
-    ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
+    Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have. Setting it is
+    a write, idempotent as WriteRows is; at another version it is another write. ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
     """
 
 @_typing.type_check_only
@@ -157,27 +183,41 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     a move of pages; Prepare tells.
     """
     Prepare: _aio.UnaryUnaryMultiCallable[_data_pb2.PrepareRequest, _data_pb2.PrepareReply]  # type: ignore[assignment]
-    """First phase of a commit: does the shard hold every update of the step, and how large is their reduced gradient? While
-    updates are missing the step is not prepared: send them again, then Prepare again. Once prepared, pages of the table
-    do not move until Commit or Discard, so decide soon: after the freeze's time-out the move is given up, not the step.
+    """First phase of a step: does the shard hold every update of it, and how large is their reduced gradient? Names every
+    table of the step that this shard owns anything of. All or nothing: where an update is missing, or a table is held off,
+    nothing is prepared: send what is missing, or wait, then Prepare again. Once prepared, the tables' pages do not move
+    until the step is decided, so decide soon.
 
-    Repeatable. Waits while the table's pages are moving. Send it to every shard that owns any page of the table: to the
-    lowest-numbered first, and to the others only once that one is prepared. A move brings owners to rest in the same
-    order; in any other, a step could be prepared on one shard and held off on the next, and the move would time out.
+    Repeatable. A table whose pages are moving answers `held_off`: end what other shards have prepared (Discard with
+    keep_updates), and ask the shard that said so with `wait`, which is answered when the move's round is over.
+    ERROR_CODE_STEP_CONFLICT for a step that was dropped (its lease ended), for a generation that is over, and for an
+    attempt that was ended or that a later one has come before.
     """
     Commit: _aio.UnaryUnaryMultiCallable[_data_pb2.CommitRequest, _data_pb2.CommitReply]  # type: ignore[assignment]
-    """Second phase: applies the step's updates in place, reduced per slot in the order (rank, sequence, bag, pair), and
-    raises the table version by one. Send it to every shard that owns any page of the table, also to those that hold
-    nothing of the step, for version and ledger must agree everywhere.
+    """Second phase. Three kinds:
 
-    Atomic on one shard. Between shards it is not: until all have answered, a reader may see some shards' columns before
-    and others' after the step; compare `table_version` in the replies. Idempotent by (group, rank, step): a step not above
-    the last applied one of its (group, rank) is answered `applied` and does nothing. Once one shard has acknowledged,
-    repeat at the others until they do. ERROR_CODE_STEP_CONFLICT where no Prepare preceded, except with `one_phase`.
+    At the step's decider, once all owners of all its tables have prepared it: decides the step. Names every table of the
+    step, in the step's order. Numbers it at the tables whose gate this shard is; answered once that is done, at which the
+    step is acknowledged: it is applied everywhere whatever happens to the client. ERROR_CODE_STEP_CONFLICT where it is not
+    prepared here (its lease ended, say): nothing was decided; prepare it anew.
+
+    `decided`, at other shards, once the decider has answered: applies the step, at the version that the table's gate has
+    given it; version 0 at the gate itself, which then gives it one. Answered when it is applied here. Of several tables
+    whose gates differ, ask the gates first. Send it to every owner, also to those that hold nothing of the step.
+
+    `one_phase`, where one shard owns all pages of all tables of the step: Prepare and Commit at once, if nothing is missing.
+
+    Atomic over shards and tables: a reader of several shards may see some before and others after the step only where it
+    asks without the version that was acknowledged; compare `table_version` in the replies. Idempotent by (group, generation,
+    rank, step): a step not above the last applied one is answered with the version of then and does nothing.
     """
     Discard: _aio.UnaryUnaryMultiCallable[_data_pb2.DiscardRequest, _data_pb2.DiscardReply]  # type: ignore[assignment]
-    """Drops what is held of a step that was not committed, and ends its Prepare. Repeatable; nothing held is no error. A
+    """Drops what is held of steps that were not committed, and ends their Prepare. Repeatable; nothing held is no error. A
     step that was committed stays so.
+    """
+    Heartbeat: _aio.UnaryUnaryMultiCallable[_data_pb2.HeartbeatRequest, _data_pb2.HeartbeatReply]  # type: ignore[assignment]
+    """Says that a rank is alive, and keeps what it holds here, of all tables. Send it to every shard that the rank holds
+    anything on, at a third of the lease. Never waits for other calls.
     """
     Score: _aio.UnaryUnaryMultiCallable[_data_pb2.ScoreRequest, _data_pb2.ScoreReply]  # type: ignore[assignment]
     """The best keys among those this shard owns, by (score descending, id ascending), before any softmax. Merge the
@@ -203,15 +243,17 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     """Overwrites rows, as far as this shard owns them; the rest is skipped. Optimizer state of the rows stays as it is, and
     the table version too. Where an id is repeated, the last one stays.
 
-    Idempotent. Atomic on one shard, not across shards. Waits while the table's pages are moving.
+    Atomic on one shard, not across shards. Waits while the table's pages are moving. Idempotent by (writer, number): a
+    repeat of a write that is done is answered and not done again, and one that its client has said to be over is late:
+    ERROR_CODE_INVALID_REQUEST. Without a write_id each copy is written when it comes, also one that comes late.
     """
     StepCount: _aio.UnaryUnaryMultiCallable[_data_pb2.StepCountRequest, _data_pb2.StepCountReply]  # type: ignore[assignment]
     """Reads how many steps the table's optimizer counts, and with `set` changes it, so that training can be continued from a
     state of elsewhere: Adam's bias correction and Adagrad's learning rate decay go on from there. It is the number of
     commits where it was never set.
 
-    Idempotent. Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have.
-    ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
+    Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have. Setting it is
+    a write, idempotent as WriteRows is; at another version it is another write. ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
     """
 
 class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -251,13 +293,15 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _data_pb2.PrepareRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_data_pb2.PrepareReply, _abc.Awaitable[_data_pb2.PrepareReply]]:
-        """First phase of a commit: does the shard hold every update of the step, and how large is their reduced gradient? While
-        updates are missing the step is not prepared: send them again, then Prepare again. Once prepared, pages of the table
-        do not move until Commit or Discard, so decide soon: after the freeze's time-out the move is given up, not the step.
+        """First phase of a step: does the shard hold every update of it, and how large is their reduced gradient? Names every
+        table of the step that this shard owns anything of. All or nothing: where an update is missing, or a table is held off,
+        nothing is prepared: send what is missing, or wait, then Prepare again. Once prepared, the tables' pages do not move
+        until the step is decided, so decide soon.
 
-        Repeatable. Waits while the table's pages are moving. Send it to every shard that owns any page of the table: to the
-        lowest-numbered first, and to the others only once that one is prepared. A move brings owners to rest in the same
-        order; in any other, a step could be prepared on one shard and held off on the next, and the move would time out.
+        Repeatable. A table whose pages are moving answers `held_off`: end what other shards have prepared (Discard with
+        keep_updates), and ask the shard that said so with `wait`, which is answered when the move's round is over.
+        ERROR_CODE_STEP_CONFLICT for a step that was dropped (its lease ended), for a generation that is over, and for an
+        attempt that was ended or that a later one has come before.
         """
 
     @_abc_1.abstractmethod
@@ -266,14 +310,22 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _data_pb2.CommitRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_data_pb2.CommitReply, _abc.Awaitable[_data_pb2.CommitReply]]:
-        """Second phase: applies the step's updates in place, reduced per slot in the order (rank, sequence, bag, pair), and
-        raises the table version by one. Send it to every shard that owns any page of the table, also to those that hold
-        nothing of the step, for version and ledger must agree everywhere.
+        """Second phase. Three kinds:
 
-        Atomic on one shard. Between shards it is not: until all have answered, a reader may see some shards' columns before
-        and others' after the step; compare `table_version` in the replies. Idempotent by (group, rank, step): a step not above
-        the last applied one of its (group, rank) is answered `applied` and does nothing. Once one shard has acknowledged,
-        repeat at the others until they do. ERROR_CODE_STEP_CONFLICT where no Prepare preceded, except with `one_phase`.
+        At the step's decider, once all owners of all its tables have prepared it: decides the step. Names every table of the
+        step, in the step's order. Numbers it at the tables whose gate this shard is; answered once that is done, at which the
+        step is acknowledged: it is applied everywhere whatever happens to the client. ERROR_CODE_STEP_CONFLICT where it is not
+        prepared here (its lease ended, say): nothing was decided; prepare it anew.
+
+        `decided`, at other shards, once the decider has answered: applies the step, at the version that the table's gate has
+        given it; version 0 at the gate itself, which then gives it one. Answered when it is applied here. Of several tables
+        whose gates differ, ask the gates first. Send it to every owner, also to those that hold nothing of the step.
+
+        `one_phase`, where one shard owns all pages of all tables of the step: Prepare and Commit at once, if nothing is missing.
+
+        Atomic over shards and tables: a reader of several shards may see some before and others after the step only where it
+        asks without the version that was acknowledged; compare `table_version` in the replies. Idempotent by (group, generation,
+        rank, step): a step not above the last applied one is answered with the version of then and does nothing.
         """
 
     @_abc_1.abstractmethod
@@ -282,8 +334,18 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _data_pb2.DiscardRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_data_pb2.DiscardReply, _abc.Awaitable[_data_pb2.DiscardReply]]:
-        """Drops what is held of a step that was not committed, and ends its Prepare. Repeatable; nothing held is no error. A
+        """Drops what is held of steps that were not committed, and ends their Prepare. Repeatable; nothing held is no error. A
         step that was committed stays so.
+        """
+
+    @_abc_1.abstractmethod
+    def Heartbeat(
+        self,
+        request: _data_pb2.HeartbeatRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_data_pb2.HeartbeatReply, _abc.Awaitable[_data_pb2.HeartbeatReply]]:
+        """Says that a rank is alive, and keeps what it holds here, of all tables. Send it to every shard that the rank holds
+        anything on, at a third of the lease. Never waits for other calls.
         """
 
     @_abc_1.abstractmethod
@@ -333,7 +395,9 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         """Overwrites rows, as far as this shard owns them; the rest is skipped. Optimizer state of the rows stays as it is, and
         the table version too. Where an id is repeated, the last one stays.
 
-        Idempotent. Atomic on one shard, not across shards. Waits while the table's pages are moving.
+        Atomic on one shard, not across shards. Waits while the table's pages are moving. Idempotent by (writer, number): a
+        repeat of a write that is done is answered and not done again, and one that its client has said to be over is late:
+        ERROR_CODE_INVALID_REQUEST. Without a write_id each copy is written when it comes, also one that comes late.
         """
 
     @_abc_1.abstractmethod
@@ -346,8 +410,8 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         state of elsewhere: Adam's bias correction and Adagrad's learning rate decay go on from there. It is the number of
         commits where it was never set.
 
-        Idempotent. Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have.
-        ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
+        Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have. Setting it is
+        a write, idempotent as WriteRows is; at another version it is another write. ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
         """
 
 def add_MemoryServiceServicer_to_server(servicer: MemoryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

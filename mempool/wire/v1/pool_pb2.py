@@ -26,7 +26,7 @@ from mempool.wire.v1 import status_pb2 as mempool_dot_wire_dot_v1_dot_status__pb
 from mempool.wire.v1 import table_pb2 as mempool_dot_wire_dot_v1_dot_table__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amempool/wire/v1/pool.proto\x12\x0fmempool.wire.v1\x1a\x1cmempool/wire/v1/status.proto\x1a\x1bmempool/wire/v1/table.proto\"B\n\x12\x43reateTableRequest\x12,\n\x06schema\x18\x01 \x01(\x0b\x32\x1c.mempool.wire.v1.TableSchema\"<\n\x10\x43reateTableReply\x12(\n\x04view\x18\x01 \x01(\x0b\x32\x1a.mempool.wire.v1.TableView\" \n\x10\x44ropTableRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x10\n\x0e\x44ropTableReply\"\x1f\n\x0fGetTableRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"9\n\rGetTableReply\x12(\n\x04view\x18\x01 \x01(\x0b\x32\x1a.mempool.wire.v1.TableView\"\x13\n\x11ListTablesRequest\"<\n\x0fListTablesReply\x12)\n\x05views\x18\x01 \x03(\x0b\x32\x1a.mempool.wire.v1.TableView\" \n\x0eRescaleRequest\x12\x0e\n\x06shards\x18\x01 \x01(\r\"\xac\x01\n\x0cRescaleReply\x12\x15\n\rshards_before\x18\x01 \x01(\r\x12\x14\n\x0cshards_after\x18\x02 \x01(\r\x12\x13\n\x0bpages_moved\x18\x03 \x01(\x04\x12\x13\n\x0bpages_total\x18\x04 \x01(\x04\x12\x13\n\x0b\x62ytes_moved\x18\x05 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x06 \x01(\x04\x12\r\n\x05table\x18\x07 \x01(\t\x12\x0c\n\x04\x64one\x18\x08 \x01(\x08\"\x12\n\x10GetStatusRequest\"=\n\x0eGetStatusReply\x12+\n\x06status\x18\x01 \x01(\x0b\x32\x1b.mempool.wire.v1.PoolStatus2\xf5\x03\n\x0bPoolService\x12U\n\x0b\x43reateTable\x12#.mempool.wire.v1.CreateTableRequest\x1a!.mempool.wire.v1.CreateTableReply\x12O\n\tDropTable\x12!.mempool.wire.v1.DropTableRequest\x1a\x1f.mempool.wire.v1.DropTableReply\x12L\n\x08GetTable\x12 .mempool.wire.v1.GetTableRequest\x1a\x1e.mempool.wire.v1.GetTableReply\x12R\n\nListTables\x12\".mempool.wire.v1.ListTablesRequest\x1a .mempool.wire.v1.ListTablesReply\x12K\n\x07Rescale\x12\x1f.mempool.wire.v1.RescaleRequest\x1a\x1d.mempool.wire.v1.RescaleReply0\x01\x12O\n\tGetStatus\x12!.mempool.wire.v1.GetStatusRequest\x1a\x1f.mempool.wire.v1.GetStatusReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amempool/wire/v1/pool.proto\x12\x0fmempool.wire.v1\x1a\x1cmempool/wire/v1/status.proto\x1a\x1bmempool/wire/v1/table.proto\"B\n\x12\x43reateTableRequest\x12,\n\x06schema\x18\x01 \x01(\x0b\x32\x1c.mempool.wire.v1.TableSchema\"<\n\x10\x43reateTableReply\x12(\n\x04view\x18\x01 \x01(\x0b\x32\x1a.mempool.wire.v1.TableView\"2\n\x10\x44ropTableRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08table_id\x18\x02 \x01(\x04\"\x10\n\x0e\x44ropTableReply\"\x1f\n\x0fGetTableRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"9\n\rGetTableReply\x12(\n\x04view\x18\x01 \x01(\x0b\x32\x1a.mempool.wire.v1.TableView\"\x13\n\x11ListTablesRequest\"<\n\x0fListTablesReply\x12)\n\x05views\x18\x01 \x03(\x0b\x32\x1a.mempool.wire.v1.TableView\" \n\x0eRescaleRequest\x12\x0e\n\x06shards\x18\x01 \x01(\r\"\xac\x01\n\x0cRescaleReply\x12\x15\n\rshards_before\x18\x01 \x01(\r\x12\x14\n\x0cshards_after\x18\x02 \x01(\r\x12\x13\n\x0bpages_moved\x18\x03 \x01(\x04\x12\x13\n\x0bpages_total\x18\x04 \x01(\x04\x12\x13\n\x0b\x62ytes_moved\x18\x05 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x06 \x01(\x04\x12\r\n\x05table\x18\x07 \x01(\t\x12\x0c\n\x04\x64one\x18\x08 \x01(\x08\"\x12\n\x10GetStatusRequest\"=\n\x0eGetStatusReply\x12+\n\x06status\x18\x01 \x01(\x0b\x32\x1b.mempool.wire.v1.PoolStatus2\xf5\x03\n\x0bPoolService\x12U\n\x0b\x43reateTable\x12#.mempool.wire.v1.CreateTableRequest\x1a!.mempool.wire.v1.CreateTableReply\x12O\n\tDropTable\x12!.mempool.wire.v1.DropTableRequest\x1a\x1f.mempool.wire.v1.DropTableReply\x12L\n\x08GetTable\x12 .mempool.wire.v1.GetTableRequest\x1a\x1e.mempool.wire.v1.GetTableReply\x12R\n\nListTables\x12\".mempool.wire.v1.ListTablesRequest\x1a .mempool.wire.v1.ListTablesReply\x12K\n\x07Rescale\x12\x1f.mempool.wire.v1.RescaleRequest\x1a\x1d.mempool.wire.v1.RescaleReply0\x01\x12O\n\tGetStatus\x12!.mempool.wire.v1.GetStatusRequest\x1a\x1f.mempool.wire.v1.GetStatusReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,25 +38,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATETABLEREPLY']._serialized_start=174
   _globals['_CREATETABLEREPLY']._serialized_end=234
   _globals['_DROPTABLEREQUEST']._serialized_start=236
-  _globals['_DROPTABLEREQUEST']._serialized_end=268
-  _globals['_DROPTABLEREPLY']._serialized_start=270
-  _globals['_DROPTABLEREPLY']._serialized_end=286
-  _globals['_GETTABLEREQUEST']._serialized_start=288
-  _globals['_GETTABLEREQUEST']._serialized_end=319
-  _globals['_GETTABLEREPLY']._serialized_start=321
-  _globals['_GETTABLEREPLY']._serialized_end=378
-  _globals['_LISTTABLESREQUEST']._serialized_start=380
-  _globals['_LISTTABLESREQUEST']._serialized_end=399
-  _globals['_LISTTABLESREPLY']._serialized_start=401
-  _globals['_LISTTABLESREPLY']._serialized_end=461
-  _globals['_RESCALEREQUEST']._serialized_start=463
-  _globals['_RESCALEREQUEST']._serialized_end=495
-  _globals['_RESCALEREPLY']._serialized_start=498
-  _globals['_RESCALEREPLY']._serialized_end=670
-  _globals['_GETSTATUSREQUEST']._serialized_start=672
-  _globals['_GETSTATUSREQUEST']._serialized_end=690
-  _globals['_GETSTATUSREPLY']._serialized_start=692
-  _globals['_GETSTATUSREPLY']._serialized_end=753
-  _globals['_POOLSERVICE']._serialized_start=756
-  _globals['_POOLSERVICE']._serialized_end=1257
+  _globals['_DROPTABLEREQUEST']._serialized_end=286
+  _globals['_DROPTABLEREPLY']._serialized_start=288
+  _globals['_DROPTABLEREPLY']._serialized_end=304
+  _globals['_GETTABLEREQUEST']._serialized_start=306
+  _globals['_GETTABLEREQUEST']._serialized_end=337
+  _globals['_GETTABLEREPLY']._serialized_start=339
+  _globals['_GETTABLEREPLY']._serialized_end=396
+  _globals['_LISTTABLESREQUEST']._serialized_start=398
+  _globals['_LISTTABLESREQUEST']._serialized_end=417
+  _globals['_LISTTABLESREPLY']._serialized_start=419
+  _globals['_LISTTABLESREPLY']._serialized_end=479
+  _globals['_RESCALEREQUEST']._serialized_start=481
+  _globals['_RESCALEREQUEST']._serialized_end=513
+  _globals['_RESCALEREPLY']._serialized_start=516
+  _globals['_RESCALEREPLY']._serialized_end=688
+  _globals['_GETSTATUSREQUEST']._serialized_start=690
+  _globals['_GETSTATUSREQUEST']._serialized_end=708
+  _globals['_GETSTATUSREPLY']._serialized_start=710
+  _globals['_GETSTATUSREPLY']._serialized_end=771
+  _globals['_POOLSERVICE']._serialized_start=774
+  _globals['_POOLSERVICE']._serialized_end=1275
 # @@protoc_insertion_point(module_scope)

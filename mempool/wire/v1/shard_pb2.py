@@ -22,60 +22,69 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from mempool.wire.v1 import data_pb2 as mempool_dot_wire_dot_v1_dot_data__pb2
 from mempool.wire.v1 import status_pb2 as mempool_dot_wire_dot_v1_dot_status__pb2
 from mempool.wire.v1 import table_pb2 as mempool_dot_wire_dot_v1_dot_table__pb2
 from mempool.wire.v1 import tensor_pb2 as mempool_dot_wire_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmempool/wire/v1/shard.proto\x12\x0fmempool.wire.v1\x1a\x1cmempool/wire/v1/status.proto\x1a\x1bmempool/wire/v1/table.proto\x1a\x1cmempool/wire/v1/tensor.proto\">\n\x0bLedgerEntry\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04J\x04\x08\x04\x10\x05\"v\n\x06Ledger\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x17\n\x0fupdates_applied\x18\x02 \x01(\x04\x12-\n\x07\x65ntries\x18\x03 \x03(\x0b\x32\x1c.mempool.wire.v1.LedgerEntry\x12\x13\n\x0bstep_offset\x18\x04 \x01(\x12\"\x92\x01\n\x12\x41ttachTableRequest\x12(\n\x04view\x18\x01 \x01(\x0b\x32\x1a.mempool.wire.v1.TableView\x12)\n\x04mode\x18\x02 \x01(\x0e\x32\x1b.mempool.wire.v1.AttachMode\x12\'\n\x06ledger\x18\x03 \x01(\x0b\x32\x17.mempool.wire.v1.Ledger\"\x12\n\x10\x41ttachTableReply\"0\n\x1cShardServiceDropTableRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\"\x1c\n\x1aShardServiceDropTableReply\"4\n\rFreezeRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x11\n\ttimeout_s\x18\x02 \x01(\x01\"$\n\x0b\x46reezeReply\x12\x0f\n\x07version\x18\x02 \x01(\x04J\x04\x08\x01\x10\x02\"\x1f\n\x0bThawRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\"\x0b\n\tThawReply\"u\n\x12\x45xportPagesRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x02 \x03(\r\x12\x11\n\tkey_pages\x18\x03 \x03(\r\x12*\n\trow_pages\x18  \x01(\x0b\x32\x17.mempool.wire.v1.Tensor\"\xc8\x01\n\x10\x45xportPagesReply\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x02 \x03(\r\x12\x11\n\tkey_pages\x18\x03 \x03(\r\x12\x13\n\x0b\x61rray_names\x18\x05 \x03(\t\x12\x0f\n\x07version\x18\x06 \x01(\x04\x12*\n\trow_pages\x18  \x01(\x0b\x32\x17.mempool.wire.v1.Tensor\x12\'\n\x06\x61rrays\x18! \x03(\x0b\x32\x17.mempool.wire.v1.TensorJ\x04\x08\x04\x10\x05\"6\n\x13\x45xportLedgerRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\r\n\x05\x66irst\x18\x02 \x01(\x04\"\x96\x01\n\x11\x45xportLedgerReply\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x17\n\x0fupdates_applied\x18\x02 \x01(\x04\x12\x13\n\x0bnum_entries\x18\x03 \x01(\x04\x12-\n\x07\x65ntries\x18\x04 \x03(\x0b\x32\x1c.mempool.wire.v1.LedgerEntry\x12\x13\n\x0bstep_offset\x18\x05 \x01(\x12\"\x9f\x01\n\x10PullPagesRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12*\n\x06source\x18\x02 \x01(\x0b\x32\x1a.mempool.wire.v1.ShardInfo\x12\x0e\n\x06\x62locks\x18\x03 \x03(\r\x12\x11\n\tkey_pages\x18\x04 \x03(\r\x12*\n\trow_pages\x18  \x01(\x0b\x32\x17.mempool.wire.v1.Tensor\"2\n\x0ePullPagesReply\x12\r\n\x05pages\x18\x01 \x01(\x04\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\":\n\x0eSetViewRequest\x12(\n\x04view\x18\x01 \x01(\x0b\x32\x1a.mempool.wire.v1.TableView\"\x0e\n\x0cSetViewReply\"\x0f\n\rStatusRequest\";\n\x0bStatusReply\x12,\n\x06status\x18\x01 \x01(\x0b\x32\x1c.mempool.wire.v1.ShardStatus*r\n\nAttachMode\x12\x1b\n\x17\x41TTACH_MODE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x41TTACH_MODE_INITIALISE\x10\x01\x12\x15\n\x11\x41TTACH_MODE_EMPTY\x10\x02\x12\x14\n\x10\x41TTACH_MODE_LOST\x10\x03\x32\xed\x05\n\x0cShardService\x12U\n\x0b\x41ttachTable\x12#.mempool.wire.v1.AttachTableRequest\x1a!.mempool.wire.v1.AttachTableReply\x12g\n\tDropTable\x12-.mempool.wire.v1.ShardServiceDropTableRequest\x1a+.mempool.wire.v1.ShardServiceDropTableReply\x12\x46\n\x06\x46reeze\x12\x1e.mempool.wire.v1.FreezeRequest\x1a\x1c.mempool.wire.v1.FreezeReply\x12@\n\x04Thaw\x12\x1c.mempool.wire.v1.ThawRequest\x1a\x1a.mempool.wire.v1.ThawReply\x12U\n\x0b\x45xportPages\x12#.mempool.wire.v1.ExportPagesRequest\x1a!.mempool.wire.v1.ExportPagesReply\x12X\n\x0c\x45xportLedger\x12$.mempool.wire.v1.ExportLedgerRequest\x1a\".mempool.wire.v1.ExportLedgerReply\x12O\n\tPullPages\x12!.mempool.wire.v1.PullPagesRequest\x1a\x1f.mempool.wire.v1.PullPagesReply\x12I\n\x07SetView\x12\x1f.mempool.wire.v1.SetViewRequest\x1a\x1d.mempool.wire.v1.SetViewReply\x12\x46\n\x06Status\x12\x1e.mempool.wire.v1.StatusRequest\x1a\x1c.mempool.wire.v1.StatusReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmempool/wire/v1/shard.proto\x12\x0fmempool.wire.v1\x1a\x1amempool/wire/v1/data.proto\x1a\x1cmempool/wire/v1/status.proto\x1a\x1bmempool/wire/v1/table.proto\x1a\x1cmempool/wire/v1/tensor.proto\"\xcf\x01\n\x0bLedgerEntry\x12\r\n\x05group\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x12\n\ngeneration\x18\x05 \x01(\x04\x12\x0f\n\x07version\x18\x06 \x01(\x04\x12\x0f\n\x07\x64ropped\x18\x07 \x01(\x04\x12,\n\x06others\x18\x08 \x03(\x0b\x32\x1c.mempool.wire.v1.DecidedStep\x12+\n\x05older\x18\t \x01(\x0b\x32\x1c.mempool.wire.v1.LedgerEntryJ\x04\x08\x04\x10\x05\"v\n\x06Ledger\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x17\n\x0fupdates_applied\x18\x02 \x01(\x04\x12-\n\x07\x65ntries\x18\x03 \x03(\x0b\x32\x1c.mempool.wire.v1.LedgerEntry\x12\x13\n\x0bstep_offset\x18\x04 \x01(\x12\"\xa3\x01\n\x12\x41ttachTableRequest\x12(\n\x04view\x18\x01 \x01(\x0b\x32\x1a.mempool.wire.v1.TableView\x12)\n\x04mode\x18\x02 \x01(\x0e\x32\x1b.mempool.wire.v1.AttachMode\x12\'\n\x06ledger\x18\x03 \x01(\x0b\x32\x17.mempool.wire.v1.Ledger\x12\x0f\n\x07pending\x18\x04 \x01(\x08\"\x12\n\x10\x41ttachTableReply\"@\n\x1cShardServiceDropTableRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x0e\n\x06unmade\x18\x02 \x01(\x08\"\x1c\n\x1aShardServiceDropTableReply\"T\n\rFreezeRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x11\n\ttimeout_s\x18\x02 \x01(\x01\x12\r\n\x05token\x18\x03 \x01(\t\x12\x0f\n\x07lease_s\x18\x04 \x01(\x01\"$\n\x0b\x46reezeReply\x12\x0f\n\x07version\x18\x02 \x01(\x04J\x04\x08\x01\x10\x02\".\n\x0bThawRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\r\n\x05token\x18\x02 \x01(\t\"\x0b\n\tThawReply\"\x84\x01\n\x12\x45xportPagesRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x02 \x03(\r\x12\x11\n\tkey_pages\x18\x03 \x03(\r\x12\r\n\x05token\x18\x04 \x01(\t\x12*\n\trow_pages\x18  \x01(\x0b\x32\x17.mempool.wire.v1.Tensor\"\xc8\x01\n\x10\x45xportPagesReply\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x02 \x03(\r\x12\x11\n\tkey_pages\x18\x03 \x03(\r\x12\x13\n\x0b\x61rray_names\x18\x05 \x03(\t\x12\x0f\n\x07version\x18\x06 \x01(\x04\x12*\n\trow_pages\x18  \x01(\x0b\x32\x17.mempool.wire.v1.Tensor\x12\'\n\x06\x61rrays\x18! \x03(\x0b\x32\x17.mempool.wire.v1.TensorJ\x04\x08\x04\x10\x05\"6\n\x13\x45xportLedgerRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\r\n\x05\x66irst\x18\x02 \x01(\x04\"\x96\x01\n\x11\x45xportLedgerReply\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x17\n\x0fupdates_applied\x18\x02 \x01(\x04\x12\x13\n\x0bnum_entries\x18\x03 \x01(\x04\x12-\n\x07\x65ntries\x18\x04 \x03(\x0b\x32\x1c.mempool.wire.v1.LedgerEntry\x12\x13\n\x0bstep_offset\x18\x05 \x01(\x12\"\xae\x01\n\x10PullPagesRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12*\n\x06source\x18\x02 \x01(\x0b\x32\x1a.mempool.wire.v1.ShardInfo\x12\x0e\n\x06\x62locks\x18\x03 \x03(\r\x12\x11\n\tkey_pages\x18\x04 \x03(\r\x12\r\n\x05token\x18\x05 \x01(\t\x12*\n\trow_pages\x18  \x01(\x0b\x32\x17.mempool.wire.v1.Tensor\"2\n\x0ePullPagesReply\x12\r\n\x05pages\x18\x01 \x01(\x04\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\"I\n\x0eSetViewRequest\x12(\n\x04view\x18\x01 \x01(\x0b\x32\x1a.mempool.wire.v1.TableView\x12\r\n\x05token\x18\x02 \x01(\t\"\x0e\n\x0cSetViewReply\"\x9d\x01\n\x0eResolveRequest\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x1a\n\rafter_version\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12(\n\x07step_id\x18\x03 \x01(\x0b\x32\x17.mempool.wire.v1.StepId\x12\x0f\n\x07give_up\x18\x04 \x01(\x08\x12\x10\n\x08unwanted\x18\x05 \x01(\x08\x42\x10\n\x0e_after_version\"\x8d\x01\n\x0b\x44\x65\x63idedStep\x12\x10\n\x08table_id\x18\x01 \x01(\x04\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12(\n\x07step_id\x18\x03 \x01(\x0b\x32\x17.mempool.wire.v1.StepId\x12\n\n\x02lr\x18\x04 \x01(\x01\x12\x12\n\ngrad_scale\x18\x05 \x01(\x01\x12\x11\n\tsequences\x18\x06 \x03(\x04\"w\n\x0cResolveReply\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12)\n\x05state\x18\x02 \x01(\x0e\x32\x1a.mempool.wire.v1.StepState\x12+\n\x05steps\x18\x03 \x03(\x0b\x32\x1c.mempool.wire.v1.DecidedStep\"\x0f\n\rStatusRequest\";\n\x0bStatusReply\x12,\n\x06status\x18\x01 \x01(\x0b\x32\x1c.mempool.wire.v1.ShardStatus*\x8b\x01\n\nAttachMode\x12\x1b\n\x17\x41TTACH_MODE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x41TTACH_MODE_INITIALISE\x10\x01\x12\x15\n\x11\x41TTACH_MODE_EMPTY\x10\x02\x12\x14\n\x10\x41TTACH_MODE_LOST\x10\x03\x12\x17\n\x13\x41TTACH_MODE_CONFIRM\x10\x04*o\n\tStepState\x12\x1a\n\x16STEP_STATE_UNSPECIFIED\x10\x00\x12\x16\n\x12STEP_STATE_DECIDED\x10\x01\x12\x16\n\x12STEP_STATE_PENDING\x10\x02\x12\x16\n\x12STEP_STATE_DROPPED\x10\x03\x32\xb8\x06\n\x0cShardService\x12U\n\x0b\x41ttachTable\x12#.mempool.wire.v1.AttachTableRequest\x1a!.mempool.wire.v1.AttachTableReply\x12g\n\tDropTable\x12-.mempool.wire.v1.ShardServiceDropTableRequest\x1a+.mempool.wire.v1.ShardServiceDropTableReply\x12\x46\n\x06\x46reeze\x12\x1e.mempool.wire.v1.FreezeRequest\x1a\x1c.mempool.wire.v1.FreezeReply\x12I\n\x07Resolve\x12\x1f.mempool.wire.v1.ResolveRequest\x1a\x1d.mempool.wire.v1.ResolveReply\x12@\n\x04Thaw\x12\x1c.mempool.wire.v1.ThawRequest\x1a\x1a.mempool.wire.v1.ThawReply\x12U\n\x0b\x45xportPages\x12#.mempool.wire.v1.ExportPagesRequest\x1a!.mempool.wire.v1.ExportPagesReply\x12X\n\x0c\x45xportLedger\x12$.mempool.wire.v1.ExportLedgerRequest\x1a\".mempool.wire.v1.ExportLedgerReply\x12O\n\tPullPages\x12!.mempool.wire.v1.PullPagesRequest\x1a\x1f.mempool.wire.v1.PullPagesReply\x12I\n\x07SetView\x12\x1f.mempool.wire.v1.SetViewRequest\x1a\x1d.mempool.wire.v1.SetViewReply\x12\x46\n\x06Status\x12\x1e.mempool.wire.v1.StatusRequest\x1a\x1c.mempool.wire.v1.StatusReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mempool.wire.v1.shard_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ATTACHMODE']._serialized_start=1607
-  _globals['_ATTACHMODE']._serialized_end=1721
-  _globals['_LEDGERENTRY']._serialized_start=137
-  _globals['_LEDGERENTRY']._serialized_end=199
-  _globals['_LEDGER']._serialized_start=201
-  _globals['_LEDGER']._serialized_end=319
-  _globals['_ATTACHTABLEREQUEST']._serialized_start=322
-  _globals['_ATTACHTABLEREQUEST']._serialized_end=468
-  _globals['_ATTACHTABLEREPLY']._serialized_start=470
-  _globals['_ATTACHTABLEREPLY']._serialized_end=488
-  _globals['_SHARDSERVICEDROPTABLEREQUEST']._serialized_start=490
-  _globals['_SHARDSERVICEDROPTABLEREQUEST']._serialized_end=538
-  _globals['_SHARDSERVICEDROPTABLEREPLY']._serialized_start=540
-  _globals['_SHARDSERVICEDROPTABLEREPLY']._serialized_end=568
-  _globals['_FREEZEREQUEST']._serialized_start=570
-  _globals['_FREEZEREQUEST']._serialized_end=622
-  _globals['_FREEZEREPLY']._serialized_start=624
-  _globals['_FREEZEREPLY']._serialized_end=660
-  _globals['_THAWREQUEST']._serialized_start=662
-  _globals['_THAWREQUEST']._serialized_end=693
-  _globals['_THAWREPLY']._serialized_start=695
-  _globals['_THAWREPLY']._serialized_end=706
-  _globals['_EXPORTPAGESREQUEST']._serialized_start=708
-  _globals['_EXPORTPAGESREQUEST']._serialized_end=825
-  _globals['_EXPORTPAGESREPLY']._serialized_start=828
-  _globals['_EXPORTPAGESREPLY']._serialized_end=1028
-  _globals['_EXPORTLEDGERREQUEST']._serialized_start=1030
-  _globals['_EXPORTLEDGERREQUEST']._serialized_end=1084
-  _globals['_EXPORTLEDGERREPLY']._serialized_start=1087
-  _globals['_EXPORTLEDGERREPLY']._serialized_end=1237
-  _globals['_PULLPAGESREQUEST']._serialized_start=1240
-  _globals['_PULLPAGESREQUEST']._serialized_end=1399
-  _globals['_PULLPAGESREPLY']._serialized_start=1401
-  _globals['_PULLPAGESREPLY']._serialized_end=1451
-  _globals['_SETVIEWREQUEST']._serialized_start=1453
-  _globals['_SETVIEWREQUEST']._serialized_end=1511
-  _globals['_SETVIEWREPLY']._serialized_start=1513
-  _globals['_SETVIEWREPLY']._serialized_end=1527
-  _globals['_STATUSREQUEST']._serialized_start=1529
-  _globals['_STATUSREQUEST']._serialized_end=1544
-  _globals['_STATUSREPLY']._serialized_start=1546
-  _globals['_STATUSREPLY']._serialized_end=1605
-  _globals['_SHARDSERVICE']._serialized_start=1724
-  _globals['_SHARDSERVICE']._serialized_end=2473
+  _globals['_ATTACHMODE']._serialized_start=2333
+  _globals['_ATTACHMODE']._serialized_end=2472
+  _globals['_STEPSTATE']._serialized_start=2474
+  _globals['_STEPSTATE']._serialized_end=2585
+  _globals['_LEDGERENTRY']._serialized_start=166
+  _globals['_LEDGERENTRY']._serialized_end=373
+  _globals['_LEDGER']._serialized_start=375
+  _globals['_LEDGER']._serialized_end=493
+  _globals['_ATTACHTABLEREQUEST']._serialized_start=496
+  _globals['_ATTACHTABLEREQUEST']._serialized_end=659
+  _globals['_ATTACHTABLEREPLY']._serialized_start=661
+  _globals['_ATTACHTABLEREPLY']._serialized_end=679
+  _globals['_SHARDSERVICEDROPTABLEREQUEST']._serialized_start=681
+  _globals['_SHARDSERVICEDROPTABLEREQUEST']._serialized_end=745
+  _globals['_SHARDSERVICEDROPTABLEREPLY']._serialized_start=747
+  _globals['_SHARDSERVICEDROPTABLEREPLY']._serialized_end=775
+  _globals['_FREEZEREQUEST']._serialized_start=777
+  _globals['_FREEZEREQUEST']._serialized_end=861
+  _globals['_FREEZEREPLY']._serialized_start=863
+  _globals['_FREEZEREPLY']._serialized_end=899
+  _globals['_THAWREQUEST']._serialized_start=901
+  _globals['_THAWREQUEST']._serialized_end=947
+  _globals['_THAWREPLY']._serialized_start=949
+  _globals['_THAWREPLY']._serialized_end=960
+  _globals['_EXPORTPAGESREQUEST']._serialized_start=963
+  _globals['_EXPORTPAGESREQUEST']._serialized_end=1095
+  _globals['_EXPORTPAGESREPLY']._serialized_start=1098
+  _globals['_EXPORTPAGESREPLY']._serialized_end=1298
+  _globals['_EXPORTLEDGERREQUEST']._serialized_start=1300
+  _globals['_EXPORTLEDGERREQUEST']._serialized_end=1354
+  _globals['_EXPORTLEDGERREPLY']._serialized_start=1357
+  _globals['_EXPORTLEDGERREPLY']._serialized_end=1507
+  _globals['_PULLPAGESREQUEST']._serialized_start=1510
+  _globals['_PULLPAGESREQUEST']._serialized_end=1684
+  _globals['_PULLPAGESREPLY']._serialized_start=1686
+  _globals['_PULLPAGESREPLY']._serialized_end=1736
+  _globals['_SETVIEWREQUEST']._serialized_start=1738
+  _globals['_SETVIEWREQUEST']._serialized_end=1811
+  _globals['_SETVIEWREPLY']._serialized_start=1813
+  _globals['_SETVIEWREPLY']._serialized_end=1827
+  _globals['_RESOLVEREQUEST']._serialized_start=1830
+  _globals['_RESOLVEREQUEST']._serialized_end=1987
+  _globals['_DECIDEDSTEP']._serialized_start=1990
+  _globals['_DECIDEDSTEP']._serialized_end=2131
+  _globals['_RESOLVEREPLY']._serialized_start=2133
+  _globals['_RESOLVEREPLY']._serialized_end=2252
+  _globals['_STATUSREQUEST']._serialized_start=2254
+  _globals['_STATUSREQUEST']._serialized_end=2269
+  _globals['_STATUSREPLY']._serialized_start=2271
+  _globals['_STATUSREPLY']._serialized_end=2330
+  _globals['_SHARDSERVICE']._serialized_start=2588
+  _globals['_SHARDSERVICE']._serialized_end=3412
 # @@protoc_insertion_point(module_scope)

@@ -7,8 +7,9 @@ needs, beside the token, the metadata `mempool-controller-key`, a secret that on
 A move of one table, as the controller carries it out: Freeze at all its shards; PullPages at every shard that is given
 pages, which fetches them by ExportPages from their present owners and stages them, and, where the table is new to it,
 fetches by ExportLedger what was applied to them; SetView with the next epoch at all.
-If anything fails before the first SetView: Thaw at all, and nothing has changed. Nothing here carries an epoch check of
-its own: the controller is the only caller, and orders its calls.
+If anything fails before the first SetView: Thaw at all, and nothing has changed. A round has a token, which all its calls
+carry: what comes late from a round that is over is refused. A freeze has a lease: where nobody renews it, by Freeze with
+the same token, it ends by itself, and its round with it.
 """
 
 from collections import abc as _abc
@@ -16,6 +17,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from mempool.wire.v1 import data_pb2 as _data_pb2
 from mempool.wire.v1 import status_pb2 as _status_pb2
 from mempool.wire.v1 import table_pb2 as _table_pb2
 from mempool.wire.v1 import tensor_pb2 as _tensor_pb2
@@ -44,6 +46,10 @@ class _AttachModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AttachMode
     """It owns none yet and will pull them."""
     ATTACH_MODE_LOST: _AttachMode.ValueType  # 3
     """It owned pages and has them no more: requests for them are answered ERROR_CODE_DATA_LOSS."""
+    ATTACH_MODE_CONFIRM: _AttachMode.ValueType  # 4
+    """It has them: the table was pending here and is made, so that it answers from now on. ERROR_CODE_NOT_FOUND where the
+    table is not here.
+    """
 
 class AttachMode(_AttachMode, metaclass=_AttachModeEnumTypeWrapper):
     """What a shard does about the pages that the view gives it."""
@@ -56,7 +62,39 @@ ATTACH_MODE_EMPTY: AttachMode.ValueType  # 2
 """It owns none yet and will pull them."""
 ATTACH_MODE_LOST: AttachMode.ValueType  # 3
 """It owned pages and has them no more: requests for them are answered ERROR_CODE_DATA_LOSS."""
+ATTACH_MODE_CONFIRM: AttachMode.ValueType  # 4
+"""It has them: the table was pending here and is made, so that it answers from now on. ERROR_CODE_NOT_FOUND where the
+table is not here.
+"""
 Global___AttachMode: _TypeAlias = AttachMode  # noqa: Y015
+
+class _StepState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StepStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StepState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STEP_STATE_UNSPECIFIED: _StepState.ValueType  # 0
+    """No step was asked for."""
+    STEP_STATE_DECIDED: _StepState.ValueType  # 1
+    """It is decided: applied, here or soon."""
+    STEP_STATE_PENDING: _StepState.ValueType  # 2
+    """It may still be decided."""
+    STEP_STATE_DROPPED: _StepState.ValueType  # 3
+    """It was not decided and never will be."""
+
+class StepState(_StepState, metaclass=_StepStateEnumTypeWrapper):
+    """What is known of a step."""
+
+STEP_STATE_UNSPECIFIED: StepState.ValueType  # 0
+"""No step was asked for."""
+STEP_STATE_DECIDED: StepState.ValueType  # 1
+"""It is decided: applied, here or soon."""
+STEP_STATE_PENDING: StepState.ValueType  # 2
+"""It may still be decided."""
+STEP_STATE_DROPPED: StepState.ValueType  # 3
+"""It was not decided and never will be."""
+Global___StepState: _TypeAlias = StepState  # noqa: Y015
 
 @_typing.final
 class LedgerEntry(_message.Message):
@@ -67,22 +105,46 @@ class LedgerEntry(_message.Message):
     GROUP_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    OTHERS_FIELD_NUMBER: _builtins.int
+    OLDER_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     """The group."""
     rank: _builtins.int
     """The rank."""
     step: _builtins.int
     """Its highest applied step."""
+    generation: _builtins.int
+    """The generation that step is of."""
+    version: _builtins.int
+    """The table version that step made."""
+    dropped: _builtins.int
+    """Steps up to this one are over: what was not applied of them never will be."""
+    @_builtins.property
+    def others(self) -> _containers.RepeatedCompositeFieldContainer[Global___DecidedStep]:
+        """What was decided with that step, where it was of several tables and this one its first: its parts at the others."""
+
+    @_builtins.property
+    def older(self) -> Global___LedgerEntry:
+        """The same of the generation before it that applied anything, without group and rank, and without one before that."""
+
     def __init__(
         self,
         *,
         group: _builtins.str = ...,
         rank: _builtins.int = ...,
         step: _builtins.int = ...,
+        generation: _builtins.int = ...,
+        version: _builtins.int = ...,
+        dropped: _builtins.int = ...,
+        others: _abc.Iterable[Global___DecidedStep] | None = ...,
+        older: Global___LedgerEntry | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["older", b"older"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "rank", b"rank", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "generation", b"generation", "group", b"group", "older", b"older", "others", b"others", "rank", b"rank", "step", b"step", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -133,8 +195,13 @@ class AttachTableRequest(_message.Message):
     VIEW_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
     LEDGER_FIELD_NUMBER: _builtins.int
+    PENDING_FIELD_NUMBER: _builtins.int
     mode: Global___AttachMode.ValueType
     """What about the pages."""
+    pending: _builtins.bool
+    """The table is being made: it answers no client, and is among no views, until it is attached with
+    ATTACH_MODE_CONFIRM. A controller that is started anew drops what was confirmed nowhere.
+    """
     @_builtins.property
     def view(self) -> _table_pb2.TableView:
         """What it is and where its pages are."""
@@ -149,10 +216,11 @@ class AttachTableRequest(_message.Message):
         view: _table_pb2.TableView | None = ...,
         mode: Global___AttachMode.ValueType = ...,
         ledger: Global___Ledger | None = ...,
+        pending: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "mode", b"mode", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "mode", b"mode", "pending", b"pending", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -182,16 +250,20 @@ class ShardServiceDropTableRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TABLE_ID_FIELD_NUMBER: _builtins.int
+    UNMADE_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
     """The table."""
+    unmade: _builtins.bool
+    """Only where it is pending: one that was confirmed stays, ERROR_CODE_STALE_PLACEMENT."""
     def __init__(
         self,
         *,
         table_id: _builtins.int = ...,
+        unmade: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["table_id", b"table_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["table_id", b"table_id", "unmade", b"unmade"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -222,19 +294,27 @@ class FreezeRequest(_message.Message):
 
     TABLE_ID_FIELD_NUMBER: _builtins.int
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    LEASE_S_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
     """The table."""
     timeout_s: _builtins.float
     """Seconds to wait for prepared steps."""
+    token: _builtins.str
+    """Names the round, and is never used again."""
+    lease_s: _builtins.float
+    """Seconds until the freeze ends by itself, unless it is asked for again."""
     def __init__(
         self,
         *,
         table_id: _builtins.int = ...,
         timeout_s: _builtins.float = ...,
+        token: _builtins.str = ...,
+        lease_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["table_id", b"table_id", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_s", b"lease_s", "table_id", b"table_id", "timeout_s", b"timeout_s", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -269,16 +349,20 @@ class ThawRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TABLE_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
     """The table."""
+    token: _builtins.str
+    """The round whose freeze is to end; empty: whichever there is."""
     def __init__(
         self,
         *,
         table_id: _builtins.int = ...,
+        token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["table_id", b"table_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["table_id", b"table_id", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -310,9 +394,12 @@ class ExportPagesRequest(_message.Message):
     TABLE_ID_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
     KEY_PAGES_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
     ROW_PAGES_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
     """The table."""
+    token: _builtins.str
+    """The round."""
     @_builtins.property
     def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Column blocks: of each row page, the pages of these."""
@@ -331,11 +418,12 @@ class ExportPagesRequest(_message.Message):
         table_id: _builtins.int = ...,
         blocks: _abc.Iterable[_builtins.int] | None = ...,
         key_pages: _abc.Iterable[_builtins.int] | None = ...,
+        token: _builtins.str = ...,
         row_pages: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["row_pages", b"row_pages"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "key_pages", b"key_pages", "row_pages", b"row_pages", "table_id", b"table_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "key_pages", b"key_pages", "row_pages", b"row_pages", "table_id", b"table_id", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -468,7 +556,9 @@ Global___ExportLedgerReply: _TypeAlias = ExportLedgerReply  # noqa: Y015
 
 @_typing.final
 class PullPagesRequest(_message.Message):
-    """Fetches pages."""
+    """Fetches pages.
+    One that names no page is sent to a shard that is to be the gate: it fetches what the present one decided.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -476,9 +566,12 @@ class PullPagesRequest(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     BLOCKS_FIELD_NUMBER: _builtins.int
     KEY_PAGES_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
     ROW_PAGES_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
     """The table."""
+    token: _builtins.str
+    """The round."""
     @_builtins.property
     def source(self) -> _table_pb2.ShardInfo:
         """Their present owner."""
@@ -502,11 +595,12 @@ class PullPagesRequest(_message.Message):
         source: _table_pb2.ShardInfo | None = ...,
         blocks: _abc.Iterable[_builtins.int] | None = ...,
         key_pages: _abc.Iterable[_builtins.int] | None = ...,
+        token: _builtins.str = ...,
         row_pages: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["row_pages", b"row_pages", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "key_pages", b"key_pages", "row_pages", b"row_pages", "source", b"source", "table_id", b"table_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "key_pages", b"key_pages", "row_pages", b"row_pages", "source", b"source", "table_id", b"table_id", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -545,6 +639,9 @@ class SetViewRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     VIEW_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    token: _builtins.str
+    """The round that it ends. Empty: none, as where a shard is only brought up to date."""
     @_builtins.property
     def view(self) -> _table_pb2.TableView:
         """The view."""
@@ -553,10 +650,11 @@ class SetViewRequest(_message.Message):
         self,
         *,
         view: _table_pb2.TableView | None = ...,
+        token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token", b"token", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -578,6 +676,130 @@ class SetViewReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SetViewReply: _TypeAlias = SetViewReply  # noqa: Y015
+
+@_typing.final
+class ResolveRequest(_message.Message):
+    """Asks what became of steps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_ID_FIELD_NUMBER: _builtins.int
+    AFTER_VERSION_FIELD_NUMBER: _builtins.int
+    STEP_ID_FIELD_NUMBER: _builtins.int
+    GIVE_UP_FIELD_NUMBER: _builtins.int
+    UNWANTED_FIELD_NUMBER: _builtins.int
+    table_id: _builtins.int
+    """The table: of the order asked for, or the first one of the step asked for."""
+    after_version: _builtins.int
+    """The decisions with higher versions are asked for, a number of them at a time. Absent: none."""
+    give_up: _builtins.bool
+    """Drop the step for good where it is not decided, unless it is prepared here, not for longer than a lease, and its
+    rank's lease has not ended.
+    """
+    unwanted: _builtins.bool
+    """Drop it for good where it is not decided: its client has discarded it, or gone on with a later step."""
+    @_builtins.property
+    def step_id(self) -> _data_pb2.StepId:
+        """The step asked for. Absent: none."""
+
+    def __init__(
+        self,
+        *,
+        table_id: _builtins.int = ...,
+        after_version: _builtins.int | None = ...,
+        step_id: _data_pb2.StepId | None = ...,
+        give_up: _builtins.bool = ...,
+        unwanted: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_after_version", b"_after_version", "after_version", b"after_version", "step_id", b"step_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_version", b"_after_version", "after_version", b"after_version", "give_up", b"give_up", "step_id", b"step_id", "table_id", b"table_id", "unwanted", b"unwanted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__after_version: _TypeAlias = _typing.Literal["after_version"]  # noqa: Y015
+    _WhichOneofArgType__after_version: _TypeAlias = _typing.Literal["_after_version", b"_after_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__after_version) -> _WhichOneofReturnType__after_version | None: ...
+
+Global___ResolveRequest: _TypeAlias = ResolveRequest  # noqa: Y015
+
+@_typing.final
+class DecidedStep(_message.Message):
+    """A step that was decided, at one table."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_ID_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    STEP_ID_FIELD_NUMBER: _builtins.int
+    LR_FIELD_NUMBER: _builtins.int
+    GRAD_SCALE_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    table_id: _builtins.int
+    """The table."""
+    version: _builtins.int
+    """The table version it makes; 0 where the table's gate has not given it yet."""
+    lr: _builtins.float
+    """Learning rate of this step."""
+    grad_scale: _builtins.float
+    """As in CommitPart."""
+    @_builtins.property
+    def step_id(self) -> _data_pb2.StepId:
+        """The step, as this table counts them."""
+
+    @_builtins.property
+    def sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As in CommitPart."""
+
+    def __init__(
+        self,
+        *,
+        table_id: _builtins.int = ...,
+        version: _builtins.int = ...,
+        step_id: _data_pb2.StepId | None = ...,
+        lr: _builtins.float = ...,
+        grad_scale: _builtins.float = ...,
+        sequences: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["step_id", b"step_id"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grad_scale", b"grad_scale", "lr", b"lr", "sequences", b"sequences", "step_id", b"step_id", "table_id", b"table_id", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DecidedStep: _TypeAlias = DecidedStep  # noqa: Y015
+
+@_typing.final
+class ResolveReply(_message.Message):
+    """What became of steps."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The table's version here, of what was numbered."""
+    state: Global___StepState.ValueType
+    """Of the step asked for."""
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___DecidedStep]:
+        """Where it is decided: its parts. Where an order was asked for: its steps by version, from the first one asked for on, as
+        many as are kept; a gap before the first of them was of steps that this shard has no part in.
+        """
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        state: Global___StepState.ValueType = ...,
+        steps: _abc.Iterable[Global___DecidedStep] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["state", b"state", "steps", b"steps", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResolveReply: _TypeAlias = ResolveReply  # noqa: Y015
 
 @_typing.final
 class StatusRequest(_message.Message):

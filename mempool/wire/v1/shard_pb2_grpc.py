@@ -50,6 +50,11 @@ class ShardServiceStub(object):
                 request_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.FreezeRequest.SerializeToString,
                 response_deserializer=mempool_dot_wire_dot_v1_dot_shard__pb2.FreezeReply.FromString,
                 _registered_method=True)
+        self.Resolve = channel.unary_unary(
+                '/mempool.wire.v1.ShardService/Resolve',
+                request_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ResolveRequest.SerializeToString,
+                response_deserializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ResolveReply.FromString,
+                _registered_method=True)
         self.Thaw = channel.unary_unary(
                 '/mempool.wire.v1.ShardService/Thaw',
                 request_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ThawRequest.SerializeToString,
@@ -105,6 +110,14 @@ class ShardServiceServicer(object):
         to be decided. Lookups and updates go on. Repeatable: a frozen table answers its version again.
 
         ERROR_CODE_DEADLINE_EXCEEDED where a prepared step was not decided in time; the table is then thawed again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resolve(self, request, context):
+        """A shard that is in doubt asks here what became of steps: the gate of a table for its order, a step's decider for its
+        decision. Changes nothing but with give_up or unwanted, and never waits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -176,6 +189,11 @@ def add_ShardServiceServicer_to_server(servicer, server):
                     servicer.Freeze,
                     request_deserializer=mempool_dot_wire_dot_v1_dot_shard__pb2.FreezeRequest.FromString,
                     response_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.FreezeReply.SerializeToString,
+            ),
+            'Resolve': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resolve,
+                    request_deserializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ResolveRequest.FromString,
+                    response_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ResolveReply.SerializeToString,
             ),
             'Thaw': grpc.unary_unary_rpc_method_handler(
                     servicer.Thaw,
@@ -290,6 +308,33 @@ class ShardService(object):
             '/mempool.wire.v1.ShardService/Freeze',
             mempool_dot_wire_dot_v1_dot_shard__pb2.FreezeRequest.SerializeToString,
             mempool_dot_wire_dot_v1_dot_shard__pb2.FreezeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resolve(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mempool.wire.v1.ShardService/Resolve',
+            mempool_dot_wire_dot_v1_dot_shard__pb2.ResolveRequest.SerializeToString,
+            mempool_dot_wire_dot_v1_dot_shard__pb2.ResolveReply.FromString,
             options,
             channel_credentials,
             insecure,

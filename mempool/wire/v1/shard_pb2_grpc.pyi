@@ -7,8 +7,9 @@ needs, beside the token, the metadata `mempool-controller-key`, a secret that on
 A move of one table, as the controller carries it out: Freeze at all its shards; PullPages at every shard that is given
 pages, which fetches them by ExportPages from their present owners and stages them, and, where the table is new to it,
 fetches by ExportLedger what was applied to them; SetView with the next epoch at all.
-If anything fails before the first SetView: Thaw at all, and nothing has changed. Nothing here carries an epoch check of
-its own: the controller is the only caller, and orders its calls.
+If anything fails before the first SetView: Thaw at all, and nothing has changed. A round has a token, which all its calls
+carry: what comes late from a round that is over is refused. A freeze has a lease: where nobody renews it, by Freeze with
+the same token, it ends by itself, and its round with it.
 """
 
 from collections import abc as _abc
@@ -51,6 +52,10 @@ class ShardServiceStub:
 
     ERROR_CODE_DEADLINE_EXCEEDED where a prepared step was not decided in time; the table is then thawed again.
     """
+    Resolve: _grpc.UnaryUnaryMultiCallable[_shard_pb2.ResolveRequest, _shard_pb2.ResolveReply]
+    """A shard that is in doubt asks here what became of steps: the gate of a table for its order, a step's decider for its
+    decision. Changes nothing but with give_up or unwanted, and never waits.
+    """
     Thaw: _grpc.UnaryUnaryMultiCallable[_shard_pb2.ThawRequest, _shard_pb2.ThawReply]
     """Undoes Freeze and drops pages that were staged. No error where there is nothing to undo."""
     ExportPages: _grpc.UnaryUnaryMultiCallable[_shard_pb2.ExportPagesRequest, _shard_pb2.ExportPagesReply]
@@ -89,6 +94,10 @@ class ShardServiceAsyncStub(ShardServiceStub):
     to be decided. Lookups and updates go on. Repeatable: a frozen table answers its version again.
 
     ERROR_CODE_DEADLINE_EXCEEDED where a prepared step was not decided in time; the table is then thawed again.
+    """
+    Resolve: _aio.UnaryUnaryMultiCallable[_shard_pb2.ResolveRequest, _shard_pb2.ResolveReply]  # type: ignore[assignment]
+    """A shard that is in doubt asks here what became of steps: the gate of a table for its order, a step's decider for its
+    decision. Changes nothing but with give_up or unwanted, and never waits.
     """
     Thaw: _aio.UnaryUnaryMultiCallable[_shard_pb2.ThawRequest, _shard_pb2.ThawReply]  # type: ignore[assignment]
     """Undoes Freeze and drops pages that were staged. No error where there is nothing to undo."""
@@ -143,6 +152,16 @@ class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
         to be decided. Lookups and updates go on. Repeatable: a frozen table answers its version again.
 
         ERROR_CODE_DEADLINE_EXCEEDED where a prepared step was not decided in time; the table is then thawed again.
+        """
+
+    @_abc_1.abstractmethod
+    def Resolve(
+        self,
+        request: _shard_pb2.ResolveRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_shard_pb2.ResolveReply, _abc.Awaitable[_shard_pb2.ResolveReply]]:
+        """A shard that is in doubt asks here what became of steps: the gate of a table for its order, a step's decider for its
+        decision. Changes nothing but with give_up or unwanted, and never waits.
         """
 
     @_abc_1.abstractmethod

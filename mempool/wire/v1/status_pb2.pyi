@@ -109,6 +109,8 @@ class TableStatus(_message.Message):
     FROZEN_FIELD_NUMBER: _builtins.int
     BYTES_TO_FILL_FIELD_NUMBER: _builtins.int
     PREPARING_FIELD_NUMBER: _builtins.int
+    PENDING_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
     """The table."""
     name: _builtins.str
@@ -135,6 +137,10 @@ class TableStatus(_message.Message):
     """Bytes of initial values that are still to be written here; 0 once the table answers."""
     preparing: _builtins.str
     """What is done before initial values are written, in words; "" for nothing."""
+    pending: _builtins.bool
+    """It is being made, and answers no client yet: not all shards are known to have it."""
+    round: _builtins.str
+    """Token of the round of a move that holds it frozen; "" where none does."""
     def __init__(
         self,
         *,
@@ -151,10 +157,12 @@ class TableStatus(_message.Message):
         frozen: _builtins.bool = ...,
         bytes_to_fill: _builtins.int = ...,
         preparing: _builtins.str = ...,
+        pending: _builtins.bool = ...,
+        round: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_to_fill", b"bytes_to_fill", "epoch", b"epoch", "frozen", b"frozen", "lookups", b"lookups", "lost_pages", b"lost_pages", "name", b"name", "num_bytes", b"num_bytes", "pages", b"pages", "preparing", b"preparing", "table_id", b"table_id", "updates_applied", b"updates_applied", "updates_held", b"updates_held", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_to_fill", b"bytes_to_fill", "epoch", b"epoch", "frozen", b"frozen", "lookups", b"lookups", "lost_pages", b"lost_pages", "name", b"name", "num_bytes", b"num_bytes", "pages", b"pages", "pending", b"pending", "preparing", b"preparing", "round", b"round", "table_id", b"table_id", "updates_applied", b"updates_applied", "updates_held", b"updates_held", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -180,6 +188,7 @@ class ShardStatus(_message.Message):
     KEPT_BYTES_FIELD_NUMBER: _builtins.int
     CLIENT_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     PAGE_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
     state: Global___ShardState.ValueType
     """Whether it serves."""
     device: _builtins.str
@@ -214,6 +223,10 @@ class ShardStatus(_message.Message):
     def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTime]:
         """Where its time went."""
 
+    @_builtins.property
+    def dropped(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ids of tables that it was told to drop, the newest of them: a controller that is new learns from it that they are gone."""
+
     def __init__(
         self,
         *,
@@ -231,10 +244,11 @@ class ShardStatus(_message.Message):
         kept_bytes: _builtins.int = ...,
         client_limit_bytes: _builtins.int = ...,
         page_limit_bytes: _builtins.int = ...,
+        dropped: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_limit_bytes", b"client_limit_bytes", "context_bytes", b"context_bytes", "device", b"device", "held_bytes", b"held_bytes", "info", b"info", "kept_bytes", b"kept_bytes", "num_bytes", b"num_bytes", "page_limit_bytes", b"page_limit_bytes", "queued_bytes", b"queued_bytes", "queued_calls", b"queued_calls", "stages", b"stages", "state", b"state", "tables", b"tables", "uptime_s", b"uptime_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_limit_bytes", b"client_limit_bytes", "context_bytes", b"context_bytes", "device", b"device", "dropped", b"dropped", "held_bytes", b"held_bytes", "info", b"info", "kept_bytes", b"kept_bytes", "num_bytes", b"num_bytes", "page_limit_bytes", b"page_limit_bytes", "queued_bytes", b"queued_bytes", "queued_calls", b"queued_calls", "stages", b"stages", "state", b"state", "tables", b"tables", "uptime_s", b"uptime_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -284,7 +298,7 @@ class TableCreation(_message.Message):
     table: _builtins.str
     """Its name."""
     table_id: _builtins.int
-    """Its id; 0 until it is placed."""
+    """Its id."""
     waiting_for: _builtins.str
     """What has to end before it begins, for people; empty once it is being filled."""
     spent_s: _builtins.float

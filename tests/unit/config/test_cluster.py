@@ -33,6 +33,7 @@ def test_little_need_be_said() -> None:
     assert (shard.threads, shard.memory) == (1, 2**31)
     assert (shard.client_bytes, shard.commit_bytes, shard.page_bytes) == (2**29, 2**28, 2**31 - 2**29 - 2**28)
     assert (config.shard.max_restarts, config.ray.address) == (-1, "auto")
+    assert config.shard.trainer_lease == 10.0
 
 
 def test_sections_with_all_lines_commented_out_mean_the_defaults() -> None:
@@ -118,6 +119,8 @@ def test_hosts_are_hosts_alone(host: str) -> None:
         (lambda: ShardConfig(resources={"GPU": 1}), r"resources = {'GPU': 1} names GPU.* shard\.num_gpus"),
         (lambda: ShardConfig(resources={"disk": 0}), r"resources\.disk = 0 must be greater than 0"),
         (lambda: ShardConfig(max_restarts=-2), r"max_restarts = -2 must be at least -1"),
+        (lambda: ShardConfig(trainer_lease=0.5), r"trainer_lease = 0.5 must be at least 1"),
+        (lambda: ShardConfig(trainer_lease=601), r"trainer_lease = 601(\.0)? must be at most 600"),
         (lambda: RayConfig(address="ray"), r"address = 'ray' is not an address of Ray"),
         (lambda: RayConfig(address="ray://a:10001"), r'"local" or the head\'s "host:port"'),
     ],

@@ -21,17 +21,18 @@ class Faulty:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.info = engine.info
         self.faults: dict[str, Callable[[], Awaitable[None]]] = {}
         self.calls: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._engine, name)
 
-        async def call(*arguments: Any) -> Any:
+        async def call(*arguments: Any, **named: Any) -> Any:
             self.calls.append(name)
             if name in self.faults:
                 await self.faults[name]()
-            return await method(*arguments)
+            return await method(*arguments, **named)
 
         return call
 
@@ -46,6 +47,7 @@ class Fleet:
         self.room = 1000
         self.waits_for = ""
         self.memory_bytes: int | None = None
+        self.wanted = 0
 
     async def start(self, shard: int) -> ShardInfo:
         if shard in self.refuse:
@@ -61,6 +63,9 @@ class Fleet:
 
     async def starting(self) -> str:
         return self.waits_for
+
+    async def keep_wanted(self, shards: int) -> None:
+        self.wanted = shards
 
     async def stop(self, info: ShardInfo) -> None:
         host = self.hosts.pop(info.shard, None)

@@ -57,7 +57,7 @@ def test_a_caller_that_goes_away_does_not_undo_it_and_a_repeat_joins_in() -> Non
             gate.open.set()
             view = await again
             assert view.schema.table_id == creation.table_id
-            assert bench.fleet.hosts[1].calls.count("attach_table") == 1
+            assert bench.fleet.hosts[1].calls.count("attach_table") == 2, "to attach it, and to confirm it"
             assert (await bench.controller.status()).creating == ()
 
         on_loop(work)
@@ -306,4 +306,41 @@ def test_neither_the_callers_deadline_nor_its_name_goes_along_to_the_shards() ->
                 await bench.controller.create_table(SCHEMA)
 
         on_loop(work)
-    assert found == [Caller()] * 2
+    assert found == [Caller()] * 4
+
+
+def test_a_late_drop_leaves_the_next_table_of_that_name_alone() -> None:
+    """Seeds 6 and 116: a call that came twice, the second time late, dropped what was made meanwhile."""
+    with Bench(2) as bench:
+
+        async def work() -> None:
+            old = (await bench.controller.create_table(SCHEMA)).schema.table_id
+            await bench.controller.drop_table("facts", table_id=old)
+            gate = bench.fleet.hosts[1].faults["attach_table"] = Gate()
+            making = asyncio.create_task(bench.controller.create_table(SCHEMA))
+            await gate.reached.wait()
+            with pytest.raises(errors.NotFound, match="no table 'facts'"):
+                await bench.controller.drop_table("facts", table_id=old)
+            gate.open.set()
+            new = (await making).schema.table_id
+            with pytest.raises(errors.NotFound, match=f"the id {old} is gone already; .* the id {new}, which stays"):
+                await bench.controller.drop_table("facts", table_id=old)
+            assert (await bench.controller.table("facts")).schema.table_id == new
+            await bench.controller.drop_table("facts", table_id=new)
+
+        on_loop(work)
+
+
+def test_a_table_that_is_being_made_is_dropped_by_its_id() -> None:
+    with Bench(2) as bench:
+
+        async def work() -> None:
+            gate = bench.fleet.hosts[1].faults["attach_table"] = Gate()
+            making = asyncio.create_task(bench.controller.create_table(SCHEMA))
+            await gate.reached.wait()
+            (creation,) = (await bench.controller.status()).creating
+            await bench.controller.drop_table("facts", table_id=creation.table_id)
+            with pytest.raises(errors.NotFound, match="'facts' was dropped while it was being made"):
+                await making
+
+        on_loop(work)

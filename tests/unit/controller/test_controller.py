@@ -159,8 +159,8 @@ def test_an_adopted_pool_finishes_what_was_half_way() -> None:
         placement = bench.view("facts").placement
         moved = replace(placement, epoch=placement.epoch + 1)
         view = replace(bench.view("facts"), placement=moved)
-        run(bench.fleet.hosts[0].freeze(table.schema.table_id, 5.0), timeout_s=CALL_S)
-        run(bench.fleet.hosts[1].freeze(table.schema.table_id, 5.0), timeout_s=CALL_S)
+        run(bench.fleet.hosts[0].freeze(table.schema.table_id, 5.0, token="a", lease_s=0.0), timeout_s=CALL_S)
+        run(bench.fleet.hosts[1].freeze(table.schema.table_id, 5.0, token="a", lease_s=0.0), timeout_s=CALL_S)
         run(bench.fleet.hosts[1].set_view(view), timeout_s=CALL_S)
         bench.fleet.hosts[0].faults.clear()
         heir = bench.heir()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mempool.config import ProductKeys, TableConfig, resolve
-from mempool.controller.mover import Mover, plan_moves
+from mempool.controller.mover import Mover, _prepared, plan_moves
 from mempool.controller.pulls import pulls
 from mempool.controller.roster import Roster
 from mempool.placement import apply_moves, moves, plan
@@ -47,7 +47,7 @@ def test_pulls_fetch_each_page_of_a_round_once_from_its_owner(
     found = plan_moves(present, range(after), round_bytes)
     assert (found.name, found.epoch, found.present.owners.tolist()) == ("a", 4, present.placement.owners.tolist())
     state = found.present
-    for part in found.rounds:
+    for part in found.rounds(round_bytes):
         pulled: list[tuple[int, ...]] = []
         for dest, requests in pulls(present, part):
             for request in requests:
@@ -84,6 +84,28 @@ def test_row_pages_that_move_in_the_same_blocks_go_together() -> None:
     ]
 
 
+@pytest.mark.parametrize(("gate", "kept"), [(2, []), (3, []), (3, [2]), (5, [2, 3])])
+def test_where_the_gate_changes_the_new_one_fetches_what_the_old_one_decided(gate: int, kept: list[int]) -> None:
+    """Whether or not it owned pages before, and wherever they come from."""
+    present = view(shards=6, layout="rows")
+    present = replace(present, placement=placed(present, [2, 3, 5]))
+    following = placed(present, [*kept, gate] if kept else [gate])
+    before, after = (
+        plan_moves(replace(present, placement=each), [0], 1).present for each in (present.placement, following)
+    )
+    _, round_ = _prepared(present, moves(before, after), before)
+    found = [(dest, request.source.shard) for dest, request in round_.pulls if request.of_decisions]
+    assert found == ([] if round_.moved.placement.shards[0] == 2 else [(gate, 2)])
+
+
+def placed(present: TableView, owners: list[int]) -> Placement:
+    """Row pages and heads given to these in turn."""
+    of = present.placement
+    rows = np.array([owners[page % len(owners)] for page in range(len(of.owners))], dtype=np.int32)
+    heads = np.array([owners[head % len(owners)] for head in range(len(of.key_owners))], dtype=np.int32)
+    return replace(of, owners=np.repeat(rows[:, None], of.owners.shape[1], axis=1), key_owners=heads)
+
+
 def test_a_mover_counts_once_and_says_what_has_moved() -> None:
     plans = [replace_name(plan_moves(view(shards=1), range(2), 10_000), name) for name in ("a", "b")]
     mover = Mover(
@@ -91,8 +113,8 @@ def test_a_mover_counts_once_and_says_what_has_moved() -> None:
         shards_after=2,
         plans=plans,
         roster=Roster(),
-        call=None,
-        push=None,  # type: ignore[arg-type]
+        call=None,  # type: ignore[arg-type]
+        untold=lambda: None,
     )
     assert not mover.begun
     total = sum(each.pages for each in plans)
@@ -120,4 +142,4 @@ def test_a_million_pages_are_planned_and_cut_as_arrays(layout: Any) -> None:
     large = TableView(schema=replace(schema, layout=layout), placement=placement, shards=())
     found = plan_moves(large, [0, 1, 2], 64 * 2**20)
     assert found.pages == (0 if layout == "columns" else 2 * (2**20 // 3))
-    assert all(part.num_pages <= 2**16 for part in found.rounds), "pages of a round are named one by one"
+    assert all(part.num_pages <= 2**16 for part in found.rounds(64 * 2**20)), "pages of a round are named one by one"

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mempool import errors
 from mempool.controller.rescaling import check_shards, shards_after
-from mempool.types import ShardInfo
+from mempool.types import RescaleProgress, ShardInfo
 from mempool.types.caller import Caller, calling, current_caller
 from mempool.wire.channels.loop import run
 
@@ -223,3 +223,71 @@ def test_closing_while_shards_start_stops_those_that_are_there(monkeypatch: pyte
             assert fleet.hosts == {}
 
         run(work(), timeout_s=CALL_S)
+
+
+def test_shards_that_the_last_controller_began_to_start_are_waited_for() -> None:
+    """Its successor knows them by name alone, until they can be admitted."""
+    with Bench(1) as bench:
+        bench.pool.create_table(config(layout="rows"))
+        info = run(bench.fleet.start(1), timeout_s=CALL_S)
+        heir = bench.heir()
+        unknown = ShardInfo(shard=1, address="", incarnation=0)
+        bench.fleet.hosts[1].faults["views"] = fail(errors.ShardUnavailable("it has no address yet"))
+        run(heir.adopt([*bench.controller.shards, unknown], wanted=2), timeout_s=CALL_S)
+
+        async def work() -> None:
+            rest = asyncio.ensure_future(_last(heir.rescale(2)))
+            async with asyncio.timeout(CALL_S):
+                while (await heir.status()).waiting_for != "shard 1 to start":
+                    await asyncio.sleep(0.01)
+                bench.fleet.hosts[1].faults.clear()
+                await heir.shard_restarted(info)
+                assert (await rest).done
+
+        run(work(), timeout_s=CALL_S)
+        assert run(heir.table("facts"), timeout_s=CALL_S).placement.shards == (0, 1)
+
+
+def test_a_step_that_is_not_decided_is_waited_for_and_status_says_so() -> None:
+    with Bench(2) as bench:
+        bench.pool.create_table(config(layout="rows"))
+        go_on = asyncio.Event()
+        bench.fleet.hosts[0].faults["freeze"] = go_on.wait  # type: ignore[assignment]
+
+        async def work() -> None:
+            rest = asyncio.ensure_future(_last(bench.controller.rescale(1)))
+            async with asyncio.timeout(CALL_S):
+                while "not decided" not in (status := await bench.controller.status()).waiting_for:
+                    await asyncio.sleep(0.01)
+            assert status.waiting_for.startswith("a step of table 'facts' that is prepared on shard 0 and not decided")
+            assert "at most 15 s" in status.waiting_for
+            go_on.set()
+            assert (await rest).done
+
+        run(work(), timeout_s=CALL_S)
+
+
+def test_what_a_controller_before_was_asked_for_is_said_until_it_is_so() -> None:
+    with Bench(2) as bench:
+        bench.pool.create_table(config(layout="rows"))
+        heir = bench.heir()
+        run(heir.adopt(bench.controller.shards, wanted=3), timeout_s=CALL_S)
+        status = run(heir.status(), timeout_s=CALL_S)
+        assert status.wanted_shards == 3
+        assert status.unfinished == (
+            "the pool has 2 shards and was asked for 3: ask again with mempool scale --shards 3, or mempool apply"
+        )
+        bench.fleet.room = 0
+        with pytest.raises(errors.ShardUnavailable):
+            bench.pool_of(heir).rescale(4)
+        status = run(heir.status(), timeout_s=CALL_S)
+        assert (status.wanted_shards, bench.fleet.wanted) == (3, 3), "the one that did not begin changes nothing"
+        assert "asked for 3" in status.unfinished
+        bench.fleet.room = 9
+        bench.pool_of(heir).rescale(3)
+        status = run(heir.status(), timeout_s=CALL_S)
+        assert (status.wanted_shards, status.unfinished, bench.fleet.wanted) == (3, "", 3)
+
+
+async def _last(reports: AsyncIterator[RescaleProgress]) -> RescaleProgress:
+    return [report async for report in reports][-1]

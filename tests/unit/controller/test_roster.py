@@ -71,7 +71,7 @@ def test_of_two_tables_of_a_name_the_later_one_lives() -> None:
 def test_what_is_dropped_or_being_made_is_no_news() -> None:
     roster = made(view(3))
     roster.complete = False
-    roster.remove("a")
+    roster.forget(view(3).schema.table_id)
     roster.hear(view(3, epoch=9))
     roster.unfinished.add(4)
     roster.hear(view(4, name="b"))

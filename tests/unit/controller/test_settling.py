@@ -3,12 +3,14 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from mempool import errors
-from mempool.controller import mover, telling
+from mempool.agreement import rounds
+from mempool.controller import mover, rescaling
 from mempool.controller.pulls import pulls
 from mempool.placement import Assignment, moves
 from mempool.types import ShardInfo
@@ -46,7 +48,7 @@ def faulty_from_the_start(bench: Bench, faults: dict[str, Callable[[], Awaitable
 
 def test_a_view_that_arrives_late_keeps_what_was_staged_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The former owner has given the pages away by then: they are nowhere else."""
-    monkeypatch.setattr(telling, "_PUSH_PAUSE_S", 0.01)
+    monkeypatch.setattr(rounds, "_TELL_PAUSE_S", 0.01)
     with Bench(1, round_bytes=40_000) as bench:
         table = bench.pool.create_table(config(layout="rows"))
         values = table.rows(EVERYTHING)
@@ -64,7 +66,7 @@ def test_a_view_that_arrives_late_keeps_what_was_staged_for_it(monkeypatch: pyte
 
 
 def test_one_lost_packet_does_not_stop_a_rescale(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telling, "_PUSH_PAUSE_S", 0.01)
+    monkeypatch.setattr(rounds, "_TELL_PAUSE_S", 0.01)
     with Bench(1, round_bytes=40_000) as bench:
         table = bench.pool.create_table(config(layout="rows"))
         values = table.rows(EVERYTHING)
@@ -101,7 +103,7 @@ def test_a_thaw_that_was_lost_is_repeated(lost: int) -> None:
 
 
 def test_a_shard_that_hangs_does_not_hold_up_a_rescale_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mover, "_FREEZE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(mover, "_REST_S", -9.9)
     monkeypatch.setattr(mover, "_ANSWER_TIMEOUT_S", 0.1)
     with Bench(2) as bench:
         table = bench.pool.create_table(config(layout="rows"))
@@ -142,7 +144,8 @@ def test_a_controller_that_hears_nobody_does_not_take_the_pool_for_empty() -> No
         assert len(run(heir.tables(), timeout_s=CALL_S)) == 1
 
 
-def test_a_shard_that_is_away_does_not_keep_a_new_controller_from_its_work() -> None:
+def test_a_shard_that_is_away_does_not_keep_a_new_controller_from_its_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rescaling, "_START_LOOKS", 1)
     with Bench(3) as bench:
         bench.pool.create_table(config(name="wide", layout="columns"))
         shards = [
@@ -181,7 +184,7 @@ def test_tables_that_were_made_past_a_controller_are_left_alone() -> None:
         run(stranger.adopt(bench.controller.shards), timeout_s=CALL_S)
         table = bench.pool_of(stranger).create_table(config())
         for host in bench.fleet.hosts.values():
-            run(host.freeze(table.schema.table_id, 5.0), timeout_s=CALL_S)
+            run(host.freeze(table.schema.table_id, 5.0, token="a", lease_s=0.0), timeout_s=CALL_S)
         bench.pool.create_table(config(seed=5))  # of the same name
         run(bench.controller.reconcile(), timeout_s=CALL_S)
         for host in bench.fleet.hosts.values():
@@ -201,7 +204,7 @@ def test_nothing_is_thawed_while_a_shard_is_silent_that_may_know_more() -> None:
         )
         fetched = pulls(present, moves(before, after))
         for host in bench.fleet.hosts.values():
-            run(host.freeze(table.schema.table_id, 5.0), timeout_s=CALL_S)
+            run(host.freeze(table.schema.table_id, 5.0, token="a", lease_s=0.0), timeout_s=CALL_S)
         for dest, requests in fetched:
             for request in requests:
                 run(bench.fleet.hosts[dest].pull_pages(request), timeout_s=CALL_S)
@@ -216,7 +219,7 @@ def test_nothing_is_thawed_while_a_shard_is_silent_that_may_know_more() -> None:
 
 
 def test_a_dead_shard_that_owns_nothing_can_be_scaled_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telling, "_PUSH_PAUSE_S", 0.01)
+    monkeypatch.setattr(rounds, "_TELL_PAUSE_S", 0.01)
     with Bench(4, round_bytes=40_000) as bench:
         table = bench.pool.create_table(config(value_dim=192, layout="columns"))
         values = table.rows(EVERYTHING)
@@ -246,3 +249,56 @@ def test_a_shard_that_does_not_stop_is_stopped_when_asked_again() -> None:
         assert sorted(bench.fleet.hosts) == [0, 1]
         bench.pool.rescale(1)
         assert sorted(bench.fleet.hosts) == [0]
+
+
+@pytest.mark.parametrize("deaf", [0, 1])
+def test_a_drop_that_its_controller_did_not_live_to_finish_is_a_drop(deaf: int) -> None:
+    """Seed 16: a new controller took the table from the shard that had it still, and gave it to the other as lost."""
+    with Bench(2) as bench:
+        bench.pool.create_table(config(layout="rows"))
+        bench.fleet.hosts[deaf].faults["drop_table"] = nth(1)
+        bench.pool.drop_table("facts")
+        heir = bench.heir()  # and the first controller does nothing any more
+        run(heir.adopt(bench.controller.shards), timeout_s=CALL_S)
+        assert run(heir.tables(), timeout_s=CALL_S) == ()
+        for host in bench.fleet.hosts.values():
+            assert run(host.views(), timeout_s=CALL_S) == ()
+
+
+def test_a_drop_that_no_shard_was_told_of_is_none() -> None:
+    with Bench(2) as bench:
+        table = bench.pool.create_table(config(layout="rows"))
+        for host in bench.fleet.hosts.values():
+            host.faults["drop_table"] = nth(1)
+        with pytest.raises(errors.ShardUnavailable, match="a packet was lost"):
+            run(bench.controller.drop_table("facts"), timeout_s=CALL_S)
+        train(table, 1)
+        bench.pool.drop_table("facts")
+        with pytest.raises(errors.NotFound):
+            bench.pool.table("facts")
+
+
+def test_what_a_settling_thaws_is_named() -> None:
+    """A copy of its Thaw that comes late leaves a round that has begun since."""
+    with Bench(2) as bench:
+        bench.pool.create_table(config(layout="rows"))
+        table_id = bench.view("facts").schema.table_id
+        asked: list[tuple[Any, Any]] = []
+        for host in bench.fleet.hosts.values():
+            run(host.freeze(table_id, 5.0, token="of the dead", lease_s=60.0), timeout_s=CALL_S)
+            engine, thaw = host._engine, host._engine.thaw
+
+            def noted(*arguments: Any, _thaw: Any = thaw, **named: Any) -> Any:
+                asked.append((arguments, named))
+                return _thaw(*arguments, **named)
+
+            engine.thaw = noted  # type: ignore[method-assign]
+        run(bench.controller.reconcile(), timeout_s=CALL_S)
+        assert not any(table.frozen for shard in bench.pool.status().shards for table in shard.tables)
+        for host in bench.fleet.hosts.values():
+            run(host.freeze(table_id, 5.0, token="of the living", lease_s=60.0), timeout_s=CALL_S)
+        for arguments, named in tuple(asked):
+            for host in bench.fleet.hosts.values():
+                run(host.thaw(*arguments, **named), timeout_s=CALL_S)
+        assert all(table.frozen for shard in bench.pool.status().shards for table in shard.tables)
+        assert asked

@@ -1,6 +1,7 @@
 """A real ``Table`` whose session is a tensor in this process: no shards, no loop, torch's own operations."""
 
-from collections.abc import Coroutine
+from collections import deque
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,37 @@ class Remembered:
     remembered_by: tuple[()] = ()
 
 
+class LocalCoordinator:
+    """One after another what the pool's does together.
+
+    Attributes:
+        calls: Of each call its name and how many tables it was of, the newest last.
+    """
+
+    def __init__(self) -> None:
+        self.calls: deque[tuple[str, int]] = deque(maxlen=100)
+
+    async def prepare(
+        self, sessions: Sequence["LocalSession"], *, want_norm: bool, norm_order: float = 0.0
+    ) -> list[Prepared | None]:
+        self.calls.append(("prepare", len(sessions)))
+        return [await session.prepare(want_norm=want_norm, norm_order=norm_order) for session in sessions]
+
+    async def commit(self, commitments: Sequence[Any]) -> list[int]:
+        self.calls.append(("commit", len(commitments)))
+        return [await each.session.commit(lr=each.lr, grad_scale=each.grad_scale) for each in commitments]
+
+    async def discard(self, sessions: Sequence["LocalSession"]) -> list[int]:
+        self.calls.append(("discard", len(sessions)))
+        return [await session.discard() for session in sessions]
+
+    def notices(self) -> list[str]:
+        return []
+
+
+POOL = LocalCoordinator()
+
+
 class LocalSession:
     """Values [num_slots, value_dim], updates held as they come, plain SGD at commit.
 
@@ -32,6 +64,7 @@ class LocalSession:
         generator = torch.Generator("cpu").manual_seed(3)
         self.values = torch.randn(num_slots, value_dim, generator=generator, dtype=torch.float32, device="cpu")
         self.counters = SessionCounters()
+        self.coordinator = POOL
         self.remembered: list[bool] = []
         self.calls: list[tuple[Any, ...]] = []
         self.fail_next_commit: Exception | None = None

@@ -16,7 +16,7 @@ from mempool.client import Table
 from mempool.errors import InvalidRequest, ShardUnavailable
 from mempool.nn import MemoryLayer, PoolOptimizer, TableGradient
 
-from .stand_in import local_table, session_of
+from .stand_in import POOL, local_table, session_of
 
 
 def push(table: Table, ids: list[int], grads: Tensor) -> None:
@@ -121,6 +121,31 @@ def test_every_table_is_prepared_before_any_is_committed() -> None:
     twin.backward()
     twin.ours.step()
     assert [call[0] for call in log] == ["prepare", "prepare", "commit", "commit"]
+
+
+def test_tables_of_a_pool_are_prepared_committed_and_dropped_together() -> None:
+    twin = Twin(max_norm=1.0)
+    POOL.calls.clear()
+    twin.backward()
+    twin.ours.step()
+    assert list(POOL.calls) == [("prepare", 2), ("commit", 2)]
+    POOL.calls.clear()
+    twin.backward()
+    twin.ours.zero_grad()
+    twin.ours.zero_grad()
+    assert list(POOL.calls) == [("discard", 2)]
+
+
+def test_what_one_gradient_was_scaled_by_stays_where_another_one_is_prepared_again() -> None:
+    twin = Twin()
+    first, second = (group["params"][0] for group in twin.ours.param_groups)
+    twin.backward()
+    first.grad.mul_(0.5)
+    second.table.gather(torch.tensor([[1]])).sum().backward()
+    assert not second.prepared
+    assert second.grad is not None
+    assert first.scale == 0.5
+    assert first.prepared
 
 
 def test_torch_clips_tables_and_parameters_together() -> None:

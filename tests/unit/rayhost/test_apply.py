@@ -1,15 +1,18 @@
 """What `apply` compares an edited file with."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import mempool.client
 from mempool.config import ClusterConfig, PoolConfig, ShardConfig, TableConfig, resolve
+from mempool.errors import InvalidRequest
 from mempool.placement import plan
 from mempool.rayhost import planned
-from mempool.rayhost.apply import unfinished
+from mempool.rayhost.apply import apply, unfinished
 from mempool.rayhost.state.records import PoolRecord, write_record
 from mempool.types import Placement, PoolStatus, ShardInfo, ShardStatus, TableView
 from mempool.types.schema import Layout
@@ -77,18 +80,30 @@ def test_a_pool_that_is_where_it_should_be_has_nothing_unfinished(layout: Any, s
 
 def test_pages_that_a_stopped_rescale_left_behind_are_not_nothing_to_do() -> None:
     half = status(shards=2, placed_on=1)
-    assert unfinished(half) == "32 of 64 pages of table 'facts' are not where 2 shards have them"
+    said = (
+        "32 of 64 pages of table 'facts' are not where 2 shards have them: ask again with mempool scale --shards 2, or "
+        "mempool apply"
+    )
+    assert unfinished(half) == said
     changes = planned(FILE, half)
     assert changes.rescale
     assert not changes.nothing
-    assert changes.lines() == [
-        "move pages to where 2 shards have them: 32 of 64 pages of table 'facts' are not where 2 shards have them"
-    ]
+    assert changes.lines() == [f"finish the move to 2 shards: {said}"]
 
 
 def test_pages_on_a_shard_that_is_not_there_are_not_nothing_to_do() -> None:
     missing = unfinished(status(shards=1, placed_on=3))
-    assert missing == "table 'facts' has pages on shard 1, which is not among the pool's shards"
+    assert missing.startswith("table 'facts' has pages on shard 1, which is not among the pool's shards: ask again")
+
+
+def test_a_pool_that_was_asked_for_other_shards_than_it_has_is_unfinished() -> None:
+    """Its placements may be as its shards have them all the same."""
+    asked = replace(status(shards=2), wanted_shards=4)
+    said = "the pool has 2 shards and was asked for 4: ask again with mempool scale --shards 4, or mempool apply"
+    assert unfinished(asked) == said
+    assert planned(FILE, asked).rescale, "the file says 2: that it wants 2 now is to be told"
+    assert not planned(FILE, replace(asked, wanted_shards=2)).rescale
+    assert not planned(FILE, replace(asked, wanted_shards=0)).rescale, "a shard answers for the controller"
 
 
 def test_what_the_pool_says_of_a_rescale_that_stopped_counts() -> None:
@@ -101,3 +116,34 @@ def test_what_the_pool_says_of_a_rescale_that_stopped_counts() -> None:
 def test_the_file_of_another_pool_is_refused() -> None:
     changes = planned(ClusterConfig(pool=PoolConfig(name="mine", shards=2), tables=[TABLE]), status("other"))
     assert [change.field for change in changes.refused] == ["pool.name"]
+
+
+def test_a_table_that_will_not_fit_is_refused_before_pages_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+
+    class Pool:
+        def status(self) -> PoolStatus:
+            now = status(shards=2)
+            return replace(now, shards=tuple(replace(shard, page_limit_bytes=2**20) for shard in now.shards))
+
+        def rescale(self, shards: int, **_: object) -> None:
+            done.append(shards)
+
+        def create_table(self, table: TableConfig) -> None:
+            done.append(table.name)
+
+    monkeypatch.setattr(mempool.client, "connect", lambda *_, **__: nullcontext(Pool()))
+
+    def ask(num_slots: int) -> None:
+        new = TableConfig(name="new", num_slots=num_slots, value_dim=64)
+        apply(
+            ClusterConfig(pool=PoolConfig(name="local", shards=4), tables=[TABLE, new]),
+            address="127.0.0.1:1",
+            say=lambda _: None,
+        )
+
+    with pytest.raises(InvalidRequest, match=r"do not fit.*1\.0 MiB free of 1\.0 MiB\. Nothing was moved"):
+        ask(2**20)
+    assert done == []
+    ask(64)
+    assert done == [4, "new"]

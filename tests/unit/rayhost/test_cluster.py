@@ -10,8 +10,8 @@ from ray.exceptions import GetTimeoutError
 
 from mempool.config import ClusterConfig, PoolConfig
 from mempool.controller import Controller
-from mempool.errors import AlreadyExists, ConfigError, NotFound, PoolUnreachable
-from mempool.rayhost import cluster, ray_process
+from mempool.errors import AlreadyExists, ConfigError, NotFound, PoolUnreachable, ShardUnavailable
+from mempool.rayhost import cluster, launcher, ray_process
 from mempool.rayhost.cluster import down, up
 from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.launcher import RayLauncher
@@ -45,6 +45,7 @@ class ActedRay:
         self.ended: list[int] = []
         self.start_failure: Exception | None = None
         self.unreachable = False
+        self.free = {"CPU": 2.0, "memory": 2.0 * 2**30}
 
     def attach(self, address: str) -> str:
         if self.unreachable:
@@ -94,6 +95,8 @@ def acted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ActedRay:
         (ray_process, "runs"): lambda pid, address: pid > 0 and bool(address),
         (cluster, "make_actor"): found.make,
         (cluster, "cluster_resources"): dict,
+        (launcher, "free_resources"): lambda: found.free,
+        (launcher, "_FREE_PAUSE_S"): 0.0,
         (cluster, "node_ip"): lambda: "127.0.0.1",
         (ray, "get"): found.get,
         (ray, "kill"): found.kill,
@@ -124,6 +127,17 @@ def test_the_later_of_two_ups_leaves_the_earlier_ones_actors_alone(acted: ActedR
         up(config(), say=lambda _: None)
     assert acted.killed == []
     assert acted.actors == {"mine/controller": earlier}
+
+
+def test_more_shards_than_ray_has_room_for_are_not_begun(acted: ActedRay) -> None:
+    """A slip of the finger in the number of shards."""
+    many = ClusterConfig(pool=PoolConfig(name="mine", shards=400, port=7077))
+    with pytest.raises(ShardUnavailable, match=r"no room for 400 more shard\(s\) .*memory 156.2 GiB, free 2.0 GiB"):
+        up(many, say=lambda _: None)
+    assert (acted.actors, read_record("mine")) == ({}, None)
+    joining = ClusterConfig.model_validate(many.model_dump() | {"ray": {"autoscaling": True}})
+    up(joining, say=lambda _: None)
+    assert list(acted.actors) == ["mine/controller"]
 
 
 def test_an_up_that_fails_ends_what_it_started_and_puts_the_record_back(acted: ActedRay) -> None:

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from mempool.config import ClusterConfig, PoolConfig
+from mempool.config import ClusterConfig, PoolConfig, ShardConfig
+from mempool.controller import Controller
+from mempool.errors import ShardUnavailable
 from mempool.rayhost import controller_actor
 from mempool.rayhost.controller_actor import ControllerProcess
 from mempool.rayhost.keys import PoolKeys
@@ -88,6 +90,42 @@ def test_a_shard_that_is_back_is_looked_after_when_it_says_so(
         assert launcher.looks == 3
     finally:
         process.stop()
+
+
+def test_a_shard_that_hangs_keeps_no_other_one_away(launcher: ActedLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller_actor, "_RETRY_S", 0.01)
+    hanging, back = (
+        Description(boot_id="second", info=ShardInfo(shard=shard, address="", incarnation=2)) for shard in (0, 1)
+    )
+    process = ControllerProcess(CONFIG, PoolKeys(token=None, controller_key="k"), 30.0)
+
+    async def restarted(info: ShardInfo) -> None:
+        if info.shard == 0:
+            raise ShardUnavailable("no answer")
+
+    monkeypatch.setattr(process._controller, "shard_restarted", restarted)
+    process.start()
+    try:
+        launcher.back = [hanging, back]
+        process.shard_is_back()
+        run(until(lambda: launcher.known == [back]), timeout_s=30)
+    finally:
+        process.stop()
+
+
+@pytest.mark.usefixtures("launcher")
+def test_a_freeze_allows_for_the_trainers_lease_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    class Heard(Controller):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            given.update(options)
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(controller_actor, "Controller", Heard)
+    config = CONFIG.model_copy(update={"shard": ShardConfig(trainer_lease=3)})
+    ControllerProcess(config, PoolKeys(token=None, controller_key="k"), 30.0).stop()
+    assert given["trainer_lease_s"] == 3.0
 
 
 def test_what_was_not_heard_is_found_by_looking(launcher: ActedLauncher, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from mempool.rayhost.actors import NAMESPACE, kernel_variables
 from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.launcher import RayLauncher
 from mempool.rayhost.resources import PROCESS_BYTES
-from mempool.rayhost.shard_actor import Description, ShardProcess
+from mempool.rayhost.shard_actor import Description, ShardProcess, Wanted
 from mempool.types import ShardInfo
 from mempool.wire.channels.loop import run
 
@@ -54,10 +54,15 @@ class FakeShard:
     def boot(self, number: int) -> None:
         self.boot_id = f"{self.shard}.{number}"
         self.info: ShardInfo | None = None
+        self.wanted: Wanted | None = None
 
     @property
     def describe(self) -> FakeMethod:
-        return self._method(lambda: Description(boot_id=self.boot_id, info=self.info))
+        return self._method(lambda: Description(boot_id=self.boot_id, info=self.info, wanted=self.wanted))
+
+    @property
+    def keep(self) -> FakeMethod:
+        return self._method(lambda wanted: setattr(self, "wanted", wanted))
 
     @property
     def admit(self) -> FakeMethod:
@@ -127,6 +132,36 @@ def test_every_start_has_a_higher_incarnation(shards: dict[str, FakeShard]) -> N
     assert bounded(launcher.changed()) == [start], "told again until the pool knows"
     launcher.acknowledge(start)
     assert bounded(launcher.changed()) == []
+
+
+def test_how_many_shards_are_wanted_is_found_by_the_next_controller(shards: dict[str, FakeShard]) -> None:
+    launcher = make()
+    for shard in range(2):
+        bounded(launcher.start(shard))
+    assert launcher.wanted == 0
+    bounded(launcher.keep_wanted(4))
+    shards["local/shard-1"].dead = True
+    bounded(launcher.keep_wanted(3))
+    shards["local/shard-1"].dead = False
+    assert shards["local/shard-1"].wanted is not None
+    assert shards["local/shard-1"].wanted.shards == 4, "it missed the last word"
+    heir = make()
+    bounded(heir.find())
+    assert heir.wanted == 3
+    shards["local/shard-0"].boot(2)  # it has forgotten, and is told when it is admitted
+    bounded(heir.changed())
+    bounded(heir.start(2))
+    assert {shard.wanted.shards for shard in shards.values() if shard.wanted is not None} == {3, 4}
+    assert shards["local/shard-2"].wanted is not None
+
+
+def test_a_rescale_that_nobody_could_remember_does_not_begin(shards: dict[str, FakeShard]) -> None:
+    launcher = make()
+    bounded(launcher.start(0))
+    shards["local/shard-0"].dead = True
+    with pytest.raises(ShardUnavailable, match="none of the 1 shards of pool 'local' answers, so nothing was begun"):
+        bounded(launcher.keep_wanted(2))
+    assert launcher.wanted == 0
 
 
 def test_a_shard_on_its_way_is_not_told(shards: dict[str, FakeShard]) -> None:

@@ -13,7 +13,7 @@ from mempool.config import ClusterConfig, PoolConfig, ShardConfig
 from mempool.errors import ConfigError
 from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.shard_serving import ShardServing, end_process, engine_device
-from mempool.types import ShardStatus
+from mempool.types import HeartbeatRequest, ShardStatus
 from mempool.wire.channels.loop import run
 
 KEYS = PoolKeys(token="a-token", controller_key="a-key")
@@ -129,3 +129,19 @@ def test_a_process_that_cannot_go_on_ends_at_once(end: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=False)
     assert done.returncode == 70
     assert "cannot go on and ends its process: RuntimeError: CUDA error" in done.stderr
+
+
+def test_a_shard_keeps_what_trainers_hold_for_the_lease_of_its_config() -> None:
+    async def serve() -> float:
+        lease = ClusterConfig(pool=PoolConfig(name="served", shards=1), shard=ShardConfig(trainer_lease=2.5))
+        serving = ShardServing(lease, shard=0, incarnation=7, node_ip="127.0.0.1", keys=KEYS)
+        info = await serving.start()
+        dialer = GrpcDialer(KEYS.channels())
+        try:
+            reply = await dialer.dial(info).heartbeat(HeartbeatRequest(incarnation=7, group="g", rank=0))
+            return reply.lease_s
+        finally:
+            await dialer.close()
+            await serving.stop()
+
+    assert run(serve(), timeout_s=30) == 2.5

@@ -11,6 +11,7 @@ from mempool.errors import ShardUnavailable
 from mempool.server import turns as turns_module
 from mempool.server.turns import LARGE_BYTES, Turns
 from mempool.types import (
+    DiscardPart,
     DiscardReply,
     DiscardRequest,
     Envelope,
@@ -225,15 +226,15 @@ def test_the_door_takes_calls_of_other_methods_for_messages_of_other_sizes() -> 
     async def main() -> None:
         shard = AsyncMock()
         shard.gather.return_value = GatherReply(stamp=STAMP, blocks=(0,), values=torch.zeros(1, 8))
-        shard.discard.return_value = DiscardReply(stamp=STAMP, discarded=0)
+        shard.discard.return_value = DiscardReply(discarded=0)
         async with served(shard) as (address, server), GrpcChannel(address) as channel:
             for _ in range(2):
                 server._door.turns.saw("quiet")
                 await channel.call(GATHER, gather_request(pairs=LARGE_BYTES // 8), timeout_s=CALL_S)
-            step_id = StepId(group="g", rank=0, step=1)
+            part = DiscardPart(envelope=ENVELOPE, step_id=StepId(group="g", rank=0, step=1))
             for _ in range(3):
                 server._door.turns.saw("quiet")
-                await channel.call(DISCARD, DiscardRequest(envelope=ENVELOPE, step_id=step_id), timeout_s=CALL_S)
+                await channel.call(DISCARD, DiscardRequest(parts=(part,)), timeout_s=CALL_S)
 
     run(main(), 3 * CALL_S)
 

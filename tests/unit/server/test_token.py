@@ -16,7 +16,7 @@ from mempool import errors
 from mempool.client import GrpcShard
 from mempool.config import resolve
 from mempool.server import Server
-from mempool.types import AttachTable, ExportLedger, ExportPages, PullPages, TableSchema, TableView
+from mempool.types import AttachTable, ExportLedger, ExportPages, PullPages, ResolveRequest, TableSchema, TableView
 from mempool.wire import methods
 from mempool.wire.channels.grpc_channel import GrpcChannels
 from mempool.wire.channels.loop import run
@@ -82,7 +82,17 @@ def test_a_call_without_the_token_reaches_nothing(metadata: tuple[tuple[str, str
     run(main(), CALL_S)
 
 
-CONTROLLERS = {"AttachTable", "DropTable", "Freeze", "Thaw", "ExportPages", "ExportLedger", "PullPages", "SetView"}
+CONTROLLERS = {
+    "AttachTable",
+    "DropTable",
+    "Freeze",
+    "Thaw",
+    "Resolve",
+    "ExportPages",
+    "ExportLedger",
+    "PullPages",
+    "SetView",
+}
 
 
 def test_the_controllers_calls_are_these() -> None:
@@ -125,8 +135,9 @@ async def attempts(pool: ServedPool, view: TableView, channels: GrpcChannels) ->
     calls = [
         host.attach_table(AttachTable(view=view, mode="lost")),
         host.drop_table(table_id),
-        host.freeze(table_id, 1.0),
+        host.freeze(table_id, 1.0, token="", lease_s=1.0),
         host.thaw(table_id),
+        host.resolve(ResolveRequest(table_id=table_id, after_version=0)),
         host.export_pages(ExportPages(table_id=table_id, row_pages=pages, blocks=(0,))),
         host.export_ledger(ExportLedger(table_id=table_id, first=0)),
         host.pull_pages(PullPages(table_id=table_id, source=pool.shards[1].info, row_pages=pages, blocks=(0,))),

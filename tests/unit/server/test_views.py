@@ -1,6 +1,7 @@
 """What a shard says of the pool by itself, with peers that answer, and peers that do not."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 from unittest.mock import AsyncMock
 
@@ -26,11 +27,11 @@ VIEW = TableView(
 )
 
 
-def shard_views(*, peer: Any = None) -> ShardViews:
+def shard_views(*, peer: Any = None, clock: Any = lambda: 0.0) -> ShardViews:
     own = AsyncMock()
     own.views.return_value = (VIEW,)
     own.status.return_value = ShardStatus(info=INFOS[1], state="ready")
-    return ShardViews("run-7", shard=own, dial=lambda info: peer(info), controller="head:7077")
+    return ShardViews("run-7", shard=own, dial=lambda info: peer(info), controller="head:7077", clock=clock)
 
 
 def test_tables_are_those_of_its_views() -> None:
@@ -62,6 +63,37 @@ def test_peers_are_asked_for_their_status_and_named_where_they_do_not_answer(mon
         (INFOS[2], "unreachable"),
     ]
     assert (status.name, status.tables, status.rescaling) == ("run-7", (VIEW,), False)
+
+
+def test_however_often_it_is_asked_its_peers_are_not() -> None:
+    """Each of N shards would else ask the N others for every call that any client makes of it."""
+    now_s, asked = [100.0], []
+
+    def peer(info: ShardInfo) -> Any:
+        host = AsyncMock()
+
+        async def status() -> ShardStatus:
+            asked.append(info.shard)
+            await asyncio.sleep(0)
+            return ShardStatus(info=info, state="ready", num_bytes=len(asked))
+
+        host.status = status
+        return host
+
+    async def ask() -> None:
+        shard = shard_views(peer=peer, clock=lambda: now_s[0])
+        statuses = await asyncio.gather(*(shard.status() for _ in range(50)))
+        assert asked == [0, 2]
+        assert {tuple(each.state for each in status.shards) for status in statuses} == {("ready",) * 3}
+        now_s[0] += views._PEERS_KEPT_S
+        await shard.status()
+        assert asked == [0, 2, 0, 2]
+        moved = replace(VIEW, shards=(*INFOS[:2], replace(INFOS[2], incarnation=2)))
+        shard._shard.views.return_value = (moved,)  # type: ignore[attr-defined]
+        await shard.status()
+        assert asked == [0, 2, 0, 2, 0, 2]
+
+    asyncio.run(ask())
 
 
 def test_changes_are_for_the_controller() -> None:

@@ -1,4 +1,4 @@
-"""Who a table keeps waiting, and what it says of itself."""
+"""What a table refuses, and what it says of itself."""
 
 from typing import Any
 
@@ -15,21 +15,6 @@ def _table(driver: Driver) -> HostedTable:
     engine: Any = driver.host(0)
     table: HostedTable = engine._tenancy.table(1)
     return table
-
-
-def test_those_who_left_do_not_pile_up(make_driver: MakeDriver) -> None:
-    table = _table(make_driver().create(make_schema()))
-    stays = table.park_until_thaw()
-    for _ in range(1000):
-        table.park_until_thaw().woken.cancel()
-    assert len(table._waiting_for_thaw) <= 513
-    for _ in range(1000):
-        table.park_until_thaw().woken.cancel()
-    assert len(table._waiting_for_thaw) <= 1025
-    assert stays in table._waiting_for_thaw
-    table.thaw()
-    assert stays.woken.done()
-    assert not table._waiting_for_thaw
 
 
 def test_lost_pages_are_told(make_driver: MakeDriver) -> None:

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from mempool.errors import DeadlineExceeded, InvalidRequest, Overloaded, RequestTooLarge, ShardUnavailable
-from mempool.types import AttachTable, ExportPages, GatherRequest, Ledger, UpdateRequest
+from mempool.errors import DeadlineExceeded, InvalidRequest, NotFound, Overloaded, RequestTooLarge, ShardUnavailable
+from mempool.shard import tenancy
+from mempool.types import AttachTable, ExportPages, GatherRequest, Ledger, LedgerEntry, UpdateRequest
 from mempool.types.caller import Caller, calling
-from tests.contract.driver import Driver, make_bags, make_schema, same
+from tests.contract.bags import make_bags
+from tests.contract.driver import Driver, make_schema, same
 
 from .conftest import MakeDriver
 
@@ -89,7 +91,7 @@ def test_the_controller_goes_before_clients(make_driver: MakeDriver) -> None:
         async with asyncio.timeout(20):
             await asyncio.gather(
                 *(ask("gather", host.gather(_gather(driver))) for _ in range(20)),
-                ask("freeze", host.freeze(1, 5.0)),
+                ask("freeze", host.freeze(1, 5.0, token="round", lease_s=60.0)),
                 ask("thaw", host.thaw(1)),
             )
 
@@ -119,21 +121,21 @@ def test_what_clients_hold_is_told_and_ends_with_them(make_driver: MakeDriver) -
 
 
 def test_a_waiting_freeze_goes_on_soon_after_a_trainer_fell_silent(make_driver: MakeDriver) -> None:
-    driver = make_driver(held_lease_s=6.0).create(make_schema())
+    driver = make_driver(held_lease_s=1.0).create(make_schema())
     driver.update(1, 0, GRADS, bags=make_bags(1))
     driver.prepare(1, [0])
-    assert driver.call(driver.host(0).freeze(1, 20.0)) == 0
+    assert driver.freeze(0, 20.0) == 0
 
 
 def test_a_freeze_in_vain_says_when_it_will_not_be(make_driver: MakeDriver) -> None:
-    driver = make_driver(held_lease_s=48.0).create(make_schema())
+    driver = make_driver(held_lease_s=8.0).create(make_schema())
     driver.update(1, 0, GRADS, bags=make_bags(1))
     driver.prepare(1, [0])
     with pytest.raises(DeadlineExceeded, match=r"If that trainer died, it is given up 8 s after it was last heard of"):
-        driver.call(driver.host(0).freeze(1, 0.05))
+        driver.freeze(0, 0.05)
     for timeout_s in (float("nan"), -0.0, float("inf")):
         with pytest.raises(InvalidRequest, match="timeout_s = "):
-            driver.call(driver.host(0).freeze(1, timeout_s))
+            driver.freeze(0, timeout_s)
     assert not driver.status(0).frozen
 
 
@@ -189,9 +191,21 @@ def test_views_and_ledgers_that_do_not_fit_are_refused(make_driver: MakeDriver) 
     with pytest.raises(InvalidRequest, match="schema of table 'facts' is another one"):
         driver.call(driver.host(0).set_view(other))
     assert same(driver.contents(), before)
-    ledger = Ledger(version=1, entries={("x" * 300, 0): 1})
+    ledger = Ledger(version=1, entries={("x" * 300, 0): LedgerEntry(step=1)})
     with pytest.raises(InvalidRequest, match="has 300 bytes"):
         driver.call(driver.host(0).attach_table(AttachTable(view=driver.placed, mode="empty", ledger=ledger)))
+
+
+def test_a_table_with_the_id_of_another_is_refused(make_driver: MakeDriver) -> None:
+    """Two controllers that gave one id: whoever comes second does not take the first one's table for its own."""
+    driver = make_driver().create(make_schema())
+    other = replace(driver.placed, schema=replace(driver.schema, name="other"))
+    before = driver.contents()
+    with pytest.raises(
+        InvalidRequest, match=r"schema of table 'other' is another one than table 'facts' \(1\) was made"
+    ):
+        driver.call(driver.host(0).attach_table(AttachTable(view=other, mode="initialise", pending=True)))
+    assert same(driver.contents(), before)
 
 
 def test_pages_that_no_message_holds_are_not_exported(make_driver: MakeDriver) -> None:
@@ -211,9 +225,9 @@ def test_a_shard_that_cannot_go_on_tells_those_who_wait_for_a_table(make_driver:
     told: list[BaseException] = []
     driver = make_driver(on_fatal=told.append).create(make_schema())
     engine: Any = driver.host(0)
-    driver.call(engine.freeze(1, 5.0))
+    driver.freeze(0)
     driver.update(1, 0, GRADS, bags=make_bags(1))
-    waiting = driver.submit(engine.prepare(driver.prepare_request(0, 1, [0])))
+    waiting = driver.submit(engine.prepare(driver.prepare_request(0, 1, [0], wait=True)))
     _wait_for(lambda: bool(engine._tenancy.table(1)._waiting_for_thaw))
 
     def fail(_: Any) -> None:
@@ -231,3 +245,18 @@ def test_a_shard_that_cannot_go_on_tells_those_who_wait_for_a_table(make_driver:
         with pytest.raises(ShardUnavailable, match="has ended"):
             driver.call(asked())
     assert [type(error) for error in told] == [_Broken]
+
+
+def test_a_table_that_was_dropped_does_not_come_back_and_is_remembered(
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tenancy, "MOST_ENDED", 3)
+    driver = make_driver().create(make_schema())
+    driver.drop()
+    for mode in ("initialise", "lost", "empty"):
+        late = AttachTable(view=driver.view, mode=mode)  # type: ignore[arg-type]
+        with pytest.raises(NotFound, match=r"was dropped on shard 0, and is not attached again: the request is late"):
+            driver.call(driver.host(0).attach_table(late))
+    for table_id in (1, 7, 8, 9):
+        driver.call(driver.host(0).drop_table(table_id))
+    assert driver.call(driver.host(0).status()).dropped == (7, 8, 9)

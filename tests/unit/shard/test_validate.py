@@ -26,7 +26,8 @@ from mempool.types import (
     UpdateRequest,
 )
 from mempool.types.bags import Bags
-from tests.contract.driver import LAYOUTS, make_schema
+from tests.contract.driver import make_schema
+from tests.contract.layouts import LAYOUTS
 
 CPU = torch.device("cpu")
 ENVELOPE = Envelope(table_id=0, epoch=1, incarnation=1)

@@ -199,6 +199,8 @@ async def _create(schema: TableSchema) -> None:
 
         async def require_room(self, shards: int) -> None: ...
 
+        async def keep_wanted(self, shards: int) -> None: ...
+
         async def starting(self) -> str:
             return ""
 

@@ -146,6 +146,7 @@ import sys
 import numpy as np
 from mempool.types import *
 from mempool.wire import methods
+from mempool.wire.codecs.pages import SetView
 
 view = TableView(
     schema=TableSchema(table_id=1, name="t", num_slots=8, value_dim=4, block_dim=4, page_slots=8, dtype="float32",
@@ -155,7 +156,7 @@ view = TableView(
 )
 source = ShardInfo(shard=0, address="a:1", incarnation=1)
 pull = PullPages(table_id=1, source=source, row_pages=np.arange(3), blocks=(0,))
-for codec, value in ((methods.SET_VIEW.request, view), (methods.PULL_PAGES.request, pull)):
+for codec, value in ((methods.SET_VIEW.request, SetView(view=view, token="r")), (methods.PULL_PAGES.request, pull)):
     assert codec.encode(codec.decode(codec.encode(value))) == codec.encode(value)
 import mempool.server, mempool.wire.channels.grpc_channel
 sys.exit("torch" in sys.modules)

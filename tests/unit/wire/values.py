@@ -12,7 +12,7 @@ from torch import Tensor
 from mempool import types
 from mempool.wire import methods
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
-from mempool.wire.codecs.pages import FreezeTable
+from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
 from mempool.wire.methods import Method
 from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2
 from tests.unit.wire.right_schemas import U64, schemas
@@ -53,9 +53,10 @@ def build(cls: type, **parts: Any) -> st.SearchStrategy[Any]:
     return st.builds(cls, **parts)
 
 
-ENVELOPE = build(types.Envelope, table_id=U64, epoch=U64, incarnation=U64)
+ENVELOPE = build(types.Envelope, table_id=U64, epoch=U64, incarnation=U64, table_version=U64)
 STAMP = build(types.Stamp, shard=U32, incarnation=U64, epoch=U64, table_version=U64)
-STEP_ID = build(types.StepId, group=TEXT, rank=U32, step=U64)
+STEP_ID = build(types.StepId, group=TEXT, rank=U32, step=U64, generation=U64)
+WRITE_ID = st.none() | build(types.WriteId, writer=U64, number=U64, open=U64S)
 REPLY_DTYPE = st.sampled_from(["float32", "bfloat16"])
 SCHEMA = schemas()
 SHARD_INFO = build(types.ShardInfo, shard=U32, address=TEXT, incarnation=U64)
@@ -75,10 +76,17 @@ def views(draw: st.DrawFn) -> types.TableView:
 
 
 VIEW = views()
+DECIDED = build(
+    types.DecidedStep, table_id=U64, version=U64, step_id=STEP_ID, lr=DOUBLE, grad_scale=DOUBLE, sequences=U64S
+)
+DECIDED_STEPS = st.lists(DECIDED, max_size=3).map(tuple)
+OF_A_GENERATION = {"generation": U64, "step": U64, "version": U64, "dropped": U64, "others": DECIDED_STEPS}
+OLDER = st.none() | build(types.LedgerEntry, **OF_A_GENERATION)
+ENTRY = build(types.LedgerEntry, older=OLDER, **OF_A_GENERATION)
 HISTORY: Mapping[str, st.SearchStrategy[Any]] = {
     "version": U64,
     "updates_applied": U64,
-    "entries": st.dictionaries(st.tuples(TEXT, U32), U64, max_size=3),
+    "entries": st.dictionaries(st.tuples(TEXT, U32), ENTRY, max_size=3),
     "step_offset": st.integers(-(2**63), 2**63 - 1),
 }
 LEDGER = build(types.Ledger, **HISTORY)
@@ -97,6 +105,8 @@ TABLE_STATUS = build(
     frozen=st.booleans(),
     bytes_to_fill=U64,
     preparing=TEXT,
+    pending=st.booleans(),
+    round=TEXT,
 )
 STAGE_TIME = build(types.StageTime, stage=TEXT, count=U64, total_s=SECONDS, p50_s=SECONDS, p99_s=SECONDS, max_s=SECONDS)
 SHARD_STATUS = build(
@@ -115,6 +125,7 @@ SHARD_STATUS = build(
     uptime_s=SECONDS,
     tables=st.lists(TABLE_STATUS, max_size=2).map(tuple),
     stages=st.lists(STAGE_TIME, max_size=2).map(tuple),
+    dropped=U64S,
 )
 CREATION = build(
     types.TableCreation,
@@ -132,6 +143,12 @@ PAGES: Mapping[str, st.SearchStrategy[Any]] = {
 }
 STAMPED = {"stamp": STAMP}
 STEP = {"envelope": ENVELOPE, "step_id": STEP_ID}
+TOKEN = {"token": TEXT}
+
+
+def parts(cls: type, **fields: Any) -> dict[str, st.SearchStrategy[Any]]:
+    return {"parts": st.lists(build(cls, **fields), max_size=3).map(tuple)}
+
 
 # Method -> generated classes of request and reply, values of both.
 Case = tuple[type[Message], st.SearchStrategy[Any], type[Message], st.SearchStrategy[Any]]
@@ -172,29 +189,53 @@ CASES: dict[Method[Any, Any], Case] = {
     ),
     methods.PREPARE: (
         data_pb2.PrepareRequest,
-        build(types.PrepareRequest, **STEP, sequences=U64S, want_norm=st.booleans(), norm_order=DOUBLE),
+        build(
+            types.PrepareRequest,
+            **parts(types.PreparePart, **STEP, sequences=U64S),
+            want_norm=st.booleans(),
+            decider_table=U64,
+            decider_step=U64,
+            wait=st.booleans(),
+            norm_order=DOUBLE,
+            attempt=U64,
+        ),
         data_pb2.PrepareReply,
         build(
             types.PrepareReply,
-            **STAMPED,
-            missing=U64S,
-            squared_norm=DOUBLE,
-            norm=DOUBLE,
-            finite=st.booleans(),
-            applied=st.booleans(),
+            **parts(
+                types.PreparedPart,
+                **STAMPED,
+                missing=U64S,
+                squared_norm=DOUBLE,
+                norm=DOUBLE,
+                finite=st.booleans(),
+                applied=st.booleans(),
+                held_off=st.booleans(),
+            ),
         ),
     ),
     methods.COMMIT: (
         data_pb2.CommitRequest,
-        build(types.CommitRequest, **STEP, lr=DOUBLE, grad_scale=DOUBLE, sequences=U64S, one_phase=st.booleans()),
+        build(
+            types.CommitRequest,
+            **parts(types.CommitPart, **STEP, lr=DOUBLE, grad_scale=DOUBLE, sequences=U64S, version=U64),
+            decided=st.booleans(),
+            one_phase=st.booleans(),
+        ),
         data_pb2.CommitReply,
-        build(types.CommitReply, **STAMPED, missing=U64S, applied=st.booleans()),
+        build(types.CommitReply, **parts(types.CommittedPart, **STAMPED, missing=U64S, version=U64)),
     ),
     methods.DISCARD: (
         data_pb2.DiscardRequest,
-        build(types.DiscardRequest, **STEP),
+        build(types.DiscardRequest, **parts(types.DiscardPart, **STEP), keep_updates=st.booleans(), attempt=U64),
         data_pb2.DiscardReply,
-        build(types.DiscardReply, **STAMPED, discarded=U64),
+        build(types.DiscardReply, discarded=U64),
+    ),
+    methods.HEARTBEAT: (
+        data_pb2.HeartbeatRequest,
+        build(types.HeartbeatRequest, incarnation=U64, group=TEXT, rank=U32),
+        data_pb2.HeartbeatReply,
+        build(types.HeartbeatReply, lease_s=SECONDS, updates_held=U64),
     ),
     methods.SCORE: (
         data_pb2.ScoreRequest,
@@ -218,7 +259,7 @@ CASES: dict[Method[Any, Any], Case] = {
     ),
     methods.STEP_COUNT: (
         data_pb2.StepCountRequest,
-        build(types.StepCountRequest, envelope=ENVELOPE, set=st.none() | U64, at_version=U64),
+        build(types.StepCountRequest, envelope=ENVELOPE, set=st.none() | U64, at_version=U64, write_id=WRITE_ID),
         data_pb2.StepCountReply,
         build(types.StepCountReply, **STAMPED, count=U64),
     ),
@@ -230,7 +271,9 @@ CASES: dict[Method[Any, Any], Case] = {
     ),
     methods.WRITE_ROWS: (
         data_pb2.WriteRowsRequest,
-        build(types.WriteRowsRequest, envelope=ENVELOPE, array=TEXT, ids=IDS, blocks=U32S, rows=ROWS),
+        build(
+            types.WriteRowsRequest, envelope=ENVELOPE, array=TEXT, ids=IDS, blocks=U32S, rows=ROWS, write_id=WRITE_ID
+        ),
         data_pb2.WriteRowsReply,
         build(types.WriteRowsReply, **STAMPED),
     ),
@@ -247,20 +290,37 @@ CASES: dict[Method[Any, Any], Case] = {
     ),
     methods.SHARD_DROP_TABLE: (
         shard_pb2.ShardServiceDropTableRequest,
-        U64,
+        build(ForgetTable, table_id=U64, unmade=st.booleans()),
         shard_pb2.ShardServiceDropTableReply,
         st.none(),
     ),
     methods.FREEZE: (
         shard_pb2.FreezeRequest,
-        build(FreezeTable, table_id=U64, timeout_s=SECONDS),
+        build(FreezeTable, table_id=U64, timeout_s=SECONDS, lease_s=SECONDS, **TOKEN),
         shard_pb2.FreezeReply,
         U64,
     ),
-    methods.THAW: (shard_pb2.ThawRequest, U64, shard_pb2.ThawReply, st.none()),
+    methods.THAW: (shard_pb2.ThawRequest, build(ThawTable, table_id=U64, **TOKEN), shard_pb2.ThawReply, st.none()),
+    methods.RESOLVE: (
+        shard_pb2.ResolveRequest,
+        build(
+            types.ResolveRequest,
+            table_id=U64,
+            after_version=st.none() | U64,
+            step_id=st.none() | STEP_ID,
+            give_up=st.booleans(),
+        ),
+        shard_pb2.ResolveReply,
+        build(
+            types.ResolveReply,
+            version=U64,
+            state=st.sampled_from(["", "decided", "pending", "dropped"]),
+            steps=DECIDED_STEPS,
+        ),
+    ),
     methods.EXPORT_PAGES: (
         shard_pb2.ExportPagesRequest,
-        build(types.ExportPages, **PAGES),
+        build(types.ExportPages, **PAGES, **TOKEN),
         shard_pb2.ExportPagesReply,
         build(types.PageBatch, **PAGES, arrays=st.dictionaries(TEXT, ROWS, max_size=3), version=U64),
     ),
@@ -272,14 +332,19 @@ CASES: dict[Method[Any, Any], Case] = {
     ),
     methods.PULL_PAGES: (
         shard_pb2.PullPagesRequest,
-        build(types.PullPages, **PAGES, source=SHARD_INFO),
+        build(types.PullPages, **PAGES, **TOKEN, source=SHARD_INFO),
         shard_pb2.PullPagesReply,
         build(types.PullReport, pages=U64, num_bytes=U64),
     ),
-    methods.SET_VIEW: (shard_pb2.SetViewRequest, VIEW, shard_pb2.SetViewReply, st.none()),
+    methods.SET_VIEW: (shard_pb2.SetViewRequest, build(SetView, view=VIEW, **TOKEN), shard_pb2.SetViewReply, st.none()),
     methods.STATUS: (shard_pb2.StatusRequest, st.none(), shard_pb2.StatusReply, SHARD_STATUS),
     methods.CREATE_TABLE: (pool_pb2.CreateTableRequest, SCHEMA, pool_pb2.CreateTableReply, VIEW),
-    methods.DROP_TABLE: (pool_pb2.DropTableRequest, TEXT, pool_pb2.DropTableReply, st.none()),
+    methods.DROP_TABLE: (
+        pool_pb2.DropTableRequest,
+        build(types.DropTable, name=TEXT, table_id=U64),
+        pool_pb2.DropTableReply,
+        st.none(),
+    ),
     methods.GET_TABLE: (pool_pb2.GetTableRequest, TEXT, pool_pb2.GetTableReply, VIEW),
     methods.LIST_TABLES: (
         pool_pb2.ListTablesRequest,

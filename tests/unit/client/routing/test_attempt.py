@@ -6,18 +6,31 @@ import torch
 from mempool.client.routing.attempt import Attempt
 from mempool.client.routing.fanout import Fanout, Traffic
 from mempool.client.routing.plan import make_plan
+from mempool.client.routing.router import Router
+from mempool.client.training.session import Session
 from mempool.errors import StalePlacement
-from mempool.types import ProductKeySpec, StepId
+from mempool.types import StepId
 from mempool.types.bags import Bags
-from tests.support.faulty import COLUMNS, GRID, LAYOUTS, ROWS, Fault, FaultyPool, make_schema
+from tests.support.faulty import COLUMNS, GRID, LAYOUTS, ROWS, Fault, FaultyPool
 
 STEP = StepId(group="g", rank=0, step=1)
 BAGS = Bags(ids=torch.tensor([0, 7, 9]), weights=torch.ones(3), offsets=torch.tensor([0, 1, 3]))  # row pages 0 and 1
 
 
 def make_attempt(pool: FaultyPool, *, released: tuple[int, ...] = ()) -> Attempt:
-    fanout = Fanout(make_plan(pool.view), dial=pool.dial, traffic=Traffic(), acknowledged={})
+    fanout = Fanout(make_plan(pool.view), dial=pool.dial, traffic=Traffic(), versions={})
     return Attempt(fanout, take_released=lambda shard: released if shard == 0 else ())
+
+
+async def committed(pool: FaultyPool) -> int:
+    """Somebody else commits a step everywhere; answers the version it makes."""
+    router = Router(pool, dial=pool.dial, pool="run-7")
+    session = Session(router, table_id=1, group="another")
+    _, record = await session.gather(BAGS, remember=False)
+    await session.update(record, torch.ones(2, 12), hold=True, want_weight_grad=False)
+    await session.commit(lr=0.1)
+    await session.coordinator.close(timeout_s=10.0)
+    return 1
 
 
 def names(pool: FaultyPool) -> list[list[str]]:
@@ -66,46 +79,22 @@ def test_columns_get_their_columns_of_the_gradient(wait) -> None:  # type: ignor
         assert torch.equal(update.ids, BAGS.ids)  # not remembered there, so it is sent along
 
 
-def test_the_lowest_owner_is_prepared_first_and_alone_where_it_misses_updates(wait) -> None:  # type: ignore[no-untyped-def]
+def test_the_newest_version_that_was_seen_is_what_later_calls_ask_for(wait) -> None:  # type: ignore[no-untyped-def]
     pool = FaultyPool(COLUMNS)
-    replies = wait(make_attempt(pool).prepare(STEP, sequences=(1,), want_norm=False))
-    assert {shard: reply.missing for shard, reply in replies.items()} == {0: (1,)}
-    assert names(pool) == [["prepare"], [], []]
-
-
-def test_owners_of_keys_alone_are_asked_for_no_updates(wait) -> None:  # type: ignore[no-untyped-def]
-    schema = make_schema(keys=ProductKeySpec(heads=1, key_dim=4), stride=8)
-    pool = FaultyPool(LAYOUTS["one"], schema=schema, key_owners=(1,))
+    versions = {1: 0}
 
     async def main() -> None:
-        attempt = make_attempt(pool)
-        _, record = await attempt.gather(BAGS, lookup_id=1, remember=True, reply_dtype="float32")
-        await attempt.update(record, torch.ones(2, 12), step_id=STEP, sequence=1, hold=True, want_weight_grad=False)
-        assert set(await attempt.prepare(STEP, sequences=(1,), want_norm=False)) == {0, 1}
-        replies = await attempt.commit(STEP, lr=0.1, grad_scale=1.0, sequences=(1,), one_phase=False)
-        assert all(reply.applied for reply in replies.values())
-
-    wait(main())
-    sent = [[request.sequences for request in shard.requests("commit")] for shard in pool.shards]
-    assert sent == [[(1,)], [()]]
-
-
-def test_a_commit_that_all_owners_have_is_what_later_calls_ask_for(wait) -> None:  # type: ignore[no-untyped-def]
-    pool = FaultyPool(COLUMNS)
-    acknowledged: dict[int, int] = {}
-
-    async def main() -> None:
-        fanout = Fanout(make_plan(pool.view), dial=pool.dial, traffic=Traffic(), acknowledged=acknowledged)
+        fanout = Fanout(make_plan(pool.view), dial=pool.dial, traffic=Traffic(), versions=versions)
         attempt = Attempt(fanout, take_released=lambda _: ())
-        _, record = await attempt.gather(BAGS, lookup_id=1, remember=True, reply_dtype="float32")
-        await attempt.update(record, torch.ones(2, 12), step_id=STEP, sequence=1, hold=True, want_weight_grad=False)
-        await attempt.prepare(STEP, sequences=(1,), want_norm=False)
-        await attempt.commit(STEP, lr=0.1, grad_scale=1.0, sequences=(1,), one_phase=False)
-        await attempt.discard(STEP)
+        await attempt.gather(BAGS, lookup_id=1, remember=False, reply_dtype="float32")
+        assert versions == {1: 0}
+        step = await committed(pool)
+        await attempt.gather(BAGS, lookup_id=2, remember=False, reply_dtype="float32")
+        assert versions == {1: step}
+        await attempt.read_rows("values", BAGS.ids)
 
     wait(main())
-    assert acknowledged == {1: 1}
-    assert all(shard.requests("discard")[0].envelope.table_version == 1 for shard in pool.shards)
+    assert all(shard.requests("read_rows")[0].envelope.table_version == 1 for shard in pool.shards)
 
 
 def test_a_context_that_is_gone_is_sent_within_the_try(wait) -> None:  # type: ignore[no-untyped-def]

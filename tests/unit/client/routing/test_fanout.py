@@ -14,13 +14,13 @@ from tests.support.faulty import COLUMNS, make_schema
 INFOS = tuple(ShardInfo(shard=shard, address=f"host-{shard}:1", incarnation=5 + shard) for shard in range(3))
 
 
-def make_fanout(**acknowledged: int) -> Fanout:
+def make_fanout(**known: int) -> Fanout:
     placement = Placement(
         table_id=1, epoch=4, owners=COLUMNS.astype("int32"), key_owners=COLUMNS[:0, 0].astype("int32")
     )
     view = TableView(schema=make_schema(), placement=placement, shards=INFOS)
-    known = {1: acknowledged["version"]} if acknowledged else {}
-    return Fanout(make_plan(view), dial=lambda info: info, traffic=Traffic(), acknowledged=known)  # type: ignore[arg-type, return-value]
+    versions = {1: known["version"]} if known else {}
+    return Fanout(make_plan(view), dial=lambda info: info, traffic=Traffic(), versions=versions)  # type: ignore[arg-type, return-value]
 
 
 async def answers(host: Any, envelope: Envelope) -> tuple[Any, Envelope]:
@@ -51,10 +51,10 @@ def test_replies_are_in_the_order_of_the_calls_and_each_has_its_envelope(wait) -
     assert wait(fanout.each([])) == []
 
 
-def test_what_every_owner_has_acknowledged_only_rises(wait) -> None:  # type: ignore[no-untyped-def]
+def test_the_version_that_is_known_to_be_only_rises(wait) -> None:  # type: ignore[no-untyped-def]
     fanout = make_fanout()
     for version in (3, 2):
-        fanout.acknowledge(version)
+        fanout.saw(version)
         ((_, envelope),) = wait(fanout.each([(INFOS[0], answers)]))
         assert envelope.table_version == 3
 
@@ -92,6 +92,19 @@ def test_one_failure_ends_the_others(wait) -> None:  # type: ignore[no-untyped-d
             make_fanout().each([(INFOS[0], long), (INFOS[1], fails(DataLoss("lost"), after_s=0.001)), (INFOS[2], long)])
         )
     assert sorted(ended) == [0, 2]
+
+
+def test_where_all_are_to_hear_one_failure_ends_nobody(wait) -> None:  # type: ignore[no-untyped-def]
+    heard = []
+
+    async def hears(host: Any, _: Envelope) -> None:
+        await asyncio.sleep(0.005)
+        heard.append(host.shard)
+
+    calls = [(INFOS[0], hears), (INFOS[1], fails(ShardUnavailable("away"))), (INFOS[2], hears)]
+    with pytest.raises(ShardUnavailable, match="away"):
+        wait(make_fanout().each(calls, to_the_end=True))
+    assert sorted(heard) == [0, 2]
 
 
 def test_those_who_did_not_answer_in_time_are_known(wait) -> None:  # type: ignore[no-untyped-def]

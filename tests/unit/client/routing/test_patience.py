@@ -71,7 +71,9 @@ def test_an_idle_shard_that_does_not_answer_is_away_at_the_deadline() -> None:
     with mempool.local(timeout_s=0.3) as pool:
         table = pool.create_table(mempool.TableConfig(name="facts", num_slots=64, value_dim=8))
         (host,) = (pool.router._dial(shard.info) for shard in pool.status().shards)  # type: ignore[attr-defined]
-        asyncio.run_coroutine_threadsafe(host.freeze(table.schema.table_id, 5.0), _loop()).result(30.0)
+        asyncio.run_coroutine_threadsafe(
+            host.freeze(table.schema.table_id, 5.0, token="move", lease_s=60.0), _loop()
+        ).result(30.0)
         with pytest.raises(ShardUnavailable, match="embedded pool 'local' did not answer within 0"):
             table.write(torch.tensor([1]), torch.zeros(1, 8))
 

@@ -82,7 +82,17 @@ def test_first_replan_does_not_wait_and_later_ones_do() -> None:
         action = retry.failed(error, now_s=100.1)
         assert isinstance(action, Again)
         delays.append(action.delay_s)
-    assert delays == [0.0, 0.05, 0.1]
+    assert delays == pytest.approx([0.0, 0.005, 0.01])
+
+
+def test_a_replan_that_found_a_newer_view_starts_anew() -> None:
+    """A call that meets one round of a move after another waits for each of them, and for nothing besides."""
+    retry = make_retry()
+    for _ in range(20):
+        action = retry.failed(StalePlacement("x"), now_s=100.1)
+        assert isinstance(action, Again)
+        assert action.delay_s == 0.0
+        retry.replanned()
 
 
 def test_a_table_that_a_shard_does_not_know_may_only_not_be_attached_yet() -> None:

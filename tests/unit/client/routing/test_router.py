@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mempool.client.routing.attempt import Attempt
+from mempool.client.routing.attempt import Attempt, LookupRecord
 from mempool.client.routing.retry import Backoff
 from mempool.client.routing.router import Router
 from mempool.errors import (
@@ -27,6 +27,14 @@ STEP = StepId(group="g", rank=0, step=1)
 def make_router(pool: FaultyPool, **options: object) -> Router:
     options = {"pool": "run-7", "timeout_s": 20.0, "backoff": Backoff(first_s=0.001, longest_s=0.002), **options}
     return Router(pool, dial=pool.dial, **options)  # type: ignore[arg-type]
+
+
+async def push(router: Router, record: LookupRecord, grads: Tensor) -> Tensor | None:
+    """The first update of the first step."""
+    return await router.call(
+        record.table_id,
+        lambda attempt: attempt.update(record, grads, step_id=STEP, sequence=1, hold=True, want_weight_grad=True),
+    )
 
 
 def make_bags(*, seed: int = 0, num_slots: int = 64, weights: bool = True) -> Bags:
@@ -75,7 +83,7 @@ def test_update_gives_the_weights_gradient(wait, layout: str) -> None:  # type: 
     async def main() -> None:
         router = make_router(pool)
         _, record = await router.gather(1, bags=bags, remember=True)
-        found = await router.update(record, grads, step_id=STEP, sequence=1)
+        found = await push(router, record, grads)
         bag = torch.repeat_interleave(bags.offsets.diff())
         assert found is not None
         assert_near(found, (pool.values[bags.ids] * grads.double()[bag]).sum(1))
@@ -96,7 +104,7 @@ def test_shard_without_pairs_of_its_row_pages_is_not_asked_but_told(wait) -> Non
         router = make_router(pool)
         values, record = await router.gather(1, bags=bags, remember=True)
         assert_near(values, pooled(pool.values, bags))
-        await router.update(record, torch.ones(1, 12), step_id=STEP, sequence=1)
+        await push(router, record, torch.ones(1, 12))
 
     wait(main())
     assert pool.shards[0].names() == ["gather", "update"]
@@ -134,7 +142,7 @@ def test_calls_heal(wait, fault: Fault, layout: str) -> None:  # type: ignore[no
             pool.shards[0].faults[name] = [fault, fault]
         values, record = await router.gather(1, bags=bags, remember=True)
         assert_near(values, pooled(pool.values, bags))
-        found = await router.update(record, grads, step_id=STEP, sequence=1)
+        found = await push(router, record, grads)
         assert found is not None
         bag = torch.repeat_interleave(bags.offsets.diff())
         assert_near(found, (pool.values[bags.ids] * grads.double()[bag]).sum(1))
@@ -155,7 +163,7 @@ def test_forgotten_context_is_sent_again_to_that_shard_alone(wait) -> None:  # t
         router = make_router(pool)
         _, record = await router.gather(1, bags=bags, remember=True)
         pool.shards[1].forget()
-        await router.update(record, torch.ones(4, 12), step_id=STEP, sequence=1)
+        await push(router, record, torch.ones(4, 12))
 
     wait(main())
     sent = [[request.ids is not None for request in shard.requests("update")] for shard in pool.shards]
@@ -168,7 +176,7 @@ def test_not_remembered_means_sent_along_at_once(wait) -> None:  # type: ignore[
     async def main() -> None:
         router = make_router(pool)
         _, record = await router.gather(1, bags=make_bags(), remember=False)
-        await router.update(record, torch.ones(4, 12), step_id=STEP, sequence=1)
+        await push(router, record, torch.ones(4, 12))
 
     wait(main())
     assert all(request.ids is not None for shard in pool.shards for request in shard.requests("update"))
@@ -184,7 +192,7 @@ def test_moved_pages_are_followed_between_lookup_and_update(wait, after: str) ->
         router = make_router(pool)
         _, record = await router.gather(1, bags=bags, remember=True)
         pool.move(LAYOUTS[after])
-        found = await router.update(record, grads, step_id=STEP, sequence=1)
+        found = await push(router, record, grads)
         assert found is not None
         bag = torch.repeat_interleave(bags.offsets.diff())
         assert_near(found, (pool.values[bags.ids] * grads.double()[bag]).sum(1))
@@ -382,7 +390,7 @@ def test_nothing_is_kept_for_shards_that_have_left_the_table(wait) -> None:  # t
                 _, record = await router.gather(1, bags=make_bags(), remember=True)
                 router.release(record)()
         await router.gather(1, bags=make_bags())
-        assert {shard for _, shard in router._to_release} == {0}
+        assert {shard for _, shard in router.remembered.waiting()} == {0}
 
     wait(main())
 

@@ -17,6 +17,7 @@ from mempool.client.routing import slices as slices_module
 from mempool.client.routing.retry import Backoff
 from mempool.client.routing.router import Router
 from mempool.client.routing.slices import MESSAGE_BYTES, WINDOW, slices, some_at_a_time, together
+from mempool.client.training.session import Session
 from mempool.errors import Overloaded
 from mempool.types import GatherRequest, ProductKeySpec, ScoreRequest, StepId, UpdateRequest
 from mempool.types.bags import Bags
@@ -133,17 +134,16 @@ def test_what_happens_between_two_messages_of_a_gather_changes_nothing(
         pool = FaultyPool(LAYOUTS[layout])
         router = Router(pool, dial=pool.dial, backoff=Backoff(first_s=0.001, longest_s=0.001))
         pool.shards[0].faults["gather"] = list(faults)  # type: ignore[arg-type]
-        values, record = await router.gather(1, bags=bags, remember=True)
+        session = Session(router, table_id=1, group="g")
+        values, record = await session.gather(bags, remember=True)
         if forgets:  # one message of several
             first, *_ = (request for request in pool.shards[0].requests("gather") if request.remember)
             await pool.shards[0].gather(replace(first, remember=False, release=(record.lookup_id + 1,)))
-        found = await router.update(record, grads, step_id=STEP, sequence=1)
+        found = await session.update(record, grads, hold=True, want_weight_grad=True)
         missing = [request.ids is not None for request in pool.shards[0].requests("update")]
         assert not forgets or missing == [False, True]
-        commit = await router.call(
-            1, lambda attempt: attempt.commit(STEP, lr=0.5, grad_scale=1.0, sequences=(1,), one_phase=True)
-        )
-        assert all(reply.applied for reply in commit.values())
+        assert await session.commit(lr=0.5) == 1
+        await session.coordinator.close(timeout_s=10.0)
         return values, found, [pool.values]
 
     whole = wait(step())

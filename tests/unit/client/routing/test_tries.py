@@ -7,7 +7,7 @@ import pytest
 from mempool.client.routing.retry import Backoff
 from mempool.client.routing.tries import Tries
 from mempool.client.routing.whereabouts import Whereabouts
-from mempool.errors import DataLoss, MempoolError, PoolUnreachable, ShardUnavailable
+from mempool.errors import DataLoss, MempoolError, PoolUnreachable, ShardUnavailable, StalePlacement
 from mempool.types.caller import Caller, calling, current_caller
 
 
@@ -24,11 +24,28 @@ def test_tries_until_it_succeeds(wait) -> None:  # type: ignore[no-untyped-def]
             raise failures.pop()
         return "done"
 
-    async def refresh() -> None:
+    async def refresh() -> bool:
         refreshed.append(True)
+        return False
 
     assert wait(make_tries().run("facts", once, refresh=refresh)) == "done"
     assert len(refreshed) == 3
+
+
+def test_a_newer_view_is_tried_at_once_however_many_there_were(wait) -> None:  # type: ignore[no-untyped-def]
+    """Rounds of a move come one after another; a wait between two tries would meet the next of them."""
+    failures = [StalePlacement("moved")] * 5
+
+    async def once() -> str:
+        if failures:
+            raise failures.pop()
+        return "done"
+
+    async def refresh() -> bool:
+        return True
+
+    tries = Tries(Whereabouts(name="run-7"), timeout_s=20.0, backoff=Backoff(first_s=3600.0, longest_s=3600.0))
+    assert wait(tries.run("facts", once, refresh=refresh)) == "done"
 
 
 def test_the_deadline_goes_along(wait) -> None:  # type: ignore[no-untyped-def]

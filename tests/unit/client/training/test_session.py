@@ -22,7 +22,7 @@ def test_steps_of_several_updates_are_applied(wait, layout: str) -> None:  # typ
             assert trainer.session.pending == updates
             assert await trainer.session.commit(lr=LR, grad_scale=0.5) == updates
             trainer.apply(grad_scale=0.5)
-            trainer.assert_equal()
+            await trainer.assert_applied()
             assert trainer.session.pending == 0
 
     wait(main())
@@ -45,10 +45,12 @@ def test_one_owner_commits_in_one_message_and_several_in_two(wait) -> None:  # t
         for trainer in (one, several):
             await trainer.push()
             await trainer.session.commit(lr=LR)
+            trainer.apply()
+            await trainer.assert_applied()
 
     wait(main())
     assert one.pool.shards[0].names() == ["gather", "update", "commit"]
-    assert several.pool.shards[0].names() == ["gather", "update", "prepare", "commit"]
+    assert [shard.names() for shard in several.pool.shards] == [["gather", "update", "prepare", "commit"]] * 3
 
 
 def test_nothing_pending_sends_nothing_and_counts_no_step(wait) -> None:  # type: ignore[no-untyped-def]
@@ -65,7 +67,7 @@ def test_nothing_pending_sends_nothing_and_counts_no_step(wait) -> None:  # type
     wait(main())
     (commit,) = trainer.pool.shards[0].requests("commit")
     assert isinstance(commit, CommitRequest)
-    assert commit.step_id.step == 1
+    assert commit.parts[0].step_id.step == 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -83,7 +85,7 @@ def test_prepare_gives_the_norm_and_commit_takes_its_scale(wait, layout: str) ->
         assert abs(prepared.squared_norm - float(norm**2)) <= 1e-5 * float(norm**2)
         assert await trainer.session.commit(lr=LR, grad_scale=float(0.1 / norm)) == 2
         trainer.apply(grad_scale=float(0.1 / norm))
-        trainer.assert_equal()
+        await trainer.assert_applied()
 
     wait(main())
     # Prepared once: the commit does not ask again.
@@ -101,12 +103,12 @@ def test_gradients_that_overflowed_are_sent_reported_and_discarded(wait, bad: fl
         assert not prepared.finite
         assert await trainer.session.discard() == 1
         trainer.forget()
-        trainer.assert_equal()
+        await trainer.assert_applied()
         assert all(not shard.held and not shard.prepared for shard in trainer.pool.shards)
         await trainer.push()
         assert await trainer.session.commit(lr=LR) == 1
         trainer.apply()
-        trainer.assert_equal()
+        await trainer.assert_applied()
 
     wait(main())
 
@@ -123,7 +125,7 @@ def test_discarded_updates_are_never_applied(wait) -> None:  # type: ignore[no-u
         await trainer.push()
         await trainer.session.commit(lr=LR)
         trainer.apply()
-        trainer.assert_equal()
+        await trainer.assert_applied()
 
     wait(main())
     assert trainer.session.counters.updates_committed == 1
@@ -143,7 +145,7 @@ def test_updates_after_prepare_are_prepared_with_the_others(wait) -> None:  # ty
         assert prepared.squared_norm == pytest.approx(float(trainer.gradient.square().sum()), rel=1e-5)
         assert await trainer.session.commit(lr=LR) == 2
         trainer.apply()
-        trainer.assert_equal()
+        await trainer.assert_applied()
         assert all(not shard.held for shard in trainer.pool.shards)
 
     wait(main())
@@ -176,13 +178,13 @@ def test_owner_of_keys_alone_follows_the_ledger(wait) -> None:  # type: ignore[n
         await trainer.session.prepare()
         await trainer.session.commit(lr=LR)
         trainer.apply()
-        trainer.assert_equal()
+        await trainer.assert_applied()
 
     wait(main())
     assert trainer.pool.shards[3].names() == ["prepare", "commit"]
     (prepare,) = trainer.pool.shards[3].requests("prepare")
     assert isinstance(prepare, PrepareRequest)
-    assert prepare.sequences == ()
+    assert prepare.parts[0].sequences == ()
     assert {shard.version for shard in trainer.pool.shards} == {1}
 
 
@@ -204,6 +206,6 @@ def test_wrong_numbers_change_nothing(wait, lr: float, grad_scale: float, text: 
             await trainer.session.commit(lr=lr, grad_scale=grad_scale)
         assert await trainer.session.commit(lr=LR) == 1
         trainer.apply()
-        trainer.assert_equal()
+        await trainer.assert_applied()
 
     wait(main())

@@ -1,6 +1,7 @@
 """Optimizer state and step count through a table: read, written back to the bit, refused in words."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import mempool
 from mempool.client import Pool, Table
 from mempool.errors import InvalidRequest, StepConflict
 from mempool.optim import SGD, Adagrad, Adam, AdamW, RowWiseAdagrad, RowWiseAdam
-from mempool.types import CommitRequest, StepId
+from mempool.types import CommitPart, CommitRequest, PreparePart, PrepareRequest, StepId
 from tests.support.faulty import ROWS, FaultyPool
 from tests.unit.client.routing.test_router import make_router
 
@@ -155,22 +156,29 @@ def test_the_step_is_every_owners_also_of_those_that_come_later(make) -> None:  
     assert table.step_count() == 0
 
 
-def test_a_commit_meanwhile_is_told(wait) -> None:  # type: ignore[no-untyped-def]
-    """Owners at different versions: one has got a commit that the others will get."""
+def test_a_commit_that_one_owner_has_is_every_owners_before_steps_are_counted(wait) -> None:  # type: ignore[no-untyped-def]
+    """Owners at different versions: one has got a commit that the others have not heard of."""
     pool = FaultyPool(ROWS)
 
     async def main() -> None:
         router = make_router(pool)
         assert await router.step_count(1, to=5) == 5
         first = pool.shards[0]
-        envelope = first.requests("step_count")[0].envelope
+        envelope, *others = (shard.requests("step_count")[0].envelope for shard in pool.shards)
         step_id = StepId(group="g", rank=0, step=1)
-        await first.commit(
-            CommitRequest(envelope=envelope, step_id=step_id, lr=1.0, grad_scale=1.0, sequences=(), one_phase=True)
-        )
-        for to in (None, 9):
-            with pytest.raises(StepConflict, match=r"owners of table 'facts' are at versions 0 to 1 .* 5 to 6 steps"):
-                await router.step_count(1, to=to)
+        part = CommitPart(envelope=envelope, step_id=step_id, lr=1.0, grad_scale=1.0, sequences=())
+        prepare = PreparePart(envelope=envelope, step_id=step_id, sequences=())
+        await first.prepare(PrepareRequest(parts=(prepare,), want_norm=False, decider_table=1, decider_step=1))
+        reply = await first.commit(CommitRequest(parts=(part,)))
+        assert reply.parts[0].version == 1
+        with pytest.raises(StepConflict, match=r"owners of table 'facts' are at versions 0 to 1 .* 5 to 6 steps"):
+            await router.step_count(1)
+        # Now that it knows of the version, nobody answers before it: whoever has prepared the step asks for it.
+        for shard, other in zip(pool.shards[1:], others, strict=True):
+            part_there = replace(prepare, envelope=other)
+            request = PrepareRequest(parts=(part_there,), want_norm=False, decider_table=1, decider_step=1)
+            await shard.prepare(request)
+        assert await router.step_count(1) == 6
+        assert await router.step_count(1, to=9) == 9
 
     wait(main())
-    assert [request.set for request in pool.shards[0].requests("step_count")] == [None, 5, None, None]

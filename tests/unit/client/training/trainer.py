@@ -56,6 +56,11 @@ class Trainer:
     def forget(self) -> None:
         self.gradient = torch.zeros_like(self.gradient)
 
+    async def assert_applied(self) -> None:
+        """Once every owner has applied what was acknowledged."""
+        await self.session.coordinator.applied([self.session])
+        self.assert_equal()
+
     def assert_equal(self) -> None:
         torch.testing.assert_close(self.pool.values, self.expected, rtol=1e-5, atol=2e-5)
 

@@ -15,7 +15,8 @@ from mempool.shard.pages import staging
 from mempool.shard.pages.adoption import StagedPages
 from mempool.shard.pages.arena import Arena
 from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec
-from tests.contract.driver import LAYOUTS, make_schema
+from tests.contract.driver import make_schema
+from tests.contract.layouts import LAYOUTS
 
 from .whole_tables import MovingTable, contents, same_bits
 

@@ -100,14 +100,39 @@ def test_shrinking_moves_rows_and_changes_none() -> None:
     arena = _arena((0, 2))
     _fill(arena, [0, 1, 2, 3, 4])
     kept = _read(arena, [3, 1])
-    arena.give_back(arena.withdraw(np.array([0, 2])))
-    size = arena.num_bytes
-    arena.shrink()
-    assert arena.num_bytes == size  # not mostly empty
-    arena.give_back(arena.withdraw(np.array([4])))
+    arena.give_back(arena.withdraw(np.array([0, 2, 4])))
     arena.shrink()
     assert arena.num_bytes == 2 * arena.page_bytes + 7 * PAGE_TABLE_BYTES
     assert _same(_read(arena, [3, 1]), kept)
+
+
+def test_who_moves_pages_away_waits_for_as_much_as_moved_and_never_for_all_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A round of a move holds writers off while an arena shrinks."""
+    monkeypatch.setattr(arena_module, "_COPY_BYTES", 1)
+    schema = make_schema(num_slots=8 * 1000, optimizer=ROWWISE)
+    arena = Arena(schema=schema, blocks=(0, 1), arrays=named_arrays(schema), device=torch.device("cpu"))
+    arena.publish(np.arange(1000), taken := arena.take(1000))
+    for array in ("values", "values.row_sum"):
+        arena.pages(array)[torch.from_numpy(taken)] = torch.arange(1000.0)[:, None, None]
+    capacity, left = arena.num_bytes, 1000
+    for first in range(0, 1000, 10):
+        before = arena.writes
+        arena.give_back(arena.withdraw(np.arange(first, first + 10)))
+        arena.shrink()
+        left -= 10
+        assert len(arena.written_since(before)) <= 20
+        pages = (arena.num_bytes - len(arena.page_of) * PAGE_TABLE_BYTES) // arena.page_bytes
+        assert left <= pages <= max(left * 16 / 15 + 70, left)  # what it lags behind at first it catches up with
+        assert arena.num_taken == left
+        ids = torch.arange(8 * (first + 10), 8000, 8)
+        for array in ("values", "values.row_sum"):
+            read = kernels.gather_rows(arena.paged(array), ids)
+            assert torch.equal(read[:, 0], torch.arange(first + 10.0, 1000))
+    assert arena.num_bytes < capacity / 8
+    again = arena.take(500)
+    assert len(set(again.tolist())) == 500
 
 
 def test_an_arena_with_pages_on_their_way_does_not_shrink() -> None:

@@ -8,7 +8,9 @@ from mempool.shard.pages.named_arrays import LAST_STEP, SCALES
 from mempool.shard.pages.storage import Storage
 from mempool.types import FlatKeySpec, OptimizerSpec, ProductKeySpec, TableSchema
 from mempool.types.bags import Bags
-from tests.contract.driver import LAYOUTS, make_bags, make_schema
+from tests.contract.bags import make_bags
+from tests.contract.driver import make_schema
+from tests.contract.layouts import LAYOUTS
 
 from .whole_tables import CPU, contents, make_table, placement_of, same_bits
 

@@ -10,18 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mempool.agreement.ledger import AppliedLedger
 from mempool.shard.pages.arena import Arena
 from mempool.shard.steps import commits
 from mempool.shard.steps.budget import Budget
 from mempool.shard.steps.held import HeldUpdate, HeldUpdates
-from mempool.shard.steps.ledger import AppliedLedger
-from mempool.types import CommitRequest, Envelope, FlatKeySpec, OptimizerSpec, PrepareRequest, StepId, TableSchema
+from mempool.types import DecidedStep, FlatKeySpec, OptimizerSpec, StepId, TableSchema
 from mempool.types.bags import Bags
 from tests.contract.driver import make_schema
 
 from .whole_tables import MovingTable, make_table
 
-ENVELOPE = Envelope(table_id=1, epoch=1, incarnation=1)
 SCHEMAS = {
     "adagrad": make_schema(optimizer=OptimizerSpec(algorithm="adagrad", lr=0.1), keys=FlatKeySpec(key_dim=5)),
     "dense": make_schema(optimizer=OptimizerSpec(algorithm="adamw", lr=0.1, eps=1e-8, weight_decay=0.1, dense=True)),
@@ -79,16 +78,9 @@ class Watched:
         bags = Bags(ids, None, torch.tensor([0, len(ids)]))
         self.updates.hold(step_id, 0, HeldUpdate(bags, grads))
         if norm:
-            request = PrepareRequest(envelope=ENVELOPE, step_id=step_id, sequences=(0,), want_norm=True)
-            commits.prepare(self.table, self.updates, request)
-        commits.commit(
-            self.table,
-            self.updates,
-            self.ledger,
-            CommitRequest(
-                envelope=ENVELOPE, step_id=step_id, lr=0.1, grad_scale=1.0, sequences=(0,), one_phase=not norm
-            ),
-        )
+            commits.prepare(self.table, self.updates, step_id, (0,), decider=(1, step_id.step), want_norm=True)
+        decided = DecidedStep(table_id=1, version=0, step_id=step_id, lr=0.1, grad_scale=1.0, sequences=(0,))
+        commits.apply(self.table, self.updates, self.ledger, decided)
 
 
 def _owners(random: np.random.Generator) -> list[list[int]]:

@@ -10,8 +10,8 @@ from mempool.shard.pages.masks import by_blocks
 from mempool.shard.pages.staging import Staging
 from mempool.shard.pages.storage import Storage
 from mempool.shard.pages.transfer import export
-from mempool.types import ExportPages, Ledger, Placement, TableSchema
-from tests.contract.driver import LAYOUTS
+from mempool.types import ExportPages, Ledger, LedgerEntry, Placement, TableSchema
+from tests.contract.layouts import LAYOUTS
 
 CPU = torch.device("cpu")
 NOBODY = 9
@@ -94,5 +94,7 @@ def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 def a_ledger(num_entries: int, name_bytes: int) -> Ledger:
     """As many groups, each with a name of so many bytes."""
-    entries = {(f"{number:0{name_bytes}d}", 0): number + 1 for number in range(num_entries)}
+    entries = {
+        (f"{number:0{name_bytes}d}", 0): LedgerEntry(step=number + 1, version=7) for number in range(num_entries)
+    }
     return Ledger(version=7, updates_applied=11, entries=entries, step_offset=-3)

@@ -7,18 +7,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mempool.agreement.ledger import AppliedLedger
 from mempool.shard.pages.storage import Storage
 from mempool.shard.steps import commits
 from mempool.shard.steps.budget import Budget
 from mempool.shard.steps.held import HeldUpdate, HeldUpdates
-from mempool.shard.steps.ledger import AppliedLedger
-from mempool.types import CommitRequest, Envelope, OptimizerSpec, Placement, PrepareRequest, StepId
+from mempool.types import DecidedStep, OptimizerSpec, Placement, StepId
 from mempool.types.bags import Bags
 from tests.contract.driver import make_schema
 
 NUM_SLOTS, WIDTH, BAG_PAIRS, BAGS = 2**18, 64, 32, 93_750
 MIB = 2**20
-ENVELOPE = Envelope(table_id=0, epoch=1, incarnation=1)
 
 
 def _peak() -> int:
@@ -63,15 +62,12 @@ def main(lookups: int) -> None:
         updates = HeldUpdates(budget=Budget(2**34, commit_bytes=commit_bytes), lease_s=600.0)
         step_id = StepId(group="trainer", rank=0, step=step)
         sequences = _hold(updates, step_id, lookups, bags)
-        prepare = PrepareRequest(envelope=ENVELOPE, step_id=step_id, sequences=sequences, want_norm=True)
-        commit = CommitRequest(
-            envelope=ENVELOPE, step_id=step_id, lr=0.1, grad_scale=1.0, sequences=sequences, one_phase=False
-        )
+        decided = DecidedStep(table_id=0, version=step, step_id=step_id, lr=0.1, grad_scale=1.0, sequences=sequences)
         before = _reset_peak()
-        commits.prepare(table, updates, prepare)
+        commits.prepare(table, updates, step_id, sequences, decider=(0, step), want_norm=True)
         grown = [_peak() - before]
         before = _reset_peak()
-        commits.commit(table, updates, ledger, commit)
+        commits.apply(table, updates, ledger, decided)
         grown.append(_peak() - before)
         for name, num_bytes in zip(says, grown, strict=False):
             print(name, num_bytes)

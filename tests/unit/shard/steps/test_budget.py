@@ -121,7 +121,15 @@ def _names() -> int:
     """Ranks that hold next to nothing, under long names."""
     budget = Budget(2**40)
     held = HeldUpdates(budget=budget, lease_s=600.0)
-    prepared = PreparedStep(step=1, sequences=(), want_norm=False, squared_norm=0.0, finite=True, reductions=None)
+    prepared = PreparedStep(
+        step_id=StepId(group="g", rank=0, step=1),
+        decider=(1, 1),
+        sequences=(),
+        want_norm=False,
+        squared_norm=0.0,
+        finite=True,
+        reductions=None,
+    )
     for number in range(20_000):
         held.set_prepared(StepId(group=f"{number:05}" + "ü" * 100, rank=0, step=1), prepared)
     _kept.append(held)
@@ -134,7 +142,13 @@ def _sequences() -> int:
     for number in range(40):
         sequences = tuple(10**12 + number * 10**6 + at for at in range(20_000))
         prepared = PreparedStep(
-            step=1, sequences=sequences, want_norm=False, squared_norm=0.0, finite=True, reductions=None
+            step_id=StepId(group="g", rank=0, step=1),
+            decider=(1, 1),
+            sequences=sequences,
+            want_norm=False,
+            squared_norm=0.0,
+            finite=True,
+            reductions=None,
         )
         held.set_prepared(StepId(group=f"{number}", rank=0, step=1), prepared)
     _kept.append(held)

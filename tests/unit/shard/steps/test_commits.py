@@ -9,8 +9,9 @@ import torch
 from mempool import kernels
 from mempool.errors import DataLoss, StepConflict
 from mempool.shard.steps import commits, parts
-from mempool.types import StepId
-from tests.contract.driver import Driver, make_bags, make_schema, same
+from mempool.types import DecidedStep, StepId
+from tests.contract.bags import make_bags
+from tests.contract.driver import Driver, make_schema, same
 from tests.unit.shard.conftest import MakeDriver
 
 LENGTHS = (400, 0, 70, 1900)
@@ -31,19 +32,25 @@ def _failing(real: Callable[..., Any], *, at: int, error: BaseException, times: 
     return call
 
 
-def _prepared(make_driver: MakeDriver, *, commit_memory_bytes: int = 100_000, want_norm: bool = False) -> Driver:
-    """A step of many parts that is prepared."""
+def _prepared(make_driver: MakeDriver, *, commit_memory_bytes: int = 100_000, keep: bool = False) -> Driver:
+    """A step of many parts that is prepared. keep: what its Prepare has sorted, where that is small enough."""
     driver = make_driver(commit_memory_bytes=commit_memory_bytes).create(make_schema())
     for sequence in (0, 1):
         driver.update(1, sequence, GRADS, bags=make_bags(sequence, lengths=LENGTHS))
-    driver.prepare(1, [0, 1], want_norm=want_norm)
+    engine: Any = driver.host(0)
+    taken = 0 if keep else commit_memory_bytes // 2
+    engine._budget.kept_bytes += taken
+    driver.prepare(1, [0, 1], want_norm=False)
+    engine._budget.kept_bytes -= taken
     return driver
 
 
 def _commit(driver: Driver) -> None:
     engine: Any = driver.host(0)
     table = engine._tenancy.table(1)
-    commits.commit(table.storage, table.updates, table.ledger, driver.commit_request(0, 1, [0, 1]))
+    step_id = driver.step_id(1)
+    decided = DecidedStep(table_id=1, version=1, step_id=step_id, lr=0.1, grad_scale=1.0, sequences=(0, 1))
+    commits.apply(table.storage, table.updates, table.ledger, decided)
 
 
 @pytest.mark.parametrize("error", [MemoryError("none"), torch.OutOfMemoryError("none"), ValueError("odd")])
@@ -66,7 +73,7 @@ def test_what_fails_before_the_first_write_changes_nothing(
             _commit(driver)
     assert same(driver.contents(), before)
     assert driver.status(0).lost_pages == 0
-    assert driver.commit(1, [0, 1])[0].applied
+    assert driver.commit(1, [0, 1])[0].version == 1
 
 
 @pytest.mark.parametrize("error", [MemoryError("none"), torch.OutOfMemoryError("none")])
@@ -129,16 +136,35 @@ def test_a_gpu_that_has_no_memory_for_its_first_kernel_loses_nothing(
         with pytest.raises(torch.OutOfMemoryError):
             _commit(driver)
     assert same(driver.contents(), before)
-    assert driver.commit(1, [0, 1])[0].applied
+    assert driver.commit(1, [0, 1])[0].version == 1
+
+
+def test_what_was_sorted_to_prepare_a_step_need_not_be_sorted_to_commit_it(
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a step is decided there is nothing left that wants much memory."""
+    whole = _prepared(make_driver, commit_memory_bytes=2**24)
+    _commit(whole)
+    driver = _prepared(make_driver, commit_memory_bytes=2**24, keep=True)
+    engine: Any = driver.host(0)
+    assert engine._budget.kept_bytes > 0
+    with monkeypatch.context() as patch:
+        for kernel in ("sort_pairs", "segment_sum"):
+            patch.setattr(kernels, kernel, _failing(getattr(kernels, kernel), at=1, error=MemoryError("none")))
+        _commit(driver)
+    assert engine._budget.kept_bytes == 0
+    assert same(driver.contents(), whole.contents())
 
 
 def test_steps_are_decided_in_order(make_driver: MakeDriver) -> None:
     driver = _prepared(make_driver)
-    with pytest.raises(StepConflict, match="is not prepared here; send Prepare"):
-        driver.commit(2, [0, 1])
-    with pytest.raises(StepConflict, match="was prepared with updates"):
-        driver.commit(1, [0])
-    with pytest.raises(StepConflict, match="is older and cannot be decided"):
-        driver.prepare(0, [])
     assert driver.prepare(1, [0, 1, 5, 3])[0].missing == (3, 5)
-    assert driver.commit(1, [1, 0])[0].applied
+    assert driver.commit(1, [1, 0])[0].version == 1
+    with pytest.raises(StepConflict, match=r"is not prepared here: .* With that the step is over here"):
+        driver.commit(2, [0, 1])
+    driver.update(3, 7, GRADS, bags=make_bags(1))
+    driver.prepare(3, [7])
+    with pytest.raises(StepConflict, match=r"was prepared with updates \[7\] .* With that the step is over here"):
+        driver.commit(3, [])
+    with pytest.raises(StepConflict, match=r"step 3 .* was dropped"):
+        driver.prepare(3, [7])

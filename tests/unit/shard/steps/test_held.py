@@ -32,8 +32,19 @@ def _budget(updates: int, update: HeldUpdate) -> Budget:
     return Budget((updates * (update.num_bytes + 2 * ENTRY_BYTES + 80)) * 8 // 7)
 
 
-def _prepared(step: int, sequences: tuple[int, ...] = ()) -> PreparedStep:
-    return PreparedStep(step=step, sequences=sequences, want_norm=False, squared_norm=0.0, finite=True, reductions=None)
+def _prepared(
+    step: int, sequences: tuple[int, ...] = (), *, group: str = "a", decided_here: bool = False
+) -> PreparedStep:
+    return PreparedStep(
+        step_id=_step(step, group),
+        decider=(1, step),
+        decided_here=decided_here,
+        sequences=sequences,
+        want_norm=False,
+        squared_norm=0.0,
+        finite=True,
+        reductions=None,
+    )
 
 
 def test_pairs_come_in_order_of_sequence_bag_and_pair() -> None:
@@ -125,7 +136,7 @@ def test_the_time_of_a_discard_does_not_grow_with_what_else_is_held() -> None:
     update = _update([1], [1])
     for step in range(200):
         held.hold(_step(step), step, update)
-    steps = held._ranks["a", 0].updates
+    steps = held._ranks["a", 0, 0].updates
     assert sorted(steps) == list(range(200))
     assert held.discard(_step(3)) == 1
     held.decided(_step(100))
@@ -142,15 +153,68 @@ def test_dead_ranks_make_room() -> None:
     assert held.get(_step(1, "alive"), 0) is update
 
 
-def test_dead_ranks_give_up_what_they_prepared() -> None:
+def test_what_dead_ranks_prepared_stays_and_is_told() -> None:
+    """It may be decided: that is asked for, at its decider."""
     clock = Clock()
     held = HeldUpdates(budget=Budget(2**20), lease_s=10.0, clock=clock)
-    held.set_prepared(_step(1, "dead"), _prepared(1))
+    held.hold(_step(1, "dead"), 0, _update([1], [1]))
+    held.set_prepared(_step(1, "dead"), _prepared(1, (0,), group="dead"))
     clock.now_s = 5.0
-    held.set_prepared(_step(1, "alive"), _prepared(1))
+    held.set_prepared(_step(1, "alive"), _prepared(1, group="alive"))
+    assert held.silent() == ()
     clock.now_s = 11.0
     held.expire()
-    assert [rank for rank, _ in held.prepared()] == [("alive", 0)]
+    assert [prepared.step_id.group for prepared in held.prepared()] == ["dead", "alive"]
+    assert [prepared.step_id.group for prepared in held.silent()] == ["dead"]
+    assert (held.lives(_step(1, "dead")), held.lives(_step(1, "alive")), held.lives(_step(1, "who"))) == (
+        False,
+        True,
+        False,
+    )
+    assert held.get(_step(1, "dead"), 0) is not None
+    assert held.discard(_step(1, "dead")) == 1
+    held.discard(_step(1, "alive"))
+    assert (held.budget.held_bytes, held.any_prepared) == (0, False)
+
+
+def test_a_heartbeat_is_of_the_newest_generation() -> None:
+    clock = Clock()
+    held = HeldUpdates(budget=Budget(2**20), lease_s=10.0, clock=clock)
+    old, new = _step(1), StepId(group="a", rank=0, step=1, generation=1)
+    for step_id in (old, new):
+        held.hold(step_id, 0, _update([1], [1]))
+    held.hold(new, 1, _update([1], [1]))
+    clock.now_s = 9.0
+    assert held.heard_of("a", 0) == 2
+    assert held.heard_of("b", 0) == 0
+    clock.now_s = 12.0
+    held.expire()
+    assert (held.lives(old), held.lives(new), len(held)) == (False, True, 2)
+
+
+def test_a_step_is_in_doubt_until_its_decider_was_asked() -> None:
+    """Of what a reader waits for: steps prepared before it came that another shard decides."""
+    clock = Clock()
+    held = HeldUpdates(budget=Budget(2**20), lease_s=10.0, clock=clock)
+    clock.now_s = 5.0
+    held.set_prepared(_step(1, "here"), _prepared(1, group="here", decided_here=True))
+    assert not held.doubtful(9.0)
+    for group in ("b", "c"):
+        held.set_prepared(_step(1, group), _prepared(1, group=group))
+    assert [bool(held.doubtful(since_s)) for since_s in (4.0, 5.0, 6.0)] == [False, True, True]
+    held.settle(_step(1, "b"), 6.0)
+    assert held.doubtful(6.0)  # of the other one nobody has said anything
+    held.settle(_step(1, "c"), 6.0)
+    held.settle(_step(2, "c"), 9.0)  # another step
+    assert [bool(held.doubtful(since_s)) for since_s in (6.0, 6.5)] == [False, True]
+    clock.now_s = 7.0
+    held.set_prepared(_step(1, "b"), _prepared(1, (1,), group="b"))  # sent again: it may have been decided before
+    assert held.doubtful(6.5)
+    for group in ("b", "c"):
+        assert held.end_prepare(_step(1, group))
+    assert not held.doubtful(9.0)
+    assert not held.end_prepare(_step(1, "b"))
+    assert not held._settled
 
 
 def test_a_rank_that_speaks_is_alive() -> None:
@@ -180,25 +244,15 @@ def test_a_decided_step_takes_older_ones_with_it() -> None:
     assert held.prepared_step(_step(2)) is None
 
 
-def test_a_newer_step_ends_an_older_prepare_only() -> None:
-    held = HeldUpdates(budget=Budget(2**20), lease_s=10.0, clock=Clock())
-    held.set_prepared(_step(5), _prepared(5))
-    held.give_up_older(_step(4))
-    held.give_up_older(_step(5))
-    assert held.prepared_step(_step(9)) is not None
-    held.give_up_older(_step(6))
-    assert held.prepared_step(_step(9)) is None
-
-
 def test_dead_ranks_of_another_table_make_room_too() -> None:
     update, clock = _update([1, 2], [2]), Clock()
     budget = _budget(1, update)
     first = HeldUpdates(budget=budget, lease_s=10.0, clock=clock)
     second = HeldUpdates(budget=budget, lease_s=10.0, clock=clock)
     first.hold(_step(1), 0, update)
-    clock.now_s = first.patience_s
+    clock.now_s = 10.0
     with pytest.raises(Overloaded):
         second.hold(_step(1, "b"), 0, update)
-    clock.now_s = first.patience_s + 0.1  # a sixth of the lease: it stands in the way
+    clock.now_s = 10.1
     second.hold(_step(1, "b"), 0, update)
     assert (len(first), len(second)) == (0, 1)

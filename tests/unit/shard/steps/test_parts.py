@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,11 @@ from mempool import kernels
 from mempool.shard.pages.storage import Storage
 from mempool.shard.steps.held import HeldUpdate, in_canonical_order
 from mempool.shard.steps.parts import pairs_bytes, reduce_in_parts
-from mempool.types import DiscardRequest, OptimizerSpec, Placement, StepId
+from mempool.types import OptimizerSpec, Placement, StepId
 from mempool.types.bags import Bags
-from tests.contract.driver import LAYOUTS, make_bags, make_schema, same
+from tests.contract.bags import make_bags
+from tests.contract.driver import make_schema, same
+from tests.contract.layouts import LAYOUTS
 from tests.unit.shard.conftest import MakeDriver
 
 CPU = torch.device("cpu")
@@ -118,11 +119,10 @@ def test_what_prepared_steps_keep_leaves_half_of_the_memory(make_driver: MakeDri
         bags = make_bags(group, lengths=(30, 30, 0, 5))
         update = driver.update_request(0, 1, 0, torch.ones(4, 10), bags=bags, step_id=step_id)
         driver.call(driver.host(0).update(update))
-        driver.call(driver.host(0).prepare(replace(driver.prepare_request(0, 1, [0]), step_id=step_id)))
+        driver.call(driver.host(0).prepare(driver.prepare_request(0, 1, [0], group=f"group {group}")))
     assert 0 < budget.commit_bytes - budget.commit_room <= budget.commit_bytes // 2
     for group in range(8):
-        step_id = StepId(group=f"group {group}", rank=0, step=1)
-        driver.call(driver.host(0).discard(DiscardRequest(envelope=driver.envelope(0), step_id=step_id)))
+        driver.discard(1, group=f"group {group}")
     assert budget.commit_room == budget.commit_bytes
 
 

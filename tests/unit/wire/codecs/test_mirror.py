@@ -8,12 +8,20 @@ from typing import Any
 import pytest
 
 from mempool.errors import InvalidRequest
-from mempool.types import Envelope, Ledger, StepCountRequest, StepId
+from mempool.types import DecidedStep, Envelope, Ledger, StepCountRequest, StepId
 from mempool.wire import methods
 from mempool.wire.codecs import mirror
+from mempool.wire.codecs.messages import STEP_ID
 from mempool.wire.codecs.mirror import Choice, Mirror, Several
 from mempool.wire.codecs.pages import FreezeTable
 from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2, status_pb2, table_pb2
+
+
+def _discard(group: str) -> data_pb2.DiscardRequest:
+    part = data_pb2.DiscardPart(step_id=data_pb2.StepId(group=group))
+    part.envelope.SetInParent()
+    return data_pb2.DiscardRequest(parts=[part])
+
 
 NO_TIMES = [math.nan, math.inf, -math.inf, -1.0, -0.0]
 
@@ -21,6 +29,9 @@ NO_TIMES = [math.nan, math.inf, -math.inf, -1.0, -0.0]
 @pytest.mark.parametrize("seconds", NO_TIMES)
 def test_a_time_that_is_none_is_refused_where_it_enters(seconds: float) -> None:
     freeze = shard_pb2.FreezeRequest(table_id=1, timeout_s=seconds).SerializeToString()
+    lease = shard_pb2.FreezeRequest(table_id=1, timeout_s=1.0, lease_s=seconds).SerializeToString()
+    with pytest.raises(InvalidRequest, match=r"FreezeRequest\.lease_s is .* seconds"):
+        methods.FREEZE.request.decode(lease)
     # Minus zero is no default, so protobuf sends it.
     assert struct.pack("<d", seconds) in freeze
     with pytest.raises(
@@ -46,22 +57,22 @@ def test_every_time_of_the_wire_is_named_as_one() -> None:
 
 def test_zero_seconds_and_any_other_are_taken() -> None:
     for seconds in (0.0, 1e-9, 600.0, 1e300):
-        frame = methods.FREEZE.request.encode(FreezeTable(table_id=1, timeout_s=seconds))
+        frame = methods.FREEZE.request.encode(FreezeTable(table_id=1, timeout_s=seconds, token="", lease_s=0.0))
         assert methods.FREEZE.request.decode(frame).timeout_s == seconds
 
 
 @pytest.mark.parametrize(
     ("method", "frame", "field"),
     [
-        (methods.DISCARD, data_pb2.DiscardRequest(step_id=data_pb2.StepId(group="g" * 257)), r"StepId\.group"),
-        (methods.DISCARD, data_pb2.DiscardRequest(step_id=data_pb2.StepId(group="\u00e9" * 129)), r"StepId\.group"),
+        (methods.DISCARD, _discard("g" * 257), r"StepId\.group"),
+        (methods.DISCARD, _discard("\u00e9" * 129), r"StepId\.group"),
+        (methods.HEARTBEAT, data_pb2.HeartbeatRequest(group="g" * 257), r"HeartbeatRequest\.group"),
+        (methods.FREEZE, shard_pb2.FreezeRequest(token="t" * 257), r"FreezeRequest\.token"),
         (methods.GET_TABLE, pool_pb2.GetTableRequest(name="n" * 257), r"GetTableRequest\.name"),
         (methods.PULL_PAGES, shard_pb2.PullPagesRequest(source=table_pb2.ShardInfo(address="a" * 300)), "address"),
     ],
 )
 def test_text_is_bounded_in_bytes(method: Any, frame: Any, field: str) -> None:
-    if isinstance(frame, data_pb2.DiscardRequest):
-        frame.envelope.SetInParent()
     if isinstance(frame, shard_pb2.PullPagesRequest):
         frame.row_pages.dtype, frame.row_pages.shape[:] = 5, [0]
     with pytest.raises(InvalidRequest, match=rf"{field} has \d+ bytes; at most 256 are taken"):
@@ -70,20 +81,19 @@ def test_text_is_bounded_in_bytes(method: Any, frame: Any, field: str) -> None:
 
 def test_a_text_at_the_limit_is_taken() -> None:
     for group in ("g" * 256, "\u00e9" * 128):
-        message = data_pb2.DiscardRequest(step_id=data_pb2.StepId(group=group))
-        message.envelope.SetInParent()
-        assert methods.DISCARD.request.decode(message.SerializeToString()).step_id == StepId(
-            group=group, rank=0, step=0
-        )
+        (part,) = methods.DISCARD.request.decode(_discard(group).SerializeToString()).parts
+        assert part.step_id == StepId(group=group, rank=0, step=0)
 
 
 def test_lists_of_numbers_are_bounded() -> None:
-    message = data_pb2.PrepareRequest(sequences=range(2**17))
-    message.envelope.SetInParent()
-    message.step_id.SetInParent()
-    assert len(methods.PREPARE.request.decode(message.SerializeToString()).sequences) == 2**17
-    message.sequences.append(1)
-    with pytest.raises(InvalidRequest, match=r"PrepareRequest\.sequences has 131,073 entries; at most 131,072"):
+    message = data_pb2.PrepareRequest(parts=[data_pb2.PreparePart(sequences=range(2**17))])
+    (part,) = message.parts
+    part.envelope.SetInParent()
+    part.step_id.SetInParent()
+    (read,) = methods.PREPARE.request.decode(message.SerializeToString()).parts
+    assert len(read.sequences) == 2**17
+    part.sequences.append(1)
+    with pytest.raises(InvalidRequest, match=r"PreparePart\.sequences has 131,073 entries; at most 131,072"):
         methods.PREPARE.request.decode(message.SerializeToString())
 
 
@@ -114,11 +124,15 @@ class Entry:
     group: str
     rank: int
     step: int
-    sequences: tuple[int, ...] = ()
+    generation: int = 0
+    version: int = 0
+    dropped: int = 0
+    others: tuple[DecidedStep, ...] = ()
 
 
 def test_messages_inside_and_several_of_them() -> None:
-    entries = Mirror(shard_pb2.LedgerEntry, Entry)
+    decided = Mirror(shard_pb2.DecidedStep, DecidedStep, {"step_id": STEP_ID})
+    entries = Mirror(shard_pb2.LedgerEntry, Entry, {"others": Several(decided)}, left_out=("older",))
     ledger = Mirror(shard_pb2.Ledger, Ledger, {"entries": Several(entries)})
     value = Ledger(
         version=3,

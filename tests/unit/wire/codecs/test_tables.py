@@ -18,6 +18,7 @@ from mempool.types import (
     TableView,
 )
 from mempool.wire.codecs import pages, tables
+from mempool.wire.codecs.pages import SetView
 from mempool.wire.v1 import pool_pb2, shard_pb2, table_pb2
 
 SCHEMA = TableSchema(
@@ -140,7 +141,7 @@ def test_scoring_is_deterministic_unless_told() -> None:
 
 def test_a_view_whose_placement_is_of_another_shape_is_refused() -> None:
     placement = dataclasses.replace(VIEW.placement, owners=np.zeros((7, 3), np.int32))
-    frame = pages.SET_VIEW_REQUEST.encode(dataclasses.replace(VIEW, placement=placement))
+    frame = pages.SET_VIEW_REQUEST.encode(SetView(view=dataclasses.replace(VIEW, placement=placement), token=""))
     with pytest.raises(
         InvalidRequest, match=r"owners \(\(7, 3\), \(0,\)\); the schema of 'facts' has \(\(7, 2\), \(0,\)\)"
     ):
@@ -156,7 +157,10 @@ def test_a_view_whose_placement_is_of_another_shape_is_refused() -> None:
 )
 def test_a_view_whose_placement_cannot_be_is_refused(change: dict[str, object], message: str) -> None:
     frame = pages.SET_VIEW_REQUEST.encode(
-        dataclasses.replace(VIEW, placement=dataclasses.replace(VIEW.placement, **change))  # type: ignore[arg-type]
+        SetView(
+            view=dataclasses.replace(VIEW, placement=dataclasses.replace(VIEW.placement, **change)),  # type: ignore[arg-type]
+            token="",
+        )
     )
     with pytest.raises(InvalidRequest, match=message):
         pages.SET_VIEW_REQUEST.decode(frame)

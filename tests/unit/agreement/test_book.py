@@ -1,27 +1,28 @@
 """What steps consist of, whatever happens in whatever order: pure, nothing is sent."""
 
-from types import SimpleNamespace
+from dataclasses import dataclass
 
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mempool.client.training.steps import Decision, Pushed, Step, Steps
-from mempool.types.bags import Bags
+from mempool.agreement.book import Book, Step
 
-BAGS = Bags(ids=torch.arange(3), weights=torch.ones(3), offsets=torch.tensor([0, 3]))
-NUM_BYTES = 3 * 8 + 3 * 4 + 2 * 8 + 4 * 4
+NUM_BYTES = 68
 
 
-def push(steps: Steps) -> tuple[Step, int]:
+@dataclass(frozen=True)
+class Update:
+    num_bytes: int = NUM_BYTES
+
+
+def push(steps: Book[Update]) -> tuple[Step[Update], int]:
     sequence, step = steps.next_sequence(), steps.open
-    record = SimpleNamespace(bags=BAGS)
-    step.add(sequence, Pushed(record=record, grads=torch.ones(1, 4)))  # type: ignore[arg-type]
+    step.add(sequence, Update())
     return step, sequence
 
 
 def test_updates_after_the_seal_belong_to_the_next_step() -> None:
-    steps = Steps(group="g", rank=3)
+    steps = Book[Update](group="g", rank=3)
     assert steps.seal() is None
     push(steps)
     push(steps)
@@ -32,7 +33,8 @@ def test_updates_after_the_seal_belong_to_the_next_step() -> None:
     push(steps)
     assert (steps.pending, steps.pending_bytes) == (3, 3 * NUM_BYTES)
     assert steps.seal() is closing
-    steps.acknowledged()
+    assert steps.acknowledged() == 2
+    assert steps.applying is closing
     assert (steps.pending, steps.pending_bytes) == (1, NUM_BYTES)
     last = steps.seal()
     assert last is not None
@@ -40,7 +42,7 @@ def test_updates_after_the_seal_belong_to_the_next_step() -> None:
 
 
 def test_what_was_prepared_and_grew_becomes_one_later_step() -> None:
-    steps = Steps(group="g")
+    steps = Book[Update](group="g")
     push(steps)
     first = steps.seal()
     push(steps)
@@ -53,15 +55,13 @@ def test_what_was_prepared_and_grew_becomes_one_later_step() -> None:
 
 
 def test_a_decided_step_neither_grows_nor_is_given_up() -> None:
-    steps = Steps(group="g")
+    steps = Book[Update](group="g")
     push(steps)
     step = steps.seal()
     assert step is not None
-    assert steps.decided is None
-    step.decision = Decision(lr=0.1, grad_scale=1.0)
+    step.committing = True
     push(steps)
-    steps.merge()
-    assert steps.decided is step
+    assert not steps.merge()
     assert steps.closing is step
     assert steps.give_up() == 1
     assert (steps.pending, steps.given_up[0].step) == (1, 2)
@@ -70,7 +70,7 @@ def test_a_decided_step_neither_grows_nor_is_given_up() -> None:
 
 
 def test_a_failed_update_is_no_part_of_it_unless_it_was_sealed_meanwhile() -> None:
-    steps = Steps(group="g")
+    steps = Book[Update](group="g")
     step, sequence = push(steps)
     step.remove(sequence)
     assert (steps.pending, steps.pending_bytes) == (0, 0)
@@ -80,9 +80,27 @@ def test_a_failed_update_is_no_part_of_it_unless_it_was_sealed_meanwhile() -> No
     assert steps.pending == 1
 
 
-@given(st.lists(st.sampled_from(["push", "push", "fail", "merge", "seal", "decide", "done", "give up"]), max_size=30))
+def test_a_step_whose_number_is_over_goes_on_under_the_next_and_the_open_one_above_it() -> None:
+    steps = Book[Update](group="g", generation=4)
+    push(steps)
+    closing = steps.seal()
+    assert closing is not None
+    push(steps)
+    steps.renumber()
+    assert (closing.step_id.step, closing.sealed, steps.open.step_id.step) == (3, (1,), 4)
+    assert [step_id.step for step_id in steps.given_up] == [1, 2]
+    assert closing.step_id.generation == 4
+    assert steps.holds
+
+
+@given(
+    st.lists(
+        st.sampled_from(["push", "push", "fail", "merge", "seal", "commit", "done", "applied", "give up", "renumber"]),
+        max_size=30,
+    )
+)
 def test_no_update_is_in_two_steps_and_all_bytes_are_counted(events: list[str]) -> None:
-    steps, mine, over = Steps(group="g"), set(), set()
+    steps, mine, over, numbers = Book[Update](group="g"), set[int](), set[int](), [0]
     for event in events:
         closing = steps.closing
         if event == "push":
@@ -94,14 +112,19 @@ def test_no_update_is_in_two_steps_and_all_bytes_are_counted(events: list[str]) 
             steps.merge()
         elif event == "seal":
             steps.seal()
-        elif event == "decide" and closing is not None:
-            closing.decision = Decision(lr=0.1, grad_scale=1.0)
-        elif event == "done" and closing is not None and closing.decision is not None:
+        elif event == "commit" and closing is not None:
+            closing.committing = True
+        elif event == "done" and closing is not None and closing.committing:
             over |= set(closing.sealed)
+            numbers.append(closing.step_id.step)
             steps.acknowledged()
+        elif event == "applied":
+            steps.applied()
+        elif event == "renumber" and closing is not None:
+            steps.renumber()
         elif event == "give up":
-            decided = set(steps.decided.sealed) if steps.decided else set()
-            dropped = mine - over - decided
+            committing = set(closing.sealed) if closing is not None and closing.committing else set()
+            dropped = mine - over - committing
             assert steps.give_up() == len(dropped)
             over |= dropped
         closed = set(steps.closing.sealed) if steps.closing else set()
@@ -110,3 +133,7 @@ def test_no_update_is_in_two_steps_and_all_bytes_are_counted(events: list[str]) 
         assert closed | opened == mine - over
         assert steps.pending == len(mine - over)
         assert steps.pending_bytes == NUM_BYTES * len(mine - over)
+        live = [step.step_id.step for step in (steps.closing, steps.open) if step is not None]
+        assert live == sorted(set(live))
+        assert numbers == sorted(set(numbers))
+        assert not {step_id.step for step_id in steps.given_up} & {*numbers, *live}

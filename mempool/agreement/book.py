@@ -1,0 +1,161 @@
+"""A trainer's steps on one table: which update belongs to which, what is sealed, committed, given up.
+
+Pure: sends nothing and waits for nothing. How a step of several tables is agreed on is ``step``'s.
+"""
+
+from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
+
+from mempool.types import StepId
+
+
+class Weighed(Protocol):
+    """An update, of which only its size matters here."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+U = TypeVar("U", bound=Weighed)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Step(Generic[U]):
+    """A step of one table, from its first update until every owner has applied it.
+
+    Attributes:
+        updates: By sequence.
+        num_bytes: Of the updates.
+        sealed: The sequences it consists of, once it is being prepared; later updates belong to the next step.
+        committing: It may be decided already: it can only be committed any more.
+    """
+
+    step_id: StepId
+    updates: dict[int, U] = field(default_factory=dict)
+    num_bytes: int = 0
+    sealed: tuple[int, ...] = ()
+    committing: bool = False
+
+    def add(self, sequence: int, update: U) -> None:
+        self.updates[sequence] = update
+        self.num_bytes += update.num_bytes
+
+    def remove(self, sequence: int) -> None:
+        """An update that failed is no part of the step, unless the step was sealed with it meanwhile."""
+        if not self.sealed and (update := self.updates.pop(sequence, None)) is not None:
+            self.num_bytes -= update.num_bytes
+
+
+class Book(Generic[U]):
+    """The steps of one rank on one table that are not over.
+
+    One is open, at most one is closing, and at most one is decided and not applied everywhere yet.
+
+    Args:
+        group: The rank's group, as ledgers name it.
+        rank: Its number there.
+        generation: How often the rank has gone back to an earlier step.
+
+    Attributes:
+        open: Takes the updates that come.
+        closing: Sealed, and neither acknowledged nor discarded.
+        applying: Acknowledged: some owners may not have applied it yet, and may ask for its updates.
+        given_up: Steps that were given up here and that some shard may still hold, or have prepared.
+    """
+
+    def __init__(self, *, group: str, rank: int = 0, generation: int = 0) -> None:
+        self._rank = group, rank, generation
+        self._next_sequence = 1
+        self._next_step = 1
+        self.open: Step[U] = self._step()
+        self.closing: Step[U] | None = None
+        self.applying: Step[U] | None = None
+        self.given_up: list[StepId] = []
+
+    @property
+    def pending(self) -> int:
+        """Updates pushed and not yet committed or discarded."""
+        closing = self.closing
+        return len(self.open.updates) + (0 if closing is None else len(closing.sealed))
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of tensors that are kept for them here."""
+        closing = self.closing
+        return self.open.num_bytes + (0 if closing is None else closing.num_bytes)
+
+    @property
+    def nothing_to_drop(self) -> bool:
+        """Whether a discard would neither drop nor tell anybody anything."""
+        closing = self.closing
+        undecided = closing is not None and not closing.committing
+        return not (self.open.updates or undecided or self.given_up)
+
+    @property
+    def holds(self) -> bool:
+        """Whether shards hold, or should hold, anything of it."""
+        return bool(self.open.updates or self.closing or self.applying)
+
+    def next_sequence(self) -> int:
+        """A number for one more update."""
+        sequence, self._next_sequence = self._next_sequence, self._next_sequence + 1
+        return sequence
+
+    def merge(self) -> bool:
+        """Where a step was prepared and more came: they become one, under the later number. Whether they did."""
+        closing = self.closing
+        if closing is None or closing.committing or not self.open.updates:
+            return False
+        self.open.updates = closing.updates | self.open.updates
+        self.open.num_bytes += closing.num_bytes
+        self.given_up.append(closing.step_id)
+        self.closing = None
+        return True
+
+    def seal(self) -> Step[U] | None:
+        """The step to prepare: what is pending, closed to further updates. None where nothing is."""
+        if self.closing is None and self.open.updates:
+            step = self.open
+            step.sealed = tuple(sorted(step.updates))
+            self.closing, self.open = step, self._step()
+        return self.closing
+
+    def renumber(self) -> None:
+        """The closing step goes on under a new number, as its old one is over; the open one's is above that."""
+        assert self.closing is not None
+        self.given_up.append(self.closing.step_id)
+        self.closing.step_id = self._step_id()
+        if self.open.updates:
+            self.given_up.append(self.open.step_id)
+        self.open.step_id = self._step_id()
+
+    def acknowledged(self) -> int:
+        """The closing step is decided; answers how many updates it has."""
+        assert self.closing is not None
+        self.applying, self.closing = self.closing, None
+        return len(self.applying.sealed)
+
+    def applied(self) -> None:
+        """Every owner has applied what was acknowledged."""
+        self.applying = None
+
+    def give_up(self) -> int:
+        """Drop what is pending and not decided; answers how many updates that were."""
+        dropped = 0
+        if self.closing is not None and not self.closing.committing:
+            dropped += len(self.closing.updates)
+            self.given_up.append(self.closing.step_id)
+            self.closing = None
+        if self.open.updates:
+            dropped += len(self.open.updates)
+            self.given_up.append(self.open.step_id)
+            self.open = self._step()
+        return dropped
+
+    def _step(self) -> Step[U]:
+        return Step(step_id=self._step_id())
+
+    def _step_id(self) -> StepId:
+        group, rank, generation = self._rank
+        number, self._next_step = self._next_step, self._next_step + 1
+        return StepId(group=group, rank=rank, step=number, generation=generation)

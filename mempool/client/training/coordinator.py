@@ -1,0 +1,429 @@
+"""Commits the steps of several tables of a pool together: carries out what ``mempool.agreement.step`` says.
+
+A step is acknowledged when its decider has answered; the other owners are told in the background, on the same loop, and
+whoever prepares or commits on these tables next waits for that. How messages reach shards is the router's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from mempool.agreement.step import Goal, StepOfTables, TableStep
+from mempool.agreement.step_events import Begun, Decided, Reached
+from mempool.client.routing.router import Router
+from mempool.client.routing.together import Together
+from mempool.client.training.heartbeats import Heartbeats, Rank
+from mempool.client.training.joint import Joint, discard_given_up, waiting_for
+from mempool.errors import InvalidRequest, MempoolError, NotFound
+from mempool.types import ShardInfo
+
+if TYPE_CHECKING:
+    from mempool.client.training.session import Session
+
+# How long a call leaves the telling of other owners to the background before it does that itself.
+_BACKGROUND_S = 5.0
+_MAX_NOTICES = 64
+
+_LeftS = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What a prepared step looks like, on one table.
+
+    Attributes:
+        updates: How many updates it has.
+        squared_norm: Squared norm of the table's reduced gradient; 0.0 if it was not asked for.
+        finite: No inf or NaN in the reduced gradient; True if it was not asked for.
+        norm: Of the order that was asked for besides; 0.0 if none was.
+    """
+
+    updates: int
+    squared_norm: float
+    finite: bool
+    norm: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Commitment:
+    """What one table's pending updates are committed with."""
+
+    session: Session
+    lr: float
+    grad_scale: float = 1.0
+
+    def check(self) -> None:
+        """Raises InvalidRequest where lr or grad_scale is no number to step by."""
+        if not (math.isfinite(self.lr) and self.lr >= 0.0):
+            raise InvalidRequest(f"lr = {self.lr}: a learning rate must be finite and not negative.")
+        if not math.isfinite(self.grad_scale):
+            raise InvalidRequest(
+                f"grad_scale = {self.grad_scale}: must be finite; discard a step whose gradients overflowed."
+            )
+
+
+class Coordinator:
+    """The steps of one client on the tables of one pool.
+
+    Args:
+        router: Carries the calls.
+
+    Attributes:
+        heartbeats: Keep what shards hold for it alive.
+    """
+
+    def __init__(self, router: Router) -> None:
+        self.heartbeats = Heartbeats(router, self._holdings)
+        self._router = router
+        self._sessions: list[weakref.ref[Session]] = []  # added to by any thread
+        self._telling: set[asyncio.Task[None]] = set()
+        self._notices: deque[str] = deque(maxlen=_MAX_NOTICES)
+
+    def add(self, session: Session) -> None:
+        """Take one more table's session."""
+        self._sessions.append(weakref.ref(session))
+
+    def notices(self) -> list[str]:
+        """What a user is to be warned of since this was asked last. For any thread."""
+        found = []
+        while self._notices:
+            found.append(self._notices.popleft())
+        return found
+
+    async def prepare(
+        self,
+        sessions: Sequence[Session],
+        *,
+        want_norm: bool = True,
+        norm_order: float = 0.0,
+        timeout_s: float | None = None,
+    ) -> list[Prepared | None]:
+        """Phase one for everything pending on these tables, together; None for those where nothing is.
+
+        Raises:
+            MempoolError: As the router's; nothing is decided, and the same call goes on.
+        """
+        left_s = self._deadline(timeout_s)
+        async with self._alone(sessions):
+            await self._finish(sessions, left_s)
+            joint = await self._sealed(sessions, left_s)
+            if joint is None:
+                return [None for _ in sessions]
+            await self._carry_out(joint, "prepared", left_s, begun=Begun(want_norm=want_norm, norm_order=norm_order))
+            return [_prepared(joint, session) if session.joint is joint else None for session in sessions]
+
+    async def commit(self, commitments: Sequence[Commitment], *, timeout_s: float | None = None) -> list[int]:
+        """Apply everything pending on these tables as one step of all of them; see ``Session.commit``.
+
+        Returns:
+            How many updates were committed, by table.
+        """
+        for commitment in commitments:
+            commitment.check()
+        sessions = [commitment.session for commitment in commitments]
+        left_s = self._deadline(timeout_s)
+        async with self._alone(sessions):
+            counts = await self._finish(sessions, left_s)
+            joint = await self._sealed(sessions, left_s)
+            if joint is not None:
+                numbers = {
+                    each.session.table_id: (each.lr, each.grad_scale)
+                    for each in commitments
+                    if each.session.joint is joint
+                }
+                await self._carry_out(joint, "decided", left_s, begun=Begun(), decided=Decided(numbers=numbers))
+                for session, count in self._acknowledge(joint).items():
+                    counts[session] = counts.get(session, 0) + count
+                self._tell(joint)
+            return [counts.get(session, 0) for session in sessions]
+
+    async def discard(self, sessions: Sequence[Session], *, timeout_s: float | None = None) -> list[int]:
+        """Drop what is pending on these tables; sends nothing where nothing is. A step that is under way stays.
+
+        Returns:
+            How many updates were dropped, by table.
+        """
+        left_s = self._deadline(timeout_s)
+        async with self._alone(sessions):
+            dropped = []
+            concerned = {session.table_id: session for session in sessions}
+            for session in sessions:
+                dropped.append(session.book.give_up())
+                session.counters.updates_discarded += dropped[-1]
+                if session.joint is not None and session.book.closing is None:
+                    concerned |= self._abandon(session.joint)
+            if any(session.book.given_up for session in concerned.values()):
+                # What is over at a shard is so with all that came before it: first it hears of the step before.
+                for joint in _distinct(session.applying for session in concerned.values()):
+                    await self._finish_telling(joint, left_s)
+            await self._tell_given_up(concerned.values(), left_s)
+            return dropped
+
+    async def applied(self, sessions: Iterable[Session], *, timeout_s: float | None = None) -> None:
+        """Waits until every owner has applied what was acknowledged.
+
+        Raises:
+            MempoolError: One of them has not; the step is decided all the same.
+        """
+        sessions, left_s = list(sessions), self._deadline(timeout_s)
+        async with self._alone(sessions):
+            for joint in _distinct(session.applying for session in sessions):
+                await self._finish_telling(joint, left_s)
+
+    async def close(self, *, timeout_s: float) -> None:
+        """Let what is decided reach all owners, for so long at most; say nothing any more then."""
+        if self._telling:
+            await asyncio.wait(tuple(self._telling), timeout=timeout_s)
+        telling = tuple(self._telling)
+        for task in telling:
+            task.cancel()
+        await asyncio.gather(*telling, return_exceptions=True)
+        await self.heartbeats.close()
+
+    @asynccontextmanager
+    async def _alone(self, sessions: Sequence[Session]) -> AsyncIterator[None]:
+        """Nobody else decides on these tables, nor on those that share a step with them."""
+        while True:
+            tables = _sharing(sessions)
+            async with AsyncExitStack() as stack:
+                for table_id in sorted(tables):  # in one order, so that no two wait for each other
+                    await stack.enter_async_context(tables[table_id].deciding)
+                if _sharing(sessions).keys() <= tables.keys():
+                    yield
+                    return
+
+    async def _finish(self, sessions: Sequence[Session], left_s: _LeftS) -> dict[Session, int]:
+        """End what came before: tell all owners what is decided, and learn what became of a Commit without answer."""
+        counts: dict[Session, int] = {}
+        for joint in _distinct(session.applying for session in sessions):
+            await self._finish_telling(joint, left_s)
+        for joint in _distinct(session.joint for session in sessions):
+            if joint.step.state != "open":  # or decided, and cut off before that was noted
+                for other in _distinct(session.applying for session in joint.sessions.values()):
+                    await self._finish_telling(other, left_s)
+                await self._carry_out(joint, "decided", left_s, begun=Begun())
+                counts |= self._acknowledge(joint)
+                await self._finish_telling(joint, left_s)
+        return counts
+
+    async def _sealed(self, sessions: Sequence[Session], left_s: _LeftS) -> Joint | None:
+        """The step of everything pending on these tables, closed to further updates; None where nothing is."""
+        ready = [session for session in sessions if session.book.closing is not None or session.book.open.updates]
+        concerned = {session.table_id: session for session in sessions}
+        for session in ready:
+            if session.book.merge() and session.joint is not None:
+                concerned |= self._abandon(session.joint)
+        for session in ready:
+            if session.joint is not None and set(session.joint.sessions.values()) != set(ready):
+                concerned |= self._abandon(session.joint)
+        await self._tell_given_up(concerned.values(), left_s)
+        if not ready:
+            return None
+        known = ready[0].joint
+        if known is not None and all(session.joint is known for session in ready):
+            return known
+        ordered = sorted(ready, key=lambda session: session.table_id)
+        steps = [(session.table_id, session.book.seal()) for session in ordered]
+        joint = Joint(
+            sessions={session.table_id: session for session in ordered},
+            step=StepOfTables(
+                TableStep(table_id=table_id, step_id=step.step_id, sequences=step.sealed)
+                for table_id, step in steps
+                if step is not None
+            ),
+        )
+        for session in ready:
+            session.joint = joint
+        return joint
+
+    def _abandon(self, joint: Joint) -> dict[int, Session]:
+        """It is not committed in this company: its tables' steps go on under other numbers."""
+        assert joint.step.state == "open", "a step that may be decided can only be finished"
+        for session in joint.sessions.values():
+            session.joint = None
+            if session.book.closing is not None:
+                session.book.renumber()
+        return joint.sessions
+
+    async def _tell_given_up(self, sessions: Iterable[Session], left_s: _LeftS) -> None:
+        # Forgotten here before the first message: should one fail, no commit names those updates any more. But a shard
+        # that has such a step prepared would refuse the next one, so it is told again before that.
+        telling = [session for session in sessions if session.book.given_up]
+        if not telling:
+            return
+
+        async def once(together: Together) -> None:
+            for session in telling:
+                await session.pushes.settled()  # what arrives later would be held until the lease ends
+            await discard_given_up(together, telling)
+
+        table_ids = [session.table_id for session in telling]
+        try:
+            await self._router.together(table_ids, once, timeout_s=left_s(), waiting_for=lambda: waiting_for(telling))
+        except NotFound:
+            gone = [session for session in telling if not self._router.holders(session.table_id)]
+            for session in gone:  # with all that was held of them
+                session.book.given_up.clear()
+            if not gone:
+                raise
+            await self._tell_given_up(telling, left_s)
+
+    async def _carry_out(
+        self, joint: Joint, goal: Goal, left_s: _LeftS, *, begun: Begun, decided: Decided | None = None
+    ) -> None:
+        joint.step.handle(begun)
+        if decided is not None:
+            joint.step.handle(decided)
+        try:
+            while True:
+                try:
+                    await self._router.together(
+                        list(joint.sessions),
+                        partial(joint.carry_out, goal),
+                        timeout_s=left_s(),
+                        waiting_for=lambda: joint.waiting_for,
+                    )
+                    return
+                except NotFound:
+                    if not self._leave_dropped(joint):
+                        raise
+        except MempoolError as error:
+            if not isinstance(error, NotFound):
+                joint.add_state(error, self._names(joint.sessions))
+            raise
+        finally:
+            self._note(joint)
+
+    def _leave_dropped(self, joint: Joint) -> bool:
+        """Whether the step goes on without tables that were dropped; one that nobody has decided on does not."""
+        gone = [table_id for table_id in joint.sessions if not self._router.holders(table_id)]
+        if joint.step.state == "open":
+            self._abandon(joint)
+            return False
+        if not gone or len(gone) == len(joint.sessions):
+            return False
+        for table_id in gone:
+            joint.leave(table_id)
+        return True
+
+    def _acknowledge(self, joint: Joint) -> dict[Session, int]:
+        counts = {}
+        for session in joint.sessions.values():
+            counts[session] = session.book.acknowledged()
+            session.joint, session.applying = None, joint
+            session.counters.steps_committed += 1
+            session.counters.updates_committed += counts[session]
+        if isinstance(joint.step.next("applied"), Reached):
+            self._over(joint)
+        return counts
+
+    def _over(self, joint: Joint) -> None:
+        for session in joint.sessions.values():
+            if session.applying is joint:
+                session.applying = None
+                session.book.applied()
+
+    def _tell(self, joint: Joint) -> None:
+        """Let the other owners know in the background: whoever comes next on these tables waits for it."""
+        if next(iter(joint.sessions.values())).applying is not joint:
+            return
+
+        async def tell() -> None:
+            try:
+                await self._carry_out(joint, "applied", self._deadline(None), begun=Begun())
+            except MempoolError:
+                return  # the next call on these tables tries again, and raises what it meets
+            self._over(joint)
+
+        joint.telling = asyncio.get_running_loop().create_task(tell())
+        self._telling.add(joint.telling)
+        joint.telling.add_done_callback(self._telling.discard)
+
+    async def _finish_telling(self, joint: Joint, left_s: _LeftS) -> None:
+        task, joint.telling = joint.telling, None
+        if task is not None:
+            try:
+                await asyncio.wait({task}, timeout=min(_BACKGROUND_S, left_s() / 2))
+            finally:
+                if not task.done():
+                    task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
+        if next(iter(joint.sessions.values())).applying is joint:
+            await self._carry_out(joint, "applied", left_s, begun=Begun())
+            self._over(joint)
+
+    def _holdings(self) -> dict[ShardInfo, set[Rank]]:
+        """Which ranks hold anything, or let anything be remembered, by shard."""
+        found: dict[ShardInfo, set[Rank]] = {}
+        remembered = self._router.remembered.shards()
+        for reference in tuple(self._sessions):
+            session = reference()
+            if session is None:
+                self._sessions.remove(reference)
+                continue
+            for info in self._router.holders(session.table_id):
+                if session.book.holds or info.shard in remembered.get(session.table_id, ()):
+                    found.setdefault(info, set()).add(session.rank)
+        return found
+
+    def _note(self, joint: Joint) -> None:
+        """Keep for the user what shards dropped."""
+        silences_s = {
+            shard: self.heartbeats.silence_s(shard) for shard in {each for one in joint.dropped for each in one.shards}
+        }
+        for dropped in joint.dropped:
+            silence_s = max(silences_s[shard] for shard in dropped.shards)
+            if dropped.table_id is None and silence_s < self.heartbeats.lease_s / 2:
+                continue  # pages moved while nobody knew whether it was decided
+            what = (
+                f"a step of {self._names(joint.sessions)} was dropped"
+                if dropped.table_id is None
+                else f"updates of {self._names([dropped.table_id])} were dropped"
+            )
+            self._notices.append(
+                f"{what} by shards {sorted(dropped.shards)}: this process was silent for up to {silence_s:.1f} s, and a"
+                f" shard keeps what a trainer holds for {self.heartbeats.lease_s:g} s after it last heard of it"
+                " (shard.trainer_lease). All of it was sent again: nothing is lost or applied twice"
+            )
+        joint.dropped.clear()
+
+    def _names(self, table_ids: Collection[int]) -> str:
+        names = ", ".join(repr(self._router.name_of(table_id)) for table_id in table_ids)
+        return f"table {names}" if len(table_ids) == 1 else f"tables {names}"
+
+    def _deadline(self, timeout_s: float | None) -> _LeftS:
+        """One deadline for all messages of a call: the seconds left of it, asked at any time from now."""
+        clock = asyncio.get_running_loop()
+        end_s = clock.time() + (self._router.timeout_s if timeout_s is None else timeout_s)
+        return lambda: end_s - clock.time()
+
+
+def _sharing(sessions: Sequence[Session]) -> dict[int, Session]:
+    """These, and all that share a step with them that is not over, by table."""
+    found: dict[int, Session] = {}
+    left = list(sessions)
+    while left:
+        session = left.pop()
+        if session.table_id not in found:
+            found[session.table_id] = session
+            for joint in _distinct((session.joint, session.applying)):
+                left.extend(joint.sessions.values())
+    return found
+
+
+def _distinct(joints: Iterable[Joint | None]) -> list[Joint]:
+    return list({id(joint): joint for joint in joints if joint is not None}.values())
+
+
+def _prepared(joint: Joint, session: Session) -> Prepared:
+    squared_norm, finite, norm = joint.step.norm(session.table_id)
+    updates = len(joint.step.tables[session.table_id].sequences)
+    return Prepared(updates=updates, squared_norm=squared_norm, finite=finite, norm=norm)

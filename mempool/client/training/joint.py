@@ -1,0 +1,225 @@
+"""One step of some tables that is not over, and how what ``mempool.agreement.step`` says of it is carried out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from mempool.agreement.step import Goal, StepOfTables
+from mempool.agreement.step_events import (
+    Action,
+    Apply,
+    ApplyAnswered,
+    ApplyRefused,
+    Commit,
+    CommitAnswered,
+    CommitInvalid,
+    CommitSent,
+    EndPrepare,
+    Fail,
+    Gone,
+    Parts,
+    Placed,
+    Prepare,
+    PrepareAnswered,
+    PrepareEnded,
+    Reached,
+    Refused,
+    Renumber,
+    Renumbered,
+    SendAgain,
+    SentAgain,
+)
+from mempool.client.routing.together import Together
+from mempool.errors import InvalidRequest, MempoolError, StalePlacement, StepConflict
+from mempool.types import PrepareReply
+
+if TYPE_CHECKING:
+    from mempool.client.training.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """Shards dropped what they held, or had prepared, for this process, though nothing has moved.
+
+    table_id: Whose updates are gone; None for a step of all of the joint's tables that its decider dropped.
+    """
+
+    table_id: int | None
+    shards: frozenset[int]
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Joint:
+    """A step of some tables of a pool.
+
+    Attributes:
+        sessions: By table, in the step's order.
+        step: What is known of it, and what comes next.
+        telling: Tells the other owners that it is decided.
+        dropped: What shards dropped, and was sent again; for whoever tells the user.
+    """
+
+    sessions: dict[int, Session]
+    step: StepOfTables
+    telling: asyncio.Task[None] | None = None
+    dropped: list[Dropped] = field(default_factory=list)
+
+    @property
+    def waiting_for(self) -> tuple[tuple[int, str], ...]:
+        """(shard, address) of those that have not answered a push."""
+        return waiting_for(self.sessions.values())
+
+    async def carry_out(self, goal: Goal, together: Together) -> None:
+        """Do what has to be done until ``goal``, on these plans. May be cut off anywhere, and done again on others."""
+        for session in self.sessions.values():
+            await session.pushes.settled()
+        self.step.handle(Placed(owners=together.owners))
+        while not isinstance(action := self.step.next(goal), Reached):
+            if self.step.state == "open":
+                # A shard that has a step prepared that was given up would wait for what becomes of that.
+                await discard_given_up(together, self.sessions.values())
+            await self._do(together, action)
+
+    def leave(self, table_id: int) -> None:
+        """A table was dropped: its step is over, the others' goes on."""
+        session = self.sessions.pop(table_id)
+        if session.joint is self:
+            session.joint = None
+        if session.applying is self:
+            session.applying = None
+            session.book.applied()
+        self.step.handle(Gone(table_id=table_id))
+
+    def add_state(self, error: MempoolError, names: str) -> None:
+        """Say what is known of the step, and what the same call does next. names: of its tables, for messages."""
+        number = next(iter(self.step.tables.values())).step_id.step
+        what = f"step {number} of {names}"
+        state = {
+            "open": f"S{what[1:]} is not decided: the same call goes on with it; discard() or zero_grad() drops it.",
+            "in doubt": f"Whether {what} is decided is not known: the same call asks again, and commits it with the lr"
+            " that it was sent with.",
+            "decided": f"S{what[1:]} is decided, and applied in the end whatever happens here: the same call tells"
+            " those who have not applied it yet.",
+        }[self.step.state]
+        message = error.message.rstrip()
+        error.message = f"{message}{'' if message.endswith('.') else '.'} {state}"
+        error.args = (error.message,)
+
+    async def _do(self, together: Together, action: Action) -> None:
+        step = self.step
+        match action:
+            case Prepare():
+                await self._prepare(together, action)
+            case SendAgain():
+                await asyncio.gather(
+                    *(self._send_again(together, table_id, shards) for table_id, shards in action.missing.items())
+                )
+                step.handle(SentAgain())
+            case EndPrepare():
+                await together.end_prepare(
+                    action.to, attempt=action.attempt, heard=lambda shard: step.handle(PrepareEnded(shard=shard))
+                )
+            case Commit():
+                await self._commit(together, action)
+            case Apply():
+                await together.apply(
+                    action.to,
+                    heard=lambda shard, parts, reply: step.handle(
+                        ApplyRefused(shard=shard)
+                        if isinstance(reply, StepConflict)
+                        else ApplyAnswered(shard=shard, parts=parts, reply=reply)
+                    ),
+                )
+            case Renumber():
+                self._renumber()
+            case Fail():
+                raise action.error
+
+    async def _prepare(self, together: Together, action: Prepare) -> None:
+        held_off: list[int] = []
+
+        def heard(shard: int, parts: Parts, reply: PrepareReply) -> None:
+            if any(part.held_off for part in reply.parts):
+                held_off.append(shard)
+            self.step.handle(
+                PrepareAnswered(
+                    shard=shard,
+                    parts=parts,
+                    reply=reply.parts,
+                    want_norm=action.want_norm,
+                    norm_order=action.norm_order,
+                )
+            )
+
+        try:
+            await together.prepare(
+                action.to,
+                want_norm=action.want_norm,
+                norm_order=action.norm_order,
+                decider=action.decider,
+                wait=action.wait,
+                attempt=action.attempt,
+                heard=heard,
+            )
+        except StepConflict as refusal:
+            self.step.handle(Refused(error=refusal))
+            self.dropped.append(Dropped(None, frozenset(action.to if refusal.shard is None else {refusal.shard})))
+        if action.wait and held_off:
+            raise StalePlacement(f"shard {held_off[0]} still holds off steps, as pages move", shard=held_off[0])
+
+    async def _commit(self, together: Together, action: Commit) -> None:
+        step = self.step
+        step.handle(CommitSent())
+        self._follow_state()
+        try:
+            reply = await together.commit(action.shard, action.parts, one_phase=action.one_phase)
+        except StepConflict as refusal:
+            step.handle(Refused(error=refusal))
+            self.dropped.append(Dropped(None, frozenset({action.shard})))
+        except InvalidRequest:
+            step.handle(CommitInvalid())
+            raise
+        else:
+            step.handle(CommitAnswered(shard=action.shard, reply=reply.parts))
+        finally:
+            self._follow_state()
+
+    def _follow_state(self) -> None:
+        """What may be decided can neither grow nor be dropped."""
+        for session in self.sessions.values():
+            if session.book.closing is not None:
+                session.book.closing.committing = self.step.state != "open"
+
+    async def _send_again(self, together: Together, table_id: int, missing: Mapping[int, tuple[int, ...]]) -> None:
+        session = self.sessions[table_id]
+        step = session.book.applying if self.step.state == "decided" else session.book.closing
+        assert step is not None
+        forgetful = await session.send_again(together.attempts[table_id], step, missing)
+        if forgetful:
+            self.dropped.append(Dropped(table_id, frozenset(forgetful)))
+
+    def _renumber(self) -> None:
+        step_ids = {}
+        for table_id, session in self.sessions.items():
+            assert session.book.closing is not None
+            session.book.renumber()
+            step_ids[table_id] = session.book.closing.step_id
+        self.step.handle(Renumbered(step_ids=step_ids))
+
+
+async def discard_given_up(together: Together, sessions: Iterable[Session]) -> None:
+    """Tell the shards of steps that were given up, and forget them here."""
+    told = {session: tuple(session.book.given_up) for session in sessions if session.book.given_up}
+    if not told:
+        return
+    await together.discard({session.table_id: step_ids for session, step_ids in told.items()})
+    for session, step_ids in told.items():
+        del session.book.given_up[: len(step_ids)]
+
+
+def waiting_for(sessions: Iterable[Session]) -> tuple[tuple[int, str], ...]:
+    """(shard, address) of those that have not answered a push of these sessions."""
+    return tuple(sorted({each for session in sessions for each in session.waiting_for}))

@@ -1,0 +1,1 @@
+"""How a rescale is carried out: rounds, their size, and what is not yet where it should be."""

@@ -1,0 +1,85 @@
+"""Requests that are to be run again once something has happened, and for how long they wait for it.
+
+What they wait for, and what they are told where it does not come, is ``hosted``'s.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+
+LONGEST_WAIT_S = 3.0
+"""How long a request waits here for what others do. Then it is told whom it waits for: its caller asks again for as
+long as it likes, and can say so if it gives up."""
+
+
+class Parked:
+    """Not an answer: the job is to be run again, from its start, when ``woken`` is done.
+
+    since_s: When it was asked for.
+    in_doubt: It waits for what another shard may have to be asked for.
+    longest_s: Seconds after which it is run again in any case; None: not before.
+    """
+
+    def __init__(self, *, since_s: float = 0.0, in_doubt: bool = False, longest_s: float | None = None) -> None:
+        self.woken: Future[None] = Future()
+        self.since_s = since_s
+        self.in_doubt = in_doubt
+        self.longest_s = longest_s
+
+    def wake(self) -> None:
+        """Let the waiter go on; one that was cancelled is passed over."""
+        if self.woken.set_running_or_notify_cancel():
+            self.woken.set_result(None)
+
+    async def wait(self) -> None:
+        """Done when ``wake`` was called. Cancelling it says that nobody waits."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.longest_s):
+                await asyncio.wrap_future(self.woken)
+
+
+class Behind(Exception):
+    """The request knows a newer placement, whose view is on its way here: ``park``, told when it was asked for, is what
+    it waits for."""
+
+    def __init__(self, park: Callable[[float], Parked]) -> None:
+        super().__init__()
+        self.park = park
+
+
+class Waiting:
+    """Those who wait for one thing."""
+
+    def __init__(self) -> None:
+        self._parked: list[Parked] = []
+
+    def __bool__(self) -> bool:
+        """Whether anybody does who has not left."""
+        return any(not parked.woken.cancelled() for parked in self._parked)
+
+    def park(self, *, since_s: float = 0.0, in_doubt: bool = False, longest_s: float | None = None) -> Parked:
+        """One more waits."""
+        parked = Parked(since_s=since_s, in_doubt=in_doubt, longest_s=longest_s)
+        if len(self._parked).bit_count() == 1:  # at 1, 2, 4, ...: what is left out below costs little
+            self._parked = [other for other in self._parked if not other.woken.cancelled()]
+        self._parked.append(parked)
+        return parked
+
+    def wake(self) -> None:
+        """It has happened, or may have: all look again."""
+        woken, self._parked = self._parked, []
+        for parked in woken:
+            parked.wake()
+
+    def wake_late(self, now_s: float) -> None:
+        """Those who have waited for longer than anybody should look again."""
+        late = [parked for parked in self._parked if is_late(parked.since_s, now_s)]
+        self._parked = [parked for parked in self._parked if not is_late(parked.since_s, now_s)]
+        for parked in late:
+            parked.wake()
+
+
+def is_late(since_s: float, now_s: float) -> bool:
+    """Whether a request of that time has waited for long enough."""
+    return now_s - since_s > LONGEST_WAIT_S

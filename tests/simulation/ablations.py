@@ -1,0 +1,211 @@
+"""Safeguards switched off, one at a time, to see that the simulation would miss them. For tests only.
+
+``python -m tests.simulation.ablations --seeds 200`` prints a table: how many seeds it took to see each one missing.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import get_context
+from typing import Any
+from unittest import mock
+
+from mempool.agreement.attempts import Attempts
+from mempool.agreement.ledger import AppliedLedger
+from mempool.agreement.order import Order
+from mempool.agreement.rounds_here import RoundsHere
+from mempool.agreement.writes import SeenWrites
+from mempool.shard.hosted import HostedTable
+from mempool.shard.steps.held import HeldUpdates
+from mempool.shard.tenancy import Tenancy
+from mempool.wire import methods
+from mempool.wire.methods import Method
+from tests.simulation.faults import Faults
+from tests.simulation.run import Outcome, Run, prepare_worker
+from tests.simulation.traps import Effect, Scene, Trap
+
+Patch = tuple[Any, str, Any]
+
+
+def _any_epoch(check: Callable[..., None]) -> Callable[..., None]:
+    return lambda table, envelope: check(table, replace(envelope, epoch=table.epoch))
+
+
+def _any_generation(applied: Callable[..., int]) -> Callable[..., int]:
+    return lambda ledger, step_id: applied(ledger, replace(step_id, generation=ledger.entry(step_id).generation))
+
+
+def _in_order_of_arrival(order: Order, step: Any) -> None:
+    """A step that is told is the next one, whatever its version."""
+    if step.version > order.applied and step.version not in order._waiting:
+        order._waiting[order.numbered + 1] = replace(step, version=order.numbered + 1)
+
+
+ABLATIONS: dict[str, list[Patch]] = {
+    "incarnation fence": [(Tenancy, "check_incarnation", lambda *_: None)],
+    "epoch fence": [(HostedTable, "check", _any_epoch(HostedTable.check))],
+    "version wait": [(HostedTable, "lacks", lambda *_, **__: None)],
+    "wait for decided steps": [(HostedTable, "in_doubt", lambda *_, **__: None)],
+    "generation": [(AppliedLedger, "applied", _any_generation(AppliedLedger.applied))],
+    "ledger": [(AppliedLedger, "applied", lambda *_: 0)],
+    "token of a round": [(RoundsHere, "check", lambda *_: None)],
+    "order": [(Order, "add", _in_order_of_arrival), (Order, "may_take", lambda *_: True)],
+    "lease of a trainer": [
+        (HeldUpdates, "lives", lambda *_: True),
+        (HeldUpdates, "silent", lambda *_: ()),
+        (HeldUpdates, "expire", lambda *_: None),
+    ],
+    "lease of a freeze": [(RoundsHere, "lapsed", property(lambda _: False))],
+    "attempt": [(Attempts, "end", lambda *_: True), (Attempts, "late", lambda *_: "")],
+    "numbers of writes": [(SeenWrites, "is_due", lambda *_: True)],
+}
+
+
+def _trap(method: Method[Any, Any], effect: Effect, for_s: float, **more: Any) -> Trap:
+    return Trap(path=method.path, effect=effect, for_s=for_s, **more)
+
+
+FAULTS: dict[str, Faults] = {
+    "incarnation fence": Faults(shards_die=True, trainers_die=True),
+    "lease of a trainer": Faults(trainers_die=True),
+    "lease of a freeze": Faults(
+        scene=Scene(
+            traps=(_trap(methods.FREEZE, "its sender dies", 1e4, only="not first of its round"),),
+            rescales=True,
+            tables=False,
+        )
+    ),
+    "generation": Faults(trainers_die=True),
+    "attempt": Faults(
+        scene=Scene(
+            traps=(
+                _trap(methods.FREEZE, "its sender dies", 0.5, only="first of its round", times=20),
+                _trap(methods.DISCARD, "comes again with a Commit", 0.0, times=1000),
+                _trap(methods.COMMIT, "its sender dies", 1.0, skip=4, times=1000),
+            ),
+            rescales=True,
+            tables=False,
+        )
+    ),
+    "token of a round": Faults(
+        scene=Scene(
+            traps=(
+                _trap(
+                    methods.SET_VIEW, "comes late, of a sender that dies", 5.0, only="first of its round", times=1000
+                ),
+            ),
+            rescales=True,
+            tables=False,
+        )
+    ),
+    "numbers of writes": Faults(
+        scene=Scene(
+            traps=(_trap(methods.WRITE_ROWS, "comes again", 2.0, times=1000),),
+            rescales=False,
+            tables=False,
+            writes=True,
+        )
+    ),
+    "version wait": Faults(
+        scene=Scene(
+            traps=(
+                _trap(methods.FREEZE, "its sender dies", 0.5, only="first of its round", times=20),
+                _trap(methods.DISCARD, "comes again", 3.0, times=1000),
+                _trap(methods.COMMIT, "comes late", 1.5, times=1000),
+            ),
+            rescales=True,
+            tables=False,
+        )
+    ),
+}
+"""Faults in which a safeguard is likely to be needed; without, they are drawn by the seed."""
+GUARDED_BESIDE = {"version wait": "attempt"}
+"""What another one guards as well since it is there: the first is looked at without the second."""
+SEEN_AT: dict[str, int] = {
+    "incarnation fence": 1,
+    "epoch fence": 8,
+    "wait for decided steps": 4,
+    "generation": 1,
+    "ledger": 16,
+    "version wait": 16,
+    "token of a round": 5,
+    "order": 16,
+    "lease of a trainer": 6,
+    "lease of a freeze": 3,
+    "attempt": 7,
+    "numbers of writes": 1,
+}
+"""The first seed that shows each one missing: how many were needed."""
+
+
+@contextmanager
+def without(*safeguards: str) -> Iterator[None]:
+    """The safeguards are off in this process."""
+    patches = [
+        mock.patch.object(owner, name, fake) for safeguard in safeguards for owner, name, fake in ABLATIONS[safeguard]
+    ]
+    for patch in patches:
+        patch.start()
+    try:
+        yield
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def play_without(asked: tuple[str, int]) -> Outcome:
+    """One run without a safeguard. The oracle is another matter: it has nobody to be guarded from."""
+    safeguard, seed = asked
+    run = _run_of(safeguard, seed)
+    run.around = without(safeguard, *_beside(safeguard))
+    return run.play()
+
+
+def play_with(asked: tuple[str, int]) -> Outcome:
+    """The same run with the safeguard."""
+    safeguard, seed = asked
+    run = _run_of(safeguard, seed)
+    run.around = without(*_beside(safeguard))
+    return run.play()
+
+
+def _beside(safeguard: str) -> tuple[str, ...]:
+    return (GUARDED_BESIDE[safeguard],) if safeguard in GUARDED_BESIDE else ()
+
+
+def _run_of(safeguard: str, seed: int) -> Run:
+    """A run in which it is likely to be needed."""
+    return Run(seed, faults=FAULTS.get(safeguard))
+
+
+def kind_of(violation: str) -> str:
+    """A violation's kind: its words without names and numbers."""
+    return re.sub(r"\s+", " ", re.sub(r"\d[\d.,]*|'[^']*'|\([^()]*\)|\[[^\[\]]*\]", "", violation)).strip()[:100]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=200)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    unseen = []
+    print(f"{'safeguard':24} {'seeds needed':>12}  kind of the first violation", flush=True)
+    with get_context("spawn").Pool(options.processes, prepare_worker) as pool:
+        for safeguard in ABLATIONS:
+            if options.only and options.only != safeguard:
+                continue
+            asked = [(safeguard, seed) for seed in range(1, options.seeds + 1)]
+            found = next((outcome for outcome in pool.imap(play_without, asked) if outcome.violations), None)
+            if found is None:
+                unseen.append(safeguard)
+            needed = f"> {options.seeds}" if found is None else str(found.seed)
+            print(f"{safeguard:24} {needed:>12}  {kind_of(found.violations[0]) if found else '-'}", flush=True)
+    return 1 if unseen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""What goes wrong in a run, drawn by its seed: which kinds at all, when, whom it meets and for how long.
+
+A run has few kinds of faults, another run others: what one kind hides another run shows.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from tests.simulation.loop import ProcessLoop
+from tests.simulation.network import Weather
+from tests.simulation.processes import Park, Trainer
+from tests.simulation.traps import NO_SCENE, Scene, Trap, Traps
+
+KINDS = (
+    "loss",
+    "slow",
+    "repeat",
+    "partitions",
+    "pauses",
+    "drift",
+    "trainers_die",
+    "controller_dies",
+    "shards_die",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Faults:
+    """Which kinds of faults a run has; traps: how many, besides those of its scene."""
+
+    loss: bool = False
+    slow: bool = False
+    repeat: bool = False
+    partitions: bool = False
+    pauses: bool = False
+    drift: bool = False
+    trainers_die: bool = False
+    controller_dies: bool = False
+    shards_die: bool = False
+    traps: int = 0
+    scene: Scene = NO_SCENE
+
+    @classmethod
+    def draw(cls, random: Random) -> "Faults":
+        """Each kind in one run of three or so; shards die, and take their pages with them, in one of six."""
+        chance = random.choice((0.0, 0.2, 0.4, 0.6))
+        drawn = {name: random.random() < chance for name in KINDS}
+        drawn["shards_die"] = random.random() < 1 / 6
+        if random.random() < 0.5:
+            return cls(**drawn, traps=random.choice((0, 0, 1)), scene=Scene.draw(random))
+        return cls(**drawn, traps=random.choice((0, 1, 2, 4, 6)))
+
+
+class Chaos:
+    """Carries faults out, until it is told to stop; then all is well again.
+
+    Args:
+        faults: Which kinds.
+        park: The processes.
+        trainers: The trainers that are running now, by name.
+        kill_trainer: Kills one, by name.
+        kill_shard: Kills a shard.
+        rescales, tables: What there is for traps to meet.
+    """
+
+    def __init__(
+        self,
+        faults: Faults,
+        park: Park,
+        *,
+        trainers: dict[str, Trainer],
+        kill_trainer: Callable[[str], None],
+        kill_shard: Callable[[int], None],
+        rescales: bool,
+        tables: bool,
+    ) -> None:
+        self._faults = faults
+        self._park = park
+        self._trainers = trainers
+        self._kill_trainer = kill_trainer
+        self._kill_shard = kill_shard
+        self._random = random = park.scheduler.random("faults")
+        self._mean_s = random.choice((1.0, 3.0, 8.0))
+        self._kinds = [
+            do
+            for wanted, do in (
+                (faults.partitions, self._cut),
+                (faults.partitions, self._cut),
+                (faults.pauses, self._pause),
+                (faults.drift, self._drift),
+                (faults.trainers_die, self._trainer_dies),
+                (faults.controller_dies, self._controller_dies),
+                (faults.shards_die, self._shard_dies),
+            )
+            if wanted
+        ]
+        drawn = [Trap.draw(random, rescales=rescales, tables=tables) for _ in range(faults.traps)]
+        traps = tuple(dict.fromkeys((*faults.scene.traps, *drawn)))
+        self._traps = Traps(traps, park, kill_trainer=kill_trainer)
+        self._over = False
+
+    def begin(self) -> None:
+        """From now on links are what this run has of them."""
+        faults, random = self._faults, self._random
+        self._traps.begin()
+        self._park.network.weather = Weather(
+            longest_s=random.choice((0.001, 0.01, 0.1)),
+            slow=random.choice((0.01, 0.1)) if faults.slow else 0.0,
+            slowest_s=random.choice((0.5, 5.0, 15.0)),
+            loss=random.choice((0.002, 0.02, 0.08)) if faults.loss else 0.0,
+            repeat=random.choice((0.02, 0.2)) if faults.repeat else 0.0,
+        )
+
+    async def go_on(self) -> None:
+        """One fault after the other."""
+        while not self._over:
+            await asyncio.sleep(self._random.expovariate(1.0 / self._mean_s))
+            if self._kinds and not self._over:
+                self._random.choice(self._kinds)()
+
+    def end(self) -> None:
+        """No faults any more: links are whole, who stood still goes on, clocks are as fast as true time."""
+        self._over = True
+        self._traps.end()
+        network = self._park.network
+        network.weather = Weather()
+        network.cut.clear()
+        for loop in self._loops():
+            loop.resume()
+            loop.set_speed(1.0)
+
+    def _loops(self) -> list[ProcessLoop]:
+        park = self._park
+        loops = [process.loop for _, process in sorted(park.shards.items())]
+        if park.controller is not None:
+            loops.append(park.controller.loop)
+        return loops + [trainer.loop for _, trainer in sorted(self._trainers.items())]
+
+    def _later(self, after_s: float, do: Callable[[], None]) -> None:
+        self._park.scheduler.world.call_later(after_s, lambda: None if self._over else do())
+
+    def _while_s(self) -> float:
+        """Often shorter than a lease, now and then longer."""
+        return self._random.choice((0.5, 3.0, 8.0, 25.0)) * self._random.random()
+
+    def _cut(self) -> None:
+        random, cut = self._random, self._park.network.cut
+        names = sorted({loop.name for loop in self._loops()})
+        if len(names) < 2:
+            return
+        if random.random() < 0.4:  # one against all others
+            one = random.choice(names)
+            ways = [(one, other) for other in names if other != one]
+        else:
+            ways = [tuple(random.sample(names, 2))]  # type: ignore[list-item]
+        how = random.random()
+        chosen = set()
+        for source, dest in ways:
+            if how < 0.75:
+                chosen.add((source, dest))
+            if how > 0.25:
+                chosen.add((dest, source))
+        cut |= chosen
+        self._later(self._while_s(), lambda: cut.difference_update(chosen))
+
+    def _pause(self) -> None:
+        loop = self._random.choice(self._loops())
+        loop.stop()
+        self._later(self._while_s(), loop.resume)
+
+    def _drift(self) -> None:
+        self._random.choice(self._loops()).set_speed(self._random.choice((0.7, 0.9, 1.1, 1.5)))
+
+    def _trainer_dies(self) -> None:
+        if self._trainers:
+            self._kill_trainer(self._random.choice(sorted(self._trainers)))
+
+    def _controller_dies(self) -> None:
+        self._park.kill_controller(comes_back_s=self._random.choice((1.0, 5.0, 25.0)) * self._random.random())
+
+    def _shard_dies(self) -> None:
+        if self._park.shards:
+            self._kill_shard(self._random.choice(sorted(self._park.shards)))

@@ -1,0 +1,478 @@
+"""What was asked, answered and decided in one run, and whether it may be so.
+
+Written down while the run goes on; ``check`` goes over it once, table by table: an oracle is fed with the decided steps
+in the order of their versions, and every answer is compared with it, bit for bit, at the version that it names.
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mempool.agreement.order import NOBODY, Order
+from mempool.errors import DataLoss, Internal
+from mempool.types import DecidedStep, HeartbeatRequest, Placement, ShardInfo, StepId, TableSchema, TableView
+from mempool.wire import methods
+from tests.simulation.loop import ProcessLoop
+from tests.simulation.network import Call, Network
+from tests.simulation.oracle import ORACLE_TABLE, Content, Oracle
+from tests.simulation.tables import TRAINED, is_exact
+
+Update = tuple[int, str, int, int]
+"""(table id, group, generation, sequence); all ranks are 0."""
+READS = (methods.GATHER.path, methods.READ_ROWS.path)
+
+
+@dataclass(slots=True)
+class Decided:
+    """A step of one table as its messages say it."""
+
+    step_id: StepId
+    lr: float
+    grad_scale: float
+    sequences: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Read:
+    """An answer to a lookup, or to reading rows."""
+
+    call: Call
+    floor: int
+
+
+@dataclass(slots=True)
+class Acknowledged:
+    """A commit that its trainer was told of."""
+
+    updates: tuple[Update, ...]
+    at_s: float
+
+
+@dataclass(slots=True)
+class Write:
+    """A row that was, or may have been, written: by which client, when that began, and when it was known to be done, or
+    was given up."""
+
+    row: Tensor
+    client: str
+    began_s: float
+    done_s: float | None = None
+    given_up_s: float | None = None
+
+    def is_over_for(self, later: "Write") -> bool:
+        """Whether that one began when this one was over: done, or given up by the same client."""
+        over_s = self.done_s
+        if over_s is None and later.client == self.client:
+            over_s = self.given_up_s
+        return over_s is not None and over_s < later.began_s
+
+
+@dataclass
+class History:
+    """One run.
+
+    Attributes:
+        violations: What may not be, in words.
+        schemas: Of every table that there ever was, by id.
+        contents: Updates by their number.
+        owners: (shard, incarnation) of those that had pages of a table, by table; killed: of those that were killed.
+        incarnations: Of the shards that run now, by their processes' names.
+        torn: Steps by what they were told as one: [(table id, step), ...] of each commit of several tables.
+    """
+
+    violations: list[str] = field(default_factory=list)
+    schemas: dict[int, TableSchema] = field(default_factory=dict)
+    placements: dict[tuple[int, int], Placement] = field(default_factory=dict)
+    contents: dict[Update, Content] = field(default_factory=dict)
+    told: dict[tuple[int, StepId], Decided] = field(default_factory=dict)
+    decided: dict[tuple[int, int], Decided] = field(default_factory=dict)
+    reads: list[Read] = field(default_factory=list)
+    acknowledged: list[Acknowledged] = field(default_factory=list)
+    discarded: set[Update] = field(default_factory=set)
+    writes: dict[tuple[int, int], list[Write]] = field(default_factory=lambda: defaultdict(list))
+    owners: dict[int, set[tuple[int, int]]] = field(default_factory=lambda: defaultdict(set))
+    killed: set[tuple[int, int]] = field(default_factory=set)
+    hit: set[int] = field(default_factory=set)
+    dropped: set[int] = field(default_factory=set)
+    together: set[tuple[tuple[int, StepId], ...]] = field(default_factory=set)
+    answers: list[tuple[int, StepId, int, int]] = field(default_factory=list)
+    known: dict[tuple[ProcessLoop, int], int] = field(default_factory=lambda: defaultdict(int))
+    floors: dict[int, int] = field(default_factory=dict)
+    incarnations: dict[str, int] = field(default_factory=dict)
+    checked: int = 0
+
+    def say(self, text: str) -> None:
+        """Something that may not be."""
+        if len(self.violations) < 20:
+            self.violations.append(text)
+
+    def watch(self, network: Network) -> None:
+        network.on_sent.append(self._sent)
+        network.on_served.append(self._served)
+        network.on_answered.append(self._answered)
+
+    # What goes by
+
+    def _sent(self, call: Call) -> None:
+        if call.method.path in READS:
+            self.floors[call.number] = self.known[call.process, call.request.envelope.table_id]
+        elif call.method.path == methods.COMMIT.path:
+            steps = tuple((part.envelope.table_id, part.step_id) for part in call.request.parts)
+            if len(steps) > 1 and not call.request.decided:
+                self.together.add(steps)
+            for part in call.request.parts:
+                self._told(part)
+
+    def _told(self, part: Any) -> None:
+        key = part.envelope.table_id, part.step_id
+        told = Decided(part.step_id, part.lr, part.grad_scale, tuple(sorted(part.sequences)))
+        known = self.told.get(key)
+        if known is None or not known.sequences:
+            self.told[key] = told
+        elif told.sequences and known != told and part.version:
+            self.say(f"step {key} is told as {told} and as {known}")
+        elif told.sequences:
+            self.told[key] = told  # nothing was decided of what was told before
+
+    def _served(self, call: Call, reply: Any) -> None:
+        path = call.method.path
+        for incarnation in _incarnations_of(call.request):
+            if incarnation != self.incarnations[call.server]:
+                self.say(
+                    f"{call.method.name} of {call.client} was for incarnation {incarnation} of {call.server}, and "
+                    f"incarnation {self.incarnations[call.server]} answered"
+                )
+        if path == methods.COMMIT.path:
+            for asked, part in zip(call.request.parts, reply.parts, strict=True):
+                if part.version and not part.missing:
+                    self.answers.append((asked.envelope.table_id, asked.step_id, part.version, part.stamp.shard))
+        elif path == methods.ATTACH_TABLE.path or path == methods.SET_VIEW.path:
+            self.note_view(call.request.view)
+        elif path == methods.RESOLVE.path:
+            for step in reply.steps:
+                if step.version:
+                    self.note_decided(step.table_id, step.version, step.step_id, by=f"resolve at {call.server}")
+
+    def note_view(self, view: TableView) -> None:
+        """A shard was given a view: of one epoch there is one placement."""
+        table_id = view.schema.table_id
+        self.schemas.setdefault(table_id, view.schema)
+        placed = set(view.placement.shards)
+        self.owners[table_id] |= {(info.shard, info.incarnation) for info in view.shards if info.shard in placed}
+        known = self.placements.setdefault((table_id, view.placement.epoch), view.placement)
+        same = np.array_equal(known.owners, view.placement.owners)
+        if not same or not np.array_equal(known.key_owners, view.placement.key_owners):
+            self.say(f"table {table_id} has two placements of epoch {view.placement.epoch}")
+
+    def note_applied(self, step: DecidedStep) -> None:
+        """A shard has applied a step, or counted one that it has no part in."""
+        key = step.table_id, step.version
+        if step.step_id == NOBODY:
+            return
+        self.note_decided(step.table_id, step.version, step.step_id, by="some shard")
+        told = self.decided.get(key)
+        if told is not None and (told.lr, told.grad_scale) != (step.lr, step.grad_scale):
+            self.say(f"version {step.version} of table {step.table_id} is applied with {step}, and was told as {told}")
+
+    def note_decided(self, table_id: int, version: int, step_id: StepId, *, by: str) -> None:
+        """Somebody says that this step made this version."""
+        told = self.told.get((table_id, step_id))
+        if told is None:
+            self.say(f"{by} has version {version} of table {table_id} made by {step_id}, which nobody told")
+            return
+        known = self.decided.setdefault((table_id, version), replace(told))
+        if known.step_id != step_id:
+            self.say(f"version {version} of table {table_id} is {known.step_id} and, at {by}, {step_id}")
+
+    def _answered(self, call: Call) -> None:
+        if isinstance(call.error, Internal):
+            self.say(f"{call.method.name} of {call.client} at {call.server}: {call.error}")
+        if isinstance(call.error, DataLoss):
+            table_id = _table_of(call.request)
+            if table_id is not None and table_id not in self.lost:
+                self.say(f"{call.method.name} at {call.server} says DataLoss, and nothing was lost: {call.error}")
+        if call.done and call.method.path in READS:
+            self.reads.append(Read(call, self.floors.pop(call.number)))
+            stamp, table_id = call.reply.stamp, call.request.envelope.table_id
+            self.known[call.process, table_id] = max(self.known[call.process, table_id], stamp.table_version)
+
+    def shard_started(self, info: ShardInfo, name: str) -> None:
+        self.incarnations[name] = info.incarnation
+
+    def shard_killed(self, info: ShardInfo) -> None:
+        """Tables that had pages there may answer DataLoss from now on."""
+        self.killed.add((info.shard, info.incarnation))
+        self.hit |= {table for (table, _), placement in self.placements.items() if info.shard in placement.shards}
+
+    @property
+    def lost(self) -> set[int]:
+        """Tables that had pages on a shard that was killed, or were being made on it, in some placement of theirs."""
+        if not self.killed:
+            return set()
+        return self.hit | {table_id for table_id, owners in self.owners.items() if owners & self.killed}
+
+    # The check
+
+    def check(self) -> list[str]:
+        """All that may not be; the run is over."""
+        for table_id in sorted(self.schemas):
+            self._check_table(table_id)
+        self._check_answers()
+        self._check_whole()
+        return self.violations
+
+    def _check_table(self, table_id: int) -> None:
+        versions = sorted(version for table, version in self.decided if table == table_id)
+        reads = defaultdict(list)
+        for read in self.reads:
+            if read.call.request.envelope.table_id == table_id:
+                reads[read.call.reply.stamp.table_version].append(read)
+        newest = max([*versions, *reads], default=0)
+        if versions != list(range(1, len(versions) + 1)):
+            self.say(f"table {table_id} has versions {versions}: some are missing")
+            return
+        if newest > len(versions):
+            self.say(f"table {table_id}: an answer names version {newest}, and {len(versions)} were made")
+            return
+        made_by = self._check_once(table_id, versions)
+        floors = _Floors(self._acknowledged_versions(table_id, made_by))
+        oracle = Oracle(self.schemas[table_id])
+        try:
+            for version in range(newest + 1):
+                if version:
+                    self._replay(oracle, table_id, self.decided[table_id, version])
+                self._check_reads(oracle, reads[version], floors)
+        finally:
+            oracle.close()
+
+    def _check_once(self, table_id: int, versions: Iterable[int]) -> dict[Update, int]:
+        """Each update is in one step at most; answers in which version it is."""
+        made_by: dict[Update, int] = {}
+        newest: dict[str, tuple[int, int]] = {}
+        for version in versions:
+            step = self.decided[table_id, version]
+            at = step.step_id.generation, step.step_id.step
+            if at <= newest.get(step.step_id.group, (-1, -1)):
+                self.say(f"version {version} of table {table_id} is {step.step_id}, after {newest[step.step_id.group]}")
+            newest[step.step_id.group] = at
+            for sequence in step.sequences:
+                update = (table_id, step.step_id.group, step.step_id.generation, sequence)
+                if update in made_by:
+                    self.say(f"update {update} is in version {made_by[update]} and again in {version}")
+                if update in self.discarded:
+                    self.say(f"update {update} was discarded and is in version {version}")
+                made_by[update] = version
+        return made_by
+
+    def _acknowledged_versions(self, table_id: int, made_by: Mapping[Update, int]) -> list[tuple[float, int]]:
+        found = []
+        for acknowledged in self.acknowledged:
+            for update in acknowledged.updates:
+                if update[0] == table_id and update not in made_by:
+                    self.say(f"update {update} was acknowledged at {acknowledged.at_s:.3f} s and is in no version")
+                elif update[0] == table_id:
+                    found.append((acknowledged.at_s, made_by[update]))
+        return found
+
+    def _replay(self, oracle: Oracle, table_id: int, step: Decided) -> None:
+        group, generation = step.step_id.group, step.step_id.generation
+        contents = [self.contents[table_id, group, generation, sequence] for sequence in step.sequences]
+        oracle.step(contents, lr=step.lr, grad_scale=step.grad_scale)
+
+    def _check_reads(self, oracle: Oracle, reads: list[Read], floors: "_Floors") -> None:
+        """Answers of one version."""
+        self.checked += len(reads)
+        whole = [read for read in reads if self._is_in_time(oracle, read, floors)]
+        sums = _Sums(oracle)
+        for read in whole:
+            call = read.call
+            placement = self.placements[call.request.envelope.table_id, call.reply.stamp.epoch]
+            if call.method.path == methods.GATHER.path:
+                sums.ask(call, placement)
+            else:
+                self._check_same(oracle, call, *_rows(oracle, call, placement))
+        for call, expected in sums.found():
+            self._check_same(oracle, call, expected, call.reply.values)
+
+    def _is_in_time(self, oracle: Oracle, read: Read, floors: "_Floors") -> bool:
+        """Whether an answer is of a version and an epoch that it may be of, so that it can be compared."""
+        call, stamp = read.call, read.call.reply.stamp
+        where = _where(oracle, call)
+        if stamp.table_version < read.floor:
+            self.say(f"{where}: answered of version {stamp.table_version}, and this client had seen {read.floor}")
+        floor = floors.at(call.sent_s)
+        if stamp.table_version < floor:
+            self.say(
+                f"{where}: sent at {call.sent_s:.3f} s, answered of version {stamp.table_version}; version {floor} was "
+                "acknowledged before"
+            )
+        if (call.request.envelope.table_id, stamp.epoch) not in self.placements:
+            self.say(f"{where}: answered of epoch {stamp.epoch}, which was never told")
+            return False
+        if stamp.epoch != call.request.envelope.epoch:
+            self.say(f"{where}: planned by epoch {call.request.envelope.epoch}, answered of epoch {stamp.epoch}")
+            return False
+        return True
+
+    def _check_same(self, oracle: Oracle, call: Call, expected: Tensor, found: Tensor) -> None:
+        same = expected.shape == found.shape and expected.dtype == found.dtype
+        if same and is_exact(oracle.schema):
+            same = torch.equal(expected, found)
+        elif same:
+            same = torch.allclose(expected, found, rtol=1e-5, atol=1e-6)
+        if not same:
+            version = call.reply.stamp.table_version
+            self.say(
+                f"{_where(oracle, call)}: version {version} is not what was trained: {_difference(expected, found)}"
+            )
+
+    def _check_answers(self) -> None:
+        """A Commit is answered with the version that its step makes; one that comes late, with a later of its rank."""
+        made = defaultdict(list)
+        for (table_id, version), step in self.decided.items():
+            made[table_id, step.step_id.group, step.step_id.rank].append((_age(step.step_id), version))
+        for table_id, step_id, version, shard in self.answers:
+            of_rank = made[table_id, step_id.group, step_id.rank]
+            least = min((other for age, other in of_rank if age >= _age(step_id)), default=sys.maxsize)
+            if version < least:
+                self.say(f"shard {shard} answered that {step_id} makes version {version} of table {table_id}, not so")
+
+    def _check_whole(self) -> None:
+        """A step of several tables is of all of them or of none."""
+        made = {(table_id, step.step_id) for (table_id, _), step in self.decided.items()}
+        gone = self.lost | self.dropped
+        for steps in sorted(self.together, key=repr):
+            done = [step for step in steps if step in made]
+            if done and len(done) < len(steps) and not any(table_id in gone for table_id, _ in steps):
+                self.say(f"of a step of {len(steps)} tables {len(done)} were made: {done} of {steps}")
+
+
+def _age(step_id: StepId) -> tuple[int, int]:
+    return step_id.generation, step_id.step
+
+
+@contextmanager
+def observed(history: History) -> Iterator[None]:
+    """Every step that a shard applies meanwhile is told to the history."""
+    did = Order.did
+
+    def observe(order: Order) -> None:
+        step = order.next()
+        did(order)
+        if step is not None and step.table_id != ORACLE_TABLE:
+            history.note_applied(step)
+
+    Order.did = observe  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Order.did = did  # type: ignore[method-assign]
+
+
+class _Floors:
+    """The highest version acknowledged to anybody before some moment."""
+
+    def __init__(self, acknowledged: list[tuple[float, int]]) -> None:
+        self._acknowledged = sorted(acknowledged)
+
+    def at(self, when_s: float) -> int:
+        return max((version for at_s, version in self._acknowledged if at_s < when_s), default=0)
+
+
+class _Sums:
+    """What lookups of one version are to be answered with, all asked of the oracle in one.
+
+    A shard sums by itself what lies in pages of which it has the same blocks, then these sums.
+    """
+
+    def __init__(self, oracle: Oracle) -> None:
+        self._oracle = oracle
+        self._bags: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._calls: list[tuple[Call, list[tuple[int, int]]]] = []
+
+    def ask(self, call: Call, placement: Placement) -> None:
+        request, schema = call.request, self._oracle.schema
+        first = schema.num_blocks - 1
+        codes = (placement.owners == call.reply.stamp.shard) @ (1 << np.arange(first, -1, -1))  # of each page
+        here = codes[request.ids.numpy() // schema.page_slots]
+        asked = []
+        for code in sorted(set(here.tolist()) - {0}):
+            asked.append((code, len(self._bags)))
+            self._bags.append(_only(torch.from_numpy(here == code), request))
+        self._calls.append((call, asked))
+
+    def found(self) -> Iterator[tuple[Call, Tensor]]:
+        """Each call, and what it is to be answered with."""
+        sums = self._oracle.gather_all(self._bags)
+        first = self._oracle.schema.num_blocks - 1
+        for call, asked in self._calls:
+            parts = []
+            for block in call.reply.blocks:
+                begin, end = self._oracle.schema.block_columns(block)
+                part = torch.zeros(len(call.request.offsets) - 1, end - begin)
+                for code, number in asked:
+                    if code >> (first - block) & 1:
+                        part += sums[number][:, begin:end]
+                parts.append(part)
+            yield call, torch.cat(parts, dim=1).to(call.reply.values.dtype)
+
+
+def _rows(oracle: Oracle, call: Call, placement: Placement) -> tuple[Tensor, Tensor]:
+    """What rows are to be answered, and what was."""
+    request, reply, schema = call.request, call.reply, oracle.schema
+    trained = request.ids < TRAINED
+    ids, found = request.ids[trained], reply.rows[trained]
+    if not ids.numel():
+        return found, found
+    rows = oracle.read(request.array, ids)
+    if rows.shape[1] == schema.value_dim:
+        columns = torch.cat([torch.arange(*schema.block_columns(block)) for block in reply.blocks])
+        blocks = torch.cat([torch.full((_width(schema, block),), block) for block in reply.blocks])
+    else:
+        columns = blocks = torch.tensor(reply.blocks)
+    owners = torch.tensor(placement.owners)[(ids // schema.page_slots)[:, None], blocks[None, :]]
+    return torch.where(owners == reply.stamp.shard, rows[:, columns], torch.zeros_like(rows[:, columns])), found
+
+
+def _where(oracle: Oracle, call: Call) -> str:
+    return f"{call.method.name} {call.number} of {call.client} at {call.server}, table {oracle.schema.name!r}"
+
+
+def _only(here: Tensor, request: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The pairs of a request with no weight where they are not here: as a shard reads zeros there."""
+    weights = torch.ones(request.ids.shape[0]) if request.weights is None else request.weights
+    return request.ids, torch.where(here, weights, torch.zeros_like(weights)), request.offsets
+
+
+def _width(schema: TableSchema, block: int) -> int:
+    first, end = schema.block_columns(block)
+    return end - first
+
+
+def _incarnations_of(request: Any) -> list[int]:
+    """The start of a shard that a request is for, as often as it says so."""
+    if isinstance(request, HeartbeatRequest):
+        return [request.incarnation]
+    parts = (request,) if hasattr(request, "envelope") else getattr(request, "parts", ())
+    return [part.envelope.incarnation for part in parts]
+
+
+def _table_of(request: Any) -> int | None:
+    if hasattr(request, "envelope"):
+        return int(request.envelope.table_id)
+    parts = getattr(request, "parts", ())
+    return int(parts[0].envelope.table_id) if len(parts) == 1 else None
+
+
+def _difference(expected: Tensor, found: Tensor) -> str:
+    if expected.shape != found.shape or expected.dtype != found.dtype:
+        return f"{list(found.shape)} {found.dtype}, expected {list(expected.shape)} {expected.dtype}"
+    at = (expected != found).nonzero()[0].tolist()
+    return f"at {at} {float(found[tuple(at)])!r}, expected {float(expected[tuple(at)])!r}"

@@ -1,0 +1,108 @@
+"""Two controllers at once: one makes a table, and the other, started meanwhile, takes it for one that nobody makes."""
+
+import asyncio
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+
+from mempool import errors
+from mempool.config import resolve
+from mempool.controller import Controller
+from mempool.wire.channels.loop import io_loop, run
+
+from .bench import CALL_S, Bench, config, train
+
+EVERYTHING = torch.arange(600)
+
+
+def submit(coro: Coroutine[Any, Any, Any]) -> "Future[Any]":
+    return asyncio.run_coroutine_threadsafe(coro, io_loop())
+
+
+class Held:
+    """A fault: holds the ``number``-th call and those after it, until it lets them go."""
+
+    def __init__(self, number: int) -> None:
+        self.came = threading.Event()
+        self._number = number
+        self._go = asyncio.Event()
+
+    async def __call__(self) -> None:
+        self._number -= 1
+        if self._number <= 0:
+            self.came.set()
+            await self._go.wait()
+
+    def let_go(self) -> None:
+        io_loop().call_soon_threadsafe(self._go.set)
+
+
+def adoption(bench: Bench) -> tuple[Controller, "Future[Any]"]:
+    heir = bench.heir()
+    return heir, submit(heir.adopt([host.info for host in bench.fleet.hosts.values()]))
+
+
+def test_a_table_that_is_confirmed_while_another_controller_drops_it_stays() -> None:
+    """It was used in between: what was committed is there."""
+    with Bench(2) as bench:
+        confirming, dropping = Held(2), Held(1)
+        bench.fleet.hosts[0].faults["attach_table"] = confirming
+        for host in bench.fleet.hosts.values():
+            host.faults["drop_table"] = dropping
+        made: list[Any] = []
+        making = threading.Thread(target=lambda: made.append(bench.pool.create_table(config())))
+        making.start()
+        assert confirming.came.wait(CALL_S)
+        heir, adopting = adoption(bench)
+        assert dropping.came.wait(CALL_S)
+        confirming.let_go()
+        making.join(CALL_S)
+        (table,) = made
+        train(table, 0)
+        before = table.rows(EVERYTHING)
+        dropping.let_go()
+        adopting.result(CALL_S)
+        run(heir.reconcile(), timeout_s=CALL_S)
+        assert torch.equal(table.rows(EVERYTHING), before)
+        assert [view.schema.name for view in run(heir.tables(), timeout_s=CALL_S)] == ["facts"]
+
+
+def test_a_table_that_another_controller_dropped_first_is_not_made() -> None:
+    with Bench(2) as bench:
+        confirming = Held(2)
+        bench.fleet.hosts[0].faults["attach_table"] = confirming
+        making = submit(bench.controller.create_table(resolve(config())))
+        assert confirming.came.wait(CALL_S)
+        heir, adopting = adoption(bench)
+        adopting.result(CALL_S)
+        confirming.let_go()
+        assert isinstance(making.exception(CALL_S), errors.NotFound)
+        assert all(not run(host.status(), timeout_s=CALL_S).tables for host in bench.fleet.hosts.values())
+        assert run(heir.tables(), timeout_s=CALL_S) == ()
+
+
+def test_a_confirmation_whose_answer_was_lost_is_heard_of_later() -> None:
+    """Whether the table is made is not known then: nobody drops it, and its shards say so."""
+    with Bench(2) as bench:
+
+        async def lost() -> None:
+            raise errors.ShardUnavailable("a packet was lost")
+
+        attach = bench.fleet.hosts[0]._engine.attach_table
+
+        async def confirmed_and_lost(request: Any) -> None:
+            await attach(request)
+            if request.mode == "confirm":
+                bench.fleet.hosts[0].faults["drop_table"] = lost
+                await lost()
+
+        bench.fleet.hosts[0]._engine.attach_table = confirmed_and_lost  # type: ignore[method-assign]
+        submit(bench.controller.create_table(resolve(config()))).exception(CALL_S)
+        assert run(bench.controller.tables(), timeout_s=CALL_S) == ()
+        bench.fleet.hosts[0].faults.clear()
+        run(bench.controller.reconcile(), timeout_s=CALL_S)
+        assert [view.schema.name for view in run(bench.controller.tables(), timeout_s=CALL_S)] == ["facts"]
+        train(bench.pool.table("facts"), 0)
