@@ -77,9 +77,10 @@ class Fanout:
         try:
             await asyncio.wait(tasks, return_when=asyncio.ALL_COMPLETED if to_the_end else asyncio.FIRST_EXCEPTION)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            if left := [task for task in tasks if not task.done()]:
+                for task in left:
+                    task.cancel()
+                await asyncio.gather(*left, return_exceptions=True)
         errors = [error for task in tasks if not task.cancelled() and (error := task.exception()) is not None]
         if errors:
             self._waiting.clear()

@@ -27,7 +27,7 @@ from mempool.client.routing.retry import Backoff
 from mempool.client.routing.together import Together
 from mempool.client.routing.tries import Tries
 from mempool.client.routing.whereabouts import Whereabouts
-from mempool.errors import NotFound, StalePlacement, Unavailable
+from mempool.errors import MempoolError, NotFound, StalePlacement, Unavailable
 from mempool.types import PoolApi, ShardHost, ShardInfo, TableView
 from mempool.types.bags import Bags
 from mempool.types.messages import ReplyDtype
@@ -319,20 +319,43 @@ class Router:
         Raises:
             StalePlacement: There is a newer plan.
         """
-        task = asyncio.ensure_future(attempt)
+        loop = asyncio.get_running_loop()
+        watching: asyncio.Task[None] | None = None
+        moved: MempoolError | None = None
+
+        async def watch() -> None:
+            nonlocal moved
+            while moved is None:
+                try:
+                    await self._refresh_all(plans)
+                    for plan in plans:
+                        if self._plans.get(plan.schema.table_id) is not plan:
+                            raise StalePlacement(f"table {plan.schema.name!r} has moved while a shard kept silent")
+                except MempoolError as error:
+                    moved = error
+                    cut.reschedule(loop.time())
+                else:
+                    await asyncio.sleep(self._patience_s)
+
+        def begin() -> None:
+            nonlocal watching
+            watching = loop.create_task(watch())
+
+        silence = loop.call_later(
+            self._patience_s, begin
+        )  # most calls end before: a task of theirs would cost them more
         try:
-            while not (await asyncio.wait({task}, timeout=self._patience_s))[0]:
-                await self._refresh_all(plans)
-                for plan in plans:
-                    if self._plans.get(plan.schema.table_id) is not plan:
-                        raise StalePlacement(f"table {plan.schema.name!r} has moved while a shard kept silent")
-            return task.result()
+            async with asyncio.timeout(None) as cut:
+                return await attempt
+        except TimeoutError:
+            if moved is None or not cut.expired():
+                raise
+            raise moved from None
         finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
-            elif not task.cancelled():
-                task.exception()  # known to whoever waits, unless they were cut off in the same moment
+            silence.cancel()
+            if watching is not None:
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
 
     async def _plan(self, table_id: int) -> TablePlan:
         plan = self._plans.get(table_id)
