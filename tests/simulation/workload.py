@@ -281,9 +281,8 @@ class Workload:
     async def _let_leases_end(self) -> None:
         """Nobody trains any more: after a lease, and the time in which a shard looks, nothing is held for anybody."""
         self._operator_doing = "lets leases end"
-        network = self.park.network
-        if network.counts.get("repeated"):  # the last copy of a Heartbeat begins a lease anew
-            await asyncio.sleep(network.weather.longest_repeat_s)
+        # The last that comes late, a copy of a Heartbeat or what a dead trainer has sent, begins a lease anew.
+        await asyncio.sleep(max(0.0, self.park.network.due_s - self.park.scheduler.now_s))
         await asyncio.sleep(2.0 * self.park.lease_s + 5.0)
         for number, process in sorted(self.park.shards.items()):
             status = await self._on(self._operator, self._operator.dialer.dial(process.info).status())

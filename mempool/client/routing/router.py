@@ -389,6 +389,8 @@ class Router:
                 raise self._dropped(schema.table_id) from None
             except (Unavailable, TimeoutError):
                 return  # the shards may answer all the same: the data path does not need the controller
+            if view.schema.table_id < schema.table_id:
+                return  # of a shard that has not heard that this one was dropped: ids ascend
             if view.schema.table_id != schema.table_id:
                 self.forget(schema.table_id)
                 raise NotFound(
