@@ -259,7 +259,8 @@ class Committing:
 
     def discard(self, request: DiscardRequest) -> DiscardReply | Parked:
         bounds.check_discard(request)
-        tables = [self._tenancy.fenced(part.envelope) for part in request.parts]
+        # It needs no pages: a trainer goes on with other tables once a step that has lost one is given up everywhere.
+        tables = [self._tenancy.fenced(part.envelope, whole=False) for part in request.parts]
         waits = None
         for table, part in zip(tables, request.parts, strict=True):
             # Its Commit may be at the decider, or on its way there: what that says is done.
