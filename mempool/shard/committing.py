@@ -140,6 +140,11 @@ class Committing:
             if request.one_phase:
                 return self._commit_in_one(request, tables)
             decider = first.table_id, request.parts[0].step_id.step
+            prepared = first.updates.prepared_step(request.parts[0].step_id)
+            if prepared is not None and prepared.step_id == request.parts[0].step_id and prepared.decider != decider:
+                # Its trainer goes on without the table that was to decide it, which may have: that comes first.
+                if not self._tenancy.decisions.supersede(first, prepared):
+                    return first.park_for_steps(prepared, self._asked_s())
             for table, part in zip(tables, request.parts, strict=True):
                 if table.owns:  # which updates they are is said to the table's own gate
                     sequences = part.sequences if table.is_gate else None
@@ -259,7 +264,8 @@ class Committing:
 
     def discard(self, request: DiscardRequest) -> DiscardReply | Parked:
         bounds.check_discard(request)
-        tables = [self._tenancy.fenced(part.envelope) for part in request.parts]
+        # It needs no pages: a trainer goes on with other tables once a step that has lost one is given up everywhere.
+        tables = [self._tenancy.fenced(part.envelope, whole=False) for part in request.parts]
         waits = None
         for table, part in zip(tables, request.parts, strict=True):
             # Its Commit may be at the decider, or on its way there: what that says is done.

@@ -142,8 +142,8 @@ class HostedTable:
         self.measure()
         return self._filling is None
 
-    def check(self, envelope: Envelope) -> None:
-        """Refuse a request that was planned for another placement, or that lost pages cannot answer.
+    def check(self, envelope: Envelope, *, whole: bool = True) -> None:
+        """Refuse a request that was planned for another placement, or that lost pages cannot answer (``whole``).
 
         Raises:
             ShardUnavailable: The table is still being made.
@@ -162,7 +162,8 @@ class HostedTable:
                 shard=self.info.shard,
                 address=self.info.address,
             )
-        self.check_whole()
+        if whole:
+            self.check_whole()
 
     def require_newest(self, step_id: StepId) -> None:
         """Raises StepConflict where a later generation of the step's rank has committed, or holds anything here."""

@@ -31,7 +31,7 @@ Patch = tuple[Any, str, Any]
 
 
 def _any_epoch(check: Callable[..., None]) -> Callable[..., None]:
-    return lambda table, envelope: check(table, replace(envelope, epoch=table.epoch))
+    return lambda table, envelope, **more: check(table, replace(envelope, epoch=table.epoch), **more)
 
 
 def _any_generation(applied: Callable[..., int]) -> Callable[..., int]:

@@ -84,10 +84,12 @@ class Joint:
             await self._do(together, action)
 
     def leave(self, table_id: int) -> None:
-        """A table was dropped: its step is over, the others' goes on."""
+        """A table was dropped, or is lost: its step is over, the others' goes on."""
         session = self.sessions.pop(table_id)
         if session.joint is self:
             session.joint = None
+            if session.book.closing is not None:
+                session.book.closing.committing = False  # it may be discarded
         if session.applying is self:
             session.applying = None
             session.book.applied()

@@ -6,7 +6,7 @@ import pytest
 
 from mempool.client.training.coordinator import Commitment
 from mempool.client.training.session import Session
-from mempool.errors import NotFound, ShardUnavailable, StalePlacement
+from mempool.errors import DataLoss, NotFound, ShardUnavailable, StalePlacement
 
 from .scripted import THREE, Client, ScriptedPool
 
@@ -271,6 +271,61 @@ def test_a_table_that_is_dropped_does_not_hold_up_those_it_was_committed_with(wa
 
     wait(main())
     client.assert_agreed()
+
+
+def test_a_table_that_is_lost_does_not_hold_up_those_it_was_committed_with(wait) -> None:  # type: ignore[no-untyped-def]
+    """Its shard dies when the step is decided and nobody else was told; others are told, and go on."""
+    client = Client(ScriptedPool({1: THREE, 2: (2, 2, 3), 3: THREE}))
+    pool, (one, two, three) = client.pool, client.sessions
+
+    async def main() -> None:
+        pool.shards[3].before["apply"] = [ShardUnavailable("away", shard=3)]
+        await client.push()
+        await client.coordinator.commit(commitments(client.sessions))
+        pool.shards[3].lost = {2}
+        await client.push(one, three)
+        assert await client.coordinator.commit(commitments([one, three])) == [1, 1]
+        await client.push()
+        with pytest.raises(DataLoss):
+            await client.coordinator.commit(commitments(client.sessions))
+        assert await client.coordinator.commit(commitments([one, three])) == [1, 1]
+        await client.coordinator.applied([one, three])
+        with pytest.raises(DataLoss):
+            await two.commit(lr=LR)
+        assert await two.discard() == 1
+
+    wait(main())
+    del pool.owners[2]
+    client.assert_agreed()
+    assert len(pool.shards[0].applied[1]) == len(pool.shards[0].applied[3]) == 3
+
+
+def test_a_decider_that_is_lost_does_not_hold_up_the_other_tables_of_its_step(wait) -> None:  # type: ignore[no-untyped-def]
+    """Its shard dies with the answer to a Commit."""
+    client = Client(ScriptedPool({1: (0, 1, 1), 2: (1, 2, 3)}))
+    pool, (one, two) = client.pool, client.sessions
+
+    async def dies(_: object) -> None:
+        pool.shards[0].lost = {1}
+        raise ShardUnavailable("away", shard=0)
+
+    async def main() -> None:
+        pool.shards[0].after["commit"] = [dies]
+        await client.push()
+        with pytest.raises(DataLoss, match="Whether step 1 of tables 'table-1', 'table-2' is decided is not known"):
+            await client.coordinator.commit(commitments(client.sessions))
+        assert await two.commit(lr=LR) == 1
+        await client.push(two)
+        assert await two.commit(lr=LR) == 1
+        await client.coordinator.applied([two])
+        with pytest.raises(DataLoss):
+            await one.commit(lr=LR)
+        assert await one.discard() == 1
+
+    wait(main())
+    del pool.owners[1]
+    client.assert_agreed()
+    assert len(pool.shards[1].applied[2]) == 2
 
 
 def test_a_discard_waits_for_updates_on_their_way(wait) -> None:  # type: ignore[no-untyped-def]
