@@ -40,6 +40,7 @@ class Pools:
     """Pools of one kind, by number of shards, opened once and shared; and tables of a test's own in them."""
 
     def __init__(self, kind: str) -> None:
+        self.kind = kind
         self.stack = ExitStack()
         self.tables: list[tuple[Pool, Table]] = []
         self._open = KINDS[kind]

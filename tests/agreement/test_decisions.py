@@ -12,7 +12,7 @@ from mempool.optim import Adagrad
 from .conftest import Pools
 from .twin import Twin
 
-STEPS = 30
+STEPS = 16
 
 
 def make_twin(pools: Pools, *, max_norm: float | None) -> tuple[Twin, PoolOptimizer, torch.optim.Optimizer]:
@@ -62,7 +62,7 @@ def test_a_grad_scaler_run_with_overflows_equals_torchs(
         scale = [float(scaler.scale(torch.ones(()))) for scaler in scalers]
         assert scale[0] == scale[1]
         scales.append(scale[0])
-        twin.backward(scale=math.inf if number in (3, 17, 18) else scale[0])
+        twin.backward(scale=math.inf if number in (7, 12, 13) else scale[0])
         scalers[1].unscale_(torchs)
         torch.nn.utils.clip_grad_norm_(twin.parameters(), math.inf if max_norm is None else max_norm)
         step(scalers[0], ours)

@@ -11,7 +11,7 @@ from mempool.optim import AdamW
 from .conftest import Pools
 from .reference import all_rows, relative_error
 
-NUM_SLOTS, VALUE_DIM, STEPS = 300, 28, 30
+NUM_SLOTS, VALUE_DIM, STEPS = 300, 28, 16
 TABLE = {"num_slots": NUM_SLOTS, "value_dim": VALUE_DIM, "block_dim": 8, "page_slots": 32}
 HYPER = {"betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 

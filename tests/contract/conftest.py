@@ -33,23 +33,20 @@ _CONTROLLER_KEY = "of the contract suite"
 
 @asynccontextmanager
 async def engines(num_shards: int) -> AsyncIterator[list[Hosted]]:
-    """Bare engines that call each other directly."""
+    """Engines that call each other directly: the first bare, the others as tests of the client have them, while no
+    fault is asked for."""
     hosts: dict[int, ShardHost] = {}
     infos = [ShardInfo(shard=shard, address="", incarnation=shard + 1) for shard in range(num_shards)]
     for info in infos:
         hosts[info.shard] = Engine(info, peers=lambda source: hosts[source.shard])
     try:
-        yield [Hosted(host=hosts[info.shard], info=info) for info in infos]
+        yield [
+            Hosted(host=FaultyShard(hosts[info.shard], info) if info.shard else hosts[info.shard], info=info)
+            for info in infos
+        ]
     finally:
         for host in hosts.values():
             await host.close()
-
-
-@asynccontextmanager
-async def faulty_hosts(num_shards: int) -> AsyncIterator[list[Hosted]]:
-    """What tests of the client stand on, while no fault is asked for."""
-    async with engines(num_shards) as hosted:
-        yield [Hosted(host=FaultyShard(host.host, host.info), info=host.info) for host in hosted]
 
 
 @asynccontextmanager
@@ -93,7 +90,6 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "engine": Kind(engines),
-    "faulty": Kind(faulty_hosts),
     "grpc": Kind(grpc_hosts),
     "ray": Kind(ray_hosts, skip_reason=_no_ray),
 }

@@ -233,13 +233,14 @@ class Driver:
         for shard in self.owners:
             placement = self.placed.placement
             found[f"{shard} ledger"] = self.ledger(shard)
-            for page in range(self.schema.num_row_pages):
-                blocks = tuple(np.flatnonzero(placement.owners[page] == shard).tolist())
-                if blocks:
-                    request = ExportPages(table_id=self.table_id, row_pages=np.array([page]), blocks=blocks)
+            owned = placement.owners == shard
+            for pattern in np.unique(owned, axis=0):
+                blocks, pages = np.flatnonzero(pattern), np.flatnonzero((owned == pattern).all(axis=1))
+                if len(blocks):
+                    request = ExportPages(table_id=self.table_id, row_pages=pages, blocks=tuple(blocks.tolist()))
                     batch = self.call(self.host(shard).export_pages(request))
                     for name, rows in batch.arrays.items():
-                        found[f"{name} of page {page} blocks {blocks}"] = rows.clone()
+                        found[f"{name} of pages {pages} blocks {blocks}"] = rows.clone()
             heads = tuple(np.flatnonzero(placement.key_owners == shard).tolist())
             if heads:
                 request = ExportPages(table_id=self.table_id, row_pages=_NONE, blocks=(), key_pages=heads)

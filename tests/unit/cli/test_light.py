@@ -1,7 +1,9 @@
 """What a command loads: help, reading commands and what is wrong with a file need neither torch nor Ray."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,49 +13,59 @@ from tests.support.serving import ServedPool
 
 from .conftest import Command
 
-# Runs a command in a process of its own and says on the last line of stderr what heavy things it loaded.
+# Runs commands, one after the other, in a process of its own; says on stdout how each ended, what it wrote to stderr,
+# and what heavy things are loaded by then.
 PROGRAM = """
-import sys
+import contextlib, io, json, sys
 from mempool.cli import main
-sys.argv = ["mempool", *sys.argv[1:]]
-try:
-    main()
-finally:
-    heavy = {"torch", "numba", "llvmlite", "triton", "ray"} & set(sys.modules)
-    print("loaded:", *sorted(heavy), file=sys.stderr)
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["mempool", *arguments]
+    code, said = 0, io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+    heavy = sorted({"torch", "numba", "llvmlite", "triton", "ray"} & set(sys.modules))
+    print(json.dumps([code, said.getvalue(), heavy]))
 """
 
 
-def loaded(*arguments: object, expect: int = 0) -> "subprocess.CompletedProcess[str]":
-    """A command that has ended, having loaded nothing heavy."""
-    command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
+def loaded(*commands: Sequence[object], expect: int = 0) -> list[str]:
+    """What each has said on stderr, having ended so and loaded nothing heavy."""
+    asked = json.dumps([[str(argument) for argument in command] for command in commands])
+    command = [sys.executable, "-c", PROGRAM, asked]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == expect, done.stderr
-    assert done.stderr.splitlines()[-1] == "loaded:"
-    return done
+    assert done.returncode == 0, done.stderr
+    ended = [json.loads(line) for line in done.stdout.splitlines()]
+    for arguments, (code, said, heavy) in zip(commands, ended, strict=True):
+        assert (code, heavy) == (expect, []), (arguments, said)
+    return [said for _, said, _ in ended]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["status", "--help"], ["bench", "kernels", "--help"], ["--version"]])
-def test_help(arguments: list[str]) -> None:
-    loaded(*arguments)
+def test_help() -> None:
+    loaded(["--help"], ["status", "--help"], ["bench", "kernels", "--help"], ["--version"])
 
 
-@pytest.mark.parametrize("command", ["up", "status", "apply", "scale", "down"])
-def test_what_is_wrong_with_a_file(command: str, tmp_path: Path) -> None:
+def test_what_is_wrong_with_a_file(tmp_path: Path) -> None:
     file = tmp_path / "wrong.yaml"
     file.write_text("pool: {name: wrong, shards: 2}\ntables:\n  - {name: t, num_slots: 5, value_dim: 8, layout: x}\n")
-    options = ["--shards", "3"] if command == "scale" else []
-    assert "tables[0].layout" in loaded(command, "-f", file, *options, expect=1).stderr
+    commands = [[name, "-f", file] for name in ("up", "status", "apply", "down")]
+    for said in loaded(*commands, ["scale", "-f", file, "--shards", "3"], expect=1):
+        assert "tables[0].layout" in said
 
 
 @pytest.mark.usefixtures("command")  # a state folder of its own
 def test_reading_commands(served: ServedPool, file: Path) -> None:
     run(served.controller.tables(), timeout_s=10)
-    loaded("status", "-f", file)
-    loaded("status", "--address", served.address, "--json")
-    loaded("apply", "-f", file, "--dry-run")
+    loaded(
+        ["status", "-f", file],
+        ["status", "--address", served.address, "--json"],
+        ["apply", "-f", file, "--dry-run"],
+    )
 
 
 def test_nobody_there(command: Command) -> None:
     del command  # a state folder of its own
-    assert "no pool answers at" in loaded("status", "--address", "127.0.0.1:1", expect=3).stderr
+    (said,) = loaded(["status", "--address", "127.0.0.1:1"], expect=3)
+    assert "no pool answers at" in said

@@ -39,8 +39,8 @@ def test_tables_of_every_dtype_and_kind_of_keys_move(dtype: str, keys: object) -
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_training_through_many_rescales_is_local_training(bench: tuple[Bench, str]) -> None:
     pool, layout = bench[0].pool, bench[1]
-    table = pool.create_table(config(layout=layout, value_dim=192, optimizer=mempool.optim.Adagrad(lr=0.1)))
-    local = torch.nn.EmbeddingBag(600, 192, mode="sum", sparse=True)
+    table = pool.create_table(config(layout=layout, value_dim=96, optimizer=mempool.optim.Adagrad(lr=0.1)))
+    local = torch.nn.EmbeddingBag(600, 96, mode="sum", sparse=True)
     with torch.no_grad():
         local.weight.copy_(table.rows(torch.arange(600)))
     local_optimizer = torch.optim.Adagrad([local.weight], lr=0.1)
@@ -57,7 +57,7 @@ def test_training_through_many_rescales_is_local_training(bench: tuple[Bench, st
                 for _ in range(1 + steps % 3):  # several updates a step: all must survive a move together
                     ids = torch.randint(600, (4, 6), generator=generator)
                     weights = torch.rand(4, 6, generator=generator)
-                    target = torch.rand(4, 192, generator=generator)
+                    target = torch.rand(4, 96, generator=generator)
                     (table.gather(ids, weights) - target).square().sum().backward()
                     (local(ids, per_sample_weights=weights) - target).square().sum().backward()
                 table.prepare(want_norm=steps % 2 == 0)

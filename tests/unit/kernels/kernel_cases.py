@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 from dataclasses import dataclass
 from typing import get_args
 
@@ -15,7 +16,12 @@ from mempool.kernels import OptimizerStep, PackedElement, PackedLayout, Paged, S
 
 kernel_settings = settings.get_profile("kernels")
 
+#: As UnderTest.interpreted, for what is said before there is one.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 WIDTHS = (1, 3, 36, 65, 100, 256)
+#: Of an arena that is cut into parts.
+CUT_WIDTHS = (1, 36, 65, 130, 600) if INTERPRETED else (*WIDTHS, 7, 31, 127, 130, 600)
 BLOCK_DIMS = (16, 64, 5, 500)
 
 

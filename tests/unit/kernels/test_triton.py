@@ -50,20 +50,16 @@ def test_kernels_under_the_interpreter():
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> list[dict]:
-    """What a GPU's compiler made of each kernel, which refuses what the interpreter lets pass."""
-    script, cache = str(HERE / "compile_for_sm90.py"), str(tmp_path_factory.mktemp("cache"))
-    processes = [start([script, str(part), "2"], TRITON_CACHE_DIR=cache) for part in range(2)]
-    try:
-        outputs = [finish(process) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    if any(process.returncode == 3 for process in processes):
-        pytest.skip(outputs[0][0])
-    for process, (stdout, stderr) in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, stdout[-1000:] + stderr[-8000:]
-    return [json.loads(line) for stdout, _ in outputs for line in stdout.splitlines()]
+def compiled(pytestconfig) -> list[dict]:
+    """What a GPU's compiler made of each kernel, which refuses what the interpreter lets pass. It is kept, by sources
+    and options, where pytest keeps what it remembers."""
+    script, cache = str(HERE / "compile_for_sm90.py"), str(pytestconfig.cache.mkdir("triton"))
+    process = start([script], TRITON_CACHE_DIR=cache)
+    stdout, stderr = finish(process)
+    if process.returncode == 3:
+        pytest.skip(stdout)
+    assert process.returncode == 0, stdout[-1000:] + stderr[-8000:]
+    return [json.loads(line) for line in stdout.splitlines()]
 
 
 @needs_triton
@@ -91,7 +87,7 @@ def test_strict_kernels_hold_no_fused_multiply_add(compiled):
     assert [line for line in strict if line["fused"]] == []
     assert {line["kernel"] for line in strict} >= {"segment_sum_kernel", "step_kernel"}
     sums = [line for line in compiled if line["kernel"] == "weighted_sum_kernel"]
-    assert len(sums) >= 16
+    assert len(sums) >= 12
     assert [line["case"] for line in sums if not line["fused"]] in ([], ["odd"]), (
         "bfloat16 without weights has no product"
     )
@@ -99,7 +95,7 @@ def test_strict_kernels_hold_no_fused_multiply_add(compiled):
 
 @needs_triton
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("width", [64, 256, 1024, 4096])
+@pytest.mark.parametrize("width", [64, 1024, 4096])
 @pytest.mark.parametrize("element", ["float32", "bfloat16", "float8_e4m3fn", "int8"])
 def test_rows_are_read_and_written_16_bytes_at_a_time(compiled, width, element):
     """What is read narrower are ids, pages, weights and scales: 4 or 8 bytes each."""

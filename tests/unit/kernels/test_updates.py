@@ -65,9 +65,9 @@ def test_segment_sum_equals_reference(under_test, case):
 def hot_case(under_test):
     """One slot with most of the pairs and three with somewhat more than a piece, among slots with a few."""
     generator = torch.Generator().manual_seed(7)
-    num_pairs, width = (2 * RUN_PIECE + 400, 3) if under_test.interpreted else (24_000, 65)
-    ids = torch.randint(0, 256, (num_pairs,), generator=generator)
-    ids[torch.rand(num_pairs, generator=generator) < 0.6] = 17
+    num_pairs, width, slots, share = (RUN_PIECE + 512, 3, 20, 0.9) if under_test.interpreted else (24_000, 65, 256, 0.6)
+    ids = torch.randint(0, slots, (num_pairs,), generator=generator)
+    ids[torch.rand(num_pairs, generator=generator) < share] = 17
     ids[: num_pairs // 5] %= 3
     bags, weights = torch.randint(0, 50, (num_pairs,), generator=generator), torch.randn(num_pairs, generator=generator)
     paged = Paged(torch.randn(256, width, generator=generator), torch.arange(16, dtype=torch.int32), 4)

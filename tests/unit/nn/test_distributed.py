@@ -2,7 +2,9 @@
 
 import multiprocessing
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -177,9 +179,15 @@ def test_checkpoint_helpers_carry_the_model_and_refuse_the_pools_optimizer(shard
         set_optimizer_state_dict(loaded, memory, memory.state_dict())
 
 
-def _rank(rank: int, folder: str, answers: "multiprocessing.Queue[tuple[int, dict[str, Tensor]]]") -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _train_as(rank: int, folder: Path) -> dict[str, Tensor]:
+    """One of two ranks, each in a process of its own."""
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=_BOUND_S),
+    )
     model = shard(make_model(), 2)
     layer = model[1]
     assert isinstance(layer, MemoryLayer)
@@ -188,26 +196,30 @@ def _rank(rank: int, folder: str, answers: "multiprocessing.Queue[tuple[int, dic
     assert layer.table.pending == 1
     model.zero_grad()
     assert layer.table.pending == 0, "also on the rank that has no element of the sharded values"
-    answers.put((rank, {name: tensor.numpy() for name, tensor in result.items()}))  # type: ignore[misc]
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    return result
+
+
+def _be_second(folder: Path, answers: "multiprocessing.Queue[dict[str, Any]]") -> None:
+    torch.set_num_threads(1)
+    answers.put({name: tensor.numpy() for name, tensor in _train_as(1, folder).items()})
 
 
 def test_fsdp_on_two_ranks(tmp_path: Path) -> None:
     """Each rank has a table of its own here; the keys are one model's, trained on the mean of both gradients."""
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, str(tmp_path), answers)) for rank in range(2)]
-    for process in ranks:
-        process.start()
+    second = context.Process(target=_be_second, args=(tmp_path, answers))
+    second.start()
     try:
-        results = dict(answers.get(timeout=_BOUND_S) for _ in ranks)
-        for process in ranks:
-            process.join(_BOUND_S)
-            assert process.exitcode == 0
+        mine = _train_as(0, tmp_path)
+        theirs = answers.get(timeout=_BOUND_S)
+        second.join(_BOUND_S)
+        assert second.exitcode == 0
     finally:
-        for process in ranks:
-            process.kill()
-    for name in results[0]:
-        same = bool((results[0][name] == results[1][name]).all())
+        second.kill()
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        same = bool((tensor.numpy() == theirs[name]).all())
         assert same == (name != "table"), name

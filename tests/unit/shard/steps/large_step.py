@@ -16,7 +16,7 @@ from mempool.types import DecidedStep, OptimizerSpec, Placement, StepId
 from mempool.types.bags import Bags
 from tests.contract.driver import make_schema
 
-NUM_SLOTS, WIDTH, BAG_PAIRS, BAGS = 2**18, 64, 32, 93_750
+NUM_SLOTS, WIDTH, BAG_PAIRS, BAGS = 2**17, 64, 32, 31_248
 MIB = 2**20
 
 
@@ -75,7 +75,7 @@ def main(lookups: int) -> None:
     with torch.no_grad():
         run(1, 2**34, lookups * 8)  # compiles
         run(2, 100_000, lookups * 64)
-        run(3, 32 * MIB, BAGS, says=("prepare", "commit"))
+        run(3, 16 * MIB, BAGS, says=("prepare", "commit"))
         run(4, 2**34, BAGS, says=("at_once",))
 
 
