@@ -143,7 +143,8 @@ class Committing:
             prepared = first.updates.prepared_step(request.parts[0].step_id)
             if prepared is not None and prepared.step_id == request.parts[0].step_id and prepared.decider != decider:
                 # Its trainer goes on without the table that was to decide it, which may have: that comes first.
-                if not self._tenancy.decisions.supersede(first, prepared):
+                superseded = self._tenancy.decisions.supersede(first, prepared)
+                if not superseded:
                     return first.park_for_steps(prepared, self._asked_s())
             for table, part in zip(tables, request.parts, strict=True):
                 if table.owns:  # which updates they are is said to the table's own gate

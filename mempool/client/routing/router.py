@@ -341,9 +341,8 @@ class Router:
             nonlocal watching
             watching = loop.create_task(watch())
 
-        silence = loop.call_later(
-            self._patience_s, begin
-        )  # most calls end before: a task of theirs would cost them more
+        # Most calls end before: a task for each would be a good part of what they cost.
+        silence = loop.call_later(self._patience_s, begin)
         try:
             async with asyncio.timeout(None) as cut:
                 return await attempt
