@@ -358,6 +358,8 @@ class _Life:
         """Some tables, in any order."""
         views = [view for _, view in sorted(self.workload.views.items())]
         views = [view for view in views if view.schema.table_id not in self.workload.history.lost]
+        for view in views:
+            self.trainer.know(view)
         return self.random.sample(views, self.random.randint(1, len(views))) if views else []
 
     async def tried(self, what: str, call: Awaitable[T], *tables: TableView) -> T | None:
