@@ -201,7 +201,7 @@ class Committing:
             table.updates.end_prepare(part.step_id)
         table.apply_decided()
         with self._stages.measure("kernel"):
-            table.apply_now(_decision(table, part))
+            table.apply_now(_decision(table, part, version=table.order.applied + 1, sequences=part.sequences))
         return _committed(tables, [table.order.applied])
 
     def _decide(self, request: CommitRequest, tables: list[HostedTable]) -> Answered:
@@ -216,8 +216,7 @@ class Committing:
         ]
         if len(tables) > 1:
             tables[0].others[versions[0]] = tuple(
-                replace(step, version=version, sequences=())  # whoever asks for it has prepared it, and with them
-                for step, version in zip(decisions[1:], versions[1:], strict=True)
+                replace(step, version=version) for step, version in zip(decisions[1:], versions[1:], strict=True)
             )
         for table, step in zip(tables, decisions, strict=True):
             if not table.is_gate:  # another shard gives its version: who reads it here has to wait for that
@@ -241,9 +240,9 @@ class Committing:
                 _check_decided(table, part)
                 _check_never_given(table, part, asked_s=self._asked_s())
         for number, (table, part) in enumerate(zip(tables, request.parts, strict=True)):
-            step = replace(_decision(table, part), version=part.version)
             if versions[number]:
                 continue
+            step = _decision(table, part, version=part.version)
             if not part.version:
                 versions[number] = table.order.number(step).version
             else:
@@ -301,14 +300,17 @@ class Committing:
         return DiscardReply(discarded=discarded)
 
 
-def _decision(table: HostedTable, part: CommitPart) -> DecidedStep:
+def _decision(
+    table: HostedTable, part: CommitPart, *, version: int = 0, sequences: tuple[int, ...] = ()
+) -> DecidedStep:
+    """sequences: where it was not prepared, and so with them."""
     return DecidedStep(
         table_id=table.table_id,
-        version=0,
+        version=version,
         step_id=part.step_id,
         lr=part.lr,
         grad_scale=part.grad_scale,
-        sequences=part.sequences,
+        sequences=sequences,
     )
 
 
