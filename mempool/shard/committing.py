@@ -14,6 +14,7 @@ from mempool.shard.hosted import HostedTable
 from mempool.shard.jobs import Answered
 from mempool.shard.parking import Parked
 from mempool.shard.steps import commits
+from mempool.shard.steps.held import PreparedStep
 from mempool.shard.tenancy import Tenancy
 from mempool.types import (
     CommitPart,
@@ -140,12 +141,8 @@ class Committing:
             if request.one_phase:
                 return self._commit_in_one(request, tables)
             decider = first.table_id, request.parts[0].step_id.step
-            prepared = first.updates.prepared_step(request.parts[0].step_id)
-            if prepared is not None and prepared.step_id == request.parts[0].step_id and prepared.decider != decider:
-                # Its trainer goes on without the table that was to decide it, which may have: that comes first.
-                superseded = self._tenancy.decisions.supersede(first, prepared)
-                if not superseded:
-                    return first.park_for_steps(prepared, self._asked_s())
+            if (other := self._with_another_decider(first, request.parts[0], decider)) is not None:
+                return first.park_for_steps(other, self._asked_s())
             for table, part in zip(tables, request.parts, strict=True):
                 if table.owns:  # which updates they are is said to the table's own gate
                     sequences = part.sequences if table.is_gate else None
@@ -157,6 +154,16 @@ class Committing:
                 f"{refusal.message} With that the step is over here, too: commit its updates as a later one."
             ) from refusal
         return self._decide(request, tables)
+
+    def _with_another_decider(
+        self, table: HostedTable, part: CommitPart, decider: tuple[int, int]
+    ) -> PreparedStep | None:
+        """The step, where it is prepared here with a decider that its trainer goes on without, and which may have
+        decided it: that comes first."""
+        prepared = table.updates.prepared_step(part.step_id)
+        if prepared is None or prepared.step_id != part.step_id or prepared.decider == decider:
+            return None
+        return None if self._tenancy.decisions.supersede(table, prepared) else prepared
 
     def _commit_in_one(self, request: CommitRequest, tables: list[HostedTable]) -> CommitReply | Parked | Answered:
         """Prepare and commit at once: nobody else has a part in it."""
