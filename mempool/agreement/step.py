@@ -36,6 +36,7 @@ from mempool.agreement.step_events import (
     Renumber,
     Renumbered,
     SendAgain,
+    SendRefused,
     SentAgain,
 )
 from mempool.errors import Internal, MempoolError, StepConflict
@@ -147,18 +148,18 @@ class StepOfTables:
             case PrepareEnded():
                 self._shards[event.shard].prepared = False
             case SentAgain():
-                self._rounds += 1
-                for shard in self._shards.values():
-                    shard.missing = {}
+                self._sent_again()
+            case SendRefused() if self.state == "in doubt":
+                self._sent_again()  # its decider is asked by the Commit itself
             case CommitSent():
                 self.state = "in doubt"
             case CommitAnswered():
                 self._take_committed(event)
             case CommitInvalid():
                 self._reopen()
-            case Refused() if self.state == "decided":
+            case Refused() | SendRefused() if self.state == "decided":
                 self._failed = event.error
-            case Refused():
+            case Refused() | SendRefused():
                 self._reopen()
                 self._refused = event.error
             case ApplyAnswered():
@@ -283,6 +284,11 @@ class StepOfTables:
                     f"shard {event.shard}, the gate of table {part.table_id}, applied {self.name} and gave it no"
                     " version. Please report it."
                 )
+
+    def _sent_again(self) -> None:
+        self._rounds += 1
+        for shard in self._shards.values():
+            shard.missing = {}
 
     def _reopen(self) -> None:
         self.state = "open"

@@ -379,6 +379,30 @@ def test_updates_that_were_there_and_are_gone_are_told_of_once(wait) -> None:  #
     assert "keeps what a trainer holds for 10 s" in notices[0]
 
 
+def test_a_step_that_was_dropped_when_updates_are_sent_again_goes_under_the_next_number(wait) -> None:  # type: ignore[no-untyped-def]
+    """Its trainer stood still between a Prepare that missed some and that."""
+    client = Client(ScriptedPool({1: THREE, 2: THREE}))
+    decider = client.pool.shards[0]
+
+    async def silent(_: object) -> None:
+        client.coordinator.heartbeats.lease_s = 0.01
+        await asyncio.sleep(0.02)
+        decider.over = {1: 1, 2: 1}
+
+    async def main() -> None:
+        await client.push()
+        await client.arrived()
+        decider.forget()
+        decider.after["prepare"] = [silent]
+        assert await client.coordinator.commit(commitments(client.sessions)) == [1, 1]
+        await client.coordinator.applied(client.sessions)
+
+    wait(main())
+    client.assert_agreed()
+    assert [done[0] for done in decider.applied[1]] == [3]
+    assert any("a step of tables 'table-1', 'table-2' was dropped" in notice for notice in client.coordinator.notices())
+
+
 def test_a_step_that_was_dropped_after_silence_goes_under_the_next_number_and_is_told_of(wait) -> None:  # type: ignore[no-untyped-def]
     client = Client(ScriptedPool({1: THREE, 2: THREE}))
 
