@@ -2,33 +2,18 @@
 
 import dataclasses
 import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import run_script
 
 from mempool import kernels
 from mempool.kernels import OptimizerStep, PackedLayout, Paged, RandomRounding
 from mempool.kernels.implementation import implementation_for
 
-PROJECT = Path(__file__).parents[3]
-
 
 def run(code: str, **environment: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
-        cwd=PROJECT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    return run_script(code, environment)[0]
 
 
 def make() -> dict:
