@@ -314,7 +314,7 @@ class HostedTable:
             )
 
     def apply_now(self, step: DecidedStep) -> None:
-        """Decide and apply a step in one, where nothing waits and nobody else has a part in it.
+        """Decide and apply a step of the next version in one, where nothing waits and nobody else has a part in it.
 
         Raises as ``commits.apply`` does; nothing is decided where that changed nothing.
         """
@@ -323,7 +323,7 @@ class HostedTable:
         except DataLoss:
             self.measure()
             raise
-        self.order.add(replace(step, version=self.order.applied + 1))
+        self.order.add(step)
         self.order.did()
         self.turns.served(step.step_id)
         self.steps_changed()

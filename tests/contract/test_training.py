@@ -70,7 +70,7 @@ def test_equals_torch(driver: Driver, algorithm: str, layout: str) -> None:
     _train_beside_the_oracle(driver)
 
 
-@pytest.mark.parametrize(("options", "layout"), zip(OPTIONS, itertools.cycle(["rows", "mixed"])))
+@pytest.mark.parametrize(("options", "layout"), list(zip(OPTIONS, itertools.cycle(["rows", "mixed"]))))
 def test_options_equal_their_formulas(driver: Driver, options: str, layout: str) -> None:
     spec, changes = OPTIONS[options]
     schema = make_schema(optimizer=spec, **changes)

@@ -312,7 +312,7 @@ def on_cpu(paged: Paged) -> Paged:
 def test_caught_up_rows_equal_dense_adamw_of_torch(under_test, betas, weight_decay, rate, share, master):
     """Rows are touched at random under changing learning rates, and caught up first; at the end all are caught up."""
     generator = torch.Generator().manual_seed(3)
-    num_steps = 12 if under_test.interpreted else 300
+    num_steps = 12 if under_test.interpreted else 120
     parameter = torch.nn.Parameter(torch.randn(64, 40, generator=generator))
     optimizer = torch.optim.AdamW([parameter], lr=rate, betas=betas, weight_decay=weight_decay)
     paged = under_test.to(Paged(parameter.detach(), torch.zeros(1, dtype=torch.int32), 6))
