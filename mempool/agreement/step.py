@@ -106,7 +106,7 @@ class StepOfTables:
         self.state: State = "open"
         self._owners: dict[int, Owners] = {}
         self._shards: dict[int, _Shard] = {}
-        self._norms: dict[tuple[int, int], PreparedPart] = {}  # by table and shard
+        self._norms: dict[int, dict[int, PreparedPart]] = {}  # by table, then shard
         self._want_norm = False
         self._norm_order = 0.0
         self._committing = False
@@ -124,7 +124,7 @@ class StepOfTables:
 
     def norm(self, table_id: int) -> tuple[float, bool, float]:
         """Once prepared with a norm: its square, whether it is finite, and the norm of the order asked for (else 0)."""
-        parts = [part for (table, _), part in sorted(self._norms.items()) if table == table_id]
+        parts = [part for _, part in sorted(self._norms.get(table_id, {}).items())]
         order = self._norm_order
         norm = joined_norm([part.norm for part in parts], order) if order else 0.0
         return math.fsum(part.squared_norm for part in parts), all(part.finite for part in parts), norm
@@ -248,7 +248,7 @@ class StepOfTables:
         shard.with_norm, shard.norm_order = event.want_norm, event.norm_order
         if event.want_norm:
             for part, answer in answers:
-                self._norms[part.table_id, event.shard] = answer
+                self._norms.setdefault(part.table_id, {})[event.shard] = answer
 
     def _take_committed(self, event: CommitAnswered) -> None:
         missing = {

@@ -27,7 +27,7 @@ from mempool.client.routing.retry import Backoff
 from mempool.client.routing.together import Together
 from mempool.client.routing.tries import Tries
 from mempool.client.routing.whereabouts import Whereabouts
-from mempool.errors import MempoolError, NotFound, PoolUnreachable, StalePlacement, Unavailable
+from mempool.errors import NotFound, PoolUnreachable, StalePlacement, Unavailable
 from mempool.types import PoolApi, ShardHost, ShardInfo, TableView
 from mempool.types.bags import Bags
 from mempool.types.messages import ReplyDtype
@@ -321,7 +321,7 @@ class Router:
         """
         loop = asyncio.get_running_loop()
         watching: asyncio.Task[None] | None = None
-        moved: MempoolError | None = None
+        moved: Exception | None = None
 
         async def watch() -> None:
             nonlocal moved
@@ -331,7 +331,7 @@ class Router:
                     for plan in plans:
                         if self._plans.get(plan.schema.table_id) is not plan:
                             raise StalePlacement(f"table {plan.schema.name!r} has moved while a shard kept silent")
-                except MempoolError as error:
+                except Exception as error:  # also one that is none of ours: whoever waits is told
                     moved = error
                     cut.reschedule(loop.time())
                 else:
