@@ -10,8 +10,8 @@ import asyncio
 import math
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -164,7 +164,7 @@ class Coordinator:
                 # What is over at a shard is so with all that came before it: first it hears of the step before.
                 for joint in _distinct(session.applying for session in concerned.values()):
                     await self._finish_telling(joint, left_s)
-            await self._tell_given_up(concerned.values(), left_s)
+            await self._tell_given_up_in_company(sessions, concerned, left_s)
             return dropped
 
     async def applied(self, sessions: Iterable[Session], *, timeout_s: float | None = None) -> None:
@@ -224,7 +224,7 @@ class Coordinator:
         for session in ready:
             if session.joint is not None and set(session.joint.sessions.values()) != set(ready):
                 concerned |= self._abandon(session.joint)
-        await self._tell_given_up(concerned.values(), left_s)
+        await self._tell_given_up_in_company(sessions, concerned, left_s)
         if not ready:
             return None
         known = ready[0].joint
@@ -252,6 +252,16 @@ class Coordinator:
             if session.book.closing is not None:
                 session.book.renumber()
         return joint.sessions
+
+    async def _tell_given_up_in_company(
+        self, sessions: Sequence[Session], concerned: Mapping[int, Session], left_s: _LeftS
+    ) -> None:
+        """Those that were abandoned with these are told, too; but where that takes long they hold up nothing: shards
+        drop what nobody decided, and are told before the next step on those tables."""
+        if len(concerned) > len(sessions):
+            with suppress(MempoolError):
+                await self._tell_given_up(concerned.values(), lambda: min(_BACKGROUND_S, left_s() / 2))
+        await self._tell_given_up(sessions, left_s)
 
     async def _tell_given_up(self, sessions: Iterable[Session], left_s: _LeftS) -> None:
         # Forgotten here before the first message: should one fail, no commit names those updates any more. But a shard

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from mempool.client.training import coordinator
 from mempool.client.training.coordinator import Commitment
 from mempool.client.training.session import Session
 from mempool.errors import DataLoss, NotFound, ShardUnavailable, StalePlacement
@@ -438,6 +439,33 @@ def test_a_number_that_was_given_up_is_told_of_until_all_have_heard(wait) -> Non
     names = client.pool.shards[1].names()
     assert names.count("discard") == 3
     assert "prepare" not in names[names.index("discard") : -names[::-1].index("discard")]
+
+
+def test_a_table_that_cannot_be_reached_does_not_hold_up_one_that_shared_a_step_with_it(
+    wait,  # type: ignore[no-untyped-def]
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Simulation, seed 7096: it was dropped, one of its shards is gone, and no controller is there to say so."""
+    monkeypatch.setattr(coordinator, "_BACKGROUND_S", 0.2)
+    client = Client(ScriptedPool({1: (0, 0, 1), 2: (1, 1, 2)}))
+    one, two = client.sessions
+    gone = client.pool.shards[0]
+
+    async def main() -> None:
+        await client.push()
+        await client.coordinator.prepare([one, two])
+        gone.before["discard"] = [ShardUnavailable("gone")] * 1000
+        assert await two.commit(lr=LR) == 1
+        await client.coordinator.applied([two])
+        gone.before["discard"].clear()
+        client.pool.clear()
+        assert await one.commit(lr=LR) == 1
+        await client.coordinator.applied([one])
+
+    wait(main())
+    assert [len(shard.applied[2]) for shard in client.pool.shards[:3]] == [0, 1, 1]
+    assert [len(shard.applied[1]) for shard in client.pool.shards[:3]] == [1, 1, 0]
+    assert gone.names()[:2] == ["discard", "prepare"], "what was given up is told before the next step"
 
 
 def test_commits_of_many_tables_at_once_do_not_wait_for_each_other_in_a_circle(wait) -> None:  # type: ignore[no-untyped-def]
