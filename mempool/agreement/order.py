@@ -92,7 +92,7 @@ class Order:
             return
         if known is None:
             self.require_room(step.table_id, step.version)
-        self._waiting[step.version] = replace(step, sequences=())
+        self._waiting[step.version] = replace(step, sequences=()) if step.sequences else step
         if step.step_id != NOBODY:
             self._versions[step.step_id] = step.version
 

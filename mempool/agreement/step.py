@@ -36,6 +36,7 @@ from mempool.agreement.step_events import (
     Renumber,
     Renumbered,
     SendAgain,
+    SendRefused,
     SentAgain,
 )
 from mempool.errors import Internal, MempoolError, StepConflict
@@ -105,7 +106,7 @@ class StepOfTables:
         self.state: State = "open"
         self._owners: dict[int, Owners] = {}
         self._shards: dict[int, _Shard] = {}
-        self._norms: dict[tuple[int, int], PreparedPart] = {}  # by table and shard
+        self._norms: dict[int, dict[int, PreparedPart]] = {}  # by table, then shard
         self._want_norm = False
         self._norm_order = 0.0
         self._committing = False
@@ -123,7 +124,7 @@ class StepOfTables:
 
     def norm(self, table_id: int) -> tuple[float, bool, float]:
         """Once prepared with a norm: its square, whether it is finite, and the norm of the order asked for (else 0)."""
-        parts = [part for (table, _), part in sorted(self._norms.items()) if table == table_id]
+        parts = [part for _, part in sorted(self._norms.get(table_id, {}).items())]
         order = self._norm_order
         norm = joined_norm([part.norm for part in parts], order) if order else 0.0
         return math.fsum(part.squared_norm for part in parts), all(part.finite for part in parts), norm
@@ -147,18 +148,18 @@ class StepOfTables:
             case PrepareEnded():
                 self._shards[event.shard].prepared = False
             case SentAgain():
-                self._rounds += 1
-                for shard in self._shards.values():
-                    shard.missing = {}
+                self._sent_again()
+            case SendRefused() if self.state == "in doubt":
+                self._sent_again()  # its decider is asked by the Commit itself
             case CommitSent():
                 self.state = "in doubt"
             case CommitAnswered():
                 self._take_committed(event)
             case CommitInvalid():
                 self._reopen()
-            case Refused() if self.state == "decided":
+            case Refused() | SendRefused() if self.state == "decided":
                 self._failed = event.error
-            case Refused():
+            case Refused() | SendRefused():
                 self._reopen()
                 self._refused = event.error
             case ApplyAnswered():
@@ -247,7 +248,7 @@ class StepOfTables:
         shard.with_norm, shard.norm_order = event.want_norm, event.norm_order
         if event.want_norm:
             for part, answer in answers:
-                self._norms[part.table_id, event.shard] = answer
+                self._norms.setdefault(part.table_id, {})[event.shard] = answer
 
     def _take_committed(self, event: CommitAnswered) -> None:
         missing = {
@@ -283,6 +284,11 @@ class StepOfTables:
                     f"shard {event.shard}, the gate of table {part.table_id}, applied {self.name} and gave it no"
                     " version. Please report it."
                 )
+
+    def _sent_again(self) -> None:
+        self._rounds += 1
+        for shard in self._shards.values():
+            shard.missing = {}
 
     def _reopen(self) -> None:
         self.state = "open"

@@ -149,6 +149,13 @@ class SentAgain:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SendRefused:
+    """StepConflict, to an update that was sent again: the step was dropped there meanwhile."""
+
+    error: StepConflict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CommitSent:
     """From now on the step may be decided."""
 
@@ -210,6 +217,7 @@ Event = (
     | PrepareAnswered
     | PrepareEnded
     | SentAgain
+    | SendRefused
     | CommitSent
     | CommitAnswered
     | CommitInvalid

@@ -104,6 +104,7 @@ class TableChanges:
             InvalidRequest: The schema is wrong, or the pool has too many tables or pages.
             AlreadyExists: There is a table of that name, or one of another schema is being made.
             NotFound: It was dropped while it was being made.
+            ShardUnavailable: Whether there is one of that name is not known yet.
             MempoolError: A shard could not attach it; it is on none then.
         """
         check_schema(schema)
@@ -139,6 +140,9 @@ class TableChanges:
             if name not in self._roster.names:
                 return
         async with self._changing:
+            known = self._roster.find(name)
+            if known is None or table_id not in (0, known.schema.table_id):
+                await self._know_all(name)
             view = self._roster.view(name)
             found = view.schema.table_id
             if table_id not in (0, found):
@@ -187,8 +191,22 @@ class TableChanges:
         seen = {(table.table_id, status.info.shard): table for status in statuses for table in status.tables}
         return tuple(_creation(making, seen, self._clock()) for making in self._making.values())
 
-    def _require_new(self, schema: TableSchema) -> None:
-        """Raises where a table may not be added to what the pool has and makes."""
+    async def _know_all(self, name: str) -> None:
+        """Hear of every table that there is, with ``changing`` held. Raises ShardUnavailable where a shard that was not
+        heard yet may know of one of that name: another one beside it would take its place."""
+        if self._roster.complete:
+            return
+        problems = await self._telling.settle()
+        if not self._roster.complete:
+            shard, problem = min(problems.items())
+            raise ShardUnavailable(
+                f"whether there is a table {shown(name)} is not known yet: shard {shard} has not said so ({problem}). "
+                "Nothing was changed; ask again",
+                shard=shard,
+            )
+
+    def _require_none(self, schema: TableSchema) -> None:
+        """Raises AlreadyExists where there is a table of that name."""
         present = self._roster.find(schema.name)
         if present is not None:
             found = "; ".join(differences(present.schema, schema))
@@ -197,6 +215,10 @@ class TableChanges:
                 f"{present.schema.dtype}{'; it differs: ' + found if found else ''}); take it with "
                 f"pool.table({schema.name!r}), or drop it first with pool.drop_table({schema.name!r})"
             )
+
+    def _require_new(self, schema: TableSchema) -> None:
+        """Raises where a table may not be added to what the pool has and makes."""
+        self._require_none(schema)
         schemas = [making.schema for making in self._making.values()]
         schemas += [view.schema for view in self._roster.views]
         if len(schemas) >= MAX_TABLES:
@@ -217,6 +239,8 @@ class TableChanges:
         infos: tuple[ShardInfo, ...] = ()
         try:
             async with self._changing:
+                await self._know_all(schema.name)
+                self._require_none(schema)
                 infos = self._roster.infos
                 view, making.bytes_of = await self._runner.run(lambda: first_view(schema, infos))
                 self._roster.unfinished.add(table_id)

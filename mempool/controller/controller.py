@@ -125,6 +125,7 @@ class Controller:
             InvalidRequest: The schema is wrong, or the pool has too many tables or pages.
             AlreadyExists: There is a table of that name, or one of another schema is being made.
             NotFound: It was dropped while it was being made.
+            ShardUnavailable: Whether there is one of that name is not known yet.
             MempoolError: A shard could not take it; it is on none then.
         """
         return await self._changes.create(schema)
@@ -137,12 +138,12 @@ class Controller:
 
         Raises:
             NotFound: There is no such table, or another one has that name by now.
-            ShardUnavailable: No shard answered.
+            ShardUnavailable: No shard answered, or one that may have it was not heard yet.
         """
         await self._changes.drop(name, table_id)
 
     async def table(self, name: str) -> TableView:
-        """The view of a table. Raises NotFound."""
+        """The view of a table. Raises NotFound; ShardUnavailable where shards that were not heard yet may have it."""
         return self._roster.view(name)
 
     async def tables(self) -> tuple[TableView, ...]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 
 from mempool.agreement.recovery import Knowledge, learn
-from mempool.errors import NotFound
+from mempool.errors import NotFound, ShardUnavailable
 from mempool.types import Placement, ShardInfo, TableSchema, TableView
 from mempool.types.running import Clock
 from mempool.types.schema_checks import shown
@@ -62,10 +62,16 @@ class Roster:
         return self._views.get(name)
 
     def view(self, name: str) -> TableView:
-        """The view of a table. Raises NotFound naming tables that there are."""
+        """The view of a table. Raises NotFound naming tables that there are; ShardUnavailable where shards that were
+        not heard yet may have it."""
         try:
             return self._views[name]
         except KeyError:
+            if not self.complete:
+                raise ShardUnavailable(
+                    f"whether there is a table {shown(name)} is not known yet: not every shard has said what it has; "
+                    "ask again, and see mempool status"
+                ) from None
             known = ", ".join(sorted(self._views)[:_NAMED]) or "none"
             more = f", and {len(self._views) - _NAMED:,} more" if len(self._views) > _NAMED else ""
             raise NotFound(f"no table {shown(name)} in this pool; its tables: {known}{more}") from None

@@ -60,6 +60,9 @@ class Watching:
     async def admit(self, info: ShardInfo) -> None:
         """A shard came back as a new incarnation. Raises MempoolError where it does not answer."""
         async with self._changing:
+            known = self._roster.shards.get(info.shard)
+            if known is None or known.incarnation > info.incarnation:
+                return  # a rescale has removed it meanwhile, or it came back once more
             self._roster.set_shards([info])
             problems = await self._telling.settle()
             await self._rescaling.look_again()

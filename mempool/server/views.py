@@ -46,10 +46,12 @@ class ShardViews:
         self._heard_s = float("-inf")
 
     async def tables(self) -> tuple[TableView, ...]:
-        return await self._shard.views()
+        """Of two tables of one name the later one: the other was dropped, and this shard has not heard of it yet."""
+        views = sorted(await self._shard.views(), key=lambda view: view.schema.table_id)
+        return tuple({view.schema.name: view for view in views}.values())
 
     async def table(self, name: str) -> TableView:
-        views = await self._shard.views()
+        views = await self.tables()
         for view in views:
             if view.schema.name == name:
                 return view
@@ -58,7 +60,7 @@ class ShardViews:
 
     async def status(self) -> PoolStatus:
         """Its own status and that of the peers its views name, which may be two seconds old."""
-        own, views = await asyncio.gather(self._shard.status(), self._shard.views())
+        own, views = await asyncio.gather(self._shard.status(), self.tables())
         peers = {info.shard: info for view in views for info in view.shards if info.shard != own.info.shard}
         shards = sorted((own, *await self._others(list(peers.values()))), key=lambda status: status.info.shard)
         return PoolStatus(name=self._pool, shards=tuple(shards), tables=views, rescaling=False)

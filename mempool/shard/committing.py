@@ -14,6 +14,7 @@ from mempool.shard.hosted import HostedTable
 from mempool.shard.jobs import Answered
 from mempool.shard.parking import Parked
 from mempool.shard.steps import commits
+from mempool.shard.steps.held import PreparedStep
 from mempool.shard.tenancy import Tenancy
 from mempool.types import (
     CommitPart,
@@ -140,6 +141,8 @@ class Committing:
             if request.one_phase:
                 return self._commit_in_one(request, tables)
             decider = first.table_id, request.parts[0].step_id.step
+            if (other := self._with_another_decider(first, request.parts[0], decider)) is not None:
+                return first.park_for_steps(other, self._asked_s())
             for table, part in zip(tables, request.parts, strict=True):
                 if table.owns:  # which updates they are is said to the table's own gate
                     sequences = part.sequences if table.is_gate else None
@@ -151,6 +154,16 @@ class Committing:
                 f"{refusal.message} With that the step is over here, too: commit its updates as a later one."
             ) from refusal
         return self._decide(request, tables)
+
+    def _with_another_decider(
+        self, table: HostedTable, part: CommitPart, decider: tuple[int, int]
+    ) -> PreparedStep | None:
+        """The step, where it is prepared here with a decider that its trainer goes on without, and which may have
+        decided it: that comes first."""
+        prepared = table.updates.prepared_step(part.step_id)
+        if prepared is None or prepared.step_id != part.step_id or prepared.decider == decider:
+            return None
+        return None if self._tenancy.decisions.supersede(table, prepared) else prepared
 
     def _commit_in_one(self, request: CommitRequest, tables: list[HostedTable]) -> CommitReply | Parked | Answered:
         """Prepare and commit at once: nobody else has a part in it."""
@@ -195,7 +208,7 @@ class Committing:
             table.updates.end_prepare(part.step_id)
         table.apply_decided()
         with self._stages.measure("kernel"):
-            table.apply_now(_decision(table, part))
+            table.apply_now(_decision(table, part, version=table.order.applied + 1, sequences=part.sequences))
         return _committed(tables, [table.order.applied])
 
     def _decide(self, request: CommitRequest, tables: list[HostedTable]) -> Answered:
@@ -210,8 +223,7 @@ class Committing:
         ]
         if len(tables) > 1:
             tables[0].others[versions[0]] = tuple(
-                replace(step, version=version, sequences=())  # whoever asks for it has prepared it, and with them
-                for step, version in zip(decisions[1:], versions[1:], strict=True)
+                replace(step, version=version) for step, version in zip(decisions[1:], versions[1:], strict=True)
             )
         for table, step in zip(tables, decisions, strict=True):
             if not table.is_gate:  # another shard gives its version: who reads it here has to wait for that
@@ -235,9 +247,9 @@ class Committing:
                 _check_decided(table, part)
                 _check_never_given(table, part, asked_s=self._asked_s())
         for number, (table, part) in enumerate(zip(tables, request.parts, strict=True)):
-            step = replace(_decision(table, part), version=part.version)
             if versions[number]:
                 continue
+            step = _decision(table, part, version=part.version)
             if not part.version:
                 versions[number] = table.order.number(step).version
             else:
@@ -259,7 +271,8 @@ class Committing:
 
     def discard(self, request: DiscardRequest) -> DiscardReply | Parked:
         bounds.check_discard(request)
-        tables = [self._tenancy.fenced(part.envelope) for part in request.parts]
+        # It needs no pages: a trainer goes on with other tables once a step that has lost one is given up everywhere.
+        tables = [self._tenancy.fenced(part.envelope, whole=False) for part in request.parts]
         waits = None
         for table, part in zip(tables, request.parts, strict=True):
             # Its Commit may be at the decider, or on its way there: what that says is done.
@@ -294,14 +307,17 @@ class Committing:
         return DiscardReply(discarded=discarded)
 
 
-def _decision(table: HostedTable, part: CommitPart) -> DecidedStep:
+def _decision(
+    table: HostedTable, part: CommitPart, *, version: int = 0, sequences: tuple[int, ...] = ()
+) -> DecidedStep:
+    """sequences: where it was not prepared, and so with them."""
     return DecidedStep(
         table_id=table.table_id,
-        version=0,
+        version=version,
         step_id=part.step_id,
         lr=part.lr,
         grad_scale=part.grad_scale,
-        sequences=part.sequences,
+        sequences=sequences,
     )
 
 

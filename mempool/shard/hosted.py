@@ -142,8 +142,8 @@ class HostedTable:
         self.measure()
         return self._filling is None
 
-    def check(self, envelope: Envelope) -> None:
-        """Refuse a request that was planned for another placement, or that lost pages cannot answer.
+    def check(self, envelope: Envelope, *, whole: bool = True) -> None:
+        """Refuse a request that was planned for another placement, or that lost pages cannot answer (``whole``).
 
         Raises:
             ShardUnavailable: The table is still being made.
@@ -162,7 +162,8 @@ class HostedTable:
                 shard=self.info.shard,
                 address=self.info.address,
             )
-        self.check_whole()
+        if whole:
+            self.check_whole()
 
     def require_newest(self, step_id: StepId) -> None:
         """Raises StepConflict where a later generation of the step's rank has committed, or holds anything here."""
@@ -313,7 +314,7 @@ class HostedTable:
             )
 
     def apply_now(self, step: DecidedStep) -> None:
-        """Decide and apply a step in one, where nothing waits and nobody else has a part in it.
+        """Decide and apply a step of the next version in one, where nothing waits and nobody else has a part in it.
 
         Raises as ``commits.apply`` does; nothing is decided where that changed nothing.
         """
@@ -322,7 +323,7 @@ class HostedTable:
         except DataLoss:
             self.measure()
             raise
-        self.order.add(replace(step, version=self.order.applied + 1))
+        self.order.add(step)
         self.order.did()
         self.turns.served(step.step_id)
         self.steps_changed()

@@ -132,11 +132,11 @@ class Tenancy:
             )
         return table
 
-    def fenced(self, envelope: Envelope) -> HostedTable:
+    def fenced(self, envelope: Envelope, *, whole: bool = True) -> HostedTable:
         """The table of a request. Raises StalePlacement, NotFound, and as ``HostedTable.check`` does."""
         self.check_incarnation(envelope.incarnation)
         table = self.table(envelope.table_id)
-        table.check(envelope)
+        table.check(envelope, whole=whole)
         return table
 
     def decides(self, table_id: int) -> bool:

@@ -1,6 +1,6 @@
 """What a table is (schema) and where its pages are (placement)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -151,6 +151,7 @@ class Placement:
     epoch: int
     owners: npt.NDArray[np.int32]
     key_owners: npt.NDArray[np.int32]
+    _shards: tuple[int, ...] | None = field(default=None, init=False, repr=False)
 
     def same_owners(self, other: "Placement") -> bool:
         """Whether every page has the same owner in both."""
@@ -158,5 +159,9 @@ class Placement:
 
     @property
     def shards(self) -> tuple[int, ...]:
-        """Every shard that owns something of the table, ascending."""
-        return tuple(int(shard) for shard in np.union1d(self.owners, self.key_owners))
+        """Every shard that owns something of the table, ascending. Looked for once: steps ask, and pages are many."""
+        if self._shards is None:
+            found = tuple(int(shard) for shard in np.union1d(self.owners, self.key_owners))
+            object.__setattr__(self, "_shards", found)
+            return found
+        return self._shards

@@ -1,7 +1,7 @@
 """Messages and round trips of one training step of several tables, counted at the client, and the time it takes.
 
     python -m tests.agreement.step_messages --tables 3 --shards 4
-    python -m tests.agreement.step_messages --other DIR     another checkout too, in turns; runs in both of them
+    python -m tests.agreement.step_messages --other DIR     another checkout too, in turns of some steps each
 
 A round trip is a message that waited for another's answer before it was sent; "apply" tells owners what is decided,
 which the training loop does not wait for.
@@ -18,8 +18,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -118,31 +121,59 @@ class _Counted:
 
 
 @contextmanager
-def counted_pool(shards: int, *, grpc: bool = False) -> Iterator[tuple[Pool, Counts]]:
-    """A pool of this process, and what its client sends; grpc: over loopback."""
+def counted_pool(shards: int, *, over: str = "memory") -> Iterator[tuple[Pool, Counts]]:
+    """A pool, and what its client sends; over: "memory" or "grpc", shards of this process, or "ray", of their own."""
     counts = Counts()
-    if grpc:
-        from tests.unit.client.grpc_pool import CONTROLLER_KEY, GrpcPoolHere
+    with _POOLS[over](shards, counts) as pool:
+        yield pool, counts
 
-        here = GrpcPoolHere(shards=shards)
-        dialer = GrpcDialer(GrpcChannels(token=None, controller_key=CONTROLLER_KEY))
-        pool = Pool(here._controller, dial=counts.dialled(dialer.dial), name="here", timeout_s=BOUND_S)
-        try:
-            yield pool, counts
-        finally:
-            pool.close()
-            run(dialer.close(), timeout_s=BOUND_S)
-            here.close()
-        return
+
+@contextmanager
+def _in_memory(shards: int, counts: Counts) -> Iterator[Pool]:
     launcher = EngineLauncher(device="cpu", pool="here")
     controller = Controller("here", launcher=launcher, dial=launcher.dial)
     run(controller.open(shards), timeout_s=BOUND_S)
-    dial = counts.dialled(launcher.dial)
-    pool = Pool(controller, dial=dial, name="here", embedded=True, timeout_s=BOUND_S)
+    pool = Pool(controller, dial=counts.dialled(launcher.dial), name="here", embedded=True, timeout_s=BOUND_S)
     try:
-        yield pool, counts
+        yield pool
     finally:
         pool.close()
+
+
+@contextmanager
+def _over_grpc(shards: int, counts: Counts) -> Iterator[Pool]:
+    from tests.unit.client.grpc_pool import CONTROLLER_KEY, GrpcPoolHere
+
+    here = GrpcPoolHere(shards=shards)
+    dialer = GrpcDialer(GrpcChannels(token=None, controller_key=CONTROLLER_KEY))
+    pool = Pool(here._controller, dial=counts.dialled(dialer.dial), name="here", timeout_s=BOUND_S)
+    try:
+        yield pool
+    finally:
+        pool.close()
+        run(dialer.close(), timeout_s=BOUND_S)
+        here.close()
+
+
+@contextmanager
+def _on_ray(shards: int, counts: Counts) -> Iterator[Pool]:
+    from tests.integration.pools import RayPool
+    from tests.integration.ray_nodes import RayNodes
+
+    with TemporaryDirectory() as folder, RayNodes() as nodes:
+        here = RayPool(Path(folder), name="steps", shards=shards, ray_at=nodes.address)
+        here.up()
+        dial = GrpcDialer.dial
+        with mock.patch.object(GrpcDialer, "dial", lambda self, info: counts.dialled(partial(dial, self))(info)):
+            pool = here.connect(timeout_s=BOUND_S)
+        try:
+            yield pool
+        finally:
+            pool.close()
+            here.down()
+
+
+_POOLS = {"memory": _in_memory, "grpc": _over_grpc, "ray": _on_ray}
 
 
 class Training:
@@ -196,25 +227,49 @@ class Training:
         return 1000 * statistics.median(taken)
 
 
-def measure(tables: int, shards: int, steps: int, *, grpc: bool) -> dict[str, Any]:
-    """As JSON: what one step sends, and the median of many."""
+def serve(tables: int, shards: int, *, over: str) -> None:
+    """Says what one step sends, as JSON; then, for each line read, the median milliseconds of so many steps."""
     torch.set_num_threads(1)
-    with counted_pool(shards, grpc=grpc) as (pool, counts):
+    with counted_pool(shards, over=over) as (pool, counts):
         training = Training(pool, counts, tables=tables)
         training.timed(3)
-        sent = training.step()
-        training.timed(steps // 5)
-        return {"sent": sent, "step_ms": training.timed(steps)}
+        print(json.dumps(training.step()), flush=True)
+        for line in sys.stdin:
+            print(training.timed(int(line)), flush=True)
 
 
-def _measured_at(checkout: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """In a process of its own, on that checkout's package."""
-    command = [sys.executable, str(Path(__file__)), "--child", *(["--grpc"] if options.grpc else [])]
-    command += ["--tables", str(options.tables), "--shards", str(options.shards), "--steps", str(options.steps)]
-    environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    done = subprocess.run(command, env=environment, cwd=checkout, check=True, capture_output=True, timeout=600)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+class _Checkout:
+    """A process on a checkout's package."""
+
+    def __init__(self, checkout: Path, options: argparse.Namespace) -> None:
+        command = [sys.executable, str(Path(__file__)), "--child", "--over", options.over]
+        command += ["--tables", str(options.tables), "--shards", str(options.shards)]
+        environment = {**os.environ, "PYTHONPATH": str(checkout)}
+        pipe = subprocess.PIPE
+        self._child = subprocess.Popen(command, env=environment, cwd=checkout, stdin=pipe, stdout=pipe, text=True)
+        self.sent: dict[str, dict[str, Any]] = json.loads(self._read())
+        self.step_ms: list[float] = []
+        self.timed(20)
+        self.step_ms.clear()
+
+    def _read(self) -> str:
+        assert self._child.stdout is not None
+        line = self._child.stdout.readline()
+        if not line:
+            raise SystemExit(f"the measured process has ended with {self._child.wait(BOUND_S)}")
+        return line
+
+    def timed(self, steps: int) -> float:
+        assert self._child.stdin is not None
+        self._child.stdin.write(f"{steps}\n")
+        self._child.stdin.flush()
+        self.step_ms.append(float(self._read()))
+        return self.step_ms[-1]
+
+    def close(self) -> None:
+        assert self._child.stdin is not None
+        self._child.stdin.close()
+        self._child.wait(BOUND_S)
 
 
 def main() -> int:
@@ -222,30 +277,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", type=int, default=3)
     parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--grpc", action="store_true", help="over gRPC on loopback, instead of in memory")
+    parser.add_argument("--over", choices=_POOLS, default="memory", help="how shards are reached; ray: processes")
     parser.add_argument("--other", type=Path, help="another checkout, to be measured in turns with this one")
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=20, help="of a turn")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(measure(options.tables, options.shards, options.steps, grpc=options.grpc)))
+        serve(options.tables, options.shards, over=options.over)
         return 0
     checkouts = {"this": Path(__file__).parents[2]} | ({"other": options.other.resolve()} if options.other else {})
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in checkouts}
-    for _ in range(options.turns):
-        for name, checkout in checkouts.items():
-            found[name].append(_measured_at(checkout, options))
-    times = {}
-    for name, runs in found.items():
-        times[name] = statistics.median(each["step_ms"] for each in runs)
-        print(f"{name}: {times[name]:.2f} ms (median of {[round(each['step_ms'], 2) for each in runs]})")
-        for part, sent in runs[-1]["sent"].items():
+    found = {name: _Checkout(checkout, options) for name, checkout in checkouts.items()}
+    for turn in range(options.turns):
+        for each in list(found.values())[:: 1 if turn % 2 else -1]:
+            each.timed(options.steps)
+    for name, each in found.items():
+        each.close()
+        print(f"{name}: {statistics.median(each.step_ms):.2f} ms a step (median of {options.turns} turns)")
+        for part, sent in each.sent.items():
             print(
                 f"    {part}: {sum(sent['messages'].values())} messages {sent['messages']}, {sent['rounds']} in a row"
             )
-    if len(times) == 2:
-        print(f"this / other: {times['this'] / times['other']:.2f}")
+    if "other" in found:
+        ratios = [mine / theirs for mine, theirs in zip(found["this"].step_ms, found["other"].step_ms, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"this / other: {middle:.3f} (median of the turns' ratios; quartiles {low:.3f} and {high:.3f})")
     return 0
 
 

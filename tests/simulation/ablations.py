@@ -31,7 +31,7 @@ Patch = tuple[Any, str, Any]
 
 
 def _any_epoch(check: Callable[..., None]) -> Callable[..., None]:
-    return lambda table, envelope: check(table, replace(envelope, epoch=table.epoch))
+    return lambda table, envelope, **more: check(table, replace(envelope, epoch=table.epoch), **more)
 
 
 def _any_generation(applied: Callable[..., int]) -> Callable[..., int]:
@@ -127,12 +127,12 @@ GUARDED_BESIDE = {"version wait": "attempt"}
 SEEN_AT: dict[str, int] = {
     "incarnation fence": 1,
     "epoch fence": 8,
-    "wait for decided steps": 4,
+    "wait for decided steps": 48,
     "generation": 1,
     "ledger": 16,
-    "version wait": 16,
-    "token of a round": 5,
-    "order": 16,
+    "version wait": 27,
+    "token of a round": 8,
+    "order": 14,
     "lease of a trainer": 6,
     "lease of a freeze": 3,
     "attempt": 7,

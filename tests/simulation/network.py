@@ -103,6 +103,7 @@ class Network:
         cut: (from, to) of the links that let nothing through.
         late, again, answered_late: Seconds by which a call's request, a copy of it, or its answer, is late; put there
             by who is told of it.
+        due_s: When the last message that was sent by now arrives, or is sent again as its link is cut off.
         with_commit: Calls of which a copy comes with the next Commit that their sender has decided.
         on_sent, on_served, on_answered: Told each call when it is sent, when a server has done it and when its answer
             has come.
@@ -115,6 +116,7 @@ class Network:
         self.again: dict[int, float] = {}
         self.answered_late: dict[int, float] = {}
         self.with_commit: set[int] = set()
+        self.due_s = 0.0
         self._kept: dict[str, list[Callable[[], None]]] = defaultdict(list)
         self.calls = 0
         self.on_sent: list[Callable[[Call], None]] = []
@@ -189,6 +191,9 @@ class Network:
             else:
                 waiting.broken("keepalive watchdog timeout")
 
+        due_s = self._scheduler.now_s + delay_s
+        if due_s > self.due_s:
+            self.due_s = due_s
         self._later(delay_s, arrive)
 
     def _later(self, after_s: float, do: Callable[..., None], *args: Any) -> None:

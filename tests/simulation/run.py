@@ -89,6 +89,7 @@ class Run:
         except Exception as error:
             self.history.say(f"the run ended with {type(error).__name__}: {error}")
         finally:
+            digest = self._digest()  # before what is left is cancelled, in no order
             self.network.cut.clear()
             self.scheduler.close()
             if enabled:
@@ -101,7 +102,7 @@ class Run:
         return Outcome(
             seed=self.seed,
             violations=violations,
-            digest=self._digest(),
+            digest=digest,
             marks=self.marks,
             simulated_s=self.scheduler.now_s,
             calls=self.network.calls,

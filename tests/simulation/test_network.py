@@ -95,6 +95,18 @@ def test_a_call_is_answered_or_fails_as_its_server_says(scene: Scene) -> None:
         scene.drop("bug")
 
 
+def test_it_is_known_when_the_last_message_is_due(scene: Scene) -> None:
+    scene.network.late[1] = 30.0
+    with pytest.raises(DeadlineExceeded):
+        scene.drop("facts", timeout_s=1.0)
+    scene.drop("others")
+    assert scene.pool.dropped == ["others"]
+    assert scene.scheduler.now_s < 2.0
+    assert scene.network.due_s == pytest.approx(30.0, abs=0.01)
+    scene.settle(scene.network.due_s - scene.scheduler.now_s + 0.001)
+    assert scene.pool.dropped == ["others", "facts"]
+
+
 def test_a_stream_comes_whole_and_in_order(scene: Scene) -> None:
     async def watch() -> list[int]:
         return [report.pages_moved async for report in scene.channel.stream(methods.RESCALE, 2)]

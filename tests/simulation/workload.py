@@ -111,8 +111,7 @@ class Workload:
 
     def waiting(self) -> str:
         """Who is still at what, for a run that does not end."""
-        lives = {name: getattr(life, "doing", "") for name, life in self._lives.items()}
-        lives = {name: getattr(self.trainers.get(name), "doing", "") for name in lives}
+        lives = {name: getattr(self.trainers.get(name), "doing", "") for name in self._lives}
         return f"still there: {lives}, the operator: {self._operator_doing}"
 
     _operator_doing = ""
@@ -281,9 +280,8 @@ class Workload:
     async def _let_leases_end(self) -> None:
         """Nobody trains any more: after a lease, and the time in which a shard looks, nothing is held for anybody."""
         self._operator_doing = "lets leases end"
-        network = self.park.network
-        if network.counts.get("repeated"):  # the last copy of a Heartbeat begins a lease anew
-            await asyncio.sleep(network.weather.longest_repeat_s)
+        # The last that comes late, a copy of a Heartbeat or what a dead trainer has sent, begins a lease anew.
+        await asyncio.sleep(max(0.0, self.park.network.due_s - self.park.scheduler.now_s))
         await asyncio.sleep(2.0 * self.park.lease_s + 5.0)
         for number, process in sorted(self.park.shards.items()):
             status = await self._on(self._operator, self._operator.dialer.dial(process.info).status())
@@ -359,6 +357,8 @@ class _Life:
         """Some tables, in any order."""
         views = [view for _, view in sorted(self.workload.views.items())]
         views = [view for view in views if view.schema.table_id not in self.workload.history.lost]
+        for view in views:
+            self.trainer.know(view)
         return self.random.sample(views, self.random.randint(1, len(views))) if views else []
 
     async def tried(self, what: str, call: Awaitable[T], *tables: TableView) -> T | None:
@@ -370,7 +370,8 @@ class _Life:
             return await call
         except FAULTS as error:
             self.workload.marks[f"{what} that failed"] += 1
-            if self.last and not ids & (history.dropped | history.lost):
+            unheard = self.workload.park.controller is None and history.names_lost(error)
+            if self.last and not unheard and not ids & (history.dropped | history.lost):
                 history.say(f"no progress: {self.name}: without faults {what} ends with {error!r}")
         except NotFound as error:
             if not ids & (history.dropped | history.lost):

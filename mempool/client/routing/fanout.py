@@ -77,13 +77,15 @@ class Fanout:
         try:
             await asyncio.wait(tasks, return_when=asyncio.ALL_COMPLETED if to_the_end else asyncio.FIRST_EXCEPTION)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        errors = [error for task in tasks if not task.cancelled() and (error := task.exception()) is not None]
-        if errors:
+            if left := [task for task in tasks if not task.done()]:
+                for task in left:
+                    task.cancel()
+                await asyncio.gather(*left, return_exceptions=True)
+            # Asked of all, also where this is cut off: an error that nobody asks for is logged as one.
+            failed = [error for task in tasks if not task.cancelled() and (error := task.exception()) is not None]
+        if failed:
             self._waiting.clear()
-            raise min(errors, key=_leniency)
+            raise min(failed, key=_leniency)
         return [task.result() for task in tasks]
 
     async def _one(self, info: ShardInfo, call: Call[T]) -> T:

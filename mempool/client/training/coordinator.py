@@ -22,7 +22,7 @@ from mempool.client.routing.router import Router
 from mempool.client.routing.together import Together
 from mempool.client.training.heartbeats import Heartbeats, Rank
 from mempool.client.training.joint import Joint, discard_given_up, waiting_for
-from mempool.errors import InvalidRequest, MempoolError, NotFound
+from mempool.errors import DataLoss, InvalidRequest, MempoolError, NotFound
 from mempool.types import ShardInfo
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class Coordinator:
             if joint.step.state != "open":  # or decided, and cut off before that was noted
                 for other in _distinct(session.applying for session in joint.sessions.values()):
                     await self._finish_telling(other, left_s)
-                await self._carry_out(joint, "decided", left_s, begun=Begun())
+                await self._end_earlier(joint, "decided", left_s)
                 counts |= self._acknowledge(joint)
                 await self._finish_telling(joint, left_s)
         return counts
@@ -357,8 +357,33 @@ class Coordinator:
                     task.cancel()
                     await asyncio.gather(task, return_exceptions=True)
         if next(iter(joint.sessions.values())).applying is joint:
-            await self._carry_out(joint, "applied", left_s, begun=Begun())
+            await self._end_earlier(joint, "applied", left_s)
             self._over(joint)
+
+    async def _end_earlier(self, joint: Joint, goal: Goal, left_s: _LeftS) -> None:
+        """Carry out a step that came before: it goes on without tables that have lost pages, where others are left."""
+        while True:
+            try:
+                return await self._carry_out(joint, goal, left_s, begun=Begun())
+            except DataLoss as error:
+                lost = await self._lost(joint, error, left_s)
+                if not lost or lost == joint.sessions.keys():
+                    raise
+                for table_id in lost:
+                    joint.leave(table_id)
+
+    async def _lost(self, joint: Joint, error: DataLoss, left_s: _LeftS) -> set[int]:
+        """Of which of its tables the shard that said so has lost pages; none where it does not say."""
+        holders = (info for table_id in joint.sessions for info in self._router.holders(table_id))
+        info = next((info for info in holders if info.shard == error.shard), None)
+        if info is None:
+            return set()
+        try:
+            async with asyncio.timeout(left_s()):
+                status = await self._router.dial(info).status()
+        except (MempoolError, TimeoutError):
+            return set()
+        return {table.table_id for table in status.tables if table.lost_pages} & joint.sessions.keys()
 
     def _holdings(self) -> dict[ShardInfo, set[Rank]]:
         """Which ranks hold anything, or let anything be remembered, by shard."""

@@ -30,6 +30,7 @@ from mempool.agreement.step_events import (
     Renumber,
     Renumbered,
     SendAgain,
+    SendRefused,
     SentAgain,
 )
 from mempool.client.routing.together import Together
@@ -84,10 +85,12 @@ class Joint:
             await self._do(together, action)
 
     def leave(self, table_id: int) -> None:
-        """A table was dropped: its step is over, the others' goes on."""
+        """A table was dropped, or is lost: its step is over, the others' goes on."""
         session = self.sessions.pop(table_id)
         if session.joint is self:
             session.joint = None
+            if session.book.closing is not None:
+                session.book.closing.committing = False  # it may be discarded
         if session.applying is self:
             session.applying = None
             session.book.applied()
@@ -114,10 +117,11 @@ class Joint:
             case Prepare():
                 await self._prepare(together, action)
             case SendAgain():
-                await asyncio.gather(
+                refusals = await asyncio.gather(
                     *(self._send_again(together, table_id, shards) for table_id, shards in action.missing.items())
                 )
-                step.handle(SentAgain())
+                refusal = next((each for each in refusals if each is not None), None)
+                step.handle(SentAgain() if refusal is None else SendRefused(error=refusal))
             case EndPrepare():
                 await together.end_prepare(
                     action.to, attempt=action.attempt, heard=lambda shard: step.handle(PrepareEnded(shard=shard))
@@ -193,13 +197,21 @@ class Joint:
             if session.book.closing is not None:
                 session.book.closing.committing = self.step.state != "open"
 
-    async def _send_again(self, together: Together, table_id: int, missing: Mapping[int, tuple[int, ...]]) -> None:
+    async def _send_again(
+        self, together: Together, table_id: int, missing: Mapping[int, tuple[int, ...]]
+    ) -> StepConflict | None:
+        """Send a table's updates; answers the refusal, where a shard has dropped the step meanwhile."""
         session = self.sessions[table_id]
         step = session.book.applying if self.step.state == "decided" else session.book.closing
         assert step is not None
-        forgetful = await session.send_again(together.attempts[table_id], step, missing)
+        try:
+            forgetful = await session.send_again(together.attempts[table_id], step, missing)
+        except StepConflict as refusal:
+            self.dropped.append(Dropped(None, frozenset(missing if refusal.shard is None else {refusal.shard})))
+            return refusal
         if forgetful:
             self.dropped.append(Dropped(table_id, frozenset(forgetful)))
+        return None
 
     def _renumber(self) -> None:
         step_ids = {}

@@ -32,6 +32,7 @@ from mempool.agreement.step_events import (
     Renumber,
     Renumbered,
     SendAgain,
+    SendRefused,
     SentAgain,
 )
 from mempool.errors import StepConflict
@@ -233,6 +234,11 @@ class Client:
                     )
                 )
         elif isinstance(action, SendAgain):
+            first = next(iter(step.tables.values())).step_id.step
+            if first <= shards.over and first not in shards.decided:
+                yield
+                step.handle(SendRefused(error=StepConflict("dropped")))
+                return
             self._hold(action.missing)
             yield
             step.handle(SentAgain())

@@ -147,6 +147,24 @@ def test_a_dropped_step_goes_on_under_the_next_number() -> None:
     client.assert_applied_once()
 
 
+@pytest.mark.parametrize(("place", "begins"), [("same", "Prepare"), ("one", "Commit")])
+def test_a_step_that_was_dropped_while_its_updates_are_sent_again_goes_on_under_the_next_number(
+    place: str, begins: str
+) -> None:
+    """Its trainer was silent after it had heard that they are missing (simulation, seed 4017)."""
+    client = Client(place, held=False)
+
+    def silent() -> None:
+        client.shards.over = int(bool(client.shards.sent))
+
+    client.in_between = silent
+    assert isinstance(client.go("applied"), Reached)
+    asked_again = ["Commit"] if place == "one" else []  # in doubt: the decider itself is to say that it is dropped
+    assert client.kinds()[: 3 + len(asked_again)] == [begins, "SendAgain", *asked_again, "Renumber"]
+    assert {table.step_id.step for table in client.step.tables.values()} == {2}
+    client.assert_applied_once()
+
+
 def test_a_step_that_is_always_dropped_is_no_endless_loop() -> None:
     client = Client("same")
     client.shards.over = 1_000

@@ -6,6 +6,7 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any
 
+import pytest
 import torch
 
 from mempool import errors
@@ -13,7 +14,7 @@ from mempool.config import resolve
 from mempool.controller import Controller
 from mempool.wire.channels.loop import io_loop, run
 
-from .bench import CALL_S, Bench, config, train
+from .bench import CALL_S, Bench, config, fail, train
 
 EVERYTHING = torch.arange(600)
 
@@ -84,25 +85,52 @@ def test_a_table_that_another_controller_dropped_first_is_not_made() -> None:
         assert run(heir.tables(), timeout_s=CALL_S) == ()
 
 
+def confirmation_lost(bench: Bench) -> None:
+    """The first shard confirms a table, and neither that nor a drop is heard of."""
+
+    async def lost() -> None:
+        raise errors.ShardUnavailable("a packet was lost")
+
+    attach = bench.fleet.hosts[0]._engine.attach_table
+
+    async def confirmed_and_lost(request: Any) -> None:
+        await attach(request)
+        if request.mode == "confirm":
+            bench.fleet.hosts[0].faults["drop_table"] = lost
+            await lost()
+
+    bench.fleet.hosts[0]._engine.attach_table = confirmed_and_lost  # type: ignore[method-assign]
+    submit(bench.controller.create_table(resolve(config()))).exception(CALL_S)
+    assert run(bench.controller.tables(), timeout_s=CALL_S) == ()
+    bench.fleet.hosts[0].faults.clear()
+
+
 def test_a_confirmation_whose_answer_was_lost_is_heard_of_later() -> None:
     """Whether the table is made is not known then: nobody drops it, and its shards say so."""
     with Bench(2) as bench:
-
-        async def lost() -> None:
-            raise errors.ShardUnavailable("a packet was lost")
-
-        attach = bench.fleet.hosts[0]._engine.attach_table
-
-        async def confirmed_and_lost(request: Any) -> None:
-            await attach(request)
-            if request.mode == "confirm":
-                bench.fleet.hosts[0].faults["drop_table"] = lost
-                await lost()
-
-        bench.fleet.hosts[0]._engine.attach_table = confirmed_and_lost  # type: ignore[method-assign]
-        submit(bench.controller.create_table(resolve(config()))).exception(CALL_S)
-        assert run(bench.controller.tables(), timeout_s=CALL_S) == ()
-        bench.fleet.hosts[0].faults.clear()
+        confirmation_lost(bench)
+        with pytest.raises(errors.ShardUnavailable, match="whether there is a table 'facts' is not known yet"):
+            bench.view("facts")
         run(bench.controller.reconcile(), timeout_s=CALL_S)
         assert [view.schema.name for view in run(bench.controller.tables(), timeout_s=CALL_S)] == ["facts"]
         train(bench.pool.table("facts"), 0)
+
+
+@pytest.mark.parametrize("id_known", [False, True])
+def test_while_it_is_not_known_whether_a_table_is_made_none_is_made_beside_it_and_it_can_be_dropped(
+    id_known: bool,
+) -> None:
+    """Simulation, seed 2850: two tables of one name, of which clients were told in turn."""
+    with Bench(2) as bench:
+        confirmation_lost(bench)
+        bench.fleet.hosts[0].faults["views"] = fail(errors.ShardUnavailable("a packet was lost"))
+        for change in (bench.controller.create_table(resolve(config())), bench.controller.drop_table("facts")):
+            with pytest.raises(errors.ShardUnavailable, match="is not known yet: shard 0 has not said so "):
+                submit(change).result(CALL_S)
+        bench.fleet.hosts[0].faults.clear()
+        with pytest.raises(errors.AlreadyExists, match="exists already"):
+            submit(bench.controller.create_table(resolve(config(seed=7)))).result(CALL_S)
+        (view,) = run(bench.fleet.hosts[0].views(), timeout_s=CALL_S)
+        bench.controller._roster.complete = False
+        run(bench.controller.drop_table("facts", table_id=view.schema.table_id * id_known), timeout_s=CALL_S)
+        assert all(not run(host.status(), timeout_s=CALL_S).tables for host in bench.fleet.hosts.values())

@@ -41,6 +41,17 @@ def test_tables_are_those_of_its_views() -> None:
         asyncio.run(shard_views().table("ficts"))
 
 
+def test_of_two_tables_of_one_name_the_later_one_is_told() -> None:
+    """The earlier one was dropped, of which this shard has not heard."""
+    later, earlier = (replace(VIEW, schema=replace(SCHEMA, table_id=table_id)) for table_id in (9, 4))
+    for order in ((later, earlier), (earlier, later)):
+        shard = shard_views(peer=lambda _: AsyncMock(status=AsyncMock(side_effect=ShardUnavailable("gone"))))
+        shard._shard.views.return_value = order  # type: ignore[attr-defined]
+        assert asyncio.run(shard.tables()) == (later,)
+        assert asyncio.run(shard.table("facts")) is later
+        assert asyncio.run(shard.status()).tables == (later,)
+
+
 def test_peers_are_asked_for_their_status_and_named_where_they_do_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(views, "_STATUS_TIMEOUT_S", 0.05)
 

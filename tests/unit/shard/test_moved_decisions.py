@@ -9,8 +9,8 @@ from .conftest import MakeDriver
 from .test_no_half_steps import push
 
 
-def decide_together(first: Driver, second: Driver, step_id: StepId) -> None:
-    """A step of both tables, decided at the first one's gate; nobody else is told."""
+def prepare_together(first: Driver, second: Driver, step_id: StepId) -> None:
+    """A step of both tables, prepared at all owners."""
     for table in (first, second):
         push(table, step_id, prepare=False)
     for shard in sorted({*first.owners, *second.owners}):
@@ -21,6 +21,11 @@ def decide_together(first: Driver, second: Driver, step_id: StepId) -> None:
         )
         prepare = PrepareRequest(parts=parts, want_norm=False, decider_table=1, decider_step=step_id.step)
         first.call(first.host(shard).prepare(prepare))
+
+
+def decide_together(first: Driver, second: Driver, step_id: StepId) -> None:
+    """A step of both tables, decided at the first one's gate; nobody else is told."""
+    prepare_together(first, second, step_id)
     gate = first.gate
     commit = CommitRequest(
         parts=tuple(

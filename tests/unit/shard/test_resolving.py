@@ -134,14 +134,22 @@ def test_a_step_that_was_decided_without_a_part_does_not_hold_that_table(make_dr
         _prepare((first,), shard, 1, decider=(1, 1))
     for shard in (0, 1):
         _prepare((second,), shard, 1, decider=(1, 1))
-    with pytest.raises(StepConflict, match="was prepared as a part of step 1 of table 1, and is to be committed"):
-        second.decide(1, [0])
     first.call(first.host(1).commit(_commit((first,), 1, 1)))
     for shard in (0, 1):
         request = HeartbeatRequest(incarnation=1, group="trainer", rank=0)
         second.call(second.host(shard).heartbeat(request))
         assert second.freeze(shard, BOUND_S) == 0
     assert torch.equal(second.read(), before)
+    second.drop()
+
+
+def test_a_part_that_was_prepared_for_another_decider_is_refused(make_driver: MakeDriver) -> None:
+    first, second = _of_two(make_driver)
+    _prepare((second,), 1, 1, decider=(2, 1))
+    words = "was prepared as a part of step 1 of table 2, and is to be committed as one of step 1 of table 1"
+    with pytest.raises(StepConflict, match=words):
+        first.call(first.host(1).commit(_commit((first, second), 1, 1)))
+    assert _versions(first) == _versions(second) == [0, 0]
     second.drop()
 
 

@@ -256,6 +256,23 @@ def test_shard_that_stays_away_is_named(wait, fault: Fault) -> None:  # type: ig
     wait(main())
 
 
+def test_an_error_of_looking_where_a_silent_shard_lives_now_is_raised(wait) -> None:  # type: ignore[no-untyped-def]
+    pool = FaultyPool(COLUMNS)
+
+    async def broken(_: str) -> None:
+        raise RuntimeError("no view can be read")
+
+    async def main() -> None:
+        router = make_router(pool, patience_s=0.05, timeout_s=20.0)
+        await router.open("facts")
+        pool.table = broken  # type: ignore[assignment, method-assign]
+        pool.shards[1].gather = lambda _: asyncio.Event().wait()  # type: ignore[assignment, method-assign]
+        with pytest.raises(RuntimeError, match="no view can be read"):
+            await router.gather(1, bags=make_bags())
+
+    wait(main())
+
+
 def test_silent_shard_that_lives_again_elsewhere_is_found_in_time(wait) -> None:  # type: ignore[no-untyped-def]
     pool, bags = FaultyPool(COLUMNS), make_bags()
     pool.shards[1].faults["gather"] = [Fault.SILENT]

@@ -17,7 +17,7 @@ from mempool.client.routing.retry import Backoff
 from mempool.client.routing.router import Router
 from mempool.client.training.coordinator import Coordinator
 from mempool.client.training.session import Session
-from mempool.errors import MempoolError, NotFound, StalePlacement, StepConflict
+from mempool.errors import DataLoss, MempoolError, NotFound, StalePlacement, StepConflict
 from mempool.types import (
     CommitPart,
     CommitReply,
@@ -34,7 +34,9 @@ from mempool.types import (
     PrepareReply,
     PrepareRequest,
     ShardInfo,
+    ShardStatus,
     Stamp,
+    TableStatus,
     TableView,
     UpdateReply,
     UpdateRequest,
@@ -59,6 +61,7 @@ class ScriptedShard:
         prepared: By table: the step, and the decider's (table, step).
         applied: By table: (step, sequences, lr, version), in order.
         frozen: Tables whose pages move.
+        lost: Tables whose pages are gone here.
     """
 
     info: ShardInfo
@@ -72,6 +75,7 @@ class ScriptedShard:
     over: dict[int, int] = field(default_factory=dict)
     applied: dict[int, list[tuple[int, tuple[int, ...], float, int]]] = field(default_factory=lambda: defaultdict(list))
     frozen: dict[int, asyncio.Event] = field(default_factory=dict)
+    lost: set[int] = field(default_factory=set)
 
     async def update(self, request: UpdateRequest) -> UpdateReply:
         return await self._served("update", request, self._update)
@@ -93,6 +97,25 @@ class ScriptedShard:
     async def heartbeat(self, request: HeartbeatRequest) -> HeartbeatReply:
         self.calls.append(("heartbeat", request))
         return HeartbeatReply(lease_s=self.lease_s, updates_held=len(self.held))
+
+    async def status(self) -> ShardStatus:
+        tables = (
+            TableStatus(
+                table_id=table_id,
+                name=f"table-{table_id}",
+                epoch=self.pool.epoch,
+                version=len(self.applied[table_id]),
+                pages=0 if table_id in self.lost else 1,
+                lost_pages=int(table_id in self.lost),
+                num_bytes=0,
+                updates_held=0,
+                updates_applied=0,
+                lookups=0,
+                frozen=table_id in self.frozen,
+            )
+            for table_id in self.pool.owners
+        )
+        return ShardStatus(info=self.info, state="ready", tables=tuple(tables))
 
     def names(self) -> list[str]:
         return [name for name, _ in self.calls if name != "heartbeat"]
@@ -121,6 +144,8 @@ class ScriptedShard:
     def _update(self, request: UpdateRequest) -> UpdateReply:
         self._fence(request.envelope)
         if request.hold:
+            if request.step_id.step <= self.over.get(request.envelope.table_id, 0):
+                raise StepConflict(f"step {request.step_id.step} was dropped", shard=self.info.shard)
             self.held.add((request.envelope.table_id, request.step_id.step, request.sequence))
         grad = torch.zeros(2) if request.want_weight_grad else None
         return UpdateReply(stamp=self._stamp(request.envelope.table_id), weight_grad=grad)
@@ -158,6 +183,8 @@ class ScriptedShard:
                     )
                 )
         elif not request.decided:
+            for part in request.parts:
+                self._fence(part.envelope)
             first = request.parts[0]
             table_id, step = first.envelope.table_id, first.step_id.step
             if not self._has(table_id, step) and self.prepared.get(table_id, (0, (0, 0)))[0] != step:
@@ -184,7 +211,7 @@ class ScriptedShard:
 
     def _discard(self, request: DiscardRequest) -> DiscardReply:
         for part in request.parts:
-            self._fence(part.envelope)
+            self._fence(part.envelope, whole=False)
             table_id, step = part.envelope.table_id, part.step_id.step
             if self.prepared.get(table_id, (0, (0, 0)))[0] == step:
                 del self.prepared[table_id]
@@ -201,11 +228,13 @@ class ScriptedShard:
     def _has(self, table_id: int, step: int) -> bool:
         return any(done[0] == step for done in self.applied[table_id])
 
-    def _fence(self, envelope: Envelope) -> None:
+    def _fence(self, envelope: Envelope, *, whole: bool = True) -> None:
         if envelope.table_id not in self.pool.owners:
             raise NotFound("no such table", shard=self.info.shard)
         if envelope.epoch != self.pool.epoch or envelope.incarnation != self.info.incarnation:
             raise StalePlacement("the plan is old", shard=self.info.shard)
+        if whole and envelope.table_id in self.lost:
+            raise DataLoss("lost pages", shard=self.info.shard)
 
     def _stamp(self, table_id: int) -> Stamp:
         version = len(self.applied[table_id])

@@ -6,7 +6,7 @@ import pytest
 
 from mempool.client.training.coordinator import Commitment
 from mempool.client.training.session import Session
-from mempool.errors import NotFound, ShardUnavailable, StalePlacement
+from mempool.errors import DataLoss, NotFound, ShardUnavailable, StalePlacement
 
 from .scripted import THREE, Client, ScriptedPool
 
@@ -161,7 +161,8 @@ def test_an_unknown_outcome_is_asked_for_again_and_says_so(wait) -> None:  # typ
     assert [done[2] for done in client.pool.shards[0].applied[1]] == [0.25]
 
 
-def test_a_commit_cut_off_as_its_answer_came_is_neither_dropped_nor_done_again(wait) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("noted", [False, True])
+def test_a_commit_cut_off_as_its_answer_came_is_neither_dropped_nor_done_again(wait, noted: bool) -> None:  # type: ignore[no-untyped-def]
     client = Client(ScriptedPool({1: THREE, 2: THREE}))
 
     async def main() -> None:
@@ -169,14 +170,16 @@ def test_a_commit_cut_off_as_its_answer_came_is_neither_dropped_nor_done_again(w
         step = asyncio.create_task(client.coordinator.commit(commitments(client.sessions)))
 
         async def cut_off(_: object) -> None:
-            asyncio.get_running_loop().call_soon(step.cancel)
+            step.cancel()
+            if not noted:
+                await asyncio.sleep(0)
 
         client.pool.shards[0].after["commit"] = [cut_off]
         with pytest.raises(asyncio.CancelledError):
             await step
         assert await client.coordinator.discard(client.sessions) == [0, 0]
         await client.push(client.sessions[0])
-        assert await client.sessions[0].commit(lr=LR) == 2
+        assert await client.sessions[0].commit(lr=LR) == (1 if noted else 2)  # with what that one had no time to tell
         await client.coordinator.applied(client.sessions)
 
     wait(main())
@@ -270,6 +273,61 @@ def test_a_table_that_is_dropped_does_not_hold_up_those_it_was_committed_with(wa
     client.assert_agreed()
 
 
+def test_a_table_that_is_lost_does_not_hold_up_those_it_was_committed_with(wait) -> None:  # type: ignore[no-untyped-def]
+    """Its shard dies when the step is decided and nobody else was told; others are told, and go on."""
+    client = Client(ScriptedPool({1: THREE, 2: (2, 2, 3), 3: THREE}))
+    pool, (one, two, three) = client.pool, client.sessions
+
+    async def main() -> None:
+        pool.shards[3].before["apply"] = [ShardUnavailable("away", shard=3)]
+        await client.push()
+        await client.coordinator.commit(commitments(client.sessions))
+        pool.shards[3].lost = {2}
+        await client.push(one, three)
+        assert await client.coordinator.commit(commitments([one, three])) == [1, 1]
+        await client.push()
+        with pytest.raises(DataLoss):
+            await client.coordinator.commit(commitments(client.sessions))
+        assert await client.coordinator.commit(commitments([one, three])) == [1, 1]
+        await client.coordinator.applied([one, three])
+        with pytest.raises(DataLoss):
+            await two.commit(lr=LR)
+        assert await two.discard() == 1
+
+    wait(main())
+    del pool.owners[2]
+    client.assert_agreed()
+    assert len(pool.shards[0].applied[1]) == len(pool.shards[0].applied[3]) == 3
+
+
+def test_a_decider_that_is_lost_does_not_hold_up_the_other_tables_of_its_step(wait) -> None:  # type: ignore[no-untyped-def]
+    """Its shard dies with the answer to a Commit."""
+    client = Client(ScriptedPool({1: (0, 1, 1), 2: (1, 2, 3)}))
+    pool, (one, two) = client.pool, client.sessions
+
+    async def dies(_: object) -> None:
+        pool.shards[0].lost = {1}
+        raise ShardUnavailable("away", shard=0)
+
+    async def main() -> None:
+        pool.shards[0].after["commit"] = [dies]
+        await client.push()
+        with pytest.raises(DataLoss, match="Whether step 1 of tables 'table-1', 'table-2' is decided is not known"):
+            await client.coordinator.commit(commitments(client.sessions))
+        assert await two.commit(lr=LR) == 1
+        await client.push(two)
+        assert await two.commit(lr=LR) == 1
+        await client.coordinator.applied([two])
+        with pytest.raises(DataLoss):
+            await one.commit(lr=LR)
+        assert await one.discard() == 1
+
+    wait(main())
+    del pool.owners[1]
+    client.assert_agreed()
+    assert len(pool.shards[1].applied[2]) == 2
+
+
 def test_a_discard_waits_for_updates_on_their_way(wait) -> None:  # type: ignore[no-untyped-def]
     client = Client(ScriptedPool({1: THREE}))
 
@@ -319,6 +377,30 @@ def test_updates_that_were_there_and_are_gone_are_told_of_once(wait) -> None:  #
     assert len(notices) == 2
     assert "updates of table 'table-1' were dropped by shards [1]: this process was silent for up to" in notices[0]
     assert "keeps what a trainer holds for 10 s" in notices[0]
+
+
+def test_a_step_that_was_dropped_when_updates_are_sent_again_goes_under_the_next_number(wait) -> None:  # type: ignore[no-untyped-def]
+    """Its trainer stood still between a Prepare that missed some and that."""
+    client = Client(ScriptedPool({1: THREE, 2: THREE}))
+    decider = client.pool.shards[0]
+
+    async def silent(_: object) -> None:
+        client.coordinator.heartbeats.lease_s = 0.01
+        await asyncio.sleep(0.02)
+        decider.over = {1: 1, 2: 1}
+
+    async def main() -> None:
+        await client.push()
+        await client.arrived()
+        decider.forget()
+        decider.after["prepare"] = [silent]
+        assert await client.coordinator.commit(commitments(client.sessions)) == [1, 1]
+        await client.coordinator.applied(client.sessions)
+
+    wait(main())
+    client.assert_agreed()
+    assert [done[0] for done in decider.applied[1]] == [3]
+    assert any("a step of tables 'table-1', 'table-2' was dropped" in notice for notice in client.coordinator.notices())
 
 
 def test_a_step_that_was_dropped_after_silence_goes_under_the_next_number_and_is_told_of(wait) -> None:  # type: ignore[no-untyped-def]
