@@ -101,6 +101,7 @@ class Network:
     Attributes:
         weather: Of all links.
         cut: (from, to) of the links that let nothing through.
+        latest_s: When the last of the requests that were made late arrives.
         late, again, answered_late: Seconds by which a call's request, a copy of it, or its answer, is late; put there
             by who is told of it.
         with_commit: Calls of which a copy comes with the next Commit that their sender has decided.
@@ -115,6 +116,7 @@ class Network:
         self.again: dict[int, float] = {}
         self.answered_late: dict[int, float] = {}
         self.with_commit: set[int] = set()
+        self.latest_s = 0.0
         self._kept: dict[str, list[Callable[[], None]]] = defaultdict(list)
         self.calls = 0
         self.on_sent: list[Callable[[Call], None]] = []
@@ -203,6 +205,7 @@ class Network:
         if late_s is None:
             self._send(client, _machine(address), waiting, self._arrived, waiting, address)
         else:
+            self.latest_s = max(self.latest_s, self._scheduler.now_s + late_s)
             self._deliver(late_s, client, _machine(address), waiting, self._arrived, (waiting, address))
         if waiting.call.method is methods.COMMIT and not waiting.call.request.decided:
             for send in self._kept.pop(client, ()):

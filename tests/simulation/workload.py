@@ -284,6 +284,7 @@ class Workload:
         network = self.park.network
         if network.counts.get("repeated"):  # the last copy of a Heartbeat begins a lease anew
             await asyncio.sleep(network.weather.longest_repeat_s)
+        await asyncio.sleep(max(0.0, network.latest_s - self.park.scheduler.now_s))  # an Update holds for a lease anew
         await asyncio.sleep(2.0 * self.park.lease_s + 5.0)
         for number, process in sorted(self.park.shards.items()):
             status = await self._on(self._operator, self._operator.dialer.dial(process.info).status())
