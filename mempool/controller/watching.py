@@ -92,7 +92,7 @@ class Watching:
             rescaling=rescaling.running,
             wanted_shards=len(infos) if rescaling.wanted is None else rescaling.wanted,
             waiting_for=waiting_for,
-            unfinished=rescaling.unfinished,
+            unfinished="" if rescaling.running else rescaling.unfinished,  # it is being done
             creating=self._changes.creations(statuses),
         )
 

@@ -416,8 +416,8 @@ class Coordinator:
         }
         for dropped in joint.dropped:
             silence_s = max(silences_s[shard] for shard in dropped.shards)
-            if dropped.table_id is None and silence_s < self.heartbeats.lease_s / 2:
-                continue  # pages moved while nobody knew whether it was decided
+            if silence_s < self.heartbeats.lease_s / 2:
+                continue  # it was heard of: pages moved meanwhile
             what = (
                 f"a step of {self._names(joint.sessions)} was dropped"
                 if dropped.table_id is None
