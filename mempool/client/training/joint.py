@@ -69,7 +69,7 @@ class Joint:
     step: StepOfTables
     telling: asyncio.Task[None] | None = None
     dropped: list[Dropped] = field(default_factory=list)
-    apart: list["Joint"] = field(default_factory=list)
+    apart: list[Joint] = field(default_factory=list)
 
     @property
     def waiting_for(self) -> tuple[tuple[int, str], ...]:
