@@ -213,7 +213,7 @@ class Renumbered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gone:
-    """A table was dropped, is lost, or is a step of its own: the step goes on without it. At least one other is left."""
+    """A table was dropped, is lost, or a step of its own: the step goes on without it. At least one other is left."""
 
     table_id: int
 
