@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mempool.agreement.step_events import (
+    Acknowledge,
     Action,
     Apply,
     ApplyAnswered,
@@ -93,17 +94,25 @@ class _Shard:
 class StepOfTables:
     """One step of one rank over some tables of a pool; the first table's gate decides it.
 
+    Where the decider's table leaves while the step is in doubt, the decision may have reached the gates of some tables
+    and not those of others, and nobody is left to ask. Then each gate is asked by a Prepare of the same number that
+    names the next decider. Where it was applied that table is acknowledged; where not, the gate has heard of a decider
+    that decided nothing, and does not take the old one's word any more. Only then may a number change.
+
     Args:
         tables: In the step's order; at least one.
+        decided: It is known to be decided.
 
     Attributes:
         tables: By id, in order.
         state: See ``State``.
     """
 
-    def __init__(self, tables: Iterable[TableStep]) -> None:
+    def __init__(self, tables: Iterable[TableStep], *, decided: bool = False) -> None:
         self.tables = {table.table_id: table for table in tables}
-        self.state: State = "open"
+        self.state: State = "decided" if decided else "open"
+        self._unasked: tuple[int, ...] = ()  # tables whose gates are to be asked, as the decider has left
+        self._apart: int | None = None  # a table that was applied, and is to leave
         self._owners: dict[int, Owners] = {}
         self._shards: dict[int, _Shard] = {}
         self._norms: dict[int, dict[int, PreparedPart]] = {}  # by table, then shard
@@ -157,6 +166,9 @@ class StepOfTables:
                 self._take_committed(event)
             case CommitInvalid():
                 self._reopen()
+            case Refused() if self._unasked:
+                self._refused = event.error  # to the first of them; others may have been applied
+                self._asked(self._unasked[0])
             case Refused() | SendRefused() if self.state == "decided":
                 self._failed = event.error
             case Refused() | SendRefused():
@@ -171,14 +183,17 @@ class StepOfTables:
             case Renumbered():
                 self._renumber(event.step_ids)
             case Gone():
-                del self.tables[event.table_id]
-                self._owners, self._shards, self._norms = {}, {}, {}
+                self._leave(event.table_id)
 
     def next(self, goal: Goal) -> Action:
         """What to do now on the way to ``goal``."""
         if self._failed is not None:
             return Fail(error=self._failed)
-        if self._refused is not None:
+        if self._apart is not None:
+            return Acknowledge(table_id=self._apart)
+        if self._unasked and not self._missing():
+            return self._ask(self.tables[self._unasked[0]])
+        if self._refused is not None and not self._unasked:
             return Renumber() if self._numbers < MAX_ROUNDS else Fail(error=self._refused)
         if self._rounds >= MAX_ROUNDS and (lacking := self._missing()):
             return Fail(error=self._keeps_missing(lacking))
@@ -233,6 +248,9 @@ class StepOfTables:
     def _take_prepared(self, event: PrepareAnswered) -> None:
         shard = self._shards[event.shard]
         answers = list(zip(event.parts, event.reply, strict=True))
+        if self._unasked and any(answer.applied for _, answer in answers):
+            self._take_applied_before(next(part.table_id for part, answer in answers if answer.applied))
+            return
         if self.state == "decided":
             shard.applied |= {part.table_id for part, answer in answers if answer.applied}
             answers = [(part, answer) for part, answer in answers if not answer.applied]
@@ -241,7 +259,12 @@ class StepOfTables:
             return
         shard.held_off = any(answer.held_off for _, answer in answers)
         shard.missing = {} if shard.held_off else {p.table_id: a.missing for p, a in answers if a.missing}
-        shard.prepared = not (shard.held_off or shard.missing)
+        prepared = not (shard.held_off or shard.missing)
+        if self._unasked:  # a part of what is to be prepared there
+            if prepared:
+                self._asked(event.parts[0].table_id)
+            return
+        shard.prepared = prepared
         if not shard.prepared:
             return
         shard.unprepared = False
@@ -290,6 +313,28 @@ class StepOfTables:
         for shard in self._shards.values():
             shard.missing = {}
 
+    def _leave(self, table_id: int) -> None:
+        decider = self._first.table_id == table_id
+        del self.tables[table_id]
+        self._owners, self._shards, self._norms = {}, {}, {}
+        self._apart = None
+        if decider and self.state == "in doubt":
+            self._unasked = tuple(self.tables)
+        elif self._unasked:
+            self._asked(table_id)
+
+    def _asked(self, table_id: int) -> None:
+        """The gate of that table has answered, or is not asked any more. When all have, nothing is decided."""
+        self._unasked = tuple(each for each in self._unasked if each != table_id)
+        if not self._unasked:
+            self._reopen()
+
+    def _take_applied_before(self, table_id: int) -> None:
+        if len(self.tables) > 1:
+            self._apart = table_id
+        else:
+            self.state, self._unasked, self._refused = "decided", (), None
+
     def _reopen(self) -> None:
         self.state = "open"
         self._one_phase = False
@@ -328,6 +373,18 @@ class StepOfTables:
             norm_order=self._norm_order if want_norm is None else 0.0,
             decider=self._part(self._first, self._decider),
             wait=held_off is not None,
+            attempt=self._attempts,
+        )
+
+    def _ask(self, table: TableStep) -> Prepare:
+        """Alone, as one refusal is that of all parts of a message, and another part of it may have been applied."""
+        gate = self._owners[table.table_id].shards[0]
+        self._attempts += 1
+        return Prepare(
+            to={gate: (self._part(table, gate),)},
+            want_norm=False,
+            decider=self._part(self._first, self._decider),
+            wait=self._shards[gate].held_off,
             attempt=self._attempts,
         )
 

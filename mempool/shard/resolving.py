@@ -33,14 +33,14 @@ _MOST_GONE = 16
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What to ask of which shard; ``tables``: whose doubt it is. last: its decider knows of no decision; a table's gate
-    is asked, too, in case the decider is one that was started anew."""
+    """What to ask of which shard; ``tables``: whose doubt it is. last: the decider that knows of no decision; a table's
+    gate is asked, too, in case that is one that was started anew."""
 
     target: ShardInfo
     request: ResolveRequest
     tables: tuple[int, ...]
     asked_s: float
-    last: bool = False
+    last: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,14 +217,15 @@ class Decisions:
         """
         for table in self._tables().values():
             for prepared in list(table.updates.prepared()):
-                if prepared.decider != (table_id, step_id.step) or not _same_rank(prepared.step_id, step_id):
+                if prepared.decider[0] != table_id or _at_decider(prepared) != step_id:
                     continue
-                if said_elsewhere and table.table_id != table_id and not table.is_gate and table.gate_info is not None:
+                ask_gate = said_elsewhere and table.table_id != table_id and not table.is_gate
+                if ask_gate and (gate := table.gate_info) is not None:
                     request = ResolveRequest(
                         table_id=table.table_id, step_id=prepared.step_id, after_version=table.order.applied
                     )
-                    asked = Question(table.gate_info, request, (table.table_id,), self._clock(), last=True)
-                    self._last.append(asked)
+                    last = Question(gate, request, (table.table_id,), self._clock(), last=prepared.decider)
+                    self._last.append(last)
                     continue
                 table.updates.discard(prepared.step_id)
                 table.steps_changed()
@@ -298,15 +299,18 @@ class Decisions:
         step_id = question.request.step_id
         assert step_id is not None, "it was asked for"
         here = [tables[table_id] for table_id in question.tables if table_id in tables]
-        if question.last and reply.state != "decided":
+        # What a step was prepared for before says nothing of it once its trainer has named another decider.
+        decider = question.last or (question.request.table_id, step_id.step)
+        if question.last is not None and reply.state != "decided":
             for other in here:
-                other.updates.discard(step_id)
+                if other.updates.is_prepared(step_id, decider=decider):
+                    other.updates.discard(step_id)
         elif reply.state == "dropped":
             self.drop(question.request.table_id, step_id, said_elsewhere=question.target is not _NOWHERE)
         elif reply.state == "decided":
             for step in reply.steps:
                 table = tables.get(step.table_id)
-                if table is None or not table.updates.is_prepared(step.step_id):
+                if table is None or not table.updates.is_prepared(step.step_id, decider=decider):
                     continue
                 if step.version:
                     table.order.add(step)
@@ -357,7 +361,3 @@ def _at_decider(prepared: PreparedStep) -> StepId:
 
 
 _NOWHERE = ShardInfo(shard=0, address="", incarnation=0)
-
-
-def _same_rank(one: StepId, other: StepId) -> bool:
-    return (one.group, one.rank, one.generation) == (other.group, other.rank, other.generation)

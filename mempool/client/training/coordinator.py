@@ -139,10 +139,16 @@ class Coordinator:
                     for each in commitments
                     if each.session.joint is joint
                 }
-                await self._carry_out(joint, "decided", left_s, begun=Begun(), decided=Decided(numbers=numbers))
+                try:
+                    await self._carry_out(joint, "decided", left_s, begun=Begun(), decided=Decided(numbers=numbers))
+                except DataLoss as error:
+                    if joint.step.state != "open" and await self._lost(joint, error, left_s) == joint.sessions.keys():
+                        joint.end()
+                    raise
                 for session, count in self._acknowledge(joint).items():
                     counts[session] = counts.get(session, 0) + count
-                self._tell(joint)
+                for each in (joint, *joint.apart):
+                    self._tell(each)
             return [counts.get(session, 0) for session in sessions]
 
     async def discard(self, sessions: Sequence[Session], *, timeout_s: float | None = None) -> list[int]:
@@ -211,7 +217,8 @@ class Coordinator:
                     await self._finish_telling(other, left_s)
                 await self._end_earlier(joint, "decided", left_s)
                 counts |= self._acknowledge(joint)
-                await self._finish_telling(joint, left_s)
+                for each in (joint, *joint.apart):
+                    await self._finish_telling(each, left_s)
         return counts
 
     async def _sealed(self, sessions: Sequence[Session], left_s: _LeftS) -> Joint | None:
@@ -318,19 +325,23 @@ class Coordinator:
         if joint.step.state == "open":
             self._abandon(joint)
             return False
-        if not gone or len(gone) == len(joint.sessions):
+        if len(gone) == len(joint.sessions):
+            joint.end()
             return False
         for table_id in gone:
             joint.leave(table_id)
-        return True
+        return bool(gone)
 
     def _acknowledge(self, joint: Joint) -> dict[Session, int]:
+        """How many updates each session has in it, and in what of it is a step of its own by now."""
         counts = {}
-        for session in joint.sessions.values():
-            counts[session] = session.book.acknowledged()
-            session.joint, session.applying = None, joint
-            session.counters.steps_committed += 1
-            session.counters.updates_committed += counts[session]
+        for each in (joint, *joint.apart):
+            for session in each.sessions.values():
+                if session.joint is each:
+                    counts[session] = session.book.acknowledged()
+                    session.joint, session.applying = None, each
+                    session.counters.steps_committed += 1
+                    session.counters.updates_committed += counts[session]
         if isinstance(joint.step.next("applied"), Reached):
             self._over(joint)
         return counts
@@ -377,7 +388,10 @@ class Coordinator:
                 return await self._carry_out(joint, goal, left_s, begun=Begun())
             except DataLoss as error:
                 lost = await self._lost(joint, error, left_s)
-                if not lost or lost == joint.sessions.keys():
+                if not lost or joint.step.state == "open":
+                    raise
+                if lost == joint.sessions.keys():
+                    joint.end()
                     raise
                 for table_id in lost:
                     joint.leave(table_id)
