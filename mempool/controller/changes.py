@@ -274,7 +274,7 @@ class TableChanges:
             return
         except MempoolError as error:
             _LOG.warning("whether table %r is made is not known yet: %s", view.schema.name, error)
-            self._roster.complete = False  # shards are asked when they are settled
+            self._roster.doubt()  # shards are asked when they are settled
             self._telling.untold()
             return
         self._roster.forget(table_id)

@@ -20,7 +20,8 @@ class Roster:
     Attributes:
         dropped: Ids of tables that are gone, and that some shard may not have heard of yet.
         unfinished: Ids of tables that are being made: what a shard says of one is no news.
-        complete: Every table of the pool is known. Not so from an adoption until each shard was heard once.
+        complete: Every table of the pool is known. Not so from a doubt until each shard was heard, all after it.
+        doubts: How often that came to be in doubt: what was heard before the last of them does not end it.
         highest_incarnation: Of any shard that was ever heard of.
     """
 
@@ -29,6 +30,7 @@ class Roster:
         self.dropped: set[int] = set()
         self.unfinished: set[int] = set()
         self.complete = True
+        self.doubts = 0
         self.highest_incarnation = 0
         self._shards: dict[int, ShardInfo] = {}
         self._views: dict[str, TableView] = {}
@@ -119,6 +121,11 @@ class Roster:
                 self.put(view.schema, view.placement)
         self.dropped |= known.dropped
         self.complete = known.complete
+
+    def doubt(self) -> None:
+        """Shards may have tables that are not known here: they are to be heard, from now on."""
+        self.complete = False
+        self.doubts += 1
 
     def hear(self, view: TableView) -> None:
         """Take over what a shard says of a table, where it is news: see ``agreement.recovery.learn``."""

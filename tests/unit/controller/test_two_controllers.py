@@ -29,6 +29,7 @@ class Held:
     def __init__(self, number: int) -> None:
         self.came = threading.Event()
         self._number = number
+        self.ended = False
         self._go = asyncio.Event()
 
     async def __call__(self) -> None:
@@ -38,6 +39,7 @@ class Held:
             await self._go.wait()
 
     def let_go(self) -> None:
+        self.ended = True
         io_loop().call_soon_threadsafe(self._go.set)
 
 
@@ -134,3 +136,44 @@ def test_while_it_is_not_known_whether_a_table_is_made_none_is_made_beside_it_an
         bench.controller._roster.complete = False
         run(bench.controller.drop_table("facts", table_id=view.schema.table_id * id_known), timeout_s=CALL_S)
         assert all(not run(host.status(), timeout_s=CALL_S).tables for host in bench.fleet.hosts.values())
+
+
+def test_a_settling_under_way_does_not_end_a_doubt_that_came_since_it_heard() -> None:
+    """It has its answers already: the table that one of them does not name may be made by now."""
+    with Bench(2) as bench:
+        hosts, roster = bench.fleet.hosts, bench.controller._roster
+        lost = fail(errors.ShardUnavailable("a packet was lost"))
+        attaching, hearing = Held(1), Held(1)
+        attach, status = hosts[0]._engine.attach_table, hosts[0]._engine.status
+
+        async def confirmed_and_lost(request: Any) -> None:
+            if request.mode == "initialise":
+                await attaching()
+            await attach(request)
+            if request.mode == "confirm" and not hearing.ended:
+                hosts[0].faults["drop_table"] = lost
+                await lost()
+
+        async def late_status() -> Any:
+            said = await status()
+            await hearing()
+            return said
+
+        hosts[0]._engine.attach_table = confirmed_and_lost  # type: ignore[method-assign]
+        making = submit(bench.controller.create_table(resolve(config())))
+        assert attaching.came.wait(CALL_S)
+        hosts[0]._engine.status = late_status  # type: ignore[method-assign]
+        settling = submit(bench.controller._watching._telling.settle())
+        assert hearing.came.wait(CALL_S)
+        attaching.let_go()
+        assert isinstance(making.exception(CALL_S), errors.ShardUnavailable)
+        hearing.let_go()
+        settling.result(CALL_S)
+        assert not roster.complete
+        assert bench.controller._watching._telling.missed
+        with pytest.raises(errors.ShardUnavailable, match="is not known yet"):
+            bench.view("facts")
+        hosts[0].faults.clear()
+        run(bench.controller.reconcile(), timeout_s=CALL_S)
+        (view,) = run(hosts[0].views(), timeout_s=CALL_S)
+        assert bench.view("facts").schema.table_id == view.schema.table_id
