@@ -50,6 +50,7 @@ class Making:
     Attributes:
         schema: As it was asked for, table_id 0.
         table_id: The id that it will have.
+        first_id: The one that it was begun with, by which a caller may know it: later tables were heard of since.
         task: Makes it.
         view: Where its pages will be, once that is planned; until then it waits for its turn.
         bytes_of: Bytes that each owner has to fill.
@@ -59,6 +60,7 @@ class Making:
 
     schema: TableSchema
     table_id: int
+    first_id: int = 0
     task: "asyncio.Task[TableView] | None" = None
     view: TableView | None = None
     bytes_of: dict[int, int] = field(default_factory=dict)
@@ -135,7 +137,7 @@ class TableChanges:
     async def drop(self, name: str, table_id: int) -> None:
         """Drop a table; one that is being made is not made. As ``Controller.drop_table``."""
         making = self._making.get(name)
-        if making is not None and table_id in (0, making.table_id):
+        if making is not None and table_id in (0, making.table_id, making.first_id):
             await self._end(making, NotFound(f"table {name!r} was dropped while it was being made"))
             if name not in self._roster.names:
                 return
@@ -235,11 +237,14 @@ class TableChanges:
 
     async def _make(self, making: Making) -> TableView:
         table_id = making.table_id
-        schema = replace(making.schema, table_id=table_id)
         infos: tuple[ShardInfo, ...] = ()
         try:
             async with self._changing:
-                await self._know_all(schema.name)
+                await self._know_all(making.schema.name)
+                if self._roster.overtaken(table_id):
+                    making.first_id, making.table_id = table_id, self._roster.new_table_id()
+                    table_id = making.table_id
+                schema = replace(making.schema, table_id=table_id)
                 self._require_none(schema)
                 infos = self._roster.infos
                 view, making.bytes_of = await self._runner.run(lambda: first_view(schema, infos))

@@ -35,6 +35,7 @@ class Roster:
         self._shards: dict[int, ShardInfo] = {}
         self._views: dict[str, TableView] = {}
         self._last_table_id = 0
+        self._heard_table_id = 0
 
     @property
     def shards(self) -> Mapping[int, ShardInfo]:
@@ -79,9 +80,15 @@ class Roster:
             raise NotFound(f"no table {shown(name)} in this pool; its tables: {known}{more}") from None
 
     def new_table_id(self) -> int:
-        """An id that no table of this pool ever had: milliseconds of now, so that a restarted controller agrees."""
-        self._last_table_id = max(self._last_table_id + 1, int(self._wall_clock() * 1000))
+        """An id above that of every table heard of: milliseconds of now, or more where an earlier controller's clock
+        was ahead."""
+        last = max(self._last_table_id, self._heard_table_id)
+        self._last_table_id = max(last + 1, int(self._wall_clock() * 1000))
         return self._last_table_id
+
+    def overtaken(self, table_id: int) -> bool:
+        """Shards have spoken of a later table than that one, which is yet to be made."""
+        return table_id <= self._heard_table_id
 
     def set_shards(self, infos: Iterable[ShardInfo]) -> None:
         """Take shards in, or take over a shard's new address and incarnation."""
@@ -130,16 +137,22 @@ class Roster:
     def hear(self, view: TableView) -> None:
         """Take over what a shard says of a table, where it is news: see ``agreement.recovery.learn``."""
         self.hear_of(view.shards)
+        self.hear_ids([view.schema.table_id])
         self.learn(learn(self.knowledge, view))
 
     def hear_of(self, infos: Iterable[ShardInfo]) -> None:
         """Remember that there were such starts of shards."""
         self.highest_incarnation = max(self.highest_incarnation, *(info.incarnation for info in infos), 0)
 
+    def hear_ids(self, table_ids: Iterable[int]) -> None:
+        """Remember that there were such tables, made or not, dropped or not: later ones have higher ids."""
+        self._heard_table_id = max(self._heard_table_id, *table_ids, 0)
+
     def forget(self, table_id: int) -> None:
         """A table is dropped, or one that was being made is not made, whatever shards have of it."""
         self._views = {name: view for name, view in self._views.items() if view.schema.table_id != table_id}
         self.dropped.add(table_id)
+        self._last_table_id = max(self._last_table_id, table_id)
 
     def _refresh(self) -> None:
         self._views = {name: replace(view, shards=self.infos) for name, view in self._views.items()}

@@ -39,6 +39,8 @@ async def settle(roster: Roster, call: Call) -> dict[int, BaseException]:
     infos, doubts, told = roster.infos, roster.doubts, frozenset(roster.dropped)
     heard = await _each(infos, lambda info: _hear(call, info))
     known = {shard: found for shard, found in heard.items() if not isinstance(found, BaseException)}
+    for found in known.values():
+        roster.hear_ids(found.table_ids)
     everyone = len(known) == len(infos) and roster.doubts == doubts  # a making may end in doubt meanwhile
     late = roster.dropped - told  # meanwhile: shards may have spoken before they took such a table in
     learned = recovery.learn_all(roster.knowledge, known.values(), everyone=everyone)

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any
@@ -145,6 +146,12 @@ def test_a_settling_under_way_does_not_end_a_doubt_that_came_since_it_heard() ->
         lost = fail(errors.ShardUnavailable("a packet was lost"))
         attaching, hearing = Held(1), Held(1)
         attach, status = hosts[0]._engine.attach_table, hosts[0]._engine.status
+        attach_other = hosts[1]._engine.attach_table
+
+        async def attached_later(request: Any) -> None:
+            if request.mode == "initialise":
+                await attaching()
+            await attach_other(request)
 
         async def confirmed_and_lost(request: Any) -> None:
             if request.mode == "initialise":
@@ -160,6 +167,7 @@ def test_a_settling_under_way_does_not_end_a_doubt_that_came_since_it_heard() ->
             return said
 
         hosts[0]._engine.attach_table = confirmed_and_lost  # type: ignore[method-assign]
+        hosts[1]._engine.attach_table = attached_later  # type: ignore[method-assign]
         making = submit(bench.controller.create_table(resolve(config())))
         assert attaching.came.wait(CALL_S)
         hosts[0]._engine.status = late_status  # type: ignore[method-assign]
@@ -177,3 +185,28 @@ def test_a_settling_under_way_does_not_end_a_doubt_that_came_since_it_heard() ->
         run(bench.controller.reconcile(), timeout_s=CALL_S)
         (view,) = run(hosts[0].views(), timeout_s=CALL_S)
         assert bench.view("facts").schema.table_id == view.schema.table_id
+
+
+@pytest.mark.parametrize("heard_late", [False, True])
+def test_ids_ascend_where_the_next_controllers_clock_is_behind(heard_late: bool) -> None:
+    """Also past tables that were dropped, and where shards are heard only once a table is asked for."""
+    with Bench(2) as bench:
+        infos = [host.info for host in bench.fleet.hosts.values()]
+        ahead = Controller(
+            "bench", launcher=bench.fleet, dial=bench.fleet.dial, wall_clock=lambda: time.time() + 600
+        )
+        run(ahead.adopt(infos), timeout_s=CALL_S)
+        old = run(ahead.create_table(resolve(config())), timeout_s=CALL_S)
+        run(ahead.drop_table("facts"), timeout_s=CALL_S)
+        behind = bench.heir()
+        if heard_late:
+            for host in bench.fleet.hosts.values():
+                host.faults["views"] = fail(errors.ShardUnavailable("away"))
+            with pytest.raises(errors.ShardUnavailable):
+                run(behind.adopt(infos), timeout_s=CALL_S)
+            for host in bench.fleet.hosts.values():
+                host.faults.clear()
+        else:
+            run(behind.adopt(infos), timeout_s=CALL_S)
+        new = run(behind.create_table(resolve(config())), timeout_s=CALL_S)
+        assert new.schema.table_id > old.schema.table_id
