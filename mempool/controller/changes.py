@@ -139,7 +139,7 @@ class TableChanges:
         making = self._making.get(name)
         if making is not None and table_id in (0, making.table_id, making.first_id):
             await self._end(making, NotFound(f"table {name!r} was dropped while it was being made"))
-            if name not in self._roster.names:
+            if name not in self._roster.names and self._roster.complete:
                 return
         async with self._changing:
             known = self._roster.find(name)

@@ -210,3 +210,26 @@ def test_ids_ascend_where_the_next_controllers_clock_is_behind(heard_late: bool)
             run(behind.adopt(infos), timeout_s=CALL_S)
         new = run(behind.create_table(resolve(config())), timeout_s=CALL_S)
         assert new.schema.table_id > old.schema.table_id
+
+
+def test_a_drop_that_ends_a_making_does_not_say_done_of_a_table_that_may_be_there() -> None:
+    """Nobody was heard yet: the making waits to hear whether there is one of that name, and there is."""
+    with Bench(2) as bench:
+        bench.pool.create_table(config())
+        hosts = bench.fleet.hosts.values()
+        for host in hosts:
+            host.faults["views"] = fail(errors.ShardUnavailable("away"))
+        heir, adopting = adoption(bench)
+        assert isinstance(adopting.exception(CALL_S), errors.ShardUnavailable)
+        hearing = Held(1)
+        for host in hosts:
+            host.faults["views"] = hearing
+        making = submit(heir.create_table(resolve(config())))
+        assert hearing.came.wait(CALL_S)
+        dropping = submit(heir.drop_table("facts"))
+        assert isinstance(making.exception(CALL_S), errors.NotFound)
+        hearing.let_go()
+        dropping.result(CALL_S)
+        assert all(not run(host.status(), timeout_s=CALL_S).tables for host in hosts)
+        run(heir.reconcile(), timeout_s=CALL_S)
+        assert run(heir.tables(), timeout_s=CALL_S) == ()
