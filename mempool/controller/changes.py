@@ -30,6 +30,7 @@ from mempool.types import (
     TableView,
 )
 from mempool.types.caller import Caller, calling
+from mempool.types.pool import WAITS_FOR_CHANGE, WAITS_FOR_SHARDS
 from mempool.types.running import Clock, Runner
 from mempool.types.schema_checks import check_schema, shown
 from mempool.types.schema_differences import schema_differences
@@ -191,7 +192,8 @@ class TableChanges:
     def creations(self, statuses: Iterable[ShardStatus]) -> tuple[TableCreation, ...]:
         """The tables that are being made, and how far the shards say that they are."""
         seen = {(table.table_id, status.info.shard): table for status in statuses for table in status.tables}
-        return tuple(_creation(making, seen, self._clock()) for making in self._making.values())
+        change = WAITS_FOR_CHANGE if self._roster.complete else WAITS_FOR_SHARDS
+        return tuple(_creation(making, seen, self._clock(), change) for making in self._making.values())
 
     async def _know_all(self, name: str) -> None:
         """Hear of every table that there is, with ``changing`` held. Raises ShardUnavailable where a shard that was not
@@ -332,13 +334,13 @@ def num_pages(schema: TableSchema) -> int:
     return schema.num_row_pages * schema.num_blocks + schema.num_key_pages
 
 
-def _creation(making: Making, seen: dict[tuple[int, int], TableStatus], now: float) -> TableCreation:
+def _creation(making: Making, seen: dict[tuple[int, int], TableStatus], now: float, change: str) -> TableCreation:
     table_id = making.table_id
     tables = {shard: seen.get((table_id, shard)) for shard in sorted(making.bytes_of)}
     return TableCreation(
         table=making.schema.name,
         table_id=table_id,
-        waiting_for=_waiting_for(making, tables),
+        waiting_for=change if making.view is None else _preparing(tables),
         spent_s=now - making.began_s,
         shards=tuple(
             # A shard that says nothing of it has not begun.
@@ -352,8 +354,6 @@ def _creation(making: Making, seen: dict[tuple[int, int], TableStatus], now: flo
     )
 
 
-def _waiting_for(making: Making, tables: dict[int, TableStatus | None]) -> str:
-    if making.view is None:
-        return "the change of the pool that is under way"
+def _preparing(tables: dict[int, TableStatus | None]) -> str:
     preparing = (f"{table.preparing} on shard {shard}" for shard, table in tables.items() if table and table.preparing)
     return next(preparing, "")

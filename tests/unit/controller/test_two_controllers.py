@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from mempool import errors
 from mempool.config import resolve
 from mempool.controller import Controller
+from mempool.types.pool import WAITS_FOR_SHARDS
 from mempool.wire.channels.loop import io_loop, run
 
 from .bench import CALL_S, Bench, config, fail, train
@@ -192,9 +193,7 @@ def test_ids_ascend_where_the_next_controllers_clock_is_behind(heard_late: bool)
     """Also past tables that were dropped, and where shards are heard only once a table is asked for."""
     with Bench(2) as bench:
         infos = [host.info for host in bench.fleet.hosts.values()]
-        ahead = Controller(
-            "bench", launcher=bench.fleet, dial=bench.fleet.dial, wall_clock=lambda: time.time() + 600
-        )
+        ahead = Controller("bench", launcher=bench.fleet, dial=bench.fleet.dial, wall_clock=lambda: time.time() + 600)
         run(ahead.adopt(infos), timeout_s=CALL_S)
         old = run(ahead.create_table(resolve(config())), timeout_s=CALL_S)
         run(ahead.drop_table("facts"), timeout_s=CALL_S)
@@ -233,3 +232,39 @@ def test_a_drop_that_ends_a_making_does_not_say_done_of_a_table_that_may_be_ther
         assert all(not run(host.status(), timeout_s=CALL_S).tables for host in hosts)
         run(heir.reconcile(), timeout_s=CALL_S)
         assert run(heir.tables(), timeout_s=CALL_S) == ()
+
+
+def test_a_making_that_waits_for_a_silent_shard_has_an_end_and_can_be_ended() -> None:
+    """What a new controller cannot find out is no sign of life, and a try that ends so no outage of its own."""
+    with Bench(2) as bench:
+        infos = [host.info for host in bench.fleet.hosts.values()]
+        heir = bench.heir()
+        bench.fleet.hosts[1].faults["views"] = fail(errors.ShardUnavailable("away"))
+        run(heir.adopt(infos), timeout_s=CALL_S)
+        silent = Held(1)
+        bench.fleet.hosts[1].faults["views"] = silent
+        pool = bench.pool_of(heir, timeout_s=3.0)
+        told: list[BaseException] = []
+
+        def tell(change: Callable[[], object]) -> None:
+            try:
+                change()
+            except errors.MempoolError as error:
+                told.append(error)
+
+        making = threading.Thread(target=tell, args=[lambda: pool.create_table(config())], daemon=True)
+        making.start()
+        assert silent.came.wait(CALL_S)
+        making.join(CALL_S)
+        assert isinstance(told.pop(), errors.DeadlineExceeded)
+        (creation,) = run(heir.status(), timeout_s=CALL_S).creating
+        assert creation.waiting_for == WAITS_FOR_SHARDS
+        ending = threading.Thread(target=tell, args=[lambda: pool.drop_table("facts")], daemon=True)
+        ending.start()
+        for _ in range(100):
+            if not run(heir.status(), timeout_s=CALL_S).creating:
+                break
+            ending.join(0.1)
+        assert not run(heir.status(), timeout_s=CALL_S).creating
+        silent.let_go()
+        ending.join(CALL_S)
