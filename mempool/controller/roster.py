@@ -22,6 +22,7 @@ class Roster:
         unfinished: Ids of tables that are being made: what a shard says of one is no news.
         complete: Every table of the pool is known. Not so from a doubt until each shard was heard, all after it.
         doubts: How often that came to be in doubt: what was heard before the last of them does not end it.
+        unheard: Shards that did not say what they have when all were asked last, ascending.
         highest_incarnation: Of any shard that was ever heard of.
     """
 
@@ -31,6 +32,7 @@ class Roster:
         self.unfinished: set[int] = set()
         self.complete = True
         self.doubts = 0
+        self.unheard: tuple[int, ...] = ()
         self.highest_incarnation = 0
         self._shards: dict[int, ShardInfo] = {}
         self._views: dict[str, TableView] = {}
@@ -71,9 +73,11 @@ class Roster:
             return self._views[name]
         except KeyError:
             if not self.complete:
+                late = f"shard {self.unheard[0]} has not" if self.unheard else "not every shard has"
                 raise ShardUnavailable(
-                    f"whether there is a table {shown(name)} is not known yet: not every shard has said what it has; "
-                    "ask again, and see mempool status"
+                    f"whether there is a table {shown(name)} is not known yet: {late} said what it has; "
+                    "ask again, and see mempool status",
+                    shard=self.unheard[0] if self.unheard else None,
                 ) from None
             known = ", ".join(sorted(self._views)[:_NAMED]) or "none"
             more = f", and {len(self._views) - _NAMED:,} more" if len(self._views) > _NAMED else ""

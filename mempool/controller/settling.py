@@ -41,6 +41,7 @@ async def settle(roster: Roster, call: Call) -> dict[int, BaseException]:
     known = {shard: found for shard, found in heard.items() if not isinstance(found, BaseException)}
     for found in known.values():
         roster.hear_ids(found.table_ids)
+    roster.unheard = tuple(sorted(heard.keys() - known.keys()))
     everyone = len(known) == len(infos) and roster.doubts == doubts  # a making may end in doubt meanwhile
     late = roster.dropped - told  # meanwhile: shards may have spoken before they took such a table in
     learned = recovery.learn_all(roster.knowledge, known.values(), everyone=everyone)
