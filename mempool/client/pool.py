@@ -18,7 +18,7 @@ from mempool.client.routing.whereabouts import Whereabouts
 from mempool.client.table import Table
 from mempool.client.training.session import Session
 from mempool.config import TableConfig
-from mempool.errors import InvalidRequest, NotFound, PoolUnreachable, ShardUnavailable
+from mempool.errors import InvalidRequest, NotFound, PoolUnreachable, ShardUnavailable, Unavailable
 from mempool.types import PoolApi, PoolStatus, RescaleProgress, TableView
 from mempool.types.caller import Caller, calling
 
@@ -236,10 +236,10 @@ class Pool:
         await self._connection.tries.run(name, ask)
 
     async def _id_of(self, name: str) -> int:
-        """The id of a table, also of one that is being made. Raises NotFound."""
+        """The id of a table, also of one that is being made. Raises NotFound; Unavailable where it is not known."""
         try:
             return (await self._api.table(name)).schema.table_id
-        except NotFound:
+        except (NotFound, Unavailable):  # a making that waits to know what there is can be ended, too
             for creation in (await self._api.status()).creating:
                 if creation.table == name:
                     return creation.table_id

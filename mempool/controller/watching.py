@@ -46,7 +46,7 @@ class Watching:
         """Take over running shards. Raises ShardUnavailable where none answers."""
         async with self._changing:
             self._roster.set_shards(infos)
-            self._roster.complete = False
+            self._roster.doubt()
             problems = await self._telling.settle()
             if problems and len(problems) == len(self._roster.infos):
                 shard, problem = min(problems.items())

@@ -7,7 +7,7 @@ import pytest
 
 from mempool.config import TableConfig, resolve
 from mempool.controller.roster import Roster
-from mempool.errors import NotFound
+from mempool.errors import NotFound, ShardUnavailable
 from mempool.types import Placement, ShardInfo, TableView
 
 
@@ -102,3 +102,12 @@ def test_a_message_names_a_few_tables_and_cuts_what_was_asked_for() -> None:
         roster.view("x" * 10**6)
     assert len(str(caught.value)) < 500
     assert str(caught.value).endswith("t020, and 479 more")
+
+
+def test_where_it_is_not_known_whether_there_is_a_table_the_shard_that_is_late_is_named() -> None:
+    roster = made()
+    roster.doubt()
+    roster.unheard = (1,)
+    with pytest.raises(ShardUnavailable, match="shard 1 has not said what it has") as told:
+        roster.view("a")
+    assert told.value.shard == 1
