@@ -10,6 +10,8 @@ from mempool.types import Placement, ShardInfo, TableSchema, TableView
 from mempool.types.running import Clock
 from mempool.types.schema_checks import shown
 
+_MOST_ID = 2**62
+"""No clock is as far ahead as to give such an id to a table."""
 _NAMED = 20
 """How many of a pool's tables a message names."""
 
@@ -90,6 +92,10 @@ class Roster:
         self._last_table_id = max(last + 1, int(self._wall_clock() * 1000))
         return self._last_table_id
 
+    def _believed(self, table_id: int) -> int:
+        """An id, where a controller can have drawn it; else 0: beyond the wire's largest there would be none left."""
+        return table_id if table_id < _MOST_ID else 0
+
     def overtaken(self, table_id: int) -> bool:
         """Shards have spoken of a later table than that one, which is yet to be made."""
         return table_id <= self._heard_table_id
@@ -108,7 +114,7 @@ class Roster:
 
     def put(self, schema: TableSchema, placement: Placement) -> TableView:
         """Add a table, or give it a new placement."""
-        self._last_table_id = max(self._last_table_id, schema.table_id)
+        self._last_table_id = max(self._last_table_id, self._believed(schema.table_id))
         view = TableView(schema=schema, placement=placement, shards=self.infos)
         self._views[schema.name] = view
         return view
@@ -150,13 +156,13 @@ class Roster:
 
     def hear_ids(self, table_ids: Iterable[int]) -> None:
         """Remember that there were such tables, made or not, dropped or not: later ones have higher ids."""
-        self._heard_table_id = max(self._heard_table_id, *table_ids, 0)
+        self._heard_table_id = max(self._heard_table_id, *map(self._believed, table_ids), 0)
 
     def forget(self, table_id: int) -> None:
         """A table is dropped, or one that was being made is not made, whatever shards have of it."""
         self._views = {name: view for name, view in self._views.items() if view.schema.table_id != table_id}
         self.dropped.add(table_id)
-        self._last_table_id = max(self._last_table_id, table_id)
+        self._last_table_id = max(self._last_table_id, self._believed(table_id))
 
     def _refresh(self) -> None:
         self._views = {name: replace(view, shards=self.infos) for name, view in self._views.items()}

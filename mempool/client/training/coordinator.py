@@ -430,17 +430,23 @@ class Coordinator:
         }
         for dropped in joint.dropped:
             silence_s = max(silences_s[shard] for shard in dropped.shards)
-            if silence_s < self.heartbeats.lease_s / 2:
-                continue  # it was heard of: pages moved meanwhile
+            was_heard = silence_s < self.heartbeats.lease_s / 2
+            if dropped.table_id is None and was_heard:
+                continue  # pages moved while nobody knew whether it was decided
             what = (
                 f"a step of {self._names(joint.sessions)} was dropped"
                 if dropped.table_id is None
                 else f"updates of {self._names([dropped.table_id])} were dropped"
             )
+            why = (
+                "pages have moved meanwhile, or that shard has begun anew"
+                if was_heard
+                else f"this process was silent for up to {silence_s:.1f} s, and a shard keeps what a trainer holds for "
+                f"{self.heartbeats.lease_s:g} s after it last heard of it (shard.trainer_lease)"
+            )
             self._notices.append(
-                f"{what} by shards {sorted(dropped.shards)}: this process was silent for up to {silence_s:.1f} s, and a"
-                f" shard keeps what a trainer holds for {self.heartbeats.lease_s:g} s after it last heard of it"
-                " (shard.trainer_lease). All of it was sent again: nothing is lost or applied twice"
+                f"{what} by shards {sorted(dropped.shards)}: {why}. All of it was sent again: nothing is lost or "
+                "applied twice"
             )
         joint.dropped.clear()
 

@@ -79,6 +79,13 @@ def test_what_is_dropped_or_being_made_is_no_news() -> None:
     assert roster.dropped == {3}
 
 
+def test_an_id_that_no_controller_can_have_drawn_takes_none_from_those_to_come() -> None:
+    roster = Roster(wall_clock=lambda: 5.0)
+    roster.hear_ids([2**64 - 1])
+    roster.forget(2**64 - 1)
+    assert roster.new_table_id() == 5000
+
+
 def test_ids_ascend_whatever_the_clock_says() -> None:
     roster = made(view(2**60))
     first = roster.new_table_id()
