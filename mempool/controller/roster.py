@@ -10,8 +10,8 @@ from mempool.types import Placement, ShardInfo, TableSchema, TableView
 from mempool.types.running import Clock
 from mempool.types.schema_checks import shown
 
-_MOST_ID = 2**62
-"""No clock is as far ahead as to give such an id to a table."""
+_AHEAD_MS = 10 * 365 * 24 * 3600 * 1000
+"""So far a controller's clock may be ahead."""
 _NAMED = 20
 """How many of a pool's tables a message names."""
 
@@ -94,7 +94,7 @@ class Roster:
 
     def _believed(self, table_id: int) -> int:
         """An id, where a controller can have drawn it; else 0: beyond the wire's largest there would be none left."""
-        return table_id if table_id < _MOST_ID else 0
+        return table_id if table_id <= int(self._wall_clock() * 1000) + _AHEAD_MS else 0
 
     def overtaken(self, table_id: int) -> bool:
         """Shards have spoken of a later table than that one, which is yet to be made."""
