@@ -92,6 +92,7 @@ class Journal:
         self._writing: _Batch | None = None
         self._known_from = 0
         self._failures: deque[_Failure] = deque()
+        self._num_failures = 0
         self._removals: list[tuple[int, Future[int]]] = []
         self._closing = False
         self._closed: MempoolError | None = None
@@ -108,6 +109,11 @@ class Journal:
         return self._writer.last
 
     @property
+    def next_sequence(self) -> int:
+        """Of the next segment that is begun: higher than those of all lives before."""
+        return self._writer.sequence + 1
+
+    @property
     def num_bytes(self) -> int:
         """Of all segments."""
         return self._writer.num_bytes
@@ -116,6 +122,12 @@ class Journal:
     def num_syncs(self) -> int:
         """How often records were synced since it was opened."""
         return self._writer.num_syncs
+
+    @property
+    def num_failures(self) -> int:
+        """How often writing has failed since it was opened: all that waited then was left out."""
+        with self._lock:
+            return self._num_failures
 
     @property
     def waiting_bytes(self) -> int:
@@ -131,17 +143,19 @@ class Journal:
         """
         return read_records(self._files, self._chain, after=after)
 
-    def append(self, kind: int, buffers: Sequence[Bytes]) -> int:
+    def append(self, kind: int, buffers: Sequence[Bytes], *, ring: bool = True, since: int | None = None) -> int:
         """Leave a record to be written; its number. Returns at once. From any thread.
 
         Args:
             kind: What it is: 0 to 65,535, the caller's own.
             buffers: The payload, in parts. They are written as they lie: nobody changes them before it is synced.
+            ring: Have it written at once; else with the next one that is.
+            since: It builds on what was appended while ``num_failures`` was that.
 
         Raises:
             Overloaded: Too much waits to be written.
             RequestTooLarge: It is larger than a record may be.
-            StorageFailed: The journal is closed.
+            StorageFailed: The journal is closed; or it builds on what could not be written.
         """
         parts = views_of(buffers)
         num_bytes = sum(view.nbytes for view in parts)
@@ -153,6 +167,8 @@ class Journal:
             raise InvalidRequest(f"a record's kind is 0 to 65,535, and not {kind}")
         with self._lock:
             self._check_open()
+            if since not in (None, self._num_failures):
+                raise copy(self._failures[-1].error)
             waiting = self._waiting_bytes()
             if waiting and waiting + num_bytes + RECORD_BYTES > self._most_waiting_bytes:
                 raise Overloaded(
@@ -164,7 +180,8 @@ class Journal:
             self._next += 1
             self._gathering.entries.append(Entry(number, kind, parts, num_bytes))
             self._gathering.num_bytes += num_bytes + RECORD_BYTES
-            rings = len(self._gathering.entries) == 1
+            rings = ring and not self._gathering.rung
+            self._gathering.rung |= ring
         if rings:
             self._worker.ring()
         return number
@@ -258,6 +275,7 @@ class Journal:
         with self._lock:
             behind, self._gathering, self._writing = self._gathering, _Batch(self._next), None
             first = batch.first
+            self._num_failures += 1
             if self._failures and self._failures[-1].last + 1 == first:
                 first = self._failures.pop().first
             # A copy has no traceback, which would keep what was to be written.
@@ -298,6 +316,7 @@ class _Batch:
 
     Attributes:
         first: The number of its first record, once it has one.
+        rung: It is on its way to be written.
         done: Ends for all of them at once.
     """
 
@@ -305,6 +324,7 @@ class _Batch:
         self.first = first
         self.entries: list[Entry] = []
         self.num_bytes = 0
+        self.rung = False
         self.done: Future[None] = Future()
         self.done.set_running_or_notify_cancel()
 

@@ -62,6 +62,11 @@ class SegmentWriter:
         self.num_syncs = 0
 
     @property
+    def sequence(self) -> int:
+        """Of the newest segment; 0 where there is none."""
+        return self._sequence
+
+    @property
     def num_bytes(self) -> int:
         """Of all segments, without what does not count."""
         return self._older_bytes + (self._end if self._file is not None else 0)

@@ -241,6 +241,16 @@ class DenseSchedule:
         """[T + 1] float64: the logarithm of the product of all decays before each step."""
         return self._log_decays[: self._count + 1]
 
+    def restore(self, first_step: int, steps: Tensor, log_decays: Tensor) -> None:
+        """Take over what another one has recorded, as ``steps`` and ``log_decays`` were there."""
+        self.first_step, self._count = first_step, steps.shape[1]
+        room = max(64, self._count)
+        self._steps = torch.empty((3, room), dtype=torch.float32, device=self._steps.device)
+        self._steps[:, : self._count] = steps
+        self._log_decays = torch.zeros(room + 1, dtype=torch.float64, device=self._steps.device)
+        self._log_decays[: self._count + 1] = log_decays
+        self._log_decay = float(log_decays[-1])
+
     def append(self, lr: float, *, number: int | None = None) -> None:
         """Record the next step. number: of bias corrections, where it is not counted as rows count their last step."""
         if self._count == self._steps.shape[1]:

@@ -85,6 +85,8 @@ class ControllerProcess:
         self._serving.bind()  # a taken address is known before any shard is started
         try:
             await self._controller.open(self._config.pool.shards)
+            if self._config.shard.storage is not None:  # they may have tables of a pool that was switched off
+                await self._controller.adopt(self._controller.shards, wanted=self._config.pool.shards)
             address = await self._serving.start(self._controller)
         except BaseException:
             await self._controller.close()

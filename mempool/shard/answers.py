@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mempool.observe import Stages
 from mempool.shard import bounds, validate
+from mempool.shard.durable.records import Counted, Held, Written
 from mempool.shard.hosted import HostedTable
 from mempool.shard.parking import Parked
 from mempool.shard.steps.contexts import Contexts
@@ -184,7 +185,10 @@ class Answers:
         caller: str,
     ) -> UpdateReply:
         if new is not None and not table.ledger.has(request.step_id) and table.order.find(request.step_id) is None:
+            self._tenancy.log.require(new.num_bytes)
             table.updates.hold(request.step_id, request.sequence, new, caller=caller)
+            if self._tenancy.log.keeps:
+                self._tenancy.log.add(Held(table.table_id, request.step_id, request.sequence, new))
             self._tenancy.make_room()
         return UpdateReply(stamp=table.stamp, weight_grad=weight_grad)
 
@@ -256,7 +260,9 @@ class Answers:
         rows = validate.check_rows(table.storage, request.array, ids, request.blocks, request.rows)
         bounds.check_write(request.write_id)
         if table.writes.is_due(request.write_id):
+            self._tenancy.log.require(rows.nbytes + ids.nbytes)
             table.storage.write(request.array, ids, rows)
+            self._tenancy.log.add(Written(request))
         table.writes.did(request.write_id)
         return WriteRowsReply(stamp=table.stamp)
 
@@ -270,7 +276,9 @@ class Answers:
             bounds.check_number("set", request.set)
             bounds.check_write(request.write_id)
             if table.writes.is_due(request.write_id):
+                self._tenancy.log.require()
                 table.ledger.count_steps(request.set, at_version=request.at_version)
+                self._tenancy.log.add(Counted(request))
             table.writes.did(request.write_id)
         return StepCountReply(stamp=table.stamp, count=table.ledger.step)
 

@@ -17,11 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mempool.errors import Internal, MempoolError, Overloaded, ShardUnavailable
+from mempool.errors import Internal, MempoolError, Overloaded, ShardUnavailable, StepConflict
 from mempool.observe import Stages
 from mempool.shard import bounds
 from mempool.shard.answers import Answers
 from mempool.shard.committing import Committing
+from mempool.shard.durable.changes import Changes
+from mempool.shard.durable.records import Begun
+from mempool.shard.durable.replay import recover
+from mempool.shard.durable.store import Store
+from mempool.shard.durable.taking import Taking
 from mempool.shard.jobs import JOB_BYTES
 from mempool.shard.pages.transfer import pull
 from mempool.shard.parking import Behind, Parked
@@ -104,6 +109,7 @@ class Engine:
         configured: Limits come from a config file; messages name its keys.
         clock: Seconds, monotonic: what leases, and deadlines of callers, are told by.
         runner: Gives it its thread.
+        store: What it keeps on a disk; ``recover`` comes before anything else then. None: all is gone with it.
     """
 
     def __init__(
@@ -127,8 +133,10 @@ class Engine:
         configured: bool = True,
         clock: Clock = time.monotonic,
         runner: Runner = THREADS,
+        store: Store | None = None,
     ) -> None:
         self.info = info
+        self._store = store
         self._peers = peers
         self._on_loaded = on_loaded
         self._clock = clock
@@ -156,13 +164,15 @@ class Engine:
             name=f"shard {info.shard} of pool {pool!r}",
             stages=self._stages,
             budget=self._budget,
-            upkeep=self._tenancy.expire,
+            upkeep=self._keep_up,
             upkeep_s=min(1.0, max(0.05, min(held_lease_s, context_lease_s) / 12)),
             probe=partial(_probe, torch.device(device)),
             on_fatal=partial(self._end_for_good, on_fatal),
             clock=clock,
             runner=runner,
         )
+        self._changes = Changes(self._tenancy)
+        self._taking = None if store is None else Taking(store, self._tenancy, on_thread=self._on_thread, runner=runner)
         self._answers = Answers(
             self._tenancy,
             contexts=contexts,
@@ -175,13 +185,29 @@ class Engine:
         )
         self._committing = Committing(self._tenancy, stages=self._stages, asked_s=self._thread.asked_s)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._resolver = Resolver(self._tenancy.decisions, run=self._control, peers=peers, adopt=self._tenancy.set_view)
+        self._resolver = Resolver(self._tenancy.decisions, run=self._control, peers=peers, adopt=self._changes.set_view)
         self._tenancy.on_doubt = self._poke
 
     @property
     def doing(self) -> str:
         """What it is at just now, for messages; "" for nothing."""
         return self._thread.doing
+
+    async def recover(self) -> None:
+        """Make the shard again of what its store has, before it serves. Nothing happens without a store.
+
+        Raises:
+            DataLoss: Something of that is damaged or missing; it must not serve.
+            StorageFailed: Nothing can be written there.
+        """
+        if self._store is not None:
+            await self._control("recover", self._recover, self._store)
+
+    def _recover(self, store: Store) -> None:
+        restored = recover(store, self._tenancy, self._budget)
+        if self._taking is not None:
+            self._taking.restored(restored)
+        store.add(Begun(self.info.incarnation))
 
     # Shard
 
@@ -253,16 +279,16 @@ class Engine:
             InvalidRequest: The table is here already, with pages, at another epoch; or its pages do not fit.
             NotFound: It is to be confirmed, and is not here.
         """
-        table = await self._control("attach_table", self._tenancy.attach, request)
+        table = await self._control("attach_table", self._changes.attach, request)
         if request.mode == "confirm":
             return
         await self._tenancy.prepare(table)
         self._on_loaded()
-        while not await self._thread.run("fill", self._tenancy.fill, table, caller=_TABLES):
+        while not await self._thread.run("fill", self._changes.fill, table, caller=_TABLES):
             pass
 
     async def drop_table(self, table_id: int, *, unmade: bool = False) -> None:
-        await self._control("drop_table", partial(self._tenancy.end, unmade=unmade), table_id)
+        await self._control("drop_table", partial(self._changes.end, unmade=unmade), table_id)
 
     async def freeze(self, table_id: int, timeout_s: float, *, token: str, lease_s: float) -> int:
         bounds.check_freeze(timeout_s, token=token, lease_s=lease_s)
@@ -313,7 +339,7 @@ class Engine:
             cost = _cost(*batch.arrays.values())
             num_bytes: int = await self._thread.run(
                 "stage",
-                partial(self._tenancy.stage, table, token=request.token),
+                partial(self._changes.stage, table, token=request.token),
                 batch,
                 cost=cost,
                 caller=_TABLES,
@@ -325,10 +351,9 @@ class Engine:
             return lacks
 
         async def stage_ledger(ledger: Ledger) -> None:
-            staged = partial(self._tenancy.stage_ledger, table, token=request.token, decisions=request.of_decisions)
-            await self._control("stage", staged, ledger)
+            await self._control("stage", partial(self._changes.stage_ledger, table, request), ledger)
 
-        return await pull(
+        report = await pull(
             request,
             source=self._peers(request.source),
             page_bytes=table.storage.page_bytes(request.blocks),
@@ -336,14 +361,18 @@ class Engine:
             lacks_ledger=lacks_ledger,
             stage_ledger=stage_ledger,
         )
+        await self._settled()
+        return report
 
     async def set_view(self, view: TableView, *, token: str = "") -> None:
         bounds.check_token(token)
-        await self._control("set_view", partial(self._tenancy.set_view, token=token), view)
+        await self._control("set_view", partial(self._changes.set_view, token=token), view)
 
     async def views(self) -> tuple[TableView, ...]:
         self._thread.check_open()
-        return self._tenancy.views()
+        views = self._tenancy.views()
+        await self._settled()
+        return views
 
     async def status(self) -> ShardStatus:
         self._thread.check_open()
@@ -354,9 +383,20 @@ class Engine:
     async def close(self) -> None:
         """Answer what is waiting, then end the thread and free all memory. Repeatable."""
         await self._resolver.close()
+        if self._taking is not None:
+            await self._taking.close()
         with suppress(ShardUnavailable):  # closed before
             await self._thread.run("close", lambda _: self._tenancy.drop_all())
         await self._thread.close()
+        if self._store is not None:
+            await self._store.close()
+
+    def _keep_up(self) -> bool:
+        busy = self._tenancy.expire()
+        if self._store is None:
+            return busy
+        self._store.try_again()
+        return busy or self._store.fails
 
     def _end_for_good(self, on_fatal: Callable[[BaseException], None] | None, error: BaseException) -> None:
         if on_fatal is not None:
@@ -384,7 +424,14 @@ class Engine:
     async def _ask(self, stage: str, answer: Callable[[Any], Any], request: object, cost: int) -> Any:
         self._loop = asyncio.get_running_loop()
         try:
-            return await self._thread.run(stage, partial(self._answered, answer), request, cost=cost, again=self._woken)
+            reply = await self._thread.run(
+                stage, partial(self._answered, answer), request, cost=cost, again=self._woken
+            )
+            await self._settled()
+            return reply
+        except StepConflict:  # the step is over here: nobody is told so before that is durable
+            await self._settled()
+            raise
         except Overloaded as error:
             error.shard, error.address = self.info.shard, self.info.address
             raise
@@ -406,7 +453,18 @@ class Engine:
     async def _control(self, stage: str, do: Callable[[Any], Any], request: object) -> Any:
         """For what the controller asks: goes before what clients do."""
         self._loop = asyncio.get_running_loop()
-        return await self._thread.run(stage, do, request, control=True, again=self._woken)
+        reply = await self._thread.run(stage, do, request, control=True, again=self._woken)
+        await self._settled()
+        return reply
+
+    async def _settled(self) -> None:
+        """All that an answer may tell of is durable: what a power cut takes back nobody was told."""
+        if self._store is not None and self._taking is not None:
+            await self._store.settled()
+            self._taking.poke()
+
+    async def _on_thread(self, stage: str, do: Callable[[Any], Any]) -> Any:
+        return await self._thread.run(stage, do, control=True, caller=_TABLES)
 
 
 def _cost(*tensors: Tensor | None, numbers: int = 0) -> int:

@@ -255,7 +255,7 @@ class Decisions:
             return "dropped", ()
         if not drop or not table.is_gate or (drop == "lease" and table.updates.under_way(step_id)):
             return "pending", ()
-        # [BARRIER] a group's step is given up here, for all its ranks. [JOURNAL] and written down, before it is said.
+        # [BARRIER] a group's step is given up here, for all its ranks. Durable before it is said.
         table.ledger.drop(step_id)
         self.drop(table.table_id, step_id)
         return "dropped", ()
@@ -318,7 +318,7 @@ class Decisions:
                 if step.version:
                     table.order.add(step)
                 elif table.is_gate:
-                    table.order.number(step)
+                    table.ledger.log.numbered(table.order.number(step))
             self._apply(here)
             _drop_strangers(question, reply, here)
             for table in here:

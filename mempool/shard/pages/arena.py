@@ -6,7 +6,7 @@ Values of one byte an element lie in one tensor with their scales, a row in one 
 "values.scales" are views of it, so that pages are moved, staged and exported by named array whatever they hold.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -39,6 +39,7 @@ class Arena:
     Attributes:
         page_of: [P] int32: the arena page of every row page of the table, -1 where it is not here. Others only read it.
         width: Columns of the blocks.
+        before_writing: Told the arena pages that are about to be written to, which may repeat; None: nobody is.
 
     Raises:
         InvalidRequest: There are not enough addresses for all pages that it may come to hold.
@@ -71,6 +72,7 @@ class Arena:
         self._stores = {name: rows.first(0) for name, rows in self._memory.items()}
         on_cpu = device.type == "cpu"
         self._page_table = torch.from_numpy(self.page_of if on_cpu else self.page_of.copy()).to(device)
+        self.before_writing: Callable[[Tensor], None] | None = None
         self._writes = 0
         self._written_at = torch.from_numpy(np.zeros(schema.num_row_pages, dtype=np.int64)).to(device)
 
@@ -115,6 +117,16 @@ class Arena:
         rows = self.rows(name)
         return rows.view(self._capacity, self._page_slots, rows.shape[1])
 
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self._device
+
+    @property
+    def raw(self) -> dict[str, Tensor]:
+        """All there is of its pages, packed as it lies: [capacity, page_slots, width] each, views."""
+        return {name: rows.view(self._capacity, self._page_slots, rows.shape[1]) for name, rows in self._stores.items()}
+
     def state(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         """State and master of the values, to be changed in place, by the names of kernels: without the array's."""
         return {name: self._stores[f"{VALUES}.{name}"] for name in names}
@@ -139,6 +151,8 @@ class Arena:
         """
         touched = rows >> self._page_shift if rows is not None else pages
         assert touched is not None
+        if self.before_writing is not None:
+            self.before_writing(touched)
         self._writes += 1
         self._written_at.index_fill_(0, touched, self._writes)
         yield
@@ -153,8 +167,12 @@ class Arena:
         written: PageNumbers = (self._written_at > writes).nonzero()[:, 0].cpu().numpy()
         return written
 
-    def catch_up(self, rows: Tensor, schedule: kernels.DenseSchedule, names: tuple[str, ...]) -> None:
-        """Do the steps of a dense optimizer that these rows, which may repeat, have missed. names: ``step_names``."""
+    def catch_up(self, rows: Tensor, schedule: kernels.DenseSchedule, names: tuple[str, ...]) -> Tensor:
+        """Do the steps of a dense optimizer that these rows, which may repeat, have missed. names: ``step_names``.
+
+        Returns:
+            Which of them had missed any.
+        """
         late = self._stores[LAST_STEP][rows].amin(dim=1) < schedule.last_step
         rows = torch.unique(rows[late])
         if rows.numel():
@@ -162,6 +180,7 @@ class Arena:
                 kernels.catch_up(
                     self.paged(), self.state(names), rows, schedule, to=schedule.last_step, block_dim=self._block_dim
                 )
+        return late
 
     def copy_from(
         self, source: "Arena", *, blocks: Blocks, source_pages: PageNumbers, arena_pages: PageNumbers
@@ -257,6 +276,8 @@ class Arena:
         self.publish(beyond, holes)
         free = np.setdiff1d(np.append(self._free, places), holes)
         self._free = free[free < count][::-1].copy()
+        if self.before_writing is not None:
+            self.before_writing(torch.arange(count, self._capacity, device=self._device))
         self._resize(count, room=count)
 
     def _grown(self, count: int) -> int:

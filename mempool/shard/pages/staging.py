@@ -60,6 +60,11 @@ class Staging:
             )
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing is staged."""
+        return not (self._pages or self._heads or self.ledger or self.decisions)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of what is staged beside the arenas: keys of heads."""
         return sum(keys.nbytes for keys in self._heads.values())

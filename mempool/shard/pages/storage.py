@@ -5,7 +5,7 @@ new ones are filled in ``filling``.
 Legend: B bags, L pairs, M rows asked for, W columns of the blocks owned, H heads, K top-k, D key dim, P row pages.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +65,8 @@ class Storage:
         step_names: The arrays that a step of the optimizer changes besides the values.
         schedule: The steps that slots without a gradient have missed, of a dense optimizer; else None. Rows are brought
             up to its last step, the table's version, before anybody reads or changes them.
+        tell_caught_up: Told which slots were, for a reader: several steps at once round otherwise than one by one, so
+            whoever makes the table again does the same at the same version. None: nobody does.
 
     Args:
         version: The table's version.
@@ -88,6 +90,7 @@ class Storage:
         self.head_keys = torch.empty((0, *head_keys_shape(schema)), dtype=torch.float32, device=device)
         self.step_names = step_names(schema)
         self.schedule = dense_schedule(schema, version=version, device=device)
+        self.tell_caught_up: Callable[[Tensor], None] | None = None
         self.num_lost = 0
         self.num_pages = 0
         self._lanes: tuple[Lane, ...] = ()
@@ -208,8 +211,14 @@ class Storage:
         """Do what these slots [M] have missed of a dense optimizer's steps."""
         if self.schedule is None:
             return
+        told = []
         for lane in self._lanes:
-            lane.arena.catch_up(lane.arena.locate(ids)[1], self.schedule, self.step_names)
+            here, rows = lane.arena.locate(ids)
+            late = lane.arena.catch_up(rows, self.schedule, self.step_names)
+            if self.tell_caught_up is not None:
+                told.append(ids[here][late])
+        if self.tell_caught_up is not None and any(slots.numel() for slots in told):
+            self.tell_caught_up(torch.unique(torch.cat(told)))
 
     def catch_up_pages(self, row_pages: npt.NDArray[np.int64]) -> None:
         """Do what all slots of these row pages have missed of a dense optimizer's steps."""

@@ -23,7 +23,7 @@ from mempool.types.pages import (
 from mempool.types.pool import ShardStatus, TableView
 from mempool.wire.bodies.frames import decode_frame, encode_frame
 from mempool.wire.bodies.tensors import FrameMemory
-from mempool.wire.codecs.codec import MAX_SMALL_BYTES, NUMBERS, FrameCodec, Only, ProtoCodec, packed, tensor_of
+from mempool.wire.codecs.codec import MAX_SMALL_BYTES, NUMBERS, FrameCodec, Only, ProtoCodec, packed, parsed, tensor_of
 from mempool.wire.codecs.messages import STEP_ID
 from mempool.wire.codecs.mirror import MAX_MESSAGES, Choice, Functions, Mirror, Several, bounded, checked_text
 from mempool.wire.codecs.tables import SHARD_INFO, SHARD_STATUS, VIEW
@@ -89,6 +89,11 @@ def ledger_value(message: pb.Ledger) -> Ledger:
         entries=_ENTRIES.from_wire(message.entries, "Ledger.entries"),
         step_offset=message.step_offset,
     )
+
+
+def ledger_of(data: bytes) -> Ledger:
+    """The ledger of a message's bytes. Raises InvalidRequest."""
+    return ledger_value(parsed(pb.Ledger, data))
 
 
 _DECIDED_STEP = Mirror(pb.DecidedStep, DecidedStep, {"step_id": STEP_ID})

@@ -194,7 +194,7 @@ class Histories(RuleBasedStateMachine):
     @invariant()
     def no_room_is_leaked(self) -> None:
         for engine in self.engines:
-            for table in engine._tenancy._tables.values():
+            for table in engine._tenancy.tables.values():
                 for arena in table.storage.arenas.values():
                     assert arena.num_taken == int((arena.page_of >= 0).sum()) > 0
         if self.driver.view is None:

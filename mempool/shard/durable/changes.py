@@ -1,0 +1,56 @@
+"""Changes of a shard's tables, each made and then told to whoever keeps them. All runs on the engine's thread.
+
+What they are is ``Tenancy``'s, and what they raise.
+"""
+
+from mempool.shard.durable.records import Attached, Dropped, Staged, StagedLedger, Viewed
+from mempool.shard.hosted import HostedTable
+from mempool.shard.tenancy import Tenancy
+from mempool.types import AttachTable, Ledger, PageBatch, PullPages, TableView
+
+
+class Changes:
+    """Tables that come, go and move. Each raises StorageFailed, too, where it could not be kept."""
+
+    def __init__(self, tenancy: Tenancy) -> None:
+        self._tenancy = tenancy
+
+    def attach(self, request: AttachTable) -> HostedTable:
+        self._tenancy.log.require()
+        before = self._tenancy.tables.get(request.view.schema.table_id)
+        table = self._tenancy.attach(request)
+        if table is not before or request.mode == "confirm":
+            self._tenancy.log.add(Attached(request))
+        return table
+
+    def fill(self, table: HostedTable) -> bool:
+        """A piece of initial values, which nobody needs to keep."""
+        try:
+            return self._tenancy.fill(table)
+        except Exception:
+            if table.table_id not in self._tenancy.tables:
+                self._tenancy.log.add(Dropped(table.table_id))
+            raise
+
+    def end(self, table_id: int, *, unmade: bool) -> None:
+        self._tenancy.log.require()
+        self._tenancy.end(table_id, unmade=unmade)
+        self._tenancy.log.add(Dropped(table_id))
+
+    def set_view(self, view: TableView, *, token: str = "") -> None:
+        self._tenancy.log.require()
+        table = self._tenancy.table(view.schema.table_id)
+        before = table.view
+        self._tenancy.set_view(view, token=token)
+        if table.view is not before:
+            self._tenancy.log.add(Viewed(table.view))
+
+    def stage(self, table: HostedTable, batch: PageBatch, *, token: str) -> int:
+        self._tenancy.log.require()
+        num_bytes = self._tenancy.stage(table, batch, token=token)
+        self._tenancy.log.add(Staged(token, batch))
+        return num_bytes
+
+    def stage_ledger(self, table: HostedTable, request: PullPages, ledger: Ledger) -> None:
+        self._tenancy.stage_ledger(table, ledger, token=request.token, decisions=request.of_decisions)
+        self._tenancy.log.add(StagedLedger(table.table_id, request.token, ledger, request.of_decisions))
