@@ -1,5 +1,5 @@
 """How the suite shares its workers: a file's tests go to one of them, the long files first, so that none idles at the
-end; the contract's files go to one together, as they share what they start."""
+end; files that share what is long to make go to one together."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from xdist.scheduler import LoadFileScheduling
 
 _LONG = ("test_triton.py", "contract", "test_parts.py", "test_training.py", "test_distributed.py")
+
+_TOGETHER = ("tests/contract", "tests/unit/examples")
 
 
 def _place(item: pytest.Item) -> int:
@@ -47,9 +49,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileSche
         return None
     from xdist.scheduler import LoadFileScheduling
 
-    class FilesAndContract(LoadFileScheduling):
+    class FilesAndFolders(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = super()._split_scope(nodeid)
-            return "tests/contract" if file.startswith("tests/contract/") else file
+            return next((folder for folder in _TOGETHER if file.startswith(f"{folder}/")), file)
 
-    return FilesAndContract(config, log)
+    return FilesAndFolders(config, log)

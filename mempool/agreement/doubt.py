@@ -10,7 +10,7 @@ from dataclasses import dataclass
 GRACE_S = 0.02
 """How long nobody is asked: the trainer's own message comes within this."""
 AGAIN_S = 0.25
-"""How long after an answer that did not settle it the question is put again."""
+"""How long after an answer that did not settle it the question is put again for those who wait still."""
 
 
 @dataclass(slots=True)
@@ -19,29 +19,36 @@ class Doubt:
 
     Attributes:
         since_s: Since when somebody waits; None: nobody does.
-        asked_s: When the question was put last.
+        due_s: When to ask for those who came since the question was put last; inf: nobody did.
+        asked_s: When that was; -inf: not for anybody who waits.
         settled_s: When the question was put that was answered by "nothing new": who waited before that waits no more.
             Of the order alone; of steps each has its own.
     """
 
     since_s: float | None = None
+    due_s: float = float("inf")
     asked_s: float = float("-inf")
     settled_s: float = float("-inf")
 
-    def wait(self, now_s: float) -> None:
-        """Somebody waits from now on."""
+    def wait(self, now_s: float, *, at_once: bool = False) -> None:
+        """Somebody waits from now on. at_once: what is waited for is not on its way: there is no grace."""
         if self.since_s is None:
             self.since_s = now_s
+        self.due_s = min(self.due_s, now_s if at_once else now_s + GRACE_S)
 
     def ends(self) -> None:
         """Nobody waits any more."""
-        self.since_s = None
+        self.since_s, self.due_s, self.asked_s = None, float("inf"), float("-inf")
 
     def ask_at(self) -> float | None:
         """When to put the question; None: not at all."""
         if self.since_s is None:
             return None
-        return max(self.since_s + GRACE_S, self.asked_s + AGAIN_S)
+        return min(self.due_s, self.asked_s + AGAIN_S) if self.asked_s > float("-inf") else self.due_s
+
+    def asked(self, now_s: float) -> None:
+        """The question is put, for all who wait."""
+        self.asked_s, self.due_s = now_s, float("inf")
 
     def settled(self, asked_s: float) -> None:
         """The question of that time was answered by "nothing new"."""

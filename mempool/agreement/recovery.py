@@ -47,6 +47,11 @@ class Heard:
     frozen: Mapping[int, str] = field(default_factory=dict)
     dropped: frozenset[int] = frozenset()
 
+    @property
+    def table_ids(self) -> frozenset[int]:
+        """Of all tables that it speaks of."""
+        return _has(self) | self.dropped
+
 
 @dataclass(frozen=True, slots=True)
 class Drop:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mempool.agreement.step_events import (
+    Acknowledge,
     Action,
     Apply,
     ApplyAnswered,
@@ -36,6 +37,7 @@ from mempool.agreement.step_events import (
     Renumber,
     Renumbered,
     SendAgain,
+    SendRefused,
     SentAgain,
 )
 from mempool.errors import Internal, MempoolError, StepConflict
@@ -92,20 +94,28 @@ class _Shard:
 class StepOfTables:
     """One step of one rank over some tables of a pool; the first table's gate decides it.
 
+    Where the decider's table leaves while the step is in doubt, the decision may have reached the gates of some tables
+    and not those of others, and nobody is left to ask. Then each gate is asked by a Prepare of the same number that
+    names the next decider. Where it was applied that table is acknowledged; where not, the gate has heard of a decider
+    that decided nothing, and does not take the old one's word any more. Only then may a number change.
+
     Args:
         tables: In the step's order; at least one.
+        decided: It is known to be decided.
 
     Attributes:
         tables: By id, in order.
         state: See ``State``.
     """
 
-    def __init__(self, tables: Iterable[TableStep]) -> None:
+    def __init__(self, tables: Iterable[TableStep], *, decided: bool = False) -> None:
         self.tables = {table.table_id: table for table in tables}
-        self.state: State = "open"
+        self.state: State = "decided" if decided else "open"
+        self._unasked: tuple[int, ...] = ()  # tables whose gates are to be asked, as the decider has left
+        self._apart: int | None = None  # a table that was applied, and is to leave
         self._owners: dict[int, Owners] = {}
         self._shards: dict[int, _Shard] = {}
-        self._norms: dict[tuple[int, int], PreparedPart] = {}  # by table and shard
+        self._norms: dict[int, dict[int, PreparedPart]] = {}  # by table, then shard
         self._want_norm = False
         self._norm_order = 0.0
         self._committing = False
@@ -123,7 +133,7 @@ class StepOfTables:
 
     def norm(self, table_id: int) -> tuple[float, bool, float]:
         """Once prepared with a norm: its square, whether it is finite, and the norm of the order asked for (else 0)."""
-        parts = [part for (table, _), part in sorted(self._norms.items()) if table == table_id]
+        parts = [part for _, part in sorted(self._norms.get(table_id, {}).items())]
         order = self._norm_order
         norm = joined_norm([part.norm for part in parts], order) if order else 0.0
         return math.fsum(part.squared_norm for part in parts), all(part.finite for part in parts), norm
@@ -147,18 +157,21 @@ class StepOfTables:
             case PrepareEnded():
                 self._shards[event.shard].prepared = False
             case SentAgain():
-                self._rounds += 1
-                for shard in self._shards.values():
-                    shard.missing = {}
+                self._sent_again()
+            case SendRefused() if self.state == "in doubt":
+                self._sent_again()  # its decider is asked by the Commit itself
             case CommitSent():
                 self.state = "in doubt"
             case CommitAnswered():
                 self._take_committed(event)
             case CommitInvalid():
                 self._reopen()
-            case Refused() if self.state == "decided":
+            case Refused() if self._unasked:
+                self._refused = event.error  # to the first of them; others may have been applied
+                self._asked(self._unasked[0])
+            case Refused() | SendRefused() if self.state == "decided":
                 self._failed = event.error
-            case Refused():
+            case Refused() | SendRefused():
                 self._reopen()
                 self._refused = event.error
             case ApplyAnswered():
@@ -170,14 +183,17 @@ class StepOfTables:
             case Renumbered():
                 self._renumber(event.step_ids)
             case Gone():
-                del self.tables[event.table_id]
-                self._owners, self._shards, self._norms = {}, {}, {}
+                self._leave(event.table_id)
 
     def next(self, goal: Goal) -> Action:
         """What to do now on the way to ``goal``."""
         if self._failed is not None:
             return Fail(error=self._failed)
-        if self._refused is not None:
+        if self._apart is not None:
+            return Acknowledge(table_id=self._apart)
+        if self._unasked and not self._missing():
+            return self._ask(self.tables[self._unasked[0]])
+        if self._refused is not None and not self._unasked:
             return Renumber() if self._numbers < MAX_ROUNDS else Fail(error=self._refused)
         if self._rounds >= MAX_ROUNDS and (lacking := self._missing()):
             return Fail(error=self._keeps_missing(lacking))
@@ -232,6 +248,9 @@ class StepOfTables:
     def _take_prepared(self, event: PrepareAnswered) -> None:
         shard = self._shards[event.shard]
         answers = list(zip(event.parts, event.reply, strict=True))
+        if self._unasked and any(answer.applied for _, answer in answers):
+            self._take_applied_before(next(part.table_id for part, answer in answers if answer.applied))
+            return
         if self.state == "decided":
             shard.applied |= {part.table_id for part, answer in answers if answer.applied}
             answers = [(part, answer) for part, answer in answers if not answer.applied]
@@ -240,14 +259,19 @@ class StepOfTables:
             return
         shard.held_off = any(answer.held_off for _, answer in answers)
         shard.missing = {} if shard.held_off else {p.table_id: a.missing for p, a in answers if a.missing}
-        shard.prepared = not (shard.held_off or shard.missing)
+        prepared = not (shard.held_off or shard.missing)
+        if self._unasked:  # a part of what is to be prepared there
+            if prepared:
+                self._asked(event.parts[0].table_id)
+            return
+        shard.prepared = prepared
         if not shard.prepared:
             return
         shard.unprepared = False
         shard.with_norm, shard.norm_order = event.want_norm, event.norm_order
         if event.want_norm:
             for part, answer in answers:
-                self._norms[part.table_id, event.shard] = answer
+                self._norms.setdefault(part.table_id, {})[event.shard] = answer
 
     def _take_committed(self, event: CommitAnswered) -> None:
         missing = {
@@ -283,6 +307,33 @@ class StepOfTables:
                     f"shard {event.shard}, the gate of table {part.table_id}, applied {self.name} and gave it no"
                     " version. Please report it."
                 )
+
+    def _sent_again(self) -> None:
+        self._rounds += 1
+        for shard in self._shards.values():
+            shard.missing = {}
+
+    def _leave(self, table_id: int) -> None:
+        decider = self._first.table_id == table_id
+        del self.tables[table_id]
+        self._owners, self._shards, self._norms = {}, {}, {}
+        self._apart = None
+        if decider and self.state == "in doubt":
+            self._unasked = tuple(self.tables)
+        elif self._unasked:
+            self._asked(table_id)
+
+    def _asked(self, table_id: int) -> None:
+        """The gate of that table has answered, or is not asked any more. When all have, nothing is decided."""
+        self._unasked = tuple(each for each in self._unasked if each != table_id)
+        if not self._unasked:
+            self._reopen()
+
+    def _take_applied_before(self, table_id: int) -> None:
+        if len(self.tables) > 1:
+            self._apart = table_id
+        else:
+            self.state, self._unasked, self._refused = "decided", (), None
 
     def _reopen(self) -> None:
         self.state = "open"
@@ -322,6 +373,18 @@ class StepOfTables:
             norm_order=self._norm_order if want_norm is None else 0.0,
             decider=self._part(self._first, self._decider),
             wait=held_off is not None,
+            attempt=self._attempts,
+        )
+
+    def _ask(self, table: TableStep) -> Prepare:
+        """Alone, as one refusal is that of all parts of a message, and another part of it may have been applied."""
+        gate = self._owners[table.table_id].shards[0]
+        self._attempts += 1
+        return Prepare(
+            to={gate: (self._part(table, gate),)},
+            want_norm=False,
+            decider=self._part(self._first, self._decider),
+            wait=self._shards[gate].held_off,
             attempt=self._attempts,
         )
 

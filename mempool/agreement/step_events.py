@@ -89,6 +89,14 @@ class Renumber:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Acknowledge:
+    """This table's part was applied, whatever becomes of the others': it is a decided step of its own from now on. Say
+    ``Gone``, and ``Placed`` for the others."""
+
+    table_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fail:
     """It cannot go on."""
 
@@ -100,7 +108,7 @@ class Reached:
     """The goal is reached."""
 
 
-Action = Prepare | SendAgain | EndPrepare | Commit | Apply | Renumber | Fail | Reached
+Action = Prepare | SendAgain | EndPrepare | Commit | Apply | Renumber | Acknowledge | Fail | Reached
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +154,13 @@ class PrepareEnded:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SentAgain:
     """All that was missing was sent again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendRefused:
+    """StepConflict, to an update that was sent again: the step was dropped there meanwhile."""
+
+    error: StepConflict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,7 +213,7 @@ class Renumbered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gone:
-    """A table was dropped: the step goes on without it. At least one other is left."""
+    """A table was dropped, is lost, or a step of its own: the step goes on without it. At least one other is left."""
 
     table_id: int
 
@@ -210,6 +225,7 @@ Event = (
     | PrepareAnswered
     | PrepareEnded
     | SentAgain
+    | SendRefused
     | CommitSent
     | CommitAnswered
     | CommitInvalid

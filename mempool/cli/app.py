@@ -14,7 +14,7 @@ import typer
 
 import mempool
 from mempool.cli import bench
-from mempool.cli.outcome import reported, undone_by_signals
+from mempool.cli.outcome import UsageError, reported, undone_by_signals
 
 if TYPE_CHECKING:
     from mempool.cli.target import Target
@@ -156,7 +156,11 @@ def apply(
 
 @app.command()
 def scale(
-    shards: Annotated[int, typer.Option("--shards", metavar="N", min=1, help="How many shards the pool shall have.")],
+    count: Annotated[
+        int | None,
+        typer.Argument(metavar="N", min=1, show_default=False, help="How many shards the pool shall have."),
+    ] = None,
+    shards: Annotated[int | None, typer.Option("--shards", metavar="N", min=1, help="The same, as an option.")] = None,
     file: MaybeFile = None,
     pool: PoolName = None,
     address: Address = None,
@@ -169,6 +173,10 @@ def scale(
         from mempool.config import set_shards
         from mempool.errors import ConfigError
 
+        wanted = {number for number in (count, shards) if number is not None}
+        if len(wanted) != 1:
+            raise UsageError("say how many shards the pool shall have, once: mempool scale 3, or --shards 3")
+        (shards,) = wanted
         target = find_target(file, pool, address)
         with (
             _connect(target) as client,
@@ -181,12 +189,12 @@ def scale(
                     "nothing was changed. Give that pool's file, or its --address alone"
                 )
             client.rescale(shards, progress=report)
-        count = show.counted(shards, "shard")
+        said = show.counted(shards, "shard")
         if file is not None:
             set_shards(file, shards)
-            show.say(f"{count}; {file} says so too")
+            show.say(f"{said}; {file} says so too")
         else:
-            show.say(f"{count}. Set pool.shards to {shards} in the cluster file too: the next apply follows it")
+            show.say(f"{said}. Set pool.shards to {shards} in the cluster file too: the next apply follows it")
 
 
 @app.command()

@@ -18,7 +18,7 @@ from mempool.client.routing.whereabouts import Whereabouts
 from mempool.client.table import Table
 from mempool.client.training.session import Session
 from mempool.config import TableConfig
-from mempool.errors import InvalidRequest, NotFound
+from mempool.errors import InvalidRequest, NotFound, PoolUnreachable, ShardUnavailable, Unavailable
 from mempool.types import PoolApi, PoolStatus, RescaleProgress, TableView
 from mempool.types.caller import Caller, calling
 
@@ -170,11 +170,19 @@ class Pool:
 
         Raises:
             InvalidRequest: Another rescale is going on, or shards is below 1.
-            PoolUnreachable: The controller does not answer; once begun, a rescale may go on by itself: see ``status``.
+            PoolUnreachable: The controller does not answer; nothing has begun.
+            ShardUnavailable: It was lost on the way: the same call goes on from where it stopped.
         """
         count = shard_count(shards)
         reports, first = self._connection.run(self._connection.tries.run("rescale", lambda: self._begin_rescale(count)))
-        self._follow(reports, progress, first)
+        try:
+            self._follow(reports, progress, first)
+        except PoolUnreachable as error:
+            raise ShardUnavailable(
+                f"the pool's controller was lost during the rescale to {count} shards ({error.message}). Shards serve "
+                "on, and where its process died Ray starts another; the same command, given again, goes on from where "
+                "this stopped. mempool status says how far it is"
+            ) from error
 
     def status(self) -> PoolStatus:
         """Shards, tables, and whether pages are moving."""
@@ -228,10 +236,10 @@ class Pool:
         await self._connection.tries.run(name, ask)
 
     async def _id_of(self, name: str) -> int:
-        """The id of a table, also of one that is being made. Raises NotFound."""
+        """The id of a table, also of one that is being made. Raises NotFound; Unavailable where it is not known."""
         try:
             return (await self._api.table(name)).schema.table_id
-        except NotFound:
+        except (NotFound, Unavailable):  # a making that waits to know what there is can be ended, too
             for creation in (await self._api.status()).creating:
                 if creation.table == name:
                     return creation.table_id

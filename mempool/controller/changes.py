@@ -30,6 +30,7 @@ from mempool.types import (
     TableView,
 )
 from mempool.types.caller import Caller, calling
+from mempool.types.pool import WAITS_FOR_CHANGE, WAITS_FOR_SHARDS
 from mempool.types.running import Clock, Runner
 from mempool.types.schema_checks import check_schema, shown
 from mempool.types.schema_differences import schema_differences
@@ -50,6 +51,7 @@ class Making:
     Attributes:
         schema: As it was asked for, table_id 0.
         table_id: The id that it will have.
+        first_id: The one that it was begun with, by which a caller may know it: later tables were heard of since.
         task: Makes it.
         view: Where its pages will be, once that is planned; until then it waits for its turn.
         bytes_of: Bytes that each owner has to fill.
@@ -59,6 +61,7 @@ class Making:
 
     schema: TableSchema
     table_id: int
+    first_id: int = 0
     task: "asyncio.Task[TableView] | None" = None
     view: TableView | None = None
     bytes_of: dict[int, int] = field(default_factory=dict)
@@ -135,9 +138,9 @@ class TableChanges:
     async def drop(self, name: str, table_id: int) -> None:
         """Drop a table; one that is being made is not made. As ``Controller.drop_table``."""
         making = self._making.get(name)
-        if making is not None and table_id in (0, making.table_id):
+        if making is not None and table_id in (0, making.table_id, making.first_id):
             await self._end(making, NotFound(f"table {name!r} was dropped while it was being made"))
-            if name not in self._roster.names:
+            if name not in self._roster.names and self._roster.complete:
                 return
         async with self._changing:
             known = self._roster.find(name)
@@ -189,7 +192,8 @@ class TableChanges:
     def creations(self, statuses: Iterable[ShardStatus]) -> tuple[TableCreation, ...]:
         """The tables that are being made, and how far the shards say that they are."""
         seen = {(table.table_id, status.info.shard): table for status in statuses for table in status.tables}
-        return tuple(_creation(making, seen, self._clock()) for making in self._making.values())
+        change = WAITS_FOR_CHANGE if self._roster.complete else WAITS_FOR_SHARDS
+        return tuple(_creation(making, seen, self._clock(), change) for making in self._making.values())
 
     async def _know_all(self, name: str) -> None:
         """Hear of every table that there is, with ``changing`` held. Raises ShardUnavailable where a shard that was not
@@ -235,11 +239,14 @@ class TableChanges:
 
     async def _make(self, making: Making) -> TableView:
         table_id = making.table_id
-        schema = replace(making.schema, table_id=table_id)
         infos: tuple[ShardInfo, ...] = ()
         try:
             async with self._changing:
-                await self._know_all(schema.name)
+                await self._know_all(making.schema.name)
+                if self._roster.overtaken(table_id):
+                    making.first_id, making.table_id = table_id, self._roster.new_table_id()
+                    table_id = making.table_id
+                schema = replace(making.schema, table_id=table_id)
                 self._require_none(schema)
                 infos = self._roster.infos
                 view, making.bytes_of = await self._runner.run(lambda: first_view(schema, infos))
@@ -274,7 +281,7 @@ class TableChanges:
             return
         except MempoolError as error:
             _LOG.warning("whether table %r is made is not known yet: %s", view.schema.name, error)
-            self._roster.complete = False  # shards are asked when they are settled
+            self._roster.doubt()  # shards are asked when they are settled
             self._telling.untold()
             return
         self._roster.forget(table_id)
@@ -327,13 +334,13 @@ def num_pages(schema: TableSchema) -> int:
     return schema.num_row_pages * schema.num_blocks + schema.num_key_pages
 
 
-def _creation(making: Making, seen: dict[tuple[int, int], TableStatus], now: float) -> TableCreation:
+def _creation(making: Making, seen: dict[tuple[int, int], TableStatus], now: float, change: str) -> TableCreation:
     table_id = making.table_id
     tables = {shard: seen.get((table_id, shard)) for shard in sorted(making.bytes_of)}
     return TableCreation(
         table=making.schema.name,
         table_id=table_id,
-        waiting_for=_waiting_for(making, tables),
+        waiting_for=change if making.view is None else _preparing(tables),
         spent_s=now - making.began_s,
         shards=tuple(
             # A shard that says nothing of it has not begun.
@@ -347,8 +354,6 @@ def _creation(making: Making, seen: dict[tuple[int, int], TableStatus], now: flo
     )
 
 
-def _waiting_for(making: Making, tables: dict[int, TableStatus | None]) -> str:
-    if making.view is None:
-        return "the change of the pool that is under way"
+def _preparing(tables: dict[int, TableStatus | None]) -> str:
     preparing = (f"{table.preparing} on shard {shard}" for shard, table in tables.items() if table and table.preparing)
     return next(preparing, "")

@@ -10,6 +10,8 @@ from mempool.types import Placement, ShardInfo, TableSchema, TableView
 from mempool.types.running import Clock
 from mempool.types.schema_checks import shown
 
+_AHEAD_MS = 10 * 365 * 24 * 3600 * 1000
+"""So far a controller's clock may be ahead."""
 _NAMED = 20
 """How many of a pool's tables a message names."""
 
@@ -20,7 +22,9 @@ class Roster:
     Attributes:
         dropped: Ids of tables that are gone, and that some shard may not have heard of yet.
         unfinished: Ids of tables that are being made: what a shard says of one is no news.
-        complete: Every table of the pool is known. Not so from an adoption until each shard was heard once.
+        complete: Every table of the pool is known. Not so from a doubt until each shard was heard, all after it.
+        doubts: How often that came to be in doubt: what was heard before the last of them does not end it.
+        unheard: Shards that did not say what they have when all were asked last, ascending.
         highest_incarnation: Of any shard that was ever heard of.
     """
 
@@ -29,10 +33,13 @@ class Roster:
         self.dropped: set[int] = set()
         self.unfinished: set[int] = set()
         self.complete = True
+        self.doubts = 0
+        self.unheard: tuple[int, ...] = ()
         self.highest_incarnation = 0
         self._shards: dict[int, ShardInfo] = {}
         self._views: dict[str, TableView] = {}
         self._last_table_id = 0
+        self._heard_table_id = 0
 
     @property
     def shards(self) -> Mapping[int, ShardInfo]:
@@ -68,18 +75,30 @@ class Roster:
             return self._views[name]
         except KeyError:
             if not self.complete:
+                late = f"shard {self.unheard[0]} has not" if self.unheard else "not every shard has"
                 raise ShardUnavailable(
-                    f"whether there is a table {shown(name)} is not known yet: not every shard has said what it has; "
-                    "ask again, and see mempool status"
+                    f"whether there is a table {shown(name)} is not known yet: {late} said what it has; "
+                    "ask again, and see mempool status",
+                    shard=self.unheard[0] if self.unheard else None,
                 ) from None
             known = ", ".join(sorted(self._views)[:_NAMED]) or "none"
             more = f", and {len(self._views) - _NAMED:,} more" if len(self._views) > _NAMED else ""
             raise NotFound(f"no table {shown(name)} in this pool; its tables: {known}{more}") from None
 
     def new_table_id(self) -> int:
-        """An id that no table of this pool ever had: milliseconds of now, so that a restarted controller agrees."""
-        self._last_table_id = max(self._last_table_id + 1, int(self._wall_clock() * 1000))
+        """An id above that of every table heard of: milliseconds of now, or more where an earlier controller's clock
+        was ahead."""
+        last = max(self._last_table_id, self._heard_table_id)
+        self._last_table_id = max(last + 1, int(self._wall_clock() * 1000))
         return self._last_table_id
+
+    def _believed(self, table_id: int) -> int:
+        """An id, where a controller can have drawn it; else 0: beyond the wire's largest there would be none left."""
+        return table_id if table_id <= int(self._wall_clock() * 1000) + _AHEAD_MS else 0
+
+    def overtaken(self, table_id: int) -> bool:
+        """Shards have spoken of a later table than that one, which is yet to be made."""
+        return table_id <= self._heard_table_id
 
     def set_shards(self, infos: Iterable[ShardInfo]) -> None:
         """Take shards in, or take over a shard's new address and incarnation."""
@@ -95,7 +114,7 @@ class Roster:
 
     def put(self, schema: TableSchema, placement: Placement) -> TableView:
         """Add a table, or give it a new placement."""
-        self._last_table_id = max(self._last_table_id, schema.table_id)
+        self._last_table_id = max(self._last_table_id, self._believed(schema.table_id))
         view = TableView(schema=schema, placement=placement, shards=self.infos)
         self._views[schema.name] = view
         return view
@@ -120,19 +139,30 @@ class Roster:
         self.dropped |= known.dropped
         self.complete = known.complete
 
+    def doubt(self) -> None:
+        """Shards may have tables that are not known here: they are to be heard, from now on."""
+        self.complete = False
+        self.doubts += 1
+
     def hear(self, view: TableView) -> None:
         """Take over what a shard says of a table, where it is news: see ``agreement.recovery.learn``."""
         self.hear_of(view.shards)
+        self.hear_ids([view.schema.table_id])
         self.learn(learn(self.knowledge, view))
 
     def hear_of(self, infos: Iterable[ShardInfo]) -> None:
         """Remember that there were such starts of shards."""
         self.highest_incarnation = max(self.highest_incarnation, *(info.incarnation for info in infos), 0)
 
+    def hear_ids(self, table_ids: Iterable[int]) -> None:
+        """Remember that there were such tables, made or not, dropped or not: later ones have higher ids."""
+        self._heard_table_id = max(self._heard_table_id, *map(self._believed, table_ids), 0)
+
     def forget(self, table_id: int) -> None:
         """A table is dropped, or one that was being made is not made, whatever shards have of it."""
         self._views = {name: view for name, view in self._views.items() if view.schema.table_id != table_id}
         self.dropped.add(table_id)
+        self._last_table_id = max(self._last_table_id, self._believed(table_id))
 
     def _refresh(self) -> None:
         self._views = {name: replace(view, shards=self.infos) for name, view in self._views.items()}

@@ -36,10 +36,15 @@ async def settle(roster: Roster, call: Call) -> dict[int, BaseException]:
     Frozen tables are thawed only once every shard was heard and has the newest views: thawing drops staged pages, and a
     shard that is silent, or missed a view, may be one whose former owner has given them away already.
     """
-    infos = roster.infos
+    infos, doubts, told = roster.infos, roster.doubts, frozenset(roster.dropped)
     heard = await _each(infos, lambda info: _hear(call, info))
     known = {shard: found for shard, found in heard.items() if not isinstance(found, BaseException)}
-    learned = recovery.learn_all(roster.knowledge, known.values(), everyone=len(known) == len(infos))
+    for found in known.values():
+        roster.hear_ids(found.table_ids)
+    roster.unheard = tuple(sorted(heard.keys() - known.keys()))
+    everyone = len(known) == len(infos) and roster.doubts == doubts  # a making may end in doubt meanwhile
+    late = roster.dropped - told  # meanwhile: shards may have spoken before they took such a table in
+    learned = recovery.learn_all(roster.knowledge, known.values(), everyone=everyone)
     roster.learn(learned)
     kept = await _drop_unmade(roster, call, learned.unmade)
     for found in known.values():
@@ -53,7 +58,7 @@ async def settle(roster: Roster, call: Call) -> dict[int, BaseException]:
     if not problems:
         problems = await _thaw(call, {info.shard: info for info in infos}, recovery.thaws(knowledge, known))
     if not problems:
-        roster.dropped.clear()
+        roster.dropped -= knowledge.dropped - late
     return problems
 
 
@@ -67,7 +72,7 @@ async def _drop_unmade(roster: Roster, call: Call, table_ids: Iterable[int]) -> 
             await call(first, partial(_dropped_unmade, table_id))
         except Exception as error:
             problems[first.shard] = error
-            roster.complete = False  # it may be the pool's: shards are heard again
+            roster.doubt()  # it may be the pool's: shards are heard again
         else:
             roster.forget(table_id)
     return problems

@@ -26,11 +26,13 @@ class Telling:
         self._roster = roster
         self._calls = calls
         self.missed = False
+        self._misses = 0
 
     async def settle(self) -> dict[int, BaseException]:
         """Bring every shard to what the roster says; answers what is in the way, by shard."""
+        misses = self._misses
         problems = await settle(self._roster, self._calls.call)
-        self.missed = bool(problems)
+        self.missed = bool(problems) or self._misses != misses  # a making may end meanwhile
         for shard, problem in problems.items():
             _LOG.warning("shard %d of pool %s is not up to date: %s", shard, self._pool, problem)
         return problems
@@ -51,7 +53,8 @@ class Telling:
         failed = {
             info: result for info, result in zip(infos, results, strict=True) if isinstance(result, BaseException)
         }
-        self.missed = self.missed or bool(failed)
+        if failed:
+            self.untold()
         return failed
 
     async def confirm(self, view: TableView, infos: Sequence[ShardInfo]) -> None:
@@ -67,7 +70,7 @@ class Telling:
             infos = [info for info, result in zip(infos, results, strict=True) if isinstance(result, BaseException)]
             if not infos:
                 return
-        self.missed = True
+        self.untold()
         _LOG.warning(
             "table %r of pool %s is made; shard %s does not know it yet, and is told again",
             view.schema.name,
@@ -78,3 +81,4 @@ class Telling:
     def untold(self) -> None:
         """Some shard did not hear what it was told: it is settled again."""
         self.missed = True
+        self._misses += 1

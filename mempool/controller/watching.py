@@ -46,7 +46,7 @@ class Watching:
         """Take over running shards. Raises ShardUnavailable where none answers."""
         async with self._changing:
             self._roster.set_shards(infos)
-            self._roster.complete = False
+            self._roster.doubt()
             problems = await self._telling.settle()
             if problems and len(problems) == len(self._roster.infos):
                 shard, problem = min(problems.items())
@@ -60,6 +60,9 @@ class Watching:
     async def admit(self, info: ShardInfo) -> None:
         """A shard came back as a new incarnation. Raises MempoolError where it does not answer."""
         async with self._changing:
+            known = self._roster.shards.get(info.shard)
+            if known is None or known.incarnation > info.incarnation:
+                return  # a rescale has removed it meanwhile, or it came back once more
             self._roster.set_shards([info])
             problems = await self._telling.settle()
             await self._rescaling.look_again()
@@ -89,7 +92,7 @@ class Watching:
             rescaling=rescaling.running,
             wanted_shards=len(infos) if rescaling.wanted is None else rescaling.wanted,
             waiting_for=waiting_for,
-            unfinished=rescaling.unfinished,
+            unfinished="" if rescaling.running else rescaling.unfinished,  # it is being done
             creating=self._changes.creations(statuses),
         )
 

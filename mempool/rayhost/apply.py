@@ -89,7 +89,12 @@ def apply(
             )
         require_fit(status, changes.shards_after, [resolve(table) for table in changes.create])
         if changes.rescale:
-            say(f"asking for {changes.shards_after} shards; there are {changes.shards_before}")
+            before, after = changes.shards_before, changes.shards_after
+            say(
+                f"asking for {after} shards; there are {before}"
+                if before != after
+                else f"there are {after} shards, and pages are still to be moved to where they have them"
+            )
             pool.rescale(changes.shards_after, progress=progress)
             _write_shards(status.name, changes.shards_after)
     create_tables(changes.create, address=address, token=token, tls=tls, say=say)

@@ -194,9 +194,12 @@ def _ray_for(config: ClusterConfig, say: Say, timeout_s: float) -> tuple[str, in
     wanted = config.ray.address
     if wanted == "auto":
         try:
-            return ray_process.attach("auto"), None
+            found = ray_process.attach("auto")
         except PoolUnreachable:
             say("no Ray on this machine yet that this user may use")
+        else:
+            say(f"on the Ray at {found}, which runs already and is not ended with the pool")
+            return found, None
     if wanted in ("auto", "local"):
         return ray_process.start(say, timeout_s=timeout_s)
     return ray_process.attach(wanted), None

@@ -30,9 +30,9 @@ from mempool.shard.durable.taking import Taking
 from mempool.shard.jobs import JOB_BYTES
 from mempool.shard.pages.transfer import pull
 from mempool.shard.parking import Behind, Parked
-from mempool.shard.resolving import Resolver
 from mempool.shard.steps.budget import MIB, Budget, numbers_bytes
 from mempool.shard.steps.contexts import Contexts
+from mempool.shard.steps.resolver import Resolver
 from mempool.shard.tenancy import Tenancy
 from mempool.shard.thread import EngineThread
 from mempool.types import (

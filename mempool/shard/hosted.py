@@ -254,7 +254,7 @@ class HostedTable:
             if by is None or by.shard == self.info.shard:  # decided here, and numbered elsewhere
                 by = self.gate_info
             raise self._no_word(what, by)
-        self.step_doubt.wait(self._clock())
+        self.step_doubt.wait(self._clock(), at_once=self.updates.unwanted(prepared.step_id))
         return self._waiting_for_news.park(since_s=since_s, in_doubt=True)
 
     def _no_word(self, what: str, by: ShardInfo | None) -> ShardUnavailable:

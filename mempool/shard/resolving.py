@@ -1,36 +1,29 @@
 """Settles what a shard is in doubt of: answers what others ask, and asks them. What doubt is: ``agreement.doubt``.
 
-``Decisions`` runs on the engine's thread and knows the tables; ``Resolver`` carries questions to other shards.
+Runs on the engine's thread and knows the tables; ``mempool.shard.steps.resolver`` carries questions to other shards.
 """
 
-import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from mempool.agreement.doubt import AGAIN_S
 from mempool.agreement.ledger import FORGOTTEN, generations
 from mempool.agreement.rounds_here import fate_of_lapsed
-from mempool.errors import MempoolError, NotFound, ShardUnavailable
+from mempool.errors import NotFound
 from mempool.shard.hosted import HostedTable
 from mempool.shard.steps.held import PreparedStep
-from mempool.types import DecidedStep, ResolveReply, ResolveRequest, ShardHost, ShardInfo, StepId, TableView
-from mempool.types.caller import Caller, calling
+from mempool.types import DecidedStep, ResolveReply, ResolveRequest, ShardInfo, StepId, TableView
 from mempool.types.running import Clock
 
 _LOG = logging.getLogger("mempool.shard")
 
-_Key = tuple[int, int, StepId | str | None]
-"""Whom something is asked, of which table, and of what."""
-
 _Drop = Literal["", "lease", "unwanted"]
 """Why a step that is not decided is to be dropped."""
 
-_ANSWER_S = 5.0
-_AT_ONCE = 256
+AT_ONCE = 256
 """Questions that wait for their answers."""
 _MOST_STEPS = 512
 """Decided steps of one answer."""
@@ -40,14 +33,14 @@ _MOST_GONE = 16
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What to ask of which shard; ``tables``: whose doubt it is. last: its decider knows of no decision; a table's gate
-    is asked, too, in case the decider is one that was started anew."""
+    """What to ask of which shard; ``tables``: whose doubt it is. last: the decider that knows of no decision; a table's
+    gate is asked, too, in case that is one that was started anew."""
 
     target: ShardInfo
     request: ResolveRequest
     tables: tuple[int, ...]
     asked_s: float
-    last: bool = False
+    last: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +104,7 @@ class Decisions:
                 if at_s > now:
                     next_s = at_s if next_s is None else min(next_s, at_s)
                     continue
-                doubt.asked_s = now
+                doubt.asked(now)
                 next_s = now + AGAIN_S if next_s is None else min(next_s, now + AGAIN_S)
                 if is_order:
                     self._ask_order(table, found, now)
@@ -121,8 +114,8 @@ class Decisions:
             self._ask_step(table_id, step_id, parts, found, now)
         found += self._last
         self._last = []
-        self._turn = (self._turn + _AT_ONCE) % max(1, len(found))  # so that each has its turn where there are more
-        found = [*found[self._turn :], *found[: self._turn]][:_AT_ONCE]
+        self._turn = (self._turn + AT_ONCE) % max(1, len(found))  # so that each has its turn where there are more
+        found = [*found[self._turn :], *found[: self._turn]][:AT_ONCE]
         return found, None if next_s is None else max(0.001, next_s - now)
 
     def lapsed_rounds(self) -> list[LapsedRound]:
@@ -224,14 +217,15 @@ class Decisions:
         """
         for table in self._tables().values():
             for prepared in list(table.updates.prepared()):
-                if prepared.decider != (table_id, step_id.step) or not _same_rank(prepared.step_id, step_id):
+                if prepared.decider[0] != table_id or _at_decider(prepared) != step_id:
                     continue
-                if said_elsewhere and table.table_id != table_id and not table.is_gate and table.gate_info is not None:
+                ask_gate = said_elsewhere and table.table_id != table_id and not table.is_gate
+                if ask_gate and (gate := table.gate_info) is not None:
                     request = ResolveRequest(
                         table_id=table.table_id, step_id=prepared.step_id, after_version=table.order.applied
                     )
-                    asked = Question(table.gate_info, request, (table.table_id,), self._clock(), last=True)
-                    self._last.append(asked)
+                    last = Question(gate, request, (table.table_id,), self._clock(), last=prepared.decider)
+                    self._last.append(last)
                     continue
                 table.updates.discard(prepared.step_id)
                 table.steps_changed()
@@ -305,15 +299,18 @@ class Decisions:
         step_id = question.request.step_id
         assert step_id is not None, "it was asked for"
         here = [tables[table_id] for table_id in question.tables if table_id in tables]
-        if question.last and reply.state != "decided":
+        # What a step was prepared for before says nothing of it once its trainer has named another decider.
+        decider = question.last or (question.request.table_id, step_id.step)
+        if question.last is not None and reply.state != "decided":
             for other in here:
-                other.updates.discard(step_id)
+                if other.updates.is_prepared(step_id, decider=decider):
+                    other.updates.discard(step_id)
         elif reply.state == "dropped":
             self.drop(question.request.table_id, step_id, said_elsewhere=question.target is not _NOWHERE)
         elif reply.state == "decided":
             for step in reply.steps:
                 table = tables.get(step.table_id)
-                if table is None or not table.updates.is_prepared(step.step_id):
+                if table is None or not table.updates.is_prepared(step.step_id, decider=decider):
                     continue
                 if step.version:
                     table.order.add(step)
@@ -363,137 +360,4 @@ def _at_decider(prepared: PreparedStep) -> StepId:
     return replace(prepared.step_id, step=prepared.decider[1])
 
 
-class Ask(Protocol):
-    """Runs a job on the engine's thread, before what clients do."""
-
-    async def __call__(self, stage: str, do: Callable[[Any], Any], request: object) -> Any: ...
-
-
-class Resolver:
-    """Asks other shards, while there is anything to ask. All on the engine's loop.
-
-    Args:
-        decisions: What to ask, and who is told.
-        run: To the engine's thread.
-        peers: Reaches a shard; None: there is none to be asked.
-        adopt: Adopts a view, on the engine's thread.
-        sleep: Waits; replaced in tests.
-    """
-
-    def __init__(
-        self,
-        decisions: Decisions,
-        *,
-        run: Ask,
-        peers: Callable[[ShardInfo], ShardHost] | None,
-        adopt: Callable[[TableView], None],
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-    ) -> None:
-        self._decisions = decisions
-        self._run = run
-        self._peers = peers
-        self._adopt = adopt
-        self._sleep = sleep
-        self._task: asyncio.Task[None] | None = None
-        self._asking: dict[_Key, asyncio.Task[None]] = {}
-        self._again = False
-        self._closed = False
-
-    def poke(self) -> None:
-        """There may be something to ask."""
-        self._again = True
-        if self._task is None and not self._closed:
-            with calling(Caller()):
-                self._task = asyncio.get_running_loop().create_task(self._work())
-
-    async def close(self) -> None:
-        """Ask nothing more. Repeatable."""
-        self._closed = True
-        tasks = [*self._asking.values(), *([self._task] if self._task is not None else [])]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
-
-    async def _work(self) -> None:
-        try:
-            next_s: float | None = 0.0
-            while next_s is not None or self._again:
-                self._again = False
-                if next_s:
-                    await self._sleep(min(next_s, 1.0))
-                try:
-                    questions, next_s = await self._run("resolve", lambda _: self._decisions.questions(), None)
-                    lapsed = await self._run("resolve", lambda _: self._decisions.lapsed_rounds(), None)
-                except ShardUnavailable:  # the engine is closed
-                    return
-                except MempoolError as error:  # too much waits there, say
-                    _LOG.warning("what became of steps cannot be asked now: %s", error)
-                    next_s = AGAIN_S
-                    continue
-                for question in questions:
-                    key = question.target.shard, question.request.table_id, question.request.step_id
-                    self._begin(key, partial(self._ask, question))
-                for round_here in lapsed:
-                    if round_here.gate is not None:
-                        key = round_here.gate.shard, round_here.table_id, round_here.token
-                        self._begin(key, partial(self._ask_round, round_here, round_here.gate))
-        finally:
-            self._task = None
-
-    def _begin(self, key: _Key, ask: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Ask, unless the same is being asked, or too much is: what is not asked now is asked again."""
-        if key in self._asking or len(self._asking) >= _AT_ONCE or self._peers is None:
-            return
-        task = asyncio.get_running_loop().create_task(ask())
-        self._asking[key] = task
-        task.add_done_callback(lambda _: self._asking.pop(key, None))
-
-    async def _ask_round(self, lapsed: LapsedRound, gate: ShardInfo) -> None:
-        assert self._peers is not None, "nothing is begun without"
-        try:
-            async with asyncio.timeout(_ANSWER_S):
-                host = self._peers(gate)
-                # The view last: read first, a round that is decided in between would look like one that is over.
-                status = await host.status()
-                views = await host.views()
-        except (MempoolError, TimeoutError) as error:
-            _LOG.info("shard %d does not say what became of a round: %s", gate.shard, error)
-            return
-        view = next((view for view in views if view.schema.table_id == lapsed.table_id), None)
-        seen = next((table for table in status.tables if table.table_id == lapsed.table_id), None)
-        if seen is None:
-            view = None  # without the table it knows nothing of its rounds
-        # One of an older version does not say which: it is taken for this one.
-        token = None if seen is None or not seen.frozen else seen.round or lapsed.token
-
-        def tell(_: object) -> None:
-            adopted = self._decisions.told_of_round(lapsed, view, token=token)
-            if adopted is not None:
-                self._adopt(adopted)
-
-        try:
-            await self._run("resolve", tell, None)
-        except MempoolError as error:
-            _LOG.warning("table %d cannot follow its gate now: %s", lapsed.table_id, error)
-
-    async def _ask(self, question: Question) -> None:
-        assert self._peers is not None, "nothing is begun without"
-        try:
-            async with asyncio.timeout(_ANSWER_S):
-                reply = await self._peers(question.target).resolve(question.request)
-        except (MempoolError, TimeoutError) as error:
-            _LOG.info("shard %d does not say what became of steps: %s", question.target.shard, error)
-            return
-        try:
-            await self._run("resolve", lambda told: self._decisions.told(question, told), reply)
-        except MempoolError as error:
-            _LOG.warning("what shard %d decided cannot be applied now: %s", question.target.shard, error)
-        self.poke()  # it may have left other questions
-
-
 _NOWHERE = ShardInfo(shard=0, address="", incarnation=0)
-
-
-def _same_rank(one: StepId, other: StepId) -> bool:
-    return (one.group, one.rank, one.generation) == (other.group, other.rank, other.generation)

@@ -125,6 +125,11 @@ class ShardFill:
     bytes_total: int
 
 
+WAITS_FOR_CHANGE = "the change of the pool that is under way"
+WAITS_FOR_SHARDS = "shards that have not said yet what tables there are"
+"""What a table that is to be made waits for. The second is no sign of life: a silent shard may never say it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableCreation:
     """A table that is being made: its name, and how far each of its owners is.

@@ -35,9 +35,9 @@ def sent(found: dict[str, Any]) -> tuple[dict[str, int], int]:
     return found["messages"], found["rounds"]
 
 
-@pytest.mark.parametrize("grpc", [False, True])
-def test_a_step_of_three_tables_on_four_shards_is_two_round_trips(grpc: bool) -> None:
-    with counted_pool(4, grpc=grpc) as (pool, counts):
+@pytest.mark.parametrize("over", ["memory", "grpc"])
+def test_a_step_of_three_tables_on_four_shards_is_two_round_trips(over: str) -> None:
+    with counted_pool(4, over=over) as (pool, counts):
         training = Training(pool, counts, tables=3)
         for _ in range(2):
             found = training.step()

@@ -100,12 +100,12 @@ def test_stochastic_rounding_gives_the_same_bits_on_any_shards_and_again(driver:
 @pytest.mark.parametrize("dtype", NARROW)
 def test_small_steps_are_lost_to_nearest_and_not_stochastically(driver: Driver, dtype: str) -> None:
     """Blocks of values from 1/4 to 1, the largest of them without a gradient: scales stay what they are."""
-    sgd, ids = OptimizerSpec(algorithm="sgd", lr=0.1), torch.arange(400)
-    values = torch.tensor([1.0, 0.25, 0.5, 0.75, 1.0, 0.25, 0.5, 0.75, 1.0, 0.5]).repeat(400, 1)
-    bags, grads = Bags(ids, None, torch.arange(401)), torch.where(values == 1.0, 0.0, 0.005)
+    sgd, ids = OptimizerSpec(algorithm="sgd", lr=0.1), torch.arange(420)
+    values = torch.tensor([1.0, 0.25, 0.5, 0.75, 1.0, 0.25, 0.5, 0.75, 1.0, 0.5]).repeat(420, 1)
+    bags, grads = Bags(ids, None, torch.arange(421)), torch.where(values == 1.0, 0.0, 0.005)
     means = {}
     for rounding in ("nearest", "stochastic"):
-        schema = make_schema(num_slots=400, page_slots=64, dtype=dtype, rounding=rounding, optimizer=sgd)
+        schema = make_schema(num_slots=420, page_slots=64, dtype=dtype, rounding=rounding, optimizer=sgd)
         driver.create(schema, "columns")
         driver.write("values", ids, values)
         before = driver.read().double()

@@ -70,7 +70,7 @@ def test_equals_torch(driver: Driver, algorithm: str, layout: str) -> None:
     _train_beside_the_oracle(driver)
 
 
-@pytest.mark.parametrize(("options", "layout"), zip(OPTIONS, itertools.cycle(["rows", "mixed"])))
+@pytest.mark.parametrize(("options", "layout"), list(zip(OPTIONS, itertools.cycle(["rows", "mixed"]))))
 def test_options_equal_their_formulas(driver: Driver, options: str, layout: str) -> None:
     spec, changes = OPTIONS[options]
     schema = make_schema(optimizer=spec, **changes)
@@ -120,7 +120,8 @@ def _train_beside_the_oracle(driver: Driver) -> None:
     assert {driver.status(shard).version for shard in driver.owners} == {6}
 
 
-@pytest.mark.parametrize("algorithm", OPTIMIZERS)
+# The kernels' tests have every rule in one pass and in two.
+@pytest.mark.parametrize("algorithm", ["adagrad", "rowwise_adam", "dense adamw"])
 def test_asking_for_the_norm_changes_no_bit(driver: Driver, algorithm: str) -> None:
     results = []
     for want_norm in (True, False):

@@ -26,7 +26,7 @@ from tests.hostile.target import Target, descriptors, resident_bytes, threads
 from tests.hostile.valid import BLOCK_DIM, Requests, tensor, view_of
 
 TOKEN = "soak"
-SETTLE_S = 3.0
+SETTLE_S = 5.0
 REFUSED_BYTES = 60 * 2**20
 
 
@@ -171,9 +171,14 @@ async def refused_calls(target: Target, calls: int) -> dict[str, int]:
 
 
 def settled(target: Target) -> Footprint:
-    """What it takes once it has come to rest."""
-    time.sleep(SETTLE_S)
-    return Footprint.of(target.pid)
+    """What it takes once it has come to rest: when that has not changed for a second."""
+    ends_s, calm = time.monotonic() + SETTLE_S, 0
+    found = Footprint.of(target.pid)
+    while calm < 4 and time.monotonic() < ends_s:
+        time.sleep(0.25)
+        now = Footprint.of(target.pid)
+        calm, found = (calm + 1 if now == found else 0), now
+    return found
 
 
 def main() -> int:

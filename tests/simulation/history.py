@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mempool.agreement.order import NOBODY, Order
-from mempool.errors import DataLoss, Internal
+from mempool.errors import DataLoss, Internal, MempoolError
 from mempool.types import DecidedStep, HeartbeatRequest, Placement, ShardInfo, StepId, TableSchema, TableView
 from mempool.wire import methods
 from tests.simulation.loop import ProcessLoop
@@ -217,6 +217,11 @@ class History:
         if not self.killed:
             return set()
         return self.hit | {table_id for table_id, owners in self.owners.items() if owners & self.killed}
+
+    def names_lost(self, error: MempoolError) -> bool:
+        """Whether it is of a step that a lost table has part in. Its other tables wait: that its pages are lost nobody
+        says before a controller has admitted the shard that came in the killed one's place."""
+        return any(repr(self.schemas[table_id].name) in error.message for table_id in self.lost & self.schemas.keys())
 
     # The check
 

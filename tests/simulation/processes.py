@@ -16,7 +16,7 @@ from mempool.controller import Controller
 from mempool.errors import MempoolError
 from mempool.server.views import ShardViews
 from mempool.shard import Engine
-from mempool.types import ShardHost, ShardInfo
+from mempool.types import ShardHost, ShardInfo, TableView
 from tests.simulation.loop import InlineRunner, ProcessLoop, Scheduler
 from tests.simulation.network import Network
 
@@ -276,3 +276,10 @@ class Trainer:
             clock=loop.time,
             first_lookup_id=random.getrandbits(40),
         )
+
+    def know(self, view: TableView) -> None:
+        """Have opened a table by its name, as clients do, and have nothing of it but that."""
+        table_id = view.schema.table_id
+        if self.router.name_of(table_id) != view.schema.name:
+            self.router.adopt(view)
+            self.router.forget(table_id)

@@ -164,11 +164,12 @@ def _dies_in_a_round(random: Random) -> Scene:
 
 
 def _late_rounds(random: Random) -> Scene:
-    """What a dead controller has sent comes while another one is there."""
+    """What a dead controller has sent comes while another one is there, whose rounds may last for long."""
     method = random.choice((methods.FREEZE, methods.FREEZE, methods.SET_VIEW, methods.PULL_PAGES))
     only = random.choice(("", "not first of its round"))
     late = _trap(method, "comes late, of a sender that dies", 1.5 + 5.0 * random.random(), skip=1, times=3, only=only)
-    return Scene(traps=(late,), rescales=True)
+    long = _trap(methods.PULL_PAGES, "is answered late", 2.0 + 2.0 * random.random(), times=1000)
+    return Scene(traps=(late, long) if random.random() < 0.5 else (late,), rescales=True)
 
 
 def _untold_view(random: Random) -> Scene:

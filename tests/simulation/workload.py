@@ -111,8 +111,7 @@ class Workload:
 
     def waiting(self) -> str:
         """Who is still at what, for a run that does not end."""
-        lives = {name: getattr(life, "doing", "") for name, life in self._lives.items()}
-        lives = {name: getattr(self.trainers.get(name), "doing", "") for name in lives}
+        lives = {name: getattr(self.trainers.get(name), "doing", "") for name in self._lives}
         return f"still there: {lives}, the operator: {self._operator_doing}"
 
     _operator_doing = ""
@@ -358,6 +357,8 @@ class _Life:
         """Some tables, in any order."""
         views = [view for _, view in sorted(self.workload.views.items())]
         views = [view for view in views if view.schema.table_id not in self.workload.history.lost]
+        for view in views:
+            self.trainer.know(view)
         return self.random.sample(views, self.random.randint(1, len(views))) if views else []
 
     async def tried(self, what: str, call: Awaitable[T], *tables: TableView) -> T | None:
@@ -369,7 +370,8 @@ class _Life:
             return await call
         except FAULTS as error:
             self.workload.marks[f"{what} that failed"] += 1
-            if self.last and not ids & (history.dropped | history.lost):
+            unheard = self.workload.park.controller is None and history.names_lost(error)
+            if self.last and not unheard and not ids & (history.dropped | history.lost):
                 history.say(f"no progress: {self.name}: without faults {what} ends with {error!r}")
         except NotFound as error:
             if not ids & (history.dropped | history.lost):

@@ -39,20 +39,20 @@ def test_folders_hold_few_files(folder: Path) -> None:
     assert len(files) <= 12
 
 
-@pytest.mark.parametrize(
-    "statement",
-    [
-        "import mempool, mempool.nn",
-        "import mempool.client, mempool.wire",
+def test_the_trainers_imports_are_light() -> None:
+    statements = (
         "import mempool; mempool.connect, mempool.optim",
-    ],
-)
-def test_the_trainers_imports_are_light(statement: str) -> None:
-    script = f"{statement}\nimport sys\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+        "import mempool.client, mempool.wire",
+        "import mempool.nn",
+    )
+    script = "import sys\n"
+    for statement in statements:
+        script += f"{statement}\nprint(*sorted({{name.partition('.')[0] for name in sys.modules}}))\n"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
-    loaded = set(done.stdout.split())
-    assert "mempool" in loaded
-    assert loaded.isdisjoint(HEAVY), f"loads {sorted(loaded & set(HEAVY))}"
+    for statement, line in zip(statements, done.stdout.splitlines(), strict=True):
+        loaded = set(line.split())
+        assert "mempool" in loaded
+        assert loaded.isdisjoint(HEAVY), f"{statement!r} loads {sorted(loaded & set(HEAVY))}"
 
 
 def test_public_names_are_these_and_can_be_had() -> None:

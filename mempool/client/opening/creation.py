@@ -15,6 +15,7 @@ from mempool.config import TableConfig, resolve, unsaid
 from mempool.errors import AlreadyExists, DeadlineExceeded, InvalidRequest, MempoolError, NotFound
 from mempool.types import PoolApi, PoolStatus, TableView
 from mempool.types.caller import Caller, calling
+from mempool.types.pool import WAITS_FOR_SHARDS
 from mempool.types.schema_differences import schema_differences
 
 _LOG = logging.getLogger("mempool")
@@ -83,6 +84,7 @@ class Creation:
         self._exist_ok = exist_ok
         self._began_s = time.monotonic()
         self._moved_s = self._began_s
+        self._moves = 0
         self._seen: CreateProgress | None = None
 
     async def reports(self) -> AsyncIterator[CreateProgress]:
@@ -111,7 +113,7 @@ class Creation:
         tries, retry = 0, self._router.tries.retry(self._schema.name)
         while True:
             tries += 1
-            asked_s = clock.time()
+            moves = self._moves
             try:
                 return self._router.adopt(await self._api.create_table(self._schema))
             except AlreadyExists as error:
@@ -119,7 +121,7 @@ class Creation:
                 return self._router.adopt(await self._found(error, ours=tries > 1))
             except MempoolError as error:
                 now_s = clock.time()
-                if now_s - asked_s > _QUIET_S:  # it was at work, and is away now: an outage of its own
+                if self._moves > moves:  # it was at work, and is away now: an outage of its own
                     retry = self._router.tries.retry(self._schema.name)
                 action = retry.failed(error, now_s=now_s)
                 if isinstance(action, GiveUp):
@@ -158,10 +160,13 @@ class Creation:
             seen = None
         now_s, before = time.monotonic(), self._seen
         if seen is not None:
-            # Where the pool has not begun it is at work on something else, and answers: that is a sign of life.
+            # Where the pool has not begun it is at work on something else, and answers: that is a sign of life. That
+            # a shard has yet to answer the pool is none.
             begun = seen.bytes_total > 0 and not seen.waiting_for
-            if before is None or not begun or seen.bytes_done != before.bytes_done:
+            waits = seen.waiting_for not in ("", WAITS_FOR_SHARDS)
+            if waits or (begun and (before is None or seen.bytes_done != before.bytes_done)):
                 self._moved_s = now_s
+                self._moves += 1
             if before is None:
                 _LOG.warning("making table %r takes a while: %s", name, seen)
             self._seen = seen

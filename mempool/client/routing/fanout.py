@@ -81,10 +81,11 @@ class Fanout:
                 for task in left:
                     task.cancel()
                 await asyncio.gather(*left, return_exceptions=True)
-        errors = [error for task in tasks if not task.cancelled() and (error := task.exception()) is not None]
-        if errors:
+            # Asked of all, also where this is cut off: an error that nobody asks for is logged as one.
+            failed = [error for task in tasks if not task.cancelled() and (error := task.exception()) is not None]
+        if failed:
             self._waiting.clear()
-            raise min(errors, key=_leniency)
+            raise min(failed, key=_leniency)
         return [task.result() for task in tasks]
 
     async def _one(self, info: ShardInfo, call: Call[T]) -> T:

@@ -27,7 +27,7 @@ from mempool.client.routing.retry import Backoff
 from mempool.client.routing.together import Together
 from mempool.client.routing.tries import Tries
 from mempool.client.routing.whereabouts import Whereabouts
-from mempool.errors import MempoolError, NotFound, StalePlacement, Unavailable
+from mempool.errors import NotFound, PoolUnreachable, StalePlacement, Unavailable
 from mempool.types import PoolApi, ShardHost, ShardInfo, TableView
 from mempool.types.bags import Bags
 from mempool.types.messages import ReplyDtype
@@ -321,7 +321,7 @@ class Router:
         """
         loop = asyncio.get_running_loop()
         watching: asyncio.Task[None] | None = None
-        moved: MempoolError | None = None
+        moved: Exception | None = None
 
         async def watch() -> None:
             nonlocal moved
@@ -331,7 +331,7 @@ class Router:
                     for plan in plans:
                         if self._plans.get(plan.schema.table_id) is not plan:
                             raise StalePlacement(f"table {plan.schema.name!r} has moved while a shard kept silent")
-                except MempoolError as error:
+                except Exception as error:  # also one that is none of ours: whoever waits is told
                     moved = error
                     cut.reschedule(loop.time())
                 else:
@@ -357,13 +357,26 @@ class Router:
                 await asyncio.gather(watching, return_exceptions=True)
 
     async def _plan(self, table_id: int) -> TablePlan:
-        plan = self._plans.get(table_id)
-        if plan is None:
+        if table_id not in self._plans:
             for view in await self._api.tables():
                 self.adopt(view)
-            plan = self._plans.get(table_id)
-            if plan is None:
-                raise self._dropped(table_id)
+        if table_id not in self._plans and table_id in self._names:
+            # The list may be of a shard that has not heard of it yet; NotFound of a name is what the pool itself says.
+            try:
+                view = await self._api.table(self._names[table_id])
+            except NotFound:
+                raise self._dropped(table_id) from None
+            if view.schema.table_id > table_id:
+                raise self._made_again(table_id, view)
+            self.adopt(view)
+            if view.schema.table_id < table_id:
+                raise PoolUnreachable(
+                    f"who answers for {self.tries.where.pool} has not heard of table {view.schema.name!r} with the id "
+                    f"{table_id} yet"
+                )
+        plan = self._plans.get(table_id)
+        if plan is None:
+            raise self._dropped(table_id)
         return plan
 
     async def _refresh_all(self, plans: Sequence[TablePlan]) -> bool:
@@ -392,12 +405,15 @@ class Router:
                 return  # of a shard that has not heard that this one was dropped: ids ascend
             if view.schema.table_id != schema.table_id:
                 self.forget(schema.table_id)
-                raise NotFound(
-                    f"table {schema.name!r} of {self.tries.where.pool} was dropped and made again "
-                    f"(id {schema.table_id}, now {view.schema.table_id}); open the new one with "
-                    f"pool.table({schema.name!r})."
-                )
+                raise self._made_again(schema.table_id, view)
             self.adopt(view)
+
+    def _made_again(self, table_id: int, view: TableView) -> NotFound:
+        name = view.schema.name
+        return NotFound(
+            f"table {name!r} of {self.tries.where.pool} was dropped and made again (id {table_id}, now "
+            f"{view.schema.table_id}); open the new one with pool.table({name!r})."
+        )
 
     def _dropped(self, table_id: int) -> NotFound:
         name = self._names.get(table_id)

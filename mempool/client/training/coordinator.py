@@ -10,8 +10,8 @@ import asyncio
 import math
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -139,10 +139,16 @@ class Coordinator:
                     for each in commitments
                     if each.session.joint is joint
                 }
-                await self._carry_out(joint, "decided", left_s, begun=Begun(), decided=Decided(numbers=numbers))
+                try:
+                    await self._carry_out(joint, "decided", left_s, begun=Begun(), decided=Decided(numbers=numbers))
+                except DataLoss as error:
+                    if joint.step.state != "open" and await self._lost(joint, error, left_s) == joint.sessions.keys():
+                        joint.end()
+                    raise
                 for session, count in self._acknowledge(joint).items():
                     counts[session] = counts.get(session, 0) + count
-                self._tell(joint)
+                for each in (joint, *joint.apart):
+                    self._tell(each)
             return [counts.get(session, 0) for session in sessions]
 
     async def discard(self, sessions: Sequence[Session], *, timeout_s: float | None = None) -> list[int]:
@@ -164,7 +170,7 @@ class Coordinator:
                 # What is over at a shard is so with all that came before it: first it hears of the step before.
                 for joint in _distinct(session.applying for session in concerned.values()):
                     await self._finish_telling(joint, left_s)
-            await self._tell_given_up(concerned.values(), left_s)
+            await self._tell_given_up_in_company(sessions, concerned, left_s)
             return dropped
 
     async def applied(self, sessions: Iterable[Session], *, timeout_s: float | None = None) -> None:
@@ -211,7 +217,8 @@ class Coordinator:
                     await self._finish_telling(other, left_s)
                 await self._end_earlier(joint, "decided", left_s)
                 counts |= self._acknowledge(joint)
-                await self._finish_telling(joint, left_s)
+                for each in (joint, *joint.apart):
+                    await self._finish_telling(each, left_s)
         return counts
 
     async def _sealed(self, sessions: Sequence[Session], left_s: _LeftS) -> Joint | None:
@@ -224,7 +231,7 @@ class Coordinator:
         for session in ready:
             if session.joint is not None and set(session.joint.sessions.values()) != set(ready):
                 concerned |= self._abandon(session.joint)
-        await self._tell_given_up(concerned.values(), left_s)
+        await self._tell_given_up_in_company(sessions, concerned, left_s)
         if not ready:
             return None
         known = ready[0].joint
@@ -252,6 +259,16 @@ class Coordinator:
             if session.book.closing is not None:
                 session.book.renumber()
         return joint.sessions
+
+    async def _tell_given_up_in_company(
+        self, sessions: Sequence[Session], concerned: Mapping[int, Session], left_s: _LeftS
+    ) -> None:
+        """Those that were abandoned with these are told, too; but where that takes long they hold up nothing: shards
+        drop what nobody decided, and are told before the next step on those tables."""
+        if len(concerned) > len(sessions):
+            with suppress(MempoolError):
+                await self._tell_given_up(concerned.values(), lambda: min(_BACKGROUND_S, left_s() / 2))
+        await self._tell_given_up(sessions, left_s)
 
     async def _tell_given_up(self, sessions: Iterable[Session], left_s: _LeftS) -> None:
         # Forgotten here before the first message: should one fail, no commit names those updates any more. But a shard
@@ -308,19 +325,23 @@ class Coordinator:
         if joint.step.state == "open":
             self._abandon(joint)
             return False
-        if not gone or len(gone) == len(joint.sessions):
+        if len(gone) == len(joint.sessions):
+            joint.end()
             return False
         for table_id in gone:
             joint.leave(table_id)
-        return True
+        return bool(gone)
 
     def _acknowledge(self, joint: Joint) -> dict[Session, int]:
+        """How many updates each session has in it, and in what of it is a step of its own by now."""
         counts = {}
-        for session in joint.sessions.values():
-            counts[session] = session.book.acknowledged()
-            session.joint, session.applying = None, joint
-            session.counters.steps_committed += 1
-            session.counters.updates_committed += counts[session]
+        for each in (joint, *joint.apart):
+            for session in each.sessions.values():
+                if session.joint is each:
+                    counts[session] = session.book.acknowledged()
+                    session.joint, session.applying = None, each
+                    session.counters.steps_committed += 1
+                    session.counters.updates_committed += counts[session]
         if isinstance(joint.step.next("applied"), Reached):
             self._over(joint)
         return counts
@@ -367,7 +388,10 @@ class Coordinator:
                 return await self._carry_out(joint, goal, left_s, begun=Begun())
             except DataLoss as error:
                 lost = await self._lost(joint, error, left_s)
-                if not lost or lost == joint.sessions.keys():
+                if not lost or joint.step.state == "open":
+                    raise
+                if lost == joint.sessions.keys():
+                    joint.end()
                     raise
                 for table_id in lost:
                     joint.leave(table_id)
@@ -406,17 +430,23 @@ class Coordinator:
         }
         for dropped in joint.dropped:
             silence_s = max(silences_s[shard] for shard in dropped.shards)
-            if dropped.table_id is None and silence_s < self.heartbeats.lease_s / 2:
+            was_heard = silence_s < self.heartbeats.lease_s / 2
+            if dropped.table_id is None and was_heard:
                 continue  # pages moved while nobody knew whether it was decided
             what = (
                 f"a step of {self._names(joint.sessions)} was dropped"
                 if dropped.table_id is None
                 else f"updates of {self._names([dropped.table_id])} were dropped"
             )
+            why = (
+                "pages have moved meanwhile, or that shard has begun anew"
+                if was_heard
+                else f"this process was silent for up to {silence_s:.1f} s, and a shard keeps what a trainer holds for "
+                f"{self.heartbeats.lease_s:g} s after it last heard of it (shard.trainer_lease)"
+            )
             self._notices.append(
-                f"{what} by shards {sorted(dropped.shards)}: this process was silent for up to {silence_s:.1f} s, and a"
-                f" shard keeps what a trainer holds for {self.heartbeats.lease_s:g} s after it last heard of it"
-                " (shard.trainer_lease). All of it was sent again: nothing is lost or applied twice"
+                f"{what} by shards {sorted(dropped.shards)}: {why}. All of it was sent again: nothing is lost or "
+                "applied twice"
             )
         joint.dropped.clear()
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mempool.agreement.step import Goal, StepOfTables
 from mempool.agreement.step_events import (
+    Acknowledge,
     Action,
     Apply,
     ApplyAnswered,
@@ -30,6 +31,7 @@ from mempool.agreement.step_events import (
     Renumber,
     Renumbered,
     SendAgain,
+    SendRefused,
     SentAgain,
 )
 from mempool.client.routing.together import Together
@@ -60,12 +62,14 @@ class Joint:
         step: What is known of it, and what comes next.
         telling: Tells the other owners that it is decided.
         dropped: What shards dropped, and was sent again; for whoever tells the user.
+        apart: Tables of it that turned out to be decided, each a step of its own.
     """
 
     sessions: dict[int, Session]
     step: StepOfTables
     telling: asyncio.Task[None] | None = None
     dropped: list[Dropped] = field(default_factory=list)
+    apart: list[Joint] = field(default_factory=list)
 
     @property
     def waiting_for(self) -> tuple[tuple[int, str], ...]:
@@ -85,7 +89,15 @@ class Joint:
 
     def leave(self, table_id: int) -> None:
         """A table was dropped, or is lost: its step is over, the others' goes on."""
-        session = self.sessions.pop(table_id)
+        self._release(self.sessions.pop(table_id))
+        self.step.handle(Gone(table_id=table_id))
+
+    def end(self) -> None:
+        """All its tables were dropped, or are lost: nobody can say any more what became of it."""
+        for session in self.sessions.values():
+            self._release(session)
+
+    def _release(self, session: Session) -> None:
         if session.joint is self:
             session.joint = None
             if session.book.closing is not None:
@@ -93,7 +105,6 @@ class Joint:
         if session.applying is self:
             session.applying = None
             session.book.applied()
-        self.step.handle(Gone(table_id=table_id))
 
     def add_state(self, error: MempoolError, names: str) -> None:
         """Say what is known of the step, and what the same call does next. names: of its tables, for messages."""
@@ -116,10 +127,11 @@ class Joint:
             case Prepare():
                 await self._prepare(together, action)
             case SendAgain():
-                await asyncio.gather(
+                refusals = await asyncio.gather(
                     *(self._send_again(together, table_id, shards) for table_id, shards in action.missing.items())
                 )
-                step.handle(SentAgain())
+                refusal = next((each for each in refusals if each is not None), None)
+                step.handle(SentAgain() if refusal is None else SendRefused(error=refusal))
             case EndPrepare():
                 await together.end_prepare(
                     action.to, attempt=action.attempt, heard=lambda shard: step.handle(PrepareEnded(shard=shard))
@@ -137,6 +149,8 @@ class Joint:
                 )
             case Renumber():
                 self._renumber()
+            case Acknowledge():
+                self._set_apart(together, action.table_id)
             case Fail():
                 raise action.error
 
@@ -195,13 +209,29 @@ class Joint:
             if session.book.closing is not None:
                 session.book.closing.committing = self.step.state != "open"
 
-    async def _send_again(self, together: Together, table_id: int, missing: Mapping[int, tuple[int, ...]]) -> None:
+    async def _send_again(
+        self, together: Together, table_id: int, missing: Mapping[int, tuple[int, ...]]
+    ) -> StepConflict | None:
+        """Send a table's updates; answers the refusal, where a shard has dropped the step meanwhile."""
         session = self.sessions[table_id]
         step = session.book.applying if self.step.state == "decided" else session.book.closing
         assert step is not None
-        forgetful = await session.send_again(together.attempts[table_id], step, missing)
+        try:
+            forgetful = await session.send_again(together.attempts[table_id], step, missing)
+        except StepConflict as refusal:
+            self.dropped.append(Dropped(None, frozenset(missing if refusal.shard is None else {refusal.shard})))
+            return refusal
         if forgetful:
             self.dropped.append(Dropped(table_id, frozenset(forgetful)))
+        return None
+
+    def _set_apart(self, together: Together, table_id: int) -> None:
+        session = self.sessions.pop(table_id)
+        apart = Joint(sessions={table_id: session}, step=StepOfTables([self.step.tables[table_id]], decided=True))
+        session.joint = apart
+        self.apart.append(apart)
+        self.step.handle(Gone(table_id=table_id))
+        self.step.handle(Placed(owners=tuple(each for each in together.owners if each.table_id in self.sessions)))
 
     def _renumber(self) -> None:
         step_ids = {}

@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import TypeVar
 
-from mempool.errors import DeadlineExceeded, MempoolError, NotFound, PoolUnreachable, Unavailable
+from mempool.errors import DeadlineExceeded, MempoolError, NotFound, PoolUnreachable, ShardUnavailable, Unavailable
 from mempool.types import DropTable, PoolStatus, RescaleProgress, TableSchema, TableView
 from mempool.types.caller import current_caller
 from mempool.types.running import Clock
@@ -129,7 +129,12 @@ class GrpcPool:
                 if address != self._preferred:
                     self._preferred, self._detour_end_s = address, clock.time() + _DETOUR_S
                 return answer
-        raise unknown or self._unreachable(problems)
+        if unknown is not None and not any(
+            isinstance(problems.get(each), ShardUnavailable) for each in self._bootstrap
+        ):
+            raise unknown
+        # Where the controller says that it is not known yet, a shard's word for what there is not does not count.
+        raise self._unreachable(problems)
 
     def _learned(self, view: TableView) -> TableView:
         self._learn(info.address for info in view.shards)

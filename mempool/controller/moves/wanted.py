@@ -33,9 +33,8 @@ def _lying(views: Iterable[TableView], shards: Sequence[int]) -> str:
         lying = moves(present, target).num_pages
         if lying:
             pages = placement.owners.size + placement.key_owners.size
-            return (
-                f"{lying:,} of {pages:,} pages of table {schema.name!r} are not where {_counted(len(shards))} have them"
-            )
+            table = f"{lying:,} of {pages:,} pages of table {schema.name!r}"
+            return f"{table} are still to be moved for {_counted(len(shards))}"
     return ""
 
 

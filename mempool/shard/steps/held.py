@@ -302,10 +302,10 @@ class HeldUpdates:
         """The step of that rank that is prepared, whichever it is."""
         return self._prepared.get(_rank(step_id))
 
-    def is_prepared(self, step_id: StepId) -> bool:
-        """Whether it is that very step of its rank."""
+    def is_prepared(self, step_id: StepId, *, decider: tuple[int, int] | None = None) -> bool:
+        """Whether it is that very step of its rank, for that decider (None: any)."""
         prepared = self.prepared_step(step_id)
-        return prepared is not None and prepared.step_id == step_id
+        return prepared is not None and prepared.step_id == step_id and (decider is None or prepared.decider == decider)
 
     def set_prepared(self, step_id: StepId, prepared: PreparedStep, *, caller: str = "") -> None:
         """The step is prepared, in place of what its rank had prepared before.

@@ -9,6 +9,7 @@ from typing import Any
 from mempool.agreement.attempts import Attempts
 from mempool.agreement.step import StepOfTables, TableStep
 from mempool.agreement.step_events import (
+    Acknowledge,
     Action,
     Apply,
     ApplyAnswered,
@@ -20,6 +21,7 @@ from mempool.agreement.step_events import (
     Decided,
     EndPrepare,
     Fail,
+    Gone,
     Owners,
     Part,
     Parts,
@@ -32,6 +34,7 @@ from mempool.agreement.step_events import (
     Renumber,
     Renumbered,
     SendAgain,
+    SendRefused,
     SentAgain,
 )
 from mempool.errors import StepConflict
@@ -81,10 +84,10 @@ class Shards:
     def prepare(
         self, shard: int, parts: Parts, first: int, *, wait: bool = False, attempt: int = 0
     ) -> list[PreparedPart]:
-        if first <= self.over and first not in self.decided:
-            raise StepConflict("dropped")
         if all(self.has(shard, part) for part in parts):
             return [PreparedPart(stamp=STAMP, applied=True) for _ in parts]
+        if first <= self.over and first not in self.decided:
+            raise StepConflict("dropped")
         if late := self.attempts[shard].late(first, attempt):
             raise StepConflict(late)
         if wait:
@@ -136,7 +139,7 @@ class Shards:
         ]
 
     def apply(self, shard: int, parts: Parts, first: int) -> list[CommittedPart]:
-        assert first in self.decided
+        assert first in self.decided or all(self.has(shard, part) for part in parts)
         if not all(self.has(shard, part) for part in parts) and (shard, first) not in self.prepared:
             raise StepConflict("not prepared here")
         for part in parts:
@@ -164,6 +167,19 @@ class Shards:
         self.prepared.clear()
         self.attempts.clear()
 
+    def lose_decider(self, first: int, parts: Parts, heard: set[int], *, dropped: bool) -> None:
+        """What it decided is known to those who have asked it; the others have dropped it, or are in doubt."""
+        self.decided.pop(first, None)
+        for part in parts:
+            for shard in PLACES[self.place][part.table_id]:
+                if part.table_id in heard and not self.has(shard, part):
+                    self._apply(shard, part)
+            if part.table_id in heard:
+                self.versions[part.table_id] = 1
+        if dropped:
+            self.prepared.clear()
+            self.held.clear()
+
     def forget(self, shard: int) -> None:
         self.held = {each for each in self.held if each[0] != shard}
         self.prepared = {each for each in self.prepared if each[0] != shard}
@@ -183,6 +199,7 @@ class Client:
             TableStep(table_id=table_id, step_id=self.step_id(), sequences=SEQUENCES) for table_id in tables
         )
         self.next_step = 2
+        self.apart: list[int] = []
         self.lost: Callable[[], bool] = lambda: False
         self.in_between: Callable[[], None] = lambda: None
         if held:
@@ -233,6 +250,11 @@ class Client:
                     )
                 )
         elif isinstance(action, SendAgain):
+            first = next(iter(step.tables.values())).step_id.step
+            if first <= shards.over and first not in shards.decided:
+                yield
+                step.handle(SendRefused(error=StepConflict("dropped")))
+                return
             self._hold(action.missing)
             yield
             step.handle(SentAgain())
@@ -261,6 +283,9 @@ class Client:
                     continue
                 yield
                 step.handle(ApplyAnswered(shard=shard, parts=parts, reply=answer))
+        elif isinstance(action, Acknowledge):
+            self.apart.append(action.table_id)
+            step.handle(Gone(table_id=action.table_id))
         elif isinstance(action, Renumber):
             step_id = self.step_id()
             self.next_step += 1

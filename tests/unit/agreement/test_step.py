@@ -147,6 +147,24 @@ def test_a_dropped_step_goes_on_under_the_next_number() -> None:
     client.assert_applied_once()
 
 
+@pytest.mark.parametrize(("place", "begins"), [("same", "Prepare"), ("one", "Commit")])
+def test_a_step_that_was_dropped_while_its_updates_are_sent_again_goes_on_under_the_next_number(
+    place: str, begins: str
+) -> None:
+    """Its trainer was silent after it had heard that they are missing (simulation, seed 4017)."""
+    client = Client(place, held=False)
+
+    def silent() -> None:
+        client.shards.over = int(bool(client.shards.sent))
+
+    client.in_between = silent
+    assert isinstance(client.go("applied"), Reached)
+    asked_again = ["Commit"] if place == "one" else []  # in doubt: the decider itself is to say that it is dropped
+    assert client.kinds()[: 3 + len(asked_again)] == [begins, "SendAgain", *asked_again, "Renumber"]
+    assert {table.step_id.step for table in client.step.tables.values()} == {2}
+    client.assert_applied_once()
+
+
 def test_a_step_that_is_always_dropped_is_no_endless_loop() -> None:
     client = Client("same")
     client.shards.over = 1_000
@@ -213,6 +231,79 @@ def test_a_table_that_was_dropped_leaves_the_step_to_the_others() -> None:
     assert isinstance(client.go("applied", decide=False), Reached)
     assert list(client.step.tables) == [1, 3]
     client.assert_applied_once()
+
+
+@given(
+    place=st.sampled_from(["same", "apart", "crossed"]),
+    heard=st.sets(st.sampled_from([2, 3])),
+    over=st.booleans(),
+    dropped=st.booleans(),
+    losses=st.lists(st.booleans(), max_size=12),
+    forgotten=st.lists(st.one_of(st.none(), st.integers(0, 3)), max_size=6),
+)
+@settings(deadline=None, max_examples=300)
+def test_a_lost_decider_has_nothing_applied_twice_whoever_has_heard_of_its_decision(
+    place: str, heard: set[int], over: bool, dropped: bool, losses: list[bool], forgotten: list[int | None]
+) -> None:
+    client = Client(place)
+    shards = client.shards
+    client.lost = lambda: isinstance(shards.sent[-1], Commit)
+    client.go("decided")
+    assert client.step.state == "in doubt"
+    commit = shards.sent[-1]
+    assert isinstance(commit, Commit)
+    shards.applied.clear()
+    parts = tuple(
+        Part(table_id=each.table_id, step_id=each.step_id, sequences=SEQUENCES, lr=each.lr, grad_scale=each.grad_scale)
+        for each in commit.parts[1:]
+    )
+    shards.lose_decider(1, parts, heard, dropped=dropped)
+    client.step.handle(Gone(table_id=1))
+    shards.over = int(over)
+    client.lost = lambda: bool(losses) and losses.pop()
+
+    forgot: list[int] = []
+
+    def happen() -> None:
+        if forgotten and (which := forgotten.pop()) is not None:
+            shards.forget(which)
+            forgot.append(which)
+
+    client.in_between = happen
+    for _ in range(20):
+        client.go("decided")
+    losses.clear()
+    assert isinstance(client.go("applied"), Reached)
+    assert set(client.apart) <= heard
+    for table_id in (2, 3):
+        for shard in PLACES[place][table_id]:
+            (part,) = shards.applied[shard, table_id]
+            number = part.step_id.step
+            if table_id in heard:
+                assert number == 1
+            elif over:
+                assert number > 1
+            elif not forgot:  # a decider that has forgotten what was prepared refuses that number
+                assert number == 1
+            assert (part.lr, part.grad_scale) == NUMBERS[table_id]
+
+
+def test_a_number_changes_only_when_every_gate_was_asked() -> None:
+    """Each alone: one refusal is that of all parts of a message."""
+    client = Client("same")
+    shards = client.shards
+    client.lost = lambda: isinstance(shards.sent[-1], Commit)
+    client.go("decided")
+    client.lost = lambda: False
+    client.step.handle(Gone(table_id=1))
+    shards.decided.clear()
+    shards.applied.clear()
+    shards.over = 1
+    shards.sent.clear()
+    assert isinstance(client.go("applied"), Reached)
+    assert client.kinds()[:3] == ["Prepare", "Prepare", "Renumber"]
+    asked = [each for each in shards.sent if isinstance(each, Prepare)][:2]
+    assert [[part.table_id for parts in each.to.values() for part in parts] for each in asked] == [[2], [3]]
 
 
 @given(

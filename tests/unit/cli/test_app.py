@@ -175,7 +175,7 @@ def test_scale_edits_the_file_or_says_so(served: ServedPool, file: Path, command
 
 def test_scale_leaves_the_file_of_another_pool_alone(served: ServedPool, file: Path, command: Command) -> None:
     file.write_text(text := file.read_text().replace("name: served", "name: other"))
-    error = command("scale", "--shards", 3, "-f", file, expect=1).stderr
+    error = command("scale", 3, "-f", file, expect=1).stderr
     assert "'served'" in error
     assert "'other'" in error
     assert file.read_text() == text
@@ -185,6 +185,8 @@ def test_scale_leaves_the_file_of_another_pool_alone(served: ServedPool, file: P
 def test_errors_are_one_message(file: Path, command: Command, tmp_path: Path) -> None:
     assert command("status", "--address", "nowhere", expect=2).stderr.startswith("mempool: address 'nowhere' is not")
     assert command("scale", "--shards", 0, expect=2).stderr
+    for arguments in ((), (2, "--shards", 3)):
+        assert "once: mempool scale 3" in command("scale", *arguments, expect=2).stderr
     assert "no such file" in command("apply", "-f", tmp_path / "none.yaml", expect=1).stderr
     file.write_text("pool: {name: served}\n")
     assert f"{file}:1: pool.shards is missing" in command("apply", "-f", file, expect=1).stderr

@@ -12,7 +12,7 @@ COMMANDS = {
     "up": ["--file", "--timeout", "-f"],
     "status": ["--address", "--file", "--json", "--pool", "--stages", "-f"],
     "apply": ["--address", "--dry-run", "--file", "--json", "--pool", "-f"],
-    "scale": ["--address", "--file", "--pool", "--shards", "-f"],
+    "scale": ["--address", "--file", "--pool", "--shards", "-f", "count"],
     "down": ["--address", "--file", "--pool", "-f"],
     "bench": [],
     "bench kernels": ["--device", "--json", "--only", "--out", "--plot", "--quick", "--rounds"],

@@ -1,5 +1,6 @@
 """The controller's memory as events alone: what is news, and what is not."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from mempool.config import TableConfig, resolve
 from mempool.controller.roster import Roster
-from mempool.errors import NotFound
+from mempool.errors import NotFound, ShardUnavailable
 from mempool.types import Placement, ShardInfo, TableView
 
 
@@ -79,10 +80,18 @@ def test_what_is_dropped_or_being_made_is_no_news() -> None:
     assert roster.dropped == {3}
 
 
+def test_an_id_that_no_controller_can_have_drawn_takes_none_from_those_to_come() -> None:
+    roster = Roster(wall_clock=lambda: 5.0)
+    roster.hear_ids([2**64 - 1])
+    roster.forget(2**64 - 1)
+    assert roster.new_table_id() == 5000
+
+
 def test_ids_ascend_whatever_the_clock_says() -> None:
-    roster = made(view(2**60))
+    ahead = int(1000 * time.time()) + 24 * 3600 * 1000
+    roster = made(view(ahead))
     first = roster.new_table_id()
-    assert first == 2**60 + 1
+    assert first == ahead + 1
     assert roster.new_table_id() == first + 1
 
 
@@ -102,3 +111,12 @@ def test_a_message_names_a_few_tables_and_cuts_what_was_asked_for() -> None:
         roster.view("x" * 10**6)
     assert len(str(caught.value)) < 500
     assert str(caught.value).endswith("t020, and 479 more")
+
+
+def test_where_it_is_not_known_whether_there_is_a_table_the_shard_that_is_late_is_named() -> None:
+    roster = made()
+    roster.doubt()
+    roster.unheard = (1,)
+    with pytest.raises(ShardUnavailable, match="shard 1 has not said what it has") as told:
+        roster.view("a")
+    assert told.value.shard == 1

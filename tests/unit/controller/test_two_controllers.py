@@ -2,7 +2,8 @@
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+import time
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from mempool import errors
 from mempool.config import resolve
 from mempool.controller import Controller
+from mempool.types.pool import WAITS_FOR_SHARDS
 from mempool.wire.channels.loop import io_loop, run
 
 from .bench import CALL_S, Bench, config, fail, train
@@ -29,6 +31,7 @@ class Held:
     def __init__(self, number: int) -> None:
         self.came = threading.Event()
         self._number = number
+        self.ended = False
         self._go = asyncio.Event()
 
     async def __call__(self) -> None:
@@ -38,6 +41,7 @@ class Held:
             await self._go.wait()
 
     def let_go(self) -> None:
+        self.ended = True
         io_loop().call_soon_threadsafe(self._go.set)
 
 
@@ -134,3 +138,133 @@ def test_while_it_is_not_known_whether_a_table_is_made_none_is_made_beside_it_an
         bench.controller._roster.complete = False
         run(bench.controller.drop_table("facts", table_id=view.schema.table_id * id_known), timeout_s=CALL_S)
         assert all(not run(host.status(), timeout_s=CALL_S).tables for host in bench.fleet.hosts.values())
+
+
+def test_a_settling_under_way_does_not_end_a_doubt_that_came_since_it_heard() -> None:
+    """It has its answers already: the table that one of them does not name may be made by now."""
+    with Bench(2) as bench:
+        hosts, roster = bench.fleet.hosts, bench.controller._roster
+        lost = fail(errors.ShardUnavailable("a packet was lost"))
+        attaching, hearing = Held(1), Held(1)
+        attach, status = hosts[0]._engine.attach_table, hosts[0]._engine.status
+        attach_other = hosts[1]._engine.attach_table
+
+        async def attached_later(request: Any) -> None:
+            if request.mode == "initialise":
+                await attaching()
+            await attach_other(request)
+
+        async def confirmed_and_lost(request: Any) -> None:
+            if request.mode == "initialise":
+                await attaching()
+            await attach(request)
+            if request.mode == "confirm" and not hearing.ended:
+                hosts[0].faults["drop_table"] = lost
+                await lost()
+
+        async def late_status() -> Any:
+            said = await status()
+            await hearing()
+            return said
+
+        hosts[0]._engine.attach_table = confirmed_and_lost  # type: ignore[method-assign]
+        hosts[1]._engine.attach_table = attached_later  # type: ignore[method-assign]
+        making = submit(bench.controller.create_table(resolve(config())))
+        assert attaching.came.wait(CALL_S)
+        hosts[0]._engine.status = late_status  # type: ignore[method-assign]
+        settling = submit(bench.controller._watching._telling.settle())
+        assert hearing.came.wait(CALL_S)
+        attaching.let_go()
+        assert isinstance(making.exception(CALL_S), errors.ShardUnavailable)
+        hearing.let_go()
+        settling.result(CALL_S)
+        assert not roster.complete
+        assert bench.controller._watching._telling.missed
+        with pytest.raises(errors.ShardUnavailable, match="is not known yet"):
+            bench.view("facts")
+        hosts[0].faults.clear()
+        run(bench.controller.reconcile(), timeout_s=CALL_S)
+        (view,) = run(hosts[0].views(), timeout_s=CALL_S)
+        assert bench.view("facts").schema.table_id == view.schema.table_id
+
+
+@pytest.mark.parametrize("heard_late", [False, True])
+def test_ids_ascend_where_the_next_controllers_clock_is_behind(heard_late: bool) -> None:
+    """Also past tables that were dropped, and where shards are heard only once a table is asked for."""
+    with Bench(2) as bench:
+        infos = [host.info for host in bench.fleet.hosts.values()]
+        ahead = Controller("bench", launcher=bench.fleet, dial=bench.fleet.dial, wall_clock=lambda: time.time() + 600)
+        run(ahead.adopt(infos), timeout_s=CALL_S)
+        old = run(ahead.create_table(resolve(config())), timeout_s=CALL_S)
+        run(ahead.drop_table("facts"), timeout_s=CALL_S)
+        behind = bench.heir()
+        if heard_late:
+            for host in bench.fleet.hosts.values():
+                host.faults["views"] = fail(errors.ShardUnavailable("away"))
+            with pytest.raises(errors.ShardUnavailable):
+                run(behind.adopt(infos), timeout_s=CALL_S)
+            for host in bench.fleet.hosts.values():
+                host.faults.clear()
+        else:
+            run(behind.adopt(infos), timeout_s=CALL_S)
+        new = run(behind.create_table(resolve(config())), timeout_s=CALL_S)
+        assert new.schema.table_id > old.schema.table_id
+
+
+def test_a_drop_that_ends_a_making_does_not_say_done_of_a_table_that_may_be_there() -> None:
+    """Nobody was heard yet: the making waits to hear whether there is one of that name, and there is."""
+    with Bench(2) as bench:
+        bench.pool.create_table(config())
+        hosts = bench.fleet.hosts.values()
+        for host in hosts:
+            host.faults["views"] = fail(errors.ShardUnavailable("away"))
+        heir, adopting = adoption(bench)
+        assert isinstance(adopting.exception(CALL_S), errors.ShardUnavailable)
+        hearing = Held(1)
+        for host in hosts:
+            host.faults["views"] = hearing
+        making = submit(heir.create_table(resolve(config())))
+        assert hearing.came.wait(CALL_S)
+        dropping = submit(heir.drop_table("facts"))
+        assert isinstance(making.exception(CALL_S), errors.NotFound)
+        hearing.let_go()
+        dropping.result(CALL_S)
+        assert all(not run(host.status(), timeout_s=CALL_S).tables for host in hosts)
+        run(heir.reconcile(), timeout_s=CALL_S)
+        assert run(heir.tables(), timeout_s=CALL_S) == ()
+
+
+def test_a_making_that_waits_for_a_silent_shard_has_an_end_and_can_be_ended() -> None:
+    """What a new controller cannot find out is no sign of life, and a try that ends so no outage of its own."""
+    with Bench(2) as bench:
+        infos = [host.info for host in bench.fleet.hosts.values()]
+        heir = bench.heir()
+        bench.fleet.hosts[1].faults["views"] = fail(errors.ShardUnavailable("away"))
+        run(heir.adopt(infos), timeout_s=CALL_S)
+        silent = Held(1)
+        bench.fleet.hosts[1].faults["views"] = silent
+        pool = bench.pool_of(heir, timeout_s=3.0)
+        told: list[BaseException] = []
+
+        def tell(change: Callable[[], object]) -> None:
+            try:
+                change()
+            except errors.MempoolError as error:
+                told.append(error)
+
+        making = threading.Thread(target=tell, args=[lambda: pool.create_table(config())], daemon=True)
+        making.start()
+        assert silent.came.wait(CALL_S)
+        making.join(CALL_S)
+        assert isinstance(told.pop(), errors.DeadlineExceeded)
+        (creation,) = run(heir.status(), timeout_s=CALL_S).creating
+        assert creation.waiting_for == WAITS_FOR_SHARDS
+        ending = threading.Thread(target=tell, args=[lambda: pool.drop_table("facts")], daemon=True)
+        ending.start()
+        for _ in range(100):
+            if not run(heir.status(), timeout_s=CALL_S).creating:
+                break
+            ending.join(0.1)
+        assert not run(heir.status(), timeout_s=CALL_S).creating
+        silent.let_go()
+        ending.join(CALL_S)

@@ -76,6 +76,29 @@ def test_reconcile_waits_for_no_change_and_tells_nobody_who_knows() -> None:
         run(busy(), timeout_s=CALL_S)
 
 
+def test_a_shard_that_was_removed_meanwhile_or_came_back_again_is_not_admitted() -> None:
+    """Simulation, seed 3857: it stayed one of the pool's for good, and no rescale began, as it did not answer."""
+    with Bench(3) as bench:
+        bench.pool.create_table(config())
+        removed = bench.controller.shards[2]
+
+        async def came_back() -> None:
+            rescaling = bench.controller.rescale(2)
+            await anext(rescaling)
+            admitted = asyncio.create_task(bench.controller.shard_restarted(replace(removed, incarnation=9)))
+            assert not admitted.done()
+            async for _ in rescaling:
+                pass
+            await admitted
+
+        run(came_back(), timeout_s=CALL_S)
+        kept = bench.controller.shards
+        assert [info.shard for info in kept] == [0, 1]
+        run(bench.controller.shard_restarted(replace(kept[1], incarnation=0)), timeout_s=CALL_S)
+        assert bench.controller.shards == kept
+        bench.pool.rescale(1)
+
+
 def test_the_highest_incarnation_is_of_all_shards_that_were_ever_heard_of() -> None:
     with Bench(3) as bench:
         bench.pool.create_table(config())

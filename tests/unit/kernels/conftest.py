@@ -58,22 +58,31 @@ def fused_in_the_interpreter():
 
 @pytest.fixture(scope="session", autouse=True)
 def quicker_interpreter():
-    """It prepares the whole language again for each function that a kernel calls; once for each launch is enough."""
+    """It prepares the whole language again for each function that a kernel calls; once for each launch is enough. And
+    it makes a table of all dtypes for each dtype that it looks up there."""
     if "triton:cpu" not in CHOSEN:
         yield
         return
     import triton.language as tl
     from triton.runtime import interpreter
 
-    prepare = interpreter._patch_lang
+    prepare, look_up = interpreter._patch_lang, interpreter._get_np_dtype
+    known: dict[str, np.dtype] = {}
 
     def once(function):
         languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
         prepared = not any(tl.core.is_builtin(language.load) for language in languages)
         return interpreter._LangPatchScope() if prepared else prepare(function)
 
+    def looked_up(dtype):
+        element = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
+        if element.name not in known:
+            known[element.name] = look_up(element)
+        return known[element.name]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", once)
+        patch.setattr(interpreter, "_get_np_dtype", looked_up)
         yield
 
 

@@ -1,33 +1,17 @@
 """A table's kernels are there before it answers: compiled by child processes, loaded here."""
 
-import os
-import subprocess
-import sys
-import textwrap
 import threading
-from pathlib import Path
 
 import pytest
+from scripts import run_script
 
 from mempool import kernels
 from mempool.kernels import making, warming
 from mempool.kernels.compiling import NotCompiledError, only_compiled, watched
 
-PROJECT = Path(__file__).parents[3]
-
 
 def run(code: str, **environment: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=PROJECT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
+    return "".join(run_script(code, environment, timeout_s=240.0))
 
 
 def test_with_an_empty_cache_no_call_on_a_served_table_waits_for_a_compiler(tmp_path):

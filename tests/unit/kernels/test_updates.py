@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import Case, assert_close, cases, kernel_settings, make_paged, same_bits
+from kernel_cases import INTERPRETED, Case, assert_close, cases, kernel_settings, make_paged, same_bits
 
 from mempool.kernels import RUN_PIECE, OptimizerStep, Paged, SortedPairs, reference, torch_ops
 
@@ -101,7 +101,7 @@ def test_sums_are_made_in_pieces_whatever_the_threads(under_test):
         assert same_bits(results[0][segment], in_pieces(on_cpu, weights, bags, grads, segment))
 
 
-@pytest.mark.parametrize("algorithm", ["adagrad", "rowwise_adam"])
+@pytest.mark.parametrize("algorithm", ["rowwise_adam"] if INTERPRETED else ["adagrad", "rowwise_adam"])
 def test_hot_rows_step_alike_fused_and_in_two(under_test, algorithm):
     paged, ids, weights, bags, grads = hot_case(under_test)
     pairs = under_test.kernels.sort_pairs(under_test.to(paged), under_test.to(ids))
@@ -141,7 +141,9 @@ def test_parts_are_added_up(under_test, case, data):
         expected[places] += under_test.kernels.segment_sum(pairs, *gradients).cpu()
     assert same_bits(sums[:-1], expected)
     assert bool(sums[-1].isnan().all())
-    assert_close(sums[:-1], reference.segment_sum(whole, case.weights, case.bags, case.grads))
+    weights, grads = None if case.weights is None else case.weights.abs(), case.grads.abs()
+    terms = reference.segment_sum(whole, weights, case.bags, grads)
+    assert_close(sums[:-1], reference.segment_sum(whole, case.weights, case.bags, case.grads), terms=terms)
 
 
 def test_hot_parts_are_added_up_in_pieces(under_test):

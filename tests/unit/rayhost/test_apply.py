@@ -81,8 +81,8 @@ def test_a_pool_that_is_where_it_should_be_has_nothing_unfinished(layout: Any, s
 def test_pages_that_a_stopped_rescale_left_behind_are_not_nothing_to_do() -> None:
     half = status(shards=2, placed_on=1)
     said = (
-        "32 of 64 pages of table 'facts' are not where 2 shards have them: ask again with mempool scale --shards 2, or "
-        "mempool apply"
+        "32 of 64 pages of table 'facts' are still to be moved for 2 shards: ask again with mempool scale --shards 2, "
+        "or mempool apply"
     )
     assert unfinished(half) == said
     changes = planned(FILE, half)

@@ -299,7 +299,12 @@ def test_reflection_needs_the_token(guarded: ServedPool) -> None:
                 return [service.name for service in reply.list_services_response.service]
         return []
 
+    async def refusal() -> grpc.StatusCode:
+        """Of a call that sends nothing: what gRPC's client says of a message that comes after the end varies."""
+        async with grpc.aio.insecure_channel(guarded.address) as channel:
+            call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(timeout=CALL_S)
+            code: grpc.StatusCode = await call.code()
+            return code
+
     assert run(services((("authorization", "Bearer sesame"),)), timeout_s=CALL_S)
-    with pytest.raises(grpc.aio.AioRpcError) as refused:
-        run(services(()), timeout_s=CALL_S)
-    assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    assert run(refusal(), timeout_s=CALL_S) is grpc.StatusCode.UNAUTHENTICATED

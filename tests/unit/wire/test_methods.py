@@ -64,7 +64,7 @@ def tensors_of(message: Message) -> list[tensor_pb2.Tensor]:
 
 
 @pytest.mark.parametrize(("codec", "message", "values"), SIDES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_bytes_are_protobufs_own(
     codec: Codec[Any], message: type[Message], values: st.SearchStrategy[Any], data: st.DataObject
@@ -83,7 +83,7 @@ def test_bytes_are_protobufs_own(
 
 
 @pytest.mark.parametrize(("codec", "message", "values"), SIDES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_broken_bytes_are_refused_or_read_as_protobuf_reads_them(
     codec: Codec[Any], message: type[Message], values: st.SearchStrategy[Any], data: st.DataObject

@@ -1,6 +1,7 @@
 """Asking shards together: replies in order, the gravest error, and who has not answered."""
 
 import asyncio
+import gc
 from typing import Any
 
 import pytest
@@ -117,3 +118,23 @@ def test_those_who_did_not_answer_in_time_are_known(wait) -> None:  # type: igno
 
     wait(main())
     assert fanout.waiting_for == ((1, "host-1:1"), (2, "host-2:1"))
+
+
+def test_errors_of_calls_that_were_cut_off_are_not_left_to_be_logged(wait) -> None:  # type: ignore[no-untyped-def]
+    logged: list[str] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: logged.append(context["message"]))
+        try:
+            calls = [(INFOS[0], fails(ShardUnavailable("away"))), (INFOS[1], is_silent)]
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await make_fanout().each(calls, to_the_end=True)
+            gc.collect()
+            await asyncio.sleep(0)
+        finally:
+            loop.set_exception_handler(None)
+
+    wait(main())
+    assert logged == []

@@ -1,8 +1,6 @@
 """Routing, following placement and retrying, against shards in memory that fail on demand."""
 
 import asyncio
-from dataclasses import replace
-from unittest.mock import AsyncMock
 
 import pytest
 import torch
@@ -258,6 +256,23 @@ def test_shard_that_stays_away_is_named(wait, fault: Fault) -> None:  # type: ig
     wait(main())
 
 
+def test_an_error_of_looking_where_a_silent_shard_lives_now_is_raised(wait) -> None:  # type: ignore[no-untyped-def]
+    pool = FaultyPool(COLUMNS)
+
+    async def broken(_: str) -> None:
+        raise RuntimeError("no view can be read")
+
+    async def main() -> None:
+        router = make_router(pool, patience_s=0.05, timeout_s=20.0)
+        await router.open("facts")
+        pool.table = broken  # type: ignore[assignment, method-assign]
+        pool.shards[1].gather = lambda _: asyncio.Event().wait()  # type: ignore[assignment, method-assign]
+        with pytest.raises(RuntimeError, match="no view can be read"):
+            await router.gather(1, bags=make_bags())
+
+    wait(main())
+
+
 def test_silent_shard_that_lives_again_elsewhere_is_found_in_time(wait) -> None:  # type: ignore[no-untyped-def]
     pool, bags = FaultyPool(COLUMNS), make_bags()
     pool.shards[1].faults["gather"] = [Fault.SILENT]
@@ -329,24 +344,6 @@ def test_table_made_again_is_another_table(wait) -> None:  # type: ignore[no-unt
         assert (await router.open("facts")).schema.table_id == 2
         values, _ = await router.gather(2, bags=make_bags())
         assert_near(values, pooled(pool.values, make_bags()))
-
-    wait(main())
-
-
-def test_an_earlier_table_of_that_name_is_no_news(wait) -> None:  # type: ignore[no-untyped-def]
-    """A shard that has not heard that it was dropped, and not yet of the one after it, answers for the controller."""
-    pool = FaultyPool(COLUMNS)
-
-    async def main() -> None:
-        router = make_router(pool, patience_s=0.05)
-        pool.drop_and_remake()
-        view = await router.open("facts")
-        earlier = replace(view, schema=replace(view.schema, table_id=1))
-        pool.table = AsyncMock(return_value=earlier)  # type: ignore[method-assign]
-        pool.shards[1].faults["gather"] = [Fault.ERROR_BEFORE]
-        values, _ = await router.gather(2, bags=make_bags())
-        assert_near(values, pooled(pool.values, make_bags()))
-        assert pool.table.called
 
     wait(main())
 

@@ -144,6 +144,8 @@ class ScriptedShard:
     def _update(self, request: UpdateRequest) -> UpdateReply:
         self._fence(request.envelope)
         if request.hold:
+            if request.step_id.step <= self.over.get(request.envelope.table_id, 0):
+                raise StepConflict(f"step {request.step_id.step} was dropped", shard=self.info.shard)
             self.held.add((request.envelope.table_id, request.step_id.step, request.sequence))
         grad = torch.zeros(2) if request.want_weight_grad else None
         return UpdateReply(stamp=self._stamp(request.envelope.table_id), weight_grad=grad)
