@@ -97,3 +97,42 @@ def test_another_number_of_shards_is_refused(tmp_path: Path) -> None:
         mempool.local(tmp_path, shards=3)
     with mempool.local(tmp_path) as pool:
         assert len(pool.status().shards) == 2
+
+
+def test_what_is_no_pool_is_refused_and_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    with pytest.raises(errors.StorageFailed, match="file"):
+        mempool.local(file)
+    assert file.read_text() == "mine"
+    said = tmp_path / "pools" / "local" / "pool.json"
+    said.parent.mkdir(parents=True)
+    for text, error in (
+        ('{"version": 2, "pool_id": "x", "shards": 1}', errors.ConfigError),
+        ('{"version": 1}', errors.DataLoss),
+        ("{", errors.DataLoss),
+    ):
+        said.write_text(text)
+        for _ in range(2):  # the lock is free again
+            with pytest.raises(error, match=str(said)):
+                mempool.local(tmp_path / "pools")
+        assert said.read_text() == text
+
+
+def test_a_rescale_is_kept(tmp_path: Path) -> None:
+    with mempool.local(tmp_path) as pool:
+        table = open_tables(pool, ["adam"])[0]
+        train([table], 1)
+        pool.rescale(3)
+        train([table], 2)
+        found = contents([table])
+    with mempool.local(tmp_path) as pool:
+        assert len(pool.status().shards) == 3
+        tables = open_tables(pool, ["adam"])
+        assert differences(contents(tables), found) == []
+        pool.rescale(1)
+        assert differences(contents(tables), found) == []
+    with mempool.local(tmp_path) as pool:
+        assert len(pool.status().shards) == 1
+        assert differences(contents(open_tables(pool, ["adam"])), found) == []
+    assert sorted(path.name for path in (tmp_path / "local").glob("shard-*")) == ["shard-0"]
