@@ -22,10 +22,13 @@ from mempool.observe import Stages
 from mempool.shard import bounds
 from mempool.shard.answers import Answers
 from mempool.shard.committing import Committing
+from mempool.shard.hosted import HostedTable
 from mempool.shard.jobs import JOB_BYTES
 from mempool.shard.pages.transfer import pull
 from mempool.shard.parking import Behind, Parked
 from mempool.shard.resolving import Resolver
+from mempool.shard.saving.marks import Saving
+from mempool.shard.saving.restoring import check_source, read_pages
 from mempool.shard.steps.budget import MIB, Budget, numbers_bytes
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.tenancy import Tenancy
@@ -44,13 +47,16 @@ from mempool.types import (
     HeartbeatRequest,
     Ledger,
     LedgerPart,
+    MarkTable,
     PageBatch,
+    PartProgress,
     PrepareReply,
     PrepareRequest,
     PullPages,
     PullReport,
     ReadRowsReply,
     ReadRowsRequest,
+    ReleaseMark,
     ResolveReply,
     ResolveRequest,
     ScoreReply,
@@ -63,6 +69,7 @@ from mempool.types import (
     TableView,
     UpdateReply,
     UpdateRequest,
+    WritePart,
     WriteRowsReply,
     WriteRowsRequest,
 )
@@ -156,7 +163,7 @@ class Engine:
             name=f"shard {info.shard} of pool {pool!r}",
             stages=self._stages,
             budget=self._budget,
-            upkeep=self._tenancy.expire,
+            upkeep=self._keep_up,
             upkeep_s=min(1.0, max(0.05, min(held_lease_s, context_lease_s) / 12)),
             probe=partial(_probe, torch.device(device)),
             on_fatal=partial(self._end_for_good, on_fatal),
@@ -174,6 +181,15 @@ class Engine:
             asked_s=self._thread.asked_s,
         )
         self._committing = Committing(self._tenancy, stages=self._stages, asked_s=self._thread.asked_s)
+        self._saving = Saving(
+            info=info,
+            tenancy=self._tenancy,
+            control=self._control,
+            jobs=partial(self._thread.run, caller=_TABLES),
+            clock=clock,
+            runner=runner,
+        )
+        self._runner = runner
         self._loop: asyncio.AbstractEventLoop | None = None
         self._resolver = Resolver(self._tenancy.decisions, run=self._control, peers=peers, adopt=self._tenancy.set_view)
         self._tenancy.on_doubt = self._poke
@@ -251,13 +267,19 @@ class Engine:
 
         Raises:
             InvalidRequest: The table is here already, with pages, at another epoch; or its pages do not fit.
-            NotFound: It is to be confirmed, and is not here.
+            NotFound: It is to be confirmed, and is not here; or the checkpoint is not.
+            DataLoss: What is to be restored is damaged.
         """
+        if request.mode == "restore":
+            check_source(request.source)
         table = await self._control("attach_table", self._tenancy.attach, request)
         if request.mode == "confirm":
             return
         await self._tenancy.prepare(table)
         self._on_loaded()
+        if table.restored is not None:
+            await self._restore(table, request)
+            return
         while not await self._thread.run("fill", self._tenancy.fill, table, caller=_TABLES):
             pass
 
@@ -341,6 +363,15 @@ class Engine:
         bounds.check_token(token)
         await self._control("set_view", partial(self._tenancy.set_view, token=token), view)
 
+    async def mark_table(self, request: MarkTable) -> None:
+        await self._saving.mark(request)
+
+    async def write_part(self, request: WritePart) -> PartProgress:
+        return await self._saving.write(request)
+
+    async def release_mark(self, request: ReleaseMark) -> None:
+        await self._saving.release(request)
+
     async def views(self) -> tuple[TableView, ...]:
         self._thread.check_open()
         return self._tenancy.views()
@@ -354,9 +385,30 @@ class Engine:
     async def close(self) -> None:
         """Answer what is waiting, then end the thread and free all memory. Repeatable."""
         await self._resolver.close()
+        await self._saving.close()
         with suppress(ShardUnavailable):  # closed before
             await self._thread.run("close", lambda _: self._tenancy.drop_all())
         await self._thread.close()
+
+    async def _restore(self, table: HostedTable, request: AttachTable) -> None:
+        """Fill a table from its checkpoint. Where that fails it is dropped: half a table must not answer."""
+        restored, source = table.restored, check_source(request.source)
+        assert restored is not None
+        ledger, placement = request.ledger or Ledger(), request.view.placement
+        try:
+            batches = read_pages(source, table.storage, placement, version=ledger.version)
+            while not restored.whole:
+                batch = await self._runner.run(lambda: next(batches, None), name="mempool-restore")
+                restored.batch, restored.whole = batch, batch is None
+                await self._thread.run("fill", self._tenancy.fill, table, caller=_TABLES)
+        except BaseException:
+            with suppress(ShardUnavailable):
+                await asyncio.shield(self._control("drop_table", self._tenancy.drop, table.table_id))
+            raise
+
+    def _keep_up(self) -> bool:
+        marked = self._saving.expire()
+        return self._tenancy.expire() or marked
 
     def _end_for_good(self, on_fatal: Callable[[BaseException], None] | None, error: BaseException) -> None:
         if on_fatal is not None:

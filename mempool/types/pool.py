@@ -117,6 +117,78 @@ class DropTable:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TakeCheckpoint:
+    """Asks for a checkpoint of a pool.
+
+    Attributes:
+        url: The place: an absolute path that is the same on all nodes, or a URL that fsspec knows.
+        tables: Names; none: all tables there are.
+        incremental: Let pages that did not change be read from the newest checkpoint's files.
+        keep: Remove all but so many of the newest once it is whole; 0: none.
+        extra: The user's own, a JSON object as text; "": nothing.
+    """
+
+    url: str
+    tables: tuple[str, ...] = ()
+    incremental: bool = True
+    keep: int = 0
+    extra: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableVersion:
+    """A table and the version that it has in a checkpoint."""
+
+    table: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointProgress:
+    """Where a checkpoint stands; the last message has ``done``.
+
+    Attributes:
+        url: The place.
+        name: The checkpoint's, in the place; "" until it has one.
+        bytes_done, bytes_total: Of pages to write, all shards together; 0 until the moment is taken.
+        tables: The tables and their versions, once the moment is taken.
+        held_s: How long writers were held off for that moment, seconds.
+        doing: What it is at, for people.
+        done: It is whole; no message follows.
+    """
+
+    url: str
+    name: str
+    bytes_done: int
+    bytes_total: int
+    tables: tuple[TableVersion, ...]
+    held_s: float
+    doing: str
+    done: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreTable:
+    """Asks for a table as a checkpoint has it.
+
+    Attributes:
+        url: The place, as in ``TakeCheckpoint``.
+        checkpoint: The checkpoint's name; "" for the newest.
+        table: The table's name in it.
+        name: What it shall be called; "": as it is there.
+        replace: Take the place of a table of that name, once the pages are all there.
+        layout: How its pages are spread over the shards; "": as it was.
+    """
+
+    url: str
+    table: str
+    checkpoint: str = ""
+    name: str = ""
+    replace: bool = False
+    layout: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShardFill:
     """How many bytes of a table that is being made have their initial values on one shard, and of how many."""
 
