@@ -168,21 +168,21 @@ class CheckpointProgress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RestoreTable:
-    """Asks for a table as a checkpoint has it.
+class RestoreTables:
+    """Asks for tables as a checkpoint has them.
 
     Attributes:
         url: The place, as in ``TakeCheckpoint``.
         checkpoint: The checkpoint's name; "" for the newest.
-        table: The table's name in it.
-        name: What it shall be called; "": as it is there.
+        tables: Their names in it; none: all.
+        name: What the one table that is asked for shall be called; "": as it is there.
         replace: Take the place of a table of that name, once the pages are all there.
-        layout: How its pages are spread over the shards; "": as it was.
+        layout: How pages are spread over the shards; "": as they were.
     """
 
     url: str
-    table: str
     checkpoint: str = ""
+    tables: tuple[str, ...] = ()
     name: str = ""
     replace: bool = False
     layout: str = ""

@@ -48,7 +48,7 @@ from mempool.types.pool import (
     CheckpointProgress,
     PoolStatus,
     RescaleProgress,
-    RestoreTable,
+    RestoreTables,
     ShardStatus,
     TableView,
     TakeCheckpoint,
@@ -179,8 +179,8 @@ class PoolApi(Protocol):
     def checkpoint(self, request: TakeCheckpoint) -> AsyncIterator[CheckpointProgress]:
         """Take a checkpoint while clients go on. One at a time: a second is answered InvalidRequest."""
 
-    async def restore_table(self, request: RestoreTable) -> TableView:
-        """Make a table of a checkpoint's. Raises AlreadyExists, and as reading a checkpoint does."""
+    async def restore(self, request: RestoreTables) -> tuple[TableView, ...]:
+        """Make tables of a checkpoint's. Raises AlreadyExists, and as reading a checkpoint does."""
 
     async def status(self) -> PoolStatus: ...
 
