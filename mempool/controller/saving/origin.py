@@ -4,7 +4,7 @@ Reads a manifest, and no page.
 """
 
 from dataclasses import replace
-from typing import cast
+from typing import cast, get_args
 
 from mempool.checkpoint.commit import read_manifest
 from mempool.checkpoint.format.json_values import Unfit
@@ -34,6 +34,11 @@ def origins_of(request: RestoreTables) -> list[tuple[TableSchema, Origin]]:
             f"name={shown(request.name)} is for one table, and {len(request.tables) or 'all'} are asked for; name the "
             "table that is to be called so. Nothing was changed."
         )
+    if request.layout and request.layout not in get_args(Layout):
+        raise InvalidRequest(
+            f"layout={shown(request.layout)} is none that there is: give one of {', '.join(get_args(Layout))}, or leave "
+            "it out. Nothing was changed."
+        )
     try:
         manifest = read_manifest(open_store(request.url), request.checkpoint or None)
     except MempoolError:
@@ -50,7 +55,7 @@ def _origin(request: RestoreTables, manifest: Manifest, table: str) -> tuple[Tab
             f"checkpoint {manifest.name!r} of {request.url} has no table {shown(table)}; it has: "
             f"{', '.join(manifest.tables)}"
         )
-    layout = cast("Layout", request.layout or state.schema.layout)  # which the check below looks at
+    layout = cast("Layout", request.layout or state.schema.layout)
     schema = replace(state.schema, table_id=0, name=request.name or table, layout=layout)
     check_schema(schema)
     try:
