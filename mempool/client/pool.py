@@ -8,7 +8,7 @@ import secrets
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, Literal, NoReturn, Self, TypeVar, overload
 
 from mempool.client.checkpoints import CheckpointHandle, Restoring, asked_checkpoint, asked_restore
 from mempool.client.counts import shard_count
@@ -179,6 +179,31 @@ class Pool:
         reports, first = self._connection.run(self._connection.tries.run("rescale", lambda: self._begin_rescale(count)))
         self._follow(reports, progress, first)
 
+    @overload
+    def checkpoint(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        tables: Iterable[str] | None = ...,
+        incremental: bool = ...,
+        keep: int | None = ...,
+        extra: Mapping[str, Any] | None = ...,
+        wait: Literal[True] = ...,
+        progress: Callable[[CheckpointProgress], None] | None = ...,
+    ) -> CheckpointProgress: ...
+
+    @overload
+    def checkpoint(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        tables: Iterable[str] | None = ...,
+        incremental: bool = ...,
+        keep: int | None = ...,
+        extra: Mapping[str, Any] | None = ...,
+        wait: Literal[False],
+    ) -> CheckpointHandle: ...
+
     def checkpoint(
         self,
         url: str | os.PathLike[str],
@@ -189,7 +214,7 @@ class Pool:
         extra: Mapping[str, Any] | None = None,
         wait: bool = True,
         progress: Callable[[CheckpointProgress], None] | None = None,
-    ) -> "CheckpointProgress | CheckpointHandle":
+    ) -> CheckpointProgress | CheckpointHandle:
         """Write the pool's tables to a place, as they are at one moment, while training and lookups go on.
 
         All tables are of one step boundary; steps that are acknowledged before this is called are in it. Has no

@@ -4,8 +4,8 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
+from importlib import metadata
 
-from mempool import __version__
 from mempool.controller.calls import ShardCalls
 from mempool.controller.changes import TableChanges
 from mempool.controller.launcher import Launcher
@@ -90,7 +90,7 @@ class Controller:
             changes=changes,
             changing=changing,
             trainer_lease_s=trainer_lease_s,
-            written_by=f"mempool {__version__}",
+            written_by=_written_by(),
             clock=clock,
             runner=runner,
             new_token=new_token,
@@ -237,3 +237,11 @@ class Controller:
         errors = await self._rescaling.stop(infos)
         if errors:
             raise next(iter(errors.values()))
+
+
+def _written_by() -> str:
+    """The program and its version, for manifests."""
+    try:
+        return f"mempool {metadata.version('mempool')}"
+    except metadata.PackageNotFoundError:  # run from its source
+        return "mempool"

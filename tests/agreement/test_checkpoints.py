@@ -18,7 +18,6 @@ from mempool.client import Table
 from mempool.client.checkpoints import CheckpointHandle
 from mempool.errors import AlreadyExists, DataLoss, DeadlineExceeded, InvalidRequest, NotFound
 from mempool.optim import SGD, Adagrad, Adam, AdamW, RowWiseAdagrad, RowWiseAdam
-from mempool.types import CheckpointProgress
 
 from .conftest import Pools
 
@@ -88,7 +87,6 @@ def test_a_restored_table_is_bit_for_bit_what_was_and_trains_on_as_that_does(
     _train(table, 4, seed=1)
     taken = pool.checkpoint(tmp_path, tables=["facts"])
     then = _state(table)
-    assert isinstance(taken, CheckpointProgress)
     assert [(each.table, each.version) for each in taken.tables] == [("facts", 4)]
     (restored,) = other.restore(tmp_path)
     pools.tables.append((other, restored))
@@ -116,7 +114,6 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 def _begun(pool: mempool.Pool, place: Path, **options: Any) -> CheckpointHandle:
     """A checkpoint whose moment is taken."""
     handle = pool.checkpoint(place, wait=False, **options)
-    assert isinstance(handle, CheckpointHandle)
     for _ in range(round(WAIT_S / 0.01)):
         if handle.progress.tables or handle.done:
             return handle
@@ -159,7 +156,6 @@ def test_increments_have_what_changed_and_are_whole(pools: Pools, tmp_path: Path
         names = []
         for number in range(3):
             taken = pool.checkpoint(tmp_path, extra={"number": number})
-            assert isinstance(taken, CheckpointProgress)
             names.append(taken.name)
             then = _state(table)
             table.write(torch.arange(3) + 100 * number, torch.ones(3, DIM))
@@ -204,7 +200,6 @@ def test_all_tables_are_of_one_step_boundary(pools: Pools, tmp_path: Path) -> No
             seen = []
             for _ in range(4):
                 before, taken = steps, pool.checkpoint(tmp_path)
-                assert isinstance(taken, CheckpointProgress)
                 one, two = (each.version for each in taken.tables)
                 assert one == two >= before
                 seen.append(one)
@@ -232,8 +227,7 @@ def test_bad_places_and_names_change_nothing_and_say_what_to_do(pools: Pools, tm
         pool.checkpoint(tmp_path, tables=["nothing"])
     with pytest.raises(NotFound, match="no checkpoint"):
         pool.restore(tmp_path)
-    taken = pool.checkpoint(tmp_path, tables=[table.name])
-    assert isinstance(taken, CheckpointProgress)
+    pool.checkpoint(tmp_path, tables=[table.name])
     with pytest.raises(AlreadyExists):
         pool.restore(tmp_path)
     with pytest.raises(NotFound, match="has no table"):

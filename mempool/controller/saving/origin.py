@@ -36,8 +36,8 @@ def origins_of(request: RestoreTables) -> list[tuple[TableSchema, Origin]]:
         )
     if request.layout and request.layout not in get_args(Layout):
         raise InvalidRequest(
-            f"layout={shown(request.layout)} is none that there is: give one of {', '.join(get_args(Layout))}, or leave "
-            "it out. Nothing was changed."
+            f"layout={shown(request.layout)} is none that there is: give one of {', '.join(get_args(Layout))}, or "
+            "leave it out. Nothing was changed."
         )
     try:
         manifest = read_manifest(open_store(request.url), request.checkpoint or None)
