@@ -97,7 +97,14 @@ class Controller:
         )
         self._runner = runner
         self._watching = Watching(
-            name, roster, calls=calls, telling=telling, changes=changes, rescaling=rescaling, changing=changing
+            name,
+            roster,
+            calls=calls,
+            telling=telling,
+            changes=changes,
+            rescaling=rescaling,
+            checkpoints=self._checkpoints,
+            changing=changing,
         )
 
     @property

@@ -306,7 +306,8 @@ class HostedTable:
                 f"shard {self.info.shard} (incarnation {self.info.incarnation}) lost {self.lost_pages} pages of table "
                 f"{self.view.schema.name!r}: it restarted without them, or a commit failed half way. They are not "
                 f"replaced by initial values. Drop the table (pool.drop_table({self.view.schema.name!r})), make it "
-                "again and write back what you saved of it; other tables go on",
+                "again and write back what you saved of it, or restore a checkpoint in its place (pool.restore(place, "
+                "replace=True)); other tables go on",
                 shard=self.info.shard,
                 address=self.info.address,
             )

@@ -233,6 +233,7 @@ class PoolStatus:
         waiting_for: What the rescale waits for, for people; "" if for nothing.
         unfinished: Why a rescale stopped half way and what to do, for people; "" if none did.
         creating: Tables that are being made.
+        checkpoint: The checkpoint that is being taken and what it is at, for people; "" if none is.
     """
 
     name: str
@@ -243,6 +244,7 @@ class PoolStatus:
     waiting_for: str = ""
     unfinished: str = ""
     creating: tuple[TableCreation, ...] = ()
+    checkpoint: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -262,9 +262,16 @@ def test_one_at_a_time_and_a_table_that_is_dropped_meanwhile(
             pool.checkpoint(tmp_path / "other")
         with pytest.raises(DeadlineExceeded):
             handle.wait(0.01)
-        assert "facts" in repr(table)
+        moving = threading.Thread(target=pool.rescale, args=(3,))  # waits: pages stay where they are meanwhile
+        moving.start()
+        _train(table, 2, seed=1)
+        assert len(pool.status().shards) == 2
+        assert str(tmp_path) in pool.status().checkpoint
         gate.set()
         assert handle.wait(WAIT_S).held_s >= 0.0
+        moving.join(WAIT_S)
+        assert len(pool.status().shards) == 3
+        assert pool.checkpoint(tmp_path).tables[0].version == 2
         pool.drop_table("facts")
         with pytest.raises(InvalidRequest, match="no tables"):
             pool.checkpoint(tmp_path)

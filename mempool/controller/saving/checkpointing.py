@@ -90,6 +90,7 @@ class Checkpoints:
     async def take(self, request: TakeCheckpoint) -> AsyncIterator[CheckpointProgress]:
         """Take one, and watch it. Raises as ``Controller.checkpoint`` does."""
         extra = check_request(request)
+        self._views(request.tables)
         if self._task is not None:
             raise InvalidRequest(
                 f"{self.doing or 'a checkpoint'} is under way; one is taken at a time. Wait for it, then ask again"

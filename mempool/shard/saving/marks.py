@@ -116,6 +116,7 @@ class Saving:
             found.asked = asked
             with calling(Caller()):  # it goes on where the call ends
                 found.writing = asyncio.create_task(self._write(found, request))
+            found.writing.add_done_callback(_retrieved)
         elif asked != found.asked:
             raise InvalidRequest(
                 f"mark {request.token!r} is being written to {found.asked}, and is asked for as {asked}; a mark is "
@@ -265,8 +266,13 @@ class Saving:
             raise
 
     async def _elsewhere(self, work: Callable[[], Any]) -> Any:
+        """The result of ``work``. Who is cancelled meanwhile waits for it first: a file is written by one at a time."""
+        working = asyncio.ensure_future(self.runner.run(work, name="mempool-checkpoint"))
         try:
-            return await self.runner.run(work, name="mempool-checkpoint")
+            return await asyncio.shield(working)
+        except asyncio.CancelledError:
+            await asyncio.wait([working])
+            raise
         except MempoolError:
             raise
         except Exception as error:  # of the user's fsspec package, say
@@ -311,6 +317,12 @@ def _check_name(name: str, *, empty: bool = False) -> None:
         raise InvalidRequest(
             f"{bounds.shown(name)} is no checkpoint's name, as '000012-7e19cac2' is. Nothing was changed."
         )
+
+
+def _retrieved(task: "asyncio.Task[bytes]") -> None:
+    """Whoever asked for it may be gone: what it ended with is no news to asyncio."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def _ended(task: "asyncio.Task[bytes] | None") -> None:

@@ -437,6 +437,7 @@ CASES: dict[Method[Any, Any], Case] = {
             wanted_shards=U32,
             waiting_for=TEXT,
             unfinished=TEXT,
+            checkpoint=TEXT,
             creating=st.lists(CREATION, max_size=2).map(tuple),
         ),
     ),
