@@ -1,5 +1,6 @@
-"""Checkpoints of a pool on Ray: what a killed shard had comes back, and what a killed controller began counts for nothing."""
+"""Checkpoints of a pool on Ray: what a killed shard had comes back; what a killed controller began counts for nothing."""
 
+import contextlib
 import threading
 from pathlib import Path
 
@@ -54,10 +55,8 @@ def test_lost_pages_come_back_from_a_checkpoint_and_a_killed_controller_leaves_o
 
 
 def _quietly(pool: mempool.Pool, place: Path) -> None:
-    try:
+    with contextlib.suppress(MempoolError):
         pool.checkpoint(place)
-    except MempoolError:
-        pass
 
 
 def _bases(place: Path) -> list[str]:

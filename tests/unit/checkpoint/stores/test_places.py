@@ -18,8 +18,8 @@ def test_absolute_paths_and_plain_urls_are_places(place: str) -> None:
 @pytest.mark.parametrize(
     "place",
     [
-        "", "a", "./a", "~/a", "file://a", "local://a", "S3://a", "s 3://a", "://a", "simplecache::s3://a", "/a\n", "/a\0",
-        "/a\x7f", "/a/../b", "s3://a/..", "/a\udc80", "/" + "x" * MAX_PLACE_BYTES, "x" * 40 + "://a",
+        "", "a", "./a", "~/a", "file://a", "local://a", "S3://a", "s 3://a", "://a", "simplecache::s3://a", "/a\n",
+        "/a\0", "/a\x7f", "/a/../b", "s3://a/..", "/a\udc80", "/" + "x" * MAX_PLACE_BYTES, "x" * 40 + "://a",
     ],
 )  # fmt: skip
 def test_others_are_none_and_it_is_said_what_to_give(place: str) -> None:
