@@ -12,12 +12,14 @@ from torch import Tensor
 
 import mempool
 from mempool.checkpoint import looking
+from mempool.checkpoint.format.layout import PageGroup
 from mempool.checkpoint.stores import open_store
 from mempool.checkpoint.writer import PartWriter
 from mempool.client import Table
 from mempool.client.checkpoints import CheckpointHandle
 from mempool.errors import AlreadyExists, DataLoss, DeadlineExceeded, InvalidRequest, NotFound
 from mempool.optim import SGD, Adagrad, Adam, AdamW, RowWiseAdagrad, RowWiseAdam
+from mempool.shard.saving import marks
 
 from .conftest import Pools
 
@@ -99,14 +101,16 @@ def test_a_restored_table_is_bit_for_bit_what_was_and_trains_on_as_that_does(
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Parts are written once it is set: until then all the shards have is their marks."""
-    opened, write = threading.Event(), PartWriter.write
+    """Of each part's groups, which are small here, all but the first are read out and written once it is set."""
+    opened, groups = threading.Event(), PartWriter.groups
 
-    def gated(self: PartWriter, arrays: Any) -> None:
-        assert opened.wait(WAIT_S)
-        write(self, arrays)
+    def gated(self: PartWriter) -> Iterator[PageGroup]:
+        for number, group in enumerate(groups(self)):
+            assert number == 0 or opened.wait(WAIT_S)
+            yield group
 
-    monkeypatch.setattr(PartWriter, "write", gated)
+    monkeypatch.setattr(PartWriter, "groups", gated)
+    monkeypatch.setattr(marks, "_GROUP_BYTES", 4096)
     yield opened
     opened.set()
 

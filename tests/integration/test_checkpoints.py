@@ -1,4 +1,4 @@
-"""Checkpoints of a pool on Ray: what a killed shard had comes back; what a killed controller began counts for nothing."""
+"""Checkpoints of a pool on Ray: what a killed shard had comes back, what a killed controller began counts not."""
 
 import contextlib
 import threading

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mempool.checkpoint.commit import begin, commit
+from mempool.checkpoint.format.layout import PageGroup
 from mempool.checkpoint.format.manifest import parse_part
 from mempool.checkpoint.format.pages import Pages
 from mempool.checkpoint.reader import Checkpoint
@@ -67,14 +68,14 @@ def until(check: Callable[[], bool]) -> None:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Groups are written once it is set."""
-    opened, write = threading.Event(), PartWriter.write
+    """Nothing is read out before it is set."""
+    opened, groups = threading.Event(), PartWriter.groups
 
-    def gated(self: PartWriter, arrays: Any) -> None:
+    def gated(self: PartWriter) -> Iterator[PageGroup]:
         assert opened.wait(BOUND_S)
-        write(self, arrays)
+        yield from groups(self)
 
-    monkeypatch.setattr(PartWriter, "write", gated)
+    monkeypatch.setattr(PartWriter, "groups", gated)
     return opened
 
 
@@ -174,7 +175,7 @@ def test_what_ends_a_mark_gives_its_memory_back_and_leaves_no_file_that_counts(
     make_driver: MakeDriver, tmp_path: Path, gate: threading.Event, what: str
 ) -> None:
     driver = make_driver(2).create(make_schema(), "rows")
-    mark(driver, lease_s=0.3 if what == "lease" else 60.0)
+    mark(driver, lease_s=2.0 if what == "lease" else 60.0)
     engine = driver.host(0)
     assert isinstance(engine, Engine)
     writing = driver.submit(engine.write_part(asked(driver, tmp_path, wait_s=0.0)))
