@@ -20,7 +20,7 @@ from mempool.agreement.writes import MAX_OPEN, Writer
 from mempool.client.lookup import Lookup
 from mempool.client.routing.attempt import Attempt, LookupRecord, Seen
 from mempool.client.routing.fanout import Dial, Fanout, Traffic
-from mempool.client.routing.patience import WaitingFor
+from mempool.client.routing.patience import Silence, WaitingFor
 from mempool.client.routing.plan import TablePlan, make_plan, newer_view
 from mempool.client.routing.remembered import Remembered
 from mempool.client.routing.retry import Backoff
@@ -313,48 +313,26 @@ class Router:
     async def _while_current(self, plans: tuple[TablePlan, ...], attempt: Awaitable[T]) -> T:
         """The result of ``attempt``, unless one of its plans gets old while a shard keeps silent.
 
-        A host that is gone sends no error. Where its shard lives again elsewhere the view says so, long before any
-        connection notices.
-
         Raises:
             StalePlacement: There is a newer plan.
         """
-        loop = asyncio.get_running_loop()
-        watching: asyncio.Task[None] | None = None
-        moved: Exception | None = None
-
-        async def watch() -> None:
-            nonlocal moved
-            while moved is None:
-                try:
-                    await self._refresh_all(plans)
-                    for plan in plans:
-                        if self._plans.get(plan.schema.table_id) is not plan:
-                            raise StalePlacement(f"table {plan.schema.name!r} has moved while a shard kept silent")
-                except Exception as error:  # also one that is none of ours: whoever waits is told
-                    moved = error
-                    cut.reschedule(loop.time())
-                else:
-                    await asyncio.sleep(self._patience_s)
-
-        def begin() -> None:
-            nonlocal watching
-            watching = loop.create_task(watch())
-
-        # Most calls end before: a task for each would be a good part of what they cost.
-        silence = loop.call_later(self._patience_s, begin)
+        silence = Silence(self.tries.watchdog, every_s=self._patience_s, check=partial(self._require_current, plans))
         try:
-            async with asyncio.timeout(None) as cut:
+            with silence:
                 return await attempt
         except TimeoutError:
-            if moved is None or not cut.expired():
+            if silence.found is None or not silence.is_cut:
                 raise
-            raise moved from None
+            raise silence.found from None
         finally:
-            silence.cancel()
-            if watching is not None:
-                watching.cancel()
-                await asyncio.gather(watching, return_exceptions=True)
+            await silence.end()
+
+    async def _require_current(self, plans: tuple[TablePlan, ...]) -> None:
+        """Raises StalePlacement, or NotFound, where one of these plans is old by now."""
+        await self._refresh_all(plans)
+        for plan in plans:
+            if self._plans.get(plan.schema.table_id) is not plan:
+                raise StalePlacement(f"table {plan.schema.name!r} has moved while a shard kept silent")
 
     async def _plan(self, table_id: int) -> TablePlan:
         if table_id not in self._plans:

@@ -4,10 +4,9 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
 from typing import TypeVar
 
-from mempool.client.routing.patience import LONGEST_WORK_S, Patience, WaitingFor
+from mempool.client.routing.patience import LONGEST_WORK_S, Deadline, Patience, WaitingFor, Watchdog
 from mempool.client.routing.retry import Backoff, GiveUp, Retry
 from mempool.client.routing.whereabouts import Whereabouts
 from mempool.errors import MempoolError
@@ -26,6 +25,9 @@ class Tries:
         backoff: Waits between tries.
         jitter: Gives a number from 0 to 1 at each call.
         clock: Seconds, monotonic: what deadlines that go along with calls are told by.
+
+    Attributes:
+        watchdog: Looks at calls that last.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class Tries:
     ) -> None:
         self._clock = clock
         self.where = where
+        self.watchdog = Watchdog()
         self.timeout_s = timeout_s
         self._backoff = backoff or Backoff()
         self._jitter = jitter
@@ -49,12 +52,19 @@ class Tries:
         """Try nothing again any more: calls under way end with their next failure."""
         self._closed = True
 
-    def retry(self, what: str, *, timeout_s: float | None = None, refused_s: float | None = None) -> Retry:
-        """The policy of one call that begins now; arguments as of ``run``."""
+    def retry(
+        self,
+        what: str,
+        *,
+        timeout_s: float | None = None,
+        refused_s: float | None = None,
+        began_s: float | None = None,
+    ) -> Retry:
+        """The policy of one call that begins now, or began then; other arguments as of ``run``."""
         return Retry(
             table=what,
             where=self.where,
-            start_s=asyncio.get_running_loop().time(),
+            start_s=asyncio.get_running_loop().time() if began_s is None else began_s,
             timeout_s=self.timeout_s if timeout_s is None else timeout_s,
             backoff=self._backoff,
             jitter=self._jitter,
@@ -83,34 +93,36 @@ class Tries:
             again: False: one try, whatever error it ends with.
         """
         clock = asyncio.get_running_loop()
+        began_s = clock.time()
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
-        retry = self.retry(what, timeout_s=timeout_s, refused_s=refused_s)
+        bound_s = timeout_s if self._patience is None else max(timeout_s, LONGEST_WORK_S)
+        retry: Retry | None = None  # most calls need none
+
+        def policy() -> Retry:
+            return retry or self.retry(what, timeout_s=timeout_s, refused_s=refused_s, began_s=began_s)
+
+        deadline = Deadline(self.watchdog, timeout_s, began_s=began_s, waiting_for=waiting_for, patience=self._patience)
         try:
-            with calling(self._bounded(timeout_s if self._patience is None else max(timeout_s, LONGEST_WORK_S))):
-                async with self._deadline(timeout_s, waiting_for):
-                    while True:
-                        try:
-                            return await once()
-                        except MempoolError as error:
-                            if self._closed:
-                                raise MempoolError(f"{self.where.pool} was closed during the call.") from error
-                            if not again:
-                                raise
-                            action = retry.failed(error, now_s=clock.time())
-                            if isinstance(action, GiveUp):
-                                raise action.error from (None if action.error is error else error)
-                        await asyncio.sleep(action.delay_s)
-                        if refresh is not None and await refresh():
-                            retry.replanned()
+            with calling(self._bounded(bound_s)), deadline:
+                while True:
+                    try:
+                        return await once()
+                    except MempoolError as error:
+                        if self._closed:
+                            raise MempoolError(f"{self.where.pool} was closed during the call.") from error
+                        if not again:
+                            raise
+                        retry = policy()
+                        action = retry.failed(error, now_s=clock.time())
+                        if isinstance(action, GiveUp):
+                            raise action.error from (None if action.error is error else error)
+                    await asyncio.sleep(action.delay_s)
+                    if refresh is not None and await refresh():
+                        retry.replanned()
         except MempoolError:
             raise
         except TimeoutError:
-            raise retry.out_of_time(waiting_for=waiting_for(), now_s=clock.time()) from None
-
-    def _deadline(self, timeout_s: float, waiting_for: WaitingFor) -> AbstractAsyncContextManager[object]:
-        if self._patience is None:
-            return asyncio.timeout(timeout_s)
-        return self._patience.timeout(timeout_s, waiting_for)
+            raise policy().out_of_time(waiting_for=waiting_for(), now_s=clock.time()) from None
 
     def _bounded(self, timeout_s: float) -> Caller:
         """Whoever asks now, with this deadline, or their own where it is earlier."""
