@@ -129,7 +129,10 @@ class StepOfTables:
     @property
     def prepared(self) -> bool:
         """Whether every owner has prepared it, under the placement that is known."""
-        return bool(self._shards) and all(shard.prepared for shard in self._shards.values())
+        for shard in self._shards.values():
+            if not shard.prepared:
+                return False
+        return bool(self._shards)
 
     def norm(self, table_id: int) -> tuple[float, bool, float]:
         """Once prepared with a norm: its square, whether it is finite, and the norm of the order asked for (else 0)."""
@@ -401,6 +404,8 @@ class StepOfTables:
         return Commit(shard=decider, parts=parts, one_phase=one_phase)
 
     def _next_apply(self) -> Action:
+        if all(len(shard.applied) == len(self.tables) for shard in self._shards.values()):
+            return Reached()
         if lacking := self._missing():
             return SendAgain(missing=lacking)
         unprepared = [number for number, shard in self._shards.items() if shard.unprepared and self._left(number)]

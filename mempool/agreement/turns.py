@@ -30,6 +30,8 @@ class Turns:
 
     def served(self, step_id: StepId) -> None:
         """A step of this rank was applied, or dropped."""
+        if not self._held_off:
+            return
         self._held_off.pop((step_id.group, step_id.rank), None)
         if not self._held_off:
             self._ends_s = None

@@ -101,7 +101,7 @@ class Committing:
         """What speaks against preparing a part."""
         table.updates.touch(part.step_id)
         table.require_newest(part.step_id)
-        if table.ledger.has(part.step_id) or table.order.find(part.step_id) is not None:
+        if table.is_decided(part.step_id):
             return PreparedPart(stamp=table.stamp, applied=True)
         if late := table.updates.late(part.step_id, attempt):
             step_id = part.step_id

@@ -110,7 +110,7 @@ class HostedTable:
     @property
     def frozen(self) -> bool:
         """Whether a move's round holds it."""
-        return self.rounds.held
+        return self.rounds.token is not None
 
     @property
     def is_gate(self) -> bool:
@@ -151,18 +151,21 @@ class HostedTable:
             DataLoss: Pages of the table are lost here.
             Behind: The next epoch, whose view this shard is about to be told.
         """
-        self.let_go()
-        self.check_ready()
-        if self.frozen and envelope.epoch == self.epoch + 1:
-            raise Behind(self.park_until_thaw)
-        if envelope.epoch != self.epoch:
+        if self.frozen:
+            self.let_go()
+        if self.pending or self._filling is not None:
+            self.check_ready()
+        epoch = self.view.placement.epoch
+        if envelope.epoch != epoch:
+            if self.frozen and envelope.epoch == epoch + 1:
+                raise Behind(self.park_until_thaw)
             raise StalePlacement(
                 f"the request was planned for epoch {envelope.epoch} of table {self.view.schema.name!r}; shard "
-                f"{self.info.shard} is at epoch {self.epoch}",
+                f"{self.info.shard} is at epoch {epoch}",
                 shard=self.info.shard,
                 address=self.info.address,
             )
-        if whole:
+        if whole and self.lost_pages:
             self.check_whole()
 
     def require_newest(self, step_id: StepId) -> None:
@@ -171,6 +174,10 @@ class HostedTable:
         newest = self.ledger.entry(step_id).generation
         if step_id.generation < newest:
             raise over(step_id, newest)
+
+    def is_decided(self, step_id: StepId) -> bool:
+        """Whether that step, or a later one of its rank, is known to be decided. Raises StepConflict where it is over."""
+        return self.ledger.has(step_id) or self.order.find(step_id) is not None
 
     def lacks(self, envelope: Envelope, *, waits_since_s: float) -> Parked | None:
         """Where the client has seen a later version than is here: what to wait for.
@@ -286,20 +293,14 @@ class HostedTable:
 
     def check_ready(self) -> None:
         """Raises ShardUnavailable while the table is being made: here, or on other shards."""
-        if self.pending and self._filling is None:
-            raise ShardUnavailable(
-                f"table {self.view.schema.name!r} is being made: shard {self.info.shard} has its pages, and has not "
-                "heard that all shards have theirs; try again in a moment",
-                shard=self.info.shard,
-                address=self.info.address,
-            )
+        name, number = self.view.schema.name, self.info.shard
         if self._filling is not None:
-            raise ShardUnavailable(
-                f"shard {self.info.shard} is still writing the initial values of table {self.view.schema.name!r}; "
-                "try again in a moment",
-                shard=self.info.shard,
-                address=self.info.address,
-            )
+            what = f"shard {number} is still writing the initial values of table {name!r}"
+        elif self.pending:
+            what = f"table {name!r} is being made: shard {number} has not heard yet that all shards have their pages"
+        else:
+            return
+        raise ShardUnavailable(f"{what}; try again in a moment", shard=number, address=self.info.address)
 
     def check_whole(self) -> None:
         """Raises DataLoss where pages are lost."""
@@ -323,8 +324,7 @@ class HostedTable:
         except DataLoss:
             self.measure()
             raise
-        self.order.add(step)
-        self.order.did()
+        self.order.did_at_once(step)
         self.turns.served(step.step_id)
         self.steps_changed()
 

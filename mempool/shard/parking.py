@@ -56,7 +56,7 @@ class Waiting:
 
     def __bool__(self) -> bool:
         """Whether anybody does who has not left."""
-        return any(not parked.woken.cancelled() for parked in self._parked)
+        return bool(self._parked) and any(not parked.woken.cancelled() for parked in self._parked)
 
     def park(self, *, since_s: float = 0.0, in_doubt: bool = False, longest_s: float | None = None) -> Parked:
         """One more waits."""
@@ -68,6 +68,8 @@ class Waiting:
 
     def wake(self) -> None:
         """It has happened, or may have: all look again."""
+        if not self._parked:
+            return
         woken, self._parked = self._parked, []
         for parked in woken:
             parked.wake()

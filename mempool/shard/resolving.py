@@ -192,9 +192,11 @@ class Decisions:
     def supersede_older(self, table: HostedTable, step_id: StepId) -> PreparedStep | None:
         """A trainer that has gone back comes with its first step: what its older generations have prepared here is not
         decided any more. Returns what of that is not gone yet."""
+        if not (step_id.generation and table.updates.any_prepared):
+            return None
         older = [
             prepared
-            for prepared in (table.updates.prepared() if step_id.generation else ())
+            for prepared in table.updates.prepared()
             if (prepared.step_id.group, prepared.step_id.rank) == (step_id.group, step_id.rank)
             and prepared.step_id.generation < step_id.generation
         ]

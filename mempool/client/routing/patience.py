@@ -6,8 +6,8 @@ takes it long is a kernel's first use, above all: compiling never counts against
 
 import asyncio
 import logging
-from abc import abstractmethod
 from collections.abc import Awaitable, Callable
+from math import inf
 from types import TracebackType
 from typing import Self
 
@@ -25,24 +25,24 @@ WaitingFor = Callable[[], tuple[tuple[int, str], ...]]
 
 
 class Watchdog:
-    """Looks at what is watched when its time has come. On one loop at a time."""
+    """Looks at calls that last when it is time to. On one loop at a time."""
 
     def __init__(self) -> None:
-        self._watched: set[Watched] = set()
+        self._watched: set[Deadline] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def add(self, watched: "Watched") -> None:
+    def add(self, deadline: "Deadline") -> None:
         """From now on, until it is removed."""
         loop = asyncio.get_running_loop()
         if loop is not self._loop:  # what another one ran has ended with it
             self._loop, self._timer, self._watched = loop, None, set()
-        self._watched.add(watched)
-        if self._timer is None or watched.at_s < self._timer.when():
-            self._set(watched.at_s)
+        self._watched.add(deadline)
+        if self._timer is None or deadline.at_s < self._timer.when():
+            self._set(deadline.at_s)
 
-    def remove(self, watched: "Watched") -> None:
-        self._watched.discard(watched)
+    def remove(self, deadline: "Deadline") -> None:
+        self._watched.discard(deadline)
 
     def close(self) -> None:
         """Look at nothing any more, unless something is added."""
@@ -57,34 +57,79 @@ class Watchdog:
     def _look(self) -> None:
         self._timer = None
         now_s = asyncio.get_running_loop().time()
-        for watched in sorted((each for each in self._watched if each.at_s <= now_s), key=_when):
-            again_s = watched.look(now_s)
+        for deadline in sorted((each for each in self._watched if each.at_s <= now_s), key=lambda each: each.at_s):
+            again_s = deadline.look(now_s)
             if again_s is None:
-                self._watched.discard(watched)
+                self._watched.discard(deadline)
             else:
-                watched.at_s = again_s
+                deadline.at_s = again_s
         if self._watched:
             self._set(min(each.at_s for each in self._watched))
 
 
-class Watched:
-    """A context that the task within can be cut off from, with TimeoutError: as ``asyncio.timeout``, but without a
-    timer of its own.
+class Deadline:
+    """A context that ends a call, with TimeoutError, when its time is over: as ``asyncio.timeout``, without a timer of
+    its own. Where there is patience, not while a shard that it waits for is at work.
+
+    While shards keep silent it looks whether what the call goes by is still right, and cuts it off where it is not. A
+    host that is gone sends no error. Where its shard lives again elsewhere the view says so, long before any connection
+    notices.
 
     Args:
         watchdog: Looks at it.
-        at_s: When, on the loop's clock.
+        began_s: When the call began, on the loop's clock.
+        waiting_for: Gives (shard, address) of those that were asked and have not answered.
+        patience: With shards of this process; None: of others nobody knows what they are at.
+        check: Raises where what the call goes by is not right any more.
+        silence_s: After so much silence, and again after as much more.
 
     Attributes:
-        is_cut: Whether it was cut off.
+        at_s: When it is looked at next.
     """
 
-    __slots__ = ("_cancelling", "_task", "_watchdog", "at_s", "is_cut")
+    __slots__ = (
+        "_began_s",
+        "_cancelling",
+        "_check",
+        "_checking",
+        "_found",
+        "_idle_looks",
+        "_is_over",
+        "_patience",
+        "_silence_s",
+        "_silent_at_s",
+        "_task",
+        "_timeout_s",
+        "_waiting_for",
+        "_watchdog",
+        "at_s",
+    )
 
-    def __init__(self, watchdog: Watchdog, at_s: float) -> None:
-        self.at_s = at_s
-        self.is_cut = False
+    def __init__(
+        self,
+        watchdog: Watchdog,
+        timeout_s: float,
+        *,
+        began_s: float,
+        waiting_for: WaitingFor = tuple,
+        patience: "Patience | None" = None,
+        check: Callable[[], Awaitable[None]] | None = None,
+        silence_s: float = inf,
+    ) -> None:
         self._watchdog = watchdog
+        self._began_s = began_s
+        self._timeout_s = timeout_s
+        self._waiting_for = waiting_for
+        self._patience = patience
+        self._check = check
+        self._silence_s = silence_s
+        self._silent_at_s = began_s + silence_s
+        self._checking: asyncio.Task[None] | None = None
+        self._found: Exception | None = None
+        self._idle_looks = 0
+        self._is_over = False
+        first_s = timeout_s if patience is None or timeout_s < _QUIET_S else _QUIET_S
+        self.at_s = began_s + (first_s if first_s < silence_s else silence_s)
 
     def __enter__(self) -> Self:
         task = asyncio.current_task()
@@ -96,109 +141,70 @@ class Watched:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._watchdog.remove(self)
-        task, self._task = self._task, None
-        if self.is_cut and task is not None:
-            left = task.uncancel()
-            if left <= self._cancelling and kind is not None and issubclass(kind, asyncio.CancelledError):
-                raise TimeoutError from error
+        if self._is_over and self._is_ours() and kind is not None and issubclass(kind, asyncio.CancelledError):
+            raise TimeoutError from error
+        self._task = None
 
-    def cut(self) -> None:
-        """End what is within."""
-        if self._task is not None and not self.is_cut:
-            self.is_cut = True
-            self._task.cancel()
+    def found(self) -> Exception | None:
+        """Within, when cancelled: what ``check`` has raised, where that is why; the call may then go on."""
+        found, self._found = self._found, None
+        return found if found is not None and self._is_ours() else None
 
-    @abstractmethod
-    def look(self, now_s: float, /) -> float | None:
-        """What is to be done about it, as it lasts; when to look again, None: not at all."""
+    async def begin(self) -> None:
+        """What the call goes by is new: only from now on it may get old."""
+        self._silent_at_s = asyncio.get_running_loop().time() + self._silence_s
+        self.at_s = min(self.at_s, self._silent_at_s)
+        await self.rest()
 
+    @property
+    def is_checking(self) -> bool:
+        """Whether it does now."""
+        return self._checking is not None
 
-def _when(watched: Watched) -> float:
-    return watched.at_s
+    async def rest(self) -> None:
+        """Check nothing any more."""
+        checking, self._checking = self._checking, None
+        if checking is not None:
+            checking.cancel()
+            await asyncio.gather(checking, return_exceptions=True)
 
-
-class Deadline(Watched):
-    """Ends a call when its time is over: but, where there is patience, not while a shard that it waits for is at work.
-
-    Args:
-        began_s: When the call began, on the loop's clock.
-        waiting_for: Gives (shard, address) of those that were asked and have not answered.
-        patience: With shards of this process; None: of others nobody knows what they are at.
-    """
-
-    __slots__ = ("_began_s", "_idle_looks", "_patience", "_timeout_s", "_waiting_for")
-
-    def __init__(
-        self,
-        watchdog: Watchdog,
-        timeout_s: float,
-        *,
-        began_s: float,
-        waiting_for: WaitingFor = tuple,
-        patience: "Patience | None" = None,
-    ) -> None:
-        first_s = timeout_s if patience is None else min(timeout_s, _QUIET_S)
-        super().__init__(watchdog, began_s + first_s)
-        self._began_s = began_s
-        self._timeout_s = timeout_s
-        self._waiting_for = waiting_for
-        self._patience = patience
-        self._idle_looks = 0
-
-    def look(self, now_s: float, /) -> float | None:
+    def look(self, now_s: float) -> float | None:
+        """Do what is to be done, as it lasts. Answers when to look again; None: not at all."""
+        if now_s >= self._silent_at_s:
+            self._silent_at_s = inf
+            self._checking = asyncio.get_running_loop().create_task(self._keep_checking())
         spent_s = now_s - self._began_s
         at_work = self._patience is not None and self._patience.at_work(self._waiting_for, spent_s)
         if spent_s < self._timeout_s:
-            return self._began_s + self._timeout_s
+            return min(self._began_s + self._timeout_s, self._silent_at_s)
         self._idle_looks = 0 if at_work else self._idle_looks + 1
         looks = 1 if self._patience is None else _IDLE_LOOKS
-        if spent_s >= max(self._timeout_s, LONGEST_WORK_S) or self._idle_looks == looks:
-            self.cut()
+        is_over = spent_s >= max(self._timeout_s, LONGEST_WORK_S) or self._idle_looks >= looks
+        if is_over and self._found is None:  # else it is being cut off already, and may go on
+            self._is_over = True
+            self._cut()
             return None
-        return now_s + _LOOK_S
+        return min(now_s + _LOOK_S, self._silent_at_s)
 
+    def _cut(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
 
-class Silence(Watched):
-    """Looks, once a call lasts, whether what it goes by is still right, and cuts it off where it is not.
+    def _is_ours(self) -> bool:
+        """Take the cancellation back. Whether nobody else has cancelled the task as well."""
+        return self._task is not None and self._task.uncancel() <= self._cancelling
 
-    A host that is gone sends no error. Where its shard lives again elsewhere the view says so, long before any
-    connection notices.
-
-    Args:
-        every_s: After so much silence, and again after as much more.
-        check: Raises where it is not right any more.
-
-    Attributes:
-        found: What that raised.
-    """
-
-    __slots__ = ("_check", "_every_s", "_looking", "found")
-
-    def __init__(self, watchdog: Watchdog, *, every_s: float, check: Callable[[], Awaitable[None]]) -> None:
-        super().__init__(watchdog, asyncio.get_running_loop().time() + every_s)
-        self._every_s = every_s
-        self._check = check
-        self._looking: asyncio.Task[None] | None = None
-        self.found: Exception | None = None
-
-    def look(self, _: float, /) -> None:
-        self._looking = asyncio.get_running_loop().create_task(self._look_again())
-
-    async def end(self) -> None:
-        """Look no more."""
-        if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.gather(self._looking, return_exceptions=True)
-
-    async def _look_again(self) -> None:
+    async def _keep_checking(self) -> None:
+        assert self._check is not None
         while True:
             try:
                 await self._check()
             except Exception as error:  # also one that is none of ours: whoever waits is told
-                self.found = error
-                self.cut()
+                if not self._is_over:
+                    self._found = error
+                    self._cut()
                 return
-            await asyncio.sleep(self._every_s)
+            await asyncio.sleep(self._silence_s)
 
 
 class Patience:

@@ -20,7 +20,7 @@ from mempool.agreement.writes import MAX_OPEN, Writer
 from mempool.client.lookup import Lookup
 from mempool.client.routing.attempt import Attempt, LookupRecord, Seen
 from mempool.client.routing.fanout import Dial, Fanout, Traffic
-from mempool.client.routing.patience import Silence, WaitingFor
+from mempool.client.routing.patience import WaitingFor
 from mempool.client.routing.plan import TablePlan, make_plan, newer_view
 from mempool.client.routing.remembered import Remembered
 from mempool.client.routing.retry import Backoff
@@ -243,7 +243,11 @@ class Router:
         async def run() -> T:
             nonlocal attempt
             attempt = self._attempt(await self._plan(table_id))
-            return await self._while_current((attempt.plan,), once(attempt))
+            return await once(attempt)
+
+        async def check() -> None:
+            if attempt is not None:
+                await self._require_current((attempt.plan,))
 
         async def refresh() -> bool:
             return attempt is not None and await self._refresh_all((attempt.plan,))
@@ -255,6 +259,8 @@ class Router:
             waiting_for=lambda: attempt.fanout.waiting_for if attempt else (),
             timeout_s=timeout_s,
             again=again,
+            check=check,
+            silence_s=self._patience_s,
         )
 
     async def together(
@@ -276,13 +282,16 @@ class Router:
         async def run() -> T:
             nonlocal together
             together = Together({table_id: self._attempt(await self._plan(table_id)) for table_id in table_ids})
-            plans = tuple(attempt.plan for attempt in together.attempts.values())
-            return await self._while_current(plans, once(together))
+            return await once(together)
+
+        def plans() -> tuple[TablePlan, ...]:
+            return () if together is None else tuple(attempt.plan for attempt in together.attempts.values())
+
+        async def check() -> None:
+            await self._require_current(plans())
 
         async def refresh() -> bool:
-            if together is None:
-                return False
-            return await self._refresh_all([attempt.plan for attempt in together.attempts.values()])
+            return await self._refresh_all(plans())
 
         return await self.tries.run(
             ", ".join(self.name_of(table_id) for table_id in table_ids),
@@ -290,6 +299,8 @@ class Router:
             refresh=refresh,
             waiting_for=lambda: (*waiting_for(), *(together.waiting_for if together else ())),
             timeout_s=timeout_s,
+            check=check,
+            silence_s=self._patience_s,
         )
 
     def name_of(self, table_id: int) -> str:
@@ -301,37 +312,25 @@ class Router:
         plan = self._plans.get(table_id)
         return () if plan is None else plan.owners
 
+    def one_shard_here(self, table_id: int) -> bool:
+        """Whether all of a table is on one shard of this process, as is known."""
+        plan = self._plans.get(table_id)
+        return self.tries.where.embedded and plan is not None and len(plan.owners) == 1
+
     def dial(self, info: ShardInfo) -> ShardHost:
         """The host of a shard, without waiting; may raise Unavailable."""
         return self._dial(info)
 
     def _attempt(self, plan: TablePlan) -> Attempt:
-        table_id = plan.schema.table_id
+        table_id = plan.table_id
         fanout = Fanout(plan, dial=self._dial, traffic=self.traffic, versions=self._versions)
         return Attempt(fanout, take_released=partial(self.remembered.take, table_id))
-
-    async def _while_current(self, plans: tuple[TablePlan, ...], attempt: Awaitable[T]) -> T:
-        """The result of ``attempt``, unless one of its plans gets old while a shard keeps silent.
-
-        Raises:
-            StalePlacement: There is a newer plan.
-        """
-        silence = Silence(self.tries.watchdog, every_s=self._patience_s, check=partial(self._require_current, plans))
-        try:
-            with silence:
-                return await attempt
-        except TimeoutError:
-            if silence.found is None or not silence.is_cut:
-                raise
-            raise silence.found from None
-        finally:
-            await silence.end()
 
     async def _require_current(self, plans: tuple[TablePlan, ...]) -> None:
         """Raises StalePlacement, or NotFound, where one of these plans is old by now."""
         await self._refresh_all(plans)
         for plan in plans:
-            if self._plans.get(plan.schema.table_id) is not plan:
+            if self._plans.get(plan.table_id) is not plan:
                 raise StalePlacement(f"table {plan.schema.name!r} has moved while a shard kept silent")
 
     async def _plan(self, table_id: int) -> TablePlan:
@@ -363,7 +362,7 @@ class Router:
             await self._refresh(plans[0])
         else:
             await asyncio.gather(*(self._refresh(plan) for plan in plans))
-        return any(self._plans.get(plan.schema.table_id) is not plan for plan in plans)
+        return any(self._plans.get(plan.table_id) is not plan for plan in plans)
 
     async def _refresh(self, plan: TablePlan) -> None:
         """Ask for a table's view, unless somebody has done so since ``plan``. Without an answer the old one stays."""

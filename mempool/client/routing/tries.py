@@ -4,6 +4,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
+from math import inf
 from typing import TypeVar
 
 from mempool.client.routing.patience import LONGEST_WORK_S, Deadline, Patience, WaitingFor, Watchdog
@@ -25,9 +26,6 @@ class Tries:
         backoff: Waits between tries.
         jitter: Gives a number from 0 to 1 at each call.
         clock: Seconds, monotonic: what deadlines that go along with calls are told by.
-
-    Attributes:
-        watchdog: Looks at calls that last.
     """
 
     def __init__(
@@ -41,7 +39,7 @@ class Tries:
     ) -> None:
         self._clock = clock
         self.where = where
-        self.watchdog = Watchdog()
+        self._watchdog = Watchdog()
         self.timeout_s = timeout_s
         self._backoff = backoff or Backoff()
         self._jitter = jitter
@@ -81,6 +79,8 @@ class Tries:
         timeout_s: float | None = None,
         refused_s: float | None = None,
         again: bool = True,
+        check: Callable[[], Awaitable[None]] | None = None,
+        silence_s: float = inf,
     ) -> T:
         """The result of ``once``.
 
@@ -91,6 +91,7 @@ class Tries:
             waiting_for: (shard, address) of those that were asked and have not answered.
             refused_s: How long to go on where nobody listens at any address; None: until the deadline.
             again: False: one try, whatever error it ends with.
+            check: Run after ``silence_s`` of a try, and again and again: what it raises ends the try.
         """
         clock = asyncio.get_running_loop()
         began_s = clock.time()
@@ -101,28 +102,52 @@ class Tries:
         def policy() -> Retry:
             return retry or self.retry(what, timeout_s=timeout_s, refused_s=refused_s, began_s=began_s)
 
-        deadline = Deadline(self.watchdog, timeout_s, began_s=began_s, waiting_for=waiting_for, patience=self._patience)
+        deadline = Deadline(
+            self._watchdog,
+            timeout_s,
+            began_s=began_s,
+            waiting_for=waiting_for,
+            patience=self._patience,
+            check=check,
+            silence_s=silence_s,
+        )
+        failure: MempoolError | None = None
+        delay_s = 0.0
         try:
             with calling(self._bounded(bound_s)), deadline:
                 while True:
                     try:
+                        if failure is not None:
+                            await asyncio.sleep(delay_s)
+                            if refresh is not None and await refresh() and retry is not None:
+                                retry.replanned()
+                            await deadline.begin()
                         return await once()
                     except MempoolError as error:
-                        if self._closed:
-                            raise MempoolError(f"{self.where.pool} was closed during the call.") from error
-                        if not again:
+                        failure = error
+                    except asyncio.CancelledError:
+                        if (found := deadline.found()) is None:
                             raise
-                        retry = policy()
-                        action = retry.failed(error, now_s=clock.time())
-                        if isinstance(action, GiveUp):
-                            raise action.error from (None if action.error is error else error)
-                    await asyncio.sleep(action.delay_s)
-                    if refresh is not None and await refresh():
-                        retry.replanned()
+                        if not isinstance(found, MempoolError):
+                            raise found from None
+                        failure = found
+                    if self._closed:
+                        raise MempoolError(f"{self.where.pool} was closed during the call.") from failure
+                    if not again:
+                        raise failure
+                    retry = policy()
+                    action = retry.failed(failure, now_s=clock.time())
+                    if isinstance(action, GiveUp):
+                        raise action.error from (None if action.error is failure else failure)
+                    delay_s = action.delay_s
         except MempoolError:
             raise
         except TimeoutError:
             raise policy().out_of_time(waiting_for=waiting_for(), now_s=clock.time()) from None
+        finally:
+            del failure  # its traceback knows this frame, and that what was asked
+            if deadline.is_checking:
+                await deadline.rest()
 
     def _bounded(self, timeout_s: float) -> Caller:
         """Whoever asks now, with this deadline, or their own where it is earlier."""

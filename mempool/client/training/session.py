@@ -23,6 +23,10 @@ from mempool.types import StepId
 from mempool.types.bags import Bags
 from mempool.types.messages import ReplyDtype
 
+_WAITED_FOR_BYTES = 2**18
+"""Of an update that the one shard of this process holds before the backward pass goes on: to hold it takes less time
+than taking turns at the interpreter with whoever does not wait."""
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Pushed:
@@ -142,8 +146,9 @@ class Session:
     ) -> Tensor | None:
         """Push the gradient of a lookup.
 
-        Where no d_weights are wanted nobody waits for the shards' answers, but where too many bytes are on their way:
-        what does not arrive is sent again by the commit.
+        Where no d_weights are wanted nobody waits for the shards' answers, but where too many bytes are on their way,
+        or the update is a small one for the only shard, of this process: what does not arrive is sent again by the
+        commit.
 
         Args:
             grads: [B, V] float32 or bfloat16, not to be changed by the caller any more.
@@ -167,6 +172,9 @@ class Session:
             self.coordinator.heartbeats.wake()
         if not want_weight_grad:
             self.counters.updates_pushed += 1
+            if update.num_bytes <= _WAITED_FOR_BYTES and self._router.one_shard_here(self.table_id):
+                await self._push(update, step.step_id, sequence)
+                return None
             self.pushes.start(self._push(update, step.step_id, sequence), update.num_bytes)
             return None
         try:

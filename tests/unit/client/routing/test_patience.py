@@ -94,16 +94,6 @@ def test_a_deadline_leaves_others_cancellations_alone(wait) -> None:  # type: ig
         await asyncio.wait({task}, timeout=30.0)
         assert task.cancelled()
 
-        async def both() -> None:
-            with deadline(60.0, None) as bound:
-                bound.cut()
-                task.cancel()
-                await asyncio.Event().wait()
-
-        task = asyncio.create_task(both())
-        await asyncio.wait({task}, timeout=30.0)
-        assert task.cancelled()
-
     wait(main())
 
 
