@@ -176,7 +176,7 @@ class HostedTable:
             raise over(step_id, newest)
 
     def is_decided(self, step_id: StepId) -> bool:
-        """Whether that step, or a later one of its rank, is known to be decided. Raises StepConflict where it is over."""
+        """Whether it, or a later step of its rank, is known to be decided. Raises StepConflict where it is over."""
         return self.ledger.has(step_id) or self.order.find(step_id) is not None
 
     def lacks(self, envelope: Envelope, *, waits_since_s: float) -> Parked | None:

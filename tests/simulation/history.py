@@ -366,19 +366,18 @@ def _age(step_id: StepId) -> tuple[int, int]:
 @contextmanager
 def observed(history: History) -> Iterator[None]:
     """Every step that a shard applies meanwhile is told to the history."""
-    did = Order.did
+    keep = Order._keep
 
-    def observe(order: Order) -> None:
-        step = order.next()
-        did(order)
-        if step is not None and step.table_id != ORACLE_TABLE:
+    def observe(order: Order, step: DecidedStep) -> None:
+        keep(order, step)
+        if step.table_id != ORACLE_TABLE:
             history.note_applied(step)
 
-    Order.did = observe  # type: ignore[method-assign]
+    Order._keep = observe  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Order.did = did  # type: ignore[method-assign]
+        Order._keep = keep  # type: ignore[method-assign]
 
 
 class _Floors:

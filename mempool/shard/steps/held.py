@@ -31,8 +31,7 @@ KEPT_BYTES = 5 * TENSOR_BYTES
 class HeldUpdate:
     """One lookup's ids and weights with the gradient of its pooled values, [B, W] float32; written by nobody else.
 
-    Attributes:
-        num_bytes: What it costs to hold it.
+    num_bytes: What it costs to hold it.
     """
 
     __slots__ = ("bags", "grads", "num_bytes")
