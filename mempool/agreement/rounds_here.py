@@ -27,11 +27,6 @@ class RoundsHere:
         self._joined = False
         self._over: OrderedDict[str, None] = OrderedDict()
 
-    @property
-    def held(self) -> bool:
-        """Whether a round holds the table."""
-        return self.token is not None
-
     def begin(self, token: str, lease_s: float) -> None:
         """The round holds the table, for so long unless it is said again; 0: until it is ended.
 
