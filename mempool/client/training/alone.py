@@ -25,18 +25,14 @@ class Alone:
     async def __aenter__(self) -> None:
         while True:
             tables = _sharing(self._sessions)
-            waited = False
             try:
                 for table_id in sorted(tables):  # in one order, so that no two wait for each other
                     lock = tables[table_id].deciding
-                    waited = waited or lock.locked()
                     await lock.acquire()
                     self._held.append(lock)
             except BaseException:
                 self._release()
                 raise
-            if not waited:  # so nobody came between
-                return
             if _sharing(self._sessions).keys() <= tables.keys():
                 return
             self._release()
