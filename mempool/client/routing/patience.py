@@ -44,6 +44,12 @@ class Watchdog:
     def remove(self, deadline: "Deadline") -> None:
         self._watched.discard(deadline)
 
+    def look_at(self, deadline: "Deadline", at_s: float) -> None:
+        """Then at the latest."""
+        if at_s < deadline.at_s:
+            deadline.at_s = at_s
+            self.add(deadline)
+
     def close(self) -> None:
         """Look at nothing any more, unless something is added."""
         if self._timer is not None:
@@ -141,20 +147,24 @@ class Deadline:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._watchdog.remove(self)
-        if self._is_over and self._is_ours() and kind is not None and issubclass(kind, asyncio.CancelledError):
-            raise TimeoutError from error
+        self.found()
+        is_late = self._is_over and self._is_ours() and kind is not None and issubclass(kind, asyncio.CancelledError)
         self._task = None
+        if is_late:
+            raise TimeoutError from error
 
     def found(self) -> Exception | None:
-        """Within, when cancelled: what ``check`` has raised, where that is why; the call may then go on."""
+        """Within, when a try has ended: what ``check`` has raised, where that cut it off and nobody else has; the call
+        may then go on, also where the try ended with something else at that moment."""
         found, self._found = self._found, None
         return found if found is not None and self._is_ours() else None
 
     async def begin(self) -> None:
         """What the call goes by is new: only from now on it may get old."""
-        self._silent_at_s = asyncio.get_running_loop().time() + self._silence_s
-        self.at_s = min(self.at_s, self._silent_at_s)
         await self.rest()
+        self._silent_at_s = asyncio.get_running_loop().time() + self._silence_s
+        if not self._is_over:
+            self._watchdog.look_at(self, self._silent_at_s)
 
     @property
     def is_checking(self) -> bool:
@@ -173,10 +183,10 @@ class Deadline:
         if now_s >= self._silent_at_s:
             self._silent_at_s = inf
             self._checking = asyncio.get_running_loop().create_task(self._keep_checking())
-        spent_s = now_s - self._began_s
+        spent_s, end_s = now_s - self._began_s, self._began_s + self._timeout_s
         at_work = self._patience is not None and self._patience.at_work(self._waiting_for, spent_s)
-        if spent_s < self._timeout_s:
-            return min(self._began_s + self._timeout_s, self._silent_at_s)
+        if now_s < end_s:  # as is looked at then: ``spent_s`` may round to less than ``timeout_s``
+            return min(end_s, self._silent_at_s)
         self._idle_looks = 0 if at_work else self._idle_looks + 1
         looks = 1 if self._patience is None else _IDLE_LOOKS
         is_over = spent_s >= max(self._timeout_s, LONGEST_WORK_S) or self._idle_looks >= looks

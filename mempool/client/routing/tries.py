@@ -8,7 +8,7 @@ from math import inf
 from typing import TypeVar
 
 from mempool.client.routing.patience import LONGEST_WORK_S, Deadline, Patience, WaitingFor, Watchdog
-from mempool.client.routing.retry import Backoff, GiveUp, Retry
+from mempool.client.routing.retry import Again, Backoff, GiveUp, Retry
 from mempool.client.routing.whereabouts import Whereabouts
 from mempool.errors import MempoolError
 from mempool.types.caller import Caller, calling, current_caller
@@ -112,6 +112,8 @@ class Tries:
             silence_s=silence_s,
         )
         failure: MempoolError | None = None
+        found: Exception | None = None
+        action: Again | GiveUp | None = None
         delay_s = 0.0
         try:
             with calling(self._bounded(bound_s)), deadline:
@@ -124,6 +126,7 @@ class Tries:
                             await deadline.begin()
                         return await once()
                     except MempoolError as error:
+                        deadline.found()
                         failure = error
                     except asyncio.CancelledError:
                         if (found := deadline.found()) is None:
@@ -145,7 +148,7 @@ class Tries:
         except TimeoutError:
             raise policy().out_of_time(waiting_for=waiting_for(), now_s=clock.time()) from None
         finally:
-            del failure  # its traceback knows this frame, and that what was asked
+            failure = found = action = retry = None  # their errors' tracebacks know this frame, and it what was asked
             if deadline.is_checking:
                 await deadline.rest()
 

@@ -80,6 +80,21 @@ def test_each_of_many_calls_ends_at_its_own_deadline(wait) -> None:  # type: ign
     wait(main())
 
 
+def test_a_call_ends_at_the_moment_at_which_it_is_looked_at(wait) -> None:  # type: ignore[no-untyped-def]
+    """Also where what is spent rounds to less than it may take: on a clock that stands still nothing would go on."""
+
+    async def main() -> None:
+        began_s, timeout_s = asyncio.get_running_loop().time(), 60.0
+        while (began_s + timeout_s) - began_s >= timeout_s:
+            timeout_s += 0.01
+        bound = Deadline(Watchdog(), timeout_s, began_s=began_s)
+        asyncio.get_running_loop().call_soon(bound.look, bound.at_s)
+        with pytest.raises(TimeoutError), bound:
+            await asyncio.Event().wait()
+
+    wait(main())
+
+
 def test_a_deadline_leaves_others_cancellations_alone(wait) -> None:  # type: ignore[no-untyped-def]
     """As ``asyncio.timeout`` does: who cancels the task as well is obeyed."""
 
