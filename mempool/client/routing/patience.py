@@ -189,8 +189,7 @@ class Deadline:
             return min(end_s, self._silent_at_s)
         self._idle_looks = 0 if at_work else self._idle_looks + 1
         looks = 1 if self._patience is None else _IDLE_LOOKS
-        is_over = spent_s >= max(self._timeout_s, LONGEST_WORK_S) or self._idle_looks >= looks
-        if is_over and self._found is None:  # else it is being cut off already, and may go on
+        if spent_s >= max(self._timeout_s, LONGEST_WORK_S) or self._idle_looks >= looks:
             self._is_over = True
             self._cut()
             return None
@@ -210,9 +209,8 @@ class Deadline:
             try:
                 await self._check()
             except Exception as error:  # also one that is none of ours: whoever waits is told
-                if not self._is_over:
-                    self._found = error
-                    self._cut()
+                self._found = error
+                self._cut()
                 return
             await asyncio.sleep(self._silence_s)
 

@@ -173,7 +173,7 @@ class Session:
         if not want_weight_grad:
             self.counters.updates_pushed += 1
             if update.num_bytes <= _WAITED_FOR_BYTES and self._router.one_shard_here(self.table_id):
-                await self._push(update, step.step_id, sequence)
+                await self._push(update, step.step_id, sequence, timeout_s=timeout_s)
                 return None
             self.pushes.start(self._push(update, step.step_id, sequence), update.num_bytes)
             return None
@@ -258,7 +258,7 @@ class Session:
             )
         return forgetful
 
-    async def _push(self, update: Pushed, step_id: StepId, sequence: int) -> None:
+    async def _push(self, update: Pushed, step_id: StepId, sequence: int, *, timeout_s: float | None = None) -> None:
         """One try, whose failure is no error: Prepare says what is missing."""
 
         async def once(attempt: Attempt) -> None:
@@ -267,7 +267,7 @@ class Session:
 
         try:
             with suppress(MempoolError):
-                await self._router.call(self.table_id, once, again=False)
+                await self._router.call(self.table_id, once, timeout_s=timeout_s, again=False)
         finally:
             self._pushing.pop(sequence, None)
 

@@ -10,7 +10,7 @@ import torch
 import mempool
 from mempool.client.routing import patience as patience_module
 from mempool.client.routing.patience import Deadline, Patience, Watchdog
-from mempool.errors import ShardUnavailable
+from mempool.errors import ShardUnavailable, StalePlacement
 
 
 def waiting() -> tuple[tuple[int, str], ...]:
@@ -108,6 +108,59 @@ def test_a_deadline_leaves_others_cancellations_alone(wait) -> None:  # type: ig
         task.cancel()
         await asyncio.wait({task}, timeout=30.0)
         assert task.cancelled()
+
+    wait(main())
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_who_cancels_a_call_as_it_is_cut_off_is_obeyed(wait, found: bool) -> None:  # type: ignore[no-untyped-def]
+    async def main() -> None:
+        async def check() -> None:
+            raise StalePlacement("moved")
+
+        bound = Deadline(Watchdog(), 60.0, began_s=asyncio.get_running_loop().time(), check=check, silence_s=30.0)
+
+        async def call() -> None:
+            with bound:
+                try:
+                    await asyncio.Event().wait()
+                except asyncio.CancelledError:
+                    assert bound.found() is None
+                    raise
+
+        task = asyncio.create_task(call())
+        await asyncio.sleep(0)
+        if found:
+            bound.look(bound.at_s)
+            await asyncio.sleep(0)  # it is found by now, and the call has not heard yet
+        else:
+            bound.look(bound.at_s + 60.0)
+        task.cancel()
+        await asyncio.wait({task}, timeout=20.0)
+        await bound.rest()
+        assert task.cancelled()
+
+    wait(main())
+
+
+@pytest.mark.parametrize("first", ["deadline", "check"])
+def test_a_call_that_is_cut_off_twice_at_once_is_out_of_time(wait, first: str) -> None:  # type: ignore[no-untyped-def]
+    """Its deadline ends in the moment in which it is found to go by an old view."""
+
+    async def main() -> None:
+        async def check() -> None:
+            if first == "check":
+                asyncio.get_running_loop().call_soon(bound.look, bound.at_s + 60.0)
+            raise StalePlacement("moved")
+
+        bound = Deadline(Watchdog(), 60.0, began_s=asyncio.get_running_loop().time(), check=check, silence_s=30.0)
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().call_soon(bound.look, bound.at_s + (60.0 if first == "deadline" else 0.0))
+        with pytest.raises(TimeoutError), bound:
+            await asyncio.Event().wait()
+        assert not task.cancelling()
+        await bound.rest()
 
     wait(main())
 
