@@ -50,14 +50,9 @@ class Watchdog:
             deadline.at_s = at_s
             self.add(deadline)
 
-    def close(self) -> None:
-        """Look at nothing any more, unless something is added."""
+    def _set(self, at_s: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
-
-    def _set(self, at_s: float) -> None:
-        self.close()
         self._timer = asyncio.get_running_loop().call_at(at_s, self._look)
 
     def _look(self) -> None:
