@@ -129,9 +129,10 @@ class Order:
         self._keep(step)
 
     def did_at_once(self, step: DecidedStep) -> None:
-        """A step of the next version was decided and applied in one, where none waited. Its sequences are not kept."""
+        """A step of the next version was decided and applied in one, as none waited for its turn. Its sequences are not
+        kept."""
         assert step.version == self.applied + 1, "it was made for that version"
-        assert not self._waiting, "those that wait come first"
+        assert step.version not in self._waiting, "the one that waits comes first"
         self.applied = step.version
         self._keep(
             DecidedStep(
