@@ -58,7 +58,7 @@ class Committing:
             if reply.missing:
                 table.turns.set_back(part.step_id, self._asked_s())
             if reply.held_off:
-                table.hold_off(part.step_id)
+                table.turns.held_off(part.step_id)
                 if request.wait and not table.held_off_for_long(self._asked_s()):
                     return table.park_until_thaw(self._asked_s())
             found.append(reply)
@@ -197,7 +197,7 @@ class Committing:
             if (older := self._tenancy.decisions.supersede_older(table, part.step_id)) is not None:
                 return table.park_for_steps(older, self._asked_s())
             if table.frozen and prepared is None:
-                table.hold_off(part.step_id)
+                table.turns.held_off(part.step_id)
                 return table.park_until_thaw(self._asked_s())
         missing = [
             commits.missing(table.updates, part.step_id, part.sequences)
