@@ -216,26 +216,6 @@ def test_pages_that_move_hold_a_step_off_and_do_not_fail_it(wait) -> None:  # ty
     assert client.coordinator.notices() == []
 
 
-def test_what_a_move_has_dropped_is_sent_again_without_being_asked_for(wait) -> None:  # type: ignore[no-untyped-def]
-    client = Client(ScriptedPool({1: THREE, 2: THREE}))
-    pool = client.pool
-
-    async def main() -> None:
-        await client.push()
-        await client.arrived()
-        pool.move()
-        pool.clear()
-        assert await client.coordinator.commit(commitments(client.sessions)) == [1, 1]
-        await client.coordinator.applied(client.sessions)
-
-    wait(main())
-    client.assert_agreed()
-    for shard in pool.shards[:3]:  # the first Prepare is refused as late; then all is there when it is asked for
-        assert shard.names()[:4] == ["prepare", "update", "update", "prepare"]
-        assert shard.names().count("prepare") == 2
-    assert client.coordinator.notices() == []
-
-
 def test_tables_prepared_together_can_be_committed_apart(wait) -> None:  # type: ignore[no-untyped-def]
     client = Client(ScriptedPool({1: THREE, 2: THREE}))
     one, two = client.sessions
