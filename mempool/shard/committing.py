@@ -3,11 +3,12 @@
 A step is of several tables; what of it is on this shard comes in one request. All runs on the engine's thread.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from mempool.errors import InvalidRequest, StalePlacement, StepConflict
+from mempool.errors import InvalidRequest, NotFound, StalePlacement, StepConflict
 from mempool.observe import Stages
 from mempool.shard import bounds
 from mempool.shard.hosted import HostedTable
@@ -47,15 +48,17 @@ class Committing:
 
     def prepare(self, request: PrepareRequest, *, caller: str = "") -> PrepareReply | Parked:
         bounds.check_prepare(request)
-        tables = [self._tenancy.fenced(part.envelope) for part in request.parts]
+        tables = self._fenced(request.parts)
         self._tenancy.table(request.decider_table)  # where it was dropped, nobody decides the step any more
         found = []
         for table, part in zip(tables, request.parts, strict=True):
             reply = self._looked_at(table, part, request.attempt)
             if isinstance(reply, Parked):
                 return reply
+            if reply.missing:
+                table.turns.set_back(part.step_id, self._asked_s())
             if reply.held_off:
-                table.hold_off(part.step_id)
+                table.turns.held_off(part.step_id)
                 if request.wait and not table.held_off_for_long(self._asked_s()):
                     return table.park_until_thaw(self._asked_s())
             found.append(reply)
@@ -97,6 +100,16 @@ class Committing:
             raise
         return PrepareReply(parts=tuple(found))
 
+    def _fenced(self, parts: Sequence[PreparePart | CommitPart]) -> list[HostedTable]:
+        """The parts' tables. A step that is refused as its pages have moved goes before they move again."""
+        try:
+            return [self._tenancy.fenced(part.envelope) for part in parts]
+        except StalePlacement:
+            for part in parts:
+                with suppress(NotFound):
+                    self._tenancy.table(part.envelope.table_id).turns.set_back(part.step_id, self._asked_s())
+            raise
+
     def _looked_at(self, table: HostedTable, part: PreparePart, attempt: int) -> PreparedPart | Parked:
         """What speaks against preparing a part."""
         table.updates.touch(part.step_id)
@@ -122,7 +135,7 @@ class Committing:
 
     def commit(self, request: CommitRequest) -> CommitReply | Parked | Answered:
         bounds.check_commit(request)
-        tables = [self._tenancy.fenced(part.envelope) for part in request.parts]
+        tables = self._fenced(request.parts)
         if request.decided:
             return self._apply(request, tables)
         first = tables[0]
@@ -184,7 +197,7 @@ class Committing:
             if (older := self._tenancy.decisions.supersede_older(table, part.step_id)) is not None:
                 return table.park_for_steps(older, self._asked_s())
             if table.frozen and prepared is None:
-                table.hold_off(part.step_id)
+                table.turns.held_off(part.step_id)
                 return table.park_until_thaw(self._asked_s())
         missing = [
             commits.missing(table.updates, part.step_id, part.sequences)

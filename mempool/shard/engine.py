@@ -22,7 +22,7 @@ from mempool.observe import Stages
 from mempool.shard import bounds
 from mempool.shard.answers import Answers
 from mempool.shard.committing import Committing
-from mempool.shard.jobs import JOB_BYTES
+from mempool.shard.jobs import JOB_BYTES, Answered
 from mempool.shard.pages.transfer import pull
 from mempool.shard.parking import Behind, Parked
 from mempool.shard.steps.budget import MIB, Budget, numbers_bytes
@@ -175,7 +175,7 @@ class Engine:
         )
         self._committing = Committing(self._tenancy, stages=self._stages, asked_s=self._thread.asked_s)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._resolver = Resolver(self._tenancy.decisions, run=self._control, peers=peers, adopt=self._tenancy.set_view)
+        self._resolver = Resolver(self._tenancy.decisions, run=self._control, peers=peers, adopt=self._adopt)
         self._tenancy.on_doubt = self._poke
 
     @property
@@ -339,7 +339,7 @@ class Engine:
 
     async def set_view(self, view: TableView, *, token: str = "") -> None:
         bounds.check_token(token)
-        await self._control("set_view", partial(self._tenancy.set_view, token=token), view)
+        await self._control("set_view", partial(self._set_view, token=token), view)
 
     async def views(self) -> tuple[TableView, ...]:
         self._thread.check_open()
@@ -396,6 +396,15 @@ class Engine:
         except Behind as behind:
             return behind.park(self._thread.asked_s())
         return self._in_pieces(result) if isinstance(result, GeneratorType) else result
+
+    def _set_view(self, view: TableView, *, token: str) -> Answered:
+        """Adopt a view: whoever waits for that does not wait for memory to be given back, too."""
+        self._tenancy.set_view(view, token=token)
+        return Answered(None, self._tenancy.table(view.schema.table_id).shrink)
+
+    def _adopt(self, view: TableView) -> None:
+        self._tenancy.set_view(view)
+        self._tenancy.table(view.schema.table_id).shrink()
 
     def _in_pieces(self, pieces: Generator[None, None, Any]) -> Generator[None, None, Any]:
         try:

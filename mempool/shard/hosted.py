@@ -358,10 +358,6 @@ class HostedTable:
         """Whether a request of that time has waited long enough for a freeze to end."""
         return is_late(since_s, self._clock())
 
-    def hold_off(self, step_id: StepId) -> None:
-        """A freeze holds off this step: it goes before the next freeze."""
-        self.turns.held_off(step_id)
-
     def park_for_turns(self) -> Parked | None:
         """For a freeze, where steps that the last one held off go first. The gate, frozen first, speaks for all."""
         ends_s = self.turns.ends_s(now_s := self._clock())
@@ -466,9 +462,12 @@ class HostedTable:
         self.turns.thawed(self._clock())
         self.steps_changed()
         self._waiting_for_thaw.wake()
-        self.storage.shrink_arenas()  # last: all is adopted, should there be no memory for it
-        self.measure()
         return True
+
+    def shrink(self) -> None:
+        """Give back memory that pages have left, once it is said that they have. Rows move: no step is prepared yet."""
+        self.storage.shrink_arenas()
+        self.measure()
 
     def close(self) -> None:
         """Give back what is held, and let those who wait find out."""

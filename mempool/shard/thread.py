@@ -283,10 +283,10 @@ class EngineThread:
         try:
             answered.then()
         except MempoolError as error:
-            _LOG.warning("%s: what was decided could not be applied: %s", self._name, error)
+            _LOG.warning("%s: what an answer has promised could not be done: %s", self._name, error)
         except Exception as error:
             if not out_of_memory(error):
-                _LOG.exception("%s: what was decided could not be applied", self._name)
+                _LOG.exception("%s: what an answer has promised could not be done", self._name)
         self._stages.record("after the answer", self._clock() - started_s)
 
     def _do_some(self, job: Job) -> tuple[bool, Any]:
