@@ -165,6 +165,8 @@ class Joint:
             gone = tuple(number for number, each in updates.items() if each.held and each.held[1].epoch < epoch)
             if gone:
                 sending.append(self._send_again(together, owners.table_id, dict.fromkeys(owners.holders, gone)))
+        if not sending:
+            return
         refusal = next((each for each in await asyncio.gather(*sending) if each is not None), None)
         if refusal is not None:
             self.step.handle(SendRefused(error=refusal))
