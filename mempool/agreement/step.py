@@ -279,11 +279,10 @@ class StepOfTables:
                 self._norms.setdefault(part.table_id, {})[event.shard] = answer
 
     def _take_committed(self, event: CommitAnswered) -> None:
-        missing = {
-            table_id: answer.missing
-            for table_id, answer in zip(self.tables, event.reply, strict=True)
-            if answer.missing
-        }
+        missing = {}
+        for table_id, answer in zip(self.tables, event.reply, strict=True):
+            if answer.missing:
+                missing[table_id] = answer.missing
         if missing:  # it stays in doubt: once they are there, a copy of this Commit that comes late decides it, too
             self._shards[event.shard].missing = missing
             return
@@ -404,7 +403,10 @@ class StepOfTables:
         return Commit(shard=decider, parts=parts, one_phase=one_phase)
 
     def _next_apply(self) -> Action:
-        if all(len(shard.applied) == len(self.tables) for shard in self._shards.values()):
+        for shard in self._shards.values():
+            if len(shard.applied) < len(self.tables):
+                break
+        else:
             return Reached()
         if lacking := self._missing():
             return SendAgain(missing=lacking)

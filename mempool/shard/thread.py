@@ -9,7 +9,6 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from functools import partial
 from types import GeneratorType
 from typing import Any
@@ -355,8 +354,10 @@ class _Answer:
         self._send(None, error)
 
     def _send(self, value: Any, error: BaseException | None) -> None:
-        with suppress(RuntimeError):  # the loop is closed, and so nobody waits
+        try:
             self._loop.call_soon_threadsafe(_settle, self.future, value, error)
+        except RuntimeError:
+            return  # the loop is closed, and so nobody waits
 
 
 def _settle(future: "asyncio.Future[Any]", value: Any, error: BaseException | None) -> None:

@@ -253,7 +253,7 @@ class Router:
             return attempt is not None and await self._refresh_all((attempt.plan,))
 
         return await self.tries.run(
-            self.name_of(table_id),
+            lambda: self.name_of(table_id),
             run,
             refresh=refresh,
             waiting_for=lambda: attempt.fanout.waiting_for if attempt else (),
@@ -294,7 +294,7 @@ class Router:
             return await self._refresh_all(plans())
 
         return await self.tries.run(
-            ", ".join(self.name_of(table_id) for table_id in table_ids),
+            lambda: ", ".join(self.name_of(table_id) for table_id in table_ids),
             run,
             refresh=refresh,
             waiting_for=lambda: (*waiting_for(), *(together.waiting_for if together else ())),

@@ -52,7 +52,7 @@ class Tries:
 
     def retry(
         self,
-        what: str,
+        what: str | Callable[[], str],
         *,
         timeout_s: float | None = None,
         refused_s: float | None = None,
@@ -60,7 +60,7 @@ class Tries:
     ) -> Retry:
         """The policy of one call that begins now, or began then; other arguments as of ``run``."""
         return Retry(
-            table=what,
+            table=what if isinstance(what, str) else what(),
             where=self.where,
             start_s=asyncio.get_running_loop().time() if began_s is None else began_s,
             timeout_s=self.timeout_s if timeout_s is None else timeout_s,
@@ -71,7 +71,7 @@ class Tries:
 
     async def run(
         self,
-        what: str,
+        what: str | Callable[[], str],
         once: Callable[[], Awaitable[T]],
         *,
         refresh: Callable[[], Awaitable[bool]] | None = None,

@@ -198,7 +198,10 @@ class Coordinator:
     async def _finish(self, sessions: Sequence[Session], left_s: _LeftS) -> dict[Session, int]:
         """End what came before: tell all owners what is decided, and learn what became of a Commit without answer."""
         counts: dict[Session, int] = {}
-        if not any(session.joint or session.applying for session in sessions):
+        for session in sessions:
+            if session.joint is not None or session.applying is not None:
+                break
+        else:
             return counts
         for joint in _distinct(session.applying for session in sessions):
             await self._finish_telling(joint, left_s)
@@ -222,14 +225,17 @@ class Coordinator:
         for session in ready:
             if session.joint is not None and set(session.joint.sessions.values()) != set(ready):
                 concerned |= self._abandon(session.joint)
-        if any(session.book.given_up for session in concerned.values()):
-            await self._tell_given_up_in_company(sessions, concerned, left_s)
+        for session in concerned.values():
+            if session.book.given_up:
+                await self._tell_given_up_in_company(sessions, concerned, left_s)
+                break
         if not ready:
             return None
         known = ready[0].joint
         if known is not None and all(session.joint is known for session in ready):
             return known
-        ready.sort(key=lambda session: session.table_id)
+        if len(ready) > 1:
+            ready.sort(key=lambda session: session.table_id)
         steps = []
         for session in ready:
             step = session.book.seal()
@@ -453,7 +459,11 @@ class Coordinator:
 
 
 def _distinct(joints: Iterable[Joint | None]) -> list[Joint]:
-    return list({id(joint): joint for joint in joints if joint is not None}.values())
+    found = []
+    for joint in joints:
+        if joint is not None and joint not in found:
+            found.append(joint)
+    return found
 
 
 def _prepared(joint: Joint, session: Session) -> Prepared:

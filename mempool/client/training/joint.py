@@ -261,7 +261,10 @@ class Joint:
 
 async def discard_given_up(together: Together, sessions: Iterable[Session]) -> None:
     """Tell the shards of steps that were given up, and forget them here."""
-    told = {session: tuple(session.book.given_up) for session in sessions if session.book.given_up}
+    told = {}
+    for session in sessions:  # each step passes this
+        if session.book.given_up:
+            told[session] = tuple(session.book.given_up)
     if not told:
         return
     await together.discard({session.table_id: step_ids for session, step_ids in told.items()})

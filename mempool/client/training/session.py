@@ -5,7 +5,6 @@ Everything runs on one event loop, so that backward passes of several threads ne
 
 import asyncio
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -266,8 +265,9 @@ class Session:
             await _send(attempt, update=update, step_id=step_id, sequence=sequence, hold=True, want_weight_grad=False)
 
         try:
-            with suppress(MempoolError):
-                await self._router.call(self.table_id, once, timeout_s=timeout_s, again=False)
+            await self._router.call(self.table_id, once, timeout_s=timeout_s, again=False)
+        except MempoolError:
+            pass
         finally:
             self._pushing.pop(sequence, None)
 

@@ -1,8 +1,8 @@
 """How large the rounds of a move are: as large as they can be without holding writers off for long. Pure."""
 
-AIM_S = 0.04
+AIM_S = 0.06
 """How long a round may hold writers off, from the gate's freeze until all have the new view."""
-LEAST_PULLS_S = 0.015
+LEAST_PULLS_S = 0.03
 """Of that, what its pulls may take in any case: where all else takes that long, smaller rounds hold off no less, and
 more often."""
 _FIRST_BYTES = 4 * 2**20
