@@ -23,7 +23,7 @@ from mempool.client.routing.together import Together
 from mempool.client.training.alone import Alone
 from mempool.client.training.heartbeats import Heartbeats, Rank
 from mempool.client.training.joint import Joint, discard_given_up, waiting_for
-from mempool.errors import DataLoss, InvalidRequest, MempoolError, NotFound
+from mempool.errors import DataLoss, InvalidRequest, MempoolError, NotFound, ShardUnavailable
 from mempool.types import ShardInfo
 
 if TYPE_CHECKING:
@@ -304,9 +304,17 @@ class Coordinator:
                         waiting_for=lambda: joint.waiting_for,
                     )
                     return
-                except NotFound:
-                    if not self._leave_dropped(joint):
+                except NotFound as error:
+                    if self._leave_dropped(joint):
+                        continue
+                    if joint.step.state == "open" or not all(map(self._router.holders, joint.sessions)):
                         raise
+                    # Whoever asks may be about another table, which is not the one that this shard speaks of.
+                    raise ShardUnavailable(
+                        f"{error.message}: who knows which of the two does not say.",
+                        shard=error.shard,
+                        address=error.address,
+                    ) from error
         except MempoolError as error:
             if not isinstance(error, NotFound):
                 joint.add_state(error, self._names(joint.sessions))
