@@ -17,7 +17,7 @@ from mempool.agreement.writes import SeenWrites
 from mempool.errors import DataLoss, ShardUnavailable, StalePlacement
 from mempool.shard.pages.staging import Staging
 from mempool.shard.pages.storage import Storage
-from mempool.shard.parking import LONGEST_WAIT_S, Behind, Parked, Waiting, is_late
+from mempool.shard.parking import LONGEST_WAIT_S, Behind, Parked, Waiting, is_late, no_updates, no_word
 from mempool.shard.steps import commits
 from mempool.shard.steps.budget import Budget
 from mempool.shard.steps.held import HeldUpdates, PreparedStep
@@ -42,7 +42,7 @@ class HostedTable:
         rounds: Which move's round holds it frozen.
         turns: Whose steps a freeze has held off.
         writes: Which writes to it were done, and which are over.
-        order_doubt, step_doubt: Who waits to hear of others what was decided.
+        order_doubt, step_doubt, round_doubt: Who waits to hear of others what was decided.
         peers_wait_until_s: Other shards have asked for what this one has to ask for itself.
         unprepared: The next step in the order, where it is decided and not prepared here, and since when that is known.
         gate: The shard that numbers its steps, under the present view.
@@ -68,14 +68,12 @@ class HostedTable:
         self.order = Order(self.ledger.version)
         self.others: dict[int, tuple[DecidedStep, ...]] = {}
         self.rounds = RoundsHere(clock)
-        self.turns = Turns()
-        self.writes = SeenWrites()
-        self.order_doubt, self.step_doubt = Doubt(), Doubt()
+        self.turns, self.writes = Turns(), SeenWrites()
+        self.order_doubt, self.step_doubt, self.round_doubt = Doubt(), Doubt(), Doubt()
+        self._read_for: str | None = None  # the round whose destinations have read pages here
         self.peers_wait_until_s = float("-inf")
         self.unprepared: tuple[DecidedStep, float] | None = None
-        self.gate = min(request.view.placement.shards)
-        self.pending = request.pending
-        self.lookups = 0
+        self.gate, self.pending, self.lookups = min(request.view.placement.shards), request.pending, 0
         self._clock = clock
         self._lease_s = lease_s
         self._filling: Iterator[int] | None = None
@@ -215,16 +213,9 @@ class HostedTable:
         """Raises ShardUnavailable where a decided step is not prepared here, and its trainer has not come for it."""
         if self.unprepared is None or self.unprepared[0].version <= self.order.applied:
             return
-        (step, since_s), who = self.unprepared, self.unprepared[0].step_id
+        step, since_s = self.unprepared
         if self._clock() - since_s > self._lease_s:
-            raise ShardUnavailable(
-                f"version {step.version} of table {self.view.schema.name!r} is step {who.step} of rank {who.rank} of "
-                f"group {who.group!r}, which is decided, and whose updates are not on shard {self.info.shard} any "
-                "more: its trainer sends them again when it commits next. Where that trainer is gone they are lost "
-                "here: drop the table, make it again and write back what you saved",
-                shard=self.info.shard,
-                address=self.info.address,
-            )
+            raise no_updates(step, table=self.view.schema.name, here=self.info)
 
     def in_doubt(self, *, waits_since_s: float) -> Parked | None:
         """Where a step may be acknowledged by now that is not applied here: what a reader has to wait for.
@@ -234,7 +225,23 @@ class HostedTable:
         if self.order.next() is not None:
             self.apply_decided()
         prepared = self.updates.doubtful(waits_since_s)
-        return None if prepared is None else self.park_for_steps(prepared, waits_since_s)
+        if prepared is not None:
+            return self.park_for_steps(prepared, waits_since_s)
+        read = self.frozen and self._read_for == self.rounds.token and not self.is_gate
+        return self._park_for_round(waits_since_s) if read and not self.round_doubt.covers(waits_since_s) else None
+
+    def read_by_round(self) -> None:
+        """Pages are read for the round that holds the table: it may be decided before this shard hears of it, and steps
+        without this shard be acknowledged. Readers who come from now on have to know."""
+        if self._read_for != self.rounds.token:
+            self._read_for = self.rounds.token
+            self.round_doubt.settled(self._clock())
+
+    def _park_for_round(self, since_s: float) -> Parked:
+        if is_late(since_s, self._clock()):
+            raise self._no_word(f"whether round {self.rounds.token!r} of a move is decided", self.gate_info)
+        self.round_doubt.wait(self._clock(), at_once=True)
+        return self._waiting_for_news.park(since_s=since_s, in_doubt=True)
 
     def park_for_order(self, since_s: float) -> Parked:
         """For a request, of that time, that comes before what it builds on.
@@ -265,15 +272,7 @@ class HostedTable:
         return self._waiting_for_news.park(since_s=since_s, in_doubt=True)
 
     def _no_word(self, what: str, by: ShardInfo | None) -> ShardUnavailable:
-        """What another shard does not say: that one is late, not this."""
-        late = self.info if by is None else by
-        at = f" at {late.address}" if late.address else ""
-        return ShardUnavailable(
-            f"shard {self.info.shard} has waited {LONGEST_WAIT_S:g} s to hear of table {self.view.schema.name!r} "
-            f"{what}: shard {late.shard}{at} knows, and did not say. Nothing was changed",
-            shard=late.shard,
-            address=late.address,
-        )
+        return no_word(f"of table {self.view.schema.name!r} {what}", here=self.info, late=by)
 
     def apply_decided(self) -> None:
         """Apply what is decided and whose turn it is. Raises as ``commits.apply`` does: the rest waits."""
@@ -403,6 +402,8 @@ class HostedTable:
             self.step_doubt.ends()
         if not (waits or peers_wait or self.order.lacks):
             self.order_doubt.ends()
+        if not (waits and self.frozen):
+            self.round_doubt.ends()
 
     def expire(self) -> None:
         """Drop what ranks hold that have fallen silent, and, at the gate, end a round whose controller has.

@@ -130,7 +130,7 @@ SEEN_AT: dict[str, int] = {
     "epoch fence": 8,
     "wait for decided steps": 4,
     "generation": 1,
-    "ledger": 13,
+    "ledger": 16,
     "version wait": 16,
     "token of a round": 8,
     "order": 4,
