@@ -59,6 +59,8 @@ def status(now: PoolStatus, *, address: str, stages: bool = False) -> None:
         so_far = f"{_size(creation.bytes_done)} of {_size(creation.bytes_total)}"
         waits = f"waits for {creation.waiting_for}" if creation.waiting_for else ""
         console.print(f"making table {creation.table}: {waits or so_far}")
+    if now.checkpoint:
+        console.print(f"taking {now.checkpoint}")
     for line in _troubles(now, found):
         console.print(line, style="red")
 

@@ -254,7 +254,7 @@ class Answers:
         table = self._tenancy.fenced(request.envelope)
         if (waits := self._waits(table, request.envelope)) is not None:  # what the client committed comes before it
             return waits
-        if table.frozen:
+        if table.frozen or table.storage.crowded():
             return table.park_until_thaw(self._asked_s())
         ids = validate.check_array(table.storage, request.array, request.ids)
         rows = validate.check_rows(table.storage, request.array, ids, request.blocks, request.rows)

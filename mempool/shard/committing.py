@@ -120,7 +120,7 @@ class Committing:
             prepared = None
         if (older := self._tenancy.decisions.supersede_older(table, part.step_id)) is not None:
             return table.park_for_steps(older, self._asked_s())
-        if table.frozen and prepared is None:
+        if (table.frozen or table.storage.crowded()) and prepared is None:
             return PreparedPart(stamp=table.stamp, held_off=True)
         return PreparedPart(stamp=table.stamp, missing=commits.missing(table.updates, part.step_id, part.sequences))
 
@@ -188,7 +188,7 @@ class Committing:
             commits.refuse_older(prepared, part.step_id)
             if (older := self._tenancy.decisions.supersede_older(table, part.step_id)) is not None:
                 return table.park_for_steps(older, self._asked_s())
-            if table.frozen and prepared is None:
+            if (table.frozen or table.storage.crowded()) and prepared is None:
                 table.hold_off(part.step_id)
                 return table.park_until_thaw(self._asked_s())
         missing = [

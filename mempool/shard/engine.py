@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mempool.errors import Internal, MempoolError, Overloaded, ShardUnavailable, StepConflict
+from mempool.errors import MempoolError, Overloaded, ShardUnavailable, StepConflict
 from mempool.observe import Stages
 from mempool.shard import bounds
 from mempool.shard.answers import Answers
@@ -28,8 +28,10 @@ from mempool.shard.durable.replay import recover
 from mempool.shard.durable.store import Store
 from mempool.shard.durable.taking import Taking
 from mempool.shard.jobs import JOB_BYTES
-from mempool.shard.pages.transfer import pull
 from mempool.shard.parking import Behind, Parked
+from mempool.shard.pulling import Pulling
+from mempool.shard.saving.marks import Saving
+from mempool.shard.saving.restoring import Restoring, check_source
 from mempool.shard.steps.budget import MIB, Budget, numbers_bytes
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.steps.resolver import Resolver
@@ -47,15 +49,17 @@ from mempool.types import (
     GatherRequest,
     HeartbeatReply,
     HeartbeatRequest,
-    Ledger,
     LedgerPart,
+    MarkTable,
     PageBatch,
+    PartProgress,
     PrepareReply,
     PrepareRequest,
     PullPages,
     PullReport,
     ReadRowsReply,
     ReadRowsRequest,
+    ReleaseMark,
     ResolveReply,
     ResolveRequest,
     ScoreReply,
@@ -68,6 +72,7 @@ from mempool.types import (
     TableView,
     UpdateReply,
     UpdateRequest,
+    WritePart,
     WriteRowsReply,
     WriteRowsRequest,
 )
@@ -137,7 +142,6 @@ class Engine:
     ) -> None:
         self.info = info
         self._store = store
-        self._peers = peers
         self._on_loaded = on_loaded
         self._clock = clock
         self._started_s = clock()
@@ -184,6 +188,25 @@ class Engine:
             asked_s=self._thread.asked_s,
         )
         self._committing = Committing(self._tenancy, stages=self._stages, asked_s=self._thread.asked_s)
+        self._saving = Saving(
+            info=info,
+            tenancy=self._tenancy,
+            control=self._control,
+            jobs=partial(self._thread.run, caller=_TABLES),
+            clock=clock,
+            runner=runner,
+        )
+        jobs = partial(self._thread.run, caller=_TABLES)
+        self._pulling = Pulling(
+            info,
+            tenancy=self._tenancy,
+            changes=self._changes,
+            peers=peers,
+            control=self._control,
+            jobs=jobs,
+            settled=self._settled,
+        )
+        self._restoring = Restoring(self._changes, jobs=jobs, settled=self._settled, runner=runner)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._resolver = Resolver(self._tenancy.decisions, run=self._control, peers=peers, adopt=self._changes.set_view)
         self._tenancy.on_doubt = self._poke
@@ -277,13 +300,19 @@ class Engine:
 
         Raises:
             InvalidRequest: The table is here already, with pages, at another epoch; or its pages do not fit.
-            NotFound: It is to be confirmed, and is not here.
+            NotFound: It is to be confirmed, and is not here; or the checkpoint is not.
+            DataLoss: What is to be restored is damaged.
         """
+        if request.mode == "restore":
+            check_source(request.source)
         table = await self._control("attach_table", self._changes.attach, request)
         if request.mode == "confirm":
             return
         await self._tenancy.prepare(table)
         self._on_loaded()
+        if request.mode == "restore":
+            await self._restoring.restore(table, request)
+            return
         while not await self._thread.run("fill", self._changes.fill, table, caller=_TABLES):
             pass
 
@@ -331,42 +360,20 @@ class Engine:
             Internal: There is no way to reach another shard, or what came is not what the schema says.
             MempoolError: What the owner raised.
         """
-        if self._peers is None:
-            raise Internal(f"shard {self.info.shard} was made without peers, to pull pages from", shard=self.info.shard)
-        table = await self._control("pull_pages", self._tenancy.begin_pull, request)
-
-        async def stage(batch: PageBatch) -> int:
-            cost = _cost(*batch.arrays.values())
-            num_bytes: int = await self._thread.run(
-                "stage",
-                partial(self._changes.stage, table, token=request.token),
-                batch,
-                cost=cost,
-                caller=_TABLES,
-            )
-            return num_bytes
-
-        async def lacks_ledger() -> bool:
-            lacks: bool = await self._control("stage", self._tenancy.lacks_ledger, table)
-            return lacks
-
-        async def stage_ledger(ledger: Ledger) -> None:
-            await self._control("stage", partial(self._changes.stage_ledger, table, request), ledger)
-
-        report = await pull(
-            request,
-            source=self._peers(request.source),
-            page_bytes=table.storage.page_bytes(request.blocks),
-            stage=stage,
-            lacks_ledger=lacks_ledger,
-            stage_ledger=stage_ledger,
-        )
-        await self._settled()
-        return report
+        return await self._pulling.pull(request)
 
     async def set_view(self, view: TableView, *, token: str = "") -> None:
         bounds.check_token(token)
         await self._control("set_view", partial(self._changes.set_view, token=token), view)
+
+    async def mark_table(self, request: MarkTable) -> None:
+        await self._saving.mark(request)
+
+    async def write_part(self, request: WritePart) -> PartProgress:
+        return await self._saving.write(request)
+
+    async def release_mark(self, request: ReleaseMark) -> None:
+        await self._saving.release(request)
 
     async def views(self) -> tuple[TableView, ...]:
         self._thread.check_open()
@@ -383,6 +390,8 @@ class Engine:
     async def close(self) -> None:
         """Answer what is waiting, then end the thread and free all memory. Repeatable."""
         await self._resolver.close()
+        await self._saving.close()
+        await self._restoring.close()
         if self._taking is not None:
             await self._taking.close()
         with suppress(ShardUnavailable):  # closed before
@@ -392,7 +401,8 @@ class Engine:
             await self._store.close()
 
     def _keep_up(self) -> bool:
-        busy = self._tenancy.expire()
+        marked = self._saving.expire()
+        busy = self._tenancy.expire() or marked
         if self._store is None:
             return busy
         self._store.try_again()

@@ -3,7 +3,7 @@
 What they are is ``Tenancy``'s, and what they raise.
 """
 
-from mempool.shard.durable.records import Attached, Dropped, Staged, StagedLedger, Viewed
+from mempool.shard.durable.records import Attached, Dropped, Restored, Staged, StagedLedger, Viewed
 from mempool.shard.hosted import HostedTable
 from mempool.shard.tenancy import Tenancy
 from mempool.types import AttachTable, Ledger, PageBatch, PullPages, TableView
@@ -25,12 +25,28 @@ class Changes:
 
     def fill(self, table: HostedTable) -> bool:
         """A piece of initial values, which nobody needs to keep."""
+        is_here = table.table_id in self._tenancy.tables
         try:
             return self._tenancy.fill(table)
         except Exception:
-            if table.table_id not in self._tenancy.tables:
+            if is_here and table.table_id not in self._tenancy.tables:
                 self._tenancy.log.add(Dropped(table.table_id))
             raise
+
+    def restore(self, table: HostedTable, batch: PageBatch | None) -> bool:
+        """A piece of what a checkpoint has of a table; None: that was all. Returns whether it is whole."""
+        self._tenancy.log.require(0 if batch is None else batch.num_bytes)
+        if table.restored is not None:
+            table.restored.take(batch)
+        whole = self.fill(table)
+        self._tenancy.log.add(Restored(table.table_id, batch))
+        return whole
+
+    def give_up(self, table: HostedTable) -> None:
+        """A table that cannot be filled is here no more."""
+        if self._tenancy.tables.get(table.table_id) is table:
+            self._tenancy.drop(table.table_id)
+            self._tenancy.log.add(Dropped(table.table_id))
 
     def end(self, table_id: int, *, unmade: bool) -> None:
         self._tenancy.log.require()

@@ -165,6 +165,23 @@ class CaughtUp:
     slots: Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Restored:
+    """Pages of a checkpoint have come, for a table that was attached to be filled from it; None: all have."""
+
+    table_id: int
+    batch: PageBatch | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """Slots that a dense optimizer has left behind stop at that step on their way to later ones: a checkpoint has them
+    as they are there."""
+
+    table_id: int
+    step: int
+
+
 RecordOf: TypeAlias = (
     Begun
     | Attached
@@ -182,6 +199,8 @@ RecordOf: TypeAlias = (
     | Kept
     | Schedule
     | CaughtUp
+    | Restored
+    | Stopped
 )
 
 KINDS: Final[tuple[type[RecordOf], ...]] = (
@@ -201,12 +220,15 @@ KINDS: Final[tuple[type[RecordOf], ...]] = (
     Kept,
     Schedule,
     CaughtUp,
+    Restored,
+    Stopped,
 )
 """A record's number is its place, from 1: it never changes."""
 
 _NUMBERS = {kind: number for number, kind in enumerate(KINDS, 1)}
 _ROUND = struct.Struct("<QBB")  # table, whether decisions, bytes of the token
 _SCHEDULE = struct.Struct("<QqQ")  # table, first step, steps
+_STOPPED = struct.Struct("<Qq")
 _NO_ENVELOPE = {"epoch": 0, "incarnation": 0}
 
 
@@ -252,6 +274,11 @@ def _parts(record: RecordOf) -> list[Bytes]:
             return [_round(table_id, token, decisions), message.SerializeToString(deterministic=True)]
         case CaughtUp(table_id, slots):
             return [struct.pack("<Q", table_id), _bytes_of(slots)]
+        case Stopped(table_id, step):
+            return [_STOPPED.pack(table_id, step)]
+        case Restored(table_id, pages_of):
+            head = struct.pack("<Q", table_id)
+            return [head] if pages_of is None else [head, pages.EXPORT_PAGES_REPLY.encode(pages_of)]
         case Schedule(table_id, first_step, steps_3T, log_decays):
             head = _SCHEDULE.pack(table_id, first_step, steps_3T.shape[1])
             return [head, _bytes_of(steps_3T), _bytes_of(log_decays)]
@@ -306,6 +333,11 @@ def _record(kind: type[RecordOf], data: bytes) -> RecordOf:
         return CaughtUp(table_id, torch.tensor(np.frombuffer(data, "<i8", offset=8)))
     if kind is Schedule:
         return _schedule_of(data)
+    if kind is Stopped:
+        return Stopped(*_STOPPED.unpack(data))
+    if kind is Restored:
+        (table_id,) = struct.unpack_from("<Q", data)
+        return Restored(table_id, pages.EXPORT_PAGES_REPLY.decode(data[8:]) if len(data) > 8 else None)
     table_id, decisions, length = _ROUND.unpack_from(data)
     at = _ROUND.size + length
     token = data[_ROUND.size : at].decode()

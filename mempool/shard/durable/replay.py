@@ -23,9 +23,11 @@ from mempool.shard.durable.records import (
     Over,
     Prepared,
     RecordOf,
+    Restored,
     Schedule,
     Staged,
     StagedLedger,
+    Stopped,
     Viewed,
     Written,
 )
@@ -89,8 +91,10 @@ class _Replay:
             Over: self._over,
             Written: self._write,
             Counted: self._count,
+            Restored: self._restore,
             Staged: self._stage,
             StagedLedger: self._stage_ledger,
+            Stopped: self._stop,
             Kept: self._keep,
             Schedule: self._schedule,
             CaughtUp: lambda record: self._table(record.table_id).storage.catch_up(record.slots),
@@ -108,7 +112,11 @@ class _Replay:
             table.measure()
 
     def finish(self) -> None:
-        """Go on where the life before ended: what was decided is applied, rounds of moves hold their tables."""
+        """Go on where the life before ended: what was decided is applied, rounds of moves hold their tables; half a
+        table that was being restored is no table."""
+        for half in [table.table_id for table in self._tenancy.tables.values() if table.restored is not None]:
+            self._tenancy.drop(half)
+            self._tenancy.log.add(Dropped(half))
         for table_id, token in self._rounds.items():
             if (table := self._tenancy.tables.get(table_id)) is not None and token:
                 table.rounds.join(token, PULL_LEASE_S)
@@ -122,8 +130,17 @@ class _Replay:
 
     def _attach(self, record: Attached) -> None:
         table = self._tenancy.attach(record.request)
-        while not table.fill():
+        while table.restored is None and not table.fill():
             pass
+
+    def _restore(self, record: Restored) -> None:
+        table = self._table(record.table_id)
+        if table.restored is None:
+            raise DataLoss(
+                f"table {record.table_id} was not attached to be restored, and pages of a checkpoint are there"
+            )
+        table.restored.take(record.batch)
+        table.fill()
 
     def _view(self, record: Viewed) -> None:
         table = self._table(record.view.schema.table_id)
@@ -239,6 +256,11 @@ class _Replay:
         storage = self._table(record.table_id).storage
         if storage.schedule is not None:
             storage.schedule.restore(record.first_step, record.steps, record.log_decays)
+
+    def _stop(self, record: Stopped) -> None:
+        schedule = self._table(record.table_id).storage.schedule
+        if schedule is not None:
+            schedule.stop(record.step)
 
     def _require_held(self, table: HostedTable, step_id: StepId, sequences: tuple[int, ...]) -> None:
         if missing := commits.missing(table.updates, step_id, sequences):

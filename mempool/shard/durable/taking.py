@@ -17,7 +17,18 @@ from torch import Tensor
 from mempool.errors import MempoolError
 from mempool.journal import Snapshot
 from mempool.shard.durable.pages import heads_arrays, heads_key, page_arrays, page_key
-from mempool.shard.durable.records import Attached, Decided, Dropped, Held, Kept, Prepared, RecordOf, Schedule, joined
+from mempool.shard.durable.records import (
+    Attached,
+    Decided,
+    Dropped,
+    Held,
+    Kept,
+    Prepared,
+    RecordOf,
+    Schedule,
+    Stopped,
+    joined,
+)
 from mempool.shard.durable.store import Store
 from mempool.shard.hosted import HostedTable
 from mempool.shard.pages.arena import Arena
@@ -151,6 +162,7 @@ def _tables(table: HostedTable) -> Iterator[RecordOf]:
     )
     if (schedule := table.storage.schedule) is not None and not lost:
         yield Schedule(table_id, schedule.first_step, schedule.steps.cpu(), schedule.log_decays.cpu())
+        yield from (Stopped(table_id, step) for step in schedule.stops)
     kept = table.order.kept()
     for first in range(0, len(kept), 512):
         yield Kept(kept[first : first + 512])

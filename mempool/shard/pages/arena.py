@@ -8,6 +8,7 @@ Values of one byte an element lie in one tensor with their scales, a row in one 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,13 @@ _COPY_BYTES = 16 * 2**20
 """Rows are copied in pieces of about this size, so that no copy needs much memory beside the arenas."""
 
 
+class Watcher(Protocol):
+    """Is told of rows before they are written to."""
+
+    def save(self, rows: Tensor) -> None:
+        """Arena rows [U], which may repeat."""
+
+
 class Arena:
     """Storage of row pages with the same owned blocks.
 
@@ -38,6 +46,8 @@ class Arena:
 
     Attributes:
         page_of: [P] int32: the arena page of every row page of the table, -1 where it is not here. Others only read it.
+        capture: Copies rows before they are written to, where somebody wants them as they are.
+        mark: A checkpoint that counts, and ``writes`` at its moment.
         width: Columns of the blocks.
         before_writing: Told the arena pages that are about to be written to, which may repeat; None: nobody is.
 
@@ -74,6 +84,8 @@ class Arena:
         self._page_table = torch.from_numpy(self.page_of if on_cpu else self.page_of.copy()).to(device)
         self.before_writing: Callable[[Tensor], None] | None = None
         self._writes = 0
+        self.capture: Watcher | None = None
+        self.mark: tuple[str, int] | None = None
         self._written_at = torch.from_numpy(np.zeros(schema.num_row_pages, dtype=np.int64)).to(device)
 
     @property
@@ -104,12 +116,21 @@ class Arena:
 
     def rows(self, name: str) -> Tensor:
         """One array as [R, width]: a view, not contiguous where values are packed."""
+        return self.view_of(name, self._stores)
+
+    @property
+    def stores(self) -> dict[str, Tensor]:
+        """The rows as they lie, [R, width]: packed values are one array."""
+        return self._stores
+
+    def view_of(self, name: str, stores: dict[str, Tensor]) -> Tensor:
+        """One array of rows that lie as ``stores`` do, as ``rows`` has it."""
         if self._packed is None or name not in (VALUES, SCALES):
-            return self._stores[name]
+            return stores[name]
         if name == VALUES:
-            return self._stores[VALUES][:, : self._packed.width]
+            return stores[VALUES][:, : self._packed.width]
         start = self._packed.scales_start
-        scales = self._stores[VALUES][:, start : start + 4 * self._packed.num_blocks]
+        scales = stores[VALUES][:, start : start + 4 * self._packed.num_blocks]
         return scales.view(torch.float32)
 
     def pages(self, name: str) -> Tensor:
@@ -153,6 +174,8 @@ class Arena:
         assert touched is not None
         if self.before_writing is not None:
             self.before_writing(touched)
+        if self.capture is not None:
+            self.capture.save(rows if rows is not None else self._rows_of(touched))
         self._writes += 1
         self._written_at.index_fill_(0, touched, self._writes)
         yield
@@ -167,6 +190,9 @@ class Arena:
         written: PageNumbers = (self._written_at > writes).nonzero()[:, 0].cpu().numpy()
         return written
 
+    def _rows_of(self, pages: Tensor) -> Tensor:
+        return ((pages[:, None] << self._page_shift) + torch.arange(self._page_slots, device=pages.device)).view(-1)
+
     def catch_up(self, rows: Tensor, schedule: kernels.DenseSchedule, names: tuple[str, ...]) -> Tensor:
         """Do the steps of a dense optimizer that these rows, which may repeat, have missed. names: ``step_names``.
 
@@ -177,10 +203,24 @@ class Arena:
         rows = torch.unique(rows[late])
         if rows.numel():
             with self.writing(rows):
-                kernels.catch_up(
-                    self.paged(), self.state(names), rows, schedule, to=schedule.last_step, block_dim=self._block_dim
-                )
+                self.bring_up(self._stores, rows, schedule, names, to=schedule.last_step)
         return late
+
+    def bring_up(
+        self,
+        stores: dict[str, Tensor],
+        rows: Tensor,
+        schedule: kernels.DenseSchedule,
+        names: tuple[str, ...],
+        *,
+        to: int,
+    ) -> None:
+        """Do a dense optimizer's steps up to ``to`` on rows, which differ, of ``stores``: the arena's own, within
+        ``writing``, or copies that lie as they do."""
+        paged = kernels.Paged(stores[VALUES], self._page_table, self._page_shift, self._packed)
+        state = {name: stores[f"{VALUES}.{name}"] for name in names}
+        for leg in schedule.legs(int(stores[LAST_STEP][rows].min()), to) if schedule.stops else [to]:
+            kernels.catch_up(paged, state, rows, schedule, to=leg, block_dim=self._block_dim)
 
     def copy_from(
         self, source: "Arena", *, blocks: Blocks, source_pages: PageNumbers, arena_pages: PageNumbers

@@ -62,6 +62,10 @@ class Storage:
         num_lost: (row page, block)s and key pages that are owned and not there.
         num_pages: Those that are here.
         heads, head_keys: The heads whose product keys are here, ascending, and [H, 2, n, key_dim / 2] float32.
+        shared_head_keys: Somebody keeps them as they are: they are copied before they are written to.
+        head_key_writes: How often they were written to; keys_mark: a checkpoint that counts, and that at its moment.
+        on_change: Called before pages come or go.
+        crowded: Whether so much is copied for a checkpoint that no further step may be begun for now.
         step_names: The arrays that a step of the optimizer changes besides the values.
         schedule: The steps that slots without a gradient have missed, of a dense optimizer; else None. Rows are brought
             up to its last step, the table's version, before anybody reads or changes them.
@@ -94,11 +98,17 @@ class Storage:
         self.num_lost = 0
         self.num_pages = 0
         self._lanes: tuple[Lane, ...] = ()
+        self.shared_head_keys = False
+        self.head_key_writes = 0
+        self.keys_mark: tuple[str, int] | None = None
+        self.on_change: Callable[[], None] = lambda: None
+        self.crowded: Callable[[], bool] = lambda: False
 
     # Ownership
 
     def own(self, placement: Placement) -> None:
         """Take over what a placement says. The arenas must fit it already, but for what is lost."""
+        self.on_change()
         self.owned = placement.owners == self.shard
         self.key_owned = placement.key_owners == self.shard
         self.lost &= self.owned
@@ -113,6 +123,7 @@ class Storage:
 
     def lose_all(self) -> None:
         """Everything owned is gone, its storage too."""
+        self.on_change()
         self.lost, self.key_lost = self.owned.copy(), self.key_owned.copy()
         self.arenas.clear()
         self._lanes = ()
@@ -199,7 +210,8 @@ class Storage:
 
     def set_head_keys(self, heads: tuple[int, ...], head_keys: Tensor) -> None:
         """These heads' product keys are here from now on, and no others: ascending, [H, 2, n, key_dim / 2]."""
-        self.heads, self.head_keys = heads, head_keys
+        self.heads, self.head_keys, self.shared_head_keys = heads, head_keys, False
+        self.head_key_writes += 1
 
     # By slot id
 
@@ -356,6 +368,9 @@ class Storage:
         last.scatter_reduce_(0, places_M + 1, numbers_M, "amax")
         written = (last[1:] >= 0).nonzero()[:, 0]
         rows = rows_MW[last[1:][written]].to(self.head_keys.dtype)
+        if self.shared_head_keys:
+            self.head_keys, self.shared_head_keys = self.head_keys.clone(), False
+        self.head_key_writes += 1
         self.head_keys[written] = rows.view(-1, *self.head_keys.shape[1:])
 
     def _head_places(self, ids_M: Tensor) -> Tensor:

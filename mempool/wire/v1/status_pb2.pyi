@@ -340,6 +340,7 @@ class PoolStatus(_message.Message):
     WAITING_FOR_FIELD_NUMBER: _builtins.int
     UNFINISHED_FIELD_NUMBER: _builtins.int
     CREATING_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The pool's name."""
     rescaling: _builtins.bool
@@ -350,6 +351,8 @@ class PoolStatus(_message.Message):
     """What the rescale waits for, for people; empty if for nothing."""
     unfinished: _builtins.str
     """Why a rescale stopped half way and what to do, for people; empty if none did."""
+    checkpoint: _builtins.str
+    """The checkpoint that is being taken and what it is at, for people; empty if none is."""
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardStatus]:
         """All shards, ascending by number."""
@@ -373,10 +376,11 @@ class PoolStatus(_message.Message):
         waiting_for: _builtins.str = ...,
         unfinished: _builtins.str = ...,
         creating: _abc.Iterable[Global___TableCreation] | None = ...,
+        checkpoint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["creating", b"creating", "name", b"name", "rescaling", b"rescaling", "shards", b"shards", "tables", b"tables", "unfinished", b"unfinished", "waiting_for", b"waiting_for", "wanted_shards", b"wanted_shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "creating", b"creating", "name", b"name", "rescaling", b"rescaling", "shards", b"shards", "tables", b"tables", "unfinished", b"unfinished", "waiting_for", b"waiting_for", "wanted_shards", b"wanted_shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,9 +24,11 @@ from mempool.shard.durable.records import (
     Over,
     Prepared,
     RecordOf,
+    Restored,
     Schedule,
     Staged,
     StagedLedger,
+    Stopped,
     Written,
     apart,
     decode,
@@ -144,6 +146,10 @@ RECORDS: st.SearchStrategy[RecordOf] = st.one_of(
     st.builds(Counted, st.builds(StepCountRequest, envelope=_ENVELOPE, set=_NUMBER, at_version=_NUMBER)),
     st.builds(StagedLedger, _NUMBER, st.text(max_size=30), _LEDGER, st.booleans()),
     st.builds(CaughtUp, _NUMBER, st.integers(0, 6).flatmap(lambda count: _tensor(torch.int64, count))),
+    st.builds(Stopped, _NUMBER, _NUMBER),
+    st.builds(
+        lambda staged, over: Restored(staged.batch.table_id, None if over else staged.batch), _staged(), st.booleans()
+    ),
     _held(),
     _written(),
     _staged(),
@@ -208,5 +214,5 @@ def test_other_bytes_are_none(kind: int, data: bytes) -> None:
 
 def test_numbers_of_kinds_never_change() -> None:
     names = "Begun Attached Dropped Viewed Held Prepared Decided Applied Over Written Counted Staged StagedLedger"
-    assert [kind.__name__ for kind in KINDS] == [*names.split(), "Kept", "Schedule", "CaughtUp"]
+    assert [kind.__name__ for kind in KINDS] == [*names.split(), "Kept", "Schedule", "CaughtUp", "Restored", "Stopped"]
     assert records.KINDS is KINDS
