@@ -230,9 +230,11 @@ class StepOfTables:
 
     def _place(self, owners: tuple[Owners, ...]) -> None:
         placed = {each.table_id: each for each in owners}
-        if {table_id: each.view for table_id, each in placed.items()} == {
-            table_id: each.view for table_id, each in self._owners.items()
-        }:
+        known = self._owners
+        if len(placed) == len(known) and all(
+            table_id in known and (each is known[table_id] or each.view == known[table_id].view)
+            for table_id, each in placed.items()
+        ):
             return
         self._owners = {table_id: placed[table_id] for table_id in self.tables}
         # What was prepared elsewhere is void; what was applied is told again, which is harmless.

@@ -141,7 +141,7 @@ class Committing:
         try:
             for table, part in zip(tables, request.parts, strict=True):
                 table.require_newest(part.step_id)
-                if self._decided_version(table, part):
+                if table is not first and self._decided_version(table, part):
                     raise _decided_apart(table, part)
             if request.one_phase:
                 return self._commit_in_one(request, tables)

@@ -199,6 +199,12 @@ class Coordinator:
         """Nobody else decides on these tables, nor on those that share a step with them."""
         while True:
             tables = _sharing(sessions)
+            if len(tables) == 1:
+                async with next(iter(tables.values())).deciding:
+                    if len(_sharing(sessions)) == 1:
+                        yield
+                        return
+                continue
             async with AsyncExitStack() as stack:
                 for table_id in sorted(tables):  # in one order, so that no two wait for each other
                     await stack.enter_async_context(tables[table_id].deciding)
@@ -425,6 +431,8 @@ class Coordinator:
 
     def _note(self, joint: Joint) -> None:
         """Keep for the user what shards dropped."""
+        if not joint.dropped:
+            return
         silences_s = {
             shard: self.heartbeats.silence_s(shard) for shard in {each for one in joint.dropped for each in one.shards}
         }
@@ -469,8 +477,9 @@ def _sharing(sessions: Sequence[Session]) -> dict[int, Session]:
         session = left.pop()
         if session.table_id not in found:
             found[session.table_id] = session
-            for joint in _distinct((session.joint, session.applying)):
-                left.extend(joint.sessions.values())
+            for joint in (session.joint, session.applying):
+                if joint is not None:
+                    left.extend(joint.sessions.values())
     return found
 
 

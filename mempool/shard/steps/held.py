@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 
 from torch import Tensor
 
@@ -464,8 +465,7 @@ class HeldUpdates:
         self.budget.hold(found.owner, -found.num_bytes)
 
 
-def _rank(step_id: StepId) -> Rank:
-    return step_id.group, step_id.rank, step_id.generation
+_rank: Callable[[StepId], Rank] = attrgetter("group", "rank", "generation")
 
 
 def _owner(rank: Rank, caller: str) -> str:

@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import CancelledError, Future
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from mempool.errors import DeadlineExceeded, MempoolError
 
@@ -57,27 +57,55 @@ class IoLoop:
         self.loop.close()
 
 
-class _Call:
-    """A coroutine that can be cancelled from the moment it is handed over, whether or not it has begun."""
+class _Call(Generic[T]):
+    """A coroutine that is handed over to the loop by a thread, which waits for its end.
 
-    def __init__(self) -> None:
-        self._task: asyncio.Task[Any] | None = None
+    It can be cancelled from the moment it is handed over, whether or not it has begun. asyncio's own way there and back
+    leads over two futures and their conditions, which are a good part of what a small call costs.
+    """
+
+    def __init__(self, coro: Coroutine[Any, Any, T]) -> None:
+        self._coro = coro
+        self._task: asyncio.Task[T] | None = None
         self._cancelled = False
+        self._running = threading.Lock()
+        self._running.acquire()
 
-    async def run(self, coro: Coroutine[Any, Any, T]) -> T:
-        self._task = asyncio.current_task()
+    @property
+    def ended(self) -> bool:
+        return not self._running.locked()
+
+    def begin(self) -> None:
+        """On the loop."""
+        self._task = asyncio.get_running_loop().create_task(self._coro)
+        self._task.add_done_callback(self._end)
         if self._cancelled:
-            coro.close()
-            raise asyncio.CancelledError
-        try:
-            return await coro
-        finally:
-            self._task = None  # it knows its error, and that this frame: they would end with a collection only
+            self._task.cancel()
 
     def cancel(self) -> None:
+        """On the loop."""
         self._cancelled = True
         if self._task is not None:
             self._task.cancel()
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Whether it has ended within so many seconds; None: without end."""
+        if not self._running.acquire(timeout=-1 if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX)):
+            return False
+        self._running.release()
+        return True
+
+    def result(self) -> T:
+        """Once it has ended. Raises what it raised, asyncio.CancelledError where it was cancelled."""
+        task, self._task = self._task, None
+        assert task is not None
+        try:
+            return task.result()
+        finally:
+            del task  # it knows its error, and that this frame: they would end with a collection only
+
+    def _end(self, _: asyncio.Task[T]) -> None:
+        self._running.release()
 
 
 _lock = threading.Lock()
@@ -116,29 +144,24 @@ def run(coro: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
     except MempoolError:
         coro.close()
         raise
-    call = _Call()
-    future: Future[T] | None = None
-    # An interrupt may come anywhere from here on, also before there is a future to cancel.
+    call = _Call(coro)
+    # An interrupt may come anywhere from here on.
     try:
-        future = asyncio.run_coroutine_threadsafe(call.run(coro), io.loop)
-        return future.result(timeout_s)
-    except TimeoutError:
-        if future is not None and future.done() and not future.cancelled():
-            return future.result(0)
-        io.loop.call_soon_threadsafe(call.cancel)
-        raise DeadlineExceeded(
-            f"the call took longer than {timeout_s} s; whether it took effect is not known"
-        ) from None
-    except CancelledError:
-        if not io.ended:
-            raise
-        raise MempoolError("this Python ends, and a call of mempool that another thread waited for with it") from None
+        io.loop.call_soon_threadsafe(call.begin)
+        in_time = call.wait(timeout_s)
     except BaseException:
-        if not io.ended and (future is None or not future.done()):
+        if not io.ended and not call.ended:
             io.loop.call_soon_threadsafe(call.cancel)
         raise
-    finally:
-        del future  # it knows its error, and that this frame: they would end with a collection only
+    if not in_time and not call.ended:
+        io.loop.call_soon_threadsafe(call.cancel)
+        raise DeadlineExceeded(f"the call took longer than {timeout_s} s; whether it took effect is not known")
+    try:
+        return call.result()
+    except asyncio.CancelledError:
+        if not io.ended:
+            raise CancelledError from None
+        raise MempoolError("this Python ends, and a call of mempool that another thread waited for with it") from None
 
 
 def start(coro: Coroutine[Any, Any, object]) -> None:
