@@ -170,11 +170,12 @@ async def refused_calls(target: Target, calls: int) -> dict[str, int]:
     return ended
 
 
-def settled(target: Target) -> Footprint:
-    """What it takes once it has come to rest: when that has not changed for a second."""
+def settled(target: Target, *, resident: float = float("inf")) -> Footprint:
+    """What it takes once it has come to rest: when that has not changed for a second, and is at most ``resident``
+    bytes; after a while, as it is then. What leaks never goes."""
     ends_s, calm = time.monotonic() + SETTLE_S, 0
     found = Footprint.of(target.pid)
-    while calm < 4 and time.monotonic() < ends_s:
+    while (calm < 4 or found.resident > resident) and time.monotonic() < ends_s:
         time.sleep(0.25)
         now = Footprint.of(target.pid)
         calm, found = (calm + 1 if now == found else 0), now
