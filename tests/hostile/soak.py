@@ -26,7 +26,7 @@ from tests.hostile.target import Target, descriptors, resident_bytes, threads
 from tests.hostile.valid import BLOCK_DIM, Requests, tensor, view_of
 
 TOKEN = "soak"
-SETTLE_S = 5.0
+SETTLE_S = 15.0
 REFUSED_BYTES = 60 * 2**20
 
 
