@@ -21,6 +21,8 @@ _NAME = "pool.json"
 _NEW = ".new"
 _MOST_BYTES = 65_536
 _SHARD = re.compile(r"shard-(\d{1,6})")
+_GONE = ".gone"
+"""What a shard kept that is needed no more, on its way to be removed: of such a folder nothing is read any more."""
 
 
 class PoolFolder:
@@ -54,6 +56,9 @@ class PoolFolder:
         try:
             self.is_new = _NAME not in files.names(self._folder)
             self.pool_id, self.wanted = (uuid.uuid4().hex, 0) if self.is_new else self._read()
+            for name in files.names(self._folder):
+                if name.endswith(_GONE):
+                    self._clear(os.path.join(self._folder, name))
         except BaseException:
             self._lock.release()
             raise
@@ -82,10 +87,17 @@ class PoolFolder:
         return Store(self.path, pool=self.pool, pool_id=self.pool_id, shard=shard, files=self._files)
 
     def remove(self, shard: int) -> None:
-        """Remove what a shard kept, which is closed and owns nothing any more. What says whose it is goes last."""
+        """Remove what a shard kept, which is closed and owns nothing. Later lives see all of it, or nothing."""
         folder = os.path.join(self._folder, f"shard-{shard}")
+        self._files.rename(folder, folder + _GONE)
+        self._files.sync_folder(self._folder)
+        self._clear(folder + _GONE)
+
+    def _clear(self, folder: str) -> None:
         for inner in ("snapshots", "journal", ""):
             place = os.path.join(folder, inner)
+            if not os.path.isdir(place):  # a process died at this
+                continue
             for name in self._files.names(place):
                 if not os.path.isdir(os.path.join(place, name)):
                     self._files.remove(os.path.join(place, name))

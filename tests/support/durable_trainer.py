@@ -3,7 +3,7 @@ compared with one that never died. As a program it trains until it is killed, an
 """
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -52,8 +52,11 @@ def open_tables(pool: mempool.Pool, names: Iterable[str] = ()) -> list[mempool.T
     ]
 
 
-def train(tables: list[mempool.Table], step: int) -> None:
-    """Step ``step``, from 1: now and then of one table alone, with a norm asked for, or rows written before it."""
+def train(tables: list[mempool.Table], step: int, *, on_written: Callable[[], None] = lambda: None) -> None:
+    """Step ``step``, from 1: now and then of one table alone, with a norm asked for, or rows written before it.
+
+    on_written: Called when they are, before the step is committed: a killed process may have come that far.
+    """
     random = torch.Generator().manual_seed(step)
     every = tables
     tables = tables[step % len(tables) :][:1] if step % 4 == 0 else tables
@@ -66,6 +69,7 @@ def train(tables: list[mempool.Table], step: int) -> None:
     if step % 5 == 1:
         ids = torch.arange(step % 7, step % 7 + 20)
         tables[-1].write(ids, torch.randn(20, DIM, generator=random))
+        on_written()
     if step % 3 == 0:
         prepare_tables([table.link for table in tables], want_norm=True)
     if step == 9:
