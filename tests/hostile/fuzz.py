@@ -8,6 +8,7 @@ at the end, and ends with 1 if anything was found; what was found is printed wit
 
 import argparse
 import asyncio
+import math
 import multiprocessing
 import random
 import sys
@@ -116,6 +117,8 @@ class Fuzz:
             frame = mutated(requests.of(method.label), self._rng)
             if method.name == "Rescale" and _asks_for_shards(method, frame):
                 continue
+            if method.name == "CreateTable" and _is_large(method, frame):
+                continue
             if method.name in _OF_PLACES and _leads_elsewhere(method, frame):
                 continue
             frames -= 1
@@ -174,6 +177,16 @@ def _asks_for_shards(method: RawMethod, frame: bytes) -> bool:
         return False
     shards: int = parsed.shards  # type: ignore[attr-defined]
     return shards != _SHARDS and 0 < shards <= _MAX_SHARDS
+
+
+def _is_large(method: RawMethod, frame: bytes) -> bool:
+    """Whether a table may be made that takes much of what the shards have: memory would grow as it should."""
+    try:
+        schema = method.request.FromString(frame).schema  # type: ignore[attr-defined]
+    except DecodeError:
+        return False
+    keys = schema.product_keys.heads * schema.product_keys.key_dim * math.isqrt(schema.num_slots)
+    return 2**23 < schema.num_slots * schema.value_dim + keys < 2**31
 
 
 def _leads_elsewhere(method: RawMethod, frame: bytes) -> bool:
