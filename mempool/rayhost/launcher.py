@@ -78,7 +78,7 @@ class RayLauncher:
         lacking = shortage(asked(self._config.shard), free, shards=len(self._starting))
         if lacking:
             return f"Ray to place shard {starting}: needs {lacking}"
-        return f"shard {starting} to start"
+        return f"shard {starting} to start" + ("" if self._config.shard.storage is None else ", with what it has kept")
 
     @property
     def wanted(self) -> int:
@@ -245,8 +245,9 @@ class RayLauncher:
                 description: Description = await _await(self._actors[shard].describe.remote())
             if description.boot_id == self._boots[shard]:
                 return None
-            _LOG.warning("shard %d was started again by Ray: its pages are gone", shard)
-            async with asyncio.timeout(_START_TIMEOUT_S):
+            _LOG.warning("shard %d was started again by Ray: %s", shard, self._pages)
+            # One that reads back what it has kept keeps no other one waiting: it says when it is there.
+            async with asyncio.timeout(_START_TIMEOUT_S if self._config.shard.storage is None else _DESCRIBE_TIMEOUT_S):
                 return await self._admit(self._actors[shard], description)
         except (TimeoutError, KeyError, RayError) as error:
             _LOG.debug("shard %d does not answer: %r", shard, error)
@@ -262,6 +263,12 @@ class RayLauncher:
             if self._wanted is not None:
                 await _await(actor.keep.remote(self._wanted))
         return description
+
+    @property
+    def _pages(self) -> str:
+        """What became of a shard's pages, for the log."""
+        storage = self._config.shard.storage
+        return "its pages are gone" if storage is None else f"it has its pages in {storage.path}"
 
     def _no_start(self, shard: int, error: Exception) -> str:
         free = free_resources()

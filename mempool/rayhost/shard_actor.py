@@ -2,11 +2,13 @@
 
 [CONTROLLER] creates the actor; ``describe`` answers a boot id that is new at each start of the process. ``admit`` gives
 this start its incarnation, and only then is there an engine and a server: a process that Ray restarted serves nothing
-before the controller knows that its pages are gone. Data never passes through Ray: clients speak to the server.
+before the controller knows that it is another start, whose pages are gone or were read back. Data never passes through
+Ray: clients speak to the server.
 """
 
 from __future__ import annotations
 
+import time
 import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from mempool.rayhost.shard_serving import ShardServing
 
 _CALL_TIMEOUT_S = 60.0
+_SOON_S = 5.0
+"""A controller waits so long for a shard that reads what it has kept, before it looks after others."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -79,11 +83,19 @@ class ShardProcess:
     def admit(self, incarnation: int) -> ShardInfo:
         """Start the engine and its server as this incarnation; a repeat answers the same.
 
+        A shard with storage is what it was then, however long that takes.
+
         Raises:
-            ConfigError: No port is free, or there is no such device.
+            ConfigError: No port is free, there is no such device, or what lies there is another pool's.
+            DataLoss: What it has kept is damaged.
+            StorageFailed: It cannot be read or written.
         """
         if self._info is None:
-            self._info = run(self._serve(incarnation, node_ip()), timeout_s=_CALL_TIMEOUT_S)
+            began_s = time.monotonic()
+            keeps = self._config.shard.storage is not None
+            self._info = run(self._serve(incarnation, node_ip()), timeout_s=None if keeps else _CALL_TIMEOUT_S)
+            if time.monotonic() - began_s > _SOON_S:
+                _tell_controller(self._config.pool.name)  # which looks after others meanwhile
         return self._info
 
     def stop(self) -> None:

@@ -101,7 +101,7 @@ class Answers:
         if self._is_long(_row_bytes(table) * (bags.num_pairs + _BAG_ROWS * bags.num_bags)):
             return self._gather_in_pieces(request, table, bags, dtype)
         with self._stages.measure("kernel"):
-            values = table.storage.pooled(bags, dtype)
+            values = table.storage.pooled(bags, dtype, for_step=request.remember)
         return self._gathered(request, table, bags, self._copy_out(values))
 
     def _gather_in_pieces(
@@ -112,7 +112,7 @@ class Answers:
         for first, end, part in _parts_of(bags, _row_bytes(table)):
             table = self._tenancy.fenced(request.envelope)  # it may have moved, or been dropped, meanwhile
             with self._stages.measure("kernel"):
-                pooled = table.storage.pooled(part, dtype)
+                pooled = table.storage.pooled(part, dtype, for_step=request.remember)
             values[first:end] = self._copy_out(pooled)
             yield
         reply = self._gathered(request, table, bags, values)

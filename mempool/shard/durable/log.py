@@ -26,7 +26,7 @@ class Log(Protocol):
     def steps_of(self, table_id: int) -> StepLog:
         """What a table's ledger tells."""
 
-    def caught_up_of(self, table_id: int) -> Callable[[Tensor], None] | None:
+    def caught_up_of(self, table_id: int) -> Callable[[Tensor, bool], None] | None:
         """What a table's storage tells."""
 
 
@@ -45,7 +45,7 @@ class NoLog:
         """See ``Log``."""
         return NoStepLog()
 
-    def caught_up_of(self, table_id: int) -> Callable[[Tensor], None] | None:  # noqa: ARG002
+    def caught_up_of(self, table_id: int) -> Callable[[Tensor, bool], None] | None:  # noqa: ARG002
         """See ``Log``."""
         return None
 

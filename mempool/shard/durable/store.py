@@ -169,16 +169,15 @@ class Store:
 
     def add(self, record: RecordOf) -> None:
         """Keep a record; whoever waits is told when it is durable, or why it is not."""
-        kind, parts = encode(record)
-        self._add(kind, parts, awaited=not isinstance(record, Held | CaughtUp))
+        self._add(*encode(record), awaited=not isinstance(record, Held))
 
     def steps_of(self, table_id: int) -> StepLog:
         """What a table's ledger tells goes into records."""
         return _Steps(self, table_id)
 
-    def caught_up_of(self, table_id: int) -> Callable[[Tensor], None]:
-        """See ``Log``."""
-        return lambda slots: self.add(CaughtUp(table_id, slots))
+    def caught_up_of(self, table_id: int) -> Callable[[Tensor, bool], None]:
+        """See ``Log``. Where a step follows it does the same to these slots, so that nobody needs to wait."""
+        return lambda slots, for_step: self._add(*encode(CaughtUp(table_id, slots)), awaited=not for_step)
 
     def try_again(self) -> None:
         """Append what the disk has refused once more, unless that is under way."""

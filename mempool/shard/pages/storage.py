@@ -69,8 +69,9 @@ class Storage:
         step_names: The arrays that a step of the optimizer changes besides the values.
         schedule: The steps that slots without a gradient have missed, of a dense optimizer; else None. Rows are brought
             up to its last step, the table's version, before anybody reads or changes them.
-        tell_caught_up: Told which slots were, for a reader: several steps at once round otherwise than one by one, so
-            whoever makes the table again does the same at the same version. None: nobody does.
+        tell_caught_up: Told which slots were, for a reader, and whether a step of them is to follow: several steps at
+            once round otherwise than one by one, so whoever makes the table again does the same at the same version.
+            None: nobody does.
 
     Args:
         version: The table's version.
@@ -94,7 +95,7 @@ class Storage:
         self.head_keys = torch.empty((0, *head_keys_shape(schema)), dtype=torch.float32, device=device)
         self.step_names = step_names(schema)
         self.schedule = dense_schedule(schema, version=version, device=device)
-        self.tell_caught_up: Callable[[Tensor], None] | None = None
+        self.tell_caught_up: Callable[[Tensor, bool], None] | None = None
         self.num_lost = 0
         self.num_pages = 0
         self._lanes: tuple[Lane, ...] = ()
@@ -219,8 +220,8 @@ class Storage:
         """Nothing of the table is here but pages on their way, which come with this version."""
         self.schedule = dense_schedule(self.schema, version=version, device=self.device)
 
-    def catch_up(self, ids: Tensor) -> None:
-        """Do what these slots [M] have missed of a dense optimizer's steps."""
+    def catch_up(self, ids: Tensor, *, for_step: bool = False) -> None:
+        """Do what these slots [M] have missed of a dense optimizer's steps. for_step: a step of them is to follow."""
         if self.schedule is None:
             return
         told = []
@@ -230,7 +231,7 @@ class Storage:
             if self.tell_caught_up is not None:
                 told.append(ids[here][late])
         if self.tell_caught_up is not None and any(slots.numel() for slots in told):
-            self.tell_caught_up(torch.unique(torch.cat(told)))
+            self.tell_caught_up(torch.unique(torch.cat(told)), for_step)
 
     def catch_up_pages(self, row_pages: npt.NDArray[np.int64]) -> None:
         """Do what all slots of these row pages have missed of a dense optimizer's steps."""
@@ -238,9 +239,9 @@ class Storage:
         for row_page in row_pages.tolist() if self.schedule is not None else ():
             self.catch_up(row_page * self.schema.page_slots + page_slots)
 
-    def pooled(self, bags: Bags, dtype: torch.dtype = torch.float32) -> Tensor:
+    def pooled(self, bags: Bags, dtype: torch.dtype = torch.float32, *, for_step: bool = False) -> Tensor:
         """[B, W] in ``dtype``: weighted sums of the rows that are here, made in float32 and rounded once."""
-        self.catch_up(bags.ids)
+        self.catch_up(bags.ids, for_step=for_step)
         if len(self._lanes) == 1 and self._lanes[0].columns is None:
             paged = self._lanes[0].arena.paged()
             return kernels.weighted_sum(paged, bags.ids, bags.weights, bags.offsets, dtype=dtype)
@@ -255,7 +256,7 @@ class Storage:
 
     def weight_grad(self, bags: Bags, grads_BW: Tensor) -> Tensor:
         """[L] float32: <grads[bag], V[id]> over the columns that are here."""
-        self.catch_up(bags.ids)
+        self.catch_up(bags.ids, for_step=True)
         weight_grad_L: Tensor | None = None
         for lane in self._lanes:
             part_L = kernels.weight_gradient(lane.arena.paged(), bags.ids, bags.offsets, lane.of(grads_BW))

@@ -101,6 +101,21 @@ def test_a_snapshot_is_taken_when_the_journal_is_half_full(make_lives: Callable[
     assert same(again.contents(), driver.contents())
 
 
+def test_what_was_read_of_a_dense_table_is_as_after_the_reading(make_lives: Callable[..., Lives]) -> None:
+    """Several steps at once round otherwise than one by one: where a reader had them done the next life knows it."""
+    lives, never_died = make_lives(), make_lives()
+    driver, oracle = (create(each.begin(), SCHEMAS["dense adamw, master"]) for each in (lives, never_died))
+    for number in range(1, 7):
+        for one in (driver, oracle):
+            step(one, number)
+            one.read()
+        lives = make_lives(lives.after_power_cut(number))
+        driver = lives.begin(driver)
+    for one in (driver, oracle):
+        step(one, 7)
+    assert same(driver.contents(), oracle.contents())
+
+
 def test_held_and_prepared_steps_are_there_again(make_lives: Callable[..., Lives]) -> None:
     lives = make_lives()
     driver = create(lives.begin(shards=2), make_schema(), "columns")
