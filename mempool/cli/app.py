@@ -195,19 +195,31 @@ def scale(
 
 
 @app.command()
-def down(file: MaybeFile = None, pool: PoolName = None, address: Address = None) -> None:
-    """End a pool and what it holds, and Ray too where `mempool up` started it."""
+def down(
+    file: MaybeFile = None,
+    pool: PoolName = None,
+    address: Address = None,
+    drop: Annotated[
+        bool, typer.Option("--drop", help="Remove what its shards have kept (shard.storage), too. Asks first.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """End a pool, and Ray too where `mempool up` started it. What it has in storage stays, unless it is dropped."""
     with reported():
         from mempool.cli import show
         from mempool.cli.target import find_target, named
 
         # A name is enough: a pool that no record knows may run on the Ray of this machine.
-        name = (
-            pool if pool is not None and file is None and address is None else named(find_target(file, pool, address))
-        )
+        if pool is not None and file is None and address is None:
+            name, config = pool, None
+        else:
+            target = find_target(file, pool, address)
+            name, config = named(target), target.config
+        if drop and not yes:
+            typer.confirm(f"Remove all tables of pool {name!r}, with what its shards have kept, for good?", abort=True)
         from mempool.rayhost import down as end
 
-        end(name, say=show.say)
+        end(name, say=show.say, drop=drop, config=config)
         show.say(f"pool {name!r} is down")
 
 

@@ -102,6 +102,9 @@ def _shard(shard: ShardStatus) -> dict[str, Any]:
         "kept_bytes": shard.kept_bytes,
         "client_limit_bytes": shard.client_limit_bytes,
         "page_limit_bytes": shard.page_limit_bytes,
+        "storage": shard.storage or None,
+        "journal_bytes": shard.journal_bytes,
+        "storage_refuses": shard.storage_refuses,
         "uptime_s": shard.uptime_s,
         "stages": [asdict(stage) for stage in shard.stages],
     }

@@ -123,6 +123,24 @@ class Controller:
         async with self._changing:
             await self._rescaling.start(range(shards))
 
+    async def bring_back(self, shards: int, *, wanted: Callable[[], int]) -> None:
+        """Start the shards of a pool that have storage: with all that they have kept, or as ``open`` does.
+
+        Args:
+            shards: How many a new pool has.
+            wanted: How many this one was meant to have, as those that are up have kept it; 0: it is new.
+
+        Raises:
+            MempoolError: A shard does not start, or what it has kept is damaged: nothing is left running.
+        """
+        await self.open(shards)
+        while missing := await self._watching.unstarted(wanted()):
+            async with self._changing:
+                await self._rescaling.start(missing)
+        await self._watching.adopt(self.shards, wanted() or shards)
+        async with self._changing:
+            await self._rescaling.let_go(wanted() or shards)
+
     async def adopt(self, infos: Iterable[ShardInfo], *, wanted: int = 0) -> None:
         """Take over running shards after this controller was started anew: their newest views are the pool's tables.
 

@@ -60,6 +60,20 @@ class Watching:
                 )
             await self._rescaling.inherit(wanted)
 
+    async def unstarted(self, wanted: int) -> list[int]:
+        """The shards that a pool has besides those that are up, ascending: so many are wanted, and some own pages, as
+        far as any that is up knows. Raises MempoolError where one does not say what it knows."""
+        found = await asyncio.gather(
+            *(self._calls.call(info, lambda host: host.views()) for info in self._roster.infos)
+        )
+        newest: dict[int, TableView] = {}
+        for view in (view for views in found for view in views):
+            known = newest.get(view.schema.table_id)
+            if known is None or view.placement.epoch > known.placement.epoch:
+                newest[view.schema.table_id] = view
+        owners = {shard for view in newest.values() for shard in view.placement.shards}
+        return sorted((owners | set(range(wanted))) - self._roster.shards.keys())
+
     async def admit(self, info: ShardInfo) -> None:
         """A shard came back as a new incarnation. Raises MempoolError where it does not answer."""
         async with self._changing:

@@ -80,10 +80,12 @@ class PoolFolder:
         self._files.sync_folder(self._folder)
         self.wanted = shards
 
-    def store(self, shard: int) -> Store:
-        """Open what a shard keeps. Raises as ``Store`` does."""
+    def store(self, shard: int, *, fresh: bool = False) -> Store:
+        """Open what a shard keeps; fresh: what one of that number kept is removed before. Raises as ``Store`` does."""
         from mempool.shard.durable.store import Store
 
+        if fresh and f"shard-{shard}" in self._files.names(self._folder):
+            self.remove(shard)
         return Store(self.path, pool=self.pool, pool_id=self.pool_id, shard=shard, files=self._files)
 
     def remove(self, shard: int) -> None:

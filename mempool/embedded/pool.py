@@ -32,12 +32,12 @@ class EngineLauncher:
         self._engines: dict[int, Engine] = {}
         self._started = 0
 
-    async def start(self, shard: int) -> ShardInfo:
-        """A new engine; one that has storage goes on where it was."""
+    async def start(self, shard: int, *, fresh: bool = False) -> ShardInfo:
+        """A new engine; one that has storage goes on where it was, unless it is to be fresh."""
         from mempool.shard import Engine  # loads numba or triton, which a trainer that only connects must not
 
         # It reads what lies on the disk, and may wait for it.
-        store = None if self._folder is None else await asyncio.to_thread(self._folder.store, shard)
+        store = None if self._folder is None else await asyncio.to_thread(self._folder.store, shard, fresh=fresh)
         self._started = max(self._started + 1, 0 if store is None else store.incarnation)
         info = ShardInfo(shard=shard, address="", incarnation=self._started)
         engine: Engine | None = None

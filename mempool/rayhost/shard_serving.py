@@ -127,6 +127,11 @@ class ShardServing:
             journal_limit=storage.journal_limit,
         )
 
+    async def owns(self) -> bool:
+        """Whether it has, or has lost, any page of any table."""
+        tables = () if self._engine is None else (await self._engine.status()).tables
+        return any(table.pages + table.lost_pages for table in tables)
+
     async def stop(self) -> None:
         """Let calls under way finish, then end the engine."""
         await self._server.stop()

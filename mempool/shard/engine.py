@@ -384,7 +384,10 @@ class Engine:
     async def status(self) -> ShardStatus:
         self._thread.check_open()
         return self._tenancy.status(
-            stages=self._stages, uptime_s=self._clock() - self._started_s, queued_jobs=self._thread.num_jobs
+            stages=self._stages,
+            uptime_s=self._clock() - self._started_s,
+            queued_calls=self._thread.num_jobs,
+            **({} if self._store is None else self._store.said),
         )
 
     async def close(self) -> None:

@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -468,8 +469,8 @@ class Tenancy:
         """The newest view of every table here that is made."""
         return tuple(table.view for table in self.tables.values() if not table.pending)
 
-    def status(self, *, stages: Stages, uptime_s: float, queued_jobs: int) -> ShardStatus:
-        """The shard at a glance."""
+    def status(self, *, stages: Stages, **said: Any) -> ShardStatus:
+        """The shard at a glance; said: what others know of it."""
         tables = tuple(table.status() for _, table in sorted(self.tables.items()))
         budget = self._budget
         return ShardStatus(
@@ -481,13 +482,12 @@ class Tenancy:
             held_bytes=budget.held_bytes,
             queued_bytes=budget.queued_bytes,
             kept_bytes=budget.kept_bytes,
-            queued_calls=queued_jobs,
             client_limit_bytes=budget.limit_bytes,
             page_limit_bytes=self._page_bytes or 0,
-            uptime_s=uptime_s,
             tables=tables,
             stages=stages.snapshot(),
             dropped=self.ended,
+            **said,
         )
 
     def _require_memory(self, table: HostedTable, num_bytes: int) -> None:

@@ -89,6 +89,9 @@ class ShardStatus:
         queued_calls: Calls that wait or are answered.
         kept_bytes: Sums that prepared steps keep for their commit.
         dropped: Ids of tables that it was told to drop, the newest of them.
+        storage: Where it keeps what it has; "" where it keeps nothing: all is gone with it.
+        journal_bytes: Of its journal there.
+        storage_refuses: What that refuses, for people: nothing can be changed until it takes it. "" for nothing.
     """
 
     info: ShardInfo
@@ -106,6 +109,9 @@ class ShardStatus:
     tables: tuple[TableStatus, ...] = ()
     stages: tuple[StageTime, ...] = ()
     dropped: tuple[int, ...] = ()
+    storage: str = ""
+    journal_bytes: int = 0
+    storage_refuses: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -173,7 +173,7 @@ class SimulatedLauncher:
     async def require_room(self, shards: int) -> None:
         """There is always room."""
 
-    async def start(self, shard: int) -> ShardInfo:
+    async def start(self, shard: int, *, fresh: bool = False) -> ShardInfo:  # noqa: ARG002
         await asyncio.sleep(self._random.random() * 2.0)
         running = self._park.shards.get(shard)
         return self._park.start_shard(shard) if running is None else running.info

@@ -167,6 +167,16 @@ class Store:
         """Whether the disk has refused something that it has not taken since."""
         return self._error is not None
 
+    @property
+    def said(self) -> dict[str, str | int]:
+        """What a ``ShardStatus`` says of it. From any thread."""
+        error = self._error
+        return {
+            "storage": self.path,
+            "journal_bytes": self.journal.num_bytes,
+            "storage_refuses": "" if error is None else error.message,
+        }
+
     def add(self, record: RecordOf) -> None:
         """Keep a record; whoever waits is told when it is durable, or why it is not."""
         self._add(*encode(record), awaited=not isinstance(record, Held))

@@ -189,6 +189,9 @@ class ShardStatus(_message.Message):
     CLIENT_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     PAGE_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     DROPPED_FIELD_NUMBER: _builtins.int
+    STORAGE_FIELD_NUMBER: _builtins.int
+    JOURNAL_BYTES_FIELD_NUMBER: _builtins.int
+    STORAGE_REFUSES_FIELD_NUMBER: _builtins.int
     state: Global___ShardState.ValueType
     """Whether it serves."""
     device: _builtins.str
@@ -211,6 +214,12 @@ class ShardStatus(_message.Message):
     """What remembered lookups, held updates and calls may have together."""
     page_limit_bytes: _builtins.int
     """What pages may have; 0: as much as the device has."""
+    storage: _builtins.str
+    """Where it keeps what it has; "" where it keeps nothing: all is gone with it."""
+    journal_bytes: _builtins.int
+    """Bytes of its journal there."""
+    storage_refuses: _builtins.str
+    """What that refuses, in words: nothing can be changed until it takes it; "" for nothing."""
     @_builtins.property
     def info(self) -> _table_pb2.ShardInfo:
         """Which, and where."""
@@ -245,10 +254,13 @@ class ShardStatus(_message.Message):
         client_limit_bytes: _builtins.int = ...,
         page_limit_bytes: _builtins.int = ...,
         dropped: _abc.Iterable[_builtins.int] | None = ...,
+        storage: _builtins.str = ...,
+        journal_bytes: _builtins.int = ...,
+        storage_refuses: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_limit_bytes", b"client_limit_bytes", "context_bytes", b"context_bytes", "device", b"device", "dropped", b"dropped", "held_bytes", b"held_bytes", "info", b"info", "kept_bytes", b"kept_bytes", "num_bytes", b"num_bytes", "page_limit_bytes", b"page_limit_bytes", "queued_bytes", b"queued_bytes", "queued_calls", b"queued_calls", "stages", b"stages", "state", b"state", "tables", b"tables", "uptime_s", b"uptime_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_limit_bytes", b"client_limit_bytes", "context_bytes", b"context_bytes", "device", b"device", "dropped", b"dropped", "held_bytes", b"held_bytes", "info", b"info", "journal_bytes", b"journal_bytes", "kept_bytes", b"kept_bytes", "num_bytes", b"num_bytes", "page_limit_bytes", b"page_limit_bytes", "queued_bytes", b"queued_bytes", "queued_calls", b"queued_calls", "stages", b"stages", "state", b"state", "storage", b"storage", "storage_refuses", b"storage_refuses", "tables", b"tables", "uptime_s", b"uptime_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -13,7 +13,7 @@ COMMANDS = {
     "status": ["--address", "--file", "--json", "--pool", "--stages", "-f"],
     "apply": ["--address", "--dry-run", "--file", "--json", "--pool", "-f"],
     "scale": ["--address", "--file", "--pool", "--shards", "-f", "count"],
-    "down": ["--address", "--file", "--pool", "-f"],
+    "down": ["--address", "--drop", "--file", "--pool", "--yes", "-f", "-y"],
     "checkpoint": ["--address", "--extra", "--file", "--full", "--json", "--keep", "--pool", "--table", "-f", "place"],
     "restore": [
         *("--address", "--as", "--checkpoint", "--file", "--json", "--layout", "--pool", "--replace", "--table", "-f"),
