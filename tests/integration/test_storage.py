@@ -43,20 +43,11 @@ def test_killed_shards_and_a_pool_that_was_switched_off(ray_nodes: RayNodes, tmp
             disturb(kept, kills=2, seed=1, within_s=1.0)
             pool.rescale(1)
         assert shards_in(disk) == ["shard-0"]  # one that leaves leaves nothing
-        kept.down()
-        kept.up()
-        with kept.connect() as pool:
-            assert torch.equal(pool.table("facts").rows(torch.arange(rows.shape[0])), rows)
-            assert (len(pool.status().shards), pool.status().unfinished) == (1, "")
-        assert shards_in(disk) == ["shard-0"]
         kept.run("down", "--pool", kept.name, "--drop", "--yes")
         assert shards_in(disk) == []
-        kept.up()
-        with kept.connect() as pool:
-            assert not pool.tables()
-            assert len(pool.status().shards) == 3
     finally:
-        kept.down()
+        if shards_in(disk):
+            kept.down()
 
 
 def shards_in(disk: Path) -> list[str]:
