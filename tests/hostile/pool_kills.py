@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--within", type=float, default=2.0, help="seconds from when training goes on to the next kill")
+    parser.add_argument("--rescales", action="store_true", help="beside that change the number of shards all the time")
     options = parser.parse_args()
     began_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -29,7 +30,10 @@ def main() -> None:
         pool.edit("shard:\n", f'shard:\n  storage: {{"path": "{folder}/disk", "journal_limit": "1MiB"}}\n')
         pool.up()
         try:
-            print(disturb(pool, kills=options.kills, seed=options.seed, within_s=options.within), flush=True)
+            survived = disturb(
+                pool, kills=options.kills, seed=options.seed, within_s=options.within, rescales=options.rescales
+            )
+            print(survived, *survived.refusals, sep="\n", flush=True)
         except AssertionError as error:
             print(f"failed, with seed {options.seed}: {error}", file=sys.stderr)
             raise SystemExit(1) from None

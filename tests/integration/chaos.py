@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass, field
 
 import mempool
+from mempool.errors import MempoolError
 from tests.integration.pools import RayPool, listener, port_of, wait_for
 from tests.support.durable_trainer import contents, differences, open_tables, train
 
@@ -22,17 +23,19 @@ DEADLINE_S = 120.0
 
 @dataclass
 class Survived:
-    """What was killed, and the seconds of every step."""
+    """What was killed, the seconds of every step, rescales that ended, and what was said of others."""
 
     kills: list[str] = field(default_factory=list)
     steps_s: list[float] = field(default_factory=list)
+    rescales: int = 0
+    refusals: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         counts = ", ".join(f"{self.kills.count(what)} x {what}" for what in sorted(set(self.kills)))
         longest, usual = max(self.steps_s), statistics.median(self.steps_s)
         return (
             f"{len(self.kills)} kills ({counts}); {len(self.steps_s)} steps, longest {longest:.1f} s, usual "
-            f"{1e3 * usual:.0f} ms"
+            f"{1e3 * usual:.0f} ms; {self.rescales} rescales, {len(self.refusals)} that did not end"
         )
 
 
@@ -76,11 +79,48 @@ class Trainer:
             self._twin.close()
 
 
-def disturb(pool: RayPool, *, kills: int, seed: int, within_s: float) -> Survived:
+class Rescaler:
+    """Asks for another number of shards again and again, whatever becomes of it, until it is told to end."""
+
+    def __init__(self, pool: RayPool, survived: Survived, *, seed: int) -> None:
+        self._pool, self._survived, self._dice = pool, survived, random.Random(seed)
+        self._enough = threading.Event()
+        self._thread = threading.Thread(target=self._rescale)
+        self._thread.start()
+
+    def _rescale(self) -> None:
+        with self._pool.connect(timeout_s=DEADLINE_S) as client:
+            while not self._enough.is_set():
+                try:
+                    client.rescale(self._dice.choice((1, 2, 3)))
+                    self._survived.rescales += 1
+                except MempoolError as error:
+                    self._survived.refusals.append(error.message)
+                    self._enough.wait(0.5)
+
+    def end(self) -> None:
+        """And a last one must succeed, once all is up again."""
+        self._enough.set()
+        self._thread.join(DEADLINE_S)
+        assert not self._thread.is_alive()
+        wait_for("a rescale that nothing disturbs", self._done)
+
+    def _done(self) -> bool:
+        try:
+            with self._pool.connect(timeout_s=DEADLINE_S) as client:
+                client.rescale(2)
+        except MempoolError as error:
+            self._survived.refusals.append(error.message)
+            return False
+        return True
+
+
+def disturb(pool: RayPool, *, kills: int, seed: int, within_s: float, rescales: bool = False) -> Survived:
     """Kill a shard, the controller, both, or all of the pool's processes at once, so many times.
 
     Args:
         within_s: The next one comes within so many seconds from when training goes on.
+        rescales: Beside that the number of shards is changed all the time.
 
     Raises:
         AssertionError: Training failed, did not go on, or its tables are not bit for bit the undisturbed ones.
@@ -88,6 +128,7 @@ def disturb(pool: RayPool, *, kills: int, seed: int, within_s: float) -> Survive
     dice, survived = random.Random(seed), Survived()
     with pool.connect(timeout_s=DEADLINE_S) as client:
         trainer = Trainer(client, survived)
+        rescaler = Rescaler(pool, survived, seed=seed) if rescales else None
         try:
             trainer.wait_for_steps(2)
             for _ in range(kills):
@@ -95,6 +136,8 @@ def disturb(pool: RayPool, *, kills: int, seed: int, within_s: float) -> Survive
                 survived.kills.append(_kill(pool, client, dice))
                 trainer.wait_for_steps(2)
         finally:
+            if rescaler is not None:
+                rescaler.end()
             differing = trainer.end()
         assert not differing, f"after {survived.kills} these differ: {differing}"
         assert not any(table.lost_pages for shard in client.status().shards for table in shard.tables)
