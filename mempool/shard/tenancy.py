@@ -126,8 +126,7 @@ class Tenancy:
     def _have_kept(self, table: HostedTable) -> None:
         table.ledger.log = self.log.steps_of(table.table_id)
         table.storage.tell_caught_up = self.log.caught_up_of(table.table_id)
-
-    # Which table is meant
+        table.staging.on_drop = self.log.unstaged_of(table.table_id)
 
     def table(self, table_id: int) -> HostedTable:
         """Raises NotFound where it is not here."""

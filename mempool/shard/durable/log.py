@@ -29,6 +29,9 @@ class Log(Protocol):
     def caught_up_of(self, table_id: int) -> Callable[[Tensor, bool], None] | None:
         """What a table's storage tells."""
 
+    def unstaged_of(self, table_id: int) -> Callable[[], None]:
+        """What a table's staging tells."""
+
 
 class NoLog:
     """Keeps nothing."""
@@ -48,6 +51,10 @@ class NoLog:
     def caught_up_of(self, table_id: int) -> Callable[[Tensor, bool], None] | None:  # noqa: ARG002
         """See ``Log``."""
         return None
+
+    def unstaged_of(self, table_id: int) -> Callable[[], None]:  # noqa: ARG002
+        """See ``Log``."""
+        return lambda: None
 
 
 NO_LOG = NoLog()

@@ -182,6 +182,13 @@ class Stopped:
     step: int
 
 
+@dataclass(frozen=True, slots=True)
+class Unstaged:
+    """What was staged for a round of a move was dropped: the round is over, undecided."""
+
+    table_id: int
+
+
 RecordOf: TypeAlias = (
     Begun
     | Attached
@@ -201,6 +208,7 @@ RecordOf: TypeAlias = (
     | CaughtUp
     | Restored
     | Stopped
+    | Unstaged
 )
 
 KINDS: Final[tuple[type[RecordOf], ...]] = (
@@ -222,6 +230,7 @@ KINDS: Final[tuple[type[RecordOf], ...]] = (
     CaughtUp,
     Restored,
     Stopped,
+    Unstaged,
 )
 """A record's number is its place, from 1: it never changes."""
 
@@ -244,8 +253,8 @@ def encode(record: RecordOf) -> tuple[int, list[Bytes]]:
 
 def _parts(record: RecordOf) -> list[Bytes]:
     match record:
-        case Begun(incarnation):
-            return [struct.pack("<Q", incarnation)]
+        case Begun(number) | Unstaged(number):
+            return [struct.pack("<Q", number)]
         case Attached(request):
             return [pages.ATTACH_TABLE_REQUEST.encode(request)]
         case Dropped(table_id):
@@ -304,6 +313,8 @@ def decode(kind: int, payload: Bytes) -> RecordOf:
 def _record(kind: type[RecordOf], data: bytes) -> RecordOf:
     if kind is Begun:
         return Begun(*struct.unpack("<Q", data))
+    if kind is Unstaged:
+        return Unstaged(*struct.unpack("<Q", data))
     if kind is Attached:
         return Attached(pages.ATTACH_TABLE_REQUEST.decode(data))
     if kind is Dropped:

@@ -28,6 +28,7 @@ from mempool.shard.durable.records import (
     Staged,
     StagedLedger,
     Stopped,
+    Unstaged,
     Viewed,
     Written,
 )
@@ -95,6 +96,7 @@ class _Replay:
             Staged: self._stage,
             StagedLedger: self._stage_ledger,
             Stopped: self._stop,
+            Unstaged: self._unstage,
             Kept: self._keep,
             Schedule: self._schedule,
             CaughtUp: lambda record: self._table(record.table_id).storage.catch_up(record.slots),
@@ -247,6 +249,12 @@ class _Replay:
         if self._rounds.get(table.table_id, token) != token:
             table.staging.drop()
         self._rounds[table.table_id] = token
+
+    def _unstage(self, record: Unstaged) -> None:
+        self._rounds.pop(record.table_id, None)
+        table = self._table(record.table_id)
+        table.staging.drop()
+        table.measure()
 
     def _keep(self, record: Kept) -> None:
         if record.steps:

@@ -23,7 +23,19 @@ from mempool.errors import MempoolError, RequestTooLarge, StorageFailed
 from mempool.journal import Bytes, DiskFiles, Files, Journal, ShardFolder, Snapshots, Sync
 from mempool.journal.journal import SEGMENT_BYTES
 from mempool.journal.records import MOST_PAYLOAD_BYTES
-from mempool.shard.durable.records import Applied, Begun, CaughtUp, Decided, Held, Over, RecordOf, apart, decode, encode
+from mempool.shard.durable.records import (
+    Applied,
+    Begun,
+    CaughtUp,
+    Decided,
+    Held,
+    Over,
+    RecordOf,
+    Unstaged,
+    apart,
+    decode,
+    encode,
+)
 from mempool.types import DecidedStep, StepId
 from mempool.types.running import THREADS, Runner
 
@@ -188,6 +200,10 @@ class Store:
     def caught_up_of(self, table_id: int) -> Callable[[Tensor, bool], None]:
         """See ``Log``. Where a step follows it does the same to these slots, so that nobody needs to wait."""
         return lambda slots, for_step: self._add(*encode(CaughtUp(table_id, slots)), awaited=not for_step)
+
+    def unstaged_of(self, table_id: int) -> Callable[[], None]:
+        """See ``Log``."""
+        return lambda: self.add(Unstaged(table_id))
 
     def try_again(self) -> None:
         """Append what the disk has refused once more, unless that is under way."""

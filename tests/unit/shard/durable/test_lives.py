@@ -3,6 +3,7 @@
 import errno
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from shard_lives import Lives, hold, step
 
 from mempool.errors import DataLoss, StorageFailed
-from mempool.types import OptimizerSpec, ProductKeySpec, TableSchema
+from mempool.types import OptimizerSpec, ProductKeySpec, TableSchema, TableView
 from mempool.wire.channels.loop import run
 from tests.contract.driver import Driver, make_schema, same
+from tests.contract.layouts import LAYOUTS
 
 ADAM = OptimizerSpec(algorithm="adam", lr=0.1, eps=1e-8)
 DENSE = OptimizerSpec(algorithm="adamw", lr=0.1, eps=1e-8, weight_decay=0.1, dense=True)
@@ -154,6 +156,54 @@ def test_pages_that_moved_are_at_their_new_owner(make_lives: Callable[..., Lives
         one.move("rows")
         step(one, 3)
     assert same(again.contents(), driver.contents())
+
+
+def pulled(driver: Driver, owners: str, *, token: str) -> TableView:
+    """A round of a move as far as it is undecided: all stand still, and who is to have pages has them."""
+    target = driver.make_view(driver.schema, LAYOUTS[owners], epoch=driver.placed.placement.epoch + 1)
+    for shard in sorted({*driver.owners, *target.placement.shards}):
+        driver.freeze(shard, token=token)
+    for dest, request in driver.pulls(target):
+        driver.call(driver.host(dest).pull_pages(replace(request, token=token)))
+    return target
+
+
+def test_all_that_die_between_a_pull_and_the_view_lose_nothing(make_lives: Callable[..., Lives]) -> None:
+    """The gate has taken the view, and no other shard: its pages are where they are to be, and where they were."""
+    lives = make_lives()
+    driver = create(lives.begin(shards=3), make_schema(optimizer=ADAM), "one")
+    step(driver, 1)
+    target = pulled(driver, "columns", token="round")
+    driver.call(driver.host(driver.gate).set_view(target, token="round"))
+    again = make_lives(lives.after_power_cut(1)).begin(driver)
+    for one in (driver, again):
+        view = replace(target, shards=tuple(hosted.info for hosted in one.hosted))
+        for hosted in one.hosted:
+            one.call(hosted.host.set_view(view))
+        one.view = view
+    assert same(again.contents(), driver.contents())
+    for one in (driver, again):
+        step(one, 2)
+    assert same(again.contents(), driver.contents())
+
+
+def test_a_round_that_nobody_decided_is_undone_after_a_power_cut(make_lives: Callable[..., Lives]) -> None:
+    lives = make_lives()
+    driver = create(lives.begin(shards=3), make_schema(optimizer=ADAM), "one")
+    step(driver, 1)
+    pulled(driver, "columns", token="first")
+    for shard in driver.owners:
+        driver.thaw(shard, token="first")
+    again = make_lives(lives.after_power_cut(1)).begin(driver)
+    for one in (driver, again):
+        for shard in range(3):
+            one.thaw(shard, token="first")  # where pages had come
+        step(one, 2)
+        one.move("rows", token="second")
+        step(one, 3)
+    assert same(again.contents(), driver.contents())
+    once_more = make_lives(lives.after_power_cut(2)).begin(driver)
+    assert same(once_more.contents(), driver.contents())
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])

@@ -29,6 +29,7 @@ from mempool.shard.durable.records import (
     Staged,
     StagedLedger,
     Stopped,
+    Unstaged,
     Written,
     apart,
     decode,
@@ -147,6 +148,7 @@ RECORDS: st.SearchStrategy[RecordOf] = st.one_of(
     st.builds(StagedLedger, _NUMBER, st.text(max_size=30), _LEDGER, st.booleans()),
     st.builds(CaughtUp, _NUMBER, st.integers(0, 6).flatmap(lambda count: _tensor(torch.int64, count))),
     st.builds(Stopped, _NUMBER, _NUMBER),
+    st.builds(Unstaged, _NUMBER),
     st.builds(
         lambda staged, over: Restored(staged.batch.table_id, None if over else staged.batch), _staged(), st.booleans()
     ),
@@ -214,5 +216,13 @@ def test_other_bytes_are_none(kind: int, data: bytes) -> None:
 
 def test_numbers_of_kinds_never_change() -> None:
     names = "Begun Attached Dropped Viewed Held Prepared Decided Applied Over Written Counted Staged StagedLedger"
-    assert [kind.__name__ for kind in KINDS] == [*names.split(), "Kept", "Schedule", "CaughtUp", "Restored", "Stopped"]
+    assert [kind.__name__ for kind in KINDS] == [
+        *names.split(),
+        "Kept",
+        "Schedule",
+        "CaughtUp",
+        "Restored",
+        "Stopped",
+        "Unstaged",
+    ]
     assert records.KINDS is KINDS
