@@ -266,7 +266,10 @@ class RayLauncher:
             async with asyncio.timeout(_START_TIMEOUT_S if self._config.shard.storage is None else _DESCRIBE_TIMEOUT_S):
                 return await self._admit(self._actors[shard], description)
         except (TimeoutError, KeyError, RayError) as error:
-            _LOG.debug("shard %d does not answer: %r", shard, error)
+            if isinstance(cause := getattr(error, "cause", None), MempoolError):  # of its disk, say
+                _LOG.warning("shard %d cannot start, and is tried again: %s", shard, cause.message)
+            else:
+                _LOG.debug("shard %d does not answer: %r", shard, error)
             return None
 
     async def _admit(self, actor: Any, description: Description, *, fresh: bool = False) -> Description:
