@@ -5,7 +5,7 @@ Runs on the engine's thread and knows the tables; ``mempool.shard.steps.resolver
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -168,6 +168,15 @@ class Decisions:
             self._gone[table.table_id] = kept
         if len(self._gone) > _MOST_GONE:
             self._gone.popitem(last=False)
+
+    def of_dropped(self) -> Iterator[tuple[int, StepId, tuple[DecidedStep, ...]]]:
+        """What dropped tables had decided for others, the newest last."""
+        for table_id, kept in self._gone.items():
+            yield from ((table_id, step_id, others) for step_id, others in kept.items())
+
+    def remember(self, table_id: int, step_id: StepId, others: tuple[DecidedStep, ...]) -> None:
+        """One of these, in an earlier life."""
+        self._gone.setdefault(table_id, {})[step_id] = others
 
     def _of_gone(self, table_id: int, step_id: StepId | None) -> ResolveReply:
         """Of a table that is not here: what was not decided of it never will be."""

@@ -189,6 +189,15 @@ class Unstaged:
     table_id: int
 
 
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """In a snapshot: a step that was decided as a dropped table's own, and its parts at other tables."""
+
+    table_id: int
+    step_id: StepId
+    others: tuple[DecidedStep, ...]
+
+
 RecordOf: TypeAlias = (
     Begun
     | Attached
@@ -209,6 +218,7 @@ RecordOf: TypeAlias = (
     | Restored
     | Stopped
     | Unstaged
+    | Gone
 )
 
 KINDS: Final[tuple[type[RecordOf], ...]] = (
@@ -231,6 +241,7 @@ KINDS: Final[tuple[type[RecordOf], ...]] = (
     Restored,
     Stopped,
     Unstaged,
+    Gone,
 )
 """A record's number is its place, from 1: it never changes."""
 
@@ -238,6 +249,7 @@ _NUMBERS = {kind: number for number, kind in enumerate(KINDS, 1)}
 _ROUND = struct.Struct("<QBB")  # table, whether decisions, bytes of the token
 _SCHEDULE = struct.Struct("<QqQ")  # table, first step, steps
 _STOPPED = struct.Struct("<Qq")
+_LENGTH = struct.Struct("<I")
 _NO_ENVELOPE = {"epoch": 0, "incarnation": 0}
 
 
@@ -270,8 +282,10 @@ def _parts(record: RecordOf) -> list[Bytes]:
         case Applied(step, others):
             return [_steps((step, *others))]
         case Over(table_id, step_id):
-            part = DiscardPart(envelope=Envelope(table_id=table_id, **_NO_ENVELOPE), step_id=step_id)
-            return [messages.DISCARD_REQUEST.encode(DiscardRequest(parts=(part,)))]
+            return [_step_at(table_id, step_id)]
+        case Gone(table_id, step_id, others):
+            at = _step_at(table_id, step_id)
+            return [_LENGTH.pack(len(at)), at, _steps(others)]
         case Written(write):
             return [messages.WRITE_ROWS_REQUEST.encode(write)]
         case Counted(count):
@@ -333,8 +347,11 @@ def _record(kind: type[RecordOf], data: bytes) -> RecordOf:
         first, *others = _steps_of(data)
         return Applied(first, tuple(others))
     if kind is Over:
-        (part,) = messages.DISCARD_REQUEST.decode(data).parts
-        return Over(part.envelope.table_id, part.step_id)
+        return Over(*_step_at_of(data))
+    if kind is Gone:
+        (length,) = _LENGTH.unpack_from(data)
+        at = _LENGTH.size + length
+        return Gone(*_step_at_of(data[_LENGTH.size : at]), _steps_of(data[at:]))
     if kind is Written:
         return Written(messages.WRITE_ROWS_REQUEST.decode(data))
     if kind is Counted:
@@ -400,6 +417,16 @@ def _as_held(request: UpdateRequest) -> Held:
         raise InvalidRequest("an update that is held has ids and offsets")
     bags = Bags(ids=request.ids, weights=request.weights, offsets=request.offsets)
     return Held(request.envelope.table_id, request.step_id, request.sequence, HeldUpdate(bags, request.grads))
+
+
+def _step_at(table_id: int, step_id: StepId) -> bytes:
+    part = DiscardPart(envelope=Envelope(table_id=table_id, **_NO_ENVELOPE), step_id=step_id)
+    return messages.DISCARD_REQUEST.encode(DiscardRequest(parts=(part,)))
+
+
+def _step_at_of(data: bytes) -> tuple[int, StepId]:
+    (part,) = messages.DISCARD_REQUEST.decode(data).parts
+    return part.envelope.table_id, part.step_id
 
 
 def _steps(steps: tuple[DecidedStep, ...]) -> bytes:

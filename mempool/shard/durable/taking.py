@@ -21,6 +21,7 @@ from mempool.shard.durable.records import (
     Attached,
     Decided,
     Dropped,
+    Gone,
     Held,
     Kept,
     Prepared,
@@ -104,6 +105,7 @@ class Cut:
     def __init__(self, store: Store, tenancy: Tenancy, marks: "WeakKeyDictionary[Arena, int]") -> None:
         self.synced = store.when_synced()
         records: list[RecordOf] = [Dropped(table_id) for table_id in tenancy.ended]
+        records += (Gone(*decided) for decided in tenancy.decisions.of_dropped())
         tables = tuple(tenancy.tables.values())
         for part in (_tables, _steps, _decisions):  # of all tables: a step may be of several, and is decided at one
             for table in tables:

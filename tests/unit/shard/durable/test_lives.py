@@ -11,7 +11,7 @@ import torch
 from shard_lives import Lives, hold, step
 
 from mempool.errors import DataLoss, StorageFailed
-from mempool.types import OptimizerSpec, ProductKeySpec, TableSchema, TableView
+from mempool.types import DecidedStep, OptimizerSpec, ProductKeySpec, StepId, TableSchema, TableView
 from mempool.wire.channels.loop import run
 from tests.contract.driver import Driver, make_schema, same
 from tests.contract.layouts import LAYOUTS
@@ -236,6 +236,34 @@ def test_a_full_disk_refuses_and_is_gone_on_with(make_lives: Callable[..., Lives
     step(driver, 3)
     again = make_lives(lives.after_power_cut(1)).begin(driver)
     assert same(again.contents(), driver.contents())
+
+
+def test_what_a_dropped_table_had_decided_for_others_is_known_behind_a_snapshot(
+    make_lives: Callable[..., Lives],
+) -> None:
+    lives = make_lives()
+    driver = create(lives.begin(), make_schema())
+    (engine,) = lives.engines
+    assert engine._taking is not None
+    step(driver, 1)
+    decided = DecidedStep(
+        table_id=99,
+        version=4,
+        step_id=StepId(group="trainer", rank=0, step=1),
+        lr=0.1,
+        grad_scale=1.0,
+        sequences=(1, 2),
+    )
+    table = engine._tenancy.table(driver.table_id)
+    entry = table.ledger.entry(decided.step_id)
+    table.ledger._entries["trainer", 0] = replace(entry, others=(decided,))
+    driver.call(engine.drop_table(driver.table_id))
+    known = list(engine._tenancy.decisions.of_dropped())
+    assert [others for _, _, others in known] == [(decided,)]
+    assert driver.submit(engine._taking.take()).result(timeout=20)
+    again = make_lives(lives.after_power_cut(1))
+    again.begin(driver)
+    assert list(again.engines[0]._tenancy.decisions.of_dropped()) == known
 
 
 def test_a_flipped_bit_is_named(make_lives: Callable[..., Lives]) -> None:

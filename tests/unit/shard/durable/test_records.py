@@ -19,6 +19,7 @@ from mempool.shard.durable.records import (
     Counted,
     Decided,
     Dropped,
+    Gone,
     Held,
     Kept,
     Over,
@@ -149,6 +150,7 @@ RECORDS: st.SearchStrategy[RecordOf] = st.one_of(
     st.builds(CaughtUp, _NUMBER, st.integers(0, 6).flatmap(lambda count: _tensor(torch.int64, count))),
     st.builds(Stopped, _NUMBER, _NUMBER),
     st.builds(Unstaged, _NUMBER),
+    st.builds(Gone, _NUMBER, _STEP_ID, _STEPS),
     st.builds(
         lambda staged, over: Restored(staged.batch.table_id, None if over else staged.batch), _staged(), st.booleans()
     ),
