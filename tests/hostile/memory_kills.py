@@ -20,6 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="where the pool lies; kept where anything goes wrong")
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seconds", type=float, help="as many kills as there is time for, in place of --kills")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--after", type=float, default=2.0, help="a process is killed within so many seconds")
     options = parser.parse_args()
@@ -27,7 +28,9 @@ def main() -> None:
     dice, oracle, began_s, stands = random.Random(options.seed), Undisturbed(), time.monotonic(), 0
     keep_journals_small()
     try:
-        for number in range(1, options.kills + 1):
+        number = 0
+        while number < options.kills if options.seconds is None else time.monotonic() < began_s + options.seconds:
+            number += 1
             life = live(folder, oracle=oracle, dice=dice, known=stands, longest_s=options.after)
             stands = life.stood
             print(f"kill {number}: {'' if life.opened else 'while it opened; '}behind step {stands}", flush=True)
@@ -37,7 +40,7 @@ def main() -> None:
         raise SystemExit(1) from None
     finally:
         oracle.close()
-    print(f"{options.kills} kills, {stands} steps, nothing lost; {time.monotonic() - began_s:.0f} s")
+    print(f"{number} kills, {stands} steps, nothing lost; {time.monotonic() - began_s:.0f} s")
 
 
 if __name__ == "__main__":

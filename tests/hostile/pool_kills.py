@@ -19,6 +19,7 @@ from tests.integration.pools import RayPool
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seconds", type=float, help="as many kills as there is time for, in place of --kills")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--within", type=float, default=2.0, help="seconds from when training goes on to the next kill")
@@ -31,7 +32,12 @@ def main() -> None:
         pool.up()
         try:
             survived = disturb(
-                pool, kills=options.kills, seed=options.seed, within_s=options.within, rescales=options.rescales
+                pool,
+                kills=options.kills if options.seconds is None else sys.maxsize,
+                seed=options.seed,
+                within_s=options.within,
+                rescales=options.rescales,
+                ends_s=float("inf") if options.seconds is None else began_s + options.seconds,
             )
             print(survived, *survived.refusals, sep="\n", flush=True)
         except AssertionError as error:

@@ -115,12 +115,21 @@ class Rescaler:
         return True
 
 
-def disturb(pool: RayPool, *, kills: int, seed: int, within_s: float, rescales: bool = False) -> Survived:
+def disturb(
+    pool: RayPool,
+    *,
+    kills: int,
+    seed: int,
+    within_s: float,
+    rescales: bool = False,
+    ends_s: float = float("inf"),
+) -> Survived:
     """Kill a shard, the controller, both, or all of the pool's processes at once, so many times.
 
     Args:
         within_s: The next one comes within so many seconds from when training goes on.
         rescales: Beside that the number of shards is changed all the time.
+        ends_s: Nothing is killed any more from then on, on the monotonic clock.
 
     Raises:
         AssertionError: Training failed, did not go on, or its tables are not bit for bit the undisturbed ones.
@@ -131,7 +140,7 @@ def disturb(pool: RayPool, *, kills: int, seed: int, within_s: float, rescales: 
         rescaler = Rescaler(pool, survived, seed=seed) if rescales else None
         try:
             trainer.wait_for_steps(2)
-            for _ in range(kills):
+            while len(survived.kills) < kills and time.monotonic() < ends_s:
                 time.sleep(dice.uniform(0.0, within_s))
                 survived.kills.append(_kill(pool, client, dice))
                 trainer.wait_for_steps(2)
