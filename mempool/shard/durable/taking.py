@@ -279,7 +279,7 @@ class Taking:
 
     def _cut(self) -> Cut | None:
         for table in self._tenancy.tables.values():
-            if table.frozen or table.bytes_to_fill or not table.staging.is_empty:
+            if table.frozen or table.bytes_to_fill or table.restored is not None or not table.staging.is_empty:
                 return None
         return Cut(self._store, self._tenancy, self._marks)
 
