@@ -102,8 +102,9 @@ class AppliedLedger:
         Raises:
             StepConflict: Its generation is over, or it was dropped.
         """
-        entry = self.entry(step_id)
-        who = f"step {step_id.step} of rank {step_id.rank} of group {step_id.group!r}"
+        entry = self._entries.get((step_id.group, step_id.rank))
+        if entry is None:
+            return 0
         if step_id.generation < entry.generation:
             raise over(step_id, entry.generation)
         if step_id.generation > entry.generation:
@@ -112,8 +113,9 @@ class AppliedLedger:
             return entry.version
         if step_id.step <= entry.dropped:
             raise StepConflict(
-                f"{who} was dropped: its trainer discarded it, or was not heard of for longer than its lease. The same "
-                "updates can be committed as a later step. Nothing was changed."
+                f"step {step_id.step} of rank {step_id.rank} of group {step_id.group!r} was dropped: its trainer "
+                "discarded it, or was not heard of for longer than its lease. The same updates "
+                "can be committed as a later step. Nothing was changed."
             )
         return 0
 
@@ -129,7 +131,14 @@ class AppliedLedger:
         self.updates_applied += len(sequences)
         entry = self._current(step_id)
         if entry.generation == step_id.generation and step_id.step > entry.step:
-            entry = replace(entry, step=step_id.step, version=self.version, others=others)
+            entry = LedgerEntry(
+                generation=entry.generation,
+                step=step_id.step,
+                version=self.version,
+                dropped=entry.dropped,
+                others=others,
+                older=entry.older,
+            )
         self._put(step_id, entry)
 
     def drop(self, step_id: StepId) -> None:
@@ -232,6 +241,8 @@ def _never_committed(entry: LedgerEntry) -> bool:
 
 def _count(entry: LedgerEntry) -> int:
     """Parts at other tables that are remembered with it."""
+    if not entry.others and entry.older is None:
+        return 0
     return sum(len(each.others) for each in generations(entry) if each.others != (FORGOTTEN,))
 
 

@@ -98,6 +98,8 @@ class Order:
 
     def find(self, step_id: StepId) -> DecidedStep | None:
         """The step, where it is decided and not applied yet."""
+        if not self._versions:
+            return None
         version = self._versions.get(step_id)
         return None if version is None else self._waiting[version]
 
@@ -125,6 +127,22 @@ class Order:
         step = self._waiting.pop(self.applied)
         self._versions.pop(step.step_id, None)
         self._keep(step)
+
+    def did_at_once(self, step: DecidedStep) -> None:
+        """A step of the next version was decided and applied in one, as none waited for its turn. Its sequences are not
+        kept."""
+        assert step.version == self.applied + 1, "it was made for that version"
+        assert step.version not in self._waiting, "the one that waits comes first"
+        self.applied = step.version
+        self._keep(
+            DecidedStep(
+                table_id=step.table_id,
+                version=step.version,
+                step_id=step.step_id,
+                lr=step.lr,
+                grad_scale=step.grad_scale,
+            )
+        )
 
     def moved_to(self, version: int) -> None:
         """The table was brought to a version by other means: its pages came with it."""

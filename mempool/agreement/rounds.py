@@ -132,7 +132,8 @@ class Round:
     Attributes:
         phase: How far it is.
         decided: Whether the gate has taken the new view.
-        at_rest_s: When the table stood still everywhere, and the pulls began.
+        held_s: When the gate stood still, and writers were held off.
+        at_rest_s: When the table stood still everywhere, and the pulls began; pulled_s: when they were done.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class Round:
         self._others = tuple(sorted(set(others) - {gate}))
         self._bystanders = tuple(sorted(set(bystanders) - {gate, *others}))
         self._lease_s = lease_s
-        self.at_rest_s = self._began_s = 0.0
+        self.held_s = self.at_rest_s = self.pulled_s = self._began_s = 0.0
         self._long = False
         self._frozen: dict[int, _Frozen] = {}
         self._pulls = set(range(pulls))
@@ -216,7 +217,7 @@ class Round:
             return self._is_frozen(call, now)
         if isinstance(call, Pull) and self.phase == "pulls":
             self._pulls.discard(call.number)
-            return self._decide_if_all_came()
+            return self._decide_if_all_came(now)
         if isinstance(call, Tell):
             return self._is_told(call.shard)
         if isinstance(call, Thaw):
@@ -232,7 +233,7 @@ class Round:
             frozen.alive_s = max(frozen.alive_s, now - self._lease_s / _RENEWALS)
         frozen.answered = True
         if self.phase == "gate":
-            self.phase = "others"
+            self.phase, self.held_s = "others", now
             actions: list[Action] = list(self._freeze(self._others, now))
             return actions or self._pull(now)
         if self.phase == "others" and all(each.answered for each in self._frozen.values()):
@@ -241,12 +242,12 @@ class Round:
 
     def _pull(self, now: float) -> list[Action]:
         self.phase, self.at_rest_s = "pulls", now
-        return [Pull(number) for number in sorted(self._pulls)] or self._decide_if_all_came()
+        return [Pull(number) for number in sorted(self._pulls)] or self._decide_if_all_came(now)
 
-    def _decide_if_all_came(self) -> list[Action]:
+    def _decide_if_all_came(self, now: float) -> list[Action]:
         if self._pulls:
             return []
-        self.phase = "deciding"
+        self.phase, self.pulled_s = "deciding", now
         return [Tell(self._gate, token=True)]
 
     def _is_told(self, shard: int) -> list[Action]:

@@ -15,24 +15,17 @@ class RoundsHere:
 
     Args:
         clock: Seconds, monotonic.
+
+    Attributes:
+        token: Of the round that holds the table; None where none does.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._token: str | None = None
+        self.token: str | None = None
         self._ends_s: float | None = None
         self._joined = False
         self._over: OrderedDict[str, None] = OrderedDict()
-
-    @property
-    def token(self) -> str | None:
-        """Of the round that holds the table."""
-        return self._token
-
-    @property
-    def held(self) -> bool:
-        """Whether a round holds the table."""
-        return self._token is not None
 
     def begin(self, token: str, lease_s: float) -> None:
         """The round holds the table, for so long unless it is said again; 0: until it is ended.
@@ -41,7 +34,7 @@ class RoundsHere:
             StalePlacement: Another one holds it, or this one is over.
         """
         self.check(token)
-        self._token, self._joined = token, False
+        self.token, self._joined = token, False
         self._ends_s = self._clock() + lease_s if lease_s > 0.0 else None
 
     def join(self, token: str, lease_s: float) -> None:
@@ -50,7 +43,7 @@ class RoundsHere:
         Raises as ``begin`` does.
         """
         self.check(token)
-        if self._token is None or self._joined:
+        if self.token is None or self._joined:
             self.begin(token, lease_s)
             self._joined = True
 
@@ -61,16 +54,16 @@ class RoundsHere:
                 f"round {token!r} of a move is over on this shard: its controller was not heard of within the freeze's "
                 "lease, or another one has ended it. What comes of it late is refused; nothing was changed"
             )
-        if self._token is not None and token != self._token:
+        if self.token is not None and token != self.token:
             raise StalePlacement(
-                f"round {self._token!r} of a move holds the table, and round {token!r} asks: one of the two "
+                f"round {self.token!r} of a move holds the table, and round {token!r} asks: one of the two "
                 "controllers is late. Nothing was changed"
             )
 
     def require(self, token: str) -> None:
         """Raises StalePlacement unless this round holds the table: only then has nothing changed since it began."""
         self.check(token)
-        if self._token is None:
+        if self.token is None:
             raise StalePlacement(
                 f"round {token!r} of a move does not hold the table on this shard, which may have been started anew "
                 "since. Nothing was changed"
@@ -78,10 +71,10 @@ class RoundsHere:
 
     def end(self, token: str = "") -> bool:
         """The round is over; "": whichever there is. Returns whether one was ended."""
-        if token and token != self._token:
+        if token and token != self.token:
             self._forget(token)
             return False
-        held, self._token, self._ends_s = self._token, None, None
+        held, self.token, self._ends_s = self.token, None, None
         if held:
             self._forget(held)
         return held is not None

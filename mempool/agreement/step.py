@@ -129,7 +129,10 @@ class StepOfTables:
     @property
     def prepared(self) -> bool:
         """Whether every owner has prepared it, under the placement that is known."""
-        return bool(self._shards) and all(shard.prepared for shard in self._shards.values())
+        for shard in self._shards.values():
+            if not shard.prepared:
+                return False
+        return bool(self._shards)
 
     def norm(self, table_id: int) -> tuple[float, bool, float]:
         """Once prepared with a norm: its square, whether it is finite, and the norm of the order asked for (else 0)."""
@@ -276,11 +279,10 @@ class StepOfTables:
                 self._norms.setdefault(part.table_id, {})[event.shard] = answer
 
     def _take_committed(self, event: CommitAnswered) -> None:
-        missing = {
-            table_id: answer.missing
-            for table_id, answer in zip(self.tables, event.reply, strict=True)
-            if answer.missing
-        }
+        missing = {}
+        for table_id, answer in zip(self.tables, event.reply, strict=True):
+            if answer.missing:
+                missing[table_id] = answer.missing
         if missing:  # it stays in doubt: once they are there, a copy of this Commit that comes late decides it, too
             self._shards[event.shard].missing = missing
             return
@@ -401,6 +403,11 @@ class StepOfTables:
         return Commit(shard=decider, parts=parts, one_phase=one_phase)
 
     def _next_apply(self) -> Action:
+        for shard in self._shards.values():
+            if len(shard.applied) < len(self.tables):
+                break
+        else:
+            return Reached()
         if lacking := self._missing():
             return SendAgain(missing=lacking)
         unprepared = [number for number, shard in self._shards.items() if shard.unprepared and self._left(number)]

@@ -12,7 +12,7 @@ MOST = 1024
 
 
 class Turns:
-    """The ranks whose steps a freeze of this table has held off, and that have not been served since."""
+    """The ranks whose steps a freeze of this table has held off, or set back, and that have not been served since."""
 
     def __init__(self) -> None:
         self._held_off: dict[tuple[str, int], StepId] = {}
@@ -24,19 +24,27 @@ class Turns:
         if rank in self._held_off or len(self._held_off) < MOST:
             self._held_off[rank] = step_id
 
+    def set_back(self, step_id: StepId, now_s: float) -> None:
+        """The view that the last freeze brought has set this step back: it is on its way here again.
+
+        Where nothing was thawed for longer than a turn it was something else, or it comes late: no freeze waits.
+        """
+        if self._ends_s is not None and now_s < self._ends_s:
+            self.held_off(step_id)
+
     def thawed(self, now_s: float) -> None:
-        """The freeze has ended: whoever was held off has its turn."""
-        self._ends_s = now_s + TURN_S if self._held_off else None
+        """The freeze has ended: whoever was held off has its turn, and whoever turns out to have been set back."""
+        self._ends_s = now_s + TURN_S
 
     def served(self, step_id: StepId) -> None:
         """A step of this rank was applied, or dropped."""
-        self._held_off.pop((step_id.group, step_id.rank), None)
         if not self._held_off:
-            self._ends_s = None
+            return
+        self._held_off.pop((step_id.group, step_id.rank), None)
 
     def ends_s(self, now_s: float) -> float | None:
         """Until when a new freeze waits at most, unless all are served before; None: it does not."""
         if self._ends_s is not None and now_s >= self._ends_s:
             self._held_off.clear()
             self._ends_s = None
-        return self._ends_s
+        return self._ends_s if self._held_off else None

@@ -263,7 +263,8 @@ class Mover:
             self._round = None
         if ended.outcome == "moved":
             self._bytes_moved += calls.num_bytes
-            self._pace.took(calls.num_bytes, self._clock() - round_.at_rest_s)
+            held_s, pulls_s = self._clock() - round_.held_s, round_.pulled_s - round_.at_rest_s
+            self._pace.took(calls.num_bytes, held_s=held_s, pulls_s=pulls_s)
         return ended
 
     def _decided(self, moved: TableView) -> None:

@@ -145,7 +145,7 @@ class Answers:
                 epoch=table.epoch,
                 reserve=self._reserve,
             )
-            if request.hold and not table.ledger.has(request.step_id) and table.order.find(request.step_id) is None:
+            if request.hold and not table.is_decided(request.step_id):
                 table.updates.require_room(request.step_id, _held_bytes(request, remembered), caller=caller)
             with self._stages.measure("copy in"):
                 update = HeldUpdate(
@@ -184,7 +184,7 @@ class Answers:
         weight_grad: Tensor | None,
         caller: str,
     ) -> UpdateReply:
-        if new is not None and not table.ledger.has(request.step_id) and table.order.find(request.step_id) is None:
+        if new is not None and not table.is_decided(request.step_id):
             self._tenancy.log.require(new.num_bytes)
             table.updates.hold(request.step_id, request.sequence, new, caller=caller)
             if self._tenancy.log.keeps:

@@ -95,15 +95,17 @@ def check_rank(group: str, rank: int) -> None:
 def check_step(step_id: StepId, sequences: Sequence[int]) -> None:
     """Raises InvalidRequest as ``check_rank``, for a step or sequence out of range, and a sequence named twice."""
     check_rank(step_id.group, step_id.rank)
-    check_number("step", step_id.step)
-    check_number("generation", step_id.generation)
-    if step_id.step == 0:  # in a ledger that is none
-        raise InvalidRequest("step = 0: steps are counted from 1. Nothing was changed.")
+    if not (0 < step_id.step <= _MAX_NUMBER and 0 <= step_id.generation <= _MAX_NUMBER):  # each request passes this
+        check_number("step", step_id.step)
+        check_number("generation", step_id.generation)
+        raise InvalidRequest("step = 0: steps are counted from 1, as 0 is none in a ledger. Nothing was changed.")
     if len(sequences) > MAX_SEQUENCES:
         raise InvalidRequest(
             f"step {step_id.step} names {len(sequences):,} sequences; a step has at most {MAX_SEQUENCES:,} updates. "
             "Commit more often. Nothing was changed."
         )
+    if len(sequences) == 1 and 0 <= sequences[0] <= _MAX_NUMBER:
+        return
     seen: set[int] = set()
     for sequence in sequences:
         check_number("sequence", sequence)

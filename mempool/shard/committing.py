@@ -3,11 +3,12 @@
 A step is of several tables; what of it is on this shard comes in one request. All runs on the engine's thread.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
-from mempool.errors import InvalidRequest, StalePlacement, StepConflict
+from mempool.errors import InvalidRequest, NotFound, StalePlacement, StepConflict
 from mempool.observe import Stages
 from mempool.shard import bounds
 from mempool.shard.durable.records import Decided, Prepared
@@ -48,15 +49,17 @@ class Committing:
 
     def prepare(self, request: PrepareRequest, *, caller: str = "") -> PrepareReply | Parked:
         bounds.check_prepare(request)
-        tables = [self._tenancy.fenced(part.envelope) for part in request.parts]
+        tables = self._fenced(request.parts)
         self._tenancy.table(request.decider_table)  # where it was dropped, nobody decides the step any more
         found = []
         for table, part in zip(tables, request.parts, strict=True):
             reply = self._looked_at(table, part, request.attempt)
             if isinstance(reply, Parked):
                 return reply
+            if reply.missing:
+                table.turns.set_back(part.step_id, self._asked_s())
             if reply.held_off:
-                table.hold_off(part.step_id)
+                table.turns.held_off(part.step_id)
                 if request.wait and not table.held_off_for_long(self._asked_s()):
                     return table.park_until_thaw(self._asked_s())
             found.append(reply)
@@ -101,11 +104,21 @@ class Committing:
             self._tenancy.log.add(Prepared(request))
         return PrepareReply(parts=tuple(found))
 
+    def _fenced(self, parts: Sequence[PreparePart | CommitPart]) -> list[HostedTable]:
+        """The parts' tables. A step that is refused as its pages have moved goes before they move again."""
+        try:
+            return [self._tenancy.fenced(part.envelope) for part in parts]
+        except StalePlacement:
+            for part in parts:
+                with suppress(NotFound):
+                    self._tenancy.table(part.envelope.table_id).turns.set_back(part.step_id, self._asked_s())
+            raise
+
     def _looked_at(self, table: HostedTable, part: PreparePart, attempt: int) -> PreparedPart | Parked:
         """What speaks against preparing a part."""
         table.updates.touch(part.step_id)
         table.require_newest(part.step_id)
-        if table.ledger.has(part.step_id) or table.order.find(part.step_id) is not None:
+        if table.is_decided(part.step_id):
             return PreparedPart(stamp=table.stamp, applied=True)
         if late := table.updates.late(part.step_id, attempt):
             step_id = part.step_id
@@ -126,7 +139,7 @@ class Committing:
 
     def commit(self, request: CommitRequest) -> CommitReply | Parked | Answered:
         bounds.check_commit(request)
-        tables = [self._tenancy.fenced(part.envelope) for part in request.parts]
+        tables = self._fenced(request.parts)
         self._tenancy.log.require()
         if request.decided:
             return self._apply(request, tables)
@@ -189,7 +202,7 @@ class Committing:
             if (older := self._tenancy.decisions.supersede_older(table, part.step_id)) is not None:
                 return table.park_for_steps(older, self._asked_s())
             if (table.frozen or table.storage.crowded()) and prepared is None:
-                table.hold_off(part.step_id)
+                table.turns.held_off(part.step_id)
                 return table.park_until_thaw(self._asked_s())
         missing = [
             commits.missing(table.updates, part.step_id, part.sequences)

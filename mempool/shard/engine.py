@@ -27,7 +27,7 @@ from mempool.shard.durable.records import Begun
 from mempool.shard.durable.replay import recover
 from mempool.shard.durable.store import Store
 from mempool.shard.durable.taking import Taking
-from mempool.shard.jobs import JOB_BYTES
+from mempool.shard.jobs import JOB_BYTES, Answered
 from mempool.shard.parking import Behind, Parked
 from mempool.shard.pulling import Pulling
 from mempool.shard.saving.marks import Saving
@@ -208,7 +208,7 @@ class Engine:
         )
         self._restoring = Restoring(self._changes, jobs=jobs, settled=self._settled, runner=runner)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._resolver = Resolver(self._tenancy.decisions, run=self._control, peers=peers, adopt=self._changes.set_view)
+        self._resolver = Resolver(self._tenancy.decisions, run=self._control, peers=peers, adopt=self._adopt)
         self._tenancy.on_doubt = self._poke
 
     @property
@@ -364,7 +364,7 @@ class Engine:
 
     async def set_view(self, view: TableView, *, token: str = "") -> None:
         bounds.check_token(token)
-        await self._control("set_view", partial(self._changes.set_view, token=token), view)
+        await self._control("set_view", partial(self._set_view, token=token), view)
 
     async def mark_table(self, request: MarkTable) -> None:
         await self._saving.mark(request)
@@ -456,6 +456,15 @@ class Engine:
         except Behind as behind:
             return behind.park(self._thread.asked_s())
         return self._in_pieces(result) if isinstance(result, GeneratorType) else result
+
+    def _set_view(self, view: TableView, *, token: str) -> Answered:
+        """Adopt a view: whoever waits for that does not wait for memory to be given back, too."""
+        self._changes.set_view(view, token=token)
+        return Answered(None, self._tenancy.table(view.schema.table_id).shrink)
+
+    def _adopt(self, view: TableView) -> None:
+        self._changes.set_view(view)
+        self._tenancy.table(view.schema.table_id).shrink()
 
     def _in_pieces(self, pieces: Generator[None, None, Any]) -> Generator[None, None, Any]:
         try:

@@ -18,7 +18,7 @@ from mempool.errors import DataLoss, ShardUnavailable, StalePlacement
 from mempool.shard.pages.restored import RestoredPages
 from mempool.shard.pages.staging import Staging
 from mempool.shard.pages.storage import Storage
-from mempool.shard.parking import LONGEST_WAIT_S, Behind, Parked, Waiting, is_late
+from mempool.shard.parking import LONGEST_WAIT_S, Behind, Parked, Waiting, is_late, no_updates, no_word
 from mempool.shard.steps import commits
 from mempool.shard.steps.budget import Budget
 from mempool.shard.steps.held import HeldUpdates, PreparedStep
@@ -44,7 +44,7 @@ class HostedTable:
         rounds: Which move's round holds it frozen.
         turns: Whose steps a freeze has held off.
         writes: Which writes to it were done, and which are over.
-        order_doubt, step_doubt: Who waits to hear of others what was decided.
+        order_doubt, step_doubt, round_doubt: Who waits to hear of others what was decided.
         peers_wait_until_s: Other shards have asked for what this one has to ask for itself.
         unprepared: The next step in the order, where it is decided and not prepared here, and since when that is known.
         gate: The shard that numbers its steps, under the present view.
@@ -70,14 +70,12 @@ class HostedTable:
         self.order = Order(self.ledger.version)
         self.others: dict[int, tuple[DecidedStep, ...]] = {}
         self.rounds = RoundsHere(clock)
-        self.turns = Turns()
-        self.writes = SeenWrites()
-        self.order_doubt, self.step_doubt = Doubt(), Doubt()
+        self.turns, self.writes = Turns(), SeenWrites()
+        self.order_doubt, self.step_doubt, self.round_doubt = Doubt(), Doubt(), Doubt()
+        self._read_for: str | None = None  # the round whose destinations have read pages here
         self.peers_wait_until_s = float("-inf")
         self.unprepared: tuple[DecidedStep, float] | None = None
-        self.gate = min(request.view.placement.shards)
-        self.pending = request.pending
-        self.lookups = 0
+        self.gate, self.pending, self.lookups = min(request.view.placement.shards), request.pending, 0
         self._clock, self._lease_s = clock, lease_s
         self._filling: Iterator[int] | None = None
         self._filling_bytes = self.bytes_to_fill = 0
@@ -113,7 +111,7 @@ class HostedTable:
     @property
     def frozen(self) -> bool:
         """Whether a move's round holds it."""
-        return self.rounds.held
+        return self.rounds.token is not None
 
     @property
     def is_gate(self) -> bool:
@@ -150,18 +148,21 @@ class HostedTable:
             DataLoss: Pages of the table are lost here.
             Behind: The next epoch, whose view this shard is about to be told.
         """
-        self.let_go()
-        self.check_ready()
-        if self.frozen and envelope.epoch == self.epoch + 1:
-            raise Behind(self.park_until_thaw)
-        if envelope.epoch != self.epoch:
+        if self.frozen:
+            self.let_go()
+        if self.pending or self._filling is not None:
+            self.check_ready()
+        epoch = self.view.placement.epoch
+        if envelope.epoch != epoch:
+            if self.frozen and envelope.epoch == epoch + 1:
+                raise Behind(self.park_until_thaw)
             raise StalePlacement(
                 f"the request was planned for epoch {envelope.epoch} of table {self.view.schema.name!r}; shard "
-                f"{self.info.shard} is at epoch {self.epoch}",
+                f"{self.info.shard} is at epoch {epoch}",
                 shard=self.info.shard,
                 address=self.info.address,
             )
-        if whole:
+        if whole and self.lost_pages:
             self.check_whole()
 
     def require_newest(self, step_id: StepId) -> None:
@@ -170,6 +171,10 @@ class HostedTable:
         newest = self.ledger.entry(step_id).generation
         if step_id.generation < newest:
             raise over(step_id, newest)
+
+    def is_decided(self, step_id: StepId) -> bool:
+        """Whether it, or a later step of its rank, is known to be decided. Raises StepConflict where it is over."""
+        return self.ledger.has(step_id) or self.order.find(step_id) is not None
 
     def lacks(self, envelope: Envelope, *, waits_since_s: float) -> Parked | None:
         """Where the client has seen a later version than is here: what to wait for.
@@ -207,16 +212,9 @@ class HostedTable:
         """Raises ShardUnavailable where a decided step is not prepared here, and its trainer has not come for it."""
         if self.unprepared is None or self.unprepared[0].version <= self.order.applied:
             return
-        (step, since_s), who = self.unprepared, self.unprepared[0].step_id
+        step, since_s = self.unprepared
         if self._clock() - since_s > self._lease_s:
-            raise ShardUnavailable(
-                f"version {step.version} of table {self.view.schema.name!r} is step {who.step} of rank {who.rank} of "
-                f"group {who.group!r}, which is decided, and whose updates are not on shard {self.info.shard} any "
-                "more: its trainer sends them again when it commits next. Where that trainer is gone they are lost "
-                "here: drop the table, make it again and write back what you saved",
-                shard=self.info.shard,
-                address=self.info.address,
-            )
+            raise no_updates(step, table=self.view.schema.name, here=self.info)
 
     def in_doubt(self, *, waits_since_s: float) -> Parked | None:
         """Where a step may be acknowledged by now that is not applied here: what a reader has to wait for.
@@ -226,7 +224,23 @@ class HostedTable:
         if self.order.next() is not None:
             self.apply_decided()
         prepared = self.updates.doubtful(waits_since_s)
-        return None if prepared is None else self.park_for_steps(prepared, waits_since_s)
+        if prepared is not None:
+            return self.park_for_steps(prepared, waits_since_s)
+        read = self.frozen and self._read_for == self.rounds.token and not self.is_gate
+        return self._park_for_round(waits_since_s) if read and not self.round_doubt.covers(waits_since_s) else None
+
+    def read_by_round(self) -> None:
+        """Pages are read for the round that holds the table: it may be decided before this shard hears of it, and steps
+        without this shard be acknowledged. Readers who come from now on have to know."""
+        if self._read_for != self.rounds.token:
+            self._read_for = self.rounds.token
+            self.round_doubt.settled(self._clock())
+
+    def _park_for_round(self, since_s: float) -> Parked:
+        if is_late(since_s, self._clock()):
+            raise self._no_word(f"whether round {self.rounds.token!r} of a move is decided", self.gate_info)
+        self.round_doubt.wait(self._clock(), at_once=True)
+        return self._waiting_for_news.park(since_s=since_s, in_doubt=True)
 
     def park_for_order(self, since_s: float) -> Parked:
         """For a request, of that time, that comes before what it builds on.
@@ -257,14 +271,7 @@ class HostedTable:
         return self._waiting_for_news.park(since_s=since_s, in_doubt=True)
 
     def _no_word(self, what: str, by: ShardInfo | None) -> ShardUnavailable:
-        """What another shard does not say: that one is late, not this."""
-        late = by or self.info
-        at = f" at {late.address}" if late.address else ""
-        said = (
-            f"shard {self.info.shard} has waited {LONGEST_WAIT_S:g} s to hear of table {self.view.schema.name!r} {what}"
-        )
-        said += f": shard {late.shard}{at} knows, and did not say. Nothing was changed"
-        return ShardUnavailable(said, shard=late.shard, address=late.address)
+        return no_word(f"of table {self.view.schema.name!r} {what}", here=self.info, late=by)
 
     def apply_decided(self) -> None:
         """Apply what is decided and whose turn it is. Raises as ``commits.apply`` does: the rest waits."""
@@ -284,20 +291,14 @@ class HostedTable:
 
     def check_ready(self) -> None:
         """Raises ShardUnavailable while the table is being made: here, or on other shards."""
-        if self.pending and self._filling is None:
-            raise ShardUnavailable(
-                f"table {self.view.schema.name!r} is being made: shard {self.info.shard} has its pages, and has not "
-                "heard that all shards have theirs; try again in a moment",
-                shard=self.info.shard,
-                address=self.info.address,
-            )
+        name, number = self.view.schema.name, self.info.shard
         if self._filling is not None:
-            raise ShardUnavailable(
-                f"shard {self.info.shard} is still writing the initial values of table {self.view.schema.name!r}; "
-                "try again in a moment",
-                shard=self.info.shard,
-                address=self.info.address,
-            )
+            what = f"shard {number} is still writing the initial values of table {name!r}"
+        elif self.pending:
+            what = f"table {name!r} is being made: shard {number} has not heard yet that all shards have their pages"
+        else:
+            return
+        raise ShardUnavailable(f"{what}; try again in a moment", shard=number, address=self.info.address)
 
     def check_whole(self) -> None:
         """Raises DataLoss where pages are lost."""
@@ -322,8 +323,7 @@ class HostedTable:
         except DataLoss:
             self.measure()
             raise
-        self.order.add(step)
-        self.order.did()
+        self.order.did_at_once(step)
         self.turns.served(step.step_id)
         self.steps_changed()
 
@@ -356,10 +356,6 @@ class HostedTable:
     def held_off_for_long(self, since_s: float) -> bool:
         """Whether a request of that time has waited long enough for a freeze to end."""
         return is_late(since_s, self._clock())
-
-    def hold_off(self, step_id: StepId) -> None:
-        """A freeze holds off this step: it goes before the next freeze."""
-        self.turns.held_off(step_id)
 
     def park_for_turns(self) -> Parked | None:
         """For a freeze, where steps that the last one held off go first. The gate, frozen first, speaks for all."""
@@ -406,6 +402,8 @@ class HostedTable:
             self.step_doubt.ends()
         if not (waits or peers_wait or self.order.lacks):
             self.order_doubt.ends()
+        if not (waits and self.frozen):
+            self.round_doubt.ends()
 
     def expire(self) -> None:
         """Drop what ranks hold that have fallen silent, and, at the gate, end a round whose controller has.
@@ -467,9 +465,12 @@ class HostedTable:
         self.turns.thawed(self._clock())
         self.steps_changed()
         self.go_on()
-        self.storage.shrink_arenas()  # last: all is adopted, should there be no memory for it
-        self.measure()
         return True
+
+    def shrink(self) -> None:
+        """Give back memory that pages have left, once it is said that they have. Rows move: no step is prepared yet."""
+        self.storage.shrink_arenas()
+        self.measure()
 
     def close(self) -> None:
         """Give back what is held, and let those who wait find out."""

@@ -1,12 +1,15 @@
 """Requests that are to be run again once something has happened, and for how long they wait for it.
 
-What they wait for, and what they are told where it does not come, is ``hosted``'s.
+What they wait for is ``hosted``'s.
 """
 
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+
+from mempool.errors import ShardUnavailable
+from mempool.types import DecidedStep, ShardInfo
 
 LONGEST_WAIT_S = 3.0
 """How long a request waits here for what others do. Then it is told whom it waits for: its caller asks again for as
@@ -56,7 +59,7 @@ class Waiting:
 
     def __bool__(self) -> bool:
         """Whether anybody does who has not left."""
-        return any(not parked.woken.cancelled() for parked in self._parked)
+        return bool(self._parked) and any(not parked.woken.cancelled() for parked in self._parked)
 
     def park(self, *, since_s: float = 0.0, in_doubt: bool = False, longest_s: float | None = None) -> Parked:
         """One more waits."""
@@ -68,6 +71,8 @@ class Waiting:
 
     def wake(self) -> None:
         """It has happened, or may have: all look again."""
+        if not self._parked:
+            return
         woken, self._parked = self._parked, []
         for parked in woken:
             parked.wake()
@@ -83,3 +88,28 @@ class Waiting:
 def is_late(since_s: float, now_s: float) -> bool:
     """Whether a request of that time has waited for long enough."""
     return now_s - since_s > LONGEST_WAIT_S
+
+
+def no_word(of_what: str, *, here: ShardInfo, late: ShardInfo | None) -> ShardUnavailable:
+    """What another shard does not say: that one is late (None: nobody knows which), not this."""
+    late = late or here
+    at = f" at {late.address}" if late.address else ""
+    return ShardUnavailable(
+        f"shard {here.shard} has waited {LONGEST_WAIT_S:g} s to hear {of_what}: shard {late.shard}{at} knows, and did "
+        "not say. Nothing was changed",
+        shard=late.shard,
+        address=late.address,
+    )
+
+
+def no_updates(step: DecidedStep, *, table: str, here: ShardInfo) -> ShardUnavailable:
+    """A decided step is not prepared here, and its trainer has not come for it."""
+    who = step.step_id
+    return ShardUnavailable(
+        f"version {step.version} of table {table!r} is step {who.step} of rank {who.rank} of group {who.group!r}, "
+        f"which is decided, and whose updates are not on shard {here.shard} any more: its trainer sends them again "
+        "when it commits next. Where that trainer is gone they are lost here: drop the table, make it again and write "
+        "back what you saved",
+        shard=here.shard,
+        address=here.address,
+    )

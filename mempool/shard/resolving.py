@@ -44,12 +44,14 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class LapsedRound:
-    """A round of a move whose lease is over here, and the shard that knows what became of it; None: nobody does."""
+class DoubtfulRound:
+    """A round of a move whose lease is over here, or of which readers have to know whether it is decided, and the shard
+    that knows what became of it; None: nobody does."""
 
     table_id: int
     token: str
     gate: ShardInfo | None
+    asked_s: float
 
 
 class Decisions:
@@ -110,6 +112,9 @@ class Decisions:
                     self._ask_order(table, found, now)
                 else:
                     self._collect_steps(table, steps)
+            if (at_s := table.round_doubt.ask_at()) is not None:  # ``doubtful_rounds`` asks
+                at_s = at_s if at_s > now else now + AGAIN_S
+                next_s = at_s if next_s is None else min(next_s, at_s)
         for (table_id, step_id), parts in steps.items():
             self._ask_step(table_id, step_id, parts, found, now)
         found += self._last
@@ -118,24 +123,33 @@ class Decisions:
         found = [*found[self._turn :], *found[: self._turn]][:AT_ONCE]
         return found, None if next_s is None else max(0.001, next_s - now)
 
-    def lapsed_rounds(self) -> list[LapsedRound]:
-        """The rounds whose controllers have fallen silent."""
-        return [
-            LapsedRound(table.table_id, table.rounds.token, table.gate_info)
-            for table in self._tables().values()
-            if table.rounds.lapsed and table.rounds.token is not None
-        ]
+    def doubtful_rounds(self) -> list[DoubtfulRound]:
+        """The rounds whose controllers have fallen silent, and those that readers wait for."""
+        now = self._clock()
+        found = []
+        for table in self._tables().values():
+            at_s = table.round_doubt.ask_at()
+            awaited = at_s is not None and at_s <= now
+            if table.rounds.token is not None and (awaited or table.rounds.lapsed):
+                table.round_doubt.asked(now)
+                found.append(DoubtfulRound(table.table_id, table.rounds.token, table.gate_info, now))
+        return found
 
-    def told_of_round(self, lapsed: LapsedRound, view: TableView | None, *, token: str | None) -> TableView | None:
+    def told_of_round(self, asked: DoubtfulRound, view: TableView | None, *, token: str | None) -> TableView | None:
         """What the gate says: its view, and which round holds the table there. Answers what is to be adopted."""
-        table = self._tables().get(lapsed.table_id)
-        if table is None or table.rounds.token != lapsed.token or not table.rounds.lapsed:
+        table = self._tables().get(asked.table_id)
+        if table is None or table.rounds.token != asked.token:
             return None  # it was heard of meanwhile
         gate_epoch = None if view is None else view.placement.epoch
-        fate = fate_of_lapsed(lapsed.token, epoch=table.epoch, gate_epoch=gate_epoch, gate_token=token)
-        if fate == "thaw":
+        fate = fate_of_lapsed(asked.token, epoch=table.epoch, gate_epoch=gate_epoch, gate_token=token)
+        if fate == "adopt":
+            return view
+        if fate == "thaw" and table.rounds.lapsed:
             table.end_round()
-        return view if fate == "adopt" else None
+        if gate_epoch == table.epoch:  # it was not decided then
+            table.round_doubt.settled(asked.asked_s)
+            table.steps_changed()
+        return None
 
     def told(self, question: Question, reply: ResolveReply) -> None:
         """What another shard has answered."""
@@ -201,9 +215,11 @@ class Decisions:
     def supersede_older(self, table: HostedTable, step_id: StepId) -> PreparedStep | None:
         """A trainer that has gone back comes with its first step: what its older generations have prepared here is not
         decided any more. Returns what of that is not gone yet."""
+        if not (step_id.generation and table.updates.any_prepared):
+            return None
         older = [
             prepared
-            for prepared in (table.updates.prepared() if step_id.generation else ())
+            for prepared in table.updates.prepared()
             if (prepared.step_id.group, prepared.step_id.rank) == (step_id.group, step_id.rank)
             and prepared.step_id.generation < step_id.generation
         ]

@@ -355,15 +355,15 @@ class Tenancy:
         table = self.table(request.table_id)
         table.check_ready()
         _check_round(table, request.token)
-        num_bytes = len(request.row_pages) * table.storage.page_bytes(request.blocks)
-        num_bytes += len(request.key_pages) * table.storage.head_bytes
-        check_reply(num_bytes, self._reply_bytes, f"{len(request.row_pages):,} row pages")
-        return export(table.storage, request, version=table.ledger.version)
+        storage, row_pages = table.storage, len(request.row_pages)
+        num_bytes = row_pages * storage.page_bytes(request.blocks) + len(request.key_pages) * storage.head_bytes
+        check_reply(num_bytes, self._reply_bytes, f"{row_pages:,} row pages")
+        table.read_by_round()
+        return export(storage, request, version=table.ledger.version)
 
     def export_ledger(self, request: ExportLedger) -> LedgerPart:
         """A part of a table's ledger, for a peer."""
-        table = self.table(request.table_id)
-        table.check_ready()
+        (table := self.table(request.table_id)).check_ready()
         return ledger_part(table.ledger.snapshot(), request)
 
     def begin_pull(self, request: PullPages) -> HostedTable:

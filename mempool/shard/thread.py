@@ -9,7 +9,6 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from functools import partial
 from types import GeneratorType
 from typing import Any
@@ -283,10 +282,10 @@ class EngineThread:
         try:
             answered.then()
         except MempoolError as error:
-            _LOG.warning("%s: what was decided could not be applied: %s", self._name, error)
+            _LOG.warning("%s: what an answer has promised could not be done: %s", self._name, error)
         except Exception as error:
             if not out_of_memory(error):
-                _LOG.exception("%s: what was decided could not be applied", self._name)
+                _LOG.exception("%s: what an answer has promised could not be done", self._name)
         self._stages.record("after the answer", self._clock() - started_s)
 
     def _do_some(self, job: Job) -> tuple[bool, Any]:
@@ -355,8 +354,10 @@ class _Answer:
         self._send(None, error)
 
     def _send(self, value: Any, error: BaseException | None) -> None:
-        with suppress(RuntimeError):  # the loop is closed, and so nobody waits
+        try:
             self._loop.call_soon_threadsafe(_settle, self.future, value, error)
+        except RuntimeError:
+            return  # the loop is closed, and so nobody waits
 
 
 def _settle(future: "asyncio.Future[Any]", value: Any, error: BaseException | None) -> None:

@@ -133,7 +133,8 @@ def _in_memory(shards: int, counts: Counts) -> Iterator[Pool]:
     launcher = EngineLauncher(device="cpu", pool="here")
     controller = Controller("here", launcher=launcher, dial=launcher.dial)
     run(controller.open(shards), timeout_s=BOUND_S)
-    pool = Pool(controller, dial=counts.dialled(launcher.dial), name="here", embedded=True, timeout_s=BOUND_S)
+    dial, doing = counts.dialled(launcher.dial), launcher.doing
+    pool = Pool(controller, dial=dial, name="here", embedded=True, doing=doing, timeout_s=BOUND_S)
     try:
         yield pool
     finally:

@@ -146,15 +146,15 @@ GUARDED_BESIDE = {"version wait": "attempt"}
 SEEN_AT: dict[str, int] = {
     "incarnation fence": 1,
     "epoch fence": 8,
-    "wait for decided steps": 47,
+    "wait for decided steps": 4,
     "generation": 1,
     "ledger": 16,
-    "version wait": 18,
+    "version wait": 16,
     "token of a round": 8,
-    "order": 14,
+    "order": 4,
     "lease of a trainer": 6,
     "lease of a freeze": 3,
-    "attempt": 2,
+    "attempt": 7,
     "numbers of writes": 1,
 }
 """The first seed that shows each one missing: how many were needed."""

@@ -19,13 +19,12 @@ def observed(history: History, store_of: Callable[[], Store | None] = lambda: No
 
     store_of: Of the shard whose code runs now.
     """
-    did, told = Order.did, Store._told
+    keep, told = Order._keep, Store._told
     ahead: dict[Store, list[tuple[int, DecidedStep]]] = defaultdict(list)
 
-    def observe(order: Order) -> None:
-        step = order.next()
-        did(order)
-        if step is None or step.table_id == ORACLE_TABLE:
+    def observe(order: Order, step: DecidedStep) -> None:
+        keep(order, step)
+        if step.table_id == ORACLE_TABLE:
             return
         store = store_of()
         if store is None:
@@ -40,10 +39,10 @@ def observed(history: History, store_of: Callable[[], Store | None] = lambda: No
         for step in durable:
             history.note_applied(step)
 
-    Order.did = observe  # type: ignore[method-assign]
+    Order._keep = observe  # type: ignore[method-assign]
     Store._told = synced  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Order.did = did  # type: ignore[method-assign]
+        Order._keep = keep  # type: ignore[method-assign]
         Store._told = told  # type: ignore[method-assign]

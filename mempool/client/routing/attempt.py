@@ -132,7 +132,7 @@ class Attempt:
         )
         asked = frozenset((part.route.shard, part.route.info.incarnation) for part in parts)
         record = LookupRecord(
-            table_id=self.plan.schema.table_id,
+            table_id=self.plan.table_id,
             lookup_id=lookup_id,
             lookups=len(pieces),
             bags=bags,

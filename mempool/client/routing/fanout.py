@@ -50,13 +50,13 @@ class Fanout:
 
     def saw(self, version: int) -> None:
         """There is such a version of the table: later requests are answered by it or a later one."""
-        table_id = self.plan.schema.table_id
+        table_id = self.plan.table_id
         if version > self._versions.get(table_id, 0):
             self._versions[table_id] = version
 
     def envelope(self, info: ShardInfo) -> Envelope:
         """What a request to this shard says of the plan."""
-        table_id = self.plan.schema.table_id
+        table_id = self.plan.table_id
         return Envelope(
             table_id=table_id,
             epoch=self.plan.epoch,

@@ -59,6 +59,7 @@ class TablePlan:
     """A view, prepared for planning.
 
     Attributes:
+        table_id, epoch: As the view has them.
         routes: Shards that own row pages, ascending.
         owners: Shards that own anything, ascending: those that every commit is sent to.
         head_owners: Per shard that owns key pages, ascending: (shard, its heads).
@@ -67,6 +68,8 @@ class TablePlan:
     """
 
     view: TableView
+    table_id: int
+    epoch: int
     routes: tuple[ShardRoute, ...]
     owners: tuple[ShardInfo, ...]
     head_owners: tuple[tuple[ShardInfo, tuple[int, ...]], ...]
@@ -76,10 +79,6 @@ class TablePlan:
     @property
     def schema(self) -> TableSchema:
         return self.view.schema
-
-    @property
-    def epoch(self) -> int:
-        return self.view.placement.epoch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -114,6 +113,8 @@ def make_plan(view: TableView) -> TablePlan:
     owners = tuple(infos[shard] for shard in placement.shards)
     return TablePlan(
         view=view,
+        table_id=schema.table_id,
+        epoch=placement.epoch,
         routes=shard_routes,
         owners=owners,
         agreeing=Owners(

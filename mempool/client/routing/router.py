@@ -243,18 +243,24 @@ class Router:
         async def run() -> T:
             nonlocal attempt
             attempt = self._attempt(await self._plan(table_id))
-            return await self._while_current((attempt.plan,), once(attempt))
+            return await once(attempt)
+
+        async def check() -> None:
+            if attempt is not None:
+                await self._require_current((attempt.plan,))
 
         async def refresh() -> bool:
             return attempt is not None and await self._refresh_all((attempt.plan,))
 
         return await self.tries.run(
-            self.name_of(table_id),
+            lambda: self.name_of(table_id),
             run,
             refresh=refresh,
             waiting_for=lambda: attempt.fanout.waiting_for if attempt else (),
             timeout_s=timeout_s,
             again=again,
+            check=check,
+            silence_s=self._patience_s,
         )
 
     async def together(
@@ -276,20 +282,25 @@ class Router:
         async def run() -> T:
             nonlocal together
             together = Together({table_id: self._attempt(await self._plan(table_id)) for table_id in table_ids})
-            plans = tuple(attempt.plan for attempt in together.attempts.values())
-            return await self._while_current(plans, once(together))
+            return await once(together)
+
+        def plans() -> tuple[TablePlan, ...]:
+            return () if together is None else tuple(attempt.plan for attempt in together.attempts.values())
+
+        async def check() -> None:
+            await self._require_current(plans())
 
         async def refresh() -> bool:
-            if together is None:
-                return False
-            return await self._refresh_all([attempt.plan for attempt in together.attempts.values()])
+            return await self._refresh_all(plans())
 
         return await self.tries.run(
-            ", ".join(self.name_of(table_id) for table_id in table_ids),
+            lambda: ", ".join(self.name_of(table_id) for table_id in table_ids),
             run,
             refresh=refresh,
             waiting_for=lambda: (*waiting_for(), *(together.waiting_for if together else ())),
             timeout_s=timeout_s,
+            check=check,
+            silence_s=self._patience_s,
         )
 
     def name_of(self, table_id: int) -> str:
@@ -301,60 +312,26 @@ class Router:
         plan = self._plans.get(table_id)
         return () if plan is None else plan.owners
 
+    def one_shard_here(self, table_id: int) -> bool:
+        """Whether all of a table is on one shard of this process, as is known."""
+        plan = self._plans.get(table_id)
+        return self.tries.where.embedded and plan is not None and len(plan.owners) == 1
+
     def dial(self, info: ShardInfo) -> ShardHost:
         """The host of a shard, without waiting; may raise Unavailable."""
         return self._dial(info)
 
     def _attempt(self, plan: TablePlan) -> Attempt:
-        table_id = plan.schema.table_id
+        table_id = plan.table_id
         fanout = Fanout(plan, dial=self._dial, traffic=self.traffic, versions=self._versions)
         return Attempt(fanout, take_released=partial(self.remembered.take, table_id))
 
-    async def _while_current(self, plans: tuple[TablePlan, ...], attempt: Awaitable[T]) -> T:
-        """The result of ``attempt``, unless one of its plans gets old while a shard keeps silent.
-
-        A host that is gone sends no error. Where its shard lives again elsewhere the view says so, long before any
-        connection notices.
-
-        Raises:
-            StalePlacement: There is a newer plan.
-        """
-        loop = asyncio.get_running_loop()
-        watching: asyncio.Task[None] | None = None
-        moved: Exception | None = None
-
-        async def watch() -> None:
-            nonlocal moved
-            while moved is None:
-                try:
-                    await self._refresh_all(plans)
-                    for plan in plans:
-                        if self._plans.get(plan.schema.table_id) is not plan:
-                            raise StalePlacement(f"table {plan.schema.name!r} has moved while a shard kept silent")
-                except Exception as error:  # also one that is none of ours: whoever waits is told
-                    moved = error
-                    cut.reschedule(loop.time())
-                else:
-                    await asyncio.sleep(self._patience_s)
-
-        def begin() -> None:
-            nonlocal watching
-            watching = loop.create_task(watch())
-
-        # Most calls end before: a task for each would be a good part of what they cost.
-        silence = loop.call_later(self._patience_s, begin)
-        try:
-            async with asyncio.timeout(None) as cut:
-                return await attempt
-        except TimeoutError:
-            if moved is None or not cut.expired():
-                raise
-            raise moved from None
-        finally:
-            silence.cancel()
-            if watching is not None:
-                watching.cancel()
-                await asyncio.gather(watching, return_exceptions=True)
+    async def _require_current(self, plans: tuple[TablePlan, ...]) -> None:
+        """Raises StalePlacement, or NotFound, where one of these plans is old by now."""
+        await self._refresh_all(plans)
+        for plan in plans:
+            if self._plans.get(plan.table_id) is not plan:
+                raise StalePlacement(f"table {plan.schema.name!r} has moved while a shard kept silent")
 
     async def _plan(self, table_id: int) -> TablePlan:
         if table_id not in self._plans:
@@ -385,7 +362,7 @@ class Router:
             await self._refresh(plans[0])
         else:
             await asyncio.gather(*(self._refresh(plan) for plan in plans))
-        return any(self._plans.get(plan.schema.table_id) is not plan for plan in plans)
+        return any(self._plans.get(plan.table_id) is not plan for plan in plans)
 
     async def _refresh(self, plan: TablePlan) -> None:
         """Ask for a table's view, unless somebody has done so since ``plan``. Without an answer the old one stays."""

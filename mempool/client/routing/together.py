@@ -182,6 +182,8 @@ class Together:
 
     def _info(self, table_id: int, shard: int) -> ShardInfo:
         """As the table's own plan knows it: where that is old, the shard says so, and the table's view is asked for."""
+        if len(self.attempts) == 1:
+            return self._infos[shard]
         owners = self.attempts[table_id].plan.owners
         return next((info for info in owners if info.shard == shard), self._infos[shard])
 
@@ -191,6 +193,5 @@ class Together:
                 self._fanouts[part.table_id].saw(stamp.table_version)
 
     def _saw_committed(self, parts: Parts, reply: CommitReply) -> None:
-        self._saw(parts, [answer.stamp for answer in reply.parts])
         for part, answer in zip(parts, reply.parts, strict=True):
-            self._fanouts[part.table_id].saw(answer.version)
+            self._fanouts[part.table_id].saw(max(answer.version, answer.stamp.table_version))

@@ -4,11 +4,11 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from math import inf
 from typing import TypeVar
 
-from mempool.client.routing.patience import LONGEST_WORK_S, Patience, WaitingFor
-from mempool.client.routing.retry import Backoff, GiveUp, Retry
+from mempool.client.routing.patience import LONGEST_WORK_S, Deadline, Patience, WaitingFor, Watchdog
+from mempool.client.routing.retry import Again, Backoff, GiveUp, Retry
 from mempool.client.routing.whereabouts import Whereabouts
 from mempool.errors import MempoolError
 from mempool.types.caller import Caller, calling, current_caller
@@ -39,6 +39,7 @@ class Tries:
     ) -> None:
         self._clock = clock
         self.where = where
+        self._watchdog = Watchdog()
         self.timeout_s = timeout_s
         self._backoff = backoff or Backoff()
         self._jitter = jitter
@@ -49,12 +50,19 @@ class Tries:
         """Try nothing again any more: calls under way end with their next failure."""
         self._closed = True
 
-    def retry(self, what: str, *, timeout_s: float | None = None, refused_s: float | None = None) -> Retry:
-        """The policy of one call that begins now; arguments as of ``run``."""
+    def retry(
+        self,
+        what: str | Callable[[], str],
+        *,
+        timeout_s: float | None = None,
+        refused_s: float | None = None,
+        began_s: float | None = None,
+    ) -> Retry:
+        """The policy of one call that begins now, or began then; other arguments as of ``run``."""
         return Retry(
-            table=what,
+            table=what if isinstance(what, str) else what(),
             where=self.where,
-            start_s=asyncio.get_running_loop().time(),
+            start_s=asyncio.get_running_loop().time() if began_s is None else began_s,
             timeout_s=self.timeout_s if timeout_s is None else timeout_s,
             backoff=self._backoff,
             jitter=self._jitter,
@@ -63,7 +71,7 @@ class Tries:
 
     async def run(
         self,
-        what: str,
+        what: str | Callable[[], str],
         once: Callable[[], Awaitable[T]],
         *,
         refresh: Callable[[], Awaitable[bool]] | None = None,
@@ -71,6 +79,8 @@ class Tries:
         timeout_s: float | None = None,
         refused_s: float | None = None,
         again: bool = True,
+        check: Callable[[], Awaitable[None]] | None = None,
+        silence_s: float = inf,
     ) -> T:
         """The result of ``once``.
 
@@ -81,36 +91,66 @@ class Tries:
             waiting_for: (shard, address) of those that were asked and have not answered.
             refused_s: How long to go on where nobody listens at any address; None: until the deadline.
             again: False: one try, whatever error it ends with.
+            check: Run after ``silence_s`` of a try, and again and again: what it raises ends the try.
         """
         clock = asyncio.get_running_loop()
+        began_s = clock.time()
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
-        retry = self.retry(what, timeout_s=timeout_s, refused_s=refused_s)
+        bound_s = timeout_s if self._patience is None else max(timeout_s, LONGEST_WORK_S)
+        retry: Retry | None = None  # most calls need none
+
+        def policy() -> Retry:
+            return retry or self.retry(what, timeout_s=timeout_s, refused_s=refused_s, began_s=began_s)
+
+        deadline = Deadline(
+            self._watchdog,
+            timeout_s,
+            began_s=began_s,
+            waiting_for=waiting_for,
+            patience=self._patience,
+            check=check,
+            silence_s=silence_s,
+        )
+        failure: MempoolError | None = None
+        found: Exception | None = None
+        action: Again | GiveUp | None = None
+        delay_s = 0.0
         try:
-            with calling(self._bounded(timeout_s if self._patience is None else max(timeout_s, LONGEST_WORK_S))):
-                async with self._deadline(timeout_s, waiting_for):
-                    while True:
-                        try:
-                            return await once()
-                        except MempoolError as error:
-                            if self._closed:
-                                raise MempoolError(f"{self.where.pool} was closed during the call.") from error
-                            if not again:
-                                raise
-                            action = retry.failed(error, now_s=clock.time())
-                            if isinstance(action, GiveUp):
-                                raise action.error from (None if action.error is error else error)
-                        await asyncio.sleep(action.delay_s)
-                        if refresh is not None and await refresh():
-                            retry.replanned()
+            with calling(self._bounded(bound_s)), deadline:
+                while True:
+                    try:
+                        if failure is not None:
+                            await asyncio.sleep(delay_s)
+                            if refresh is not None and await refresh() and retry is not None:
+                                retry.replanned()
+                            await deadline.begin()
+                        return await once()
+                    except MempoolError as error:
+                        deadline.found()
+                        failure = error
+                    except asyncio.CancelledError:
+                        if (found := deadline.found()) is None:
+                            raise
+                        if not isinstance(found, MempoolError):
+                            raise found from None
+                        failure = found
+                    if self._closed:
+                        raise MempoolError(f"{self.where.pool} was closed during the call.") from failure
+                    if not again:
+                        raise failure
+                    retry = policy()
+                    action = retry.failed(failure, now_s=clock.time())
+                    if isinstance(action, GiveUp):
+                        raise action.error from (None if action.error is failure else failure)
+                    delay_s = action.delay_s
         except MempoolError:
             raise
         except TimeoutError:
-            raise retry.out_of_time(waiting_for=waiting_for(), now_s=clock.time()) from None
-
-    def _deadline(self, timeout_s: float, waiting_for: WaitingFor) -> AbstractAsyncContextManager[object]:
-        if self._patience is None:
-            return asyncio.timeout(timeout_s)
-        return self._patience.timeout(timeout_s, waiting_for)
+            raise policy().out_of_time(waiting_for=waiting_for(), now_s=clock.time()) from None
+        finally:
+            failure = found = action = retry = None  # their errors' tracebacks know this frame, and it what was asked
+            if deadline.is_checking:
+                await deadline.rest()
 
     def _bounded(self, timeout_s: float) -> Caller:
         """Whoever asks now, with this deadline, or their own where it is earlier."""

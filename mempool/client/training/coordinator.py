@@ -10,8 +10,8 @@ import asyncio
 import math
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -20,9 +20,10 @@ from mempool.agreement.step import Goal, StepOfTables, TableStep
 from mempool.agreement.step_events import Begun, Decided, Reached
 from mempool.client.routing.router import Router
 from mempool.client.routing.together import Together
+from mempool.client.training.alone import Alone
 from mempool.client.training.heartbeats import Heartbeats, Rank
 from mempool.client.training.joint import Joint, discard_given_up, waiting_for
-from mempool.errors import DataLoss, InvalidRequest, MempoolError, NotFound
+from mempool.errors import DataLoss, InvalidRequest, MempoolError, NotFound, ShardUnavailable
 from mempool.types import ShardInfo
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class Coordinator:
             MempoolError: As the router's; nothing is decided, and the same call goes on.
         """
         left_s = self._deadline(timeout_s)
-        async with self._alone(sessions):
+        async with Alone(sessions):
             await self._finish(sessions, left_s)
             joint = await self._sealed(sessions, left_s)
             if joint is None:
@@ -130,7 +131,7 @@ class Coordinator:
             commitment.check()
         sessions = [commitment.session for commitment in commitments]
         left_s = self._deadline(timeout_s)
-        async with self._alone(sessions):
+        async with Alone(sessions):
             counts = await self._finish(sessions, left_s)
             joint = await self._sealed(sessions, left_s)
             if joint is not None:
@@ -158,7 +159,7 @@ class Coordinator:
             How many updates were dropped, by table.
         """
         left_s = self._deadline(timeout_s)
-        async with self._alone(sessions):
+        async with Alone(sessions):
             dropped = []
             concerned = {session.table_id: session for session in sessions}
             for session in sessions:
@@ -180,7 +181,7 @@ class Coordinator:
             MempoolError: One of them has not; the step is decided all the same.
         """
         sessions, left_s = list(sessions), self._deadline(timeout_s)
-        async with self._alone(sessions):
+        async with Alone(sessions):
             for joint in _distinct(session.applying for session in sessions):
                 await self._finish_telling(joint, left_s)
 
@@ -194,27 +195,14 @@ class Coordinator:
         await asyncio.gather(*telling, return_exceptions=True)
         await self.heartbeats.close()
 
-    @asynccontextmanager
-    async def _alone(self, sessions: Sequence[Session]) -> AsyncIterator[None]:
-        """Nobody else decides on these tables, nor on those that share a step with them."""
-        while True:
-            tables = _sharing(sessions)
-            if len(tables) == 1:
-                async with next(iter(tables.values())).deciding:
-                    if len(_sharing(sessions)) == 1:
-                        yield
-                        return
-                continue
-            async with AsyncExitStack() as stack:
-                for table_id in sorted(tables):  # in one order, so that no two wait for each other
-                    await stack.enter_async_context(tables[table_id].deciding)
-                if _sharing(sessions).keys() <= tables.keys():
-                    yield
-                    return
-
     async def _finish(self, sessions: Sequence[Session], left_s: _LeftS) -> dict[Session, int]:
         """End what came before: tell all owners what is decided, and learn what became of a Commit without answer."""
         counts: dict[Session, int] = {}
+        for session in sessions:
+            if session.joint is not None or session.applying is not None:
+                break
+        else:
+            return counts
         for joint in _distinct(session.applying for session in sessions):
             await self._finish_telling(joint, left_s)
         for joint in _distinct(session.joint for session in sessions):
@@ -237,22 +225,23 @@ class Coordinator:
         for session in ready:
             if session.joint is not None and set(session.joint.sessions.values()) != set(ready):
                 concerned |= self._abandon(session.joint)
-        await self._tell_given_up_in_company(sessions, concerned, left_s)
+        for session in concerned.values():
+            if session.book.given_up:
+                await self._tell_given_up_in_company(sessions, concerned, left_s)
+                break
         if not ready:
             return None
         known = ready[0].joint
         if known is not None and all(session.joint is known for session in ready):
             return known
-        ordered = sorted(ready, key=lambda session: session.table_id)
-        steps = [(session.table_id, session.book.seal()) for session in ordered]
-        joint = Joint(
-            sessions={session.table_id: session for session in ordered},
-            step=StepOfTables(
-                TableStep(table_id=table_id, step_id=step.step_id, sequences=step.sealed)
-                for table_id, step in steps
-                if step is not None
-            ),
-        )
+        if len(ready) > 1:
+            ready.sort(key=lambda session: session.table_id)
+        steps = []
+        for session in ready:
+            step = session.book.seal()
+            assert step is not None, "something is pending"
+            steps.append(TableStep(table_id=session.table_id, step_id=step.step_id, sequences=step.sealed))
+        joint = Joint(sessions={session.table_id: session for session in ready}, step=StepOfTables(steps))
         for session in ready:
             session.joint = joint
         return joint
@@ -315,9 +304,17 @@ class Coordinator:
                         waiting_for=lambda: joint.waiting_for,
                     )
                     return
-                except NotFound:
-                    if not self._leave_dropped(joint):
+                except NotFound as error:
+                    if self._leave_dropped(joint):
+                        continue
+                    if joint.step.state == "open" or not all(map(self._router.holders, joint.sessions)):
                         raise
+                    # Whoever asks may be about another table, which is not the one that this shard speaks of.
+                    raise ShardUnavailable(
+                        f"{error.message}: who knows which of the two does not say.",
+                        shard=error.shard,
+                        address=error.address,
+                    ) from error
         except MempoolError as error:
             if not isinstance(error, NotFound):
                 joint.add_state(error, self._names(joint.sessions))
@@ -469,22 +466,12 @@ class Coordinator:
         return lambda: end_s - clock.time()
 
 
-def _sharing(sessions: Sequence[Session]) -> dict[int, Session]:
-    """These, and all that share a step with them that is not over, by table."""
-    found: dict[int, Session] = {}
-    left = list(sessions)
-    while left:
-        session = left.pop()
-        if session.table_id not in found:
-            found[session.table_id] = session
-            for joint in (session.joint, session.applying):
-                if joint is not None:
-                    left.extend(joint.sessions.values())
-    return found
-
-
 def _distinct(joints: Iterable[Joint | None]) -> list[Joint]:
-    return list({id(joint): joint for joint in joints if joint is not None}.values())
+    found = []
+    for joint in joints:
+        if joint is not None and joint not in found:
+            found.append(joint)
+    return found
 
 
 def _prepared(joint: Joint, session: Session) -> Prepared:

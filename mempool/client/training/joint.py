@@ -81,6 +81,8 @@ class Joint:
         for session in self.sessions.values():
             await session.pushes.settled()
         self.step.handle(Placed(owners=together.owners))
+        if self.step.state == "open":
+            await self._send_moved(together)
         while not isinstance(action := self.step.next(goal), Reached):
             if self.step.state == "open":
                 # A shard that has a step prepared that was given up would wait for what becomes of that.
@@ -153,6 +155,21 @@ class Joint:
                 self._set_apart(together, action.table_id)
             case Fail():
                 raise action.error
+
+    async def _send_moved(self, together: Together) -> None:
+        """Send what was held under an earlier placement, which shards drop with that, without being asked for it."""
+        sending = []
+        for owners in together.owners:
+            step, epoch = self.sessions[owners.table_id].book.closing, together.attempts[owners.table_id].plan.epoch
+            updates = {} if step is None else step.updates
+            gone = tuple(number for number, each in updates.items() if each.held and each.held[1].epoch < epoch)
+            if gone:
+                sending.append(self._send_again(together, owners.table_id, dict.fromkeys(owners.holders, gone)))
+        if not sending:
+            return
+        refusal = next((each for each in await asyncio.gather(*sending) if each is not None), None)
+        if refusal is not None:
+            self.step.handle(SendRefused(error=refusal))
 
     async def _prepare(self, together: Together, action: Prepare) -> None:
         held_off: list[int] = []
@@ -244,7 +261,10 @@ class Joint:
 
 async def discard_given_up(together: Together, sessions: Iterable[Session]) -> None:
     """Tell the shards of steps that were given up, and forget them here."""
-    told = {session: tuple(session.book.given_up) for session in sessions if session.book.given_up}
+    told = {}
+    for session in sessions:  # each step passes this
+        if session.book.given_up:
+            told[session] = tuple(session.book.given_up)
     if not told:
         return
     await together.discard({session.table_id: step_ids for session, step_ids in told.items()})

@@ -5,7 +5,6 @@ Everything runs on one event loop, so that backward passes of several threads ne
 
 import asyncio
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +21,10 @@ from mempool.errors import Internal, MempoolError
 from mempool.types import StepId
 from mempool.types.bags import Bags
 from mempool.types.messages import ReplyDtype
+
+_WAITED_FOR_BYTES = 2**18
+"""Of an update that the one shard of this process holds before the backward pass goes on: to hold it takes less time
+than taking turns at the interpreter with whoever does not wait."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -142,8 +145,9 @@ class Session:
     ) -> Tensor | None:
         """Push the gradient of a lookup.
 
-        Where no d_weights are wanted nobody waits for the shards' answers, but where too many bytes are on their way:
-        what does not arrive is sent again by the commit.
+        Where no d_weights are wanted nobody waits for the shards' answers, but where too many bytes are on their way,
+        or the update is a small one for the only shard, of this process: what does not arrive is sent again by the
+        commit.
 
         Args:
             grads: [B, V] float32 or bfloat16, not to be changed by the caller any more.
@@ -167,6 +171,9 @@ class Session:
             self.coordinator.heartbeats.wake()
         if not want_weight_grad:
             self.counters.updates_pushed += 1
+            if update.num_bytes <= _WAITED_FOR_BYTES and self._router.one_shard_here(self.table_id):
+                await self._push(update, step.step_id, sequence, timeout_s=timeout_s)
+                return None
             self.pushes.start(self._push(update, step.step_id, sequence), update.num_bytes)
             return None
         try:
@@ -250,7 +257,7 @@ class Session:
             )
         return forgetful
 
-    async def _push(self, update: Pushed, step_id: StepId, sequence: int) -> None:
+    async def _push(self, update: Pushed, step_id: StepId, sequence: int, *, timeout_s: float | None = None) -> None:
         """One try, whose failure is no error: Prepare says what is missing."""
 
         async def once(attempt: Attempt) -> None:
@@ -258,8 +265,9 @@ class Session:
             await _send(attempt, update=update, step_id=step_id, sequence=sequence, hold=True, want_weight_grad=False)
 
         try:
-            with suppress(MempoolError):
-                await self._router.call(self.table_id, once, again=False)
+            await self._router.call(self.table_id, once, timeout_s=timeout_s, again=False)
+        except MempoolError:
+            pass
         finally:
             self._pushing.pop(sequence, None)
 

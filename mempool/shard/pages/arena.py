@@ -29,6 +29,8 @@ _IDLE_PART = 16
 """An arena lets a sixteenth of its pages be free before it gives memory back."""
 _COPY_BYTES = 16 * 2**20
 """Rows are copied in pieces of about this size, so that no copy needs much memory beside the arenas."""
+_SHRINK_BYTES = 2**20
+"""An arena that shrinks copies at least so much at a time: whoever asks next waits for it."""
 
 
 class Watcher(Protocol):
@@ -292,7 +294,7 @@ class Arena:
             if len(self._free) * _IDLE_PART <= self._capacity:
                 return
             # Two for each that went, so that it catches up with those that were let be before.
-            most = max(2 * freed, _COPY_BYTES // max(1, self.page_bytes), 1)
+            most = max(2 * freed, _SHRINK_BYTES // max(1, self.page_bytes), 1)
         elif len(self._free) * 2 > self._capacity:
             most = self._capacity
         else:

@@ -292,7 +292,7 @@ class _Write:
         rounded = rounding(table.schema, arena.blocks, number=step.step, device=table.device)
         self._table = table
         self._arena = arena
-        self._step = replace(step, rounding=rounded)
+        self._step = step if rounded is None else replace(step, rounding=rounded)
 
     def sums(self, pairs: SortedPairs, sums: Tensor) -> None:
         """Apply sums; pairs: their rows."""

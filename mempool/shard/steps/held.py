@@ -27,18 +27,18 @@ KEPT_BYTES = 5 * TENSOR_BYTES
 """What a reduction costs besides its rows and their sums."""
 
 
-@dataclass(frozen=True, slots=True)
 class HeldUpdate:
-    """One lookup's ids and weights with the gradient of its pooled values, [B, W] float32; written by nobody else."""
+    """One lookup's ids and weights with the gradient of its pooled values, [B, W] float32; written by nobody else.
 
-    bags: Bags
-    grads: Tensor
+    num_bytes: What it costs to hold it.
+    """
 
-    @property
-    def num_bytes(self) -> int:
-        """What it costs to hold it."""
-        bags = self.bags
-        return ENTRY_BYTES + tensors_bytes((bags.ids, bags.weights, bags.offsets, self.grads))
+    __slots__ = ("bags", "grads", "num_bytes")
+
+    def __init__(self, bags: Bags, grads: Tensor) -> None:
+        self.bags = bags
+        self.grads = grads
+        self.num_bytes = ENTRY_BYTES + tensors_bytes((bags.ids, bags.weights, bags.offsets, grads))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from mempool.agreement.doubt import AGAIN_S
 from mempool.errors import MempoolError, ShardUnavailable
-from mempool.shard.resolving import AT_ONCE, Decisions, LapsedRound, Question
+from mempool.shard.resolving import AT_ONCE, Decisions, DoubtfulRound, Question
 from mempool.types import ShardHost, ShardInfo, StepId, TableView
 from mempool.types.caller import Caller, calling
 
@@ -81,7 +81,7 @@ class Resolver:
                 self._rung.clear()
                 try:
                     questions, next_s = await self._run("resolve", lambda _: self._decisions.questions(), None)
-                    lapsed = await self._run("resolve", lambda _: self._decisions.lapsed_rounds(), None)
+                    rounds = await self._run("resolve", lambda _: self._decisions.doubtful_rounds(), None)
                 except ShardUnavailable:  # the engine is closed
                     return
                 except MempoolError as error:  # too much waits there, say
@@ -91,7 +91,7 @@ class Resolver:
                 for question in questions:
                     key = question.target.shard, question.request.table_id, question.request.step_id
                     self._begin(key, partial(self._ask, question))
-                for round_here in lapsed:
+                for round_here in rounds:
                     if round_here.gate is not None:
                         key = round_here.gate.shard, round_here.table_id, round_here.token
                         self._begin(key, partial(self._ask_round, round_here, round_here.gate))
@@ -113,7 +113,7 @@ class Resolver:
         self._asking[key] = task
         task.add_done_callback(lambda _: self._asking.pop(key, None))
 
-    async def _ask_round(self, lapsed: LapsedRound, gate: ShardInfo) -> None:
+    async def _ask_round(self, asked: DoubtfulRound, gate: ShardInfo) -> None:
         assert self._peers is not None, "nothing is begun without"
         try:
             async with asyncio.timeout(_ANSWER_S):
@@ -124,22 +124,22 @@ class Resolver:
         except (MempoolError, TimeoutError) as error:
             _LOG.info("shard %d does not say what became of a round: %s", gate.shard, error)
             return
-        view = next((view for view in views if view.schema.table_id == lapsed.table_id), None)
-        seen = next((table for table in status.tables if table.table_id == lapsed.table_id), None)
+        view = next((view for view in views if view.schema.table_id == asked.table_id), None)
+        seen = next((table for table in status.tables if table.table_id == asked.table_id), None)
         if seen is None:
             view = None  # without the table it knows nothing of its rounds
         # One of an older version does not say which: it is taken for this one.
-        token = None if seen is None or not seen.frozen else seen.round or lapsed.token
+        token = None if seen is None or not seen.frozen else seen.round or asked.token
 
         def tell(_: object) -> None:
-            adopted = self._decisions.told_of_round(lapsed, view, token=token)
+            adopted = self._decisions.told_of_round(asked, view, token=token)
             if adopted is not None:
                 self._adopt(adopted)
 
         try:
             await self._run("resolve", tell, None)
         except MempoolError as error:
-            _LOG.warning("table %d cannot follow its gate now: %s", lapsed.table_id, error)
+            _LOG.warning("table %d cannot follow its gate now: %s", asked.table_id, error)
 
     async def _ask(self, question: Question) -> None:
         assert self._peers is not None, "nothing is begun without"

@@ -43,12 +43,12 @@ def test_a_round_goes_gate_first_and_ends_when_all_know() -> None:
     round_ = made(bystanders=(7,))
     assert round_.begin(0.0) == [Freeze(0)]
     assert round_.waits_for == (0,)
-    assert answered(round_, Freeze(0)) == [Freeze(1), Freeze(2)]
-    assert answered(round_, Freeze(2)) == []
+    assert answered(round_, Freeze(0), now=0.5) == [Freeze(1), Freeze(2)]
+    assert answered(round_, Freeze(2), now=0.5) == []
     assert answered(round_, Freeze(1), now=3.0 / 4) == [Pull(0), Pull(1)]
-    assert round_.at_rest_s == 3.0 / 4
-    assert answered(round_, Pull(1)) == []
-    assert answered(round_, Pull(0)) == [Tell(0, token=True)], "the gate alone: it decides"
+    assert answered(round_, Pull(1), now=0.75) == []
+    assert answered(round_, Pull(0), now=0.875) == [Tell(0, token=True)], "the gate alone: it decides"
+    assert (round_.held_s, round_.at_rest_s, round_.pulled_s) == (0.5, 0.75, 0.875)
     assert not round_.decided
     told = answered(round_, Tell(0, token=True))
     assert told == [Decided(), Tell(1, token=True), Tell(2, token=True), Tell(7, token=False)]

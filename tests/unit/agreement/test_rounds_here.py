@@ -30,10 +30,10 @@ def test_a_round_holds_for_its_lease_unless_it_is_said_again() -> None:
     rounds.begin("a", 10.0)
     clock.now_s += 9.0
     assert not expire(rounds)
-    assert rounds.held
+    assert rounds.token
     clock.now_s += 1.0
     assert expire(rounds)
-    assert not rounds.held
+    assert not rounds.token
     assert not expire(rounds)
     with pytest.raises(StalePlacement, match="round 'a' of a move is over on this shard"):
         rounds.begin("a", 10.0)
@@ -46,7 +46,7 @@ def test_without_a_lease_it_holds_until_it_is_ended() -> None:
     clock.now_s += 1e9
     assert not expire(rounds)
     assert rounds.end("a")
-    assert not rounds.held
+    assert not rounds.token
 
 
 def test_one_round_at_a_time() -> None:
@@ -56,7 +56,7 @@ def test_one_round_at_a_time() -> None:
         with pytest.raises(StalePlacement, match="round 'a' of a move holds the table, and round 'b' asks"):
             refused()
     assert not rounds.end("b")
-    assert rounds.held
+    assert rounds.token
     assert rounds.end("")
     rounds.begin("c", 1.0)
     with pytest.raises(StalePlacement, match="round 'b' of a move is over"):
@@ -135,4 +135,4 @@ def test_a_round_that_is_over_never_comes_back(events: list[tuple[str, str]]) ->
             held = held if event == "check" else token
         except StalePlacement:
             assert refused
-        assert rounds.held == bool(held)
+        assert (rounds.token is not None) == bool(held)

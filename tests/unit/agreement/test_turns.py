@@ -39,10 +39,26 @@ def test_a_freeze_that_held_off_nobody_gives_no_turn() -> None:
     assert turns.ends_s(10.0) is None
 
 
+def test_a_step_that_the_new_view_has_set_back_goes_first_too() -> None:
+    turns = Turns()
+    turns.set_back(step(0), 9.0)  # by something else than a freeze
+    turns.thawed(10.0)
+    assert turns.ends_s(10.0) is None
+    turns.set_back(step(0), 10.2)
+    assert turns.ends_s(10.5) == 10.0 + TURN_S  # however late it says so, the turn is not longer
+    turns.served(step(0))
+    assert turns.ends_s(10.5) is None
+    turns.set_back(step(1), 10.0 + TURN_S)  # late
+    assert turns.ends_s(10.0 + TURN_S) is None
+    turns.thawed(20.0)
+    assert turns.ends_s(20.0) is None
+
+
 @given(
     st.lists(
         st.one_of(
             st.tuples(st.just("held off"), st.integers(0, 5)),
+            st.tuples(st.just("set back"), st.integers(0, 5)),
             st.tuples(st.just("served"), st.integers(0, 5)),
             st.tuples(st.just("thawed"), st.just(0)),
             st.tuples(st.just("later"), st.integers(0, 3)),
@@ -55,6 +71,9 @@ def test_whatever_happens_a_turn_ends_and_nobody_served_is_waited_for(events: li
     for what, number in events:
         if what == "held off":
             turns.held_off(step(number))
+            waiting.add(number)
+        elif what == "set back":
+            turns.set_back(step(number), now_s)
             waiting.add(number)
         elif what == "served":
             turns.served(step(number))

@@ -1,6 +1,7 @@
 """Steps of several clients, tables and owners: one order, whatever is lost, late or silent."""
 
 import itertools
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 
 from mempool import kernels
 from mempool.errors import DataLoss, DeadlineExceeded, Overloaded, StalePlacement, StepConflict
+from mempool.shard.hosted import HostedTable
 from mempool.types import (
     CommitPart,
     CommitRequest,
@@ -368,6 +370,42 @@ def test_a_freeze_ends_by_itself_unless_its_controller_lives(make_driver: MakeDr
     driver.gather(make_bags(1))
     assert driver.status(0).frozen
     driver.thaw(0, token="endless")
+
+
+@pytest.mark.parametrize("told", ["stale", "missing"])
+def test_a_step_that_a_move_has_set_back_goes_before_the_next_freeze(make_driver: MakeDriver, told: str) -> None:
+    driver = make_driver(2).create(make_schema(), "columns")
+    driver.update(1, 0, GRADS, bags=make_bags(1))
+    late = driver.prepare_request(0, 1, [0])
+    driver.move("rows")
+    if told == "stale":
+        with pytest.raises(StalePlacement):
+            driver.call(driver.host(0).prepare(late))
+    else:
+        assert all(reply.missing for reply in driver.prepare(1, [0]).values())
+    freezing = driver.submit(driver.host(0).freeze(driver.table_id, 5.0, token="next", lease_s=60.0))
+    driver.status(0)
+    driver.update(1, 0, GRADS, bags=make_bags(1))
+    assert not any(reply.held_off or reply.missing for reply in driver.prepare(1, [0]).values())
+    driver.commit(1, [0])
+    assert freezing.result(timeout=20) == 1
+    driver.thaw(0, token="next")
+
+
+def test_a_view_is_answered_before_memory_is_given_back(
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, shrink = threading.Event(), HostedTable.shrink
+
+    def later(table: HostedTable) -> None:
+        assert told.wait(20)
+        shrink(table)
+
+    driver = make_driver(2).create(make_schema(), "columns")
+    monkeypatch.setattr(HostedTable, "shrink", later)
+    driver.move("rows")
+    told.set()
+    assert sum(driver.status(shard).pages for shard in driver.owners) == 21
 
 
 def test_pages_that_come_for_a_round_that_nobody_ends_are_dropped(make_driver: MakeDriver) -> None:

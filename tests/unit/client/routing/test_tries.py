@@ -1,6 +1,10 @@
 """Carrying out retries: one deadline, which goes along with the call."""
 
+import asyncio
+import gc
 import time
+import weakref
+from contextlib import suppress
 
 import pytest
 
@@ -105,3 +109,106 @@ def test_what_no_retry_heals_is_raised_as_it_is(wait) -> None:  # type: ignore[n
     with pytest.raises(DataLoss) as raised:
         wait(make_tries().run("facts", once))
     assert raised.value is lost
+
+
+def test_silence_after_a_further_try_is_looked_at_as_well(wait) -> None:  # type: ignore[no-untyped-def]
+    """Each try on a new view may get old in its turn, long before the call's deadline."""
+    tried: list[int] = []
+
+    async def once() -> str:
+        tried.append(len(tried))
+        if len(tried) <= 3:
+            await asyncio.Event().wait()
+        return "done"
+
+    async def check() -> None:
+        raise StalePlacement("moved")
+
+    async def refresh() -> bool:
+        return True
+
+    tries = make_tries(timeout_s=1e6)
+    assert wait(tries.run("facts", once, refresh=refresh, check=check, silence_s=0.02)) == "done"
+    assert len(tried) == 4
+
+
+def test_a_try_that_fails_while_it_is_cut_off_leaves_the_deadline_as_it_was(wait) -> None:  # type: ignore[no-untyped-def]
+    """As where a part of a gather fails in the moment in which the others are cancelled."""
+    tried: list[int] = []
+
+    async def once() -> str:
+        tried.append(len(tried))
+        try:
+            return await asyncio.Event().wait() and ""
+        except asyncio.CancelledError:
+            if len(tried) > 1:
+                raise
+            raise ShardUnavailable("away", shard=1) from None
+
+    async def check() -> None:
+        if len(tried) == 1:
+            raise StalePlacement("moved")
+
+    async def main() -> None:
+        with pytest.raises(ShardUnavailable, match="2 tries"):
+            await make_tries(timeout_s=0.3).run("facts", once, check=check, silence_s=0.02)
+        task = asyncio.current_task()
+        assert task is not None
+        assert not task.cancelling()
+
+    wait(main())
+
+
+def test_a_try_that_succeeds_while_it_is_cut_off_leaves_nobody_cancelled(wait) -> None:  # type: ignore[no-untyped-def]
+    async def once() -> str:
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return "done"
+
+    async def check() -> None:
+        raise StalePlacement("moved")
+
+    async def main() -> None:
+        assert await make_tries().run("facts", once, check=check, silence_s=0.02) == "done"
+        task = asyncio.current_task()
+        assert task is not None
+        assert not task.cancelling()
+
+    wait(main())
+
+
+@pytest.mark.parametrize("how", ["fails for good", "is tried no further", "gets old", "cannot be checked"])
+def test_what_was_asked_is_kept_no_longer_than_its_error(wait, how: str) -> None:  # type: ignore[no-untyped-def]
+    """It may be large, and the collector of cycles comes late."""
+
+    class Asked:
+        pass
+
+    async def ask(asked: Asked) -> None:
+        async def once() -> None:
+            assert asked
+            if how in ("gets old", "cannot be checked"):
+                await asyncio.Event().wait()
+            raise DataLoss("gone") if how == "fails for good" else ShardUnavailable("away", shard=1)
+
+        async def check() -> None:
+            raise StalePlacement("moved") if how == "gets old" else ValueError("odd")
+
+        await make_tries().run(
+            "facts", once, check=check, silence_s=0.02, again=how not in ("is tried no further", "gets old")
+        )
+
+    async def main() -> bool:
+        asked = Asked()
+        known = weakref.ref(asked)
+        with pytest.raises((MempoolError, ValueError)) as raised:
+            await ask(asked)
+        del asked, raised
+        await asyncio.sleep(0)
+        return known() is None
+
+    gc.disable()
+    try:
+        assert wait(main())
+    finally:
+        gc.enable()

@@ -7,7 +7,7 @@ import pytest
 from mempool.client.training import coordinator
 from mempool.client.training.coordinator import Commitment
 from mempool.client.training.session import Session
-from mempool.errors import DataLoss, NotFound, ShardUnavailable, StalePlacement
+from mempool.errors import DataLoss, ShardUnavailable, StalePlacement
 
 from .scripted import THREE, Client, ScriptedPool
 
@@ -229,46 +229,6 @@ def test_tables_prepared_together_can_be_committed_apart(wait) -> None:  # type:
         assert not any(2 in shard.prepared for shard in client.pool.shards)
         assert await two.commit(lr=LR) == 1
         await client.coordinator.applied(client.sessions)
-
-    wait(main())
-    client.assert_agreed()
-
-
-def test_a_table_dropped_from_a_prepared_step_leaves_the_others(wait) -> None:  # type: ignore[no-untyped-def]
-    client = Client(ScriptedPool({1: THREE, 2: THREE}))
-
-    async def main() -> None:
-        await client.push()
-        await client.coordinator.prepare(client.sessions)
-        assert await client.coordinator.discard([client.sessions[0]]) == [1]
-        assert not any(shard.prepared for shard in client.pool.shards)
-        assert await client.coordinator.commit(commitments(client.sessions)) == [0, 1]
-        await client.coordinator.applied(client.sessions)
-
-    wait(main())
-    client.assert_agreed()
-    assert client.pool.shards[0].applied[1] == []
-
-
-def test_a_table_that_is_dropped_does_not_hold_up_those_it_was_committed_with(wait) -> None:  # type: ignore[no-untyped-def]
-    client = Client(ScriptedPool({1: THREE, 2: THREE, 3: THREE}))
-    pool = client.pool
-
-    async def main() -> None:
-        pool.shards[1].before["apply"] = [NotFound("no such table", shard=1)]
-        await client.push()
-        await client.coordinator.commit(commitments(client.sessions))
-        del pool.owners[2]
-        await client.push(client.sessions[0])
-        assert await client.sessions[0].commit(lr=LR) == 1
-        await client.push(client.sessions[0], client.sessions[2])
-        await client.coordinator.prepare([client.sessions[0], client.sessions[2]])
-        del pool.owners[3]
-        client.router.forget(3)
-        with pytest.raises(NotFound):
-            await client.coordinator.commit(commitments([client.sessions[0], client.sessions[2]]))
-        assert await client.sessions[0].commit(lr=LR) == 1
-        await client.coordinator.applied([client.sessions[0]])
 
     wait(main())
     client.assert_agreed()

@@ -103,3 +103,23 @@ def test_any_history_applies_what_was_committed_once(before: Any, after: Any, ev
         assert counters.updates_committed + counters.updates_discarded == counters.updates_pushed
         assert (session.pending, session.pending_bytes) == (0, 0)
     assert not any(shard.prepared or shard.held for shard in pool.shards)
+
+
+def test_what_a_move_has_dropped_is_sent_again_without_being_asked_for(wait) -> None:  # type: ignore[no-untyped-def]
+    client = Client(ScriptedPool({1: THREE, 2: THREE}))
+    pool = client.pool
+
+    async def main() -> None:
+        await client.push()
+        await client.arrived()
+        pool.move()
+        pool.clear()
+        assert await client.coordinator.commit([Commitment(session, lr=0.5) for session in client.sessions]) == [1, 1]
+        await client.coordinator.applied(client.sessions)
+
+    wait(main())
+    client.assert_agreed()
+    for shard in pool.shards[:3]:  # the first Prepare is refused as late; then all is there when it is asked for
+        assert shard.names()[:4] == ["prepare", "update", "update", "prepare"]
+        assert shard.names().count("prepare") == 2
+    assert client.coordinator.notices() == []

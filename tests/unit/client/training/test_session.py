@@ -1,12 +1,18 @@
 """A trainer's steps where nothing fails: what is sent, what is applied, what is counted."""
 
+import asyncio
+
 import pytest
 import torch
 
+from mempool.client.routing.router import Router
+from mempool.client.routing.whereabouts import Whereabouts
+from mempool.client.training import session as session_module
+from mempool.client.training.session import Session
 from mempool.errors import InvalidRequest
 from mempool.types import CommitRequest, PrepareRequest, ProductKeySpec
 from mempool.types.bags import Bags
-from tests.support.faulty import COLUMNS, LAYOUTS, FaultyPool, make_schema
+from tests.support.faulty import COLUMNS, LAYOUTS, Fault, FaultyPool, make_schema
 
 from .trainer import LR, Trainer
 
@@ -207,5 +213,48 @@ def test_wrong_numbers_change_nothing(wait, lr: float, grad_scale: float, text: 
         assert await trainer.session.commit(lr=LR) == 1
         trainer.apply()
         await trainer.assert_applied()
+
+    wait(main())
+
+
+def embedded(layout: str) -> Trainer:
+    pool = FaultyPool(LAYOUTS[layout])
+    router = Router(pool, dial=pool.dial, pool=Whereabouts(name="here", embedded=True), timeout_s=20.0)
+    session = Session(router, table_id=1, group="g")
+    return Trainer(pool, session, router, pool.values.clone(), torch.zeros_like(pool.values))
+
+
+def test_a_small_update_for_the_only_shard_of_this_process_is_held_when_it_returns(  # type: ignore[no-untyped-def]
+    wait, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, several = embedded("one"), embedded("columns")
+
+    async def main() -> None:
+        await one.push()
+        assert one.pool.shards[0].held == 1
+        await several.push()
+        assert not any(shard.held for shard in several.pool.shards)
+        monkeypatch.setattr(session_module, "_WAITED_FOR_BYTES", 8)
+        await one.push()
+        assert one.pool.shards[0].held == 1
+        for trainer in (one, several):
+            await trainer.session.commit(lr=LR)
+            trainer.apply()
+            await trainer.assert_applied()
+
+    wait(main())
+
+
+def test_a_shard_of_this_process_that_does_not_answer_holds_up_a_backward_pass_for_its_deadline(wait) -> None:  # type: ignore[no-untyped-def]
+    trainer = embedded("one")
+    trainer.pool.shards[0].faults["update"] = [Fault.SILENT]
+
+    async def main() -> None:
+        bags = Bags(ids=torch.tensor([1]), weights=None, offsets=torch.tensor([0, 1]))
+        _, record = await trainer.session.gather(bags, remember=True)
+        async with asyncio.timeout(10.0):
+            await trainer.session.update(record, torch.ones(1, 12), hold=True, want_weight_grad=False, timeout_s=0.1)
+        assert trainer.session.pending == 1
+        assert await trainer.session.commit(lr=LR) == 1
 
     wait(main())

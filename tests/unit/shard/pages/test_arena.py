@@ -110,7 +110,7 @@ def test_who_moves_pages_away_waits_for_as_much_as_moved_and_never_for_all_the_r
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A round of a move holds writers off while an arena shrinks."""
-    monkeypatch.setattr(arena_module, "_COPY_BYTES", 1)
+    monkeypatch.setattr(arena_module, "_SHRINK_BYTES", 1)
     schema = make_schema(num_slots=8 * 1000, optimizer=ROWWISE)
     arena = Arena(schema=schema, blocks=(0, 1), arrays=named_arrays(schema), device=torch.device("cpu"))
     arena.publish(np.arange(1000), taken := arena.take(1000))
