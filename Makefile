@@ -2,6 +2,7 @@
 # make test      sets everything up and runs every check; make lint, types, imports, unit, integration: one of them alone
 # make check     what a change needs at least (SINCE=COMMIT)
 # make simulate  whole pools on simulated time and links, each on a seed (SEEDS=200 SEED=1); says how to replay one
+# make chaos     kills processes of pools that keep what they have on a disk (SECONDS=300 SEED=1), bit for bit as without
 # make bench     times every kernel beside its peers (seven minutes on two cores), in an environment of its own
 # make protos    generated code
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -26,12 +27,13 @@ SOURCES := mempool examples tests protos
 SINCE := HEAD
 SEEDS ?= 200
 SEED ?= 1
+SECONDS ?= 300
 
 .PHONY: help demo compile-kernels run-demo test static check bench lint types imports protos protos-check unit kernels run-tests files integration setup clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,6s/^# //p' Makefile
+	@sed -n '1,7s/^# //p' Makefile
 
 setup: $(READY)
 
@@ -126,6 +128,12 @@ check: lint types imports
 .PHONY: simulate
 simulate: kernels
 	@$(BIN)/python -m tests.simulation.run --seeds $(SEEDS) --seed $(SEED)
+
+# Exit 1 where anything was lost, or differs in a bit from what nobody disturbed. A third of the time is for one process.
+.PHONY: chaos
+chaos: $(READY)
+	@$(BIN)/python -m tests.hostile.memory_kills --seconds $$(( $(SECONDS) / 3 )) --seed $(SEED)
+	@$(BIN)/python -m tests.hostile.pool_kills --seconds $$(( 2 * $(SECONDS) / 3 )) --seed $(SEED) --rescales
 
 # The peers pin torch, so they live in an environment of their own. Times are worth something on an idle machine only.
 bench: $(BENCH)/.ready

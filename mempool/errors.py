@@ -13,7 +13,8 @@
     │   ├── Overloaded         the shard has too much to do or to hold just now; it says when to try again
     │   └── PoolUnreachable
     ├── DeadlineExceeded       the call's time is over (also a TimeoutError)
-    ├── DataLoss               pages are gone; the message says what to restore
+    ├── DataLoss               pages are gone, or what was stored is damaged; the message says what to restore
+    ├── StorageFailed          a disk is full, failing, read-only, or in use by another process; nothing was changed
     ├── Replan                 internal: the caller's view of the pool is old; the client follows and tries again
     │   ├── StalePlacement     the page's epoch, or the shard's incarnation, is another one
     │   └── ContextMissing     the shard no longer remembers the lookup; the client sends ids and weights again
@@ -44,6 +45,7 @@ class ErrorCode(IntEnum):
     STALE_PLACEMENT = 13
     CONTEXT_MISSING = 14
     OVERLOADED = 15
+    STORAGE_FAILED = 16
 
 
 class MempoolError(Exception):
@@ -157,6 +159,20 @@ class DataLoss(MempoolError):
     """Pages are gone and are not replaced by initial values; the message says what to restore."""
 
     code = ErrorCode.DATA_LOSS
+
+
+class StorageFailed(MempoolError):
+    """A file cannot be read or written. What was to be stored is not; the shard goes on when the disk does.
+
+    Args:
+        errno: The operating system's number of it; 0 where it has none.
+    """
+
+    code = ErrorCode.STORAGE_FAILED
+
+    def __init__(self, message: str, *, shard: int | None = None, address: str | None = None, errno: int = 0) -> None:
+        super().__init__(message, shard=shard, address=address)
+        self.errno = errno
 
 
 class Replan(MempoolError):

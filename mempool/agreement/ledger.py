@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Protocol
 
 from mempool.agreement.order import NOBODY
 from mempool.errors import StepConflict
@@ -21,15 +22,43 @@ FORGOTTEN = DecidedStep(table_id=0, version=0, step_id=NOBODY, lr=0.0, grad_scal
 _NONE = LedgerEntry()
 
 
+class StepLog(Protocol):
+    """Told on the thread that changes the ledger, after it did."""
+
+    def applied(self, step: DecidedStep, others: tuple[DecidedStep, ...]) -> None:
+        """A step was applied, with these sequences; others: its parts at other tables, of which this is the first."""
+
+    def numbered(self, step: DecidedStep) -> None:
+        """A step that was decided got its version."""
+
+    def over(self, step_id: StepId) -> None:
+        """A step that was not applied never will be."""
+
+
+class NoStepLog:
+    """Keeps nothing."""
+
+    def applied(self, step: DecidedStep, others: tuple[DecidedStep, ...]) -> None:
+        """See ``StepLog``."""
+
+    def numbered(self, step: DecidedStep) -> None:
+        """See ``StepLog``."""
+
+    def over(self, step_id: StepId) -> None:
+        """See ``StepLog``."""
+
+
 class AppliedLedger:
     """Of very many ranks, those that committed last are remembered.
 
     Attributes:
         version: The table version: steps applied.
         updates_applied: Updates of them.
+        log: Told what becomes of steps.
     """
 
     def __init__(self, ledger: Ledger | None) -> None:
+        self.log: StepLog = NoStepLog()
         self.version = 0
         self.updates_applied = 0
         self._step_offset = 0
@@ -117,6 +146,7 @@ class AppliedLedger:
         entry = self._current(step_id)
         if entry.generation == step_id.generation:
             self._put(step_id, replace(entry, dropped=max(entry.dropped, step_id.step)))
+            self.log.over(step_id)
 
     def adopt(self, ledger: Ledger | None) -> bool:
         """Take over the ledger that came with pages, where it is ahead: a shard that owned nothing got no commits.

@@ -4,7 +4,7 @@ At the table's gate it gives the numbers. Values only: whoever holds it applies 
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from mempool.errors import Overloaded, StepConflict
@@ -189,6 +189,15 @@ class Order:
                 table_id = steps[0].table_id if steps else 0
                 self.add(DecidedStep(table_id=table_id, version=number, step_id=NOBODY, lr=0.0, grad_scale=1.0))
         return refused
+
+    def remember(self, steps: Iterable[DecidedStep]) -> None:
+        """Steps that were applied in an earlier life, ascending."""
+        for step in steps:
+            self._keep(step)
+
+    def kept(self) -> tuple[DecidedStep, ...]:
+        """The newest steps that were applied, ascending."""
+        return tuple(self._kept.values())
 
     def _keep(self, step: DecidedStep) -> None:
         self._kept[step.version] = step

@@ -8,17 +8,13 @@ A command imports what it needs when it runs: help is there at once, and who onl
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 import mempool
-from mempool.cli import bench
+from mempool.cli import bench, checkpoints
 from mempool.cli.outcome import UsageError, reported, undone_by_signals
-
-if TYPE_CHECKING:
-    from mempool.cli.target import Target
-    from mempool.client import Pool
 
 _CHANGE_TIMEOUT_S = 15.0
 
@@ -30,6 +26,7 @@ app = typer.Typer(
 )
 
 app.add_typer(bench.app, name="bench")
+checkpoints.add_to(app)
 
 File = Annotated[Path, typer.Option("-f", "--file", metavar="FILE", help="The cluster file (YAML).")]
 MaybeFile = Annotated[
@@ -168,7 +165,7 @@ def scale(
     """Change the number of shards while the pool serves; with a file, the file is edited too."""
     with reported():
         from mempool.cli import show
-        from mempool.cli.target import find_target
+        from mempool.cli.target import connected, find_target
         from mempool.cli.waiting import told_waits
         from mempool.config import set_shards
         from mempool.errors import ConfigError
@@ -179,7 +176,7 @@ def scale(
         (shards,) = wanted
         target = find_target(file, pool, address)
         with (
-            _connect(target) as client,
+            connected(target, timeout_s=_CHANGE_TIMEOUT_S) as client,
             show.rescale_progress() as (say, progress),
             told_waits(target.status, say=say, progress=progress) as report,
         ):
@@ -198,27 +195,32 @@ def scale(
 
 
 @app.command()
-def down(file: MaybeFile = None, pool: PoolName = None, address: Address = None) -> None:
-    """End a pool and what it holds, and Ray too where `mempool up` started it."""
+def down(
+    file: MaybeFile = None,
+    pool: PoolName = None,
+    address: Address = None,
+    drop: Annotated[
+        bool, typer.Option("--drop", help="Remove what its shards have kept (shard.storage), too. Asks first.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """End a pool, and Ray too where `mempool up` started it. What it has in storage stays, unless it is dropped."""
     with reported():
         from mempool.cli import show
         from mempool.cli.target import find_target, named
 
         # A name is enough: a pool that no record knows may run on the Ray of this machine.
-        name = (
-            pool if pool is not None and file is None and address is None else named(find_target(file, pool, address))
-        )
+        if pool is not None and file is None and address is None:
+            name, config = pool, None
+        else:
+            target = find_target(file, pool, address)
+            name, config = named(target), target.config
+        if drop and not yes:
+            typer.confirm(f"Remove all tables of pool {name!r}, with what its shards have kept, for good?", abort=True)
         from mempool.rayhost import down as end
 
-        end(name, say=show.say)
+        end(name, say=show.say, drop=drop, config=config)
         show.say(f"pool {name!r} is down")
-
-
-def _connect(target: Target) -> Pool:
-    from mempool.client import connect
-
-    target.status()  # where nobody answers, the command's own words, and soon
-    return connect(target.address, token=target.token, tls=target.tls, timeout_s=_CHANGE_TIMEOUT_S)
 
 
 def _print_json(document: object) -> None:

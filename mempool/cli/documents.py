@@ -11,9 +11,9 @@ from mempool.types import PoolStatus, ShardStatus, TableStatus, TableView
 def status(now: PoolStatus, *, address: str) -> dict[str, Any]:
     """The document of `mempool status --json`.
 
-    Keys: ``pool``, ``address``, ``rescaling``, ``wanted_shards`` (null while the controller is away), ``waiting_for``
-    and ``unfinished`` (text, empty if there is nothing), ``shards`` (list, by shard id), ``tables`` (list) and
-    ``creating`` (list, tables that are being made). Sizes are bytes, times are seconds. Of a shard in state
+    Keys: ``pool``, ``address``, ``rescaling``, ``wanted_shards`` (null while the controller is away), ``waiting_for``,
+    ``unfinished``, ``checkpoint`` (text, empty if there is nothing), ``shards`` (list, by shard id), ``tables`` (list)
+    and ``creating`` (list, tables that are being made). Sizes are bytes, times are seconds. Of a shard in state
     "unreachable" only ``shard``, ``address``, ``incarnation`` and ``state`` mean anything.
     """
     return {
@@ -23,6 +23,7 @@ def status(now: PoolStatus, *, address: str) -> dict[str, Any]:
         "wanted_shards": now.wanted_shards or None,
         "waiting_for": now.waiting_for,
         "unfinished": now.unfinished,
+        "checkpoint": now.checkpoint,
         "shards": [_shard(shard) for shard in now.shards],
         "tables": [table(view, now) for view in now.tables],
         "creating": [
@@ -101,6 +102,9 @@ def _shard(shard: ShardStatus) -> dict[str, Any]:
         "kept_bytes": shard.kept_bytes,
         "client_limit_bytes": shard.client_limit_bytes,
         "page_limit_bytes": shard.page_limit_bytes,
+        "storage": shard.storage or None,
+        "journal_bytes": shard.journal_bytes,
+        "storage_refuses": shard.storage_refuses,
         "uptime_s": shard.uptime_s,
         "stages": [asdict(stage) for stage in shard.stages],
     }

@@ -1,5 +1,6 @@
 """What commands print for people: tables and a progress bar on a terminal, plain lines anywhere else."""
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ def status(now: PoolStatus, *, address: str, stages: bool = False) -> None:
     for shard in now.shards:
         shards.add_row(*_shard_row(shard), style=None if shard.state == "ready" else "red")
     console.print(shards)
+    console.print(_kept(now))
     found = [documents.table(view, now) for view in now.tables]
     if found:
         tables = _table(
@@ -59,6 +61,8 @@ def status(now: PoolStatus, *, address: str, stages: bool = False) -> None:
         so_far = f"{_size(creation.bytes_done)} of {_size(creation.bytes_total)}"
         waits = f"waits for {creation.waiting_for}" if creation.waiting_for else ""
         console.print(f"making table {creation.table}: {waits or so_far}")
+    if now.checkpoint:
+        console.print(f"taking {now.checkpoint}")
     for line in _troubles(now, found):
         console.print(line, style="red")
 
@@ -186,6 +190,16 @@ def _held(shard: ShardStatus) -> str:
     return f"{held} of {_size(shard.client_limit_bytes)}" if shard.client_limit_bytes else held
 
 
+def _kept(now: PoolStatus) -> str:
+    """What of it survives its processes."""
+    ready = [shard for shard in now.shards if shard.state == "ready"]
+    kept = [shard for shard in ready if shard.storage]
+    if kept:
+        journals = _size(sum(shard.journal_bytes for shard in kept))
+        return f"storage {os.path.dirname(kept[0].storage)}: journals of {journals}"
+    return "no storage (shard.storage): a shard that dies loses its pages; take checkpoints" if ready else ""
+
+
 def _troubles(now: PoolStatus, tables: list[dict[str, object]]) -> list[str]:
     """Lines for what needs somebody's attention."""
     lines = [
@@ -194,6 +208,11 @@ def _troubles(now: PoolStatus, tables: list[dict[str, object]]) -> list[str]:
         else f"shard {shard.info.shard} does not answer; Ray starts it again if its process died"
         for shard in now.shards
         if shard.state != "ready"
+    ]
+    lines += [
+        f"shard {shard.info.shard} takes no change, as its storage refuses it: {shard.storage_refuses}"
+        for shard in now.shards
+        if shard.storage_refuses
     ]
     if now.unfinished:
         lines.append(now.unfinished)
@@ -204,7 +223,8 @@ def _troubles(now: PoolStatus, tables: list[dict[str, object]]) -> list[str]:
         )
     lines += [
         f"table {table['name']} lost {table['lost_pages']} of {table['pages']} pages: it answers DATA_LOSS. "
-        f"Drop it (pool.drop_table({table['name']!r})), make it again and write back what you saved"
+        f"Restore a checkpoint over it (mempool restore PLACE --table {table['name']} --replace), or drop it "
+        f"(pool.drop_table({table['name']!r})) and make it again"
         for table in tables
         if table["lost_pages"]
     ]

@@ -18,6 +18,7 @@ from mempool.rayhost import PoolRecord, read_record, read_records
 from mempool.types import PoolStatus
 
 if TYPE_CHECKING:
+    from mempool.client import Pool
     from mempool.wire.channels.tls import ClientTls
 
 ADDRESS_VARIABLE = "MEMPOOL_ADDRESS"
@@ -113,6 +114,14 @@ def find_target(file: Path | None = None, pool: str | None = None, address: str 
         parts(address)
         return Target(address=address)
     return _only(read_records())
+
+
+def connected(target: Target, *, timeout_s: float) -> "Pool":
+    """A client of a target's pool. Loads torch. Raises PoolUnreachable, in the command's own words, and soon."""
+    target.status()
+    from mempool.client import connect
+
+    return connect(target.address, token=target.token, tls=target.tls, timeout_s=timeout_s)
 
 
 def named(target: Target) -> str:

@@ -3,12 +3,14 @@
 How the controller and the shards are reached is for whoever makes it: ``connect`` (gRPC) or ``mempool.local``.
 """
 
+import os
 import secrets
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
-from typing import NoReturn, Self, TypeVar
+from typing import Any, Literal, NoReturn, Self, TypeVar, overload
 
+from mempool.client.checkpoints import CheckpointHandle, Restoring, asked_checkpoint, asked_restore
 from mempool.client.counts import shard_count
 from mempool.client.opening.connection import Connection
 from mempool.client.opening.creation import CreateProgress, Creation
@@ -19,8 +21,9 @@ from mempool.client.table import Table
 from mempool.client.training.session import Session
 from mempool.config import TableConfig
 from mempool.errors import InvalidRequest, NotFound, PoolUnreachable, ShardUnavailable, Unavailable
-from mempool.types import PoolApi, PoolStatus, RescaleProgress, TableView
+from mempool.types import CheckpointProgress, PoolApi, PoolStatus, RescaleProgress, TableView, TakeCheckpoint
 from mempool.types.caller import Caller, calling
+from mempool.wire.channels import loop
 
 T = TypeVar("T")
 
@@ -184,6 +187,122 @@ class Pool:
                 "this stopped. mempool status says how far it is"
             ) from error
 
+    @overload
+    def checkpoint(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        tables: Iterable[str] | None = ...,
+        incremental: bool = ...,
+        keep: int | None = ...,
+        extra: Mapping[str, Any] | None = ...,
+        wait: Literal[True] = ...,
+        progress: Callable[[CheckpointProgress], None] | None = ...,
+    ) -> CheckpointProgress: ...
+
+    @overload
+    def checkpoint(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        tables: Iterable[str] | None = ...,
+        incremental: bool = ...,
+        keep: int | None = ...,
+        extra: Mapping[str, Any] | None = ...,
+        wait: Literal[False],
+    ) -> CheckpointHandle: ...
+
+    def checkpoint(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        tables: Iterable[str] | None = None,
+        incremental: bool = True,
+        keep: int | None = None,
+        extra: Mapping[str, Any] | None = None,
+        wait: bool = True,
+        progress: Callable[[CheckpointProgress], None] | None = None,
+    ) -> CheckpointProgress | CheckpointHandle:
+        """Write the pool's tables to a place, as they are at one moment, while training and lookups go on.
+
+        All tables are of one step boundary; steps that are acknowledged before this is called are in it. Has no
+        deadline once begun. A checkpoint is there whole, or not at all.
+
+        Args:
+            url: A folder that all of the pool's processes have under this path, or a URL that fsspec knows
+                ("s3://bucket/run-7"). It has checkpoints of one pool.
+            tables: Names; None: all tables.
+            incremental: Write only pages that changed since the newest checkpoint there, and name those for the rest.
+            keep: Remove all but so many of the newest, once this one is whole; None: none.
+            extra: Your own, JSON: kept with it.
+            wait: False: answer a handle at once, once it has begun.
+            progress: Called on this thread with each report, where it is waited for; an exception of it ends the
+                watching, not the checkpoint.
+
+        Returns:
+            The last report: the checkpoint's name, the tables' versions; or the handle.
+
+        Raises:
+            InvalidRequest: The place is wrong, or another pool's; or another checkpoint is being taken.
+            NotFound: There is no such table.
+            StorageFailed: The place does not take it.
+            PoolUnreachable: The controller does not answer; once begun, it may go on by itself: list the place.
+        """
+        request = asked_checkpoint(url, tables, incremental=incremental, keep=keep, extra=extra)
+        begun = self._connection.tries.run("checkpoint", lambda: self._begin_checkpoint(request))
+        reports, first = self._connection.run(begun)
+        handle = CheckpointHandle(first)
+        if not wait:
+            loop.start(handle.follow(reports))
+            return handle
+        last = first
+
+        def heard(report: CheckpointProgress) -> None:
+            nonlocal last
+            last = report
+            if progress is not None:
+                progress(report)
+
+        self._follow(reports, heard, first)
+        return last
+
+    def restore(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        checkpoint: str | None = None,
+        tables: Iterable[str] | None = None,
+        name: str | None = None,
+        replace: bool = False,
+        layout: str | None = None,
+        progress: Callable[[CreateProgress], None] | None = None,
+    ) -> tuple[Table, ...]:
+        """Make tables of a checkpoint's, whatever number of shards and layout it was taken with: bit for bit.
+
+        Each is there whole, or not at all; one that it replaces stays until then, and its ``Table`` and layers that use
+        it are of no use from then on: take the new one with ``pool.table``. There must be room for both meanwhile.
+
+        Args:
+            url: The place, as in ``checkpoint``.
+            checkpoint: The name of the checkpoint; None: the newest.
+            tables: Names in the checkpoint; None: all.
+            name: What the table is to be called, where one is named. Random rounding goes by the name.
+            replace: Take the place of tables of these names.
+            layout: As in ``TableConfig``; None: as it was.
+            progress: Called on this thread with each report, about once a second.
+
+        Raises:
+            NotFound: There is no such checkpoint, or it has no such table.
+            AlreadyExists: There is a table of that name.
+            DataLoss: The checkpoint is damaged; the message names file and bytes.
+            InvalidRequest: The place is wrong, or the checkpoint is of a newer mempool.
+            PoolUnreachable: The controller does not answer; the pool may go on with it: see ``status``.
+        """
+        request = asked_restore(url, tables, checkpoint=checkpoint, name=name, replace=replace, layout=layout)
+        restoring = Restoring(self._api, request)
+        self._follow(restoring.reports(), progress)
+        return tuple(self._opened(view) for view in self._connection.run(self._adopted(restoring.views)))
+
     def status(self) -> PoolStatus:
         """Shards, tables, and whether pages are moving."""
         return self._connection.run(self._connection.tries.run("status", self._api.status))
@@ -212,6 +331,17 @@ class Pool:
         reports = self._api.rescale(shards)
         with calling(Caller()):  # what is begun here has no deadline
             return reports, await _next(reports)
+
+    async def _begin_checkpoint(
+        self, request: TakeCheckpoint
+    ) -> tuple[AsyncIterator[CheckpointProgress], CheckpointProgress]:
+        """The reports and the first of them. Where it raises Unavailable nothing has begun: it may be tried again."""
+        reports = self._api.checkpoint(request)
+        with calling(Caller()):
+            return reports, await anext(reports)
+
+    async def _adopted(self, views: Iterable[TableView]) -> list[TableView]:
+        return [self.router.adopt(view) for view in views]
 
     async def _list_tables(self) -> list[TableView]:
         return [self.router.adopt(view) for view in await self._connection.tries.run("tables", self._api.tables)]

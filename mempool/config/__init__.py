@@ -13,6 +13,7 @@ from mempool.config.cluster import (
     PoolConfig,
     RayConfig,
     ShardConfig,
+    StorageConfig,
     TlsConfig,
     is_loopback,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "RowWiseAdagrad",
     "RowWiseAdam",
     "ShardConfig",
+    "StorageConfig",
     "TableConfig",
     "TlsConfig",
     "diff",

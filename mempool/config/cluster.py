@@ -161,6 +161,28 @@ class PoolConfig(ConfigModel):
         return token
 
 
+class StorageConfig(ConfigModel):
+    """Where shards keep their pages, and what was committed, so that it survives them.
+
+    Args:
+        path: A folder on every node that runs shards, absolute; each shard has its own in it. Where it is shared among
+            nodes a lost node's shards come back elsewhere.
+        journal_limit: Bytes that a shard's journal may have on the disk, about: at half of it a snapshot is begun.
+        sync: "commit": what is acknowledged survives a power cut; "off": a killed process alone.
+    """
+
+    path: str
+    journal_limit: ByteCount = Field(default=2**30, ge=2**20)
+    sync: Literal["commit", "off"] = "commit"
+
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, path: str) -> str:
+        if not os.path.isabs(path) or "\0" in path:
+            raise ValueError("is not an absolute path; shards on any node look there.")
+        return path
+
+
 class ShardConfig(ConfigModel):
     """What each shard gets. Sizes take "2GiB", "512MiB" or plain bytes.
 
@@ -179,6 +201,7 @@ class ShardConfig(ConfigModel):
             rescale goes on over a step that it left undecided. A trainer says that it lives, at a third of it.
         resources: Ray's custom resources a shard asks for, to say on which nodes it may run.
         max_restarts: How often Ray starts a dead shard again; -1 is always.
+        storage: Where it keeps what it has; None: a shard that dies loses its pages.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -192,6 +215,7 @@ class ShardConfig(ConfigModel):
     trainer_lease: Number = Field(default=TRAINER_LEASE_S, ge=1, le=600)
     resources: dict[str, Annotated[Number, Field(gt=0)]] = Field(default_factory=dict)
     max_restarts: WholeNumber = Field(default=-1, ge=-1)
+    storage: StorageConfig | None = None
 
     @property
     def client_bytes(self) -> int:

@@ -8,7 +8,7 @@ its name ends it, a failure leaves nothing behind; what a controller that dies l
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from mempool.controller.calls import ShardCalls
@@ -19,6 +19,7 @@ from mempool.placement import plan_table
 from mempool.types import (
     AttachTable,
     FlatKeySpec,
+    Ledger,
     Placement,
     ProductKeySpec,
     ShardFill,
@@ -26,6 +27,7 @@ from mempool.types import (
     ShardStatus,
     TableCreation,
     TableSchema,
+    TableSource,
     TableStatus,
     TableView,
 )
@@ -44,12 +46,28 @@ MAX_PLACED_PAGES = 2**22
 """Pages of all tables: each costs four bytes in whatever tells of all tables, as a status does."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where the pages of a table that is restored come from.
+
+    Attributes:
+        source: The checkpoint's table.
+        ledger: Where its history stood.
+        replace: It takes the place of a table of its name.
+    """
+
+    source: TableSource
+    ledger: Ledger
+    replace: bool = False
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Making:
     """A table that is being made.
 
     Attributes:
         schema: As it was asked for, table_id 0.
+        origin: The checkpoint that its pages are read from; None: they get initial values.
         table_id: The id that it will have.
         first_id: The one that it was begun with, by which a caller may know it: later tables were heard of since.
         task: Makes it.
@@ -61,6 +79,7 @@ class Making:
 
     schema: TableSchema
     table_id: int
+    origin: "Origin | None" = None
     first_id: int = 0
     task: "asyncio.Task[TableView] | None" = None
     view: TableView | None = None
@@ -100,8 +119,8 @@ class TableChanges:
         self._changing = changing
         self._making: dict[str, Making] = {}
 
-    async def create(self, schema: TableSchema) -> TableView:
-        """Make a table, or wait for the one that is being made of the same schema.
+    async def create(self, schema: TableSchema, origin: Origin | None = None) -> TableView:
+        """Make a table, or wait for the one that is being made of the same schema, from the same origin.
 
         Raises:
             InvalidRequest: The schema is wrong, or the pool has too many tables or pages.
@@ -114,17 +133,18 @@ class TableChanges:
         schema = replace(schema, table_id=0)
         making = self._making.get(schema.name)
         if making is None:
-            self._require_new(schema)
+            self._require_new(schema, origin)
             making = self._making[schema.name] = Making(
-                schema=schema, table_id=self._roster.new_table_id(), began_s=self._clock()
+                schema=schema, origin=origin, table_id=self._roster.new_table_id(), began_s=self._clock()
             )
             with calling(Caller()):  # neither its deadline nor its name goes along: others may join in
                 making.task = asyncio.create_task(self._make(making))
             making.task.add_done_callback(lambda task: self._made(making, task))
-        elif making.schema != schema:
+        elif making.schema != schema or making.origin != origin:
+            found = differences(making.schema, schema) or ["one of the two is restored, or from elsewhere"]
             raise AlreadyExists(
                 f"table {schema.name!r} is being made by another call, and differs: "
-                f"{'; '.join(differences(making.schema, schema))}. Ask for the same, take another name, or end it "
+                f"{'; '.join(found)}. Ask for the same, take another name, or end it "
                 f"with pool.drop_table({schema.name!r})"
             )
         assert making.task is not None
@@ -209,6 +229,12 @@ class TableChanges:
                 shard=shard,
             )
 
+    def require_new(self, tables: Sequence[tuple[TableSchema, Origin]]) -> None:
+        """Raises AlreadyExists where one of these stands in nobody's place, and there is one of its name."""
+        for schema, origin in tables:
+            if not origin.replace:
+                self._require_none(schema)
+
     def _require_none(self, schema: TableSchema) -> None:
         """Raises AlreadyExists where there is a table of that name."""
         present = self._roster.find(schema.name)
@@ -220,9 +246,10 @@ class TableChanges:
                 f"pool.table({schema.name!r}), or drop it first with pool.drop_table({schema.name!r})"
             )
 
-    def _require_new(self, schema: TableSchema) -> None:
+    def _require_new(self, schema: TableSchema, origin: Origin | None) -> None:
         """Raises where a table may not be added to what the pool has and makes."""
-        self._require_none(schema)
+        if origin is None or not origin.replace:
+            self._require_none(schema)
         schemas = [making.schema for making in self._making.values()]
         schemas += [view.schema for view in self._roster.views]
         if len(schemas) >= MAX_TABLES:
@@ -247,19 +274,25 @@ class TableChanges:
                     making.first_id, making.table_id = table_id, self._roster.new_table_id()
                     table_id = making.table_id
                 schema = replace(making.schema, table_id=table_id)
-                self._require_none(schema)
+                if making.origin is None or not making.origin.replace:
+                    self._require_none(schema)
                 infos = self._roster.infos
                 view, making.bytes_of = await self._runner.run(lambda: first_view(schema, infos))
                 self._roster.unfinished.add(table_id)
                 making.view = view
-            request = AttachTable(view=view, mode="initialise", pending=True)
+            request = _attached(view, making.origin)
             await self._calls.everywhere(infos, lambda host: host.attach_table(request), timeout_s=_FILL_TIMEOUT_S)
             self._require_same(infos, schema.name)
             made = AttachTable(view=view, mode="confirm")
             making.asked = True
             await self._calls.call(infos[0], lambda host: host.attach_table(made))
+            before = self._roster.find(schema.name)
             view = self._roster.put(schema, view.placement)
             await self._telling.confirm(view, infos[1:])
+            if before is not None:  # of two of one name the later one is the pool's, whoever hears of both
+                self._roster.dropped.add(before.schema.table_id)
+                gone = before.schema.table_id
+                await self._calls.everywhere(infos, lambda host: host.drop_table(gone), tolerant=True)
             return view
         except BaseException:
             if making.view is not None:
@@ -307,6 +340,12 @@ class TableChanges:
         assert making.task is not None
         making.task.cancel()
         await asyncio.wait([making.task])
+
+
+def _attached(view: TableView, origin: Origin | None) -> AttachTable:
+    if origin is None:
+        return AttachTable(view=view, mode="initialise", pending=True)
+    return AttachTable(view=view, mode="restore", pending=True, ledger=origin.ledger, source=origin.source)
 
 
 def first_view(schema: TableSchema, infos: tuple[ShardInfo, ...]) -> tuple[TableView, dict[int, int]]:

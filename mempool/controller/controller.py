@@ -4,15 +4,28 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
+from importlib import metadata
 
 from mempool.controller.calls import ShardCalls
 from mempool.controller.changes import TableChanges
 from mempool.controller.launcher import Launcher
 from mempool.controller.rescaling import Rescaling, check_shards
 from mempool.controller.roster import Roster
+from mempool.controller.saving.checkpointing import Checkpoints
+from mempool.controller.saving.origin import origins_of
 from mempool.controller.telling import Telling
 from mempool.controller.watching import Watching
-from mempool.types import PoolStatus, RescaleProgress, ShardHost, ShardInfo, TableSchema, TableView
+from mempool.types import (
+    CheckpointProgress,
+    PoolStatus,
+    RescaleProgress,
+    RestoreTables,
+    ShardHost,
+    ShardInfo,
+    TableSchema,
+    TableView,
+    TakeCheckpoint,
+)
 from mempool.types.running import THREADS, TRAINER_LEASE_S, Clock, Runner
 
 
@@ -69,8 +82,29 @@ class Controller:
             runner=runner,
             new_token=new_token,
         )
+        self._checkpoints = Checkpoints(
+            pool=name,
+            roster=roster,
+            calls=calls,
+            telling=telling,
+            changes=changes,
+            changing=changing,
+            trainer_lease_s=trainer_lease_s,
+            written_by=_written_by(),
+            clock=clock,
+            runner=runner,
+            new_token=new_token,
+        )
+        self._runner = runner
         self._watching = Watching(
-            name, roster, calls=calls, telling=telling, changes=changes, rescaling=rescaling, changing=changing
+            name,
+            roster,
+            calls=calls,
+            telling=telling,
+            changes=changes,
+            rescaling=rescaling,
+            checkpoints=self._checkpoints,
+            changing=changing,
         )
 
     @property
@@ -88,6 +122,24 @@ class Controller:
         check_shards(shards)
         async with self._changing:
             await self._rescaling.start(range(shards))
+
+    async def bring_back(self, shards: int, *, wanted: Callable[[], int]) -> None:
+        """Start the shards of a pool that have storage: with all that they have kept, or as ``open`` does.
+
+        Args:
+            shards: How many a new pool has.
+            wanted: How many this one was meant to have, as those that are up have kept it; 0: it is new.
+
+        Raises:
+            MempoolError: A shard does not start, or what it has kept is damaged: nothing is left running.
+        """
+        await self.open(shards)
+        while missing := await self._watching.unstarted(wanted()):
+            async with self._changing:
+                await self._rescaling.start(missing)
+        await self._watching.adopt(self.shards, wanted() or shards)
+        async with self._changing:
+            await self._rescaling.let_go(wanted() or shards)
 
     async def adopt(self, infos: Iterable[ShardInfo], *, wanted: int = 0) -> None:
         """Take over running shards after this controller was started anew: their newest views are the pool's tables.
@@ -166,8 +218,43 @@ class Controller:
         async for progress in self._rescaling.rescale(shards):
             yield progress
 
+    async def checkpoint(self, request: TakeCheckpoint) -> AsyncIterator[CheckpointProgress]:
+        """Take a checkpoint of all tables, or some, at one moment, while clients go on. Goes on where the watcher
+        goes away.
+
+        Raises:
+            InvalidRequest: The place, or what is to be kept, is wrong; the place is another pool's; or a checkpoint is
+                under way.
+            NotFound: There is no such table.
+            DataLoss: A table has lost pages.
+            StorageFailed: The place does not take it.
+            MempoolError: A shard did not answer. No checkpoint was taken in any case.
+        """
+        async for progress in self._checkpoints.take(request):
+            yield progress
+
+    async def restore(self, request: RestoreTables) -> tuple[TableView, ...]:
+        """Make tables of a checkpoint's, each whole or not at all; goes on where the caller does not wait.
+
+        Raises:
+            NotFound: There is no such checkpoint, or it has no such table.
+            DataLoss: It is damaged, or not whole. Where a table could not be made, one that it was to replace is as it
+                was.
+            InvalidRequest: The place or the name is wrong, or the checkpoint is of a newer format.
+            AlreadyExists: There is a table of that name, which is not to be replaced.
+            MempoolError: As ``create_table``.
+        """
+        found = await self._runner.run(lambda: origins_of(request), name="mempool-checkpoint")
+        self._changes.require_new(found)
+        views = await asyncio.gather(*(self._changes.create(*each) for each in found), return_exceptions=True)
+        for view in views:
+            if isinstance(view, BaseException):
+                raise view
+        return tuple(view for view in views if not isinstance(view, BaseException))
+
     async def close(self) -> None:
         """Stop every shard; what is under way is stopped between two calls."""
+        await self._checkpoints.close()
         await self._rescaling.close()
         await self._changes.close()
         infos = self.shards
@@ -175,3 +262,11 @@ class Controller:
         errors = await self._rescaling.stop(infos)
         if errors:
             raise next(iter(errors.values()))
+
+
+def _written_by() -> str:
+    """The program and its version, for manifests."""
+    try:
+        return f"mempool {metadata.version('mempool')}"
+    except metadata.PackageNotFoundError:  # run from its source
+        return "mempool"

@@ -11,8 +11,11 @@ class Launcher(Protocol):
     async def require_room(self, shards: int) -> None:
         """Raises ShardUnavailable, with numbers, where so many more shards could not be started, as far as is known."""
 
-    async def start(self, shard: int) -> ShardInfo:
-        """Start a shard and answer once it is ready. Raises ShardUnavailable with the reason and what to do."""
+    async def start(self, shard: int, *, fresh: bool = False) -> ShardInfo:
+        """Start a shard and answer once it is ready. fresh: with nothing, whatever one of that number has kept.
+
+        Raises ShardUnavailable with the reason and what to do.
+        """
 
     async def starting(self) -> str:
         """What starts that are under way wait for, for people; "" if there are none."""

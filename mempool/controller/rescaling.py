@@ -108,9 +108,9 @@ class Rescaling:
         if self._roster.complete:
             self._inherited = None
 
-    async def start(self, shards: Sequence[int]) -> None:
+    async def start(self, shards: Sequence[int], *, fresh: bool = False) -> None:
         """Start shards: all of them, or none. Raises what the launcher raised."""
-        starting = [asyncio.ensure_future(self._launcher.start(shard)) for shard in shards]
+        starting = [asyncio.ensure_future(self._launcher.start(shard, fresh=fresh)) for shard in shards]
         try:
             results = await asyncio.gather(*starting, return_exceptions=True)
         except asyncio.CancelledError:
@@ -250,12 +250,19 @@ class Rescaling:
         await self._launcher.require_room(len(added))
         self._starting = True
         try:
-            await self.start(added)
+            await self.start(added, fresh=True)
         finally:
             self._starting = False
 
     async def _statuses(self) -> tuple[ShardStatus, ...]:
         return await self._calls.statuses(self._roster.infos)
+
+    async def let_go(self, wanted: int) -> None:
+        """A pool that was brought back is to have so many shards: those beyond go that own nothing, others are told."""
+        await self._launcher.keep_wanted(wanted)
+        idle = [shard for shard in self._roster.shards if shard >= wanted and shard not in self._roster.owners]
+        await self._remove(idle)
+        await self.inherit(wanted)
 
     async def _take_back(self, added: Sequence[int]) -> None:
         """Stop what was started for a rescale that moved nothing: the pool is as it was."""

@@ -7,6 +7,7 @@ from mempool.controller.calls import ShardCalls
 from mempool.controller.changes import TableChanges
 from mempool.controller.rescaling import Rescaling
 from mempool.controller.roster import Roster
+from mempool.controller.saving.checkpointing import Checkpoints
 from mempool.controller.telling import Telling
 from mempool.errors import ShardUnavailable
 from mempool.types import PoolStatus, ShardInfo, ShardStatus, TableView
@@ -19,7 +20,7 @@ class Watching:
         pool: Its name.
         roster: Its shards and tables.
         calls, telling: Reach the shards.
-        changes, rescaling: What goes on, for the status.
+        changes, rescaling, checkpoints: What goes on, for the status.
         changing: Held while the pool changes.
     """
 
@@ -32,6 +33,7 @@ class Watching:
         telling: Telling,
         changes: TableChanges,
         rescaling: Rescaling,
+        checkpoints: Checkpoints,
         changing: asyncio.Lock,
     ) -> None:
         self._pool = pool
@@ -40,6 +42,7 @@ class Watching:
         self._telling = telling
         self._changes = changes
         self._rescaling = rescaling
+        self._checkpoints = checkpoints
         self._changing = changing
 
     async def adopt(self, infos: Iterable[ShardInfo], wanted: int) -> None:
@@ -56,6 +59,20 @@ class Watching:
                     shard=shard,
                 )
             await self._rescaling.inherit(wanted)
+
+    async def unstarted(self, wanted: int) -> list[int]:
+        """The shards that a pool has besides those that are up, ascending: so many are wanted, and some own pages, as
+        far as any that is up knows. Raises MempoolError where one does not say what it knows."""
+        found = await asyncio.gather(
+            *(self._calls.call(info, lambda host: host.views()) for info in self._roster.infos)
+        )
+        newest: dict[int, TableView] = {}
+        for view in (view for views in found for view in views):
+            known = newest.get(view.schema.table_id)
+            if known is None or view.placement.epoch > known.placement.epoch:
+                newest[view.schema.table_id] = view
+        owners = {shard for view in newest.values() for shard in view.placement.shards}
+        return sorted((owners | set(range(wanted))) - self._roster.shards.keys())
 
     async def admit(self, info: ShardInfo) -> None:
         """A shard came back as a new incarnation. Raises MempoolError where it does not answer."""
@@ -94,6 +111,7 @@ class Watching:
             waiting_for=waiting_for,
             unfinished="" if rescaling.running else rescaling.unfinished,  # it is being done
             creating=self._changes.creations(statuses),
+            checkpoint=self._checkpoints.doing,
         )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 from typing import TYPE_CHECKING
 
 from mempool.client import Pool
 from mempool.client.counts import shard_count
 from mempool.client.opening.connection import checked_timeout
 from mempool.controller import Controller
+from mempool.embedded.memory import PoolFolder
 from mempool.errors import ConfigError, ShardUnavailable
 from mempool.types import ShardHost, ShardInfo
 from mempool.types.running import TRAINER_LEASE_S
@@ -22,26 +25,40 @@ _START_TIMEOUT_S = 120.0
 class EngineLauncher:
     """Starts shards as engines of this process. Also dials them: the engine is its own ``ShardHost``."""
 
-    def __init__(self, *, device: str, pool: str) -> None:
+    def __init__(self, *, device: str, pool: str, folder: PoolFolder | None = None) -> None:
         self._device = device
         self._pool = pool
+        self._folder = folder
         self._engines: dict[int, Engine] = {}
         self._started = 0
 
-    async def start(self, shard: int) -> ShardInfo:
-        """A new engine."""
+    async def start(self, shard: int, *, fresh: bool = False) -> ShardInfo:
+        """A new engine; one that has storage goes on where it was, unless it is to be fresh."""
         from mempool.shard import Engine  # loads numba or triton, which a trainer that only connects must not
 
-        self._started += 1
+        # It reads what lies on the disk, and may wait for it.
+        store = None if self._folder is None else await asyncio.to_thread(self._folder.store, shard, fresh=fresh)
+        self._started = max(self._started + 1, 0 if store is None else store.incarnation)
         info = ShardInfo(shard=shard, address="", incarnation=self._started)
-        self._engines[shard] = Engine(
-            info,
-            device=self._device,
-            peers=self.dial,
-            pool=self._pool,
-            held_lease_s=TRAINER_LEASE_S,
-            configured=False,
-        )
+        engine: Engine | None = None
+        try:
+            engine = Engine(
+                info,
+                device=self._device,
+                peers=self.dial,
+                pool=self._pool,
+                held_lease_s=TRAINER_LEASE_S,
+                configured=False,
+                store=store,
+            )
+            await engine.recover()
+        except BaseException:
+            if engine is not None:
+                await engine.close()
+            elif store is not None:
+                await store.close()
+            raise
+        self._engines[shard] = engine
         return info
 
     async def require_room(self, shards: int) -> None:
@@ -52,12 +69,26 @@ class EngineLauncher:
         return ""
 
     async def keep_wanted(self, shards: int) -> None:
-        """The controller is gone with the pool: nobody will ask."""
+        """Without storage the controller is gone with the pool: nobody will ask."""
+        if self._folder is not None:
+            await asyncio.to_thread(self._folder.keep_wanted, shards)
 
     async def stop(self, info: ShardInfo) -> None:
         engine = self._engines.pop(info.shard, None)
-        if engine is not None:
+        if engine is None:
+            return
+        owns = any(table.pages + table.lost_pages for table in (await engine.status()).tables)
+        await engine.close()
+        if self._folder is not None and not owns and info.shard >= self._folder.wanted:
+            await asyncio.to_thread(self._folder.remove, info.shard)
+
+    async def close(self) -> None:
+        """After the last shard: the folder is free for others."""
+        engines, self._engines = self._engines, {}
+        for engine in engines.values():
             await engine.close()
+        if self._folder is not None:
+            self._folder.close()
 
     def doing(self, shard: int) -> str:
         """What a shard is at just now, for messages; "" for nothing."""
@@ -75,17 +106,31 @@ class EngineLauncher:
             ) from None
 
 
-def local(*, shards: int = 1, device: str = "auto", name: str = "local", timeout_s: float = 30.0) -> Pool:
-    """An embedded pool: no network, no Ray, gone with the process. Close it, or use it with ``with``.
+def local(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    shards: int | None = None,
+    device: str = "auto",
+    name: str = "local",
+    timeout_s: float = 30.0,
+) -> Pool:
+    """An embedded pool: no network, no Ray. Close it, or use it with ``with``.
 
     Args:
-        shards: How many shards (engines, one thread each); ``pool.rescale`` changes it.
+        path: A folder where it is kept: opened again, after a ``kill -9`` too, it has what was acknowledged, bit for
+            bit. One process at a time. None: it is gone with the process.
+        shards: How many shards (engines, one thread each); ``pool.rescale`` changes it. None: 1, or as many as were
+            kept.
         device: "cpu", "cuda", "cuda:1", or "auto": CUDA where there is any.
+        name: The pool's name; one folder may have several pools.
         timeout_s: Deadline of each call, seconds. A shard that is at work when it is over, as with kernels that are
             compiled at their first use, has ten minutes.
 
     Raises:
-        ConfigError: The server packages are not installed, or there is no such device.
+        ConfigError: The server packages are not installed, there is no such device, or what lies at the path has
+            another number of shards, or is of a later version.
+        StorageFailed: Nothing can be kept at the path, or another process, which is named, has that pool open.
+        DataLoss: What was kept is damaged; file and offset are named.
 
     Example:
         >>> import mempool, torch
@@ -94,12 +139,48 @@ def local(*, shards: int = 1, device: str = "auto", name: str = "local", timeout
         ...     table.gather(torch.tensor([[1, 2, 3]]), torch.ones(1, 3)).shape
         torch.Size([1, 64])
     """
-    count, timeout_s = shard_count(shards), checked_timeout(timeout_s)
+    count, timeout_s = shard_count(1 if shards is None else shards), checked_timeout(timeout_s)
     _require_server_packages()
-    launcher = EngineLauncher(device=_device(device), pool=name)
+    chosen = _device(device)
+    folder = None if path is None else PoolFolder(os.path.abspath(os.fspath(path)), name)
+    if folder is not None and not folder.is_new and shards not in (None, folder.wanted):
+        folder.close()
+        raise ConfigError(
+            f"the pool {name!r} at {path} has {folder.wanted} shards, and is to be opened with {shards}: leave that "
+            f"out, and call pool.rescale({shards}) when it is open. Nothing was changed."
+        )
+    launcher = EngineLauncher(device=chosen, pool=name, folder=folder)
     controller = Controller(name, launcher=launcher, dial=launcher.dial, trainer_lease_s=TRAINER_LEASE_S)
-    run(controller.open(count), timeout_s=_START_TIMEOUT_S)
-    return Pool(controller, dial=launcher.dial, name=name, embedded=True, doing=launcher.doing, timeout_s=timeout_s)
+    try:
+        if folder is None or folder.is_new:
+            run(_made(controller, launcher, count), timeout_s=_START_TIMEOUT_S)
+        else:
+            run(_found(controller, launcher, folder))  # however long it takes to read
+    except BaseException:
+        run(launcher.close())
+        raise
+    return Pool(
+        controller,
+        dial=launcher.dial,
+        name=name,
+        embedded=True,
+        doing=launcher.doing,
+        timeout_s=timeout_s,
+        on_close=launcher.close,
+    )
+
+
+async def _made(controller: Controller, launcher: EngineLauncher, shards: int) -> None:
+    await launcher.keep_wanted(shards)
+    await controller.open(shards)
+
+
+async def _found(controller: Controller, launcher: EngineLauncher, folder: PoolFolder) -> None:
+    infos = await asyncio.gather(*(launcher.start(shard) for shard in folder.shards), return_exceptions=True)
+    for info in infos:
+        if isinstance(info, BaseException):
+            raise info
+    await controller.adopt([info for info in infos if isinstance(info, ShardInfo)], wanted=folder.wanted)
 
 
 def _require_server_packages() -> None:

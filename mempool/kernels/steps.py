@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from typing import Literal
 
@@ -217,6 +218,7 @@ class DenseSchedule:
         self.first_step = first_step
         self.beta1, self.beta2, self.eps, self.weight_decay = beta1, beta2, eps, weight_decay
         self._count = 0
+        self._stops: list[int] = []
         self._log_decay = 0.0
         self._steps = torch.empty((3, 64), dtype=torch.float32, device=device)
         self._log_decays = torch.zeros(65, dtype=torch.float64, device=device)
@@ -240,6 +242,33 @@ class DenseSchedule:
     def log_decays(self) -> Tensor:
         """[T + 1] float64: the logarithm of the product of all decays before each step."""
         return self._log_decays[: self._count + 1]
+
+    def stop(self, step: int) -> bool:
+        """Rows that are behind do their steps up to ``step`` before they go on to later ones, whenever that is: so they
+        come out as if all had been looked at then. Ascending. Returns whether that is new."""
+        if self._stops and self._stops[-1] >= step:
+            return False
+        self._stops.append(step)
+        return True
+
+    def legs(self, done: int, to: int) -> list[int]:
+        """The steps up to which rows are brought one after the other, on their way from ``done`` to ``to``."""
+        return [*self._stops[bisect_right(self._stops, done) : bisect_left(self._stops, to)], to]
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The steps at which it was stopped, ascending."""
+        return tuple(self._stops)
+
+    def restore(self, first_step: int, steps: Tensor, log_decays: Tensor) -> None:
+        """Take over what another one has recorded, as ``steps`` and ``log_decays`` were there."""
+        self.first_step, self._count = first_step, steps.shape[1]
+        room = max(64, self._count)
+        self._steps = torch.empty((3, room), dtype=torch.float32, device=self._steps.device)
+        self._steps[:, : self._count] = steps
+        self._log_decays = torch.zeros(room + 1, dtype=torch.float64, device=self._steps.device)
+        self._log_decays[: self._count + 1] = log_decays
+        self._log_decay = float(log_decays[-1])
 
     def append(self, lr: float, *, number: int | None = None) -> None:
         """Record the next step. number: of bias corrections, where it is not counted as rows count their last step."""

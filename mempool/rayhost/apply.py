@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mempool.wire.channels.tls import ClientTls
 
 _ANSWER_TIMEOUT_S = 15.0
+_NAMED = 20
+"""How many of a pool's tables are named."""
 _TABLE_TIMEOUT_S = 3600.0  # initial values of a table of a hundred GiB take their time
 
 
@@ -99,6 +101,35 @@ def apply(
             _write_shards(status.name, changes.shards_after)
     create_tables(changes.create, address=address, token=token, tls=tls, say=say)
     return changes
+
+
+def still_to_create(
+    config: ClusterConfig,
+    *,
+    address: str,
+    token: str | None,
+    tls: "ClientTls | None",
+    say: Callable[[str], None],
+) -> tuple[TableConfig, ...]:
+    """The tables of the file that a pool does not have which has come back from its storage; what it has is said."""
+    from mempool.client.opening.asking import pool_status
+
+    status = pool_status([address], token=token, tls=tls, timeout_s=_ANSWER_TIMEOUT_S)
+    if not status.tables:
+        return config.tables
+    storage = config.shard.storage
+    names = ", ".join(sorted(view.schema.name for view in status.tables)[:_NAMED])
+    more = f", and {len(status.tables) - _NAMED:,} more" if len(status.tables) > _NAMED else ""
+    say(f"brought back from {'' if storage is None else storage.path}: {names}{more}")
+    changes = planned(config, status)
+    if changes.rescale:
+        say(
+            f"it has {changes.shards_before} shards, as it had, and the file says {changes.shards_after}: `mempool "
+            "apply -f FILE` rescales it"
+        )
+    for change in changes.refused:
+        say(f"not as the file says: {change}; it stays as it was")
+    return changes.create
 
 
 def create_tables(

@@ -12,16 +12,17 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mempool.config import ClusterConfig, is_loopback
-from mempool.errors import AlreadyExists, ConfigError, MempoolError, NotFound, PoolUnreachable
+from mempool.errors import AlreadyExists, ConfigError, MempoolError, NotFound, PoolUnreachable, StorageFailed
 from mempool.rayhost import ray_process
 from mempool.rayhost.actors import NAMESPACE, cluster_resources, controller_name, make_actor, node_ip, pool_of
-from mempool.rayhost.apply import create_tables
+from mempool.rayhost.apply import create_tables, still_to_create
 from mempool.rayhost.controller_actor import ControllerProcess
 from mempool.rayhost.keys import PoolKeys, client_tls_of
 from mempool.rayhost.launcher import RayLauncher
 from mempool.rayhost.resources import amount_text, asked
 from mempool.rayhost.serving import advertised_host
 from mempool.rayhost.state.folders import state_folder
+from mempool.rayhost.state.kept import drop_kept, kept_shards
 from mempool.rayhost.state.records import (
     PoolRecord,
     forget_record,
@@ -71,7 +72,7 @@ def up(config: ClusterConfig, *, say: Say = print, timeout_s: float = _UP_TIMEOU
         shards = config.pool.shards
         say(f"starting pool {name!r}: {shards} {'shard' if shards == 1 else 'shards'}")
         loop.run(RayLauncher(config, keys=keys).require_room(shards), timeout_s=_ROOM_TIMEOUT_S)
-        for line in (*_shortages(config), *_out_of_reach(config)):
+        for line in (*_shortages(config), *_out_of_reach(config), *_not_kept(config)):
             say(line)
         try:
             controller = _make_controller(config, keys, timeout_s)
@@ -81,7 +82,10 @@ def up(config: ClusterConfig, *, say: Say = print, timeout_s: float = _UP_TIMEOU
             address = _started(controller, say=say, timeout_s=timeout_s)
             record = PoolRecord(name=name, address=address, ray_address=ray_address, ray_pid=ray_pid, config=config)
             write_record(record)
-            create_tables(config.tables, address=address, token=keys.token, tls=keys.client_tls, say=say)
+            tables = config.tables
+            if config.shard.storage is not None:
+                tables = still_to_create(config, address=address, token=keys.token, tls=keys.client_tls, say=say)
+            create_tables(tables, address=address, token=keys.token, tls=keys.client_tls, say=say)
         except BaseException:
             _kill(name)
             if before is None:
@@ -98,15 +102,40 @@ def up(config: ClusterConfig, *, say: Say = print, timeout_s: float = _UP_TIMEOU
     return record
 
 
-def down(pool: str, *, say: Say = print) -> None:
-    """End a pool; Ray too where `up` started it and no other pool runs on it.
+def down(pool: str, *, say: Say = print, drop: bool = False, config: ClusterConfig | None = None) -> None:
+    """End a pool; Ray too where `up` started it and no other pool runs on it. What its shards have kept stays.
+
+    Args:
+        drop: Remove that, too; of a pool that does not run any more, on this machine.
+        config: Where the pool's storage is, should no record say so.
 
     Raises:
         NotFound: There is no such pool on this machine's record, nor on its Ray if there is one.
         PoolUnreachable: The Ray of the record cannot be reached, and it is not one that `up` started for this pool;
             nothing was changed.
+        StorageFailed: The pool is down, and what it has kept could not be removed.
     """
     record = read_record(pool)
+    config = config if record is None else record.config
+    storage = None if config is None else config.shard.storage
+    kept = storage is not None and bool(kept_shards(storage.path, pool))
+    try:
+        _down(pool, record, say, drop=drop)
+    except NotFound:
+        if not (drop and kept):
+            raise
+    if storage is None:
+        return
+    if drop:
+        drop_kept(storage.path, pool, say=say)
+    elif kept:
+        say(
+            f"what its shards hold stays in {storage.path}: `mempool up -f FILE` brings it back, `mempool down --drop "
+            "-f FILE` removes it"
+        )
+
+
+def _down(pool: str, record: PoolRecord | None, say: Say, *, drop: bool) -> None:
     found, others = False, set[str]()
     if record is None or record.ray_pid is None or ray_process.runs(record.ray_pid, record.ray_address):
         ray_address = "auto" if record is None else record.ray_address
@@ -115,7 +144,7 @@ def down(pool: str, *, say: Say = print) -> None:
             found = bool(_actors(pool))
             if found:
                 say(f"stopping pool {pool!r}")
-                _stop(pool, say)
+                _stop(pool, say, drop=drop)
             others = {other for name in _actors(None) if (other := pool_of(name)) not in (None, pool)}
         except PoolUnreachable as error:
             if record is None:
@@ -236,6 +265,13 @@ def _out_of_reach(config: ClusterConfig) -> list[str]:
     ]
 
 
+def _not_kept(config: ClusterConfig) -> list[str]:
+    """A line where a shard that dies loses what it has."""
+    if config.shard.storage is not None:
+        return []
+    return ["shards keep nothing on a disk (no shard.storage): one that dies loses its pages. Take checkpoints"]
+
+
 def _make_controller(config: ClusterConfig, keys: PoolKeys, start_timeout_s: float) -> Any:
     """The controller's actor. Raises ValueError where there is one of that name."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
@@ -284,13 +320,18 @@ def _waiting(controller: Any) -> str:
         return "the controller's process is not there yet"
 
 
-def _stop(pool: str, say: Say) -> None:
+def _stop(pool: str, say: Say, *, drop: bool) -> None:
     """Let the pool end its calls, then end what is left of its actors."""
     try:
         controller = ray.get_actor(controller_name(pool), namespace=NAMESPACE)
-        ray.get(controller.stop.remote(), timeout=_DOWN_TIMEOUT_S)
+        ray.get(controller.stop.remote(drop), timeout=_DOWN_TIMEOUT_S)
     except (ValueError, RayError) as error:
-        say(f"the controller does not answer ({type(error).__name__}); ending its actors")
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, StorageFailed):
+            say(cause.message)
+        else:
+            kept = "; what shards have kept on other machines is still there" if drop else ""
+            say(f"the controller does not answer ({type(error).__name__}); ending its actors{kept}")
     _kill(pool)
 
 

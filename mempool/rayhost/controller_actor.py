@@ -75,8 +75,13 @@ class ControllerProcess:
         """A shard's process says that Ray has started it again: look at once."""
         self._loop.call_soon_threadsafe(self._heard.set)
 
-    def stop(self) -> None:
-        """Stop all shards, then the server."""
+    def stop(self, drop: bool = False) -> None:
+        """Stop all shards, then the server. drop: what shards have kept is removed.
+
+        Raises:
+            StorageFailed: It could not be, for some shard; all are stopped.
+        """
+        self._launcher.drops = drop
         run(self._stop(), timeout_s=_STOP_TIMEOUT_S)
 
     async def _start(self) -> str:
@@ -84,7 +89,10 @@ class ControllerProcess:
             return self._serving.address
         self._serving.bind()  # a taken address is known before any shard is started
         try:
-            await self._controller.open(self._config.pool.shards)
+            if self._config.shard.storage is None:
+                await self._controller.open(self._config.pool.shards)
+            else:  # they may have tables of a pool that was switched off
+                await self._controller.bring_back(self._config.pool.shards, wanted=lambda: self._launcher.wanted)
             address = await self._serving.start(self._controller)
         except BaseException:
             await self._controller.close()

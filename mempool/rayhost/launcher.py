@@ -10,11 +10,12 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
 from mempool.config import ClusterConfig
-from mempool.errors import MempoolError, ShardUnavailable
+from mempool.errors import MempoolError, ShardUnavailable, StorageFailed
 from mempool.rayhost.actors import NAMESPACE, free_resources, kernel_variables, make_actor, shard_name, shard_of
 from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.resources import PROCESS_BYTES, asked, remedies, shortage
-from mempool.rayhost.shard_actor import Description, ShardProcess, Wanted
+from mempool.rayhost.shard_actor import Description, ShardProcess
+from mempool.rayhost.state.kept import Wanted
 from mempool.types import ShardInfo
 
 _LOG = logging.getLogger("mempool.rayhost")
@@ -35,6 +36,9 @@ class RayLauncher:
         config: Resources of a shard, and what its server binds to.
         keys: The pool's, handed to the actors (they may run on hosts without the files).
         start_timeout_s: How long a shard may take to be placed and to start.
+
+    Attributes:
+        drops: Shards that are stopped remove what they have kept.
     """
 
     def __init__(self, config: ClusterConfig, *, keys: PoolKeys, start_timeout_s: float = _START_TIMEOUT_S) -> None:
@@ -47,6 +51,7 @@ class RayLauncher:
         self._incarnation = 0
         self._starting: set[int] = set()
         self._wanted: Wanted | None = None
+        self.drops = False
 
     async def require_room(self, shards: int) -> None:
         """Look at what Ray has free; what was given back a moment ago is waited for.
@@ -78,7 +83,7 @@ class RayLauncher:
         lacking = shortage(asked(self._config.shard), free, shards=len(self._starting))
         if lacking:
             return f"Ray to place shard {starting}: needs {lacking}"
-        return f"shard {starting} to start"
+        return f"shard {starting} to start" + ("" if self._config.shard.storage is None else ", with what it has kept")
 
     @property
     def wanted(self) -> int:
@@ -116,8 +121,8 @@ class RayLauncher:
         """An incarnation that some shard of this pool has or had: every new one is higher, whatever the clock says."""
         self._incarnation = max(self._incarnation, incarnation)
 
-    async def start(self, shard: int) -> ShardInfo:
-        """Create the actor and admit it.
+    async def start(self, shard: int, *, fresh: bool = False) -> ShardInfo:
+        """Create the actor and admit it. fresh: whatever a shard of that number has kept.
 
         Raises:
             ShardUnavailable: Ray cannot place it, or it does not start in time.
@@ -125,15 +130,15 @@ class RayLauncher:
         """
         self._starting.add(shard)
         try:
-            return await self._start(shard)
+            return await self._start(shard, fresh)
         finally:
             self._starting.discard(shard)
 
-    async def _start(self, shard: int) -> ShardInfo:
+    async def _start(self, shard: int, fresh: bool) -> ShardInfo:
         actor = await asyncio.to_thread(self._create, shard)
         try:
             async with asyncio.timeout(self._start_timeout_s):
-                started = await self._admit(actor, await _describe(actor))
+                started = await self._admit(actor, await _describe(actor), fresh=fresh)
         except BaseException as error:
             self._actors.pop(shard, None)
             await asyncio.to_thread(ray.kill, actor, no_restart=True)
@@ -148,16 +153,27 @@ class RayLauncher:
         return started.info
 
     async def stop(self, info: ShardInfo) -> None:
-        """Let the shard end its calls, then end its actor for good."""
+        """Let the shard end its calls, then end its actor for good.
+
+        Raises:
+            StorageFailed: What it has kept could not be removed; all else is done.
+        """
         self._boots.pop(info.shard, None)
         actor = self._actors.pop(info.shard, None)
         if actor is None:
             return
+        failure: StorageFailed | None = None
         try:
-            await asyncio.wait_for(_await(actor.stop.remote()), timeout=_STOP_TIMEOUT_S)
+            await asyncio.wait_for(_await(actor.stop.remote(self.drops)), timeout=_STOP_TIMEOUT_S)
         except (TimeoutError, RayError) as error:
+            if isinstance(cause := getattr(error, "cause", None), StorageFailed):
+                failure = cause
             _LOG.warning("shard %d did not stop by itself (%s); ending its process", info.shard, type(error).__name__)
+            if self.drops and failure is None:
+                failure = StorageFailed(f"shard {info.shard} did not answer, so what it has kept may still be there")
         await asyncio.to_thread(ray.kill, actor, no_restart=True)
+        if failure is not None:
+            raise failure
 
     async def find(self) -> list[ShardInfo]:
         """The shards of this pool that there are, for a controller that was restarted.
@@ -245,23 +261,36 @@ class RayLauncher:
                 description: Description = await _await(self._actors[shard].describe.remote())
             if description.boot_id == self._boots[shard]:
                 return None
-            _LOG.warning("shard %d was started again by Ray: its pages are gone", shard)
-            async with asyncio.timeout(_START_TIMEOUT_S):
+            _LOG.warning("shard %d was started again by Ray: %s", shard, self._pages)
+            # One that reads back what it has kept keeps no other one waiting: it says when it is there.
+            async with asyncio.timeout(_START_TIMEOUT_S if self._config.shard.storage is None else _DESCRIBE_TIMEOUT_S):
                 return await self._admit(self._actors[shard], description)
         except (TimeoutError, KeyError, RayError) as error:
-            _LOG.debug("shard %d does not answer: %r", shard, error)
+            if isinstance(cause := getattr(error, "cause", None), MempoolError):  # of its disk, say
+                _LOG.warning("shard %d cannot start, and is tried again: %s", shard, cause.message)
+            else:
+                _LOG.debug("shard %d does not answer: %r", shard, error)
             return None
 
-    async def _admit(self, actor: Any, description: Description) -> Description:
+    async def _admit(self, actor: Any, description: Description, *, fresh: bool = False) -> Description:
         """Give a start of a shard its incarnation, unless it has one."""
         if description.info is None:
             # Milliseconds of now, so that they ascend over a restart of the controller, which remembers nothing; above
             # all it has heard of, as its clock may be behind.
             self._incarnation = max(self._incarnation + 1, time.time_ns() // 1_000_000)
-            description = replace(description, info=await _await(actor.admit.remote(self._incarnation)))
+            description = replace(description, info=await _await(actor.admit.remote(self._incarnation, fresh)))
+            if self._config.shard.storage is not None:
+                kept = (await _describe(actor)).wanted
+                self._wanted = max((one for one in (kept, self._wanted) if one is not None), default=None)
             if self._wanted is not None:
                 await _await(actor.keep.remote(self._wanted))
         return description
+
+    @property
+    def _pages(self) -> str:
+        """What became of a shard's pages, for the log."""
+        storage = self._config.shard.storage
+        return "its pages are gone" if storage is None else f"it has its pages in {storage.path}"
 
     def _no_start(self, shard: int, error: Exception) -> str:
         free = free_resources()

@@ -2,11 +2,14 @@
 
 [CONTROLLER] creates the actor; ``describe`` answers a boot id that is new at each start of the process. ``admit`` gives
 this start its incarnation, and only then is there an engine and a server: a process that Ray restarted serves nothing
-before the controller knows that its pages are gone. Data never passes through Ray: clients speak to the server.
+before the controller knows that it is another start, whose pages are gone or were read back. Data never passes through
+Ray: clients speak to the server.
 """
 
 from __future__ import annotations
 
+import threading
+import time
 import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +20,7 @@ from ray.exceptions import RayError
 from mempool.config import ClusterConfig
 from mempool.rayhost.actors import NAMESPACE, controller_name, node_ip
 from mempool.rayhost.keys import PoolKeys
+from mempool.rayhost.state.kept import Wanted, read_wanted, remove_kept, write_wanted
 from mempool.types import ShardInfo
 from mempool.wire.channels.loop import run
 
@@ -24,14 +28,8 @@ if TYPE_CHECKING:
     from mempool.rayhost.shard_serving import ShardServing
 
 _CALL_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Wanted:
-    """How many shards a pool is meant to have; the one with the highest ``number`` was asked for last."""
-
-    number: int
-    shards: int
+_SOON_S = 5.0
+"""A controller waits so long for a shard that reads what it has kept, before it looks after others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +61,7 @@ class ShardProcess:
         self._serving: ShardServing | None = None
         self._info: ShardInfo | None = None
         self._wanted: Wanted | None = None
+        self._keeping = threading.Lock()
         if ray.get_runtime_context().was_current_actor_reconstructed:
             _tell_controller(config.pool.name)
 
@@ -73,24 +72,66 @@ class ShardProcess:
 
     @ray.method(concurrency_group="health")
     def keep(self, wanted: Wanted) -> None:
-        """Keep this for a controller that is started anew; what is older than what is kept changes nothing."""
-        self._wanted = wanted if self._wanted is None else max(wanted, self._wanted)
-
-    def admit(self, incarnation: int) -> ShardInfo:
-        """Start the engine and its server as this incarnation; a repeat answers the same.
+        """Keep this for a controller that is started anew; what is older than what is kept changes nothing.
 
         Raises:
-            ConfigError: No port is free, or there is no such device.
+            StorageFailed: The shard has storage, and that does not take it.
+        """
+        with self._keeping:
+            if self._wanted is None or wanted > self._wanted:
+                if self._info is not None:  # else with all that is there
+                    self._write(wanted)
+                self._wanted = wanted
+
+    def admit(self, incarnation: int, fresh: bool = False) -> ShardInfo:
+        """Start the engine and its server as this incarnation; a repeat answers the same.
+
+        A shard with storage is what it was then, however long that takes.
+
+        Args:
+            incarnation: Of this start.
+            fresh: What a shard of this number has kept is nothing to this pool any more.
+
+        Raises:
+            ConfigError: No port is free, there is no such device, or what lies there is another pool's.
+            DataLoss: What it has kept is damaged.
+            StorageFailed: It cannot be read or written.
         """
         if self._info is None:
-            self._info = run(self._serve(incarnation, node_ip()), timeout_s=_CALL_TIMEOUT_S)
+            began_s = time.monotonic()
+            storage, pool = self._config.shard.storage, self._config.pool.name
+            if fresh and storage is not None:
+                remove_kept(storage.path, pool, self._shard)
+            info = run(self._serve(incarnation, node_ip()), timeout_s=_CALL_TIMEOUT_S if storage is None else None)
+            with self._keeping:
+                if storage is not None:
+                    kept = read_wanted(storage.path, pool, self._shard)
+                    self._wanted = max((one for one in (kept, self._wanted) if one is not None), default=None)
+                    if self._wanted is not None and self._wanted != kept:
+                        self._write(self._wanted)
+                self._info = info
+            if time.monotonic() - began_s > _SOON_S:
+                _tell_controller(pool)  # which looks after others meanwhile
         return self._info
 
-    def stop(self) -> None:
-        """Let calls under way finish, then close."""
+    def stop(self, drop: bool = False) -> None:
+        """Let calls under way finish, then close.
+
+        drop: Remove what it has kept, too; so is that of a shard which is wanted no more and owns nothing.
+        """
         if self._serving is not None:
+            owns = run(self._serving.owns(), timeout_s=_CALL_TIMEOUT_S)
             run(self._serving.stop(), timeout_s=_CALL_TIMEOUT_S)
             self._serving = None
+            unwanted = self._wanted is not None and self._shard >= self._wanted.shards and not owns
+            storage = self._config.shard.storage
+            if storage is not None and (drop or unwanted):
+                remove_kept(storage.path, self._config.pool.name, self._shard)
+
+    def _write(self, wanted: Wanted) -> None:
+        storage = self._config.shard.storage
+        if storage is not None:
+            write_wanted(storage.path, self._config.pool.name, self._shard, wanted)
 
     async def _serve(self, incarnation: int, node_ip: str) -> ShardInfo:
         from mempool.rayhost.shard_serving import ShardServing

@@ -3,6 +3,7 @@
 Everything here runs on the process's IO loop; the engine has its own thread.
 """
 
+import asyncio
 import logging
 import os
 import sys
@@ -18,6 +19,7 @@ from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.serving import advertised_host
 from mempool.server import LookupCoordinator, Server, ShardViews
 from mempool.shard import Engine
+from mempool.shard.durable.store import Store
 from mempool.types import ShardHost, ShardInfo
 from mempool.wire.channels.channel import MAX_ANSWER_BYTES, MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES
 
@@ -61,6 +63,7 @@ class ShardServing:
         )
         self._dialer = GrpcDialer(keys.channels())
         self._engine: Engine | None = None
+        self._store: Store | None = None
 
     async def start(self) -> ShardInfo:
         """Bind, start, answer where the shard is.
@@ -80,6 +83,8 @@ class ShardServing:
         pool = self._config.pool
         port = self._server.bind(pool.bind, _shard_ports(self._config))
         info = ShardInfo(shard=self._shard, address=f"{self._host}:{port}", incarnation=self._incarnation)
+        # It reads what lies on the disk. A port that is bound and not served holds callers off meanwhile.
+        store = self._store = await asyncio.to_thread(self._opened)
         engine = self._engine = Engine(
             info,
             device=engine_device(self._config.shard),
@@ -95,7 +100,9 @@ class ShardServing:
             on_fatal=end_process,
             on_loaded=partial(collector.settle, young=True),
             stages=self._stages,
+            store=store,
         )
+        await engine.recover()
 
         def dial(peer: ShardInfo) -> ShardHost:
             return engine if peer.shard == info.shard else self._dialer.dial(peer)
@@ -106,12 +113,33 @@ class ShardServing:
         collector.settle()
         return info
 
+    def _opened(self) -> Store | None:
+        """What the shard keeps; None: nothing. Raises as ``Store`` does."""
+        storage, pool = self._config.shard.storage, self._config.pool.name
+        if storage is None:
+            return None
+        return Store(
+            storage.path,
+            pool=pool,
+            pool_id=f"ray/{pool}",  # one of this name on one path: what it is called tells it from others
+            shard=self._shard,
+            sync=storage.sync,
+            journal_limit=storage.journal_limit,
+        )
+
+    async def owns(self) -> bool:
+        """Whether it has, or has lost, any page of any table."""
+        tables = () if self._engine is None else (await self._engine.status()).tables
+        return any(table.pages + table.lost_pages for table in tables)
+
     async def stop(self) -> None:
         """Let calls under way finish, then end the engine."""
         await self._server.stop()
         await self._dialer.close()
         if self._engine is not None:
             await self._engine.close()
+        elif self._store is not None:  # there is no such device, say: the next try opens it again
+            await self._store.close()
 
 
 def in_flight_bytes(shard: ShardConfig) -> int:

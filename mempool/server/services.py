@@ -80,6 +80,9 @@ class Services:
                 self._of(methods.EXPORT_LEDGER, shard.export_ledger),
                 self._of(methods.PULL_PAGES, shard.pull_pages),
                 self._of(methods.SET_VIEW, set_view),
+                self._of(methods.MARK_TABLE, shard.mark_table),
+                self._of(methods.WRITE_PART, shard.write_part),
+                self._of(methods.RELEASE_MARK, shard.release_mark),
                 self._of(methods.STATUS, status),
             ]
         )
@@ -103,7 +106,9 @@ class Services:
                 self._of(methods.GET_TABLE, pool.table),
                 self._of(methods.LIST_TABLES, tables),
                 self._of(methods.GET_STATUS, status),
+                self._of(methods.RESTORE, pool.restore),
                 (methods.RESCALE.name, streaming_handler(methods.RESCALE, pool.rescale, door=self.door)),
+                (methods.CHECKPOINT.name, streaming_handler(methods.CHECKPOINT, pool.checkpoint, door=self.door)),
             ]
         )
 

@@ -7,7 +7,18 @@ from collections.abc import AsyncIterator, Callable
 from typing import NoReturn
 
 from mempool.errors import MempoolError, NotFound, PoolUnreachable
-from mempool.types import PoolStatus, RescaleProgress, ShardHost, ShardInfo, ShardStatus, TableSchema, TableView
+from mempool.types import (
+    CheckpointProgress,
+    PoolStatus,
+    RescaleProgress,
+    RestoreTables,
+    ShardHost,
+    ShardInfo,
+    ShardStatus,
+    TableSchema,
+    TableView,
+    TakeCheckpoint,
+)
 from mempool.types.running import Clock
 
 _STATUS_TIMEOUT_S = 2.0
@@ -74,6 +85,13 @@ class ShardViews:
     async def rescale(self, shards: int) -> AsyncIterator[RescaleProgress]:
         self._refuse(f"rescale to {shards} shards")
         yield  # makes this an asynchronous generator, as PoolApi asks
+
+    async def checkpoint(self, request: TakeCheckpoint) -> AsyncIterator[CheckpointProgress]:
+        self._refuse(f"take a checkpoint to {request.url!r}")
+        yield
+
+    async def restore(self, request: RestoreTables) -> tuple[TableView, ...]:
+        self._refuse(f"restore from {request.url!r}")
 
     async def close(self) -> None:
         """Nothing to give back."""

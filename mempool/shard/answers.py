@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mempool.observe import Stages
 from mempool.shard import bounds, validate
+from mempool.shard.durable.records import Counted, Held, Written
 from mempool.shard.hosted import HostedTable
 from mempool.shard.parking import Parked
 from mempool.shard.steps.contexts import Contexts
@@ -100,7 +101,7 @@ class Answers:
         if self._is_long(_row_bytes(table) * (bags.num_pairs + _BAG_ROWS * bags.num_bags)):
             return self._gather_in_pieces(request, table, bags, dtype)
         with self._stages.measure("kernel"):
-            values = table.storage.pooled(bags, dtype)
+            values = table.storage.pooled(bags, dtype, for_step=request.remember)
         return self._gathered(request, table, bags, self._copy_out(values))
 
     def _gather_in_pieces(
@@ -111,7 +112,7 @@ class Answers:
         for first, end, part in _parts_of(bags, _row_bytes(table)):
             table = self._tenancy.fenced(request.envelope)  # it may have moved, or been dropped, meanwhile
             with self._stages.measure("kernel"):
-                pooled = table.storage.pooled(part, dtype)
+                pooled = table.storage.pooled(part, dtype, for_step=request.remember)
             values[first:end] = self._copy_out(pooled)
             yield
         reply = self._gathered(request, table, bags, values)
@@ -184,7 +185,10 @@ class Answers:
         caller: str,
     ) -> UpdateReply:
         if new is not None and not table.is_decided(request.step_id):
+            self._tenancy.log.require(new.num_bytes)
             table.updates.hold(request.step_id, request.sequence, new, caller=caller)
+            if self._tenancy.log.keeps:
+                self._tenancy.log.add(Held(table.table_id, request.step_id, request.sequence, new))
             self._tenancy.make_room()
         return UpdateReply(stamp=table.stamp, weight_grad=weight_grad)
 
@@ -250,13 +254,15 @@ class Answers:
         table = self._tenancy.fenced(request.envelope)
         if (waits := self._waits(table, request.envelope)) is not None:  # what the client committed comes before it
             return waits
-        if table.frozen:
+        if table.frozen or table.storage.crowded():
             return table.park_until_thaw(self._asked_s())
         ids = validate.check_array(table.storage, request.array, request.ids)
         rows = validate.check_rows(table.storage, request.array, ids, request.blocks, request.rows)
         bounds.check_write(request.write_id)
         if table.writes.is_due(request.write_id):
+            self._tenancy.log.require(rows.nbytes + ids.nbytes)
             table.storage.write(request.array, ids, rows)
+            self._tenancy.log.add(Written(request))
         table.writes.did(request.write_id)
         return WriteRowsReply(stamp=table.stamp)
 
@@ -270,7 +276,9 @@ class Answers:
             bounds.check_number("set", request.set)
             bounds.check_write(request.write_id)
             if table.writes.is_due(request.write_id):
+                self._tenancy.log.require()
                 table.ledger.count_steps(request.set, at_version=request.at_version)
+                self._tenancy.log.add(Counted(request))
             table.writes.did(request.write_id)
         return StepCountReply(stamp=table.stamp, count=table.ledger.step)
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 from mempool.agreement.ledger import MAX_ENTRIES, generations
 from mempool.agreement.writes import MAX_OPEN
 from mempool.errors import InvalidRequest, RequestTooLarge
+from mempool.shard.steps.budget import MIB
 from mempool.types import (
     CommitPart,
     CommitRequest,
@@ -18,6 +19,7 @@ from mempool.types import (
     LedgerEntry,
     PreparePart,
     PrepareRequest,
+    ShardInfo,
     StepId,
     WriteId,
 )
@@ -255,3 +257,15 @@ def check_reply(num_bytes: int, limit_bytes: int | None, what: str) -> None:
 
 
 _ENVELOPE_BYTES = 1024  # of an answer besides its tensors
+
+
+def no_memory(info: ShardInfo, table: str, num_bytes: int, *, limit: int, taken: int) -> InvalidRequest:
+    """The refusal of so many more bytes of pages of a table, where so many are taken of those that a shard may hold."""
+    return InvalidRequest(
+        f"{num_bytes / MIB:,.1f} MiB of pages of table {table!r} do not fit on shard {info.shard}: it may hold "
+        f"{limit / MIB:,.1f} MiB and holds {taken / MIB:,.1f} MiB already. Give shards more memory (shard.memory in "
+        "the config), use more shards (mempool scale), make the table smaller (num_slots, value_dim, "
+        "dtype='bfloat16' or 'int8', an optimizer with less state), or drop a table. Nothing was changed.",
+        shard=info.shard,
+        address=info.address,
+    )

@@ -11,6 +11,7 @@ from functools import partial
 from mempool.errors import InvalidRequest, NotFound, StalePlacement, StepConflict
 from mempool.observe import Stages
 from mempool.shard import bounds
+from mempool.shard.durable.records import Decided, Prepared
 from mempool.shard.hosted import HostedTable
 from mempool.shard.jobs import Answered
 from mempool.shard.parking import Parked
@@ -64,6 +65,7 @@ class Committing:
             found.append(reply)
         if any(reply.missing or reply.held_off for reply in found):
             return PrepareReply(parts=tuple(found))
+        self._tenancy.log.require()
         decider = request.decider_table, request.decider_step
         begun = []
         try:
@@ -98,6 +100,8 @@ class Committing:
                 table.updates.end_prepare(step_id)
                 table.steps_changed()
             raise
+        if not all(reply.applied for reply in found):
+            self._tenancy.log.add(Prepared(request))
         return PrepareReply(parts=tuple(found))
 
     def _fenced(self, parts: Sequence[PreparePart | CommitPart]) -> list[HostedTable]:
@@ -129,13 +133,14 @@ class Committing:
             prepared = None
         if (older := self._tenancy.decisions.supersede_older(table, part.step_id)) is not None:
             return table.park_for_steps(older, self._asked_s())
-        if table.frozen and prepared is None:
+        if (table.frozen or table.storage.crowded()) and prepared is None:
             return PreparedPart(stamp=table.stamp, held_off=True)
         return PreparedPart(stamp=table.stamp, missing=commits.missing(table.updates, part.step_id, part.sequences))
 
     def commit(self, request: CommitRequest) -> CommitReply | Parked | Answered:
         bounds.check_commit(request)
         tables = self._fenced(request.parts)
+        self._tenancy.log.require()
         if request.decided:
             return self._apply(request, tables)
         first = tables[0]
@@ -196,7 +201,7 @@ class Committing:
             commits.refuse_older(prepared, part.step_id)
             if (older := self._tenancy.decisions.supersede_older(table, part.step_id)) is not None:
                 return table.park_for_steps(older, self._asked_s())
-            if table.frozen and prepared is None:
+            if (table.frozen or table.storage.crowded()) and prepared is None:
                 table.turns.held_off(part.step_id)
                 return table.park_until_thaw(self._asked_s())
         missing = [
@@ -241,8 +246,9 @@ class Committing:
         for table, step in zip(tables, decisions, strict=True):
             if not table.is_gate:  # another shard gives its version: who reads it here has to wait for that
                 table.updates.decided_unnumbered(step.step_id)
-        # [JOURNAL] the decision is written down here, before it is said. [BARRIER] a group's is made when all its ranks
-        # have committed.
+        steps = (replace(step, version=version) for step, version in zip(decisions, versions, strict=True))
+        self._tenancy.log.add(Decided(tuple(steps)))  # all of it in one record, and durable before it is said
+        # [BARRIER] a group's is made when all its ranks have committed.
         return Answered(_committed(tables, versions), partial(self._apply_all, tables))
 
     def _apply_all(self, tables: list[HostedTable]) -> None:
@@ -264,7 +270,8 @@ class Committing:
                 continue
             step = _decision(table, part, version=part.version)
             if not part.version:
-                versions[number] = table.order.number(step).version
+                table.ledger.log.numbered(numbered := table.order.number(step))
+                versions[number] = numbered.version
             else:
                 versions[number] = part.version
                 if table.order.may_take(part.version):  # else it waits: that it was given at all is a trainer's word
@@ -284,6 +291,7 @@ class Committing:
 
     def discard(self, request: DiscardRequest) -> DiscardReply | Parked:
         bounds.check_discard(request)
+        self._tenancy.log.require()
         # It needs no pages: a trainer goes on with other tables once a step that has lost one is given up everywhere.
         tables = [self._tenancy.fenced(part.envelope, whole=False) for part in request.parts]
         waits = None

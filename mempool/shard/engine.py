@@ -17,14 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mempool.errors import Internal, MempoolError, Overloaded, ShardUnavailable
+from mempool.errors import MempoolError, Overloaded, ShardUnavailable, StepConflict
 from mempool.observe import Stages
 from mempool.shard import bounds
 from mempool.shard.answers import Answers
 from mempool.shard.committing import Committing
+from mempool.shard.durable.changes import Changes
+from mempool.shard.durable.records import Begun
+from mempool.shard.durable.replay import recover
+from mempool.shard.durable.store import Store
+from mempool.shard.durable.taking import Taking
 from mempool.shard.jobs import JOB_BYTES, Answered
-from mempool.shard.pages.transfer import pull
 from mempool.shard.parking import Behind, Parked
+from mempool.shard.pulling import Pulling
+from mempool.shard.saving.marks import Saving
+from mempool.shard.saving.restoring import Restoring, check_source
 from mempool.shard.steps.budget import MIB, Budget, numbers_bytes
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.steps.resolver import Resolver
@@ -42,15 +49,17 @@ from mempool.types import (
     GatherRequest,
     HeartbeatReply,
     HeartbeatRequest,
-    Ledger,
     LedgerPart,
+    MarkTable,
     PageBatch,
+    PartProgress,
     PrepareReply,
     PrepareRequest,
     PullPages,
     PullReport,
     ReadRowsReply,
     ReadRowsRequest,
+    ReleaseMark,
     ResolveReply,
     ResolveRequest,
     ScoreReply,
@@ -63,6 +72,7 @@ from mempool.types import (
     TableView,
     UpdateReply,
     UpdateRequest,
+    WritePart,
     WriteRowsReply,
     WriteRowsRequest,
 )
@@ -104,6 +114,7 @@ class Engine:
         configured: Limits come from a config file; messages name its keys.
         clock: Seconds, monotonic: what leases, and deadlines of callers, are told by.
         runner: Gives it its thread.
+        store: What it keeps on a disk; ``recover`` comes before anything else then. None: all is gone with it.
     """
 
     def __init__(
@@ -127,9 +138,10 @@ class Engine:
         configured: bool = True,
         clock: Clock = time.monotonic,
         runner: Runner = THREADS,
+        store: Store | None = None,
     ) -> None:
         self.info = info
-        self._peers = peers
+        self._store = store
         self._on_loaded = on_loaded
         self._clock = clock
         self._started_s = clock()
@@ -156,13 +168,15 @@ class Engine:
             name=f"shard {info.shard} of pool {pool!r}",
             stages=self._stages,
             budget=self._budget,
-            upkeep=self._tenancy.expire,
+            upkeep=self._keep_up,
             upkeep_s=min(1.0, max(0.05, min(held_lease_s, context_lease_s) / 12)),
             probe=partial(_probe, torch.device(device)),
             on_fatal=partial(self._end_for_good, on_fatal),
             clock=clock,
             runner=runner,
         )
+        self._changes = Changes(self._tenancy)
+        self._taking = None if store is None else Taking(store, self._tenancy, on_thread=self._on_thread, runner=runner)
         self._answers = Answers(
             self._tenancy,
             contexts=contexts,
@@ -174,6 +188,25 @@ class Engine:
             asked_s=self._thread.asked_s,
         )
         self._committing = Committing(self._tenancy, stages=self._stages, asked_s=self._thread.asked_s)
+        self._saving = Saving(
+            info=info,
+            tenancy=self._tenancy,
+            control=self._control,
+            jobs=partial(self._thread.run, caller=_TABLES),
+            clock=clock,
+            runner=runner,
+        )
+        jobs = partial(self._thread.run, caller=_TABLES)
+        self._pulling = Pulling(
+            info,
+            tenancy=self._tenancy,
+            changes=self._changes,
+            peers=peers,
+            control=self._control,
+            jobs=jobs,
+            settled=self._settled,
+        )
+        self._restoring = Restoring(self._changes, jobs=jobs, settled=self._settled, runner=runner)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._resolver = Resolver(self._tenancy.decisions, run=self._control, peers=peers, adopt=self._adopt)
         self._tenancy.on_doubt = self._poke
@@ -182,6 +215,22 @@ class Engine:
     def doing(self) -> str:
         """What it is at just now, for messages; "" for nothing."""
         return self._thread.doing
+
+    async def recover(self) -> None:
+        """Make the shard again of what its store has, before it serves. Nothing happens without a store.
+
+        Raises:
+            DataLoss: Something of that is damaged or missing; it must not serve.
+            StorageFailed: Nothing can be written there.
+        """
+        if self._store is not None:
+            await self._control("recover", self._recover, self._store)
+
+    def _recover(self, store: Store) -> None:
+        restored = recover(store, self._tenancy, self._budget)
+        if self._taking is not None:
+            self._taking.restored(restored)
+        store.add(Begun(self.info.incarnation))
 
     # Shard
 
@@ -251,18 +300,24 @@ class Engine:
 
         Raises:
             InvalidRequest: The table is here already, with pages, at another epoch; or its pages do not fit.
-            NotFound: It is to be confirmed, and is not here.
+            NotFound: It is to be confirmed, and is not here; or the checkpoint is not.
+            DataLoss: What is to be restored is damaged.
         """
-        table = await self._control("attach_table", self._tenancy.attach, request)
+        if request.mode == "restore":
+            check_source(request.source)
+        table = await self._control("attach_table", self._changes.attach, request)
         if request.mode == "confirm":
             return
         await self._tenancy.prepare(table)
         self._on_loaded()
-        while not await self._thread.run("fill", self._tenancy.fill, table, caller=_TABLES):
+        if request.mode == "restore":
+            await self._restoring.restore(table, request)
+            return
+        while not await self._thread.run("fill", self._changes.fill, table, caller=_TABLES):
             pass
 
     async def drop_table(self, table_id: int, *, unmade: bool = False) -> None:
-        await self._control("drop_table", partial(self._tenancy.end, unmade=unmade), table_id)
+        await self._control("drop_table", partial(self._changes.end, unmade=unmade), table_id)
 
     async def freeze(self, table_id: int, timeout_s: float, *, token: str, lease_s: float) -> int:
         bounds.check_freeze(timeout_s, token=token, lease_s=lease_s)
@@ -305,58 +360,56 @@ class Engine:
             Internal: There is no way to reach another shard, or what came is not what the schema says.
             MempoolError: What the owner raised.
         """
-        if self._peers is None:
-            raise Internal(f"shard {self.info.shard} was made without peers, to pull pages from", shard=self.info.shard)
-        table = await self._control("pull_pages", self._tenancy.begin_pull, request)
-
-        async def stage(batch: PageBatch) -> int:
-            cost = _cost(*batch.arrays.values())
-            num_bytes: int = await self._thread.run(
-                "stage",
-                partial(self._tenancy.stage, table, token=request.token),
-                batch,
-                cost=cost,
-                caller=_TABLES,
-            )
-            return num_bytes
-
-        async def lacks_ledger() -> bool:
-            lacks: bool = await self._control("stage", self._tenancy.lacks_ledger, table)
-            return lacks
-
-        async def stage_ledger(ledger: Ledger) -> None:
-            staged = partial(self._tenancy.stage_ledger, table, token=request.token, decisions=request.of_decisions)
-            await self._control("stage", staged, ledger)
-
-        return await pull(
-            request,
-            source=self._peers(request.source),
-            page_bytes=table.storage.page_bytes(request.blocks),
-            stage=stage,
-            lacks_ledger=lacks_ledger,
-            stage_ledger=stage_ledger,
-        )
+        return await self._pulling.pull(request)
 
     async def set_view(self, view: TableView, *, token: str = "") -> None:
         bounds.check_token(token)
         await self._control("set_view", partial(self._set_view, token=token), view)
 
+    async def mark_table(self, request: MarkTable) -> None:
+        await self._saving.mark(request)
+
+    async def write_part(self, request: WritePart) -> PartProgress:
+        return await self._saving.write(request)
+
+    async def release_mark(self, request: ReleaseMark) -> None:
+        await self._saving.release(request)
+
     async def views(self) -> tuple[TableView, ...]:
         self._thread.check_open()
-        return self._tenancy.views()
+        views = self._tenancy.views()
+        await self._settled()
+        return views
 
     async def status(self) -> ShardStatus:
         self._thread.check_open()
         return self._tenancy.status(
-            stages=self._stages, uptime_s=self._clock() - self._started_s, queued_jobs=self._thread.num_jobs
+            stages=self._stages,
+            uptime_s=self._clock() - self._started_s,
+            queued_calls=self._thread.num_jobs,
+            **({} if self._store is None else self._store.said),
         )
 
     async def close(self) -> None:
         """Answer what is waiting, then end the thread and free all memory. Repeatable."""
         await self._resolver.close()
+        await self._saving.close()
+        await self._restoring.close()
+        if self._taking is not None:
+            await self._taking.close()
         with suppress(ShardUnavailable):  # closed before
             await self._thread.run("close", lambda _: self._tenancy.drop_all())
         await self._thread.close()
+        if self._store is not None:
+            await self._store.close()
+
+    def _keep_up(self) -> bool:
+        marked = self._saving.expire()
+        busy = self._tenancy.expire() or marked
+        if self._store is None:
+            return busy
+        self._store.try_again()
+        return busy or self._store.fails
 
     def _end_for_good(self, on_fatal: Callable[[BaseException], None] | None, error: BaseException) -> None:
         if on_fatal is not None:
@@ -384,7 +437,14 @@ class Engine:
     async def _ask(self, stage: str, answer: Callable[[Any], Any], request: object, cost: int) -> Any:
         self._loop = asyncio.get_running_loop()
         try:
-            return await self._thread.run(stage, partial(self._answered, answer), request, cost=cost, again=self._woken)
+            reply = await self._thread.run(
+                stage, partial(self._answered, answer), request, cost=cost, again=self._woken
+            )
+            await self._settled()
+            return reply
+        except StepConflict:  # the step is over here: nobody is told so before that is durable
+            await self._settled()
+            raise
         except Overloaded as error:
             error.shard, error.address = self.info.shard, self.info.address
             raise
@@ -399,11 +459,11 @@ class Engine:
 
     def _set_view(self, view: TableView, *, token: str) -> Answered:
         """Adopt a view: whoever waits for that does not wait for memory to be given back, too."""
-        self._tenancy.set_view(view, token=token)
+        self._changes.set_view(view, token=token)
         return Answered(None, self._tenancy.table(view.schema.table_id).shrink)
 
     def _adopt(self, view: TableView) -> None:
-        self._tenancy.set_view(view)
+        self._changes.set_view(view)
         self._tenancy.table(view.schema.table_id).shrink()
 
     def _in_pieces(self, pieces: Generator[None, None, Any]) -> Generator[None, None, Any]:
@@ -415,7 +475,18 @@ class Engine:
     async def _control(self, stage: str, do: Callable[[Any], Any], request: object) -> Any:
         """For what the controller asks: goes before what clients do."""
         self._loop = asyncio.get_running_loop()
-        return await self._thread.run(stage, do, request, control=True, again=self._woken)
+        reply = await self._thread.run(stage, do, request, control=True, again=self._woken)
+        await self._settled()
+        return reply
+
+    async def _settled(self) -> None:
+        """All that an answer may tell of is durable: what a power cut takes back nobody was told."""
+        if self._store is not None and self._taking is not None:
+            await self._store.settled()
+            self._taking.poke()
+
+    async def _on_thread(self, stage: str, do: Callable[[Any], Any]) -> Any:
+        return await self._thread.run(stage, do, control=True, caller=_TABLES)
 
 
 def _cost(*tensors: Tensor | None, numbers: int = 0) -> int:

@@ -15,13 +15,14 @@ from mempool.agreement.rounds_here import RoundsHere
 from mempool.agreement.turns import Turns
 from mempool.agreement.writes import SeenWrites
 from mempool.errors import DataLoss, ShardUnavailable, StalePlacement
+from mempool.shard.pages.restored import RestoredPages
 from mempool.shard.pages.staging import Staging
 from mempool.shard.pages.storage import Storage
 from mempool.shard.parking import LONGEST_WAIT_S, Behind, Parked, Waiting, is_late, no_updates, no_word
 from mempool.shard.steps import commits
 from mempool.shard.steps.budget import Budget
 from mempool.shard.steps.held import HeldUpdates, PreparedStep
-from mempool.types import AttachTable, DecidedStep, Envelope, ShardInfo, Stamp, StepId, TableStatus, TableView
+from mempool.types import AttachTable, DecidedStep, Envelope, Ledger, ShardInfo, Stamp, StepId, TableStatus, TableView
 from mempool.types.running import Clock
 
 PEERS_WAIT_S = 1.0
@@ -36,6 +37,7 @@ class HostedTable:
         num_bytes: Of its pages: of those that are here or staged, or that initial values are being written to.
             All three are of the last ``measure``; any thread may read them.
         bytes_to_fill: Bytes of initial values that are still to be written; any thread may read it.
+        restored: Where its pages are handed in, of a table that is restored.
         preparing: What is done before they are written, in words; "" for nothing. Any thread may read and write it.
         order: Of its steps, as far as it is known here.
         others: By version: of a decided step that waits to be applied, this table its first: its parts at the others.
@@ -74,8 +76,7 @@ class HostedTable:
         self.peers_wait_until_s = float("-inf")
         self.unprepared: tuple[DecidedStep, float] | None = None
         self.gate, self.pending, self.lookups = min(request.view.placement.shards), request.pending, 0
-        self._clock = clock
-        self._lease_s = lease_s
+        self._clock, self._lease_s = clock, lease_s
         self._filling: Iterator[int] | None = None
         self._filling_bytes = self.bytes_to_fill = 0
         self.preparing = ""
@@ -83,8 +84,10 @@ class HostedTable:
         self._waiting_for_rest = Waiting()
         self._waiting_for_turns = Waiting()
         self._waiting_for_news = Waiting()
-        if request.mode == "initialise":
-            self._filling = self.storage.initialise(request.view.placement)
+        restored = RestoredPages(self.staging, request.view.placement, request.ledger or Ledger())
+        self.restored = restored if request.mode == "restore" else None
+        if request.mode in ("initialise", "restore"):
+            self._filling = self.restored or self.storage.initialise(request.view.placement)
             self._filling_bytes = self.bytes_to_fill = self.storage.initial_bytes(request.view.placement)
         elif request.mode == "lost":
             self.storage.own(request.view.placement)
@@ -122,19 +125,15 @@ class HostedTable:
 
     @property
     def stamp(self) -> Stamp:
-        return Stamp(
-            shard=self.info.shard,
-            incarnation=self.info.incarnation,
-            epoch=self.epoch,
-            table_version=self.ledger.version,
-        )
+        shard, incarnation = self.info.shard, self.info.incarnation
+        return Stamp(shard=shard, incarnation=incarnation, epoch=self.epoch, table_version=self.ledger.version)
 
     def fill(self) -> bool:
         """Write a piece of the initial values. Returns whether all are there."""
         if self._filling is not None:
             written = next(self._filling, None)
             if written is None:
-                self._filling, self._filling_bytes, self.bytes_to_fill = None, 0, 0
+                self._filling, self._filling_bytes, self.bytes_to_fill, self.restored = None, 0, 0, None
             else:  # what is not done has something left
                 self.bytes_to_fill = max(1, self.bytes_to_fill - written)
         self.measure()
@@ -308,7 +307,8 @@ class HostedTable:
                 f"shard {self.info.shard} (incarnation {self.info.incarnation}) lost {self.lost_pages} pages of table "
                 f"{self.view.schema.name!r}: it restarted without them, or a commit failed half way. They are not "
                 f"replaced by initial values. Drop the table (pool.drop_table({self.view.schema.name!r})), make it "
-                "again and write back what you saved of it; other tables go on",
+                "again and write back what you saved of it, or restore a checkpoint in its place (pool.restore(place, "
+                "replace=True)); other tables go on",
                 shard=self.info.shard,
                 address=self.info.address,
             )
@@ -345,9 +345,9 @@ class HostedTable:
         """
         if self.held_off_for_long(since_s):
             raise ShardUnavailable(
-                f"pages of table {self.view.schema.name!r} are moving (round {self.rounds.token!r}), which has held "
-                f"this call off on shard {self.info.shard} for {LONGEST_WAIT_S:g} s: the move is late, or its "
-                "controller is. Nothing was changed",
+                f"pages of table {self.view.schema.name!r} are moving, or kept for a checkpoint that is slow to write "
+                f"(round {self.rounds.token!r}), which has held this call off on shard {self.info.shard} for "
+                f"{LONGEST_WAIT_S:g} s: that is late, or its controller is. Nothing was changed",
                 shard=self.info.shard,
                 address=self.info.address,
             )
@@ -434,6 +434,10 @@ class HostedTable:
         self.turns.thawed(self._clock())
         self.staging.drop()
         self.measure()
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Those that were held off look again."""
         self._waiting_for_thaw.wake()
 
     def adopt(self, view: TableView) -> bool:
@@ -453,16 +457,14 @@ class HostedTable:
             self.storage.begin_at(self.ledger.version)
             self.order.moved_to(self.ledger.version)
         self.ledger.learn_others(decisions)
-        self.unprepared = None
-        self.view = view
-        self.gate = min(view.placement.shards)
+        self.unprepared, self.view, self.gate = None, view, min(view.placement.shards)
         self.measure()
         self.updates.clear()
         self.writes.clear()
         self.rounds.end()
         self.turns.thawed(self._clock())
         self.steps_changed()
-        self._waiting_for_thaw.wake()
+        self.go_on()
         return True
 
     def shrink(self) -> None:
@@ -473,10 +475,9 @@ class HostedTable:
     def close(self) -> None:
         """Give back what is held, and let those who wait find out."""
         self.updates.clear()
-        self._waiting_for_thaw.wake()
-        self._waiting_for_rest.wake()
-        self._waiting_for_turns.wake()
-        self._waiting_for_news.wake()
+        waiting = self._waiting_for_thaw, self._waiting_for_rest, self._waiting_for_turns, self._waiting_for_news
+        for those in waiting:
+            those.wake()
 
     def status(self) -> TableStatus:
         """The table at a glance; any thread may ask."""

@@ -5,7 +5,7 @@ Runs on the engine's thread and knows the tables; ``mempool.shard.steps.resolver
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -183,6 +183,15 @@ class Decisions:
         if len(self._gone) > _MOST_GONE:
             self._gone.popitem(last=False)
 
+    def of_dropped(self) -> Iterator[tuple[int, StepId, tuple[DecidedStep, ...]]]:
+        """What dropped tables had decided for others, the newest last."""
+        for table_id, kept in self._gone.items():
+            yield from ((table_id, step_id, others) for step_id, others in kept.items())
+
+    def remember(self, table_id: int, step_id: StepId, others: tuple[DecidedStep, ...]) -> None:
+        """One of these, in an earlier life."""
+        self._gone.setdefault(table_id, {})[step_id] = others
+
     def _of_gone(self, table_id: int, step_id: StepId | None) -> ResolveReply:
         """Of a table that is not here: what was not decided of it never will be."""
         if step_id is None:
@@ -265,7 +274,7 @@ class Decisions:
             return "dropped", ()
         if not drop or not table.is_gate or (drop == "lease" and table.updates.under_way(step_id)):
             return "pending", ()
-        # [BARRIER] a group's step is given up here, for all its ranks. [JOURNAL] and written down, before it is said.
+        # [BARRIER] a group's step is given up here, for all its ranks. Durable before it is said.
         table.ledger.drop(step_id)
         self.drop(table.table_id, step_id)
         return "dropped", ()
@@ -331,7 +340,7 @@ class Decisions:
                 if step.version:
                     table.order.add(step)
                 elif table.is_gate:
-                    table.order.number(step)
+                    table.ledger.log.numbered(table.order.number(step))
             self._apply(here)
             _drop_strangers(question, reply, here)
             for table in here:

@@ -7,18 +7,20 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from mempool import kernels
 from mempool.errors import DeadlineExceeded, InvalidRequest, MempoolError, NotFound, StalePlacement
 from mempool.observe import Stages
-from mempool.shard.bounds import check_ledger, check_rank, check_reply
+from mempool.shard.bounds import check_ledger, check_rank, check_reply, no_memory
+from mempool.shard.durable.log import NO_LOG, Log
 from mempool.shard.hosted import HostedTable
 from mempool.shard.pages.transfer import export, ledger_part
 from mempool.shard.parking import Parked
 from mempool.shard.resolving import Decisions
-from mempool.shard.steps.budget import MIB, Budget, out_of_memory
+from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.steps.optimizers import kernel_needs
 from mempool.types import (
@@ -40,24 +42,17 @@ from mempool.types.running import THREADS, Clock, Runner
 
 _LOG = logging.getLogger("mempool.shard")
 
-_PULL_LEASE_S = 60.0
+PULL_LEASE_S = 60.0
 """How long a shard that owns nothing yet keeps what it was sent for a round, unless more comes."""
 MOST_ENDED = 1024
 """Dropped tables that a shard remembers: for longer than a controller needs to tell every shard."""
 
 
-def _check_round(table: HostedTable, token: str) -> None:
-    """Raises StalePlacement where a page goes for a round that is not the present one."""
+def _check_round(table: HostedTable, token: str, *, join: bool = False) -> None:
+    """Raises StalePlacement where a page goes, or comes (``join``), for a round that is not the present one."""
     table.let_go()
     if token:
-        table.rounds.check(token)
-
-
-def _join_round(table: HostedTable, token: str) -> None:
-    """Raises StalePlacement where a page comes for a round that is not the present one."""
-    table.let_go()
-    if token:
-        table.rounds.join(token, _PULL_LEASE_S)
+        table.rounds.join(token, PULL_LEASE_S) if join else table.rounds.check(token)
 
 
 def _check_version(table: HostedTable, version: int) -> None:
@@ -88,6 +83,9 @@ class Tenancy:
 
     Attributes:
         decisions: What became of steps, for whoever asks.
+        log: Told what changes.
+        tables: By id. Never changed, always replaced: so that other threads can read it.
+        ended: Ids of tables that were dropped for good, the newest last.
         on_doubt: Called on the engine's thread where another shard is to be asked.
     """
 
@@ -113,17 +111,26 @@ class Tenancy:
         self._reply_bytes = reply_bytes
         self._clock = clock
         self._runner = runner
-        # Never changed, always replaced: so that other threads can read it.
-        self._tables: dict[int, HostedTable] = {}
-        self._ended: tuple[int, ...] = ()
-        self.decisions = Decisions(info.shard, lambda: self._tables, clock=clock)
+        self.tables: dict[int, HostedTable] = {}
+        self.ended: tuple[int, ...] = ()
+        self.decisions = Decisions(info.shard, lambda: self.tables, clock=clock)
         self.on_doubt: Callable[[], None] = lambda: None
+        self.log: Log = NO_LOG
 
-    # Which table is meant
+    def keep_in(self, log: Log) -> None:
+        """From now on ``log`` is told what changes."""
+        self.log = log
+        for table in self.tables.values():
+            self._have_kept(table)
+
+    def _have_kept(self, table: HostedTable) -> None:
+        table.ledger.log = self.log.steps_of(table.table_id)
+        table.storage.tell_caught_up = self.log.caught_up_of(table.table_id)
+        table.staging.on_drop = self.log.unstaged_of(table.table_id)
 
     def table(self, table_id: int) -> HostedTable:
         """Raises NotFound where it is not here."""
-        table = self._tables.get(table_id)
+        table = self.tables.get(table_id)
         if table is None:
             raise NotFound(
                 f"shard {self._info.shard} has no table {table_id}; it was dropped, or is not attached yet",
@@ -141,12 +148,12 @@ class Tenancy:
 
     def decides(self, table_id: int) -> bool:
         """Whether steps of which that table is the first are decided here."""
-        table = self._tables.get(table_id)
+        table = self.tables.get(table_id)
         return table is not None and table.is_gate
 
     def gate_of(self, table_id: int) -> ShardInfo | None:
         """The shard that decides such steps; None where it is not known."""
-        table = self._tables.get(table_id)
+        table = self.tables.get(table_id)
         return None if table is None else table.gate_info
 
     def check_incarnation(self, incarnation: int) -> None:
@@ -174,14 +181,14 @@ class Tenancy:
             confirmed.pending = False
             return confirmed
         check_ledger(request.ledger)
-        if request.view.schema.table_id in self._ended:
+        if request.view.schema.table_id in self.ended:
             raise NotFound(
                 f"table {request.view.schema.table_id} was dropped on shard {self._info.shard}, and is not attached "
                 "again: the request is late",
                 shard=self._info.shard,
             )
         table_id, epoch = request.view.schema.table_id, request.view.placement.epoch
-        present = self._tables.get(table_id)
+        present = self.tables.get(table_id)
         if present is not None and present.epoch == epoch:
             self._require_same(present, request.view)
             return present
@@ -207,7 +214,8 @@ class Tenancy:
             clock=self._clock,
         )
         self._require_memory(table, table.num_bytes)
-        self._tables = self._tables | {table_id: table}
+        self._have_kept(table)
+        self.tables = self.tables | {table_id: table}
         return table
 
     async def prepare(self, table: HostedTable) -> None:
@@ -234,7 +242,7 @@ class Tenancy:
             NotFound: It was dropped meanwhile.
             InvalidRequest: The device has no memory for it, whatever shard.memory promised.
         """
-        if self._tables.get(table.table_id) is not table:
+        if self.tables.get(table.table_id) is not table:
             raise NotFound(f"table {table.table_id} was dropped while it was being made", shard=self._info.shard)
         try:
             return table.fill()
@@ -251,9 +259,9 @@ class Tenancy:
 
     def drop(self, table_id: int) -> None:
         """Forget a table; unknown ones are no error."""
-        table = self._tables.get(table_id)
+        table = self.tables.get(table_id)
         if table is not None:
-            self._tables = {key: other for key, other in self._tables.items() if key != table_id}
+            self.tables = {key: other for key, other in self.tables.items() if key != table_id}
             self.decisions.leave(table)
             table.close()
             self._contexts.drop_table(table_id)
@@ -263,18 +271,18 @@ class Tenancy:
 
         Raises StalePlacement where only a pending one is meant, and it was confirmed.
         """
-        table = self._tables.get(table_id)
+        table = self.tables.get(table_id)
         if unmade and table is not None and not table.pending:
             raise StalePlacement(
                 f"table {table.view.schema.name!r} ({table_id}) was confirmed on shard {self._info.shard}: who says "
                 "that nobody has made it is late. Nothing was changed"
             )
         self.drop(table_id)
-        self._ended = (*(each for each in self._ended if each != table_id), table_id)[-MOST_ENDED:]
+        self.ended = (*(each for each in self.ended if each != table_id), table_id)[-MOST_ENDED:]
 
     def drop_all(self) -> None:
         """Forget all tables."""
-        for table_id in list(self._tables):
+        for table_id in list(self.tables):
             self.drop(table_id)
 
     # Moves
@@ -332,14 +340,14 @@ class Tenancy:
     def thaw(self, request: tuple[int, str]) -> None:
         """End a round's freeze, or whichever there is (""), and drop what is staged; no error where there is none."""
         table_id, token = request
-        table = self._tables.get(table_id)
+        table = self.tables.get(table_id)
         if table is not None and (table.rounds.end(token) or not token):
             table.thaw()
 
     def heartbeat(self, request: HeartbeatRequest) -> HeartbeatReply:
         """A rank is alive: all it holds stays."""
         check_rank(request.group, request.rank)
-        held = sum(table.updates.heard_of(request.group, request.rank) for table in self._tables.values())
+        held = sum(table.updates.heard_of(request.group, request.rank) for table in self.tables.values())
         return HeartbeatReply(lease_s=self._held_lease_s, updates_held=held)
 
     def export(self, request: ExportPages) -> PageBatch:
@@ -362,7 +370,7 @@ class Tenancy:
         """Check a pull and make room for it."""
         table = self.table(request.table_id)
         table.check_ready()
-        _join_round(table, request.token)
+        _check_round(table, request.token, join=True)
         table.staging.check_pull(request.row_pages, request.blocks, request.key_pages)
         pages = request.row_pages, request.blocks
         self._require_memory(table, table.staging.new_bytes(*pages, request.key_pages))
@@ -374,7 +382,7 @@ class Tenancy:
         """Stage a batch of a pull. Returns its bytes. Raises StalePlacement where its round is over by now, or its
         owner is at another version."""
         self._require_pulled(table)
-        _join_round(table, token)
+        _check_round(table, token, join=True)
         if token:
             _check_version(table, batch.version)
         num_bytes = table.staging.put(batch)
@@ -390,12 +398,12 @@ class Tenancy:
         """Stage the ledger of a pull, or the gate's decisions. Raises as ``stage``, and InvalidRequest for one that no
         shard makes, Internal where it is newer."""
         self._require_pulled(table)
-        _join_round(table, token)
+        _check_round(table, token, join=True)
         check_ledger(ledger)
         table.staging.put_ledger(ledger, decisions=decisions)
 
     def _require_pulled(self, table: HostedTable) -> None:
-        if self._tables.get(table.table_id) is not table:
+        if self.tables.get(table.table_id) is not table:
             raise NotFound(f"table {table.table_id} was dropped while its pages were pulled", shard=self._info.shard)
 
     def _require_same(self, table: HostedTable, view: TableView) -> None:
@@ -432,12 +440,12 @@ class Tenancy:
         """Drop what nobody has spoken of for longer than its lease. Returns whether there is more that may expire."""
         self._contexts.expire()
         self._contexts.give_way()
-        for table in self._tables.values():
+        for table in self.tables.values():
             table.expire()
             self._apply_again(table)
             if table.step_doubt.since_s is not None or table.order_doubt.since_s is not None or table.rounds.lapsed:
                 self.on_doubt()
-        busy = any(table.frozen or table.order.any_waiting or table.waited_for for table in self._tables.values())
+        busy = any(table.frozen or table.order.any_waiting or table.waited_for for table in self.tables.values())
         return busy or self._budget.held_bytes > 0 or len(self._contexts) > 0
 
     def _apply_again(self, table: HostedTable) -> None:
@@ -458,11 +466,11 @@ class Tenancy:
 
     def views(self) -> tuple[TableView, ...]:
         """The newest view of every table here that is made."""
-        return tuple(table.view for table in self._tables.values() if not table.pending)
+        return tuple(table.view for table in self.tables.values() if not table.pending)
 
-    def status(self, *, stages: Stages, uptime_s: float, queued_jobs: int) -> ShardStatus:
-        """The shard at a glance."""
-        tables = tuple(table.status() for _, table in sorted(self._tables.items()))
+    def status(self, *, stages: Stages, **said: Any) -> ShardStatus:
+        """The shard at a glance; said: what others know of it."""
+        tables = tuple(table.status() for _, table in sorted(self.tables.items()))
         budget = self._budget
         return ShardStatus(
             info=self._info,
@@ -473,27 +481,18 @@ class Tenancy:
             held_bytes=budget.held_bytes,
             queued_bytes=budget.queued_bytes,
             kept_bytes=budget.kept_bytes,
-            queued_calls=queued_jobs,
             client_limit_bytes=budget.limit_bytes,
             page_limit_bytes=self._page_bytes or 0,
-            uptime_s=uptime_s,
             tables=tables,
             stages=stages.snapshot(),
-            dropped=self._ended,
+            dropped=self.ended,
+            **said,
         )
 
     def _require_memory(self, table: HostedTable, num_bytes: int) -> None:
         """Raises InvalidRequest where so many more bytes of pages exceed the shard's memory. Before they are taken."""
         if self._page_bytes is None:
             return
-        taken = sum(table.num_bytes for table in self._tables.values())
+        taken = sum(table.num_bytes for table in self.tables.values())
         if taken + num_bytes > self._page_bytes:
-            raise InvalidRequest(
-                f"{num_bytes / MIB:,.1f} MiB of pages of table {table.view.schema.name!r} do not fit on shard "
-                f"{self._info.shard}: it may hold {self._page_bytes / MIB:,.1f} MiB and holds {taken / MIB:,.1f} MiB "
-                "already. Give shards more memory (shard.memory in the config), use more shards (mempool scale), make "
-                "the table smaller (num_slots, value_dim, dtype='bfloat16' or 'int8', an optimizer with less state), "
-                "or drop a table. Nothing was changed.",
-                shard=self._info.shard,
-                address=self._info.address,
-            )
+            raise no_memory(self._info, table.view.schema.name, num_bytes, limit=self._page_bytes, taken=taken)

@@ -72,21 +72,106 @@ class Ledger:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TableSource:
+    """A table in a checkpoint.
+
+    Attributes:
+        url: The place: an absolute path, or a URL.
+        checkpoint: The checkpoint's name there.
+        table: The table's name in it.
+    """
+
+    url: str
+    checkpoint: str
+    table: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MarkTable:
+    """Keep a frozen table's pages as they are at this version, for a checkpoint, whatever is trained from then on.
+
+    A mark is over when it is released, when its lease ends, when another one is made, or when pages move.
+
+    Attributes:
+        token: The round that holds the table frozen; it names the mark, too.
+        version: At which the table stands still, as its gate has said.
+        lease_s: Seconds until it is over by itself, unless ``WritePart`` asks for it.
+        since: The checkpoint of which pages that did not change are read; "": all are to be written.
+    """
+
+    table_id: int
+    token: str
+    version: int
+    lease_s: float
+    since: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WritePart:
+    """Write the marked pages of a shard into a checkpoint, or hear how far that is. A repeat joins in.
+
+    Attributes:
+        token: The mark.
+        url: The place: an absolute path that is the same on all nodes, or a URL.
+        checkpoint: The checkpoint's name.
+        since_version: The table's version in the checkpoint that the mark was made with.
+        wait_s: Answer after so many seconds, or when it is done.
+    """
+
+    table_id: int
+    token: str
+    url: str
+    checkpoint: str
+    since_version: int = 0
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartProgress:
+    """How far the writing of a part is.
+
+    Attributes:
+        bytes_done, bytes_total: Of pages.
+        updates_applied: As in ``Ledger``, at the mark.
+        part: What was written, for whoever commits the checkpoint; empty until all is.
+    """
+
+    bytes_done: int
+    bytes_total: int
+    updates_applied: int = 0
+    part: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseMark:
+    """A mark is needed no more. No error where there is none.
+
+    kept: The checkpoint that counts now, to which later ones write what changed since; "": none does.
+    """
+
+    table_id: int
+    token: str
+    kept: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttachTable:
     """Make a table known to a shard. Idempotent for the same table_id and epoch.
 
     Attributes:
         mode: "initialise": give the pages this shard owns in the view their initial values; "empty": it owns none yet
             and will pull them; "lost": it owned pages and has them no more: they answer DataLoss; "confirm": it has
-            them, the table was pending and is made: NotFound where it is not here.
+            them, the table was pending and is made: NotFound where it is not here; "restore": read from ``source``.
         ledger: Where the table's history stands; None for a new table.
         pending: The table is being made: it answers no client, and is among no views, until it is confirmed.
+        source: Of "restore" alone.
     """
 
     view: TableView
-    mode: Literal["initialise", "empty", "lost", "confirm"]
+    mode: Literal["initialise", "empty", "lost", "confirm", "restore"]
     ledger: Ledger | None = None
     pending: bool = False
+    source: TableSource | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -120,6 +205,11 @@ class PageBatch:
     key_pages: tuple[int, ...]
     arrays: Mapping[str, Tensor]
     version: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all arrays."""
+        return sum(rows.nbytes for rows in self.arrays.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

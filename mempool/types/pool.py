@@ -89,6 +89,9 @@ class ShardStatus:
         queued_calls: Calls that wait or are answered.
         kept_bytes: Sums that prepared steps keep for their commit.
         dropped: Ids of tables that it was told to drop, the newest of them.
+        storage: Where it keeps what it has; "" where it keeps nothing: all is gone with it.
+        journal_bytes: Of its journal there.
+        storage_refuses: What that refuses, for people: nothing can be changed until it takes it. "" for nothing.
     """
 
     info: ShardInfo
@@ -106,6 +109,9 @@ class ShardStatus:
     tables: tuple[TableStatus, ...] = ()
     stages: tuple[StageTime, ...] = ()
     dropped: tuple[int, ...] = ()
+    storage: str = ""
+    journal_bytes: int = 0
+    storage_refuses: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +120,78 @@ class DropTable:
 
     name: str
     table_id: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TakeCheckpoint:
+    """Asks for a checkpoint of a pool.
+
+    Attributes:
+        url: The place: an absolute path that is the same on all nodes, or a URL that fsspec knows.
+        tables: Names; none: all tables there are.
+        incremental: Let pages that did not change be read from the newest checkpoint's files.
+        keep: Remove all but so many of the newest once it is whole; 0: none.
+        extra: The user's own, a JSON object as text; "": nothing.
+    """
+
+    url: str
+    tables: tuple[str, ...] = ()
+    incremental: bool = True
+    keep: int = 0
+    extra: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableVersion:
+    """A table and the version that it has in a checkpoint."""
+
+    table: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointProgress:
+    """Where a checkpoint stands; the last message has ``done``.
+
+    Attributes:
+        url: The place.
+        name: The checkpoint's, in the place; "" until it has one.
+        bytes_done, bytes_total: Of pages to write, all shards together; 0 until the moment is taken.
+        tables: The tables and their versions, once the moment is taken.
+        held_s: How long writers were held off for that moment, seconds.
+        doing: What it is at, for people.
+        done: It is whole; no message follows.
+    """
+
+    url: str
+    name: str
+    bytes_done: int
+    bytes_total: int
+    tables: tuple[TableVersion, ...]
+    held_s: float
+    doing: str
+    done: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RestoreTables:
+    """Asks for tables as a checkpoint has them.
+
+    Attributes:
+        url: The place, as in ``TakeCheckpoint``.
+        checkpoint: The checkpoint's name; "" for the newest.
+        tables: Their names in it; none: all.
+        name: What the one table that is asked for shall be called; "": as it is there.
+        replace: Take the place of a table of that name, once the pages are all there.
+        layout: How pages are spread over the shards; "": as they were.
+    """
+
+    url: str
+    checkpoint: str = ""
+    tables: tuple[str, ...] = ()
+    name: str = ""
+    replace: bool = False
+    layout: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +244,7 @@ class PoolStatus:
         waiting_for: What the rescale waits for, for people; "" if for nothing.
         unfinished: Why a rescale stopped half way and what to do, for people; "" if none did.
         creating: Tables that are being made.
+        checkpoint: The checkpoint that is being taken and what it is at, for people; "" if none is.
     """
 
     name: str
@@ -176,6 +255,7 @@ class PoolStatus:
     waiting_for: str = ""
     unfinished: str = ""
     creating: tuple[TableCreation, ...] = ()
+    checkpoint: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,13 +34,25 @@ from mempool.types.pages import (
     ExportLedger,
     ExportPages,
     LedgerPart,
+    MarkTable,
     PageBatch,
+    PartProgress,
     PullPages,
     PullReport,
+    ReleaseMark,
     ResolveReply,
     ResolveRequest,
+    WritePart,
 )
-from mempool.types.pool import PoolStatus, RescaleProgress, ShardStatus, TableView
+from mempool.types.pool import (
+    CheckpointProgress,
+    PoolStatus,
+    RescaleProgress,
+    RestoreTables,
+    ShardStatus,
+    TableView,
+    TakeCheckpoint,
+)
 from mempool.types.schema import TableSchema
 
 
@@ -116,6 +128,24 @@ class PageHost(Protocol):
             StalePlacement: The round is over; nothing was changed.
         """
 
+    async def mark_table(self, request: MarkTable) -> None:
+        """Keep a frozen table's pages as they are now, for a checkpoint; training goes on when it is thawed.
+
+        Raises:
+            StalePlacement: That round does not hold the table, or it stands at another version.
+        """
+
+    async def write_part(self, request: WritePart) -> PartProgress:
+        """Write what was marked, beside all other work; answers how far it is, and at the end what was written.
+
+        Raises:
+            NotFound: There is no such mark, or it is over.
+            StorageFailed: The place does not take it. The mark is of no use then.
+        """
+
+    async def release_mark(self, request: ReleaseMark) -> None:
+        """Forget a mark and what was kept for it."""
+
     async def views(self) -> tuple[TableView, ...]:
         """The newest view of every table that is made: what bootstrapping clients and a new controller ask for."""
 
@@ -145,6 +175,12 @@ class PoolApi(Protocol):
 
     def rescale(self, shards: int) -> AsyncIterator[RescaleProgress]:
         """Change the number of shards, live. One at a time: a second is answered InvalidRequest."""
+
+    def checkpoint(self, request: TakeCheckpoint) -> AsyncIterator[CheckpointProgress]:
+        """Take a checkpoint while clients go on. One at a time: a second is answered InvalidRequest."""
+
+    async def restore(self, request: RestoreTables) -> tuple[TableView, ...]:
+        """Make tables of a checkpoint's. Raises AlreadyExists, and as reading a checkpoint does."""
 
     async def status(self) -> PoolStatus: ...
 

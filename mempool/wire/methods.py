@@ -14,13 +14,26 @@ from mempool.types.pages import (
     ExportLedger,
     ExportPages,
     LedgerPart,
+    MarkTable,
     PageBatch,
+    PartProgress,
     PullPages,
     PullReport,
+    ReleaseMark,
     ResolveReply,
     ResolveRequest,
+    WritePart,
 )
-from mempool.types.pool import DropTable, PoolStatus, RescaleProgress, ShardStatus, TableView
+from mempool.types.pool import (
+    CheckpointProgress,
+    DropTable,
+    PoolStatus,
+    RescaleProgress,
+    RestoreTables,
+    ShardStatus,
+    TableView,
+    TakeCheckpoint,
+)
 from mempool.types.schema import TableSchema
 from mempool.wire.codecs import lookup, messages, pages, tables
 from mempool.wire.codecs.codec import Codec
@@ -122,6 +135,15 @@ PULL_PAGES: Method[PullPages, PullReport] = Method(
     SHARD_SERVICE, "PullPages", pages.PULL_PAGES_REQUEST, pages.PULL_PAGES_REPLY
 )
 SET_VIEW: Method[SetView, None] = Method(SHARD_SERVICE, "SetView", pages.SET_VIEW_REQUEST, pages.SET_VIEW_REPLY)
+MARK_TABLE: Method[MarkTable, None] = Method(
+    SHARD_SERVICE, "MarkTable", pages.MARK_TABLE_REQUEST, pages.MARK_TABLE_REPLY
+)
+WRITE_PART: Method[WritePart, PartProgress] = Method(
+    SHARD_SERVICE, "WritePart", pages.WRITE_PART_REQUEST, pages.WRITE_PART_REPLY
+)
+RELEASE_MARK: Method[ReleaseMark, None] = Method(
+    SHARD_SERVICE, "ReleaseMark", pages.RELEASE_MARK_REQUEST, pages.RELEASE_MARK_REPLY
+)
 STATUS: Method[None, ShardStatus] = Method(SHARD_SERVICE, "Status", pages.STATUS_REQUEST, pages.STATUS_REPLY)
 
 CREATE_TABLE: Method[TableSchema, TableView] = Method(
@@ -136,6 +158,12 @@ LIST_TABLES: Method[None, tuple[TableView, ...]] = Method(
 )
 RESCALE: Method[int, RescaleProgress] = Method(
     POOL_SERVICE, "Rescale", tables.RESCALE_REQUEST, tables.RESCALE_REPLY, streams=True
+)
+CHECKPOINT: Method[TakeCheckpoint, CheckpointProgress] = Method(
+    POOL_SERVICE, "Checkpoint", tables.CHECKPOINT_REQUEST, tables.CHECKPOINT_REPLY, streams=True
+)
+RESTORE: Method[RestoreTables, tuple[TableView, ...]] = Method(
+    POOL_SERVICE, "Restore", tables.RESTORE_REQUEST, tables.RESTORE_REPLY
 )
 GET_STATUS: Method[None, PoolStatus] = Method(
     POOL_SERVICE, "GetStatus", tables.GET_STATUS_REQUEST, tables.GET_STATUS_REPLY

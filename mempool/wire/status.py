@@ -35,6 +35,7 @@ _STATUS: dict[ErrorCode, grpc.StatusCode] = {
     ErrorCode.STALE_PLACEMENT: grpc.StatusCode.ABORTED,
     ErrorCode.CONTEXT_MISSING: grpc.StatusCode.FAILED_PRECONDITION,
     ErrorCode.OVERLOADED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ErrorCode.STORAGE_FAILED: grpc.StatusCode.INTERNAL,
 }
 
 _CLASSES: dict[int, type[MempoolError]] = {
@@ -55,6 +56,7 @@ _CLASSES: dict[int, type[MempoolError]] = {
         errors.StalePlacement,
         errors.ContextMissing,
         errors.Overloaded,
+        errors.StorageFailed,
     )
 }
 

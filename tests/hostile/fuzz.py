@@ -8,6 +8,7 @@ at the end, and ends with 1 if anything was found; what was found is printed wit
 
 import argparse
 import asyncio
+import math
 import multiprocessing
 import random
 import sys
@@ -17,22 +18,26 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
+from mempool.checkpoint.stores.places import check_place
+from mempool.errors import InvalidRequest
 from mempool.kernels import warm_up
 from mempool.wire.v1 import data_pb2, table_pb2
 from tests.hostile.mutate import mutated
 from tests.hostile.raw import METHODS, RawChannel, RawMethod
 from tests.hostile.target import Target, resident_bytes
-from tests.hostile.valid import NUM_SLOTS, VICTIM, WITNESS, Requests, tensor, view_of
+from tests.hostile.valid import NUM_SLOTS, PLACE, VICTIM, WITNESS, Requests, tensor, view_of
 
 BATCH = 1_000
 SLOWEST_S = 5.0
 IN_FLIGHT = 32
 GROWTH_BYTES = 512 * 2**20
 _SHARDS, _MAX_SHARDS = 2, 4096
+_OF_PLACES = ("AttachTable", "WritePart", "Checkpoint", "Restore")
 
 
 @dataclass
@@ -112,6 +117,10 @@ class Fuzz:
             frame = mutated(requests.of(method.label), self._rng)
             if method.name == "Rescale" and _asks_for_shards(method, frame):
                 continue
+            if method.name == "CreateTable" and _is_large(method, frame):
+                continue
+            if method.name in _OF_PLACES and _leads_elsewhere(method, frame):
+                continue
             frames -= 1
             yield frame
 
@@ -168,6 +177,26 @@ def _asks_for_shards(method: RawMethod, frame: bytes) -> bool:
         return False
     shards: int = parsed.shards  # type: ignore[attr-defined]
     return shards != _SHARDS and 0 < shards <= _MAX_SHARDS
+
+
+def _is_large(method: RawMethod, frame: bytes) -> bool:
+    """Whether a table may be made that takes much of what the shards have: memory would grow as it should."""
+    try:
+        schema = method.request.FromString(frame).schema  # type: ignore[attr-defined]
+    except DecodeError:
+        return False
+    keys = schema.product_keys.heads * schema.product_keys.key_dim * math.isqrt(schema.num_slots)
+    return 2**23 < schema.num_slots * schema.value_dim + keys < 2**31
+
+
+def _leads_elsewhere(method: RawMethod, frame: bytes) -> bool:
+    """Whether something would really be written or read, anywhere on this machine."""
+    try:
+        parsed: Any = method.request.FromString(frame)
+        place = check_place(parsed.source.url if method.name == "AttachTable" else parsed.url)
+    except (DecodeError, InvalidRequest):
+        return False
+    return place != PLACE or (method.name == "Checkpoint" and "nobody" not in parsed.tables)
 
 
 async def fuzz(target: Target, *, frames: int, seed: int, labels: Sequence[str] = tuple(METHODS)) -> list[Found]:

@@ -124,7 +124,7 @@ class _Launcher:
     async def starting(self) -> str:
         return ""
 
-    async def start(self, shard: int) -> ShardInfo:
+    async def start(self, shard: int, *, fresh: bool = False) -> ShardInfo:  # noqa: ARG002
         serving = ShardServing(
             self._config, shard=shard, incarnation=time.time_ns() // 1_000_000, node_ip="127.0.0.1", keys=self._keys
         )

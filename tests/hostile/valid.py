@@ -18,6 +18,7 @@ DTYPES = {
 }
 NUM_SLOTS, VALUE_DIM, BLOCK_DIM, HEADS, KEY_DIM = 256, 32, 16, 2, 8
 VICTIM, WITNESS = "victim", "witness"
+PLACE = "memory://fuzz"
 
 
 def tensor(array: Any) -> tensor_pb2.Tensor:
@@ -89,12 +90,25 @@ class Requests:
             ),
             "ShardService.PullPages": self._pull_pages,
             "ShardService.SetView": lambda: shard_pb2.SetViewRequest(view=self.view),
+            "ShardService.MarkTable": lambda: shard_pb2.MarkTableRequest(
+                table_id=self.view.schema.table_id, token="late", version=self.random.randrange(3), lease_s=1.0
+            ),
+            "ShardService.WritePart": lambda: shard_pb2.WritePartRequest(
+                table_id=self.view.schema.table_id, token="late", url=PLACE, checkpoint="000001-0123abcd"
+            ),
+            "ShardService.ReleaseMark": lambda: shard_pb2.ReleaseMarkRequest(
+                table_id=self.view.schema.table_id, token="late", kept="000001-0123abcd"
+            ),
             "ShardService.Status": shard_pb2.StatusRequest,
             "PoolService.CreateTable": self._create,
             "PoolService.DropTable": lambda: pool_pb2.DropTableRequest(name="nobody"),
             "PoolService.GetTable": lambda: pool_pb2.GetTableRequest(name=VICTIM),
             "PoolService.ListTables": pool_pb2.ListTablesRequest,
             "PoolService.Rescale": lambda: pool_pb2.RescaleRequest(shards=len(self.view.shards)),
+            "PoolService.Checkpoint": lambda: pool_pb2.CheckpointRequest(
+                url=PLACE, tables=["nobody"], extra=b'{"a": 1}'
+            ),
+            "PoolService.Restore": lambda: pool_pb2.RestoreRequest(url=PLACE, tables=[VICTIM], replace=True),
             "PoolService.GetStatus": pool_pb2.GetStatusRequest,
         }[label]
         message: Message = make()

@@ -19,6 +19,8 @@ from mempool.agreement.ledger import AppliedLedger
 from mempool.agreement.order import Order
 from mempool.agreement.rounds_here import RoundsHere
 from mempool.agreement.writes import SeenWrites
+from mempool.shard.durable.records import Decided, Held
+from mempool.shard.durable.store import Store
 from mempool.shard.hosted import HostedTable
 from mempool.shard.steps.held import HeldUpdates
 from mempool.shard.tenancy import Tenancy
@@ -45,6 +47,14 @@ def _in_order_of_arrival(order: Order, step: Any) -> None:
         order._waiting[order.numbered + 1] = replace(step, version=order.numbered + 1)
 
 
+async def _at_once(_: Store) -> None:
+    """Nobody waits for the disk."""
+
+
+def _but_for(add: Callable[..., None], kind: type) -> Callable[..., None]:
+    return lambda store, record: None if isinstance(record, kind) else add(store, record)
+
+
 ABLATIONS: dict[str, list[Patch]] = {
     "incarnation fence": [(Tenancy, "check_incarnation", lambda *_: None)],
     "epoch fence": [(HostedTable, "check", _any_epoch(HostedTable.check))],
@@ -62,6 +72,9 @@ ABLATIONS: dict[str, list[Patch]] = {
     "lease of a freeze": [(RoundsHere, "lapsed", property(lambda _: False))],
     "attempt": [(Attempts, "end", lambda *_: True), (Attempts, "late", lambda *_: "")],
     "numbers of writes": [(SeenWrites, "is_due", lambda *_: True)],
+    "sync before an answer": [(Store, "settled", _at_once)],
+    "record of a decision": [(Store, "add", _but_for(Store.add, Decided))],
+    "record of an update": [(Store, "add", _but_for(Store.add, Held))],
 }
 
 
@@ -70,6 +83,9 @@ def _trap(method: Method[Any, Any], effect: Effect, for_s: float, **more: Any) -
 
 
 FAULTS: dict[str, Faults] = {
+    "sync before an answer": Faults(restarts=True),
+    "record of a decision": Faults(restarts=True),
+    "record of an update": Faults(restarts=True),
     "incarnation fence": Faults(shards_die=True, trainers_die=True),
     "lease of a trainer": Faults(trainers_die=True),
     "lease of a freeze": Faults(
@@ -123,6 +139,8 @@ FAULTS: dict[str, Faults] = {
     ),
 }
 """Faults in which a safeguard is likely to be needed; without, they are drawn by the seed."""
+WITH_STORAGE = ("sync before an answer", "record of a decision", "record of an update")
+"""What guards what is on disks."""
 GUARDED_BESIDE = {"version wait": "attempt"}
 """What another one guards as well since it is there: the first is looked at without the second."""
 SEEN_AT: dict[str, int] = {
@@ -179,7 +197,7 @@ def _beside(safeguard: str) -> tuple[str, ...]:
 
 def _run_of(safeguard: str, seed: int) -> Run:
     """A run in which it is likely to be needed."""
-    return Run(seed, faults=FAULTS.get(safeguard))
+    return Run(seed, faults=FAULTS.get(safeguard), storage=safeguard in WITH_STORAGE)
 
 
 def kind_of(violation: str) -> str:

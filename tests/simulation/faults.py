@@ -10,7 +10,7 @@ from random import Random
 
 from tests.simulation.loop import ProcessLoop
 from tests.simulation.network import Weather
-from tests.simulation.processes import Park, Trainer
+from tests.simulation.processes import Keeps, Park, Trainer
 from tests.simulation.traps import NO_SCENE, Scene, Trap, Traps
 
 KINDS = (
@@ -28,7 +28,10 @@ KINDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Faults:
-    """Which kinds of faults a run has; traps: how many, besides those of its scene."""
+    """Which kinds of faults a run has; traps: how many, besides those of its scene.
+
+    restarts: Shards with a disk are killed, or their power is cut, and come back with what that has.
+    """
 
     loss: bool = False
     slow: bool = False
@@ -39,6 +42,7 @@ class Faults:
     trainers_die: bool = False
     controller_dies: bool = False
     shards_die: bool = False
+    restarts: bool = False
     traps: int = 0
     scene: Scene = NO_SCENE
 
@@ -93,6 +97,9 @@ class Chaos:
                 (faults.trainers_die, self._trainer_dies),
                 (faults.controller_dies, self._controller_dies),
                 (faults.shards_die, self._shard_dies),
+                (faults.restarts, self._shard_restarts),
+                (faults.restarts, self._shard_restarts),
+                (faults.restarts, self._power_goes),
             )
             if wanted
         ]
@@ -179,6 +186,19 @@ class Chaos:
 
     def _controller_dies(self) -> None:
         self._park.kill_controller(comes_back_s=self._random.choice((1.0, 5.0, 25.0)) * self._random.random())
+
+    def _shard_restarts(self) -> None:
+        if self._park.shards:
+            keeps: Keeps = self._random.choice(("what was written", "what was synced"))
+            shard = self._random.choice(sorted(self._park.shards))
+            self._park.kill_shard(shard, comes_back_s=5.0 * self._random.random(), keeps=keeps)
+
+    def _power_goes(self) -> None:
+        """Of all that there is, but for trainers, which are elsewhere; mostly of the controller, too."""
+        if self._random.random() < 0.7:
+            self._controller_dies()
+        for shard in sorted(self._park.shards):
+            self._park.kill_shard(shard, comes_back_s=5.0 * self._random.random(), keeps="what was synced")
 
     def _shard_dies(self) -> None:
         if self._park.shards:

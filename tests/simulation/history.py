@@ -7,7 +7,6 @@ in the order of their versions, and every answer is compared with it, bit for bi
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mempool.agreement.order import NOBODY, Order
+from mempool.agreement.order import NOBODY
 from mempool.errors import DataLoss, Internal, MempoolError
 from mempool.types import DecidedStep, HeartbeatRequest, Placement, ShardInfo, StepId, TableSchema, TableView
 from mempool.wire import methods
 from tests.simulation.loop import ProcessLoop
 from tests.simulation.network import Call, Network
-from tests.simulation.oracle import ORACLE_TABLE, Content, Oracle
+from tests.simulation.oracle import Content, Oracle
 from tests.simulation.tables import TRAINED, is_exact
 
 Update = tuple[int, str, int, int]
@@ -361,23 +360,6 @@ class History:
 
 def _age(step_id: StepId) -> tuple[int, int]:
     return step_id.generation, step_id.step
-
-
-@contextmanager
-def observed(history: History) -> Iterator[None]:
-    """Every step that a shard applies meanwhile is told to the history."""
-    keep = Order._keep
-
-    def observe(order: Order, step: DecidedStep) -> None:
-        keep(order, step)
-        if step.table_id != ORACLE_TABLE:
-            history.note_applied(step)
-
-    Order._keep = observe  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        Order._keep = keep  # type: ignore[method-assign]
 
 
 class _Floors:

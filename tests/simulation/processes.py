@@ -1,13 +1,16 @@
 """The processes of a simulated pool: shards, the controller, trainers, and the machine park that starts and kills them.
 
 Each is made as its composition root in ``mempool.rayhost`` makes it, with the links, clock and runner of the simulation
-handed in. A process that dies loses all it had; a shard comes back as a new incarnation, as Ray would bring it back.
+handed in. A process that dies loses all it had, but for what a shard has on its disk, where the pool has storage; a
+shard comes back as a new incarnation, as Ray would bring it back.
 """
 
 import asyncio
 import contextvars
+from asyncio import events
 from collections.abc import Callable
 from random import Random
+from typing import Literal
 
 from mempool.client import GrpcPool
 from mempool.client.routing.router import Router
@@ -16,13 +19,17 @@ from mempool.controller import Controller
 from mempool.errors import MempoolError
 from mempool.server.views import ShardViews
 from mempool.shard import Engine
+from mempool.shard.durable.store import Store
 from mempool.types import ShardHost, ShardInfo, TableView
 from tests.simulation.loop import InlineRunner, ProcessLoop, Scheduler
 from tests.simulation.network import Network
+from tests.support.fakefiles import FakeFiles
 
 POOL = "simulated"
 CONTROLLER = "controller"
 CONTROLLER_ADDRESS = "controller:7077"
+JOURNAL_LIMIT_BYTES = 2**17
+"""Small, so that snapshots are taken."""
 _LOOK_S = 10.0
 _RETRY_S = 1.0
 _EPOCH_S = 1_700_000_000.0  # when the simulated world begins, on everybody's wall clock
@@ -30,6 +37,9 @@ _EPOCH_S = 1_700_000_000.0  # when the simulated world begins, on everybody's wa
 
 def shard_address(shard: int) -> str:
     return f"shard-{shard}:7070"
+
+
+Keeps = Literal["nothing", "what was written", "what was synced"]
 
 
 class Park:
@@ -40,6 +50,7 @@ class Park:
         network: Links them.
         drift: By how much clocks may be faster or slower than true time, as a part of it.
         lease_s: Of trainers on shards.
+        storage: Shards have a disk, which outlives their processes.
 
     Attributes:
         shards: Running shard processes by number, those that stand still too.
@@ -47,9 +58,19 @@ class Park:
         wanted: Numbers of the shards that somebody started and nobody stopped, whether or not they are up.
         meant: How many shards the pool is meant to have, as the controller had it kept.
         killed: Incarnations of shards that were killed with what they had.
+        disks: Of shards, by number; none without storage.
+        on_failure: Told of a shard that cannot read what it has kept.
     """
 
-    def __init__(self, scheduler: Scheduler, network: Network, *, drift: float = 0.0, lease_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        network: Network,
+        *,
+        drift: float = 0.0,
+        lease_s: float = 10.0,
+        storage: bool = False,
+    ) -> None:
         self.scheduler = scheduler
         self.network = network
         self.shards: dict[int, ShardProcess] = {}
@@ -57,6 +78,9 @@ class Park:
         self.wanted: set[int] = set()
         self.meant = 0
         self.killed: list[ShardInfo] = []
+        self.storage = storage
+        self.disks: dict[int, FakeFiles] = {}
+        self.on_failure: Callable[[str], None] = lambda _: None
         self.on_shard: list[Callable[[ShardProcess], None]] = []
         self.on_controller: list[Callable[[ControllerProcess], None]] = []
         self.lease_s = lease_s
@@ -79,9 +103,11 @@ class Park:
 
     # Shards
 
-    def start_shard(self, shard: int) -> ShardInfo:
-        """A new process for a shard, with nothing in it."""
+    def start_shard(self, shard: int, *, fresh: bool = False) -> ShardInfo:
+        """A new process for a shard, with what its disk has; fresh: with nothing."""
         self._incarnation += 1
+        if self.storage and (fresh or shard not in self.disks):
+            self.disks[shard] = FakeFiles(self.scheduler.random(f"disk {self._incarnation}").getrandbits(32))
         info = ShardInfo(shard=shard, address=shard_address(shard), incarnation=self._incarnation)
         self.wanted.add(shard)
         process = self.shards[shard] = ShardProcess(self, info)
@@ -89,12 +115,21 @@ class Park:
             observer(process)
         return info
 
-    def kill_shard(self, shard: int, *, comes_back_s: float | None) -> None:
-        """A shard's process dies, with its pages; another one comes in its place after a while."""
+    def kill_shard(self, shard: int, *, comes_back_s: float | None, keeps: Keeps = "nothing") -> None:
+        """A shard's process dies, with its pages, or its disk keeps them; another one comes in its place after a while.
+
+        keeps: "what was written" (the process was killed), "what was synced" (the power was cut), of its disk.
+        """
         process = self.shards.pop(shard, None)
         if process is None:
             return
-        self.killed.append(process.info)
+        if keeps == "nothing":
+            self.killed.append(process.info)
+            self.disks.pop(shard, None)
+        elif keeps == "what was written":
+            self.disks[shard].killed()
+        else:
+            self.disks[shard].power_cut()
         process.loop.kill()
         self.network.died(process.loop)
         if comes_back_s is not None:
@@ -108,10 +143,17 @@ class Park:
         """A shard's process is ended for good, by the controller."""
         process = self.shards.get(info.shard)
         self.wanted.discard(info.shard)
+        self.disks.pop(info.shard, None)
         if process is not None:
             del self.shards[info.shard]
             process.loop.kill()
             self.network.died(process.loop)
+
+    def store_now(self) -> Store | None:
+        """What the shard keeps whose code runs now; None where it is no shard's, or reads what it kept."""
+        loop = events._get_running_loop()
+        process = next((process for process in self.shards.values() if process.loop is loop), None)
+        return process.store if process is not None and process.ready else None
 
     # The controller
 
@@ -140,27 +182,62 @@ class Park:
 
 
 class ShardProcess:
-    """One start of a shard, as ``rayhost.shard_serving`` makes it."""
+    """One start of a shard, as ``rayhost.shard_serving`` makes it.
+
+    Attributes:
+        store: What it keeps; None without storage.
+        ready: It serves, and has read what it kept.
+    """
 
     def __init__(self, park: Park, info: ShardInfo) -> None:
         self.info = info
         self.loop = loop = park.process_loop(f"shard-{info.shard}")
-        dialer = GrpcDialer(park.network.channels(loop), clock=loop.time)
-        self.engine = engine = Engine(
-            info,
+        self.ready = not park.storage
+        self.store: Store | None = None
+        self._park = park
+        self._dialer = GrpcDialer(park.network.channels(loop), clock=loop.time)
+        if park.storage:
+            self._life = loop.create_task(self._read_and_serve(park.disks[info.shard]))
+        else:
+            self._serve(self._made(None))
+
+    def _made(self, store: Store | None) -> Engine:
+        return Engine(
+            self.info,
             device="cpu",
-            peers=dialer.dial,
+            peers=self._dialer.dial,
             pool=POOL,
-            held_lease_s=park.lease_s,
-            clock=loop.time,
-            runner=park.runner(loop),
+            held_lease_s=self._park.lease_s,
+            clock=self.loop.time,
+            runner=self._park.runner(self.loop),
+            store=store,
         )
 
+    async def _read_and_serve(self, disk: FakeFiles) -> None:
+        try:
+            self.store = Store(
+                "disk",
+                pool=POOL,
+                pool_id="simulated",
+                shard=self.info.shard,
+                files=disk,
+                runner=self._park.runner(self.loop),
+                journal_limit=JOURNAL_LIMIT_BYTES,
+            )
+            engine = self._made(self.store)
+            await engine.recover()
+        except MempoolError as error:
+            self._park.on_failure(f"shard {self.info.shard} cannot go on with its disk: {error!r}")
+            return
+        self.ready = True
+        self._serve(engine)
+
+    def _serve(self, engine: Engine) -> None:
         def dial(peer: ShardInfo) -> ShardHost:
-            return engine if peer.shard == info.shard else dialer.dial(peer)
+            return engine if peer.shard == self.info.shard else self._dialer.dial(peer)
 
         views = ShardViews(POOL, shard=engine, dial=dial, controller="the controller")
-        park.network.listen(info.address, loop, shard=engine, pool=views)
+        self._park.network.listen(self.info.address, self.loop, shard=engine, pool=views)
 
 
 class SimulatedLauncher:
@@ -173,10 +250,13 @@ class SimulatedLauncher:
     async def require_room(self, shards: int) -> None:
         """There is always room."""
 
-    async def start(self, shard: int) -> ShardInfo:
+    async def start(self, shard: int, *, fresh: bool = False) -> ShardInfo:
         await asyncio.sleep(self._random.random() * 2.0)
-        running = self._park.shards.get(shard)
-        return self._park.start_shard(shard) if running is None else running.info
+        if shard not in self._park.shards:
+            self._park.start_shard(shard, fresh=fresh)
+        while not (process := self._park.shards.get(shard)) or not process.ready:
+            await asyncio.sleep(0.1)
+        return process.info
 
     async def starting(self) -> str:
         return ""

@@ -11,17 +11,18 @@ import sys
 import time
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 
 import torch
 
 from tests.simulation.branches import counted, missed
 from tests.simulation.faults import Chaos, Faults
-from tests.simulation.history import History, observed
+from tests.simulation.history import History
 from tests.simulation.loop import Scheduler, Stuck
 from tests.simulation.marks import Marks
 from tests.simulation.network import Network
+from tests.simulation.observing import observed
 from tests.simulation.processes import Park
 from tests.simulation.workload import Workload
 
@@ -54,13 +55,19 @@ class Run:
     seed: int
     faults: Faults | None = None
     encode: bool | None = None
+    storage: bool | None = None
     marks: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.around: AbstractContextManager[object] = nullcontext()
         self.scheduler = Scheduler(self.seed)
         random = self.scheduler.random("run")
+        disks = self.scheduler.random("storage")
+        if self.storage is None:  # faults that were asked for are the whole of it
+            self.storage = self.faults is None and disks.random() < 0.25
         self.faults = self.faults or Faults.draw(random)
+        if self.storage and disks.random() < 0.8:
+            self.faults = replace(self.faults, restarts=True)
         encode = random.random() < 0.1 if self.encode is None else self.encode
         self.lasts_s = random.choice((6.0, 12.0, 24.0))
         self.network = Network(self.scheduler, encode=encode)
@@ -71,7 +78,9 @@ class Run:
             self.network,
             drift=random.choice((0.02, 0.3)) if self.faults.drift or self.faults.scene.drifts else 0.0,
             lease_s=random.choice((3.0, 10.0)),
+            storage=self.storage,
         )
+        self.park.on_failure = self.history.say
         Marks(self.marks).watch(self.network)
         self.park.on_shard.append(lambda shard: self.history.shard_started(shard.info, shard.loop.name))
         self.workload = Workload(self.park, self.history, self.marks, scene=self.faults.scene)
@@ -82,7 +91,7 @@ class Run:
         enabled = gc.isenabled()
         gc.disable()  # when garbage is collected is no part of a seed
         try:
-            with self.around, observed(self.history), counted(self.marks):
+            with self.around, observed(self.history, self.park.store_now), counted(self.marks):
                 self._play()
         except Stuck as stuck:
             self.history.say(f"no progress: {stuck}; {self.workload.waiting()}")

@@ -51,7 +51,7 @@ class Dropper:
             )
             await asyncio.sleep(0.5)
 
-    create_table = table = tables = status = close = None
+    create_table = table = tables = status = close = restore = checkpoint = None
 
 
 class Scene:

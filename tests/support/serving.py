@@ -60,7 +60,7 @@ class ServedPool:
     async def starting(self) -> str:
         return ""
 
-    async def start(self, shard: int) -> ShardInfo:
+    async def start(self, shard: int, *, fresh: bool = False) -> ShardInfo:  # noqa: ARG002
         self._incarnation += 1
         server = Server(
             token=self.token,

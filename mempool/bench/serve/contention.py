@@ -204,7 +204,7 @@ def _serve(threads: int) -> None:
         async def starting(self) -> str:
             return ""
 
-        async def start(self, shard: int) -> ShardInfo:
+        async def start(self, shard: int, *, fresh: bool = False) -> ShardInfo:  # noqa: ARG002
             self.serving = ShardServing(config, shard=shard, incarnation=1, node_ip="127.0.0.1", keys=keys)
             return await self.serving.start()
 

@@ -6,13 +6,24 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from typing import TypeVar
 
 from mempool.errors import DeadlineExceeded, MempoolError, NotFound, PoolUnreachable, ShardUnavailable, Unavailable
-from mempool.types import DropTable, PoolStatus, RescaleProgress, TableSchema, TableView
+from mempool.types import (
+    CheckpointProgress,
+    DropTable,
+    PoolStatus,
+    RescaleProgress,
+    RestoreTables,
+    TableSchema,
+    TableView,
+    TakeCheckpoint,
+)
 from mempool.types.caller import current_caller
 from mempool.types.running import Clock
 from mempool.wire import methods
 from mempool.wire.channels.channel import Channel, Channels
+from mempool.wire.methods import Method
 
 T = TypeVar("T")
+RequestT = TypeVar("RequestT")
 
 # How long one address may take to answer a reading call before the next one is asked.
 _READ_TIMEOUT_S = 5.0
@@ -76,13 +87,28 @@ class GrpcPool:
         self._learn(shard.info.address for shard in status.shards)
         return status
 
+    async def restore(self, request: RestoreTables) -> tuple[TableView, ...]:
+        views = await self._change(
+            lambda channel, timeout_s: channel.call(methods.RESTORE, request, timeout_s=timeout_s)
+        )
+        return tuple(self._learned(view) for view in views)
+
     async def rescale(self, shards: int) -> AsyncIterator[RescaleProgress]:
         """Where the stream breaks after its first message the rescale goes on, and this raises PoolUnreachable."""
+        async for report in self._stream(methods.RESCALE, shards):
+            yield report
+
+    async def checkpoint(self, request: TakeCheckpoint) -> AsyncIterator[CheckpointProgress]:
+        """Where the stream breaks after its first message the checkpoint goes on, and this raises PoolUnreachable."""
+        async for report in self._stream(methods.CHECKPOINT, request):
+            yield report
+
+    async def _stream(self, method: Method[RequestT, T], request: RequestT) -> AsyncIterator[T]:
         problems: dict[str, MempoolError] = {}
         for address in self._bootstrap:
             begun = False
             try:
-                async for report in self._channel(address).stream(methods.RESCALE, shards):
+                async for report in self._channel(address).stream(method, request):
                     begun = True
                     yield report
                 return

@@ -26,13 +26,16 @@ from mempool.types import (
     HeartbeatReply,
     HeartbeatRequest,
     LedgerPart,
+    MarkTable,
     PageBatch,
+    PartProgress,
     PrepareReply,
     PrepareRequest,
     PullPages,
     PullReport,
     ReadRowsReply,
     ReadRowsRequest,
+    ReleaseMark,
     ResolveReply,
     ResolveRequest,
     ScoreReply,
@@ -44,6 +47,7 @@ from mempool.types import (
     TableView,
     UpdateReply,
     UpdateRequest,
+    WritePart,
     WriteRowsReply,
     WriteRowsRequest,
 )
@@ -142,6 +146,15 @@ class GrpcShard:
 
     async def set_view(self, view: TableView, *, token: str = "") -> None:
         await self._call(methods.SET_VIEW, SetView(view=view, token=token))
+
+    async def mark_table(self, request: MarkTable) -> None:
+        await self._call(methods.MARK_TABLE, request)
+
+    async def write_part(self, request: WritePart) -> PartProgress:
+        return await self._call(methods.WRITE_PART, request)
+
+    async def release_mark(self, request: ReleaseMark) -> None:
+        await self._call(methods.RELEASE_MARK, request)
 
     async def views(self) -> tuple[TableView, ...]:
         return await self._call(methods.LIST_TABLES, None)

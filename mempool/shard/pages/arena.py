@@ -6,8 +6,9 @@ Values of one byte an element lie in one tensor with their scales, a row in one 
 "values.scales" are views of it, so that pages are moved, staged and exported by named array whatever they hold.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,13 @@ _SHRINK_BYTES = 2**20
 """An arena that shrinks copies at least so much at a time: whoever asks next waits for it."""
 
 
+class Watcher(Protocol):
+    """Is told of rows before they are written to."""
+
+    def save(self, rows: Tensor) -> None:
+        """Arena rows [U], which may repeat."""
+
+
 class Arena:
     """Storage of row pages with the same owned blocks.
 
@@ -40,7 +48,10 @@ class Arena:
 
     Attributes:
         page_of: [P] int32: the arena page of every row page of the table, -1 where it is not here. Others only read it.
+        capture: Copies rows before they are written to, where somebody wants them as they are.
+        mark: A checkpoint that counts, and ``writes`` at its moment.
         width: Columns of the blocks.
+        before_writing: Told the arena pages that are about to be written to, which may repeat; None: nobody is.
 
     Raises:
         InvalidRequest: There are not enough addresses for all pages that it may come to hold.
@@ -73,7 +84,10 @@ class Arena:
         self._stores = {name: rows.first(0) for name, rows in self._memory.items()}
         on_cpu = device.type == "cpu"
         self._page_table = torch.from_numpy(self.page_of if on_cpu else self.page_of.copy()).to(device)
+        self.before_writing: Callable[[Tensor], None] | None = None
         self._writes = 0
+        self.capture: Watcher | None = None
+        self.mark: tuple[str, int] | None = None
         self._written_at = torch.from_numpy(np.zeros(schema.num_row_pages, dtype=np.int64)).to(device)
 
     @property
@@ -104,18 +118,37 @@ class Arena:
 
     def rows(self, name: str) -> Tensor:
         """One array as [R, width]: a view, not contiguous where values are packed."""
+        return self.view_of(name, self._stores)
+
+    @property
+    def stores(self) -> dict[str, Tensor]:
+        """The rows as they lie, [R, width]: packed values are one array."""
+        return self._stores
+
+    def view_of(self, name: str, stores: dict[str, Tensor]) -> Tensor:
+        """One array of rows that lie as ``stores`` do, as ``rows`` has it."""
         if self._packed is None or name not in (VALUES, SCALES):
-            return self._stores[name]
+            return stores[name]
         if name == VALUES:
-            return self._stores[VALUES][:, : self._packed.width]
+            return stores[VALUES][:, : self._packed.width]
         start = self._packed.scales_start
-        scales = self._stores[VALUES][:, start : start + 4 * self._packed.num_blocks]
+        scales = stores[VALUES][:, start : start + 4 * self._packed.num_blocks]
         return scales.view(torch.float32)
 
     def pages(self, name: str) -> Tensor:
         """One array as [capacity, page_slots, width]: a view."""
         rows = self.rows(name)
         return rows.view(self._capacity, self._page_slots, rows.shape[1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self._device
+
+    @property
+    def raw(self) -> dict[str, Tensor]:
+        """All there is of its pages, packed as it lies: [capacity, page_slots, width] each, views."""
+        return {name: rows.view(self._capacity, self._page_slots, rows.shape[1]) for name, rows in self._stores.items()}
 
     def state(self, names: tuple[str, ...]) -> dict[str, Tensor]:
         """State and master of the values, to be changed in place, by the names of kernels: without the array's."""
@@ -141,6 +174,10 @@ class Arena:
         """
         touched = rows >> self._page_shift if rows is not None else pages
         assert touched is not None
+        if self.before_writing is not None:
+            self.before_writing(touched)
+        if self.capture is not None:
+            self.capture.save(rows if rows is not None else self._rows_of(touched))
         self._writes += 1
         self._written_at.index_fill_(0, touched, self._writes)
         yield
@@ -155,15 +192,37 @@ class Arena:
         written: PageNumbers = (self._written_at > writes).nonzero()[:, 0].cpu().numpy()
         return written
 
-    def catch_up(self, rows: Tensor, schedule: kernels.DenseSchedule, names: tuple[str, ...]) -> None:
-        """Do the steps of a dense optimizer that these rows, which may repeat, have missed. names: ``step_names``."""
+    def _rows_of(self, pages: Tensor) -> Tensor:
+        return ((pages[:, None] << self._page_shift) + torch.arange(self._page_slots, device=pages.device)).view(-1)
+
+    def catch_up(self, rows: Tensor, schedule: kernels.DenseSchedule, names: tuple[str, ...]) -> Tensor:
+        """Do the steps of a dense optimizer that these rows, which may repeat, have missed. names: ``step_names``.
+
+        Returns:
+            Which of them had missed any.
+        """
         late = self._stores[LAST_STEP][rows].amin(dim=1) < schedule.last_step
         rows = torch.unique(rows[late])
         if rows.numel():
             with self.writing(rows):
-                kernels.catch_up(
-                    self.paged(), self.state(names), rows, schedule, to=schedule.last_step, block_dim=self._block_dim
-                )
+                self.bring_up(self._stores, rows, schedule, names, to=schedule.last_step)
+        return late
+
+    def bring_up(
+        self,
+        stores: dict[str, Tensor],
+        rows: Tensor,
+        schedule: kernels.DenseSchedule,
+        names: tuple[str, ...],
+        *,
+        to: int,
+    ) -> None:
+        """Do a dense optimizer's steps up to ``to`` on rows, which differ, of ``stores``: the arena's own, within
+        ``writing``, or copies that lie as they do."""
+        paged = kernels.Paged(stores[VALUES], self._page_table, self._page_shift, self._packed)
+        state = {name: stores[f"{VALUES}.{name}"] for name in names}
+        for leg in schedule.legs(int(stores[LAST_STEP][rows].min()), to) if schedule.stops else [to]:
+            kernels.catch_up(paged, state, rows, schedule, to=leg, block_dim=self._block_dim)
 
     def copy_from(
         self, source: "Arena", *, blocks: Blocks, source_pages: PageNumbers, arena_pages: PageNumbers
@@ -259,6 +318,8 @@ class Arena:
         self.publish(beyond, holes)
         free = np.setdiff1d(np.append(self._free, places), holes)
         self._free = free[free < count][::-1].copy()
+        if self.before_writing is not None:
+            self.before_writing(torch.arange(count, self._capacity, device=self._device))
         self._resize(count, room=count)
 
     def _grown(self, count: int) -> int:

@@ -3,6 +3,8 @@
 How they come is ``transfer``'s, how they are adopted ``adoption``'s.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ class Staging:
         version: The highest table version that pages came with; None where none are staged.
         ledger: The ledger that came with them.
         decisions: The ledger of the table's gate, where this shard is to be that instead.
+        on_drop: Told that what is staged is dropped.
     """
 
     def __init__(self, table: Storage) -> None:
@@ -31,6 +34,7 @@ class Staging:
         self.version: int | None = None
         self.ledger: Ledger | None = None
         self.decisions: Ledger | None = None
+        self.on_drop: Callable[[], None] = lambda: None
 
     @property
     def mask(self) -> Mask:
@@ -60,6 +64,11 @@ class Staging:
             )
 
     @property
+    def is_empty(self) -> bool:
+        """Whether nothing is staged."""
+        return not (self._pages or self._heads or self.ledger or self.decisions)
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of what is staged beside the arenas: keys of heads."""
         return sum(keys.nbytes for keys in self._heads.values())
@@ -76,6 +85,7 @@ class Staging:
 
     def reserve(self, row_pages: RowPages, blocks: Blocks) -> None:
         """Make room for row pages that are to come in batches. Raises InvalidRequest where there is none."""
+        self._table.on_change()
         new = self._new(row_pages, blocks)
         if len(new):
             self._table.arena(blocks).reserve(len(new))
@@ -141,6 +151,8 @@ class Staging:
 
     def drop(self) -> None:
         """Forget what is staged and free its memory."""
+        if not self.is_empty:
+            self.on_drop()
         for blocks, pages in self._pages.items():
             self._table.arenas[blocks].give_back(pages.arena_pages)
         self._clear()

@@ -5,7 +5,7 @@ new ones are filled in ``filling``.
 Legend: B bags, L pairs, M rows asked for, W columns of the blocks owned, H heads, K top-k, D key dim, P row pages.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,9 +62,16 @@ class Storage:
         num_lost: (row page, block)s and key pages that are owned and not there.
         num_pages: Those that are here.
         heads, head_keys: The heads whose product keys are here, ascending, and [H, 2, n, key_dim / 2] float32.
+        shared_head_keys: Somebody keeps them as they are: they are copied before they are written to.
+        head_key_writes: How often they were written to; keys_mark: a checkpoint that counts, and that at its moment.
+        on_change: Called before pages come or go.
+        crowded: Whether so much is copied for a checkpoint that no further step may be begun for now.
         step_names: The arrays that a step of the optimizer changes besides the values.
         schedule: The steps that slots without a gradient have missed, of a dense optimizer; else None. Rows are brought
             up to its last step, the table's version, before anybody reads or changes them.
+        tell_caught_up: Told which slots were, for a reader, and whether a step of them is to follow: several steps at
+            once round otherwise than one by one, so whoever makes the table again does the same at the same version.
+            None: nobody does.
 
     Args:
         version: The table's version.
@@ -88,14 +95,21 @@ class Storage:
         self.head_keys = torch.empty((0, *head_keys_shape(schema)), dtype=torch.float32, device=device)
         self.step_names = step_names(schema)
         self.schedule = dense_schedule(schema, version=version, device=device)
+        self.tell_caught_up: Callable[[Tensor, bool], None] | None = None
         self.num_lost = 0
         self.num_pages = 0
         self._lanes: tuple[Lane, ...] = ()
+        self.shared_head_keys = False
+        self.head_key_writes = 0
+        self.keys_mark: tuple[str, int] | None = None
+        self.on_change: Callable[[], None] = lambda: None
+        self.crowded: Callable[[], bool] = lambda: False
 
     # Ownership
 
     def own(self, placement: Placement) -> None:
         """Take over what a placement says. The arenas must fit it already, but for what is lost."""
+        self.on_change()
         self.owned = placement.owners == self.shard
         self.key_owned = placement.key_owners == self.shard
         self.lost &= self.owned
@@ -110,6 +124,7 @@ class Storage:
 
     def lose_all(self) -> None:
         """Everything owned is gone, its storage too."""
+        self.on_change()
         self.lost, self.key_lost = self.owned.copy(), self.key_owned.copy()
         self.arenas.clear()
         self._lanes = ()
@@ -196,7 +211,8 @@ class Storage:
 
     def set_head_keys(self, heads: tuple[int, ...], head_keys: Tensor) -> None:
         """These heads' product keys are here from now on, and no others: ascending, [H, 2, n, key_dim / 2]."""
-        self.heads, self.head_keys = heads, head_keys
+        self.heads, self.head_keys, self.shared_head_keys = heads, head_keys, False
+        self.head_key_writes += 1
 
     # By slot id
 
@@ -204,12 +220,18 @@ class Storage:
         """Nothing of the table is here but pages on their way, which come with this version."""
         self.schedule = dense_schedule(self.schema, version=version, device=self.device)
 
-    def catch_up(self, ids: Tensor) -> None:
-        """Do what these slots [M] have missed of a dense optimizer's steps."""
+    def catch_up(self, ids: Tensor, *, for_step: bool = False) -> None:
+        """Do what these slots [M] have missed of a dense optimizer's steps. for_step: a step of them is to follow."""
         if self.schedule is None:
             return
+        told = []
         for lane in self._lanes:
-            lane.arena.catch_up(lane.arena.locate(ids)[1], self.schedule, self.step_names)
+            here, rows = lane.arena.locate(ids)
+            late = lane.arena.catch_up(rows, self.schedule, self.step_names)
+            if self.tell_caught_up is not None:
+                told.append(ids[here][late])
+        if self.tell_caught_up is not None and any(slots.numel() for slots in told):
+            self.tell_caught_up(torch.unique(torch.cat(told)), for_step)
 
     def catch_up_pages(self, row_pages: npt.NDArray[np.int64]) -> None:
         """Do what all slots of these row pages have missed of a dense optimizer's steps."""
@@ -217,9 +239,9 @@ class Storage:
         for row_page in row_pages.tolist() if self.schedule is not None else ():
             self.catch_up(row_page * self.schema.page_slots + page_slots)
 
-    def pooled(self, bags: Bags, dtype: torch.dtype = torch.float32) -> Tensor:
+    def pooled(self, bags: Bags, dtype: torch.dtype = torch.float32, *, for_step: bool = False) -> Tensor:
         """[B, W] in ``dtype``: weighted sums of the rows that are here, made in float32 and rounded once."""
-        self.catch_up(bags.ids)
+        self.catch_up(bags.ids, for_step=for_step)
         if len(self._lanes) == 1 and self._lanes[0].columns is None:
             paged = self._lanes[0].arena.paged()
             return kernels.weighted_sum(paged, bags.ids, bags.weights, bags.offsets, dtype=dtype)
@@ -234,7 +256,7 @@ class Storage:
 
     def weight_grad(self, bags: Bags, grads_BW: Tensor) -> Tensor:
         """[L] float32: <grads[bag], V[id]> over the columns that are here."""
-        self.catch_up(bags.ids)
+        self.catch_up(bags.ids, for_step=True)
         weight_grad_L: Tensor | None = None
         for lane in self._lanes:
             part_L = kernels.weight_gradient(lane.arena.paged(), bags.ids, bags.offsets, lane.of(grads_BW))
@@ -347,6 +369,9 @@ class Storage:
         last.scatter_reduce_(0, places_M + 1, numbers_M, "amax")
         written = (last[1:] >= 0).nonzero()[:, 0]
         rows = rows_MW[last[1:][written]].to(self.head_keys.dtype)
+        if self.shared_head_keys:
+            self.head_keys, self.shared_head_keys = self.head_keys.clone(), False
+        self.head_key_writes += 1
         self.head_keys[written] = rows.view(-1, *self.head_keys.shape[1:])
 
     def _head_places(self, ids_M: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ class Budget:
         queued_bytes: Of calls that wait or are answered.
         kept_bytes: Of sums that prepared steps keep for their commit, part of ``commit_bytes``.
         holders: Those who hold updates; gone with their tables.
+        recovers: What an earlier life has admitted is held again: nothing is refused.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Budget:
         self.held_bytes = 0
         self.queued_bytes = 0
         self.kept_bytes = 0
+        self.recovers = False
         self._context_bytes = limit_bytes // 2 if context_bytes is None else context_bytes
         self.holders: WeakSet[HeldUpdates] = WeakSet()
         self._owners: dict[str, int] = {}
@@ -131,7 +133,7 @@ class Budget:
         """
         own = self._owners.get(owner, 0)
         free = min(self.held_limit, self.limit_bytes - self.queued_bytes) - self.held_bytes - num_bytes
-        if free >= 0 and (own == 0 or own + num_bytes <= _SHARE * free):
+        if self.recovers or (free >= 0 and (own == 0 or own + num_bytes <= _SHARE * free)):
             return None
         if own + num_bytes > (self.share() if own else self.held_limit):
             return RequestTooLarge(

@@ -28,10 +28,9 @@ from mempool.shard.steps.held import (
     Pairs,
     PreparedStep,
     Reduction,
-    in_canonical_order,
 )
 from mempool.shard.steps.optimizers import optimizer_step, rounding
-from mempool.shard.steps.parts import pairs_bytes, reduce_in_parts, reduce_in_smaller_parts
+from mempool.shard.steps.parts import in_canonical_order, pairs_bytes, reduce_in_parts, reduce_in_smaller_parts
 from mempool.types import DecidedStep, ShardInfo, StepId
 from mempool.types.norms import joined_norm
 
@@ -169,11 +168,10 @@ def apply(
             f"({type(error).__name__}: {error}): its pages on this shard are not usable any more; drop the table and "
             "make it anew"
         ) from error
-    if step_id == NOBODY:
-        ledger.add(None, ())
-        return
-    ledger.add(step_id, sequences, others)
-    updates.decided(step_id)
+    ledger.add(None if step_id == NOBODY else step_id, sequences, others)
+    ledger.log.applied(replace(decided, sequences=sequences), others)
+    if step_id != NOBODY:
+        updates.decided(step_id)
 
 
 def _held(updates: HeldUpdates, step_id: StepId, sequences: Sequence[int]) -> list[HeldUpdate]:

@@ -5,11 +5,10 @@ Values only: arithmetic on tables is in ``commits``, who may hold how much in ``
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
-import torch
 from torch import Tensor
 
 from mempool.agreement.attempts import Attempts
@@ -256,6 +255,13 @@ class HeldUpdates:
         """Raise what ``hold`` of an update of so many bytes would: before anything is copied for it."""
         self._require(_rank(step_id), num_bytes, caller, "an update")
 
+    def all_held(self) -> Iterator[tuple[StepId, int, HeldUpdate]]:
+        """All updates, with their steps and sequences."""
+        for (group, rank, generation), found in self._ranks.items():
+            for step, updates in found.updates.items():
+                for sequence, update in updates.items():
+                    yield StepId(group=group, rank=rank, step=step, generation=generation), sequence, update
+
     def prepared(self) -> Iterator[PreparedStep]:
         """All steps that are prepared and not applied."""
         yield from self._prepared.values()
@@ -468,32 +474,3 @@ def _owner(rank: Rank, caller: str) -> str:
 
 def _rank_bytes(rank: Rank) -> int:
     return 2 * ENTRY_BYTES + text_bytes(rank[0])
-
-
-def in_canonical_order(updates: Sequence[HeldUpdate], *, width: int, device: torch.device) -> Pairs:
-    """All pairs of a rank's updates, which come by sequence: (sequence, bag, pair)."""
-    if not updates:
-        none = torch.empty(0, dtype=torch.int64, device=device)
-        return Pairs(none, None, none, torch.empty((0, width), dtype=torch.float32, device=device))
-    bags, first = [], 0
-    for update in updates:
-        num_bags = update.bags.num_bags
-        numbers = torch.arange(first, first + num_bags, device=device)
-        bags.append(torch.repeat_interleave(numbers, update.bags.offsets.diff()))
-        first += num_bags
-    if len(updates) == 1:
-        return Pairs(updates[0].bags.ids, updates[0].bags.weights, bags[0], updates[0].grads)
-    weights = None
-    if any(update.bags.weights is not None for update in updates):
-        weights = torch.cat([_weights(update.bags) for update in updates])
-    return Pairs(
-        torch.cat([update.bags.ids for update in updates]),
-        weights,
-        torch.cat(bags),
-        torch.cat([update.grads for update in updates]),
-    )
-
-
-def _weights(bags: Bags) -> Tensor:
-    ones = torch.ones(bags.ids.shape[0], dtype=torch.float32, device=bags.ids.device)
-    return ones if bags.weights is None else bags.weights

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from google.protobuf.message import DecodeError, Message
 
 from mempool.errors import InvalidRequest, MempoolError
-from mempool.wire.bodies.frames import decode_frame, encode_frame
+from mempool.wire.bodies.frames import decode_frame, frame_parts
 from mempool.wire.bodies.tensors import FrameMemory, Part, wire_dtype
 from mempool.wire.codecs.mirror import Choice, Converter, Mirror
 from mempool.wire.v1 import tensor_pb2
@@ -111,6 +111,10 @@ class FrameCodec(Generic[T, MessageT]):
         return self.mirror.message.DESCRIPTOR.name
 
     def encode(self, value: T, *, narrow_ids: bool = False) -> bytes:
+        return b"".join(self.parts(value, narrow_ids=narrow_ids))
+
+    def parts(self, value: T, *, narrow_ids: bool = False) -> list[bytes | memoryview]:
+        """The bytes of a value in parts: tensors that are contiguous, on the CPU, are not copied."""
         header = packed(self.mirror.to_message, value, self.name)
         tensors: dict[str, AnyTensor] = {}
         for name, spec in self.tensors.items():
@@ -120,7 +124,7 @@ class FrameCodec(Generic[T, MessageT]):
             where = f"{self.name}.{name}"
             spec.check(wire_dtype(tensor, where).name, tensor.shape, where)
             tensors[name] = narrowed(tensor) if narrow_ids and spec.ids else tensor
-        return encode_frame(header, tensors)
+        return frame_parts(header, tensors)
 
     def tensor_bytes(self, value: T) -> int:
         tensors = (getattr(value, name) for name in self.tensors)

@@ -25,7 +25,7 @@ MAX_NUMBERS = 2**17
 MAX_MESSAGES = 2**16
 """Of a list. Making values of so many takes some milliseconds of the IO loop; no request of ours has as many."""
 
-_SENTENCES = ("waiting_for", "unfinished", "message")
+_SENTENCES = ("waiting_for", "unfinished", "message", "url", "doing", "checkpoint")
 
 
 class Converter(Protocol):

@@ -13,29 +13,35 @@ from mempool.types.pages import (
     Ledger,
     LedgerEntry,
     LedgerPart,
+    MarkTable,
     PageBatch,
+    PartProgress,
     PullPages,
     PullReport,
+    ReleaseMark,
     ResolveReply,
     ResolveRequest,
     StepState,
+    TableSource,
+    WritePart,
 )
 from mempool.types.pool import ShardStatus, TableView
 from mempool.wire.bodies.frames import decode_frame, encode_frame
 from mempool.wire.bodies.tensors import FrameMemory
-from mempool.wire.codecs.codec import MAX_SMALL_BYTES, NUMBERS, FrameCodec, Only, ProtoCodec, packed, tensor_of
+from mempool.wire.codecs.codec import MAX_SMALL_BYTES, NUMBERS, FrameCodec, Only, ProtoCodec, packed, parsed, tensor_of
 from mempool.wire.codecs.messages import STEP_ID
 from mempool.wire.codecs.mirror import MAX_MESSAGES, Choice, Functions, Mirror, Several, bounded, checked_text
 from mempool.wire.codecs.tables import SHARD_INFO, SHARD_STATUS, VIEW
 from mempool.wire.v1 import shard_pb2 as pb
 
-Mode = Literal["initialise", "empty", "lost", "confirm"]
+Mode = Literal["initialise", "empty", "lost", "confirm", "restore"]
 
 _MODES: Mapping[Mode, pb.AttachMode.ValueType] = {
     "initialise": pb.ATTACH_MODE_INITIALISE,
     "empty": pb.ATTACH_MODE_EMPTY,
     "lost": pb.ATTACH_MODE_LOST,
     "confirm": pb.ATTACH_MODE_CONFIRM,
+    "restore": pb.ATTACH_MODE_RESTORE,
 }
 
 
@@ -89,6 +95,11 @@ def ledger_value(message: pb.Ledger) -> Ledger:
         entries=_ENTRIES.from_wire(message.entries, "Ledger.entries"),
         step_offset=message.step_offset,
     )
+
+
+def ledger_of(data: bytes) -> Ledger:
+    """The ledger of a message's bytes. Raises InvalidRequest."""
+    return ledger_value(parsed(pb.Ledger, data))
 
 
 _DECIDED_STEP = Mirror(pb.DecidedStep, DecidedStep, {"step_id": STEP_ID})
@@ -183,8 +194,8 @@ ATTACH_TABLE_REQUEST = ProtoCodec(
     Mirror(
         pb.AttachTableRequest,
         AttachTable,
-        {"view": VIEW, "mode": Choice(_MODES), "ledger": _LEDGER},
-        optional=("ledger",),
+        {"view": VIEW, "mode": Choice(_MODES), "ledger": _LEDGER, "source": Mirror(pb.TableSource, TableSource)},
+        optional=("ledger", "source"),
     )
 )
 ATTACH_TABLE_REPLY: ProtoCodec[None, pb.AttachTableReply] = ProtoCodec(Only(pb.AttachTableReply))
@@ -214,5 +225,11 @@ RESOLVE_REQUEST = ProtoCodec(
     Mirror(pb.ResolveRequest, ResolveRequest, {"step_id": STEP_ID}, optional=("step_id",)), MAX_SMALL_BYTES
 )
 RESOLVE_REPLY = ProtoCodec(Mirror(pb.ResolveReply, ResolveReply, {"state": _STEP_STATES, "steps": _DECIDED_STEPS}))
+MARK_TABLE_REQUEST = ProtoCodec(Mirror(pb.MarkTableRequest, MarkTable), MAX_SMALL_BYTES)
+MARK_TABLE_REPLY: ProtoCodec[None, pb.MarkTableReply] = ProtoCodec(Only(pb.MarkTableReply))
+WRITE_PART_REQUEST = ProtoCodec(Mirror(pb.WritePartRequest, WritePart), MAX_SMALL_BYTES)
+WRITE_PART_REPLY = ProtoCodec(Mirror(pb.WritePartReply, PartProgress))
+RELEASE_MARK_REQUEST = ProtoCodec(Mirror(pb.ReleaseMarkRequest, ReleaseMark), MAX_SMALL_BYTES)
+RELEASE_MARK_REPLY: ProtoCodec[None, pb.ReleaseMarkReply] = ProtoCodec(Only(pb.ReleaseMarkReply))
 STATUS_REQUEST: ProtoCodec[None, pb.StatusRequest] = ProtoCodec(Only(pb.StatusRequest), MAX_SMALL_BYTES)
 STATUS_REPLY: ProtoCodec[ShardStatus, pb.StatusReply] = ProtoCodec(Only(pb.StatusReply, "status", SHARD_STATUS))

@@ -6,16 +6,20 @@ import numpy as np
 
 from mempool.errors import InvalidRequest
 from mempool.types.pool import (
+    CheckpointProgress,
     DropTable,
     PoolStatus,
     RescaleProgress,
+    RestoreTables,
     ShardFill,
     ShardInfo,
     ShardStatus,
     StageTime,
     TableCreation,
     TableStatus,
+    TableVersion,
     TableView,
+    TakeCheckpoint,
 )
 from mempool.types.schema import (
     Algorithm,
@@ -216,6 +220,17 @@ def _whole_view(message: table_pb2.TableView) -> TableView:
     return view
 
 
+def _extra_bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _extra_text(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"CheckpointRequest.extra is no UTF-8 ({error})") from None
+
+
 SCHEMA = Functions(schema_message, schema_value)
 SHARD_INFO = Mirror(table_pb2.ShardInfo, ShardInfo)
 _VIEW = Mirror(
@@ -274,6 +289,18 @@ RESCALE_REQUEST: ProtoCodec[int, pool_pb2.RescaleRequest] = ProtoCodec(
     Only(pool_pb2.RescaleRequest, "shards"), MAX_SMALL_BYTES
 )
 RESCALE_REPLY = ProtoCodec(Mirror(pool_pb2.RescaleReply, RescaleProgress))
+CHECKPOINT_REQUEST = ProtoCodec(
+    Mirror(pool_pb2.CheckpointRequest, TakeCheckpoint, {"extra": Functions(_extra_bytes, _extra_text)})
+)
+CHECKPOINT_REPLY = ProtoCodec(
+    Mirror(
+        pool_pb2.CheckpointReply, CheckpointProgress, {"tables": Several(Mirror(pool_pb2.TableVersion, TableVersion))}
+    )
+)
+RESTORE_REQUEST = ProtoCodec(Mirror(pool_pb2.RestoreRequest, RestoreTables))
+RESTORE_REPLY: ProtoCodec[tuple[TableView, ...], pool_pb2.RestoreReply] = ProtoCodec(
+    Only(pool_pb2.RestoreReply, "views", Several(VIEW))
+)
 GET_STATUS_REQUEST: ProtoCodec[None, pool_pb2.GetStatusRequest] = ProtoCodec(
     Only(pool_pb2.GetStatusRequest), MAX_SMALL_BYTES
 )

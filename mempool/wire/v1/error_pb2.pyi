@@ -81,6 +81,10 @@ class _ErrorCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorCode.V
     """RESOURCE_EXHAUSTED. The shard has more to do, or holds more for its clients, than it can take just now. Nothing was
     changed. Send the same message again after `retry_after_s`, with growing pauses, until your own deadline.
     """
+    ERROR_CODE_STORAGE_FAILED: _ErrorCode.ValueType  # 16
+    """INTERNAL. The shard's disk is full, failing or read-only: what was to be stored is not. The message names the file and
+    what to do. Send the same message again when that is done.
+    """
 
 class ErrorCode(_ErrorCode, metaclass=_ErrorCodeEnumTypeWrapper):
     """What went wrong, and what the caller does about it. Numbers are never reused."""
@@ -132,6 +136,10 @@ Send the same Update again with ids, weights and offsets.
 ERROR_CODE_OVERLOADED: ErrorCode.ValueType  # 15
 """RESOURCE_EXHAUSTED. The shard has more to do, or holds more for its clients, than it can take just now. Nothing was
 changed. Send the same message again after `retry_after_s`, with growing pauses, until your own deadline.
+"""
+ERROR_CODE_STORAGE_FAILED: ErrorCode.ValueType  # 16
+"""INTERNAL. The shard's disk is full, failing or read-only: what was to be stored is not. The message names the file and
+what to do. Send the same message again when that is done.
 """
 Global___ErrorCode: _TypeAlias = ErrorCode  # noqa: Y015
 

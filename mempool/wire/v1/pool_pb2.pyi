@@ -280,6 +280,192 @@ class RescaleReply(_message.Message):
 Global___RescaleReply: _TypeAlias = RescaleReply  # noqa: Y015
 
 @_typing.final
+class CheckpointRequest(_message.Message):
+    """Asks for a checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URL_FIELD_NUMBER: _builtins.int
+    TABLES_FIELD_NUMBER: _builtins.int
+    INCREMENTAL_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
+    EXTRA_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    """The place: an absolute path that is the same for all of the pool's processes, or a URL."""
+    incremental: _builtins.bool
+    """Let pages that did not change be read from the newest checkpoint's files."""
+    keep: _builtins.int
+    """Remove all but so many of the newest once it is whole; 0: none."""
+    extra: _builtins.bytes
+    """The caller's own, a JSON object; empty: nothing."""
+    @_builtins.property
+    def tables(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of tables; none: all."""
+
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+        tables: _abc.Iterable[_builtins.str] | None = ...,
+        incremental: _builtins.bool = ...,
+        keep: _builtins.int = ...,
+        extra: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["extra", b"extra", "incremental", b"incremental", "keep", b"keep", "tables", b"tables", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointRequest: _TypeAlias = CheckpointRequest  # noqa: Y015
+
+@_typing.final
+class TableVersion(_message.Message):
+    """A table and its version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    table: _builtins.str
+    """The table's name."""
+    version: _builtins.int
+    """Its version."""
+    def __init__(
+        self,
+        *,
+        table: _builtins.str = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["table", b"table", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TableVersion: _TypeAlias = TableVersion  # noqa: Y015
+
+@_typing.final
+class CheckpointReply(_message.Message):
+    """Where a checkpoint stands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URL_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    BYTES_DONE_FIELD_NUMBER: _builtins.int
+    BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    TABLES_FIELD_NUMBER: _builtins.int
+    HELD_S_FIELD_NUMBER: _builtins.int
+    DOING_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    """The place."""
+    name: _builtins.str
+    """The checkpoint's name in the place; empty until it has one."""
+    bytes_done: _builtins.int
+    """Bytes of pages that are written."""
+    bytes_total: _builtins.int
+    """Of so many; 0 until the moment is taken."""
+    held_s: _builtins.float
+    """How long writers were held off for that moment."""
+    doing: _builtins.str
+    """What it is at, for people."""
+    done: _builtins.bool
+    """It is whole; no message follows."""
+    @_builtins.property
+    def tables(self) -> _containers.RepeatedCompositeFieldContainer[Global___TableVersion]:
+        """The tables, once the moment is taken."""
+
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+        name: _builtins.str = ...,
+        bytes_done: _builtins.int = ...,
+        bytes_total: _builtins.int = ...,
+        tables: _abc.Iterable[Global___TableVersion] | None = ...,
+        held_s: _builtins.float = ...,
+        doing: _builtins.str = ...,
+        done: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_done", b"bytes_done", "bytes_total", b"bytes_total", "doing", b"doing", "done", b"done", "held_s", b"held_s", "name", b"name", "tables", b"tables", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointReply: _TypeAlias = CheckpointReply  # noqa: Y015
+
+@_typing.final
+class RestoreRequest(_message.Message):
+    """Asks for tables of a checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URL_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    TABLES_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    REPLACE_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    """The place, as in CheckpointRequest."""
+    checkpoint: _builtins.str
+    """The checkpoint's name; empty: the newest."""
+    name: _builtins.str
+    """What the one table that is asked for shall be called; empty: as it is there."""
+    replace: _builtins.bool
+    """Take the place of tables of these names, once all pages are there."""
+    layout: _builtins.str
+    """How pages are spread over the shards; empty: as they were."""
+    @_builtins.property
+    def tables(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of tables in it; none: all."""
+
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+        checkpoint: _builtins.str = ...,
+        tables: _abc.Iterable[_builtins.str] | None = ...,
+        name: _builtins.str = ...,
+        replace: _builtins.bool = ...,
+        layout: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "layout", b"layout", "name", b"name", "replace", b"replace", "tables", b"tables", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestoreRequest: _TypeAlias = RestoreRequest  # noqa: Y015
+
+@_typing.final
+class RestoreReply(_message.Message):
+    """The tables are there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VIEWS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def views(self) -> _containers.RepeatedCompositeFieldContainer[_table_pb2.TableView]:
+        """Their views."""
+
+    def __init__(
+        self,
+        *,
+        views: _abc.Iterable[_table_pb2.TableView] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["views", b"views"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestoreReply: _TypeAlias = RestoreReply  # noqa: Y015
+
+@_typing.final
 class GetStatusRequest(_message.Message):
     """Asks for the pool's status."""
 

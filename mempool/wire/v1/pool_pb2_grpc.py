@@ -60,6 +60,16 @@ class PoolServiceStub(object):
                 request_serializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RescaleRequest.SerializeToString,
                 response_deserializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RescaleReply.FromString,
                 _registered_method=True)
+        self.Checkpoint = channel.unary_stream(
+                '/mempool.wire.v1.PoolService/Checkpoint',
+                request_serializer=mempool_dot_wire_dot_v1_dot_pool__pb2.CheckpointRequest.SerializeToString,
+                response_deserializer=mempool_dot_wire_dot_v1_dot_pool__pb2.CheckpointReply.FromString,
+                _registered_method=True)
+        self.Restore = channel.unary_unary(
+                '/mempool.wire.v1.PoolService/Restore',
+                request_serializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RestoreRequest.SerializeToString,
+                response_deserializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RestoreReply.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/mempool.wire.v1.PoolService/GetStatus',
                 request_serializer=mempool_dot_wire_dot_v1_dot_pool__pb2.GetStatusRequest.SerializeToString,
@@ -121,6 +131,24 @@ class PoolServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Checkpoint(self, request, context):
+        """Writes tables to a place as they are at one moment, while all goes on, and streams progress; the last message has
+        `done`. A failure ends the stream with an error, and there is no checkpoint then. One at a time: a second call
+        meanwhile is answered ERROR_CODE_INVALID_REQUEST. If the stream breaks, it goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Restore(self, request, context):
+        """Makes tables of a checkpoint's. When it is answered, every owner has its pages. The pool goes on whatever becomes of
+        the caller; a repeat joins in while that lasts, and is answered ERROR_CODE_ALREADY_EXISTS afterwards, but with
+        `replace`. GetStatus tells how far it is. ERROR_CODE_DATA_LOSS where the checkpoint is damaged.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStatus(self, request, context):
         """The pool at a glance. Shards that do not answer in time are named with SHARD_STATE_UNREACHABLE; that is no error.
         """
@@ -155,6 +183,16 @@ def add_PoolServiceServicer_to_server(servicer, server):
                     servicer.Rescale,
                     request_deserializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RescaleRequest.FromString,
                     response_serializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RescaleReply.SerializeToString,
+            ),
+            'Checkpoint': grpc.unary_stream_rpc_method_handler(
+                    servicer.Checkpoint,
+                    request_deserializer=mempool_dot_wire_dot_v1_dot_pool__pb2.CheckpointRequest.FromString,
+                    response_serializer=mempool_dot_wire_dot_v1_dot_pool__pb2.CheckpointReply.SerializeToString,
+            ),
+            'Restore': grpc.unary_unary_rpc_method_handler(
+                    servicer.Restore,
+                    request_deserializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RestoreRequest.FromString,
+                    response_serializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RestoreReply.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -298,6 +336,60 @@ class PoolService(object):
             '/mempool.wire.v1.PoolService/Rescale',
             mempool_dot_wire_dot_v1_dot_pool__pb2.RescaleRequest.SerializeToString,
             mempool_dot_wire_dot_v1_dot_pool__pb2.RescaleReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Checkpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mempool.wire.v1.PoolService/Checkpoint',
+            mempool_dot_wire_dot_v1_dot_pool__pb2.CheckpointRequest.SerializeToString,
+            mempool_dot_wire_dot_v1_dot_pool__pb2.CheckpointReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Restore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mempool.wire.v1.PoolService/Restore',
+            mempool_dot_wire_dot_v1_dot_pool__pb2.RestoreRequest.SerializeToString,
+            mempool_dot_wire_dot_v1_dot_pool__pb2.RestoreReply.FromString,
             options,
             channel_credentials,
             insecure,

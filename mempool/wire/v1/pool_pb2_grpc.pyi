@@ -70,6 +70,16 @@ class PoolServiceStub:
     answered ERROR_CODE_INVALID_REQUEST. If the stream breaks, the rescale goes on (GetStatus tells, and what it waits
     for). Where the pages would not fit, or there are no resources for new shards, it is refused before anything moves.
     """
+    Checkpoint: _grpc.UnaryStreamMultiCallable[_pool_pb2.CheckpointRequest, _pool_pb2.CheckpointReply]
+    """Writes tables to a place as they are at one moment, while all goes on, and streams progress; the last message has
+    `done`. A failure ends the stream with an error, and there is no checkpoint then. One at a time: a second call
+    meanwhile is answered ERROR_CODE_INVALID_REQUEST. If the stream breaks, it goes on.
+    """
+    Restore: _grpc.UnaryUnaryMultiCallable[_pool_pb2.RestoreRequest, _pool_pb2.RestoreReply]
+    """Makes tables of a checkpoint's. When it is answered, every owner has its pages. The pool goes on whatever becomes of
+    the caller; a repeat joins in while that lasts, and is answered ERROR_CODE_ALREADY_EXISTS afterwards, but with
+    `replace`. GetStatus tells how far it is. ERROR_CODE_DATA_LOSS where the checkpoint is damaged.
+    """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_pool_pb2.GetStatusRequest, _pool_pb2.GetStatusReply]
     """The pool at a glance. Shards that do not answer in time are named with SHARD_STATE_UNREACHABLE; that is no error."""
 
@@ -105,6 +115,16 @@ class PoolServiceAsyncStub(PoolServiceStub):
     the others where they were, and every table works: calling again resumes. One at a time: a second call meanwhile is
     answered ERROR_CODE_INVALID_REQUEST. If the stream breaks, the rescale goes on (GetStatus tells, and what it waits
     for). Where the pages would not fit, or there are no resources for new shards, it is refused before anything moves.
+    """
+    Checkpoint: _aio.UnaryStreamMultiCallable[_pool_pb2.CheckpointRequest, _pool_pb2.CheckpointReply]  # type: ignore[assignment]
+    """Writes tables to a place as they are at one moment, while all goes on, and streams progress; the last message has
+    `done`. A failure ends the stream with an error, and there is no checkpoint then. One at a time: a second call
+    meanwhile is answered ERROR_CODE_INVALID_REQUEST. If the stream breaks, it goes on.
+    """
+    Restore: _aio.UnaryUnaryMultiCallable[_pool_pb2.RestoreRequest, _pool_pb2.RestoreReply]  # type: ignore[assignment]
+    """Makes tables of a checkpoint's. When it is answered, every owner has its pages. The pool goes on whatever becomes of
+    the caller; a repeat joins in while that lasts, and is answered ERROR_CODE_ALREADY_EXISTS afterwards, but with
+    `replace`. GetStatus tells how far it is. ERROR_CODE_DATA_LOSS where the checkpoint is damaged.
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_pool_pb2.GetStatusRequest, _pool_pb2.GetStatusReply]  # type: ignore[assignment]
     """The pool at a glance. Shards that do not answer in time are named with SHARD_STATE_UNREACHABLE; that is no error."""
@@ -168,6 +188,28 @@ class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
         the others where they were, and every table works: calling again resumes. One at a time: a second call meanwhile is
         answered ERROR_CODE_INVALID_REQUEST. If the stream breaks, the rescale goes on (GetStatus tells, and what it waits
         for). Where the pages would not fit, or there are no resources for new shards, it is refused before anything moves.
+        """
+
+    @_abc_1.abstractmethod
+    def Checkpoint(
+        self,
+        request: _pool_pb2.CheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_pool_pb2.CheckpointReply], _abc.AsyncIterator[_pool_pb2.CheckpointReply]]:
+        """Writes tables to a place as they are at one moment, while all goes on, and streams progress; the last message has
+        `done`. A failure ends the stream with an error, and there is no checkpoint then. One at a time: a second call
+        meanwhile is answered ERROR_CODE_INVALID_REQUEST. If the stream breaks, it goes on.
+        """
+
+    @_abc_1.abstractmethod
+    def Restore(
+        self,
+        request: _pool_pb2.RestoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pool_pb2.RestoreReply, _abc.Awaitable[_pool_pb2.RestoreReply]]:
+        """Makes tables of a checkpoint's. When it is answered, every owner has its pages. The pool goes on whatever becomes of
+        the caller; a repeat joins in while that lasts, and is answered ERROR_CODE_ALREADY_EXISTS afterwards, but with
+        `replace`. GetStatus tells how far it is. ERROR_CODE_DATA_LOSS where the checkpoint is damaged.
         """
 
     @_abc_1.abstractmethod

@@ -50,6 +50,8 @@ class _AttachModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AttachMode
     """It has them: the table was pending here and is made, so that it answers from now on. ERROR_CODE_NOT_FOUND where the
     table is not here.
     """
+    ATTACH_MODE_RESTORE: _AttachMode.ValueType  # 5
+    """They are read from `source`. ERROR_CODE_DATA_LOSS where that is damaged; the table is not here then."""
 
 class AttachMode(_AttachMode, metaclass=_AttachModeEnumTypeWrapper):
     """What a shard does about the pages that the view gives it."""
@@ -66,6 +68,8 @@ ATTACH_MODE_CONFIRM: AttachMode.ValueType  # 4
 """It has them: the table was pending here and is made, so that it answers from now on. ERROR_CODE_NOT_FOUND where the
 table is not here.
 """
+ATTACH_MODE_RESTORE: AttachMode.ValueType  # 5
+"""They are read from `source`. ERROR_CODE_DATA_LOSS where that is damaged; the table is not here then."""
 Global___AttachMode: _TypeAlias = AttachMode  # noqa: Y015
 
 class _StepState:
@@ -196,6 +200,7 @@ class AttachTableRequest(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     LEDGER_FIELD_NUMBER: _builtins.int
     PENDING_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     mode: Global___AttachMode.ValueType
     """What about the pages."""
     pending: _builtins.bool
@@ -210,6 +215,10 @@ class AttachTableRequest(_message.Message):
     def ledger(self) -> Global___Ledger:
         """Where the table's history stands. Absent for a new table."""
 
+    @_builtins.property
+    def source(self) -> Global___TableSource:
+        """Where pages are read from. Of ATTACH_MODE_RESTORE alone."""
+
     def __init__(
         self,
         *,
@@ -217,14 +226,45 @@ class AttachTableRequest(_message.Message):
         mode: Global___AttachMode.ValueType = ...,
         ledger: Global___Ledger | None = ...,
         pending: _builtins.bool = ...,
+        source: Global___TableSource | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "view", b"view"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "source", b"source", "view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "mode", b"mode", "pending", b"pending", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "mode", b"mode", "pending", b"pending", "source", b"source", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AttachTableRequest: _TypeAlias = AttachTableRequest  # noqa: Y015
+
+@_typing.final
+class TableSource(_message.Message):
+    """A table in a checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URL_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    TABLE_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    """The place: an absolute path, or a URL."""
+    checkpoint: _builtins.str
+    """The checkpoint's name."""
+    table: _builtins.str
+    """The table's name in it."""
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+        checkpoint: _builtins.str = ...,
+        table: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "table", b"table", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TableSource: _TypeAlias = TableSource  # noqa: Y015
 
 @_typing.final
 class AttachTableReply(_message.Message):
@@ -800,6 +840,184 @@ class ResolveReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ResolveReply: _TypeAlias = ResolveReply  # noqa: Y015
+
+@_typing.final
+class MarkTableRequest(_message.Message):
+    """Marks a table."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    LEASE_S_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    table_id: _builtins.int
+    """The table."""
+    token: _builtins.str
+    """The freeze that holds it; it names the mark, too."""
+    version: _builtins.int
+    """At which it stands still."""
+    lease_s: _builtins.float
+    """Seconds until the mark is over by itself, unless WritePart asks for it."""
+    since: _builtins.str
+    """The checkpoint of which pages that did not change are read. Empty: none."""
+    def __init__(
+        self,
+        *,
+        table_id: _builtins.int = ...,
+        token: _builtins.str = ...,
+        version: _builtins.int = ...,
+        lease_s: _builtins.float = ...,
+        since: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_s", b"lease_s", "since", b"since", "table_id", b"table_id", "token", b"token", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MarkTableRequest: _TypeAlias = MarkTableRequest  # noqa: Y015
+
+@_typing.final
+class MarkTableReply(_message.Message):
+    """The table is marked."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MarkTableReply: _TypeAlias = MarkTableReply  # noqa: Y015
+
+@_typing.final
+class WritePartRequest(_message.Message):
+    """Writes a part of a checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    URL_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    SINCE_VERSION_FIELD_NUMBER: _builtins.int
+    WAIT_S_FIELD_NUMBER: _builtins.int
+    table_id: _builtins.int
+    """The table."""
+    token: _builtins.str
+    """The mark."""
+    url: _builtins.str
+    """The place: an absolute path, or a URL."""
+    checkpoint: _builtins.str
+    """The checkpoint's name."""
+    since_version: _builtins.int
+    """The table's version in the checkpoint that the mark was made with."""
+    wait_s: _builtins.float
+    """Answer after so many seconds, or when it is done."""
+    def __init__(
+        self,
+        *,
+        table_id: _builtins.int = ...,
+        token: _builtins.str = ...,
+        url: _builtins.str = ...,
+        checkpoint: _builtins.str = ...,
+        since_version: _builtins.int = ...,
+        wait_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "since_version", b"since_version", "table_id", b"table_id", "token", b"token", "url", b"url", "wait_s", b"wait_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WritePartRequest: _TypeAlias = WritePartRequest  # noqa: Y015
+
+@_typing.final
+class WritePartReply(_message.Message):
+    """How far the part is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BYTES_DONE_FIELD_NUMBER: _builtins.int
+    BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    UPDATES_APPLIED_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
+    bytes_done: _builtins.int
+    """Bytes of pages that are written."""
+    bytes_total: _builtins.int
+    """Of so many."""
+    updates_applied: _builtins.int
+    """Updates applied to the table at the mark."""
+    part: _builtins.bytes
+    """What was written, JSON: for whoever commits the checkpoint. Empty until all is."""
+    def __init__(
+        self,
+        *,
+        bytes_done: _builtins.int = ...,
+        bytes_total: _builtins.int = ...,
+        updates_applied: _builtins.int = ...,
+        part: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_done", b"bytes_done", "bytes_total", b"bytes_total", "part", b"part", "updates_applied", b"updates_applied"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WritePartReply: _TypeAlias = WritePartReply  # noqa: Y015
+
+@_typing.final
+class ReleaseMarkRequest(_message.Message):
+    """Forgets a mark."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    table_id: _builtins.int
+    """The table."""
+    token: _builtins.str
+    """The mark."""
+    kept: _builtins.str
+    """The checkpoint that counts now, to which later ones write what changed. Empty: none does."""
+    def __init__(
+        self,
+        *,
+        table_id: _builtins.int = ...,
+        token: _builtins.str = ...,
+        kept: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kept", b"kept", "table_id", b"table_id", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseMarkRequest: _TypeAlias = ReleaseMarkRequest  # noqa: Y015
+
+@_typing.final
+class ReleaseMarkReply(_message.Message):
+    """The mark is forgotten."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReleaseMarkReply: _TypeAlias = ReleaseMarkReply  # noqa: Y015
 
 @_typing.final
 class StatusRequest(_message.Message):

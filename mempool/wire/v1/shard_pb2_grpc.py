@@ -80,6 +80,21 @@ class ShardServiceStub(object):
                 request_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.SetViewRequest.SerializeToString,
                 response_deserializer=mempool_dot_wire_dot_v1_dot_shard__pb2.SetViewReply.FromString,
                 _registered_method=True)
+        self.MarkTable = channel.unary_unary(
+                '/mempool.wire.v1.ShardService/MarkTable',
+                request_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.MarkTableRequest.SerializeToString,
+                response_deserializer=mempool_dot_wire_dot_v1_dot_shard__pb2.MarkTableReply.FromString,
+                _registered_method=True)
+        self.WritePart = channel.unary_unary(
+                '/mempool.wire.v1.ShardService/WritePart',
+                request_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.WritePartRequest.SerializeToString,
+                response_deserializer=mempool_dot_wire_dot_v1_dot_shard__pb2.WritePartReply.FromString,
+                _registered_method=True)
+        self.ReleaseMark = channel.unary_unary(
+                '/mempool.wire.v1.ShardService/ReleaseMark',
+                request_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ReleaseMarkRequest.SerializeToString,
+                response_deserializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ReleaseMarkReply.FromString,
+                _registered_method=True)
         self.Status = channel.unary_unary(
                 '/mempool.wire.v1.ShardService/Status',
                 request_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.StatusRequest.SerializeToString,
@@ -165,6 +180,29 @@ class ShardServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MarkTable(self, request, context):
+        """Keeps the pages of a frozen table as they are, for a checkpoint, whatever is trained once it is thawed.
+        ERROR_CODE_STALE_PLACEMENT where that freeze does not hold, or the table stands at another version.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WritePart(self, request, context):
+        """Writes what was marked into a checkpoint, beside all other work, and tells how far that is. The first call begins;
+        later ones, with the same arguments, join in. ERROR_CODE_NOT_FOUND where the mark is over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleaseMark(self, request, context):
+        """Forgets a mark. No error where there is none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Status(self, request, context):
         """How the shard is. Answered at any time, never waiting for other calls.
         """
@@ -219,6 +257,21 @@ def add_ShardServiceServicer_to_server(servicer, server):
                     servicer.SetView,
                     request_deserializer=mempool_dot_wire_dot_v1_dot_shard__pb2.SetViewRequest.FromString,
                     response_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.SetViewReply.SerializeToString,
+            ),
+            'MarkTable': grpc.unary_unary_rpc_method_handler(
+                    servicer.MarkTable,
+                    request_deserializer=mempool_dot_wire_dot_v1_dot_shard__pb2.MarkTableRequest.FromString,
+                    response_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.MarkTableReply.SerializeToString,
+            ),
+            'WritePart': grpc.unary_unary_rpc_method_handler(
+                    servicer.WritePart,
+                    request_deserializer=mempool_dot_wire_dot_v1_dot_shard__pb2.WritePartRequest.FromString,
+                    response_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.WritePartReply.SerializeToString,
+            ),
+            'ReleaseMark': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleaseMark,
+                    request_deserializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ReleaseMarkRequest.FromString,
+                    response_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ReleaseMarkReply.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -470,6 +523,87 @@ class ShardService(object):
             '/mempool.wire.v1.ShardService/SetView',
             mempool_dot_wire_dot_v1_dot_shard__pb2.SetViewRequest.SerializeToString,
             mempool_dot_wire_dot_v1_dot_shard__pb2.SetViewReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MarkTable(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mempool.wire.v1.ShardService/MarkTable',
+            mempool_dot_wire_dot_v1_dot_shard__pb2.MarkTableRequest.SerializeToString,
+            mempool_dot_wire_dot_v1_dot_shard__pb2.MarkTableReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WritePart(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mempool.wire.v1.ShardService/WritePart',
+            mempool_dot_wire_dot_v1_dot_shard__pb2.WritePartRequest.SerializeToString,
+            mempool_dot_wire_dot_v1_dot_shard__pb2.WritePartReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleaseMark(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mempool.wire.v1.ShardService/ReleaseMark',
+            mempool_dot_wire_dot_v1_dot_shard__pb2.ReleaseMarkRequest.SerializeToString,
+            mempool_dot_wire_dot_v1_dot_shard__pb2.ReleaseMarkReply.FromString,
             options,
             channel_credentials,
             insecure,

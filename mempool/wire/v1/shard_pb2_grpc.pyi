@@ -77,6 +77,16 @@ class ShardServiceStub:
 
     ERROR_CODE_INTERNAL where the view gives this shard pages it neither has nor has staged; nothing was changed.
     """
+    MarkTable: _grpc.UnaryUnaryMultiCallable[_shard_pb2.MarkTableRequest, _shard_pb2.MarkTableReply]
+    """Keeps the pages of a frozen table as they are, for a checkpoint, whatever is trained once it is thawed.
+    ERROR_CODE_STALE_PLACEMENT where that freeze does not hold, or the table stands at another version.
+    """
+    WritePart: _grpc.UnaryUnaryMultiCallable[_shard_pb2.WritePartRequest, _shard_pb2.WritePartReply]
+    """Writes what was marked into a checkpoint, beside all other work, and tells how far that is. The first call begins;
+    later ones, with the same arguments, join in. ERROR_CODE_NOT_FOUND where the mark is over.
+    """
+    ReleaseMark: _grpc.UnaryUnaryMultiCallable[_shard_pb2.ReleaseMarkRequest, _shard_pb2.ReleaseMarkReply]
+    """Forgets a mark. No error where there is none."""
     Status: _grpc.UnaryUnaryMultiCallable[_shard_pb2.StatusRequest, _shard_pb2.StatusReply]
     """How the shard is. Answered at any time, never waiting for other calls."""
 
@@ -120,6 +130,16 @@ class ShardServiceAsyncStub(ShardServiceStub):
 
     ERROR_CODE_INTERNAL where the view gives this shard pages it neither has nor has staged; nothing was changed.
     """
+    MarkTable: _aio.UnaryUnaryMultiCallable[_shard_pb2.MarkTableRequest, _shard_pb2.MarkTableReply]  # type: ignore[assignment]
+    """Keeps the pages of a frozen table as they are, for a checkpoint, whatever is trained once it is thawed.
+    ERROR_CODE_STALE_PLACEMENT where that freeze does not hold, or the table stands at another version.
+    """
+    WritePart: _aio.UnaryUnaryMultiCallable[_shard_pb2.WritePartRequest, _shard_pb2.WritePartReply]  # type: ignore[assignment]
+    """Writes what was marked into a checkpoint, beside all other work, and tells how far that is. The first call begins;
+    later ones, with the same arguments, join in. ERROR_CODE_NOT_FOUND where the mark is over.
+    """
+    ReleaseMark: _aio.UnaryUnaryMultiCallable[_shard_pb2.ReleaseMarkRequest, _shard_pb2.ReleaseMarkReply]  # type: ignore[assignment]
+    """Forgets a mark. No error where there is none."""
     Status: _aio.UnaryUnaryMultiCallable[_shard_pb2.StatusRequest, _shard_pb2.StatusReply]  # type: ignore[assignment]
     """How the shard is. Answered at any time, never waiting for other calls."""
 
@@ -214,6 +234,34 @@ class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
 
         ERROR_CODE_INTERNAL where the view gives this shard pages it neither has nor has staged; nothing was changed.
         """
+
+    @_abc_1.abstractmethod
+    def MarkTable(
+        self,
+        request: _shard_pb2.MarkTableRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_shard_pb2.MarkTableReply, _abc.Awaitable[_shard_pb2.MarkTableReply]]:
+        """Keeps the pages of a frozen table as they are, for a checkpoint, whatever is trained once it is thawed.
+        ERROR_CODE_STALE_PLACEMENT where that freeze does not hold, or the table stands at another version.
+        """
+
+    @_abc_1.abstractmethod
+    def WritePart(
+        self,
+        request: _shard_pb2.WritePartRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_shard_pb2.WritePartReply, _abc.Awaitable[_shard_pb2.WritePartReply]]:
+        """Writes what was marked into a checkpoint, beside all other work, and tells how far that is. The first call begins;
+        later ones, with the same arguments, join in. ERROR_CODE_NOT_FOUND where the mark is over.
+        """
+
+    @_abc_1.abstractmethod
+    def ReleaseMark(
+        self,
+        request: _shard_pb2.ReleaseMarkRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_shard_pb2.ReleaseMarkReply, _abc.Awaitable[_shard_pb2.ReleaseMarkReply]]:
+        """Forgets a mark. No error where there is none."""
 
     @_abc_1.abstractmethod
     def Status(

@@ -189,6 +189,9 @@ class ShardStatus(_message.Message):
     CLIENT_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     PAGE_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     DROPPED_FIELD_NUMBER: _builtins.int
+    STORAGE_FIELD_NUMBER: _builtins.int
+    JOURNAL_BYTES_FIELD_NUMBER: _builtins.int
+    STORAGE_REFUSES_FIELD_NUMBER: _builtins.int
     state: Global___ShardState.ValueType
     """Whether it serves."""
     device: _builtins.str
@@ -211,6 +214,12 @@ class ShardStatus(_message.Message):
     """What remembered lookups, held updates and calls may have together."""
     page_limit_bytes: _builtins.int
     """What pages may have; 0: as much as the device has."""
+    storage: _builtins.str
+    """Where it keeps what it has; "" where it keeps nothing: all is gone with it."""
+    journal_bytes: _builtins.int
+    """Bytes of its journal there."""
+    storage_refuses: _builtins.str
+    """What that refuses, in words: nothing can be changed until it takes it; "" for nothing."""
     @_builtins.property
     def info(self) -> _table_pb2.ShardInfo:
         """Which, and where."""
@@ -245,10 +254,13 @@ class ShardStatus(_message.Message):
         client_limit_bytes: _builtins.int = ...,
         page_limit_bytes: _builtins.int = ...,
         dropped: _abc.Iterable[_builtins.int] | None = ...,
+        storage: _builtins.str = ...,
+        journal_bytes: _builtins.int = ...,
+        storage_refuses: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_limit_bytes", b"client_limit_bytes", "context_bytes", b"context_bytes", "device", b"device", "dropped", b"dropped", "held_bytes", b"held_bytes", "info", b"info", "kept_bytes", b"kept_bytes", "num_bytes", b"num_bytes", "page_limit_bytes", b"page_limit_bytes", "queued_bytes", b"queued_bytes", "queued_calls", b"queued_calls", "stages", b"stages", "state", b"state", "tables", b"tables", "uptime_s", b"uptime_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_limit_bytes", b"client_limit_bytes", "context_bytes", b"context_bytes", "device", b"device", "dropped", b"dropped", "held_bytes", b"held_bytes", "info", b"info", "journal_bytes", b"journal_bytes", "kept_bytes", b"kept_bytes", "num_bytes", b"num_bytes", "page_limit_bytes", b"page_limit_bytes", "queued_bytes", b"queued_bytes", "queued_calls", b"queued_calls", "stages", b"stages", "state", b"state", "storage", b"storage", "storage_refuses", b"storage_refuses", "tables", b"tables", "uptime_s", b"uptime_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -340,6 +352,7 @@ class PoolStatus(_message.Message):
     WAITING_FOR_FIELD_NUMBER: _builtins.int
     UNFINISHED_FIELD_NUMBER: _builtins.int
     CREATING_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The pool's name."""
     rescaling: _builtins.bool
@@ -350,6 +363,8 @@ class PoolStatus(_message.Message):
     """What the rescale waits for, for people; empty if for nothing."""
     unfinished: _builtins.str
     """Why a rescale stopped half way and what to do, for people; empty if none did."""
+    checkpoint: _builtins.str
+    """The checkpoint that is being taken and what it is at, for people; empty if none is."""
     @_builtins.property
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardStatus]:
         """All shards, ascending by number."""
@@ -373,10 +388,11 @@ class PoolStatus(_message.Message):
         waiting_for: _builtins.str = ...,
         unfinished: _builtins.str = ...,
         creating: _abc.Iterable[Global___TableCreation] | None = ...,
+        checkpoint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["creating", b"creating", "name", b"name", "rescaling", b"rescaling", "shards", b"shards", "tables", b"tables", "unfinished", b"unfinished", "waiting_for", b"waiting_for", "wanted_shards", b"wanted_shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "creating", b"creating", "name", b"name", "rescaling", b"rescaling", "shards", b"shards", "tables", b"tables", "unfinished", b"unfinished", "waiting_for", b"waiting_for", "wanted_shards", b"wanted_shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

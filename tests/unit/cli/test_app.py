@@ -36,7 +36,8 @@ def test_status_as_json(served: ServedPool, file: Path, command: Command) -> Non
     train(served.address, 3)
     document = json.loads(command("status", "--address", served.address, "--json").stdout)
     assert list(document) == [
-        "pool", "address", "rescaling", "wanted_shards", "waiting_for", "unfinished", "shards", "tables", "creating",
+        "pool", "address", "rescaling", "wanted_shards", "waiting_for", "unfinished", "checkpoint", "shards", "tables",
+        "creating",
     ]  # fmt: skip
     assert (document["wanted_shards"], document["waiting_for"], document["unfinished"]) == (2, "", "")
     assert (document["pool"], document["address"], document["rescaling"]) == ("served", served.address, False)

@@ -13,7 +13,15 @@ COMMANDS = {
     "status": ["--address", "--file", "--json", "--pool", "--stages", "-f"],
     "apply": ["--address", "--dry-run", "--file", "--json", "--pool", "-f"],
     "scale": ["--address", "--file", "--pool", "--shards", "-f", "count"],
-    "down": ["--address", "--file", "--pool", "-f"],
+    "down": ["--address", "--drop", "--file", "--pool", "--yes", "-f", "-y"],
+    "checkpoint": ["--address", "--extra", "--file", "--full", "--json", "--keep", "--pool", "--table", "-f", "place"],
+    "restore": [
+        *("--address", "--as", "--checkpoint", "--file", "--json", "--layout", "--pool", "--replace", "--table", "-f"),
+        "place",
+    ],
+    "checkpoints": ["--json", "--keep", "--remove", "place"],
+    "inspect": ["--checkpoint", "--json", "place"],
+    "verify": ["--checkpoint", "--json", "place"],
     "bench": [],
     "bench kernels": ["--device", "--json", "--only", "--out", "--plot", "--quick", "--rounds"],
 }

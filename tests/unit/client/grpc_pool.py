@@ -41,7 +41,7 @@ class GrpcPoolHere:
     async def starting(self) -> str:
         return ""
 
-    async def start(self, shard: int) -> ShardInfo:
+    async def start(self, shard: int, *, fresh: bool = False) -> ShardInfo:  # noqa: ARG002
         """For the controller."""
         return await self._start(shard, incarnation=1)
 

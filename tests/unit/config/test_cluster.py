@@ -119,6 +119,13 @@ def test_hosts_are_hosts_alone(host: str) -> None:
         (lambda: ShardConfig(resources={"GPU": 1}), r"resources = {'GPU': 1} names GPU.* shard\.num_gpus"),
         (lambda: ShardConfig(resources={"disk": 0}), r"resources\.disk = 0 must be greater than 0"),
         (lambda: ShardConfig(max_restarts=-2), r"max_restarts = -2 must be at least -1"),
+        (lambda: ShardConfig(storage={"path": "pools"}), r"storage\.path = 'pools' is not an absolute path"),
+        (lambda: ShardConfig(storage={"path": "/d", "sync": "never"}), r"storage\.sync = 'never' .*'commit' or 'off'"),
+        (
+            lambda: ShardConfig(storage={"path": "/d", "journal_limit": "1KiB"}),
+            r"journal_limit = .* least 1_048_576",
+        ),
+        (lambda: ShardConfig(storage={}), r"storage\.path is missing"),
         (lambda: ShardConfig(trainer_lease=0.5), r"trainer_lease = 0.5 must be at least 1"),
         (lambda: ShardConfig(trainer_lease=601), r"trainer_lease = 601(\.0)? must be at most 600"),
         (lambda: RayConfig(address="ray"), r"address = 'ray' is not an address of Ray"),

@@ -49,7 +49,7 @@ class Fleet:
         self.memory_bytes: int | None = None
         self.wanted = 0
 
-    async def start(self, shard: int) -> ShardInfo:
+    async def start(self, shard: int, *, fresh: bool = False) -> ShardInfo:  # noqa: ARG002
         if shard in self.refuse:
             raise errors.ShardUnavailable(f"shard {shard} does not fit")
         self.incarnation += 1

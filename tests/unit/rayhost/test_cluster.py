@@ -31,7 +31,7 @@ class Actor:
         self.failure = failure
         self.start = self.stop = self.waiting_for = self
 
-    def remote(self) -> "Actor":
+    def remote(self, _drop: bool = False) -> "Actor":
         return self
 
 

@@ -27,7 +27,7 @@ class ActedLauncher:
         self.failures = 0
         self.known: list[Description] = []
 
-    async def start(self, shard: int) -> ShardInfo:
+    async def start(self, shard: int, *, fresh: bool = False) -> ShardInfo:  # noqa: ARG002
         return ShardInfo(shard=shard, address="", incarnation=1)
 
     async def stop(self, info: ShardInfo) -> None:

@@ -66,7 +66,7 @@ class FakeShard:
 
     @property
     def admit(self) -> FakeMethod:
-        def admit(incarnation: int) -> ShardInfo:
+        def admit(incarnation: int, _fresh: bool = False) -> ShardInfo:
             if self.refuses is not None:
                 raise self.refuses
             self.info = self.info or ShardInfo(shard=self.shard, address="127.0.0.1:1", incarnation=incarnation)
@@ -76,7 +76,7 @@ class FakeShard:
 
     @property
     def stop(self) -> FakeMethod:
-        return self._method(lambda: setattr(self, "stopped", True))
+        return self._method(lambda _drop=False: setattr(self, "stopped", True))
 
     def _method(self, call: Callable[..., Any]) -> FakeMethod:
         def checked(*arguments: Any) -> Any:

@@ -23,7 +23,7 @@ from mempool.wire.channels.grpc_channel import GrpcChannels
 from mempool.wire.channels.loop import run
 
 class NoShards:
-    async def start(self, shard): raise AssertionError
+    async def start(self, shard, *, fresh=False): raise AssertionError
     async def stop(self, info): raise AssertionError
 
 async def serve():

@@ -16,7 +16,18 @@ from mempool import errors
 from mempool.client import GrpcShard
 from mempool.config import resolve
 from mempool.server import Server
-from mempool.types import AttachTable, ExportLedger, ExportPages, PullPages, ResolveRequest, TableSchema, TableView
+from mempool.types import (
+    AttachTable,
+    ExportLedger,
+    ExportPages,
+    MarkTable,
+    PullPages,
+    ReleaseMark,
+    ResolveRequest,
+    TableSchema,
+    TableView,
+    WritePart,
+)
 from mempool.wire import methods
 from mempool.wire.channels.grpc_channel import GrpcChannels
 from mempool.wire.channels.loop import run
@@ -92,6 +103,9 @@ CONTROLLERS = {
     "ExportLedger",
     "PullPages",
     "SetView",
+    "MarkTable",
+    "WritePart",
+    "ReleaseMark",
 }
 
 
@@ -142,6 +156,9 @@ async def attempts(pool: ServedPool, view: TableView, channels: GrpcChannels) ->
         host.export_ledger(ExportLedger(table_id=table_id, first=0)),
         host.pull_pages(PullPages(table_id=table_id, source=pool.shards[1].info, row_pages=pages, blocks=(0,))),
         host.set_view(view),
+        host.mark_table(MarkTable(table_id=table_id, token="round", version=0, lease_s=1.0)),
+        host.write_part(WritePart(table_id=table_id, token="round", url="/place", checkpoint="000001-7e19cac2")),
+        host.release_mark(ReleaseMark(table_id=table_id, token="round")),
     ]
     assert len(calls) == len(CONTROLLERS)
     for call in calls:

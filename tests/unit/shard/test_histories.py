@@ -199,7 +199,7 @@ class Histories(RuleBasedStateMachine):
         # First the statuses: they come when what was acknowledged is applied, and what has moved is given back.
         updates_held = sum(self.driver.status(shard).updates_held for shard in range(NUM_SHARDS))
         for engine in self.engines:
-            for table in engine._tenancy._tables.values():
+            for table in engine._tenancy.tables.values():
                 for arena in table.storage.arenas.values():
                     assert arena.num_taken == int((arena.page_of >= 0).sum()) > 0
         assert (sum(engine._budget.held_bytes for engine in self.engines) == 0) == (updates_held == 0)

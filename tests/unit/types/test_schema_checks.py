@@ -192,7 +192,7 @@ async def _create(schema: TableSchema) -> None:
     engines: dict[int, Engine] = {}
 
     class Launcher:
-        async def start(self, shard: int) -> ShardInfo:
+        async def start(self, shard: int, *, fresh: bool = False) -> ShardInfo:  # noqa: ARG002
             info = ShardInfo(shard=shard, address="", incarnation=1)
             engines[shard] = Engine(info, memory_bytes=4 * 2**20)
             return info

@@ -5,7 +5,8 @@ import torch
 
 from mempool.errors import Overloaded, RequestTooLarge
 from mempool.shard.steps.budget import ENTRY_BYTES, Budget
-from mempool.shard.steps.held import HeldUpdate, HeldUpdates, PreparedStep, in_canonical_order
+from mempool.shard.steps.held import HeldUpdate, HeldUpdates, PreparedStep
+from mempool.shard.steps.parts import in_canonical_order
 from mempool.types import StepId
 from mempool.types.bags import Bags
 

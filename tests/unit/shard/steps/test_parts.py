@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mempool import kernels
 from mempool.shard.pages.storage import Storage
-from mempool.shard.steps.held import HeldUpdate, in_canonical_order
-from mempool.shard.steps.parts import pairs_bytes, reduce_in_parts
+from mempool.shard.steps.held import HeldUpdate
+from mempool.shard.steps.parts import in_canonical_order, pairs_bytes, reduce_in_parts
 from mempool.types import OptimizerSpec, Placement, StepId
 from mempool.types.bags import Bags
 from tests.contract.bags import make_bags

@@ -1,0 +1,68 @@
+"""From what a user asks to be restored to the tables that are to be made, and where their pages come from.
+
+Reads a manifest, and no page.
+"""
+
+from dataclasses import replace
+from typing import cast, get_args
+
+from mempool.checkpoint.commit import read_manifest
+from mempool.checkpoint.format.json_values import Unfit
+from mempool.checkpoint.format.ledger_json import parse_ledger
+from mempool.checkpoint.format.manifest import Manifest
+from mempool.checkpoint.stores import open_store
+from mempool.checkpoint.stores.places import check_place
+from mempool.controller.changes import Origin
+from mempool.errors import DataLoss, InvalidRequest, MempoolError, NotFound, StorageFailed
+from mempool.types import Ledger, RestoreTables, TableSchema, TableSource
+from mempool.types.schema import Layout
+from mempool.types.schema_checks import check_schema, shown
+
+
+def origins_of(request: RestoreTables) -> list[tuple[TableSchema, Origin]]:
+    """The schemas of the tables, and their origins.
+
+    Raises:
+        NotFound: There is no such checkpoint, or table in it.
+        DataLoss: The manifest is damaged.
+        InvalidRequest: The place, the name or the layout is wrong, or the checkpoint is of a newer format.
+        StorageFailed: The place cannot be read.
+    """
+    check_place(request.url)
+    if request.name and len(request.tables) != 1:
+        raise InvalidRequest(
+            f"name={shown(request.name)} is for one table, and {len(request.tables) or 'all'} are asked for; name the "
+            "table that is to be called so. Nothing was changed."
+        )
+    if request.layout and request.layout not in get_args(Layout):
+        raise InvalidRequest(
+            f"layout={shown(request.layout)} is none that there is: give one of {', '.join(get_args(Layout))}, or "
+            "leave it out. Nothing was changed."
+        )
+    try:
+        manifest = read_manifest(open_store(request.url), request.checkpoint or None)
+    except MempoolError:
+        raise
+    except Exception as error:  # of the user's fsspec package, say
+        raise StorageFailed(f"{request.url} cannot be read ({type(error).__name__}: {error})") from error
+    return [_origin(request, manifest, table) for table in dict.fromkeys(request.tables or manifest.tables)]
+
+
+def _origin(request: RestoreTables, manifest: Manifest, table: str) -> tuple[TableSchema, Origin]:
+    state = manifest.tables.get(table)
+    if state is None:
+        raise NotFound(
+            f"checkpoint {manifest.name!r} of {request.url} has no table {shown(table)}; it has: "
+            f"{', '.join(manifest.tables)}"
+        )
+    layout = cast("Layout", request.layout or state.schema.layout)
+    schema = replace(state.schema, table_id=0, name=request.name or table, layout=layout)
+    check_schema(schema)
+    try:
+        updates = 0 if state.ledger is None else parse_ledger(state.ledger).updates_applied
+    except Unfit as error:
+        raise DataLoss(f"table {table!r} of checkpoint {manifest.name!r} has no ledger: {error}") from None
+    # Whose steps they were does not go along: the table is a new one, to which no step of the old one can come late.
+    ledger = Ledger(version=state.version, updates_applied=updates, step_offset=state.step_count - state.version)
+    source = TableSource(url=request.url, checkpoint=manifest.name, table=table)
+    return schema, Origin(source=source, ledger=ledger, replace=request.replace)

@@ -1,0 +1,96 @@
+"""The pages of a shard as a snapshot has them: their keys, their bytes, and back into arenas."""
+
+import struct
+from collections import defaultdict
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mempool.errors import DataLoss
+from mempool.journal import Snapshots
+from mempool.shard.hosted import HostedTable
+from mempool.shard.pages.arena import Arena
+from mempool.shard.pages.named_arrays import HEAD_KEYS, Blocks
+
+_PAGE = struct.Struct("<QIH")  # table, row page, how many blocks; then these
+_HEADS = struct.Struct("<Q")
+
+
+def page_key(table_id: int, row_page: int, blocks: Blocks) -> bytes:
+    """The key of a row page with these blocks."""
+    return _PAGE.pack(table_id, row_page, len(blocks)) + np.asarray(blocks, dtype="<u4").tobytes()
+
+
+def heads_key(table_id: int) -> bytes:
+    """The key of all product keys of a table that are here."""
+    return _HEADS.pack(table_id)
+
+
+def page_arrays(arena: Arena, arena_page: int) -> list[tuple[str, Tensor]]:
+    """The bytes of a page, by array: copies, on the CPU."""
+    return [(name, _bytes_of(pages[arena_page])) for name, pages in arena.raw.items()]
+
+
+def heads_arrays(table: HostedTable) -> list[tuple[str, Tensor]]:
+    """The product keys that are here, and whose they are: copies, on the CPU."""
+    heads = torch.tensor(table.storage.heads, dtype=torch.int64)
+    return [("heads", _bytes_of(heads)), (HEAD_KEYS, _bytes_of(table.storage.head_keys))]
+
+
+def restore_pages(snapshots: Snapshots, tables: Mapping[int, HostedTable]) -> dict[Arena, int]:
+    """Put the pages of the newest snapshot where they are found. Returns each arena with its ``writes`` then.
+
+    Raises:
+        DataLoss: A page is damaged, or is of a table that the snapshot does not have.
+    """
+    rows: dict[tuple[int, Blocks], list[int]] = defaultdict(list)
+    for key in () if snapshots.newest is None else snapshots.newest.pages:
+        if len(key) != _HEADS.size:
+            table_id, row_page, blocks = _page_of(key)
+            rows[table_id, blocks].append(row_page)
+    places: dict[bytes, tuple[Arena, int]] = {}
+    for (table_id, blocks), found in rows.items():
+        if table_id not in tables:
+            raise DataLoss(f"the newest snapshot has pages of table {table_id}, and no such table")
+        arena = tables[table_id].storage.arena(blocks)
+        row_pages = np.sort(np.asarray(found, dtype=np.int64))
+        taken = arena.take(len(row_pages))
+        arena.publish(row_pages, taken)
+        for row_page, place in zip(row_pages.tolist(), taken.tolist(), strict=True):
+            places[page_key(table_id, row_page, blocks)] = arena, place
+    for key, arrays in snapshots.pages():
+        if key in places:
+            arena, place = places[key]
+            with arena.writing(pages=torch.tensor([place], device=arena.device)):
+                for name, pages in arena.raw.items():
+                    _fill(pages[place], arrays[name])
+        else:
+            _restore_heads(tables[_HEADS.unpack(key)[0]], arrays)
+    return {arena: arena.writes for arena, _ in places.values()}
+
+
+def _restore_heads(table: HostedTable, arrays: Mapping[str, memoryview]) -> None:
+    heads = tuple(np.frombuffer(arrays["heads"], dtype=np.int64).tolist())
+    storage = table.storage
+    keys = torch.empty((len(heads), *storage.head_keys.shape[1:]), dtype=torch.float32, device=storage.device)
+    _fill(keys, arrays[HEAD_KEYS])
+    storage.set_head_keys(heads, keys)
+
+
+def _page_of(key: bytes) -> tuple[int, int, Blocks]:
+    table_id, row_page, _ = _PAGE.unpack_from(key)
+    return table_id, row_page, tuple(np.frombuffer(key, dtype="<u4", offset=_PAGE.size).tolist())
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    return flat.to("cpu", copy=True)
+
+
+def _fill(into: Tensor, data: memoryview) -> None:
+    """Bytes into a tensor that is contiguous."""
+    if into.numel():
+        flat = torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
+        into.view(-1).view(torch.uint8).copy_(flat)

@@ -1,0 +1,125 @@
+"""Filling a table from a checkpoint: the pages that a placement gives this shard, in bounded batches, checked.
+
+Files are read off the engine's thread, one batch ahead of nothing: each is durable before the next is read.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+
+from mempool.checkpoint.commit import number_of
+from mempool.checkpoint.format.pages import Pages
+from mempool.checkpoint.reader import Checkpoint
+from mempool.checkpoint.stores import open_store
+from mempool.checkpoint.stores.places import check_place
+from mempool.errors import DataLoss, InvalidRequest, ShardUnavailable
+from mempool.shard.bounds import shown
+from mempool.shard.durable.changes import Changes
+from mempool.shard.hosted import HostedTable
+from mempool.shard.jobs import JOB_BYTES
+from mempool.shard.pages.capture import page_arrays
+from mempool.shard.pages.storage import Storage
+from mempool.shard.pulling import Jobs
+from mempool.types import AttachTable, Ledger, PageBatch, Placement, TableSource
+from mempool.types.caller import Caller, calling
+from mempool.types.running import Runner
+
+_BATCH_BYTES = 8 * 2**20
+
+
+def check_source(source: TableSource | None) -> TableSource:
+    """Raises InvalidRequest where it names no checkpoint."""
+    if source is None:
+        raise InvalidRequest("a table that is to be restored names no checkpoint (source). Nothing was changed.")
+    check_place(source.url)
+    if number_of(source.checkpoint) is None:
+        raise InvalidRequest(f"{shown(source.checkpoint)} is no checkpoint's name. Nothing was changed.")
+    return source
+
+
+class Restoring:
+    """The tables of a shard that are being filled from checkpoints.
+
+    Args:
+        changes: Takes their pages in.
+        jobs: Runs a job on the engine's thread, in line with what clients ask.
+        settled: Waits until what was taken in is durable.
+        runner: Reads files.
+    """
+
+    def __init__(
+        self,
+        changes: Changes,
+        *,
+        jobs: Jobs,
+        settled: Callable[[], Awaitable[None]],
+        runner: Runner,
+    ) -> None:
+        self._changes = changes
+        self._jobs = jobs
+        self._settled = settled
+        self._runner = runner
+        self._tasks: dict[HostedTable, asyncio.Task[None]] = {}
+
+    async def restore(self, table: HostedTable, request: AttachTable) -> None:
+        """Fill a table; whoever asks again joins in. Where that fails it is dropped: half a table must not answer.
+
+        Raises:
+            NotFound, DataLoss, InvalidRequest: The checkpoint is not there, not whole, or of another table; or the
+                table was dropped meanwhile.
+            StorageFailed: The place, or the shard's own disk, fails.
+        """
+        if table.restored is None:
+            return
+        task = self._tasks.get(table)
+        if task is None:
+            with calling(Caller()):  # it goes on where the call ends, until the table is dropped
+                task = self._tasks[table] = asyncio.create_task(self._fill(table, request))
+            task.add_done_callback(partial(self._done, table))
+        await asyncio.shield(task)
+
+    async def close(self) -> None:
+        """End what is being filled. Repeatable."""
+        if tasks := list(self._tasks.values()):
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    def _done(self, table: HostedTable, task: "asyncio.Task[None]") -> None:
+        del self._tasks[table]
+        if not task.cancelled():
+            task.exception()  # whoever asked may be gone
+
+    async def _fill(self, table: HostedTable, request: AttachTable) -> None:
+        source, ledger = check_source(request.source), request.ledger or Ledger()
+        try:
+            batches = read_pages(source, table.storage, request.view.placement, version=ledger.version)
+            while table.restored is not None:
+                batch = await self._runner.run(lambda: next(batches, None), name="mempool-restore")
+                cost = JOB_BYTES + (0 if batch is None else batch.num_bytes)
+                await self._jobs("fill", partial(self._changes.restore, table), batch, cost=cost)
+                await self._settled()
+        except BaseException:
+            with suppress(ShardUnavailable):
+                await asyncio.shield(self._jobs("drop_table", self._changes.give_up, table))
+            raise
+
+
+def read_pages(source: TableSource, storage: Storage, placement: Placement, *, version: int) -> Iterator[PageBatch]:
+    """The pages of one shard, batch after batch; reads files, so off the engine's thread.
+
+    Raises:
+        NotFound, DataLoss, InvalidRequest: The checkpoint is not there, not whole, or of another table.
+    """
+    table = Checkpoint(open_store(source.url), source.checkpoint).table(source.table)
+    table.check_schema(storage.schema, arrays=page_arrays(storage))
+    if table.state.version != version:
+        raise DataLoss(
+            f"table {source.table!r} of checkpoint {source.checkpoint!r} is at version {table.state.version}, and was "
+            f"at {version} a moment ago: it was written over. Restore it again"
+        )
+    pages = Pages(placement.owners == storage.shard, placement.key_owners == storage.shard)
+    for batch in table.batches(pages, batch_bytes=_BATCH_BYTES):
+        yield replace(batch, table_id=storage.schema.table_id)

@@ -1,0 +1,48 @@
+"""What shards apply, told to the history of a run from inside of them."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mempool.agreement.order import Order
+from mempool.shard.durable.store import Store
+from mempool.types import DecidedStep
+from tests.simulation.history import History
+from tests.simulation.oracle import ORACLE_TABLE
+
+
+@contextmanager
+def observed(history: History, store_of: Callable[[], Store | None] = lambda: None) -> Iterator[None]:
+    """Every step that a shard applies meanwhile is told to the history; of a shard with a disk, once it is durable:
+    nobody was told before.
+
+    store_of: Of the shard whose code runs now.
+    """
+    keep, told = Order._keep, Store._told
+    ahead: dict[Store, list[tuple[int, DecidedStep]]] = defaultdict(list)
+
+    def observe(order: Order, step: DecidedStep) -> None:
+        keep(order, step)
+        if step.table_id == ORACLE_TABLE:
+            return
+        store = store_of()
+        if store is None:
+            history.note_applied(step)
+        else:
+            ahead[store].append((store._position, step))
+
+    def synced(store: Store, *how: Any) -> None:
+        told(store, *how)
+        durable = [step for position, step in ahead[store] if position <= store._synced]
+        ahead[store] = ahead[store][len(durable) :]
+        for step in durable:
+            history.note_applied(step)
+
+    Order._keep = observe  # type: ignore[method-assign]
+    Store._told = synced  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Order._keep = keep  # type: ignore[method-assign]
+        Store._told = told  # type: ignore[method-assign]

@@ -1,0 +1,55 @@
+"""How many shards a pool is meant to have, in its shards' folders; and what is removed of those."""
+
+from pathlib import Path
+
+import pytest
+
+from mempool.errors import StorageFailed
+from mempool.journal import DiskFiles
+from mempool.rayhost.state.kept import Wanted, drop_kept, kept_shards, read_wanted, remove_kept, write_wanted
+
+
+def folder(path: Path, shard: int) -> Path:
+    """A shard's, with something in it."""
+    made = path / "facts" / f"shard-{shard}"
+    (made / "journal").mkdir(parents=True)
+    (made / "journal" / "000000000001.segment").write_bytes(b"bytes")
+    return made
+
+
+def test_how_many_are_wanted_is_kept(tmp_path: Path) -> None:
+    folder(tmp_path, 2)
+    assert read_wanted(str(tmp_path), "facts", 2) is None
+    for wanted in (Wanted(1, 3), Wanted(2, 5)):
+        write_wanted(str(tmp_path), "facts", 2, wanted)
+        assert read_wanted(str(tmp_path), "facts", 2) == wanted
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"number": 1}', '{"number": "x", "shards": 2}'])
+def test_what_is_damaged_is_passed_over(tmp_path: Path, text: str) -> None:
+    (folder(tmp_path, 0) / "wanted.json").write_text(text)
+    assert read_wanted(str(tmp_path), "facts", 0) is None
+
+
+def test_a_shards_folder_is_removed_as_a_whole(tmp_path: Path) -> None:
+    assert not remove_kept(str(tmp_path), "facts", 0)
+    folder(tmp_path, 0), folder(tmp_path, 11)
+    (tmp_path / "facts" / "gone-half").mkdir()  # of a process that died at it
+    assert kept_shards(str(tmp_path), "facts") == (0, 11)
+    assert remove_kept(str(tmp_path), "facts", 0)
+    assert sorted(path.name for path in (tmp_path / "facts").iterdir()) == ["shard-11"]
+    said: list[str] = []
+    drop_kept(str(tmp_path), "facts", say=said.append)
+    assert list((tmp_path / "facts").iterdir()) == []
+    assert len(said) == 1
+
+
+def test_what_a_process_uses_is_not_removed(tmp_path: Path) -> None:
+    used = folder(tmp_path, 0)
+    lock = DiskFiles().lock(str(used / "LOCK"), owner="somebody")
+    try:
+        with pytest.raises(StorageFailed, match="somebody"):
+            remove_kept(str(tmp_path), "facts", 0)
+    finally:
+        lock.release()
+    assert (used / "journal" / "000000000001.segment").read_bytes() == b"bytes"

@@ -1,0 +1,278 @@
+"""Marks and parts on bare shards: what ends a mark, what bounds it, and pages of every layout as they were."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mempool.checkpoint.commit import begin, commit
+from mempool.checkpoint.format.layout import PageGroup
+from mempool.checkpoint.format.manifest import parse_part
+from mempool.checkpoint.format.pages import Pages
+from mempool.checkpoint.reader import Checkpoint
+from mempool.checkpoint.stores import open_store
+from mempool.checkpoint.writer import PartWriter
+from mempool.errors import DataLoss, InvalidRequest, NotFound, StalePlacement, StorageFailed
+from mempool.shard import Engine
+from mempool.shard.pages.capture import ArenaCapture
+from mempool.types import (
+    AttachTable,
+    Ledger,
+    MarkTable,
+    OptimizerSpec,
+    ReleaseMark,
+    ShardInfo,
+    TableSource,
+    WritePart,
+    WriteRowsRequest,
+)
+from mempool.wire.channels.loop import run
+from tests.contract.bags import Bags
+from tests.contract.driver import Driver, make_schema
+from tests.contract.layouts import LAYOUTS
+from tests.unit.shard.conftest import MakeDriver
+
+NAME = "000001-0123abcd"
+BOUND_S = 20.0
+
+
+def mark(driver: Driver, *, lease_s: float = 60.0, since: str = "", token: str = "c1") -> None:
+    """Freeze all, mark all, thaw all, as a controller does."""
+    versions = [driver.freeze(shard, token=token) for shard in driver.owners]
+    for shard, version in zip(driver.owners, versions, strict=True):
+        request = MarkTable(table_id=driver.table_id, token=token, version=version, lease_s=lease_s, since=since)
+        driver.call(driver.host(shard).mark_table(request))
+    for shard in driver.owners:
+        driver.thaw(shard, token=token)
+
+
+def asked(driver: Driver, place: Path, *, token: str = "c1", **changes: Any) -> WritePart:
+    parts = {"table_id": driver.table_id, "token": token, "url": str(place), "checkpoint": NAME, "wait_s": BOUND_S}
+    return WritePart(**(parts | changes))
+
+
+def until(check: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + BOUND_S
+    while not check():
+        assert time.monotonic() < end_s, "it never came"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Nothing is read out before it is set."""
+    opened, groups = threading.Event(), PartWriter.groups
+
+    def gated(self: PartWriter) -> Iterator[PageGroup]:
+        assert opened.wait(BOUND_S)
+        yield from groups(self)
+
+    monkeypatch.setattr(PartWriter, "groups", gated)
+    return opened
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    layout=st.sampled_from(list(LAYOUTS)),
+    dense=st.booleans(),
+    before=st.lists(st.integers(0, 49), max_size=4),
+    during=st.lists(st.lists(st.integers(0, 49), min_size=1, max_size=6), max_size=4),
+    order=st.integers(0, 3),
+)
+def test_every_layout_is_read_out_as_it_was(
+    make_driver: MakeDriver,
+    tmp_path: Path,
+    layout: str,
+    dense: bool,
+    before: list[int],
+    during: list[list[int]],
+    order: int,
+) -> None:
+    """Steps and writes come before, between and after the groups that are read out."""
+    optimizer = OptimizerSpec(algorithm="adamw", lr=0.1, weight_decay=0.1, dense=dense)
+    driver = make_driver(3).create(make_schema(optimizer=optimizer), LAYOUTS[layout])
+    place = tmp_path / f"{time.monotonic_ns()}"
+
+    def train(step: int, ids: list[int], on: Driver) -> None:
+        bags = (torch.tensor(ids), torch.ones(len(ids)), torch.tensor([0, len(ids)]))
+        on.train(step, {step: (Bags(*bags), torch.full((1, 10), 0.5 + step))})
+
+    twin = make_driver(3).create(make_schema(optimizer=optimizer), LAYOUTS[layout])
+    for one in (driver, twin):
+        train(1, [0, *before], one)
+    mark(driver)
+    for number, ids in enumerate(during[:order]):
+        train(2 + number, ids, driver)
+    parts = [driver.submit(driver.host(shard).write_part(asked(driver, place))) for shard in driver.owners]
+    for number, ids in enumerate(during[order:]):
+        train(2 + len(during[:order]) + number, ids, driver)
+    store = open_store(place)
+    begun = begin(store, pool="p")
+    found = [parse_part(part.result(BOUND_S).part) for part in parts]
+    object.__setattr__(begun, "name", NAME)
+    commit(store, begun, found)
+    table = Checkpoint(store).table("facts")
+    values, expected = torch.empty(56, 10), twin.read()
+    for batch in table.batches(Pages.all(driver.schema), arrays=["values"]):
+        columns = np.concatenate([np.arange(*driver.schema.block_columns(block)) for block in batch.blocks])
+        rows = (batch.row_pages[:, None] * 8 + np.arange(8)).reshape(-1)
+        values[np.ix_(rows, columns)] = batch.arrays["values"]
+    assert torch.equal(values[:50], expected)
+    for shard in driver.owners:
+        driver.call(driver.host(shard).release_mark(ReleaseMark(table_id=driver.table_id, token="c1", kept=NAME)))
+
+
+def test_a_mark_is_taken_of_a_table_that_stands_still_at_that_version_alone(
+    make_driver: MakeDriver, tmp_path: Path
+) -> None:
+    driver = make_driver(1).create(make_schema())
+    host = driver.host(0)
+    request = MarkTable(table_id=driver.table_id, token="c1", version=0, lease_s=5.0)
+    with pytest.raises(StalePlacement, match="does not hold"):
+        driver.call(host.mark_table(request))
+    driver.freeze(0, token="c1")
+    for wrong in (
+        MarkTable(table_id=driver.table_id, token="c2", version=0, lease_s=5.0),
+        MarkTable(table_id=driver.table_id, token="c1", version=1, lease_s=5.0),
+    ):
+        with pytest.raises(StalePlacement):
+            driver.call(host.mark_table(wrong))
+    for wrong in (
+        MarkTable(table_id=driver.table_id, token="", version=0, lease_s=5.0),
+        MarkTable(table_id=driver.table_id, token="c1", version=-1, lease_s=5.0),
+        MarkTable(table_id=driver.table_id, token="c1", version=0, lease_s=0.0),
+        MarkTable(table_id=driver.table_id, token="c1", version=0, lease_s=float("inf")),
+        MarkTable(table_id=driver.table_id, token="c1", version=0, lease_s=5.0, since="../x"),
+    ):
+        with pytest.raises(InvalidRequest):
+            driver.call(host.mark_table(wrong))
+    with pytest.raises(NotFound):
+        driver.call(host.write_part(asked(driver, tmp_path)))
+    driver.call(host.mark_table(request))
+    driver.thaw(0, token="c1")
+    for changes in ({"url": "relative"}, {"checkpoint": "../../etc"}, {"since_version": -1}, {"url": "/a/../../b"}):
+        with pytest.raises(InvalidRequest):
+            driver.call(host.write_part(asked(driver, tmp_path, **changes)))
+    assert not list(tmp_path.iterdir())
+    assert driver.call(host.write_part(asked(driver, tmp_path))).part
+    with pytest.raises(InvalidRequest, match="written once"):
+        driver.call(host.write_part(asked(driver, tmp_path / "other")))
+    again = driver.call(host.write_part(asked(driver, tmp_path)))
+    assert again.part
+    assert again.bytes_done == again.bytes_total > 0
+
+
+@pytest.mark.parametrize("what", ["lease", "move", "drop", "another", "release"])
+def test_what_ends_a_mark_gives_its_memory_back_and_leaves_no_file_that_counts(
+    make_driver: MakeDriver, tmp_path: Path, gate: threading.Event, what: str
+) -> None:
+    driver = make_driver(2).create(make_schema(), "rows")
+    mark(driver, lease_s=2.0 if what == "lease" else 60.0)
+    engine = driver.host(0)
+    assert isinstance(engine, Engine)
+    writing = driver.submit(engine.write_part(asked(driver, tmp_path, wait_s=0.0)))
+    writing.result(BOUND_S)
+    driver.write("values", torch.arange(8), torch.zeros(8, 10))
+    assert engine._saving.num_bytes > 0
+    if what == "move":
+        gate.set()
+        driver.move("columns", token="m")
+    elif what == "drop":
+        driver.drop()
+    elif what == "another":
+        mark(driver, token="c2")
+    elif what == "release":
+        gate.set()
+        driver.call(engine.release_mark(ReleaseMark(table_id=driver.table_id, token="c1")))
+    if what == "another":
+        with pytest.raises(NotFound, match="take it again"):
+            driver.call(engine.write_part(asked(driver, tmp_path)))
+    else:
+        until(lambda: engine._saving.num_bytes == 0)
+        with pytest.raises(NotFound, match="take it again"):
+            driver.call(engine.write_part(asked(driver, tmp_path)))
+    gate.set()
+    until(lambda: not list(tmp_path.glob("*/*.safetensors")) or what in ("move", "release"))
+
+
+def test_steps_are_held_off_where_copies_take_too_much_and_go_on_when_they_are_written(
+    make_driver: MakeDriver, tmp_path: Path, gate: threading.Event
+) -> None:
+    driver = make_driver(1).create(make_schema())
+    engine = driver.host(0)
+    assert isinstance(engine, Engine)
+    engine._saving.copy_bytes = 100
+    mark(driver)
+    driver.call(engine.write_part(asked(driver, tmp_path, wait_s=0.0)))
+    driver.write("values", torch.arange(32), torch.zeros(32, 10))  # what has begun is not held off
+    assert engine._saving.crowded()
+    later: Future[Any] = driver.submit(_written(driver, engine))
+    time.sleep(0.05)
+    assert not later.done()
+    gate.set()
+    later.result(BOUND_S)
+    assert driver.call(engine.write_part(asked(driver, tmp_path))).part
+    assert not engine._saving.crowded()
+
+
+async def _written(driver: Driver, engine: Engine) -> None:
+    rows = torch.ones(2, 10)
+    request = WriteRowsRequest(
+        envelope=driver.envelope(0), array="values", ids=torch.tensor([40, 41]), blocks=(0, 1, 2), rows=rows
+    )
+    await engine.write_rows(request)
+
+
+def test_no_memory_for_copies_ends_the_checkpoint_and_no_step(
+    make_driver: MakeDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = make_driver(1).create(make_schema())
+    mark(driver)
+
+    def none_left(_self: ArenaCapture, _count: int) -> None:
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(ArenaCapture, "_take", none_left)
+    driver.write("values", torch.arange(4), torch.ones(4, 10))
+    assert torch.equal(driver.read("values", torch.arange(4)), torch.ones(4, 10))
+    with pytest.raises(StorageFailed, match="no memory left"):
+        driver.call(driver.host(0).write_part(asked(driver, tmp_path)))
+    assert not list(tmp_path.glob("*/*.safetensors"))
+
+
+def test_a_restore_that_fails_leaves_no_table(make_driver: MakeDriver, tmp_path: Path) -> None:
+    driver = make_driver(1).create(make_schema())
+    (view,) = driver.call(driver.host(0).views())
+    host = Engine(ShardInfo(shard=0, address="", incarnation=1))
+    try:
+        for source, error in (
+            (TableSource(url=str(tmp_path), checkpoint=NAME, table="facts"), NotFound),
+            (TableSource(url="relative", checkpoint=NAME, table="facts"), InvalidRequest),
+            (TableSource(url=str(tmp_path), checkpoint="x", table="facts"), InvalidRequest),
+            (None, InvalidRequest),
+        ):
+            request = AttachTable(view=view, mode="restore", ledger=Ledger(version=3), source=source)
+            with pytest.raises(error):
+                run(host.attach_table(request), timeout_s=BOUND_S)
+            assert run(host.status(), timeout_s=BOUND_S).tables == ()
+    finally:
+        run(host.close(), timeout_s=BOUND_S)
+
+
+def test_lost_pages_are_in_no_checkpoint(make_driver: MakeDriver) -> None:
+    driver = make_driver(1).create(make_schema())
+    engine = driver.host(0)
+    assert isinstance(engine, Engine)
+    driver.freeze(0, token="c1")
+    engine._tenancy.table(driver.table_id).storage.lose_all()
+    engine._tenancy.table(driver.table_id).measure()
+    with pytest.raises(DataLoss):
+        driver.call(engine.mark_table(MarkTable(table_id=driver.table_id, token="c1", version=0, lease_s=5.0)))
