@@ -4,7 +4,6 @@ Decides what a table answers at all (fences, freezes); the answers are made else
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
@@ -23,6 +22,7 @@ from mempool.shard.steps import commits
 from mempool.shard.steps.budget import Budget
 from mempool.shard.steps.held import HeldUpdates, PreparedStep
 from mempool.types import AttachTable, DecidedStep, Envelope, Ledger, ShardInfo, Stamp, StepId, TableStatus, TableView
+from mempool.types.pool import lost_remedy, merged
 from mempool.types.running import Clock
 
 PEERS_WAIT_S = 1.0
@@ -193,8 +193,7 @@ class HostedTable:
             raise DataLoss(
                 f"shard {self.info.shard} has table {self.view.schema.name!r} at version {self.order.applied}, and "
                 f"this client has seen version {envelope.table_version} acknowledged: commits were lost here, or that "
-                f"version was never given. If they were, drop the table (pool.drop_table({self.view.schema.name!r})), "
-                "make it again and write back what you saved",
+                f"version was never given. {lost_remedy(self.view.schema.name, self.view.saved)}",
                 shard=self.info.shard,
                 address=self.info.address,
             )
@@ -303,12 +302,11 @@ class HostedTable:
     def check_whole(self) -> None:
         """Raises DataLoss where pages are lost."""
         if self.lost_pages:
+            name = self.view.schema.name
             raise DataLoss(
                 f"shard {self.info.shard} (incarnation {self.info.incarnation}) lost {self.lost_pages} pages of table "
-                f"{self.view.schema.name!r}: it restarted without them, or a commit failed half way. They are not "
-                f"replaced by initial values. Drop the table (pool.drop_table({self.view.schema.name!r})), make it "
-                "again and write back what you saved of it, or restore a checkpoint in its place (pool.restore(place, "
-                "replace=True)); other tables go on",
+                f"{name!r}: it restarted without them, or a commit failed half way. They are not replaced by initial "
+                f"values. {lost_remedy(name, self.view.saved)}; other tables go on",
                 shard=self.info.shard,
                 address=self.info.address,
             )
@@ -446,7 +444,7 @@ class HostedTable:
         if view.placement.epoch < self.epoch:
             return False
         if view.placement.epoch == self.epoch:
-            self.view = replace(self.view, shards=view.shards)
+            self.view = merged(self.view, view)
             return False
         self.check_ready()
         if self.order.next() is not None:
@@ -457,7 +455,7 @@ class HostedTable:
             self.storage.begin_at(self.ledger.version)
             self.order.moved_to(self.ledger.version)
         self.ledger.learn_others(decisions)
-        self.unprepared, self.view, self.gate = None, view, min(view.placement.shards)
+        self.unprepared, self.view, self.gate = None, merged(self.view, view), min(view.placement.shards)
         self.measure()
         self.updates.clear()
         self.writes.clear()
