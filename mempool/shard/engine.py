@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Generator
 from contextlib import suppress
 from functools import partial
 from types import GeneratorType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,10 +23,7 @@ from mempool.shard.answers import Answers
 from mempool.shard.committing import Committing
 from mempool.shard.durable.changes import Changes
 from mempool.shard.durable.records import Begun
-from mempool.shard.durable.replay import recover
-from mempool.shard.durable.store import Store
-from mempool.shard.durable.taking import Taking
-from mempool.shard.jobs import JOB_BYTES, Answered, cost_of, open_writes
+from mempool.shard.jobs import JOB_BYTES, Answered, cost_of, cost_of_parts, open_writes
 from mempool.shard.parking import Behind, Parked
 from mempool.shard.pulling import Pulling
 from mempool.shard.saving.marks import Saving
@@ -77,6 +74,10 @@ from mempool.types import (
 )
 from mempool.types.caller import Caller, current_caller
 from mempool.types.running import THREADS, TRAINER_LEASE_S, Clock, Runner
+
+if TYPE_CHECKING:  # the wire's codecs come with them, which an embedded pool that keeps nothing does not need
+    from mempool.shard.durable.store import Store
+    from mempool.shard.durable.taking import Taking
 
 _TABLES = Caller(name="tables")
 """Who asks for the long work on tables and pages, as far as fairness goes."""
@@ -137,7 +138,7 @@ class Engine:
         configured: bool = True,
         clock: Clock = time.monotonic,
         runner: Runner = THREADS,
-        store: Store | None = None,
+        store: "Store | None" = None,
     ) -> None:
         self.info = info
         self._store = store
@@ -175,7 +176,11 @@ class Engine:
             runner=runner,
         )
         self._changes = Changes(self._tenancy)
-        self._taking = None if store is None else Taking(store, self._tenancy, on_thread=self._on_thread, runner=runner)
+        self._taking: Taking | None = None
+        if store is not None:
+            from mempool.shard.durable.taking import Taking
+
+            self._taking = Taking(store, self._tenancy, on_thread=self._on_thread, runner=runner)
         self._answers = Answers(
             self._tenancy,
             contexts=contexts,
@@ -225,7 +230,9 @@ class Engine:
         if self._store is not None:
             await self._control("recover", self._recover, self._store)
 
-    def _recover(self, store: Store) -> None:
+    def _recover(self, store: "Store") -> None:
+        from mempool.shard.durable.replay import recover
+
         restored = recover(store, self._tenancy, self._budget)
         if self._taking is not None:
             self._taking.restored(restored)
@@ -246,18 +253,14 @@ class Engine:
 
     async def prepare(self, request: PrepareRequest) -> PrepareReply:
         caller = current_caller().name
-        cost = cost_of(numbers=sum(len(part.sequences) for part in request.parts)) + JOB_BYTES * max(
-            0, len(request.parts) - 1
-        )
+        cost = cost_of_parts(request.parts)
         reply: PrepareReply = await self._ask(
             "prepare", partial(self._committing.prepare, caller=caller), request, cost
         )
         return reply
 
     async def commit(self, request: CommitRequest) -> CommitReply:
-        cost = cost_of(numbers=sum(len(part.sequences) for part in request.parts)) + JOB_BYTES * max(
-            0, len(request.parts) - 1
-        )
+        cost = cost_of_parts(request.parts)
         reply: CommitReply = await self._ask("commit", self._committing.commit, request, cost)
         return reply
 

@@ -6,7 +6,7 @@ caller keep their order; the controller's go first. Leaves running to ``thread``
 """
 
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mempool.errors import DeadlineExceeded, Overloaded, RequestTooLarge
 from mempool.shard.steps.budget import Budget, numbers_bytes
-from mempool.types import StepCountRequest, WriteRowsRequest
+from mempool.types import CommitPart, PreparePart, StepCountRequest, WriteRowsRequest
 from mempool.types.caller import Caller
 
 JOB_BYTES = 4096
@@ -371,6 +371,11 @@ def cost_of(*tensors: Tensor | None, numbers: int = 0) -> int:
         if tensor is not None:
             cost += tensor.nbytes
     return cost
+
+
+def cost_of_parts(parts: Sequence[PreparePart | CommitPart]) -> int:
+    """The same of a step."""
+    return cost_of(numbers=sum(len(part.sequences) for part in parts)) + JOB_BYTES * max(0, len(parts) - 1)
 
 
 def open_writes(request: WriteRowsRequest | StepCountRequest) -> int:

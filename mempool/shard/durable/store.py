@@ -23,19 +23,8 @@ from mempool.errors import MempoolError, RequestTooLarge, StorageFailed
 from mempool.journal import Bytes, DiskFiles, Files, Journal, ShardFolder, Snapshots, Sync
 from mempool.journal.journal import SEGMENT_BYTES
 from mempool.journal.records import MOST_PAYLOAD_BYTES
-from mempool.shard.durable.records import (
-    Applied,
-    Begun,
-    CaughtUp,
-    Decided,
-    Held,
-    Over,
-    RecordOf,
-    Unstaged,
-    apart,
-    decode,
-    encode,
-)
+from mempool.shard.durable.encoding import apart, decode, encode
+from mempool.shard.durable.records import Applied, Begun, CaughtUp, Decided, Held, Over, RecordOf, Unstaged
 from mempool.types import DecidedStep, StepId
 from mempool.types.running import THREADS, Runner
 
