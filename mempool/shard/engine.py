@@ -176,7 +176,7 @@ class Engine:
             runner=runner,
         )
         self._changes = Changes(self._tenancy)
-        self._taking: Taking | None = None
+        self._taking: "Taking | None" = None
         if store is not None:
             from mempool.shard.durable.taking import Taking
 
