@@ -176,11 +176,7 @@ class Engine:
             runner=runner,
         )
         self._changes = Changes(self._tenancy)
-        self._taking: "Taking | None" = None
-        if store is not None:
-            from mempool.shard.durable.taking import Taking
-
-            self._taking = Taking(store, self._tenancy, on_thread=self._on_thread, runner=runner)
+        self._taking = None if store is None else self._snapshots(store, runner)
         self._answers = Answers(
             self._tenancy,
             contexts=contexts,
@@ -229,6 +225,11 @@ class Engine:
         """
         if self._store is not None:
             await self._control("recover", self._recover, self._store)
+
+    def _snapshots(self, store: "Store", runner: Runner) -> "Taking":
+        from mempool.shard.durable.taking import Taking
+
+        return Taking(store, self._tenancy, on_thread=self._on_thread, runner=runner)
 
     def _recover(self, store: "Store") -> None:
         from mempool.shard.durable.replay import recover
