@@ -234,7 +234,7 @@ class Engine:
     def _recover(self, store: "Store") -> None:
         from mempool.shard.durable.replay import recover
 
-        restored = recover(store, self._tenancy, self._budget)
+        restored = recover(store, self._tenancy, self._budget, self._stages)
         if self._taking is not None:
             self._taking.restored(restored)
         store.add(Begun(self.info.incarnation))

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 
 from mempool.errors import DataLoss, Internal, MempoolError
+from mempool.observe import Stages
 from mempool.shard import validate
 from mempool.shard.durable.pages import restore_pages
 from mempool.shard.durable.records import (
@@ -46,8 +47,11 @@ from mempool.types.bags import Bags
 _LOG = logging.getLogger("mempool.shard")
 
 
-def recover(store: Store, tenancy: Tenancy, budget: Budget) -> dict[Arena, int]:
+def recover(store: Store, tenancy: Tenancy, budget: Budget, stages: Stages) -> dict[Arena, int]:
     """Make the shard again, and have it tell its store from now on.
+
+    Args:
+        stages: How long the snapshot takes to be read, and the records to be replayed, is told here.
 
     Returns:
         Which arenas' pages are as in the newest snapshot, but for those that were written to since ``writes`` was that.
@@ -58,12 +62,14 @@ def recover(store: Store, tenancy: Tenancy, budget: Budget) -> dict[Arena, int]:
     replay = _Replay(tenancy)
     budget.recovers = True
     try:
-        for record in store.take_head():
-            replay.take(record)
-        restored = restore_pages(store.snapshots, tenancy.tables)
-        replay.own()
-        for record in store.records():
-            replay.take(record)
+        with stages.measure("recover: snapshot"):
+            for record in store.take_head():
+                replay.take(record)
+            restored = restore_pages(store.snapshots, tenancy.tables)
+            replay.own()
+        with stages.measure("recover: replay"):
+            for record in store.records():
+                replay.take(record)
     except MempoolError:
         raise
     except Exception as error:
