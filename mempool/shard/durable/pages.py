@@ -73,8 +73,8 @@ def restore_pages(snapshots: Snapshots, tables: Mapping[int, HostedTable]) -> di
         for key, arrays in snapshots.pages():
             if key in places:
                 arena, place = places[key]
-                for name, rows in arenas[arena].items():
-                    _fill(rows[place], arrays[name])
+                for name, stored in arenas[arena].items():
+                    _fill(stored[place], arrays[name])
             else:
                 _restore_heads(tables[_HEADS.unpack(key)[0]], arrays)
     return {arena: arena.writes for arena in arenas}
