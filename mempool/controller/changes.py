@@ -8,7 +8,7 @@ its name ends it, a failure leaves nothing behind; what a controller that dies l
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from mempool.controller.calls import ShardCalls
@@ -41,6 +41,10 @@ from mempool.types.sizes import bytes_by_owner
 _LOG = logging.getLogger("mempool.controller")
 _FILL_TIMEOUT_S = 3600.0
 """Writing the initial values of a large table takes minutes; whoever waits for it has a deadline of their own."""
+_OF_PAGES = ("layout", "block_dim", "page_slots", "seed", "init_std")
+_OF_RATES = ("lr", "eps", "beta1", "beta2", "lr_decay", "initial_accumulator_value", "weight_decay", "max_norm")
+_MAY_DIFFER = ("table_id", *_OF_PAGES, *_OF_RATES)
+"""A table may take the place of one that differs in these: who uses it finds what it knows."""
 MAX_TABLES = 4096
 MAX_PLACED_PAGES = 2**22
 """Pages of all tables: each costs four bytes in whatever tells of all tables, as a status does."""
@@ -230,10 +234,21 @@ class TableChanges:
             )
 
     def require_new(self, tables: Sequence[tuple[TableSchema, Origin]]) -> None:
-        """Raises AlreadyExists where one of these stands in nobody's place, and there is one of its name."""
+        """Raises AlreadyExists where one of these stands in nobody's place, and there is one of its name, or it is to
+        take the place of a table that is another one: who uses that would go on with what is none of its."""
         for schema, origin in tables:
             if not origin.replace:
                 self._require_none(schema)
+            elif (present := self._roster.find(schema.name)) is not None:
+                found = differences(present.schema, schema, aside=_MAY_DIFFER)
+                if found:
+                    source = origin.source
+                    raise AlreadyExists(
+                        f"table {source.table!r} of checkpoint {source.checkpoint!r} in {source.url} is another one "
+                        f"than table {schema.name!r} of the pool: {'; '.join(found)}. Restore it under another name "
+                        f"(name=, or --as), or drop the pool's first (pool.drop_table({schema.name!r})). Nothing was "
+                        "changed."
+                    )
 
     def _require_none(self, schema: TableSchema) -> None:
         """Raises AlreadyExists where there is a table of that name."""
@@ -362,11 +377,11 @@ def first_view(
     return TableView(schema=schema, placement=placement, shards=infos, controller=controller), bytes_of
 
 
-def differences(present: TableSchema, asked: TableSchema) -> list[str]:
-    """Fields in which two schemas differ: "optimizer.lr is 0.1, not 0.2"."""
+def differences(present: TableSchema, asked: TableSchema, *, aside: Collection[str] = ("table_id",)) -> list[str]:
+    """Fields in which two schemas differ: "optimizer.lr is 0.1, not 0.2". aside: Fields that may."""
     return [
         f"{found.path} is {_shown(found.first)}, not {_shown(found.second)}"
-        for found in schema_differences(present, asked)
+        for found in schema_differences(present, asked, aside=aside)
     ]
 
 

@@ -180,11 +180,15 @@ async def _made(controller: Controller, launcher: EngineLauncher, shards: int) -
 
 
 async def _found(controller: Controller, launcher: EngineLauncher, folder: PoolFolder) -> None:
-    infos = await asyncio.gather(*(launcher.start(shard) for shard in folder.shards), return_exceptions=True)
-    for info in infos:
-        if isinstance(info, BaseException):
-            raise info
-    await controller.adopt([info for info in infos if isinstance(info, ShardInfo)], wanted=folder.wanted)
+    infos: list[ShardInfo] = []
+    kept = folder.kept
+    for shards in (kept, sorted(set(folder.shards) - set(kept))):  # nothing is made where something is amiss
+        started = await asyncio.gather(*(launcher.start(shard) for shard in shards), return_exceptions=True)
+        for info in started:
+            if isinstance(info, BaseException):
+                raise info
+            infos.append(info)
+    await controller.adopt(infos, wanted=folder.wanted)
 
 
 def _require_server_packages() -> None:
