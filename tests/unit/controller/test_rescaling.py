@@ -131,8 +131,8 @@ def test_the_same_number_of_shards_finishes_what_was_left() -> None:
         bench.pool.create_table(config(layout="rows"))
         start = bench.fleet.start
 
-        async def start_faulty(shard: int) -> ShardInfo:
-            info = await start(shard)
+        async def start_faulty(shard: int, *, fresh: bool = False) -> ShardInfo:
+            info = await start(shard, fresh=fresh)
             bench.fleet.hosts[shard].faults["pull_pages"] = after(1, errors.ShardUnavailable("the wire is cut"))
             return info
 
