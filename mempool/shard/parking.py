@@ -1,4 +1,4 @@
-"""Requests that are to be run again once something has happened, and for how long they wait for it.
+"""Requests that are to be run again once something has happened, for how long they wait for it, and what they are told.
 
 What they wait for is ``hosted``'s.
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 
-from mempool.errors import ShardUnavailable
+from mempool.errors import DataLoss, ShardUnavailable
 from mempool.types import DecidedStep, ShardInfo
 
 LONGEST_WAIT_S = 3.0
@@ -110,6 +110,40 @@ def no_updates(step: DecidedStep, *, table: str, here: ShardInfo) -> ShardUnavai
         f"which is decided, and whose updates are not on shard {here.shard} any more: its trainer sends them again "
         "when it commits next. Where that trainer is gone they are lost here: drop the table, make it again and write "
         "back what you saved",
+        shard=here.shard,
+        address=here.address,
+    )
+
+
+def held_off(table: str, round_token: str | None, *, here: ShardInfo) -> ShardUnavailable:
+    """A freeze has held a request off for long enough."""
+    return ShardUnavailable(
+        f"pages of table {table!r} are moving, or kept for a checkpoint that is slow to write (round {round_token!r}), "
+        f"which has held this call off on shard {here.shard} for {LONGEST_WAIT_S:g} s: that is late, or its controller "
+        "is. Nothing was changed",
+        shard=here.shard,
+        address=here.address,
+    )
+
+
+def commits_lost(table: str, version: int, *, seen: int, here: ShardInfo) -> DataLoss:
+    """A client has seen a later version than anybody here knows of."""
+    return DataLoss(
+        f"shard {here.shard} has table {table!r} at version {version}, and this client has seen version {seen} "
+        "acknowledged: commits were lost here, or that version was never given. If they were, drop the table "
+        f"(pool.drop_table({table!r})), make it again and write back what you saved",
+        shard=here.shard,
+        address=here.address,
+    )
+
+
+def pages_lost(table: str, lost: int, *, here: ShardInfo) -> DataLoss:
+    """Pages of a table are the shard's and not there."""
+    return DataLoss(
+        f"shard {here.shard} (incarnation {here.incarnation}) lost {lost} pages of table {table!r}: it restarted "
+        "without them, or a commit failed half way. They are not replaced by initial values. Drop the table "
+        f"(pool.drop_table({table!r})), make it again and write back what you saved of it, or restore a checkpoint in "
+        "its place (pool.restore(place, replace=True)); other tables go on",
         shard=here.shard,
         address=here.address,
     )
