@@ -190,6 +190,7 @@ class TakeCheckpoint:
         incremental: Let pages that did not change be read from the newest checkpoint's files.
         keep: Remove all but so many of the newest once it is whole; 0: none.
         extra: The user's own, a JSON object as text; "": nothing.
+        aside: It is for once: shards go on knowing what changed since the checkpoint before.
     """
 
     url: str
@@ -197,6 +198,7 @@ class TakeCheckpoint:
     incremental: bool = True
     keep: int = 0
     extra: str = ""
+    aside: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,7 +235,7 @@ class CheckpointProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoreTables:
-    """Asks for tables as a checkpoint has them.
+    """Asks for tables as a checkpoint has them, or for one table as a file has it.
 
     Attributes:
         url: The place, as in ``TakeCheckpoint``.
@@ -242,6 +244,8 @@ class RestoreTables:
         name: What the one table that is asked for shall be called; "": as it is there.
         replace: Take the place of a table of that name, once the pages are all there.
         layout: How pages are spread over the shards; "": as they were.
+        schema: Where the url is a file with one table's rows: the table's; else None.
+        values, keys: Names of its tensors in that file; "": as they are found.
     """
 
     url: str
@@ -250,6 +254,9 @@ class RestoreTables:
     name: str = ""
     replace: bool = False
     layout: str = ""
+    schema: TableSchema | None = None
+    values: str = ""
+    keys: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
