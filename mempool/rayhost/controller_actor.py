@@ -53,6 +53,7 @@ class ControllerProcess:
             launcher=self._launcher,
             dial=self._serving.dial,
             trainer_lease_s=self._config.shard.trainer_lease,
+            refusals=self._launcher.refusals,
         )
         if restarted:  # nobody calls start() a second time
             self._watching = asyncio.create_task(self._resume())
