@@ -269,13 +269,28 @@ class Taking:
                 for key in cut.kept:
                     snapshot.keep(key)
                 while pages := await self._on_thread("snapshot", lambda _: cut.take()):
-                    await self._runner.run(lambda pages=pages: _write(snapshot, pages))  # type: ignore[misc]
-                await self._runner.run(lambda: snapshot.finish(cut.head))
+                    await self._written(lambda pages=pages: _write(snapshot, pages))  # type: ignore[misc]
+                await self._written(lambda: snapshot.finish(cut.head))
         finally:
             await asyncio.shield(self._on_thread("snapshot", lambda _: cut.end()))
         self._marks.update({one.arena: one.writes for one in cut.arenas})
         self._store.snapshot_taken(number)
         return True
+
+    async def _written(self, work: Callable[[], object]) -> None:
+        """Do this elsewhere. Whoever gives the snapshot up waits for its end, too: it is not to remove a pack whose
+        manifest gets its name just then, nor to let the folder go."""
+        writing = asyncio.ensure_future(self._runner.run(work))
+        given_up: asyncio.CancelledError | None = None
+        while not writing.done():
+            try:
+                await asyncio.wait([writing])
+            except asyncio.CancelledError as error:
+                given_up = error
+        if given_up is not None:
+            writing.exception()
+            raise given_up
+        writing.result()
 
     def _cut(self) -> Cut | None:
         for table in self._tenancy.tables.values():
