@@ -9,6 +9,7 @@ the script that was in flight; and it goes on. Exit 1 where anything else is fou
 """
 
 import argparse
+import logging
 import os
 import re
 import secrets
@@ -216,6 +217,7 @@ def main() -> int:
     parser.add_argument("--show", action="store_true", help="list them, with their numbers")
     options = parser.parse_args()
     options.folder.mkdir(exist_ok=True)
+    logging.getLogger("mempool").setLevel(logging.CRITICAL)  # of what is done to it on purpose
     prepare()
     began_s = time.monotonic()
     expected = digests(options.folder / "in-memory")

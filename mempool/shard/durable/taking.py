@@ -217,6 +217,7 @@ class Taking:
         self._marks: WeakKeyDictionary[Arena, int] = WeakKeyDictionary()
         self._task: asyncio.Task[None] | None = None
         self._not_before_s = float("-inf")
+        self._closed = False
         self._one = asyncio.Lock()
 
     def restored(self, arenas: dict[Arena, int]) -> None:
@@ -225,7 +226,7 @@ class Taking:
 
     def poke(self) -> None:
         """On the loop: begin one where it is due and none is under way."""
-        if self._task is None and self._store.is_half_full:
+        if self._task is None and not self._closed and self._store.is_half_full:
             loop = asyncio.get_running_loop()
             if loop.time() < self._not_before_s:
                 return
@@ -237,7 +238,8 @@ class Taking:
         self._task = None
 
     async def close(self) -> None:
-        """Give up the one that is under way. Repeatable."""
+        """Give up the one that is under way; none is begun any more, as the folder is let go. Repeatable."""
+        self._closed = True
         if (task := self._task) is not None:
             task.cancel()
             await asyncio.wait([task])

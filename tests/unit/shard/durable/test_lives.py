@@ -149,6 +149,23 @@ def test_a_snapshot_that_is_given_up_as_it_is_finished_is_whole_or_never_was(
     assert same(again.contents(), driver.contents())
 
 
+def test_no_snapshot_is_begun_by_a_shard_that_is_closing(make_lives: Callable[..., Lives]) -> None:
+    """Calls that end meanwhile find the journal half full, and another process may have the folder by then."""
+    lives = make_lives(journal_limit=2)
+    step(create(lives.begin(), make_schema()), 1)
+    taking = lives.engines[-1]._taking
+    assert taking is not None
+
+    async def close() -> None:
+        await taking.close()
+        taking._not_before_s = 0.0
+        assert taking._store.is_half_full
+        taking.poke()
+        assert taking._task is None
+
+    run(close(), timeout_s=20)
+
+
 def test_what_was_read_of_a_dense_table_is_as_after_the_reading(make_lives: Callable[..., Lives]) -> None:
     """Several steps at once round otherwise than one by one: where a reader had them done the next life knows it."""
     lives, never_died = make_lives(), make_lives()
