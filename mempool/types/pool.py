@@ -138,7 +138,8 @@ class TableStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardStatus:
-    """One shard. state: "ready", "starting" or "unreachable" (the rest is then of no meaning but ``info``).
+    """One shard. state: "ready", "starting" or "unreachable" (the rest is then of no meaning but ``info`` and
+    ``storage_refuses``).
 
     Attributes:
         num_bytes: Of its pages; it may have ``page_limit_bytes`` of them (0: as much as the device has).
@@ -149,7 +150,8 @@ class ShardStatus:
         dropped: Ids of tables that it was told to drop, the newest of them.
         storage: Where it keeps what it has; "" where it keeps nothing: all is gone with it.
         journal_bytes: Of its journal there.
-        storage_refuses: What that refuses, for people: nothing can be changed until it takes it. "" for nothing.
+        storage_refuses: What that refuses, for people: nothing can be changed until it takes it; of a shard that is not
+            ready: why it cannot start, as what it has kept is damaged, say. "" for nothing.
     """
 
     info: ShardInfo
