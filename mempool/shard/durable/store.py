@@ -43,6 +43,7 @@ _LOG = logging.getLogger("mempool.shard")
 JOURNAL_LIMIT_BYTES = 2**30
 _UNRUNG_BYTES = 32 * 2**20
 """Updates that are held go to the disk with whatever is waited for next, or when there are so many."""
+_LEAST_SEGMENT_BYTES = 2**10
 _HEADER_BYTES = 2**20
 """Of a record besides its tensors, at most."""
 
@@ -106,7 +107,7 @@ class Store:
                 runner=runner,
                 sync=sync,
                 after=self.after,
-                segment_bytes=max(2**16, min(SEGMENT_BYTES, journal_limit // 8)),
+                segment_bytes=max(_LEAST_SEGMENT_BYTES, min(SEGMENT_BYTES, journal_limit // 8)),
             )
         except BaseException:
             self._folder.close()
