@@ -184,6 +184,8 @@ class RestoreTables:
         name: What the one table that is asked for shall be called; "": as it is there.
         replace: Take the place of a table of that name, once the pages are all there.
         layout: How pages are spread over the shards; "": as they were.
+        newest_id: The highest id of the pool's tables as whoever asks knows them: a later one is not replaced, so that
+            a copy of this that comes late undoes nothing. 0: whatever there is is replaced.
     """
 
     url: str
@@ -192,6 +194,7 @@ class RestoreTables:
     name: str = ""
     replace: bool = False
     layout: str = ""
+    newest_id: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

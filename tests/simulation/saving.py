@@ -107,8 +107,15 @@ class Saver:
         """Restore until it is known to be done, or that it cannot be."""
         workload, history = self._workload, self._workload.history
         layout = self._random.choice(("", "", "columns", "rows", "grid"))
+        newest_id = max(history.schemas)
         request = RestoreTables(
-            url=URL, checkpoint=checkpoint, tables=(table,), name=name, replace=replace, layout=layout
+            url=URL,
+            checkpoint=checkpoint,
+            tables=(table,),
+            name=name,
+            replace=replace,
+            layout=layout,
+            newest_id=newest_id,
         )
         self.doing = f"restores {table!r} of {checkpoint} as {name!r}"
         history.dropped |= {view.schema.table_id for view in workload.views.values() if view.schema.name == name}
@@ -116,13 +123,13 @@ class Saver:
             try:
                 async with asyncio.timeout(60.0):
                     (view,) = await self._client.api.restore(request)
-            except AlreadyExists:
-                if replace:
-                    await asyncio.sleep(1.0)
-                    continue
+            except AlreadyExists:  # an earlier try has made it, or is making it
                 try:
                     view = await self._client.api.table(name)
                 except MempoolError:
+                    continue
+                if view.schema.table_id <= newest_id:
+                    await asyncio.sleep(1.0)
                     continue
             except NotFound as error:
                 if checkpoint not in names(self._place.list()):  # others have taken its place

@@ -409,6 +409,7 @@ class RestoreRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     REPLACE_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
+    NEWEST_ID_FIELD_NUMBER: _builtins.int
     url: _builtins.str
     """The place, as in CheckpointRequest."""
     checkpoint: _builtins.str
@@ -419,6 +420,10 @@ class RestoreRequest(_message.Message):
     """Take the place of tables of these names, once all pages are there."""
     layout: _builtins.str
     """How pages are spread over the shards; empty: as they were."""
+    newest_id: _builtins.int
+    """The highest id of the pool's tables as whoever asks knows them: a later one is not replaced, so that a copy of this
+    that comes late undoes nothing. 0: whatever there is is replaced.
+    """
     @_builtins.property
     def tables(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of tables in it; none: all."""
@@ -432,10 +437,11 @@ class RestoreRequest(_message.Message):
         name: _builtins.str = ...,
         replace: _builtins.bool = ...,
         layout: _builtins.str = ...,
+        newest_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "layout", b"layout", "name", b"name", "replace", b"replace", "tables", b"tables", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "layout", b"layout", "name", b"name", "newest_id", b"newest_id", "replace", b"replace", "tables", b"tables", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
