@@ -248,6 +248,8 @@ class RestoreTables:
         layout: How pages are spread over the shards; "": as they were.
         schema: Where the url is a file with one table's rows: the table's; else None.
         values, keys: Names of its tensors in that file; "": as they are found.
+        newest_id: The highest id of the pool's tables as whoever asks knows them: a later one is not replaced, so that
+            a copy of this that comes late undoes nothing. 0: whatever there is is replaced.
     """
 
     url: str
@@ -259,6 +261,7 @@ class RestoreTables:
     schema: TableSchema | None = None
     values: str = ""
     keys: str = ""
+    newest_id: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
