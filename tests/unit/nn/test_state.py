@@ -1,91 +1,25 @@
 """Model, optimizers and tables saved and loaded together: training goes on as if it had never stopped, bit for bit."""
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch import Tensor
 from torch.distributed.checkpoint.stateful import Stateful
 
 import mempool
 from mempool.checkpoint import looking
 from mempool.checkpoint.stores import open_store
 from mempool.errors import InvalidRequest, NotFound
-from mempool.nn import MemoryLayer, PoolOptimizer, PoolState
-from mempool.optim import SGD, Adagrad
+from mempool.nn import PoolState
+
+from .job import Job, same, undisturbed
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-
-TABLES = (
-    mempool.TableConfig(name="facts", num_slots=81, value_dim=8, optimizer=Adagrad(0.1)),
-    mempool.TableConfig(name="words", num_slots=64, value_dim=8, dtype="bfloat16", optimizer=SGD(0.1, momentum=0.9)),
-)
-
-
-class Dense(Stateful):
-    """The part that torch's own helpers save: as its tutorial does it."""
-
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
-
-    def state_dict(self) -> dict[str, Any]:
-        optimizer = get_optimizer_state_dict(self.model, self.optimizer)
-        return {"model": get_model_state_dict(self.model), "optimizer": optimizer}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        set_model_state_dict(self.model, state_dict["model"])
-        set_optimizer_state_dict(self.model, self.optimizer, state_dict["optimizer"])
-
-
-class Job:
-    """A training job on a pool, from the start."""
-
-    def __init__(self, pool: mempool.Pool, place: Path, *, seed: int = 5) -> None:
-        self.pool = pool
-        self.tables = [pool.create_table(config, exist_ok=True) for config in TABLES]
-        torch.manual_seed(seed)
-        layers = [MemoryLayer(8, table=table, heads=2, topk=3, key_dim=4) for table in self.tables]
-        self.model = nn.Sequential(nn.Linear(8, 8), *layers)
-        self.dense = torch.optim.AdamW(self.model.parameters(), lr=0.01)
-        self.memory = PoolOptimizer(self.model)
-        self.state = PoolState(pool, place / "pool")
-        self.parts = {"dense": Dense(self.model, self.dense), "memory": self.memory, "tables": self.state}
-
-    def train(self, *steps: int) -> None:
-        for step in steps:
-            x = torch.randn(6, 8, generator=torch.Generator().manual_seed(step))
-            self.dense.zero_grad()
-            self.memory.zero_grad()
-            self.model(x).square().mean().backward()
-            self.dense.step()
-            self.memory.step()
-
-    def everything(self) -> dict[str, Tensor]:
-        """All that training changed, by name."""
-        found = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        for number, state in self.dense.state_dict()["state"].items():
-            found |= {f"dense.{number}.{name}": tensor for name, tensor in state.items()}
-        for table in self.tables:
-            ids = torch.arange(table.num_slots)
-            found |= {f"{table.name}.values": table.rows(ids), f"{table.name}.steps": torch.tensor(table.step_count())}
-            found |= {f"{table.name}.{name}": tensor for name, tensor in table.state(ids).items()}
-        return {name: tensor.clone() for name, tensor in found.items()}
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
-        assert torch.equal(tensor, other[name]), name
 
 
 def names(place: Path) -> list[str]:
@@ -100,11 +34,7 @@ def pool() -> Iterator[mempool.Pool]:
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Tensor]:
-    """Six steps without a stop."""
-    with mempool.local(shards=2, device="cpu") as pool:
-        job = Job(pool, Path("unused"))
-        job.train(1, 2, 3, 4, 5, 6)
-        return job.everything()
+    return undisturbed()
 
 
 def test_a_job_goes_back_to_the_step_it_saved(pool: mempool.Pool, tmp_path: Path, expected: dict[str, Tensor]) -> None:
@@ -184,7 +114,7 @@ def test_a_checkpoint_that_is_gone_is_named(pool: mempool.Pool, tmp_path: Path) 
     elsewhere = PoolState(pool, tmp_path / "elsewhere")
     with pytest.raises(NotFound, match=rf"{state['checkpoint']}.* taken at .*/pool; .* looks for it at .*/elsewhere"):
         elsewhere.load_state_dict(state)
-    assert torch.equal(job.tables[0].rows([0, 1]), values)
+    assert torch.equal(job.tables[0].rows(torch.arange(64)), values)
 
 
 def test_a_model_beside_a_table_of_another_step_is_told_of(tmp_path: Path) -> None:
@@ -209,9 +139,21 @@ def test_a_table_that_is_restored_after_the_model_is_of_its_step(pool: mempool.P
     job = Job(pool, tmp_path)
     job.train(1, 2)
     pool.checkpoint(tmp_path / "pool")
-    model, memory = job.model.state_dict(), job.memory.state_dict()
+    model, memory = copy.deepcopy(job.model.state_dict()), job.memory.state_dict()
     job.train(3)
     job.model.load_state_dict(model)
     job.memory.load_state_dict(memory)
     pool.restore(tmp_path / "pool", replace=True)
+    job.train(3)  # and warns of nothing
+    job.model.load_state_dict(model)
+    with pytest.warns(UserWarning, match="version 3, and .* of a model that was loaded was saved beside version 2"):
+        job.model(torch.randn(2, 8))
+
+
+def test_a_state_that_is_no_copy_is_of_no_version(pool: mempool.Pool, tmp_path: Path) -> None:
+    job = Job(pool, tmp_path)
+    job.train(1)
+    state = job.model.state_dict()  # as torch's loaders take one, and write to its tensors
+    job.train(2)
+    job.model.load_state_dict(state)
     job.train(3)  # and warns of nothing
