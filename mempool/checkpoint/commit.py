@@ -326,9 +326,9 @@ def _listed(store: Store) -> str:
 
 def _half(store: Store, listed: Iterable[str]) -> str:
     """What is to be said of a checkpoint's files without their manifest; "" where there are none."""
-    found = (name for path in listed if number_of(name := path.partition("/")[0]) is not None)
-    name = max(found, default=None)
-    if name is None:
+    found = {path.partition("/")[0] for path in listed}
+    name = max((each for each in found if number_of(each) is not None), default="")
+    if not name:
         return ""
     return (
         f"{place_of(store.url, manifest_path(name))} is missing: that checkpoint was never finished, or was copied in "

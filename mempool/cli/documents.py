@@ -14,7 +14,7 @@ def status(now: PoolStatus, *, address: str) -> dict[str, Any]:
     Keys: ``pool``, ``address``, ``rescaling``, ``wanted_shards`` (null while the controller is away), ``waiting_for``,
     ``unfinished``, ``checkpoint`` (text, empty if there is nothing), ``shards`` (list, by shard id), ``tables`` (list)
     and ``creating`` (list, tables that are being made). Sizes are bytes, times are seconds. Of a shard in state
-    "unreachable" only ``shard``, ``address``, ``incarnation`` and ``state`` mean anything.
+    "unreachable" only ``shard``, ``address``, ``incarnation``, ``state`` and ``storage_refuses`` mean anything.
     """
     return {
         "pool": now.name,

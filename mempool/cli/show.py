@@ -204,7 +204,9 @@ def _kept(now: PoolStatus) -> str:
 def _troubles(now: PoolStatus, tables: list[dict[str, object]]) -> list[str]:
     """Lines for what needs somebody's attention."""
     lines = [
-        f"shard {shard.info.shard} is starting"
+        f"shard {shard.info.shard} cannot start, and is tried again: {shard.storage_refuses}"
+        if shard.storage_refuses
+        else f"shard {shard.info.shard} is starting"
         if shard.state == "starting"
         else f"shard {shard.info.shard} does not answer; Ray starts it again if its process died"
         for shard in now.shards
@@ -213,7 +215,7 @@ def _troubles(now: PoolStatus, tables: list[dict[str, object]]) -> list[str]:
     lines += [
         f"shard {shard.info.shard} takes no change, as its storage refuses it: {shard.storage_refuses}"
         for shard in now.shards
-        if shard.storage_refuses
+        if shard.storage_refuses and shard.state == "ready"
     ]
     if now.unfinished:
         lines.append(now.unfinished)

@@ -58,11 +58,13 @@ class Origin:
         source: The checkpoint's table.
         ledger: Where its history stood.
         replace: It takes the place of a table of its name.
+        newest_id: Unless that one's id is higher: it was made since this was asked for. 0: whatever its id is.
     """
 
     source: TableSource
     ledger: Ledger
     replace: bool = False
+    newest_id: int = 0
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -234,26 +236,24 @@ class TableChanges:
             )
 
     def require_new(self, tables: Sequence[tuple[TableSchema, Origin]]) -> None:
-        """Raises AlreadyExists where one of these stands in nobody's place, and there is one of its name, or it is to
-        take the place of a table that is another one: who uses that would go on with what is none of its."""
+        """Raises AlreadyExists where one of these stands in nobody's place, and there is one of its name, or in that of
+        a table that is another one."""
         for schema, origin in tables:
-            if not origin.replace:
-                self._require_none(schema)
-            elif (present := self._roster.find(schema.name)) is not None:
-                found = differences(present.schema, schema, aside=_MAY_DIFFER)
-                if found:
-                    source = origin.source
-                    raise AlreadyExists(
-                        f"table {source.table!r} of checkpoint {source.checkpoint!r} in {source.url} is another one "
-                        f"than table {schema.name!r} of the pool: {'; '.join(found)}. Restore it under another name "
-                        f"(name=, or --as), or drop the pool's first (pool.drop_table({schema.name!r})). Nothing was "
-                        "changed."
-                    )
+            self._require_none(schema, origin)
 
-    def _require_none(self, schema: TableSchema) -> None:
-        """Raises AlreadyExists where there is a table of that name."""
+    def _require_none(self, schema: TableSchema, origin: Origin | None) -> None:
+        """Raises AlreadyExists where there is a table of that name, in whose place it is not to be."""
         present = self._roster.find(schema.name)
-        if present is not None:
+        if present is None:
+            return
+        if origin is not None and origin.replace:
+            if origin.newest_id and present.schema.table_id > origin.newest_id:
+                raise AlreadyExists(
+                    f"table {schema.name!r} was made or restored after this restore was asked for, perhaps by an "
+                    f"earlier try of it: it stays as it is. Take it with pool.table({schema.name!r}), or ask anew"
+                )
+            _require_alike(present.schema, schema, origin.source)
+        else:
             found = "; ".join(differences(present.schema, schema))
             raise AlreadyExists(
                 f"table {schema.name!r} exists already ({present.schema.num_slots:,} x {present.schema.value_dim} "
@@ -263,8 +263,7 @@ class TableChanges:
 
     def _require_new(self, schema: TableSchema, origin: Origin | None) -> None:
         """Raises where a table may not be added to what the pool has and makes."""
-        if origin is None or not origin.replace:
-            self._require_none(schema)
+        self._require_none(schema, origin)
         schemas = [making.schema for making in self._making.values()]
         schemas += [view.schema for view in self._roster.views]
         if len(schemas) >= MAX_TABLES:
@@ -289,8 +288,7 @@ class TableChanges:
                     making.first_id, making.table_id = table_id, self._roster.new_table_id()
                     table_id = making.table_id
                 schema = replace(making.schema, table_id=table_id)
-                if making.origin is None or not making.origin.replace:
-                    self._require_none(schema)
+                self._require_none(schema, making.origin)
                 infos = self._roster.infos
                 view, making.bytes_of = await self._runner.run(
                     lambda: first_view(schema, infos, self._roster.controller)
@@ -375,6 +373,17 @@ def first_view(
     placement = Placement(table_id=schema.table_id, epoch=1, owners=assignment.owners, key_owners=assignment.key_owners)
     bytes_of = bytes_by_owner(schema, placement.owners, placement.key_owners)
     return TableView(schema=schema, placement=placement, shards=infos, controller=controller), bytes_of
+
+
+def _require_alike(present: TableSchema, schema: TableSchema, source: TableSource) -> None:
+    """Raises AlreadyExists where a table is not to take the place of another one: who uses that would find what they do
+    not know."""
+    if found := differences(present, schema, aside=_MAY_DIFFER):
+        raise AlreadyExists(
+            f"table {source.table!r} of checkpoint {source.checkpoint!r} in {source.url} is another one than table "
+            f"{schema.name!r} of the pool: {'; '.join(found)}. Restore it under another name (name=, or --as), or drop "
+            f"the pool's first (pool.drop_table({schema.name!r})). Nothing was changed."
+        )
 
 
 def differences(present: TableSchema, asked: TableSchema, *, aside: Collection[str] = ("table_id",)) -> list[str]:

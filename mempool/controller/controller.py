@@ -3,8 +3,9 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from importlib import metadata
+from types import MappingProxyType
 
 from mempool.controller.calls import ShardCalls
 from mempool.controller.changes import TableChanges
@@ -47,6 +48,7 @@ class Controller:
         wall_clock: Seconds since 1970; ids of tables are made of it.
         runner: Runs what takes long, as planning does.
         new_token: Gives a name that no round of any controller ever had.
+        refusals: Why shards that are down cannot start, by shard, as far as whoever starts them knows; it changes.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Controller:
         wall_clock: Clock = time.time,
         runner: Runner = THREADS,
         new_token: Callable[[], str] = lambda: secrets.token_hex(16),
+        refusals: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         self.name = name
         self._changing = changing = asyncio.Lock()
@@ -107,6 +110,7 @@ class Controller:
             rescaling=rescaling,
             checkpoints=self._checkpoints,
             changing=changing,
+            refusals=refusals,
         )
 
     @property

@@ -54,6 +54,7 @@ class ControllerProcess:
             address=self._serving.address,
             dial=self._serving.dial,
             trainer_lease_s=self._config.shard.trainer_lease,
+            refusals=self._launcher.refusals,
         )
         if restarted:  # nobody calls start() a second time
             self._watching = asyncio.create_task(self._resume())

@@ -138,7 +138,8 @@ class TableStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardStatus:
-    """One shard. state: "ready", "starting" or "unreachable" (the rest is then of no meaning but ``info``).
+    """One shard. state: "ready", "starting" or "unreachable" (the rest is then of no meaning but ``info`` and
+    ``storage_refuses``).
 
     Attributes:
         num_bytes: Of its pages; it may have ``page_limit_bytes`` of them (0: as much as the device has).
@@ -149,7 +150,8 @@ class ShardStatus:
         dropped: Ids of tables that it was told to drop, the newest of them.
         storage: Where it keeps what it has; "" where it keeps nothing: all is gone with it.
         journal_bytes: Of its journal there.
-        storage_refuses: What that refuses, for people: nothing can be changed until it takes it. "" for nothing.
+        storage_refuses: What that refuses, for people: nothing can be changed until it takes it; of a shard that is not
+            ready: why it cannot start, as what it has kept is damaged, say. "" for nothing.
     """
 
     info: ShardInfo
@@ -190,6 +192,7 @@ class TakeCheckpoint:
         incremental: Let pages that did not change be read from the newest checkpoint's files.
         keep: Remove all but so many of the newest once it is whole; 0: none.
         extra: The user's own, a JSON object as text; "": nothing.
+        aside: It is for once: shards go on knowing what changed since the checkpoint before.
     """
 
     url: str
@@ -197,6 +200,7 @@ class TakeCheckpoint:
     incremental: bool = True
     keep: int = 0
     extra: str = ""
+    aside: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,7 +237,7 @@ class CheckpointProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoreTables:
-    """Asks for tables as a checkpoint has them.
+    """Asks for tables as a checkpoint has them, or for one table as a file has it.
 
     Attributes:
         url: The place, as in ``TakeCheckpoint``.
@@ -242,6 +246,10 @@ class RestoreTables:
         name: What the one table that is asked for shall be called; "": as it is there.
         replace: Take the place of a table of that name, once the pages are all there.
         layout: How pages are spread over the shards; "": as they were.
+        schema: Where the url is a file with one table's rows: the table's; else None.
+        values, keys: Names of its tensors in that file; "": as they are found.
+        newest_id: The highest id of the pool's tables as whoever asks knows them: a later one is not replaced, so that
+            a copy of this that comes late undoes nothing. 0: whatever there is is replaced.
     """
 
     url: str
@@ -250,6 +258,10 @@ class RestoreTables:
     name: str = ""
     replace: bool = False
     layout: str = ""
+    schema: TableSchema | None = None
+    values: str = ""
+    keys: str = ""
+    newest_id: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -161,8 +161,9 @@ class Checkpoints:
             parts, updates = await self._parts(request, views, begun, token, reports)
             self._say(reports, doing="writing the manifest")
             manifest = await self._elsewhere(lambda: self._commit(store, begun, parts, updates, extra))
-            kept = manifest.name
-            await self._tell(views, request.url, manifest)
+            if not request.aside:
+                kept = manifest.name
+                await self._tell(views, request.url, manifest)
             assert self._now is not None
             done = replace(self._now, bytes_done=self._now.bytes_total, doing="", done=True)
         finally:

@@ -304,7 +304,7 @@ CHECKPOINT_REPLY = ProtoCodec(
         pool_pb2.CheckpointReply, CheckpointProgress, {"tables": Several(Mirror(pool_pb2.TableVersion, TableVersion))}
     )
 )
-RESTORE_REQUEST = ProtoCodec(Mirror(pool_pb2.RestoreRequest, RestoreTables))
+RESTORE_REQUEST = ProtoCodec(Mirror(pool_pb2.RestoreRequest, RestoreTables, {"schema": SCHEMA}, optional=("schema",)))
 RESTORE_REPLY: ProtoCodec[tuple[TableView, ...], pool_pb2.RestoreReply] = ProtoCodec(
     Only(pool_pb2.RestoreReply, "views", Several(VIEW))
 )
