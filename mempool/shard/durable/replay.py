@@ -7,6 +7,7 @@ is in doubt then is asked for as at any other time.
 import logging
 from collections.abc import Callable
 
+from mempool import kernels
 from mempool.errors import DataLoss, Internal, MempoolError
 from mempool.observe import Stages
 from mempool.shard import validate
@@ -40,6 +41,7 @@ from mempool.shard.pages.arena import Arena
 from mempool.shard.steps import commits
 from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.shard.steps.held import HeldUpdate, PreparedStep
+from mempool.shard.steps.optimizers import kernel_needs
 from mempool.shard.tenancy import PULL_LEASE_S, Tenancy
 from mempool.types import PrepareRequest, StepId
 from mempool.types.bags import Bags
@@ -65,6 +67,10 @@ def recover(store: Store, tenancy: Tenancy, budget: Budget, stages: Stages) -> d
         with stages.measure("recover: snapshot"):
             for record in store.take_head():
                 replay.take(record)
+        with stages.measure("recover: kernels"):  # on a new machine they are compiled, on all cores
+            for table in tenancy.tables.values():
+                _make_ready(table)
+        with stages.measure("recover: snapshot"):
             restored = restore_pages(store.snapshots, tenancy.tables)
             replay.own()
         with stages.measure("recover: replay"):
@@ -79,6 +85,14 @@ def recover(store: Store, tenancy: Tenancy, budget: Budget, stages: Stages) -> d
     tenancy.keep_in(store)
     replay.finish()
     return restored
+
+
+def _make_ready(table: HostedTable) -> None:
+    """Have the table's kernels compiled and loaded; what fails is left to the first call in need."""
+    try:
+        kernels.make_ready(kernel_needs(table.view.schema, table.storage.device))
+    except Exception as error:
+        _LOG.warning("kernels of table %r were not made ready: %s", table.view.schema.name, error, exc_info=True)
 
 
 class _Replay:
@@ -140,6 +154,8 @@ class _Replay:
 
     def _attach(self, record: Attached) -> None:
         table = self._tenancy.attach(record.request)
+        if record.request.mode == "initialise":
+            _make_ready(table)
         while table.restored is None and not table.fill():
             pass
 
