@@ -194,6 +194,7 @@ class Engine:
             control=self._control,
             jobs=partial(self._thread.run, caller=_TABLES),
             clock=clock,
+            busy_s=lambda: self._thread.busy_s,
             runner=runner,
         )
         jobs = partial(self._thread.run, caller=_TABLES)

@@ -1,8 +1,9 @@
 """Marks and parts on bare shards: what ends a mark, what bounds it, and pages of every layout as they were."""
 
+import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from mempool.checkpoint.commit import begin, commit
 from mempool.checkpoint.format.layout import PageGroup
@@ -19,10 +21,10 @@ from mempool.checkpoint.format.manifest import parse_part
 from mempool.checkpoint.format.pages import Pages
 from mempool.checkpoint.reader import Checkpoint
 from mempool.checkpoint.stores import open_store
-from mempool.checkpoint.writer import PartWriter
 from mempool.errors import DataLoss, InvalidRequest, NotFound, StalePlacement, StorageFailed
 from mempool.shard import Engine
 from mempool.shard.pages.capture import ArenaCapture
+from mempool.shard.saving.marks import Mark, Saving
 from mempool.types import (
     AttachTable,
     Ledger,
@@ -69,13 +71,14 @@ def until(check: Callable[[], bool]) -> None:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Nothing is read out before it is set."""
-    opened, groups = threading.Event(), PartWriter.groups
+    opened, read = threading.Event(), Saving._read
 
-    def gated(self: PartWriter) -> Iterator[PageGroup]:
-        assert opened.wait(BOUND_S)
-        yield from groups(self)
+    async def gated(self: Saving, found: Mark, group: PageGroup | None) -> dict[str, Tensor]:
+        while not opened.is_set():
+            await asyncio.sleep(0.005)
+        return await read(self, found, group)
 
-    monkeypatch.setattr(PartWriter, "groups", gated)
+    monkeypatch.setattr(Saving, "_read", gated)
     return opened
 
 
