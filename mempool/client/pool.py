@@ -7,6 +7,7 @@ import os
 import secrets
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self, TypeVar, overload
 
@@ -21,9 +22,18 @@ from mempool.client.routing.whereabouts import Whereabouts
 from mempool.client.table import Table
 from mempool.client.training.session import Session
 from mempool.config import TableConfig
-from mempool.errors import InvalidRequest, NotFound, PoolUnreachable, ShardUnavailable, Unavailable
-from mempool.types import CheckpointProgress, PoolApi, PoolStatus, RescaleProgress, TableView, TakeCheckpoint
+from mempool.errors import InvalidRequest, MempoolError, NotFound, PoolUnreachable, ShardUnavailable, Unavailable
+from mempool.types import (
+    CheckpointProgress,
+    PoolApi,
+    PoolStatus,
+    RescaleProgress,
+    TableSchema,
+    TableView,
+    TakeCheckpoint,
+)
 from mempool.types.caller import Caller, calling
+from mempool.types.schema_differences import schema_differences
 from mempool.wire.channels import loop
 
 T = TypeVar("T")
@@ -148,6 +158,20 @@ class Pool:
         """All tables, in the order they were made."""
         return tuple(self._opened(view) for view in self._connection.run(self._list_tables()))
 
+    def reopen(self, name: str) -> Table:
+        """The pool's table of that name as it is now, by the ``Table`` that this client had of that name before.
+
+        For a table that another client has replaced (``restore`` does so itself) or made again: layers and optimizers
+        that use that ``Table`` go on with the new one. What is pending on the old one is dropped, and backward passes
+        of its look-ups are refused.
+
+        Raises:
+            InvalidRequest: The table has other slots, values or keys than the ``Table``.
+            NotFound: There is no such table.
+            PoolUnreachable: Nobody answered within timeout_s.
+        """
+        return self._taken_over(self._connection.run(self.router.open(name)))
+
     def drop_table(self, name: str) -> None:
         """Drop a table, its values and what is pending on it, for every client.
 
@@ -270,8 +294,10 @@ class Pool:
     ) -> tuple[Table, ...]:
         """Make tables of a checkpoint's, whatever number of shards and layout it was taken with: bit for bit.
 
-        Each is there whole, or not at all; one that it replaces stays until then, and its ``Table`` and layers that use
-        it are of no use from then on: take the new one with ``pool.table``. There must be room for both meanwhile.
+        Each is there whole, or not at all; one that it replaces stays until then, and there must be room for both. A
+        ``Table`` of this client that is replaced, and layers and optimizers that use it, go on with the restored one,
+        if that has as many slots and columns and the same keys: what was pending is dropped. Other clients are told so
+        when they next ask, and go on by ``reopen``.
 
         Args:
             url: The place, as in ``checkpoint``.
@@ -292,7 +318,8 @@ class Pool:
         request = asked_restore(url, tables, checkpoint=checkpoint, name=name, replace=replace, layout=layout)
         restoring = Restoring(self._api, request)
         self._follow(restoring.reports(), progress)
-        return tuple(self._opened(view) for view in self._connection.run(self._adopted(restoring.views)))
+        views = self._connection.run(self._adopted(restoring.views))
+        return tuple(self._taken_over(view, strict=False) if replace else self._opened(view) for view in views)
 
     def export_table(
         self,
@@ -466,15 +493,52 @@ class Pool:
         with self._lock:
             table = self._tables.get(schema.table_id)
             if table is None:
-                session = Session(
-                    self.router,
-                    table_id=schema.table_id,
-                    group=self._group,
-                    coordinator=self._connection.coordinator,
-                )
-                table = Table(schema, router=self.router, session=session, run=self._connection.run)
+                table = Table(schema, router=self.router, session=self._session(schema), run=self._connection.run)
                 self._tables[schema.table_id] = table
             return table
+
+    def _taken_over(self, view: TableView, *, strict: bool = True) -> Table:
+        """The table, by the newest ``Table`` of its name, if that is of an earlier one.
+
+        strict: Raise InvalidRequest where that is another kind of table; else open this one beside it.
+        """
+        schema = view.schema
+        with self._lock:
+            held = [table for table in self._tables.values() if table.name == schema.name]
+            table = max(held, key=lambda table: table.schema.table_id, default=None)
+            if table is None or table.schema.table_id >= schema.table_id or not _fits(table, schema, strict=strict):
+                table = None
+            else:
+                before = table.link.session
+                del self._tables[before.table_id]
+                table.rebind(schema, self._session(schema))
+                self._tables[schema.table_id] = table
+        if table is None:
+            return self._opened(view)
+        with suppress(MempoolError):  # they are gone with that table, whatever its shards say to it
+            self._connection.run(before.discard())
+        self._connection.run(self._forget(before.table_id))
+        return table
+
+    def _session(self, schema: TableSchema) -> Session:
+        return Session(
+            self.router, table_id=schema.table_id, group=self._group, coordinator=self._connection.coordinator
+        )
+
+
+def _fits(table: Table, schema: TableSchema, *, strict: bool) -> bool:
+    """Whether what uses a table can go on with one of this schema."""
+    differing = [
+        f"{each.path} {each.first} before, {each.second} now"
+        for each in schema_differences(table.schema, schema)
+        if each.path.partition(".")[0] in ("num_slots", "value_dim", "keys")
+    ]
+    if differing and strict:
+        raise InvalidRequest(
+            f"table {table.name!r} is another kind of table now ({'; '.join(differing)}): what uses the one before "
+            f"cannot go on with it. Open it with pool.table({table.name!r}), and build layers for it"
+        )
+    return not differing
 
 
 async def _next(reports: AsyncIterator[T]) -> T | None:

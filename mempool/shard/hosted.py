@@ -4,7 +4,6 @@ Decides what a table answers at all (fences, freezes); the answers are made else
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
@@ -33,6 +32,7 @@ from mempool.shard.steps import commits
 from mempool.shard.steps.budget import Budget
 from mempool.shard.steps.held import HeldUpdates, PreparedStep
 from mempool.types import AttachTable, DecidedStep, Envelope, Ledger, ShardInfo, Stamp, StepId, TableStatus, TableView
+from mempool.types.pool import merged
 from mempool.types.running import Clock
 
 PEERS_WAIT_S = 1.0
@@ -200,8 +200,7 @@ class HostedTable:
         self._check_prepared()
         known = envelope.table_version <= self.order.numbered
         if not known and (self.is_gate or self.order_doubt.covers(waits_since_s)):
-            name, applied = self.view.schema.name, self.order.applied
-            raise commits_lost(name, applied, seen=envelope.table_version, here=self.info)
+            raise commits_lost(self.view, self.order.applied, seen=envelope.table_version, here=self.info)
         return self.park_for_order(waits_since_s)
 
     def learn(self, version: int, steps: tuple[DecidedStep, ...]) -> None:
@@ -307,7 +306,7 @@ class HostedTable:
     def check_whole(self) -> None:
         """Raises DataLoss where pages are lost."""
         if self.lost_pages:
-            raise pages_lost(self.view.schema.name, self.lost_pages, here=self.info)
+            raise pages_lost(self.view, self.lost_pages, here=self.info)
 
     def apply_now(self, step: DecidedStep) -> None:
         """Decide and apply a step of the next version in one, where nothing waits and nobody else has a part in it.
@@ -436,7 +435,7 @@ class HostedTable:
         if view.placement.epoch < self.epoch:
             return False
         if view.placement.epoch == self.epoch:
-            self.view = replace(self.view, shards=view.shards)
+            self.view = merged(self.view, view)
             return False
         self.check_ready()
         if self.order.next() is not None:
@@ -447,7 +446,7 @@ class HostedTable:
             self.storage.begin_at(self.ledger.version)
             self.order.moved_to(self.ledger.version)
         self.ledger.learn_others(decisions)
-        self.unprepared, self.view, self.gate = None, view, min(view.placement.shards)
+        self.unprepared, self.view, self.gate = None, merged(self.view, view), min(view.placement.shards)
         self.measure()
         self.updates.clear()
         self.writes.clear()

@@ -9,7 +9,8 @@ from concurrent.futures import Future
 from contextlib import suppress
 
 from mempool.errors import DataLoss, ShardUnavailable
-from mempool.types import DecidedStep, ShardInfo
+from mempool.types import DecidedStep, ShardInfo, TableView
+from mempool.types.pool import lost_remedy
 
 LONGEST_WAIT_S = 3.0
 """How long a request waits here for what others do. Then it is told whom it waits for: its caller asks again for as
@@ -126,24 +127,26 @@ def held_off(table: str, round_token: str | None, *, here: ShardInfo) -> ShardUn
     )
 
 
-def commits_lost(table: str, version: int, *, seen: int, here: ShardInfo) -> DataLoss:
+def commits_lost(view: TableView, version: int, *, seen: int, here: ShardInfo) -> DataLoss:
     """A client has seen a later version than anybody here knows of."""
     return DataLoss(
-        f"shard {here.shard} has table {table!r} at version {version}, and this client has seen version {seen} "
-        "acknowledged: commits were lost here, or that version was never given. If they were, drop the table "
-        f"(pool.drop_table({table!r})), make it again and write back what you saved",
+        f"shard {here.shard} has table {view.schema.name!r} at version {version}, and this client has seen version "
+        f"{seen} acknowledged: commits were lost here, or that version was never given. {_remedy(view)}",
         shard=here.shard,
         address=here.address,
     )
 
 
-def pages_lost(table: str, lost: int, *, here: ShardInfo) -> DataLoss:
+def pages_lost(view: TableView, lost: int, *, here: ShardInfo) -> DataLoss:
     """Pages of a table are the shard's and not there."""
     return DataLoss(
-        f"shard {here.shard} (incarnation {here.incarnation}) lost {lost} pages of table {table!r}: it restarted "
-        "without them, or a commit failed half way. They are not replaced by initial values. Drop the table "
-        f"(pool.drop_table({table!r})), make it again and write back what you saved of it, or restore a checkpoint in "
-        "its place (pool.restore(place, replace=True)); other tables go on",
+        f"shard {here.shard} (incarnation {here.incarnation}) lost {lost} pages of table {view.schema.name!r}: it "
+        "restarted without them, or a commit failed half way. They are not replaced by initial values. "
+        f"{_remedy(view)}; other tables go on",
         shard=here.shard,
         address=here.address,
     )
+
+
+def _remedy(view: TableView) -> str:
+    return lost_remedy(view.schema.name, view.saved)

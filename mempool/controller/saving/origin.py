@@ -75,4 +75,4 @@ def _origin(request: RestoreTables, manifest: Manifest, table: str) -> tuple[Tab
     # Whose steps they were does not go along: the table is a new one, to which no step of the old one can come late.
     ledger = Ledger(version=state.version, updates_applied=updates, step_offset=state.step_count - state.version)
     source = TableSource(url=request.url, checkpoint=manifest.name, table=table)
-    return schema, Origin(source=source, ledger=ledger, replace=request.replace)
+    return schema, Origin(source=source, ledger=ledger, replace=request.replace, newest_id=request.newest_id)

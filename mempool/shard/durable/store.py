@@ -33,6 +33,7 @@ JOURNAL_LIMIT_BYTES = 2**30
 _EARLY_BYTES = 64 * 2**10
 """Updates that are held are waited for by nobody: one that has so many is written at once, so that what is waited for
 next has less to wait for; smaller ones go with that."""
+_LEAST_SEGMENT_BYTES = 2**10
 _HEADER_BYTES = 2**20
 """Of a record besides its tensors, at most."""
 
@@ -96,7 +97,7 @@ class Store:
                 runner=runner,
                 sync=sync,
                 after=self.after,
-                segment_bytes=max(2**16, min(SEGMENT_BYTES, journal_limit // 8)),
+                segment_bytes=max(_LEAST_SEGMENT_BYTES, min(SEGMENT_BYTES, journal_limit // 8)),
             )
         except BaseException:
             self._folder.close()

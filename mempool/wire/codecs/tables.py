@@ -11,6 +11,7 @@ from mempool.types.pool import (
     PoolStatus,
     RescaleProgress,
     RestoreTables,
+    SavedTable,
     ShardFill,
     ShardInfo,
     ShardStatus,
@@ -236,7 +237,13 @@ SHARD_INFO = Mirror(table_pb2.ShardInfo, ShardInfo)
 _VIEW = Mirror(
     table_pb2.TableView,
     TableView,
-    {"schema": SCHEMA, "placement": Functions(placement_message, placement_value), "shards": Several(SHARD_INFO)},
+    {
+        "schema": SCHEMA,
+        "placement": Functions(placement_message, placement_value),
+        "shards": Several(SHARD_INFO),
+        "saved": Mirror(table_pb2.SavedTable, SavedTable),
+    },
+    optional=("saved",),
 )
 VIEW = Functions(_VIEW.to_message, _whole_view)
 _STATES = Choice(

@@ -416,6 +416,7 @@ class RestoreRequest(_message.Message):
     SCHEMA_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
     KEYS_FIELD_NUMBER: _builtins.int
+    NEWEST_ID_FIELD_NUMBER: _builtins.int
     url: _builtins.str
     """The place, as in CheckpointRequest."""
     checkpoint: _builtins.str
@@ -430,6 +431,10 @@ class RestoreRequest(_message.Message):
     """The name of its values in that file; empty: whatever is named as values are."""
     keys: _builtins.str
     """The name of its keys in that file; empty: those beside the values."""
+    newest_id: _builtins.int
+    """The highest id of the pool's tables as whoever asks knows them: a later one is not replaced, so that a copy of this
+    that comes late undoes nothing. 0: whatever there is is replaced.
+    """
     @_builtins.property
     def tables(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of tables in it; none: all."""
@@ -450,10 +455,11 @@ class RestoreRequest(_message.Message):
         schema: _table_pb2.TableSchema | None = ...,
         values: _builtins.str = ...,
         keys: _builtins.str = ...,
+        newest_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["schema", b"schema"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "keys", b"keys", "layout", b"layout", "name", b"name", "replace", b"replace", "schema", b"schema", "tables", b"tables", "url", b"url", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "keys", b"keys", "layout", b"layout", "name", b"name", "newest_id", b"newest_id", "replace", b"replace", "schema", b"schema", "tables", b"tables", "url", b"url", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
