@@ -170,7 +170,7 @@ class Capture:
 
     @property
     def num_bytes(self) -> int:
-        return sum(arena.num_bytes for arena in self._arenas.values())
+        return sum(arena.num_bytes for arena in list(self._arenas.values()))
 
     @property
     def used_bytes(self) -> int:

@@ -186,8 +186,8 @@ class Saving:
 
     @property
     def num_bytes(self) -> int:
-        """Of copies."""
-        return sum(found.capture.num_bytes for found in self._marks.values())
+        """Of copies. On any thread."""
+        return sum(found.capture.num_bytes for found in list(self._marks.values()))
 
     def _mark(self, request: MarkTable) -> None:
         table = self.tenancy.table(request.table_id)

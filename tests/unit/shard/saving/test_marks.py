@@ -5,7 +5,9 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from mempool.checkpoint.stores import open_store
 from mempool.errors import DataLoss, InvalidRequest, NotFound, StalePlacement, StorageFailed
 from mempool.shard import Engine
 from mempool.shard.pages.capture import ArenaCapture
+from mempool.shard.saving import marks
 from mempool.shard.saving.marks import Mark, Saving
 from mempool.types import (
     AttachTable,
@@ -206,6 +209,36 @@ def test_what_ends_a_mark_gives_its_memory_back_and_leaves_no_file_that_counts(
     until(lambda: not list(tmp_path.glob("*/*.safetensors")) or what in ("move", "release"))
 
 
+def test_the_engine_is_left_to_others_while_there_are_any(make_driver: MakeDriver) -> None:
+    engine = make_driver(1).create(make_schema()).host(0)
+    assert isinstance(engine, Engine)
+    now_s = busy_s = 100.0
+    saving = replace(engine._saving, clock=lambda: now_s, busy_s=lambda: busy_s, _marks={})
+    saving._looked = now_s, busy_s
+
+    def pauses(others_s: float) -> list[float]:
+        """After each of five groups, an eighth of a second apart, that were read out in a 64th."""
+        nonlocal now_s, busy_s
+        found = []
+        for _ in range(5):
+            now_s, busy_s = now_s + 0.125, busy_s + others_s
+            found.append(saving._pause_s(now_s, 1 / 64))
+            busy_s += 1 / 64
+        return found
+
+    assert pauses(0.0) == [0.0] * 5
+    assert pauses(0.001) == [0.0] * 5  # who looks at it now and then
+    assert pauses(0.05) == pytest.approx([marks._PAUSES / 64] * 5)
+    assert pauses(0.0) == pytest.approx([marks._PAUSES / 64] * 5)  # a trainer may be computing
+    now_s += marks._IN_USE_S
+    assert pauses(0.0) == [0.0] * 5
+    full = SimpleNamespace(capture=SimpleNamespace(used_bytes=saving.copy_bytes))
+    saving._marks[1] = full  # type: ignore[assignment]
+    assert pauses(0.05) == [0.0] * 5  # steps would wait for it
+    full.capture.used_bytes //= 2
+    assert pauses(0.05) == pytest.approx([marks._PAUSES / 128] * 5)
+
+
 def test_steps_are_held_off_where_copies_take_too_much_and_go_on_when_they_are_written(
     make_driver: MakeDriver, tmp_path: Path, gate: threading.Event
 ) -> None:
@@ -217,6 +250,7 @@ def test_steps_are_held_off_where_copies_take_too_much_and_go_on_when_they_are_w
     driver.call(engine.write_part(asked(driver, tmp_path, wait_s=0.0)))
     driver.write("values", torch.arange(32), torch.zeros(32, 10))  # what has begun is not held off
     assert engine._saving.crowded()
+    assert driver.call(engine.status()).copied_bytes == engine._saving.num_bytes > 0
     later: Future[Any] = driver.submit(_written(driver, engine))
     time.sleep(0.05)
     assert not later.done()
