@@ -12,6 +12,7 @@ from rich.table import Table
 from mempool.cli import documents
 from mempool.config import Changes
 from mempool.types import PoolStatus, RescaleProgress, ShardStatus
+from mempool.types.pool import lost_remedy
 
 Say = Callable[[str], None]
 Watch = Callable[[RescaleProgress], None]
@@ -225,9 +226,8 @@ def _troubles(now: PoolStatus, tables: list[dict[str, object]]) -> list[str]:
         )
     lines += [
         f"table {table['name']} lost {table['lost_pages']} of {table['pages']} pages: it answers DATA_LOSS. "
-        f"Restore a checkpoint over it (mempool restore PLACE --table {table['name']} --replace), or drop it "
-        f"(pool.drop_table({table['name']!r})) and make it again"
-        for table in tables
+        f"{lost_remedy(view.schema.name, view.saved)}"
+        for view, table in zip(now.tables, tables, strict=True)
         if table["lost_pages"]
     ]
     return lines + _half_made(now)

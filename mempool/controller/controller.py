@@ -38,6 +38,7 @@ class Controller:
 
     Args:
         name: The pool's name.
+        address: "host:port" by which clients reach it, for views to carry; "" if embedded.
         launcher: Starts and stops shards.
         dial: The ``ShardHost`` of a shard, at once; asked for every call, so it keeps its connections itself.
         round_bytes: Bytes that one round of a move carries at most. Writers of the table wait for one round, which is
@@ -55,6 +56,7 @@ class Controller:
         name: str,
         *,
         launcher: Launcher,
+        address: str = "",
         dial: Callable[[ShardInfo], ShardHost],
         round_bytes: int = 64 * 2**20,
         trainer_lease_s: float = TRAINER_LEASE_S,
@@ -66,7 +68,7 @@ class Controller:
     ) -> None:
         self.name = name
         self._changing = changing = asyncio.Lock()
-        self._roster = roster = Roster(wall_clock=wall_clock)
+        self._roster = roster = Roster(controller=address, wall_clock=wall_clock)
         calls = ShardCalls(name, dial)
         telling = Telling(name, roster, calls)
         self._changes = changes = TableChanges(

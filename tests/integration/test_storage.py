@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.integration.chaos import disturb
@@ -10,6 +11,7 @@ from tests.integration.pools import RayPool, Training
 from tests.integration.ray_nodes import RayNodes
 
 
+@pytest.mark.filterwarnings("ignore:(a step|updates) of .* dropped by shards:UserWarning")  # of a slow machine
 def test_killed_shards_and_a_pool_that_was_switched_off(ray_nodes: RayNodes, tmp_path: Path) -> None:
     kept = RayPool(
         tmp_path,

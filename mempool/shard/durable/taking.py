@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mempool.errors import MempoolError
 from mempool.journal import Snapshot
+from mempool.shard.durable.encoding import joined
 from mempool.shard.durable.pages import heads_arrays, heads_key, page_arrays, page_key
 from mempool.shard.durable.records import (
     Attached,
@@ -28,7 +29,6 @@ from mempool.shard.durable.records import (
     RecordOf,
     Schedule,
     Stopped,
-    joined,
 )
 from mempool.shard.durable.store import Store
 from mempool.shard.hosted import HostedTable
