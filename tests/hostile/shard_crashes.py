@@ -80,13 +80,15 @@ def live(place: Path, *options: str) -> Life:
     try:
         _wait_until_attached(tracer)
         os.write(told[1], _GO)
-        heard = list[str]()
         for line in _lines_of(said[0]):
-            heard.append(line)
-            if line != "done" and tracer.poll() is None:  # strace counts by thread: others would be refused, too
+            if line != "done" and life.refused == []:  # strace counts by thread: others would be refused, too
                 tracer.terminate()
                 tracer.wait(_MOST_S)
                 os.write(told[1], _GO)
+            if line == "done":
+                life.done += 1
+            else:
+                life.refused.append(line)
         _, life.status = os.waitpid(pid, 0)
     except BaseException:
         os.kill(pid, signal.SIGKILL)
@@ -96,8 +98,6 @@ def live(place: Path, *options: str) -> Life:
             os.close(end)
         tracer.terminate()
         tracer.communicate(timeout=_MOST_S)
-    life.done = heard.count("done")
-    life.refused = [line for line in heard if line != "done"]
     return life
 
 
@@ -260,7 +260,9 @@ def main() -> int:
 
 def _check_all(folder: Path, points: list[Point], expected: list[str]) -> None:
     missed, bad = 0, 0
-    for point in points:
+    for tried, point in enumerate(points):
+        if tried and tried % 100 == 0:
+            print(f"{tried} of {len(points)} tried", flush=True)
         reached, problems = check(folder, point, expected)
         missed += not reached
         for problem in problems:

@@ -196,8 +196,8 @@ class Faults:
 
     def _flip_a_bit(self) -> None:
         """In a file of a shard that is down: it must not come back with that, and it is said which file it is."""
-        pid = self._shard()
-        number = _number_of(pid, self._folder)
+        serving = wait_for("a shard that has its folder", lambda: _users(self._folder, self._shards()))
+        number, pid = self._dice.choice(sorted(serving.items()))
         _kill(pid)
         wait_for("it to end", lambda: not Path(f"/proc/{pid}").exists() or _is_zombie(pid))
         file, at, bit = self._place(self._folder / f"shard-{number}")
@@ -237,12 +237,14 @@ def _stopped(pid: int) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-def _number_of(pid: int, folder: Path) -> int:
-    """The shard whose folder a process has locked."""
-    for lock in folder.glob("shard-*/LOCK"):
-        if f"process {pid} " in lock.read_text():
-            return int(lock.parent.name.removeprefix("shard-"))
-    raise AssertionError(f"process {pid} uses no folder in {folder}")
+def _users(folder: Path, pids: list[int]) -> dict[int, int]:
+    """Those of these processes that have locked a shard's folder, by shard."""
+    return {
+        int(lock.parent.name.removeprefix("shard-")): pid
+        for lock in folder.glob("shard-*/LOCK")
+        for pid in pids
+        if f"process {pid} " in lock.read_text()
+    }
 
 
 def _is_zombie(pid: int) -> bool:
