@@ -134,6 +134,9 @@ SHARD_STATUS = build(
     stages=st.lists(STAGE_TIME, max_size=2).map(tuple),
     dropped=U64S,
     copied_bytes=U64,
+    storage=TEXT,
+    journal_bytes=U64,
+    storage_refuses=TEXT,
 )
 CREATION = build(
     types.TableCreation,
