@@ -122,6 +122,8 @@ def test_two_ranks_save_and_load_one_pool(address: str, tmp_path: Path) -> None:
         second.kill()
     expected = undisturbed()
     same(first, expected)
-    assert set(expected) - set(theirs) == {f"dense.{of}.{what}" for of in (3, 11) for what in ADAM}, "of `values`, there"
+    assert set(expected) - set(theirs) == {f"dense.{of}.{what}" for of in (3, 11) for what in ADAM}, (
+        "of `values`, there"
+    )
     same({name: torch.from_numpy(array) for name, array in theirs.items()}, {n: expected[n].float() for n in theirs})
     assert len(list((tmp_path / "pool").iterdir())) == 1, "one checkpoint of the pool for both"
