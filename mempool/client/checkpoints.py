@@ -4,6 +4,7 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from mempool.checkpoint.stores.places import absolute
@@ -146,8 +147,12 @@ class Restoring:
         """Restore, and say now and then how far that is."""
         clock = asyncio.get_running_loop()
         began_s = clock.time()
+        request = self._request
+        if request.replace:  # what is made from now on is nothing that this replaces, however late a copy of it comes
+            newest = max((view.schema.table_id for view in await self._api.tables()), default=1)
+            request = replace(request, newest_id=newest)
         with calling(Caller()):  # no deadline goes along: the work is as long as the tables are large
-            restoring = asyncio.ensure_future(self._api.restore(self._request))
+            restoring = asyncio.ensure_future(self._api.restore(request))
         try:
             while not (await asyncio.wait({restoring}, timeout=_POLL_S))[0]:
                 if (seen := await self._look(clock.time() - began_s)) is not None:

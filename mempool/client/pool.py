@@ -13,6 +13,7 @@ from typing import Any, Literal, NoReturn, Self, TypeVar, overload
 
 from mempool.client.checkpoints import CheckpointHandle, Restoring, asked_checkpoint, asked_restore
 from mempool.client.counts import shard_count
+from mempool.client.exchange import Export, ExportProgress, asked_import
 from mempool.client.opening.connection import Connection
 from mempool.client.opening.creation import CreateProgress, Creation
 from mempool.client.routing.fanout import Dial
@@ -273,22 +274,12 @@ class Pool:
             PoolUnreachable: The controller does not answer; once begun, it may go on by itself: list the place.
         """
         request = asked_checkpoint(url, tables, incremental=incremental, keep=keep, extra=extra)
-        begun = self._connection.tries.run("checkpoint", lambda: self._begin_checkpoint(request))
-        reports, first = self._connection.run(begun)
+        if wait:
+            return self._checkpoint(request, progress)
+        reports, first = self._begun(request)
         handle = CheckpointHandle(first)
-        if not wait:
-            loop.start(handle.follow(reports))
-            return handle
-        last = first
-
-        def heard(report: CheckpointProgress) -> None:
-            nonlocal last
-            last = report
-            if progress is not None:
-                progress(report)
-
-        self._follow(reports, heard, first)
-        return last
+        loop.start(handle.follow(reports))
+        return handle
 
     def restore(
         self,
@@ -330,6 +321,82 @@ class Pool:
         views = self._connection.run(self._adopted(restoring.views))
         return tuple(self._taken_over(view, strict=False) if replace else self._opened(view) for view in views)
 
+    def export_table(
+        self,
+        name: str,
+        file: str | os.PathLike[str],
+        *,
+        state: bool = False,
+        via: str | os.PathLike[str] | None = None,
+        progress: Callable[[ExportProgress], None] | None = None,
+    ) -> ExportProgress:
+        """Write a table as one safetensors file: ``values`` [num_slots, value_dim] in the table's dtype, and its keys.
+
+        All of it is of one version of the table, while training goes on: a checkpoint of the table is taken aside and
+        removed again, so there must be room for it, and the pool's processes and this one must see it. Some megabytes
+        are in memory at a time. The file is there whole, or not at all.
+
+        Args:
+            name: The table's.
+            file: A path, or a URL that fsspec knows.
+            state: The optimizer's state too, as ``values.<state>``.
+            via: Where the checkpoint is taken; None: beside the file.
+            progress: Called on this thread with each report.
+
+        Returns:
+            The last report, with the table's version.
+
+        Raises:
+            NotFound: There is no such table.
+            StorageFailed: The file, or what is written aside, is not taken.
+            MempoolError: As ``checkpoint``.
+        """
+        export = Export(name, file, state=bool(state), via=via, progress=progress)
+        try:
+            self._checkpoint(export.request, export.heard)
+            return export.write()
+        finally:
+            export.clear()
+
+    def import_table(
+        self,
+        file: str | os.PathLike[str],
+        config: TableConfig | None = None,
+        *,
+        name: str | None = None,
+        replace: bool = False,
+        values: str | None = None,
+        keys: str | None = None,
+        progress: Callable[[CreateProgress], None] | None = None,
+    ) -> Table:
+        """Make a table whose values, and keys where it has any, are a file's; optimizer state and steps begin anew.
+
+        The shards read it themselves, each its own pages, some megabytes at a time. The table is there whole, or not at
+        all; one that it replaces stays until then, as in ``restore``.
+
+        Args:
+            file: A safetensors file that this process and the pool's see under this path, or a URL that fsspec knows;
+                or a file of torch.save, tensors alone. Exported by mempool, or a memory layer's ("[...]values.weight"
+                and "[...]keys") or an embedding's ("[...]weight").
+            config: The table; None: as the file says, where mempool wrote it.
+            name: What it is to be called; None: as the config, or the file, says.
+            replace: Take the place of a table of that name.
+            values, keys: Names of their tensors; None: as they are found.
+            progress: Called on this thread with each report, about once a second.
+
+        Raises:
+            NotFound: There is no such file.
+            AlreadyExists: There is a table of that name.
+            InvalidRequest: The file's tensors are not such a table's; with what was found.
+            DataLoss: The file is damaged.
+            PoolUnreachable: The controller does not answer; the pool may go on with it: see ``status``.
+        """
+        request = asked_import(file, config, name=name, replace_table=replace, values=values, keys=keys)
+        restoring = Restoring(self._api, request)
+        self._follow(restoring.reports(), progress)
+        (view,) = self._connection.run(self._adopted(restoring.views))
+        return self._opened(view)
+
     def status(self) -> PoolStatus:
         """Shards, tables, and whether pages are moving."""
         return self._connection.run(self._connection.tries.run("status", self._api.status))
@@ -341,6 +408,25 @@ class Pool:
         seconds at most; they learn of it by themselves too.
         """
         self._connection.close()
+
+    def _checkpoint(
+        self, request: TakeCheckpoint, progress: Callable[[CheckpointProgress], None] | None
+    ) -> CheckpointProgress:
+        """Take a checkpoint and wait for it."""
+        reports, first = self._begun(request)
+        last = first
+
+        def heard(report: CheckpointProgress) -> None:
+            nonlocal last
+            last = report
+            if progress is not None:
+                progress(report)
+
+        self._follow(reports, heard, first)
+        return last
+
+    def _begun(self, request: TakeCheckpoint) -> tuple[AsyncIterator[CheckpointProgress], CheckpointProgress]:
+        return self._connection.run(self._connection.tries.run("checkpoint", lambda: self._begin_checkpoint(request)))
 
     def _follow(self, reports: AsyncIterator[T], progress: Callable[[T], None] | None, report: T | None = None) -> None:
         """Hand on all reports, the first one first where it is there already, on this thread."""

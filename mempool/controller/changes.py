@@ -54,11 +54,13 @@ class Origin:
         source: The checkpoint's table.
         ledger: Where its history stood.
         replace: It takes the place of a table of its name.
+        newest_id: Unless that one's id is higher: it was made since this was asked for. 0: whatever its id is.
     """
 
     source: TableSource
     ledger: Ledger
     replace: bool = False
+    newest_id: int = 0
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -232,13 +234,20 @@ class TableChanges:
     def require_new(self, tables: Sequence[tuple[TableSchema, Origin]]) -> None:
         """Raises AlreadyExists where one of these stands in nobody's place, and there is one of its name."""
         for schema, origin in tables:
-            if not origin.replace:
-                self._require_none(schema)
+            self._require_none(schema, origin)
 
-    def _require_none(self, schema: TableSchema) -> None:
-        """Raises AlreadyExists where there is a table of that name."""
+    def _require_none(self, schema: TableSchema, origin: Origin | None) -> None:
+        """Raises AlreadyExists where there is a table of that name, in whose place it is not to be."""
         present = self._roster.find(schema.name)
-        if present is not None:
+        if present is None:
+            return
+        if origin is not None and origin.replace:
+            if origin.newest_id and present.schema.table_id > origin.newest_id:
+                raise AlreadyExists(
+                    f"table {schema.name!r} was made or restored after this restore was asked for, perhaps by an "
+                    f"earlier try of it: it stays as it is. Take it with pool.table({schema.name!r}), or ask anew"
+                )
+        else:
             found = "; ".join(differences(present.schema, schema))
             raise AlreadyExists(
                 f"table {schema.name!r} exists already ({present.schema.num_slots:,} x {present.schema.value_dim} "
@@ -248,8 +257,7 @@ class TableChanges:
 
     def _require_new(self, schema: TableSchema, origin: Origin | None) -> None:
         """Raises where a table may not be added to what the pool has and makes."""
-        if origin is None or not origin.replace:
-            self._require_none(schema)
+        self._require_none(schema, origin)
         schemas = [making.schema for making in self._making.values()]
         schemas += [view.schema for view in self._roster.views]
         if len(schemas) >= MAX_TABLES:
@@ -274,11 +282,14 @@ class TableChanges:
                     making.first_id, making.table_id = table_id, self._roster.new_table_id()
                     table_id = making.table_id
                 schema = replace(making.schema, table_id=table_id)
-                if making.origin is None or not making.origin.replace:
-                    self._require_none(schema)
+                self._require_none(schema, making.origin)
                 infos = self._roster.infos
-                view, making.bytes_of = await self._runner.run(lambda: first_view(schema, infos))
+                view, making.bytes_of = await self._runner.run(
+                    lambda: first_view(schema, infos, self._roster.controller)
+                )
                 self._roster.unfinished.add(table_id)
+                if making.origin is not None:
+                    view = self._roster.save(view, making.origin.source, making.origin.ledger.version)
                 making.view = view
             request = _attached(view, making.origin)
             await self._calls.everywhere(infos, lambda host: host.attach_table(request), timeout_s=_FILL_TIMEOUT_S)
@@ -287,7 +298,7 @@ class TableChanges:
             making.asked = True
             await self._calls.call(infos[0], lambda host: host.attach_table(made))
             before = self._roster.find(schema.name)
-            view = self._roster.put(schema, view.placement)
+            view = self._roster.put(schema, view.placement, saved=view.saved)
             await self._telling.confirm(view, infos[1:])
             if before is not None:  # of two of one name the later one is the pool's, whoever hears of both
                 self._roster.dropped.add(before.schema.table_id)
@@ -309,7 +320,7 @@ class TableChanges:
             if asked:
                 await self._calls.call(infos[0], lambda host: host.drop_table(table_id, unmade=True))
         except StalePlacement:
-            self._roster.put(view.schema, view.placement)
+            self._roster.put(view.schema, view.placement, saved=view.saved)
             self._telling.untold()
             return
         except MempoolError as error:
@@ -348,12 +359,14 @@ def _attached(view: TableView, origin: Origin | None) -> AttachTable:
     return AttachTable(view=view, mode="restore", pending=True, ledger=origin.ledger, source=origin.source)
 
 
-def first_view(schema: TableSchema, infos: tuple[ShardInfo, ...]) -> tuple[TableView, dict[int, int]]:
+def first_view(
+    schema: TableSchema, infos: tuple[ShardInfo, ...], controller: str = ""
+) -> tuple[TableView, dict[int, int]]:
     """The view of a new table, and how many bytes each of its owners has to fill."""
     assignment = plan_table(schema, None, [info.shard for info in infos])
     placement = Placement(table_id=schema.table_id, epoch=1, owners=assignment.owners, key_owners=assignment.key_owners)
     bytes_of = bytes_by_owner(schema, placement.owners, placement.key_owners)
-    return TableView(schema=schema, placement=placement, shards=infos), bytes_of
+    return TableView(schema=schema, placement=placement, shards=infos, controller=controller), bytes_of
 
 
 def differences(present: TableSchema, asked: TableSchema) -> list[str]:

@@ -32,6 +32,9 @@ class File(Protocol):
             StorageFailed: Any part of it may be written.
         """
 
+    def begin_sync(self, at: int, num_bytes: int) -> None:
+        """Have these bytes on their way to the disk, so that the next ``sync`` has less to do. Promises nothing."""
+
     def sync(self) -> None:
         """Make durable what was written, and the file's size. The file's name is its folder's: ``Files.sync_folder``.
 

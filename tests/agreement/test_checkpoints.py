@@ -20,6 +20,7 @@ from mempool.client.checkpoints import CheckpointHandle
 from mempool.errors import AlreadyExists, DataLoss, DeadlineExceeded, InvalidRequest, NotFound
 from mempool.optim import SGD, Adagrad, Adam, AdamW, RowWiseAdagrad, RowWiseAdam
 from mempool.shard.saving import marks
+from mempool.types import RestoreTables
 
 from .conftest import Pools
 
@@ -180,6 +181,28 @@ def test_increments_have_what_changed_and_are_whole(pools: Pools, tmp_path: Path
         assert sorted(each.name for each in pool.tables()) == ["facts", "facts-then", "rest"]
         with pytest.raises(NotFound):
             table.rows(torch.arange(3))
+
+
+def test_a_restore_that_comes_again_late_takes_no_place_of_what_it_made(
+    pools: Pools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over a connection that broke, by which it is sent anew: what was trained since stays."""
+    with pools.fresh(1) as pool:
+        table = pool.create_table(_config("facts", "SGD"))
+        pool.checkpoint(tmp_path)
+        before = _state(table)
+        sent: list[RestoreTables] = []
+        restore = pool._api.restore
+        with monkeypatch.context() as patch:
+            patch.setattr(pool._api, "restore", lambda request: (sent.append(request), restore(request))[1])
+            (table,) = pool.restore(tmp_path, replace=True)
+        _train(table, 1, seed=9)
+        trained = _state(table)
+        with pytest.raises(AlreadyExists, match="after this restore was asked for"):
+            pool._connection.run(restore(sent[0]))
+        _equal(trained, _state(pool.table("facts")))
+        (table,) = pool.restore(tmp_path, replace=True)
+        _equal(before, _state(table))
 
 
 def test_all_tables_are_of_one_step_boundary(pools: Pools, tmp_path: Path) -> None:

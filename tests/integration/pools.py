@@ -99,12 +99,10 @@ class RayPool:
         assert count == 1
         self.file.write_text(text)
 
-    def start(self, *command: str) -> "subprocess.Popen[str]":
+    def start(self, *command: str, stdin: int = subprocess.DEVNULL) -> "subprocess.Popen[str]":
         """A process of Python's, which is told the pool's token; its output is to be read."""
         env = self._env | ({} if self.token is None else {"MEMPOOL_TOKEN": self.token})
-        return subprocess.Popen(
-            [sys.executable, *command], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
-        )
+        return subprocess.Popen([sys.executable, *command], env=env, stdin=stdin, stdout=subprocess.PIPE, text=True)
 
     def run(self, *arguments: str, expect: int = 0, folder: Path | None = None) -> Ended:
         """Run `mempool` with these arguments, as a process of its own, in a folder."""

@@ -31,6 +31,7 @@ class Faults:
     """Which kinds of faults a run has; traps: how many, besides those of its scene.
 
     restarts: Shards with a disk are killed, or their power is cut, and come back with what that has.
+    disks: Disks fail (EIO) or are full for a while: shards', and the one on which checkpoints are kept.
     """
 
     loss: bool = False
@@ -43,6 +44,7 @@ class Faults:
     controller_dies: bool = False
     shards_die: bool = False
     restarts: bool = False
+    disks: bool = False
     traps: int = 0
     scene: Scene = NO_SCENE
 
@@ -100,6 +102,8 @@ class Chaos:
                 (faults.restarts, self._shard_restarts),
                 (faults.restarts, self._shard_restarts),
                 (faults.restarts, self._power_goes),
+                (faults.disks, self._disk_refuses),
+                (faults.disks, self._disk_refuses),
             )
             if wanted
         ]
@@ -134,6 +138,8 @@ class Chaos:
         network = self._park.network
         network.weather = Weather()
         network.cut.clear()
+        for disk in (self._park.place, *self._park.disks.values()):
+            disk.heal()
         for loop in self._loops():
             loop.resume()
             loop.set_speed(1.0)
@@ -197,8 +203,20 @@ class Chaos:
         """Of all that there is, but for trainers, which are elsewhere; mostly of the controller, too."""
         if self._random.random() < 0.7:
             self._controller_dies()
+        self._park.place.power_cut()
         for shard in sorted(self._park.shards):
             self._park.kill_shard(shard, comes_back_s=5.0 * self._random.random(), keeps="what was synced")
+
+    def _disk_refuses(self) -> None:
+        """One disk, now and then or at every operation, or there is no room."""
+        random, park = self._random, self._park
+        disk = random.choice([park.place, *(disk for _, disk in sorted(park.disks.items()))])
+        if random.random() < 0.5:
+            disk.fill(random.choice((0, 100, 2000)))
+        else:
+            disk.failing = random.choice((0.05, 0.3, 1.0))
+        park.network.counts["disk refuses"] += 1
+        self._later(self._while_s(), disk.heal)
 
     def _shard_dies(self) -> None:
         if self._park.shards:

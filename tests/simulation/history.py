@@ -6,7 +6,7 @@ in the order of their versions, and every answer is compared with it, bit for bi
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,10 +18,13 @@ from mempool.agreement.order import NOBODY
 from mempool.errors import DataLoss, Internal, MempoolError
 from mempool.types import DecidedStep, HeartbeatRequest, Placement, ShardInfo, StepId, TableSchema, TableView
 from mempool.wire import methods
+from tests.simulation.expected import Sums, rows_of
 from tests.simulation.loop import ProcessLoop
 from tests.simulation.network import Call, Network
 from tests.simulation.oracle import Content, Oracle
-from tests.simulation.tables import TRAINED, is_exact
+from tests.simulation.saved import Origin, Saved
+from tests.simulation.tables import is_exact
+from tests.simulation.writes import Write, check_written
 
 Update = tuple[int, str, int, int]
 """(table id, group, generation, sequence); all ranks are 0."""
@@ -54,25 +57,6 @@ class Acknowledged:
     at_s: float
 
 
-@dataclass(slots=True)
-class Write:
-    """A row that was, or may have been, written: by which client, when that began, and when it was known to be done, or
-    was given up."""
-
-    row: Tensor
-    client: str
-    began_s: float
-    done_s: float | None = None
-    given_up_s: float | None = None
-
-    def is_over_for(self, later: "Write") -> bool:
-        """Whether that one began when this one was over: done, or given up by the same client."""
-        over_s = self.done_s
-        if over_s is None and later.client == self.client:
-            over_s = self.given_up_s
-        return over_s is not None and over_s < later.began_s
-
-
 @dataclass
 class History:
     """One run.
@@ -83,7 +67,9 @@ class History:
         contents: Updates by their number.
         owners: (shard, incarnation) of those that had pages of a table, by table; killed: of those that were killed.
         incarnations: Of the shards that run now, by their processes' names.
-        torn: Steps by what they were told as one: [(table id, step), ...] of each commit of several tables.
+        together: What was told as one: [(table id, step), ...] of each commit of several tables.
+        saved: The checkpoints that were taken.
+        origins: Where tables come from that were restored.
     """
 
     violations: list[str] = field(default_factory=list)
@@ -106,6 +92,8 @@ class History:
     floors: dict[int, int] = field(default_factory=dict)
     incarnations: dict[str, int] = field(default_factory=dict)
     checked: int = 0
+    saved: Saved = field(default_factory=Saved)
+    origins: dict[int, Origin] = field(default_factory=dict)
 
     def say(self, text: str) -> None:
         """Something that may not be."""
@@ -154,6 +142,8 @@ class History:
                     self.answers.append((asked.envelope.table_id, asked.step_id, part.version, part.stamp.shard))
         elif path == methods.ATTACH_TABLE.path or path == methods.SET_VIEW.path:
             self.note_view(call.request.view)
+            if path == methods.ATTACH_TABLE.path and call.request.source is not None:
+                self._restored(call.request.view.schema.table_id, self.saved.origin(call.request.source))
         elif path == methods.RESOLVE.path:
             for step in reply.steps:
                 if step.version:
@@ -169,6 +159,28 @@ class History:
         same = np.array_equal(known.owners, view.placement.owners)
         if not same or not np.array_equal(known.key_owners, view.placement.key_owners):
             self.say(f"table {table_id} has two placements of epoch {view.placement.epoch}")
+
+    def _restored(self, table_id: int, origin: Origin) -> None:
+        """A table is made of a checkpoint's."""
+        if self.origins.setdefault(table_id, origin) != origin:
+            self.say(f"table {table_id} is restored from {origin}, and from {self.origins[table_id]}")
+        began_s, ended_s = origin.taken_s
+        for (other, slot), writes in list(self.writes.items()):
+            if other == origin.table_id and (table_id, slot) not in self.writes:
+                along = [write.taken_along(began_s, ended_s) for write in writes]
+                self.writes[table_id, slot] = [write for write in along if write is not None]
+
+    def check_written(self, view: TableView, ids: Tensor, rows: Tensor, asked_s: float) -> None:
+        """Rows of slots that are not trained, as they were read."""
+        schema = view.schema
+        check_written(
+            schema,
+            ids,
+            rows,
+            writes_of=lambda slot: self.writes[schema.table_id, slot],
+            asked_s=asked_s,
+            say=self.say,
+        )
 
     def note_applied(self, step: DecidedStep) -> None:
         """A shard has applied a step, or counted one that it has no part in."""
@@ -230,6 +242,7 @@ class History:
             self._check_table(table_id)
         self._check_answers()
         self._check_whole()
+        self.saved.check_moments(self.together, self.decided, self.acknowledged_versions, say=self.say)
         return self.violations
 
     def _check_table(self, table_id: int) -> None:
@@ -238,23 +251,42 @@ class History:
         for read in self.reads:
             if read.call.request.envelope.table_id == table_id:
                 reads[read.call.reply.stamp.table_version].append(read)
-        newest = max([*versions, *reads], default=0)
-        if versions != list(range(1, len(versions) + 1)):
-            self.say(f"table {table_id} has versions {versions}: some are missing")
+        base = self.base_of(table_id)
+        newest = max([*versions, *reads], default=base)
+        if versions != list(range(base + 1, base + 1 + len(versions))):
+            self.say(f"table {table_id} of version {base} has versions {versions}: some are missing")
             return
-        if newest > len(versions):
-            self.say(f"table {table_id}: an answer names version {newest}, and {len(versions)} were made")
+        if newest > base + len(versions) or min(reads, default=base) < base:
+            self.say(f"table {table_id}: answers name versions {sorted(reads)}; {base} and {versions} were made")
             return
         made_by = self._check_once(table_id, versions)
         floors = _Floors(self._acknowledged_versions(table_id, made_by))
-        oracle = Oracle(self.schemas[table_id])
+        oracle = self.oracle_of(table_id, base)
         try:
-            for version in range(newest + 1):
-                if version:
+            for version in range(base, newest + 1):
+                if version > base:
                     self._replay(oracle, table_id, self.decided[table_id, version])
                 self._check_reads(oracle, reads[version], floors)
         finally:
             oracle.close()
+
+    def base_of(self, table_id: int) -> int:
+        """The version with which a table begins."""
+        return self.origins[table_id].version if table_id in self.origins else 0
+
+    def oracle_of(self, table_id: int, version: int) -> Oracle:
+        """The table as it was at that version: of one that was restored, what its origin was, and goes on from there.
+
+        Raises KeyError where a step of that is not known."""
+        origin = self.origins.get(table_id)
+        if origin is None:
+            oracle = Oracle(self.schemas[table_id])
+        else:
+            oracle = self.oracle_of(origin.table_id, origin.version)
+            oracle.becomes(self.schemas[table_id])
+        for number in range(self.base_of(table_id) + 1, version + 1):
+            self._replay(oracle, table_id, self.decided[table_id, number])
+        return oracle
 
     def _check_once(self, table_id: int, versions: Iterable[int]) -> dict[Update, int]:
         """Each update is in one step at most; answers in which version it is."""
@@ -275,6 +307,21 @@ class History:
                 made_by[update] = version
         return made_by
 
+    def acknowledged_versions(self, table_id: int) -> list[tuple[float, int]]:
+        """When versions of a table were acknowledged, to anybody."""
+        made_by = {
+            (table_id, step.step_id.group, step.step_id.generation, sequence): version
+            for (table, version), step in self.decided.items()
+            if table == table_id
+            for sequence in step.sequences
+        }
+        return [
+            (told.at_s, made_by[update])
+            for told in self.acknowledged
+            for update in told.updates
+            if update[0] == table_id and update in made_by
+        ]
+
     def _acknowledged_versions(self, table_id: int, made_by: Mapping[Update, int]) -> list[tuple[float, int]]:
         found = []
         for acknowledged in self.acknowledged:
@@ -294,14 +341,14 @@ class History:
         """Answers of one version."""
         self.checked += len(reads)
         whole = [read for read in reads if self._is_in_time(oracle, read, floors)]
-        sums = _Sums(oracle)
+        sums = Sums(oracle)
         for read in whole:
             call = read.call
             placement = self.placements[call.request.envelope.table_id, call.reply.stamp.epoch]
             if call.method.path == methods.GATHER.path:
                 sums.ask(call, placement)
             else:
-                self._check_same(oracle, call, *_rows(oracle, call, placement))
+                self._check_same(oracle, call, *rows_of(oracle, call, placement))
         for call, expected in sums.found():
             self._check_same(oracle, call, expected, call.reply.values)
 
@@ -372,74 +419,8 @@ class _Floors:
         return max((version for at_s, version in self._acknowledged if at_s < when_s), default=0)
 
 
-class _Sums:
-    """What lookups of one version are to be answered with, all asked of the oracle in one.
-
-    A shard sums by itself what lies in pages of which it has the same blocks, then these sums.
-    """
-
-    def __init__(self, oracle: Oracle) -> None:
-        self._oracle = oracle
-        self._bags: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._calls: list[tuple[Call, list[tuple[int, int]]]] = []
-
-    def ask(self, call: Call, placement: Placement) -> None:
-        request, schema = call.request, self._oracle.schema
-        first = schema.num_blocks - 1
-        codes = (placement.owners == call.reply.stamp.shard) @ (1 << np.arange(first, -1, -1))  # of each page
-        here = codes[request.ids.numpy() // schema.page_slots]
-        asked = []
-        for code in sorted(set(here.tolist()) - {0}):
-            asked.append((code, len(self._bags)))
-            self._bags.append(_only(torch.from_numpy(here == code), request))
-        self._calls.append((call, asked))
-
-    def found(self) -> Iterator[tuple[Call, Tensor]]:
-        """Each call, and what it is to be answered with."""
-        sums = self._oracle.gather_all(self._bags)
-        first = self._oracle.schema.num_blocks - 1
-        for call, asked in self._calls:
-            parts = []
-            for block in call.reply.blocks:
-                begin, end = self._oracle.schema.block_columns(block)
-                part = torch.zeros(len(call.request.offsets) - 1, end - begin)
-                for code, number in asked:
-                    if code >> (first - block) & 1:
-                        part += sums[number][:, begin:end]
-                parts.append(part)
-            yield call, torch.cat(parts, dim=1).to(call.reply.values.dtype)
-
-
-def _rows(oracle: Oracle, call: Call, placement: Placement) -> tuple[Tensor, Tensor]:
-    """What rows are to be answered, and what was."""
-    request, reply, schema = call.request, call.reply, oracle.schema
-    trained = request.ids < TRAINED
-    ids, found = request.ids[trained], reply.rows[trained]
-    if not ids.numel():
-        return found, found
-    rows = oracle.read(request.array, ids)
-    if rows.shape[1] == schema.value_dim:
-        columns = torch.cat([torch.arange(*schema.block_columns(block)) for block in reply.blocks])
-        blocks = torch.cat([torch.full((_width(schema, block),), block) for block in reply.blocks])
-    else:
-        columns = blocks = torch.tensor(reply.blocks)
-    owners = torch.tensor(placement.owners)[(ids // schema.page_slots)[:, None], blocks[None, :]]
-    return torch.where(owners == reply.stamp.shard, rows[:, columns], torch.zeros_like(rows[:, columns])), found
-
-
 def _where(oracle: Oracle, call: Call) -> str:
     return f"{call.method.name} {call.number} of {call.client} at {call.server}, table {oracle.schema.name!r}"
-
-
-def _only(here: Tensor, request: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The pairs of a request with no weight where they are not here: as a shard reads zeros there."""
-    weights = torch.ones(request.ids.shape[0]) if request.weights is None else request.weights
-    return request.ids, torch.where(here, weights, torch.zeros_like(weights)), request.offsets
-
-
-def _width(schema: TableSchema, block: int) -> int:
-    first, end = schema.block_columns(block)
-    return end - first
 
 
 def _incarnations_of(request: Any) -> list[int]:

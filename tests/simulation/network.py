@@ -70,7 +70,7 @@ class Routes(Services):
             }
             found |= {f"/{methods.SHARD_SERVICE}/{name}": call for name, call in self.shard(shard).items()}
         found |= {f"/{methods.POOL_SERVICE}/{name}": call for name, call in self.pool(pool).items()}
-        found[methods.RESCALE.path] = pool.rescale
+        found |= {methods.RESCALE.path: pool.rescale, methods.CHECKPOINT.path: pool.checkpoint}
         object.__setattr__(self, "by_path", found)
 
     def _of(self, method: Any, call: Any) -> Any:

@@ -18,11 +18,13 @@ from mempool.types import (
     CommitRequest,
     Envelope,
     GatherRequest,
+    Ledger,
     Placement,
     ReadRowsRequest,
     ShardInfo,
     StepId,
     TableSchema,
+    TableSource,
     TableView,
     UpdateRequest,
 )
@@ -43,11 +45,14 @@ class Content:
 
 
 class Oracle:
-    """One table, whole, at one version after the other."""
+    """One table, whole, at one version after the other.
 
-    def __init__(self, schema: TableSchema) -> None:
+    source, version: A checkpoint's table that it begins with; else with initial values.
+    """
+
+    def __init__(self, schema: TableSchema, *, source: TableSource | None = None, version: int = 0) -> None:
         self.schema = replace(schema, table_id=ORACLE_TABLE)
-        self.version = 0
+        self.version = version
         self._scheduler = Scheduler(0)
         loop = self._scheduler.world
         runner = InlineRunner(loop, self._scheduler.random("oracle"), longest_s=0.0)
@@ -61,7 +66,15 @@ class Oracle:
         )
         self._blocks = tuple(range(self.schema.num_blocks))
         view = TableView(schema=self.schema, placement=placement, shards=(self._engine.info,))
-        self._run(self._engine.attach_table(AttachTable(view=view, mode="initialise")))
+        request = AttachTable(view=view, mode="initialise")
+        if source is not None:
+            request = replace(request, mode="restore", ledger=Ledger(version=version), source=source)
+        self._run(self._engine.attach_table(request))
+
+    def becomes(self, schema: TableSchema) -> None:
+        """Go on as a table that was restored from this one, of another name and layout."""
+        self.schema = replace(schema, table_id=ORACLE_TABLE)
+        self._engine._tenancy.table(ORACLE_TABLE).storage.schema = self.schema
 
     def step(self, contents: Sequence[Content], *, lr: float, grad_scale: float) -> None:
         """Apply one step; contents: its updates in their order."""

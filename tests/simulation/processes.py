@@ -16,7 +16,7 @@ from mempool.client import GrpcPool
 from mempool.client.routing.router import Router
 from mempool.client.transport.shard import GrpcDialer
 from mempool.controller import Controller
-from mempool.errors import MempoolError
+from mempool.errors import MempoolError, StorageFailed
 from mempool.server.views import ShardViews
 from mempool.shard import Engine
 from mempool.shard.durable.store import Store
@@ -28,8 +28,6 @@ from tests.support.fakefiles import FakeFiles
 POOL = "simulated"
 CONTROLLER = "controller"
 CONTROLLER_ADDRESS = "controller:7077"
-JOURNAL_LIMIT_BYTES = 2**17
-"""Small, so that snapshots are taken."""
 _LOOK_S = 10.0
 _RETRY_S = 1.0
 _EPOCH_S = 1_700_000_000.0  # when the simulated world begins, on everybody's wall clock
@@ -51,6 +49,7 @@ class Park:
         drift: By how much clocks may be faster or slower than true time, as a part of it.
         lease_s: Of trainers on shards.
         storage: Shards have a disk, which outlives their processes.
+        journal_limit: Of their journals.
 
     Attributes:
         shards: Running shard processes by number, those that stand still too.
@@ -59,6 +58,7 @@ class Park:
         meant: How many shards the pool is meant to have, as the controller had it kept.
         killed: Incarnations of shards that were killed with what they had.
         disks: Of shards, by number; none without storage.
+        place: The disk on which checkpoints are kept.
         on_failure: Told of a shard that cannot read what it has kept.
     """
 
@@ -70,7 +70,9 @@ class Park:
         drift: float = 0.0,
         lease_s: float = 10.0,
         storage: bool = False,
+        journal_limit: int = 2**17,
     ) -> None:
+        self.journal_limit = journal_limit
         self.scheduler = scheduler
         self.network = network
         self.shards: dict[int, ShardProcess] = {}
@@ -80,6 +82,7 @@ class Park:
         self.killed: list[ShardInfo] = []
         self.storage = storage
         self.disks: dict[int, FakeFiles] = {}
+        self.place = FakeFiles(scheduler.random("place").getrandbits(32))
         self.on_failure: Callable[[str], None] = lambda _: None
         self.on_shard: list[Callable[[ShardProcess], None]] = []
         self.on_controller: list[Callable[[ControllerProcess], None]] = []
@@ -133,7 +136,12 @@ class Park:
         process.loop.kill()
         self.network.died(process.loop)
         if comes_back_s is not None:
-            self._later(comes_back_s, lambda: self._comes_back(shard))
+            self.later(comes_back_s, lambda: self._comes_back(shard))
+
+    def restart(self, process: "ShardProcess") -> None:
+        """A shard could not begin to serve: it is started again, unless it was already."""
+        if self.shards.get(process.info.shard) is process:
+            self.kill_shard(process.info.shard, comes_back_s=0.0, keeps="what was written")
 
     def _comes_back(self, shard: int) -> None:
         if shard in self.wanted and shard not in self.shards:
@@ -170,14 +178,14 @@ class Park:
         if process is not None:
             process.loop.kill()
             self.network.died(process.loop)
-            self._later(comes_back_s, lambda: self.start_controller() if self.controller is None else None)
+            self.later(comes_back_s, lambda: self.start_controller() if self.controller is None else None)
 
     def stand_still(self, loop: ProcessLoop, for_s: float) -> None:
         """A process stops for a while and then goes on, late."""
         loop.stop()
-        self._later(for_s, loop.resume)
+        self.later(for_s, loop.resume)
 
-    def _later(self, after_s: float, do: Callable[[], object]) -> None:
+    def later(self, after_s: float, do: Callable[[], object]) -> None:
         self.scheduler.world.call_later(after_s, do, context=contextvars.Context())
 
 
@@ -222,10 +230,13 @@ class ShardProcess:
                 shard=self.info.shard,
                 files=disk,
                 runner=self._park.runner(self.loop),
-                journal_limit=JOURNAL_LIMIT_BYTES,
+                journal_limit=self._park.journal_limit,
             )
             engine = self._made(self.store)
             await engine.recover()
+        except StorageFailed:  # its process ends, and is started again
+            self._park.later(1.0, lambda: self._park.restart(self))
+            return
         except MempoolError as error:
             self._park.on_failure(f"shard {self.info.shard} cannot go on with its disk: {error!r}")
             return

@@ -16,6 +16,7 @@ from multiprocessing import get_context
 
 import torch
 
+from mempool.checkpoint.format.manifest import Manifest
 from tests.simulation.branches import counted, missed
 from tests.simulation.faults import Chaos, Faults
 from tests.simulation.history import History
@@ -23,6 +24,7 @@ from tests.simulation.loop import Scheduler, Stuck
 from tests.simulation.marks import Marks
 from tests.simulation.network import Network
 from tests.simulation.observing import observed
+from tests.simulation.places import Place, placed
 from tests.simulation.processes import Park
 from tests.simulation.workload import Workload
 
@@ -56,6 +58,7 @@ class Run:
     faults: Faults | None = None
     encode: bool | None = None
     storage: bool | None = None
+    saves: bool | None = None
     marks: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -64,10 +67,13 @@ class Run:
         random = self.scheduler.random("run")
         disks = self.scheduler.random("storage")
         if self.storage is None:  # faults that were asked for are the whole of it
-            self.storage = self.faults is None and disks.random() < 0.25
+            self.storage = self.faults is None and disks.random() < 0.5
+        drawn = self.faults is None
         self.faults = self.faults or Faults.draw(random)
-        if self.storage and disks.random() < 0.8:
-            self.faults = replace(self.faults, restarts=True)
+        if self.storage and drawn:
+            self.faults = replace(self.faults, restarts=disks.random() < 0.8, disks=disks.random() < 0.3)
+        if self.saves is None:
+            self.saves = drawn and disks.random() < (0.5 if self.storage else 0.1)
         encode = random.random() < 0.1 if self.encode is None else self.encode
         self.lasts_s = random.choice((6.0, 12.0, 24.0))
         self.network = Network(self.scheduler, encode=encode)
@@ -79,11 +85,20 @@ class Run:
             drift=random.choice((0.02, 0.3)) if self.faults.drift or self.faults.scene.drifts else 0.0,
             lease_s=random.choice((3.0, 10.0)),
             storage=self.storage,
+            journal_limit=disks.choice((2**13, 2**14, 2**16)),
         )
+        self.place = Place(self.park.place, self.scheduler.random("names"), on_manifest=self._saved)
         self.park.on_failure = self.history.say
         Marks(self.marks).watch(self.network)
         self.park.on_shard.append(lambda shard: self.history.shard_started(shard.info, shard.loop.name))
-        self.workload = Workload(self.park, self.history, self.marks, scene=self.faults.scene)
+        self.workload = Workload(
+            self.park,
+            self.history,
+            self.marks,
+            scene=self.faults.scene,
+            place=self.place if self.saves else None,
+            disks_refuse=self.faults.disks,
+        )
         self.shards = random.choice((1, 2, 2, 3, 3, 4))
 
     def play(self) -> Outcome:
@@ -91,7 +106,7 @@ class Run:
         enabled = gc.isenabled()
         gc.disable()  # when garbage is collected is no part of a seed
         try:
-            with self.around, observed(self.history, self.park.store_now), counted(self.marks):
+            with placed(self.place), self.around, observed(self.history, self.park.store_now), counted(self.marks):
                 self._play()
         except Stuck as stuck:
             self.history.say(f"no progress: {stuck}; {self.workload.waiting()}")
@@ -140,11 +155,14 @@ class Run:
         scheduler.run(asyncio.sleep(self.lasts_s), limit_s=ended_s + 1.0)
         chaos.end()
         going.cancel()
-        if self.faults.controller_dies and workload.rescaling:  # type: ignore[union-attr]
-            # For good: what it froze thaws by itself, and trainers go on.
+        if self.faults.controller_dies and workload.rescaling and not self.faults.restarts:  # type: ignore[union-attr]
+            # For good: what it froze thaws by itself, and trainers go on. Shards that come back wait for one.
             self.park.kill_controller(comes_back_s=10 * PROGRESS_S)
             self.marks["a controller that died in a rescale and did not come back"] += 1
         scheduler.run(workload.end(), limit_s=scheduler.now_s + PROGRESS_S)
+
+    def _saved(self, manifest: Manifest) -> None:
+        self.history.saved.note(manifest, self.scheduler.now_s)
 
     def _digest(self) -> str:
         """The same for the same run, whatever process it is in."""

@@ -1,4 +1,5 @@
-"""What a run's people do: trainers that train, readers that look, an operator who makes, drops and rescales.
+"""What a run's people do: trainers that train, readers that look, an operator who makes, drops and rescales, and one
+who takes checkpoints and restores them.
 
 All of it goes through the client's own code. What was pushed, acknowledged and written is told to the history.
 """
@@ -6,7 +7,6 @@ All of it goes through the client's own code. What was pushed, acknowledged and 
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from random import Random
 from typing import Any, TypeVar
 
 import torch
@@ -15,27 +15,18 @@ from mempool.errors import (
     AlreadyExists,
     DataLoss,
     DeadlineExceeded,
-    InvalidRequest,
     MempoolError,
     NotFound,
+    StorageFailed,
     Unavailable,
 )
 from mempool.types import TableView
-from mempool.types.bags import Bags
-from tests.simulation.history import History, Write
-from tests.simulation.oracle import Content
+from tests.simulation.history import History
+from tests.simulation.lives import ReaderLife, TrainerLife
+from tests.simulation.places import Place
 from tests.simulation.processes import Park, Trainer
-from tests.simulation.tables import (
-    NUM_SLOTS,
-    TRAINED,
-    WIDTH,
-    draw_bags,
-    draw_grads,
-    draw_row,
-    draw_schema,
-    may_be_written,
-)
-from tests.simulation.training import Training
+from tests.simulation.saving import COPY, Saver
+from tests.simulation.tables import NUM_SLOTS, TRAINED, draw_schema, may_be_written
 from tests.simulation.traps import Scene
 
 T = TypeVar("T")
@@ -52,13 +43,25 @@ class Workload:
         history: Is told.
         marks: Rare things that were met are counted here.
         scene: What is to be done in any case, whatever the seed draws.
+        place: Where checkpoints are taken; None: none are.
+        disks_refuse: Disks fail and fill up, and callers are told so.
 
     Attributes:
+        faults: What a call may end with while links, processes and disks fail.
         trainers: Those that are running now, by name.
         views: The tables that trainers know of, by name, as they were made.
     """
 
-    def __init__(self, park: Park, history: History, marks: Counter[str], *, scene: Scene) -> None:
+    def __init__(
+        self,
+        park: Park,
+        history: History,
+        marks: Counter[str],
+        *,
+        scene: Scene,
+        place: Place | None = None,
+        disks_refuse: bool = False,
+    ) -> None:
         self.park = park
         self.history = history
         self.marks = marks
@@ -81,6 +84,9 @@ class Workload:
         self.writes = scene.writes
         self._pause_s = self._random.choice((1.0, 3.0))
         self._operating: asyncio.Task[None] | None = None
+        self._place = place
+        self._saver: Saver | None = None
+        self.faults = (*FAULTS, StorageFailed) if disks_refuse else FAULTS
 
     # Lives
 
@@ -92,11 +98,14 @@ class Workload:
         if self._random.random() < 0.4:
             self._start("reader", ReaderLife)
         self._operating = self._operator.loop.create_task(self._operate())
+        if self._place is not None:
+            self._saver = Saver(self, self._place)
 
     async def end(self) -> None:
         """Let everybody end what they do; then every trainer commits once more, and all that there is is read."""
         self.ending = True
-        while self._lives or not (self._operating and self._operating.done()):
+        saving = None if self._saver is None else self._saver.life
+        while self._lives or not (self._operating and self._operating.done()) or not (saving is None or saving.done()):
             await asyncio.sleep(0.5)
             for name, life in list(self._lives.items()):
                 if life.done():
@@ -104,15 +113,20 @@ class Workload:
                     life.result()
         if self._operating is not None:
             self._operating.result()
+        if saving is not None:
+            saving.result()
         if self.rescales and not self.history.lost and self.park.controller is not None:
             await self._on(self._operator, self._rescale_at_last())
         await self._on(self._operator, self._read_all())
+        if self._saver is not None and self.park.controller is not None:
+            await self._on(self._operator, self._saver.end())
         await self._let_leases_end()
 
     def waiting(self) -> str:
         """Who is still at what, for a run that does not end."""
         lives = {name: getattr(self.trainers.get(name), "doing", "") for name in self._lives}
-        return f"still there: {lives}, the operator: {self._operator_doing}"
+        saver = "" if self._saver is None else f", the saver: {self._saver.doing}"
+        return f"still there: {lives}, the operator: {self._operator_doing}{saver}"
 
     _operator_doing = ""
 
@@ -191,7 +205,7 @@ class Workload:
         try:
             await ask()
             self.marks["a rescale that ended at its first call"] += 1
-        except (*FAULTS, DataLoss, InvalidRequest, MempoolError) as error:
+        except MempoolError as error:
             self.marks[f"a rescale that failed: {type(error).__name__}"] += 1
 
     async def _rescale_at_last(self) -> None:
@@ -225,7 +239,8 @@ class Workload:
                 self._operator_doing = "rescales"
                 await self._rescale(random.randint(1, 4))
             elif self.changes_tables or self.history.lost:
-                name = random.choice(sorted(self.views)) if self.views else ""
+                own = [name for name in sorted(self.views) if not name.startswith(COPY)]
+                name = random.choice(own) if own else ""
                 if name and (random.random() < 0.5 or self.views[name].schema.table_id in self.history.lost):
                     self._operator_doing = f"drops {name}"
                     await self._drop(name)
@@ -242,7 +257,7 @@ class Workload:
             try:
                 async with asyncio.timeout(60.0):
                     return await ask()
-            except (*FAULTS, TimeoutError, DataLoss, NotFound):
+            except (*self.faults, TimeoutError, DataLoss, NotFound):
                 await asyncio.sleep(self._random.random() * 2.0)
             except MempoolError as error:
                 self.history.say(f"the operator: {error!r}")
@@ -267,8 +282,9 @@ class Workload:
             if may_be_written(view.schema):
                 ids = torch.arange(TRAINED, NUM_SLOTS)
                 rows = await self._operator.router.read_rows(table_id, array="values", ids=ids)
-                self.check_written(view, ids, rows, self.park.scheduler.now_s)
-            made = max((version for table, version in self.history.decided if table == table_id), default=0)
+                self.history.check_written(view, ids, rows, self.park.scheduler.now_s)
+            base = self.history.base_of(table_id)
+            made = max((version for table, version in self.history.decided if table == table_id), default=base)
             for read in self.history.reads[before:]:
                 stamp = read.call.reply.stamp
                 if stamp.table_version != made:
@@ -292,27 +308,6 @@ class Workload:
                         "nobody"
                     )
 
-    def check_written(self, view: TableView, ids: torch.Tensor, rows: torch.Tensor, asked_s: float) -> None:
-        """What a row that was written has in each block is of one write, and of none that was over before one began
-        that was done before the reading. Blocks may lie on several shards, which writes that overlap reach in any
-        order."""
-        schema = view.schema
-        for slot, row in zip(ids.tolist(), rows, strict=True):
-            writes = self.history.writes[schema.table_id, slot]
-            done = [write for write in writes if write.done_s is not None and write.done_s < asked_s]
-            if not done:
-                continue
-            for block in range(schema.num_blocks):
-                columns = slice(*schema.block_columns(block))
-                found = [write for write in writes if torch.equal(write.row[columns], row[columns])]
-                if not found:
-                    self.history.say(f"slot {slot} of table {schema.name!r} is what nobody wrote: {row.tolist()}")
-                elif all(any(write.is_over_for(later) for later in done) for write in found):
-                    self.history.say(
-                        f"slot {slot} of table {schema.name!r} is of a write that was over at "
-                        f"{found[-1].done_s or found[-1].given_up_s:.3f} s, and a later one was done: {row.tolist()}"
-                    )
-
 
 def _arrays(view: TableView) -> list[str]:
     """What optimizers keep of each slot."""
@@ -330,170 +325,3 @@ def _arrays(view: TableView) -> list[str]:
 
 def _first(asked: bool | None, drawn: bool) -> bool:
     return drawn if asked is None else asked
-
-
-class _Life:
-    """One process of a run, from its start to its end."""
-
-    def __init__(self, workload: Workload, trainer: Trainer, name: str) -> None:
-        self.workload = workload
-        self.trainer = trainer
-        self.name = name
-        self.random: Random = trainer.random
-        self.doing = ""
-        self.last = False  # no faults any more: what is tried now has to come to a good end
-
-    async def live(self) -> None:
-        raise NotImplementedError
-
-    async def rest(self) -> None:
-        """Mostly short, now and then long: so a run has busy moments and is not busy all the time."""
-        await asyncio.sleep(self.random.expovariate(1 / (3.0 if self.random.random() < 0.2 else 0.1)))
-
-    def now_s(self) -> float:
-        return self.workload.park.scheduler.now_s
-
-    def pick(self) -> list[TableView]:
-        """Some tables, in any order."""
-        views = [view for _, view in sorted(self.workload.views.items())]
-        views = [view for view in views if view.schema.table_id not in self.workload.history.lost]
-        for view in views:
-            self.trainer.know(view)
-        return self.random.sample(views, self.random.randint(1, len(views))) if views else []
-
-    async def tried(self, what: str, call: Awaitable[T], *tables: TableView) -> T | None:
-        """The result, or None where the call failed as it may."""
-        self.doing = self.trainer.doing = f"{what} since {self.now_s():.1f} s"
-        history = self.workload.history
-        ids = {view.schema.table_id for view in tables}
-        try:
-            return await call
-        except FAULTS as error:
-            self.workload.marks[f"{what} that failed"] += 1
-            unheard = self.workload.park.controller is None and history.names_lost(error)
-            if self.last and not unheard and not ids & (history.dropped | history.lost):
-                history.say(f"no progress: {self.name}: without faults {what} ends with {error!r}")
-        except NotFound as error:
-            if not ids & (history.dropped | history.lost):
-                history.say(f"{self.name}: {what}: {error!r}")
-        except DataLoss as error:
-            if not ids & history.lost:
-                history.say(f"{self.name}: {what}: {error!r}")
-        except MempoolError as error:
-            history.say(f"{self.name}: {what}: {error!r}")
-        return None
-
-
-class ReaderLife(_Life):
-    """Looks up rows as somebody who has just come: each lookup by a client that knows of no version."""
-
-    async def live(self) -> None:
-        while not self.workload.ending:
-            await self.rest()
-            for view in self.pick():
-                if self.random.random() < 0.5:
-                    self.trainer.router.forget(view.schema.table_id)
-                    self.workload.history.known.pop((self.trainer.loop, view.schema.table_id), None)
-                ids, weights, offsets = draw_bags(self.random)
-                bags = Bags(ids=ids, weights=weights, offsets=offsets)
-                gather = self.trainer.router.gather(view.schema.table_id, bags=bags, timeout_s=20.0)
-                await self.tried("a lookup", gather, view)
-
-
-class TrainerLife(_Life):
-    """Looks up, pushes gradients, commits or discards; now and then reads and writes rows."""
-
-    def __init__(self, workload: Workload, trainer: Trainer, name: str) -> None:
-        super().__init__(workload, trainer, name)
-        # In half of the runs one that comes in a dead one's place goes on in its name, as from a checkpoint.
-        self.group = trainer.name if workload.goes_back else name
-        self.training = self._next_generation()
-        if self.training.generation:
-            workload.marks["a trainer that another one of a higher generation took the place of"] += 1
-
-    def _next_generation(self) -> Training:
-        generations = self.workload.generations
-        generation = generations[self.group]
-        generations[self.group] += 1
-        return Training(self.trainer, group=self.group, history=self.workload.history, generation=generation)
-
-    async def live(self) -> None:
-        while not self.workload.ending:
-            await self.rest()
-            if self.workload.goes_back and self.random.random() < 0.03:
-                await self.go_back()
-            await self.step()
-        self.training.timeout_s = 100.0
-        self.last = True
-        await self.step(last=True)
-        await self.training.close()
-
-    async def go_back(self) -> None:
-        """Begin again, as after a loss that is no number: what was pending is nobody's any more."""
-        await self.tried("an end before going back", self.training.close())
-        self.training = self._next_generation()
-        self.workload.marks["a trainer that went back to an earlier step"] += 1
-
-    async def step(self, *, last: bool = False) -> None:
-        """One step of some tables."""
-        random, tables = self.random, self.pick()
-        for view in tables:
-            for _ in range(1 if last else random.choice((0, 1, 1, 2))):
-                await self.push(view)
-            if not last and random.random() < (0.9 if self.workload.writes else 0.1):
-                await self.read_or_write(view)
-        if not last and random.random() < 0.05:
-            await self.tried("a discard", self.training.discard(tables), *tables)
-            return
-        if not last and random.random() < 0.2:
-            await self.tried("a prepare", self.training.prepare(tables, want_norm=random.random() < 0.5), *tables)
-            if random.random() < 0.3:
-                return  # what is prepared is merged with what comes
-        lr, grad_scale = 0.1 * random.random(), random.choice((1.0, 0.5))
-        await self.commit(tables, lr, grad_scale)
-
-    async def commit(self, tables: list[TableView], lr: float, grad_scale: float) -> None:
-        """Commit all that is pending on these tables."""
-        done = await self.tried("a commit", self.training.commit(tables, lr=lr, grad_scale=grad_scale), *tables)
-        if done is not None:
-            self.workload.marks[f"a commit of {min(3, len(tables))} tables"] += 1
-
-    async def push(self, view: TableView) -> None:
-        """One lookup and its gradient."""
-        ids, weights, offsets = draw_bags(self.random)
-        bags = Bags(ids=ids, weights=weights, offsets=offsets)
-        remember = self.random.random() < 0.7
-        found = await self.tried("a lookup", self.training.gather(view, bags, remember=remember), view)
-        if found is None:
-            return
-        content = Content(ids, weights, offsets, draw_grads(self.random, len(offsets) - 1))
-        hold = self.random.random() < 0.9
-        want = self.random.random() < 0.5
-        await self.tried("an update", self.training.push(view, found, content, hold=hold, want=want), view)
-
-    async def read_or_write(self, view: TableView) -> None:
-        """Rows as they are, in one slot that nobody trains."""
-        if not may_be_written(view.schema):
-            return
-        history, table_id, asked_s = self.workload.history, view.schema.table_id, self.now_s()
-        slot = self.random.randrange(TRAINED, NUM_SLOTS) // 4 * 4  # few, in two pages: writes follow each other
-        ids = torch.tensor([slot])
-        if self.random.random() < 0.5:
-            read = self.trainer.router.read_rows(table_id, array="values", ids=ids, timeout_s=20.0)
-            rows = await self.tried("reading rows", read, view)
-            if rows is not None:
-                self.workload.check_written(view, ids, rows, asked_s)
-            return
-        row = draw_row(self.random, len(history.writes[table_id, slot])).reshape(1, WIDTH)
-        write = Write(row[0].clone(), self.name, asked_s)
-        history.writes[table_id, slot].append(write)
-        done = self.trainer.router.write_rows(table_id, array="values", ids=ids, rows=row, timeout_s=20.0)
-        if await self.tried("writing rows", _said(done), view):
-            write.done_s = self.now_s()
-        else:
-            write.given_up_s = self.now_s()
-
-
-async def _said(done: Awaitable[None]) -> bool:
-    await done
-    return True

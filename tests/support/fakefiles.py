@@ -53,12 +53,14 @@ class FakeFiles:
 
     Attributes:
         operations: (name, path) of everything that was done.
+        failing: The chance that an operation fails with EIO.
     """
 
     def __init__(self, seed: int = 0, *, capacity_bytes: int = 2**40) -> None:
         self.random = Random(f"{seed}/disk")
         self.capacity_bytes = capacity_bytes
         self.operations: list[tuple[str, str]] = []
+        self.failing = 0.0
         self._files: dict[str, _Inode] = {}
         self._durable: dict[str, _Inode] = {}
         self._folders = {"", "."}
@@ -78,8 +80,14 @@ class FakeFiles:
         """The power goes in the middle of the operation ``number`` from now: it raises PowerCut, as do all later."""
         self._cut_at = len(self.operations) + number
 
+    def fill(self, room: int) -> None:
+        """So many bytes of room are left."""
+        self.capacity_bytes = self._used() + room
+
     def heal(self) -> None:
-        """No more faults that were asked for."""
+        """No more faults that were asked for; there is room."""
+        self.failing = 0.0
+        self.capacity_bytes = max(self.capacity_bytes, 2**40)
         self._faults.clear()
         self._cut_at = None
 
@@ -213,7 +221,10 @@ class FakeFiles:
             if number == self._cut_at:
                 half()
             raise PowerCut(f"in operation {number}: {what} {path}")
-        if (code := self._faults.pop(number, None)) is not None:
+        code = self._faults.pop(number, None)
+        if self.failing and what != "lock" and self.random.random() < self.failing:
+            code = errno.EIO
+        if code is not None:
             half()
             raise _error(code, path, what)
 
@@ -296,6 +307,9 @@ class FakeFile:
             raise _error(errno.ENOSPC, self.path, "write to")
         self._put(at, data)
         return len(data)
+
+    def begin_sync(self, at: int, num_bytes: int) -> None:  # whether it reached the disk is the power cut's to say
+        pass
 
     def sync(self) -> None:
         self._alive()

@@ -1,4 +1,4 @@
-"""Filling a table from a checkpoint: the pages that a placement gives this shard, in bounded batches, checked.
+"""Filling a table from a checkpoint or a file: the pages that are this shard's, in bounded batches, checked.
 
 Files are read off the engine's thread, one batch ahead of nothing: each is durable before the next is read.
 """
@@ -22,6 +22,7 @@ from mempool.shard.jobs import JOB_BYTES
 from mempool.shard.pages.capture import page_arrays
 from mempool.shard.pages.storage import Storage
 from mempool.shard.pulling import Jobs
+from mempool.shard.saving.importing import imported_pages
 from mempool.types import AttachTable, Ledger, PageBatch, Placement, TableSource
 from mempool.types.caller import Caller, calling
 from mempool.types.running import Runner
@@ -30,11 +31,11 @@ _BATCH_BYTES = 8 * 2**20
 
 
 def check_source(source: TableSource | None) -> TableSource:
-    """Raises InvalidRequest where it names no checkpoint."""
+    """Raises InvalidRequest where it names neither a checkpoint nor a file."""
     if source is None:
         raise InvalidRequest("a table that is to be restored names no checkpoint (source). Nothing was changed.")
     check_place(source.url)
-    if number_of(source.checkpoint) is None:
+    if source.checkpoint and number_of(source.checkpoint) is None:
         raise InvalidRequest(f"{shown(source.checkpoint)} is no checkpoint's name. Nothing was changed.")
     return source
 
@@ -111,8 +112,12 @@ def read_pages(source: TableSource, storage: Storage, placement: Placement, *, v
     """The pages of one shard, batch after batch; reads files, so off the engine's thread.
 
     Raises:
-        NotFound, DataLoss, InvalidRequest: The checkpoint is not there, not whole, or of another table.
+        NotFound, DataLoss, InvalidRequest: The checkpoint, or the file, is not there, not whole, or of another table.
     """
+    pages = Pages(placement.owners == storage.shard, placement.key_owners == storage.shard)
+    if not source.checkpoint:
+        yield from imported_pages(source, storage, pages, batch_bytes=_BATCH_BYTES)
+        return
     table = Checkpoint(open_store(source.url), source.checkpoint).table(source.table)
     table.check_schema(storage.schema, arrays=page_arrays(storage))
     if table.state.version != version:
@@ -120,6 +125,5 @@ def read_pages(source: TableSource, storage: Storage, placement: Placement, *, v
             f"table {source.table!r} of checkpoint {source.checkpoint!r} is at version {table.state.version}, and was "
             f"at {version} a moment ago: it was written over. Restore it again"
         )
-    pages = Pages(placement.owners == storage.shard, placement.key_owners == storage.shard)
     for batch in table.batches(pages, batch_bytes=_BATCH_BYTES):
         yield replace(batch, table_id=storage.schema.table_id)

@@ -38,8 +38,8 @@ def faulty_from_the_start(bench: Bench, faults: dict[str, Callable[[], Awaitable
     """Shards that are started from now on have these faults."""
     start = bench.fleet.start
 
-    async def start_faulty(shard: int) -> ShardInfo:
-        info = await start(shard)
+    async def start_faulty(shard: int, *, fresh: bool = False) -> ShardInfo:
+        info = await start(shard, fresh=fresh)
         bench.fleet.hosts[shard].faults.update(faults)
         return info
 

@@ -366,3 +366,36 @@ def test_a_torn_tail_is_cut_off_and_told_once(files: FakeFiles, hand: ByHand) ->
     journal = _journal(files, hand)
     assert journal.torn is None
     assert _read(journal) == [(1, 1, b"whole")]
+
+
+def test_what_nobody_waits_for_is_written_at_once_and_durable_with_what_is_next(files: FakeFiles, hand: ByHand) -> None:
+    journal = _journal(files, hand)
+    early = journal.append(1, [b"early"], wait=False)
+    hand.work()
+    assert not journal.when_synced(early).done()
+    assert (journal.num_syncs, journal.last) == (0, 0)
+    later = journal.append(1, [b"later"], wait=False)
+    hand.work()
+    assert journal.when_synced(early) is not journal.when_synced(later)
+    waited = journal.append(1, [b"waited"])
+    hand.work()
+    assert all(journal.when_synced(number).done() for number in (early, later, waited))
+    assert (journal.num_syncs, journal.last) == (1, 3)
+
+
+def test_where_a_sync_fails_what_was_written_before_it_fails_too(files: FakeFiles, hand: ByHand) -> None:
+    journal = _journal(files, hand)
+    journal.append(1, [b"kept"])
+    hand.work()
+    journal.append(1, [b"early"], wait=False)
+    hand.work()
+    files.fail(2, errno.EIO)  # the write, and then the sync
+    failing = journal.append(1, [b"waited"])
+    early = journal.when_synced(failing - 1)
+    hand.work()
+    for done in (early, journal.when_synced(failing - 1), journal.when_synced(failing)):
+        assert isinstance(done.exception(timeout=0), StorageFailed)
+    journal.append(1, [b"again"])
+    hand.work()
+    files.power_cut()
+    assert [payload for _, _, payload in _read(_journal(files, ByHand()))] == [b"kept", b"again"]

@@ -1,6 +1,8 @@
 """A shard with storage is, after whatever ends it, the shard that it was: pages, optimizer state, ledger, order."""
 
+import asyncio
 import errno
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,6 +13,7 @@ import torch
 from shard_lives import Lives, hold, step
 
 from mempool.errors import DataLoss, StorageFailed
+from mempool.journal import Snapshot
 from mempool.types import DecidedStep, OptimizerSpec, ProductKeySpec, StepId, TableSchema, TableView
 from mempool.wire.channels.loop import run
 from tests.contract.driver import Driver, make_schema, same
@@ -101,6 +104,66 @@ def test_a_snapshot_is_taken_when_the_journal_is_half_full(make_lives: Callable[
     assert store.journal.num_bytes < 2 * store.journal_limit
     again = killed.begin(driver)
     assert same(again.contents(), driver.contents())
+
+
+def test_a_snapshot_that_is_given_up_as_it_is_finished_is_whole_or_never_was(
+    make_lives: Callable[..., Lives], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard that is closed gives up the one that is under way: its pack must not go as its manifest gets its name."""
+    lives = make_lives()
+    driver = create(lives.begin(), make_schema())
+    step(driver, 1)
+    begun, go_on, done = threading.Event(), threading.Event(), list[str]()
+    finish, abandon = Snapshot.finish, Snapshot.abandon
+
+    def finished(self: Snapshot, head: bytes) -> object:
+        begun.set()
+        assert go_on.wait(20)
+        try:
+            return finish(self, head)
+        finally:
+            done.append("finished")
+
+    def abandoned(self: Snapshot) -> None:
+        done.append("given up")
+        abandon(self)
+
+    monkeypatch.setattr(Snapshot, "finish", finished)
+    monkeypatch.setattr(Snapshot, "abandon", abandoned)
+    taking = lives.engines[-1]._taking
+    assert taking is not None
+
+    async def give_up() -> None:
+        task = asyncio.create_task(taking.take())
+        assert await asyncio.to_thread(begun.wait, 20)
+        for _ in range(2):  # a second one changes nothing
+            task.cancel()
+            for _ in range(5):
+                await asyncio.sleep(0)
+        go_on.set()
+        await asyncio.wait([task])
+
+    run(give_up(), timeout_s=40)
+    assert done == ["finished", "given up"]
+    again = make_lives(lives.after_kill()).begin(driver)
+    assert same(again.contents(), driver.contents())
+
+
+def test_no_snapshot_is_begun_by_a_shard_that_is_closing(make_lives: Callable[..., Lives]) -> None:
+    """Calls that end meanwhile find the journal half full, and another process may have the folder by then."""
+    lives = make_lives(journal_limit=2)
+    step(create(lives.begin(), make_schema()), 1)
+    taking = lives.engines[-1]._taking
+    assert taking is not None
+
+    async def close() -> None:
+        await taking.close()
+        taking._not_before_s = 0.0
+        assert taking._store.is_half_full
+        taking.poke()
+        assert taking._task is None
+
+    run(close(), timeout_s=20)
 
 
 def test_what_was_read_of_a_dense_table_is_as_after_the_reading(make_lives: Callable[..., Lives]) -> None:
