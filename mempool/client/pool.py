@@ -5,35 +5,30 @@ How the controller and the shards are reached is for whoever makes it: ``connect
 
 import os
 import secrets
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self, TypeVar, overload
 
 from mempool.client.checkpoints import CheckpointHandle, Restoring, asked_checkpoint, asked_restore
 from mempool.client.counts import shard_count
 from mempool.client.exchange import Export, ExportProgress, asked_import
+from mempool.client.following import Following
+from mempool.client.opened import OpenTables
 from mempool.client.opening.connection import Connection
 from mempool.client.opening.creation import CreateProgress, Creation
 from mempool.client.routing.fanout import Dial
 from mempool.client.routing.router import Router
 from mempool.client.routing.whereabouts import Whereabouts
 from mempool.client.table import Table
-from mempool.client.training.session import Session
 from mempool.config import TableConfig
-from mempool.errors import InvalidRequest, MempoolError, NotFound, PoolUnreachable, ShardUnavailable, Unavailable
+from mempool.errors import InvalidRequest, NotFound, PoolUnreachable, ShardUnavailable, Unavailable
 from mempool.types import (
     CheckpointProgress,
     PoolApi,
     PoolStatus,
     RescaleProgress,
-    TableSchema,
     TableView,
-    TakeCheckpoint,
 )
-from mempool.types.caller import Caller, calling
-from mempool.types.schema_differences import schema_differences
 from mempool.wire.channels import loop
 
 T = TypeVar("T")
@@ -68,9 +63,8 @@ class Pool:
         self._where = Whereabouts(name=name, embedded=embedded, doing=doing)
         self._connection = Connection(api, dial, where=self._where, timeout_s=timeout_s, on_close=on_close)
         self._api = api
-        self._group = secrets.token_hex(16)
-        self._lock = threading.Lock()
-        self._tables: dict[int, Table] = {}
+        self._following = Following(api, self._connection)
+        self._open = OpenTables(self._connection, group=secrets.token_hex(16))
 
     def __reduce__(self) -> NoReturn:
         raise InvalidRequest(
@@ -136,14 +130,14 @@ class Pool:
         """
         creation = Creation(config, api=self._api, router=self.router, exist_ok=bool(exist_ok))
         try:
-            self._follow(creation.reports(), progress)
+            self._following.follow(creation.reports(), progress)
         except KeyboardInterrupt as interrupt:
             interrupt.add_note(
                 f"The pool goes on making table {config.name!r}: create_table(..., exist_ok=True) waits for it again, "
                 f"drop_table({config.name!r}) gives it up."
             )
             raise
-        return self._opened(creation.view)
+        return self._open.opened(creation.view)
 
     def table(self, name: str) -> Table:
         """A table by name; the same object for as long as the pool has that table.
@@ -152,11 +146,11 @@ class Pool:
             NotFound: There is no such table.
             PoolUnreachable: Nobody answered within timeout_s.
         """
-        return self._opened(self._connection.run(self.router.open(name)))
+        return self._open.opened(self._connection.run(self.router.open(name)))
 
     def tables(self) -> tuple[Table, ...]:
         """All tables, in the order they were made."""
-        return tuple(self._opened(view) for view in self._connection.run(self._list_tables()))
+        return tuple(self._open.opened(view) for view in self._connection.run(self._list_tables()))
 
     def reopen(self, name: str) -> Table:
         """The pool's table of that name as it is now, by the ``Table`` that this client had of that name before.
@@ -170,7 +164,7 @@ class Pool:
             NotFound: There is no such table.
             PoolUnreachable: Nobody answered within timeout_s.
         """
-        return self._taken_over(self._connection.run(self.router.open(name)))
+        return self._open.taken_over(self._connection.run(self.router.open(name)), strict=True)
 
     def drop_table(self, name: str) -> None:
         """Drop a table, its values and what is pending on it, for every client.
@@ -180,12 +174,7 @@ class Pool:
             PoolUnreachable: The controller did not answer within timeout_s.
         """
         self._connection.run(self._drop_table(name))
-        with self._lock:
-            dropped = [table_id for table_id, table in self._tables.items() if table.name == name]
-            for table_id in dropped:
-                del self._tables[table_id]
-        for table_id in dropped:
-            self._connection.run(self._forget(table_id))
+        self._open.dropped(name)
 
     def rescale(self, shards: int, *, progress: Callable[[RescaleProgress], None] | None = None) -> None:
         """Change the number of shards while the pool serves: pages move, training and lookups go on.
@@ -202,9 +191,9 @@ class Pool:
             ShardUnavailable: It was lost on the way: the same call goes on from where it stopped.
         """
         count = shard_count(shards)
-        reports, first = self._connection.run(self._connection.tries.run("rescale", lambda: self._begin_rescale(count)))
+        reports, first = self._following.begun_rescale(count)
         try:
-            self._follow(reports, progress, first)
+            self._following.follow(reports, progress, first)
         except PoolUnreachable as error:
             raise ShardUnavailable(
                 f"the pool's controller was lost during the rescale to {count} shards ({error.message}). Shards serve "
@@ -275,8 +264,8 @@ class Pool:
         """
         request = asked_checkpoint(url, tables, incremental=incremental, keep=keep, extra=extra)
         if wait:
-            return self._checkpoint(request, progress)
-        reports, first = self._begun(request)
+            return self._following.checkpoint(request, progress)
+        reports, first = self._following.begun(request)
         handle = CheckpointHandle(first)
         loop.start(handle.follow(reports))
         return handle
@@ -317,9 +306,10 @@ class Pool:
         """
         request = asked_restore(url, tables, checkpoint=checkpoint, name=name, replace=replace, layout=layout)
         restoring = Restoring(self._api, request)
-        self._follow(restoring.reports(), progress)
-        views = self._connection.run(self._adopted(restoring.views))
-        return tuple(self._taken_over(view, strict=False) if replace else self._opened(view) for view in views)
+        self._following.follow(restoring.reports(), progress)
+        views = self._open.adopted(restoring.views)
+        opened = self._open.taken_over if replace else self._open.opened
+        return tuple(opened(view) for view in views)
 
     def export_table(
         self,
@@ -353,7 +343,7 @@ class Pool:
         """
         export = Export(name, file, state=bool(state), via=via, progress=progress)
         try:
-            self._checkpoint(export.request, export.heard)
+            self._following.checkpoint(export.request, export.heard)
             return export.write()
         finally:
             export.clear()
@@ -393,9 +383,9 @@ class Pool:
         """
         request = asked_import(file, config, name=name, replace_table=replace, values=values, keys=keys)
         restoring = Restoring(self._api, request)
-        self._follow(restoring.reports(), progress)
-        (view,) = self._connection.run(self._adopted(restoring.views))
-        return self._opened(view)
+        self._following.follow(restoring.reports(), progress)
+        (view,) = self._open.adopted(restoring.views)
+        return self._open.taken_over(view) if replace else self._open.opened(view)
 
     def status(self) -> PoolStatus:
         """Shards, tables, and whether pages are moving."""
@@ -409,58 +399,8 @@ class Pool:
         """
         self._connection.close()
 
-    def _checkpoint(
-        self, request: TakeCheckpoint, progress: Callable[[CheckpointProgress], None] | None
-    ) -> CheckpointProgress:
-        """Take a checkpoint and wait for it."""
-        reports, first = self._begun(request)
-        last = first
-
-        def heard(report: CheckpointProgress) -> None:
-            nonlocal last
-            last = report
-            if progress is not None:
-                progress(report)
-
-        self._follow(reports, heard, first)
-        return last
-
-    def _begun(self, request: TakeCheckpoint) -> tuple[AsyncIterator[CheckpointProgress], CheckpointProgress]:
-        return self._connection.run(self._connection.tries.run("checkpoint", lambda: self._begin_checkpoint(request)))
-
-    def _follow(self, reports: AsyncIterator[T], progress: Callable[[T], None] | None, report: T | None = None) -> None:
-        """Hand on all reports, the first one first where it is there already, on this thread."""
-        try:
-            report = self._connection.run_long(_next(reports)) if report is None else report
-            while report is not None:
-                if progress is not None:
-                    progress(report)
-                report = self._connection.run_long(_next(reports))
-        finally:
-            self._connection.run(_end(reports))
-
-    async def _begin_rescale(self, shards: int) -> tuple[AsyncIterator[RescaleProgress], RescaleProgress | None]:
-        """The reports and the first of them. Where it raises Unavailable nothing has begun: it may be tried again."""
-        reports = self._api.rescale(shards)
-        with calling(Caller()):  # what is begun here has no deadline
-            return reports, await _next(reports)
-
-    async def _begin_checkpoint(
-        self, request: TakeCheckpoint
-    ) -> tuple[AsyncIterator[CheckpointProgress], CheckpointProgress]:
-        """The reports and the first of them. Where it raises Unavailable nothing has begun: it may be tried again."""
-        reports = self._api.checkpoint(request)
-        with calling(Caller()):
-            return reports, await anext(reports)
-
-    async def _adopted(self, views: Iterable[TableView]) -> list[TableView]:
-        return [self.router.adopt(view) for view in views]
-
     async def _list_tables(self) -> list[TableView]:
         return [self.router.adopt(view) for view in await self._connection.tries.run("tables", self._api.tables)]
-
-    async def _forget(self, table_id: int) -> None:
-        self.router.forget(table_id)
 
     async def _drop_table(self, name: str) -> None:
         table_id = await self._connection.tries.run(name, lambda: self._id_of(name))
@@ -487,65 +427,3 @@ class Pool:
                 if creation.table == name:
                     return creation.table_id
             raise
-
-    def _opened(self, view: TableView) -> Table:
-        schema = view.schema
-        with self._lock:
-            table = self._tables.get(schema.table_id)
-            if table is None:
-                table = Table(schema, router=self.router, session=self._session(schema), run=self._connection.run)
-                self._tables[schema.table_id] = table
-            return table
-
-    def _taken_over(self, view: TableView, *, strict: bool = True) -> Table:
-        """The table, by the newest ``Table`` of its name, if that is of an earlier one.
-
-        strict: Raise InvalidRequest where that is another kind of table; else open this one beside it.
-        """
-        schema = view.schema
-        with self._lock:
-            held = [table for table in self._tables.values() if table.name == schema.name]
-            table = max(held, key=lambda table: table.schema.table_id, default=None)
-            if table is None or table.schema.table_id >= schema.table_id or not _fits(table, schema, strict=strict):
-                table = None
-            else:
-                before = table.link.session
-                del self._tables[before.table_id]
-                table.rebind(schema, self._session(schema))
-                self._tables[schema.table_id] = table
-        if table is None:
-            return self._opened(view)
-        with suppress(MempoolError):  # they are gone with that table, whatever its shards say to it
-            self._connection.run(before.discard())
-        self._connection.run(self._forget(before.table_id))
-        return table
-
-    def _session(self, schema: TableSchema) -> Session:
-        return Session(
-            self.router, table_id=schema.table_id, group=self._group, coordinator=self._connection.coordinator
-        )
-
-
-def _fits(table: Table, schema: TableSchema, *, strict: bool) -> bool:
-    """Whether what uses a table can go on with one of this schema."""
-    differing = [
-        f"{each.path} {each.first} before, {each.second} now"
-        for each in schema_differences(table.schema, schema)
-        if each.path.partition(".")[0] in ("num_slots", "value_dim", "keys")
-    ]
-    if differing and strict:
-        raise InvalidRequest(
-            f"table {table.name!r} is another kind of table now ({'; '.join(differing)}): what uses the one before "
-            f"cannot go on with it. Open it with pool.table({table.name!r}), and build layers for it"
-        )
-    return not differing
-
-
-async def _next(reports: AsyncIterator[T]) -> T | None:
-    return await anext(reports, None)
-
-
-async def _end(reports: AsyncIterator[object]) -> None:
-    close = getattr(reports, "aclose", None)  # an iterator need not have it; a generator must be ended on its loop
-    if close is not None:
-        await close()

@@ -167,7 +167,8 @@ def while_training(
         took.append(time.perf_counter() - began_s)
         held.append(handle.wait().held_s)
         beside += spent[:-1]  # the last one may have gone on alone
-        alone_now = trainer.steps(lambda done, most=max(BATCHES, len(spent)): done < most)  # type: ignore[misc]
+        most = max(BATCHES, len(spent))
+        alone_now = trainer.steps(lambda done, most=most: done < most)  # type: ignore[misc]
         alone += alone_now
         stalls.append((max(spent) - statistics.median(alone_now)) / took[-1])
     shutil.rmtree(folder / "place")

@@ -1,5 +1,5 @@
-"""Short forms of `tests.hostile.storage_crashes` and `shard_crashes` (every crash point of a journal, of a whole shard),
-and of `memory_kills` (of a whole pool)."""
+"""Short forms of `tests.hostile.storage_crashes` and `shard_crashes` (every crash point of a journal, of a shard), and
+of `memory_kills` (of a whole pool)."""
 
 import random
 import shutil
