@@ -150,6 +150,18 @@ def test_a_table_that_is_restored_after_the_model_is_of_its_step(pool: mempool.P
         job.model(torch.randn(2, 8))
 
 
+def test_a_table_of_another_kind_takes_nobody_along(pool: mempool.Pool, tmp_path: Path) -> None:
+    pool.create_table(mempool.TableConfig(name="facts", num_slots=81, value_dim=4))
+    pool.checkpoint(tmp_path)
+    pool.drop_table("facts")
+    wide = pool.create_table(mempool.TableConfig(name="facts", num_slots=81, value_dim=8))
+    (narrow,) = pool.restore(tmp_path, replace=True)
+    assert narrow is not wide
+    assert (narrow.value_dim, wide.value_dim) == (4, 8)
+    with pytest.raises(NotFound, match=r"pool\.table\('facts'\)"):
+        wide.rows([0])
+
+
 def test_a_state_that_is_no_copy_is_of_no_version(pool: mempool.Pool, tmp_path: Path) -> None:
     job = Job(pool, tmp_path)
     job.train(1)
