@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mempool.shard.durable.encoding import apart, decode, encode, joined
 
 from mempool.errors import DataLoss
+from mempool.shard.durable.encoding import apart, decode, encode, joined
 from mempool.shard.durable.records import (
     KINDS,
     Applied,
