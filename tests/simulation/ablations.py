@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from multiprocessing import get_context
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,7 +20,7 @@ from mempool.agreement.ledger import AppliedLedger
 from mempool.agreement.order import Order
 from mempool.agreement.rounds_here import RoundsHere
 from mempool.agreement.writes import SeenWrites
-from mempool.journal import reading, records
+from mempool.journal import reading, records, snapshots
 from mempool.journal.snapshots import Snapshot
 from mempool.shard.durable.records import Decided, Held
 from mempool.shard.durable.store import Store
@@ -113,7 +114,11 @@ ABLATIONS: dict[str, list[Patch]] = {
     "sync before an answer": [(Store, "settled", _at_once)],
     "record of a decision": [(Store, "add", _but_for(Store.add, Decided))],
     "record of an update": [(Store, "add", _but_for(Store.add, Held))],
-    "checksum": [(records, "_same_sum", lambda *_: None), (reading, "sum_of", lambda _: _Right())],
+    "checksum": [
+        (records, "_same_sum", lambda *_: None),
+        (reading, "sum_of", lambda _: _Right()),
+        (snapshots, "xxhash", SimpleNamespace(xxh3_64_intdigest=lambda _: _Right())),
+    ],
     "pack before its manifest": [(Snapshot, "finish", _pack_unsynced(Snapshot.finish))],
     "snapshot before segments go": [(Taking, "_cut", _segments_first(Taking._cut))],
 }
@@ -186,7 +191,7 @@ WITH_STORAGE = (
     "snapshot before segments go",
 )
 """What guards what is on disks."""
-FAULTS |= dict.fromkeys(WITH_STORAGE, Faults(restarts=True))
+FAULTS |= dict.fromkeys(WITH_STORAGE, Faults(restarts=True)) | {"checksum": Faults(flips=True)}
 GUARDED_BESIDE = {"version wait": "attempt"}
 """What another one guards as well since it is there: the first is looked at without the second."""
 SEEN_AT: dict[str, int] = {

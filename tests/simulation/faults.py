@@ -35,6 +35,7 @@ class Faults:
     """Which kinds of faults a run has; traps: how many, besides those of its scene.
 
     restarts: Shards with a disk are killed, or their power is cut, and come back with what that has.
+    flips: A bit flips in what a shard's disk has, and the shard is started again; what says so is lost.
     disks: Disks fail (EIO) or are full for a while: shards', and the one on which checkpoints are kept.
     """
 
@@ -49,6 +50,7 @@ class Faults:
     shards_die: bool = False
     restarts: bool = False
     disks: bool = False
+    flips: bool = False
     traps: int = 0
     scene: Scene = NO_SCENE
 
@@ -109,6 +111,7 @@ class Chaos:
                 (faults.restarts, self._dies_at_an_operation),
                 (faults.disks, self._disk_refuses),
                 (faults.disks, self._disk_refuses),
+                (faults.flips, self._bit_flips),
             )
             if wanted
         ]
@@ -236,6 +239,23 @@ class Chaos:
         self._park.kill_shard(shard, comes_back_s=5.0 * self._random.random(), keeps=keeps)
         if keeps == "what was synced" and not alone:
             self._power_goes()
+
+    def _bit_flips(self) -> None:
+        """In a pack, or a segment of the journal that has a later one: what was synced last may be taken for torn."""
+        random, park = self._random, self._park
+        if not park.disks:
+            return
+        shard = random.choice(sorted(park.disks))
+        disk = park.disks[shard]
+        segments = [path for path in disk.paths() if path.endswith(".segment")]
+        found = segments[:-1] + [path for path in disk.paths() if path.endswith(".pack")]
+        path = random.choice(found) if found else ""
+        if path and (size := len(disk.content(path))):
+            for _ in range(random.choice((1, 3, 30))):
+                disk.flip(path, random.randrange(8 * size))
+            park.damaged.add(shard)
+            park.network.counts["bits flipped"] += 1
+            park.kill_shard(shard, comes_back_s=random.random(), keeps="what was written")
 
     def _disk_refuses(self) -> None:
         """One disk, now and then or at every operation, or there is no room."""
