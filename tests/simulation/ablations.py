@@ -207,6 +207,11 @@ SEEN_AT: dict[str, int] = {
     "lease of a freeze": 3,
     "attempt": 7,
     "numbers of writes": 1,
+    "sync before an answer": 32,
+    "record of a decision": 24,
+    "record of an update": 1,
+    "checksum": 5,
+    "pack before its manifest": 22,
 }
 """The first seed that shows each one missing: how many were needed."""
 
