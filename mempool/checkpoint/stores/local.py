@@ -98,6 +98,8 @@ class LocalStore:
         file = self._file(path)
         with told("remove", self.url, path):
             file.unlink(missing_ok=True)
+            if file.parent.is_dir():
+                _sync_folder(file.parent)
             for folder in file.parents:
                 if folder == self.root or not folder.is_relative_to(self.root):
                     break
