@@ -1,5 +1,6 @@
 """Shards that keep what they have lose their power at named moments of a rescale: no page is lost, whoever it was."""
 
+import asyncio
 import copy
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -187,17 +188,17 @@ def test_power_that_is_lost_in_a_rescale_loses_no_page(shards: int, controller: 
             table = life.pool.create_table(config(layout="rows"))
             for step in range(3):
                 train(table, step)
-            died = []
+            died = asyncio.Event()
 
-            async def die(life: Life = life, who: tuple[str, ...] = who, died: list[str] = died) -> None:
-                died.append(method)
+            async def die(life: Life = life, who: tuple[str, ...] = who, died: asyncio.Event = died) -> None:
+                died.set()
                 life.fleet.lose_power(*(part[each] for each in who))
                 life.line.cut = controller
 
             watch(life, part[where], method, die)
             with pytest.raises(MempoolError):
                 life.pool.rescale(after)
-            assert died, (method, where)
+            assert died.is_set(), (method, where)
             pool = life.bring_back()
             pool.rescale(after)
             status = pool.status()
