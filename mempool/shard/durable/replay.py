@@ -153,7 +153,10 @@ class _Replay:
                 _LOG.warning("what was decided for table %r is applied later: %s", table.view.schema.name, error)
 
     def _attach(self, record: Attached) -> None:
-        table = self._tenancy.attach(record.request)
+        # A table that could not be filled was dropped, too, and may have been attached anew.
+        table_id, tenancy = record.request.view.schema.table_id, self._tenancy
+        tenancy.ended = tuple(each for each in tenancy.ended if each != table_id)
+        table = tenancy.attach(record.request)
         if record.request.mode == "initialise":
             _make_ready(table)
         while table.restored is None and not table.fill():
@@ -178,9 +181,10 @@ class _Replay:
         table, step_id = self._table(record.table_id), record.step_id
         entry = table.ledger.entry(step_id)
         over = max(entry.step, entry.dropped) if entry.generation == step_id.generation else 0
-        late = step_id.generation < entry.generation or step_id.step <= over
-        if late or table.updates.get(step_id, record.sequence) is not None:
+        if step_id.generation < entry.generation or step_id.step <= over:
             return
+        # Only what is not held is kept: one that is here was dropped, as its lease ended, before this one came.
+        table.updates.let_go(step_id, record.sequence)
         device = table.storage.device
         bags = record.update.bags
         weights = None if bags.weights is None else bags.weights.to(device)
