@@ -143,10 +143,24 @@ class RayPool:
 
     def up_with_key(self, controller_key: str) -> None:
         """`mempool up` by a process that draws this controller key, for tests that do what only controllers do."""
-        script = (
-            "import sys, types, mempool.rayhost.keys as keys\n"
+        self._up_after(
+            "import types, mempool.rayhost.keys as keys\n"
             f"keys.secrets = types.SimpleNamespace(token_hex=lambda _: {controller_key!r})\n"
-            f"sys.argv = ['mempool', 'up', '-f', {str(self.file)!r}]\n"
+        )
+
+    def up_at(self, ip: str) -> None:
+        """`mempool up` as on the node at that address, where the controller is to be then."""
+        self._up_after(
+            "import ray, mempool.rayhost.cluster as cluster\n"
+            "affinity = cluster.NodeAffinitySchedulingStrategy\n"
+            f"is_here = lambda node: node['NodeManagerAddress'] == {ip!r} and node['Alive']\n"
+            "here = lambda: next(node['NodeID'] for node in ray.nodes() if is_here(node))\n"
+            "cluster.NodeAffinitySchedulingStrategy = lambda _, soft: affinity(here(), soft=soft)\n"
+        )
+
+    def _up_after(self, script: str) -> None:
+        script += (
+            f"import sys\nsys.argv = ['mempool', 'up', '-f', {str(self.file)!r}]\n"
             "from mempool.cli import main\n"
             "main()\n"
         )
