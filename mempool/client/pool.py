@@ -292,7 +292,7 @@ class Pool:
             url: The place, as in ``checkpoint``.
             checkpoint: The name of the checkpoint; None: the newest.
             tables: Names in the checkpoint; None: all.
-            name: What the table is to be called, where one is named. Random rounding goes by the name.
+            name: What the table is to be called, where it is one alone. Random rounding goes by the name.
             replace: Take the place of tables of these names.
             layout: As in ``TableConfig``; None: as it was.
             progress: Called on this thread with each report, about once a second.
