@@ -187,25 +187,34 @@ class StoredTable:
             assert keys is not None
             out = torch.empty((len(group.heads), 2, schema.stride, keys.key_dim // 2), dtype=dtype)
             for run in self._ranges_of(array, group):
-                out[_places(run, group.heads)] = self._tensor(run, dtype).view(len(run.pages), *out.shape[1:])
+                read = torch.empty(run.length, dtype=torch.uint8)
+                self._fill(run, read)
+                out[_places(run, group.heads)] = read.view(dtype).view(len(run.pages), *out.shape[1:])
             return out
         blocks = blocks_of(array, group.blocks)
         columns = [array.columns(schema, block) for block in blocks]
         firsts = dict(zip(blocks, np.cumsum([0, *columns[:-1]]).tolist(), strict=True))
         out = torch.empty((len(group.rows), schema.page_slots, sum(columns)), dtype=dtype)
+        scratch = torch.empty(0, dtype=torch.uint8)
         for run in self._ranges_of(array, group):
             assert run.block is not None
             first, width = firsts[run.block], array.columns(schema, run.block)
-            read = self._tensor(run, dtype).view(len(run.pages), schema.page_slots, width)
-            out[_places(run, group.rows), :, first : first + width] = read
+            at = _places(run, group.rows)
+            if isinstance(at, slice) and width == out.shape[2]:  # as it lies in the file
+                self._fill(run, out[at].view(-1).view(torch.uint8))
+                continue
+            if len(scratch) < run.length:
+                scratch = torch.empty(run.length, dtype=torch.uint8)
+            self._fill(run, scratch[: run.length])
+            read = scratch[: run.length].view(dtype)
+            out[at, :, first : first + width] = read.view(len(run.pages), schema.page_slots, width)
         return out.view(len(group.rows) * schema.page_slots, sum(columns))
 
-    def _tensor(self, run: PageRange, dtype: torch.dtype) -> Tensor:
-        read = torch.empty(run.length, dtype=torch.uint8)
-        buffer = read.numpy().data
+    def _fill(self, run: PageRange, into: Tensor) -> None:
+        """Read a range into so many bytes, checked."""
+        buffer = into.numpy().data
         self._store.read_into(run.file, run.offset, buffer)
         check_pages(self._store, run, buffer)
-        return read.view(dtype)
 
     def _ranges_of(self, array: PageArray, group: PageGroup) -> Iterator[PageRange]:
         """The ranges of one array of a group, in as few pieces as the files have them."""

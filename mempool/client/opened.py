@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
+from weakref import WeakValueDictionary
 
 from mempool.client.opening.connection import Connection
 from mempool.client.table import Table
@@ -25,6 +26,7 @@ class OpenTables:
         self._group = group
         self._lock = threading.Lock()
         self._tables: dict[int, Table] = {}
+        self._dropped: WeakValueDictionary[str, Table] = WeakValueDictionary()  # the newest of each name
 
     def opened(self, view: TableView) -> Table:
         """The table of a view."""
@@ -43,13 +45,15 @@ class OpenTables:
         """
         schema = view.schema
         with self._lock:
-            held = [table for table in self._tables.values() if table.name == schema.name]
+            held = [*self._tables.values(), *self._dropped.values()]
+            held = [table for table in held if table.name == schema.name]
             table = max(held, key=lambda table: table.schema.table_id, default=None)
             if table is None or table.schema.table_id >= schema.table_id or not _fits(table, schema, strict=strict):
                 table = None
             else:
                 before = table.link.session
-                del self._tables[before.table_id]
+                self._tables.pop(before.table_id, None)
+                self._dropped.pop(schema.name, None)
                 table.rebind(schema, self._session(schema))
                 self._tables[schema.table_id] = table
         if table is None:
@@ -63,8 +67,8 @@ class OpenTables:
         """Tables of that name are gone."""
         with self._lock:
             dropped = [table_id for table_id, table in self._tables.items() if table.name == name]
-            for table_id in dropped:
-                del self._tables[table_id]
+            for table_id in sorted(dropped):
+                self._dropped[name] = self._tables.pop(table_id)
         for table_id in dropped:
             self._forget(table_id)
 

@@ -124,13 +124,14 @@ def is_locked(path: str, owner: str) -> StorageFailed:
     """Somebody else has the lock."""
     return StorageFailed(
         f"{path} is locked by {owner or 'another process'}: two processes cannot use one folder. "
-        "Stop the other one, or give this one another path (shard.storage.path).",
+        "Stop the other one, or give this one another path (shard.storage.path, or mempool.local's).",
         errno=errno.EWOULDBLOCK,
     )
 
 
-_FULL = "Make room there, or set shard.storage.path to a larger disk; it goes on by itself when there is room."
-_PERMITTED = "Make it readable and writable for this user, or set shard.storage.path to a folder that is."
+_PATH = "set shard.storage.path, or mempool.local's path,"
+_FULL = f"Make room there, or {_PATH} to a larger disk; it goes on by itself when there is room."
+_PERMITTED = f"Make it readable and writable for this user, or {_PATH} to a folder that is."
 _WORDS = {
     errno.ENOSPC: ("the disk is full", _FULL),
     errno.EDQUOT: ("this user's share of the disk is used up", _FULL),
@@ -144,7 +145,10 @@ _WORDS = {
     ),
     errno.EACCES: ("permission denied", _PERMITTED),
     errno.EPERM: ("operation not permitted", _PERMITTED),
-    errno.ENOTDIR: ("it, or what it should lie in, is no folder", "Set shard.storage.path to a folder."),
+    errno.ENOTDIR: (
+        "it, or what it should lie in, is no folder",
+        f"S{_PATH[1:]} to a folder.",
+    ),
     errno.ENOENT: ("there is no such file", ""),
     errno.EMFILE: ("this process has too many open files", "Raise its limit (ulimit -n)."),
 }

@@ -24,6 +24,8 @@ power cut may lose those of the newest segment."""
 
 SEGMENT_BYTES = 64 * 2**20
 MOST_WAITING_BYTES = 256 * 2**20
+_MOST_GATHERING_BYTES = 4 * 2**20
+"""What nobody has rung for is written all the same when there is so much of it."""
 _RETRY_AFTER_S = 0.05
 _MOST_FAILURES = 1024
 """Runs of numbers that were not written, as they are remembered."""
@@ -156,7 +158,7 @@ class Journal:
         Args:
             kind: What it is: 0 to 65,535, the caller's own.
             buffers: The payload, in parts. They are written as they lie: nobody changes them before it is synced.
-            ring: Have it written at once; else with the next one that is.
+            ring: Have it written at once; else with the next one that is, or when much has gathered.
             wait: Somebody waits for it, so it is synced when it is written; else with the next one that is.
             since: It builds on what was appended while ``num_failures`` was that.
 
@@ -177,22 +179,24 @@ class Journal:
             self._check_open()
             if since not in (None, self._num_failures):
                 raise copy(self._failures[-1].error)
-            waiting = self._waiting_bytes()
-            if waiting and waiting + num_bytes + RECORD_BYTES > self._most_waiting_bytes:
-                raise Overloaded(
-                    f"{waiting:,} bytes wait to be written to the journal, and {self._most_waiting_bytes:,} may: "
-                    "the disk is slower than what comes in. Nothing was changed; try again.",
-                    retry_after_s=_RETRY_AFTER_S,
-                )
-            number = self._next
-            self._next += 1
-            self._gathering.entries.append(Entry(number, kind, parts, num_bytes))
-            self._gathering.num_bytes += num_bytes + RECORD_BYTES
-            rings = ring and not self._gathering.rung
-            self._gathering.rung |= ring
-            self._gathering.waited_for |= ring and wait
+            gathering, waiting, number = self._gathering, self._waiting_bytes(), self._next
+            refused = waiting > 0 and waiting + num_bytes + RECORD_BYTES > self._most_waiting_bytes
+            if not refused:
+                self._next += 1
+                gathering.entries.append(Entry(number, kind, parts, num_bytes))
+                gathering.num_bytes += num_bytes + RECORD_BYTES
+                gathering.waited_for |= ring and wait
+            # What stands in the way, or is much, may be what nobody waits for: it would lie there for ever.
+            ring = ring or refused or gathering.num_bytes > _MOST_GATHERING_BYTES
+            rings, gathering.rung = ring and not gathering.rung, gathering.rung or ring
         if rings:
             self._worker.ring()
+        if refused:
+            raise Overloaded(
+                f"{waiting:,} bytes wait to be written to the journal, and {self._most_waiting_bytes:,} may: "
+                "the disk is slower than what comes in. Nothing was changed; try again.",
+                retry_after_s=_RETRY_AFTER_S,
+            )
         return number
 
     def when_synced(self, number: int) -> "Future[None]":

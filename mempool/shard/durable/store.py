@@ -265,6 +265,7 @@ class Store:
     def when_synced(self) -> "Future[int]":
         """Ends with the number of the newest record once that is durable. On the engine's thread."""
         ended: Future[int] = Future()
+        ended.set_running_or_notify_cancel()  # nobody can cancel it: whoever is woken after it would not be
         with self._lock:
             number = max((one.number for one in self._waiting), default=self.journal.last)
             if self._error is not None:

@@ -1,6 +1,6 @@
 """Filling a table from a checkpoint or a file: the pages that are this shard's, in bounded batches, checked.
 
-Files are read off the engine's thread, one batch ahead of nothing: each is durable before the next is read.
+Files are read off the engine's thread, a batch while the one before is taken in: that is durable before the next is.
 """
 
 import asyncio
@@ -95,17 +95,26 @@ class Restoring:
 
     async def _fill(self, table: HostedTable, request: AttachTable) -> None:
         source, ledger = check_source(request.source), request.ledger or Ledger()
+        batches = read_pages(source, table.storage, request.view.placement, version=ledger.version)
+        reading = self._next(batches)
         try:
-            batches = read_pages(source, table.storage, request.view.placement, version=ledger.version)
             while table.restored is not None:
-                batch = await self._runner.run(lambda: next(batches, None), name="mempool-restore")
+                batch = await reading
+                if batch is not None:
+                    reading = self._next(batches)
                 cost = JOB_BYTES + (0 if batch is None else batch.num_bytes)
                 await self._jobs("fill", partial(self._changes.restore, table), batch, cost=cost)
                 await self._settled()
         except BaseException:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
             with suppress(ShardUnavailable):
                 await asyncio.shield(self._jobs("drop_table", self._changes.give_up, table))
             raise
+
+    def _next(self, batches: Iterator[PageBatch]) -> "asyncio.Future[PageBatch | None]":
+        """The next batch, which is being read from now on."""
+        return asyncio.ensure_future(self._runner.run(lambda: next(batches, None), name="mempool-restore"))
 
 
 def read_pages(source: TableSource, storage: Storage, placement: Placement, *, version: int) -> Iterator[PageBatch]:

@@ -250,6 +250,29 @@ def test_what_waits_is_bounded(files: FakeFiles, hand: ByHand) -> None:
     assert journal.append(1, [b"x"]) == large + 1
 
 
+def test_what_nobody_rings_for_does_not_stand_in_the_way_for_ever(files: FakeFiles, hand: ByHand) -> None:
+    journal = _journal(files, hand)
+    journal.append(1, [bytes(600)], ring=False, wait=False)
+    hand.work()
+    with pytest.raises(Overloaded):
+        journal.append(2, [bytes(600)])
+    hand.work()
+    assert journal.waiting_bytes == 0
+    assert journal.append(2, [bytes(600)]) == 2
+    hand.work()
+    assert journal.last == 2
+
+
+def test_what_nobody_rings_for_is_written_when_it_is_much(files: FakeFiles, hand: ByHand) -> None:
+    journal = Journal(files, "j", owner=OWNER, runner=hand)
+    for _ in range(4):
+        journal.append(1, [bytes(2**20)], ring=False, wait=False)
+    assert journal.waiting_bytes > 4 * 2**20
+    hand.work()
+    assert journal.waiting_bytes == 0
+    assert journal.num_syncs == 0
+
+
 def test_wrong_records_are_refused(files: FakeFiles, hand: ByHand) -> None:
     journal = _journal(files, hand)
     with pytest.raises(InvalidRequest, match="0 to 65,535, and not 65536"):

@@ -10,11 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from byhand import ByHand
+from fakefiles import FakeFiles
 from shard_lives import Lives, hold, step
 
-from mempool.errors import DataLoss, StorageFailed
+from mempool.errors import DataLoss, NotFound, StorageFailed
 from mempool.journal import Snapshot
-from mempool.types import DecidedStep, OptimizerSpec, ProductKeySpec, StepId, TableSchema, TableView
+from mempool.shard.durable.records import Begun
+from mempool.shard.durable.store import Store
+from mempool.types import (
+    AttachTable,
+    DecidedStep,
+    OptimizerSpec,
+    ProductKeySpec,
+    StepId,
+    TableSchema,
+    TableSource,
+    TableView,
+)
 from mempool.wire.channels.loop import run
 from tests.contract.driver import Driver, make_schema, same
 from tests.contract.layouts import LAYOUTS
@@ -351,3 +364,39 @@ def test_closed_and_dropped(make_lives: Callable[..., Lives]) -> None:
     again.drop()
     run(lives.engines[1].close(), timeout_s=20)
     assert not again.call(lives.begin(driver).host(0).status()).tables
+
+
+def test_a_table_that_could_not_be_filled_is_attached_again_in_every_life(make_lives: Callable[..., Lives]) -> None:
+    lives = make_lives()
+    driver = lives.begin()
+    driver.view = driver.make_view(make_schema(), LAYOUTS["one"], (), epoch=1)
+    source = TableSource(url="/nowhere/at/all", checkpoint="000001-00000000", table="facts")
+    with pytest.raises(NotFound):
+        driver.call(driver.host(0).attach_table(AttachTable(view=driver.view, mode="restore", source=source)))
+    create(driver, make_schema())
+    step(driver, 1)
+    again = make_lives(lives.after_kill()).begin(driver)
+    assert same(again.contents(), driver.contents())
+
+
+def test_of_two_updates_of_one_number_the_one_that_was_held_last_is_replayed(make_lives: Callable[..., Lives]) -> None:
+    """The first was dropped with its lease; a trainer that is not ours may send another one in its place."""
+    lives = make_lives()
+    driver = create(lives.begin(), make_schema())
+    hold(driver, 1, seed=5)
+    (table,) = lives.engines[-1]._tenancy.tables.values()
+    driver.call(lives.engines[-1]._on_thread("forget", lambda _: table.updates.clear()))
+    step(driver, 1)
+    again = make_lives(lives.after_kill()).begin(driver)
+    assert same(again.contents(), driver.contents())
+
+
+def test_who_gives_up_waiting_keeps_nobody_from_being_told() -> None:
+    hand = ByHand()
+    store = Store("disk", pool="pool", pool_id="one", shard=0, files=FakeFiles(), runner=hand)
+    store.add(Begun(store.incarnation))
+    first, second = store.when_synced(), store.when_synced()
+    first.cancel()
+    hand.work()
+    assert second.result(timeout=0) == 2  # behind what the first has had written
+    run(store.close(), timeout_s=20)
