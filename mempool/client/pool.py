@@ -345,6 +345,9 @@ class Pool:
         try:
             self._following.checkpoint(export.request, export.heard)
             return export.write()
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note(f"The pool may go on writing to {export.request.url}: remove what is left there.")
+            raise
         finally:
             export.clear()
 
