@@ -134,7 +134,7 @@ simulate: kernels
 .PHONY: chaos
 chaos: $(READY)
 	@$(BIN)/python -m tests.hostile.memory_kills --seconds $$(( $(SECONDS) / 3 )) --seed $(SEED)
-	@$(BIN)/python -m tests.hostile.pool_kills --seconds $$(( 2 * $(SECONDS) / 3 )) --seed $(SEED) --rescales
+	@$(BIN)/python -m tests.hostile.pool_kills --seconds $$(( 2 * $(SECONDS) / 3 )) --seed $(SEED) --changes
 
 # The peers pin torch, so they live in an environment of their own. Times are worth something on an idle machine only.
 bench: $(BENCH)/.ready

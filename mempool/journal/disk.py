@@ -77,7 +77,7 @@ class DiskFiles:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     other = os.pread(descriptor, _MOST_OWNER_BYTES, 0).decode(errors="replace").strip()
-                    raise is_locked(path, other) from None
+                    raise is_locked(path, other, here=other == owner) from None
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"{owner}\n".encode()[:_MOST_OWNER_BYTES], 0)
             except BaseException:
