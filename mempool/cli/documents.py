@@ -107,6 +107,7 @@ def _shard(shard: ShardStatus) -> dict[str, Any]:
         "storage": shard.storage or None,
         "journal_bytes": shard.journal_bytes,
         "storage_refuses": shard.storage_refuses,
+        "copied_bytes": shard.copied_bytes,
         "uptime_s": shard.uptime_s,
         "stages": [asdict(stage) for stage in shard.stages],
     }

@@ -63,7 +63,9 @@ def status(now: PoolStatus, *, address: str, stages: bool = False) -> None:
         waits = f"waits for {creation.waiting_for}" if creation.waiting_for else ""
         console.print(f"making table {creation.table}: {waits or so_far}")
     if now.checkpoint:
-        console.print(f"taking {now.checkpoint}")
+        copied = sum(shard.copied_bytes for shard in now.shards)
+        kept = f"; {_size(copied)} of rows are kept as they were" if copied else ""
+        console.print(f"taking {now.checkpoint}{kept}")
     for line in _troubles(now, found):
         console.print(line, style="red")
 

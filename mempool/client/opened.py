@@ -4,6 +4,7 @@ tables that it has replaced follow it."""
 import threading
 from collections.abc import Iterable
 from contextlib import suppress
+from weakref import WeakValueDictionary
 
 from mempool.client.opening.connection import Connection
 from mempool.client.table import Table
@@ -26,6 +27,7 @@ class OpenTables:
         self._group = group
         self._lock = threading.Lock()
         self._tables: dict[int, list[Table]] = {}  # all those of one id have one session
+        self._dropped: WeakValueDictionary[str, Table] = WeakValueDictionary()  # the newest of each name
 
     def opened(self, view: TableView) -> Table:
         """The table of a view."""
@@ -43,19 +45,25 @@ class OpenTables:
         """
         schema = view.schema
         with self._lock:
-            held = sorted(table_id for table_id, tables in self._tables.items() if tables[0].name == schema.name)
+            held = {table_id: tables for table_id, tables in self._tables.items() if tables[0].name == schema.name}
+            if (gone := self._dropped.get(schema.name)) is not None:
+                held.setdefault(gone.schema.table_id, [gone])
             is_late = max(held, default=0) > schema.table_id
-            older = [] if is_late else [table_id for table_id in held if table_id < schema.table_id]
+            older = [] if is_late else sorted(table_id for table_id in held if table_id < schema.table_id)
             present = self._tables.get(schema.table_id, [])
             following = [
                 table_id
                 for table_id in older
-                if _fits(self._tables[table_id][0], schema, strict=strict and not present and table_id == older[-1])
+                if _fits(held[table_id][0], schema, strict=strict and not present and table_id == older[-1])
             ]
-            before = [self._tables[table_id][0].link.session for table_id in following]
+            before = [held[table_id][0].link.session for table_id in following]
             if following:
                 session = present[0].link.session if present else self._session(schema)
-                tables = [table for table_id in reversed(following) for table in self._tables.pop(table_id)]
+                tables = [table for table_id in reversed(following) for table in held[table_id]]
+                for table_id in following:
+                    self._tables.pop(table_id, None)
+                if gone in tables:
+                    del self._dropped[schema.name]
                 counters = (present or tables)[0].counters  # the newest go on
                 for table in tables:
                     table.rebind(schema, session)
@@ -71,8 +79,8 @@ class OpenTables:
         """Tables of that name are gone."""
         with self._lock:
             dropped = [table_id for table_id, tables in self._tables.items() if tables[0].name == name]
-            for table_id in dropped:
-                del self._tables[table_id]
+            for table_id in sorted(dropped):
+                self._dropped[name] = self._tables.pop(table_id)[0]
         for table_id in dropped:
             self._forget(table_id)
 

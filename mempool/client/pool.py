@@ -284,8 +284,8 @@ class Pool:
         """Make tables of a checkpoint's, whatever number of shards and layout it was taken with: bit for bit.
 
         Each is there whole, or not at all; one that it replaces stays until then, and there must be room for both. A
-        ``Table`` of this client that is replaced, and layers and optimizers that use it, go on with the restored one,
-        if that has as many slots and columns and the same keys: what was pending is dropped. Other clients are told so
+        ``Table`` of this client that is replaced (or was dropped), and what uses it, goes on with the restored one, if
+        that has as many slots and columns and the same keys: what was pending is dropped. Other clients are told so
         when they next ask, and go on by ``reopen``.
 
         Args:
@@ -345,6 +345,9 @@ class Pool:
         try:
             self._following.checkpoint(export.request, export.heard)
             return export.write()
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note(f"The pool may go on writing to {export.request.url}: remove what is left there.")
+            raise
         finally:
             export.clear()
 

@@ -288,7 +288,7 @@ class TableChanges:
                     lambda: first_view(schema, infos, self._roster.controller)
                 )
                 self._roster.unfinished.add(table_id)
-                if making.origin is not None:
+                if making.origin is not None and making.origin.source.checkpoint:
                     view = self._roster.save(view, making.origin.source, making.origin.ledger.version)
                 making.view = view
             request = _attached(view, making.origin)

@@ -161,6 +161,7 @@ class Controller:
 
         Raises:
             ShardUnavailable: No shard answers, so nothing is known of the pool's tables.
+            StorageFailed: What it told them could not be kept.
         """
         await self._watching.adopt(infos, wanted)
 

@@ -10,7 +10,7 @@ from mempool.controller.rescaling import Rescaling
 from mempool.controller.roster import Roster
 from mempool.controller.saving.checkpointing import Checkpoints
 from mempool.controller.telling import Telling
-from mempool.errors import ShardUnavailable
+from mempool.errors import ShardUnavailable, StorageFailed
 from mempool.types import PoolStatus, ShardInfo, ShardStatus, TableView
 
 
@@ -50,13 +50,15 @@ class Watching:
         self._refusals = refusals
 
     async def adopt(self, infos: Iterable[ShardInfo], wanted: int) -> None:
-        """Take over running shards. Raises ShardUnavailable where none answers."""
+        """Take over running shards. Raises ShardUnavailable where none answers, StorageFailed where disks fail."""
         async with self._changing:
             self._roster.set_shards(infos)
             self._roster.doubt()
             problems = await self._telling.settle()
             if problems and len(problems) == len(self._roster.infos):
                 shard, problem = min(problems.items())
+                if isinstance(problem, StorageFailed):
+                    raise problem
                 raise ShardUnavailable(
                     f"none of the {len(problems)} shards of pool {self._pool!r} answers the controller that was "
                     f"started anew (shard {shard}: {problem}); it tries again: see mempool status",

@@ -55,8 +55,10 @@ class ShardProcess:
 
     def __init__(self, config: ClusterConfig, shard: int, keys: PoolKeys) -> None:
         # Here and not above: the controller names this class too, and needs no torch.
+        began_s = time.monotonic()
         import mempool.rayhost.shard_serving  # noqa: F401
 
+        self._imported_s = time.monotonic() - began_s
         self._config = config
         self._shard = shard
         self._keys = keys
@@ -155,7 +157,12 @@ class ShardProcess:
         from mempool.rayhost.shard_serving import ShardServing
 
         self._serving = ShardServing(
-            self._config, shard=self._shard, incarnation=incarnation, node_ip=node_ip, keys=self._keys
+            self._config,
+            shard=self._shard,
+            incarnation=incarnation,
+            node_ip=node_ip,
+            keys=self._keys,
+            imported_s=self._imported_s,
         )
         return await self._serving.start()
 

@@ -194,6 +194,7 @@ class Engine:
             control=self._control,
             jobs=partial(self._thread.run, caller=_TABLES),
             clock=clock,
+            busy_s=lambda: self._thread.busy_s,
             runner=runner,
         )
         jobs = partial(self._thread.run, caller=_TABLES)
@@ -234,7 +235,7 @@ class Engine:
     def _recover(self, store: "Store") -> None:
         from mempool.shard.durable.replay import recover
 
-        restored = recover(store, self._tenancy, self._budget)
+        restored = recover(store, self._tenancy, self._budget, self._stages)
         if self._taking is not None:
             self._taking.restored(restored)
         store.add(Begun(self.info.incarnation))
@@ -390,6 +391,7 @@ class Engine:
             stages=self._stages,
             uptime_s=self._clock() - self._started_s,
             queued_calls=self._thread.num_jobs,
+            copied_bytes=self._saving.num_bytes,
             **({} if self._store is None else self._store.said),
         )
 
@@ -407,8 +409,7 @@ class Engine:
             await self._store.close()
 
     def _keep_up(self) -> bool:
-        marked = self._saving.expire()
-        busy = self._tenancy.expire() or marked
+        busy = self._saving.expire() | self._tenancy.expire()
         if self._store is None:
             return busy
         self._store.try_again()

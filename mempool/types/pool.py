@@ -158,6 +158,8 @@ class ShardStatus:
         journal_bytes: Of its journal there.
         storage_refuses: What that refuses, for people: nothing can be changed until it takes it; of a shard that is not
             ready: why it cannot start, as what it has kept is damaged, say. "" for nothing.
+        copied_bytes: Of rows that are kept as they were, for a checkpoint that is being written; beside
+            ``page_limit_bytes``.
     """
 
     info: ShardInfo
@@ -178,6 +180,7 @@ class ShardStatus:
     storage: str = ""
     journal_bytes: int = 0
     storage_refuses: str = ""
+    copied_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

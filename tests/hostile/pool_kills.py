@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--within", type=float, default=2.0, help="seconds from when training goes on to the next one")
-    parser.add_argument("--rescales", action="store_true", help="beside that change the number of shards all the time")
+    parser.add_argument("--changes", action="store_true", help="beside that rescales and checkpoints, all the time")
     parser.add_argument("--kinds", nargs="+", choices=sorted(WEIGHTS), default=list(WEIGHTS), help="these alone")
     options = parser.parse_args()
     began_s = time.monotonic()
@@ -62,7 +62,7 @@ def main() -> None:
                 kinds=options.kinds,
                 disk=disk,
                 nodes=workers,
-                rescales=options.rescales,
+                changes=Path(folder, "checkpoints") if options.changes else None,
                 ends_s=float("inf") if options.seconds is None else began_s + options.seconds,
                 say=lambda line: print(line, flush=True),
             )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
-from tests.integration.pools import RayPool, listener, parent, port_of, wait_for
+from tests.integration.pools import RayPool, listener, parent, wait_for
 from tests.integration.ray_nodes import RayNodes
 from tests.integration.trainers import Trainers
 
@@ -160,10 +160,8 @@ class Faults:
         return self._dice.choices(kinds, [WEIGHTS[kind] for kind in kinds])[0]
 
     def _shards(self) -> list[int]:
-        """The processes of the shards that serve."""
-        with self._pool.connect(timeout_s=BACK_S) as client:
-            shards = [port_of(shard.info) for shard in client.status().shards if shard.info.address]
-        return [pid for port in shards if (pid := listener(port)) is not None]
+        """The processes of the shards: those that have locked their folders. Who else could be asked may be away."""
+        return list(_users(self._folder).values())
 
     def _shard(self) -> int:
         return self._dice.choice(wait_for("a shard", self._shards))
@@ -196,8 +194,7 @@ class Faults:
 
     def _flip_a_bit(self) -> None:
         """In a file of a shard that is down: it must not come back with that, and it is said which file it is."""
-        pid = self._shard()
-        number = _number_of(pid, self._folder)
+        number, pid = self._dice.choice(sorted(wait_for("a shard", lambda: _users(self._folder)).items()))
         _kill(pid)
         wait_for("it to end", lambda: not Path(f"/proc/{pid}").exists() or _is_zombie(pid))
         file, at, bit = self._place(self._folder / f"shard-{number}")
@@ -237,12 +234,15 @@ def _stopped(pid: int) -> Iterator[None]:
             os.kill(pid, signal.SIGCONT)
 
 
-def _number_of(pid: int, folder: Path) -> int:
-    """The shard whose folder a process has locked."""
+def _users(folder: Path) -> dict[int, int]:
+    """The processes that have locked a shard's folder, by shard."""
+    found = {}
     for lock in folder.glob("shard-*/LOCK"):
-        if f"process {pid} " in lock.read_text():
-            return int(lock.parent.name.removeprefix("shard-"))
-    raise AssertionError(f"process {pid} uses no folder in {folder}")
+        with suppress(OSError, IndexError):  # it goes just now, or has not been written to
+            pid = lock.read_text().split()[1]
+            if b"ShardProcess" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found[int(lock.parent.name.removeprefix("shard-"))] = int(pid)
+    return found
 
 
 def _is_zombie(pid: int) -> bool:

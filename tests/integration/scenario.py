@@ -38,10 +38,14 @@ class Rescale:
             except MempoolError:
                 self._enough.wait(0.2)
 
+    def give_up(self) -> None:
+        """It is not asked for any more."""
+        self._enough.set()
+
     def end(self) -> None:
         """Wait for it."""
         self._thread.join(2 * DEADLINE_S)
-        self._enough.set()
+        self.give_up()
         assert not self._thread.is_alive(), f"a rescale to {self.shards} shards that does not end"
 
 
@@ -68,7 +72,7 @@ class Scenario:
             for step, what in self._plan():
                 self._trainers.wait_for_step(step)
                 time.sleep(self._dice.uniform(0.0, WITHIN_S))
-                self._say(what)
+                self._say(f"kill -9 of the {what}" if what in KILLS else what)
                 self._done[what] += 1
                 self._actions[what]()
             self._trainers.end()
@@ -76,6 +80,8 @@ class Scenario:
                 rescale.end()
         finally:
             self._trainers.close()
+            for rescale in self._rescales:
+                rescale.give_up()
         self._say("the last step; the same steps are taken undisturbed")
         self._trainers.require_undisturbed()
         kills = sum(self._done[what] for what in set(KILLS))
@@ -118,10 +124,11 @@ class Scenario:
     def _rescale(self) -> None:
         for before in self._rescales:
             before.end()
+        self._say(f"to {self._sizes[0]} shards, until it is done")
         self._rescales.append(Rescale(self._pool, self._sizes.pop(0)))
 
     def _cut_power(self) -> None:
-        """All that runs of the pool, its trainer and its Ray dies at once."""
+        """All that runs of the pool, its trainer and its Ray dies at once; then `mempool up -f`."""
         top = parent(parent(wait_for("the controller", lambda: listener(self._pool.port))))
         self._trainers.process.kill()
         kill_all(top)

@@ -8,9 +8,10 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from multiprocessing import get_context
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,8 +20,11 @@ from mempool.agreement.ledger import AppliedLedger
 from mempool.agreement.order import Order
 from mempool.agreement.rounds_here import RoundsHere
 from mempool.agreement.writes import SeenWrites
+from mempool.journal import reading, records, snapshots
+from mempool.journal.snapshots import Snapshot
 from mempool.shard.durable.records import Decided, Held
 from mempool.shard.durable.store import Store
+from mempool.shard.durable.taking import Taking
 from mempool.shard.hosted import HostedTable
 from mempool.shard.steps.held import HeldUpdates
 from mempool.shard.tenancy import Tenancy
@@ -51,6 +55,41 @@ async def _at_once(_: Store) -> None:
     """Nobody waits for the disk."""
 
 
+def _pack_unsynced(finish: Callable[..., Any]) -> Callable[..., Any]:
+    """The manifest counts before its pack is durable."""
+
+    def early(snapshot: Snapshot, head: bytes) -> Any:
+        pack = snapshot._file
+        with nullcontext() if pack is None else mock.patch.object(pack, "sync"):
+            return finish(snapshot, head)
+
+    return early
+
+
+def _segments_first(cut: Callable[..., Any]) -> Callable[..., Any]:
+    """Segments go as a snapshot begins, and not when it is whole."""
+
+    def early(taking: Taking) -> Any:
+        begun, journal = cut(taking), taking._store.journal
+        if begun is not None:
+            journal.remove_before(journal.last + 1)
+        return begun
+
+    return early
+
+
+class _Right(int):
+    """A checksum that is any other."""
+
+    def __eq__(self, _: object) -> bool:
+        return True
+
+    def __ne__(self, _: object) -> bool:
+        return False
+
+    __hash__ = int.__hash__
+
+
 def _but_for(add: Callable[..., None], kind: type) -> Callable[..., None]:
     return lambda store, record: None if isinstance(record, kind) else add(store, record)
 
@@ -75,6 +114,13 @@ ABLATIONS: dict[str, list[Patch]] = {
     "sync before an answer": [(Store, "settled", _at_once)],
     "record of a decision": [(Store, "add", _but_for(Store.add, Decided))],
     "record of an update": [(Store, "add", _but_for(Store.add, Held))],
+    "checksum": [
+        (records, "_same_sum", lambda *_: None),
+        (reading, "sum_of", lambda _: _Right()),
+        (snapshots, "xxhash", SimpleNamespace(xxh3_64_intdigest=lambda _: _Right())),
+    ],
+    "pack before its manifest": [(Snapshot, "finish", _pack_unsynced(Snapshot.finish))],
+    "snapshot before segments go": [(Taking, "_cut", _segments_first(Taking._cut))],
 }
 
 
@@ -83,9 +129,6 @@ def _trap(method: Method[Any, Any], effect: Effect, for_s: float, **more: Any) -
 
 
 FAULTS: dict[str, Faults] = {
-    "sync before an answer": Faults(restarts=True),
-    "record of a decision": Faults(restarts=True),
-    "record of an update": Faults(restarts=True),
     "incarnation fence": Faults(shards_die=True, trainers_die=True),
     "lease of a trainer": Faults(trainers_die=True),
     "lease of a freeze": Faults(
@@ -139,8 +182,16 @@ FAULTS: dict[str, Faults] = {
     ),
 }
 """Faults in which a safeguard is likely to be needed; without, they are drawn by the seed."""
-WITH_STORAGE = ("sync before an answer", "record of a decision", "record of an update")
+WITH_STORAGE = (
+    "sync before an answer",
+    "record of a decision",
+    "record of an update",
+    "checksum",
+    "pack before its manifest",
+    "snapshot before segments go",
+)
 """What guards what is on disks."""
+FAULTS |= dict.fromkeys(WITH_STORAGE, Faults(restarts=True)) | {"checksum": Faults(flips=True)}
 GUARDED_BESIDE = {"version wait": "attempt"}
 """What another one guards as well since it is there: the first is looked at without the second."""
 SEEN_AT: dict[str, int] = {
@@ -156,6 +207,11 @@ SEEN_AT: dict[str, int] = {
     "lease of a freeze": 3,
     "attempt": 7,
     "numbers of writes": 1,
+    "sync before an answer": 32,
+    "record of a decision": 24,
+    "record of an update": 1,
+    "checksum": 5,
+    "pack before its manifest": 22,
 }
 """The first seed that shows each one missing: how many were needed."""
 

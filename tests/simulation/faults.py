@@ -4,6 +4,7 @@ A run has few kinds of faults, another run others: what one kind hides another r
 """
 
 import asyncio
+import contextvars
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
@@ -12,6 +13,9 @@ from tests.simulation.loop import ProcessLoop
 from tests.simulation.network import Weather
 from tests.simulation.processes import Keeps, Park, Trainer
 from tests.simulation.traps import NO_SCENE, Scene, Trap, Traps
+from tests.support.fakefiles import FakeFiles
+
+_KEEPS: tuple[Keeps, ...] = ("what was written", "what was synced")
 
 KINDS = (
     "loss",
@@ -31,6 +35,7 @@ class Faults:
     """Which kinds of faults a run has; traps: how many, besides those of its scene.
 
     restarts: Shards with a disk are killed, or their power is cut, and come back with what that has.
+    flips: A bit flips in what a shard's disk has, and the shard is started again; what says so is lost.
     disks: Disks fail (EIO) or are full for a while: shards', and the one on which checkpoints are kept.
     """
 
@@ -45,6 +50,7 @@ class Faults:
     shards_die: bool = False
     restarts: bool = False
     disks: bool = False
+    flips: bool = False
     traps: int = 0
     scene: Scene = NO_SCENE
 
@@ -102,8 +108,10 @@ class Chaos:
                 (faults.restarts, self._shard_restarts),
                 (faults.restarts, self._shard_restarts),
                 (faults.restarts, self._power_goes),
+                (faults.restarts, self._dies_at_an_operation),
                 (faults.disks, self._disk_refuses),
                 (faults.disks, self._disk_refuses),
+                (faults.flips, self._bit_flips),
             )
             if wanted
         ]
@@ -195,7 +203,7 @@ class Chaos:
 
     def _shard_restarts(self) -> None:
         if self._park.shards:
-            keeps: Keeps = self._random.choice(("what was written", "what was synced"))
+            keeps = self._random.choice(_KEEPS)
             shard = self._random.choice(sorted(self._park.shards))
             self._park.kill_shard(shard, comes_back_s=5.0 * self._random.random(), keeps=keeps)
 
@@ -206,6 +214,48 @@ class Chaos:
         self._park.place.power_cut()
         for shard in sorted(self._park.shards):
             self._park.kill_shard(shard, comes_back_s=5.0 * self._random.random(), keeps="what was synced")
+
+    def _dies_at_an_operation(self) -> None:
+        """A shard ends in the middle of an operation on its disk, with the power of all, with its own, or without."""
+        random, park = self._random, self._park
+        if not park.disks:
+            return
+        shard, number = random.choice(sorted(park.disks)), random.randint(1, random.choice((3, 15, 60)))
+        disk, alone, keeps = park.disks[shard], random.random() < 0.6, random.choice(_KEEPS)
+
+        def cut() -> None:
+            process = park.shards.get(shard)
+            if process is not None:
+                process.loop.kill()  # nothing of it runs any more, what is left of this operation neither
+            call_soon(lambda: self._after_cut(shard, disk, keeps, alone=alone), context=contextvars.Context())
+
+        call_soon = park.scheduler.world.call_soon
+        disk.on_cut = cut
+        disk.cut_power_at(number)
+
+    def _after_cut(self, shard: int, disk: FakeFiles, keeps: Keeps, *, alone: bool) -> None:
+        self._park.network.counts["died in an operation"] += 1
+        disk.heal()
+        self._park.kill_shard(shard, comes_back_s=5.0 * self._random.random(), keeps=keeps)
+        if keeps == "what was synced" and not alone:
+            self._power_goes()
+
+    def _bit_flips(self) -> None:
+        """In a pack, or a segment of the journal that has a later one: what was synced last may be taken for torn."""
+        random, park = self._random, self._park
+        if not park.disks:
+            return
+        shard = random.choice(sorted(park.disks))
+        disk = park.disks[shard]
+        segments = [path for path in disk.paths() if path.endswith(".segment")]
+        found = segments[:-1] + [path for path in disk.paths() if path.endswith(".pack")]
+        path = random.choice(found) if found else ""
+        if path and (size := len(disk.content(path))):
+            for _ in range(random.choice((1, 3, 30))):
+                disk.flip(path, random.randrange(8 * size))
+            park.damaged.add(shard)
+            park.network.counts["bits flipped"] += 1
+            park.kill_shard(shard, comes_back_s=random.random(), keeps="what was written")
 
     def _disk_refuses(self) -> None:
         """One disk, now and then or at every operation, or there is no room."""

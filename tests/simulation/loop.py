@@ -340,13 +340,19 @@ class InlineWorker:
         self._timer: asyncio.TimerHandle | None = None
         self._ended = False
         self._joining: list[asyncio.Future[None]] = []
+        self._rest: Callable[[], None] | None = None
         # Nothing of whoever made it goes with its turns: a thread has a context of its own, too.
         self._context = contextvars.Context()
 
     def ring(self) -> None:
         self._rings += 1
-        if self._rings == 1:
+        if self._rings == 1 and self._rest is None:
             self._next_turn(self._free_s)
+
+    def rest_of_turn(self, rest: Callable[[], None]) -> None:
+        """In a turn: ``rest`` is done a while later, as the end of it, and no other turn is taken before. Whatever else
+        runs on the loop may see what was done by now."""
+        self._rest = rest
 
     async def join(self) -> None:
         if not self._ended:
@@ -366,6 +372,19 @@ class InlineWorker:
         self._rings = max(0, self._rings - 1)
         with self._within():
             wait_s = self._turn()
+        if self._rest is None:
+            self._took(wait_s)
+        else:
+            self._loop.call_later(self._duration_s(), self._take_rest, wait_s, context=self._context)
+
+    def _take_rest(self, wait_s: float | None) -> None:
+        rest, self._rest = self._rest, None
+        assert rest is not None
+        with self._within():
+            rest()
+        self._took(wait_s)
+
+    def _took(self, wait_s: float | None) -> None:
         now_s = self._loop.time()
         self._free_s = now_s + self._duration_s()
         if wait_s is None:

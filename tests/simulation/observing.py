@@ -1,4 +1,4 @@
-"""What shards apply, told to the history of a run from inside of them."""
+"""What shards apply, told to the history of a run from inside of them; and moments in them that others may see."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -7,8 +7,11 @@ from typing import Any
 
 from mempool.agreement.order import Order
 from mempool.shard.durable.store import Store
+from mempool.shard.jobs import Answered
+from mempool.shard.thread import EngineThread
 from mempool.types import DecidedStep
 from tests.simulation.history import History
+from tests.simulation.loop import InlineWorker
 from tests.simulation.oracle import ORACLE_TABLE
 
 
@@ -19,7 +22,7 @@ def observed(history: History, store_of: Callable[[], Store | None] = lambda: No
 
     store_of: Of the shard whose code runs now.
     """
-    keep, told = Order._keep, Store._told
+    keep, told, go_on = Order._keep, Store._told, EngineThread._go_on
     ahead: dict[Store, list[tuple[int, DecidedStep]]] = defaultdict(list)
 
     def observe(order: Order, step: DecidedStep) -> None:
@@ -39,10 +42,19 @@ def observed(history: History, store_of: Callable[[], Store | None] = lambda: No
         for step in durable:
             history.note_applied(step)
 
+    def promised(thread: EngineThread, answered: Answered) -> None:
+        """Between an answer and what it has promised others run, as on other threads, or the process dies."""
+        if isinstance(thread._worker, InlineWorker):
+            thread._worker.rest_of_turn(lambda: go_on(thread, answered))
+        else:
+            go_on(thread, answered)
+
     Order._keep = observe  # type: ignore[method-assign]
+    EngineThread._go_on = promised  # type: ignore[method-assign]
     Store._told = synced  # type: ignore[method-assign]
     try:
         yield
     finally:
         Order._keep = keep  # type: ignore[method-assign]
+        EngineThread._go_on = go_on  # type: ignore[method-assign]
         Store._told = told  # type: ignore[method-assign]

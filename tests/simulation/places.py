@@ -77,6 +77,7 @@ class Place:
         whole = self._path(path)
         if whole in self.files.paths():
             self.files.remove(whole)
+            self.files.sync_folder(parent(whole))
 
     def _opened(self, path: str) -> FakeFile | None:
         whole = self._path(path)

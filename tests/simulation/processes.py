@@ -16,7 +16,7 @@ from mempool.client import GrpcPool
 from mempool.client.routing.router import Router
 from mempool.client.transport.shard import GrpcDialer
 from mempool.controller import Controller
-from mempool.errors import MempoolError, StorageFailed
+from mempool.errors import DataLoss, MempoolError, StorageFailed
 from mempool.server.views import ShardViews
 from mempool.shard import Engine
 from mempool.shard.durable.store import Store
@@ -59,7 +59,9 @@ class Park:
         killed: Incarnations of shards that were killed with what they had.
         disks: Of shards, by number; none without storage.
         place: The disk on which checkpoints are kept.
+        damaged: Disks on which bits were flipped, by shard.
         on_failure: Told of a shard that cannot read what it has kept.
+        on_lost: Told of one whose disk is damaged, and which so begins again with nothing.
     """
 
     def __init__(
@@ -83,6 +85,8 @@ class Park:
         self.storage = storage
         self.disks: dict[int, FakeFiles] = {}
         self.place = FakeFiles(scheduler.random("place").getrandbits(32))
+        self.damaged: set[int] = set()
+        self.on_lost: Callable[[ShardInfo], None] = lambda _: None
         self.on_failure: Callable[[str], None] = lambda _: None
         self.on_shard: list[Callable[[ShardProcess], None]] = []
         self.on_controller: list[Callable[[ControllerProcess], None]] = []
@@ -142,6 +146,13 @@ class Park:
         """A shard could not begin to serve: it is started again, unless it was already."""
         if self.shards.get(process.info.shard) is process:
             self.kill_shard(process.info.shard, comes_back_s=0.0, keeps="what was written")
+
+    def lose(self, process: "ShardProcess") -> None:
+        """A shard's disk is damaged, and it said so: somebody gives it an empty one."""
+        if self.shards.get(process.info.shard) is process:
+            self.damaged.discard(process.info.shard)
+            self.on_lost(process.info)
+            self.kill_shard(process.info.shard, comes_back_s=0.0)
 
     def _comes_back(self, shard: int) -> None:
         if shard in self.wanted and shard not in self.shards:
@@ -238,6 +249,9 @@ class ShardProcess:
             self._park.later(1.0, lambda: self._park.restart(self))
             return
         except MempoolError as error:
+            if isinstance(error, DataLoss) and self.info.shard in self._park.damaged:
+                self._park.later(1.0, lambda: self._park.lose(self))
+                return
             self._park.on_failure(f"shard {self.info.shard} cannot go on with its disk: {error!r}")
             return
         self.ready = True

@@ -71,7 +71,9 @@ class Run:
         drawn = self.faults is None
         self.faults = self.faults or Faults.draw(random)
         if self.storage and drawn:
-            self.faults = replace(self.faults, restarts=disks.random() < 0.8, disks=disks.random() < 0.3)
+            self.faults = replace(
+                self.faults, restarts=disks.random() < 0.8, disks=disks.random() < 0.3, flips=disks.random() < 0.06
+            )
         if self.saves is None:
             self.saves = drawn and disks.random() < (0.5 if self.storage else 0.1)
         encode = random.random() < 0.1 if self.encode is None else self.encode
@@ -89,6 +91,7 @@ class Run:
         )
         self.place = Place(self.park.place, self.scheduler.random("names"), on_manifest=self._saved)
         self.park.on_failure = self.history.say
+        self.park.on_lost = self.history.shard_killed
         Marks(self.marks).watch(self.network)
         self.park.on_shard.append(lambda shard: self.history.shard_started(shard.info, shard.loop.name))
         self.workload = Workload(

@@ -49,7 +49,7 @@ def open_tables(pool: mempool.Pool, names: Iterable[str] = ()) -> list[mempool.T
     wanted = set(names) or {config.name for config in CONFIGS}
     made = {table.name for table in pool.tables()}
     return [
-        pool.table(config.name) if config.name in made else pool.create_table(config)
+        pool.table(config.name) if config.name in made else pool.create_table(config, exist_ok=True)
         for config in CONFIGS
         if config.name in wanted
     ]

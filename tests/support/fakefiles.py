@@ -54,6 +54,7 @@ class FakeFiles:
     Attributes:
         operations: (name, path) of everything that was done.
         failing: The chance that an operation fails with EIO.
+        on_cut: Told when the power goes in the middle of an operation.
     """
 
     def __init__(self, seed: int = 0, *, capacity_bytes: int = 2**40) -> None:
@@ -61,6 +62,7 @@ class FakeFiles:
         self.capacity_bytes = capacity_bytes
         self.operations: list[tuple[str, str]] = []
         self.failing = 0.0
+        self.on_cut: Callable[[], None] = lambda: None
         self._files: dict[str, _Inode] = {}
         self._durable: dict[str, _Inode] = {}
         self._folders = {"", "."}
@@ -93,6 +95,7 @@ class FakeFiles:
 
     def killed(self) -> None:
         """The process is dead, the machine goes on: what was written is there, locks are not."""
+        self._cut_at = None
         self._life += 1
         self._locks.clear()
 
@@ -220,6 +223,7 @@ class FakeFiles:
         if self._cut_at is not None and number >= self._cut_at:
             if number == self._cut_at:
                 half()
+                self.on_cut()
             raise PowerCut(f"in operation {number}: {what} {path}")
         code = self._faults.pop(number, None)
         if self.failing and what != "lock" and self.random.random() < self.failing:

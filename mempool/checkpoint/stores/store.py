@@ -60,7 +60,7 @@ class Store(Protocol):
         """Every file in a folder and the folders in it: path -> bytes. Nothing where there is no such folder."""
 
     def remove(self, path: str) -> None:
-        """Remove a file, and its folder when it was the last there; one that is gone is no error."""
+        """Remove a file, durably, and its folder when it was the last there; one that is gone is no error."""
 
 
 def check_path(path: str) -> str:

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 import mempool
 from mempool.checkpoint import looking
 from mempool.checkpoint.stores import open_store
-from mempool.errors import InvalidRequest, NotFound
+from mempool.errors import AlreadyExists, InvalidRequest, NotFound
 from mempool.nn import PoolState
 
 from .job import Job, same, undisturbed
@@ -148,6 +148,35 @@ def test_a_table_that_is_restored_after_the_model_is_of_its_step(pool: mempool.P
     job.model.load_state_dict(model)
     with pytest.warns(UserWarning, match="version 3, and .* of a model that was loaded was saved beside version 2"):
         job.model(torch.randn(2, 8))
+
+
+def test_a_table_that_was_dropped_before_makes_room_for_the_restored_one(
+    pool: mempool.Pool, tmp_path: Path, expected: dict[str, Tensor]
+) -> None:
+    job = Job(pool, tmp_path)
+    job.train(1, 2, 3)
+    dcp.save(job.parts, checkpoint_id=tmp_path / "model")
+    for table in job.tables:
+        pool.drop_table(table.name)
+    dcp.load(job.parts, checkpoint_id=tmp_path / "model")
+    assert [pool.table(table.name) for table in job.tables] == job.tables
+    job.train(4, 5, 6)
+    same(job.everything(), expected)
+
+
+def test_a_table_of_another_kind_takes_nobody_along(pool: mempool.Pool, tmp_path: Path) -> None:
+    pool.create_table(mempool.TableConfig(name="facts", num_slots=81, value_dim=4))
+    pool.checkpoint(tmp_path)
+    pool.drop_table("facts")
+    wide = pool.create_table(mempool.TableConfig(name="facts", num_slots=81, value_dim=8))
+    with pytest.raises(AlreadyExists, match="value_dim is 8, not 4"):
+        pool.restore(tmp_path, replace=True)
+    pool.drop_table("facts")
+    (narrow,) = pool.restore(tmp_path)
+    assert narrow is not wide
+    assert (narrow.value_dim, wide.value_dim) == (4, 8)
+    with pytest.raises(NotFound, match=r"pool\.table\('facts'\)"):
+        wide.rows([0])
 
 
 def test_a_state_that_is_no_copy_is_of_no_version(pool: mempool.Pool, tmp_path: Path) -> None:

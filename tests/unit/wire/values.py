@@ -133,6 +133,10 @@ SHARD_STATUS = build(
     tables=st.lists(TABLE_STATUS, max_size=2).map(tuple),
     stages=st.lists(STAGE_TIME, max_size=2).map(tuple),
     dropped=U64S,
+    copied_bytes=U64,
+    storage=TEXT,
+    journal_bytes=U64,
+    storage_refuses=TEXT,
 )
 CREATION = build(
     types.TableCreation,

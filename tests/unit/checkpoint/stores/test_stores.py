@@ -172,10 +172,9 @@ def test_a_backends_own_errors_are_told() -> None:
             act()
 
 
-def test_a_file_is_durable_before_it_is_seen_and_its_name_after(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a power cut leaves: the older file or the new one, whole."""
+@pytest.fixture
+def done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was asked of the system, in order."""
     done: list[str] = []
 
     def noted(name: str, what: Any) -> Any:
@@ -194,5 +193,22 @@ def test_a_file_is_durable_before_it_is_seen_and_its_name_after(
     monkeypatch.setattr(os, "write", noted("write", lambda *_: "write"))
     monkeypatch.setattr(os, "fsync", noted("fsync", synced))
     monkeypatch.setattr(os, "replace", noted("replace", lambda *_: "rename"))
+    monkeypatch.setattr(os, "unlink", noted("unlink", lambda path, **_: f"remove {Path(path).name}"))
+    return done
+
+
+def test_a_file_is_durable_before_it_is_seen_and_its_name_after(tmp_path: Path, done: list[str]) -> None:
+    """What a power cut leaves: the older file or the new one, whole."""
     LocalStore(tmp_path / "place").put("a/x", b"0123")
     assert done == ["sync place", "sync .", "write", "sync the file", "rename", "sync place/a"]
+
+
+def test_what_is_removed_first_does_not_come_back_without_the_rest(tmp_path: Path, done: list[str]) -> None:
+    """After a power cut: a manifest whose files are gone."""
+    store = LocalStore(tmp_path / "place")
+    store.put("a/manifest.json", b"0")
+    store.put("a/x", b"1")
+    done.clear()
+    store.remove("a/manifest.json")
+    store.remove("a/x")
+    assert done == ["remove manifest.json", "sync place/a", "remove x", "sync place/a"]
