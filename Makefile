@@ -1,8 +1,8 @@
-# make demo      sets everything up, trains on a pool and grows it, and says what came of it
+# make demo      sets everything up, trains on a pool and grows it, ends it and starts it again, says what came of it
 # make test      sets everything up and runs every check; make lint, types, imports, unit, integration: one of them alone
 # make check     what a change needs at least (SINCE=COMMIT)
 # make simulate  whole pools on simulated time and links, each on a seed (SEEDS=200 SEED=1); says how to replay one
-# make chaos     kills processes of pools that keep what they have on a disk (SECONDS=300 SEED=1), bit for bit as without
+# make chaos     kills and stops processes and nodes of pools on a disk, cuts, fills, flips (SECONDS=300 SEED=1), bit for bit as without
 # make bench     times every kernel beside its peers (seven minutes on two cores), in an environment of its own
 # make protos    generated code
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -68,7 +68,7 @@ compile-kernels: $(KERNELS_READY)
 	-@exec env PYTHONPATH=. $(BIN)/python examples/compile_kernels.py -f cluster/local.yaml
 
 run-demo: $(DEMO_READY)
-	@echo "== demo: a pool of 2 shards on Ray, a trainer attached over gRPC, 10,000 facts, 2 -> 4 shards half way"
+	@echo "== demo: a pool of 2 shards on Ray, a trainer attached over gRPC, 10,000 facts, 2 -> 4 shards half way, off and on again"
 	@exec env DEMO_BEGAN=$(BEGAN) $(BIN)/python examples/demo.py
 
 # What is checked without running it needs one core, as does the start of the kernels' compiler.
@@ -129,11 +129,12 @@ check: lint types imports
 simulate: kernels
 	@$(BIN)/python -m tests.simulation.run --seeds $(SEEDS) --seed $(SEED)
 
-# Exit 1 where anything was lost, or differs in a bit from what nobody disturbed. A third of the time is for one process.
+# Exit 1 where anything was lost, or differs in a bit from what nobody disturbed. A third of the time is for one process,
+# the rest for a pool on a Ray of its own: what happens, on its seed, is in tests/integration/faults.py.
 .PHONY: chaos
 chaos: $(READY)
 	@$(BIN)/python -m tests.hostile.memory_kills --seconds $$(( $(SECONDS) / 3 )) --seed $(SEED)
-	@$(BIN)/python -m tests.hostile.pool_kills --seconds $$(( 2 * $(SECONDS) / 3 )) --seed $(SEED) --rescales
+	@$(BIN)/python -m tests.hostile.pool_kills --seconds $$(( 2 * $(SECONDS) / 3 )) --seed $(SEED) --changes
 
 # The peers pin torch, so they live in an environment of their own. Times are worth something on an idle machine only.
 bench: $(BENCH)/.ready

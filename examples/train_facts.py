@@ -3,12 +3,15 @@
     python examples/train_facts.py                                  # an embedded pool: no network, no Ray
     python examples/train_facts.py --address localhost:7077         # a running pool (mempool up -f cluster/local.yaml)
     python examples/train_facts.py --facts my_facts.jsonl           # yours: lines {"question": "...", "answer": "..."}
+    python examples/train_facts.py --save out/race                  # models, optimizers and the pool's table, together
+    python examples/train_facts.py --save out/race --resume out/race    # go on where that was stopped
 
 Both models read a question as words, spell the answer character by character, and are scored by exact match. They share
 encoder, speller, start, examples and order, and differ in one layer: a memory layer, or a feed-forward layer that costs
 at least as many FLOPs. The headline asks every fact in a phrasing that training never showed; both figures are printed.
 
-Read the parts in this order: facts/phrasings, data, facts_file, text, model, flops, train, rescale, race, report.
+Read the parts in this order: facts/phrasings, data, facts_file, text, model, flops, train, rescale, race, report; then
+saving and asking.
 """
 
 from __future__ import annotations
@@ -23,12 +26,14 @@ from pathlib import Path
 from rich.console import Console
 
 import mempool
+from facts.asking import write_model
 from facts.data import FactBook, build_facts
 from facts.facts_file import FactsFileError, read_facts
 from facts.progress import RaceProgress
 from facts.race import Race
 from facts.report import Report, print_report, write_json
 from facts.rescale import LiveRescale, RescaleFailed
+from facts.saving import RaceSaves, SaveError, Stopped, resume
 from facts.train import TrainConfig
 from mempool import optim
 from mempool.errors import MempoolError, NotFound
@@ -38,6 +43,8 @@ NUM_SLOTS = 512**2
 VALUE_DIM = 256
 TABLE_LR = 0.1
 
+_SAVE_EVERY = 100
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; answers the exit code: 0 ok, 1 failed, 130 interrupted (argparse ends with 2)."""
@@ -45,16 +52,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.rescale_config is not None and (options.rescale_to is None or options.address is None):
         parser.error("--rescale-config needs --address, the pool it describes, and --rescale-to, the shards to write")
+    if options.save is None and (options.every is not None or options.stop_after is not None):
+        parser.error("--every and --stop-after need --save, the folder to write to")
     console = Console()
     try:
         book = build_facts(options.num_facts, seed=options.seed) if options.facts is None else read_facts(options.facts)
         with mempool.local(shards=2) if options.address is None else mempool.connect(options.address) as pool:
             report = run(options, book=book, pool=pool, console=console)
-    except (FactsFileError, MempoolError, RescaleFailed) as error:
+    except Stopped as stopped:
+        console.print(str(stopped), soft_wrap=True)
+        return 0
+    except (FactsFileError, MempoolError, RescaleFailed, SaveError) as error:
         print(f"train_facts: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("train_facts: interrupted", file=sys.stderr)
+        saved = "" if options.save is None else f"; --resume {options.save} goes on with what was saved last"
+        print(f"train_facts: interrupted{saved}", file=sys.stderr)
         return 130
     print_report(report, console=console)
     if options.json is not None:
@@ -70,14 +83,30 @@ def run(options: argparse.Namespace, *, book: FactBook, pool: mempool.Pool, cons
     """Trains and scores both models on the facts of a book, with a progress bar."""
     began_s = time.perf_counter()
     config = TrainConfig(epochs=options.epochs, seed=options.seed)
-    race = Race(book, pool=pool, table=open_table(pool, name=options.table, console=console), config=config)
+    table = open_table(pool, name=options.table, console=None if options.resume else console)
+    race = Race(book, pool=pool, table=table, config=config)
+    if options.resume is not None:
+        console.print(f"going on after step {resume(race, options.resume)} of {race.num_steps}")
     with ExitStack() as running:
-        rescale = None
+        saves = rescale = None
+        if options.save is not None:
+            saves = RaceSaves(race, options.save, every=options.every or _SAVE_EVERY, stop_after=options.stop_after)
         if options.rescale_to is not None:
             rescale = running.enter_context(LiveRescale(pool, shards=options.rescale_to, config=options.rescale_config))
         progress = running.enter_context(RaceProgress(race, rescale, console=console))
+
+        def after(step: int) -> None:
+            progress.step(step)
+            if saves is not None:
+                saves.after(step)
+
         ready_s = time.perf_counter()
-        memory, dense, pool_report = race.run(rescale=rescale, on_step=progress.step, on_evaluation=progress.evaluation)
+        memory, dense, pool_report = race.run(rescale=rescale, on_step=after, on_evaluation=progress.evaluation)
+    if options.model is not None:
+        asked = write_model(race, options.model)
+        console.print(
+            f"the model is in {options.model}; asked {asked.question!r}, it says {asked.answer!r}", soft_wrap=True
+        )
     end_s = time.perf_counter()
     return Report(
         facts=len(book.facts),
@@ -93,8 +122,8 @@ def run(options: argparse.Namespace, *, book: FactBook, pool: mempool.Pool, cons
     )
 
 
-def open_table(pool: mempool.Pool, *, name: str, console: Console) -> mempool.Table:
-    """The pool's table of that name, made if there is none; says so where it has been trained before."""
+def open_table(pool: mempool.Pool, *, name: str, console: Console | None) -> mempool.Table:
+    """The pool's table of that name, made if there is none; tells the console where it has been trained before."""
     try:
         table = pool.table(name)
     except NotFound:
@@ -106,7 +135,7 @@ def open_table(pool: mempool.Pool, *, name: str, console: Console) -> mempool.Ta
     version = max(
         (each.version for shard in pool.status().shards for each in shard.tables if each.name == name), default=0
     )
-    if version:
+    if version and console is not None:
         console.print(
             f"[yellow]table {name!r} has {version:,} commits from before: the memory does not start fresh."
             " Name another with --table to compare fairly."
@@ -130,6 +159,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rescale-config", type=Path, metavar="FILE", help="do so by editing this cluster file and `mempool apply`"
     )
+    parser.add_argument("--save", type=Path, metavar="PLACE", help="write models, optimizers and table here, together")
+    parser.add_argument(
+        "--every", type=_positive, metavar="N", help=f"save every N steps ({_SAVE_EVERY}), and at the end"
+    )
+    parser.add_argument("--stop-after", type=_positive, metavar="N", help="save after N steps of all, and stop")
+    parser.add_argument("--resume", type=Path, metavar="PLACE", help="go on with what was saved there")
+    parser.add_argument("--model", type=Path, metavar="FILE", help="write the trained model here, for ask_fact.py")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the closing figures here")
     return parser
 

@@ -42,6 +42,7 @@ class Race:
         size: widths of both models.
 
     Attributes:
+        steps_done: where `run` begins: 0, or where a race that was saved is gone on from.
         spent_s: seconds that the parts of `run` took, once it has ended.
     """
 
@@ -56,6 +57,7 @@ class Race:
     ) -> None:
         self.book, self.pool, self.table, self.config = book, pool, table, config
         self.size = size or ModelSize()
+        self.steps_done = 0
         self.spent_s: dict[str, float] = {}
         self.word_book = WordBook.from_facts(book)
         self.spelling = AnswerSpelling(fact.answer for fact in book.facts)
@@ -102,10 +104,12 @@ class Race:
 
         start_s = time.perf_counter()
         examples = batches(self.book, word_book=self.word_book, spelling=self.spelling, config=self.config)
-        train([self.memory, self.dense], examples=examples, on_step=after_step)
+        train([self.memory, self.dense], examples=examples, on_step=after_step, done=self.steps_done)
         train_s = time.perf_counter() - start_s
         on_evaluation()
         start_s = time.perf_counter()
+        if rescale is not None and not rescale.started:  # no step was left
+            rescale.start()
         rescaled = None if rescale is None else rescale.finish(steps=self.memory.steps)
         wait_s = time.perf_counter() - start_s
         start_s = time.perf_counter()
@@ -175,7 +179,7 @@ class Race:
         after = self._pool_state()
         # A shard that came by a rescale took the count of applied updates over with the pages it got.
         base = max(before.applied.values(), default=0)
-        lookups = self.config.num_epochs(len(self.book.facts)) * len(self.book.facts)
+        lookups = self.memory.questions
         read_lookups = sum(score.asked.total() for score in scores if score is not None)
         return PoolReport(
             name=self.pool.name,
@@ -184,7 +188,7 @@ class Race:
             shards_before=before.shards,
             shards_after=after.shards,
             lookups=lookups,
-            lookups_per_s=lookups / self.memory.train_s,
+            lookups_per_s=lookups / self.memory.train_s if lookups else 0.0,
             read_lookups=read_lookups,
             read_lookups_per_s=read_lookups / read_s,
             updates_committed=after.committed - before.committed,

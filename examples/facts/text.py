@@ -35,11 +35,13 @@ class WordBook:
     closed vocabulary.
 
     Attributes:
+        facts_by_word: what it was made from: in how many facts' questions each word is.
         vectors: [num_words + 1, WORD_DIM] float32, each of root mean square 1; row 0 is no word and all zeros.
         log_weights: [num_words + 1] float32; row 0 is so low that softmax gives it nothing.
     """
 
     def __init__(self, facts_by_word: dict[str, float], *, seed: int = 0) -> None:
+        self.facts_by_word = facts_by_word
         self._numbers = {word: number for number, word in enumerate(sorted(facts_by_word), start=1)}
         facts = np.array([facts_by_word[word] for word in self._numbers], dtype=np.float64)
         weights = _RARE_FACTS / (_RARE_FACTS + facts)

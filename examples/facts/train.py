@@ -5,6 +5,7 @@ The twins differ in one layer and in the optimizer that its values have in the p
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import Counter
@@ -100,6 +101,7 @@ class Contestant:
         schedulers: one for each optimizer.
         steps: the times of its steps.
         loss: of the last step.
+        questions: that it was trained on here.
     """
 
     name: str
@@ -108,6 +110,7 @@ class Contestant:
     schedulers: list[torch.optim.lr_scheduler.LRScheduler]
     steps: list[StepTime] = field(default_factory=list)
     loss: float = math.nan
+    questions: int = 0
 
     @property
     def train_s(self) -> float:
@@ -131,6 +134,7 @@ class Contestant:
         for scheduler in self.schedulers:
             scheduler.step()
         self.loss = loss.item()
+        self.questions += len(batch.codes)
         self.steps.append(StepTime(start_s, time.perf_counter()))
 
 
@@ -195,6 +199,7 @@ def train(
     *,
     examples: Iterator[Batch],
     on_step: Callable[[int], None],
+    done: int = 0,
 ) -> None:
     """Every batch goes through every contestant before the next one is drawn.
 
@@ -202,10 +207,11 @@ def train(
         contestants: trained side by side.
         examples: the batches.
         on_step: called after each step with the number of steps done.
+        done: steps that were done before: the first so many batches are drawn and left out.
     """
     for each in contestants:
         each.model.train()
-    for step, batch in enumerate(examples, start=1):
+    for step, batch in enumerate(itertools.islice(examples, done, None), start=done + 1):
         for each in contestants:
             each.step(batch)
         on_step(step)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mempool.types import ShardInfo, TableView
+from mempool.types.pool import merged, newest_saved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -103,7 +104,12 @@ def learn(known: Knowledge, view: TableView, *, made: Collection[int] = ()) -> K
         if present.schema.table_id > table_id:
             return known
     elif present is not None and present.placement.epoch >= view.placement.epoch:
-        return known
+        saved = newest_saved(present.saved, view.saved)
+        if saved == present.saved:
+            return known
+        view = replace(present, saved=saved)
+    elif present is not None:
+        view = merged(present, view)
     return replace(known, views={**known.views, name: view})
 
 
@@ -142,9 +148,14 @@ def owed(known: Knowledge, info: ShardInfo, heard: Heard) -> list[Action]:
         elif (mine := present.get(table_id)) is None:
             # One that owns nothing takes the table's history with its first pages.
             actions.append(Attach(view, "lost" if info.shard in view.placement.shards else "empty"))
-        elif mine.placement.epoch < view.placement.epoch or mine.shards != view.shards:
+        elif mine.placement.epoch < view.placement.epoch or _tells(view) != _tells(mine):
             actions.append(Push(view))
     return actions
+
+
+def _tells(view: TableView) -> tuple[object, ...]:
+    """What a view says besides where pages are."""
+    return view.shards, view.controller, view.saved
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -70,9 +70,10 @@ def read_manifest(store: Store, name: str | None = None) -> Manifest:
         InvalidRequest: It is of a newer format.
     """
     if name is None:
-        there = names(store.list())
+        listed = store.list()
+        there = names(listed)
         if not there:
-            raise NotFound(f"{store.url} has no checkpoint. Is the place right?")
+            raise NotFound(f"{store.url} has no checkpoint. {_half(store, listed) or 'Is the place right?'}")
         name = there[-1]
     if number_of(name) is None:
         raise NotFound(f"{name!r} is no name of a checkpoint; those of {store.url}: {_listed(store)}")
@@ -80,7 +81,9 @@ def read_manifest(store: Store, name: str | None = None) -> Manifest:
     try:
         data = store.read(path)
     except NotFound:
-        raise NotFound(f"{store.url} has no checkpoint {name!r}; it has: {_listed(store)}") from None
+        half = _half(store, store.list(name))
+        text = f"{store.url} has no checkpoint {name!r}; it has: {_listed(store)}"
+        raise NotFound(f"{text}. {half}" if half else text) from None
     manifest = parse_manifest(data, place_of(store.url, path))
     if manifest.name != name:
         raise DataLoss(f"{place_of(store.url, path)} is the manifest of {manifest.name!r}: it was moved. Move it back")
@@ -319,3 +322,15 @@ def _difference(first: TableSchema, second: TableSchema) -> str:
 def _listed(store: Store) -> str:
     there = names(store.list())
     return ", ".join(there[-5:]) if there else "none"
+
+
+def _half(store: Store, listed: Iterable[str]) -> str:
+    """What is to be said of a checkpoint's files without their manifest; "" where there are none."""
+    found = {path.partition("/")[0] for path in listed}
+    name = max((each for each in found if number_of(each) is not None), default="")
+    if not name:
+        return ""
+    return (
+        f"{place_of(store.url, manifest_path(name))} is missing: that checkpoint was never finished, or was copied in "
+        "part, so its files count for nothing. Copy it again from where it is whole, or take another"
+    )

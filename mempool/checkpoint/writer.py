@@ -5,6 +5,7 @@ Which pages, at which version, and who commits the parts is for others. In memor
 
 import secrets
 import zlib
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from types import TracebackType
@@ -92,31 +93,16 @@ class PartWriter:
         self._files: dict[str, StoredFile] = {}
         self._batches: list[Batch] = []
         self._open: _DataFile | None = None
-        self._awaited: PageGroup | None = None
-        self._done = False
+        self._groups = groups
+        self._left_in_file: deque[PageGroup] = deque()
+        self._groups_left = len(groups)
 
     def groups(self) -> Iterator[PageGroup]:
-        """The pages to hand to ``write``, one group after another."""
-        for groups in self._files_left:
-            path = f"{self._stem}.{len(self._files):04d}.safetensors"
-            entries = [entry for index, group in enumerate(groups) for entry in self._entries(index, group)]
-            metadata = {
-                "table": self._schema.name,
-                "version": str(self._version),
-                **{f"batch{index}": _described(group) for index, group in enumerate(groups)},
-            }
-            self._open = _DataFile(self._store, path, header_of(entries, metadata))
-            for group in groups:
-                self._awaited = group
-                yield group
-                if self._awaited is not None:
-                    raise InvalidRequest("a group of pages was not written; hand each to write() before the next")
-            self._files[path] = self._open.close()
-            self._open = None
-        self._done = True
+        """The pages to hand to ``write``, one group after another; they may be read out ahead of it."""
+        yield from self._groups
 
     def write(self, arrays: Mapping[str, Tensor]) -> None:
-        """Write the group that ``groups`` gave last.
+        """Write the first group that is not written yet.
 
         Args:
             arrays: As a ``PageBatch`` of these pages has them: [M * page_slots, columns of its blocks], and the keys of
@@ -126,9 +112,10 @@ class PartWriter:
             InvalidRequest: They are not those arrays.
             StorageFailed: The place is full, or fails.
         """
-        group, file = self._awaited, self._open
-        if group is None or file is None:
+        if not self._groups_left:
             raise InvalidRequest("write() is called once for each group of pages")
+        file = self._open or self._opened()
+        group = self._left_in_file[0]
         expected = self._head_arrays if group.heads else [a for a in self._row_arrays if blocks_of(a, group.blocks)]
         if set(arrays) != {array.name for array in expected}:
             raise InvalidRequest(
@@ -141,11 +128,14 @@ class PartWriter:
             Batch(file=file.path, rows=group.rows, blocks=group.blocks, heads=group.heads, tensors=tensors)
         )
         self.written_bytes += group.num_bytes(self._schema, self._arrays)
-        self._awaited = None
+        self._left_in_file.popleft()
+        self._groups_left -= 1
+        if not self._left_in_file:
+            self._files[file.path], self._open = file.close(), None
 
     def part(self) -> Part:
         """What was written, once everything is. Raises InvalidRequest before."""
-        if not self._done:
+        if self._groups_left:
             raise InvalidRequest(f"part {self._writer!r} of table {self._schema.name!r} is not written whole yet")
         return Part(
             checkpoint=self._checkpoint,
@@ -173,6 +163,20 @@ class PartWriter:
         if self._open is not None:
             self._open.discard()
             self._open = None
+
+    def _opened(self) -> "_DataFile":
+        """The next file, with the groups that it is to have."""
+        groups = next(self._files_left)
+        path = f"{self._stem}.{len(self._files):04d}.safetensors"
+        entries = [entry for index, group in enumerate(groups) for entry in self._entries(index, group)]
+        metadata = {
+            "table": self._schema.name,
+            "version": str(self._version),
+            **{f"batch{index}": _described(group) for index, group in enumerate(groups)},
+        }
+        self._open = _DataFile(self._store, path, header_of(entries, metadata))
+        self._left_in_file.extend(groups)
+        return self._open
 
     def _entries(self, index: int, group: PageGroup) -> Iterator[TensorEntry]:
         """The tensors of a group, in the order in which ``write`` writes them."""

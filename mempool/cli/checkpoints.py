@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mempool.checkpoint.stores import Store
     from mempool.types import CheckpointProgress
 
-_TIMEOUT_S = 15.0
+TIMEOUT_S = 15.0
 
 Place = Annotated[str, typer.Argument(metavar="PLACE", help="A folder, or a URL as s3://bucket/run-7.")]
 File = Annotated[
@@ -66,7 +66,7 @@ def checkpoint(
 
         own = _own(extra)
         target = find_target(file, pool, address)
-        with connected(target, timeout_s=_TIMEOUT_S) as client, _bar(as_json, "writing") as moved:
+        with connected(target, timeout_s=TIMEOUT_S) as client, bar(as_json, "writing") as moved:
 
             def report(now: CheckpointProgress) -> None:
                 moved(now.bytes_done, now.bytes_total, now.doing or "written")
@@ -76,7 +76,7 @@ def checkpoint(
             )
         versions = {each.table: each.version for each in done.tables}
         if as_json:
-            _print(
+            print_document(
                 {
                     "place": done.url,
                     "name": done.name,
@@ -98,7 +98,7 @@ def restore(
     name: Name = None,
     table: Tables = None,
     called: Annotated[
-        str | None, typer.Option("--as", metavar="NAME", help="What the one table that is named shall be called.")
+        str | None, typer.Option("--as", metavar="NAME", help="What the table shall be called, where it is one alone.")
     ] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Take the place of tables of these names, once all pages are there.")
@@ -114,7 +114,7 @@ def restore(
         from mempool.cli.target import connected, find_target
 
         target = find_target(file, pool, address)
-        with connected(target, timeout_s=_TIMEOUT_S) as client, _bar(as_json, "reading") as moved:
+        with connected(target, timeout_s=TIMEOUT_S) as client, bar(as_json, "reading") as moved:
             tables = client.restore(
                 place,
                 checkpoint=name,
@@ -126,7 +126,7 @@ def restore(
             )
             found = [{"name": each.name, "num_slots": each.num_slots, "value_dim": each.value_dim} for each in tables]
         if as_json:
-            _print({"place": place, "tables": found})
+            print_document({"place": place, "tables": found})
         else:
             show.say(f"restored from {place}: {', '.join(str(each['name']) for each in found)}")
 
@@ -155,7 +155,7 @@ def checkpoints(
         found = looking.checkpoints(store)
         if as_json:
             removed = {} if gone is None else {"removed": list(gone.checkpoints), "removed_bytes": gone.num_bytes}
-            _print({"place": store.url, "checkpoints": found, **removed})
+            print_document({"place": store.url, "checkpoints": found, **removed})
             return
         if gone is not None:
             show.say(
@@ -175,7 +175,7 @@ def inspect(place: Place, name: Name = None, as_json: Json = False) -> None:
 
         found = looking.inspect(_store(place), name)
         if as_json:
-            _print(found)
+            print_document(found)
         else:
             show.say(_line(found))
             for table in found["tables"]:
@@ -198,10 +198,10 @@ def verify(place: Place, name: Name = None, as_json: Json = False) -> None:
         from mempool.checkpoint import looking
         from mempool.cli import show
 
-        with _bar(as_json, "reading") as moved:
+        with bar(as_json, "reading") as moved:
             found = looking.verify(_store(place), name, progress=lambda done, total: moved(done, total, "reading"))
         if as_json:
-            _print(
+            print_document(
                 {
                     "name": found.name,
                     "files": found.files,
@@ -252,7 +252,7 @@ def _line(found: dict[str, Any]) -> str:
 
 
 @contextmanager
-def _bar(quiet: bool, begun: str) -> Iterator[Callable[[int, int, str], None]]:
+def bar(quiet: bool, begun: str) -> Iterator[Callable[[int, int, str], None]]:
     """Where progress in bytes goes: to a bar on a terminal, and nowhere else."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
@@ -275,5 +275,6 @@ def _nothing(_done: int, _total: int, _doing: str) -> None:
     pass
 
 
-def _print(document: object) -> None:
+def print_document(document: object) -> None:
+    """What ``--json`` prints."""
     print(json.dumps(document, indent=2))

@@ -14,7 +14,7 @@ def status(now: PoolStatus, *, address: str) -> dict[str, Any]:
     Keys: ``pool``, ``address``, ``rescaling``, ``wanted_shards`` (null while the controller is away), ``waiting_for``,
     ``unfinished``, ``checkpoint`` (text, empty if there is nothing), ``shards`` (list, by shard id), ``tables`` (list)
     and ``creating`` (list, tables that are being made). Sizes are bytes, times are seconds. Of a shard in state
-    "unreachable" only ``shard``, ``address``, ``incarnation`` and ``state`` mean anything.
+    "unreachable" only ``shard``, ``address``, ``incarnation``, ``state`` and ``storage_refuses`` mean anything.
     """
     return {
         "pool": now.name,
@@ -37,7 +37,8 @@ def table(view: TableView, now: PoolStatus) -> dict[str, Any]:
     """One table over all shards.
 
     ``version`` and ``updates_applied`` are those of the shard that is furthest; ``pages`` counts all pages there are,
-    ``lost_pages`` those that answer DATA_LOSS; ``placement`` is the kind of layout the pages have now.
+    ``lost_pages`` those that answer DATA_LOSS; ``placement`` is the kind of layout the pages have now; ``saved`` is the
+    newest checkpoint of it that the pool knows, or null.
     """
     schema, placement = view.schema, view.placement
     assignment = assignment_of(placement)
@@ -59,6 +60,7 @@ def table(view: TableView, now: PoolStatus) -> dict[str, Any]:
         "version": max((found.version for found in seen.values()), default=0),
         "updates_applied": max((found.updates_applied for found in seen.values()), default=0),
         "updates_held": max((found.updates_held for found in seen.values()), default=0),
+        "saved": None if view.saved is None else asdict(view.saved),
         "shards": [
             {
                 "shard": line.shard,
@@ -105,6 +107,7 @@ def _shard(shard: ShardStatus) -> dict[str, Any]:
         "storage": shard.storage or None,
         "journal_bytes": shard.journal_bytes,
         "storage_refuses": shard.storage_refuses,
+        "copied_bytes": shard.copied_bytes,
         "uptime_s": shard.uptime_s,
         "stages": [asdict(stage) for stage in shard.stages],
     }

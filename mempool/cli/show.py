@@ -12,6 +12,7 @@ from rich.table import Table
 from mempool.cli import documents
 from mempool.config import Changes
 from mempool.types import PoolStatus, RescaleProgress, ShardStatus
+from mempool.types.pool import lost_remedy
 
 Say = Callable[[str], None]
 Watch = Callable[[RescaleProgress], None]
@@ -62,7 +63,9 @@ def status(now: PoolStatus, *, address: str, stages: bool = False) -> None:
         waits = f"waits for {creation.waiting_for}" if creation.waiting_for else ""
         console.print(f"making table {creation.table}: {waits or so_far}")
     if now.checkpoint:
-        console.print(f"taking {now.checkpoint}")
+        copied = sum(shard.copied_bytes for shard in now.shards)
+        kept = f"; {_size(copied)} of rows are kept as they were" if copied else ""
+        console.print(f"taking {now.checkpoint}{kept}")
     for line in _troubles(now, found):
         console.print(line, style="red")
 
@@ -203,7 +206,9 @@ def _kept(now: PoolStatus) -> str:
 def _troubles(now: PoolStatus, tables: list[dict[str, object]]) -> list[str]:
     """Lines for what needs somebody's attention."""
     lines = [
-        f"shard {shard.info.shard} is starting"
+        f"shard {shard.info.shard} cannot start, and is tried again: {shard.storage_refuses}"
+        if shard.storage_refuses
+        else f"shard {shard.info.shard} is starting"
         if shard.state == "starting"
         else f"shard {shard.info.shard} does not answer; Ray starts it again if its process died"
         for shard in now.shards
@@ -212,7 +217,7 @@ def _troubles(now: PoolStatus, tables: list[dict[str, object]]) -> list[str]:
     lines += [
         f"shard {shard.info.shard} takes no change, as its storage refuses it: {shard.storage_refuses}"
         for shard in now.shards
-        if shard.storage_refuses
+        if shard.storage_refuses and shard.state == "ready"
     ]
     if now.unfinished:
         lines.append(now.unfinished)
@@ -223,9 +228,8 @@ def _troubles(now: PoolStatus, tables: list[dict[str, object]]) -> list[str]:
         )
     lines += [
         f"table {table['name']} lost {table['lost_pages']} of {table['pages']} pages: it answers DATA_LOSS. "
-        f"Restore a checkpoint over it (mempool restore PLACE --table {table['name']} --replace), or drop it "
-        f"(pool.drop_table({table['name']!r})) and make it again"
-        for table in tables
+        f"{lost_remedy(view.schema.name, view.saved)}"
+        for view, table in zip(now.tables, tables, strict=True)
         if table["lost_pages"]
     ]
     return lines + _half_made(now)

@@ -5,24 +5,30 @@ How the controller and the shards are reached is for whoever makes it: ``connect
 
 import os
 import secrets
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self, TypeVar, overload
 
 from mempool.client.checkpoints import CheckpointHandle, Restoring, asked_checkpoint, asked_restore
 from mempool.client.counts import shard_count
+from mempool.client.exchange import Export, ExportProgress, asked_import
+from mempool.client.following import Following
+from mempool.client.opened import OpenTables
 from mempool.client.opening.connection import Connection
 from mempool.client.opening.creation import CreateProgress, Creation
 from mempool.client.routing.fanout import Dial
 from mempool.client.routing.router import Router
 from mempool.client.routing.whereabouts import Whereabouts
 from mempool.client.table import Table
-from mempool.client.training.session import Session
 from mempool.config import TableConfig
 from mempool.errors import InvalidRequest, NotFound, PoolUnreachable, ShardUnavailable, Unavailable
-from mempool.types import CheckpointProgress, PoolApi, PoolStatus, RescaleProgress, TableView, TakeCheckpoint
-from mempool.types.caller import Caller, calling
+from mempool.types import (
+    CheckpointProgress,
+    PoolApi,
+    PoolStatus,
+    RescaleProgress,
+    TableView,
+)
 from mempool.wire.channels import loop
 
 T = TypeVar("T")
@@ -57,9 +63,8 @@ class Pool:
         self._where = Whereabouts(name=name, embedded=embedded, doing=doing)
         self._connection = Connection(api, dial, where=self._where, timeout_s=timeout_s, on_close=on_close)
         self._api = api
-        self._group = secrets.token_hex(16)
-        self._lock = threading.Lock()
-        self._tables: dict[int, Table] = {}
+        self._following = Following(api, self._connection)
+        self._open = OpenTables(self._connection, group=secrets.token_hex(16))
 
     def __reduce__(self) -> NoReturn:
         raise InvalidRequest(
@@ -125,14 +130,14 @@ class Pool:
         """
         creation = Creation(config, api=self._api, router=self.router, exist_ok=bool(exist_ok))
         try:
-            self._follow(creation.reports(), progress)
+            self._following.follow(creation.reports(), progress)
         except KeyboardInterrupt as interrupt:
             interrupt.add_note(
                 f"The pool goes on making table {config.name!r}: create_table(..., exist_ok=True) waits for it again, "
                 f"drop_table({config.name!r}) gives it up."
             )
             raise
-        return self._opened(creation.view)
+        return self._open.opened(creation.view)
 
     def table(self, name: str) -> Table:
         """A table by name; the same object for as long as the pool has that table.
@@ -141,11 +146,25 @@ class Pool:
             NotFound: There is no such table.
             PoolUnreachable: Nobody answered within timeout_s.
         """
-        return self._opened(self._connection.run(self.router.open(name)))
+        return self._open.opened(self._connection.run(self.router.open(name)))
 
     def tables(self) -> tuple[Table, ...]:
         """All tables, in the order they were made."""
-        return tuple(self._opened(view) for view in self._connection.run(self._list_tables()))
+        return tuple(self._open.opened(view) for view in self._connection.run(self._list_tables()))
+
+    def reopen(self, name: str) -> Table:
+        """The pool's table of that name as it is now, by the ``Table`` that this client had of that name before.
+
+        For a table that another client has replaced (``restore`` does so itself) or made again: layers and optimizers
+        that use that ``Table`` go on with the new one. What is pending on the old one is dropped, and backward passes
+        of its look-ups are refused.
+
+        Raises:
+            InvalidRequest: The table has other slots, values or keys than the ``Table``.
+            NotFound: There is no such table.
+            PoolUnreachable: Nobody answered within timeout_s.
+        """
+        return self._open.taken_over(self._connection.run(self.router.open(name)), strict=True)
 
     def drop_table(self, name: str) -> None:
         """Drop a table, its values and what is pending on it, for every client.
@@ -155,12 +174,7 @@ class Pool:
             PoolUnreachable: The controller did not answer within timeout_s.
         """
         self._connection.run(self._drop_table(name))
-        with self._lock:
-            dropped = [table_id for table_id, table in self._tables.items() if table.name == name]
-            for table_id in dropped:
-                del self._tables[table_id]
-        for table_id in dropped:
-            self._connection.run(self._forget(table_id))
+        self._open.dropped(name)
 
     def rescale(self, shards: int, *, progress: Callable[[RescaleProgress], None] | None = None) -> None:
         """Change the number of shards while the pool serves: pages move, training and lookups go on.
@@ -177,9 +191,9 @@ class Pool:
             ShardUnavailable: It was lost on the way: the same call goes on from where it stopped.
         """
         count = shard_count(shards)
-        reports, first = self._connection.run(self._connection.tries.run("rescale", lambda: self._begin_rescale(count)))
+        reports, first = self._following.begun_rescale(count)
         try:
-            self._follow(reports, progress, first)
+            self._following.follow(reports, progress, first)
         except PoolUnreachable as error:
             raise ShardUnavailable(
                 f"the pool's controller was lost during the rescale to {count} shards ({error.message}). Shards serve "
@@ -249,22 +263,12 @@ class Pool:
             PoolUnreachable: The controller does not answer; once begun, it may go on by itself: list the place.
         """
         request = asked_checkpoint(url, tables, incremental=incremental, keep=keep, extra=extra)
-        begun = self._connection.tries.run("checkpoint", lambda: self._begin_checkpoint(request))
-        reports, first = self._connection.run(begun)
+        if wait:
+            return self._following.checkpoint(request, progress)
+        reports, first = self._following.begun(request)
         handle = CheckpointHandle(first)
-        if not wait:
-            loop.start(handle.follow(reports))
-            return handle
-        last = first
-
-        def heard(report: CheckpointProgress) -> None:
-            nonlocal last
-            last = report
-            if progress is not None:
-                progress(report)
-
-        self._follow(reports, heard, first)
-        return last
+        loop.start(handle.follow(reports))
+        return handle
 
     def restore(
         self,
@@ -279,14 +283,16 @@ class Pool:
     ) -> tuple[Table, ...]:
         """Make tables of a checkpoint's, whatever number of shards and layout it was taken with: bit for bit.
 
-        Each is there whole, or not at all; one that it replaces stays until then, and its ``Table`` and layers that use
-        it are of no use from then on: take the new one with ``pool.table``. There must be room for both meanwhile.
+        Each is there whole, or not at all; one that it replaces stays until then, and there must be room for both. A
+        ``Table`` of this client that is replaced (or was dropped), and what uses it, goes on with the restored one, if
+        that has as many slots and columns and the same keys: what was pending is dropped. Other clients are told so
+        when they next ask, and go on by ``reopen``.
 
         Args:
             url: The place, as in ``checkpoint``.
             checkpoint: The name of the checkpoint; None: the newest.
             tables: Names in the checkpoint; None: all.
-            name: What the table is to be called, where one is named. Random rounding goes by the name.
+            name: What the table is to be called, where it is one alone. Random rounding goes by the name.
             replace: Take the place of tables of these names.
             layout: As in ``TableConfig``; None: as it was.
             progress: Called on this thread with each report, about once a second.
@@ -300,8 +306,89 @@ class Pool:
         """
         request = asked_restore(url, tables, checkpoint=checkpoint, name=name, replace=replace, layout=layout)
         restoring = Restoring(self._api, request)
-        self._follow(restoring.reports(), progress)
-        return tuple(self._opened(view) for view in self._connection.run(self._adopted(restoring.views)))
+        self._following.follow(restoring.reports(), progress)
+        views = self._open.adopted(restoring.views)
+        opened = self._open.taken_over if replace else self._open.opened
+        return tuple(opened(view) for view in views)
+
+    def export_table(
+        self,
+        name: str,
+        file: str | os.PathLike[str],
+        *,
+        state: bool = False,
+        via: str | os.PathLike[str] | None = None,
+        progress: Callable[[ExportProgress], None] | None = None,
+    ) -> ExportProgress:
+        """Write a table as one safetensors file: ``values`` [num_slots, value_dim] in the table's dtype, and its keys.
+
+        All of it is of one version of the table, while training goes on: a checkpoint of the table is taken aside and
+        removed again, so there must be room for it, and the pool's processes and this one must see it. Some megabytes
+        are in memory at a time. The file is there whole, or not at all.
+
+        Args:
+            name: The table's.
+            file: A path, or a URL that fsspec knows.
+            state: The optimizer's state too, as ``values.<state>``.
+            via: Where the checkpoint is taken; None: beside the file.
+            progress: Called on this thread with each report.
+
+        Returns:
+            The last report, with the table's version.
+
+        Raises:
+            NotFound: There is no such table.
+            StorageFailed: The file, or what is written aside, is not taken.
+            MempoolError: As ``checkpoint``.
+        """
+        export = Export(name, file, state=bool(state), via=via, progress=progress)
+        try:
+            self._following.checkpoint(export.request, export.heard)
+            return export.write()
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note(f"The pool may go on writing to {export.request.url}: remove what is left there.")
+            raise
+        finally:
+            export.clear()
+
+    def import_table(
+        self,
+        file: str | os.PathLike[str],
+        config: TableConfig | None = None,
+        *,
+        name: str | None = None,
+        replace: bool = False,
+        values: str | None = None,
+        keys: str | None = None,
+        progress: Callable[[CreateProgress], None] | None = None,
+    ) -> Table:
+        """Make a table whose values, and keys where it has any, are a file's; optimizer state and steps begin anew.
+
+        The shards read it themselves, each its own pages, some megabytes at a time. The table is there whole, or not at
+        all; one that it replaces stays until then, as in ``restore``.
+
+        Args:
+            file: A safetensors file that this process and the pool's see under this path, or a URL that fsspec knows;
+                or a file of torch.save, tensors alone. Exported by mempool, or a memory layer's ("[...]values.weight"
+                and "[...]keys") or an embedding's ("[...]weight").
+            config: The table; None: as the file says, where mempool wrote it.
+            name: What it is to be called; None: as the config, or the file, says.
+            replace: Take the place of a table of that name.
+            values, keys: Names of their tensors; None: as they are found.
+            progress: Called on this thread with each report, about once a second.
+
+        Raises:
+            NotFound: There is no such file.
+            AlreadyExists: There is a table of that name.
+            InvalidRequest: The file's tensors are not such a table's; with what was found.
+            DataLoss: The file is damaged.
+            PoolUnreachable: The controller does not answer; the pool may go on with it: see ``status``.
+        """
+        request = asked_import(file, config, name=name, replace_table=replace, values=values, keys=keys)
+        restoring = Restoring(self._api, request)
+        self._following.follow(restoring.reports(), progress)
+        (view,) = self._open.adopted(restoring.views)
+        return self._open.taken_over(view) if replace else self._open.opened(view)
 
     def status(self) -> PoolStatus:
         """Shards, tables, and whether pages are moving."""
@@ -315,39 +402,8 @@ class Pool:
         """
         self._connection.close()
 
-    def _follow(self, reports: AsyncIterator[T], progress: Callable[[T], None] | None, report: T | None = None) -> None:
-        """Hand on all reports, the first one first where it is there already, on this thread."""
-        try:
-            report = self._connection.run_long(_next(reports)) if report is None else report
-            while report is not None:
-                if progress is not None:
-                    progress(report)
-                report = self._connection.run_long(_next(reports))
-        finally:
-            self._connection.run(_end(reports))
-
-    async def _begin_rescale(self, shards: int) -> tuple[AsyncIterator[RescaleProgress], RescaleProgress | None]:
-        """The reports and the first of them. Where it raises Unavailable nothing has begun: it may be tried again."""
-        reports = self._api.rescale(shards)
-        with calling(Caller()):  # what is begun here has no deadline
-            return reports, await _next(reports)
-
-    async def _begin_checkpoint(
-        self, request: TakeCheckpoint
-    ) -> tuple[AsyncIterator[CheckpointProgress], CheckpointProgress]:
-        """The reports and the first of them. Where it raises Unavailable nothing has begun: it may be tried again."""
-        reports = self._api.checkpoint(request)
-        with calling(Caller()):
-            return reports, await anext(reports)
-
-    async def _adopted(self, views: Iterable[TableView]) -> list[TableView]:
-        return [self.router.adopt(view) for view in views]
-
     async def _list_tables(self) -> list[TableView]:
         return [self.router.adopt(view) for view in await self._connection.tries.run("tables", self._api.tables)]
-
-    async def _forget(self, table_id: int) -> None:
-        self.router.forget(table_id)
 
     async def _drop_table(self, name: str) -> None:
         table_id = await self._connection.tries.run(name, lambda: self._id_of(name))
@@ -374,28 +430,3 @@ class Pool:
                 if creation.table == name:
                     return creation.table_id
             raise
-
-    def _opened(self, view: TableView) -> Table:
-        schema = view.schema
-        with self._lock:
-            table = self._tables.get(schema.table_id)
-            if table is None:
-                session = Session(
-                    self.router,
-                    table_id=schema.table_id,
-                    group=self._group,
-                    coordinator=self._connection.coordinator,
-                )
-                table = Table(schema, router=self.router, session=session, run=self._connection.run)
-                self._tables[schema.table_id] = table
-            return table
-
-
-async def _next(reports: AsyncIterator[T]) -> T | None:
-    return await anext(reports, None)
-
-
-async def _end(reports: AsyncIterator[object]) -> None:
-    close = getattr(reports, "aclose", None)  # an iterator need not have it; a generator must be ended on its loop
-    if close is not None:
-        await close()

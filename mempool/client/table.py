@@ -313,6 +313,13 @@ class Table:
         require_distinct(key_ids, table=self.name)
         self._rows.write("keys", key_ids, checked.reshape(key_ids.shape[0], -1))
 
+    def rebind(self, schema: TableSchema, session: Session) -> None:
+        """For ``Pool``: from now on it is another table of the same name, slots and width."""
+        session.counters = self._session.counters  # they are this client's, and no number comes twice
+        self.schema, self._session = schema, session
+        self._rows = Rows(schema, router=self._router, run=self._run)
+        self._link.rebind(schema, session)
+
     @property
     def link(self) -> TableLink:
         """For ``mempool.nn``: what gathers go through."""

@@ -284,8 +284,12 @@ class TableChanges:
                 schema = replace(making.schema, table_id=table_id)
                 self._require_none(schema, making.origin)
                 infos = self._roster.infos
-                view, making.bytes_of = await self._runner.run(lambda: first_view(schema, infos))
+                view, making.bytes_of = await self._runner.run(
+                    lambda: first_view(schema, infos, self._roster.controller)
+                )
                 self._roster.unfinished.add(table_id)
+                if making.origin is not None and making.origin.source.checkpoint:
+                    view = self._roster.save(view, making.origin.source, making.origin.ledger.version)
                 making.view = view
             request = _attached(view, making.origin)
             await self._calls.everywhere(infos, lambda host: host.attach_table(request), timeout_s=_FILL_TIMEOUT_S)
@@ -294,7 +298,7 @@ class TableChanges:
             making.asked = True
             await self._calls.call(infos[0], lambda host: host.attach_table(made))
             before = self._roster.find(schema.name)
-            view = self._roster.put(schema, view.placement)
+            view = self._roster.put(schema, view.placement, saved=view.saved)
             await self._telling.confirm(view, infos[1:])
             if before is not None:  # of two of one name the later one is the pool's, whoever hears of both
                 self._roster.dropped.add(before.schema.table_id)
@@ -316,7 +320,7 @@ class TableChanges:
             if asked:
                 await self._calls.call(infos[0], lambda host: host.drop_table(table_id, unmade=True))
         except StalePlacement:
-            self._roster.put(view.schema, view.placement)
+            self._roster.put(view.schema, view.placement, saved=view.saved)
             self._telling.untold()
             return
         except MempoolError as error:
@@ -355,12 +359,14 @@ def _attached(view: TableView, origin: Origin | None) -> AttachTable:
     return AttachTable(view=view, mode="restore", pending=True, ledger=origin.ledger, source=origin.source)
 
 
-def first_view(schema: TableSchema, infos: tuple[ShardInfo, ...]) -> tuple[TableView, dict[int, int]]:
+def first_view(
+    schema: TableSchema, infos: tuple[ShardInfo, ...], controller: str = ""
+) -> tuple[TableView, dict[int, int]]:
     """The view of a new table, and how many bytes each of its owners has to fill."""
     assignment = plan_table(schema, None, [info.shard for info in infos])
     placement = Placement(table_id=schema.table_id, epoch=1, owners=assignment.owners, key_owners=assignment.key_owners)
     bytes_of = bytes_by_owner(schema, placement.owners, placement.key_owners)
-    return TableView(schema=schema, placement=placement, shards=infos), bytes_of
+    return TableView(schema=schema, placement=placement, shards=infos, controller=controller), bytes_of
 
 
 def differences(present: TableSchema, asked: TableSchema) -> list[str]:

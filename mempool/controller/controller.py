@@ -3,8 +3,9 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from importlib import metadata
+from types import MappingProxyType
 
 from mempool.controller.calls import ShardCalls
 from mempool.controller.changes import TableChanges
@@ -37,6 +38,7 @@ class Controller:
 
     Args:
         name: The pool's name.
+        address: "host:port" by which clients reach it, for views to carry; "" if embedded.
         launcher: Starts and stops shards.
         dial: The ``ShardHost`` of a shard, at once; asked for every call, so it keeps its connections itself.
         round_bytes: Bytes that one round of a move carries at most. Writers of the table wait for one round, which is
@@ -46,6 +48,7 @@ class Controller:
         wall_clock: Seconds since 1970; ids of tables are made of it.
         runner: Runs what takes long, as planning does.
         new_token: Gives a name that no round of any controller ever had.
+        refusals: Why shards that are down cannot start, by shard, as far as whoever starts them knows; it changes.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Controller:
         name: str,
         *,
         launcher: Launcher,
+        address: str = "",
         dial: Callable[[ShardInfo], ShardHost],
         round_bytes: int = 64 * 2**20,
         trainer_lease_s: float = TRAINER_LEASE_S,
@@ -60,10 +64,11 @@ class Controller:
         wall_clock: Clock = time.time,
         runner: Runner = THREADS,
         new_token: Callable[[], str] = lambda: secrets.token_hex(16),
+        refusals: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         self.name = name
         self._changing = changing = asyncio.Lock()
-        self._roster = roster = Roster(wall_clock=wall_clock)
+        self._roster = roster = Roster(controller=address, wall_clock=wall_clock)
         calls = ShardCalls(name, dial)
         telling = Telling(name, roster, calls)
         self._changes = changes = TableChanges(
@@ -105,6 +110,7 @@ class Controller:
             rescaling=rescaling,
             checkpoints=self._checkpoints,
             changing=changing,
+            refusals=refusals,
         )
 
     @property
@@ -155,6 +161,7 @@ class Controller:
 
         Raises:
             ShardUnavailable: No shard answers, so nothing is known of the pool's tables.
+            StorageFailed: What it told them could not be kept.
         """
         await self._watching.adopt(infos, wanted)
 

@@ -18,6 +18,7 @@ from mempool.controller.telling import Telling
 from mempool.errors import DataLoss, InvalidRequest, MempoolError, ShardUnavailable
 from mempool.types import MAX_SHARDS, RescaleProgress, ShardInfo, ShardStatus
 from mempool.types.caller import Caller, calling
+from mempool.types.pool import lost_remedy
 from mempool.types.running import Clock, Runner
 
 _LOG = logging.getLogger("mempool.controller")
@@ -239,7 +240,7 @@ class Rescaling:
         """Plans of all tables, once every shard is as it should be and has room for what it would get."""
         await self._telling.require_settled(removed)
         statuses = await self._statuses()
-        _require_whole(statuses)
+        _require_whole(statuses, self._roster)
         views, round_bytes = self._roster.views, self._round_bytes
         plans = await self._runner.run(lambda: [plan_moves(view, after, round_bytes) for view in views])
         require_room(await self._runner.run(lambda: _growth(plans)), statuses)
@@ -323,13 +324,15 @@ def _growth(plans: Sequence[MovePlan]) -> dict[int, int]:
     return growth((plan_.schema, plan_.present, plan_.target) for plan_ in plans)
 
 
-def _require_whole(statuses: Sequence[ShardStatus]) -> None:
+def _require_whole(statuses: Sequence[ShardStatus], roster: Roster) -> None:
     for status in statuses:
         for table in status.tables:
             if table.lost_pages:
+                view = roster.find(table.name)
+                remedy = lost_remedy(table.name, None if view is None else view.saved)
                 raise DataLoss(
                     f"table {table.name!r} has {table.lost_pages} lost pages on shard {status.info.shard}, which "
-                    f"cannot be moved; drop the table (pool.drop_table({table.name!r})), then rescale",
+                    f"cannot be moved. {remedy}; then rescale",
                     shard=status.info.shard,
                 )
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from mempool.agreement.recovery import Knowledge, learn
 from mempool.errors import NotFound, ShardUnavailable
-from mempool.types import Placement, ShardInfo, TableSchema, TableView
+from mempool.types import Placement, SavedTable, ShardInfo, TableSchema, TableSource, TableView
+from mempool.types.pool import newest_saved
 from mempool.types.running import Clock
 from mempool.types.schema_checks import shown
 
@@ -19,6 +20,10 @@ _NAMED = 20
 class Roster:
     """Shards by id and table views by name. A view always names the shards as they are now.
 
+    Args:
+        controller: "host:port" of the controller whose memory this is; "" if embedded.
+        wall_clock: Seconds since 1970.
+
     Attributes:
         dropped: Ids of tables that are gone, and that some shard may not have heard of yet.
         unfinished: Ids of tables that are being made: what a shard says of one is no news.
@@ -28,7 +33,8 @@ class Roster:
         highest_incarnation: Of any shard that was ever heard of.
     """
 
-    def __init__(self, *, wall_clock: Clock = time.time) -> None:
+    def __init__(self, *, controller: str = "", wall_clock: Clock = time.time) -> None:
+        self.controller = controller
         self._wall_clock = wall_clock
         self.dropped: set[int] = set()
         self.unfinished: set[int] = set()
@@ -112,12 +118,23 @@ class Roster:
             self._shards.pop(shard, None)
         self._refresh()
 
-    def put(self, schema: TableSchema, placement: Placement) -> TableView:
-        """Add a table, or give it a new placement."""
+    def put(self, schema: TableSchema, placement: Placement, *, saved: SavedTable | None = None) -> TableView:
+        """Add a table, or give it a new placement. saved: where it is saved, besides what is known."""
         self._last_table_id = max(self._last_table_id, self._believed(schema.table_id))
-        view = TableView(schema=schema, placement=placement, shards=self.infos)
+        known = self._views.get(schema.name)
+        if known is not None and known.schema.table_id == schema.table_id:
+            saved = newest_saved(known.saved, saved)
+        view = TableView(schema=schema, placement=placement, shards=self.infos, controller=self.controller, saved=saved)
         self._views[schema.name] = view
         return view
+
+    def save(self, view: TableView, source: TableSource, version: int) -> TableView:
+        """That version of a table is in a checkpoint: the view that says so."""
+        taken = int(self._wall_clock() * 1000)
+        saved = SavedTable(
+            url=source.url, checkpoint=source.checkpoint, table=source.table, version=version, taken=taken
+        )
+        return replace(view, saved=newest_saved(view.saved, saved))
 
     @property
     def knowledge(self) -> Knowledge:
@@ -135,7 +152,7 @@ class Roster:
             del self._views[name]
         for name, view in known.views.items():
             if self._views.get(name) is not view:
-                self.put(view.schema, view.placement)
+                self.put(view.schema, view.placement, saved=view.saved)
         self.dropped |= known.dropped
         self.complete = known.complete
 

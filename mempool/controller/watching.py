@@ -1,7 +1,8 @@
 """Looking after shards: adoption by a new controller, shards that came back, what they missed; the pool's status."""
 
 import asyncio
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import replace
 
 from mempool.controller.calls import ShardCalls
 from mempool.controller.changes import TableChanges
@@ -9,7 +10,7 @@ from mempool.controller.rescaling import Rescaling
 from mempool.controller.roster import Roster
 from mempool.controller.saving.checkpointing import Checkpoints
 from mempool.controller.telling import Telling
-from mempool.errors import ShardUnavailable
+from mempool.errors import ShardUnavailable, StorageFailed
 from mempool.types import PoolStatus, ShardInfo, ShardStatus, TableView
 
 
@@ -22,6 +23,7 @@ class Watching:
         calls, telling: Reach the shards.
         changes, rescaling, checkpoints: What goes on, for the status.
         changing: Held while the pool changes.
+        refusals: Why shards that are down cannot start, by shard, as far as is known; it changes.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Watching:
         rescaling: Rescaling,
         checkpoints: Checkpoints,
         changing: asyncio.Lock,
+        refusals: Mapping[int, str],
     ) -> None:
         self._pool = pool
         self._roster = roster
@@ -44,15 +47,18 @@ class Watching:
         self._rescaling = rescaling
         self._checkpoints = checkpoints
         self._changing = changing
+        self._refusals = refusals
 
     async def adopt(self, infos: Iterable[ShardInfo], wanted: int) -> None:
-        """Take over running shards. Raises ShardUnavailable where none answers."""
+        """Take over running shards. Raises ShardUnavailable where none answers, StorageFailed where disks fail."""
         async with self._changing:
             self._roster.set_shards(infos)
             self._roster.doubt()
             problems = await self._telling.settle()
             if problems and len(problems) == len(self._roster.infos):
                 shard, problem = min(problems.items())
+                if isinstance(problem, StorageFailed):
+                    raise problem
                 raise ShardUnavailable(
                     f"none of the {len(problems)} shards of pool {self._pool!r} answers the controller that was "
                     f"started anew (shard {shard}: {problem}); it tries again: see mempool status",
@@ -104,7 +110,7 @@ class Watching:
         statuses, waiting_for = await asyncio.gather(self._calls.statuses(infos), rescaling.waiting_for())
         return PoolStatus(
             name=self._pool,
-            shards=statuses,
+            shards=tuple(self._with_refusal(each) for each in statuses),
             tables=self._roster.views,
             rescaling=rescaling.running,
             wanted_shards=len(infos) if rescaling.wanted is None else rescaling.wanted,
@@ -113,6 +119,11 @@ class Watching:
             creating=self._changes.creations(statuses),
             checkpoint=self._checkpoints.doing,
         )
+
+    def _with_refusal(self, status: ShardStatus) -> ShardStatus:
+        """Why a shard that does not answer cannot start."""
+        refusal = "" if status.state == "ready" else self._refusals.get(status.info.shard, "")
+        return replace(status, storage_refuses=refusal) if refusal else status
 
 
 def is_current(status: ShardStatus, views: Iterable[TableView], making: Container[int] = ()) -> bool:

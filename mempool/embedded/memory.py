@@ -39,7 +39,7 @@ class PoolFolder:
 
     Raises:
         ConfigError: The name cannot be a folder's, or it is of a newer format. Nothing was changed.
-        DataLoss: What says which pool it is is damaged. Nothing was changed.
+        DataLoss: What says which pool it is is damaged, or missing. Nothing was changed.
         StorageFailed: It is no folder, cannot be written, or another process, which is named, uses it.
     """
 
@@ -54,7 +54,14 @@ class PoolFolder:
         owner = f"process {os.getpid()} on {socket.gethostname()}"
         self._lock = files.lock(os.path.join(self._folder, "LOCK"), owner=owner)
         try:
-            self.is_new = _NAME not in files.names(self._folder)
+            names = files.names(self._folder)
+            self.is_new = _NAME not in names
+            if self.is_new and (left := next((name for name in names if _SHARD.fullmatch(name)), None)):
+                raise DataLoss(
+                    f"{os.path.join(self._folder, _NAME)} is missing, which says whose {left} beside it is, and how "
+                    "many shards there are. Restore that file from a copy (its pool_id stands in each shard's "
+                    "format.json), or give another path. Nothing was changed."
+                )
             self.pool_id, self.wanted = (uuid.uuid4().hex, 0) if self.is_new else self._read()
             for name in files.names(self._folder):
                 if name.endswith(_GONE):
@@ -64,10 +71,15 @@ class PoolFolder:
             raise
 
     @property
+    def kept(self) -> tuple[int, ...]:
+        """The shards that have a folder here, ascending."""
+        found = (_SHARD.fullmatch(name) for name in self._files.names(self._folder))
+        return tuple(sorted(int(match[1]) for match in found if match))
+
+    @property
     def shards(self) -> tuple[int, ...]:
         """Those that have a folder here, or are meant to be, ascending."""
-        found = (_SHARD.fullmatch(name) for name in self._files.names(self._folder))
-        return tuple(sorted({int(match[1]) for match in found if match} | set(range(self.wanted))))
+        return tuple(sorted({*self.kept, *range(self.wanted)}))
 
     def keep_wanted(self, shards: int) -> None:
         """How many shards the pool is meant to have, durably."""

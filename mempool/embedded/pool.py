@@ -12,6 +12,7 @@ from mempool.client.opening.connection import checked_timeout
 from mempool.controller import Controller
 from mempool.embedded.memory import PoolFolder
 from mempool.errors import ConfigError, ShardUnavailable
+from mempool.observe import Stages
 from mempool.types import ShardHost, ShardInfo
 from mempool.types.running import TRAINER_LEASE_S
 from mempool.wire.channels.loop import run
@@ -36,8 +37,10 @@ class EngineLauncher:
         """A new engine; one that has storage goes on where it was, unless it is to be fresh."""
         from mempool.shard import Engine  # loads numba or triton, which a trainer that only connects must not
 
-        # It reads what lies on the disk, and may wait for it.
-        store = None if self._folder is None else await asyncio.to_thread(self._folder.store, shard, fresh=fresh)
+        stages, store = Stages(), None
+        if self._folder is not None:
+            with stages.measure("recover: open"):  # it reads what lies on the disk, and may wait for it
+                store = await asyncio.to_thread(self._folder.store, shard, fresh=fresh)
         self._started = max(self._started + 1, 0 if store is None else store.incarnation)
         info = ShardInfo(shard=shard, address="", incarnation=self._started)
         engine: Engine | None = None
@@ -48,6 +51,7 @@ class EngineLauncher:
                 peers=self.dial,
                 pool=self._pool,
                 held_lease_s=TRAINER_LEASE_S,
+                stages=stages,
                 configured=False,
                 store=store,
             )
@@ -127,8 +131,8 @@ def local(
             compiled at their first use, has ten minutes.
 
     Raises:
-        ConfigError: The server packages are not installed, there is no such device, or what lies at the path has
-            another number of shards, or is of a later version.
+        ConfigError: The server packages are not installed, there is no such device, the path is none, or what lies
+            there has another number of shards, or is of a later version.
         StorageFailed: Nothing can be kept at the path, or another process, which is named, has that pool open.
         DataLoss: What was kept is damaged; file and offset are named.
 
@@ -142,7 +146,7 @@ def local(
     count, timeout_s = shard_count(1 if shards is None else shards), checked_timeout(timeout_s)
     _require_server_packages()
     chosen = _device(device)
-    folder = None if path is None else PoolFolder(os.path.abspath(os.fspath(path)), name)
+    folder = None if path is None else PoolFolder(_absolute(path), name)
     if folder is not None and not folder.is_new and shards not in (None, folder.wanted):
         folder.close()
         raise ConfigError(
@@ -176,11 +180,23 @@ async def _made(controller: Controller, launcher: EngineLauncher, shards: int) -
 
 
 async def _found(controller: Controller, launcher: EngineLauncher, folder: PoolFolder) -> None:
-    infos = await asyncio.gather(*(launcher.start(shard) for shard in folder.shards), return_exceptions=True)
-    for info in infos:
-        if isinstance(info, BaseException):
-            raise info
-    await controller.adopt([info for info in infos if isinstance(info, ShardInfo)], wanted=folder.wanted)
+    infos: list[ShardInfo] = []
+    kept = folder.kept
+    for shards in (kept, sorted(set(folder.shards) - set(kept))):  # nothing is made where something is amiss
+        started = await asyncio.gather(*(launcher.start(shard) for shard in shards), return_exceptions=True)
+        for info in started:
+            if isinstance(info, BaseException):
+                raise info
+            infos.append(info)
+    await controller.adopt(infos, wanted=folder.wanted)
+
+
+def _absolute(path: object) -> str:
+    """The path of a folder as a user gives it. Raises ConfigError for what is none."""
+    text = path if isinstance(path, str) else os.fspath(path) if isinstance(path, os.PathLike) else None
+    if not isinstance(text, str) or not text:
+        raise ConfigError(f"path={path!r:.80}: give a folder's path, or leave it out for a pool that is kept nowhere")
+    return os.path.abspath(os.path.expanduser(text))
 
 
 def _require_server_packages() -> None:

@@ -4,7 +4,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from mempool.journal.files import Bytes, is_locked, storage_failed
 
@@ -77,7 +77,7 @@ class DiskFiles:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     other = os.pread(descriptor, _MOST_OWNER_BYTES, 0).decode(errors="replace").strip()
-                    raise is_locked(path, other) from None
+                    raise is_locked(path, other, here=other == owner) from None
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"{owner}\n".encode()[:_MOST_OWNER_BYTES], 0)
             except BaseException:
@@ -113,6 +113,12 @@ class DiskFile:
                 if written:  # a part of one: the system stops where the disk is full, and says so at the next call
                     left[first] = left[first][written:]
         return at - begin
+
+    def begin_sync(self, at: int, num_bytes: int) -> None:
+        """See ``File``. Linux begins to write back what it is told not to keep."""
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # advice, and no more
+                os.posix_fadvise(self._opened(), at, num_bytes, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
         """See ``File``."""

@@ -32,6 +32,9 @@ class File(Protocol):
             StorageFailed: Any part of it may be written.
         """
 
+    def begin_sync(self, at: int, num_bytes: int) -> None:
+        """Have these bytes on their way to the disk, so that the next ``sync`` has less to do. Promises nothing."""
+
     def sync(self) -> None:
         """Make durable what was written, and the file's size. The file's name is its folder's: ``Files.sync_folder``.
 
@@ -117,17 +120,20 @@ def storage_failed(error: OSError, path: str, doing: str) -> StorageFailed:
     return StorageFailed(message, errno=error.errno or 0)
 
 
-def is_locked(path: str, owner: str) -> StorageFailed:
-    """Somebody else has the lock."""
+def is_locked(path: str, owner: str, *, here: bool = False) -> StorageFailed:
+    """Somebody else has the lock. here: of this very process."""
+    which = "two processes cannot use one folder. Stop the other one, or give this one"
+    if here:
+        which = "that is this process, which has it open already. Close that first (pool.close()), or give"
     return StorageFailed(
-        f"{path} is locked by {owner or 'another process'}: two processes cannot use one folder. "
-        "Stop the other one, or give this one another path (shard.storage.path).",
+        f"{path} is locked by {owner or 'another process'}: {which} another path (shard.storage.path, or mempool.local's).",
         errno=errno.EWOULDBLOCK,
     )
 
 
-_FULL = "Make room there, or set shard.storage.path to a larger disk; it goes on by itself when there is room."
-_PERMITTED = "Make it readable and writable for this user, or set shard.storage.path to a folder that is."
+_PATH = "set shard.storage.path, or mempool.local's path,"
+_FULL = f"Make room there, or {_PATH} to a larger disk; it goes on by itself when there is room."
+_PERMITTED = f"Make it readable and writable for this user, or {_PATH} to a folder that is."
 _WORDS = {
     errno.ENOSPC: ("the disk is full", _FULL),
     errno.EDQUOT: ("this user's share of the disk is used up", _FULL),
@@ -141,7 +147,10 @@ _WORDS = {
     ),
     errno.EACCES: ("permission denied", _PERMITTED),
     errno.EPERM: ("operation not permitted", _PERMITTED),
-    errno.ENOTDIR: ("it, or what it should lie in, is no folder", "Set shard.storage.path to a folder."),
+    errno.ENOTDIR: (
+        "it, or what it should lie in, is no folder",
+        f"S{_PATH[1:]} to a folder.",
+    ),
     errno.ENOENT: ("there is no such file", ""),
     errno.EMFILE: ("this process has too many open files", "Raise its limit (ulimit -n)."),
 }

@@ -87,7 +87,8 @@ class ShardFolder:
         if strange := sorted({JOURNAL, SNAPSHOTS} & set(self.files.names(self.path))):
             raise DataLoss(
                 f"{join(self.path, FORMAT_NAME)} is missing, which says whose {' and '.join(strange)} beside it is. "
-                "Restore that file from a copy, or set another path (shard.storage.path). Nothing was changed."
+                "Restore that file from a copy, or set another path (shard.storage.path, or mempool.local's). "
+                "Nothing was changed."
             )
         said = {
             "version": VERSION,
@@ -116,14 +117,15 @@ class ShardFolder:
                 check_version(said["version"], name)
             raise DataLoss(
                 f"{name} is damaged ({type(error).__name__}: {error}): it says whose this folder is. "
-                "Restore it from a copy, or give another path (shard.storage.path). Nothing was changed."
+                "Restore it from a copy, or give another path (shard.storage.path, or mempool.local's). "
+                "Nothing was changed."
             ) from None
         check_version(version, name)
         if (pool_id, shard) != (self.owner.pool_id, self.owner.shard):
             raise ConfigError(
                 f"{name} says that this is shard {shard!r} of the pool with id {pool_id!r}, and shard "
                 f"{self.owner.shard} of the pool with id {self.owner.pool_id!r} is to use it. Give this pool another "
-                "name, or another path (shard.storage.path). Nothing was changed."
+                "name, or another path (shard.storage.path, or mempool.local's). Nothing was changed."
             )
         return created
 

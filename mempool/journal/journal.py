@@ -24,6 +24,8 @@ power cut may lose those of the newest segment."""
 
 SEGMENT_BYTES = 64 * 2**20
 MOST_WAITING_BYTES = 256 * 2**20
+_MOST_GATHERING_BYTES = 4 * 2**20
+"""What nobody has rung for is written all the same when there is so much of it."""
 _RETRY_AFTER_S = 0.05
 _MOST_FAILURES = 1024
 """Runs of numbers that were not written, as they are remembered."""
@@ -41,6 +43,9 @@ class Journal:
         [CALLER]  append gives it a number and leaves it in the batch that gathers; rings
         [WORKER]  a turn takes that batch: one write of all its buffers, one sync, the mark
         [WORKER]  the batch's future ends; meanwhile the next batch gathers
+
+    A batch that nobody waits for (``wait=False``) is only written, and on its way to the disk: its future ends with
+    that of the next one that is synced.
 
     Args:
         folder: The journal's own folder; it is there.
@@ -85,11 +90,13 @@ class Journal:
                 "are missing. Restore the pool from a checkpoint, or that folder from a copy. Nothing was changed."
             )
         self._tidy(folder, owner)
-        self._writer = SegmentWriter(files, folder, owner, self._chain, segment_bytes=segment_bytes)
+        durable = sync == "commit"
+        self._writer = SegmentWriter(files, folder, owner, self._chain, segment_bytes=segment_bytes, durable=durable)
         self._lock = threading.Lock()
         self._next = max(last, after) + 1
         self._gathering = _Batch(self._next)
         self._writing: _Batch | None = None
+        self._unsynced: list[_Batch] = []  # written, in order
         self._known_from = 0
         self._failures: deque[_Failure] = deque()
         self._num_failures = 0
@@ -106,7 +113,7 @@ class Journal:
     @property
     def last(self) -> int:
         """The number of the last record that is written, and with sync on durable; 0 for none. What failed has none."""
-        return self._writer.last
+        return self._writer.synced if self._sync == "commit" else self._writer.last
 
     @property
     def next_sequence(self) -> int:
@@ -143,13 +150,16 @@ class Journal:
         """
         return read_records(self._files, self._chain, after=after)
 
-    def append(self, kind: int, buffers: Sequence[Bytes], *, ring: bool = True, since: int | None = None) -> int:
+    def append(
+        self, kind: int, buffers: Sequence[Bytes], *, ring: bool = True, wait: bool = True, since: int | None = None
+    ) -> int:
         """Leave a record to be written; its number. Returns at once. From any thread.
 
         Args:
             kind: What it is: 0 to 65,535, the caller's own.
             buffers: The payload, in parts. They are written as they lie: nobody changes them before it is synced.
-            ring: Have it written at once; else with the next one that is.
+            ring: Have it written at once; else with the next one that is, or when much has gathered.
+            wait: Somebody waits for it, so it is synced when it is written; else with the next one that is.
             since: It builds on what was appended while ``num_failures`` was that.
 
         Raises:
@@ -169,21 +179,24 @@ class Journal:
             self._check_open()
             if since not in (None, self._num_failures):
                 raise copy(self._failures[-1].error)
-            waiting = self._waiting_bytes()
-            if waiting and waiting + num_bytes + RECORD_BYTES > self._most_waiting_bytes:
-                raise Overloaded(
-                    f"{waiting:,} bytes wait to be written to the journal, and {self._most_waiting_bytes:,} may: "
-                    "the disk is slower than what comes in. Nothing was changed; try again.",
-                    retry_after_s=_RETRY_AFTER_S,
-                )
-            number = self._next
-            self._next += 1
-            self._gathering.entries.append(Entry(number, kind, parts, num_bytes))
-            self._gathering.num_bytes += num_bytes + RECORD_BYTES
-            rings = ring and not self._gathering.rung
-            self._gathering.rung |= ring
+            gathering, waiting, number = self._gathering, self._waiting_bytes(), self._next
+            refused = waiting > 0 and waiting + num_bytes + RECORD_BYTES > self._most_waiting_bytes
+            if not refused:
+                self._next += 1
+                gathering.entries.append(Entry(number, kind, parts, num_bytes))
+                gathering.num_bytes += num_bytes + RECORD_BYTES
+                gathering.waited_for |= ring and wait
+            # What stands in the way, or is much, may be what nobody waits for: it would lie there for ever.
+            ring = ring or refused or gathering.num_bytes > _MOST_GATHERING_BYTES
+            rings, gathering.rung = ring and not gathering.rung, gathering.rung or ring
         if rings:
             self._worker.ring()
+        if refused:
+            raise Overloaded(
+                f"{waiting:,} bytes wait to be written to the journal, and {self._most_waiting_bytes:,} may: "
+                "the disk is slower than what comes in. Nothing was changed; try again.",
+                retry_after_s=_RETRY_AFTER_S,
+            )
         return number
 
     def when_synced(self, number: int) -> "Future[None]":
@@ -202,8 +215,9 @@ class Journal:
                 )
             if number >= self._gathering.first:
                 return self._gathering.done
-            if self._writing is not None and number >= self._writing.first:
-                return self._writing.done
+            for batch in (self._writing, *reversed(self._unsynced)):
+                if batch is not None and number >= batch.first:
+                    return batch.done
             failure = next((one for one in self._failures if one.first <= number <= one.last), None)
         done: Future[None] = Future()
         if failure is None:
@@ -246,17 +260,16 @@ class Journal:
             self._gathering = _Batch(self._next)
             removals, self._removals = self._removals, []
             closing_now = self._closing
+        durable = self._sync == "commit"
         try:
             if batch.entries:
-                self._writer.write(batch.entries, sync=self._sync == "commit")
+                self._writer.write(batch.entries, sync=durable and batch.waited_for)
         except MempoolError as error:
             self._failed(batch, error)
         except Exception as error:
             self._failed(batch, Internal(f"the journal could not write: {type(error).__name__}: {error}"))
         else:
-            with self._lock:
-                self._writing = None
-            batch.done.set_result(None)
+            self._wrote(batch, durable=durable)
         for number, done in removals:
             try:
                 done.set_result(self._writer.remove_before(number))
@@ -268,13 +281,44 @@ class Journal:
             self._writer.close()
         except MempoolError as error:
             self._closed = error
+            self._failed(_Batch(self._next), error)
+        else:
+            self._end_unsynced()
         return None
+
+    def _wrote(self, batch: "_Batch", *, durable: bool) -> None:
+        """[WORKER] Whoever waits for what is durable by now is told."""
+        unsynced = durable and self._writer.synced < self._writer.last
+        with self._lock:
+            self._writing = None
+            if unsynced:
+                # A new segment is begun with all of the one before synced.
+                ended = [one for one in self._unsynced if one.last <= self._writer.synced]
+                self._unsynced = [one for one in self._unsynced if one.last > self._writer.synced]
+                if batch.entries:
+                    self._unsynced.append(batch)
+        if not unsynced:
+            self._end_unsynced()
+            batch.done.set_result(None)
+            return
+        for one in ended:
+            one.done.set_result(None)
+        if not batch.entries:
+            batch.done.set_result(None)
+
+    def _end_unsynced(self) -> None:
+        with self._lock:
+            ended, self._unsynced = self._unsynced, []
+        for one in ended:
+            one.done.set_result(None)
 
     def _failed(self, batch: "_Batch", error: MempoolError) -> None:
         """Tell all who wait, and those behind them. Their numbers are left out."""
         with self._lock:
-            behind, self._gathering, self._writing = self._gathering, _Batch(self._next), None
-            first = batch.first
+            before = [one for one in self._unsynced if one.last > self._writer.synced]
+            synced = [one for one in self._unsynced if one.last <= self._writer.synced]
+            behind, self._gathering, self._writing, self._unsynced = self._gathering, _Batch(self._next), None, []
+            first = before[0].first if before else batch.first
             self._num_failures += 1
             if self._failures and self._failures[-1].last + 1 == first:
                 first = self._failures.pop().first
@@ -282,7 +326,9 @@ class Journal:
             self._failures.append(_Failure(first, self._next - 1, copy(error)))
             if len(self._failures) > _MOST_FAILURES:
                 self._known_from = self._failures.popleft().last + 1
-        for one in (batch, behind):
+        for one in synced:
+            one.done.set_result(None)
+        for one in (*before, batch, behind):
             one.done.set_exception(error)
 
     def _waiting_bytes(self) -> int:
@@ -317,6 +363,7 @@ class _Batch:
     Attributes:
         first: The number of its first record, once it has one.
         rung: It is on its way to be written.
+        waited_for: It is to be synced, too.
         done: Ends for all of them at once.
     """
 
@@ -324,9 +371,14 @@ class _Batch:
         self.first = first
         self.entries: list[Entry] = []
         self.num_bytes = 0
-        self.rung = False
+        self.rung = self.waited_for = False
         self.done: Future[None] = Future()
         self.done.set_running_or_notify_cancel()
+
+    @property
+    def last(self) -> int:
+        """The number of its last record; one less than its first where it has none."""
+        return self.first + len(self.entries) - 1
 
 
 class _Failure:

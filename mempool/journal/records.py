@@ -122,7 +122,7 @@ def check_version(version: int, path: str) -> None:
     if version != VERSION:
         raise ConfigError(
             f"{path} is of format version {version}, and this mempool reads {VERSION}: a newer mempool wrote it. "
-            "Use that one, or another path (shard.storage.path). Nothing was changed."
+            "Use that one, or another path (shard.storage.path, or mempool.local's). Nothing was changed."
         )
 
 

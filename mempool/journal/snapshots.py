@@ -29,7 +29,7 @@ from mempool.journal.reading import NEW
 from mempool.journal.records import RESTORE, Damaged, Owner, lost, sum_of
 
 _NAME = re.compile(r"(\d{12})\.(pack|manifest)")
-_RUN_BYTES = 8 * 2**20
+_RUN_BYTES = 16 * 2**20
 """Read at once, where pages lie behind one another."""
 
 

@@ -39,17 +39,23 @@ class SegmentWriter:
     After a failed sync the system may take pages for clean that never reached the disk: a second sync would say yes to
     them. So a segment is left as soon as anything of it fails; the next one says how much of it counts.
 
+    Args:
+        durable: What was written counts when it is synced: where a write or a sync fails all goes that was not.
+
     Attributes:
         last: The number of the last record that was written whole.
         synced: The number up to which all is synced.
         num_syncs: How often records were synced.
     """
 
-    def __init__(self, files: Files, folder: str, owner: Owner, chain: Chain, *, segment_bytes: int) -> None:
+    def __init__(
+        self, files: Files, folder: str, owner: Owner, chain: Chain, *, segment_bytes: int, durable: bool = True
+    ) -> None:
         self._files = files
         self._folder = folder
         self._owner = owner
         self._segment_bytes = segment_bytes
+        self._durable = durable
         self._older = deque(Written(segment.path, segment.last, segment.num_bytes) for segment in chain.segments)
         self._older_bytes = sum(segment.num_bytes for segment in chain.segments)
         self._sequence = chain.segments[-1].header.sequence if chain.segments else 0
@@ -57,6 +63,7 @@ class SegmentWriter:
         self._mark_file: File | None = None
         self._record_mark = 0
         self._end = chain.segments[-1].num_bytes if chain.segments else 0
+        self._synced_end = self._end
         self.last = chain.segments[-1].last if chain.segments else 0
         self.synced = self.last
         self.num_syncs = 0
@@ -72,10 +79,11 @@ class SegmentWriter:
         return self._older_bytes + (self._end if self._file is not None else 0)
 
     def write(self, entries: Sequence[Entry], *, sync: bool) -> None:
-        """Write records, all or none of them, and make them durable.
+        """Write records, all or none of them. sync: make them, and what was written before, durable.
 
         Raises:
-            StorageFailed: None of them counts, and the next one is written to a new segment.
+            StorageFailed: None of them counts, nor, where that is to be durable, what was not synced before; the next
+                one is written to a new segment.
         """
         if self._file is None or self._end >= self._segment_bytes:
             self._start(entries[0].number)
@@ -89,6 +97,8 @@ class SegmentWriter:
             written = file.write(buffers, self._end)
             if sync:
                 file.sync()
+            elif self._durable:
+                file.begin_sync(self._end, written)
         except Exception:
             self._leave(cut=True)
             raise
@@ -98,12 +108,12 @@ class SegmentWriter:
             self._was_synced()
 
     def sync(self) -> None:
-        """Make durable what was written without. Raises StorageFailed."""
+        """Make durable what was written without. Raises StorageFailed, as ``write``."""
         if self._file is not None and self.synced < self.last:
             try:
                 self._file.sync()
             except StorageFailed:
-                self._leave(cut=False)
+                self._leave(cut=self._durable)
                 raise
             self._was_synced()
 
@@ -141,7 +151,7 @@ class SegmentWriter:
 
         It is not synced: a killed process leaves it as it is, and after a power cut an older one only says less.
         """
-        self.synced = self.last
+        self.synced, self._synced_end = self.last, self._end
         self.num_syncs += 1
         with suppress(StorageFailed):  # the records are durable without it
             if self._mark_file is None:
@@ -173,13 +183,15 @@ class SegmentWriter:
                     self._files.remove(path + NEW)
             raise
         self._file, self._sequence = file, header.sequence
-        self._record_mark, self._end = header.mark, SEGMENT_BYTES
+        self._record_mark, self._end, self._synced_end = header.mark, SEGMENT_BYTES, SEGMENT_BYTES
 
     def _leave(self, *, cut: bool) -> None:
         """Write no more to the newest segment. cut: take away what does not count, if that can be done."""
         file, self._file = self._file, None
         if file is None:
             return
+        if cut and self._durable:
+            self.last, self._end = self.synced, self._synced_end
         path = join(self._folder, segment_name(self._sequence))
         self._older.append(Written(path, self.last, self._end))
         self._older_bytes += self._end

@@ -1,8 +1,9 @@
-"""torch modules over a pool's tables: the memory layer, and the optimizer that commits its gradients."""
+"""torch modules over a pool's tables: the memory layer, the optimizer that commits its gradients, the pool's state."""
 
 from mempool.nn.choice import MemoryLookup
 from mempool.nn.gradient import TableGradient
 from mempool.nn.layer import MemoryLayer
 from mempool.nn.optimizer import PoolOptimizer
+from mempool.nn.state import PoolState
 
-__all__ = ["MemoryLayer", "MemoryLookup", "PoolOptimizer", "TableGradient"]
+__all__ = ["MemoryLayer", "MemoryLookup", "PoolOptimizer", "PoolState", "TableGradient"]

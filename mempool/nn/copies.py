@@ -1,9 +1,13 @@
-"""What a copy of a layer is told: it shares the table, so an average of models averages everything but the values."""
+"""Copies: one of a layer shares the table, and is told once that its values are live; one of its state dict says which
+version of the table it goes with."""
 
 import warnings
+from typing import Any
 
 import torch
 from torch import nn
+
+from mempool.client import Table
 
 
 class CopyCaution:
@@ -36,6 +40,25 @@ class CopyCaution:
                 " its values are not averaged",
                 stacklevel=5,
             )
+
+
+class VersionWhenCopied:
+    """In a layer's state: turns into the table's version where that is pickled or copied.
+
+    Until then its tensors are the model's own, which train on, or which a loader writes to: of no version.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self._link = table.link
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        version = self._link.known_version
+        return torch.Size, (() if version is None else (version,),)  # a type that torch.load takes by itself
+
+
+def copied_version(kept: object) -> int | None:
+    """The version that a copy of a state has; None where it is no copy, or has none."""
+    return kept[0] if isinstance(kept, torch.Size) and len(kept) == 1 else None
 
 
 def _versions(module: nn.Module) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from mempool.client import Table
 from mempool.client.gathers.autograd import gather, refuse_export
 from mempool.errors import InvalidRequest
 from mempool.nn.choice import MemoryLookup, Scores, checked_scores, weights_of
-from mempool.nn.copies import CopyCaution
+from mempool.nn.copies import CopyCaution, VersionWhenCopied, copied_version
 from mempool.nn.parts import Gate, Out, gate_part, out_part
 from mempool.nn.scoring import product_topk, unit_rms
 from mempool.nn.sizes import (
@@ -31,6 +31,8 @@ from mempool.nn.sizes import (
     codebook_size,
 )
 from mempool.nn.values import LayerLink, has_mark, values_parameter
+
+_VERSION = "table_version"
 
 
 class MemoryLayer(nn.Module):
@@ -65,9 +67,11 @@ class MemoryLayer(nn.Module):
     nothing: clip by ``PoolOptimizer``'s ``max_norm``, or over its parameters. (Under FSDP2, ``zero_grad()``
     drops where ``PoolOptimizer(model)`` was made after ``fully_shard``, and not with ``set_to_none=False``.)
 
-    ``state_dict`` holds the other parameters and nothing of the table: its values live in the pool. States of before
-    ``half_keys`` had that name (``keys``) load. A copy, shallow or deep, shares the table: what a teacher or an average
-    of models reads are the live values. Pickling is refused: a table is a connection, not data.
+    ``state_dict`` holds the other parameters and nothing of the table: its values live in the pool. What ``torch.save``
+    or a deep copy makes of it says at which version this client knew the table then: where the next look-up after
+    ``load_state_dict`` meets another one, it warns. States of before ``half_keys`` had that name (``keys``) load. A
+    copy, shallow or deep, shares the table: what a teacher or an average of models reads are the live values. Pickling
+    is refused: a table is a connection, not data.
 
     Attributes:
         query: Linear(dim, heads * key_dim).
@@ -322,6 +326,10 @@ class MemoryLayer(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(prefix + "values", None)
+        # Among what torch keeps of modules beside their tensors, so that nobody meets a key that is no tensor.
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata[_VERSION] = VersionWhenCopied(self.table)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str], *lists: Any
@@ -331,6 +339,7 @@ class MemoryLayer(nn.Module):
         missing: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *lists)
         missing_keys += [name for name in missing if name != prefix + "values"]
+        self.table.link.expect(copied_version(local_metadata.get(_VERSION)), whose="a model")
 
     def __copy__(self) -> Self:
         clone = type(self).__new__(type(self))

@@ -39,9 +39,9 @@ class PoolOptimizer(torch.optim.Optimizer):
     ``OneCycleLR(..., cycle_momentum=False)``), ``table``, the table's name, and ``params``: one ``TableGradient``, so
     that ``GradScaler.unscale_`` and ``torch.nn.utils.clip_grad_norm_`` work with this optimizer, and the ``values`` of
     the model's layers, by which they are frozen. ``state_dict`` holds the groups and each table's version; the values
-    and the state of the shards' optimizers are the pool's, and stay there: ``load_state_dict`` warns where the table is
-    at another version than the state. Keep the state beside what ``torch.distributed.checkpoint`` saves; its functions
-    for optimizers refuse this one.
+    and the state of the shards' optimizers are the pool's: after ``load_state_dict`` a look-up that meets another
+    version than the state's warns. ``torch.distributed.checkpoint`` takes it as it is, beside a
+    ``mempool.nn.PoolState`` for the tables; its functions (``get_optimizer_state_dict``) refuse this one.
 
     Args:
         tables: A model, whose tables are taken, wherever its modules hold them (attributes, lists, dicts, dataclasses);
@@ -197,7 +197,10 @@ class PoolOptimizer(torch.optim.Optimizer):
         return {**state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over learning rates and other options of groups, by the tables' names; warns of other versions.
+        """Take over learning rates and other options of groups, by the tables' names.
+
+        Where the next look-up in one of the tables meets another version than the state was saved beside, it warns: the
+        table may be restored before or after this.
 
         Raises:
             InvalidRequest: The state is of other tables than this optimizer's.
@@ -218,7 +221,7 @@ class PoolOptimizer(torch.optim.Optimizer):
             count += len(own["params"])
         super().load_state_dict({**state_dict, "param_groups": groups})
         for version, gradient in zip(versions, self._gradients(), strict=True):
-            _warn_of_version(gradient.table, version)
+            gradient.table.link.expect(version, whose="a PoolOptimizer")
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
@@ -320,14 +323,3 @@ def _version(table: Table) -> int | None:
         return table.link.version()
     except MempoolError:
         return None
-
-
-def _warn_of_version(table: Table, saved: int | None) -> None:
-    now = None if saved is None else _version(table)
-    if now is not None and now != saved:
-        warnings.warn(
-            f"table {table.name!r} is at version {now}, and was at {saved} when this state was saved: learning rates"
-            " came back, the values and the state of their optimizer are the pool's and did not. Go on from there"
-            " knowingly, or write the values of that time back (table.write)",
-            stacklevel=3,
-        )

@@ -51,8 +51,10 @@ class ControllerProcess:
         self._controller = Controller(
             self._config.pool.name,
             launcher=self._launcher,
+            address=self._serving.address,
             dial=self._serving.dial,
             trainer_lease_s=self._config.shard.trainer_lease,
+            refusals=self._launcher.refusals,
         )
         if restarted:  # nobody calls start() a second time
             self._watching = asyncio.create_task(self._resume())
@@ -85,7 +87,7 @@ class ControllerProcess:
         run(self._stop(), timeout_s=_STOP_TIMEOUT_S)
 
     async def _start(self) -> str:
-        if self._serving.address is not None:
+        if self._serving.serves:
             return self._serving.address
         self._serving.bind()  # a taken address is known before any shard is started
         try:

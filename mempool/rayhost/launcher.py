@@ -39,6 +39,7 @@ class RayLauncher:
 
     Attributes:
         drops: Shards that are stopped remove what they have kept.
+        refusals: Why shards that were started again by Ray cannot start, by shard, as their processes say.
     """
 
     def __init__(self, config: ClusterConfig, *, keys: PoolKeys, start_timeout_s: float = _START_TIMEOUT_S) -> None:
@@ -52,6 +53,7 @@ class RayLauncher:
         self._starting: set[int] = set()
         self._wanted: Wanted | None = None
         self.drops = False
+        self.refusals: dict[int, str] = {}
 
     async def require_room(self, shards: int) -> None:
         """Look at what Ray has free; what was given back a moment ago is waited for.
@@ -159,6 +161,7 @@ class RayLauncher:
             StorageFailed: What it has kept could not be removed; all else is done.
         """
         self._boots.pop(info.shard, None)
+        self.refusals.pop(info.shard, None)
         actor = self._actors.pop(info.shard, None)
         if actor is None:
             return
@@ -259,18 +262,28 @@ class RayLauncher:
         try:
             async with asyncio.timeout(_DESCRIBE_TIMEOUT_S):
                 description: Description = await _await(self._actors[shard].describe.remote())
+            self._note(shard, description.refusal if description.info is None else "")
             if description.boot_id == self._boots[shard]:
                 return None
             _LOG.warning("shard %d was started again by Ray: %s", shard, self._pages)
             # One that reads back what it has kept keeps no other one waiting: it says when it is there.
             async with asyncio.timeout(_START_TIMEOUT_S if self._config.shard.storage is None else _DESCRIBE_TIMEOUT_S):
-                return await self._admit(self._actors[shard], description)
+                admitted = await self._admit(self._actors[shard], description)
+            self._note(shard, "")
+            return admitted
         except (TimeoutError, KeyError, RayError) as error:
             if isinstance(cause := getattr(error, "cause", None), MempoolError):  # of its disk, say
+                self._note(shard, cause.message)
                 _LOG.warning("shard %d cannot start, and is tried again: %s", shard, cause.message)
             else:
                 _LOG.debug("shard %d does not answer: %r", shard, error)
             return None
+
+    def _note(self, shard: int, refusal: str) -> None:
+        if refusal and shard in self._boots:
+            self.refusals[shard] = refusal
+        else:
+            self.refusals.pop(shard, None)
 
     async def _admit(self, actor: Any, description: Description, *, fresh: bool = False) -> Description:
         """Give a start of a shard its incarnation, unless it has one."""

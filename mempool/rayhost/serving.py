@@ -38,6 +38,9 @@ class ControllerServing:
         config: The pool's configuration.
         node_ip: This node's address, as others see it.
         keys: The pool's.
+
+    Attributes:
+        serves: It has started.
     """
 
     def __init__(self, config: ClusterConfig, *, node_ip: str, keys: PoolKeys) -> None:
@@ -46,7 +49,12 @@ class ControllerServing:
         self._server = Server(token=keys.token, tls=keys.server_tls)
         self._dialer = GrpcDialer(keys.channels())
         self._port = 0
-        self.address: str | None = None
+        self.serves = False
+
+    @property
+    def address(self) -> str:
+        """The pool's, as others reach it."""
+        return f"{self._host}:{self._port or self._config.pool.port}"
 
     def dial(self, info: ShardInfo) -> ShardHost:
         """The host of a shard."""
@@ -62,7 +70,7 @@ class ControllerServing:
         self.bind()
         lookup = _LateLookup(controller, dial=self.dial, pool=self._config.pool.name)
         await self._server.start(shard=None, pool=controller, lookup=lookup)
-        self.address = f"{self._host}:{self._port}"
+        self.serves = True
         collector.settle()
         return self.address
 

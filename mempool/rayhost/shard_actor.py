@@ -18,6 +18,7 @@ import ray
 from ray.exceptions import RayError
 
 from mempool.config import ClusterConfig
+from mempool.errors import MempoolError
 from mempool.rayhost.actors import NAMESPACE, controller_name, node_ip
 from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.state.kept import Wanted, read_wanted, remove_kept, write_wanted
@@ -40,11 +41,13 @@ class Description:
         boot_id: New at each start of the process.
         info: None until this start of it was admitted.
         wanted: What it was given to keep: how many shards the pool is meant to have; None: nothing.
+        refusal: Why it could not be admitted, when it was tried last.
     """
 
     boot_id: str
     info: ShardInfo | None
     wanted: Wanted | None = None
+    refusal: str = ""
 
 
 class ShardProcess:
@@ -52,8 +55,10 @@ class ShardProcess:
 
     def __init__(self, config: ClusterConfig, shard: int, keys: PoolKeys) -> None:
         # Here and not above: the controller names this class too, and needs no torch.
+        began_s = time.monotonic()
         import mempool.rayhost.shard_serving  # noqa: F401
 
+        self._imported_s = time.monotonic() - began_s
         self._config = config
         self._shard = shard
         self._keys = keys
@@ -61,6 +66,7 @@ class ShardProcess:
         self._serving: ShardServing | None = None
         self._info: ShardInfo | None = None
         self._wanted: Wanted | None = None
+        self._refusal = ""
         self._keeping = threading.Lock()
         if ray.get_runtime_context().was_current_actor_reconstructed:
             _tell_controller(config.pool.name)
@@ -68,7 +74,7 @@ class ShardProcess:
     @ray.method(concurrency_group="health")  # answers whatever the engine does
     def describe(self) -> Description:
         """Who this is."""
-        return Description(boot_id=self._boot_id, info=self._info, wanted=self._wanted)
+        return Description(boot_id=self._boot_id, info=self._info, wanted=self._wanted, refusal=self._refusal)
 
     @ray.method(concurrency_group="health")
     def keep(self, wanted: Wanted) -> None:
@@ -102,7 +108,11 @@ class ShardProcess:
             storage, pool = self._config.shard.storage, self._config.pool.name
             if fresh and storage is not None:
                 remove_kept(storage.path, pool, self._shard)
-            info = run(self._serve(incarnation, node_ip()), timeout_s=_CALL_TIMEOUT_S if storage is None else None)
+            try:
+                info = run(self._serve(incarnation, node_ip()), timeout_s=_CALL_TIMEOUT_S if storage is None else None)
+            except MempoolError as error:
+                self._refusal = error.message
+                raise
             with self._keeping:
                 if storage is not None:
                     kept = read_wanted(storage.path, pool, self._shard)
@@ -137,7 +147,12 @@ class ShardProcess:
         from mempool.rayhost.shard_serving import ShardServing
 
         self._serving = ShardServing(
-            self._config, shard=self._shard, incarnation=incarnation, node_ip=node_ip, keys=self._keys
+            self._config,
+            shard=self._shard,
+            incarnation=incarnation,
+            node_ip=node_ip,
+            keys=self._keys,
+            imported_s=self._imported_s,
         )
         return await self._serving.start()
 

@@ -46,14 +46,25 @@ class ShardServing:
         incarnation: Of this start.
         node_ip: This node's address, as others see it.
         keys: The pool's.
+        imported_s: How long this process took to import what it needs, seconds.
     """
 
-    def __init__(self, config: ClusterConfig, *, shard: int, incarnation: int, node_ip: str, keys: PoolKeys) -> None:
+    def __init__(
+        self,
+        config: ClusterConfig,
+        *,
+        shard: int,
+        incarnation: int,
+        node_ip: str,
+        keys: PoolKeys,
+        imported_s: float = 0.0,
+    ) -> None:
         self._config = config
         self._host = advertised_host(config, node_ip)
         self._shard = shard
         self._incarnation = incarnation
         self._stages = Stages()
+        self._stages.record("start: imports", imported_s)
         self._server = Server(
             token=keys.token,
             controller_key=keys.controller_key,
@@ -84,7 +95,8 @@ class ShardServing:
         port = self._server.bind(pool.bind, _shard_ports(self._config))
         info = ShardInfo(shard=self._shard, address=f"{self._host}:{port}", incarnation=self._incarnation)
         # It reads what lies on the disk. A port that is bound and not served holds callers off meanwhile.
-        store = self._store = await asyncio.to_thread(self._opened)
+        with self._stages.measure("recover: open"):
+            store = self._store = await asyncio.to_thread(self._opened)
         engine = self._engine = Engine(
             info,
             device=engine_device(self._config.shard),

@@ -77,29 +77,30 @@ class ShardViews:
         return PoolStatus(name=self._pool, shards=tuple(shards), tables=views, rescaling=False)
 
     async def create_table(self, schema: TableSchema) -> TableView:
-        self._refuse(f"create table {schema.name!r}")
+        await self._refuse(f"create table {schema.name!r}")
 
     async def drop_table(self, name: str, *, table_id: int = 0) -> None:  # noqa: ARG002
-        self._refuse(f"drop table {name!r}")
+        await self._refuse(f"drop table {name!r}")
 
     async def rescale(self, shards: int) -> AsyncIterator[RescaleProgress]:
-        self._refuse(f"rescale to {shards} shards")
+        await self._refuse(f"rescale to {shards} shards")
         yield  # makes this an asynchronous generator, as PoolApi asks
 
     async def checkpoint(self, request: TakeCheckpoint) -> AsyncIterator[CheckpointProgress]:
-        self._refuse(f"take a checkpoint to {request.url!r}")
+        await self._refuse(f"take a checkpoint to {request.url!r}")
         yield
 
     async def restore(self, request: RestoreTables) -> tuple[TableView, ...]:
-        self._refuse(f"restore from {request.url!r}")
+        await self._refuse(f"restore from {request.url!r}")
 
     async def close(self) -> None:
         """Nothing to give back."""
 
-    def _refuse(self, what: str) -> NoReturn:
+    async def _refuse(self, what: str) -> NoReturn:
+        at = next((view.controller for view in await self.tables() if view.controller), self._controller)
         raise PoolUnreachable(
             f"cannot {what}: a shard answers, and only the controller of pool {self._pool!r} changes it; "
-            f"it is at {self._controller} and Ray restarts it if it died: try again shortly"
+            f"it is at {at} and Ray restarts it if it died: try again shortly"
         )
 
     async def _others(self, infos: list[ShardInfo]) -> list[ShardStatus]:

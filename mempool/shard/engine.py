@@ -12,10 +12,9 @@ from collections.abc import Awaitable, Callable, Generator
 from contextlib import suppress
 from functools import partial
 from types import GeneratorType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from mempool.errors import MempoolError, Overloaded, ShardUnavailable, StepConflict
 from mempool.observe import Stages
@@ -24,15 +23,12 @@ from mempool.shard.answers import Answers
 from mempool.shard.committing import Committing
 from mempool.shard.durable.changes import Changes
 from mempool.shard.durable.records import Begun
-from mempool.shard.durable.replay import recover
-from mempool.shard.durable.store import Store
-from mempool.shard.durable.taking import Taking
-from mempool.shard.jobs import JOB_BYTES, Answered
+from mempool.shard.jobs import JOB_BYTES, Answered, cost_of, cost_of_parts, open_writes
 from mempool.shard.parking import Behind, Parked
 from mempool.shard.pulling import Pulling
 from mempool.shard.saving.marks import Saving
 from mempool.shard.saving.restoring import Restoring, check_source
-from mempool.shard.steps.budget import MIB, Budget, numbers_bytes
+from mempool.shard.steps.budget import MIB, Budget
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.steps.resolver import Resolver
 from mempool.shard.tenancy import Tenancy
@@ -78,6 +74,10 @@ from mempool.types import (
 )
 from mempool.types.caller import Caller, current_caller
 from mempool.types.running import THREADS, TRAINER_LEASE_S, Clock, Runner
+
+if TYPE_CHECKING:  # the wire's codecs come with them, which an embedded pool that keeps nothing does not need
+    from mempool.shard.durable.store import Store
+    from mempool.shard.durable.taking import Taking
 
 _TABLES = Caller(name="tables")
 """Who asks for the long work on tables and pages, as far as fairness goes."""
@@ -138,7 +138,7 @@ class Engine:
         configured: bool = True,
         clock: Clock = time.monotonic,
         runner: Runner = THREADS,
-        store: Store | None = None,
+        store: "Store | None" = None,
     ) -> None:
         self.info = info
         self._store = store
@@ -176,7 +176,7 @@ class Engine:
             runner=runner,
         )
         self._changes = Changes(self._tenancy)
-        self._taking = None if store is None else Taking(store, self._tenancy, on_thread=self._on_thread, runner=runner)
+        self._taking = None if store is None else self._snapshots(store, runner)
         self._answers = Answers(
             self._tenancy,
             contexts=contexts,
@@ -194,6 +194,7 @@ class Engine:
             control=self._control,
             jobs=partial(self._thread.run, caller=_TABLES),
             clock=clock,
+            busy_s=lambda: self._thread.busy_s,
             runner=runner,
         )
         jobs = partial(self._thread.run, caller=_TABLES)
@@ -226,8 +227,15 @@ class Engine:
         if self._store is not None:
             await self._control("recover", self._recover, self._store)
 
-    def _recover(self, store: Store) -> None:
-        restored = recover(store, self._tenancy, self._budget)
+    def _snapshots(self, store: "Store", runner: Runner) -> "Taking":
+        from mempool.shard.durable.taking import Taking
+
+        return Taking(store, self._tenancy, on_thread=self._on_thread, runner=runner)
+
+    def _recover(self, store: "Store") -> None:
+        from mempool.shard.durable.replay import recover
+
+        restored = recover(store, self._tenancy, self._budget, self._stages)
         if self._taking is not None:
             self._taking.restored(restored)
         store.add(Begun(self.info.incarnation))
@@ -235,30 +243,26 @@ class Engine:
     # Shard
 
     async def gather(self, request: GatherRequest) -> GatherReply:
-        cost = _cost(request.ids, request.weights, request.offsets, numbers=len(request.release))
+        cost = cost_of(request.ids, request.weights, request.offsets, numbers=len(request.release))
         reply: GatherReply = await self._ask("gather", self._answers.gather, request, cost)
         return reply
 
     async def update(self, request: UpdateRequest) -> UpdateReply:
         caller = current_caller().name
-        cost = _cost(request.ids, request.weights, request.offsets, request.grads)
+        cost = cost_of(request.ids, request.weights, request.offsets, request.grads)
         reply: UpdateReply = await self._ask("update", partial(self._answers.update, caller=caller), request, cost)
         return reply
 
     async def prepare(self, request: PrepareRequest) -> PrepareReply:
         caller = current_caller().name
-        cost = _cost(numbers=sum(len(part.sequences) for part in request.parts)) + JOB_BYTES * max(
-            0, len(request.parts) - 1
-        )
+        cost = cost_of_parts(request.parts)
         reply: PrepareReply = await self._ask(
             "prepare", partial(self._committing.prepare, caller=caller), request, cost
         )
         return reply
 
     async def commit(self, request: CommitRequest) -> CommitReply:
-        cost = _cost(numbers=sum(len(part.sequences) for part in request.parts)) + JOB_BYTES * max(
-            0, len(request.parts) - 1
-        )
+        cost = cost_of_parts(request.parts)
         reply: CommitReply = await self._ask("commit", self._committing.commit, request, cost)
         return reply
 
@@ -274,20 +278,20 @@ class Engine:
         return reply
 
     async def score(self, request: ScoreRequest) -> ScoreReply:
-        reply: ScoreReply = await self._ask("score", self._answers.score, request, _cost(request.queries))
+        reply: ScoreReply = await self._ask("score", self._answers.score, request, cost_of(request.queries))
         return reply
 
     async def read_rows(self, request: ReadRowsRequest) -> ReadRowsReply:
-        reply: ReadRowsReply = await self._ask("read_rows", self._answers.read_rows, request, _cost(request.ids))
+        reply: ReadRowsReply = await self._ask("read_rows", self._answers.read_rows, request, cost_of(request.ids))
         return reply
 
     async def write_rows(self, request: WriteRowsRequest) -> WriteRowsReply:
-        cost = _cost(request.ids, request.rows, numbers=_open_writes(request))
+        cost = cost_of(request.ids, request.rows, numbers=open_writes(request))
         reply: WriteRowsReply = await self._ask("write_rows", self._answers.write_rows, request, cost)
         return reply
 
     async def step_count(self, request: StepCountRequest) -> StepCountReply:
-        cost = _cost(numbers=_open_writes(request))
+        cost = cost_of(numbers=open_writes(request))
         reply: StepCountReply = await self._ask("step_count", self._answers.step_count, request, cost)
         return reply
 
@@ -387,6 +391,7 @@ class Engine:
             stages=self._stages,
             uptime_s=self._clock() - self._started_s,
             queued_calls=self._thread.num_jobs,
+            copied_bytes=self._saving.num_bytes,
             **({} if self._store is None else self._store.said),
         )
 
@@ -404,8 +409,7 @@ class Engine:
             await self._store.close()
 
     def _keep_up(self) -> bool:
-        marked = self._saving.expire()
-        busy = self._tenancy.expire() or marked
+        busy = self._saving.expire() | self._tenancy.expire()
         if self._store is None:
             return busy
         self._store.try_again()
@@ -487,19 +491,6 @@ class Engine:
 
     async def _on_thread(self, stage: str, do: Callable[[Any], Any]) -> Any:
         return await self._thread.run(stage, do, control=True, caller=_TABLES)
-
-
-def _cost(*tensors: Tensor | None, numbers: int = 0) -> int:
-    """Bytes that a request makes the shard hold until it is answered."""
-    cost = JOB_BYTES + (numbers_bytes(numbers) if numbers else 0)
-    for tensor in tensors:
-        if tensor is not None:
-            cost += tensor.nbytes
-    return cost
-
-
-def _open_writes(request: WriteRowsRequest | StepCountRequest) -> int:
-    return 0 if request.write_id is None else len(request.write_id.open)
 
 
 def _probe(device: torch.device) -> None:

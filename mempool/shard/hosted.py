@@ -4,7 +4,6 @@ Decides what a table answers at all (fences, freezes); the answers are made else
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 
@@ -18,11 +17,22 @@ from mempool.errors import DataLoss, ShardUnavailable, StalePlacement
 from mempool.shard.pages.restored import RestoredPages
 from mempool.shard.pages.staging import Staging
 from mempool.shard.pages.storage import Storage
-from mempool.shard.parking import LONGEST_WAIT_S, Behind, Parked, Waiting, is_late, no_updates, no_word
+from mempool.shard.parking import (
+    Behind,
+    Parked,
+    Waiting,
+    commits_lost,
+    held_off,
+    is_late,
+    no_updates,
+    no_word,
+    pages_lost,
+)
 from mempool.shard.steps import commits
 from mempool.shard.steps.budget import Budget
 from mempool.shard.steps.held import HeldUpdates, PreparedStep
 from mempool.types import AttachTable, DecidedStep, Envelope, Ledger, ShardInfo, Stamp, StepId, TableStatus, TableView
+from mempool.types.pool import merged
 from mempool.types.running import Clock
 
 PEERS_WAIT_S = 1.0
@@ -190,14 +200,7 @@ class HostedTable:
         self._check_prepared()
         known = envelope.table_version <= self.order.numbered
         if not known and (self.is_gate or self.order_doubt.covers(waits_since_s)):
-            raise DataLoss(
-                f"shard {self.info.shard} has table {self.view.schema.name!r} at version {self.order.applied}, and "
-                f"this client has seen version {envelope.table_version} acknowledged: commits were lost here, or that "
-                f"version was never given. If they were, drop the table (pool.drop_table({self.view.schema.name!r})), "
-                "make it again and write back what you saved",
-                shard=self.info.shard,
-                address=self.info.address,
-            )
+            raise commits_lost(self.view, self.order.applied, seen=envelope.table_version, here=self.info)
         return self.park_for_order(waits_since_s)
 
     def learn(self, version: int, steps: tuple[DecidedStep, ...]) -> None:
@@ -303,15 +306,7 @@ class HostedTable:
     def check_whole(self) -> None:
         """Raises DataLoss where pages are lost."""
         if self.lost_pages:
-            raise DataLoss(
-                f"shard {self.info.shard} (incarnation {self.info.incarnation}) lost {self.lost_pages} pages of table "
-                f"{self.view.schema.name!r}: it restarted without them, or a commit failed half way. They are not "
-                f"replaced by initial values. Drop the table (pool.drop_table({self.view.schema.name!r})), make it "
-                "again and write back what you saved of it, or restore a checkpoint in its place (pool.restore(place, "
-                "replace=True)); other tables go on",
-                shard=self.info.shard,
-                address=self.info.address,
-            )
+            raise pages_lost(self.view, self.lost_pages, here=self.info)
 
     def apply_now(self, step: DecidedStep) -> None:
         """Decide and apply a step of the next version in one, where nothing waits and nobody else has a part in it.
@@ -344,13 +339,7 @@ class HostedTable:
             ShardUnavailable: It has waited for long enough.
         """
         if self.held_off_for_long(since_s):
-            raise ShardUnavailable(
-                f"pages of table {self.view.schema.name!r} are moving, or kept for a checkpoint that is slow to write "
-                f"(round {self.rounds.token!r}), which has held this call off on shard {self.info.shard} for "
-                f"{LONGEST_WAIT_S:g} s: that is late, or its controller is. Nothing was changed",
-                shard=self.info.shard,
-                address=self.info.address,
-            )
+            raise held_off(self.view.schema.name, self.rounds.token, here=self.info)
         return self._waiting_for_thaw.park(since_s=since_s)
 
     def held_off_for_long(self, since_s: float) -> bool:
@@ -446,7 +435,7 @@ class HostedTable:
         if view.placement.epoch < self.epoch:
             return False
         if view.placement.epoch == self.epoch:
-            self.view = replace(self.view, shards=view.shards)
+            self.view = merged(self.view, view)
             return False
         self.check_ready()
         if self.order.next() is not None:
@@ -457,7 +446,7 @@ class HostedTable:
             self.storage.begin_at(self.ledger.version)
             self.order.moved_to(self.ledger.version)
         self.ledger.learn_others(decisions)
-        self.unprepared, self.view, self.gate = None, view, min(view.placement.shards)
+        self.unprepared, self.view, self.gate = None, merged(self.view, view), min(view.placement.shards)
         self.measure()
         self.updates.clear()
         self.writes.clear()

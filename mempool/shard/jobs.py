@@ -6,13 +6,16 @@ caller keep their order; the controller's go first. Leaves running to ``thread``
 """
 
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from mempool.errors import DeadlineExceeded, Overloaded, RequestTooLarge
-from mempool.shard.steps.budget import Budget
+from mempool.shard.steps.budget import Budget, numbers_bytes
+from mempool.types import CommitPart, PreparePart, StepCountRequest, WriteRowsRequest
 from mempool.types.caller import Caller
 
 JOB_BYTES = 4096
@@ -359,3 +362,22 @@ def _host_of(caller: str) -> str:
     """Where a connection comes from, without its port; others are hosts of their own."""
     host, port, _ = caller.rpartition(":")
     return host if port else caller
+
+
+def cost_of(*tensors: Tensor | None, numbers: int = 0) -> int:
+    """Bytes that a request makes the shard hold until it is answered."""
+    cost = JOB_BYTES + (numbers_bytes(numbers) if numbers else 0)
+    for tensor in tensors:
+        if tensor is not None:
+            cost += tensor.nbytes
+    return cost
+
+
+def cost_of_parts(parts: Sequence[PreparePart | CommitPart]) -> int:
+    """The same of a step."""
+    return cost_of(numbers=sum(len(part.sequences) for part in parts)) + JOB_BYTES * max(0, len(parts) - 1)
+
+
+def open_writes(request: WriteRowsRequest | StepCountRequest) -> int:
+    """Numbers that a write brings along: of writes that are not over."""
+    return 0 if request.write_id is None else len(request.write_id.open)

@@ -1,4 +1,4 @@
-"""Requests that are to be run again once something has happened, and for how long they wait for it.
+"""Requests that are to be run again once something has happened, for how long they wait for it, and what they are told.
 
 What they wait for is ``hosted``'s.
 """
@@ -8,8 +8,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 
-from mempool.errors import ShardUnavailable
-from mempool.types import DecidedStep, ShardInfo
+from mempool.errors import DataLoss, ShardUnavailable
+from mempool.types import DecidedStep, ShardInfo, TableView
+from mempool.types.pool import lost_remedy
 
 LONGEST_WAIT_S = 3.0
 """How long a request waits here for what others do. Then it is told whom it waits for: its caller asks again for as
@@ -113,3 +114,39 @@ def no_updates(step: DecidedStep, *, table: str, here: ShardInfo) -> ShardUnavai
         shard=here.shard,
         address=here.address,
     )
+
+
+def held_off(table: str, round_token: str | None, *, here: ShardInfo) -> ShardUnavailable:
+    """A freeze has held a request off for long enough."""
+    return ShardUnavailable(
+        f"pages of table {table!r} are moving, or kept for a checkpoint that is slow to write (round {round_token!r}), "
+        f"which has held this call off on shard {here.shard} for {LONGEST_WAIT_S:g} s: that is late, or its controller "
+        "is. Nothing was changed",
+        shard=here.shard,
+        address=here.address,
+    )
+
+
+def commits_lost(view: TableView, version: int, *, seen: int, here: ShardInfo) -> DataLoss:
+    """A client has seen a later version than anybody here knows of."""
+    return DataLoss(
+        f"shard {here.shard} has table {view.schema.name!r} at version {version}, and this client has seen version "
+        f"{seen} acknowledged: commits were lost here, or that version was never given. {_remedy(view)}",
+        shard=here.shard,
+        address=here.address,
+    )
+
+
+def pages_lost(view: TableView, lost: int, *, here: ShardInfo) -> DataLoss:
+    """Pages of a table are the shard's and not there."""
+    return DataLoss(
+        f"shard {here.shard} (incarnation {here.incarnation}) lost {lost} pages of table {view.schema.name!r}: it "
+        "restarted without them, or a commit failed half way. They are not replaced by initial values. "
+        f"{_remedy(view)}; other tables go on",
+        shard=here.shard,
+        address=here.address,
+    )
+
+
+def _remedy(view: TableView) -> str:
+    return lost_remedy(view.schema.name, view.saved)

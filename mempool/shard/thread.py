@@ -65,7 +65,7 @@ class EngineThread:
         self._lock = threading.Lock()  # of the queue and of what says whether it is open
         self._closed: str | None = None
         self._keeping_up = False
-        self._next_upkeep_s = 0.0
+        self._next_upkeep_s = self._busy_s = 0.0
         self._doing: Job | None = None
         self._worker = runner.worker(self._turn, name=name, within=torch.no_grad)  # rung once for each job in line
 
@@ -73,6 +73,11 @@ class EngineThread:
     def num_jobs(self) -> int:
         """Jobs that wait or are being answered."""
         return self._jobs.num_jobs
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds that it has worked, all jobs together."""
+        return self._busy_s
 
     def others_wait(self) -> bool:
         """Whether jobs wait for the one that runs."""
@@ -260,6 +265,7 @@ class EngineThread:
             _bare(error)
         ended_s = self._clock()
         self._stages.record(job.stage, ended_s - started_s)
+        self._busy_s += ended_s - started_s
         with self._lock:
             self._jobs.spent(job, ended_s - started_s)
             if more:

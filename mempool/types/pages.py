@@ -73,17 +73,19 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableSource:
-    """A table in a checkpoint.
+    """A table in a checkpoint, or in a file.
 
     Attributes:
         url: The place: an absolute path, or a URL.
-        checkpoint: The checkpoint's name there.
-        table: The table's name in it.
+        checkpoint: The checkpoint's name there; "": the url is a file with one table's rows.
+        table: The table's name in it; of a file, the name of the values, "": as they are found.
+        keys: Of a file, the name of the keys; "": those beside the values, where there are any.
     """
 
     url: str
     checkpoint: str
     table: str
+    keys: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

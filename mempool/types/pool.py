@@ -1,6 +1,6 @@
 """Values of the ``PoolApi`` protocol: views of tables, status, progress."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mempool.types.schema import Placement, TableSchema
 
@@ -17,13 +17,39 @@ class ShardInfo:
     incarnation: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedTable:
+    """A table in a checkpoint.
+
+    Attributes:
+        url: The place.
+        checkpoint: The checkpoint's name there.
+        table: The table's name in it.
+        version: The table version that it has there.
+        taken: When the pool learned of it, in milliseconds since 1970.
+    """
+
+    url: str
+    checkpoint: str
+    table: str
+    version: int
+    taken: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TableView:
-    """All a client needs to plan requests: the schema, the placement, and where its shards are."""
+    """All a client needs to plan requests: the schema, the placement, and where its shards are.
+
+    Attributes:
+        controller: "host:port" of the pool's controller, as whoever answers knows it; "" if embedded, or not known.
+        saved: The newest checkpoint of the table that the pool has taken, or that it was restored from.
+    """
 
     schema: TableSchema
     placement: Placement
     shards: tuple[ShardInfo, ...]
+    controller: str = ""
+    saved: SavedTable | None = None
 
     def shard_info(self, shard: int) -> ShardInfo:
         """The info of one shard. Raises KeyError for a shard the view does not name."""
@@ -31,6 +57,38 @@ class TableView:
             if info.shard == shard:
                 return info
         raise KeyError(shard)
+
+
+def newest_saved(first: SavedTable | None, second: SavedTable | None) -> SavedTable | None:
+    """The newer one of what is known to be saved of one table."""
+    if first is None or second is None:
+        return first or second
+    return max(first, second, key=lambda saved: (saved.version, saved.taken))
+
+
+def merged(known: TableView, view: TableView) -> TableView:
+    """``view``, which is not older, with what it leaves out and is known: of one table."""
+    saved = newest_saved(known.saved, view.saved)
+    if saved == view.saved and (view.controller or not known.controller):
+        return view
+    return replace(view, controller=view.controller or known.controller, saved=saved)
+
+
+def lost_remedy(name: str, saved: SavedTable | None) -> str:
+    """What to do about a table that has lost pages, in words: its newest checkpoint, as far as is known."""
+    drop = f"drop the table (pool.drop_table({name!r})), make it again and write back what you saved of it"
+    if saved is None:
+        return (
+            "No checkpoint of it is known here. Restore one in its place if you have one (mempool restore PLACE "
+            f"--table {name} --replace, or pool.restore(place, tables=[{name!r}], replace=True)), or {drop}"
+        )
+    called = ("", "") if saved.table == name else (f" --as {name}", f", name={name!r}")
+    return (
+        f"Its newest checkpoint is {saved.checkpoint} in {saved.url}, at version {saved.version:,}. Restore it in its "
+        f"place: mempool restore {saved.url} --checkpoint {saved.checkpoint} --table {saved.table}{called[0]} "
+        f"--replace, or pool.restore({saved.url!r}, checkpoint={saved.checkpoint!r}, tables=[{saved.table!r}]"
+        f"{called[1]}, replace=True). Or {drop}"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +138,8 @@ class TableStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardStatus:
-    """One shard. state: "ready", "starting" or "unreachable" (the rest is then of no meaning but ``info``).
+    """One shard. state: "ready", "starting" or "unreachable" (the rest is then of no meaning but ``info`` and
+    ``storage_refuses``).
 
     Attributes:
         num_bytes: Of its pages; it may have ``page_limit_bytes`` of them (0: as much as the device has).
@@ -91,7 +150,10 @@ class ShardStatus:
         dropped: Ids of tables that it was told to drop, the newest of them.
         storage: Where it keeps what it has; "" where it keeps nothing: all is gone with it.
         journal_bytes: Of its journal there.
-        storage_refuses: What that refuses, for people: nothing can be changed until it takes it. "" for nothing.
+        storage_refuses: What that refuses, for people: nothing can be changed until it takes it; of a shard that is not
+            ready: why it cannot start, as what it has kept is damaged, say. "" for nothing.
+        copied_bytes: Of rows that are kept as they were, for a checkpoint that is being written; beside
+            ``page_limit_bytes``.
     """
 
     info: ShardInfo
@@ -112,6 +174,7 @@ class ShardStatus:
     storage: str = ""
     journal_bytes: int = 0
     storage_refuses: str = ""
+    copied_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +195,7 @@ class TakeCheckpoint:
         incremental: Let pages that did not change be read from the newest checkpoint's files.
         keep: Remove all but so many of the newest once it is whole; 0: none.
         extra: The user's own, a JSON object as text; "": nothing.
+        aside: It is for once: shards go on knowing what changed since the checkpoint before.
     """
 
     url: str
@@ -139,6 +203,7 @@ class TakeCheckpoint:
     incremental: bool = True
     keep: int = 0
     extra: str = ""
+    aside: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +240,7 @@ class CheckpointProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoreTables:
-    """Asks for tables as a checkpoint has them.
+    """Asks for tables as a checkpoint has them, or for one table as a file has it.
 
     Attributes:
         url: The place, as in ``TakeCheckpoint``.
@@ -184,6 +249,8 @@ class RestoreTables:
         name: What the one table that is asked for shall be called; "": as it is there.
         replace: Take the place of a table of that name, once the pages are all there.
         layout: How pages are spread over the shards; "": as they were.
+        schema: Where the url is a file with one table's rows: the table's; else None.
+        values, keys: Names of its tensors in that file; "": as they are found.
         newest_id: The highest id of the pool's tables as whoever asks knows them: a later one is not replaced, so that
             a copy of this that comes late undoes nothing. 0: whatever there is is replaced.
     """
@@ -194,6 +261,9 @@ class RestoreTables:
     name: str = ""
     replace: bool = False
     layout: str = ""
+    schema: TableSchema | None = None
+    values: str = ""
+    keys: str = ""
     newest_id: int = 0
 
 

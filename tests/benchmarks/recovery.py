@@ -1,129 +1,216 @@
-"""How long a killed shard takes until it serves: what it imports, its snapshot, what it replays; beside the plain disk.
+"""How long a killed shard takes until it serves again: what it imports, its snapshot, what it replays; beside the disk.
 
-    python -m tests.benchmarks.recovery DIR [--gib 1] [--steps 200] [--bags 1024] [--pairs 128] [--dim 256]
+    python -m tests.benchmarks.recovery DIR [--over memory | ray] [--gib 1] [--steps 200] [--bags 1024] [--pairs 128]
+        [--dim 256] [--json FILE]
 
-Makes an embedded pool of one table in DIR, takes a snapshot, trains so many steps, and kills itself; then a new process
-opens it. "disk" is a read of the same snapshot's files, in order, with nothing in the page cache where that can be
-dropped (root alone can).
+One table of one shard in DIR, all of it in a snapshot, and so many steps behind it in the journal; then its process is
+killed (SIGKILL). Over memory, a new process opens the embedded pool. Over ray, Ray starts the shard's process again,
+while the trainer, who waits, goes on. "disk" is a plain read of the same snapshot's files, in order; before it, and
+before the kill, nothing of any file is in memory, where that can be had (by root alone).
 """
 
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import mempool
+from mempool.types import ShardStatus
+from tests.integration.pools import RayPool, kill_listener, port_of, wait_for
+from tests.integration.ray_nodes import RayNodes
+
 GIB = 2**30
 READ_BYTES = 8 * 2**20
+WAIT_S = 600.0
 
 
-def train(folder: Path, *, gib: float, steps: int, bags: int, pairs: int, dim: int) -> None:
+class Trainer:
+    """Steps of one table that has so many GiB."""
+
+    def __init__(self, pool: mempool.Pool, given: argparse.Namespace) -> None:
+        self.given = given
+        slots = int(given.gib * GIB / (4 * given.dim))
+        optimizer = mempool.optim.SGD(lr=0.01)
+        config = mempool.TableConfig(name="facts", num_slots=slots, value_dim=given.dim, optimizer=optimizer)
+        self.table = pool.create_table(config)
+        self._random = torch.Generator().manual_seed(1)
+        self._weights = torch.ones(given.bags, given.pairs)
+
+    def step(self) -> None:
+        shape = (self.given.bags, self.given.pairs)
+        ids = torch.randint(0, self.table.num_slots, shape, generator=self._random)
+        self.table.gather(ids, self._weights).sum().backward()
+        self.table.commit()
+
+    def steps(self) -> float:
+        """Seconds of them all."""
+        began_s = time.monotonic()
+        for _ in range(self.given.steps):
+            self.step()
+        return time.monotonic() - began_s
+
+
+def train(given: argparse.Namespace) -> None:
     """[KILLED] Fill, take a snapshot, train, and die."""
-    import torch
-
-    import mempool
     from mempool.wire.channels.loop import run
 
-    pool = mempool.local(folder)
-    optimizer = mempool.optim.SGD(lr=0.01)
-    slots = int(gib * GIB / (4 * dim))
-    table = pool.create_table(mempool.TableConfig(name="facts", num_slots=slots, value_dim=dim, optimizer=optimizer))
+    pool = mempool.local(given.folder)
+    trainer = Trainer(pool, given)
     launcher: Any = pool._connection._on_close.__self__  # type: ignore[union-attr]
-    assert run(launcher._engines[0]._taking.take(), timeout_s=600.0)
-    random = torch.Generator().manual_seed(1)
-    began_s = time.monotonic()
-    for _ in range(steps):
-        ids = torch.randint(0, slots, (bags, pairs), generator=random)
-        table.gather(ids, torch.ones(bags, pairs)).sum().backward()
-        table.commit()
-    print(json.dumps({"steps_s": time.monotonic() - began_s}), flush=True)
+    assert run(launcher._engines[0]._taking.take(), timeout_s=WAIT_S)
+    print(json.dumps({"steps_s": trainer.steps()}), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def recover(folder: Path) -> None:
-    """Open it, and say what took how long."""
+def recover(given: argparse.Namespace) -> None:
+    """[OPENS IT] And says what took how long."""
+    began_s, used_s = time.monotonic(), time.process_time()
+    with mempool.local(given.folder) as pool:
+        ready_s = time.monotonic() - began_s
+        (shard,) = pool.status().shards
+    print(json.dumps(parts_of(shard) | {"all_s": ready_s, "cpu_s": time.process_time() - used_s}))
+
+
+def over_memory(given: argparse.Namespace) -> dict[str, float]:
+    """An embedded pool."""
+    command = [sys.executable, "-m", "tests.benchmarks.recovery", *sys.argv[1:], "--part"]
+    trained = subprocess.run([*command, "train"], stdout=subprocess.PIPE, text=True, check=False)
+    found: dict[str, float] = json.loads(trained.stdout.splitlines()[-1])
+    found |= read_seconds(given.folder)
+    forget()
     began_s = time.monotonic()
-    import mempool
-    from mempool.shard.durable import replay
-    from mempool.shard.durable.store import Store
-
-    imported_s = time.monotonic()
-    spent: dict[str, float] = {}
-    _timed(replay, "restore_pages", spent, "snapshot")
-    _timed(replay, "recover", spent, "recovered")
-    import mempool.shard.engine as engine
-
-    engine.recover = replay.recover
-    _timed(Store, "__init__", spent, "opened")
-    with mempool.local(folder) as pool:
-        ready_s = time.monotonic()
-        version = max(table.version for shard in pool.status().shards for table in shard.tables)
-    spent["replay"] = spent.pop("recovered") - spent["snapshot"]
-    print(json.dumps({"import": imported_s - began_s, **spent, "all": ready_s - began_s, "version": version}))
+    said = subprocess.run([*command, "recover"], stdout=subprocess.PIPE, text=True, check=True)
+    found |= json.loads(said.stdout)
+    return found | {"process_s": time.monotonic() - began_s}
 
 
-def _timed(owner: Any, name: str, spent: dict[str, float], what: str) -> None:
-    call = getattr(owner, name)
-
-    def timed(*given: Any, **named: Any) -> Any:
-        began_s = time.monotonic()
+def over_ray(given: argparse.Namespace) -> dict[str, float]:
+    """A shard's process on Ray, killed while a trainer steps."""
+    with tempfile.TemporaryDirectory() as home, RayNodes() as nodes:
+        memory = f"{int(given.gib * 1024 * 3) + 2048}MiB"
+        pool = RayPool(Path(home), name="local", shards=1, ray_at=nodes.address, memory=memory)
+        # A snapshot is taken at half of it: the steps are less.
+        limit = int(2.5 * given.steps * (12 * given.bags * given.pairs + 4 * given.bags * given.dim))
+        storage = {"path": str(given.folder), "journal_limit": limit}
+        pool.edit("shard:\n", f"shard:\n  storage: {json.dumps(storage)}\n")
+        pool.up()
         try:
-            return call(*given, **named)
+            with pool.connect(timeout_s=WAIT_S) as client:
+                return _killed_on_ray(client, Trainer(client, given), given)
         finally:
-            spent[what] = spent.get(what, 0.0) + time.monotonic() - began_s
-
-    setattr(owner, name, timed)
+            pool.run("down", "--pool", "local", "--drop", "--yes")
 
 
-def read_seconds(folder: Path) -> tuple[float, int]:
+def _killed_on_ray(client: mempool.Pool, trainer: Trainer, given: argparse.Namespace) -> dict[str, float]:
+    rows = torch.zeros(4096, given.dim)
+    while not list(given.folder.glob("local/shard-0/snapshots/*.manifest")):  # until one is due, and taken
+        trainer.table.write(torch.arange(len(rows)), rows)
+    found = {"steps_s": trainer.steps()}
+    found |= read_seconds(given.folder)
+    ended_s: list[float] = []
+    enough = threading.Event()
+
+    def go_on() -> None:
+        while not enough.is_set():
+            trainer.step()
+            ended_s.append(time.monotonic())
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    try:
+        wait_for("steps", lambda: len(ended_s) > 2)
+        forget()
+        (before,) = client.status().shards
+        killed_s, done = time.monotonic(), len(ended_s)
+        kill_listener(port_of(before.info))
+        wait_for("a step after it", lambda: len(ended_s) > done + 1, within_s=WAIT_S)
+    finally:
+        enough.set()
+        thread.join()
+    waits = [later - earlier for earlier, later in pairwise(ended_s)]
+    asked_s = time.monotonic()
+    (after,) = client.status().shards
+    assert after.info.incarnation > before.info.incarnation
+    parts = parts_of(after)
+    made_s = asked_s - after.uptime_s - killed_s  # when there was an engine
+    parts["ray_restart_s"] = made_s - parts["imports_s"] - parts["open_s"]
+    served_s = min(end for end in ended_s if end > killed_s + made_s) - killed_s
+    parts["admission_s"] = served_s - made_s - parts["kernels_s"] - parts["snapshot_s"] - parts["replay_s"]
+    return found | parts | {"all_s": served_s, "longest_wait_s": max(waits)}
+
+
+def parts_of(shard: ShardStatus) -> dict[str, float]:
+    """What a shard says of its own start."""
+    spent = {stage.stage: stage.total_s for stage in shard.stages}
+    names = {"imports_s": "start: imports", "open_s": "recover: open"}
+    names |= {"kernels_s": "recover: kernels", "snapshot_s": "recover: snapshot", "replay_s": "recover: replay"}
+    return {name: spent.get(stage, 0.0) for name, stage in names.items()}
+
+
+def read_seconds(folder: Path) -> dict[str, float]:
     """How long the snapshot's files take to be read, and their bytes."""
     files = sorted(folder.glob("local/shard-*/snapshots/*.pack"))
-    _forget()
+    forget()
     began_s, num_bytes = time.monotonic(), 0
+    buffer = bytearray(READ_BYTES)
     for path in files:
         with path.open("rb", buffering=0) as file:
-            while data := file.read(READ_BYTES):
-                num_bytes += len(data)
-    return time.monotonic() - began_s, num_bytes
+            while count := file.readinto(buffer):
+                num_bytes += count
+    return {"disk_s": time.monotonic() - began_s, "snapshot_bytes": num_bytes}
 
 
-def _forget() -> None:
+def forget() -> None:
     """Nothing of any file is in memory."""
     os.sync()
     with suppress(OSError):
-        Path("/proc/sys/vm/drop_caches").write_text("1")
+        Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--over", choices=("memory", "ray"), default="memory")
     parser.add_argument("--gib", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--bags", type=int, default=1024)
     parser.add_argument("--pairs", type=int, default=128)
     parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
     parser.add_argument("--part", choices=("train", "recover"), help="be that process")
     given = parser.parse_args()
-    if given.part == "train":
-        train(given.folder, gib=given.gib, steps=given.steps, bags=given.bags, pairs=given.pairs, dim=given.dim)
-    if given.part == "recover":
-        recover(given.folder)
+    given.folder = given.folder.absolute()
+    if given.part is not None:
+        {"train": train, "recover": recover}[given.part](given)
         return
-    command = [sys.executable, "-m", "tests.benchmarks.recovery", *sys.argv[1:], "--part"]
-    trained = subprocess.run([*command, "train"], capture_output=True, text=True, check=False)
-    steps_s = json.loads(trained.stdout.splitlines()[-1])["steps_s"]
-    read_s, num_bytes = read_seconds(given.folder)
-    _forget()
-    found = json.loads(subprocess.run([*command, "recover"], capture_output=True, text=True, check=True).stdout)
-    print(f"trained {given.steps} steps in {steps_s:.1f} s; the snapshot has {num_bytes / GIB:.2f} GiB")
-    for what, spent_s in found.items():
-        print(f"{what:>10} {spent_s:8.2f}{'' if what == 'version' else ' s'}")
-    print(f"disk alone {read_s:7.2f} s for the snapshot: {num_bytes / GIB / read_s:.2f} GiB/s")
+    assert not (given.folder / "local").exists(), f"{given.folder} has a pool already"
+    try:
+        found = over_memory(given) if given.over == "memory" else over_ray(given)
+    finally:
+        shutil.rmtree(given.folder / "local", ignore_errors=True)
+    found |= {"gib": given.gib, "steps": given.steps}
+    found["snapshot_of_disk"] = found["disk_s"] / found["snapshot_s"]
+    found["replay_of_steps"] = found["steps_s"] / found["replay_s"]
+    for what, number in found.items():
+        print(f"{what:>16} {number:,.2f}")
+    print(
+        f"the snapshot was read at {found['snapshot_of_disk']:.2f} times the disk's speed (at least 0.5), and steps "
+        f"replayed {found['replay_of_steps']:.1f} times as fast as they ran (more than 1)"
+    )
+    if given.json is not None:
+        given.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

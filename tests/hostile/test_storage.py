@@ -1,8 +1,10 @@
-"""Short forms of `python -m tests.hostile.storage_crashes` (every crash point) and `memory_kills` (of a whole pool)."""
+"""Short forms of `tests.hostile.storage_crashes` and `shard_crashes` (every crash point of a journal, of a shard), and
+of `memory_kills` (of a whole pool)."""
 
 import random
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,12 +22,23 @@ def _can_trace() -> bool:
     )
 
 
-@pytest.mark.skipif(not _can_trace(), reason="no strace here that may trace")
+needs_strace = pytest.mark.skipif(not _can_trace(), reason="no strace here that may trace: apt install strace")
+
+
+@needs_strace
 def test_a_real_disk_that_fails_and_processes_that_die_lose_nothing(tmp_path: Path) -> None:
     calls = calls_of_one_run(tmp_path)
     assert set(calls) == set(CALLS)
     for call, how in (("fdatasync", "EIO"), ("pwritev2", "ENOSPC"), ("rename", "kill"), ("fsync", "kill")):
         assert check(tmp_path, call, how, calls[call] * 2 // 3) == []
+
+
+@needs_strace
+def test_a_shard_that_dies_or_whose_disk_fails_at_any_call_loses_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.hostile.shard_crashes", str(tmp_path), "--every", "300"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no violation" in done.stdout
 
 
 def test_a_pool_whose_process_is_killed_again_and_again_is_as_one_that_never_died(

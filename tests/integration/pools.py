@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,12 +101,10 @@ class RayPool:
         assert count == 1
         self.file.write_text(text)
 
-    def start(self, *command: str) -> "subprocess.Popen[str]":
+    def start(self, *command: str, stdin: int = subprocess.DEVNULL) -> "subprocess.Popen[str]":
         """A process of Python's, which is told the pool's token; its output is to be read."""
         env = self._env | ({} if self.token is None else {"MEMPOOL_TOKEN": self.token})
-        return subprocess.Popen(
-            [sys.executable, *command], env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
-        )
+        return subprocess.Popen([sys.executable, *command], env=env, stdin=stdin, stdout=subprocess.PIPE, text=True)
 
     def run(self, *arguments: str, expect: int = 0, folder: Path | None = None) -> Ended:
         """Run `mempool` with these arguments, as a process of its own, in a folder."""
@@ -143,10 +143,24 @@ class RayPool:
 
     def up_with_key(self, controller_key: str) -> None:
         """`mempool up` by a process that draws this controller key, for tests that do what only controllers do."""
-        script = (
-            "import sys, types, mempool.rayhost.keys as keys\n"
+        self._up_after(
+            "import types, mempool.rayhost.keys as keys\n"
             f"keys.secrets = types.SimpleNamespace(token_hex=lambda _: {controller_key!r})\n"
-            f"sys.argv = ['mempool', 'up', '-f', {str(self.file)!r}]\n"
+        )
+
+    def up_at(self, ip: str) -> None:
+        """`mempool up` as on the node at that address, where the controller is to be then."""
+        self._up_after(
+            "import ray, mempool.rayhost.cluster as cluster\n"
+            "affinity = cluster.NodeAffinitySchedulingStrategy\n"
+            f"is_here = lambda node: node['NodeManagerAddress'] == {ip!r} and node['Alive']\n"
+            "here = lambda: next(node['NodeID'] for node in ray.nodes() if is_here(node))\n"
+            "cluster.NodeAffinitySchedulingStrategy = lambda _, soft: affinity(here(), soft=soft)\n"
+        )
+
+    def _up_after(self, script: str) -> None:
+        script += (
+            f"import sys\nsys.argv = ['mempool', 'up', '-f', {str(self.file)!r}]\n"
             "from mempool.cli import main\n"
             "main()\n"
         )
@@ -280,10 +294,13 @@ def port_of(info: ShardInfo) -> int:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """One that nobody listens at, and that no connection is given by chance before it is used: systems give those from
+    32,768 on, Ray its workers those below 20,000."""
+    for port in random.SystemRandom().sample(range(20_000, 32_768), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("0.0.0.0", port))
+            return port
+    raise AssertionError("of 100 ports none is free")
 
 
 def _checked(arguments: tuple[str, ...], ended: Ended, expect: int | None) -> Ended:

@@ -1,6 +1,7 @@
-"""A network that can be cut: a TCP proxy in front of one shard, for the clients of this process."""
+"""A network that can be cut: a TCP proxy in front of a shard, for the clients of this process."""
 
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -9,6 +10,8 @@ from typing import Any
 from mempool.wire.channels.grpc_channel import GrpcChannel, GrpcChannels
 
 _PIECE_BYTES = 2**16
+_RESET = struct.pack("ii", 1, 0)
+"""Of SO_LINGER: whoever is at the other end hears of a reset."""
 
 
 class Proxy:
@@ -35,6 +38,15 @@ class Proxy:
         """All that was held up passes, and what comes."""
         self._open.set()
 
+    def reset(self) -> None:
+        """Break the connections that there are, whatever is on its way; new ones pass."""
+        broken, self._sockets = self._sockets, []
+        for each in broken:
+            with suppress(OSError):
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
     def close(self) -> None:
         self._open.set()
         for each in (self._listening, *self._sockets):
@@ -46,7 +58,11 @@ class Proxy:
         with suppress(OSError):
             while True:
                 here, _ = self._listening.accept()
-                there = socket.create_connection((self._target[0], int(self._target[2])))
+                try:
+                    there = socket.create_connection((self._target[0], int(self._target[2])))
+                except OSError:  # nobody listens there any more
+                    here.close()
+                    continue
                 self._sockets += [here, there]
                 for source, sink in ((here, there), (there, here)):
                     threading.Thread(target=self._pass_on, args=(source, sink), daemon=True).start()
@@ -60,20 +76,42 @@ class Proxy:
             sink.shutdown(socket.SHUT_WR)
 
 
+class Proxies(dict[str, Proxy]):
+    """One in front of every address that is asked for; addresses of controllers too."""
+
+    def __missing__(self, address: str) -> Proxy:
+        self[address] = made = Proxy(address)
+        return made
+
+
+@contextmanager
+def reached_through(proxies: dict[str, Proxy]) -> Iterator[None]:
+    """Clients that are made within reach addresses through these, where there is one."""
+    dialled = GrpcChannels.__call__
+
+    def through(self: GrpcChannels, address: str, *, shard: int | None = None) -> GrpcChannel:
+        try:
+            proxy = proxies[address]
+        except KeyError:
+            return dialled(self, address, shard=shard)
+        return dialled(self, proxy.address, shard=shard)
+
+    GrpcChannels.__call__ = through  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        GrpcChannels.__call__ = dialled  # type: ignore[method-assign]
+
+
 @contextmanager
 def cut_at(proxies: dict[str, Proxy], method: str, victim: Proxy) -> Iterator[threading.Event]:
-    """Clients that are made within reach shards through proxies, by address; once armed, the next message of a method
-    cuts one of them before it leaves.
+    """As ``reached_through``; and once armed, the next message of a method cuts one of them before it leaves.
 
     Yields:
         Set it to arm; it is cleared when the cut is made.
     """
     armed = threading.Event()
-    dialled, called = GrpcChannels.__call__, GrpcChannel.call
-
-    def through(self: GrpcChannels, address: str, *, shard: int | None = None) -> GrpcChannel:
-        proxy = proxies.get(address)
-        return dialled(self, address if proxy is None else proxy.address, shard=shard)
+    called = GrpcChannel.call
 
     async def cutting(self: GrpcChannel, asked: Any, request: Any, **options: Any) -> Any:
         if armed.is_set() and asked.name == method:
@@ -81,8 +119,9 @@ def cut_at(proxies: dict[str, Proxy], method: str, victim: Proxy) -> Iterator[th
             armed.clear()
         return await called(self, asked, request, **options)
 
-    GrpcChannels.__call__, GrpcChannel.call = through, cutting  # type: ignore[method-assign]
+    GrpcChannel.call = cutting  # type: ignore[method-assign]
     try:
-        yield armed
+        with reached_through(proxies):
+            yield armed
     finally:
-        GrpcChannels.__call__, GrpcChannel.call = dialled, called  # type: ignore[method-assign]
+        GrpcChannel.call = called  # type: ignore[method-assign]

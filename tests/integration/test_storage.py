@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.integration.chaos import disturb
@@ -10,6 +11,7 @@ from tests.integration.pools import RayPool, Training
 from tests.integration.ray_nodes import RayNodes
 
 
+@pytest.mark.filterwarnings("ignore:(a step|updates) of .* dropped by shards:UserWarning")  # of a slow machine
 def test_killed_shards_and_a_pool_that_was_switched_off(ray_nodes: RayNodes, tmp_path: Path) -> None:
     kept = RayPool(
         tmp_path,
@@ -40,7 +42,7 @@ def test_killed_shards_and_a_pool_that_was_switched_off(ray_nodes: RayNodes, tmp
             assert torch.equal(pool.table("facts").rows(torch.arange(rows.shape[0])), rows)
             assert all(shard.info.incarnation > before[shard.info.shard] for shard in pool.status().shards)
             assert [table["lost_pages"] for table in kept.status()["tables"]] == [0]
-            disturb(kept, kills=2, seed=1, within_s=1.0)
+            disturb(kept, storage=disk, faults=2, seed=1, within_s=1.0, kinds=("shard killed", "trainer killed"))
             pool.rescale(1)
         assert shards_in(disk) == ["shard-0"]  # one that leaves leaves nothing
         kept.run("down", "--pool", kept.name, "--drop", "--yes")

@@ -4,6 +4,8 @@ compared with one that never died. As a program it trains until it is killed, an
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ import mempool
 from mempool import optim
 from mempool.client.training.tables import TableCommit, commit_tables, prepare_tables
 
+T = TypeVar("T")
 SLOTS, DIM, BAGS, PAIRS = 300, 24, 6, 5
 CONFIGS = (
     mempool.TableConfig(name="sgd", num_slots=SLOTS, value_dim=DIM, optimizer=optim.SGD(lr=0.1)),
@@ -46,16 +49,28 @@ def open_tables(pool: mempool.Pool, names: Iterable[str] = ()) -> list[mempool.T
     wanted = set(names) or {config.name for config in CONFIGS}
     made = {table.name for table in pool.tables()}
     return [
-        pool.table(config.name) if config.name in made else pool.create_table(config)
+        pool.table(config.name) if config.name in made else pool.create_table(config, exist_ok=True)
         for config in CONFIGS
         if config.name in wanted
     ]
 
 
-def train(tables: list[mempool.Table], step: int, *, on_written: Callable[[], None] = lambda: None) -> None:
+def once(call: Callable[[], T]) -> T:
+    """A call that must not fail."""
+    return call()
+
+
+def train(
+    tables: list[mempool.Table],
+    step: int,
+    *,
+    on_written: Callable[[], None] = lambda: None,
+    persist: Callable[[Callable[[], object]], object] = once,
+) -> None:
     """Step ``step``, from 1: now and then of one table alone, with a norm asked for, or rows written before it.
 
     on_written: Called when they are, before the step is committed: a killed process may have come that far.
+    persist: Makes every call to the pool.
     """
     random = torch.Generator().manual_seed(step)
     every = tables
@@ -65,20 +80,23 @@ def train(tables: list[mempool.Table], step: int, *, on_written: Callable[[], No
             ids = torch.randint(0, table.num_slots, (BAGS, PAIRS), generator=random)
             weights = torch.rand(BAGS, PAIRS, generator=random)
             target = torch.randn(BAGS, DIM, generator=random)
-            (table.gather(ids, weights).float() * target).sum().backward()
+            persist(partial(_push, table, ids, weights, target))
     if step % 5 == 1:
         ids = torch.arange(step % 7, step % 7 + 20)
-        tables[-1].write(ids, torch.randn(20, DIM, generator=random))
+        persist(partial(tables[-1].write, ids, torch.randn(20, DIM, generator=random)))
         on_written()
     if step % 3 == 0:
-        prepare_tables([table.link for table in tables], want_norm=True)
+        persist(partial(prepare_tables, [table.link for table in tables], want_norm=True))
     if step == 9:
-        tables[-1].set_step(100)
-    commit_tables(
-        [TableCommit(table.link, lr=0.01 * (1 + step % 3), grad_scale=1.0 / (1 + step % 2)) for table in tables]
-    )
+        persist(partial(tables[-1].set_step, 100))
+    lr, scale = 0.01 * (1 + step % 3), 1.0 / (1 + step % 2)
+    persist(partial(commit_tables, [TableCommit(table.link, lr=lr, grad_scale=scale) for table in tables]))
     for table in every:  # a dense optimizer's bits depend on when rows are read: here, whoever compares them
-        table.rows(torch.arange(table.num_slots))
+        persist(partial(table.rows, torch.arange(table.num_slots)))
+
+
+def _push(table: mempool.Table, ids: Tensor, weights: Tensor, target: Tensor) -> None:
+    (table.gather(ids, weights).float() * target).sum().backward()
 
 
 def contents(tables: Iterable[mempool.Table]) -> dict[str, Tensor]:

@@ -312,6 +312,9 @@ class FakeFile:
         self._put(at, data)
         return len(data)
 
+    def begin_sync(self, at: int, num_bytes: int) -> None:  # whether it reached the disk is the power cut's to say
+        pass
+
     def sync(self) -> None:
         self._alive()
         inode = self._inode

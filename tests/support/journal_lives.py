@@ -59,13 +59,13 @@ class Lives:
         self.failed -= set(found)
         return found
 
-    def append(self, count: int) -> None:
-        """Append so many, and wait for none."""
+    def append(self, count: int, *, wait: bool = True) -> None:
+        """Append so many, and wait for none. wait=False: nor does anybody else, so they are written, and not synced."""
         for _ in range(count):
             name = len(self.appended)
             self.appended.append(name)
             whole = payload(name)
-            number = self.journal.append(name % 7, [whole[:3], b"", memoryview(whole)[3:]])
+            number = self.journal.append(name % 7, [whole[:3], b"", memoryview(whole)[3:]], wait=wait)
             self._numbers[name] = number
             self._waiting.append((name, self.journal.when_synced(number)))
 
@@ -117,7 +117,12 @@ def script(lives: Lives) -> None:
             lives.append(count)
             lives.work()
         lives.remove_half()
+        for count in (2, 3):
+            lives.append(count, wait=False)
+            lives.work()
         lives.append(2)
+        lives.work()
+        lives.append(1, wait=False)
         lives.work()
         lives.close()
 

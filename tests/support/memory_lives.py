@@ -47,6 +47,11 @@ def step_of(pool: mempool.Pool) -> int:
     for shard in pool.status().shards:
         for table in shard.tables:
             found[table.name] = max(table.version, found.get(table.name, 0))
+    return step_with(found)
+
+
+def step_with(found: dict[str, int]) -> int:
+    """The step behind which tables have these versions. Raises AssertionError where there is none."""
     if len(found) < len(_TABLES):
         assert not any(found.values()), f"tables are missing, and others were trained: {found}"
         return 0

@@ -55,6 +55,12 @@ def test_the_trainers_imports_are_light() -> None:
         assert loaded.isdisjoint(HEAVY), f"{statement!r} loads {sorted(loaded & set(HEAVY))}"
 
 
+def test_a_shard_that_keeps_nothing_loads_no_codecs() -> None:
+    script = "import sys, mempool.shard.engine; print('google.protobuf' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "False"
+
+
 def test_public_names_are_these_and_can_be_had() -> None:
     assert sorted(mempool.__all__) == [
         "FlatKeys",

@@ -1,5 +1,6 @@
 """The README is always true: its Python runs, its files and commands exist."""
 
+import os
 import re
 import subprocess
 import sys
@@ -15,6 +16,16 @@ PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
 def test_its_python_runs_as_it_stands(code: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_recipes_for_saving_run_as_they_stand(tmp_path: Path) -> None:
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs/using.md").read_text(), re.DOTALL))
+    assert "torch.save" in code
+    assert "dcp.load" in code
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    path = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, cwd=tmp_path, env=path)
     assert done.returncode == 0, done.stderr
 
 

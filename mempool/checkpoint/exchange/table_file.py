@@ -7,7 +7,7 @@ with TableFile("facts.safetensors", table_entries(schema)) as file:
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Self
@@ -136,7 +136,12 @@ class TableFile:
 
 
 def export_table(
-    table: StoredTable, place: str | os.PathLike[str], *, state: bool = False, batch_bytes: int = BATCH_BYTES
+    table: StoredTable,
+    place: str | os.PathLike[str],
+    *,
+    state: bool = False,
+    batch_bytes: int = BATCH_BYTES,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write a checkpoint's table as one safetensors file, a batch of pages in memory at a time.
 
@@ -146,6 +151,7 @@ def export_table(
         state: The optimizer's state too: `values.<state>`, [num_slots, value_dim], or [num_slots, column blocks] where
             it has one number per block.
         batch_bytes: What is in memory together, about.
+        progress: Told the bytes that are written, and all there are.
 
     Raises:
         DataLoss: A page is damaged; no file is left then.
@@ -158,6 +164,7 @@ def export_table(
     entries += [_state_entry(schema, array) for array in more] if state else []
     every, none = Pages.all(schema), Pages.none(schema)
     rows, heads = Pages(every.row_pages, none.key_pages), Pages(none.row_pages, every.key_pages)
+    done, total = 0, sum(entry.num_bytes for entry in entries)
     with TableFile(place, entries, table_metadata(schema, table.state.version)) as file:
         for entry in entries:
             left = entry.shape[0]
@@ -166,6 +173,9 @@ def export_table(
                 some = batch.arrays[entry.name][:left]  # the last page may have slots that the table has not
                 file.write(entry.name, some)
                 left -= len(some)
+                done += some.nbytes
+                if progress is not None:
+                    progress(done, total)
 
 
 def _state_entry(schema: TableSchema, array: PageArray) -> TensorEntry:

@@ -80,6 +80,20 @@ class TableSource:
         per_column = scales.repeat_interleave(self._block_dim(), dim=1)[:, : self.value_dim]
         return rows.float() * per_column
 
+    def coded(self, schema: TableSchema, first: int, count: int) -> tuple[Tensor, Tensor] | None:
+        """Values of one byte as mempool wrote them of a table whose rows lie alike; None where it did not.
+
+        Returns:
+            Their codes, [count, value_dim] uint8, and their scales, [count, column blocks] float32.
+        """
+        own, layout = self.schema, self.layout
+        if own is None or layout.scales is None:
+            return None
+        if (own.dtype, own.block_dim, layout.values.dtype) != (schema.dtype, schema.block_dim, schema.dtype):
+            return None
+        codes = self._tensors.rows(layout.values.name, first, count).view(torch.uint8)
+        return codes, self._tensors.rows(layout.scales.name, first, count)
+
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Ranges (first, count) over all slots, each of some megabytes."""
         at_once = max(1, _ROWS_BYTES // max(1, 4 * self.value_dim))

@@ -5,7 +5,7 @@ H heads, K top-k, C candidates.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -144,7 +144,7 @@ def newer_view(old: TableView, new: TableView) -> TableView:
     )
     if placed.placement.epoch == old.placement.epoch and set(merged) == set(old.shards):
         return old
-    return TableView(schema=placed.schema, placement=placed.placement, shards=merged)
+    return replace(placed, shards=merged)
 
 
 def split(plan: TablePlan, bags: Bags) -> tuple[Part, ...]:

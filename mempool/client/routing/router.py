@@ -303,6 +303,10 @@ class Router:
             silence_s=self._patience_s,
         )
 
+    def known_version(self, table_id: int) -> int | None:
+        """The newest version of a table that was acknowledged to this client or seen in a reply; None: none yet."""
+        return self._versions.get(table_id)
+
     def name_of(self, table_id: int) -> str:
         """The table's name, for messages."""
         return self._names.get(table_id, f"with id {table_id}")
@@ -389,7 +393,8 @@ class Router:
         name = view.schema.name
         return NotFound(
             f"table {name!r} of {self.tries.where.pool} was dropped and made again (id {table_id}, now "
-            f"{view.schema.table_id}); open the new one with pool.table({name!r})."
+            f"{view.schema.table_id}); open the new one with pool.table({name!r}), or let what uses this one go on "
+            f"with the new one: pool.reopen({name!r})."
         )
 
     def _dropped(self, table_id: int) -> NotFound:

@@ -4,6 +4,8 @@ import warnings
 
 import torch.distributed
 
+from mempool.client.routing.attempt import Seen
+
 # Far above what gradient accumulation needs, far below what a shard or a trainer bears.
 _MAX_UPDATES = 1_000
 _MAX_BYTES = 1024**3
@@ -21,6 +23,7 @@ class Cautions:
         self._table = table
         self._ranks_told = grouped
         self._uncommitted_told = False
+        self._expected: dict[str, int] = {}
 
     def before_update(self) -> None:
         """Several ranks that train one table by themselves are several optimizer steps a step."""
@@ -36,6 +39,35 @@ class Cautions:
                 f" {world_size} where the optimizer is SGD",
                 stacklevel=2,
             )
+
+    def expect(self, version: int | None, *, known: int | None, whose: str) -> None:
+        """State was loaded that was saved beside this version of the table (None: beside none that is known).
+
+        Said at the next look into the table, where that meets another version: the table may be restored after what
+        goes with it was loaded. Nothing more is looked for where the table is known to be at that version now.
+
+        Args:
+            known: The newest version that is known, without asking anybody.
+            whose: What the state is of, for the message.
+        """
+        self._expected.pop(whose, None)
+        if version is not None and version != known:
+            self._expected[whose] = version
+
+    def after_gather(self, seen: Seen) -> None:
+        """The table has answered."""
+        if not self._expected:
+            return
+        expected, self._expected = self._expected, {}
+        for whose, version in expected.items():
+            if not seen.oldest_version <= version <= seen.newest_version:
+                warnings.warn(
+                    f"table {self._table!r} is at version {seen.newest_version}, and the state of {whose} that was "
+                    f"loaded was saved beside version {version}: they are not of one step. Restore the table as it was "
+                    "then: pool.restore(place, checkpoint=NAME, replace=True), where `mempool checkpoints PLACE` lists "
+                    "names and versions. mempool.nn.PoolState saves and loads both together",
+                    stacklevel=2,
+                )
 
     def after_update(self, *, pending: int, pending_bytes: int) -> None:
         """Updates that nobody commits are kept, here and on the shards."""

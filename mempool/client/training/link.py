@@ -32,6 +32,8 @@ class TableLink:
     Life of a gather: [TRAINER] ``wire_weights`` copies, ``send_gather`` waits for pooled values; in the backward pass
     ``send_update`` copies and waits for d_weights; ``release`` lets the shards forget once the graph is gone.
 
+    It goes on with another table of the same name where ``rebind`` says so; graphs of the one before cannot.
+
     Attributes:
         number: In ``LINKS``.
         markers: Of the modules whose ``zero_grad`` drops what is pending.
@@ -78,7 +80,9 @@ class TableLink:
 
     def send_gather(self, bags: Bags, *, remember: bool) -> tuple[Tensor, LookupRecord]:
         """Pooled values [B, V] float32 on the CPU."""
-        return self.run(self.session.gather(bags, remember=remember, reply_dtype=self._wire_dtype))
+        answer = self.run(self.session.gather(bags, remember=remember, reply_dtype=self._wire_dtype))
+        self._cautions.after_gather(answer[1].seen)
+        return answer
 
     def send_update(self, record: LookupRecord, grads: Tensor, *, hold: bool, want_weight_grad: bool) -> Tensor | None:
         """grads [B, V] on any device -> d_weights [L] float32 on the CPU."""
@@ -99,6 +103,20 @@ class TableLink:
         bags = Bags(ids=first, weights=None, offsets=torch.tensor([0, 1], dtype=torch.int64, device="cpu"))
         _, record = self.send_gather(bags, remember=False)
         return record.seen.newest_version
+
+    @property
+    def known_version(self) -> int | None:
+        """The newest version of the table that this client knows of; None before it has heard of any."""
+        return self.session.known_version
+
+    def expect(self, version: int | None, *, whose: str) -> None:
+        """State was loaded that was saved beside this version; the next look that meets another one warns."""
+        self._cautions.expect(version, known=self.known_version, whose=whose)
+
+    def rebind(self, schema: TableSchema, session: Session) -> None:
+        """From now on it is another table of the same name, slots and width."""
+        self.markers.reset()
+        self._schema, self.session = schema, session
 
     def drop_zeroed(self) -> int:
         """Discard what is pending if a module that holds the table has zeroed it; answers how many updates."""

@@ -17,7 +17,7 @@ from mempool.client.routing.router import Router
 from mempool.client.training.coordinator import Commitment, Coordinator, Prepared
 from mempool.client.training.joint import Joint
 from mempool.client.training.pushes import Pushes
-from mempool.errors import Internal, MempoolError
+from mempool.errors import Internal, InvalidRequest, MempoolError
 from mempool.types import StepId
 from mempool.types.bags import Bags
 from mempool.types.messages import ReplyDtype
@@ -119,6 +119,11 @@ class Session:
         return self.book.nothing_to_drop
 
     @property
+    def known_version(self) -> int | None:
+        """The newest version of the table that is known here. May be asked on any thread."""
+        return self._router.known_version(self.table_id)
+
+    @property
     def waiting_for(self) -> tuple[tuple[int, str], ...]:
         """(shard, address) of those that have not answered a push."""
         return tuple(sorted({each for attempt in self._pushing.values() for each in attempt.fanout.waiting_for}))
@@ -157,10 +162,17 @@ class Session:
             d_weights [L] float32, None if not wanted.
 
         Raises:
+            InvalidRequest: The lookup is of a table that this one has replaced; nothing was sent.
             MempoolError: As the router's, where d_weights are wanted; the update is then no part of the step.
         """
         if not (hold or want_weight_grad):
             return None
+        if record.table_id != self.table_id:
+            raise InvalidRequest(
+                f"this is the backward pass of a look-up before table {self._router.name_of(self.table_id)!r} was "
+                "restored or made again: its gradient is of values that are gone. Look up again, and call backward() "
+                "of that"
+            )
         update = Pushed(record=record, grads=grads)
         if not want_weight_grad:
             await self.pushes.room(update.num_bytes)

@@ -14,6 +14,14 @@ def addresses_of(text: str) -> list[str]:
     return [_checked(part.strip()) for part in text.split(",")]
 
 
+def is_address(text: str) -> bool:
+    """Whether this is one address, as pools and shards tell theirs."""
+    try:
+        return "," not in text and addresses_of(text) == [text]
+    except InvalidRequest:
+        return False
+
+
 def _checked(address: str) -> str:
     scheme, separator, rest = address.partition("://")
     if separator:

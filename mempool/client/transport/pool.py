@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import TypeVar
 
+from mempool.client.transport.addresses import is_address
 from mempool.errors import DeadlineExceeded, MempoolError, NotFound, PoolUnreachable, ShardUnavailable, Unavailable
 from mempool.types import (
     CheckpointProgress,
@@ -37,7 +38,8 @@ class GrpcPool:
 
     Reading calls go to the bootstrap addresses, then to the shards that views have named: any shard answers them from
     what it last heard, so clients outlive the controller. For some seconds they keep to the address that answered last.
-    Changing calls go to bootstrap addresses only.
+    Changing calls go to bootstrap addresses, and to where views say that the controller is: one that came back on
+    another node tells the shards, and a client that does not reach it asks them. No other address is believed.
 
     Args:
         addresses: "host:port" of the controller, of shards, or of both; at least one.
@@ -49,7 +51,8 @@ class GrpcPool:
         self._deadlines = clock
         self._bootstrap = tuple(dict.fromkeys(addresses))
         self._make_channel = channels
-        self._preferred = self._bootstrap[0]
+        self._preferred = self._home = self._bootstrap[0]
+        self._controller = ""  # as views say
         self._detour_end_s = 0.0
         self._shard_addresses: dict[str, None] = {}
         self._channels: dict[str, Channel] = {}
@@ -76,15 +79,15 @@ class GrpcPool:
         views = await self._read(
             lambda channel, timeout_s: channel.call(methods.LIST_TABLES, None, timeout_s=timeout_s)
         )
-        for view in views:
-            self._learned(view)
+        self._learn(views)
         return views
 
     async def status(self) -> PoolStatus:
         status = await self._read(
             lambda channel, timeout_s: channel.call(methods.GET_STATUS, None, timeout_s=timeout_s)
         )
-        self._learn(shard.info.address for shard in status.shards)
+        self._learn(status.tables)
+        self._learn_shards(shard.info.address for shard in status.shards)
         return status
 
     async def restore(self, request: RestoreTables) -> tuple[TableView, ...]:
@@ -105,11 +108,12 @@ class GrpcPool:
 
     async def _stream(self, method: Method[RequestT, T], request: RequestT) -> AsyncIterator[T]:
         problems: dict[str, MempoolError] = {}
-        for address in self._bootstrap:
+        async for address in self._places(problems):
             begun = False
             try:
                 async for report in self._channel(address).stream(method, request):
                     begun = True
+                    self._answered(address, problems)
                     yield report
                 return
             except Unavailable as error:
@@ -127,20 +131,48 @@ class GrpcPool:
 
     async def _change(self, call: Callable[[Channel, float | None], Awaitable[T]]) -> T:
         problems: dict[str, MempoolError] = {}
-        for address in self._bootstrap:
+        async for address in self._places(problems):
             try:
-                return await call(self._channel(address), current_caller().remaining_s(self._deadlines))
+                answer = await call(self._channel(address), current_caller().remaining_s(self._deadlines))
             except Unavailable as error:  # also what a shard says, which changes nothing
                 problems[address] = error
+            else:
+                self._answered(address, problems)
+                return answer
         raise self._unreachable(problems)
+
+    async def _places(self, tried: Mapping[str, MempoolError]) -> AsyncIterator[str]:
+        """Where the controller may be, one after the other; at last where shards say that it is by now."""
+        for address in self._own:
+            yield address
+        for address in dict.fromkeys((*self._shard_addresses, *self._bootstrap)):
+            try:
+                views = await self._channel(address).call(methods.LIST_TABLES, None, timeout_s=_READ_TIMEOUT_S)
+            except (Unavailable, DeadlineExceeded):
+                continue
+            self._learn(views)
+            if self._controller and self._controller not in tried:
+                yield self._controller
+
+    @property
+    def _own(self) -> tuple[str, ...]:
+        """The addresses that the controller is known by, where it answered last first."""
+        found = (self._home, *((self._controller,) if self._controller else ()), *self._bootstrap)
+        return tuple(dict.fromkeys(found))
+
+    def _answered(self, address: str, problems: Mapping[str, MempoolError]) -> None:
+        """Keep to where the controller is, once it is no more where it was."""
+        if self._home in problems:
+            self._home = address if address == self._controller else self._bootstrap[0]
 
     async def _read(self, call: Callable[[Channel, float], Awaitable[T]]) -> T:
         problems: dict[str, MempoolError] = {}
         unknown: NotFound | None = None
         clock = asyncio.get_running_loop()
         if clock.time() > self._detour_end_s:
-            self._preferred = self._bootstrap[0]
-        for address in dict.fromkeys((self._preferred, *self._bootstrap, *self._shard_addresses)):
+            self._preferred = self._home
+        own = self._own
+        for address in dict.fromkeys((self._preferred, *own, *self._shard_addresses)):
             try:
                 left_s = current_caller().remaining_s(self._deadlines)
                 timeout_s = _READ_TIMEOUT_S if left_s is None else min(left_s, _READ_TIMEOUT_S)
@@ -148,25 +180,31 @@ class GrpcPool:
             except (Unavailable, DeadlineExceeded) as error:
                 problems[address] = error
             except NotFound as error:
-                if address in self._bootstrap:
+                if address in own:
                     unknown = unknown or error
                 problems[address] = error
             else:
                 if address != self._preferred:
                     self._preferred, self._detour_end_s = address, clock.time() + _DETOUR_S
+                self._answered(address, problems)
                 return answer
-        if unknown is not None and not any(
-            isinstance(problems.get(each), ShardUnavailable) for each in self._bootstrap
-        ):
+        if unknown is not None and not any(isinstance(problems.get(each), ShardUnavailable) for each in own):
             raise unknown
         # Where the controller says that it is not known yet, a shard's word for what there is not does not count.
         raise self._unreachable(problems)
 
     def _learned(self, view: TableView) -> TableView:
-        self._learn(info.address for info in view.shards)
+        self._learn((view,))
         return view
 
-    def _learn(self, addresses: Iterable[str]) -> None:
+    def _learn(self, views: Iterable[TableView]) -> None:
+        """Take over where shards and controller are."""
+        for view in views:
+            self._learn_shards(info.address for info in view.shards)
+            if is_address(view.controller):
+                self._controller = view.controller
+
+    def _learn_shards(self, addresses: Iterable[str]) -> None:
         found = dict.fromkeys(address for address in addresses if address)
         if found:
             self._shard_addresses = found

@@ -29,6 +29,7 @@ from mempool.types import (
     Ledger,
     MarkTable,
     ReleaseMark,
+    TableSource,
     TableVersion,
     TableView,
     TakeCheckpoint,
@@ -85,7 +86,11 @@ class Checkpoints:
     @property
     def doing(self) -> str:
         """What the one that is being taken is at, for people; "" for none."""
-        return "" if self._now is None else f"a checkpoint to {self._now.url}: {self._now.doing}"
+        now = self._now
+        if now is None:
+            return ""
+        written = f" ({now.bytes_done:,} of {now.bytes_total:,} bytes)" if now.bytes_total else ""
+        return f"a checkpoint to {now.url}: {now.doing}{written}"
 
     async def take(self, request: TakeCheckpoint) -> AsyncIterator[CheckpointProgress]:
         """Take one, and watch it. Raises as ``Controller.checkpoint`` does."""
@@ -160,7 +165,9 @@ class Checkpoints:
             parts, updates = await self._parts(request, views, begun, token, reports)
             self._say(reports, doing="writing the manifest")
             manifest = await self._elsewhere(lambda: self._commit(store, begun, parts, updates, extra))
-            kept = manifest.name
+            if not request.aside:
+                kept = manifest.name
+                await self._tell(views, request.url, manifest)
             assert self._now is not None
             done = replace(self._now, bytes_done=self._now.bytes_total, doing="", done=True)
         finally:
@@ -182,6 +189,17 @@ class Checkpoints:
             await self._elsewhere(lambda: keep_newest(store, keep))
         except MempoolError as error:
             _LOG.warning("a checkpoint is taken in %s, and older ones could not be removed: %s", store.url, error)
+
+    async def _tell(self, views: Sequence[TableView], url: str, manifest: Manifest) -> None:
+        """Let every shard know where its tables are saved: should it lose them, it says so. Those that miss it are told
+        when they are settled."""
+        for name in (view.schema.name for view in views):
+            view = self.roster.find(name)
+            if view is not None and name in manifest.tables:
+                source = TableSource(url=url, checkpoint=manifest.name, table=name)
+                view = self.roster.save(view, source, manifest.tables[name].version)
+                view = self.roster.put(view.schema, view.placement, saved=view.saved)
+                await self.telling.push(view, self.roster.infos)
 
     # The moment
 

@@ -29,23 +29,34 @@ def origins_of(request: RestoreTables) -> list[tuple[TableSchema, Origin]]:
         StorageFailed: The place cannot be read.
     """
     check_place(request.url)
-    if request.name and len(request.tables) != 1:
-        raise InvalidRequest(
-            f"name={shown(request.name)} is for one table, and {len(request.tables) or 'all'} are asked for; name the "
-            "table that is to be called so. Nothing was changed."
-        )
     if request.layout and request.layout not in get_args(Layout):
         raise InvalidRequest(
             f"layout={shown(request.layout)} is none that there is: give one of {', '.join(get_args(Layout))}, or "
             "leave it out. Nothing was changed."
         )
     try:
+        if request.schema is not None:
+            return [_of_file(request, request.schema)]
         manifest = read_manifest(open_store(request.url), request.checkpoint or None)
     except MempoolError:
         raise
     except Exception as error:  # of the user's fsspec package, say
         raise StorageFailed(f"{request.url} cannot be read ({type(error).__name__}: {error})") from error
-    return [_origin(request, manifest, table) for table in dict.fromkeys(request.tables or manifest.tables)]
+    tables = tuple(dict.fromkeys(request.tables or manifest.tables))
+    if request.name and len(tables) != 1:
+        raise InvalidRequest(
+            f"name={shown(request.name)} is for one table, and {len(tables)} are asked for ({', '.join(tables[:4])}); "
+            "name the one that is to be called so. Nothing was changed."
+        )
+    return [_origin(request, manifest, table) for table in tables]
+
+
+def _of_file(request: RestoreTables, schema: TableSchema) -> tuple[TableSchema, Origin]:
+    """What the file holds is looked at by who reads it: each owner, before it takes anything."""
+    schema = replace(schema, table_id=0)
+    check_schema(schema)
+    source = TableSource(url=request.url, checkpoint="", table=request.values, keys=request.keys)
+    return schema, Origin(source=source, ledger=Ledger(), replace=request.replace)
 
 
 def _origin(request: RestoreTables, manifest: Manifest, table: str) -> tuple[TableSchema, Origin]:

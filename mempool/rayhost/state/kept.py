@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ _NAME = "wanted.json"
 _NEW = ".new"
 _GONE = "gone-"
 _MOST_BYTES = 4096
+_TRIES = 100
+"""To remove a folder that others remove, too: each try removes at least what it finds before they do."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -77,10 +79,15 @@ def remove_kept(path: str, pool: str, shard: int) -> bool:
         files.sync_folder(os.path.join(path, pool))
     finally:
         lock.release()
-    try:
-        shutil.rmtree(gone)
-    except OSError as error:
-        raise StorageFailed(f"{gone} is needed no more, and cannot be removed: {error}") from error
+    for _ in range(_TRIES):
+        try:
+            shutil.rmtree(gone)
+            break
+        except FileNotFoundError:  # another shard of this host clears it too
+            if not os.path.isdir(gone):
+                break
+        except OSError as error:
+            raise StorageFailed(f"{gone} is needed no more, and cannot be removed: {error}") from error
     return True
 
 
@@ -89,6 +96,8 @@ def drop_kept(path: str, pool: str, *, say: Callable[[str], None]) -> None:
     shards = kept_shards(path, pool)
     for shard in shards:
         remove_kept(path, pool, shard)
+    with suppress(OSError):  # it is not empty, or was never there
+        os.rmdir(os.path.join(path, pool))
     if shards:
         say(f"removed what {len(shards)} shard(s) had kept in {os.path.join(path, pool)} on this machine")
 

@@ -1,8 +1,10 @@
 """The pages of a shard as a snapshot has them: their keys, their bytes, and back into arenas."""
 
 import struct
+import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from mempool.shard.pages.named_arrays import HEAD_KEYS, Blocks
 
 _PAGE = struct.Struct("<QIH")  # table, row page, how many blocks; then these
 _HEADS = struct.Struct("<Q")
+_LARGE_BYTES = 64 * 2**20
+"""Smaller arenas get their memory as they are written to."""
 
 
 def page_key(table_id: int, row_page: int, blocks: Blocks) -> bytes:
@@ -60,15 +64,41 @@ def restore_pages(snapshots: Snapshots, tables: Mapping[int, HostedTable]) -> di
         arena.publish(row_pages, taken)
         for row_page, place in zip(row_pages.tolist(), taken.tolist(), strict=True):
             places[page_key(table_id, row_page, blocks)] = arena, place
-    for key, arrays in snapshots.pages():
-        if key in places:
-            arena, place = places[key]
-            with arena.writing(pages=torch.tensor([place], device=arena.device)):
-                for name, pages in arena.raw.items():
-                    _fill(pages[place], arrays[name])
-        else:
-            _restore_heads(tables[_HEADS.unpack(key)[0]], arrays)
-    return {arena: arena.writes for arena, _ in places.values()}
+    arenas = {arena: arena.raw for arena, _ in places.values()}
+    with ExitStack() as writing:
+        for arena in arenas:
+            pages = torch.tensor([place for owner, place in places.values() if owner is arena], device=arena.device)
+            writing.enter_context(arena.writing(pages=pages))
+        writing.enter_context(_populated([arena for arena in arenas if arena.num_bytes >= _LARGE_BYTES]))
+        for key, arrays in snapshots.pages():
+            if key in places:
+                arena, place = places[key]
+                for name, stored in arenas[arena].items():
+                    _fill(stored[place], arrays[name])
+            else:
+                _restore_heads(tables[_HEADS.unpack(key)[0]], arrays)
+    return {arena: arena.writes for arena in arenas}
+
+
+@contextmanager
+def _populated(arenas: Sequence[Arena]) -> Iterator[None]:
+    """Beside reading, have the system give memory to these arenas: zeroing it takes as long as a fast disk reads."""
+    if not arenas:
+        yield
+        return
+    enough = threading.Event()
+
+    def populate() -> None:
+        for arena in arenas:
+            arena.populate(enough.is_set)
+
+    thread = threading.Thread(target=populate, name="mempool-memory", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        enough.set()
+        thread.join()
 
 
 def _restore_heads(table: HostedTable, arrays: Mapping[str, memoryview]) -> None:
@@ -92,5 +122,8 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 def _fill(into: Tensor, data: memoryview) -> None:
     """Bytes into a tensor that is contiguous."""
     if into.numel():
-        flat = torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())
-        into.view(-1).view(torch.uint8).copy_(flat)
+        flat, read = into.view(-1).view(torch.uint8), np.frombuffer(data, dtype=np.uint8)
+        if flat.device.type == "cpu":
+            np.copyto(flat.numpy(), read)
+        else:
+            flat.copy_(torch.from_numpy(read.copy()))

@@ -7,7 +7,9 @@ is in doubt then is asked for as at any other time.
 import logging
 from collections.abc import Callable
 
+from mempool import kernels
 from mempool.errors import DataLoss, Internal, MempoolError
+from mempool.observe import Stages
 from mempool.shard import validate
 from mempool.shard.durable.pages import restore_pages
 from mempool.shard.durable.records import (
@@ -39,6 +41,7 @@ from mempool.shard.pages.arena import Arena
 from mempool.shard.steps import commits
 from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.shard.steps.held import HeldUpdate, PreparedStep
+from mempool.shard.steps.optimizers import kernel_needs
 from mempool.shard.tenancy import PULL_LEASE_S, Tenancy
 from mempool.types import PrepareRequest, StepId
 from mempool.types.bags import Bags
@@ -46,8 +49,11 @@ from mempool.types.bags import Bags
 _LOG = logging.getLogger("mempool.shard")
 
 
-def recover(store: Store, tenancy: Tenancy, budget: Budget) -> dict[Arena, int]:
+def recover(store: Store, tenancy: Tenancy, budget: Budget, stages: Stages) -> dict[Arena, int]:
     """Make the shard again, and have it tell its store from now on.
+
+    Args:
+        stages: How long the snapshot takes to be read, and the records to be replayed, is told here.
 
     Returns:
         Which arenas' pages are as in the newest snapshot, but for those that were written to since ``writes`` was that.
@@ -58,12 +64,18 @@ def recover(store: Store, tenancy: Tenancy, budget: Budget) -> dict[Arena, int]:
     replay = _Replay(tenancy)
     budget.recovers = True
     try:
-        for record in store.take_head():
-            replay.take(record)
-        restored = restore_pages(store.snapshots, tenancy.tables)
-        replay.own()
-        for record in store.records():
-            replay.take(record)
+        with stages.measure("recover: snapshot"):
+            for record in store.take_head():
+                replay.take(record)
+        with stages.measure("recover: kernels"):  # on a new machine they are compiled, on all cores
+            for table in tenancy.tables.values():
+                _make_ready(table)
+        with stages.measure("recover: snapshot"):
+            restored = restore_pages(store.snapshots, tenancy.tables)
+            replay.own()
+        with stages.measure("recover: replay"):
+            for record in store.records():
+                replay.take(record)
     except MempoolError:
         raise
     except Exception as error:
@@ -73,6 +85,14 @@ def recover(store: Store, tenancy: Tenancy, budget: Budget) -> dict[Arena, int]:
     tenancy.keep_in(store)
     replay.finish()
     return restored
+
+
+def _make_ready(table: HostedTable) -> None:
+    """Have the table's kernels compiled and loaded; what fails is left to the first call in need."""
+    try:
+        kernels.make_ready(kernel_needs(table.view.schema, table.storage.device))
+    except Exception as error:
+        _LOG.warning("kernels of table %r were not made ready: %s", table.view.schema.name, error, exc_info=True)
 
 
 class _Replay:
@@ -133,7 +153,12 @@ class _Replay:
                 _LOG.warning("what was decided for table %r is applied later: %s", table.view.schema.name, error)
 
     def _attach(self, record: Attached) -> None:
-        table = self._tenancy.attach(record.request)
+        # A table that could not be filled was dropped, too, and may have been attached anew.
+        table_id, tenancy = record.request.view.schema.table_id, self._tenancy
+        tenancy.ended = tuple(each for each in tenancy.ended if each != table_id)
+        table = tenancy.attach(record.request)
+        if record.request.mode == "initialise":
+            _make_ready(table)
         while table.restored is None and not table.fill():
             pass
 
@@ -156,9 +181,10 @@ class _Replay:
         table, step_id = self._table(record.table_id), record.step_id
         entry = table.ledger.entry(step_id)
         over = max(entry.step, entry.dropped) if entry.generation == step_id.generation else 0
-        late = step_id.generation < entry.generation or step_id.step <= over
-        if late or table.updates.get(step_id, record.sequence) is not None:
+        if step_id.generation < entry.generation or step_id.step <= over:
             return
+        # Only what is not held is kept: one that is here was dropped, as its lease ended, before this one came.
+        table.updates.let_go(step_id, record.sequence)
         device = table.storage.device
         bags = record.update.bags
         weights = None if bags.weights is None else bags.weights.to(device)

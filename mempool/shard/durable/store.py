@@ -23,26 +23,16 @@ from mempool.errors import MempoolError, RequestTooLarge, StorageFailed
 from mempool.journal import Bytes, DiskFiles, Files, Journal, ShardFolder, Snapshots, Sync
 from mempool.journal.journal import SEGMENT_BYTES
 from mempool.journal.records import MOST_PAYLOAD_BYTES
-from mempool.shard.durable.records import (
-    Applied,
-    Begun,
-    CaughtUp,
-    Decided,
-    Held,
-    Over,
-    RecordOf,
-    Unstaged,
-    apart,
-    decode,
-    encode,
-)
+from mempool.shard.durable.encoding import apart, decode, encode
+from mempool.shard.durable.records import Applied, Begun, CaughtUp, Decided, Held, Over, RecordOf, Unstaged
 from mempool.types import DecidedStep, StepId
 from mempool.types.running import THREADS, Runner
 
 _LOG = logging.getLogger("mempool.shard")
 JOURNAL_LIMIT_BYTES = 2**30
-_UNRUNG_BYTES = 32 * 2**20
-"""Updates that are held go to the disk with whatever is waited for next, or when there are so many."""
+_EARLY_BYTES = 64 * 2**10
+"""Updates that are held are waited for by nobody: one that has so many is written at once, so that what is waited for
+next has less to wait for; smaller ones go with that."""
 _LEAST_SEGMENT_BYTES = 2**10
 _HEADER_BYTES = 2**20
 """Of a record besides its tensors, at most."""
@@ -120,7 +110,6 @@ class Store:
         self._lock = threading.Lock()
         self._waiting: deque[_Waiting] = deque()
         self._position = self._awaited = self._synced = 0
-        self._unrung_bytes = 0
         self._error: MempoolError | None = None
         self._trying = False
         self._failures = 0
@@ -221,7 +210,8 @@ class Store:
             if not refused:
                 self._error, self._trying = None, False
         for place, one in enumerate(refused):
-            if not self._append(one, ring=one is refused[-1]):
+            last = one is refused[-1]
+            if not self._append(one, ring=last, wait=last):
                 with self._lock:
                     self._waiting.extend(replace(late, number=0) for late in refused[place + 1 :])
                 return
@@ -235,16 +225,13 @@ class Store:
             if self._error is not None:  # in order: behind what the disk has not taken
                 self._waiting.append(one)
                 return
-        self._unrung_bytes += sum(len(part) for part in parts)
-        ring = awaited or self._unrung_bytes > _UNRUNG_BYTES
-        if ring:
-            self._unrung_bytes = 0
-        self._append(one, ring=ring)
+        ring = awaited or sum(len(part) for part in parts) >= _EARLY_BYTES
+        self._append(one, ring=ring, wait=awaited)
 
-    def _append(self, one: _Waiting, *, ring: bool) -> bool:
+    def _append(self, one: _Waiting, *, ring: bool, wait: bool) -> bool:
         """Give a record to the journal. Returns whether that has taken it."""
         try:
-            number = self.journal.append(one.kind, one.parts, ring=ring, since=self._failures)
+            number = self.journal.append(one.kind, one.parts, ring=ring, wait=wait, since=self._failures)
         except MempoolError as refusal:
             with self._lock:
                 self._waiting.append(replace(one, number=0))
@@ -252,7 +239,7 @@ class Store:
             return False
         with self._lock:
             self._waiting.append(replace(one, number=number))
-        if ring:
+        if wait:
             self.journal.when_synced(number).add_done_callback(partial(self._told, one.position, self._failures))
         return True
 
@@ -278,6 +265,7 @@ class Store:
     def when_synced(self) -> "Future[int]":
         """Ends with the number of the newest record once that is durable. On the engine's thread."""
         ended: Future[int] = Future()
+        ended.set_running_or_notify_cancel()  # nobody can cancel it: whoever is woken after it would not be
         with self._lock:
             number = max((one.number for one in self._waiting), default=self.journal.last)
             if self._error is not None:

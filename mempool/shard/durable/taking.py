@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mempool.errors import MempoolError
 from mempool.journal import Snapshot
+from mempool.shard.durable.encoding import joined
 from mempool.shard.durable.pages import heads_arrays, heads_key, page_arrays, page_key
 from mempool.shard.durable.records import (
     Attached,
@@ -28,7 +29,6 @@ from mempool.shard.durable.records import (
     RecordOf,
     Schedule,
     Stopped,
-    joined,
 )
 from mempool.shard.durable.store import Store
 from mempool.shard.hosted import HostedTable
@@ -217,6 +217,7 @@ class Taking:
         self._marks: WeakKeyDictionary[Arena, int] = WeakKeyDictionary()
         self._task: asyncio.Task[None] | None = None
         self._not_before_s = float("-inf")
+        self._closed = False
         self._one = asyncio.Lock()
 
     def restored(self, arenas: dict[Arena, int]) -> None:
@@ -225,7 +226,7 @@ class Taking:
 
     def poke(self) -> None:
         """On the loop: begin one where it is due and none is under way."""
-        if self._task is None and self._store.is_half_full:
+        if self._task is None and not self._closed and self._store.is_half_full:
             loop = asyncio.get_running_loop()
             if loop.time() < self._not_before_s:
                 return
@@ -237,7 +238,8 @@ class Taking:
         self._task = None
 
     async def close(self) -> None:
-        """Give up the one that is under way. Repeatable."""
+        """Give up the one that is under way; none is begun any more, as the folder is let go. Repeatable."""
+        self._closed = True
         if (task := self._task) is not None:
             task.cancel()
             await asyncio.wait([task])
@@ -269,13 +271,28 @@ class Taking:
                 for key in cut.kept:
                     snapshot.keep(key)
                 while pages := await self._on_thread("snapshot", lambda _: cut.take()):
-                    await self._runner.run(lambda pages=pages: _write(snapshot, pages))  # type: ignore[misc]
-                await self._runner.run(lambda: snapshot.finish(cut.head))
+                    await self._written(lambda pages=pages: _write(snapshot, pages))  # type: ignore[misc]
+                await self._written(lambda: snapshot.finish(cut.head))
         finally:
             await asyncio.shield(self._on_thread("snapshot", lambda _: cut.end()))
         self._marks.update({one.arena: one.writes for one in cut.arenas})
         self._store.snapshot_taken(number)
         return True
+
+    async def _written(self, work: Callable[[], object]) -> None:
+        """Do this elsewhere. Whoever gives the snapshot up waits for its end, too: it is not to remove a pack whose
+        manifest gets its name just then, nor to let the folder go."""
+        writing = asyncio.ensure_future(self._runner.run(work))
+        given_up: asyncio.CancelledError | None = None
+        while not writing.done():
+            try:
+                await asyncio.wait([writing])
+            except asyncio.CancelledError as error:
+                given_up = error
+        if given_up is not None:
+            writing.exception()
+            raise given_up
+        writing.result()
 
     def _cut(self) -> Cut | None:
         for table in self._tenancy.tables.values():

@@ -273,6 +273,11 @@ class Arena:
         self._free = np.sort(np.append(self._free, arena_pages))[::-1]
         self._freed += len(arena_pages)
 
+    def populate(self, stop: Callable[[], bool]) -> None:
+        """Have memory behind all pages there are, until ``stop`` says so. From any thread."""
+        for rows in self._memory.values():
+            rows.populate(stop)
+
     def publish(self, row_pages: PageNumbers, arena_pages: PageNumbers) -> None:
         """From now on these row pages are found at these arena pages."""
         self._set_page_table(row_pages, arena_pages)

@@ -17,6 +17,7 @@ from mempool.shard.pages.memory import rows_on
 from mempool.shard.pages.named_arrays import HEAD_KEYS, LAST_STEP, Blocks
 from mempool.shard.pages.storage import Storage
 
+_COPY_BYTES = 2**20
 _PLACE_BYTES = 4
 """Of each row of an arena: where its copy lies."""
 
@@ -71,15 +72,18 @@ class ArenaCapture:
         if not rows.numel():
             return
         try:
-            self._keep(torch.unique(rows))
+            self._keep(self._distinct(rows))
         except Exception as error:  # no memory: the step that writes goes on, and the checkpoint does not
             self.failed, self._arena.capture = error, None
 
     def _keep(self, rows: Tensor) -> None:
         """Copy rows, which differ and were not copied yet, as they are at that version."""
         places = self._take(len(rows))
-        for name, held in self._arena.stores.items():
-            self._copies[name][places] = held[rows]
+        at_once = max(1, _COPY_BYTES // self._row_bytes)
+        for first in range(0, len(rows), at_once):  # each piece through memory that the caches hold
+            some, to = rows[first : first + at_once], places[first : first + at_once]
+            for name, held in self._arena.stores.items():
+                self._copies[name][to] = held[some]
         self._copy_of[rows] = places.to(torch.int32)
         schedule = self._storage.schedule
         if schedule is not None and self._last_step is not None:
@@ -87,6 +91,12 @@ class ArenaCapture:
             if late.numel():
                 names = self._storage.step_names
                 self._arena.bring_up(self._copies, late, schedule, names, to=self._last_step)
+
+    def _distinct(self, rows: Tensor) -> Tensor:
+        """Rows that have no copy, each once: of those that are the same the one whose number stays."""
+        numbers = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+        self._copy_of[rows] = numbers
+        return rows[self._copy_of[rows] == numbers]
 
     def _late(self, rows: Tensor, step: int) -> Tensor:
         """Which of these arena rows a dense optimizer has left behind that step."""
@@ -104,13 +114,15 @@ class ArenaCapture:
         places = self._copy_of.view(-1, self._page_slots)[lies].to(torch.int64)
         return places, places >= 0
 
-    def read(self, name: str, lies: Tensor, columns: slice, found: tuple[Tensor, Tensor]) -> Tensor:
-        """[M, page_slots, width]: these columns of an array, as they were."""
-        out = self._arena.pages(name)[lies][:, :, columns]
+    def read(self, name: str, lies: Tensor, columns: slice, found: tuple[Tensor, Tensor], into: Tensor) -> None:
+        """Write these columns of an array, as they were, into a view [M, page_slots, width], on the CPU."""
+        pages, first, count = self._arena.pages(name), int(lies[0]), len(lies)
+        side_by_side = bool((lies == torch.arange(first, first + count, device=lies.device)).all())
+        into.copy_((pages[first : first + count] if side_by_side else pages[lies])[:, :, columns])
         places, copied = found
         if bool(copied.any()):
-            out[copied] = self._arena.view_of(name, self._copies)[places[copied]][:, columns]
-        return out
+            kept = self._arena.view_of(name, self._copies)[places[copied]][:, columns]
+            into[copied.cpu()] = kept.cpu()
 
     def end(self, lies: Tensor, found: tuple[Tensor, Tensor], blocks: int) -> None:
         """So many blocks of these pages were read out: what no other is wanted of needs its copies no more."""
@@ -119,7 +131,8 @@ class ArenaCapture:
         places, copied = found
         gone = places[over][copied[over]]
         self._copy_of.view(-1, self._page_slots)[lies[over]] = -1
-        self._free = torch.cat((self._free, gone))
+        if len(gone):
+            self._free = torch.cat((self._free, gone))
 
     def _take(self, count: int) -> Tensor:
         if len(self._free) < count:
@@ -157,7 +170,7 @@ class Capture:
 
     @property
     def num_bytes(self) -> int:
-        return sum(arena.num_bytes for arena in self._arenas.values())
+        return sum(arena.num_bytes for arena in list(self._arenas.values()))
 
     @property
     def used_bytes(self) -> int:
@@ -180,7 +193,8 @@ class Capture:
             if len(here) and shared:
                 lies = torch.from_numpy(arena.page_of[wanted[here]].astype(np.int64)).to(storage.device)
                 captured = self._arenas[own]
-                read.append((arena, captured, torch.from_numpy(here), lies, shared, captured.begin(lies)))
+                at = slice(None) if len(here) == len(wanted) else torch.from_numpy(here)
+                read.append((arena, captured, at, lies, shared, captured.begin(lies)))
         self._check_memory()
         for array in storage.arrays.values():
             width = array.width(blocks)
@@ -190,7 +204,12 @@ class Capture:
             for arena, captured, at, lies, shared, found in read:
                 if arena.has(array.name):
                     for to, out_of in array.copies(shared, into=blocks, out_of=arena.blocks):
-                        out[at, :, to] = captured.read(array.name, lies, out_of, found).cpu()
+                        if isinstance(at, slice):
+                            captured.read(array.name, lies, out_of, found, out[at, :, to])
+                            continue
+                        some = torch.empty((len(at), storage.schema.page_slots, to.stop - to.start), dtype=array.dtype)
+                        captured.read(array.name, lies, out_of, found, some)
+                        out[at, :, to] = some
             arrays[array.name] = out.view(len(rows) * storage.schema.page_slots, width)
         for _, captured, _, lies, shared, found in read:
             captured.end(lies, found, len(shared))

@@ -118,11 +118,14 @@ class Staging:
         taken = arena.take(len(new))
         pages = self._pages.setdefault(batch.blocks, StagedPages())
         pages.add(new, taken)
-        at = torch.from_numpy(pages.places(batch.row_pages)).to(table.device)
+        places = pages.places(batch.row_pages)
+        at = torch.from_numpy(places).to(table.device)
+        side_by_side = slice(int(places[0]), int(places[0]) + count) if bool((np.diff(places) == 1).all()) else None
         with arena.writing(pages=at):
             for array in arena.arrays:
                 held = arena.pages(array.name)
-                held[at] = batch.arrays[array.name].view(count, *held.shape[1:]).to(table.device)
+                rows = batch.arrays[array.name].view(count, *held.shape[1:])
+                held[at if side_by_side is None else side_by_side] = rows.to(table.device)
 
     def lacks_ledger(self, version: int) -> bool:
         """Whether what was applied to staged pages is not known here and did not come yet. version: the table's here.

@@ -1,11 +1,13 @@
 """Marks of a shard's tables, and the parts of a checkpoint that are written from them, beside all other work.
 
 A mark is made while its table is frozen; from then on rows are copied before they are written to first (``capture``).
-A part is written group by group: read out on the engine's thread, written on another one. Copies that are needed still
-are bounded: above that, steps are held off until the writer has caught up. Which moment, and who commits, is not here.
+A part is written group by group: read out on the engine's thread, written on another one, the next is read meanwhile.
+Between two groups the engine's thread is left to others, where there are any. Copies that are needed still are bounded:
+above that, steps are held off until the writer has caught up. Which moment, and who commits, is not here.
 """
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,6 +37,13 @@ COPY_BYTES = 256 * MIB
 """Of rows that are kept as they were, of all tables: above that no further step is begun."""
 _GROUP_BYTES = 4 * MIB
 """Read out in one job: some milliseconds."""
+_PAUSES = 8
+"""While others use the engine, so many times as long as a group was read out it is theirs before the next one is."""
+_IN_USE_S = 1.0
+"""So long after its thread has worked for others it counts as used: a trainer computes between two calls."""
+_IN_USE_SHARE = 0.03
+"""Of its time, looked at each ``_LOOK_S``: what is asked now and then, by whoever watches, is no use."""
+_LOOK_S = 0.1
 _MAX_LEASE_S = 3600.0
 _MAX_WAIT_S = 30.0
 
@@ -51,6 +60,7 @@ class Mark:
         owned: The pages of this shard; changed: those of them to write, where the others are read from ``since``.
         over: Why it is of no use any more; "" while it is.
         writing: Writes the part; ``asked``: where to.
+        pause_s: So long the engine's thread is left to others before the next group is read out.
     """
 
     request: MarkTable
@@ -67,6 +77,7 @@ class Mark:
     asked: tuple[str, str, int] | None = None
     bytes_done: int = 0
     bytes_total: int = 0
+    pause_s: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -78,6 +89,7 @@ class Saving:
         tenancy: Its tables.
         control, jobs: Run on the engine's thread: before what clients ask; among it.
         clock: Seconds, monotonic.
+        busy_s: Seconds that the engine's thread has worked, for whomever.
         runner: Writes.
         copy_bytes: Of copied rows, of all tables together.
     """
@@ -87,9 +99,13 @@ class Saving:
     control: Run
     jobs: Run
     clock: Clock
+    busy_s: Callable[[], float]
     runner: Runner
     copy_bytes: int = COPY_BYTES
     _marks: dict[int, Mark] = field(default_factory=dict)
+    _read_s: float = 0.0
+    _looked: tuple[float, float] = (0.0, 0.0)
+    _used_s: float = -math.inf
 
     # Calls
 
@@ -161,12 +177,17 @@ class Saving:
 
     def crowded(self) -> bool:
         """Whether copies take what they may: no further step is begun until the writer has caught up."""
-        return sum(found.capture.used_bytes for found in self._marks.values()) > self.copy_bytes
+        return self._used_bytes > self.copy_bytes
+
+    @property
+    def _used_bytes(self) -> int:
+        """Of copies that are needed still."""
+        return sum(found.capture.used_bytes for found in self._marks.values())
 
     @property
     def num_bytes(self) -> int:
-        """Of copies."""
-        return sum(found.capture.num_bytes for found in self._marks.values())
+        """Of copies. On any thread."""
+        return sum(found.capture.num_bytes for found in list(self._marks.values()))
 
     def _mark(self, request: MarkTable) -> None:
         table = self.tenancy.table(request.table_id)
@@ -200,6 +221,8 @@ class Saving:
             updates_applied=table.ledger.updates_applied,
             ends_s=self.clock() + request.lease_s,
         )
+        if len(self._marks) == 1:  # what was before says nothing of who uses it now
+            self._looked, self._used_s = (self.clock(), self.busy_s() - self._read_s), -math.inf
         table.storage.crowded = self.crowded
         table.storage.on_change = partial(self._end, request.table_id, "its pages move")
 
@@ -228,10 +251,26 @@ class Saving:
         if found.over:
             raise self._gone(found.request.table_id, found.over)
         was_crowded = self.crowded()
+        began_s = self.clock()
         arrays = found.capture.export(group.rows, group.blocks, group.heads)
+        found.pause_s = self._pause_s(began_s, self.clock() - began_s)
         if was_crowded and not self.crowded():
             self._wake()
         return arrays
+
+    def _pause_s(self, now_s: float, read_s: float) -> float:
+        """How long to pause after a group that took so long. The fuller copies are, the shorter: above their bound all
+        steps would wait for the writer."""
+        others_s = self.busy_s() - self._read_s
+        self._read_s += read_s
+        before_s, others_before_s = self._looked
+        if now_s - before_s >= _LOOK_S:
+            if others_s - others_before_s > _IN_USE_SHARE * (now_s - before_s):
+                self._used_s = now_s
+            self._looked = now_s, others_s
+        if now_s - self._used_s > _IN_USE_S:
+            return 0.0
+        return _PAUSES * read_s * max(0.0, 1.0 - self._used_bytes / max(1, self.copy_bytes))
 
     # Writing
 
@@ -257,18 +296,32 @@ class Saving:
         writer = await self._elsewhere(begin)
         found.bytes_total = writer.num_bytes
         groups = writer.groups()
+        group = next(groups, None)
+        reading = asyncio.ensure_future(self._read(found, group))
         try:
-            while (group := await self._elsewhere(lambda: next(groups, None))) is not None:
-                arrays = await self.jobs("save", self._export, (found, group))
+            while group is not None:
+                arrays = await reading
+                group = next(groups, None)
+                reading = asyncio.ensure_future(self._read(found, group))
                 await self._elsewhere(partial(writer.write, arrays))
                 del arrays
                 found.bytes_done = writer.written_bytes
             part: bytes = await self._elsewhere(lambda: part_bytes(writer.part()))
             return part
         except BaseException as error:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
             leave = partial(writer.__exit__, type(error), error, None)
             await asyncio.shield(self._elsewhere(leave))
             raise
+
+    async def _read(self, found: Mark, group: PageGroup | None) -> dict[str, Tensor]:
+        """Read a group out, once the engine's thread was left to others for a while. None: nothing is left to read."""
+        if group is None:
+            return {}
+        await asyncio.sleep(found.pause_s)
+        arrays: dict[str, Tensor] = await self.jobs("save", self._export, (found, group))
+        return arrays
 
     async def _elsewhere(self, work: Callable[[], Any]) -> Any:
         """The result of ``work``. Who is cancelled meanwhile waits for it first: a file is written by one at a time."""

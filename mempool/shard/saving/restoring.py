@@ -1,6 +1,6 @@
-"""Filling a table from a checkpoint: the pages that a placement gives this shard, in bounded batches, checked.
+"""Filling a table from a checkpoint or a file: the pages that are this shard's, in bounded batches, checked.
 
-Files are read off the engine's thread, one batch ahead of nothing: each is durable before the next is read.
+Files are read off the engine's thread, a batch while the one before is taken in: that is durable before the next is.
 """
 
 import asyncio
@@ -22,19 +22,22 @@ from mempool.shard.jobs import JOB_BYTES
 from mempool.shard.pages.capture import page_arrays
 from mempool.shard.pages.storage import Storage
 from mempool.shard.pulling import Jobs
+from mempool.shard.saving.importing import imported_pages
 from mempool.types import AttachTable, Ledger, PageBatch, Placement, TableSource
 from mempool.types.caller import Caller, calling
 from mempool.types.running import Runner
 
 _BATCH_BYTES = 8 * 2**20
+_BATCHES = 2
+"""In memory: one that is taken in, and one that is being read."""
 
 
 def check_source(source: TableSource | None) -> TableSource:
-    """Raises InvalidRequest where it names no checkpoint."""
+    """Raises InvalidRequest where it names neither a checkpoint nor a file."""
     if source is None:
         raise InvalidRequest("a table that is to be restored names no checkpoint (source). Nothing was changed.")
     check_place(source.url)
-    if number_of(source.checkpoint) is None:
+    if source.checkpoint and number_of(source.checkpoint) is None:
         raise InvalidRequest(f"{shown(source.checkpoint)} is no checkpoint's name. Nothing was changed.")
     return source
 
@@ -94,25 +97,39 @@ class Restoring:
 
     async def _fill(self, table: HostedTable, request: AttachTable) -> None:
         source, ledger = check_source(request.source), request.ledger or Ledger()
+        batches = read_pages(source, table.storage, request.view.placement, version=ledger.version)
+        reading = self._next(batches)
         try:
-            batches = read_pages(source, table.storage, request.view.placement, version=ledger.version)
             while table.restored is not None:
-                batch = await self._runner.run(lambda: next(batches, None), name="mempool-restore")
+                batch = await reading
+                if batch is not None:
+                    reading = self._next(batches)
                 cost = JOB_BYTES + (0 if batch is None else batch.num_bytes)
                 await self._jobs("fill", partial(self._changes.restore, table), batch, cost=cost)
                 await self._settled()
         except BaseException:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
             with suppress(ShardUnavailable):
                 await asyncio.shield(self._jobs("drop_table", self._changes.give_up, table))
             raise
 
+    def _next(self, batches: Iterator[PageBatch]) -> "asyncio.Future[PageBatch | None]":
+        """The next batch, which is being read from now on."""
+        return asyncio.ensure_future(self._runner.run(lambda: next(batches, None), name="mempool-restore"))
+
 
 def read_pages(source: TableSource, storage: Storage, placement: Placement, *, version: int) -> Iterator[PageBatch]:
-    """The pages of one shard, batch after batch; reads files, so off the engine's thread.
+    """The pages of one shard, batch after batch; reads files, so off the engine's thread. A batch may lie in the memory
+    of the one before the last.
 
     Raises:
-        NotFound, DataLoss, InvalidRequest: The checkpoint is not there, not whole, or of another table.
+        NotFound, DataLoss, InvalidRequest: The checkpoint, or the file, is not there, not whole, or of another table.
     """
+    pages = Pages(placement.owners == storage.shard, placement.key_owners == storage.shard)
+    if not source.checkpoint:
+        yield from imported_pages(source, storage, pages, batch_bytes=_BATCH_BYTES)
+        return
     table = Checkpoint(open_store(source.url), source.checkpoint).table(source.table)
     table.check_schema(storage.schema, arrays=page_arrays(storage))
     if table.state.version != version:
@@ -120,6 +137,5 @@ def read_pages(source: TableSource, storage: Storage, placement: Placement, *, v
             f"table {source.table!r} of checkpoint {source.checkpoint!r} is at version {table.state.version}, and was "
             f"at {version} a moment ago: it was written over. Restore it again"
         )
-    pages = Pages(placement.owners == storage.shard, placement.key_owners == storage.shard)
-    for batch in table.batches(pages, batch_bytes=_BATCH_BYTES):
+    for batch in table.batches(pages, batch_bytes=_BATCH_BYTES, reused=_BATCHES):
         yield replace(batch, table_id=storage.schema.table_id)

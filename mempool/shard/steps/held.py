@@ -251,6 +251,14 @@ class HeldUpdates:
         self._count += 1
         self._add(found, update.num_bytes)
 
+    def let_go(self, step_id: StepId, sequence: int) -> None:
+        """Drop one update, if it is held."""
+        found = self._ranks.get(_rank(step_id))
+        update = None if found is None else found.updates.get(step_id.step, {}).pop(sequence, None)
+        if found is not None and update is not None:
+            self._count -= 1
+            self._add(found, -update.num_bytes)
+
     def require_room(self, step_id: StepId, num_bytes: int, *, caller: str = "") -> None:
         """Raise what ``hold`` of an update of so many bytes would: before anything is copied for it."""
         self._require(_rank(step_id), num_bytes, caller, "an update")

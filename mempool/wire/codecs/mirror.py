@@ -20,12 +20,12 @@ MessageT = TypeVar("MessageT", bound=Message)
 MAX_TEXT_BYTES = 256
 """Of a name, a group, an address: whatever is text. They are kept, shown, and sent on."""
 MAX_SENTENCE_BYTES = 4096
-"""Of text for people."""
+"""Of text for people, and of paths."""
 MAX_NUMBERS = 2**17
 MAX_MESSAGES = 2**16
 """Of a list. Making values of so many takes some milliseconds of the IO loop; no request of ours has as many."""
 
-_SENTENCES = ("waiting_for", "unfinished", "message", "url", "doing", "checkpoint")
+_SENTENCES = ("waiting_for", "unfinished", "message", "url", "doing", "checkpoint", "storage", "storage_refuses")
 
 
 class Converter(Protocol):

@@ -11,6 +11,7 @@ from mempool.types.pool import (
     PoolStatus,
     RescaleProgress,
     RestoreTables,
+    SavedTable,
     ShardFill,
     ShardInfo,
     ShardStatus,
@@ -236,7 +237,13 @@ SHARD_INFO = Mirror(table_pb2.ShardInfo, ShardInfo)
 _VIEW = Mirror(
     table_pb2.TableView,
     TableView,
-    {"schema": SCHEMA, "placement": Functions(placement_message, placement_value), "shards": Several(SHARD_INFO)},
+    {
+        "schema": SCHEMA,
+        "placement": Functions(placement_message, placement_value),
+        "shards": Several(SHARD_INFO),
+        "saved": Mirror(table_pb2.SavedTable, SavedTable),
+    },
+    optional=("saved",),
 )
 VIEW = Functions(_VIEW.to_message, _whole_view)
 _STATES = Choice(
@@ -297,7 +304,7 @@ CHECKPOINT_REPLY = ProtoCodec(
         pool_pb2.CheckpointReply, CheckpointProgress, {"tables": Several(Mirror(pool_pb2.TableVersion, TableVersion))}
     )
 )
-RESTORE_REQUEST = ProtoCodec(Mirror(pool_pb2.RestoreRequest, RestoreTables))
+RESTORE_REQUEST = ProtoCodec(Mirror(pool_pb2.RestoreRequest, RestoreTables, {"schema": SCHEMA}, optional=("schema",)))
 RESTORE_REPLY: ProtoCodec[tuple[TableView, ...], pool_pb2.RestoreReply] = ProtoCodec(
     Only(pool_pb2.RestoreReply, "views", Several(VIEW))
 )

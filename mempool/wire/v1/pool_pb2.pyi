@@ -290,6 +290,7 @@ class CheckpointRequest(_message.Message):
     INCREMENTAL_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
     EXTRA_FIELD_NUMBER: _builtins.int
+    ASIDE_FIELD_NUMBER: _builtins.int
     url: _builtins.str
     """The place: an absolute path that is the same for all of the pool's processes, or a URL."""
     incremental: _builtins.bool
@@ -298,6 +299,8 @@ class CheckpointRequest(_message.Message):
     """Remove all but so many of the newest once it is whole; 0: none."""
     extra: _builtins.bytes
     """The caller's own, a JSON object; empty: nothing."""
+    aside: _builtins.bool
+    """It is for once: shards go on knowing what changed since the checkpoint before."""
     @_builtins.property
     def tables(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of tables; none: all."""
@@ -310,10 +313,11 @@ class CheckpointRequest(_message.Message):
         incremental: _builtins.bool = ...,
         keep: _builtins.int = ...,
         extra: _builtins.bytes = ...,
+        aside: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["extra", b"extra", "incremental", b"incremental", "keep", b"keep", "tables", b"tables", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aside", b"aside", "extra", b"extra", "incremental", b"incremental", "keep", b"keep", "tables", b"tables", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -399,7 +403,7 @@ Global___CheckpointReply: _TypeAlias = CheckpointReply  # noqa: Y015
 
 @_typing.final
 class RestoreRequest(_message.Message):
-    """Asks for tables of a checkpoint."""
+    """Asks for tables of a checkpoint, or for one table of a file."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -409,6 +413,9 @@ class RestoreRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     REPLACE_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
+    SCHEMA_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
     NEWEST_ID_FIELD_NUMBER: _builtins.int
     url: _builtins.str
     """The place, as in CheckpointRequest."""
@@ -420,6 +427,10 @@ class RestoreRequest(_message.Message):
     """Take the place of tables of these names, once all pages are there."""
     layout: _builtins.str
     """How pages are spread over the shards; empty: as they were."""
+    values: _builtins.str
+    """The name of its values in that file; empty: whatever is named as values are."""
+    keys: _builtins.str
+    """The name of its keys in that file; empty: those beside the values."""
     newest_id: _builtins.int
     """The highest id of the pool's tables as whoever asks knows them: a later one is not replaced, so that a copy of this
     that comes late undoes nothing. 0: whatever there is is replaced.
@@ -427,6 +438,10 @@ class RestoreRequest(_message.Message):
     @_builtins.property
     def tables(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of tables in it; none: all."""
+
+    @_builtins.property
+    def schema(self) -> _table_pb2.TableSchema:
+        """Where the url is a file with one table's rows: the table's schema."""
 
     def __init__(
         self,
@@ -437,11 +452,14 @@ class RestoreRequest(_message.Message):
         name: _builtins.str = ...,
         replace: _builtins.bool = ...,
         layout: _builtins.str = ...,
+        schema: _table_pb2.TableSchema | None = ...,
+        values: _builtins.str = ...,
+        keys: _builtins.str = ...,
         newest_id: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["schema", b"schema"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "layout", b"layout", "name", b"name", "newest_id", b"newest_id", "replace", b"replace", "tables", b"tables", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "keys", b"keys", "layout", b"layout", "name", b"name", "newest_id", b"newest_id", "replace", b"replace", "schema", b"schema", "tables", b"tables", "url", b"url", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -238,29 +238,33 @@ Global___AttachTableRequest: _TypeAlias = AttachTableRequest  # noqa: Y015
 
 @_typing.final
 class TableSource(_message.Message):
-    """A table in a checkpoint."""
+    """A table in a checkpoint, or in a file."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     URL_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     TABLE_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
     url: _builtins.str
     """The place: an absolute path, or a URL."""
     checkpoint: _builtins.str
-    """The checkpoint's name."""
+    """The checkpoint's name; empty: the url is a file with one table's rows."""
     table: _builtins.str
-    """The table's name in it."""
+    """The table's name in it; of a file, the name of the values, empty: as they are found."""
+    keys: _builtins.str
+    """Of a file, the name of the keys; empty: those beside the values, where there are any."""
     def __init__(
         self,
         *,
         url: _builtins.str = ...,
         checkpoint: _builtins.str = ...,
         table: _builtins.str = ...,
+        keys: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "table", b"table", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "keys", b"keys", "table", b"table", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -476,6 +476,10 @@ class TableView(_message.Message):
     SCHEMA_FIELD_NUMBER: _builtins.int
     PLACEMENT_FIELD_NUMBER: _builtins.int
     SHARDS_FIELD_NUMBER: _builtins.int
+    CONTROLLER_FIELD_NUMBER: _builtins.int
+    SAVED_FIELD_NUMBER: _builtins.int
+    controller: _builtins.str
+    """"host:port" of the controller, as whoever answers knows it: it may have come back elsewhere. Empty: not known."""
     @_builtins.property
     def schema(self) -> Global___TableSchema:
         """What the table is."""
@@ -488,17 +492,61 @@ class TableView(_message.Message):
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardInfo]:
         """Every shard that the placement names, and possibly others."""
 
+    @_builtins.property
+    def saved(self) -> Global___SavedTable:
+        """The newest checkpoint of the table that the pool has taken, or that it was restored from. Absent: none is known."""
+
     def __init__(
         self,
         *,
         schema: Global___TableSchema | None = ...,
         placement: Global___Placement | None = ...,
         shards: _abc.Iterable[Global___ShardInfo] | None = ...,
+        controller: _builtins.str = ...,
+        saved: Global___SavedTable | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["placement", b"placement", "schema", b"schema"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["placement", b"placement", "saved", b"saved", "schema", b"schema"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["placement", b"placement", "schema", b"schema", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller", b"controller", "placement", b"placement", "saved", b"saved", "schema", b"schema", "shards", b"shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TableView: _TypeAlias = TableView  # noqa: Y015
+
+@_typing.final
+class SavedTable(_message.Message):
+    """A table in a checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URL_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    TABLE_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    TAKEN_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    """The place: an absolute path, or a URL."""
+    checkpoint: _builtins.str
+    """The checkpoint's name there."""
+    table: _builtins.str
+    """The table's name in it."""
+    version: _builtins.int
+    """The table version that it has there."""
+    taken: _builtins.int
+    """When the pool learned of it, in milliseconds since 1970."""
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+        checkpoint: _builtins.str = ...,
+        table: _builtins.str = ...,
+        version: _builtins.int = ...,
+        taken: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "table", b"table", "taken", b"taken", "url", b"url", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SavedTable: _TypeAlias = SavedTable  # noqa: Y015

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mempool.agreement.recovery import Attach, Confirm, Drop, Heard, Knowledge, Push, Thaws, learn_all, owed, thaws
 from mempool.config import TableConfig, resolve
-from mempool.types import Placement, ShardInfo, TableView
+from mempool.types import Placement, SavedTable, ShardInfo, TableView
 
 INFOS = tuple(ShardInfo(shard=shard, address="", incarnation=1) for shard in range(3))
 ADOPTING = Knowledge(complete=False)
@@ -147,3 +147,27 @@ def test_a_creation_that_was_cut_anywhere_ends_whole_or_not_at_all(states: list[
                 assert not isinstance(action, Attach), "its pages would be lost"
                 now[shard] = "absent" if isinstance(action, Drop) else "made"
     assert set(now.values()) == ({"made"} if "made" in states else {"absent"})
+
+
+def saved(version: int, taken: int = 1) -> SavedTable:
+    return SavedTable(url="/ckpt", checkpoint=f"00000{taken}-aa", table="t1", version=version, taken=taken)
+
+
+def test_the_newest_checkpoint_that_any_shard_knows_is_told_to_all() -> None:
+    plain, older, newer = (replace(view(1), saved=each) for each in (None, saved(3, 2), saved(7, 1)))
+    known = learn_all(ADOPTING, [Heard(views=(each,)) for each in (older, newer, plain)], everyone=True)
+    assert known.views["t1"].saved == saved(7, 1)
+    assert owed(known, INFOS[1], Heard(views=(newer,))) == []
+    for each in (older, plain):
+        (push,) = owed(known, INFOS[0], Heard(views=(each,)))
+        assert isinstance(push, Push)
+        assert push.view.saved == saved(7, 1)
+    moved = view(1, epoch=2, owners=(1, 1))  # told by a controller that knew of no checkpoint
+    assert learn_all(known, [Heard(views=(moved,))], everyone=True).views["t1"].saved == saved(7, 1)
+
+
+def test_shards_are_told_where_a_new_controller_is() -> None:
+    known = Knowledge(views={"t1": replace(view(1), controller="new:1")})
+    (push,) = owed(known, INFOS[0], Heard(views=(replace(view(1), controller="old:1"),)))
+    assert isinstance(push, Push)
+    assert owed(known, INFOS[0], Heard(views=(push.view,))) == []

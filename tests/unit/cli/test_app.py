@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -279,6 +280,8 @@ def test_status_says_what_is_not_as_wanted(capsys: pytest.CaptureFixture[str]) -
     found = shown(capsys, shards=shards, wanted_shards=3)
     assert "has 2 shards and was asked for 3: ask again with mempool scale --shards 3" in found
     assert "shard 1 is starting" in found
+    damaged = (shards[0], replace(shards[1], state="unreachable", storage_refuses="file: damaged"))
+    assert "shard 1 cannot start, and is tried again: file: damaged" in shown(capsys, shards=damaged)
     moving = shown(capsys, shards=shards, wanted_shards=3, rescaling=True, waiting_for="Ray to place shard 2")
     assert moving.splitlines()[0].endswith("going to 3 shards: waiting for Ray to place shard 2")
     assert "asked for" not in moving

@@ -131,8 +131,8 @@ def test_the_same_number_of_shards_finishes_what_was_left() -> None:
         bench.pool.create_table(config(layout="rows"))
         start = bench.fleet.start
 
-        async def start_faulty(shard: int) -> ShardInfo:
-            info = await start(shard)
+        async def start_faulty(shard: int, *, fresh: bool = False) -> ShardInfo:
+            info = await start(shard, fresh=fresh)
             bench.fleet.hosts[shard].faults["pull_pages"] = after(1, errors.ShardUnavailable("the wire is cut"))
             return info
 
@@ -152,9 +152,9 @@ def test_status_says_what_a_start_waits_for_and_goes_on_saying_it_without_its_wa
         bench.pool.create_table(config())
         start, go_on = bench.fleet.start, asyncio.Event()
 
-        async def placed_late(shard: int) -> ShardInfo:
+        async def placed_late(shard: int, *, fresh: bool = False) -> ShardInfo:
             await go_on.wait()
-            return await start(shard)
+            return await start(shard, fresh=fresh)
 
         bench.fleet.start = placed_late  # type: ignore[method-assign]
         bench.fleet.waits_for = "Ray to place shard 1: needs CPU 1, free 0"
@@ -201,11 +201,11 @@ def test_closing_while_shards_start_stops_those_that_are_there(monkeypatch: pyte
         fleet, begun = bench.fleet, asyncio.Event()
         start = fleet.start
 
-        async def slow(shard: int) -> ShardInfo:
+        async def slow(shard: int, *, fresh: bool = False) -> ShardInfo:
             if shard == 2:
                 begun.set()
                 await asyncio.sleep(CALL_S)
-            return await start(shard)
+            return await start(shard, fresh=fresh)
 
         monkeypatch.setattr(fleet, "start", slow)
 

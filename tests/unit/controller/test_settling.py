@@ -38,8 +38,8 @@ def faulty_from_the_start(bench: Bench, faults: dict[str, Callable[[], Awaitable
     """Shards that are started from now on have these faults."""
     start = bench.fleet.start
 
-    async def start_faulty(shard: int) -> ShardInfo:
-        info = await start(shard)
+    async def start_faulty(shard: int, *, fresh: bool = False) -> ShardInfo:
+        info = await start(shard, fresh=fresh)
         bench.fleet.hosts[shard].faults.update(faults)
         return info
 
@@ -142,6 +142,14 @@ def test_a_controller_that_hears_nobody_does_not_take_the_pool_for_empty() -> No
             run(heir.adopt(bench.controller.shards), timeout_s=CALL_S)
         run(heir.adopt(bench.controller.shards), timeout_s=CALL_S)
         assert len(run(heir.tables(), timeout_s=CALL_S)) == 1
+
+
+def test_a_disk_that_keeps_nothing_of_what_a_new_controller_says_is_named() -> None:
+    """As when a pool on a disk is opened again."""
+    with Bench(1) as bench:
+        bench.fleet.hosts[0].faults["views"] = fail(errors.StorageFailed("the disk is full"))
+        with pytest.raises(errors.StorageFailed, match="the disk is full"):
+            run(bench.heir().adopt(bench.controller.shards), timeout_s=CALL_S)
 
 
 def test_a_shard_that_is_away_does_not_keep_a_new_controller_from_its_work(monkeypatch: pytest.MonkeyPatch) -> None:

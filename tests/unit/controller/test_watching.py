@@ -54,6 +54,13 @@ def test_a_quiet_pool_says_so() -> None:
         assert status.creating == ()
 
 
+def test_why_a_shard_cannot_start_is_in_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Bench(2) as bench:
+        monkeypatch.setattr(bench.controller._watching, "_refusals", {0: "it could, meanwhile", 1: "file: damaged"})
+        bench.fleet.hosts[1].faults["status"] = fail(errors.ShardUnavailable("gone"))
+        assert [shard.storage_refuses for shard in bench.pool.status().shards] == ["", "file: damaged"]
+
+
 def test_reconcile_waits_for_no_change_and_tells_nobody_who_knows() -> None:
     with Bench(1) as bench:
         bench.pool.create_table(config())

@@ -7,6 +7,7 @@ import pytest
 
 import demo
 from mempool.config import load
+from mempool.config.cluster import StorageConfig
 
 ROOT = Path(demo.__file__).parents[1]
 TEMPLATE = ROOT / "cluster" / "local.yaml"
@@ -27,14 +28,18 @@ def test_the_config_is_the_local_one_with_name_port_and_ray_of_its_own(tmp_path:
     assert (made.pool.name, made.pool.port, made.pool.shards) == ("demo-1", 0, 2)
     assert made.ray.address == "local"
     assert made.tables == template.tables
-    assert made.shard == template.shard
+    assert made.shard.storage == StorageConfig(path=str(tmp_path / "out" / "storage"))
+    assert made.shard.model_copy(update={"storage": None}) == template.shard
     assert made.pool.bind == template.pool.bind
 
 
-def test_a_template_without_the_expected_lines_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "missing"), [("shard:\npool: {name: a, port: 1}\n", "  name: ..."), ("shard: {}\n", "shard:")]
+)
+def test_a_template_without_the_expected_lines_is_refused(tmp_path: Path, text: str, missing: str) -> None:
     template = tmp_path / "odd.yaml"
-    template.write_text("pool: {name: local, port: 7077, shards: 2}\n", encoding="utf-8")
-    with pytest.raises(demo.DemoError, match=r"odd\.yaml has no line `  name:"):
+    template.write_text(text, encoding="utf-8")
+    with pytest.raises(demo.DemoError, match=rf"odd\.yaml has no line `{missing}`"):
         demo.write_config("demo-1", folder=tmp_path, template=template)
 
 
@@ -55,8 +60,15 @@ def faked(monkeypatch: pytest.MonkeyPatch, failing: str, error: BaseException) -
 def test_commands_run_in_order_and_the_trainer_gets_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = faked(monkeypatch, "", KeyboardInterrupt())
     assert demo.main(["--epochs", "3"]) == 0
-    assert [command.split()[2] for command in (ran[0], ran[1], ran[3])] == ["up", "status", "down"]
+    assert [command.split()[2] for command in ran if command.startswith("-m")] == [
+        *("up", "status"),
+        *("down", "up", "status"),
+        "down",
+    ]
     assert "--address 127.0.0.1:5" in ran[2]
+    assert ran[6] == f"examples/ask_fact.py --address 127.0.0.1:5 --model {demo._OUT / 'model.pt'}"
+    assert "--drop" not in ran[3], "what is asked is what was kept"
+    assert ran[7].endswith("--drop --yes")
     assert ran[2].endswith(" --epochs 3")  # after the demo's own, so that it counts
 
 
@@ -87,6 +99,7 @@ def test_it_says_where_the_time_went(monkeypatch: pytest.MonkeyPatch, capsys: py
         ("train_facts", demo.DemoError("no"), 1, True),
         ("train_facts", KeyboardInterrupt(), 130, True),
         ("down", demo.DemoError("no"), 1, True),
+        ("ask_fact", demo.DemoError("no"), 1, True),
     ],
 )
 def test_the_pool_is_ended_whatever_happens(

@@ -250,6 +250,29 @@ def test_what_waits_is_bounded(files: FakeFiles, hand: ByHand) -> None:
     assert journal.append(1, [b"x"]) == large + 1
 
 
+def test_what_nobody_rings_for_does_not_stand_in_the_way_for_ever(files: FakeFiles, hand: ByHand) -> None:
+    journal = _journal(files, hand)
+    journal.append(1, [bytes(600)], ring=False, wait=False)
+    hand.work()
+    with pytest.raises(Overloaded):
+        journal.append(2, [bytes(600)])
+    hand.work()
+    assert journal.waiting_bytes == 0
+    assert journal.append(2, [bytes(600)]) == 2
+    hand.work()
+    assert journal.last == 2
+
+
+def test_what_nobody_rings_for_is_written_when_it_is_much(files: FakeFiles, hand: ByHand) -> None:
+    journal = Journal(files, "j", owner=OWNER, runner=hand)
+    for _ in range(4):
+        journal.append(1, [bytes(2**20)], ring=False, wait=False)
+    assert journal.waiting_bytes > 4 * 2**20
+    hand.work()
+    assert journal.waiting_bytes == 0
+    assert journal.num_syncs == 0
+
+
 def test_wrong_records_are_refused(files: FakeFiles, hand: ByHand) -> None:
     journal = _journal(files, hand)
     with pytest.raises(InvalidRequest, match="0 to 65,535, and not 65536"):
@@ -366,3 +389,36 @@ def test_a_torn_tail_is_cut_off_and_told_once(files: FakeFiles, hand: ByHand) ->
     journal = _journal(files, hand)
     assert journal.torn is None
     assert _read(journal) == [(1, 1, b"whole")]
+
+
+def test_what_nobody_waits_for_is_written_at_once_and_durable_with_what_is_next(files: FakeFiles, hand: ByHand) -> None:
+    journal = _journal(files, hand)
+    early = journal.append(1, [b"early"], wait=False)
+    hand.work()
+    assert not journal.when_synced(early).done()
+    assert (journal.num_syncs, journal.last) == (0, 0)
+    later = journal.append(1, [b"later"], wait=False)
+    hand.work()
+    assert journal.when_synced(early) is not journal.when_synced(later)
+    waited = journal.append(1, [b"waited"])
+    hand.work()
+    assert all(journal.when_synced(number).done() for number in (early, later, waited))
+    assert (journal.num_syncs, journal.last) == (1, 3)
+
+
+def test_where_a_sync_fails_what_was_written_before_it_fails_too(files: FakeFiles, hand: ByHand) -> None:
+    journal = _journal(files, hand)
+    journal.append(1, [b"kept"])
+    hand.work()
+    journal.append(1, [b"early"], wait=False)
+    hand.work()
+    files.fail(2, errno.EIO)  # the write, and then the sync
+    failing = journal.append(1, [b"waited"])
+    early = journal.when_synced(failing - 1)
+    hand.work()
+    for done in (early, journal.when_synced(failing - 1), journal.when_synced(failing)):
+        assert isinstance(done.exception(timeout=0), StorageFailed)
+    journal.append(1, [b"again"])
+    hand.work()
+    files.power_cut()
+    assert [payload for _, _, payload in _read(_journal(files, ByHand()))] == [b"kept", b"again"]

@@ -40,19 +40,32 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def fused_in_the_interpreter():
-    """The interpreter rounds the product of ``tl.fma`` and its sum apart; here it rounds once, as a GPU does."""
+    """The interpreter rounds the product of ``tl.fma`` and its sum apart; here it rounds once, as a GPU does. And its
+    ``tl.dot`` is a BLAS's, whose bits depend on the processor and on a row's place in the tile: here an exact one is a
+    chain of such sums, as on a GPU."""
     if "triton:cpu" not in CHOSEN:
         yield
         return
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain_dot = InterpreterBuilder.create_dot
 
     def fma(self, x, y, z):  # noqa: ARG001 - a method of the builder
         # The sum's 64 bits are rounded again to 24: too rarely another number for these tests to meet one.
         total = x.data.astype(np.longdouble) * y.data + z.data
         return TensorHandle(total.astype(z.data.dtype), z.dtype.scalar)
 
+    def dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+        if input_precision.name != "IEEE" or a.data.dtype != np.float32:
+            return plain_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
+        total = d.data
+        for column, row in zip(a.data.astype(np.longdouble).T, b.data, strict=True):
+            total = (column[:, None] * row + total).astype(np.float32)
+        return TensorHandle(total, d.dtype.scalar)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_fma", fma)
+        patch.setattr(InterpreterBuilder, "create_dot", dot)
         yield
 
 

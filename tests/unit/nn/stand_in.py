@@ -75,6 +75,10 @@ class LocalSession:
         return len(self._held)
 
     @property
+    def known_version(self) -> int | None:
+        return self.counters.steps_committed or None
+
+    @property
     def pending_bytes(self) -> int:
         return sum(bags.num_bytes + grads.nbytes for bags, grads in self._held)
 

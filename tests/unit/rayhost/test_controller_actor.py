@@ -26,6 +26,7 @@ class ActedLauncher:
         self.back: list[Description] = []
         self.failures = 0
         self.known: list[Description] = []
+        self.refusals: dict[int, str] = {}
 
     async def start(self, shard: int, *, fresh: bool = False) -> ShardInfo:  # noqa: ARG002
         return ShardInfo(shard=shard, address="", incarnation=1)

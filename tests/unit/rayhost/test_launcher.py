@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError
 
 from mempool.config import ClusterConfig, PoolConfig, load
-from mempool.errors import ConfigError, ShardUnavailable
+from mempool.errors import ConfigError, DataLoss, MempoolError, ShardUnavailable
 from mempool.rayhost import launcher as launcher_module
 from mempool.rayhost.actors import NAMESPACE, kernel_variables
 from mempool.rayhost.keys import PoolKeys
@@ -49,16 +49,18 @@ class FakeShard:
         self.dead = False
         self.stopped = self.killed = False
         self.refuses: Exception | None = None
+        self.damage: MempoolError | None = None
         self.boot(1)
 
     def boot(self, number: int) -> None:
         self.boot_id = f"{self.shard}.{number}"
         self.info: ShardInfo | None = None
         self.wanted: Wanted | None = None
+        self.refusal = ""
 
     @property
     def describe(self) -> FakeMethod:
-        return self._method(lambda: Description(boot_id=self.boot_id, info=self.info, wanted=self.wanted))
+        return self._method(self._described)
 
     @property
     def keep(self) -> FakeMethod:
@@ -69,6 +71,9 @@ class FakeShard:
         def admit(incarnation: int, _fresh: bool = False) -> ShardInfo:
             if self.refuses is not None:
                 raise self.refuses
+            if self.damage is not None:
+                self.refusal = self.damage.message
+                raise RayTaskError("admit", "", self.damage)
             self.info = self.info or ShardInfo(shard=self.shard, address="127.0.0.1:1", incarnation=incarnation)
             return self.info
 
@@ -77,6 +82,9 @@ class FakeShard:
     @property
     def stop(self) -> FakeMethod:
         return self._method(lambda _drop=False: setattr(self, "stopped", True))
+
+    def _described(self) -> Description:
+        return Description(boot_id=self.boot_id, info=self.info, wanted=self.wanted, refusal=self.refusal)
 
     def _method(self, call: Callable[..., Any]) -> FakeMethod:
         def checked(*arguments: Any) -> Any:
@@ -172,6 +180,27 @@ def test_a_shard_on_its_way_is_not_told(shards: dict[str, FakeShard]) -> None:
     assert bounded(launcher.changed()) == []
     shards["local/shard-0"].dead = False
     assert len(bounded(launcher.changed())) == 1
+
+
+def test_why_a_shard_that_came_back_cannot_start_is_known_until_it_does(shards: dict[str, FakeShard]) -> None:
+    launcher = make()
+    for number in range(2):
+        bounded(launcher.start(number))
+    shard = shards["local/shard-1"]
+    shard.boot(2)
+    shard.damage = DataLoss("file, offset 7: damaged")
+    assert bounded(launcher.changed()) == []
+    assert launcher.refusals == {1: "file, offset 7: damaged"}
+    shard.damage = None  # it has been put right
+    (start,) = bounded(launcher.changed())
+    assert launcher.refusals == {}
+    launcher.acknowledge(start)
+    shard.boot(3)
+    shard.damage = DataLoss("again")
+    bounded(launcher.changed())
+    assert launcher.refusals == {1: "again"}
+    bounded(launcher.stop(start.info))
+    assert launcher.refusals == {}
 
 
 def test_a_stopped_shard_is_watched_no_more(shards: dict[str, FakeShard]) -> None:

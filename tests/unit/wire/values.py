@@ -60,6 +60,7 @@ WRITE_ID = st.none() | build(types.WriteId, writer=U64, number=U64, open=U64S)
 REPLY_DTYPE = st.sampled_from(["float32", "bfloat16"])
 SCHEMA = schemas()
 SHARD_INFO = build(types.ShardInfo, shard=U32, address=TEXT, incarnation=U64)
+SAVED = st.none() | build(types.SavedTable, url=TEXT, checkpoint=TEXT, table=TEXT, version=U64, taken=U64)
 
 
 @st.composite
@@ -72,7 +73,13 @@ def views(draw: st.DrawFn) -> types.TableView:
         owners=random.integers(0, 2**31, (schema.num_row_pages, schema.num_blocks), np.int32),
         key_owners=random.integers(0, 2**31, schema.num_key_pages, np.int32),
     )
-    return types.TableView(schema=schema, placement=placement, shards=tuple(draw(st.lists(SHARD_INFO, max_size=3))))
+    return types.TableView(
+        schema=schema,
+        placement=placement,
+        shards=tuple(draw(st.lists(SHARD_INFO, max_size=3))),
+        controller=draw(TEXT),
+        saved=draw(SAVED),
+    )
 
 
 VIEW = views()
@@ -126,6 +133,10 @@ SHARD_STATUS = build(
     tables=st.lists(TABLE_STATUS, max_size=2).map(tuple),
     stages=st.lists(STAGE_TIME, max_size=2).map(tuple),
     dropped=U64S,
+    copied_bytes=U64,
+    storage=TEXT,
+    journal_bytes=U64,
+    storage_refuses=TEXT,
 )
 CREATION = build(
     types.TableCreation,
@@ -284,7 +295,7 @@ CASES: dict[Method[Any, Any], Case] = {
             view=VIEW,
             mode=st.sampled_from(["initialise", "empty", "lost", "restore"]),
             ledger=st.none() | LEDGER,
-            source=st.none() | build(types.TableSource, url=TEXT, checkpoint=TEXT, table=TEXT),
+            source=st.none() | build(types.TableSource, url=TEXT, checkpoint=TEXT, table=TEXT, keys=TEXT),
         ),
         shard_pb2.AttachTableReply,
         st.none(),
@@ -396,6 +407,7 @@ CASES: dict[Method[Any, Any], Case] = {
             incremental=st.booleans(),
             keep=U32,
             extra=TEXT,
+            aside=st.booleans(),
         ),
         pool_pb2.CheckpointReply,
         build(
@@ -420,6 +432,9 @@ CASES: dict[Method[Any, Any], Case] = {
             name=TEXT,
             replace=st.booleans(),
             layout=TEXT,
+            schema=st.none() | SCHEMA,
+            values=TEXT,
+            keys=TEXT,
         ),
         pool_pb2.RestoreReply,
         st.lists(VIEW, max_size=2).map(tuple),

@@ -1,5 +1,6 @@
 """How many shards a pool is meant to have, in its shards' folders; and what is removed of those."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,8 +41,25 @@ def test_a_shards_folder_is_removed_as_a_whole(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "facts").iterdir()) == ["shard-11"]
     said: list[str] = []
     drop_kept(str(tmp_path), "facts", say=said.append)
-    assert list((tmp_path / "facts").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_another_shard_removes_meanwhile_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    removed = shutil.rmtree
+
+    def overtaken(path: str, **options: bool) -> None:
+        monkeypatch.setattr(shutil, "rmtree", removed)
+        removed(Path(path) if whole else Path(path, "journal"), **options)
+        raise FileNotFoundError("another process was here")
+
+    folder(tmp_path, 0)
+    monkeypatch.setattr(shutil, "rmtree", overtaken)
+    assert remove_kept(str(tmp_path), "facts", 0)
+    assert list((tmp_path / "facts").iterdir()) == []
 
 
 def test_what_a_process_uses_is_not_removed(tmp_path: Path) -> None:

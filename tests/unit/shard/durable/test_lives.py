@@ -1,6 +1,8 @@
 """A shard with storage is, after whatever ends it, the shard that it was: pages, optimizer state, ledger, order."""
 
+import asyncio
 import errno
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -8,10 +10,24 @@ from typing import Any
 
 import pytest
 import torch
+from byhand import ByHand
+from fakefiles import FakeFiles
 from shard_lives import Lives, hold, step
 
-from mempool.errors import DataLoss, StorageFailed
-from mempool.types import DecidedStep, OptimizerSpec, ProductKeySpec, StepId, TableSchema, TableView
+from mempool.errors import DataLoss, NotFound, StorageFailed
+from mempool.journal import Snapshot
+from mempool.shard.durable.records import Begun
+from mempool.shard.durable.store import Store
+from mempool.types import (
+    AttachTable,
+    DecidedStep,
+    OptimizerSpec,
+    ProductKeySpec,
+    StepId,
+    TableSchema,
+    TableSource,
+    TableView,
+)
 from mempool.wire.channels.loop import run
 from tests.contract.driver import Driver, make_schema, same
 from tests.contract.layouts import LAYOUTS
@@ -101,6 +117,66 @@ def test_a_snapshot_is_taken_when_the_journal_is_half_full(make_lives: Callable[
     assert store.journal.num_bytes < 2 * store.journal_limit
     again = killed.begin(driver)
     assert same(again.contents(), driver.contents())
+
+
+def test_a_snapshot_that_is_given_up_as_it_is_finished_is_whole_or_never_was(
+    make_lives: Callable[..., Lives], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard that is closed gives up the one that is under way: its pack must not go as its manifest gets its name."""
+    lives = make_lives()
+    driver = create(lives.begin(), make_schema())
+    step(driver, 1)
+    begun, go_on, done = threading.Event(), threading.Event(), list[str]()
+    finish, abandon = Snapshot.finish, Snapshot.abandon
+
+    def finished(self: Snapshot, head: bytes) -> object:
+        begun.set()
+        assert go_on.wait(20)
+        try:
+            return finish(self, head)
+        finally:
+            done.append("finished")
+
+    def abandoned(self: Snapshot) -> None:
+        done.append("given up")
+        abandon(self)
+
+    monkeypatch.setattr(Snapshot, "finish", finished)
+    monkeypatch.setattr(Snapshot, "abandon", abandoned)
+    taking = lives.engines[-1]._taking
+    assert taking is not None
+
+    async def give_up() -> None:
+        task = asyncio.create_task(taking.take())
+        assert await asyncio.to_thread(begun.wait, 20)
+        for _ in range(2):  # a second one changes nothing
+            task.cancel()
+            for _ in range(5):
+                await asyncio.sleep(0)
+        go_on.set()
+        await asyncio.wait([task])
+
+    run(give_up(), timeout_s=40)
+    assert done == ["finished", "given up"]
+    again = make_lives(lives.after_kill()).begin(driver)
+    assert same(again.contents(), driver.contents())
+
+
+def test_no_snapshot_is_begun_by_a_shard_that_is_closing(make_lives: Callable[..., Lives]) -> None:
+    """Calls that end meanwhile find the journal half full, and another process may have the folder by then."""
+    lives = make_lives(journal_limit=2)
+    step(create(lives.begin(), make_schema()), 1)
+    taking = lives.engines[-1]._taking
+    assert taking is not None
+
+    async def close() -> None:
+        await taking.close()
+        taking._not_before_s = 0.0
+        assert taking._store.is_half_full
+        taking.poke()
+        assert taking._task is None
+
+    run(close(), timeout_s=20)
 
 
 def test_what_was_read_of_a_dense_table_is_as_after_the_reading(make_lives: Callable[..., Lives]) -> None:
@@ -288,3 +364,39 @@ def test_closed_and_dropped(make_lives: Callable[..., Lives]) -> None:
     again.drop()
     run(lives.engines[1].close(), timeout_s=20)
     assert not again.call(lives.begin(driver).host(0).status()).tables
+
+
+def test_a_table_that_could_not_be_filled_is_attached_again_in_every_life(make_lives: Callable[..., Lives]) -> None:
+    lives = make_lives()
+    driver = lives.begin()
+    driver.view = driver.make_view(make_schema(), LAYOUTS["one"], (), epoch=1)
+    source = TableSource(url="/nowhere/at/all", checkpoint="000001-00000000", table="facts")
+    with pytest.raises(NotFound):
+        driver.call(driver.host(0).attach_table(AttachTable(view=driver.view, mode="restore", source=source)))
+    create(driver, make_schema())
+    step(driver, 1)
+    again = make_lives(lives.after_kill()).begin(driver)
+    assert same(again.contents(), driver.contents())
+
+
+def test_of_two_updates_of_one_number_the_one_that_was_held_last_is_replayed(make_lives: Callable[..., Lives]) -> None:
+    """The first was dropped with its lease; a trainer that is not ours may send another one in its place."""
+    lives = make_lives()
+    driver = create(lives.begin(), make_schema())
+    hold(driver, 1, seed=5)
+    (table,) = lives.engines[-1]._tenancy.tables.values()
+    driver.call(lives.engines[-1]._on_thread("forget", lambda _: table.updates.clear()))
+    step(driver, 1)
+    again = make_lives(lives.after_kill()).begin(driver)
+    assert same(again.contents(), driver.contents())
+
+
+def test_who_gives_up_waiting_keeps_nobody_from_being_told() -> None:
+    hand = ByHand()
+    store = Store("disk", pool="pool", pool_id="one", shard=0, files=FakeFiles(), runner=hand)
+    store.add(Begun(store.incarnation))
+    first, second = store.when_synced(), store.when_synced()
+    first.cancel()
+    hand.work()
+    assert second.result(timeout=0) == 2  # behind what the first has had written
+    run(store.close(), timeout_s=20)

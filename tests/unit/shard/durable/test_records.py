@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mempool.errors import DataLoss
-from mempool.shard.durable import records
+from mempool.shard.durable.encoding import apart, decode, encode, joined
 from mempool.shard.durable.records import (
     KINDS,
     Applied,
@@ -32,10 +32,6 @@ from mempool.shard.durable.records import (
     Stopped,
     Unstaged,
     Written,
-    apart,
-    decode,
-    encode,
-    joined,
 )
 from mempool.shard.steps.held import HeldUpdate
 from mempool.types import (
@@ -230,4 +226,3 @@ def test_numbers_of_kinds_never_change() -> None:
         "Unstaged",
         "Gone",
     ]
-    assert records.KINDS is KINDS

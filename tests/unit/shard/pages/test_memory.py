@@ -80,6 +80,20 @@ def test_nothing_beyond_the_rows_is_resident_by_a_huge_page() -> None:
     assert _resident() - before < 8 * MIB
 
 
+def test_memory_that_is_asked_for_ahead_changes_no_row_and_comes_until_it_is_stopped() -> None:
+    rows = ReservedRows(max_rows=2**16, width=256, dtype=torch.float32)
+    rows.resize(2**16)  # 64 MiB
+    rows.first(2**16)[::1000] = 7
+    before = _resident()
+    rows.populate(lambda: True)
+    assert _resident() - before < 8 * MIB
+    rows.populate(lambda: False)
+    found = rows.first(2**16)
+    assert int((found == 7).sum()) == 66 * 256
+    assert int((found != 0).sum()) == 66 * 256
+    AllocatedRows(width=4, dtype=torch.float32, device=CPU).populate(lambda: False)
+
+
 def test_addresses_are_given_back_with_the_last_tensor() -> None:
     rows = ReservedRows(max_rows=2**20, width=64, dtype=torch.float32)
     rows.resize(10)

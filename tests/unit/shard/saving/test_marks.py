@@ -1,10 +1,13 @@
 """Marks and parts on bare shards: what ends a mark, what bounds it, and pages of every layout as they were."""
 
+import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from mempool.checkpoint.commit import begin, commit
 from mempool.checkpoint.format.layout import PageGroup
@@ -19,10 +23,11 @@ from mempool.checkpoint.format.manifest import parse_part
 from mempool.checkpoint.format.pages import Pages
 from mempool.checkpoint.reader import Checkpoint
 from mempool.checkpoint.stores import open_store
-from mempool.checkpoint.writer import PartWriter
 from mempool.errors import DataLoss, InvalidRequest, NotFound, StalePlacement, StorageFailed
 from mempool.shard import Engine
 from mempool.shard.pages.capture import ArenaCapture
+from mempool.shard.saving import marks
+from mempool.shard.saving.marks import Mark, Saving
 from mempool.types import (
     AttachTable,
     Ledger,
@@ -69,13 +74,14 @@ def until(check: Callable[[], bool]) -> None:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Nothing is read out before it is set."""
-    opened, groups = threading.Event(), PartWriter.groups
+    opened, read = threading.Event(), Saving._read
 
-    def gated(self: PartWriter) -> Iterator[PageGroup]:
-        assert opened.wait(BOUND_S)
-        yield from groups(self)
+    async def gated(self: Saving, found: Mark, group: PageGroup | None) -> dict[str, Tensor]:
+        while not opened.is_set():
+            await asyncio.sleep(0.005)
+        return await read(self, found, group)
 
-    monkeypatch.setattr(PartWriter, "groups", gated)
+    monkeypatch.setattr(Saving, "_read", gated)
     return opened
 
 
@@ -203,6 +209,36 @@ def test_what_ends_a_mark_gives_its_memory_back_and_leaves_no_file_that_counts(
     until(lambda: not list(tmp_path.glob("*/*.safetensors")) or what in ("move", "release"))
 
 
+def test_the_engine_is_left_to_others_while_there_are_any(make_driver: MakeDriver) -> None:
+    engine = make_driver(1).create(make_schema()).host(0)
+    assert isinstance(engine, Engine)
+    now_s = busy_s = 100.0
+    saving = replace(engine._saving, clock=lambda: now_s, busy_s=lambda: busy_s, _marks={})
+    saving._looked = now_s, busy_s
+
+    def pauses(others_s: float) -> list[float]:
+        """After each of five groups, an eighth of a second apart, that were read out in a 64th."""
+        nonlocal now_s, busy_s
+        found = []
+        for _ in range(5):
+            now_s, busy_s = now_s + 0.125, busy_s + others_s
+            found.append(saving._pause_s(now_s, 1 / 64))
+            busy_s += 1 / 64
+        return found
+
+    assert pauses(0.0) == [0.0] * 5
+    assert pauses(0.001) == [0.0] * 5  # who looks at it now and then
+    assert pauses(0.05) == pytest.approx([marks._PAUSES / 64] * 5)
+    assert pauses(0.0) == pytest.approx([marks._PAUSES / 64] * 5)  # a trainer may be computing
+    now_s += marks._IN_USE_S
+    assert pauses(0.0) == [0.0] * 5
+    full = SimpleNamespace(capture=SimpleNamespace(used_bytes=saving.copy_bytes))
+    saving._marks[1] = full  # type: ignore[assignment]
+    assert pauses(0.05) == [0.0] * 5  # steps would wait for it
+    full.capture.used_bytes //= 2
+    assert pauses(0.05) == pytest.approx([marks._PAUSES / 128] * 5)
+
+
 def test_steps_are_held_off_where_copies_take_too_much_and_go_on_when_they_are_written(
     make_driver: MakeDriver, tmp_path: Path, gate: threading.Event
 ) -> None:
@@ -214,6 +250,7 @@ def test_steps_are_held_off_where_copies_take_too_much_and_go_on_when_they_are_w
     driver.call(engine.write_part(asked(driver, tmp_path, wait_s=0.0)))
     driver.write("values", torch.arange(32), torch.zeros(32, 10))  # what has begun is not held off
     assert engine._saving.crowded()
+    assert driver.call(engine.status()).copied_bytes == engine._saving.num_bytes > 0
     later: Future[Any] = driver.submit(_written(driver, engine))
     time.sleep(0.05)
     assert not later.done()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mempool.errors import InvalidRequest
-from mempool.types import DecidedStep, Envelope, Ledger, StepCountRequest, StepId
+from mempool.types import DecidedStep, Envelope, Ledger, ShardInfo, ShardStatus, StepCountRequest, StepId
 from mempool.wire import methods
 from mempool.wire.codecs import mirror
 from mempool.wire.codecs.messages import STEP_ID
@@ -83,6 +83,13 @@ def test_a_text_at_the_limit_is_taken() -> None:
     for group in ("g" * 256, "\u00e9" * 128):
         (part,) = methods.DISCARD.request.decode(_discard(group).SerializeToString()).parts
         assert part.step_id == StepId(group=group, rank=0, step=0)
+
+
+def test_a_status_says_whole_what_a_disk_refuses() -> None:
+    """Which names a file, however deep it lies; who asks for the status must not be the one that is refused."""
+    info = ShardInfo(shard=0, address="", incarnation=1)
+    status = ShardStatus(info=info, state="ready", storage="/s" * 1000, storage_refuses="file " * 800)
+    assert methods.STATUS.reply.decode(methods.STATUS.reply.encode(status)) == status
 
 
 def test_lists_of_numbers_are_bounded() -> None:

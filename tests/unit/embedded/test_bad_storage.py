@@ -1,0 +1,157 @@
+"""What lies at a pool's path and is not what it should be: an error names file and remedy, and nothing is changed."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import mempool
+from mempool import errors
+
+CONFIG = mempool.TableConfig(name="facts", num_slots=64, value_dim=4)
+PATH_OR = r"shard\.storage\.path, or mempool\.local's"
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pool of two shards, kept, and a checkpoint of it beside it."""
+    folder = tmp_path_factory.mktemp("good")
+    with mempool.local(folder / "memory", shards=2) as pool:
+        pool.create_table(CONFIG)
+        pool.checkpoint(folder / "place")
+    return folder
+
+
+def edited(name: str, **fields: object) -> Callable[[Path], None]:
+    def edit(pool: Path) -> None:
+        said = json.loads((pool / name).read_text())
+        (pool / name).write_text(json.dumps(said | fields))
+
+    return edit
+
+
+def instead(name: str) -> Callable[[Path], None]:
+    def replace(pool: Path) -> None:
+        shutil.rmtree(pool / name)
+        (pool / name).write_text("mine")
+
+    return replace
+
+
+def gone(pattern: str) -> Callable[[Path], None]:
+    return lambda pool: next(pool.glob(pattern)).unlink()
+
+
+def flipped(pattern: str, at: int = 100) -> Callable[[Path], None]:
+    def flip(pool: Path) -> None:
+        file = next(pool.glob(pattern))
+        data = bytearray(file.read_bytes())
+        data[at] ^= 1
+        file.write_bytes(data)
+
+    return flip
+
+
+def swapped(pool: Path) -> None:
+    for before, after in (("shard-0", "x"), ("shard-1", "shard-0"), ("x", "shard-1")):
+        (pool / before).rename(pool / after)
+
+
+BAD = [
+    (instead("shard-1"), errors.StorageFailed, r"memory/local/shard-1: .* no folder\. Set " + PATH_OR),
+    (edited("pool.json", version=2), errors.ConfigError, r"pool\.json is of format 2, .* take a later one"),
+    (
+        edited("shard-1/format.json", version=2),
+        errors.ConfigError,
+        r"format\.json .* a newer mempool .*" + PATH_OR,
+    ),
+    (edited("shard-1/format.json", pool_id="else"), errors.ConfigError, r"shard-1/format\.json .* 'else'.*" + PATH_OR),
+    (gone("pool.json"), errors.DataLoss, r"pool\.json is missing, .* Restore that file"),
+    (gone("shard-1/format.json"), errors.DataLoss, r"shard-1/format\.json is missing, .* Restore that file"),
+    (swapped, errors.ConfigError, r"says that this is shard [01] .* is to use it"),
+    (
+        flipped("shard-1/journal/*.segment"),
+        errors.DataLoss,
+        r"segment is damaged at .* Restore the pool from",
+    ),
+    (gone("shard-1/journal/*.segment"), errors.DataLoss, r"are missing.* Restore the pool from a checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "error", "words"), BAD)
+def test_what_is_amiss_is_named_and_left_alone(
+    good: Path, tmp_path: Path, spoil: Callable[[Path], None], error: type[Exception], words: str
+) -> None:
+    memory = tmp_path / "memory"
+    shutil.copytree(good / "memory", memory)
+    spoil(memory / "local")
+    before = contents(memory)  # but of a shard that is whole, whose life has begun
+    for _ in range(2):  # and whoever comes next is told the same
+        with pytest.raises(error, match=words):
+            mempool.local(memory)
+        assert contents(memory) == before
+
+
+def test_a_second_pool_of_that_name_is_kept_out_and_told_whose_it_is(good: Path) -> None:
+    with mempool.local(good / "memory"), pytest.raises(errors.StorageFailed, match=f"locked by process {os.getpid()} "):
+        mempool.local(good / "memory")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="takes another user")
+def test_a_folder_that_this_user_may_not_write_is_named() -> None:
+    script = (
+        "import os, sys, mempool, mempool.embedded.memory, mempool.journal\n"
+        "os.setuid(65534)\n"
+        "try: mempool.embedded.memory.PoolFolder(sys.argv[1], 'local')\n"
+        "except mempool.errors.MempoolError as error: print(type(error).__name__, error)\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, timeout=60)
+    said = f"StorageFailed could not make the folder {folder}/local: permission denied. Make it readable and writable"
+    assert done.stdout.startswith(said), done.stdout + done.stderr
+
+
+def edited_manifest(place: Path) -> None:
+    file = next(place.glob("*/manifest.json"))
+    file.write_text(re.sub(r'"value_dim": ?4', '"value_dim": 5', file.read_text()))
+
+
+def cut_manifest(place: Path) -> None:
+    file = next(place.glob("*/manifest.json"))
+    file.write_bytes(file.read_bytes()[:100])
+
+
+HALF = [
+    (gone("*/manifest.json"), errors.NotFound, r"manifest\.json is missing: .* never finished, or was copied in part"),
+    (gone("*/*.safetensors"), errors.DataLoss, r"safetensors is missing\. Copy them there again, or restore another"),
+    (edited_manifest, errors.DataLoss, r"manifest\.json is damaged: its checksum is another one\. Copy it again"),
+    (cut_manifest, errors.DataLoss, r"manifest\.json is damaged or cut off.* Copy it again"),
+    (flipped("*/*.safetensors", -1), errors.DataLoss, r"safetensors is damaged.* Copy .* again"),
+]
+
+
+def test_half_a_checkpoint_is_named_and_makes_no_table(good: Path, tmp_path: Path) -> None:
+    with mempool.local() as pool:
+        for number, (spoil, error, words) in enumerate(HALF):
+            place = Path(shutil.copytree(good / "place", tmp_path / str(number)))
+            spoil(place)
+            with pytest.raises(error, match=words):
+                pool.restore(place)
+            assert pool.tables() == ()
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every file's bytes, but those of locks, which name their last holder, and those of shard 0."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes() if file.is_file() else None
+        for file in sorted(folder.rglob("*"))
+        if file.name != "LOCK" and "shard-0/" not in str(file)
+    }
