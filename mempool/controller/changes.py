@@ -384,8 +384,8 @@ def _require_alike(present: TableSchema, schema: TableSchema, source: TableSourc
         of = f" of checkpoint {source.checkpoint!r}" if source.checkpoint else ""
         what = f"table {source.table!r}{of} in {source.url}"
         raise AlreadyExists(
-            f"{what} is another one than table {schema.name!r} of the pool: {'; '.join(found)}. Restore it under another "
-            f"name (name=, or --as), or drop the pool's first (pool.drop_table({schema.name!r})). Nothing was changed."
+            f"{what} is another one than table {schema.name!r} of the pool: {'; '.join(found)}. Restore it under "
+            f"another name (name=, or --as), or drop the pool's first (pool.drop_table({schema.name!r})). Nothing was changed."
         )
 
 
