@@ -8,7 +8,7 @@ its name ends it, a failure leaves nothing behind; what a controller that dies l
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from mempool.controller.calls import ShardCalls
@@ -41,6 +41,10 @@ from mempool.types.sizes import bytes_by_owner
 _LOG = logging.getLogger("mempool.controller")
 _FILL_TIMEOUT_S = 3600.0
 """Writing the initial values of a large table takes minutes; whoever waits for it has a deadline of their own."""
+_OF_PAGES = ("layout", "block_dim", "page_slots", "seed", "init_std")
+_OF_RATES = ("lr", "eps", "beta1", "beta2", "lr_decay", "initial_accumulator_value", "weight_decay", "max_norm")
+_MAY_DIFFER = ("table_id", *_OF_PAGES, *_OF_RATES)
+"""A table may take the place of one that differs in these: who uses it finds what it knows."""
 MAX_TABLES = 4096
 MAX_PLACED_PAGES = 2**22
 """Pages of all tables: each costs four bytes in whatever tells of all tables, as a status does."""
@@ -232,7 +236,8 @@ class TableChanges:
             )
 
     def require_new(self, tables: Sequence[tuple[TableSchema, Origin]]) -> None:
-        """Raises AlreadyExists where one of these stands in nobody's place, and there is one of its name."""
+        """Raises AlreadyExists where one of these stands in nobody's place, and there is one of its name, or in that of
+        a table that is another one."""
         for schema, origin in tables:
             if self._roster.complete:  # else it is seen once all shards were heard
                 self._require_none(schema, origin)
@@ -248,6 +253,7 @@ class TableChanges:
                     f"table {schema.name!r} was made or restored after this restore was asked for, perhaps by an "
                     f"earlier try of it: it stays as it is. Take it with pool.table({schema.name!r}), or ask anew"
                 )
+            _require_alike(present.schema, schema, origin.source)
         else:
             found = "; ".join(differences(present.schema, schema))
             raise AlreadyExists(
@@ -371,11 +377,23 @@ def first_view(
     return TableView(schema=schema, placement=placement, shards=infos, controller=controller), bytes_of
 
 
-def differences(present: TableSchema, asked: TableSchema) -> list[str]:
-    """Fields in which two schemas differ: "optimizer.lr is 0.1, not 0.2"."""
+def _require_alike(present: TableSchema, schema: TableSchema, source: TableSource) -> None:
+    """Raises AlreadyExists where a table is not to take the place of another one: who uses that would find what they do
+    not know."""
+    if found := differences(present, schema, aside=_MAY_DIFFER):
+        of = f" of checkpoint {source.checkpoint!r}" if source.checkpoint else ""
+        what = f"table {source.table!r}{of} in {source.url}"
+        raise AlreadyExists(
+            f"{what} is another one than table {schema.name!r} of the pool: {'; '.join(found)}. Restore it under "
+            f"another name (name=, or --as), or drop the pool's first (pool.drop_table({schema.name!r})). Nothing was changed."
+        )
+
+
+def differences(present: TableSchema, asked: TableSchema, *, aside: Collection[str] = ("table_id",)) -> list[str]:
+    """Fields in which two schemas differ: "optimizer.lr is 0.1, not 0.2". aside: Fields that may."""
     return [
         f"{found.path} is {_shown(found.first)}, not {_shown(found.second)}"
-        for found in schema_differences(present, asked)
+        for found in schema_differences(present, asked, aside=aside)
     ]
 
 

@@ -81,7 +81,7 @@ class EngineLauncher:
         engine = self._engines.pop(info.shard, None)
         if engine is None:
             return
-        owns = any(table.pages + table.lost_pages for table in (await engine.status()).tables)
+        owns = any(table.is_needed for table in (await engine.status()).tables)
         await engine.close()
         if self._folder is not None and not owns and info.shard >= self._folder.wanted:
             await asyncio.to_thread(self._folder.remove, info.shard)

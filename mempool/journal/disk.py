@@ -168,6 +168,8 @@ class DiskLock:
         """See ``Lock``."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
+            # Closing is not enough: a process that was forked meanwhile, as a DataLoader's, has the same lock.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
 

@@ -126,7 +126,8 @@ def is_locked(path: str, owner: str, *, here: bool = False) -> StorageFailed:
     if here:
         which = "that is this process, which has it open already. Close that first (pool.close()), or give"
     return StorageFailed(
-        f"{path} is locked by {owner or 'another process'}: {which} another path (shard.storage.path, or mempool.local's).",
+        f"{path} is locked by {owner or 'another process'}: {which} another path (shard.storage.path, or "
+        "mempool.local's).",
         errno=errno.EWOULDBLOCK,
     )
 

@@ -148,14 +148,14 @@ class RayPool:
             f"keys.secrets = types.SimpleNamespace(token_hex=lambda _: {controller_key!r})\n"
         )
 
-    def up_at(self, ip: str) -> None:
-        """`mempool up` as on the node at that address, where the controller is to be then."""
+    def up_where(self, resource: str) -> None:
+        """`mempool up` with its controller on a node that has this resource."""
         self._up_after(
-            "import ray, mempool.rayhost.cluster as cluster\n"
-            "affinity = cluster.NodeAffinitySchedulingStrategy\n"
-            f"is_here = lambda node: node['NodeManagerAddress'] == {ip!r} and node['Alive']\n"
-            "here = lambda: next(node['NodeID'] for node in ray.nodes() if is_here(node))\n"
-            "cluster.NodeAffinitySchedulingStrategy = lambda _, soft: affinity(here(), soft=soft)\n"
+            "import mempool.rayhost.cluster as cluster\n"
+            "make = cluster.make_actor\n"
+            "cluster.make_actor = lambda *given, scheduling_strategy, **named: make(\n"
+            f"    *given, resources={{{resource!r}: 1}}, **named\n"
+            ")\n"
         )
 
     def _up_after(self, script: str) -> None:

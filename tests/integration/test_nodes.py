@@ -15,13 +15,13 @@ from tests.integration.ray_nodes import RayNodes
 
 def test_a_node_dies_with_a_shard_and_the_controller(ray_nodes: RayNodes, shared_pool: RayPool, tmp_path: Path) -> None:
     ips = ("127.0.0.2", "127.0.0.3")
-    nodes = [ray_nodes.add(ip=ip, worker=4) for ip in ips]
+    nodes = {ray_nodes.add(ip=ip, worker=4, brain=1): ip for ip in ips}
     pool = RayPool(
         tmp_path, name="spread", shards=2, ray_address=ray_nodes.address, token=TOKEN, resources={"worker": 1}
     )
-    proxy = Proxy(f"{ips[0]}:{pool.port}")
+    proxy = Proxy(pool.address)  # which is also where it comes back: all is on one machine
     try:
-        pool.up_at(ips[0])
+        pool.up_where("brain")
         again = pool.up(expect=1)
         assert "runs already" in again.err
         assert "mempool apply" in again.err
@@ -33,10 +33,11 @@ def test_a_node_dies_with_a_shard_and_the_controller(ray_nodes: RayNodes, shared
             infos = [shard.info for shard in client.status().shards]
             homes = {info.shard: parent(_process(port_of(info))) for info in infos}
             assert set(homes.values()) == set(nodes), "not one shard on each node"
-            (lost,) = (shard for shard, home in homes.items() if home == nodes[0])
             before = client.status().tables[0].controller
-            assert before == f"{ips[0]}:{pool.port}"
-            ray_nodes.remove(nodes.pop(0))
+            doomed = next(node for node, ip in nodes.items() if before == f"{ip}:{pool.port}")
+            (lost,) = (shard for shard, home in homes.items() if home == doomed)
+            ray_nodes.remove(doomed)
+            nodes.pop(doomed)
             proxy.close()  # nobody listens where it was any more: the shard that lives says where the controller is
 
             def returned() -> bool:
@@ -47,7 +48,9 @@ def test_a_node_dies_with_a_shard_and_the_controller(ray_nodes: RayNodes, shared
 
             wait_for("the shard and the controller to come back", returned)
             now = client.status().shards[lost].info
-            assert parent(_process(port_of(now))) == nodes[0]
+            (node,) = nodes
+            assert parent(_process(port_of(now))) == node
+            assert client.status().tables[0].controller == f"{nodes[node]}:{pool.port}"
             with pytest.raises(DataLoss, match=f"mempool restore .*/saved --checkpoint {saved.name} --table facts"):
                 table.rows(ids)
             (restored,) = client.restore(str(tmp_path / "saved"), tables=["facts"], replace=True)

@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 
 import mempool
+from mempool.checkpoint import looking
+from mempool.checkpoint.stores import open_store
 from mempool.errors import NotFound
 from tests.support.durable_trainer import CONFIGS, contents, open_tables, train
 from tests.support.memory_lives import NAMES
@@ -99,10 +101,22 @@ def digest(pool: mempool.Pool) -> str:
     return found.hexdigest()
 
 
-def digests(place: Path) -> list[str]:
+def state(pool: mempool.Pool, place: Path) -> str:
+    """All that is to be there again: a pool's digest, and which checkpoint is the newest. Raises AssertionError where
+    that is damaged."""
+    store = open_store(place)
+    if not looking.checkpoints(store):
+        return f"{digest(pool)} none"
+    damages = looking.verify(store).damages
+    assert not damages, f"the newest checkpoint is damaged: {damages}"
+    taken = looking.inspect(store)["tables"]
+    return f"{digest(pool)} {sorted((table['name'], table['version']) for table in taken)}"
+
+
+def states(place: Path) -> list[str]:
     """Of a pool in memory, before the script and behind each of its parts."""
     with mempool.local() as pool:
-        found = [digest(pool)]
+        found = [state(pool, place)]
 
         class Kept:
             """The same pool in both lives."""
@@ -111,5 +125,7 @@ def digests(place: Path) -> list[str]:
                 return (lambda: None) if name == "close" else getattr(pool, name)
 
         kept: mempool.Pool = Kept()  # type: ignore[assignment]
-        Script(lambda: kept, place=place, persist=lambda call: call(), done=lambda _: found.append(digest(pool))).run()
+        Script(
+            lambda: kept, place=place, persist=lambda call: call(), done=lambda _: found.append(state(pool, place))
+        ).run()
         return found

@@ -148,6 +148,17 @@ def test_half_a_checkpoint_is_named_and_makes_no_table(good: Path, tmp_path: Pat
             assert pool.tables() == ()
 
 
+def test_a_table_of_another_schema_is_not_replaced(good: Path) -> None:
+    with mempool.local() as pool:
+        other = mempool.TableConfig(name="facts", num_slots=64, value_dim=8)
+        table = pool.create_table(other)
+        with pytest.raises(errors.AlreadyExists, match=r"value_dim is 8, not 4.* Restore it under another name"):
+            pool.restore(good / "place", tables=["facts"], replace=True)
+        assert pool.tables() == (table,)
+        (restored,) = pool.restore(good / "place", tables=["facts"], name="facts2")
+        assert restored.value_dim == 4
+
+
 def contents(folder: Path) -> dict[str, bytes | None]:
     """Every file's bytes, but those of locks, which name their last holder, and those of shard 0."""
     return {

@@ -37,7 +37,7 @@ def test_two_processes_are_kept_apart_by_name(tmp_path: Path) -> None:
         _open(DiskFiles(), str(tmp_path)),
         pytest.raises(
             StorageFailed,
-            match=rf"shard-2/LOCK is locked by process {os.getpid()} on .*that is this process.*another path",
+            match=rf"shard-2/LOCK is locked by process {os.getpid()} on .*: that is this .*path",
         ),
     ):
         _open(DiskFiles(), str(tmp_path))

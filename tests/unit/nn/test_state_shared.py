@@ -73,6 +73,27 @@ def test_another_client_goes_on_with_a_table_that_was_replaced(address: str, tmp
             two.reopen("facts")
 
 
+def test_who_opened_a_replaced_table_anew_has_those_before_follow_it(address: str, tmp_path: Path) -> None:
+    with mempool.connect(address) as one, mempool.connect(address) as two:
+        one.create_table(mempool.TableConfig(name="again", num_slots=16, value_dim=8))
+        first = two.table("again")
+        one.checkpoint(tmp_path / "pool")
+        one.restore(tmp_path / "pool", tables=["again"], replace=True)
+        fresh = two.table("again")
+        assert fresh is not first
+        assert two.reopen("again") is first
+        assert torch.equal(first.rows([3]), fresh.rows([3]))
+        for number in (1, 2):
+            for table in (first, fresh):
+                table.gather(torch.tensor([[0, 1]])).sum().backward()
+            assert fresh.commit(lr=0.1) == 2, "they are of one session"
+            assert first.step_count() == 1
+            assert fresh.counters.steps_committed == first.counters.steps_committed == number
+            one.restore(tmp_path / "pool", tables=["again"], replace=True)
+            two.reopen("again")
+        one.drop_table("again")
+
+
 def be_rank(rank: int, address: str, folder: Path) -> dict[str, Any]:
     """One of two ranks: the same model on both, the tables trained by the first. Saves, goes astray, loads, goes on."""
     dist.init_process_group(
