@@ -5,6 +5,7 @@ What takes the pages in is for others. A page whose checksum is wrong is never h
 Shapes: M row pages of a batch.
 """
 
+import math
 from bisect import bisect_left
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -144,7 +145,12 @@ class StoredTable:
                 yield from self._ranges_of(array, group)
 
     def batches(
-        self, pages: Pages, *, arrays: Collection[str] | None = None, batch_bytes: int = BATCH_BYTES
+        self,
+        pages: Pages,
+        *,
+        arrays: Collection[str] | None = None,
+        batch_bytes: int = BATCH_BYTES,
+        reused: int = 0,
     ) -> Iterator[PageBatch]:
         """Read pages, checked.
 
@@ -152,6 +158,7 @@ class StoredTable:
             pages: Which; for a shard: ``Pages.of_shard(assignment, shard)``.
             arrays: Names of those to read; None for all.
             batch_bytes: What is in memory together, about.
+            reused: The memory of a batch is that of the one which comes so many later, too; 0: each has its own.
 
         Yields:
             Row pages of one set of blocks, or key pages, each page in one batch; table_id and version are those of the
@@ -161,13 +168,15 @@ class StoredTable:
             DataLoss: A page is damaged; with its file and place.
         """
         pages.check(self.state.schema)
+        buffers = _Buffers(reused)
         for group in self._groups(pages, batch_bytes):
+            buffers.turn()
             yield PageBatch(
                 table_id=self.state.schema.table_id,
                 row_pages=np.array(group.rows, dtype=np.int64),
                 blocks=group.blocks,
                 key_pages=group.heads,
-                arrays={array.name: self._read(array, group) for array in self._arrays(group, arrays)},
+                arrays={array.name: self._read(array, group, buffers) for array in self._arrays(group, arrays)},
                 version=self.state.version,
             )
 
@@ -180,12 +189,12 @@ class StoredTable:
             if there and (names is None or array.name in names):
                 yield array
 
-    def _read(self, array: PageArray, group: PageGroup) -> Tensor:
+    def _read(self, array: PageArray, group: PageGroup, buffers: "_Buffers") -> Tensor:
         schema, dtype = self.state.schema, getattr(torch, array.dtype)
         if array.per == "head":
             keys = schema.keys
             assert keys is not None
-            out = torch.empty((len(group.heads), 2, schema.stride, keys.key_dim // 2), dtype=dtype)
+            out = buffers.take(array.name, (len(group.heads), 2, schema.stride, keys.key_dim // 2), dtype)
             for run in self._ranges_of(array, group):
                 read = torch.empty(run.length, dtype=torch.uint8)
                 self._fill(run, read)
@@ -194,8 +203,7 @@ class StoredTable:
         blocks = blocks_of(array, group.blocks)
         columns = [array.columns(schema, block) for block in blocks]
         firsts = dict(zip(blocks, np.cumsum([0, *columns[:-1]]).tolist(), strict=True))
-        out = torch.empty((len(group.rows), schema.page_slots, sum(columns)), dtype=dtype)
-        scratch = torch.empty(0, dtype=torch.uint8)
+        out = buffers.take(array.name, (len(group.rows), schema.page_slots, sum(columns)), dtype)
         for run in self._ranges_of(array, group):
             assert run.block is not None
             first, width = firsts[run.block], array.columns(schema, run.block)
@@ -203,10 +211,9 @@ class StoredTable:
             if isinstance(at, slice) and width == out.shape[2]:  # as it lies in the file
                 self._fill(run, out[at].view(-1).view(torch.uint8))
                 continue
-            if len(scratch) < run.length:
-                scratch = torch.empty(run.length, dtype=torch.uint8)
-            self._fill(run, scratch[: run.length])
-            read = scratch[: run.length].view(dtype)
+            read = buffers.scratch(run.length)
+            self._fill(run, read)
+            read = read.view(dtype)
             out[at, :, first : first + width] = read.view(len(run.pages), schema.page_slots, width)
         return out.view(len(group.rows) * schema.page_slots, sum(columns))
 
@@ -247,6 +254,38 @@ class StoredTable:
                 pages=tuple(pages[first:end].tolist()),
                 checksums=piece.checksums[CHECKSUM_BYTES * begin : CHECKSUM_BYTES * (begin + end - first)],
             )
+
+
+class _Buffers:
+    """Memory of batches: what is new each time is given by the system page by page, which takes longer than to read.
+
+    Args:
+        turns: A batch's serves again so many later; 0: never.
+    """
+
+    def __init__(self, turns: int) -> None:
+        self._sets: list[dict[str, Tensor]] = [{} for _ in range(turns)]
+        self._at = -1
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def turn(self) -> None:
+        """Another batch begins."""
+        self._at += 1
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Memory for an array of this batch, with undefined contents."""
+        if not self._sets:
+            return torch.empty(shape, dtype=dtype)
+        held, num_bytes = self._sets[self._at % len(self._sets)], math.prod(shape) * dtype.itemsize
+        if name not in held or len(held[name]) < num_bytes:
+            held[name] = torch.empty(num_bytes, dtype=torch.uint8)
+        return held[name][:num_bytes].view(dtype).view(shape)
+
+    def scratch(self, num_bytes: int) -> Tensor:
+        """[num_bytes] uint8, until it is asked for again."""
+        if len(self._scratch) < num_bytes:
+            self._scratch = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._scratch[:num_bytes]
 
 
 def _places(run: PageRange, pages: tuple[int, ...]) -> slice | list[int]:

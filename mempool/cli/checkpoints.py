@@ -98,7 +98,7 @@ def restore(
     name: Name = None,
     table: Tables = None,
     called: Annotated[
-        str | None, typer.Option("--as", metavar="NAME", help="What the one table that is named shall be called.")
+        str | None, typer.Option("--as", metavar="NAME", help="What the table shall be called, where it is one alone.")
     ] = None,
     replace: Annotated[
         bool, typer.Option("--replace", help="Take the place of tables of these names, once all pages are there.")

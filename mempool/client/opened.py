@@ -1,4 +1,5 @@
-"""The ``Table``s of one client's pool: one object a table, for as long as the pool has that table."""
+"""The ``Table``s of one client's pool: one object a table, for as long as the pool has that table; more where ones of
+tables that it has replaced follow it."""
 
 import threading
 from collections.abc import Iterable
@@ -25,50 +26,61 @@ class OpenTables:
         self._router = connection.router
         self._group = group
         self._lock = threading.Lock()
-        self._tables: dict[int, Table] = {}
+        self._tables: dict[int, list[Table]] = {}  # all those of one id have one session
         self._dropped: WeakValueDictionary[str, Table] = WeakValueDictionary()  # the newest of each name
 
     def opened(self, view: TableView) -> Table:
         """The table of a view."""
         schema = view.schema
         with self._lock:
-            table = self._tables.get(schema.table_id)
-            if table is None:
+            if schema.table_id not in self._tables:
                 table = Table(schema, router=self._router, session=self._session(schema), run=self._connection.run)
-                self._tables[schema.table_id] = table
-            return table
+                self._tables[schema.table_id] = [table]
+            return self._tables[schema.table_id][0]
 
     def taken_over(self, view: TableView, *, strict: bool = False) -> Table:
-        """The table, by the newest ``Table`` of its name, if that is of an earlier one.
+        """The table, by the newest ``Table`` of an earlier one of its name, if there is any; older ones follow it, too.
 
         strict: Raise InvalidRequest where that is another kind of table; else open this one beside it.
         """
         schema = view.schema
         with self._lock:
-            held = [*self._tables.values(), *self._dropped.values()]
-            held = [table for table in held if table.name == schema.name]
-            table = max(held, key=lambda table: table.schema.table_id, default=None)
-            if table is None or table.schema.table_id >= schema.table_id or not _fits(table, schema, strict=strict):
-                table = None
-            else:
-                before = table.link.session
-                self._tables.pop(before.table_id, None)
-                self._dropped.pop(schema.name, None)
-                table.rebind(schema, self._session(schema))
-                self._tables[schema.table_id] = table
-        if table is None:
-            return self.opened(view)
-        with suppress(MempoolError):  # they are gone with that table, whatever its shards say to it
-            self._connection.run(before.discard())
-        self._forget(before.table_id)
-        return table
+            held = {table_id: tables for table_id, tables in self._tables.items() if tables[0].name == schema.name}
+            if (gone := self._dropped.get(schema.name)) is not None:
+                held.setdefault(gone.schema.table_id, [gone])
+            is_late = max(held, default=0) > schema.table_id
+            older = [] if is_late else sorted(table_id for table_id in held if table_id < schema.table_id)
+            present = self._tables.get(schema.table_id, [])
+            following = [
+                table_id
+                for table_id in older
+                if _fits(held[table_id][0], schema, strict=strict and not present and table_id == older[-1])
+            ]
+            before = [held[table_id][0].link.session for table_id in following]
+            if following:
+                session = present[0].link.session if present else self._session(schema)
+                tables = [table for table_id in reversed(following) for table in held[table_id]]
+                for table_id in following:
+                    self._tables.pop(table_id, None)
+                if gone in tables:
+                    del self._dropped[schema.name]
+                counters = (present or tables)[0].counters  # the newest go on
+                for table in tables:
+                    table.rebind(schema, session)
+                session.counters = counters
+                self._tables[schema.table_id] = [*tables, *present]
+        for session in before:
+            with suppress(MempoolError):  # they are gone with that table, whatever its shards say to it
+                self._connection.run(session.discard())
+            self._forget(session.table_id)
+        return self.opened(view)
 
     def dropped(self, name: str) -> None:
         """Tables of that name are gone."""
         with self._lock:
-            dropped = [table_id for table_id, table in self._tables.items() if table.name == name]
+            dropped = [table_id for table_id, tables in self._tables.items() if tables[0].name == name]
             for table_id in sorted(dropped):
-                self._dropped[name] = self._tables.pop(table_id)
+                self._dropped[name] = self._tables.pop(table_id)[0]
         for table_id in dropped:
             self._forget(table_id)
 

@@ -292,7 +292,7 @@ class Pool:
             url: The place, as in ``checkpoint``.
             checkpoint: The name of the checkpoint; None: the newest.
             tables: Names in the checkpoint; None: all.
-            name: What the table is to be called, where one is named. Random rounding goes by the name.
+            name: What the table is to be called, where it is one alone. Random rounding goes by the name.
             replace: Take the place of tables of these names.
             layout: As in ``TableConfig``; None: as it was.
             progress: Called on this thread with each report, about once a second.
@@ -345,6 +345,9 @@ class Pool:
         try:
             self._following.checkpoint(export.request, export.heard)
             return export.write()
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note(f"The pool may go on writing to {export.request.url}: remove what is left there.")
+            raise
         finally:
             export.clear()
 

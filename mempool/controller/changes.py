@@ -239,7 +239,8 @@ class TableChanges:
         """Raises AlreadyExists where one of these stands in nobody's place, and there is one of its name, or in that of
         a table that is another one."""
         for schema, origin in tables:
-            self._require_none(schema, origin)
+            if self._roster.complete:  # else it is seen once all shards were heard
+                self._require_none(schema, origin)
 
     def _require_none(self, schema: TableSchema, origin: Origin | None) -> None:
         """Raises AlreadyExists where there is a table of that name, in whose place it is not to be."""
@@ -263,7 +264,8 @@ class TableChanges:
 
     def _require_new(self, schema: TableSchema, origin: Origin | None) -> None:
         """Raises where a table may not be added to what the pool has and makes."""
-        self._require_none(schema, origin)
+        if self._roster.complete:  # a shard that was not heard may have been told to drop that one
+            self._require_none(schema, origin)
         schemas = [making.schema for making in self._making.values()]
         schemas += [view.schema for view in self._roster.views]
         if len(schemas) >= MAX_TABLES:
@@ -379,10 +381,11 @@ def _require_alike(present: TableSchema, schema: TableSchema, source: TableSourc
     """Raises AlreadyExists where a table is not to take the place of another one: who uses that would find what they do
     not know."""
     if found := differences(present, schema, aside=_MAY_DIFFER):
+        of = f" of checkpoint {source.checkpoint!r}" if source.checkpoint else ""
+        what = f"table {source.table!r}{of} in {source.url}"
         raise AlreadyExists(
-            f"table {source.table!r} of checkpoint {source.checkpoint!r} in {source.url} is another one than table "
-            f"{schema.name!r} of the pool: {'; '.join(found)}. Restore it under another name (name=, or --as), or drop "
-            f"the pool's first (pool.drop_table({schema.name!r})). Nothing was changed."
+            f"{what} is another one than table {schema.name!r} of the pool: {'; '.join(found)}. Restore it under "
+            f"another name (name=, or --as), or drop the pool's first (pool.drop_table({schema.name!r})). Nothing was changed."
         )
 
 

@@ -81,7 +81,7 @@ class EngineLauncher:
         engine = self._engines.pop(info.shard, None)
         if engine is None:
             return
-        owns = any(table.pages + table.lost_pages for table in (await engine.status()).tables)
+        owns = any(table.is_needed for table in (await engine.status()).tables)
         await engine.close()
         if self._folder is not None and not owns and info.shard >= self._folder.wanted:
             await asyncio.to_thread(self._folder.remove, info.shard)
@@ -131,8 +131,8 @@ def local(
             compiled at their first use, has ten minutes.
 
     Raises:
-        ConfigError: The server packages are not installed, there is no such device, or what lies at the path has
-            another number of shards, or is of a later version.
+        ConfigError: The server packages are not installed, there is no such device, the path is none, or what lies
+            there has another number of shards, or is of a later version.
         StorageFailed: Nothing can be kept at the path, or another process, which is named, has that pool open.
         DataLoss: What was kept is damaged; file and offset are named.
 
@@ -146,7 +146,7 @@ def local(
     count, timeout_s = shard_count(1 if shards is None else shards), checked_timeout(timeout_s)
     _require_server_packages()
     chosen = _device(device)
-    folder = None if path is None else PoolFolder(os.path.abspath(os.fspath(path)), name)
+    folder = None if path is None else PoolFolder(_absolute(path), name)
     if folder is not None and not folder.is_new and shards not in (None, folder.wanted):
         folder.close()
         raise ConfigError(
@@ -189,6 +189,14 @@ async def _found(controller: Controller, launcher: EngineLauncher, folder: PoolF
                 raise info
             infos.append(info)
     await controller.adopt(infos, wanted=folder.wanted)
+
+
+def _absolute(path: object) -> str:
+    """The path of a folder as a user gives it. Raises ConfigError for what is none."""
+    text = path if isinstance(path, str) else os.fspath(path) if isinstance(path, os.PathLike) else None
+    if not isinstance(text, str) or not text:
+        raise ConfigError(f"path={path!r:.80}: give a folder's path, or leave it out for a pool that is kept nowhere")
+    return os.path.abspath(os.path.expanduser(text))
 
 
 def _require_server_packages() -> None:

@@ -77,7 +77,7 @@ class DiskFiles:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     other = os.pread(descriptor, _MOST_OWNER_BYTES, 0).decode(errors="replace").strip()
-                    raise is_locked(path, other) from None
+                    raise is_locked(path, other, here=other == owner) from None
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"{owner}\n".encode()[:_MOST_OWNER_BYTES], 0)
             except BaseException:
@@ -168,6 +168,8 @@ class DiskLock:
         """See ``Lock``."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
+            # Closing is not enough: a process that was forked meanwhile, as a DataLoader's, has the same lock.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
 

@@ -120,11 +120,14 @@ def storage_failed(error: OSError, path: str, doing: str) -> StorageFailed:
     return StorageFailed(message, errno=error.errno or 0)
 
 
-def is_locked(path: str, owner: str) -> StorageFailed:
-    """Somebody else has the lock."""
+def is_locked(path: str, owner: str, *, here: bool = False) -> StorageFailed:
+    """Somebody else has the lock. here: of this very process."""
+    which = "two processes cannot use one folder. Stop the other one, or give this one"
+    if here:
+        which = "that is this process, which has it open already. Close that first (pool.close()), or give"
     return StorageFailed(
-        f"{path} is locked by {owner or 'another process'}: two processes cannot use one folder. "
-        "Stop the other one, or give this one another path (shard.storage.path, or mempool.local's).",
+        f"{path} is locked by {owner or 'another process'}: {which} another path (shard.storage.path, or "
+        "mempool.local's).",
         errno=errno.EWOULDBLOCK,
     )
 

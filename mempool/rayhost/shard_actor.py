@@ -108,20 +108,19 @@ class ShardProcess:
             storage, pool = self._config.shard.storage, self._config.pool.name
             if fresh and storage is not None:
                 remove_kept(storage.path, pool, self._shard)
+            info: ShardInfo | None = None
             try:
                 info = run(self._serve(incarnation, node_ip()), timeout_s=_CALL_TIMEOUT_S if storage is None else None)
+                self._keep_info(info)
             except MempoolError as error:
                 self._refusal = error.message
+                serving, self._serving = self._serving, None
+                if info is not None and serving is not None:  # a later try must not find the folder locked by this one
+                    run(serving.stop(), timeout_s=_CALL_TIMEOUT_S)
                 raise
-            with self._keeping:
-                if storage is not None:
-                    kept = read_wanted(storage.path, pool, self._shard)
-                    self._wanted = max((one for one in (kept, self._wanted) if one is not None), default=None)
-                    if self._wanted is not None and self._wanted != kept:
-                        self._write(self._wanted)
-                self._info = info
             if time.monotonic() - began_s > _SOON_S:
                 _tell_controller(pool)  # which looks after others meanwhile
+        assert self._info is not None
         return self._info
 
     def stop(self, drop: bool = False) -> None:
@@ -137,6 +136,17 @@ class ShardProcess:
             storage = self._config.shard.storage
             if storage is not None and (drop or unwanted):
                 remove_kept(storage.path, self._config.pool.name, self._shard)
+
+    def _keep_info(self, info: ShardInfo) -> None:
+        """It serves, with what it was given to keep beside all else that is there."""
+        storage = self._config.shard.storage
+        with self._keeping:
+            if storage is not None:
+                kept = read_wanted(storage.path, self._config.pool.name, self._shard)
+                self._wanted = max((one for one in (kept, self._wanted) if one is not None), default=None)
+                if self._wanted is not None and self._wanted != kept:
+                    self._write(self._wanted)
+            self._info = info
 
     def _write(self, wanted: Wanted) -> None:
         storage = self._config.shard.storage

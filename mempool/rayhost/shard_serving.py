@@ -140,9 +140,9 @@ class ShardServing:
         )
 
     async def owns(self) -> bool:
-        """Whether it has, or has lost, any page of any table."""
+        """Whether it has, or has lost, any page of any table; or may get some by a round that it has part in."""
         tables = () if self._engine is None else (await self._engine.status()).tables
-        return any(table.pages + table.lost_pages for table in tables)
+        return any(table.is_needed for table in tables)
 
     async def stop(self) -> None:
         """Let calls under way finish, then end the engine."""

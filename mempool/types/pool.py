@@ -135,6 +135,12 @@ class TableStatus:
     pending: bool = False
     round: str = ""
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether what the shard has of it may be nowhere else: its pages, or those that a round of a move has brought,
+        which may be decided before this shard hears so."""
+        return bool(self.pages + self.lost_pages or self.round)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardStatus:

@@ -333,7 +333,7 @@ def test_lost_pages_say_so_and_other_tables_go_on(driver: Driver) -> None:
         if method == "discard":  # needs no pages, and lets its trainer go on with other tables
             assert driver.call(driver.host(0).discard(request)).discarded == 0
             continue
-        with pytest.raises(DataLoss, match=r"lost 21 pages of table 'facts'.*Drop the table"):
+        with pytest.raises(DataLoss, match=r"lost 21 pages of table 'facts'.*drop the table"):
             driver.call(getattr(driver.host(0), method)(request))
     with pytest.raises(DataLoss):
         driver.freeze(0, 1.0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -141,10 +143,24 @@ class RayPool:
 
     def up_with_key(self, controller_key: str) -> None:
         """`mempool up` by a process that draws this controller key, for tests that do what only controllers do."""
-        script = (
-            "import sys, types, mempool.rayhost.keys as keys\n"
+        self._up_after(
+            "import types, mempool.rayhost.keys as keys\n"
             f"keys.secrets = types.SimpleNamespace(token_hex=lambda _: {controller_key!r})\n"
-            f"sys.argv = ['mempool', 'up', '-f', {str(self.file)!r}]\n"
+        )
+
+    def up_where(self, resource: str) -> None:
+        """`mempool up` with its controller on a node that has this resource."""
+        self._up_after(
+            "import mempool.rayhost.cluster as cluster\n"
+            "make = cluster.make_actor\n"
+            "cluster.make_actor = lambda *given, scheduling_strategy, **named: make(\n"
+            f"    *given, resources={{{resource!r}: 1}}, **named\n"
+            ")\n"
+        )
+
+    def _up_after(self, script: str) -> None:
+        script += (
+            f"import sys\nsys.argv = ['mempool', 'up', '-f', {str(self.file)!r}]\n"
             "from mempool.cli import main\n"
             "main()\n"
         )
@@ -278,10 +294,13 @@ def port_of(info: ShardInfo) -> int:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """One that nobody listens at, and that no connection is given by chance before it is used: systems give those from
+    32,768 on, Ray its workers those below 20,000."""
+    for port in random.SystemRandom().sample(range(20_000, 32_768), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("0.0.0.0", port))
+            return port
+    raise AssertionError("of 100 ports none is free")
 
 
 def _checked(arguments: tuple[str, ...], ended: Ended, expect: int | None) -> Ended:

@@ -11,7 +11,7 @@ import sys
 from types import TracebackType
 from typing import Any, Self
 
-_ANSWER_S = 60
+_ANSWER_S = 120
 
 
 class RayNodes:
@@ -43,9 +43,9 @@ class RayNodes:
             self._keeper.wait(10)
             self._keeper.stdout.close()
 
-    def add(self, **resources: float) -> int:
-        """Add a node with these resources; the pid of its raylet, which names it."""
-        return int(self._ask({"add": resources}))
+    def add(self, *, ip: str | None = None, **resources: float) -> int:
+        """Add a node with these resources, at an address of this machine; the pid of its raylet, which names it."""
+        return int(self._ask({"add": resources, "ip": ip}))
 
     def remove(self, raylet: int) -> None:
         """End a node at once, as if its machine had lost power."""
@@ -82,7 +82,8 @@ def _keep() -> None:
         for line in sys.stdin:
             command = json.loads(line)
             if "add" in command:
-                node = cluster.add_node(num_cpus=1, resources=command["add"])
+                at = {} if command["ip"] is None else {"node_ip_address": command["ip"]}
+                node = cluster.add_node(num_cpus=1, resources=command["add"], **at)
                 pid = node.all_processes["raylet"][0].process.pid
                 nodes[pid] = node
                 print(json.dumps(pid), file=answers, flush=True)

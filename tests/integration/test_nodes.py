@@ -7,41 +7,56 @@ import torch
 
 import mempool
 from mempool.errors import DataLoss
+from tests.integration.conftest import TOKEN
 from tests.integration.pools import RayPool, listener, parent, port_of, wait_for
+from tests.integration.proxy import Proxy
 from tests.integration.ray_nodes import RayNodes
 
 
-def test_shards_spread_and_come_back_on_another_node(ray_nodes: RayNodes, shared_pool: RayPool, tmp_path: Path) -> None:
-    nodes = [ray_nodes.add(worker=4) for _ in range(2)]
-    pool = RayPool(tmp_path, name="spread", shards=2, ray_address=ray_nodes.address, resources={"worker": 1})
+def test_a_node_dies_with_a_shard_and_the_controller(ray_nodes: RayNodes, shared_pool: RayPool, tmp_path: Path) -> None:
+    ips = ("127.0.0.2", "127.0.0.3")
+    nodes = {ray_nodes.add(ip=ip, worker=4, brain=1): ip for ip in ips}
+    pool = RayPool(
+        tmp_path, name="spread", shards=2, ray_address=ray_nodes.address, token=TOKEN, resources={"worker": 1}
+    )
+    proxy = Proxy(pool.address)  # which is also where it comes back: all is on one machine
     try:
-        pool.up()
+        pool.up_where("brain")
         again = pool.up(expect=1)
         assert "runs already" in again.err
         assert "mempool apply" in again.err
-        with pool.connect() as client:
+        with mempool.connect(proxy.address, token=TOKEN) as client:
             table = client.create_table(mempool.TableConfig(name="facts", num_slots=512, value_dim=128))
             ids = torch.arange(512)
-            table.rows(ids)
+            rows = table.rows(ids)
+            saved = client.checkpoint(tmp_path / "saved")
             infos = [shard.info for shard in client.status().shards]
             homes = {info.shard: parent(_process(port_of(info))) for info in infos}
             assert set(homes.values()) == set(nodes), "not one shard on each node"
-            nodes.remove(homes[1])
-            ray_nodes.remove(homes[1])
+            before = client.status().tables[0].controller
+            doomed = next(node for node, ip in nodes.items() if before == f"{ip}:{pool.port}")
+            (lost,) = (shard for shard, home in homes.items() if home == doomed)
+            ray_nodes.remove(doomed)
+            nodes.pop(doomed)
+            proxy.close()  # nobody listens where it was any more: the shard that lives says where the controller is
 
             def returned() -> bool:
-                now = client.status().shards[1]
-                return now.state == "ready" and now.info.incarnation > infos[1].incarnation
+                status = client.status()
+                now = status.shards[lost]
+                told = status.tables[0].controller not in ("", before)
+                return told and now.state == "ready" and now.info.incarnation > infos[lost].incarnation
 
-            wait_for("shard 1 to come back", returned)
-            now = client.status().shards[1].info
-            assert parent(_process(port_of(now))) == nodes[0]
-            with pytest.raises(DataLoss):
+            wait_for("the shard and the controller to come back", returned)
+            now = client.status().shards[lost].info
+            (node,) = nodes
+            assert parent(_process(port_of(now))) == node
+            assert client.status().tables[0].controller == f"{nodes[node]}:{pool.port}"
+            with pytest.raises(DataLoss, match=f"mempool restore .*/saved --checkpoint {saved.name} --table facts"):
                 table.rows(ids)
-            client.drop_table("facts")
-            again_made = client.create_table(mempool.TableConfig(name="facts", num_slots=512, value_dim=128))
-            assert again_made.rows(ids).isfinite().all()
+            (restored,) = client.restore(str(tmp_path / "saved"), tables=["facts"], replace=True)
+            assert torch.equal(restored.rows(ids), rows)
     finally:
+        proxy.close()
         pool.run("down", "--pool", "spread")
         for node in nodes:
             ray_nodes.remove(node)

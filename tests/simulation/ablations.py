@@ -191,13 +191,20 @@ WITH_STORAGE = (
     "snapshot before segments go",
 )
 """What guards what is on disks."""
-FAULTS |= dict.fromkeys(WITH_STORAGE, Faults(restarts=True)) | {"checksum": Faults(flips=True)}
+FAULTS |= dict.fromkeys(WITH_STORAGE, Faults(restarts=True)) | {
+    "checksum": Faults(flips=True),
+    "record of a decision": Faults(
+        scene=Scene(
+            traps=(_trap(methods.COMMIT, "its server is killed", 0.5, skip=2, times=4),), rescales=False, tables=False
+        )
+    ),
+}
 GUARDED_BESIDE = {"version wait": "attempt"}
 """What another one guards as well since it is there: the first is looked at without the second."""
 SEEN_AT: dict[str, int] = {
     "incarnation fence": 1,
     "epoch fence": 8,
-    "wait for decided steps": 4,
+    "wait for decided steps": 13,
     "generation": 1,
     "ledger": 16,
     "version wait": 16,
@@ -208,10 +215,11 @@ SEEN_AT: dict[str, int] = {
     "attempt": 7,
     "numbers of writes": 1,
     "sync before an answer": 32,
-    "record of a decision": 24,
+    "record of a decision": 2,
     "record of an update": 1,
     "checksum": 5,
     "pack before its manifest": 22,
+    "snapshot before segments go": 29,
 }
 """The first seed that shows each one missing: how many were needed."""
 

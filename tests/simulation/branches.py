@@ -20,6 +20,8 @@ from mempool.agreement.step import StepOfTables
 from mempool.agreement.writes import SeenWrites
 from mempool.controller.changes import TableChanges
 from mempool.errors import MempoolError
+from mempool.journal import Journal
+from mempool.journal.snapshots import Snapshots
 from mempool.shard import resolving
 from mempool.shard.hosted import HostedTable
 from mempool.shard.resolving import Decisions
@@ -61,6 +63,10 @@ def _given(start: str) -> Say:
     return lambda result, *_: f"{start} {result}"
 
 
+def _torn(_: Any, __: Any, journal: Journal, *___: Any) -> str | None:
+    return "a torn tail that was cut off" if journal.torn is not None else None
+
+
 _WRAPPED: list[tuple[Any, str, Say]] = [
     (HostedTable, "park_for_order", _always("a request that waited for earlier steps")),
     (HostedTable, "park_for_steps", _always("a request that waited for what became of a prepared step")),
@@ -89,6 +95,9 @@ _WRAPPED: list[tuple[Any, str, Say]] = [
     (Round, "_undo", _always("a round that its controller undid")),
     (Round, "_not_told", _always("a view that was decided and that a shard had to be told again")),
     (SeenWrites, "is_due", _write),
+    (Snapshots, "_became", _always("a snapshot of a shard")),
+    (Journal, "_tidy", _torn),
+    (Journal, "_failed", _always("a write that the disk refused")),
     (TableChanges, "drop", _refused({"gone already": "a drop that came after its table had been made anew"})),
 ]
 _OWED = "a shard that had to be told to"
@@ -125,6 +134,12 @@ EXPECTED = frozenset(
         "a write that came again",
         "a write that was over",
         "a trainer that went back to an earlier step",
+        "a snapshot of a shard",
+        "a torn tail that was cut off",
+        "a write that the disk refused",
+        "a checkpoint",
+        "a table that was restored in its place",
+        "a table restored beside it",
         "a trainer that another one of a higher generation took the place of",
     }
 )

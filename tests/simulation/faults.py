@@ -32,7 +32,7 @@ KINDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Faults:
-    """Which kinds of faults a run has; traps: how many, besides those of its scene.
+    """Which kinds of faults a run has; traps, disk_traps: how many, besides those of its scene.
 
     restarts: Shards with a disk are killed, or their power is cut, and come back with what that has.
     flips: A bit flips in what a shard's disk has, and the shard is started again; what says so is lost.
@@ -52,6 +52,7 @@ class Faults:
     disks: bool = False
     flips: bool = False
     traps: int = 0
+    disk_traps: int = 0
     scene: Scene = NO_SCENE
 
     @classmethod
@@ -74,7 +75,7 @@ class Chaos:
         trainers: The trainers that are running now, by name.
         kill_trainer: Kills one, by name.
         kill_shard: Kills a shard.
-        rescales, tables: What there is for traps to meet.
+        rescales, tables, saves: What there is for traps to meet.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Chaos:
         kill_shard: Callable[[int], None],
         rescales: bool,
         tables: bool,
+        saves: bool,
     ) -> None:
         self._faults = faults
         self._park = park
@@ -116,6 +118,11 @@ class Chaos:
             if wanted
         ]
         drawn = [Trap.draw(random, rescales=rescales, tables=tables) for _ in range(faults.traps)]
+        if faults.restarts or saves:
+            disks = park.scheduler.random("traps of disks")
+            drawn += [
+                Trap.draw_of_disks(disks, restarts=faults.restarts, saves=saves) for _ in range(faults.disk_traps)
+            ]
         traps = tuple(dict.fromkeys((*faults.scene.traps, *drawn)))
         self._traps = Traps(traps, park, kill_trainer=kill_trainer)
         self._over = False

@@ -49,6 +49,7 @@ class Scheduler:
         self._alive: list[ProcessLoop] = []
         self.busy: list[ProcessLoop] = []  # those that run and have something ready
         self._number = 0
+        self._running: ProcessLoop | None = None
         self._generators: weakref.WeakKeyDictionary[Any, ProcessLoop] = weakref.WeakKeyDictionary()
         self.world = self.loop("world")
 
@@ -73,13 +74,14 @@ class Scheduler:
     def run_until(self, done: Callable[[], bool], *, limit_s: float, most_handles: int = 500_000) -> None:
         """Run until ``done``. Raises Stuck where there is nothing left to do, or ``limit_s`` is reached before."""
         last = self.handles + most_handles
-        hooks = sys.get_asyncgen_hooks()
+        hooks, before = sys.get_asyncgen_hooks(), events._get_running_loop()
         sys.set_asyncgen_hooks(firstiter=self._generator_begins, finalizer=self._generator_ends)
         try:
             while not done():
                 if not self.step(limit_s) or self.handles > last:
                     raise Stuck(f"{self.now_s:.3f} s of {limit_s:g} s, {self.handles:,} callbacks")
         finally:
+            self._none_runs(before)
             sys.set_asyncgen_hooks(*hooks)
 
     def run(self, coroutine: Coroutine[Any, Any, T], *, limit_s: float = 1e6, loop: "ProcessLoop | None" = None) -> T:
@@ -116,15 +118,20 @@ class Scheduler:
             busy.pop()
         if not handle._cancelled:  # type: ignore[attr-defined]
             self.handles += 1
-            events._set_running_loop(loop)
-            try:
-                handle._run()
-            finally:
-                events._set_running_loop(None)
+            if self._running is not loop:  # a system call
+                events._set_running_loop(loop)
+                self._running = loop
+            handle._run()
         return True
+
+    def _none_runs(self, before: asyncio.AbstractEventLoop | None = None) -> None:
+        """Between two callbacks for long; before: whose callback runs this scheduler, as an oracle's."""
+        events._set_running_loop(before)
+        self._running = None
 
     def close(self) -> None:
         """End every task of every process, as if each had been told to stop; nothing is warned of later."""
+        before = events._get_running_loop()
         self._alive = list(self._loops)
         for _ in range(20):
             tasks = [task for loop in self._loops for task in asyncio.all_tasks(loop)]
@@ -138,6 +145,7 @@ class Scheduler:
             deadline_s = self.now_s + 1.0
             while self.busy and self.step(deadline_s):
                 pass
+        self._none_runs(before)
         self.busy.clear()
         for loop in self._loops:
             loop.ready.clear()

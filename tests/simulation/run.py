@@ -72,10 +72,15 @@ class Run:
         self.faults = self.faults or Faults.draw(random)
         if self.storage and drawn:
             self.faults = replace(
-                self.faults, restarts=disks.random() < 0.8, disks=disks.random() < 0.3, flips=disks.random() < 0.06
+                self.faults,
+                restarts=disks.random() < 0.8,
+                disks=disks.random() < 0.3,
+                flips=disks.random() < 0.06,
             )
         if self.saves is None:
             self.saves = drawn and disks.random() < (0.5 if self.storage else 0.1)
+        if drawn:
+            self.faults = replace(self.faults, disk_traps=disks.choice((0, 0, 1, 2, 4)))
         encode = random.random() < 0.1 if self.encode is None else self.encode
         self.lasts_s = random.choice((6.0, 12.0, 24.0))
         self.network = Network(self.scheduler, encode=encode)
@@ -151,6 +156,7 @@ class Run:
             kill_shard=workload.kill_shard,
             rescales=workload.rescales,
             tables=workload.changes_tables,
+            saves=bool(self.saves),
         )
         chaos.begin()
         going = scheduler.world.create_task(chaos.go_on())

@@ -14,7 +14,7 @@ from mempool.wire import methods
 from mempool.wire.methods import Method
 from tests.simulation.loop import ProcessLoop
 from tests.simulation.network import Call, Network
-from tests.simulation.processes import CONTROLLER, Park
+from tests.simulation.processes import CONTROLLER, Keeps, Park
 
 Effect = Literal[
     "comes late",
@@ -28,6 +28,8 @@ Effect = Literal[
     "its server stands still",
     "its server hears nobody",
     "they are cut off from each other",
+    "its server is killed",
+    "its server loses its power",
 ]
 SENT: tuple[Effect, ...] = (
     "comes late",
@@ -60,6 +62,16 @@ _STEPS = (
     methods.RESOLVE,
     methods.WRITE_ROWS,
 )
+_SAVING = (
+    methods.MARK_TABLE,
+    methods.MARK_TABLE,
+    methods.WRITE_PART,
+    methods.WRITE_PART,
+    methods.RELEASE_MARK,
+    methods.ATTACH_TABLE,
+    methods.ATTACH_TABLE,
+)
+_RESTARTS: tuple[Effect, ...] = ("its server is killed", "its server loses its power")
 _BY_CONTROLLER: tuple[Effect, ...] = (
     "comes late",
     "comes late, of a sender that dies",
@@ -120,6 +132,19 @@ class Trap:
             effect=random.choice(_BY_OTHERS if group is _STEPS else _BY_CONTROLLER),
             for_s=random.choice((0.3, 3.0, 8.0, 14.0, 25.0)) * (0.7 + 0.6 * random.random()),
             skip=random.choice((0, 0, 1, 2, 3, 5, 8)),
+            times=random.choice((1, 1, 2, 4)),
+        )
+
+    @classmethod
+    def draw_of_disks(cls, random: Random, *, restarts: bool, saves: bool) -> "Trap":
+        """One for a run in which shards come back with their disks, or checkpoints are taken, or both."""
+        group = random.choice([_SAVING] * (4 * saves) + [_STEPS, _CONTROL, _TABLES] * restarts)
+        effects = _RESTARTS * (3 * restarts) + _BY_CONTROLLER * (group is _SAVING)
+        return cls(
+            path=random.choice(group).path,
+            effect=random.choice(effects),
+            for_s=random.choice((0.3, 3.0, 14.0)) * (0.7 + 0.6 * random.random()),
+            skip=random.choice((0, 0, 1, 2, 3, 8, 20)),
             times=random.choice((1, 1, 2, 4)),
         )
 
@@ -320,6 +345,12 @@ class Traps:
             self._stop(call.process, trap.for_s)
         elif trap.effect == "its server stands still":
             self._stop(self._server(call), trap.for_s)
+        elif trap.effect in _RESTARTS:
+            killed = trap.effect == "its server is killed"
+            shard = next((n for n, process in self._park.shards.items() if process.loop.name == call.server), None)
+            if shard is not None:
+                keeps: Keeps = "what was written" if killed else "what was synced"
+                self._park.kill_shard(shard, comes_back_s=trap.for_s, keeps=keeps)
         elif trap.effect == "they are cut off from each other":
             self._cut({(call.client, call.server), (call.server, call.client)}, trap.for_s, network)
         elif trap.effect == "its sender reaches nobody":

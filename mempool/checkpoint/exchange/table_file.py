@@ -30,23 +30,14 @@ VERSION = "mempool.version"
 """Names of the file's own texts: the table's schema as JSON, and its version."""
 
 
-def table_entries(schema: TableSchema, *, decoded: bool = False, keys: bool = True) -> tuple[TensorEntry, ...]:
-    """The tensors of a table's file, in the order in which they are written.
-
-    Args:
-        schema: The table's.
-        decoded: Values of one byte as the float32 numbers that they stand for, without scales: as rows are read from a
-            pool.
-        keys: Keys too, where the pool keeps them.
-    """
-    packed = schema.packed and not decoded
-    dtype = "float32" if schema.packed and decoded else schema.dtype
-    found = [TensorEntry(name=VALUES, dtype=dtype, shape=(schema.num_slots, schema.value_dim))]
-    if packed:
+def table_entries(schema: TableSchema) -> tuple[TensorEntry, ...]:
+    """The tensors of a table's file, in the order in which they are written: values, and keys that the pool has."""
+    found = [TensorEntry(name=VALUES, dtype=schema.dtype, shape=(schema.num_slots, schema.value_dim))]
+    if schema.packed:
         found.append(TensorEntry(name=SCALES, dtype="float32", shape=(schema.num_slots, schema.num_blocks)))
-    if keys and isinstance(schema.keys, FlatKeySpec):
+    if isinstance(schema.keys, FlatKeySpec):
         found.append(TensorEntry(name=FLAT_KEYS, dtype="float32", shape=(schema.num_slots, schema.keys.key_dim)))
-    if keys and isinstance(schema.keys, ProductKeySpec):
+    if isinstance(schema.keys, ProductKeySpec):
         shape = (schema.keys.heads, 2, schema.stride, schema.keys.key_dim // 2)
         found.append(TensorEntry(name=HEAD_KEYS, dtype="float32", shape=shape))
     return tuple(found)

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -15,8 +14,6 @@ from mempool.checkpoint.format.schema_json import parse_schema
 from mempool.checkpoint.format.tensor_file import TensorEntry
 from mempool.errors import DataLoss, InvalidRequest
 from mempool.types import ProductKeySpec, TableSchema
-
-_ROWS_BYTES = 8 * 2**20
 
 
 class TableSource:
@@ -93,12 +90,6 @@ class TableSource:
             return None
         codes = self._tensors.rows(layout.values.name, first, count).view(torch.uint8)
         return codes, self._tensors.rows(layout.scales.name, first, count)
-
-    def chunks(self) -> Iterator[tuple[int, int]]:
-        """Ranges (first, count) over all slots, each of some megabytes."""
-        at_once = max(1, _ROWS_BYTES // max(1, 4 * self.value_dim))
-        for first in range(0, self.num_slots, at_once):
-            yield first, min(at_once, self.num_slots - first)
 
     def flat_keys(self, schema: TableSchema, first: int, count: int) -> Tensor:
         """Keys of slots, [count, key_dim] float32. Raises InvalidRequest where there are none that fit."""

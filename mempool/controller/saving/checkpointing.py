@@ -86,7 +86,11 @@ class Checkpoints:
     @property
     def doing(self) -> str:
         """What the one that is being taken is at, for people; "" for none."""
-        return "" if self._now is None else f"a checkpoint to {self._now.url}: {self._now.doing}"
+        now = self._now
+        if now is None:
+            return ""
+        written = f" ({now.bytes_done:,} of {now.bytes_total:,} bytes)" if now.bytes_total else ""
+        return f"a checkpoint to {now.url}: {now.doing}{written}"
 
     async def take(self, request: TakeCheckpoint) -> AsyncIterator[CheckpointProgress]:
         """Take one, and watch it. Raises as ``Controller.checkpoint`` does."""

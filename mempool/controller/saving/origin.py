@@ -29,11 +29,6 @@ def origins_of(request: RestoreTables) -> list[tuple[TableSchema, Origin]]:
         StorageFailed: The place cannot be read.
     """
     check_place(request.url)
-    if request.schema is None and request.name and len(request.tables) != 1:
-        raise InvalidRequest(
-            f"name={shown(request.name)} is for one table, and {len(request.tables) or 'all'} are asked for; name the "
-            "table that is to be called so. Nothing was changed."
-        )
     if request.layout and request.layout not in get_args(Layout):
         raise InvalidRequest(
             f"layout={shown(request.layout)} is none that there is: give one of {', '.join(get_args(Layout))}, or "
@@ -47,7 +42,13 @@ def origins_of(request: RestoreTables) -> list[tuple[TableSchema, Origin]]:
         raise
     except Exception as error:  # of the user's fsspec package, say
         raise StorageFailed(f"{request.url} cannot be read ({type(error).__name__}: {error})") from error
-    return [_origin(request, manifest, table) for table in dict.fromkeys(request.tables or manifest.tables)]
+    tables = tuple(dict.fromkeys(request.tables or manifest.tables))
+    if request.name and len(tables) != 1:
+        raise InvalidRequest(
+            f"name={shown(request.name)} is for one table, and {len(tables)} are asked for ({', '.join(tables[:4])}); "
+            "name the one that is to be called so. Nothing was changed."
+        )
+    return [_origin(request, manifest, table) for table in tables]
 
 
 def _of_file(request: RestoreTables, schema: TableSchema) -> tuple[TableSchema, Origin]:

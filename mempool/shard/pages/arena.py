@@ -294,6 +294,8 @@ class Arena:
         Where that costs no copy of the whole, a little each time: whoever moves pages away, round after round, waits
         for as much as moves, and never for all that is left. Else all, where more than half is free.
         """
+        if self.capture is not None:
+            return  # a checkpoint knows rows by where they lie; its controller may not be the one that brings a view
         freed, self._freed = self._freed, 0
         if all(rows.grows_in_place for rows in self._memory.values()):
             if len(self._free) * _IDLE_PART <= self._capacity:

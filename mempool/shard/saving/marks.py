@@ -240,6 +240,7 @@ class Saving:
             found.capture.close()
             found.table.storage.on_change = _nothing
             found.table.storage.crowded = _never
+            found.table.go_on()
             self._wake()
 
     def _wake(self) -> None:

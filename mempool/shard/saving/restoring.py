@@ -28,6 +28,8 @@ from mempool.types.caller import Caller, calling
 from mempool.types.running import Runner
 
 _BATCH_BYTES = 8 * 2**20
+_BATCHES = 2
+"""In memory: one that is taken in, and one that is being read."""
 
 
 def check_source(source: TableSource | None) -> TableSource:
@@ -118,7 +120,8 @@ class Restoring:
 
 
 def read_pages(source: TableSource, storage: Storage, placement: Placement, *, version: int) -> Iterator[PageBatch]:
-    """The pages of one shard, batch after batch; reads files, so off the engine's thread.
+    """The pages of one shard, batch after batch; reads files, so off the engine's thread. A batch may lie in the memory
+    of the one before the last.
 
     Raises:
         NotFound, DataLoss, InvalidRequest: The checkpoint, or the file, is not there, not whole, or of another table.
@@ -134,5 +137,5 @@ def read_pages(source: TableSource, storage: Storage, placement: Placement, *, v
             f"table {source.table!r} of checkpoint {source.checkpoint!r} is at version {table.state.version}, and was "
             f"at {version} a moment ago: it was written over. Restore it again"
         )
-    for batch in table.batches(pages, batch_bytes=_BATCH_BYTES):
+    for batch in table.batches(pages, batch_bytes=_BATCH_BYTES, reused=_BATCHES):
         yield replace(batch, table_id=storage.schema.table_id)

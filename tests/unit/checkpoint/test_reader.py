@@ -137,6 +137,23 @@ def test_some_arrays_are_read_alone(tmp_path: Path) -> None:
         assert same_bits(batch.arrays["values.scales"], content.rows["values.scales"])
 
 
+@pytest.mark.parametrize("schema", [PLAIN, PRODUCT, FLAT], ids=lambda schema: schema.name)
+def test_a_batchs_memory_is_used_again_when_it_was_said_and_no_earlier(schema: TableSchema) -> None:
+    store = MemoryStore()
+    write(store, [Content.random(schema, 1)], shards=2, batch_bytes=3000)
+    stored = Checkpoint(store).table(schema.name)
+    every = list(stored.batches(Pages.all(schema), batch_bytes=2000))
+    assert len(every) > 3
+    seen: list[dict[str, torch.Tensor]] = []
+    for number, batch in enumerate(stored.batches(Pages.all(schema), batch_bytes=2000, reused=2)):
+        seen.append(batch.arrays)
+        for late in (number, number - 1):
+            for name, tensor in seen[max(0, late)].items():
+                assert same_bits(tensor, every[max(0, late)].arrays[name])
+    places = {tensor.data_ptr() for arrays in seen for name, tensor in arrays.items() if name == "values"}
+    assert len(places) == 2
+
+
 def test_data_files_are_plain_safetensors(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     content = Content.random(PLAIN, seed=1, version=4)

@@ -19,6 +19,14 @@ COMMANDS = {
         *("--address", "--as", "--checkpoint", "--file", "--json", "--layout", "--pool", "--replace", "--table", "-f"),
         "place",
     ],
+    "export": [
+        *("--address", "--checkpoint", "--file", "--from", "--json", "--pool", "--state", "--via", "-f"),
+        *("table", "target"),
+    ],
+    "import": [
+        *("--address", "--as", "--file", "--json", "--keys", "--pool", "--replace", "--set", "--values", "-f"),
+        "source",
+    ],
     "checkpoints": ["--json", "--keep", "--remove", "place"],
     "inspect": ["--checkpoint", "--json", "place"],
     "verify": ["--checkpoint", "--json", "place"],

@@ -140,6 +140,24 @@ def test_while_it_is_not_known_whether_a_table_is_made_none_is_made_beside_it_an
         assert all(not run(host.status(), timeout_s=CALL_S).tables for host in bench.fleet.hosts.values())
 
 
+def test_a_table_that_was_dropped_is_in_no_ones_way_before_all_shards_were_heard() -> None:
+    """The one that was told does not answer yet, and another one has the table still: found by the simulation."""
+    with Bench(2) as bench:
+        hosts = bench.fleet.hosts
+        run(bench.controller.create_table(resolve(config())), timeout_s=CALL_S)
+        hosts[1].faults["drop_table"] = fail(errors.ShardUnavailable("a packet was lost"))
+        run(bench.controller.drop_table("facts"), timeout_s=CALL_S)
+        hosts[0].faults["views"] = fail(errors.ShardUnavailable("it comes back"))
+        heir, adopting = adoption(bench)
+        adopting.result(CALL_S)
+        with pytest.raises(errors.ShardUnavailable, match="is not known yet: shard 0 has not said so"):
+            submit(heir.create_table(resolve(config(seed=7)))).result(CALL_S)
+        for host in hosts.values():
+            host.faults.clear()
+        made = run(heir.create_table(resolve(config(seed=7))), timeout_s=CALL_S)
+        assert run(heir.table("facts"), timeout_s=CALL_S).schema.table_id == made.schema.table_id
+
+
 def test_a_settling_under_way_does_not_end_a_doubt_that_came_since_it_heard() -> None:
     """It has its answers already: the table that one of them does not name may be made by now."""
     with Bench(2) as bench:

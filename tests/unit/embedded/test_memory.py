@@ -148,3 +148,15 @@ def test_a_rescale_is_kept(tmp_path: Path) -> None:
         assert len(pool.status().shards) == 1
         assert differences(contents(open_tables(pool, ["adam"])), found) == []
     assert sorted(path.name for path in (tmp_path / "local").glob("shard-*")) == ["shard-0"]
+
+
+def test_a_path_is_a_users_and_one_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with (
+        mempool.local("~/kept"),
+        pytest.raises(errors.StorageFailed, match=r"that is this process.*pool\.close\(\)"),
+    ):
+        mempool.local(tmp_path / "kept")
+    for path in ("", b"kept", 7):
+        with pytest.raises(errors.ConfigError, match="give a folder's path"):
+            mempool.local(path)  # type: ignore[arg-type]

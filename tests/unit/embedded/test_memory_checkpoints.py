@@ -154,6 +154,22 @@ def test_killed_half_way_through_a_restore(
         assert differences(contents(open_tables(pool, ["adam"])), restored) == []
 
 
+def test_an_imported_table_is_there_after_a_kill(tmp_path: Path) -> None:
+    disk, file = tmp_path / "disk", tmp_path / "adam.safetensors"
+    with mempool.local(shards=1) as pool:
+        train(open_tables(pool, ["adam"]), 1)
+        pool.export_table("adam", file)
+        exported = contents(open_tables(pool, ["adam"]))
+    with mempool.local(disk, shards=2) as pool:
+        table = pool.import_table(file)
+        imported = contents([table])
+        left = killed(disk)
+    name = next(name for name in imported if name.endswith("values"))
+    assert torch.equal(imported[name], exported[name])
+    file.unlink()
+    assert differences(held(left, ("adam",)), imported) == []
+
+
 def _refused_or_done(call: Callable[[], object]) -> None:
     try:
         call()

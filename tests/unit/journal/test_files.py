@@ -98,6 +98,14 @@ def test_a_lock_keeps_others_out_and_names_them(here: tuple[Files, str]) -> None
     files.lock(join(folder, "LOCK"), owner="process 18 on host").release()
 
 
+def test_a_lock_that_is_released_is_free_whatever_was_forked_meanwhile(tmp_path: Path) -> None:
+    lock = DiskFiles().lock(str(tmp_path / "LOCK"), owner="process 17")
+    forked = os.dup(lock._descriptor or -1)  # as a child of this process has it
+    lock.release()
+    DiskFiles().lock(str(tmp_path / "LOCK"), owner="process 17").release()
+    os.close(forked)
+
+
 def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
     script = (
         "import os, sys; from mempool.journal import DiskFiles\n"

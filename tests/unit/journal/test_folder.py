@@ -35,7 +35,10 @@ def test_it_is_made_once_and_known_again(tmp_path: Path) -> None:
 def test_two_processes_are_kept_apart_by_name(tmp_path: Path) -> None:
     with (
         _open(DiskFiles(), str(tmp_path)),
-        pytest.raises(StorageFailed, match=rf"shard-2/LOCK is locked by process {os.getpid()} on .*another path"),
+        pytest.raises(
+            StorageFailed,
+            match=rf"shard-2/LOCK is locked by process {os.getpid()} on .*: that is this .*path",
+        ),
     ):
         _open(DiskFiles(), str(tmp_path))
     _open(DiskFiles(), str(tmp_path)).close()

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 import mempool
 from mempool.checkpoint import looking
 from mempool.checkpoint.stores import open_store
-from mempool.errors import InvalidRequest, NotFound
+from mempool.errors import AlreadyExists, InvalidRequest, NotFound
 from mempool.nn import PoolState
 
 from .job import Job, same, undisturbed
@@ -169,7 +169,10 @@ def test_a_table_of_another_kind_takes_nobody_along(pool: mempool.Pool, tmp_path
     pool.checkpoint(tmp_path)
     pool.drop_table("facts")
     wide = pool.create_table(mempool.TableConfig(name="facts", num_slots=81, value_dim=8))
-    (narrow,) = pool.restore(tmp_path, replace=True)
+    with pytest.raises(AlreadyExists, match="value_dim is 8, not 4"):
+        pool.restore(tmp_path, replace=True)
+    pool.drop_table("facts")
+    (narrow,) = pool.restore(tmp_path)
     assert narrow is not wide
     assert (narrow.value_dim, wide.value_dim) == (4, 8)
     with pytest.raises(NotFound, match=r"pool\.table\('facts'\)"):

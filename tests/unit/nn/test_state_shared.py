@@ -1,5 +1,6 @@
 """A pool that several clients share: one restores a table, the others go on with it; ranks save and load together."""
 
+import copy
 import multiprocessing
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
@@ -39,6 +40,7 @@ def test_another_client_goes_on_with_a_table_that_was_replaced(address: str, tmp
         job = Job(two, tmp_path)
         job.train(1, 2)
         one.checkpoint(tmp_path / "pool")
+        model = copy.deepcopy(job.model.state_dict())
         facts = job.tables[0]
         then = facts.rows([0, 1, 2])
         lookup = facts.gather(torch.tensor([[0, 1]]))
@@ -58,6 +60,9 @@ def test_another_client_goes_on_with_a_table_that_was_replaced(address: str, tmp
         job.train(3)
         assert facts.step_count() == 3
         assert facts.counters.steps_committed == 3, "this client's, of both"
+        job.model.load_state_dict(model)
+        with pytest.warns(UserWarning, match="'facts' is at version 3, and the state of a model .* version 2: "):
+            job.model[1](torch.randn(2, 8))
         one.drop_table("facts")
         one.create_table(mempool.TableConfig(name="facts", num_slots=81, value_dim=4))
         with pytest.raises(InvalidRequest, match=r"another kind of table now \(value_dim 8 before, 4 now.*pool.table"):
@@ -66,6 +71,27 @@ def test_another_client_goes_on_with_a_table_that_was_replaced(address: str, tmp
         one.drop_table("words")
         with pytest.raises(NotFound):
             two.reopen("facts")
+
+
+def test_who_opened_a_replaced_table_anew_has_those_before_follow_it(address: str, tmp_path: Path) -> None:
+    with mempool.connect(address) as one, mempool.connect(address) as two:
+        one.create_table(mempool.TableConfig(name="again", num_slots=16, value_dim=8))
+        first = two.table("again")
+        one.checkpoint(tmp_path / "pool")
+        one.restore(tmp_path / "pool", tables=["again"], replace=True)
+        fresh = two.table("again")
+        assert fresh is not first
+        assert two.reopen("again") is first
+        assert torch.equal(first.rows([3]), fresh.rows([3]))
+        for number in (1, 2):
+            for table in (first, fresh):
+                table.gather(torch.tensor([[0, 1]])).sum().backward()
+            assert fresh.commit(lr=0.1) == 2, "they are of one session"
+            assert first.step_count() == 1
+            assert fresh.counters.steps_committed == first.counters.steps_committed == number
+            one.restore(tmp_path / "pool", tables=["again"], replace=True)
+            two.reopen("again")
+        one.drop_table("again")
 
 
 def be_rank(rank: int, address: str, folder: Path) -> dict[str, Any]:

@@ -1,11 +1,15 @@
 """A shard's process tells the controller that Ray has started it again."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from mempool.config import ClusterConfig, PoolConfig
-from mempool.errors import DataLoss
-from mempool.rayhost import shard_actor
+from mempool.config import ClusterConfig, PoolConfig, ShardConfig, StorageConfig
+from mempool.errors import DataLoss, StorageFailed
+from mempool.rayhost import shard_actor, shard_serving
 from mempool.rayhost.shard_actor import ShardProcess
+from mempool.rayhost.state.kept import Wanted
 from mempool.types import ShardInfo
 
 CONFIG = ClusterConfig(pool=PoolConfig(name="told", shards=1))
@@ -61,3 +65,37 @@ def test_a_start_that_is_refused_says_why_to_whoever_asks(monkeypatch: pytest.Mo
     assert process.describe().refusal == "file: damaged"
     assert process.admit(7).incarnation == 7
     assert process.describe().info is not None
+
+
+def test_a_start_that_fails_behind_its_serving_ends_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every later try found the folder locked by this very process."""
+    serves: list[Any] = []
+
+    class Context:
+        was_current_actor_reconstructed = False
+
+    class Serving:
+        def __init__(self, *_: object, incarnation: int, **__: object) -> None:
+            self.info = ShardInfo(shard=0, address="", incarnation=incarnation)
+
+        async def start(self) -> ShardInfo:
+            assert not serves, "the one before has the folder"
+            serves.append(self)
+            return self.info
+
+        async def stop(self) -> None:
+            serves.remove(self)
+
+    monkeypatch.setattr(shard_actor.ray, "get_runtime_context", Context)
+    monkeypatch.setattr(shard_actor, "node_ip", lambda: "")
+    monkeypatch.setattr(shard_serving, "ShardServing", Serving)
+    config = CONFIG.model_copy(update={"shard": ShardConfig(storage=StorageConfig(path=str(tmp_path)))})
+    process = ShardProcess(config, 0, None)
+    process.keep(Wanted(1, 1))
+    with pytest.raises(StorageFailed):  # there is no folder of that shard
+        process.admit(7)
+    assert not serves
+    assert process.describe().info is None
+    (tmp_path / "told" / "shard-0").mkdir(parents=True)
+    assert process.admit(8).incarnation == 8
+    assert process.describe().wanted == Wanted(1, 1)

@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,7 +14,7 @@ from mempool.config import ClusterConfig, PoolConfig, ShardConfig
 from mempool.errors import ConfigError
 from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.shard_serving import ShardServing, end_process, engine_device
-from mempool.types import HeartbeatRequest, ShardStatus
+from mempool.types import HeartbeatRequest, ShardStatus, TableStatus
 from mempool.wire.channels.loop import run
 
 KEYS = PoolKeys(token="a-token", controller_key="a-key")
@@ -145,3 +146,23 @@ def test_a_shard_keeps_what_trainers_hold_for_the_lease_of_its_config() -> None:
             await serving.stop()
 
     assert run(serve(), timeout_s=30) == 2.5
+
+
+def test_a_shard_that_a_round_holds_may_own_what_has_come() -> None:
+    """The gate may have decided the round, and the pages be gone where they came from."""
+    status = TableStatus(
+        table_id=1,
+        name="facts",
+        epoch=1,
+        version=0,
+        pages=0,
+        lost_pages=0,
+        num_bytes=0,
+        updates_held=0,
+        updates_applied=0,
+        lookups=0,
+        frozen=True,
+    )
+    assert not status.is_needed
+    assert replace(status, round="token").is_needed
+    assert replace(status, lost_pages=1).is_needed

@@ -71,7 +71,7 @@ def test_values_of_one_byte_come_as_the_numbers_they_stand_for(tmp_path: Path, s
     codes = rows[:, :20]
     scales = rows[:, layout.scales_start : layout.scales_start + 4 * 4].contiguous().view(torch.float32)
     path = tmp_path / "x.safetensors"
-    with TableFile(path, table_entries(schema, keys=False), table_metadata(schema, 1)) as file:
+    with TableFile(path, table_entries(replace(schema, keys=None)), table_metadata(schema, 1)) as file:
         file.write("values", codes)
         file.write("values.scales", scales)
     found = TableSource(path).values(0, 100)
@@ -88,7 +88,7 @@ def test_rows_stream_in_any_pieces_and_to_any_place(tmp_path: Path) -> None:
             file.write("head_keys", content.heads[:1])
             file.write("head_keys", content.heads[1:])
         source = TableSource(place)
-        got = torch.cat([source.values(first, count) for first, count in source.chunks()])
+        got = torch.cat([source.values(first, min(30, 100 - first)) for first in range(0, 100, 30)])
         assert same_bits(got, content.rows["values"][:100])
         assert same_bits(source.head_keys(PRODUCT, 2), content.heads[2])
     fsspec.filesystem("memory").store.clear()
@@ -99,7 +99,7 @@ def test_a_file_that_is_not_whole_is_not_kept(tmp_path: Path) -> None:
     rows = Content.random(PLAIN, 1).rows["values"]
 
     def write_some(*pieces: tuple[str, torch.Tensor]) -> None:
-        with TableFile(path, table_entries(FLAT, decoded=True)) as file:
+        with TableFile(path, table_entries(replace(FLAT, dtype="float32"))) as file:
             for name, piece in pieces:
                 file.write(name, piece)
 

@@ -16,7 +16,6 @@ from shard_lives import Lives, hold, step
 
 from mempool.errors import DataLoss, NotFound, StorageFailed
 from mempool.journal import Snapshot
-from mempool.shard.durable.records import Begun
 from mempool.shard.durable.store import Store
 from mempool.types import (
     AttachTable,
@@ -394,7 +393,7 @@ def test_of_two_updates_of_one_number_the_one_that_was_held_last_is_replayed(mak
 def test_who_gives_up_waiting_keeps_nobody_from_being_told() -> None:
     hand = ByHand()
     store = Store("disk", pool="pool", pool_id="one", shard=0, files=FakeFiles(), runner=hand)
-    store.add(Begun(store.incarnation))
+    store.caught_up_of(1)(torch.tensor([1]), True)  # which nobody waits for, so that one word reaches both
     first, second = store.when_synced(), store.when_synced()
     first.cancel()
     hand.work()

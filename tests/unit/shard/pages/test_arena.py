@@ -144,6 +144,23 @@ def test_an_arena_with_pages_on_their_way_does_not_shrink() -> None:
     assert arena.num_bytes == size
 
 
+def test_rows_stay_where_they_lie_while_they_are_wanted_as_they_were() -> None:
+    class Copies:
+        def save(self, rows: torch.Tensor) -> None:
+            raise AssertionError(f"rows {rows} are written to")
+
+    arena = _arena((0, 2))
+    _fill(arena, [0, 1, 2, 3, 4])
+    arena.give_back(arena.withdraw(np.array([0, 2, 4])))
+    arena.capture = Copies()
+    before = arena.page_of.copy()
+    arena.shrink()
+    assert arena.page_of.tolist() == before.tolist()
+    arena.capture = None
+    arena.shrink()
+    assert arena.num_bytes == 2 * arena.page_bytes + 7 * PAGE_TABLE_BYTES
+
+
 def test_copying_takes_columns_of_named_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arena_module, "_COPY_BYTES", 1)  # page by page
     source, target = _arena((0, 1, 2)), _arena((0, 2))

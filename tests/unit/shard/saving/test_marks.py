@@ -260,6 +260,21 @@ def test_steps_are_held_off_where_copies_take_too_much_and_go_on_when_they_are_w
     assert not engine._saving.crowded()
 
 
+def test_steps_that_are_held_off_go_on_when_the_mark_ends(make_driver: MakeDriver) -> None:
+    driver = make_driver(1).create(make_schema())
+    engine = driver.host(0)
+    assert isinstance(engine, Engine)
+    engine._saving.copy_bytes = 100
+    mark(driver)
+    driver.write("values", torch.arange(32), torch.zeros(32, 10))
+    later: Future[Any] = driver.submit(_written(driver, engine))
+    (table,) = engine._tenancy.tables.values()
+    until(lambda: table.waited_for)
+    driver.call(engine.release_mark(ReleaseMark(table_id=driver.table_id, token="c1", kept="")))
+    assert not table.waited_for
+    later.result(BOUND_S)
+
+
 async def _written(driver: Driver, engine: Engine) -> None:
     rows = torch.ones(2, 10)
     request = WriteRowsRequest(
