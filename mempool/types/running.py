@@ -6,7 +6,7 @@ Production hands in ``time.monotonic`` and ``Threads``; a test that runs a whole
 import asyncio
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Protocol, TypeVar
@@ -61,6 +61,23 @@ class Threads:
 
 
 THREADS: Runner = Threads()
+
+
+async def to_its_end(work: Awaitable[T]) -> T:
+    """The result of what runs elsewhere. Whoever is cancelled, once or again, waits for its end all the same: a file is
+    written by one at a time."""
+    working = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not working.done():
+        try:
+            await asyncio.wait([working])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        if not working.cancelled():
+            working.exception()  # nobody asks for it any more
+        raise cancelled
+    return working.result()
 
 
 class _WorkerThread:

@@ -219,6 +219,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=1, help="the first point that is tried, from 1")
     parser.add_argument("--last", type=int, help="the last one; all by default")
     parser.add_argument("--every", type=int, default=1, help="every so many-th")
+    parser.add_argument("--how", nargs="+", choices=list(INJECTIONS), default=list(INJECTIONS), help="these alone")
     parser.add_argument("--parallel", type=int, default=2, help="so many at once")
     parser.add_argument("--show", action="store_true", help="list them, with their numbers")
     options = parser.parse_args()
@@ -232,7 +233,7 @@ def main() -> int:
         Point(call, file, how, number)
         for (call, file), count in sorted(calls.items())
         for number in range(1, count + 1)
-        for how in INJECTIONS
+        for how in options.how
     ]
     if options.show:
         print(*(f"{number}: {point}" for number, point in enumerate(points, 1)), sep="\n")
@@ -246,7 +247,7 @@ def main() -> int:
     for (call, _), count in calls.items():
         kinds[call] += count
     print(
-        f"{len(chosen)} of {len(points)} crash points: {', '.join(INJECTIONS)} at each of {dict(kinds)}; "
+        f"{len(chosen)} of {len(points)} crash points: {', '.join(options.how)} at each of {dict(kinds)}; "
         f"{'violations' if bad else 'no violation'}; {time.monotonic() - began_s:.0f} s"
     )
     return 1 if bad else 0

@@ -37,7 +37,7 @@ from mempool.shard.pages.named_arrays import Blocks
 from mempool.shard.tenancy import Tenancy
 from mempool.types import AttachTable, Envelope, PreparePart, PrepareRequest
 from mempool.types.caller import Caller, calling
-from mempool.types.running import THREADS, Runner
+from mempool.types.running import THREADS, Runner, to_its_end
 
 _LOG = logging.getLogger("mempool.shard")
 
@@ -282,17 +282,7 @@ class Taking:
     async def _written(self, work: Callable[[], object]) -> None:
         """Do this elsewhere. Whoever gives the snapshot up waits for its end, too: it is not to remove a pack whose
         manifest gets its name just then, nor to let the folder go."""
-        writing = asyncio.ensure_future(self._runner.run(work))
-        given_up: asyncio.CancelledError | None = None
-        while not writing.done():
-            try:
-                await asyncio.wait([writing])
-            except asyncio.CancelledError as error:
-                given_up = error
-        if given_up is not None:
-            writing.exception()
-            raise given_up
-        writing.result()
+        await to_its_end(self._runner.run(work))
 
     def _cut(self) -> Cut | None:
         for table in self._tenancy.tables.values():

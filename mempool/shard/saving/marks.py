@@ -31,7 +31,7 @@ from mempool.shard.steps.budget import MIB
 from mempool.shard.tenancy import Tenancy
 from mempool.types import MarkTable, PartProgress, ReleaseMark, ShardInfo, WritePart
 from mempool.types.caller import Caller, calling
-from mempool.types.running import Clock, Runner
+from mempool.types.running import Clock, Runner, to_its_end
 
 COPY_BYTES = 256 * MIB
 """Of rows that are kept as they were, of all tables: above that no further step is begun."""
@@ -326,12 +326,8 @@ class Saving:
 
     async def _elsewhere(self, work: Callable[[], Any]) -> Any:
         """The result of ``work``. Who is cancelled meanwhile waits for it first: a file is written by one at a time."""
-        working = asyncio.ensure_future(self.runner.run(work, name="mempool-checkpoint"))
         try:
-            return await asyncio.shield(working)
-        except asyncio.CancelledError:
-            await asyncio.wait([working])
-            raise
+            return await to_its_end(self.runner.run(work, name="mempool-checkpoint"))
         except MempoolError:
             raise
         except Exception as error:  # of the user's fsspec package, say
