@@ -385,8 +385,8 @@ def _require_alike(present: TableSchema, schema: TableSchema, source: TableSourc
         what = f"table {source.table!r}{of} in {source.url}"
         raise AlreadyExists(
             f"{what} is another one than table {schema.name!r} of the pool: {'; '.join(found)}. Restore it under "
-            f"another name (name=, or --as), or drop the pool's first (pool.drop_table({schema.name!r})). "
-            "Nothing was changed."
+            f"another name (name=, or --as), or drop the pool's first (pool.drop_table({schema.name!r})). Nothing was "
+            "changed."
         )
 
 

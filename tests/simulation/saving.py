@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable
+from dataclasses import replace as replaced
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from mempool.checkpoint.commit import names, read_manifest
 from mempool.checkpoint.looking import verify
 from mempool.errors import AlreadyExists, DataLoss, Internal, MempoolError, NotFound
-from mempool.types import RestoreTables, TableSource, TakeCheckpoint
+from mempool.types import RestoreTables, TableSchema, TableSource, TakeCheckpoint
 from tests.simulation.oracle import Oracle
 from tests.simulation.places import URL, Place
 from tests.simulation.processes import Trainer
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 COPY = "copy"
 """How tables begin that are restored under another name."""
+
+
+def _alike(schema: TableSchema, other: TableSchema) -> bool:
+    """Whether a table can take the other's place."""
+    return schema == replaced(other, name=schema.name, table_id=schema.table_id, layout=schema.layout)
 
 
 class Saver:
@@ -94,8 +100,10 @@ class Saver:
         newest = self._whole()[-1]
         checkpoint = newest if random.random() < 0.8 else random.choice(self._whole())
         table = random.choice(sorted(saved.manifests[checkpoint].tables))
-        copies = [name for name in workload.views if name.startswith(COPY)]
-        if table in workload.views and random.random() < 0.6 and (not workload.changes_tables or table in copies):
+        state = saved.manifests[checkpoint].tables[table]
+        alike = [name for name, view in workload.views.items() if _alike(view.schema, state.schema)]
+        copies = [name for name in alike if name.startswith(COPY)]
+        if table in alike and random.random() < 0.6 and (not workload.changes_tables or table in copies):
             await self._make(checkpoint, table, name=table, replace=True)
         elif copies and (len(workload.views) >= 4 or random.random() < 0.4):
             await self._make(checkpoint, table, name=random.choice(copies), replace=True)
@@ -123,7 +131,10 @@ class Saver:
             try:
                 async with asyncio.timeout(60.0):
                     (view,) = await self._client.api.restore(request)
-            except AlreadyExists:  # an earlier try has made it, or is making it
+            except AlreadyExists as error:  # an earlier try has made it, or is making it
+                if "is another one than" in error.message:  # somebody has made another one in its place
+                    await self._settle(name)
+                    return
                 try:
                     view = await self._client.api.table(name)
                 except MempoolError:
