@@ -50,7 +50,7 @@ def test_a_killed_shard_says_data_loss(shared_pool: RayPool) -> None:
         victims -= {shard["shard"] for shard in document["spared"]["shards"]}
         before = next(shard for shard in pool.status().shards if shard.info.shard in victims)
         kill_listener(port_of(before.info))
-        with pytest.raises(DataLoss, match=r"Drop the table .* write back"):
+        with pytest.raises(DataLoss, match=r"drop the table .* write back"):
             doomed.step()
         with pytest.raises(DataLoss):
             doomed.table.rows(torch.arange(doomed.table.num_slots))
