@@ -16,7 +16,16 @@ from torch import Tensor
 
 from mempool.agreement.order import NOBODY
 from mempool.errors import DataLoss, Internal, MempoolError
-from mempool.types import DecidedStep, HeartbeatRequest, Placement, ShardInfo, StepId, TableSchema, TableView
+from mempool.types import (
+    AttachTable,
+    DecidedStep,
+    HeartbeatRequest,
+    Placement,
+    ShardInfo,
+    StepId,
+    TableSchema,
+    TableView,
+)
 from mempool.wire import methods
 from tests.simulation.expected import Sums, rows_of
 from tests.simulation.loop import ProcessLoop
@@ -70,6 +79,7 @@ class History:
         together: What was told as one: [(table id, step), ...] of each commit of several tables.
         saved: The checkpoints that were taken.
         origins: Where tables come from that were restored.
+        answering: (table id, shard's process) that have the table: whether that was told that it is made.
     """
 
     violations: list[str] = field(default_factory=list)
@@ -94,6 +104,7 @@ class History:
     checked: int = 0
     saved: Saved = field(default_factory=Saved)
     origins: dict[int, Origin] = field(default_factory=dict)
+    answering: dict[tuple[int, str], bool] = field(default_factory=dict)
 
     def say(self, text: str) -> None:
         """Something that may not be."""
@@ -142,8 +153,10 @@ class History:
                     self.answers.append((asked.envelope.table_id, asked.step_id, part.version, part.stamp.shard))
         elif path == methods.ATTACH_TABLE.path or path == methods.SET_VIEW.path:
             self.note_view(call.request.view)
-            if path == methods.ATTACH_TABLE.path and call.request.source is not None:
-                self._restored(call.request.view.schema.table_id, self.saved.origin(call.request.source))
+            if path == methods.ATTACH_TABLE.path:
+                self._attached(call.request, call.server)
+        elif path == methods.SHARD_DROP_TABLE.path:
+            self.answering.pop((call.request.table_id, call.server), None)
         elif path == methods.RESOLVE.path:
             for step in reply.steps:
                 if step.version:
@@ -159,6 +172,21 @@ class History:
         same = np.array_equal(known.owners, view.placement.owners)
         if not same or not np.array_equal(known.key_owners, view.placement.key_owners):
             self.say(f"table {table_id} has two placements of epoch {view.placement.epoch}")
+
+    def _attached(self, request: AttachTable, shard: str) -> None:
+        table_id = request.view.schema.table_id
+        if request.pending:
+            self.answering.setdefault((table_id, shard), False)  # a copy that comes late takes nothing back
+        else:
+            self.answering[table_id, shard] = True
+        if request.source is not None:
+            self._restored(table_id, self.saved.origin(request.source))
+
+    @property
+    def half_told(self) -> bool:
+        """Whether some shard of a table that is made waits for a controller to say so, and answers nobody before."""
+        made = {table_id for (table_id, _), told in self.answering.items() if told}
+        return any(table_id in made and not told for (table_id, _), told in self.answering.items())
 
     def _restored(self, table_id: int, origin: Origin) -> None:
         """A table is made of a checkpoint's."""

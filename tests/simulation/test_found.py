@@ -1,8 +1,18 @@
 """What the simulation found, each as small as it can be: faults that are mended, and must not come back."""
 
 from random import Random
+from typing import Any
 
 from mempool.agreement.rounds import Round, Ticked
+from mempool.controller.changes import first_view
+from mempool.types import AttachTable, ShardInfo
+from mempool.wire import methods
+from mempool.wire.codecs.pages import ForgetTable
+from mempool.wire.methods import Method
+from tests.simulation.history import History
+from tests.simulation.loop import Scheduler
+from tests.simulation.network import Call, Network
+from tests.simulation.tables import draw_schema
 
 
 def test_a_round_that_waits_long_is_not_ticked_again_and_again() -> None:
@@ -31,3 +41,29 @@ def test_what_a_round_is_ticked_for_is_due_then_whatever_the_clock_says() -> Non
             assert next_s is not None
             round_.handle(Ticked(), next_s)
             assert round_.next_s is None or round_.next_s > next_s
+
+
+def test_a_table_that_not_every_shard_knows_to_be_made_waits_for_a_controller() -> None:
+    """A controller had confirmed it at one shard, and was then away for good: nobody else tells the others."""
+    scheduler = Scheduler(306)
+    network, history, process = Network(scheduler), History(), scheduler.loop("controller")
+    history.watch(network)
+    infos = tuple(ShardInfo(shard=shard, address=f"shard-{shard}:7070", incarnation=1) for shard in range(3))
+    view, _ = first_view(draw_schema(Random(306), "facts"), infos)
+    fill = AttachTable(view=view, mode="initialise", pending=True)
+    made = AttachTable(view=view, mode="confirm")
+
+    def served(shard: int, request: Any, method: Method[Any, None] = methods.ATTACH_TABLE) -> bool:
+        call = Call(1, process, "controller", f"shard-{shard}", method, request, sent_s=0.0)
+        for observer in network.on_served:
+            observer(call, None)
+        return history.half_told
+
+    for info in infos:
+        history.shard_started(info, f"shard-{info.shard}")
+        assert not served(info.shard, fill)  # nobody uses it yet
+    assert served(0, made)
+    assert served(0, fill)  # it came late
+    assert served(1, made)  # the third one has not heard
+    assert not served(2, ForgetTable(table_id=view.schema.table_id, unmade=False), methods.SHARD_DROP_TABLE)
+    scheduler.close()
