@@ -37,7 +37,7 @@ COPY_BYTES = 256 * MIB
 """Of rows that are kept as they were, of all tables: above that no further step is begun."""
 _GROUP_BYTES = 4 * MIB
 """Read out in one job: some milliseconds."""
-_PAUSES = 8
+_PAUSES = 12
 """While others use the engine, so many times as long as a group was read out it is theirs before the next one is."""
 _IN_USE_S = 1.0
 """So long after its thread has worked for others it counts as used: a trainer computes between two calls."""
