@@ -135,6 +135,14 @@ class DiskFile:
                 num_bytes -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def read_into(self, at: int, buffer: memoryview) -> int:
+        """See ``File``."""
+        done = 0
+        with _told("read", self.path):
+            while done < len(buffer) and (count := os.preadv(self._opened(), [buffer[done:]], at + done)):
+                done += count
+        return done
+
     def size(self) -> int:
         """See ``File``."""
         with _told("ask for the size of", self.path):

@@ -45,6 +45,9 @@ class File(Protocol):
     def read(self, at: int, num_bytes: int) -> bytes:
         """Bytes from ``at`` on; fewer only at the end of the file."""
 
+    def read_into(self, at: int, buffer: memoryview) -> int:
+        """Fill a buffer from ``at`` on; how many bytes those were: fewer only at the end of the file."""
+
     def size(self) -> int:
         """Bytes of the file."""
 

@@ -29,7 +29,7 @@ from mempool.journal.reading import NEW
 from mempool.journal.records import RESTORE, Damaged, Owner, lost, sum_of
 
 _NAME = re.compile(r"(\d{12})\.(pack|manifest)")
-_RUN_BYTES = 16 * 2**20
+_RUN_BYTES = 4 * 2**20
 """Read at once, where pages lie behind one another."""
 
 
@@ -81,7 +81,8 @@ class Snapshots:
         return Snapshot(self, self._begun, after=after)
 
     def pages(self) -> Iterator[tuple[bytes, dict[str, memoryview]]]:
-        """Each page of the newest one with its arrays, as they lie on the disk: in no order of the caller's.
+        """Each page of the newest one with its arrays, as they lie on the disk: in no order of the caller's. Arrays are
+        views of memory that the next page may be read into.
 
         Raises:
             DataLoss: A page is damaged; file and offset are named.
@@ -122,6 +123,7 @@ class Snapshots:
     def _read(self, pages: Mapping[bytes, Place]) -> Iterator[tuple[bytes, dict[str, memoryview]]]:
         file: File | None = None
         opened, run, begin = 0, memoryview(b""), 0
+        buffer = bytearray()  # one for all: the system takes longer to give memory than a fast disk to fill it
         order = sorted(pages.items(), key=lambda item: (item[1].pack, item[1].offset))
         try:
             for number, (key, place) in enumerate(order):
@@ -131,7 +133,11 @@ class Snapshots:
                     file, opened, run, begin = self._files.open(self._path(place.pack, "pack")), place.pack, run[:0], 0
                 if place.offset + place.num_bytes > begin + len(run):
                     begin = place.offset
-                    run = memoryview(file.read(begin, _run_bytes(order, number)))
+                    num_bytes = _run_bytes(order, number)
+                    if num_bytes > len(buffer):
+                        buffer = bytearray(num_bytes)
+                    run = memoryview(buffer)[:num_bytes]
+                    run = run[: file.read_into(begin, run)]
                 data = run[place.offset - begin :][: place.num_bytes]
                 try:
                     if len(data) < place.num_bytes or xxhash.xxh3_64_intdigest(data) != place.checksum:

@@ -335,6 +335,11 @@ class FakeFile:
         self._files._did("read", self.path)
         return bytes(self._inode.now[at : at + num_bytes])
 
+    def read_into(self, at: int, buffer: memoryview) -> int:
+        data = self.read(at, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
     def size(self) -> int:
         self._alive()
         self._files._did("size", self.path)

@@ -106,7 +106,7 @@ def test_arrays_of_numpy_come_back_aligned(tmp_path: Path) -> None:
             snapshot.write(key, [("values", [memoryview(rows)]), ("empty", []), ("halves", [memoryview(halves)])])
         snapshot.finish(b"")
     store = Snapshots(DiskFiles(), str(tmp_path), owner=OWNER)
-    found = dict(store.pages())
+    found = {key: {name: bytes(data) for name, data in arrays.items()} for key, arrays in store.pages()}
     assert list(found) == keys
     for n, key in enumerate(keys):
         assert list(found[key]) == ["values", "empty", "halves"]
