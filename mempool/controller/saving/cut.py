@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mempool.errors import Internal
+from mempool.errors import Internal, MempoolError, ShardUnavailable
 
 LEASE_S = 10.0
 """Of a freeze: how long a controller that dies holds off writers."""
@@ -142,7 +142,7 @@ class Cut:
             return []
         self._renewals += 1
         self.next_s = now_s + LEASE_S / _RENEWALS
-        calls = [Freeze(owner, self._renewals) for owner in self._frozen]
+        calls = [Freeze(owner, self._renewals) for owner in self._touched]  # also where one waits for a step
         self._open.update(calls)
         return list(calls)
 
@@ -188,9 +188,16 @@ class Cut:
         return list(calls) if calls else self._go_on(now_s)
 
 
-def _apart(owner: Owner, known: int, found: int) -> Internal:
+def _apart(owner: Owner, known: int, found: int) -> MempoolError:
+    if found > known:  # at the gate the freeze has ended, or its shard was started anew
+        return ShardUnavailable(
+            f"table {owner.table_id} was frozen at version {known}, and is at {found} on shard {owner.shard}: training "
+            f"went on, as this controller was not heard of at its gate for {LEASE_S:g} s, or a shard was started anew. "
+            "No checkpoint was taken, and nothing was changed; take it again",
+            shard=owner.shard,
+        )
     return Internal(
-        f"table {owner.table_id} stands still at version {found} on shard {owner.shard}, and at {known} on another: no "
-        "checkpoint was taken. Nothing was changed; take it again",
+        f"table {owner.table_id} stands still at version {found} on shard {owner.shard}, and at {known} on its gate: "
+        "no checkpoint was taken. Nothing was changed; take it again",
         shard=owner.shard,
     )

@@ -126,6 +126,22 @@ def test_owners_that_stand_at_different_versions_make_no_moment() -> None:
     assert ended.held_s == 0.4
 
 
+def test_a_gate_whose_freeze_ended_meanwhile_is_no_bug() -> None:
+    cut = Cut({1: (0, 1)})
+    (gate,) = cut.begin(0.0)
+    assert isinstance(gate, Freeze)
+    (other,) = cut.handle(Answered(gate, 5), 2 * LEASE_S)  # long under way: steps go on at the gate
+    assert isinstance(other, Freeze)
+    first, second = cut.handle(Answered(other, 7), 2 * LEASE_S)
+    assert isinstance(first, Thaw)
+    assert isinstance(second, Thaw)
+    assert cut.handle(Answered(first), 2 * LEASE_S) == []
+    (ended,) = cut.handle(Answered(second), 2 * LEASE_S)
+    assert isinstance(ended, Ended)
+    assert isinstance(ended.error, ShardUnavailable)
+    assert "frozen at version 5, and is at 7 on shard 1" in str(ended.error)
+
+
 def test_freezes_are_renewed_until_all_are_marked() -> None:
     cut = Cut({1: (0,), 2: (1,)})
     first, second = cut.begin(0.0)
@@ -133,8 +149,9 @@ def test_freezes_are_renewed_until_all_are_marked() -> None:
     assert isinstance(second, Freeze)
     assert cut.handle(Answered(first, 1), 0.1) == []
     assert cut.handle(Ticked(), 0.2) == [], "not due"
-    (renewed,) = cut.handle(Ticked(), LEASE_S / 3)
+    renewed, waiting = cut.handle(Ticked(), LEASE_S / 3)
     assert renewed == Freeze(first.owner, 1)
+    assert waiting == Freeze(second.owner, 1), "it may wait for a step for longer than its lease"
     marks = cut.handle(Answered(second, 2), 4.0)
     assert marks == [Mark(first.owner, 1), Mark(second.owner, 2)]
     assert isinstance(renewed, Freeze)
