@@ -8,7 +8,7 @@ to the server. What is said is what ``mempool.server.services`` says: the tables
 
 import asyncio
 import contextvars
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from random import Random
@@ -320,6 +320,7 @@ class _Waiting:
         self._address = address
         self._reports: dict[int, Any] = {}
         self._next_report = 0
+        self._arrived: deque[tuple[str, Any]] = deque()
         self.inbox: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
 
     def replied(self, reply: Any) -> None:
@@ -349,7 +350,12 @@ class _Waiting:
 
     def _put(self, kind: str, value: Any) -> None:
         if not self._lost:
-            self.loop.call_soon(self.inbox.put_nowait, (kind, value), context=contextvars.Context())
+            self._arrived.append((kind, value))
+            self.loop.call_soon(self._take_in, context=contextvars.Context())
+
+    def _take_in(self) -> None:
+        """The next that arrived: what is ready on a loop runs in no order, and a stream has one."""
+        self.inbox.put_nowait(self._arrived.popleft())
 
     def _unavailable(self, why: str) -> MempoolError:
         kind = PoolUnreachable if self._shard is None else ShardUnavailable

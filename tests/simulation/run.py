@@ -164,10 +164,11 @@ class Run:
         scheduler.run(asyncio.sleep(self.lasts_s), limit_s=ended_s + 1.0)
         chaos.end()
         going.cancel()
-        awaited = self.faults.restarts or self.history.half_told  # type: ignore[union-attr]
+        half_made = self.history.half_told or workload.restoring
+        awaited = half_made or self.faults.restarts  # type: ignore[union-attr]
         if self.faults.controller_dies and workload.rescaling and not awaited:  # type: ignore[union-attr]
             # For good: what it froze thaws by itself, and trainers go on. Shards that come back wait for one, and so
-            # does a table that not every shard knows to be made.
+            # does a table that not every shard knows to be made, and who restores one asks until it is answered.
             self.park.kill_controller(comes_back_s=10 * PROGRESS_S)
             self.marks["a controller that died in a rescale and did not come back"] += 1
         scheduler.run(workload.end(), limit_s=scheduler.now_s + PROGRESS_S)

@@ -47,6 +47,11 @@ class Saver:
         self.doing = ""
         self.life = self._client.loop.create_task(self._live())
 
+    @property
+    def restoring(self) -> bool:
+        """Whether it restores a table now, or asks what has become of one."""
+        return self.doing.startswith("restores")
+
     async def _live(self) -> None:
         random, workload = self._random, self._workload
         while not workload.ending:

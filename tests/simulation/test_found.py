@@ -3,16 +3,22 @@
 from random import Random
 from typing import Any
 
+import pytest
+
 from mempool.agreement.rounds import Round, Ticked
 from mempool.controller.changes import first_view
 from mempool.types import AttachTable, ShardInfo
 from mempool.wire import methods
 from mempool.wire.codecs.pages import ForgetTable
 from mempool.wire.methods import Method
+from tests.simulation.faults import Faults
 from tests.simulation.history import History
 from tests.simulation.loop import Scheduler
 from tests.simulation.network import Call, Network
+from tests.simulation.run import Run
+from tests.simulation.saving import Saver
 from tests.simulation.tables import draw_schema
+from tests.simulation.workload import Workload
 
 
 def test_a_round_that_waits_long_is_not_ticked_again_and_again() -> None:
@@ -67,3 +73,17 @@ def test_a_table_that_not_every_shard_knows_to_be_made_waits_for_a_controller() 
     assert served(1, made)  # the third one has not heard
     assert not served(2, ForgetTable(table_id=view.schema.table_id, unmade=False), methods.SHARD_DROP_TABLE)
     scheduler.close()
+
+
+@pytest.mark.parametrize("restoring", [False, True])
+@pytest.mark.filterwarnings("ignore")  # of processes that were killed with calls under way
+def test_who_restores_a_table_is_not_left_without_a_controller(
+    restoring: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run had its controller die for good while somebody waited for a table that was restored: it never was."""
+    run = Run(1, faults=Faults(controller_dies=True), saves=True)
+    monkeypatch.setattr(Workload, "rescaling", True)
+    monkeypatch.setattr(Saver, "restoring", restoring)
+    outcome = run.play()
+    assert not outcome.violations
+    assert outcome.marks["a controller that died in a rescale and did not come back"] == (not restoring)

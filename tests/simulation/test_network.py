@@ -23,6 +23,7 @@ class Dropper:
         self.dropped: list[str] = []
         self.ended: list[str] = []
         self.takes_s = 0.0
+        self.pause_s = 0.5
 
     async def drop_table(self, name: str, *, table_id: int = 0) -> None:  # noqa: ARG002
         assert current_caller().name == "trainer"
@@ -49,7 +50,7 @@ class Dropper:
                 table="",
                 done=moved == 2,
             )
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(self.pause_s)
 
     create_table = table = tables = status = close = restore = checkpoint = None
 
@@ -113,6 +114,15 @@ def test_a_stream_comes_whole_and_in_order(scene: Scene) -> None:
 
     scene.network.weather.slow = 0.5
     for _ in range(5):
+        assert scene.scheduler.run(watch(), loop=scene.client) == [0, 1, 2]
+
+
+def test_a_stream_that_ends_with_its_last_report_is_told_of_it_first(scene: Scene) -> None:
+    async def watch() -> list[int]:
+        return [report.pages_moved async for report in scene.channel.stream(methods.RESCALE, 2)]
+
+    scene.pool.pause_s = 0.0
+    for _ in range(40):
         assert scene.scheduler.run(watch(), loop=scene.client) == [0, 1, 2]
 
 

@@ -228,6 +228,11 @@ class Workload:
         """Whether the operator waits for a rescale now."""
         return self._operator_doing == "rescales"
 
+    @property
+    def restoring(self) -> bool:
+        """Whether somebody waits for a table that is restored, which takes a controller to know of."""
+        return self._saver is not None and self._saver.restoring
+
     async def _operate(self) -> None:
         random = self._random
         while not self.ending:
