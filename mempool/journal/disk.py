@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -11,6 +12,8 @@ from mempool.journal.files import Bytes, is_locked, storage_failed
 _MOST_BUFFERS = 1024
 """Of one call: IOV_MAX of Linux."""
 _MOST_OWNER_BYTES = 1024
+_BLOCK_BYTES = 4096
+"""What reads past the system's cache begin and end at: a multiple of the block of all but a few file systems."""
 
 # Where there is no fdatasync, fsync does more than is needed.
 _sync = getattr(os, "fdatasync", os.fsync)
@@ -98,6 +101,8 @@ class DiskFile:
     def __init__(self, path: str, descriptor: int) -> None:
         self.path = path
         self._descriptor: int | None = descriptor
+        self._direct: int | None = None
+        self._read = memoryview(b"")
 
     def write(self, buffers: Sequence[Bytes], at: int) -> int:
         """See ``File``."""
@@ -116,9 +121,7 @@ class DiskFile:
 
     def begin_sync(self, at: int, num_bytes: int) -> None:
         """See ``File``. Linux begins to write back what it is told not to keep."""
-        if hasattr(os, "posix_fadvise"):
-            with suppress(OSError):  # advice, and no more
-                os.posix_fadvise(self._opened(), at, num_bytes, os.POSIX_FADV_DONTNEED)
+        self._do_not_keep(at, num_bytes)
 
     def sync(self) -> None:
         """See ``File``."""
@@ -135,13 +138,17 @@ class DiskFile:
                 num_bytes -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def read_into(self, at: int, buffer: memoryview) -> int:
+    def read_once(self, at: int, num_bytes: int) -> memoryview:
         """See ``File``."""
-        done = 0
+        # Past the system's cache where that can be. A gigabyte that passes through it takes one of memory, which what
+        # others read often makes way for, and which a virtual machine gets from its host more slowly than a disk reads.
+        skipped = at % _BLOCK_BYTES
+        begin, wanted = at - skipped, -(-(skipped + num_bytes) // _BLOCK_BYTES) * _BLOCK_BYTES
+        if len(self._read) < wanted:
+            self._read = memoryview(mmap.mmap(-1, wanted))  # its address is a multiple of a block's size too
         with _told("read", self.path):
-            while done < len(buffer) and (count := os.preadv(self._opened(), [buffer[done:]], at + done)):
-                done += count
-        return done
+            found = self._read[: self._fill(begin, self._read[:wanted])]
+        return found[skipped:][:num_bytes]
 
     def size(self) -> int:
         """See ``File``."""
@@ -155,10 +162,33 @@ class DiskFile:
 
     def close(self) -> None:
         """See ``File``."""
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            with _told("close", self.path):
-                os.close(descriptor)
+        descriptors = self._descriptor, self._direct
+        self._descriptor = self._direct = None
+        for descriptor in descriptors:
+            if descriptor is not None:
+                with _told("close", self.path):
+                    os.close(descriptor)
+
+    def _fill(self, at: int, blocks: memoryview) -> int:
+        """Whole blocks from ``at`` on; how many bytes that were."""
+        if self._direct is None and hasattr(os, "O_DIRECT"):
+            with suppress(OSError):  # not every file system has that
+                path = f"/proc/self/fd/{self._opened()}"
+                self._direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        if self._direct is not None:
+            try:
+                return _read_blocks(self._direct, at, blocks)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # that is: of blocks of this size, or at this address
+                    raise
+        done = _read_blocks(self._opened(), at, blocks)
+        self._do_not_keep(at, done)
+        return done
+
+    def _do_not_keep(self, at: int, num_bytes: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            with suppress(OSError):  # advice, and no more
+                os.posix_fadvise(self._opened(), at, num_bytes, os.POSIX_FADV_DONTNEED)
 
     def _opened(self) -> int:
         if self._descriptor is None:
@@ -179,6 +209,15 @@ class DiskLock:
             # Closing is not enough: a process that was forked meanwhile, as a DataLoader's, has the same lock.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
+
+
+def _read_blocks(descriptor: int, at: int, blocks: memoryview) -> int:
+    done = 0
+    while done < len(blocks) and (count := os.preadv(descriptor, [blocks[done:]], at + done)):
+        done += count
+        if count % _BLOCK_BYTES:  # the file's end; what is asked for next would be no block
+            break
+    return done
 
 
 @contextmanager

@@ -45,8 +45,9 @@ class File(Protocol):
     def read(self, at: int, num_bytes: int) -> bytes:
         """Bytes from ``at`` on; fewer only at the end of the file."""
 
-    def read_into(self, at: int, buffer: memoryview) -> int:
-        """Fill a buffer from ``at`` on; how many bytes those were: fewer only at the end of the file."""
+    def read_once(self, at: int, num_bytes: int) -> memoryview:
+        """As ``read``, of what is not read again soon: the system need not keep it in memory. The view is of memory
+        that the next call reads into."""
 
     def size(self) -> int:
         """Bytes of the file."""

@@ -123,7 +123,6 @@ class Snapshots:
     def _read(self, pages: Mapping[bytes, Place]) -> Iterator[tuple[bytes, dict[str, memoryview]]]:
         file: File | None = None
         opened, run, begin = 0, memoryview(b""), 0
-        buffer = bytearray()  # one for all: the system takes longer to give memory than a fast disk to fill it
         order = sorted(pages.items(), key=lambda item: (item[1].pack, item[1].offset))
         try:
             for number, (key, place) in enumerate(order):
@@ -133,11 +132,7 @@ class Snapshots:
                     file, opened, run, begin = self._files.open(self._path(place.pack, "pack")), place.pack, run[:0], 0
                 if place.offset + place.num_bytes > begin + len(run):
                     begin = place.offset
-                    num_bytes = _run_bytes(order, number)
-                    if num_bytes > len(buffer):
-                        buffer = bytearray(num_bytes)
-                    run = memoryview(buffer)[:num_bytes]
-                    run = run[: file.read_into(begin, run)]
+                    run = file.read_once(begin, _run_bytes(order, number))
                 data = run[place.offset - begin :][: place.num_bytes]
                 try:
                     if len(data) < place.num_bytes or xxhash.xxh3_64_intdigest(data) != place.checksum:

@@ -335,10 +335,8 @@ class FakeFile:
         self._files._did("read", self.path)
         return bytes(self._inode.now[at : at + num_bytes])
 
-    def read_into(self, at: int, buffer: memoryview) -> int:
-        data = self.read(at, len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+    def read_once(self, at: int, num_bytes: int) -> memoryview:
+        return memoryview(self.read(at, num_bytes))
 
     def size(self) -> int:
         self._alive()

@@ -1,10 +1,9 @@
 """The pages of a shard as a snapshot has them: their keys, their bytes, and back into arenas."""
 
 import struct
-import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -18,6 +17,8 @@ from mempool.shard.pages.named_arrays import HEAD_KEYS, Blocks
 
 _PAGE = struct.Struct("<QIH")  # table, row page, how many blocks; then these
 _HEADS = struct.Struct("<Q")
+Places = dict[bytes, tuple[Arena, int]]
+"""Of each page of a snapshot: its arena, and which page that is there."""
 _LARGE_BYTES = 64 * 2**20
 """Smaller arenas get their memory as they are written to."""
 
@@ -43,18 +44,19 @@ def heads_arrays(table: HostedTable) -> list[tuple[str, Tensor]]:
     return [("heads", _bytes_of(heads)), (HEAD_KEYS, _bytes_of(table.storage.head_keys))]
 
 
-def restore_pages(snapshots: Snapshots, tables: Mapping[int, HostedTable]) -> dict[Arena, int]:
-    """Put the pages of the newest snapshot where they are found. Returns each arena with its ``writes`` then.
+def place_pages(snapshots: Snapshots, tables: Mapping[int, HostedTable]) -> Places:
+    """Where in arenas the pages of the newest snapshot go: rows are found there from now on, and filled by
+    ``restore_pages``.
 
     Raises:
-        DataLoss: A page is damaged, or is of a table that the snapshot does not have.
+        DataLoss: A page is of a table that the snapshot does not have.
     """
     rows: dict[tuple[int, Blocks], list[int]] = defaultdict(list)
     for key in () if snapshots.newest is None else snapshots.newest.pages:
         if len(key) != _HEADS.size:
             table_id, row_page, blocks = _page_of(key)
             rows[table_id, blocks].append(row_page)
-    places: dict[bytes, tuple[Arena, int]] = {}
+    places: Places = {}
     for (table_id, blocks), found in rows.items():
         if table_id not in tables:
             raise DataLoss(f"the newest snapshot has pages of table {table_id}, and no such table")
@@ -64,12 +66,27 @@ def restore_pages(snapshots: Snapshots, tables: Mapping[int, HostedTable]) -> di
         arena.publish(row_pages, taken)
         for row_page, place in zip(row_pages.tolist(), taken.tolist(), strict=True):
             places[page_key(table_id, row_page, blocks)] = arena, place
+    return places
+
+
+def populate(places: Places) -> None:
+    """Have the system give memory to these arenas, where that is much: at once, not page by page as they are filled."""
+    for arena in {arena for arena, _ in places.values()}:
+        if arena.num_bytes >= _LARGE_BYTES:
+            arena.populate()
+
+
+def restore_pages(snapshots: Snapshots, tables: Mapping[int, HostedTable], places: Places) -> dict[Arena, int]:
+    """Fill the pages of the newest snapshot. Returns each arena with its ``writes`` then.
+
+    Raises:
+        DataLoss: A page is damaged.
+    """
     arenas = {arena: arena.raw for arena, _ in places.values()}
     with ExitStack() as writing:
         for arena in arenas:
             pages = torch.tensor([place for owner, place in places.values() if owner is arena], device=arena.device)
             writing.enter_context(arena.writing(pages=pages))
-        writing.enter_context(_populated([arena for arena in arenas if arena.num_bytes >= _LARGE_BYTES]))
         for key, arrays in snapshots.pages():
             if key in places:
                 arena, place = places[key]
@@ -78,27 +95,6 @@ def restore_pages(snapshots: Snapshots, tables: Mapping[int, HostedTable]) -> di
             else:
                 _restore_heads(tables[_HEADS.unpack(key)[0]], arrays)
     return {arena: arena.writes for arena in arenas}
-
-
-@contextmanager
-def _populated(arenas: Sequence[Arena]) -> Iterator[None]:
-    """Beside reading, have the system give memory to these arenas: zeroing it takes as long as a fast disk reads."""
-    if not arenas:
-        yield
-        return
-    enough = threading.Event()
-
-    def populate() -> None:
-        for arena in arenas:
-            arena.populate(enough.is_set)
-
-    thread = threading.Thread(target=populate, name="mempool-memory", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        enough.set()
-        thread.join()
 
 
 def _restore_heads(table: HostedTable, arrays: Mapping[str, memoryview]) -> None:

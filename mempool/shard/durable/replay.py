@@ -11,7 +11,7 @@ from mempool import kernels
 from mempool.errors import DataLoss, Internal, MempoolError
 from mempool.observe import Stages
 from mempool.shard import validate
-from mempool.shard.durable.pages import restore_pages
+from mempool.shard.durable.pages import place_pages, populate, restore_pages
 from mempool.shard.durable.records import (
     Applied,
     Attached,
@@ -67,11 +67,14 @@ def recover(store: Store, tenancy: Tenancy, budget: Budget, stages: Stages) -> d
         with stages.measure("recover: snapshot"):
             for record in store.take_head():
                 replay.take(record)
+            places = place_pages(store.snapshots, tenancy.tables)
         with stages.measure("recover: kernels"):  # on a new machine they are compiled, on all cores
             for table in tenancy.tables.values():
                 _make_ready(table)
+        with stages.measure("recover: memory"):
+            populate(places)
         with stages.measure("recover: snapshot"):
-            restored = restore_pages(store.snapshots, tenancy.tables)
+            restored = restore_pages(store.snapshots, tenancy.tables, places)
             replay.own()
         with stages.measure("recover: replay"):
             for record in store.records():

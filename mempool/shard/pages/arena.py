@@ -273,10 +273,10 @@ class Arena:
         self._free = np.sort(np.append(self._free, arena_pages))[::-1]
         self._freed += len(arena_pages)
 
-    def populate(self, stop: Callable[[], bool]) -> None:
-        """Have memory behind all pages there are, until ``stop`` says so. From any thread."""
+    def populate(self) -> None:
+        """Have memory behind all pages there are: see ``Rows``."""
         for rows in self._memory.values():
-            rows.populate(stop)
+            rows.populate()
 
     def publish(self, row_pages: PageNumbers, arena_pages: PageNumbers) -> None:
         """From now on these row pages are found at these arena pages."""

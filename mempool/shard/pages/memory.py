@@ -8,7 +8,7 @@ import ctypes
 import mmap
 import os
 import weakref
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, Protocol
 
@@ -22,7 +22,8 @@ _NO_ACCESS = 0  # PROT_NONE
 _HUGE_PAGE_BYTES = 2 * 2**20
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, of Linux 5.14
 _POPULATED_BYTES = 32 * 2**20
-"""At once."""
+"""At once, by each of so many threads at most:"""
+_POPULATING = 8
 _LARGE = 16 * _HUGE_PAGE_BYTES
 """From here on an array grows by whole huge pages: less than a sixteenth of it can be memory that holds no row yet."""
 
@@ -42,9 +43,8 @@ class Rows(Protocol):
     def first(self, num_rows: int) -> Tensor:
         """[num_rows, width]: the first rows, as many as there are at most; a contiguous view."""
 
-    def populate(self, stop: Callable[[], bool]) -> None:
-        """Have memory behind all of them, which they get else when they are first written to; until ``stop`` says so.
-        From any thread, while others write to them."""
+    def populate(self) -> None:
+        """Have memory behind all of them, which they get else when they are first written to."""
 
 
 def rows_on(device: torch.device, *, max_rows: int, width: int, dtype: torch.dtype) -> Rows:
@@ -89,8 +89,8 @@ class ReservedRows:
     def first(self, num_rows: int) -> Tensor:
         return self._rows[:num_rows]
 
-    def populate(self, stop: Callable[[], bool]) -> None:
-        self._range.populate(self._num_bytes, stop)
+    def populate(self) -> None:
+        self._range.populate(self._num_bytes)
 
 
 class AllocatedRows:
@@ -120,7 +120,7 @@ class AllocatedRows:
     def first(self, num_rows: int) -> Tensor:
         return self._rows[:num_rows]
 
-    def populate(self, stop: Callable[[], bool]) -> None:
+    def populate(self) -> None:
         """They have it."""
 
 
@@ -153,14 +153,16 @@ class _Range:
         if _libc().mprotect(self._address + first, end - first, mmap.PROT_READ | mmap.PROT_WRITE) != 0:
             raise _no_memory(end - first, f"the system refuses it ({_reason()})")
 
-    def populate(self, num_bytes: int, stop: Callable[[], bool]) -> None:
+    def populate(self, num_bytes: int) -> None:
         """Have memory behind the first bytes. Where the system cannot, they get it when they are written to."""
-        for first in range(0, num_bytes, _POPULATED_BYTES):
-            if stop():
-                return
+
+        def some(first: int) -> None:
             length = min(num_bytes, first + _POPULATED_BYTES) - first
-            if _libc().madvise(self._address + first, length, _POPULATE_WRITE) != 0:
-                return
+            _libc().madvise(self._address + first, length, _POPULATE_WRITE)
+
+        # Zeroing is as slow on one core as a fast disk reads, and slower where a host has to give the memory first.
+        with ThreadPoolExecutor(min(_POPULATING, os.cpu_count() or 1), "mempool-memory") as threads:
+            list(threads.map(some, range(0, num_bytes, _POPULATED_BYTES)))
 
     def empty(self, first: int, end: int) -> None:
         """Give the memory of these bytes back; they hold zeros."""

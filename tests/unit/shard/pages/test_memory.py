@@ -2,6 +2,7 @@
 
 import gc
 import os
+import platform
 import warnings
 from pathlib import Path
 from typing import Any
@@ -80,18 +81,18 @@ def test_nothing_beyond_the_rows_is_resident_by_a_huge_page() -> None:
     assert _resident() - before < 8 * MIB
 
 
-def test_memory_that_is_asked_for_ahead_changes_no_row_and_comes_until_it_is_stopped() -> None:
+def test_memory_that_is_asked_for_ahead_is_there_and_changes_no_row() -> None:
     rows = ReservedRows(max_rows=2**16, width=256, dtype=torch.float32)
     rows.resize(2**16)  # 64 MiB
-    rows.first(2**16)[::1000] = 7
+    rows.first(2**16)[:40_000:20_000] = 7
     before = _resident()
-    rows.populate(lambda: True)
-    assert _resident() - before < 8 * MIB
-    rows.populate(lambda: False)
+    rows.populate()
+    if tuple(map(int, platform.release().split(".")[:2])) >= (5, 14):  # Linux before it gives memory as it is needed
+        assert _resident() - before > 48 * MIB
     found = rows.first(2**16)
-    assert int((found == 7).sum()) == 66 * 256
-    assert int((found != 0).sum()) == 66 * 256
-    AllocatedRows(width=4, dtype=torch.float32, device=CPU).populate(lambda: False)
+    assert int((found == 7).sum()) == 2 * 256
+    assert int((found != 0).sum()) == 2 * 256
+    AllocatedRows(width=4, dtype=torch.float32, device=CPU).populate()
 
 
 def test_addresses_are_given_back_with_the_last_tensor() -> None:
