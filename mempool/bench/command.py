@@ -1,13 +1,16 @@
-"""One run as a command: what is printed, which files are written, how it ends. Shared by both command lines."""
+"""One run as a command: what is printed, which files are written, how it ends. Shared by command lines."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mempool.bench import report
 from mempool.bench.cases import Workload
+from mempool.bench.gate import GateError
 from mempool.bench.plot import can_plot, plot
 from mempool.bench.run import Options, OptionsError, run
 
@@ -37,24 +40,36 @@ def bench_kernels(
     Raises:
         OptionsError: A plot is asked for, and there is no matplotlib.
     """
-    if plot_file is not None and not can_plot():
-        raise OptionsError("--plot needs matplotlib, which is not installed: pip install matplotlib")
-    outcome = run(options, say=_say, workload=workload)
+    require_plot(plot_file)
+    outcome = run(options, say=say, workload=workload)
     found = report.document(outcome)
-    if as_json:
-        print(json.dumps(found, indent=1, allow_nan=False))
-    else:
-        print("\n".join(["", *report.lines(outcome)]))
+    show(found, report.lines(outcome), as_json=as_json)
     if out is not None:
-        _say(f"result: {report.write(found, out)}")
+        say(f"result: {report.write(found, out)}")
     if plot_file is not None:
         plot(found, plot_file)
-        _say(f"plot: {plot_file}")
-    for error in outcome.failed:
+        say(f"plot: {plot_file}")
+    return exit_code(outcome.failed)
+
+
+def require_plot(plot_file: Path | None) -> None:
+    """Raises OptionsError where a plot is asked for, and there is no matplotlib: before anything is measured."""
+    if plot_file is not None and not can_plot():
+        raise OptionsError("--plot needs matplotlib, which is not installed: pip install matplotlib")
+
+
+def show(found: dict[str, Any], lines: Sequence[str], *, as_json: bool) -> None:
+    """Print a result, or the report of it."""
+    print(json.dumps(found, indent=1, allow_nan=False) if as_json else "\n".join(["", *lines]))
+
+
+def exit_code(failed: Sequence[GateError]) -> int:
+    """1 if anything was wrong, which is said on stderr."""
+    for error in failed:
         print(f"mempool: wrong, so not timed: {error}", file=sys.stderr)
-    return FAILED if outcome.failed else 0
+    return FAILED if failed else 0
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
     """Progress goes where it disturbs no JSON."""
     print(line, file=sys.stderr, flush=True)

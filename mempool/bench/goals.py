@@ -46,17 +46,17 @@ class Standing:
 
 
 def standings(device_type: str, measured: Sequence[Measured]) -> list[Standing]:
-    """How a run stands to the goals of its device; "ok", "below", or "not measured"."""
-    found = []
-    for goal in _GPU if device_type == "cuda" else _CPU:
-        figure = goal.find(measured)
-        if figure is None:
-            standing = "not measured"
-        else:
-            reached = figure <= goal.at_least if goal.under else figure >= goal.at_least
-            standing = "ok" if reached else "below"
-        found.append(Standing(goal.what, goal.at_least, figure, standing))
-    return found
+    """How a run stands to the goals of its device: "ok", "below", "above" (its limit), or "not measured"."""
+    goals = _GPU if device_type == "cuda" else _CPU
+    return [stand(goal.what, goal.at_least, goal.find(measured), under=goal.under) for goal in goals]
+
+
+def stand(what: str, wanted: float, figure: float | None, *, under: bool = False) -> Standing:
+    """How a figure stands to what is wanted: at least that much; or at most, if ``under``."""
+    if figure is None:
+        return Standing(what, wanted, None, "not measured")
+    reached = figure <= wanted if under else figure >= wanted
+    return Standing(what, wanted, figure, "ok" if reached else ("above" if under else "below"))
 
 
 def _ratio(family: str, what: str, peer: str) -> Find:

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,14 @@ def implementation(device: torch.device) -> str:
     return next(name for name in _IMPLEMENTATIONS[device.type] if kernel_implementation(name) is running)
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of every package that takes part; None if it is not installed."""
+def versions(also: Sequence[str] = ()) -> dict[str, str | None]:
+    """Versions of Python and of every package that takes part; None if it is not installed.
+
+    Args:
+        also: Packages beside those of the kernels and their peers.
+    """
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *also):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

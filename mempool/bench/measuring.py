@@ -61,6 +61,14 @@ class Times:
         """
         return statistics.median(mine / its for mine, its in zip(self.rounds_ms, other.rounds_ms, strict=True))
 
+    def beyond(self, other: Times) -> float:
+        """How many milliseconds longer this took than another: the median of the rounds' differences."""
+        return statistics.median(mine - its for mine, its in zip(self.rounds_ms, other.rounds_ms, strict=True))
+
+    def quantile_ms(self, share: float) -> float:
+        """What so great a share of the rounds took at most: one of the times that were measured."""
+        return quantile(self.rounds_ms, share)
+
     @property
     def min_ms(self) -> float:
         return min(self.rounds_ms)
@@ -68,6 +76,11 @@ class Times:
     @property
     def max_ms(self) -> float:
         return max(self.rounds_ms)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The smallest of the values that at least so great a share of them do not exceed."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def interleaved(

@@ -12,6 +12,8 @@ import torch
 import mempool
 from mempool.bench import machine, peers
 from mempool.bench.cases import OWN
+from mempool.bench.gate import GateError
+from mempool.bench.goals import Standing
 from mempool.bench.measured import Measured
 from mempool.bench.run import Outcome
 
@@ -40,30 +42,41 @@ def document(outcome: Outcome) -> dict[str, Any]:
         "matmul_flops_per_s": products[len(products) // 2] * 1e3 if products else None,
         "goals": [standing.document() for standing in outcome.standings],
         "cases": [one.document() for one in outcome.measured],
-        "failed": [
-            {
-                "name": error.case,
-                "wrong": [
-                    {"contender": check.contender, "error": _number(check.error), "tolerance": check.tolerance}
-                    for check in error.wrong
-                ],
-            }
-            for error in outcome.failed
-        ],
+        "failed": failed_document(outcome.failed),
         "skipped": outcome.skipped,
         "peers_missing": outcome.peers_missing,
     }
 
 
-def write(found: dict[str, Any], folder: Path) -> Path:
+def failed_document(failed: Sequence[GateError]) -> list[dict[str, Any]]:
+    """What was wrong, as result files hold it."""
+    return [
+        {
+            "name": error.case,
+            "wrong": [
+                {"contender": check.contender, "error": _number(check.error), "tolerance": check.tolerance}
+                for check in error.wrong
+            ],
+        }
+        for error in failed
+    ]
+
+
+def write(found: dict[str, Any], folder: Path, what: str = "") -> Path:
     """Write the result file of a machine; one of a quick or partial run goes beside that of a full one.
+
+    Args:
+        found: What it holds.
+        folder: Made if it is missing.
+        what: Of another benchmark than the kernels': a part of the file's name.
 
     Returns:
         The file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     partly = found["options"]["quick"] or found["options"]["only"]
-    path = folder / f"{found['machine']['name']}{'-partly' if partly else ''}.json"
+    parts = [found["machine"]["name"], what, "partly" if partly else ""]
+    path = folder / f"{'-'.join(filter(None, parts))}.json"
     path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     return path
 
@@ -77,7 +90,7 @@ def lines(outcome: Outcome) -> list[str]:
         "",
     ]
     if outcome.measured:
-        out += [*_table(_HEADER, [_row(one) for one in outcome.measured]), ""]
+        out += [*table(_HEADER, [_row(one) for one in outcome.measured]), ""]
         out.append(
             "ms: median of rounds (min to max). Peers: ms, and how many times longer than mempool (median of rounds)."
         )
@@ -87,16 +100,7 @@ def lines(outcome: Outcome) -> list[str]:
         )
     said = [standing for standing in outcome.standings if standing.measured is not None or not outcome.options.only]
     if outcome.measured and said:
-        goals = [
-            (
-                standing.what,
-                f"{standing.goal:g}",
-                "-" if standing.measured is None else f"{standing.measured:.2f}",
-                standing.standing,
-            )
-            for standing in said
-        ]
-        out += ["", *_table(("goal", "wanted", "measured", ""), goals)]
+        out += ["", *goal_lines(said)]
     out += ["", *(f"not as planned: {line}" for line in outcome.skipped)] if outcome.skipped else []
     if outcome.peers_missing:
         out += ["", f"peers that are not installed: {', '.join(outcome.peers_missing)}; to get them: {peers.INSTALL}"]
@@ -122,7 +126,21 @@ def _row(one: Measured) -> tuple[str, ...]:
     )
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def goal_lines(standings: Sequence[Standing]) -> list[str]:
+    """Goals and how the run stands to them."""
+    goals = [
+        (
+            standing.what,
+            f"{standing.goal:g}",
+            "-" if standing.measured is None else f"{standing.measured:.2f}",
+            standing.standing,
+        )
+        for standing in standings
+    ]
+    return table(("goal", "wanted", "measured", ""), goals)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Columns side by side, two blanks between."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     return [

@@ -1,13 +1,17 @@
 """``mempool bench``: speed of this machine. What is measured and how is ``mempool.bench``'s."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mempool.cli.outcome import UsageError, reported
+from mempool.cli.outcome import UsageError, reported, undone_by_signals
 
-app = typer.Typer(help="Measure the speed of kernels on this machine.", no_args_is_help=True)
+app = typer.Typer(help="Measure the speed of this machine.", no_args_is_help=True)
+
+_AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, with stable keys, and nothing else.")]
+_Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where to write the result, named by machine.")]
 
 
 @app.callback()
@@ -25,12 +29,8 @@ def kernels(
     only: Annotated[
         str, typer.Option("--only", metavar="NAMES", help="Families of cases, with commas: forward,commit.")
     ] = "",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document, with stable keys, and nothing else.")
-    ] = False,
-    out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Where to write the result, named by machine.")
-    ] = None,
+    as_json: _AsJson = False,
+    out: _Out = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Where to draw the roofline, a PNG.")
     ] = None,
@@ -38,13 +38,61 @@ def kernels(
     """Time every kernel beside its peers, after a correctness gate; ends with 1 if any result is wrong."""
     with reported():
         from mempool.bench.command import bench_kernels
-        from mempool.bench.run import Options, OptionsError
+        from mempool.bench.run import Options
 
-        families = tuple(name for name in only.split(",") if name)
-        try:
-            options = Options(device=device, quick=quick, rounds=rounds, only=families)
-            code = bench_kernels(options, as_json=as_json, out=out, plot_file=plot)
-        except OptionsError as error:
-            raise UsageError(str(error)) from error
-        if code:
-            raise typer.Exit(code)
+        _run(
+            lambda: bench_kernels(
+                Options(device=device, quick=quick, rounds=rounds, only=_names(only)),
+                as_json=as_json,
+                out=out,
+                plot_file=plot,
+            )
+        )
+
+
+@app.command()
+def serve(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes, and shorter.")] = False,
+    rounds: Annotated[
+        int, typer.Option("--rounds", metavar="N", min=1, help="Look-ups of one client; fewer where they take long.")
+    ] = 300,
+    only: Annotated[str, typer.Option("--only", metavar="NAMES", help="Parts, with commas: lookups,shards,load.")] = "",
+    ray: Annotated[
+        bool, typer.Option("--ray/--no-ray", help="Let a Ray actor take part; starts a Ray of its own.")
+    ] = True,
+    as_json: _AsJson = False,
+    out: _Out = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Where to draw the look-ups' bars, a PNG.")
+    ] = None,
+) -> None:
+    """Time look-ups in pools beside torch's rpc, a Ray actor and bare echoes; ends with 1 if any answer is wrong."""
+    with reported():
+        from mempool.bench.serve.command import bench_serve
+        from mempool.bench.serve.run import Options
+
+        _run(
+            lambda: bench_serve(
+                Options(quick=quick, rounds=rounds, only=_names(only), ray=ray),
+                as_json=as_json,
+                out=out,
+                plot_file=plot,
+            )
+        )
+
+
+def _names(only: str) -> tuple[str, ...]:
+    return tuple(name for name in only.split(",") if name)
+
+
+def _run(command: Callable[[], int]) -> None:
+    """Ends with the command's exit code; a wrong option is a usage error."""
+    from mempool.bench.run import OptionsError
+
+    try:
+        with undone_by_signals():  # what was started ends with it
+            code = command()
+    except OptionsError as error:
+        raise UsageError(str(error)) from error
+    if code:
+        raise typer.Exit(code)

@@ -1,0 +1,79 @@
+"""A Ray actor that holds the table, on one thread, in a Ray of its own that ends with the benchmark.
+
+Ids, weights and sums travel as NumPy arrays, which Ray moves without copies of its own where they are large: the
+fastest way it has for a CPU's tensors.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from mempool.bench.serve.contenders.contender import LookUp
+from mempool.bench.serve.contenders.here import embedding_bag, table_rows
+from mempool.bench.serve.shapes import Pairs, TableSize
+from mempool.rayhost.actors import kernel_variables
+
+RAY = "Ray actor"
+_OBJECT_STORE_BYTES = 256 << 20
+_TIMEOUT_S = 120.0
+
+
+def available() -> bool:
+    """Whether Ray is installed."""
+    return importlib.util.find_spec("ray") is not None
+
+
+class TableActor:
+    """[ACTOR] the table and its look-ups."""
+
+    def __init__(self, **size: int) -> None:
+        torch.set_num_threads(1)
+        warnings.simplefilter("ignore")  # torch's of arrays that nobody may write to: nobody does
+        self._rows = table_rows(TableSize(**size))
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def look_up(self, ids: Any, weights: Any) -> Any:
+        """Sums [B, W] of ids and weights [B, K]."""
+        return embedding_bag(self._rows, torch.from_numpy(ids), torch.from_numpy(weights)).numpy()
+
+
+@contextmanager
+def ray_actor(table: TableSize) -> Iterator[LookUp]:
+    """A Ray with one actor until the block ends."""
+    ray: Any = importlib.import_module("ray")
+    # Not in the folder where Rays of this machine are found: nobody shall attach to this one.
+    with tempfile.TemporaryDirectory(prefix="mempool-bench-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        try:
+            ray.init(
+                address="local", num_cpus=1, num_gpus=0, include_dashboard=False, log_to_driver=False,
+                logging_level=logging.ERROR, object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=folder,
+            )  # fmt: skip
+            options = {"num_cpus": 1, "runtime_env": {"env_vars": kernel_variables(1)}}
+            actor = (
+                ray.remote(TableActor)
+                .options(**options)
+                .remote(num_slots=table.num_slots, value_dim=table.value_dim, seed=table.seed)
+            )
+            pid = ray.get(actor.pid.remote(), timeout=_TIMEOUT_S)
+
+            def run(pairs: Pairs) -> torch.Tensor:
+                answer = actor.look_up.remote(pairs.ids.numpy(), pairs.weights.numpy())
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of an array that nobody may write to
+                    return torch.from_numpy(ray.get(answer, timeout=_TIMEOUT_S))
+
+            yield LookUp(RAY, table, run, [pid])
+        finally:
+            ray.shutdown()

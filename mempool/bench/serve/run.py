@@ -1,0 +1,176 @@
+"""A run of `mempool bench serve`: look-ups of one client, of pools of more and more shards, of many clients at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from mempool.bench.gate import GateError
+from mempool.bench.goals import Standing
+from mempool.bench.run import OptionsError, Say
+from mempool.bench.serve import lookups
+from mempool.bench.serve.contenders import Contender, actor, echoes, here, pools, rpc
+from mempool.bench.serve.goals import standings
+from mempool.bench.serve.lookups import LookUps
+from mempool.bench.serve.shapes import Shape, TableSize
+
+PARTS = ("lookups",)
+_LARGE, _SMALL, _SMALLEST = Shape(1024, 128), Shape(64, 32), Shape(8, 32)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes of a run.
+
+    Attributes:
+        table: Slots and columns.
+        shapes: Look-ups of one client, the large one first, then the small one.
+        budget_s: Of the rounds of a shape.
+        batch_s: Of the calls over which CPU is counted.
+    """
+
+    table: TableSize = field(default_factory=lambda: TableSize(2**18, 256))
+    shapes: tuple[Shape, ...] = (_LARGE, _SMALL, _SMALLEST)
+    budget_s: float = 60.0
+    batch_s: float = 0.3
+
+    def quick(self) -> Workload:
+        """Less of everything."""
+        return replace(self, shapes=self.shapes[:2], budget_s=self.budget_s / 4)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run.
+
+    Attributes:
+        quick: Fewer sizes, and shorter.
+        rounds: Timed look-ups of each contender and shape; fewer where they take long.
+        only: Parts; none for all.
+        ray: Whether a Ray actor takes part, where Ray is installed.
+        seed: Of the table and the pairs.
+
+    Raises:
+        OptionsError: An unknown name, or no round.
+    """
+
+    quick: bool = False
+    rounds: int = 300
+    only: Sequence[str] = ()
+    ray: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = [part for part in self.only if part not in PARTS]
+        if unknown:
+            raise OptionsError(f"unknown parts {', '.join(unknown)}; known: {', '.join(PARTS)}")
+        if self.rounds < 1:
+            raise OptionsError(f"rounds must be at least 1, got {self.rounds}")
+
+    def has(self, part: str) -> bool:
+        return not self.only or part in self.only
+
+
+@dataclass
+class Outcome:
+    """What a run gave.
+
+    Attributes:
+        options: What was asked.
+        workload: Of which sizes.
+        lookups: Shapes of one client.
+        failed: What was wrong, and not timed.
+        skipped: What was left out, and why.
+        standings: The goals.
+    """
+
+    options: Options
+    workload: Workload
+    lookups: list[LookUps] = field(default_factory=list)
+    failed: list[GateError] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    standings: list[Standing] = field(default_factory=list)
+
+
+def run(options: Options, *, say: Say, workload: Workload | None = None) -> Outcome:
+    """Run the parts one after the other. Everything that is started has ended when this returns, or raises.
+
+    Args:
+        options: Which, and how long.
+        say: Told of each figure as it comes.
+        workload: Sizes, if not the usual ones.
+
+    Raises:
+        ChildError: A process of the benchmark does not start, or ends.
+    """
+    workload = workload or Workload()
+    if options.quick:
+        workload = workload.quick()
+    workload = replace(workload, table=replace(workload.table, seed=options.seed))
+    outcome = Outcome(options, workload)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if options.has("lookups"):
+            _lookups(outcome, say)
+    finally:
+        torch.set_num_threads(threads)
+    outcome.standings = standings(outcome.lookups)
+    return outcome
+
+
+def _lookups(outcome: Outcome, say: Say) -> None:
+    options, workload = outcome.options, outcome.workload
+    with ExitStack() as stack:
+        contenders = _contenders(stack, outcome, say)
+        for shape in workload.shapes:
+            try:
+                measured = lookups.measure(
+                    shape, workload.table, contenders, rounds=options.rounds, budget_s=workload.budget_s,
+                    batch_s=workload.batch_s, seed=options.seed,
+                )  # fmt: skip
+            except GateError as error:
+                outcome.failed.append(error)
+                say(f"{shape.name}: WRONG, not timed: {error}")
+                continue
+            outcome.lookups.append(measured)
+            figures = (f"{name} {times.median_ms:.2f} ms" for name, times in measured.times.items())
+            say(f"{shape.name}: " + ", ".join(figures))
+
+
+def _contenders(stack: ExitStack, outcome: Outcome, say: Say) -> list[Contender]:
+    """All that can be had; what another library needs and lacks is said, not raised."""
+    table = outcome.workload.table
+    say("starting processes")
+    found: list[Contender] = [
+        *here.here(table),
+        stack.enter_context(pools.embedded(table)),
+        stack.enter_context(pools.served(table)),
+    ]
+    add_peers(lambda made: found.append(stack.enter_context(made)), outcome, say)
+    found.append(stack.enter_context(echoes.grpc_echo(table)))
+    found.append(stack.enter_context(echoes.unix_echo(table)))
+    return found
+
+
+def add_peers(add: Callable[[AbstractContextManager[Contender]], None], outcome: Outcome, say: Say) -> None:
+    """Start other libraries' ways; one that cannot be had is left out, and said."""
+    table = outcome.workload.table
+    others: list[tuple[str, bool, Callable[[TableSize], AbstractContextManager[Contender]]]] = [
+        (rpc.RPC, rpc.available(), rpc.rpc),
+        (actor.RAY, actor.available(), actor.ray_actor),
+    ]
+    for name, available, made in others:
+        if name == actor.RAY and not outcome.options.ray:
+            continue
+        if not available:
+            outcome.skipped.append(f"{name}: not installed")
+            continue
+        try:
+            add(made(table))
+        except Exception as error:  # whatever ails another library: the others are measured all the same
+            outcome.skipped.append(f"{name}: does not start: {error}")
+            say(outcome.skipped[-1])
