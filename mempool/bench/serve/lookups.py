@@ -94,6 +94,7 @@ def measure(
     budget_s: float,
     batch_s: float,
     seed: int,
+    case: str = "",
 ) -> LookUps:
     """Gate contenders of different names, then time them.
 
@@ -105,12 +106,13 @@ def measure(
         budget_s: When it is spent, the rounds end early.
         batch_s: How long the calls last, at least, over which a contender's CPU is counted.
         seed: Of the pairs.
+        case: In errors, before the shape.
 
     Raises:
         GateError: An answer is wrong: nothing was timed.
     """
     sets = drawn_pairs(shape, table, seed)
-    checks = gated(shape.name, contenders, sets[0])
+    checks = gated(case + shape.name, contenders, sets[0])
     ways = [measuring.Contender(one.name, _run(one, sets)) for one in contenders]
     times = interleaved(ways, num_inputs=len(sets), rounds=rounds, budget_s=budget_s)
     spent = cpu_of_calls(contenders, sets, times, batch_s=batch_s)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,13 +11,17 @@ import torch
 from mempool.bench.gate import GateError
 from mempool.bench.goals import Standing
 from mempool.bench.run import OptionsError, Say
-from mempool.bench.serve import lookups
+from mempool.bench.serve import load, lookups, shards
 from mempool.bench.serve.contenders import Contender, actor, echoes, here, pools, rpc
+from mempool.bench.serve.contenders.pools import Layout
 from mempool.bench.serve.goals import standings
+from mempool.bench.serve.load import Clients, Load
 from mempool.bench.serve.lookups import LookUps
 from mempool.bench.serve.shapes import Shape, TableSize
+from mempool.bench.serve.shards import Scaling
+from mempool.types import StageTime
 
-PARTS = ("lookups",)
+PARTS = ("lookups", "shards", "load")
 _LARGE, _SMALL, _SMALLEST = Shape(1024, 128), Shape(64, 32), Shape(8, 32)
 
 
@@ -30,16 +34,33 @@ class Workload:
         shapes: Look-ups of one client, the large one first, then the small one.
         budget_s: Of the rounds of a shape.
         batch_s: Of the calls over which CPU is counted.
+        embedded_shards: Of embedded pools that are compared.
+        served_shards: Of pools in processes of their own, likewise.
+        clients: Processes that look up at once.
+        spells: Of each number of clients.
+        spell_s: Of which length.
     """
 
     table: TableSize = field(default_factory=lambda: TableSize(2**18, 256))
     shapes: tuple[Shape, ...] = (_LARGE, _SMALL, _SMALLEST)
     budget_s: float = 60.0
     batch_s: float = 0.3
+    embedded_shards: tuple[int, ...] = (1, 2, 4, 8)
+    served_shards: tuple[int, ...] = (1, 2)
+    clients: tuple[int, ...] = (1, 4, 8)
+    spells: int = 3
+    spell_s: float = 2.0
 
     def quick(self) -> Workload:
         """Less of everything."""
-        return replace(self, shapes=self.shapes[:2], budget_s=self.budget_s / 4)
+        return replace(
+            self,
+            shapes=self.shapes[:2],
+            budget_s=self.budget_s / 4,
+            embedded_shards=self.embedded_shards[:: len(self.embedded_shards) - 1 or 1],
+            clients=self.clients[:: len(self.clients) - 1 or 1],
+            spells=1,
+        )
 
 
 @dataclass(frozen=True)
@@ -82,6 +103,10 @@ class Outcome:
         options: What was asked.
         workload: Of which sizes.
         lookups: Shapes of one client.
+        shards: Shapes in pools of several sizes.
+        load: Many clients.
+        flood: One client, alone and beside a flood.
+        stages: Of the shard that bore the load, all of it together.
         failed: What was wrong, and not timed.
         skipped: What was left out, and why.
         standings: The goals.
@@ -90,6 +115,10 @@ class Outcome:
     options: Options
     workload: Workload
     lookups: list[LookUps] = field(default_factory=list)
+    shards: list[Scaling] = field(default_factory=list)
+    load: list[Load] = field(default_factory=list)
+    flood: dict[str, Load] = field(default_factory=dict)
+    stages: Sequence[StageTime] = ()
     failed: list[GateError] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     standings: list[Standing] = field(default_factory=list)
@@ -116,9 +145,14 @@ def run(options: Options, *, say: Say, workload: Workload | None = None) -> Outc
     try:
         if options.has("lookups"):
             _lookups(outcome, say)
+        if options.has("shards"):
+            for layout in shards.LAYOUTS:
+                _shards(outcome, layout, say)
+        if options.has("load"):
+            _load(outcome, say)
     finally:
         torch.set_num_threads(threads)
-    outcome.standings = standings(outcome.lookups)
+    outcome.standings = standings(outcome.lookups, outcome.shards, outcome.load, outcome.flood)
     return outcome
 
 
@@ -127,18 +161,59 @@ def _lookups(outcome: Outcome, say: Say) -> None:
     with ExitStack() as stack:
         contenders = _contenders(stack, outcome, say)
         for shape in workload.shapes:
-            try:
+            with _gate(outcome, say):
                 measured = lookups.measure(
                     shape, workload.table, contenders, rounds=options.rounds, budget_s=workload.budget_s,
                     batch_s=workload.batch_s, seed=options.seed,
                 )  # fmt: skip
-            except GateError as error:
-                outcome.failed.append(error)
-                say(f"{shape.name}: WRONG, not timed: {error}")
-                continue
-            outcome.lookups.append(measured)
-            figures = (f"{name} {times.median_ms:.2f} ms" for name, times in measured.times.items())
-            say(f"{shape.name}: " + ", ".join(figures))
+                outcome.lookups.append(measured)
+                say(f"{shape.name}: {_medians(measured)}")
+
+
+def _shards(outcome: Outcome, layout: Layout, say: Say) -> None:
+    options, workload = outcome.options, outcome.workload
+    with ExitStack() as stack:
+        say(f"starting pools, tables by {layout}")
+        contenders, counts = shards.start(
+            stack, workload.table, layout, embedded=workload.embedded_shards, served=workload.served_shards
+        )
+        for shape in workload.shapes[:2]:
+            with _gate(outcome, say):
+                measured = shards.measure(
+                    layout, counts, shape, workload.table, contenders, rounds=options.rounds,
+                    budget_s=workload.budget_s, batch_s=workload.batch_s, seed=options.seed,
+                )  # fmt: skip
+                outcome.shards.append(measured)
+                say(f"{layout} {shape.name}: {_medians(measured.measured)}")
+
+
+def _load(outcome: Outcome, say: Say) -> None:
+    workload = outcome.workload
+    large, small = workload.shapes[:2]
+    spells, length_s = workload.spells, workload.spell_s
+    with ExitStack() as stack, _gate(outcome, say):
+        say("starting clients")
+        count = max(2, *workload.clients)
+        clients = Clients(stack, workload.table, [large, small], count=count, seed=outcome.options.seed)
+        outcome.load = load.measure(
+            clients, [small, large], workload.clients, spells=spells, length_s=length_s, say=say
+        )
+        outcome.stages = tuple(clients.stages().values())
+        outcome.flood = load.measure_flood(clients, small, large, spells=spells, length_s=length_s)
+
+
+@contextmanager
+def _gate(outcome: Outcome, say: Say) -> Iterator[None]:
+    """What is wrong is kept, and the others go on."""
+    try:
+        yield
+    except GateError as error:
+        outcome.failed.append(error)
+        say(f"WRONG, not timed: {error}")
+
+
+def _medians(measured: LookUps) -> str:
+    return ", ".join(f"{name} {times.median_ms:.2f} ms" for name, times in measured.times.items())
 
 
 def _contenders(stack: ExitStack, outcome: Outcome, say: Say) -> list[Contender]:

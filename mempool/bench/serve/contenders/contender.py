@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -46,6 +46,10 @@ class LookUp:
     table: TableSize
     run: Callable[[Pairs], Tensor]
     pids: Sequence[int] = field(default=())
+
+    def named(self, name: str) -> LookUp:
+        """The same by another name."""
+        return replace(self, name=name)
 
     def check(self, pairs: Pairs) -> Check:
         return checked_sums(self.name, self.table, pairs, self.run(pairs))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,18 +45,41 @@ class Echo:
 @contextmanager
 def grpc_echo(table: TableSize) -> Iterator[Echo]:
     """A bare grpc.aio server until the block ends, and its client."""
-    with Child(f"{_SERVERS}:serve_grpc") as child, grpc_exchange(child.hear()) as exchange:
-        yield Echo(GRPC_ECHO, table, exchange, [child.pid])
+    with grpc_server() as server, grpc_exchange(server.address) as exchange:
+        yield Echo(GRPC_ECHO, table, exchange, [server.pid])
 
 
 @contextmanager
 def unix_echo(table: TableSize) -> Iterator[Echo]:
     """A Unix socket's server until the block ends, and its client."""
-    with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mempool-bench-", dir="/tmp"))
-        child = stack.enter_context(Child(f"{_SERVERS}:serve_unix", {"path": str(Path(folder) / "echo")}))
-        exchange = stack.enter_context(unix_exchange(child.hear()))
-        yield Echo(UNIX_ECHO, table, exchange, [child.pid])
+    with unix_server() as server, unix_exchange(server.address) as exchange:
+        yield Echo(UNIX_ECHO, table, exchange, [server.pid])
+
+
+@dataclass(frozen=True)
+class EchoServer:
+    """A server of echoes: where it listens, and its process."""
+
+    address: str
+    pid: int
+
+
+@contextmanager
+def grpc_server() -> Iterator[EchoServer]:
+    """A bare grpc.aio server until the block ends."""
+    with Child(f"{_SERVERS}:serve_grpc") as child:
+        yield EchoServer(child.hear(), child.pid)
+
+
+@contextmanager
+def unix_server() -> Iterator[EchoServer]:
+    """A Unix socket's server until the block ends."""
+    # Not where the system keeps such folders by default: a socket's path is short.
+    with (
+        tempfile.TemporaryDirectory(prefix="mempool-bench-", dir="/tmp") as folder,
+        Child(f"{_SERVERS}:serve_unix", {"path": str(Path(folder) / "echo")}) as child,
+    ):
+        yield EchoServer(child.hear(), child.pid)
 
 
 @contextmanager

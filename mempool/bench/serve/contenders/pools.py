@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 import mempool
-from mempool.bench.processes.pool import pool_process
+from mempool.bench.processes.pool import PoolProcess, pool_process
 from mempool.bench.serve.contenders.contender import LookUp
 from mempool.bench.serve.shapes import Pairs, TableSize
 
@@ -30,15 +31,37 @@ def embedded(table: TableSize, *, shards: int = 1, layout: Layout = "auto") -> I
         yield look_up(EMBEDDED, made(pool, table, layout), table)
 
 
+@dataclass(frozen=True)
+class Serving:
+    """A pool in processes of its own, and a client of it here.
+
+    Attributes:
+        process: The pool's processes.
+        pool: The client's pool.
+        table: The client's table.
+    """
+
+    process: PoolProcess
+    pool: mempool.Pool
+    table: mempool.Table
+
+
 @contextmanager
 def served(table: TableSize, *, shards: int = 1, layout: Layout = "auto") -> Iterator[LookUp]:
     """A pool in processes of its own with the table, and the product's client here."""
+    with serving(table, shards=shards, layout=layout) as here:
+        yield look_up(GRPC, here.table, table, here.process.pids)
+
+
+@contextmanager
+def serving(table: TableSize, *, shards: int = 1, layout: Layout = "auto") -> Iterator[Serving]:
+    """The same, to be asked for other things too."""
     memory_bytes = 2**30 + 2 * table.num_slots * table.value_dim * 4
     with (
         pool_process(shards=shards, memory_bytes=memory_bytes) as process,
         mempool.connect(process.address, timeout_s=_CALL_TIMEOUT_S) as pool,
     ):
-        yield look_up(GRPC, made(pool, table, layout), table, process.pids)
+        yield Serving(process, pool, made(pool, table, layout))
 
 
 def made(pool: mempool.Pool, size: TableSize, layout: Layout = "auto") -> mempool.Table:

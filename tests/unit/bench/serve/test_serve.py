@@ -2,31 +2,96 @@
 
 import json
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+import mempool
 from mempool.bench.gate import GateError
 from mempool.bench.processes.child import Child, ChildError
-from mempool.bench.serve import command, lookups, report, run
-from mempool.bench.serve.contenders import LookUp, echoes, here, rpc
+from mempool.bench.processes.pool import PoolProcess, pool_process
+from mempool.bench.serve import client, command, load, lookups, report, run
+from mempool.bench.serve.contenders import LookUp, echoes, here, pools, rpc
 from mempool.bench.serve.shapes import Pairs, Shape, TableSize, drawn_pairs
 
 TABLE = TableSize(64, 8)
-TINY = run.Workload(table=TABLE, shapes=(Shape(4, 3), Shape(2, 2)), budget_s=5.0, batch_s=0.001)
+TINY = run.Workload(
+    table=TABLE, shapes=(Shape(4, 3), Shape(2, 2)), budget_s=5.0, batch_s=0.001, clients=(1,), spells=1, spell_s=0.01
+)
+LOAD_KEYS = [
+    "target", "shape", "clients", "loop", "offered_per_s", "calls_per_s", "calls", "median_ms", "p95_ms", "p99_ms",
+    "min_ms", "max_ms", "unserved", "server_cpu_ms", "stages",
+]  # fmt: skip
+
+
+class ThreadChild:
+    """A client in a thread of this process: what it is asked and answers goes through JSON all the same."""
+
+    def __init__(self, what: str, arguments: dict[str, Any], *, variables: dict[str, str]) -> None:
+        assert what == "mempool.bench.serve.client:serve"
+        assert variables["OMP_NUM_THREADS"] == "1"
+        asked: SimpleQueue[str] = SimpleQueue()
+        answers: SimpleQueue[str] = SimpleQueue()
+        parent = SimpleNamespace(
+            say=lambda message: answers.put(json.dumps(message)), hear=lambda: json.loads(asked.get(timeout=30.0))
+        )
+        given = json.loads(json.dumps(arguments))
+        self._thread = threading.Thread(target=client.serve, args=(parent,), kwargs=given, daemon=True)
+        self._thread.start()
+        self.say = lambda message: asked.put(json.dumps(message))
+        self.hear = lambda timeout_s=30.0: json.loads(answers.get(timeout=timeout_s))
+
+    def __enter__(self) -> "ThreadChild":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.say(None)
+        self._thread.join(30.0)
+        assert not self._thread.is_alive()
+
+
+def _children() -> set[str]:
+    listed = Path(f"/proc/self/task/{os.getpid()}/children")
+    return set(listed.read_text().split()) if listed.exists() else set()
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left() -> Iterator[None]:
+def _nothing_is_left(served: PoolProcess) -> Iterator[None]:  # noqa: ARG001  # it starts before, and stays
+    before = _children()
     yield
-    children = Path(f"/proc/self/task/{os.getpid()}/children")
-    pids = children.read_text().split() if children.exists() else []
-    lines = [Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() for pid in pids]
-    assert [line for line in lines if "mempool.bench" in line] == []
+    left = _children() - before
+    assert [pid for pid in left if b"mempool.bench" in Path(f"/proc/{pid}/cmdline").read_bytes()] == []
 
 
+@pytest.fixture(scope="module")
+def served() -> Iterator[PoolProcess]:
+    with pool_process() as process:
+        yield process
+
+
+@pytest.fixture
+def one_pool(served: PoolProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same processes for each pool: they take seconds to start."""
+
+    @contextmanager
+    def again(**_: object) -> Iterator[PoolProcess]:
+        try:
+            yield served
+        finally:
+            with mempool.connect(served.address) as pool:
+                pool.drop_table("facts")
+
+    monkeypatch.setattr(pools, "pool_process", again)
+
+
+@pytest.mark.usefixtures("one_pool")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_run_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = run.Options(rounds=2, only=("lookups",), ray=False)
@@ -37,7 +102,7 @@ def test_a_run_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert path.name == f"{found['machine']['name']}-serve-partly.json"
     assert list(found) == [
         "format", "mempool", "machine", "versions", "implementation", "threads", "options", "table", "goals", "lookups",
-        "failed", "skipped",
+        "shards", "load", "stages", "flood", "failed", "skipped",
     ]  # fmt: skip
     assert (found["failed"], found["skipped"]) == ([], [])
     assert [shape["name"] for shape in found["lookups"]] == ["4x3", "2x2"]
@@ -118,3 +183,26 @@ def test_a_process_that_ends_or_does_not_answer_is_named() -> None:
         pytest.raises(ChildError, match="did not answer within 0 s"),
     ):
         child.hear(timeout_s=0.0)
+
+
+@pytest.mark.usefixtures("one_pool")
+def test_load_of_many_clients_and_its_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "Child", ThreadChild)
+    outcome = run.run(run.Options(rounds=1, only=("load",)), say=lambda _: None, workload=TINY)
+    assert outcome.failed == []
+    found = report.document(outcome)
+    asked = {(one["target"], one["shape"], one["loop"]) for one in found["load"]}
+    both = {(target, shape) for target in (pools.GRPC, echoes.GRPC_ECHO) for shape in ("4x3", "2x2")}
+    alone = {(echoes.UNIX_ECHO, shape, "closed") for shape in ("4x3", "2x2")}
+    assert asked == {(*pair, loop) for pair in both for loop in ("closed", "open")} | alone
+    assert list(found["flood"]) == ["alone", "beside a flood"]
+    for one in [*found["load"], *found["flood"].values()]:
+        assert list(one) == LOAD_KEYS
+        assert one["calls"] >= 1
+        assert 0 < one["median_ms"] <= one["p99_ms"] <= one["max_ms"]
+        assert one["calls_per_s"] > 0
+        assert (one["offered_per_s"] is None) == (one["loop"] == "closed")
+    own = next(one for one in found["load"] if one["target"] == pools.GRPC)
+    assert own["stages"]["kernel"]["count"] == own["calls"]
+    assert found["stages"]["kernel"]["p99_ms"] > 0
+    assert pools.GRPC in "\n".join(report.lines(outcome))

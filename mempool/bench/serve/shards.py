@@ -1,0 +1,104 @@
+"""The same look-up in pools of more and more shards: what a further one costs the client, embedded and in processes."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from mempool.bench.serve import lookups
+from mempool.bench.serve.contenders import Contender, here, pools
+from mempool.bench.serve.contenders.pools import Layout
+from mempool.bench.serve.lookups import LookUps
+from mempool.bench.serve.shapes import Shape, TableSize
+
+LAYOUTS: tuple[Layout, ...] = ("columns", "rows")
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """One shape in pools of several sizes, in the same rounds.
+
+    Attributes:
+        layout: How the table lies on the shards.
+        shards: Of each contender that is a pool.
+        measured: Its figures; torch's embedding_bag beside them.
+    """
+
+    layout: Layout
+    shards: dict[str, int]
+    measured: LookUps
+
+    @property
+    def embedded(self) -> dict[int, str]:
+        """Contenders that are embedded pools, by their shards, ascending."""
+        return self._of(pools.EMBEDDED)
+
+    @property
+    def served(self) -> dict[int, str]:
+        """Contenders in processes of their own, likewise."""
+        return self._of(pools.GRPC)
+
+    def further_ms(self, contenders: dict[int, str]) -> float | None:
+        """CPU of this process that a look-up takes for each shard beyond the first; None with a single size."""
+        few, many = min(contenders, default=0), max(contenders, default=0)
+        if few == many:
+            return None
+        low, high = (self.measured.cpu[contenders[size]].client_ms for size in (few, many))
+        return None if low is None or high is None else (high - low) / (many - few)
+
+    def wall_ratio(self, contenders: dict[int, str]) -> float | None:
+        """How many times longer a look-up takes of the most shards than of one; None without both."""
+        many = max(contenders, default=1)
+        if many == 1 or 1 not in contenders:
+            return None
+        return self.measured.times[contenders[many]].over(self.measured.times[contenders[1]])
+
+    def document(self) -> dict[str, Any]:
+        """As it stands in the result file."""
+        return {
+            "layout": self.layout,
+            **self.measured.document(),
+            "shards": self.shards,
+            "further_shard_cpu_ms": {
+                pools.EMBEDDED: self.further_ms(self.embedded),
+                pools.GRPC: self.further_ms(self.served),
+            },
+        }
+
+    def _of(self, kind: str) -> dict[int, str]:
+        found = {shards: name for name, shards in self.shards.items() if name.startswith(kind)}
+        return dict(sorted(found.items()))
+
+
+def start(
+    stack: ExitStack, table: TableSize, layout: Layout, *, embedded: tuple[int, ...], served: tuple[int, ...]
+) -> tuple[list[Contender], dict[str, int]]:
+    """Pools with the table, until the stack ends; and the shards of each."""
+    found: list[Contender] = [here.here(table)[0]]
+    shards: dict[str, int] = {}
+    for count, open_ in [(count, pools.embedded) for count in embedded] + [(count, pools.served) for count in served]:
+        pool = stack.enter_context(open_(table, shards=count, layout=layout))
+        name = f"{pool.name}, {count} shard{'s' if count > 1 else ''}"
+        found.append(pool.named(name))
+        shards[name] = count
+    return found, shards
+
+
+def measure(
+    layout: Layout,
+    shards: dict[str, int],
+    shape: Shape,
+    table: TableSize,
+    contenders: list[Contender],
+    *,
+    rounds: int,
+    budget_s: float,
+    batch_s: float,
+    seed: int,
+) -> Scaling:
+    """As ``lookups.measure``. Raises GateError."""
+    measured = lookups.measure(
+        shape, table, contenders, rounds=rounds, budget_s=budget_s, batch_s=batch_s, seed=seed, case=f"{layout} "
+    )
+    return Scaling(layout, shards, measured)
