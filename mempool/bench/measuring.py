@@ -69,6 +69,16 @@ class Times:
         """What so great a share of the rounds took at most: one of the times that were measured."""
         return quantile(self.rounds_ms, share)
 
+    def figures(self) -> dict[str, float]:
+        """As they stand in result files."""
+        return {
+            "median_ms": self.median_ms,
+            "p95_ms": self.quantile_ms(0.95),
+            "p99_ms": self.quantile_ms(0.99),
+            "min_ms": self.min_ms,
+            "max_ms": self.max_ms,
+        }
+
     @property
     def min_ms(self) -> float:
         return min(self.rounds_ms)

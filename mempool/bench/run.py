@@ -25,6 +25,15 @@ class OptionsError(ValueError):
     """What is asked for does not exist, or not on this machine."""
 
 
+def require_options(only: Sequence[str], known: Sequence[str], rounds: int) -> None:
+    """Raises OptionsError for cases that are none, or no round."""
+    unknown = [name for name in only if name not in known]
+    if unknown:
+        raise OptionsError(f"unknown cases {', '.join(unknown)}; known: {', '.join(known)}")
+    if rounds < 1:
+        raise OptionsError(f"rounds must be at least 1, got {rounds}")
+
+
 @dataclass(frozen=True)
 class Options:
     """What to run.
@@ -47,11 +56,7 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        unknown = [family for family in self.only if family not in FAMILIES]
-        if unknown:
-            raise OptionsError(f"unknown cases {', '.join(unknown)}; known: {', '.join(FAMILIES)}")
-        if self.rounds < 1:
-            raise OptionsError(f"rounds must be at least 1, got {self.rounds}")
+        require_options(self.only, FAMILIES, self.rounds)
         if self.device not in _DEVICES:
             raise OptionsError(f"device must be {' or '.join(_DEVICES)}, got {self.device!r}")
         if self.device == "cuda" and not torch.cuda.is_available():

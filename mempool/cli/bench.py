@@ -81,6 +81,31 @@ def serve(
         )
 
 
+@app.command()
+def train(
+    quick: Annotated[bool, typer.Option("--quick", help="One optimizer, and shorter.")] = False,
+    rounds: Annotated[
+        int, typer.Option("--rounds", metavar="N", min=1, help="Timed steps; fewer where they take long.")
+    ] = 50,
+    only: Annotated[str, typer.Option("--only", metavar="NAMES", help="Parts, with commas: steps,peers,layers.")] = "",
+    as_json: _AsJson = False,
+    out: _Out = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Where to draw the steps' bars, a PNG.")
+    ] = None,
+) -> None:
+    """Time training steps in pools beside the same with the table in this process; ends with 1 if any is wrong."""
+    with reported():
+        from mempool.bench.train.command import bench_train
+        from mempool.bench.train.run import Options
+
+        _run(
+            lambda: bench_train(
+                Options(quick=quick, rounds=rounds, only=_names(only)), as_json=as_json, out=out, plot_file=plot
+            )
+        )
+
+
 def _names(only: str) -> tuple[str, ...]:
     return tuple(name for name in only.split(",") if name)
 

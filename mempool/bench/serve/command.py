@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mempool.bench.bars import bars
 from mempool.bench.command import exit_code, require_plot, say, show
 from mempool.bench.report import write
 from mempool.bench.serve import report
-from mempool.bench.serve.plot import plot
 from mempool.bench.serve.run import Options, Workload, run
 
 
@@ -42,6 +42,7 @@ def bench_serve(
     if out is not None:
         say(f"result: {write(found, out, 'serve')}")
     if plot_file is not None:
-        plot(found, plot_file)
+        panels = [(f"{shape['bags']} bags x {shape['pairs']}", shape["contenders"]) for shape in found["lookups"]]
+        bars(found, panels, "a look-up", plot_file)
         say(f"plot: {plot_file}")
     return exit_code(outcome.failed)

@@ -16,7 +16,6 @@ from mempool.bench.processes.child import Child
 from mempool.bench.run import Say
 from mempool.bench.serve.client import OPEN_THREADS, Spell
 from mempool.bench.serve.contenders import echoes, pools
-from mempool.bench.serve.lookups import time_figures
 from mempool.bench.serve.shapes import Shape, TableSize
 from mempool.rayhost.actors import kernel_variables
 from mempool.types import StageTime
@@ -70,7 +69,7 @@ class Load:
             "offered_per_s": self.offered_per_s,
             "calls_per_s": self.calls_per_s,
             "calls": len(self.times.rounds_ms),
-            **time_figures(self.times),
+            **self.times.figures(),
             "unserved": self.unserved,
             "server_cpu_ms": self.server_cpu_ms,
             "stages": self.stages,

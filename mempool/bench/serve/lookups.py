@@ -63,7 +63,7 @@ class LookUps:
             "rounds": len(self.times[TORCH_BAG].rounds_ms),
             "contenders": {
                 name: {
-                    **time_figures(times),
+                    **times.figures(),
                     "added_ms": self.added_ms(name),
                     "client_cpu_ms": self.cpu[name].client_ms,
                     "server_cpu_ms": self.cpu[name].server_ms,
@@ -72,17 +72,6 @@ class LookUps:
                 for name, times in self.times.items()
             },
         }
-
-
-def time_figures(times: Times) -> dict[str, Any]:
-    """As every part of the result file has them."""
-    return {
-        "median_ms": times.median_ms,
-        "p95_ms": times.quantile_ms(0.95),
-        "p99_ms": times.quantile_ms(0.99),
-        "min_ms": times.min_ms,
-        "max_ms": times.max_ms,
-    }
 
 
 def measure(

@@ -10,7 +10,7 @@ import torch
 
 from mempool.bench.gate import GateError
 from mempool.bench.goals import Standing
-from mempool.bench.run import OptionsError, Say
+from mempool.bench.run import Say, require_options
 from mempool.bench.serve import load, lookups, shards
 from mempool.bench.serve.contenders import Contender, actor, echoes, here, pools, rpc
 from mempool.bench.serve.contenders.pools import Layout
@@ -85,11 +85,7 @@ class Options:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        unknown = [part for part in self.only if part not in PARTS]
-        if unknown:
-            raise OptionsError(f"unknown parts {', '.join(unknown)}; known: {', '.join(PARTS)}")
-        if self.rounds < 1:
-            raise OptionsError(f"rounds must be at least 1, got {self.rounds}")
+        require_options(self.only, PARTS, self.rounds)
 
     def has(self, part: str) -> bool:
         return not self.only or part in self.only

@@ -32,6 +32,7 @@ COMMANDS = {
     "verify": ["--checkpoint", "--json", "place"],
     "bench": [],
     "bench kernels": ["--device", "--json", "--only", "--out", "--plot", "--quick", "--rounds"],
+    "bench train": ["--json", "--only", "--out", "--plot", "--quick", "--rounds"],
     "bench serve": ["--json", "--only", "--out", "--plot", "--quick", "--ray", "--rounds"],
 }
 

@@ -1,8 +1,9 @@
-"""Bars of a result file of `bench serve`: the median of a look-up of each contender, a panel for each shape."""
+"""Bars of a result file, a panel for each piece of work: the median of each contender, and its tail."""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,33 +11,34 @@ _OWN, _OTHER, _FLOOR = "#0b6e4f", "#30638e", "#bbbbbb"
 _INCHES_A_BAR = 0.32
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
-    """Draw a result file as PNG; nothing where no look-up was timed.
+def bars(found: dict[str, Any], panels: Sequence[tuple[str, dict[str, Any]]], what: str, path: Path) -> None:
+    """Draw a PNG; nothing where there are no panels.
 
     Args:
-        found: As report.document makes it.
+        found: A result file, for the machine.
+        panels: Title, and figures by contender as ``Times.figures`` has them.
+        what: Is timed: "a look-up".
         path: The PNG.
     """
-    shapes = found["lookups"]
-    if not shapes:
+    if not panels:
         return
     matplotlib: Any = importlib.import_module("matplotlib")
     matplotlib.use("agg")
     pyplot: Any = importlib.import_module("matplotlib.pyplot")
-    num_bars = max(len(shape["contenders"]) for shape in shapes)
+    num_bars = max(len(contenders) for _, contenders in panels)
     figure, axes = pyplot.subplots(
-        1, len(shapes), figsize=(5.0 * len(shapes), _INCHES_A_BAR * num_bars + 1.2), squeeze=False
+        1, len(panels), figsize=(5.0 * len(panels), _INCHES_A_BAR * num_bars + 1.2), squeeze=False
     )
-    for axis, shape in zip(axes[0], shapes, strict=True):
-        names = list(shape["contenders"])[::-1]
-        medians = [shape["contenders"][name]["median_ms"] for name in names]
-        tails = [shape["contenders"][name]["p95_ms"] for name in names]
+    for axis, (title, contenders) in zip(axes[0], panels, strict=True):
+        names = list(contenders)[::-1]
+        medians = [contenders[name]["median_ms"] for name in names]
+        tails = [contenders[name]["p95_ms"] for name in names]
         colours = [_OWN if name.startswith("mempool") else _FLOOR if "echo" in name else _OTHER for name in names]
         axis.barh(range(len(names)), medians, color=colours, height=0.7)
         axis.plot(tails, range(len(names)), "k|", markersize=8)
         axis.set_yticks(range(len(names)), names, fontsize=8)
-        axis.set_title(f"{shape['bags']} bags x {shape['pairs']}", fontsize=9)
-        axis.set_xlabel("ms a look-up: median (bar), p95 (line)", fontsize=8)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel(f"ms {what}: median (bar), p95 (line)", fontsize=8)
         axis.tick_params(axis="x", labelsize=8)
         axis.grid(axis="x", color="#dddddd", linewidth=0.5)
         axis.set_axisbelow(True)
