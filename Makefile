@@ -4,6 +4,7 @@
 # make simulate  whole pools on simulated time and links, each on a seed (SEEDS=200 SEED=1); says how to replay one
 # make chaos     kills and stops processes and nodes of pools on a disk, cuts, fills, flips (SECONDS=300 SEED=1), bit for bit as without
 # make bench     times every kernel beside its peers (seven minutes on two cores), in an environment of its own
+# make bench-wire times look-ups and training steps in pools beside torch's rpc, a Ray actor and bare echoes (fifteen minutes)
 # make protos    generated code
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -29,11 +30,11 @@ SEEDS ?= 200
 SEED ?= 1
 SECONDS ?= 300
 
-.PHONY: help demo compile-kernels run-demo test static check bench lint types imports protos protos-check unit kernels run-tests files integration setup clean
+.PHONY: help demo compile-kernels run-demo test static check bench bench-wire lint types imports protos protos-check unit kernels run-tests files integration setup clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,7s/^# //p' Makefile
+	@sed -n '1,8s/^# //p' Makefile
 
 setup: $(READY)
 
@@ -139,6 +140,10 @@ chaos: $(READY)
 # The peers pin torch, so they live in an environment of their own. Times are worth something on an idle machine only.
 bench: $(BENCH)/.ready
 	@$(BENCH)/bin/mempool bench kernels --out tests/benchmarks/results --plot docs/kernels-cpu.png
+
+bench-wire: $(BENCH)/.ready
+	@OMP_WAIT_POLICY=passive $(BENCH)/bin/mempool bench serve --out tests/benchmarks/results --plot docs/lookups-cpu.png
+	@OMP_WAIT_POLICY=passive $(BENCH)/bin/mempool bench train --out tests/benchmarks/results
 
 $(BENCH)/.ready: pyproject.toml constraints.txt
 	@$(call made,$(BENCH),-e '.[server$(,)bench]')

@@ -16,7 +16,7 @@ from mempool.bench.train.measured import LOCAL, Measured
 from mempool.bench.train.run import Options, Outcome, Workload, run
 
 FORMAT = 1
-_HEADER = ("work", "contender", "median ms", "p95", "p99", "beside local")
+_HEADER = ("work", "threads", "contender", "median ms", "p95", "p99", "beside local")
 
 
 def bench_train(
@@ -64,7 +64,6 @@ def document(outcome: Outcome) -> dict[str, Any]:
         "machine": machine.describe(device),
         "versions": machine.versions(("grpcio",)),
         "implementation": machine.implementation(device),
-        "threads": 1,
         "options": {
             "quick": options.quick,
             "rounds": options.rounds,
@@ -82,7 +81,7 @@ def document(outcome: Outcome) -> dict[str, Any]:
 def lines(outcome: Outcome) -> list[str]:
     """The report for people."""
     here = machine.describe(torch.device("cpu"))
-    out = [f"{here['model']}, {here['cores']} cores; {outcome.workload.value_dim} columns of float32, one thread each"]
+    out = [f"{here['model']}, {here['cores']} cores; {outcome.workload.value_dim} columns of float32"]
     if outcome.measured:
         out += ["", *table(_HEADER, [row for one in outcome.measured for row in _rows(one)])]
         out.append(f"beside local: how many times longer than {LOCAL}, the median of rounds")
@@ -97,6 +96,7 @@ def _rows(one: Measured) -> list[tuple[str, ...]]:
     return [
         (
             "" if number else one.work.name,
+            "" if number else f"{one.threads}",
             name,
             f"{times.median_ms:.2f}",
             f"{times.quantile_ms(0.95):.2f}",

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from mempool.bench.gate import Check, GateError
 from mempool.bench.measuring import Contender, Times, interleaved
 
@@ -51,11 +53,13 @@ class Measured:
         work: Which.
         times: By contender.
         checks: What the gate found; several of a contender.
+        threads: Of this process, in which all but what is over gRPC computes.
     """
 
     work: Work
     times: Mapping[str, Times]
     checks: Sequence[Check]
+    threads: int
 
     def ratio(self, contender: str, beside: str) -> float | None:
         """How many times longer one takes than another, the median of rounds; None if either did not run."""
@@ -73,6 +77,7 @@ class Measured:
             "num_slots": self.work.num_slots,
             "bags": self.work.bags,
             "pairs": self.work.pairs,
+            "threads": self.threads,
             "rounds": len(self.times[LOCAL].rounds_ms),
             "contenders": {
                 name: {**times.figures(), "beside_local": self.ratio(name, LOCAL), "gate_error": worst[name]}
@@ -99,4 +104,4 @@ def timed(
         raise GateError(work.name, checks)
     contenders = [Contender(name, run) for name, run in runs.items()]
     times = interleaved(contenders, num_inputs=num_inputs, rounds=rounds, budget_s=budget_s)
-    return Measured(work, times, checks)
+    return Measured(work, times, checks, torch.get_num_threads())

@@ -118,21 +118,16 @@ def run(options: Options, *, say: Say, workload: Workload | None = None) -> Outc
     if options.quick:
         workload = replace(workload, algorithms=workload.algorithms[-1:], budget_s=workload.budget_s / 4)
     outcome = Outcome(options, workload, peers_missing=[] if peers.installed("fbgemm_gpu") else ["fbgemm_gpu"])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        if options.has("steps"):
-            for algorithm in workload.algorithms:
-                with _part(outcome, say):
-                    _steps(outcome, algorithm, say)
-        if options.has("peers"):
-            with _part(outcome, say):
-                _peers(outcome, say)
-        if options.has("layers"):
-            with _part(outcome, say):
-                _layers(outcome, say)
-    finally:
-        torch.set_num_threads(threads)
+    if options.has("steps"):
+        for algorithm in workload.algorithms:
+            with _part(outcome, say), _one_thread():
+                _steps(outcome, algorithm, say)
+    if options.has("peers"):
+        with _part(outcome, say):
+            _peers(outcome, say)
+    if options.has("layers"):
+        with _part(outcome, say), _one_thread():
+            _layers(outcome, say)
     outcome.standings = standings(outcome.measured, workload)
     return outcome
 
@@ -234,6 +229,17 @@ def _part(outcome: Outcome, say: Say) -> Iterator[None]:
         say(f"WRONG, not timed: {error}")
     finally:
         gc.collect()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """As a shard has by default; libraries beside each other get what torch takes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -10,7 +10,9 @@ import importlib
 import importlib.util
 import logging
 import os
+import signal
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,16 +52,30 @@ class TableActor:
 
 
 @contextmanager
+def _own_signals() -> Iterator[None]:
+    """Ray puts handlers of its own in the place of this process's, and would end it where it stands."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                if handler is not None:  # one that Python did not set
+                    signal.signal(number, handler)
+
+
+@contextmanager
 def ray_actor(table: TableSize) -> Iterator[LookUp]:
     """A Ray with one actor until the block ends."""
     ray: Any = importlib.import_module("ray")
     # Not in the folder where Rays of this machine are found: nobody shall attach to this one.
     with tempfile.TemporaryDirectory(prefix="mempool-bench-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         try:
-            ray.init(
-                address="local", num_cpus=1, num_gpus=0, include_dashboard=False, log_to_driver=False,
-                logging_level=logging.ERROR, object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=folder,
-            )  # fmt: skip
+            with _own_signals():
+                ray.init(
+                    address="local", num_cpus=1, num_gpus=0, include_dashboard=False, log_to_driver=False,
+                    logging_level=logging.ERROR, object_store_memory=_OBJECT_STORE_BYTES, _temp_dir=folder,
+                )  # fmt: skip
             options = {"num_cpus": 1, "runtime_env": {"env_vars": kernel_variables(1)}}
             actor = (
                 ray.remote(TableActor)

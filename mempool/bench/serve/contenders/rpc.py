@@ -92,4 +92,5 @@ def _leave() -> None:
         try:
             remote.shutdown(graceful=True, timeout=_LEAVE_TIMEOUT_S)
         except RuntimeError:
-            remote.shutdown(graceful=False)
+            with suppress(RuntimeError):  # torch has no more to end
+                remote.shutdown(graceful=False)

@@ -40,7 +40,7 @@ def test_a_run_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     found = json.loads(path.read_text())
     assert path.name == f"{found['machine']['name']}-train.json"
     assert list(found) == [
-        "format", "mempool", "machine", "versions", "implementation", "threads", "options", "value_dim", "goals",
+        "format", "mempool", "machine", "versions", "implementation", "options", "value_dim", "goals",
         "cases", "failed", "peers_missing",
     ]  # fmt: skip
     assert (found["failed"], found["peers_missing"]) == ([], ["fbgemm_gpu"])
