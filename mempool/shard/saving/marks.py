@@ -39,6 +39,8 @@ _GROUP_BYTES = 4 * MIB
 """Read out in one job: some milliseconds."""
 _PAUSES = 12
 """While others use the engine, so many times as long as a group was read out it is theirs before the next one is."""
+_LONGEST_PAUSE_S = 2.0
+"""Whatever held up the one before: a machine that stands still for a while would end the checkpoint as stalled."""
 _IN_USE_S = 1.0
 """So long after its thread has worked for others it counts as used: a trainer computes between two calls."""
 _IN_USE_SHARE = 0.03
@@ -271,7 +273,8 @@ class Saving:
             self._looked = now_s, others_s
         if now_s - self._used_s > _IN_USE_S:
             return 0.0
-        return _PAUSES * read_s * max(0.0, 1.0 - self._used_bytes / max(1, self.copy_bytes))
+        room = max(0.0, 1.0 - self._used_bytes / max(1, self.copy_bytes))
+        return min(_LONGEST_PAUSE_S, _PAUSES * read_s * room)
 
     # Writing
 
