@@ -1,5 +1,6 @@
 """What lies at a pool's path and is not what it should be: an error names file and remedy, and nothing is changed."""
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,9 @@ import pytest
 
 import mempool
 from mempool import errors
+from mempool.embedded.memory import PoolFolder
+from mempool.journal import DiskFiles
+from mempool.wire.channels.loop import run
 
 CONFIG = mempool.TableConfig(name="facts", num_slots=64, value_dim=4)
 PATH_OR = r"shard\.storage\.path, or mempool\.local's"
@@ -157,6 +161,30 @@ def test_a_table_of_another_schema_is_not_replaced(good: Path) -> None:
         assert pool.tables() == (table,)
         (restored,) = pool.restore(good / "place", tables=["facts"], name="facts2")
         assert restored.value_dim == 4
+
+
+def test_what_a_removal_that_failed_has_left_is_in_the_way_of_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = PoolFolder(str(tmp_path), "local")
+    folder.keep_wanted(1)
+    remove = DiskFiles.remove
+
+    def make() -> None:
+        run(folder.store(1).close(), timeout_s=20)
+
+    def refuse_once(self: DiskFiles, path: str) -> None:
+        monkeypatch.setattr(DiskFiles, "remove", remove)
+        raise errors.StorageFailed(f"could not remove {path} of {self}", errno=errno.EIO)
+
+    make()
+    monkeypatch.setattr(DiskFiles, "remove", refuse_once)
+    with pytest.raises(errors.StorageFailed):
+        folder.remove(1)
+    make()
+    folder.remove(1)
+    assert sorted(os.listdir(folder._folder)) == ["LOCK", "pool.json"]
+    folder.close()
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
