@@ -47,6 +47,7 @@ _IN_USE_SHARE = 0.03
 """Of its time, looked at each ``_LOOK_S``: what is asked now and then, by whoever watches, is no use."""
 _LOOK_S = 0.1
 _MAX_LEASE_S = 3600.0
+"""A mark whose part is written has it in any case: others' parts may take so long, and it costs nothing."""
 _MAX_WAIT_S = 30.0
 
 
@@ -129,7 +130,7 @@ class Saving:
         _check_name(request.checkpoint)
         bounds.check_number("since_version", request.since_version)
         found = self._find(request.table_id, request.token)
-        found.ends_s = self.clock() + found.request.lease_s
+        found.ends_s = max(found.ends_s, self.clock() + found.request.lease_s)
         asked = request.url, request.checkpoint, request.since_version
         if found.writing is None:
             found.asked = asked
@@ -261,6 +262,12 @@ class Saving:
             self._wake()
         return arrays
 
+    def _whole(self, found: Mark) -> None:
+        """All of it is written: what changes from now on is remembered, and not copied."""
+        found.capture.close()
+        found.ends_s = max(found.ends_s, self.clock() + _MAX_LEASE_S)
+        self._wake()
+
     def _pause_s(self, now_s: float, read_s: float) -> float:
         """How long to pause after a group that took so long. The fuller copies are, the shorter: above their bound all
         steps would wait for the writer."""
@@ -311,6 +318,7 @@ class Saving:
                 del arrays
                 found.bytes_done = writer.written_bytes
             part: bytes = await self._elsewhere(lambda: part_bytes(writer.part()))
+            await self.control("save", self._whole, found)
             return part
         except BaseException as error:
             reading.cancel()

@@ -211,6 +211,26 @@ def test_what_ends_a_mark_gives_its_memory_back_and_leaves_no_file_that_counts(
     until(lambda: not list(tmp_path.glob("*/*.safetensors")) or what in ("move", "release"))
 
 
+def test_a_mark_whose_part_is_written_waits_for_others_and_copies_nothing(
+    make_driver: MakeDriver, tmp_path: Path
+) -> None:
+    """So that what changes is known where the next checkpoint is taken, however long other shards need for this one."""
+    driver = make_driver(1).create(make_schema())
+    engine = driver.host(0)
+    assert isinstance(engine, Engine)
+    mark(driver)
+    assert driver.call(engine.write_part(asked(driver, tmp_path))).part
+    engine._saving.clock = lambda: time.monotonic() + 1000.0
+    driver.call(engine._on_thread("expire", lambda _: engine._saving.expire()))
+    driver.write("values", torch.arange(8), torch.zeros(8, 10))
+    assert engine._saving.num_bytes == 0
+    assert driver.call(engine.write_part(asked(driver, tmp_path))).part
+    driver.call(engine.release_mark(ReleaseMark(table_id=driver.table_id, token="c1", kept=NAME)))
+    (arena,) = engine._tenancy.table(driver.table_id).storage.arenas.values()
+    assert arena.mark is not None
+    assert len(arena.written_since(arena.mark[1])) == 1
+
+
 def test_the_engine_is_left_to_others_while_there_are_any(make_driver: MakeDriver) -> None:
     engine = make_driver(1).create(make_schema()).host(0)
     assert isinstance(engine, Engine)
