@@ -1,5 +1,6 @@
 """What lies at a pool's path and is not what it should be: an error names file and remedy, and nothing is changed."""
 
+import asyncio
 import errno
 import json
 import os
@@ -8,15 +9,20 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import mempool
 from mempool import errors
+from mempool.embedded import pool as opening
 from mempool.embedded.memory import PoolFolder
 from mempool.journal import DiskFiles
+from mempool.shard.durable.store import Store
 from mempool.wire.channels.loop import run
 
 CONFIG = mempool.TableConfig(name="facts", num_slots=64, value_dim=4)
@@ -185,6 +191,43 @@ def test_what_a_removal_that_failed_has_left_is_in_the_way_of_none(
     folder.remove(1)
     assert sorted(os.listdir(folder._folder)) == ["LOCK", "pool.json"]
     folder.close()
+
+
+def test_a_pool_whose_opening_was_given_up_can_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in a notebook, say: what a thread opens meanwhile is let go again."""
+    begun, go_on, done = threading.Event(), threading.Event(), threading.Event()
+    store = PoolFolder.store
+
+    def slow(self: PoolFolder, shard: int, *, fresh: bool = False) -> Store:
+        begun.set()
+        assert go_on.wait(20)
+        try:
+            return store(self, shard, fresh=fresh)
+        finally:
+            done.set()
+
+    def interrupted(coro: Coroutine[Any, Any, None], timeout_s: float | None = None) -> None:
+        monkeypatch.setattr(opening, "run", run)
+        opened = start(coro)
+        assert begun.wait(20)
+        opened.cancel()
+        threading.Timer(0.1, go_on.set).start()
+        raise KeyboardInterrupt(timeout_s)
+
+    def start(coro: Coroutine[Any, Any, None]) -> "Future[None]":
+        async def begin() -> "asyncio.AbstractEventLoop":
+            return asyncio.get_running_loop()
+
+        return asyncio.run_coroutine_threadsafe(coro, run(begin()))
+
+    monkeypatch.setattr(PoolFolder, "store", slow)
+    monkeypatch.setattr(opening, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mempool.local(tmp_path)
+    assert done.wait(20)
+    monkeypatch.undo()
+    with mempool.local(tmp_path) as pool:
+        assert pool.status().shards
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
