@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mempool.errors import MempoolError
+from mempool.errors import DataLoss, MempoolError
 from mempool.journal import Snapshot
 from mempool.shard.durable.encoding import joined
 from mempool.shard.durable.pages import heads_arrays, heads_key, page_arrays, page_key
@@ -286,6 +286,9 @@ class Taking:
                 while pages := await self._on_thread("snapshot", lambda _: cut.take()):
                     await self._written(lambda pages=pages: _write(snapshot, pages))  # type: ignore[misc]
                 await self._written(lambda: snapshot.finish(cut.head))
+        except DataLoss:  # of what was to be written anew from the disk; memory has it
+            self._marks.clear()
+            raise
         finally:
             await asyncio.shield(self._on_thread("snapshot", lambda _: cut.end()))
         self._marks.update({one.arena: one.writes for one in cut.arenas})

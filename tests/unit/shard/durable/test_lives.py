@@ -4,7 +4,7 @@ import asyncio
 import errno
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,12 +14,10 @@ from byhand import ByHand
 from fakefiles import FakeFiles
 from shard_lives import Lives, hold, step
 
-from mempool.errors import DataLoss, NotFound, Overloaded, StorageFailed
+from mempool.errors import DataLoss, NotFound, StorageFailed
 from mempool.journal import Snapshot
 from mempool.shard.durable.records import Held
 from mempool.shard.durable.store import Store
-from mempool.shard.durable.taking import ArenaCut
-from mempool.shard.pages.arena import Arena
 from mempool.shard.steps.held import HeldUpdate
 from mempool.types import (
     AttachTable,
@@ -45,19 +43,6 @@ SCHEMAS = {
     "adagrad, int8": make_schema(dtype="int8", rounding="stochastic"),
     "product keys": make_schema(num_slots=49, stride=7, keys=ProductKeySpec(heads=2, key_dim=4)),
 }
-
-
-@pytest.fixture
-def make_lives() -> Iterator[Callable[..., Lives]]:
-    made: list[Lives] = []
-
-    def make(lives: Lives | None = None, **how: Any) -> Lives:
-        made.append(lives or Lives(**how))
-        return made[-1]
-
-    yield make
-    for lives in made:
-        lives.close()
 
 
 def create(driver: Driver, schema: TableSchema, owners: str = "one") -> Driver:
@@ -418,65 +403,3 @@ def test_updates_that_no_step_follows_are_not_kept_for_ever() -> None:
     assert len(store._waiting) <= 33
     run(store.settled(), timeout_s=20)  # nobody has to wait for it
     run(store.close(), timeout_s=20)
-
-
-def test_a_snapshot_for_which_there_is_no_memory_leaves_nothing_that_copies(
-    make_lives: Callable[..., Lives], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lives = make_lives()
-    driver = create(lives.begin(), make_schema())
-    taking, (table,) = lives.engines[-1]._taking, lives.engines[-1]._tenancy.tables.values()
-    assert taking is not None
-    (first,) = table.storage.arenas.values()
-    another, make = table.storage.arena((0,)), ArenaCut.__init__
-
-    def refused(self: ArenaCut, arena: Arena, keys: dict[int, bytes]) -> None:
-        if arena is another:
-            raise MemoryError("none left")
-        make(self, arena, keys)
-
-    monkeypatch.setattr(ArenaCut, "__init__", refused)
-    with pytest.raises(Overloaded, match="none left"):
-        driver.call(taking.take())
-    assert first.before_writing is None
-    monkeypatch.undo()
-    assert driver.call(taking.take())
-
-
-def test_a_page_that_could_not_be_copied_is_missing_in_no_snapshot(
-    make_lives: Callable[..., Lives], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lives = make_lives()
-    driver = create(lives.begin(), make_schema())
-    step(driver, 1)
-    engine = lives.engines[-1]
-    taking = engine._taking
-    assert taking is not None
-    cut = driver.call(engine._on_thread("snapshot", lambda _: taking._cut()))
-    monkeypatch.setattr(taking, "_cut", lambda: cut)
-
-    def none_left(arena: Arena, page: int) -> None:
-        raise MemoryError(f"none left for page {page} of {arena}")
-
-    with monkeypatch.context() as patched:
-        patched.setattr("mempool.shard.durable.taking.page_arrays", none_left)
-        driver.write("values", torch.arange(9), torch.ones(9, 10))
-    with pytest.raises(Overloaded, match="none left"):
-        driver.call(taking.take())
-    monkeypatch.undo()
-    again = make_lives(lives.after_power_cut(1)).begin(driver)
-    assert same(again.contents(), driver.contents())
-    assert driver.call(taking.take())
-
-
-def test_a_snapshot_that_lacks_a_page_is_not_gone_on_with(
-    make_lives: Callable[..., Lives], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lives = make_lives()
-    driver = create(lives.begin(), make_schema())
-    taking, take = lives.engines[-1]._taking, ArenaCut.take
-    assert taking is not None
-    monkeypatch.setattr(ArenaCut, "take", lambda self, num_bytes: take(self, num_bytes)[1:])
-    assert driver.call(taking.take())
-    with pytest.raises(DataLoss, match="pages of table 'facts', of which"):
-        make_lives(lives.after_kill()).begin(driver)
