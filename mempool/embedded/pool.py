@@ -93,7 +93,10 @@ class EngineLauncher:
         engine = self._engines.pop(info.shard, None)
         if engine is None:
             return
-        owns = any(table.is_needed for table in (await engine.status()).tables)
+        try:
+            owns = any(table.is_needed for table in (await engine.status()).tables)
+        except ShardUnavailable:  # its thread has ended; what it keeps stays
+            owns = True
         await engine.close()
         if self._folder is not None and not owns and info.shard >= self._folder.wanted:
             await asyncio.to_thread(self._folder.remove, info.shard)
@@ -105,10 +108,14 @@ class EngineLauncher:
                 task.cancel()
             await asyncio.wait(starting, timeout=_CLOSE_S)
         engines, self._engines = self._engines, {}
-        for engine in engines.values():
-            await engine.close()
-        if self._folder is not None:
-            self._folder.close()
+        try:
+            ended = await asyncio.gather(*(engine.close() for engine in engines.values()), return_exceptions=True)
+        finally:
+            if self._folder is not None:
+                self._folder.close()
+        for error in ended:
+            if isinstance(error, BaseException):
+                raise error
 
     def doing(self, shard: int) -> str:
         """What a shard is at just now, for messages; "" for nothing."""

@@ -21,8 +21,10 @@ import mempool
 from mempool import errors
 from mempool.embedded import pool as opening
 from mempool.embedded.memory import PoolFolder
+from mempool.embedded.pool import EngineLauncher
 from mempool.journal import DiskFiles
 from mempool.shard.durable.store import Store
+from mempool.types import ShardInfo
 from mempool.wire.channels.loop import run
 
 CONFIG = mempool.TableConfig(name="facts", num_slots=64, value_dim=4)
@@ -228,6 +230,33 @@ def test_a_pool_whose_opening_was_given_up_can_be_opened(tmp_path: Path, monkeyp
     monkeypatch.undo()
     with mempool.local(tmp_path) as pool:
         assert pool.status().shards
+
+
+class Broken:
+    """An engine whose thread has ended, and whose disk refuses what is written last."""
+
+    closed = False
+
+    async def status(self) -> None:
+        raise errors.ShardUnavailable("its thread has ended")
+
+    async def close(self) -> None:
+        self.closed = True
+        raise errors.StorageFailed("the disk is full")
+
+
+def test_shards_that_cannot_be_closed_well_are_closed_and_the_folder_is_let_go(tmp_path: Path) -> None:
+    launcher = EngineLauncher(device="cpu", pool="p", folder=PoolFolder(str(tmp_path), "p"))
+    engines = [Broken() for _ in range(3)]
+    launcher._engines = dict(enumerate(engines))  # type: ignore[arg-type]
+    with pytest.raises(errors.StorageFailed):
+        run(launcher.stop(ShardInfo(shard=2, address="", incarnation=1)), timeout_s=20)
+    assert engines[2].closed
+    with pytest.raises(errors.StorageFailed):
+        run(launcher.close(), timeout_s=20)
+    assert engines[0].closed
+    assert engines[1].closed
+    PoolFolder(str(tmp_path), "p").close()
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
