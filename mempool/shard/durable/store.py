@@ -145,6 +145,18 @@ class Store:
         with suppress(StorageFailed):  # it is closed
             self._removed = self.journal.remove_before(number + 1)
 
+    async def removed(self) -> bool:
+        """Whether that could go, once it has been tried."""
+        removed = self._removed
+        if removed is None:
+            return True
+        try:
+            await asyncio.wrap_future(removed)
+        except StorageFailed as error:
+            _LOG.warning("what a snapshot has made needless is left in the journal: %s", error)
+            return False
+        return True
+
     async def close(self) -> None:
         """Write what waits, and let the folder go. Repeatable."""
         try:

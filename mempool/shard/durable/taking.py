@@ -45,7 +45,7 @@ _PIECE_BYTES = 4 * 2**20
 """Pages are copied out in pieces of about this size, other jobs in between."""
 
 _AGAIN_S = 1.0
-"""After one that was due and could not be taken."""
+"""After one that was due and could not be taken, or of whose segments none could be removed."""
 
 _Page = tuple[bytes, list[tuple[str, Tensor]]]
 
@@ -259,7 +259,7 @@ class Taking:
 
     async def _try(self) -> None:
         try:
-            if await self.take():
+            if await self.take() and await self._store.removed():
                 return
         except MempoolError as error:
             _LOG.warning("no snapshot could be taken, and the journal grows on: %s", error)

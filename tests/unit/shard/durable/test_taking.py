@@ -6,7 +6,7 @@ import pytest
 import torch
 from shard_lives import Lives, step
 
-from mempool.errors import DataLoss, Overloaded
+from mempool.errors import DataLoss, Overloaded, StorageFailed
 from mempool.shard.durable.taking import ArenaCut
 from mempool.shard.pages.arena import Arena
 from tests.contract.driver import make_schema, same
@@ -90,3 +90,25 @@ def test_a_page_that_is_damaged_on_the_disk_is_written_again_from_memory(make_li
     assert driver.call(taking.take())
     again = make_lives(lives.after_kill()).begin(driver)
     assert same(again.contents(), driver.contents())
+
+
+def test_where_segments_cannot_be_removed_snapshots_do_not_follow_one_another(
+    make_lives: Callable[..., Lives], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lives = make_lives(journal_limit=2**17)
+    driver = lives.begin().create(make_schema(), "one")
+    store, remove = lives.engines[-1]._store, lives.files.remove
+    assert store is not None
+
+    def refuse(path: str) -> None:
+        if path.endswith(".segment"):
+            raise StorageFailed(f"could not remove {path}")
+        remove(path)
+
+    monkeypatch.setattr(lives.files, "remove", refuse)
+    monkeypatch.setattr("mempool.shard.durable.taking._AGAIN_S", 1e6)
+    for number in range(150):
+        driver.write("values", torch.arange(49), torch.full((49, 10), float(number)))
+    lives.after_kill()  # once none is under way
+    assert store.snapshots.newest is not None
+    assert store.snapshots.newest.sequence < 3
