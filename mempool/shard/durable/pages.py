@@ -34,11 +34,6 @@ def heads_key(table_id: int) -> bytes:
     return _HEADS.pack(table_id)
 
 
-def page_arrays(arena: Arena, arena_page: int) -> list[tuple[str, Tensor]]:
-    """The bytes of a page, by array: copies, on the CPU."""
-    return [(name, _bytes_of(pages[arena_page])) for name, pages in arena.raw.items()]
-
-
 def heads_arrays(table: HostedTable) -> list[tuple[str, Tensor]]:
     """The product keys that are here, and whose they are: copies, on the CPU."""
     heads = torch.tensor(table.storage.heads, dtype=torch.int64)

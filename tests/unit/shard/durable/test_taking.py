@@ -7,8 +7,8 @@ import torch
 from shard_lives import Lives, step
 
 from mempool.errors import DataLoss, Overloaded, StorageFailed
-from mempool.shard.durable.taking import ArenaCut
 from mempool.shard.pages.arena import Arena
+from mempool.shard.pages.capture import ArenaCut
 from tests.contract.driver import make_schema, same
 
 
@@ -22,15 +22,15 @@ def test_a_snapshot_for_which_there_is_no_memory_leaves_nothing_that_copies(
     (first,) = table.storage.arenas.values()
     another, make = table.storage.arena((0,)), ArenaCut.__init__
 
-    def refused(self: ArenaCut, arena: Arena, keys: dict[int, bytes]) -> None:
+    def refused(self: ArenaCut, arena: Arena, keys: dict[int, bytes], *, page_slots: int) -> None:
         if arena is another:
             raise MemoryError("none left")
-        make(self, arena, keys)
+        make(self, arena, keys, page_slots=page_slots)
 
     monkeypatch.setattr(ArenaCut, "__init__", refused)
     with pytest.raises(Overloaded, match="none left"):
         driver.call(taking.take())
-    assert first.before_writing is None
+    assert first.cut is None
     monkeypatch.undo()
     assert driver.call(taking.take())
 
@@ -47,11 +47,11 @@ def test_a_page_that_could_not_be_copied_is_missing_in_no_snapshot(
     cut = driver.call(engine._on_thread("snapshot", lambda _: taking._cut()))
     monkeypatch.setattr(taking, "_cut", lambda: cut)
 
-    def none_left(arena: Arena, page: int) -> None:
-        raise MemoryError(f"none left for page {page} of {arena}")
+    def none_left(_self: ArenaCut, _count: int) -> None:
+        raise MemoryError("none left")
 
     with monkeypatch.context() as patched:
-        patched.setattr("mempool.shard.durable.taking.page_arrays", none_left)
+        patched.setattr(ArenaCut, "_take", none_left)
         driver.write("values", torch.arange(9), torch.ones(9, 10))
     with pytest.raises(Overloaded, match="none left"):
         driver.call(taking.take())
