@@ -21,7 +21,7 @@ def make_actor(
 
     variables: Of the process's environment, beside those that every process of a pool has.
     """
-    environment = {**_path(), **(variables or {})}
+    environment = process_environment(variables)
     remote: Any = ray.remote  # whose types know no concurrency groups
     actor_class = remote(concurrency_groups={"health": 1})(process)
     if environment:
@@ -37,6 +37,11 @@ def kernel_variables(threads: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads), **_QUIET_THREADS}
 
 
+def process_environment(variables: dict[str, str] | None = None) -> dict[str, str]:
+    """What the environment of a process of a pool has beside Ray's own."""
+    return {**_path(), **(variables or {})}
+
+
 def _path() -> dict[str, str]:
     """Lets workers of this host import the mempool that this command is, where it is not an installed one."""
     here = Path(__file__).resolve().parents[2]
@@ -48,6 +53,11 @@ def node_ip() -> str:
     """This node's address, as other nodes see it."""
     address: Any = ray.util.get_node_ip_address
     return str(address())
+
+
+def node_id() -> str:
+    """Ray's id of this process's node."""
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def free_resources() -> dict[str, float]:

@@ -8,11 +8,13 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mempool.config import ClusterConfig
 from mempool.errors import MempoolError, ShardUnavailable, StorageFailed
 from mempool.rayhost.actors import NAMESPACE, free_resources, kernel_variables, make_actor, shard_name, shard_of
 from mempool.rayhost.keys import PoolKeys
+from mempool.rayhost.nodes.placing import Placing
 from mempool.rayhost.resources import PROCESS_BYTES, asked, remedies, shortage
 from mempool.rayhost.shard_actor import Description, ShardProcess
 from mempool.rayhost.state.kept import Wanted
@@ -52,6 +54,7 @@ class RayLauncher:
         self._incarnation = 0
         self._starting: set[int] = set()
         self._wanted: Wanted | None = None
+        self._placing = Placing(config)
         self.drops = False
         self.refusals: dict[int, str] = {}
 
@@ -137,12 +140,17 @@ class RayLauncher:
             self._starting.discard(shard)
 
     async def _start(self, shard: int, fresh: bool) -> ShardInfo:
-        actor = await asyncio.to_thread(self._create, shard)
+        node = await self._placing.place(shard, fresh=fresh)
+        self._hear_wanted(self._placing.wanted)
+        actor = await asyncio.to_thread(self._create, shard, node)
         try:
             async with asyncio.timeout(self._start_timeout_s):
-                started = await self._admit(actor, await _describe(actor), fresh=fresh)
+                description = await _describe(actor)
+                self._placing.found(shard, description.node_id)
+                started = await self._admit(actor, description, fresh=fresh)
         except BaseException as error:
             self._actors.pop(shard, None)
+            self._placing.forget(shard)
             await asyncio.to_thread(ray.kill, actor, no_restart=True)
             cause = getattr(error, "cause", None)
             if isinstance(cause, MempoolError):
@@ -162,6 +170,7 @@ class RayLauncher:
         """
         self._boots.pop(info.shard, None)
         self.refusals.pop(info.shard, None)
+        self._placing.forget(info.shard)
         actor = self._actors.pop(info.shard, None)
         if actor is None:
             return
@@ -213,7 +222,8 @@ class RayLauncher:
         if start.info is not None and start.info.shard in self._boots:
             self._boots[start.info.shard] = start.boot_id
 
-    def _create(self, shard: int) -> Any:
+    def _create(self, shard: int, node: str) -> Any:
+        """Its actor: of that node as long as it lives; of any where it is ""."""
         shard_config = self._config.shard
         self._actors[shard] = make_actor(
             ShardProcess,
@@ -227,7 +237,8 @@ class RayLauncher:
             resources=dict(shard_config.resources),
             max_restarts=shard_config.max_restarts,
             max_task_retries=0,  # at most once: calls of the controller are repeated by the controller
-            scheduling_strategy="SPREAD",
+            # Bound to a node that is there, but full, it waits: elsewhere it would have lost its pages.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=True) if node else "SPREAD",
             variables=kernel_variables(shard_config.threads),
         )
         return self._actors[shard]
@@ -236,7 +247,9 @@ class RayLauncher:
         """What a shard's process says of itself; None where it does not answer soon."""
         try:
             async with asyncio.timeout(_FIND_TIMEOUT_S):
-                return await _describe(self._actors[shard])
+                description = await _describe(self._actors[shard])
+                self._placing.found(shard, description.node_id)
+                return description
         except (TimeoutError, RayError) as error:
             _LOG.warning("shard %d does not answer yet (%s)", shard, type(error).__name__)
             return None
@@ -262,6 +275,7 @@ class RayLauncher:
         try:
             async with asyncio.timeout(_DESCRIBE_TIMEOUT_S):
                 description: Description = await _await(self._actors[shard].describe.remote())
+            self._placing.found(shard, description.node_id)
             self._note(shard, description.refusal if description.info is None else "")
             if description.boot_id == self._boots[shard]:
                 return None
@@ -293,11 +307,13 @@ class RayLauncher:
             self._incarnation = max(self._incarnation + 1, time.time_ns() // 1_000_000)
             description = replace(description, info=await _await(actor.admit.remote(self._incarnation, fresh)))
             if self._config.shard.storage is not None:
-                kept = (await _describe(actor)).wanted
-                self._wanted = max((one for one in (kept, self._wanted) if one is not None), default=None)
+                self._hear_wanted((await _describe(actor)).wanted)
             if self._wanted is not None:
                 await _await(actor.keep.remote(self._wanted))
         return description
+
+    def _hear_wanted(self, kept: Wanted | None) -> None:
+        self._wanted = max((one for one in (kept, self._wanted) if one is not None), default=None)
 
     @property
     def _pages(self) -> str:

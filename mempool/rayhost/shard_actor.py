@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 
 from mempool.config import ClusterConfig
 from mempool.errors import MempoolError
-from mempool.rayhost.actors import NAMESPACE, controller_name, node_ip
+from mempool.rayhost.actors import NAMESPACE, controller_name, node_id, node_ip
 from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.state.kept import Wanted, read_wanted, remove_kept, write_wanted
 from mempool.types import ShardInfo
@@ -42,12 +42,14 @@ class Description:
         info: None until this start of it was admitted.
         wanted: What it was given to keep: how many shards the pool is meant to have; None: nothing.
         refusal: Why it could not be admitted, when it was tried last.
+        node_id: The node of Ray's that it runs on.
     """
 
     boot_id: str
     info: ShardInfo | None
     wanted: Wanted | None = None
     refusal: str = ""
+    node_id: str = ""
 
 
 class ShardProcess:
@@ -63,6 +65,7 @@ class ShardProcess:
         self._shard = shard
         self._keys = keys
         self._boot_id = uuid.uuid4().hex
+        self._node_id = node_id()
         self._serving: ShardServing | None = None
         self._info: ShardInfo | None = None
         self._wanted: Wanted | None = None
@@ -74,7 +77,13 @@ class ShardProcess:
     @ray.method(concurrency_group="health")  # answers whatever the engine does
     def describe(self) -> Description:
         """Who this is."""
-        return Description(boot_id=self._boot_id, info=self._info, wanted=self._wanted, refusal=self._refusal)
+        return Description(
+            boot_id=self._boot_id,
+            info=self._info,
+            wanted=self._wanted,
+            refusal=self._refusal,
+            node_id=self._node_id,
+        )
 
     @ray.method(concurrency_group="health")
     def keep(self, wanted: Wanted) -> None:
