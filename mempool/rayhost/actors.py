@@ -77,16 +77,18 @@ def controller_name(pool: str) -> str:
     return f"{pool}/controller"
 
 
-def shard_name(pool: str, shard: int) -> str:
-    """Name of one shard's actor."""
-    return f"{pool}/shard-{shard}"
+def shard_name(pool: str, shard: int, generation: int = 0) -> str:
+    """Name of one shard's actor; each that stands in for another one is of the next generation."""
+    return f"{pool}/shard-{shard}" + (f".{generation}" if generation else "")
 
 
-def shard_of(pool: str, actor: str) -> int | None:
-    """The shard number of an actor's name; None where it is no shard of this pool."""
+def shard_of(pool: str, actor: str) -> tuple[int, int] | None:
+    """The shard number and the generation of an actor's name; None where it is no shard of this pool."""
     prefix = f"{pool}/shard-"
-    number = actor.removeprefix(prefix)
-    return int(number) if actor.startswith(prefix) and number.isdigit() else None
+    number, dot, generation = actor.removeprefix(prefix).partition(".")
+    if not actor.startswith(prefix) or not number.isdecimal() or (dot and not generation.isdecimal()):
+        return None
+    return int(number), int(generation or 0)
 
 
 def pool_of(actor: str) -> str | None:

@@ -50,10 +50,11 @@ def choose(shard: int, nodes: Sequence[Node], asked: Mapping[str, float], *, fre
         return None
     sees = [] if fresh else _newest(shard, nodes)
     if sees and not any(node in able for node in sees):
+        where = ", ".join(node.host or node.node_id for node in sees)
         raise ShardUnavailable(
-            f"shard {shard} has its folder on {', '.join(node.host or node.node_id for node in sees)}, which cannot run "
-            f"it: it has less than the {_lacking(sees[0].has, asked)} that a shard asks Ray for. Nothing was lost: lower "
-            "what shards ask for in the config, or give that node more; or move the folder to one that has it",
+            f"shard {shard} has its folder on {where}, which cannot run it: it has less {_lacking(sees[0].has, asked)} "
+            "than a shard asks Ray for. Nothing was lost. Give that node more, lower what shards ask for in the "
+            "config, or move the folder to a node that has it",
             shard=shard,
         )
     among = [node for node in able if not sees or node in sees]

@@ -1,4 +1,7 @@
-"""Which node each shard of a pool is bound to, and where those are that run. What nodes have is ``looking``'s to say."""
+"""Which node each shard of a pool is bound to, and where those are that run.
+
+What nodes have is ``looking``'s to say.
+"""
 
 import asyncio
 from collections import Counter
@@ -34,8 +37,8 @@ class Placing:
         self._looking: asyncio.Task[_Look] | None = None
         self.wanted: Wanted | None = None
 
-    async def place(self, shard: int, *, fresh: bool = False) -> str:
-        """The node that a shard which is to be started is bound to; "": none.
+    async def place(self, shard: int, *, fresh: bool = False) -> str | None:
+        """The node that a shard which is to be started is bound to; None: any may do; "": none could run it yet.
 
         fresh: Whatever lies in a folder of its number.
 
@@ -43,11 +46,12 @@ class Placing:
             ShardUnavailable: Its folder is on a node that cannot run it.
         """
         if self._config.shard.storage is None:
-            return ""
+            return None
         seen = await self._look()
-        chosen = choose(shard, [self._now(node, seen) for node in seen.nodes], self._asked, fresh=fresh) or ""
-        seen.given[chosen] += 1
-        self.found(shard, chosen)
+        chosen = choose(shard, [self._now(node, seen) for node in seen.nodes], self._asked, fresh=fresh)
+        if chosen:
+            seen.given[chosen] += 1
+            self.found(shard, chosen)
         return chosen
 
     def found(self, shard: int, node: str) -> None:
