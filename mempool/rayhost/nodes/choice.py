@@ -20,6 +20,7 @@ class Node:
         free: What of it nobody has taken.
         shards: How many shards of this pool are there.
         folders: The folders of the pool's shards that it sees, by shard.
+        silent: It did not say what it sees.
     """
 
     node_id: str
@@ -28,6 +29,7 @@ class Node:
     free: Mapping[str, float] = field(default_factory=dict)
     shards: int = 0
     folders: Mapping[int, KeptFolder] = field(default_factory=dict)
+    silent: bool = False
 
 
 def choose(shard: int, nodes: Sequence[Node], asked: Mapping[str, float], *, fresh: bool = False) -> str | None:
@@ -43,7 +45,8 @@ def choose(shard: int, nodes: Sequence[Node], asked: Mapping[str, float], *, fre
         A node's id; None: any may do, as all that could run it share the path; or "": none that lives could run it.
 
     Raises:
-        ShardUnavailable: Its folder is on nodes alone that could not run it.
+        ShardUnavailable: Its folder is on nodes alone that could not run it; or it may be on one that does not say, as
+            others have theirs.
     """
     able = [node for node in nodes if _covers(node.has, asked)]
     if are_shared(able):
@@ -55,6 +58,13 @@ def choose(shard: int, nodes: Sequence[Node], asked: Mapping[str, float], *, fre
             f"shard {shard} has its folder on {where}, which cannot run it: it has less {_lacking(sees[0].has, asked)} "
             "than a shard asks Ray for. Nothing was lost. Give that node more, lower what shards ask for in the "
             "config, or move the folder to a node that has it",
+            shard=shard,
+        )
+    silent = [node.host or node.node_id for node in able if node.silent]
+    if silent and not sees and not fresh and any(node.folders for node in nodes):
+        raise ShardUnavailable(
+            f"no node of Ray is known to have the folder of shard {shard}, and {', '.join(silent)} did not say in time "
+            "what it has. Nothing was lost. Try again, or end Ray on that node to go on without it",
             shard=shard,
         )
     among = [node for node in able if not sees or node in sees]

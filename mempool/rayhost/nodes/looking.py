@@ -13,14 +13,14 @@ from mempool.rayhost.nodes.choice import Node
 from mempool.rayhost.state.kept import KeptFolder, kept_folders
 
 _LOG = logging.getLogger("mempool.rayhost")
-_LOOK_TIMEOUT_S = 30.0
+_LOOK_TIMEOUT_S = 60.0
 """Ray may have to start a process on that node; a disk of the network may not answer."""
 
 Folders = dict[int, KeptFolder]
 
 
 async def look(path: str, pool: str) -> tuple[Node, ...]:
-    """The living nodes. One that does not say in time what its disk has is taken to have nothing of the pool."""
+    """The living nodes. One that does not say in time what its disk has is ``silent``."""
     free = await asyncio.to_thread(_free_by_node)
     living = {entry["NodeID"]: entry for entry in await asyncio.to_thread(ray.nodes) if entry["Alive"]}
     here = node_id()
@@ -31,13 +31,14 @@ async def look(path: str, pool: str) -> tuple[Node, ...]:
             host=entry["NodeManagerAddress"],
             has=entry["Resources"],
             free=free.get(node, {}),
-            folders=found,
+            folders=found or {},
+            silent=found is None,
         )
         for (node, entry), found in zip(living.items(), folders, strict=True)
     )
 
 
-async def _folders(node: str, path: str, pool: str, *, here: bool) -> Folders:
+async def _folders(node: str, path: str, pool: str, *, here: bool) -> Folders | None:
     reference: Any = None
     try:
         async with asyncio.timeout(_LOOK_TIMEOUT_S):
@@ -50,7 +51,7 @@ async def _folders(node: str, path: str, pool: str, *, here: bool) -> Folders:
         _LOG.warning("node %s does not say what it has of pool %r (%s)", node, pool, type(error).__name__)
         if reference is not None:
             await asyncio.to_thread(ray.cancel, reference, force=True)
-        return {}
+        return None
 
 
 def _ask(node: str, path: str, pool: str) -> Any:

@@ -1,5 +1,7 @@
 """The node that a shard is bound to, by table."""
 
+from dataclasses import replace
+
 import pytest
 
 from mempool.errors import ShardUnavailable
@@ -75,6 +77,17 @@ def test_a_folder_on_a_node_that_cannot_run_it_is_not_left_behind() -> None:
     with pytest.raises(ShardUnavailable, match=r"shard 2 has its folder on host-b, .* less CPU than"):
         choose(2, nodes, ASKED)
     assert choose(2, nodes, ASKED, fresh=True) == "a"
+
+
+def test_a_folder_is_not_left_behind_on_a_node_that_does_not_say_what_it_has() -> None:
+    silent = replace(node("b"), silent=True)
+    assert choose(2, [node("a"), silent], ASKED) == "a", "a new pool waits for nobody"
+    assert choose(2, [node("a", shard_2=("x", 1)), silent], ASKED) == "a", "it is found"
+    others = [node("a", shard_0=("x", 1)), silent]
+    with pytest.raises(ShardUnavailable, match=r"folder of shard 2, .*; host-b did not say in time"):
+        choose(2, others, ASKED)
+    assert choose(2, others, ASKED, fresh=True) == "a"
+    assert choose(2, [others[0], replace(silent, has={})], ASKED) == "a", "it runs no shard"
 
 
 @pytest.mark.parametrize(

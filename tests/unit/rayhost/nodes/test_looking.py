@@ -1,4 +1,4 @@
-"""A look at the nodes of Ray: what each says, and that none that is silent keeps a pool from starting."""
+"""A look at the nodes of Ray: what each says, and who does not."""
 
 import asyncio
 from concurrent.futures import Future
@@ -30,7 +30,7 @@ class Reference:
         return self._future
 
 
-def test_a_node_that_fails_or_is_silent_has_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_that_fails_or_does_not_answer_is_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {"answers": Reference(KEPT), "fails": Reference(RayError("gone")), "silent": Reference(None)}
     entries = [
         {"NodeID": name, "Alive": name != "dead", "NodeManagerAddress": f"host-{name}", "Resources": {"CPU": 2.0}}
@@ -50,8 +50,8 @@ def test_a_node_that_fails_or_is_silent_has_nothing(tmp_path: Path, monkeypatch:
     assert (here.node_id, list(here.folders)) == ("here", [1])
     assert others == [
         Node(node_id="answers", host="host-answers", has={"CPU": 2.0}, free={"CPU": 1.0}, folders=KEPT),
-        Node(node_id="fails", host="host-fails", has={"CPU": 2.0}),
-        Node(node_id="silent", host="host-silent", has={"CPU": 2.0}),
+        Node(node_id="fails", host="host-fails", has={"CPU": 2.0}, silent=True),
+        Node(node_id="silent", host="host-silent", has={"CPU": 2.0}, silent=True),
     ]
     assert asked["silent"].cancelled
     assert not asked["answers"].cancelled
