@@ -34,7 +34,7 @@ WEIGHTS = {
     "bit flipped": 1,
     "node killed": 1,
 }
-"""How often each comes up beside the others."""
+"""How often each comes in as many faults as these are together."""
 _BEGUN_BYTES = 120
 """Of a segment: its header and that of its first record, which says that a life has begun, and is synced."""
 
@@ -139,25 +139,26 @@ class Faults:
         without |= {"node killed"} if nodes is None else set()
         self.kinds = [kind for kind in WEIGHTS if kind in kinds and kind not in without]
         self.counts: Counter[str] = Counter()
+        self._deck: list[str] = []
 
     def happen(self) -> str:
         """One that the dice choose; while it lasts a process may be killed, too. What it was."""
-        kind = self._chosen(self.kinds)
+        if not self._deck:  # drawn without being put back: each comes within so many
+            self._deck = [kind for kind in self.kinds for _ in range(WEIGHTS[kind])]
+            self._dice.shuffle(self._deck)
+        kind = self._deck.pop()
         self.counts[kind] += 1
         if kind in self._sudden:
             self._sudden[kind]()
             return kind
         with self._lasting[kind]():
             if (kills := [other for other in self.kinds if other.endswith("killed")]) and self._dice.random() < 0.4:
-                other = self._chosen(kills)
+                other = self._dice.choices(kills, [WEIGHTS[kill] for kill in kills])[0]
                 self.counts[other] += 1
                 kind = f"{kind}, then {other}"
                 self._sudden[other]()
             time.sleep(self._dice.uniform(0.0, _LONGEST_S))
         return kind
-
-    def _chosen(self, kinds: list[str]) -> str:
-        return self._dice.choices(kinds, [WEIGHTS[kind] for kind in kinds])[0]
 
     def _shards(self) -> list[int]:
         """The processes of the shards: those that have locked their folders. Who else could be asked may be away."""
