@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mempool.errors import MempoolError
+from mempool.errors import DataLoss, MempoolError
 from mempool.journal import Snapshot
 from mempool.shard.durable.encoding import joined
 from mempool.shard.durable.pages import heads_arrays, heads_key, page_arrays, page_key
@@ -45,7 +45,7 @@ _PIECE_BYTES = 4 * 2**20
 """Pages are copied out in pieces of about this size, other jobs in between."""
 
 _AGAIN_S = 1.0
-"""After one that was due and could not be taken."""
+"""After one that was due and could not be taken, or of whose segments none could be removed."""
 
 _Page = tuple[bytes, list[tuple[str, Tensor]]]
 
@@ -65,22 +65,31 @@ class ArenaCut:
         self._left = torch.zeros(len(arena.page_of), dtype=torch.bool)
         self._left[torch.tensor(list(keys), dtype=torch.int64)] = True
         self._saved: list[_Page] = []
+        self._failed: Exception | None = None
         arena.before_writing = self._save
 
     def _save(self, touched: Tensor) -> None:
         """These arena pages are about to be written to."""
         pages = touched.cpu()
-        for place in torch.unique(pages[self._left[pages]]).tolist():
-            self._saved.append(self._copied(place))
-        if not self._keys:
+        try:
+            for place in torch.unique(pages[self._left[pages]]).tolist():
+                self._saved.append(self._copied(place))
+        except Exception as error:  # no memory: whoever writes goes on, and the snapshot does not
+            self._failed = error
+            self._saved.clear()
+        if self._failed is not None or not self._keys:
             self.end()
 
     def _copied(self, place: int) -> _Page:
+        page = self._keys[place], page_arrays(self.arena, place)
+        del self._keys[place]
         self._left[place] = False
-        return self._keys.pop(place), page_arrays(self.arena, place)
+        return page
 
     def take(self, num_bytes: int) -> list[_Page]:
-        """Pages of about so many bytes, copied; none: there are no more."""
+        """Pages of about so many bytes, copied; none: there are no more. Raises where one could not be copied."""
+        if self._failed is not None:
+            raise self._failed
         taken, self._saved = self._saved, []
         while self._keys and len(taken) * self.arena.page_bytes < num_bytes:
             taken.append(self._copied(next(iter(self._keys))))
@@ -116,13 +125,17 @@ class Cut:
         self.kept: list[bytes] = []
         self._pages: list[_Page] = []
         self.arenas: list[ArenaCut] = []
-        for table in tenancy.tables.values():
-            if table.storage.num_lost:
-                continue
-            if table.storage.heads:
-                self._pages.append((heads_key(table.table_id), heads_arrays(table)))
-            for blocks, arena in table.storage.arenas.items():
-                self._mark(table.table_id, blocks, arena, marks.get(arena), before)
+        try:
+            for table in tables:
+                if table.storage.num_lost:
+                    continue
+                if table.storage.heads:
+                    self._pages.append((heads_key(table.table_id), heads_arrays(table)))
+                for blocks, arena in table.storage.arenas.items():
+                    self._mark(table.table_id, blocks, arena, marks.get(arena), before)
+        except BaseException:  # no memory, say
+            self.end()
+            raise
 
     def _mark(self, table_id: int, blocks: Blocks, arena: Arena, mark: int | None, before: frozenset[bytes]) -> None:
         written = None if mark is None else frozenset(arena.written_since(mark).tolist())
@@ -246,7 +259,7 @@ class Taking:
 
     async def _try(self) -> None:
         try:
-            if await self.take():
+            if await self.take() and await self._store.removed():
                 return
         except MempoolError as error:
             _LOG.warning("no snapshot could be taken, and the journal grows on: %s", error)
@@ -273,6 +286,9 @@ class Taking:
                 while pages := await self._on_thread("snapshot", lambda _: cut.take()):
                     await self._written(lambda pages=pages: _write(snapshot, pages))  # type: ignore[misc]
                 await self._written(lambda: snapshot.finish(cut.head))
+        except DataLoss:  # of what was to be written anew from the disk; memory has it
+            self._marks.clear()
+            raise
         finally:
             await asyncio.shield(self._on_thread("snapshot", lambda _: cut.end()))
         self._marks.update({one.arena: one.writes for one in cut.arenas})

@@ -160,11 +160,12 @@ class Capture:
 
     def __init__(self, storage: Storage, pages: Pages) -> None:
         self._storage = storage
-        self._arenas: dict[Blocks, ArenaCapture] = {}
-        for blocks, arena in storage.arenas.items():
-            left = pages.row_pages[:, list(blocks)].sum(axis=1)
-            self._arenas[blocks] = ArenaCapture(arena, left, storage)
-            arena.capture = self._arenas[blocks]
+        self._arenas: dict[Blocks, ArenaCapture] = {
+            blocks: ArenaCapture(arena, pages.row_pages[:, list(blocks)].sum(axis=1), storage)
+            for blocks, arena in storage.arenas.items()
+        }
+        for blocks, captured in self._arenas.items():  # once there was memory for all
+            storage.arenas[blocks].capture = captured
         self._heads, self._head_keys = storage.heads, storage.head_keys
         storage.shared_head_keys = True
 
