@@ -41,12 +41,14 @@ class Heard:
         pending: Ids of those that are being made.
         frozen: Those whose pages are moving: the token of their round by id; "" where it has none.
         dropped: Ids of tables that it was told to drop: one shard that was decides it for all.
+        hidden: Ids of tables that it has and that a later one of the same name took the place of: it missed their drop.
     """
 
     views: tuple[TableView, ...] = ()
     pending: frozenset[int] = frozenset()
     frozen: Mapping[int, str] = field(default_factory=dict)
     dropped: frozenset[int] = frozenset()
+    hidden: frozenset[int] = frozenset()
 
     @property
     def table_ids(self) -> frozenset[int]:
@@ -121,7 +123,7 @@ def learn_all(known: Knowledge, heard: Iterable[Heard], *, everyone: bool) -> Kn
         known,
         views={name: view for name, view in known.views.items() if view.schema.table_id not in gone},
         # Only of those that somebody has still: a shard remembers its drops for long.
-        dropped=known.dropped | {table_id for report in reports for table_id in _has(report) if table_id in gone},
+        dropped=known.dropped.union(*((_has(report) & gone) | report.hidden for report in reports)),
     )
     pending = {table_id for report in reports for table_id in report.pending} - known.making - known.dropped
     confirmed = {view.schema.table_id for report in reports for view in report.views}
@@ -188,7 +190,7 @@ def thaws(known: Knowledge, heard: Mapping[int, Heard]) -> list[Thaws]:
 
 def _has(heard: Heard) -> frozenset[int]:
     """Ids of the tables that a shard has, made or not."""
-    return heard.pending.union(view.schema.table_id for view in heard.views)
+    return heard.pending.union(heard.hidden, (view.schema.table_id for view in heard.views))
 
 
 def _rounds_of(table_id: int, heard: Collection[Heard]) -> tuple[str, ...]:

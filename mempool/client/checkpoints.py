@@ -10,7 +10,7 @@ from typing import Any
 from mempool.checkpoint.stores.places import absolute
 from mempool.client.counts import as_count
 from mempool.client.opening.creation import CreateProgress
-from mempool.errors import DeadlineExceeded, InvalidRequest, MempoolError
+from mempool.errors import DeadlineExceeded, Internal, InvalidRequest, MempoolError
 from mempool.types import CheckpointProgress, PoolApi, RestoreTables, TableView, TakeCheckpoint
 from mempool.types.caller import Caller, calling
 
@@ -66,6 +66,10 @@ class CheckpointHandle:
                 self._error = DeadlineExceeded(f"nothing more was heard of the checkpoint to {self._progress.url}")
         except MempoolError as error:
             self._error = error
+        except Exception as error:
+            self._error = Internal(
+                f"the checkpoint to {self._progress.url} failed with {type(error).__name__}: {error}. This is a bug."
+            )
         except BaseException:
             self._error = InvalidRequest("the pool was closed on this side; it goes on with the checkpoint")
             raise

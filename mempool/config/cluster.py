@@ -165,8 +165,8 @@ class StorageConfig(ConfigModel):
     """Where shards keep their pages, and what was committed, so that it survives them.
 
     Args:
-        path: A folder on every node that runs shards, absolute; each shard has its own in it. Where it is shared among
-            nodes a lost node's shards come back elsewhere.
+        path: A folder on every node that runs shards, absolute; each shard has its own in it, and stays on its node.
+            Where it is shared among nodes a lost node's shards come back elsewhere.
         journal_limit: Bytes that a shard's journal may have on the disk, about: at half of it a snapshot is begun.
         sync: "commit": what is acknowledged survives a power cut; "off": a killed process alone.
     """

@@ -85,11 +85,18 @@ def _dropped_unmade(table_id: int, host: ShardHost) -> Awaitable[None]:
 async def _hear(call: Call, info: ShardInfo) -> Heard:
     views = await call(info, lambda host: host.views(), timeout_s=_HEAR_TIMEOUT_S)
     status = await call(info, lambda host: host.status(), timeout_s=_HEAR_TIMEOUT_S)
+    newest = {view.schema.name: view.schema.table_id for view in views}
     return Heard(
         views=views,
         pending=frozenset(table.table_id for table in status.tables if table.pending),
         frozen={table.table_id: table.round for table in status.tables if table.frozen},
         dropped=frozenset(status.dropped),
+        # A server's views have the latest table of each name.
+        hidden=frozenset(
+            table.table_id
+            for table in status.tables
+            if not table.pending and table.table_id < newest.get(table.name, 0)
+        ),
     )
 
 

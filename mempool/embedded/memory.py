@@ -103,11 +103,14 @@ class PoolFolder:
     def remove(self, shard: int) -> None:
         """Remove what a shard kept, which is closed and owns nothing. Later lives see all of it, or nothing."""
         folder = os.path.join(self._folder, f"shard-{shard}")
+        self._clear(folder + _GONE)  # what a removal that failed has left
         self._files.rename(folder, folder + _GONE)
         self._files.sync_folder(self._folder)
         self._clear(folder + _GONE)
 
     def _clear(self, folder: str) -> None:
+        from mempool.journal.files import storage_failed
+
         for inner in ("snapshots", "journal", ""):
             place = os.path.join(folder, inner)
             if not os.path.isdir(place):  # a process died at this
@@ -115,7 +118,10 @@ class PoolFolder:
             for name in self._files.names(place):
                 if not os.path.isdir(os.path.join(place, name)):
                     self._files.remove(os.path.join(place, name))
-            os.rmdir(place)
+            try:
+                os.rmdir(place)
+            except OSError as error:
+                raise storage_failed(error, place, "remove") from error
         self._files.sync_folder(self._folder)
 
     def close(self) -> None:

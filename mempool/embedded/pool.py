@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mempool.client import Pool
@@ -14,13 +16,16 @@ from mempool.embedded.memory import PoolFolder
 from mempool.errors import ConfigError, ShardUnavailable
 from mempool.observe import Stages
 from mempool.types import ShardHost, ShardInfo
-from mempool.types.running import TRAINER_LEASE_S
+from mempool.types.running import TRAINER_LEASE_S, to_its_end
 from mempool.wire.channels.loop import run
 
 if TYPE_CHECKING:
     from mempool.shard import Engine
+    from mempool.shard.durable.store import Store
 
 _START_TIMEOUT_S = 120.0
+_CLOSE_S = 20.0
+"""So long those that are starting are waited for: they let their folders go."""
 
 
 class EngineLauncher:
@@ -32,15 +37,22 @@ class EngineLauncher:
         self._folder = folder
         self._engines: dict[int, Engine] = {}
         self._started = 0
+        self._starting: set[asyncio.Task[ShardInfo]] = set()
 
     async def start(self, shard: int, *, fresh: bool = False) -> ShardInfo:
         """A new engine; one that has storage goes on where it was, unless it is to be fresh."""
+        starting = asyncio.create_task(self._start(shard, fresh=fresh))
+        self._starting.add(starting)
+        starting.add_done_callback(self._starting.discard)
+        return await starting
+
+    async def _start(self, shard: int, *, fresh: bool) -> ShardInfo:
         from mempool.shard import Engine  # loads numba or triton, which a trainer that only connects must not
 
         stages, store = Stages(), None
         if self._folder is not None:
             with stages.measure("recover: open"):  # it reads what lies on the disk, and may wait for it
-                store = await asyncio.to_thread(self._folder.store, shard, fresh=fresh)
+                store = await _opened(partial(self._folder.store, shard, fresh=fresh))
         self._started = max(self._started + 1, 0 if store is None else store.incarnation)
         info = ShardInfo(shard=shard, address="", incarnation=self._started)
         engine: Engine | None = None
@@ -58,9 +70,9 @@ class EngineLauncher:
             await engine.recover()
         except BaseException:
             if engine is not None:
-                await engine.close()
+                await to_its_end(engine.close())
             elif store is not None:
-                await store.close()
+                await to_its_end(store.close())
             raise
         self._engines[shard] = engine
         return info
@@ -81,18 +93,29 @@ class EngineLauncher:
         engine = self._engines.pop(info.shard, None)
         if engine is None:
             return
-        owns = any(table.is_needed for table in (await engine.status()).tables)
+        try:
+            owns = any(table.is_needed for table in (await engine.status()).tables)
+        except ShardUnavailable:  # its thread has ended; what it keeps stays
+            owns = True
         await engine.close()
         if self._folder is not None and not owns and info.shard >= self._folder.wanted:
             await asyncio.to_thread(self._folder.remove, info.shard)
 
     async def close(self) -> None:
         """After the last shard: the folder is free for others."""
+        if starting := set(self._starting):
+            for task in starting:
+                task.cancel()
+            await asyncio.wait(starting, timeout=_CLOSE_S)
         engines, self._engines = self._engines, {}
-        for engine in engines.values():
-            await engine.close()
-        if self._folder is not None:
-            self._folder.close()
+        try:
+            ended = await asyncio.gather(*(engine.close() for engine in engines.values()), return_exceptions=True)
+        finally:
+            if self._folder is not None:
+                self._folder.close()
+        for error in ended:
+            if isinstance(error, BaseException):
+                raise error
 
     def doing(self, shard: int) -> str:
         """What a shard is at just now, for messages; "" for nothing."""
@@ -108,6 +131,18 @@ class EngineLauncher:
                 f"shard {info.shard} of this embedded pool is gone (rescaled away, or the pool was closed)",
                 shard=info.shard,
             ) from None
+
+
+async def _opened(open_store: Callable[[], Store]) -> Store:
+    """What a thread opens. Whoever gives it up has it closed: else it is locked for as long as this process lives."""
+    stores: list[Store] = []
+    try:
+        await to_its_end(asyncio.to_thread(lambda: stores.append(open_store())))
+    except BaseException:
+        for store in stores:
+            await to_its_end(store.close())
+        raise
+    return stores[0]
 
 
 def local(

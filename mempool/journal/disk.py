@@ -175,14 +175,18 @@ class DiskFile:
             with suppress(OSError):  # not every file system has that
                 path = f"/proc/self/fd/{self._opened()}"
                 self._direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        done = 0
         if self._direct is not None:
             try:
-                return _read_blocks(self._direct, at, blocks)
+                done = _read_blocks(self._direct, at, blocks)
             except OSError as error:
                 if error.errno != errno.EINVAL:  # that is: of blocks of this size, or at this address
                     raise
-        done = _read_blocks(self._opened(), at, blocks)
-        self._do_not_keep(at, done)
+        first = done
+        while done < len(blocks) and (count := os.preadv(self._opened(), [blocks[done:]], at + done)):
+            done += count
+        if done > first:
+            self._do_not_keep(at + first, done - first)
         return done
 
     def _do_not_keep(self, at: int, num_bytes: int) -> None:
@@ -215,7 +219,7 @@ def _read_blocks(descriptor: int, at: int, blocks: memoryview) -> int:
     done = 0
     while done < len(blocks) and (count := os.preadv(descriptor, [blocks[done:]], at + done)):
         done += count
-        if count % _BLOCK_BYTES:  # the file's end; what is asked for next would be no block
+        if count % _BLOCK_BYTES:  # the file's end, mostly; what is asked for next would be no block
             break
     return done
 

@@ -21,7 +21,7 @@ def make_actor(
 
     variables: Of the process's environment, beside those that every process of a pool has.
     """
-    environment = {**_path(), **(variables or {})}
+    environment = process_environment(variables)
     remote: Any = ray.remote  # whose types know no concurrency groups
     actor_class = remote(concurrency_groups={"health": 1})(process)
     if environment:
@@ -37,6 +37,11 @@ def kernel_variables(threads: int) -> dict[str, str]:
     return {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads), **_QUIET_THREADS}
 
 
+def process_environment(variables: dict[str, str] | None = None) -> dict[str, str]:
+    """What the environment of a process of a pool has beside Ray's own."""
+    return {**_path(), **(variables or {})}
+
+
 def _path() -> dict[str, str]:
     """Lets workers of this host import the mempool that this command is, where it is not an installed one."""
     here = Path(__file__).resolve().parents[2]
@@ -48,6 +53,11 @@ def node_ip() -> str:
     """This node's address, as other nodes see it."""
     address: Any = ray.util.get_node_ip_address
     return str(address())
+
+
+def node_id() -> str:
+    """Ray's id of this process's node."""
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def free_resources() -> dict[str, float]:
@@ -67,16 +77,18 @@ def controller_name(pool: str) -> str:
     return f"{pool}/controller"
 
 
-def shard_name(pool: str, shard: int) -> str:
-    """Name of one shard's actor."""
-    return f"{pool}/shard-{shard}"
+def shard_name(pool: str, shard: int, generation: int = 0) -> str:
+    """Name of one shard's actor; each that stands in for another one is of the next generation."""
+    return f"{pool}/shard-{shard}" + (f".{generation}" if generation else "")
 
 
-def shard_of(pool: str, actor: str) -> int | None:
-    """The shard number of an actor's name; None where it is no shard of this pool."""
+def shard_of(pool: str, actor: str) -> tuple[int, int] | None:
+    """The shard number and the generation of an actor's name; None where it is no shard of this pool."""
     prefix = f"{pool}/shard-"
-    number = actor.removeprefix(prefix)
-    return int(number) if actor.startswith(prefix) and number.isdigit() else None
+    number, dot, generation = actor.removeprefix(prefix).partition(".")
+    if not actor.startswith(prefix) or not number.isdecimal() or (dot and not generation.isdecimal()):
+        return None
+    return int(number), int(generation or 0)
 
 
 def pool_of(actor: str) -> str | None:

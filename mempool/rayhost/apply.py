@@ -121,6 +121,11 @@ def still_to_create(
     names = ", ".join(sorted(view.schema.name for view in status.tables)[:_NAMED])
     more = f", and {len(status.tables) - _NAMED:,} more" if len(status.tables) > _NAMED else ""
     say(f"brought back from {'' if storage is None else storage.path}: {names}{more}")
+    if lost := _lost_shards(status):
+        say(
+            f"shard {', '.join(map(str, lost))} lacks pages of tables that are there: no node that is up has a folder "
+            "with them. `mempool status` names the tables, and what to restore"
+        )
     changes = planned(config, status)
     if changes.rescale:
         say(
@@ -130,6 +135,11 @@ def still_to_create(
     for change in changes.refused:
         say(f"not as the file says: {change}; it stays as it was")
     return changes.create
+
+
+def _lost_shards(status: PoolStatus) -> list[int]:
+    """The shards that have lost pages of some table."""
+    return [shard.info.shard for shard in status.shards if any(table.lost_pages for table in shard.tables)]
 
 
 def create_tables(

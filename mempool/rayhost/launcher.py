@@ -8,11 +8,13 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mempool.config import ClusterConfig
 from mempool.errors import MempoolError, ShardUnavailable, StorageFailed
 from mempool.rayhost.actors import NAMESPACE, free_resources, kernel_variables, make_actor, shard_name, shard_of
 from mempool.rayhost.keys import PoolKeys
+from mempool.rayhost.nodes.placing import Placing
 from mempool.rayhost.resources import PROCESS_BYTES, asked, remedies, shortage
 from mempool.rayhost.shard_actor import Description, ShardProcess
 from mempool.rayhost.state.kept import Wanted
@@ -48,10 +50,12 @@ class RayLauncher:
         self._start_timeout_s = start_timeout_s
         self._pool = config.pool.name
         self._actors: dict[int, Any] = {}
+        self._generations: dict[int, int] = {}
         self._boots: dict[int, str] = {}
         self._incarnation = 0
         self._starting: set[int] = set()
         self._wanted: Wanted | None = None
+        self._placing = Placing(config)
         self.drops = False
         self.refusals: dict[int, str] = {}
 
@@ -137,12 +141,14 @@ class RayLauncher:
             self._starting.discard(shard)
 
     async def _start(self, shard: int, fresh: bool) -> ShardInfo:
-        actor = await asyncio.to_thread(self._create, shard)
+        home = await self._placing.place(shard, fresh=fresh)
+        self._hear_wanted(self._placing.wanted)
+        actor = await asyncio.to_thread(self._create, shard, home)
         try:
             async with asyncio.timeout(self._start_timeout_s):
-                started = await self._admit(actor, await _describe(actor), fresh=fresh)
+                started = await self._admit(shard, await _describe(actor), fresh=fresh)
         except BaseException as error:
-            self._actors.pop(shard, None)
+            actor = self._forgotten(shard)
             await asyncio.to_thread(ray.kill, actor, no_restart=True)
             cause = getattr(error, "cause", None)
             if isinstance(cause, MempoolError):
@@ -162,7 +168,7 @@ class RayLauncher:
         """
         self._boots.pop(info.shard, None)
         self.refusals.pop(info.shard, None)
-        actor = self._actors.pop(info.shard, None)
+        actor = self._forgotten(info.shard)
         if actor is None:
             return
         failure: StorageFailed | None = None
@@ -186,10 +192,16 @@ class RayLauncher:
         """
         entries = await asyncio.to_thread(ray.util.list_named_actors, all_namespaces=True)
         names = {entry["name"] for entry in entries if entry["namespace"] == NAMESPACE}
-        shards = {shard: name for name in names if (shard := shard_of(self._pool, name)) is not None}
-        for shard, name in shards.items():
-            self._actors[shard] = await asyncio.to_thread(ray.get_actor, name, namespace=NAMESPACE)
-        found = await asyncio.gather(*(self._found(shard) for shard in sorted(shards)))
+        actors = {one: name for name in names if (one := shard_of(self._pool, name)) is not None}
+        self._generations = dict(sorted(actors))  # of each shard the highest, which came last
+        shards = sorted(self._generations)
+        for (shard, generation), name in actors.items():
+            actor = await asyncio.to_thread(ray.get_actor, name, namespace=NAMESPACE)
+            if generation == self._generations[shard]:
+                self._actors[shard] = actor
+            else:  # a controller died as the other one took its place
+                await asyncio.to_thread(ray.kill, actor, no_restart=True)
+        found = await asyncio.gather(*(self._found(shard) for shard in shards))
         for description in found:
             if description is not None and description.info is not None:
                 self.heard(description.info.incarnation)
@@ -197,8 +209,8 @@ class RayLauncher:
         self._wanted = max(kept, default=None)
         if not any(description is not None and description.info is not None for description in found):
             # All are new: nobody knows of others.
-            found = await asyncio.gather(*(self._admitted(shard, found[i]) for i, shard in enumerate(sorted(shards))))
-        return [self._known(shard, description) for shard, description in zip(sorted(shards), found, strict=True)]
+            found = await asyncio.gather(*(self._admitted(shard, found[i]) for i, shard in enumerate(shards)))
+        return [self._known(shard, description) for shard, description in zip(shards, found, strict=True)]
 
     async def changed(self) -> list[Description]:
         """The shards that came back as a new process, each admitted as a new incarnation.
@@ -213,30 +225,51 @@ class RayLauncher:
         if start.info is not None and start.info.shard in self._boots:
             self._boots[start.info.shard] = start.boot_id
 
-    def _create(self, shard: int) -> Any:
+    def _create(self, shard: int, home: str | None, *, stands_in: bool = False) -> Any:
+        """Its actor, bound to a node as long as that lives, or to none."""
         shard_config = self._config.shard
         self._actors[shard] = make_actor(
             ShardProcess,
             self._config,
             shard,
             self._keys,
-            name=shard_name(self._pool, shard),
+            home,
+            stands_in,
+            name=shard_name(self._pool, shard, self._generations.get(shard, 0)),
             num_cpus=shard_config.num_cpus,
             num_gpus=shard_config.num_gpus,
             memory=PROCESS_BYTES,
             resources=dict(shard_config.resources),
             max_restarts=shard_config.max_restarts,
             max_task_retries=0,  # at most once: calls of the controller are repeated by the controller
-            scheduling_strategy="SPREAD",
+            # Bound to a node that is there, but full, it waits: elsewhere it would have lost its pages.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(home, soft=True) if home else "SPREAD",
             variables=kernel_variables(shard_config.threads),
         )
         return self._actors[shard]
+
+    def _stand_in(self, shard: int, home: str) -> None:
+        """Another actor in place of one that has no page yet, bound to this node: Ray binds no actor anew, and one
+        whose node is gone could start anywhere each time.
+        """
+        strayed = self._actors[shard]
+        self._generations[shard] = self._generations.get(shard, 0) + 1
+        self._create(shard, home, stands_in=True)
+        ray.kill(strayed, no_restart=True)
+
+    def _forgotten(self, shard: int) -> Any:
+        """The actor of a shard that is no more; None where it had none."""
+        self._placing.forget(shard)
+        self._generations.pop(shard, None)
+        return self._actors.pop(shard, None)
 
     async def _found(self, shard: int) -> Description | None:
         """What a shard's process says of itself; None where it does not answer soon."""
         try:
             async with asyncio.timeout(_FIND_TIMEOUT_S):
-                return await _describe(self._actors[shard])
+                description = await _describe(self._actors[shard])
+                self._placing.found(shard, description.node_id)
+                return description
         except (TimeoutError, RayError) as error:
             _LOG.warning("shard %d does not answer yet (%s)", shard, type(error).__name__)
             return None
@@ -245,7 +278,7 @@ class RayLauncher:
         """The same start with its incarnation; None where it does not answer soon."""
         try:
             async with asyncio.timeout(_FIND_TIMEOUT_S):
-                return None if description is None else await self._admit(self._actors[shard], description)
+                return None if description is None else await self._admit(shard, description)
         except (TimeoutError, RayError) as error:
             _LOG.warning("shard %d does not answer any more (%s)", shard, type(error).__name__)
             return None
@@ -268,7 +301,7 @@ class RayLauncher:
             _LOG.warning("shard %d was started again by Ray: %s", shard, self._pages)
             # One that reads back what it has kept keeps no other one waiting: it says when it is there.
             async with asyncio.timeout(_START_TIMEOUT_S if self._config.shard.storage is None else _DESCRIBE_TIMEOUT_S):
-                admitted = await self._admit(self._actors[shard], description)
+                admitted = await self._admit(shard, description)
             self._note(shard, "")
             return admitted
         except (TimeoutError, KeyError, RayError) as error:
@@ -285,19 +318,27 @@ class RayLauncher:
         else:
             self.refusals.pop(shard, None)
 
-    async def _admit(self, actor: Any, description: Description, *, fresh: bool = False) -> Description:
+    async def _admit(self, shard: int, description: Description, *, fresh: bool = False) -> Description:
         """Give a start of a shard its incarnation, unless it has one."""
+        while description.strayed and description.info is None:
+            _LOG.warning("shard %d is on node %s now, and stays there", shard, description.node_id)
+            await asyncio.to_thread(self._stand_in, shard, description.node_id)
+            description = await _describe(self._actors[shard])
+        self._placing.found(shard, description.node_id)
+        actor = self._actors[shard]
         if description.info is None:
             # Milliseconds of now, so that they ascend over a restart of the controller, which remembers nothing; above
             # all it has heard of, as its clock may be behind.
             self._incarnation = max(self._incarnation + 1, time.time_ns() // 1_000_000)
             description = replace(description, info=await _await(actor.admit.remote(self._incarnation, fresh)))
             if self._config.shard.storage is not None:
-                kept = (await _describe(actor)).wanted
-                self._wanted = max((one for one in (kept, self._wanted) if one is not None), default=None)
+                self._hear_wanted((await _describe(actor)).wanted)
             if self._wanted is not None:
                 await _await(actor.keep.remote(self._wanted))
         return description
+
+    def _hear_wanted(self, kept: Wanted | None) -> None:
+        self._wanted = max((one for one in (kept, self._wanted) if one is not None), default=None)
 
     @property
     def _pages(self) -> str:

@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 
 from mempool.config import ClusterConfig
 from mempool.errors import MempoolError
-from mempool.rayhost.actors import NAMESPACE, controller_name, node_ip
+from mempool.rayhost.actors import NAMESPACE, controller_name, node_id, node_ip
 from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.state.kept import Wanted, read_wanted, remove_kept, write_wanted
 from mempool.types import ShardInfo
@@ -42,18 +42,32 @@ class Description:
         info: None until this start of it was admitted.
         wanted: What it was given to keep: how many shards the pool is meant to have; None: nothing.
         refusal: Why it could not be admitted, when it was tried last.
+        node_id: The node of Ray's that it runs on.
+        strayed: It is bound to another node.
     """
 
     boot_id: str
     info: ShardInfo | None
     wanted: Wanted | None = None
     refusal: str = ""
+    node_id: str = ""
+    strayed: bool = False
 
 
 class ShardProcess:
-    """One start of a shard's process. Made an actor by ``RayLauncher``."""
+    """One start of a shard's process. Made an actor by ``RayLauncher``.
 
-    def __init__(self, config: ClusterConfig, shard: int, keys: PoolKeys) -> None:
+    Args:
+        config: The pool's configuration.
+        shard: Its number.
+        keys: The pool's.
+        home: The node of Ray's that this actor is bound to; "": to none yet; None: it may run anywhere.
+        stands_in: For another actor of this shard.
+    """
+
+    def __init__(
+        self, config: ClusterConfig, shard: int, keys: PoolKeys, home: str | None = None, stands_in: bool = False
+    ) -> None:
         # Here and not above: the controller names this class too, and needs no torch.
         began_s = time.monotonic()
         import mempool.rayhost.shard_serving  # noqa: F401
@@ -63,18 +77,27 @@ class ShardProcess:
         self._shard = shard
         self._keys = keys
         self._boot_id = uuid.uuid4().hex
+        self._node_id = node_id()
+        self._strayed = home is not None and home != self._node_id
         self._serving: ShardServing | None = None
         self._info: ShardInfo | None = None
         self._wanted: Wanted | None = None
         self._refusal = ""
         self._keeping = threading.Lock()
-        if ray.get_runtime_context().was_current_actor_reconstructed:
+        if stands_in or ray.get_runtime_context().was_current_actor_reconstructed:
             _tell_controller(config.pool.name)
 
     @ray.method(concurrency_group="health")  # answers whatever the engine does
     def describe(self) -> Description:
         """Who this is."""
-        return Description(boot_id=self._boot_id, info=self._info, wanted=self._wanted, refusal=self._refusal)
+        return Description(
+            boot_id=self._boot_id,
+            info=self._info,
+            wanted=self._wanted,
+            refusal=self._refusal,
+            node_id=self._node_id,
+            strayed=self._strayed,
+        )
 
     @ray.method(concurrency_group="health")
     def keep(self, wanted: Wanted) -> None:

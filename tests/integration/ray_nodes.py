@@ -5,12 +5,16 @@ one JSON command a line and answers each with one; it ends all nodes when its in
 """
 
 import json
+import os
 import select
 import subprocess
 import sys
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+OWN_DISK = "/proc/self/cwd/disk"
+"""One path that is another folder on each node that was added with a folder of its own."""
 _ANSWER_S = 120
 
 
@@ -43,9 +47,12 @@ class RayNodes:
             self._keeper.wait(10)
             self._keeper.stdout.close()
 
-    def add(self, *, ip: str | None = None, **resources: float) -> int:
-        """Add a node with these resources, at an address of this machine; the pid of its raylet, which names it."""
-        return int(self._ask({"add": resources, "ip": ip}))
+    def add(self, *, ip: str | None = None, folder: Path | None = None, **resources: float) -> int:
+        """Add a node with these resources, at an address of this machine; the pid of its raylet, which names it.
+
+        folder: In which its processes run: ``OWN_DISK`` leads each node's there.
+        """
+        return int(self._ask({"add": resources, "ip": ip, "folder": None if folder is None else str(folder)}))
 
     def remove(self, raylet: int) -> None:
         """End a node at once, as if its machine had lost power."""
@@ -77,12 +84,16 @@ def _keep() -> None:
     head = {"num_cpus": 2, "include_dashboard": False, "resources": {"head": 100}, "_system_config": settings}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes: dict[int, Any] = {}
+    here = os.getcwd()
     try:
         print(json.dumps(cluster.address), file=answers, flush=True)
         for line in sys.stdin:
             command = json.loads(line)
             if "add" in command:
                 at = {} if command["ip"] is None else {"node_ip_address": command["ip"]}
+                folder = Path(command["folder"] or here)
+                folder.mkdir(exist_ok=True)
+                os.chdir(folder)  # of all that this node starts
                 node = cluster.add_node(num_cpus=1, resources=command["add"], **at)
                 pid = node.all_processes["raylet"][0].process.pid
                 nodes[pid] = node

@@ -7,18 +7,20 @@ import torch
 
 import mempool
 from mempool.errors import DataLoss
+from mempool.types import ShardInfo
 from tests.integration.conftest import TOKEN
-from tests.integration.pools import RayPool, listener, parent, port_of, wait_for
+from tests.integration.pools import RayPool, kill_listener, listener, parent, port_of, wait_for
 from tests.integration.proxy import Proxy
-from tests.integration.ray_nodes import RayNodes
+from tests.integration.ray_nodes import OWN_DISK, RayNodes
 
 
 def test_a_node_dies_with_a_shard_and_the_controller(ray_nodes: RayNodes, shared_pool: RayPool, tmp_path: Path) -> None:
     ips = ("127.0.0.2", "127.0.0.3")
-    nodes = {ray_nodes.add(ip=ip, worker=4, brain=1): ip for ip in ips}
+    nodes = {ray_nodes.add(ip=ip, folder=tmp_path / ip, worker=4, brain=1): ip for ip in ips}
     pool = RayPool(
         tmp_path, name="spread", shards=2, ray_address=ray_nodes.address, token=TOKEN, resources={"worker": 1}
     )
+    pool.edit("shard:\n", f'shard:\n  storage: {{"path": "{OWN_DISK}"}}\n')
     proxy = Proxy(pool.address)  # which is also where it comes back: all is on one machine
     try:
         pool.up_where("brain")
@@ -33,6 +35,9 @@ def test_a_node_dies_with_a_shard_and_the_controller(ray_nodes: RayNodes, shared
             infos = [shard.info for shard in client.status().shards]
             homes = {info.shard: parent(_process(port_of(info))) for info in infos}
             assert set(homes.values()) == set(nodes), "not one shard on each node"
+            infos = _killed(client, infos)
+            assert {info.shard: parent(_process(port_of(info))) for info in infos} == homes
+            assert torch.equal(table.rows(ids), rows)
             before = client.status().tables[0].controller
             doomed = next(node for node, ip in nodes.items() if before == f"{ip}:{pool.port}")
             (lost,) = (shard for shard, home in homes.items() if home == doomed)
@@ -68,6 +73,19 @@ def test_a_taken_port_leaves_nothing_behind(ray_nodes: RayNodes, shared_pool: Ra
     pool = RayPool(tmp_path, name="second", shards=1, ray_at=ray_nodes.address, port=shared_pool.port)
     assert f"port {shared_pool.port}" in pool.up(expect=1).err
     assert "no pool" in pool.down(expect=1).err
+
+
+def _killed(client: mempool.Pool, infos: list[ShardInfo]) -> list[ShardInfo]:
+    """All shards' processes are killed, and have come back."""
+    for info in infos:
+        kill_listener(port_of(info))
+
+    def returned() -> list[ShardInfo]:
+        shards = [shard for shard in client.status().shards if shard.state == "ready"]
+        came = [now.info for now in shards if now.info.incarnation > infos[now.info.shard].incarnation]
+        return came if len(came) == len(infos) else []
+
+    return wait_for("the shards to come back", returned)
 
 
 def _process(port: int) -> int:

@@ -155,6 +155,9 @@ class History:
             self.note_view(call.request.view)
             if path == methods.ATTACH_TABLE.path:
                 self._attached(call.request, call.server)
+        elif path == methods.LIST_TABLES.path:
+            for view in reply:  # also one that a shard has taken, and failed to say so, as its disk did
+                self._note_placement(view)
         elif path == methods.SHARD_DROP_TABLE.path:
             self.answering.pop((call.request.table_id, call.server), None)
         elif path == methods.RESOLVE.path:
@@ -168,6 +171,10 @@ class History:
         self.schemas.setdefault(table_id, view.schema)
         placed = set(view.placement.shards)
         self.owners[table_id] |= {(info.shard, info.incarnation) for info in view.shards if info.shard in placed}
+        self._note_placement(view)
+
+    def _note_placement(self, view: TableView) -> None:
+        table_id = view.schema.table_id
         known = self.placements.setdefault((table_id, view.placement.epoch), view.placement)
         same = np.array_equal(known.owners, view.placement.owners)
         if not same or not np.array_equal(known.key_owners, view.placement.key_owners):
@@ -414,12 +421,14 @@ class History:
 
     def _check_answers(self) -> None:
         """A Commit is answered with the version that its step makes; one that comes late, with a later of its rank."""
-        made = defaultdict(list)
+        made, lost = defaultdict(list), self.lost
         for (table_id, version), step in self.decided.items():
             made[table_id, step.step_id.group, step.step_id.rank].append((_age(step.step_id), version))
         for table_id, step_id, version, shard in self.answers:
             of_rank = made[table_id, step_id.group, step_id.rank]
             least = min((other for age, other in of_rank if age >= _age(step_id)), default=sys.maxsize)
+            if least == sys.maxsize and table_id in lost:
+                continue  # its gate died behind its answer, before it applied the step
             if version < least:
                 self.say(f"shard {shard} answered that {step_id} makes version {version} of table {table_id}, not so")
 

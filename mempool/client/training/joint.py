@@ -87,12 +87,16 @@ class Joint:
             if self.step.state == "open":
                 # A shard that has a step prepared that was given up would wait for what becomes of that.
                 await discard_given_up(together, self.sessions.values())
-            await self._do(together, action)
+            try:
+                await self._do(together, action)
+            finally:
+                self._follow_state()  # a gate's word, too, ends a doubt
 
     def leave(self, table_id: int) -> None:
         """A table was dropped, or is lost: its step is over, the others' goes on."""
         self._release(self.sessions.pop(table_id))
         self.step.handle(Gone(table_id=table_id))
+        self._follow_state()
 
     def end(self) -> None:
         """All its tables were dropped, or are lost: nobody can say any more what became of it."""
@@ -206,7 +210,7 @@ class Joint:
     async def _commit(self, together: Together, action: Commit) -> None:
         step = self.step
         step.handle(CommitSent())
-        self._follow_state()
+        self._follow_state()  # before anybody can be told
         try:
             reply = await together.commit(action.shard, action.parts, one_phase=action.one_phase)
         except StepConflict as refusal:
@@ -217,8 +221,6 @@ class Joint:
             raise
         else:
             step.handle(CommitAnswered(shard=action.shard, reply=reply.parts))
-        finally:
-            self._follow_state()
 
     def _follow_state(self) -> None:
         """What may be decided can neither grow nor be dropped."""

@@ -47,6 +47,8 @@ _FREEZE_MARGIN_S = 5.0
 _WAIT_S = 1.0
 _STALLED_S = 120.0
 """A part of which nothing is written for so long ends the checkpoint: rows are copied for it."""
+_MOST_REPORTS = 256
+"""That wait for who watches: it may be slow, or gone. Later ones say more."""
 
 T = TypeVar("T")
 Reports = asyncio.Queue[CheckpointProgress | Exception]
@@ -144,6 +146,8 @@ class Checkpoints:
     def _say(self, reports: Reports, **changed: Any) -> CheckpointProgress:
         assert self._now is not None
         self._now = replace(self._now, **changed)
+        if reports.qsize() >= _MOST_REPORTS:
+            reports.get_nowait()
         reports.put_nowait(self._now)
         return self._now
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mempool.errors import DataLoss
 from mempool.journal import Snapshots
+from mempool.journal.records import RESTORE
 from mempool.shard.hosted import HostedTable
 from mempool.shard.pages.arena import Arena
 from mempool.shard.pages.named_arrays import HEAD_KEYS, Blocks
@@ -33,11 +34,6 @@ def heads_key(table_id: int) -> bytes:
     return _HEADS.pack(table_id)
 
 
-def page_arrays(arena: Arena, arena_page: int) -> list[tuple[str, Tensor]]:
-    """The bytes of a page, by array: copies, on the CPU."""
-    return [(name, _bytes_of(pages[arena_page])) for name, pages in arena.raw.items()]
-
-
 def heads_arrays(table: HostedTable) -> list[tuple[str, Tensor]]:
     """The product keys that are here, and whose they are: copies, on the CPU."""
     heads = torch.tensor(table.storage.heads, dtype=torch.int64)
@@ -49,7 +45,7 @@ def place_pages(snapshots: Snapshots, tables: Mapping[int, HostedTable]) -> Plac
     ``restore_pages``.
 
     Raises:
-        DataLoss: A page is of a table that the snapshot does not have.
+        DataLoss: A page is of a table that the snapshot does not have, or one is missing.
     """
     rows: dict[tuple[int, Blocks], list[int]] = defaultdict(list)
     for key in () if snapshots.newest is None else snapshots.newest.pages:
@@ -57,6 +53,7 @@ def place_pages(snapshots: Snapshots, tables: Mapping[int, HostedTable]) -> Plac
             table_id, row_page, blocks = _page_of(key)
             rows[table_id, blocks].append(row_page)
     places: Places = {}
+    here: dict[int, int] = defaultdict(int)
     for (table_id, blocks), found in rows.items():
         if table_id not in tables:
             raise DataLoss(f"the newest snapshot has pages of table {table_id}, and no such table")
@@ -66,6 +63,14 @@ def place_pages(snapshots: Snapshots, tables: Mapping[int, HostedTable]) -> Plac
         arena.publish(row_pages, taken)
         for row_page, place in zip(row_pages.tolist(), taken.tolist(), strict=True):
             places[page_key(table_id, row_page, blocks)] = arena, place
+        here[table_id] += len(row_pages) * len(blocks)
+    for table_id, table in tables.items():
+        owned = int((table.view.placement.owners == table.info.shard).sum())
+        if here[table_id] != owned and not table.storage.num_lost:
+            raise DataLoss(
+                f"the newest snapshot has {here[table_id]:,} pages of table {table.view.schema.name!r}, of which "
+                f"{owned:,} are this shard's. {RESTORE}."
+            )
     return places
 
 

@@ -33,6 +33,8 @@ JOURNAL_LIMIT_BYTES = 2**30
 _EARLY_BYTES = 64 * 2**10
 """Updates that are held are waited for by nobody: one that has so many is written at once, so that what is waited for
 next has less to wait for; smaller ones go with that."""
+_UNASKED_BYTES = 32 * 2**20
+"""So many of them are synced all the same: they are kept here until then, and their trainer may be gone."""
 _LEAST_SEGMENT_BYTES = 2**10
 _HEADER_BYTES = 2**20
 """Of a record besides its tensors, at most."""
@@ -110,6 +112,7 @@ class Store:
         self._lock = threading.Lock()
         self._waiting: deque[_Waiting] = deque()
         self._position = self._awaited = self._synced = 0
+        self._unasked_bytes = 0
         self._error: MempoolError | None = None
         self._trying = False
         self._failures = 0
@@ -141,6 +144,18 @@ class Store:
         self.after = number
         with suppress(StorageFailed):  # it is closed
             self._removed = self.journal.remove_before(number + 1)
+
+    async def removed(self) -> bool:
+        """Whether that could go, once it has been tried."""
+        removed = self._removed
+        if removed is None:
+            return True
+        try:
+            await asyncio.wrap_future(removed)
+        except StorageFailed as error:
+            _LOG.warning("what a snapshot has made needless is left in the journal: %s", error)
+            return False
+        return True
 
     async def close(self) -> None:
         """Write what waits, and let the folder go. Repeatable."""
@@ -217,6 +232,7 @@ class Store:
                 return
 
     def _add(self, kind: int, parts: list[Bytes], *, awaited: bool) -> None:
+        num_bytes = sum(len(part) for part in parts)
         with self._lock:
             self._position += 1
             one = _Waiting(self._position, kind, parts, 0)
@@ -225,8 +241,11 @@ class Store:
             if self._error is not None:  # in order: behind what the disk has not taken
                 self._waiting.append(one)
                 return
-        ring = awaited or sum(len(part) for part in parts) >= _EARLY_BYTES
-        self._append(one, ring=ring, wait=awaited)
+            self._unasked_bytes += num_bytes
+            synced = awaited or self._unasked_bytes > _UNASKED_BYTES
+            if synced:
+                self._unasked_bytes = 0
+        self._append(one, ring=synced or num_bytes >= _EARLY_BYTES, wait=synced)
 
     def _append(self, one: _Waiting, *, ring: bool, wait: bool) -> bool:
         """Give a record to the journal. Returns whether that has taken it."""

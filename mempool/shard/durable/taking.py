@@ -1,7 +1,7 @@
 """A snapshot while the shard works: the small state at one boundary between two jobs, pages copied out piece by piece.
 
-A page that changed since the last snapshot, and is written to before it was copied out, is copied first by whoever
-writes to it. No other page is ever copied. What a snapshot is on the disk is ``mempool.journal``'s.
+Rows of a page that changed since the last snapshot, and is not copied out yet, are copied by whoever writes to them
+first. What a snapshot is on the disk is ``mempool.journal``'s.
 """
 
 import asyncio
@@ -11,13 +11,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from mempool.errors import MempoolError
+from mempool.errors import DataLoss, MempoolError
 from mempool.journal import Snapshot
 from mempool.shard.durable.encoding import joined
-from mempool.shard.durable.pages import heads_arrays, heads_key, page_arrays, page_key
+from mempool.shard.durable.pages import heads_arrays, heads_key, page_key
 from mempool.shard.durable.records import (
     Attached,
     Decided,
@@ -33,6 +32,7 @@ from mempool.shard.durable.records import (
 from mempool.shard.durable.store import Store
 from mempool.shard.hosted import HostedTable
 from mempool.shard.pages.arena import Arena
+from mempool.shard.pages.capture import ArenaCut
 from mempool.shard.pages.named_arrays import Blocks
 from mempool.shard.tenancy import Tenancy
 from mempool.types import AttachTable, Envelope, PreparePart, PrepareRequest
@@ -45,52 +45,9 @@ _PIECE_BYTES = 4 * 2**20
 """Pages are copied out in pieces of about this size, other jobs in between."""
 
 _AGAIN_S = 1.0
-"""After one that was due and could not be taken."""
+"""After one that was due and could not be taken, or of whose segments none could be removed."""
 
 _Page = tuple[bytes, list[tuple[str, Tensor]]]
-
-
-class ArenaCut:
-    """The pages of one arena that a snapshot has still to copy.
-
-    Args:
-        arena: Theirs.
-        keys: Of those pages, by arena page.
-    """
-
-    def __init__(self, arena: Arena, keys: dict[int, bytes]) -> None:
-        self.arena = arena
-        self.writes = arena.writes
-        self._keys = keys
-        self._left = torch.zeros(len(arena.page_of), dtype=torch.bool)
-        self._left[torch.tensor(list(keys), dtype=torch.int64)] = True
-        self._saved: list[_Page] = []
-        arena.before_writing = self._save
-
-    def _save(self, touched: Tensor) -> None:
-        """These arena pages are about to be written to."""
-        pages = touched.cpu()
-        for place in torch.unique(pages[self._left[pages]]).tolist():
-            self._saved.append(self._copied(place))
-        if not self._keys:
-            self.end()
-
-    def _copied(self, place: int) -> _Page:
-        self._left[place] = False
-        return self._keys.pop(place), page_arrays(self.arena, place)
-
-    def take(self, num_bytes: int) -> list[_Page]:
-        """Pages of about so many bytes, copied; none: there are no more."""
-        taken, self._saved = self._saved, []
-        while self._keys and len(taken) * self.arena.page_bytes < num_bytes:
-            taken.append(self._copied(next(iter(self._keys))))
-        if not self._keys:
-            self.end()
-        return taken
-
-    def end(self) -> None:
-        """Nothing of it is copied any more."""
-        self.arena.before_writing = None
 
 
 class Cut:
@@ -116,24 +73,30 @@ class Cut:
         self.kept: list[bytes] = []
         self._pages: list[_Page] = []
         self.arenas: list[ArenaCut] = []
-        for table in tenancy.tables.values():
-            if table.storage.num_lost:
-                continue
-            if table.storage.heads:
-                self._pages.append((heads_key(table.table_id), heads_arrays(table)))
-            for blocks, arena in table.storage.arenas.items():
-                self._mark(table.table_id, blocks, arena, marks.get(arena), before)
+        try:
+            for table in tables:
+                if table.storage.num_lost:
+                    continue
+                if table.storage.heads:
+                    self._pages.append((heads_key(table.table_id), heads_arrays(table)))
+                for blocks, arena in table.storage.arenas.items():
+                    self._mark(table, blocks, arena, marks.get(arena), before)
+        except BaseException:  # no memory, say
+            self.end()
+            raise
 
-    def _mark(self, table_id: int, blocks: Blocks, arena: Arena, mark: int | None, before: frozenset[bytes]) -> None:
+    def _mark(
+        self, table: HostedTable, blocks: Blocks, arena: Arena, mark: int | None, before: frozenset[bytes]
+    ) -> None:
         written = None if mark is None else frozenset(arena.written_since(mark).tolist())
         changed: dict[int, bytes] = {}
         for row_page in np.flatnonzero(arena.page_of >= 0).tolist():
-            key, place = page_key(table_id, row_page, blocks), int(arena.page_of[row_page])
+            key, place = page_key(table.table_id, row_page, blocks), int(arena.page_of[row_page])
             if written is None or place in written or key not in before:
                 changed[place] = key
             else:
                 self.kept.append(key)
-        self.arenas.append(ArenaCut(arena, changed))
+        self.arenas.append(ArenaCut(arena, changed, page_slots=table.storage.schema.page_slots))
 
     def take(self) -> list[_Page]:
         """Some pages; none: there are no more."""
@@ -148,7 +111,7 @@ class Cut:
     def end(self) -> None:
         """Whoever writes copies nothing any more."""
         for cut in self.arenas:
-            cut.end()
+            cut.end_copying()
 
 
 def _tables(table: HostedTable) -> Iterator[RecordOf]:
@@ -246,7 +209,7 @@ class Taking:
 
     async def _try(self) -> None:
         try:
-            if await self.take():
+            if await self.take() and await self._store.removed():
                 return
         except MempoolError as error:
             _LOG.warning("no snapshot could be taken, and the journal grows on: %s", error)
@@ -273,6 +236,9 @@ class Taking:
                 while pages := await self._on_thread("snapshot", lambda _: cut.take()):
                     await self._written(lambda pages=pages: _write(snapshot, pages))  # type: ignore[misc]
                 await self._written(lambda: snapshot.finish(cut.head))
+        except DataLoss:  # of what was to be written anew from the disk; memory has it
+            self._marks.clear()
+            raise
         finally:
             await asyncio.shield(self._on_thread("snapshot", lambda _: cut.end()))
         self._marks.update({one.arena: one.writes for one in cut.arenas})

@@ -6,7 +6,7 @@ Values of one byte an element lie in one tensor with their scales, a row in one 
 "values.scales" are views of it, so that pages are moved, staged and exported by named array whatever they hold.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -51,7 +51,7 @@ class Arena:
         capture: Copies rows before they are written to, where somebody wants them as they are.
         mark: A checkpoint that counts, and ``writes`` at its moment.
         width: Columns of the blocks.
-        before_writing: Told the arena pages that are about to be written to, which may repeat; None: nobody is.
+        cut: As ``capture``, for a snapshot of the shard.
 
     Raises:
         InvalidRequest: There are not enough addresses for all pages that it may come to hold.
@@ -84,7 +84,7 @@ class Arena:
         self._stores = {name: rows.first(0) for name, rows in self._memory.items()}
         on_cpu = device.type == "cpu"
         self._page_table = torch.from_numpy(self.page_of if on_cpu else self.page_of.copy()).to(device)
-        self.before_writing: Callable[[Tensor], None] | None = None
+        self.cut: Watcher | None = None
         self._writes = 0
         self.capture: Watcher | None = None
         self.mark: tuple[str, int] | None = None
@@ -174,10 +174,11 @@ class Arena:
         """
         touched = rows >> self._page_shift if rows is not None else pages
         assert touched is not None
-        if self.before_writing is not None:
-            self.before_writing(touched)
-        if self.capture is not None:
-            self.capture.save(rows if rows is not None else self._rows_of(touched))
+        if self.cut is not None or self.capture is not None:
+            changing = rows if rows is not None else self._rows_of(touched)
+            for watcher in (self.cut, self.capture):
+                if watcher is not None:
+                    watcher.save(changing)
         self._writes += 1
         self._written_at.index_fill_(0, touched, self._writes)
         yield
@@ -325,8 +326,8 @@ class Arena:
         self.publish(beyond, holes)
         free = np.setdiff1d(np.append(self._free, places), holes)
         self._free = free[free < count][::-1].copy()
-        if self.before_writing is not None:
-            self.before_writing(torch.arange(count, self._capacity, device=self._device))
+        if self.cut is not None:
+            self.cut.save(self._rows_of(torch.arange(count, self._capacity, device=self._device)))
         self._resize(count, room=count)
 
     def _grown(self, count: int) -> int:

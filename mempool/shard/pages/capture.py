@@ -5,6 +5,8 @@ becomes of it, is for others. Of rows that a dense optimizer left behind the cop
 rows themselves stop there, too, on their way (``DenseSchedule.stop``), whether they were copied or not.
 """
 
+from itertools import islice
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,35 +24,30 @@ _PLACE_BYTES = 4
 """Of each row of an arena: where its copy lies."""
 
 
-class ArenaCapture:
-    """One arena's part.
+class RowCopies:
+    """Rows of an arena as they are now: copied before a first write to them, until their page was read out.
 
     Args:
-        arena: Its pages stay where they are until this is closed.
-        pages_left: [row pages of the table] int: of how many blocks each page is to be read out; 0: it is not wanted.
-        storage: Whose arena it is.
+        arena: Theirs.
+        left: [arena pages] int32, on its device: how often each page is to be read out; 0: it is not wanted.
+        page_slots: Of the table.
+
+    Attributes:
+        failed: There was no memory for a copy: whoever wrote went on, and this is of no use.
     """
 
-    def __init__(self, arena: Arena, pages_left: RowPages, storage: Storage) -> None:
+    def __init__(self, arena: Arena, left: Tensor, *, page_slots: int) -> None:
         self._arena = arena
-        self._storage = storage
-        self._last_step = None if storage.schedule is None else storage.schedule.last_step
-        self._page_slots = storage.schema.page_slots
-        self._shift = storage.schema.page_shift
-        capacity = arena.pages(next(iter(arena.stores))).shape[0] if arena.num_taken else 0
-        here = np.flatnonzero((arena.page_of >= 0) & (pages_left > 0))
-        left = torch.zeros(capacity, dtype=torch.int32)
-        left[torch.from_numpy(arena.page_of[here].astype(np.int64))] = torch.from_numpy(
-            pages_left[here].astype(np.int32)
-        )
-        self._left = left.to(storage.device)
-        rows = capacity * self._page_slots
-        self._copy_of = torch.full((rows,), -1, dtype=torch.int32, device=storage.device)
-        self._free = torch.empty(0, dtype=torch.int64, device=storage.device)
+        self._left = left
+        self._page_slots = page_slots
+        self._shift = page_slots.bit_length() - 1
+        rows = len(left) * page_slots
+        self._copy_of = torch.full((rows,), -1, dtype=torch.int32, device=left.device)
+        self._free = torch.empty(0, dtype=torch.int64, device=left.device)
         self._capacity = 0
         self.failed: Exception | None = None
         self._memory = {
-            name: rows_on(storage.device, max_rows=max(1, rows), width=held.shape[1], dtype=held.dtype)
+            name: rows_on(left.device, max_rows=max(1, rows), width=held.shape[1], dtype=held.dtype)
             for name, held in arena.stores.items()
         }
         self._copies = {name: memory.first(0) for name, memory in self._memory.items()}
@@ -73,11 +70,20 @@ class ArenaCapture:
             return
         try:
             self._keep(self._distinct(rows))
-        except Exception as error:  # no memory: the step that writes goes on, and the checkpoint does not
-            self.failed, self._arena.capture = error, None
+        except Exception as error:  # no memory: the step that writes goes on
+            self.failed = error
+            self.end_copying()
 
-    def _keep(self, rows: Tensor) -> None:
-        """Copy rows, which differ and were not copied yet, as they are at that version."""
+    def end_copying(self) -> None:
+        """Nothing is copied any more."""
+        arena = self._arena
+        if arena.capture is self:
+            arena.capture = None
+        if arena.cut is self:
+            arena.cut = None
+
+    def _keep(self, rows: Tensor) -> Tensor:
+        """Copy rows, which differ and were not copied yet; answers the places of the copies."""
         places = self._take(len(rows))
         at_once = max(1, _COPY_BYTES // self._row_bytes)
         for first in range(0, len(rows), at_once):  # each piece through memory that the caches hold
@@ -85,12 +91,7 @@ class ArenaCapture:
             for name, held in self._arena.stores.items():
                 self._copies[name][to] = held[some]
         self._copy_of[rows] = places.to(torch.int32)
-        schedule = self._storage.schedule
-        if schedule is not None and self._last_step is not None:
-            late = places[self._late(rows, self._last_step)]
-            if late.numel():
-                names = self._storage.step_names
-                self._arena.bring_up(self._copies, late, schedule, names, to=self._last_step)
+        return places
 
     def _distinct(self, rows: Tensor) -> Tensor:
         """Rows that have no copy, each once: of those that are the same the one whose number stays."""
@@ -98,35 +99,19 @@ class ArenaCapture:
         self._copy_of[rows] = numbers
         return rows[self._copy_of[rows] == numbers]
 
-    def _late(self, rows: Tensor, step: int) -> Tensor:
-        """Which of these arena rows a dense optimizer has left behind that step."""
-        return self._arena.stores[LAST_STEP][rows].amin(dim=1) < step
-
-    def begin(self, lies: Tensor) -> tuple[Tensor, Tensor]:
+    def _found(self, lies: Tensor) -> tuple[Tensor, Tensor]:
         """Where the copied rows of arena pages [M] are: their places [M, page_slots], -1 for none, and the mask."""
-        if self._last_step is not None:
-            rows = ((lies[:, None] << self._shift) | torch.arange(self._page_slots, device=lies.device)).view(-1)
-            rows = rows[self._copy_of[rows] < 0]
-            try:
-                self._keep(rows[self._late(rows, self._last_step)])
-            except Exception as error:
-                self.failed = error
         places = self._copy_of.view(-1, self._page_slots)[lies].to(torch.int64)
         return places, places >= 0
 
-    def read(self, name: str, lies: Tensor, columns: slice, found: tuple[Tensor, Tensor], into: Tensor) -> None:
-        """Write these columns of an array, as they were, into a view [M, page_slots, width], on the CPU."""
-        pages, first, count = self._arena.pages(name), int(lies[0]), len(lies)
-        side_by_side = bool((lies == torch.arange(first, first + count, device=lies.device)).all())
-        into.copy_((pages[first : first + count] if side_by_side else pages[lies])[:, :, columns])
+    def _kept(self, store: str, found: tuple[Tensor, Tensor]) -> Tensor:
+        """The copies that were found, of one of the arena's stores: [copied rows, width]."""
         places, copied = found
-        if bool(copied.any()):
-            kept = self._arena.view_of(name, self._copies)[places[copied]][:, columns]
-            into[copied.cpu()] = kept.cpu()
+        return self._copies[store][places[copied]]
 
-    def end(self, lies: Tensor, found: tuple[Tensor, Tensor], blocks: int) -> None:
-        """So many blocks of these pages were read out: what no other is wanted of needs its copies no more."""
-        self._left[lies] -= blocks
+    def end(self, lies: Tensor, found: tuple[Tensor, Tensor], times: int) -> None:
+        """These pages were read out so many times: what is not to be read any more needs no copies."""
+        self._left[lies] -= times
         over = self._left[lies] <= 0
         places, copied = found
         gone = places[over][copied[over]]
@@ -147,6 +132,114 @@ class ArenaCapture:
         return taken
 
 
+class ArenaCut(RowCopies):
+    """The pages of one arena that a snapshot has still to write: all bytes of them, as they lie.
+
+    Args:
+        arena: Theirs.
+        keys: Of those pages, by arena page.
+
+    Attributes:
+        arena: Theirs.
+        writes: Its count of them, then.
+    """
+
+    def __init__(self, arena: Arena, keys: dict[int, bytes], *, page_slots: int) -> None:
+        left = torch.zeros(len(arena.page_of), dtype=torch.int32)
+        left[torch.tensor(list(keys), dtype=torch.int64)] = 1
+        super().__init__(arena, left.to(arena.device), page_slots=page_slots)
+        self.arena, self.writes = arena, arena.writes
+        self._keys = keys
+        arena.cut = self
+
+    def take(self, num_bytes: int) -> list[tuple[bytes, list[tuple[str, Tensor]]]]:
+        """Pages of about so many bytes: their keys, and of each array its bytes, on the CPU; none: there are no more.
+
+        Raises:
+            Exception: There was no memory for a copy.
+        """
+        if self.failed is not None:
+            raise self.failed
+        places = list(islice(self._keys, max(1, num_bytes // self._arena.page_bytes)))
+        if not places:
+            self.end_copying()
+            return []
+        lies = torch.tensor(places, dtype=torch.int64, device=self._left.device)
+        found = self._found(lies)
+        arrays = {name: self._read(name, stored, lies, found) for name, stored in self._arena.raw.items()}
+        self.end(lies, found, 1)
+        return [
+            (self._keys.pop(place), [(name, pages[number]) for name, pages in arrays.items()])
+            for number, place in enumerate(places)
+        ]
+
+    def _read(self, name: str, stored: Tensor, lies: Tensor, found: tuple[Tensor, Tensor]) -> Tensor:
+        """[M, bytes of a page] uint8."""
+        here = lies < len(stored)  # of those that the arena has given back all rows were copied
+        pages = torch.empty((len(lies), *stored.shape[1:]), dtype=stored.dtype)
+        pages[here.cpu()] = stored[lies[here]].cpu()
+        if bool(found[1].any()):
+            pages[found[1].cpu()] = self._kept(name, found).cpu()
+        return pages.view(len(lies), -1).view(torch.uint8) if pages.numel() else torch.empty(len(lies), 0)
+
+
+class ArenaCapture(RowCopies):
+    """One arena's part of a capture.
+
+    Args:
+        arena: Its pages stay where they are until this is closed.
+        pages_left: [row pages of the table] int: of how many blocks each page is to be read out; 0: it is not wanted.
+        storage: Whose arena it is.
+    """
+
+    def __init__(self, arena: Arena, pages_left: RowPages, storage: Storage) -> None:
+        self._storage = storage
+        self._last_step = None if storage.schedule is None else storage.schedule.last_step
+        capacity = arena.pages(next(iter(arena.stores))).shape[0] if arena.num_taken else 0
+        here = np.flatnonzero((arena.page_of >= 0) & (pages_left > 0))
+        left = torch.zeros(capacity, dtype=torch.int32)
+        left[torch.from_numpy(arena.page_of[here].astype(np.int64))] = torch.from_numpy(
+            pages_left[here].astype(np.int32)
+        )
+        super().__init__(arena, left.to(storage.device), page_slots=storage.schema.page_slots)
+
+    def _keep(self, rows: Tensor) -> Tensor:
+        """As they are at that version."""
+        places = super()._keep(rows)
+        schedule = self._storage.schedule
+        if schedule is not None and self._last_step is not None:
+            late = places[self._late(rows, self._last_step)]
+            if late.numel():
+                names = self._storage.step_names
+                self._arena.bring_up(self._copies, late, schedule, names, to=self._last_step)
+        return places
+
+    def _late(self, rows: Tensor, step: int) -> Tensor:
+        """Which of these arena rows a dense optimizer has left behind that step."""
+        return self._arena.stores[LAST_STEP][rows].amin(dim=1) < step
+
+    def begin(self, lies: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the copied rows of arena pages [M] are: their places [M, page_slots], -1 for none, and the mask."""
+        if self._last_step is not None:
+            rows = ((lies[:, None] << self._shift) | torch.arange(self._page_slots, device=lies.device)).view(-1)
+            rows = rows[self._copy_of[rows] < 0]
+            try:
+                self._keep(rows[self._late(rows, self._last_step)])
+            except Exception as error:
+                self.failed = error
+        return self._found(lies)
+
+    def read(self, name: str, lies: Tensor, columns: slice, found: tuple[Tensor, Tensor], into: Tensor) -> None:
+        """Write these columns of an array, as they were, into a view [M, page_slots, width], on the CPU."""
+        pages, first, count = self._arena.pages(name), int(lies[0]), len(lies)
+        side_by_side = bool((lies == torch.arange(first, first + count, device=lies.device)).all())
+        into.copy_((pages[first : first + count] if side_by_side else pages[lies])[:, :, columns])
+        places, copied = found
+        if bool(copied.any()):
+            kept = self._arena.view_of(name, self._copies)[places[copied]][:, columns]
+            into[copied.cpu()] = kept.cpu()
+
+
 class Capture:
     """The pages of one table on one shard as they are now.
 
@@ -160,11 +253,12 @@ class Capture:
 
     def __init__(self, storage: Storage, pages: Pages) -> None:
         self._storage = storage
-        self._arenas: dict[Blocks, ArenaCapture] = {}
-        for blocks, arena in storage.arenas.items():
-            left = pages.row_pages[:, list(blocks)].sum(axis=1)
-            self._arenas[blocks] = ArenaCapture(arena, left, storage)
-            arena.capture = self._arenas[blocks]
+        self._arenas: dict[Blocks, ArenaCapture] = {
+            blocks: ArenaCapture(arena, pages.row_pages[:, list(blocks)].sum(axis=1), storage)
+            for blocks, arena in storage.arenas.items()
+        }
+        for blocks, captured in self._arenas.items():  # once there was memory for all
+            storage.arenas[blocks].capture = captured
         self._heads, self._head_keys = storage.heads, storage.head_keys
         storage.shared_head_keys = True
 

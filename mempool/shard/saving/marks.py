@@ -39,12 +39,15 @@ _GROUP_BYTES = 4 * MIB
 """Read out in one job: some milliseconds."""
 _PAUSES = 12
 """While others use the engine, so many times as long as a group was read out it is theirs before the next one is."""
+_LONGEST_PAUSE_S = 2.0
+"""Whatever held up the one before: a machine that stands still for a while would end the checkpoint as stalled."""
 _IN_USE_S = 1.0
 """So long after its thread has worked for others it counts as used: a trainer computes between two calls."""
 _IN_USE_SHARE = 0.03
 """Of its time, looked at each ``_LOOK_S``: what is asked now and then, by whoever watches, is no use."""
 _LOOK_S = 0.1
 _MAX_LEASE_S = 3600.0
+"""A mark whose part is written has it in any case: others' parts may take so long, and it costs nothing."""
 _MAX_WAIT_S = 30.0
 
 
@@ -127,7 +130,7 @@ class Saving:
         _check_name(request.checkpoint)
         bounds.check_number("since_version", request.since_version)
         found = self._find(request.table_id, request.token)
-        found.ends_s = self.clock() + found.request.lease_s
+        found.ends_s = max(found.ends_s, self.clock() + found.request.lease_s)
         asked = request.url, request.checkpoint, request.since_version
         if found.writing is None:
             found.asked = asked
@@ -259,6 +262,12 @@ class Saving:
             self._wake()
         return arrays
 
+    def _whole(self, found: Mark) -> None:
+        """All of it is written: what changes from now on is remembered, and not copied."""
+        found.capture.close()
+        found.ends_s = max(found.ends_s, self.clock() + _MAX_LEASE_S)
+        self._wake()
+
     def _pause_s(self, now_s: float, read_s: float) -> float:
         """How long to pause after a group that took so long. The fuller copies are, the shorter: above their bound all
         steps would wait for the writer."""
@@ -271,7 +280,8 @@ class Saving:
             self._looked = now_s, others_s
         if now_s - self._used_s > _IN_USE_S:
             return 0.0
-        return _PAUSES * read_s * max(0.0, 1.0 - self._used_bytes / max(1, self.copy_bytes))
+        room = max(0.0, 1.0 - self._used_bytes / max(1, self.copy_bytes))
+        return min(_LONGEST_PAUSE_S, _PAUSES * read_s * room)
 
     # Writing
 
@@ -308,6 +318,7 @@ class Saving:
                 del arrays
                 found.bytes_done = writer.written_bytes
             part: bytes = await self._elsewhere(lambda: part_bytes(writer.part()))
+            await self.control("save", self._whole, found)
             return part
         except BaseException as error:
             reading.cancel()

@@ -111,6 +111,17 @@ def test_of_two_tables_of_one_name_the_later_lives() -> None:
         assert owed(known, INFOS[0], Heard(views=(first,)))[0] == Drop(1)
 
 
+def test_a_table_whose_name_another_one_has_by_now_is_dropped_where_that_was_missed() -> None:
+    """Simulation, seed 5959: it had updates for nobody, and its pages, for as long as the shard lived."""
+    second = view(2, name="a")
+    hides = Heard(views=(second,), hidden=frozenset({1}))
+    for known in (ADOPTING, Knowledge(views={"a": second}), Knowledge(views={"a": second}, dropped=frozenset({1}))):
+        learned = learn_all(known, [hides, Heard(views=(second,))], everyone=True)
+        assert learned.views == {"a": second}
+        assert owed(learned, INFOS[0], hides) == [Drop(1)]
+        assert owed(learned, INFOS[1], Heard(views=(second,))) == []
+
+
 def test_what_is_frozen_anywhere_is_thawed_at_its_gate_first() -> None:
     table = view(1, epoch=3, owners=(1, 2))
     heard = {0: Heard(views=(table,)), 1: Heard(views=(table,)), 2: Heard(views=(table,), frozen={1: "r"})}

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from mempool.agreement import rounds
 from mempool.controller import mover, rescaling
 from mempool.controller.pulls import pulls
 from mempool.placement import Assignment, moves
+from mempool.server.views import ShardViews
 from mempool.types import ShardInfo
 from mempool.wire.channels.loop import run
 
@@ -130,6 +132,22 @@ def test_a_drop_that_a_shard_missed_stays_a_drop(deaf: int) -> None:
         run(bench.controller.reconcile(), timeout_s=CALL_S)
         for host in bench.fleet.hosts.values():
             assert [known.schema.table_id for known in run(host.views(), timeout_s=CALL_S)] == [table.schema.table_id]
+
+
+def test_a_drop_that_a_shard_missed_is_made_good_though_its_server_tells_of_the_later_table_alone() -> None:
+    """Simulation, seed 5959."""
+    with Bench(2) as bench:
+        bench.pool.create_table(config())
+        bench.fleet.hosts[1].faults["drop_table"] = nth(1)
+        bench.pool.drop_table("facts")
+        table = bench.pool.create_table(config(seed=5))
+        for host in bench.fleet.hosts.values():
+            heard = SimpleNamespace(views=host.views)
+            host.views = ShardViews("bench", shard=heard, dial=bench.fleet.dial, controller="").tables  # type: ignore
+        run(bench.controller.reconcile(), timeout_s=CALL_S)
+        for host in bench.fleet.hosts.values():
+            status = run(host.status(), timeout_s=CALL_S)
+            assert [known.table_id for known in status.tables] == [table.schema.table_id]
 
 
 def test_a_controller_that_hears_nobody_does_not_take_the_pool_for_empty() -> None:

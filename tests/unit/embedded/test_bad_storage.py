@@ -1,5 +1,7 @@
 """What lies at a pool's path and is not what it should be: an error names file and remedy, and nothing is changed."""
 
+import asyncio
+import errno
 import json
 import os
 import re
@@ -7,13 +9,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import mempool
 from mempool import errors
+from mempool.embedded import pool as opening
+from mempool.embedded.memory import PoolFolder
+from mempool.embedded.pool import EngineLauncher
+from mempool.journal import DiskFiles
+from mempool.shard.durable.store import Store
+from mempool.types import ShardInfo
+from mempool.wire.channels.loop import run
 
 CONFIG = mempool.TableConfig(name="facts", num_slots=64, value_dim=4)
 PATH_OR = r"shard\.storage\.path, or mempool\.local's"
@@ -157,6 +169,94 @@ def test_a_table_of_another_schema_is_not_replaced(good: Path) -> None:
         assert pool.tables() == (table,)
         (restored,) = pool.restore(good / "place", tables=["facts"], name="facts2")
         assert restored.value_dim == 4
+
+
+def test_what_a_removal_that_failed_has_left_is_in_the_way_of_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = PoolFolder(str(tmp_path), "local")
+    folder.keep_wanted(1)
+    remove = DiskFiles.remove
+
+    def make() -> None:
+        run(folder.store(1).close(), timeout_s=20)
+
+    def refuse_once(self: DiskFiles, path: str) -> None:
+        monkeypatch.setattr(DiskFiles, "remove", remove)
+        raise errors.StorageFailed(f"could not remove {path} of {self}", errno=errno.EIO)
+
+    make()
+    monkeypatch.setattr(DiskFiles, "remove", refuse_once)
+    with pytest.raises(errors.StorageFailed):
+        folder.remove(1)
+    make()
+    folder.remove(1)
+    assert sorted(os.listdir(folder._folder)) == ["LOCK", "pool.json"]
+    folder.close()
+
+
+def test_a_pool_whose_opening_was_given_up_can_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in a notebook, say: what a thread opens meanwhile is let go again."""
+    begun, go_on, done = threading.Event(), threading.Event(), threading.Event()
+    store = PoolFolder.store
+
+    def slow(self: PoolFolder, shard: int, *, fresh: bool = False) -> Store:
+        begun.set()
+        assert go_on.wait(20)
+        try:
+            return store(self, shard, fresh=fresh)
+        finally:
+            done.set()
+
+    def interrupted(coro: Coroutine[Any, Any, None], timeout_s: float | None = None) -> None:
+        monkeypatch.setattr(opening, "run", run)
+        opened = start(coro)
+        assert begun.wait(20)
+        opened.cancel()
+        threading.Timer(0.1, go_on.set).start()
+        raise KeyboardInterrupt(timeout_s)
+
+    def start(coro: Coroutine[Any, Any, None]) -> "Future[None]":
+        async def begin() -> "asyncio.AbstractEventLoop":
+            return asyncio.get_running_loop()
+
+        return asyncio.run_coroutine_threadsafe(coro, run(begin()))
+
+    monkeypatch.setattr(PoolFolder, "store", slow)
+    monkeypatch.setattr(opening, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        mempool.local(tmp_path)
+    assert done.wait(20)
+    monkeypatch.undo()
+    with mempool.local(tmp_path) as pool:
+        assert pool.status().shards
+
+
+class Broken:
+    """An engine whose thread has ended, and whose disk refuses what is written last."""
+
+    closed = False
+
+    async def status(self) -> None:
+        raise errors.ShardUnavailable("its thread has ended")
+
+    async def close(self) -> None:
+        self.closed = True
+        raise errors.StorageFailed("the disk is full")
+
+
+def test_shards_that_cannot_be_closed_well_are_closed_and_the_folder_is_let_go(tmp_path: Path) -> None:
+    launcher = EngineLauncher(device="cpu", pool="p", folder=PoolFolder(str(tmp_path), "p"))
+    engines = [Broken() for _ in range(3)]
+    launcher._engines = dict(enumerate(engines))  # type: ignore[arg-type]
+    with pytest.raises(errors.StorageFailed):
+        run(launcher.stop(ShardInfo(shard=2, address="", incarnation=1)), timeout_s=20)
+    assert engines[2].closed
+    with pytest.raises(errors.StorageFailed):
+        run(launcher.close(), timeout_s=20)
+    assert engines[0].closed
+    assert engines[1].closed
+    PoolFolder(str(tmp_path), "p").close()
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:

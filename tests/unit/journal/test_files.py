@@ -66,6 +66,19 @@ def test_what_is_read_once_is_what_was_written(
         file.read_once(0, 1)
 
 
+def test_what_is_read_once_is_whole_where_the_system_gives_less_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a file system in a process of its own may."""
+    file, read = DiskFiles().open(str(tmp_path / "a"), new=True), os.preadv
+    whole = os.urandom(3 * 4096 + 17)
+    file.write([whole], 0)
+    monkeypatch.setattr(os, "preadv", lambda descriptor, buffers, at: read(descriptor, [buffers[0][:4608]], at))
+    for at, num_bytes in ((0, 3 * 4096), (4095, 6000), (1, len(whole))):
+        assert bytes(file.read_once(at, num_bytes)) == whole[at : at + num_bytes], (at, num_bytes)
+    file.close()
+
+
 @pytest.mark.parametrize("direct", ["had", "refused", "unknown"])
 def test_what_is_read_once_is_not_kept_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: str) -> None:
     file = DiskFiles().open(str(tmp_path / "a"), new=True)

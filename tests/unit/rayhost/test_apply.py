@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 
 import mempool.client
-from mempool.config import ClusterConfig, PoolConfig, ShardConfig, TableConfig, resolve
+from mempool.client.opening import asking
+from mempool.config import ClusterConfig, PoolConfig, ShardConfig, StorageConfig, TableConfig, resolve
 from mempool.errors import InvalidRequest
 from mempool.placement import plan
 from mempool.rayhost import planned
-from mempool.rayhost.apply import apply, unfinished
+from mempool.rayhost.apply import apply, still_to_create, unfinished
 from mempool.rayhost.state.records import PoolRecord, write_record
-from mempool.types import Placement, PoolStatus, ShardInfo, ShardStatus, TableView
+from mempool.types import Placement, PoolStatus, ShardInfo, ShardStatus, TableStatus, TableView
 from mempool.types.schema import Layout
 
 TABLE = TableConfig(name="facts", num_slots=1024, value_dim=64)
@@ -147,3 +148,22 @@ def test_a_table_that_will_not_fit_is_refused_before_pages_move(monkeypatch: pyt
     assert done == []
     ask(64)
     assert done == [4, "new"]
+
+
+@pytest.mark.parametrize("lost", [0, 3])
+def test_pages_that_a_pool_was_brought_back_without_are_said(lost: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: dict[str, Any] = dict.fromkeys(("version", "num_bytes", "updates_held", "updates_applied", "lookups"), 0)
+    table = TableStatus(table_id=1, name="facts", epoch=1, pages=16, lost_pages=lost, frozen=False, **counts)
+    back = status()
+    shards = (back.shards[0], replace(back.shards[1], tables=(table,)))
+    monkeypatch.setattr(asking, "pool_status", lambda *_, **__: replace(back, shards=shards))
+    said: list[str] = []
+    file = FILE.model_copy(update={"shard": ShardConfig(storage=StorageConfig(path="/disk"))})
+    assert still_to_create(file, address="127.0.0.1:1", token=None, tls=None, say=said.append) == ()
+    lines = ["brought back from /disk: facts"]
+    if lost:
+        lines.append(
+            "shard 1 lacks pages of tables that are there: no node that is up has a folder with them. `mempool status` "
+            "names the tables, and what to restore"
+        )
+    assert said == lines

@@ -3,23 +3,28 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from mempool.config import ClusterConfig, PoolConfig, load
+from mempool.config import ClusterConfig, PoolConfig, ShardConfig, StorageConfig, load
 from mempool.errors import ConfigError, DataLoss, MempoolError, ShardUnavailable
 from mempool.rayhost import launcher as launcher_module
 from mempool.rayhost.actors import NAMESPACE, kernel_variables
 from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.launcher import RayLauncher
+from mempool.rayhost.nodes import placing
+from mempool.rayhost.nodes.choice import Node
 from mempool.rayhost.resources import PROCESS_BYTES
-from mempool.rayhost.shard_actor import Description, ShardProcess, Wanted
+from mempool.rayhost.shard_actor import Description, ShardProcess
+from mempool.rayhost.state.kept import KeptFolder, Wanted
 from mempool.types import ShardInfo
 from mempool.wire.channels.loop import run
 
+HERE = "c" * 56  # an id of Ray's
 KEYS = PoolKeys(token="a-token", controller_key="a-key")
 
 
@@ -50,6 +55,8 @@ class FakeShard:
         self.stopped = self.killed = False
         self.refuses: Exception | None = None
         self.damage: MempoolError | None = None
+        self.node_id = HERE
+        self.bound: tuple[str | None, bool, Any] = (None, False, "")
         self.boot(1)
 
     def boot(self, number: int) -> None:
@@ -57,6 +64,7 @@ class FakeShard:
         self.info: ShardInfo | None = None
         self.wanted: Wanted | None = None
         self.refusal = ""
+        self.strayed = False
 
     @property
     def describe(self) -> FakeMethod:
@@ -84,7 +92,14 @@ class FakeShard:
         return self._method(lambda _drop=False: setattr(self, "stopped", True))
 
     def _described(self) -> Description:
-        return Description(boot_id=self.boot_id, info=self.info, wanted=self.wanted, refusal=self.refusal)
+        return Description(
+            boot_id=self.boot_id,
+            info=self.info,
+            wanted=self.wanted,
+            refusal=self.refusal,
+            node_id=self.node_id,
+            strayed=self.strayed,
+        )
 
     def _method(self, call: Callable[..., Any]) -> FakeMethod:
         def checked(*arguments: Any) -> Any:
@@ -100,9 +115,14 @@ def shards(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeShard]:
     """The actors there are, by name."""
     actors: dict[str, FakeShard] = {}
 
-    def make_actor(_process: type, _config: object, shard: int, _token: object, **options: Any) -> FakeShard:
+    def make_actor(
+        _process: type, _config: object, shard: int, _token: object, home: str | None, stands_in: bool, **options: Any
+    ) -> FakeShard:
         assert options["max_task_retries"] == 0
-        return actors.setdefault(options["name"], FakeShard(shard))
+        made = actors.setdefault(options["name"], FakeShard(shard))
+        made.bound = (home, stands_in, options["scheduling_strategy"])
+        made.node_id, made.strayed = home or HERE, home == ""
+        return made
 
     def get_actor(name: str, **_: object) -> FakeShard:
         return actors[name]
@@ -180,6 +200,99 @@ def test_a_shard_on_its_way_is_not_told(shards: dict[str, FakeShard]) -> None:
     assert bounded(launcher.changed()) == []
     shards["local/shard-0"].dead = False
     assert len(bounded(launcher.changed())) == 1
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> list[Node]:
+    """Ray's nodes, as a look finds them."""
+    living: list[Node] = []
+
+    async def look(_path: str, _pool: str) -> tuple[Node, ...]:
+        return tuple(living)
+
+    monkeypatch.setattr(placing, "look", look)
+    return living
+
+
+def keeping() -> RayLauncher:
+    shard = ShardConfig(storage=StorageConfig(path="/disk"))
+    return RayLauncher(ClusterConfig(pool=PoolConfig(name="local", shards=2), shard=shard), keys=KEYS)
+
+
+def node(name: str, *kept: int, wanted: Wanted | None = None) -> Node:
+    room = {"memory": 2.0**36}
+    folders = {shard: KeptFolder(mark=f"{name} {shard}", changed_ns=1, wanted=wanted) for shard in kept}
+    return Node(node_id=name * 56, has=room, free=room, folders=folders)
+
+
+def test_a_shard_that_keeps_what_it_has_is_bound_to_its_node(shards: dict[str, FakeShard], nodes: list[Node]) -> None:
+    nodes += [node("a", 1, 2), node("b", 0, wanted=Wanted(1, 3))]
+    launcher = keeping()
+    for shard in range(3):
+        bounded(launcher.start(shard))
+    for shard, home in enumerate("baa"):
+        bound, stands_in, strategy = shards[f"local/shard-{shard}"].bound
+        assert (bound, stands_in) == (home * 56, False)
+        assert (strategy.node_id, strategy.soft, strategy._spill_on_unavailable) == (bound, True, False)
+    assert launcher.wanted == 3, "as the folders say"
+    bounded(launcher.start(3, fresh=True))
+    assert shards["local/shard-3"].bound[0] == "b" * 56, "where fewest are"
+
+
+def test_where_the_path_is_shared_shards_start_anywhere(shards: dict[str, FakeShard], nodes: list[Node]) -> None:
+    nodes += [node("a", 0), node("b", 0)]
+    nodes[1] = replace(nodes[1], folders=nodes[0].folders)
+    bounded(keeping().start(0))
+    assert shards["local/shard-0"].bound == (None, False, "SPREAD")
+
+
+def test_a_shard_whose_node_is_gone_is_bound_to_the_one_it_came_to(
+    shards: dict[str, FakeShard], nodes: list[Node]
+) -> None:
+    nodes.append(node("a"))
+    launcher = keeping()
+    known = bounded(launcher.start(0))
+    strayed = shards["local/shard-0"]
+    strayed.boot(2)
+    strayed.node_id, strayed.strayed = HERE, True
+    (start,) = bounded(launcher.changed())
+    assert strayed.killed
+    assert strayed.info is None, "it was given something to serve"
+    other = shards["local/shard-0.1"]
+    assert other.bound[:2] == (HERE, True)
+    assert start.info == other.info
+    assert start.info.incarnation > known.incarnation
+    launcher.acknowledge(start)
+    assert bounded(launcher.changed()) == []
+    other.strayed = True  # it has begun there, wherever that is
+    assert bounded(launcher.changed()) == []
+
+
+def test_a_shard_that_no_node_could_run_at_first_is_bound_where_it_starts(
+    shards: dict[str, FakeShard], nodes: list[Node]
+) -> None:
+    assert nodes == []
+    launcher = keeping()
+    bounded(launcher.start(0))
+    assert shards["local/shard-0"].bound == ("", False, "SPREAD")
+    assert shards["local/shard-0"].killed
+    assert shards["local/shard-0.1"].bound[:2] == (HERE, True)
+    shards["local/shard-0.1"].refuses = ConfigError("no port")
+    bounded(launcher.stop(ShardInfo(shard=0, address="", incarnation=1)))
+    assert shards["local/shard-0.1"].stopped
+
+
+def test_of_two_actors_of_one_shard_the_next_controller_takes_the_later(shards: dict[str, FakeShard]) -> None:
+    for name in ("local/shard-0", "local/shard-0.9", "local/shard-0.10", "local/shard-1"):
+        shards[name] = FakeShard(int(name[12]))
+    launcher = make()
+    for _ in range(2):  # one that fails half way is tried again
+        assert [info.shard for info in bounded(launcher.find())] == [0, 1]
+    assert {name for name, shard in shards.items() if shard.killed} == {"local/shard-0", "local/shard-0.9"}
+    shards["local/shard-0.10"].boot(2)
+    shards["local/shard-0.10"].strayed = True
+    bounded(launcher.changed())
+    assert shards["local/shard-0.11"].info is not None
 
 
 def test_why_a_shard_that_came_back_cannot_start_is_known_until_it_does(shards: dict[str, FakeShard]) -> None:
@@ -366,7 +479,7 @@ def test_a_shard_gets_what_the_8_gpu_file_says(monkeypatch: pytest.MonkeyPatch) 
     assert info.incarnation > 1_600_000_000_000  # of the clock: above those a controller before this one gave
     assert made == {
         "process": ShardProcess,
-        "arguments": (config, 3, KEYS),
+        "arguments": (config, 3, KEYS, None, False),
         "name": "memory/shard-3",
         "num_cpus": 2,
         "num_gpus": 1,

@@ -25,6 +25,9 @@ def test_the_controller_hears_of_a_start_that_is_not_the_first(
     class Context:
         was_current_actor_reconstructed = again
 
+        def get_node_id(self) -> str:
+            return "a-node"
+
     class Actor:
         def __init__(self, name: str) -> None:
             self._name = name
@@ -48,6 +51,9 @@ def test_the_controller_hears_of_a_start_that_is_not_the_first(
 def test_a_start_that_is_refused_says_why_to_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     class Context:
         was_current_actor_reconstructed = False
+
+        def get_node_id(self) -> str:
+            return "a-node"
 
     damage: list[Exception] = [DataLoss("file: damaged")]
 
@@ -73,6 +79,9 @@ def test_a_start_that_fails_behind_its_serving_ends_that(tmp_path: Path, monkeyp
 
     class Context:
         was_current_actor_reconstructed = False
+
+        def get_node_id(self) -> str:
+            return "a-node"
 
     class Serving:
         def __init__(self, *_: object, incarnation: int, **__: object) -> None:

@@ -113,3 +113,33 @@ def test_what_is_in_doubt_can_be_discarded_once_all_its_tables_are_gone(  # type
         assert [gone(session) for session in client.sessions] == [(0, False)] * len(tables)
 
     wait(main())
+
+
+@pytest.mark.parametrize("ends", ["committed", "discarded"])
+def test_a_step_that_a_gate_says_nobody_decided_is_as_any_that_is_prepared(wait, ends: str) -> None:  # type: ignore[no-untyped-def]
+    """Simulation, seed 4388: another owner is away then; what is pushed since is of the same step."""
+    client = Client(ScriptedPool({1: (0, 0, 0), 2: (1, 2, 2)}), timeout_s=0.5)
+    pool, (_, two) = client.pool, client.sessions
+
+    async def dies(_: object) -> None:
+        del pool.owners[1]
+        pool.shards[2].before["prepare"] = [ShardUnavailable("away", shard=2)] * 1000
+        raise ShardUnavailable("away", shard=0)
+
+    async def main() -> None:
+        pool.shards[0].before["commit"] = [dies]
+        await client.push()
+        with pytest.raises(MempoolError, match=r"'table-2' is not decided"):
+            await client.coordinator.commit(commitments(client.sessions))
+        pool.shards[2].before.clear()
+        await client.push(two)
+        if ends == "discarded":
+            assert await two.discard() == 2
+        else:
+            assert await two.commit(lr=LR) == 2
+            await client.coordinator.applied([two])
+        assert two.pending == 0
+
+    wait(main())
+    pool.owners.pop(1, None)
+    client.assert_agreed()

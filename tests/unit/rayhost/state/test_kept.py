@@ -1,5 +1,6 @@
 """How many shards a pool is meant to have, in its shards' folders; and what is removed of those."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,15 @@ import pytest
 
 from mempool.errors import StorageFailed
 from mempool.journal import DiskFiles
-from mempool.rayhost.state.kept import Wanted, drop_kept, kept_shards, read_wanted, remove_kept, write_wanted
+from mempool.rayhost.state.kept import (
+    Wanted,
+    drop_kept,
+    kept_folders,
+    kept_shards,
+    read_wanted,
+    remove_kept,
+    write_wanted,
+)
 
 
 def folder(path: Path, shard: int) -> Path:
@@ -71,3 +80,21 @@ def test_what_a_process_uses_is_not_removed(tmp_path: Path) -> None:
     finally:
         lock.release()
     assert (used / "journal" / "000000000001.segment").read_bytes() == b"bytes"
+
+
+def test_folders_tell_themselves_apart_and_when_they_were_changed(tmp_path: Path) -> None:
+    for shard, changed_s in ((0, 5), (1, 9)):
+        made = folder(tmp_path, shard)
+        (made / "format.json").write_text("the same")
+        os.utime(made / "format.json", (1, 1))
+        os.utime(made / "journal", (2, 2))
+        os.utime(made / "journal" / "000000000001.segment", (changed_s, changed_s))
+    (tmp_path / "facts" / "shard-2").mkdir()  # of a shard that died before it had begun
+    found = kept_folders(str(tmp_path), "facts")
+    assert {shard: kept.changed_ns for shard, kept in found.items()} == {0: 5 * 10**9, 1: 9 * 10**9}
+    assert found[0].mark != found[1].mark
+    os.symlink(tmp_path, tmp_path / "mounted")
+    assert kept_folders(str(tmp_path / "mounted"), "facts") == found
+    write_wanted(str(tmp_path), "facts", 1, Wanted(1, 3))
+    assert kept_folders(str(tmp_path), "facts")[1].wanted == Wanted(1, 3)
+    assert kept_folders(str(tmp_path / "nowhere"), "facts") == {}

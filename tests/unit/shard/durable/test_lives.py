@@ -4,9 +4,8 @@ import asyncio
 import errno
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,9 @@ from shard_lives import Lives, hold, step
 
 from mempool.errors import DataLoss, NotFound, StorageFailed
 from mempool.journal import Snapshot
+from mempool.shard.durable.records import Held
 from mempool.shard.durable.store import Store
+from mempool.shard.steps.held import HeldUpdate
 from mempool.types import (
     AttachTable,
     DecidedStep,
@@ -27,6 +28,7 @@ from mempool.types import (
     TableSource,
     TableView,
 )
+from mempool.types.bags import Bags
 from mempool.wire.channels.loop import run
 from tests.contract.driver import Driver, make_schema, same
 from tests.contract.layouts import LAYOUTS
@@ -40,19 +42,6 @@ SCHEMAS = {
     "adagrad, int8": make_schema(dtype="int8", rounding="stochastic"),
     "product keys": make_schema(num_slots=49, stride=7, keys=ProductKeySpec(heads=2, key_dim=4)),
 }
-
-
-@pytest.fixture
-def make_lives() -> Iterator[Callable[..., Lives]]:
-    made: list[Lives] = []
-
-    def make(lives: Lives | None = None, **how: Any) -> Lives:
-        made.append(lives or Lives(**how))
-        return made[-1]
-
-    yield make
-    for lives in made:
-        lives.close()
 
 
 def create(driver: Driver, schema: TableSchema, owners: str = "one") -> Driver:
@@ -161,17 +150,19 @@ def test_a_snapshot_that_is_given_up_as_it_is_finished_is_whole_or_never_was(
     assert same(again.contents(), driver.contents())
 
 
-def test_no_snapshot_is_begun_by_a_shard_that_is_closing(make_lives: Callable[..., Lives]) -> None:
+def test_no_snapshot_is_begun_by_a_shard_that_is_closing(
+    make_lives: Callable[..., Lives], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Calls that end meanwhile find the journal half full, and another process may have the folder by then."""
-    lives = make_lives(journal_limit=2)
+    lives = make_lives()
     step(create(lives.begin(), make_schema()), 1)
     taking = lives.engines[-1]._taking
     assert taking is not None
+    monkeypatch.setattr(Store, "is_half_full", True)
 
     async def close() -> None:
         await taking.close()
         taking._not_before_s = 0.0
-        assert taking._store.is_half_full
         taking.poke()
         assert taking._task is None
 
@@ -398,4 +389,18 @@ def test_who_gives_up_waiting_keeps_nobody_from_being_told() -> None:
     first.cancel()
     hand.work()
     assert second.result(timeout=0) == 2  # behind what the first has had written
+    run(store.close(), timeout_s=20)
+
+
+def test_updates_that_no_step_follows_are_not_kept_for_ever() -> None:
+    """Of a trainer that never commits: its lease ends, and what it held is dropped; more of it comes."""
+    hand, grads = ByHand(), torch.zeros(4, 2**16)
+    store = Store("disk", pool="pool", pool_id="one", shard=0, files=FakeFiles(), runner=hand)
+    bags = Bags(ids=torch.arange(4), weights=None, offsets=torch.arange(5))
+    for number in range(1, 65):
+        step_id = StepId(group="g", rank=0, step=number, generation=1)
+        store.add(Held(1, step_id, 0, HeldUpdate(bags, grads)))  # 1 MiB
+        hand.work()
+    assert len(store._waiting) <= 33
+    run(store.settled(), timeout_s=20)  # nobody has to wait for it
     run(store.close(), timeout_s=20)

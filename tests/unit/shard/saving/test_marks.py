@@ -23,8 +23,10 @@ from mempool.checkpoint.format.manifest import parse_part
 from mempool.checkpoint.format.pages import Pages
 from mempool.checkpoint.reader import Checkpoint
 from mempool.checkpoint.stores import open_store
-from mempool.errors import DataLoss, InvalidRequest, NotFound, StalePlacement, StorageFailed
+from mempool.controller.saving.checkpointing import _STALLED_S as STALLED_S
+from mempool.errors import DataLoss, InvalidRequest, NotFound, Overloaded, StalePlacement, StorageFailed
 from mempool.shard import Engine
+from mempool.shard.pages.arena import Arena
 from mempool.shard.pages.capture import ArenaCapture
 from mempool.shard.saving import marks
 from mempool.shard.saving.marks import Mark, Saving
@@ -209,6 +211,26 @@ def test_what_ends_a_mark_gives_its_memory_back_and_leaves_no_file_that_counts(
     until(lambda: not list(tmp_path.glob("*/*.safetensors")) or what in ("move", "release"))
 
 
+def test_a_mark_whose_part_is_written_waits_for_others_and_copies_nothing(
+    make_driver: MakeDriver, tmp_path: Path
+) -> None:
+    """So that what changes is known where the next checkpoint is taken, however long other shards need for this one."""
+    driver = make_driver(1).create(make_schema())
+    engine = driver.host(0)
+    assert isinstance(engine, Engine)
+    mark(driver)
+    assert driver.call(engine.write_part(asked(driver, tmp_path))).part
+    engine._saving.clock = lambda: time.monotonic() + 1000.0
+    driver.call(engine._on_thread("expire", lambda _: engine._saving.expire()))
+    driver.write("values", torch.arange(8), torch.zeros(8, 10))
+    assert engine._saving.num_bytes == 0
+    assert driver.call(engine.write_part(asked(driver, tmp_path))).part
+    driver.call(engine.release_mark(ReleaseMark(table_id=driver.table_id, token="c1", kept=NAME)))
+    (arena,) = engine._tenancy.table(driver.table_id).storage.arenas.values()
+    assert arena.mark is not None
+    assert len(arena.written_since(arena.mark[1])) == 1
+
+
 def test_the_engine_is_left_to_others_while_there_are_any(make_driver: MakeDriver) -> None:
     engine = make_driver(1).create(make_schema()).host(0)
     assert isinstance(engine, Engine)
@@ -230,6 +252,8 @@ def test_the_engine_is_left_to_others_while_there_are_any(make_driver: MakeDrive
     assert pauses(0.001) == [0.0] * 5  # who looks at it now and then
     assert pauses(0.05) == pytest.approx([marks._PAUSES / 64] * 5)
     assert pauses(0.0) == pytest.approx([marks._PAUSES / 64] * 5)  # a trainer may be computing
+    assert saving._pause_s(now_s, 60.0) == marks._LONGEST_PAUSE_S < STALLED_S  # of a process that was stopped meanwhile
+    busy_s += 60.0
     now_s += marks._IN_USE_S
     assert pauses(0.0) == [0.0] * 5
     full = SimpleNamespace(capture=SimpleNamespace(used_bytes=saving.copy_bytes))
@@ -298,6 +322,29 @@ def test_no_memory_for_copies_ends_the_checkpoint_and_no_step(
     with pytest.raises(StorageFailed, match="no memory left"):
         driver.call(driver.host(0).write_part(asked(driver, tmp_path)))
     assert not list(tmp_path.glob("*/*.safetensors"))
+
+
+def test_a_mark_for_which_there_is_no_memory_leaves_nothing_that_copies(
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = make_driver(1).create(make_schema(), "one")
+    engine = driver.host(0)
+    assert isinstance(engine, Engine)
+    storage = engine._tenancy.table(driver.table_id).storage
+    (first,) = storage.arenas.values()
+    another = storage.arena((0,))
+    make = ArenaCapture.__init__
+
+    def refused(self: ArenaCapture, arena: Arena, pages_left: Any, owner: Any) -> None:
+        if arena is another:
+            raise MemoryError("none left")
+        make(self, arena, pages_left, owner)
+
+    monkeypatch.setattr(ArenaCapture, "__init__", refused)
+    with pytest.raises(Overloaded, match="none left"):
+        mark(driver)
+    assert first.capture is None
+    assert not storage.shared_head_keys
 
 
 def test_a_restore_that_fails_leaves_no_table(make_driver: MakeDriver, tmp_path: Path) -> None:
