@@ -17,7 +17,6 @@ from mempool.bench.processes.child import Child, ChildError, Parent
 from mempool.bench.serve.contenders.contender import LookUp
 from mempool.bench.serve.contenders.here import embedding_bag, table_rows
 from mempool.bench.serve.shapes import TableSize
-from mempool.rayhost.actors import kernel_variables
 
 RPC = "torch.distributed.rpc"
 _CLIENT, _WORKER = "client", "worker"
@@ -36,6 +35,8 @@ def available() -> bool:
 @contextmanager
 def rpc(table: TableSize) -> Iterator[LookUp]:
     """A worker until the block ends."""
+    from mempool.rayhost.actors import kernel_variables  # not in the worker, which is no process of Ray's
+
     remote: Any = torch.distributed.rpc
     with tempfile.TemporaryDirectory(prefix="mempool-bench-") as folder:
         meeting = str(Path(folder) / "meeting")
