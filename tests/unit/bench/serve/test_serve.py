@@ -176,8 +176,11 @@ def test_report_of_a_run_without_figures() -> None:
 
 
 def test_a_process_that_ends_or_does_not_answer_is_named() -> None:
-    with Child("mempool.bench.nothing:serve") as child, pytest.raises(ChildError, match=r"mempool.bench.nothing:serve"):
-        child.hear()
+    with Child("mempool.bench.nothing:serve") as child:
+        with pytest.raises(ChildError, match=r"mempool.bench.nothing:serve\) ended with 1"):
+            child.hear()
+        with pytest.raises(ChildError, match="ended with 1"):
+            child.say("anything")
     with (
         Child("mempool.bench.processes.echoes:serve_grpc") as child,
         pytest.raises(ChildError, match="did not answer within 0 s"),
