@@ -1,1 +1,5 @@
-"""Benchmarks of served pools: clients and shards as processes of one host."""
+"""`mempool bench serve`: look-ups of served pools, clients and shards as processes of one host, beside other libraries.
+
+``run`` measures one client (``lookups``), more and more shards (``shards``), many clients (``load``; each a ``client``).
+``contention`` is a benchmark of its own.
+"""
