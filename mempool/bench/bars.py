@@ -36,6 +36,7 @@ def bars(found: dict[str, Any], panels: Sequence[tuple[str, dict[str, Any]]], wh
         colours = [_OWN if name.startswith("mempool") else _FLOOR if "echo" in name else _OTHER for name in names]
         axis.barh(range(len(names)), medians, color=colours, height=0.7)
         axis.plot(tails, range(len(names)), "k|", markersize=8)
+        axis.set_xlim(0, 2 * max(medians))  # a tail may lie far out, and bars shall be told apart
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel(f"ms {what}: median (bar), p95 (line)", fontsize=8)

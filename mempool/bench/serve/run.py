@@ -221,16 +221,16 @@ def _contenders(stack: ExitStack, outcome: Outcome, say: Say) -> list[Contender]
         stack.enter_context(pools.embedded(table)),
         stack.enter_context(pools.served(table)),
     ]
-    add_peers(lambda made: found.append(stack.enter_context(made)), outcome, say)
+    add_peers(lambda made: found.extend(stack.enter_context(made)), outcome, say)
     found.append(stack.enter_context(echoes.grpc_echo(table)))
     found.append(stack.enter_context(echoes.unix_echo(table)))
     return found
 
 
-def add_peers(add: Callable[[AbstractContextManager[Contender]], None], outcome: Outcome, say: Say) -> None:
+def add_peers(add: Callable[[AbstractContextManager[Sequence[Contender]]], None], outcome: Outcome, say: Say) -> None:
     """Start other libraries' ways; one that cannot be had is left out, and said."""
     table = outcome.workload.table
-    others: list[tuple[str, bool, Callable[[TableSize], AbstractContextManager[Contender]]]] = [
+    others: list[tuple[str, bool, Callable[[TableSize], AbstractContextManager[Sequence[Contender]]]]] = [
         (rpc.RPC, rpc.available(), rpc.rpc),
         (actor.RAY, actor.available(), actor.ray_actor),
     ]

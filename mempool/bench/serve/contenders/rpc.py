@@ -16,7 +16,7 @@ from torch import Tensor
 from mempool.bench.processes.child import Child, ChildError, Parent
 from mempool.bench.serve.contenders.contender import LookUp
 from mempool.bench.serve.contenders.here import embedding_bag, table_rows
-from mempool.bench.serve.shapes import TableSize
+from mempool.bench.serve.shapes import Pairs, TableSize
 
 RPC = "torch.distributed.rpc"
 _CLIENT, _WORKER = "client", "worker"
@@ -33,7 +33,7 @@ def available() -> bool:
 
 
 @contextmanager
-def rpc(table: TableSize) -> Iterator[LookUp]:
+def rpc(table: TableSize) -> Iterator[list[LookUp]]:
     """A worker until the block ends."""
     from mempool.rayhost.actors import kernel_variables  # not in the worker, which is no process of Ray's
 
@@ -44,15 +44,14 @@ def rpc(table: TableSize) -> Iterator[LookUp]:
         with Child(f"{_SELF}:serve", arguments, variables=kernel_variables(1)) as child:
             child.hear()  # it has its table, and goes to the meeting
             _join(_CLIENT, 0, meeting)
+
+            def run(pairs: Pairs) -> Tensor:
+                arguments = (pairs.ids, pairs.weights)
+                answer: Tensor = remote.rpc_sync(_WORKER, look_up, args=arguments, timeout=_CALL_TIMEOUT_S)
+                return answer
+
             try:
-                yield LookUp(
-                    RPC,
-                    table,
-                    lambda pairs: remote.rpc_sync(
-                        _WORKER, look_up, args=(pairs.ids, pairs.weights), timeout=_CALL_TIMEOUT_S
-                    ),
-                    [child.pid],
-                )
+                yield [LookUp(RPC, table, run, [child.pid])]
             finally:
                 with suppress(ChildError):  # it may be gone
                     child.say("end")
