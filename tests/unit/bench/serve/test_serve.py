@@ -62,12 +62,19 @@ def _children() -> set[str]:
     return set(listed.read_text().split()) if listed.exists() else set()
 
 
+def _command(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has just ended
+        return b""
+
+
 @pytest.fixture(autouse=True)
 def _nothing_is_left(served: PoolProcess) -> Iterator[None]:  # noqa: ARG001  # it starts before, and stays
     before = _children()
     yield
     left = _children() - before
-    assert [pid for pid in left if b"mempool.bench" in Path(f"/proc/{pid}/cmdline").read_bytes()] == []
+    assert [pid for pid in left if b"mempool.bench" in _command(pid)] == []
 
 
 @pytest.fixture(scope="module")
