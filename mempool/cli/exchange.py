@@ -84,8 +84,8 @@ def import_(
         typer.Option(
             "--set",
             metavar="FIELD=VALUE",
-            help='Of its configuration, as in a cluster file: --set dtype=bfloat16 --set \'optimizer={"type": "adam", '
-            '"lr": 0.001}\'; may be repeated. Without it, as mempool wrote it in FILE.',
+            help="Of its configuration, as in a cluster file: --set dtype=bfloat16 --set 'optimizer={type: adam, "
+            "lr: 0.001}'; may be repeated. Without it, as mempool wrote it in FILE.",
         ),
     ] = None,
     values: Annotated[str | None, typer.Option("--values", metavar="NAME", help="The tensor with its values.")] = None,
@@ -158,4 +158,12 @@ def _field(text: str) -> tuple[str, Any]:
     try:
         return name, json.loads(value)
     except (ValueError, RecursionError):
-        return name, value  # text, as a YAML file has it without quotes
+        pass
+    if value.strip().startswith(("{", "[")):  # as a YAML file has it
+        import yaml
+
+        try:
+            return name, yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {text}: it is neither JSON nor YAML ({' '.join(str(error).split())})") from None
+    return name, value  # text, as a YAML file has it without quotes

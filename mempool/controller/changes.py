@@ -256,10 +256,14 @@ class TableChanges:
             _require_alike(present.schema, schema, origin.source)
         else:
             found = "; ".join(differences(present.schema, schema))
+            remedy = (
+                f"take it with pool.table({schema.name!r}), or drop it first with pool.drop_table({schema.name!r})"
+                if origin is None
+                else "say replace=True (--replace) for the place of that one, or another name (name=, --as)"
+            )
             raise AlreadyExists(
                 f"table {schema.name!r} exists already ({present.schema.num_slots:,} x {present.schema.value_dim} "
-                f"{present.schema.dtype}{'; it differs: ' + found if found else ''}); take it with "
-                f"pool.table({schema.name!r}), or drop it first with pool.drop_table({schema.name!r})"
+                f"{present.schema.dtype}{'; it differs: ' + found if found else ''}); {remedy}"
             )
 
     def _require_new(self, schema: TableSchema, origin: Origin | None) -> None:

@@ -10,7 +10,7 @@ import uuid
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from mempool.errors import ConfigError, DataLoss
+from mempool.errors import ConfigError, DataLoss, StorageFailed
 
 if TYPE_CHECKING:
     from mempool.journal import Files
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _VERSION = 1
 _NAME = "pool.json"
+_FORMAT = "format.json"
 _NEW = ".new"
 _MOST_BYTES = 65_536
 _SHARD = re.compile(r"shard-(\d{1,6})")
@@ -38,7 +39,8 @@ class PoolFolder:
         pool: The pool's name.
 
     Raises:
-        ConfigError: The name cannot be a folder's, or it is of a newer format. Nothing was changed.
+        ConfigError: The name cannot be a folder's, it is of a newer format, or the path is within a pool's folder.
+            Nothing was changed.
         DataLoss: What says which pool it is is damaged, or missing. Nothing was changed.
         StorageFailed: It is no folder, cannot be written, or another process, which is named, uses it.
     """
@@ -50,6 +52,7 @@ class PoolFolder:
         self.path, self.pool = path, pool
         self._files = files = DiskFiles() if files is None else files
         self._folder = os.path.dirname(shard_path(path, pool, 0))
+        _require_outside(path, files)
         files.make_folder(self._folder)
         owner = f"process {os.getpid()} on {socket.gethostname()}"
         self._lock = files.lock(os.path.join(self._folder, "LOCK"), owner=owner)
@@ -146,3 +149,16 @@ class PoolFolder:
             f"{name} is of format {version}, and this version of mempool reads those up to {_VERSION}: take a later "
             "one. Nothing was changed."
         )
+
+
+def _require_outside(path: str, files: Files) -> None:
+    """Raises ConfigError where a path is a pool's own folder, or a shard's in it: a new pool would begin there."""
+    try:
+        names = files.names(path)
+    except StorageFailed:
+        return  # what is wrong with it is said where the folder is made
+    above = os.path.dirname(os.path.abspath(path))
+    if _FORMAT in names:
+        raise ConfigError(f"{path} is what one shard of a pool keeps: give {os.path.dirname(above)}")
+    if _NAME in names:
+        raise ConfigError(f"{path} is the folder of a pool, and is found by the one it lies in: give {above}")

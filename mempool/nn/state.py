@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -68,6 +69,8 @@ class PoolState:
                 f"keep={keep}: a PoolState keeps 2 checkpoints at least, as the newest counts only once the model that "
                 "names it is written"
             )
+        if not isinstance(pool, Pool):
+            raise InvalidRequest(f"PoolState({type(pool).__name__}, ...): its first argument is the pool")
         if isinstance(tables, (str, Table)):
             tables = [tables]
         self._pool = pool
@@ -119,8 +122,9 @@ class PoolState:
             self._pool.restore(self._place, checkpoint=name, tables=tables, replace=True)
         except NotFound as error:
             raise NotFound(
-                f"{error.message} The model's state goes with checkpoint {name}, which was taken at {saved_at}; this "
-                f"PoolState looks for it at {os.fspath(self._place)}"
+                f"{error.message.rstrip('.')}. The model's state goes with checkpoint {name}, which was taken at "
+                f"{saved_at}; this PoolState looks for it at {os.fspath(self._place)}. Give PoolState the place where "
+                "it is by now, or load another state"
             ) from error
         return tables
 
@@ -178,7 +182,15 @@ def _checked(state: Mapping[str, Any]) -> tuple[str, list[str], str]:
             raise ValueError("names no checkpoint")
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidRequest(
-            f"{state!r:.200} is no state of a PoolState ({type(error).__name__}: {error}): it has {', '.join(_KEYS)}. "
-            "Nothing was changed"
+            f"this is no state of a PoolState, which has {', '.join(_KEYS)} ({type(error).__name__}: {error}); it is "
+            f"{_in_short(state)}. Nothing was changed"
         ) from None
     return name, tables, str(place)
+
+
+def _in_short(state: object) -> str:
+    """What it is, without tensors."""
+    if not isinstance(state, Mapping):
+        return f"a {type(state).__name__}"
+    keys = ", ".join(map(str, islice(state, 5)))
+    return f"a {type(state).__name__} of {len(state)} keys" + (f": {keys}" if keys else "")

@@ -43,7 +43,7 @@ def test_a_checkpoint_is_taken_looked_at_restored_and_removed(
     assert "restored" in said("restore", str(place), *at, "--table", "remembered", "--as", "again")
     with mempool.connect(served.address) as pool:
         assert torch.equal(pool.table("again").rows(torch.arange(64)), torch.ones(64, 8))
-    assert "exists already" in said("restore", str(place), *at, expect=1)
+    assert "say replace=True (--replace)" in said("restore", str(place), *at, expect=1)
     assert taken[0]["name"] in said("checkpoints", str(place), "--remove", taken[0]["name"])
     assert said("verify", str(place)).count("whole") == 1
     file = next(place.glob("*/*.safetensors"))

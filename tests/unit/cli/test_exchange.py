@@ -31,16 +31,14 @@ def test_a_table_is_exported_and_imported(command: Command, served: ServedPool, 
     written = file.read_bytes()
     assert "version 0" in said("export", "facts", file, "--from", place)
     assert file.read_bytes() == written
-    assert "exists already" in said("import", file, *at, expect=1)
+    assert "or another name (name=, --as)" in said("import", file, *at, expect=1)
     made = json.loads(said("import", file, *at, "--as", "again", "--json"))
     assert made == {"file": str(file), "table": {"name": "again", "num_slots": 64, "value_dim": 8}}
     assert "64 x 8" in said("import", file, *at, "--replace")
 
     safetensors.torch.save_file({"values.weight": torch.ones(64, 8, dtype=torch.bfloat16)}, other)
     assert "--as NAME" in said("import", other, *at, expect=2)
-    said(
-        "import", other, *at, "--as", "layer", "--set", 'optimizer={"type": "adam", "lr": 0.5}', "--set", "layout=rows"
-    )
+    said("import", other, *at, "--as", "layer", "--set", "optimizer={type: adam, lr: 0.5}", "--set", "layout=rows")
     with mempool.connect(served.address) as pool:
         assert torch.equal(pool.table("again").rows(torch.arange(64)), torch.ones(64, 8))
         schema = pool.table("layer").schema

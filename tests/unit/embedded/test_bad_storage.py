@@ -266,3 +266,11 @@ def contents(folder: Path) -> dict[str, bytes | None]:
         for file in sorted(folder.rglob("*"))
         if file.name != "LOCK" and "shard-0/" not in str(file)
     }
+
+
+@pytest.mark.parametrize("within", ["local", "local/shard-0"])
+def test_no_pool_begins_within_the_folder_of_another(good: Path, within: str) -> None:
+    before = sorted(good.rglob("*"))
+    with pytest.raises(errors.ConfigError, match=re.escape(f"give {good / 'memory'}") + "$"):
+        mempool.local(good / "memory" / within)
+    assert sorted(good.rglob("*")) == before
