@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import mmap
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -12,8 +11,7 @@ from mempool.journal.files import Bytes, is_locked, storage_failed
 _MOST_BUFFERS = 1024
 """Of one call: IOV_MAX of Linux."""
 _MOST_OWNER_BYTES = 1024
-_BLOCK_BYTES = 4096
-"""What reads past the system's cache begin and end at: a multiple of the block of all but a few file systems."""
+_LET_GO_BYTES = 4 * 2**20
 
 # Where there is no fdatasync, fsync does more than is needed.
 _sync = getattr(os, "fdatasync", os.fsync)
@@ -101,8 +99,8 @@ class DiskFile:
     def __init__(self, path: str, descriptor: int) -> None:
         self.path = path
         self._descriptor: int | None = descriptor
-        self._direct: int | None = None
         self._read = memoryview(b"")
+        self._kept_from = self._kept_to = 0  # what was read once and is in the system's cache still
 
     def write(self, buffers: Sequence[Bytes], at: int) -> int:
         """See ``File``."""
@@ -140,15 +138,28 @@ class DiskFile:
 
     def read_once(self, at: int, num_bytes: int) -> memoryview:
         """See ``File``."""
-        # Past the system's cache where that can be. A gigabyte that passes through it takes one of memory, which what
-        # others read often makes way for, and which a virtual machine gets from its host more slowly than a disk reads.
-        skipped = at % _BLOCK_BYTES
-        begin, wanted = at - skipped, -(-(skipped + num_bytes) // _BLOCK_BYTES) * _BLOCK_BYTES
-        if len(self._read) < wanted:
-            self._read = memoryview(mmap.mmap(-1, wanted))  # its address is a multiple of a block's size too
+        if len(self._read) < num_bytes:
+            self._read = memoryview(bytearray(num_bytes))
+        found, done = self._read[:num_bytes], 0
         with _told("read", self.path):
-            found = self._read[: self._fill(begin, self._read[:wanted])]
-        return found[skipped:][:num_bytes]
+            while done < num_bytes and (count := os.preadv(self._opened(), [found[done:]], at + done)):
+                done += count
+        self._read_to(at, at + done)
+        return found[:done]
+
+    def _read_to(self, begin: int, end: int) -> None:
+        """A gigabyte that stays in the system's cache takes one of memory, which what others read often makes way for,
+        and which a virtual machine gets from its host more slowly than a disk reads. So that is let go, in blocks: of
+        memory that lies together the system lets go all, or searches every processor for who uses the rest.
+        """
+        if not self._kept_from <= begin <= self._kept_to:
+            self._do_not_keep(self._kept_from, self._kept_to - self._kept_from)
+            self._kept_from = begin // _LET_GO_BYTES * _LET_GO_BYTES
+        self._kept_to = end
+        over = end // _LET_GO_BYTES * _LET_GO_BYTES
+        if over > self._kept_from:
+            self._do_not_keep(self._kept_from, over - self._kept_from)
+            self._kept_from = over
 
     def size(self) -> int:
         """See ``File``."""
@@ -162,35 +173,15 @@ class DiskFile:
 
     def close(self) -> None:
         """See ``File``."""
-        descriptors = self._descriptor, self._direct
-        self._descriptor = self._direct = None
-        for descriptor in descriptors:
-            if descriptor is not None:
-                with _told("close", self.path):
-                    os.close(descriptor)
-
-    def _fill(self, at: int, blocks: memoryview) -> int:
-        """Whole blocks from ``at`` on; how many bytes that were."""
-        if self._direct is None and hasattr(os, "O_DIRECT"):
-            with suppress(OSError):  # not every file system has that
-                path = f"/proc/self/fd/{self._opened()}"
-                self._direct = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-        done = 0
-        if self._direct is not None:
-            try:
-                done = _read_blocks(self._direct, at, blocks)
-            except OSError as error:
-                if error.errno != errno.EINVAL:  # that is: of blocks of this size, or at this address
-                    raise
-        first = done
-        while done < len(blocks) and (count := os.preadv(self._opened(), [blocks[done:]], at + done)):
-            done += count
-        if done > first:
-            self._do_not_keep(at + first, done - first)
-        return done
+        if self._descriptor is not None:
+            self._do_not_keep(self._kept_from, self._kept_to - self._kept_from)
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            with _told("close", self.path):
+                os.close(descriptor)
 
     def _do_not_keep(self, at: int, num_bytes: int) -> None:
-        if hasattr(os, "posix_fadvise"):
+        if num_bytes > 0 and hasattr(os, "posix_fadvise"):  # 0: all from there on
             with suppress(OSError):  # advice, and no more
                 os.posix_fadvise(self._opened(), at, num_bytes, os.POSIX_FADV_DONTNEED)
 
@@ -213,15 +204,6 @@ class DiskLock:
             # Closing is not enough: a process that was forked meanwhile, as a DataLoader's, has the same lock.
             fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
-
-
-def _read_blocks(descriptor: int, at: int, blocks: memoryview) -> int:
-    done = 0
-    while done < len(blocks) and (count := os.preadv(descriptor, [blocks[done:]], at + done)):
-        done += count
-        if count % _BLOCK_BYTES:  # the file's end, mostly; what is asked for next would be no block
-            break
-    return done
 
 
 @contextmanager
