@@ -67,11 +67,18 @@ def newest_saved(first: SavedTable | None, second: SavedTable | None) -> SavedTa
 
 
 def merged(known: TableView, view: TableView) -> TableView:
-    """``view``, which is not older, with what it leaves out and is known: of one table."""
+    """``view``, whose epoch is not older, with what it leaves out and is known: of one table. Of one epoch it may be
+    late: starts of shards that are known by now it knows nothing of."""
     saved = newest_saved(known.saved, view.saved)
-    if saved == view.saved and (view.controller or not known.controller):
+    starts = {info.shard: info for info in known.shards}
+    shards = tuple(max(info, starts.get(info.shard, info), key=_incarnation) for info in view.shards)
+    if saved == view.saved and (view.controller or not known.controller) and shards == view.shards:
         return view
-    return replace(view, controller=view.controller or known.controller, saved=saved)
+    return replace(view, controller=view.controller or known.controller, saved=saved, shards=shards)
+
+
+def _incarnation(info: ShardInfo) -> int:
+    return info.incarnation
 
 
 def lost_remedy(name: str, saved: SavedTable | None) -> str:
