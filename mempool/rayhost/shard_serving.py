@@ -121,7 +121,9 @@ class ShardServing:
 
         views = ShardViews(pool.name, shard=engine, dial=dial, controller=f"port {pool.port} of the controller's node")
         router = Router(views, dial=dial, pool=pool.name)
-        await self._server.start(shard=engine, pool=views, lookup=LookupCoordinator(router, info=info).lookup)
+        await self._server.start(
+            shard=engine, pool=views, lookup=LookupCoordinator(router, info=info).lookup, address=info.address
+        )
         collector.settle()
         return info
 

@@ -12,13 +12,15 @@ from mempool.observe import Stages
 from mempool.server.admission import Admission
 from mempool.server.calls import Door
 from mempool.server.memory import Trimming
+from mempool.server.near import NearServer
 from mempool.server.public import PublicServices
-from mempool.server.services import Handlers, Lookup, Services
+from mempool.server.services import Handlers, Lookup, Services, near_calls
 from mempool.server.token import TokenInterceptor
 from mempool.types import PoolApi, ShardHost
 from mempool.wire.channels.channel import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, server_options
 from mempool.wire.channels.tls import ServerTls
 from mempool.wire.methods import MEMORY_SERVICE, POOL_SERVICE, SHARD_SERVICE
+from mempool.wire.near.line import supported
 from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2  # noqa: F401  # reflection finds the services by them
 
 IN_FLIGHT_BYTES = 4 * MAX_REQUEST_BYTES
@@ -77,6 +79,7 @@ class Server:
         )
         self._public = PublicServices(message_bytes=self._admission.message_bytes)
         self._started = False
+        self._near: NearServer | None = None
 
     def bind(self, host: str, ports: Iterable[int]) -> int:
         """Take the first free port of ``ports`` (0: any) and answer it.
@@ -110,8 +113,11 @@ class Server:
             "choose another port in the config, or end that process"
         )
 
-    async def start(self, *, shard: ShardHost | None, pool: PoolApi, lookup: Lookup) -> None:
-        """Serve. Without a shard, as on the controller's address, there are PoolService and Lookup only."""
+    async def start(self, *, shard: ShardHost | None, pool: PoolApi, lookup: Lookup, address: str = "") -> None:
+        """Serve. Without a shard, as on the controller's address, there are PoolService and Lookup only.
+
+        address: The shard's, as clients know it; those of this host get shared memory.
+        """
         handlers: Mapping[str, Handlers] = {
             MEMORY_SERVICE: self._services.memory(shard, lookup),
             POOL_SERVICE: self._services.pool(pool),
@@ -123,15 +129,29 @@ class Server:
         await self._server.start()
         self._started = True
         self._trimming.start()
+        if shard is not None and address and supported():
+            self._near = NearServer(
+                address,
+                token=self._token,
+                calls=near_calls(shard),
+                admission=self._admission,
+                stages=self._door.stages,
+                max_message_bytes=self._services.max_message_bytes,
+            )
+            self._near.start()
 
     async def stop(self, grace_s: float = 2.0) -> None:
         """Tell health probes, refuse new calls, let calls under way finish for ``grace_s``, close the port."""
         self._public.end()
         self._door.closed = True
         self._trimming.stop()
+        if self._near is not None:
+            self._near.closing = True
         if not self._started:  # gRPC keeps the port of a server that never started
             await self._server.start()
         await self._admission.empty(grace_s)
+        if self._near is not None:
+            await self._near.stop()
         await self._server.stop(min(grace_s, _LAST_WORDS_S))
 
     def _take(self, address: str) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
@@ -116,3 +116,19 @@ class Services:
         self, method: Method[RequestT, ReplyT], call: Callable[[RequestT], Awaitable[ReplyT]]
     ) -> tuple[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
         return method.name, handler(method, call, door=self.door, max_message_bytes=self.max_message_bytes)
+
+
+def near_calls(shard: ShardHost) -> dict[str, Callable[[Any], Awaitable[Any]]]:
+    """What clients of this host ask of a shard, by a method's path."""
+    return {
+        methods.GATHER.path: shard.gather,
+        methods.UPDATE.path: shard.update,
+        methods.PREPARE.path: shard.prepare,
+        methods.COMMIT.path: shard.commit,
+        methods.DISCARD.path: shard.discard,
+        methods.HEARTBEAT.path: shard.heartbeat,
+        methods.SCORE.path: shard.score,
+        methods.READ_ROWS.path: shard.read_rows,
+        methods.WRITE_ROWS.path: shard.write_rows,
+        methods.STEP_COUNT.path: shard.step_count,
+    }

@@ -111,26 +111,35 @@ def from_rpc_error(
         address: The address that was asked.
     """
     for key, value in error.trailing_metadata() or ():
-        if key != DETAIL_KEY:
-            continue
-        try:
-            detail = error_pb2.ErrorDetail.FromString(value if isinstance(value, bytes) else value.encode())
-        except DecodeError:
+        if key == DETAIL_KEY:
+            found = from_detail(value if isinstance(value, bytes) else value.encode(), shard=shard, address=address)
+            if found is not None:
+                return found
             break
-        if (known := _CLASSES.get(detail.code)) is not None:
-            found = known(
-                detail.message,
-                shard=detail.shard if detail.HasField("shard") else shard,
-                address=detail.address if detail.HasField("address") else address,
-            )
-            if isinstance(found, errors.Overloaded):
-                found.retry_after_s = detail.retry_after_s
-            return found
     cls, message = _foreign(error.code(), error.details() or "", shard, address)
     failure = cls(message, shard=shard, address=address)
     if isinstance(failure, errors.Unavailable):
         failure.refused = any(pattern.search(error.details() or "") for pattern in (_REFUSED, _UNKNOWN_HOST))
     return failure
+
+
+def from_detail(value: bytes, *, shard: int | None = None, address: str | None = None) -> MempoolError | None:
+    """The error that a server described; None where this cannot be read."""
+    try:
+        detail = error_pb2.ErrorDetail.FromString(value)
+    except DecodeError:
+        return None
+    known = _CLASSES.get(detail.code)
+    if known is None:
+        return None
+    found = known(
+        detail.message,
+        shard=detail.shard if detail.HasField("shard") else shard,
+        address=detail.address if detail.HasField("address") else address,
+    )
+    if isinstance(found, errors.Overloaded):
+        found.retry_after_s = detail.retry_after_s
+    return found
 
 
 def _foreign(

@@ -21,9 +21,10 @@ from mempool.shard import Engine
 from mempool.types import ShardHost, ShardInfo
 from mempool.wire.channels.grpc_channel import GrpcChannels
 from mempool.wire.channels.loop import run
+from mempool.wire.near.line import supported
 from tests.integration.pools import RayPool
 from tests.support.faulty import FaultyShard
-from tests.support.serving import served_pool
+from tests.support.serving import require_near, served_pool
 
 from .driver import Driver, Hosted
 
@@ -54,6 +55,16 @@ async def grpc_hosts(num_shards: int) -> AsyncIterator[list[Hosted]]:
     """Engines behind real gRPC servers; they reach each other by gRPC too."""
     async with served_pool(num_shards) as pool:
         infos = [pool.shards[shard].info for shard in range(num_shards)]
+        yield [Hosted(host=pool.dial(info), info=info) for info in infos]
+
+
+@asynccontextmanager
+async def near_hosts(num_shards: int) -> AsyncIterator[list[Hosted]]:
+    """The same, asked through shared memory by this process; they reach each other so, too."""
+    async with served_pool(num_shards, near=True) as pool:
+        infos = [pool.shards[shard].info for shard in range(num_shards)]
+        for info in infos:
+            await require_near(pool.dial(info), info)
         yield [Hosted(host=pool.dial(info), info=info) for info in infos]
 
 
@@ -91,8 +102,24 @@ class Kind:
 KINDS: dict[str, Kind] = {
     "engine": Kind(engines),
     "grpc": Kind(grpc_hosts),
+    "near": Kind(near_hosts, skip_reason=lambda: None if supported() else "this system has no such memory"),
     "ray": Kind(ray_hosts, skip_reason=_no_ray),
 }
+
+NEAR_MODULES = ("test_gather", "test_refusals", "test_rows", "test_training")
+"""What a kind that differs from "grpc" by its transport alone is run against: large bodies, small ones, refusals."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def is_left_out(item: pytest.Item) -> bool:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        return params.get("driver") == "near" and item.path.stem not in NEAR_MODULES
+
+    left_out = [item for item in items if is_left_out(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not is_left_out(item)]
+
 
 _table_ids = itertools.count(1, 16)  # a test may drop its table and make the next
 

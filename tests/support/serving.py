@@ -1,5 +1,6 @@
 """A pool behind real gRPC in this process: each shard an engine and a server, a controller and its server."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ from mempool.client import GrpcDialer, Router
 from mempool.controller import Controller
 from mempool.server import LookupCoordinator, Server, ShardViews
 from mempool.shard import Engine
-from mempool.types import ShardHost, ShardInfo
+from mempool.types import HeartbeatRequest, ShardHost, ShardInfo
 from mempool.wire.channels.channel import MAX_ANSWER_BYTES, MAX_MESSAGE_BYTES
 from mempool.wire.channels.grpc_channel import GrpcChannels
+from mempool.wire.channels.near_channel import NearChannels
 from mempool.wire.channels.tls import ClientTls, ServerTls
 
 CONTROLLER_KEY = "for controllers only"
@@ -35,13 +37,16 @@ class ServedPool:
         token: str | None = None,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         tls: tuple[ServerTls, ClientTls] | tuple[None, None] = (None, None),
+        near: bool = False,
         **server_options: Any,
     ) -> None:
         self.token = token
         self.tls, client_tls = tls
         self.server_options = server_options
         self.max_message_bytes = max_message_bytes
-        self.dialer = GrpcDialer(GrpcChannels(token=token, controller_key=CONTROLLER_KEY, tls=client_tls))
+        channels = GrpcChannels(token=token, controller_key=CONTROLLER_KEY, tls=client_tls)
+        self.near = near
+        self.dialer = GrpcDialer(NearChannels(grpc=channels) if near else channels)
         self.shards: dict[int, ServedShard] = {}
         self.controller = Controller("served", launcher=self, dial=self.dialer.dial)
         self.server = Server(token=token, tls=self.tls)
@@ -74,7 +79,8 @@ class ServedPool:
         engine = Engine(info, peers=self.dial, max_message_bytes=MAX_MESSAGE_BYTES, max_answer_bytes=MAX_ANSWER_BYTES)
         views = ShardViews("served", shard=engine, dial=self.dial, controller=self.address)
         router = Router(views, dial=self.dial, pool="served")
-        await server.start(shard=engine, pool=views, lookup=LookupCoordinator(router, info=info).lookup)
+        lookup = LookupCoordinator(router, info=info).lookup
+        await server.start(shard=engine, pool=views, lookup=lookup, address=info.address if self.near else "")
         self.shards[shard] = ServedShard(engine=engine, server=server, info=info)
         return info
 
@@ -105,3 +111,12 @@ async def served_pool(
         await pool.server.stop(0)
         await pool.controller.close()
         await pool.dialer.close()
+
+
+async def require_near(host: ShardHost, info: ShardInfo) -> None:
+    """Ask until calls go through shared memory."""
+    channel = host._channel  # type: ignore[attr-defined]
+    async with asyncio.timeout(20):
+        while not channel.is_near:
+            await host.heartbeat(HeartbeatRequest(incarnation=info.incarnation, group="g", rank=0))
+            await asyncio.sleep(0.02)

@@ -219,7 +219,7 @@ def _contenders(stack: ExitStack, outcome: Outcome, say: Say) -> list[Contender]
     found: list[Contender] = [
         *here.here(table),
         stack.enter_context(pools.embedded(table)),
-        stack.enter_context(pools.served(table)),
+        *stack.enter_context(pools.served_and_near(table)),
     ]
     add_peers(lambda made: found.extend(stack.enter_context(made)), outcome, say)
     found.append(stack.enter_context(echoes.grpc_echo(table)))

@@ -13,11 +13,14 @@ from mempool.client.transport.shard import GrpcDialer
 from mempool.config import TOKEN_VARIABLE
 from mempool.wire.channels import loop
 from mempool.wire.channels.grpc_channel import GrpcChannels
+from mempool.wire.channels.near_channel import NearChannels
 from mempool.wire.channels.tls import ClientTls, client_tls
 
 # A controller that is being started again listens within seconds; where nobody does for longer, the address is wrong.
 _REFUSED_S = 5.0
 # Deadlines are kept on the loop; this only ends a wait for a loop that is stuck.
+NEAR_VARIABLE = "MEMPOOL_SHARED_MEMORY"
+"""Environment variable: "1" has calls of shards on this host go through memory that both processes have."""
 _STUCK_S = 30.0
 
 
@@ -49,7 +52,8 @@ def connect(
     timeout_s = checked_timeout(timeout_s)
     token = os.environ.get(TOKEN_VARIABLE) or None if token is None else token
     channels = GrpcChannels(token=token, tls=client_tls(tls))
-    api, dialer = GrpcPool(addresses, channels), GrpcDialer(channels)
+    near = os.environ.get(NEAR_VARIABLE) == "1"
+    api, dialer = GrpcPool(addresses, channels), GrpcDialer(NearChannels(grpc=channels) if near else channels)
     name = loop.run(_name_of(api, timeout_s=timeout_s), timeout_s=timeout_s + _STUCK_S)
     return Pool(api, dialer.dial, name=name or address, timeout_s=timeout_s, on_close=dialer.close)
 

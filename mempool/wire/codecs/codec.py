@@ -50,6 +50,9 @@ class Codec(Protocol[T]):
             InvalidRequest: The value has no place in the message.
         """
 
+    def parts(self, value: T, *, narrow_ids: bool = False) -> list[bytes | memoryview]:
+        """As ``encode``, in parts: tensors that are contiguous, on the CPU, are not copied."""
+
     def tensor_bytes(self, value: T) -> int:
         """Bytes of the tensors of a value, 0 for a message that has none: nearly what ``encode`` makes of it."""
 
@@ -114,7 +117,6 @@ class FrameCodec(Generic[T, MessageT]):
         return b"".join(self.parts(value, narrow_ids=narrow_ids))
 
     def parts(self, value: T, *, narrow_ids: bool = False) -> list[bytes | memoryview]:
-        """The bytes of a value in parts: tensors that are contiguous, on the CPU, are not copied."""
         header = packed(self.mirror.to_message, value, self.name)
         tensors: dict[str, AnyTensor] = {}
         for name, spec in self.tensors.items():
@@ -162,6 +164,9 @@ class ProtoCodec(Generic[T, MessageT]):
 
     def encode(self, value: T, *, narrow_ids: bool = False) -> bytes:  # noqa: ARG002
         return packed(self.mirror.to_message, value, self.name).SerializeToString(deterministic=True)
+
+    def parts(self, value: T, *, narrow_ids: bool = False) -> list[bytes | memoryview]:
+        return [self.encode(value, narrow_ids=narrow_ids)]
 
     def tensor_bytes(self, value: T) -> int:  # noqa: ARG002
         return 0

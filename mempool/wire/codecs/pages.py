@@ -26,7 +26,7 @@ from mempool.types.pages import (
     WritePart,
 )
 from mempool.types.pool import ShardStatus, TableView
-from mempool.wire.bodies.frames import decode_frame, encode_frame
+from mempool.wire.bodies.frames import decode_frame, frame_parts
 from mempool.wire.bodies.tensors import FrameMemory
 from mempool.wire.codecs.codec import MAX_SMALL_BYTES, NUMBERS, FrameCodec, Only, ProtoCodec, packed, parsed, tensor_of
 from mempool.wire.codecs.messages import STEP_ID
@@ -158,8 +158,11 @@ class PageBatchCodec:
     _mirror = Mirror(pb.ExportPagesReply, PageBatch, left_out=("array_names",))
 
     def encode(self, value: PageBatch, *, narrow_ids: bool = False) -> bytes:  # noqa: ARG002
+        return b"".join(self.parts(value))
+
+    def parts(self, value: PageBatch, *, narrow_ids: bool = False) -> list[bytes | memoryview]:  # noqa: ARG002
         header = packed(self._header, value, self.name)
-        return encode_frame(header, {"row_pages": value.row_pages, "arrays": list(value.arrays.values())})
+        return frame_parts(header, {"row_pages": value.row_pages, "arrays": list(value.arrays.values())})
 
     def tensor_bytes(self, value: PageBatch) -> int:
         return sum(array.nbytes for array in value.arrays.values())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,9 +15,12 @@ import mempool
 from mempool.bench.processes.pool import PoolProcess, pool_process
 from mempool.bench.serve.contenders.contender import LookUp
 from mempool.bench.serve.shapes import Pairs, TableSize
+from mempool.client.opening.remote import NEAR_VARIABLE
+from mempool.wire.near.line import supported
 
 EMBEDDED = "mempool embedded"
 GRPC = "mempool over gRPC"
+NEAR = "mempool, shared memory"
 _CALL_TIMEOUT_S = 120.0
 #: So that a table can lie on that many shards by columns.
 _BLOCKS = 8
@@ -51,6 +55,30 @@ def served(table: TableSize, *, shards: int = 1, layout: Layout = "auto") -> Ite
     """A pool in processes of its own with the table, and the product's client here."""
     with serving(table, shards=shards, layout=layout) as here:
         yield look_up(GRPC, here.table, table, here.process.pids)
+
+
+@contextmanager
+def served_and_near(table: TableSize) -> Iterator[list[LookUp]]:
+    """As ``served``, and another client of the same process, that asks through memory which both have, where it can."""
+    with ExitStack() as stack:
+        here = stack.enter_context(serving(table))
+        found = [look_up(GRPC, here.table, table, here.process.pids)]
+        if supported():
+            pool = stack.enter_context(_near(here.process.address))
+            found.append(look_up(NEAR, pool.table(here.table.name), table, here.process.pids))
+        yield found
+
+
+def _near(address: str) -> mempool.Pool:
+    before = os.environ.get(NEAR_VARIABLE)
+    os.environ[NEAR_VARIABLE] = "1"
+    try:
+        return mempool.connect(address, timeout_s=_CALL_TIMEOUT_S)
+    finally:
+        if before is None:
+            del os.environ[NEAR_VARIABLE]
+        else:
+            os.environ[NEAR_VARIABLE] = before
 
 
 @contextmanager

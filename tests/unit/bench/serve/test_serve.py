@@ -116,7 +116,7 @@ def test_a_run_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     for shape in found["lookups"]:
         assert list(shape["contenders"]) == [
             "torch embedding_bag", "mempool's kernel", "mempool embedded", "mempool over gRPC",
-            "torch.distributed.rpc", "grpc.aio echo", "Unix socket echo",
+            "mempool, shared memory", "torch.distributed.rpc", "grpc.aio echo", "Unix socket echo",
         ]  # fmt: skip
         assert shape["rounds"] == 2
         for name, figures in shape["contenders"].items():
