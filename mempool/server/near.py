@@ -16,7 +16,7 @@ from mempool.observe import Stages
 from mempool.server.admission import Admission
 from mempool.types.caller import Caller, calling
 from mempool.wire.near import handshake
-from mempool.wire.near.framing import CANCEL, FAILURE, REPLY, REQUEST, Message
+from mempool.wire.near.framing import CANCEL, FAILURE, MOST_REQUEST_BYTES, REPLY, REQUEST, Message
 from mempool.wire.near.line import Line
 from mempool.wire.near.memory import ReceivedMemory, SentMemory
 from mempool.wire.near.methods import METHODS
@@ -167,7 +167,9 @@ class _Serving:
         self._num_bytes = 0
 
     async def open(self, connection: socket.socket, sent: SentMemory, received: ReceivedMemory) -> None:
-        self._line = await Line.open(connection, sent, received, on_message=self._take, on_lost=self._lost)
+        self._line = await Line.open(
+            connection, sent, received, on_message=self._take, on_lost=self._lost, most_bytes=MOST_REQUEST_BYTES
+        )
 
     def end(self) -> None:
         if self._line is not None:

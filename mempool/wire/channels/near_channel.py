@@ -6,17 +6,17 @@ gRPC, and soon another line.
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
-from mempool.errors import DeadlineExceeded, Internal, MempoolError, RequestTooLarge, ShardUnavailable
-from mempool.wire.channels.channel import MAX_REQUEST_BYTES, ReplyT, RequestT
+from mempool.errors import DeadlineExceeded, Internal, MempoolError, ShardUnavailable
+from mempool.wire.channels.channel import ReplyT, RequestT
 from mempool.wire.channels.grpc_channel import GrpcChannel, GrpcChannels
 from mempool.wire.methods import Method
 from mempool.wire.near import handshake
-from mempool.wire.near.framing import CANCEL, FAILURE, REPLY, REQUEST, Message
+from mempool.wire.near.framing import CANCEL, FAILURE, MOST_REQUEST_BYTES, REPLY, REQUEST, Message
 from mempool.wire.near.line import Line, supported
 from mempool.wire.near.memory import ReceivedMemory, SentMemory
 from mempool.wire.near.methods import NUMBERS
@@ -25,6 +25,8 @@ from mempool.wire.status import from_detail
 _AGAIN_S = 2.0
 """Between two tries to open a line."""
 _LAST_CALL = 2**32
+
+_Agreed = tuple[socket.socket, SentMemory, ReceivedMemory]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,40 +75,26 @@ class NearChannel:
         narrow_ids: bool = False,
     ) -> ReplyT:
         line, number = self._line, NUMBERS.get(method.path)
-        if line is None or number is None:
-            if number is not None:
-                self._open_soon()
-            return await self._grpc.call(method, request, timeout_s=timeout_s, narrow_ids=narrow_ids)
-        kind, body = await self._ask(line, method, number, request, timeout_s, narrow_ids)
-        if kind == REPLY:
-            return method.decode_reply(body)
-        error = from_detail(body, shard=self._grpc.shard, address=self.address)
-        raise error or Internal(f"shard {self._grpc.shard} at {self.address} failed in words that cannot be read")
+        if line is not None and number is not None:
+            parts = method.request.parts(request, narrow_ids=narrow_ids)
+            if sum(len(part) for part in parts) <= MOST_REQUEST_BYTES:
+                kind, body = await self._ask(line, number, parts, timeout_s)
+                if kind == REPLY:
+                    return method.decode_reply(body)
+                error = from_detail(body, shard=self._grpc.shard, address=self.address)
+                raise error or Internal(f"shard {self._grpc.shard} at {self.address} failed, and did not say how")
+        elif number is not None:
+            self._open_soon()
+        return await self._grpc.call(method, request, timeout_s=timeout_s, narrow_ids=narrow_ids)
 
     async def _ask(
-        self,
-        line: Line,
-        method: Method[RequestT, ReplyT],
-        number: int,
-        request: RequestT,
-        timeout_s: float | None,
-        narrow_ids: bool,
+        self, line: Line, number: int, parts: Sequence[bytes | memoryview], timeout_s: float | None
     ) -> tuple[int, bytes]:
-        parts = method.request.parts(request, narrow_ids=narrow_ids)
-        num_bytes = sum(len(part) for part in parts)
-        if num_bytes > MAX_REQUEST_BYTES:
-            raise RequestTooLarge(
-                f"{method.request.name} has {num_bytes:,} bytes; {MAX_REQUEST_BYTES:,} are accepted "
-                "(max_message_bytes). Send fewer bags or rows at a time",
-                shard=self._grpc.shard,
-                address=self.address,
-            )
         loop = asyncio.get_running_loop()
         self._last_call = call = (self._last_call + 1) % _LAST_CALL
         answer: asyncio.Future[tuple[int, bytes]] = loop.create_future()
         self._waiting[call] = answer
-        timer = None
-        timeout_us = -1
+        timer, timeout_us = None, -1
         if timeout_s is not None:
             timer, timeout_us = loop.call_later(timeout_s, self._late, answer), max(0, int(timeout_s * 1e6))
         try:
@@ -146,17 +134,17 @@ class NearChannel:
             self._opening = loop.create_task(self._open())
 
     async def _open(self) -> None:
+        agreeing = asyncio.ensure_future(asyncio.to_thread(_agreed, self.address, self._token))
         try:
-            agreed = await asyncio.to_thread(_agreed, self.address, self._token)
+            agreed = await asyncio.shield(agreeing)
             if agreed is None:
-                return
-            if self._closed:
-                agreed[0].close()
-                agreed[1].close()
                 return
             self._line = await Line.open(
                 *agreed, on_message=self._take, on_lost=partial(self._lost, "its process died, or ended the connection")
             )
+        except asyncio.CancelledError:
+            agreeing.add_done_callback(_let_go)
+            raise
         finally:
             self._opening = None
 
@@ -191,8 +179,15 @@ class NearChannel:
         )
 
 
-def _agreed(address: str, token: str | None) -> tuple[socket.socket, SentMemory, ReceivedMemory] | None:
+def _agreed(address: str, token: str | None) -> _Agreed | None:
     try:
         return handshake.call(address, token)
     except (OSError, MempoolError):
         return None  # gRPC it is
+
+
+def _let_go(agreeing: "asyncio.Future[_Agreed | None]") -> None:
+    """Nobody wants the line any more."""
+    if not agreeing.cancelled() and agreeing.exception() is None and (agreed := agreeing.result()) is not None:
+        agreed[0].close()
+        agreed[1].close()

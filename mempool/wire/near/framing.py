@@ -12,6 +12,8 @@ REQUEST, REPLY, FAILURE, CANCEL, COPIED = range(1, 6)
 """Kinds. FAILURE: the body is an ErrorDetail. COPIED: the body of that reply is not needed in shared memory any more;
 that of a request is not as soon as it is answered."""
 Kind = Literal[1, 2, 3, 4, 5]
+MOST_REQUEST_BYTES = 16 * 2**20
+"""Larger requests go by gRPC: a server may have to hold as much for each line."""
 _INLINE, _SHARED = 0, 1
 _HEADER = struct.Struct("<IBBHQQq")
 HEADER_BYTES = _HEADER.size
@@ -46,9 +48,14 @@ class Message:
 
 
 class Reader:
-    """Cuts a stream of bytes into messages."""
+    """Cuts a stream of bytes into messages.
 
-    def __init__(self) -> None:
+    Args:
+        most_bytes: Of a body.
+    """
+
+    def __init__(self, *, most_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        self._most_bytes = most_bytes
         self._data = bytearray()
         self._waits_for = HEADER_BYTES
 
@@ -59,14 +66,14 @@ class Reader:
             InvalidRequest: It is none; nothing that follows can be read.
         """
         if not self._data and len(data) == HEADER_BYTES:  # nearly all
-            message = _parsed(data)
+            message = self._parsed(data)
             if message.place is not None or not message.num_bytes:
                 yield message
                 return
         self._data += data
         at = 0
         while len(self._data) - at >= self._waits_for:
-            message = _parsed(self._data, at)
+            message = self._parsed(self._data, at)
             inline = 0 if message.place is not None else message.num_bytes
             if len(self._data) - at < HEADER_BYTES + inline:
                 self._waits_for = HEADER_BYTES + inline
@@ -77,12 +84,11 @@ class Reader:
         if at:
             del self._data[:at]
 
-
-def _parsed(data: bytes | bytearray, at: int = 0) -> Message:
-    call, kind, where, method, num_bytes, place, timeout_us = _HEADER.unpack_from(data, at)
-    if not REQUEST <= kind <= COPIED or where > _SHARED or num_bytes > MAX_MESSAGE_BYTES:
-        raise InvalidRequest(f"no message: kind {kind}, where {where}, {num_bytes:,} bytes")
-    return Message(kind, call, method, timeout_us, num_bytes, place if where == _SHARED else None)
+    def _parsed(self, data: bytes | bytearray, at: int = 0) -> Message:
+        call, kind, where, method, num_bytes, place, timeout_us = _HEADER.unpack_from(data, at)
+        if not REQUEST <= kind <= COPIED or where > _SHARED or num_bytes > self._most_bytes:
+            raise InvalidRequest(f"no message: kind {kind}, where {where}, {num_bytes:,} bytes")
+        return Message(kind, call, method, timeout_us, num_bytes, place if where == _SHARED else None)
 
 
 def _with_body(message: Message, body: bytes) -> Message:

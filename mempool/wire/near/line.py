@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from mempool.errors import InvalidRequest
+from mempool.wire.channels.channel import MAX_MESSAGE_BYTES
 from mempool.wire.near.framing import COPIED, REPLY, REQUEST, Message, Reader
 from mempool.wire.near.memory import ReceivedMemory, SentMemory
 
@@ -21,6 +22,7 @@ class Line(asyncio.Protocol):
         sent, received: The memory of both ways.
         on_message: Told each message, its body in memory of this process's own.
         on_lost: Told that the other side is gone, or sends what is no message.
+        most_bytes: Of a body that the other side may send.
     """
 
     def __init__(
@@ -30,12 +32,13 @@ class Line(asyncio.Protocol):
         *,
         on_message: Callable[[Message, bytes], None],
         on_lost: Callable[[], None],
+        most_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
         self._sent = sent
         self._received = received
         self._on_message = on_message
         self._on_lost = on_lost
-        self._reader = Reader()
+        self._reader = Reader(most_bytes=most_bytes)
         self._extents: dict[tuple[int, int], tuple[int, int]] = {}
         self._transport: asyncio.Transport | None = None
         self._holds: set[str] = set()
@@ -51,9 +54,10 @@ class Line(asyncio.Protocol):
         *,
         on_message: Callable[[Message, bytes], None],
         on_lost: Callable[[], None],
+        most_bytes: int = MAX_MESSAGE_BYTES,
     ) -> "Line":
         """A line on a connection that has been agreed on. Both are closed with it."""
-        line = cls(sent, received, on_message=on_message, on_lost=on_lost)
+        line = cls(sent, received, on_message=on_message, on_lost=on_lost, most_bytes=most_bytes)
         connection.setblocking(False)
         loop = asyncio.get_running_loop()
         await loop.create_unix_connection(lambda: line, sock=connection)

@@ -23,6 +23,7 @@ from mempool.wire import methods
 from mempool.wire.channels.grpc_channel import GrpcChannel
 from mempool.wire.channels.loop import run
 from mempool.wire.channels.near_channel import NearChannel
+from mempool.wire.near.framing import MOST_REQUEST_BYTES, REQUEST, Message
 from mempool.wire.near.line import SHARED_FROM_BYTES, supported
 
 pytestmark = pytest.mark.skipif(not supported(), reason="this system has no such memory")
@@ -71,6 +72,9 @@ async def connected(server: NearServer, token: str | None = None, address: str =
     assert channel._opening is not None
     await asyncio.wait([channel._opening])
     try:
+        async with asyncio.timeout(10):
+            while channel.is_near and server._beginning:  # it has its end a moment later
+                await asyncio.sleep(0.01)
         yield channel
     finally:
         await channel.close()
@@ -95,6 +99,23 @@ def test_bodies_of_any_size_come_as_they_were_sent_and_leave_nothing() -> None:
                 assert len(reply.rows) == 100 * number
             async with asyncio.timeout(10):
                 while line._extents or there._line._extents or there._tasks or server._admission.active:
+                    await asyncio.sleep(0.01)
+
+    go(main())
+
+
+def test_a_request_that_is_larger_than_any_goes_by_grpc_and_one_that_says_so_ends_the_line() -> None:
+    async def main() -> None:
+        async with serving() as server, connected(server) as channel:
+            with pytest.raises(ShardUnavailable):  # there is none
+                await channel.call(methods.READ_ROWS, asked(MOST_REQUEST_BYTES // 8 + 1), timeout_s=0.5)
+            assert channel.is_near
+            line = channel._line
+            assert line is not None
+            assert line._transport is not None
+            line._transport.write(Message(REQUEST, 1, num_bytes=MOST_REQUEST_BYTES + 1).header())
+            async with asyncio.timeout(10):
+                while channel.is_near or server.num_lines:
                     await asyncio.sleep(0.01)
 
     go(main())
