@@ -23,6 +23,7 @@ from mempool.wire.near.methods import METHODS
 from mempool.wire.status import to_status
 
 _LOG = logging.getLogger("mempool.server")
+_AGAIN_S = 1.0
 _MOST_LINES = 64
 _MOST_CALLS = 64
 """Of one line at a time."""
@@ -100,7 +101,12 @@ class NearServer:
         assert self._listening is not None
         loop = asyncio.get_running_loop()
         while True:
-            connection, _ = await loop.sock_accept(self._listening)
+            try:
+                connection, _ = await loop.sock_accept(self._listening)
+            except OSError as error:  # too many open files, say
+                _LOG.warning("no client of this host gets shared memory for a moment: %s", error)
+                await asyncio.sleep(_AGAIN_S)
+                continue
             if len(self._lines) + len(self._beginning) >= _MOST_LINES:
                 connection.close()
                 continue
@@ -188,19 +194,17 @@ class _Serving:
             self._bound()
 
     async def _serve(self, message: Message, body: bytes) -> None:
-        kind, parts = REPLY, []
+        kind = REPLY
         try:
             parts = await self._server.answer(message, body, self._peer)
-        except asyncio.CancelledError:
-            kind = FAILURE  # the client keeps the request's memory until it is answered
-            raise
         except Exception as error:
             kind, parts = FAILURE, [_detail(error, f"call {message.method} of {self._peer}")]
-        finally:
-            if self._line is not None:
-                self._line.send(Message(kind, message.call), parts)
+        if self._line is not None:
+            self._line.send(Message(kind, message.call), parts)
 
-    def _served(self, call: int, num_bytes: int, _: "asyncio.Task[None]") -> None:
+    def _served(self, call: int, num_bytes: int, task: "asyncio.Task[None]") -> None:
+        if task.cancelled() and self._line is not None:  # perhaps before it began
+            self._line.send(Message(FAILURE, call))  # the client keeps the request's memory until it is answered
         self._tasks.pop(call, None)
         self._num_bytes -= num_bytes
         self._bound()

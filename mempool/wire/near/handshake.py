@@ -91,8 +91,8 @@ def answer(connection: socket.socket, address: str, token: str | None) -> tuple[
             raise Unauthenticated("the token is not this pool's")
         if descriptor is None:
             raise InvalidRequest("no memory came along")
-        received = _received(descriptor)
-        descriptor = None
+        handed, descriptor = descriptor, None  # closed there, whatever comes of it
+        received = _received(handed)
         sent = SentMemory()
         _send(connection, {"version": VERSION, "agreed": True}, sent.descriptor)
     except (InvalidRequest, Unauthenticated) as error:

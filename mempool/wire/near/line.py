@@ -63,10 +63,6 @@ class Line(asyncio.Protocol):
         await loop.create_unix_connection(lambda: line, sock=connection)
         return line
 
-    @property
-    def is_open(self) -> bool:
-        return self._transport is not None
-
     def send(self, message: Message, parts: Sequence[bytes | memoryview] = ()) -> None:
         """Send a message with its body. Nothing happens where the line is lost."""
         transport = self._transport
@@ -136,7 +132,11 @@ class Line(asyncio.Protocol):
     def _take(self, message: Message) -> None:
         body = message.body
         if message.place is not None:
-            body = self._received.copied(message.place, message.num_bytes)
+            try:
+                body = self._received.copied(message.place, message.num_bytes)
+            except InvalidRequest:
+                self.close()
+                return
             if message.kind == REPLY:
                 self.send(Message(COPIED, message.call))
         # What this side sent for the same call is not needed any more.

@@ -2,8 +2,10 @@
 
 import asyncio
 import itertools
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from mempool.errors import DeadlineExceeded, Internal, NotFound, RequestTooLarge, ShardUnavailable
+from mempool.errors import DeadlineExceeded, Internal, InvalidRequest, NotFound, RequestTooLarge, ShardUnavailable
 from mempool.observe import Stages
 from mempool.server.admission import Admission
 from mempool.server.near import _MOST_CALLS, _MOST_LINES, NearServer
@@ -23,6 +25,7 @@ from mempool.wire import methods
 from mempool.wire.channels.grpc_channel import GrpcChannel
 from mempool.wire.channels.loop import run
 from mempool.wire.channels.near_channel import NearChannel
+from mempool.wire.near import handshake
 from mempool.wire.near.framing import MOST_REQUEST_BYTES, REQUEST, Message
 from mempool.wire.near.line import SHARED_FROM_BYTES, supported
 
@@ -203,6 +206,65 @@ def test_who_is_no_client_of_it_gets_no_line(token: str | None, address: str) ->
                 assert channel.is_near
                 await channel.call(methods.READ_ROWS, asked(1))
                 assert server.num_lines == 1
+
+    go(main())
+
+
+def test_a_call_that_is_given_up_before_it_began_leaves_no_memory_taken() -> None:
+    async def main() -> None:
+        async with serving() as server, connected(server) as channel:
+            line = channel._line
+            assert line is not None
+            task = asyncio.ensure_future(channel.call(methods.READ_ROWS, asked(2**15)))
+            await asyncio.sleep(0)  # it is sent, and in the same piece what gives it up
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            async with asyncio.timeout(10):
+                while line._extents:
+                    await asyncio.sleep(0.01)
+
+    go(main())
+
+
+def test_memory_that_is_refused_is_closed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another file of this process may have its number by the second time."""
+    closed: list[int] = []
+    close = os.close
+
+    def counted(descriptor: int) -> None:
+        closed.append(descriptor)
+        close(descriptor)
+
+    def refused(descriptor: int) -> None:
+        raise InvalidRequest(f"memory {descriptor} cannot be shared")
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
+    descriptor = os.memfd_create("test")
+    said = json.dumps({"version": handshake.VERSION, "address": "a:1", "token": None}).encode() + b"\n"
+    socket.send_fds(theirs, [said], [descriptor])
+    monkeypatch.setattr(handshake, "ReceivedMemory", refused)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "close", counted)
+        with pytest.raises(InvalidRequest, match="cannot be shared"):
+            handshake.answer(ours, "a:1", None)
+    assert len(closed) == 1
+    assert b"cannot be shared" in theirs.recv(1000)
+    close(descriptor)
+    ours.close()
+    theirs.close()
+
+
+def test_a_body_that_is_not_in_the_memory_ends_the_line() -> None:
+    async def main() -> None:
+        async with serving() as server, connected(server) as channel:
+            line = channel._line
+            assert line is not None
+            assert line._transport is not None
+            line._transport.write(Message(REQUEST, 1, num_bytes=2**20, place=2**40).header())
+            async with asyncio.timeout(10):
+                while channel.is_near or server.num_lines:
+                    await asyncio.sleep(0.01)
 
     go(main())
 
