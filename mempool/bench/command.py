@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,10 @@ def bench_kernels(
     require_plot(plot_file)
     outcome = run(options, say=say, workload=workload)
     found = report.document(outcome)
-    show(found, report.lines(outcome), as_json=as_json)
-    if out is not None:
-        say(f"result: {report.write(found, out)}")
-    if plot_file is not None:
-        plot(found, plot_file)
-        say(f"plot: {plot_file}")
-    return exit_code(outcome.failed)
+    return ended(
+        found, report.lines(outcome), outcome.failed,
+        as_json=as_json, out=out, plot_file=plot_file, draw=lambda file: plot(found, file),
+    )  # fmt: skip
 
 
 def require_plot(plot_file: Path | None) -> None:
@@ -58,13 +55,37 @@ def require_plot(plot_file: Path | None) -> None:
         raise OptionsError("--plot needs matplotlib, which is not installed: pip install matplotlib")
 
 
-def show(found: dict[str, Any], lines: Sequence[str], *, as_json: bool) -> None:
-    """Print a result, or the report of it."""
+def ended(
+    found: dict[str, Any],
+    lines: Sequence[str],
+    failed: Sequence[GateError],
+    *,
+    as_json: bool,
+    out: Path | None,
+    what: str = "",
+    plot_file: Path | None,
+    draw: Callable[[Path], None],
+) -> int:
+    """How each run ends: its result is printed, or the report of it; files are written; what was wrong is on stderr.
+
+    Args:
+        found: What the result file holds.
+        lines: The report for people.
+        failed: What was wrong, and not timed.
+        as_json: Print the result in place of the report.
+        out: Folder of the result file.
+        what: As for ``report.write``.
+        plot_file: The PNG, which ``draw`` makes.
+
+    Returns:
+        The exit code: 1 if anything was wrong.
+    """
     print(json.dumps(found, indent=1, allow_nan=False) if as_json else "\n".join(["", *lines]))
-
-
-def exit_code(failed: Sequence[GateError]) -> int:
-    """1 if anything was wrong, which is said on stderr."""
+    if out is not None:
+        say(f"result: {report.write(found, out, what)}")
+    if plot_file is not None:
+        draw(plot_file)
+        say(f"plot: {plot_file}")
     for error in failed:
         print(f"mempool: wrong, so not timed: {error}", file=sys.stderr)
     return FAILED if failed else 0

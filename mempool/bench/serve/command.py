@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mempool.bench.bars import bars
-from mempool.bench.command import exit_code, require_plot, say, show
-from mempool.bench.report import write
+from mempool.bench.command import ended, require_plot, say
 from mempool.bench.serve import report
 from mempool.bench.serve.run import Options, Workload, run
 
@@ -38,11 +37,9 @@ def bench_serve(
     require_plot(plot_file)
     outcome = run(options, say=say, workload=workload)
     found = report.document(outcome)
-    show(found, report.lines(outcome), as_json=as_json)
-    if out is not None:
-        say(f"result: {write(found, out, 'serve')}")
-    if plot_file is not None:
-        panels = [(f"{shape['bags']} bags x {shape['pairs']}", shape["contenders"]) for shape in found["lookups"]]
-        bars(found, panels, "a look-up", plot_file)
-        say(f"plot: {plot_file}")
-    return exit_code(outcome.failed)
+    panels = [(f"{shape['bags']} bags x {shape['pairs']}", shape["contenders"]) for shape in found["lookups"]]
+    return ended(
+        found, report.lines(outcome), outcome.failed,
+        as_json=as_json, out=out, what="serve", plot_file=plot_file,
+        draw=lambda file: bars(found, panels, "a look-up", file),
+    )  # fmt: skip

@@ -10,8 +10,8 @@ import torch
 import mempool
 from mempool.bench import machine, peers
 from mempool.bench.bars import bars
-from mempool.bench.command import exit_code, require_plot, say, show
-from mempool.bench.report import failed_document, goal_lines, table, write
+from mempool.bench.command import ended, require_plot, say
+from mempool.bench.report import failed_document, goal_lines, table
 from mempool.bench.train.measured import LOCAL, Measured
 from mempool.bench.train.run import Options, Outcome, Workload, run
 
@@ -46,13 +46,12 @@ def bench_train(
     require_plot(plot_file)
     outcome = run(options, say=say, workload=workload)
     found = document(outcome)
-    show(found, lines(outcome), as_json=as_json)
-    if out is not None:
-        say(f"result: {write(found, out, 'train')}")
-    if plot_file is not None:
-        bars(found, [(case["name"], case["contenders"]) for case in found["cases"]], "a step", plot_file)
-        say(f"plot: {plot_file}")
-    return exit_code(outcome.failed)
+    panels = [(case["name"], case["contenders"]) for case in found["cases"]]
+    return ended(
+        found, lines(outcome), outcome.failed,
+        as_json=as_json, out=out, what="train", plot_file=plot_file,
+        draw=lambda file: bars(found, panels, "a step", file),
+    )  # fmt: skip
 
 
 def document(outcome: Outcome) -> dict[str, Any]:
