@@ -80,7 +80,9 @@ class TableLink:
 
     def send_gather(self, bags: Bags, *, remember: bool) -> tuple[Tensor, LookupRecord]:
         """Pooled values [B, V] float32 on the CPU."""
-        answer = self.run(self.session.gather(bags, remember=remember, reply_dtype=self._wire_dtype))
+        answer = self.session.gather_at_once(bags, remember=remember, reply_dtype=self._wire_dtype)
+        if answer is None:
+            answer = self.run(self.session.gather(bags, remember=remember, reply_dtype=self._wire_dtype))
         self._cautions.after_gather(answer[1].seen)
         return answer
 
