@@ -33,16 +33,15 @@ class AtOnce:
         self._store = store
 
     def begin_gather(self, request: GatherRequest, timeout_s: float) -> Callable[[], GatherReply | None]:  # noqa: ARG002
-        """See ``AtOnceShard``. All is done when the answer is asked for; others are waited for."""
-        return lambda: self.gather(request, wait=True)
+        """See ``AtOnceShard``. All is done when the answer is asked for; whoever has the shard just then is waited
+        for."""
+        return lambda: self._gather(request, wait=True)
 
-    def gather(self, request: GatherRequest, *, wait: bool) -> GatherReply | None:
-        """The answer; None where it cannot be had at once.
+    def gather_unless_busy(self, request: GatherRequest) -> GatherReply | None:
+        """The answer; None where it cannot be had at once. Nobody is waited for."""
+        return self._gather(request, wait=False)
 
-        Args:
-            request: As for ``Engine.gather``.
-            wait: For whoever has the shard just now; False: not on an event loop's time.
-        """
+    def _gather(self, request: GatherRequest, *, wait: bool) -> GatherReply | None:
         reply = self._thread.at_once("gather", self._read, request, wait=wait)
         return reply if self._store is None or self._store.is_settled else None
 
