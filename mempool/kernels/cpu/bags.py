@@ -95,7 +95,8 @@ def _list_pairs(arena: _Arena, ids: Array, weights: Array, first: int, end: int,
     Returns whether all of them are: their places and weights are not written then, as they are those of the pairs.
     """
     # Numbers without a sign spare the code that looks for negative ones.
-    num_pairs, count = np.uintp(end - first), np.uintp(0)
+    num_pairs: Any = np.uintp(end - first)
+    count: Any = np.uintp(0)
     lowest: Any = np.int64(0)
     for place in range(num_pairs):
         row = locate(ids[np.uintp(first) + place], arena.page_table, arena.page_shift)
@@ -114,11 +115,11 @@ def _list_pairs(arena: _Arena, ids: Array, weights: Array, first: int, end: int,
     else:
         count = num_pairs
     for ahead in range(np.uintp(_AHEAD)):
-        row = np.int64(0)
+        row = 0
         if end + np.int64(ahead) < last:
             row = max(row, locate(ids[np.uintp(end) + ahead], arena.page_table, arena.page_shift))
         into.rows[count + ahead] = row
-    return lowest >= 0
+    return lowest >= 0  # type: ignore[no-any-return]
 
 
 @inlined

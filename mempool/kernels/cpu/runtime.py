@@ -364,7 +364,7 @@ def spread(typing_context: Any, num_tasks: Any, function: Any, args: Any) -> Any
 
 @intrinsic  # type: ignore[untyped-decorator]
 def borrowed(typing_context: Any, arrays: Any) -> Any:  # noqa: ARG001
-    """An array, or a tuple with arrays, whose references nobody counts: whoever has made them calls ``keep`` at the end.
+    """Arrays, one or a tuple, whose references nobody counts: who has made them calls ``keep`` of his own at the end.
 
     Counts are atomic: each waits until all that was written before has reached the cache, a row that is nowhere near
     it among that. A loop over rows must change none.
