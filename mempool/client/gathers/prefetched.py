@@ -150,7 +150,7 @@ def _may_count(fetch: _Fetch, version: int | None) -> bool:
 
 
 def _counts(record: LookupRecord, version: int | None) -> bool:
-    return record.seen.oldest_version == record.seen.newest_version == version
+    return record.seen.oldest_version == record.seen.newest_version == (version or 0)
 
 
 def _sample(bags: Bags) -> _Sample:
