@@ -1,4 +1,4 @@
-"""Gathers that are started early: bitwise what ``gather`` gives, in any order, and nothing is kept of those given up."""
+"""Gathers that are started early: bitwise what ``gather`` gives, in any order; nothing is kept of those given up."""
 
 import gc
 import pickle
@@ -432,8 +432,7 @@ def test_who_starts_more_than_the_window_holds_waits(open_table) -> None:  # typ
     held, started = HeldBack(fake.shards[0], "gather"), []
 
     def start() -> None:
-        for _ in range(6):
-            started.append(table.gather_async(ids, weights))
+        started.extend(table.gather_async(ids, weights) for _ in range(6))
 
     thread = threading.Thread(target=start)
     thread.start()

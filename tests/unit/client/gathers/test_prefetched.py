@@ -1,4 +1,4 @@
-"""Prefetched gathers: taken once by a gather of the same ids, bitwise what shards would answer, never stale, bounded."""
+"""Prefetched gathers: taken once by a gather of the same ids, bitwise what shards would answer then; never stale."""
 
 import gc
 from collections.abc import Callable
