@@ -110,6 +110,7 @@ class OpenTables:
             table_id=schema.table_id,
             group=self._group,
             coordinator=self._connection.coordinator,
+            direct=self._connection.direct,
         )
 
 

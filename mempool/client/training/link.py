@@ -94,7 +94,9 @@ class TableLink:
         )
         if fetched is not None:
             return fetched if remember else self._not_remembered(*fetched)
-        answer = self.run(self.session.gather(bags, remember=remember, reply_dtype=self._wire_dtype))
+        answer = self.session.gather_at_once(bags, remember=remember, reply_dtype=self._wire_dtype)
+        if answer is None:
+            answer = self.run(self.session.gather(bags, remember=remember, reply_dtype=self._wire_dtype))
         self._cautions.after_gather(answer[1].seen)
         return answer
 

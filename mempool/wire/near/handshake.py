@@ -14,7 +14,7 @@ from typing import Any
 from mempool.errors import InvalidRequest, ShardUnavailable, Unauthenticated
 from mempool.wire.near.memory import ReceivedMemory, SentMemory
 
-VERSION = 1
+VERSION = 2
 TIMEOUT_S = 2.0
 _MOST_BYTES = 16 * 2**10
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
@@ -62,7 +62,7 @@ def call(address: str, token: str | None) -> tuple[socket.socket, SentMemory, Re
         answer, descriptor = _receive(connection)
         if answer.get("version") != VERSION or not answer.get("agreed") or descriptor is None:
             raise ShardUnavailable(f"no shared memory with {address}: {answer.get('why', 'it did not agree')}")
-        received = _received(descriptor)
+        received = _received(descriptor, writable=True)  # a caller's tensors are his to write to
     except BaseException:
         connection.close()
         if sent is not None:
@@ -149,8 +149,8 @@ def _receive(connection: socket.socket) -> tuple[dict[str, Any], int | None]:
     return said, descriptors[0] if descriptors else None
 
 
-def _received(descriptor: int) -> ReceivedMemory:
+def _received(descriptor: int, *, writable: bool = False) -> ReceivedMemory:
     try:
-        return ReceivedMemory(descriptor)
+        return ReceivedMemory(descriptor, writable=writable)
     finally:
         os.close(descriptor)
