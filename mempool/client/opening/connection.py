@@ -98,6 +98,13 @@ class Connection:
         """Wait for a coroutine that has no deadline."""
         return self._wait(coroutine, None)
 
+    def begin(self, coroutine: Coroutine[Any, Any, T]) -> loop.Begun[T]:
+        """Begin a coroutine that keeps to the connection's deadline itself; it is waited for later."""
+        if self._closed:
+            coroutine.close()
+            raise InvalidRequest(self.where.closed)
+        return loop.begin(coroutine, timeout_s=self.timeout_s + _STUCK_S)
+
     def close(self) -> None:
         """End it, and wait for that. Repeatable."""
         with self._lock:
