@@ -167,7 +167,7 @@ def make_plan(
         raise ConfigError(
             f"{shards} shards are too few: each may have {format_bytes(shard.page_bytes)} of pages (shard.memory = "
             f"{format_bytes(shard.memory)}, less what clients and commits get), so {needed} at least must share "
-            f"{_gib(model.tables * min(map(values_bytes, schemas)))} GiB. Give more shards, or more memory"
+            f"{_amount(model.tables * min(map(values_bytes, schemas)))}. Give more shards, or more memory"
         )
     options = _best_of_kinds(
         [
@@ -250,7 +250,7 @@ def _require_pages_fit(schemas: list[TableSchema], shard: ShardConfig, room: int
 def _needed(schemas: list[TableSchema], room: int, hosts: Hosts) -> tuple[int | None, str]:
     """The fewest shards that can hold one of the schemas; or None, and what they would need."""
     least = min(map(values_bytes, schemas))
-    lacking = f"{_gib(least)} GiB do not fit on {MAX_SHARDS} shards of {_gib(room)} GiB of pages each."
+    lacking = f"{_amount(least)} do not fit on {MAX_SHARDS} shards of {_amount(room)} of pages each."
     for count in _counts(-(-least // room), hosts):
         for schema in schemas:
             if values_bytes(schema) > room * count or _impossible(schema, count):
@@ -260,7 +260,7 @@ def _needed(schemas: list[TableSchema], room: int, hosts: Hosts) -> tuple[int | 
     blocks = max(schema.num_blocks for schema in schemas)
     if all(schema.layout == "columns" for schema in schemas) and least > room * blocks:
         lacking = (
-            f"{_gib(least)} GiB in columns of {blocks} blocks lie on {blocks} shards at most, of {_gib(room)} GiB of "
+            f"{_amount(least)} in columns of {blocks} blocks lie on {blocks} shards at most, of {_amount(room)} of "
             "pages each: give a smaller block_dim, or layout 'grid'."
         )
     return None, lacking
@@ -301,5 +301,5 @@ def _best_of_kinds(options: list[Option]) -> tuple[Option, ...]:
     return tuple(sorted(kinds.values(), key=lambda option: option.rank))
 
 
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:,.1f}"
+def _amount(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
