@@ -12,6 +12,7 @@ from __future__ import annotations
 from mempool.kernels.arguments import ELEMENTS, LONG_RUN, RUN_PIECE, Element, Paged, SortedPairs
 from mempool.kernels.dispatch import (
     add_segments,
+    admit_bags,
     catch_up,
     flat_topk,
     fused_step,
@@ -70,6 +71,7 @@ __all__ = [
     "RandomRounding",
     "SortedPairs",
     "add_segments",
+    "admit_bags",
     "catch_up",
     "flat_topk",
     "fused_step",

@@ -1,5 +1,6 @@
 """The CPU implementation: Numba kernels on numpy views of the tensors. Arguments are checked by mempool.kernels."""
 
+from mempool.kernels.cpu.admission import admit_bags
 from mempool.kernels.cpu.bags import gather_rows, scatter_rows, weight_gradient, weighted_sum
 from mempool.kernels.cpu.initial import initial_values
 from mempool.kernels.cpu.runtime import choose_threading_layer
@@ -17,6 +18,7 @@ from mempool.kernels.cpu.updates import (
 
 __all__ = [
     "add_segments",
+    "admit_bags",
     "catch_up",
     "choose_threading_layer",
     "flat_topk",

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from mempool.kernels.arguments import Paged
+from mempool.kernels.checking import check_offsets
+from mempool.kernels.cpu.admission import ascends
 from mempool.kernels.cpu.elements import load, locate, store_block
 from mempool.kernels.cpu.runtime import (
     Array,
@@ -284,24 +286,34 @@ def _sum_task(
 @kernel
 def _weighted_sum(
     arena: _Arena, ids: Array, weights: Array, offsets: Array, num_threads: int, num_tasks: int, out: Array
-) -> None:
+) -> bool:
+    if not ascends(offsets, ids.shape[0]):
+        return False
     num_groups = out.shape[1] // _MIDDLE
     by_columns = num_groups > 1 and _is_lopsided(offsets, num_threads)
     num_tasks = min(num_groups, num_threads) if by_columns else num_tasks
     spread(num_tasks, _sum_task, (arena, ids, weights, offsets, num_tasks, by_columns, out))
+    return True
 
 
 def weighted_sum(
-    paged: Paged, ids: Tensor, weights: Tensor | None, offsets: Tensor, dtype: torch.dtype = torch.float32
+    paged: Paged,
+    ids: Tensor,
+    weights: Tensor | None,
+    offsets: Tensor,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See mempool.kernels.weighted_sum."""
-    out = torch.empty(offsets.numel() - 1, paged.width, dtype=torch.float32, device="cpu")
+    direct = out is not None and dtype == torch.float32
+    shape = offsets.numel() - 1, paged.width
+    sums = out if out is not None and direct else torch.empty(shape, dtype=torch.float32, device="cpu")
     num_threads = use_threads(ids.numel() * paged.width // _READS_PER_STEP)
     num_tasks = several_tasks(num_threads, _TASKS_PER_THREAD)
-    _weighted_sum(
-        _arena(paged), view(ids), optional_weights(weights), view(offsets), num_threads, num_tasks, out.numpy()
-    )
-    return out.to(dtype)
+    given = view(ids), optional_weights(weights), view(offsets)
+    if not _weighted_sum(_arena(paged), *given, num_threads, num_tasks, view(sums)):
+        check_offsets(offsets, ids.numel())
+    return sums.to(dtype) if out is None or direct else out.copy_(sums)
 
 
 @serial
@@ -370,15 +382,19 @@ def _multiply_task(
 
 
 @kernel
-def _weight_gradient(arena: _Arena, ids: Array, offsets: Array, grads: Array, num_tasks: int, out: Array) -> None:
+def _weight_gradient(arena: _Arena, ids: Array, offsets: Array, grads: Array, num_tasks: int, out: Array) -> bool:
+    if not ascends(offsets, ids.shape[0]):
+        return False
     spread(num_tasks, _multiply_task, (arena, ids, offsets, grads, num_tasks, out))
+    return True
 
 
-def weight_gradient(paged: Paged, ids: Tensor, offsets: Tensor, grads: Tensor) -> Tensor:
+def weight_gradient(paged: Paged, ids: Tensor, offsets: Tensor, grads: Tensor, out: Tensor | None = None) -> Tensor:
     """See mempool.kernels.weight_gradient."""
-    out = torch.empty(ids.numel(), dtype=torch.float32, device="cpu")
+    out = torch.empty(ids.numel(), dtype=torch.float32, device="cpu") if out is None else out
     num_tasks = several_tasks(use_threads(ids.numel() * paged.width // _READS_PER_STEP), _TASKS_PER_THREAD)
-    _weight_gradient(_arena(paged), view(ids), view(offsets), view(grads), num_tasks, out.numpy())
+    if not _weight_gradient(_arena(paged), view(ids), view(offsets), view(grads), num_tasks, view(out)):
+        check_offsets(offsets, ids.numel())
     return out
 
 

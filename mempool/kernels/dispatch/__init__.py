@@ -1,5 +1,6 @@
 """Each function of the kernels' contract: arguments are checked, the device picks the implementation."""
 
+from mempool.kernels.dispatch.admission import admit_bags
 from mempool.kernels.dispatch.bags import gather_rows, initial_values, scatter_rows, weight_gradient, weighted_sum
 from mempool.kernels.dispatch.topk import (
     flat_topk,
@@ -21,6 +22,7 @@ from mempool.kernels.dispatch.updates import (
 
 __all__ = [
     "add_segments",
+    "admit_bags",
     "catch_up",
     "flat_topk",
     "fused_step",

@@ -21,9 +21,9 @@ def sort_pairs(paged: Paged, ids: Tensor) -> SortedPairs:
 
     Args:
         paged: The table's page table; its values are not read.
-        ids: [L] int64 slot ids, in the order in which gradients are to be summed.
+        ids: [L] int64, int32 or uint32 slot ids, in the order in which gradients are to be summed.
     """
-    check_ids(paged, ids)
+    ids = check_ids(paged, ids)
     return implementation_for(paged.rows.device).sort_pairs(paged, ids)
 
 

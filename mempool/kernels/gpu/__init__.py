@@ -10,10 +10,11 @@ from mempool.kernels.gpu.selection import product_select, select_topk
 from mempool.kernels.gpu.sorting import sort_pairs
 from mempool.kernels.gpu.topk import flat_topk, product_gradient, product_topk
 from mempool.kernels.gpu.updates import fused_step, optimizer_step, squared_norm
-from mempool.kernels.torch_ops import initial_values
+from mempool.kernels.torch_ops import admit_bags, initial_values
 
 __all__ = [
     "add_segments",
+    "admit_bags",
     "catch_up",
     "flat_topk",
     "fused_step",

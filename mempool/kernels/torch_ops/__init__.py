@@ -4,6 +4,7 @@ Sums over pairs are made in the order of the pairs (by torch's index_add_ on the
 so ties are exact.
 """
 
+from mempool.kernels.torch_ops.admission import admit_bags
 from mempool.kernels.torch_ops.bags import gather_rows, scatter_rows, sort_pairs, weight_gradient, weighted_sum
 from mempool.kernels.torch_ops.initial import initial_values
 from mempool.kernels.torch_ops.topk import (
@@ -26,6 +27,7 @@ from mempool.kernels.torch_ops.updates import (
 
 __all__ = [
     "add_segments",
+    "admit_bags",
     "catch_up",
     "flat_topk",
     "fused_step",
