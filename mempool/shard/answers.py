@@ -146,7 +146,7 @@ class Answers:
                 reserve=self._reserve,
             )
             if request.hold and not table.is_decided(request.step_id):
-                table.updates.require_room(request.step_id, _held_bytes(request, remembered), caller=caller)
+                table.updates.require_room(request.step_id, _held_bytes(table, request, remembered), caller=caller)
             with self._stages.measure("copy in"):
                 update = HeldUpdate(
                     *validate.check_update(table.storage, request, remembered, reply_bytes=self._message_bytes)
@@ -318,13 +318,13 @@ def _products(table: HostedTable, topk: int) -> tuple[int, int]:
     return schema.num_slots * schema.keys.key_dim, 0
 
 
-def _held_bytes(request: UpdateRequest, remembered: Bags | None) -> int:
+def _held_bytes(table: HostedTable, request: UpdateRequest, remembered: Bags | None) -> int:
     """What holding an update takes, near enough to refuse it before it is copied."""
     num_bytes = 4 * request.grads.numel()
     if request.ids is None:
         return num_bytes + (0 if remembered is None else remembered.num_bytes)
     weights = 0 if request.weights is None else 4 * request.weights.numel()
-    return num_bytes + 8 * request.ids.numel() + weights
+    return num_bytes + table.storage.id_dtype.itemsize * request.ids.numel() + weights
 
 
 def _parts_of(bags: Bags, row_bytes: int) -> Iterator[tuple[int, int, Bags]]:

@@ -73,7 +73,7 @@ def test_scores_that_need_gradients_are_selected():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ids": torch.tensor([0, 3, 3], dtype=torch.int32)}, "ids must be torch.int64"),
+        ({"ids": torch.tensor([0, 3, 3], dtype=torch.int16)}, "ids must be .* int64, int32 or uint32"),
         ({"ids": torch.zeros(1, 3, dtype=torch.int64)}, "ids must be"),
         ({"weights": torch.ones(2)}, r"weights must be torch.float32 \[3\], got torch.float32 \[2\]"),
         ({"weights": torch.ones(3, dtype=torch.float64)}, "weights must be torch.float32"),

@@ -13,40 +13,41 @@ from mempool.kernels import Paged, reference
 NAN = float("nan")
 
 
-def narrow(ids: torch.Tensor) -> torch.Tensor:
-    return ids.to(torch.int32)
+#: Each element is a variant of each kernel, which tests would wait for: of a plain one and of packed ones.
+ELEMENTS = ("float32", "int8")
 
 
 @kernel_settings
-@given(case=cases(), dtype=st.sampled_from((torch.float32, torch.bfloat16)))
+@given(case=cases(elements=ELEMENTS), dtype=st.sampled_from((torch.float32, torch.bfloat16)))
 def test_narrow_ids_and_given_memory_change_no_bit(under_test, case, dtype):
     paged, ids, weights, offsets, grads = map(
         under_test.to, (case.paged, case.ids, case.weights, case.offsets, case.grads)
     )
-    run = under_test.kernels
+    run, wide = under_test.kernels, ids.long()
     out = under_test.to(torch.full((case.grads.shape[0], case.paged.width), NAN, dtype=dtype))
-    sums = run.weighted_sum(paged, narrow(ids), weights, offsets, dtype, out)
+    sums = run.weighted_sum(paged, ids, weights, offsets, dtype, out)
     assert sums is out
-    assert same_bits(sums, run.weighted_sum(paged, ids, weights, offsets, dtype))
+    assert same_bits(sums, run.weighted_sum(paged, wide, weights, offsets, dtype))
     if dtype == torch.float32:
         assert_close(sums, reference.weighted_sum(case.paged, case.ids, case.weights, case.offsets))
     out = under_test.to(torch.full((case.ids.numel(),), NAN))
-    gradient = run.weight_gradient(paged, narrow(ids), offsets, grads, out)
+    gradient = run.weight_gradient(paged, ids, offsets, grads, out)
     assert gradient is out
-    assert same_bits(gradient, run.weight_gradient(paged, ids, offsets, grads))
+    assert same_bits(gradient, run.weight_gradient(paged, wide, offsets, grads))
     assert_close(gradient, reference.weight_gradient(case.paged, case.ids, case.offsets, case.grads), tolerance=1e-5)
     for wanted in (paged.value_dtype, torch.float16):
-        assert same_bits(run.gather_rows(paged, narrow(ids), wanted), run.gather_rows(paged, ids, wanted))
+        assert same_bits(run.gather_rows(paged, ids, wanted), run.gather_rows(paged, wide, wanted))
 
 
 @kernel_settings
-@given(case=cases(widths=(3,)))
+@given(case=cases(widths=(3,), elements=ELEMENTS))
 def test_narrow_ids_are_sorted_as_wide_ones(under_test, case):
     paged = under_test.to(case.paged)
-    found = under_test.kernels.sort_pairs(paged, narrow(under_test.to(case.ids)))
     expected = reference.sort_pairs(case.paged, case.ids)
-    for name in ("order", "rows", "slots", "starts"):
-        assert torch.equal(getattr(found, name).cpu(), getattr(expected, name))
+    for ids in (case.ids, case.ids.long()):
+        found = under_test.kernels.sort_pairs(paged, under_test.to(ids))
+        for name in ("order", "rows", "slots", "starts"):
+            assert torch.equal(getattr(found, name).cpu(), getattr(expected, name))
 
 
 @pytest.mark.parametrize("width", [1, 66, 256, 300])
@@ -56,17 +57,17 @@ def test_pieces_of_pairs_begin_and_end_anywhere(under_test, width):
         pytest.skip("the others take no pieces")
     generator = torch.Generator().manual_seed(width)
     rows, num_pairs = torch.randn(64, width, generator=generator), 2100
-    ids = torch.randint(0, 64, (num_pairs,), generator=generator)
+    ids = torch.randint(0, 64, (num_pairs,), generator=generator, dtype=torch.int32)
     weights, bounds = torch.randn(num_pairs, generator=generator), [0, 511, 512, 512, 513, 1024, 1024, 1030, 1536, 2100]
     offsets, grads = torch.tensor(bounds), torch.randn(len(bounds) - 1, width, generator=generator)
     for table in ([0, 1, 2, 3], [0, -1, 2, 3], [-1] * 4):
         paged = Paged(rows, torch.tensor(table, dtype=torch.int32), 4)
         absolute = Paged(rows.abs(), paged.page_table, 4)
         for weighted in (weights, None):
-            sums = under_test.kernels.weighted_sum(paged, narrow(ids), weighted, offsets, torch.float32)
+            sums = under_test.kernels.weighted_sum(paged, ids, weighted, offsets, torch.float32)
             terms = reference.weighted_sum(absolute, ids, None if weighted is None else weighted.abs(), offsets)
             assert_close(sums, reference.weighted_sum(paged, ids, weighted, offsets), terms=terms)
-        gradient = under_test.kernels.weight_gradient(paged, narrow(ids), offsets, grads)
+        gradient = under_test.kernels.weight_gradient(paged, ids, offsets, grads)
         assert_close(gradient, reference.weight_gradient(paged, ids, offsets, grads), tolerance=1e-5)
 
 
