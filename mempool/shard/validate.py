@@ -37,7 +37,10 @@ READ_ONLY = (SCALES, LAST_STEP)
 
 def admit(tensor: Tensor, *, device: torch.device, dtype: torch.dtype, own: bool = False) -> Tensor:
     """The tensor on the device, contiguous, without gradient; with ``own`` in memory that nobody else has."""
-    admitted = tensor.detach().to(device=device, dtype=dtype).contiguous()
+    admitted = tensor.detach()
+    if admitted.device != device or admitted.dtype != dtype:
+        admitted = admitted.to(device=device, dtype=dtype)
+    admitted = admitted.contiguous()
     if own and admitted.data_ptr() == tensor.data_ptr() and tensor.numel():
         return admitted.clone()
     return admitted
@@ -140,7 +143,7 @@ def check_gather(table: Storage, request: GatherRequest, *, reply_bytes: int | N
     dtype = _REPLIES.get(request.reply_dtype)
     if dtype is None:
         raise InvalidRequest(f"reply_dtype = {shown(request.reply_dtype)} must be 'float32' or 'bfloat16'")
-    bag_bytes = dtype.itemsize * table.schema.width(table.blocks)
+    bag_bytes = dtype.itemsize * table.width
     check_reply(bag_bytes * max(0, request.offsets.numel() - 1), reply_bytes, f"a gather of {_bags_of(request)}")
     return check_bags(table, request.ids, request.weights, request.offsets, own=request.remember), dtype
 
@@ -170,7 +173,7 @@ def check_update(
         )
     else:
         bags = remembered
-    shape = (bags.num_bags, table.schema.width(table.blocks))
+    shape = (bags.num_bags, table.width)
     if tuple(request.grads.shape) != shape or request.grads.dtype not in _FLOATS:
         raise InvalidRequest(
             f"grads must be {list(shape)} float32 or bfloat16 ({shape[0]} bags, {shape[1]} columns of blocks "

@@ -70,10 +70,14 @@ class _Arena(NamedTuple):
 
 
 def _arena(paged: Paged) -> _Arena:
-    block_dim = paged.width if paged.packed is None else paged.packed.block_dim
-    if block_dim >= paged.width:
-        block_dim = _ONE_BLOCK
-    return _Arena(elements(paged), *scales(paged), block_dim, view(paged.page_table), paged.page_shift)
+    arena: _Arena | None = paged.views.get("bags")
+    if arena is None:
+        block_dim = paged.width if paged.packed is None else paged.packed.block_dim
+        if block_dim >= paged.width:
+            block_dim = _ONE_BLOCK
+        arena = _Arena(elements(paged), *scales(paged), block_dim, view(paged.page_table), paged.page_shift)
+        paged.views["bags"] = arena
+    return arena
 
 
 class _Listed(NamedTuple):

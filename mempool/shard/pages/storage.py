@@ -59,7 +59,7 @@ class Storage:
         key_owned, key_lost: [num_key_pages], the same for product keys.
         arenas: One per distinct set of owned blocks; arenas of pages that are still being staged are among them.
         id_dtype: In which slot ids of bags are kept.
-        blocks: All blocks this shard owns any page of, ascending.
+        blocks: All blocks this shard owns any page of, ascending; width: their columns.
         num_lost: (row page, block)s and key pages that are owned and not there.
         num_pages: Those that are here.
         heads, head_keys: The heads whose product keys are here, ascending, and [H, 2, n, key_dim / 2] float32.
@@ -93,6 +93,7 @@ class Storage:
         self.key_lost: Mask = np.zeros_like(self.key_owned)
         self.arenas: dict[Blocks, Arena] = {}
         self.blocks: Blocks = ()
+        self.width = 0
         self.heads: tuple[int, ...] = ()
         self.head_keys = torch.empty((0, *head_keys_shape(schema)), dtype=torch.float32, device=device)
         self.step_names = step_names(schema)
@@ -117,6 +118,7 @@ class Storage:
         self.lost &= self.owned
         self.key_lost &= self.key_owned
         self.blocks = tuple(np.flatnonzero(self.owned.any(axis=0)).tolist())
+        self.width = self.schema.width(self.blocks)
         self._lanes = tuple(
             Lane(arena=arena, columns=None if blocks == self.blocks else self._places(self.arrays[VALUES], blocks))
             for blocks, arena in sorted(self.arenas.items())
@@ -252,7 +254,7 @@ class Storage:
         if len(self._lanes) == 1 and self._lanes[0].columns is None:
             paged = self._lanes[0].arena.paged()
             return kernels.weighted_sum(paged, bags.ids, bags.weights, bags.offsets, dtype=dtype, out=out)
-        values_BW = torch.zeros(bags.num_bags, self.schema.width(self.blocks), dtype=torch.float32, device=self.device)
+        values_BW = torch.zeros(bags.num_bags, self.width, dtype=torch.float32, device=self.device)
         for lane in self._lanes:
             sums = kernels.weighted_sum(lane.arena.paged(), bags.ids, bags.weights, bags.offsets)
             if lane.columns is None:

@@ -233,7 +233,7 @@ def _reduce(table: Storage, held: list[HeldUpdate], norm: _Norm, budget: Budget)
 
 
 def _joined(table: Storage, held: list[HeldUpdate]) -> Pairs:
-    return in_canonical_order(held, width=table.schema.width(table.blocks), device=table.device)
+    return in_canonical_order(held, width=table.width, device=table.device)
 
 
 def _row_parts(pairs: SortedPairs, num_rows: int) -> Iterator[SortedPairs]:
