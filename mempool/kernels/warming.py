@@ -207,6 +207,7 @@ def _segment_sum(needs: Needs) -> None:
         _grads(needs),
     )
     sums = kernels.segment_sum(_pairs(needs), weights, bags, grads)
+    kernels.segment_sum_and_norm(_pairs(needs), weights, bags, grads)
     kernels.add_segments(sums, _numbers(needs, 0, 1), _pairs(needs), weights, bags, grads)
     pairs, bags = _long_run(needs)
     kernels.segment_sum(pairs, None, bags, grads)

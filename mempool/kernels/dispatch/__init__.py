@@ -16,6 +16,7 @@ from mempool.kernels.dispatch.updates import (
     fused_step,
     optimizer_step,
     segment_sum,
+    segment_sum_and_norm,
     sort_pairs,
     squared_norm,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "product_topk",
     "scatter_rows",
     "segment_sum",
+    "segment_sum_and_norm",
     "select_topk",
     "sort_pairs",
     "squared_norm",

@@ -46,6 +46,24 @@ def segment_sum(pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads:
     return implementation_for(grads.device).segment_sum(pairs, weights, bags, grads)
 
 
+def segment_sum_and_norm(
+    pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads: Tensor
+) -> tuple[Tensor, float, bool]:
+    """segment_sum, and squared_norm of what it returns, to the bit; on the CPU in one pass.
+
+    Args:
+        pairs: As in segment_sum.
+        weights: As in segment_sum.
+        bags: As in segment_sum.
+        grads: As in segment_sum.
+
+    Returns:
+        The sums [U, W] float32, the sum of their squares in float64, and whether every element is finite.
+    """
+    check_sorted(pairs, weights, bags, grads)
+    return implementation_for(grads.device).segment_sum_and_norm(pairs, weights, bags, grads)
+
+
 def add_segments(
     sums: Tensor, places: Tensor, pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads: Tensor
 ) -> None:

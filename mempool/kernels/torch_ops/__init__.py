@@ -22,6 +22,7 @@ from mempool.kernels.torch_ops.updates import (
     fused_step,
     optimizer_step,
     segment_sum,
+    segment_sum_and_norm,
     squared_norm,
 )
 
@@ -41,6 +42,7 @@ __all__ = [
     "ranks",
     "scatter_rows",
     "segment_sum",
+    "segment_sum_and_norm",
     "select_topk",
     "sort_pairs",
     "squared_norm",

@@ -391,13 +391,13 @@ def test_warm_up_leaves_nothing_to_compile():
         import torch
         from mempool import kernels
         from mempool.kernels import DenseSchedule, OptimizerStep, PackedLayout, Paged, RandomRounding
-        from mempool.kernels.cpu import admission, bags, initial, sorting, updates
+        from mempool.kernels.cpu import admission, bags, initial, rows, sorting, updates
         from mempool.kernels.cpu.scoring import flat, topk
         kernels.warm_up()
         def compiled():
             return {
                 (module.__name__, name): len(kernel.signatures)
-                for module in (admission, bags, flat, initial, sorting, topk, updates)
+                for module in (admission, bags, flat, initial, rows, sorting, topk, updates)
                 for name, kernel in vars(module).items()
                 if hasattr(kernel, "signatures")
             }

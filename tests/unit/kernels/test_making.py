@@ -51,12 +51,12 @@ def test_a_table_of_any_kind_loads_no_kernel_after_it_was_made():
         """
         import torch, mempool
         from mempool import optim
-        from mempool.kernels.cpu import admission, bags, initial, sorting, updates
+        from mempool.kernels.cpu import admission, bags, initial, rows, sorting, updates
         from mempool.kernels.cpu.scoring import flat, topk
         def loaded():
             return {
                 name: len(kernel.signatures)
-                for module in (admission, bags, flat, initial, sorting, topk, updates)
+                for module in (admission, bags, flat, initial, rows, sorting, topk, updates)
                 for name, kernel in vars(module).items()
                 if hasattr(kernel, "signatures")
             }
