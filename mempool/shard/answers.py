@@ -95,7 +95,24 @@ class Answers:
         self, request: GatherRequest, *, out: Tensor | None = None
     ) -> GatherReply | Parked | Pieces[GatherReply]:
         """The sums of bags; out: [B, W] in the reply's dtype, contiguous, on the CPU: where they are written."""
+        return self._gather(self._tenancy.fenced(request.envelope), request, out)
+
+    def reading_gather(
+        self, request: GatherRequest, *, out: Tensor | None = None
+    ) -> GatherReply | Parked | Pieces[GatherReply] | None:
+        """As ``gather``, where that only reads: it may be cut off anywhere. None where it would write."""
         table = self._tenancy.fenced(request.envelope)
+        if table.storage.schedule is not None:
+            return None
+        try:
+            return self._gather(table, request, out)
+        except BaseException:
+            self._contexts.recount()
+            raise
+
+    def _gather(
+        self, table: HostedTable, request: GatherRequest, out: Tensor | None
+    ) -> GatherReply | Parked | Pieces[GatherReply]:
         if (waits := self._waits(table, request.envelope)) is not None:
             return waits
         with self._stages.measure("copy in"):

@@ -4,7 +4,7 @@ Knows the messages of the ``Shard`` protocol. Retries, views and deadlines are t
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -56,6 +56,22 @@ class Seen:
     newest_version: int
 
 
+class SortedPairs:
+    """The parts of a lookup's shards, kept from the gather to the first update: sorting them takes as long as much else
+    of a small call. Any thread may use it."""
+
+    __slots__ = ("_kept",)
+
+    def __init__(self, plan: TablePlan | None = None, parts: tuple[Part, ...] = ()) -> None:
+        # Where every shard gets all pairs there is nothing to keep.
+        self._kept = None if plan is None or all(part.kept is None for part in parts) else (plan, parts)
+
+    def take(self, plan: TablePlan, bags: Bags) -> tuple[Part, ...]:
+        """As ``split``."""
+        kept, self._kept = self._kept, None
+        return kept[1] if kept is not None and kept[0] is plan else split(plan, bags)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LookupRecord:
     """What is kept of a gather for its updates.
@@ -64,6 +80,7 @@ class LookupRecord:
         lookup_id: Shards know it by this number, and the next ones where they were asked for it in several messages.
         lookups: How many.
         remembered_by: (shard, incarnation) of those that were asked to remember it, under the placement of ``seen``.
+        sorted: Its pairs by shard, for one update.
     """
 
     table_id: int
@@ -72,6 +89,7 @@ class LookupRecord:
     bags: Bags
     seen: Seen
     remembered_by: frozenset[tuple[int, int]]
+    sorted: SortedPairs = field(default_factory=SortedPairs)
 
 
 class Attempt:
@@ -96,28 +114,26 @@ class Attempt:
         self, bags: Bags, *, lookup_id: int, remember: bool, reply_dtype: ReplyDtype
     ) -> tuple[Tensor, LookupRecord]:
         """Pooled values [B, V] float32, and what to keep for the update."""
-        # A shard none of whose row pages are named would answer zeros.
-        parts = [part for part in split(self.plan, bags) if part.kept is None or part.bags.num_pairs]
+        every = split(self.plan, bags)
+        parts = those_named(every)
         pieces = gather_slices(self.plan, bags)
 
         async def ask_some(part: Part, host: ShardHost, envelope: Envelope, number: int) -> GatherReply:
             route = part.route
             some = part.bags.some(*pieces[number])
-            request = GatherRequest(
-                envelope=envelope,
+            request = gather_request(
+                some,
+                route,
+                envelope,
                 lookup_id=lookup_id + number,
-                ids=some.ids,
-                weights=some.weights,
-                offsets=some.offsets,
                 remember=remember,
                 release=self._take_released(route.shard),
-                reply_dtype="float32" if route.partial else reply_dtype,
+                reply_dtype=reply_dtype,
             )
-            self._traffic.bytes_sent += some.num_bytes
             reply = await host.gather(request)
             self._fanout.saw(reply.stamp.table_version)
-            _require_blocks(reply.blocks, route)
-            self._traffic.bytes_received += reply.values.nbytes
+            require_blocks(reply.blocks, route)
+            self._traffic.add(sent=some.num_bytes, received=reply.values.nbytes)
             return reply
 
         async def ask(part: Part, host: ShardHost, envelope: Envelope) -> list[GatherReply]:
@@ -130,14 +146,15 @@ class Attempt:
             [(part.route, _one([reply.values for reply in some])) for part, some in zip(parts, answers, strict=True)],
             num_bags=bags.num_bags,
         )
-        asked = frozenset((part.route.shard, part.route.info.incarnation) for part in parts)
-        record = LookupRecord(
-            table_id=self.plan.table_id,
+        stamps = [reply.stamp for some in answers for reply in some]
+        record = lookup_record(
+            self.plan,
+            bags,
             lookup_id=lookup_id,
             lookups=len(pieces),
-            bags=bags,
-            seen=self._seen([reply.stamp for some in answers for reply in some]),
-            remembered_by=asked if remember else frozenset(),
+            stamps=stamps,
+            remembered_by=parts if remember else (),
+            parts=every if remember else (),
         )
         return values, record
 
@@ -158,32 +175,27 @@ class Attempt:
         """
         # A shard none of whose row pages are named is told all the same, of no bags: it is asked for this sequence
         # later.
-        parts = [part for part in split(self.plan, record.bags) if only is None or part.route.shard in only]
+        every = record.sorted.take(self.plan, record.bags)
+        parts = [part for part in every if only is None or part.route.shard in only]
 
         async def ask(part: Part, host: ShardHost, envelope: Envelope) -> UpdateReply:
             route = part.route
-            empty = part.kept is not None and part.bags.num_pairs == 0
-            bags = _no_bags(part.bags) if empty else part.bags
-            part_grads = pick_columns(route, grads[:0] if empty else grads)
-            known = (
-                record.seen.epoch == self.plan.epoch and (route.shard, route.info.incarnation) in record.remembered_by
-            )
+            bags, part_grads = of_part(part, grads)
+            empty = bags is not part.bags
+            known = remembers(self.plan, route, record)
 
             async def send(*, inline: bool) -> UpdateReply:
-                self._traffic.bytes_sent += part_grads.nbytes + (bags.num_bytes if inline else 0)
-                request = UpdateRequest(
-                    envelope=envelope,
+                self._traffic.add(sent=part_grads.nbytes + (bags.num_bytes if inline else 0))
+                request = update_request(
+                    route,
+                    envelope,
+                    record,
+                    part_grads,
+                    bags=bags if inline else None,
                     step_id=step_id,
                     sequence=sequence,
-                    lookup_id=record.lookup_id,
-                    lookups=record.lookups,
-                    blocks=route.blocks,
-                    grads=part_grads,
                     hold=hold,
                     want_weight_grad=want_weight_grad,
-                    ids=bags.ids if inline else None,
-                    weights=bags.weights if inline else None,
-                    offsets=bags.offsets if inline else None,
                 )
                 reply = await host.update(request)
                 self._fanout.saw(reply.stamp.table_version)
@@ -203,7 +215,7 @@ class Attempt:
         for part, reply in zip(parts, replies, strict=True):
             if reply.weight_grad is None:
                 raise Internal(f"shard {part.route.shard} was asked for d_weights and answered none.")
-            self._traffic.bytes_received += reply.weight_grad.nbytes
+            self._traffic.add(received=reply.weight_grad.nbytes)
             grads_of_parts.append((part, reply.weight_grad))
         return merge_weight_grads(grads_of_parts, num_pairs=record.bags.num_pairs)
 
@@ -217,9 +229,8 @@ class Attempt:
 
         async def ask_some(host: ShardHost, envelope: Envelope, first: int, end: int) -> ScoreReply:
             some = queries[first:end]
-            self._traffic.bytes_sent += some.nbytes
             reply = await host.score(ScoreRequest(envelope=envelope, queries=some, topk=topk))
-            self._traffic.bytes_received += reply.scores.nbytes + reply.ids.nbytes
+            self._traffic.add(sent=some.nbytes, received=reply.scores.nbytes + reply.ids.nbytes)
             self._fanout.saw(reply.stamp.table_version)
             return reply
 
@@ -231,7 +242,7 @@ class Attempt:
         if not flat:
             owners = [owner for owner, _ in self.plan.head_owners]
         answers = await self._fanout.each([(owner, ask) for owner in owners])
-        seen = self._seen([reply.stamp for some in answers for reply in some])
+        seen = seen_of(self.plan, [reply.stamp for some in answers for reply in some])
         found = [(_one([reply.scores for reply in some]), _one([reply.ids for reply in some])) for some in answers]
         if flat:
             scores, ids = merge_candidates([scores for scores, _ in found], [ids for _, ids in found], topk=topk)
@@ -267,7 +278,7 @@ class Attempt:
             return reply
 
         replies = await self._fanout.each([(owner, ask) for owner in self.plan.owners])
-        seen = self._seen([reply.stamp for reply in replies])
+        seen = seen_of(self.plan, [reply.stamp for reply in replies])
         counts = {reply.count for reply in replies}
         if seen.oldest_version != seen.newest_version or (to is None and len(counts) > 1):
             raise StepConflict(
@@ -288,11 +299,64 @@ class Attempt:
             await self._fanout.each([(owner, tell) for owner in self.plan.owners])
         return to
 
-    def _seen(self, stamps: Sequence[Stamp]) -> Seen:
-        versions = [stamp.table_version for stamp in stamps]
-        return Seen(
-            epoch=self.plan.epoch, oldest_version=min(versions, default=0), newest_version=max(versions, default=0)
-        )
+
+def gather_request(
+    bags: Bags,
+    route: ShardRoute,
+    envelope: Envelope,
+    *,
+    lookup_id: int,
+    remember: bool,
+    release: tuple[int, ...],
+    reply_dtype: ReplyDtype,
+) -> GatherRequest:
+    """What a shard is asked for some bags, or its part of them."""
+    return GatherRequest(
+        envelope=envelope,
+        lookup_id=lookup_id,
+        ids=bags.ids,
+        weights=bags.weights,
+        offsets=bags.offsets,
+        remember=remember,
+        release=release,
+        reply_dtype="float32" if route.partial else reply_dtype,
+    )
+
+
+def lookup_record(
+    plan: TablePlan,
+    bags: Bags,
+    *,
+    lookup_id: int,
+    lookups: int,
+    stamps: Sequence[Stamp],
+    remembered_by: Sequence[Part],
+    parts: tuple[Part, ...],
+) -> LookupRecord:
+    """What is kept of a gather.
+
+    remembered_by: The parts whose shards were asked to. parts: Of all shards, where an update may come.
+    """
+    return LookupRecord(
+        table_id=plan.table_id,
+        lookup_id=lookup_id,
+        lookups=lookups,
+        bags=bags,
+        seen=seen_of(plan, stamps),
+        remembered_by=frozenset((part.route.shard, part.route.info.incarnation) for part in remembered_by),
+        sorted=SortedPairs(plan, parts),
+    )
+
+
+def those_named(parts: Sequence[Part]) -> list[Part]:
+    """Those that a gather asks: a shard none of whose row pages are named would answer zeros."""
+    return [part for part in parts if part.kept is None or part.bags.num_pairs]
+
+
+def seen_of(plan: TablePlan, stamps: Sequence[Stamp]) -> Seen:
+    """What state answers with these stamps come from."""
+    versions = [stamp.table_version for stamp in stamps]
+    return Seen(epoch=plan.epoch, oldest_version=min(versions, default=0), newest_version=max(versions, default=0))
 
 
 def gather_slices(plan: TablePlan, bags: Bags) -> list[tuple[int, int]]:
@@ -305,11 +369,54 @@ def _one(matrices: Sequence[Tensor]) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
 
 
+def of_part(part: Part, grads: Tensor) -> tuple[Bags, Tensor]:
+    """What a shard is told of an update's bags and gradient; of no bags at all where none of its row pages are named:
+    it is asked for the update later."""
+    if part.kept is not None and part.bags.num_pairs == 0:
+        return _no_bags(part.bags), pick_columns(part.route, grads[:0])
+    return part.bags, pick_columns(part.route, grads)
+
+
+def remembers(plan: TablePlan, route: ShardRoute, record: LookupRecord) -> bool:
+    """Whether a shard may know the bags of a lookup."""
+    return record.seen.epoch == plan.epoch and (route.shard, route.info.incarnation) in record.remembered_by
+
+
+def update_request(
+    route: ShardRoute,
+    envelope: Envelope,
+    record: LookupRecord,
+    grads: Tensor,
+    *,
+    bags: Bags | None,
+    step_id: StepId,
+    sequence: int,
+    hold: bool,
+    want_weight_grad: bool,
+) -> UpdateRequest:
+    """What a shard is sent of an update; bags: None where it is to know them."""
+    return UpdateRequest(
+        envelope=envelope,
+        step_id=step_id,
+        sequence=sequence,
+        lookup_id=record.lookup_id,
+        lookups=record.lookups,
+        blocks=route.blocks,
+        grads=grads,
+        hold=hold,
+        want_weight_grad=want_weight_grad,
+        ids=None if bags is None else bags.ids,
+        weights=None if bags is None else bags.weights,
+        offsets=None if bags is None else bags.offsets,
+    )
+
+
 def _no_bags(bags: Bags) -> Bags:
     """No bags at all, of the same dtypes; ``bags`` has no pairs."""
     return Bags(ids=bags.ids, weights=bags.weights, offsets=torch.zeros(1, dtype=torch.int64, device="cpu"))
 
 
-def _require_blocks(blocks: tuple[int, ...], route: ShardRoute) -> None:
+def require_blocks(blocks: tuple[int, ...], route: ShardRoute) -> None:
+    """Raises Internal where a shard answered other columns than the plan gives it."""
     if blocks != route.blocks:
         raise Internal(f"shard {route.shard} answered blocks {blocks} under a placement that gives it {route.blocks}.")

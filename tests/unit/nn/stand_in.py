@@ -1,7 +1,7 @@
 """A real ``Table`` whose session is a tensor in this process: no shards, no loop, torch's own operations."""
 
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,12 @@ class LocalSession:
             total.index_add_(0, bags.ids, rows * _weights(bags))
         return total
 
+    def gather_at_once(self, bags: Bags, **_: object) -> None:
+        """There is no such way here."""
+
+    def weight_grad(self, record: Remembered, grads: Tensor, *, hold: bool, run: Callable[[Any], Any]) -> Any:
+        return run(self.update(record, grads, hold=hold, want_weight_grad=True))
+
     async def gather(self, bags: Bags, *, remember: bool, **_: object) -> tuple[Tensor, Remembered]:
         self.remembered.append(remember)
         bag_numbers = torch.arange(bags.num_bags, device="cpu").repeat_interleave(bags.offsets.diff())
@@ -147,7 +153,7 @@ class LocalSession:
 def local_table(*, num_slots: int = 81, value_dim: int = 7, name: str = "facts", lr: float = 0.5) -> Table:
     schema = resolve(TableConfig(name=name, num_slots=num_slots, value_dim=value_dim, optimizer=SGD(lr)))
     session = LocalSession(num_slots, value_dim)
-    return Table(schema, router=None, session=session, run=_run)  # type: ignore[arg-type]
+    return Table(schema, router=None, session=session, run=_run, begin=None)  # type: ignore[arg-type]
 
 
 def session_of(table: Table) -> LocalSession:

@@ -1,7 +1,8 @@
 """The engine's one thread: runs jobs in the order that ``jobs`` says, their results for asyncio.
 
-All state behind an engine is touched by this thread only, so nothing there needs a lock. A failure after which nothing
-can be trusted (of CUDA's context, of the interpreter) ends it; those who wait are told, and whoever asked to be.
+All state behind an engine is touched by this thread, or by a reader that has it stand still meanwhile, so nothing
+there needs a lock. A failure after which nothing can be trusted (of CUDA's context, of the interpreter) ends it; those
+who wait are told, and whoever asked to be.
 """
 
 import asyncio
@@ -11,16 +12,19 @@ import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from types import GeneratorType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from mempool.errors import DeadlineExceeded, Internal, MempoolError, Overloaded, ShardUnavailable
 from mempool.observe import Stages
-from mempool.shard.jobs import JOB_BYTES, Answered, Job, JobQueue
 from mempool.shard.steps.budget import Budget, out_of_memory
+from mempool.shard.work.jobs import JOB_BYTES, Answered, Job, JobQueue
 from mempool.types.caller import Caller, current_caller
 from mempool.types.running import ONLY_WHEN_RUNG, THREADS, Clock, Runner
+
+T = TypeVar("T")
+RequestT = TypeVar("RequestT")
 
 _LOG = logging.getLogger(__name__)
 
@@ -63,6 +67,7 @@ class EngineThread:
         self._budget = budget or Budget(2**62)
         self._jobs = JobQueue(self._budget, name=name)
         self._lock = threading.Lock()  # of the queue and of what says whether it is open
+        self._at_work = threading.Lock()  # held by whoever touches the state: the thread, or a reader on its own
         self._closed: str | None = None
         self._keeping_up = False
         self._next_upkeep_s = self._busy_s = 0.0
@@ -122,13 +127,14 @@ class EngineThread:
             MempoolError: What the job raised; anything else it raised comes as Internal.
         """
         loop = asyncio.get_running_loop()
+        answer = _Answer(loop)
         asked = Job(
             stage=stage,
             request=request,
             caller=current_caller() if caller is None else caller,
             cost=cost,
             run=job,
-            done=_Answer(loop),
+            done=answer,
             control=control,
         )
         del request, job
@@ -137,13 +143,13 @@ class EngineThread:
         try:
             self._enter(asked)
             while True:
-                result = await asked.done.future
+                result = await answer.future
                 waits = None if again is None else again(result)
                 if waits is None:
                     answered = True
                     return result
                 await waits
-                asked.done = _Answer(loop)
+                asked.done = answer = _Answer(loop)
                 self._line_up_again(asked)
         finally:
             at_end = asked.caller.at_end if answered else None
@@ -154,7 +160,75 @@ class EngineThread:
                 asked.done = None  # type: ignore[assignment]  # which holds the answer
                 at_end(partial(self._leave, asked))
             # An error that is raised here knows this frame: what it holds would live as long as the error.
-            del asked, result, waits
+            del asked, answer, result, waits
+
+    def at_once(self, stage: str, read: Callable[[RequestT], T | None], request: RequestT, *, wait: bool) -> T | None:
+        """Run what only reads on the caller's own thread, where nothing else is to be done.
+
+        Args:
+            stage: What it is called.
+            read: Is given the request. It may be cut off anywhere, by a signal's handler.
+            request: What was asked.
+            wait: For whoever is at work to end; False: they are not waited for.
+
+        Returns:
+            Its result. None where others are to be served before, or it failed in any way: ``run`` it then.
+        """
+        if self._closed is not None or len(self._jobs) or not (wait or not self._at_work.locked()):
+            return None
+        with self._at_work, torch.no_grad():
+            if self._closed is not None or len(self._jobs):
+                return None
+            started_s = self._clock()
+            try:
+                result = read(request)
+            except Exception:  # whatever it is, ``run`` finds it again, and knows what to do
+                return None
+            took_s = self._clock() - started_s
+            self._busy_s += took_s
+            wakes = not self._keeping_up
+            if wakes:  # there may be something to keep up from now on
+                self._keeping_up, self._next_upkeep_s = True, started_s + self._upkeep_s
+        if wakes:
+            self._worker.ring()
+        self._stages.record(stage, took_s)
+        return result
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is done, or waits."""
+        return self._at_work.locked() or len(self._jobs) > 0
+
+    def begin(
+        self,
+        stage: str,
+        job: Callable[[RequestT], T],
+        request: RequestT,
+        *,
+        cost: int,
+        timeout_s: float,
+        caller: str = "",
+    ) -> Callable[[], T | None]:
+        """As ``run``, for a thread that waits itself, by calling what is returned, once; None after ``timeout_s``."""
+        handed: _Handed = _Handed()
+        asked = Job(
+            stage=stage,
+            request=request,
+            caller=Caller(caller, self._clock() + timeout_s),
+            cost=cost,
+            run=job,
+            done=handed,
+        )
+        self._enter(asked)
+
+        def wait() -> T | None:
+            try:
+                value: T | None = handed.wait(timeout_s)
+                return value
+            finally:
+                self._leave(asked)
+
+        return wait
 
     def _leave(self, job: Job) -> None:
         with self._lock:
@@ -210,11 +284,12 @@ class EngineThread:
 
     def _turn(self) -> float | None:
         """Run the next job, or a piece of one; answers how long there is nothing to do unasked, None at the end."""
-        try:
-            more = self._serve()
-        except BaseException as error:
-            self._end_for_good(error)
-            return None
+        with self._at_work:
+            try:
+                more = self._serve()
+            except BaseException as error:
+                self._end_for_good(error)
+                return None
         if not more:
             return None
         return max(0.0, self._next_upkeep_s - self._clock()) if self._keeping_up else ONLY_WHEN_RUNG
@@ -366,6 +441,34 @@ class _Answer:
             return  # the loop is closed, and so nobody waits
 
 
+class _Handed:
+    """A job's result on its way to a thread that waits for it."""
+
+    __slots__ = ("_error", "_here", "_value")
+
+    def __init__(self) -> None:
+        self._here = threading.Lock()
+        self._here.acquire()
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+    def give(self, value: Any) -> None:
+        self._value = value
+        self._here.release()
+
+    def fail(self, error: BaseException) -> None:
+        self._error = error
+        self._here.release()
+
+    def wait(self, timeout_s: float) -> Any:
+        """The result, None where it does not come in time. Raises what the job raised."""
+        if not self._here.acquire(timeout=timeout_s):
+            return None
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
 def _settle(future: "asyncio.Future[Any]", value: Any, error: BaseException | None) -> None:
     if future.done():
         return
@@ -373,6 +476,12 @@ def _settle(future: "asyncio.Future[Any]", value: Any, error: BaseException | No
         future.set_result(value)
     else:
         future.set_exception(error)
+
+
+def probe(device: torch.device) -> None:
+    """Raises where a device takes no work any more: after an error that CUDA's context does not survive."""
+    if device.type == "cuda":
+        torch.zeros(1, device=device).add_(1).cpu()
 
 
 def _bare(error: BaseException) -> BaseException:

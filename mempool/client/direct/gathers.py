@@ -1,0 +1,89 @@
+"""Gathers on the caller's own thread: no event loop, no task and no timer on the way of a call that needs no retry.
+
+What cannot be had so is asked for by the router, from the beginning: it knows of retries, placements and errors.
+"""
+
+from functools import partial
+
+from torch import Tensor
+
+from mempool.client.direct.asking import NARROW_END, Asking, Wait
+from mempool.client.routing.attempt import (
+    LookupRecord,
+    gather_request,
+    gather_slices,
+    lookup_record,
+    require_blocks,
+    those_named,
+)
+from mempool.client.routing.fanout import envelope_of
+from mempool.client.routing.plan import Part, TablePlan, merge_values, split
+from mempool.types import AtOnceShard, GatherReply
+from mempool.types.bags import Bags
+from mempool.types.messages import ReplyDtype
+
+
+def gather_directly(
+    asking: Asking, table_id: int, bags: Bags, *, remember: bool, reply_dtype: ReplyDtype = "float32"
+) -> tuple[Tensor, LookupRecord] | None:
+    """As the router's; None where that is to be asked."""
+    router = asking.router
+    plan = router.plan_now(table_id)
+    if plan is None or not asking.possible or len(gather_slices(plan, bags)) > 1:
+        return None
+    every = split(plan, bags)
+    parts = those_named(every)
+    lookup_id = router.next_lookup_id(bags)
+    released = [router.remembered.take(table_id, part.route.shard) for part in parts]
+    begin = partial(_begin, asking, plan, lookup_id, remember, reply_dtype, len(parts) == 1)
+    answers = asking.each(
+        [(part.route.info, partial(begin, part, ids)) for part, ids in zip(parts, released, strict=True)]
+    )
+    replies = [reply for reply in answers if reply is not None]
+    for part, ids, reply in zip(parts, released, answers, strict=True):
+        if reply is None:
+            router.remembered.give_back(table_id, part.route.shard, ids)
+        else:
+            router.versions.saw(table_id, reply.stamp.table_version)
+            router.traffic.add(sent=part.bags.num_bytes, received=reply.values.nbytes)
+    record = lookup_record(
+        plan,
+        bags,
+        lookup_id=lookup_id,
+        lookups=1,
+        stamps=[reply.stamp for reply in replies],
+        remembered_by=parts if remember else (),
+        parts=every if remember else (),
+    )
+    router.remembered.add(record)
+    if len(replies) < len(parts):
+        router.release(record)()  # who has answered remembers it, and nobody will ask for it
+        return None
+    for part, reply in zip(parts, replies, strict=True):
+        require_blocks(reply.blocks, part.route)
+    found = [(part.route, reply.values) for part, reply in zip(parts, replies, strict=True)]
+    return merge_values(plan, found, num_bags=bags.num_bags), record
+
+
+def _begin(
+    asking: Asking,
+    plan: TablePlan,
+    lookup_id: int,
+    remember: bool,
+    reply_dtype: ReplyDtype,
+    alone: bool,
+    part: Part,
+    released: tuple[int, ...],
+    shard: AtOnceShard,
+) -> Wait[GatherReply] | None:
+    request = gather_request(
+        part.bags,
+        part.route,
+        envelope_of(plan, part.route.info, asking.router.versions),
+        lookup_id=lookup_id,
+        remember=remember,
+        release=released,
+        reply_dtype=reply_dtype,
+    )
+    narrow = plan.schema.num_slots <= NARROW_END
+    return shard.begin_gather(request, timeout_s=asking.patience_s, narrow_ids=narrow, alone=alone)

@@ -1,0 +1,120 @@
+"""Calls that are answered on the thread that asks, where a shard has nothing else to do: no thread waits for another.
+
+What cannot be answered so (others wait, a version is still to come, rows are to be brought up to date first, the
+request is wrong) is left to the engine's own calls, which know what to do and what to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import GeneratorType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mempool.shard.answers import Answers, Pieces
+from mempool.shard.parking import Behind, Parked
+from mempool.shard.work.jobs import cost_of
+from mempool.shard.work.thread import EngineThread
+from mempool.types import GatherReply, GatherRequest, UpdateReply, UpdateRequest
+
+if TYPE_CHECKING:
+    from mempool.shard.durable.store import Store
+
+RequestT = TypeVar("RequestT")
+ReplyT = TypeVar("ReplyT")
+
+
+class AtOnce:
+    """Calls of one shard by whoever is in its process.
+
+    ``begin_...`` are for any thread, also for one that signals' handlers may interrupt anywhere: there it only reads,
+    and has the shard's own thread do what writes. The others are for threads that nobody interrupts.
+
+    Args:
+        thread: Stands still meanwhile.
+        answers: Makes the answers.
+        store: What the shard keeps on a disk: nobody is told of what is not durable yet.
+    """
+
+    def __init__(self, thread: EngineThread, answers: Answers, store: Store | None) -> None:
+        self._thread = thread
+        self._answers = answers
+        self._store = store
+
+    def begin_gather(self, request: GatherRequest, **_: object) -> Callable[[], GatherReply | None]:
+        """See ``AtOnceShard``. All is done when the answer is asked for; whoever has the shard just then is waited
+        for."""
+        return lambda: self._answer("gather", self._answers.reading_gather, request, wait=True)
+
+    def begin_update(
+        self, request: UpdateRequest, *, timeout_s: float, **_: object
+    ) -> Callable[[], UpdateReply | None]:
+        """See ``AtOnceShard``."""
+        return self._in_turn("update", self._answers.update, request, _cost_of_update(request), timeout_s, "")
+
+    def gather_unless_busy(self, request: GatherRequest) -> GatherReply | None:
+        """The answer; None where it cannot be had at once. Nobody is waited for."""
+        return self._answer("gather", self._answers.gather, request, wait=False)
+
+    def gather(self, request: GatherRequest, *, caller: str, timeout_s: float) -> GatherReply | None:
+        """The answer, at once or when it is the caller's turn; None where it is not to be had so."""
+        if not self._thread.is_busy:
+            return self.gather_unless_busy(request)
+        cost = cost_of(request.ids, request.weights, request.offsets, numbers=len(request.release))
+        return self._in_turn("gather", self._answers.gather, request, cost, timeout_s, caller)()
+
+    def update(self, request: UpdateRequest, *, caller: str, timeout_s: float) -> UpdateReply | None:
+        """The same of an update."""
+        answer = partial(self._answers.update, caller=caller)
+        if not self._thread.is_busy:
+            return self._answer("update", answer, request, wait=False)
+        return self._in_turn("update", answer, request, _cost_of_update(request), timeout_s, caller)()
+
+    def _in_turn(
+        self,
+        stage: str,
+        answer: Callable[[RequestT], ReplyT | Parked | Pieces[ReplyT] | None],
+        request: RequestT,
+        cost: int,
+        timeout_s: float,
+        caller: str,
+    ) -> Callable[[], ReplyT | None]:
+        job = partial(_unless_behind, answer)
+        wait = self._thread.begin(stage, job, request, cost=cost, timeout_s=timeout_s, caller=caller)
+        return lambda: self._durable(wait())
+
+    def _answer(
+        self,
+        stage: str,
+        answer: Callable[[RequestT], ReplyT | Parked | Pieces[ReplyT] | None],
+        request: RequestT,
+        *,
+        wait: bool,
+    ) -> ReplyT | None:
+        return self._durable(self._thread.at_once(stage, partial(_whole, answer), request, wait=wait))
+
+    def _durable(self, reply: ReplyT | None) -> ReplyT | None:
+        return reply if self._store is None or self._store.is_settled else None
+
+
+def _cost_of_update(request: UpdateRequest) -> int:
+    return cost_of(request.ids, request.weights, request.offsets, request.grads)
+
+
+def _whole(answer: Callable[[RequestT], ReplyT | Parked | Pieces[ReplyT] | None], request: RequestT) -> ReplyT | None:
+    """What is answered; None for what is still to come."""
+    reply: Any = answer(request)
+    if isinstance(reply, Parked):
+        reply.woken.cancel()  # nobody waits for it
+        return None
+    whole: ReplyT | None = None if isinstance(reply, GeneratorType) else reply  # pieces: others have turns in between
+    return whole
+
+
+def _unless_behind(
+    answer: Callable[[RequestT], ReplyT | Parked | Pieces[ReplyT] | None], request: RequestT
+) -> ReplyT | None:
+    try:
+        return _whole(answer, request)
+    except Behind:
+        return None
