@@ -184,6 +184,11 @@ def inlined(function: _F) -> _F:
     return serial(function, forceinline=True)
 
 
+def reassociating(function: _F) -> _F:
+    """As ``serial``, for sums over columns that may be reordered into vector lanes (still NaN and inf safe)."""
+    return serial(function, fastmath={"reassoc", "contract", "nsz"})
+
+
 def use_threads(num_elements: int) -> int:
     """Set how many threads the calling thread's next kernels run on: as many as torch uses, fewer for little work.
 

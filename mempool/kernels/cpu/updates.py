@@ -21,12 +21,12 @@ from mempool.kernels.cpu.runtime import (
     Array,
     borrowed,
     elements,
-    inlined,
     keep,
     kernel,
     optional_weights,
     prefer_huge_pages,
     prefetch_row,
+    reassociating,
     scales,
     serial,
     several_tasks,
@@ -82,25 +82,13 @@ def _first_row(starts: Array, pair_cost: int, part: int, num_parts: int) -> Any:
     return low
 
 
-@inlined
-def _row_norm(row: Array, lanes: Array) -> Any:
-    """The sum of a float32 row's squares in float64, in an order that vector units can follow."""
-    width = row.shape[0]
-    for lane in range(LANES):
-        lanes[lane] = 0.0
-    for group in range(width // LANES):
-        part = row[LANES * group : LANES * group + LANES]
-        for lane in range(LANES):
-            lanes[lane] += np.float64(part[lane]) * np.float64(part[lane])
-    rest = row[width - width % LANES :]
-    for lane in range(rest.shape[0]):
-        lanes[lane] += np.float64(rest[lane]) * np.float64(rest[lane])
-    half = LANES // 2
-    while half > 0:
-        for lane in range(half):
-            lanes[lane] += lanes[lane + half]
-        half //= 2
-    return lanes[0]
+@reassociating
+def _row_norm(row: Array) -> Any:
+    """The sum of a float32 row's squares in float64, in one order whoever asks."""
+    total = 0.0
+    for column in range(row.shape[0]):
+        total += np.float64(row[column]) * np.float64(row[column])
+    return total
 
 
 @serial
@@ -108,8 +96,7 @@ def _sum_task(
     task: int, num_tasks: int, gradients: Gradients, places: Array, has_long: Array, out: Array, norms: Array
 ) -> None:
     own = np.empty(out.shape[1], dtype=np.float32), np.empty(out.shape[1], dtype=np.float32)
-    own_lanes = np.empty(LANES, dtype=np.float64)
-    (total, piece), lanes = borrowed(own), borrowed(own_lanes)
+    total, piece = borrowed(own)
     starts = gradients.starts
     for position in range(_first_row(starts, 1, task, num_tasks), _first_row(starts, 1, task + 1, num_tasks)):
         first, end = starts[position], starts[position + 1]
@@ -118,7 +105,7 @@ def _sum_task(
         elif places.shape[0] == 0:
             sum_pairs(gradients, first, end, piece, out[position])
             if norms.shape[0] > 0:
-                norms[position] = _row_norm(out[position], lanes)
+                norms[position] = _row_norm(out[position])
         else:
             sums = out[places[position]]
             for start in range(first, end, RUN_PIECE):
@@ -126,7 +113,6 @@ def _sum_task(
                 for column in range(total.shape[0]):
                     sums[column] += total[column]
     keep(own)
-    keep(own_lanes)
 
 
 @kernel
@@ -414,11 +400,8 @@ def catch_up(
 
 @serial
 def _norm_task(task: int, sums: Array, norms: Array) -> None:
-    own = np.empty(LANES, dtype=np.float64)
-    lanes = borrowed(own)
     for row in range(task * _NORM_ROWS, min((task + 1) * _NORM_ROWS, sums.shape[0])):
-        norms[row] = _row_norm(sums[row], lanes)
-    keep(own)
+        norms[row] = _row_norm(sums[row])
 
 
 @kernel
