@@ -193,6 +193,9 @@ def test_gradients_of_named_inputs_ask_for_no_others(open_table) -> None:  # typ
     loss = (table.gather_async(ids, weights).result() * x).sum()
     torch.autograd.grad(loss, x, retain_graph=True)
     assert not fake.shards[0].requests("update")
+    loss.backward(inputs=[table._anchor], retain_graph=True)
+    assert [request.want_weight_grad for request in fake.shards[0].requests("update")] == [False]
+    assert table.discard() == 1
     (grad,) = torch.autograd.grad(loss, weights, retain_graph=True)
     assert table.pending == 0
     loss.backward()
