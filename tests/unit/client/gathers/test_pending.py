@@ -64,7 +64,7 @@ def test_values_gradients_and_steps_are_those_of_gather(open_table, layout: str,
     moves=st.lists(st.tuples(st.sampled_from(("start", "finish", "drop", "backward", "commit")), st.integers(0, 7))),
     layout=st.sampled_from(sorted(LAYOUTS)),
 )
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_in_any_order_they_are_those_of_gather(open_table, moves: list[tuple[str, int]], layout: str) -> None:  # type: ignore[no-untyped-def]
     (fake, table), (plain_fake, plain) = open_table(layout), open_table(layout)
     leaves = [make_inputs(seed) for seed in range(8)]
@@ -408,10 +408,12 @@ def test_compiled_code_breaks_its_graph_and_export_is_refused(open_table) -> Non
         return pending.result().sum() * between.sum()
 
     (expected,) = torch.autograd.grad(model(weights), weights)
-    (found,) = torch.autograd.grad(torch.compile(model, backend="aot_eager")(weights), weights)
+    (found,) = torch.autograd.grad(torch.compile(model, backend="eager")(weights), weights)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.compiler.reset()
     with pytest.raises(Exception, match=r"torch\.compiler\.disable|cannot be exported|Unsupported"):
         torch.compile(model, backend="eager", fullgraph=True)(weights)
+    torch.compiler.reset()
     with pytest.raises(InvalidRequest, match="cannot be exported"):
         torch.jit.trace(model, (weights.detach(),))
 

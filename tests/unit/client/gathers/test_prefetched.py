@@ -122,7 +122,7 @@ def test_another_clients_commit_counts_as_soon_as_it_is_known(open_pool: Callabl
         max_size=20,
     )
 )
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_gather_is_ever_older_than_what_its_client_knows(open_pool, moves: list[tuple[str, int]]) -> None:  # type: ignore[no-untyped-def]
     fake = FaultyPool(LAYOUTS["columns"])
     table, other = (open_pool(fake).table("facts") for _ in range(2))
