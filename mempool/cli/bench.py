@@ -108,6 +108,34 @@ def train(
         )
 
 
+@app.command()
+def plan(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer rounds.")] = False,
+    rounds: Annotated[
+        int, typer.Option("--rounds", metavar="N", min=1, help="Rounds of a path; fewer where they take long, but 5.")
+    ] = 15,
+    only: Annotated[str, typer.Option("--only", metavar="NAMES", help="Paths, with commas: embedded,gRPC.")] = "",
+    machine: Annotated[
+        Path | None,
+        typer.Option("--machine", metavar="FILE", help="Try the constants of this result; measure no new ones."),
+    ] = None,
+    as_json: _AsJson = False,
+    out: _Out = None,
+) -> None:
+    """Measure the constants that `mempool plan` predicts by, and try them on other sizes and numbers of shards."""
+    with reported():
+        from mempool.bench.plan.command import bench_plan
+        from mempool.bench.plan.run import Options
+        from mempool.cli.plan import read_machine
+
+        given = None if machine is None else read_machine(machine)
+        _run(
+            lambda: bench_plan(
+                Options(quick=quick, rounds=rounds, only=_names(only), machine=given), as_json=as_json, out=out
+            )
+        )
+
+
 def _names(only: str) -> tuple[str, ...]:
     return tuple(name for name in only.split(",") if name)
 

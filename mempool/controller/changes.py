@@ -32,11 +32,11 @@ from mempool.types import (
     TableView,
 )
 from mempool.types.caller import Caller, calling
-from mempool.types.pool import WAITS_FOR_CHANGE, WAITS_FOR_SHARDS
+from mempool.types.pool import MAX_PLACED_PAGES, MAX_TABLES, WAITS_FOR_CHANGE, WAITS_FOR_SHARDS
 from mempool.types.running import Clock, Runner
 from mempool.types.schema_checks import check_schema, shown
 from mempool.types.schema_differences import schema_differences
-from mempool.types.sizes import bytes_by_owner
+from mempool.types.sizes import bytes_by_owner, num_pages
 
 _LOG = logging.getLogger("mempool.controller")
 _FILL_TIMEOUT_S = 3600.0
@@ -45,9 +45,6 @@ _OF_PAGES = ("layout", "block_dim", "page_slots", "seed", "init_std")
 _OF_RATES = ("lr", "eps", "beta1", "beta2", "lr_decay", "initial_accumulator_value", "weight_decay", "max_norm")
 _MAY_DIFFER = ("table_id", *_OF_PAGES, *_OF_RATES)
 """A table may take the place of one that differs in these: who uses it finds what it knows."""
-MAX_TABLES = 4096
-MAX_PLACED_PAGES = 2**22
-"""Pages of all tables: each costs four bytes in whatever tells of all tables, as a status does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -404,11 +401,6 @@ def differences(present: TableSchema, asked: TableSchema, *, aside: Collection[s
 
 def _shown(value: object) -> str:
     return repr(value) if isinstance(value, ProductKeySpec | FlatKeySpec) else shown(value)
-
-
-def num_pages(schema: TableSchema) -> int:
-    """Row pages by blocks, and key pages: what a placement names an owner of each."""
-    return schema.num_row_pages * schema.num_blocks + schema.num_key_pages
 
 
 def _creation(making: Making, seen: dict[tuple[int, int], TableStatus], now: float, change: str) -> TableCreation:

@@ -36,6 +36,8 @@ def transport(keep_KS: Int64Array, counts_K: Int64Array, *, low: int, high: int)
     """
     num_kinds, num_shards = keep_KS.shape
     assert num_shards * low <= int(counts_K.sum()) <= num_shards * high
+    if num_kinds == 1 and (keep_KS == keep_KS[0, 0]).all():
+        return _even(int(counts_K[0]), num_shards, low=low, high=high)[None, :]
     # Every unit where it gains most is the best of all divisions that ignore loads; each shortest path then changes the
     # loads at the least cost, so the division stays the best one for its loads.
     units_KS = np.zeros((num_kinds, num_shards), dtype=np.int64)
@@ -46,6 +48,21 @@ def transport(keep_KS: Int64Array, counts_K: Int64Array, *, low: int, high: int)
     while (network.loads < low).any():
         network.push(supply=network.loads - low, demand=low - network.loads)
     return network.units_KS
+
+
+def _even(num_units: int, num_shards: int, *, low: int, high: int) -> Int64Array:
+    """What the paths come to where nobody keeps anything, as with a new table, without going them: cubic in shards."""
+    full, rest = divmod(num_units, high)
+    loads = np.zeros(num_shards, dtype=np.int64)
+    loads[:full] = high
+    loads[full : full + 1] = rest
+    lacking = int(np.maximum(low - loads, 0).sum())
+    if lacking:
+        loads = np.maximum(loads, low)
+        givers = np.flatnonzero(loads > low)
+        given = np.minimum(np.cumsum(loads[givers] - low), lacking)
+        loads[givers] -= np.diff(given, prepend=0)
+    return loads
 
 
 def assign(keep_US: Int64Array, *, low: int, high: int) -> Int64Array:

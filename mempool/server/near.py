@@ -16,14 +16,13 @@ from typing import Any
 
 from mempool.errors import InvalidRequest, MempoolError, RequestTooLarge, ShardUnavailable
 from mempool.observe import Stages
-from mempool.types import GatherReply, GatherRequest
+from mempool.server.services import AtOnce
 from mempool.types.caller import Caller, calling
-from mempool.wire import methods
 from mempool.wire.near import handshake
 from mempool.wire.near.framing import COPIED, FAILURE, REPLY, REQUEST, Message
 from mempool.wire.near.line import Body, Line, Parts
 from mempool.wire.near.memory import ReceivedMemory, SentMemory
-from mempool.wire.near.methods import METHODS
+from mempool.wire.near.methods import GATHER, METHODS, UPDATE
 from mempool.wire.status import to_status
 
 _LOG = logging.getLogger("mempool.server")
@@ -32,11 +31,10 @@ _MOST_LINES = 64
 _SEND_TIMEOUT_S = 30.0
 """For a client to take an answer; it has nothing else to do."""
 _END_TIMEOUT_S = 2.0
-_IN_PLACE = (methods.GATHER, methods.UPDATE)
+_IN_PLACE = (GATHER, UPDATE)
 """Calls whose tensors are read where they came: the shard copies what it keeps of them."""
 
 Calls = Mapping[str, Callable[[Any], Awaitable[Any]]]
-AtOnce = Callable[[GatherRequest], GatherReply | None]
 
 
 class NearServer:
@@ -157,7 +155,7 @@ class NearServer:
         if in_place:
             request = _with_own_numbers(request)
         self._stages.record("decode", time.perf_counter() - began_s)
-        reply = self._at_once(request) if method is methods.GATHER else None
+        reply = self._at_once(request) if method is GATHER else None
         if reply is None:
             deadline_s = None if message.timeout_us < 0 else time.monotonic() + message.timeout_us / 1e6
             reply = serving.wait_for(_called(call, request, Caller(serving.peer, deadline_s)), self._loop)

@@ -12,9 +12,9 @@ from mempool.observe import Stages
 from mempool.server.admission import Admission
 from mempool.server.calls import Door
 from mempool.server.memory import Trimming
-from mempool.server.near import AtOnce, NearServer
+from mempool.server.near import NearServer
 from mempool.server.public import PublicServices
-from mempool.server.services import Handlers, Lookup, Services, near_calls
+from mempool.server.services import AtOnce, Handlers, Lookup, Services, near_calls
 from mempool.server.token import TokenInterceptor
 from mempool.types import PoolApi, ShardHost
 from mempool.wire.channels.channel import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, server_options
@@ -130,7 +130,7 @@ class Server:
                 now.
         """
         handlers: Mapping[str, Handlers] = {
-            MEMORY_SERVICE: self._services.memory(shard, lookup),
+            MEMORY_SERVICE: self._services.memory(shard, lookup, at_once=at_once),
             POOL_SERVICE: self._services.pool(pool),
             **({} if shard is None else {SHARD_SERVICE: self._services.shard(shard)}),
         }

@@ -6,6 +6,9 @@ from mempool.types.schema import Placement, TableSchema
 
 MAX_SHARDS = 4096
 """Shards of a pool: every one of them is asked for its status, told every placement, and named in every view."""
+MAX_TABLES = 4096
+MAX_PLACED_PAGES = 2**22
+"""Pages of all tables: each costs four bytes in whatever tells of all tables, as a status does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

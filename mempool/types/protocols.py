@@ -162,8 +162,12 @@ class ShardHost(Shard, PageHost, Protocol):
 class AtOnceShard(Protocol):
     """What the data path asks of a shard on the caller's own thread, of which it takes the whole: no event loop."""
 
-    def begin_gather(self, request: GatherRequest, timeout_s: float) -> Callable[[], GatherReply | None] | None:
+    def begin_gather(
+        self, request: GatherRequest, *, timeout_s: float, narrow_ids: bool, alone: bool
+    ) -> Callable[[], GatherReply | None] | None:
         """Ask; what is answered is called once, to wait for the reply.
+
+        narrow_ids: They fit uint32. alone: No other shard is asked meanwhile.
 
         None, of either: it cannot be had at once, for whatever reason, and nothing of it is known. Whoever asks takes
         ``Shard.gather`` then, which is the same call, and says what is wrong.

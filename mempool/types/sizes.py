@@ -1,5 +1,6 @@
 """What a table's pages weigh: bytes of rows, pages and keys by schema alone. Which shard has them is for placement."""
 
+from collections.abc import Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -25,6 +26,10 @@ _STATE: dict[Algorithm, tuple[str, ...]] = {
     "rowwise_adam": ("exp_avg", "row_exp_avg_sq"),
 }
 """What an optimizer keeps in float32: "row_..." per (slot, block), the others per element."""
+
+PAGE_TABLE_BYTES = 12
+"""Of every row page of a table, in each arena, whether the page is there or not: where it lies, and when it was last
+written to."""
 
 
 def state_names(optimizer: OptimizerSpec) -> tuple[str, ...]:
@@ -66,9 +71,29 @@ def row_page_bytes(schema: TableSchema) -> int:
     return schema.page_slots * slot_bytes(schema, width=schema.value_dim, blocks=schema.num_blocks, first=1)
 
 
+def num_pages(schema: TableSchema) -> int:
+    """Row pages by blocks, and key pages: what a placement names an owner of each."""
+    return schema.num_row_pages * schema.num_blocks + schema.num_key_pages
+
+
 def key_page_bytes(schema: TableSchema) -> int:
     """Bytes of one head's product keys; 0 without."""
     return 4 * schema.stride * schema.keys.key_dim if isinstance(schema.keys, ProductKeySpec) else 0
+
+
+def owned_bytes(schema: TableSchema, row_pages: Mapping[tuple[int, ...], int], *, heads: int) -> int:
+    """Bytes that pages take on a shard that had none of the table: as it says of itself, page tables and all.
+
+    Args:
+        schema: The table.
+        row_pages: How many row pages it has of each set of blocks, ascending.
+        heads: How many key pages.
+    """
+    num_bytes = heads * key_page_bytes(schema)
+    for blocks, count in row_pages.items():
+        row_bytes = slot_bytes(schema, width=schema.width(blocks), blocks=len(blocks), first=int(0 in blocks))
+        num_bytes += count * schema.page_slots * row_bytes + PAGE_TABLE_BYTES * schema.num_row_pages
+    return num_bytes
 
 
 def bytes_by_owner(

@@ -104,7 +104,8 @@ def measure(
     checks = gated(case + shape.name, contenders, sets[0])
     ways = [measuring.Contender(one.name, _run(one, sets)) for one in contenders]
     times = interleaved(ways, num_inputs=len(sets), rounds=rounds, budget_s=budget_s)
-    spent = cpu_of_calls(contenders, sets, times, batch_s=batch_s)
+    pids = {one.name: one.pids for one in contenders}
+    spent = cpu_of_calls(ways, pids, times, num_inputs=len(sets), batch_s=batch_s)
     return LookUps(shape, table, times, spent, checks)
 
 
@@ -117,26 +118,40 @@ def gated(case: str, contenders: Sequence[Contender], pairs: Pairs) -> list[Chec
 
 
 def cpu_of_calls(
-    contenders: Sequence[Contender], sets: Sequence[Pairs], times: Mapping[str, Times], *, batch_s: float
+    ways: Sequence[measuring.Contender],
+    pids: Mapping[str, Sequence[int]],
+    times: Mapping[str, Times],
+    *,
+    num_inputs: int,
+    batch_s: float,
 ) -> dict[str, Cpu]:
     """CPU of one call of each contender: the median of batches, which are interleaved.
 
     A batch has the whole CPU time of its processes, so also what they do between two calls.
+
+    Args:
+        ways: The contenders.
+        pids: Of the processes that answer, by contender.
+        times: By contender; of more of them, too.
+        num_inputs: Sets of inputs there are.
+        batch_s: As for ``measure``.
     """
-    found: dict[str, list[tuple[float | None, float | None]]] = {one.name: [] for one in contenders}
+    found: dict[str, list[tuple[float | None, float | None]]] = {one.name: [] for one in ways}
     for _ in range(_CPU_BATCHES):
-        for one in contenders:
+        for one in ways:
             calls = max(_LEAST_CALLS, math.ceil(batch_s / (times[one.name].median_ms / 1e3)))
-            found[one.name].append(_batch(one, sets, calls))
+            found[one.name].append(_batch(one, pids[one.name], calls, num_inputs))
     return {name: Cpu(*(_median(side) for side in zip(*batches, strict=True))) for name, batches in found.items()}
 
 
-def _batch(one: Contender, sets: Sequence[Pairs], calls: int) -> tuple[float | None, float | None]:
+def _batch(
+    one: measuring.Contender, pids: Sequence[int], calls: int, num_inputs: int
+) -> tuple[float | None, float | None]:
     own = (os.getpid(),)
-    before = cpu.spent_s(own), cpu.spent_s(one.pids)
+    before = cpu.spent_s(own), cpu.spent_s(pids)
     for call in range(calls):
-        one.run(sets[call % len(sets)])
-    after = cpu.spent_s(own), cpu.spent_s(one.pids)
+        one.run(call % num_inputs)
+    after = cpu.spent_s(own), cpu.spent_s(pids)
     client, server = (
         None if was is None or now is None else (now - was) * 1e3 / calls
         for was, now in zip(before, after, strict=True)

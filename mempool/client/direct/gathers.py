@@ -20,6 +20,7 @@ from mempool.types.messages import ReplyDtype
 
 DialAtOnce = Callable[[ShardInfo], AtOnceShard | None]
 """The way to a shard for threads that wait themselves; None where there is none now. Raises nothing."""
+_NARROW_END = 2**32
 _Wait = Callable[[], GatherReply | None]
 
 
@@ -57,7 +58,7 @@ class DirectGathers:
         found: list[GatherReply | None] = []
         try:
             for part in parts:
-                wait = self._begin(plan, part, lookup_id, remember, reply_dtype)
+                wait = self._begin(plan, part, lookup_id, remember, reply_dtype, alone=len(parts) == 1)
                 if wait is None:
                     break
                 begun.append(wait)
@@ -88,12 +89,13 @@ class DirectGathers:
         return values, record
 
     def _begin(
-        self, plan: TablePlan, part: Part, lookup_id: int, remember: bool, reply_dtype: ReplyDtype
+        self, plan: TablePlan, part: Part, lookup_id: int, remember: bool, reply_dtype: ReplyDtype, *, alone: bool
     ) -> _Wait | None:
         router, route = self._router, part.route
         shard = self._dial(route.info)
         if shard is None:
             return None
+        narrow_ids = plan.schema.num_slots <= _NARROW_END
         released = router.remembered.take(plan.table_id, route.shard)
         request = gather_request(
             part.bags,
@@ -105,7 +107,7 @@ class DirectGathers:
             reply_dtype=reply_dtype,
         )
         try:
-            wait = shard.begin_gather(request, self._patience_s)
+            wait = shard.begin_gather(request, timeout_s=self._patience_s, narrow_ids=narrow_ids, alone=alone)
         except MempoolError:  # the router finds it, too
             wait = None
         if wait is None:
@@ -113,7 +115,10 @@ class DirectGathers:
             return None
 
         def waited() -> GatherReply | None:
-            reply = wait()
+            try:
+                reply = wait()
+            except MempoolError:  # as before
+                reply = None
             if reply is None:
                 router.remembered.give_back(plan.table_id, route.shard, released)
             else:

@@ -55,7 +55,6 @@ from mempool.types.caller import current_caller
 from mempool.types.running import Clock
 from mempool.wire import methods
 from mempool.wire.channels.channel import Channel, Channels
-from mempool.wire.channels.near_channel import NearChannel
 from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
 from mempool.wire.methods import Method
 
@@ -90,12 +89,11 @@ class GrpcShard:
         """Whether calls are under way."""
         return self._calls > 0
 
-    def begin_gather(self, request: GatherRequest, timeout_s: float) -> Callable[[], GatherReply | None] | None:
+    def begin_gather(
+        self, request: GatherRequest, *, timeout_s: float, narrow_ids: bool, alone: bool
+    ) -> Callable[[], GatherReply | None] | None:
         """See ``AtOnceShard``: where the channel has such a way. For all threads but the loop's."""
-        channel = self._channel
-        if not isinstance(channel, NearChannel):
-            return None
-        return channel.begin(methods.GATHER, request, timeout_s=timeout_s, narrow_ids=_fit_narrow(request.ids))
+        return self._channel.begin(methods.GATHER, request, timeout_s=timeout_s, narrow_ids=narrow_ids, alone=alone)
 
     async def gather(self, request: GatherRequest) -> GatherReply:
         return await self._call(methods.GATHER, request, ids=request.ids)

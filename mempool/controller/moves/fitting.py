@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from mempool.controller.changes import MAX_PLACED_PAGES, MAX_TABLES, num_pages
 from mempool.controller.rescaling import check_shards, shards_after
 from mempool.controller.room import growth, require_room
 from mempool.errors import InvalidRequest
 from mempool.placement import assignment_of, plan_table
 from mempool.types import PoolStatus, ShardInfo, ShardStatus, TableSchema
-from mempool.types.sizes import bytes_by_owner
+from mempool.types.pool import MAX_PLACED_PAGES, MAX_TABLES
+from mempool.types.sizes import bytes_by_owner, num_pages
 
 
 def require_fit(status: PoolStatus, shards: int, tables: Sequence[TableSchema]) -> None:

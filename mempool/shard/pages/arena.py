@@ -19,11 +19,9 @@ from mempool import kernels
 from mempool.shard.pages.memory import rows_on
 from mempool.shard.pages.named_arrays import LAST_STEP, SCALES, VALUES, Blocks, NamedArray, packed_layout, row_bytes
 from mempool.types import TableSchema
+from mempool.types.sizes import PAGE_TABLE_BYTES
 
 PageNumbers = npt.NDArray[np.int64]
-
-PAGE_TABLE_BYTES = 12
-"""Of every row page of the table, here or not: where it lies, and when it was last written to."""
 
 _IDLE_PART = 16
 """An arena lets a sixteenth of its pages be free before it gives memory back."""

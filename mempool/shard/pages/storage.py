@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mempool import kernels
-from mempool.shard.pages.arena import PAGE_TABLE_BYTES, Arena
+from mempool.shard.pages.arena import Arena
 from mempool.shard.pages.filling import filled, filled_head_keys
 from mempool.shard.pages.masks import Mask, by_blocks
 from mempool.shard.pages.named_arrays import (
@@ -33,6 +33,7 @@ from mempool.shard.pages.named_arrays import (
 from mempool.shard.steps.optimizers import dense_schedule, step_names
 from mempool.types import Placement, ProductKeySpec, TableSchema
 from mempool.types.bags import Bags
+from mempool.types.sizes import PAGE_TABLE_BYTES, owned_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,7 @@ class Storage:
         row_pages = {
             blocks: len(pages) for blocks, pages in by_blocks(placement.owners == self.shard).items() if blocks
         }
-        return self.new_bytes(row_pages, heads=int((placement.key_owners == self.shard).sum()))
+        return owned_bytes(self.schema, row_pages, heads=int((placement.key_owners == self.shard).sum()))
 
     @property
     def lanes(self) -> tuple[Lane, ...]:

@@ -32,7 +32,14 @@ class AtOnce:
         self._answers = answers
         self._store = store
 
-    def begin_gather(self, request: GatherRequest, timeout_s: float) -> Callable[[], GatherReply | None]:  # noqa: ARG002
+    def begin_gather(
+        self,
+        request: GatherRequest,
+        *,
+        timeout_s: float,  # noqa: ARG002
+        narrow_ids: bool,  # noqa: ARG002
+        alone: bool,  # noqa: ARG002
+    ) -> Callable[[], GatherReply | None]:
         """See ``AtOnceShard``. All is done when the answer is asked for; whoever has the shard just then is waited
         for."""
         return lambda: self._gather(request, wait=True)

@@ -16,7 +16,7 @@ from mempool.wire.channels.grpc_channel import GrpcChannel, GrpcChannels
 from mempool.wire.methods import Method
 from mempool.wire.near import handshake
 from mempool.wire.near.line import Body, ClientLine, supported
-from mempool.wire.near.methods import NUMBERS
+from mempool.wire.near.methods import METHODS, NUMBERS
 from mempool.wire.status import from_detail
 
 _AGAIN_S = 2.0
@@ -78,7 +78,8 @@ class NearChannel:
         if line is None or number is None:
             return await self._grpc.call(method, request, timeout_s=timeout_s, narrow_ids=narrow_ids)
         try:
-            parts = method.request.parts(request, narrow_ids=narrow_ids)
+            near: Method[RequestT, ReplyT] = METHODS[number]
+            parts = near.request.parts(request, narrow_ids=narrow_ids)
             is_large = sum(len(part) for part in parts) > MOST_REQUEST_BYTES
         except BaseException:
             self._give_back(line)
@@ -94,22 +95,25 @@ class NearChannel:
             raise self._explained(error) from None
         self._give_back(line)
         if replied:
-            return method.decode_reply(body)
+            return near.decode_reply(body)
         raise self._failure(body)
 
     def begin(
-        self, method: Method[RequestT, ReplyT], request: RequestT, *, timeout_s: float, narrow_ids: bool = False
+        self,
+        method: Method[RequestT, ReplyT],
+        request: RequestT,
+        *,
+        timeout_s: float,
+        narrow_ids: bool = False,
+        alone: bool = True,
     ) -> Callable[[], ReplyT | None] | None:
-        """Ask on this thread, which then waits for the answer by calling what is returned, once.
-
-        None, of either: it could not be asked, or was not answered with a reply; ``call`` says why.
-        """
         number = NUMBERS[method.path]
+        near: Method[RequestT, ReplyT] = METHODS[number]
         line = self._taken()
         if line is None:
-            return None
+            return self._grpc.begin(method, request, timeout_s=timeout_s, narrow_ids=narrow_ids, alone=alone)
         try:
-            parts = method.request.parts(request, narrow_ids=narrow_ids)
+            parts = near.request.parts(request, narrow_ids=narrow_ids)
             if sum([len(part) for part in parts]) > MOST_REQUEST_BYTES:
                 self._give_back(line)
                 return None
@@ -130,7 +134,7 @@ class NearChannel:
                     return None
                 raise
             self._give_back(line)
-            return method.decode_reply(body) if replied else None
+            return near.decode_reply(body) if replied else None
 
         return wait
 

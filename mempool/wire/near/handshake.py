@@ -62,7 +62,7 @@ def call(address: str, token: str | None) -> tuple[socket.socket, SentMemory, Re
         answer, descriptor = _receive(connection)
         if answer.get("version") != VERSION or not answer.get("agreed") or descriptor is None:
             raise ShardUnavailable(f"no shared memory with {address}: {answer.get('why', 'it did not agree')}")
-        received = _received(descriptor, writable=True)  # a caller's tensors are his to write to
+        received = _received(descriptor)
     except BaseException:
         connection.close()
         if sent is not None:
@@ -149,8 +149,8 @@ def _receive(connection: socket.socket) -> tuple[dict[str, Any], int | None]:
     return said, descriptors[0] if descriptors else None
 
 
-def _received(descriptor: int, *, writable: bool = False) -> ReceivedMemory:
+def _received(descriptor: int) -> ReceivedMemory:
     try:
-        return ReceivedMemory(descriptor, writable=writable)
+        return ReceivedMemory(descriptor)
     finally:
         os.close(descriptor)

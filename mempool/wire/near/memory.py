@@ -97,19 +97,17 @@ class ReceivedMemory:
 
     Args:
         descriptor: As it was handed over. It stays its giver's.
-        writable: This process may write to what it has received.
 
     Raises:
         InvalidRequest: It may shrink, or is larger than any.
     """
 
-    def __init__(self, descriptor: int, *, writable: bool = False) -> None:
+    def __init__(self, descriptor: int) -> None:
         seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
         num_bytes = os.fstat(descriptor).st_size
         if seals & _SEALS != _SEALS or not 0 < num_bytes <= MEMORY_BYTES:
             raise InvalidRequest(f"memory of {num_bytes:,} bytes with seals {seals:#x} cannot be shared")
-        access = mmap.PROT_READ | mmap.PROT_WRITE if writable else mmap.PROT_READ
-        self._memory = memoryview(mmap.mmap(descriptor, num_bytes, prot=access))
+        self._memory = memoryview(mmap.mmap(descriptor, num_bytes))  # a caller may write to the tensors that he gets
 
     def view(self, begin: int, num_bytes: int) -> memoryview:
         """A body where it lies. Who sent it may write to it. Raises InvalidRequest where it does not lie within."""

@@ -30,9 +30,26 @@ COMMANDS = {
     "checkpoints": ["--json", "--keep", "--remove", "place"],
     "inspect": ["--checkpoint", "--json", "place"],
     "verify": ["--checkpoint", "--json", "place"],
+    "plan": [
+        *("--block-dim", "--dtype", "--gpu-gb-per-s", "--gpu-memory", "--gpus", "--heads", "--host-cores"),
+        *(
+            "--host-gb-per-s",
+            "--host-memory",
+            "--json",
+            "--latency-us",
+            "--layers",
+            "--layout",
+            "--machine",
+            "--master",
+        ),
+        *("--nic", "--optimizer", "--page-slots", "--path", "--shards", "--shards-per-host", "--shared", "--slots"),
+        *("--tokens", "--tokens-per-s", "--topk", "--trainers", "--trainers-per-host", "--value-dim", "--width"),
+        "--wire-dtype",
+    ],
     "bench": [],
     "bench kernels": ["--device", "--json", "--only", "--out", "--plot", "--quick", "--rounds"],
     "bench train": ["--json", "--only", "--out", "--plot", "--quick", "--rounds"],
+    "bench plan": ["--json", "--machine", "--only", "--out", "--quick", "--rounds"],
     "bench serve": ["--json", "--only", "--out", "--plot", "--quick", "--ray", "--rounds"],
 }
 

@@ -10,10 +10,16 @@ import torch
 from mempool.config import ProductKeys, TableConfig, resolve
 from mempool.kernels import STATE_NAMES
 from mempool.placement import plan
-from mempool.shard.pages.arena import PAGE_TABLE_BYTES
 from mempool.shard.pages.storage import Storage
 from mempool.types import FlatKeySpec, OptimizerSpec, Placement
-from mempool.types.sizes import bytes_by_owner, key_page_bytes, row_page_bytes, slot_bytes, state_names
+from mempool.types.sizes import (
+    PAGE_TABLE_BYTES,
+    bytes_by_owner,
+    key_page_bytes,
+    row_page_bytes,
+    slot_bytes,
+    state_names,
+)
 
 from .schemas import PLAIN
 

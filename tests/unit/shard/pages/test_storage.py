@@ -112,7 +112,7 @@ def test_pages_are_counted_once_not_at_every_request(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("layout", ["one", "columns", "mixed"])
 def test_bytes_are_promised_to_the_byte(layout: str) -> None:
-    schema = make_schema(num_slots=49, keys=ProductKeySpec(heads=3, key_dim=6))
+    schema = make_schema(num_slots=49, stride=7, keys=ProductKeySpec(heads=3, key_dim=6))
     placement = placement_of(layout, key_owners=[0, 1, 0])
     promised = Storage(schema, shard=0, device=CPU).initial_bytes(placement)
     assert make_table(schema, layout, key_owners=[0, 1, 0]).num_bytes == promised

@@ -66,16 +66,6 @@ def test_memory_that_could_shrink_or_is_of_no_such_size_is_refused(size: int, se
     os.close(descriptor)
 
 
-def test_only_who_may_writes_to_what_was_received() -> None:
-    sent = SentMemory(SIZE)
-    begin, _ = sent.put([b"one"], 3) or (0, 0)
-    with pytest.raises(TypeError):
-        ReceivedMemory(sent.descriptor).view(begin, 3)[0] = 0
-    ReceivedMemory(sent.descriptor, writable=True).view(begin, 3)[0] = ord("O")
-    assert ReceivedMemory(sent.descriptor).view(begin, 3) == b"One"
-    sent.close()
-
-
 def test_what_was_handed_over_cannot_shrink() -> None:
     sent = SentMemory(SIZE)
     with pytest.raises(PermissionError):

@@ -1,0 +1,143 @@
+"""A machine's constants out of measured points: the kernels first, then what each path costs beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from mempool.bench.plan.points import CALLS, KERNELS, Call, Point
+from mempool.sizing import Costs, Kernels, Machine, Path
+from mempool.sizing.fit import fitted, total
+from mempool.sizing.times import here_s, kernels_s
+from mempool.sizing.traffic import client_amounts, gather_amounts, update_amounts
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Milliseconds of one call of a point.
+
+    Attributes:
+        wall: The median of rounds.
+        client: CPU of this process; server: of those that answer. None where nobody can tell.
+    """
+
+    wall: float
+    client: float | None = None
+    server: float | None = None
+
+
+Times = Mapping[Point, Measured]
+
+
+def machine_of(name: str, times: Times, *, copy_bytes_per_s: float, cores: int) -> Machine:
+    """The constants.
+
+    Args:
+        name: The machine's.
+        times: Of points that are to be fitted: of the kernels, and of each path.
+        copy_bytes_per_s: Of a copy.
+        cores: Of the machine.
+    """
+    kernels = _kernels({point: found for point, found in times.items() if point.path == KERNELS})
+    paths = {}
+    for path in dict.fromkeys(point.path for point in times if point.path != KERNELS):
+        mine = {point: found for point, found in times.items() if point.path == path}
+        costs = {call: _costs(mine, call, kernels, cores) for call in CALLS}
+        paths[path] = Path(gather=costs["gather"], step=costs["step"])
+    return Machine(name=name, copy_bytes_per_s=copy_bytes_per_s, kernels={"cpu": kernels}, paths=paths)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A point on which constants were tried. Milliseconds."""
+
+    point: Point
+    measured_ms: float
+    predicted_ms: float
+
+    @property
+    def error(self) -> float:
+        """How far the prediction is from what was measured, as a share of that."""
+        return abs(self.predicted_ms - self.measured_ms) / self.measured_ms
+
+
+def tried(machine: Machine, times: Times, *, cores: int) -> list[Tried]:
+    """What the constants predict, beside what was measured at other points than those they come from."""
+    return [
+        Tried(
+            point,
+            found.wall,
+            1e3 * here_s(
+                machine, point.path, point.call, point.split, bags=point.bags, pairs=point.pairs, cores=cores
+            ),
+        )
+        for point, found in times.items()
+    ]  # fmt: skip
+
+
+def median_error(found: Sequence[Tried]) -> float | None:
+    """None of no points."""
+    return median(one.error for one in found) if found else None
+
+
+def _kernels(times: Times) -> Kernels:
+    """The gather's rows and bytes; and those of what a step does besides. A step follows its gather."""
+    points = list(times)
+    gathers, steps = points[::2], points[1::2]
+    seconds = [times[point].wall / 1e3 for point in gathers]
+    whole = [times[point].wall / 1e3 for point in steps]
+    return Kernels(
+        gather=fitted(
+            [gather_amounts(point.split.busiest, point.split, pairs=point.pairs) for point in gathers], seconds
+        ),
+        update=fitted(
+            [update_amounts(point.split.busiest, point.split, pairs=point.pairs) for point in steps],
+            [step - gather for step, gather in zip(whole, seconds, strict=True)],
+            whole,
+        ),
+    )
+
+
+def _costs(times: Times, call: Call, kernels: Kernels, cores: int) -> Costs:
+    points = {point: found for point, found in times.items() if point.call == call}
+    amounts = [client_amounts(point.split, bags=point.bags, pairs=point.pairs) for point in points]
+    walls = [found.wall / 1e3 for found in points.values()]
+    beside = [kernels_s(kernels, call, point.split, pairs=point.pairs, cores=cores) for point in points]
+    wall = fitted(amounts, [seconds - work for seconds, work in zip(walls, beside, strict=True)], walls)
+    client = server = None
+    inside = [not point.pids for point in points]
+    works = [_all_kernels_s(kernels, call, point) for point in points]
+    clients = [found.client for found in points.values()]
+    if None not in clients:
+        spent = [each / 1e3 for each in clients if each is not None]
+        less = [seconds - work * here for seconds, work, here in zip(spent, works, inside, strict=True)]
+        client = fitted(amounts, less, spent)
+    servers = [found.server for found in points.values()]
+    if None not in servers and not all(inside):
+        spent = [each / 1e3 for each in servers if each is not None]
+        less = [seconds - work for seconds, work in zip(spent, works, strict=True)]
+        server = fitted([_servers_amounts(point) for point in points], less, spent)
+    # Where the system does not tell what CPU was spent, a call's whole time is taken for its client's.
+    return Costs(wall=wall, client=client or wall, server=server or {})
+
+
+def _servers_amounts(point: Point) -> dict[str, float]:
+    """Of all shards together."""
+    split = point.split
+    return {
+        "call": split.asked,
+        "pair": split.times_sent * point.pairs,
+        "column": point.bags * split.columns_sent,
+    }
+
+
+def _all_kernels_s(kernels: Kernels, call: Call, point: Point) -> float:
+    """Of all shards, one after the other."""
+    seconds = 0.0
+    for held in point.split.holdings:
+        work = total(kernels.gather, gather_amounts(held, point.split, pairs=point.pairs))
+        if call == "step":
+            work += total(kernels.update, update_amounts(held, point.split, pairs=point.pairs))
+        seconds += held.shards * work
+    return seconds

@@ -1,0 +1,123 @@
+"""Bytes that a look-up and its update move, by the split alone; and what a path's constants are multiplied with."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mempool.sizing.split import Holding, Split
+from mempool.types.messages import ReplyDtype
+from mempool.types.schema import ELEMENT_BYTES
+
+#: A pair is sent as an id of four bytes, or eight where ids may not fit, and a float32 weight; of every bag its offset.
+_WEIGHT_BYTES = 4
+_OFFSET_BYTES = 8
+_NARROW_SLOTS = 2**32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """Bytes of tensors, by direction; messages' own headers, some tens of bytes each, are left out.
+
+    Attributes:
+        request: Ids, weights and offsets, out.
+        reply: Sums, back.
+        grads: Gradients of the sums, out.
+        weight_grads: Gradients of the weights, back.
+    """
+
+    request: int
+    reply: int
+    grads: int
+    weight_grads: int
+
+    @property
+    def out(self) -> int:
+        return self.request + self.grads
+
+    @property
+    def back(self) -> int:
+        return self.reply + self.weight_grads
+
+    @property
+    def moved(self) -> int:
+        """Both ways."""
+        return self.out + self.back
+
+
+def traffic_of(held: Holding, split: Split, *, bags: int, pairs: int, wire_dtype: ReplyDtype) -> Traffic:
+    """Between one trainer and one shard, of one look-up with its update.
+
+    Args:
+        held: What the shard owns.
+        split: Of the table.
+        bags: Of the look-up.
+        pairs: Of all its bags together.
+        wire_dtype: Of sums and their gradients.
+    """
+    id_bytes = 4 if split.schema.num_slots <= _NARROW_SLOTS else 8
+    sent = math.ceil(held.share * pairs)
+    values = bags * held.width * ELEMENT_BYTES[wire_dtype]
+    return Traffic(
+        request=sent * (id_bytes + _WEIGHT_BYTES) + _OFFSET_BYTES * (bags + 1),
+        reply=values,
+        grads=values,
+        weight_grads=4 * sent,
+    )
+
+
+def traffic(split: Split, *, bags: int, pairs: int, wire_dtype: ReplyDtype) -> Traffic:
+    """Between one trainer and all shards; arguments as above."""
+    parts = [
+        (held.shards, traffic_of(held, split, bags=bags, pairs=pairs, wire_dtype=wire_dtype)) for held in split.holdings
+    ]
+    return Traffic(
+        request=sum(count * part.request for count, part in parts),
+        reply=sum(count * part.reply for count, part in parts),
+        grads=sum(count * part.grads for count, part in parts),
+        weight_grads=sum(count * part.weight_grads for count, part in parts),
+    )
+
+
+#: What a call costs beside the kernels, by terms, each in seconds for one of:
+#:   call    the call itself
+#:   shard   a further shard that is asked
+#:   pair    a pair sent, once for each shard that it is sent to
+#:   sort    a pair that is sent to its owner alone (rows)
+#:   filter  a pair looked at for each shard that is sent a part (rows)
+#:   column  an element of an answer
+TERMS = ("call", "shard", "pair", "sort", "filter", "column")
+
+Amounts = Mapping[str, float]
+
+
+def client_amounts(split: Split, *, bags: int, pairs: int) -> Amounts:
+    """How much of each term a client has to do with one look-up."""
+    return {
+        "call": 1,
+        "shard": split.asked - 1,
+        "pair": split.times_sent * pairs,
+        "sort": pairs if split.filtered else 0,
+        "filter": split.filtered * pairs,
+        "column": bags * split.columns_sent,
+    }
+
+
+def shard_amounts(held: Holding, *, bags: int, pairs: int) -> Amounts:
+    """How much one shard has to do with it, beside its kernels."""
+    return {"call": 1, "pair": held.share * pairs, "column": bags * held.width}
+
+
+def gather_amounts(held: Holding, split: Split, *, pairs: int) -> Amounts:
+    """Rows that a shard's kernel reads for a look-up, and their bytes."""
+    rows = held.share * pairs
+    width = held.area / held.share * split.schema.value_dim
+    return {"row": rows, "byte": rows * width * ELEMENT_BYTES[split.schema.dtype]}
+
+
+def update_amounts(held: Holding, split: Split, *, pairs: int) -> Amounts:
+    """Pairs of an update and its commit, and bytes: rows read again for the weights' gradient, and each row that is
+    touched read and written with its state. Of ids drawn uniformly: others touch fewer rows."""
+    read = gather_amounts(held, split, pairs=pairs)
+    slots = held.share * split.schema.num_slots
+    touched = slots * -math.expm1(-read["row"] / slots)
+    return {"row": read["row"], "byte": read["byte"] + 2 * touched * held.row_bytes}

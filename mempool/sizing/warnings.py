@@ -1,0 +1,74 @@
+"""What whoever reads a plan should know besides its figures: what it assumes, and what will not do."""
+
+import math
+from collections.abc import Iterator
+
+from mempool.config import ShardConfig
+from mempool.sizing.demands import Hosts, Model
+from mempool.sizing.machine import Machine
+from mempool.sizing.split import Split
+from mempool.sizing.times import StepTime
+from mempool.types.pool import MAX_PLACED_PAGES
+from mempool.types.sizes import num_pages
+
+_FULL = 0.95
+_WIDE = 4
+
+
+def warnings_of(
+    split: Split,
+    time: StepTime | None,
+    model: Model,
+    hosts: Hosts,
+    shard: ShardConfig,
+    machine: Machine | None,
+    *,
+    shards_needed: int,
+) -> Iterator[str]:
+    """A sentence each."""
+    schema, busiest = split.schema, split.busiest
+    if not schema.stride:
+        root = math.isqrt(schema.num_slots)
+        yield (
+            f"{schema.num_slots:,} slots are no square: a MemoryLayer, whose keys are product keys, needs one "
+            f"({root**2:,} or {(root + 1) ** 2:,})"
+        )
+    pages = model.tables * num_pages(schema)
+    if pages > MAX_PLACED_PAGES:
+        yield (
+            f"{pages:,} pages of {model.tables} tables are more than the {MAX_PLACED_PAGES:,} that a pool takes: give "
+            "a larger page_slots or block_dim, or let layers share a table"
+        )
+    if model.tables * split.largest_bytes > _FULL * shard.page_bytes:
+        yield (
+            f"the fullest shard has {model.tables * split.largest_bytes / shard.page_bytes:.0%} of its room: a rescale "
+            "to fewer, a second table or restoring a checkpoint beside it will not fit"
+        )
+    sent = math.ceil(busiest.share * model.pairs)
+    held = model.trainers * model.layers * (4 * model.tokens * busiest.width + 12 * sent)
+    if held > shard.client_bytes:
+        yield (
+            f"a step makes a shard hold {held / 2**20:,.0f} MiB of updates and remembered look-ups, and clients may "
+            f"make it hold {shard.client_bytes / 2**20:,.0f} MiB: set shard.client_memory, or give fewer tokens a step"
+        )
+    if split.columns_sent > _WIDE * schema.value_dim:
+        yield (
+            f"each bag is answered by {split.columns_sent // schema.value_dim} whole rows, as each shard by rows sends "
+            "partial sums of all its columns: more blocks (a smaller block_dim) make that fewer"
+        )
+    if split.asked < split.shards:
+        yield f"{split.shards - split.asked} of {split.shards} shards own no row page"
+    if split.shards > shards_needed and split.shards % hosts.shards_each:
+        yield f"{split.shards} shards do not fill hosts of {hosts.shards_each}"
+    if machine is None:
+        yield "no times: they need a machine's constants (mempool bench plan --out DIR, then --machine FILE)"
+    elif hosts.device not in machine.kernels:
+        yield (
+            f"kernels on {hosts.device} were not measured on {machine.name}: they are taken to have the same share of "
+            "memory bandwidth as on its CPU"
+            + ("" if hosts.gpu_gb_per_s else ", and as no bandwidth of a GPU is given, its CPU's speed")
+        )
+    if time is not None and model.tokens_per_s is not None:
+        reached = model.trainers * model.tokens / time.total
+        if reached < model.tokens_per_s:
+            yield (f"{reached:,.0f} tokens/s at most, not {model.tokens_per_s:,.0f}: {time.limit} takes most of a step")

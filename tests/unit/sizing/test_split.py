@@ -1,0 +1,105 @@
+"""What a split says shards have is what shards say they have; what it says is sent is what is encoded."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import mempool
+from mempool.client.routing.plan import make_plan as client_plan
+from mempool.client.routing.plan import split as parts_of
+from mempool.config import SGD, Adam, AdamW, ProductKeys, RowWiseAdagrad, TableConfig, resolve
+from mempool.controller.changes import first_view
+from mempool.sizing import split
+from mempool.sizing.traffic import traffic
+from mempool.types import ShardInfo, TableSchema
+from mempool.types.bags import Bags
+from mempool.types.messages import Envelope, GatherReply, GatherRequest, Stamp, StepId, UpdateReply, UpdateRequest
+from mempool.wire.codecs import messages as codecs
+
+ENVELOPE = Envelope(table_id=0, epoch=1, incarnation=1)
+STAMP = Stamp(shard=0, incarnation=1, epoch=1, table_version=0)
+HEADER_BYTES = 120
+_PAIR_BYTES = 8
+
+
+TABLES: list[dict[str, Any]] = [
+    {},
+    {"dtype": "bfloat16", "optimizer": Adam(0.1), "layout": "rows"},
+    {"dtype": "int8", "master": True, "optimizer": SGD(0.1, momentum=0.9), "layout": "columns"},
+    {"dtype": "float8_e4m3fn", "optimizer": RowWiseAdagrad(0.1), "layout": "grid"},
+    {"optimizer": AdamW(0.1, dense=True), "layout": "grid", "block_dim": 16},
+    {"dtype": "bfloat16", "optimizer": RowWiseAdagrad(0.1, rowwise="row")},
+    {"keys": ProductKeys(heads=3, key_dim=6), "value_dim": 100, "block_dim": 40},
+    {"keys": mempool.FlatKeys(key_dim=5), "dtype": "int8"},
+]
+
+
+@pytest.mark.parametrize("shards", [1, 3, 4])
+def test_shards_have_what_it_says(shards: int) -> None:
+    configs = [
+        TableConfig(**{"name": f"t{number}", "num_slots": 24**2, "value_dim": 64, **fields})
+        for number, fields in enumerate(TABLES)
+    ]
+    with mempool.local(shards=shards, device="cpu") as pool:
+        for config in configs:
+            pool.create_table(config)
+        told = pool.status()
+    for config in configs:
+        found = split(resolve(config), shards)
+        seen = {shard.info.shard: table for shard in told.shards for table in shard.tables if table.name == config.name}
+        assert found.total_bytes == sum(table.num_bytes for table in seen.values()), config
+        assert found.largest_bytes == max(table.num_bytes for table in seen.values())
+        assert found.owners == sum(table.pages > 0 for table in seen.values())
+
+
+@pytest.mark.parametrize("layout", ["columns", "rows", "grid", "auto"])
+@pytest.mark.parametrize("shards", [1, 4, 6])
+def test_what_is_sent_is_what_is_encoded(layout: Any, shards: int) -> None:
+    schema = resolve(TableConfig(name="a", num_slots=4096, value_dim=256, layout=layout, page_slots=16, block_dim=32))
+    bags, pairs = 8, 4096
+    generator = torch.Generator().manual_seed(0)
+    drawn = Bags(
+        ids=torch.randperm(4096, generator=generator),  # each slot once: every shard gets exactly its part
+        weights=torch.ones(pairs),
+        offsets=torch.arange(0, pairs + 1, pairs // bags),
+    )
+    sent = encoded(schema, shards, drawn)
+    said = traffic(split(schema, shards), bags=bags, pairs=pairs, wire_dtype="float32")
+    for name, num_bytes in sent.items():
+        headers = num_bytes - getattr(said, name)
+        assert -_PAIR_BYTES * shards < headers < HEADER_BYTES * shards, name  # of a part of a pair, a whole one is said
+
+
+def encoded(schema: TableSchema, shards: int, drawn: Bags) -> dict[str, int]:
+    """Bytes of all messages of one look-up and its update, as a client would send and get them."""
+    view, _ = first_view(schema, tuple(ShardInfo(shard=shard, address="", incarnation=1) for shard in range(shards)))
+    sent = dict.fromkeys(("request", "reply", "grads", "weight_grads"), 0)
+    for part in parts_of(client_plan(view), drawn):
+        values = torch.zeros(drawn.num_bags, part.route.width)
+        request = GatherRequest(
+            envelope=ENVELOPE, lookup_id=1, ids=part.bags.ids, weights=part.bags.weights, offsets=part.bags.offsets,
+            remember=True,
+        )  # fmt: skip
+        reply = GatherReply(stamp=STAMP, blocks=part.route.blocks, values=values)
+        update = UpdateRequest(
+            envelope=ENVELOPE, step_id=StepId(group="g", rank=0, step=1), sequence=1, lookup_id=1,
+            blocks=part.route.blocks, grads=values, hold=True, want_weight_grad=True,
+        )  # fmt: skip
+        answer = UpdateReply(stamp=STAMP, weight_grad=torch.zeros(part.bags.num_pairs))
+        sent["request"] += len(codecs.GATHER_REQUEST.encode(request, narrow_ids=True))
+        sent["reply"] += len(codecs.GATHER_REPLY.encode(reply))
+        sent["grads"] += len(codecs.UPDATE_REQUEST.encode(update))
+        sent["weight_grads"] += len(codecs.UPDATE_REPLY.encode(answer))
+    return sent
+
+
+def test_a_thousand_shards_are_laid_out_as_asked() -> None:
+    config = TableConfig(name="a", num_slots=8192**2, value_dim=2048, dtype="bfloat16", layout="grid", block_dim=64)
+    found = split(resolve(config), 1024)
+    assert (found.kind, found.asked, found.owners, found.filtered) == ("grid", 1024, 1024, 1024)
+    (held,) = found.holdings
+    assert (held.share, held.width, held.area) == (1 / 32, 64, 1 / 1024)
+    assert (found.times_sent, found.columns_sent) == (32, 65536)
+    values = 8192**2 * 2048 * (2 + 4)
+    assert values < found.total_bytes < 1.01 * values
