@@ -144,7 +144,7 @@ class TableLink:
     def begin_update(self, record: LookupRecord, grads: Tensor, *, hold: bool) -> Told[Tensor | None]:
         """As ``send_update`` with want_weight_grad, whose answer is taken later."""
         own = self._before_update(grads, hold=hold)
-        pending = self._begin(self.session.update(record, own, hold=hold, want_weight_grad=True))
+        pending = self.session.weight_grad_later(record, own, hold=hold, begin=self._begin)
         return Told(pending, lambda _: self._after_update(hold=hold))
 
     def send_update(self, record: LookupRecord, grads: Tensor, *, hold: bool, want_weight_grad: bool) -> Tensor | None:

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from mempool.client import PendingGather, Pool, Table
 from mempool.client.gathers.window import Window
 from mempool.errors import DeadlineExceeded, InvalidRequest, MempoolError
+from mempool.types.bags import Bags
+from mempool.wire.channels.loop import begin
 from tests.support.faulty import LAYOUTS, Fault, FaultyPool
 from tests.support.waiting import BOUND_S, HeldBack, until
 
@@ -56,6 +58,23 @@ def test_values_gradients_and_steps_are_those_of_gather(open_table, layout: str,
         assert table.pending == 1
         table.commit(lr=LR)
         found.append((pooled, fake.values, weights.grad if weighted else torch.zeros(1)))
+    for ours, expected in zip(*found, strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("wire_dtype", ["float32", "bfloat16"])
+def test_other_dtypes_are_gathers(open_table, dtype: torch.dtype, wire_dtype: str) -> None:  # type: ignore[no-untyped-def]
+    _, table = open_table()
+    table.wire_dtype = wire_dtype
+    ids, leaf = make_inputs()
+    found = []
+    for start in (table.gather, lambda *given: table.gather_async(*given).result()):
+        weights = leaf.detach().to(dtype).requires_grad_()
+        pooled = start(ids, weights)
+        pooled.sin().sum().backward()
+        assert weights.grad.dtype == dtype
+        found.append((pooled, weights.grad))
     for ours, expected in zip(*found, strict=True):
         assert torch.equal(ours, expected)
 
@@ -128,6 +147,29 @@ def test_in_the_backward_pass_the_gradient_of_weights_is_waited_for_where_the_ga
     assert between_done.is_set()
     assert weights.grad is not None
     assert table.pending == 1
+
+
+def test_an_update_has_its_place_in_the_step_when_it_goes_out(open_table) -> None:  # type: ignore[no-untyped-def]
+    """However late the loop comes to it: sums are made in the order of updates."""
+    _, table = open_table()
+    ids, weights = make_inputs()
+    _, record = table.link.send_gather(
+        Bags(ids.flatten(), weights.detach().flatten(), torch.arange(6) * 4), remember=True
+    )
+    busy, go_on = threading.Event(), threading.Event()
+
+    async def hold_up() -> None:
+        busy.set()
+        go_on.wait(BOUND_S)
+
+    begin(hold_up())
+    assert busy.wait(BOUND_S)
+    pending = table.link.begin_update(record, torch.ones(5, 12), hold=True)
+    try:
+        assert table.pending == 1
+    finally:
+        go_on.set()
+    assert pending.result().shape == (20,)
 
 
 def test_the_graph_is_made_where_the_result_is_taken(open_table) -> None:  # type: ignore[no-untyped-def]
