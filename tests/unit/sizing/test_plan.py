@@ -101,6 +101,21 @@ def test_with_times_it_is_the_fastest() -> None:
     assert (found.machine, found.path) == ("a-machine", "gRPC")
 
 
+def test_more_shards_are_looked_at_where_nobody_says_how_many() -> None:
+    found = planned(machine=MACHINE, host_shards=4, trainers=8)
+    assert [option.split.shards for option in found.growth] == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
+    assert (found.shards, found.options[0]) == (1, found.growth[0])
+    assert planned(shards=8, machine=MACHINE).growth == ()
+    rates = [option.time.tokens_per_s(found.model) for option in found.growth if option.time is not None]
+    best = max(rates)
+    assert rates[0] < best
+    enough = planned(machine=MACHINE, host_shards=4, trainers=8, tokens_per_s=rates[1])
+    assert (enough.shards, enough.warnings) == (2, ())
+    never = planned(machine=MACHINE, host_shards=4, trainers=8, tokens_per_s=2 * best)
+    assert never.shards == found.growth[rates.index(best)].split.shards
+    assert any("tokens/s at most" in warning for warning in never.warnings)
+
+
 def test_what_was_asked_for_is_kept() -> None:
     found = planned(shards=4, table={"layout": "rows", "block_dim": 256})
     assert [(option.split.kind, option.split.schema.block_dim) for option in found.options] == [("rows", 256)]

@@ -1,4 +1,4 @@
-"""`mempool bench plan` at sizes that take seconds: constants come of it, are tried elsewhere, and what is wrong is not timed."""
+"""`mempool bench plan` at sizes that take seconds: constants come of it and are tried; what is wrong is not timed."""
 
 import json
 from collections.abc import Iterator
