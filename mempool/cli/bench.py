@@ -87,7 +87,9 @@ def train(
     rounds: Annotated[
         int, typer.Option("--rounds", metavar="N", min=1, help="Timed steps; fewer where they take long.")
     ] = 50,
-    only: Annotated[str, typer.Option("--only", metavar="NAMES", help="Parts, with commas: steps,peers,layers.")] = "",
+    only: Annotated[
+        str, typer.Option("--only", metavar="NAMES", help="Parts, with commas: steps,peers,layers,overlap.")
+    ] = "",
     as_json: _AsJson = False,
     out: _Out = None,
     plot: Annotated[

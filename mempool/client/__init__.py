@@ -8,7 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mempool.client.lookup import Lookup
+    from mempool.client.gathers.pending import PendingGather
+    from mempool.client.lookup import Lookup, PendingLookup
     from mempool.client.opening.remote import connect
     from mempool.client.pool import Pool
     from mempool.client.routing.attempt import Seen
@@ -26,6 +27,8 @@ __all__ = [
     "GrpcPool",
     "GrpcShard",
     "Lookup",
+    "PendingGather",
+    "PendingLookup",
     "Pool",
     "Prepared",
     "Router",
@@ -42,6 +45,8 @@ _HOMES = {
     "GrpcPool": "mempool.client.transport.pool",
     "GrpcShard": "mempool.client.transport.shard",
     "Lookup": "mempool.client.lookup",
+    "PendingGather": "mempool.client.gathers.pending",
+    "PendingLookup": "mempool.client.lookup",
     "Pool": "mempool.client.pool",
     "Prepared": "mempool.client.training.coordinator",
     "Router": "mempool.client.routing.router",

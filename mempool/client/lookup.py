@@ -3,12 +3,16 @@
 Legend: B bags, H heads, K top-k, D key dim, V value dim.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from mempool.client.counts import as_count
+from mempool.client.gathers.untraced import untraced
+from mempool.client.opening.waiting import Pending
+from mempool.client.routing.attempt import Seen
 from mempool.errors import InvalidRequest
 from mempool.types import FlatKeySpec, TableSchema
 
@@ -27,6 +31,45 @@ class Lookup(NamedTuple):
     scores: Tensor
     weights: Tensor
     values: Tensor
+
+
+class PendingLookup:
+    """A lookup under way: made by ``Table.lookup_async``. All threads may use it; nothing of it is differentiable.
+
+    Args:
+        table: Its table's name.
+        pending: What was begun: answers with heads, on the CPU.
+        finish: Makes of them what the caller gets.
+    """
+
+    def __init__(self, table: str, pending: Pending[tuple[Lookup, Seen]], finish: Callable[[Lookup], Lookup]) -> None:
+        self._table = table
+        self._pending = pending
+        self._finish = finish
+
+    def __repr__(self) -> str:
+        return f"PendingLookup({self._table!r}, {'done' if self.done() else 'pending'})"
+
+    def __reduce__(self) -> NoReturn:
+        raise InvalidRequest(
+            f"a look-up under way in table {self._table!r} cannot be pickled; take its result() in this process"
+        )
+
+    @untraced
+    def done(self) -> bool:
+        """Whether ``result`` would not wait."""
+        return self._pending.done()
+
+    @untraced
+    def result(self) -> Lookup:
+        """Wait for what ``Table.lookup`` answers.
+
+        Raises:
+            ShardUnavailable: A shard did not answer within the pool's timeout_s of the start.
+            DataLoss: Pages of the table are gone.
+            InvalidRequest: The pool was closed meanwhile.
+        """
+        return self._finish(self._pending.result()[0])
 
 
 def checked_queries(queries: Tensor, *, schema: TableSchema) -> Tensor:
@@ -82,11 +125,9 @@ def checked_topk(topk: object, *, schema: TableSchema) -> int:
     return count
 
 
-def without_heads(lookup: Lookup) -> Lookup:
-    """The lookup of flat keys, whose one head is nobody's concern: [B, 1, K] -> [B, K]."""
-    return Lookup(
-        ids=lookup.ids.squeeze(1),
-        scores=lookup.scores.squeeze(1),
-        weights=lookup.weights.squeeze(1),
-        values=lookup.values,
-    )
+def answered(lookup: Lookup, *, schema: TableSchema, device: torch.device) -> Lookup:
+    """The answer as the caller gets it: on its device, of flat keys without their one head, [B, 1, K] -> [B, K]."""
+    if isinstance(schema.keys, FlatKeySpec):
+        ids, scores, weights = (part.squeeze(1) for part in lookup[:3])
+        lookup = Lookup(ids, scores, weights, lookup.values)
+    return Lookup(*(part.to(device) for part in lookup))

@@ -34,7 +34,13 @@ class OpenTables:
         schema = view.schema
         with self._lock:
             if schema.table_id not in self._tables:
-                table = Table(schema, router=self._router, session=self._session(schema), run=self._connection.run)
+                table = Table(
+                    schema,
+                    router=self._router,
+                    session=self._session(schema),
+                    run=self._connection.run,
+                    begin=self._connection.begin,
+                )
                 self._tables[schema.table_id] = [table]
             return self._tables[schema.table_id][0]
 
@@ -104,6 +110,7 @@ class OpenTables:
             table_id=schema.table_id,
             group=self._group,
             coordinator=self._connection.coordinator,
+            direct=self._connection.direct,
         )
 
 

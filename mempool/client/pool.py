@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn, Self, TypeVar, overload
 
 from mempool.client.checkpoints import CheckpointHandle, Restoring, asked_checkpoint, asked_restore
 from mempool.client.counts import shard_count
+from mempool.client.direct.gathers import DialAtOnce
 from mempool.client.exchange import Export, ExportProgress, asked_import
 from mempool.client.following import Following
 from mempool.client.opened import OpenTables
@@ -47,6 +48,7 @@ class Pool:
         doing: What a shard is at just now, for messages; "" if there is nothing to say.
         timeout_s: Deadline of each call but ``create_table`` and ``rescale``, seconds, retries included.
         on_close: Awaited when the pool is closed, after everything else.
+        dial_at_once: Gives the way to a shard for threads that wait themselves; None: there is none.
     """
 
     def __init__(
@@ -59,9 +61,12 @@ class Pool:
         doing: Callable[[int], str] | None = None,
         timeout_s: float = 30.0,
         on_close: Callable[[], Awaitable[None]] | None = None,
+        dial_at_once: DialAtOnce | None = None,
     ) -> None:
         self._where = Whereabouts(name=name, embedded=embedded, doing=doing)
-        self._connection = Connection(api, dial, where=self._where, timeout_s=timeout_s, on_close=on_close)
+        self._connection = Connection(
+            api, dial, where=self._where, timeout_s=timeout_s, on_close=on_close, dial_at_once=dial_at_once
+        )
         self._api = api
         self._following = Following(api, self._connection)
         self._open = OpenTables(self._connection, group=secrets.token_hex(16))

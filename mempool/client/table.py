@@ -9,17 +9,20 @@ value dim.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from mempool.client.bags import without_padding
+from mempool.client.bags import checked_bags, without_padding
 from mempool.client.counts import as_number
 from mempool.client.gathers.autograd import gather
+from mempool.client.gathers.pending import PendingGather
+from mempool.client.gathers.pending import begin as begin_gather
 from mempool.client.gathers.untraced import untraced
-from mempool.client.lookup import Lookup, checked_queries, checked_topk, without_heads
-from mempool.client.opening.waiting import Run
+from mempool.client.lookup import Lookup, PendingLookup, answered, checked_queries, checked_topk
+from mempool.client.opening.waiting import Begin, Run
 from mempool.client.routing.router import Router
 from mempool.client.rows import Rows, checked_key_rows, checked_matrix, checked_rows, distinct_rows, require_distinct
 from mempool.client.training.coordinator import Prepared
@@ -28,7 +31,8 @@ from mempool.client.training.session import Session, SessionCounters
 from mempool.client.training.state import checked_state, checked_step, names_to_read
 from mempool.client.training.tables import TableCommit, commit_tables, discard_tables, prepare_tables
 from mempool.errors import InvalidRequest
-from mempool.types import FlatKeySpec, StorageDtype, TableSchema
+from mempool.types import StorageDtype, TableSchema
+from mempool.types.bags import Bags
 
 _STORAGE_DTYPES: dict[StorageDtype, torch.dtype] = {
     "float32": torch.float32,
@@ -50,12 +54,13 @@ class Table:
             "float32", or "bfloat16" for half the bytes. Sums are float32 in either case. May be set at any time.
     """
 
-    def __init__(self, schema: TableSchema, *, router: Router, session: Session, run: Run) -> None:
+    def __init__(self, schema: TableSchema, *, router: Router, session: Session, run: Run, begin: Begin) -> None:
         self.schema = schema
         self._router = router
         self._session = session
         self._run = run
-        self._link = TableLink(schema, router=router, session=session, run=run)
+        self._begin = begin
+        self._link = TableLink(schema, router=router, session=session, run=run, begin=begin)
         self._rows = Rows(schema, router=router, run=run)
         self._anchor = torch.zeros(1, dtype=torch.float32, device="cpu", requires_grad=True)
 
@@ -161,6 +166,88 @@ class Table:
             remember=remember,
         )
 
+    def gather_async(
+        self,
+        ids: Tensor,
+        weights: Tensor | None = None,
+        *,
+        offsets: Tensor | None = None,
+        padding_idx: int | None = None,
+        remember: bool = True,
+    ) -> PendingGather:
+        """Start a ``gather``, and go on: ``result()`` of what this answers waits for it and is what ``gather`` returns.
+
+        Arguments are those of ``gather``, are checked here and may be written to from here on. In the backward pass the
+        gradient of the weights is waited for where the gather was started, not where its result was taken. Waits only
+        where 256 MiB of this table's are under way. A graph break under torch.compile.
+
+        Raises:
+            InvalidRequest: As ``gather``; nothing was sent. Other errors are the result's.
+            DeadlineExceeded: What is under way was not answered within the pool's timeout_s; nothing was sent.
+        """
+        if padding_idx is not None:
+            ids, weights, offsets = without_padding(
+                ids, weights, offsets, padding_idx=padding_idx, num_slots=self.num_slots, table=self.name
+            )
+        return begin_gather(
+            self._link,
+            ids,
+            weights,
+            offsets,
+            anchor=self._anchor,
+            trained=self._anchor.requires_grad,
+            remember=remember,
+        )
+
+    @untraced
+    def prefetch(
+        self,
+        ids: Tensor,
+        *,
+        offsets: Tensor | None = None,
+        padding_idx: int | None = None,
+        remember: bool = True,
+    ) -> bool:
+        """Start the gather of ids that are known before the forward pass: a later ``gather`` of the same takes it.
+
+        For sums without weights, as n-gram memories read them (one pair a bag gives the rows themselves). It serves one
+        ``gather`` of the same ids, offsets and padding_idx, bitwise with what shards would answer then: it counts only
+        while this client knows of no newer version of the table and has written no rows; what counts no more is asked
+        for anew, by that gather itself. So all micro-batches of a step may be started at once, after the commit before.
+
+        Args:
+            ids, offsets, padding_idx, remember: As of ``gather``.
+
+        Returns:
+            Whether it was started: at most 256 MiB of ids and answers are kept, until they are taken or count no more.
+
+        Raises:
+            InvalidRequest: As ``gather``; nothing was sent.
+        """
+        if padding_idx is not None:
+            ids, _, offsets = without_padding(
+                ids, None, offsets, padding_idx=padding_idx, num_slots=self.num_slots, table=self.name
+            )
+        flat_ids, _, flat_offsets = checked_bags(ids, None, offsets, num_slots=self.num_slots, table=self.name)
+        if not flat_ids.shape[0]:
+            return True
+        remember = remember and torch.is_grad_enabled() and self._anchor.requires_grad
+        return self._link.prefetch(Bags(ids=flat_ids, weights=None, offsets=flat_offsets), remember=remember)
+
+    @untraced
+    def lookup_async(self, queries: Tensor, topk: int) -> PendingLookup:
+        """Start a ``lookup``, and go on: ``result()`` of what this answers waits for it and is what ``lookup`` returns.
+
+        Raises:
+            InvalidRequest: As ``lookup``; nothing was sent. Other errors are the result's.
+        """
+        checked = checked_queries(queries, schema=self.schema)
+        count = checked_topk(topk, schema=self.schema)
+        pending = self._begin(
+            self._router.lookup(self.schema.table_id, queries=checked, topk=count, reply_dtype=self.wire_dtype)
+        )
+        return PendingLookup(self.name, pending, partial(answered, schema=self.schema, device=queries.device))
+
     @untraced
     def lookup(self, queries: Tensor, topk: int) -> Lookup:
         """Score queries against the keys in the pool, take the best ``topk`` per head, softmax, weighted sum of values.
@@ -184,9 +271,7 @@ class Table:
         lookup, _ = self._run(
             self._router.lookup(self.schema.table_id, queries=checked, topk=count, reply_dtype=self.wire_dtype)
         )
-        if isinstance(self.schema.keys, FlatKeySpec):
-            lookup = without_heads(lookup)
-        return Lookup(*(part.to(queries.device) for part in lookup))
+        return answered(lookup, schema=self.schema, device=queries.device)
 
     @untraced
     def rows(self, ids: Tensor | Sequence[int]) -> Tensor:
@@ -238,8 +323,9 @@ class Table:
         """
         own_ids = distinct_rows(ids, num_slots=self.num_slots, table=self.name)
         checked = checked_state(self.schema, state, own_ids.shape[0])
-        for name, matrix in checked.items():
-            self._rows.write(name, own_ids, matrix)
+        with self._link.prefetched.writing():
+            for name, matrix in checked.items():
+                self._rows.write(name, own_ids, matrix)
 
     def step_count(self) -> int:
         """How many steps the table's optimizer counts: its commits, or what ``set_step`` said and those after.
@@ -260,7 +346,8 @@ class Table:
             StepConflict: Somebody commits meanwhile; set it again.
         """
         number = checked_step(self.schema, step)
-        self._run(self._router.step_count(self.schema.table_id, to=number))
+        with self._link.prefetched.writing():
+            self._run(self._router.step_count(self.schema.table_id, to=number))
 
     @untraced
     def write(self, ids: Tensor | Sequence[int], values: Tensor) -> None:
@@ -278,7 +365,9 @@ class Table:
         short = self.schema.dtype == "bfloat16" and not self.schema.master  # rounded here, it is half the bytes
         dtype = torch.bfloat16 if short else torch.float32
         shape = [own_ids.shape[0], self.value_dim]
-        self._rows.write("values", own_ids, checked_matrix("values", values, shape, dtype, table=self.name))
+        checked = checked_matrix("values", values, shape, dtype, table=self.name)
+        with self._link.prefetched.writing():
+            self._rows.write("values", own_ids, checked)
 
     @untraced
     def read_keys(self, ids: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from mempool.controller import Controller
 from mempool.embedded.memory import PoolFolder
 from mempool.errors import ConfigError, ShardUnavailable
 from mempool.observe import Stages
-from mempool.types import ShardHost, ShardInfo
+from mempool.types import AtOnceShard, ShardHost, ShardInfo
 from mempool.types.running import TRAINER_LEASE_S, to_its_end
 from mempool.wire.channels.loop import run
 
@@ -132,6 +132,11 @@ class EngineLauncher:
                 shard=info.shard,
             ) from None
 
+    def dial_at_once(self, info: ShardInfo) -> AtOnceShard | None:
+        """The same for threads that wait themselves."""
+        engine = self._engines.get(info.shard)
+        return None if engine is None else engine.at_once
+
 
 async def _opened(open_store: Callable[[], Store]) -> Store:
     """What a thread opens. Whoever gives it up has it closed: else it is locked for as long as this process lives."""
@@ -204,6 +209,7 @@ def local(
         name=name,
         embedded=True,
         doing=launcher.doing,
+        dial_at_once=launcher.dial_at_once,
         timeout_s=timeout_s,
         on_close=launcher.close,
     )

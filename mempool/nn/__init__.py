@@ -4,6 +4,7 @@ from mempool.nn.choice import MemoryLookup
 from mempool.nn.gradient import TableGradient
 from mempool.nn.layer import MemoryLayer
 from mempool.nn.optimizer import PoolOptimizer
+from mempool.nn.pending import PendingMemory
 from mempool.nn.state import PoolState
 
-__all__ = ["MemoryLayer", "MemoryLookup", "PoolOptimizer", "PoolState", "TableGradient"]
+__all__ = ["MemoryLayer", "MemoryLookup", "PendingMemory", "PoolOptimizer", "PoolState", "TableGradient"]

@@ -16,10 +16,12 @@ from torch.nn import functional as F
 
 from mempool.client import Table
 from mempool.client.gathers.autograd import gather, refuse_export
+from mempool.client.gathers.pending import begin
 from mempool.errors import InvalidRequest
 from mempool.nn.choice import MemoryLookup, Scores, checked_scores, weights_of
 from mempool.nn.copies import CopyCaution, VersionWhenCopied, copied_version
 from mempool.nn.parts import Gate, Out, gate_part, out_part
+from mempool.nn.pending import PendingMemory
 from mempool.nn.scoring import product_topk, unit_rms
 from mempool.nn.sizes import (
     checked_dropout,
@@ -33,6 +35,8 @@ from mempool.nn.sizes import (
 from mempool.nn.values import LayerLink, has_mark, values_parameter
 
 _VERSION = "table_version"
+
+Output = Tensor | PendingMemory
 
 
 class MemoryLayer(nn.Module):
@@ -109,6 +113,8 @@ class MemoryLayer(nn.Module):
         key_init_std: Keys start as N(0, key_init_std^2); 1 / sqrt(key_dim) if None.
         deterministic: Sum scores in a fixed order, so that a query finds the same slots alone and in any batch. Costs
             nothing on a CPU; False lets a GPU use its tensor cores.
+        overlap: A call answers ``start(x)``, of which ``result()`` is the output: for a block of yours that computes
+            something else in between.
         device: Where the parameters are made.
         dtype: Type of the parameters.
 
@@ -147,6 +153,7 @@ class MemoryLayer(nn.Module):
         mem_gated: bool = False,
         key_init_std: float | None = None,
         deterministic: bool = True,
+        overlap: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -167,6 +174,7 @@ class MemoryLayer(nn.Module):
             1.0 / math.sqrt(self.key_dim) if key_init_std is None else checked_std("key_init_std", key_init_std)
         )
         self.deterministic = deterministic
+        self.overlap = overlap
         self.table = table
         self.codebook_size = codebook_size(schema.name, schema.num_slots)
         self.keep_lookup = False
@@ -198,7 +206,7 @@ class MemoryLayer(nn.Module):
         """Draw new keys. ``query``, ``gate`` and ``out`` have their own ``reset_parameters``; the table stays."""
         nn.init.normal_(self.half_keys, std=self.key_init_std)
 
-    def forward(self, x: Tensor, *, return_lookup: bool = False) -> Tensor | tuple[Tensor, MemoryLookup]:
+    def forward(self, x: Tensor, *, return_lookup: bool = False) -> Output | tuple[Output, MemoryLookup]:
         """Look up every token of ``x``.
 
         Args:
@@ -206,13 +214,79 @@ class MemoryLayer(nn.Module):
             return_lookup: Answer what was looked up, too.
 
         Returns:
-            [..., out_dim]; and, with return_lookup, the ids, scores and weights [..., heads, topk], of which scores and
-            weights are differentiable.
+            [..., out_dim], with ``overlap`` a ``PendingMemory`` of it; and, with return_lookup, the ids, scores and
+            weights [..., heads, topk], of which scores and weights are differentiable.
 
         Raises:
             InvalidRequest: The last dimension of ``x`` is not ``dim``, or a module answered another width.
             MempoolError: What the table's gather raises.
         """
+        if self.overlap:
+            pending = self.start(x)
+            return (pending, pending.lookup) if return_lookup else pending
+        x = self._checked(x)
+        bag, lookup = self._lookup(self.scoring_queries(x))
+        y = self._made(x, bag, self._gate(x))
+        self._keep(lookup)
+        return (y, lookup) if return_lookup else y
+
+    def start(self, x: Tensor) -> PendingMemory:
+        """Score ``x``, ask the shards, and go on: ``finish`` of what this answers is ``layer(x)``, bitwise.
+
+        What is computed in between is computed while shards work, and in the backward pass its gradients are, while
+        those of the scores are on their way. The memory's output may so be added after the block's attention or FFN, or
+        a layer later (the skip-layer reads of UltraMem, arXiv 2411.12364).
+
+        Start and finish under the same autocast and with the same gradients enabled; a block under activation
+        checkpointing (use_reentrant=False) may hold both or either. Both are graph breaks under ``torch.compile``. What
+        shards parameters by forward hooks (FSDP) has to wrap a module that calls both; so has DDP.
+
+        Args:
+            x: [..., dim], any leading shape, floating point; not to be written to before ``finish``.
+
+        Raises:
+            InvalidRequest: As a call of the layer, before anything is sent.
+        """
+        x = self._checked(x)
+        queries = self.scoring_queries(x)
+        with torch.autocast(queries.device.type, enabled=False):
+            ids_BHK, scores_BHK, weights_BHK = self._chosen(queries)
+            gathering = begin(
+                self._link,
+                ids_BHK.flatten(1),
+                weights_BHK.flatten(1),
+                anchor=self.values,
+                trained=self.values.requires_grad and self.table.requires_grad,
+                remember=self.training,
+            )
+        return PendingMemory(self, x, gathering, self._shaped(queries, ids_BHK, scores_BHK, weights_BHK))
+
+    def finish(self, pending: PendingMemory) -> Tensor:
+        """The output [..., out_dim] of what was started; also ``pending.result()``.
+
+        Raises:
+            InvalidRequest: It is another layer's; or it was started under no_grad, in training, and gradients are
+                wanted now, which would not reach queries and keys.
+            MempoolError: What the table's gather raises.
+        """
+        if pending.layer is not self:
+            raise InvalidRequest(
+                f"this look-up was started by another layer (of table {pending.layer.table.name!r}): finish it there,"
+                " or by its result()"
+            )
+        if self.training and torch.is_grad_enabled() and not pending.with_gradients:
+            raise InvalidRequest(
+                f"this look-up in table {self.table.name!r} was started without gradients (under no_grad, or by a block"
+                " under checkpoint(use_reentrant=True)), and they are wanted where it is finished: they would not reach"
+                " queries and keys. Start it with gradients enabled, or use checkpoint(use_reentrant=False)"
+            )
+        gate = self._gate(pending.x)  # before the wait, so that in the backward pass the update goes out first
+        y = self._made(pending.x, pending.gathering.result(), gate)
+        self._keep(pending.lookup)
+        return y
+
+    def _checked(self, x: Tensor) -> Tensor:
+        """``x``, after its dropout."""
         refuse_export(self.table.name)
         if x.dim() == 0 or x.shape[-1] != self.dim:
             raise InvalidRequest(f"this layer takes [..., {self.dim}], got {list(x.shape)}")
@@ -223,17 +297,17 @@ class MemoryLayer(nn.Module):
             )
         if self._copied is not None and not torch.compiler.is_compiling():
             self._copied.before_call(self)
-        if self.input_dropout:
-            x = F.dropout(x, self.input_dropout, self.training)
-        bag, lookup = self._lookup(self.scoring_queries(x))
-        y = self._projected(x, bag.view(*x.shape[:-1], self.table.schema.value_dim))
+        return F.dropout(x, self.input_dropout, self.training) if self.input_dropout else x
+
+    def _made(self, x: Tensor, bag: Tensor, gate: Tensor | None) -> Tensor:
+        y = self._projected(x, bag.view(*x.shape[:-1], self.table.schema.value_dim), gate)
         if self.value_dropout:
             y = F.dropout(y, self.value_dropout, self.training)
-        if self.gating is not None:
-            y = torch.sigmoid(self.gating(x)) * y
+        return y if self.gating is None else torch.sigmoid(self.gating(x)) * y
+
+    def _keep(self, lookup: MemoryLookup) -> None:
         if self.keep_lookup:
             self.last_lookup = lookup.detached()
-        return (y, lookup) if return_lookup else y
 
     def scoring_queries(self, x: Tensor) -> Tensor:
         """The queries as they are scored, norms and scale included.
@@ -266,18 +340,25 @@ class MemoryLayer(nn.Module):
         keys = self.half_keys.float()
         return unit_rms(keys) if self.qk_norm else keys
 
+    def _chosen(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[..., heads, key_dim] float32 -> ids, scores and weights [B, heads, topk]. Outside of autocast."""
+        scores_BHK, ids_BHK = product_topk(
+            queries.reshape(-1, self.heads, self.key_dim),
+            self.scoring_keys(),
+            topk=self.topk,
+            stride=self.table.schema.stride,
+            deterministic=self.deterministic,
+        )
+        return ids_BHK, scores_BHK, weights_of(scores_BHK, self.scores)
+
+    def _shaped(self, queries: Tensor, *parts_BHK: Tensor) -> MemoryLookup:
+        shape = (*queries.shape[:-2], self.heads, self.topk)
+        return MemoryLookup(*(part.view(shape) for part in parts_BHK))
+
     def _lookup(self, queries: Tensor) -> tuple[Tensor, MemoryLookup]:
         """[..., heads, key_dim] float32 -> bags [B, value_dim] float32, and what was chosen."""
-        queries_BHD = queries.reshape(-1, self.heads, self.key_dim)
         with torch.autocast(queries.device.type, enabled=False):
-            scores_BHK, ids_BHK = product_topk(
-                queries_BHD,
-                self.scoring_keys(),
-                topk=self.topk,
-                stride=self.table.schema.stride,
-                deterministic=self.deterministic,
-            )
-            weights_BHK = weights_of(scores_BHK, self.scores)
+            ids_BHK, scores_BHK, weights_BHK = self._chosen(queries)
             bags = gather(
                 self._link,
                 ids_BHK.flatten(1),
@@ -286,15 +367,16 @@ class MemoryLayer(nn.Module):
                 trained=self.values.requires_grad and self.table.requires_grad,
                 remember=self.training,
             )
-        shape = (*queries.shape[:-2], self.heads, self.topk)
-        return bags, MemoryLookup(*(part.view(shape) for part in (ids_BHK, scores_BHK, weights_BHK)))
+        return bags, self._shaped(queries, ids_BHK, scores_BHK, weights_BHK)
 
-    def _projected(self, x: Tensor, bag: Tensor) -> Tensor:
+    def _gate(self, x: Tensor) -> Tensor | None:
+        return None if self.gate is None else F.silu(self.gate(x))
+
+    def _projected(self, x: Tensor, bag: Tensor, gate: Tensor | None) -> Tensor:
         # In the type in which the layer's own modules speak: that of the gate's answer, or of x. Their weights say
         # nothing of it: those may be integers, or in another module.
         dtype = x.dtype
-        if self.gate is not None:
-            gate = F.silu(self.gate(x))
+        if gate is not None:
             if gate.shape != bag.shape:
                 raise InvalidRequest(
                     f"gate answered {list(gate.shape)} for {list(x.shape)}; its last dimension must be the table's"

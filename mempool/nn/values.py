@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from mempool.client import Table
-from mempool.client.gathers.links import LINKS
+from mempool.client.gathers.links import LINKS, PendingAnswer
 from mempool.client.gathers.markers import Mark
+from mempool.client.opening.waiting import Pending
 from mempool.client.routing.attempt import LookupRecord
 from mempool.types.bags import Bags
 
@@ -63,6 +64,15 @@ class LayerLink:
         if hold and self._mark is not None:
             self._mark.pushed()
         return answer
+
+    def begin_gather(self, bags: Bags, *, remember: bool) -> PendingAnswer:
+        return self._link.begin_gather(bags, remember=remember)
+
+    def begin_update(self, record: LookupRecord, grads: Tensor, *, hold: bool) -> Pending[Tensor | None]:
+        pending = self._link.begin_update(record, grads, hold=hold)
+        if hold and self._mark is not None:
+            self._mark.pushed()
+        return pending
 
     def release(self, record: LookupRecord) -> Callable[[], None]:
         return self._link.release(record)

@@ -122,7 +122,11 @@ class ShardServing:
         views = ShardViews(pool.name, shard=engine, dial=dial, controller=f"port {pool.port} of the controller's node")
         router = Router(views, dial=dial, pool=pool.name)
         await self._server.start(
-            shard=engine, pool=views, lookup=LookupCoordinator(router, info=info).lookup, address=info.address
+            shard=engine,
+            pool=views,
+            lookup=LookupCoordinator(router, info=info).lookup,
+            address=info.address,
+            at_once=engine.at_once.gather_unless_busy,
         )
         collector.settle()
         return info

@@ -1,34 +1,38 @@
 """The server's end of lines: clients of this host and user, whose bodies are in shared memory. Calls are as by gRPC.
 
-What one line may have this process hold is bounded: it takes no more messages while that is reached.
+Each line has a thread, which waits for requests and for their answers: what the shard can answer at once is answered
+there, without an event loop. What one line may have this process hold is bounded: it brings one request at a time.
 """
 
 import asyncio
 import logging
 import socket
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
+from concurrent.futures import CancelledError, Future
+from dataclasses import replace
 from typing import Any
 
 from mempool.errors import InvalidRequest, MempoolError, RequestTooLarge, ShardUnavailable
 from mempool.observe import Stages
-from mempool.server.admission import Admission
+from mempool.server.services import AtOnce
 from mempool.types.caller import Caller, calling
 from mempool.wire.near import handshake
-from mempool.wire.near.framing import CANCEL, FAILURE, MOST_REQUEST_BYTES, REPLY, REQUEST, Message
-from mempool.wire.near.line import Line
+from mempool.wire.near.framing import COPIED, FAILURE, REPLY, REQUEST, Message
+from mempool.wire.near.line import Body, Line, Parts
 from mempool.wire.near.memory import ReceivedMemory, SentMemory
-from mempool.wire.near.methods import METHODS
+from mempool.wire.near.methods import GATHER, METHODS, UPDATE
 from mempool.wire.status import to_status
 
 _LOG = logging.getLogger("mempool.server")
 _AGAIN_S = 1.0
 _MOST_LINES = 64
-_MOST_CALLS = 64
-"""Of one line at a time."""
-_MOST_BYTES = 64 * 2**20
-"""Of one line's requests at a time, but for one that is larger."""
+_SEND_TIMEOUT_S = 30.0
+"""For a client to take an answer; it has nothing else to do."""
+_END_TIMEOUT_S = 2.0
+_IN_PLACE = (GATHER, UPDATE)
+"""Calls whose tensors are read where they came: the shard copies what it keeps of them."""
 
 Calls = Mapping[str, Callable[[Any], Awaitable[Any]]]
 
@@ -40,7 +44,7 @@ class NearServer:
         address: The server's, as clients know it.
         token: The pool's.
         calls: What answers, by a method's path.
-        admission: Bounds the bytes of all calls, with gRPC's.
+        at_once: Answers gathers on the thread that asks; None of it: ``calls`` is to be asked.
         stages: Where the stages of calls are timed.
         max_message_bytes: Larger answers are refused.
 
@@ -54,16 +58,17 @@ class NearServer:
         *,
         token: str | None,
         calls: Calls,
-        admission: Admission,
         stages: Stages,
         max_message_bytes: int,
+        at_once: AtOnce = lambda _: None,
     ) -> None:
         self._address = address
         self._token = token
         self._calls = [calls.get(method.path) for method in METHODS]
-        self._admission = admission
+        self._at_once = at_once
         self._stages = stages
         self._max_message_bytes = max_message_bytes
+        self._loop = asyncio.get_running_loop()
         self._lines: set[_Serving] = set()
         self._beginning: set[asyncio.Task[None]] = set()
         self._listening: socket.socket | None = None
@@ -73,7 +78,7 @@ class NearServer:
 
     @property
     def num_lines(self) -> int:
-        """Clients that are connected so."""
+        """Clients that are connected so: a line is one call at a time, and a process has several."""
         return len(self._lines)
 
     def start(self) -> None:
@@ -85,8 +90,9 @@ class NearServer:
             return
         self._taking = asyncio.get_running_loop().create_task(self._take())
 
-    async def stop(self) -> None:
-        """Take no more, and end all lines."""
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Take no more, let calls under way end for so long, and end all lines."""
+        self.closing = True
         if self._taking is not None:
             self._taking.cancel()
             await asyncio.wait([self._taking])
@@ -94,8 +100,14 @@ class NearServer:
             self._listening.close()
         if self._beginning:
             await asyncio.wait(self._beginning)
+        end_s = self._loop.time() + grace_s
+        while any(serving.busy for serving in list(self._lines)) and self._loop.time() < end_s:
+            await asyncio.sleep(0.01)
         for serving in list(self._lines):
             serving.end()
+        end_s = self._loop.time() + _END_TIMEOUT_S
+        while self._lines and self._loop.time() < end_s:
+            await asyncio.sleep(0.01)
 
     async def _take(self) -> None:
         assert self._listening is not None
@@ -122,16 +134,14 @@ class NearServer:
             _LOG.info("a client of this host gets no shared memory: %s", error)
             return
         self._begun += 1
-        serving = _Serving(self, f"{peer}:{self._begun}")
-        self._lines.add(serving)
-        await serving.open(connection, sent, received)
+        self._lines.add(_Serving(self, f"{peer}:{self._begun}", connection, sent, received))
 
-    # For its lines
+    # For its lines, on their threads
 
     def lost(self, serving: "_Serving") -> None:
         self._lines.discard(serving)
 
-    async def answer(self, message: Message, body: bytes, peer: str) -> list[bytes | memoryview]:
+    def answer(self, message: Message, body: Body, serving: "_Serving") -> Parts:
         """The parts of an answer. Raises what the call raises."""
         call = self._calls[message.method] if message.method < len(METHODS) else None
         if call is None:
@@ -139,21 +149,20 @@ class NearServer:
         if self.closing:
             raise ShardUnavailable("this process is ending; try again in a moment")
         method = METHODS[message.method]
-        passage = await self._admission.enter("unix", peer)
-        try:
-            passage.resize(len(body))
-            began_s = time.perf_counter()
-            request = method.request.decode(body)
-            self._stages.record("decode", time.perf_counter() - began_s)
+        began_s = time.perf_counter()
+        in_place = message.place is not None and method in _IN_PLACE
+        request = method.request.decode(body if in_place or message.place is None else bytes(body))
+        if in_place:
+            request = _with_own_numbers(request)
+        self._stages.record("decode", time.perf_counter() - began_s)
+        reply = self._at_once(request) if method is GATHER else None
+        if reply is None:
             deadline_s = None if message.timeout_us < 0 else time.monotonic() + message.timeout_us / 1e6
-            with calling(Caller(peer, deadline_s)):
-                reply = await call(request)
-            began_s = time.perf_counter()
-            parts = method.reply.parts(reply)
-            self._stages.record("encode", time.perf_counter() - began_s)
-        finally:
-            passage.leave()
-        num_bytes = sum(len(part) for part in parts)
+            reply = serving.wait_for(_called(call, request, Caller(serving.peer, deadline_s)), self._loop)
+        began_s = time.perf_counter()
+        parts: Parts = method.reply.parts(reply)
+        self._stages.record("encode", time.perf_counter() - began_s)
+        num_bytes = sum([len(part) for part in parts])
         if num_bytes > self._max_message_bytes:
             raise RequestTooLarge(
                 f"the answer to {method.name} would have {num_bytes:,} bytes; {self._max_message_bytes:,} are accepted "
@@ -163,61 +172,89 @@ class NearServer:
 
 
 class _Serving:
-    """One client's line."""
+    """One client's line, and its thread."""
 
-    def __init__(self, server: NearServer, peer: str) -> None:
+    def __init__(
+        self, server: NearServer, peer: str, connection: socket.socket, sent: SentMemory, received: ReceivedMemory
+    ) -> None:
+        self.peer = peer
+        self.busy = False
         self._server = server
-        self._peer = peer
-        self._line: Line | None = None
-        self._tasks: dict[int, asyncio.Task[None]] = {}
-        self._num_bytes = 0
-
-    async def open(self, connection: socket.socket, sent: SentMemory, received: ReceivedMemory) -> None:
-        self._line = await Line.open(
-            connection, sent, received, on_message=self._take, on_lost=self._lost, most_bytes=MOST_REQUEST_BYTES
-        )
+        self._line = Line(connection, sent, received)
+        self._waiting: Future[Any] | None = None
+        self._ended = False
+        threading.Thread(target=self._serve, name=f"mempool near {peer}", daemon=True).start()
 
     def end(self) -> None:
-        if self._line is not None:
-            self._line.close()
+        """On the loop: whatever it is at."""
+        self._ended = True
+        self._line.cut()
+        waiting = self._waiting
+        if waiting is not None:
+            waiting.cancel()
 
-    def _take(self, message: Message, body: bytes) -> None:
-        if message.kind == CANCEL:
-            task = self._tasks.get(message.call)
-            if task is not None:
-                task.cancel()
-        elif message.kind == REQUEST and message.call not in self._tasks:
-            self._num_bytes += len(body)
-            task = asyncio.get_running_loop().create_task(self._serve(message, body))
-            self._tasks[message.call] = task
-            task.add_done_callback(partial(self._served, message.call, len(body)))
-            self._bound()
-
-    async def _serve(self, message: Message, body: bytes) -> None:
-        kind = REPLY
+    def wait_for(self, call: Any, loop: asyncio.AbstractEventLoop) -> Any:
+        """What a call answers that runs on the loop. Raises what it raises."""
         try:
-            parts = await self._server.answer(message, body, self._peer)
+            self._waiting = asyncio.run_coroutine_threadsafe(call, loop)
+        except RuntimeError:
+            call.close()
+            raise ShardUnavailable("this process is ending; try again in a moment") from None
+        try:
+            if self._ended:
+                self._waiting.cancel()
+            return self._waiting.result()
+        except CancelledError:
+            raise ShardUnavailable("this process is ending; try again in a moment") from None
+        finally:
+            self._waiting = None
+
+    def _serve(self) -> None:
+        line = self._line
+        try:
+            line.bound(send_s=_SEND_TIMEOUT_S)
+            while not self._ended:
+                message, body = line.receive()
+                if message.kind == COPIED:
+                    line.give_back(message.call)
+                    continue
+                if message.kind != REQUEST:
+                    break
+                self.busy = True
+                self._answer(message, body)
+                self.busy = False
+                del body
+        except (OSError, InvalidRequest):
+            pass  # it is gone, or no client of ours
+        except Exception:
+            _LOG.exception("the line of %s has ended", self.peer)
+        finally:
+            line.close()
+            self._server.lost(self)
+
+    def _answer(self, message: Message, body: Body) -> None:
+        try:
+            parts = self._server.answer(message, body, self)
         except Exception as error:
-            kind, parts = FAILURE, [_detail(error, f"call {message.method} of {self._peer}")]
-        if self._line is not None:
-            self._line.send(Message(kind, message.call), parts)
+            self._line.send(Message(FAILURE, message.call), [_detail(error, f"call {message.method} of {self.peer}")])
+        else:
+            self._line.send(Message(REPLY, message.call), parts)
 
-    def _served(self, call: int, num_bytes: int, task: "asyncio.Task[None]") -> None:
-        if task.cancelled() and self._line is not None:  # perhaps before it began
-            self._line.send(Message(FAILURE, call))  # the client keeps the request's memory until it is answered
-        self._tasks.pop(call, None)
-        self._num_bytes -= num_bytes
-        self._bound()
 
-    def _bound(self) -> None:
-        if self._line is not None:
-            self._line.hold("calls", len(self._tasks) >= _MOST_CALLS or self._num_bytes >= _MOST_BYTES)
+async def _called(call: Callable[[Any], Awaitable[Any]], request: Any, caller: Caller) -> Any:
+    with calling(caller):
+        return await call(request)
 
-    def _lost(self) -> None:
-        self._line = None
-        for task in list(self._tasks.values()):
-            task.cancel()
-        self._server.lost(self)
+
+def _with_own_numbers(request: Any) -> Any:
+    """The request with ids and offsets that nobody else can write to: they are checked, and then relied on. ids that
+    came as uint32 are copied when they are checked."""
+    ids, offsets = request.ids, request.offsets
+    if ids is None or offsets is None:
+        return request
+    if ids.dtype.itemsize == 8:
+        ids = ids.clone()
+    return replace(request, ids=ids, offsets=offsets.clone())
 
 
 def _detail(error: Exception, call: str) -> bytes:

@@ -14,7 +14,7 @@ from mempool.server.calls import Door
 from mempool.server.memory import Trimming
 from mempool.server.near import NearServer
 from mempool.server.public import PublicServices
-from mempool.server.services import Handlers, Lookup, Services, near_calls
+from mempool.server.services import AtOnce, Handlers, Lookup, Services, near_calls
 from mempool.server.token import TokenInterceptor
 from mempool.types import PoolApi, ShardHost
 from mempool.wire.channels.channel import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, server_options
@@ -113,13 +113,24 @@ class Server:
             "choose another port in the config, or end that process"
         )
 
-    async def start(self, *, shard: ShardHost | None, pool: PoolApi, lookup: Lookup, address: str = "") -> None:
+    async def start(
+        self,
+        *,
+        shard: ShardHost | None,
+        pool: PoolApi,
+        lookup: Lookup,
+        address: str = "",
+        at_once: AtOnce = lambda _: None,
+    ) -> None:
         """Serve. Without a shard, as on the controller's address, there are PoolService and Lookup only.
 
-        address: The shard's, as clients know it; those of this host get shared memory.
+        Args:
+            address: The shard's, as clients know it; those of this host get shared memory.
+            at_once: Answers gathers on the thread that asks, where the shard has nothing else to do; None of it: not
+                now.
         """
         handlers: Mapping[str, Handlers] = {
-            MEMORY_SERVICE: self._services.memory(shard, lookup),
+            MEMORY_SERVICE: self._services.memory(shard, lookup, at_once=at_once),
             POOL_SERVICE: self._services.pool(pool),
             **({} if shard is None else {SHARD_SERVICE: self._services.shard(shard)}),
         }
@@ -134,7 +145,7 @@ class Server:
                 address,
                 token=self._token,
                 calls=near_calls(shard),
-                admission=self._admission,
+                at_once=at_once,
                 stages=self._door.stages,
                 max_message_bytes=self._services.max_message_bytes,
             )
@@ -151,7 +162,7 @@ class Server:
             await self._server.start()
         await self._admission.empty(grace_s)
         if self._near is not None:
-            await self._near.stop()
+            await self._near.stop(grace_s)
         await self._server.stop(min(grace_s, _LAST_WORDS_S))
 
     def _take(self, address: str) -> int:

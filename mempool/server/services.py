@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import grpc
 
 from mempool.server.calls import Door, handler, streaming_handler
-from mempool.types import DropTable, PoolApi, PoolStatus, ShardHost, ShardStatus, TableView
+from mempool.types import DropTable, GatherReply, GatherRequest, PoolApi, PoolStatus, ShardHost, ShardStatus, TableView
 from mempool.wire import methods
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
 from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
@@ -16,7 +16,10 @@ from mempool.wire.methods import Method
 RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
 Handlers = dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]
+AtOnce = Callable[[GatherRequest], GatherReply | None]
 Lookup = Callable[[LookupRequest], Awaitable[LookupReply]]
+_FEW_PAIRS = 4096
+"""Of a gather that takes less time than two threads take to hand it over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,14 +34,22 @@ class Services:
     max_message_bytes: int
     door: Door
 
-    def memory(self, shard: ShardHost | None, lookup: Lookup) -> Handlers:
-        """``MemoryService``. Without a shard, as on the controller's address, it has Lookup alone."""
+    def memory(self, shard: ShardHost | None, lookup: Lookup, *, at_once: AtOnce = lambda _: None) -> Handlers:
+        """``MemoryService``. Without a shard, as on the controller's address, it has Lookup alone.
+
+        at_once: Answers gathers where they arrive; None of it: the shard is to be asked.
+        """
         if shard is None:
             return dict([self._of(methods.LOOKUP, lookup)])
+
+        async def gather(request: GatherRequest) -> GatherReply:
+            reply = at_once(request) if request.ids.numel() <= _FEW_PAIRS else None
+            return await shard.gather(request) if reply is None else reply
+
         return dict(
             [
                 self._of(methods.LOOKUP, lookup),
-                self._of(methods.GATHER, shard.gather),
+                self._of(methods.GATHER, gather),
                 self._of(methods.UPDATE, shard.update),
                 self._of(methods.PREPARE, shard.prepare),
                 self._of(methods.COMMIT, shard.commit),

@@ -92,7 +92,20 @@ class Answers:
         return num_bytes > (READ_PIECE_BYTES if self._others_wait() else WHOLE_READ_BYTES)
 
     def gather(self, request: GatherRequest) -> GatherReply | Parked | Pieces[GatherReply]:
+        return self._gather(self._tenancy.fenced(request.envelope), request)
+
+    def gather_at_once(self, request: GatherRequest) -> GatherReply | Parked | Pieces[GatherReply] | None:
+        """As ``gather``, where that only reads: it may be cut off anywhere. None where it would write."""
         table = self._tenancy.fenced(request.envelope)
+        if table.storage.schedule is not None:
+            return None
+        try:
+            return self._gather(table, request)
+        except BaseException:
+            self._contexts.recount()
+            raise
+
+    def _gather(self, table: HostedTable, request: GatherRequest) -> GatherReply | Parked | Pieces[GatherReply]:
         if (waits := self._waits(table, request.envelope)) is not None:
             return waits
         with self._stages.measure("copy in"):

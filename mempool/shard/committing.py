@@ -13,11 +13,11 @@ from mempool.observe import Stages
 from mempool.shard import bounds
 from mempool.shard.durable.records import Decided, Prepared
 from mempool.shard.hosted import HostedTable
-from mempool.shard.jobs import Answered
 from mempool.shard.parking import Parked
 from mempool.shard.steps import commits
 from mempool.shard.steps.held import PreparedStep
 from mempool.shard.tenancy import Tenancy
+from mempool.shard.work.jobs import Answered
 from mempool.types import (
     CommitPart,
     CommitReply,

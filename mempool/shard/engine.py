@@ -23,7 +23,6 @@ from mempool.shard.answers import Answers
 from mempool.shard.committing import Committing
 from mempool.shard.durable.changes import Changes
 from mempool.shard.durable.records import Begun
-from mempool.shard.jobs import JOB_BYTES, Answered, cost_of, cost_of_parts, open_writes
 from mempool.shard.parking import Behind, Parked
 from mempool.shard.pulling import Pulling
 from mempool.shard.saving.marks import Saving
@@ -32,7 +31,9 @@ from mempool.shard.steps.budget import MIB, Budget
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.steps.resolver import Resolver
 from mempool.shard.tenancy import Tenancy
-from mempool.shard.thread import EngineThread
+from mempool.shard.work.at_once import AtOnce
+from mempool.shard.work.jobs import JOB_BYTES, Answered, cost_of, cost_of_parts, open_writes
+from mempool.shard.work.thread import EngineThread, probe
 from mempool.types import (
     AttachTable,
     CommitReply,
@@ -170,7 +171,7 @@ class Engine:
             budget=self._budget,
             upkeep=self._keep_up,
             upkeep_s=min(1.0, max(0.05, min(held_lease_s, context_lease_s) / 12)),
-            probe=partial(_probe, torch.device(device)),
+            probe=partial(probe, torch.device(device)),
             on_fatal=partial(self._end_for_good, on_fatal),
             clock=clock,
             runner=runner,
@@ -187,6 +188,7 @@ class Engine:
             reserve=self._thread.reserve,
             asked_s=self._thread.asked_s,
         )
+        self.at_once = AtOnce(self._thread, self._answers, store)
         self._committing = Committing(self._tenancy, stages=self._stages, asked_s=self._thread.asked_s)
         self._saving = Saving(
             info=info,
@@ -491,9 +493,3 @@ class Engine:
 
     async def _on_thread(self, stage: str, do: Callable[[Any], Any]) -> Any:
         return await self._thread.run(stage, do, control=True, caller=_TABLES)
-
-
-def _probe(device: torch.device) -> None:
-    """Raises where the device takes no work any more: after an error that CUDA's context does not survive."""
-    if device.type == "cuda":
-        torch.zeros(1, device=device).add_(1).cpu()

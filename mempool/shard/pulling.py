@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 from mempool.errors import Internal
 from mempool.shard.durable.changes import Changes
-from mempool.shard.jobs import JOB_BYTES
 from mempool.shard.pages.transfer import pull
 from mempool.shard.tenancy import Tenancy
+from mempool.shard.work.jobs import JOB_BYTES
 from mempool.types import Ledger, PageBatch, PullPages, PullReport, ShardHost, ShardInfo
 
 

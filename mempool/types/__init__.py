@@ -69,7 +69,7 @@ from mempool.types.pool import (
     TableView,
     TakeCheckpoint,
 )
-from mempool.types.protocols import PageHost, PoolApi, Shard, ShardHost
+from mempool.types.protocols import AtOnceShard, PageHost, PoolApi, Shard, ShardHost
 from mempool.types.schema import (
     ELEMENT_BYTES,
     FlatKeySpec,
@@ -85,6 +85,7 @@ from mempool.types.schema import (
 __all__ = [
     "ELEMENT_BYTES",
     "MAX_SHARDS",
+    "AtOnceShard",
     "AttachTable",
     "CheckpointProgress",
     "CommitPart",

@@ -4,7 +4,7 @@ The engine, the gRPC proxy and test fakes implement them; one contract suite run
 ``mempool.errors`` only. A caller bounds its wait with ``asyncio.timeout``; a cancelled call may still take effect.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from mempool.types.messages import (
@@ -157,6 +157,21 @@ class ShardHost(Shard, PageHost, Protocol):
 
     async def close(self) -> None:
         """Give back what this object holds (threads and memory, or a connection)."""
+
+
+class AtOnceShard(Protocol):
+    """What the data path asks of a shard on the caller's own thread, of which it takes the whole: no event loop."""
+
+    def begin_gather(
+        self, request: GatherRequest, *, timeout_s: float, narrow_ids: bool, alone: bool
+    ) -> Callable[[], GatherReply | None] | None:
+        """Ask; what is answered is called once, to wait for the reply.
+
+        narrow_ids: They fit uint32. alone: No other shard is asked meanwhile.
+
+        None, of either: it cannot be had at once, for whatever reason, and nothing of it is known. Whoever asks takes
+        ``Shard.gather`` then, which is the same call, and says what is wrong.
+        """
 
 
 class PoolApi(Protocol):

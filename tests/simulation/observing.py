@@ -7,8 +7,8 @@ from typing import Any
 
 from mempool.agreement.order import Order
 from mempool.shard.durable.store import Store
-from mempool.shard.jobs import Answered
-from mempool.shard.thread import EngineThread
+from mempool.shard.work.jobs import Answered
+from mempool.shard.work.thread import EngineThread
 from mempool.types import DecidedStep
 from tests.simulation.history import History
 from tests.simulation.loop import InlineWorker

@@ -80,7 +80,13 @@ class ServedPool:
         views = ShardViews("served", shard=engine, dial=self.dial, controller=self.address)
         router = Router(views, dial=self.dial, pool="served")
         lookup = LookupCoordinator(router, info=info).lookup
-        await server.start(shard=engine, pool=views, lookup=lookup, address=info.address if self.near else "")
+        await server.start(
+            shard=engine,
+            pool=views,
+            lookup=lookup,
+            address=info.address if self.near else "",
+            at_once=engine.at_once.gather_unless_busy,
+        )
         self.shards[shard] = ServedShard(engine=engine, server=server, info=info)
         return info
 

@@ -23,6 +23,8 @@ from mempool.nn.scoring import product_topk
 
 _SAMPLED_PAIRS = 24
 _WIDER = 4
+#: So wide a dense block takes longer than the memory layer beside it, at the usual sizes.
+LONG = 16
 
 
 class LocalLayer(MemoryLayer):
@@ -47,14 +49,24 @@ class LocalLayer(MemoryLayer):
 
 
 class Model(nn.Module):
-    """A dense block, and a memory layer beside it."""
+    """A dense block, and a memory layer beside it.
 
-    def __init__(self, dim: int, layer: MemoryLayer) -> None:
+    Args:
+        wider: The block's inner width, in dims.
+        overlapped: The look-up is started before the block, and finished behind it.
+    """
+
+    def __init__(self, dim: int, layer: MemoryLayer, *, wider: int = _WIDER, overlapped: bool = False) -> None:
         super().__init__()
-        self.dense = nn.Sequential(nn.Linear(dim, _WIDER * dim), nn.GELU(), nn.Linear(_WIDER * dim, dim))
+        self.dense = nn.Sequential(nn.Linear(dim, wider * dim), nn.GELU(), nn.Linear(wider * dim, dim))
         self.layer = layer
+        self.overlapped = overlapped
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.overlapped:
+            pending = self.layer.start(x)
+            beside: Tensor = self.dense(x)
+            return beside + pending.result()
         y: Tensor = self.dense(x) + self.layer(x)
         return y
 
@@ -85,18 +97,33 @@ class Trained:
 
 
 def trained(
-    dim: int, table: mempool.Table, *, heads: int, topk: int, seed: int, local: LocalTable | None = None
+    dim: int,
+    table: mempool.Table,
+    *,
+    heads: int,
+    topk: int,
+    seed: int,
+    local: LocalTable | None = None,
+    wider: int = _WIDER,
+    overlapped: bool = False,
 ) -> Trained:
-    """A model of a seed; with values here, if they are given."""
+    """A model of a seed; with values here, if they are given. wider, overlapped: As of ``Model``."""
     torch.manual_seed(seed)
     shape: dict[str, Any] = {"table": table, "heads": heads, "topk": topk, "key_dim": min(128, 2 * dim)}
     layer = MemoryLayer(dim, **shape) if local is None else LocalLayer(dim, local=local, **shape)
-    model = Model(dim, layer)
+    model = Model(dim, layer, wider=wider, overlapped=overlapped)
     return Trained(model, PoolOptimizer(model).step if local is None else local.commit)
 
 
 def measure(
-    size: TableSize, models: Mapping[str, Trained], *, tokens: int, rounds: int, budget_s: float, seed: int
+    size: TableSize,
+    models: Mapping[str, Trained],
+    *,
+    tokens: int,
+    rounds: int,
+    budget_s: float,
+    seed: int,
+    family: str = "layer",
 ) -> Measured:
     """A step of models that are the same but for where their values are.
 
@@ -107,6 +134,7 @@ def measure(
         rounds: Rounds to time.
         budget_s: When it is spent, the rounds end early.
         seed: Of the tokens.
+        family: Of the ``Work``.
 
     Raises:
         GateError: A model's output, or the values after its first step, are wrong: nothing was timed.
@@ -119,7 +147,7 @@ def measure(
     ]
     checks = [check for name, model in models.items() for check in checked(name, size, model, *sets[0])]
     layer = next(iter(models.values())).model.layer
-    work = Work("layer", "sgd", size.num_slots, tokens, layer.heads * layer.topk)
+    work = Work(family, "sgd", size.num_slots, tokens, layer.heads * layer.topk)
     runs = {name: partial(_on, model, sets) for name, model in models.items()}
     return timed(work, checks, runs, num_inputs=len(sets), rounds=rounds, budget_s=budget_s)
 

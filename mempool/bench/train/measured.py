@@ -15,6 +15,7 @@ from mempool.bench.measuring import Contender, Times, interleaved
 LOCAL = "mempool's kernels here"
 EMBEDDED = "mempool embedded"
 GRPC = "mempool over gRPC"
+OVERLAPPED = "mempool over gRPC, overlapped"
 FBGEMM = "fbgemm"
 TORCH = "torch sparse"
 
@@ -25,7 +26,7 @@ class Work:
 
     Attributes:
         family: "gather": a look-up without a graph. "step": forward, backward, commit of a table. "layer": the same of
-            a model with a memory layer.
+            a model with a memory layer. "overlap": of one whose dense work takes at least as long as the layer's.
         algorithm: The optimizer of the values.
         num_slots: Of the table.
         bags: Of a step.

@@ -18,7 +18,7 @@ from mempool.bench.processes.pool import pool_process
 from mempool.bench.run import Say, require_options
 from mempool.bench.serve.shapes import Shape, TableSize
 from mempool.bench.train import layers, steps
-from mempool.bench.train.measured import EMBEDDED, FBGEMM, GRPC, LOCAL, TORCH, Measured
+from mempool.bench.train.measured import EMBEDDED, FBGEMM, GRPC, LOCAL, OVERLAPPED, TORCH, Measured
 from mempool.bench.train.tables import (
     ALGORITHMS,
     LocalTable,
@@ -29,7 +29,7 @@ from mempool.bench.train.tables import (
     torch_table,
 )
 
-PARTS = ("steps", "peers", "layers")
+PARTS = ("steps", "peers", "layers", "overlap")
 _CALL_TIMEOUT_S = 120.0
 
 
@@ -128,6 +128,9 @@ def run(options: Options, *, say: Say, workload: Workload | None = None) -> Outc
     if options.has("layers"):
         with _part(outcome, say), _one_thread():
             _layers(outcome, say)
+    if options.has("overlap"):
+        with _part(outcome, say), _one_thread():
+            _overlap(outcome, say)
     outcome.standings = standings(outcome.measured, workload)
     return outcome
 
@@ -189,16 +192,41 @@ def _layers(outcome: Outcome, say: Say) -> None:
             EMBEDDED: made(size.value_dim, here, **shape),
             GRPC: made(size.value_dim, there, **shape),
         }
-        measured = layers.measure(
-            size,
-            models,
-            tokens=workload.shape.bags,
-            rounds=outcome.options.rounds,
-            budget_s=workload.budget_s,
-            seed=seed,
-        )
-        outcome.measured.append(measured)
-        say(_line(measured))
+        _measure_layers(outcome, size, models, say)
+
+
+def _overlap(outcome: Outcome, say: Say) -> None:
+    """A model whose dense work is long enough to hide what the memory takes."""
+    workload, seed = outcome.workload, outcome.options.seed
+    size = TableSize(workload.slots, workload.value_dim, seed)
+    made: Callable[..., layers.Trained] = layers.trained
+    shape: dict[str, Any] = {"heads": workload.heads, "topk": workload.shape.pairs // workload.heads, "seed": seed}
+    shape["wider"] = layers.LONG
+    with _served(size) as served:
+        # Tables of their own: contenders are checked by what their first step changes.
+        plain, early = pool_table(served, size, "sgd"), pool_table(served, size, "sgd", name="more-facts")
+        models = {
+            LOCAL: made(size.value_dim, plain, local=LocalTable(Memory.of(size, "sgd")), **shape),
+            GRPC: made(size.value_dim, plain, **shape),
+            OVERLAPPED: made(size.value_dim, early, overlapped=True, **shape),
+        }
+        _measure_layers(outcome, size, models, say, family="overlap")
+
+
+def _measure_layers(
+    outcome: Outcome, size: TableSize, models: dict[str, layers.Trained], say: Say, *, family: str = "layer"
+) -> None:
+    measured = layers.measure(
+        size,
+        models,
+        tokens=outcome.workload.shape.bags,
+        rounds=outcome.options.rounds,
+        budget_s=outcome.workload.budget_s,
+        seed=outcome.options.seed,
+        family=family,
+    )
+    outcome.measured.append(measured)
+    say(_line(measured))
 
 
 def standings(measured: Sequence[Measured], workload: Workload) -> list[Standing]:
@@ -210,10 +238,12 @@ def standings(measured: Sequence[Measured], workload: Workload) -> list[Standing
         return None if one is None else one.ratio(contender, beside)
 
     layer = ratio("layer", workload.slots, GRPC, LOCAL)
+    overlapped = ratio("overlap", workload.slots, OVERLAPPED, LOCAL)
     gather = ratio("gather", workload.peer_slots, FBGEMM, EMBEDDED)
     step = ratio("step", workload.peer_slots, FBGEMM, EMBEDDED)
     return [
         stand("a layer's step in a pool on this host, beside its table here, times", 1.15, layer, under=True),
+        stand("the same with overlap, beside dense work at least as long, times", 1.05, overlapped, under=True),
         stand("embedded gather, speed beside FBGEMM's CPU build, times", 2.4, gather),
         stand("embedded gather, backward and commit, speed beside FBGEMM's CPU build, times", 7.5, step),
     ]

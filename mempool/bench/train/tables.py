@@ -46,11 +46,11 @@ def optimizer(algorithm: str) -> Optimizer:
     return Adagrad(LEARNING_RATE, eps=EPS, initial_accumulator_value=FIRST_SUM)
 
 
-def pool_table(pool: mempool.Pool, size: TableSize, algorithm: str) -> mempool.Table:
+def pool_table(pool: mempool.Pool, size: TableSize, algorithm: str, *, name: str = "facts") -> mempool.Table:
     """The table, made in a pool."""
     table = pool.create_table(
         mempool.TableConfig(
-            name="facts", num_slots=size.num_slots, value_dim=size.value_dim, optimizer=optimizer(algorithm)
+            name=name, num_slots=size.num_slots, value_dim=size.value_dim, optimizer=optimizer(algorithm)
         )
     )
     size.write(table.write)

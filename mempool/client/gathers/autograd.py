@@ -47,7 +47,7 @@ def gather(
     refuse_export(link.name)
     if torch.compiler.is_compiling():
         return compiled_gather(link, ids, weights, offsets, anchor=anchor, trained=trained, remember=remember)
-    _refuse_transforms(link)
+    refuse_transforms(link)
     flat_ids, flat_weights, flat_offsets = checked_bags(
         ids, weights, offsets, num_slots=link.num_slots, table=link.name
     )
@@ -130,7 +130,7 @@ class _PooledGather(torch.autograd.Function):
     def backward(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
         needs_anchor_grad, want_weight_grad = ctx.needs_input_grad[:2]
-        accumulates, captured = _accumulates(ctx) if needs_anchor_grad else (False, False)
+        accumulates, captured = reaches_anchor(ctx) if needs_anchor_grad else (False, False)
         accumulates = accumulates and ctx.anchor.requires_grad  # it may have been frozen since; torch's leaves ask, too
         anchor_grad = weight_grad = None
         with torch.no_grad():
@@ -158,7 +158,7 @@ class _PooledGather(torch.autograd.Function):
         raise RuntimeError(f"forward-mode derivatives do not reach a pool: table {ctx.link.name!r}. Use backward()")
 
 
-def _accumulates(ctx: Any) -> tuple[bool, bool]:
+def reaches_anchor(ctx: Any) -> tuple[bool, bool]:
     """Whether this backward pass accumulates into the values; and whether it only hands out the anchor's gradient.
 
     Under ``torch.autograd.grad(loss, weights)`` and ``backward(inputs=...)`` nothing is accumulated, as for a leaf that
@@ -179,7 +179,8 @@ def refuse_export(table: str) -> None:
         )
 
 
-def _refuse_transforms(link: Link) -> None:
+def refuse_transforms(link: Link) -> None:
+    """Raises InvalidRequest inside of what torch.func transforms."""
     if torch._C._are_functorch_transforms_active():
         raise InvalidRequest(
             f"torch.func's transforms (grad, vmap, jvp, jacrev, ...) cannot follow a lookup in table {link.name!r}: its"

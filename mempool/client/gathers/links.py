@@ -7,9 +7,29 @@ from typing import Protocol
 
 from torch import Tensor
 
+from mempool.client.opening.waiting import Pending
 from mempool.client.routing.attempt import LookupRecord
 from mempool.errors import InvalidRequest
 from mempool.types.bags import Bags
+
+
+class PendingAnswer(Protocol):
+    """A gather that was begun.
+
+    Attributes:
+        lease: While somebody holds it, shards are to remember the lookup, if they were asked to.
+    """
+
+    @property
+    def lease(self) -> object: ...
+
+    def done(self) -> bool: ...
+
+    def result(self) -> tuple[Tensor, LookupRecord]:
+        """Pooled values [B, V] float32 on the CPU, not to be written to; for any thread, as often as it is asked."""
+
+    def hand_over(self) -> None:
+        """Who took the result lets shards forget the lookup; the lease means nothing more."""
 
 
 class Link(Protocol):
@@ -32,9 +52,14 @@ class Link(Protocol):
 
     def send_gather(self, bags: Bags, *, remember: bool) -> tuple[Tensor, LookupRecord]: ...
 
+    def begin_gather(self, bags: Bags, *, remember: bool) -> PendingAnswer: ...
+
     def send_update(
         self, record: LookupRecord, grads: Tensor, *, hold: bool, want_weight_grad: bool
     ) -> Tensor | None: ...
+
+    def begin_update(self, record: LookupRecord, grads: Tensor, *, hold: bool) -> Pending[Tensor | None]:
+        """The gradient of the weights comes later."""
 
     def release(self, record: LookupRecord) -> Callable[[], None]: ...
 

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from mempool.client.direct.gathers import DialAtOnce, DirectGathers
 from mempool.client.routing.fanout import Dial
 from mempool.client.routing.router import Router
 from mempool.client.routing.tries import Tries
@@ -52,6 +53,10 @@ class Connection:
         where: The pool, for messages.
         timeout_s: Deadline of a call that names none, seconds.
         on_close: Awaited when the connection ends, after everything else.
+        dial_at_once: Gives the way to a shard for threads that wait themselves; None: there is none.
+
+    Attributes:
+        direct: Gathers that go this way.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class Connection:
         where: Whereabouts,
         timeout_s: float,
         on_close: Callable[[], Awaitable[None]] | None = None,
+        dial_at_once: DialAtOnce | None = None,
     ) -> None:
         timeout_s = checked_timeout(timeout_s)
         self.api = api
@@ -69,6 +75,7 @@ class Connection:
         self.timeout_s = timeout_s
         self.router = Router(api, dial=dial, pool=where, timeout_s=timeout_s)
         self.coordinator = Coordinator(self.router)
+        self.direct = None if dial_at_once is None else DirectGathers(self.router, dial_at_once, loop=loop.io_loop())
         self._on_close = on_close
         self._lock = threading.Lock()
         self._closed = False
@@ -90,6 +97,13 @@ class Connection:
     def run_long(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Wait for a coroutine that has no deadline."""
         return self._wait(coroutine, None)
+
+    def begin(self, coroutine: Coroutine[Any, Any, T]) -> loop.Begun[T]:
+        """Begin a coroutine that keeps to the connection's deadline itself; it is waited for later."""
+        if self._closed:
+            coroutine.close()
+            raise InvalidRequest(self.where.closed)
+        return loop.begin(coroutine, timeout_s=self.timeout_s + _STUCK_S)
 
     def close(self) -> None:
         """End it, and wait for that. Repeatable."""

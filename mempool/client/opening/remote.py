@@ -55,7 +55,14 @@ def connect(
     near = os.environ.get(NEAR_VARIABLE) == "1"
     api, dialer = GrpcPool(addresses, channels), GrpcDialer(NearChannels(grpc=channels) if near else channels)
     name = loop.run(_name_of(api, timeout_s=timeout_s), timeout_s=timeout_s + _STUCK_S)
-    return Pool(api, dialer.dial, name=name or address, timeout_s=timeout_s, on_close=dialer.close)
+    return Pool(
+        api,
+        dialer.dial,
+        name=name or address,
+        timeout_s=timeout_s,
+        on_close=dialer.close,
+        dial_at_once=dialer.dial_at_once,
+    )
 
 
 async def _name_of(api: GrpcPool, *, timeout_s: float) -> str:

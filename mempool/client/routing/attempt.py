@@ -103,21 +103,19 @@ class Attempt:
         async def ask_some(part: Part, host: ShardHost, envelope: Envelope, number: int) -> GatherReply:
             route = part.route
             some = part.bags.some(*pieces[number])
-            request = GatherRequest(
-                envelope=envelope,
+            request = gather_request(
+                some,
+                route,
+                envelope,
                 lookup_id=lookup_id + number,
-                ids=some.ids,
-                weights=some.weights,
-                offsets=some.offsets,
                 remember=remember,
                 release=self._take_released(route.shard),
-                reply_dtype="float32" if route.partial else reply_dtype,
+                reply_dtype=reply_dtype,
             )
-            self._traffic.bytes_sent += some.num_bytes
             reply = await host.gather(request)
             self._fanout.saw(reply.stamp.table_version)
-            _require_blocks(reply.blocks, route)
-            self._traffic.bytes_received += reply.values.nbytes
+            require_blocks(reply.blocks, route)
+            self._traffic.add(sent=some.num_bytes, received=reply.values.nbytes)
             return reply
 
         async def ask(part: Part, host: ShardHost, envelope: Envelope) -> list[GatherReply]:
@@ -130,14 +128,14 @@ class Attempt:
             [(part.route, _one([reply.values for reply in some])) for part, some in zip(parts, answers, strict=True)],
             num_bags=bags.num_bags,
         )
-        asked = frozenset((part.route.shard, part.route.info.incarnation) for part in parts)
-        record = LookupRecord(
-            table_id=self.plan.table_id,
+        stamps = [reply.stamp for some in answers for reply in some]
+        record = lookup_record(
+            self.plan,
+            bags,
             lookup_id=lookup_id,
             lookups=len(pieces),
-            bags=bags,
-            seen=self._seen([reply.stamp for some in answers for reply in some]),
-            remembered_by=asked if remember else frozenset(),
+            stamps=stamps,
+            remembered_by=parts if remember else (),
         )
         return values, record
 
@@ -170,7 +168,7 @@ class Attempt:
             )
 
             async def send(*, inline: bool) -> UpdateReply:
-                self._traffic.bytes_sent += part_grads.nbytes + (bags.num_bytes if inline else 0)
+                self._traffic.add(sent=part_grads.nbytes + (bags.num_bytes if inline else 0))
                 request = UpdateRequest(
                     envelope=envelope,
                     step_id=step_id,
@@ -203,7 +201,7 @@ class Attempt:
         for part, reply in zip(parts, replies, strict=True):
             if reply.weight_grad is None:
                 raise Internal(f"shard {part.route.shard} was asked for d_weights and answered none.")
-            self._traffic.bytes_received += reply.weight_grad.nbytes
+            self._traffic.add(received=reply.weight_grad.nbytes)
             grads_of_parts.append((part, reply.weight_grad))
         return merge_weight_grads(grads_of_parts, num_pairs=record.bags.num_pairs)
 
@@ -217,9 +215,8 @@ class Attempt:
 
         async def ask_some(host: ShardHost, envelope: Envelope, first: int, end: int) -> ScoreReply:
             some = queries[first:end]
-            self._traffic.bytes_sent += some.nbytes
             reply = await host.score(ScoreRequest(envelope=envelope, queries=some, topk=topk))
-            self._traffic.bytes_received += reply.scores.nbytes + reply.ids.nbytes
+            self._traffic.add(sent=some.nbytes, received=reply.scores.nbytes + reply.ids.nbytes)
             self._fanout.saw(reply.stamp.table_version)
             return reply
 
@@ -231,7 +228,7 @@ class Attempt:
         if not flat:
             owners = [owner for owner, _ in self.plan.head_owners]
         answers = await self._fanout.each([(owner, ask) for owner in owners])
-        seen = self._seen([reply.stamp for some in answers for reply in some])
+        seen = seen_of(self.plan, [reply.stamp for some in answers for reply in some])
         found = [(_one([reply.scores for reply in some]), _one([reply.ids for reply in some])) for some in answers]
         if flat:
             scores, ids = merge_candidates([scores for scores, _ in found], [ids for _, ids in found], topk=topk)
@@ -267,7 +264,7 @@ class Attempt:
             return reply
 
         replies = await self._fanout.each([(owner, ask) for owner in self.plan.owners])
-        seen = self._seen([reply.stamp for reply in replies])
+        seen = seen_of(self.plan, [reply.stamp for reply in replies])
         counts = {reply.count for reply in replies}
         if seen.oldest_version != seen.newest_version or (to is None and len(counts) > 1):
             raise StepConflict(
@@ -288,11 +285,54 @@ class Attempt:
             await self._fanout.each([(owner, tell) for owner in self.plan.owners])
         return to
 
-    def _seen(self, stamps: Sequence[Stamp]) -> Seen:
-        versions = [stamp.table_version for stamp in stamps]
-        return Seen(
-            epoch=self.plan.epoch, oldest_version=min(versions, default=0), newest_version=max(versions, default=0)
-        )
+
+def gather_request(
+    bags: Bags,
+    route: ShardRoute,
+    envelope: Envelope,
+    *,
+    lookup_id: int,
+    remember: bool,
+    release: tuple[int, ...],
+    reply_dtype: ReplyDtype,
+) -> GatherRequest:
+    """What a shard is asked for some bags, or its part of them."""
+    return GatherRequest(
+        envelope=envelope,
+        lookup_id=lookup_id,
+        ids=bags.ids,
+        weights=bags.weights,
+        offsets=bags.offsets,
+        remember=remember,
+        release=release,
+        reply_dtype="float32" if route.partial else reply_dtype,
+    )
+
+
+def lookup_record(
+    plan: TablePlan,
+    bags: Bags,
+    *,
+    lookup_id: int,
+    lookups: int,
+    stamps: Sequence[Stamp],
+    remembered_by: Sequence[Part],
+) -> LookupRecord:
+    """What is kept of a gather; remembered_by: the parts whose shards were asked to."""
+    return LookupRecord(
+        table_id=plan.table_id,
+        lookup_id=lookup_id,
+        lookups=lookups,
+        bags=bags,
+        seen=seen_of(plan, stamps),
+        remembered_by=frozenset((part.route.shard, part.route.info.incarnation) for part in remembered_by),
+    )
+
+
+def seen_of(plan: TablePlan, stamps: Sequence[Stamp]) -> Seen:
+    """What state answers with these stamps come from."""
+    versions = [stamp.table_version for stamp in stamps]
+    return Seen(epoch=plan.epoch, oldest_version=min(versions, default=0), newest_version=max(versions, default=0))
 
 
 def gather_slices(plan: TablePlan, bags: Bags) -> list[tuple[int, int]]:
@@ -310,6 +350,7 @@ def _no_bags(bags: Bags) -> Bags:
     return Bags(ids=bags.ids, weights=bags.weights, offsets=torch.zeros(1, dtype=torch.int64, device="cpu"))
 
 
-def _require_blocks(blocks: tuple[int, ...], route: ShardRoute) -> None:
+def require_blocks(blocks: tuple[int, ...], route: ShardRoute) -> None:
+    """Raises Internal where a shard answered other columns than the plan gives it."""
     if blocks != route.blocks:
         raise Internal(f"shard {route.shard} answered blocks {blocks} under a placement that gives it {route.blocks}.")

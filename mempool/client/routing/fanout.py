@@ -4,6 +4,7 @@ Every call gets the envelope of its shard: table, epoch, incarnation.
 """
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
@@ -17,13 +18,44 @@ Dial = Callable[[ShardInfo], ShardHost]
 
 
 class Traffic:
-    """Tensor bytes of a router's requests and replies, headers not counted."""
+    """Tensor bytes of a router's requests and replies, headers not counted. Any thread may add to them."""
 
-    __slots__ = ("bytes_received", "bytes_sent")
+    __slots__ = ("_lock", "bytes_received", "bytes_sent")
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self.bytes_sent = 0
         self.bytes_received = 0
+
+    def add(self, *, sent: int = 0, received: int = 0) -> None:
+        with self._lock:
+            self.bytes_sent += sent
+            self.bytes_received += received
+
+
+class Versions:
+    """By table id, the highest version that is known to be: acknowledged, or seen in a reply. For any thread."""
+
+    __slots__ = ("_known", "_lock")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: dict[int, int] = {}
+
+    def get(self, table_id: int) -> int | None:
+        """None where nothing is known yet."""
+        return self._known.get(table_id)
+
+    def saw(self, table_id: int, version: int) -> None:
+        """There is such a version of the table: later requests are answered by it or a later one."""
+        if version > self._known.get(table_id, 0):
+            with self._lock:
+                self._known[table_id] = max(version, self._known.get(table_id, 0))
+
+    def forget(self, table_id: int) -> None:
+        """The table was dropped."""
+        with self._lock:
+            self._known.pop(table_id, None)
 
 
 class Fanout:
@@ -33,10 +65,10 @@ class Fanout:
         plan: The plan.
         dial: Gives the host of a shard.
         traffic: For those that send to add to.
-        versions: By table id, the highest version that is known to be: acknowledged, or seen in a reply.
+        versions: What is known to be.
     """
 
-    def __init__(self, plan: TablePlan, *, dial: Dial, traffic: Traffic, versions: dict[int, int]) -> None:
+    def __init__(self, plan: TablePlan, *, dial: Dial, traffic: Traffic, versions: Versions) -> None:
         self.plan = plan
         self._versions = versions
         self.traffic = traffic
@@ -49,20 +81,12 @@ class Fanout:
         return tuple(sorted(self._waiting.items()))
 
     def saw(self, version: int) -> None:
-        """There is such a version of the table: later requests are answered by it or a later one."""
-        table_id = self.plan.table_id
-        if version > self._versions.get(table_id, 0):
-            self._versions[table_id] = version
+        """As ``Versions.saw``."""
+        self._versions.saw(self.plan.table_id, version)
 
     def envelope(self, info: ShardInfo) -> Envelope:
         """What a request to this shard says of the plan."""
-        table_id = self.plan.table_id
-        return Envelope(
-            table_id=table_id,
-            epoch=self.plan.epoch,
-            incarnation=info.incarnation,
-            table_version=self._versions.get(table_id, 0),
-        )
+        return envelope_of(self.plan, info, self._versions)
 
     async def each(self, calls: Sequence[tuple[ShardInfo, Call[T]]], *, to_the_end: bool = False) -> list[T]:
         """All calls together, replies in their order; the gravest error is raised.
@@ -102,6 +126,16 @@ class Fanout:
         # A call that was cut off stays among those waited for: that is whom a timeout names.
         self._waiting.pop(info.shard, None)
         return reply
+
+
+def envelope_of(plan: TablePlan, info: ShardInfo, versions: Versions) -> Envelope:
+    """What a request to a shard says of the plan, and of what is known."""
+    return Envelope(
+        table_id=plan.table_id,
+        epoch=plan.epoch,
+        incarnation=info.incarnation,
+        table_version=versions.get(plan.table_id) or 0,
+    )
 
 
 def _leniency(error: BaseException) -> int:

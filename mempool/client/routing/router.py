@@ -8,6 +8,7 @@ Errors that no retry can heal pass at once.
 import asyncio
 import random
 import secrets
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -19,7 +20,7 @@ from torch import Tensor
 from mempool.agreement.writes import MAX_OPEN, Writer
 from mempool.client.lookup import Lookup
 from mempool.client.routing.attempt import Attempt, LookupRecord, Seen
-from mempool.client.routing.fanout import Dial, Fanout, Traffic
+from mempool.client.routing.fanout import Dial, Fanout, Traffic, Versions
 from mempool.client.routing.patience import WaitingFor
 from mempool.client.routing.plan import TablePlan, make_plan, newer_view
 from mempool.client.routing.remembered import Remembered
@@ -75,9 +76,10 @@ class Router:
         self._dial = dial
         self._patience_s = patience_s
         self._plans: dict[int, TablePlan] = {}
-        self._versions: dict[int, int] = {}  # that are known to be, by table
+        self.versions = Versions()
         self._names: dict[int, str] = {}  # of all tables ever seen, for messages
         self._refreshing: dict[int, asyncio.Lock] = {}
+        self._numbering = threading.Lock()
         self._next_lookup_id = secrets.randbits(62) if first_lookup_id is None else first_lookup_id
         self._writer = Writer(self._next_lookup_id + 1)
         self._room_for_writes = asyncio.Semaphore(MAX_OPEN)
@@ -123,7 +125,7 @@ class Router:
     def forget(self, table_id: int) -> None:
         """Keep nothing more of a table, which was dropped."""
         self._plans.pop(table_id, None)
-        self._versions.pop(table_id, None)
+        self.versions.forget(table_id)
         self._refreshing.pop(table_id, None)
         self.remembered.forget(table_id)
 
@@ -151,9 +153,7 @@ class Router:
             DataLoss: Pages of the table are gone.
             NotFound: The table was dropped.
         """
-        lookup_id = self._next_lookup_id
-        self._next_lookup_id += max(1, bags.num_bags)  # as many messages as it may take, whatever the plan
-
+        lookup_id = self.next_lookup_id(bags)
         values, record = await self.call(
             table_id,
             lambda attempt: attempt.gather(bags, lookup_id=lookup_id, remember=remember, reply_dtype=reply_dtype),
@@ -161,6 +161,17 @@ class Router:
         )
         self.remembered.add(record)
         return values, record
+
+    def next_lookup_id(self, bags: Bags) -> int:
+        """Of a gather, and of as many messages as it may take, whatever the plan. For any thread."""
+        with self._numbering:
+            lookup_id = self._next_lookup_id
+            self._next_lookup_id += max(1, bags.num_bags)
+        return lookup_id
+
+    def plan_now(self, table_id: int) -> TablePlan | None:
+        """The plan, if there is one. For any thread."""
+        return self._plans.get(table_id)
 
     async def score(
         self, table_id: int, *, queries: Tensor, topk: int, timeout_s: float | None = None
@@ -305,7 +316,7 @@ class Router:
 
     def known_version(self, table_id: int) -> int | None:
         """The newest version of a table that was acknowledged to this client or seen in a reply; None: none yet."""
-        return self._versions.get(table_id)
+        return self.versions.get(table_id)
 
     def name_of(self, table_id: int) -> str:
         """The table's name, for messages."""
@@ -327,7 +338,7 @@ class Router:
 
     def _attempt(self, plan: TablePlan) -> Attempt:
         table_id = plan.table_id
-        fanout = Fanout(plan, dial=self._dial, traffic=self.traffic, versions=self._versions)
+        fanout = Fanout(plan, dial=self._dial, traffic=self.traffic, versions=self.versions)
         return Attempt(fanout, take_released=partial(self.remembered.take, table_id))
 
     async def _require_current(self, plans: tuple[TablePlan, ...]) -> None:

@@ -37,9 +37,9 @@ async def read_rows(fanout: Fanout, array: str, ids: Tensor) -> Tensor:
 
     async def ask(target: _Target, host: ShardHost, envelope: Envelope) -> Tensor:
         kept_ids = ids if target.kept is None else ids[target.kept]
-        fanout.traffic.bytes_sent += kept_ids.nbytes
+        fanout.traffic.add(sent=kept_ids.nbytes)
         reply = await host.read_rows(ReadRowsRequest(envelope=envelope, array=array, ids=kept_ids))
-        fanout.traffic.bytes_received += reply.rows.nbytes
+        fanout.traffic.add(received=reply.rows.nbytes)
         fanout.saw(reply.stamp.table_version)
         return reply.rows
 
@@ -58,7 +58,7 @@ async def write_rows(fanout: Fanout, array: str, ids: Tensor, rows: Tensor, *, w
         kept_ids, kept_rows = (ids, rows) if target.kept is None else (ids[target.kept], rows[target.kept])
         if target.route is not None and array != "keys":
             kept_rows = _columns_of(target.route, kept_rows, fanout.plan)
-        fanout.traffic.bytes_sent += kept_ids.nbytes + kept_rows.nbytes
+        fanout.traffic.add(sent=kept_ids.nbytes + kept_rows.nbytes)
         request = WriteRowsRequest(
             envelope=envelope,
             array=array,

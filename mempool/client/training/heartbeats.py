@@ -42,6 +42,12 @@ class Heartbeats:
         self._began_s = 0.0
         self._closed = False
         self._learnt = False
+        self._asleep = True
+
+    def wake_from(self, loop: asyncio.AbstractEventLoop) -> None:
+        """As ``wake``, of any thread; ``loop`` is the one that they are on."""
+        if self._asleep and not self._closed:
+            loop.call_soon_threadsafe(self.wake)
 
     def wake(self) -> None:
         """Something may be held from now on."""
@@ -51,6 +57,7 @@ class Heartbeats:
         self._silences.clear()
         self._began_s = asyncio.get_running_loop().time()
         self._task = asyncio.get_running_loop().create_task(self._beat())
+        self._asleep = False
 
     def silence_s(self, shard: int) -> float:
         """The longest time for which this process was not heard of at a shard, as far as it knows; the last one too."""
@@ -75,9 +82,11 @@ class Heartbeats:
             pause_s = max(_SHORTEST_S, (self.lease_s if self._learnt else min(_LEAST_LEASE_S, self.lease_s)) / 3)
             await asyncio.sleep(max(0.0, last_s + pause_s - loop.time()))
             last_s = loop.time()
+            self._asleep = True  # what a thread adds from here on it says, as this may not see it
             holdings = self._holdings()
             if not holdings:
                 return
+            self._asleep = False
             beats = [self._say(info, rank, pause_s, at_once) for info, ranks in holdings.items() for rank in ranks]
             leases = [lease_s for lease_s in await asyncio.gather(*beats) if lease_s is not None and lease_s > 0.0]
             self.lease_s = min(leases, default=self.lease_s)

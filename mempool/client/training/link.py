@@ -4,17 +4,22 @@ Legend: B bags, L pairs of all bags together, V value dim.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mempool.client.bags import own_copy
+from mempool.client.gathers.lease import Remembering
 from mempool.client.gathers.links import LINKS
 from mempool.client.gathers.markers import Markers
-from mempool.client.opening.waiting import Run
+from mempool.client.gathers.prefetched import Prefetched
+from mempool.client.gathers.window import Window
+from mempool.client.opening.waiting import Begin, Run
 from mempool.client.routing.attempt import LookupRecord
 from mempool.client.routing.router import Router
+from mempool.client.training.begun import BegunGather, Told
 from mempool.client.training.cautions import Cautions
 from mempool.client.training.session import Session
 from mempool.errors import InvalidRequest
@@ -39,13 +44,17 @@ class TableLink:
         markers: Of the modules whose ``zero_grad`` drops what is pending.
         session: The table's updates and steps.
         run: Waits for the IO loop.
+        prefetched: Gathers of this table that were started ahead.
     """
 
-    def __init__(self, schema: TableSchema, *, router: Router, session: Session, run: Run) -> None:
+    def __init__(self, schema: TableSchema, *, router: Router, session: Session, run: Run, begin: Begin) -> None:
         self._schema = schema
         self._router = router
         self.session = session
         self.run = run
+        self._begin = begin
+        self._window = Window()
+        self.prefetched = Prefetched()
         self._wire_dtype: WireDtype = "float32"
         self._cautions = Cautions(schema.name, grouped=False)
         self.markers = Markers()
@@ -80,27 +89,94 @@ class TableLink:
 
     def send_gather(self, bags: Bags, *, remember: bool) -> tuple[Tensor, LookupRecord]:
         """Pooled values [B, V] float32 on the CPU."""
-        answer = self.run(self.session.gather(bags, remember=remember, reply_dtype=self._wire_dtype))
+        fetched = self.prefetched.take(
+            bags, known_version=lambda: self.session.known_version, reply_dtype=self._wire_dtype
+        )
+        if fetched is not None:
+            return fetched if remember else self._not_remembered(*fetched)
+        answer = self.session.gather_at_once(bags, remember=remember, reply_dtype=self._wire_dtype)
+        if answer is None:
+            answer = self.run(self.session.gather(bags, remember=remember, reply_dtype=self._wire_dtype))
         self._cautions.after_gather(answer[1].seen)
         return answer
+
+    def begin_gather(self, bags: Bags, *, remember: bool) -> BegunGather:
+        """As ``send_gather``, whose answer is taken later."""
+        num_bytes = self._bytes_of(bags)
+        remembering, release, window = Remembering(), self._router.release, self._window
+        gathering = self.session.gather(bags, remember=remember, reply_dtype=self._wire_dtype)
+
+        async def gather() -> tuple[Tensor, LookupRecord]:
+            try:
+                values, record = await gathering
+            finally:
+                window.leave(num_bytes)
+            if record.remembered_by:
+                remembering.remembered(release(record))
+            return values, record
+
+        try:
+            window.enter(num_bytes, timeout_s=self._router.timeout_s)
+        except BaseException:
+            gathering.close()
+            raise
+        try:
+            pending = self._begin(gather())
+        except BaseException:
+            gathering.close()
+            window.leave(num_bytes)
+            raise
+        return BegunGather(pending, remembering, lambda answer: self._cautions.after_gather(answer[1].seen))
+
+    def prefetch(self, bags: Bags, *, remember: bool) -> bool:
+        """Start a gather whose answer a later one of the same bags takes; False where there is no room for it."""
+        return self.prefetched.start(
+            bags,
+            self._bytes_of(bags),
+            version=self.session.known_version,
+            reply_dtype=self._wire_dtype,
+            ask=lambda: self.begin_gather(bags, remember=remember),
+        )
+
+    def _bytes_of(self, bags: Bags) -> int:
+        """Of a gather and its answer."""
+        return bags.num_bytes + 4 * bags.num_bags * self.value_dim
+
+    def _not_remembered(self, values: Tensor, record: LookupRecord) -> tuple[Tensor, LookupRecord]:
+        if record.remembered_by:
+            self.release(record)()
+        return values, replace(record, remembered_by=frozenset())
+
+    def begin_update(self, record: LookupRecord, grads: Tensor, *, hold: bool) -> Told[Tensor | None]:
+        """As ``send_update`` with want_weight_grad, whose answer is taken later."""
+        own = self._before_update(grads, hold=hold)
+        pending = self._begin(self.session.update(record, own, hold=hold, want_weight_grad=True))
+        return Told(pending, lambda _: self._after_update(hold=hold))
 
     def send_update(self, record: LookupRecord, grads: Tensor, *, hold: bool, want_weight_grad: bool) -> Tensor | None:
         """grads [B, V] on any device -> d_weights [L] float32 on the CPU."""
         if not (hold or want_weight_grad):
             return None
+        own = self._before_update(grads, hold=hold)
+        answer = self.run(self.session.update(record, own, hold=hold, want_weight_grad=want_weight_grad))
+        self._after_update(hold=hold)
+        return answer
+
+    def _before_update(self, grads: Tensor, *, hold: bool) -> Tensor:
         if hold:
             self._cautions.before_update()
             self._begin_gradient()
-        own = own_copy(grads, _WIRE_DTYPES[self._wire_dtype])
-        answer = self.run(self.session.update(record, own, hold=hold, want_weight_grad=want_weight_grad))
+        return own_copy(grads, _WIRE_DTYPES[self._wire_dtype])
+
+    def _after_update(self, *, hold: bool) -> None:
         if hold:
             self._cautions.after_update(pending=self.session.pending, pending_bytes=self.session.pending_bytes)
-        return answer
 
     def version(self) -> int:
         """The table's version, as the shards of its first slot have it now."""
         first = torch.zeros(1, dtype=torch.int64, device="cpu")
-        bags = Bags(ids=first, weights=None, offsets=torch.tensor([0, 1], dtype=torch.int64, device="cpu"))
+        weights = torch.ones(1, dtype=torch.float32, device="cpu")  # so that shards are asked, whatever was prefetched
+        bags = Bags(ids=first, weights=weights, offsets=torch.tensor([0, 1], dtype=torch.int64, device="cpu"))
         _, record = self.send_gather(bags, remember=False)
         return record.seen.newest_version
 
@@ -117,6 +193,7 @@ class TableLink:
         """From now on it is another table of the same name, slots and width."""
         self.markers.reset()
         self._schema, self.session = schema, session
+        self.prefetched.drop()
 
     def drop_zeroed(self) -> int:
         """Discard what is pending if a module that holds the table has zeroed it; answers how many updates."""

@@ -1,9 +1,10 @@
 """One trainer's updates and steps on one table: numbers them, keeps them, pushes them. Committing is ``coordinator``'s.
 
-Everything runs on one event loop, so that backward passes of several threads need no lock.
+Everything but gathers at once runs on one event loop, so that backward passes of several threads need no lock.
 """
 
 import asyncio
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from functools import partial
 from torch import Tensor
 
 from mempool.agreement.book import Book, Step
+from mempool.client.direct.gathers import DirectGathers
 from mempool.client.routing.attempt import Attempt, LookupRecord
 from mempool.client.routing.plan import TablePlan
 from mempool.client.routing.router import Router
@@ -71,6 +73,7 @@ class Session:
         rank: The trainer's number in its group.
         generation: How often the trainer has gone back to an earlier step.
         coordinator: That of all sessions on the pool; None: one of its own.
+        direct: Gathers without the loop; None: there is no such way.
 
     Attributes:
         book: Its steps.
@@ -89,6 +92,7 @@ class Session:
         rank: int = 0,
         generation: int = 0,
         coordinator: Coordinator | None = None,
+        direct: DirectGathers | None = None,
     ) -> None:
         self.counters = SessionCounters()
         self.table_id = table_id
@@ -100,6 +104,8 @@ class Session:
         self.deciding = asyncio.Lock()
         self.coordinator = Coordinator(router) if coordinator is None else coordinator
         self._router = router
+        self._direct = direct
+        self._counting = threading.Lock()
         self._pushing: dict[int, Attempt] = {}
         self.coordinator.add(self)
 
@@ -128,6 +134,20 @@ class Session:
         """(shard, address) of those that have not answered a push."""
         return tuple(sorted({each for attempt in self._pushing.values() for each in attempt.fanout.waiting_for}))
 
+    def gather_at_once(
+        self, bags: Bags, *, remember: bool, reply_dtype: ReplyDtype
+    ) -> tuple[Tensor, LookupRecord] | None:
+        """As ``gather``, on the caller's thread; None where that is to be awaited."""
+        if self._direct is None:
+            return None
+        answer = self._direct.gather(self.table_id, bags, remember=remember, reply_dtype=reply_dtype)
+        if answer is not None:
+            with self._counting:
+                self.counters.lookups += 1
+            if remember:
+                self.coordinator.heartbeats.wake_from(self._direct.loop)
+        return answer
+
     async def gather(
         self,
         bags: Bags,
@@ -137,7 +157,8 @@ class Session:
         timeout_s: float | None = None,
     ) -> tuple[Tensor, LookupRecord]:
         """As the router's."""
-        self.counters.lookups += 1
+        with self._counting:
+            self.counters.lookups += 1
         answer = await self._router.gather(
             self.table_id, bags=bags, remember=remember, reply_dtype=reply_dtype, timeout_s=timeout_s
         )

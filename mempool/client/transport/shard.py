@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -88,6 +88,12 @@ class GrpcShard:
     def busy(self) -> bool:
         """Whether calls are under way."""
         return self._calls > 0
+
+    def begin_gather(
+        self, request: GatherRequest, *, timeout_s: float, narrow_ids: bool, alone: bool
+    ) -> Callable[[], GatherReply | None] | None:
+        """See ``AtOnceShard``: where the channel has such a way. For all threads but the loop's."""
+        return self._channel.begin(methods.GATHER, request, timeout_s=timeout_s, narrow_ids=narrow_ids, alone=alone)
 
     async def gather(self, request: GatherRequest) -> GatherReply:
         return await self._call(methods.GATHER, request, ids=request.ids)
@@ -212,6 +218,13 @@ class GrpcDialer:
             host = GrpcShard(info, self._channels(info.address, shard=info.shard), clock=self._clock)
             self._hosts[info] = host
         self._used_s[info] = now_s
+        return host
+
+    def dial_at_once(self, info: ShardInfo) -> GrpcShard | None:
+        """The host of a shard that was dialled before, for all threads but the loop's."""
+        host = self._hosts.get(info)
+        if host is not None:
+            self._used_s[info] = self._clock()
         return host
 
     async def close(self) -> None:

@@ -16,8 +16,11 @@ from mempool.kernels.arguments import Paged
 from mempool.kernels.cpu.elements import load, locate, store_block
 from mempool.kernels.cpu.runtime import (
     Array,
+    borrowed,
     elements,
     has_wide_registers,
+    inlined,
+    keep,
     kernel,
     optional_weights,
     prefer_huge_pages,
@@ -33,8 +36,8 @@ from mempool.kernels.cpu.runtime import (
 from mempool.kernels.cpu.vectors import LANES, add_product, dot_tile, sum_tile
 from mempool.kernels.torch_ops.bags import locate as locate_all
 
-# Pairs that are listed at once; the list stays in the first cache level.
-_PIECE = 128
+# Pairs that are listed at once: so many that the rest of the work is nothing beside, and the list stays in the cache.
+_PIECE = 512
 # Rows that are prefetched ahead of the one that is read.
 _AHEAD = 16
 # Columns of a tile: as many as registers hold, then less for what is left.
@@ -72,43 +75,60 @@ def _arena(paged: Paged) -> _Arena:
 
 
 class _Listed(NamedTuple):
-    """Pairs that are here."""
+    """The pairs of a piece that are here, and the rows that are read after them."""
 
     rows: Array  # [_PIECE + _AHEAD] int64
-    pairs: Array  # [_PIECE] int64
     weights: Array  # [_PIECE] float32
+    places: Array  # [_PIECE + 1] int64: how many pairs of the piece that are here come before each
 
 
 @serial
 def _list() -> Any:
-    places, pairs = np.empty(_PIECE + _AHEAD, dtype=np.int64), np.empty(_PIECE, dtype=np.int64)
-    return _Listed(places, pairs, np.ones(_PIECE, dtype=np.float32))
+    rows, places = np.empty(_PIECE + _AHEAD, dtype=np.int64), np.empty(_PIECE + 1, dtype=np.int64)
+    return _Listed(rows, np.ones(_PIECE, dtype=np.float32), places)
 
 
-@serial
-def _list_pairs(arena: _Arena, ids: Array, weights: Array, first: int, end: int, into: _Listed) -> int:
-    """List the pairs that are here; returns how many."""
-    count = 0
-    for pair in range(first, end):
-        row = locate(ids[np.uintp(pair)], arena.page_table, arena.page_shift)
-        if row >= 0:
-            # Numbers without a sign spare the code that looks for negative ones.
-            into.rows[np.uintp(count)] = row
-            into.pairs[np.uintp(count)] = pair
+@inlined
+def _list_pairs(arena: _Arena, ids: Array, weights: Array, first: int, end: int, last: int, into: _Listed) -> bool:
+    """List the pairs ``first`` to ``end`` that are here, and the rows of those up to ``last`` that are read next.
+
+    Returns whether all of them are: their places and weights are not written then, as they are those of the pairs.
+    """
+    # Numbers without a sign spare the code that looks for negative ones.
+    num_pairs: Any = np.uintp(end - first)
+    count: Any = np.uintp(0)
+    lowest: Any = np.int64(0)
+    for place in range(num_pairs):
+        row = locate(ids[np.uintp(first) + place], arena.page_table, arena.page_shift)
+        into.rows[place] = row
+        lowest = min(lowest, row)
+    if lowest < 0:
+        for place in range(num_pairs):
+            row = into.rows[place]
+            into.rows[count] = row
+            into.places[place] = count
             if weights.shape[0] > 0:
-                into.weights[np.uintp(count)] = weights[np.uintp(pair)]
-            count += 1
-    return count
+                into.weights[count] = weights[np.uintp(first) + place]
+            if row >= 0:
+                count += np.uintp(1)
+        into.places[num_pairs] = count
+    else:
+        count = num_pairs
+    for ahead in range(np.uintp(_AHEAD)):
+        row = 0
+        if end + np.int64(ahead) < last:
+            row = max(row, locate(ids[np.uintp(end) + ahead], arena.page_table, arena.page_shift))
+        into.rows[count + ahead] = row
+    return lowest >= 0  # type: ignore[no-any-return]
 
 
-@serial
-def _list_ahead(listed: _Listed, count: int, following: _Listed, num_following: int) -> None:
-    # What is prefetched beyond the last of a list: the first of the next one.
-    for place in range(_AHEAD):
-        listed.rows[count + place] = following.rows[place] if place < num_following else 0
+@inlined
+def _end_in(listed: _Listed, all_here: bool, pair: int) -> int:
+    """How many pairs that are here a piece has before its ``pair``-th."""
+    return pair if all_here else listed.places[np.uintp(pair)]
 
 
-@serial
+@inlined
 def _tile_columns(arena: _Arena, column: int, end: int) -> int:
     """Columns of the next tile; 0 where columns are left that fill none, or blocks that tiles would straddle."""
     packed = arena.rows.itemsize == 1
@@ -138,7 +158,7 @@ def _sum_rest(
         column = block_end
 
 
-@serial
+@inlined
 def _sum_listed(
     arena: _Arena,
     listed: Array,
@@ -158,7 +178,12 @@ def _sum_listed(
         next_columns = _tile_columns(arena, following, end_column)
         then, back = (following, count) if next_columns > 0 else (first_column, _ZERO)
         source = rows, scales_start, block_dim, listed, first, count, _AHEAD, column, then, back
-        if columns == _WIDE:
+        if columns == _WIDE and columns == end_column - first_column:
+            # The usual width: what is read next follows in the list, which the compiler is told.
+            _sum_wide(
+                rows, scales_start, block_dim, listed, first, count, _AHEAD, column, column, 0, weights, fresh, acc
+            )
+        elif columns == _WIDE:
             _sum_wide(*source, weights, fresh, acc)
         elif columns == _MIDDLE:
             _sum_middle(*source, weights, fresh, acc)
@@ -183,30 +208,25 @@ def _sum_bags(
     end_column: int,
     out: Array,
 ) -> None:
-    # While the rows of one list are read, the next one is there already: those ahead are prefetched across lists.
-    listed, following = _list(), _list()
+    own = _list()
+    listed = borrowed(own)
     first_pair, last_pair = offsets[bag], offsets[end_bag]
-    end_pair = min(last_pair, first_pair + _PIECE)
-    count = _list_pairs(arena, ids, weights, first_pair, end_pair, listed)
     while bag < end_bag:
-        next_end = min(last_pair, end_pair + _PIECE)
-        num_following = _list_pairs(arena, ids, weights, end_pair, next_end, following)
-        _list_ahead(listed, count, following, num_following)
+        end_pair = min(last_pair, first_pair + _PIECE)
+        all_here = _list_pairs(arena, ids, weights, first_pair, end_pair, last_pair, listed)
+        own_weights = all_here and weights.shape[0] > 0
+        given = weights[first_pair:end_pair] if own_weights else listed.weights
         first = _ZERO
         while bag < end_bag:
-            end = first
-            while end < count and listed.pairs[np.uintp(end)] < offsets[bag + 1]:
-                end += 1
+            end = _end_in(listed, all_here, min(offsets[bag + 1], end_pair) - first_pair)
             fresh = offsets[bag] >= first_pair
-            _sum_listed(
-                arena, listed.rows, first, end - first, first_column, end_column, listed.weights, fresh, out[bag]
-            )
+            _sum_listed(arena, listed.rows, first, end - first, first_column, end_column, given, fresh, out[bag])
             first = end
-            if offsets[bag + 1] > end_pair:  # goes on in the next list
+            if offsets[bag + 1] > end_pair:  # goes on in the next piece
                 break
             bag += 1
-        listed, following, count = following, listed, num_following
-        first_pair, end_pair = end_pair, next_end
+        first_pair = end_pair
+    keep(own)
 
 
 @serial
@@ -298,7 +318,7 @@ def _dot_rest(
         results[place] = total
 
 
-@serial
+@inlined
 def _dot_listed(arena: _Arena, listed: Array, first: int, count: int, grad: Array, results: Array) -> None:
     rows, block_dim, scales_start = arena.rows, arena.block_dim, 4 * arena.first_scale
     width = grad.shape[0]
@@ -324,30 +344,29 @@ def _multiply_task(
     task: int, arena: _Arena, ids: Array, offsets: Array, grads: Array, num_tasks: int, out: Array
 ) -> None:
     first_pair, last_pair = ids.shape[0] * task // num_tasks, ids.shape[0] * (task + 1) // num_tasks
-    listed, following = _list(), _list()
-    results = np.empty(_PIECE, dtype=np.float32)
+    own, own_results = _list(), np.empty(_PIECE, dtype=np.float32)
+    listed, results = borrowed(own), borrowed(own_results)
     no_weights = results[:0]  # an array of the source is read-only, for which _list_pairs would be compiled once more
     bag = np.searchsorted(offsets, first_pair, side="right") - 1
-    end_pair = min(last_pair, first_pair + _PIECE)
-    count = _list_pairs(arena, ids, no_weights, first_pair, end_pair, listed)
     while first_pair < last_pair:
-        next_end = min(last_pair, end_pair + _PIECE)
-        num_following = _list_pairs(arena, ids, no_weights, end_pair, next_end, following)
-        _list_ahead(listed, count, following, num_following)
-        first = _ZERO
+        end_pair = min(last_pair, first_pair + _PIECE)
+        all_here = _list_pairs(arena, ids, no_weights, first_pair, end_pair, last_pair, listed)
+        first, count = _ZERO, _end_in(listed, all_here, end_pair - first_pair)
         while first < count:
-            while offsets[bag + 1] <= listed.pairs[first]:
-                bag += 1
-            end = first + 1
-            while end < count and listed.pairs[end] < offsets[bag + 1]:
-                end += 1
-            _dot_listed(arena, listed.rows, first, end - first, grads[bag], results)
+            end = _end_in(listed, all_here, min(offsets[bag + 1], end_pair) - first_pair)
+            if end > first:
+                _dot_listed(arena, listed.rows, first, end - first, grads[bag], results)
             first = end
-        out[first_pair:end_pair] = 0
-        for place in range(count):
-            out[listed.pairs[place]] = results[place]
-        listed, following, count = following, listed, num_following
-        first_pair, end_pair = end_pair, next_end
+            bag += first < count
+        for pair in range(end_pair - first_pair):
+            place = _end_in(listed, all_here, pair)
+            is_here = _end_in(listed, all_here, pair + 1) > place
+            out[first_pair + pair] = results[place] if is_here else np.float32(0)
+        while bag + 1 < offsets.shape[0] - 1 and offsets[bag + 1] <= end_pair:
+            bag += 1
+        first_pair = end_pair
+    keep(own)
+    keep(own_results)
 
 
 @kernel

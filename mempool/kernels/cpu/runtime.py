@@ -176,6 +176,14 @@ def serial(function: _F, **options: Any) -> _F:
     return _Inner(py_func=function, targetoptions=options)
 
 
+def inlined(function: _F) -> _F:
+    """As ``serial``, but never called: for what a loop over bags or rows calls each time.
+
+    A call passes an arena, member by member, through the stack: tens of stores that wait behind those of the last row.
+    """
+    return serial(function, forceinline=True)
+
+
 def reassociating(function: _F) -> _F:
     """As ``serial``, for sums over columns that may be reordered into vector lanes (still NaN and inf safe)."""
     return serial(function, fastmath={"reassoc", "contract", "nsz"})
@@ -352,6 +360,30 @@ def spread(typing_context: Any, num_tasks: Any, function: Any, args: Any) -> Any
         return context.get_dummy_value()
 
     return types.void(types.int64, function, args), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def borrowed(typing_context: Any, arrays: Any) -> Any:  # noqa: ARG001
+    """Arrays, one or a tuple, whose references nobody counts: who has made them calls ``keep`` of his own at the end.
+
+    Counts are atomic: each waits until all that was written before has reached the cache, a row that is nowhere near
+    it among that. A loop over rows must change none.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return _borrowed(context, builder, signature.args[0], values[0])
+
+    return arrays(arrays), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def keep(typing_context: Any, arrays: Any) -> Any:  # noqa: ARG001
+    """Have arrays live up to here."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:  # noqa: ARG001
+        return context.get_dummy_value()
+
+    return types.void(arrays), generate
 
 
 def _borrowed(context: Any, builder: Any, kind: Any, value: Any) -> Any:

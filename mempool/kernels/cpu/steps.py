@@ -16,7 +16,7 @@ from numba.extending import overload
 from mempool.kernels.arguments import RUN_PIECE
 from mempool.kernels.cpu.elements import load, row_random, store_block
 from mempool.kernels.cpu.rules import Rule
-from mempool.kernels.cpu.runtime import Array, prefetch_row, serial
+from mempool.kernels.cpu.runtime import Array, inlined, prefetch_row, serial
 
 numba: Any = typed_numba
 
@@ -56,7 +56,7 @@ class Schedule(NamedTuple):
     scalars: Array  #: float64: beta1, beta2, eps
 
 
-@serial
+@inlined
 def _sum_piece(gradients: Gradients, first: int, end: int, out: Array) -> None:
     # out = out + weight * grad from zero, pair after pair, no fused multiply-add. Four pairs share one pass over the
     # columns; the order of the additions stays that of the pairs.
@@ -90,7 +90,7 @@ def _sum_piece(gradients: Gradients, first: int, end: int, out: Array) -> None:
         place += 1
 
 
-@serial
+@inlined
 def sum_pairs(gradients: Gradients, first: int, end: int, piece: Array, out: Array) -> None:
     """Sum ``weights[i] * grads[bags[i]]`` over the pairs ``order[first:end]``, at least one, in pieces of RUN_PIECE.
 

@@ -18,7 +18,9 @@ from mempool.kernels.cpu.rules import LANES, RULES, Rule, apply_rule, options_of
 from mempool.kernels.cpu.runtime import (
     EMPTY_WEIGHTS,
     Array,
+    borrowed,
     elements,
+    keep,
     kernel,
     optional_weights,
     prefer_huge_pages,
@@ -80,7 +82,8 @@ def _first_row(starts: Array, pair_cost: int, part: int, num_parts: int) -> Any:
 
 @serial
 def _sum_task(task: int, num_tasks: int, gradients: Gradients, places: Array, has_long: Array, out: Array) -> None:
-    total, piece = np.empty(out.shape[1], dtype=np.float32), np.empty(out.shape[1], dtype=np.float32)
+    own = np.empty(out.shape[1], dtype=np.float32), np.empty(out.shape[1], dtype=np.float32)
+    total, piece = borrowed(own)
     starts = gradients.starts
     for position in range(_first_row(starts, 1, task, num_tasks), _first_row(starts, 1, task + 1, num_tasks)):
         first, end = starts[position], starts[position + 1]
@@ -94,6 +97,7 @@ def _sum_task(task: int, num_tasks: int, gradients: Gradients, places: Array, ha
                 sum_pairs(gradients, start, min(end, start + RUN_PIECE), piece, total)
                 for column in range(total.shape[0]):
                     sums[column] += total[column]
+    keep(own)
 
 
 @kernel
@@ -172,8 +176,9 @@ def _step_task(
     fused, starts, width, num_rows = sums.shape[1] == 0, gradients.starts, arena.width, targets.shape[0]
     pair_cost = 1 if fused else 0
     grad_scale = rule.scalars[0]
-    total, piece = np.empty(width, dtype=np.float32), np.empty(width, dtype=np.float32)
-    scratch, lanes = np.empty(width, dtype=np.float32), np.empty(LANES, dtype=np.float32)
+    own = np.empty(width, dtype=np.float32), np.empty(width, dtype=np.float32), np.empty(width, dtype=np.float32)
+    own_lanes = np.empty(LANES, dtype=np.float32)
+    (total, piece, scratch), lanes = borrowed(own), borrowed(own_lanes)
     begin = _first_row(starts, pair_cost, task, num_tasks)
     for position in range(begin, _first_row(starts, pair_cost, task + 1, num_tasks)):
         if position + _ROWS_AHEAD < num_rows:
@@ -199,6 +204,8 @@ def _step_task(
         apply_rule(rule, arena.block_dim, row, values, total, lanes)
         if arena.rows.itemsize < 4 or arena.master.shape[1] > 0:
             round_row(arena, row, values, rule, slots[position])
+    keep(own)
+    keep(own_lanes)
 
 
 @kernel
@@ -293,7 +300,8 @@ def _catch_up_task(
     targets: Array,
     to: int,
 ) -> None:
-    scratch, num_rows = np.empty(arena.width, dtype=np.float32), targets.shape[0]
+    own, num_rows = np.empty(arena.width, dtype=np.float32), targets.shape[0]
+    scratch = borrowed(own)
     # Not numbers of the source, for which round_block would be compiled once more.
     randomly: Any = np.bool_(False)
     column: Any = np.int64(0)
@@ -311,6 +319,7 @@ def _catch_up_task(
             last_step[row, block] = to
             if arena.master.shape[1] > 0:
                 round_block(arena, row, block, values, randomly, nothing, nothing, column)
+    keep(own)
 
 
 @kernel

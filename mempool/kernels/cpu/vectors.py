@@ -67,8 +67,8 @@ def _prefetch(builder: Any, address: Any) -> None:
     function = builder.module.declare_intrinsic(
         "llvm.prefetch", (pointer,), ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
     )
-    read, second_level, data = (ir.Constant(_I32, number) for number in (0, 2, 1))
-    builder.call(function, [builder.inttoptr(address, pointer), read, second_level, data])
+    read, first_level, data = (ir.Constant(_I32, number) for number in (0, 3, 1))
+    builder.call(function, [builder.inttoptr(address, pointer), read, first_level, data])
 
 
 def _bytes(builder: Any, address: Any, count: int) -> Any:
@@ -230,10 +230,7 @@ class _Rows:
         return places
 
     def prefetch(self, place: Any, count: Any, next_column: Any, back: Any) -> None:
-        """Prefetch the tile of the row at a place; from ``count`` on, ``next_column``'s of the row ``back`` before.
-
-        Into the second level: lines on their way to the first fill its few buffers, and loads wait.
-        """
+        """Prefetch the tile of the row at a place; from ``count`` on, ``next_column``'s of the row ``back`` before."""
         builder = self.builder
         beyond = builder.icmp_signed(">=", place, count)
         row = self.row(builder.select(beyond, builder.sub(place, back), place))

@@ -264,6 +264,12 @@ class Store:
 
     # On any thread
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether ``settled`` would not wait."""
+        with self._lock:
+            return self._awaited <= self._synced
+
     async def settled(self) -> None:
         """Wait until all that was added, but for updates that are only held, is durable.
 

@@ -18,11 +18,11 @@ from mempool.errors import DataLoss, InvalidRequest, ShardUnavailable
 from mempool.shard.bounds import shown
 from mempool.shard.durable.changes import Changes
 from mempool.shard.hosted import HostedTable
-from mempool.shard.jobs import JOB_BYTES
 from mempool.shard.pages.capture import page_arrays
 from mempool.shard.pages.storage import Storage
 from mempool.shard.pulling import Jobs
 from mempool.shard.saving.importing import imported_pages
+from mempool.shard.work.jobs import JOB_BYTES
 from mempool.types import AttachTable, Ledger, PageBatch, Placement, TableSource
 from mempool.types.caller import Caller, calling
 from mempool.types.running import Runner

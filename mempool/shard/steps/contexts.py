@@ -109,6 +109,10 @@ class Contexts:
         """Forget all of one table."""
         self.release([key for key, context in self._contexts.items() if context.table_id == table_id])
 
+    def recount(self) -> None:
+        """Whoever remembered something was cut off."""
+        self.num_bytes = sum(context.num_bytes for context in self._contexts.values())
+
     def give_way(self) -> None:
         """Forget the oldest where others have taken the room."""
         self._forget_beyond(self._room())

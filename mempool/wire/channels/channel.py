@@ -3,7 +3,7 @@
 Leaves how messages cross to ``grpc_channel``, or another behind the same protocol; routing and retries to ``client``.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol, TypeVar
 
 from mempool.wire.methods import Method
@@ -52,6 +52,23 @@ class Channel(Protocol):
 
         Raises:
             MempoolError: As the server raised it, or what the transport's failure means.
+        """
+
+    def begin(
+        self,
+        method: Method[RequestT, ReplyT],
+        request: RequestT,
+        *,
+        timeout_s: float,
+        narrow_ids: bool = False,
+        alone: bool = True,
+    ) -> Callable[[], ReplyT | None] | None:
+        """As ``call``, on this thread, not the loop's: it waits for the answer by calling what is returned, once.
+
+        None, of either: it could not be asked, or was not answered with a reply; ``call`` says why.
+
+        Args:
+            alone: The caller waits for this at once. False: it asks others meanwhile.
         """
 
     def stream(

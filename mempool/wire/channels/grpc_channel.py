@@ -1,7 +1,8 @@
 """A ``Channel`` over gRPC: grpc.aio, raw frames, the pool's secrets as metadata, and gRPC's errors as ours."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -46,7 +47,7 @@ class GrpcChannels:
 
 
 class GrpcChannel:
-    """One connection. Make, use and close it on the IO loop.
+    """The connections to one address. Make, use and close it on the IO loop; ``begin`` is for all other threads.
 
     Args:
         address: "host:port".
@@ -73,14 +74,20 @@ class GrpcChannel:
         self._metadata: Metadata = () if token is None else (("authorization", f"Bearer {_sendable(token)}"),)
         key: Metadata = () if controller_key is None else ((CONTROLLER_KEY, controller_key),)
         self._controlling: Metadata = (*self._metadata, *key)
-        if tls is None:
-            options = client_options(max_message_bytes=max_message_bytes)
-            self._channel = grpc.aio.insecure_channel(address, options=options)
-        else:
-            options = client_options(max_message_bytes=max_message_bytes, server_name=tls.server_name)
-            self._channel = grpc.aio.secure_channel(address, tls.credentials(), options=options)
+        self._tls = tls
+        self._options = client_options(
+            max_message_bytes=max_message_bytes, server_name=None if tls is None else tls.server_name
+        )
+        self._channel = (
+            grpc.aio.insecure_channel(address, options=self._options)
+            if tls is None
+            else grpc.aio.secure_channel(address, tls.credentials(), options=self._options)
+        )
         self._closed = False
         self._calls: dict[str, Any] = {}
+        self._making = threading.Lock()
+        self._blocking: grpc.Channel | None = None
+        self._blocking_calls: dict[str, Any] = {}
 
     async def call(
         self,
@@ -97,6 +104,31 @@ class GrpcChannel:
         with self._failures():
             reply = await call(frame, timeout=timeout_s, metadata=self._metadata_of(method))
         return method.decode_reply(reply)
+
+    def begin(
+        self,
+        method: Method[RequestT, ReplyT],
+        request: RequestT,
+        *,
+        timeout_s: float,
+        narrow_ids: bool = False,
+        alone: bool = True,
+    ) -> Callable[[], ReplyT | None] | None:
+        if not alone:  # gRPC's own thread would take the answers, and hand them over: the loop does that as well
+            return None
+        frame = self._frame(method, request, narrow_ids)
+        call = self._blocking_calls.get(method.path)
+        if call is None:
+            call = self._blocking_calls[method.path] = self._blocking_channel().unary_unary(method.path)
+
+        def wait() -> ReplyT | None:
+            try:
+                reply = call(frame, timeout=timeout_s, metadata=self._metadata_of(method))
+            except (grpc.RpcError, ValueError):  # ValueError: of a channel that was closed
+                return None
+            return method.decode_reply(reply)
+
+        return wait
 
     async def stream(
         self, method: Method[RequestT, ReplyT], request: RequestT, *, timeout_s: float | None = None
@@ -118,7 +150,10 @@ class GrpcChannel:
 
     async def close(self) -> None:
         """Ends the connection; calls under way end with Unavailable. Repeatable."""
-        self._closed = True
+        with self._making:
+            self._closed = True
+            if self._blocking is not None:
+                self._blocking.close()
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
@@ -126,6 +161,19 @@ class GrpcChannel:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
+
+    def _blocking_channel(self) -> grpc.Channel:
+        """A connection for threads that wait themselves, made at first use."""
+        with self._making:
+            if self._closed:
+                raise self._closed_error()
+            if self._blocking is None:
+                self._blocking = (
+                    grpc.insecure_channel(self.address, options=self._options)
+                    if self._tls is None
+                    else grpc.secure_channel(self.address, self._tls.credentials(), options=self._options)
+                )
+            return self._blocking
 
     def _metadata_of(self, method: Method[RequestT, ReplyT]) -> Metadata:
         return self._controlling if method.controls else self._metadata

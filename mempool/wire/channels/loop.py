@@ -5,6 +5,7 @@ Its thread starts at first use and ends with the interpreter. Leaves all else to
 
 import asyncio
 import atexit
+import copy
 import os
 import threading
 from collections.abc import Coroutine
@@ -108,9 +109,80 @@ class _Call(Generic[T]):
         self._running.release()
 
 
+class Begun(Generic[T]):
+    """A coroutine that was handed over to the loop, and whose result any thread may ask for, as often as it likes.
+
+    It goes on whether or not anybody waits for it, so it has to end by itself.
+
+    Args:
+        io: The loop.
+        timeout_s: How long ``result`` waits; None: without end.
+    """
+
+    def __init__(self, io: IoLoop, timeout_s: float | None) -> None:
+        self._io = io
+        self._timeout_s = timeout_s
+        self._task: asyncio.Task[T] | None = None
+        self._value: T | None = None
+        self._error: BaseException | None = None
+        self._running = threading.Lock()
+        self._running.acquire()
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return not self._running.locked()
+
+    def result(self) -> T:
+        """What it answered; waits for that.
+
+        Raises:
+            MempoolError: As ``run``; or what the coroutine raised, each time an error of its own, with no traceback of
+                the loop's.
+            DeadlineExceeded: It did not end within ``timeout_s`` of this call; it goes on.
+        """
+        if not self.done():
+            self._wait()
+        if self._error is None:
+            return self._value  # type: ignore[return-value]
+        if isinstance(self._error, asyncio.CancelledError):
+            if self._io.ended:
+                raise MempoolError("this Python ends, and a call of mempool that was begun with it")
+            raise CancelledError
+        # Kept here, an error that was raised would keep the frames of its callers, and those this.
+        raise copy.copy(self._error)
+
+    def _wait(self) -> None:
+        if _io_loop() is self._io and threading.current_thread() is self._io.thread:
+            raise MempoolError(_BLOCKED)
+        timeout_s = self._timeout_s
+        if not self._running.acquire(timeout=-1 if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX)):
+            raise DeadlineExceeded(f"the call took longer than {timeout_s} s; whether it took effect is not known")
+        self._running.release()
+
+    def start(self, coro: Coroutine[Any, Any, T]) -> None:
+        """On the loop."""
+        self._task = asyncio.get_running_loop().create_task(coro)
+        _begun.add(self)  # the loop itself keeps no task
+        self._task.add_done_callback(self._end)
+
+    def _end(self, task: asyncio.Task[T]) -> None:
+        self._task = None
+        if task.cancelled():
+            self._error = asyncio.CancelledError()
+        elif (error := task.exception()) is not None:
+            self._error = error.with_traceback(None)
+        else:
+            self._value = task.result()
+        self._running.release()
+        _begun.discard(self)
+
+
+_BLOCKED = "a blocking call of mempool was made on its own IO loop, which it would block for ever; await it"
+
 _lock = threading.Lock()
 _current: IoLoop | None = None
 _started: set[Future[Any]] = set()
+_begun: set[Begun[Any]] = set()
 
 
 def io_loop() -> asyncio.AbstractEventLoop:
@@ -138,9 +210,7 @@ def run(coro: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
     try:
         io = _io_loop()
         if threading.current_thread() is io.thread:
-            raise MempoolError(
-                "a blocking call of mempool was made on its own IO loop, which it would block for ever; await it"
-            )
+            raise MempoolError(_BLOCKED)
     except MempoolError:
         coro.close()
         raise
@@ -162,6 +232,26 @@ def run(coro: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
         if not io.ended:
             raise CancelledError from None
         raise MempoolError("this Python ends, and a call of mempool that another thread waited for with it") from None
+
+
+def begin(coro: Coroutine[Any, Any, T], timeout_s: float | None = None) -> Begun[T]:
+    """Runs a coroutine on the IO loop; its result is waited for later. For any thread, the loop's own too.
+
+    Args:
+        coro: The coroutine; those that are begun by one thread start in their order.
+        timeout_s: How long a wait for its result may take; None: without end.
+
+    Raises:
+        MempoolError: In a forked process, or while the interpreter ends.
+    """
+    try:
+        io = _io_loop()
+        begun: Begun[T] = Begun(io, timeout_s)
+        io.loop.call_soon_threadsafe(begun.start, coro)
+    except BaseException:
+        coro.close()
+        raise
+    return begun
 
 
 def start(coro: Coroutine[Any, Any, object]) -> None:

@@ -1,32 +1,31 @@
-"""A ``Channel`` that has two ways: a line through shared memory where the server is on this host, and gRPC.
+"""A ``Channel`` that has two ways: lines through shared memory where the server is on this host, and gRPC.
 
-Nobody waits for a line to be opened, and a call that it fails is as one that gRPC failed: whoever tries again finds
-gRPC, and soon another line.
+A line carries one call at a time; more are opened while calls find none free. Nobody waits for a line to be opened, and
+a call that it fails is as one that gRPC failed: whoever tries again finds gRPC, and soon another line.
 """
 
 import asyncio
-import socket
-from collections.abc import AsyncIterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 
-from mempool.errors import DeadlineExceeded, Internal, MempoolError, ShardUnavailable
+from mempool.errors import DeadlineExceeded, Internal, InvalidRequest, MempoolError, ShardUnavailable
 from mempool.wire.channels.channel import ReplyT, RequestT
 from mempool.wire.channels.grpc_channel import GrpcChannel, GrpcChannels
 from mempool.wire.methods import Method
 from mempool.wire.near import handshake
-from mempool.wire.near.framing import CANCEL, FAILURE, MOST_REQUEST_BYTES, REPLY, REQUEST, Message
-from mempool.wire.near.line import Line, supported
-from mempool.wire.near.memory import ReceivedMemory, SentMemory
-from mempool.wire.near.methods import NUMBERS
+from mempool.wire.near.line import Body, ClientLine, supported
+from mempool.wire.near.methods import METHODS, NUMBERS
 from mempool.wire.status import from_detail
 
 _AGAIN_S = 2.0
-"""Between two tries to open a line."""
-_LAST_CALL = 2**32
-
-_Agreed = tuple[socket.socket, SentMemory, ReceivedMemory]
+"""Between two tries to open a line, where the last one failed."""
+MOST_LINES = 8
+"""Of one channel. Calls that find all of them taken go by gRPC."""
+MOST_REQUEST_BYTES = 4 * 2**20
+"""Larger requests go by gRPC: the memory that is shared has room for few of them."""
+_MICROSECONDS = 1e6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +42,7 @@ class NearChannels:
 
 
 class NearChannel:
-    """One connection. Make, use and close it on the IO loop.
+    """The connections to one server. Make, use and close it on the IO loop; ``begin`` is for all other threads.
 
     Args:
         grpc: The other way; closed with this.
@@ -54,17 +53,17 @@ class NearChannel:
         self.address = grpc.address
         self._grpc = grpc
         self._token = token
-        self._line: Line | None = None
+        self._loop = asyncio.get_running_loop()
+        self._free: deque[ClientLine] = deque()
+        self._lines: set[ClientLine] = set()
         self._opening: asyncio.Task[None] | None = None
         self._not_before_s = 0.0
-        self._waiting: dict[int, asyncio.Future[tuple[int, bytes]]] = {}
-        self._last_call = 0
         self._closed = False
 
     @property
     def is_near(self) -> bool:
         """Whether there is a line now."""
-        return self._line is not None
+        return bool(self._lines)
 
     async def call(
         self,
@@ -74,39 +73,70 @@ class NearChannel:
         timeout_s: float | None = None,
         narrow_ids: bool = False,
     ) -> ReplyT:
-        line, number = self._line, NUMBERS.get(method.path)
-        if line is not None and number is not None:
-            parts = method.request.parts(request, narrow_ids=narrow_ids)
-            if sum(len(part) for part in parts) <= MOST_REQUEST_BYTES:
-                kind, body = await self._ask(line, number, parts, timeout_s)
-                if kind == REPLY:
-                    return method.decode_reply(body)
-                error = from_detail(body, shard=self._grpc.shard, address=self.address)
-                raise error or Internal(f"shard {self._grpc.shard} at {self.address} failed, and did not say how")
-        elif number is not None:
-            self._open_soon()
-        return await self._grpc.call(method, request, timeout_s=timeout_s, narrow_ids=narrow_ids)
-
-    async def _ask(
-        self, line: Line, number: int, parts: Sequence[bytes | memoryview], timeout_s: float | None
-    ) -> tuple[int, bytes]:
-        loop = asyncio.get_running_loop()
-        self._last_call = call = (self._last_call + 1) % _LAST_CALL
-        answer: asyncio.Future[tuple[int, bytes]] = loop.create_future()
-        self._waiting[call] = answer
-        timer, timeout_us = None, -1
-        if timeout_s is not None:
-            timer, timeout_us = loop.call_later(timeout_s, self._late, answer), max(0, int(timeout_s * 1e6))
+        number = NUMBERS.get(method.path)
+        line = None if number is None else self._taken()
+        if line is None or number is None:
+            return await self._grpc.call(method, request, timeout_s=timeout_s, narrow_ids=narrow_ids)
         try:
-            line.send(Message(REQUEST, call, number, timeout_us), parts)
-            return await answer
+            near: Method[RequestT, ReplyT] = METHODS[number]
+            parts = near.request.parts(request, narrow_ids=narrow_ids)
+            is_large = sum(len(part) for part in parts) > MOST_REQUEST_BYTES
         except BaseException:
-            line.send(Message(CANCEL, call))
+            self._give_back(line)
             raise
-        finally:
-            self._waiting.pop(call, None)
-            if timer is not None:
-                timer.cancel()
+        if is_large:
+            self._give_back(line)
+            return await self._grpc.call(method, request, timeout_s=timeout_s, narrow_ids=narrow_ids)
+        try:
+            async with asyncio.timeout(timeout_s):
+                replied, body = await line.call(number, parts, _microseconds(timeout_s))
+        except BaseException as error:
+            self._end(line)  # whatever comes on it from now on is no answer to another call
+            raise self._explained(error) from None
+        self._give_back(line)
+        if replied:
+            return near.decode_reply(body)
+        raise self._failure(body)
+
+    def begin(
+        self,
+        method: Method[RequestT, ReplyT],
+        request: RequestT,
+        *,
+        timeout_s: float,
+        narrow_ids: bool = False,
+        alone: bool = True,
+    ) -> Callable[[], ReplyT | None] | None:
+        number = NUMBERS[method.path]
+        near: Method[RequestT, ReplyT] = METHODS[number]
+        line = self._taken()
+        if line is None:
+            return self._grpc.begin(method, request, timeout_s=timeout_s, narrow_ids=narrow_ids, alone=alone)
+        try:
+            parts = near.request.parts(request, narrow_ids=narrow_ids)
+            if sum([len(part) for part in parts]) > MOST_REQUEST_BYTES:
+                self._give_back(line)
+                return None
+            line.bound(receive_s=timeout_s, send_s=timeout_s)
+            line.ask(number, parts, _microseconds(timeout_s))
+        except BaseException as error:
+            self._end(line)
+            if isinstance(error, OSError | MempoolError):
+                return None
+            raise
+
+        def wait() -> ReplyT | None:
+            try:
+                replied, body = line.answer()
+            except BaseException as error:
+                self._end(line)
+                if isinstance(error, OSError | InvalidRequest):
+                    return None
+                raise
+            self._give_back(line)
+            return near.decode_reply(body) if replied else None
+
+        return wait
 
     def stream(
         self, method: Method[RequestT, ReplyT], request: RequestT, *, timeout_s: float | None = None
@@ -114,80 +144,97 @@ class NearChannel:
         return self._grpc.stream(method, request, timeout_s=timeout_s)
 
     async def close(self) -> None:
-        """Ends the connection; calls under way end with Unavailable. Repeatable."""
+        """Ends the connections; calls under way end with Unavailable. Repeatable."""
         self._closed = True
         if (opening := self._opening) is not None:
             opening.cancel()
             with suppress(asyncio.CancelledError):
                 await opening
-        if (line := self._line) is not None:
-            line.close()
-            self._lost("the connection was closed on this side")
+        for line in list(self._lines):
+            line.cut()
+        while (free := self._taken()) is not None:
+            self._end(free)
         await self._grpc.close()
 
-    # The line
+    # Lines, of any thread
+
+    def _taken(self) -> ClientLine | None:
+        """A line that nobody else has, the one used last; None: there is none now, but perhaps soon."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            pass
+        if self._opening is None and not self._closed and len(self._lines) < MOST_LINES:
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._open_soon)
+        return None
+
+    def _give_back(self, line: ClientLine) -> None:
+        if line in self._lines:
+            self._free.append(line)
+
+    def _end(self, line: ClientLine) -> None:
+        self._lines.discard(line)
+        line.close()
+
+    # On the loop
 
     def _open_soon(self) -> None:
-        loop = asyncio.get_running_loop()
-        if self._opening is None and not self._closed and loop.time() >= self._not_before_s:
-            self._not_before_s = loop.time() + _AGAIN_S
-            self._opening = loop.create_task(self._open())
+        if self._opening is None and not self._closed and self._loop.time() >= self._not_before_s:
+            self._opening = self._loop.create_task(self._open())
 
     async def _open(self) -> None:
         agreeing = asyncio.ensure_future(asyncio.to_thread(_agreed, self.address, self._token))
         try:
-            agreed = await asyncio.shield(agreeing)
-            if agreed is None:
-                return
-            self._line = await Line.open(
-                *agreed, on_message=self._take, on_lost=partial(self._lost, "its process died, or ended the connection")
-            )
+            line = await asyncio.shield(agreeing)
         except asyncio.CancelledError:
             agreeing.add_done_callback(_let_go)
             raise
+        else:
+            if line is None:
+                self._not_before_s = self._loop.time() + _AGAIN_S
+            else:
+                self._lines.add(line)
+                self._free.append(line)
         finally:
             self._opening = None
 
-    def _take(self, message: Message, body: bytes) -> None:
-        answer = self._waiting.get(message.call)
-        if answer is not None and not answer.done() and message.kind in (REPLY, FAILURE):
-            answer.set_result((message.kind, body))
-
-    def _lost(self, why: str) -> None:
-        self._line = None
-        for answer in self._waiting.values():
-            if not answer.done():
-                answer.set_exception(self._unavailable(why))
-
-    def _late(self, answer: "asyncio.Future[tuple[int, bytes]]") -> None:
-        if not answer.done():
-            answer.set_exception(
-                DeadlineExceeded(
-                    f"shard {self._grpc.shard} at {self.address} did not answer in time; whether the call took effect "
-                    "is not known",
-                    shard=self._grpc.shard,
-                    address=self.address,
-                )
+    def _explained(self, error: BaseException) -> BaseException:
+        """What a caller is told of what happened to its line."""
+        if isinstance(error, TimeoutError):
+            return DeadlineExceeded(
+                f"shard {self._grpc.shard} at {self.address} did not answer in time; whether the call took effect is "
+                "not known",
+                shard=self._grpc.shard,
+                address=self.address,
             )
+        if isinstance(error, OSError | InvalidRequest):
+            why = "the connection was closed on this side" if self._closed else "its process died, or ended the line"
+            return ShardUnavailable(
+                f"shard {self._grpc.shard} at {self.address} does not answer ({why}). See which shards are up: mempool "
+                "status",
+                shard=self._grpc.shard,
+                address=self.address,
+            )
+        return error
 
-    def _unavailable(self, why: str) -> ShardUnavailable:
-        return ShardUnavailable(
-            f"shard {self._grpc.shard} at {self.address} does not answer ({why}). See which shards are up: mempool "
-            "status",
-            shard=self._grpc.shard,
-            address=self.address,
-        )
+    def _failure(self, detail: Body) -> MempoolError:
+        error = from_detail(bytes(detail), shard=self._grpc.shard, address=self.address)
+        return error or Internal(f"shard {self._grpc.shard} at {self.address} failed, and did not say how")
 
 
-def _agreed(address: str, token: str | None) -> _Agreed | None:
+def _microseconds(timeout_s: float | None) -> int:
+    return -1 if timeout_s is None else max(0, int(timeout_s * _MICROSECONDS))
+
+
+def _agreed(address: str, token: str | None) -> ClientLine | None:
     try:
-        return handshake.call(address, token)
+        return ClientLine(*handshake.call(address, token))
     except (OSError, MempoolError):
         return None  # gRPC it is
 
 
-def _let_go(agreeing: "asyncio.Future[_Agreed | None]") -> None:
+def _let_go(agreeing: "asyncio.Future[ClientLine | None]") -> None:
     """Nobody wants the line any more."""
-    if not agreeing.cancelled() and agreeing.exception() is None and (agreed := agreeing.result()) is not None:
-        agreed[0].close()
-        agreed[1].close()
+    if not agreeing.cancelled() and agreeing.exception() is None and (line := agreeing.result()) is not None:
+        line.close()

@@ -1,150 +1,241 @@
-"""One end of a line, on an asyncio loop: messages out and in, bodies by shared memory where they are large."""
+"""One end of a line: messages over a Unix socket, large bodies in shared memory. One thread has it at a time.
+
+A client's calls come one after another, and each is answered before the next is asked, so neither side ever waits for
+the other to take what it sends.
+"""
 
 import asyncio
 import os
 import socket
+import struct
+import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 
 from mempool.errors import InvalidRequest
 from mempool.wire.channels.channel import MAX_MESSAGE_BYTES
-from mempool.wire.near.framing import COPIED, REPLY, REQUEST, Message, Reader
-from mempool.wire.near.memory import ReceivedMemory, SentMemory
+from mempool.wire.near.framing import (
+    COPIED,
+    FAILURE,
+    HEADER_BYTES,
+    MOST_INLINE_BYTES,
+    REPLY,
+    REQUEST,
+    Message,
+    header_of,
+    parsed,
+)
+from mempool.wire.near.memory import MEMORY_BYTES, ReceivedMemory, SentMemory
 
 SHARED_FROM_BYTES = 16 * 2**10
 """Smaller bodies come with their message: the system copies them while it would be told where they lie."""
+_KEPT_BYTES = MEMORY_BYTES // 2
+"""Of replies that lie where they came as long as their reader has them; others are copied out."""
+_LAST_CALL = 2**32
+_BUFFER_BYTES = 64 * 2**10
+_TIMEVAL = struct.Struct("ll")
+
+Body = bytes | memoryview
+Parts = Sequence[bytes | memoryview]
 
 
-class Line(asyncio.Protocol):
+class Line:
     """One end.
 
     Args:
+        connection: Agreed on; closed with the line.
         sent, received: The memory of both ways.
-        on_message: Told each message, its body in memory of this process's own.
-        on_lost: Told that the other side is gone, or sends what is no message.
-        most_bytes: Of a body that the other side may send.
     """
 
-    def __init__(
-        self,
-        sent: SentMemory,
-        received: ReceivedMemory,
-        *,
-        on_message: Callable[[Message, bytes], None],
-        on_lost: Callable[[], None],
-        most_bytes: int = MAX_MESSAGE_BYTES,
-    ) -> None:
+    most_sent = MAX_MESSAGE_BYTES
+    most_received = MOST_INLINE_BYTES
+    """Of a body that comes with its message."""
+
+    def __init__(self, connection: socket.socket, sent: SentMemory, received: ReceivedMemory) -> None:
+        self._socket = connection
         self._sent = sent
         self._received = received
-        self._on_message = on_message
-        self._on_lost = on_lost
-        self._reader = Reader(most_bytes=most_bytes)
-        self._extents: dict[tuple[int, int], tuple[int, int]] = {}
-        self._transport: asyncio.Transport | None = None
-        self._holds: set[str] = set()
-        self._held: deque[Message] = deque()
-        self._answers = False
+        self._buffer = bytearray(_BUFFER_BYTES)
+        self._view = memoryview(self._buffer)
+        self._start = self._end = 0
+        self._extents: dict[int, tuple[int, int]] = {}  # by call, of what this side sends
+        self._timeouts: dict[int, float] = {}
+        connection.settimeout(None)
 
-    @classmethod
-    async def open(
-        cls,
-        connection: socket.socket,
-        sent: SentMemory,
-        received: ReceivedMemory,
-        *,
-        on_message: Callable[[Message, bytes], None],
-        on_lost: Callable[[], None],
-        most_bytes: int = MAX_MESSAGE_BYTES,
-    ) -> "Line":
-        """A line on a connection that has been agreed on. Both are closed with it."""
-        line = cls(sent, received, on_message=on_message, on_lost=on_lost, most_bytes=most_bytes)
-        connection.setblocking(False)
-        loop = asyncio.get_running_loop()
-        await loop.create_unix_connection(lambda: line, sock=connection)
-        return line
+    @property
+    def num_extents(self) -> int:
+        """Bodies of this side's that the other one may still read."""
+        return len(self._extents)
 
-    def send(self, message: Message, parts: Sequence[bytes | memoryview] = ()) -> None:
-        """Send a message with its body. Nothing happens where the line is lost."""
-        transport = self._transport
-        if transport is None:
-            return
-        num_bytes = sum(len(part) for part in parts)
-        extent = self._sent.put(parts, num_bytes) if num_bytes >= SHARED_FROM_BYTES else None
-        whole = Message(
-            message.kind, message.call, message.method, message.timeout_us, num_bytes, extent[0] if extent else None
-        )
-        if extent is not None:
-            self._extents[message.call, message.kind] = extent
-            transport.write(whole.header())
-        elif num_bytes < SHARED_FROM_BYTES:
-            transport.write(b"".join((whole.header(), *parts)))
-        else:
-            transport.writelines([whole.header(), *parts])
+    def bound(self, *, receive_s: float | None = None, send_s: float | None = None) -> None:
+        """How long a blocking call waits for the other side, from now on. None: as before."""
+        for option, seconds in ((socket.SO_RCVTIMEO, receive_s), (socket.SO_SNDTIMEO, send_s)):
+            if seconds is not None and seconds != self._timeouts.get(option):
+                whole = int(seconds)
+                self._socket.setsockopt(
+                    socket.SOL_SOCKET, option, _TIMEVAL.pack(whole, max(1, int((seconds - whole) * 1e6)))
+                )
+                self._timeouts[option] = seconds
 
-    def hold(self, why: str, held: bool) -> None:
-        """[SERVER] take no more messages as long as anybody wants that. Clients take answers at all times: else both
-        could wait for the other."""
-        self._answers = True
-        before = bool(self._holds)
-        (self._holds.add if held else self._holds.discard)(why)
-        if self._transport is not None and bool(self._holds) != before:
-            if held:
-                self._transport.pause_reading()
-            else:
-                self._transport.resume_reading()
-        while self._held and not self._holds:
-            self._take(self._held.popleft())
+    def send(self, message: Message, parts: Parts = (), *, before: bytes = b"") -> None:
+        """Send a message with its body. before: of whole messages that go with it.
+
+        Raises:
+            OSError: The other side is gone, or does not take it in time.
+            InvalidRequest: There is no room for the body in shared memory, and it is too large to come with its
+                message; nothing was sent.
+        """
+        self._socket.sendall(self._packed(message, parts, before))
+
+    def receive(self) -> tuple[Message, Body]:
+        """The next message; its body in memory of this process's own, or where it lies.
+
+        Raises:
+            OSError: The other side is gone, or says nothing in time.
+            InvalidRequest: It is no message.
+        """
+        while self._end - self._start < HEADER_BYTES:
+            self._came(self._socket.recv_into(self._space()))
+        message, body, at = self._begun()
+        while body is not None and at < message.num_bytes:
+            at += _some(self._socket.recv_into(body[at:]))
+        return message, self._whole(message, body)
+
+    def cut(self) -> None:
+        """Let whoever has it find it ended. Of any thread."""
+        with suppress(OSError):  # the other side was faster
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Repeatable."""
-        if self._transport is not None:
-            self._transport.abort()
-
-    # For asyncio
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            for message in self._reader.feed(data):
-                if self._holds:  # what came in one piece with the last that was taken
-                    self._held.append(message)
-                else:
-                    self._take(message)
-        except InvalidRequest:
-            self.close()
-
-    def pause_writing(self) -> None:
-        if self._answers:  # who does not take them gets no more
-            self.hold("writing", True)
-
-    def resume_writing(self) -> None:
-        if self._answers:
-            self.hold("writing", False)
-
-    def connection_lost(self, _: Exception | None) -> None:
-        self._transport = None
+        """End it; nobody else has it. Repeatable. The memory goes with the last view of it."""
+        self._socket.close()
         self._sent.close()
-        self._on_lost()
 
-    def _take(self, message: Message) -> None:
-        body = message.body
+    def give_back(self, call: int) -> None:
+        """The other side needs this side's body of that call no more."""
+        extent = self._extents.pop(call, None)
+        if extent is not None:
+            self._sent.give_back(extent)
+
+    def _packed(self, message: Message, parts: Parts, before: bytes = b"") -> bytes:
+        """What is to be sent of a message, once its body is where it goes."""
+        num_bytes = sum([len(part) for part in parts])
+        extent = self._sent.put(parts, num_bytes) if num_bytes >= SHARED_FROM_BYTES else None
+        if extent is not None:
+            self._extents[message.call] = extent
+            return before + header_of(message, num_bytes, extent[0])
+        if num_bytes > self.most_sent:
+            raise InvalidRequest(f"a body of {num_bytes:,} bytes finds no room in the memory that is shared")
+        return b"".join((before, header_of(message, num_bytes), *parts))
+
+    def _space(self) -> memoryview:
+        """Where more is to be received."""
+        if self._start == self._end:
+            self._start = self._end = 0
+        elif self._start and len(self._buffer) - self._start < HEADER_BYTES:
+            rest = self._buffer[self._start : self._end]
+            self._buffer[: len(rest)] = rest
+            self._start, self._end = 0, len(rest)
+        return self._view[self._end :]
+
+    def _came(self, num_bytes: int) -> None:
+        self._end += _some(num_bytes)
+
+    def _begun(self) -> tuple[Message, memoryview | None, int]:
+        """The message whose header is here; where its body goes that comes with it, and how much of it is there."""
+        message = parsed(self._buffer, self._start, most_inline=self.most_received)
+        self._start += HEADER_BYTES
+        if message.place is not None or not message.num_bytes:
+            return message, None, 0
+        here = min(self._end - self._start, message.num_bytes)
+        body = memoryview(bytearray(message.num_bytes))
+        body[:here] = self._view[self._start : self._start + here]
+        self._start += here
+        return message, body, here
+
+    def _whole(self, message: Message, body: memoryview | None) -> Body:
         if message.place is not None:
-            try:
-                body = self._received.copied(message.place, message.num_bytes)
-            except InvalidRequest:
-                self.close()
-                return
-            if message.kind == REPLY:
-                self.send(Message(COPIED, message.call))
-        # What this side sent for the same call is not needed any more.
-        gone = self._extents.pop((message.call, REPLY if message.kind == COPIED else REQUEST), None)
-        if gone is not None:
-            self._sent.give_back(gone)
-        if message.kind != COPIED:
-            self._on_message(message, body)
+            return self._received.view(message.place, message.num_bytes)
+        return b"" if body is None else body
+
+
+class ClientLine(Line):
+    """A client's end: one call after another."""
+
+    most_sent, most_received = Line.most_received, Line.most_sent
+
+    def __init__(self, connection: socket.socket, sent: SentMemory, received: ReceivedMemory) -> None:
+        super().__init__(connection, sent, received)
+        self._call = 0
+        self._kept: dict[int, weakref.ref[memoryview]] = {}
+        self._num_kept = 0
+        self._free: deque[tuple[int, int]] = deque()  # filled by whoever lets go of a body, on any thread
+
+    def ask(self, method: int, parts: Parts, timeout_us: int) -> None:
+        """Ask; ``answer`` must follow. Raises as ``send`` does."""
+        self._socket.sendall(self._asked(method, parts, timeout_us))
+
+    def answer(self) -> tuple[bool, Body]:
+        """Whether it is a reply, and its body; or an ErrorDetail. Raises as ``receive`` does."""
+        return self._answered(*self.receive())
+
+    async def call(self, method: int, parts: Parts, timeout_us: int) -> tuple[bool, Body]:
+        """The same on an event loop, both."""
+        loop = asyncio.get_running_loop()
+        asked = self._asked(method, parts, timeout_us)
+        self._socket.setblocking(False)
+        await loop.sock_sendall(self._socket, asked)
+        while self._end - self._start < HEADER_BYTES:
+            self._came(await loop.sock_recv_into(self._socket, self._space()))
+        message, body, at = self._begun()
+        while body is not None and at < message.num_bytes:
+            at += _some(await loop.sock_recv_into(self._socket, body[at:]))
+        self._socket.settimeout(None)
+        return self._answered(message, self._whole(message, body))
+
+    def _asked(self, method: int, parts: Parts, timeout_us: int) -> bytes:
+        self._call = (self._call + 1) % _LAST_CALL
+        return self._packed(Message(REQUEST, self._call, method, timeout_us), parts, self._copied())
+
+    def _copied(self) -> bytes:
+        """What the server is to be told: replies that are not needed any more."""
+        told = b""
+        while self._free:
+            call, num_bytes = self._free.popleft()
+            self._num_kept -= num_bytes
+            told += header_of(Message(COPIED, call))
+        return told
+
+    def _answered(self, message: Message, body: Body) -> tuple[bool, Body]:
+        if message.call != self._call or message.kind not in (REPLY, FAILURE):
+            raise InvalidRequest(f"a message of kind {message.kind} of call {message.call} is no answer")
+        self.give_back(message.call)
+        if message.place is None:
+            return message.kind == REPLY, body
+        self._num_kept += message.num_bytes
+        if self._num_kept > _KEPT_BYTES or message.kind == FAILURE:
+            self._free.append((message.call, message.num_bytes))
+            return message.kind == REPLY, bytes(body)
+        assert isinstance(body, memoryview)
+        self._keep(message.call, body)
+        return True, body
+
+    def _keep(self, call: int, body: memoryview) -> None:
+        """The body lies where it is until its reader has let go of it."""
+        free, kept, entry = self._free, self._kept, (call, len(body))
+
+        def let_go(_: object) -> None:
+            kept.pop(call, None)
+            free.append(entry)
+
+        kept[call] = weakref.ref(body, let_go)
+
+
+def _some(num_bytes: int) -> int:
+    if not num_bytes:
+        raise ConnectionError("the other side has ended the line")
+    return num_bytes
 
 
 def supported() -> bool:

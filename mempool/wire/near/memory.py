@@ -1,7 +1,6 @@
 """Memory that one process writes and another reads: sealed, without a name, gone with the last of the two.
 
-Each side of a line has one to send from. A body lies in it until the other side has copied it out: nobody reads what
-somebody else may still write to.
+Each side of a line has one to send from. A body lies in it until the other side has said that it needs it no more.
 """
 
 import fcntl
@@ -12,7 +11,7 @@ from collections.abc import Sequence
 
 from mempool.errors import InvalidRequest
 
-MEMORY_BYTES = 32 * 2**20
+MEMORY_BYTES = 8 * 2**20
 """Of each way. Pages that no body has lain in take no memory."""
 _GRAIN_BYTES = 4096
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL if hasattr(fcntl, "F_SEAL_SHRINK") else 0
@@ -83,7 +82,7 @@ class SentMemory:
         return extent
 
     def give_back(self, extent: tuple[int, int]) -> None:
-        """The other side has copied it out."""
+        """The other side needs it no more."""
         self._extents.give_back(extent)
 
     def close(self) -> None:
@@ -108,12 +107,12 @@ class ReceivedMemory:
         num_bytes = os.fstat(descriptor).st_size
         if seals & _SEALS != _SEALS or not 0 < num_bytes <= MEMORY_BYTES:
             raise InvalidRequest(f"memory of {num_bytes:,} bytes with seals {seals:#x} cannot be shared")
-        self._memory = memoryview(mmap.mmap(descriptor, num_bytes, prot=mmap.PROT_READ))
+        self._memory = memoryview(mmap.mmap(descriptor, num_bytes))  # a caller may write to the tensors that he gets
 
-    def copied(self, begin: int, num_bytes: int) -> bytes:
-        """A body, in memory of this process's own. Raises InvalidRequest where it does not lie within."""
+    def view(self, begin: int, num_bytes: int) -> memoryview:
+        """A body where it lies. Who sent it may write to it. Raises InvalidRequest where it does not lie within."""
         if begin + num_bytes > len(self._memory):
             raise InvalidRequest(
                 f"a body of {num_bytes:,} bytes at {begin:,} does not lie in the memory that is shared"
             )
-        return bytes(self._memory[begin : begin + num_bytes])
+        return self._memory[begin : begin + num_bytes]

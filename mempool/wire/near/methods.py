@@ -1,13 +1,18 @@
 """The calls that lines carry, by number: what clients ask of shards. Both sides run the same version."""
 
+from dataclasses import replace
 from typing import Any
 
 from mempool.wire import methods
 from mempool.wire.methods import Method
+from mempool.wire.near import plain
+
+GATHER = replace(methods.GATHER, request=plain.GatherRequests(), reply=plain.GatherReplies())
+UPDATE = replace(methods.UPDATE, request=plain.UpdateRequests(), reply=plain.UpdateReplies())
 
 METHODS: tuple[Method[Any, Any], ...] = (
-    methods.GATHER,
-    methods.UPDATE,
+    GATHER,
+    UPDATE,
     methods.PREPARE,
     methods.COMMIT,
     methods.DISCARD,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mempool.client.lookup import Lookup, checked_queries, checked_topk, without_heads
+from mempool.client.lookup import Lookup, answered, checked_queries, checked_topk
 from mempool.errors import InvalidRequest
 from mempool.types import FlatKeySpec, ProductKeySpec
 from tests.support.faulty import make_schema
@@ -62,4 +62,5 @@ def test_flat_lookups_have_no_heads() -> None:
     lookup = Lookup(
         ids=torch.ones(2, 1, 3), scores=torch.ones(2, 1, 3), weights=torch.ones(2, 1, 3), values=torch.ones(2, 7)
     )
-    assert [tuple(part.shape) for part in without_heads(lookup)] == [(2, 3), (2, 3), (2, 3), (2, 7)]
+    found = answered(lookup, schema=FLAT, device=torch.device("cpu"))
+    assert [tuple(part.shape) for part in found] == [(2, 3), (2, 3), (2, 3), (2, 7)]

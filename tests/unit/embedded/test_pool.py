@@ -76,7 +76,10 @@ def test_a_shard_that_lost_an_acknowledged_commit_is_not_believed() -> None:
         table.gather(ids).sum().backward()
         table.commit()
         table.gather(ids)
-        pool.router._versions[table.schema.table_id] += 1  # what a restore of an older state would look like
+        table_id = table.schema.table_id
+        pool.router.versions.saw(
+            table_id, 1 + (pool.router.known_version(table_id) or 0)
+        )  # what a restore of an older state would look like
         with pytest.raises(errors.DataLoss, match="version 1, and this client has seen version 2 acknowledged"):
             table.gather(ids)
 

@@ -147,7 +147,7 @@ class LocalSession:
 def local_table(*, num_slots: int = 81, value_dim: int = 7, name: str = "facts", lr: float = 0.5) -> Table:
     schema = resolve(TableConfig(name=name, num_slots=num_slots, value_dim=value_dim, optimizer=SGD(lr)))
     session = LocalSession(num_slots, value_dim)
-    return Table(schema, router=None, session=session, run=_run)  # type: ignore[arg-type]
+    return Table(schema, router=None, session=session, run=_run, begin=None)  # type: ignore[arg-type]
 
 
 def session_of(table: Table) -> LocalSession:

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mempool.errors import DeadlineExceeded, Overloaded, RequestTooLarge
-from mempool.shard import jobs
-from mempool.shard.jobs import JOB_BYTES, MAX_CALLER_JOBS, MAX_CONTROL_JOBS, Job, JobQueue
 from mempool.shard.steps.budget import Budget
+from mempool.shard.work import jobs
+from mempool.shard.work.jobs import JOB_BYTES, MAX_CALLER_JOBS, MAX_CONTROL_JOBS, Job, JobQueue
 from mempool.types.caller import Caller
 
 MIB = 2**20

@@ -21,7 +21,7 @@ from mempool.errors import (
 )
 from mempool.observe import Stages
 from mempool.shard.steps.budget import Budget
-from mempool.shard.thread import EngineThread
+from mempool.shard.work.thread import EngineThread
 from mempool.types.caller import Caller, calling
 
 

@@ -52,6 +52,7 @@ def test_a_run_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ("gather adagrad 4x4 of 2^8", [*POOLS[:2], "torch sparse"]),
         ("step adagrad 4x4 of 2^8", [*POOLS[:2], "torch sparse"]),
         ("layer sgd 4x4 of 2^6", POOLS),
+        ("overlap sgd 4x4 of 2^6", [POOLS[0], POOLS[2], "mempool over gRPC, overlapped"]),
     ]
     for case in found["cases"]:
         assert case["rounds"] == 2
@@ -95,5 +96,5 @@ def test_wrong_gradients_of_weights_and_wrong_outputs_are_not_timed(monkeypatch:
 
 
 def test_parts_are_named() -> None:
-    with pytest.raises(OptionsError, match="unknown cases layer; known: steps, peers, layers"):
+    with pytest.raises(OptionsError, match="unknown cases layer; known: steps, peers, layers, overlap"):
         run.Options(only=("layer",))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mempool.client.routing.attempt import Attempt
-from mempool.client.routing.fanout import Fanout, Traffic
+from mempool.client.routing.fanout import Fanout, Traffic, Versions
 from mempool.client.routing.plan import make_plan
 from mempool.client.routing.router import Router
 from mempool.client.training.session import Session
@@ -18,7 +18,7 @@ BAGS = Bags(ids=torch.tensor([0, 7, 9]), weights=torch.ones(3), offsets=torch.te
 
 
 def make_attempt(pool: FaultyPool, *, released: tuple[int, ...] = ()) -> Attempt:
-    fanout = Fanout(make_plan(pool.view), dial=pool.dial, traffic=Traffic(), versions={})
+    fanout = Fanout(make_plan(pool.view), dial=pool.dial, traffic=Traffic(), versions=Versions())
     return Attempt(fanout, take_released=lambda shard: released if shard == 0 else ())
 
 
@@ -81,16 +81,16 @@ def test_columns_get_their_columns_of_the_gradient(wait) -> None:  # type: ignor
 
 def test_the_newest_version_that_was_seen_is_what_later_calls_ask_for(wait) -> None:  # type: ignore[no-untyped-def]
     pool = FaultyPool(COLUMNS)
-    versions = {1: 0}
+    versions = Versions()
 
     async def main() -> None:
         fanout = Fanout(make_plan(pool.view), dial=pool.dial, traffic=Traffic(), versions=versions)
         attempt = Attempt(fanout, take_released=lambda _: ())
         await attempt.gather(BAGS, lookup_id=1, remember=False, reply_dtype="float32")
-        assert versions == {1: 0}
+        assert not versions.get(1)
         step = await committed(pool)
         await attempt.gather(BAGS, lookup_id=2, remember=False, reply_dtype="float32")
-        assert versions == {1: step}
+        assert versions.get(1) == step
         await attempt.read_rows("values", BAGS.ids)
 
     wait(main())

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mempool.client.routing.fanout import Fanout, Traffic
+from mempool.client.routing.fanout import Fanout, Traffic, Versions
 from mempool.client.routing.plan import make_plan
 from mempool.errors import DataLoss, InvalidRequest, MempoolError, ShardUnavailable, StalePlacement
 from mempool.types import Envelope, Placement, ShardInfo, TableView
@@ -20,7 +20,9 @@ def make_fanout(**known: int) -> Fanout:
         table_id=1, epoch=4, owners=COLUMNS.astype("int32"), key_owners=COLUMNS[:0, 0].astype("int32")
     )
     view = TableView(schema=make_schema(), placement=placement, shards=INFOS)
-    versions = {1: known["version"]} if known else {}
+    versions = Versions()
+    if known:
+        versions.saw(1, known["version"])
     return Fanout(make_plan(view), dial=lambda info: info, traffic=Traffic(), versions=versions)  # type: ignore[arg-type, return-value]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from mempool.agreement.step_events import Part
 from mempool.client.routing.attempt import Attempt
-from mempool.client.routing.fanout import Fanout, Traffic
+from mempool.client.routing.fanout import Fanout, Traffic, Versions
 from mempool.client.routing.plan import make_plan
 from mempool.client.routing.together import Together
 from mempool.errors import ShardUnavailable, StepConflict
@@ -62,7 +62,7 @@ class Tables:
     """Table 1 on shards 0 and 1, table 2 on shards 1 and 2, where shard 1 is known in a newer incarnation."""
 
     def __init__(self) -> None:
-        self.versions: dict[int, int] = {}
+        self.versions = Versions()
         self.hosts: dict[ShardInfo, Host] = {}
         self.together = Together(
             {1: self.attempt(1, (0, 0, 1), epoch=3), 2: self.attempt(2, (1, 2, 2), epoch=5, incarnation=8)}
@@ -105,7 +105,7 @@ def parts(*table_ids: int) -> tuple[Part, ...]:
 
 def test_one_prepare_a_shard_with_each_tables_own_envelope(wait) -> None:  # type: ignore[no-untyped-def]
     tables, heard = Tables(), []
-    tables.versions[1] = 4
+    tables.versions.saw(1, 4)
     to = {0: parts(1), 1: parts(1, 2), 2: parts(2)}
     wait(
         tables.together.prepare(
@@ -127,7 +127,7 @@ def test_one_prepare_a_shard_with_each_tables_own_envelope(wait) -> None:  # typ
     assert (request.want_norm, request.decider_table, request.decider_step, request.wait) == (True, 1, 4, False)
     assert request.attempt == 5
     assert request.parts[0].envelope.table_version in (4, 7)
-    assert tables.versions == {1: 7, 2: 7}
+    assert tables.versions.get(1) == tables.versions.get(2) == 7
     assert [(owners.table_id, owners.shards) for owners in tables.together.owners] == [(1, (0, 1)), (2, (1, 2))]
 
 
@@ -138,7 +138,7 @@ def test_the_decider_is_told_of_tables_that_it_owns_nothing_of(wait) -> None:  #
     request = tables.asked(0)
     assert [(each.envelope.epoch, each.envelope.incarnation) for each in request.parts] == [(3, 1), (5, 1)]
     assert [(each.version, each.lr) for each in request.parts] == [(0, 0.1), (0, 0.2)]
-    assert tables.versions == {1: 9, 2: 9}
+    assert tables.versions.get(1) == tables.versions.get(2) == 9
 
 
 def test_a_decided_commit_reaches_all_whom_it_can(wait) -> None:  # type: ignore[no-untyped-def]

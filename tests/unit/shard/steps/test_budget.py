@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mempool.errors import Overloaded, RequestTooLarge
-from mempool.shard.jobs import JobQueue, _Lane
 from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.steps.held import HeldUpdate, HeldUpdates, PreparedStep
+from mempool.shard.work.jobs import JobQueue, _Lane
 from mempool.types import StepId
 from mempool.types.bags import Bags
 

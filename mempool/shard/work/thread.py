@@ -1,7 +1,8 @@
 """The engine's one thread: runs jobs in the order that ``jobs`` says, their results for asyncio.
 
-All state behind an engine is touched by this thread only, so nothing there needs a lock. A failure after which nothing
-can be trusted (of CUDA's context, of the interpreter) ends it; those who wait are told, and whoever asked to be.
+All state behind an engine is touched by this thread, or by a reader that has it stand still meanwhile, so nothing
+there needs a lock. A failure after which nothing can be trusted (of CUDA's context, of the interpreter) ends it; those
+who wait are told, and whoever asked to be.
 """
 
 import asyncio
@@ -11,16 +12,19 @@ import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from types import GeneratorType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from mempool.errors import DeadlineExceeded, Internal, MempoolError, Overloaded, ShardUnavailable
 from mempool.observe import Stages
-from mempool.shard.jobs import JOB_BYTES, Answered, Job, JobQueue
 from mempool.shard.steps.budget import Budget, out_of_memory
+from mempool.shard.work.jobs import JOB_BYTES, Answered, Job, JobQueue
 from mempool.types.caller import Caller, current_caller
 from mempool.types.running import ONLY_WHEN_RUNG, THREADS, Clock, Runner
+
+T = TypeVar("T")
+RequestT = TypeVar("RequestT")
 
 _LOG = logging.getLogger(__name__)
 
@@ -63,6 +67,7 @@ class EngineThread:
         self._budget = budget or Budget(2**62)
         self._jobs = JobQueue(self._budget, name=name)
         self._lock = threading.Lock()  # of the queue and of what says whether it is open
+        self._at_work = threading.Lock()  # held by whoever touches the state: the thread, or a reader on its own
         self._closed: str | None = None
         self._keeping_up = False
         self._next_upkeep_s = self._busy_s = 0.0
@@ -156,6 +161,33 @@ class EngineThread:
             # An error that is raised here knows this frame: what it holds would live as long as the error.
             del asked, result, waits
 
+    def at_once(self, stage: str, read: Callable[[RequestT], T | None], request: RequestT, *, wait: bool) -> T | None:
+        """Run what only reads on the caller's own thread, where nothing else is to be done.
+
+        Args:
+            stage: What it is called.
+            read: Is given the request. It may be cut off anywhere, by a signal's handler.
+            request: What was asked.
+            wait: For whoever is at work to end; False: they are not waited for.
+
+        Returns:
+            Its result. None where others are to be served before, or it failed in any way: ``run`` it then.
+        """
+        if self._closed is not None or len(self._jobs) or not (wait or not self._at_work.locked()):
+            return None
+        with self._at_work, torch.no_grad():
+            if self._closed is not None or len(self._jobs):
+                return None
+            started_s = self._clock()
+            try:
+                result = read(request)
+            except Exception:  # whatever it is, ``run`` finds it again, and knows what to do
+                return None
+            took_s = self._clock() - started_s
+            self._busy_s += took_s
+        self._stages.record(stage, took_s)
+        return result
+
     def _leave(self, job: Job) -> None:
         with self._lock:
             self._jobs.leave(job)
@@ -210,11 +242,12 @@ class EngineThread:
 
     def _turn(self) -> float | None:
         """Run the next job, or a piece of one; answers how long there is nothing to do unasked, None at the end."""
-        try:
-            more = self._serve()
-        except BaseException as error:
-            self._end_for_good(error)
-            return None
+        with self._at_work:
+            try:
+                more = self._serve()
+            except BaseException as error:
+                self._end_for_good(error)
+                return None
         if not more:
             return None
         return max(0.0, self._next_upkeep_s - self._clock()) if self._keeping_up else ONLY_WHEN_RUNG
@@ -373,6 +406,12 @@ def _settle(future: "asyncio.Future[Any]", value: Any, error: BaseException | No
         future.set_result(value)
     else:
         future.set_exception(error)
+
+
+def probe(device: torch.device) -> None:
+    """Raises where a device takes no work any more: after an error that CUDA's context does not survive."""
+    if device.type == "cuda":
+        torch.zeros(1, device=device).add_(1).cpu()
 
 
 def _bare(error: BaseException) -> BaseException:

@@ -1,0 +1,272 @@
+"""Gathers and updates as lines carry them: numbers of fixed size, then tensors one behind the other, aligned.
+
+Both sides of a line run the same version, so nothing here has to be read by another one; what all languages speak is
+gRPC's. Bodies are as hostile as any: every count is checked against their length.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from mempool.errors import InvalidRequest
+from mempool.types import Envelope, GatherReply, GatherRequest, Stamp, StepId, UpdateReply, UpdateRequest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Body: TypeAlias = bytes | memoryview
+Parts: TypeAlias = list[bytes | memoryview]
+
+_ABSENT = 255
+_ALIGNMENT = 8
+_COUNTS = struct.Struct("<HH")
+_SHAPE = struct.Struct("<BBHII")  # dtype, dims, nothing, sizes
+
+
+class _Writer:
+    """Parts of one body."""
+
+    def __init__(self, fixed: bytes, numbers: Sequence[int], text: str, tensors: Sequence[Tensor | None]) -> None:
+        said = text.encode()
+        shapes = [_shape(tensor) for tensor in tensors]
+        head = b"".join(
+            (_COUNTS.pack(len(said), len(numbers)), fixed, *shapes, struct.pack(f"<{len(numbers)}q", *numbers), said)
+        )
+        self.parts: Parts = [head]
+        at = len(head)
+        for tensor in tensors:
+            if tensor is None or not tensor.numel():
+                continue
+            if off := -at % _ALIGNMENT:
+                self.parts.append(bytes(off))
+            view = _bytes_of(tensor)
+            self.parts.append(view)
+            at += off + len(view)
+
+
+class _Reader:
+    """What is in one body: ``fixed``, ``numbers``, ``text``, ``tensors``. Raises InvalidRequest where it is no such."""
+
+    def __init__(self, body: Body, fixed: struct.Struct, num_tensors: int, name: str) -> None:
+        try:
+            text_bytes, count = _COUNTS.unpack_from(body, 0)
+            at = _COUNTS.size
+            self.fixed: tuple[Any, ...] = fixed.unpack_from(body, at)
+            at += fixed.size
+            shapes = [_SHAPE.unpack_from(body, at + _SHAPE.size * number) for number in range(num_tensors)]
+            at += _SHAPE.size * num_tensors
+            self.numbers: tuple[int, ...] = struct.unpack_from(f"<{count}q", body, at)
+            at += 8 * count
+            self.text = bytes(body[at : at + text_bytes]).decode()
+        except (struct.error, UnicodeDecodeError) as error:
+            raise InvalidRequest(f"{name} is malformed: {error}") from None
+        at += text_bytes
+        self.tensors: list[Tensor | None] = []
+        torch, dtypes = _torch()
+        for dtype, dims, _, *sizes in shapes:
+            if dtype == _ABSENT:
+                self.tensors.append(None)
+                continue
+            if dtype >= len(dtypes) or not 1 <= dims <= 2:
+                raise InvalidRequest(f"{name} is malformed: a tensor of dtype {dtype} in {dims} dimensions")
+            shape = sizes[:dims]
+            elements = math.prod(shape)
+            if not elements:
+                self.tensors.append(torch.empty(shape, dtype=dtypes[dtype]))
+                continue
+            at += -at % _ALIGNMENT
+            num_bytes = elements * dtypes[dtype].itemsize
+            if at + num_bytes > len(body):
+                raise InvalidRequest(f"{name} is malformed: {shape} of {dtypes[dtype]} ends beyond its {len(body):,}")
+            flat = torch.frombuffer(body, dtype=dtypes[dtype], count=elements, offset=at)
+            self.tensors.append(flat if dims == 1 else flat.view(shape))
+            at += num_bytes
+        if at != len(body):
+            raise InvalidRequest(f"{name} is malformed: it has {len(body):,} bytes, of which {at:,} are known")
+
+
+def _shape(tensor: Tensor | None) -> bytes:
+    if tensor is None:
+        return _SHAPE.pack(_ABSENT, 0, 0, 0, 0)
+    number, sizes = _numbers().get(tensor.dtype), tensor.shape
+    if number is None or not 1 <= len(sizes) <= 2:
+        raise InvalidRequest(f"{list(sizes)} {tensor.dtype} has no place in a message of a line")
+    return _SHAPE.pack(number, len(sizes), 0, sizes[0], sizes[1] if len(sizes) == 2 else 0)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    torch, dtypes = _torch()
+    if tensor.dtype == dtypes[-1]:
+        tensor = tensor.contiguous().view(torch.int16)
+    array = np.ascontiguousarray(tensor.detach().numpy())
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _narrowed(ids: Tensor | None, narrow: bool) -> Tensor | None:
+    torch, dtypes = _torch()
+    if ids is None or not narrow or ids.dtype != dtypes[0]:
+        return ids
+    narrowed: Tensor = torch.from_numpy(ids.numpy().astype(np.uint32))
+    return narrowed
+
+
+@cache
+def _torch() -> tuple[Any, tuple[torch.dtype, ...]]:
+    """Torch, loaded by the first tensor, and what travels by its number."""
+    import torch
+
+    return torch, (torch.int64, torch.uint32, torch.float32, torch.bfloat16)
+
+
+@cache
+def _numbers() -> dict[torch.dtype, int]:
+    return {dtype: number for number, dtype in enumerate(_torch()[1])}
+
+
+_ENVELOPE = "4q"
+_STAMP = "4q"
+_GATHER = struct.Struct("<" + _ENVELOPE + "q??")
+_GATHERED = struct.Struct("<" + _STAMP)
+_UPDATE = struct.Struct("<" + _ENVELOPE + "3q3q??")
+_UPDATED = struct.Struct("<" + _STAMP)
+
+
+def _envelope(envelope: Envelope) -> tuple[int, int, int, int]:
+    return envelope.table_id, envelope.epoch, envelope.incarnation, envelope.table_version
+
+
+def _envelope_of(numbers: Sequence[int]) -> Envelope:
+    return Envelope(table_id=numbers[0], epoch=numbers[1], incarnation=numbers[2], table_version=numbers[3])
+
+
+def _stamp(stamp: Stamp) -> tuple[int, int, int, int]:
+    return stamp.shard, stamp.incarnation, stamp.epoch, stamp.table_version
+
+
+def _stamp_of(numbers: Sequence[int]) -> Stamp:
+    return Stamp(shard=numbers[0], incarnation=numbers[1], epoch=numbers[2], table_version=numbers[3])
+
+
+class _Plain:
+    """A codec of one message."""
+
+    name = ""
+
+    def encode(self, value: Any, *, narrow_ids: bool = False) -> bytes:
+        return b"".join(self.parts(value, narrow_ids=narrow_ids))
+
+    def parts(self, value: Any, *, narrow_ids: bool = False) -> Parts:
+        try:
+            return self._written(value, narrow_ids).parts
+        except struct.error as error:
+            raise InvalidRequest(f"{self.name} cannot be sent: {error}") from None
+
+    def tensor_bytes(self, value: Any) -> int:
+        raise NotImplementedError  # lines do not ask
+
+    def _written(self, value: Any, narrow_ids: bool) -> _Writer:
+        raise NotImplementedError
+
+
+class GatherRequests(_Plain):
+    name = "GatherRequest"
+
+    def _written(self, value: GatherRequest, narrow_ids: bool) -> _Writer:
+        return _Writer(
+            _GATHER.pack(*_envelope(value.envelope), value.lookup_id, value.remember, value.reply_dtype == "bfloat16"),
+            value.release,
+            "",
+            (_narrowed(value.ids, narrow_ids), value.weights, value.offsets),
+        )
+
+    def decode(self, body: Body) -> GatherRequest:
+        read = _Reader(body, _GATHER, 3, self.name)
+        ids, weights, offsets = read.tensors
+        *envelope, lookup_id, remember, short = read.fixed
+        return GatherRequest(
+            envelope=_envelope_of(envelope),
+            lookup_id=lookup_id,
+            ids=_there(ids, self.name),
+            weights=weights,
+            offsets=_there(offsets, self.name),
+            remember=remember,
+            release=read.numbers,
+            reply_dtype="bfloat16" if short else "float32",
+        )
+
+
+class GatherReplies(_Plain):
+    name = "GatherReply"
+
+    def _written(self, value: GatherReply, narrow_ids: bool) -> _Writer:  # noqa: ARG002
+        return _Writer(_GATHERED.pack(*_stamp(value.stamp)), value.blocks, "", (value.values,))
+
+    def decode(self, body: Body) -> GatherReply:
+        read = _Reader(body, _GATHERED, 1, self.name)
+        return GatherReply(stamp=_stamp_of(read.fixed), blocks=read.numbers, values=_there(read.tensors[0], self.name))
+
+
+class UpdateRequests(_Plain):
+    name = "UpdateRequest"
+
+    def _written(self, value: UpdateRequest, narrow_ids: bool) -> _Writer:
+        step = value.step_id
+        return _Writer(
+            _UPDATE.pack(
+                *_envelope(value.envelope),
+                step.rank,
+                step.step,
+                step.generation,
+                value.sequence,
+                value.lookup_id,
+                value.lookups,
+                value.hold,
+                value.want_weight_grad,
+            ),
+            value.blocks,
+            step.group,
+            (value.grads, _narrowed(value.ids, narrow_ids), value.weights, value.offsets),
+        )
+
+    def decode(self, body: Body) -> UpdateRequest:
+        read = _Reader(body, _UPDATE, 4, self.name)
+        grads, ids, weights, offsets = read.tensors
+        rank, step, generation, sequence, lookup_id, lookups, hold, want_weight_grad = read.fixed[4:]
+        return UpdateRequest(
+            envelope=_envelope_of(read.fixed),
+            step_id=StepId(group=read.text, rank=rank, step=step, generation=generation),
+            sequence=sequence,
+            lookup_id=lookup_id,
+            blocks=read.numbers,
+            grads=_there(grads, self.name),
+            hold=hold,
+            want_weight_grad=want_weight_grad,
+            lookups=lookups,
+            ids=ids,
+            weights=weights,
+            offsets=offsets,
+        )
+
+
+class UpdateReplies(_Plain):
+    name = "UpdateReply"
+
+    def _written(self, value: UpdateReply, narrow_ids: bool) -> _Writer:  # noqa: ARG002
+        return _Writer(_UPDATED.pack(*_stamp(value.stamp)), (), "", (value.weight_grad,))
+
+    def decode(self, body: Body) -> UpdateReply:
+        read = _Reader(body, _UPDATED, 1, self.name)
+        return UpdateReply(stamp=_stamp_of(read.fixed), weight_grad=read.tensors[0])
+
+
+def _there(tensor: Tensor | None, name: str) -> Tensor:
+    if tensor is None:
+        raise InvalidRequest(f"{name} is malformed: a tensor is missing")
+    return tensor
