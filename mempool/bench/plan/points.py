@@ -34,7 +34,8 @@ class Workload:
     """Sizes of a run. Constants are fitted to the first of each, and tried on the "other" ones.
 
     Attributes:
-        num_slots: Of all tables; Adagrad's state lies beside them.
+        table_bytes: Of each table's values, so that the narrow ones are not in a cache either; Adagrad's state lies
+            beside them.
         widths, other_widths: Columns of float32.
         shapes, other_shapes: Bags and pairs.
         shards, other_shards: By path; one shard is tried with the other widths and shapes, too.
@@ -45,7 +46,7 @@ class Workload:
         batch_s: Of the calls over which CPU is counted.
     """
 
-    num_slots: int = 2**17
+    table_bytes: int = 2**27
     widths: tuple[int, ...] = (64, 256)
     other_widths: tuple[int, ...] = (128,)
     shapes: tuple[Shape, ...] = (Shape(8, 32), Shape(128, 32), Shape(1024, 128))
@@ -57,6 +58,10 @@ class Workload:
     copy_bytes: int = 1 << 26
     budget_s: float = 150.0
     batch_s: float = 0.2
+
+    def table(self, width: int, seed: int) -> TableSize:
+        """The table of so many columns."""
+        return TableSize(self.table_bytes // (4 * width), width, seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +113,7 @@ class Point:
             "call": self.call,
             "bags": self.shape.bags,
             "pairs": self.shape.pairs,
+            "num_slots": self.schema.num_slots,
             "value_dim": self.schema.value_dim,
             "shards": self.shards,
             "layout": self.split.kind,
@@ -126,7 +132,7 @@ def kernels_alone(workload: Workload, seed: int) -> Points:
     """The shards' work without shards, on values of this process: what is fitted first."""
     found = Points()
     for width in workload.kernel_widths:
-        size = TableSize(workload.num_slots, width, seed)
+        size = workload.table(width, seed)
         schema = mempool_schema(size, "columns", blocks=1)
         table = LocalTable(Memory.of(size, ALGORITHM))
         _add(found, table, size, schema, KERNELS, 1, workload.kernel_shapes, fits=True, seed=seed)
@@ -152,7 +158,7 @@ def on_path(stack: ExitStack, path: str, workload: Workload, seed: int, *, fits:
             widths, shapes = which.get(shards, ((), ()))
             for layout in _layouts(shards):
                 for width in widths:
-                    size = TableSize(workload.num_slots, width, seed)
+                    size = workload.table(width, seed)
                     table = _table(pool, size, layout)
                     _add(found, table, size, table.schema, path, shards, shapes, fits=fit, seed=seed, pids=pids)
     return found
@@ -168,8 +174,8 @@ def mempool_schema(size: TableSize, layout: Layout, *, blocks: int) -> TableSche
 def _pool(stack: ExitStack, path: str, shards: int, workload: Workload) -> tuple[mempool.Pool, Sequence[int]]:
     if path == EMBEDDED:
         return stack.enter_context(mempool.local(shards=shards, device="cpu", timeout_s=_CALL_TIMEOUT_S)), ()
-    columns = 2 * (sum(workload.widths) + sum(workload.other_widths))  # by columns and by rows
-    memory_bytes = 2**30 + 4 * workload.num_slots * columns * 4  # with Adagrad's state, and room beside
+    tables = 2 * (len(workload.widths) + len(workload.other_widths))  # by columns and by rows
+    memory_bytes = 2**30 + 4 * workload.table_bytes * tables  # with Adagrad's state, and room beside
     process = stack.enter_context(pool_process(shards=shards, memory_bytes=memory_bytes))
     return stack.enter_context(mempool.connect(process.address, timeout_s=_CALL_TIMEOUT_S)), process.pids
 

@@ -23,7 +23,7 @@ from mempool.sizing.traffic import client_amounts
 from tests.unit.sizing.machines import MACHINE
 
 TINY = Workload(
-    num_slots=256,
+    table_bytes=256 * 32 * 4,
     widths=(8, 32),
     other_widths=(16,),
     shapes=(Shape(2, 2), Shape(4, 4)),
@@ -61,7 +61,7 @@ def test_a_run_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     found = json.loads(path.read_text())
     assert path.name == f"{found['machine']['name']}-plan.json"
     assert list(found) == [
-        "format", "mempool", "machine", "versions", "implementation", "threads", "options", "num_slots", "goals",
+        "format", "mempool", "machine", "versions", "implementation", "threads", "options", "table_bytes", "goals",
         "median_error", "median_error_by_path", "constants", "fitted", "tried", "failed",
     ]  # fmt: skip
     assert found["failed"] == []
