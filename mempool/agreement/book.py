@@ -3,6 +3,7 @@
 Pure: sends nothing and waits for nothing. How a step of several tables is agreed on is ``step``'s.
 """
 
+import threading
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -47,7 +48,7 @@ class Step(Generic[U]):
 
 
 class Book(Generic[U]):
-    """The steps of one rank on one table that are not over.
+    """The steps of one rank on one table that are not over. Any thread may add updates; all else is for one.
 
     One is open, at most one is closing, and at most one is decided and not applied everywhere yet.
 
@@ -65,6 +66,7 @@ class Book(Generic[U]):
 
     def __init__(self, *, group: str, rank: int = 0, generation: int = 0) -> None:
         self._rank = group, rank, generation
+        self._lock = threading.Lock()  # of the open step: what it has is what it is sealed with
         self._next_sequence = 1
         self._next_step = 1
         self.open: Step[U] = self._step()
@@ -98,36 +100,51 @@ class Book(Generic[U]):
 
     def next_sequence(self) -> int:
         """A number for one more update."""
-        sequence, self._next_sequence = self._next_sequence, self._next_sequence + 1
-        return sequence
+        with self._lock:
+            return self._numbered()
+
+    def add(self, update: U) -> tuple[Step[U], int]:
+        """One more update of the open step: that, and the update's number."""
+        with self._lock:
+            step, sequence = self.open, self._numbered()
+            step.add(sequence, update)
+        return step, sequence
+
+    def remove(self, step: Step[U], sequence: int) -> None:
+        """An update that failed is no part of its step, unless that was sealed with it meanwhile."""
+        with self._lock:
+            step.remove(sequence)
 
     def merge(self) -> bool:
         """Where a step was prepared and more came: they become one, under the later number. Whether they did."""
-        closing = self.closing
-        if closing is None or closing.committing or not self.open.updates:
-            return False
-        self.open.updates = closing.updates | self.open.updates
-        self.open.num_bytes += closing.num_bytes
-        self.given_up.append(closing.step_id)
-        self.closing = None
-        return True
+        with self._lock:
+            closing = self.closing
+            if closing is None or closing.committing or not self.open.updates:
+                return False
+            self.open.updates = closing.updates | self.open.updates
+            self.open.num_bytes += closing.num_bytes
+            self.given_up.append(closing.step_id)
+            self.closing = None
+            return True
 
     def seal(self) -> Step[U] | None:
         """The step to prepare: what is pending, closed to further updates. None where nothing is."""
-        if self.closing is None and self.open.updates:
-            step = self.open
-            step.sealed = tuple(sorted(step.updates))
-            self.closing, self.open = step, self._step()
-        return self.closing
+        with self._lock:
+            if self.closing is None and self.open.updates:
+                step = self.open
+                step.sealed = tuple(sorted(step.updates))
+                self.closing, self.open = step, self._step()
+            return self.closing
 
     def renumber(self) -> None:
         """The closing step goes on under a new number, as its old one is over; the open one's is above that."""
-        assert self.closing is not None
-        self.given_up.append(self.closing.step_id)
-        self.closing.step_id = self._step_id()
-        if self.open.updates:
-            self.given_up.append(self.open.step_id)
-        self.open.step_id = self._step_id()
+        with self._lock:
+            assert self.closing is not None
+            self.given_up.append(self.closing.step_id)
+            self.closing.step_id = self._step_id()
+            if self.open.updates:
+                self.given_up.append(self.open.step_id)
+            self.open.step_id = self._step_id()
 
     def acknowledged(self) -> int:
         """The closing step is decided; answers how many updates it has."""
@@ -141,16 +158,21 @@ class Book(Generic[U]):
 
     def give_up(self) -> int:
         """Drop what is pending and not decided; answers how many updates that were."""
-        dropped = 0
-        if self.closing is not None and not self.closing.committing:
-            dropped += len(self.closing.updates)
-            self.given_up.append(self.closing.step_id)
-            self.closing = None
-        if self.open.updates:
-            dropped += len(self.open.updates)
-            self.given_up.append(self.open.step_id)
-            self.open = self._step()
-        return dropped
+        with self._lock:
+            dropped = 0
+            if self.closing is not None and not self.closing.committing:
+                dropped += len(self.closing.updates)
+                self.given_up.append(self.closing.step_id)
+                self.closing = None
+            if self.open.updates:
+                dropped += len(self.open.updates)
+                self.given_up.append(self.open.step_id)
+                self.open = self._step()
+            return dropped
+
+    def _numbered(self) -> int:
+        sequence, self._next_sequence = self._next_sequence, self._next_sequence + 1
+        return sequence
 
     def _step(self) -> Step[U]:
         return Step(step_id=self._step_id())

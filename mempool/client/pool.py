@@ -11,7 +11,7 @@ from typing import Any, Literal, NoReturn, Self, TypeVar, overload
 
 from mempool.client.checkpoints import CheckpointHandle, Restoring, asked_checkpoint, asked_restore
 from mempool.client.counts import shard_count
-from mempool.client.direct.gathers import DialAtOnce
+from mempool.client.direct.asking import DialAtOnce
 from mempool.client.exchange import Export, ExportProgress, asked_import
 from mempool.client.following import Following
 from mempool.client.opened import OpenTables

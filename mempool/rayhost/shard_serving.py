@@ -126,7 +126,7 @@ class ShardServing:
             pool=views,
             lookup=LookupCoordinator(router, info=info).lookup,
             address=info.address,
-            at_once=engine.at_once.gather_unless_busy,
+            at_once=engine.at_once,
         )
         collector.settle()
         return info

@@ -17,6 +17,7 @@ from typing import Any
 from mempool.errors import InvalidRequest, MempoolError, RequestTooLarge, ShardUnavailable
 from mempool.observe import Stages
 from mempool.server.services import AtOnce
+from mempool.types import GatherReply, UpdateReply
 from mempool.types.caller import Caller, calling
 from mempool.wire.near import handshake
 from mempool.wire.near.framing import COPIED, FAILURE, REPLY, REQUEST, Message
@@ -44,7 +45,7 @@ class NearServer:
         address: The server's, as clients know it.
         token: The pool's.
         calls: What answers, by a method's path.
-        at_once: Answers gathers on the thread that asks; None of it: ``calls`` is to be asked.
+        at_once: Answers gathers and updates on the thread that asks.
         stages: Where the stages of calls are timed.
         max_message_bytes: Larger answers are refused.
 
@@ -60,7 +61,7 @@ class NearServer:
         calls: Calls,
         stages: Stages,
         max_message_bytes: int,
-        at_once: AtOnce = lambda _: None,
+        at_once: AtOnce | None = None,
     ) -> None:
         self._address = address
         self._token = token
@@ -155,7 +156,12 @@ class NearServer:
         if in_place:
             request = _with_own_numbers(request)
         self._stages.record("decode", time.perf_counter() - began_s)
-        reply = self._at_once(request) if method is GATHER else None
+        reply: GatherReply | UpdateReply | None = None
+        if self._at_once is not None:
+            if method is GATHER:
+                reply = self._at_once.gather_unless_busy(request)
+            elif method is UPDATE:
+                reply = self._at_once.update_unless_busy(request, caller=serving.peer)
         if reply is None:
             deadline_s = None if message.timeout_us < 0 else time.monotonic() + message.timeout_us / 1e6
             reply = serving.wait_for(_called(call, request, Caller(serving.peer, deadline_s)), self._loop)

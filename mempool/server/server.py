@@ -120,14 +120,13 @@ class Server:
         pool: PoolApi,
         lookup: Lookup,
         address: str = "",
-        at_once: AtOnce = lambda _: None,
+        at_once: AtOnce | None = None,
     ) -> None:
         """Serve. Without a shard, as on the controller's address, there are PoolService and Lookup only.
 
         Args:
             address: The shard's, as clients know it; those of this host get shared memory.
-            at_once: Answers gathers on the thread that asks, where the shard has nothing else to do; None of it: not
-                now.
+            at_once: The shard, where it is asked on the thread that a call comes to.
         """
         handlers: Mapping[str, Handlers] = {
             MEMORY_SERVICE: self._services.memory(shard, lookup, at_once=at_once),

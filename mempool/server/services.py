@@ -2,12 +2,23 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc
 
 from mempool.server.calls import Door, handler, streaming_handler
-from mempool.types import DropTable, GatherReply, GatherRequest, PoolApi, PoolStatus, ShardHost, ShardStatus, TableView
+from mempool.types import (
+    DropTable,
+    GatherReply,
+    GatherRequest,
+    PoolApi,
+    PoolStatus,
+    ShardHost,
+    ShardStatus,
+    TableView,
+    UpdateReply,
+    UpdateRequest,
+)
 from mempool.wire import methods
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
 from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
@@ -16,10 +27,18 @@ from mempool.wire.methods import Method
 RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
 Handlers = dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]
-AtOnce = Callable[[GatherRequest], GatherReply | None]
 Lookup = Callable[[LookupRequest], Awaitable[LookupReply]]
 _FEW_PAIRS = 4096
 """Of a gather that takes less time than two threads take to hand it over."""
+
+
+class AtOnce(Protocol):
+    """A shard, by whoever is in its process: answers on the thread that asks, where it has nothing else to do. None:
+    it is to be asked by its own calls."""
+
+    def gather_unless_busy(self, request: GatherRequest) -> GatherReply | None: ...
+
+    def update_unless_busy(self, request: UpdateRequest, *, caller: str) -> UpdateReply | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,16 +53,17 @@ class Services:
     max_message_bytes: int
     door: Door
 
-    def memory(self, shard: ShardHost | None, lookup: Lookup, *, at_once: AtOnce = lambda _: None) -> Handlers:
+    def memory(self, shard: ShardHost | None, lookup: Lookup, *, at_once: AtOnce | None = None) -> Handlers:
         """``MemoryService``. Without a shard, as on the controller's address, it has Lookup alone.
 
-        at_once: Answers gathers where they arrive; None of it: the shard is to be asked.
+        at_once: Answers small gathers where they arrive.
         """
         if shard is None:
             return dict([self._of(methods.LOOKUP, lookup)])
 
         async def gather(request: GatherRequest) -> GatherReply:
-            reply = at_once(request) if request.ids.numel() <= _FEW_PAIRS else None
+            is_small = request.ids.numel() <= _FEW_PAIRS
+            reply = at_once.gather_unless_busy(request) if at_once is not None and is_small else None
             return await shard.gather(request) if reply is None else reply
 
         return dict(

@@ -94,7 +94,7 @@ class Answers:
     def gather(self, request: GatherRequest) -> GatherReply | Parked | Pieces[GatherReply]:
         return self._gather(self._tenancy.fenced(request.envelope), request)
 
-    def gather_at_once(self, request: GatherRequest) -> GatherReply | Parked | Pieces[GatherReply] | None:
+    def reading_gather(self, request: GatherRequest) -> GatherReply | Parked | Pieces[GatherReply] | None:
         """As ``gather``, where that only reads: it may be cut off anywhere. None where it would write."""
         table = self._tenancy.fenced(request.envelope)
         if table.storage.schedule is not None:

@@ -160,18 +160,23 @@ class ShardHost(Shard, PageHost, Protocol):
 
 
 class AtOnceShard(Protocol):
-    """What the data path asks of a shard on the caller's own thread, of which it takes the whole: no event loop."""
+    """What the data path asks of a shard on the caller's own thread: no event loop has to do with it."""
 
     def begin_gather(
         self, request: GatherRequest, *, timeout_s: float, narrow_ids: bool, alone: bool
     ) -> Callable[[], GatherReply | None] | None:
         """Ask; what is answered is called once, to wait for the reply.
 
-        narrow_ids: They fit uint32. alone: No other shard is asked meanwhile.
+        narrow_ids: They fit uint32, where there are any. alone: No other shard is asked meanwhile.
 
         None, of either: it cannot be had at once, for whatever reason, and nothing of it is known. Whoever asks takes
         ``Shard.gather`` then, which is the same call, and says what is wrong.
         """
+
+    def begin_update(
+        self, request: UpdateRequest, *, timeout_s: float, narrow_ids: bool, alone: bool
+    ) -> Callable[[], UpdateReply | None] | None:
+        """As ``begin_gather``, of an update with want_weight_grad."""
 
 
 class PoolApi(Protocol):

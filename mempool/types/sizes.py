@@ -1,5 +1,6 @@
 """What a table's pages weigh: bytes of rows, pages and keys by schema alone. Which shard has them is for placement."""
 
+import math
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -78,7 +79,7 @@ def num_pages(schema: TableSchema) -> int:
 
 def key_page_bytes(schema: TableSchema) -> int:
     """Bytes of one head's product keys; 0 without."""
-    return 4 * schema.stride * schema.keys.key_dim if isinstance(schema.keys, ProductKeySpec) else 0
+    return 4 * math.isqrt(schema.num_slots) * schema.keys.key_dim if isinstance(schema.keys, ProductKeySpec) else 0
 
 
 def owned_bytes(schema: TableSchema, row_pages: Mapping[tuple[int, ...], int], *, heads: int) -> int:

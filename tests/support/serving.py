@@ -85,7 +85,7 @@ class ServedPool:
             pool=views,
             lookup=lookup,
             address=info.address if self.near else "",
-            at_once=engine.at_once.gather_unless_busy,
+            at_once=engine.at_once,
         )
         self.shards[shard] = ServedShard(engine=engine, server=server, info=info)
         return info

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from mempool.client.direct.gathers import DialAtOnce, DirectGathers
+from mempool.client.direct.asking import Asking, DialAtOnce
 from mempool.client.routing.fanout import Dial
 from mempool.client.routing.router import Router
 from mempool.client.routing.tries import Tries
@@ -56,7 +56,7 @@ class Connection:
         dial_at_once: Gives the way to a shard for threads that wait themselves; None: there is none.
 
     Attributes:
-        direct: Gathers that go this way.
+        direct: Calls that go this way; None: there are none.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Connection:
         self.timeout_s = timeout_s
         self.router = Router(api, dial=dial, pool=where, timeout_s=timeout_s)
         self.coordinator = Coordinator(self.router)
-        self.direct = None if dial_at_once is None else DirectGathers(self.router, dial_at_once, loop=loop.io_loop())
+        self.direct = None if dial_at_once is None else Asking(self.router, dial_at_once, loop=loop.io_loop())
         self._on_close = on_close
         self._lock = threading.Lock()
         self._closed = False

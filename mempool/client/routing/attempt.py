@@ -160,28 +160,22 @@ class Attempt:
 
         async def ask(part: Part, host: ShardHost, envelope: Envelope) -> UpdateReply:
             route = part.route
-            empty = part.kept is not None and part.bags.num_pairs == 0
-            bags = _no_bags(part.bags) if empty else part.bags
-            part_grads = pick_columns(route, grads[:0] if empty else grads)
-            known = (
-                record.seen.epoch == self.plan.epoch and (route.shard, route.info.incarnation) in record.remembered_by
-            )
+            bags, part_grads = of_part(part, grads)
+            empty = bags is not part.bags
+            known = remembers(self.plan, route, record)
 
             async def send(*, inline: bool) -> UpdateReply:
                 self._traffic.add(sent=part_grads.nbytes + (bags.num_bytes if inline else 0))
-                request = UpdateRequest(
-                    envelope=envelope,
+                request = update_request(
+                    route,
+                    envelope,
+                    record,
+                    part_grads,
+                    bags=bags if inline else None,
                     step_id=step_id,
                     sequence=sequence,
-                    lookup_id=record.lookup_id,
-                    lookups=record.lookups,
-                    blocks=route.blocks,
-                    grads=part_grads,
                     hold=hold,
                     want_weight_grad=want_weight_grad,
-                    ids=bags.ids if inline else None,
-                    weights=bags.weights if inline else None,
-                    offsets=bags.offsets if inline else None,
                 )
                 reply = await host.update(request)
                 self._fanout.saw(reply.stamp.table_version)
@@ -343,6 +337,48 @@ def gather_slices(plan: TablePlan, bags: Bags) -> list[tuple[int, int]]:
 
 def _one(matrices: Sequence[Tensor]) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
+
+
+def of_part(part: Part, grads: Tensor) -> tuple[Bags, Tensor]:
+    """What a shard is told of an update's bags and gradient; of no bags at all where none of its row pages are named:
+    it is asked for the update later."""
+    if part.kept is not None and part.bags.num_pairs == 0:
+        return _no_bags(part.bags), pick_columns(part.route, grads[:0])
+    return part.bags, pick_columns(part.route, grads)
+
+
+def remembers(plan: TablePlan, route: ShardRoute, record: LookupRecord) -> bool:
+    """Whether a shard may know the bags of a lookup."""
+    return record.seen.epoch == plan.epoch and (route.shard, route.info.incarnation) in record.remembered_by
+
+
+def update_request(
+    route: ShardRoute,
+    envelope: Envelope,
+    record: LookupRecord,
+    grads: Tensor,
+    *,
+    bags: Bags | None,
+    step_id: StepId,
+    sequence: int,
+    hold: bool,
+    want_weight_grad: bool,
+) -> UpdateRequest:
+    """What a shard is sent of an update; bags: None where it is to know them."""
+    return UpdateRequest(
+        envelope=envelope,
+        step_id=step_id,
+        sequence=sequence,
+        lookup_id=record.lookup_id,
+        lookups=record.lookups,
+        blocks=route.blocks,
+        grads=grads,
+        hold=hold,
+        want_weight_grad=want_weight_grad,
+        ids=None if bags is None else bags.ids,
+        weights=None if bags is None else bags.weights,
+        offsets=None if bags is None else bags.offsets,
+    )
 
 
 def _no_bags(bags: Bags) -> Bags:

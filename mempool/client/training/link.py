@@ -158,7 +158,10 @@ class TableLink:
         if not (hold or want_weight_grad):
             return None
         own = self._before_update(grads, hold=hold)
-        answer = self.run(self.session.update(record, own, hold=hold, want_weight_grad=want_weight_grad))
+        if want_weight_grad:
+            answer = self.session.weight_grad(record, own, hold=hold, run=self.run)
+        else:
+            answer = self.run(self.session.update(record, own, hold=hold, want_weight_grad=False))
         self._after_update(hold=hold)
         return answer
 

@@ -1,6 +1,6 @@
 """One trainer's updates and steps on one table: numbers them, keeps them, pushes them. Committing is ``coordinator``'s.
 
-Everything but gathers at once runs on one event loop, so that backward passes of several threads need no lock.
+Everything but what is done at once, on the caller's thread, runs on one event loop.
 """
 
 import asyncio
@@ -12,7 +12,10 @@ from functools import partial
 from torch import Tensor
 
 from mempool.agreement.book import Book, Step
-from mempool.client.direct.gathers import DirectGathers
+from mempool.client.direct.asking import Asking
+from mempool.client.direct.gathers import gather_directly
+from mempool.client.direct.updates import update_directly
+from mempool.client.opening.waiting import Run
 from mempool.client.routing.attempt import Attempt, LookupRecord
 from mempool.client.routing.plan import TablePlan
 from mempool.client.routing.router import Router
@@ -73,7 +76,7 @@ class Session:
         rank: The trainer's number in its group.
         generation: How often the trainer has gone back to an earlier step.
         coordinator: That of all sessions on the pool; None: one of its own.
-        direct: Gathers without the loop; None: there is no such way.
+        direct: Calls without the loop; None: there is no such way.
 
     Attributes:
         book: Its steps.
@@ -92,7 +95,7 @@ class Session:
         rank: int = 0,
         generation: int = 0,
         coordinator: Coordinator | None = None,
-        direct: DirectGathers | None = None,
+        direct: Asking | None = None,
     ) -> None:
         self.counters = SessionCounters()
         self.table_id = table_id
@@ -140,7 +143,7 @@ class Session:
         """As ``gather``, on the caller's thread; None where that is to be awaited."""
         if self._direct is None:
             return None
-        answer = self._direct.gather(self.table_id, bags, remember=remember, reply_dtype=reply_dtype)
+        answer = gather_directly(self._direct, self.table_id, bags, remember=remember, reply_dtype=reply_dtype)
         if answer is not None:
             with self._counting:
                 self.counters.lookups += 1
@@ -188,42 +191,99 @@ class Session:
         """
         if not (hold or want_weight_grad):
             return None
+        self._require_own(record)
+        if want_weight_grad:
+            return await self._weight_grad(self._begin(record, grads, hold=hold), timeout_s=timeout_s)
+        update = Pushed(record=record, grads=grads)
+        await self.pushes.room(update.num_bytes)
+        step, sequence = self.book.add(update)
+        self.coordinator.heartbeats.wake()
+        self._pushed()
+        if update.num_bytes <= _WAITED_FOR_BYTES and self._router.one_shard_here(self.table_id):
+            await self._push(update, step.step_id, sequence, timeout_s=timeout_s)
+        else:
+            self.pushes.start(self._push(update, step.step_id, sequence), update.num_bytes)
+        return None
+
+    def weight_grad(self, record: LookupRecord, grads: Tensor, *, hold: bool, run: Run) -> Tensor | None:
+        """As ``update`` with want_weight_grad, on the caller's thread as far as that can be; ``run`` waits for the
+        rest."""
+        self._require_own(record)
+        begun = self._begin(record, grads, hold=hold)
+        try:
+            answer = self._weight_grad_at_once(begun)
+        except BaseException:
+            self._give_up(begun)
+            raise
+        return run(self._weight_grad(begun)) if answer is None else answer
+
+    def _require_own(self, record: LookupRecord) -> None:
         if record.table_id != self.table_id:
             raise InvalidRequest(
                 f"this is the backward pass of a look-up before table {self._router.name_of(self.table_id)!r} was "
                 "restored or made again: its gradient is of values that are gone. Look up again, and call backward() "
                 "of that"
             )
+
+    def _begin(self, record: LookupRecord, grads: Tensor, *, hold: bool) -> "_Begun":
         update = Pushed(record=record, grads=grads)
-        if not want_weight_grad:
-            await self.pushes.room(update.num_bytes)
-        sequence = self.book.next_sequence()
-        step = self.book.open
         if hold:
-            step.add(sequence, update)
-            self.coordinator.heartbeats.wake()
-        if not want_weight_grad:
-            self.counters.updates_pushed += 1
-            if update.num_bytes <= _WAITED_FOR_BYTES and self._router.one_shard_here(self.table_id):
-                await self._push(update, step.step_id, sequence, timeout_s=timeout_s)
-                return None
-            self.pushes.start(self._push(update, step.step_id, sequence), update.num_bytes)
+            step, sequence = self.book.add(update)
+            return _Begun(update, step, sequence, hold=True)
+        return _Begun(update, self.book.open, self.book.next_sequence(), hold=False)
+
+    def _weight_grad_at_once(self, begun: "_Begun") -> Tensor | None:
+        update, step_id, direct = begun.update, begun.step.step_id, self._direct
+        if direct is None:
             return None
+        answer = update_directly(
+            direct,
+            self.table_id,
+            update.record,
+            update.grads,
+            step_id=step_id,
+            sequence=begun.sequence,
+            hold=begun.hold,
+        )
+        if answer is None:
+            return None
+        weight_grad, plan = answer
+        if begun.hold:
+            self._pushed()
+            self.coordinator.heartbeats.wake_from(direct.loop)
+            update.held = step_id.step, plan
+        return weight_grad
+
+    async def _weight_grad(self, begun: "_Begun", *, timeout_s: float | None = None) -> Tensor | None:
+        if begun.hold:
+            self.coordinator.heartbeats.wake()
         try:
             weight_grad = await self._router.call(
                 self.table_id,
                 partial(
-                    _send, update=update, step_id=step.step_id, sequence=sequence, hold=hold, want_weight_grad=True
+                    _send,
+                    update=begun.update,
+                    step_id=begun.step.step_id,
+                    sequence=begun.sequence,
+                    hold=begun.hold,
+                    want_weight_grad=True,
                 ),
                 timeout_s=timeout_s,
             )
         except BaseException:
-            # Where a shard holds it all the same, no commit will name it, and the shard drops it with that commit.
-            step.remove(sequence)
+            self._give_up(begun)
             raise
-        if hold:
-            self.counters.updates_pushed += 1
+        if begun.hold:
+            self._pushed()
         return weight_grad
+
+    def _give_up(self, begun: "_Begun") -> None:
+        # Where a shard holds it all the same, no commit will name it, and the shard drops it with that commit.
+        self.book.remove(begun.step, begun.sequence)
+
+    def _pushed(self) -> None:
+        with self._counting:
+            self.counters.updates_pushed += 1
 
     async def prepare(
         self, *, want_norm: bool = True, norm_order: float = 0.0, timeout_s: float | None = None
@@ -303,6 +363,16 @@ class Session:
             pass
         finally:
             self._pushing.pop(sequence, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """An update whose d_weights are asked for. hold: it is part of the step."""
+
+    update: Pushed
+    step: Step[Pushed]
+    sequence: int
+    hold: bool
 
 
 async def _send(

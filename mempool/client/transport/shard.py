@@ -95,6 +95,12 @@ class GrpcShard:
         """See ``AtOnceShard``: where the channel has such a way. For all threads but the loop's."""
         return self._channel.begin(methods.GATHER, request, timeout_s=timeout_s, narrow_ids=narrow_ids, alone=alone)
 
+    def begin_update(
+        self, request: UpdateRequest, *, timeout_s: float, narrow_ids: bool, alone: bool
+    ) -> Callable[[], UpdateReply | None] | None:
+        """The same of an update."""
+        return self._channel.begin(methods.UPDATE, request, timeout_s=timeout_s, narrow_ids=narrow_ids, alone=alone)
+
     async def gather(self, request: GatherRequest) -> GatherReply:
         return await self._call(methods.GATHER, request, ids=request.ids)
 

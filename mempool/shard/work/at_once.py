@@ -1,25 +1,34 @@
-"""Gathers that are answered on the thread that asks, where a shard has nothing else to do: no thread waits for another.
+"""Calls that are answered on the thread that asks, where a shard has nothing else to do: no thread waits for another.
 
 What cannot be answered so (others wait, a version is still to come, rows are to be brought up to date first, the
-request is wrong) is left to ``Engine.gather``, which knows what to do and what to say.
+request is wrong) is left to the engine's own calls, which know what to do and what to say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import partial
+from types import GeneratorType
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from mempool.shard.answers import Answers
-from mempool.shard.parking import Parked
+from mempool.shard.answers import Answers, Pieces
+from mempool.shard.parking import Behind, Parked
+from mempool.shard.work.jobs import cost_of
 from mempool.shard.work.thread import EngineThread
-from mempool.types import GatherReply, GatherRequest
+from mempool.types import GatherReply, GatherRequest, UpdateReply, UpdateRequest
 
 if TYPE_CHECKING:
     from mempool.shard.durable.store import Store
 
+RequestT = TypeVar("RequestT")
+ReplyT = TypeVar("ReplyT")
+
 
 class AtOnce:
-    """The reads of one shard by whoever is in its process. Any thread may use it.
+    """Calls of one shard by whoever is in its process.
+
+    ``begin_...`` are for any thread, also for one that signals' handlers may interrupt anywhere: there it only reads,
+    and has the shard's own thread do what writes. ``..._unless_busy`` are for threads that nobody interrupts.
 
     Args:
         thread: Stands still meanwhile.
@@ -32,29 +41,56 @@ class AtOnce:
         self._answers = answers
         self._store = store
 
-    def begin_gather(
-        self,
-        request: GatherRequest,
-        *,
-        timeout_s: float,  # noqa: ARG002
-        narrow_ids: bool,  # noqa: ARG002
-        alone: bool,  # noqa: ARG002
-    ) -> Callable[[], GatherReply | None]:
+    def begin_gather(self, request: GatherRequest, **_: object) -> Callable[[], GatherReply | None]:
         """See ``AtOnceShard``. All is done when the answer is asked for; whoever has the shard just then is waited
         for."""
-        return lambda: self._gather(request, wait=True)
+        return lambda: self._answer("gather", self._answers.reading_gather, request, wait=True)
+
+    def begin_update(
+        self, request: UpdateRequest, *, timeout_s: float, **_: object
+    ) -> Callable[[], UpdateReply | None]:
+        """See ``AtOnceShard``."""
+        cost = cost_of(request.ids, request.weights, request.offsets, request.grads)
+        update = partial(_unless_behind, self._answers.update)
+        wait = self._thread.begin("update", update, request, cost=cost, timeout_s=timeout_s)
+        return lambda: self._durable(wait())
 
     def gather_unless_busy(self, request: GatherRequest) -> GatherReply | None:
         """The answer; None where it cannot be had at once. Nobody is waited for."""
-        return self._gather(request, wait=False)
+        return self._answer("gather", self._answers.gather, request, wait=False)
 
-    def _gather(self, request: GatherRequest, *, wait: bool) -> GatherReply | None:
-        reply = self._thread.at_once("gather", self._read, request, wait=wait)
+    def update_unless_busy(self, request: UpdateRequest, *, caller: str) -> UpdateReply | None:
+        """The same of an update, for whom it is held."""
+        return self._answer("update", partial(self._answers.update, caller=caller), request, wait=False)
+
+    def _answer(
+        self,
+        stage: str,
+        answer: Callable[[RequestT], ReplyT | Parked | Pieces[ReplyT] | None],
+        request: RequestT,
+        *,
+        wait: bool,
+    ) -> ReplyT | None:
+        return self._durable(self._thread.at_once(stage, partial(_whole, answer), request, wait=wait))
+
+    def _durable(self, reply: ReplyT | None) -> ReplyT | None:
         return reply if self._store is None or self._store.is_settled else None
 
-    def _read(self, request: GatherRequest) -> GatherReply | None:
-        reply = self._answers.gather_at_once(request)
-        if isinstance(reply, Parked):
-            reply.woken.cancel()  # nobody waits for it
-            return None
-        return reply if isinstance(reply, GatherReply) else None  # in pieces: others have their turn in between
+
+def _whole(answer: Callable[[RequestT], ReplyT | Parked | Pieces[ReplyT] | None], request: RequestT) -> ReplyT | None:
+    """What is answered; None for what is still to come."""
+    reply: Any = answer(request)
+    if isinstance(reply, Parked):
+        reply.woken.cancel()  # nobody waits for it
+        return None
+    whole: ReplyT | None = None if isinstance(reply, GeneratorType) else reply  # pieces: others have turns in between
+    return whole
+
+
+def _unless_behind(
+    answer: Callable[[RequestT], ReplyT | Parked | Pieces[ReplyT] | None], request: RequestT
+) -> ReplyT | None:
+    try:
+        return _whole(answer, request)
+    except Behind:
+        return None

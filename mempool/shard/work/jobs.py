@@ -6,7 +6,7 @@ caller keep their order; the controller's go first. Leaves running to ``thread``
 """
 
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import Any, Protocol
@@ -33,10 +33,7 @@ _MANY_LANES = 1024
 
 
 class Answer(Protocol):
-    """Where the result of a job goes, from the thread that runs it."""
-
-    @property
-    def future(self) -> Awaitable[Any]: ...
+    """Where the result of a job goes, from the thread that runs it. Once."""
 
     def give(self, value: Any) -> None: ...
 

@@ -127,13 +127,14 @@ class EngineThread:
             MempoolError: What the job raised; anything else it raised comes as Internal.
         """
         loop = asyncio.get_running_loop()
+        answer = _Answer(loop)
         asked = Job(
             stage=stage,
             request=request,
             caller=current_caller() if caller is None else caller,
             cost=cost,
             run=job,
-            done=_Answer(loop),
+            done=answer,
             control=control,
         )
         del request, job
@@ -142,13 +143,13 @@ class EngineThread:
         try:
             self._enter(asked)
             while True:
-                result = await asked.done.future
+                result = await answer.future
                 waits = None if again is None else again(result)
                 if waits is None:
                     answered = True
                     return result
                 await waits
-                asked.done = _Answer(loop)
+                asked.done = answer = _Answer(loop)
                 self._line_up_again(asked)
         finally:
             at_end = asked.caller.at_end if answered else None
@@ -159,7 +160,7 @@ class EngineThread:
                 asked.done = None  # type: ignore[assignment]  # which holds the answer
                 at_end(partial(self._leave, asked))
             # An error that is raised here knows this frame: what it holds would live as long as the error.
-            del asked, result, waits
+            del asked, answer, result, waits
 
     def at_once(self, stage: str, read: Callable[[RequestT], T | None], request: RequestT, *, wait: bool) -> T | None:
         """Run what only reads on the caller's own thread, where nothing else is to be done.
@@ -185,8 +186,31 @@ class EngineThread:
                 return None
             took_s = self._clock() - started_s
             self._busy_s += took_s
+            wakes = not self._keeping_up
+            if wakes:  # there may be something to keep up from now on
+                self._keeping_up, self._next_upkeep_s = True, started_s + self._upkeep_s
+        if wakes:
+            self._worker.ring()
         self._stages.record(stage, took_s)
         return result
+
+    def begin(
+        self, stage: str, job: Callable[[RequestT], T], request: RequestT, *, cost: int, timeout_s: float
+    ) -> Callable[[], T | None]:
+        """As ``run``, for a thread that waits itself, by calling what is returned, once; None after ``timeout_s``."""
+        handed: _Handed = _Handed()
+        caller = Caller(deadline_s=self._clock() + timeout_s)
+        asked = Job(stage=stage, request=request, caller=caller, cost=cost, run=job, done=handed)
+        self._enter(asked)
+
+        def wait() -> T | None:
+            try:
+                value: T | None = handed.wait(timeout_s)
+                return value
+            finally:
+                self._leave(asked)
+
+        return wait
 
     def _leave(self, job: Job) -> None:
         with self._lock:
@@ -397,6 +421,34 @@ class _Answer:
             self._loop.call_soon_threadsafe(_settle, self.future, value, error)
         except RuntimeError:
             return  # the loop is closed, and so nobody waits
+
+
+class _Handed:
+    """A job's result on its way to a thread that waits for it."""
+
+    __slots__ = ("_error", "_here", "_value")
+
+    def __init__(self) -> None:
+        self._here = threading.Lock()
+        self._here.acquire()
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+    def give(self, value: Any) -> None:
+        self._value = value
+        self._here.release()
+
+    def fail(self, error: BaseException) -> None:
+        self._error = error
+        self._here.release()
+
+    def wait(self, timeout_s: float) -> Any:
+        """The result, None where it does not come in time. Raises what the job raised."""
+        if not self._here.acquire(timeout=timeout_s):
+            return None
+        if self._error is not None:
+            raise self._error
+        return self._value
 
 
 def _settle(future: "asyncio.Future[Any]", value: Any, error: BaseException | None) -> None:

@@ -1,7 +1,7 @@
 """A real ``Table`` whose session is a tensor in this process: no shards, no loop, torch's own operations."""
 
 from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +93,12 @@ class LocalSession:
             rows = grads.repeat_interleave(bags.offsets.diff(), dim=0)
             total.index_add_(0, bags.ids, rows * _weights(bags))
         return total
+
+    def gather_at_once(self, bags: Bags, **_: object) -> None:
+        """There is no such way here."""
+
+    def weight_grad(self, record: Remembered, grads: Tensor, *, hold: bool, run: Callable[[Any], Any]) -> Any:
+        return run(self.update(record, grads, hold=hold, want_weight_grad=True))
 
     async def gather(self, bags: Bags, *, remember: bool, **_: object) -> tuple[Tensor, Remembered]:
         self.remembered.append(remember)

@@ -1,0 +1,75 @@
+"""Asks the shards of one plan on the caller's own thread: all of them, then for the answer of each."""
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from mempool.client.routing.router import Router
+from mempool.errors import MempoolError
+from mempool.types import AtOnceShard, ShardInfo
+
+T = TypeVar("T")
+
+DialAtOnce = Callable[[ShardInfo], AtOnceShard | None]
+"""The way to a shard for threads that wait themselves; None where there is none now. Raises nothing."""
+Wait = Callable[[], T | None]
+Begin = Callable[[AtOnceShard], Wait[T] | None]
+NARROW_END = 2**32
+"""Slots of a table whose ids fit uint32."""
+
+
+class Asking:
+    """The calls of one client. Any thread of the process that made it may ask, but its event loop's.
+
+    Args:
+        router: What is known of tables and shards.
+        dial: Leads to shards.
+        loop: The one that all else of this client runs on.
+        patience_s: After so much silence of a shard the router is asked.
+    """
+
+    def __init__(
+        self, router: Router, dial: DialAtOnce, *, loop: asyncio.AbstractEventLoop, patience_s: float = 5.0
+    ) -> None:
+        self.router = router
+        self.loop = loop
+        self.patience_s = min(patience_s, router.timeout_s)
+        self._dial = dial
+        self._pid = os.getpid()
+
+    @property
+    def possible(self) -> bool:
+        """Whether this thread may ask so."""
+        return self._pid == os.getpid() and asyncio._get_running_loop() is not self.loop
+
+    def each(self, calls: Sequence[tuple[ShardInfo, Begin[T]]]) -> list[T | None]:
+        """What shards answer, in the order of the calls. What fails, or is not asked any more, is None: the router
+        finds out why."""
+        begun: list[Wait[T]] = []
+        answers: list[T | None] = []
+        try:
+            for info, begin in calls:
+                shard = self._dial(info)
+                wait = None if shard is None else self._begun(shard, begin)
+                if wait is None:
+                    break
+                begun.append(wait)
+        finally:
+            # Of all that were asked: their answers come, whatever others say.
+            answers += [self._waited(wait) for wait in begun]
+        return answers + [None] * (len(calls) - len(answers))
+
+    @staticmethod
+    def _begun(shard: AtOnceShard, begin: Begin[T]) -> Wait[T] | None:
+        try:
+            return begin(shard)
+        except MempoolError:
+            return None
+
+    @staticmethod
+    def _waited(wait: Wait[T]) -> T | None:
+        try:
+            return wait()
+        except MempoolError:
+            return None
