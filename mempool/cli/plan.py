@@ -91,7 +91,7 @@ def plan(
     ] = 1,
     machine: _Machine = None,
     path: Annotated[
-        str | None, typer.Option("--path", metavar="NAME", help="Way to shards, as in that file: gRPC, embedded.")
+        str | None, typer.Option("--path", metavar="NAME", help="Way to shards, as in that file; gRPC if not given.")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document, with stable keys, and nothing else.")

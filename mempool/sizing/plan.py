@@ -23,6 +23,7 @@ _LEAST_BLOCK = 8
 #: Of the owner of a page, in a placement.
 PLACEMENT_BYTES = 4
 _MOST_GROWN = 1024
+_USUAL_PATH = "gRPC"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +153,7 @@ def make_plan(
         shards: How many; if not given, the fewest that can hold it, and of those that are looked at the fewest that
             reach ``model.tokens_per_s``, or those that come nearest to it.
         machine: Whose constants predict times; None: bytes only.
-        path: Of the machine's; the last one, if not given.
+        path: Of the machine's; gRPC, or else its first, if not given.
 
     Raises:
         ConfigError: It does not fit, not even one page of it, or there is no such layout on so many shards, or no such
@@ -215,7 +216,7 @@ def _path(machine: Machine | None, path: str | None) -> str | None:
             raise ConfigError(f"path {path!r} is one of a machine's, and no machine's constants are given")
         return None
     if path is None:
-        return list(machine.paths)[-1]
+        return _USUAL_PATH if _USUAL_PATH in machine.paths else next(iter(machine.paths))
     if path not in machine.paths:
         raise ConfigError(f"path {path!r} was not measured on {machine.name}; known: {', '.join(machine.paths)}")
     return path

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import mempool
 from mempool.bench.gate import Check
 from mempool.bench.processes.pool import pool_process
-from mempool.bench.serve.contenders.pools import Layout
+from mempool.bench.serve.contenders.pools import Layout, connected
 from mempool.bench.serve.shapes import Pairs, Shape, TableSize, checked_sums
 from mempool.bench.train import steps
 from mempool.bench.train.tables import LocalTable, Memory, Trainable, optimizer
@@ -19,8 +19,8 @@ from mempool.sizing import Split, split
 from mempool.types import TableSchema
 
 #: Ways to shards, in the order in which they are measured; KERNELS: the shards' work alone, in this process.
-EMBEDDED, GRPC, KERNELS = "embedded", "gRPC", "kernels"
-PATHS = (EMBEDDED, GRPC)
+EMBEDDED, GRPC, NEAR, KERNELS = "embedded", "gRPC", "shared-memory", "kernels"
+PATHS = (EMBEDDED, GRPC, NEAR)
 ALGORITHM = "adagrad"
 _CALL_TIMEOUT_S = 120.0
 _BLOCKS = 8
@@ -38,7 +38,8 @@ class Workload:
             beside them.
         widths, other_widths: Columns of float32.
         shapes, other_shapes: Bags and pairs.
-        shards, other_shards: By path; one shard is tried with the other widths and shapes, too.
+        shards, other_shards: By path; one shard is tried with the other widths and shapes, too. Several counts above
+            one are fitted, as what rows cost for each shard and what they cost once is told apart by them.
         kernel_widths: Of tables in this process: as narrow as parts of one.
         kernel_shapes: Of their calls.
         copy_bytes: Of the copy beside.
@@ -51,8 +52,10 @@ class Workload:
     other_widths: tuple[int, ...] = (128,)
     shapes: tuple[Shape, ...] = (Shape(8, 32), Shape(128, 32), Shape(1024, 128))
     other_shapes: tuple[Shape, ...] = (Shape(64, 32), Shape(256, 64))
-    shards: dict[str, tuple[int, ...]] = field(default_factory=lambda: {EMBEDDED: (1, 8), GRPC: (1, 4)})
-    other_shards: dict[str, tuple[int, ...]] = field(default_factory=lambda: {EMBEDDED: (2, 4), GRPC: (2,)})
+    shards: dict[str, tuple[int, ...]] = field(
+        default_factory=lambda: {EMBEDDED: (1, 2, 8), GRPC: (1, 2, 4), NEAR: (1, 2, 4)}
+    )
+    other_shards: dict[str, tuple[int, ...]] = field(default_factory=lambda: {EMBEDDED: (4,), GRPC: (3,), NEAR: (3,)})
     kernel_widths: tuple[int, ...] = (16, 64, 256)
     kernel_shapes: tuple[Shape, ...] = (Shape(64, 32), Shape(256, 64), Shape(1024, 128))
     copy_bytes: int = 1 << 26
@@ -144,7 +147,7 @@ def on_path(stack: ExitStack, path: str, workload: Workload, seed: int, *, fits:
 
     Args:
         stack: Ends them.
-        path: EMBEDDED or GRPC.
+        path: One of PATHS.
         workload: Sizes.
         seed: Of tables and pairs.
         fits: Whether to make those that constants are fitted to, too.
@@ -177,7 +180,7 @@ def _pool(stack: ExitStack, path: str, shards: int, workload: Workload) -> tuple
     tables = 2 * (len(workload.widths) + len(workload.other_widths))  # by columns and by rows
     memory_bytes = 2**30 + 4 * workload.table_bytes * tables  # with Adagrad's state, and room beside
     process = stack.enter_context(pool_process(shards=shards, memory_bytes=memory_bytes))
-    return stack.enter_context(mempool.connect(process.address, timeout_s=_CALL_TIMEOUT_S)), process.pids
+    return stack.enter_context(connected(process.address, near=path == NEAR)), process.pids
 
 
 def _layouts(shards: int) -> tuple[Layout, ...]:

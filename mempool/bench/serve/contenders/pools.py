@@ -64,14 +64,15 @@ def served_and_near(table: TableSize) -> Iterator[list[LookUp]]:
         here = stack.enter_context(serving(table))
         found = [look_up(GRPC, here.table, table, here.process.pids)]
         if supported():
-            pool = stack.enter_context(_near(here.process.address))
+            pool = stack.enter_context(connected(here.process.address, near=True))
             found.append(look_up(NEAR, pool.table(here.table.name), table, here.process.pids))
         yield found
 
 
-def _near(address: str) -> mempool.Pool:
+def connected(address: str, *, near: bool) -> mempool.Pool:
+    """A client that asks through memory which both processes have, or over gRPC."""
     before = os.environ.get(NEAR_VARIABLE)
-    os.environ[NEAR_VARIABLE] = "1"
+    os.environ[NEAR_VARIABLE] = "1" if near else "0"
     try:
         return mempool.connect(address, timeout_s=_CALL_TIMEOUT_S)
     finally:
@@ -87,7 +88,7 @@ def serving(table: TableSize, *, shards: int = 1, layout: Layout = "auto") -> It
     memory_bytes = 2**30 + 2 * table.num_slots * table.value_dim * 4
     with (
         pool_process(shards=shards, memory_bytes=memory_bytes) as process,
-        mempool.connect(process.address, timeout_s=_CALL_TIMEOUT_S) as pool,
+        connected(process.address, near=False) as pool,
     ):
         yield Serving(process, pool, made(pool, table, layout))
 

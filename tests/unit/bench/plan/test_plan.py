@@ -11,7 +11,7 @@ import pytest
 import mempool
 from mempool.bench.plan import command, fitting, points, run
 from mempool.bench.plan.fitting import Measured, machine_of, tried
-from mempool.bench.plan.points import EMBEDDED, GRPC, KERNELS, Point, Workload
+from mempool.bench.plan.points import EMBEDDED, GRPC, KERNELS, NEAR, Point, Workload
 from mempool.bench.processes.pool import PoolProcess
 from mempool.bench.run import OptionsError
 from mempool.bench.serve.shapes import Shape, TableSize
@@ -47,11 +47,12 @@ def _no_process(monkeypatch: pytest.MonkeyPatch) -> None:
         assert memory_bytes > 2**30
         yield PoolProcess(f"{shards}", [])
 
-    def connect(address: str, *, timeout_s: float) -> mempool.Pool:
-        return mempool.local(shards=int(address), device="cpu", timeout_s=timeout_s)
+    def connected(address: str, *, near: bool) -> mempool.Pool:
+        assert not near
+        return mempool.local(shards=int(address), device="cpu", timeout_s=60)
 
     monkeypatch.setattr(points, "pool_process", process)
-    monkeypatch.setattr(mempool, "connect", connect)
+    monkeypatch.setattr(points, "connected", connected)
 
 
 def test_a_run_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,9 +102,12 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (outcome.machine, outcome.tried, outcome.times) == (None, [], {})
 
 
-def test_paths_are_named() -> None:
-    with pytest.raises(OptionsError, match="unknown cases rdma; known: embedded, gRPC"):
+def test_paths_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionsError, match="unknown cases rdma; known: embedded, gRPC, shared-memory"):
         run.Options(only=("rdma",))
+    monkeypatch.setattr(run, "supported", lambda: False)
+    with pytest.raises(OptionsError, match="shared-memory: this system has no memory"):
+        run.Options(only=(NEAR,))
 
 
 def made(path: str, call: Any, shards: int, layout: Any, width: int, shape: Shape, *, fits: bool) -> Point:
