@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.what_it_takes tests/benchmarks/results/<machine>-plan.json
 
-The constants are of `mempool bench plan --out tests/benchmarks/results`; everything else is `mempool plan`'s.
+The constants are of `mempool bench plan --out tests/benchmarks/results`; everything else is `mempool plan`'s. The page
+has both tables between marks, and gets them anew.
 """
 
 import sys
@@ -13,6 +14,7 @@ from mempool.cli.plan import read_machine
 from mempool.config import Adam, RowWiseAdagrad, TableConfig
 from mempool.sizing import Hosts, Machine, Model, Plan, make_plan
 
+PAGE = Path(__file__).parents[2] / "docs/plan.md"
 MODEL = Model(heads=4, topk=32, layers=3, tokens=4096, trainers=64)
 HOSTS = Hosts(memory="512GiB", cores=64, shards=32, nic_gbit_per_s=100.0, latency_us=20.0, trainers=8)
 MEMORIES = ((1024, 1024), (4096, 1024), (4096, 4096), (8192, 2048))
@@ -20,10 +22,18 @@ THOUSAND = (32, 64, 128, 256, 512, 1024)
 
 
 def main() -> None:
-    """Print both tables as Markdown."""
+    """Put both tables into the page, and print them."""
     machine = read_machine(Path(sys.argv[1]))
-    for line in (*sizes(), "", *by_shards(machine)):
-        print(line)
+    text = PAGE.read_text()
+    for name, lines in (("sizes", sizes()), ("shards", by_shards(machine))):
+        table = "\n".join(lines)
+        print(table, end="\n\n")
+        before, begin, rest = text.partition(f"<!-- {name} -->")
+        _, end, after = rest.partition(f"<!-- end of {name} -->")
+        if not (begin and end):
+            sys.exit(f"{PAGE} has no marks of {name}")
+        text = f"{before}{begin}\n{table}\n{end}{after}"
+    PAGE.write_text(text)
 
 
 def sizes() -> Iterator[str]:
@@ -43,7 +53,7 @@ def by_shards(machine: Machine) -> Iterator[str]:
     """The paper's largest memory on more and more shards."""
     yield from header(
         "shards (hosts)", "split, width of a block", "pages of a shard", "bytes of a token: out, back", "step",
-        "client, wire, calls, kernels", "tokens/s", "a trainer a step", "a host of shards a step",
+        "of it client, wire, calls, kernels, s", "tokens/s", "a trainer a step", "a host of shards a step",
     )  # fmt: skip
     for shards in THOUSAND:
         plan = planned(8192, 2048, many=False, shards=shards, machine=machine)
