@@ -54,7 +54,7 @@ def plan(
     topk: Annotated[int, typer.Option("--topk", metavar="N", help="Slots that each of them takes.")] = 32,
     layers: Annotated[int, typer.Option("--layers", metavar="N", help="Memory layers of the model.")] = 1,
     shared: Annotated[
-        bool, typer.Option("--shared/--tables", help="Whether layers share one table, or have one each.")
+        bool, typer.Option("--shared/--no-shared", help="Whether layers share one table, or have one each.")
     ] = True,
     tokens: Annotated[int, typer.Option("--tokens", metavar="N", help="Of a step, of each trainer.")] = 1024,
     trainers: Annotated[int, typer.Option("--trainers", metavar="N", help="That train together.")] = 1,

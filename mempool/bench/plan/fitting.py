@@ -10,7 +10,7 @@ from mempool.bench.plan.points import CALLS, KERNELS, Call, Point
 from mempool.sizing import Costs, Kernels, Machine, Path
 from mempool.sizing.fit import fitted
 from mempool.sizing.times import all_kernels_s, here_s, kernels_s, wall_amounts
-from mempool.sizing.traffic import client_amounts, gather_amounts, update_amounts
+from mempool.sizing.traffic import Amounts, client_amounts, gather_amounts, update_amounts
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,16 @@ def _kernels(times: Times) -> Kernels:
     gathers, steps = points[::2], points[1::2]
     seconds = [times[point].wall / 1e3 for point in gathers]
     whole = [times[point].wall / 1e3 for point in steps]
-    return Kernels(
-        gather=fitted(
-            [gather_amounts(point.split.busiest, point.split, pairs=point.pairs) for point in gathers], seconds
-        ),
-        update=fitted(
-            [update_amounts(point.split.busiest, point.split, pairs=point.pairs) for point in steps],
-            [step - gather for step, gather in zip(whole, seconds, strict=True)],
-            whole,
-        ),
-    )
+    read = [gather_amounts(point.split.busiest, point.split, pairs=point.pairs) for point in gathers]
+    changed = [update_amounts(point.split.busiest, point.split, pairs=point.pairs) for point in steps]
+    besides = [step - gather for step, gather in zip(whole, seconds, strict=True)]
+    return Kernels(gather=_of_work(read, seconds, seconds), update=_of_work(changed, besides, whole))
+
+
+def _of_work(amounts: Sequence[Amounts], seconds: Sequence[float], weights: Sequence[float]) -> dict[str, float]:
+    """Without what a call of a kernel takes whatever its work: that is a part of what a path's call takes."""
+    found = fitted([{**work, "call": 1.0} for work in amounts], seconds, weights)
+    return {term: constant for term, constant in found.items() if term != "call"}
 
 
 def _costs(times: Times, call: Call, kernels: Kernels, cores: int) -> Costs:
