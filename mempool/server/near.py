@@ -32,6 +32,7 @@ _MOST_LINES = 64
 _SEND_TIMEOUT_S = 30.0
 """For a client to take an answer; it has nothing else to do."""
 _END_TIMEOUT_S = 2.0
+_LONGEST_TURN_S = 60.0
 _IN_PLACE = (GATHER, UPDATE)
 """Calls whose tensors are read where they came: the shard copies what it keeps of them."""
 
@@ -156,12 +157,7 @@ class NearServer:
         if in_place:
             request = _with_own_numbers(request)
         self._stages.record("decode", time.perf_counter() - began_s)
-        reply: GatherReply | UpdateReply | None = None
-        if self._at_once is not None:
-            if method is GATHER:
-                reply = self._at_once.gather_unless_busy(request)
-            elif method is UPDATE:
-                reply = self._at_once.update_unless_busy(request, caller=serving.peer)
+        reply = self._at_once_reply(message, request, serving)
         if reply is None:
             deadline_s = None if message.timeout_us < 0 else time.monotonic() + message.timeout_us / 1e6
             reply = serving.wait_for(_called(call, request, Caller(serving.peer, deadline_s)), self._loop)
@@ -175,6 +171,19 @@ class NearServer:
                 "(max_message_bytes). Ask for fewer bags or rows at a time"
             )
         return parts
+
+    def _at_once_reply(self, message: Message, request: Any, serving: "_Serving") -> GatherReply | UpdateReply | None:
+        """What needs no event loop; None where that is to be asked."""
+        at_once, method = self._at_once, METHODS[message.method]
+        if at_once is None or method not in _IN_PLACE:
+            return None
+        timeout_s = _LONGEST_TURN_S if message.timeout_us < 0 else message.timeout_us / 1e6
+        try:
+            if method is GATHER:
+                return at_once.gather(request, caller=serving.peer, timeout_s=timeout_s)
+            return at_once.update(request, caller=serving.peer, timeout_s=timeout_s)
+        except MempoolError:
+            return None
 
 
 class _Serving:

@@ -33,12 +33,14 @@ _FEW_PAIRS = 4096
 
 
 class AtOnce(Protocol):
-    """A shard, by whoever is in its process: answers on the thread that asks, where it has nothing else to do. None:
-    it is to be asked by its own calls."""
+    """A shard, by whoever is in its process: answers threads that wait themselves. None, and whatever it raises of
+    mempool's errors: it is to be asked by its own calls, which say why."""
 
     def gather_unless_busy(self, request: GatherRequest) -> GatherReply | None: ...
 
-    def update_unless_busy(self, request: UpdateRequest, *, caller: str) -> UpdateReply | None: ...
+    def gather(self, request: GatherRequest, *, caller: str, timeout_s: float) -> GatherReply | None: ...
+
+    def update(self, request: UpdateRequest, *, caller: str, timeout_s: float) -> UpdateReply | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,14 @@ from functools import partial
 from torch import Tensor
 
 from mempool.client.direct.asking import NARROW_END, Asking, Wait
-from mempool.client.routing.attempt import LookupRecord, gather_request, gather_slices, lookup_record, require_blocks
+from mempool.client.routing.attempt import (
+    LookupRecord,
+    gather_request,
+    gather_slices,
+    lookup_record,
+    require_blocks,
+    those_named,
+)
 from mempool.client.routing.fanout import envelope_of
 from mempool.client.routing.plan import Part, TablePlan, merge_values, split
 from mempool.types import AtOnceShard, GatherReply
@@ -24,7 +31,8 @@ def gather_directly(
     plan = router.plan_now(table_id)
     if plan is None or not asking.possible or len(gather_slices(plan, bags)) > 1:
         return None
-    parts = [part for part in split(plan, bags) if part.kept is None or part.bags.num_pairs]
+    every = split(plan, bags)
+    parts = those_named(every)
     lookup_id = router.next_lookup_id(bags)
     released = [router.remembered.take(table_id, part.route.shard) for part in parts]
     begin = partial(_begin, asking, plan, lookup_id, remember, reply_dtype, len(parts) == 1)
@@ -45,6 +53,7 @@ def gather_directly(
         lookups=1,
         stamps=[reply.stamp for reply in replies],
         remembered_by=parts if remember else (),
+        parts=every if remember else (),
     )
     router.remembered.add(record)
     if len(replies) < len(parts):

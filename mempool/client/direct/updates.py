@@ -7,7 +7,7 @@ from torch import Tensor
 from mempool.client.direct.asking import NARROW_END, Asking, Wait
 from mempool.client.routing.attempt import LookupRecord, of_part, remembers, update_request
 from mempool.client.routing.fanout import envelope_of
-from mempool.client.routing.plan import Part, TablePlan, merge_weight_grads, split
+from mempool.client.routing.plan import Part, TablePlan, merge_weight_grads
 from mempool.types import AtOnceShard, StepId, UpdateReply
 
 
@@ -22,7 +22,7 @@ def update_directly(
     plan = router.plan_now(table_id)
     if plan is None or not asking.possible:
         return None
-    parts = split(plan, record.bags)
+    parts = record.sorted.take(plan, record.bags)
     begin = partial(_begin, asking, plan, record, grads, step_id, sequence, hold, len(parts) == 1)
     answers = asking.each([(part.route.info, partial(begin, part)) for part in parts])
     found: list[tuple[Part, Tensor]] = []

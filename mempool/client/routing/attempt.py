@@ -4,7 +4,7 @@ Knows the messages of the ``Shard`` protocol. Retries, views and deadlines are t
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -56,6 +56,22 @@ class Seen:
     newest_version: int
 
 
+class SortedPairs:
+    """The parts of a lookup's shards, kept from the gather to the first update: sorting them takes as long as much else
+    of a small call. Any thread may use it."""
+
+    __slots__ = ("_kept",)
+
+    def __init__(self, plan: TablePlan | None = None, parts: tuple[Part, ...] = ()) -> None:
+        # Where every shard gets all pairs there is nothing to keep.
+        self._kept = None if plan is None or all(part.kept is None for part in parts) else (plan, parts)
+
+    def take(self, plan: TablePlan, bags: Bags) -> tuple[Part, ...]:
+        """As ``split``."""
+        kept, self._kept = self._kept, None
+        return kept[1] if kept is not None and kept[0] is plan else split(plan, bags)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LookupRecord:
     """What is kept of a gather for its updates.
@@ -64,6 +80,7 @@ class LookupRecord:
         lookup_id: Shards know it by this number, and the next ones where they were asked for it in several messages.
         lookups: How many.
         remembered_by: (shard, incarnation) of those that were asked to remember it, under the placement of ``seen``.
+        sorted: Its pairs by shard, for one update.
     """
 
     table_id: int
@@ -72,6 +89,7 @@ class LookupRecord:
     bags: Bags
     seen: Seen
     remembered_by: frozenset[tuple[int, int]]
+    sorted: SortedPairs = field(default_factory=SortedPairs)
 
 
 class Attempt:
@@ -96,8 +114,8 @@ class Attempt:
         self, bags: Bags, *, lookup_id: int, remember: bool, reply_dtype: ReplyDtype
     ) -> tuple[Tensor, LookupRecord]:
         """Pooled values [B, V] float32, and what to keep for the update."""
-        # A shard none of whose row pages are named would answer zeros.
-        parts = [part for part in split(self.plan, bags) if part.kept is None or part.bags.num_pairs]
+        every = split(self.plan, bags)
+        parts = those_named(every)
         pieces = gather_slices(self.plan, bags)
 
         async def ask_some(part: Part, host: ShardHost, envelope: Envelope, number: int) -> GatherReply:
@@ -136,6 +154,7 @@ class Attempt:
             lookups=len(pieces),
             stamps=stamps,
             remembered_by=parts if remember else (),
+            parts=every if remember else (),
         )
         return values, record
 
@@ -156,7 +175,8 @@ class Attempt:
         """
         # A shard none of whose row pages are named is told all the same, of no bags: it is asked for this sequence
         # later.
-        parts = [part for part in split(self.plan, record.bags) if only is None or part.route.shard in only]
+        every = record.sorted.take(self.plan, record.bags)
+        parts = [part for part in every if only is None or part.route.shard in only]
 
         async def ask(part: Part, host: ShardHost, envelope: Envelope) -> UpdateReply:
             route = part.route
@@ -311,8 +331,12 @@ def lookup_record(
     lookups: int,
     stamps: Sequence[Stamp],
     remembered_by: Sequence[Part],
+    parts: tuple[Part, ...],
 ) -> LookupRecord:
-    """What is kept of a gather; remembered_by: the parts whose shards were asked to."""
+    """What is kept of a gather.
+
+    remembered_by: The parts whose shards were asked to. parts: Of all shards, where an update may come.
+    """
     return LookupRecord(
         table_id=plan.table_id,
         lookup_id=lookup_id,
@@ -320,7 +344,13 @@ def lookup_record(
         bags=bags,
         seen=seen_of(plan, stamps),
         remembered_by=frozenset((part.route.shard, part.route.info.incarnation) for part in remembered_by),
+        sorted=SortedPairs(plan, parts),
     )
+
+
+def those_named(parts: Sequence[Part]) -> list[Part]:
+    """Those that a gather asks: a shard none of whose row pages are named would answer zeros."""
+    return [part for part in parts if part.kept is None or part.bags.num_pairs]
 
 
 def seen_of(plan: TablePlan, stamps: Sequence[Stamp]) -> Seen:

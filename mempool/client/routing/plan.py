@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mempool.agreement.step_events import Owners
+from mempool.client.sorting import Sorting, sort_pairs, sortings_of
 from mempool.errors import Internal
 from mempool.placement import Route, assignment_of, routes
 from mempool.types import ShardInfo, TableSchema, TableView
@@ -65,6 +66,7 @@ class TablePlan:
         head_owners: Per shard that owns key pages, ascending: (shard, its heads).
         page_owners: [row pages, blocks] int32, the placement's owners as a tensor.
         agreeing: Those whom a step is agreed on with.
+        sortings, places: How pairs are told apart for the routes that lack row pages, as of ``sortings_of``.
     """
 
     view: TableView
@@ -75,6 +77,8 @@ class TablePlan:
     head_owners: tuple[tuple[ShardInfo, tuple[int, ...]], ...]
     page_owners: Tensor
     agreeing: Owners
+    sortings: tuple[Sorting, ...]
+    places: tuple[tuple[int, int] | None, ...]
 
     @property
     def schema(self) -> TableSchema:
@@ -111,6 +115,7 @@ def make_plan(view: TableView) -> TablePlan:
         _shard_route(infos[shard], route, schema) for shard, route in sorted(routes(assignment).items())
     )
     owners = tuple(infos[shard] for shard in placement.shards)
+    sortings, places = sortings_of([route.row_mask for route in shard_routes])
     return TablePlan(
         view=view,
         table_id=schema.table_id,
@@ -125,6 +130,8 @@ def make_plan(view: TableView) -> TablePlan:
         ),
         head_owners=tuple((infos[shard], tuple(heads[shard])) for shard in sorted(heads)),
         page_owners=torch.tensor(placement.owners, dtype=torch.int32, device="cpu"),
+        sortings=sortings,
+        places=places,
     )
 
 
@@ -149,15 +156,16 @@ def newer_view(old: TableView, new: TableView) -> TableView:
 
 def split(plan: TablePlan, bags: Bags) -> tuple[Part, ...]:
     """The part of each route, in its order. A shard that lacks whole row pages gets no pairs of those."""
-    pages: Tensor | None = None
+    if not plan.sortings:
+        return tuple(Part(route=route, bags=bags, kept=None) for route in plan.routes)
+    found = [sort_pairs(sorting, bags, page_shift=plan.schema.page_shift) for sorting in plan.sortings]
     parts = []
-    for route in plan.routes:
-        if route.row_mask is None:
+    for route, place in zip(plan.routes, plan.places, strict=True):
+        if place is None:
             parts.append(Part(route=route, bags=bags, kept=None))
-            continue
-        if pages is None:
-            pages = bags.ids >> plan.schema.page_shift
-        parts.append(_filtered(route, bags, pages))
+        else:
+            mine = found[place[0]][place[1]]
+            parts.append(Part(route=route, bags=mine.bags, kept=mine.kept))
     return tuple(parts)
 
 
@@ -270,18 +278,3 @@ def _shard_route(info: ShardInfo, route: Route, schema: TableSchema) -> ShardRou
         whole=len(route.sole) == schema.num_blocks,
         row_mask=None if route.row_mask is None else torch.tensor(route.row_mask, dtype=torch.bool, device="cpu"),
     )
-
-
-def _filtered(route: ShardRoute, bags: Bags, pages: Tensor) -> Part:
-    assert route.row_mask is not None
-    mask = route.row_mask[pages]
-    kept = torch.nonzero(mask).reshape(-1)
-    # How many of the first i pairs are kept, at i = 0 .. L: old offsets to new ones.
-    before = torch.zeros(bags.num_pairs + 1, dtype=torch.int64, device="cpu")
-    torch.cumsum(mask, dim=0, out=before[1:])
-    part = Bags(
-        ids=bags.ids[kept],
-        weights=None if bags.weights is None else bags.weights[kept],
-        offsets=before[bags.offsets],
-    )
-    return Part(route=route, bags=part, kept=kept)

@@ -28,7 +28,7 @@ class AtOnce:
     """Calls of one shard by whoever is in its process.
 
     ``begin_...`` are for any thread, also for one that signals' handlers may interrupt anywhere: there it only reads,
-    and has the shard's own thread do what writes. ``..._unless_busy`` are for threads that nobody interrupts.
+    and has the shard's own thread do what writes. The others are for threads that nobody interrupts.
 
     Args:
         thread: Stands still meanwhile.
@@ -50,18 +50,38 @@ class AtOnce:
         self, request: UpdateRequest, *, timeout_s: float, **_: object
     ) -> Callable[[], UpdateReply | None]:
         """See ``AtOnceShard``."""
-        cost = cost_of(request.ids, request.weights, request.offsets, request.grads)
-        update = partial(_unless_behind, self._answers.update)
-        wait = self._thread.begin("update", update, request, cost=cost, timeout_s=timeout_s)
-        return lambda: self._durable(wait())
+        return self._in_turn("update", self._answers.update, request, _cost_of_update(request), timeout_s, "")
 
     def gather_unless_busy(self, request: GatherRequest) -> GatherReply | None:
         """The answer; None where it cannot be had at once. Nobody is waited for."""
         return self._answer("gather", self._answers.gather, request, wait=False)
 
-    def update_unless_busy(self, request: UpdateRequest, *, caller: str) -> UpdateReply | None:
-        """The same of an update, for whom it is held."""
-        return self._answer("update", partial(self._answers.update, caller=caller), request, wait=False)
+    def gather(self, request: GatherRequest, *, caller: str, timeout_s: float) -> GatherReply | None:
+        """The answer, at once or when it is the caller's turn; None where it is not to be had so."""
+        if not self._thread.is_busy:
+            return self.gather_unless_busy(request)
+        cost = cost_of(request.ids, request.weights, request.offsets, numbers=len(request.release))
+        return self._in_turn("gather", self._answers.gather, request, cost, timeout_s, caller)()
+
+    def update(self, request: UpdateRequest, *, caller: str, timeout_s: float) -> UpdateReply | None:
+        """The same of an update."""
+        answer = partial(self._answers.update, caller=caller)
+        if not self._thread.is_busy:
+            return self._answer("update", answer, request, wait=False)
+        return self._in_turn("update", answer, request, _cost_of_update(request), timeout_s, caller)()
+
+    def _in_turn(
+        self,
+        stage: str,
+        answer: Callable[[RequestT], ReplyT | Parked | Pieces[ReplyT] | None],
+        request: RequestT,
+        cost: int,
+        timeout_s: float,
+        caller: str,
+    ) -> Callable[[], ReplyT | None]:
+        job = partial(_unless_behind, answer)
+        wait = self._thread.begin(stage, job, request, cost=cost, timeout_s=timeout_s, caller=caller)
+        return lambda: self._durable(wait())
 
     def _answer(
         self,
@@ -75,6 +95,10 @@ class AtOnce:
 
     def _durable(self, reply: ReplyT | None) -> ReplyT | None:
         return reply if self._store is None or self._store.is_settled else None
+
+
+def _cost_of_update(request: UpdateRequest) -> int:
+    return cost_of(request.ids, request.weights, request.offsets, request.grads)
 
 
 def _whole(answer: Callable[[RequestT], ReplyT | Parked | Pieces[ReplyT] | None], request: RequestT) -> ReplyT | None:

@@ -194,13 +194,31 @@ class EngineThread:
         self._stages.record(stage, took_s)
         return result
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is done, or waits."""
+        return self._at_work.locked() or len(self._jobs) > 0
+
     def begin(
-        self, stage: str, job: Callable[[RequestT], T], request: RequestT, *, cost: int, timeout_s: float
+        self,
+        stage: str,
+        job: Callable[[RequestT], T],
+        request: RequestT,
+        *,
+        cost: int,
+        timeout_s: float,
+        caller: str = "",
     ) -> Callable[[], T | None]:
         """As ``run``, for a thread that waits itself, by calling what is returned, once; None after ``timeout_s``."""
         handed: _Handed = _Handed()
-        caller = Caller(deadline_s=self._clock() + timeout_s)
-        asked = Job(stage=stage, request=request, caller=caller, cost=cost, run=job, done=handed)
+        asked = Job(
+            stage=stage,
+            request=request,
+            caller=Caller(caller, self._clock() + timeout_s),
+            cost=cost,
+            run=job,
+            done=handed,
+        )
         self._enter(asked)
 
         def wait() -> T | None:

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 Body: TypeAlias = bytes | memoryview
 Parts: TypeAlias = list[bytes | memoryview]
 
+_NAMES = ("bfloat16", "int64", "uint32", "float32", "float16", "float64", "int32", "uint8")
 _ABSENT = 255
 _ALIGNMENT = 8
-_COUNTS = struct.Struct("<HH")
+_COUNTS = struct.Struct("<II")
 _SHAPE = struct.Struct("<BBHII")  # dtype, dims, nothing, sizes
 
 
@@ -103,7 +104,7 @@ def _shape(tensor: Tensor | None) -> bytes:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     torch, dtypes = _torch()
-    if tensor.dtype == dtypes[-1]:
+    if tensor.dtype == dtypes[0]:
         tensor = tensor.contiguous().view(torch.int16)
     array = np.ascontiguousarray(tensor.detach().numpy())
     return array.reshape(-1).view(np.uint8).data
@@ -111,7 +112,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 def _narrowed(ids: Tensor | None, narrow: bool) -> Tensor | None:
     torch, dtypes = _torch()
-    if ids is None or not narrow or ids.dtype != dtypes[0]:
+    if ids is None or not narrow or ids.dtype != dtypes[1]:
         return ids
     narrowed: Tensor = torch.from_numpy(ids.numpy().astype(np.uint32))
     return narrowed
@@ -122,7 +123,8 @@ def _torch() -> tuple[Any, tuple[torch.dtype, ...]]:
     """Torch, loaded by the first tensor, and what travels by its number."""
     import torch
 
-    return torch, (torch.int64, torch.uint32, torch.float32, torch.bfloat16)
+    # All that travel: what is wrong for a table is the shard's to say.
+    return torch, tuple(getattr(torch, name) for name in _NAMES)
 
 
 @cache

@@ -1,0 +1,106 @@
+"""Pairs by the shards that need them: one counting sort for all shards whose row pages do not overlap.
+
+Pure. Legend: P row pages, B bags, L pairs, G groups of row pages, R routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mempool.types.bags import Bags
+
+_MOST_GROUPS = 2**15 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sorting:
+    """Groups of row pages that do not overlap.
+
+    Attributes:
+        group_of_page: [P] int16; -1 for pages of none.
+        num_groups: G.
+    """
+
+    group_of_page: npt.NDArray[np.int16]
+    num_groups: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sorted:
+    """The pairs of one group: in their order, with their bags' offsets [B + 1], and their positions [l] among all."""
+
+    bags: Bags
+    kept: Tensor
+
+
+def sortings_of(masks: Sequence[Tensor | None]) -> tuple[tuple[Sorting, ...], tuple[tuple[int, int] | None, ...]]:
+    """As few sortings as are found, and where in them each mask is: (sorting, group); None where there is no mask.
+
+    Args:
+        masks: Each [P] bool, the row pages that a shard needs.
+    """
+    found: list[npt.NDArray[np.int16]] = []
+    counts: list[int] = []
+    places: list[tuple[int, int] | None] = []
+    known: dict[bytes, tuple[int, int]] = {}
+    for mask in masks:
+        if mask is None:
+            places.append(None)
+            continue
+        pages = mask.numpy()
+        key = np.packbits(pages).tobytes()
+        if key not in known:
+            number = next(
+                (
+                    number
+                    for number, groups in enumerate(found)
+                    if counts[number] < _MOST_GROUPS and not (groups[pages] >= 0).any()
+                ),
+                len(found),
+            )
+            if number == len(found):
+                found.append(np.full(pages.shape[0], -1, np.int16))
+                counts.append(0)
+            found[number][pages] = counts[number]
+            known[key] = number, counts[number]
+            counts[number] += 1
+        places.append(known[key])
+    sortings = tuple(
+        Sorting(group_of_page=groups, num_groups=count) for groups, count in zip(found, counts, strict=True)
+    )
+    return sortings, tuple(places)
+
+
+def sort_pairs(sorting: Sorting, bags: Bags, *, page_shift: int) -> list[Sorted]:
+    """The pairs of each group."""
+    num_groups, num_bags = sorting.num_groups, bags.num_bags
+    groups = sorting.group_of_page[bags.ids.numpy() >> page_shift]
+    order = np.argsort(groups, kind="stable")  # of 16-bit numbers that is a radix sort
+    ends = np.cumsum(np.bincount(groups.astype(np.int64) + 1, minlength=num_groups + 1))
+    bag_of_pair = np.repeat(np.arange(num_bags), np.diff(bags.offsets.numpy()))
+    cells = (groups.astype(np.int64) + 1) * num_bags + bag_of_pair
+    offsets = np.zeros((num_groups, num_bags + 1), np.int64)
+    np.cumsum(
+        np.bincount(cells, minlength=(num_groups + 1) * num_bags).reshape(num_groups + 1, num_bags)[1:],
+        axis=1,
+        out=offsets[:, 1:],
+    )
+    positions = torch.from_numpy(order)
+    ids = bags.ids[positions]
+    weights = None if bags.weights is None else bags.weights[positions]
+    found = []
+    for group in range(num_groups):
+        begin, end = int(ends[group]), int(ends[group + 1])
+        part = Bags(
+            ids=ids[begin:end],
+            weights=None if weights is None else weights[begin:end],
+            offsets=torch.from_numpy(offsets[group]),
+        )
+        found.append(Sorted(bags=part, kept=positions[begin:end]))
+    return found

@@ -1,0 +1,217 @@
+"""Calls answered on the thread that asks: the same answers, or none; nobody's turn is taken; nothing is torn."""
+
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from mempool.errors import Overloaded
+from mempool.shard import Engine
+from mempool.shard.steps.contexts import Contexts
+from mempool.types import GatherRequest, OptimizerSpec, UpdateRequest
+from tests.contract.bags import make_bags
+from tests.contract.driver import Driver, make_schema, same
+
+from .conftest import MakeDriver
+
+BOUND_S = 20.0
+
+
+def engine_of(driver: Driver) -> Engine:
+    engine = driver.host(0)
+    assert isinstance(engine, Engine)
+    return engine
+
+
+def asked(driver: Driver, lookup_id: int = 1, **changes: Any) -> GatherRequest:
+    bags = make_bags(lookup_id)
+    request = GatherRequest(
+        envelope=driver.envelope(0),
+        lookup_id=lookup_id,
+        ids=bags.ids,
+        weights=bags.weights,
+        offsets=bags.offsets,
+        remember=True,
+    )
+    return replace(request, **changes)
+
+
+def begun(engine: Engine, request: GatherRequest) -> Any:
+    return engine.at_once.begin_gather(request, timeout_s=5.0, narrow_ids=False, alone=True)()
+
+
+def test_it_answers_what_the_engine_answers(make_driver: MakeDriver) -> None:
+    driver = make_driver().create(make_schema())
+    engine = engine_of(driver)
+    request = asked(driver)
+    expected = driver.call(engine.gather(request))
+    for found in (
+        begun(engine, request),
+        engine.at_once.gather_unless_busy(request),
+        engine.at_once.gather(request, caller="me", timeout_s=5.0),
+    ):
+        assert found.stamp == expected.stamp
+        assert found.blocks == expected.blocks
+        assert same(found.values, expected.values)
+    bags = make_bags(1)
+    update = UpdateRequest(
+        envelope=driver.envelope(0),
+        step_id=driver.step_id(1),
+        sequence=1,
+        lookup_id=1,
+        blocks=driver.blocks(0),
+        grads=torch.ones(bags.offsets.shape[0] - 1, 10),
+        hold=False,
+        want_weight_grad=True,
+    )
+    weight_grad = driver.call(engine.update(update)).weight_grad
+    direct = engine.at_once.begin_update(update, timeout_s=5.0, narrow_ids=False, alone=True)()
+    assert direct is not None
+    assert same(direct.weight_grad, weight_grad)
+    there = engine.at_once.update(replace(update, hold=True), caller="me", timeout_s=5.0)
+    assert there is not None
+    assert same(there.weight_grad, weight_grad)
+    assert driver.status(0).updates_held == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"ids": torch.tensor([50] * 3), "weights": None, "offsets": torch.tensor([0, 3])},
+        {"reply_dtype": "float64"},
+    ],
+)
+def test_what_is_refused_or_still_to_come_is_left_to_the_engine(make_driver: MakeDriver, wrong: dict[str, Any]) -> None:
+    driver = make_driver().create(make_schema())
+    engine = engine_of(driver)
+    assert begun(engine, asked(driver, **wrong)) is None
+    assert begun(engine, asked(driver, envelope=driver.envelope(0, epoch=7))) is None
+    assert begun(engine, asked(driver, envelope=driver.envelope(0, table_version=1))) is None
+    table = engine._tenancy.table(driver.table_id)
+    assert not any(waiting for waiting in vars(table).values() if type(waiting).__name__ == "Waiting" and waiting)
+    assert begun(engine, asked(driver)) is not None
+
+
+def test_what_would_write_is_not_done_where_a_signal_could_cut_it_off(make_driver: MakeDriver) -> None:
+    """Rows of a dense optimizer are brought up to date when they are read."""
+    driver = make_driver().create(make_schema(optimizer=OptimizerSpec(algorithm="adamw", lr=0.1, dense=True)))
+    engine = engine_of(driver)
+    assert begun(engine, asked(driver)) is None
+    assert engine.at_once.gather_unless_busy(asked(driver)) is not None
+
+
+def test_who_waits_has_the_first_turn(make_driver: MakeDriver) -> None:
+    driver = make_driver().create(make_schema())
+    engine = engine_of(driver)
+    going, go_on = threading.Event(), threading.Event()
+
+    def busy(_: object) -> None:
+        going.set()
+        assert go_on.wait(BOUND_S)
+
+    working = driver.submit(engine._thread.run("busy", busy))
+    assert going.wait(BOUND_S)
+    assert engine.at_once.gather_unless_busy(asked(driver)) is None
+    found: list[Any] = []
+    in_turn = threading.Thread(
+        target=lambda: found.append(engine.at_once.gather(asked(driver), caller="me", timeout_s=BOUND_S))
+    )
+    in_turn.start()
+    end_s = time.monotonic() + BOUND_S
+    while engine._thread.num_jobs < 2:
+        assert time.monotonic() < end_s
+        time.sleep(0.005)
+    assert begun(engine, asked(driver)) is None, "there is one in line"
+    go_on.set()
+    working.result(BOUND_S)
+    in_turn.join(BOUND_S)
+    assert found[0] is not None
+    assert begun(engine, asked(driver)) is not None
+
+
+def test_who_does_not_get_a_turn_in_time_is_told_nothing_and_leaves_nothing(make_driver: MakeDriver) -> None:
+    driver = make_driver().create(make_schema())
+    engine = engine_of(driver)
+    going, go_on = threading.Event(), threading.Event()
+
+    def busy(_: object) -> None:
+        going.set()
+        assert go_on.wait(BOUND_S)
+
+    working = driver.submit(engine._thread.run("busy", busy))
+    assert going.wait(BOUND_S)
+    assert engine.at_once.gather(asked(driver), caller="me", timeout_s=0.05) is None
+    go_on.set()
+    working.result(BOUND_S)
+    assert engine._thread.num_jobs == 0
+    assert engine._budget.queued_bytes == 0
+
+
+def test_a_read_that_is_cut_off_leaves_the_count_right(
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = make_driver().create(make_schema())
+    engine = engine_of(driver)
+    expire = Contexts.expire
+    cut_off = [True]
+
+    def interrupted(self: Contexts) -> None:
+        expire(self)
+        if cut_off[0]:
+            self.num_bytes += 1_000_000  # half of what comes next was done
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Contexts, "expire", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        begun(engine, asked(driver))
+    cut_off[0] = False
+    assert engine._answers._contexts.num_bytes == 0
+    assert begun(engine, asked(driver)) is not None, "nobody is locked out"
+
+
+def test_what_is_remembered_at_once_is_forgotten_in_time(make_driver: MakeDriver) -> None:
+    """Nobody rings for it."""
+    driver = make_driver(context_lease_s=0.2).create(make_schema())
+    engine = engine_of(driver)
+    driver.call(engine.status())
+    time.sleep(0.1)  # the thread rests
+    assert begun(engine, asked(driver)) is not None
+    assert len(engine._answers._contexts) == 1
+    end_s = time.monotonic() + BOUND_S
+    while len(engine._answers._contexts):
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
+
+
+def test_a_closed_engine_answers_nobody(make_driver: MakeDriver) -> None:
+    driver = make_driver().create(make_schema())
+    engine = engine_of(driver)
+    request = asked(driver)
+    driver.call(engine.close())
+    assert begun(engine, request) is None
+    assert engine.at_once.gather_unless_busy(request) is None
+
+
+def test_a_queue_that_is_full_refuses_as_always(make_driver: MakeDriver) -> None:
+    driver = make_driver(client_memory_bytes=16384).create(make_schema())
+    engine = engine_of(driver)
+    going, go_on = threading.Event(), threading.Event()
+
+    def busy(_: object) -> None:
+        going.set()
+        assert go_on.wait(BOUND_S)
+
+    working = driver.submit(engine._thread.run("busy", busy, cost=1))
+    assert going.wait(BOUND_S)
+
+    def asks_for_much() -> None:
+        for _ in range(10):
+            engine.at_once._in_turn("gather", engine._answers.gather, asked(driver), 4096, 1.0, "me")
+
+    with pytest.raises(Overloaded):
+        asks_for_much()
+    go_on.set()
+    working.result(BOUND_S)
