@@ -12,7 +12,7 @@ from .test_light import loaded
 
 PAPER = (
     *("plan", "--width", 2048, "--slots", 8192**2, "--dtype", "bfloat16", "--optimizer", "rowwise_adagrad"),
-    *("--layers", 3, "--tokens", 4096, "--trainers", 64, "--shards", 1024),
+    *("--layers", 3, "--tokens", 4096, "--trainers", 64, "--shards", 1024, "--block-dim", 16),
 )
 
 
