@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import grpc
 
@@ -24,9 +24,14 @@ from mempool.wire.codecs.lookup import LookupReply, LookupRequest
 from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
 from mempool.wire.methods import Method
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
 Handlers = dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]
+Space = Callable[[tuple[int, ...], "torch.dtype"], "Tensor | None"]
 Lookup = Callable[[LookupRequest], Awaitable[LookupReply]]
 _FEW_PAIRS = 4096
 """Of a gather that takes less time than two threads take to hand it over."""
@@ -38,9 +43,14 @@ class AtOnce(Protocol):
 
     def gather_unless_busy(self, request: GatherRequest) -> GatherReply | None: ...
 
-    def gather(self, request: GatherRequest, *, caller: str, timeout_s: float) -> GatherReply | None: ...
+    def gather(
+        self, request: GatherRequest, *, caller: str, timeout_s: float, space: Space | None = None
+    ) -> GatherReply | None:
+        """space: Gives the memory that the answer is written to."""
 
-    def update(self, request: UpdateRequest, *, caller: str, timeout_s: float) -> UpdateReply | None: ...
+    def update(
+        self, request: UpdateRequest, *, caller: str, timeout_s: float, space: Space | None = None
+    ) -> UpdateReply | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

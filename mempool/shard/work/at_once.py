@@ -11,7 +11,7 @@ from functools import partial
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mempool.shard.answers import Answers, Pieces
+from mempool.shard.answers import Answers, Pieces, Space
 from mempool.shard.parking import Behind, Parked
 from mempool.shard.work.jobs import cost_of
 from mempool.shard.work.thread import EngineThread
@@ -56,18 +56,23 @@ class AtOnce:
         """The answer; None where it cannot be had at once. Nobody is waited for."""
         return self._answer("gather", self._answers.gather, request, wait=False)
 
-    def gather(self, request: GatherRequest, *, caller: str, timeout_s: float) -> GatherReply | None:
-        """The answer, at once or when it is the caller's turn; None where it is not to be had so."""
+    def gather(
+        self, request: GatherRequest, *, caller: str, timeout_s: float, space: Space | None = None
+    ) -> GatherReply | None:
+        """The answer, at once or when it is the caller's turn; None where it is not to be had so. Memory of ``space``
+        is written to only before this returns."""
         if not self._thread.is_busy:
-            return self.gather_unless_busy(request)
+            return self._answer("gather", partial(self._answers.gather, space=space), request, wait=False)
         cost = cost_of(request.ids, request.weights, request.offsets, numbers=len(request.release))
         return self._in_turn("gather", self._answers.gather, request, cost, timeout_s, caller)()
 
-    def update(self, request: UpdateRequest, *, caller: str, timeout_s: float) -> UpdateReply | None:
+    def update(
+        self, request: UpdateRequest, *, caller: str, timeout_s: float, space: Space | None = None
+    ) -> UpdateReply | None:
         """The same of an update."""
         answer = partial(self._answers.update, caller=caller)
         if not self._thread.is_busy:
-            return self._answer("update", answer, request, wait=False)
+            return self._answer("update", partial(answer, space=space), request, wait=False)
         return self._in_turn("update", answer, request, _cost_of_update(request), timeout_s, caller)()
 
     def _in_turn(
