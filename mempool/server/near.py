@@ -20,8 +20,8 @@ import numpy as np
 from mempool.errors import InvalidRequest, MempoolError, RequestTooLarge, ShardUnavailable
 from mempool.observe import Stages
 from mempool.server.services import AtOnce
-from mempool.types import GatherReply, UpdateReply
 from mempool.types.caller import Caller, calling
+from mempool.wire import methods
 from mempool.wire.near import handshake
 from mempool.wire.near.framing import COPIED, FAILURE, REPLY, REQUEST, Message
 from mempool.wire.near.line import Body, Line, Parts
@@ -184,16 +184,22 @@ class NearServer:
             )
         return parts
 
-    def _at_once_reply(self, message: Message, request: Any, serving: "_Serving") -> GatherReply | UpdateReply | None:
+    def _at_once_reply(self, message: Message, request: Any, serving: "_Serving") -> Any:
         """What needs no event loop; None where that is to be asked."""
         at_once, method = self._at_once, METHODS[message.method]
-        if at_once is None or method not in _IN_PLACE:
+        if at_once is None:
             return None
         timeout_s = _LONGEST_TURN_S if message.timeout_us < 0 else message.timeout_us / 1e6
         try:
+            if method is methods.PREPARE:
+                return at_once.prepare(request, caller=serving.peer, timeout_s=timeout_s)
+            if method is methods.COMMIT:
+                return at_once.commit(request, caller=serving.peer, timeout_s=timeout_s)
             if method is GATHER:
                 return at_once.gather(request, caller=serving.peer, timeout_s=timeout_s, space=serving.space)
-            return at_once.update(request, caller=serving.peer, timeout_s=timeout_s, space=serving.space)
+            if method is UPDATE:
+                return at_once.update(request, caller=serving.peer, timeout_s=timeout_s, space=serving.space)
+            return None
         except MempoolError:
             return None
 

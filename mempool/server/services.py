@@ -8,11 +8,15 @@ import grpc
 
 from mempool.server.calls import Door, handler, streaming_handler
 from mempool.types import (
+    CommitReply,
+    CommitRequest,
     DropTable,
     GatherReply,
     GatherRequest,
     PoolApi,
     PoolStatus,
+    PrepareReply,
+    PrepareRequest,
     ShardHost,
     ShardStatus,
     TableView,
@@ -51,6 +55,10 @@ class AtOnce(Protocol):
     def update(
         self, request: UpdateRequest, *, caller: str, timeout_s: float, space: Space | None = None
     ) -> UpdateReply | None: ...
+
+    def prepare(self, request: PrepareRequest, *, caller: str, timeout_s: float) -> PrepareReply | None: ...
+
+    def commit(self, request: CommitRequest, *, caller: str, timeout_s: float) -> CommitReply | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,10 +12,20 @@ from types import GeneratorType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mempool.shard.answers import Answers, Pieces, Space
+from mempool.shard.committing import Committing
 from mempool.shard.parking import Behind, Parked
-from mempool.shard.work.jobs import cost_of
+from mempool.shard.work.jobs import cost_of, cost_of_parts
 from mempool.shard.work.thread import EngineThread
-from mempool.types import GatherReply, GatherRequest, UpdateReply, UpdateRequest
+from mempool.types import (
+    CommitReply,
+    CommitRequest,
+    GatherReply,
+    GatherRequest,
+    PrepareReply,
+    PrepareRequest,
+    UpdateReply,
+    UpdateRequest,
+)
 
 if TYPE_CHECKING:
     from mempool.shard.durable.store import Store
@@ -32,13 +42,14 @@ class AtOnce:
 
     Args:
         thread: Stands still meanwhile.
-        answers: Makes the answers.
+        answers, committing: Make the answers.
         store: What the shard keeps on a disk: nobody is told of what is not durable yet.
     """
 
-    def __init__(self, thread: EngineThread, answers: Answers, store: Store | None) -> None:
+    def __init__(self, thread: EngineThread, answers: Answers, committing: Committing, store: Store | None) -> None:
         self._thread = thread
         self._answers = answers
+        self._committing = committing
         self._store = store
 
     def begin_gather(self, request: GatherRequest, **_: object) -> Callable[[], GatherReply | None]:
@@ -74,6 +85,21 @@ class AtOnce:
         if not self._thread.is_busy:
             return self._answer("update", partial(answer, space=space), request, wait=False)
         return self._in_turn("update", answer, request, _cost_of_update(request), timeout_s, caller)()
+
+    def prepare(self, request: PrepareRequest, *, caller: str, timeout_s: float) -> PrepareReply | None:
+        """The answer when it is the caller's turn. None, too, where it would have to be durable first: nobody waits for
+        a disk here."""
+        if self._store is not None:
+            return None
+        answer = partial(self._committing.prepare, caller=caller)
+        return self._in_turn("prepare", answer, request, cost_of_parts(request.parts), timeout_s, caller)()
+
+    def commit(self, request: CommitRequest, *, caller: str, timeout_s: float) -> CommitReply | None:
+        """The same of a commit."""
+        if self._store is not None:
+            return None
+        cost = cost_of_parts(request.parts)
+        return self._in_turn("commit", self._committing.commit, request, cost, timeout_s, caller)()
 
     def _in_turn(
         self,

@@ -251,7 +251,7 @@ class ClientLine(Line):
         self._num_kept += message.num_bytes
         if self._num_kept > _KEPT_BYTES or message.kind == FAILURE:
             self._free.append((message.call, message.num_bytes))
-            return message.kind == REPLY, bytes(body)
+            return message.kind == REPLY, memoryview(bytearray(body))  # tensors are made of it: they may be written to
         assert isinstance(body, memoryview)
         self._keep(message.call, body)
         return True, body
