@@ -12,6 +12,7 @@ from __future__ import annotations
 from mempool.kernels.arguments import ELEMENTS, LONG_RUN, RUN_PIECE, Element, Paged, SortedPairs
 from mempool.kernels.dispatch import (
     add_segments,
+    admit_bags,
     catch_up,
     flat_topk,
     fused_step,
@@ -24,6 +25,7 @@ from mempool.kernels.dispatch import (
     product_topk,
     scatter_rows,
     segment_sum,
+    segment_sum_and_norm,
     select_topk,
     sort_pairs,
     squared_norm,
@@ -70,6 +72,7 @@ __all__ = [
     "RandomRounding",
     "SortedPairs",
     "add_segments",
+    "admit_bags",
     "catch_up",
     "flat_topk",
     "fused_step",
@@ -85,6 +88,7 @@ __all__ = [
     "product_topk",
     "scatter_rows",
     "segment_sum",
+    "segment_sum_and_norm",
     "select_topk",
     "sort_pairs",
     "squared_norm",

@@ -6,8 +6,8 @@ H heads, K top-k, D key dim, n half-keys of a codebook, M rows of scores.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ class Paged:
         page_table: [P] int32, contiguous, logical page -> arena page, -1 if not here. No arena page appears twice.
         page_shift: log2 of the slots of a page.
         packed: How rows of one byte per element are laid out; None for float32 and bfloat16.
+        width: W, columns of a value here.
+        views: What implementations have made of it for calls to come, by their own names.
 
     Raises:
         ValueError: A tensor has another shape, dtype, layout or device.
@@ -49,6 +51,8 @@ class Paged:
     page_table: Tensor
     page_shift: int
     packed: PackedLayout | None = None
+    width: int = field(init=False, compare=False)
+    views: dict[str, Any] = field(init=False, default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         rows, table = self.rows, self.page_table
@@ -70,11 +74,7 @@ class Paged:
             raise ValueError(f"rows are on {rows.device} but page_table is on {table.device}; put both on one device")
         if not 0 <= self.page_shift <= 40:
             raise ValueError(f"page_shift must lie in 0..40, got {self.page_shift}")
-
-    @property
-    def width(self) -> int:
-        """W: columns of a value here."""
-        return int(self.rows.shape[1]) if self.packed is None else self.packed.width
+        object.__setattr__(self, "width", int(rows.shape[1]) if self.packed is None else self.packed.width)
 
     @property
     def element(self) -> Element:

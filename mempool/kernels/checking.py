@@ -16,6 +16,7 @@ from mempool.kernels.layout import num_blocks
 from mempool.kernels.steps import BLOCK_STATE, LAST_STEP, MASTER, STATE_NAMES, DenseSchedule, OptimizerStep
 
 OUTPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ID_DTYPES = (torch.int64, torch.int32, torch.uint32)
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
@@ -38,20 +39,32 @@ def check_matrix(name: str, tensor: Tensor, shape: tuple[int, int], dtype: torch
     _check(name, tensor, shape, dtype, device)
 
 
-def check_ids(paged: Paged, ids: Tensor) -> None:
-    """Slot ids: [L] int64 beside the arena."""
-    _check("ids", ids, (ids.numel(),), torch.int64, paged.rows.device)
+def check_ids(paged: Paged, ids: Tensor) -> Tensor:
+    """Slot ids: [L] int64, int32 or uint32 beside the arena. Returns them as kernels read them, int64 or int32."""
+    if ids.dtype not in ID_DTYPES or ids.dim() != 1:
+        raise ValueError(f"ids must be [L] int64, int32 or uint32, got {ids.dtype} {list(ids.shape)}")
+    if ids.device != paged.rows.device:
+        raise ValueError(f"ids is on {ids.device}, but must be on {paged.rows.device}, where the other tensors are")
+    if ids.dtype != torch.uint32:
+        return ids
+    # Where no page reaches that far, those from 2**31 on are not here, as little as those below 0 are.
+    narrow = paged.page_table.numel() << paged.page_shift <= 2**31
+    return ids.view(torch.int32) if narrow else ids.to(torch.int64)
 
 
-def check_bags(paged: Paged, ids: Tensor, offsets: Tensor) -> None:
-    """Slot ids and the offsets of their bags. Offsets are compared: their differences can leave int64."""
-    check_ids(paged, ids)
+def check_bags(paged: Paged, ids: Tensor, offsets: Tensor) -> Tensor:
+    """Slot ids, returned as by ``check_ids``, and the offsets of their bags, which implementations look at."""
     _check("offsets", offsets, (max(1, offsets.numel()),), torch.int64, paged.rows.device)
+    return check_ids(paged, ids)
+
+
+def check_offsets(offsets: Tensor, num_ids: int) -> None:
+    """Offsets on the CPU that are places among the pairs. They are compared: their differences can leave int64."""
     if offsets.device.type != "cpu":
         return
-    if int(offsets[0]) != 0 or int(offsets[-1]) != ids.numel():
+    if int(offsets[0]) != 0 or int(offsets[-1]) != num_ids:
         raise ValueError(
-            f"offsets must run from 0 to the number of ids, {ids.numel()}; they run from {int(offsets[0])}"
+            f"offsets must run from 0 to the number of ids, {num_ids}; they run from {int(offsets[0])}"
             f" to {int(offsets[-1])}"
         )
     # Compared in pairs: differences of numbers that far apart would wrap.
@@ -77,6 +90,14 @@ def check_sorted(pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads
             f"bags must name the bag of every sorted pair: {bags.numel()} bags, {pairs.order.numel()} pairs"
         )
     _check_range("bags", bags, grads.shape[0])
+
+
+def check_output(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Where a result is to be written, if that is given: contiguous, of just its shape, dtype and device."""
+    if out is not None:
+        _check("out", out, shape, dtype, device)
+        if not out.is_contiguous():
+            raise ValueError("out must be contiguous, it is written in place")
 
 
 def check_output_dtype(dtype: torch.dtype) -> None:

@@ -40,6 +40,7 @@ class Needs:
         dense: Rows do the steps that they missed.
         keys: Of the shard, "" for none.
         device: Type of the device of its arenas.
+        ids: In which slot ids are kept: what bags and commits are given. Rows are read by int64 in any case.
         scoring: Product-key scoring in a trainer, with its gradient, instead of a table.
     """
 
@@ -50,6 +51,7 @@ class Needs:
     dense: bool = False
     keys: Literal["", "product", "flat"] = ""
     device: str = "cpu"
+    ids: Literal["int32", "int64"] = "int32"
     scoring: bool = False
 
 
@@ -62,7 +64,9 @@ def calls_of(needs: Needs) -> tuple[str, ...]:
     names = ["step", "weighted_sum"]
     names += ["catch_up"] if needs.dense else []
     names += ["product_topk"] if needs.keys == "product" else ["flat_keys"] if needs.keys == "flat" else []
-    return (*names, "sort_pairs", "segment_sum", "weight_gradient", "rows", "initial_values", "squared_norm")
+    return (
+        *names, "sort_pairs", "segment_sum", "weight_gradient", "rows", "admit_bags", "initial_values", "squared_norm"
+    )  # fmt: skip
 
 
 def call(name: str, needs: Needs) -> None:
@@ -80,6 +84,8 @@ def warm_up(device: torch.device | str = "cpu") -> None:
     Options of optimizers (``OptimizerStep.plain``) have variants of their own, compiled when a table first has a step
     with them.
 
+    Slot ids of bags are taken as tables of fewer than 2**31 slots keep them (``Needs.ids``).
+
     For whoever wants no request to wait for a compiler, which takes tens of seconds where the disk cache is empty.
 
     Args:
@@ -96,7 +102,15 @@ def warm_up(device: torch.device | str = "cpu") -> None:
         if element in ("float32", "bfloat16"):
             _flat_topk(needs)
     needs = Needs(device=place)
-    for name in ("catch_up", "squared_norm", "select_topk", "product_topk", "product_gradient", "initial_values"):
+    for name in (
+        "catch_up",
+        "squared_norm",
+        "admit_bags",
+        "select_topk",
+        "product_topk",
+        "product_gradient",
+        "initial_values",
+    ):
         call(name, needs)
 
 
@@ -113,6 +127,10 @@ def _small_arena(needs: Needs) -> Paged:
 
 def _numbers(needs: Needs, *numbers: int) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64, device=needs.device)
+
+
+def _ids(needs: Needs, *numbers: int) -> Tensor:
+    return _numbers(needs, *numbers).to(torch.int32 if needs.ids == "int32" else torch.int64)
 
 
 def _pairs(needs: Needs) -> SortedPairs:
@@ -148,13 +166,13 @@ def _weighted_sum(needs: Needs) -> None:
     from mempool import kernels
 
     weights = torch.ones(3, dtype=torch.float32, device=needs.device)
-    kernels.weighted_sum(_small_arena(needs), _numbers(needs, 0, 1, 1), weights, _numbers(needs, 0, 2, 3))
+    kernels.weighted_sum(_small_arena(needs), _ids(needs, 0, 1, 1), weights, _numbers(needs, 0, 2, 3))
 
 
 def _weight_gradient(needs: Needs) -> None:
     from mempool import kernels
 
-    ids, offsets = _numbers(needs, 0, 1, 1), _numbers(needs, 0, 2, 3)
+    ids, offsets = _ids(needs, 0, 1, 1), _numbers(needs, 0, 2, 3)
     kernels.weight_gradient(_small_arena(needs), ids, offsets, _grads(needs))
 
 
@@ -166,10 +184,18 @@ def _rows(needs: Needs) -> None:
     kernels.gather_rows(paged, ids, dtype=torch.float16)
 
 
+def _admit_bags(needs: Needs) -> None:
+    from mempool import kernels
+
+    for dtype in (torch.int64, torch.uint32):  # as they come
+        ids, kept = _numbers(needs, 0, 1, 1).to(dtype), _ids(needs).dtype
+        kernels.admit_bags(ids, _numbers(needs, 0, 2, 3), num_slots=2, dtype=kept, own=True)
+
+
 def _sort_pairs(needs: Needs) -> None:
     from mempool import kernels
 
-    kernels.sort_pairs(_small_arena(needs), _numbers(needs, 0, 1, 1))
+    kernels.sort_pairs(_small_arena(needs), _ids(needs, 0, 1, 1))
 
 
 def _segment_sum(needs: Needs) -> None:
@@ -181,6 +207,7 @@ def _segment_sum(needs: Needs) -> None:
         _grads(needs),
     )
     sums = kernels.segment_sum(_pairs(needs), weights, bags, grads)
+    kernels.segment_sum_and_norm(_pairs(needs), weights, bags, grads)
     kernels.add_segments(sums, _numbers(needs, 0, 1), _pairs(needs), weights, bags, grads)
     pairs, bags = _long_run(needs)
     kernels.segment_sum(pairs, None, bags, grads)
@@ -270,6 +297,7 @@ _CALLS: dict[str, Callable[[Needs], None]] = {
     "weighted_sum": _weighted_sum,
     "weight_gradient": _weight_gradient,
     "rows": _rows,
+    "admit_bags": _admit_bags,
     "sort_pairs": _sort_pairs,
     "segment_sum": _segment_sum,
     "squared_norm": _squared_norm,

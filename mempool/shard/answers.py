@@ -91,42 +91,54 @@ class Answers:
         """Whether reading so much is cut into pieces."""
         return num_bytes > (READ_PIECE_BYTES if self._others_wait() else WHOLE_READ_BYTES)
 
-    def gather(self, request: GatherRequest) -> GatherReply | Parked | Pieces[GatherReply]:
-        return self._gather(self._tenancy.fenced(request.envelope), request)
+    def gather(
+        self, request: GatherRequest, *, out: Tensor | None = None
+    ) -> GatherReply | Parked | Pieces[GatherReply]:
+        """The sums of bags; out: [B, W] in the reply's dtype, contiguous, on the CPU: where they are written."""
+        return self._gather(self._tenancy.fenced(request.envelope), request, out)
 
-    def reading_gather(self, request: GatherRequest) -> GatherReply | Parked | Pieces[GatherReply] | None:
+    def reading_gather(
+        self, request: GatherRequest, *, out: Tensor | None = None
+    ) -> GatherReply | Parked | Pieces[GatherReply] | None:
         """As ``gather``, where that only reads: it may be cut off anywhere. None where it would write."""
         table = self._tenancy.fenced(request.envelope)
         if table.storage.schedule is not None:
             return None
         try:
-            return self._gather(table, request)
+            return self._gather(table, request, out)
         except BaseException:
             self._contexts.recount()
             raise
 
-    def _gather(self, table: HostedTable, request: GatherRequest) -> GatherReply | Parked | Pieces[GatherReply]:
+    def _gather(
+        self, table: HostedTable, request: GatherRequest, out: Tensor | None
+    ) -> GatherReply | Parked | Pieces[GatherReply]:
         if (waits := self._waits(table, request.envelope)) is not None:
             return waits
         with self._stages.measure("copy in"):
             bags, dtype = validate.check_gather(table.storage, request, reply_bytes=self._reply_bytes)
-        self._reserve(dtype.itemsize * table.storage.schema.width(table.storage.blocks) * bags.num_bags)
+        self._reserve(dtype.itemsize * table.storage.width * bags.num_bags)
         if self._is_long(_row_bytes(table) * (bags.num_pairs + _BAG_ROWS * bags.num_bags)):
-            return self._gather_in_pieces(request, table, bags, dtype)
+            return self._gather_in_pieces(request, table, bags, dtype, out)
+        values = self._pooled(table, bags, dtype, for_step=request.remember, out=out)
+        return self._gathered(request, table, bags, values)
+
+    def _pooled(
+        self, table: HostedTable, bags: Bags, dtype: torch.dtype, *, for_step: bool, out: Tensor | None
+    ) -> Tensor:
+        on_cpu = table.storage.device.type == "cpu"
         with self._stages.measure("kernel"):
-            values = table.storage.pooled(bags, dtype, for_step=request.remember)
-        return self._gathered(request, table, bags, self._copy_out(values))
+            values = table.storage.pooled(bags, dtype, for_step=for_step, out=out if on_cpu else None)
+        return values if on_cpu else self._copy_out(values, out)
 
     def _gather_in_pieces(
-        self, request: GatherRequest, table: HostedTable, bags: Bags, dtype: torch.dtype
+        self, request: GatherRequest, table: HostedTable, bags: Bags, dtype: torch.dtype, out: Tensor | None
     ) -> Pieces[GatherReply]:
-        stamp = table.stamp
-        values = torch.empty((bags.num_bags, table.storage.schema.width(table.storage.blocks)), dtype=dtype)
+        stamp, shape = table.stamp, (bags.num_bags, table.storage.width)
+        values = torch.empty(shape, dtype=dtype) if out is None else out
         for first, end, part in _parts_of(bags, _row_bytes(table)):
             table = self._tenancy.fenced(request.envelope)  # it may have moved, or been dropped, meanwhile
-            with self._stages.measure("kernel"):
-                pooled = table.storage.pooled(part, dtype, for_step=request.remember)
-            values[first:end] = self._copy_out(pooled)
+            self._pooled(table, part, dtype, for_step=request.remember, out=values[first:end])
             yield
         reply = self._gathered(request, table, bags, values)
         return GatherReply(stamp=stamp, blocks=reply.blocks, values=reply.values)
@@ -138,7 +150,10 @@ class Answers:
         table.lookups += 1
         return GatherReply(stamp=table.stamp, blocks=table.storage.blocks, values=values)
 
-    def update(self, request: UpdateRequest, *, caller: str = "") -> UpdateReply | Parked | Pieces[UpdateReply]:
+    def update(
+        self, request: UpdateRequest, *, caller: str = "", out: Tensor | None = None
+    ) -> UpdateReply | Parked | Pieces[UpdateReply]:
+        """What holds an update; out: [L] float32, contiguous, on the CPU: where the weights' gradient is written."""
         table = self._tenancy.fenced(request.envelope)
         bounds.check_step(request.step_id, (request.sequence,))
         if request.want_weight_grad and (waits := self._waits(table, request.envelope)) is not None:
@@ -159,7 +174,7 @@ class Answers:
                 reserve=self._reserve,
             )
             if request.hold and not table.is_decided(request.step_id):
-                table.updates.require_room(request.step_id, _held_bytes(request, remembered), caller=caller)
+                table.updates.require_room(request.step_id, _held_bytes(table, request, remembered), caller=caller)
             with self._stages.measure("copy in"):
                 update = HeldUpdate(
                     *validate.check_update(table.storage, request, remembered, reply_bytes=self._message_bytes)
@@ -169,22 +184,31 @@ class Answers:
             return self._updated(request, table, update if new else None, None, caller)
         self._reserve(4 * update.bags.num_pairs)
         if self._is_long(_row_bytes(table) * (update.bags.num_pairs + update.bags.num_bags)):
-            return self._update_in_pieces(request, table, update, new, caller)
-        with self._stages.measure("kernel"):
-            weight_grad = self._copy_out(table.storage.weight_grad(update.bags, update.grads))
+            return self._update_in_pieces(request, table, update, new, caller, out)
+        weight_grad = self._weight_grad(table, update.bags, update.grads, out=out)
         return self._updated(request, table, update if new else None, weight_grad, caller)
 
+    def _weight_grad(self, table: HostedTable, bags: Bags, grads: Tensor, *, out: Tensor | None) -> Tensor:
+        on_cpu = table.storage.device.type == "cpu"
+        with self._stages.measure("kernel"):
+            weight_grad = table.storage.weight_grad(bags, grads, out=out if on_cpu else None)
+        return weight_grad if on_cpu else self._copy_out(weight_grad, out)
+
     def _update_in_pieces(
-        self, request: UpdateRequest, table: HostedTable, update: HeldUpdate, new: bool, caller: str
+        self,
+        request: UpdateRequest,
+        table: HostedTable,
+        update: HeldUpdate,
+        new: bool,
+        caller: str,
+        out: Tensor | None,
     ) -> Pieces[UpdateReply]:
-        weight_grad = torch.empty(update.bags.num_pairs, dtype=torch.float32)
+        weight_grad = torch.empty(update.bags.num_pairs, dtype=torch.float32) if out is None else out
         at = 0
         for first, end, part in _parts_of(update.bags, _row_bytes(table)):
             table = self._tenancy.fenced(request.envelope)
-            with self._stages.measure("kernel"):
-                found = self._copy_out(table.storage.weight_grad(part, update.grads[first:end]))
-            weight_grad[at : at + found.shape[0]] = found
-            at += found.shape[0]
+            self._weight_grad(table, part, update.grads[first:end], out=weight_grad[at : at + part.num_pairs])
+            at += part.num_pairs
             yield
         new = new and table.updates.get(request.step_id, request.sequence) is None
         return self._updated(request, table, update if new else None, weight_grad, caller)
@@ -301,15 +325,17 @@ class Answers:
         waits = table.lacks(envelope, waits_since_s=asked_s)
         return table.in_doubt(waits_since_s=asked_s) if waits is None else waits
 
-    def _copy_out(self, tensor: Tensor) -> Tensor:
+    def _copy_out(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+        if tensor.device.type == "cpu" and out is None:
+            return tensor
         # On a GPU this waits for the kernel too: its launch alone is counted as "kernel".
         with self._stages.measure("copy out"):
-            return tensor.cpu()
+            return tensor.cpu() if out is None else out.copy_(tensor)
 
 
 def _row_bytes(table: HostedTable) -> int:
     """Bytes of a row of values, of all blocks here, taken as float32."""
-    return 4 * table.storage.schema.width(table.storage.blocks)
+    return 4 * table.storage.width
 
 
 def _queries_at_once(table: HostedTable, topk: int) -> int:
@@ -331,13 +357,13 @@ def _products(table: HostedTable, topk: int) -> tuple[int, int]:
     return schema.num_slots * schema.keys.key_dim, 0
 
 
-def _held_bytes(request: UpdateRequest, remembered: Bags | None) -> int:
+def _held_bytes(table: HostedTable, request: UpdateRequest, remembered: Bags | None) -> int:
     """What holding an update takes, near enough to refuse it before it is copied."""
     num_bytes = 4 * request.grads.numel()
     if request.ids is None:
         return num_bytes + (0 if remembered is None else remembered.num_bytes)
     weights = 0 if request.weights is None else 4 * request.weights.numel()
-    return num_bytes + 8 * request.ids.numel() + weights
+    return num_bytes + table.storage.id_dtype.itemsize * request.ids.numel() + weights
 
 
 def _parts_of(bags: Bags, row_bytes: int) -> Iterator[tuple[int, int, Bags]]:

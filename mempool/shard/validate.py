@@ -8,6 +8,7 @@ copy, as the caller may write to his and a small view would keep its whole frame
 import torch
 from torch import Tensor
 
+from mempool import kernels
 from mempool.errors import ContextMissing, InvalidRequest
 from mempool.shard.bounds import (
     check_lookup_id,
@@ -36,7 +37,10 @@ READ_ONLY = (SCALES, LAST_STEP)
 
 def admit(tensor: Tensor, *, device: torch.device, dtype: torch.dtype, own: bool = False) -> Tensor:
     """The tensor on the device, contiguous, without gradient; with ``own`` in memory that nobody else has."""
-    admitted = tensor.detach().to(device=device, dtype=dtype).contiguous()
+    admitted = tensor.detach()
+    if admitted.device != device or admitted.dtype != dtype:
+        admitted = admitted.to(device=device, dtype=dtype)
+    admitted = admitted.contiguous()
     if own and admitted.data_ptr() == tensor.data_ptr() and tensor.numel():
         return admitted.clone()
     return admitted
@@ -56,9 +60,13 @@ def check_heads(schema: TableSchema, heads: Tensor) -> Tensor:
     return _check_range(schema, heads, schema.num_key_pages, what="ids", kind="a head of the keys")
 
 
-def _check_range(schema: TableSchema, ids: Tensor, limit: int, *, what: str, kind: str) -> Tensor:
+def _check_vector(ids: Tensor, what: str = "ids") -> None:
     if ids.dim() != 1 or ids.dtype not in _IDS:
         raise InvalidRequest(f"{what} must be a vector of int64 or uint32, not {_shown(ids)}. Nothing was changed.")
+
+
+def _check_range(schema: TableSchema, ids: Tensor, limit: int, *, what: str, kind: str) -> Tensor:
+    _check_vector(ids, what)
     numbers = ids.detach().to(torch.int64)
     if numbers.numel():
         lowest, highest = numbers.aminmax()
@@ -72,13 +80,13 @@ def _check_range(schema: TableSchema, ids: Tensor, limit: int, *, what: str, kin
 
 
 def check_bags(table: Storage, ids: Tensor, weights: Tensor | None, offsets: Tensor, *, own: bool) -> Bags:
-    """Bags on the shard's device.
+    """Bags on the shard's device, ids in the table's ``id_dtype``. Ids and offsets are gone through once.
 
     Raises:
         InvalidRequest: Wrong ids, weights that do not fit them, or offsets that do not ascend from 0 to their number.
     """
-    numbers = check_ids(table.schema, ids)
-    num_pairs = numbers.shape[0]
+    _check_vector(ids)
+    num_pairs = ids.shape[0]
     if weights is not None and (tuple(weights.shape) != (num_pairs,) or weights.dtype not in _FLOATS):
         raise InvalidRequest(
             f"weights must be [{num_pairs}] float32 or bfloat16, as there are {num_pairs} ids, not {_shown(weights)}. "
@@ -86,24 +94,40 @@ def check_bags(table: Storage, ids: Tensor, weights: Tensor | None, offsets: Ten
         )
     if offsets.dim() != 1 or offsets.dtype != torch.int64 or offsets.shape[0] < 1:
         raise InvalidRequest(f"offsets must be a vector of B + 1 int64, not {_shown(offsets)}. Nothing was changed.")
+    offsets = offsets if offsets.device == ids.device else offsets.to(ids.device)
+    # What goes on to a device is a copy there.
+    own_here = own and table.device == ids.device
+    admitted = kernels.admit_bags(ids, offsets, num_slots=table.schema.num_slots, dtype=table.id_dtype, own=own_here)
+    if admitted is None:
+        raise _refused(table.schema, ids, offsets)
+    found, bounds = admitted
+    if table.device != ids.device:
+        found, bounds = found.to(table.device), bounds.to(table.device)
+    return Bags(
+        ids=found,
+        weights=None if weights is None else admit(weights, device=table.device, dtype=torch.float32, own=own),
+        offsets=bounds,
+    )
+
+
+def _refused(schema: TableSchema, ids: Tensor, offsets: Tensor) -> InvalidRequest:
+    """What is wrong with ids or offsets, which were refused."""
+    try:
+        check_ids(schema, ids)
+    except InvalidRequest as error:
+        return error
+    num_pairs = ids.shape[0]
     if int(offsets[0]) != 0 or int(offsets[-1]) != num_pairs:
-        raise InvalidRequest(
+        return InvalidRequest(
             f"offsets go from {int(offsets[0])} to {int(offsets[-1])}; they must go from 0 to {num_pairs}, the number "
             "of ids. Nothing was changed."
         )
     # Compared in pairs: differences of numbers that far apart would wrap.
     falls = offsets[1:] < offsets[:-1]
-    if bool(falls.any()):
-        position = int(falls.nonzero()[0, 0])
-        raise InvalidRequest(
-            f"offsets must not descend: offsets[{position}] = {int(offsets[position])} is followed by "
-            f"{int(offsets[position + 1])}. Nothing was changed."
-        )
-    own_ids = own and numbers.data_ptr() == ids.data_ptr()
-    return Bags(
-        ids=admit(numbers, device=table.device, dtype=torch.int64, own=own_ids),
-        weights=None if weights is None else admit(weights, device=table.device, dtype=torch.float32, own=own),
-        offsets=admit(offsets, device=table.device, dtype=torch.int64, own=own),
+    position = int(falls.nonzero()[0, 0]) if bool(falls.any()) else 0
+    return InvalidRequest(
+        f"offsets must not descend: offsets[{position}] = {int(offsets[position])} is followed by "
+        f"{int(offsets[position + 1])}. Nothing was changed."
     )
 
 
@@ -119,7 +143,7 @@ def check_gather(table: Storage, request: GatherRequest, *, reply_bytes: int | N
     dtype = _REPLIES.get(request.reply_dtype)
     if dtype is None:
         raise InvalidRequest(f"reply_dtype = {shown(request.reply_dtype)} must be 'float32' or 'bfloat16'")
-    bag_bytes = dtype.itemsize * table.schema.width(table.blocks)
+    bag_bytes = dtype.itemsize * table.width
     check_reply(bag_bytes * max(0, request.offsets.numel() - 1), reply_bytes, f"a gather of {_bags_of(request)}")
     return check_bags(table, request.ids, request.weights, request.offsets, own=request.remember), dtype
 
@@ -149,7 +173,7 @@ def check_update(
         )
     else:
         bags = remembered
-    shape = (bags.num_bags, table.schema.width(table.blocks))
+    shape = (bags.num_bags, table.width)
     if tuple(request.grads.shape) != shape or request.grads.dtype not in _FLOATS:
         raise InvalidRequest(
             f"grads must be {list(shape)} float32 or bfloat16 ({shape[0]} bags, {shape[1]} columns of blocks "

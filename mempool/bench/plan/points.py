@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import mempool
 from mempool.bench.gate import Check
-from mempool.bench.processes.pool import pool_process
-from mempool.bench.serve.contenders.pools import Layout, connected
+from mempool.bench.processes.pool import connected, pool_process
+from mempool.bench.serve.contenders.pools import Layout
 from mempool.bench.serve.shapes import Pairs, Shape, TableSize, checked_sums
 from mempool.bench.train import steps
 from mempool.bench.train.tables import LocalTable, Memory, Trainable, optimizer

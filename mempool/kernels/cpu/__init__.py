@@ -1,7 +1,9 @@
 """The CPU implementation: Numba kernels on numpy views of the tensors. Arguments are checked by mempool.kernels."""
 
-from mempool.kernels.cpu.bags import gather_rows, scatter_rows, weight_gradient, weighted_sum
+from mempool.kernels.cpu.admission import admit_bags
+from mempool.kernels.cpu.bags import weight_gradient, weighted_sum
 from mempool.kernels.cpu.initial import initial_values
+from mempool.kernels.cpu.rows import gather_rows, scatter_rows
 from mempool.kernels.cpu.runtime import choose_threading_layer
 from mempool.kernels.cpu.scoring.flat import flat_topk
 from mempool.kernels.cpu.scoring.topk import product_gradient, product_select, product_topk, select_topk
@@ -12,11 +14,13 @@ from mempool.kernels.cpu.updates import (
     fused_step,
     optimizer_step,
     segment_sum,
+    segment_sum_and_norm,
     squared_norm,
 )
 
 __all__ = [
     "add_segments",
+    "admit_bags",
     "catch_up",
     "choose_threading_layer",
     "flat_topk",
@@ -29,6 +33,7 @@ __all__ = [
     "product_topk",
     "scatter_rows",
     "segment_sum",
+    "segment_sum_and_norm",
     "select_topk",
     "sort_pairs",
     "squared_norm",

@@ -1,4 +1,4 @@
-"""Reading an arena on the CPU: weighted sums of bags, rows, and the gradient of the weights. Also writing rows.
+"""Reading an arena on the CPU: weighted sums of bags, and the gradient of the weights.
 
 Pairs that are here are listed first, some hundred at a time, and the rows of the list are then read tile by tile: so
 rows ahead can be prefetched across the bounds of bags.
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from mempool.kernels.arguments import Paged
-from mempool.kernels.cpu.elements import load, locate, store_block
+from mempool.kernels.checking import check_offsets
+from mempool.kernels.cpu.admission import ascends
+from mempool.kernels.cpu.elements import load, locate
 from mempool.kernels.cpu.runtime import (
     Array,
     borrowed,
@@ -23,18 +25,14 @@ from mempool.kernels.cpu.runtime import (
     keep,
     kernel,
     optional_weights,
-    prefer_huge_pages,
-    prefetch_row,
     scales,
     serial,
     several_tasks,
     spread,
-    storage,
     use_threads,
     view,
 )
 from mempool.kernels.cpu.vectors import LANES, add_product, dot_tile, sum_tile
-from mempool.kernels.torch_ops.bags import locate as locate_all
 
 # Pairs that are listed at once: so many that the rest of the work is nothing beside, and the list stays in the cache.
 _PIECE = 512
@@ -50,15 +48,15 @@ _TASKS_PER_THREAD = 4
 _LOPSIDED = 1.25
 # Reading an element takes a fraction of the time that a thread's share of the work is measured by: a step on it.
 _READS_PER_STEP = 4
-# Rows that are converted at once, in elements: they stay in the cache until torch has rounded them.
-_CHUNK_ELEMENTS = 1 << 17
 # Columns of a block that is not full: more than any row has, and tiles divide it.
 _ONE_BLOCK = 1 << 40
 # Numba compiles a function once more for an argument that is a number of the source.
 _ZERO: Any = np.int64(0)
 
 
-class _Arena(NamedTuple):
+class Arena(NamedTuple):
+    """An arena as these kernels read it, and ``rows``."""
+
     rows: Array
     scales: Array
     first_scale: int
@@ -67,11 +65,16 @@ class _Arena(NamedTuple):
     page_shift: int
 
 
-def _arena(paged: Paged) -> _Arena:
-    block_dim = paged.width if paged.packed is None else paged.packed.block_dim
-    if block_dim >= paged.width:
-        block_dim = _ONE_BLOCK
-    return _Arena(elements(paged), *scales(paged), block_dim, view(paged.page_table), paged.page_shift)
+def arena_of(paged: Paged) -> Arena:
+    """Views of an arena, made once."""
+    arena: Arena | None = paged.views.get("bags")
+    if arena is None:
+        block_dim = paged.width if paged.packed is None else paged.packed.block_dim
+        if block_dim >= paged.width:
+            block_dim = _ONE_BLOCK
+        arena = Arena(elements(paged), *scales(paged), block_dim, view(paged.page_table), paged.page_shift)
+        paged.views["bags"] = arena
+    return arena
 
 
 class _Listed(NamedTuple):
@@ -89,7 +92,7 @@ def _list() -> Any:
 
 
 @inlined
-def _list_pairs(arena: _Arena, ids: Array, weights: Array, first: int, end: int, last: int, into: _Listed) -> bool:
+def _list_pairs(arena: Arena, ids: Array, weights: Array, first: int, end: int, last: int, into: _Listed) -> bool:
     """List the pairs ``first`` to ``end`` that are here, and the rows of those up to ``last`` that are read next.
 
     Returns whether all of them are: their places and weights are not written then, as they are those of the pairs.
@@ -129,7 +132,7 @@ def _end_in(listed: _Listed, all_here: bool, pair: int) -> int:
 
 
 @inlined
-def _tile_columns(arena: _Arena, column: int, end: int) -> int:
+def _tile_columns(arena: Arena, column: int, end: int) -> int:
     """Columns of the next tile; 0 where columns are left that fill none, or blocks that tiles would straddle."""
     packed = arena.rows.itemsize == 1
     if end - column < _NARROW or (packed and arena.block_dim % _NARROW != 0):
@@ -141,7 +144,7 @@ def _tile_columns(arena: _Arena, column: int, end: int) -> int:
 
 @serial
 def _sum_rest(
-    arena: _Arena, listed: Array, first: int, end: int, column: int, end_column: int, weights: Array, acc: Array
+    arena: Arena, listed: Array, first: int, end: int, column: int, end_column: int, weights: Array, acc: Array
 ) -> None:
     # Columns that fill no tile, block by block.
     while column < end_column:
@@ -160,7 +163,7 @@ def _sum_rest(
 
 @inlined
 def _sum_listed(
-    arena: _Arena,
+    arena: Arena,
     listed: Array,
     first: int,
     count: int,
@@ -198,7 +201,7 @@ def _sum_listed(
 
 @serial
 def _sum_bags(
-    arena: _Arena,
+    arena: Arena,
     ids: Array,
     weights: Array,
     offsets: Array,
@@ -260,7 +263,7 @@ def _is_lopsided(offsets: Array, num_threads: int) -> bool:
 @serial
 def _sum_task(
     task: int,
-    arena: _Arena,
+    arena: Arena,
     ids: Array,
     weights: Array,
     offsets: Array,
@@ -283,30 +286,40 @@ def _sum_task(
 
 @kernel
 def _weighted_sum(
-    arena: _Arena, ids: Array, weights: Array, offsets: Array, num_threads: int, num_tasks: int, out: Array
-) -> None:
+    arena: Arena, ids: Array, weights: Array, offsets: Array, num_threads: int, num_tasks: int, out: Array
+) -> bool:
+    if not ascends(offsets, ids.shape[0]):
+        return False
     num_groups = out.shape[1] // _MIDDLE
     by_columns = num_groups > 1 and _is_lopsided(offsets, num_threads)
     num_tasks = min(num_groups, num_threads) if by_columns else num_tasks
     spread(num_tasks, _sum_task, (arena, ids, weights, offsets, num_tasks, by_columns, out))
+    return True
 
 
 def weighted_sum(
-    paged: Paged, ids: Tensor, weights: Tensor | None, offsets: Tensor, dtype: torch.dtype = torch.float32
+    paged: Paged,
+    ids: Tensor,
+    weights: Tensor | None,
+    offsets: Tensor,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See mempool.kernels.weighted_sum."""
-    out = torch.empty(offsets.numel() - 1, paged.width, dtype=torch.float32, device="cpu")
+    direct = out is not None and dtype == torch.float32
+    shape = offsets.numel() - 1, paged.width
+    sums = out if out is not None and direct else torch.empty(shape, dtype=torch.float32, device="cpu")
     num_threads = use_threads(ids.numel() * paged.width // _READS_PER_STEP)
     num_tasks = several_tasks(num_threads, _TASKS_PER_THREAD)
-    _weighted_sum(
-        _arena(paged), view(ids), optional_weights(weights), view(offsets), num_threads, num_tasks, out.numpy()
-    )
-    return out.to(dtype)
+    given = view(ids), optional_weights(weights), view(offsets)
+    if not _weighted_sum(arena_of(paged), *given, num_threads, num_tasks, view(sums)):
+        check_offsets(offsets, ids.numel())
+    return sums.to(dtype) if out is None or direct else out.copy_(sums)
 
 
 @serial
 def _dot_rest(
-    arena: _Arena, listed: Array, first: int, end: int, column: int, fresh: bool, grad: Array, results: Array
+    arena: Arena, listed: Array, first: int, end: int, column: int, fresh: bool, grad: Array, results: Array
 ) -> None:
     for place in range(first, end):
         total = np.float32(0) if fresh else results[place]
@@ -319,7 +332,7 @@ def _dot_rest(
 
 
 @inlined
-def _dot_listed(arena: _Arena, listed: Array, first: int, count: int, grad: Array, results: Array) -> None:
+def _dot_listed(arena: Arena, listed: Array, first: int, count: int, grad: Array, results: Array) -> None:
     rows, block_dim, scales_start = arena.rows, arena.block_dim, 4 * arena.first_scale
     width = grad.shape[0]
     column, columns = _ZERO, _tile_columns(arena, _ZERO, width)
@@ -341,7 +354,7 @@ def _dot_listed(arena: _Arena, listed: Array, first: int, count: int, grad: Arra
 
 @serial
 def _multiply_task(
-    task: int, arena: _Arena, ids: Array, offsets: Array, grads: Array, num_tasks: int, out: Array
+    task: int, arena: Arena, ids: Array, offsets: Array, grads: Array, num_tasks: int, out: Array
 ) -> None:
     first_pair, last_pair = ids.shape[0] * task // num_tasks, ids.shape[0] * (task + 1) // num_tasks
     own, own_results = _list(), np.empty(_PIECE, dtype=np.float32)
@@ -370,103 +383,17 @@ def _multiply_task(
 
 
 @kernel
-def _weight_gradient(arena: _Arena, ids: Array, offsets: Array, grads: Array, num_tasks: int, out: Array) -> None:
+def _weight_gradient(arena: Arena, ids: Array, offsets: Array, grads: Array, num_tasks: int, out: Array) -> bool:
+    if not ascends(offsets, ids.shape[0]):
+        return False
     spread(num_tasks, _multiply_task, (arena, ids, offsets, grads, num_tasks, out))
+    return True
 
 
-def weight_gradient(paged: Paged, ids: Tensor, offsets: Tensor, grads: Tensor) -> Tensor:
+def weight_gradient(paged: Paged, ids: Tensor, offsets: Tensor, grads: Tensor, out: Tensor | None = None) -> Tensor:
     """See mempool.kernels.weight_gradient."""
-    out = torch.empty(ids.numel(), dtype=torch.float32, device="cpu")
+    out = torch.empty(ids.numel(), dtype=torch.float32, device="cpu") if out is None else out
     num_tasks = several_tasks(use_threads(ids.numel() * paged.width // _READS_PER_STEP), _TASKS_PER_THREAD)
-    _weight_gradient(_arena(paged), view(ids), view(offsets), view(grads), num_tasks, out.numpy())
+    if not _weight_gradient(arena_of(paged), view(ids), view(offsets), view(grads), num_tasks, view(out)):
+        check_offsets(offsets, ids.numel())
     return out
-
-
-@serial
-def _prefetch_slot(arena: _Arena, ids: Array, position: int) -> None:
-    if position < ids.shape[0]:
-        row = locate(ids[position], arena.page_table, arena.page_shift)
-        if row >= 0:
-            prefetch_row(arena.rows, row)
-
-
-@serial
-def _read_task(task: int, arena: _Arena, ids: Array, num_tasks: int, out: Array) -> None:
-    width = out.shape[1]
-    for position in range(ids.shape[0] * task // num_tasks, ids.shape[0] * (task + 1) // num_tasks):
-        _prefetch_slot(arena, ids, position + _AHEAD)
-        row = locate(ids[position], arena.page_table, arena.page_shift)
-        if row < 0:
-            out[position] = 0
-            continue
-        for block in range((width + arena.block_dim - 1) // arena.block_dim):
-            first, end = block * arena.block_dim, min((block + 1) * arena.block_dim, width)
-            values, target = arena.rows[row, first:end], out[position, first:end]
-            scale = arena.scales[row, arena.first_scale + block] if arena.rows.itemsize == 1 else np.float32(1)
-            for column in range(target.shape[0]):
-                target[column] = scale * load(values[column])
-
-
-@kernel
-def _read_rows(arena: _Arena, ids: Array, num_tasks: int, out: Array) -> None:
-    spread(num_tasks, _read_task, (arena, ids, num_tasks, out))
-
-
-def _copied_rows(paged: Paged, ids: Tensor, out: Tensor) -> Tensor:
-    # torch's own copies faster, of bfloat16 by half.
-    if paged.rows.shape[0] == 0:
-        return out.zero_()
-    rows, here = locate_all(paged, ids)
-    torch.index_select(paged.rows.detach(), 0, rows, out=out)
-    if not bool(here.all()):
-        out[~here] = 0
-    return out
-
-
-def gather_rows(paged: Paged, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """See mempool.kernels.gather_rows."""
-    out = prefer_huge_pages(torch.empty(ids.numel(), paged.width, dtype=dtype or paged.value_dtype, device="cpu"))
-    if out.dtype == paged.rows.dtype:
-        return _copied_rows(paged, ids, out)
-    arena, slots = _arena(paged), view(ids)
-    num_tasks = several_tasks(use_threads(out.numel()), _TASKS_PER_THREAD)
-    if out.dtype == torch.float32:
-        _read_rows(arena, slots, num_tasks, out.numpy())
-    else:
-        num_rows = max(1, _CHUNK_ELEMENTS // max(1, paged.width))
-        part = torch.empty(min(num_rows, ids.numel()), paged.width, dtype=torch.float32, device="cpu")
-        for first in range(0, ids.numel(), num_rows):
-            part = part[: ids.numel() - first]
-            _read_rows(arena, slots[first : first + num_rows], num_tasks, part.numpy())
-            out[first : first + num_rows] = part
-    return out
-
-
-@serial
-def _write_own_rows(thread: int, arena: _Arena, ids: Array, values: Array, num_threads: int) -> None:
-    width = values.shape[1]
-    for position in range(ids.shape[0]):
-        row = locate(ids[position], arena.page_table, arena.page_shift)
-        if row < 0 or row % num_threads != thread:
-            continue
-        target = arena.rows[row]
-        if arena.rows.itemsize > 1:
-            target[:] = values[position]
-            continue
-        target[:] = 0  # padding as well
-        for block in range((width + arena.block_dim - 1) // arena.block_dim):
-            first, end = block * arena.block_dim, min((block + 1) * arena.block_dim, width)
-            scale = store_block(values[position, first:end], target[first:end], False, 0, 0, 0)
-            arena.scales[row, arena.first_scale + block] = scale
-
-
-@kernel
-def _write_rows(arena: _Arena, ids: Array, values: Array, num_threads: int) -> None:
-    # Of repeated ids the last must win: every task goes through all ids, and writes the rows that are its own.
-    spread(num_threads, _write_own_rows, (arena, ids, values, num_threads))
-
-
-def scatter_rows(paged: Paged, ids: Tensor, values: Tensor) -> None:
-    """See mempool.kernels.scatter_rows."""
-    num_threads = use_threads(values.numel())
-    _write_rows(_arena(paged), view(ids), storage(values.detach().contiguous()), num_threads)

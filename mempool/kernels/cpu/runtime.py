@@ -261,7 +261,10 @@ def view(tensor: Tensor) -> Array:
 
 def detached_contiguous(tensor: Tensor) -> Tensor:
     """The tensor without autograd, contiguous."""
-    return tensor.detach().contiguous()
+    # Asked before it is done: of a small call each costs as much as its arithmetic.
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 NO_SCALES: Array = np.empty((1, 0), dtype=np.float32)

@@ -29,7 +29,7 @@ def _count_task(
     for pair in range(_first_of(part, num_parts, ids.shape[0]), _first_of(part + 1, num_parts, ids.shape[0])):
         if locate(ids[pair], page_table, page_shift) >= 0:
             found += 1
-            most = max(most, ids[pair])
+            most = max(most, np.int64(ids[pair]))
     ends[part], largest[part] = found, most
 
 
@@ -47,7 +47,7 @@ def _key_task(
     place = ends[part - 1] if part > 0 else 0
     for pair in range(_first_of(part, num_parts, ids.shape[0]), _first_of(part + 1, num_parts, ids.shape[0])):
         if locate(ids[pair], page_table, page_shift) >= 0:
-            keys[place] = (ids[pair] << pair_bits) | pair
+            keys[place] = (np.int64(ids[pair]) << pair_bits) | pair
             place += 1
 
 

@@ -6,6 +6,7 @@ depends on how many threads there are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,8 +58,9 @@ _PIECES_AT_ONCE = 64
 # A row's values and state take as long to bring from memory and back as the gradients of this many pairs.
 _ROW_COST = 8
 _ROWS_AHEAD = 4
-# Rows of one partial sum of squares: fixed, so that the result does not depend on the number of threads.
-_NORM_CHUNK_ROWS = 256
+# Rows whose squares a task sums; each row has a sum of its own, so that the result does not depend on tasks.
+_NORM_ROWS = 256
+_NO_NORMS: Array = np.zeros(0, dtype=np.float64)
 
 
 def _no_long_runs() -> Array:
@@ -80,8 +82,19 @@ def _first_row(starts: Array, pair_cost: int, part: int, num_parts: int) -> Any:
     return low
 
 
+@reassociating
+def _row_norm(row: Array) -> Any:
+    """The sum of a float32 row's squares in float64, in one order whoever asks."""
+    total = 0.0
+    for column in range(row.shape[0]):
+        total += np.float64(row[column]) * np.float64(row[column])
+    return total
+
+
 @serial
-def _sum_task(task: int, num_tasks: int, gradients: Gradients, places: Array, has_long: Array, out: Array) -> None:
+def _sum_task(
+    task: int, num_tasks: int, gradients: Gradients, places: Array, has_long: Array, out: Array, norms: Array
+) -> None:
     own = np.empty(out.shape[1], dtype=np.float32), np.empty(out.shape[1], dtype=np.float32)
     total, piece = borrowed(own)
     starts = gradients.starts
@@ -91,6 +104,8 @@ def _sum_task(task: int, num_tasks: int, gradients: Gradients, places: Array, ha
             has_long[0] = True
         elif places.shape[0] == 0:
             sum_pairs(gradients, first, end, piece, out[position])
+            if norms.shape[0] > 0:
+                norms[position] = _row_norm(out[position])
         else:
             sums = out[places[position]]
             for start in range(first, end, RUN_PIECE):
@@ -101,9 +116,12 @@ def _sum_task(task: int, num_tasks: int, gradients: Gradients, places: Array, ha
 
 
 @kernel
-def _sum_segments(num_tasks: int, gradients: Gradients, places: Array, has_long: Array, out: Array) -> None:
-    """Sums of all runs but the long ones, if there are any. With places, added to what is there."""
-    spread(num_tasks, _sum_task, (num_tasks, gradients, places, has_long, out))
+def _sum_segments(
+    num_tasks: int, gradients: Gradients, places: Array, has_long: Array, out: Array, norms: Array
+) -> None:
+    """Sums of all runs but the long ones, if there are any, and the squares' of each if ``norms`` has room for them.
+    With places, added to what is there."""
+    spread(num_tasks, _sum_task, (num_tasks, gradients, places, has_long, out, norms))
 
 
 @serial
@@ -135,15 +153,27 @@ def _gradients(pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads: 
     return Gradients(view(pairs.order), view(pairs.starts), optional_weights(weights), view(bags), view(grads))
 
 
-def _add(out: Array, places: Array, gradients: Gradients) -> None:
+def _add(out: Array, places: Array, gradients: Gradients, norms: Array = _NO_NORMS) -> None:
     num_tasks = several_tasks(use_threads(gradients.order.size * out.shape[1]), _TASKS_OF_A_THREAD)
     has_long = _no_long_runs()
-    _sum_segments(num_tasks, gradients, places, has_long, out)
+    _sum_segments(num_tasks, gradients, places, has_long, out, norms)
     if has_long[0]:
         pieces = np.empty((_PIECES_AT_ONCE, out.shape[1]), dtype=np.float32)
         for position, first, end in _long_runs(gradients.starts):
             place = int(places[position]) if places.size else position
             _sum_long_run(gradients, first, end, places.size > 0, pieces, out[place])
+            if norms.size:
+                _row_norms(out[place : place + 1], norms[place : place + 1])
+
+
+def segment_sum_and_norm(
+    pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads: Tensor
+) -> tuple[Tensor, float, bool]:
+    """See mempool.kernels.segment_sum_and_norm."""
+    out = prefer_huge_pages(torch.empty(pairs.rows.numel(), grads.shape[1], dtype=torch.float32, device="cpu"))
+    norms = np.empty(out.shape[0], dtype=np.float64)
+    _add(storage(out), _NO_NUMBERS, _gradients(pairs, weights, bags, grads), norms)
+    return out, *_total(norms)
 
 
 def segment_sum(pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads: Tensor) -> Tensor:
@@ -368,32 +398,34 @@ def catch_up(
     )
 
 
-@reassociating
-def _norm_task(chunk: int, sums: Array, partial: Array, finite: Array) -> None:
-    total = 0.0
-    all_finite = True
-    for row in range(chunk * _NORM_CHUNK_ROWS, min((chunk + 1) * _NORM_CHUNK_ROWS, sums.shape[0])):
-        # Bits of an exponent that is all ones are the non-finite elements.
-        largest = np.uint32(0)
-        for column in range(sums.shape[1]):
-            element = sums[row, column]
-            total += np.float64(element) * np.float64(element)
-            largest = max(largest, np.float32(element).view(np.uint32) & np.uint32(0x7F800000))
-        all_finite = all_finite and largest != np.uint32(0x7F800000)
-    partial[chunk] = total
-    finite[chunk] = all_finite
+@serial
+def _norm_task(task: int, sums: Array, norms: Array) -> None:
+    for row in range(task * _NORM_ROWS, min((task + 1) * _NORM_ROWS, sums.shape[0])):
+        norms[row] = _row_norm(sums[row])
 
 
 @kernel
-def _squared_norm(sums: Array, partial: Array, finite: Array) -> None:
-    spread(partial.shape[0], _norm_task, (sums, partial, finite))
+def _row_norms(sums: Array, norms: Array) -> None:
+    spread((sums.shape[0] + _NORM_ROWS - 1) // _NORM_ROWS, _norm_task, (sums, norms))
+
+
+@kernel
+def _added_up(norms: Array) -> float:
+    total = 0.0
+    for row in range(norms.shape[0]):
+        total += norms[row]
+    return total
+
+
+def _total(norms: Array) -> tuple[float, bool]:
+    # Squares of float32 numbers are far from the end of float64: what is not finite comes from an element that is not.
+    total = float(_added_up(norms))
+    return total, math.isfinite(total)
 
 
 def squared_norm(sums: Tensor) -> tuple[float, bool]:
     """See mempool.kernels.squared_norm."""
-    num_chunks = -(-sums.shape[0] // _NORM_CHUNK_ROWS)
-    partial, finite = np.empty(num_chunks, dtype=np.float64), np.empty(num_chunks, dtype=np.bool_)
+    norms = np.empty(sums.shape[0], dtype=np.float64)
     use_threads(sums.numel())
-    _squared_norm(view(sums), partial, finite)
-    # One after the other: numpy's own sum is fixed as well, but its order is not documented.
-    return float(sum(partial.tolist())), bool(finite.all())
+    _row_norms(view(sums), norms)
+    return _total(norms)

@@ -1,5 +1,6 @@
 """Each function of the kernels' contract: arguments are checked, the device picks the implementation."""
 
+from mempool.kernels.dispatch.admission import admit_bags
 from mempool.kernels.dispatch.bags import gather_rows, initial_values, scatter_rows, weight_gradient, weighted_sum
 from mempool.kernels.dispatch.topk import (
     flat_topk,
@@ -15,12 +16,14 @@ from mempool.kernels.dispatch.updates import (
     fused_step,
     optimizer_step,
     segment_sum,
+    segment_sum_and_norm,
     sort_pairs,
     squared_norm,
 )
 
 __all__ = [
     "add_segments",
+    "admit_bags",
     "catch_up",
     "flat_topk",
     "fused_step",
@@ -33,6 +36,7 @@ __all__ = [
     "product_topk",
     "scatter_rows",
     "segment_sum",
+    "segment_sum_and_norm",
     "select_topk",
     "sort_pairs",
     "squared_norm",

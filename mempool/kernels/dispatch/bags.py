@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from mempool.kernels.arguments import Paged
-from mempool.kernels.checking import check_bags, check_ids, check_matrix, check_output_dtype, check_weights
+from mempool.kernels.checking import (
+    check_bags,
+    check_ids,
+    check_matrix,
+    check_output,
+    check_output_dtype,
+    check_weights,
+)
 from mempool.kernels.implementation import implementation_for
 
 
@@ -22,6 +29,7 @@ def weighted_sum(
     offsets: Tensor,
     *,
     dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Sum the weighted values of each bag.
 
@@ -32,21 +40,24 @@ def weighted_sum(
 
     Args:
         paged: The values.
-        ids: [L] int64 slot ids; pairs that are not here contribute nothing.
+        ids: [L] int64, int32 or uint32 slot ids; pairs that are not here contribute nothing.
         weights: [L] float32, or None for all ones.
         offsets: [B + 1] int64; the pairs of bag b are ``offsets[b]:offsets[b + 1]``. Starts with 0, ends with L.
         dtype: Of the result: float32, bfloat16 or float16.
+        out: [B, W] in ``dtype``, contiguous: where the result is written, every element. None: new memory.
 
     Returns:
-        [B, W] in ``dtype``.
+        [B, W] in ``dtype``: ``out`` where it was given.
 
     Raises:
-        ValueError: A tensor has another shape, dtype or device.
+        ValueError: A tensor has another shape, dtype or device, or offsets are not as above (on the CPU, before
+            anything is written).
     """
-    check_bags(paged, ids, offsets)
+    ids = check_bags(paged, ids, offsets)
     check_weights(weights, ids)
     check_output_dtype(dtype)
-    return implementation_for(paged.rows.device).weighted_sum(paged, ids, weights, offsets, dtype)
+    check_output(out, (offsets.numel() - 1, paged.width), dtype, paged.rows.device)
+    return implementation_for(paged.rows.device).weighted_sum(paged, ids, weights, offsets, dtype, out)
 
 
 def gather_rows(paged: Paged, ids: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
@@ -54,13 +65,13 @@ def gather_rows(paged: Paged, ids: Tensor, *, dtype: torch.dtype | None = None) 
 
     Args:
         paged: The values.
-        ids: [M] int64 slot ids.
+        ids: [M] int64, int32 or uint32 slot ids.
         dtype: Of the result: float32, bfloat16 or float16; None for ``paged.value_dtype``, the stored bits as they are.
 
     Returns:
         [M, W] in ``dtype``; zeros for slots that are not here.
     """
-    check_ids(paged, ids)
+    ids = check_ids(paged, ids)
     dtype = paged.value_dtype if dtype is None else dtype
     check_output_dtype(dtype)
     return implementation_for(paged.rows.device).gather_rows(paged, ids, dtype)
@@ -73,29 +84,31 @@ def scatter_rows(paged: Paged, ids: Tensor, values: Tensor) -> None:
 
     Args:
         paged: The values, written in place.
-        ids: [M] int64 slot ids.
+        ids: [M] int64, int32 or uint32 slot ids.
         values: [M, W] in ``paged.value_dtype``.
     """
-    check_ids(paged, ids)
+    ids = check_ids(paged, ids)
     check_matrix("values", values, (ids.numel(), paged.width), paged.value_dtype, paged.rows.device)
     implementation_for(paged.rows.device).scatter_rows(paged, ids, values)
 
 
-def weight_gradient(paged: Paged, ids: Tensor, offsets: Tensor, grads: Tensor) -> Tensor:
+def weight_gradient(paged: Paged, ids: Tensor, offsets: Tensor, grads: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Gradient of weighted_sum with respect to the weights: ``<grads[bag], V[id]>`` for each pair.
 
     Args:
         paged: The values.
-        ids: [L] int64 slot ids.
+        ids: [L] int64, int32 or uint32 slot ids.
         offsets: [B + 1] int64, as in weighted_sum.
         grads: [B, W] float32, the gradient of the sums.
+        out: [L] float32, contiguous: where the result is written, every element. None: new memory.
 
     Returns:
-        [L] float32, 0 for pairs that are not here. Accumulated in float32.
+        [L] float32, 0 for pairs that are not here, accumulated in float32: ``out`` where it was given.
     """
-    check_bags(paged, ids, offsets)
+    ids = check_bags(paged, ids, offsets)
+    check_output(out, (ids.numel(),), torch.float32, paged.rows.device)
     check_matrix("grads", grads, (offsets.numel() - 1, paged.width), torch.float32, paged.rows.device)
-    return implementation_for(paged.rows.device).weight_gradient(paged, ids, offsets, grads)
+    return implementation_for(paged.rows.device).weight_gradient(paged, ids, offsets, grads, out)
 
 
 def initial_values(

@@ -21,9 +21,9 @@ def sort_pairs(paged: Paged, ids: Tensor) -> SortedPairs:
 
     Args:
         paged: The table's page table; its values are not read.
-        ids: [L] int64 slot ids, in the order in which gradients are to be summed.
+        ids: [L] int64, int32 or uint32 slot ids, in the order in which gradients are to be summed.
     """
-    check_ids(paged, ids)
+    ids = check_ids(paged, ids)
     return implementation_for(paged.rows.device).sort_pairs(paged, ids)
 
 
@@ -44,6 +44,24 @@ def segment_sum(pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads:
     """
     check_sorted(pairs, weights, bags, grads)
     return implementation_for(grads.device).segment_sum(pairs, weights, bags, grads)
+
+
+def segment_sum_and_norm(
+    pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads: Tensor
+) -> tuple[Tensor, float, bool]:
+    """segment_sum, and squared_norm of what it returns, to the bit; on the CPU in one pass.
+
+    Args:
+        pairs: As in segment_sum.
+        weights: As in segment_sum.
+        bags: As in segment_sum.
+        grads: As in segment_sum.
+
+    Returns:
+        The sums [U, W] float32, the sum of their squares in float64, and whether every element is finite.
+    """
+    check_sorted(pairs, weights, bags, grads)
+    return implementation_for(grads.device).segment_sum_and_norm(pairs, weights, bags, grads)
 
 
 def add_segments(

@@ -9,11 +9,12 @@ from mempool.kernels.gpu.segments import add_segments, segment_sum
 from mempool.kernels.gpu.selection import product_select, select_topk
 from mempool.kernels.gpu.sorting import sort_pairs
 from mempool.kernels.gpu.topk import flat_topk, product_gradient, product_topk
-from mempool.kernels.gpu.updates import fused_step, optimizer_step, squared_norm
-from mempool.kernels.torch_ops import initial_values
+from mempool.kernels.gpu.updates import fused_step, optimizer_step, segment_sum_and_norm, squared_norm
+from mempool.kernels.torch_ops import admit_bags, initial_values
 
 __all__ = [
     "add_segments",
+    "admit_bags",
     "catch_up",
     "flat_topk",
     "fused_step",
@@ -25,6 +26,7 @@ __all__ = [
     "product_topk",
     "scatter_rows",
     "segment_sum",
+    "segment_sum_and_norm",
     "select_topk",
     "sort_pairs",
     "squared_norm",

@@ -116,10 +116,17 @@ def weighted_sum_kernel(
     store_output(place_out, acc, mask & (bag < num_bags)[:, None, None])
 
 
-def weighted_sum(paged: Paged, ids: Tensor, weights: Tensor | None, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+def weighted_sum(
+    paged: Paged,
+    ids: Tensor,
+    weights: Tensor | None,
+    offsets: Tensor,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
     """See mempool.kernels.weighted_sum."""
     num_bags = offsets.numel() - 1
-    out = torch.empty(num_bags, paged.width, dtype=dtype, device=ids.device)
+    out = torch.empty(num_bags, paged.width, dtype=dtype, device=ids.device) if out is None else out
     if num_bags:
         tile, unroll = tuning.sum_tile(paged)
         with torch.cuda.device_of(out):
@@ -301,10 +308,10 @@ def weight_gradient_kernel(
         tl.store(out + pair, tl.where(here, product, 0.0), mask=exists)
 
 
-def weight_gradient(paged: Paged, ids: Tensor, offsets: Tensor, grads: Tensor) -> Tensor:
+def weight_gradient(paged: Paged, ids: Tensor, offsets: Tensor, grads: Tensor, out: Tensor | None = None) -> Tensor:
     """See mempool.kernels.weight_gradient."""
     num_bags, num_pairs = offsets.numel() - 1, ids.numel()
-    out = torch.empty(num_pairs, dtype=torch.float32, device=ids.device)
+    out = torch.empty(num_pairs, dtype=torch.float32, device=ids.device) if out is None else out
     if num_bags and num_pairs:
         tile = tuning.gradient_tile(paged)
         with torch.cuda.device_of(out):

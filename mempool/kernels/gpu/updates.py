@@ -24,7 +24,7 @@ from mempool.kernels.gpu.elements import (
     tile_columns,
     tree_sum,
 )
-from mempool.kernels.gpu.segments import row_sums, sum_pieces
+from mempool.kernels.gpu.segments import row_sums, segment_sum, sum_pieces
 from mempool.kernels.steps import BLOCK_STATE, MASTER, STATE_NAMES, OptimizerStep
 
 
@@ -318,3 +318,11 @@ def squared_norm(sums: Tensor) -> tuple[float, bool]:
         )
     total, not_finite = partial.sum(dim=1).tolist()
     return total, not_finite == 0.0
+
+
+def segment_sum_and_norm(
+    pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads: Tensor
+) -> tuple[Tensor, float, bool]:
+    """See mempool.kernels.segment_sum_and_norm."""
+    sums = segment_sum(pairs, weights, bags, grads)
+    return sums, *squared_norm(sums)

@@ -4,6 +4,7 @@ Sums over pairs are made in the order of the pairs (by torch's index_add_ on the
 so ties are exact.
 """
 
+from mempool.kernels.torch_ops.admission import admit_bags
 from mempool.kernels.torch_ops.bags import gather_rows, scatter_rows, sort_pairs, weight_gradient, weighted_sum
 from mempool.kernels.torch_ops.initial import initial_values
 from mempool.kernels.torch_ops.topk import (
@@ -21,11 +22,13 @@ from mempool.kernels.torch_ops.updates import (
     fused_step,
     optimizer_step,
     segment_sum,
+    segment_sum_and_norm,
     squared_norm,
 )
 
 __all__ = [
     "add_segments",
+    "admit_bags",
     "catch_up",
     "flat_topk",
     "fused_step",
@@ -39,6 +42,7 @@ __all__ = [
     "ranks",
     "scatter_rows",
     "segment_sum",
+    "segment_sum_and_norm",
     "select_topk",
     "sort_pairs",
     "squared_norm",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mempool.kernels.arguments import Paged, SortedPairs
+from mempool.kernels.checking import check_offsets
 from mempool.kernels.torch_ops.elements import codes_and_scales, read_rows, write_rows
 
 # Gathered rows held at once, in elements: bounds the memory of sums over many pairs.
@@ -19,7 +20,7 @@ def locate(paged: Paged, ids: Tensor) -> tuple[Tensor, Tensor]:
     pages = ids >> shift
     inside = (pages >= 0) & (pages < num_pages)
     if num_pages == 0:
-        return torch.zeros_like(ids), inside
+        return torch.zeros_like(ids, dtype=torch.int64), inside
     arena_pages = paged.page_table[torch.where(inside, pages, 0)].to(torch.int64)
     here = inside & (arena_pages >= 0)
     rows = (arena_pages << shift) | (ids & ((1 << shift) - 1))
@@ -47,18 +48,24 @@ def _weighted_rows(paged: Paged, rows: Tensor, weights: Tensor | None) -> Tensor
 
 
 def weighted_sum(
-    paged: Paged, ids: Tensor, weights: Tensor | None, offsets: Tensor, dtype: torch.dtype = torch.float32
+    paged: Paged,
+    ids: Tensor,
+    weights: Tensor | None,
+    offsets: Tensor,
+    dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
 ) -> Tensor:
     """See mempool.kernels.weighted_sum."""
-    out = torch.zeros(offsets.numel() - 1, paged.width, dtype=torch.float32, device=paged.rows.device)
+    check_offsets(offsets, ids.numel())
+    sums = torch.zeros(offsets.numel() - 1, paged.width, dtype=torch.float32, device=paged.rows.device)
     rows, here = locate(paged, ids)
     bags = bag_of_pairs(offsets, ids.numel())
     # Taking out the pairs that are not here, rather than weighing them by 0, keeps NaN in foreign rows out.
     rows, bags, weights = rows[here], bags[here], None if weights is None else weights[here]
     for first, end in chunks(rows.numel(), paged.width):
         part = None if weights is None else weights[first:end]
-        out.index_add_(0, bags[first:end], _weighted_rows(paged, rows[first:end], part))
-    return out.to(dtype)
+        sums.index_add_(0, bags[first:end], _weighted_rows(paged, rows[first:end], part))
+    return sums.to(dtype) if out is None else out.copy_(sums)
 
 
 def gather_rows(paged: Paged, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -83,9 +90,11 @@ def scatter_rows(paged: Paged, ids: Tensor, values: Tensor) -> None:
         write_rows(paged, pairs.rows[first:end], values[last[first:end]])
 
 
-def weight_gradient(paged: Paged, ids: Tensor, offsets: Tensor, grads: Tensor) -> Tensor:
+def weight_gradient(paged: Paged, ids: Tensor, offsets: Tensor, grads: Tensor, out: Tensor | None = None) -> Tensor:
     """See mempool.kernels.weight_gradient."""
-    out = torch.zeros(ids.numel(), dtype=torch.float32, device=ids.device)
+    check_offsets(offsets, ids.numel())
+    out = torch.empty(ids.numel(), dtype=torch.float32, device=ids.device) if out is None else out
+    out.zero_()
     rows, here = locate(paged, ids)
     bags = bag_of_pairs(offsets, ids.numel())
     for first, end in chunks(ids.numel(), paged.width):
@@ -98,7 +107,7 @@ def sort_pairs(paged: Paged, ids: Tensor) -> SortedPairs:
     """See mempool.kernels.sort_pairs."""
     _, here = locate(paged, ids)
     kept = here.nonzero().squeeze(1)
-    sorted_ids, permutation = torch.sort(ids[kept], stable=True)
+    sorted_ids, permutation = torch.sort(ids[kept].to(torch.int64), stable=True)
     distinct, counts = torch.unique_consecutive(sorted_ids, return_counts=True)
     starts = torch.zeros(distinct.numel() + 1, dtype=torch.int64, device=ids.device)
     torch.cumsum(counts, dim=0, out=starts[1:])

@@ -199,3 +199,11 @@ def squared_norm(sums: Tensor) -> tuple[float, bool]:
         total += sums[first:end].double().square().sum()
         finite &= torch.isfinite(sums[first:end]).all()
     return float(total), bool(finite)
+
+
+def segment_sum_and_norm(
+    pairs: SortedPairs, weights: Tensor | None, bags: Tensor, grads: Tensor
+) -> tuple[Tensor, float, bool]:
+    """See mempool.kernels.segment_sum_and_norm."""
+    sums = segment_sum(pairs, weights, bags, grads)
+    return sums, *squared_norm(sums)

@@ -201,7 +201,7 @@ def _as_request(held: Held) -> UpdateRequest:
         grads=held.update.grads,
         hold=True,
         want_weight_grad=False,
-        ids=bags.ids,
+        ids=bags.ids.view(torch.uint32) if bags.ids.dtype == torch.int32 else bags.ids,  # as ids travel
         weights=bags.weights,
         offsets=bags.offsets,
     )

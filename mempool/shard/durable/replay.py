@@ -191,7 +191,7 @@ class _Replay:
         device = table.storage.device
         bags = record.update.bags
         weights = None if bags.weights is None else bags.weights.to(device)
-        held = Bags(ids=bags.ids.to(device), weights=weights, offsets=bags.offsets.to(device))
+        held = Bags(ids=bags.ids.to(device, table.storage.id_dtype), weights=weights, offsets=bags.offsets.to(device))
         table.updates.hold(step_id, record.sequence, HeldUpdate(held, record.update.grads.to(device)))
 
     def _prepare(self, request: PrepareRequest) -> None:

@@ -80,6 +80,7 @@ class Arena:
             for name, (width, dtype) in widths.items()
         }
         self._stores = {name: rows.first(0) for name, rows in self._memory.items()}
+        self._paged: dict[str, kernels.Paged] = {}  # as long as rows lie where they do: each request asks for it
         on_cpu = device.type == "cpu"
         self._page_table = torch.from_numpy(self.page_of if on_cpu else self.page_of.copy()).to(device)
         self.cut: Watcher | None = None
@@ -111,8 +112,12 @@ class Arena:
 
     def paged(self, name: str = VALUES) -> kernels.Paged:
         """One array of float32 or bfloat16, or the values of whatever element, as the kernels see it."""
-        packed = self._packed if name == VALUES else None
-        return kernels.Paged(self._stores[name], self._page_table, self._page_shift, packed)
+        paged = self._paged.get(name)
+        if paged is None:
+            packed = self._packed if name == VALUES else None
+            paged = kernels.Paged(self._stores[name], self._page_table, self._page_shift, packed)
+            self._paged[name] = paged
+        return paged
 
     def rows(self, name: str) -> Tensor:
         """One array as [R, width]: a view, not contiguous where values are packed."""
@@ -340,6 +345,7 @@ class Arena:
 
     def _resize(self, capacity: int, *, room: int) -> None:
         """Have ``capacity`` pages, in memory for ``room``."""
+        self._paged.clear()
         for name, rows in self._memory.items():
             rows.resize(room * self._page_slots)
             # At once: the view before this one keeps a copy alive where rows do not grow in place.

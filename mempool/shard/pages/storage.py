@@ -30,7 +30,7 @@ from mempool.shard.pages.named_arrays import (
     named_arrays,
     row_bytes,
 )
-from mempool.shard.steps.optimizers import dense_schedule, step_names
+from mempool.shard.steps.optimizers import dense_schedule, id_dtype, step_names
 from mempool.types import Placement, ProductKeySpec, TableSchema
 from mempool.types.bags import Bags
 from mempool.types.sizes import PAGE_TABLE_BYTES, owned_bytes
@@ -59,7 +59,8 @@ class Storage:
         owned: [P, num_blocks], what the placement gives this shard; ``lost`` of it is not there.
         key_owned, key_lost: [num_key_pages], the same for product keys.
         arenas: One per distinct set of owned blocks; arenas of pages that are still being staged are among them.
-        blocks: All blocks this shard owns any page of, ascending.
+        id_dtype: In which slot ids of bags are kept.
+        blocks: All blocks this shard owns any page of, ascending; width: their columns.
         num_lost: (row page, block)s and key pages that are owned and not there.
         num_pages: Those that are here.
         heads, head_keys: The heads whose product keys are here, ascending, and [H, 2, n, key_dim / 2] float32.
@@ -85,6 +86,7 @@ class Storage:
         self.schema = schema
         self.shard = shard
         self.device = device
+        self.id_dtype = id_dtype(schema)
         self.arrays = {array.name: array for array in named_arrays(schema)}
         self.owned: Mask = np.zeros((schema.num_row_pages, schema.num_blocks), dtype=np.bool_)
         self.lost: Mask = np.zeros_like(self.owned)
@@ -92,6 +94,7 @@ class Storage:
         self.key_lost: Mask = np.zeros_like(self.key_owned)
         self.arenas: dict[Blocks, Arena] = {}
         self.blocks: Blocks = ()
+        self.width = 0
         self.heads: tuple[int, ...] = ()
         self.head_keys = torch.empty((0, *head_keys_shape(schema)), dtype=torch.float32, device=device)
         self.step_names = step_names(schema)
@@ -116,6 +119,7 @@ class Storage:
         self.lost &= self.owned
         self.key_lost &= self.key_owned
         self.blocks = tuple(np.flatnonzero(self.owned.any(axis=0)).tolist())
+        self.width = self.schema.width(self.blocks)
         self._lanes = tuple(
             Lane(arena=arena, columns=None if blocks == self.blocks else self._places(self.arrays[VALUES], blocks))
             for blocks, arena in sorted(self.arenas.items())
@@ -232,7 +236,7 @@ class Storage:
             if self.tell_caught_up is not None:
                 told.append(ids[here][late])
         if self.tell_caught_up is not None and any(slots.numel() for slots in told):
-            self.tell_caught_up(torch.unique(torch.cat(told)), for_step)
+            self.tell_caught_up(torch.unique(torch.cat(told)).to(torch.int64), for_step)
 
     def catch_up_pages(self, row_pages: npt.NDArray[np.int64]) -> None:
         """Do what all slots of these row pages have missed of a dense optimizer's steps."""
@@ -240,30 +244,41 @@ class Storage:
         for row_page in row_pages.tolist() if self.schedule is not None else ():
             self.catch_up(row_page * self.schema.page_slots + page_slots)
 
-    def pooled(self, bags: Bags, dtype: torch.dtype = torch.float32, *, for_step: bool = False) -> Tensor:
-        """[B, W] in ``dtype``: weighted sums of the rows that are here, made in float32 and rounded once."""
+    def pooled(
+        self, bags: Bags, dtype: torch.dtype = torch.float32, *, for_step: bool = False, out: Tensor | None = None
+    ) -> Tensor:
+        """[B, W] in ``dtype``: weighted sums of the rows that are here, made in float32 and rounded once.
+
+        out: [B, W] in ``dtype``, contiguous, on the device: where they are written. None: new memory.
+        """
         self.catch_up(bags.ids, for_step=for_step)
         if len(self._lanes) == 1 and self._lanes[0].columns is None:
             paged = self._lanes[0].arena.paged()
-            return kernels.weighted_sum(paged, bags.ids, bags.weights, bags.offsets, dtype=dtype)
-        values_BW = torch.zeros(bags.num_bags, self.schema.width(self.blocks), dtype=torch.float32, device=self.device)
+            return kernels.weighted_sum(paged, bags.ids, bags.weights, bags.offsets, dtype=dtype, out=out)
+        values_BW = torch.zeros(bags.num_bags, self.width, dtype=torch.float32, device=self.device)
         for lane in self._lanes:
             sums = kernels.weighted_sum(lane.arena.paged(), bags.ids, bags.weights, bags.offsets)
             if lane.columns is None:
                 values_BW += sums
             else:
                 values_BW[:, lane.columns] += sums
-        return values_BW.to(dtype)
+        return values_BW.to(dtype) if out is None else out.copy_(values_BW)
 
-    def weight_grad(self, bags: Bags, grads_BW: Tensor) -> Tensor:
-        """[L] float32: <grads[bag], V[id]> over the columns that are here."""
+    def weight_grad(self, bags: Bags, grads_BW: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """[L] float32: <grads[bag], V[id]> over the columns that are here.
+
+        out: [L] float32, contiguous, on the device: where they are written. None: new memory.
+        """
         self.catch_up(bags.ids, for_step=True)
-        weight_grad_L: Tensor | None = None
-        for lane in self._lanes:
-            part_L = kernels.weight_gradient(lane.arena.paged(), bags.ids, bags.offsets, lane.of(grads_BW))
-            weight_grad_L = part_L if weight_grad_L is None else weight_grad_L.add_(part_L)
-        if weight_grad_L is None:
-            return torch.zeros(bags.ids.shape[0], dtype=torch.float32, device=self.device)
+        if not self._lanes:
+            zeros_L = torch.zeros(bags.ids.shape[0], dtype=torch.float32, device=self.device)
+            return zeros_L if out is None else out.copy_(zeros_L)
+        first, *others = self._lanes
+        weight_grad_L = kernels.weight_gradient(
+            first.arena.paged(), bags.ids, bags.offsets, first.of(grads_BW), out=out
+        )
+        for lane in others:
+            weight_grad_L.add_(kernels.weight_gradient(lane.arena.paged(), bags.ids, bags.offsets, lane.of(grads_BW)))
         return weight_grad_L
 
     def score(self, queries_BHD: Tensor, topk: int) -> tuple[tuple[int, ...], Tensor, Tensor]:

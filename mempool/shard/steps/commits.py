@@ -189,7 +189,11 @@ class _Norm:
         self._order = order
 
     def add(self, sums: Tensor) -> None:
-        part, finite = kernels.squared_norm(sums)
+        """Sums of rows."""
+        self.add_known(sums, *kernels.squared_norm(sums))
+
+    def add_known(self, sums: Tensor, part: float, finite: bool) -> None:
+        """Sums of rows whose squared norm is known, and whether they are finite."""
         self.squared += part
         self.finite = self.finite and finite and math.isfinite(self.squared)
         if self._order:
@@ -225,15 +229,15 @@ def _reduce(table: Storage, held: list[HeldUpdate], norm: _Norm, budget: Budget)
     for lane, sorted_pairs in zip(table.lanes, in_order, strict=True):
         grads = lane.of(pairs.grads)
         for part in [sorted_pairs] if keep else _row_parts(sorted_pairs, max(1, rest // (4 * grads.shape[1]))):
-            sums = kernels.segment_sum(part, pairs.weights, pairs.bags, grads)
-            norm.add(sums)
+            sums, squared, finite = kernels.segment_sum_and_norm(part, pairs.weights, pairs.bags, grads)
+            norm.add_known(sums, squared, finite)
             if keep:
                 reductions.append(Reduction.of(lane, part, sums))
     return tuple(reductions) if keep else None
 
 
 def _joined(table: Storage, held: list[HeldUpdate]) -> Pairs:
-    return in_canonical_order(held, width=table.schema.width(table.blocks), device=table.device)
+    return in_canonical_order(held, width=table.width, device=table.device)
 
 
 def _row_parts(pairs: SortedPairs, num_rows: int) -> Iterator[SortedPairs]:

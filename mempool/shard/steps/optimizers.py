@@ -76,6 +76,11 @@ def optimizer_step(schema: TableSchema, *, lr: float, grad_scale: float, number:
     )
 
 
+def id_dtype(schema: TableSchema) -> torch.dtype:
+    """In which slot ids of bags are kept on a shard: half the bytes where they fit."""
+    return torch.int32 if schema.num_slots < 2**31 else torch.int64
+
+
 def kernel_needs(schema: TableSchema, device: torch.device) -> Needs:
     """Which kernels a table of this schema needs on a shard."""
     step = optimizer_step(schema, lr=0.0, grad_scale=1.0, number=1)
@@ -88,6 +93,7 @@ def kernel_needs(schema: TableSchema, device: torch.device) -> Needs:
         dense=schema.optimizer.dense,
         keys="product" if isinstance(keys, ProductKeySpec) else "flat" if isinstance(keys, FlatKeySpec) else "",
         device=device.type,
+        ids="int32" if id_dtype(schema) == torch.int32 else "int64",
     )
 
 

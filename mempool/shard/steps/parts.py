@@ -31,7 +31,7 @@ _LEAST_ROOM = 2**16
 def pairs_bytes(table: Storage, updates: Sequence[HeldUpdate]) -> int:
     """Bytes that joining all pairs of these updates and sorting them takes at most, in all lanes at once."""
     pairs, bags = _count(updates)
-    width = table.schema.width(table.blocks)
+    width = table.width
     joined = 0 if len(updates) == 1 else 28 * pairs + 4 * width * bags
     in_lanes = sum(
         SORTED_BYTES * pairs + (0 if lane.columns is None else 4 * lane.arena.width * bags) for lane in table.lanes

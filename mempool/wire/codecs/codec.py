@@ -148,7 +148,6 @@ class FrameCodec(Generic[T, MessageT]):
                 raise InvalidRequest(f"{self.name}.{name} is missing")
         return self.mirror.from_message(header, **tensors)
 
-
     def _small(self, frame: bytes) -> T | None:
         """The value of a frame that protobuf reads whole, copying the tensors, in less time than it takes to find them
         here. None for one that is wrong in any way: who reads it with care says how."""

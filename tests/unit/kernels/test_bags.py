@@ -62,7 +62,7 @@ def test_weight_gradient_equals_reference(under_test, case):
 @given(case=cases(), asked=st.sampled_from((None, *OUTPUT_DTYPES)))
 def test_gather_rows_equals_reference_to_the_bit(under_test, case, asked):
     dtype = case.paged.value_dtype if asked is None else asked
-    actual = under_test.kernels.gather_rows(under_test.to(case.paged), under_test.to(case.ids), dtype)
+    actual = under_test.kernels.gather_rows(under_test.to(case.paged), under_test.to(case.ids.long()), dtype)
     assert actual.dtype == dtype
     assert same_bits(actual, reference.gather_rows(case.paged, case.ids, dtype))
 
@@ -73,7 +73,7 @@ def test_scatter_rows_equals_reference_to_the_bit(under_test, case, data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
     values = torch.randn(case.ids.numel(), case.paged.width, generator=generator).to(case.paged.value_dtype)
     paged = under_test.to(case.paged)
-    under_test.kernels.scatter_rows(paged, under_test.to(case.ids), under_test.to(values))
+    under_test.kernels.scatter_rows(paged, under_test.to(case.ids.long()), under_test.to(values))
     expected = dataclasses.replace(case.paged, rows=case.paged.rows.clone())
     reference.scatter_rows(expected, case.ids, values)
     assert same_bits(paged.rows, expected.rows)
@@ -117,7 +117,7 @@ def test_every_code_reads_as_torch_reads_it(under_test, element):
     ids, offsets = under_test.to(torch.tensor([0])), under_test.to(torch.tensor([0, 1]))
     expected = scales.repeat_interleave(64) * reference.decode(element, codes)
     assert same_bits(under_test.kernels.gather_rows(paged, ids, torch.float32)[0], expected)
-    sums = under_test.kernels.weighted_sum(paged, ids, None, offsets, torch.float32)[0]
+    sums = under_test.kernels.weighted_sum(paged, ids.int(), None, offsets, torch.float32)[0]
     assert torch.equal(sums.cpu(), expected)
 
 
@@ -190,7 +190,7 @@ def one_case(*, width: int, element: str, num_pairs: int, block_dim: int = 16) -
     )
     return Bags(
         paged=paged,
-        ids=torch.randint(0, 32, (num_pairs,), generator=generator),
+        ids=torch.randint(0, 32, (num_pairs,), generator=generator, dtype=torch.int32),
         weights=torch.randn(num_pairs, generator=generator),
         offsets=torch.tensor([0, 7, 7, num_pairs]),
     )
@@ -243,8 +243,8 @@ def test_runs_and_numbers_of_threads_give_the_same_bits(under_test, element, end
         written = under_test.to(paged)
         under_test.kernels.scatter_rows(written, ids, values)
         return (
-            under_test.kernels.weighted_sum(paged, ids, weights, offsets, torch.float32),
-            under_test.kernels.weight_gradient(paged, ids, offsets, grads),
+            under_test.kernels.weighted_sum(paged, ids.int(), weights, offsets, torch.float32),
+            under_test.kernels.weight_gradient(paged, ids.int(), offsets, grads),
             under_test.kernels.gather_rows(paged, ids, torch.bfloat16),
             written.rows,
         )

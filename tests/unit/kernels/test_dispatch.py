@@ -73,7 +73,7 @@ def test_scores_that_need_gradients_are_selected():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ids": torch.tensor([0, 3, 3], dtype=torch.int32)}, "ids must be torch.int64"),
+        ({"ids": torch.tensor([0, 3, 3], dtype=torch.int16)}, "ids must be .* int64, int32 or uint32"),
         ({"ids": torch.zeros(1, 3, dtype=torch.int64)}, "ids must be"),
         ({"weights": torch.ones(2)}, r"weights must be torch.float32 \[3\], got torch.float32 \[2\]"),
         ({"weights": torch.ones(3, dtype=torch.float64)}, "weights must be torch.float32"),
@@ -391,19 +391,20 @@ def test_warm_up_leaves_nothing_to_compile():
         import torch
         from mempool import kernels
         from mempool.kernels import DenseSchedule, OptimizerStep, PackedLayout, Paged, RandomRounding
-        from mempool.kernels.cpu import bags, initial, updates
+        from mempool.kernels.cpu import admission, bags, initial, rows, sorting, updates
         from mempool.kernels.cpu.scoring import flat, topk
         kernels.warm_up()
         def compiled():
             return {
                 (module.__name__, name): len(kernel.signatures)
-                for module in (bags, flat, initial, topk, updates)
+                for module in (admission, bags, flat, initial, rows, sorting, topk, updates)
                 for name, kernel in vars(module).items()
                 if hasattr(kernel, "signatures")
             }
         before = compiled()
         assert sum(before.values()) > 20, before
-        ids, offsets, bag = torch.tensor([3, 0, 9, 3]), torch.tensor([0, 4]), torch.zeros(4, dtype=torch.int64)
+        slots, offsets, bag = torch.tensor([3, 0, 9, 3]), torch.tensor([0, 4]), torch.zeros(4, dtype=torch.int64)
+        ids, came = slots.to(torch.int32), slots.to(torch.uint32)
         def arena(element):
             table = torch.tensor([2, -1, 1], dtype=torch.int32)
             if element in ("float32", "bfloat16"):
@@ -439,8 +440,11 @@ def test_warm_up_leaves_nothing_to_compile():
                     kernels.catch_up(paged, dense, pairs.rows, schedule, to=1, block_dim=2)
                 kernels.flat_topk(torch.ones(2, 5), paged, 3, 12)
             kernels.weight_gradient(paged, ids, offsets, torch.ones(1, 5))
-            kernels.scatter_rows(paged, ids, kernels.gather_rows(paged, ids))
-            kernels.gather_rows(paged, ids, dtype=torch.bfloat16)
+            kernels.scatter_rows(paged, slots, kernels.gather_rows(paged, slots))
+            kernels.gather_rows(paged, slots, dtype=torch.bfloat16)
+        for given in (slots, came):
+            for own in (False, True):
+                kernels.admit_bags(given, offsets, num_slots=12, dtype=torch.int32, own=own)
         kernels.select_topk(torch.ones(3, 200), 150)
         kernels.product_select(torch.ones(3, 20), torch.ones(3, 20), 150, 20)
         kernels.product_topk(torch.ones(3, 2, 6), torch.ones(2, 2, 4, 3), 3)

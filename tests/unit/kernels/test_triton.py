@@ -14,7 +14,7 @@ import pytest
 
 HERE = Path(__file__).parent
 PROJECT = HERE.parents[2]
-SUITES = [f"test_{name}.py" for name in ("bags", "updates", "optimizers", "options", "topk", "bits")]
+SUITES = [f"test_{name}.py" for name in ("bags", "ids", "updates", "optimizers", "options", "topk", "bits")]
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 

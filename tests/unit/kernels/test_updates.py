@@ -52,6 +52,31 @@ def test_sort_pairs_does_not_depend_on_threads(under_test):
 
 
 @kernel_settings
+@given(case=cases(elements=("float32",)))
+def test_a_norm_beside_the_sums_is_that_of_the_sums(under_test, case):
+    run = under_test.kernels
+    pairs = run.sort_pairs(under_test.to(case.paged), under_test.to(case.ids))
+    given_ = tuple(map(under_test.to, (case.weights, case.bags, case.grads)))
+    sums, norm, finite = run.segment_sum_and_norm(pairs, *given_)
+    assert same_bits(sums, run.segment_sum(pairs, *given_))
+    assert (norm, finite) == run.squared_norm(sums)
+
+
+def test_a_norm_counts_long_runs_and_what_is_not_finite(under_test):
+    if under_test.interpreted:
+        pytest.skip("too many pairs for Triton's interpreter")
+    paged, ids, weights, bags, grads = hot_case(under_test)
+    run, pairs = under_test.kernels, under_test.kernels.sort_pairs(under_test.to(paged), under_test.to(ids))
+    sums, norm, finite = run.segment_sum_and_norm(pairs, *map(under_test.to, (weights, bags, grads)))
+    assert (norm, finite) == run.squared_norm(sums)
+    assert norm == pytest.approx(float(sums.double().square().sum()), rel=1e-12)
+    assert finite
+    for poison in (float("inf"), float("nan")):
+        grads[7, 1] = poison
+        assert not run.segment_sum_and_norm(pairs, *map(under_test.to, (weights, bags, grads)))[2]
+
+
+@kernel_settings
 @given(case=cases())
 def test_segment_sum_equals_reference(under_test, case):
     expected_pairs = reference.sort_pairs(case.paged, case.ids)

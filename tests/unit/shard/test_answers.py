@@ -96,6 +96,41 @@ def test_pieces_have_the_bits_of_the_whole(
         generator.close()
 
 
+@pytest.mark.parametrize("layout", ["one", "mixed"])
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "in pieces"])
+def test_answers_are_written_where_they_are_wanted(
+    make_driver: MakeDriver, request: pytest.FixtureRequest, layout: str, cut: bool
+) -> None:
+    schema = make_schema()
+    driver = make_driver(3).create(schema, layout)
+    engine: Any = driver.host(0)
+    inner: Answers = engine._answers
+    requests = [(method, asked) for method, asked in _all(driver, schema, 2) if method in ("gather", "update")]
+    expected = [
+        getattr(inner, method)(asked) for method, asked in _all(driver, schema) if method in ("gather", "update")
+    ]
+    driver.discard(1)
+    if cut:
+        request.getfixturevalue("in_pieces")
+    for (method, asked), whole in zip(requests, expected, strict=True):
+        name = "values" if method == "gather" else "weight_grad"
+        right = getattr(whole, name)
+        out = torch.full_like(right, float("nan"))
+        reply = getattr(inner, method)(asked, out=out)
+        if isinstance(reply, GeneratorType):
+            reply = _end_of(reply)
+        assert getattr(reply, name) is out
+        assert torch.equal(out, right)
+
+
+def _end_of(pieces: Generator[None, None, Any]) -> Any:
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            return end.value
+
+
 def test_an_answer_is_counted_before_it_is_made(make_driver: MakeDriver) -> None:
     """Small requests about large answers are refused for what they would hold."""
     driver = make_driver(client_memory_bytes=2**20).create(make_schema())

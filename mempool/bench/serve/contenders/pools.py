@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor
 
 import mempool
-from mempool.bench.processes.pool import PoolProcess, pool_process
+from mempool.bench.processes.pool import PoolProcess, connected, pool_process
 from mempool.bench.serve.contenders.contender import LookUp
 from mempool.bench.serve.shapes import Pairs, TableSize
-from mempool.client.opening.remote import NEAR_VARIABLE
 from mempool.wire.near.line import supported
 
 EMBEDDED = "mempool embedded"
@@ -69,26 +67,13 @@ def served_and_near(table: TableSize) -> Iterator[list[LookUp]]:
         yield found
 
 
-def connected(address: str, *, near: bool) -> mempool.Pool:
-    """A client that asks through memory which both processes have, or over gRPC."""
-    before = os.environ.get(NEAR_VARIABLE)
-    os.environ[NEAR_VARIABLE] = "1" if near else "0"
-    try:
-        return mempool.connect(address, timeout_s=_CALL_TIMEOUT_S)
-    finally:
-        if before is None:
-            del os.environ[NEAR_VARIABLE]
-        else:
-            os.environ[NEAR_VARIABLE] = before
-
-
 @contextmanager
-def serving(table: TableSize, *, shards: int = 1, layout: Layout = "auto") -> Iterator[Serving]:
-    """The same, to be asked for other things too."""
+def serving(table: TableSize, *, shards: int = 1, layout: Layout = "auto", near: bool = False) -> Iterator[Serving]:
+    """The same, to be asked for other things too; near: through shared memory."""
     memory_bytes = 2**30 + 2 * table.num_slots * table.value_dim * 4
     with (
         pool_process(shards=shards, memory_bytes=memory_bytes) as process,
-        connected(process.address, near=False) as pool,
+        connected(process.address, near=near) as pool,
     ):
         yield Serving(process, pool, made(pool, table, layout))
 
