@@ -108,6 +108,7 @@ def _shard(shard: ShardStatus) -> dict[str, Any]:
         "journal_bytes": shard.journal_bytes,
         "storage_refuses": shard.storage_refuses,
         "copied_bytes": shard.copied_bytes,
+        "near_clients": shard.near_clients,
         "uptime_s": shard.uptime_s,
         "stages": [asdict(stage) for stage in shard.stages],
     }

@@ -83,6 +83,11 @@ class NearServer:
         """Clients that are connected so: a line is one call at a time, and a process has several."""
         return len(self._lines)
 
+    @property
+    def num_clients(self) -> int:
+        """Processes that have lines."""
+        return len({serving.peer.rpartition(":")[0] for serving in list(self._lines)})
+
     def start(self) -> None:
         """Wait for clients. Where the name is taken, or there is no such thing here, they all come by gRPC."""
         try:

@@ -131,7 +131,7 @@ class Server:
         handlers: Mapping[str, Handlers] = {
             MEMORY_SERVICE: self._services.memory(shard, lookup, at_once=at_once),
             POOL_SERVICE: self._services.pool(pool),
-            **({} if shard is None else {SHARD_SERVICE: self._services.shard(shard)}),
+            **({} if shard is None else {SHARD_SERVICE: self._services.shard(shard, near_clients=self._near_clients)}),
         }
         for service, methods in handlers.items():
             self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, methods)])
@@ -163,6 +163,9 @@ class Server:
         if self._near is not None:
             await self._near.stop(grace_s)
         await self._server.stop(min(grace_s, _LAST_WORDS_S))
+
+    def _near_clients(self) -> int:
+        return 0 if self._near is None else self._near.num_clients
 
     def _take(self, address: str) -> int:
         if self._tls is None:

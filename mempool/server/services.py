@@ -1,7 +1,7 @@
 """The three services as tables: which call of which protocol answers which method."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -84,8 +84,8 @@ class Services:
             ]
         )
 
-    def shard(self, shard: ShardHost) -> Handlers:
-        """``ShardService``: what the controller and peers ask."""
+    def shard(self, shard: ShardHost, *, near_clients: Callable[[], int] = lambda: 0) -> Handlers:
+        """``ShardService``: what the controller and peers ask. near_clients: How many the status is to say."""
 
         async def freeze(request: FreezeTable) -> int:
             return await shard.freeze(request.table_id, request.timeout_s, token=request.token, lease_s=request.lease_s)
@@ -100,7 +100,7 @@ class Services:
             await shard.set_view(request.view, token=request.token)
 
         async def status(_: None) -> ShardStatus:
-            return await shard.status()
+            return replace(await shard.status(), near_clients=near_clients())
 
         return dict(
             [

@@ -4,11 +4,15 @@ Production hands in ``time.monotonic`` and ``Threads``; a test that runs a whole
 """
 
 import asyncio
+import atexit
 import queue
 import threading
+import time
+import weakref
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import cache
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -80,19 +84,35 @@ async def to_its_end(work: Awaitable[T]) -> T:
     return working.result()
 
 
+_LEAVING_S = 5.0
+
+
 class _WorkerThread:
-    """A worker that is a thread."""
+    """A worker that is a thread. When the interpreter ends it takes no more turns, and the one under way is waited for:
+    Python would end a thread in the middle of compiled code, which C++ answers by ending the process with an error."""
 
     def __init__(self, turn: Turn, *, name: str, within: Callable[[], AbstractContextManager[object]]) -> None:
         self._turn = turn
         self._within = within
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._ended: Future[None] = Future()
+        self._leaving = False
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        _at_exit()
+        _workers.add(self)
         self._thread.start()
 
     def ring(self) -> None:
         self._bell.put(None)
+
+    def leave(self) -> None:
+        """Take no more turns."""
+        self._leaving = True
+        self.ring()
+
+    def left(self, timeout_s: float) -> None:
+        """Waits for the turn that is under way, so long at most."""
+        self._thread.join(timeout_s)
 
     async def join(self) -> None:
         await asyncio.shield(asyncio.wrap_future(self._ended))
@@ -104,8 +124,28 @@ class _WorkerThread:
             while wait_s is not None:
                 with suppress(queue.Empty):
                     self._bell.get(timeout=None if wait_s == ONLY_WHEN_RUNG else max(0.0, wait_s))
+                if self._leaving:
+                    return
                 wait_s = self._turn()
         self._ended.set_result(None)
+
+
+_workers: "weakref.WeakSet[_WorkerThread]" = weakref.WeakSet()
+
+
+@cache
+def _at_exit() -> None:
+    """Not before the first worker: who tells others of its results, as an event loop, is there then, and ends after."""
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    workers = tuple(_workers)
+    for worker in workers:
+        worker.leave()
+    end_s = time.monotonic() + _LEAVING_S
+    for worker in workers:
+        worker.left(max(0.0, end_s - time.monotonic()))
 
 
 def _finish(work: Callable[[], T], done: "Future[T]") -> None:

@@ -1,5 +1,7 @@
 """What is started early, on every kind of pool: bitwise what the plain calls give, and steps train alike."""
 
+import contextlib
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -8,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mempool.client import Table
+from mempool.errors import MempoolError
 from mempool.nn import MemoryLayer, PoolOptimizer
 from mempool.optim import SGD, Adagrad
+from tests.support.waiting import until
 
 from .conftest import Pools
 from .reference import all_rows
@@ -61,6 +65,42 @@ def test_prefetched_micro_batches_train_as_others(pools: Pools) -> None:
         table.commit()
         plain.commit()
         assert torch.equal(all_rows(table), all_rows(plain))
+
+
+def test_a_pool_that_is_closed_meanwhile_answers_or_says_so(pools: Pools) -> None:
+    with pools.fresh(2) as pool:
+        table = pools.table(pool=pool, **TABLE)
+        expected = table.gather(*batches(1)[0])
+        pending = [table.gather_async(*batches(1)[0]) for _ in range(10)]
+        given_up = [table.gather_async(*batches(1)[0]) for _ in range(10)]
+        del given_up
+        assert table.prefetch(batches(1)[0][0])
+        pool.close()
+        for each in pending:
+            found: Tensor | None = None
+            with contextlib.suppress(MempoolError):
+                found = each.result()
+            if found is not None:
+                assert torch.equal(found, expected)
+            else:
+                with pytest.raises(MempoolError, match="closed"):
+                    each.result()
+
+
+def test_handles_that_nobody_finishes_leave_nothing_behind(pools: Pools) -> None:
+    with pools.fresh(2) as pool:
+        table = pools.table(pool=pool, **TABLE)
+        for _ in range(3):
+            for ids, weights in batches(8):
+                table.gather_async(ids, weights)
+        kept = [table.gather_async(ids, weights) for ids, weights in batches(8)]
+        del kept
+        gc.collect()
+        until(lambda: not table.link._window.num_bytes)
+        for _ in range(2):
+            table.gather(batches(1)[0][0], remember=False)
+        assert not any(shard.context_bytes for shard in pool.status().shards)
+        assert not pool.router.remembered.shards()
 
 
 def test_lookups_with_keys_in_the_pool(pools: Pools) -> None:

@@ -60,7 +60,7 @@ def document(outcome: Outcome) -> dict[str, Any]:
             "seed": options.seed,
             "given_constants": options.machine is not None,
         },
-        "num_slots": outcome.workload.num_slots,
+        "table_bytes": outcome.workload.table_bytes,
         "goals": [standing.document() for standing in outcome.standings],
         "median_error": median_error(outcome.tried),
         "median_error_by_path": _by_path(outcome),
@@ -90,7 +90,8 @@ def document(outcome: Outcome) -> dict[str, Any]:
 def lines(outcome: Outcome) -> list[str]:
     """The report for people."""
     here = machine.describe(torch.device("cpu"))
-    out = [f"{here['model']}, {here['cores']} cores; {outcome.workload.num_slots} slots of float32, Adagrad"]
+    size = outcome.workload.table_bytes >> 20
+    out = [f"{here['model']}, {here['cores']} cores; tables of {size} MiB of float32, Adagrad"]
     if outcome.tried:
         rows = [
             (one.point.name, f"{one.measured_ms:.3f}", f"{one.predicted_ms:.3f}", f"{one.error:.0%}")

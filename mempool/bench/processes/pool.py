@@ -6,13 +6,17 @@ The first shard is in the controller's process, each further one in a process of
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import mempool
 from mempool.bench.processes.child import START_TIMEOUT_S, Child, Parent
+from mempool.client.opening.remote import NEAR_VARIABLE
 
+_CALL_TIMEOUT_S = 120.0
 _SELF = "mempool.bench.processes.pool"
 #: OpenMP's and Numba's, by which threads sleep, or spin, while they wait.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -53,6 +57,22 @@ def pool_process(
     with Child(f"{_SELF}:serve", arguments, variables=environment, without=WAITING) as child:
         ready = child.hear()
         yield PoolProcess(ready["address"], [child.pid, *ready["pids"]])
+
+
+@contextmanager
+def connected(address: str, *, near: bool) -> Iterator[mempool.Pool]:
+    """A client of a pool; near: its calls go through shared memory where they can, else by gRPC."""
+    before = os.environ.get(NEAR_VARIABLE)
+    os.environ[NEAR_VARIABLE] = str(int(near))
+    try:
+        pool = mempool.connect(address, timeout_s=_CALL_TIMEOUT_S)
+    finally:
+        if before is None:
+            del os.environ[NEAR_VARIABLE]
+        else:
+            os.environ[NEAR_VARIABLE] = before
+    with pool:
+        yield pool
 
 
 def serve(parent: Parent, *, shards: int, threads: int, memory_bytes: int) -> None:

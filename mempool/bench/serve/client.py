@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-import mempool
 from mempool.bench.processes.child import Parent
+from mempool.bench.processes.pool import connected
 from mempool.bench.serve.contenders import Contender, echoes, pools
 from mempool.bench.serve.contenders.echoes import Echo
 from mempool.bench.serve.shapes import Pairs, Shape, TableSize, drawn_pairs
@@ -84,7 +84,7 @@ def _connected(stack: ExitStack, name: str, address: str, table: TableSize) -> C
         return Echo(name, table, stack.enter_context(echoes.grpc_exchange(address)))
     if name == echoes.UNIX_ECHO:
         return Echo(name, table, stack.enter_context(echoes.unix_exchange(address)))
-    pool = stack.enter_context(mempool.connect(address, timeout_s=_CALL_TIMEOUT_S))
+    pool = stack.enter_context(connected(address, near=name == pools.NEAR))
     return pools.look_up(name, pool.table("facts"), table)
 
 

@@ -20,7 +20,7 @@ from mempool.wire.channels.tls import ClientTls, client_tls
 _REFUSED_S = 5.0
 # Deadlines are kept on the loop; this only ends a wait for a loop that is stuck.
 NEAR_VARIABLE = "MEMPOOL_SHARED_MEMORY"
-"""Environment variable: "1" has calls of shards on this host go through memory that both processes have."""
+"""Environment variable: "0" has calls go by gRPC where a shard is on this host, too."""
 _STUCK_S = 30.0
 
 
@@ -52,7 +52,7 @@ def connect(
     timeout_s = checked_timeout(timeout_s)
     token = os.environ.get(TOKEN_VARIABLE) or None if token is None else token
     channels = GrpcChannels(token=token, tls=client_tls(tls))
-    near = os.environ.get(NEAR_VARIABLE) == "1"
+    near = os.environ.get(NEAR_VARIABLE, "1") != "0"
     api, dialer = GrpcPool(addresses, channels), GrpcDialer(NearChannels(grpc=channels) if near else channels)
     name = loop.run(_name_of(api, timeout_s=timeout_s), timeout_s=timeout_s + _STUCK_S)
     return Pool(

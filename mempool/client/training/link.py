@@ -102,28 +102,22 @@ class TableLink:
 
     def begin_gather(self, bags: Bags, *, remember: bool) -> BegunGather:
         """As ``send_gather``, whose answer is taken later."""
-        num_bytes = self._bytes_of(bags)
-        remembering, release, window = Remembering(), self._router.release, self._window
-        gathering = self.session.gather(bags, remember=remember, reply_dtype=self._wire_dtype)
+        num_bytes, reply_dtype = self._bytes_of(bags), self._wire_dtype
+        session, window, release, remembering = self.session, self._window, self._router.release, Remembering()
 
         async def gather() -> tuple[Tensor, LookupRecord]:
             try:
-                values, record = await gathering
+                values, record = await session.gather(bags, remember=remember, reply_dtype=reply_dtype)
             finally:
                 window.leave(num_bytes)
             if record.remembered_by:
                 remembering.remembered(release(record))
             return values, record
 
-        try:
-            window.enter(num_bytes, timeout_s=self._router.timeout_s)
-        except BaseException:
-            gathering.close()
-            raise
+        window.enter(num_bytes, timeout_s=self._router.timeout_s)
         try:
             pending = self._begin(gather())
         except BaseException:
-            gathering.close()
             window.leave(num_bytes)
             raise
         return BegunGather(pending, remembering, lambda answer: self._cautions.after_gather(answer[1].seen))
@@ -150,7 +144,7 @@ class TableLink:
     def begin_update(self, record: LookupRecord, grads: Tensor, *, hold: bool) -> Told[Tensor | None]:
         """As ``send_update`` with want_weight_grad, whose answer is taken later."""
         own = self._before_update(grads, hold=hold)
-        pending = self._begin(self.session.update(record, own, hold=hold, want_weight_grad=True))
+        pending = self.session.weight_grad_later(record, own, hold=hold, begin=self._begin)
         return Told(pending, lambda _: self._after_update(hold=hold))
 
     def send_update(self, record: LookupRecord, grads: Tensor, *, hold: bool, want_weight_grad: bool) -> Tensor | None:

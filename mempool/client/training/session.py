@@ -15,7 +15,7 @@ from mempool.agreement.book import Book, Step
 from mempool.client.direct.asking import Asking
 from mempool.client.direct.gathers import gather_directly
 from mempool.client.direct.updates import update_directly
-from mempool.client.opening.waiting import Run
+from mempool.client.opening.waiting import Begin, Pending, Run
 from mempool.client.routing.attempt import Attempt, LookupRecord
 from mempool.client.routing.plan import TablePlan
 from mempool.client.routing.router import Router
@@ -216,6 +216,19 @@ class Session:
             self._give_up(begun)
             raise
         return run(self._weight_grad(begun)) if answer is None else answer
+
+    def weight_grad_later(
+        self, record: LookupRecord, grads: Tensor, *, hold: bool, begin: Begin
+    ) -> Pending[Tensor | None]:
+        """As ``update`` with want_weight_grad, which is waited for later. It has its number now: sums keep the order in
+        which updates are pushed, whoever waits for what."""
+        self._require_own(record)
+        begun = self._begin(record, grads, hold=hold)
+        try:
+            return begin(self._weight_grad(begun))
+        except BaseException:
+            self._give_up(begun)
+            raise
 
     def _require_own(self, record: LookupRecord) -> None:
         if record.table_id != self.table_id:

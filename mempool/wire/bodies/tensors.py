@@ -183,6 +183,22 @@ class FrameMemory:
         return self._bytes[part.at : part.at + size].copy().view(part.dtype.name).reshape(part.shape)
 
 
+def owned_tensor(body: bytearray, dtype: Dtype, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of bytes that nobody else has, found to be exactly those of shape and dtype."""
+    import torch
+
+    if not body:
+        return torch.empty(shape, dtype=_torch_dtypes()[dtype.name])
+    flat = torch.frombuffer(body, dtype=_torch_dtypes()[dtype.name])
+    return flat if len(shape) == 1 else flat.view(shape)
+
+
+def array_of(body: bytearray, dtype: Dtype, shape: tuple[int, ...]) -> AnyArray:
+    """The same as an array, of a dtype that numpy knows."""
+    array: AnyArray = np.frombuffer(body, dtype.name).reshape(shape)
+    return array
+
+
 def tensor_to_message(value: TensorLike, field: str) -> tensor_pb2.Tensor:
     """A whole ``Tensor`` message, copied: for the control path, where messages go through protobuf itself."""
     body = body_of(value, field)

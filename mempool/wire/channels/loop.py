@@ -125,12 +125,11 @@ class Begun(Generic[T]):
         self._task: asyncio.Task[T] | None = None
         self._value: T | None = None
         self._error: BaseException | None = None
-        self._running = threading.Lock()
-        self._running.acquire()
+        self._ended = threading.Event()  # an interrupt of one who waits leaves nothing behind for the next
 
     def done(self) -> bool:
         """Whether it has ended, well or not."""
-        return not self._running.locked()
+        return self._ended.is_set()
 
     def result(self) -> T:
         """What it answered; waits for that.
@@ -155,9 +154,8 @@ class Begun(Generic[T]):
         if _io_loop() is self._io and threading.current_thread() is self._io.thread:
             raise MempoolError(_BLOCKED)
         timeout_s = self._timeout_s
-        if not self._running.acquire(timeout=-1 if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX)):
+        if not self._ended.wait(None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX)):
             raise DeadlineExceeded(f"the call took longer than {timeout_s} s; whether it took effect is not known")
-        self._running.release()
 
     def start(self, coro: Coroutine[Any, Any, T]) -> None:
         """On the loop."""
@@ -173,7 +171,7 @@ class Begun(Generic[T]):
             self._error = error.with_traceback(None)
         else:
             self._value = task.result()
-        self._running.release()
+        self._ended.set()
         _begun.discard(self)
 
 

@@ -1,4 +1,4 @@
-"""Calls that are answered on the thread that asks: the same answers, or none; nobody's turn is taken; nothing is torn."""
+"""Calls answered on the thread that asks: the same answers, or none; nobody's turn is taken; nothing is torn."""
 
 import threading
 import time
@@ -206,8 +206,12 @@ def test_a_queue_that_is_full_refuses_as_always(make_driver: MakeDriver) -> None
 
     working = driver.submit(engine._thread.run("busy", busy, cost=1))
     assert going.wait(BOUND_S)
-    with pytest.raises(Overloaded):
+
+    def asks_for_much() -> None:
         for _ in range(10):
             engine.at_once._in_turn("gather", engine._answers.gather, asked(driver), 4096, 1.0, "me")
+
+    with pytest.raises(Overloaded):
+        asks_for_much()
     go_on.set()
     working.result(BOUND_S)

@@ -2,6 +2,9 @@
 
 import asyncio
 import gc
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +57,25 @@ def test_what_it_answers_or_raises_is_the_works() -> None:
     assert run(to_its_end(answers(3)), timeout_s=20) == 3
     with pytest.raises(OSError, match="none"):
         run(to_its_end(answers(0)), timeout_s=20)
+
+
+def test_an_interpreter_that_ends_waits_for_the_turn_that_is_under_way_and_for_no_other() -> None:
+    script = (
+        "import time\n"
+        "from mempool.types.running import THREADS, ONLY_WHEN_RUNG\n"
+        "def turn():\n"
+        "    print('begun', flush=True)\n"
+        "    time.sleep(0.3)\n"
+        "    print('done', flush=True)\n"
+        "    return ONLY_WHEN_RUNG\n"
+        "idle = THREADS.worker(turn, name='idle')\n"
+        "busy = THREADS.worker(turn, name='busy')\n"
+        "for _ in range(50): busy.ring()\n"
+        "time.sleep(0.1)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[3]
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["begun", "done"]
+    assert not done.stderr

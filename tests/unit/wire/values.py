@@ -134,6 +134,7 @@ SHARD_STATUS = build(
     stages=st.lists(STAGE_TIME, max_size=2).map(tuple),
     dropped=U64S,
     copied_bytes=U64,
+    near_clients=U32,
     storage=TEXT,
     journal_bytes=U64,
     storage_refuses=TEXT,

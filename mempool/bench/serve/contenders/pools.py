@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor
 
 import mempool
-from mempool.bench.processes.pool import PoolProcess, pool_process
+from mempool.bench.processes.pool import PoolProcess, connected, pool_process
 from mempool.bench.serve.contenders.contender import LookUp
 from mempool.bench.serve.shapes import Pairs, TableSize
-from mempool.client.opening.remote import NEAR_VARIABLE
 from mempool.wire.near.line import supported
 
 EMBEDDED = "mempool embedded"
@@ -64,30 +62,18 @@ def served_and_near(table: TableSize) -> Iterator[list[LookUp]]:
         here = stack.enter_context(serving(table))
         found = [look_up(GRPC, here.table, table, here.process.pids)]
         if supported():
-            pool = stack.enter_context(_near(here.process.address))
+            pool = stack.enter_context(connected(here.process.address, near=True))
             found.append(look_up(NEAR, pool.table(here.table.name), table, here.process.pids))
         yield found
 
 
-def _near(address: str) -> mempool.Pool:
-    before = os.environ.get(NEAR_VARIABLE)
-    os.environ[NEAR_VARIABLE] = "1"
-    try:
-        return mempool.connect(address, timeout_s=_CALL_TIMEOUT_S)
-    finally:
-        if before is None:
-            del os.environ[NEAR_VARIABLE]
-        else:
-            os.environ[NEAR_VARIABLE] = before
-
-
 @contextmanager
-def serving(table: TableSize, *, shards: int = 1, layout: Layout = "auto") -> Iterator[Serving]:
-    """The same, to be asked for other things too."""
+def serving(table: TableSize, *, shards: int = 1, layout: Layout = "auto", near: bool = False) -> Iterator[Serving]:
+    """The same, to be asked for other things too; near: through shared memory."""
     memory_bytes = 2**30 + 2 * table.num_slots * table.value_dim * 4
     with (
         pool_process(shards=shards, memory_bytes=memory_bytes) as process,
-        mempool.connect(process.address, timeout_s=_CALL_TIMEOUT_S) as pool,
+        connected(process.address, near=near) as pool,
     ):
         yield Serving(process, pool, made(pool, table, layout))
 

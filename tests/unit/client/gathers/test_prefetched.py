@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from mempool.client import Pool, Table
 from mempool.client.gathers.prefetched import Prefetched
 from mempool.errors import InvalidRequest
+from mempool.types.bags import Bags
 from tests.support.faulty import LAYOUTS, Fault, FaultyPool
 from tests.support.waiting import HeldBack, until
 
@@ -120,7 +122,7 @@ def test_another_clients_commit_counts_as_soon_as_it_is_known(open_pool: Callabl
         max_size=20,
     )
 )
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_gather_is_ever_older_than_what_its_client_knows(open_pool, moves: list[tuple[str, int]]) -> None:  # type: ignore[no-untyped-def]
     fake = FaultyPool(LAYOUTS["columns"])
     table, other = (open_pool(fake).table("facts") for _ in range(2))
@@ -245,3 +247,43 @@ def test_the_version_is_asked_of_the_shards(open_table) -> None:  # type: ignore
     table.prefetch(first)
     assert table.link.version() == 0
     assert asked(fake) == 2
+
+
+class Scripted:
+    """A gather that was begun, during whose wait something happens; read at version 0."""
+
+    lease = None
+
+    def __init__(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        self._meanwhile = meanwhile
+
+    def done(self) -> bool:
+        return False
+
+    def result(self) -> tuple[Tensor, Any]:
+        self._meanwhile()
+        return torch.ones(5, 12), SimpleNamespace(seen=SimpleNamespace(oldest_version=0, newest_version=0))
+
+    def hand_over(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("written", ["never", "while it is asked for", "while it is waited for"])
+def test_rows_that_are_written_meanwhile_by_another_thread(written: str) -> None:
+    fetched = Prefetched()
+    flat = make_ids().flatten()
+    bags = Bags(ids=flat, weights=None, offsets=torch.arange(6) * 3)
+
+    def write() -> None:
+        with fetched.writing():
+            assert not fetched.start(bags, 1, version=0, reply_dtype="float32", ask=Scripted)
+
+    def ask() -> Scripted:
+        if written == "while it is asked for":
+            write()
+        return Scripted(write if written == "while it is waited for" else lambda: None)
+
+    assert fetched.start(bags, 1, version=0, reply_dtype="float32", ask=ask)
+    found = fetched.take(bags, known_version=lambda: 0, reply_dtype="float32")
+    assert (found is not None) == (written == "never")
+    assert fetched.num_bytes == 0

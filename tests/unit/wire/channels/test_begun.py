@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import pytest
 from mempool.errors import DeadlineExceeded, MempoolError, Overloaded
 from mempool.wire.channels import loop
 from mempool.wire.channels.loop import begin, run
+from tests.support.interrupts import interruptible
 from tests.support.waiting import until
 
 ROOT = Path(__file__).parents[4]
@@ -79,6 +81,25 @@ def test_it_goes_on_where_a_wait_is_over() -> None:
     let_go.set()
     until(begun.done)
     assert begun.result() == "at last"
+
+
+def test_who_is_interrupted_may_ask_again() -> None:
+    let_go = threading.Event()
+
+    async def wait() -> str:
+        while not let_go.is_set():
+            await asyncio.sleep(0.002)
+        return "at last"
+
+    begun = begin(wait(), BOUND_S)
+    with interruptible():
+        threading.Timer(0.1, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            begun.result()
+    assert not begun.done()
+    let_go.set()
+    assert begun.result() == "at last"
+    assert begun.done()
 
 
 def test_it_runs_to_its_end_though_nobody_holds_it() -> None:

@@ -1,0 +1,119 @@
+"""Gathers and updates of a line come out as they went in; no bytes that are none do harm."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mempool.errors import InvalidRequest
+from mempool.types import Envelope, GatherReply, GatherRequest, Stamp, StepId, UpdateReply, UpdateRequest
+from mempool.wire.near.methods import GATHER, UPDATE
+
+NUMBERS = st.integers(0, 2**63 - 1)
+ENVELOPES = st.builds(Envelope, table_id=NUMBERS, epoch=NUMBERS, incarnation=NUMBERS, table_version=NUMBERS)
+STAMPS = st.builds(Stamp, shard=NUMBERS, incarnation=NUMBERS, epoch=NUMBERS, table_version=NUMBERS)
+FEW = st.lists(st.integers(0, 2**40), max_size=5).map(tuple)
+FLOATS = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+def vectors(dtype: torch.dtype) -> st.SearchStrategy[Tensor]:
+    return st.integers(0, 9).map(lambda size: torch.arange(size).to(dtype))
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> Tensor:
+    return torch.rand(draw(st.integers(0, 4)), draw(st.integers(0, 5))).to(draw(FLOATS))
+
+
+WEIGHTS = st.none() | FLOATS.flatmap(vectors)
+GATHERS = st.builds(
+    GatherRequest,
+    envelope=ENVELOPES,
+    lookup_id=NUMBERS,
+    ids=vectors(torch.int64),
+    weights=WEIGHTS,
+    offsets=vectors(torch.int64),
+    remember=st.booleans(),
+    release=FEW,
+    reply_dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+STEPS = st.builds(StepId, group=st.text(max_size=9), rank=NUMBERS, step=NUMBERS, generation=NUMBERS)
+UPDATES = st.builds(
+    UpdateRequest,
+    envelope=ENVELOPES,
+    step_id=STEPS,
+    sequence=NUMBERS,
+    lookup_id=NUMBERS,
+    blocks=FEW,
+    grads=matrices(),
+    hold=st.booleans(),
+    want_weight_grad=st.booleans(),
+    lookups=NUMBERS,
+    ids=st.none() | vectors(torch.int64),
+    weights=WEIGHTS,
+    offsets=st.none() | vectors(torch.int64),
+)
+REPLIES = [
+    (GATHER.reply, st.builds(GatherReply, stamp=STAMPS, blocks=FEW, values=matrices())),
+    (UPDATE.reply, st.builds(UpdateReply, stamp=STAMPS, weight_grad=st.none() | vectors(torch.float32))),
+]
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    for name in type(expected).__slots__:
+        one, other = getattr(found, name), getattr(expected, name)
+        if isinstance(other, Tensor):
+            assert one.shape == other.shape
+            assert one.to(torch.float64).equal(other.to(torch.float64)), name
+        else:
+            assert one == other, name
+
+
+@given(request=GATHERS, narrow=st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_gathers_come_out_as_they_went_in(request: GatherRequest, narrow: bool) -> None:
+    found = GATHER.request.decode(bytearray(GATHER.request.encode(request, narrow_ids=narrow)))
+    assert_same(found, request)
+    assert found.ids.dtype == (torch.uint32 if narrow and len(request.ids) else found.ids.dtype)
+
+
+@given(request=UPDATES, narrow=st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_updates_come_out_as_they_went_in(request: UpdateRequest, narrow: bool) -> None:
+    assert_same(UPDATE.request.decode(bytearray(UPDATE.request.encode(request, narrow_ids=narrow))), request)
+
+
+@pytest.mark.parametrize(("codec", "replies"), REPLIES)
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_replies_come_out_as_they_went_in(codec: Any, replies: st.SearchStrategy[Any], data: st.DataObject) -> None:
+    reply = data.draw(replies)
+    assert_same(codec.decode(bytearray(codec.encode(reply))), reply)
+
+
+@given(request=GATHERS, data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_what_is_no_request_is_refused_or_read_within_its_bytes(request: GatherRequest, data: st.DataObject) -> None:
+    body = bytearray(GATHER.request.encode(request))
+    at = data.draw(st.integers(0, len(body) - 1))
+    if data.draw(st.booleans()):
+        del body[at:]
+    else:
+        body[at] ^= data.draw(st.integers(1, 255))
+    try:
+        found = GATHER.request.decode(body)
+    except InvalidRequest:
+        return
+    tensors = [tensor for tensor in (found.ids, found.weights, found.offsets) if tensor is not None]
+    assert sum(tensor.nbytes for tensor in tensors) <= len(body)
+
+
+@pytest.mark.parametrize("value", [torch.zeros(2, dtype=torch.complex64), torch.zeros(1, 1, 1)])
+def test_a_tensor_that_has_no_place_is_said_to_have_none(value: Tensor) -> None:
+    with pytest.raises(InvalidRequest, match="has no place in a message"):
+        UPDATE.reply.encode(
+            UpdateReply(stamp=Stamp(shard=0, incarnation=0, epoch=0, table_version=0), weight_grad=value)
+        )
