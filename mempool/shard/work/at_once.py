@@ -99,7 +99,9 @@ class AtOnce:
         if self._store is not None:
             return None
         cost = cost_of_parts(request.parts)
-        return self._in_turn("commit", self._committing.commit, request, cost, timeout_s, caller)()
+        answer: Any = self._committing.commit  # what it promises besides is the thread's to do
+        reply: CommitReply | None = self._in_turn("commit", answer, request, cost, timeout_s, caller)()
+        return reply
 
     def _in_turn(
         self,
