@@ -212,10 +212,10 @@ class Session:
         begun = self._begin(record, grads, hold=hold)
         try:
             answer = self._weight_grad_at_once(begun)
-        except BaseException:
+            return run(self._weight_grad(begun)) if answer is None else answer
+        except BaseException:  # also one that comes before the loop has begun it
             self._give_up(begun)
             raise
-        return run(self._weight_grad(begun)) if answer is None else answer
 
     def weight_grad_later(
         self, record: LookupRecord, grads: Tensor, *, hold: bool, begin: Begin

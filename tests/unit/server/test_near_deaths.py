@@ -1,0 +1,90 @@
+"""Lines whose clients say odd things, or end before they were begun: nothing of theirs is left at the server."""
+
+import asyncio
+import json
+import os
+import socket
+import time
+from contextlib import suppress
+
+import pytest
+
+from mempool.wire.near import handshake
+from mempool.wire.near.line import supported
+from mempool.wire.near.memory import SentMemory
+
+from .test_near import go, serving, until
+
+pytestmark = pytest.mark.skipif(not supported(), reason="this system has no such memory")
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_client_that_is_gone_when_its_line_begins_takes_nobodys_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = handshake.answer
+
+    def answered_then_gone(connection: socket.socket, address: str, token: str | None) -> object:
+        agreed = answer(connection, address, token)
+        connection.shutdown(socket.SHUT_RDWR)
+        return agreed
+
+    async def main() -> None:
+        async with serving() as server:
+            monkeypatch.setattr(handshake, "answer", answered_then_gone)
+            for _ in range(20):
+                connection, sent, _ = await asyncio.to_thread(handshake.call, server._address, None)
+                connection.close()
+                sent.close()
+            await until(lambda: not server._beginning and not server.num_lines)
+            assert server._begun == 20
+
+    go(main())
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        json.dumps({"version": handshake.VERSION, "address": "a:1", "token": "\ud800"}),
+        "[" * 16_000,
+        json.dumps([handshake.VERSION]),
+    ],
+    ids=["a token that is no text", "too deep", "no mapping"],
+)
+def test_what_is_no_handshake_leaves_no_descriptor(said: str) -> None:
+    before = descriptors()
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
+    memory = SentMemory()
+    socket.send_fds(theirs, [said.encode() + b"\n"], [memory.descriptor])
+    memory.close()
+    del memory  # its mapping has a descriptor, too
+    with suppress(Exception):  # it is told, or its line ends
+        handshake.answer(ours, "a:1", "right")
+    ours.close()
+    theirs.close()
+    assert descriptors() == before
+
+
+def test_a_handshake_that_comes_slowly_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would keep one of a few threads, and whoever ends the server."""
+    monkeypatch.setattr(handshake, "TIMEOUT_S", 0.2)
+
+    async def main() -> None:
+        async with serving() as server:
+            port = handshake.port_of(server._address)
+
+            def drips() -> int:
+                connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                connection.connect(handshake.name_of(port))
+                sent = 0
+                with connection, suppress(OSError):
+                    while sent < 200:
+                        connection.send(b"x")
+                        sent += 1
+                        time.sleep(0.05)
+                return sent
+
+            assert await asyncio.to_thread(drips) < 200
+
+    go(main())
