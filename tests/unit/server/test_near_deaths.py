@@ -8,12 +8,16 @@ import time
 from contextlib import suppress
 
 import pytest
+import torch
 
+from mempool.types import GatherRequest
+from mempool.wire import methods
+from mempool.wire.channels.near_channel import NearChannel
 from mempool.wire.near import handshake
 from mempool.wire.near.line import supported
 from mempool.wire.near.memory import SentMemory
 
-from .test_near import go, serving, until
+from .test_near import ENVELOPE, connected, go, line_of, serving, until
 
 pytestmark = pytest.mark.skipif(not supported(), reason="this system has no such memory")
 
@@ -41,6 +45,53 @@ def test_a_client_that_is_gone_when_its_line_begins_takes_nobodys_place(monkeypa
             assert server._begun == 20
 
     go(main())
+
+
+def test_a_line_that_comes_back_after_the_end_is_closed() -> None:
+    async def main() -> None:
+        async with serving() as server, connected(server) as channel:
+            line = channel._taken()
+            assert line is not None
+            await channel.close()
+            channel._give_back(line)
+            assert line._socket.fileno() == -1
+            assert not channel._lines
+
+    go(main())
+
+
+def test_servers_that_are_silent_share_the_time_of_a_call() -> None:
+    """As those that were stopped: each is asked, and the second is not waited for as long again."""
+    never = asyncio.Event()
+
+    async def silent(_: object) -> None:
+        await never.wait()
+
+    def asks(first: NearChannel, second: NearChannel) -> None:
+        line = line_of(second)
+        waits = [channel.begin(methods.GATHER, gather(), timeout_s=0.4) for channel in (first, second)]
+        for wait in waits:
+            assert wait is not None
+            assert wait() is None
+        assert line._timeouts[socket.SO_RCVTIMEO] < 0.2
+
+    async def main() -> None:
+        async with (
+            serving(gather=silent) as one,
+            serving(gather=silent) as other,
+            connected(one) as first,
+            connected(other) as second,
+        ):
+            await asyncio.to_thread(asks, first, second)
+
+    go(main())
+
+
+def gather() -> GatherRequest:
+    offsets = torch.tensor([0, 1])
+    return GatherRequest(
+        envelope=ENVELOPE, lookup_id=1, ids=torch.tensor([1]), weights=None, offsets=offsets, remember=False
+    )
 
 
 @pytest.mark.parametrize(
