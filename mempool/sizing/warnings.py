@@ -67,4 +67,4 @@ def warnings_of(
     if time is not None and model.tokens_per_s is not None:
         reached = time.tokens_per_s(model)
         if reached < model.tokens_per_s:
-            yield (f"{reached:,.0f} tokens/s at most, not {model.tokens_per_s:,.0f}: {time.limit} takes most of a step")
+            yield f"{reached:,.0f} tokens/s at most, not {model.tokens_per_s:,.0f}: {time.limit} takes most of a step"

@@ -143,8 +143,8 @@ def test_the_papers_memory_on_a_thousand_shards() -> None:
     [
         ({"table": {"num_slots": 1000}}, r"1,000 slots are no square: .* \(961 or 1,024\)"),
         ({}, "no times: they need a machine's constants"),
-        ({"machine": MACHINE, "shards": 2, "host_gpus": 1}, "kernels on cuda were not measured .* no bandwidth of a GPU is given"),
-        ({"machine": MACHINE, "shards": 2, "tokens_per_s": 1e9}, r"tokens/s at most, not 1,000,000,000: \w+ takes most"),
+        ({"machine": MACHINE, "shards": 2, "host_gpus": 1}, "on cuda were not measured .* no bandwidth of a GPU is"),
+        ({"machine": MACHINE, "shards": 2, "tokens_per_s": 1e9}, r"at most, not 1,000,000,000: \w+ takes most"),
         ({"shards": 64, "table": {"layout": "rows"}}, "each bag is answered by 64 whole rows"),
         ({"tokens": 2**20, "host_shards": 1, "host_memory": 8192 * MIB}, "a step makes a shard hold"),
         ({"host_shards": 1, "host_memory": 3200 * MIB}, "the fullest shard has 96% of its room"),

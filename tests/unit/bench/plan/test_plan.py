@@ -84,6 +84,8 @@ def test_a_run_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert (one["bags"], one["pairs"], one["value_dim"]) == (3, 2, 16)
     assert f"embedded: median error {found['median_error_by_path'][EMBEDDED]:.0%}" in said.out
     assert "predicted times at other points, median error" in said.out
+    costs = [line.split()[:2] for line in said.out.splitlines() if line.split()[1:2] in (["gather"], ["step"])]
+    assert costs[:4] == [[path, call] for path in (EMBEDDED, GRPC) for call in ("gather", "step")]
 
 
 def test_constants_of_an_earlier_run_are_tried(capsys: pytest.CaptureFixture[str]) -> None:
