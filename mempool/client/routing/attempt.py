@@ -320,6 +320,7 @@ def gather_request(
         remember=remember,
         release=release,
         reply_dtype="float32" if route.partial else reply_dtype,
+        private=True,  # they were copied when they were checked
     )
 
 
@@ -408,6 +409,7 @@ def update_request(
         ids=None if bags is None else _sent_ids(bags.ids),
         weights=None if bags is None else bags.weights,
         offsets=None if bags is None else bags.offsets,
+        private=True,
     )
 
 
