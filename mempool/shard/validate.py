@@ -145,7 +145,8 @@ def check_gather(table: Storage, request: GatherRequest, *, reply_bytes: int | N
         raise InvalidRequest(f"reply_dtype = {shown(request.reply_dtype)} must be 'float32' or 'bfloat16'")
     bag_bytes = dtype.itemsize * table.width
     check_reply(bag_bytes * max(0, request.offsets.numel() - 1), reply_bytes, lambda: _bags_of(request))
-    return check_bags(table, request.ids, request.weights, request.offsets, own=request.remember and not request.private), dtype
+    own = request.remember and not request.private
+    return check_bags(table, request.ids, request.weights, request.offsets, own=own), dtype
 
 
 def check_update(
