@@ -114,7 +114,7 @@ class Clients:
         unix_echo = stack.enter_context(echoes.unix_server())
         self._pool = serving.pool
         self._targets = {
-            pools.GRPC: _Target(serving.process.address, serving.process.pids),
+            **{name: _Target(serving.process.address, serving.process.pids) for name in pools.REMOTE},
             echoes.GRPC_ECHO: _Target(grpc_echo.address, [grpc_echo.pid]),
             echoes.UNIX_ECHO: _Target(unix_echo.address, [unix_echo.pid]),
         }
@@ -158,7 +158,7 @@ class Clients:
 
     def _spent(self, target: str, spells: Sequence[Spell], counted: int | None = None) -> _Spent:
         """Spells at the same time, a client each; the first ``counted`` are told."""
-        pids, own = self._targets[target].pids, target == pools.GRPC
+        pids, own = self._targets[target].pids, target in pools.REMOTE
         stages = self.stages() if own else {}
         before_s = cpu.spent_s(pids)
         begin_s = time.monotonic() + _LEAD_S
@@ -187,7 +187,7 @@ def measure(
     clients: Clients, shapes: Sequence[Shape], counts: Sequence[int], *, spells: int, length_s: float, say: Say
 ) -> list[Load]:
     """Closed loops of all servers and numbers of clients in turn, so many times; then open loops, at a share of it."""
-    targets = (pools.GRPC, echoes.GRPC_ECHO, echoes.UNIX_ECHO)
+    targets = (*pools.REMOTE, echoes.GRPC_ECHO, echoes.UNIX_ECHO)
     found: list[Load] = []
     for shape in shapes:
         closed: dict[tuple[str, int], list[_Spent]] = {}
@@ -216,13 +216,20 @@ def measure(
     return found
 
 
-def measure_flood(clients: Clients, small: Shape, large: Shape, *, spells: int, length_s: float) -> dict[str, Load]:
-    """A client that asks for a little, alone and beside one that floods, in turn."""
-    found: dict[str, list[_Spent]] = {ALONE: [], FLOODED: []}
+def measure_flood(
+    clients: Clients, small: Shape, large: Shape, *, spells: int, length_s: float
+) -> dict[str, dict[str, Load]]:
+    """A client that asks for a little, alone and beside one that floods, in turn; both over gRPC, both through shared
+    memory."""
+    found: dict[str, dict[str, list[_Spent]]] = {target: {ALONE: [], FLOODED: []} for target in pools.REMOTE}
     for _ in range(spells):
-        found[ALONE].append(clients.closed(pools.GRPC, small, 1, length_s))
-        found[FLOODED].append(clients.flooded(pools.GRPC, small, large, length_s))
-    return {name: _load(pools.GRPC, small, 1, CLOSED, None, spent) for name, spent in found.items()}
+        for target, spent in found.items():
+            spent[ALONE].append(clients.closed(target, small, 1, length_s))
+            spent[FLOODED].append(clients.flooded(target, small, large, length_s))
+    return {
+        target: {name: _load(target, small, 1, CLOSED, None, some) for name, some in spent.items()}
+        for target, spent in found.items()
+    }
 
 
 def _load(target: str, shape: Shape, clients: int, loop: str, offered: float | None, spent: Sequence[_Spent]) -> Load:
