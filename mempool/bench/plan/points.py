@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import mempool
 from mempool.bench.gate import Check
-from mempool.bench.processes.pool import pool_process
+from mempool.bench.processes.pool import connected, pool_process
 from mempool.bench.serve.contenders.pools import Layout
 from mempool.bench.serve.shapes import Pairs, Shape, TableSize, checked_sums
 from mempool.bench.train import steps
@@ -171,7 +171,7 @@ def _pool(stack: ExitStack, path: str, shards: int, workload: Workload) -> tuple
     columns = 2 * (sum(workload.widths) + sum(workload.other_widths))  # by columns and by rows
     memory_bytes = 2**30 + 4 * workload.num_slots * columns * 4  # with Adagrad's state, and room beside
     process = stack.enter_context(pool_process(shards=shards, memory_bytes=memory_bytes))
-    return stack.enter_context(mempool.connect(process.address, timeout_s=_CALL_TIMEOUT_S)), process.pids
+    return stack.enter_context(connected(process.address, near=False)), process.pids
 
 
 def _layouts(shards: int) -> tuple[Layout, ...]:

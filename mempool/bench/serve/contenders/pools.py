@@ -64,11 +64,11 @@ def served(table: TableSize, *, shards: int = 1, layout: Layout = "auto") -> Ite
 
 
 @contextmanager
-def serving(table: TableSize, *, shards: int = 1, layout: Layout = "auto") -> Iterator[Serving]:
-    """The same, to be asked for other things too, by a client over gRPC."""
+def serving(table: TableSize, *, shards: int = 1, layout: Layout = "auto", threads: int = 1) -> Iterator[Serving]:
+    """The same, to be asked for other things too, by a client over gRPC. threads: Of each shard."""
     memory_bytes = 2**30 + 2 * table.num_slots * table.value_dim * 4
     with (
-        pool_process(shards=shards, memory_bytes=memory_bytes) as process,
+        pool_process(shards=shards, threads=threads, memory_bytes=memory_bytes) as process,
         connected(process.address, near=False) as pool,
     ):
         yield Serving(process, pool, made(pool, table, layout, shards=shards))
