@@ -4,7 +4,7 @@
 # make simulate  whole pools on simulated time and links, each on a seed (SEEDS=200 SEED=1); says how to replay one
 # make chaos     kills and stops processes and nodes of pools on a disk, cuts, fills, flips (SECONDS=300 SEED=1), bit for bit as without
 # make bench     times every kernel beside its peers (seven minutes on two cores), in an environment of its own
-# make bench-wire times look-ups and training steps in pools beside torch's rpc, a Ray actor and bare echoes (fifteen minutes)
+# make bench-wire times look-ups and training steps in pools beside torch's rpc, a Ray actor and bare echoes; what plans predict by (25 minutes)
 # make protos    generated code
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -144,6 +144,7 @@ bench: $(BENCH)/.ready
 bench-wire: $(BENCH)/.ready
 	@OMP_WAIT_POLICY=passive $(BENCH)/bin/mempool bench serve --out tests/benchmarks/results --plot docs/lookups-cpu.png
 	@OMP_WAIT_POLICY=passive $(BENCH)/bin/mempool bench train --out tests/benchmarks/results
+	@OMP_WAIT_POLICY=passive $(BENCH)/bin/mempool bench plan --out tests/benchmarks/results
 
 $(BENCH)/.ready: pyproject.toml constraints.txt
 	@$(call made,$(BENCH),-e '.[server$(,)bench]')

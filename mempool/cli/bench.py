@@ -114,7 +114,12 @@ def plan(
     rounds: Annotated[
         int, typer.Option("--rounds", metavar="N", min=1, help="Rounds of a path; fewer where they take long, but 5.")
     ] = 15,
-    only: Annotated[str, typer.Option("--only", metavar="NAMES", help="Paths, with commas: embedded,gRPC.")] = "",
+    only: Annotated[
+        str,
+        typer.Option(
+            "--only", metavar="NAMES", help="Paths, with commas: embedded,gRPC (if not given), shared-memory."
+        ),
+    ] = "",
     machine: Annotated[
         Path | None,
         typer.Option("--machine", metavar="FILE", help="Try the constants of this result; measure no new ones."),

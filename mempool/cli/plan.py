@@ -1,6 +1,7 @@
 """``mempool plan``: what a memory takes, before there is one. What it says is ``mempool.sizing``'s."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,7 +54,7 @@ def plan(
     topk: Annotated[int, typer.Option("--topk", metavar="N", help="Slots that each of them takes.")] = 32,
     layers: Annotated[int, typer.Option("--layers", metavar="N", help="Memory layers of the model.")] = 1,
     shared: Annotated[
-        bool, typer.Option("--shared/--tables", help="Whether layers share one table, or have one each.")
+        bool, typer.Option("--shared/--no-shared", help="Whether layers share one table, or have one each.")
     ] = True,
     tokens: Annotated[int, typer.Option("--tokens", metavar="N", help="Of a step, of each trainer.")] = 1024,
     trainers: Annotated[int, typer.Option("--trainers", metavar="N", help="That train together.")] = 1,
@@ -90,7 +91,7 @@ def plan(
     ] = 1,
     machine: _Machine = None,
     path: Annotated[
-        str | None, typer.Option("--path", metavar="NAME", help="Way to shards, as in that file: gRPC, embedded.")
+        str | None, typer.Option("--path", metavar="NAME", help="Way to shards, as in that file; gRPC if not given.")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document, with stable keys, and nothing else.")
@@ -100,7 +101,7 @@ def plan(
     with reported():
         from mempool.sizing import Hosts, Model, make_plan
 
-        table = _table(
+        table = _config(
             num_slots=slots, value_dim=width if value_dim is None else value_dim, dtype=dtype, master=master,
             optimizer=_optimizer(optimizer), layout=layout, block_dim=block_dim, page_slots=page_slots,
         )  # fmt: skip
@@ -153,7 +154,7 @@ def read_machine(file: Path) -> "Machine":
     return Machine.of(held, where=str(file))
 
 
-def _table(**fields: Any) -> "TableConfig":
+def _config(**fields: Any) -> "TableConfig":
     from mempool.config import TableConfig
 
     return TableConfig.model_validate({"name": _NAME, **fields})
@@ -183,9 +184,10 @@ def _value(text: str) -> bool | float | str:
 def document(plan: "Plan") -> dict[str, Any]:
     """The document of `mempool plan --json`: sizes in bytes, times in seconds, null where no machine is given.
 
-    Keys: ``table``, ``memory``, ``shards_needed``, ``shards``, ``hosts``, ``splits`` (the best first), ``client`` (one
-    trainer), ``host`` (one of shards; both of the best split), ``machine``, ``path``, ``warnings``. Bytes of a
-    token are of all layers; ``to_shards`` and ``from_shards`` are between one trainer and all shards.
+    Keys: ``table``, ``memory``, ``shards_needed``, ``shards``, ``hosts``, ``splits`` (the best first), ``growth`` (the
+    best of more and more shards; empty where their number was given, or no machine), ``client`` (one trainer), ``host``
+    (one of shards; both of the best split), ``machine``, ``path``, ``warnings``. Bytes of a token are of all layers;
+    ``to_shards`` and ``from_shards`` are between one trainer and all shards.
     """
     best, model = plan.best, plan.model
     schema, split, time = best.split.schema, best.split, best.time
@@ -211,6 +213,14 @@ def document(plan: "Plan") -> dict[str, Any]:
         "shards": plan.shards,
         "hosts": plan.num_hosts,
         "splits": [_split_document(option, plan) for option in plan.options],
+        "growth": [
+            {
+                "shards": option.split.shards,
+                "hosts": plan.hosts_of(option.split.shards),
+                **_split_document(option, plan),
+            }
+            for option in plan.growth
+        ],
         "client": {
             "view_bytes": model.tables * plan.view_bytes,
             "bytes_a_step": plan.client_bytes,
@@ -247,7 +257,7 @@ def _split_document(option: "Option", plan: "Plan") -> dict[str, Any]:
         "step": None
         if option.time is None
         else {**asdict(option.time), "total": option.time.total, "limit": option.time.limit},
-        "tokens_per_s": None if option.time is None else model.trainers * model.tokens / option.time.total,
+        "tokens_per_s": None if option.time is None else option.time.tokens_per_s(model),
     }
 
 
@@ -260,14 +270,17 @@ def lines(plan: "Plan") -> list[str]:
     out = [
         f"{several}{table['num_slots']:,} slots x {table['value_dim']:,} {table['dtype']}, {table['optimizer']}: "
         f"{table['parameters'] / 1e9:,.1f} billion parameters in {_size(memory['total_bytes'])}",
-        f"at least {found['shards_needed']:,} shards of {_size(memory['shard_memory'])}; planned: {plan.shards:,} on "
-        f"{plan.num_hosts:,} hosts of {device}, {_size(memory['largest_shard_bytes'])} of pages on the fullest shard",
+        f"at least {_counted(plan.shards_needed, 'shard')} of {_size(memory['shard_memory'])}; planned: "
+        f"{plan.shards:,} on {_counted(plan.num_hosts, 'host')} of {device}, "
+        f"{_size(memory['largest_shard_bytes'])} of pages on the fullest shard",
         f"best: layout {table['layout']}, block_dim {table['block_dim']}, page_slots {table['page_slots']}",
         "",
         *_rows(found["splits"], timed=plan.machine is not None),
         "",
-        f"{model.trainers:,} trainers x {model.tokens:,} tokens x {model.layers} layers x {model.heads} heads x top-"
-        f"{model.topk}; bytes of a token: of all layers, one trainer's",
+        *([*_grown(found["growth"]), ""] if len(plan.growth) > 1 else []),
+        f"{_counted(model.trainers, 'trainer')} x {_counted(model.tokens, 'token')} x "
+        f"{_counted(model.layers, 'layer')} x {_counted(model.heads, 'head')} x top-{model.topk}; "
+        "bytes of a token: of all layers, one trainer's",
         f"a trainer, a step: {_size(found['client']['bytes_a_step'])} in {found['client']['calls_a_step']:,} calls"
         f"{_cpu(found['client'])}; {_size(found['client']['view_bytes'])} to know where pages are",
         f"a host of shards: {_size(found['host']['page_bytes'])} of pages; a step: "
@@ -295,6 +308,10 @@ def _rows(splits: list[dict[str, Any]], *, timed: bool) -> list[str]:
             row += [*(f"{1e3 * step[part]:,.1f}" for part in parts), step["limit"], f"{split['tokens_per_s']:,.0f}"]
         rows.append(row)
     header = (*_HEADER, *_TIMED) if timed else _HEADER
+    return _table_of(header, rows)
+
+
+def _table_of(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -302,8 +319,24 @@ def _rows(splits: list[dict[str, Any]], *, timed: bool) -> list[str]:
     ]
 
 
+def _grown(growth: list[dict[str, Any]]) -> list[str]:
+    rows = [
+        [
+            f"{option['shards']:,}", f"{option['hosts']:,}", option["kind"], str(option["block_dim"]),
+            _size(option["largest_shard_bytes"]), f"{1e3 * option['step']['total']:,.1f}",
+            f"{1e3 * option['step']['client']:,.1f}", option["step"]["limit"], f"{option['tokens_per_s']:,.0f}",
+        ]
+        for option in growth
+    ]  # fmt: skip
+    return _table_of(("shards", "hosts", "split", "block", "shard has", "step ms", "client", "limit", "tokens/s"), rows)
+
+
 def _cpu(spent: dict[str, Any]) -> str:
     return "" if spent["cpu_a_step"] is None else f", {spent['cpu_a_step'] * 1e3:,.1f} ms of CPU beside kernels"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def _size(num_bytes: float) -> str:

@@ -6,25 +6,32 @@ there, without an event loop. What one line may have this process hold is bounde
 
 import asyncio
 import logging
+import math
 import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mempool.errors import InvalidRequest, MempoolError, RequestTooLarge, ShardUnavailable
 from mempool.observe import Stages
 from mempool.server.services import AtOnce
-from mempool.types import GatherReply, UpdateReply
 from mempool.types.caller import Caller, calling
+from mempool.wire import methods
 from mempool.wire.near import handshake
 from mempool.wire.near.framing import COPIED, FAILURE, REPLY, REQUEST, Message
 from mempool.wire.near.line import Body, Line, Parts
 from mempool.wire.near.memory import ReceivedMemory, SentMemory
 from mempool.wire.near.methods import GATHER, METHODS, UPDATE
 from mempool.wire.status import to_status
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _LOG = logging.getLogger("mempool.server")
 _AGAIN_S = 1.0
@@ -177,16 +184,22 @@ class NearServer:
             )
         return parts
 
-    def _at_once_reply(self, message: Message, request: Any, serving: "_Serving") -> GatherReply | UpdateReply | None:
+    def _at_once_reply(self, message: Message, request: Any, serving: "_Serving") -> Any:
         """What needs no event loop; None where that is to be asked."""
         at_once, method = self._at_once, METHODS[message.method]
-        if at_once is None or method not in _IN_PLACE:
+        if at_once is None:
             return None
         timeout_s = _LONGEST_TURN_S if message.timeout_us < 0 else message.timeout_us / 1e6
         try:
+            if method is methods.PREPARE:
+                return at_once.prepare(request, caller=serving.peer, timeout_s=timeout_s)
+            if method is methods.COMMIT:
+                return at_once.commit(request, caller=serving.peer, timeout_s=timeout_s)
             if method is GATHER:
-                return at_once.gather(request, caller=serving.peer, timeout_s=timeout_s)
-            return at_once.update(request, caller=serving.peer, timeout_s=timeout_s)
+                return at_once.gather(request, caller=serving.peer, timeout_s=timeout_s, space=serving.space)
+            if method is UPDATE:
+                return at_once.update(request, caller=serving.peer, timeout_s=timeout_s, space=serving.space)
+            return None
         except MempoolError:
             return None
 
@@ -202,6 +215,7 @@ class _Serving:
         self._server = server
         self._line = Line(connection, sent, received)
         self._waiting: Future[Any] | None = None
+        self._answered_in: int | None = None
         self._ended = False
         threading.Thread(target=self._serve, name=f"mempool near {peer}", daemon=True).start()
 
@@ -257,8 +271,28 @@ class _Serving:
             parts = self._server.answer(message, body, self)
         except Exception as error:
             self._line.send(Message(FAILURE, message.call), [_detail(error, f"call {message.method} of {self.peer}")])
+            return
+        finally:
+            answered, self._answered_in = self._answered_in, None
+        if answered is not None and _address(parts[-1]) == answered:
+            self._line.send_space(Message(REPLY, message.call), parts)
         else:
+            self._line.drop_space()
             self._line.send(Message(REPLY, message.call), parts)
+
+    def space(self, shape: tuple[int, ...], dtype: "torch.dtype") -> "Tensor | None":
+        """Memory that the answer may be written to."""
+        import torch
+
+        memory = self._line.space(math.prod(shape) * dtype.itemsize)
+        if memory is None:
+            return None
+        self._answered_in = _address(memory)
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def _address(memory: bytes | memoryview) -> int:
+    return int(np.frombuffer(memory, np.uint8).__array_interface__["data"][0]) if len(memory) else 0
 
 
 async def _called(call: Callable[[Any], Awaitable[Any]], request: Any, caller: Caller) -> Any:

@@ -2,17 +2,21 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import grpc
 
 from mempool.server.calls import Door, handler, streaming_handler
 from mempool.types import (
+    CommitReply,
+    CommitRequest,
     DropTable,
     GatherReply,
     GatherRequest,
     PoolApi,
     PoolStatus,
+    PrepareReply,
+    PrepareRequest,
     ShardHost,
     ShardStatus,
     TableView,
@@ -24,9 +28,14 @@ from mempool.wire.codecs.lookup import LookupReply, LookupRequest
 from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
 from mempool.wire.methods import Method
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
 Handlers = dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]
+Space = Callable[[tuple[int, ...], "torch.dtype"], "Tensor | None"]
 Lookup = Callable[[LookupRequest], Awaitable[LookupReply]]
 _FEW_PAIRS = 4096
 """Of a gather that takes less time than two threads take to hand it over."""
@@ -38,9 +47,18 @@ class AtOnce(Protocol):
 
     def gather_unless_busy(self, request: GatherRequest) -> GatherReply | None: ...
 
-    def gather(self, request: GatherRequest, *, caller: str, timeout_s: float) -> GatherReply | None: ...
+    def gather(
+        self, request: GatherRequest, *, caller: str, timeout_s: float, space: Space | None = None
+    ) -> GatherReply | None:
+        """space: Gives the memory that the answer is written to."""
 
-    def update(self, request: UpdateRequest, *, caller: str, timeout_s: float) -> UpdateReply | None: ...
+    def update(
+        self, request: UpdateRequest, *, caller: str, timeout_s: float, space: Space | None = None
+    ) -> UpdateReply | None: ...
+
+    def prepare(self, request: PrepareRequest, *, caller: str, timeout_s: float) -> PrepareReply | None: ...
+
+    def commit(self, request: CommitRequest, *, caller: str, timeout_s: float) -> CommitReply | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

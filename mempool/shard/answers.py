@@ -48,6 +48,8 @@ SCORE_PIECE_PRODUCTS = 2**32
 _LEAST_QUERIES = 16
 
 T = TypeVar("T")
+Space = Callable[[tuple[int, ...], torch.dtype], Tensor | None]
+"""Gives memory of the CPU for an answer of that shape and dtype, contiguous; None: it has none, new memory is taken."""
 Pieces = Generator[None, None, T]
 """Work in pieces: others are served where it yields."""
 
@@ -92,32 +94,31 @@ class Answers:
         return num_bytes > (READ_PIECE_BYTES if self._others_wait() else WHOLE_READ_BYTES)
 
     def gather(
-        self, request: GatherRequest, *, out: Tensor | None = None
+        self, request: GatherRequest, *, space: Space | None = None
     ) -> GatherReply | Parked | Pieces[GatherReply]:
-        """The sums of bags; out: [B, W] in the reply's dtype, contiguous, on the CPU: where they are written."""
-        return self._gather(self._tenancy.fenced(request.envelope), request, out)
+        """The sums of bags; space: gives the memory that they are written to."""
+        return self._gather(self._tenancy.fenced(request.envelope), request, space)
 
-    def reading_gather(
-        self, request: GatherRequest, *, out: Tensor | None = None
-    ) -> GatherReply | Parked | Pieces[GatherReply] | None:
+    def reading_gather(self, request: GatherRequest) -> GatherReply | Parked | Pieces[GatherReply] | None:
         """As ``gather``, where that only reads: it may be cut off anywhere. None where it would write."""
         table = self._tenancy.fenced(request.envelope)
         if table.storage.schedule is not None:
             return None
         try:
-            return self._gather(table, request, out)
+            return self._gather(table, request, None)
         except BaseException:
             self._contexts.recount()
             raise
 
     def _gather(
-        self, table: HostedTable, request: GatherRequest, out: Tensor | None
+        self, table: HostedTable, request: GatherRequest, space: Space | None
     ) -> GatherReply | Parked | Pieces[GatherReply]:
         if (waits := self._waits(table, request.envelope)) is not None:
             return waits
         with self._stages.measure("copy in"):
             bags, dtype = validate.check_gather(table.storage, request, reply_bytes=self._reply_bytes)
         self._reserve(dtype.itemsize * table.storage.width * bags.num_bags)
+        out = None if space is None else space((bags.num_bags, table.storage.width), dtype)
         if self._is_long(_row_bytes(table) * (bags.num_pairs + _BAG_ROWS * bags.num_bags)):
             return self._gather_in_pieces(request, table, bags, dtype, out)
         values = self._pooled(table, bags, dtype, for_step=request.remember, out=out)
@@ -151,9 +152,9 @@ class Answers:
         return GatherReply(stamp=table.stamp, blocks=table.storage.blocks, values=values)
 
     def update(
-        self, request: UpdateRequest, *, caller: str = "", out: Tensor | None = None
+        self, request: UpdateRequest, *, caller: str = "", space: Space | None = None
     ) -> UpdateReply | Parked | Pieces[UpdateReply]:
-        """What holds an update; out: [L] float32, contiguous, on the CPU: where the weights' gradient is written."""
+        """What holds an update; space: gives the memory that the weights' gradient is written to."""
         table = self._tenancy.fenced(request.envelope)
         bounds.check_step(request.step_id, (request.sequence,))
         if request.want_weight_grad and (waits := self._waits(table, request.envelope)) is not None:
@@ -183,6 +184,7 @@ class Answers:
         if not request.want_weight_grad:
             return self._updated(request, table, update if new else None, None, caller)
         self._reserve(4 * update.bags.num_pairs)
+        out = None if space is None else space((update.bags.num_pairs,), torch.float32)
         if self._is_long(_row_bytes(table) * (update.bags.num_pairs + update.bags.num_bags)):
             return self._update_in_pieces(request, table, update, new, caller, out)
         weight_grad = self._weight_grad(table, update.bags, update.grads, out=out)

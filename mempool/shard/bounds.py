@@ -4,7 +4,7 @@ All is checked in one pass, before any work. Leaves tensors to ``validate``.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from mempool.agreement.ledger import MAX_ENTRIES, generations
@@ -238,20 +238,21 @@ def _check_entry(entry: LedgerEntry) -> None:
         raise InvalidRequest(f"a ledger entry names {len(entry.others):,} tables; a step has at most {MAX_PARTS:,}")
 
 
-def check_reply(num_bytes: int, limit_bytes: int | None, what: str) -> None:
+def check_reply(num_bytes: int, limit_bytes: int | None, what: str | Callable[[], str]) -> None:
     """Refuse what would be answered by more than a message may have, before it is made.
 
     Args:
         num_bytes: Of the answer's tensors.
         limit_bytes: What a message may have (max_message_bytes); None: answers stay in this process.
-        what: What is asked, for the message.
+        what: What is asked, for the message; a function is called where there is one.
 
     Raises:
         RequestTooLarge: It would be larger.
     """
     if limit_bytes is not None and num_bytes + _ENVELOPE_BYTES > limit_bytes:
         raise RequestTooLarge(
-            f"{what} would be answered by {num_bytes:,} bytes; a message has at most {limit_bytes:,} "
+            f"{what if isinstance(what, str) else what()} would be answered by {num_bytes:,} bytes; a message has at "
+            f"most {limit_bytes:,} "
             "(max_message_bytes). Ask for fewer bags or rows at a time. Nothing was changed."
         )
 

@@ -188,8 +188,8 @@ class Engine:
             reserve=self._thread.reserve,
             asked_s=self._thread.asked_s,
         )
-        self.at_once = AtOnce(self._thread, self._answers, store)
         self._committing = Committing(self._tenancy, stages=self._stages, asked_s=self._thread.asked_s)
+        self.at_once = AtOnce(self._thread, self._answers, self._committing, store)
         self._saving = Saving(
             info=info,
             tenancy=self._tenancy,

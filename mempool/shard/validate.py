@@ -144,7 +144,7 @@ def check_gather(table: Storage, request: GatherRequest, *, reply_bytes: int | N
     if dtype is None:
         raise InvalidRequest(f"reply_dtype = {shown(request.reply_dtype)} must be 'float32' or 'bfloat16'")
     bag_bytes = dtype.itemsize * table.width
-    check_reply(bag_bytes * max(0, request.offsets.numel() - 1), reply_bytes, f"a gather of {_bags_of(request)}")
+    check_reply(bag_bytes * max(0, request.offsets.numel() - 1), reply_bytes, lambda: _bags_of(request))
     return check_bags(table, request.ids, request.weights, request.offsets, own=request.remember), dtype
 
 
@@ -287,7 +287,7 @@ def _check_blocks(table: Storage, blocks: Blocks, expected: Blocks) -> None:
 
 
 def _bags_of(request: GatherRequest) -> str:
-    return f"{max(0, request.offsets.numel() - 1):,} bags of {request.ids.numel():,} pairs"
+    return f"a gather of {max(0, request.offsets.numel() - 1):,} bags of {request.ids.numel():,} pairs"
 
 
 def _shown(tensor: Tensor) -> str:

@@ -22,6 +22,8 @@ _LAYOUTS: tuple[Layout, ...] = ("columns", "rows", "grid")
 _LEAST_BLOCK = 8
 #: Of the owner of a page, in a placement.
 PLACEMENT_BYTES = 4
+_MOST_GROWN = 1024
+_USUAL_PATH = "gRPC"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +59,8 @@ class Plan:
         shards_needed: The fewest that can hold it.
         shards: How many were planned with.
         options: The best split of each kind, the best first.
+        growth: The best split of more and more shards, twice as many each time, where their number was not given but a
+            machine is.
         machine: By whose constants times are predicted; path: and which way to shards.
         warnings: What else is to be known.
     """
@@ -67,6 +71,7 @@ class Plan:
     shards_needed: int
     shards: int
     options: tuple[Option, ...]
+    growth: tuple[Option, ...]
     machine: str | None
     path: str | None
     warnings: tuple[str, ...]
@@ -78,7 +83,11 @@ class Plan:
     @property
     def num_hosts(self) -> int:
         """Hosts of shards."""
-        return -(-self.shards // self.hosts.shards_each)
+        return self.hosts_of(self.shards)
+
+    def hosts_of(self, shards: int) -> int:
+        """Hosts that so many shards need."""
+        return -(-shards // self.hosts.shards_each)
 
     @property
     def view_bytes(self) -> int:
@@ -141,9 +150,10 @@ def make_plan(
         table: Its table, or each of them. Where it says no layout, or no block_dim, all are looked at.
         model: What looks it up.
         hosts: Where shards run.
-        shards: How many; the fewest that can hold it, if not given.
+        shards: How many; if not given, the fewest that can hold it, and of those that are looked at the fewest that
+            reach ``model.tokens_per_s``, or those that come nearest to it.
         machine: Whose constants predict times; None: bytes only.
-        path: Of the machine's; the last one, if not given.
+        path: Of the machine's; gRPC, or else its first, if not given.
 
     Raises:
         ConfigError: It does not fit, not even one page of it, or there is no such layout on so many shards, or no such
@@ -161,21 +171,25 @@ def make_plan(
     needed, lacking = _needed(schemas, room, hosts)
     if needed is None:
         raise ConfigError(f"{lacking} Give shards more memory, or the table fewer slots or columns, or a smaller dtype")
-    if shards is None:
-        shards = needed
-    elif shards < needed:
+    if shards is not None and shards < needed:
         raise ConfigError(
             f"{shards} shards are too few: each may have {format_bytes(shard.page_bytes)} of pages (shard.memory = "
             f"{format_bytes(shard.memory)}, less what clients and commits get), so {needed} at least must share "
             f"{_amount(model.tables * min(map(values_bytes, schemas)))}. Give more shards, or more memory"
         )
-    options = _best_of_kinds(
-        [
-            _option(found, model, hosts, machine, chosen)
-            for found in _splits(schemas, shards)
-            if found.largest_bytes <= room
-        ]
-    )
+
+    def options_of(count: int) -> tuple[Option, ...]:
+        fit = [found for found in _splits(schemas, count) if found.largest_bytes <= room]
+        return _best_of_kinds([_option(found, model, hosts, machine, chosen) for found in fit])
+
+    grown: list[tuple[Option, ...]] = []
+    if shards is None:
+        counts = [needed] if machine is None else _doubled(needed, hosts)
+        grown = [found for count in counts if (found := options_of(count))]
+        options = _wanted(grown, model)
+        shards = options[0].split.shards
+    else:
+        options = options_of(shards)
     if not options:
         widest = max(schema.num_blocks for schema in schemas)
         raise ConfigError(
@@ -189,11 +203,10 @@ def make_plan(
         shards_needed=needed,
         shards=shards,
         options=options,
+        growth=tuple(found[0] for found in grown) if machine is not None else (),
         machine=None if machine is None else machine.name,
         path=chosen,
-        warnings=tuple(
-            warnings_of(options[0].split, options[0].time, model, hosts, shard, machine, shards_needed=needed)
-        ),
+        warnings=tuple(warnings_of(options[0].split, options[0].time, model, hosts, shard, machine)),
     )
 
 
@@ -203,7 +216,7 @@ def _path(machine: Machine | None, path: str | None) -> str | None:
             raise ConfigError(f"path {path!r} is one of a machine's, and no machine's constants are given")
         return None
     if path is None:
-        return list(machine.paths)[-1]
+        return _USUAL_PATH if _USUAL_PATH in machine.paths else next(iter(machine.paths))
     if path not in machine.paths:
         raise ConfigError(f"path {path!r} was not measured on {machine.name}; known: {', '.join(machine.paths)}")
     return path
@@ -271,6 +284,23 @@ def _counts(least: int, hosts: Hosts) -> Iterator[int]:
     yield from range(max(1, least), hosts.shards_each)
     first = max(1, math.ceil(least / hosts.shards_each)) * hosts.shards_each
     yield from range(first, MAX_SHARDS + 1, hosts.shards_each)
+
+
+def _doubled(least: int, hosts: Hosts) -> Iterator[int]:
+    """So many shards, and then more and more, on whole hosts where they are more than one has."""
+    count = least
+    while count <= max(least, _MOST_GROWN):
+        yield count
+        count = 2 * count if 2 * count < hosts.shards_each else -(-2 * count // hosts.shards_each) * hosts.shards_each
+
+
+def _wanted(grown: list[tuple[Option, ...]], model: Model) -> tuple[Option, ...]:
+    """The first that is fast enough; the fastest, where none is; the first, where nobody says what is enough."""
+    if model.tokens_per_s is None:
+        return grown[0]
+    rates = [0.0 if found[0].time is None else found[0].time.tokens_per_s(model) for found in grown]
+    enough = [rate >= model.tokens_per_s for rate in rates]
+    return grown[enough.index(True) if any(enough) else rates.index(max(rates))]
 
 
 def _impossible(schema: TableSchema, shards: int) -> bool:

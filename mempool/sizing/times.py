@@ -6,8 +6,9 @@ from typing import Literal
 from mempool.sizing.demands import Hosts, Model
 from mempool.sizing.fit import total
 from mempool.sizing.machine import Constants, Kernels, Machine
-from mempool.sizing.split import Split
+from mempool.sizing.split import Holding, Split
 from mempool.sizing.traffic import (
+    Amounts,
     client_amounts,
     gather_amounts,
     shard_amounts,
@@ -48,6 +49,10 @@ class StepTime:
     def total(self) -> float:
         return self.client + self.waits + self.wire + self.calls + self.gather + self.update
 
+    def tokens_per_s(self, model: Model) -> float:
+        """Of all trainers together."""
+        return model.trainers * model.tokens / self.total
+
     @property
     def limit(self) -> str:
         """The largest part."""
@@ -67,18 +72,33 @@ def here_s(machine: Machine, path: str, call: Call, split: Split, *, bags: int, 
         cores: Of the machine, on which shards' kernels share.
     """
     costs = machine.paths[path].gather if call == "gather" else machine.paths[path].step
-    return total(costs.wall, client_amounts(split, bags=bags, pairs=pairs)) + kernels_s(
-        machine.kernels["cpu"], call, split, pairs=pairs, cores=cores
-    )
+    kernels = machine.kernels["cpu"]
+    amounts = wall_amounts(kernels, call, split, bags=bags, pairs=pairs, cores=cores)
+    return total(costs.wall, amounts) + kernels_s(kernels, call, split, pairs=pairs, cores=cores)
+
+
+def wall_amounts(kernels: Kernels, call: Call, split: Split, *, bags: int, pairs: int, cores: int) -> Amounts:
+    """What a call's time on one machine consists of, beside the kernels of its busiest shard."""
+    alone = kernels_s(kernels, call, split, pairs=pairs, cores=cores)
+    sharing = all_kernels_s(kernels, call, split, pairs=pairs) - alone
+    return {**client_amounts(split, bags=bags, pairs=pairs), "sharing": max(0.0, sharing)}
 
 
 def kernels_s(kernels: Kernels, call: Call, split: Split, *, pairs: int, cores: int) -> float:
     """Seconds until the shard with the most to do is done, where all share some cores."""
-    busiest = split.busiest
-    seconds = total(kernels.gather, gather_amounts(busiest, split, pairs=pairs))
+    return _kernels_s(kernels, call, split.busiest, split, pairs=pairs) * max(1.0, split.asked / cores)
+
+
+def all_kernels_s(kernels: Kernels, call: Call, split: Split, *, pairs: int) -> float:
+    """Seconds of the kernels of all shards, one after the other."""
+    return sum(held.shards * _kernels_s(kernels, call, held, split, pairs=pairs) for held in split.holdings)
+
+
+def _kernels_s(kernels: Kernels, call: Call, held: Holding, split: Split, *, pairs: int) -> float:
+    seconds = total(kernels.gather, gather_amounts(held, split, pairs=pairs))
     if call == "step":
-        seconds += total(kernels.update, update_amounts(busiest, split, pairs=pairs))
-    return seconds * max(1.0, split.asked / cores)
+        seconds += total(kernels.update, update_amounts(held, split, pairs=pairs))
+    return seconds
 
 
 def step_time(machine: Machine, path: str, split: Split, model: Model, hosts: Hosts) -> StepTime:

@@ -85,7 +85,9 @@ def traffic(split: Split, *, bags: int, pairs: int, wire_dtype: ReplyDtype) -> T
 #:   sort    a pair that is sent to its owner alone (rows)
 #:   filter  a pair looked at for each shard that is sent a part (rows)
 #:   column  an element of an answer
-TERMS = ("call", "shard", "pair", "sort", "filter", "column")
+#:   sharing a second of kernels that others' kernels have gone on beside, on the same machine: 0 where shards are in
+#:           nobody's way, 1 where they might as well take turns
+TERMS = ("call", "shard", "pair", "sort", "filter", "column", "sharing")
 
 Amounts = Mapping[str, float]
 

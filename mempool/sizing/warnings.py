@@ -22,8 +22,6 @@ def warnings_of(
     hosts: Hosts,
     shard: ShardConfig,
     machine: Machine | None,
-    *,
-    shards_needed: int,
 ) -> Iterator[str]:
     """A sentence each."""
     schema, busiest = split.schema, split.busiest
@@ -51,15 +49,13 @@ def warnings_of(
             f"a step makes a shard hold {held / 2**20:,.0f} MiB of updates and remembered look-ups, and clients may "
             f"make it hold {shard.client_bytes / 2**20:,.0f} MiB: set shard.client_memory, or give fewer tokens a step"
         )
-    if split.columns_sent > _WIDE * schema.value_dim:
+    if split.kind == "rows" and split.columns_sent > _WIDE * schema.value_dim:
         yield (
-            f"each bag is answered by {split.columns_sent // schema.value_dim} whole rows, as each shard by rows sends "
-            "partial sums of all its columns: more blocks (a smaller block_dim) make that fewer"
+            f"each bag is answered by {split.columns_sent // schema.value_dim} whole rows, a partial sum of each shard:"
+            " a grid of more blocks makes that fewer"
         )
     if split.asked < split.shards:
         yield f"{split.shards - split.asked} of {split.shards} shards own no row page"
-    if split.shards > shards_needed and split.shards % hosts.shards_each:
-        yield f"{split.shards} shards do not fill hosts of {hosts.shards_each}"
     if machine is None:
         yield "no times: they need a machine's constants (mempool bench plan --out DIR, then --machine FILE)"
     elif hosts.device not in machine.kernels:
@@ -69,6 +65,6 @@ def warnings_of(
             + ("" if hosts.gpu_gb_per_s else ", and as no bandwidth of a GPU is given, its CPU's speed")
         )
     if time is not None and model.tokens_per_s is not None:
-        reached = model.trainers * model.tokens / time.total
+        reached = time.tokens_per_s(model)
         if reached < model.tokens_per_s:
-            yield (f"{reached:,.0f} tokens/s at most, not {model.tokens_per_s:,.0f}: {time.limit} takes most of a step")
+            yield f"{reached:,.0f} tokens/s at most, not {model.tokens_per_s:,.0f}: {time.limit} takes most of a step"

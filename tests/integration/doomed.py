@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import mempool
+from mempool.client import GrpcShard
 from mempool.client.training.tables import TableCommit, commit_tables
-from mempool.wire.channels.grpc_channel import GrpcChannel
 
 LR = 0.5
 OF_STEPS = ("Prepare", "Commit")
@@ -46,9 +46,9 @@ def stepped(values: Tensor, seed: int) -> Tensor:
 
 def die_at(cut: int, side: str) -> None:
     """From now on this process dies at that message."""
-    sent, call = 0, GrpcChannel.call
+    sent, call = 0, GrpcShard._call
 
-    async def counted(self: GrpcChannel, method: Any, request: Any, **options: Any) -> Any:
+    async def counted(self: GrpcShard, method: Any, request: Any, **options: Any) -> Any:
         nonlocal sent
         if not method.path.endswith(OF_STEPS):
             return await call(self, method, request, **options)
@@ -61,7 +61,7 @@ def die_at(cut: int, side: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return reply
 
-    GrpcChannel.call = counted  # type: ignore[method-assign]
+    GrpcShard._call = counted  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -14,8 +14,10 @@ from mempool.bench.plan.fitting import median_error
 from mempool.bench.plan.points import Workload
 from mempool.bench.plan.run import Options, Outcome, run
 from mempool.bench.report import failed_document, goal_lines, table
+from mempool.sizing import Machine
 
 FORMAT = 1
+_COSTS = ("beside kernels and bytes", "ms", "a further shard", "CPU client", "a further shard", "CPU shard")
 _HEADER = ("call", "measured ms", "predicted", "off by")
 
 
@@ -60,7 +62,7 @@ def document(outcome: Outcome) -> dict[str, Any]:
             "seed": options.seed,
             "given_constants": options.machine is not None,
         },
-        "num_slots": outcome.workload.num_slots,
+        "table_bytes": outcome.workload.table_bytes,
         "goals": [standing.document() for standing in outcome.standings],
         "median_error": median_error(outcome.tried),
         "median_error_by_path": _by_path(outcome),
@@ -90,7 +92,10 @@ def document(outcome: Outcome) -> dict[str, Any]:
 def lines(outcome: Outcome) -> list[str]:
     """The report for people."""
     here = machine.describe(torch.device("cpu"))
-    out = [f"{here['model']}, {here['cores']} cores; {outcome.workload.num_slots} slots of float32, Adagrad"]
+    size = outcome.workload.table_bytes >> 20
+    out = [f"{here['model']}, {here['cores']} cores; tables of {size} MiB of float32, Adagrad"]
+    if outcome.machine is not None:
+        out += ["", *table(_COSTS, _costs(outcome.machine))]
     if outcome.tried:
         rows = [
             (one.point.name, f"{one.measured_ms:.3f}", f"{one.predicted_ms:.3f}", f"{one.error:.0%}")
@@ -101,6 +106,19 @@ def lines(outcome: Outcome) -> list[str]:
     if outcome.standings:
         out += ["", *goal_lines(outcome.standings)]
     return out
+
+
+def _costs(found: Machine) -> list[tuple[str, ...]]:
+    return [
+        (
+            f"{name} {call}",
+            *(f"{1e3 * costs.wall.get(term, 0.0):.3f}" for term in ("call", "shard")),
+            *(f"{1e3 * costs.client.get(term, 0.0):.3f}" for term in ("call", "shard")),
+            f"{1e3 * costs.server['call']:.3f}" if "call" in costs.server else "-",
+        )
+        for name, path in found.paths.items()
+        for call, costs in (("gather", path.gather), ("step", path.step))
+    ]
 
 
 def _by_path(outcome: Outcome) -> dict[str, float]:

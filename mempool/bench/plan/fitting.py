@@ -8,9 +8,9 @@ from statistics import median
 
 from mempool.bench.plan.points import CALLS, KERNELS, Call, Point
 from mempool.sizing import Costs, Kernels, Machine, Path
-from mempool.sizing.fit import fitted, total
-from mempool.sizing.times import here_s, kernels_s
-from mempool.sizing.traffic import client_amounts, gather_amounts, update_amounts
+from mempool.sizing.fit import fitted
+from mempool.sizing.times import all_kernels_s, here_s, kernels_s, wall_amounts
+from mempool.sizing.traffic import Amounts, client_amounts, gather_amounts, update_amounts
 
 
 @dataclass(frozen=True)
@@ -87,27 +87,30 @@ def _kernels(times: Times) -> Kernels:
     gathers, steps = points[::2], points[1::2]
     seconds = [times[point].wall / 1e3 for point in gathers]
     whole = [times[point].wall / 1e3 for point in steps]
-    return Kernels(
-        gather=fitted(
-            [gather_amounts(point.split.busiest, point.split, pairs=point.pairs) for point in gathers], seconds
-        ),
-        update=fitted(
-            [update_amounts(point.split.busiest, point.split, pairs=point.pairs) for point in steps],
-            [step - gather for step, gather in zip(whole, seconds, strict=True)],
-            whole,
-        ),
-    )
+    read = [gather_amounts(point.split.busiest, point.split, pairs=point.pairs) for point in gathers]
+    changed = [update_amounts(point.split.busiest, point.split, pairs=point.pairs) for point in steps]
+    besides = [step - gather for step, gather in zip(whole, seconds, strict=True)]
+    return Kernels(gather=_of_work(read, seconds, seconds), update=_of_work(changed, besides, whole))
+
+
+def _of_work(amounts: Sequence[Amounts], seconds: Sequence[float], weights: Sequence[float]) -> dict[str, float]:
+    """Without what a call of a kernel takes whatever its work: that is a part of what a path's call takes."""
+    found = fitted([{**work, "call": 1.0} for work in amounts], seconds, weights)
+    return {term: constant for term, constant in found.items() if term != "call"}
 
 
 def _costs(times: Times, call: Call, kernels: Kernels, cores: int) -> Costs:
     points = {point: found for point, found in times.items() if point.call == call}
     amounts = [client_amounts(point.split, bags=point.bags, pairs=point.pairs) for point in points]
+    shared = [
+        wall_amounts(kernels, call, point.split, bags=point.bags, pairs=point.pairs, cores=cores) for point in points
+    ]
     walls = [found.wall / 1e3 for found in points.values()]
     beside = [kernels_s(kernels, call, point.split, pairs=point.pairs, cores=cores) for point in points]
-    wall = fitted(amounts, [seconds - work for seconds, work in zip(walls, beside, strict=True)], walls)
+    wall = fitted(shared, [seconds - work for seconds, work in zip(walls, beside, strict=True)], walls)
     client = server = None
     inside = [not point.pids for point in points]
-    works = [_all_kernels_s(kernels, call, point) for point in points]
+    works = [all_kernels_s(kernels, call, point.split, pairs=point.pairs) for point in points]
     clients = [found.client for found in points.values()]
     if None not in clients:
         spent = [each / 1e3 for each in clients if each is not None]
@@ -130,14 +133,3 @@ def _servers_amounts(point: Point) -> dict[str, float]:
         "pair": split.times_sent * point.pairs,
         "column": point.bags * split.columns_sent,
     }
-
-
-def _all_kernels_s(kernels: Kernels, call: Call, point: Point) -> float:
-    """Of all shards, one after the other."""
-    seconds = 0.0
-    for held in point.split.holdings:
-        work = total(kernels.gather, gather_amounts(held, point.split, pairs=point.pairs))
-        if call == "step":
-            work += total(kernels.update, update_amounts(held, point.split, pairs=point.pairs))
-        seconds += held.shards * work
-    return seconds

@@ -19,8 +19,8 @@ from mempool.sizing import Split, split
 from mempool.types import TableSchema
 
 #: Ways to shards, in the order in which they are measured; KERNELS: the shards' work alone, in this process.
-EMBEDDED, GRPC, KERNELS = "embedded", "gRPC", "kernels"
-PATHS = (EMBEDDED, GRPC)
+EMBEDDED, GRPC, NEAR, KERNELS = "embedded", "gRPC", "shared-memory", "kernels"
+PATHS = (EMBEDDED, GRPC, NEAR)
 ALGORITHM = "adagrad"
 _CALL_TIMEOUT_S = 120.0
 _BLOCKS = 8
@@ -34,10 +34,12 @@ class Workload:
     """Sizes of a run. Constants are fitted to the first of each, and tried on the "other" ones.
 
     Attributes:
-        num_slots: Of all tables; Adagrad's state lies beside them.
+        table_bytes: Of each table's values, so that the narrow ones are not in a cache either; Adagrad's state lies
+            beside them.
         widths, other_widths: Columns of float32.
         shapes, other_shapes: Bags and pairs.
-        shards, other_shards: By path; one shard is tried with the other widths and shapes, too.
+        shards, other_shards: By path; one shard is tried with the other widths and shapes, too. Several counts above
+            one are fitted, as what rows cost for each shard and what they cost once is told apart by them.
         kernel_widths: Of tables in this process: as narrow as parts of one.
         kernel_shapes: Of their calls.
         copy_bytes: Of the copy beside.
@@ -45,18 +47,24 @@ class Workload:
         batch_s: Of the calls over which CPU is counted.
     """
 
-    num_slots: int = 2**17
+    table_bytes: int = 2**27
     widths: tuple[int, ...] = (64, 256)
     other_widths: tuple[int, ...] = (128,)
     shapes: tuple[Shape, ...] = (Shape(8, 32), Shape(128, 32), Shape(1024, 128))
     other_shapes: tuple[Shape, ...] = (Shape(64, 32), Shape(256, 64))
-    shards: dict[str, tuple[int, ...]] = field(default_factory=lambda: {EMBEDDED: (1, 8), GRPC: (1, 4)})
-    other_shards: dict[str, tuple[int, ...]] = field(default_factory=lambda: {EMBEDDED: (2, 4), GRPC: (2,)})
+    shards: dict[str, tuple[int, ...]] = field(
+        default_factory=lambda: {EMBEDDED: (1, 2, 8), GRPC: (1, 2, 4), NEAR: (1, 2, 4)}
+    )
+    other_shards: dict[str, tuple[int, ...]] = field(default_factory=lambda: {EMBEDDED: (4,), GRPC: (3,), NEAR: (3,)})
     kernel_widths: tuple[int, ...] = (16, 64, 256)
     kernel_shapes: tuple[Shape, ...] = (Shape(64, 32), Shape(256, 64), Shape(1024, 128))
     copy_bytes: int = 1 << 26
     budget_s: float = 150.0
     batch_s: float = 0.2
+
+    def table(self, width: int, seed: int) -> TableSize:
+        """The table of so many columns."""
+        return TableSize(self.table_bytes // (4 * width), width, seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +116,7 @@ class Point:
             "call": self.call,
             "bags": self.shape.bags,
             "pairs": self.shape.pairs,
+            "num_slots": self.schema.num_slots,
             "value_dim": self.schema.value_dim,
             "shards": self.shards,
             "layout": self.split.kind,
@@ -126,7 +135,7 @@ def kernels_alone(workload: Workload, seed: int) -> Points:
     """The shards' work without shards, on values of this process: what is fitted first."""
     found = Points()
     for width in workload.kernel_widths:
-        size = TableSize(workload.num_slots, width, seed)
+        size = workload.table(width, seed)
         schema = mempool_schema(size, "columns", blocks=1)
         table = LocalTable(Memory.of(size, ALGORITHM))
         _add(found, table, size, schema, KERNELS, 1, workload.kernel_shapes, fits=True, seed=seed)
@@ -138,7 +147,7 @@ def on_path(stack: ExitStack, path: str, workload: Workload, seed: int, *, fits:
 
     Args:
         stack: Ends them.
-        path: EMBEDDED or GRPC.
+        path: One of PATHS.
         workload: Sizes.
         seed: Of tables and pairs.
         fits: Whether to make those that constants are fitted to, too.
@@ -152,7 +161,7 @@ def on_path(stack: ExitStack, path: str, workload: Workload, seed: int, *, fits:
             widths, shapes = which.get(shards, ((), ()))
             for layout in _layouts(shards):
                 for width in widths:
-                    size = TableSize(workload.num_slots, width, seed)
+                    size = workload.table(width, seed)
                     table = _table(pool, size, layout)
                     _add(found, table, size, table.schema, path, shards, shapes, fits=fit, seed=seed, pids=pids)
     return found
@@ -168,10 +177,10 @@ def mempool_schema(size: TableSize, layout: Layout, *, blocks: int) -> TableSche
 def _pool(stack: ExitStack, path: str, shards: int, workload: Workload) -> tuple[mempool.Pool, Sequence[int]]:
     if path == EMBEDDED:
         return stack.enter_context(mempool.local(shards=shards, device="cpu", timeout_s=_CALL_TIMEOUT_S)), ()
-    columns = 2 * (sum(workload.widths) + sum(workload.other_widths))  # by columns and by rows
-    memory_bytes = 2**30 + 4 * workload.num_slots * columns * 4  # with Adagrad's state, and room beside
+    tables = 2 * (len(workload.widths) + len(workload.other_widths))  # by columns and by rows
+    memory_bytes = 2**30 + 4 * workload.table_bytes * tables  # with Adagrad's state, and room beside
     process = stack.enter_context(pool_process(shards=shards, memory_bytes=memory_bytes))
-    return stack.enter_context(connected(process.address, near=False)), process.pids
+    return stack.enter_context(connected(process.address, near=path == NEAR)), process.pids
 
 
 def _layouts(shards: int) -> tuple[Layout, ...]:

@@ -14,14 +14,27 @@ from mempool.bench.gate import GateError
 from mempool.bench.goals import Standing, stand
 from mempool.bench.measuring import Contender, Copy, interleaved
 from mempool.bench.plan.fitting import Measured, Tried, machine_of, median_error, tried
-from mempool.bench.plan.points import KERNELS, PATHS, Point, Points, Workload, kernels_alone, on_path
-from mempool.bench.run import Say, require_options
+from mempool.bench.plan.points import (
+    EMBEDDED,
+    GRPC,
+    KERNELS,
+    NEAR,
+    PATHS,
+    Point,
+    Points,
+    Workload,
+    kernels_alone,
+    on_path,
+)
+from mempool.bench.run import OptionsError, Say, require_options
 from mempool.bench.serve.lookups import cpu_of_calls
 from mempool.bench.serve.shapes import NUM_INPUTS
 from mempool.sizing import Machine
+from mempool.wire.near.line import supported
 
 _GOAL = 0.15
 _ROUNDS = 15
+_USUAL = (EMBEDDED, GRPC)
 
 
 @dataclass(frozen=True)
@@ -31,12 +44,12 @@ class Options:
     Attributes:
         quick: Fewer rounds.
         rounds: Rounds of a path; fewer where they take long, but 5.
-        only: Paths; none for all.
+        only: Paths; none for an embedded pool and gRPC.
         seed: Of tables and pairs.
         machine: Constants to be tried; None: they are measured in the same rounds.
 
     Raises:
-        OptionsError: An unknown path, or no round.
+        OptionsError: An unknown path, or one that this system has not, or no round.
     """
 
     quick: bool = False
@@ -47,10 +60,12 @@ class Options:
 
     def __post_init__(self) -> None:
         require_options(self.only, PATHS, self.rounds)
+        if NEAR in self.only and not supported():
+            raise OptionsError(f"{NEAR}: this system has no memory that two processes can share so; leave it out")
 
     @property
     def paths(self) -> list[str]:
-        return [path for path in PATHS if not self.only or path in self.only]
+        return [path for path in PATHS if path in (self.only or _USUAL)]
 
 
 @dataclass
@@ -137,8 +152,10 @@ def _path(outcome: Outcome, path: str, say: Say) -> tuple[dict[Point, Measured],
         say(f"{path}: timing {len(points)} calls")
         copy = Copy(workload.copy_bytes, "cpu")
         ways = {point: Contender(f"{number} {point.name}", point.run) for number, point in enumerate(points)}
+        # Small ones behind each other: what a large step leaves to be done after it was answered is no part of them.
+        in_order = [ways[point] for point in sorted(points, key=lambda point: (point.pairs, point.call))]
         times = interleaved(
-            [*ways.values(), copy.contender],
+            [*in_order, copy.contender],
             num_inputs=NUM_INPUTS,
             rounds=options.rounds,
             budget_s=workload.budget_s,

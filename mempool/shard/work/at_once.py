@@ -11,11 +11,21 @@ from functools import partial
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mempool.shard.answers import Answers, Pieces
+from mempool.shard.answers import Answers, Pieces, Space
+from mempool.shard.committing import Committing
 from mempool.shard.parking import Behind, Parked
-from mempool.shard.work.jobs import cost_of
+from mempool.shard.work.jobs import cost_of, cost_of_parts
 from mempool.shard.work.thread import EngineThread
-from mempool.types import GatherReply, GatherRequest, UpdateReply, UpdateRequest
+from mempool.types import (
+    CommitReply,
+    CommitRequest,
+    GatherReply,
+    GatherRequest,
+    PrepareReply,
+    PrepareRequest,
+    UpdateReply,
+    UpdateRequest,
+)
 
 if TYPE_CHECKING:
     from mempool.shard.durable.store import Store
@@ -32,13 +42,14 @@ class AtOnce:
 
     Args:
         thread: Stands still meanwhile.
-        answers: Makes the answers.
+        answers, committing: Make the answers.
         store: What the shard keeps on a disk: nobody is told of what is not durable yet.
     """
 
-    def __init__(self, thread: EngineThread, answers: Answers, store: Store | None) -> None:
+    def __init__(self, thread: EngineThread, answers: Answers, committing: Committing, store: Store | None) -> None:
         self._thread = thread
         self._answers = answers
+        self._committing = committing
         self._store = store
 
     def begin_gather(self, request: GatherRequest, **_: object) -> Callable[[], GatherReply | None]:
@@ -56,19 +67,41 @@ class AtOnce:
         """The answer; None where it cannot be had at once. Nobody is waited for."""
         return self._answer("gather", self._answers.gather, request, wait=False)
 
-    def gather(self, request: GatherRequest, *, caller: str, timeout_s: float) -> GatherReply | None:
-        """The answer, at once or when it is the caller's turn; None where it is not to be had so."""
+    def gather(
+        self, request: GatherRequest, *, caller: str, timeout_s: float, space: Space | None = None
+    ) -> GatherReply | None:
+        """The answer, at once or when it is the caller's turn; None where it is not to be had so. Memory of ``space``
+        is written to only before this returns."""
         if not self._thread.is_busy:
-            return self.gather_unless_busy(request)
+            return self._answer("gather", partial(self._answers.gather, space=space), request, wait=False)
         cost = cost_of(request.ids, request.weights, request.offsets, numbers=len(request.release))
         return self._in_turn("gather", self._answers.gather, request, cost, timeout_s, caller)()
 
-    def update(self, request: UpdateRequest, *, caller: str, timeout_s: float) -> UpdateReply | None:
+    def update(
+        self, request: UpdateRequest, *, caller: str, timeout_s: float, space: Space | None = None
+    ) -> UpdateReply | None:
         """The same of an update."""
         answer = partial(self._answers.update, caller=caller)
         if not self._thread.is_busy:
-            return self._answer("update", answer, request, wait=False)
+            return self._answer("update", partial(answer, space=space), request, wait=False)
         return self._in_turn("update", answer, request, _cost_of_update(request), timeout_s, caller)()
+
+    def prepare(self, request: PrepareRequest, *, caller: str, timeout_s: float) -> PrepareReply | None:
+        """The answer when it is the caller's turn. None, too, where it would have to be durable first: nobody waits for
+        a disk here."""
+        if self._store is not None:
+            return None
+        answer = partial(self._committing.prepare, caller=caller)
+        return self._in_turn("prepare", answer, request, cost_of_parts(request.parts), timeout_s, caller)()
+
+    def commit(self, request: CommitRequest, *, caller: str, timeout_s: float) -> CommitReply | None:
+        """The same of a commit."""
+        if self._store is not None:
+            return None
+        cost = cost_of_parts(request.parts)
+        answer: Any = self._committing.commit  # what it promises besides is the thread's to do
+        reply: CommitReply | None = self._in_turn("commit", answer, request, cost, timeout_s, caller)()
+        return reply
 
     def _in_turn(
         self,

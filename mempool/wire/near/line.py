@@ -33,6 +33,8 @@ SHARED_FROM_BYTES = 16 * 2**10
 _KEPT_BYTES = MEMORY_BYTES // 2
 """Of replies that lie where they came as long as their reader has them; others are copied out."""
 _LAST_CALL = 2**32
+_HEAD_BYTES = 4096
+"""Room before the memory that is given for the end of a body."""
 _BUFFER_BYTES = 64 * 2**10
 _TIMEVAL = struct.Struct("ll")
 
@@ -61,6 +63,7 @@ class Line:
         self._start = self._end = 0
         self._extents: dict[int, tuple[int, int]] = {}  # by call, of what this side sends
         self._timeouts: dict[int, float] = {}
+        self._space_taken: tuple[int, int] | None = None
         connection.settimeout(None)
 
     @property
@@ -87,6 +90,38 @@ class Line:
                 message; nothing was sent.
         """
         self._socket.sendall(self._packed(message, parts, before))
+
+    def space(self, num_bytes: int) -> memoryview | None:
+        """Memory that a body of this side's may end with, until the next message is sent; None: there is none now."""
+        self.drop_space()
+        if num_bytes < SHARED_FROM_BYTES:
+            return None
+        self._space_taken = self._sent.take(_HEAD_BYTES + num_bytes)
+        if self._space_taken is None:
+            return None
+        begin = self._space_taken[0] + _HEAD_BYTES
+        return self._sent.view(begin, begin + num_bytes)
+
+    def send_space(self, message: Message, parts: Parts) -> None:
+        """As ``send``, of a body whose last part lies in the memory that was taken."""
+        assert self._space_taken is not None, "it was taken"
+        *head, last = parts
+        before, num_bytes = sum([len(part) for part in head]), len(last)
+        if before > _HEAD_BYTES:
+            self.send(message, parts)
+            self.drop_space()
+            return
+        extent, self._space_taken = self._space_taken, None
+        place = extent[0] + _HEAD_BYTES - before
+        self._sent.write(place, head)
+        self._extents[message.call] = extent
+        self._socket.sendall(header_of(message, before + num_bytes, place))
+
+    def drop_space(self) -> None:
+        """It is not needed."""
+        if self._space_taken is not None:
+            self._sent.give_back(self._space_taken)
+            self._space_taken = None
 
     def receive(self) -> tuple[Message, Body]:
         """The next message; its body in memory of this process's own, or where it lies.
@@ -216,7 +251,7 @@ class ClientLine(Line):
         self._num_kept += message.num_bytes
         if self._num_kept > _KEPT_BYTES or message.kind == FAILURE:
             self._free.append((message.call, message.num_bytes))
-            return message.kind == REPLY, bytes(body)
+            return message.kind == REPLY, memoryview(bytearray(body))  # tensors are made of it: they may be written to
         assert isinstance(body, memoryview)
         self._keep(message.call, body)
         return True, body

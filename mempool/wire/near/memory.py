@@ -74,12 +74,23 @@ class SentMemory:
         """Write a body of so many bytes: where it lies, until that is given back; None: there is no room now."""
         extent = self._extents.take(num_bytes)
         if extent is not None:
-            at = extent[0]
-            for part in parts:
-                end = at + len(part)
-                self._memory[at:end] = part
-                at = end
+            self.write(extent[0], parts)
         return extent
+
+    def take(self, num_bytes: int) -> tuple[int, int] | None:
+        """A part that has so many bytes at least, until it is given back; None: there is no room now."""
+        return self._extents.take(num_bytes)
+
+    def view(self, begin: int, end: int) -> memoryview:
+        """Memory that was taken, to be written to."""
+        return self._memory[begin:end]
+
+    def write(self, at: int, parts: Sequence[bytes | memoryview]) -> None:
+        """Write parts one behind the other, into what was taken."""
+        for part in parts:
+            end = at + len(part)
+            self._memory[at:end] = part
+            at = end
 
     def give_back(self, extent: tuple[int, int]) -> None:
         """The other side needs it no more."""

@@ -12,7 +12,7 @@ from .test_light import loaded
 
 PAPER = (
     *("plan", "--width", 2048, "--slots", 8192**2, "--dtype", "bfloat16", "--optimizer", "rowwise_adagrad"),
-    *("--layers", 3, "--tokens", 4096, "--trainers", 64, "--shards", 1024),
+    *("--layers", 3, "--tokens", 4096, "--trainers", 64, "--shards", 1024, "--block-dim", 16),
 )
 
 
@@ -26,7 +26,8 @@ def machine(tmp_path: Path) -> Path:
 def test_json(command: Command, machine: Path) -> None:
     found = json.loads(command(*PAPER, "--machine", machine, "--json").stdout)
     assert list(found) == [
-        "table", "memory", "shards_needed", "shards", "hosts", "splits", "client", "host", "machine", "path", "warnings",
+        "table", "memory", "shards_needed", "shards", "hosts", "splits", "growth", "client", "host", "machine", "path",
+        "warnings",
     ]  # fmt: skip
     assert list(found["table"]) == [
         "num_slots", "value_dim", "dtype", "optimizer", "layout", "block_dim", "page_slots", "tables", "parameters",
@@ -36,7 +37,8 @@ def test_json(command: Command, machine: Path) -> None:
     assert (found["shards"], found["hosts"], found["machine"], found["path"]) == (1024, 128, "a-machine", "gRPC")
     for split in found["splits"]:
         assert list(split) == [
-            "kind", "layout", "block_dim", "shards_asked", "largest_shard_bytes", "bytes_a_token", "step", "tokens_per_s",
+            "kind", "layout", "block_dim", "shards_asked", "largest_shard_bytes", "bytes_a_token", "step",
+            "tokens_per_s",
         ]  # fmt: skip
         assert list(split["bytes_a_token"]) == ["to_shards", "from_shards", "to_a_shard", "from_a_shard"]
         assert list(split["step"]) == [
@@ -65,6 +67,17 @@ def test_for_people(command: Command, machine: Path) -> None:
     assert "ms of CPU" in trainer
     assert any(line.startswith("a host of shards: ") for line in said)
     assert any(line == "times by the constants of a-machine over gRPC; nothing overlaps in them" for line in said)
+
+
+def test_more_and_more_shards(command: Command, machine: Path) -> None:
+    line = ("plan", "--width", 64, "--slots", 4096, "--page-slots", 64, "--machine", machine, "--trainers", 4)
+    growth = json.loads(command(*line, "--json").stdout)["growth"]
+    assert [option["shards"] for option in growth[:5]] == [1, 2, 4, 8, 16]
+    assert growth[4]["hosts"] == 2
+    said = command(*line).stdout.splitlines()
+    first = next(number for number, text in enumerate(said) if text.startswith("shards  hosts"))
+    assert said[first + 5].split()[:2] == ["16", "2"]
+    assert json.loads(command("plan", "--width", 64, "--slots", 4096, "--json").stdout)["growth"] == []
 
 
 def test_an_optimizer_with_fields(command: Command) -> None:

@@ -19,7 +19,16 @@ import torch
 from mempool.errors import DeadlineExceeded, Internal, InvalidRequest, NotFound, RequestTooLarge, ShardUnavailable
 from mempool.observe import Stages
 from mempool.server.near import _MOST_LINES, NearServer
-from mempool.types import Envelope, HeartbeatReply, HeartbeatRequest, ReadRowsReply, ReadRowsRequest, Stamp
+from mempool.types import (
+    Envelope,
+    GatherReply,
+    GatherRequest,
+    HeartbeatReply,
+    HeartbeatRequest,
+    ReadRowsReply,
+    ReadRowsRequest,
+    Stamp,
+)
 from mempool.types.caller import current_caller
 from mempool.wire import methods
 from mempool.wire.channels.grpc_channel import GrpcChannel
@@ -28,6 +37,7 @@ from mempool.wire.channels.near_channel import MOST_LINES, MOST_REQUEST_BYTES, N
 from mempool.wire.near import handshake
 from mempool.wire.near.framing import MOST_INLINE_BYTES, REQUEST, Message, header_of
 from mempool.wire.near.line import _KEPT_BYTES, SHARED_FROM_BYTES, ClientLine, supported
+from mempool.wire.near.memory import MEMORY_BYTES
 
 pytestmark = pytest.mark.skipif(not supported(), reason="this system has no such memory")
 
@@ -48,15 +58,19 @@ def asked(count: int) -> ReadRowsRequest:
 
 
 @asynccontextmanager
-async def serving(token: str | None = None, **calls: Call) -> AsyncIterator[NearServer]:
+async def serving(token: str | None = None, at_once: Any = None, **calls: Call) -> AsyncIterator[NearServer]:
     """A server that nobody reaches by gRPC."""
     known = {methods.READ_ROWS.path: calls.get("rows", rows)}
-    if "heartbeat" in calls:
-        known[methods.HEARTBEAT.path] = calls["heartbeat"]
+    known |= {
+        method.path: calls[name]
+        for name, method in (("heartbeat", methods.HEARTBEAT), ("gather", methods.GATHER))
+        if name in calls
+    }
     server = NearServer(
         f"127.0.0.1:{10**6 * os.getpid() + next(_ports)}",  # no port of any server
         token=token,
         calls=known,
+        at_once=at_once,
         stages=Stages(),
         max_message_bytes=2**22,
     )
@@ -396,5 +410,72 @@ def test_a_client_that_is_killed_leaves_nothing() -> None:
                 child.kill()
                 await asyncio.to_thread(child.wait)
             assert len(os.listdir("/proc/self/fd")) <= descriptors
+
+    go(main())
+
+
+class Written:
+    """A shard that answers at once, in the memory that it is given, or beside it.
+
+    Attributes:
+        where: "there", "beside", or "late": it has taken the memory, and then cannot answer.
+        given: What it was given, each time.
+    """
+
+    def __init__(self) -> None:
+        self.where = "there"
+        self.given: list[torch.Tensor | None] = []
+
+    def gather(self, request: GatherRequest, *, space: Any, **_: object) -> GatherReply | None:
+        count = request.ids.shape[0]
+        memory = space((count, 8), torch.float32)
+        self.given.append(memory)
+        if self.where == "late":
+            return None
+        values = torch.empty(count, 8) if memory is None or self.where == "beside" else memory
+        values[:] = request.ids.to(torch.float32)[:, None]
+        return GatherReply(stamp=STAMP, blocks=tuple(range(request.lookup_id)), values=values)
+
+    def update(self, *_: object, **__: object) -> None:
+        return None
+
+    def gather_unless_busy(self, _: GatherRequest) -> None:
+        return None
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 2000])
+@pytest.mark.parametrize("where", ["there", "beside", "late"])
+def test_answers_are_written_where_they_are_sent_from(where: str, num_blocks: int) -> None:
+    shard = Written()
+
+    async def gathered(request: GatherRequest) -> GatherReply:
+        values = request.ids.to(torch.float32)[:, None].expand(-1, 8).contiguous()
+        return GatherReply(stamp=STAMP, blocks=tuple(range(request.lookup_id)), values=values)
+
+    def asks(count: int) -> GatherRequest:
+        ids = torch.arange(count)
+        offsets = torch.arange(count + 1)
+        return GatherRequest(
+            envelope=ENVELOPE, lookup_id=num_blocks, ids=ids, weights=None, offsets=offsets, remember=False
+        )
+
+    async def main() -> None:
+        async with serving(gather=gathered, at_once=shard) as server, connected(server) as channel:
+            (there,) = server._lines
+            for turn in range(30):
+                shard.where = where if turn % 3 else "there"
+                count = (1, 40_000, 3, 100_000)[turn % 4]
+                reply = await channel.call(methods.GATHER, asks(count), timeout_s=20)
+                assert reply.blocks == tuple(range(num_blocks))
+                assert torch.equal(reply.values, torch.arange(count, dtype=torch.float32)[:, None].expand(-1, 8))
+                assert (shard.given[-1] is None) == (count < 1000)
+            del reply
+            shard.given.clear()
+            shard.where = "there"
+            await channel.call(methods.GATHER, asks(1), timeout_s=20)
+            await channel.call(methods.GATHER, asks(1), timeout_s=20)
+            assert there._line.num_extents == 0
+            free = there._line._sent._extents._free
+            assert free == [(0, MEMORY_BYTES)], "nothing of it is taken any more"
 
     go(main())

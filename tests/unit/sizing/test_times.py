@@ -8,12 +8,12 @@ import pytest
 
 from mempool.config import SGD, TableConfig, resolve
 from mempool.errors import ConfigError
-from mempool.sizing import Hosts, Kernels, Machine, Model, split
+from mempool.sizing import Hosts, Kernels, Machine, Model, Path, split
 from mempool.sizing.fit import fitted, total
 from mempool.sizing.times import here_s, step_time, wire_s
 from mempool.sizing.traffic import client_amounts, update_amounts
 
-from .machines import MACHINE
+from .machines import COSTS, MACHINE
 
 TABLE = TableConfig(name="a", num_slots=2**20, value_dim=256, optimizer=SGD(0.1), layout="columns", block_dim=64)
 MODEL = Model(heads=2, topk=8, tokens=100)
@@ -42,6 +42,9 @@ def test_a_call_on_the_machine() -> None:
     given: dict[str, Any] = {"bags": 100, "pairs": PAIRS}
     assert here_s(MACHINE, "gRPC", "gather", found, cores=4, **given) == pytest.approx(calls + gather)
     assert here_s(MACHINE, "gRPC", "gather", found, cores=2, **given) == pytest.approx(calls + 2 * gather)
+    turns = replace(COSTS, wall={**COSTS.wall, "sharing": 1.0})
+    taking_turns = replace(MACHINE, paths={"gRPC": Path(gather=turns, step=turns)})
+    assert here_s(taking_turns, "gRPC", "gather", found, cores=4, **given) == pytest.approx(calls + 4 * gather)
     update = update_amounts(found.busiest, found, pairs=PAIRS)
     touched = (update["byte"] - PAIRS * 256) / (2 * 256)
     assert PAIRS - 3 < touched < PAIRS, "a row that is drawn twice is written once"

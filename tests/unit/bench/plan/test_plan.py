@@ -1,4 +1,4 @@
-"""`mempool bench plan` at sizes that take seconds: constants come of it, are tried elsewhere, and what is wrong is not timed."""
+"""`mempool bench plan` at sizes that take seconds: constants come of it and are tried; what is wrong is not timed."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import pytest
 import mempool
 from mempool.bench.plan import command, fitting, points, run
 from mempool.bench.plan.fitting import Measured, machine_of, tried
-from mempool.bench.plan.points import EMBEDDED, GRPC, KERNELS, Point, Workload
+from mempool.bench.plan.points import EMBEDDED, GRPC, KERNELS, NEAR, Point, Workload
 from mempool.bench.processes.pool import PoolProcess
 from mempool.bench.run import OptionsError
 from mempool.bench.serve.shapes import Shape, TableSize
@@ -23,7 +23,7 @@ from mempool.sizing.traffic import client_amounts
 from tests.unit.sizing.machines import MACHINE
 
 TINY = Workload(
-    num_slots=256,
+    table_bytes=256 * 32 * 4,
     widths=(8, 32),
     other_widths=(16,),
     shapes=(Shape(2, 2), Shape(4, 4)),
@@ -47,11 +47,12 @@ def _no_process(monkeypatch: pytest.MonkeyPatch) -> None:
         assert memory_bytes > 2**30
         yield PoolProcess(f"{shards}", [])
 
-    def connect(address: str, *, timeout_s: float) -> mempool.Pool:
-        return mempool.local(shards=int(address), device="cpu", timeout_s=timeout_s)
+    def connected(address: str, *, near: bool) -> mempool.Pool:
+        assert not near
+        return mempool.local(shards=int(address), device="cpu", timeout_s=60)
 
     monkeypatch.setattr(points, "pool_process", process)
-    monkeypatch.setattr(mempool, "connect", connect)
+    monkeypatch.setattr(points, "connected", connected)
 
 
 def test_a_run_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,7 +62,7 @@ def test_a_run_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     found = json.loads(path.read_text())
     assert path.name == f"{found['machine']['name']}-plan.json"
     assert list(found) == [
-        "format", "mempool", "machine", "versions", "implementation", "threads", "options", "num_slots", "goals",
+        "format", "mempool", "machine", "versions", "implementation", "threads", "options", "table_bytes", "goals",
         "median_error", "median_error_by_path", "constants", "fitted", "tried", "failed",
     ]  # fmt: skip
     assert found["failed"] == []
@@ -83,6 +84,8 @@ def test_a_run_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert (one["bags"], one["pairs"], one["value_dim"]) == (3, 2, 16)
     assert f"embedded: median error {found['median_error_by_path'][EMBEDDED]:.0%}" in said.out
     assert "predicted times at other points, median error" in said.out
+    costs = [line.split()[:2] for line in said.out.splitlines() if line.split()[1:2] in (["gather"], ["step"])]
+    assert costs[:4] == [[path, call] for path in (EMBEDDED, GRPC) for call in ("gather", "step")]
 
 
 def test_constants_of_an_earlier_run_are_tried(capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,9 +104,12 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (outcome.machine, outcome.tried, outcome.times) == (None, [], {})
 
 
-def test_paths_are_named() -> None:
-    with pytest.raises(OptionsError, match="unknown cases rdma; known: embedded, gRPC"):
+def test_paths_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionsError, match="unknown cases rdma; known: embedded, gRPC, shared-memory"):
         run.Options(only=("rdma",))
+    monkeypatch.setattr(run, "supported", lambda: False)
+    with pytest.raises(OptionsError, match="shared-memory: this system has no memory"):
+        run.Options(only=(NEAR,))
 
 
 def made(path: str, call: Any, shards: int, layout: Any, width: int, shape: Shape, *, fits: bool) -> Point:
