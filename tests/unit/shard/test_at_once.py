@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from mempool.errors import MempoolError, Overloaded
-from mempool.shard import Engine
+from mempool.shard import Engine, answers
+from mempool.shard.parking import Behind, Parked
 from mempool.shard.steps.contexts import Contexts
 from mempool.types import GatherRequest, OptimizerSpec, UpdateRequest
 from mempool.wire.channels.loop import run
@@ -135,6 +136,32 @@ def test_who_waits_has_the_first_turn(make_driver: MakeDriver) -> None:
     in_turn.join(BOUND_S)
     assert found[0] is not None
     assert begun(engine, asked(driver)) is not None
+
+
+def test_who_waits_is_answered_in_pieces_where_the_work_is_long(
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "READ_PIECE_BYTES", 40)
+    monkeypatch.setattr(answers, "WHOLE_READ_BYTES", 40)
+    driver = make_driver().create(make_schema())
+    engine = engine_of(driver)
+    request = asked(driver)
+    expected = driver.call(engine.gather(request))
+
+    def kernels() -> int:
+        return next(stage.count for stage in engine._stages.snapshot() if stage.stage == "kernel")
+
+    before = kernels()
+    found: Any = engine.at_once._in_turn("gather", engine._answers.gather, request, 4096, BOUND_S, "me")()
+    assert found is not None, "the engine would do all of it again"
+    assert same(found.values, expected.values)
+    assert kernels() - before > 1
+
+    def is_behind() -> Any:
+        yield
+        raise Behind(lambda _: Parked())
+
+    assert engine.at_once._in_turn("gather", lambda _: is_behind(), request, 4096, BOUND_S, "me")() is None
 
 
 def test_who_does_not_get_a_turn_in_time_is_told_nothing_and_leaves_nothing(make_driver: MakeDriver) -> None:
