@@ -52,6 +52,7 @@ class Job:
         run: Does it: the result, or a generator that does it in pieces and returns the result.
         done: Where the result goes.
         control: It is the controller's.
+        leaves: It leaves the queue with its answer; of others those who ask say when.
         put_s: When it came, on a clock that measures.
         pieces: What is left of it, where it is done in pieces.
         known: It is in the queue, or on its way back to whoever asked.
@@ -66,6 +67,7 @@ class Job:
     run: Callable[[Any], Any]
     done: Answer
     control: bool = False
+    leaves: bool = False
     put_s: float = 0.0
     asked_s: float = 0.0
     pieces: Any = None

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import partial
 from types import GeneratorType
@@ -20,6 +21,7 @@ from mempool.errors import DeadlineExceeded, Internal, MempoolError, Overloaded,
 from mempool.observe import Stages
 from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.shard.work.jobs import JOB_BYTES, Answered, Job, JobQueue
+from mempool.shard.work.results import Awaited, Handed, bare
 from mempool.types.caller import Caller, current_caller
 from mempool.types.running import ONLY_WHEN_RUNG, THREADS, Clock, Runner
 
@@ -66,8 +68,10 @@ class EngineThread:
         self._on_fatal = on_fatal
         self._budget = budget or Budget(2**62)
         self._jobs = JobQueue(self._budget, name=name)
+        self._asked: deque[Job] = deque()  # on their way to the queue: who asks so may be interrupted anywhere
         self._lock = threading.Lock()  # of the queue and of what says whether it is open
         self._at_work = threading.Lock()  # held by whoever touches the state: the thread, or a reader on its own
+        self._reader = 0  # the thread that read last, where signals' handlers may run
         self._closed: str | None = None
         self._keeping_up = False
         self._next_upkeep_s = self._busy_s = 0.0
@@ -77,7 +81,7 @@ class EngineThread:
     @property
     def num_jobs(self) -> int:
         """Jobs that wait or are being answered."""
-        return self._jobs.num_jobs
+        return self._jobs.num_jobs + len(self._asked)
 
     @property
     def busy_s(self) -> float:
@@ -86,7 +90,7 @@ class EngineThread:
 
     def others_wait(self) -> bool:
         """Whether jobs wait for the one that runs."""
-        return len(self._jobs) > 0
+        return len(self._jobs) > 0 or len(self._asked) > 0
 
     @property
     def doing(self) -> str:
@@ -127,7 +131,7 @@ class EngineThread:
             MempoolError: What the job raised; anything else it raised comes as Internal.
         """
         loop = asyncio.get_running_loop()
-        answer = _Answer(loop)
+        answer = Awaited(loop)
         asked = Job(
             stage=stage,
             request=request,
@@ -149,7 +153,7 @@ class EngineThread:
                     answered = True
                     return result
                 await waits
-                asked.done = answer = _Answer(loop)
+                asked.done = answer = Awaited(loop)
                 self._line_up_again(asked)
         finally:
             at_end = asked.caller.at_end if answered else None
@@ -174,10 +178,26 @@ class EngineThread:
         Returns:
             Its result. None where others are to be served before, or it failed in any way: ``run`` it then.
         """
-        if self._closed is not None or len(self._jobs) or not (wait or not self._at_work.locked()):
+        if self._closed is not None or self.others_wait():
             return None
-        with self._at_work, torch.no_grad():
-            if self._closed is not None or len(self._jobs):
+        if not wait:  # nobody interrupts these threads
+            if not self._at_work.acquire(blocking=False):
+                return None
+            try:
+                return self._at_once(stage, read, request)
+            finally:
+                self._at_work.release()
+        if self._reader == threading.get_ident() and self._at_work.locked():
+            return (
+                None  # a signal's handler asks, and what it has interrupted holds the shard: it would wait for itself
+            )
+        with self._at_work:
+            self._reader = threading.get_ident()
+            return self._at_once(stage, read, request)
+
+    def _at_once(self, stage: str, read: Callable[[RequestT], T | None], request: RequestT) -> T | None:
+        with torch.no_grad():
+            if self._closed is not None or self.others_wait():
                 return None
             started_s = self._clock()
             try:
@@ -197,7 +217,7 @@ class EngineThread:
     @property
     def is_busy(self) -> bool:
         """Whether something is done, or waits."""
-        return self._at_work.locked() or len(self._jobs) > 0
+        return self._at_work.locked() or self.others_wait()
 
     def begin(
         self,
@@ -209,8 +229,12 @@ class EngineThread:
         timeout_s: float,
         caller: str = "",
     ) -> Callable[[], T | None]:
-        """As ``run``, for a thread that waits itself, by calling what is returned, once; None after ``timeout_s``."""
-        handed: _Handed = _Handed()
+        """As ``run``, for a thread that waits itself, by calling what is returned; None after ``timeout_s``.
+
+        A signal's handler may cut it off anywhere: the queue is the shard's own thread's to touch, and so it is to say
+        there that nobody waits any more. A job that waits for none is done all the same, or is late.
+        """
+        handed: Handed = Handed()
         asked = Job(
             stage=stage,
             request=request,
@@ -218,17 +242,16 @@ class EngineThread:
             cost=cost,
             run=job,
             done=handed,
+            leaves=True,
+            put_s=self._clock(),
         )
-        self._enter(asked)
-
-        def wait() -> T | None:
-            try:
-                value: T | None = handed.wait(timeout_s)
-                return value
-            finally:
-                self._leave(asked)
-
-        return wait
+        asked.asked_s = asked.put_s
+        try:
+            self._asked.append(asked)
+        finally:
+            self._worker.ring()
+        self.check_open()  # only now: the thread looks once more after it was closed
+        return lambda: handed.wait(timeout_s)
 
     def _leave(self, job: Job) -> None:
         with self._lock:
@@ -269,9 +292,19 @@ class EngineThread:
         with self._lock:
             # Under the lock, so that no job can come after the end and wait forever.
             self.check_open()
+            self._take_in()
             job.put_s = job.asked_s = self._clock()
             self._jobs.add(job, now_s=self._clock())
         self._worker.ring()
+
+    def _take_in(self) -> None:
+        """Line up those that were asked for. Under the lock."""
+        while self._asked:
+            job = self._asked.popleft()
+            try:
+                self._jobs.add(job, now_s=self._clock())
+            except MempoolError as error:
+                job.done.fail(bare(error))
 
     def _line_up_again(self, job: Job) -> None:
         with self._lock:
@@ -298,6 +331,7 @@ class EngineThread:
         """Run the next job, or a piece of one. Returns whether there may be more."""
         now_s = self._clock()
         with self._lock:
+            self._take_in()
             job = self._jobs.ready(now_s=now_s)
             late = self._jobs.take_expired()
         for one in late:
@@ -305,7 +339,7 @@ class EngineThread:
         if self._keeping_up and now_s >= self._next_upkeep_s:
             self._keep_up()
         if job is None:
-            return self._closed is None or len(self._jobs) > 0
+            return self._closed is None or self.others_wait()
         self._doing = job
         self._do(job)
         self._doing = None
@@ -322,8 +356,13 @@ class EngineThread:
         self._next_upkeep_s = self._clock() + self._upkeep_s
 
     def _tell_late(self, job: Job) -> None:
+        self._over(job)
         job.done.fail(DeadlineExceeded(f"{job.stage}: the call's time was over before its turn came at {self._name}"))
         job.forget()
+
+    def _over(self, job: Job) -> None:
+        if job.leaves:
+            self._leave(job)
 
     def _do(self, job: Job) -> None:
         started_s = self._clock()
@@ -334,10 +373,10 @@ class EngineThread:
         try:
             more, result = self._do_some(job)
         except MempoolError as error:
-            failure = _bare(error)
+            failure = bare(error)
         except Exception as error:
-            failure = _bare(self._explained(job, error))
-            _bare(error)
+            failure = bare(self._explained(job, error))
+            bare(error)
         ended_s = self._clock()
         self._stages.record(job.stage, ended_s - started_s)
         self._busy_s += ended_s - started_s
@@ -348,7 +387,9 @@ class EngineThread:
                 self._jobs.again(job)
         if more:
             self._worker.ring()
-        elif failure is not None:
+            return
+        self._over(job)
+        if failure is not None:
             job.pieces = None
             job.done.fail(failure)
         elif isinstance(result, Answered):
@@ -406,7 +447,8 @@ class EngineThread:
         text = f"{self._name} has ended: {type(error).__name__}: {error}. Its pages are gone with it"
         with self._lock:
             self._closed = text
-            waiting = self._jobs.drain()
+            waiting = [*self._jobs.drain(), *self._asked]
+            self._asked.clear()
         for job in (*([self._doing] if self._doing is not None else []), *waiting):
             job.done.fail(ShardUnavailable(text))
             job.forget()
@@ -419,72 +461,7 @@ class _BrokenDevice(BaseException):
     """The device takes no work any more. No Exception: nobody catches it but the end of the thread."""
 
 
-class _Answer:
-    """A job's result on its way to the loop that waits for it."""
-
-    __slots__ = ("_loop", "future")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self.future: asyncio.Future[Any] = loop.create_future()
-
-    def give(self, value: Any) -> None:
-        self._send(value, None)
-
-    def fail(self, error: BaseException) -> None:
-        self._send(None, error)
-
-    def _send(self, value: Any, error: BaseException | None) -> None:
-        try:
-            self._loop.call_soon_threadsafe(_settle, self.future, value, error)
-        except RuntimeError:
-            return  # the loop is closed, and so nobody waits
-
-
-class _Handed:
-    """A job's result on its way to a thread that waits for it."""
-
-    __slots__ = ("_error", "_here", "_value")
-
-    def __init__(self) -> None:
-        self._here = threading.Lock()
-        self._here.acquire()
-        self._value: Any = None
-        self._error: BaseException | None = None
-
-    def give(self, value: Any) -> None:
-        self._value = value
-        self._here.release()
-
-    def fail(self, error: BaseException) -> None:
-        self._error = error
-        self._here.release()
-
-    def wait(self, timeout_s: float) -> Any:
-        """The result, None where it does not come in time. Raises what the job raised."""
-        if not self._here.acquire(timeout=timeout_s):
-            return None
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-
-def _settle(future: "asyncio.Future[Any]", value: Any, error: BaseException | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(value)
-    else:
-        future.set_exception(error)
-
-
 def probe(device: torch.device) -> None:
     """Raises where a device takes no work any more: after an error that CUDA's context does not survive."""
     if device.type == "cuda":
         torch.zeros(1, device=device).add_(1).cpu()
-
-
-def _bare(error: BaseException) -> BaseException:
-    """The error without the frames it went through, and without what it came from: they hold the request."""
-    error.__traceback__ = error.__cause__ = error.__context__ = None
-    return error
