@@ -9,7 +9,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from functools import partial
 from types import GeneratorType
 from typing import Any, TypeVar
@@ -19,7 +19,9 @@ import torch
 from mempool.errors import DeadlineExceeded, Internal, MempoolError, Overloaded, ShardUnavailable
 from mempool.observe import Stages
 from mempool.shard.steps.budget import Budget, out_of_memory
-from mempool.shard.work.jobs import JOB_BYTES, Answered, Job, JobQueue
+from mempool.shard.work.jobs import JOB_BYTES, Answered, Begun, Job, JobQueue, Shared
+from mempool.shard.work.results import LoopAnswer, Outcome, ThreadAnswer, bare
+from mempool.shard.work.together import Half, ended, ended_alone, name_of
 from mempool.types.caller import Caller, current_caller
 from mempool.types.running import ONLY_WHEN_RUNG, THREADS, Clock, Runner
 
@@ -72,6 +74,7 @@ class EngineThread:
         self._keeping_up = False
         self._next_upkeep_s = self._busy_s = 0.0
         self._doing: Job | None = None
+        self._taken: list[Job] = []  # out of the queue in this turn, and not answered yet
         self._worker = runner.worker(self._turn, name=name, within=torch.no_grad)  # rung once for each job in line
 
     @property
@@ -107,6 +110,7 @@ class EngineThread:
         control: bool = False,
         caller: Caller | None = None,
         again: Callable[[Any], Awaitable[None] | None] | None = None,
+        shared: Shared | None = None,
     ) -> Any:
         """Run a job when its turn comes. Cancelling skips it, or the rest of it, and harms no other.
 
@@ -119,6 +123,7 @@ class EngineThread:
             caller: Who asks; None: whoever the call is served for.
             again: Where given, looks at a result: what it answers is awaited, and the job run once more; None: it is
                 the answer.
+            shared: How it is done where others like it wait; None: alone.
 
         Raises:
             ShardUnavailable: The thread was closed.
@@ -127,7 +132,7 @@ class EngineThread:
             MempoolError: What the job raised; anything else it raised comes as Internal.
         """
         loop = asyncio.get_running_loop()
-        answer = _Answer(loop)
+        answer = LoopAnswer(loop)
         asked = Job(
             stage=stage,
             request=request,
@@ -136,6 +141,7 @@ class EngineThread:
             run=job,
             done=answer,
             control=control,
+            shared=shared,
         )
         del request, job
         result = waits = None
@@ -149,7 +155,7 @@ class EngineThread:
                     answered = True
                     return result
                 await waits
-                asked.done = answer = _Answer(loop)
+                asked.done = answer = LoopAnswer(loop)
                 self._line_up_again(asked)
         finally:
             at_end = asked.caller.at_end if answered else None
@@ -208,9 +214,10 @@ class EngineThread:
         cost: int,
         timeout_s: float,
         caller: str = "",
+        shared: Shared | None = None,
     ) -> Callable[[], T | None]:
         """As ``run``, for a thread that waits itself, by calling what is returned, once; None after ``timeout_s``."""
-        handed: _Handed = _Handed()
+        handed = ThreadAnswer()
         asked = Job(
             stage=stage,
             request=request,
@@ -218,6 +225,7 @@ class EngineThread:
             cost=cost,
             run=job,
             done=handed,
+            shared=shared,
         )
         self._enter(asked)
 
@@ -295,10 +303,11 @@ class EngineThread:
         return max(0.0, self._next_upkeep_s - self._clock()) if self._keeping_up else ONLY_WHEN_RUNG
 
     def _serve(self) -> bool:
-        """Run the next job, or a piece of one. Returns whether there may be more."""
+        """Run the next job with those that go with it, or a piece of one. Returns whether there may be more."""
         now_s = self._clock()
         with self._lock:
             job = self._jobs.ready(now_s=now_s)
+            company = [] if job is None else self._jobs.company(job, now_s=now_s)
             late = self._jobs.take_expired()
         for one in late:
             self._tell_late(one)
@@ -306,9 +315,12 @@ class EngineThread:
             self._keep_up()
         if job is None:
             return self._closed is None or len(self._jobs) > 0
-        self._doing = job
-        self._do(job)
-        self._doing = None
+        self._doing, self._taken = job, [job, *company]
+        if company:
+            self._do_together([job, *company])
+        else:
+            self._do(job)
+        self._doing, self._taken = None, []
         if not self._keeping_up:
             self._keeping_up, self._next_upkeep_s = True, now_s + self._upkeep_s
         return True
@@ -326,36 +338,80 @@ class EngineThread:
         job.forget()
 
     def _do(self, job: Job) -> None:
-        started_s = self._clock()
-        self._stages.record("queue", started_s - job.put_s)
-        result: Any = None
-        failure: BaseException | None = None
-        more = False
+        began_s = self._clock()
+        self._stages.record("queue", began_s - job.put_s)
+        outcome = self._tried(job, partial(self._do_some, job))
+        self._ended(job, outcome, self._clock() - began_s)
+
+    def _do_together(self, jobs: list[Job]) -> None:
+        """Begin each by itself, and end those that are alike as one."""
+        alike: dict[Hashable, list[Half]] = {}
+        for job in jobs:
+            if job.gone:
+                self._taken.remove(job)
+                continue
+            self._doing = job
+            began_s = self._clock()
+            self._stages.record("queue", began_s - job.put_s)
+            outcome = self._tried(job, partial(self._begin, job))
+            took_s = self._clock() - began_s
+            if isinstance(outcome.result, Begun):
+                alike.setdefault(outcome.result.like, []).append(Half(job, outcome.result, took_s))
+            else:
+                self._ended(job, outcome, took_s)
+        for halves in alike.values():
+            if len(halves) > 1 and self._end_as_one(halves):
+                continue
+            for half in halves:
+                self._doing = half.job
+                began_s = self._clock()
+                outcome = self._tried(half.job, partial(ended_alone, half))
+                self._ended(half.job, outcome, half.took_s + self._clock() - began_s)
+
+    def _end_as_one(self, halves: list[Half]) -> bool:
+        """Whether that went well. Nothing is done else: each is to be ended by itself."""
+        self._doing = halves[0].job
+        began_s = self._clock()
         try:
-            more, result = self._do_some(job)
+            results = ended(halves)
+        except Exception:  # there is less memory for all of them than for one, say
+            return False
+        took_s = self._clock() - began_s
+        self._stages.record(name_of(len(halves)), took_s)
+        for half, result in zip(halves, results, strict=True):
+            self._ended(half.job, Outcome(result), half.took_s + took_s / len(halves))
+        return True
+
+    def _tried(self, job: Job, do: Callable[[], Outcome]) -> Outcome:
+        try:
+            return do()
         except MempoolError as error:
-            failure = _bare(error)
+            return Outcome(failure=bare(error))
         except Exception as error:
-            failure = _bare(self._explained(job, error))
-            _bare(error)
-        ended_s = self._clock()
-        self._stages.record(job.stage, ended_s - started_s)
-        self._busy_s += ended_s - started_s
+            failure = bare(self._explained(job, error))
+            bare(error)
+            return Outcome(failure=failure)
+
+    def _ended(self, job: Job, outcome: Outcome, took_s: float) -> None:
+        """A job, or a piece of it, took so long."""
+        self._stages.record(job.stage, took_s)
+        self._busy_s += took_s
+        self._taken.remove(job)
         with self._lock:
-            self._jobs.spent(job, ended_s - started_s)
-            if more:
-                job.put_s = ended_s
+            self._jobs.spent(job, took_s)
+            if outcome.more:
+                job.put_s = self._clock()
                 self._jobs.again(job)
-        if more:
+        if outcome.more:
             self._worker.ring()
-        elif failure is not None:
+        elif outcome.failure is not None:
             job.pieces = None
-            job.done.fail(failure)
-        elif isinstance(result, Answered):
-            job.done.give(result.reply)
-            self._go_on(result)
+            job.done.fail(outcome.failure)
+        elif isinstance(outcome.result, Answered):
+            job.done.give(outcome.result.reply)
+            self._go_on(outcome.result)
         else:
-            job.done.give(result)
+            job.done.give(outcome.result)
 
     def _go_on(self, answered: Answered) -> None:
         """Do what an answer has promised. What fails stays promised: whoever answered sees to it."""
@@ -369,19 +425,28 @@ class EngineThread:
                 _LOG.exception("%s: what an answer has promised could not be done", self._name)
         self._stages.record("after the answer", self._clock() - started_s)
 
-    def _do_some(self, job: Job) -> tuple[bool, Any]:
-        """Run a job, or its next piece: whether there are more, and else the result."""
+    def _do_some(self, job: Job) -> Outcome:
+        """Run a job, or its next piece."""
         if job.pieces is None:
             result = job.run(job.request)
             if not isinstance(result, GeneratorType):
-                return False, result
+                return Outcome(result)
             job.pieces = result
         try:
             next(job.pieces)
         except StopIteration as end:
             job.pieces = None
-            return False, end.value
-        return True, None
+            return Outcome(end.value)
+        return Outcome(more=True)
+
+    def _begin(self, job: Job) -> Outcome:
+        """Do what is its own of a job that is done together with others."""
+        assert job.shared is not None, "those have company"
+        result = job.shared.begin(job.request)
+        if not isinstance(result, GeneratorType):
+            return Outcome(result)
+        job.pieces = result  # it is longer than it looked: the rest has turns of its own
+        return Outcome(more=True)
 
     def _explained(self, job: Job, error: Exception) -> MempoolError:
         """What a caller is told of an error that is not ours."""
@@ -407,10 +472,10 @@ class EngineThread:
         with self._lock:
             self._closed = text
             waiting = self._jobs.drain()
-        for job in (*([self._doing] if self._doing is not None else []), *waiting):
+        for job in (*self._taken, *waiting):
             job.done.fail(ShardUnavailable(text))
             job.forget()
-        self._doing = None
+        self._doing, self._taken = None, []
         if self._on_fatal is not None:
             self._on_fatal(error)
 
@@ -419,72 +484,7 @@ class _BrokenDevice(BaseException):
     """The device takes no work any more. No Exception: nobody catches it but the end of the thread."""
 
 
-class _Answer:
-    """A job's result on its way to the loop that waits for it."""
-
-    __slots__ = ("_loop", "future")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self.future: asyncio.Future[Any] = loop.create_future()
-
-    def give(self, value: Any) -> None:
-        self._send(value, None)
-
-    def fail(self, error: BaseException) -> None:
-        self._send(None, error)
-
-    def _send(self, value: Any, error: BaseException | None) -> None:
-        try:
-            self._loop.call_soon_threadsafe(_settle, self.future, value, error)
-        except RuntimeError:
-            return  # the loop is closed, and so nobody waits
-
-
-class _Handed:
-    """A job's result on its way to a thread that waits for it."""
-
-    __slots__ = ("_error", "_here", "_value")
-
-    def __init__(self) -> None:
-        self._here = threading.Lock()
-        self._here.acquire()
-        self._value: Any = None
-        self._error: BaseException | None = None
-
-    def give(self, value: Any) -> None:
-        self._value = value
-        self._here.release()
-
-    def fail(self, error: BaseException) -> None:
-        self._error = error
-        self._here.release()
-
-    def wait(self, timeout_s: float) -> Any:
-        """The result, None where it does not come in time. Raises what the job raised."""
-        if not self._here.acquire(timeout=timeout_s):
-            return None
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-
-def _settle(future: "asyncio.Future[Any]", value: Any, error: BaseException | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(value)
-    else:
-        future.set_exception(error)
-
-
 def probe(device: torch.device) -> None:
     """Raises where a device takes no work any more: after an error that CUDA's context does not survive."""
     if device.type == "cuda":
         torch.zeros(1, device=device).add_(1).cpu()
-
-
-def _bare(error: BaseException) -> BaseException:
-    """The error without the frames it went through, and without what it came from: they hold the request."""
-    error.__traceback__ = error.__cause__ = error.__context__ = None
-    return error
