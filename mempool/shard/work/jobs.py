@@ -412,7 +412,7 @@ class JobQueue:
 
 def _shared_bytes(job: Job) -> int | None:
     """What it would read beside others; None where it is done alone: in pieces, say."""
-    return job.shared.num_bytes if job.shared is not None and job.pieces is None else None
+    return None if job.shared is None or job.control or job.pieces is not None else job.shared.num_bytes
 
 
 def _over(job: Job, now_s: float) -> bool:
