@@ -206,7 +206,7 @@ SEEN_AT: dict[str, int] = {
     "epoch fence": 8,
     "wait for decided steps": 48,
     "generation": 1,
-    "ledger": 16,
+    "ledger": 17,
     "version wait": 7,
     "token of a round": 8,
     "order": 37,
@@ -217,7 +217,7 @@ SEEN_AT: dict[str, int] = {
     "sync before an answer": 34,
     "record of a decision": 2,
     "record of an update": 1,
-    "checksum": 5,
+    "checksum": 6,
     "pack before its manifest": 22,
     "snapshot before segments go": 29,
 }
