@@ -44,6 +44,8 @@ WHOLE_READ_BYTES = 192 * 2**20
 """Where nobody else waits so much is read at once, as pieces cost a little more than the whole."""
 _BAG_ROWS = 16
 """Rows that are read in the time that the answer of one bag takes: its memory is new, and touched first."""
+LEAST_TOGETHER, LEAST_TOGETHER_ON_CPU = 2, 4
+"""Gathers that are summed by one kernel. A CPU's is begun so soon that what joining costs is not saved before."""
 COPY_PIECE_BYTES = 64 * 2**20
 """Bytes of rows that are read as they are at once."""
 SCORE_PIECE_PRODUCTS = 2**32
@@ -141,7 +143,12 @@ class Answers:
         num_bytes = ids.nbytes + offsets.nbytes + _row_bytes(table) * (ids.numel() + _BAG_ROWS * offsets.numel())
         if num_bytes > SMALL_BYTES:
             return None
-        return Shared(num_bytes=num_bytes, begin=partial(answered, self.begin_gather), end=self.end_gathers)
+        return Shared(
+            num_bytes=num_bytes,
+            least=LEAST_TOGETHER_ON_CPU if table.storage.device.type == "cpu" else LEAST_TOGETHER,
+            begin=partial(answered, self.begin_gather),
+            end=self.end_gathers,
+        )
 
     def begin_gather(self, request: GatherRequest) -> BegunGather | Parked | Pieces[GatherReply]:
         """As ``gather``, but for the sums; ``end_gathers`` must follow in the same turn."""

@@ -62,11 +62,13 @@ class Shared:
 
     Attributes:
         num_bytes: What it reads, about; at most ``SMALL_BYTES``.
+        least: From so many on it pays, 2 or more.
         begin: Does what is its own, given the request: what is begun, or the result as ``run`` has it.
         end: Does the rest of several that are alike: their results, in order. May be called again where it raised.
     """
 
     num_bytes: int
+    least: int
     begin: Callable[[Any], Any]
     end: Callable[[Sequence[Any]], Sequence[Any]]
 
@@ -240,7 +242,7 @@ class JobQueue:
         ready just now. Nobody is passed over, so nobody's turn comes later, but by what is done together."""
         jobs: list[Job] = []
         num_bytes = _shared_bytes(first)
-        if num_bytes is None or self._control:
+        if num_bytes is None or self._control or self._waiting + 1 < first.shared.least:  # type: ignore[union-attr]
             return jobs
         while self._heap and len(jobs) < MAX_BATCH_JOBS - 1:
             job = self._heap[0].job

@@ -21,7 +21,7 @@ from mempool.observe import Stages
 from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.shard.work.jobs import JOB_BYTES, Answered, Begun, Job, JobQueue, Shared
 from mempool.shard.work.results import LoopAnswer, Outcome, ThreadAnswer, bare
-from mempool.shard.work.together import Half, ended, ended_alone, name_of
+from mempool.shard.work.together import Half, ended, ended_alone, is_enough, name_of
 from mempool.types.caller import Caller, current_caller
 from mempool.types.running import ONLY_WHEN_RUNG, THREADS, Clock, Runner
 
@@ -360,7 +360,7 @@ class EngineThread:
             else:
                 self._ended(job, outcome, took_s)
         for halves in alike.values():
-            if len(halves) > 1 and self._end_as_one(halves):
+            if is_enough(halves) and self._end_as_one(halves):
                 continue
             for half in halves:
                 self._doing = half.job

@@ -20,6 +20,12 @@ class Half:
     took_s: float
 
 
+def is_enough(halves: Sequence[Half]) -> bool:
+    """Whether ending them as one pays."""
+    shared = halves[0].job.shared
+    return shared is not None and len(halves) >= max(2, shared.least)
+
+
 def ended(halves: Sequence[Half]) -> Sequence[Any]:
     """The results of jobs that are alike, in order. Raises whatever the first one's ``end`` does."""
     shared = halves[0].job.shared

@@ -30,6 +30,12 @@ OPTIMIZERS = {
 Ask = Callable[[], Any]
 
 
+@pytest.fixture(autouse=True)
+def from_two_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr(answers, "LEAST_TOGETHER_ON_CPU", answers.LEAST_TOGETHER)
+
+
 def together(engine: Engine, driver: Driver, *asks: Ask, then: Callable[[], None] = lambda: None) -> list[Future[Any]]:
     """Each is asked by a caller of its own; all are in line, in that order, when the shard's thread is free."""
     going, go_on = threading.Event(), threading.Event()
@@ -246,6 +252,17 @@ def test_what_is_longer_than_it_looked_is_done_in_pieces(
     for reply, alone in zip(found, expected, strict=True):
         assert same(reply.values, alone.values)
     assert batches(driver) == {}
+
+
+def test_few_gain_nothing_on_a_cpu(make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "LEAST_TOGETHER_ON_CPU", 4)
+    driver = make_driver().create(make_schema())
+    engine = engine_of(driver)
+    requests = [asked(driver, number) for number in range(1, 5)]
+    for few in (requests[:3], requests):
+        for reply in together(engine, driver, *gathers(engine, few)):
+            reply.result(BOUND_S)
+    assert batches(driver) == {"batch of 3 to 4": 1}
 
 
 def test_large_ones_are_done_alone(make_driver: MakeDriver) -> None:

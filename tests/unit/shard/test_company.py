@@ -5,6 +5,7 @@ import logging
 import threading
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from hypothesis import given, settings
@@ -31,12 +32,15 @@ def _job(
     caller: str = "a",
     num_bytes: int | None = 1000,
     *,
+    least: int = 2,
     cost: int = JOB_BYTES,
     control: bool = False,
     deadline_s: float | None = None,
 ) -> Job:
     """num_bytes: What it reads beside others; None: it is done alone."""
-    shared = None if num_bytes is None else Shared(num_bytes=num_bytes, begin=lambda request: request, end=list)
+    shared = (
+        None if num_bytes is None else Shared(num_bytes=num_bytes, least=least, begin=lambda request: request, end=list)
+    )
     return Job(
         stage="gather",
         request=object(),
@@ -134,6 +138,13 @@ def test_what_the_controller_asks_waits_for_nobody() -> None:
     assert [_turn(queue) for _ in range(2)] == [[control], [second]]
 
 
+def test_few_are_not_held_up_for_each_other() -> None:
+    queue = _queue(*(jobs := [_job(least=3) for _ in range(5)]))
+    assert [_turn(queue) for _ in range(2)] == [jobs, []]
+    queue = _queue(*(jobs := [_job(least=3) for _ in range(2)]))
+    assert [_turn(queue) for _ in range(2)] == [jobs[:1], jobs[1:]]
+
+
 def test_work_in_pieces_goes_on_alone() -> None:
     first, second = _job(), _job()
     queue = _queue(first, second)
@@ -169,10 +180,12 @@ class _Half(Begun):
 class _Work:
     """Jobs that double a number, those of odd and of even ones together."""
 
-    def __init__(self, *, fails: Callable[[Sequence[_Half]], BaseException | None] = lambda _: None) -> None:
+    def __init__(
+        self, *, least: int = 2, fails: Callable[[Sequence[_Half]], BaseException | None] = lambda _: None
+    ) -> None:
         self.ended: list[list[int]] = []
         self._fails = fails
-        self.shared = Shared(num_bytes=1, begin=self.begin, end=self.end)
+        self.shared = Shared(num_bytes=1, least=least, begin=self.begin, end=self.end)
 
     def begin(self, request: Any) -> Any:
         return _Half(request) if isinstance(request, int) else request()
@@ -238,6 +251,13 @@ def test_those_that_are_alike_are_ended_as_one() -> None:
     assert counts == {"gate": 1, "job": 5, "queue": 6, "batch of 2": 1, "batch of 3 to 4": 1}
 
 
+def test_where_too_few_are_alike_each_is_ended_by_itself() -> None:
+    work = _Work(least=3)
+    found, _ = _together(work, [1, 2, 3, 5, 4])
+    assert found == [2, 4, 6, 10, 8]
+    assert work.ended == [[1, 3, 5], [2], [4]]
+
+
 def test_an_error_of_one_is_its_own() -> None:
     def wrong() -> None:
         raise InvalidRequest("wrong")
@@ -279,6 +299,25 @@ def test_who_leaves_or_is_late_is_left_out() -> None:
     assert isinstance(found[1], asyncio.CancelledError)
     assert isinstance(found[2], DeadlineExceeded)
     assert work.ended == [[1, 7]]
+
+
+def test_who_leaves_while_others_are_begun_is_left_out() -> None:
+    left = threading.Event()
+    leave: list[Callable[[], None]] = []
+
+    def first() -> str:
+        leave[0]()
+        assert left.wait(BOUND_S)
+        return "at once"
+
+    async def ready(tasks: list[asyncio.Task[Any]]) -> None:
+        tasks[1].add_done_callback(lambda _: left.set())
+        leave.append(partial(asyncio.get_running_loop().call_soon_threadsafe, tasks[1].cancel))
+
+    work = _Work()
+    found, _ = _together(work, [first, 1, 3, 5], meanwhile=ready)
+    assert (found[0], found[2], found[3]) == ("at once", 6, 10)
+    assert work.ended == [[3, 5]]
 
 
 def test_all_of_them_are_told_when_the_thread_ends() -> None:
