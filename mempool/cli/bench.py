@@ -88,7 +88,7 @@ def train(
         int, typer.Option("--rounds", metavar="N", min=1, help="Timed steps; fewer where they take long.")
     ] = 50,
     only: Annotated[
-        str, typer.Option("--only", metavar="NAMES", help="Parts, with commas: steps,peers,layers,overlap.")
+        str, typer.Option("--only", metavar="NAMES", help="Parts, with commas: steps,shards,peers,layers,overlap.")
     ] = "",
     as_json: _AsJson = False,
     out: _Out = None,

@@ -3,6 +3,9 @@
 Legend: B bags, L pairs of all bags together.
 """
 
+from functools import lru_cache
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,6 +13,9 @@ from mempool.client.counts import as_count
 from mempool.client.gathers.untraced import untraced
 from mempool.errors import InvalidRequest
 
+_NARROW_SLOTS = 2**31
+"""Of tables whose ids are kept and sent in half the bytes."""
+_CACHED_BAGS = 2**16
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
@@ -24,8 +30,9 @@ def checked_bags(
         offsets: [B + 1] integers from 0 to L, ascending; only with ids of one dimension.
 
     Returns:
-        ids [L] int64 on the CPU, a copy of its own; weights [L], a differentiable view of the caller's, on its device;
-        offsets [B + 1] int64 on the CPU, a copy of its own.
+        ids [L] on the CPU, a copy of its own, int32 where the table has at most 2^31 slots, else int64; weights [L], a
+        differentiable view of the caller's, on its device; offsets [B + 1] int64 on the CPU, not the caller's, which
+        nobody writes to.
 
     Raises:
         InvalidRequest: Naming the tensor, the value and its position.
@@ -40,12 +47,24 @@ def checked_bags(
                 "offsets [B + 1]."
             )
         num_bags, bag_pairs = ids.shape
-        checked_offsets = torch.arange(num_bags + 1, dtype=torch.int64, device="cpu") * bag_pairs
+        checked_offsets = _even_offsets(num_bags, bag_pairs)
     else:
         checked_offsets = _checked_offsets(offsets, ids, table=table)
-    own_ids = own_copy(ids, torch.int64)
-    require_in_range(own_ids, num_slots=num_slots, table=table)
+    here = ids.detach().cpu()
+    require_in_range(here, num_slots=num_slots, table=table)
+    own_ids = own_copy(here, torch.int32 if num_slots <= _NARROW_SLOTS else torch.int64)
     return own_ids.reshape(-1), None if weights is None else weights.reshape(-1), checked_offsets
+
+
+@lru_cache(maxsize=32)
+def _cached_offsets(num_bags: int, bag_pairs: int) -> Tensor:
+    return torch.from_numpy(np.arange(num_bags + 1, dtype=np.int64) * bag_pairs)
+
+
+def _even_offsets(num_bags: int, bag_pairs: int) -> Tensor:
+    """Of bags that have as many pairs each; those of one training step are those of the next."""
+    make = _cached_offsets if num_bags <= _CACHED_BAGS else _cached_offsets.__wrapped__
+    return make(num_bags, bag_pairs)
 
 
 @untraced  # how many pairs are left depends on the ids

@@ -22,6 +22,7 @@ from mempool.observe import Stages
 from mempool.server.services import AtOnce
 from mempool.types.caller import Caller, calling
 from mempool.wire import methods
+from mempool.wire.methods import Method
 from mempool.wire.near import handshake
 from mempool.wire.near.framing import COPIED, FAILURE, REPLY, REQUEST, Message
 from mempool.wire.near.line import Body, Line, Parts
@@ -148,7 +149,9 @@ class NearServer:
             _LOG.info("a client of this host gets no shared memory: %s", error)
             return
         self._begun += 1
-        self._lines.add(_Serving(self, f"{peer}:{self._begun}", connection, sent, received))
+        serving = _Serving(self, f"{peer}:{self._begun}", connection, sent, received)
+        self._lines.add(serving)  # before it may end
+        serving.start()
 
     # For its lines, on their threads
 
@@ -163,15 +166,16 @@ class NearServer:
         if self.closing:
             raise ShardUnavailable("this process is ending; try again in a moment")
         method = METHODS[message.method]
+        timeout_s = None if message.timeout_us < 0 else message.timeout_us / 1e6
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         began_s = time.perf_counter()
         in_place = message.place is not None and method in _IN_PLACE
         request = method.request.decode(body if in_place or message.place is None else bytes(body))
         if in_place:
             request = _with_own_numbers(request)
         self._stages.record("decode", time.perf_counter() - began_s)
-        reply = self._at_once_reply(message, request, serving)
+        reply = self._at_once_reply(METHODS[message.method], request, serving, timeout_s)
         if reply is None:
-            deadline_s = None if message.timeout_us < 0 else time.monotonic() + message.timeout_us / 1e6
             reply = serving.wait_for(_called(call, request, Caller(serving.peer, deadline_s)), self._loop)
         began_s = time.perf_counter()
         parts: Parts = method.reply.parts(reply)
@@ -184,12 +188,14 @@ class NearServer:
             )
         return parts
 
-    def _at_once_reply(self, message: Message, request: Any, serving: "_Serving") -> Any:
+    def _at_once_reply(
+        self, method: Method[Any, Any], request: Any, serving: "_Serving", timeout_s: float | None
+    ) -> Any:
         """What needs no event loop; None where that is to be asked."""
-        at_once, method = self._at_once, METHODS[message.method]
+        at_once = self._at_once
         if at_once is None:
             return None
-        timeout_s = _LONGEST_TURN_S if message.timeout_us < 0 else message.timeout_us / 1e6
+        timeout_s = _LONGEST_TURN_S if timeout_s is None else min(timeout_s, _LONGEST_TURN_S)
         try:
             if method is methods.PREPARE:
                 return at_once.prepare(request, caller=serving.peer, timeout_s=timeout_s)
@@ -217,7 +223,15 @@ class _Serving:
         self._waiting: Future[Any] | None = None
         self._answered_in: int | None = None
         self._ended = False
-        threading.Thread(target=self._serve, name=f"mempool near {peer}", daemon=True).start()
+
+    def start(self) -> None:
+        """Serve on a thread of its own. Where there is none for it the line is ended."""
+        try:
+            threading.Thread(target=self._serve, name=f"mempool near {self.peer}", daemon=True).start()
+        except RuntimeError as error:
+            _LOG.warning("a client of this host gets no shared memory: %s", error)
+            self._line.close()
+            self._server.lost(self)
 
     def end(self) -> None:
         """On the loop: whatever it is at."""

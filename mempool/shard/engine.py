@@ -33,7 +33,8 @@ from mempool.shard.steps.resolver import Resolver
 from mempool.shard.tenancy import Tenancy
 from mempool.shard.work.at_once import AtOnce
 from mempool.shard.work.jobs import JOB_BYTES, Answered, Shared, cost_of, cost_of_parts, open_writes
-from mempool.shard.work.thread import EngineThread, probe
+from mempool.shard.work.thread import EngineThread
+from mempool.shard.work.trying import probe
 from mempool.types import (
     AttachTable,
     CommitReply,

@@ -145,7 +145,8 @@ def check_gather(table: Storage, request: GatherRequest, *, reply_bytes: int | N
         raise InvalidRequest(f"reply_dtype = {shown(request.reply_dtype)} must be 'float32' or 'bfloat16'")
     bag_bytes = dtype.itemsize * table.width
     check_reply(bag_bytes * max(0, request.offsets.numel() - 1), reply_bytes, lambda: _bags_of(request))
-    return check_bags(table, request.ids, request.weights, request.offsets, own=request.remember), dtype
+    own = request.remember and not request.private
+    return check_bags(table, request.ids, request.weights, request.offsets, own=own), dtype
 
 
 def check_update(
@@ -161,11 +162,12 @@ def check_update(
     check_lookup_id(request.lookup_id)
     if request.want_weight_grad and request.ids is not None:
         check_reply(4 * request.ids.numel(), reply_bytes, f"the gradient of {request.ids.numel():,} weights")
+    own = request.hold and not request.private
     _check_blocks(table, request.blocks, table.blocks)
     if (request.ids is None) != (request.offsets is None):
         raise InvalidRequest("an update brings both ids and offsets, or neither. Nothing was changed.")
     if request.ids is not None and request.offsets is not None:
-        bags = check_bags(table, request.ids, request.weights, request.offsets, own=request.hold)
+        bags = check_bags(table, request.ids, request.weights, request.offsets, own=own)
     elif remembered is None:
         raise ContextMissing(
             f"shard {table.shard} does not remember lookup {request.lookup_id}; send its ids, weights, offsets again",
@@ -179,7 +181,7 @@ def check_update(
             f"grads must be {list(shape)} float32 or bfloat16 ({shape[0]} bags, {shape[1]} columns of blocks "
             f"{table.blocks}), not {_shown(request.grads)}. Nothing was changed."
         )
-    return bags, admit(request.grads, device=table.device, dtype=torch.float32, own=request.hold)
+    return bags, admit(request.grads, device=table.device, dtype=torch.float32, own=own)
 
 
 def check_score(table: Storage, request: ScoreRequest, *, reply_bytes: int | None) -> Tensor:

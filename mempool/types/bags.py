@@ -17,7 +17,7 @@ class Bags:
     """B bags of L pairs.
 
     Attributes:
-        ids: [L] int64 (on a shard int32, where the table has fewer than 2^31 slots).
+        ids: [L] int64, or int32 where the table has no more than 2^31 slots (on a shard fewer).
         weights: [L] float32 or bfloat16 (float32 on a shard); None means all ones.
         offsets: [B + 1] int64; bag b holds pairs offsets[b] to offsets[b + 1].
     """

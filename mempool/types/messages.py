@@ -81,6 +81,7 @@ class GatherRequest:
         offsets: [B + 1] int64.
         remember: Keep ids and weights for an Update to come.
         release: Lookup ids whose autograd graphs are gone: the shard forgets them.
+        private: Nobody writes to its tensors: a shard of the same process may keep them as they are. On no wire.
     """
 
     envelope: Envelope
@@ -91,6 +92,7 @@ class GatherRequest:
     remember: bool
     release: tuple[int, ...] = ()
     reply_dtype: ReplyDtype = "float32"
+    private: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +118,7 @@ class UpdateRequest:
         want_weight_grad: Answer d_weights.
         ids, weights, offsets: As in the lookup; ids and offsets None where the shard should remember them itself,
             in which case a shard that does not answers ``ContextMissing`` and changes nothing.
+        private: As of a gather.
     """
 
     envelope: Envelope
@@ -130,6 +133,7 @@ class UpdateRequest:
     ids: Tensor | None = None
     weights: Tensor | None = None
     offsets: Tensor | None = None
+    private: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ _CALL_TIMEOUT_S = 120.0
 _SELF = "mempool.bench.processes.pool"
 #: OpenMP's and Numba's, by which threads sleep, or spin, while they wait.
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+#: The environment is the process's, and several of its threads may connect.
+_CONNECTING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,16 @@ def pool_process(
 @contextmanager
 def connected(address: str, *, near: bool) -> Iterator[mempool.Pool]:
     """A client of a pool; near: its calls go through shared memory where they can, else by gRPC."""
-    before = os.environ.get(NEAR_VARIABLE)
-    os.environ[NEAR_VARIABLE] = str(int(near))
-    try:
-        pool = mempool.connect(address, timeout_s=_CALL_TIMEOUT_S)
-    finally:
-        if before is None:
-            del os.environ[NEAR_VARIABLE]
-        else:
-            os.environ[NEAR_VARIABLE] = before
+    with _CONNECTING:
+        before = os.environ.get(NEAR_VARIABLE)
+        os.environ[NEAR_VARIABLE] = str(int(near))
+        try:
+            pool = mempool.connect(address, timeout_s=_CALL_TIMEOUT_S)
+        finally:
+            if before is None:
+                del os.environ[NEAR_VARIABLE]
+            else:
+                os.environ[NEAR_VARIABLE] = before
     with pool:
         yield pool
 

@@ -40,6 +40,7 @@ class Spell:
         threads: That look up at the same time.
         rate: Arrivals a second in the mean, as a Poisson process has them; None: each thread calls again at once.
         seed: Of the arrivals.
+        calls: So many at most, in a closed loop; None: as many as its length allows.
     """
 
     target: str
@@ -49,6 +50,7 @@ class Spell:
     threads: int = 1
     rate: float | None = None
     seed: int = 0
+    calls: int | None = None
 
 
 def serve(parent: Parent, *, targets: dict[str, str], size: dict[str, int], shapes: list[list[int]], seed: int) -> None:
@@ -56,7 +58,7 @@ def serve(parent: Parent, *, targets: dict[str, str], size: dict[str, int], shap
 
     Args:
         parent: Who asks.
-        targets: Addresses by the contender's name.
+        targets: Addresses by the contender's name; "" of an embedded pool.
         size: Of the table.
         shapes: That will be asked for.
         seed: Of this client's pairs.
@@ -84,6 +86,8 @@ def _connected(stack: ExitStack, name: str, address: str, table: TableSize) -> C
         return Echo(name, table, stack.enter_context(echoes.grpc_exchange(address)))
     if name == echoes.UNIX_ECHO:
         return Echo(name, table, stack.enter_context(echoes.unix_exchange(address)))
+    if name == pools.EMBEDDED:
+        return stack.enter_context(pools.embedded(table))
     pool = stack.enter_context(connected(address, near=name == pools.NEAR))
     return pools.look_up(name, pool.table("facts"), table)
 
@@ -137,7 +141,7 @@ class _Calls:
         now_s, spell = time.monotonic(), self._spell
         with self._lock:
             if self._arrivals is None:
-                if self._taken and now_s >= spell.begin_s + spell.length_s:
+                if self._taken and (now_s >= spell.begin_s + spell.length_s or self._taken == spell.calls):
                     return None
                 self._taken += 1
                 return self._taken, now_s

@@ -1,10 +1,11 @@
-"""A trainer and a shard on the same cores: what threads that spin while they wait cost both.
+"""A trainer and a shard on the same cores, each with several threads: what they cost each other, and other clients.
 
-    python -m mempool.bench.serve.contention --rounds 200
+    python -m mempool.bench.serve.contention --rounds 200 --clients 8 --seconds 5
 
 [TRAINER] this process: torch with its threads computes, then looks up, as a training step does. [SHARD] one process
 each way: with the environment that every shard has (its threads sleep when idle), and with OpenMP's own default. The
-rounds of both are interleaved. No figure is printed of a shard whose answers are wrong.
+rounds of both are interleaved. Then, over gRPC and through shared memory: so many other clients look up beside the
+trainer, in a closed loop, and at 70 % of the rate that they reach in it. No figure is printed of a wrong answer.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -21,7 +24,11 @@ from torch import Tensor
 
 import mempool
 from mempool.bench import machine
-from mempool.bench.processes.pool import WAITING, pool_process
+from mempool.bench.measuring import Times
+from mempool.bench.processes.pool import WAITING, connected, pool_process
+from mempool.bench.serve.contenders import pools
+from mempool.bench.serve.load import OPEN_SHARE, Clients
+from mempool.bench.serve.shapes import Shape, TableSize
 from mempool.rayhost.actors import kernel_variables
 
 _CALL_TIMEOUT_S = 120.0
@@ -45,18 +52,55 @@ class Figures:
     rounds: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """Look-ups of other clients beside a trainer's steps, at a share of the load that they saturate the shard with.
+
+    Attributes:
+        target: How all of them ask.
+        shape: What the clients ask for, "64x32".
+        clients: How many.
+        saturated_per_s: Calls of all clients in a closed loop.
+        offered_per_s: Arrivals in the open loop, whose figures follow.
+        p50_ms, p99_ms: From the moment at which a call was to begin.
+        p99_over_p50: Their quotient.
+        unserved: Arrivals that nobody came to.
+        trainer_p50_ms, trainer_p99_ms: Gathers in the trainer's steps meanwhile, of the larger shape.
+    """
+
+    target: str
+    shape: str
+    clients: int
+    saturated_per_s: float
+    offered_per_s: float
+    p50_ms: float
+    p99_ms: float
+    p99_over_p50: float
+    unserved: int
+    trainer_p50_ms: float
+    trainer_p99_ms: float
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m mempool.bench.serve.contention", description=__doc__)
     parser.add_argument("--rounds", type=int, default=200, metavar="N", help="steps of each way and shape")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of the shard's kernels, and torch's")
     parser.add_argument("--slots", type=int, default=2**18, metavar="N", help=f"slots of {_VALUE_DIM} float32")
+    parser.add_argument("--clients", type=int, default=8, metavar="N", help="that look up beside the trainer; 0: none")
+    parser.add_argument("--seconds", type=float, default=5.0, metavar="S", help="of each of their loops")
     options = parser.parse_args(arguments)
     figures = run(rounds=options.rounds, threads=options.threads, num_slots=options.slots)
+    loaded = (
+        beside(clients=options.clients, seconds=options.seconds, threads=options.threads, num_slots=options.slots)
+        if options.clients > 0
+        else []
+    )
     document = {
         "machine": machine.describe(torch.device("cpu")),
         "threads": options.threads,
         "figures": [asdict(line) for line in figures],
+        "beside_a_trainer": [asdict(line) for line in loaded],
     }
     print(json.dumps(document, indent=2))
 
@@ -87,6 +131,75 @@ def run(*, rounds: int, threads: int, num_slots: int) -> list[Figures]:
                     if number >= _WARM_UP_ROUNDS:
                         times.setdefault((way, name), []).append(taken)
     return [_figures(way, shape, taken) for (way, shape), taken in times.items()]
+
+
+def beside(*, clients: int, seconds: float, threads: int, num_slots: int) -> list[Beside]:
+    """Measure clients beside a trainer, over gRPC and through shared memory.
+
+    Raises:
+        ChildError: A process does not start, or ends.
+        GateError: A client got a wrong answer.
+        RuntimeError: The trainer did.
+    """
+    size, found = TableSize(num_slots, _VALUE_DIM), []
+    asked, trained = (Shape(*SHAPES[name]) for name in ("64x32", "1024x128"))
+    with ExitStack() as stack:
+        load = Clients(stack, size, [asked], count=clients, seed=0, threads=threads, floors=False)
+        for target in pools.REMOTE:
+            with connected(load.address, near=target == pools.NEAR) as pool:
+                step = _Step(pool.table("facts"), bags=trained.bags, pairs=trained.pairs)
+                step.check()
+                with _training(step, threads):
+                    saturated = load.closed(target, asked, clients, seconds)
+                rate = OPEN_SHARE * saturated.calls_per_s
+                with _training(step, threads) as gathers_s:
+                    opened = load.open(target, asked, clients, seconds, rate, seed=0)
+            times, own = Times(tuple(opened.latencies_ms)), Times(tuple(1e3 * one for one in gathers_s))
+            p50_ms, p99_ms = times.median_ms, times.quantile_ms(0.99)
+            found.append(
+                Beside(
+                    target=target,
+                    shape=asked.name,
+                    clients=clients,
+                    saturated_per_s=round(saturated.calls_per_s, 1),
+                    offered_per_s=round(rate, 1),
+                    p50_ms=round(p50_ms, 3),
+                    p99_ms=round(p99_ms, 3),
+                    p99_over_p50=round(p99_ms / p50_ms, 2),
+                    unserved=opened.unserved,
+                    trainer_p50_ms=round(own.median_ms, 2),
+                    trainer_p99_ms=round(own.quantile_ms(0.99), 2),
+                )
+            )
+    return found
+
+
+@contextmanager
+def _training(step: _Step, threads: int) -> Iterator[list[float]]:
+    """[TRAINER] steps in a thread of their own until the block ends; seconds of their gathers, two at least."""
+    ended = threading.Event()
+    gathers_s: list[float] = []
+    failed: list[BaseException] = []
+
+    def train() -> None:
+        torch.set_num_threads(threads)
+        try:
+            while not ended.is_set() or len(gathers_s) < 2:
+                gathers_s.append(step()[0])
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
+    try:
+        yield gathers_s
+    finally:
+        ended.set()
+        thread.join(_CALL_TIMEOUT_S)
+    if failed:
+        raise failed[0]
+    if thread.is_alive():
+        raise RuntimeError(f"the trainer's step did not end within {_CALL_TIMEOUT_S:g} s")
 
 
 class _Step:

@@ -83,7 +83,7 @@ class _Target:
 
 
 @dataclass(frozen=True)
-class _Spent:
+class Spent:
     """One spell of several clients. What the server spent is told where all its calls are."""
 
     latencies_ms: list[float]
@@ -96,28 +96,41 @@ class _Spent:
 class Clients:
     """A shard's process, the two echoes, and clients that are connected to all of them. Made on a stack that ends them.
 
+    Attributes:
+        address: Of the shard's pool, whose table is "facts".
+
     Args:
         stack: Ends what is started.
         table: What the shard holds.
         shapes: That will be asked for.
         count: Clients.
         seed: Of their pairs.
+        threads: Of the shard.
+        floors: Whether there are echoes.
 
     Raises:
         ChildError: A process does not start.
         GateError: A client got a wrong answer: nothing was timed.
     """
 
-    def __init__(self, stack: ExitStack, table: TableSize, shapes: Sequence[Shape], *, count: int, seed: int) -> None:
-        serving = stack.enter_context(pools.serving(table))
-        grpc_echo = stack.enter_context(echoes.grpc_server())
-        unix_echo = stack.enter_context(echoes.unix_server())
-        self._pool = serving.pool
-        self._targets = {
-            pools.GRPC: _Target(serving.process.address, serving.process.pids),
-            echoes.GRPC_ECHO: _Target(grpc_echo.address, [grpc_echo.pid]),
-            echoes.UNIX_ECHO: _Target(unix_echo.address, [unix_echo.pid]),
-        }
+    def __init__(
+        self,
+        stack: ExitStack,
+        table: TableSize,
+        shapes: Sequence[Shape],
+        *,
+        count: int,
+        seed: int,
+        threads: int = 1,
+        floors: bool = True,
+    ) -> None:
+        serving = stack.enter_context(pools.serving(table, threads=threads))
+        self._pool, self.address = serving.pool, serving.process.address
+        self._targets = {name: _Target(self.address, serving.process.pids) for name in pools.REMOTE}
+        if floors:
+            for name, server in ((echoes.GRPC_ECHO, echoes.grpc_server()), (echoes.UNIX_ECHO, echoes.unix_server())):
+                echo = stack.enter_context(server)
+                self._targets[name] = _Target(echo.address, [echo.pid])
         asked = {
             "targets": {name: target.address for name, target in self._targets.items()},
             "size": asdict(table),
@@ -133,11 +146,11 @@ class Clients:
         if not all(check.passed for check in checks):
             raise GateError("load", checks)
 
-    def closed(self, target: str, shape: Shape, clients: int, length_s: float) -> _Spent:
+    def closed(self, target: str, shape: Shape, clients: int, length_s: float) -> Spent:
         """So many clients ask again as soon as they are answered."""
         return self._spent(target, [Spell(target, _pair(shape), 0.0, length_s) for _ in range(clients)])
 
-    def open(self, target: str, shape: Shape, clients: int, length_s: float, rate: float, seed: int) -> _Spent:
+    def open(self, target: str, shape: Shape, clients: int, length_s: float, rate: float, seed: int) -> Spent:
         """So many clients ask at moments that come to ``rate`` a second together."""
         spells = [
             Spell(target, _pair(shape), 0.0, length_s, OPEN_THREADS, rate / clients, seed * clients + number)
@@ -145,7 +158,7 @@ class Clients:
         ]
         return self._spent(target, spells)
 
-    def flooded(self, target: str, small: Shape, large: Shape, length_s: float) -> _Spent:
+    def flooded(self, target: str, small: Shape, large: Shape, length_s: float) -> Spent:
         """One client asks for a little, while another asks for much in several threads; the first one's figures."""
         victim = Spell(target, _pair(small), 0.0, length_s)
         flood = Spell(target, _pair(large), 0.0, length_s, _FLOOD_THREADS)
@@ -156,9 +169,9 @@ class Clients:
         (shard,) = self._pool.status().shards
         return {stage.stage: stage for stage in shard.stages}
 
-    def _spent(self, target: str, spells: Sequence[Spell], counted: int | None = None) -> _Spent:
+    def _spent(self, target: str, spells: Sequence[Spell], counted: int | None = None) -> Spent:
         """Spells at the same time, a client each; the first ``counted`` are told."""
-        pids, own = self._targets[target].pids, target == pools.GRPC
+        pids, own = self._targets[target].pids, target in pools.REMOTE
         stages = self.stages() if own else {}
         before_s = cpu.spent_s(pids)
         begin_s = time.monotonic() + _LEAD_S
@@ -174,7 +187,7 @@ class Clients:
             if stage.count > was.count
         }
         told = answers[:counted]
-        return _Spent(
+        return Spent(
             [latency for answer in told for latency in answer["latencies_ms"]],
             sum(len(answer["latencies_ms"]) / answer["spent_s"] for answer in told),
             sum(answer["unserved"] for answer in told),
@@ -187,10 +200,10 @@ def measure(
     clients: Clients, shapes: Sequence[Shape], counts: Sequence[int], *, spells: int, length_s: float, say: Say
 ) -> list[Load]:
     """Closed loops of all servers and numbers of clients in turn, so many times; then open loops, at a share of it."""
-    targets = (pools.GRPC, echoes.GRPC_ECHO, echoes.UNIX_ECHO)
+    targets = (*pools.REMOTE, echoes.GRPC_ECHO, echoes.UNIX_ECHO)
     found: list[Load] = []
     for shape in shapes:
-        closed: dict[tuple[str, int], list[_Spent]] = {}
+        closed: dict[tuple[str, int], list[Spent]] = {}
         for _ in range(spells):
             for count in counts:
                 for target in targets:
@@ -198,7 +211,7 @@ def measure(
                     closed.setdefault((target, count), []).append(spent)
         loads = [_load(target, shape, count, CLOSED, None, spent) for (target, count), spent in closed.items()]
         rates = {(load.target, load.clients): OPEN_SHARE * load.calls_per_s for load in loads}
-        opened: dict[tuple[str, int], list[_Spent]] = {}
+        opened: dict[tuple[str, int], list[Spent]] = {}
         for number in range(spells):
             for (target, count), rate in rates.items():
                 if target != echoes.UNIX_ECHO:  # a connection bears one call at a time
@@ -216,16 +229,23 @@ def measure(
     return found
 
 
-def measure_flood(clients: Clients, small: Shape, large: Shape, *, spells: int, length_s: float) -> dict[str, Load]:
-    """A client that asks for a little, alone and beside one that floods, in turn."""
-    found: dict[str, list[_Spent]] = {ALONE: [], FLOODED: []}
+def measure_flood(
+    clients: Clients, small: Shape, large: Shape, *, spells: int, length_s: float
+) -> dict[str, dict[str, Load]]:
+    """A client that asks for a little, alone and beside one that floods, in turn; both over gRPC, both through shared
+    memory."""
+    found: dict[str, dict[str, list[Spent]]] = {target: {ALONE: [], FLOODED: []} for target in pools.REMOTE}
     for _ in range(spells):
-        found[ALONE].append(clients.closed(pools.GRPC, small, 1, length_s))
-        found[FLOODED].append(clients.flooded(pools.GRPC, small, large, length_s))
-    return {name: _load(pools.GRPC, small, 1, CLOSED, None, spent) for name, spent in found.items()}
+        for target, spent in found.items():
+            spent[ALONE].append(clients.closed(target, small, 1, length_s))
+            spent[FLOODED].append(clients.flooded(target, small, large, length_s))
+    return {
+        target: {name: _load(target, small, 1, CLOSED, None, some) for name, some in spent.items()}
+        for target, spent in found.items()
+    }
 
 
-def _load(target: str, shape: Shape, clients: int, loop: str, offered: float | None, spent: Sequence[_Spent]) -> Load:
+def _load(target: str, shape: Shape, clients: int, loop: str, offered: float | None, spent: Sequence[Spent]) -> Load:
     latencies = tuple(latency for one in spent for latency in one.latencies_ms)
     cpu_s = [one.cpu_s for one in spent if one.cpu_s is not None]
     counts: dict[str, int] = {}

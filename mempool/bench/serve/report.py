@@ -10,10 +10,10 @@ import torch
 import mempool
 from mempool.bench import machine
 from mempool.bench.report import failed_document, goal_lines, table
-from mempool.bench.serve.contenders import pools
 from mempool.bench.serve.load import Load
 from mempool.bench.serve.lookups import LookUps
 from mempool.bench.serve.run import Outcome
+from mempool.bench.serve.shards import KINDS
 from mempool.types import StageTime
 
 FORMAT = 1
@@ -53,7 +53,9 @@ def document(outcome: Outcome) -> dict[str, Any]:
             }
             for stage in outcome.stages
         },
-        "flood": {name: one.document() for name, one in outcome.flood.items()},
+        "flood": {
+            target: {name: one.document() for name, one in found.items()} for target, found in outcome.flood.items()
+        },
         "failed": failed_document(outcome.failed),
         "skipped": outcome.skipped,
     }
@@ -71,8 +73,8 @@ def lines(outcome: Outcome) -> list[str]:
         shape = scaling.measured.shape
         out += ["", f"tables by {scaling.layout}, {shape.bags} bags x {shape.pairs}"]
         out += table(_LOOKUPS, _lookup_rows(scaling.measured))
-        for kind, contenders in ((pools.EMBEDDED, scaling.embedded), (pools.GRPC, scaling.served)):
-            further_ms = scaling.further_ms(contenders)
+        for kind in KINDS:
+            further_ms = scaling.further_ms(kind)
             out += [f"{kind}: a further shard costs {further_ms:.3f} ms of CPU here"] if further_ms is not None else []
     if outcome.lookups or outcome.shards:
         out += [
@@ -86,8 +88,12 @@ def lines(outcome: Outcome) -> list[str]:
     if outcome.stages:
         out += ["", "the shard's stages under all of this load", *table(_STAGES, _stage_rows(outcome.stages))]
     if outcome.flood:
-        rows = [(name, *_load_row(one)[3:]) for name, one in outcome.flood.items()]
-        out += ["", f"one client, {outcome.workload.shapes[1].name}", *table(("", *_LOAD[3:]), rows)]
+        rows = [
+            (target, name, *_load_row(one)[3:])
+            for target, found in outcome.flood.items()
+            for name, one in found.items()
+        ]
+        out += ["", f"one client, {outcome.workload.shapes[1].name}", *table(("asked", "", *_LOAD[3:]), rows)]
     said = [standing for standing in outcome.standings if standing.measured is not None or not outcome.options.only]
     out += ["", *goal_lines(said)] if said else []
     out += ["", *(f"not as planned: {line}" for line in outcome.skipped)] if outcome.skipped else []

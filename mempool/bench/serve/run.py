@@ -45,8 +45,8 @@ class Workload:
     shapes: tuple[Shape, ...] = (_LARGE, _SMALL, _SMALLEST)
     budget_s: float = 60.0
     batch_s: float = 0.3
-    embedded_shards: tuple[int, ...] = (1, 2, 4, 8)
-    served_shards: tuple[int, ...] = (1, 2)
+    embedded_shards: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    served_shards: tuple[int, ...] = (1, 2, 4)
     clients: tuple[int, ...] = (1, 4, 8)
     spells: int = 3
     spell_s: float = 2.0
@@ -57,7 +57,8 @@ class Workload:
             self,
             shapes=self.shapes[:2],
             budget_s=self.budget_s / 4,
-            embedded_shards=self.embedded_shards[:: len(self.embedded_shards) - 1 or 1],
+            embedded_shards=self.embedded_shards[:4:3],
+            served_shards=self.served_shards[:2],
             clients=self.clients[:: len(self.clients) - 1 or 1],
             spells=1,
         )
@@ -101,7 +102,7 @@ class Outcome:
         lookups: Shapes of one client.
         shards: Shapes in pools of several sizes.
         load: Many clients.
-        flood: One client, alone and beside a flood.
+        flood: One client, alone and beside a flood, by whom it asks.
         stages: Of the shard that bore the load, all of it together.
         failed: What was wrong, and not timed.
         skipped: What was left out, and why.
@@ -113,7 +114,7 @@ class Outcome:
     lookups: list[LookUps] = field(default_factory=list)
     shards: list[Scaling] = field(default_factory=list)
     load: list[Load] = field(default_factory=list)
-    flood: dict[str, Load] = field(default_factory=dict)
+    flood: dict[str, dict[str, Load]] = field(default_factory=dict)
     stages: Sequence[StageTime] = ()
     failed: list[GateError] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -219,7 +220,7 @@ def _contenders(stack: ExitStack, outcome: Outcome, say: Say) -> list[Contender]
     found: list[Contender] = [
         *here.here(table),
         stack.enter_context(pools.embedded(table)),
-        *stack.enter_context(pools.served_and_near(table)),
+        *stack.enter_context(pools.served(table)),
     ]
     add_peers(lambda made: found.extend(stack.enter_context(made)), outcome, say)
     found.append(stack.enter_context(echoes.grpc_echo(table)))

@@ -13,6 +13,8 @@ from mempool.bench.serve.lookups import LookUps
 from mempool.bench.serve.shapes import Shape, TableSize
 
 LAYOUTS: tuple[Layout, ...] = ("columns", "rows")
+#: Pools of which there are several sizes.
+KINDS = (pools.EMBEDDED, *pools.REMOTE)
 
 
 @dataclass(frozen=True)
@@ -29,30 +31,26 @@ class Scaling:
     shards: dict[str, int]
     measured: LookUps
 
-    @property
-    def embedded(self) -> dict[int, str]:
-        """Contenders that are embedded pools, by their shards, ascending."""
-        return self._of(pools.EMBEDDED)
+    def pools_of(self, kind: str) -> dict[int, str]:
+        """Contenders of a kind ("mempool embedded"), by their shards, ascending."""
+        found = {shards: name for name, shards in self.shards.items() if name.startswith(kind)}
+        return dict(sorted(found.items()))
 
-    @property
-    def served(self) -> dict[int, str]:
-        """Contenders in processes of their own, likewise."""
-        return self._of(pools.GRPC)
-
-    def further_ms(self, contenders: dict[int, str]) -> float | None:
+    def further_ms(self, kind: str) -> float | None:
         """CPU of this process that a look-up takes for each shard beyond the first; None with a single size."""
+        contenders = self.pools_of(kind)
         few, many = min(contenders, default=0), max(contenders, default=0)
         if few == many:
             return None
         low, high = (self.measured.cpu[contenders[size]].client_ms for size in (few, many))
         return None if low is None or high is None else (high - low) / (many - few)
 
-    def wall_ratio(self, contenders: dict[int, str]) -> float | None:
-        """How many times longer a look-up takes of the most shards than of one; None without both."""
-        many = max(contenders, default=1)
-        if many == 1 or 1 not in contenders:
+    def wall_ratio(self, kind: str, shards: int) -> float | None:
+        """How many times longer a look-up takes of so many shards than of one; None without both."""
+        contenders = self.pools_of(kind)
+        if not {1, shards} <= contenders.keys():
             return None
-        return self.measured.times[contenders[many]].over(self.measured.times[contenders[1]])
+        return self.measured.times[contenders[shards]].over(self.measured.times[contenders[1]])
 
     def document(self) -> dict[str, Any]:
         """As it stands in the result file."""
@@ -60,15 +58,8 @@ class Scaling:
             "layout": self.layout,
             **self.measured.document(),
             "shards": self.shards,
-            "further_shard_cpu_ms": {
-                pools.EMBEDDED: self.further_ms(self.embedded),
-                pools.GRPC: self.further_ms(self.served),
-            },
+            "further_shard_cpu_ms": {kind: self.further_ms(kind) for kind in KINDS},
         }
-
-    def _of(self, kind: str) -> dict[int, str]:
-        found = {shards: name for name, shards in self.shards.items() if name.startswith(kind)}
-        return dict(sorted(found.items()))
 
 
 def start(
@@ -77,8 +68,10 @@ def start(
     """Pools with the table, until the stack ends; and the shards of each."""
     found: list[Contender] = [here.here(table)[0]]
     shards: dict[str, int] = {}
-    for count, open_ in [(count, pools.embedded) for count in embedded] + [(count, pools.served) for count in served]:
-        pool = stack.enter_context(open_(table, shards=count, layout=layout))
+    made = [(count, stack.enter_context(pools.embedded(table, shards=count, layout=layout))) for count in embedded]
+    for count in served:
+        made += [(count, one) for one in stack.enter_context(pools.served(table, shards=count, layout=layout))]
+    for count, pool in made:
         name = f"{pool.name}, {count} shard{'s' if count > 1 else ''}"
         found.append(pool.named(name))
         shards[name] = count

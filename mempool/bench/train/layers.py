@@ -14,7 +14,7 @@ import mempool
 from mempool.bench.cases.inputs import distinct, sampled
 from mempool.bench.gate import Check
 from mempool.bench.serve.shapes import NUM_INPUTS, TableSize
-from mempool.bench.train.measured import Measured, Work, timed
+from mempool.bench.train.measured import LAYER, Measured, Work, timed
 from mempool.bench.train.steps import CHANGE_TOLERANCE, expected_changes
 from mempool.bench.train.tables import LEARNING_RATE, LocalTable
 from mempool.nn import MemoryLayer, MemoryLookup, PoolOptimizer
@@ -123,7 +123,7 @@ def measure(
     rounds: int,
     budget_s: float,
     seed: int,
-    family: str = "layer",
+    family: str = LAYER,
 ) -> Measured:
     """A step of models that are the same but for where their values are.
 

@@ -10,14 +10,25 @@ import torch
 
 from mempool.bench.gate import Check, GateError
 from mempool.bench.measuring import Contender, Times, interleaved
+from mempool.bench.serve.contenders import pools
 
 #: Names of contenders.
 LOCAL = "mempool's kernels here"
-EMBEDDED = "mempool embedded"
-GRPC = "mempool over gRPC"
-OVERLAPPED = "mempool over gRPC, overlapped"
+EMBEDDED, GRPC, NEAR = pools.EMBEDDED, pools.GRPC, pools.NEAR
 FBGEMM = "fbgemm"
 TORCH = "torch sparse"
+#: Behind the name of one whose look-ups are started early.
+OVERLAPPED = ", overlapped"
+
+#: Families of work.
+GATHER, STEP, LAYER, OVERLAP = "gather", "step", "layer", "overlap"
+#: Before that of work in pools of several sizes.
+SHARDED = "sharded "
+
+
+def sharded(layout: str, shards: int) -> str:
+    """The name of an embedded pool of several, whose table lies by columns or rows."""
+    return f"{EMBEDDED}, {layout}, {shards} shard{'s' if shards > 1 else ''}"
 
 
 @dataclass(frozen=True)
@@ -25,8 +36,9 @@ class Work:
     """Which work.
 
     Attributes:
-        family: "gather": a look-up without a graph. "step": forward, backward, commit of a table. "layer": the same of
-            a model with a memory layer. "overlap": of one whose dense work takes at least as long as the layer's.
+        family: "gather": a look-up without a graph. "step": forward, backward, commit of a table. "sharded gather",
+            "sharded step": of one on several shards. "layer": a step of a model with a memory layer. "overlap": of one
+            whose dense work takes at least as long as the layer's.
         algorithm: The optimizer of the values.
         num_slots: Of the table.
         bags: Of a step.

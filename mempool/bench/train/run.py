@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,12 +14,28 @@ import torch
 import mempool
 from mempool.bench import peers
 from mempool.bench.gate import GateError
-from mempool.bench.goals import Standing, stand
-from mempool.bench.processes.pool import pool_process
+from mempool.bench.goals import Standing
+from mempool.bench.processes.pool import connected, pool_process
 from mempool.bench.run import Say, require_options
+from mempool.bench.serve.contenders import pools
+from mempool.bench.serve.contenders.pools import block_dim
 from mempool.bench.serve.shapes import Shape, TableSize
+from mempool.bench.serve.shards import LAYOUTS
 from mempool.bench.train import layers, steps
-from mempool.bench.train.measured import EMBEDDED, FBGEMM, GRPC, LOCAL, OVERLAPPED, TORCH, Measured
+from mempool.bench.train.goals import standings
+from mempool.bench.train.measured import (
+    EMBEDDED,
+    FBGEMM,
+    GRPC,
+    LOCAL,
+    NEAR,
+    OVERLAP,
+    OVERLAPPED,
+    SHARDED,
+    TORCH,
+    Measured,
+    sharded,
+)
 from mempool.bench.train.tables import (
     ALGORITHMS,
     LocalTable,
@@ -29,7 +46,7 @@ from mempool.bench.train.tables import (
     torch_table,
 )
 
-PARTS = ("steps", "peers", "layers", "overlap")
+PARTS = ("steps", "shards", "peers", "layers", "overlap")
 _CALL_TIMEOUT_S = 120.0
 
 
@@ -44,6 +61,7 @@ class Workload:
         shape: Bags and pairs of a step.
         heads: Of a layer, whose tokens are the bags, and its top-k the pairs of all heads.
         algorithms: Optimizers.
+        shards: Of embedded pools that are compared.
         budget_s: Of the rounds of a case.
     """
 
@@ -53,6 +71,7 @@ class Workload:
     shape: Shape = field(default_factory=lambda: Shape(1024, 128))
     heads: int = 4
     algorithms: Sequence[str] = ALGORITHMS
+    shards: Sequence[int] = (1, 8)
     budget_s: float = 40.0
 
 
@@ -122,6 +141,9 @@ def run(options: Options, *, say: Say, workload: Workload | None = None) -> Outc
         for algorithm in workload.algorithms:
             with _part(outcome, say), _one_thread():
                 _steps(outcome, algorithm, say)
+    if options.has("shards"):
+        with _part(outcome, say), _one_thread():
+            _shards(outcome, say)
     if options.has("peers"):
         with _part(outcome, say):
             _peers(outcome, say)
@@ -131,7 +153,7 @@ def run(options: Options, *, say: Say, workload: Workload | None = None) -> Outc
     if options.has("overlap"):
         with _part(outcome, say), _one_thread():
             _overlap(outcome, say)
-    outcome.standings = standings(outcome.measured, workload)
+    outcome.standings = standings(outcome.measured, slots=workload.slots, peer_slots=workload.peer_slots)
     return outcome
 
 
@@ -142,9 +164,25 @@ def _steps(outcome: Outcome, algorithm: str, say: Say) -> None:
         tables: dict[str, Trainable] = {
             LOCAL: LocalTable(memory),
             EMBEDDED: pool_table(embedded, size, algorithm),
-            GRPC: pool_table(served, size, algorithm),
+            **{way: _of_its_own(pool, size, algorithm, way) for way, pool in served.items()},
         }
         _measure(outcome, size, algorithm, tables, memory, say)
+
+
+def _shards(outcome: Outcome, say: Say) -> None:
+    """A table on more and more shards of this process, by columns and by rows."""
+    workload = outcome.workload
+    size = TableSize(workload.slots, workload.value_dim, outcome.options.seed)
+    memory = Memory.of(size, "sgd")
+    tables: dict[str, Trainable] = {LOCAL: LocalTable(memory)}
+    with ExitStack() as stack:
+        for layout in LAYOUTS:
+            for shards in workload.shards:
+                pool = stack.enter_context(_embedded(shards))
+                columns = block_dim(size.value_dim, shards) if layout == "columns" else None
+                table = pool_table(pool, size, "sgd", layout=layout, block_dim=columns)
+                tables[sharded(layout, shards)] = table
+        _measure(outcome, size, "sgd", tables, memory, say, kind=SHARDED)
 
 
 def _peers(outcome: Outcome, say: Say) -> None:
@@ -163,7 +201,14 @@ def _peers(outcome: Outcome, say: Say) -> None:
 
 
 def _measure(
-    outcome: Outcome, size: TableSize, algorithm: str, tables: dict[str, Trainable], memory: Memory, say: Say
+    outcome: Outcome,
+    size: TableSize,
+    algorithm: str,
+    tables: dict[str, Trainable],
+    memory: Memory,
+    say: Say,
+    *,
+    kind: str = "",
 ) -> None:
     found = steps.measure(
         outcome.workload.shape,
@@ -174,6 +219,7 @@ def _measure(
         rounds=outcome.options.rounds,
         budget_s=outcome.workload.budget_s,
         seed=outcome.options.seed,
+        kind=kind,
     )
     for measured in found:
         outcome.measured.append(measured)
@@ -186,12 +232,13 @@ def _layers(outcome: Outcome, say: Say) -> None:
     made: Callable[..., layers.Trained] = layers.trained
     shape: dict[str, Any] = {"heads": workload.heads, "topk": workload.shape.pairs // workload.heads, "seed": seed}
     with _embedded() as embedded, _served(size) as served:
-        here, there = pool_table(embedded, size, "sgd"), pool_table(served, size, "sgd")
+        here = pool_table(embedded, size, "sgd")
         models = {
             LOCAL: made(size.value_dim, here, local=LocalTable(Memory.of(size, "sgd")), **shape),
             EMBEDDED: made(size.value_dim, here, **shape),
-            GRPC: made(size.value_dim, there, **shape),
         }
+        for way, pool in served.items():
+            models[way] = made(size.value_dim, _of_its_own(pool, size, "sgd", way), **shape)
         _measure_layers(outcome, size, models, say)
 
 
@@ -203,14 +250,22 @@ def _overlap(outcome: Outcome, say: Say) -> None:
     shape: dict[str, Any] = {"heads": workload.heads, "topk": workload.shape.pairs // workload.heads, "seed": seed}
     shape["wider"] = layers.LONG
     with _served(size) as served:
-        # Tables of their own: contenders are checked by what their first step changes.
-        plain, early = pool_table(served, size, "sgd"), pool_table(served, size, "sgd", name="more-facts")
-        models = {
-            LOCAL: made(size.value_dim, plain, local=LocalTable(Memory.of(size, "sgd")), **shape),
-            GRPC: made(size.value_dim, plain, **shape),
-            OVERLAPPED: made(size.value_dim, early, overlapped=True, **shape),
+        tables = {
+            name: _of_its_own(pool, size, "sgd", name)
+            for way, pool in served.items()
+            for name in (way, way + OVERLAPPED)
         }
-        _measure_layers(outcome, size, models, say, family="overlap")
+        local = LocalTable(Memory.of(size, "sgd"))
+        models = {LOCAL: made(size.value_dim, tables[GRPC], local=local, **shape)}
+        for name, table in tables.items():
+            models[name] = made(size.value_dim, table, overlapped=name.endswith(OVERLAPPED), **shape)
+        _measure_layers(outcome, size, models, say, family=OVERLAP)
+
+
+def _of_its_own(pool: mempool.Pool, size: TableSize, algorithm: str, contender: str) -> mempool.Table:
+    """A table that nobody else trains: contenders are checked by what their first step changes."""
+    name = "-".join(re.findall("[a-z]+", contender.lower()))
+    return pool_table(pool, size, algorithm, name=name)
 
 
 def _measure_layers(
@@ -227,26 +282,6 @@ def _measure_layers(
     )
     outcome.measured.append(measured)
     say(_line(measured))
-
-
-def standings(measured: Sequence[Measured], workload: Workload) -> list[Standing]:
-    """How a run stands to the goals. Never enforced."""
-    by = {(one.work.family, one.work.num_slots): one for one in measured}
-
-    def ratio(family: str, slots: int, contender: str, beside: str) -> float | None:
-        one = by.get((family, slots))
-        return None if one is None else one.ratio(contender, beside)
-
-    layer = ratio("layer", workload.slots, GRPC, LOCAL)
-    overlapped = ratio("overlap", workload.slots, OVERLAPPED, LOCAL)
-    gather = ratio("gather", workload.peer_slots, FBGEMM, EMBEDDED)
-    step = ratio("step", workload.peer_slots, FBGEMM, EMBEDDED)
-    return [
-        stand("a layer's step in a pool on this host, beside its table here, times", 1.15, layer, under=True),
-        stand("the same with overlap, beside dense work at least as long, times", 1.05, overlapped, under=True),
-        stand("embedded gather, speed beside FBGEMM's CPU build, times", 2.4, gather),
-        stand("embedded gather, backward and commit, speed beside FBGEMM's CPU build, times", 7.5, step),
-    ]
 
 
 @contextmanager
@@ -273,19 +308,18 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _embedded() -> Iterator[mempool.Pool]:
-    with mempool.local(device="cpu", timeout_s=_CALL_TIMEOUT_S) as pool:
+def _embedded(shards: int = 1) -> Iterator[mempool.Pool]:
+    with mempool.local(shards=shards, device="cpu", timeout_s=_CALL_TIMEOUT_S) as pool:
         yield pool
 
 
 @contextmanager
-def _served(size: TableSize) -> Iterator[mempool.Pool]:
-    memory_bytes = 2**30 + 4 * size.num_slots * size.value_dim * 4
-    with (
-        pool_process(memory_bytes=memory_bytes) as process,
-        mempool.connect(process.address, timeout_s=_CALL_TIMEOUT_S) as pool,
-    ):
-        yield pool
+def _served(size: TableSize) -> Iterator[Mapping[str, mempool.Pool]]:
+    """A pool in a process on this host, as clients have it: through memory that both have, as is usual, and by gRPC."""
+    memory_bytes = 2**30 + 8 * size.num_slots * size.value_dim * 4  # four tables, with optimizer state
+    with ExitStack() as stack:
+        address = stack.enter_context(pool_process(memory_bytes=memory_bytes)).address
+        yield {way: stack.enter_context(connected(address, near=way == NEAR)) for way in pools.REMOTE}
 
 
 def _line(measured: Measured) -> str:

@@ -13,7 +13,7 @@ from mempool.bench.cases.inputs import distinct, sampled
 from mempool.bench.gate import Check
 from mempool.bench.serve.shapes import NUM_INPUTS, Shape, TableSize, checked_sums, drawn_pairs
 from mempool.bench.serve.shapes import Pairs as Drawn
-from mempool.bench.train.measured import Measured, Work, timed
+from mempool.bench.train.measured import GATHER, STEP, Measured, Work, timed
 from mempool.bench.train.tables import EPS, FIRST_SUM, LEARNING_RATE, Trainable
 
 _SAMPLED_PAIRS = 24
@@ -68,6 +68,7 @@ def measure(
     rounds: int,
     budget_s: float,
     seed: int,
+    kind: str = "",
 ) -> Iterator[Measured]:
     """The gather, and then the step, of tables that hold the same.
 
@@ -80,19 +81,20 @@ def measure(
         rounds: Rounds to time.
         budget_s: When it is spent, the rounds of one of both end early.
         seed: Of the pairs.
+        kind: Before the families' names.
 
     Raises:
         GateError: A result is wrong: nothing was timed.
     """
     sets = pairs_of(shape, size, seed)
-    checks: dict[str, list[Check]] = {"gather": [], "step": []}
+    checks: dict[str, list[Check]] = {GATHER: [], STEP: []}
     for name, table in tables.items():
         before_check()
         drawn = Drawn(sets[0].ids, sets[0].weights.detach())
-        checks["gather"].append(checked_sums(name, size, drawn, gather(table, sets[0])))
-        checks["step"] += checked_step(name, size, algorithm, table, sets[0])
-    for family, run in (("gather", gather), ("step", step)):
-        work = Work(family, algorithm, size.num_slots, shape.bags, shape.pairs)
+        checks[GATHER].append(checked_sums(name, size, drawn, gather(table, sets[0])))
+        checks[STEP] += checked_step(name, size, algorithm, table, sets[0])
+    for family, run in ((GATHER, gather), (STEP, step)):
+        work = Work(kind + family, algorithm, size.num_slots, shape.bags, shape.pairs)
         runs = {name: partial(_on, run, table, sets) for name, table in tables.items()}
         yield timed(work, checks[family], runs, num_inputs=len(sets), rounds=rounds, budget_s=budget_s)
 

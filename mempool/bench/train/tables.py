@@ -13,6 +13,7 @@ import mempool
 from mempool import kernels
 from mempool.bench import peers
 from mempool.bench.cases.inputs import Tables
+from mempool.bench.serve.contenders.pools import Layout
 from mempool.bench.serve.shapes import TableSize
 from mempool.config import SGD, Adagrad, Optimizer
 from mempool.kernels import OptimizerStep, Paged
@@ -46,13 +47,22 @@ def optimizer(algorithm: str) -> Optimizer:
     return Adagrad(LEARNING_RATE, eps=EPS, initial_accumulator_value=FIRST_SUM)
 
 
-def pool_table(pool: mempool.Pool, size: TableSize, algorithm: str, *, name: str = "facts") -> mempool.Table:
+def pool_table(
+    pool: mempool.Pool,
+    size: TableSize,
+    algorithm: str,
+    *,
+    name: str = "facts",
+    layout: Layout = "auto",
+    block_dim: int | None = None,
+) -> mempool.Table:
     """The table, made in a pool."""
     table = pool.create_table(
         mempool.TableConfig(
-            name=name, num_slots=size.num_slots, value_dim=size.value_dim, optimizer=optimizer(algorithm)
+            name=name, num_slots=size.num_slots, value_dim=size.value_dim, optimizer=optimizer(algorithm),
+            layout=layout, block_dim=block_dim,
         )
-    )
+    )  # fmt: skip
     size.write(table.write)
     return table
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ DialAtOnce = Callable[[ShardInfo], AtOnceShard | None]
 """The way to a shard for threads that wait themselves; None where there is none now. Raises nothing."""
 Wait = Callable[[], T | None]
 Begin = Callable[[AtOnceShard], Wait[T] | None]
+_LITTLE_S = 0.1
 NARROW_END = 2**32
 """Slots of a table whose ids fit uint32."""
 
@@ -26,7 +28,7 @@ class Asking:
         router: What is known of tables and shards.
         dial: Leads to shards.
         loop: The one that all else of this client runs on.
-        patience_s: After so much silence of a shard the router is asked.
+        patience_s: After so much silence of a shard the router is asked; it has half of a call's time at least.
     """
 
     def __init__(
@@ -34,9 +36,14 @@ class Asking:
     ) -> None:
         self.router = router
         self.loop = loop
-        self.patience_s = min(patience_s, router.timeout_s)
+        self.patience_s = min(patience_s, router.timeout_s / 2)
         self._dial = dial
         self._pid = os.getpid()
+
+    def left_s(self, began_s: float) -> float | None:
+        """What the router has of the time of a call that was begun then, monotonic; None: all of it, or nearly."""
+        spent_s = time.monotonic() - began_s
+        return None if spent_s < _LITTLE_S else max(_LITTLE_S, self.router.timeout_s - spent_s)
 
     @property
     def possible(self) -> bool:

@@ -314,12 +314,13 @@ def gather_request(
     return GatherRequest(
         envelope=envelope,
         lookup_id=lookup_id,
-        ids=bags.ids,
+        ids=_sent_ids(bags.ids),
         weights=bags.weights,
         offsets=bags.offsets,
         remember=remember,
         release=release,
         reply_dtype="float32" if route.partial else reply_dtype,
+        private=True,  # they were copied when they were checked
     )
 
 
@@ -405,10 +406,16 @@ def update_request(
         grads=grads,
         hold=hold,
         want_weight_grad=want_weight_grad,
-        ids=None if bags is None else bags.ids,
+        ids=None if bags is None else _sent_ids(bags.ids),
         weights=None if bags is None else bags.weights,
         offsets=None if bags is None else bags.offsets,
+        private=True,
     )
+
+
+def _sent_ids(ids: Tensor) -> Tensor:
+    """Ids as shards take them, int64 or uint32; those that are kept in 32 bits are none below 0."""
+    return ids.view(torch.uint32) if ids.dtype == torch.int32 else ids
 
 
 def _no_bags(bags: Bags) -> Bags:

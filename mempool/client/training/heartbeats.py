@@ -47,7 +47,8 @@ class Heartbeats:
     def wake_from(self, loop: asyncio.AbstractEventLoop) -> None:
         """As ``wake``, of any thread; ``loop`` is the one that they are on."""
         if self._asleep and not self._closed:
-            loop.call_soon_threadsafe(self.wake)
+            with suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self.wake)
 
     def wake(self) -> None:
         """Something may be held from now on."""

@@ -3,6 +3,7 @@
 Legend: B bags, L pairs of all bags together, V value dim.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
@@ -94,9 +95,11 @@ class TableLink:
         )
         if fetched is not None:
             return fetched if remember else self._not_remembered(*fetched)
-        answer = self.session.gather_at_once(bags, remember=remember, reply_dtype=self._wire_dtype)
+        session, reply_dtype, began_s = self.session, self._wire_dtype, time.monotonic()
+        answer = session.gather_at_once(bags, remember=remember, reply_dtype=reply_dtype)
         if answer is None:
-            answer = self.run(self.session.gather(bags, remember=remember, reply_dtype=self._wire_dtype))
+            timeout_s = session.left_s(began_s)
+            answer = self.run(session.gather(bags, remember=remember, reply_dtype=reply_dtype, timeout_s=timeout_s))
         self._cautions.after_gather(answer[1].seen)
         return answer
 

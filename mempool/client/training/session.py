@@ -5,6 +5,7 @@ Everything but what is done at once, on the caller's thread, runs on one event l
 
 import asyncio
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -151,6 +152,10 @@ class Session:
                 self.coordinator.heartbeats.wake_from(self._direct.loop)
         return answer
 
+    def left_s(self, began_s: float) -> float | None:
+        """Of the time of a call that was begun then at once; None: all."""
+        return None if self._direct is None else self._direct.left_s(began_s)
+
     async def gather(
         self,
         bags: Bags,
@@ -209,13 +214,16 @@ class Session:
         """As ``update`` with want_weight_grad, on the caller's thread as far as that can be; ``run`` waits for the
         rest."""
         self._require_own(record)
+        began_s = time.monotonic()
         begun = self._begin(record, grads, hold=hold)
         try:
             answer = self._weight_grad_at_once(begun)
-        except BaseException:
+            if answer is None:
+                answer = run(self._weight_grad(begun, timeout_s=self.left_s(began_s)))
+            return answer
+        except BaseException:  # also one that comes before the loop has begun it
             self._give_up(begun)
             raise
-        return run(self._weight_grad(begun)) if answer is None else answer
 
     def weight_grad_later(
         self, record: LookupRecord, grads: Tensor, *, hold: bool, begin: Begin

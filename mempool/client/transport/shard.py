@@ -243,7 +243,10 @@ class GrpcDialer:
 
     def _close_idle(self, now_s: float) -> None:
         for info, used_s in list(self._used_s.items()):
-            if now_s - used_s > _IDLE_S and not self._hosts[info].busy:
+            host = self._hosts.get(info)
+            if host is None:  # it was closed while a thread dialled it
+                del self._used_s[info]
+            elif now_s - used_s > _IDLE_S and not host.busy:
                 del self._used_s[info]
                 self._close_soon(self._hosts.pop(info).close())
 

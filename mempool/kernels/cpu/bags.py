@@ -341,7 +341,10 @@ def _dot_listed(arena: Arena, listed: Array, first: int, count: int, grad: Array
         next_columns = _tile_columns(arena, following, width)
         then, back = (following, count) if next_columns > 0 else (_ZERO, _ZERO)
         source = rows, scales_start, block_dim, listed, first, count, _AHEAD, column, then, back
-        if columns == _WIDE:
+        if columns == _WIDE and columns == width:
+            alone = rows, scales_start, block_dim, listed, first, count, _AHEAD, column, column, 0
+            _dot_wide(*alone, True, grad, results)
+        elif columns == _WIDE:
             _dot_wide(*source, column == 0, grad, results)
         elif columns == _MIDDLE:
             _dot_middle(*source, column == 0, grad, results)

@@ -10,6 +10,7 @@ import importlib
 import logging
 import mmap
 import os
+import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +132,13 @@ class KernelCacheFile(caching.IndexDataCacheFile):  # type: ignore[misc]
     compile different signatures at once, one then finds another's code under its own signature, for ever. A lost entry
     of the index only means to compile again.
     """
+
+    def _load_index(self) -> dict[Any, str]:
+        try:
+            index: dict[Any, str] = super()._load_index()
+        except (AttributeError, ImportError, EOFError, TypeError, ValueError, pickle.UnpicklingError):
+            return {}  # of other sources, which had types that there are no more: they are read before the stamp is
+        return index
 
     def save(self, key: Any, data: Any) -> None:
         """Keep the compiled code ``data`` of the signature (and target) ``key``."""

@@ -114,7 +114,7 @@ class AtOnce:
         caller: str,
         shared: Shared | None = None,
     ) -> Callable[[], ReplyT | None]:
-        job = partial(_unless_behind, answer)
+        job: Callable[[RequestT], Any] = partial(_unless_behind, answer)
         wait = self._thread.begin(stage, job, request, cost=cost, timeout_s=timeout_s, caller=caller, shared=shared)
         return lambda: self._durable(wait())
 
@@ -139,17 +139,33 @@ def _cost_of_update(request: UpdateRequest) -> int:
 def _whole(answer: Callable[[RequestT], ReplyT | Parked | Pieces[ReplyT] | None], request: RequestT) -> ReplyT | None:
     """What is answered; None for what is still to come."""
     reply: Any = answer(request)
-    if isinstance(reply, Parked):
-        reply.woken.cancel()  # nobody waits for it
-        return None
-    whole: ReplyT | None = None if isinstance(reply, GeneratorType) else reply  # pieces: others have turns in between
+    whole: ReplyT | None = None if isinstance(reply, GeneratorType) else _unless_parked(reply)  # others have turns
     return whole
 
 
 def _unless_behind(
     answer: Callable[[RequestT], ReplyT | Parked | Pieces[ReplyT] | None], request: RequestT
-) -> ReplyT | None:
+) -> ReplyT | Pieces[ReplyT | None] | None:
+    """The same in a turn of the shard's thread, which gives others theirs between pieces."""
     try:
-        return _whole(answer, request)
+        reply: Any = answer(request)
     except Behind:
         return None
+    found: ReplyT | Pieces[ReplyT | None] | None = (
+        _pieces_unless_behind(reply) if isinstance(reply, GeneratorType) else _unless_parked(reply)
+    )
+    return found
+
+
+def _pieces_unless_behind(pieces: Pieces[ReplyT]) -> Pieces[ReplyT | None]:
+    try:
+        return (yield from pieces)
+    except Behind:
+        return None
+
+
+def _unless_parked(reply: Any) -> Any:
+    if isinstance(reply, Parked):
+        reply.woken.cancel()  # nobody waits for it
+        return None
+    return reply

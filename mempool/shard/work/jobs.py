@@ -86,6 +86,7 @@ class Job:
         done: Where the result goes.
         control: It is the controller's.
         shared: How it is done where others like it wait; None: alone.
+        leaves: It leaves the queue with its answer; of others those who ask say when.
         put_s: When it came, on a clock that measures.
         pieces: What is left of it, where it is done in pieces.
         known: It is in the queue, or on its way back to whoever asked.
@@ -101,6 +102,7 @@ class Job:
     done: Answer
     control: bool = False
     shared: Shared | None = None
+    leaves: bool = False
     put_s: float = 0.0
     asked_s: float = 0.0
     pieces: Any = None

@@ -1,4 +1,4 @@
-"""What comes of a job, and its way to whoever waits for it: a loop, or a thread. The ``Answer``s of ``jobs``."""
+"""What comes of jobs, and where it goes: to a loop that awaits it, or to a thread that waits itself."""
 
 import asyncio
 import threading
@@ -15,7 +15,7 @@ class Outcome:
     more: bool = False
 
 
-class LoopAnswer:
+class Awaited:
     """A job's result on its way to the loop that waits for it."""
 
     __slots__ = ("_loop", "future")
@@ -37,7 +37,7 @@ class LoopAnswer:
             return  # the loop is closed, and so nobody waits
 
 
-class ThreadAnswer:
+class Handed:
     """A job's result on its way to a thread that waits for it."""
 
     __slots__ = ("_error", "_here", "_value")
@@ -54,11 +54,12 @@ class ThreadAnswer:
 
     def fail(self, error: BaseException) -> None:
         self._error = error
-        self._here.release()
+        if self._here.locked():  # a thread that ends may tell one that has its answer
+            self._here.release()
 
     def wait(self, timeout_s: float) -> Any:
         """The result, None where it does not come in time. Raises what the job raised."""
-        if not self._here.acquire(timeout=timeout_s):
+        if not self._here.acquire(timeout=min(timeout_s, threading.TIMEOUT_MAX)):
             return None
         if self._error is not None:
             raise self._error

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Hashable
 from functools import partial
 from types import GeneratorType
@@ -16,12 +17,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from mempool.errors import DeadlineExceeded, Internal, MempoolError, Overloaded, ShardUnavailable
+from mempool.errors import DeadlineExceeded, MempoolError, ShardUnavailable
 from mempool.observe import Stages
 from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.shard.work.jobs import JOB_BYTES, Answered, Begun, Job, JobQueue, Shared
-from mempool.shard.work.results import LoopAnswer, Outcome, ThreadAnswer, bare
-from mempool.shard.work.together import Half, ended, ended_alone, is_enough, name_of
+from mempool.shard.work.results import Awaited, Handed, Outcome, bare
+from mempool.shard.work.together import Half, begun, ended, ended_alone, is_enough, name_of
+from mempool.shard.work.trying import Trying
 from mempool.types.caller import Caller, current_caller
 from mempool.types.running import ONLY_WHEN_RUNG, THREADS, Clock, Runner
 
@@ -64,12 +66,14 @@ class EngineThread:
         self._stages = stages
         self._upkeep = upkeep
         self._upkeep_s = upkeep_s
-        self._probe = probe
         self._on_fatal = on_fatal
         self._budget = budget or Budget(2**62)
         self._jobs = JobQueue(self._budget, name=name)
+        self._trying = Trying(name, budget=self._budget, probe=probe)
+        self._asked: deque[Job] = deque()  # on their way to the queue: who asks so may be interrupted anywhere
         self._lock = threading.Lock()  # of the queue and of what says whether it is open
         self._at_work = threading.Lock()  # held by whoever touches the state: the thread, or a reader on its own
+        self._reader = 0  # the thread that read last, where signals' handlers may run
         self._closed: str | None = None
         self._keeping_up = False
         self._next_upkeep_s = self._busy_s = 0.0
@@ -80,7 +84,7 @@ class EngineThread:
     @property
     def num_jobs(self) -> int:
         """Jobs that wait or are being answered."""
-        return self._jobs.num_jobs
+        return self._jobs.num_jobs + len(self._asked)
 
     @property
     def busy_s(self) -> float:
@@ -89,7 +93,7 @@ class EngineThread:
 
     def others_wait(self) -> bool:
         """Whether jobs wait for the one that runs."""
-        return len(self._jobs) > 0
+        return len(self._jobs) > 0 or len(self._asked) > 0
 
     @property
     def doing(self) -> str:
@@ -132,7 +136,7 @@ class EngineThread:
             MempoolError: What the job raised; anything else it raised comes as Internal.
         """
         loop = asyncio.get_running_loop()
-        answer = LoopAnswer(loop)
+        answer = Awaited(loop)
         asked = Job(
             stage=stage,
             request=request,
@@ -155,7 +159,7 @@ class EngineThread:
                     answered = True
                     return result
                 await waits
-                asked.done = answer = LoopAnswer(loop)
+                asked.done = answer = Awaited(loop)
                 self._line_up_again(asked)
         finally:
             at_end = asked.caller.at_end if answered else None
@@ -180,10 +184,26 @@ class EngineThread:
         Returns:
             Its result. None where others are to be served before, or it failed in any way: ``run`` it then.
         """
-        if self._closed is not None or len(self._jobs) or not (wait or not self._at_work.locked()):
+        if self._closed is not None or self.others_wait():
             return None
-        with self._at_work, torch.no_grad():
-            if self._closed is not None or len(self._jobs):
+        if not wait:  # nobody interrupts these threads
+            if not self._at_work.acquire(blocking=False):
+                return None
+            try:
+                return self._at_once(stage, read, request)
+            finally:
+                self._at_work.release()
+        if self._reader == threading.get_ident() and self._at_work.locked():
+            return (
+                None  # a signal's handler asks, and what it has interrupted holds the shard: it would wait for itself
+            )
+        with self._at_work:
+            self._reader = threading.get_ident()
+            return self._at_once(stage, read, request)
+
+    def _at_once(self, stage: str, read: Callable[[RequestT], T | None], request: RequestT) -> T | None:
+        with torch.no_grad():
+            if self._closed is not None or self.others_wait():
                 return None
             started_s = self._clock()
             try:
@@ -203,7 +223,7 @@ class EngineThread:
     @property
     def is_busy(self) -> bool:
         """Whether something is done, or waits."""
-        return self._at_work.locked() or len(self._jobs) > 0
+        return self._at_work.locked() or self.others_wait()
 
     def begin(
         self,
@@ -216,8 +236,12 @@ class EngineThread:
         caller: str = "",
         shared: Shared | None = None,
     ) -> Callable[[], T | None]:
-        """As ``run``, for a thread that waits itself, by calling what is returned, once; None after ``timeout_s``."""
-        handed = ThreadAnswer()
+        """As ``run``, for a thread that waits itself, by calling what is returned; None after ``timeout_s``.
+
+        A signal's handler may cut it off anywhere: the queue is the shard's own thread's to touch, and so it is to say
+        there that nobody waits any more. A job that waits for none is done all the same, or is late.
+        """
+        handed: Handed = Handed()
         asked = Job(
             stage=stage,
             request=request,
@@ -226,17 +250,16 @@ class EngineThread:
             run=job,
             done=handed,
             shared=shared,
+            leaves=True,
+            put_s=self._clock(),
         )
-        self._enter(asked)
-
-        def wait() -> T | None:
-            try:
-                value: T | None = handed.wait(timeout_s)
-                return value
-            finally:
-                self._leave(asked)
-
-        return wait
+        asked.asked_s = asked.put_s
+        try:
+            self._asked.append(asked)
+        finally:
+            self._worker.ring()
+        self.check_open()  # only now: the thread looks once more after it was closed
+        return lambda: handed.wait(timeout_s)
 
     def _leave(self, job: Job) -> None:
         with self._lock:
@@ -277,9 +300,19 @@ class EngineThread:
         with self._lock:
             # Under the lock, so that no job can come after the end and wait forever.
             self.check_open()
+            self._take_in()
             job.put_s = job.asked_s = self._clock()
             self._jobs.add(job, now_s=self._clock())
         self._worker.ring()
+
+    def _take_in(self) -> None:
+        """Line up those that were asked for. Under the lock."""
+        while self._asked:
+            job = self._asked.popleft()
+            try:
+                self._jobs.add(job, now_s=self._clock())
+            except MempoolError as error:
+                job.done.fail(bare(error))
 
     def _line_up_again(self, job: Job) -> None:
         with self._lock:
@@ -306,6 +339,7 @@ class EngineThread:
         """Run the next job with those that go with it, or a piece of one. Returns whether there may be more."""
         now_s = self._clock()
         with self._lock:
+            self._take_in()
             job = self._jobs.ready(now_s=now_s)
             company = [] if job is None else self._jobs.company(job, now_s=now_s)
             late = self._jobs.take_expired()
@@ -314,7 +348,7 @@ class EngineThread:
         if self._keeping_up and now_s >= self._next_upkeep_s:
             self._keep_up()
         if job is None:
-            return self._closed is None or len(self._jobs) > 0
+            return self._closed is None or self.others_wait()
         self._doing, self._taken = job, [job, *company]
         if company:
             self._do_together([job, *company])
@@ -334,13 +368,18 @@ class EngineThread:
         self._next_upkeep_s = self._clock() + self._upkeep_s
 
     def _tell_late(self, job: Job) -> None:
+        self._over(job)
         job.done.fail(DeadlineExceeded(f"{job.stage}: the call's time was over before its turn came at {self._name}"))
         job.forget()
+
+    def _over(self, job: Job) -> None:
+        if job.leaves:
+            self._leave(job)
 
     def _do(self, job: Job) -> None:
         began_s = self._clock()
         self._stages.record("queue", began_s - job.put_s)
-        outcome = self._tried(job, partial(self._do_some, job))
+        outcome = self._trying.tried(job, partial(self._do_some, job))
         self._ended(job, outcome, self._clock() - began_s)
 
     def _do_together(self, jobs: list[Job]) -> None:
@@ -353,7 +392,7 @@ class EngineThread:
             self._doing = job
             began_s = self._clock()
             self._stages.record("queue", began_s - job.put_s)
-            outcome = self._tried(job, partial(self._begin, job))
+            outcome = self._trying.tried(job, partial(begun, job))
             took_s = self._clock() - began_s
             if isinstance(outcome.result, Begun):
                 alike.setdefault(outcome.result.like, []).append(Half(job, outcome.result, took_s))
@@ -365,7 +404,7 @@ class EngineThread:
             for half in halves:
                 self._doing = half.job
                 began_s = self._clock()
-                outcome = self._tried(half.job, partial(ended_alone, half))
+                outcome = self._trying.tried(half.job, partial(ended_alone, half))
                 self._ended(half.job, outcome, half.took_s + self._clock() - began_s)
 
     def _end_as_one(self, halves: list[Half]) -> bool:
@@ -382,16 +421,6 @@ class EngineThread:
             self._ended(half.job, Outcome(result), half.took_s + took_s / len(halves))
         return True
 
-    def _tried(self, job: Job, do: Callable[[], Outcome]) -> Outcome:
-        try:
-            return do()
-        except MempoolError as error:
-            return Outcome(failure=bare(error))
-        except Exception as error:
-            failure = bare(self._explained(job, error))
-            bare(error)
-            return Outcome(failure=failure)
-
     def _ended(self, job: Job, outcome: Outcome, took_s: float) -> None:
         """A job, or a piece of it, took so long."""
         self._stages.record(job.stage, took_s)
@@ -404,7 +433,9 @@ class EngineThread:
                 self._jobs.again(job)
         if outcome.more:
             self._worker.ring()
-        elif outcome.failure is not None:
+            return
+        self._over(job)
+        if outcome.failure is not None:
             job.pieces = None
             job.done.fail(outcome.failure)
         elif isinstance(outcome.result, Answered):
@@ -439,52 +470,17 @@ class EngineThread:
             return Outcome(end.value)
         return Outcome(more=True)
 
-    def _begin(self, job: Job) -> Outcome:
-        """Do what is its own of a job that is done together with others."""
-        assert job.shared is not None, "those have company"
-        result = job.shared.begin(job.request)
-        if not isinstance(result, GeneratorType):
-            return Outcome(result)
-        job.pieces = result  # it is longer than it looked: the rest has turns of its own
-        return Outcome(more=True)
-
-    def _explained(self, job: Job, error: Exception) -> MempoolError:
-        """What a caller is told of an error that is not ours."""
-        if out_of_memory(error):
-            _LOG.warning("%s: no memory for %s: %s", self._name, job.stage, error)
-            more = ", or give shards more memory (shard.memory)" if self._budget.configured else ""
-            return Overloaded(
-                f"{self._name} has no memory for {job.stage} just now ({type(error).__name__}: {error}). Repeating it "
-                f"is safe; ask for less at a time{more}",
-                retry_after_s=1.0,
-            )
-        _LOG.exception("%s: %s failed", self._name, job.stage)
-        try:
-            self._probe()
-        except Exception as broken:
-            raise _BrokenDevice(f"{job.stage} failed, and the device with it: {broken}") from error
-        return Internal(f"{self._name}: {job.stage} failed with {type(error).__name__}: {error}. This is a bug.")
-
     def _end_for_good(self, error: BaseException) -> None:
         """Nothing can be trusted any more: tell all who wait, and whoever wants to know."""
         _LOG.critical("%s cannot go on", self._name, exc_info=error)
         text = f"{self._name} has ended: {type(error).__name__}: {error}. Its pages are gone with it"
         with self._lock:
             self._closed = text
-            waiting = self._jobs.drain()
+            waiting = [*self._jobs.drain(), *self._asked]
+            self._asked.clear()
         for job in (*self._taken, *waiting):
             job.done.fail(ShardUnavailable(text))
             job.forget()
         self._doing, self._taken = None, []
         if self._on_fatal is not None:
             self._on_fatal(error)
-
-
-class _BrokenDevice(BaseException):
-    """The device takes no work any more. No Exception: nobody catches it but the end of the thread."""
-
-
-def probe(device: torch.device) -> None:
-    """Raises where a device takes no work any more: after an error that CUDA's context does not survive."""
-    if device.type == "cuda":
-        torch.zeros(1, device=device).add_(1).cpu()

@@ -5,6 +5,7 @@ Which jobs those are is for ``jobs`` to say. Nobody waits for others to come.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import GeneratorType
 from typing import Any
 
 from mempool.shard.work.jobs import Begun, Job
@@ -18,6 +19,16 @@ class Half:
     job: Job
     begun: Begun
     took_s: float
+
+
+def begun(job: Job) -> Outcome:
+    """Do what is its own of a job that is done together with others."""
+    assert job.shared is not None, "those have company"
+    result = job.shared.begin(job.request)
+    if not isinstance(result, GeneratorType):
+        return Outcome(result)
+    job.pieces = result  # it is longer than it looked: the rest has turns of its own
+    return Outcome(more=True)
 
 
 def is_enough(halves: Sequence[Half]) -> bool:

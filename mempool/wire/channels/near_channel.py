@@ -5,6 +5,7 @@ a call that it fails is as one that gRPC failed: whoever tries again finds gRPC,
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -26,6 +27,9 @@ MOST_LINES = 8
 MOST_REQUEST_BYTES = 4 * 2**20
 """Larger requests go by gRPC: the memory that is shared has room for few of them."""
 _MICROSECONDS = 1e6
+_MOST_OF_IT = 0.9
+_LEAST_S = 1e-3
+"""Enough to read an answer that is there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +123,7 @@ class NearChannel:
                 return None
             line.bound(receive_s=timeout_s, send_s=timeout_s)
             line.ask(number, parts, _microseconds(timeout_s))
+            end_s = time.monotonic() + timeout_s
         except BaseException as error:
             self._end(line)
             if isinstance(error, OSError | MempoolError):
@@ -127,6 +132,9 @@ class NearChannel:
 
         def wait() -> ReplyT | None:
             try:
+                left_s = end_s - time.monotonic()
+                if left_s < _MOST_OF_IT * timeout_s:  # others of the same call were waited for
+                    line.bound(receive_s=max(_LEAST_S, left_s))
                 replied, body = line.answer()
             except BaseException as error:
                 self._end(line)
@@ -152,8 +160,7 @@ class NearChannel:
                 await opening
         for line in list(self._lines):
             line.cut()
-        while (free := self._taken()) is not None:
-            self._end(free)
+        self._end_free()
         await self._grpc.close()
 
     # Lines, of any thread
@@ -172,6 +179,12 @@ class NearChannel:
     def _give_back(self, line: ClientLine) -> None:
         if line in self._lines:
             self._free.append(line)
+            if self._closed:  # whoever closed it may not have seen this one
+                self._end_free()
+
+    def _end_free(self) -> None:
+        while (free := self._taken()) is not None:
+            self._end(free)
 
     def _end(self, line: ClientLine) -> None:
         self._lines.discard(line)

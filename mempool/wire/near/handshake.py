@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import struct
+import time
 from typing import Any
 
 from mempool.errors import InvalidRequest, ShardUnavailable, Unauthenticated
@@ -87,7 +88,8 @@ def answer(connection: socket.socket, address: str, token: str | None) -> tuple[
             raise InvalidRequest(f"version {asked.get('version')}, and this is {VERSION}")
         if asked.get("address") != address:
             raise InvalidRequest(f"this is {address}, not {asked.get('address')}")
-        if token is not None and not hmac.compare_digest(str(asked.get("token")).encode(), token.encode()):
+        said = str(asked.get("token")).encode(errors="replace")
+        if token is not None and not hmac.compare_digest(said, token.encode()):
             raise Unauthenticated("the token is not this pool's")
         if descriptor is None:
             raise InvalidRequest("no memory came along")
@@ -103,6 +105,8 @@ def answer(connection: socket.socket, address: str, token: str | None) -> tuple[
         _send(connection, {"version": VERSION, "agreed": False, "why": error.message})
         raise
     except BaseException:
+        if descriptor is not None:
+            os.close(descriptor)
         if sent is not None:
             sent.close()
         raise
@@ -126,8 +130,10 @@ def _send(connection: socket.socket, said: dict[str, Any], descriptor: int | Non
 def _receive(connection: socket.socket) -> tuple[dict[str, Any], int | None]:
     """What was said, and a descriptor that came along, which is the caller's to close."""
     data, descriptors = b"", []
+    end_s = time.monotonic() + TIMEOUT_S  # of all of it, however slowly it comes
     try:
         while not data.endswith(b"\n"):
+            connection.settimeout(max(1e-3, end_s - time.monotonic()))
             some, came, _, _ = socket.recv_fds(connection, _MOST_BYTES, 1)
             descriptors += came
             data += some
@@ -136,7 +142,7 @@ def _receive(connection: socket.socket) -> tuple[dict[str, Any], int | None]:
         said = json.loads(data)
         if not isinstance(said, dict):
             raise InvalidRequest("the handshake is no mapping")
-    except (InvalidRequest, ValueError) as error:
+    except (InvalidRequest, ValueError, RecursionError) as error:
         for one in descriptors:
             os.close(one)
         raise InvalidRequest(f"no handshake: {error}") from None

@@ -41,7 +41,7 @@ def test_options_and_exit_codes(monkeypatch: pytest.MonkeyPatch, code: int) -> N
     ("arguments", "message"),
     [
         (["serve", "--only", "lookup"], "unknown cases lookup; known: lookups, shards, load"),
-        (["train", "--only", "step"], "unknown cases step; known: steps, peers, layers"),
+        (["train", "--only", "step"], "unknown cases step; known: steps, shards, peers, layers"),
         pytest.param(
             ["serve", "--plot", "x.png"], "--plot needs matplotlib",
             marks=pytest.mark.skipif(_HAS_MATPLOTLIB, reason="matplotlib is installed"),

@@ -20,7 +20,7 @@ def test_matrix_becomes_equal_bags() -> None:
     weights = torch.rand(2, 3, dtype=torch.float64, requires_grad=True)
     flat, flat_weights, offsets = check(ids, weights)
     assert flat.tolist() == [5, 6, 7, 99, 0, 5]
-    assert flat.dtype == torch.int64
+    assert flat.dtype == torch.int32
     assert offsets.tolist() == [0, 3, 6]
     assert flat_weights is not None
     assert torch.equal(flat_weights, weights.reshape(-1))

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -152,6 +153,47 @@ def test_it_is_not_for_the_loop_nor_for_another_process(
     monkeypatch.setattr(asking, "_pid", -1)
     assert gather_directly(asking, session.table_id, BAGS, remember=False) is None
     assert not shy.asked
+
+
+def test_an_update_whose_backward_pass_is_interrupted_is_no_part_of_the_step() -> None:
+    """Whether or not the loop had begun it."""
+    with mempool.local() as pool:
+        table = pool.create_table(mempool.TableConfig(name="facts", num_slots=64, value_dim=4))
+        session = table._session
+        _, record = run(session.gather(BAGS, remember=True))
+        session._direct = None
+
+        def interrupted(coroutine: Any) -> Any:
+            coroutine.close()
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            session.weight_grad(record, torch.ones(2, 4), hold=True, run=interrupted)
+        assert session.pending == 0
+
+
+def test_shards_that_are_silent_cost_a_call_half_of_its_time_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    with mempool.local() as pool:
+        asking = Asking(pool.router, lambda _: None, loop=io_loop(), patience_s=60.0)
+        assert asking.patience_s == pool.router.timeout_s / 2
+        assert asking.left_s(time.monotonic()) is None
+        left_s = asking.left_s(time.monotonic() - 10.0)
+        assert left_s is not None
+        assert left_s <= pool.router.timeout_s - 10.0
+        table = pool.create_table(mempool.TableConfig(name="facts", num_slots=64, value_dim=4))
+        session = table._session
+        given: list[float | None] = []
+        gather = session.gather
+
+        async def noted(bags: Bags, *, timeout_s: float | None = None, **options: Any) -> Any:
+            given.append(timeout_s)
+            return await gather(bags, timeout_s=timeout_s, **options)
+
+        monkeypatch.setattr(session, "gather", noted)
+        monkeypatch.setattr(session, "gather_at_once", lambda *_, **__: None)
+        monkeypatch.setattr(session, "left_s", lambda _: 7.0)
+        table.gather(IDS)
+        assert given == [7.0]
 
 
 def test_training_by_it_is_training_by_the_router() -> None:

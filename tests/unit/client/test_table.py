@@ -214,7 +214,7 @@ def test_discard_and_prepare_go_through(opened) -> None:  # type: ignore[no-unty
 def test_traffic_is_counted(open_pool) -> None:  # type: ignore[no-untyped-def]
     pool = open_pool(FaultyPool(COLUMNS))
     pool.table("facts").gather(torch.zeros(8, 4, dtype=torch.int64), torch.ones(8, 4))
-    assert pool.router.traffic.bytes_sent == 3 * (32 * 8 + 32 * 4 + 9 * 8)
+    assert pool.router.traffic.bytes_sent == 3 * (32 * 4 + 32 * 4 + 9 * 8)
     assert pool.router.traffic.bytes_received == 8 * 12 * 4
 
 

@@ -95,8 +95,8 @@ def make_state(algorithm, width, block_dim):
 
 def read(triton_kernels, width, element, block_dim, weighted=True, dtype=torch.float32):
     paged, ids, weights, offsets, _, grads, _ = make_case(width, element, block_dim)
-    triton_kernels.weighted_sum(paged, ids, weights if weighted else None, offsets, dtype)
-    triton_kernels.weight_gradient(paged, ids, offsets, grads)
+    triton_kernels.weighted_sum(paged, ids.int(), weights if weighted else None, offsets, dtype)
+    triton_kernels.weight_gradient(paged, ids.int(), offsets, grads)
     triton_kernels.gather_rows(paged, ids, paged.value_dtype)
 
 
@@ -117,7 +117,7 @@ def step(triton_kernels, width, element, block_dim, algorithm, randomly=False, m
 def others(triton_kernels):
     """What is not about stored elements, or is so with one of them."""
     paged, ids, weights, _, bags, grads, pairs = make_case(256, "float32", 64)
-    triton_kernels.sort_pairs(paged, ids)
+    triton_kernels.sort_pairs(paged, ids.int())
     sys.modules["mempool.kernels.gpu.bags"].sort_pairs = lambda *_: pairs  # without a launch nothing was sorted
     triton_kernels.scatter_rows(paged, ids, torch.zeros(ids.numel(), 256))
     sums = triton_kernels.segment_sum(pairs, weights, bags, grads)

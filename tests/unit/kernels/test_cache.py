@@ -2,12 +2,13 @@
 
 import errno
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from mempool import kernels
-from mempool.kernels.cpu import bags, initial, runtime, sorting, updates
+from mempool.kernels.cpu import admission, bags, initial, rows, runtime, sorting, updates
 from mempool.kernels.cpu.runtime import KernelCacheFile, source_stamp
 from mempool.kernels.cpu.scoring import flat, topk
 
@@ -65,6 +66,20 @@ def test_code_of_other_sources_is_not_taken(tmp_path):
     assert cache_file(tmp_path, stamp="after").load("float32") is None
 
 
+class _Arguments:
+    """Of a signature, a named tuple of a module."""
+
+
+def test_an_index_of_sources_that_had_other_types_is_none(tmp_path, monkeypatch):
+    """Their types are read before their stamp is."""
+    cache_file(tmp_path, stamp="before").save(_Arguments(), "code of before")
+    monkeypatch.delattr(sys.modules[__name__], "_Arguments")
+    after = cache_file(tmp_path, stamp="after")
+    assert after.load("float32") is None
+    after.save("float32", "code of after")
+    assert cache_file(tmp_path, stamp="after").load("float32") == "code of after"
+
+
 def test_the_stamp_is_of_every_source_and_of_nothing_else(tmp_path):
     (tmp_path / "kernel.py").write_text("import shared")
     (tmp_path / "shared.py").write_text("x = 1")
@@ -81,7 +96,7 @@ def test_every_kernel_has_such_a_cache():
     kernels.implementation("numba")
     found = {
         name: kernel._cache
-        for module in (bags, flat, initial, sorting, topk, updates)
+        for module in (admission, bags, flat, initial, rows, sorting, topk, updates)
         for name, kernel in vars(module).items()
         if hasattr(kernel, "signatures") and not kernel.targetoptions.get("no_cpython_wrapper")
     }
@@ -96,7 +111,10 @@ def test_every_kernel_has_such_a_cache():
 def test_kernels_hold_no_interpreter_lock():
     kernels.implementation("numba")
     found = [
-        one for module in (bags, flat, topk, updates) for one in vars(module).values() if hasattr(one, "signatures")
+        one
+        for module in (admission, bags, flat, rows, topk, updates)
+        for one in vars(module).values()
+        if hasattr(one, "signatures")
     ]
     assert len(found) > 30
     assert all(one.targetoptions["nogil"] for one in found)

@@ -1,15 +1,20 @@
 """Calls answered on the thread that asks: the same answers, or none; nobody's turn is taken; nothing is torn."""
 
+import itertools
+import signal
+import sys
 import threading
 import time
 from dataclasses import replace
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 
 from mempool.errors import Overloaded
-from mempool.shard import Engine
+from mempool.shard import Engine, answers
+from mempool.shard.parking import Behind, Parked
 from mempool.shard.steps.contexts import Contexts
 from mempool.types import GatherRequest, OptimizerSpec, UpdateRequest
 from tests.contract.bags import make_bags
@@ -132,6 +137,32 @@ def test_who_waits_has_the_first_turn(make_driver: MakeDriver) -> None:
     assert begun(engine, asked(driver)) is not None
 
 
+def test_who_waits_is_answered_in_pieces_where_the_work_is_long(
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "READ_PIECE_BYTES", 40)
+    monkeypatch.setattr(answers, "WHOLE_READ_BYTES", 40)
+    driver = make_driver().create(make_schema())
+    engine = engine_of(driver)
+    request = asked(driver)
+    expected = driver.call(engine.gather(request))
+
+    def kernels() -> int:
+        return next(stage.count for stage in engine._stages.snapshot() if stage.stage == "kernel")
+
+    before = kernels()
+    found: Any = engine.at_once._in_turn("gather", engine._answers.gather, request, 4096, BOUND_S, "me")()
+    assert found is not None, "the engine would do all of it again"
+    assert same(found.values, expected.values)
+    assert kernels() - before > 1
+
+    def is_behind() -> Any:
+        yield
+        raise Behind(lambda _: Parked())
+
+    assert engine.at_once._in_turn("gather", lambda _: is_behind(), request, 4096, BOUND_S, "me")() is None
+
+
 def test_who_does_not_get_a_turn_in_time_is_told_nothing_and_leaves_nothing(make_driver: MakeDriver) -> None:
     driver = make_driver().create(make_schema())
     engine = engine_of(driver)
@@ -146,6 +177,7 @@ def test_who_does_not_get_a_turn_in_time_is_told_nothing_and_leaves_nothing(make
     assert engine.at_once.gather(asked(driver), caller="me", timeout_s=0.05) is None
     go_on.set()
     working.result(BOUND_S)
+    driver.status(0)  # by then its turn has come, and was found late
     assert engine._thread.num_jobs == 0
     assert engine._budget.queued_bytes == 0
 
@@ -208,10 +240,86 @@ def test_a_queue_that_is_full_refuses_as_always(make_driver: MakeDriver) -> None
     assert going.wait(BOUND_S)
 
     def asks_for_much() -> None:
-        for _ in range(10):
-            engine.at_once._in_turn("gather", engine._answers.gather, asked(driver), 4096, 1.0, "me")
+        gather = engine._answers.gather
+        waits = [engine.at_once._in_turn("gather", gather, asked(driver), 4096, BOUND_S, "me") for _ in range(10)]
+        go_on.set()
+        for wait in waits:
+            wait()
 
     with pytest.raises(Overloaded):
         asks_for_much()
-    go_on.set()
     working.result(BOUND_S)
+    driver.status(0)
+    assert engine._budget.queued_bytes == 0
+
+
+def test_who_is_interrupted_anywhere_leaves_nothing_in_the_queue(make_driver: MakeDriver) -> None:
+    """At each line that an update on the caller's own thread goes through: nothing is counted for ever, and it ends."""
+    driver = make_driver().create(make_schema())
+    engine = engine_of(driver)
+    bags = make_bags(1)
+    update = UpdateRequest(
+        envelope=driver.envelope(0),
+        step_id=driver.step_id(1),
+        sequence=1,
+        lookup_id=1,
+        blocks=driver.blocks(0),
+        grads=torch.ones(bags.offsets.shape[0] - 1, 10),
+        hold=False,
+        want_weight_grad=True,
+        ids=bags.ids,
+        weights=bags.weights,
+        offsets=bags.offsets,
+    )
+    left = 0
+
+    def interrupt(frame: FrameType, event: str, _: object) -> object:
+        nonlocal left
+        if "/shard/work/" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            left -= 1
+            if not left:
+                raise KeyboardInterrupt
+        return interrupt
+
+    for lines in itertools.count(1):
+        left = lines
+        sys.settrace(interrupt)
+        try:
+            answer = engine.at_once.begin_update(update, timeout_s=BOUND_S, narrow_ids=False, alone=True)()
+        except KeyboardInterrupt:
+            answer = None
+        finally:
+            sys.settrace(None)
+        driver.call(engine._thread.run("a turn", lambda _: None))  # before it had what was asked before
+        assert engine._budget.queued_bytes == 0, f"interrupted at line {lines}"
+        assert engine._thread.num_jobs == 0
+        assert not engine._thread.others_wait()
+        if left > 0:
+            break
+    assert lines > 10
+    assert answer is not None
+
+
+def test_a_handler_that_asks_does_not_wait_for_what_it_has_interrupted(
+    make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = make_driver().create(make_schema())
+    engine = engine_of(driver)
+    expire, found = Contexts.expire, []
+
+    def signalled(self: Contexts) -> None:
+        if not found:
+            found.append("the handler runs")
+            signal.raise_signal(signal.SIGUSR1)
+        expire(self)
+
+    monkeypatch.setattr(Contexts, "expire", signalled)
+    before = signal.signal(signal.SIGUSR1, lambda *_: found.append(begun(engine, asked(driver, 2))))
+    try:
+        assert begun(engine, asked(driver)) is not None
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert found == ["the handler runs", None]
+    assert begun(engine, asked(driver)) is not None

@@ -177,3 +177,18 @@ def test_what_is_kept_is_a_copy() -> None:
     for kept, given_ in ((bags.ids, request.ids), (bags.offsets, request.offsets), (grads, request.grads)):
         assert kept.data_ptr() != given_.data_ptr()
         assert torch.equal(kept, given_)
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_what_is_kept_is_a_copy_unless_nobody_else_writes_to_it(private: bool) -> None:
+    weights = torch.ones(4)
+    gather = replace(_gather([0, 4]), weights=weights, remember=True, private=private)
+    bags, _ = validate.check_gather(TABLE, gather, reply_bytes=None)
+    assert bags.weights is not None
+    assert (bags.weights.data_ptr() == weights.data_ptr()) == private
+    update = replace(_update([0, 4], 1), weights=weights, private=private)
+    bags, grads = validate.check_update(TABLE, update, None, reply_bytes=None)
+    assert bags.weights is not None
+    for kept, given_ in ((bags.weights, weights), (grads, update.grads), (bags.offsets, update.offsets)):
+        assert given_ is not None
+        assert (kept.data_ptr() == given_.data_ptr()) == private

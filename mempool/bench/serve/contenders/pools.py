@@ -1,4 +1,4 @@
-"""The product: an embedded pool, and a pool whose shards are processes of their own, asked over gRPC."""
+"""The product: an embedded pool, and pools of processes, asked over gRPC and through memory that both have."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ EMBEDDED = "mempool embedded"
 GRPC = "mempool over gRPC"
 NEAR = "mempool, shared memory"
 _CALL_TIMEOUT_S = 120.0
-#: So that a table can lie on that many shards by columns.
+#: Column blocks of a table that lies by columns; more where there are more shards.
 _BLOCKS = 8
+#: Ways to a pool in processes of its own, of those that this system has.
+REMOTE = (GRPC, NEAR) if supported() else (GRPC,)
 
 Layout = Literal["auto", "columns", "rows"]
 
@@ -30,7 +32,7 @@ Layout = Literal["auto", "columns", "rows"]
 def embedded(table: TableSize, *, shards: int = 1, layout: Layout = "auto") -> Iterator[LookUp]:
     """An embedded pool with the table."""
     with mempool.local(shards=shards, device="cpu", timeout_s=_CALL_TIMEOUT_S) as pool:
-        yield look_up(EMBEDDED, made(pool, table, layout), table)
+        yield look_up(EMBEDDED, made(pool, table, layout, shards=shards), table)
 
 
 @dataclass(frozen=True)
@@ -49,44 +51,44 @@ class Serving:
 
 
 @contextmanager
-def served(table: TableSize, *, shards: int = 1, layout: Layout = "auto") -> Iterator[LookUp]:
-    """A pool in processes of its own with the table, and the product's client here."""
-    with serving(table, shards=shards, layout=layout) as here:
-        yield look_up(GRPC, here.table, table, here.process.pids)
-
-
-@contextmanager
-def served_and_near(table: TableSize) -> Iterator[list[LookUp]]:
-    """As ``served``, and another client of the same process, that asks through memory which both have, where it can."""
+def served(table: TableSize, *, shards: int = 1, layout: Layout = "auto") -> Iterator[list[LookUp]]:
+    """A pool in processes of its own with the table, and two clients of it here: over gRPC, and, where this system has
+    it, through memory that both processes have."""
     with ExitStack() as stack:
-        here = stack.enter_context(serving(table))
+        here = stack.enter_context(serving(table, shards=shards, layout=layout))
         found = [look_up(GRPC, here.table, table, here.process.pids)]
-        if supported():
+        if NEAR in REMOTE:
             pool = stack.enter_context(connected(here.process.address, near=True))
             found.append(look_up(NEAR, pool.table(here.table.name), table, here.process.pids))
         yield found
 
 
 @contextmanager
-def serving(table: TableSize, *, shards: int = 1, layout: Layout = "auto", near: bool = False) -> Iterator[Serving]:
-    """The same, to be asked for other things too; near: through shared memory."""
+def serving(table: TableSize, *, shards: int = 1, layout: Layout = "auto", threads: int = 1) -> Iterator[Serving]:
+    """The same, to be asked for other things too, by a client over gRPC. threads: Of each shard."""
     memory_bytes = 2**30 + 2 * table.num_slots * table.value_dim * 4
     with (
-        pool_process(shards=shards, memory_bytes=memory_bytes) as process,
-        connected(process.address, near=near) as pool,
+        pool_process(shards=shards, threads=threads, memory_bytes=memory_bytes) as process,
+        connected(process.address, near=False) as pool,
     ):
-        yield Serving(process, pool, made(pool, table, layout))
+        yield Serving(process, pool, made(pool, table, layout, shards=shards))
 
 
-def made(pool: mempool.Pool, size: TableSize, layout: Layout = "auto") -> mempool.Table:
-    """The table, made in a pool."""
-    blocks = size.value_dim // _BLOCKS if layout == "columns" and size.value_dim >= _BLOCKS else None
+def made(pool: mempool.Pool, size: TableSize, layout: Layout = "auto", *, shards: int = 1) -> mempool.Table:
+    """The table, made in a pool. shards: That it can lie on, by columns."""
     config = mempool.TableConfig(
-        name="facts", num_slots=size.num_slots, value_dim=size.value_dim, layout=layout, block_dim=blocks
-    )
+        name="facts", num_slots=size.num_slots, value_dim=size.value_dim, layout=layout,
+        block_dim=block_dim(size.value_dim, shards) if layout == "columns" else None,
+    )  # fmt: skip
     table = pool.create_table(config)
     size.write(table.write)
     return table
+
+
+def block_dim(value_dim: int, shards: int) -> int | None:
+    """Columns of a block of a table that is to lie on shards by columns; None where it has too few for as many."""
+    blocks = max(_BLOCKS, shards)
+    return value_dim // blocks if value_dim >= blocks else None
 
 
 def look_up(name: str, table: mempool.Table, size: TableSize, pids: Sequence[int] = ()) -> LookUp:

@@ -202,11 +202,12 @@ def test_load_of_many_clients_and_its_keys(monkeypatch: pytest.MonkeyPatch) -> N
     assert outcome.failed == []
     found = report.document(outcome)
     asked = {(one["target"], one["shape"], one["loop"]) for one in found["load"]}
-    both = {(target, shape) for target in (pools.GRPC, echoes.GRPC_ECHO) for shape in ("4x3", "2x2")}
+    both = {(target, shape) for target in (pools.GRPC, pools.NEAR, echoes.GRPC_ECHO) for shape in ("4x3", "2x2")}
     alone = {(echoes.UNIX_ECHO, shape, "closed") for shape in ("4x3", "2x2")}
     assert asked == {(*pair, loop) for pair in both for loop in ("closed", "open")} | alone
-    assert list(found["flood"]) == ["alone", "beside a flood"]
-    for one in [*found["load"], *found["flood"].values()]:
+    assert list(found["flood"]) == [pools.GRPC, pools.NEAR]
+    assert all(list(both) == ["alone", "beside a flood"] for both in found["flood"].values())
+    for one in [*found["load"], *(one for both in found["flood"].values() for one in both.values())]:
         assert list(one) == LOAD_KEYS
         assert one["calls"] >= 1
         assert 0 < one["median_ms"] <= one["p99_ms"] <= one["max_ms"]

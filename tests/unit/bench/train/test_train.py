@@ -15,8 +15,13 @@ from mempool.bench.serve.shapes import Shape, TableSize
 from mempool.bench.train import command, layers, run
 from mempool.bench.train.tables import LocalTable, pool_table
 
-TINY = run.Workload(slots=64, peer_slots=256, value_dim=8, shape=Shape(4, 4), heads=2, budget_s=5.0)
-POOLS = ["mempool's kernels here", "mempool embedded", "mempool over gRPC"]
+TINY = run.Workload(slots=64, peer_slots=256, value_dim=8, shape=Shape(4, 4), heads=2, shards=(1, 2), budget_s=5.0)
+HERE = ["mempool's kernels here", "mempool embedded"]
+POOLS = [*HERE, "mempool over gRPC", "mempool, shared memory"]
+SHARDED = [
+    HERE[0],
+    *(f"mempool embedded, {by}, {count}" for by in ("columns", "rows") for count in ("1 shard", "2 shards")),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +29,9 @@ def _no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pool in a process of its own takes seconds to start; it is measured by the same lines as an embedded one."""
 
     @contextmanager
-    def here(_: object) -> Iterator[mempool.Pool]:
+    def here(_: object) -> Iterator[dict[str, mempool.Pool]]:
         with mempool.local(name="served", device="cpu") as pool:
-            yield pool
+            yield dict.fromkeys(POOLS[2:], pool)
 
     monkeypatch.setattr(run, "_served", here)
     installed = peers.installed
@@ -49,10 +54,12 @@ def test_a_run_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ("step sgd 4x4 of 2^6", POOLS),
         ("gather adagrad 4x4 of 2^6", POOLS),
         ("step adagrad 4x4 of 2^6", POOLS),
-        ("gather adagrad 4x4 of 2^8", [*POOLS[:2], "torch sparse"]),
-        ("step adagrad 4x4 of 2^8", [*POOLS[:2], "torch sparse"]),
+        ("sharded gather sgd 4x4 of 2^6", SHARDED),
+        ("sharded step sgd 4x4 of 2^6", SHARDED),
+        ("gather adagrad 4x4 of 2^8", [*HERE, "torch sparse"]),
+        ("step adagrad 4x4 of 2^8", [*HERE, "torch sparse"]),
         ("layer sgd 4x4 of 2^6", POOLS),
-        ("overlap sgd 4x4 of 2^6", [POOLS[0], POOLS[2], "mempool over gRPC, overlapped"]),
+        ("overlap sgd 4x4 of 2^6", [POOLS[0], *(name + how for name in POOLS[2:] for how in ("", ", overlapped"))]),
     ]
     for case in found["cases"]:
         assert case["rounds"] == 2
@@ -64,7 +71,7 @@ def test_a_run_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
             assert 0 < figures["min_ms"] <= figures["median_ms"] <= figures["max_ms"]
         assert case["contenders"]["mempool's kernels here"]["beside_local"] == 1.0
     standing = {goal["what"]: goal["standing"] for goal in found["goals"]}
-    assert list(standing.values()).count("not measured") == 2, "FBGEMM is not installed"
+    assert list(standing.values()).count("not measured") == 6, "FBGEMM is not installed, and no pool has 8 shards"
 
 
 def test_a_step_that_changes_nothing_is_not_timed(
@@ -96,5 +103,5 @@ def test_wrong_gradients_of_weights_and_wrong_outputs_are_not_timed(monkeypatch:
 
 
 def test_parts_are_named() -> None:
-    with pytest.raises(OptionsError, match="unknown cases layer; known: steps, peers, layers, overlap"):
+    with pytest.raises(OptionsError, match="unknown cases layer; known: steps, shards, peers, layers, overlap"):
         run.Options(only=("layer",))

@@ -1,0 +1,4 @@
+"""What a look-up costs that no clock shows: system calls (``calls``, by strace), and bytes that are copied (``copies``).
+
+python -m mempool.bench.serve.counting
+"""

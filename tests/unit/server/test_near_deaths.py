@@ -1,0 +1,141 @@
+"""Lines whose clients say odd things, or end before they were begun: nothing of theirs is left at the server."""
+
+import asyncio
+import json
+import os
+import socket
+import time
+from contextlib import suppress
+
+import pytest
+import torch
+
+from mempool.types import GatherRequest
+from mempool.wire import methods
+from mempool.wire.channels.near_channel import NearChannel
+from mempool.wire.near import handshake
+from mempool.wire.near.line import supported
+from mempool.wire.near.memory import SentMemory
+
+from .test_near import ENVELOPE, connected, go, line_of, serving, until
+
+pytestmark = pytest.mark.skipif(not supported(), reason="this system has no such memory")
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_client_that_is_gone_when_its_line_begins_takes_nobodys_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = handshake.answer
+
+    def answered_then_gone(connection: socket.socket, address: str, token: str | None) -> object:
+        agreed = answer(connection, address, token)
+        connection.shutdown(socket.SHUT_RDWR)
+        return agreed
+
+    async def main() -> None:
+        async with serving() as server:
+            monkeypatch.setattr(handshake, "answer", answered_then_gone)
+            for _ in range(20):
+                connection, sent, _ = await asyncio.to_thread(handshake.call, server._address, None)
+                connection.close()
+                sent.close()
+            await until(lambda: not server._beginning and not server.num_lines)
+            assert server._begun == 20
+
+    go(main())
+
+
+def test_a_line_that_comes_back_after_the_end_is_closed() -> None:
+    async def main() -> None:
+        async with serving() as server, connected(server) as channel:
+            line = channel._taken()
+            assert line is not None
+            await channel.close()
+            channel._give_back(line)
+            assert line._socket.fileno() == -1
+            assert not channel._lines
+
+    go(main())
+
+
+def test_servers_that_are_silent_share_the_time_of_a_call() -> None:
+    """As those that were stopped: each is asked, and the second is not waited for as long again."""
+    never = asyncio.Event()
+
+    async def silent(_: object) -> None:
+        await never.wait()
+
+    def asks(first: NearChannel, second: NearChannel) -> None:
+        line = line_of(second)
+        waits = [channel.begin(methods.GATHER, gather(), timeout_s=0.4) for channel in (first, second)]
+        for wait in waits:
+            assert wait is not None
+            assert wait() is None
+        assert line._timeouts[socket.SO_RCVTIMEO] < 0.2
+
+    async def main() -> None:
+        async with (
+            serving(gather=silent) as one,
+            serving(gather=silent) as other,
+            connected(one) as first,
+            connected(other) as second,
+        ):
+            await asyncio.to_thread(asks, first, second)
+
+    go(main())
+
+
+def gather() -> GatherRequest:
+    offsets = torch.tensor([0, 1])
+    return GatherRequest(
+        envelope=ENVELOPE, lookup_id=1, ids=torch.tensor([1]), weights=None, offsets=offsets, remember=False
+    )
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        json.dumps({"version": handshake.VERSION, "address": "a:1", "token": "\ud800"}),
+        "[" * 16_000,
+        json.dumps([handshake.VERSION]),
+    ],
+    ids=["a token that is no text", "too deep", "no mapping"],
+)
+def test_what_is_no_handshake_leaves_no_descriptor(said: str) -> None:
+    before = descriptors()
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
+    memory = SentMemory()
+    socket.send_fds(theirs, [said.encode() + b"\n"], [memory.descriptor])
+    memory.close()
+    del memory  # its mapping has a descriptor, too
+    with suppress(Exception):  # it is told, or its line ends
+        handshake.answer(ours, "a:1", "right")
+    ours.close()
+    theirs.close()
+    assert descriptors() == before
+
+
+def test_a_handshake_that_comes_slowly_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would keep one of a few threads, and whoever ends the server."""
+    monkeypatch.setattr(handshake, "TIMEOUT_S", 0.2)
+
+    async def main() -> None:
+        async with serving() as server:
+            port = handshake.port_of(server._address)
+
+            def drips() -> int:
+                connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                connection.connect(handshake.name_of(port))
+                sent = 0
+                with connection, suppress(OSError):
+                    while sent < 200:
+                        connection.send(b"x")
+                        sent += 1
+                        time.sleep(0.05)
+                return sent
+
+            assert await asyncio.to_thread(drips) < 200
+
+    go(main())
