@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from mempool.errors import MempoolError, Overloaded
-from mempool.shard import Engine
+from mempool.shard import Engine, answers
+from mempool.shard.parking import Behind, Parked
 from mempool.shard.steps.contexts import Contexts
 from mempool.types import GatherRequest, OptimizerSpec, UpdateRequest
 from mempool.wire.channels.loop import run
