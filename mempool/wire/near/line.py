@@ -65,6 +65,7 @@ class Line:
         self._timeouts: dict[int, float] = {}
         self._space_taken: tuple[int, int] | None = None
         connection.settimeout(None)
+        sent.close()  # the other side has it, and what is mapped stays
 
     @property
     def num_extents(self) -> int:
