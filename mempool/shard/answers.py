@@ -4,8 +4,10 @@ All runs on the engine's thread. Long reads are done in pieces, others in betwee
 version of the table, none older than the one the answer is stamped with. Writes are never cut.
 """
 
-from collections.abc import Callable, Generator, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,9 +17,10 @@ from mempool.shard import bounds, validate
 from mempool.shard.durable.records import Counted, Held, Written
 from mempool.shard.hosted import HostedTable
 from mempool.shard.parking import Parked
-from mempool.shard.steps.contexts import Contexts
+from mempool.shard.steps.contexts import Contexts, joined
 from mempool.shard.steps.held import HeldUpdate
 from mempool.shard.tenancy import Tenancy
+from mempool.shard.work.jobs import SMALL_BYTES, Begun, Shared
 from mempool.types import (
     Envelope,
     GatherReply,
@@ -41,6 +44,8 @@ WHOLE_READ_BYTES = 192 * 2**20
 """Where nobody else waits so much is read at once, as pieces cost a little more than the whole."""
 _BAG_ROWS = 16
 """Rows that are read in the time that the answer of one bag takes: its memory is new, and touched first."""
+LEAST_TOGETHER, LEAST_TOGETHER_ON_CPU = 2, 4
+"""Gathers that are summed by one kernel. A CPU's is begun so soon that what joining costs is not saved before."""
 COPY_PIECE_BYTES = 64 * 2**20
 """Bytes of rows that are read as they are at once."""
 SCORE_PIECE_PRODUCTS = 2**32
@@ -52,6 +57,20 @@ Space = Callable[[tuple[int, ...], torch.dtype], Tensor | None]
 """Gives memory of the CPU for an answer of that shape and dtype, contiguous; None: it has none, new memory is taken."""
 Pieces = Generator[None, None, T]
 """Work in pieces: others are served where it yields."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BegunGather(Begun):
+    """A gather that is fenced, checked and sized: its rows are still to be summed, in the same turn."""
+
+    request: GatherRequest
+    table: HostedTable
+    bags: Bags
+    dtype: torch.dtype
+
+    @property
+    def like(self) -> Hashable:
+        return self.table.table_id, self.dtype, self.bags.weights is None, self.request.remember
 
 
 class Answers:
@@ -110,19 +129,68 @@ class Answers:
             self._contexts.recount()
             raise
 
+    def shared_gather(
+        self, request: GatherRequest, answered: Callable[[Callable[[GatherRequest], Any], GatherRequest], Any]
+    ) -> Shared | None:
+        """How a gather is done together with others; None where that gains nothing. For any thread: it only looks.
+
+        answered: Given ``begin_gather`` and a request, answers as ``gather``'s caller answers.
+        """
+        table = self._tenancy.tables.get(request.envelope.table_id)
+        if table is None:
+            return None
+        ids, offsets = request.ids, request.offsets
+        num_bytes = ids.nbytes + offsets.nbytes + _row_bytes(table) * (ids.numel() + _BAG_ROWS * offsets.numel())
+        if num_bytes > SMALL_BYTES:
+            return None
+        return Shared(
+            num_bytes=num_bytes,
+            least=LEAST_TOGETHER_ON_CPU if table.storage.device.type == "cpu" else LEAST_TOGETHER,
+            begin=partial(answered, self.begin_gather),
+            end=self.end_gathers,
+        )
+
+    def begin_gather(self, request: GatherRequest) -> BegunGather | Parked | Pieces[GatherReply]:
+        """As ``gather``, but for the sums; ``end_gathers`` must follow in the same turn."""
+        begun = self._begun(self._tenancy.fenced(request.envelope), request)
+        if isinstance(begun, Parked) or not self._is_long_gather(begun):
+            return begun
+        return self._gather_in_pieces(begun, None)
+
+    def end_gathers(self, several: Sequence[BegunGather]) -> list[GatherReply]:
+        """The answers of gathers that are alike, by one kernel, each with the bits that it has alone."""
+        bags = joined([begun.bags for begun in several]) if len(several) > 1 else None
+        if bags is None:
+            return [self._whole_gather(begun, None) for begun in several]
+        first = several[0]
+        sums = self._pooled(first.table, bags, first.dtype, for_step=first.request.remember, out=None)
+        # Copies: an answer that waits to be sent would keep all the others', of which nobody counts a byte any more.
+        values = [part.clone() for part in torch.split(sums, [begun.bags.num_bags for begun in several])]
+        return [self._gathered(begun, part) for begun, part in zip(several, values, strict=True)]
+
     def _gather(
         self, table: HostedTable, request: GatherRequest, space: Space | None
     ) -> GatherReply | Parked | Pieces[GatherReply]:
+        begun = self._begun(table, request)
+        if isinstance(begun, Parked):
+            return begun
+        out = None if space is None else space((begun.bags.num_bags, table.storage.width), begun.dtype)
+        return self._gather_in_pieces(begun, out) if self._is_long_gather(begun) else self._whole_gather(begun, out)
+
+    def _begun(self, table: HostedTable, request: GatherRequest) -> BegunGather | Parked:
         if (waits := self._waits(table, request.envelope)) is not None:
             return waits
         with self._stages.measure("copy in"):
             bags, dtype = validate.check_gather(table.storage, request, reply_bytes=self._reply_bytes)
         self._reserve(dtype.itemsize * table.storage.width * bags.num_bags)
-        out = None if space is None else space((bags.num_bags, table.storage.width), dtype)
-        if self._is_long(_row_bytes(table) * (bags.num_pairs + _BAG_ROWS * bags.num_bags)):
-            return self._gather_in_pieces(request, table, bags, dtype, out)
-        values = self._pooled(table, bags, dtype, for_step=request.remember, out=out)
-        return self._gathered(request, table, bags, values)
+        return BegunGather(request, table, bags, dtype)
+
+    def _is_long_gather(self, begun: BegunGather) -> bool:
+        return self._is_long(_row_bytes(begun.table) * (begun.bags.num_pairs + _BAG_ROWS * begun.bags.num_bags))
+
+    def _whole_gather(self, begun: BegunGather, out: Tensor | None) -> GatherReply:
+        values = self._pooled(begun.table, begun.bags, begun.dtype, for_step=begun.request.remember, out=out)
+        return self._gathered(begun, values)
 
     def _pooled(
         self, table: HostedTable, bags: Bags, dtype: torch.dtype, *, for_step: bool, out: Tensor | None
@@ -132,22 +200,22 @@ class Answers:
             values = table.storage.pooled(bags, dtype, for_step=for_step, out=out if on_cpu else None)
         return values if on_cpu else self._copy_out(values, out)
 
-    def _gather_in_pieces(
-        self, request: GatherRequest, table: HostedTable, bags: Bags, dtype: torch.dtype, out: Tensor | None
-    ) -> Pieces[GatherReply]:
+    def _gather_in_pieces(self, begun: BegunGather, out: Tensor | None) -> Pieces[GatherReply]:
+        request, table, bags, dtype = begun.request, begun.table, begun.bags, begun.dtype
         stamp, shape = table.stamp, (bags.num_bags, table.storage.width)
         values = torch.empty(shape, dtype=dtype) if out is None else out
         for first, end, part in _parts_of(bags, _row_bytes(table)):
             table = self._tenancy.fenced(request.envelope)  # it may have moved, or been dropped, meanwhile
             self._pooled(table, part, dtype, for_step=request.remember, out=values[first:end])
             yield
-        reply = self._gathered(request, table, bags, values)
+        reply = self._gathered(BegunGather(request, table, bags, dtype), values)
         return GatherReply(stamp=stamp, blocks=reply.blocks, values=reply.values)
 
-    def _gathered(self, request: GatherRequest, table: HostedTable, bags: Bags, values: Tensor) -> GatherReply:
+    def _gathered(self, begun: BegunGather, values: Tensor) -> GatherReply:
+        request, table = begun.request, begun.table
         self._contexts.release(request.release)
         if request.remember:
-            self._contexts.remember(request.lookup_id, table_id=table.table_id, epoch=table.epoch, bags=bags)
+            self._contexts.remember(request.lookup_id, table_id=table.table_id, epoch=table.epoch, bags=begun.bags)
         table.lookups += 1
         return GatherReply(stamp=table.stamp, blocks=table.storage.blocks, values=values)
 

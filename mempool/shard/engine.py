@@ -32,8 +32,9 @@ from mempool.shard.steps.contexts import Contexts
 from mempool.shard.steps.resolver import Resolver
 from mempool.shard.tenancy import Tenancy
 from mempool.shard.work.at_once import AtOnce
-from mempool.shard.work.jobs import JOB_BYTES, Answered, cost_of, cost_of_parts, open_writes
-from mempool.shard.work.thread import EngineThread, probe
+from mempool.shard.work.jobs import JOB_BYTES, Answered, Shared, cost_of, cost_of_parts, open_writes
+from mempool.shard.work.thread import EngineThread
+from mempool.shard.work.trying import probe
 from mempool.types import (
     AttachTable,
     CommitReply,
@@ -246,7 +247,8 @@ class Engine:
 
     async def gather(self, request: GatherRequest) -> GatherReply:
         cost = cost_of(request.ids, request.weights, request.offsets, numbers=len(request.release))
-        reply: GatherReply = await self._ask("gather", self._answers.gather, request, cost)
+        shared = self._answers.shared_gather(request, self._answered)
+        reply: GatherReply = await self._ask("gather", self._answers.gather, request, cost, shared)
         return reply
 
     async def update(self, request: UpdateRequest) -> UpdateReply:
@@ -440,11 +442,13 @@ class Engine:
             self._resolver.poke()
         return result.wait()
 
-    async def _ask(self, stage: str, answer: Callable[[Any], Any], request: object, cost: int) -> Any:
+    async def _ask(
+        self, stage: str, answer: Callable[[Any], Any], request: object, cost: int, shared: Shared | None = None
+    ) -> Any:
         self._loop = asyncio.get_running_loop()
         try:
             reply = await self._thread.run(
-                stage, partial(self._answered, answer), request, cost=cost, again=self._woken
+                stage, partial(self._answered, answer), request, cost=cost, again=self._woken, shared=shared
             )
             await self._settled()
             return reply

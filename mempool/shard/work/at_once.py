@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mempool.shard.answers import Answers, Pieces, Space
 from mempool.shard.committing import Committing
 from mempool.shard.parking import Behind, Parked
-from mempool.shard.work.jobs import cost_of, cost_of_parts
+from mempool.shard.work.jobs import Shared, cost_of, cost_of_parts
 from mempool.shard.work.thread import EngineThread
 from mempool.types import (
     CommitReply,
@@ -75,7 +75,8 @@ class AtOnce:
         if not self._thread.is_busy:
             return self._answer("gather", partial(self._answers.gather, space=space), request, wait=False)
         cost = cost_of(request.ids, request.weights, request.offsets, numbers=len(request.release))
-        return self._in_turn("gather", self._answers.gather, request, cost, timeout_s, caller)()
+        shared = self._answers.shared_gather(request, _unless_behind)
+        return self._in_turn("gather", self._answers.gather, request, cost, timeout_s, caller, shared)()
 
     def update(
         self, request: UpdateRequest, *, caller: str, timeout_s: float, space: Space | None = None
@@ -111,9 +112,10 @@ class AtOnce:
         cost: int,
         timeout_s: float,
         caller: str,
+        shared: Shared | None = None,
     ) -> Callable[[], ReplyT | None]:
         job: Callable[[RequestT], Any] = partial(_unless_behind, answer)
-        wait = self._thread.begin(stage, job, request, cost=cost, timeout_s=timeout_s, caller=caller)
+        wait = self._thread.begin(stage, job, request, cost=cost, timeout_s=timeout_s, caller=caller, shared=shared)
         return lambda: self._durable(wait())
 
     def _answer(

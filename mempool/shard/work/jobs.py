@@ -6,7 +6,7 @@ caller keep their order; the controller's go first. Leaves running to ``thread``
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import Any, Protocol
@@ -26,6 +26,11 @@ MAX_JOBS = 8192
 """Jobs of all callers together."""
 MAX_CALLER_JOBS = 1024
 MAX_CONTROL_JOBS = 256
+BATCH_BYTES = PIECE_BYTES
+"""What jobs that are done together read at most: whoever is first among them waits for no more."""
+SMALL_BYTES = BATCH_BYTES // 4
+"""A job that reads more gains nothing by company."""
+MAX_BATCH_JOBS = 64
 _BASE_WEIGHT = 16 * 1024
 _BYTES_A_SECOND = 10**9  # what is thought to be read or written meanwhile, where a job took longer than its bytes say
 _LONGEST_RETRY_S = 2.0
@@ -40,6 +45,34 @@ class Answer(Protocol):
     def fail(self, error: BaseException) -> None: ...
 
 
+class Begun:
+    """What is begun of a job, and is to be ended together with others that are ``like`` it. Immutable."""
+
+    __slots__ = ()
+
+    @property
+    def like(self) -> Hashable:
+        """Equal for those that can be ended as one."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """How a job is done together with others.
+
+    Attributes:
+        num_bytes: What it reads, about; at most ``SMALL_BYTES``.
+        least: From so many on it pays, 2 or more.
+        begin: Does what is its own, given the request: what is begun, or the result as ``run`` has it.
+        end: Does the rest of several that are alike: their results, in order. May be called again where it raised.
+    """
+
+    num_bytes: int
+    least: int
+    begin: Callable[[Any], Any]
+    end: Callable[[Sequence[Any]], Sequence[Any]]
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Job:
     """One request on its way through a shard.
@@ -52,6 +85,7 @@ class Job:
         run: Does it: the result, or a generator that does it in pieces and returns the result.
         done: Where the result goes.
         control: It is the controller's.
+        shared: How it is done where others like it wait; None: alone.
         leaves: It leaves the queue with its answer; of others those who ask say when.
         put_s: When it came, on a clock that measures.
         pieces: What is left of it, where it is done in pieces.
@@ -67,6 +101,7 @@ class Job:
     run: Callable[[Any], Any]
     done: Answer
     control: bool = False
+    shared: Shared | None = None
     leaves: bool = False
     put_s: float = 0.0
     asked_s: float = 0.0
@@ -200,10 +235,32 @@ class JobQueue:
                 continue
             self._out(job)
             if not self._is_late(job, now_s):
-                host = self._lanes[job.caller.name].host
-                self._now += job.weight // (len(self._busy) + (host not in self._busy))
+                self._served(job)
                 return job
         return None
+
+    def company(self, first: Job, *, now_s: float) -> list[Job]:
+        """The jobs that would be ready next, one by one, as far as they may be done together with ``first``, which was
+        ready just now. Nobody is passed over, so nobody's turn comes later, but by what is done together."""
+        jobs: list[Job] = []
+        num_bytes = _shared_bytes(first)
+        if num_bytes is None or self._control or self._waiting + 1 < first.shared.least:  # type: ignore[union-attr]
+            return jobs
+        while self._heap and len(jobs) < MAX_BATCH_JOBS - 1:
+            job = self._heap[0].job
+            if job.gone:
+                heappop(self._heap)
+                continue
+            further = _shared_bytes(job)
+            if further is None or num_bytes + further > BATCH_BYTES:
+                break
+            heappop(self._heap)
+            self._out(job)
+            if not self._is_late(job, now_s):
+                self._served(job)
+                jobs.append(job)
+                num_bytes += further
+        return jobs
 
     def expire(self, *, now_s: float) -> list[Job]:
         """Jobs whose time was over before they were begun, each once: to be told so."""
@@ -290,6 +347,11 @@ class JobQueue:
                 del self._busy[lane.host]
         self._waiting -= 1
 
+    def _served(self, job: Job) -> None:
+        """It is the job's turn, which is no longer in line: what each host that waits has got meanwhile."""
+        host = self._lanes[job.caller.name].host
+        self._now += job.weight // (len(self._busy) + (host not in self._busy))
+
     def _is_late(self, job: Job, now_s: float) -> bool:
         late = _over(job, now_s)
         if late:
@@ -350,6 +412,11 @@ class JobQueue:
     def _wait_s(self) -> float:
         """When it may be worth while to try again."""
         return min(_LONGEST_RETRY_S, 0.05 + self._budget.queued_bytes / _BYTES_A_SECOND)
+
+
+def _shared_bytes(job: Job) -> int | None:
+    """What it would read beside others; None where it is done alone: in pieces, say."""
+    return None if job.shared is None or job.control or job.pieces is not None else job.shared.num_bytes
 
 
 def _over(job: Job, now_s: float) -> bool:

@@ -1,8 +1,18 @@
-"""Where results of jobs go: to a loop that awaits them, or to a thread that waits itself."""
+"""What comes of jobs, and where it goes: to a loop that awaits it, or to a thread that waits itself."""
 
 import asyncio
 import threading
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of a job, or of a piece of it; more: there are further pieces."""
+
+    result: Any = None
+    failure: BaseException | None = None
+    more: bool = False
 
 
 class Awaited:

@@ -10,24 +10,31 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Hashable
 from functools import partial
 from types import GeneratorType
 from typing import Any, TypeVar
 
 import torch
 
-from mempool.errors import DeadlineExceeded, Internal, MempoolError, Overloaded, ShardUnavailable
+from mempool.errors import DeadlineExceeded, MempoolError, ShardUnavailable
 from mempool.observe import Stages
 from mempool.shard.steps.budget import Budget, out_of_memory
-from mempool.shard.work.jobs import JOB_BYTES, Answered, Job, JobQueue
-from mempool.shard.work.results import Awaited, Handed, bare
+from mempool.shard.work.jobs import JOB_BYTES, Answered, Begun, Job, JobQueue, Shared
+from mempool.shard.work.results import Awaited, Handed, Outcome, bare
+from mempool.shard.work.together import Half, begun, ended, ended_alone, is_enough, name_of
+from mempool.shard.work.trying import Trying
 from mempool.types.caller import Caller, current_caller
-from mempool.types.running import ONLY_WHEN_RUNG, THREADS, Clock, Runner
+from mempool.types.running import ONLY_WHEN_RUNG, THREADS, Clock, Runner, holds_others_up
 
 T = TypeVar("T")
 RequestT = TypeVar("RequestT")
 
+# Errors of a read; others are those of a signal's handler, which are for whom it has interrupted.
+_OWN = (
+    MempoolError, ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
 _LOG = logging.getLogger(__name__)
 
 
@@ -64,10 +71,10 @@ class EngineThread:
         self._stages = stages
         self._upkeep = upkeep
         self._upkeep_s = upkeep_s
-        self._probe = probe
         self._on_fatal = on_fatal
         self._budget = budget or Budget(2**62)
         self._jobs = JobQueue(self._budget, name=name)
+        self._trying = Trying(name, budget=self._budget, probe=probe)
         self._asked: deque[Job] = deque()  # on their way to the queue: who asks so may be interrupted anywhere
         self._lock = threading.Lock()  # of the queue and of what says whether it is open
         self._at_work = threading.Lock()  # held by whoever touches the state: the thread, or a reader on its own
@@ -76,6 +83,7 @@ class EngineThread:
         self._keeping_up = False
         self._next_upkeep_s = self._busy_s = 0.0
         self._doing: Job | None = None
+        self._taken: list[Job] = []  # out of the queue in this turn, and not answered yet
         self._worker = runner.worker(self._turn, name=name, within=torch.no_grad)  # rung once for each job in line
 
     @property
@@ -111,6 +119,7 @@ class EngineThread:
         control: bool = False,
         caller: Caller | None = None,
         again: Callable[[Any], Awaitable[None] | None] | None = None,
+        shared: Shared | None = None,
     ) -> Any:
         """Run a job when its turn comes. Cancelling skips it, or the rest of it, and harms no other.
 
@@ -123,6 +132,7 @@ class EngineThread:
             caller: Who asks; None: whoever the call is served for.
             again: Where given, looks at a result: what it answers is awaited, and the job run once more; None: it is
                 the answer.
+            shared: How it is done where others like it wait; None: alone.
 
         Raises:
             ShardUnavailable: The thread was closed.
@@ -140,6 +150,7 @@ class EngineThread:
             run=job,
             done=answer,
             control=control,
+            shared=shared,
         )
         del request, job
         result = waits = None
@@ -195,6 +206,7 @@ class EngineThread:
             self._reader = threading.get_ident()
             return self._at_once(stage, read, request)
 
+    @holds_others_up
     def _at_once(self, stage: str, read: Callable[[RequestT], T | None], request: RequestT) -> T | None:
         with torch.no_grad():
             if self._closed is not None or self.others_wait():
@@ -202,7 +214,7 @@ class EngineThread:
             started_s = self._clock()
             try:
                 result = read(request)
-            except Exception:  # whatever it is, ``run`` finds it again, and knows what to do
+            except _OWN:  # whatever it is, ``run`` finds it again, and knows what to do
                 return None
             took_s = self._clock() - started_s
             self._busy_s += took_s
@@ -228,6 +240,7 @@ class EngineThread:
         cost: int,
         timeout_s: float,
         caller: str = "",
+        shared: Shared | None = None,
     ) -> Callable[[], T | None]:
         """As ``run``, for a thread that waits itself, by calling what is returned; None after ``timeout_s``.
 
@@ -242,6 +255,7 @@ class EngineThread:
             cost=cost,
             run=job,
             done=handed,
+            shared=shared,
             leaves=True,
             put_s=self._clock(),
         )
@@ -328,11 +342,12 @@ class EngineThread:
         return max(0.0, self._next_upkeep_s - self._clock()) if self._keeping_up else ONLY_WHEN_RUNG
 
     def _serve(self) -> bool:
-        """Run the next job, or a piece of one. Returns whether there may be more."""
+        """Run the next job with those that go with it, or a piece of one. Returns whether there may be more."""
         now_s = self._clock()
         with self._lock:
             self._take_in()
             job = self._jobs.ready(now_s=now_s)
+            company = [] if job is None else self._jobs.company(job, now_s=now_s)
             late = self._jobs.take_expired()
         for one in late:
             self._tell_late(one)
@@ -340,9 +355,12 @@ class EngineThread:
             self._keep_up()
         if job is None:
             return self._closed is None or self.others_wait()
-        self._doing = job
-        self._do(job)
-        self._doing = None
+        self._doing, self._taken = job, [job, *company]
+        if company:
+            self._do_together([job, *company])
+        else:
+            self._do(job)
+        self._doing, self._taken = None, []
         if not self._keeping_up:
             self._keeping_up, self._next_upkeep_s = True, now_s + self._upkeep_s
         return True
@@ -365,38 +383,72 @@ class EngineThread:
             self._leave(job)
 
     def _do(self, job: Job) -> None:
-        started_s = self._clock()
-        self._stages.record("queue", started_s - job.put_s)
-        result: Any = None
-        failure: BaseException | None = None
-        more = False
+        began_s = self._clock()
+        self._stages.record("queue", began_s - job.put_s)
+        outcome = self._trying.tried(job, partial(self._do_some, job))
+        self._ended(job, outcome, self._clock() - began_s)
+
+    def _do_together(self, jobs: list[Job]) -> None:
+        """Begin each by itself, and end those that are alike as one."""
+        alike: dict[Hashable, list[Half]] = {}
+        for job in jobs:
+            if job.gone:
+                self._taken.remove(job)
+                continue
+            self._doing = job
+            began_s = self._clock()
+            self._stages.record("queue", began_s - job.put_s)
+            outcome = self._trying.tried(job, partial(begun, job))
+            took_s = self._clock() - began_s
+            if isinstance(outcome.result, Begun):
+                alike.setdefault(outcome.result.like, []).append(Half(job, outcome.result, took_s))
+            else:
+                self._ended(job, outcome, took_s)
+        for halves in alike.values():
+            if is_enough(halves) and self._end_as_one(halves):
+                continue
+            for half in halves:
+                self._doing = half.job
+                began_s = self._clock()
+                outcome = self._trying.tried(half.job, partial(ended_alone, half))
+                self._ended(half.job, outcome, half.took_s + self._clock() - began_s)
+
+    def _end_as_one(self, halves: list[Half]) -> bool:
+        """Whether that went well. Nothing is done else: each is to be ended by itself."""
+        self._doing = halves[0].job
+        began_s = self._clock()
         try:
-            more, result = self._do_some(job)
-        except MempoolError as error:
-            failure = bare(error)
-        except Exception as error:
-            failure = bare(self._explained(job, error))
-            bare(error)
-        ended_s = self._clock()
-        self._stages.record(job.stage, ended_s - started_s)
-        self._busy_s += ended_s - started_s
+            results = ended(halves)
+        except Exception:  # there is less memory for all of them than for one, say
+            return False
+        took_s = self._clock() - began_s
+        self._stages.record(name_of(len(halves)), took_s)
+        for half, result in zip(halves, results, strict=True):
+            self._ended(half.job, Outcome(result), half.took_s + took_s / len(halves))
+        return True
+
+    def _ended(self, job: Job, outcome: Outcome, took_s: float) -> None:
+        """A job, or a piece of it, took so long."""
+        self._stages.record(job.stage, took_s)
+        self._busy_s += took_s
+        self._taken.remove(job)
         with self._lock:
-            self._jobs.spent(job, ended_s - started_s)
-            if more:
-                job.put_s = ended_s
+            self._jobs.spent(job, took_s)
+            if outcome.more:
+                job.put_s = self._clock()
                 self._jobs.again(job)
-        if more:
+        if outcome.more:
             self._worker.ring()
             return
         self._over(job)
-        if failure is not None:
+        if outcome.failure is not None:
             job.pieces = None
-            job.done.fail(failure)
-        elif isinstance(result, Answered):
-            job.done.give(result.reply)
-            self._go_on(result)
+            job.done.fail(outcome.failure)
+        elif isinstance(outcome.result, Answered):
+            job.done.give(outcome.result.reply)
+            self._go_on(outcome.result)
         else:
-            job.done.give(result)
+            job.done.give(outcome.result)
 
     def _go_on(self, answered: Answered) -> None:
         """Do what an answer has promised. What fails stays promised: whoever answered sees to it."""
@@ -410,36 +462,19 @@ class EngineThread:
                 _LOG.exception("%s: what an answer has promised could not be done", self._name)
         self._stages.record("after the answer", self._clock() - started_s)
 
-    def _do_some(self, job: Job) -> tuple[bool, Any]:
-        """Run a job, or its next piece: whether there are more, and else the result."""
+    def _do_some(self, job: Job) -> Outcome:
+        """Run a job, or its next piece."""
         if job.pieces is None:
             result = job.run(job.request)
             if not isinstance(result, GeneratorType):
-                return False, result
+                return Outcome(result)
             job.pieces = result
         try:
             next(job.pieces)
         except StopIteration as end:
             job.pieces = None
-            return False, end.value
-        return True, None
-
-    def _explained(self, job: Job, error: Exception) -> MempoolError:
-        """What a caller is told of an error that is not ours."""
-        if out_of_memory(error):
-            _LOG.warning("%s: no memory for %s: %s", self._name, job.stage, error)
-            more = ", or give shards more memory (shard.memory)" if self._budget.configured else ""
-            return Overloaded(
-                f"{self._name} has no memory for {job.stage} just now ({type(error).__name__}: {error}). Repeating it "
-                f"is safe; ask for less at a time{more}",
-                retry_after_s=1.0,
-            )
-        _LOG.exception("%s: %s failed", self._name, job.stage)
-        try:
-            self._probe()
-        except Exception as broken:
-            raise _BrokenDevice(f"{job.stage} failed, and the device with it: {broken}") from error
-        return Internal(f"{self._name}: {job.stage} failed with {type(error).__name__}: {error}. This is a bug.")
+            return Outcome(end.value)
+        return Outcome(more=True)
 
     def _end_for_good(self, error: BaseException) -> None:
         """Nothing can be trusted any more: tell all who wait, and whoever wants to know."""
@@ -449,19 +484,9 @@ class EngineThread:
             self._closed = text
             waiting = [*self._jobs.drain(), *self._asked]
             self._asked.clear()
-        for job in (*([self._doing] if self._doing is not None else []), *waiting):
+        for job in (*self._taken, *waiting):
             job.done.fail(ShardUnavailable(text))
             job.forget()
-        self._doing = None
+        self._doing, self._taken = None, []
         if self._on_fatal is not None:
             self._on_fatal(error)
-
-
-class _BrokenDevice(BaseException):
-    """The device takes no work any more. No Exception: nobody catches it but the end of the thread."""
-
-
-def probe(device: torch.device) -> None:
-    """Raises where a device takes no work any more: after an error that CUDA's context does not survive."""
-    if device.type == "cuda":
-        torch.zeros(1, device=device).add_(1).cpu()
