@@ -23,7 +23,7 @@ POOLED_THREADS = 8
 SLOPE_MIB = 1.0
 _NURSERY = "mempool.bench.serve.soak.nursery:serve"
 _SETTLE_TIMEOUT_S = 20.0
-_SETTLE_S = 0.25
+_SETTLE_S, _LOOK_S = 0.25, 0.02
 _STOP_TIMEOUT_S = 120.0
 
 
@@ -33,9 +33,10 @@ class Plan:
 
     Attributes:
         soak_s: How long.
-        first_s: Before it: clients as in it, so that the shard has what it makes once.
+        first_s: Before it, at least: clients as in it, so that the shard has what it makes once.
         warm_up_s: Of the soak; what is sampled later gives the slope.
         kill_every_s: In the mean.
+        least_kills: It lasts until so many were killed, however short it is.
         sample_s: Between two looks at the shard.
         clients: At the same time, the ways in turn.
         threads: Of each client.
@@ -50,6 +51,7 @@ class Plan:
     first_s: float = 10.0
     warm_up_s: float = 60.0
     kill_every_s: float = 2.0
+    least_kills: int = 1
     sample_s: float = 1.0
     clients: int = 4
     threads: int = 2
@@ -66,7 +68,7 @@ class Outcome:
 
     Attributes:
         base: The shard's process before, with no client.
-        peak: The most of each figure during it.
+        peak: The most of each figure before and during it.
         after: With no client again.
         samples: [minute, MiB, MiB of its own] of the soak.
         slope_mib, own_slope_mib: MiB a minute behind the warm-up.
@@ -173,18 +175,22 @@ def run(plan: Plan, *, say: Say) -> Outcome:
             clients = _Clients(nursery, plan)
             clients.start()
             time.sleep(plan.first_s)
+            busy = _connected(pid, near=pools.NEAR in plan.ways)
             clients.stop()
             base = _settled(pid, lambda before, now: now.descriptors == before.descriptors)
             say(f"before: {base}")
-            return _soaked(plan, pid, serving.pool, clients, base, say)
+            return _soaked(plan, pid, serving.pool, clients, base, busy, say)
 
 
-def _soaked(plan: Plan, pid: int, pool: mempool.Pool, clients: _Clients, base: Footprint, say: Say) -> Outcome:
+def _soaked(
+    plan: Plan, pid: int, pool: mempool.Pool, clients: _Clients, base: Footprint, busy: Footprint, say: Say
+) -> Outcome:
     calls, begin_s = _answered(pool), time.monotonic()
-    peak, samples = base, []
+    peak, samples = base.most(busy), []
     clients.start()
     next_kill_s, next_sample_s, next_said_s = begin_s + clients.until_next_s(), begin_s, begin_s
-    while (now_s := time.monotonic()) < begin_s + plan.soak_s:
+    end_s = begin_s + plan.soak_s
+    while (now_s := time.monotonic()) < end_s or clients.kills < plan.least_kills:
         if now_s >= next_sample_s:
             found = _footprint(pid)
             peak = found.most(peak)
@@ -196,7 +202,7 @@ def _soaked(plan: Plan, pid: int, pool: mempool.Pool, clients: _Clients, base: F
         if now_s >= next_kill_s:
             clients.replace_one()
             next_kill_s = now_s + clients.until_next_s()
-        time.sleep(max(0.0, min(next_sample_s, next_kill_s, begin_s + plan.soak_s) - time.monotonic()))
+        time.sleep(max(0.0, min(next_sample_s, next_kill_s) - time.monotonic()))
     calls_per_s = (_answered(pool) - calls) / (time.monotonic() - begin_s)
     clients.stop()
     most_threads = base.threads + POOLED_THREADS
@@ -214,6 +220,16 @@ def _soaked(plan: Plan, pid: int, pool: mempool.Pool, clients: _Clients, base: F
         calls_per_s=calls_per_s,
         failed=clients.failed,
     )
+
+
+def _connected(pid: int, *, near: bool) -> Footprint:
+    """The process while clients ask; near: once it shares memory with one, or after a while."""
+    end_s = time.monotonic() + _SETTLE_TIMEOUT_S
+    while True:
+        now = _footprint(pid)
+        if not near or now.shared_mappings or time.monotonic() >= end_s:
+            return now
+        time.sleep(_LOOK_S)
 
 
 def _settled(pid: int, enough: Callable[[Footprint, Footprint], bool]) -> Footprint:
