@@ -6,6 +6,7 @@ Production hands in ``time.monotonic`` and ``Threads``; a test that runs a whole
 import asyncio
 import atexit
 import queue
+import sys
 import threading
 import time
 import weakref
@@ -13,9 +14,11 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
-from typing import Protocol, TypeVar
+from types import CodeType, FrameType
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
+CallT = TypeVar("CallT", bound=Callable[..., Any])
 
 Clock = Callable[[], float]
 """Seconds, monotonic, from any beginning."""
@@ -82,6 +85,26 @@ async def to_its_end(work: Awaitable[T]) -> T:
             working.exception()  # nobody asks for it any more
         raise cancelled
     return working.result()
+
+
+_holding: set[CodeType] = set()
+
+
+def holds_others_up(function: CallT) -> CallT:
+    """Mark a function that others wait for: what a signal's handler does within it must not wait for them."""
+    _holding.add(function.__code__)
+    return function
+
+
+def has_interrupted_one() -> bool:
+    """Whether this is a signal's handler that has interrupted such a function of its own thread.
+
+    Its stack is asked, not what was noted: an interrupt can come before anything is noted, or taken back.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code not in _holding:
+        frame = frame.f_back
+    return frame is not None
 
 
 _LEAVING_S = 5.0

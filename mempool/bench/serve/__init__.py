@@ -1,5 +1,5 @@
 """`mempool bench serve`: look-ups of served pools, clients and shards as processes of one host, beside other libraries.
 
 ``run`` measures one client (``lookups``), more and more shards (``shards``), many clients (``load``, ``client``).
-``contention`` is a benchmark of its own.
+``contention``, ``counting`` and ``soak`` are commands of their own.
 """

@@ -145,7 +145,7 @@ def beside(*, clients: int, seconds: float, threads: int, num_slots: int) -> lis
     asked, trained = (Shape(*SHAPES[name]) for name in ("64x32", "1024x128"))
     with ExitStack() as stack:
         load = Clients(stack, size, [asked], count=clients, seed=0, threads=threads, floors=False)
-        for target in pools.REMOTE:
+        for target in load.remote:
             with connected(load.address, near=target == pools.NEAR) as pool:
                 step = _Step(pool.table("facts"), bags=trained.bags, pairs=trained.pairs)
                 step.check()

@@ -57,7 +57,7 @@ def _lookups(measured: Sequence[LookUps]) -> list[Standing]:
         before_ms = _EMBEDDED_BEFORE_MS[shape]
         embedded_ms = None if one is None else one.times[EMBEDDED].median_ms
         what = f"{shape}: {EMBEDDED}, ms (a quarter of {before_ms:g} before)"
-        found.append(stand(what, before_ms / 4, embedded_ms, under=True))
+        found.append(stand(what, round(before_ms / 4, 3), embedded_ms, under=True))
     return found
 
 
@@ -69,7 +69,7 @@ def _shards(scalings: Sequence[Scaling]) -> list[Standing]:
         for kind in KINDS:
             what = f"{_LARGE} by {layout}: a further shard of {kind}, ms of the client's CPU (a tenth of {before_ms:g})"
             further_ms = None if one is None else one.further_ms(kind)
-            found.append(stand(what, before_ms / 10, further_ms, under=True))
+            found.append(stand(what, round(before_ms / 10, 3), further_ms, under=True))
         what = f"{_LARGE} by {layout}: embedded look-up of {_MANY_SHARDS} shards, beside one, times"
         ratio = None if one is None else one.wall_ratio(EMBEDDED, _MANY_SHARDS)
         found.append(stand(what, 1.5, ratio, under=True))

@@ -13,6 +13,7 @@ from mempool.bench.gate import Check, GateError
 from mempool.bench.measuring import Times
 from mempool.bench.processes import cpu
 from mempool.bench.processes.child import Child
+from mempool.bench.processes.pool import connected
 from mempool.bench.run import Say
 from mempool.bench.serve.client import OPEN_THREADS, Spell
 from mempool.bench.serve.contenders import echoes, pools
@@ -98,6 +99,7 @@ class Clients:
 
     Attributes:
         address: Of the shard's pool, whose table is "facts".
+        remote: Ways to it, of those that can be had here.
 
     Args:
         stack: Ends what is started.
@@ -126,7 +128,11 @@ class Clients:
     ) -> None:
         serving = stack.enter_context(pools.serving(table, threads=threads))
         self._pool, self.address = serving.pool, serving.process.address
-        self._targets = {name: _Target(self.address, serving.process.pids) for name in pools.REMOTE}
+        self.remote = [pools.GRPC]
+        if pools.NEAR in pools.REMOTE:
+            with connected(self.address, near=True) as near:
+                self.remote += [pools.NEAR] if pools.goes_near(near, near.table(serving.table.name)) else []
+        self._targets = {name: _Target(self.address, serving.process.pids) for name in self.remote}
         if floors:
             for name, server in ((echoes.GRPC_ECHO, echoes.grpc_server()), (echoes.UNIX_ECHO, echoes.unix_server())):
                 echo = stack.enter_context(server)
@@ -171,7 +177,7 @@ class Clients:
 
     def _spent(self, target: str, spells: Sequence[Spell], counted: int | None = None) -> Spent:
         """Spells at the same time, a client each; the first ``counted`` are told."""
-        pids, own = self._targets[target].pids, target in pools.REMOTE
+        pids, own = self._targets[target].pids, target in self.remote
         stages = self.stages() if own else {}
         before_s = cpu.spent_s(pids)
         begin_s = time.monotonic() + _LEAD_S
@@ -200,7 +206,7 @@ def measure(
     clients: Clients, shapes: Sequence[Shape], counts: Sequence[int], *, spells: int, length_s: float, say: Say
 ) -> list[Load]:
     """Closed loops of all servers and numbers of clients in turn, so many times; then open loops, at a share of it."""
-    targets = (*pools.REMOTE, echoes.GRPC_ECHO, echoes.UNIX_ECHO)
+    targets = (*clients.remote, echoes.GRPC_ECHO, echoes.UNIX_ECHO)
     found: list[Load] = []
     for shape in shapes:
         closed: dict[tuple[str, int], list[Spent]] = {}
@@ -234,7 +240,7 @@ def measure_flood(
 ) -> dict[str, dict[str, Load]]:
     """A client that asks for a little, alone and beside one that floods, in turn; both over gRPC, both through shared
     memory."""
-    found: dict[str, dict[str, list[Spent]]] = {target: {ALONE: [], FLOODED: []} for target in pools.REMOTE}
+    found: dict[str, dict[str, list[Spent]]] = {target: {ALONE: [], FLOODED: []} for target in clients.remote}
     for _ in range(spells):
         for target, spent in found.items():
             spent[ALONE].append(clients.closed(target, small, 1, length_s))

@@ -26,6 +26,7 @@ from numba.core import types as typed_types
 from numba.core.registry import CPUDispatcher as typed_dispatcher
 from numba.core.registry import cpu_target as typed_cpu_target
 from numba.extending import intrinsic as typed_intrinsic
+from numba.np.ufunc import parallel as typed_threads
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -44,6 +45,7 @@ ir: Any = typed_ir
 cpu_target: Any = typed_cpu_target
 CPUDispatcher: Any = typed_dispatcher
 intrinsic: Any = typed_intrinsic
+numba_threads: Any = typed_threads
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -216,7 +218,8 @@ def use_threads(num_elements: int) -> int:
             "do not live on in a fork. Start processes by 'spawn' or 'forkserver', or fork before the first kernel."
         )
     num_threads = min(torch.get_num_threads(), int(numba.config.NUMBA_NUM_THREADS), enough)
-    numba.set_num_threads(num_threads)
+    # Not numba's own function: it takes locks of Python's that an interrupt can leave taken, for ever.
+    numba_threads._set_num_threads(num_threads)
     return num_threads
 
 

@@ -25,11 +25,16 @@ from mempool.shard.work.results import Awaited, Handed, Outcome, bare
 from mempool.shard.work.together import Half, begun, ended, ended_alone, is_enough, name_of
 from mempool.shard.work.trying import Trying
 from mempool.types.caller import Caller, current_caller
-from mempool.types.running import ONLY_WHEN_RUNG, THREADS, Clock, Runner
+from mempool.types.running import ONLY_WHEN_RUNG, THREADS, Clock, Runner, holds_others_up
 
 T = TypeVar("T")
 RequestT = TypeVar("RequestT")
 
+# Errors of a read; others are those of a signal's handler, which are for whom it has interrupted.
+_OWN = (
+    MempoolError, ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
 _LOG = logging.getLogger(__name__)
 
 
@@ -201,6 +206,7 @@ class EngineThread:
             self._reader = threading.get_ident()
             return self._at_once(stage, read, request)
 
+    @holds_others_up
     def _at_once(self, stage: str, read: Callable[[RequestT], T | None], request: RequestT) -> T | None:
         with torch.no_grad():
             if self._closed is not None or self.others_wait():
@@ -208,7 +214,7 @@ class EngineThread:
             started_s = self._clock()
             try:
                 result = read(request)
-            except Exception:  # whatever it is, ``run`` finds it again, and knows what to do
+            except _OWN:  # whatever it is, ``run`` finds it again, and knows what to do
                 return None
             took_s = self._clock() - started_s
             self._busy_s += took_s

@@ -13,6 +13,7 @@ from concurrent.futures import CancelledError, Future
 from typing import Any, Generic, TypeVar
 
 from mempool.errors import DeadlineExceeded, MempoolError
+from mempool.types.running import has_interrupted_one
 
 T = TypeVar("T")
 
@@ -153,6 +154,8 @@ class Begun(Generic[T]):
     def _wait(self) -> None:
         if _io_loop() is self._io and threading.current_thread() is self._io.thread:
             raise MempoolError(_BLOCKED)
+        if has_interrupted_one():
+            raise MempoolError(_HANDLER)
         timeout_s = self._timeout_s
         if not self._ended.wait(None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX)):
             raise DeadlineExceeded(f"the call took longer than {timeout_s} s; whether it took effect is not known")
@@ -176,6 +179,12 @@ class Begun(Generic[T]):
 
 
 _BLOCKED = "a blocking call of mempool was made on its own IO loop, which it would block for ever; await it"
+
+_HANDLER = (
+    "a signal's handler called mempool, and what it has interrupted is a look-up of its own thread in an embedded "
+    "pool: it would wait for itself. Have the handler note that it was called, and do the work once the look-up has "
+    "returned"
+)
 
 _lock = threading.Lock()
 _current: IoLoop | None = None
@@ -209,6 +218,8 @@ def run(coro: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T:
         io = _io_loop()
         if threading.current_thread() is io.thread:
             raise MempoolError(_BLOCKED)
+        if has_interrupted_one():
+            raise MempoolError(_HANDLER)
     except MempoolError:
         coro.close()
         raise

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 
 import pytest
 import torch
@@ -285,6 +286,18 @@ def test_kernels_leave_torch_as_many_threads_as_it_had():
         assert torch.get_num_threads() == 2, torch.get_num_threads()
         """
     )
+
+
+def test_a_kernel_takes_no_lock_that_an_interrupt_could_leave_taken():
+    """It runs on callers' own threads: numba's and Python's locks between processes are cut off anywhere."""
+    kernels.initial_values(7, 0, 8, 0, 64, 1.0)
+    seen = set()
+    sys.setprofile(lambda frame, *_: seen.add(frame.f_code.co_filename))
+    try:
+        kernels.initial_values(7, 0, 8, 0, 64, 1.0)
+    finally:
+        sys.setprofile(None)
+    assert [name for name in seen if "/numba/" in name or "/multiprocessing/" in name or "threading" in name] == []
 
 
 def test_the_first_kernel_of_another_thread_leaves_torchs_threads_as_well():

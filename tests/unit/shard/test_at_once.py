@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from mempool.errors import Overloaded
+from mempool.errors import MempoolError, Overloaded
 from mempool.shard import Engine, answers
 from mempool.shard.parking import Behind, Parked
 from mempool.shard.steps.contexts import Contexts
 from mempool.types import GatherRequest, OptimizerSpec, UpdateRequest
+from mempool.wire.channels.loop import run
 from tests.contract.bags import make_bags
 from tests.contract.driver import Driver, make_schema, same
 
@@ -316,9 +317,20 @@ def test_a_handler_that_asks_does_not_wait_for_what_it_has_interrupted(
         expire(self)
 
     monkeypatch.setattr(Contexts, "expire", signalled)
-    before = signal.signal(signal.SIGUSR1, lambda *_: found.append(begun(engine, asked(driver, 2))))
+
+    class Late(Exception):
+        """Of whoever sets a limit to what is interrupted."""
+
+    def handler(*_: object) -> None:
+        found.append(begun(engine, asked(driver, 2)))
+        with pytest.raises(MempoolError, match="handler"):
+            run(engine.status())
+        raise Late
+
+    before = signal.signal(signal.SIGUSR1, handler)
     try:
-        assert begun(engine, asked(driver)) is not None
+        with pytest.raises(Late):
+            begun(engine, asked(driver))
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert found == ["the handler runs", None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ EMBEDDED = "mempool embedded"
 GRPC = "mempool over gRPC"
 NEAR = "mempool, shared memory"
 _CALL_TIMEOUT_S = 120.0
+#: For a client to be connected through shared memory, and how often that is looked at.
+_NEAR_TIMEOUT_S, _NEAR_LOOK_S = 5.0, 0.02
 #: Column blocks of a table that lies by columns; more where there are more shards.
 _BLOCKS = 8
 #: Ways to a pool in processes of its own, of those that this system has.
@@ -52,14 +55,16 @@ class Serving:
 
 @contextmanager
 def served(table: TableSize, *, shards: int = 1, layout: Layout = "auto") -> Iterator[list[LookUp]]:
-    """A pool in processes of its own with the table, and two clients of it here: over gRPC, and, where this system has
-    it, through memory that both processes have."""
+    """A pool in processes of its own with the table, and two clients of it here: over gRPC, and, where that can be had,
+    through memory that both processes have."""
     with ExitStack() as stack:
         here = stack.enter_context(serving(table, shards=shards, layout=layout))
         found = [look_up(GRPC, here.table, table, here.process.pids)]
         if NEAR in REMOTE:
             pool = stack.enter_context(connected(here.process.address, near=True))
-            found.append(look_up(NEAR, pool.table(here.table.name), table, here.process.pids))
+            near = pool.table(here.table.name)
+            if goes_near(pool, near):
+                found.append(look_up(NEAR, near, table, here.process.pids))
         yield found
 
 
@@ -83,6 +88,19 @@ def made(pool: mempool.Pool, size: TableSize, layout: Layout = "auto", *, shards
     table = pool.create_table(config)
     size.write(table.write)
     return table
+
+
+def goes_near(pool: mempool.Pool, table: mempool.Table) -> bool:
+    """Whether calls of the only client of a pool go through shared memory, which takes a moment; False: by gRPC still
+    after a while."""
+    ids, end_s = torch.zeros(1, 1, dtype=torch.int64), time.monotonic() + _NEAR_TIMEOUT_S
+    while time.monotonic() < end_s:
+        with torch.no_grad():
+            table.gather(ids)
+        if any(shard.near_clients for shard in pool.status().shards):
+            return True
+        time.sleep(_NEAR_LOOK_S)
+    return False
 
 
 def block_dim(value_dim: int, shards: int) -> int | None:

@@ -1,4 +1,4 @@
-"""What a look-up costs that no clock shows: system calls (``calls``, by strace), and bytes that are copied (``copies``).
+"""What a look-up costs that no clock shows: system calls (``calls``, by strace), and bytes copied (``copies``).
 
 python -m mempool.bench.serve.counting
 """

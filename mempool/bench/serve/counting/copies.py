@@ -12,7 +12,6 @@ import importlib
 import queue
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,7 +27,6 @@ from mempool.bench.serve.shapes import Shape, TableSize, drawn_pairs
 
 CLIENT, SERVER = "client", "server"
 _LOOK_UPS = 3
-_NEAR_TIMEOUT_S = 10.0
 
 #: Bytes that one call has copied, by side; from its result and its arguments.
 CopiedBytes = Callable[[Any, tuple[Any, ...]], "tuple[str, int]"]
@@ -202,16 +200,15 @@ def serve(parent: Parent, *, size: dict[str, int], shapes: Sequence[Sequence[int
         contenders.append(pools.look_up(pools.GRPC, pools.made(first, table), table))
         if pools.NEAR in pools.REMOTE:
             near = stack.enter_context(pool.connected(address, near=True))
-            contenders.append(pools.look_up(pools.NEAR, near.table("facts"), table))
+            facts = near.table("facts")
+            if pools.goes_near(near, facts):
+                contenders.append(pools.look_up(pools.NEAR, facts, table))
         copies = stack.enter_context(counted())
         for contender in contenders:
             for bags, pairs in shapes:
                 shape = Shape(bags, pairs)
                 (drawn,) = drawn_pairs(shape, table, seed=0, num_sets=1)
                 contender.check(drawn)
-                if contender.name == pools.NEAR:
-                    _wait_near(first)
-                contender.run(drawn)
                 copies.clear()
                 for _ in range(_LOOK_UPS):
                     contender.run(drawn)
@@ -240,12 +237,3 @@ def _served_here() -> str:
     threading.Thread(target=pool.serve, args=(Here(),), kwargs=arguments, daemon=True).start()
     ready = said.get(timeout=START_TIMEOUT_S)
     return str(ready["address"])
-
-
-def _wait_near(client: Any) -> None:
-    """Until a client's calls go through shared memory. Raises TimeoutError."""
-    deadline_s = time.monotonic() + _NEAR_TIMEOUT_S
-    while not client.status().shards[0].near_clients:
-        if time.monotonic() > deadline_s:
-            raise TimeoutError(f"no client got shared memory within {_NEAR_TIMEOUT_S:g} s: see the log of the shard")
-        time.sleep(0.02)

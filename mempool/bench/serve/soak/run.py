@@ -1,4 +1,4 @@
-"""A soak: clients at saturation, both ways, of which one after the other is killed and replaced; the shard is watched."""
+"""A soak: clients at saturation, both ways; one after the other is killed and replaced, and the shard is watched."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_clients_ask_at_a_share_of_what_they_reach_beside_a_trainer(monkeypatch:
     asked: list[Any] = []
 
     class Clients:
-        address = "here"
+        address, remote = "here", (pools.GRPC, pools.NEAR)
 
         def __init__(self, _: ExitStack, size: TableSize, shapes: list[Shape], **how: Any) -> None:
             asked.append((size.num_slots, [shape.name for shape in shapes], how["count"], how["threads"]))

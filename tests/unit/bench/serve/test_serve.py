@@ -16,10 +16,11 @@ import torch
 import mempool
 from mempool.bench.gate import GateError
 from mempool.bench.processes.child import Child, ChildError
-from mempool.bench.processes.pool import PoolProcess, pool_process
+from mempool.bench.processes.pool import PoolProcess, connected, pool_process
 from mempool.bench.serve import client, command, load, lookups, report, run
 from mempool.bench.serve.contenders import LookUp, echoes, here, pools, rpc
 from mempool.bench.serve.shapes import Pairs, Shape, TableSize, drawn_pairs
+from tests.support.waiting import until
 
 TABLE = TableSize(64, 8)
 TINY = run.Workload(
@@ -165,6 +166,22 @@ def test_wrong_answers_stand_in_the_file_and_end_with_1(
     assert found["lookups"] == []
     assert [line["name"] for line in found["failed"]] == ["4x3", "2x2"]
     assert "wrong, so not timed: 4x3: wrong is off by nan" in said.err
+
+
+def test_what_goes_by_grpc_all_the_same_is_not_called_shared_memory(
+    monkeypatch: pytest.MonkeyPatch, served: PoolProcess
+) -> None:
+    monkeypatch.setattr(pools, "_NEAR_TIMEOUT_S", 0.1)
+    with connected(served.address, near=False) as pool:
+        table = pools.made(pool, TABLE)
+        try:
+            until(lambda: not pool.status().shards[0].near_clients)  # of the tests before
+            assert not pools.goes_near(pool, table)
+            monkeypatch.undo()
+            with connected(served.address, near=True) as near:
+                assert pools.goes_near(near, near.table("facts"))
+        finally:
+            pool.drop_table("facts")
 
 
 def test_a_peer_that_does_not_start_is_said_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,8 @@ def test_what_is_left_is_said_and_ends_with_1(
 
 def test_a_client_that_ends_by_itself_or_does_not_end_has_failed() -> None:
     class Nursery:
-        answers = [1, 2, 1, 3, None, 0]
+        def __init__(self) -> None:
+            self.answers = [1, 2, 1, 3, None, 0]
 
         def say(self, _: object) -> None:
             pass
