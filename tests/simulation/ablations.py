@@ -206,7 +206,7 @@ SEEN_AT: dict[str, int] = {
     "epoch fence": 8,
     "wait for decided steps": 48,
     "generation": 1,
-    "ledger": 16,
+    "ledger": 17,
     "version wait": 7,
     "token of a round": 8,
     "order": 37,

@@ -265,6 +265,22 @@ def test_few_gain_nothing_on_a_cpu(make_driver: MakeDriver, monkeypatch: pytest.
     assert batches(driver) == {"batch of 3 to 4": 1}
 
 
+def test_only_those_that_are_alike_are_summed_together(make_driver: MakeDriver) -> None:
+    """Of one table, all with weights or none; the order in line is any."""
+    one = make_driver().create(make_schema())
+    engine = engine_of(one)
+    other = Driver(one.hosted, table_id=2).create(make_schema(name="others", seed=8))
+    requests = [asked(driver, number) for number in (1, 2) for driver in (one, other)]
+    requests += [replace(request, weights=None) for request in requests]
+    expected = [one.call(engine.gather(request)) for request in requests]
+    assert not same(expected[0].values, expected[1].values)
+    found = [reply.result(BOUND_S) for reply in together(engine, one, *gathers(engine, requests))]
+    for reply, alone in zip(found, expected, strict=True):
+        assert same(reply.values, alone.values)
+    assert batches(one) == {"batch of 2": 4}
+    other.drop()
+
+
 def test_large_ones_are_done_alone(make_driver: MakeDriver) -> None:
     driver = make_driver().create(make_schema())
     engine = engine_of(driver)
