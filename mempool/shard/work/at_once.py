@@ -138,7 +138,10 @@ def _cost_of_update(request: UpdateRequest) -> int:
 
 def _whole(answer: Callable[[RequestT], ReplyT | Parked | Pieces[ReplyT] | None], request: RequestT) -> ReplyT | None:
     """What is answered; None for what is still to come."""
-    reply: Any = answer(request)
+    try:
+        reply: Any = answer(request)
+    except Behind:
+        return None
     whole: ReplyT | None = None if isinstance(reply, GeneratorType) else _unless_parked(reply)  # others have turns
     return whole
 

@@ -163,6 +163,13 @@ def test_who_waits_is_answered_in_pieces_where_the_work_is_long(
 
     assert engine.at_once._in_turn("gather", lambda _: is_behind(), request, 4096, BOUND_S, "me")() is None
 
+    def behind(_: object) -> Any:
+        raise Behind(lambda _: Parked())
+
+    assert engine.at_once._in_turn("gather", behind, request, 4096, BOUND_S, "me")() is None
+    for wait in (False, True):
+        assert engine.at_once._answer("gather", behind, request, wait=wait) is None
+
 
 def test_who_does_not_get_a_turn_in_time_is_told_nothing_and_leaves_nothing(make_driver: MakeDriver) -> None:
     driver = make_driver().create(make_schema())
