@@ -79,8 +79,12 @@ def _check_range(schema: TableSchema, ids: Tensor, limit: int, *, what: str, kin
     return numbers
 
 
-def check_bags(table: Storage, ids: Tensor, weights: Tensor | None, offsets: Tensor, *, own: bool) -> Bags:
+def check_bags(
+    table: Storage, ids: Tensor, weights: Tensor | None, offsets: Tensor, *, own: bool, private: bool = False
+) -> Bags:
     """Bags on the shard's device, ids in the table's ``id_dtype``. Ids and offsets are gone through once.
+
+    own: What is returned is in memory that nobody else has. private: What is given is not written to by anybody.
 
     Raises:
         InvalidRequest: Wrong ids, weights that do not fit them, or offsets that do not ascend from 0 to their number.
@@ -97,7 +101,15 @@ def check_bags(table: Storage, ids: Tensor, weights: Tensor | None, offsets: Ten
     offsets = offsets if offsets.device == ids.device else offsets.to(ids.device)
     # What goes on to a device is a copy there.
     own_here = own and table.device == ids.device
-    admitted = kernels.admit_bags(ids, offsets, num_slots=table.schema.num_slots, dtype=table.id_dtype, own=own_here)
+    # Bits of numbers below 2^31 are the same, and larger ones are below 0 then. But what others may write to is copied.
+    same = private and ids.dtype == torch.uint32 and table.id_dtype == torch.int32
+    admitted = kernels.admit_bags(
+        ids.view(torch.int32) if same else ids,
+        offsets,
+        num_slots=table.schema.num_slots,
+        dtype=table.id_dtype,
+        own=own_here,
+    )
     if admitted is None:
         raise _refused(table.schema, ids, offsets)
     found, bounds = admitted
@@ -146,7 +158,8 @@ def check_gather(table: Storage, request: GatherRequest, *, reply_bytes: int | N
     bag_bytes = dtype.itemsize * table.width
     check_reply(bag_bytes * max(0, request.offsets.numel() - 1), reply_bytes, lambda: _bags_of(request))
     own = request.remember and not request.private
-    return check_bags(table, request.ids, request.weights, request.offsets, own=own), dtype
+    private = request.private
+    return check_bags(table, request.ids, request.weights, request.offsets, own=own, private=private), dtype
 
 
 def check_update(
@@ -167,7 +180,7 @@ def check_update(
     if (request.ids is None) != (request.offsets is None):
         raise InvalidRequest("an update brings both ids and offsets, or neither. Nothing was changed.")
     if request.ids is not None and request.offsets is not None:
-        bags = check_bags(table, request.ids, request.weights, request.offsets, own=own)
+        bags = check_bags(table, request.ids, request.weights, request.offsets, own=own, private=request.private)
     elif remembered is None:
         raise ContextMissing(
             f"shard {table.shard} does not remember lookup {request.lookup_id}; send its ids, weights, offsets again",

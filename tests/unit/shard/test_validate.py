@@ -181,11 +181,16 @@ def test_what_is_kept_is_a_copy() -> None:
 
 @pytest.mark.parametrize("private", [False, True])
 def test_what_is_kept_is_a_copy_unless_nobody_else_writes_to_it(private: bool) -> None:
-    weights = torch.ones(4)
-    gather = replace(_gather([0, 4]), weights=weights, remember=True, private=private)
+    weights, ids = torch.ones(4), torch.tensor([1, 2, 3, 4]).to(torch.uint32)
+    gather = replace(_gather([0, 4], ids), weights=weights, remember=True, private=private)
     bags, _ = validate.check_gather(TABLE, gather, reply_bytes=None)
     assert bags.weights is not None
     assert (bags.weights.data_ptr() == weights.data_ptr()) == private
+    assert (bags.ids.data_ptr() == ids.data_ptr()) == private
+    assert bags.ids.tolist() == [1, 2, 3, 4]
+    wrong = torch.tensor([0, 2**32 - 1]).to(torch.uint32)
+    with pytest.raises(InvalidRequest, match=r"ids\[1\] = 4294967295 is not a slot"):
+        validate.check_gather(TABLE, replace(_gather([0, 2], wrong), private=private), reply_bytes=None)
     update = replace(_update([0, 4], 1), weights=weights, private=private)
     bags, grads = validate.check_update(TABLE, update, None, reply_bytes=None)
     assert bags.weights is not None
