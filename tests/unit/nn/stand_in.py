@@ -97,6 +97,9 @@ class LocalSession:
     def gather_at_once(self, bags: Bags, **_: object) -> None:
         """There is no such way here."""
 
+    def left_s(self, _: float) -> None:
+        """There is no deadline."""
+
     def weight_grad(self, record: Remembered, grads: Tensor, *, hold: bool, run: Callable[[Any], Any]) -> Any:
         return run(self.update(record, grads, hold=hold, want_weight_grad=True))
 
