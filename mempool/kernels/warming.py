@@ -187,8 +187,10 @@ def _rows(needs: Needs) -> None:
 def _admit_bags(needs: Needs) -> None:
     from mempool import kernels
 
-    for dtype in (torch.int64, torch.uint32):  # as they come
-        ids, kept = _numbers(needs, 0, 1, 1).to(dtype), _ids(needs).dtype
+    kept = _ids(needs).dtype
+    # As they come; an embedded pool's own are those that are kept.
+    for dtype in (torch.int64, torch.uint32, *([torch.int32] if kept == torch.int32 else [])):
+        ids = _numbers(needs, 0, 1, 1).to(dtype)
         kernels.admit_bags(ids, _numbers(needs, 0, 2, 3), num_slots=2, dtype=kept, own=True)
 
 

@@ -106,7 +106,8 @@ def test_copies_of_a_look_up_each_way() -> None:
 
     for way in found:
         assert copied(way, "ids and weights into memory of the call's own") in (pairs * 8, pairs * 12)
-        assert copied(way, "ids and offsets checked and narrowed") == pairs * 4
+        there = 0 if way == pools.EMBEDDED else pairs * 4  # an embedded shard reads them where its client has them
+        assert copied(way, "ids and offsets checked and narrowed") == there
     assert copied(pools.GRPC, "ids as uint32, for gRPC") == pairs * 4
     assert copied(pools.GRPC, "tensors into a frame") > pairs * 8
     assert copied(pools.NEAR, "body into shared memory") > pairs * 8
