@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from types import FrameType
 from typing import Any
@@ -43,6 +44,24 @@ def asked(driver: Driver, lookup_id: int = 1, **changes: Any) -> GatherRequest:
         remember=True,
     )
     return replace(request, **changes)
+
+
+def kept_busy(driver: Driver, **options: int) -> Callable[[], None]:
+    """The engine is at work from now on, until what is returned is called."""
+    going, go_on = threading.Event(), threading.Event()
+
+    def busy(_: object) -> None:
+        going.set()
+        assert go_on.wait(BOUND_S)
+
+    working = driver.submit(engine_of(driver)._thread.run("busy", busy, **options))
+    assert going.wait(BOUND_S)
+
+    def finish() -> None:
+        go_on.set()
+        working.result(BOUND_S)
+
+    return finish
 
 
 def begun(engine: Engine, request: GatherRequest) -> Any:
@@ -112,14 +131,7 @@ def test_what_would_write_is_not_done_where_a_signal_could_cut_it_off(make_drive
 def test_who_waits_has_the_first_turn(make_driver: MakeDriver) -> None:
     driver = make_driver().create(make_schema())
     engine = engine_of(driver)
-    going, go_on = threading.Event(), threading.Event()
-
-    def busy(_: object) -> None:
-        going.set()
-        assert go_on.wait(BOUND_S)
-
-    working = driver.submit(engine._thread.run("busy", busy))
-    assert going.wait(BOUND_S)
+    finish = kept_busy(driver)
     assert engine.at_once.gather_unless_busy(asked(driver)) is None
     found: list[Any] = []
     in_turn = threading.Thread(
@@ -131,8 +143,7 @@ def test_who_waits_has_the_first_turn(make_driver: MakeDriver) -> None:
         assert time.monotonic() < end_s
         time.sleep(0.005)
     assert begun(engine, asked(driver)) is None, "there is one in line"
-    go_on.set()
-    working.result(BOUND_S)
+    finish()
     in_turn.join(BOUND_S)
     assert found[0] is not None
     assert begun(engine, asked(driver)) is not None
@@ -174,17 +185,9 @@ def test_who_waits_is_answered_in_pieces_where_the_work_is_long(
 def test_who_does_not_get_a_turn_in_time_is_told_nothing_and_leaves_nothing(make_driver: MakeDriver) -> None:
     driver = make_driver().create(make_schema())
     engine = engine_of(driver)
-    going, go_on = threading.Event(), threading.Event()
-
-    def busy(_: object) -> None:
-        going.set()
-        assert go_on.wait(BOUND_S)
-
-    working = driver.submit(engine._thread.run("busy", busy))
-    assert going.wait(BOUND_S)
+    finish = kept_busy(driver)
     assert engine.at_once.gather(asked(driver), caller="me", timeout_s=0.05) is None
-    go_on.set()
-    working.result(BOUND_S)
+    finish()
     driver.status(0)  # by then its turn has come, and was found late
     assert engine._thread.num_jobs == 0
     assert engine._budget.queued_bytes == 0
@@ -238,25 +241,17 @@ def test_a_closed_engine_answers_nobody(make_driver: MakeDriver) -> None:
 def test_a_queue_that_is_full_refuses_as_always(make_driver: MakeDriver) -> None:
     driver = make_driver(client_memory_bytes=16384).create(make_schema())
     engine = engine_of(driver)
-    going, go_on = threading.Event(), threading.Event()
-
-    def busy(_: object) -> None:
-        going.set()
-        assert go_on.wait(BOUND_S)
-
-    working = driver.submit(engine._thread.run("busy", busy, cost=1))
-    assert going.wait(BOUND_S)
+    finish = kept_busy(driver, cost=1)
 
     def asks_for_much() -> None:
         gather = engine._answers.gather
         waits = [engine.at_once._in_turn("gather", gather, asked(driver), 4096, BOUND_S, "me") for _ in range(10)]
-        go_on.set()
+        finish()
         for wait in waits:
             wait()
 
     with pytest.raises(Overloaded):
         asks_for_much()
-    working.result(BOUND_S)
     driver.status(0)
     assert engine._budget.queued_bytes == 0
 
