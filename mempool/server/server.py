@@ -12,7 +12,7 @@ from mempool.observe import Stages
 from mempool.server.admission import Admission
 from mempool.server.calls import Door
 from mempool.server.memory import Trimming
-from mempool.server.near import NearServer
+from mempool.server.near.server import NearServer
 from mempool.server.public import PublicServices
 from mempool.server.services import AtOnce, Handlers, Lookup, Services, near_calls
 from mempool.server.token import TokenInterceptor

@@ -8,14 +8,12 @@ import grpc
 
 from mempool.server.calls import Door, handler, streaming_handler
 from mempool.types import (
-    CommitReply,
     CommitRequest,
     DropTable,
     GatherReply,
     GatherRequest,
     PoolApi,
     PoolStatus,
-    PrepareReply,
     PrepareRequest,
     ShardHost,
     ShardStatus,
@@ -36,29 +34,42 @@ RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
 Handlers = dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]
 Space = Callable[[tuple[int, ...], "torch.dtype"], "Tensor | None"]
+Tell = Callable[[Any, BaseException | None], None]
+TakeBack = Callable[[], None]
 Lookup = Callable[[LookupRequest], Awaitable[LookupReply]]
 _FEW_PAIRS = 4096
 """Of a gather that takes less time than two threads take to hand it over."""
 
 
 class AtOnce(Protocol):
-    """A shard, by whoever is in its process: answers threads that wait themselves. None, and whatever it raises of
-    mempool's errors: it is to be asked by its own calls, which say why."""
+    """A shard, by whoever is in its process: answers threads without an event loop. None, and whatever it raises, or
+    tells, of mempool's errors: it is to be asked by its own calls, which say why."""
 
-    def gather_unless_busy(self, request: GatherRequest) -> GatherReply | None: ...
+    def gather(self, request: GatherRequest, *, space: Space | None = None) -> GatherReply | None:
+        """Where the shard has nothing else to do. space: gives the memory that the answer is written to."""
 
-    def gather(
-        self, request: GatherRequest, *, caller: str, timeout_s: float, space: Space | None = None
-    ) -> GatherReply | None:
-        """space: Gives the memory that the answer is written to."""
+    def update(self, request: UpdateRequest, *, caller: str, space: Space | None = None) -> UpdateReply | None: ...
 
-    def update(
-        self, request: UpdateRequest, *, caller: str, timeout_s: float, space: Space | None = None
-    ) -> UpdateReply | None: ...
+    def line_up_gather(
+        self, request: GatherRequest, *, caller: str, timeout_s: float, tell: Tell, space: Space | None = None
+    ) -> TakeBack:
+        """When its turn comes: ``tell`` is given the answer then, on any thread."""
 
-    def prepare(self, request: PrepareRequest, *, caller: str, timeout_s: float) -> PrepareReply | None: ...
+    def line_up_update(
+        self, request: UpdateRequest, *, caller: str, timeout_s: float, tell: Tell, space: Space | None = None
+    ) -> TakeBack: ...
 
-    def commit(self, request: CommitRequest, *, caller: str, timeout_s: float) -> CommitReply | None: ...
+    def line_up_prepare(self, request: PrepareRequest, *, caller: str, timeout_s: float, tell: Tell) -> TakeBack | None:
+        """None, too: nobody is told."""
+
+    def line_up_commit(
+        self, request: CommitRequest, *, caller: str, timeout_s: float, tell: Tell
+    ) -> TakeBack | None: ...
+
+    def take_turn(self) -> bool:
+        """Do what waits, or a piece of it, on the caller's thread; False: ``hand_over`` is to see to it."""
+
+    def hand_over(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +94,7 @@ class Services:
 
         async def gather(request: GatherRequest) -> GatherReply:
             is_small = request.ids.numel() <= _FEW_PAIRS
-            reply = at_once.gather_unless_busy(request) if at_once is not None and is_small else None
+            reply = at_once.gather(request) if at_once is not None and is_small else None
             return await shard.gather(request) if reply is None else reply
 
         return dict(

@@ -67,6 +67,7 @@ class BegunGather(Begun):
     table: HostedTable
     bags: Bags
     dtype: torch.dtype
+    out: Tensor | None
 
     @property
     def like(self) -> Hashable:
@@ -130,11 +131,18 @@ class Answers:
             raise
 
     def shared_gather(
-        self, request: GatherRequest, answered: Callable[[Callable[[GatherRequest], Any], GatherRequest], Any]
+        self,
+        request: GatherRequest,
+        answered: Callable[[Callable[[GatherRequest], Any], GatherRequest], Any],
+        *,
+        space: Space | None = None,
     ) -> Shared | None:
         """How a gather is done together with others; None where that gains nothing. For any thread: it only looks.
 
-        answered: Given ``begin_gather`` and a request, answers as ``gather``'s caller answers.
+        Args:
+            request: What is asked.
+            answered: Given ``begin_gather`` and a request, answers as ``gather``'s caller answers.
+            space: As of ``gather``.
         """
         table = self._tenancy.tables.get(request.envelope.table_id)
         if table is None:
@@ -146,50 +154,55 @@ class Answers:
         return Shared(
             num_bytes=num_bytes,
             least=LEAST_TOGETHER_ON_CPU if table.storage.device.type == "cpu" else LEAST_TOGETHER,
-            begin=partial(answered, self.begin_gather),
+            begin=partial(answered, partial(self.begin_gather, space=space)),
             end=self.end_gathers,
         )
 
-    def begin_gather(self, request: GatherRequest) -> BegunGather | Parked | Pieces[GatherReply]:
+    def begin_gather(
+        self, request: GatherRequest, *, space: Space | None = None
+    ) -> BegunGather | Parked | Pieces[GatherReply]:
         """As ``gather``, but for the sums; ``end_gathers`` must follow in the same turn."""
-        begun = self._begun(self._tenancy.fenced(request.envelope), request)
+        begun = self._begun(self._tenancy.fenced(request.envelope), request, space)
         if isinstance(begun, Parked) or not self._is_long_gather(begun):
             return begun
-        return self._gather_in_pieces(begun, None)
+        return self._gather_in_pieces(begun)
 
     def end_gathers(self, several: Sequence[BegunGather]) -> list[GatherReply]:
         """The answers of gathers that are alike, by one kernel, each with the bits that it has alone."""
         bags = joined([begun.bags for begun in several]) if len(several) > 1 else None
         if bags is None:
-            return [self._whole_gather(begun, None) for begun in several]
+            return [self._whole_gather(begun) for begun in several]
         first = several[0]
         sums = self._pooled(first.table, bags, first.dtype, for_step=first.request.remember, out=None)
+        parts = torch.split(sums, [begun.bags.num_bags for begun in several])
         # Copies: an answer that waits to be sent would keep all the others', of which nobody counts a byte any more.
-        values = [part.clone() for part in torch.split(sums, [begun.bags.num_bags for begun in several])]
-        return [self._gathered(begun, part) for begun, part in zip(several, values, strict=True)]
+        return [
+            self._gathered(begun, part.clone() if begun.out is None else begun.out.copy_(part))
+            for begun, part in zip(several, parts, strict=True)
+        ]
 
     def _gather(
         self, table: HostedTable, request: GatherRequest, space: Space | None
     ) -> GatherReply | Parked | Pieces[GatherReply]:
-        begun = self._begun(table, request)
+        begun = self._begun(table, request, space)
         if isinstance(begun, Parked):
             return begun
-        out = None if space is None else space((begun.bags.num_bags, table.storage.width), begun.dtype)
-        return self._gather_in_pieces(begun, out) if self._is_long_gather(begun) else self._whole_gather(begun, out)
+        return self._gather_in_pieces(begun) if self._is_long_gather(begun) else self._whole_gather(begun)
 
-    def _begun(self, table: HostedTable, request: GatherRequest) -> BegunGather | Parked:
+    def _begun(self, table: HostedTable, request: GatherRequest, space: Space | None) -> BegunGather | Parked:
         if (waits := self._waits(table, request.envelope)) is not None:
             return waits
         with self._stages.measure("copy in"):
             bags, dtype = validate.check_gather(table.storage, request, reply_bytes=self._reply_bytes)
         self._reserve(dtype.itemsize * table.storage.width * bags.num_bags)
-        return BegunGather(request, table, bags, dtype)
+        out = None if space is None else space((bags.num_bags, table.storage.width), dtype)
+        return BegunGather(request, table, bags, dtype, out)
 
     def _is_long_gather(self, begun: BegunGather) -> bool:
         return self._is_long(_row_bytes(begun.table) * (begun.bags.num_pairs + _BAG_ROWS * begun.bags.num_bags))
 
-    def _whole_gather(self, begun: BegunGather, out: Tensor | None) -> GatherReply:
-        values = self._pooled(begun.table, begun.bags, begun.dtype, for_step=begun.request.remember, out=out)
+    def _whole_gather(self, begun: BegunGather) -> GatherReply:
+        values = self._pooled(begun.table, begun.bags, begun.dtype, for_step=begun.request.remember, out=begun.out)
         return self._gathered(begun, values)
 
     def _pooled(
@@ -200,15 +213,15 @@ class Answers:
             values = table.storage.pooled(bags, dtype, for_step=for_step, out=out if on_cpu else None)
         return values if on_cpu else self._copy_out(values, out)
 
-    def _gather_in_pieces(self, begun: BegunGather, out: Tensor | None) -> Pieces[GatherReply]:
-        request, table, bags, dtype = begun.request, begun.table, begun.bags, begun.dtype
+    def _gather_in_pieces(self, begun: BegunGather) -> Pieces[GatherReply]:
+        request, table, bags, dtype, out = begun.request, begun.table, begun.bags, begun.dtype, begun.out
         stamp, shape = table.stamp, (bags.num_bags, table.storage.width)
         values = torch.empty(shape, dtype=dtype) if out is None else out
         for first, end, part in _parts_of(bags, _row_bytes(table)):
             table = self._tenancy.fenced(request.envelope)  # it may have moved, or been dropped, meanwhile
             self._pooled(table, part, dtype, for_step=request.remember, out=values[first:end])
             yield
-        reply = self._gathered(BegunGather(request, table, bags, dtype), values)
+        reply = self._gathered(BegunGather(request, table, bags, dtype, out), values)
         return GatherReply(stamp=stamp, blocks=reply.blocks, values=reply.values)
 
     def _gathered(self, begun: BegunGather, values: Tensor) -> GatherReply:

@@ -15,13 +15,12 @@ from mempool.shard.answers import Answers, Pieces, Space
 from mempool.shard.committing import Committing
 from mempool.shard.parking import Behind, Parked
 from mempool.shard.work.jobs import Shared, cost_of, cost_of_parts
+from mempool.shard.work.results import Tell
 from mempool.shard.work.thread import EngineThread
 from mempool.types import (
-    CommitReply,
     CommitRequest,
     GatherReply,
     GatherRequest,
-    PrepareReply,
     PrepareRequest,
     UpdateReply,
     UpdateRequest,
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
 
 RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
+TakeBack = Callable[[], None]
+"""Nobody waits for the answer any more."""
 
 
 class AtOnce:
@@ -61,48 +62,86 @@ class AtOnce:
         self, request: UpdateRequest, *, timeout_s: float, **_: object
     ) -> Callable[[], UpdateReply | None]:
         """See ``AtOnceShard``."""
-        return self._in_turn("update", self._answers.update, request, _cost_of_update(request), timeout_s, "")
+        return self._in_turn("update", self._answers.update, request, _cost_of_update(request), timeout_s)
 
-    def gather_unless_busy(self, request: GatherRequest) -> GatherReply | None:
+    def gather(self, request: GatherRequest, *, space: Space | None = None) -> GatherReply | None:
         """The answer; None where it cannot be had at once. Nobody is waited for."""
-        return self._answer("gather", self._answers.gather, request, wait=False)
+        return self._answer("gather", partial(self._answers.gather, space=space), request, wait=False)
 
-    def gather(
-        self, request: GatherRequest, *, caller: str, timeout_s: float, space: Space | None = None
-    ) -> GatherReply | None:
-        """The answer, at once or when it is the caller's turn; None where it is not to be had so. Memory of ``space``
-        is written to only before this returns."""
-        if not self._thread.is_busy:
-            return self._answer("gather", partial(self._answers.gather, space=space), request, wait=False)
-        cost = cost_of(request.ids, request.weights, request.offsets, numbers=len(request.release))
-        shared = self._answers.shared_gather(request, _unless_behind)
-        return self._in_turn("gather", self._answers.gather, request, cost, timeout_s, caller, shared)()
-
-    def update(
-        self, request: UpdateRequest, *, caller: str, timeout_s: float, space: Space | None = None
-    ) -> UpdateReply | None:
+    def update(self, request: UpdateRequest, *, caller: str, space: Space | None = None) -> UpdateReply | None:
         """The same of an update."""
-        answer = partial(self._answers.update, caller=caller)
-        if not self._thread.is_busy:
-            return self._answer("update", partial(answer, space=space), request, wait=False)
-        return self._in_turn("update", answer, request, _cost_of_update(request), timeout_s, caller)()
+        answer = partial(self._answers.update, caller=caller, space=space)
+        return self._answer("update", answer, request, wait=False)
 
-    def prepare(self, request: PrepareRequest, *, caller: str, timeout_s: float) -> PrepareReply | None:
-        """The answer when it is the caller's turn. None, too, where it would have to be durable first: nobody waits for
-        a disk here."""
+    def line_up_gather(
+        self, request: GatherRequest, *, caller: str, timeout_s: float, tell: Tell, space: Space | None = None
+    ) -> TakeBack:
+        """``tell`` is given the answer when it is the caller's turn; None, or an error, where it is not to be had so.
+        Quiet, as of ``EngineThread.line_up``: see ``take_turn``."""
+        cost = cost_of(request.ids, request.weights, request.offsets, numbers=len(request.release))
+        shared = self._answers.shared_gather(request, _unless_behind, space=space)
+        answer = partial(self._answers.gather, space=space)
+        return self._line_up("gather", answer, request, cost, timeout_s, caller, tell, shared=shared, quiet=True)
+
+    def line_up_update(
+        self, request: UpdateRequest, *, caller: str, timeout_s: float, tell: Tell, space: Space | None = None
+    ) -> TakeBack:
+        """The same of an update."""
+        answer = partial(self._answers.update, caller=caller, space=space)
+        cost = _cost_of_update(request)
+        return self._line_up("update", answer, request, cost, timeout_s, caller, tell, quiet=True)
+
+    def line_up_prepare(self, request: PrepareRequest, *, caller: str, timeout_s: float, tell: Tell) -> TakeBack | None:
+        """The same; on the shard's own thread. None, and nobody is told, where it would have to be durable first:
+        nobody waits for a disk here."""
         if self._store is not None:
             return None
         answer = partial(self._committing.prepare, caller=caller)
-        return self._in_turn("prepare", answer, request, cost_of_parts(request.parts), timeout_s, caller)()
+        return self._line_up("prepare", answer, request, cost_of_parts(request.parts), timeout_s, caller, tell)
 
-    def commit(self, request: CommitRequest, *, caller: str, timeout_s: float) -> CommitReply | None:
+    def line_up_commit(self, request: CommitRequest, *, caller: str, timeout_s: float, tell: Tell) -> TakeBack | None:
         """The same of a commit."""
         if self._store is not None:
             return None
         cost = cost_of_parts(request.parts)
         answer: Any = self._committing.commit  # what it promises besides is the thread's to do
-        reply: CommitReply | None = self._in_turn("commit", answer, request, cost, timeout_s, caller)()
-        return reply
+        return self._line_up("commit", answer, request, cost, timeout_s, caller, tell)
+
+    def take_turn(self) -> bool:
+        """Run what waits, or a piece of it, on the caller's own thread, where all of it was lined up quietly and nobody
+        else is at it; False: that is not so, and ``hand_over`` is for the shard's own thread to see to it."""
+        return self._thread.take_turn()
+
+    def hand_over(self) -> None:
+        """See ``take_turn``."""
+        self._thread.hand_over()
+
+    def _line_up(
+        self,
+        stage: str,
+        answer: Callable[[RequestT], ReplyT | Parked | Pieces[ReplyT] | None],
+        request: RequestT,
+        cost: int,
+        timeout_s: float,
+        caller: str,
+        tell: Tell,
+        shared: Shared | None = None,
+        quiet: bool = False,
+    ) -> TakeBack:
+        def told(reply: Any, error: BaseException | None) -> None:
+            tell(self._durable(reply), error)
+
+        return self._thread.line_up(
+            stage,
+            partial(_unless_behind, answer),
+            request,
+            tell=told,
+            cost=cost,
+            timeout_s=timeout_s,
+            caller=caller,
+            shared=shared,
+            quiet=quiet,
+        )
 
     def _in_turn(
         self,
@@ -111,11 +150,9 @@ class AtOnce:
         request: RequestT,
         cost: int,
         timeout_s: float,
-        caller: str,
-        shared: Shared | None = None,
     ) -> Callable[[], ReplyT | None]:
         job: Callable[[RequestT], Any] = partial(_unless_behind, answer)
-        wait = self._thread.begin(stage, job, request, cost=cost, timeout_s=timeout_s, caller=caller, shared=shared)
+        wait = self._thread.begin(stage, job, request, cost=cost, timeout_s=timeout_s)
         return lambda: self._durable(wait())
 
     def _answer(

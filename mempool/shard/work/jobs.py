@@ -92,6 +92,7 @@ class Job:
         known: It is in the queue, or on its way back to whoever asked.
         gone: Nobody waits for it any more.
         waiting: It lies in the queue.
+        quiet: Whoever lined it up sees to its turn, so the shard's thread was not told of it.
     """
 
     stage: str
@@ -109,6 +110,7 @@ class Job:
     known: bool = False
     gone: bool = False
     waiting: bool = False
+    quiet: bool = False
     weight: int = 0
     charge: int = 0
 
@@ -174,6 +176,11 @@ class JobQueue:
         """Jobs that wait, or are being answered."""
         return self._jobs
 
+    @property
+    def all_quiet(self) -> bool:
+        """Whether nobody but those who see to it themselves waits for a turn."""
+        return not self._control and all(entry.job.quiet or entry.job.gone for entry in self._heap)
+
     def add(self, job: Job, *, now_s: float) -> None:
         """Take a job in; ``leave`` must follow.
 
@@ -221,6 +228,13 @@ class JobQueue:
             self._control.append(job)
         else:
             self._line_up(job, self._lanes[job.caller.name], _BASE_WEIGHT + min(job.cost, PIECE_BYTES))
+
+    def hand_over(self) -> int:
+        """None of those that wait is quiet any more. Returns how many were."""
+        quiet = [entry.job for entry in self._heap if entry.job.quiet and entry.job.waiting]
+        for job in quiet:
+            job.quiet = False
+        return len(quiet)
 
     def ready(self, *, now_s: float) -> Job | None:
         """The next job to run, None where none waits. Those nobody waits for are passed over."""

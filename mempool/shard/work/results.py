@@ -1,9 +1,13 @@
-"""What comes of jobs, and where it goes: to a loop that awaits it, or to a thread that waits itself."""
+"""What comes of jobs, and where it goes: to a loop that awaits it, to a thread that waits itself, or to who is told."""
 
 import asyncio
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+Tell = Callable[[Any, BaseException | None], None]
+"""Is given the result of a job, or why there is none, on whatever thread has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,21 @@ class Handed:
         if self._error is not None:
             raise self._error
         return self._value
+
+
+class Told:
+    """A job's result for somebody who goes on meanwhile."""
+
+    __slots__ = ("_tell",)
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell = tell
+
+    def give(self, value: Any) -> None:
+        self._tell(value, None)
+
+    def fail(self, error: BaseException) -> None:
+        self._tell(None, error)
 
 
 def _settle(future: "asyncio.Future[Any]", value: Any, error: BaseException | None) -> None:

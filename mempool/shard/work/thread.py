@@ -21,7 +21,7 @@ from mempool.errors import DeadlineExceeded, MempoolError, ShardUnavailable
 from mempool.observe import Stages
 from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.shard.work.jobs import JOB_BYTES, Answered, Begun, Job, JobQueue, Shared
-from mempool.shard.work.results import Awaited, Handed, Outcome, bare
+from mempool.shard.work.results import Awaited, Handed, Outcome, Tell, Told, bare
 from mempool.shard.work.together import Half, begun, ended, ended_alone, is_enough, name_of
 from mempool.shard.work.trying import Trying
 from mempool.types.caller import Caller, current_caller
@@ -239,8 +239,6 @@ class EngineThread:
         *,
         cost: int,
         timeout_s: float,
-        caller: str = "",
-        shared: Shared | None = None,
     ) -> Callable[[], T | None]:
         """As ``run``, for a thread that waits itself, by calling what is returned; None after ``timeout_s``.
 
@@ -251,11 +249,10 @@ class EngineThread:
         asked = Job(
             stage=stage,
             request=request,
-            caller=Caller(caller, self._clock() + timeout_s),
+            caller=Caller("", self._clock() + timeout_s),
             cost=cost,
             run=job,
             done=handed,
-            shared=shared,
             leaves=True,
             put_s=self._clock(),
         )
@@ -266,6 +263,70 @@ class EngineThread:
             self._worker.ring()
         self.check_open()  # only now: the thread looks once more after it was closed
         return lambda: handed.wait(timeout_s)
+
+    def line_up(
+        self,
+        stage: str,
+        job: Callable[[RequestT], Any],
+        request: RequestT,
+        *,
+        tell: Tell,
+        cost: int,
+        timeout_s: float,
+        caller: str,
+        shared: Shared | None = None,
+        quiet: bool = False,
+    ) -> Callable[[], None]:
+        """As ``begin``, for a thread that goes on meanwhile, and that nobody interrupts.
+
+        Args:
+            tell: Given what came of it, once at most, on any thread: perhaps on the caller's, before this returns.
+            quiet: The caller sees to its turn, by ``take_turn`` or ``hand_over``.
+
+        Returns:
+            Takes it back: its turn, if it is still to come, is passed over.
+
+        Raises:
+            ShardUnavailable: The thread was closed.
+            Overloaded, RequestTooLarge, DeadlineExceeded: As of ``run``.
+        """
+        asked = Job(
+            stage=stage,
+            request=request,
+            caller=Caller(caller, self._clock() + timeout_s),
+            cost=cost,
+            run=job,
+            done=Told(tell),
+            shared=shared,
+            leaves=True,
+            quiet=quiet,
+        )
+        self._enter(asked)
+        return partial(self._leave, asked)
+
+    def take_turn(self) -> bool:
+        """Run the next job, or a piece of one, on the caller's own thread, where all that wait are quiet. False: they
+        are not, or another thread is at it, or nothing waits."""
+        if not self._at_work.acquire(blocking=False):
+            return False
+        try:
+            return self._serve(here=True)
+        except BaseException as error:
+            self._end_for_good(error)
+            return False
+        finally:
+            self._at_work.release()
+            if self._closed is not None:
+                self._worker.ring()  # it ends when nothing waits any more
+
+    def hand_over(self) -> None:
+        """The shard's own thread sees to those that were lined up quietly."""
+        with self._lock:
+            for job in self._taken:
+                job.quiet = False  # another thread is at it, and puts it back when it is done in pieces
+            num_jobs = self._jobs.hand_over()
+        for _ in range(num_jobs):
+            self._worker.ring()
 
     def _leave(self, job: Job) -> None:
         with self._lock:
@@ -309,7 +370,8 @@ class EngineThread:
             self._take_in()
             job.put_s = job.asked_s = self._clock()
             self._jobs.add(job, now_s=self._clock())
-        self._worker.ring()
+        if not job.quiet:
+            self._worker.ring()
 
     def _take_in(self) -> None:
         """Line up those that were asked for. Under the lock."""
@@ -341,20 +403,25 @@ class EngineThread:
             return None
         return max(0.0, self._next_upkeep_s - self._clock()) if self._keeping_up else ONLY_WHEN_RUNG
 
-    def _serve(self) -> bool:
-        """Run the next job with those that go with it, or a piece of one. Returns whether there may be more."""
+    def _serve(self, *, here: bool = False) -> bool:
+        """Run the next job with those that go with it, or a piece of one. here: on a thread that sees to quiet ones.
+        Returns whether there may be more."""
         now_s = self._clock()
         with self._lock:
             self._take_in()
+            if here and not self._jobs.all_quiet:
+                return False
             job = self._jobs.ready(now_s=now_s)
             company = [] if job is None else self._jobs.company(job, now_s=now_s)
             late = self._jobs.take_expired()
+        if not here and job is not None and job.quiet:  # it took the turn of one that was rung for
+            self._worker.ring()
         for one in late:
             self._tell_late(one)
         if self._keeping_up and now_s >= self._next_upkeep_s:
             self._keep_up()
         if job is None:
-            return self._closed is None or self.others_wait()
+            return not here and (self._closed is None or self.others_wait())
         self._doing, self._taken = job, [job, *company]
         if company:
             self._do_together([job, *company])
@@ -431,14 +498,15 @@ class EngineThread:
         """A job, or a piece of it, took so long."""
         self._stages.record(job.stage, took_s)
         self._busy_s += took_s
-        self._taken.remove(job)
         with self._lock:
+            self._taken.remove(job)
             self._jobs.spent(job, took_s)
             if outcome.more:
                 job.put_s = self._clock()
                 self._jobs.again(job)
         if outcome.more:
-            self._worker.ring()
+            if not job.quiet:
+                self._worker.ring()
             return
         self._over(job)
         if outcome.failure is not None:

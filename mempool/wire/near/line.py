@@ -33,8 +33,6 @@ SHARED_FROM_BYTES = 16 * 2**10
 _KEPT_BYTES = MEMORY_BYTES // 2
 """Of replies that lie where they came as long as their reader has them; others are copied out."""
 _LAST_CALL = 2**32
-_HEAD_BYTES = 4096
-"""Room before the memory that is given for the end of a body."""
 _BUFFER_BYTES = 64 * 2**10
 _TIMEVAL = struct.Struct("ll")
 
@@ -62,81 +60,12 @@ class Line:
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
         self._extents: dict[int, tuple[int, int]] = {}  # by call, of what this side sends
-        self._timeouts: dict[int, float] = {}
-        self._space_taken: tuple[int, int] | None = None
-        connection.settimeout(None)
         sent.close()  # the other side has it, and what is mapped stays
 
     @property
     def num_extents(self) -> int:
         """Bodies of this side's that the other one may still read."""
         return len(self._extents)
-
-    def bound(self, *, receive_s: float | None = None, send_s: float | None = None) -> None:
-        """How long a blocking call waits for the other side, from now on. None: as before."""
-        for option, seconds in ((socket.SO_RCVTIMEO, receive_s), (socket.SO_SNDTIMEO, send_s)):
-            if seconds is not None and seconds != self._timeouts.get(option):
-                whole = int(seconds)
-                self._socket.setsockopt(
-                    socket.SOL_SOCKET, option, _TIMEVAL.pack(whole, max(1, int((seconds - whole) * 1e6)))
-                )
-                self._timeouts[option] = seconds
-
-    def send(self, message: Message, parts: Parts = (), *, before: bytes = b"") -> None:
-        """Send a message with its body. before: of whole messages that go with it.
-
-        Raises:
-            OSError: The other side is gone, or does not take it in time.
-            InvalidRequest: There is no room for the body in shared memory, and it is too large to come with its
-                message; nothing was sent.
-        """
-        self._socket.sendall(self._packed(message, parts, before))
-
-    def space(self, num_bytes: int) -> memoryview | None:
-        """Memory that a body of this side's may end with, until the next message is sent; None: there is none now."""
-        self.drop_space()
-        if num_bytes < SHARED_FROM_BYTES:
-            return None
-        self._space_taken = self._sent.take(_HEAD_BYTES + num_bytes)
-        if self._space_taken is None:
-            return None
-        begin = self._space_taken[0] + _HEAD_BYTES
-        return self._sent.view(begin, begin + num_bytes)
-
-    def send_space(self, message: Message, parts: Parts) -> None:
-        """As ``send``, of a body whose last part lies in the memory that was taken."""
-        assert self._space_taken is not None, "it was taken"
-        *head, last = parts
-        before, num_bytes = sum([len(part) for part in head]), len(last)
-        if before > _HEAD_BYTES:
-            self.send(message, parts)
-            self.drop_space()
-            return
-        extent, self._space_taken = self._space_taken, None
-        place = extent[0] + _HEAD_BYTES - before
-        self._sent.write(place, head)
-        self._extents[message.call] = extent
-        self._socket.sendall(header_of(message, before + num_bytes, place))
-
-    def drop_space(self) -> None:
-        """It is not needed."""
-        if self._space_taken is not None:
-            self._sent.give_back(self._space_taken)
-            self._space_taken = None
-
-    def receive(self) -> tuple[Message, Body]:
-        """The next message; its body in memory of this process's own, or where it lies.
-
-        Raises:
-            OSError: The other side is gone, or says nothing in time.
-            InvalidRequest: It is no message.
-        """
-        while self._end - self._start < HEADER_BYTES:
-            self._came(self._socket.recv_into(self._space()))
-        message, body, at = self._begun()
-        while body is not None and at < message.num_bytes:
-            at += _some(self._socket.recv_into(body[at:]))
-        return message, self._whole(message, body)
 
     def cut(self) -> None:
         """Let whoever has it find it ended. Of any thread."""
@@ -155,7 +84,12 @@ class Line:
             self._sent.give_back(extent)
 
     def _packed(self, message: Message, parts: Parts, before: bytes = b"") -> bytes:
-        """What is to be sent of a message, once its body is where it goes."""
+        """What is to be sent of a message, once its body is where it goes; before: of whole messages that go with it.
+
+        Raises:
+            InvalidRequest: There is no room for the body in shared memory, and it is too large to come with its
+                message.
+        """
         num_bytes = sum([len(part) for part in parts])
         extent = self._sent.put(parts, num_bytes) if num_bytes >= SHARED_FROM_BYTES else None
         if extent is not None:
@@ -174,9 +108,6 @@ class Line:
             self._buffer[: len(rest)] = rest
             self._start, self._end = 0, len(rest)
         return self._view[self._end :]
-
-    def _came(self, num_bytes: int) -> None:
-        self._end += _some(num_bytes)
 
     def _begun(self) -> tuple[Message, memoryview | None, int]:
         """The message whose header is here; where its body goes that comes with it, and how much of it is there."""
@@ -203,18 +134,47 @@ class ClientLine(Line):
 
     def __init__(self, connection: socket.socket, sent: SentMemory, received: ReceivedMemory) -> None:
         super().__init__(connection, sent, received)
+        connection.settimeout(None)
+        self._timeouts: dict[int, float] = {}
         self._call = 0
         self._kept: dict[int, weakref.ref[memoryview]] = {}
         self._num_kept = 0
         self._free: deque[tuple[int, int]] = deque()  # filled by whoever lets go of a body, on any thread
 
+    def bound(self, *, receive_s: float | None = None, send_s: float | None = None) -> None:
+        """How long a blocking call waits for the other side, from now on. None: as before."""
+        for option, seconds in ((socket.SO_RCVTIMEO, receive_s), (socket.SO_SNDTIMEO, send_s)):
+            if seconds is not None and seconds != self._timeouts.get(option):
+                whole = int(seconds)
+                self._socket.setsockopt(
+                    socket.SOL_SOCKET, option, _TIMEVAL.pack(whole, max(1, int((seconds - whole) * 1e6)))
+                )
+                self._timeouts[option] = seconds
+
     def ask(self, method: int, parts: Parts, timeout_us: int) -> None:
-        """Ask; ``answer`` must follow. Raises as ``send`` does."""
+        """Ask; ``answer`` must follow.
+
+        Raises:
+            OSError: The other side is gone, or does not take it in time.
+            InvalidRequest: There is no room for the body in shared memory, and it is too large to come with its
+                message; nothing was sent.
+        """
         self._socket.sendall(self._asked(method, parts, timeout_us))
 
     def answer(self) -> tuple[bool, Body]:
-        """Whether it is a reply, and its body; or an ErrorDetail. Raises as ``receive`` does."""
-        return self._answered(*self.receive())
+        """Whether it is a reply, and its body; or an ErrorDetail.
+
+        Raises:
+            OSError: The other side is gone, or says nothing in time.
+            InvalidRequest: It is no message.
+        """
+        while self._end - self._start < HEADER_BYTES:
+            num_bytes = came(self._socket.recv_into(self._space()))  # _space may move what is there
+            self._end += num_bytes
+        message, body, at = self._begun()
+        while body is not None and at < message.num_bytes:
+            at += came(self._socket.recv_into(body[at:]))
+        return self._answered(message, self._whole(message, body))
 
     async def call(self, method: int, parts: Parts, timeout_us: int) -> tuple[bool, Body]:
         """The same on an event loop, both."""
@@ -223,10 +183,11 @@ class ClientLine(Line):
         self._socket.setblocking(False)
         await loop.sock_sendall(self._socket, asked)
         while self._end - self._start < HEADER_BYTES:
-            self._came(await loop.sock_recv_into(self._socket, self._space()))
+            num_bytes = came(await loop.sock_recv_into(self._socket, self._space()))
+            self._end += num_bytes
         message, body, at = self._begun()
         while body is not None and at < message.num_bytes:
-            at += _some(await loop.sock_recv_into(self._socket, body[at:]))
+            at += came(await loop.sock_recv_into(self._socket, body[at:]))
         self._socket.settimeout(None)
         return self._answered(message, self._whole(message, body))
 
@@ -268,7 +229,8 @@ class ClientLine(Line):
         kept[call] = weakref.ref(body, let_go)
 
 
-def _some(num_bytes: int) -> int:
+def came(num_bytes: int) -> int:
+    """So many bytes, which are some. Raises ConnectionError where they are none."""
     if not num_bytes:
         raise ConnectionError("the other side has ended the line")
     return num_bytes

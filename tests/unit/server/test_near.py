@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -18,7 +18,8 @@ import torch
 
 from mempool.errors import DeadlineExceeded, Internal, InvalidRequest, NotFound, RequestTooLarge, ShardUnavailable
 from mempool.observe import Stages
-from mempool.server.near import _MOST_LINES, NearServer
+from mempool.server.near.server import MOST_LINES as _MOST_LINES
+from mempool.server.near.server import NearServer
 from mempool.types import (
     Envelope,
     GatherReply,
@@ -120,7 +121,7 @@ def go(coroutine: Any) -> None:
 def test_bodies_of_any_size_come_as_they_were_sent_and_leave_nothing() -> None:
     async def main() -> None:
         async with serving() as server, connected(server) as channel:
-            (there,) = server._lines
+            (there,) = server._lines.servings
             for count in (0, 1, 300, SHARED_FROM_BYTES // 8, 2**17, 250_000):
                 reply = await channel.call(methods.READ_ROWS, asked(count), timeout_s=20)
                 assert torch.equal(reply.rows[:, 3], torch.arange(count, dtype=torch.float32))
@@ -139,8 +140,8 @@ def test_bodies_of_any_size_come_as_they_were_sent_and_leave_nothing() -> None:
                 await channel.call(methods.READ_ROWS, asked(1))
                 assert not line.num_extents
                 assert not line._kept
-            await until(lambda: not any(each._line.num_extents for each in server._lines))
-            assert there in server._lines
+            await until(lambda: not any(each.line.num_extents for each in server._lines.servings))
+            assert there in server._lines.servings
 
     go(main())
 
@@ -148,10 +149,10 @@ def test_bodies_of_any_size_come_as_they_were_sent_and_leave_nothing() -> None:
 def test_answers_lie_where_they_came_until_they_are_let_go_and_are_the_readers_own() -> None:
     async def main() -> None:
         async with serving() as server, connected(server) as channel:
-            line, (there,) = line_of(channel), server._lines
+            line, (there,) = line_of(channel), server._lines.servings
             replies = [await channel.call(methods.READ_ROWS, asked(2**16)) for _ in range(12)]  # a MiB each
             assert line._num_kept <= _KEPT_BYTES + 2**20
-            assert there._line.num_extents <= _KEPT_BYTES // 2**20 + 1, "the rest was copied out"
+            assert there.line.num_extents <= _KEPT_BYTES // 2**20 + 1, "the rest was copied out"
             for number, reply in enumerate(replies):
                 reply.rows.add_(number)
             for number, reply in enumerate(replies):
@@ -159,7 +160,7 @@ def test_answers_lie_where_they_came_until_they_are_let_go_and_are_the_readers_o
             replies.clear()
             del reply
             await channel.call(methods.READ_ROWS, asked(1))
-            await until(lambda: not there._line.num_extents)
+            await until(lambda: not there.line.num_extents)
 
     go(main())
 
@@ -362,17 +363,17 @@ def test_lines_are_bounded_and_all_calls_are_answered() -> None:
         return await rows(request)
 
     async def main() -> None:
-        async with serving(rows=counts) as server, connected(server) as channel:
+        async with serving(rows=counts) as server, connected(server) as channel, AsyncExitStack() as stack:
             await opened(channel, MOST_LINES - 1)
             for _ in range(20):
                 await asyncio.gather(*(channel.call(methods.READ_ROWS, asked(5000)) for _ in range(MOST_LINES)))
             assert most == MOST_LINES == server.num_lines
-            lines = list(server._lines)
-            server._lines.update(object() for _ in range(_MOST_LINES - MOST_LINES))  # type: ignore[misc]
+            further = [await stack.enter_async_context(connected(server)) for _ in range(_MOST_LINES // MOST_LINES - 1)]
+            for each in further:
+                await opened(each, MOST_LINES - 1)
+            assert server.num_lines == _MOST_LINES
             async with connected(server) as other:
                 assert not other.is_near
-            server._lines.clear()
-            server._lines.update(lines)
 
     go(main())
 
@@ -426,7 +427,7 @@ class Written:
         self.where = "there"
         self.given: list[torch.Tensor | None] = []
 
-    def gather(self, request: GatherRequest, *, space: Any, **_: object) -> GatherReply | None:
+    def gather(self, request: GatherRequest, *, space: Any) -> GatherReply | None:
         count = request.ids.shape[0]
         memory = space((count, 8), torch.float32)
         self.given.append(memory)
@@ -439,8 +440,17 @@ class Written:
     def update(self, *_: object, **__: object) -> None:
         return None
 
-    def gather_unless_busy(self, _: GatherRequest) -> None:
-        return None
+    def line_up_gather(self, request: GatherRequest, *, space: Any, tell: Any, **_: object) -> Any:
+        memory = space((request.ids.shape[0], 8), torch.float32)
+        self.given.append(memory)
+        tell(None, None)
+        return lambda: None
+
+    def take_turn(self) -> bool:
+        return False
+
+    def hand_over(self) -> None:
+        pass
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2, 2000])
@@ -461,7 +471,7 @@ def test_answers_are_written_where_they_are_sent_from(where: str, num_blocks: in
 
     async def main() -> None:
         async with serving(gather=gathered, at_once=shard) as server, connected(server) as channel:
-            (there,) = server._lines
+            (there,) = server._lines.servings
             for turn in range(30):
                 shard.where = where if turn % 3 else "there"
                 count = (1, 40_000, 3, 100_000)[turn % 4]
@@ -474,8 +484,8 @@ def test_answers_are_written_where_they_are_sent_from(where: str, num_blocks: in
             shard.where = "there"
             await channel.call(methods.GATHER, asks(1), timeout_s=20)
             await channel.call(methods.GATHER, asks(1), timeout_s=20)
-            assert there._line.num_extents == 0
-            free = there._line._sent._extents._free
+            assert there.line.num_extents == 0
+            free = there.line._sent._extents._free
             assert free == [(0, MEMORY_BYTES)], "nothing of it is taken any more"
 
     go(main())

@@ -1,6 +1,7 @@
 """Calls answered on the thread that asks: the same answers, or none; nobody's turn is taken; nothing is torn."""
 
 import itertools
+import queue
 import signal
 import sys
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from mempool.errors import MempoolError, Overloaded
+from mempool.errors import DeadlineExceeded, MempoolError, Overloaded
 from mempool.shard import Engine, answers
 from mempool.shard.parking import Behind, Parked
 from mempool.shard.steps.contexts import Contexts
@@ -68,6 +69,26 @@ def begun(engine: Engine, request: GatherRequest) -> Any:
     return engine.at_once.begin_gather(request, timeout_s=5.0, narrow_ids=False, alone=True)()
 
 
+def lined_up(engine: Engine, request: GatherRequest, *, take: bool, timeout_s: float = BOUND_S) -> Callable[[], Any]:
+    """Its answer when it is asked for; take: in turns that are taken here."""
+    told: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    engine.at_once.line_up_gather(
+        request, caller="me", timeout_s=timeout_s, tell=lambda reply, error: told.put((reply, error))
+    )
+    if not take:
+        engine.at_once.hand_over()
+
+    def answer() -> Any:
+        while take and engine.at_once.take_turn():
+            pass
+        reply, error = told.get(timeout=BOUND_S)
+        if error is not None:
+            raise error
+        return reply
+
+    return answer
+
+
 def test_it_answers_what_the_engine_answers(make_driver: MakeDriver) -> None:
     driver = make_driver().create(make_schema())
     engine = engine_of(driver)
@@ -75,8 +96,9 @@ def test_it_answers_what_the_engine_answers(make_driver: MakeDriver) -> None:
     expected = driver.call(engine.gather(request))
     for found in (
         begun(engine, request),
-        engine.at_once.gather_unless_busy(request),
-        engine.at_once.gather(request, caller="me", timeout_s=5.0),
+        engine.at_once.gather(request),
+        lined_up(engine, request, take=True)(),
+        lined_up(engine, request, take=False)(),
     ):
         assert found.stamp == expected.stamp
         assert found.blocks == expected.blocks
@@ -96,7 +118,7 @@ def test_it_answers_what_the_engine_answers(make_driver: MakeDriver) -> None:
     direct = engine.at_once.begin_update(update, timeout_s=5.0, narrow_ids=False, alone=True)()
     assert direct is not None
     assert same(direct.weight_grad, weight_grad)
-    there = engine.at_once.update(replace(update, hold=True), caller="me", timeout_s=5.0)
+    there = engine.at_once.update(replace(update, hold=True), caller="me")
     assert there is not None
     assert same(there.weight_grad, weight_grad)
     assert driver.status(0).updates_held == 1
@@ -125,27 +147,20 @@ def test_what_would_write_is_not_done_where_a_signal_could_cut_it_off(make_drive
     driver = make_driver().create(make_schema(optimizer=OptimizerSpec(algorithm="adamw", lr=0.1, dense=True)))
     engine = engine_of(driver)
     assert begun(engine, asked(driver)) is None
-    assert engine.at_once.gather_unless_busy(asked(driver)) is not None
+    assert engine.at_once.gather(asked(driver)) is not None
 
 
 def test_who_waits_has_the_first_turn(make_driver: MakeDriver) -> None:
     driver = make_driver().create(make_schema())
     engine = engine_of(driver)
     finish = kept_busy(driver)
-    assert engine.at_once.gather_unless_busy(asked(driver)) is None
-    found: list[Any] = []
-    in_turn = threading.Thread(
-        target=lambda: found.append(engine.at_once.gather(asked(driver), caller="me", timeout_s=BOUND_S))
-    )
-    in_turn.start()
-    end_s = time.monotonic() + BOUND_S
-    while engine._thread.num_jobs < 2:
-        assert time.monotonic() < end_s
-        time.sleep(0.005)
+    assert engine.at_once.gather(asked(driver)) is None
+    answer = lined_up(engine, asked(driver), take=False)
+    assert engine._thread.num_jobs == 2
+    assert not engine.at_once.take_turn(), "the thread is at it"
     assert begun(engine, asked(driver)) is None, "there is one in line"
     finish()
-    in_turn.join(BOUND_S)
-    assert found[0] is not None
+    assert answer() is not None
     assert begun(engine, asked(driver)) is not None
 
 
@@ -163,7 +178,7 @@ def test_who_waits_is_answered_in_pieces_where_the_work_is_long(
         return next(stage.count for stage in engine._stages.snapshot() if stage.stage == "kernel")
 
     before = kernels()
-    found: Any = engine.at_once._in_turn("gather", engine._answers.gather, request, 4096, BOUND_S, "me")()
+    found: Any = engine.at_once._in_turn("gather", engine._answers.gather, request, 4096, BOUND_S)()
     assert found is not None, "the engine would do all of it again"
     assert same(found.values, expected.values)
     assert kernels() - before > 1
@@ -172,12 +187,12 @@ def test_who_waits_is_answered_in_pieces_where_the_work_is_long(
         yield
         raise Behind(lambda _: Parked())
 
-    assert engine.at_once._in_turn("gather", lambda _: is_behind(), request, 4096, BOUND_S, "me")() is None
+    assert engine.at_once._in_turn("gather", lambda _: is_behind(), request, 4096, BOUND_S)() is None
 
     def behind(_: object) -> Any:
         raise Behind(lambda _: Parked())
 
-    assert engine.at_once._in_turn("gather", behind, request, 4096, BOUND_S, "me")() is None
+    assert engine.at_once._in_turn("gather", behind, request, 4096, BOUND_S)() is None
     for wait in (False, True):
         assert engine.at_once._answer("gather", behind, request, wait=wait) is None
 
@@ -186,8 +201,11 @@ def test_who_does_not_get_a_turn_in_time_is_told_nothing_and_leaves_nothing(make
     driver = make_driver().create(make_schema())
     engine = engine_of(driver)
     finish = kept_busy(driver)
-    assert engine.at_once.gather(asked(driver), caller="me", timeout_s=0.05) is None
+    answer = lined_up(engine, asked(driver), take=False, timeout_s=0.05)
+    time.sleep(0.1)
     finish()
+    with pytest.raises(DeadlineExceeded):
+        answer()
     driver.status(0)  # by then its turn has come, and was found late
     assert engine._thread.num_jobs == 0
     assert engine._budget.queued_bytes == 0
@@ -235,7 +253,7 @@ def test_a_closed_engine_answers_nobody(make_driver: MakeDriver) -> None:
     request = asked(driver)
     driver.call(engine.close())
     assert begun(engine, request) is None
-    assert engine.at_once.gather_unless_busy(request) is None
+    assert engine.at_once.gather(request) is None
 
 
 def test_a_queue_that_is_full_refuses_as_always(make_driver: MakeDriver) -> None:
@@ -245,7 +263,7 @@ def test_a_queue_that_is_full_refuses_as_always(make_driver: MakeDriver) -> None
 
     def asks_for_much() -> None:
         gather = engine._answers.gather
-        waits = [engine.at_once._in_turn("gather", gather, asked(driver), 4096, BOUND_S, "me") for _ in range(10)]
+        waits = [engine.at_once._in_turn("gather", gather, asked(driver), 4096, BOUND_S) for _ in range(10)]
         finish()
         for wait in waits:
             wait()

@@ -118,7 +118,7 @@ SITES = (
     Site("tensors into a frame", "mempool.wire.codecs.codec:FrameCodec.encode", _encoded),
     Site("small frame through protobuf", "mempool.wire.codecs.codec:FrameCodec._small", _read_small),
     Site("misaligned tensor of a frame", "mempool.wire.bodies.tensors:FrameMemory.tensor", _misaligned),
-    Site("ids and offsets out of shared memory", "mempool.server.near:_with_own_numbers", _own_numbers),
+    Site("ids and offsets out of shared memory", "mempool.server.near.answering:_with_own_numbers", _own_numbers),
     Site("ids and offsets checked and narrowed", "mempool.kernels.dispatch.admission:admit_bags", _admitted),
     Site("weights to be kept", "mempool.shard.validate:admit", _unless_same(SERVER)),
     Site("shards' sums put together", "mempool.client.routing.plan:merge_values", _merged),

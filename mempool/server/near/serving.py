@@ -1,0 +1,86 @@
+"""One client's line at the server: the call that it is at, and what is to be told of it. Of the lines' thread alone."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mempool.wire.near.framing import FAILURE, REPLY, Message
+from mempool.wire.near.line import Parts
+from mempool.wire.near.served import ServedLine
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Serving:
+    """A line brings one request at a time, so that what it may have this process hold is bounded.
+
+    Args:
+        peer: What its client is called: "unix:PID:NUMBER".
+        line: Its end here.
+
+    Attributes:
+        asked: The request that it is at; None: it is at none.
+        take_back: Lets go of what answers that; None: nothing does, or it cannot be stopped.
+        is_quiet: The answer comes in a turn that the lines' thread takes.
+        is_paused: Nothing is read from it now.
+        closed: It has ended.
+        since_s: When it began to wait for the rest of a message, or for its client to take one; None: it does not.
+    """
+
+    __slots__ = ("_answered_in", "asked", "closed", "is_paused", "is_quiet", "line", "peer", "since_s", "take_back")
+
+    def __init__(self, peer: str, line: ServedLine) -> None:
+        self.peer = peer
+        self.line = line
+        self.asked: Message | None = None
+        self.take_back: Callable[[], object] | None = None
+        self.is_quiet = self.is_paused = self.closed = False
+        self.since_s: float | None = None
+        self._answered_in: int | None = None
+
+    def reply(self, parts: Parts) -> bool:
+        """Send the answer; whether all of it is gone. Raises as ``ServedLine.send``."""
+        message = Message(REPLY, self._over())
+        answered, self._answered_in = self._answered_in, None
+        if answered is not None and _address(parts[-1]) == answered:
+            return self.line.send_space(message, parts)
+        self.line.drop_space()
+        return self.line.send(message, parts)
+
+    def fail(self, detail: bytes) -> bool:
+        """Send an ErrorDetail likewise."""
+        self._answered_in = None
+        self.line.drop_space()
+        return self.line.send(Message(FAILURE, self._over()), [detail])
+
+    def look(self) -> None:
+        """Note since when it is within a message."""
+        if not self.line.is_within:
+            self.since_s = None
+        elif self.since_s is None:
+            self.since_s = time.monotonic()
+
+    def space(self, shape: tuple[int, ...], dtype: "torch.dtype") -> "Tensor | None":
+        """Memory that the answer may be written to, on whatever thread makes it: the line waits for it meanwhile."""
+        import torch
+
+        memory = self.line.space(math.prod(shape) * dtype.itemsize)
+        if memory is None:
+            return None
+        self._answered_in = _address(memory)
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+    def _over(self) -> int:
+        """The call is answered. Returns its number."""
+        assert self.asked is not None, "it is answered once"
+        call, self.asked, self.take_back = self.asked.call, None, None
+        return call
+
+
+def _address(memory: bytes | memoryview) -> int:
+    return int(np.frombuffer(memory, np.uint8).__array_interface__["data"][0]) if len(memory) else 0

@@ -1,0 +1,121 @@
+"""A server's end of a line, for a thread that has many: it takes what is there, sends what fits, and never waits."""
+
+import socket
+
+from mempool.wire.near.framing import HEADER_BYTES, Message, header_of
+from mempool.wire.near.line import SHARED_FROM_BYTES, Body, Line, Parts, came
+from mempool.wire.near.memory import ReceivedMemory, SentMemory
+
+_HEAD_BYTES = 4096
+"""Room before the memory that is given for the end of a body."""
+
+
+class ServedLine(Line):
+    """See ``Line``."""
+
+    def __init__(self, connection: socket.socket, sent: SentMemory, received: ReceivedMemory) -> None:
+        super().__init__(connection, sent, received)
+        connection.setblocking(False)
+        self._space_taken: tuple[int, int] | None = None
+        self._coming: tuple[Message, memoryview | None, int] | None = None
+        self._unsent: list[bytes | memoryview] = []
+
+    def fileno(self) -> int:
+        """Of its connection."""
+        return self._socket.fileno()
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether more was received than has been taken."""
+        return self._end > self._start
+
+    @property
+    def is_within(self) -> bool:
+        """Whether a message has come in part, or gone in part."""
+        return self._coming is not None or self._end > self._start or bool(self._unsent)
+
+    def take(self) -> tuple[Message, Body] | None:
+        """The next message, if it is here as a whole; its body in memory of this process's own, or where it lies.
+
+        Raises:
+            OSError: The other side is gone.
+            InvalidRequest: It is no message.
+        """
+        while self._coming is None:
+            if self._end - self._start >= HEADER_BYTES:
+                self._coming = self._begun()
+                break
+            num_bytes = self._received_into(self._space())
+            if not num_bytes:
+                return None
+            self._end += num_bytes
+        message, body, at = self._coming
+        while body is not None and at < message.num_bytes:
+            num_bytes = self._received_into(body[at:])
+            if not num_bytes:
+                self._coming = message, body, at
+                return None
+            at += num_bytes
+        self._coming = None
+        return message, self._whole(message, body)
+
+    def send(self, message: Message, parts: Parts = ()) -> bool:
+        """Send a message with its body; whether all of it is gone: ``flush`` sends the rest, when it can be written.
+
+        Raises:
+            OSError: The other side is gone.
+            InvalidRequest: As of ``Line``; nothing was sent.
+        """
+        self._unsent.append(self._packed(message, parts))
+        return self.flush()
+
+    def send_space(self, message: Message, parts: Parts) -> bool:
+        """As ``send``, of a body whose last part lies in the memory that was taken."""
+        assert self._space_taken is not None, "it was taken"
+        *head, last = parts
+        before, num_bytes = sum([len(part) for part in head]), len(last)
+        if before > _HEAD_BYTES:
+            sent = self.send(message, parts)
+            self.drop_space()
+            return sent
+        extent, self._space_taken = self._space_taken, None
+        place = extent[0] + _HEAD_BYTES - before
+        self._sent.write(place, head)
+        self._extents[message.call] = extent
+        self._unsent.append(header_of(message, before + num_bytes, place))
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Send what is still to be sent, as far as it is taken; whether that is all. Raises OSError likewise."""
+        while self._unsent:
+            try:
+                num_bytes = self._socket.send(self._unsent[0])
+            except BlockingIOError:
+                return False
+            rest = memoryview(self._unsent[0])[num_bytes:]
+            self._unsent[:1] = [rest] if len(rest) else []
+        return True
+
+    def space(self, num_bytes: int) -> memoryview | None:
+        """Memory that a body of this side's may end with, until the next message is sent; None: there is none now."""
+        self.drop_space()
+        if num_bytes < SHARED_FROM_BYTES:
+            return None
+        self._space_taken = self._sent.take(_HEAD_BYTES + num_bytes)
+        if self._space_taken is None:
+            return None
+        begin = self._space_taken[0] + _HEAD_BYTES
+        return self._sent.view(begin, begin + num_bytes)
+
+    def drop_space(self) -> None:
+        """It is not needed."""
+        if self._space_taken is not None:
+            self._sent.give_back(self._space_taken)
+            self._space_taken = None
+
+    def _received_into(self, memory: memoryview) -> int:
+        """How many bytes were there; 0: none yet."""
+        try:
+            return came(self._socket.recv_into(memory))
+        except BlockingIOError:
+            return 0
