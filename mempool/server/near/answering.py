@@ -68,7 +68,7 @@ class Answering:
             serving: The line, which waits meanwhile.
             message, body: The request.
             alone: No other is there that could be answered with it.
-            told: Is told of it later where there is no answer yet: once, or never where ``serving.take_back`` was called.
+            told: Is told of it later where there is no answer yet: once, or never where it was taken back.
 
         Returns:
             The answer; None where it is still to come.

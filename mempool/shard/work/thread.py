@@ -10,19 +10,18 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable
 from functools import partial
-from types import GeneratorType
 from typing import Any, TypeVar
 
 import torch
 
 from mempool.errors import DeadlineExceeded, MempoolError, ShardUnavailable
 from mempool.observe import Stages
-from mempool.shard.steps.budget import Budget, out_of_memory
-from mempool.shard.work.jobs import JOB_BYTES, Answered, Begun, Job, JobQueue, Shared
+from mempool.shard.steps.budget import Budget
+from mempool.shard.work.doing import Doing
+from mempool.shard.work.jobs import JOB_BYTES, Job, JobQueue, Shared
 from mempool.shard.work.results import Awaited, Handed, Outcome, Tell, Told, bare
-from mempool.shard.work.together import Half, begun, ended, ended_alone, is_enough, name_of
 from mempool.shard.work.trying import Trying
 from mempool.types.caller import Caller, current_caller
 from mempool.types.running import ONLY_WHEN_RUNG, THREADS, Clock, Runner, holds_others_up
@@ -74,7 +73,9 @@ class EngineThread:
         self._on_fatal = on_fatal
         self._budget = budget or Budget(2**62)
         self._jobs = JobQueue(self._budget, name=name)
-        self._trying = Trying(name, budget=self._budget, probe=probe)
+        self._doing = Doing(
+            name, stages=stages, trying=Trying(name, budget=self._budget, probe=probe), clock=clock, ended=self._ended
+        )
         self._asked: deque[Job] = deque()  # on their way to the queue: who asks so may be interrupted anywhere
         self._lock = threading.Lock()  # of the queue and of what says whether it is open
         self._at_work = threading.Lock()  # held by whoever touches the state: the thread, or a reader on its own
@@ -82,8 +83,6 @@ class EngineThread:
         self._closed: str | None = None
         self._keeping_up = False
         self._next_upkeep_s = self._busy_s = 0.0
-        self._doing: Job | None = None
-        self._taken: list[Job] = []  # out of the queue in this turn, and not answered yet
         self._worker = runner.worker(self._turn, name=name, within=torch.no_grad)  # rung once for each job in line
 
     @property
@@ -103,7 +102,7 @@ class EngineThread:
     @property
     def doing(self) -> str:
         """What it is at just now, for messages: "it is at 'gather', and 3 more calls wait"; "" for nothing."""
-        job = self._doing
+        job = self._doing.job
         if job is None:
             return ""
         waiting = self.num_jobs - 1
@@ -322,7 +321,7 @@ class EngineThread:
     def hand_over(self) -> None:
         """The shard's own thread sees to those that were lined up quietly."""
         with self._lock:
-            for job in self._taken:
+            for job in self._doing.taken:
                 job.quiet = False  # another thread is at it, and puts it back when it is done in pieces
             num_jobs = self._jobs.hand_over()
         for _ in range(num_jobs):
@@ -339,7 +338,7 @@ class EngineThread:
             RequestTooLarge: It could never fit.
             Overloaded: There is no room for it now.
         """
-        job = self._doing
+        job = self._doing.job
         if job is not None:
             with self._lock:
                 if job.known:
@@ -347,7 +346,7 @@ class EngineThread:
 
     def asked_s(self) -> float:
         """When the job that is running was asked for, on the clock. On the thread alone."""
-        job = self._doing
+        job = self._doing.job
         return 0.0 if job is None else job.asked_s
 
     async def close(self) -> None:
@@ -422,12 +421,7 @@ class EngineThread:
             self._keep_up()
         if job is None:
             return not here and (self._closed is None or self.others_wait())
-        self._doing, self._taken = job, [job, *company]
-        if company:
-            self._do_together([job, *company])
-        else:
-            self._do(job)
-        self._doing, self._taken = None, []
+        self._doing.turn([job, *company])
         if not self._keeping_up:
             self._keeping_up, self._next_upkeep_s = True, now_s + self._upkeep_s
         return True
@@ -449,57 +443,12 @@ class EngineThread:
         if job.leaves:
             self._leave(job)
 
-    def _do(self, job: Job) -> None:
-        began_s = self._clock()
-        self._stages.record("queue", began_s - job.put_s)
-        outcome = self._trying.tried(job, partial(self._do_some, job))
-        self._ended(job, outcome, self._clock() - began_s)
-
-    def _do_together(self, jobs: list[Job]) -> None:
-        """Begin each by itself, and end those that are alike as one."""
-        alike: dict[Hashable, list[Half]] = {}
-        for job in jobs:
-            if job.gone:
-                self._taken.remove(job)
-                continue
-            self._doing = job
-            began_s = self._clock()
-            self._stages.record("queue", began_s - job.put_s)
-            outcome = self._trying.tried(job, partial(begun, job))
-            took_s = self._clock() - began_s
-            if isinstance(outcome.result, Begun):
-                alike.setdefault(outcome.result.like, []).append(Half(job, outcome.result, took_s))
-            else:
-                self._ended(job, outcome, took_s)
-        for halves in alike.values():
-            if is_enough(halves) and self._end_as_one(halves):
-                continue
-            for half in halves:
-                self._doing = half.job
-                began_s = self._clock()
-                outcome = self._trying.tried(half.job, partial(ended_alone, half))
-                self._ended(half.job, outcome, half.took_s + self._clock() - began_s)
-
-    def _end_as_one(self, halves: list[Half]) -> bool:
-        """Whether that went well. Nothing is done else: each is to be ended by itself."""
-        self._doing = halves[0].job
-        began_s = self._clock()
-        try:
-            results = ended(halves)
-        except Exception:  # there is less memory for all of them than for one, say
-            return False
-        took_s = self._clock() - began_s
-        self._stages.record(name_of(len(halves)), took_s)
-        for half, result in zip(halves, results, strict=True):
-            self._ended(half.job, Outcome(result), half.took_s + took_s / len(halves))
-        return True
-
     def _ended(self, job: Job, outcome: Outcome, took_s: float) -> None:
         """A job, or a piece of it, took so long."""
         self._stages.record(job.stage, took_s)
         self._busy_s += took_s
         with self._lock:
-            self._taken.remove(job)
+            self._doing.taken.remove(job)
             self._jobs.spent(job, took_s)
             if outcome.more:
                 job.put_s = self._clock()
@@ -509,40 +458,7 @@ class EngineThread:
                 self._worker.ring()
             return
         self._over(job)
-        if outcome.failure is not None:
-            job.pieces = None
-            job.done.fail(outcome.failure)
-        elif isinstance(outcome.result, Answered):
-            job.done.give(outcome.result.reply)
-            self._go_on(outcome.result)
-        else:
-            job.done.give(outcome.result)
-
-    def _go_on(self, answered: Answered) -> None:
-        """Do what an answer has promised. What fails stays promised: whoever answered sees to it."""
-        started_s = self._clock()
-        try:
-            answered.then()
-        except MempoolError as error:
-            _LOG.warning("%s: what an answer has promised could not be done: %s", self._name, error)
-        except Exception as error:
-            if not out_of_memory(error):
-                _LOG.exception("%s: what an answer has promised could not be done", self._name)
-        self._stages.record("after the answer", self._clock() - started_s)
-
-    def _do_some(self, job: Job) -> Outcome:
-        """Run a job, or its next piece."""
-        if job.pieces is None:
-            result = job.run(job.request)
-            if not isinstance(result, GeneratorType):
-                return Outcome(result)
-            job.pieces = result
-        try:
-            next(job.pieces)
-        except StopIteration as end:
-            job.pieces = None
-            return Outcome(end.value)
-        return Outcome(more=True)
+        self._doing.tell(job, outcome)
 
     def _end_for_good(self, error: BaseException) -> None:
         """Nothing can be trusted any more: tell all who wait, and whoever wants to know."""
@@ -552,9 +468,9 @@ class EngineThread:
             self._closed = text
             waiting = [*self._jobs.drain(), *self._asked]
             self._asked.clear()
-        for job in (*self._taken, *waiting):
+        for job in (*self._doing.taken, *waiting):
             job.done.fail(ShardUnavailable(text))
             job.forget()
-        self._doing, self._taken = None, []
+        self._doing.nothing()
         if self._on_fatal is not None:
             self._on_fatal(error)

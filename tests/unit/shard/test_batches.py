@@ -292,32 +292,42 @@ def test_large_ones_are_done_alone(make_driver: MakeDriver) -> None:
     assert batches(driver) == {}
 
 
-def test_threads_that_wait_for_their_turn_are_among_them(make_driver: MakeDriver) -> None:
-    """Clients on the same host. Their lines' memory takes no part: it is written to at once, or not at all."""
+def test_those_who_are_told_later_are_among_them(make_driver: MakeDriver) -> None:
+    """Clients on the same host, whose answers are written to the memory of their lines."""
     driver = make_driver().create(make_schema())
     engine = engine_of(driver)
     driver.freeze(0)
     found: dict[int, Any] = {}
+    memory: dict[int, torch.Tensor] = {}
 
-    def no_space(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
-        raise AssertionError(f"{shape} {dtype}")
+    def tell(number: int, reply: Any, error: BaseException | None) -> None:
+        assert error is None
+        found[number] = reply
 
-    def ask(number: int, request: GatherRequest) -> None:
-        found[number] = engine.at_once.gather(request, caller=f"{number}", timeout_s=BOUND_S, space=no_space)
+    def space(number: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        memory[number] = torch.empty(shape, dtype=dtype)
+        return memory[number]
 
     requests = [asked(driver, 1), asked(driver, 2), asked(driver, 3, envelope=driver.envelope(0, epoch=2))]
-    threads = [threading.Thread(target=ask, args=(number, request)) for number, request in enumerate(requests)]
 
     def begin() -> None:
-        for thread in threads:
-            thread.start()
-        wait_until(lambda: engine._thread.num_jobs == 5)
+        for number, request in enumerate(requests):
+            engine.at_once.line_up_gather(
+                request,
+                caller=f"{number}",
+                timeout_s=BOUND_S,
+                tell=partial(tell, number),
+                space=partial(space, number),
+            )
+        engine.at_once.hand_over()
 
     remote = together(engine, driver, *gathers(engine, [asked(driver, 4)]), then=begin)
-    for thread in threads:
-        thread.join(BOUND_S)
+    replies = [remote[0].result(BOUND_S)]
+    wait_until(lambda: len(found) == 3)
     assert batches(driver) == {"batch of 3 to 4": 1}
     assert found[2] is None
-    replies = [found[0], found[1], remote[0].result(BOUND_S)]
-    for reply, request in zip(replies, [*requests[:2], asked(driver, 4)], strict=True):
+    replies += [found[0], found[1]]
+    for reply, request in zip(replies, [asked(driver, 4), *requests[:2]], strict=True):
         assert same(reply.values, driver.call(engine.gather(request)).values)
+    for number in range(2):
+        assert found[number].values.data_ptr() == memory[number].data_ptr()
