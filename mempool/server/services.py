@@ -21,6 +21,7 @@ from mempool.types import (
     UpdateReply,
     UpdateRequest,
 )
+from mempool.types.caller import current_caller
 from mempool.wire import methods
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
 from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
@@ -45,7 +46,7 @@ class AtOnce(Protocol):
     """A shard, by whoever is in its process: answers threads without an event loop. None, and whatever it raises, or
     tells, of mempool's errors: it is to be asked by its own calls, which say why."""
 
-    def gather(self, request: GatherRequest, *, space: Space | None = None) -> GatherReply | None:
+    def gather(self, request: GatherRequest, *, caller: str, space: Space | None = None) -> GatherReply | None:
         """Where the shard has nothing else to do. space: gives the memory that the answer is written to."""
 
     def update(self, request: UpdateRequest, *, caller: str, space: Space | None = None) -> UpdateReply | None: ...
@@ -93,8 +94,9 @@ class Services:
             return dict([self._of(methods.LOOKUP, lookup)])
 
         async def gather(request: GatherRequest) -> GatherReply:
-            is_small = request.ids.numel() <= _FEW_PAIRS
-            reply = at_once.gather(request) if at_once is not None and is_small else None
+            reply = None
+            if at_once is not None and request.ids.numel() <= _FEW_PAIRS:
+                reply = at_once.gather(request, caller=current_caller().name)
             return await shard.gather(request) if reply is None else reply
 
         return dict(

@@ -4,6 +4,7 @@ All runs on the engine's thread. Long reads are done in pieces, others in betwee
 version of the table, none older than the one the answer is stamped with. Writes are never cut.
 """
 
+import time
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from mempool.shard.steps.contexts import Contexts, joined
 from mempool.shard.steps.held import HeldUpdate
 from mempool.shard.tenancy import Tenancy
 from mempool.shard.work.jobs import SMALL_BYTES, Begun, Shared
+from mempool.shard.work.pace import Pace
 from mempool.types import (
     Envelope,
     GatherReply,
@@ -38,10 +40,6 @@ from mempool.types import (
 )
 from mempool.types.bags import Bags
 
-READ_PIECE_BYTES = 64 * 2**20
-"""Bytes of rows that a gather, or the gradient of its weights, reads at once: some milliseconds."""
-WHOLE_READ_BYTES = 192 * 2**20
-"""Where nobody else waits so much is read at once, as pieces cost a little more than the whole."""
 _BAG_ROWS = 16
 """Rows that are read in the time that the answer of one bag takes: its memory is new, and touched first."""
 LEAST_TOGETHER, LEAST_TOGETHER_ON_CPU = 2, 4
@@ -83,7 +81,7 @@ class Answers:
         stages: Where time is counted.
         reply_bytes: What values, scores and rows may have; None: as much as there is.
         message_bytes: What any answer may have.
-        others_wait: Whether other jobs do.
+        pace: Says how much is read before others have their turn.
         reserve: Told the bytes of an answer before it is made; may refuse.
         asked_s: When the request that is being answered came, on the shard's clock.
     """
@@ -96,7 +94,7 @@ class Answers:
         stages: Stages,
         reply_bytes: int | None,
         message_bytes: int | None,
-        others_wait: Callable[[], bool] = lambda: False,
+        pace: Pace,
         reserve: Callable[[int], None] = lambda _: None,
         asked_s: Callable[[], float] = lambda: 0.0,
     ) -> None:
@@ -105,13 +103,16 @@ class Answers:
         self._stages = stages
         self._reply_bytes = reply_bytes
         self._message_bytes = message_bytes
-        self._others_wait = others_wait
+        self._pace = pace
         self._reserve = reserve
         self._asked_s = asked_s
 
-    def _is_long(self, num_bytes: int) -> bool:
-        """Whether reading so much is cut into pieces."""
-        return num_bytes > (READ_PIECE_BYTES if self._others_wait() else WHOLE_READ_BYTES)
+    def is_long(self, request: GatherRequest | UpdateRequest) -> bool:
+        """Whether it is answered in pieces, as far as is seen without opening it. For any thread: it only looks."""
+        table = self._tenancy.tables.get(request.envelope.table_id)
+        if table is None or request.ids is None:
+            return False
+        return self._pace.is_long(_row_bytes(table) * request.ids.numel())
 
     def gather(
         self, request: GatherRequest, *, space: Space | None = None
@@ -199,7 +200,7 @@ class Answers:
         return BegunGather(request, table, bags, dtype, out)
 
     def _is_long_gather(self, begun: BegunGather) -> bool:
-        return self._is_long(_row_bytes(begun.table) * (begun.bags.num_pairs + _BAG_ROWS * begun.bags.num_bags))
+        return self._pace.is_long(_row_bytes(begun.table) * (begun.bags.num_pairs + _BAG_ROWS * begun.bags.num_bags))
 
     def _whole_gather(self, begun: BegunGather) -> GatherReply:
         values = self._pooled(begun.table, begun.bags, begun.dtype, for_step=begun.request.remember, out=begun.out)
@@ -209,15 +210,19 @@ class Answers:
         self, table: HostedTable, bags: Bags, dtype: torch.dtype, *, for_step: bool, out: Tensor | None
     ) -> Tensor:
         on_cpu = table.storage.device.type == "cpu"
+        began_s = time.perf_counter()
         with self._stages.measure("kernel"):
             values = table.storage.pooled(bags, dtype, for_step=for_step, out=out if on_cpu else None)
-        return values if on_cpu else self._copy_out(values, out)
+        if not on_cpu:
+            values = self._copy_out(values, out)
+        self._pace.took(_row_bytes(table) * bags.num_pairs, time.perf_counter() - began_s)
+        return values
 
     def _gather_in_pieces(self, begun: BegunGather) -> Pieces[GatherReply]:
         request, table, bags, dtype, out = begun.request, begun.table, begun.bags, begun.dtype, begun.out
         stamp, shape = table.stamp, (bags.num_bags, table.storage.width)
         values = torch.empty(shape, dtype=dtype) if out is None else out
-        for first, end, part in _parts_of(bags, _row_bytes(table)):
+        for first, end, part in _parts_of(bags, _row_bytes(table), self._pace):
             table = self._tenancy.fenced(request.envelope)  # it may have moved, or been dropped, meanwhile
             self._pooled(table, part, dtype, for_step=request.remember, out=values[first:end])
             yield
@@ -266,7 +271,7 @@ class Answers:
             return self._updated(request, table, update if new else None, None, caller)
         self._reserve(4 * update.bags.num_pairs)
         out = None if space is None else space((update.bags.num_pairs,), torch.float32)
-        if self._is_long(_row_bytes(table) * (update.bags.num_pairs + update.bags.num_bags)):
+        if self._pace.is_long(_row_bytes(table) * (update.bags.num_pairs + update.bags.num_bags)):
             return self._update_in_pieces(request, table, update, new, caller, out)
         weight_grad = self._weight_grad(table, update.bags, update.grads, out=out)
         return self._updated(request, table, update if new else None, weight_grad, caller)
@@ -288,7 +293,7 @@ class Answers:
     ) -> Pieces[UpdateReply]:
         weight_grad = torch.empty(update.bags.num_pairs, dtype=torch.float32) if out is None else out
         at = 0
-        for first, end, part in _parts_of(update.bags, _row_bytes(table)):
+        for first, end, part in _parts_of(update.bags, _row_bytes(table), self._pace):
             table = self._tenancy.fenced(request.envelope)
             self._weight_grad(table, part, update.grads[first:end], out=weight_grad[at : at + part.num_pairs])
             at += part.num_pairs
@@ -449,15 +454,14 @@ def _held_bytes(table: HostedTable, request: UpdateRequest, remembered: Bags | N
     return num_bytes + table.storage.id_dtype.itemsize * request.ids.numel() + weights
 
 
-def _parts_of(bags: Bags, row_bytes: int) -> Iterator[tuple[int, int, Bags]]:
+def _parts_of(bags: Bags, row_bytes: int, pace: Pace) -> Iterator[tuple[int, int, Bags]]:
     """Bags some at a time, as views: first, end, and they. A bag is never cut."""
-    most = max(1, READ_PIECE_BYTES // max(1, row_bytes))
-    most_bags = max(1, most // _BAG_ROWS)
     first = 0
     while first < bags.num_bags:
+        most = max(1, pace.piece_bytes // max(1, row_bytes))
         start = bags.offsets[first]
         # Empty bags are answered too, so there are so many bags at most as well.
-        end = min(int(torch.searchsorted(bags.offsets, start + most, right=True)) - 1, first + most_bags, bags.num_bags)
-        end = max(end, first + 1)
+        end = int(torch.searchsorted(bags.offsets, start + most, right=True)) - 1
+        end = max(min(end, first + max(1, most // _BAG_ROWS), bags.num_bags), first + 1)
         yield first, end, bags.some(first, end)
         first = end

@@ -185,7 +185,7 @@ class Engine:
             stages=self._stages,
             reply_bytes=max_message_bytes if max_answer_bytes is None else max_answer_bytes,
             message_bytes=max_message_bytes,
-            others_wait=self._thread.others_wait,
+            pace=self._thread.pace,
             reserve=self._thread.reserve,
             asked_s=self._thread.asked_s,
         )

@@ -129,7 +129,7 @@ class Answering:
         """What the shard answers here and now; None where it has something else to do, or it is no such call."""
         assert self._at_once is not None, "it was asked for"
         if method is GATHER:
-            return self._at_once.gather(request, space=serving.space)
+            return self._at_once.gather(request, caller=serving.peer, space=serving.space)
         if method is UPDATE:
             return self._at_once.update(request, caller=serving.peer, space=serving.space)
         return None

@@ -64,14 +64,21 @@ class AtOnce:
         """See ``AtOnceShard``."""
         return self._in_turn("update", self._answers.update, request, _cost_of_update(request), timeout_s)
 
-    def gather(self, request: GatherRequest, *, space: Space | None = None) -> GatherReply | None:
+    def gather(self, request: GatherRequest, *, caller: str, space: Space | None = None) -> GatherReply | None:
         """The answer; None where it cannot be had at once. Nobody is waited for."""
-        return self._answer("gather", partial(self._answers.gather, space=space), request, wait=False)
+        self._thread.pace.asks(caller, cost_of(request.ids, request.weights, request.offsets))
+        if self._answers.is_long(request):
+            return None
+        answer = partial(self._answers.gather, space=space)
+        return self._answer("gather", answer, request, wait=False, caller=caller)
 
     def update(self, request: UpdateRequest, *, caller: str, space: Space | None = None) -> UpdateReply | None:
         """The same of an update."""
+        self._thread.pace.asks(caller, _cost_of_update(request))
+        if self._answers.is_long(request):
+            return None
         answer = partial(self._answers.update, caller=caller, space=space)
-        return self._answer("update", answer, request, wait=False)
+        return self._answer("update", answer, request, wait=False, caller=caller)
 
     def line_up_gather(
         self, request: GatherRequest, *, caller: str, timeout_s: float, tell: Tell, space: Space | None = None
@@ -162,8 +169,9 @@ class AtOnce:
         request: RequestT,
         *,
         wait: bool,
+        caller: str = "",
     ) -> ReplyT | None:
-        return self._durable(self._thread.at_once(stage, partial(_whole, answer), request, wait=wait))
+        return self._durable(self._thread.at_once(stage, partial(_whole, answer), request, wait=wait, caller=caller))
 
     def _durable(self, reply: ReplyT | None) -> ReplyT | None:
         return reply if self._store is None or self._store.is_settled else None

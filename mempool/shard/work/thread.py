@@ -21,6 +21,7 @@ from mempool.observe import Stages
 from mempool.shard.steps.budget import Budget
 from mempool.shard.work.doing import Doing
 from mempool.shard.work.jobs import JOB_BYTES, Job, JobQueue, Shared
+from mempool.shard.work.pace import Pace
 from mempool.shard.work.results import Awaited, Handed, Outcome, Tell, Told, bare
 from mempool.shard.work.trying import Trying
 from mempool.types.caller import Caller, current_caller
@@ -50,6 +51,9 @@ class EngineThread:
         on_fatal: Told, on the thread, why it ends, where that is for a failure after which nothing can be trusted.
         clock: Seconds, monotonic: what deadlines of callers are told by.
         runner: Gives it its thread.
+
+    Attributes:
+        pace: How long its work may be before others have their turn.
     """
 
     def __init__(
@@ -67,6 +71,7 @@ class EngineThread:
     ) -> None:
         self._name = name
         self._clock = clock
+        self.pace = Pace(clock, others_wait=self.others_wait)
         self._stages = stages
         self._upkeep = upkeep
         self._upkeep_s = upkeep_s
@@ -176,7 +181,9 @@ class EngineThread:
             # An error that is raised here knows this frame: what it holds would live as long as the error.
             del asked, answer, result, waits
 
-    def at_once(self, stage: str, read: Callable[[RequestT], T | None], request: RequestT, *, wait: bool) -> T | None:
+    def at_once(
+        self, stage: str, read: Callable[[RequestT], T | None], request: RequestT, *, wait: bool, caller: str = ""
+    ) -> T | None:
         """Run what only reads on the caller's own thread, where nothing else is to be done.
 
         Args:
@@ -184,6 +191,7 @@ class EngineThread:
             read: Is given the request. It may be cut off anywhere, by a signal's handler.
             request: What was asked.
             wait: For whoever is at work to end; False: they are not waited for.
+            caller: Who asks.
 
         Returns:
             Its result. None where others are to be served before, or it failed in any way: ``run`` it then.
@@ -194,7 +202,7 @@ class EngineThread:
             if not self._at_work.acquire(blocking=False):
                 return None
             try:
-                return self._at_once(stage, read, request)
+                return self._at_once(stage, read, request, caller)
             finally:
                 self._at_work.release()
         if self._reader == threading.get_ident() and self._at_work.locked():
@@ -203,13 +211,14 @@ class EngineThread:
             )
         with self._at_work:
             self._reader = threading.get_ident()
-            return self._at_once(stage, read, request)
+            return self._at_once(stage, read, request, caller)
 
     @holds_others_up
-    def _at_once(self, stage: str, read: Callable[[RequestT], T | None], request: RequestT) -> T | None:
+    def _at_once(self, stage: str, read: Callable[[RequestT], T | None], request: RequestT, caller: str) -> T | None:
         with torch.no_grad():
             if self._closed is not None or self.others_wait():
                 return None
+            self.pace.serves(caller)
             started_s = self._clock()
             try:
                 result = read(request)
@@ -224,11 +233,6 @@ class EngineThread:
             self._worker.ring()
         self._stages.record(stage, took_s)
         return result
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether something is done, or waits."""
-        return self._at_work.locked() or self.others_wait()
 
     def begin(
         self,
@@ -367,6 +371,8 @@ class EngineThread:
             # Under the lock, so that no job can come after the end and wait forever.
             self.check_open()
             self._take_in()
+            if not job.control:
+                self.pace.asks(job.caller.name, job.cost)
             job.put_s = job.asked_s = self._clock()
             self._jobs.add(job, now_s=self._clock())
         if not job.quiet:
@@ -421,6 +427,7 @@ class EngineThread:
             self._keep_up()
         if job is None:
             return not here and (self._closed is None or self.others_wait())
+        self.pace.serves(job.caller.name)
         self._doing.turn([job, *company])
         if not self._keeping_up:
             self._keeping_up, self._next_upkeep_s = True, now_s + self._upkeep_s

@@ -427,7 +427,7 @@ class Written:
         self.where = "there"
         self.given: list[torch.Tensor | None] = []
 
-    def gather(self, request: GatherRequest, *, space: Any) -> GatherReply | None:
+    def gather(self, request: GatherRequest, *, space: Any, **_: object) -> GatherReply | None:
         count = request.ids.shape[0]
         memory = space((count, 8), torch.float32)
         self.given.append(memory)

@@ -12,6 +12,7 @@ import torch
 from mempool.errors import InvalidRequest, NotFound, RequestTooLarge, StalePlacement
 from mempool.shard import answers
 from mempool.shard.answers import Answers, _parts_of
+from mempool.shard.work import pace
 from mempool.types import (
     FlatKeySpec,
     GatherReply,
@@ -34,8 +35,8 @@ GRADS = torch.randn(len(LENGTHS), 10, generator=torch.Generator().manual_seed(1)
 @pytest.fixture
 def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """So small that each bag, query or row is one."""
-    monkeypatch.setattr(answers, "READ_PIECE_BYTES", 40)
-    monkeypatch.setattr(answers, "WHOLE_READ_BYTES", 40)
+    monkeypatch.setattr(pace, "PIECE_BYTES", 40)
+    monkeypatch.setattr(pace, "WHOLE_BYTES", 40)
     monkeypatch.setattr(answers, "COPY_PIECE_BYTES", 40)
     monkeypatch.setattr(answers, "SCORE_PIECE_PRODUCTS", 1)
     monkeypatch.setattr(answers, "_LEAST_QUERIES", 1)
@@ -233,7 +234,7 @@ def test_answers_for_clients_have_a_limit_of_their_own_and_a_row_travels_whateve
 
 @pytest.mark.parametrize("lengths", [(), (0,), (5,), (0, 0, 0), (100, 1), LENGTHS])
 def test_parts_cover_every_bag_once(monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...]) -> None:
-    monkeypatch.setattr(answers, "READ_PIECE_BYTES", 400)
+    monkeypatch.setattr(pace, "PIECE_BYTES", 400)
     made = make_bags(1, lengths=lengths)
     bags = bags_module.Bags(made.ids, made.weights, made.offsets)
     parts = list(_parts_of(bags, 40))
@@ -262,7 +263,7 @@ def test_queries_that_share_nothing_are_scored_one_by_one(
 
 
 def test_long_reads_are_cut_sooner_where_others_wait(make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "READ_PIECE_BYTES", 40)
+    monkeypatch.setattr(pace, "PIECE_BYTES", 40)
     driver = make_driver().create(make_schema())
     inner: Answers = driver.host(0)._answers  # type: ignore[attr-defined]
     bags = make_bags(5, lengths=LENGTHS, num_slots=49)

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from mempool.errors import DeadlineExceeded, MempoolError, Overloaded
-from mempool.shard import Engine, answers
+from mempool.shard import Engine
 from mempool.shard.parking import Behind, Parked
 from mempool.shard.steps.contexts import Contexts
+from mempool.shard.work import pace
 from mempool.types import GatherRequest, OptimizerSpec, UpdateRequest
 from mempool.wire.channels.loop import run
 from tests.contract.bags import make_bags
@@ -96,7 +97,7 @@ def test_it_answers_what_the_engine_answers(make_driver: MakeDriver) -> None:
     expected = driver.call(engine.gather(request))
     for found in (
         begun(engine, request),
-        engine.at_once.gather(request),
+        engine.at_once.gather(request, caller="me"),
         lined_up(engine, request, take=True)(),
         lined_up(engine, request, take=False)(),
     ):
@@ -147,14 +148,14 @@ def test_what_would_write_is_not_done_where_a_signal_could_cut_it_off(make_drive
     driver = make_driver().create(make_schema(optimizer=OptimizerSpec(algorithm="adamw", lr=0.1, dense=True)))
     engine = engine_of(driver)
     assert begun(engine, asked(driver)) is None
-    assert engine.at_once.gather(asked(driver)) is not None
+    assert engine.at_once.gather(asked(driver), caller="me") is not None
 
 
 def test_who_waits_has_the_first_turn(make_driver: MakeDriver) -> None:
     driver = make_driver().create(make_schema())
     engine = engine_of(driver)
     finish = kept_busy(driver)
-    assert engine.at_once.gather(asked(driver)) is None
+    assert engine.at_once.gather(asked(driver), caller="me") is None
     answer = lined_up(engine, asked(driver), take=False)
     assert engine._thread.num_jobs == 2
     assert not engine.at_once.take_turn(), "the thread is at it"
@@ -167,8 +168,8 @@ def test_who_waits_has_the_first_turn(make_driver: MakeDriver) -> None:
 def test_who_waits_is_answered_in_pieces_where_the_work_is_long(
     make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers, "READ_PIECE_BYTES", 40)
-    monkeypatch.setattr(answers, "WHOLE_READ_BYTES", 40)
+    monkeypatch.setattr(pace, "PIECE_BYTES", 40)
+    monkeypatch.setattr(pace, "WHOLE_BYTES", 40)
     driver = make_driver().create(make_schema())
     engine = engine_of(driver)
     request = asked(driver)
@@ -253,7 +254,7 @@ def test_a_closed_engine_answers_nobody(make_driver: MakeDriver) -> None:
     request = asked(driver)
     driver.call(engine.close())
     assert begun(engine, request) is None
-    assert engine.at_once.gather(request) is None
+    assert engine.at_once.gather(request, caller="me") is None
 
 
 def test_a_queue_that_is_full_refuses_as_always(make_driver: MakeDriver) -> None:

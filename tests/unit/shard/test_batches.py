@@ -13,6 +13,7 @@ import torch
 
 from mempool.errors import InvalidRequest, MempoolError, NotFound, Overloaded, StalePlacement
 from mempool.shard import Engine, answers
+from mempool.shard.work import pace
 from mempool.types import GatherReply, GatherRequest, OptimizerSpec
 from mempool.types.caller import Caller, calling
 from tests.contract.bags import make_bags
@@ -246,8 +247,8 @@ def test_what_is_longer_than_it_looked_is_done_in_pieces(
     engine = engine_of(driver)
     requests = [asked(driver, number) for number in range(1, 4)]
     expected = [driver.call(engine.gather(request)) for request in requests]
-    monkeypatch.setattr(answers, "READ_PIECE_BYTES", 40)
-    monkeypatch.setattr(answers, "WHOLE_READ_BYTES", 40)
+    monkeypatch.setattr(pace, "PIECE_BYTES", 40)
+    monkeypatch.setattr(pace, "WHOLE_BYTES", 40)
     found = [reply.result(BOUND_S) for reply in together(engine, driver, *gathers(engine, requests))]
     for reply, alone in zip(found, expected, strict=True):
         assert same(reply.values, alone.values)

@@ -1,0 +1,81 @@
+"""How long a piece of a shard's work may be: who asks for little waits for little of what another has asked for.
+
+A trainer that has a shard to itself, or shares it with others that ask for as much, is answered in one go: pieces cost
+a little more than the whole. Pure, but for the clock.
+"""
+
+from collections.abc import Callable
+
+from mempool.types.running import Clock
+
+PIECE_BYTES = 64 * 2**20
+"""Bytes of rows that are read at once at most, where others wait: some milliseconds."""
+WHOLE_BYTES = 192 * 2**20
+"""Where nobody else is there so much is read at once."""
+LEAST_PIECE_BYTES = 2**20
+PIECE_S = 1e-3
+"""What a piece is to take where somebody else asks for little: to begin one costs a tenth of it."""
+LITTLE_BYTES = 128 * 2**10
+"""Of a request that is little to do."""
+_RECENT_S = 1.0
+_SHARE = 0.25
+"""Of what was measured last in what is thought of the speed."""
+_NOBODY = ("", float("-inf"))
+
+
+class Pace:
+    """What one shard knows of its callers and of its own speed.
+
+    Args:
+        clock: Seconds.
+        others_wait: Whether other jobs do, just now.
+    """
+
+    def __init__(self, clock: Clock, *, others_wait: Callable[[], bool] = lambda: False) -> None:
+        self._clock = clock
+        self._others_wait = others_wait
+        self._last = self._before = _NOBODY  # who asked for little, and when: the last one, and the last other one
+        self._served = ""
+        self._s_per_byte = 0.0
+
+    def asks(self, caller: str, cost: int) -> None:
+        """Somebody asks, by a request of so many bytes. Of any thread: what two of them note at once may be lost."""
+        if cost < LITTLE_BYTES:
+            name, last = _process_of(caller), self._last
+            if name != last[0]:
+                self._before = last
+            self._last = name, self._clock()
+
+    def serves(self, caller: str) -> None:
+        """From now on the shard works for that one."""
+        self._served = _process_of(caller)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether another than whom it works for has asked for little a moment ago."""
+        name, asked_s = self._before if self._last[0] == self._served else self._last
+        return name != self._served and self._clock() - asked_s < _RECENT_S
+
+    def took(self, num_bytes: int, seconds: float) -> None:
+        """So many bytes were read in so many seconds."""
+        if num_bytes >= LEAST_PIECE_BYTES:
+            s_per_byte = seconds / num_bytes
+            self._s_per_byte += _SHARE * (s_per_byte - self._s_per_byte) if self._s_per_byte else s_per_byte
+
+    def is_long(self, num_bytes: int) -> bool:
+        """Whether reading so much is cut into pieces."""
+        if self.is_shared:
+            return num_bytes > 2 * self.piece_bytes
+        return num_bytes > (PIECE_BYTES if self._others_wait() else WHOLE_BYTES)
+
+    @property
+    def piece_bytes(self) -> int:
+        """What a piece reads."""
+        if not self.is_shared or not self._s_per_byte:
+            return PIECE_BYTES
+        return min(PIECE_BYTES, max(LEAST_PIECE_BYTES, int(PIECE_S / self._s_per_byte)))
+
+
+def _process_of(caller: str) -> str:
+    """A process of this host may have several lines; others have a connection."""
+    return caller.rpartition(":")[0] if caller.startswith("unix:") else caller
