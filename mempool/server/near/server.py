@@ -15,7 +15,8 @@ from mempool.wire.near.served import ServedLine
 
 _LOG = logging.getLogger("mempool.server")
 _AGAIN_S = 1.0
-MOST_LINES = 64
+MOST_LINES = 256
+"""Of all clients together; each client process has up to eight of a shard."""
 _END_TIMEOUT_S = 2.0
 _LOOK_S = 0.01
 

@@ -1,7 +1,8 @@
 """A ``Channel`` that has two ways: lines through shared memory where the server is on this host, and gRPC.
 
-A line carries one call at a time; more are opened while calls find none free. Nobody waits for a line to be opened, and
-a call that it fails is as one that gRPC failed: whoever tries again finds gRPC, and soon another line.
+A line carries one call at a time; more are opened while calls find none free: by the thread that needs one itself, beside
+the event loop for calls on that, which go by gRPC meanwhile. A call that a line fails is as one that gRPC failed: whoever
+tries again finds gRPC, and soon another line.
 """
 
 import asyncio
@@ -113,7 +114,7 @@ class NearChannel:
     ) -> Callable[[], ReplyT | None] | None:
         number = NUMBERS[method.path]
         near: Method[RequestT, ReplyT] = METHODS[number]
-        line = self._taken()
+        line = self._taken(soon=False) or self._opened()
         if line is None:
             return self._grpc.begin(method, request, timeout_s=timeout_s, narrow_ids=narrow_ids, alone=alone)
         try:
@@ -165,16 +166,30 @@ class NearChannel:
 
     # Lines, of any thread
 
-    def _taken(self) -> ClientLine | None:
-        """A line that nobody else has, the one used last; None: there is none now, but perhaps soon."""
+    def _taken(self, *, soon: bool = True) -> ClientLine | None:
+        """A line that nobody else has, the one used last; None: there is none now. soon: but perhaps then."""
         try:
             return self._free.pop()
         except IndexError:
             pass
-        if self._opening is None and not self._closed and len(self._lines) < MOST_LINES:
+        if soon and self._opening is None and not self._closed and len(self._lines) < MOST_LINES:
             with suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._open_soon)
         return None
+
+    def _opened(self) -> ClientLine | None:
+        """A further line, for the thread that finds none free: that takes less time than one call by gRPC."""
+        if self._closed or len(self._lines) >= MOST_LINES or time.monotonic() < self._not_before_s:
+            return None
+        line = _agreed(self.address, self._token)
+        if line is None:
+            self._not_before_s = time.monotonic() + _AGAIN_S
+            return None
+        self._lines.add(line)
+        if self._closed:  # whoever closed it may not have seen this one
+            self._end(line)
+            return None
+        return line
 
     def _give_back(self, line: ClientLine) -> None:
         if line in self._lines:
@@ -183,7 +198,7 @@ class NearChannel:
                 self._end_free()
 
     def _end_free(self) -> None:
-        while (free := self._taken()) is not None:
+        while (free := self._taken(soon=False)) is not None:
             self._end(free)
 
     def _end(self, line: ClientLine) -> None:
@@ -193,7 +208,7 @@ class NearChannel:
     # On the loop
 
     def _open_soon(self) -> None:
-        if self._opening is None and not self._closed and self._loop.time() >= self._not_before_s:
+        if self._opening is None and not self._closed and time.monotonic() >= self._not_before_s:
             self._opening = self._loop.create_task(self._open())
 
     async def _open(self) -> None:
@@ -205,7 +220,7 @@ class NearChannel:
             raise
         else:
             if line is None:
-                self._not_before_s = self._loop.time() + _AGAIN_S
+                self._not_before_s = time.monotonic() + _AGAIN_S
             else:
                 self._lines.add(line)
                 self._free.append(line)
