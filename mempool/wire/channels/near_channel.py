@@ -1,8 +1,8 @@
 """A ``Channel`` that has two ways: lines through shared memory where the server is on this host, and gRPC.
 
-A line carries one call at a time; more are opened while calls find none free: by the thread that needs one itself, beside
-the event loop for calls on that, which go by gRPC meanwhile. A call that a line fails is as one that gRPC failed: whoever
-tries again finds gRPC, and soon another line.
+A line carries one call at a time; more are opened while calls find none free: by the thread that needs one itself, or
+beside the event loop for calls on that, which go by gRPC meanwhile. A call that a line fails is as one that gRPC failed:
+whoever tries again finds gRPC, and soon another line.
 """
 
 import asyncio
