@@ -1,7 +1,7 @@
 """A ``Channel`` that has two ways: lines through shared memory where the server is on this host, and gRPC.
 
 A line carries one call at a time; more are opened while calls find none free: by the thread that needs one itself, or
-beside the event loop for calls on that, which go by gRPC meanwhile. A call that a line fails is as one that gRPC failed:
+beside the event loop for calls on that, which go by gRPC meanwhile. A call that a line fails is as one that gRPC fails:
 whoever tries again finds gRPC, and soon another line.
 """
 
