@@ -115,8 +115,8 @@ def cpu_of_calls(run: Callable[[int], object], pids: Sequence[int], num_sets: in
 
 
 class Apart:
-    """A caller in a process of its own, which with its servers stands still but while it is asked. Use it with ``with``:
-    it goes on, and ends, whatever has happened.
+    """A caller in a process of its own, which stands still with its servers but while it is asked. Use it with
+    ``with``: it goes on, and ends, whatever has happened.
 
     Args:
         kind: Of KINDS.
