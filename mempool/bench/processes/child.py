@@ -41,6 +41,7 @@ class Child:
         name: What it is called in errors, behind ``what``.
         variables: Of its environment, in the place of the parent's.
         without: Variables of the parent's that it does not get.
+        end_timeout_s: In which it shall end by itself; as such processes usually do if not given.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class Child:
         name: str = "",
         variables: Mapping[str, str] | None = None,
         without: tuple[str, ...] = (),
+        end_timeout_s: float | None = None,
     ) -> None:
+        self._end_timeout_s = _END_TIMEOUT_S if end_timeout_s is None else end_timeout_s
         self.what = f"{what}, {name}" if name else what
         environment = {name: value for name, value in os.environ.items() if name not in without}
         self._process = subprocess.Popen(
@@ -105,7 +108,7 @@ class Child:
             standing.go_on([process.pid])
         try:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(_END_TIMEOUT_S)
+                process.wait(self._end_timeout_s)
         finally:
             if process.returncode is None:
                 os.killpg(process.pid, signal.SIGKILL)

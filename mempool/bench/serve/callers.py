@@ -34,6 +34,8 @@ _SELF = "mempool.bench.serve.callers:serve"
 #: To be opened: kernels may have to be compiled first, once per machine.
 _OPEN_TIMEOUT_S = 600.0
 _ANSWER_TIMEOUT_S = 120.0
+#: To end, with its servers: Ray takes its time.
+_END_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Apart:
     def __init__(self, kind: str, table: TableSize) -> None:
         self.kind = kind
         arguments = {"kind": kind, "size": asdict(table)}
-        self._child = Child(_SELF, arguments, name=kind, variables=kernel_variables(1))
+        self._child = Child(_SELF, arguments, name=kind, variables=kernel_variables(1), end_timeout_s=_END_TIMEOUT_S)
         self._names: list[str] = []
         self._servers: list[int] = []
 

@@ -39,7 +39,9 @@ class ThreadChild:
     """A client in a thread of this process: what it is asked and answers goes through JSON all the same. Its pid is
     that of a process which only waits, and may be stopped."""
 
-    def __init__(self, what: str, arguments: dict[str, Any], *, variables: dict[str, str], name: str = "") -> None:
+    def __init__(
+        self, what: str, arguments: dict[str, Any], *, variables: dict[str, str], name: str = "", **_: float
+    ) -> None:
         served = {"mempool.bench.serve.client:serve": client.serve, "mempool.bench.serve.callers:serve": callers.serve}
         assert arguments.get("kind", "") == name
         assert variables["OMP_NUM_THREADS"] == "1"
