@@ -194,6 +194,7 @@ def serve(parent: Parent, *, kind: str, size: dict[str, int]) -> None:
             return
         # Ray's processes may stay as they were when their driver is killed: who stands still would stay for ever.
         held = [] if kind == actor.RAY else sorted({pid for one in contenders for pid in one.pids})
+        stack.callback(standing.go_on, held)  # the parent was killed while they stood still: they are asked to end next
         caller = Within(table, contenders)
         answers: dict[str, Callable[..., Any]] = {
             "prepare": lambda shape, seed: [asdict(check) for check in caller.prepare(Shape(**shape), seed)],
