@@ -7,8 +7,10 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -23,6 +25,7 @@ _SHORT_MS = 50.0
 _LEAD_CYCLES = 2_000_000
 
 Inputs = int
+_Taken = TypeVar("_Taken")
 
 
 def _nothing(_: Inputs) -> None:
@@ -119,30 +122,63 @@ def interleaved(
         Times by name.
     """
     clock = _cuda_ms if torch.device(device).type == "cuda" else _cpu_ms
-    found: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    ways = {contender.name: contender for contender in contenders}
     warmed_ms: dict[str, float] = {}
+    inputs, draw = 0, random.Random(0)
+
+    def take(name: str, round_: int) -> float:
+        nonlocal inputs
+        contender, spent_ms = ways[name], 0.0
+        for _ in range(2 if round_ < 0 or min(warmed_ms.values()) <= _SHORT_MS else 1):
+            inputs = draw.choice([other for other in range(num_inputs) if other != inputs] or [0])
+            contender.before(inputs)
+            spent_ms = clock(contender, inputs)
+        if round_ < 0:
+            warmed_ms[name] = spent_ms
+        return spent_ms
+
+    with no_collection():
+        found = in_rounds(list(ways), take, rounds=rounds, budget_s=budget_s)
+    return {name: Times(tuple(rounds_ms)) for name, rounds_ms in found.items()}
+
+
+def in_rounds(
+    names: Sequence[str], take: Callable[[str, int], _Taken], *, rounds: int, budget_s: float = math.inf
+) -> dict[str, list[_Taken]]:
+    """Have each take a turn in each round, in an order that moves on by one every round.
+
+    Args:
+        names: Different ones.
+        take: A turn of one, by name and round; rounds below 0 are not counted.
+        rounds: As for ``interleaved``.
+        budget_s: Likewise.
+
+    Returns:
+        What was taken in the rounds that count, by name.
+    """
+    found: dict[str, list[_Taken]] = {name: [] for name in names}
+    begun = time.perf_counter()
+    for round_ in range(-_WARM_UP_ROUNDS, rounds):
+        if round_ >= MIN_ROUNDS and time.perf_counter() - begun > budget_s:
+            break
+        for turn in range(len(names)):
+            name = names[(turn + round_) % len(names)]
+            taken = take(name, round_)
+            if round_ >= 0:
+                found[name].append(taken)
+    return found
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Nothing that is timed is interrupted by Python's collection of cycles."""
     collecting = gc.isenabled()
     gc.disable()
     try:
-        begun, inputs, draw, fastest_ms = time.perf_counter(), 0, random.Random(0), 0.0
-        for round_ in range(-_WARM_UP_ROUNDS, rounds):
-            if round_ >= MIN_ROUNDS and time.perf_counter() - begun > budget_s:
-                break
-            for turn in range(len(contenders)):
-                contender = contenders[(turn + round_) % len(contenders)]
-                for _ in range(2 if fastest_ms <= _SHORT_MS else 1):
-                    inputs = draw.choice([other for other in range(num_inputs) if other != inputs] or [0])
-                    contender.before(inputs)
-                    spent_ms = clock(contender, inputs)
-                warmed_ms[contender.name] = spent_ms
-                if round_ >= 0:
-                    found[contender.name].append(spent_ms)
-            if round_ == -1:
-                fastest_ms = min(warmed_ms.values())
+        yield
     finally:
         if collecting:
             gc.enable()
-    return {name: Times(tuple(rounds_ms)) for name, rounds_ms in found.items()}
 
 
 def _cpu_ms(contender: Contender, inputs: Inputs) -> float:

@@ -54,7 +54,7 @@ def kernels(
 def serve(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes, and shorter.")] = False,
     rounds: Annotated[
-        int, typer.Option("--rounds", metavar="N", min=1, help="Look-ups of one client; fewer where they take long.")
+        int, typer.Option("--rounds", metavar="N", min=1, help="Turns of a contender; fewer where they take long.")
     ] = 300,
     only: Annotated[str, typer.Option("--only", metavar="NAMES", help="Parts, with commas: lookups,shards,load.")] = "",
     ray: Annotated[

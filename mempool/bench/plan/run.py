@@ -6,6 +6,7 @@ import gc
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -27,7 +28,8 @@ from mempool.bench.plan.points import (
     on_path,
 )
 from mempool.bench.run import OptionsError, Say, require_options
-from mempool.bench.serve.lookups import cpu_of_calls
+from mempool.bench.serve.callers import cpu_of_calls
+from mempool.bench.serve.lookups import cpu_of_batches
 from mempool.bench.serve.shapes import NUM_INPUTS
 from mempool.sizing import Machine
 from mempool.wire.near.line import supported
@@ -161,11 +163,9 @@ def _path(outcome: Outcome, path: str, say: Say) -> tuple[dict[Point, Measured],
             budget_s=workload.budget_s,
         )
         counted = {way.name: point for point, way in ways.items() if point.fits and point.path != KERNELS}
-        spent = cpu_of_calls(
-            [ways[point] for point in counted.values()],
-            {name: point.pids for name, point in counted.items()},
-            times,
-            num_inputs=NUM_INPUTS,
+        spent = cpu_of_batches(
+            {name: partial(cpu_of_calls, ways[point].run, point.pids, NUM_INPUTS) for name, point in counted.items()},
+            {name: times[name].median_ms for name in counted},
             batch_s=workload.batch_s,
         )
         found = {}

@@ -17,6 +17,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
+from mempool.bench.processes import standing
 from mempool.errors import MempoolError
 
 START_TIMEOUT_S = 120.0
@@ -37,8 +38,10 @@ class Child:
     Args:
         what: "package.module:function"; called with a ``Parent`` and the arguments.
         arguments: For JSON.
+        name: What it is called in errors, behind ``what``.
         variables: Of its environment, in the place of the parent's.
         without: Variables of the parent's that it does not get.
+        end_timeout_s: In which it shall end by itself; as such processes usually do if not given.
     """
 
     def __init__(
@@ -46,10 +49,13 @@ class Child:
         what: str,
         arguments: Mapping[str, Any] | None = None,
         *,
+        name: str = "",
         variables: Mapping[str, str] | None = None,
         without: tuple[str, ...] = (),
+        end_timeout_s: float | None = None,
     ) -> None:
-        self.what = what
+        self._end_timeout_s = _END_TIMEOUT_S if end_timeout_s is None else end_timeout_s
+        self.what = f"{what}, {name}" if name else what
         environment = {name: value for name, value in os.environ.items() if name not in without}
         self._process = subprocess.Popen(
             [sys.executable, "-m", _MODULE, what, json.dumps(arguments or {})],
@@ -89,15 +95,20 @@ class Child:
         return json.loads(line)
 
     def close(self) -> None:
-        """End it: by the end of its input, or else at once, with what it has started. Repeatable."""
+        """End it: by the end of its input, or else at once, with what it has started. Repeatable.
+
+        One that stands still goes on first: else it would not learn of its end.
+        """
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
         with suppress(OSError):  # it has ended, and did not take what was written last
             process.stdin.close()
+        if process.returncode is None:
+            standing.go_on([process.pid])
         try:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(_END_TIMEOUT_S)
+                process.wait(self._end_timeout_s)
         finally:
             if process.returncode is None:
                 os.killpg(process.pid, signal.SIGKILL)

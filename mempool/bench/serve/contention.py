@@ -15,7 +15,7 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 
@@ -24,6 +24,7 @@ from torch import Tensor
 
 import mempool
 from mempool.bench import machine
+from mempool.bench.goals import Standing, stand
 from mempool.bench.measuring import Times
 from mempool.bench.processes.pool import WAITING, connected, pool_process
 from mempool.bench.serve.contenders import pools
@@ -33,6 +34,8 @@ from mempool.rayhost.actors import kernel_variables
 
 _CALL_TIMEOUT_S = 120.0
 _WARM_UP_ROUNDS = 3
+# Of what p99 may be beside p50.
+_TAIL = 5.0
 _VALUE_DIM = 256
 # Of one trainer's step: matrices as a small dense layer has them.
 _DENSE = (512, 512)
@@ -101,8 +104,23 @@ def main(arguments: list[str] | None = None) -> None:
         "threads": options.threads,
         "figures": [asdict(line) for line in figures],
         "beside_a_trainer": [asdict(line) for line in loaded],
+        "goals": [standing.document() for standing in standings(loaded, options.threads)],
     }
     print(json.dumps(document, indent=2))
+
+
+def standings(loaded: Sequence[Beside], threads: int) -> list[Standing]:
+    """How tails beside a trainer stand to the goal. threads: Of the shard's kernels, and the trainer's."""
+    return [
+        stand(
+            f"{one.shape}: p99 of {one.target} at {OPEN_SHARE:.0%} of the load of {one.clients} clients, beside p50,"
+            f" with `threads: {threads}` and a trainer that uses {threads}, times",
+            _TAIL,
+            one.p99_over_p50,
+            under=True,
+        )
+        for one in loaded
+    ]
 
 
 def run(*, rounds: int, threads: int, num_slots: int) -> list[Figures]:

@@ -1,32 +1,29 @@
-"""One client that looks up again and again: each contender's time and CPU for one look-up of a shape, interleaved."""
+"""One client that looks up again and again: each contender's time and CPU for one look-up of a shape, interleaved.
+
+A contender's turn is one look-up that is not counted, behind which its caches are as in a row of calls, and several
+that are.
+"""
 
 from __future__ import annotations
 
 import math
-import os
+import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from mempool.bench import measuring
 from mempool.bench.gate import Check, GateError
-from mempool.bench.measuring import Times, interleaved
-from mempool.bench.processes import cpu
-from mempool.bench.serve.contenders import Contender
+from mempool.bench.measuring import Times, in_rounds
+from mempool.bench.serve.callers import NUM_SETS, Caller, Cpu
 from mempool.bench.serve.contenders.here import TORCH_BAG
-from mempool.bench.serve.shapes import Pairs, Shape, TableSize, drawn_pairs
+from mempool.bench.serve.shapes import Shape, TableSize
 
+#: Look-ups of a turn that are timed.
+TURN_CALLS = 5
 _CPU_BATCHES = 3
 _LEAST_CALLS = 4
-
-
-@dataclass(frozen=True)
-class Cpu:
-    """Milliseconds of CPU that one call costs: this process, and those that answer; None where nobody can tell."""
-
-    client_ms: float | None
-    server_ms: float | None
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,8 @@ class LookUps:
     Attributes:
         shape: Which.
         table: Of which table.
-        times: By contender.
+        times: By contender, a round each: the median of a turn.
+        calls: By contender, all that were timed, whichever their round.
         cpu: By contender.
         checks: What the gate found.
     """
@@ -44,11 +42,12 @@ class LookUps:
     shape: Shape
     table: TableSize
     times: Mapping[str, Times]
+    calls: Mapping[str, Times]
     cpu: Mapping[str, Cpu]
     checks: Sequence[Check]
 
     def added_ms(self, contender: str) -> float:
-        """What a look-up takes beyond torch's embedding_bag in this process, the median of the rounds' differences."""
+        """What a look-up takes beyond torch's embedding_bag in the trainer, the median of the rounds' differences."""
         return self.times[contender].beyond(self.times[TORCH_BAG])
 
     def document(self) -> dict[str, Any]:
@@ -61,9 +60,11 @@ class LookUps:
             "request_bytes": self.shape.request_bytes,
             "reply_bytes": self.shape.reply_bytes(self.table),
             "rounds": len(self.times[TORCH_BAG].rounds_ms),
+            "calls_a_round": TURN_CALLS,
             "contenders": {
                 name: {
-                    **times.figures(),
+                    **self.calls[name].figures(),
+                    "median_ms": times.median_ms,
                     "added_ms": self.added_ms(name),
                     "client_cpu_ms": self.cpu[name].client_ms,
                     "server_cpu_ms": self.cpu[name].server_ms,
@@ -77,7 +78,7 @@ class LookUps:
 def measure(
     shape: Shape,
     table: TableSize,
-    contenders: Sequence[Contender],
+    callers: Sequence[Caller],
     *,
     rounds: int,
     budget_s: float,
@@ -85,13 +86,13 @@ def measure(
     seed: int,
     case: str = "",
 ) -> LookUps:
-    """Gate contenders of different names, then time them.
+    """Gate the contenders of all callers, then time them.
 
     Args:
         shape: What is looked up.
         table: What they hold.
-        contenders: torch's embedding_bag among them.
-        rounds: Look-ups of each that are timed.
+        callers: With contenders of different names, torch's embedding_bag among them.
+        rounds: In each of which each contender has a turn.
         budget_s: When it is spent, the rounds end early.
         batch_s: How long the calls last, at least, over which a contender's CPU is counted.
         seed: Of the pairs.
@@ -99,70 +100,54 @@ def measure(
 
     Raises:
         GateError: An answer is wrong: nothing was timed.
+        ChildError: A caller's process has ended, or does not answer.
     """
-    sets = drawn_pairs(shape, table, seed)
-    checks = gated(case + shape.name, contenders, sets[0])
-    ways = [measuring.Contender(one.name, _run(one, sets)) for one in contenders]
-    times = interleaved(ways, num_inputs=len(sets), rounds=rounds, budget_s=budget_s)
-    pids = {one.name: one.pids for one in contenders}
-    spent = cpu_of_calls(ways, pids, times, num_inputs=len(sets), batch_s=batch_s)
-    return LookUps(shape, table, times, spent, checks)
-
-
-def gated(case: str, contenders: Sequence[Contender], pairs: Pairs) -> list[Check]:
-    """The checks of all, which are right. Raises GateError."""
-    checks = [one.check(pairs) for one in contenders]
+    checks = [check for caller in callers for check in caller.prepare(shape, seed)]
     if not all(check.passed for check in checks):
-        raise GateError(case, checks)
-    return checks
+        raise GateError(case + shape.name, checks)
+    of = {name: caller for caller in callers for name in caller.names}
+    draw, last = random.Random(0), 0
+
+    def turn(name: str, _: int) -> list[float]:
+        """Milliseconds of each call. No call is on the pairs of the one before it, whoever's that was."""
+        nonlocal last
+        sets = draw.sample(range(NUM_SETS), 1 + TURN_CALLS)
+        if sets[0] == last:
+            sets.reverse()
+        last = sets[-1]
+        return of[name].turn(name, sets)
+
+    turns = in_rounds(list(of), turn, rounds=rounds, budget_s=budget_s)
+    times = {name: Times(tuple(map(statistics.median, found))) for name, found in turns.items()}
+    calls = {name: Times(tuple(each_ms for found_ms in found for each_ms in found_ms)) for name, found in turns.items()}
+    spend = {name: partial(caller.spend, name) for name, caller in of.items()}
+    medians_ms = {name: one.median_ms for name, one in times.items()}
+    spent = cpu_of_batches(spend, medians_ms, batch_s=batch_s)
+    return LookUps(shape, table, times, calls, spent, checks)
 
 
-def cpu_of_calls(
-    ways: Sequence[measuring.Contender],
-    pids: Mapping[str, Sequence[int]],
-    times: Mapping[str, Times],
-    *,
-    num_inputs: int,
-    batch_s: float,
+def cpu_of_batches(
+    spend: Mapping[str, Callable[[int], Cpu]], medians_ms: Mapping[str, float], *, batch_s: float
 ) -> dict[str, Cpu]:
     """CPU of one call of each contender: the median of batches, which are interleaved.
 
     A batch has the whole CPU time of its processes, so also what they do between two calls.
 
     Args:
-        ways: The contenders.
-        pids: Of the processes that answer, by contender.
-        times: By contender; of more of them, too.
-        num_inputs: Sets of inputs there are.
+        spend: By contender, what a call costs over so many of them.
+        medians_ms: By contender, of one call; of more of them, too.
         batch_s: As for ``measure``.
     """
-    found: dict[str, list[tuple[float | None, float | None]]] = {one.name: [] for one in ways}
+    found: dict[str, list[Cpu]] = {name: [] for name in spend}
     for _ in range(_CPU_BATCHES):
-        for one in ways:
-            calls = max(_LEAST_CALLS, math.ceil(batch_s / (times[one.name].median_ms / 1e3)))
-            found[one.name].append(_batch(one, pids[one.name], calls, num_inputs))
-    return {name: Cpu(*(_median(side) for side in zip(*batches, strict=True))) for name, batches in found.items()}
-
-
-def _batch(
-    one: measuring.Contender, pids: Sequence[int], calls: int, num_inputs: int
-) -> tuple[float | None, float | None]:
-    own = (os.getpid(),)
-    before = cpu.spent_s(own), cpu.spent_s(pids)
-    for call in range(calls):
-        one.run(call % num_inputs)
-    after = cpu.spent_s(own), cpu.spent_s(pids)
-    client, server = (
-        None if was is None or now is None else (now - was) * 1e3 / calls
-        for was, now in zip(before, after, strict=True)
-    )
-    return client, server
+        for name, spent in spend.items():
+            found[name].append(spent(max(_LEAST_CALLS, math.ceil(batch_s / (medians_ms[name] / 1e3)))))
+    return {
+        name: Cpu(_median([one.client_ms for one in batches]), _median([one.server_ms for one in batches]))
+        for name, batches in found.items()
+    }
 
 
 def _median(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
-
-
-def _run(one: Contender, sets: Sequence[Pairs]) -> Callable[[int], object]:
-    return lambda number: one.run(sets[number])

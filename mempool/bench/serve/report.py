@@ -79,8 +79,8 @@ def lines(outcome: Outcome) -> list[str]:
     if outcome.lookups or outcome.shards:
         out += [
             "",
-            "added: median of the rounds' differences to torch's embedding_bag in this process. CPU: milliseconds a"
-            " call, all threads; of what is embedded, or in this process, all of it is the client's.",
+            "added: median of the rounds' differences to torch's embedding_bag in the trainer's process. CPU:"
+            " milliseconds a call, all threads; of what is embedded, or in the trainer, all of it is the client's.",
         ]
     if outcome.load:
         out += ["", *table(_LOAD, [_load_row(one) for one in outcome.load])]
@@ -108,8 +108,8 @@ def _lookup_rows(one: LookUps) -> list[tuple[str, ...]]:
         (
             name,
             f"{times.median_ms:.3f}",
-            f"{times.quantile_ms(0.95):.3f}",
-            f"{times.quantile_ms(0.99):.3f}",
+            f"{one.calls[name].quantile_ms(0.95):.3f}",
+            f"{one.calls[name].quantile_ms(0.99):.3f}",
             f"{one.added_ms(name):.3f}",
             number(one.cpu[name].client_ms),
             number(one.cpu[name].server_ms),

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from mempool.bench.gate import GateError
 from mempool.bench.goals import Standing
+from mempool.bench.processes.child import ChildError
 from mempool.bench.run import Say, require_options
 from mempool.bench.serve import load, lookups, shards
-from mempool.bench.serve.contenders import Contender, actor, echoes, here, pools, rpc
+from mempool.bench.serve.callers import KINDS, Apart, Caller
+from mempool.bench.serve.contenders import actor, rpc
 from mempool.bench.serve.contenders.pools import Layout
 from mempool.bench.serve.goals import standings
 from mempool.bench.serve.load import Clients, Load
@@ -22,6 +24,8 @@ from mempool.bench.serve.shards import Scaling
 from mempool.types import StageTime
 
 PARTS = ("lookups", "shards", "load")
+#: Other libraries' ways, and whether they can be had.
+_PEERS: Mapping[str, Callable[[], bool]] = {rpc.RPC: rpc.available, actor.RAY: actor.available}
 _LARGE, _SMALL, _SMALLEST = Shape(1024, 128), Shape(64, 32), Shape(8, 32)
 
 
@@ -70,7 +74,7 @@ class Options:
 
     Attributes:
         quick: Fewer sizes, and shorter.
-        rounds: Timed look-ups of each contender and shape; fewer where they take long.
+        rounds: Of each shape, in which each contender has a turn of several look-ups; fewer where they take long.
         only: Parts; none for all.
         ray: Whether a Ray actor takes part, where Ray is installed.
         seed: Of the table and the pairs.
@@ -156,11 +160,11 @@ def run(options: Options, *, say: Say, workload: Workload | None = None) -> Outc
 def _lookups(outcome: Outcome, say: Say) -> None:
     options, workload = outcome.options, outcome.workload
     with ExitStack() as stack:
-        contenders = _contenders(stack, outcome, say)
+        callers = _callers(stack, outcome, say)
         for shape in workload.shapes:
             with _gate(outcome, say):
                 measured = lookups.measure(
-                    shape, workload.table, contenders, rounds=options.rounds, budget_s=workload.budget_s,
+                    shape, workload.table, callers, rounds=options.rounds, budget_s=workload.budget_s,
                     batch_s=workload.batch_s, seed=options.seed,
                 )  # fmt: skip
                 outcome.lookups.append(measured)
@@ -171,13 +175,13 @@ def _shards(outcome: Outcome, layout: Layout, say: Say) -> None:
     options, workload = outcome.options, outcome.workload
     with ExitStack() as stack:
         say(f"starting pools, tables by {layout}")
-        contenders, counts = shards.start(
+        caller, counts = shards.start(
             stack, workload.table, layout, embedded=workload.embedded_shards, served=workload.served_shards
         )
         for shape in workload.shapes[:2]:
             with _gate(outcome, say):
                 measured = shards.measure(
-                    layout, counts, shape, workload.table, contenders, rounds=options.rounds,
+                    layout, counts, shape, workload.table, caller, rounds=options.rounds,
                     budget_s=workload.budget_s, batch_s=workload.batch_s, seed=options.seed,
                 )  # fmt: skip
                 outcome.shards.append(measured)
@@ -213,36 +217,35 @@ def _medians(measured: LookUps) -> str:
     return ", ".join(f"{name} {times.median_ms:.2f} ms" for name, times in measured.times.items())
 
 
-def _contenders(stack: ExitStack, outcome: Outcome, say: Say) -> list[Contender]:
-    """All that can be had; what another library needs and lacks is said, not raised."""
-    table = outcome.workload.table
+def _callers(stack: ExitStack, outcome: Outcome, say: Say) -> list[Caller]:
+    """A process for each way, opened one after the other. What another library or this system lacks is said, not
+    raised."""
     say("starting processes")
-    found: list[Contender] = [
-        *here.here(table),
-        stack.enter_context(pools.embedded(table)),
-        *stack.enter_context(pools.served(table)),
-    ]
-    add_peers(lambda made: found.extend(stack.enter_context(made)), outcome, say)
-    found.append(stack.enter_context(echoes.grpc_echo(table)))
-    found.append(stack.enter_context(echoes.unix_echo(table)))
+    made = [stack.enter_context(Apart(kind, outcome.workload.table)) for kind in _kinds(outcome)]
+    found: list[Caller] = []
+    for caller in made:
+        say(f"opening {caller.kind}")
+        try:
+            caller.open()
+        except ChildError as error:
+            if caller.kind not in _PEERS:
+                raise
+            _skip(outcome, say, f"{error}")
+            continue
+        if not caller.names:
+            _skip(outcome, say, f"{caller.kind}: cannot be had here")
+        found.append(caller)
     return found
 
 
-def add_peers(add: Callable[[AbstractContextManager[Sequence[Contender]]], None], outcome: Outcome, say: Say) -> None:
-    """Start other libraries' ways; one that cannot be had is left out, and said."""
-    table = outcome.workload.table
-    others: list[tuple[str, bool, Callable[[TableSize], AbstractContextManager[Sequence[Contender]]]]] = [
-        (rpc.RPC, rpc.available(), rpc.rpc),
-        (actor.RAY, actor.available(), actor.ray_actor),
-    ]
-    for name, available, made in others:
-        if name == actor.RAY and not outcome.options.ray:
-            continue
-        if not available:
-            outcome.skipped.append(f"{name}: not installed")
-            continue
-        try:
-            add(made(table))
-        except Exception as error:  # whatever ails another library: the others are measured all the same
-            outcome.skipped.append(f"{name}: does not start: {error}")
-            say(outcome.skipped[-1])
+def _kinds(outcome: Outcome) -> list[str]:
+    """Of callers, without those of libraries that are not here."""
+    wanted = [kind for kind in KINDS if outcome.options.ray or kind != actor.RAY]
+    missing = [kind for kind in wanted if kind in _PEERS and not _PEERS[kind]()]
+    outcome.skipped += [f"{kind}: not installed" for kind in missing]
+    return [kind for kind in wanted if kind not in missing]
+
+
+def _skip(outcome: Outcome, say: Say, why: str) -> None:
+    outcome.skipped.append(why)
+    say(why)

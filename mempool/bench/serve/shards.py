@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mempool.bench.serve import lookups
+from mempool.bench.serve.callers import Within
 from mempool.bench.serve.contenders import Contender, here, pools
 from mempool.bench.serve.contenders.pools import Layout
 from mempool.bench.serve.lookups import LookUps
@@ -24,7 +25,7 @@ class Scaling:
     Attributes:
         layout: How the table lies on the shards.
         shards: Of each contender that is a pool.
-        measured: Its figures; torch's embedding_bag beside them.
+        measured: Its figures; torch's embedding_bag beside them, in the same process.
     """
 
     layout: Layout
@@ -64,8 +65,8 @@ class Scaling:
 
 def start(
     stack: ExitStack, table: TableSize, layout: Layout, *, embedded: tuple[int, ...], served: tuple[int, ...]
-) -> tuple[list[Contender], dict[str, int]]:
-    """Pools with the table, until the stack ends; and the shards of each."""
+) -> tuple[Within, dict[str, int]]:
+    """Pools with the table, all asked by this process, until the stack ends; and the shards of each."""
     found: list[Contender] = [here.here(table)[0]]
     shards: dict[str, int] = {}
     made = [(count, stack.enter_context(pools.embedded(table, shards=count, layout=layout))) for count in embedded]
@@ -75,7 +76,7 @@ def start(
         name = f"{pool.name}, {count} shard{'s' if count > 1 else ''}"
         found.append(pool.named(name))
         shards[name] = count
-    return found, shards
+    return Within(table, found), shards
 
 
 def measure(
@@ -83,7 +84,7 @@ def measure(
     shards: dict[str, int],
     shape: Shape,
     table: TableSize,
-    contenders: list[Contender],
+    caller: Within,
     *,
     rounds: int,
     budget_s: float,
@@ -92,6 +93,6 @@ def measure(
 ) -> Scaling:
     """As ``lookups.measure``. Raises GateError."""
     measured = lookups.measure(
-        shape, table, contenders, rounds=rounds, budget_s=budget_s, batch_s=batch_s, seed=seed, case=f"{layout} "
+        shape, table, [caller], rounds=rounds, budget_s=budget_s, batch_s=batch_s, seed=seed, case=f"{layout} "
     )
     return Scaling(layout, shards, measured)

@@ -54,13 +54,15 @@ class Serving:
 
 
 @contextmanager
-def served(table: TableSize, *, shards: int = 1, layout: Layout = "auto") -> Iterator[list[LookUp]]:
-    """A pool in processes of its own with the table, and two clients of it here: over gRPC, and, where that can be had,
-    through memory that both processes have."""
+def served(
+    table: TableSize, *, shards: int = 1, layout: Layout = "auto", ways: Sequence[str] = REMOTE
+) -> Iterator[list[LookUp]]:
+    """A pool in processes of its own with the table, and clients of it here, one a way: over gRPC, and through memory
+    that both processes have, where that can be had."""
     with ExitStack() as stack:
         here = stack.enter_context(serving(table, shards=shards, layout=layout))
-        found = [look_up(GRPC, here.table, table, here.process.pids)]
-        if NEAR in REMOTE:
+        found = [look_up(GRPC, here.table, table, here.process.pids)] if GRPC in ways else []
+        if NEAR in ways:
             pool = stack.enter_context(connected(here.process.address, near=True))
             near = pool.table(here.table.name)
             if goes_near(pool, near):

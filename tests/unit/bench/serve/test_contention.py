@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ def _own_threads() -> Iterator[None]:
 def test_both_ways_are_measured_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
     contention.main(["--rounds", "2", "--slots", "256", "--threads", "1", "--clients", "0"])
     document = json.loads(capsys.readouterr().out)
-    assert document["beside_a_trainer"] == []
+    assert (document["beside_a_trainer"], document["goals"]) == ([], [])
     lines = document["figures"]
     assert {line["shape"] for line in lines} == set(contention.SHAPES)
     assert len({line["way"] for line in lines}) == 2
@@ -79,6 +80,8 @@ def test_clients_ask_at_a_share_of_what_they_reach_beside_a_trainer(monkeypatch:
         (pools.GRPC, 140.0, 4.0, 3), (pools.NEAR, 140.0, 4.0, 3),
     ]  # fmt: skip
     assert all(0 < one.trainer_p50_ms <= one.trainer_p99_ms for one in found)
+    stands = contention.standings([found[0], replace(found[1], p99_over_p50=5.1)], threads=1)
+    assert [(goal.goal, goal.measured, goal.standing) for goal in stands] == [(5.0, 4.0, "ok"), (5.0, 5.1, "above")]
 
 
 def test_a_trainer_that_fails_beside_clients_is_said() -> None:

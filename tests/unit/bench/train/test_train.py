@@ -10,9 +10,11 @@ import torch
 
 import mempool
 from mempool.bench import peers
+from mempool.bench.measuring import Times
 from mempool.bench.run import OptionsError
 from mempool.bench.serve.shapes import Shape, TableSize
-from mempool.bench.train import command, layers, run
+from mempool.bench.train import command, layers, measured, run
+from mempool.bench.train.goals import standings
 from mempool.bench.train.tables import LocalTable, pool_table
 
 TINY = run.Workload(slots=64, peer_slots=256, value_dim=8, shape=Shape(4, 4), heads=2, shards=(1, 2), budget_s=5.0)
@@ -72,6 +74,20 @@ def test_a_run_and_its_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert case["contenders"]["mempool's kernels here"]["beside_local"] == 1.0
     standing = {goal["what"]: goal["standing"] for goal in found["goals"]}
     assert list(standing.values()).count("not measured") == 6, "FBGEMM is not installed, and no pool has 8 shards"
+
+
+def test_goals_beside_fbgemm() -> None:
+    both = [
+        measured.Measured(
+            measured.Work(family, "adagrad", 2**20, 1024, 128),
+            {measured.EMBEDDED: Times((1.0, 2.0)), measured.FBGEMM: Times((times, 2 * times))},
+            [],
+            threads=2,
+        )
+        for family, times in ((measured.GATHER, 2.4), (measured.STEP, 7.4))
+    ]
+    found = [one for one in standings(both, slots=2**18, peer_slots=2**20) if one.measured is not None]
+    assert [(one.goal, one.measured, one.standing) for one in found] == [(2.4, 2.4, "ok"), (7.5, 7.4, "below")]
 
 
 def test_a_step_that_changes_nothing_is_not_timed(
