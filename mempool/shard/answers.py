@@ -4,6 +4,7 @@ All runs on the engine's thread. Long reads are done in pieces, others in betwee
 version of the table, none older than the one the answer is stamped with. Writes are never cut.
 """
 
+import math
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mempool import kernels
 from mempool.observe import Stages
 from mempool.shard import bounds, validate
 from mempool.shard.durable.records import Counted, Held, Written
@@ -174,7 +176,7 @@ class Answers:
         begun = self._begun(table, request)
         if isinstance(begun, Parked):
             return begun
-        out = None if space is None else space((begun.bags.num_bags, table.storage.width), begun.dtype)
+        out = None if space is None else space(*_form(begun))
         return self._gather_in_pieces(begun, out) if self._is_long_gather(begun) else self._whole_gather(begun, out)
 
     def _begun(self, table: HostedTable, request: GatherRequest) -> BegunGather | Parked:
@@ -182,8 +184,10 @@ class Answers:
             return waits
         with self._stages.measure("copy in"):
             bags, dtype = validate.check_gather(table.storage, request, reply_bytes=self._reply_bytes)
-        self._reserve(dtype.itemsize * table.storage.width * bags.num_bags)
-        return BegunGather(request, table, bags, dtype)
+        begun = BegunGather(request, table, bags, dtype)
+        shape, form = _form(begun)
+        self._reserve(form.itemsize * math.prod(shape))
+        return begun
 
     def _is_long_gather(self, begun: BegunGather) -> bool:
         return self._is_long(_row_bytes(begun.table) * (begun.bags.num_pairs + _BAG_ROWS * begun.bags.num_bags))
@@ -196,14 +200,20 @@ class Answers:
         self, table: HostedTable, bags: Bags, dtype: torch.dtype, *, for_step: bool, out: Tensor | None
     ) -> Tensor:
         on_cpu = table.storage.device.type == "cpu"
+        if dtype == torch.float8_e4m3fn:
+            packed = table.storage.packed_sums
+            with self._stages.measure("kernel"):
+                values = table.storage.pooled(bags, for_step=for_step)
+                rows = values.to(torch.uint8) if packed is None else kernels.pack_rows(packed, values)
+            return self._copy_out(rows, out)
         with self._stages.measure("kernel"):
             values = table.storage.pooled(bags, dtype, for_step=for_step, out=out if on_cpu else None)
         return values if on_cpu else self._copy_out(values, out)
 
     def _gather_in_pieces(self, begun: BegunGather, out: Tensor | None) -> Pieces[GatherReply]:
         request, table, bags, dtype = begun.request, begun.table, begun.bags, begun.dtype
-        stamp, shape = table.stamp, (bags.num_bags, table.storage.width)
-        values = torch.empty(shape, dtype=dtype) if out is None else out
+        stamp, (shape, form) = table.stamp, _form(begun)
+        values = torch.empty(shape, dtype=form) if out is None else out
         for first, end, part in _parts_of(bags, _row_bytes(table)):
             table = self._tenancy.fenced(request.envelope)  # it may have moved, or been dropped, meanwhile
             self._pooled(table, part, dtype, for_step=request.remember, out=values[first:end])
@@ -244,6 +254,8 @@ class Answers:
             )
             if request.hold and not table.is_decided(request.step_id):
                 table.updates.require_room(request.step_id, _held_bytes(table, request, remembered), caller=caller)
+            if request.grads.dtype == torch.uint8:
+                self._reserve(4 * request.grads.numel())  # unpacked, that is more than the message
             with self._stages.measure("copy in"):
                 update = HeldUpdate(
                     *validate.check_update(table.storage, request, remembered, reply_bytes=self._message_bytes)
@@ -425,6 +437,14 @@ def _products(table: HostedTable, topk: int) -> tuple[int, int]:
         best = min(topk, half_keys)  # of each half
         return len(storage.heads) * 2 * half_keys * half_dim, len(storage.heads) * best * best
     return schema.num_slots * schema.keys.key_dim, 0
+
+
+def _form(begun: BegunGather) -> tuple[tuple[int, int], torch.dtype]:
+    """Shape and dtype of an answer as it is sent."""
+    storage, dtype = begun.table.storage, begun.dtype
+    if dtype != torch.float8_e4m3fn:
+        return (begun.bags.num_bags, storage.width), dtype
+    return (begun.bags.num_bags, 0 if storage.packed_sums is None else storage.packed_sums.row_bytes), torch.uint8
 
 
 def _held_bytes(table: HostedTable, request: UpdateRequest, remembered: Bags | None) -> int:

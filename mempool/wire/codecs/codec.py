@@ -303,7 +303,8 @@ def packed(pack: Callable[[T], MessageT], value: T, name: str) -> MessageT:
         raise InvalidRequest(f"{name} cannot be sent: {error}") from None
 
 
-REPLY_DTYPE: Choice[str] = Choice(
-    {"float32": tensor_pb2.DTYPE_FLOAT32, "bfloat16": tensor_pb2.DTYPE_BFLOAT16}, absent="float32"
-)
+_WHOLE = {"float32": tensor_pb2.DTYPE_FLOAT32, "bfloat16": tensor_pb2.DTYPE_BFLOAT16}
+REPLY_DTYPE: Choice[str] = Choice(_WHOLE, absent="float32")
 """What a reply's values are to be sent as; float32 where the request does not say."""
+SUMS_DTYPE: Choice[str] = Choice(_WHOLE | {"float8_e4m3fn": tensor_pb2.DTYPE_FLOAT8_E4M3FN}, absent="float32")
+"""The same of a shard's sums, which may be packed rows."""
