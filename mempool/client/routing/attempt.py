@@ -19,7 +19,7 @@ from mempool.client.routing.plan import (
     merge_candidates,
     merge_values,
     merge_weight_grads,
-    pick_columns,
+    pick_grads,
     split,
 )
 from mempool.client.routing.row_calls import read_rows, write_rows
@@ -375,8 +375,8 @@ def of_part(plan: TablePlan, part: Part, grads: Tensor) -> tuple[Bags, Tensor]:
     """What a shard is told of an update's bags and gradient; of no bags at all where none of its row pages are named:
     it is asked for the update later."""
     if part.kept is not None and part.bags.num_pairs == 0:
-        return _no_bags(part.bags), pick_columns(plan, part.route, grads[:0])
-    return part.bags, pick_columns(plan, part.route, grads)
+        return _no_bags(part.bags), pick_grads(plan, part.route, grads[:0])
+    return part.bags, pick_grads(plan, part.route, grads)
 
 
 def remembers(plan: TablePlan, route: ShardRoute, record: LookupRecord) -> bool:

@@ -177,11 +177,15 @@ def packed_sums(schema: TableSchema, width: int | None = None) -> PackedLayout:
     return PackedLayout("float8_e4m3fn", width=width, block_dim=schema.block_dim)
 
 
-def pick_columns(plan: TablePlan, route: ShardRoute, matrix: Tensor) -> Tensor:
-    """The columns of a route, [B, W] contiguous, of a matrix [B, V] in the table's order; or both as packed rows."""
-    if matrix.dtype == torch.uint8:
-        picked = packed_sums(plan.schema, route.width)
-        return kernels.pick_blocks(packed_sums(plan.schema), matrix, picked, route.blocks)
+def pick_grads(plan: TablePlan, route: ShardRoute, grads: Tensor) -> Tensor:
+    """The columns of a route, [B, W] or packed rows, of a gradient [B, V] or packed rows."""
+    if grads.dtype != torch.uint8:
+        return pick_columns(route, grads)
+    return kernels.pick_blocks(packed_sums(plan.schema), grads, packed_sums(plan.schema, route.width), route.blocks)
+
+
+def pick_columns(route: ShardRoute, matrix: Tensor) -> Tensor:
+    """The columns of a route, [.., W] contiguous, of a matrix [.., V] in the table's order."""
     if route.width == matrix.shape[-1]:
         return matrix
     picked = [matrix[..., span.table] for span in route.spans]
