@@ -62,7 +62,8 @@ def plan(
         float | None, typer.Option("--tokens-per-s", metavar="N", help="What all of them shall reach.")
     ] = None,
     wire_dtype: Annotated[
-        str, typer.Option("--wire-dtype", metavar="DTYPE", help="Of values on the wire: float32 or bfloat16.")
+        str,
+        typer.Option("--wire-dtype", metavar="DTYPE", help="Of values on the wire: float32, bfloat16, float8_e4m3fn."),
     ] = "float32",
     shards: Annotated[
         int | None, typer.Option("--shards", metavar="N", help="Plan with so many; else with the fewest that do.")

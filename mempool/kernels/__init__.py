@@ -47,6 +47,7 @@ from mempool.kernels.steps import (
     OptimizerStep,
     RandomRounding,
 )
+from mempool.kernels.torch_ops.packing import pack_rows, pick_blocks, unpack_rows
 from mempool.kernels.warming import SCORING, Needs, warm_up
 
 __all__ = [
@@ -82,6 +83,8 @@ __all__ = [
     "make_ready",
     "num_blocks",
     "optimizer_step",
+    "pack_rows",
+    "pick_blocks",
     "product_gradient",
     "product_indices",
     "product_select",
@@ -92,6 +95,7 @@ __all__ = [
     "select_topk",
     "sort_pairs",
     "squared_norm",
+    "unpack_rows",
     "warm_up",
     "weight_gradient",
     "weighted_sum",

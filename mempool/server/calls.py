@@ -23,7 +23,8 @@ from mempool.errors import (
 )
 from mempool.observe import Stages
 from mempool.server.admission import Admission, Passage
-from mempool.server.turns import FEW_CALLS, Turns
+from mempool.server.overdue import Overdue
+from mempool.server.turns import FEW_CALLS, LARGE_BYTES, Turns
 from mempool.types.caller import Caller, calling
 from mempool.wire.methods import CONTROLLER_KEY, SHARD_SERVICE, Method
 from mempool.wire.status import Metadata, to_status
@@ -55,8 +56,20 @@ class Door:
     closed: bool = False
     turns: Turns = field(default_factory=Turns)
 
-    async def enter(self, method: Method[Any, Any], context: Context) -> tuple[Passage, str, float]:
-        """Check a call and wait for room; answers the way in, who asks, and what ``turns`` reserved for its message.
+    _messages: Overdue = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._messages = Overdue(self.receive_timeout_s)
+
+    async def enter(
+        self, method: Method[Any, Any], context: Context, peer: str, host: str, sender: str | None
+    ) -> tuple[Passage, float]:
+        """Check a call and wait for room; answers the way in, and what ``turns`` reserved for its message.
+
+        Args:
+            method, context: The call.
+            peer, host: Who asks, with the port and without it.
+            sender: As of ``turns.to_read``; None: the call is not paced.
 
         Raises:
             Unauthenticated: It needs the controller's key and does not have it.
@@ -69,13 +82,11 @@ class Door:
                 "PoolService"
             )
         self._check_open()
-        peer: str = context.peer()
         came_s = time.perf_counter()
-        host = peer.rpartition(":")[0]
         reserved_s = 0.0
-        if _is_paced(method):
+        if sender is not None:
             self.turns.saw(host)
-            reserved_s = await self.turns.to_read(host, _sender(method, peer))
+            reserved_s = await self.turns.to_read(host, sender)
             self._check_open()  # whoever ends waits for those that are in, not for those that rest
         try:
             passage = await self.admission.enter(host, peer)
@@ -83,7 +94,7 @@ class Door:
             self.turns.gives_back(host, reserved_s)
             raise
         self.stages.record("door", time.perf_counter() - came_s)
-        return passage, peer, reserved_s
+        return passage, reserved_s
 
     async def receive(self, method: Method[Any, Any], context: Context) -> bytes:
         """The call's one message.
@@ -92,21 +103,20 @@ class Door:
             InvalidRequest: There is none.
             DeadlineExceeded: It took too long.
         """
+        waiting = self._messages.begin()
         try:
-            async with asyncio.timeout(self.receive_timeout_s):
-                frame: Any = await context.read()
-        except TimeoutError:
+            frame: Any = await context.read()
+        except asyncio.CancelledError:
+            if not self._messages.is_due(waiting):
+                raise
             raise DeadlineExceeded(
                 f"the message of {method.name} did not come within {self.receive_timeout_s:g} s; it was given up"
             ) from None
+        finally:
+            self._messages.end(waiting)
         if not isinstance(frame, bytes):
             raise InvalidRequest(f"{method.name} came without a message")
         return frame
-
-    async def turn(self, peer: str) -> None:
-        """Wait until it is this connection's turn to keep the loop."""
-        if self.admission.active > FEW_CALLS:
-            await self.turns.take(peer.rpartition(":")[0], peer)
 
     def _check_open(self) -> None:
         if self.closed:
@@ -166,27 +176,33 @@ def handler(
 
     To gRPC it takes a stream, of one message: the messages of others are read before any of our code is asked.
     """
-    stages = door.stages
+    stages, admission, turns = door.stages, door.admission, door.turns
     paced = _is_paced(method)
 
     async def answer(context: Context, ended: "_Ended") -> bytes:
-        ended.passage, peer, reserved_s = await door.enter(method, context)
+        peer: str = context.peer()
+        host = peer.rpartition(":")[0]
+        sender = f"{peer} {method.name}" if paced else None
+        passage, reserved_s = await door.enter(method, context, peer, host, sender)
+        ended.passage = passage
         received_s = time.perf_counter()
         frame = await door.receive(method, context)
-        ended.passage.resize(len(frame))
-        if paced:
-            door.turns.has_read(peer.rpartition(":")[0], _sender(method, peer), len(frame), reserved_s=reserved_s)
-        stages.record("receive", time.perf_counter() - received_s)
-        await door.turn(peer)
+        passage.resize(len(frame))
+        if sender is not None:
+            turns.has_read(host, sender, len(frame), reserved_s=reserved_s)
         decoded_s = time.perf_counter()
+        stages.record("receive", decoded_s - received_s)
+        if admission.active > FEW_CALLS:
+            await turns.take(host, peer)
+            decoded_s = time.perf_counter()
         request = method.request.decode(frame)
         stages.record("decode", time.perf_counter() - decoded_s)
         with calling(Caller(peer, _deadline_s(context), ended.then)):
             reply = await call(request)
-        host = peer.rpartition(":")[0]
-        if paced:
-            await door.turns.room(host, method.reply.tensor_bytes(reply))
-        await door.turn(peer)
+        if paced and (num_bytes := method.reply.tensor_bytes(reply)) >= LARGE_BYTES:
+            await turns.room(host, num_bytes)
+        if admission.active > FEW_CALLS:
+            await turns.take(host, peer)
         called_s = time.perf_counter()
         encoded = method.reply.encode(reply)
         ended.replied_s = time.perf_counter()
@@ -196,9 +212,9 @@ def handler(
                 f"the answer to {method.name} would have {len(encoded):,} bytes; {max_message_bytes:,} are "
                 "accepted (max_message_bytes). Ask for fewer bags or rows at a time"
             )
-        ended.passage.answer(len(encoded))
-        if paced:
-            ended.then(door.turns.answers(host, len(encoded), since_s=called_s))
+        passage.answer(len(encoded))
+        if paced and len(encoded) >= LARGE_BYTES:
+            ended.then(turns.answers(host, len(encoded), since_s=called_s))
         return encoded
 
     async def handle(_: object, context: Context) -> bytes:
@@ -220,7 +236,9 @@ def streaming_handler(
     """The handler of a call that is answered by a stream."""
 
     async def answer(context: Context, ended: "_Ended") -> None:
-        ended.passage, peer, _ = await door.enter(method, context)
+        peer: str = context.peer()
+        sender = f"{peer} {method.name}" if _is_paced(method) else None
+        ended.passage, _ = await door.enter(method, context, peer, peer.rpartition(":")[0], sender)
         frame = await door.receive(method, context)
         ended.passage.resize(len(frame))
         with calling(Caller(peer, _deadline_s(context))):
@@ -245,10 +263,6 @@ def _is_paced(method: Method[Any, Any]) -> bool:
     """Whether a call is a client's. Nobody rests for the controller's questions, nor do pages that move: writers wait
     for them."""
     return method.service != SHARD_SERVICE
-
-
-def _sender(method: Method[Any, Any], peer: str) -> str:
-    return f"{peer} {method.name}"
 
 
 class _Ended:

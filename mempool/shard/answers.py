@@ -4,6 +4,7 @@ All runs on the engine's thread. Long reads are done in pieces, others in betwee
 version of the table, none older than the one the answer is stamped with. Writes are never cut.
 """
 
+import math
 import time
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mempool import kernels
 from mempool.observe import Stages
 from mempool.shard import bounds, validate
 from mempool.shard.durable.records import Counted, Held, Written
@@ -195,9 +197,9 @@ class Answers:
             return waits
         with self._stages.measure("copy in"):
             bags, dtype = validate.check_gather(table.storage, request, reply_bytes=self._reply_bytes)
-        self._reserve(dtype.itemsize * table.storage.width * bags.num_bags)
-        out = None if space is None else space((bags.num_bags, table.storage.width), dtype)
-        return BegunGather(request, table, bags, dtype, out)
+        shape, form = _form(table, bags, dtype)
+        self._reserve(form.itemsize * math.prod(shape))
+        return BegunGather(request, table, bags, dtype, None if space is None else space(shape, form))
 
     def _is_long_gather(self, begun: BegunGather) -> bool:
         return self._pace.is_long(_row_bytes(begun.table) * (begun.bags.num_pairs + _BAG_ROWS * begun.bags.num_bags))
@@ -211,17 +213,28 @@ class Answers:
     ) -> Tensor:
         on_cpu = table.storage.device.type == "cpu"
         began_s = time.perf_counter()
-        with self._stages.measure("kernel"):
-            values = table.storage.pooled(bags, dtype, for_step=for_step, out=out if on_cpu else None)
-        if not on_cpu:
-            values = self._copy_out(values, out)
+        values = self._summed(table, bags, dtype, for_step=for_step, out=out)
         self._pace.took(_row_bytes(table) * bags.num_pairs, time.perf_counter() - began_s)
         return values
 
+    def _summed(
+        self, table: HostedTable, bags: Bags, dtype: torch.dtype, *, for_step: bool, out: Tensor | None
+    ) -> Tensor:
+        on_cpu = table.storage.device.type == "cpu"
+        if dtype == torch.float8_e4m3fn:
+            packed = table.storage.packed_sums
+            with self._stages.measure("kernel"):
+                values = table.storage.pooled(bags, for_step=for_step)
+                rows = values.to(torch.uint8) if packed is None else kernels.pack_rows(packed, values)
+            return self._copy_out(rows, out)
+        with self._stages.measure("kernel"):
+            values = table.storage.pooled(bags, dtype, for_step=for_step, out=out if on_cpu else None)
+        return values if on_cpu else self._copy_out(values, out)
+
     def _gather_in_pieces(self, begun: BegunGather) -> Pieces[GatherReply]:
         request, table, bags, dtype, out = begun.request, begun.table, begun.bags, begun.dtype, begun.out
-        stamp, shape = table.stamp, (bags.num_bags, table.storage.width)
-        values = torch.empty(shape, dtype=dtype) if out is None else out
+        stamp, (shape, form) = table.stamp, _form(table, bags, dtype)
+        values = torch.empty(shape, dtype=form) if out is None else out
         for first, end, part in _parts_of(bags, _row_bytes(table), self._pace):
             table = self._tenancy.fenced(request.envelope)  # it may have moved, or been dropped, meanwhile
             self._pooled(table, part, dtype, for_step=request.remember, out=values[first:end])
@@ -262,6 +275,8 @@ class Answers:
             )
             if request.hold and not table.is_decided(request.step_id):
                 table.updates.require_room(request.step_id, _held_bytes(table, request, remembered), caller=caller)
+            if request.grads.dtype == torch.uint8:
+                self._reserve(4 * request.grads.numel())  # unpacked, that is more than the message
             with self._stages.measure("copy in"):
                 update = HeldUpdate(
                     *validate.check_update(table.storage, request, remembered, reply_bytes=self._message_bytes)
@@ -443,6 +458,14 @@ def _products(table: HostedTable, topk: int) -> tuple[int, int]:
         best = min(topk, half_keys)  # of each half
         return len(storage.heads) * 2 * half_keys * half_dim, len(storage.heads) * best * best
     return schema.num_slots * schema.keys.key_dim, 0
+
+
+def _form(table: HostedTable, bags: Bags, dtype: torch.dtype) -> tuple[tuple[int, int], torch.dtype]:
+    """Shape and dtype of a gather's answer as it is sent."""
+    storage = table.storage
+    if dtype != torch.float8_e4m3fn:
+        return (bags.num_bags, storage.width), dtype
+    return (bags.num_bags, 0 if storage.packed_sums is None else storage.packed_sums.row_bytes), torch.uint8
 
 
 def _held_bytes(table: HostedTable, request: UpdateRequest, remembered: Bags | None) -> int:

@@ -31,7 +31,7 @@ from mempool.types.bags import Bags
 
 _FLOATS = (torch.float32, torch.bfloat16)
 _IDS = (torch.int64, torch.uint32)
-_REPLIES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_REPLIES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
 READ_ONLY = (SCALES, LAST_STEP)
 
 
@@ -154,8 +154,9 @@ def check_gather(table: Storage, request: GatherRequest, *, reply_bytes: int | N
     check_released(request.release)
     dtype = _REPLIES.get(request.reply_dtype)
     if dtype is None:
-        raise InvalidRequest(f"reply_dtype = {shown(request.reply_dtype)} must be 'float32' or 'bfloat16'")
-    bag_bytes = dtype.itemsize * table.width
+        raise InvalidRequest(f"reply_dtype = {shown(request.reply_dtype)} must be one of {', '.join(_REPLIES)}")
+    # Of packed rows too: what they are made of is here as float32.
+    bag_bytes = (4 if dtype == torch.float8_e4m3fn else dtype.itemsize) * table.width
     check_reply(bag_bytes * max(0, request.offsets.numel() - 1), reply_bytes, lambda: _bags_of(request))
     own = request.remember and not request.private
     private = request.private
@@ -188,13 +189,16 @@ def check_update(
         )
     else:
         bags = remembered
-    shape = (bags.num_bags, table.width)
-    if tuple(request.grads.shape) != shape or request.grads.dtype not in _FLOATS:
-        raise InvalidRequest(
-            f"grads must be {list(shape)} float32 or bfloat16 ({shape[0]} bags, {shape[1]} columns of blocks "
-            f"{table.blocks}), not {_shown(request.grads)}. Nothing was changed."
-        )
-    return bags, admit(request.grads, device=table.device, dtype=torch.float32, own=own)
+    shape, packed = tuple(request.grads.shape), table.packed_sums
+    if request.grads.dtype in _FLOATS and shape == (bags.num_bags, table.width):
+        return bags, admit(request.grads, device=table.device, dtype=torch.float32, own=own)
+    if request.grads.dtype == torch.uint8 and packed is not None and shape == (bags.num_bags, packed.row_bytes):
+        return bags, kernels.unpack_rows(packed, admit(request.grads, device=table.device, dtype=torch.uint8))
+    or_packed = "" if packed is None else f", or {[bags.num_bags, packed.row_bytes]} uint8"
+    raise InvalidRequest(
+        f"grads must be {[bags.num_bags, table.width]} float32 or bfloat16 ({bags.num_bags} bags, {table.width} "
+        f"columns of blocks {table.blocks}){or_packed}, not {_shown(request.grads)}. Nothing was changed."
+    )
 
 
 def check_score(table: Storage, request: ScoreRequest, *, reply_bytes: int | None) -> Tensor:

@@ -56,13 +56,22 @@ def traffic_of(held: Holding, split: Split, *, bags: int, pairs: int, wire_dtype
     """
     id_bytes = 4 if split.schema.num_slots <= _NARROW_SLOTS else 8
     sent = math.ceil(held.share * pairs)
-    values = bags * held.width * ELEMENT_BYTES[wire_dtype]
+    values = bags * _sums_bytes(held.width, split.schema.block_dim, wire_dtype)
+    # What is to be added to another shard's comes as float32.
+    sums = values if held.share == 1 else bags * held.width * ELEMENT_BYTES["float32"]
     return Traffic(
         request=sent * (id_bytes + _WEIGHT_BYTES) + _OFFSET_BYTES * (bags + 1),
-        reply=values,
+        reply=sums,
         grads=values,
         weight_grads=4 * sent,
     )
+
+
+def _sums_bytes(width: int, block_dim: int, wire_dtype: ReplyDtype) -> int:
+    """Of one bag. A byte for each number goes with a float32 scale for each block, and fills up 16 bytes."""
+    if wire_dtype != "float8_e4m3fn":
+        return width * ELEMENT_BYTES[wire_dtype]
+    return -(-(-(-width // 4) * 4 + 4 * -(-width // block_dim)) // 16) * 16
 
 
 def traffic(split: Split, *, bags: int, pairs: int, wire_dtype: ReplyDtype) -> Traffic:

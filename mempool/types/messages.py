@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-ReplyDtype = Literal["float32", "bfloat16"]
+ReplyDtype = Literal["float32", "bfloat16", "float8_e4m3fn"]
+"""What sums are answered in. float8_e4m3fn: in packed rows [B, P] uint8, a byte each, with a float32 scale per bag and
+column block, as ``kernels.PackedLayout`` has them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +99,8 @@ class GatherRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatherReply:
-    """``values`` [B, W] (float32, or bfloat16 when asked), the columns of ``blocks`` side by side, ascending."""
+    """``values`` [B, W] (float32; bfloat16 or packed rows when asked), the columns of ``blocks`` side by side,
+    ascending."""
 
     stamp: Stamp
     blocks: tuple[int, ...]
@@ -113,7 +116,7 @@ class UpdateRequest:
         lookup_id: The lookup it is the gradient of.
         lookups: Of so many lookups, numbered on from ``lookup_id``, the bags one after the other; 0 is 1.
         blocks: Blocks whose columns ``grads`` has: all that this shard owns any page of, ascending.
-        grads: [B, W] float32 or bfloat16, d loss / d pooled values.
+        grads: [B, W] float32 or bfloat16, or packed rows [B, P] uint8; d loss / d pooled values.
         hold: Keep it as pending for the step's Commit. False for a frozen table: only d_weights are computed.
         want_weight_grad: Answer d_weights.
         ids, weights, offsets: As in the lookup; ids and offsets None where the shard should remember them itself,

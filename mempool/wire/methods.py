@@ -4,7 +4,7 @@ Requests and replies are the values of ``mempool.types``; where a call of ``Page
 plain value (a name, a table id, a view, nothing), so does its codec.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from mempool.errors import Internal, InvalidRequest
@@ -60,15 +60,14 @@ class Method(Generic[RequestT, ReplyT]):
     reply: Codec[ReplyT]
     streams: bool = False
 
-    @property
-    def path(self) -> str:
-        """What gRPC calls it: "/mempool.wire.v1.MemoryService/Gather"."""
-        return f"/{self.service}/{self.name}"
+    path: str = field(init=False)
+    """What gRPC calls it: "/mempool.wire.v1.MemoryService/Gather"."""
+    controls: bool = field(init=False)
+    """Whether it is the controller's, and its shards' among each other: it needs the controller's key."""
 
-    @property
-    def controls(self) -> bool:
-        """Whether it is the controller's, and its shards' among each other: it needs the controller's key."""
-        return self.service == SHARD_SERVICE and self.name != "Status"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", f"/{self.service}/{self.name}")
+        object.__setattr__(self, "controls", self.service == SHARD_SERVICE and self.name != "Status")
 
     def decode_reply(self, frame: bytes | memoryview) -> ReplyT:
         """The value of a reply. Raises Internal for a malformed one: the caller of a method did nothing wrong."""

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mempool.kernels import PackedLayout, unpack_rows
 from mempool.types import (
     AttachTable,
     CommitPart,
@@ -268,8 +269,15 @@ class Driver:
             )
             reply = self.call(self.host(shard).gather(replace(request, **changes)))
             assert reply.blocks == self.blocks(shard)
-            values[:, self.columns(reply.blocks)] += reply.values.float()
+            packed = reply.values.dtype == torch.uint8
+            sums = unpack_rows(self.packed(shard), reply.values) if packed else reply.values.float()
+            values[:, self.columns(reply.blocks)] += sums
         return values
+
+    def packed(self, shard: int) -> PackedLayout:
+        """How a shard's sums lie in packed rows."""
+        schema = self.schema
+        return PackedLayout("float8_e4m3fn", width=schema.width(self.blocks(shard)), block_dim=schema.block_dim)
 
     def update_request(
         self, shard: int, step: int, sequence: int, grads: Tensor, *, bags: Bags | None = None, **changes: Any

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from mempool.kernels import PackedLayout, pack_rows, unpack_rows
+
 from .bags import Bags, make_bags, reference_sums, relative_error
 from .driver import Driver, make_schema
 from .layouts import EXACT_LAYOUTS, LAYOUTS
@@ -62,6 +64,15 @@ def test_short_replies_are_rounded_once(driver: Driver) -> None:
     bags = make_bags(6)
     whole = driver.gather(bags)
     assert torch.equal(driver.gather(bags, reply_dtype="bfloat16"), whole.to(torch.bfloat16).float())
+
+
+@pytest.mark.parametrize("layout", EXACT_LAYOUTS)
+def test_packed_replies_are_rounded_by_block_wherever_it_is(driver: Driver, layout: str) -> None:
+    bags = make_bags(6, lengths=(40, 1, 0, 77))
+    driver.create(make_schema(), layout)
+    rows = PackedLayout("float8_e4m3fn", width=10, block_dim=4)
+    expected = unpack_rows(rows, pack_rows(rows, driver.gather(bags)))
+    assert torch.equal(driver.gather(bags, reply_dtype="float8_e4m3fn"), expected)
 
 
 def test_a_weight_that_is_not_finite_goes_through(driver: Driver) -> None:

@@ -90,6 +90,8 @@ BAD_UPDATES = {
     "grads too narrow": ({"grads": GRADS[:, :9]}, r"grads must be \[4, 10\]"),
     "grads of fewer bags": ({"grads": GRADS[:3]}, r"grads must be \[4, 10\]"),
     "grads as doubles": ({"grads": GRADS.double()}, r"grads (must|has)"),
+    "packed rows too short": ({"grads": torch.zeros(4, 16, dtype=torch.uint8)}, r"or \[4, 32\] uint8.*, not \[4, 16\]"),
+    "packed rows of fewer bags": ({"grads": torch.zeros(3, 32, dtype=torch.uint8)}, r"or \[4, 32\] uint8"),
     "other blocks": ({"blocks": (0, 1)}, r"blocks \(0, 1\) are not those"),
     "blocks in another order": ({"blocks": (1, 0, 2)}, "are not those"),
     "ids alone": ({"offsets": None}, "both ids and offsets"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mempool.kernels import pack_rows, unpack_rows
 from mempool.types import OptimizerSpec
 from mempool.types.norms import joined_norm
 
@@ -191,6 +192,30 @@ def test_short_gradients(driver: Driver) -> None:
     driver.create(make_schema(), "columns")
     driver.train(1, {0: (bags, grads.float())})
     assert torch.equal(driver.read(), short)
+
+
+def test_packed_gradients_are_what_they_stand_for(driver: Driver) -> None:
+    bags, grads = make_bags(1), torch.randn(4, 10)
+    driver.create(make_schema(), "columns")
+    driver.gather(bags)
+    weight_grad = torch.zeros(())
+    meant = torch.zeros(4, 10)
+    for shard in driver.owners:
+        request = driver.update_request(shard, 1, 0, grads)
+        packed = pack_rows(driver.packed(shard), request.grads)
+        meant[:, driver.columns(request.blocks)] = unpack_rows(driver.packed(shard), packed)
+        reply = driver.call(driver.host(shard).update(replace(request, grads=packed)))
+        weight_grad = weight_grad + reply.weight_grad
+    driver.prepare(1, [0])
+    driver.commit(1, [0])
+    found = driver.read()
+    driver.drop()
+    driver.create(make_schema(), "columns")
+    driver.gather(bags)
+    assert torch.equal(driver.update(1, 0, meant), weight_grad)
+    driver.prepare(1, [0])
+    driver.commit(1, [0])
+    assert torch.equal(driver.read(), found)
 
 
 def test_a_step_without_updates_counts(driver: Driver) -> None:

@@ -49,7 +49,7 @@ def _begin(
     part: Part,
     shard: AtOnceShard,
 ) -> Wait[UpdateReply] | None:
-    bags, part_grads = of_part(part, grads)
+    bags, part_grads = of_part(plan, part, grads)
     known = bags is part.bags and remembers(plan, part.route, record)
     request = update_request(
         part.route,

@@ -19,7 +19,7 @@ from mempool.client.routing.plan import (
     merge_candidates,
     merge_values,
     merge_weight_grads,
-    pick_columns,
+    pick_grads,
     split,
 )
 from mempool.client.routing.row_calls import read_rows, write_rows
@@ -169,7 +169,8 @@ class Attempt:
         want_weight_grad: bool,
         only: Collection[int] | None = None,
     ) -> Tensor | None:
-        """Push the gradient of a lookup: [B, V] float32 or bfloat16 in, d_weights [L] float32 out if wanted.
+        """Push the gradient of a lookup: [B, V] float32 or bfloat16, or packed rows, in; d_weights [L] float32 out if
+        wanted.
 
         only: The shards to send to; None means all.
         """
@@ -180,7 +181,7 @@ class Attempt:
 
         async def ask(part: Part, host: ShardHost, envelope: Envelope) -> UpdateReply:
             route = part.route
-            bags, part_grads = of_part(part, grads)
+            bags, part_grads = of_part(self.plan, part, grads)
             empty = bags is not part.bags
             known = remembers(self.plan, route, record)
 
@@ -370,12 +371,12 @@ def _one(matrices: Sequence[Tensor]) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
 
 
-def of_part(part: Part, grads: Tensor) -> tuple[Bags, Tensor]:
+def of_part(plan: TablePlan, part: Part, grads: Tensor) -> tuple[Bags, Tensor]:
     """What a shard is told of an update's bags and gradient; of no bags at all where none of its row pages are named:
     it is asked for the update later."""
     if part.kept is not None and part.bags.num_pairs == 0:
-        return _no_bags(part.bags), pick_columns(part.route, grads[:0])
-    return part.bags, pick_columns(part.route, grads)
+        return _no_bags(part.bags), pick_grads(plan, part.route, grads[:0])
+    return part.bags, pick_grads(plan, part.route, grads)
 
 
 def remembers(plan: TablePlan, route: ShardRoute, record: LookupRecord) -> bool:

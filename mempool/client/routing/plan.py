@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mempool import kernels
 from mempool.agreement.step_events import Owners
 from mempool.client.sorting import Sorting, sort_pairs, sortings_of
 from mempool.errors import Internal
+from mempool.kernels import PackedLayout
 from mempool.placement import Route, assignment_of, routes
 from mempool.types import ShardInfo, TableSchema, TableView
 from mempool.types.bags import Bags
@@ -169,6 +171,19 @@ def split(plan: TablePlan, bags: Bags) -> tuple[Part, ...]:
     return tuple(parts)
 
 
+def packed_sums(schema: TableSchema, width: int | None = None) -> PackedLayout:
+    """How sums of so many columns, or all of a table's, lie in packed rows, whatever its values are stored as."""
+    width = schema.value_dim if width is None else width
+    return PackedLayout("float8_e4m3fn", width=width, block_dim=schema.block_dim)
+
+
+def pick_grads(plan: TablePlan, route: ShardRoute, grads: Tensor) -> Tensor:
+    """The columns of a route, [B, W] or packed rows, of a gradient [B, V] or packed rows."""
+    if grads.dtype != torch.uint8:
+        return pick_columns(route, grads)
+    return kernels.pick_blocks(packed_sums(plan.schema), grads, packed_sums(plan.schema, route.width), route.blocks)
+
+
 def pick_columns(route: ShardRoute, matrix: Tensor) -> Tensor:
     """The columns of a route, [.., W] contiguous, of a matrix [.., V] in the table's order."""
     if route.width == matrix.shape[-1]:
@@ -178,10 +193,11 @@ def pick_columns(route: ShardRoute, matrix: Tensor) -> Tensor:
 
 
 def merge_values(plan: TablePlan, replies: Sequence[tuple[ShardRoute, Tensor]], *, num_bags: int) -> Tensor:
-    """Pooled values [B, V] float32 from shards' replies [B, W], which come in the order of the routes.
+    """Pooled values [B, V] float32 from shards' replies [B, W] or packed rows, which come in the order of the routes.
 
     Sole columns are copied, others added up in ascending shard order. A shard left out adds nothing.
     """
+    replies = [(route, _unpacked(plan, route, reply)) for route, reply in replies]
     if len(replies) == 1 and replies[0][0].whole:
         return replies[0][1].to(torch.float32)
     partial = any(route.partial for route in plan.routes)
@@ -194,6 +210,18 @@ def merge_values(plan: TablePlan, replies: Sequence[tuple[ShardRoute, Tensor]], 
             else:
                 values[:, span.table] += reply[:, span.reply]
     return values
+
+
+def _unpacked(plan: TablePlan, route: ShardRoute, reply: Tensor) -> Tensor:
+    if reply.dtype != torch.uint8:
+        return reply
+    layout = packed_sums(plan.schema, route.width)
+    if reply.shape[1] != layout.row_bytes:
+        raise Internal(
+            f"shard {route.shard} answered rows of {reply.shape[1]} bytes; {route.width} columns take "
+            f"{layout.row_bytes}"
+        )
+    return kernels.unpack_rows(layout, reply)
 
 
 def merge_weight_grads(grads: Sequence[tuple[Part, Tensor]], *, num_pairs: int) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mempool import kernels
 from mempool.client.bags import own_copy
 from mempool.client.gathers.lease import Remembering
 from mempool.client.gathers.links import LINKS
@@ -19,6 +20,7 @@ from mempool.client.gathers.prefetched import Prefetched
 from mempool.client.gathers.window import Window
 from mempool.client.opening.waiting import Begin, Run
 from mempool.client.routing.attempt import LookupRecord
+from mempool.client.routing.plan import packed_sums
 from mempool.client.routing.router import Router
 from mempool.client.training.begun import BegunGather, Told
 from mempool.client.training.cautions import Cautions
@@ -27,9 +29,13 @@ from mempool.errors import InvalidRequest
 from mempool.types import TableSchema
 from mempool.types.bags import Bags
 
-WireDtype = Literal["float32", "bfloat16"]
+WireDtype = Literal["float32", "bfloat16", "float8_e4m3fn"]
 
-_WIRE_DTYPES: dict[WireDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_WIRE_DTYPES: dict[WireDtype, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.bfloat16,  # of weights: they have no blocks that could share a scale
+}
 
 
 class TableLink:
@@ -81,7 +87,7 @@ class TableLink:
     @wire_dtype.setter
     def wire_dtype(self, wire_dtype: WireDtype) -> None:
         if wire_dtype not in _WIRE_DTYPES:
-            raise InvalidRequest(f"wire_dtype = {wire_dtype!r}: must be 'float32' or 'bfloat16'.")
+            raise InvalidRequest(f"wire_dtype = {wire_dtype!r}: must be 'float32', 'bfloat16' or 'float8_e4m3fn'.")
         self._wire_dtype = wire_dtype
 
     def wire_weights(self, weights: Tensor | None) -> Tensor | None:
@@ -166,6 +172,8 @@ class TableLink:
         if hold:
             self._cautions.before_update()
             self._begin_gradient()
+        if self._wire_dtype == "float8_e4m3fn":
+            return kernels.pack_rows(packed_sums(self._schema), grads.detach().to(torch.float32)).cpu()
         return own_copy(grads, _WIRE_DTYPES[self._wire_dtype])
 
     def _after_update(self, *, hold: bool) -> None:

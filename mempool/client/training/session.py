@@ -184,7 +184,7 @@ class Session:
         commit.
 
         Args:
-            grads: [B, V] float32 or bfloat16, not to be changed by the caller any more.
+            grads: [B, V] float32 or bfloat16, or packed rows, not to be changed by the caller any more.
             hold: It is part of the next commit. False: only d_weights are computed.
 
         Returns:

@@ -117,6 +117,14 @@ def packed_layout(schema: TableSchema, blocks: Blocks) -> kernels.PackedLayout |
     return None
 
 
+def packed_sums(schema: TableSchema, blocks: Blocks) -> kernels.PackedLayout | None:
+    """How sums over these blocks, and their gradients, lie in packed rows, whatever the values are stored as; None of
+    no blocks."""
+    if not blocks:
+        return None
+    return kernels.PackedLayout("float8_e4m3fn", width=schema.width(blocks), block_dim=schema.block_dim)
+
+
 def row_bytes(schema: TableSchema, blocks: Blocks) -> int:
     """Bytes of one slot's row of these blocks in all arrays, padding included; 0 of no blocks: of keys alone."""
     if not blocks:

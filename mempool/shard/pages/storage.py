@@ -28,6 +28,7 @@ from mempool.shard.pages.named_arrays import (
     head_keys_shape,
     key_dim,
     named_arrays,
+    packed_sums,
     row_bytes,
 )
 from mempool.shard.steps.optimizers import dense_schedule, id_dtype, step_names
@@ -95,6 +96,7 @@ class Storage:
         self.arenas: dict[Blocks, Arena] = {}
         self.blocks: Blocks = ()
         self.width = 0
+        self.packed_sums: kernels.PackedLayout | None = None
         self.heads: tuple[int, ...] = ()
         self.head_keys = torch.empty((0, *head_keys_shape(schema)), dtype=torch.float32, device=device)
         self.step_names = step_names(schema)
@@ -120,6 +122,7 @@ class Storage:
         self.key_lost &= self.key_owned
         self.blocks = tuple(np.flatnonzero(self.owned.any(axis=0)).tolist())
         self.width = self.schema.width(self.blocks)
+        self.packed_sums = packed_sums(self.schema, self.blocks)
         self._lanes = tuple(
             Lane(arena=arena, columns=None if blocks == self.blocks else self._places(self.arrays[VALUES], blocks))
             for blocks, arena in sorted(self.arenas.items())

@@ -7,14 +7,14 @@ above), made and parsed here. Leaves to ``codec`` and ``messages`` what the fiel
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError, Message
 
 from mempool.errors import InvalidRequest
-from mempool.wire.bodies.tensors import Body, Part, TensorLike, body_of, checked_dtype
+from mempool.wire.bodies.tensors import Body, Dtype, Part, TensorLike, body_of, checked_dtype
 from mempool.wire.v1 import tensor_pb2
 
 FIRST_TENSOR_FIELD = 32
@@ -51,16 +51,23 @@ def frame_parts(header: Message, tensors: Mapping[str, TensorLike | Sequence[Ten
     """As ``encode_frame``, in parts: tensors that are contiguous, on the CPU, are not copied."""
     message = header.DESCRIPTOR.name
     numbers = slot_numbers(header.DESCRIPTOR)
-    parts: list[bytes | memoryview] = [header.SerializeToString(deterministic=True)]
-    at = len(parts[0])
+    bodies: list[tuple[int, Body]] = []
     for number, name in sorted((numbers[name], name) for name in tensors):
         values = tensors[name]
-        for value in values if isinstance(values, Sequence) else (values,):
-            body = body_of(value, f"{message}.{name}")
-            prefix = _tensor_prefix(number, body, at)
-            parts.append(prefix)
-            parts.append(body.view)
-            at += len(prefix) + len(body.view)
+        several = values if isinstance(values, Sequence) else (values,)
+        bodies += [(number, body_of(value, f"{message}.{name}")) for value in several]
+    return parts_of(header, bodies)
+
+
+def parts_of(header: Message, bodies: Sequence[tuple[int, Body]]) -> list[bytes | memoryview]:
+    """As ``frame_parts``, of tensors by their fields' numbers, in the order of these."""
+    scalars = header.SerializeToString(deterministic=True)
+    parts: list[bytes | memoryview] = [scalars]
+    at = len(scalars)
+    for number, (dtype, shape, view) in bodies:
+        prefix = _tensor_prefix(number, dtype, shape, len(view), at % dtype.itemsize)
+        parts += (prefix, view)
+        at += len(prefix) + len(view)
     return parts
 
 
@@ -122,16 +129,18 @@ def slot_numbers(message: Descriptor) -> dict[str, int]:
     return {slot.name: number for number, slot in tensor_slots(message).items()}
 
 
-def _tensor_prefix(number: int, body: Body, at: int) -> bytes:
-    """Everything of a tensor field before its body, padded so that the body is aligned in a frame where it begins at
-    ``at``."""
-    size, itemsize = len(body.view), body.dtype.itemsize
-    shape = b"".join(map(_varint, body.shape))
-    head = b"\x08" + _varint(body.dtype.number) + (b"\x12" + _varint(len(shape)) + shape if shape else b"")
+@lru_cache(maxsize=1024)
+def _tensor_prefix(number: int, dtype: Dtype, shape: tuple[int, ...], size: int, off_at: int) -> bytes:
+    """Everything of a tensor field before its body of ``size`` bytes, padded so that the body is aligned in a frame
+    where it begins at ``off_at`` beyond a multiple of its elements' size. Kept: calls have the same shapes again and
+    again."""
+    itemsize = dtype.itemsize
+    sizes = b"".join(map(_varint, shape))
+    head = b"\x08" + _varint(dtype.number) + (b"\x12" + _varint(len(sizes)) + sizes if sizes else b"")
     tail = b"\x22" + _varint(size)
     tag = _varint(number << 3 | _LENGTH)
     prefix = tag + _varint(len(head) + len(tail) + size) + head + tail
-    off = (at + len(prefix)) % itemsize
+    off = (off_at + len(prefix)) % itemsize
     if not off or not size:
         return prefix
     # Padding takes two bytes and its own, and may make the length of the length one longer.
@@ -139,7 +148,7 @@ def _tensor_prefix(number: int, body: Body, at: int) -> bytes:
     for padding in range(max(1, least), 2 * itemsize + 1):
         pad = b"\x1a" + bytes((padding,)) + bytes(padding)
         prefix = tag + _varint(len(head) + len(pad) + len(tail) + size) + head + pad + tail
-        if (at + len(prefix)) % itemsize == 0:
+        if (off_at + len(prefix)) % itemsize == 0:
             break
     return prefix
 

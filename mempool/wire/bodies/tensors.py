@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -60,8 +59,7 @@ class Part(NamedTuple):
     at: int
 
 
-@dataclass(frozen=True, slots=True)
-class Body:
+class Body(NamedTuple):
     """A tensor about to be sent: its dtype, shape, and elements as a view of the tensor's own memory."""
 
     dtype: Dtype
@@ -95,7 +93,9 @@ def body_of(value: TensorLike, field: str) -> Body:
     if 0 in shape:
         return Body(dtype, shape, memoryview(b""))
     array = value if isinstance(value, np.ndarray) else _array_of(value, dtype)
-    return Body(dtype, shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
+    return Body(dtype, shape, array.reshape(-1).view(np.uint8).data)
 
 
 def _array_of(tensor: Tensor, dtype: Dtype) -> AnyArray:

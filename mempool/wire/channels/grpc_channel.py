@@ -1,5 +1,7 @@
 """A ``Channel`` over gRPC: grpc.aio, raw frames, the pool's secrets as metadata, and gRPC's errors as ours."""
 
+from __future__ import annotations
+
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -35,7 +37,7 @@ class GrpcChannels:
     tls: ClientTls | None = None
     max_message_bytes: int = MAX_MESSAGE_BYTES
 
-    def __call__(self, address: str, *, shard: int | None = None) -> "GrpcChannel":
+    def __call__(self, address: str, *, shard: int | None = None) -> GrpcChannel:
         return GrpcChannel(
             address,
             shard=shard,

@@ -7,16 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError, Message
 
 from mempool.errors import InvalidRequest, MempoolError
-from mempool.wire.bodies.frames import decode_frame, frame_parts
-from mempool.wire.bodies.tensors import FrameMemory, Part, array_of, checked_dtype, owned_tensor, wire_dtype
+from mempool.wire.bodies.frames import decode_frame, parts_of, slot_numbers
+from mempool.wire.bodies.tensors import (
+    Body,
+    Dtype,
+    FrameMemory,
+    Part,
+    array_of,
+    body_of,
+    checked_dtype,
+    owned_tensor,
+    wire_dtype,
+)
 from mempool.wire.codecs.mirror import Choice, Converter, Mirror
 from mempool.wire.v1 import tensor_pb2
 
@@ -27,7 +38,8 @@ T = TypeVar("T")
 MessageT = TypeVar("MessageT", bound=Message)
 AnyTensor: TypeAlias = "Tensor | npt.NDArray[np.generic]"
 
-SMALL_FRAME_BYTES = 64 * 2**10
+SMALL_FRAME_BYTES = 80 * 2**10
+"""Read whole by protobuf, which copies their tensors: that takes less time than finding them here."""
 MAX_SMALL_BYTES = 64 * 2**10
 """Of a request that has no list of any length in it."""
 
@@ -92,6 +104,30 @@ class TensorField:
             raise InvalidRequest(f"{where} has shape {list(shape)}; expected {expected} dimensions")
 
 
+class _Field(NamedTuple):
+    """A tensor field of a message: its number and name, what errors call it, what its tensor must be, and what finds
+    that of a received header."""
+
+    number: int
+    name: str
+    where: str
+    spec: TensorField
+    checked: Callable[[int, tuple[int, ...], int], Dtype]
+
+
+def _checking(spec: TensorField, where: str) -> Callable[[int, tuple[int, ...], int], Dtype]:
+    """Checks number of the dtype, shape and length of the body of a received tensor. What was found right is known
+    from then on: calls have the same shapes again and again."""
+
+    @lru_cache(maxsize=256)
+    def checked(number: int, shape: tuple[int, ...], num_bytes: int) -> Dtype:
+        dtype = checked_dtype(number, shape, num_bytes, where)
+        spec.check(dtype.name, shape, where)
+        return dtype
+
+    return checked
+
+
 SLOT_IDS = TensorField(dtypes=("int64", "uint32"), ids=True)
 INT64 = TensorField(dtypes=("int64",))
 NUMBERS = TensorField(dtypes=("int64",), array=True)
@@ -109,29 +145,40 @@ class FrameCodec(Generic[T, MessageT]):
 
     mirror: Mirror[T, MessageT]
     tensors: Mapping[str, TensorField] = field(default_factory=dict)
+    name: str = field(init=False)
+    _fields: tuple[_Field, ...] = field(init=False)
 
-    @property
-    def name(self) -> str:
-        return self.mirror.message.DESCRIPTOR.name
+    def __post_init__(self) -> None:
+        descriptor = self.mirror.message.DESCRIPTOR
+        numbers = slot_numbers(descriptor)
+        fields = (
+            _Field(numbers[name], name, f"{descriptor.name}.{name}", spec, _checking(spec, f"{descriptor.name}.{name}"))
+            for name, spec in self.tensors.items()
+        )
+        object.__setattr__(self, "name", descriptor.name)
+        object.__setattr__(self, "_fields", tuple(sorted(fields, key=lambda one: one.number)))
 
     def encode(self, value: T, *, narrow_ids: bool = False) -> bytes:
         return b"".join(self.parts(value, narrow_ids=narrow_ids))
 
     def parts(self, value: T, *, narrow_ids: bool = False) -> list[bytes | memoryview]:
         header = packed(self.mirror.to_message, value, self.name)
-        tensors: dict[str, AnyTensor] = {}
-        for name, spec in self.tensors.items():
+        bodies: list[tuple[int, Body]] = []
+        for number, name, where, spec, _ in self._fields:
             tensor: AnyTensor | None = getattr(value, name)
             if tensor is None:
                 continue
-            where = f"{self.name}.{name}"
             spec.check(wire_dtype(tensor, where).name, tensor.shape, where)
-            tensors[name] = narrowed(tensor) if narrow_ids and spec.ids else tensor
-        return frame_parts(header, tensors)
+            bodies.append((number, body_of(narrowed(tensor) if narrow_ids and spec.ids else tensor, where)))
+        return parts_of(header, bodies)
 
     def tensor_bytes(self, value: T) -> int:
-        tensors = (getattr(value, name) for name in self.tensors)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        num_bytes = 0
+        for name in self.tensors:
+            tensor = getattr(value, name)
+            if tensor is not None:
+                num_bytes += tensor.nbytes
+        return num_bytes
 
     def decode(self, frame: bytes | memoryview) -> T:
         if len(frame) <= SMALL_FRAME_BYTES and (small := self._small(bytes(frame))) is not None:
@@ -140,12 +187,12 @@ class FrameCodec(Generic[T, MessageT]):
         found = decode_frame(frame, header)
         memory = FrameMemory(frame) if found else None
         tensors: dict[str, Any] = {}
-        for name, spec in self.tensors.items():
+        for _, name, where, spec, _ in self._fields:
             tensors[name] = None
             if name in found and memory is not None:
-                tensors[name] = tensor_of(found[name][0], spec, memory, f"{self.name}.{name}")
+                tensors[name] = tensor_of(found[name][0], spec, memory, where)
             elif not spec.optional:
-                raise InvalidRequest(f"{self.name}.{name} is missing")
+                raise InvalidRequest(f"{where} is missing")
         return self.mirror.from_message(header, **tensors)
 
     def _small(self, frame: bytes) -> T | None:
@@ -156,16 +203,15 @@ class FrameCodec(Generic[T, MessageT]):
         except DecodeError:
             return None
         tensors: dict[str, Any] = {}
-        for name, spec in self.tensors.items():
+        for _, name, _, spec, checked in self._fields:
             if not message.HasField(name):
                 if not spec.optional:
                     return None
                 tensors[name] = None
                 continue
-            tensor, where = getattr(message, name), f"{self.name}.{name}"
+            tensor = getattr(message, name)
             body, shape = bytearray(tensor.inline), tuple(tensor.shape)
-            dtype = checked_dtype(tensor.dtype, shape, len(body), where)
-            spec.check(dtype.name, shape, where)
+            dtype = checked(tensor.dtype, shape, len(body))
             tensors[name] = array_of(body, dtype, shape) if spec.array else owned_tensor(body, dtype, shape)
         return self.mirror.from_message(message, **tensors)
 
@@ -257,7 +303,8 @@ def packed(pack: Callable[[T], MessageT], value: T, name: str) -> MessageT:
         raise InvalidRequest(f"{name} cannot be sent: {error}") from None
 
 
-REPLY_DTYPE: Choice[str] = Choice(
-    {"float32": tensor_pb2.DTYPE_FLOAT32, "bfloat16": tensor_pb2.DTYPE_BFLOAT16}, absent="float32"
-)
+_WHOLE = {"float32": tensor_pb2.DTYPE_FLOAT32, "bfloat16": tensor_pb2.DTYPE_BFLOAT16}
+REPLY_DTYPE: Choice[str] = Choice(_WHOLE, absent="float32")
 """What a reply's values are to be sent as; float32 where the request does not say."""
+SUMS_DTYPE: Choice[str] = Choice(_WHOLE | {"float8_e4m3fn": tensor_pb2.DTYPE_FLOAT8_E4M3FN}, absent="float32")
+"""The same of a shard's sums, which may be packed rows."""

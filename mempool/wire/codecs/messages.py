@@ -4,7 +4,7 @@ Shapes and dtypes of tensors are checked here; what they must be in view of a ta
 """
 
 from mempool.types import messages as types
-from mempool.wire.codecs.codec import INT64, PER_HEAD, REPLY_DTYPE, SLOT_IDS, FrameCodec, TensorField
+from mempool.wire.codecs.codec import INT64, PER_HEAD, SLOT_IDS, SUMS_DTYPE, FrameCodec, TensorField
 from mempool.wire.codecs.mirror import Converter, Mirror, Several
 from mempool.wire.v1 import data_pb2 as pb
 
@@ -15,7 +15,7 @@ WRITE_ID = Mirror(pb.WriteId, types.WriteId)
 
 _FLOATS = ("float32", "bfloat16")
 _WEIGHTS = TensorField(dtypes=_FLOATS, optional=True)
-_BAGS = TensorField(dtypes=_FLOATS, dims=(2,))
+_BAGS = TensorField(dtypes=(*_FLOATS, "uint8"), dims=(2,))  # uint8: packed rows
 _ROWS = TensorField(dtypes=(), dims=(2,))
 
 _REQUEST: dict[str, Converter] = {"envelope": ENVELOPE}
@@ -24,7 +24,7 @@ _WRITE: dict[str, Converter] = {"envelope": ENVELOPE, "write_id": WRITE_ID}
 _REPLY: dict[str, Converter] = {"stamp": STAMP}
 
 GATHER_REQUEST = FrameCodec(
-    Mirror(pb.GatherRequest, types.GatherRequest, {**_REQUEST, "reply_dtype": REPLY_DTYPE}),
+    Mirror(pb.GatherRequest, types.GatherRequest, {**_REQUEST, "reply_dtype": SUMS_DTYPE}),
     {"ids": SLOT_IDS, "weights": _WEIGHTS, "offsets": INT64},
 )
 GATHER_REPLY = FrameCodec(Mirror(pb.GatherReply, types.GatherReply, _REPLY), {"values": _BAGS})

@@ -16,6 +16,7 @@ import numpy as np
 
 from mempool.errors import InvalidRequest
 from mempool.types import Envelope, GatherReply, GatherRequest, Stamp, StepId, UpdateReply, UpdateRequest
+from mempool.types.messages import ReplyDtype
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +26,7 @@ Body: TypeAlias = bytes | memoryview
 Parts: TypeAlias = list[bytes | memoryview]
 
 _NAMES = ("bfloat16", "int64", "uint32", "float32", "float16", "float64", "int32", "uint8")
+_SUMS: tuple[ReplyDtype, ...] = ("float32", "bfloat16", "float8_e4m3fn")
 _ABSENT = 255
 _ALIGNMENT = 8
 _COUNTS = struct.Struct("<II")
@@ -134,7 +136,7 @@ def _numbers() -> dict[torch.dtype, int]:
 
 _ENVELOPE = "4q"
 _STAMP = "4q"
-_GATHER = struct.Struct("<" + _ENVELOPE + "q??")
+_GATHER = struct.Struct("<" + _ENVELOPE + "q?B")
 _GATHERED = struct.Struct("<" + _STAMP)
 _UPDATE = struct.Struct("<" + _ENVELOPE + "3q3q??")
 _UPDATED = struct.Struct("<" + _STAMP)
@@ -182,7 +184,9 @@ class GatherRequests(_Plain):
 
     def _written(self, value: GatherRequest, narrow_ids: bool) -> _Writer:
         return _Writer(
-            _GATHER.pack(*_envelope(value.envelope), value.lookup_id, value.remember, value.reply_dtype == "bfloat16"),
+            _GATHER.pack(
+                *_envelope(value.envelope), value.lookup_id, value.remember, _number_of(value.reply_dtype, self.name)
+            ),
             value.release,
             "",
             (_narrowed(value.ids, narrow_ids), value.weights, value.offsets),
@@ -191,7 +195,9 @@ class GatherRequests(_Plain):
     def decode(self, body: Body) -> GatherRequest:
         read = _Reader(body, _GATHER, 3, self.name)
         ids, weights, offsets = read.tensors
-        *envelope, lookup_id, remember, short = read.fixed
+        *envelope, lookup_id, remember, sums = read.fixed
+        if sums >= len(_SUMS):
+            raise InvalidRequest(f"{self.name} is malformed: it asks for sums of dtype {sums}")
         return GatherRequest(
             envelope=_envelope_of(envelope),
             lookup_id=lookup_id,
@@ -200,7 +206,7 @@ class GatherRequests(_Plain):
             offsets=_there(offsets, self.name),
             remember=remember,
             release=read.numbers,
-            reply_dtype="bfloat16" if short else "float32",
+            reply_dtype=_SUMS[sums],
         )
 
 
@@ -266,6 +272,12 @@ class UpdateReplies(_Plain):
     def decode(self, body: Body) -> UpdateReply:
         read = _Reader(body, _UPDATED, 1, self.name)
         return UpdateReply(stamp=_stamp_of(read.fixed), weight_grad=read.tensors[0])
+
+
+def _number_of(reply_dtype: ReplyDtype, name: str) -> int:
+    if reply_dtype not in _SUMS:
+        raise InvalidRequest(f"{name} cannot be sent: reply_dtype = {reply_dtype!r} is none of {', '.join(_SUMS)}")
+    return _SUMS.index(reply_dtype)
 
 
 def _there(tensor: Tensor | None, name: str) -> Tensor:

@@ -215,8 +215,14 @@ class GatherRequest(_message.Message):
     remember: _builtins.bool
     """Keep ids and weights for an Update to come. Leave it false where none will come."""
     reply_dtype: _tensor_pb2.Dtype.ValueType
-    """What `values` is sent as: DTYPE_FLOAT32 (also when unspecified) or DTYPE_BFLOAT16. Ask for float32 where blocks of
-    several shards are to be added up.
+    """What `values` is sent as: DTYPE_FLOAT32 (also when unspecified), DTYPE_BFLOAT16, or DTYPE_FLOAT8_E4M3FN for packed
+    rows. Ask for float32 where blocks of several shards are to be added up.
+
+    Packed rows are a tensor [B, P] of DTYPE_UINT8, P a multiple of 16. A row has W bytes, each the bits of a
+    float8_e4m3fn; zeros up to a multiple of 4 bytes; one float32 for each of `blocks`, little-endian; zeros up to P.
+    A number is its byte's times its block's float32, to float32: off by at most 1/16 of itself, or 2^-10 of that
+    float32. A block with a number that is not finite has NaN for its float32, and is NaN as a whole. A receiver that
+    does not know them answers ERROR_CODE_INVALID_REQUEST.
     """
     @_builtins.property
     def envelope(self) -> Global___Envelope:
@@ -277,7 +283,7 @@ class GatherReply(_message.Message):
 
     @_builtins.property
     def values(self) -> _tensor_pb2.Tensor:
-        """[B, W] as asked for: the columns of `blocks`, side by side. Block j has block_dim columns, the table's last one perhaps
+        """[B, W], or packed rows, as asked for: the columns of `blocks`, side by side. Block j has block_dim columns, the table's last one perhaps
         fewer.
         """
 
@@ -340,7 +346,7 @@ class UpdateRequest(_message.Message):
 
     @_builtins.property
     def grads(self) -> _tensor_pb2.Tensor:
-        """[B, W] float32 or bfloat16: gradient of the loss by the pooled values."""
+        """[B, W] float32 or bfloat16, or packed rows (GatherRequest.reply_dtype): gradient of the loss by the pooled values."""
 
     @_builtins.property
     def ids(self) -> _tensor_pb2.Tensor:

@@ -45,7 +45,8 @@ class _DtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Dtype.ValueType
     """Unsigned, 1 byte."""
     DTYPE_FLOAT8_E4M3FN: _Dtype.ValueType  # 9
     """8-bit floating point (4 bits of exponent, 3 of mantissa, no infinities), 1 byte. Only what a table's values may be
-    stored as, with a scale per slot and column block; never valid in a Tensor: such values travel as DTYPE_FLOAT32.
+    stored as, with a scale per slot and column block, and what GatherRequest may ask sums in; never valid in a Tensor:
+    stored values travel as DTYPE_FLOAT32, such sums as DTYPE_UINT8.
     """
     DTYPE_INT8: _Dtype.ValueType  # 10
     """Two's complement, 1 byte. As DTYPE_FLOAT8_E4M3FN, never valid in a Tensor."""
@@ -73,7 +74,8 @@ DTYPE_UINT8: Dtype.ValueType  # 8
 """Unsigned, 1 byte."""
 DTYPE_FLOAT8_E4M3FN: Dtype.ValueType  # 9
 """8-bit floating point (4 bits of exponent, 3 of mantissa, no infinities), 1 byte. Only what a table's values may be
-stored as, with a scale per slot and column block; never valid in a Tensor: such values travel as DTYPE_FLOAT32.
+stored as, with a scale per slot and column block, and what GatherRequest may ask sums in; never valid in a Tensor:
+stored values travel as DTYPE_FLOAT32, such sums as DTYPE_UINT8.
 """
 DTYPE_INT8: Dtype.ValueType  # 10
 """Two's complement, 1 byte. As DTYPE_FLOAT8_E4M3FN, never valid in a Tensor."""

@@ -70,7 +70,11 @@ def test_what_cannot_be_is_refused(given: dict[str, Any], message: str) -> None:
     ("model", "fields", "message"),
     [
         (Model, {"heads": 0}, "Model.heads = 0 must be greater than 0"),
-        (Model, {"wire_dtype": "float16"}, "Model.wire_dtype = 'float16' must be 'float32' or 'bfloat16'"),
+        (
+            Model,
+            {"wire_dtype": "float16"},
+            "Model.wire_dtype = 'float16' must be 'float32', 'bfloat16' or 'float8_e4m3fn'",
+        ),
         (Model, {"tokens_per_s": 0}, "must be greater than 0"),
         (Hosts, {"memory": "much"}, "is not an amount of memory"),
         (Hosts, {"nic_gbit_per_s": 0}, "must be greater than 0"),

@@ -7,9 +7,11 @@ import torch
 
 import mempool
 from mempool.client.routing.plan import make_plan as client_plan
+from mempool.client.routing.plan import packed_sums
 from mempool.client.routing.plan import split as parts_of
 from mempool.config import SGD, Adam, AdamW, ProductKeys, RowWiseAdagrad, TableConfig, resolve
 from mempool.controller.changes import first_view
+from mempool.kernels import pack_rows
 from mempool.sizing import split
 from mempool.sizing.traffic import traffic
 from mempool.types import ShardInfo, TableSchema
@@ -55,7 +57,8 @@ def test_shards_have_what_it_says(shards: int) -> None:
 
 @pytest.mark.parametrize("layout", ["columns", "rows", "grid", "auto"])
 @pytest.mark.parametrize("shards", [1, 4, 6])
-def test_what_is_sent_is_what_is_encoded(layout: Any, shards: int) -> None:
+@pytest.mark.parametrize("wire_dtype", ["float32", "bfloat16", "float8_e4m3fn"])
+def test_what_is_sent_is_what_is_encoded(layout: Any, shards: int, wire_dtype: Any) -> None:
     schema = resolve(TableConfig(name="a", num_slots=4096, value_dim=256, layout=layout, page_slots=16, block_dim=32))
     bags, pairs = 8, 4096
     generator = torch.Generator().manual_seed(0)
@@ -64,27 +67,30 @@ def test_what_is_sent_is_what_is_encoded(layout: Any, shards: int) -> None:
         weights=torch.ones(pairs),
         offsets=torch.arange(0, pairs + 1, pairs // bags),
     )
-    sent = encoded(schema, shards, drawn)
-    said = traffic(split(schema, shards), bags=bags, pairs=pairs, wire_dtype="float32")
+    sent = encoded(schema, shards, drawn, wire_dtype)
+    said = traffic(split(schema, shards), bags=bags, pairs=pairs, wire_dtype=wire_dtype)
     for name, num_bytes in sent.items():
         headers = num_bytes - getattr(said, name)
         assert -_PAIR_BYTES * shards < headers < HEADER_BYTES * shards, name  # of a part of a pair, a whole one is said
 
 
-def encoded(schema: TableSchema, shards: int, drawn: Bags) -> dict[str, int]:
+def encoded(schema: TableSchema, shards: int, drawn: Bags, wire_dtype: str) -> dict[str, int]:
     """Bytes of all messages of one look-up and its update, as a client would send and get them."""
     view, _ = first_view(schema, tuple(ShardInfo(shard=shard, address="", incarnation=1) for shard in range(shards)))
     sent = dict.fromkeys(("request", "reply", "grads", "weight_grads"), 0)
     for part in parts_of(client_plan(view), drawn):
         values = torch.zeros(drawn.num_bags, part.route.width)
+        grads = values.bfloat16() if wire_dtype == "bfloat16" else values
+        if wire_dtype == "float8_e4m3fn":
+            grads = pack_rows(packed_sums(schema, part.route.width), values)
         request = GatherRequest(
             envelope=ENVELOPE, lookup_id=1, ids=part.bags.ids, weights=part.bags.weights, offsets=part.bags.offsets,
             remember=True,
         )  # fmt: skip
-        reply = GatherReply(stamp=STAMP, blocks=part.route.blocks, values=values)
+        reply = GatherReply(stamp=STAMP, blocks=part.route.blocks, values=values if part.route.partial else grads)
         update = UpdateRequest(
             envelope=ENVELOPE, step_id=StepId(group="g", rank=0, step=1), sequence=1, lookup_id=1,
-            blocks=part.route.blocks, grads=values, hold=True, want_weight_grad=True,
+            blocks=part.route.blocks, grads=grads, hold=True, want_weight_grad=True,
         )  # fmt: skip
         answer = UpdateReply(stamp=STAMP, weight_grad=torch.zeros(part.bags.num_pairs))
         sent["request"] += len(codecs.GATHER_REQUEST.encode(request, narrow_ids=True))

@@ -41,7 +41,7 @@ def tensors(draw: st.DrawFn, dims: int, dtypes: st.SearchStrategy[torch.dtype] =
 
 INT64 = tensors(1, st.just(torch.int64))
 IDS = tensors(1, st.sampled_from([torch.int64, torch.uint32]))
-BAGS = tensors(2, FLOATS)
+BAGS = tensors(2, st.sampled_from([torch.float32, torch.bfloat16, torch.uint8]))
 ROWS = tensors(
     2, st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.uint8])
 )
@@ -58,6 +58,7 @@ STAMP = build(types.Stamp, shard=U32, incarnation=U64, epoch=U64, table_version=
 STEP_ID = build(types.StepId, group=TEXT, rank=U32, step=U64, generation=U64)
 WRITE_ID = st.none() | build(types.WriteId, writer=U64, number=U64, open=U64S)
 REPLY_DTYPE = st.sampled_from(["float32", "bfloat16"])
+SUMS_DTYPE = st.sampled_from(["float32", "bfloat16", "float8_e4m3fn"])
 SCHEMA = schemas()
 SHARD_INFO = build(types.ShardInfo, shard=U32, address=TEXT, incarnation=U64)
 SAVED = st.none() | build(types.SavedTable, url=TEXT, checkpoint=TEXT, table=TEXT, version=U64, taken=U64)
@@ -176,7 +177,7 @@ CASES: dict[Method[Any, Any], Case] = {
             offsets=INT64,
             remember=st.booleans(),
             release=U64S,
-            reply_dtype=REPLY_DTYPE,
+            reply_dtype=SUMS_DTYPE,
         ),
         data_pb2.GatherReply,
         build(types.GatherReply, **STAMPED, blocks=U32S, values=BAGS),

@@ -38,7 +38,7 @@ GATHERS = st.builds(
     offsets=vectors(torch.int64),
     remember=st.booleans(),
     release=FEW,
-    reply_dtype=st.sampled_from(["float32", "bfloat16"]),
+    reply_dtype=st.sampled_from(["float32", "bfloat16", "float8_e4m3fn"]),
 )
 STEPS = st.builds(StepId, group=st.text(max_size=9), rank=NUMBERS, step=NUMBERS, generation=NUMBERS)
 UPDATES = st.builds(
