@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mempool import kernels
 from mempool.types.bags import Bags
 
 _MOST_GROUPS = 2**15 - 1
@@ -27,7 +28,7 @@ class Sorting:
         num_groups: G.
     """
 
-    group_of_page: npt.NDArray[np.int16]
+    group_of_page: Tensor
     num_groups: int
 
 
@@ -72,35 +73,21 @@ def sortings_of(masks: Sequence[Tensor | None]) -> tuple[tuple[Sorting, ...], tu
             counts[number] += 1
         places.append(known[key])
     sortings = tuple(
-        Sorting(group_of_page=groups, num_groups=count) for groups, count in zip(found, counts, strict=True)
+        Sorting(group_of_page=torch.from_numpy(groups), num_groups=count) for groups, count in zip(found, counts, strict=True)
     )
     return sortings, tuple(places)
 
 
 def sort_pairs(sorting: Sorting, bags: Bags, *, page_shift: int) -> list[Sorted]:
     """The pairs of each group."""
-    num_groups, num_bags = sorting.num_groups, bags.num_bags
-    groups = sorting.group_of_page[bags.ids.numpy() >> page_shift]
-    order = np.argsort(groups, kind="stable")  # of 16-bit numbers that is a radix sort
-    ends = np.cumsum(np.bincount(groups.astype(np.int64) + 1, minlength=num_groups + 1))
-    bag_of_pair = np.repeat(np.arange(num_bags), np.diff(bags.offsets.numpy()))
-    cells = (groups.astype(np.int64) + 1) * num_bags + bag_of_pair
-    offsets = np.zeros((num_groups, num_bags + 1), np.int64)
-    np.cumsum(
-        np.bincount(cells, minlength=(num_groups + 1) * num_bags).reshape(num_groups + 1, num_bags)[1:],
-        axis=1,
-        out=offsets[:, 1:],
+    num_groups = sorting.num_groups
+    dealt = kernels.deal_pairs(
+        bags.ids, bags.weights, bags.offsets, sorting.group_of_page, num_groups=num_groups, page_shift=page_shift
     )
-    positions = torch.from_numpy(order)
-    ids = bags.ids[positions]
-    weights = None if bags.weights is None else bags.weights[positions]
     found = []
-    for group in range(num_groups):
-        begin, end = int(ends[group]), int(ends[group + 1])
-        part = Bags(
-            ids=ids[begin:end],
-            weights=None if weights is None else weights[begin:end],
-            offsets=torch.from_numpy(offsets[group]),
-        )
-        found.append(Sorted(bags=part, kept=positions[begin:end]))
+    for group, offsets in enumerate(dealt.offsets.unbind()):
+        begin, end = dealt.starts[group], dealt.starts[group + 1]
+        weights = None if dealt.weights is None else dealt.weights[begin:end]
+        part = Bags(ids=dealt.ids[begin:end], weights=weights, offsets=offsets)
+        found.append(Sorted(bags=part, kept=dealt.positions[begin:end]))
     return found

@@ -9,11 +9,12 @@ D key dim, n half-keys of a codebook, M rows of scores.
 
 from __future__ import annotations
 
-from mempool.kernels.arguments import ELEMENTS, LONG_RUN, RUN_PIECE, Element, Paged, SortedPairs
+from mempool.kernels.arguments import ELEMENTS, LONG_RUN, RUN_PIECE, Dealt, Element, Paged, SortedPairs
 from mempool.kernels.dispatch import (
     add_segments,
     admit_bags,
     catch_up,
+    deal_pairs,
     flat_topk,
     fused_step,
     gather_rows,
@@ -62,6 +63,7 @@ __all__ = [
     "SCORING",
     "STATE_NAMES",
     "Algorithm",
+    "Dealt",
     "DenseSchedule",
     "Element",
     "Implementation",
@@ -75,6 +77,7 @@ __all__ = [
     "add_segments",
     "admit_bags",
     "catch_up",
+    "deal_pairs",
     "flat_topk",
     "fused_step",
     "gather_rows",

@@ -88,6 +88,24 @@ class Paged:
 
 
 @dataclass(frozen=True, slots=True)
+class Dealt:
+    """Pairs by the group of their pages: those of group g are ``starts[g]:starts[g + 1]``, in the order of their bags.
+
+    Attributes:
+        ids: [L'], as given, without those of no group; weights: [L'], or None.
+        positions: [L'] int64, where they were.
+        offsets: [G, B + 1] int64, of each group's bags among its own pairs.
+        starts: G + 1 of them.
+    """
+
+    ids: Tensor
+    weights: Tensor | None
+    positions: Tensor
+    offsets: Tensor
+    starts: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class SortedPairs:
     """Pairs in the canonical order of a commit: by slot id, and within a slot in the order they were given.
 

@@ -13,7 +13,7 @@ from typing import Literal, Protocol, cast
 import torch
 from torch import Tensor
 
-from mempool.kernels.arguments import Paged, SortedPairs
+from mempool.kernels.arguments import Dealt, Paged, SortedPairs
 from mempool.kernels.steps import DenseSchedule, OptimizerStep
 
 logger = logging.getLogger(__name__)
@@ -36,6 +36,15 @@ class Implementation(Protocol):
     def admit_bags(
         self, ids: Tensor, offsets: Tensor, num_slots: int, dtype: torch.dtype, own: bool
     ) -> tuple[Tensor, Tensor] | None: ...
+    def deal_pairs(
+        self,
+        ids: Tensor,
+        weights: Tensor | None,
+        offsets: Tensor,
+        group_of_page: Tensor,
+        num_groups: int,
+        page_shift: int,
+    ) -> Dealt: ...
     def gather_rows(self, paged: Paged, ids: Tensor, dtype: torch.dtype) -> Tensor: ...
     def scatter_rows(self, paged: Paged, ids: Tensor, values: Tensor) -> None: ...
     def weight_gradient(

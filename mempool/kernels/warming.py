@@ -65,7 +65,8 @@ def calls_of(needs: Needs) -> tuple[str, ...]:
     names += ["catch_up"] if needs.dense else []
     names += ["product_topk"] if needs.keys == "product" else ["flat_keys"] if needs.keys == "flat" else []
     return (
-        *names, "sort_pairs", "segment_sum", "weight_gradient", "rows", "admit_bags", "initial_values", "squared_norm"
+        *names, "sort_pairs", "segment_sum", "weight_gradient", "rows", "admit_bags", "deal_pairs", "initial_values",
+        "squared_norm",
     )  # fmt: skip
 
 
@@ -106,6 +107,7 @@ def warm_up(device: torch.device | str = "cpu") -> None:
         "catch_up",
         "squared_norm",
         "admit_bags",
+        "deal_pairs",
         "select_topk",
         "product_topk",
         "product_gradient",
@@ -192,6 +194,16 @@ def _admit_bags(needs: Needs) -> None:
     for dtype in (torch.int64, torch.uint32, *([torch.int32] if kept == torch.int32 else [])):
         ids = _numbers(needs, 0, 1, 1).to(dtype)
         kernels.admit_bags(ids, _numbers(needs, 0, 2, 3), num_slots=2, dtype=kept, own=True)
+
+
+def _deal_pairs(needs: Needs) -> None:
+    """What a client of the pool in this process, or on this host, does for a table that lies on shards by rows."""
+    from mempool import kernels
+
+    groups = torch.zeros(2, dtype=torch.int16, device="cpu")
+    offsets = torch.arange(2, dtype=torch.int64, device="cpu")
+    ids = torch.zeros(1, dtype=_ids(needs).dtype, device="cpu")
+    kernels.deal_pairs(ids, None, offsets, groups, num_groups=1, page_shift=0)
 
 
 def _sort_pairs(needs: Needs) -> None:
@@ -300,6 +312,7 @@ _CALLS: dict[str, Callable[[Needs], None]] = {
     "weight_gradient": _weight_gradient,
     "rows": _rows,
     "admit_bags": _admit_bags,
+    "deal_pairs": _deal_pairs,
     "sort_pairs": _sort_pairs,
     "segment_sum": _segment_sum,
     "squared_norm": _squared_norm,

@@ -69,6 +69,8 @@ class TablePlan:
         page_owners: [row pages, blocks] int32, the placement's owners as a tensor.
         agreeing: Those whom a step is agreed on with.
         sortings, places: How pairs are told apart for the routes that lack row pages, as of ``sortings_of``.
+        side_by_side: The numbers of the routes by the columns that they answer, where each has one range of them, to
+            itself, and all ranges together are every column; else empty.
     """
 
     view: TableView
@@ -81,6 +83,7 @@ class TablePlan:
     agreeing: Owners
     sortings: tuple[Sorting, ...]
     places: tuple[tuple[int, int] | None, ...]
+    side_by_side: tuple[int, ...]
 
     @property
     def schema(self) -> TableSchema:
@@ -134,6 +137,7 @@ def make_plan(view: TableView) -> TablePlan:
         page_owners=torch.tensor(placement.owners, dtype=torch.int32, device="cpu"),
         sortings=sortings,
         places=places,
+        side_by_side=_side_by_side(shard_routes, schema.value_dim),
     )
 
 
@@ -200,6 +204,14 @@ def merge_values(plan: TablePlan, replies: Sequence[tuple[ShardRoute, Tensor]], 
     replies = [(route, _unpacked(plan, route, reply)) for route, reply in replies]
     if len(replies) == 1 and replies[0][0].whole:
         return replies[0][1].to(torch.float32)
+    if plan.side_by_side and len(replies) == len(plan.side_by_side):
+        return torch.cat([replies[number][1] for number in plan.side_by_side], dim=1).to(torch.float32)
+    if len(replies) > 1 and all(route.width == plan.schema.value_dim for route, _ in replies):
+        (_, first), (_, second), *others = replies  # all of parts of the rows: none has a column to itself
+        values = first + second
+        for _, reply in others:
+            values += reply
+        return values
     partial = any(route.partial for route in plan.routes)
     make = torch.zeros if partial else torch.empty
     values = make(num_bags, plan.schema.value_dim, dtype=torch.float32, device="cpu")
@@ -233,7 +245,7 @@ def merge_weight_grads(grads: Sequence[tuple[Part, Tensor]], *, num_pairs: int) 
         if part.kept is None:
             total += grad
         else:
-            total[part.kept] += grad  # positions are distinct
+            total.index_add_(0, part.kept, grad)  # positions are distinct
     return total
 
 
@@ -283,6 +295,14 @@ def merge_candidates(scores: Sequence[Tensor], ids: Sequence[Tensor], *, topk: i
     by_score = all_scores.gather(-1, by_id).argsort(dim=-1, descending=True, stable=True)
     best = by_id.gather(-1, by_score)[..., :topk]
     return all_scores.gather(-1, best), all_ids.gather(-1, best)
+
+
+def _side_by_side(shard_routes: Sequence[ShardRoute], value_dim: int) -> tuple[int, ...]:
+    if any(len(route.spans) != 1 or route.partial or route.row_mask is not None for route in shard_routes):
+        return ()
+    in_order = sorted(range(len(shard_routes)), key=lambda number: shard_routes[number].spans[0].table.start)
+    whole = sum(route.width for route in shard_routes) == value_dim  # sole columns do not overlap
+    return tuple(in_order) if whole else ()
 
 
 def _shard_route(info: ShardInfo, route: Route, schema: TableSchema) -> ShardRoute:

@@ -2,6 +2,7 @@
 
 from mempool.kernels.cpu.admission import admit_bags
 from mempool.kernels.cpu.bags import weight_gradient, weighted_sum
+from mempool.kernels.cpu.dealing import deal_pairs
 from mempool.kernels.cpu.initial import initial_values
 from mempool.kernels.cpu.rows import gather_rows, scatter_rows
 from mempool.kernels.cpu.runtime import choose_threading_layer
@@ -22,6 +23,7 @@ __all__ = [
     "add_segments",
     "admit_bags",
     "catch_up",
+    "deal_pairs",
     "choose_threading_layer",
     "flat_topk",
     "fused_step",

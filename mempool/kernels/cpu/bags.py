@@ -39,9 +39,9 @@ _PIECE = 512
 # Rows that are prefetched ahead of the one that is read.
 _AHEAD = 16
 # Columns of a tile: as many as registers hold, then less for what is left.
-_WIDE, _MIDDLE, _NARROW = (256 if has_wide_registers() else 64), 64, LANES
-_sum_wide, _sum_middle, _sum_narrow = (sum_tile(columns // LANES) for columns in (_WIDE, _MIDDLE, _NARROW))
-_dot_wide, _dot_middle, _dot_narrow = (dot_tile(columns // LANES) for columns in (_WIDE, _MIDDLE, _NARROW))
+_WIDE, _MIDDLE, _NARROW, _SLIM, _LEAST = (256 if has_wide_registers() else 64), 64, 2 * LANES, LANES, LANES // 2
+_sum_wide, _sum_middle, _sum_narrow, _sum_slim, _sum_least = map(sum_tile, (_WIDE, _MIDDLE, _NARROW, _SLIM, _LEAST))
+_dot_wide, _dot_middle, _dot_narrow, _dot_slim, _dot_least = map(dot_tile, (_WIDE, _MIDDLE, _NARROW, _SLIM, _LEAST))
 # Tasks per thread: threads that the system stops, or that have the longer bags, take fewer.
 _TASKS_PER_THREAD = 4
 # Bags are handed out whole, unless one of them would leave the other threads idle: then columns are.
@@ -135,8 +135,12 @@ def _end_in(listed: _Listed, all_here: bool, pair: int) -> int:
 def _tile_columns(arena: Arena, column: int, end: int) -> int:
     """Columns of the next tile; 0 where columns are left that fill none, or blocks that tiles would straddle."""
     packed = arena.rows.itemsize == 1
-    if end - column < _NARROW or (packed and arena.block_dim % _NARROW != 0):
+    if end - column < _LEAST or (packed and arena.block_dim % _LEAST != 0):
         return 0
+    if end - column < _SLIM or (packed and arena.block_dim % _SLIM != 0):
+        return _LEAST
+    if end - column < _NARROW or (packed and arena.block_dim % _NARROW != 0):
+        return _SLIM
     if end - column < _MIDDLE or (packed and arena.block_dim % _MIDDLE != 0):
         return _NARROW
     return _WIDE if end - column >= _WIDE else _MIDDLE
@@ -190,8 +194,12 @@ def _sum_listed(
             _sum_wide(*source, weights, fresh, acc)
         elif columns == _MIDDLE:
             _sum_middle(*source, weights, fresh, acc)
-        else:
+        elif columns == _NARROW:
             _sum_narrow(*source, weights, fresh, acc)
+        elif columns == _SLIM:
+            _sum_slim(*source, weights, fresh, acc)
+        else:
+            _sum_least(*source, weights, fresh, acc)
         column, columns = following, next_columns
     if column < end_column:
         if fresh:
@@ -348,8 +356,12 @@ def _dot_listed(arena: Arena, listed: Array, first: int, count: int, grad: Array
             _dot_wide(*source, column == 0, grad, results)
         elif columns == _MIDDLE:
             _dot_middle(*source, column == 0, grad, results)
-        else:
+        elif columns == _NARROW:
             _dot_narrow(*source, column == 0, grad, results)
+        elif columns == _SLIM:
+            _dot_slim(*source, column == 0, grad, results)
+        else:
+            _dot_least(*source, column == 0, grad, results)
         column, columns = following, next_columns
     if column < width:
         _dot_rest(arena, listed, first, first + count, column, column == 0, grad, results)

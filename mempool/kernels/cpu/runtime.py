@@ -307,7 +307,9 @@ def prefer_huge_pages(tensor: Tensor) -> Tensor:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _prefetch_line(typing_context: Any, matrix: Any, row: Any, byte: Any) -> Any:  # noqa: ARG001
+def prefetch_line(typing_context: Any, matrix: Any, row: Any, byte: Any) -> Any:  # noqa: ARG001
+    """Begin to bring the line with a byte of an element, or a row, of a C-ordered array into the cache."""
+
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         whole, number = ir.IntType(64), ir.IntType(32)
         pointer = ir.IntType(8).as_pointer()
@@ -331,7 +333,7 @@ def _prefetch_line(typing_context: Any, matrix: Any, row: Any, byte: Any) -> Any
 def prefetch_row(matrix: Array, row: int) -> None:
     """Begin to bring a row of a C-ordered matrix into the cache, for code that reads rows all over the memory."""
     for byte in range(0, matrix.shape[1] * matrix.itemsize, _LINE_BYTES):
-        _prefetch_line(matrix, row, byte)
+        prefetch_line(matrix, row, byte)
 
 
 # Numba's own prange compiles a loop's body several times over, into one library after another.

@@ -16,11 +16,14 @@ from numba.extending import overload
 from mempool.kernels.arguments import RUN_PIECE
 from mempool.kernels.cpu.elements import load, row_random, store_block
 from mempool.kernels.cpu.rules import Rule
-from mempool.kernels.cpu.runtime import Array, inlined, prefetch_row, serial
+from mempool.kernels.cpu.runtime import Array, inlined, prefetch_line, prefetch_row, serial
 
 numba: Any = typed_numba
 
+# Pairs whose gradients are prefetched ahead, and those whose weight and bag are, which say what to prefetch next: pairs
+# in order lie all over what came with the request, and of a narrow row waiting for that took most of the time.
 _PAIRS_AHEAD = 24
+_PAIRS_FAR_AHEAD = 64
 
 
 class Gradients(NamedTuple):
@@ -62,6 +65,10 @@ def _sum_piece(gradients: Gradients, first: int, end: int, out: Array) -> None:
     # columns; the order of the additions stays that of the pairs.
     order, weights, bags, grads = gradients.order, gradients.weights, gradients.bags, gradients.grads
     weighted, width = weights.shape[0] > 0, out.shape[0]
+    for place in range(first + _PAIRS_FAR_AHEAD, min(end + _PAIRS_FAR_AHEAD, order.shape[0])):
+        prefetch_line(bags, order[place], 0)
+        if weighted:
+            prefetch_line(weights, order[place], 0)
     for place in range(first + _PAIRS_AHEAD, min(end + _PAIRS_AHEAD, order.shape[0])):
         prefetch_row(grads, bags[order[place]])
     pair = order[first]

@@ -1,8 +1,8 @@
 """Loops over the rows of an arena as explicit vector code, where the compiler's own choice is slower.
 
 A tile is a range of columns whose sums stay in registers while a list of rows goes by. Every column has its own chain
-of additions, so tiles of any width give the same bits. Functions here are made for a number of vectors of 16 columns;
-the compiler splits a vector where registers are narrower.
+of additions, so tiles of any width give the same bits. Functions here are made for a number of vectors of 16 columns,
+or for one of fewer; the compiler splits a vector where registers are narrower.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ LANES = 16
 _LINE = 64
 _FLOAT, _HALF = ir.FloatType(), ir.HalfType()
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-_FLOATS = ir.VectorType(_FLOAT, LANES)
 # Vectors that share a scale.
 _GROUP = 4
 
@@ -45,9 +44,10 @@ def _all(element: Any, value: Any, lanes: int = LANES) -> Any:
     return ir.Constant(_vector(element, lanes), [value] * lanes)
 
 
-def _splat(builder: Any, value: Any) -> Any:
-    vector = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(vector, ir.Constant(_FLOATS, ir.Undefined), _all(_I32, 0))
+def _splat(builder: Any, value: Any, lanes: int) -> Any:
+    nothing = ir.Constant(_vector(_FLOAT, lanes), ir.Undefined)
+    vector = builder.insert_element(nothing, value, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(vector, nothing, _all(_I32, 0, lanes))
 
 
 def _pick(builder: Any, left: Any, right: Any, places: list[int]) -> Any:
@@ -75,48 +75,53 @@ def _bytes(builder: Any, address: Any, count: int) -> Any:
     return builder.add(address, _int(count)) if count else address
 
 
-def _load_tile(builder: Any, element: Any, address: Any, vectors: int) -> list[Any]:
+def _load_tile(builder: Any, element: Any, address: Any, vectors: int, lanes: int) -> list[Any]:
     """The tile's stored elements as float32 vectors; of bfloat16, a pair of vectors holds even and odd columns."""
+    floats, numbers = _vector(_FLOAT, lanes), _vector(_I32, lanes)
     if element == types.float32:
-        return [_load(builder, _bytes(builder, address, 64 * place), _FLOATS, 4) for place in range(vectors)]
+        return [_load(builder, _bytes(builder, address, 64 * place), floats, 4) for place in range(vectors)]
     if element == types.uint16 and vectors % 2 == 0:
         tile = []
         for place in range(0, vectors, 2):
-            both = _load(builder, _bytes(builder, address, 32 * place), _vector(_I32), 2)
+            both = _load(builder, _bytes(builder, address, 32 * place), numbers, 2)
             even = builder.shl(both, _all(_I32, 16))
             odd = builder.and_(both, _all(_I32, 0xFFFF0000))
-            tile += [builder.bitcast(even, _FLOATS), builder.bitcast(odd, _FLOATS)]
+            tile += [builder.bitcast(even, floats), builder.bitcast(odd, floats)]
         return tile
     if element == types.uint16:
-        loads = [_load(builder, _bytes(builder, address, 32 * place), _vector(_I16), 2) for place in range(vectors)]
-        wide = [builder.shl(builder.zext(part, _vector(_I32)), _all(_I32, 16)) for part in loads]
-        return [builder.bitcast(part, _FLOATS) for part in wide]
-    loads = [_load(builder, _bytes(builder, address, LANES * place), _vector(_I8)) for place in range(vectors)]
+        loads = [
+            _load(builder, _bytes(builder, address, 32 * place), _vector(_I16, lanes), 2) for place in range(vectors)
+        ]
+        wide = [builder.shl(builder.zext(part, numbers), _all(_I32, 16, lanes)) for part in loads]
+        return [builder.bitcast(part, floats) for part in wide]
+    loads = [_load(builder, _bytes(builder, address, LANES * place), _vector(_I8, lanes)) for place in range(vectors)]
     if element == types.int8:
-        return [builder.sitofp(builder.sext(part, _vector(_I32)), _FLOATS) for part in loads]
-    return [_from_float8(builder, part) for part in loads]
+        return [builder.sitofp(builder.sext(part, numbers), floats) for part in loads]
+    return [_from_float8(builder, part, lanes) for part in loads]
 
 
-def _from_float8(builder: Any, codes: Any) -> Any:
+def _from_float8(builder: Any, codes: Any, lanes: int) -> Any:
+    floats, numbers = _vector(_FLOAT, lanes), _vector(_I32, lanes)
     if converts_halves():
         # float16 has one exponent bit more, of bias 15 in place of 7: the number comes out divided by 2**8.
-        bits = builder.shl(builder.sext(codes, _vector(_I16)), _all(_I16, 7))
-        half = builder.bitcast(builder.and_(bits, _all(_I16, 0xBF80)), _vector(_HALF))
-        return builder.fmul(builder.fpext(half, _FLOATS), _all(_FLOAT, 256.0))
+        bits = builder.shl(builder.sext(codes, _vector(_I16, lanes)), _all(_I16, 7, lanes))
+        half = builder.bitcast(builder.and_(bits, _all(_I16, 0xBF80, lanes)), _vector(_HALF, lanes))
+        return builder.fmul(builder.fpext(half, floats), _all(_FLOAT, 256.0, lanes))
     # As elements.load does: below 2**-6 numbers lie evenly; above, exponent and mantissa follow.
-    bits = builder.zext(codes, _vector(_I32))
-    magnitude = builder.and_(bits, _all(_I32, 0x7F))
-    normal = builder.add(builder.shl(magnitude, _all(_I32, 20)), _all(_I32, (127 - 7) << 23))
-    even = builder.bitcast(builder.fmul(builder.sitofp(magnitude, _FLOATS), _all(_FLOAT, 2.0**-9)), _vector(_I32))
-    number = builder.select(builder.icmp_unsigned("<", magnitude, _all(_I32, 8)), even, normal)
-    sign = builder.shl(builder.and_(bits, _all(_I32, 0x80)), _all(_I32, 24))
-    return builder.bitcast(builder.or_(number, sign), _FLOATS)
+    bits = builder.zext(codes, numbers)
+    magnitude = builder.and_(bits, _all(_I32, 0x7F, lanes))
+    normal = builder.add(builder.shl(magnitude, _all(_I32, 20, lanes)), _all(_I32, (127 - 7) << 23, lanes))
+    even = builder.bitcast(builder.fmul(builder.sitofp(magnitude, floats), _all(_FLOAT, 2.0**-9, lanes)), numbers)
+    number = builder.select(builder.icmp_unsigned("<", magnitude, _all(_I32, 8, lanes)), even, normal)
+    sign = builder.shl(builder.and_(bits, _all(_I32, 0x80, lanes)), _all(_I32, 24, lanes))
+    return builder.bitcast(builder.or_(number, sign), floats)
 
 
-def _load_columns(builder: Any, address: Any, vectors: int, interleaved: bool) -> list[Any]:
+def _load_columns(builder: Any, address: Any, source: _Rows) -> list[Any]:
     """Float32 columns in the order in which _load_tile brings the stored ones."""
-    plain = [_load(builder, _bytes(builder, address, 64 * place), _FLOATS, 4) for place in range(vectors)]
-    if not interleaved:
+    floats, vectors = _vector(_FLOAT, source.lanes), source.vectors
+    plain = [_load(builder, _bytes(builder, address, 64 * place), floats, 4) for place in range(vectors)]
+    if not source.interleaved:
         return plain
     even, odd = list(range(0, 32, 2)), list(range(1, 32, 2))
     return [
@@ -179,6 +184,7 @@ class _Rows:
     builder: Any
     element: Any
     vectors: int
+    lanes: int
     start: Any
     row_bytes: Any
     listed: Any
@@ -187,14 +193,15 @@ class _Rows:
     block_dim: Any
 
     @classmethod
-    def of(cls, context: Any, builder: Any, vectors: int, kinds: Any, args: Any) -> _Rows:
+    def of(cls, context: Any, builder: Any, columns: int, kinds: Any, args: Any) -> _Rows:
         """From the arguments rows, scales_start, block_dim, listed, first, ..., column at their places."""
         rows = context.make_array(kinds[0])(context, builder, args[0])
         listed = builder.add(_data(context, builder, kinds[3], args[3]), builder.shl(args[4], _int(3)))
         return cls(
             builder=builder,
             element=kinds[0].dtype,
-            vectors=vectors,
+            vectors=max(1, columns // LANES),
+            lanes=min(columns, LANES),
             start=builder.ptrtoint(rows.data, _I64),
             row_bytes=builder.extract_value(rows.strides, 0),
             listed=listed,
@@ -236,22 +243,22 @@ class _Rows:
         row = self.row(builder.select(beyond, builder.sub(place, back), place))
         column = builder.select(beyond, next_column, self.column)
         start = self.tile(row, column)
-        for line in range(0, self.vectors * LANES * self.element.bitwidth // 8, _LINE):
+        for line in range(0, self.vectors * self.lanes * self.element.bitwidth // 8, _LINE):
             _prefetch(builder, _bytes(builder, start, line))
         if self.packed:
             _prefetch(builder, builder.add(row, self.scales_start))
 
     def load(self, row: Any) -> list[Any]:
         """The tile of a row, as float32 vectors."""
-        return _load_tile(self.builder, self.element, self.tile(row, self.column), self.vectors)
+        return _load_tile(self.builder, self.element, self.tile(row, self.column), self.vectors, self.lanes)
 
 
 def _data(context: Any, builder: Any, kind: Any, value: Any) -> Any:
     return builder.ptrtoint(context.make_array(kind)(context, builder, value).data, _I64)
 
 
-def sum_tile(vectors: int) -> Callable[..., None]:
-    """Make a function that adds weighted rows to a tile of ``vectors`` vectors.
+def sum_tile(columns: int) -> Callable[..., None]:
+    """Make a function that adds weighted rows to a tile of so many columns: 8, or vectors of 16.
 
     ``acc[column:] += weights[i] * row listed[i]``, pair after pair, product and sum rounded as one, i from ``first`` to
     ``first + count``. Its arguments:
@@ -292,7 +299,7 @@ def sum_tile(vectors: int) -> Callable[..., None]:
 
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
             kinds = signature.args
-            source = _Rows.of(context, builder, vectors, kinds, args)
+            source = _Rows.of(context, builder, columns, kinds, args)
             first, count, ahead, column, next_column, back = args[4:10]
             weights = builder.add(_data(context, builder, kinds[10], args[10]), builder.shl(first, _int(2)))
             acc = builder.add(_data(context, builder, kinds[12], args[12]), builder.shl(column, _int(2)))
@@ -302,10 +309,10 @@ def sum_tile(vectors: int) -> Callable[..., None]:
             source.prefetch(builder.add(loop.index, ahead), count, next_column, back)
             row = source.row(loop.index)
             weight = _load(builder, builder.add(weights, builder.shl(loop.index, _int(2))), _FLOAT, 4)
-            factors = [_splat(builder, weight)]
+            factors = [_splat(builder, weight, source.lanes)]
             if source.packed:
                 numbers = [_load(builder, builder.add(row, place), _FLOAT, 4) for place in scale_places]
-                factors = [_splat(builder, builder.fmul(weight, number)) for number in numbers]
+                factors = [_splat(builder, builder.fmul(weight, number), source.lanes) for number in numbers]
             sums = [
                 _add_products(builder, factors[place // _GROUP % len(factors)], value, total)
                 for place, (total, value) in enumerate(zip(loop.carried, source.load(row), strict=True))
@@ -322,24 +329,24 @@ def _fresh_or_loaded(builder: Any, fresh: Any, acc: Any, source: _Rows) -> list[
     zeros, loads, start = (builder.append_basic_block(name) for name in ("zeros", "loads", "start"))
     builder.cbranch(builder.icmp_unsigned("!=", fresh, ir.Constant(fresh.type, 0)), zeros, loads)
     builder.position_at_end(loads)
-    loaded = _load_columns(builder, acc, source.vectors, source.interleaved)
+    loaded = _load_columns(builder, acc, source)
     builder.branch(start)
     builder.position_at_end(zeros)
     builder.branch(start)
     builder.position_at_end(start)
     sums = []
     for value in loaded:
-        phi = builder.phi(_FLOATS)
+        phi = builder.phi(value.type)
         phi.add_incoming(value, loads)
-        phi.add_incoming(_all(_FLOAT, 0.0), zeros)
+        phi.add_incoming(_all(_FLOAT, 0.0, source.lanes), zeros)
         sums.append(phi)
     return sums
 
 
 def _add_products(builder: Any, left: Any, right: Any, total: Any) -> Any:
     # Rounded once, in hardware or in software: the same bits on every processor.
-    kind = ir.FunctionType(_FLOATS, [_FLOATS, _FLOATS, _FLOATS])
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{LANES}f32")
+    kind = ir.FunctionType(total.type, [total.type] * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{total.type.count}f32")
     return builder.call(function, [left, right, total])
 
 
@@ -358,7 +365,7 @@ add_product: Any = intrinsic(_add_product)
 
 
 def _sum_of_lanes(builder: Any, vector: Any) -> Any:
-    lanes = LANES
+    lanes = vector.type.count
     while lanes > 1:
         lanes //= 2
         halves = (_pick(builder, vector, vector, [first + lane for lane in range(lanes)]) for first in (0, lanes))
@@ -366,7 +373,7 @@ def _sum_of_lanes(builder: Any, vector: Any) -> Any:
     return builder.extract_element(vector, ir.Constant(_I32, 0))
 
 
-def dot_tile(vectors: int) -> Callable[..., None]:
+def dot_tile(columns: int) -> Callable[..., None]:
     """Make a function that multiplies a tile of rows with a gradient: ``results[i] += <grad[column:], row listed[i]>``.
 
     The order of the sum is fixed by the tiles. Arguments as in sum_tile up to ``back``, then:
@@ -398,23 +405,23 @@ def dot_tile(vectors: int) -> Callable[..., None]:
 
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
             kinds = signature.args
-            source = _Rows.of(context, builder, vectors, kinds, args)
+            source = _Rows.of(context, builder, columns, kinds, args)
             first, count, ahead, column, next_column, back = args[4:10]
             fresh = builder.icmp_unsigned("!=", args[10], ir.Constant(args[10].type, 0))
             grad = builder.add(_data(context, builder, kinds[11], args[11]), builder.shl(column, _int(2)))
             results = builder.add(_data(context, builder, kinds[12], args[12]), builder.shl(first, _int(2)))
             scale_places = source.scale_places(column) if source.packed else []
-            gradient = _load_columns(builder, grad, vectors, source.interleaved)
+            gradient = _load_columns(builder, grad, source)
             loop = _Loop(builder, count, [])
             source.prefetch(builder.add(loop.index, ahead), count, next_column, back)
             row = source.row(loop.index)
-            chains = [_all(_FLOAT, 0.0)] * min(_GROUP, vectors)
+            chains = [_all(_FLOAT, 0.0, source.lanes)] * min(_GROUP, source.vectors)
             tile = source.load(row)
-            for start in range(0, vectors, _GROUP):
-                group = range(start, min(start + _GROUP, vectors))
+            for start in range(0, source.vectors, _GROUP):
+                group = range(start, min(start + _GROUP, source.vectors))
                 if source.packed:
                     number = _load(builder, builder.add(row, scale_places[start // _GROUP]), _FLOAT, 4)
-                    scale = _splat(builder, number)
+                    scale = _splat(builder, number, source.lanes)
                     for place in group:
                         tile[place] = builder.fmul(tile[place], scale)
                 for place in group:

@@ -2,6 +2,7 @@
 
 from mempool.kernels.dispatch.admission import admit_bags
 from mempool.kernels.dispatch.bags import gather_rows, initial_values, scatter_rows, weight_gradient, weighted_sum
+from mempool.kernels.dispatch.dealing import deal_pairs
 from mempool.kernels.dispatch.topk import (
     flat_topk,
     product_gradient,
@@ -25,6 +26,7 @@ __all__ = [
     "add_segments",
     "admit_bags",
     "catch_up",
+    "deal_pairs",
     "flat_topk",
     "fused_step",
     "gather_rows",

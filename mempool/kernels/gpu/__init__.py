@@ -10,12 +10,13 @@ from mempool.kernels.gpu.selection import product_select, select_topk
 from mempool.kernels.gpu.sorting import sort_pairs
 from mempool.kernels.gpu.topk import flat_topk, product_gradient, product_topk
 from mempool.kernels.gpu.updates import fused_step, optimizer_step, segment_sum_and_norm, squared_norm
-from mempool.kernels.torch_ops import admit_bags, initial_values
+from mempool.kernels.torch_ops import admit_bags, deal_pairs, initial_values
 
 __all__ = [
     "add_segments",
     "admit_bags",
     "catch_up",
+    "deal_pairs",
     "flat_topk",
     "fused_step",
     "gather_rows",

@@ -6,6 +6,7 @@ so ties are exact.
 
 from mempool.kernels.torch_ops.admission import admit_bags
 from mempool.kernels.torch_ops.bags import gather_rows, scatter_rows, sort_pairs, weight_gradient, weighted_sum
+from mempool.kernels.torch_ops.dealing import deal_pairs
 from mempool.kernels.torch_ops.initial import initial_values
 from mempool.kernels.torch_ops.topk import (
     flat_topk,
@@ -30,6 +31,7 @@ __all__ = [
     "add_segments",
     "admit_bags",
     "catch_up",
+    "deal_pairs",
     "flat_topk",
     "fused_step",
     "gather_rows",
