@@ -368,6 +368,7 @@ class Answers:
         bounds.check_write(request.write_id)
         if table.writes.is_due(request.write_id):
             self._tenancy.log.require(rows.nbytes + ids.nbytes)
+            table.num_writes += 1
             table.storage.write(request.array, ids, rows)
             self._tenancy.log.add(Written(request))
         table.writes.did(request.write_id)
@@ -385,6 +386,7 @@ class Answers:
             if table.writes.is_due(request.write_id):
                 self._tenancy.log.require()
                 table.ledger.count_steps(request.set, at_version=request.at_version)
+                table.num_writes += 1  # what a dense optimizer is still to do goes by it
                 self._tenancy.log.add(Counted(request))
             table.writes.did(request.write_id)
         return StepCountReply(stamp=table.stamp, count=table.ledger.step)
