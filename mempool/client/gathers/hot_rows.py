@@ -192,7 +192,8 @@ class HotRows:
         with self._lock:
             known = [(mark, self._marks[shard]) for shard, mark in marks.items() if shard in self._marks]
             late = any(mark < newest for mark, newest in known)  # an answer that another thread's has overtaken
-            if len(marks) < len({stamp.shard for stamp in record.stamps}) or late or reply_dtype != self._reply_dtype:
+            unclear = not marks or len(marks) < len({stamp.shard for stamp in record.stamps})
+            if unclear or late or reply_dtype != self._reply_dtype:
                 return
             if any(mark > newest for mark, newest in known):
                 self._empty()
