@@ -386,7 +386,6 @@ class Answers:
             if table.writes.is_due(request.write_id):
                 self._tenancy.log.require()
                 table.ledger.count_steps(request.set, at_version=request.at_version)
-                table.num_writes += 1  # what a dense optimizer is still to do goes by it
                 self._tenancy.log.add(Counted(request))
             table.writes.did(request.write_id)
         return StepCountReply(stamp=table.stamp, count=table.ledger.step)

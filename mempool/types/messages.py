@@ -39,8 +39,8 @@ class Envelope:
 class Stamp:
     """What every reply says of the shard that gave it.
 
-    writes: Writes of rows, and of the step count, that it has done so far, and 1; 0: it does not say. They make no
-        version: while all of the stamp is the same, the shard's rows are the same to the bit.
+    writes: Writes of rows that it has done so far, and 1; 0: it does not say. They make no version: while all of the
+        stamp is the same, what is read of the shard's rows is the same to the bit.
     """
 
     shard: int

@@ -15,7 +15,8 @@ Legend: B bags, L pairs, h of them kept here, m distinct rows asked for, V value
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ from mempool.errors import InvalidRequest
 from mempool.types import Stamp
 from mempool.types.bags import Bags
 
+T = TypeVar("T")
 Ask = Callable[[Bags], tuple[Tensor, LookupRecord]]
 _Numbers: TypeAlias = npt.NDArray[Any]
 _Mark: TypeAlias = tuple[int, int, int, int]
@@ -101,6 +103,7 @@ class HotRows:
         sets = min(num_bytes // (_WAYS * row_bytes), num_slots)
         self._num_bytes = num_bytes
         self._lock = threading.Lock()
+        self._busy = 0  # the thread that has it
         self._ids = np.full((sets, _WAYS), -1, dtype=np.int64)
         self._uses = np.full((sets, _WAYS), -1, dtype=np.int8)  # -1: free
         self._rows = torch.empty(sets * _WAYS, value_dim, dtype=torch.float32, device="cpu")
@@ -110,11 +113,10 @@ class HotRows:
 
     @property
     def status(self) -> CacheStatus:
-        with self._lock:
-            rows = int(np.count_nonzero(self._ids >= 0))
-            return CacheStatus(
-                num_bytes=self._num_bytes, rows=rows, hits=self._hits, misses=self._misses, emptied=self._emptied
-            )
+        rows = int(np.count_nonzero(self._ids >= 0))
+        return CacheStatus(
+            num_bytes=self._num_bytes, rows=rows, hits=self._hits, misses=self._misses, emptied=self._emptied
+        )
 
     def gather(
         self, bags: Bags, *, plan: TablePlan, known_version: int, reply_dtype: str, ask: Ask
@@ -132,16 +134,15 @@ class HotRows:
         if bag_of is None or not bags.num_pairs:
             return None
         ids = bags.ids.numpy()
-        cut = self._cut(ids, plan, known_version, reply_dtype)
+        cut = self._alone(partial(self._cut, ids, plan, known_version, reply_dtype))
+        if cut is None:
+            return None
         asked, places, times, rows, record = _asked(ids[cut.missing], ask)
         values, missing = cut.values, cut.missing
         if not cut.confirmed(record):
             asked, places, times, rows, record = _asked(ids, ask)
             missing = np.ones(len(ids), dtype=np.bool_)
-        self._keep(asked, rows, times, record, reply_dtype)
-        with self._lock:
-            self._misses += int(np.count_nonzero(missing))
-            self._hits += int(np.count_nonzero(~missing))
+        self._alone(partial(self._keep, asked, rows, times, record, reply_dtype, hits=int(np.count_nonzero(~missing))))
         values[torch.from_numpy(missing)] = rows[places]
         if bags.num_bags != len(ids):
             every = torch.zeros(bags.num_bags, values.shape[1], dtype=torch.float32, device="cpu")
@@ -149,17 +150,28 @@ class HotRows:
             values = every
         return values, replace(record, bags=bags, lookups=1, sorted=SortedPairs())
 
-    def _cut(self, ids: _Numbers, plan: TablePlan, known_version: int, reply_dtype: str) -> _Cut:
+    def _alone(self, do: Callable[[], T]) -> T | None:
+        """What it answers, no other thread at it meanwhile; None, and nothing is done, where a handler of a signal has
+        interrupted this thread at it."""
+        if self._busy == threading.get_ident():
+            return None
         with self._lock:
-            self._drop_what_is_old(plan, known_version, reply_dtype)
-            at = self._find(ids)
-            again, owners = _to_confirm(plan, ids, at >= 0)
-            at[again] = -1
-            kept = at[at >= 0]
-            self._uses.reshape(-1)[kept] = np.minimum(self._uses.reshape(-1)[kept] + 1, _MOST_USES)
-            # Rows of the others are read, too, and written over: one pass instead of two.
-            values = torch.index_select(self._rows, 0, torch.from_numpy(np.maximum(at, 0)))
-            return _Cut(values, at < 0, {shard: self._marks[shard] for shard in owners})
+            self._busy = threading.get_ident()
+            try:
+                return do()
+            finally:
+                self._busy = 0
+
+    def _cut(self, ids: _Numbers, plan: TablePlan, known_version: int, reply_dtype: str) -> _Cut:
+        self._drop_what_is_old(plan, known_version, reply_dtype)
+        at = self._find(ids)
+        again, owners = _to_confirm(plan, ids, at >= 0)
+        at[again] = -1
+        kept = at[at >= 0]
+        self._uses.reshape(-1)[kept] = np.minimum(self._uses.reshape(-1)[kept] + 1, _MOST_USES)
+        # Rows of the others are read, too, and written over: one pass instead of two.
+        values = torch.index_select(self._rows, 0, torch.from_numpy(np.maximum(at, 0)))
+        return _Cut(values, at < 0, {shard: self._marks[shard] for shard in owners})
 
     def _drop_what_is_old(self, plan: TablePlan, known_version: int, reply_dtype: str) -> None:
         if reply_dtype != self._reply_dtype:
@@ -169,11 +181,11 @@ class HotRows:
             self._empty()
 
     def _empty(self) -> None:
+        self._ids.fill(-1)  # before all else: an interrupt may come anywhere
+        self._uses.fill(-1)
         if self._marks:
             self._emptied += 1
         self._marks = {}
-        self._ids.fill(-1)
-        self._uses.fill(-1)
 
     def _find(self, ids: _Numbers) -> _Numbers:
         """[n] int64, places of these ids; -1 where there is none."""
@@ -186,19 +198,22 @@ class HotRows:
         mixed = (ids.astype(np.uint64) * _GOLDEN) >> np.uint64(32)
         return ((mixed * np.uint64(len(self._ids))) >> np.uint64(32)).astype(np.int64)
 
-    def _keep(self, ids: _Numbers, rows: Tensor, times: _Numbers, record: LookupRecord, reply_dtype: str) -> None:
+    def _keep(
+        self, ids: _Numbers, rows: Tensor, times: _Numbers, record: LookupRecord, reply_dtype: str, *, hits: int
+    ) -> None:
         """Keep rows [m, V] of distinct ids that were named so many times, where there is a place for them."""
+        self._hits += hits
+        self._misses += int(times.sum())
         marks = _marks_of(record.stamps)
-        with self._lock:
-            known = [(mark, self._marks[shard]) for shard, mark in marks.items() if shard in self._marks]
-            late = any(mark < newest for mark, newest in known)  # an answer that another thread's has overtaken
-            unclear = not marks or len(marks) < len({stamp.shard for stamp in record.stamps})
-            if unclear or late or reply_dtype != self._reply_dtype:
-                return
-            if any(mark > newest for mark, newest in known):
-                self._empty()
-            self._marks |= marks
-            self._place(ids, rows, times)
+        known = [(mark, self._marks[shard]) for shard, mark in marks.items() if shard in self._marks]
+        late = any(mark < newest for mark, newest in known)  # an answer that another thread's has overtaken
+        unclear = not marks or len(marks) < len({stamp.shard for stamp in record.stamps})
+        if unclear or late or reply_dtype != self._reply_dtype:
+            return
+        if any(mark > newest for mark, newest in known):
+            self._empty()
+        self._marks |= marks
+        self._place(ids, rows, times)
 
     def _place(self, ids: _Numbers, rows: Tensor, times: _Numbers) -> None:
         new = np.flatnonzero(self._find(ids) < 0)
@@ -213,9 +228,10 @@ class HotRows:
         crowded = np.unique(sets[~taken])
         self._uses[crowded] -= self._uses[crowded] > 0
         new, sets, ways = new[taken], sets[taken], ways[taken]
-        self._ids[sets, ways] = ids[new]
-        self._uses[sets, ways] = np.minimum(times[new], _MOST_USES)
+        self._ids[sets, ways] = -1  # an interrupt may come anywhere, and a row is there before its id is
         self._rows[torch.from_numpy(sets * _WAYS + ways)] = rows[torch.from_numpy(new)]
+        self._uses[sets, ways] = np.minimum(times[new], _MOST_USES)
+        self._ids[sets, ways] = ids[new]
 
 
 def _bag_of_each(bags: Bags) -> Tensor | None:

@@ -114,9 +114,9 @@ class Stamp(_message.Message):
     table_version: _builtins.int
     """The table version the answer was made from (after a Commit: the new one)."""
     writes: _builtins.int
-    """Writes of rows, and of the step count, that this incarnation has done on the table so far, and 1: they make no
-    version. While incarnation, epoch, table_version and writes are the same, so are the rows here, to the bit.
-    0: the shard does not say.
+    """Writes of rows that this incarnation has done on the table so far, and 1: they make no version. While incarnation,
+    epoch, table_version and writes are the same, what is read of rows here is the same, to the bit. 0: the shard does
+    not say.
     """
     def __init__(
         self,

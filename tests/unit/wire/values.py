@@ -54,7 +54,7 @@ def build(cls: type, **parts: Any) -> st.SearchStrategy[Any]:
 
 
 ENVELOPE = build(types.Envelope, table_id=U64, epoch=U64, incarnation=U64, table_version=U64)
-STAMP = build(types.Stamp, shard=U32, incarnation=U64, epoch=U64, table_version=U64)
+STAMP = build(types.Stamp, shard=U32, incarnation=U64, epoch=U64, table_version=U64, writes=U64)
 STEP_ID = build(types.StepId, group=TEXT, rank=U32, step=U64, generation=U64)
 WRITE_ID = st.none() | build(types.WriteId, writer=U64, number=U64, open=U64S)
 REPLY_DTYPE = st.sampled_from(["float32", "bfloat16"])

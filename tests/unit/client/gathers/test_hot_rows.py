@@ -302,3 +302,40 @@ def test_an_answer_that_a_newer_one_has_overtaken_is_not_kept(scripted: Scripted
     assert scripted.gather(1, 2, 3).tolist() == [1, 1, 1]
     assert scripted.rows.status.rows == 1
     assert scripted.gather(1, 2, 3).tolist() == [2, 2, 2]
+
+
+class Interrupted:
+    """Memory of rows while a user presses Ctrl-C."""
+
+    def __setitem__(self, *_: object) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_rows_are_placed_leaves_no_row_under_anothers_id(scripted: Scripted) -> None:
+    rows = scripted.rows
+    scripted.gather(*range(30))
+    scripted.stamps, scripted.version = [(1, 2)], 2
+    scripted.gather(*range(30))
+    memory, rows._rows = rows._rows, Interrupted()  # type: ignore[assignment]
+    index_select = torch.index_select
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "index_select", lambda _, *arguments: index_select(memory, *arguments))
+        with pytest.raises(KeyboardInterrupt):
+            scripted.gather(*range(60))
+    rows._rows = memory
+    assert scripted.gather(*range(60)).tolist() == [2] * 60
+
+
+def test_a_handler_that_has_interrupted_it_asks_the_shards(scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, place, inside = scripted.rows, scripted.rows._place, []
+
+    def interrupted(*arguments: Any) -> None:
+        bags = Bags(ids=torch.tensor([1]), weights=None, offsets=torch.arange(2))
+        inside.append(rows.gather(bags, plan=scripted.plan, known_version=0, reply_dtype="float32", ask=scripted.ask))
+        place(*arguments)
+
+    monkeypatch.setattr(rows, "_place", interrupted)
+    assert scripted.gather(1, 2).tolist() == [1, 1]
+    assert inside == [None]
+    assert scripted.gather(1, 2).tolist() == [1, 1]
+    assert scripted.asked == [2, 1]
