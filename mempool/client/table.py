@@ -18,6 +18,7 @@ from torch import Tensor
 from mempool.client.bags import checked_bags, without_padding
 from mempool.client.counts import as_number
 from mempool.client.gathers.autograd import gather
+from mempool.client.gathers.hot_rows import CacheStatus
 from mempool.client.gathers.pending import PendingGather
 from mempool.client.gathers.pending import begin as begin_gather
 from mempool.client.gathers.untraced import untraced
@@ -55,6 +56,9 @@ class Table:
             byte each with a float32 scale per bag and column block, off by at most 1/16 of themselves or 1/458,752 of
             the largest in their block, and weights of bfloat16. Sums are made in float32 in any case. May be set at
             any time.
+        cache_bytes: What rows that this client keeps of the table may take: those that are read often by ``gather`` of
+            one row a bag, without weights, that no shard is to remember (no_grad, or remember=False). What it answers
+            is bitwise what shards answer, never older. 0, as it is at first: none. May be set at any time.
     """
 
     def __init__(self, schema: TableSchema, *, router: Router, session: Session, run: Run, begin: Begin) -> None:
@@ -111,6 +115,19 @@ class Table:
     @wire_dtype.setter
     def wire_dtype(self, wire_dtype: WireDtype) -> None:
         self._link.wire_dtype = wire_dtype
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._link.cache_bytes
+
+    @cache_bytes.setter
+    def cache_bytes(self, cache_bytes: int) -> None:
+        self._link.cache_bytes = cache_bytes
+
+    @property
+    def cache(self) -> CacheStatus | None:
+        """What is kept here and how often it was of use, since ``cache_bytes`` was set; None where that is 0."""
+        return None if self._link.hot_rows is None else self._link.hot_rows.status
 
     @property
     def requires_grad(self) -> bool:

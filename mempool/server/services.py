@@ -22,6 +22,7 @@ from mempool.types import (
     UpdateRequest,
 )
 from mempool.types.caller import current_caller
+from mempool.types.view_changes import changed
 from mempool.wire import methods
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
 from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
@@ -128,7 +129,11 @@ class Services:
             await shard.thaw(request.table_id, token=request.token)
 
         async def set_view(request: SetView) -> None:
-            await shard.set_view(request.view, token=request.token)
+            view = request.view
+            if view is None:
+                assert request.change is not None, "the codec lets nothing else in"
+                view = changed(await shard.views(), request.change)
+            await shard.set_view(view, token=request.token)
 
         async def status(_: None) -> ShardStatus:
             return replace(await shard.status(), near_clients=near_clients())

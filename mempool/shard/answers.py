@@ -401,6 +401,7 @@ class Answers:
         bounds.check_write(request.write_id)
         if table.writes.is_due(request.write_id):
             self._tenancy.log.require(rows.nbytes + ids.nbytes)
+            table.num_writes += 1
             table.storage.write(request.array, ids, rows)
             self._tenancy.log.add(Written(request))
         table.writes.did(request.write_id)

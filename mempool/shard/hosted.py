@@ -53,7 +53,7 @@ class HostedTable:
         others: By version: of a decided step that waits to be applied, this table its first: its parts at the others.
         rounds: Which move's round holds it frozen.
         turns: Whose steps a freeze has held off.
-        writes: Which writes to it were done, and which are over.
+        writes: Which writes to it were done, and which are over. num_writes: As stamps say.
         order_doubt, step_doubt, round_doubt: Who waits to hear of others what was decided.
         peers_wait_until_s: Other shards have asked for what this one has to ask for itself.
         unprepared: The next step in the order, where it is decided and not prepared here, and since when that is known.
@@ -80,7 +80,7 @@ class HostedTable:
         self.order = Order(self.ledger.version)
         self.others: dict[int, tuple[DecidedStep, ...]] = {}
         self.rounds = RoundsHere(clock)
-        self.turns, self.writes = Turns(), SeenWrites()
+        self.turns, self.writes, self.num_writes = Turns(), SeenWrites(), 1
         self.order_doubt, self.step_doubt, self.round_doubt = Doubt(), Doubt(), Doubt()
         self._read_for: str | None = None  # the round whose destinations have read pages here
         self.peers_wait_until_s = float("-inf")
@@ -136,7 +136,8 @@ class HostedTable:
     @property
     def stamp(self) -> Stamp:
         shard, incarnation = self.info.shard, self.info.incarnation
-        return Stamp(shard=shard, incarnation=incarnation, epoch=self.epoch, table_version=self.ledger.version)
+        version, writes = self.ledger.version, self.num_writes
+        return Stamp(shard=shard, incarnation=incarnation, epoch=self.epoch, table_version=version, writes=writes)
 
     def fill(self) -> bool:
         """Write a piece of the initial values. Returns whether all are there."""

@@ -39,12 +39,17 @@ class Envelope:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stamp:
-    """What every reply says of the shard that gave it."""
+    """What every reply says of the shard that gave it.
+
+    writes: Writes of rows that it has done so far, and 1; 0: it does not say. They make no version: while all of the
+        stamp is the same, what is read of the shard's rows is the same to the bit.
+    """
 
     shard: int
     incarnation: int
     epoch: int
     table_version: int
+    writes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -80,6 +80,7 @@ class LookupRecord:
         lookup_id: Shards know it by this number, and the next ones where they were asked for it in several messages.
         lookups: How many.
         remembered_by: (shard, incarnation) of those that were asked to remember it, under the placement of ``seen``.
+        stamps: Of its answers.
         sorted: Its pairs by shard, for one update.
     """
 
@@ -89,6 +90,7 @@ class LookupRecord:
     bags: Bags
     seen: Seen
     remembered_by: frozenset[tuple[int, int]]
+    stamps: tuple[Stamp, ...] = ()
     sorted: SortedPairs = field(default_factory=SortedPairs)
 
 
@@ -346,6 +348,7 @@ def lookup_record(
         bags=bags,
         seen=seen_of(plan, stamps),
         remembered_by=frozenset((part.route.shard, part.route.info.incarnation) for part in remembered_by),
+        stamps=tuple(stamps),
         sorted=SortedPairs(plan, parts),
     )
 

@@ -6,6 +6,7 @@ Legend: B bags, L pairs of all bags together, V value dim.
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from mempool import kernels
 from mempool.client.bags import own_copy
+from mempool.client.counts import as_count
+from mempool.client.gathers.hot_rows import HotRows
 from mempool.client.gathers.lease import Remembering
 from mempool.client.gathers.links import LINKS
 from mempool.client.gathers.markers import Markers
@@ -52,6 +55,7 @@ class TableLink:
         session: The table's updates and steps.
         run: Waits for the IO loop.
         prefetched: Gathers of this table that were started ahead.
+        hot_rows: Rows of it that are kept here; None: none are.
     """
 
     def __init__(self, schema: TableSchema, *, router: Router, session: Session, run: Run, begin: Begin) -> None:
@@ -62,6 +66,8 @@ class TableLink:
         self._begin = begin
         self._window = Window()
         self.prefetched = Prefetched()
+        self.hot_rows: HotRows | None = None
+        self._cache_bytes = 0
         self._wire_dtype: WireDtype = "float32"
         self._cautions = Cautions(schema.name, grouped=False)
         self.markers = Markers()
@@ -90,6 +96,26 @@ class TableLink:
             raise InvalidRequest(f"wire_dtype = {wire_dtype!r}: must be 'float32', 'bfloat16' or 'float8_e4m3fn'.")
         self._wire_dtype = wire_dtype
 
+    @property
+    def cache_bytes(self) -> int:
+        """What rows that are kept here may take; 0: none are."""
+        return self._cache_bytes
+
+    @cache_bytes.setter
+    def cache_bytes(self, cache_bytes: object) -> None:
+        num_bytes = as_count(cache_bytes)
+        if num_bytes is None or num_bytes < 0:
+            raise InvalidRequest(
+                f"table {self.name!r}: cache_bytes = {cache_bytes!r}: must be a number of bytes, 0 for no cache"
+            )
+        self.hot_rows = self._new_hot_rows(num_bytes)
+        self._cache_bytes = num_bytes
+
+    def _new_hot_rows(self, num_bytes: int) -> HotRows | None:
+        if not num_bytes:
+            return None
+        return HotRows(num_bytes=num_bytes, num_slots=self.num_slots, value_dim=self.value_dim, table=self.name)
+
     def wire_weights(self, weights: Tensor | None) -> Tensor | None:
         """Weights as they are sent."""
         return None if weights is None else own_copy(weights, _WIRE_DTYPES[self._wire_dtype])
@@ -101,6 +127,20 @@ class TableLink:
         )
         if fetched is not None:
             return fetched if remember else self._not_remembered(*fetched)
+        hot_rows, plan = self.hot_rows, self._router.plan_now(self.session.table_id)
+        if hot_rows is not None and plan is not None and not remember:
+            answer = hot_rows.gather(
+                bags,
+                plan=plan,
+                known_version=self.session.known_version or 0,
+                reply_dtype=self._wire_dtype,
+                ask=partial(self._ask, remember=False),
+            )
+            if answer is not None:
+                return answer
+        return self._ask(bags, remember=remember)
+
+    def _ask(self, bags: Bags, *, remember: bool) -> tuple[Tensor, LookupRecord]:
         session, reply_dtype, began_s = self.session, self._wire_dtype, time.monotonic()
         answer = session.gather_at_once(bags, remember=remember, reply_dtype=reply_dtype)
         if answer is None:
@@ -202,6 +242,7 @@ class TableLink:
         self.markers.reset()
         self._schema, self.session = schema, session
         self.prefetched.drop()
+        self.hot_rows = self._new_hot_rows(self._cache_bytes)
 
     def drop_zeroed(self) -> int:
         """Discard what is pending if a module that holds the table has zeroed it; answers how many updates."""

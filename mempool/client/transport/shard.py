@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from mempool.errors import ShardUnavailable
+from mempool.errors import InvalidRequest, ShardUnavailable
 from mempool.types import (
     AttachTable,
     CommitReply,
@@ -53,6 +53,7 @@ from mempool.types import (
 )
 from mempool.types.caller import current_caller
 from mempool.types.running import Clock
+from mempool.types.view_changes import Changes
 from mempool.wire import methods
 from mempool.wire.channels.channel import Channel, Channels
 from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
@@ -76,10 +77,15 @@ class GrpcShard:
         info: Which it is.
         channel: Leads to it; closed with this.
         clock: Seconds, monotonic: what callers' deadlines are told by.
+        changes: Of views that shards are told.
     """
 
-    def __init__(self, info: ShardInfo, channel: Channel, *, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self, info: ShardInfo, channel: Channel, *, clock: Clock = time.monotonic, changes: Changes | None = None
+    ) -> None:
         self._clock = clock
+        self._changes = Changes() if changes is None else changes
+        self._told: dict[int, TableView] = {}  # what it took last of each of its tables
         self.info = info
         self._channel = channel
         self._calls = 0
@@ -133,8 +139,10 @@ class GrpcShard:
 
     async def attach_table(self, request: AttachTable) -> None:
         await self._call(methods.ATTACH_TABLE, request)
+        self._told[request.view.schema.table_id] = request.view
 
     async def drop_table(self, table_id: int, *, unmade: bool = False) -> None:
+        self._told.pop(table_id, None)
         await self._call(methods.SHARD_DROP_TABLE, ForgetTable(table_id=table_id, unmade=unmade))
 
     async def freeze(self, table_id: int, timeout_s: float, *, token: str, lease_s: float) -> int:
@@ -157,7 +165,16 @@ class GrpcShard:
         return await self._call(methods.PULL_PAGES, request)
 
     async def set_view(self, view: TableView, *, token: str = "") -> None:
-        await self._call(methods.SET_VIEW, SetView(view=view, token=token))
+        told = self._told.pop(view.schema.table_id, None)
+        change = None if told is None else self._changes.between(told, view)
+        try:
+            await self._call(methods.SET_VIEW, SetView(view=view, token=token, change=change))
+        except InvalidRequest:
+            if change is None:
+                raise
+            # It has another view than it took from here, or is of a version that knows of no changes.
+            await self._call(methods.SET_VIEW, SetView(view=view, token=token))
+        self._told[view.schema.table_id] = view
 
     async def mark_table(self, request: MarkTable) -> None:
         await self._call(methods.MARK_TABLE, request)
@@ -200,6 +217,7 @@ class GrpcDialer:
     def __init__(self, channels: Channels, *, clock: Clock = time.monotonic) -> None:
         self._clock = clock
         self._channels = channels
+        self._changes = Changes()
         self._hosts: dict[ShardInfo, GrpcShard] = {}
         self._used_s: dict[ShardInfo, float] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -221,7 +239,8 @@ class GrpcDialer:
         now_s = asyncio.get_running_loop().time()
         if host is None:
             self._close_idle(now_s)
-            host = GrpcShard(info, self._channels(info.address, shard=info.shard), clock=self._clock)
+            channel = self._channels(info.address, shard=info.shard)
+            host = GrpcShard(info, channel, clock=self._clock, changes=self._changes)
             self._hosts[info] = host
         self._used_s[info] = now_s
         return host

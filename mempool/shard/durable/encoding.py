@@ -129,7 +129,10 @@ def _record(kind: type[RecordOf], data: bytes) -> RecordOf:
     if kind is Dropped:
         return Dropped(pages.DROP_TABLE_REQUEST.decode(data).table_id)
     if kind is Viewed:
-        return Viewed(pages.SET_VIEW_REQUEST.decode(data).view)
+        view = pages.SET_VIEW_REQUEST.decode(data).view
+        if view is None:
+            raise InvalidRequest("a record of a view has none")
+        return Viewed(view)
     if kind is Held:
         return _as_held(messages.UPDATE_REQUEST.decode(data))
     if kind is Prepared:

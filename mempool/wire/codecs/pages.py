@@ -1,8 +1,8 @@
 """Ledgers, pages and the other values of ``PageHost`` as messages: the codecs of ``ShardService``."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from mempool.errors import InvalidRequest
 from mempool.types.pages import (
@@ -26,12 +26,13 @@ from mempool.types.pages import (
     WritePart,
 )
 from mempool.types.pool import ShardStatus, TableView
+from mempool.types.view_changes import ViewChange
 from mempool.wire.bodies.frames import decode_frame, frame_parts
 from mempool.wire.bodies.tensors import FrameMemory
 from mempool.wire.codecs.codec import MAX_SMALL_BYTES, NUMBERS, FrameCodec, Only, ProtoCodec, packed, parsed, tensor_of
 from mempool.wire.codecs.messages import STEP_ID
-from mempool.wire.codecs.mirror import MAX_MESSAGES, Choice, Functions, Mirror, Several, bounded, checked_text
-from mempool.wire.codecs.tables import SHARD_INFO, SHARD_STATUS, VIEW
+from mempool.wire.codecs.mirror import MAX_MESSAGES, Choice, Functions, Mirror, Several, bounded, checked_text, require
+from mempool.wire.codecs.tables import SHARD_INFO, SHARD_STATUS, VIEW, VIEW_CHANGE
 from mempool.wire.v1 import shard_pb2 as pb
 
 Mode = Literal["initialise", "empty", "lost", "confirm", "restore"]
@@ -73,10 +74,14 @@ class ThawTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SetView:
-    """The arguments of ``PageHost.set_view``."""
+    """The arguments of ``PageHost.set_view``.
 
-    view: TableView
+    view: None where only ``change`` came. change: What travels in place of the view, where there is one.
+    """
+
+    view: TableView | None
     token: str
+    change: ViewChange | None = None
 
 
 def ledger_message(value: Ledger) -> pb.Ledger:
@@ -191,6 +196,22 @@ class PageBatchCodec:
         return header
 
 
+class _SetViews(Mirror[SetView, pb.SetViewRequest]):
+    """A view, or in its place what is other in it."""
+
+    def __init__(self) -> None:
+        parts = {"view": VIEW, "change": VIEW_CHANGE}
+        super().__init__(pb.SetViewRequest, SetView, parts, optional=("view", "change"))
+
+    def to_message(self, value: SetView) -> pb.SetViewRequest:
+        return super().to_message(value if value.change is None else replace(value, view=None))
+
+    def from_message(self, message: pb.SetViewRequest, **more: Any) -> SetView:
+        if not message.HasField("change"):
+            require(message, "view")
+        return super().from_message(message, **more)
+
+
 _LEDGER = Functions(ledger_message, ledger_value)
 
 ATTACH_TABLE_REQUEST = ProtoCodec(
@@ -214,7 +235,7 @@ EXPORT_LEDGER_REQUEST = ProtoCodec(Mirror(pb.ExportLedgerRequest, ExportLedger),
 EXPORT_LEDGER_REPLY = ProtoCodec(Mirror(pb.ExportLedgerReply, LedgerPart, {"entries": _ENTRIES}))
 PULL_PAGES_REQUEST = FrameCodec(Mirror(pb.PullPagesRequest, PullPages, {"source": SHARD_INFO}), {"row_pages": NUMBERS})
 PULL_PAGES_REPLY = ProtoCodec(Mirror(pb.PullPagesReply, PullReport))
-SET_VIEW_REQUEST = ProtoCodec(Mirror(pb.SetViewRequest, SetView, {"view": VIEW}))
+SET_VIEW_REQUEST = ProtoCodec(_SetViews())
 SET_VIEW_REPLY: ProtoCodec[None, pb.SetViewReply] = ProtoCodec(Only(pb.SetViewReply))
 _STEP_STATES: Choice[StepState] = Choice(
     {

@@ -35,6 +35,7 @@ from mempool.types.schema import (
     default_rounding,
 )
 from mempool.types.schema_checks import check_schema
+from mempool.types.view_changes import ViewChange
 from mempool.wire.bodies.tensors import array_from_message, tensor_to_message
 from mempool.wire.codecs.codec import MAX_SMALL_BYTES, Only, ProtoCodec
 from mempool.wire.codecs.mirror import Choice, Functions, Mirror, Several, checked_text, choice, require
@@ -221,6 +222,33 @@ def _whole_view(message: table_pb2.TableView) -> TableView:
     return view
 
 
+def _change_message(value: ViewChange) -> table_pb2.ViewChange:
+    message = _CHANGE.to_message(value)
+    message.pages.CopyFrom(tensor_to_message(value.pages, "ViewChange.pages"))
+    message.key_pages.CopyFrom(tensor_to_message(value.key_pages, "ViewChange.key_pages"))
+    return message
+
+
+def _change_value(message: table_pb2.ViewChange) -> ViewChange:
+    require(message, "pages", "key_pages")
+    change = _CHANGE.from_message(
+        message,
+        pages=array_from_message(message.pages, "ViewChange.pages", np.int32, 2).astype(np.int32, copy=False),
+        key_pages=array_from_message(message.key_pages, "ViewChange.key_pages", np.int32, 2).astype(
+            np.int32, copy=False
+        ),
+    )
+    shapes = change.pages.shape[1], change.key_pages.shape[1]
+    if shapes != (3, 2):
+        raise InvalidRequest(f"ViewChange.pages and key_pages have {shapes} columns; expected (3, 2)")
+    some = change.pages.size + change.key_pages.size
+    if change.epoch < change.from_epoch or (change.epoch == change.from_epoch and some):
+        raise InvalidRequest(
+            f"ViewChange leads from epoch {change.from_epoch} to {change.epoch}: pages change with a higher one only"
+        )
+    return change
+
+
 def _extra_bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
@@ -246,6 +274,13 @@ _VIEW = Mirror(
     optional=("saved",),
 )
 VIEW = Functions(_VIEW.to_message, _whole_view)
+_CHANGE = Mirror(
+    table_pb2.ViewChange,
+    ViewChange,
+    {"shards": Several(SHARD_INFO), "saved": Mirror(table_pb2.SavedTable, SavedTable)},
+    optional=("saved",),
+)
+VIEW_CHANGE = Functions(_change_message, _change_value)
 _STATES = Choice(
     {
         "ready": status_pb2.SHARD_STATE_READY,

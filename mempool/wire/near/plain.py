@@ -135,7 +135,7 @@ def _numbers() -> dict[torch.dtype, int]:
 
 
 _ENVELOPE = "4q"
-_STAMP = "4q"
+_STAMP = "5q"
 _GATHER = struct.Struct("<" + _ENVELOPE + "q?B")
 _GATHERED = struct.Struct("<" + _STAMP)
 _UPDATE = struct.Struct("<" + _ENVELOPE + "3q3q??")
@@ -150,12 +150,13 @@ def _envelope_of(numbers: Sequence[int]) -> Envelope:
     return Envelope(table_id=numbers[0], epoch=numbers[1], incarnation=numbers[2], table_version=numbers[3])
 
 
-def _stamp(stamp: Stamp) -> tuple[int, int, int, int]:
-    return stamp.shard, stamp.incarnation, stamp.epoch, stamp.table_version
+def _stamp(stamp: Stamp) -> tuple[int, int, int, int, int]:
+    return stamp.shard, stamp.incarnation, stamp.epoch, stamp.table_version, stamp.writes
 
 
 def _stamp_of(numbers: Sequence[int]) -> Stamp:
-    return Stamp(shard=numbers[0], incarnation=numbers[1], epoch=numbers[2], table_version=numbers[3])
+    shard, incarnation, epoch, version, writes = numbers
+    return Stamp(shard=shard, incarnation=incarnation, epoch=epoch, table_version=version, writes=writes)
 
 
 class _Plain:

@@ -104,6 +104,7 @@ class Stamp(_message.Message):
     INCARNATION_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     TABLE_VERSION_FIELD_NUMBER: _builtins.int
+    WRITES_FIELD_NUMBER: _builtins.int
     shard: _builtins.int
     """The shard."""
     incarnation: _builtins.int
@@ -112,6 +113,11 @@ class Stamp(_message.Message):
     """The epoch it is at."""
     table_version: _builtins.int
     """The table version the answer was made from (after a Commit: the new one)."""
+    writes: _builtins.int
+    """Writes of rows that this incarnation has done on the table so far, and 1: they make no version. While incarnation,
+    epoch, table_version and writes are the same, what is read of rows here is the same, to the bit. 0: the shard does
+    not say.
+    """
     def __init__(
         self,
         *,
@@ -119,10 +125,11 @@ class Stamp(_message.Message):
         incarnation: _builtins.int = ...,
         epoch: _builtins.int = ...,
         table_version: _builtins.int = ...,
+        writes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "incarnation", b"incarnation", "shard", b"shard", "table_version", b"table_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "incarnation", b"incarnation", "shard", b"shard", "table_version", b"table_version", "writes", b"writes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

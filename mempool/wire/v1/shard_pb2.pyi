@@ -684,21 +684,29 @@ class SetViewRequest(_message.Message):
 
     VIEW_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
+    CHANGE_FIELD_NUMBER: _builtins.int
     token: _builtins.str
     """The round that it ends. Empty: none, as where a shard is only brought up to date."""
     @_builtins.property
     def view(self) -> _table_pb2.TableView:
-        """The view."""
+        """The view. Absent: change says it."""
+
+    @_builtins.property
+    def change(self) -> _table_pb2.ViewChange:
+        """What is other in the view than in the one that the shard has. ERROR_CODE_INVALID_REQUEST, and nothing is changed,
+        where it has another one, or does not know of changes, as before there were any: send the view.
+        """
 
     def __init__(
         self,
         *,
         view: _table_pb2.TableView | None = ...,
         token: _builtins.str = ...,
+        change: _table_pb2.ViewChange | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["view", b"view"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["token", b"token", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "token", b"token", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

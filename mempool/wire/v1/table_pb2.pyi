@@ -514,6 +514,77 @@ class TableView(_message.Message):
 Global___TableView: _TypeAlias = TableView  # noqa: Y015
 
 @_typing.final
+class ViewChange(_message.Message):
+    """What makes one view of a table of another one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_ID_FIELD_NUMBER: _builtins.int
+    FROM_EPOCH_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SHARDS_FIELD_NUMBER: _builtins.int
+    GONE_FIELD_NUMBER: _builtins.int
+    CONTROLLER_FIELD_NUMBER: _builtins.int
+    SAVED_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    PAGES_FIELD_NUMBER: _builtins.int
+    KEY_PAGES_FIELD_NUMBER: _builtins.int
+    table_id: _builtins.int
+    """The table."""
+    from_epoch: _builtins.int
+    """The epoch of the view that it is made of."""
+    epoch: _builtins.int
+    """The epoch of the view that is made; the same where no page changes its owner."""
+    controller: _builtins.str
+    """As in TableView."""
+    digest: _builtins.int
+    """Tells whether what was made is the view that was meant: BLAKE2b of 8 bytes, read as a little-endian number, of the
+    owners, then of the key owners (int32, little-endian, C order), then for each shard, ascending, of the text
+    "number incarnation address\\n".
+    """
+    @_builtins.property
+    def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardInfo]:
+        """Shards that are new in it, or elsewhere, or were started again."""
+
+    @_builtins.property
+    def gone(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of shards that it names no more."""
+
+    @_builtins.property
+    def saved(self) -> Global___SavedTable:
+        """As in TableView."""
+
+    @_builtins.property
+    def pages(self) -> _tensor_pb2.Tensor:
+        """[n, 3] int32: row page, column block, its owner from now on."""
+
+    @_builtins.property
+    def key_pages(self) -> _tensor_pb2.Tensor:
+        """[m, 2] int32: key page, its owner from now on."""
+
+    def __init__(
+        self,
+        *,
+        table_id: _builtins.int = ...,
+        from_epoch: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        shards: _abc.Iterable[Global___ShardInfo] | None = ...,
+        gone: _abc.Iterable[_builtins.int] | None = ...,
+        controller: _builtins.str = ...,
+        saved: Global___SavedTable | None = ...,
+        digest: _builtins.int = ...,
+        pages: _tensor_pb2.Tensor | None = ...,
+        key_pages: _tensor_pb2.Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key_pages", b"key_pages", "pages", b"pages", "saved", b"saved"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller", b"controller", "digest", b"digest", "epoch", b"epoch", "from_epoch", b"from_epoch", "gone", b"gone", "key_pages", b"key_pages", "pages", b"pages", "saved", b"saved", "shards", b"shards", "table_id", b"table_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ViewChange: _TypeAlias = ViewChange  # noqa: Y015
+
+@_typing.final
 class SavedTable(_message.Message):
     """A table in a checkpoint."""
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mempool import types
+from mempool.types.view_changes import ViewChange
 from mempool.wire import methods
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
 from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
@@ -54,7 +55,7 @@ def build(cls: type, **parts: Any) -> st.SearchStrategy[Any]:
 
 
 ENVELOPE = build(types.Envelope, table_id=U64, epoch=U64, incarnation=U64, table_version=U64)
-STAMP = build(types.Stamp, shard=U32, incarnation=U64, epoch=U64, table_version=U64)
+STAMP = build(types.Stamp, shard=U32, incarnation=U64, epoch=U64, table_version=U64, writes=U64)
 STEP_ID = build(types.StepId, group=TEXT, rank=U32, step=U64, generation=U64)
 WRITE_ID = st.none() | build(types.WriteId, writer=U64, number=U64, open=U64S)
 REPLY_DTYPE = st.sampled_from(["float32", "bfloat16"])
@@ -84,6 +85,26 @@ def views(draw: st.DrawFn) -> types.TableView:
 
 
 VIEW = views()
+
+
+@st.composite
+def view_changes(draw: st.DrawFn) -> ViewChange:
+    random = np.random.default_rng(draw(st.integers(0, 2**31)))
+    from_epoch = draw(st.integers(0, 2**63))
+    return ViewChange(
+        table_id=draw(U64),
+        from_epoch=from_epoch,
+        epoch=from_epoch + draw(st.integers(1, 2**62)),
+        shards=tuple(draw(st.lists(SHARD_INFO, max_size=3))),
+        gone=tuple(draw(st.lists(U32, max_size=3))),
+        controller=draw(TEXT),
+        saved=draw(SAVED),
+        digest=draw(U64),
+        pages=random.integers(0, 2**31, (draw(st.integers(0, 3)), 3), np.int32),
+        key_pages=random.integers(0, 2**31, (draw(st.integers(0, 3)), 2), np.int32),
+    )
+
+
 DECIDED = build(
     types.DecidedStep, table_id=U64, version=U64, step_id=STEP_ID, lr=DOUBLE, grad_scale=DOUBLE, sequences=U64S
 )
@@ -350,7 +371,12 @@ CASES: dict[Method[Any, Any], Case] = {
         shard_pb2.PullPagesReply,
         build(types.PullReport, pages=U64, num_bytes=U64),
     ),
-    methods.SET_VIEW: (shard_pb2.SetViewRequest, build(SetView, view=VIEW, **TOKEN), shard_pb2.SetViewReply, st.none()),
+    methods.SET_VIEW: (
+        shard_pb2.SetViewRequest,
+        build(SetView, view=VIEW, **TOKEN) | build(SetView, view=st.none(), change=view_changes(), **TOKEN),
+        shard_pb2.SetViewReply,
+        st.none(),
+    ),
     methods.MARK_TABLE: (
         shard_pb2.MarkTableRequest,
         build(types.MarkTable, table_id=U64, version=U64, lease_s=SECONDS, since=TEXT, **TOKEN),

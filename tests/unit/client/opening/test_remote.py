@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
@@ -22,7 +22,9 @@ from mempool.errors import (
     ShardUnavailable,
     Unauthenticated,
 )
-from mempool.types import ExportLedger, RescaleProgress, ShardInfo
+from mempool.server import services
+from mempool.types import ExportLedger, RescaleProgress, ShardInfo, TableView
+from mempool.types.view_changes import ViewChange, changed
 from mempool.wire.channels.grpc_channel import GrpcChannels
 from mempool.wire.channels.loop import run
 from tests.unit.client.grpc_pool import CONTROLLER_KEY, GrpcPoolHere, addresses
@@ -67,6 +69,23 @@ def test_trains_as_a_local_tensor_does(here: GrpcPoolHere) -> None:
         assert reports[-1].done
         assert table.counters.updates_committed == 6
         assert [shard.tables[0].version for shard in pool.status().shards] == [6]
+
+
+def test_shards_are_told_what_a_rescale_changes(here: GrpcPoolHere, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[ViewChange] = []
+
+    def seen(views: Iterable[TableView], change: ViewChange) -> TableView:
+        told.append(change)
+        return changed(views, change)
+
+    monkeypatch.setattr(services, "changed", seen)
+    with connect(here.address) as pool:
+        table = pool.create_table(TableConfig(name="facts", num_slots=4096, value_dim=8, page_slots=16, layout="rows"))
+        rows = table.rows(torch.arange(4096))
+        pool.rescale(3)
+        assert len(told) >= 2, "both owners have the view before"
+        assert all(0 < change.pages.shape[0] < 128 for change in told)
+        assert torch.equal(table.rows(torch.arange(4096)), rows)
 
 
 def test_lookups_and_keys_over_the_wire(here: GrpcPoolHere) -> None:

@@ -5,14 +5,19 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mempool.client.transport.shard import GrpcDialer, GrpcShard
-from mempool.errors import ShardUnavailable
-from mempool.types import Envelope, GatherRequest, ShardInfo, ShardStatus
+from mempool.errors import InvalidRequest, ShardUnavailable
+from mempool.types import Envelope, GatherRequest, Placement, ShardInfo, ShardStatus, TableView
 from mempool.types.caller import Caller, calling
+from mempool.types.view_changes import changed
+from mempool.wire import methods
+from mempool.wire.codecs.pages import SetView
 from mempool.wire.methods import Method
+from tests.support.faulty import make_schema
 
 INFO = ShardInfo(shard=3, address="somewhere", incarnation=1)
 
@@ -127,3 +132,77 @@ def test_a_dialer_makes_channels_of_the_kind_it_is_given() -> None:
 
     asyncio.run(main())
     assert made == [("somewhere", 3)]
+
+
+class Views:
+    """A shard that takes views, as ``SetView`` is served; one of an old version knows no changes."""
+
+    def __init__(self, *, old: bool = False) -> None:
+        self.old = old
+        self.view: TableView | None = None
+        self.num_bytes: list[int] = []
+
+    async def take(self, request: SetView) -> None:
+        frame = methods.SET_VIEW.request.encode(request)
+        self.num_bytes.append(len(frame))
+        told = methods.SET_VIEW.request.decode(frame)
+        if told.view is None and self.old:
+            raise InvalidRequest("SetViewRequest.view is missing")
+        if told.view is not None:
+            self.view = told.view
+        else:
+            assert told.change is not None
+            self.view = changed([] if self.view is None else [self.view], told.change)
+
+
+def make_view(epoch: int, *moved: int) -> TableView:
+    owners = np.zeros((4096, 4), dtype=np.int32)
+    owners[list(moved)] = 1
+    placement = Placement(table_id=1, epoch=epoch, owners=owners, key_owners=np.zeros(0, dtype=np.int32))
+    infos = tuple(ShardInfo(shard=shard, address=f"host-{shard}:1", incarnation=1) for shard in range(2))
+    schema = make_schema(num_slots=4096 * 8, value_dim=16)
+    return TableView(schema=schema, placement=placement, shards=infos)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_shard_is_told_what_is_other_in_a_view_than_in_the_one_it_took(old: bool) -> None:
+    async def main() -> None:
+        views = Views(old=old)
+        shard = GrpcShard(INFO, Handing("somewhere", {"SetView": views.take, "DropTable": None}))
+        for epoch, moved in enumerate([(), (7,), (7, 9)]):
+            target = make_view(epoch, *moved)
+            await shard.set_view(target, token="round")
+            assert views.view is not None
+            assert views.view.placement.same_owners(target.placement)
+        were_whole = [num_bytes > 4 * 4096 * 4 for num_bytes in views.num_bytes]
+        assert were_whole == ([True, False, True, False, True] if old else [True, False, False])
+        assert min(views.num_bytes) < 200
+        views.view = make_view(5, 1, 2, 3)  # another controller has told it
+        await shard.set_view(make_view(6, 7))
+        assert views.view.placement.same_owners(make_view(6, 7).placement)
+        await shard.drop_table(1)
+        await shard.set_view(make_view(7, 7))
+        assert views.num_bytes[-1] > 4 * 4096 * 4
+
+    asyncio.run(main())
+
+
+def test_a_view_that_a_shard_did_not_take_is_no_ground_for_the_next_one() -> None:
+    async def main() -> None:
+        views = Views()
+        handing = Handing("somewhere", {"SetView": views.take})
+        shard = GrpcShard(INFO, handing)
+        await shard.set_view(make_view(0))
+
+        async def fails(_: SetView) -> None:
+            raise ShardUnavailable("the connection broke")
+
+        handing.answers["SetView"] = fails
+        with pytest.raises(ShardUnavailable):
+            await shard.set_view(make_view(1, 7))
+        handing.answers["SetView"] = views.take
+        await shard.set_view(make_view(2, 7, 9))
+        assert len(views.num_bytes) == 2
+        assert min(views.num_bytes) > 4 * 4096 * 4
+
+    asyncio.run(main())
