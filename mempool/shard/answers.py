@@ -211,7 +211,6 @@ class Answers:
     def _pooled(
         self, table: HostedTable, bags: Bags, dtype: torch.dtype, *, for_step: bool, out: Tensor | None
     ) -> Tensor:
-        on_cpu = table.storage.device.type == "cpu"
         began_s = time.perf_counter()
         values = self._summed(table, bags, dtype, for_step=for_step, out=out)
         self._pace.took(_row_bytes(table) * bags.num_pairs, time.perf_counter() - began_s)
