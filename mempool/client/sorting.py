@@ -73,7 +73,8 @@ def sortings_of(masks: Sequence[Tensor | None]) -> tuple[tuple[Sorting, ...], tu
             counts[number] += 1
         places.append(known[key])
     sortings = tuple(
-        Sorting(group_of_page=torch.from_numpy(groups), num_groups=count) for groups, count in zip(found, counts, strict=True)
+        Sorting(group_of_page=torch.from_numpy(groups), num_groups=count)
+        for groups, count in zip(found, counts, strict=True)
     )
     return sortings, tuple(places)
 
