@@ -22,9 +22,9 @@ from mempool.errors import (
     ShardUnavailable,
     Unauthenticated,
 )
+from mempool.placement.changes import ViewChange, changed
 from mempool.server import services
 from mempool.types import ExportLedger, RescaleProgress, ShardInfo, TableView
-from mempool.types.view_changes import ViewChange, changed
 from mempool.wire.channels.grpc_channel import GrpcChannels
 from mempool.wire.channels.loop import run
 from tests.unit.client.grpc_pool import CONTROLLER_KEY, GrpcPoolHere, addresses
