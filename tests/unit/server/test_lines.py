@@ -45,8 +45,9 @@ async def never(_: object) -> None:
 @asynccontextmanager
 async def connection(server: NearServer) -> AsyncIterator[socket.socket]:
     """Of a client that does what it wants."""
+    before = server.num_lines
     found, sent, _ = await asyncio.to_thread(handshake.call, server._address, None)
-    await until(lambda: server.num_lines > 0)
+    await until(lambda: server.num_lines > before)
     try:
         yield found
     finally:
@@ -146,6 +147,7 @@ class Refusing:
 def test_a_line_that_cannot_be_watched_ends_alone() -> None:
     async def main() -> None:
         async with serving() as server, connected(server) as channel:
+            await channel.call(methods.READ_ROWS, asked(1), timeout_s=20)
             before = server._lines._epoll
             server._lines._epoll = Refusing(server._lines)  # type: ignore[assignment]
             found, sent, _ = await asyncio.to_thread(handshake.call, server._address, None)

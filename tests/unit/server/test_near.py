@@ -370,7 +370,7 @@ def test_lines_are_bounded_and_all_calls_are_answered(monkeypatch: pytest.Monkey
             assert most == MOST_LINES == server.num_lines
             monkeypatch.setattr(near_server, "MOST_LINES", 2 * MOST_LINES)
             await opened(await stack.enter_async_context(connected(server)), MOST_LINES - 1)
-            assert server.num_lines == 2 * MOST_LINES
+            await until(lambda: server.num_lines == 2 * MOST_LINES)
             async with connected(server) as other:
                 assert not other.is_near
 

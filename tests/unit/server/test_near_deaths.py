@@ -12,6 +12,7 @@ import torch
 
 from mempool.types import GatherRequest
 from mempool.wire import methods
+from mempool.wire.channels.grpc_channel import GrpcChannel
 from mempool.wire.channels.near_channel import NearChannel
 from mempool.wire.near import handshake
 from mempool.wire.near.line import supported
@@ -85,6 +86,33 @@ def test_servers_that_are_silent_share_the_time_of_a_call() -> None:
             await asyncio.to_thread(asks, first, second)
 
     go(main())
+
+
+def test_a_server_that_does_not_agree_takes_part_of_a_calls_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that was stopped: the thread that would open a line asks by gRPC, while there is time."""
+    given: list[float] = []
+    left: list[float] = []
+    agrees = handshake.call
+
+    def call(address: str, token: str | None, *, timeout_s: float) -> object:
+        given.append(timeout_s)
+        return agrees(address, token, timeout_s=timeout_s)
+
+    async def main() -> None:
+        address = f"127.0.0.1:{10**6 * os.getpid() + 999}"
+        with handshake.listener(handshake.port_of(address)):
+            channel = NearChannel(GrpcChannel(address, shard=0), token=None)
+            monkeypatch.setattr(handshake, "call", call)
+            monkeypatch.setattr(
+                channel._grpc, "begin", lambda *_, timeout_s, **__: left.append(timeout_s), raising=False
+            )
+            await asyncio.to_thread(channel.begin, methods.GATHER, gather(), timeout_s=0.4)
+            await channel.close()
+
+    go(main())
+    assert given == [0.1]
+    assert len(left) == 1
+    assert left[0] <= 0.3
 
 
 def gather() -> GatherRequest:
