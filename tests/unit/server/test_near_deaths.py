@@ -142,7 +142,7 @@ def test_what_is_no_handshake_leaves_no_descriptor(said: str) -> None:
         handshake.answer(ours, "a:1", "right")
     ours.close()
     theirs.close()
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 def test_a_handshake_that_comes_slowly_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
