@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import grpc
 
+from mempool.placement.changes import changed
 from mempool.server.calls import Door, handler, streaming_handler
 from mempool.types import (
     CommitRequest,
@@ -22,7 +23,6 @@ from mempool.types import (
     UpdateRequest,
 )
 from mempool.types.caller import current_caller
-from mempool.types.view_changes import changed
 from mempool.wire import methods
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
 from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable

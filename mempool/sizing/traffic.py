@@ -57,8 +57,9 @@ def traffic_of(held: Holding, split: Split, *, bags: int, pairs: int, wire_dtype
     id_bytes = 4 if split.schema.num_slots <= _NARROW_SLOTS else 8
     sent = math.ceil(held.share * pairs)
     values = bags * _sums_bytes(held.width, split.schema.block_dim, wire_dtype)
-    # What is to be added to another shard's comes as float32.
-    sums = values if held.share == 1 else bags * held.width * ELEMENT_BYTES["float32"]
+    # Where others have slots of the same columns, sums are added up, and come as float32.
+    alone = held.area * split.schema.value_dim > held.width - 0.5 / split.schema.num_row_pages
+    sums = values if alone else bags * held.width * ELEMENT_BYTES["float32"]
     return Traffic(
         request=sent * (id_bytes + _WEIGHT_BYTES) + _OFFSET_BYTES * (bags + 1),
         reply=sums,

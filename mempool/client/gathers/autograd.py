@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mempool.client.bags import checked_bags
 from mempool.client.gathers.compiled import compiled_gather
 from mempool.client.gathers.first_order import first_order_only
 from mempool.client.gathers.links import Link
 from mempool.client.gathers.markers import mark_like
+from mempool.client.routing.attempt import LookupRecord
 from mempool.errors import InvalidRequest
 from mempool.types.bags import Bags
 
@@ -78,10 +80,23 @@ def pooled_gather(
     differentiable = torch.is_grad_enabled() and (
         anchor.requires_grad or (weights is not None and weights.requires_grad)
     )
+    if (
+        not differentiable and forward_ad._current_level < 0
+    ):  # what torch makes ready for a graph is a part of a small call
+        bags = Bags(ids=ids, weights=link.wire_weights(weights), offsets=offsets)
+        return _sums(link, bags, remember=False, device=device)[0]
     pooled: Tensor = _PooledGather.apply(  # type: ignore[no-untyped-call]
         anchor, weights, ids, offsets, link, trained, remember and differentiable, device
     )
     return pooled
+
+
+def _sums(link: Link, bags: Bags, *, remember: bool, device: torch.device) -> tuple[Tensor, LookupRecord | None]:
+    """Pooled values [B, V] on ``device``, and the lookup that they come from; None where there was nothing to ask."""
+    if not bags.num_pairs:
+        return torch.zeros(bags.num_bags, link.value_dim, dtype=torch.float32, device=device), None
+    values, record = link.send_gather(bags, remember=remember)
+    return values.to(device), record
 
 
 class _Lease:
@@ -117,14 +132,12 @@ class _PooledGather(torch.autograd.Function):
         bags = Bags(ids=ids, weights=link.wire_weights(weights), offsets=offsets)
         ctx.link, ctx.trained, ctx.record, ctx.lease = link, trained, None, None
         ctx.anchor, ctx.weights = anchor, weights
-        if not bags.num_pairs:
-            return torch.zeros(bags.num_bags, link.value_dim, dtype=torch.float32, device=device)
-        values, record = link.send_gather(bags, remember=remember)
+        values, record = _sums(link, bags, remember=remember, device=device)
         ctx.record = record
-        if record.remembered_by:
+        if record is not None and record.remembered_by:
             ctx.lease = _Lease()
             weakref.finalize(ctx.lease, link.release(record)).atexit = False
-        return values.to(device)
+        return values
 
     @staticmethod
     def backward(ctx: Any, grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from mempool.errors import InvalidRequest, ShardUnavailable
+from mempool.placement.changes import Changes
 from mempool.types import (
     AttachTable,
     CommitReply,
@@ -53,7 +54,6 @@ from mempool.types import (
 )
 from mempool.types.caller import current_caller
 from mempool.types.running import Clock
-from mempool.types.view_changes import Changes
 from mempool.wire import methods
 from mempool.wire.channels.channel import Channel, Channels
 from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable

@@ -16,7 +16,7 @@ from mempool.kernels.cpu.runtime import EMPTY_WEIGHTS, Array, kernel, view
 def _count(
     ids: Array, offsets: Array, group_of_page: Array, page_shift: int, groups: Array, own_offsets: Array, ends: Array
 ) -> bool:
-    """The group of each pair, one more than its number; how many pairs each has up to each bag, and to each group."""
+    """The group of each pair, from 1; how many pairs each group has up to each bag, and where each group ends."""
     if not ascends(offsets, ids.shape[0]):
         return False
     num_groups, num_pages = own_offsets.shape[0], group_of_page.shape[0]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mempool.errors import InvalidRequest
+from mempool.placement.changes import ViewChange
 from mempool.types.pages import (
     AttachTable,
     DecidedStep,
@@ -26,7 +27,6 @@ from mempool.types.pages import (
     WritePart,
 )
 from mempool.types.pool import ShardStatus, TableView
-from mempool.types.view_changes import ViewChange
 from mempool.wire.bodies.frames import decode_frame, frame_parts
 from mempool.wire.bodies.tensors import FrameMemory
 from mempool.wire.codecs.codec import MAX_SMALL_BYTES, NUMBERS, FrameCodec, Only, ProtoCodec, packed, parsed, tensor_of

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from mempool.errors import InvalidRequest
+from mempool.placement.changes import ViewChange
 from mempool.types.pool import (
     CheckpointProgress,
     DropTable,
@@ -35,7 +36,6 @@ from mempool.types.schema import (
     default_rounding,
 )
 from mempool.types.schema_checks import check_schema
-from mempool.types.view_changes import ViewChange
 from mempool.wire.bodies.tensors import array_from_message, tensor_to_message
 from mempool.wire.codecs.codec import MAX_SMALL_BYTES, Only, ProtoCodec
 from mempool.wire.codecs.mirror import Choice, Functions, Mirror, Several, checked_text, choice, require

@@ -1,6 +1,7 @@
 """Answers in pieces: the bits of the whole, others in between, and an end where the table goes away."""
 
 import asyncio
+import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from types import GeneratorType
@@ -237,7 +238,7 @@ def test_parts_cover_every_bag_once(monkeypatch: pytest.MonkeyPatch, lengths: tu
     monkeypatch.setattr(pace, "PIECE_BYTES", 400)
     made = make_bags(1, lengths=lengths)
     bags = bags_module.Bags(made.ids, made.weights, made.offsets)
-    parts = list(_parts_of(bags, 40))
+    parts = list(_parts_of(bags, 40, pace.Pace(time.monotonic)))
     assert [part[0] for part in parts] == [0, *(part[1] for part in parts)][: len(parts)]
     assert sum(part.num_bags for _, _, part in parts) == len(lengths)
     for first, end, part in parts:
@@ -270,7 +271,7 @@ def test_long_reads_are_cut_sooner_where_others_wait(make_driver: MakeDriver, mo
     request = _gather(driver, ids=bags.ids, weights=bags.weights, offsets=bags.offsets)
     whole = inner.gather(request)
     assert isinstance(whole, GatherReply)
-    monkeypatch.setattr(inner, "_others_wait", lambda: True)
+    monkeypatch.setattr(inner._pace, "_others_wait", lambda: True)
     pieces = inner.gather(request)
     assert not isinstance(pieces, GatherReply)
     *_, found = _values(pieces)

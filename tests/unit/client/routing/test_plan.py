@@ -173,6 +173,19 @@ def test_the_only_owners_reply_is_the_answer_without_a_copy() -> None:
     assert merge_values(plan, [(plan.routes[0], reply)], num_bags=5).data_ptr() == reply.data_ptr()
 
 
+def test_columns_of_shards_in_another_order_are_put_where_they_belong() -> None:
+    plan = make_plan(make_view(make_schema(), np.tile([1, 1, 0], (8, 1))))
+    assert plan.side_by_side == (1, 0)
+    low, high = torch.randn(5, 8).bfloat16(), torch.randn(5, 4).bfloat16()
+    merged = merge_values(plan, [(plan.routes[0], high), (plan.routes[1], low)], num_bags=5)
+    assert torch.equal(merged, torch.cat([low, high], dim=1).float())
+
+
+def test_of_columns_in_two_ranges_or_of_parts_of_rows_nothing_is_side_by_side() -> None:
+    for owners in (np.tile([0, 1, 0], (8, 1)), np.tile([[0], [1]], (4, 3)), [[0, 1, 1]] * 7 + [[0, 1, 2]]):
+        assert make_plan(make_view(make_schema(), np.array(owners))).side_by_side == ()
+
+
 def test_neighbouring_blocks_are_one_span() -> None:
     plan = make_plan(make_view(make_schema(), np.tile([0, 0, 1], (8, 1))))
     first, second = plan.routes

@@ -11,9 +11,9 @@ import torch
 
 from mempool.client.transport.shard import GrpcDialer, GrpcShard
 from mempool.errors import InvalidRequest, ShardUnavailable
+from mempool.placement.changes import changed
 from mempool.types import Envelope, GatherRequest, Placement, ShardInfo, ShardStatus, TableView
 from mempool.types.caller import Caller, calling
-from mempool.types.view_changes import changed
 from mempool.wire import methods
 from mempool.wire.codecs.pages import SetView
 from mempool.wire.methods import Method

@@ -7,7 +7,9 @@ import torch
 
 from mempool.errors import InvalidRequest
 from mempool.types import Envelope, GatherReply, GatherRequest, Stamp, StepId, UpdateRequest
+from mempool.wire.bodies.frames import encode_frame
 from mempool.wire.codecs import messages
+from mempool.wire.codecs.lookup import LOOKUP_REQUEST
 from mempool.wire.v1 import data_pb2, tensor_pb2
 
 ENVELOPE = Envelope(table_id=1, epoch=2, incarnation=3, table_version=4)
@@ -93,3 +95,16 @@ def test_bfloat16_keeps_its_bits() -> None:
     )
     found = messages.GATHER_REPLY.decode(messages.GATHER_REPLY.encode(reply)).values
     assert torch.equal(found.view(torch.uint16), values)
+
+
+def test_sums_in_a_dtype_that_is_not_known_are_refused_by_name() -> None:
+    """As a shard answers that is older than its client; and who coordinates a thin client's lookup, of packed rows."""
+    request = data_pb2.GatherRequest.FromString(messages.GATHER_REQUEST.encode(GATHER))
+    request.reply_dtype = tensor_pb2.DTYPE_INT8
+    with pytest.raises(InvalidRequest, match=r"GatherRequest.reply_dtype is 10; expected one of .*float8_e4m3fn"):
+        messages.GATHER_REQUEST.decode(request.SerializeToString())
+    lookup = data_pb2.LookupRequest(table="facts", topk=1, reply_dtype=tensor_pb2.DTYPE_FLOAT8_E4M3FN)
+    with pytest.raises(InvalidRequest, match=r"LookupRequest.reply_dtype is 9; expected one of .*bfloat16"):
+        LOOKUP_REQUEST.decode(
+            lookup.SerializeToString() + encode_frame(data_pb2.LookupRequest(), {"queries": torch.ones(1, 4)})
+        )

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mempool.errors import InvalidRequest
+from mempool.placement.changes import Changes, ViewChange, change_between, changed, digest_of
 from mempool.types import OptimizerSpec, Placement, ProductKeySpec, SavedTable, ShardInfo, TableSchema, TableView
-from mempool.types.view_changes import Changes, ViewChange, change_between, changed, digest_of
 from mempool.wire.codecs.tables import VIEW_CHANGE
 
 SCHEMA = TableSchema(

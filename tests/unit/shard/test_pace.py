@@ -1,0 +1,78 @@
+"""Pieces are small where somebody else asks for little, and only there."""
+
+import pytest
+
+from mempool.shard.work.pace import (
+    LEAST_PIECE_BYTES,
+    LITTLE_BYTES,
+    PIECE_BYTES,
+    PIECE_S,
+    WHOLE_BYTES,
+    Pace,
+)
+
+SECONDS_A_BYTE = 2e-10  # 5 GB/s
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def pace(clock: Clock) -> Pace:
+    made = Pace(clock)
+    for _ in range(50):
+        made.took(WHOLE_BYTES, WHOLE_BYTES * SECONDS_A_BYTE)
+    return made
+
+
+def test_who_is_alone_is_answered_in_one_go(pace: Pace) -> None:
+    for cost in (1000, 10 * LITTLE_BYTES):  # its own small calls, too
+        pace.asks("unix:7:1", cost)
+        pace.asks("unix:7:2", cost)
+    pace.serves("unix:7:1")
+    assert not pace.is_shared
+    assert pace.piece_bytes == PIECE_BYTES
+    assert not pace.is_long(WHOLE_BYTES)
+    assert pace.is_long(WHOLE_BYTES + 1)
+
+
+def test_others_who_ask_for_as_much_change_nothing(pace: Pace) -> None:
+    for other in ("unix:8:1", "ipv4:10.0.0.1:4", "ipv4:10.0.0.1:5"):
+        pace.asks(other, LITTLE_BYTES)
+    pace.serves("unix:7:1")
+    assert not pace.is_long(WHOLE_BYTES)
+
+
+@pytest.mark.parametrize("other", ["unix:8:1", "ipv4:10.0.0.1:4"])
+def test_a_piece_takes_a_millisecond_where_another_asks_for_little(pace: Pace, clock: Clock, other: str) -> None:
+    pace.asks(other, 1000)
+    pace.asks("unix:7:1", 1000)  # and the one that is served, later
+    pace.serves("unix:7:2")
+    assert pace.is_shared
+    assert pace.piece_bytes * SECONDS_A_BYTE == pytest.approx(PIECE_S, rel=0.01)
+    assert pace.is_long(int(2.1 * PIECE_S / SECONDS_A_BYTE))
+    assert not pace.is_long(int(1.9 * PIECE_S / SECONDS_A_BYTE))
+    pace.serves(other)
+    assert pace.is_shared, "the first is another to that one"
+    clock.now_s += 1.5
+    assert not pace.is_shared, "they have gone"
+
+
+def test_pieces_are_within_bounds_at_any_speed(pace: Pace) -> None:
+    pace.asks("unix:8:1", 1)
+    pace.serves("unix:7:1")
+    for seconds, expected in ((0.0, PIECE_BYTES), (1e6, LEAST_PIECE_BYTES)):
+        for _ in range(200):
+            pace.took(WHOLE_BYTES, seconds)
+        assert pace.piece_bytes == expected
+    pace.took(LEAST_PIECE_BYTES - 1, 0.0)
+    assert pace.piece_bytes == LEAST_PIECE_BYTES, "what is begun takes time besides; little says nothing of it"
