@@ -426,7 +426,7 @@ class EngineThread:
             self._worker.ring()
         for one in late:
             self._tell_late(one)
-        if self._keeping_up and now_s >= self._next_upkeep_s:
+        if not here and self._keeping_up and now_s >= self._next_upkeep_s:  # which may wait for a disk
             self._keep_up()
         if job is None:
             return not here and (self._closed is None or self.others_wait())

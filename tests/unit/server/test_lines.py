@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from mempool.errors import InvalidRequest, ShardUnavailable
 from mempool.server.near.lines import Lines
 from mempool.server.near.server import NearServer
 from mempool.types import GatherReply, GatherRequest
@@ -158,5 +159,26 @@ def test_a_line_that_cannot_be_watched_ends_alone() -> None:
             await channel.call(methods.READ_ROWS, asked(1), timeout_s=20)
             async with connected(server) as other:
                 await other.call(methods.READ_ROWS, asked(1), timeout_s=20)
+
+    go(main())
+
+
+def test_where_lines_are_served_no_more_nobody_agrees_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: Lines) -> None:
+        raise ZeroDivisionError
+
+    async def main() -> None:
+        async with serving() as server, connected(server) as channel:
+            await channel.call(methods.READ_ROWS, asked(1), timeout_s=20)
+            monkeypatch.setattr(Lines, "_round", fails)
+            with pytest.raises(ShardUnavailable, match="its process died"):  # and its line is ended
+                await channel.call(methods.READ_ROWS, asked(1), timeout_s=20)
+            await until(lambda: server._lines.ended)
+            assert server.num_lines == 0
+            with pytest.raises((ConnectionError, InvalidRequest)):
+                await asyncio.to_thread(handshake.call, server._address, None)
+            await until(lambda: server._taking is not None and server._taking.done())
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.to_thread(handshake.call, server._address, None)
 
     go(main())

@@ -110,7 +110,7 @@ def test_a_job_whose_turn_begins_is_told_of_the_end(caplog: pytest.LogCaptureFix
         await thread.run("job", lambda _: None)
         asked = Asked(thread, lambda _: None)
         now_s = 100.0
-        assert not thread.take_turn()
+        thread.hand_over()
         await asked.told.wait()
         assert isinstance(asked.error, ShardUnavailable)
 
@@ -118,4 +118,53 @@ def test_a_job_whose_turn_begins_is_told_of_the_end(caplog: pytest.LogCaptureFix
         raise SystemError
 
     go(body, upkeep=upkeep, upkeep_s=50.0, clock=lambda: now_s)
+    assert "cannot go on" in caplog.text
+
+
+def test_what_is_kept_is_looked_after_by_the_thread_alone() -> None:
+    """It may wait for a disk, and who takes turns here has others to answer."""
+    now_s = 0.0
+    by: list[str] = []
+
+    async def body(thread: EngineThread) -> None:
+        nonlocal now_s
+        await thread.run("job", lambda _: None)
+        for _ in range(3):
+            now_s += 100.0
+            asked = Asked(thread, in_pieces(2))
+            while thread.take_turn():
+                pass
+            thread.hand_over()
+            await asked.told.wait()
+            await thread.run("job", lambda _: None)
+
+    def upkeep() -> bool:
+        by.append(threading.current_thread().name)
+        return True
+
+    go(body, upkeep=upkeep, upkeep_s=50.0, clock=lambda: now_s)
+    assert set(by) == {"shard 3"}
+    assert len(by) >= 3
+
+
+def test_a_failure_that_nobody_survives_ends_it_once_wherever_the_turn_was(caplog: pytest.LogCaptureFixture) -> None:
+    ends: list[BaseException] = []
+
+    class Broken(BaseException):
+        pass
+
+    def breaks(_: Any) -> None:
+        raise Broken("no more")
+
+    async def body(thread: EngineThread) -> None:
+        several = [Asked(thread, run) for run in (breaks, in_pieces(2), lambda _: 1)]
+        assert not thread.take_turn()
+        for asked in several:
+            await asked.told.wait()
+            assert isinstance(asked.error, ShardUnavailable)
+        with pytest.raises(ShardUnavailable, match="no more"):
+            Asked(thread, lambda _: 1)
+
+    go(body, on_fatal=ends.append)
+    assert len(ends) == 1
     assert "cannot go on" in caplog.text
