@@ -13,14 +13,14 @@ import torch
 from mempool.errors import InvalidRequest, ShardUnavailable
 from mempool.server.near.lines import Lines
 from mempool.server.near.server import NearServer
-from mempool.types import GatherReply, GatherRequest
+from mempool.types import GatherReply, GatherRequest, ReadRowsReply, ReadRowsRequest
 from mempool.wire import methods
 from mempool.wire.near import handshake
 from mempool.wire.near.framing import COPIED, REQUEST, Message, header_of
 from mempool.wire.near.line import supported
 from mempool.wire.near.methods import GATHER, NUMBERS
 
-from .test_near import STAMP, asked, connected, go, serving, until
+from .test_near import STAMP, asked, connected, go, rows, serving, until
 from .test_near_deaths import gather
 
 pytestmark = pytest.mark.skipif(not supported(), reason="this system has no such memory")
@@ -167,12 +167,16 @@ def test_where_lines_are_served_no_more_nobody_agrees_on_one(monkeypatch: pytest
     def fails(_: Lines) -> None:
         raise ZeroDivisionError
 
+    async def second_waits(request: ReadRowsRequest) -> ReadRowsReply:
+        await asyncio.sleep(60.0 * (len(request.ids) - 1))
+        return await rows(request)
+
     async def main() -> None:
-        async with serving() as server, connected(server) as channel:
+        async with serving(rows=second_waits) as server, connected(server) as channel:
             await channel.call(methods.READ_ROWS, asked(1), timeout_s=20)
             monkeypatch.setattr(Lines, "_round", fails)
             with pytest.raises(ShardUnavailable, match="its process died"):  # and its line is ended
-                await channel.call(methods.READ_ROWS, asked(1), timeout_s=20)
+                await channel.call(methods.READ_ROWS, asked(2), timeout_s=20)
             await until(lambda: server._lines.ended)
             assert server.num_lines == 0
             with pytest.raises((ConnectionError, InvalidRequest)):
