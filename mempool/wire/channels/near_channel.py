@@ -64,6 +64,7 @@ class NearChannel:
         self._free: deque[ClientLine] = deque()
         self._lines: set[ClientLine] = set()
         self._opening: asyncio.Task[None] | None = None
+        self._agreeing: list[None] = []  # as many as there are threads that open a line just now
         self._not_before_s = 0.0
         self._closed = False
 
@@ -184,13 +185,19 @@ class NearChannel:
 
     def _opened(self, timeout_s: float) -> ClientLine | None:
         """A further line, for the thread that finds none free: that takes less time than one call by gRPC."""
-        if self._closed or len(self._lines) >= MOST_LINES or time.monotonic() < self._not_before_s:
+        if self._closed or time.monotonic() < self._not_before_s:
             return None
-        line = _agreed(self.address, self._token, min(timeout_s, handshake.TIMEOUT_S))
-        if line is None:
-            self._not_before_s = time.monotonic() + _AGAIN_S
-            return None
-        self._lines.add(line)
+        self._agreeing.append(None)
+        try:
+            if len(self._lines) + len(self._agreeing) > MOST_LINES:
+                return None
+            line = _agreed(self.address, self._token, min(timeout_s, handshake.TIMEOUT_S))
+            if line is None:
+                self._not_before_s = time.monotonic() + _AGAIN_S
+                return None
+            self._lines.add(line)
+        finally:
+            self._agreeing.pop()
         if self._closed:  # whoever closed it may not have seen this one
             self._end(line)
             return None
