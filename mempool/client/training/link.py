@@ -127,18 +127,24 @@ class TableLink:
         )
         if fetched is not None:
             return fetched if remember else self._not_remembered(*fetched)
-        hot_rows, plan = self.hot_rows, self._router.plan_now(self.session.table_id)
-        if hot_rows is not None and plan is not None and not remember:
-            answer = hot_rows.gather(
-                bags,
-                plan=plan,
-                known_version=self.session.known_version or 0,
-                reply_dtype=self._wire_dtype,
-                ask=partial(self._ask, remember=False),
-            )
+        if self.hot_rows is not None and not remember:
+            answer = self._kept(self.hot_rows, bags)
             if answer is not None:
                 return answer
         return self._ask(bags, remember=remember)
+
+    def _kept(self, hot_rows: HotRows, bags: Bags) -> tuple[Tensor, LookupRecord] | None:
+        """What rows that are kept here have a part in; None: shards are to be asked."""
+        plan = self._router.plan_now(self.session.table_id)
+        if plan is None:
+            return None
+        return hot_rows.gather(
+            bags,
+            plan=plan,
+            known_version=self.session.known_version or 0,
+            reply_dtype=self._wire_dtype,
+            ask=partial(self._ask, remember=False),
+        )
 
     def _ask(self, bags: Bags, *, remember: bool) -> tuple[Tensor, LookupRecord]:
         session, reply_dtype, began_s = self.session, self._wire_dtype, time.monotonic()

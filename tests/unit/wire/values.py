@@ -288,7 +288,7 @@ CASES: dict[Method[Any, Any], Case] = {
             ids=tensors(3, st.just(torch.int64)),
             scores=PER_HEAD,
             weights=PER_HEAD,
-            values=BAGS,
+            values=tensors(2, st.sampled_from([torch.float32, torch.bfloat16])),
         ),
     ),
     methods.STEP_COUNT: (
