@@ -7,8 +7,8 @@ from typing import Any
 
 from mempool.agreement.order import Order
 from mempool.shard.durable.store import Store
+from mempool.shard.work.doing import Doing
 from mempool.shard.work.jobs import Answered
-from mempool.shard.work.thread import EngineThread
 from mempool.types import DecidedStep
 from tests.simulation.history import History
 from tests.simulation.loop import InlineWorker
@@ -22,7 +22,7 @@ def observed(history: History, store_of: Callable[[], Store | None] = lambda: No
 
     store_of: Of the shard whose code runs now.
     """
-    keep, told, go_on = Order._keep, Store._told, EngineThread._go_on
+    keep, told, go_on = Order._keep, Store._told, Doing._go_on
     ahead: dict[Store, list[tuple[int, DecidedStep]]] = defaultdict(list)
 
     def observe(order: Order, step: DecidedStep) -> None:
@@ -42,19 +42,20 @@ def observed(history: History, store_of: Callable[[], Store | None] = lambda: No
         for step in durable:
             history.note_applied(step)
 
-    def promised(thread: EngineThread, answered: Answered) -> None:
+    def promised(doing: Doing, answered: Answered) -> None:
         """Between an answer and what it has promised others run, as on other threads, or the process dies."""
-        if isinstance(thread._worker, InlineWorker):
-            thread._worker.rest_of_turn(lambda: go_on(thread, answered))
+        worker = doing._ended.__self__._worker  # type: ignore[attr-defined]  # of the thread that does it
+        if isinstance(worker, InlineWorker):
+            worker.rest_of_turn(lambda: go_on(doing, answered))
         else:
-            go_on(thread, answered)
+            go_on(doing, answered)
 
     Order._keep = observe  # type: ignore[method-assign]
-    EngineThread._go_on = promised  # type: ignore[method-assign]
+    Doing._go_on = promised  # type: ignore[method-assign]
     Store._told = synced  # type: ignore[method-assign]
     try:
         yield
     finally:
         Order._keep = keep  # type: ignore[method-assign]
-        EngineThread._go_on = go_on  # type: ignore[method-assign]
+        Doing._go_on = go_on  # type: ignore[method-assign]
         Store._told = told  # type: ignore[method-assign]

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import CancelledError, Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,18 @@ _IN_PLACE = (GATHER, UPDATE)
 
 Calls = Mapping[str, Callable[[Any], Awaitable[Any]]]
 Told = Callable[[Serving, Any, BaseException | None], None]
-"""Is given the answer to the call that a line is at, or why there is none, on any thread."""
+"""Is given the answer to the call that a line is at, or ``OnLoop``, or why there is none, on any thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class OnLoop:
+    """Is told in place of an answer: a call on the event loop has it.
+
+    Attributes:
+        begin: Begins that call. Of the thread that began the line's: what takes it back is known there alone.
+    """
+
+    begin: Callable[[], None]
 
 
 class Answering:
@@ -68,7 +79,8 @@ class Answering:
             serving: The line, which waits meanwhile.
             message, body: The request.
             alone: No other is there that could be answered with it.
-            told: Is told of it later where there is no answer yet: once, or never where it was taken back.
+            told: Is told of it later where there is no answer yet: once, or never where it was taken back; once more
+                after an ``OnLoop``.
 
         Returns:
             The answer; None where it is still to come.
@@ -151,7 +163,7 @@ class Answering:
             if reply is not None:
                 told(serving, reply, None)
             elif error is None or isinstance(error, MempoolError):
-                on_loop()
+                told(serving, OnLoop(on_loop), None)
             else:
                 told(serving, None, error)
 

@@ -14,7 +14,7 @@ from collections import deque
 from typing import Any
 
 from mempool.errors import InvalidRequest, MempoolError
-from mempool.server.near.answering import Answering, detail_of
+from mempool.server.near.answering import Answering, OnLoop, detail_of
 from mempool.server.near.serving import Serving
 from mempool.wire.near.framing import COPIED, REQUEST, Message
 from mempool.wire.near.line import Body
@@ -47,7 +47,7 @@ class Lines:
         self._num_quiet = 0
         self._stalled: set[Serving] = set()
         self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()  # of the bell
+        self._lock = threading.Lock()  # of the bell, and of the end
         self._ending = self._ended = False
 
     @property
@@ -58,13 +58,14 @@ class Lines:
     @property
     def is_busy(self) -> bool:
         """Whether a call is under way."""
-        return any(serving.asked is not None for serving in self.servings)
+        return any(serving.asked is not None or serving.line.is_sending for serving in self.servings)
 
     def add(self, serving: Serving) -> None:
         """Serve a line too. Raises RuntimeError where there is no thread for it."""
-        if self._ended or self._ending:
-            raise RuntimeError("lines are served no more")
-        self._coming.append(serving)
+        with self._lock:
+            if self._ending:
+                raise RuntimeError("lines are served no more")
+            self._coming.append(serving)
         if self._thread is None:
             thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             try:
@@ -131,21 +132,24 @@ class Lines:
 
     def _admit(self, serving: Serving) -> None:
         descriptor = serving.line.fileno()
-        self._known[descriptor] = serving
-        self._epoll.register(descriptor, select.EPOLLIN | select.EPOLLRDHUP)
+        try:
+            self._epoll.register(descriptor, select.EPOLLIN | select.EPOLLRDHUP)
+        except OSError as error:  # the user has as many as he may have
+            _LOG.warning("the line of %s has ended: %s", serving.peer, error)
+            self._end(serving)
+        else:
+            self._known[descriptor] = serving
 
     def _happened(self, serving: Serving, event: int) -> None:
-        if serving.asked is not None and not event & select.EPOLLOUT:
-            if event & _GONE:  # nobody waits for the answer
-                self._end(serving)
-            else:  # what comes behind a request waits until that is answered
-                self._watch(serving, select.EPOLLRDHUP)
-                serving.is_paused = True
-            return
-        if event & select.EPOLLOUT:
+        if serving.asked is None and not serving.line.is_sending:
+            self._take(serving)
+        elif event & _GONE:  # nobody waits for the answer
+            self._end(serving)
+        elif event & select.EPOLLOUT:
             self._flush(serving)
-            return
-        self._take(serving)
+        else:  # what comes behind a request waits until that is answered
+            self._watch(serving, select.EPOLLRDHUP)
+            serving.is_paused = True
 
     def _take(self, serving: Serving) -> None:
         """What is there, up to a request."""
@@ -158,7 +162,8 @@ class Lines:
                     break
                 if message.kind != COPIED:
                     raise InvalidRequest(f"a message of kind {message.kind} is none that a client sends")
-                serving.line.give_back(message.call)
+                if not serving.line.give_back(message.call):  # many of them would hold up all others
+                    raise InvalidRequest(f"call {message.call} has no body in shared memory")
                 if not serving.line.has_rest:
                     break
         except (OSError, InvalidRequest):  # it is gone, or no client of ours
@@ -203,6 +208,9 @@ class Lines:
     def _answer(self, serving: Serving, message: Message, reply: Any, error: BaseException | None) -> None:
         self._loud(serving)
         if serving.closed or serving.asked is not message:
+            return
+        if isinstance(reply, OnLoop):
+            reply.begin()
             return
         try:
             if error is None:
@@ -283,6 +291,8 @@ class Lines:
             take_back()
 
     def _close(self) -> None:
+        with self._lock:  # none comes any more
+            self._ending = True
         for serving in self.servings:
             self._end(serving)
         self._coming.clear()

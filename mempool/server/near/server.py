@@ -114,6 +114,10 @@ class NearServer:
                 _LOG.warning("no client of this host gets shared memory for a moment: %s", error)
                 await asyncio.sleep(_AGAIN_S)
                 continue
+            if self._lines.ended:  # a line that is agreed on and then ended would cost each call its time
+                connection.close()
+                self._listening.close()
+                return
             if self.num_lines + len(self._beginning) >= MOST_LINES:
                 connection.close()
                 continue

@@ -49,9 +49,14 @@ class Doing:
         self.job: Job | None = None
         self.taken: list[Job] = []
 
-    def turn(self, jobs: list[Job]) -> None:
-        """Do them: one, or a piece of it; or several, of which those that are alike are ended as one."""
-        self.job, self.taken = jobs[0], [*jobs]
+    def take(self, jobs: list[Job]) -> None:
+        """These are out of the queue; ``turn`` follows."""
+        self.taken = jobs
+
+    def turn(self) -> None:
+        """Do what was taken: one, or a piece of it; or several, of which those that are alike are ended as one."""
+        jobs = [*self.taken]
+        self.job = jobs[0]
         if len(jobs) > 1:
             self._do_together(jobs)
         else:

@@ -27,12 +27,12 @@ class Pace:
     """What one shard knows of its callers and of its own speed.
 
     Args:
-        clock: Seconds.
+        clock: Seconds; also what its speed is measured by.
         others_wait: Whether other jobs do, just now.
     """
 
     def __init__(self, clock: Clock, *, others_wait: Callable[[], bool] = lambda: False) -> None:
-        self._clock = clock
+        self.clock = clock
         self._others_wait = others_wait
         self._last = self._before = _NOBODY  # who asked for little, and when: the last one, and the last other one
         self._served = ""
@@ -44,7 +44,7 @@ class Pace:
             name, last = _process_of(caller), self._last
             if name != last[0]:
                 self._before = last
-            self._last = name, self._clock()
+            self._last = name, self.clock()
 
     def serves(self, caller: str) -> None:
         """From now on the shard works for that one."""
@@ -54,11 +54,12 @@ class Pace:
     def is_shared(self) -> bool:
         """Whether another than whom it works for has asked for little a moment ago."""
         name, asked_s = self._before if self._last[0] == self._served else self._last
-        return name != self._served and self._clock() - asked_s < _RECENT_S
+        return name != self._served and self.clock() - asked_s < _RECENT_S
 
     def took(self, num_bytes: int, seconds: float) -> None:
-        """So many bytes were read in so many seconds."""
-        if num_bytes >= LEAST_PIECE_BYTES:
+        """So many bytes were read in so many seconds. Little says nothing, as to begin takes time too; but the smallest
+        pieces do, which end with a bag: who was slow for a moment would cut so small for ever."""
+        if 2 * num_bytes >= LEAST_PIECE_BYTES:
             s_per_byte = seconds / num_bytes
             self._s_per_byte += _SHARE * (s_per_byte - self._s_per_byte) if self._s_per_byte else s_per_byte
 

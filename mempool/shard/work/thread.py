@@ -325,7 +325,7 @@ class EngineThread:
     def hand_over(self) -> None:
         """The shard's own thread sees to those that were lined up quietly."""
         with self._lock:
-            for job in self._doing.taken:
+            for job in tuple(self._doing.taken):
                 job.quiet = False  # another thread is at it, and puts it back when it is done in pieces
             num_jobs = self._jobs.hand_over()
         for _ in range(num_jobs):
@@ -419,18 +419,23 @@ class EngineThread:
             job = self._jobs.ready(now_s=now_s)
             company = [] if job is None else self._jobs.company(job, now_s=now_s)
             late = self._jobs.take_expired()
-        if not here and job is not None and job.quiet:  # it took the turn of one that was rung for
+            instead = not here and job is not None and job.quiet
+            if job is not None:  # ``hand_over`` finds it in line, or here
+                self._doing.take([job, *company])
+        if instead:  # it took the turn of one that was rung for
             self._worker.ring()
         for one in late:
             self._tell_late(one)
-        if self._keeping_up and now_s >= self._next_upkeep_s:
+        if not here and self._keeping_up and now_s >= self._next_upkeep_s:  # which may wait for a disk
             self._keep_up()
         if job is None:
             return not here and (self._closed is None or self.others_wait())
         self.pace.serves(job.caller.name)
-        self._doing.turn([job, *company])
+        self._doing.turn()
         if not self._keeping_up:
             self._keeping_up, self._next_upkeep_s = True, now_s + self._upkeep_s
+            if here:  # the thread rests, and would not look
+                self._worker.ring()
         return True
 
     def _keep_up(self) -> None:
@@ -475,6 +480,7 @@ class EngineThread:
             self._closed = text
             waiting = [*self._jobs.drain(), *self._asked]
             self._asked.clear()
+            self._keeping_up = False
         for job in (*self._doing.taken, *waiting):
             job.done.fail(ShardUnavailable(text))
             job.forget()

@@ -29,6 +29,8 @@ MOST_REQUEST_BYTES = 4 * 2**20
 """Larger requests go by gRPC: the memory that is shared has room for few of them."""
 _MICROSECONDS = 1e6
 _MOST_OF_IT = 0.9
+_OPENING_SHARE = 0.25
+"""Of a call's time, for a line to be opened by the thread that calls: a server that is silent there may answer gRPC."""
 _LEAST_S = 1e-3
 """Enough to read an answer that is there."""
 
@@ -62,6 +64,7 @@ class NearChannel:
         self._free: deque[ClientLine] = deque()
         self._lines: set[ClientLine] = set()
         self._opening: asyncio.Task[None] | None = None
+        self._agreeing: list[None] = []  # as many as there are threads that open a line just now
         self._not_before_s = 0.0
         self._closed = False
 
@@ -114,7 +117,11 @@ class NearChannel:
     ) -> Callable[[], ReplyT | None] | None:
         number = NUMBERS[method.path]
         near: Method[RequestT, ReplyT] = METHODS[number]
-        line = self._taken(soon=False) or self._opened()
+        end_s = time.monotonic() + timeout_s
+        line = self._taken(soon=False)
+        if line is None:
+            line = self._opened(timeout_s * _OPENING_SHARE)
+            timeout_s = max(_LEAST_S, end_s - time.monotonic())
         if line is None:
             return self._grpc.begin(method, request, timeout_s=timeout_s, narrow_ids=narrow_ids, alone=alone)
         try:
@@ -124,7 +131,6 @@ class NearChannel:
                 return None
             line.bound(receive_s=timeout_s, send_s=timeout_s)
             line.ask(number, parts, _microseconds(timeout_s))
-            end_s = time.monotonic() + timeout_s
         except BaseException as error:
             self._end(line)
             if isinstance(error, OSError | MempoolError):
@@ -177,15 +183,21 @@ class NearChannel:
                 self._loop.call_soon_threadsafe(self._open_soon)
         return None
 
-    def _opened(self) -> ClientLine | None:
+    def _opened(self, timeout_s: float) -> ClientLine | None:
         """A further line, for the thread that finds none free: that takes less time than one call by gRPC."""
-        if self._closed or len(self._lines) >= MOST_LINES or time.monotonic() < self._not_before_s:
+        if self._closed or time.monotonic() < self._not_before_s:
             return None
-        line = _agreed(self.address, self._token)
-        if line is None:
-            self._not_before_s = time.monotonic() + _AGAIN_S
-            return None
-        self._lines.add(line)
+        self._agreeing.append(None)
+        try:
+            if len(self._lines) + len(self._agreeing) > MOST_LINES:
+                return None
+            line = _agreed(self.address, self._token, min(timeout_s, handshake.TIMEOUT_S))
+            if line is None:
+                self._not_before_s = time.monotonic() + _AGAIN_S
+                return None
+            self._lines.add(line)
+        finally:
+            self._agreeing.pop()
         if self._closed:  # whoever closed it may not have seen this one
             self._end(line)
             return None
@@ -212,7 +224,7 @@ class NearChannel:
             self._opening = self._loop.create_task(self._open())
 
     async def _open(self) -> None:
-        agreeing = asyncio.ensure_future(asyncio.to_thread(_agreed, self.address, self._token))
+        agreeing = asyncio.ensure_future(asyncio.to_thread(_agreed, self.address, self._token, handshake.TIMEOUT_S))
         try:
             line = await asyncio.shield(agreeing)
         except asyncio.CancelledError:
@@ -255,9 +267,9 @@ def _microseconds(timeout_s: float | None) -> int:
     return -1 if timeout_s is None else max(0, int(timeout_s * _MICROSECONDS))
 
 
-def _agreed(address: str, token: str | None) -> ClientLine | None:
+def _agreed(address: str, token: str | None, timeout_s: float) -> ClientLine | None:
     try:
-        return ClientLine(*handshake.call(address, token))
+        return ClientLine(*handshake.call(address, token, timeout_s=timeout_s))
     except (OSError, MempoolError):
         return None  # gRPC it is
 

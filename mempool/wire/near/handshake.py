@@ -45,22 +45,24 @@ def listener(port: int) -> socket.socket:
     return listening
 
 
-def call(address: str, token: str | None) -> tuple[socket.socket, SentMemory, ReceivedMemory]:
+def call(
+    address: str, token: str | None, *, timeout_s: float = TIMEOUT_S
+) -> tuple[socket.socket, SentMemory, ReceivedMemory]:
     """[CLIENT] connect to the server at an address, where that is one of this host and user.
 
     Raises:
-        OSError: There is none.
+        OSError: There is none, or it says nothing in time.
         ShardUnavailable: It is another server, another user's, or speaks another version.
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sent: SentMemory | None = None
     try:
-        connection.settimeout(TIMEOUT_S)
+        connection.settimeout(timeout_s)
         connection.connect(name_of(port_of(address)))
         _require_own(connection)
         sent = SentMemory()
         _send(connection, {"version": VERSION, "address": address, "token": token}, sent.descriptor)
-        answer, descriptor = _receive(connection)
+        answer, descriptor = _receive(connection, timeout_s)
         if answer.get("version") != VERSION or not answer.get("agreed") or descriptor is None:
             raise ShardUnavailable(f"no shared memory with {address}: {answer.get('why', 'it did not agree')}")
         received = _received(descriptor)
@@ -81,7 +83,7 @@ def answer(connection: socket.socket, address: str, token: str | None) -> tuple[
     """
     connection.settimeout(TIMEOUT_S)
     pid = _require_own(connection)
-    asked, descriptor = _receive(connection)
+    asked, descriptor = _receive(connection, TIMEOUT_S)
     sent: SentMemory | None = None
     try:
         if asked.get("version") != VERSION:
@@ -127,10 +129,10 @@ def _send(connection: socket.socket, said: dict[str, Any], descriptor: int | Non
     socket.send_fds(connection, [data], [] if descriptor is None else [descriptor])
 
 
-def _receive(connection: socket.socket) -> tuple[dict[str, Any], int | None]:
+def _receive(connection: socket.socket, timeout_s: float) -> tuple[dict[str, Any], int | None]:
     """What was said, and a descriptor that came along, which is the caller's to close."""
     data, descriptors = b"", []
-    end_s = time.monotonic() + TIMEOUT_S  # of all of it, however slowly it comes
+    end_s = time.monotonic() + timeout_s  # of all of it, however slowly it comes
     try:
         while not data.endswith(b"\n"):
             connection.settimeout(max(1e-3, end_s - time.monotonic()))

@@ -77,11 +77,12 @@ class Line:
         self._socket.close()
         self._sent.close()
 
-    def give_back(self, call: int) -> None:
-        """The other side needs this side's body of that call no more."""
+    def give_back(self, call: int) -> bool:
+        """The other side needs this side's body of that call no more. Returns whether it had one."""
         extent = self._extents.pop(call, None)
         if extent is not None:
             self._sent.give_back(extent)
+        return extent is not None
 
     def _packed(self, message: Message, parts: Parts, before: bytes = b"") -> bytes:
         """What is to be sent of a message, once its body is where it goes; before: of whole messages that go with it.

@@ -34,6 +34,11 @@ class ServedLine(Line):
         """Whether a message has come in part, or gone in part."""
         return self._coming is not None or self._end > self._start or bool(self._unsent)
 
+    @property
+    def is_sending(self) -> bool:
+        """Whether a message has gone in part."""
+        return bool(self._unsent)
+
     def take(self) -> tuple[Message, Body] | None:
         """The next message, if it is here as a whole; its body in memory of this process's own, or where it lies.
 

@@ -2,6 +2,8 @@
 
 import pytest
 
+from mempool.shard import Engine
+from mempool.shard.work import pace as of_pace
 from mempool.shard.work.pace import (
     LEAST_PIECE_BYTES,
     LITTLE_BYTES,
@@ -10,6 +12,10 @@ from mempool.shard.work.pace import (
     WHOLE_BYTES,
     Pace,
 )
+from tests.contract.bags import make_bags
+from tests.contract.driver import make_schema
+
+from .conftest import MakeDriver
 
 SECONDS_A_BYTE = 2e-10  # 5 GB/s
 
@@ -74,5 +80,29 @@ def test_pieces_are_within_bounds_at_any_speed(pace: Pace) -> None:
         for _ in range(200):
             pace.took(WHOLE_BYTES, seconds)
         assert pace.piece_bytes == expected
-    pace.took(LEAST_PIECE_BYTES - 1, 0.0)
+    pace.took(LEAST_PIECE_BYTES // 2 - 1, 0.0)
     assert pace.piece_bytes == LEAST_PIECE_BYTES, "what is begun takes time besides; little says nothing of it"
+
+
+def test_who_was_slow_for_a_moment_is_not_taken_for_slow_by_its_own_small_pieces(pace: Pace) -> None:
+    pace.asks("unix:8:1", 1)
+    pace.serves("unix:7:1")
+    for _ in range(10):
+        pace.took(WHOLE_BYTES, 10.0)
+    assert pace.piece_bytes == LEAST_PIECE_BYTES
+    for _ in range(200):
+        num_bytes = int(0.9 * pace.piece_bytes)  # up to the last bag that fits
+        pace.took(num_bytes, num_bytes * SECONDS_A_BYTE)
+    assert pace.piece_bytes * SECONDS_A_BYTE == pytest.approx(PIECE_S, rel=0.01)
+
+
+def test_speed_is_told_by_the_shards_clock_alone(
+    make_driver: MakeDriver, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs on a seed have a clock of their own: what takes longer there must change nothing."""
+    monkeypatch.setattr(of_pace, "LEAST_PIECE_BYTES", 1)
+    driver = make_driver(clock=clock).create(make_schema())
+    driver.gather(make_bags(1))
+    engine = driver.host(0)
+    assert isinstance(engine, Engine)
+    assert engine._thread.pace._s_per_byte == 0.0
