@@ -43,7 +43,7 @@ def test_with_an_empty_cache_no_call_on_a_served_table_waits_for_a_compiler(tmp_
         """,
         NUMBA_CACHE_DIR=str(tmp_path),
     )
-    assert "compiling CPU kernels, once per machine: 0 of 9" in said
+    assert "compiling CPU kernels, once per machine: 0 of 10" in said
 
 
 def test_a_table_of_any_kind_loads_no_kernel_after_it_was_made():
