@@ -74,7 +74,6 @@ class AtOnce:
 
     def update(self, request: UpdateRequest, *, caller: str, space: Space | None = None) -> UpdateReply | None:
         """The same of an update."""
-        self._thread.pace.asks(caller, _cost_of_update(request))
         if self._answers.is_long(request):
             return None
         answer = partial(self._answers.update, caller=caller, space=space)

@@ -17,6 +17,8 @@ PIECE_S = 1e-3
 """What a piece is to take where somebody else asks for little: to begin one costs a tenth of it."""
 LITTLE_BYTES = 128 * 2**10
 """Of a request that is little to do."""
+READS = frozenset({"gather", "score", "read_rows"})
+"""What somebody waits for who asks for little. A trainer's steps are small requests, too, of one that asks for much."""
 _RECENT_S = 1.0
 _SHARE = 0.25
 """Of what was measured last in what is thought of the speed."""

@@ -21,7 +21,7 @@ from mempool.observe import Stages
 from mempool.shard.steps.budget import Budget
 from mempool.shard.work.doing import Doing
 from mempool.shard.work.jobs import JOB_BYTES, Job, JobQueue, Shared
-from mempool.shard.work.pace import Pace
+from mempool.shard.work.pace import READS, Pace
 from mempool.shard.work.results import Awaited, Handed, Outcome, Tell, Told, bare
 from mempool.shard.work.trying import Trying
 from mempool.types.caller import Caller, current_caller
@@ -371,7 +371,7 @@ class EngineThread:
             # Under the lock, so that no job can come after the end and wait forever.
             self.check_open()
             self._take_in()
-            if not job.control:
+            if job.stage in READS:
                 self.pace.asks(job.caller.name, job.cost)
             job.put_s = job.asked_s = self._clock()
             self._jobs.add(job, now_s=self._clock())

@@ -1,7 +1,10 @@
 """Pieces are small where somebody else asks for little, and only there."""
 
+import asyncio
+
 import pytest
 
+from mempool.observe import Stages
 from mempool.shard import Engine
 from mempool.shard.work import pace as of_pace
 from mempool.shard.work.pace import (
@@ -12,6 +15,8 @@ from mempool.shard.work.pace import (
     WHOLE_BYTES,
     Pace,
 )
+from mempool.shard.work.thread import EngineThread
+from mempool.types.caller import Caller
 from tests.contract.bags import make_bags
 from tests.contract.driver import make_schema
 
@@ -106,3 +111,17 @@ def test_speed_is_told_by_the_shards_clock_alone(
     engine = driver.host(0)
     assert isinstance(engine, Engine)
     assert engine._thread.pace._s_per_byte == 0.0
+
+
+@pytest.mark.parametrize(("stage", "cuts"), [("gather", True), ("score", True), ("prepare", False), ("commit", False)])
+def test_steps_of_another_trainer_are_no_small_calls(stage: str, cuts: bool) -> None:
+    async def body() -> None:
+        thread = EngineThread(name="shard 3", stages=Stages())
+        try:
+            await thread.run(stage, lambda _: None, caller=Caller("ipv4:10.0.0.1:4"))
+            thread.pace.serves("unix:7:1")
+            assert thread.pace.is_shared == cuts
+        finally:
+            await thread.close()
+
+    asyncio.run(body())
