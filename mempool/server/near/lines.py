@@ -52,8 +52,9 @@ class Lines:
 
     @property
     def servings(self) -> tuple[Serving, ...]:
-        """Lines that have not ended."""
-        return (*self._known.copy().values(), *self._coming)
+        """Lines that have not ended. Of any thread: those that come are known before they are taken out of line."""
+        coming = (*self._coming.copy(),)
+        return tuple(dict.fromkeys((*coming, *self._known.copy().values())))
 
     @property
     def is_busy(self) -> bool:
@@ -115,7 +116,8 @@ class Lines:
             elif (serving := self._known.get(descriptor)) is not None:
                 self._happened(serving, event)
         while self._coming:
-            self._admit(self._coming.popleft())
+            self._admit(self._coming[0])
+            self._coming.popleft()
         self._begin_asked()
         if self._num_quiet and not self._answering.take_turn():
             self._hand_over()
