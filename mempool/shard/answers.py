@@ -108,12 +108,12 @@ class Answers:
         self._reserve = reserve
         self._asked_s = asked_s
 
-    def is_long(self, request: GatherRequest | UpdateRequest) -> bool:
+    def is_long(self, request: GatherRequest | UpdateRequest, caller: str) -> bool:
         """Whether it is answered in pieces, as far as is seen without opening it. For any thread: it only looks."""
         table = self._tenancy.tables.get(request.envelope.table_id)
         if table is None or request.ids is None:
             return False
-        return self._pace.is_long(_row_bytes(table) * request.ids.numel())
+        return self._pace.is_long(_row_bytes(table) * request.ids.numel(), caller)
 
     def gather(
         self, request: GatherRequest, *, space: Space | None = None

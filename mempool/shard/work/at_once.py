@@ -67,14 +67,14 @@ class AtOnce:
     def gather(self, request: GatherRequest, *, caller: str, space: Space | None = None) -> GatherReply | None:
         """The answer; None where it cannot be had at once. Nobody is waited for."""
         self._thread.pace.asks(caller, cost_of(request.ids, request.weights, request.offsets))
-        if self._answers.is_long(request):
+        if self._answers.is_long(request, caller):
             return None
         answer = partial(self._answers.gather, space=space)
         return self._answer("gather", answer, request, wait=False, caller=caller)
 
     def update(self, request: UpdateRequest, *, caller: str, space: Space | None = None) -> UpdateReply | None:
         """The same of an update."""
-        if self._answers.is_long(request):
+        if self._answers.is_long(request, caller):
             return None
         answer = partial(self._answers.update, caller=caller, space=space)
         return self._answer("update", answer, request, wait=False, caller=caller)

@@ -55,8 +55,15 @@ class Pace:
     @property
     def is_shared(self) -> bool:
         """Whether another than whom it works for has asked for little a moment ago."""
-        name, asked_s = self._before if self._last[0] == self._served else self._last
-        return name != self._served and self.clock() - asked_s < _RECENT_S
+        return self._is_shared(self._served)
+
+    def is_shared_by(self, caller: str) -> bool:
+        """The same of one that it may work for next."""
+        return self._is_shared(_process_of(caller))
+
+    def _is_shared(self, process: str) -> bool:
+        name, asked_s = self._before if self._last[0] == process else self._last
+        return name != process and self.clock() - asked_s < _RECENT_S
 
     def took(self, num_bytes: int, seconds: float) -> None:
         """So many bytes were read in so many seconds. Little says nothing, as to begin takes time too; but the smallest
@@ -65,16 +72,20 @@ class Pace:
             s_per_byte = seconds / num_bytes
             self._s_per_byte += _SHARE * (s_per_byte - self._s_per_byte) if self._s_per_byte else s_per_byte
 
-    def is_long(self, num_bytes: int) -> bool:
-        """Whether reading so much is cut into pieces."""
-        if self.is_shared:
-            return num_bytes > 2 * self.piece_bytes
+    def is_long(self, num_bytes: int, caller: str | None = None) -> bool:
+        """Whether reading so much is cut into pieces, for that caller; None: for whom it works."""
+        if self.is_shared if caller is None else self.is_shared_by(caller):
+            return num_bytes > 2 * self._small_bytes
         return num_bytes > (PIECE_BYTES if self._others_wait() else WHOLE_BYTES)
 
     @property
     def piece_bytes(self) -> int:
         """What a piece reads."""
-        if not self.is_shared or not self._s_per_byte:
+        return self._small_bytes if self.is_shared else PIECE_BYTES
+
+    @property
+    def _small_bytes(self) -> int:
+        if not self._s_per_byte:
             return PIECE_BYTES
         return min(PIECE_BYTES, max(LEAST_PIECE_BYTES, int(PIECE_S / self._s_per_byte)))
 

@@ -74,6 +74,15 @@ def test_a_piece_takes_a_millisecond_where_another_asks_for_little(pace: Pace, c
     assert not pace.is_long(int(1.9 * PIECE_S / SECONDS_A_BYTE))
     pace.serves(other)
     assert pace.is_shared, "the first is another to that one"
+    pace.asks(other, 1000)
+    pace.asks(other, 1000)
+    assert pace.is_shared_by("unix:7:9"), "whoever is served now"
+    clock.now_s += 0.9
+    pace.asks(other, 1000)
+    clock.now_s += 0.2
+    assert not pace.is_shared_by(other), "of whom it is asked counts, not who was served last"
+    assert pace.is_long(int(2.1 * PIECE_S / SECONDS_A_BYTE), "unix:7:9")
+    assert not pace.is_long(WHOLE_BYTES, other)
     clock.now_s += 1.5
     assert not pace.is_shared, "they have gone"
 
