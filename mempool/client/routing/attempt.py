@@ -23,7 +23,7 @@ from mempool.client.routing.plan import (
     split,
 )
 from mempool.client.routing.row_calls import read_rows, write_rows
-from mempool.client.routing.slices import slices, some_at_a_time
+from mempool.client.routing.slices import MESSAGE_BYTES, slices, some_at_a_time
 from mempool.errors import ContextMissing, Internal, StepConflict
 from mempool.types import (
     Envelope,
@@ -360,14 +360,27 @@ def those_named(parts: Sequence[Part]) -> list[Part]:
 
 def seen_of(plan: TablePlan, stamps: Sequence[Stamp]) -> Seen:
     """What state answers with these stamps come from."""
+    if len(stamps) == 1:
+        version = stamps[0].table_version
+        return Seen(epoch=plan.epoch, oldest_version=version, newest_version=version)
     versions = [stamp.table_version for stamp in stamps]
     return Seen(epoch=plan.epoch, oldest_version=min(versions, default=0), newest_version=max(versions, default=0))
 
 
 def gather_slices(plan: TablePlan, bags: Bags) -> list[tuple[int, int]]:
     """First and end of the bags that are asked for by each message of a gather, at every shard alike."""
-    widest = max((route.width for route in plan.routes), default=0)
-    return slices(bags.num_bags, max(4 * widest, bags.num_bytes // max(1, bags.num_bags)))
+    return slices(bags.num_bags, _bag_bytes(plan, bags))
+
+
+def is_one_message(plan: TablePlan, bags: Bags) -> bool:
+    """Whether a gather asks for all bags at once."""
+    return bags.num_bags * _bag_bytes(plan, bags) <= MESSAGE_BYTES
+
+
+def _bag_bytes(plan: TablePlan, bags: Bags) -> int:
+    """Of one bag, or of the answer to it where that is more."""
+    asked, answered = bags.num_bytes // (bags.num_bags or 1), 4 * plan.widest
+    return asked if asked > answered else answered
 
 
 def _one(matrices: Sequence[Tensor]) -> Tensor:

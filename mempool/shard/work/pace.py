@@ -50,7 +50,7 @@ class Pace:
 
     def serves(self, caller: str) -> None:
         """From now on the shard works for that one."""
-        self._served = _process_of(caller)
+        self._served = _process_of(caller) if caller else caller
 
     @property
     def is_shared(self) -> bool:
@@ -74,9 +74,11 @@ class Pace:
 
     def is_long(self, num_bytes: int, caller: str | None = None) -> bool:
         """Whether reading so much is cut into pieces, for that caller; None: for whom it works."""
-        if self.is_shared if caller is None else self.is_shared_by(caller):
+        if num_bytes <= 2 * LEAST_PIECE_BYTES and num_bytes <= PIECE_BYTES:
+            return False
+        if self._is_shared(self._served if caller is None else _process_of(caller)):
             return num_bytes > 2 * self._small_bytes
-        return num_bytes > (PIECE_BYTES if self._others_wait() else WHOLE_BYTES)
+        return num_bytes > PIECE_BYTES and (num_bytes > WHOLE_BYTES or self._others_wait())
 
     @property
     def piece_bytes(self) -> int:
