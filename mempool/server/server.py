@@ -11,16 +11,16 @@ from mempool.errors import ConfigError
 from mempool.observe import Stages
 from mempool.server.admission import Admission
 from mempool.server.calls import Door
+from mempool.server.lines.server import LineServer
 from mempool.server.memory import Trimming
-from mempool.server.near.server import NearServer
 from mempool.server.public import PublicServices
-from mempool.server.services import AtOnce, Handlers, Lookup, Services, near_calls
+from mempool.server.services import AtOnce, Handlers, Lookup, Services, line_calls
 from mempool.server.token import TokenInterceptor
 from mempool.types import PoolApi, ShardHost
 from mempool.wire.channels.channel import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, server_options
 from mempool.wire.channels.tls import ServerTls
+from mempool.wire.lines.line import supported
 from mempool.wire.methods import MEMORY_SERVICE, POOL_SERVICE, SHARD_SERVICE
-from mempool.wire.near.line import supported
 from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2  # noqa: F401  # reflection finds the services by them
 
 IN_FLIGHT_BYTES = 4 * MAX_REQUEST_BYTES
@@ -79,7 +79,7 @@ class Server:
         )
         self._public = PublicServices(message_bytes=self._admission.message_bytes)
         self._started = False
-        self._near: NearServer | None = None
+        self._near: LineServer | None = None
 
     def bind(self, host: str, ports: Iterable[int]) -> int:
         """Take the first free port of ``ports`` (0: any) and answer it.
@@ -140,10 +140,10 @@ class Server:
         self._started = True
         self._trimming.start()
         if shard is not None and address and supported():
-            self._near = NearServer(
+            self._near = LineServer(
                 address,
                 token=self._token,
-                calls=near_calls(shard),
+                calls=line_calls(shard),
                 at_once=at_once,
                 stages=self._door.stages,
                 max_message_bytes=self._services.max_message_bytes,

@@ -187,7 +187,7 @@ class Services:
         return method.name, handler(method, call, door=self.door, max_message_bytes=self.max_message_bytes)
 
 
-def near_calls(shard: ShardHost) -> dict[str, Callable[[Any], Awaitable[Any]]]:
+def line_calls(shard: ShardHost) -> dict[str, Callable[[Any], Awaitable[Any]]]:
     """What clients of this host ask of a shard, by a method's path."""
     return {
         methods.GATHER.path: shard.gather,

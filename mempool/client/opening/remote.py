@@ -13,7 +13,7 @@ from mempool.client.transport.shard import GrpcDialer
 from mempool.config import TOKEN_VARIABLE
 from mempool.wire.channels import loop
 from mempool.wire.channels.grpc_channel import GrpcChannels
-from mempool.wire.channels.near_channel import NearChannels
+from mempool.wire.channels.line_channel import LineChannels
 from mempool.wire.channels.tls import ClientTls, client_tls
 
 # A controller that is being started again listens within seconds; where nobody does for longer, the address is wrong.
@@ -53,7 +53,7 @@ def connect(
     token = os.environ.get(TOKEN_VARIABLE) or None if token is None else token
     channels = GrpcChannels(token=token, tls=client_tls(tls))
     near = os.environ.get(NEAR_VARIABLE, "1") != "0"
-    api, dialer = GrpcPool(addresses, channels), GrpcDialer(NearChannels(grpc=channels) if near else channels)
+    api, dialer = GrpcPool(addresses, channels), GrpcDialer(LineChannels(grpc=channels) if near else channels)
     name = loop.run(_name_of(api, timeout_s=timeout_s), timeout_s=timeout_s + _STUCK_S)
     return Pool(
         api,

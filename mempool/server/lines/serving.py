@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mempool.wire.near.framing import FAILURE, REPLY, Message
-from mempool.wire.near.line import Parts
-from mempool.wire.near.served import ServedLine
+from mempool.wire.lines.framing import FAILURE, REPLY, Message
+from mempool.wire.lines.line import Parts
+from mempool.wire.lines.served import ServedLine
 
 if TYPE_CHECKING:
     import torch

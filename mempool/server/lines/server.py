@@ -6,12 +6,12 @@ import socket
 
 from mempool.errors import MempoolError
 from mempool.observe import Stages
-from mempool.server.near.answering import Answering, Calls
-from mempool.server.near.lines import Lines
-from mempool.server.near.serving import Serving
+from mempool.server.lines.answering import Answering, Calls
+from mempool.server.lines.serving import Serving
+from mempool.server.lines.thread import Lines
 from mempool.server.services import AtOnce
-from mempool.wire.near import handshake
-from mempool.wire.near.served import ServedLine
+from mempool.wire.lines import handshake
+from mempool.wire.lines.served import ServedLine
 
 _LOG = logging.getLogger("mempool.server")
 _AGAIN_S = 1.0
@@ -21,7 +21,7 @@ _END_TIMEOUT_S = 2.0
 _LOOK_S = 0.01
 
 
-class NearServer:
+class LineServer:
     """Takes clients of this host.
 
     Args:

@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from mempool.errors import InvalidRequest, ShardUnavailable, Unauthenticated
-from mempool.wire.near.memory import ReceivedMemory, SentMemory
+from mempool.wire.lines.memory import ReceivedMemory, SentMemory
 
 VERSION = 3
 TIMEOUT_S = 2.0

@@ -2,9 +2,9 @@
 
 import socket
 
-from mempool.wire.near.framing import HEADER_BYTES, Message, header_of
-from mempool.wire.near.line import SHARED_FROM_BYTES, Body, Line, Parts, came
-from mempool.wire.near.memory import ReceivedMemory, SentMemory
+from mempool.wire.lines.framing import HEADER_BYTES, Message, header_of
+from mempool.wire.lines.line import SHARED_FROM_BYTES, Body, Line, Parts, came
+from mempool.wire.lines.memory import ReceivedMemory, SentMemory
 
 _HEAD_BYTES = 4096
 """Room before the memory that is given for the end of a body."""

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from mempool.errors import DeadlineExceeded, Internal, InvalidRequest, MempoolError, ShardUnavailable
 from mempool.wire.channels.channel import ReplyT, RequestT
 from mempool.wire.channels.grpc_channel import GrpcChannel, GrpcChannels
+from mempool.wire.lines import handshake
+from mempool.wire.lines.line import Body, ClientLine, supported
+from mempool.wire.lines.methods import METHODS, NUMBERS
 from mempool.wire.methods import Method
-from mempool.wire.near import handshake
-from mempool.wire.near.line import Body, ClientLine, supported
-from mempool.wire.near.methods import METHODS, NUMBERS
 from mempool.wire.status import from_detail
 
 _AGAIN_S = 2.0
@@ -36,19 +36,19 @@ _LEAST_S = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NearChannels:
-    """Makes ``NearChannel``s to shards, and gRPC's to the pool; a ``Channels``."""
+class LineChannels:
+    """Makes ``LineChannel``s to shards, and gRPC's to the pool; a ``Channels``."""
 
     grpc: GrpcChannels = field(default_factory=GrpcChannels)
 
-    def __call__(self, address: str, *, shard: int | None = None) -> "GrpcChannel | NearChannel":
+    def __call__(self, address: str, *, shard: int | None = None) -> "GrpcChannel | LineChannel":
         channel = self.grpc(address, shard=shard)
         if shard is None or not supported():
             return channel
-        return NearChannel(channel, token=None if self.grpc.token is None else self.grpc.token.strip())
+        return LineChannel(channel, token=None if self.grpc.token is None else self.grpc.token.strip())
 
 
-class NearChannel:
+class LineChannel:
     """The connections to one server. Make, use and close it on the IO loop; ``begin`` is for all other threads.
 
     Args:

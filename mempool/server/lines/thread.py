@@ -14,10 +14,10 @@ from collections import deque
 from typing import Any
 
 from mempool.errors import InvalidRequest, MempoolError
-from mempool.server.near.answering import Answering, OnLoop, detail_of
-from mempool.server.near.serving import Serving
-from mempool.wire.near.framing import COPIED, REQUEST, Message
-from mempool.wire.near.line import Body
+from mempool.server.lines.answering import Answering, OnLoop, detail_of
+from mempool.server.lines.serving import Serving
+from mempool.wire.lines.framing import COPIED, REQUEST, Message
+from mempool.wire.lines.line import Body
 
 _LOG = logging.getLogger("mempool.server")
 STALLED_S = 30.0

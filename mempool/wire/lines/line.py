@@ -15,7 +15,7 @@ from contextlib import suppress
 
 from mempool.errors import InvalidRequest
 from mempool.wire.channels.channel import MAX_MESSAGE_BYTES
-from mempool.wire.near.framing import (
+from mempool.wire.lines.framing import (
     COPIED,
     FAILURE,
     HEADER_BYTES,
@@ -26,7 +26,7 @@ from mempool.wire.near.framing import (
     header_of,
     parsed,
 )
-from mempool.wire.near.memory import MEMORY_BYTES, ReceivedMemory, SentMemory
+from mempool.wire.lines.memory import MEMORY_BYTES, ReceivedMemory, SentMemory
 
 SHARED_FROM_BYTES = 16 * 2**10
 """Smaller bodies come with their message: the system copies them while it would be told where they lie."""
