@@ -2,23 +2,33 @@
 
 import socket
 
+from mempool.wire.channels.channel import MAX_MESSAGE_BYTES
+from mempool.wire.lines.buffers import Buffers
 from mempool.wire.lines.framing import HEADER_BYTES, Message, header_of
-from mempool.wire.lines.line import SHARED_FROM_BYTES, Body, Line, Parts, came
-from mempool.wire.lines.memory import ReceivedMemory, SentMemory
+from mempool.wire.lines.line import BUFFER_BYTES, Body, Line, Parts, Pieces, came, rest_of
+from mempool.wire.lines.shared import SHARED_FROM_BYTES, Shared
 
-_HEAD_BYTES = 4096
-"""Room before the memory that is given for the end of a body."""
+_MOST_AT_A_TIME_BYTES = 2**20
+"""Of one client, before others are looked at: it may send as fast as this end reads."""
 
 
 class ServedLine(Line):
-    """See ``Line``."""
+    """See ``Line``.
 
-    def __init__(self, connection: socket.socket, sent: SentMemory, received: ReceivedMemory) -> None:
-        super().__init__(connection, sent, received)
+    Attributes:
+        wanted_bytes: Of a body that comes with its message, and is large: ``take`` goes no further until whoever has
+            room for it sets this to 0.
+    """
+
+    def __init__(self, connection: socket.socket, shared: Shared | None = None, buffers: Buffers | None = None) -> None:
+        super().__init__(connection, shared, buffers)
         connection.setblocking(False)
-        self._space_taken: tuple[int, int] | None = None
-        self._coming: tuple[Message, memoryview | None, int] | None = None
-        self._unsent: list[bytes | memoryview] = []
+        self.wanted_bytes = 0
+        self._space_taken: memoryview | None = None
+        self._coming: Message | None = None
+        self._body: memoryview | None = None
+        self._at = 0
+        self._unsent: Pieces = []
 
     def fileno(self) -> int:
         """Of its connection."""
@@ -46,22 +56,27 @@ class ServedLine(Line):
             OSError: The other side is gone.
             InvalidRequest: It is no message.
         """
-        while self._coming is None:
-            if self._end - self._start >= HEADER_BYTES:
-                self._coming = self._begun()
-                break
-            num_bytes = self._received_into(self._space())
-            if not num_bytes:
+        if self._coming is None:
+            while self._end - self._start < HEADER_BYTES:
+                num_bytes = self._received_into(self._space())
+                if not num_bytes:
+                    return None
+                self._end += num_bytes
+            self._coming = self._next(self._request_bytes)
+            if self._coming.place is None and self._coming.num_bytes > BUFFER_BYTES:
+                self.wanted_bytes = self._coming.num_bytes
+        if self.wanted_bytes:
+            return None
+        message = self._coming
+        if self._body is None:
+            self._body, self._at = self._begun(message)
+        body, began = self._body, self._at
+        while body is not None and self._at < message.num_bytes:
+            num_bytes = self._received_into(body[self._at :])
+            self._at += num_bytes
+            if not num_bytes or (self._at - began > _MOST_AT_A_TIME_BYTES and self._at < message.num_bytes):
                 return None
-            self._end += num_bytes
-        message, body, at = self._coming
-        while body is not None and at < message.num_bytes:
-            num_bytes = self._received_into(body[at:])
-            if not num_bytes:
-                self._coming = message, body, at
-                return None
-            at += num_bytes
-        self._coming = None
+        self._coming = self._body = None
         return message, self._whole(message, body)
 
     def send(self, message: Message, parts: Parts = ()) -> bool:
@@ -71,34 +86,32 @@ class ServedLine(Line):
             OSError: The other side is gone.
             InvalidRequest: As of ``Line``; nothing was sent.
         """
-        self._unsent.append(self._packed(message, parts))
+        self._unsent += self._packed(message, parts, MAX_MESSAGE_BYTES)
         return self.flush()
 
     def send_space(self, message: Message, parts: Parts) -> bool:
         """As ``send``, of a body whose last part lies in the memory that was taken."""
         assert self._space_taken is not None, "it was taken"
-        *head, last = parts
-        before, num_bytes = sum([len(part) for part in head]), len(last)
-        if before > _HEAD_BYTES:
-            sent = self.send(message, parts)
-            self.drop_space()
-            return sent
-        extent, self._space_taken = self._space_taken, None
-        place = extent[0] + _HEAD_BYTES - before
-        self._sent.write(place, head)
-        self._extents[message.call] = extent
-        self._unsent.append(header_of(message, before + num_bytes, place))
-        return self.flush()
+        if self._shared is not None:
+            *head, last = parts
+            before = sum([len(part) for part in head])
+            place = self._shared.put_before_space(message.call, head, before)
+            if place is not None:
+                self._unsent.append(header_of(message, before + len(last), place))
+                return self.flush()
+        sent = self.send(message, parts)
+        self.drop_space()
+        return sent
 
     def flush(self) -> bool:
         """Send what is still to be sent, as far as it is taken; whether that is all. Raises OSError likewise."""
         while self._unsent:
+            pieces = self._unsent
             try:
-                num_bytes = self._socket.send(self._unsent[0])
+                sent = self._socket.send(pieces[0]) if len(pieces) == 1 else self._socket.sendmsg(pieces)
             except BlockingIOError:
                 return False
-            rest = memoryview(self._unsent[0])[num_bytes:]
-            self._unsent[:1] = [rest] if len(rest) else []
+            self._unsent = rest_of(pieces, sent)
         return True
 
     def space(self, num_bytes: int) -> memoryview | None:
@@ -106,17 +119,14 @@ class ServedLine(Line):
         self.drop_space()
         if num_bytes < SHARED_FROM_BYTES:
             return None
-        self._space_taken = self._sent.take(_HEAD_BYTES + num_bytes)
-        if self._space_taken is None:
-            return None
-        begin = self._space_taken[0] + _HEAD_BYTES
-        return self._sent.view(begin, begin + num_bytes)
+        self._space_taken = self._buffers.take(num_bytes) if self._shared is None else self._shared.space(num_bytes)
+        return self._space_taken
 
     def drop_space(self) -> None:
         """It is not needed."""
-        if self._space_taken is not None:
-            self._sent.give_back(self._space_taken)
-            self._space_taken = None
+        self._space_taken = None
+        if self._shared is not None:
+            self._shared.drop_space()
 
     def _received_into(self, memory: memoryview) -> int:
         """How many bytes were there; 0: none yet."""

@@ -181,7 +181,7 @@ def test_where_lines_are_served_no_more_nobody_agrees_on_one(monkeypatch: pytest
             assert server.num_lines == 0
             with pytest.raises((ConnectionError, InvalidRequest)):
                 await asyncio.to_thread(handshake.call, server._address, None)
-            await until(lambda: server._taking is not None and server._taking.done())
+            await until(lambda: all(task.done() for task in server._taking))
             with pytest.raises(ConnectionRefusedError):
                 await asyncio.to_thread(handshake.call, server._address, None)
 

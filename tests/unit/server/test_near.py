@@ -37,8 +37,9 @@ from mempool.wire.channels.line_channel import MOST_LINES, MOST_REQUEST_BYTES, L
 from mempool.wire.channels.loop import run
 from mempool.wire.lines import handshake
 from mempool.wire.lines.framing import MOST_INLINE_BYTES, REQUEST, Message, header_of
-from mempool.wire.lines.line import _KEPT_BYTES, SHARED_FROM_BYTES, ClientLine, supported
+from mempool.wire.lines.line import _KEPT_BYTES, ClientLine, supported
 from mempool.wire.lines.memory import MEMORY_BYTES
+from mempool.wire.lines.shared import SHARED_FROM_BYTES
 
 pytestmark = pytest.mark.skipif(not supported(), reason="this system has no such memory")
 
@@ -484,7 +485,7 @@ def test_answers_are_written_where_they_are_sent_from(where: str, num_blocks: in
             await channel.call(methods.GATHER, asks(1), timeout_s=20)
             await channel.call(methods.GATHER, asks(1), timeout_s=20)
             assert there.line.num_extents == 0
-            free = there.line._sent._extents._free
+            free = there.line._shared._sent._extents._free
             assert free == [(0, MEMORY_BYTES)], "nothing of it is taken any more"
 
     go(main())
