@@ -11,14 +11,14 @@ from typing import Any
 
 from mempool.errors import InvalidRequest, MempoolError, RequestTooLarge, ShardUnavailable
 from mempool.observe import Stages
-from mempool.server.near.serving import Serving
+from mempool.server.lines.serving import Serving
 from mempool.server.services import AtOnce
 from mempool.types.caller import Caller, calling
 from mempool.wire import methods
+from mempool.wire.lines.framing import Message
+from mempool.wire.lines.line import Body, Parts
+from mempool.wire.lines.methods import GATHER, METHODS, UPDATE
 from mempool.wire.methods import Method
-from mempool.wire.near.framing import Message
-from mempool.wire.near.line import Body, Parts
-from mempool.wire.near.methods import GATHER, METHODS, UPDATE
 from mempool.wire.status import to_status
 
 _LOG = logging.getLogger("mempool.server")
