@@ -50,6 +50,8 @@ class Stages:
         self._lock = threading.Lock()
         self._spreads: dict[str, _Spread] = {}
         self._noted: deque[tuple[str, float]] = deque()  # appending needs no lock
+        self.note = self._noted.append
+        """As ``record``, for one within another that is recorded: it only notes."""
 
     def record(self, stage: str, seconds: float) -> None:
         """Add one passage through ``stage`` that took ``seconds``."""

@@ -196,7 +196,7 @@ class Answers:
             return waits
         began_s = time.perf_counter()
         bags, dtype = validate.check_gather(table.storage, request, reply_bytes=self._reply_bytes)
-        self._stages.record("copy in", time.perf_counter() - began_s)
+        self._stages.note(("copy in", time.perf_counter() - began_s))
         shape, form = _form(table, bags, dtype)
         self._reserve(form.itemsize * shape[0] * shape[1])
         return BegunGather(request, table, bags, dtype, None if space is None else space(shape, form))
@@ -229,7 +229,7 @@ class Answers:
         on_cpu = storage.device.type == "cpu"
         began_s = time.perf_counter()
         values = storage.pooled(bags, dtype, for_step=for_step, out=out if on_cpu else None)
-        self._stages.record("kernel", time.perf_counter() - began_s)
+        self._stages.note(("kernel", time.perf_counter() - began_s))
         return values if on_cpu else self._copy_out(values, out)
 
     def _gather_in_pieces(self, begun: BegunGather) -> Pieces[GatherReply]:

@@ -5,6 +5,7 @@ a little more than the whole. Pure, but for the clock.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from mempool.types.running import Clock
 
@@ -50,7 +51,7 @@ class Pace:
 
     def serves(self, caller: str) -> None:
         """From now on the shard works for that one."""
-        self._served = _process_of(caller) if caller else caller
+        self._served = _process_of(caller)
 
     @property
     def is_shared(self) -> bool:
@@ -92,6 +93,7 @@ class Pace:
         return min(PIECE_BYTES, max(LEAST_PIECE_BYTES, int(PIECE_S / self._s_per_byte)))
 
 
+@lru_cache(maxsize=1024)
 def _process_of(caller: str) -> str:
     """A process of this host may have several lines; others have a connection."""
     return caller.rpartition(":")[0] if caller.startswith("unix:") else caller
