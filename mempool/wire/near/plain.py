@@ -29,29 +29,66 @@ _NAMES = ("bfloat16", "int64", "uint32", "float32", "float16", "float64", "int32
 _SUMS: tuple[ReplyDtype, ...] = ("float32", "bfloat16", "float8_e4m3fn")
 _ABSENT = 255
 _ALIGNMENT = 8
+_PADDING = tuple(bytes(-off % _ALIGNMENT) for off in range(_ALIGNMENT))
+_NAME = "near"
 _COUNTS = struct.Struct("<II")
 _SHAPE = struct.Struct("<BBHII")  # dtype, dims, nothing, sizes
+
+
+class _Tensors:
+    """Tensors as they are sent, wherever they begin aligned: what their header says of them, and their parts.
+
+    Attributes:
+        off: Bytes that the last one ends beyond a multiple of the alignment.
+    """
+
+    __slots__ = ("off", "parts", "shapes")
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        self.shapes = b"".join([_shape(tensor) for tensor in tensors])
+        self.parts: Parts = []
+        self.off = 0
+        for tensor in tensors:
+            if tensor is None or not tensor.numel():
+                continue
+            if self.off:
+                self.parts.append(_PADDING[self.off])
+            view = _bytes_of(tensor)
+            self.parts.append(view)
+            self.off = len(view) % _ALIGNMENT
+
+
+_NONE = _Tensors(())
 
 
 class _Writer:
     """Parts of one body."""
 
-    def __init__(self, fixed: bytes, numbers: Sequence[int], text: str, tensors: Sequence[Tensor | None]) -> None:
+    def __init__(
+        self, fixed: bytes, numbers: Sequence[int], text: str, tensors: _Tensors, then: _Tensors = _NONE
+    ) -> None:
         said = text.encode()
-        shapes = [_shape(tensor) for tensor in tensors]
-        head = b"".join(
-            (_COUNTS.pack(len(said), len(numbers)), fixed, *shapes, struct.pack(f"<{len(numbers)}q", *numbers), said)
-        )
+        listed = struct.pack(f"<{len(numbers)}q", *numbers) if numbers else b""
+        head = b"".join((_COUNTS.pack(len(said), len(numbers)), fixed, tensors.shapes, then.shapes, listed, said))
         self.parts: Parts = [head]
-        at = len(head)
-        for tensor in tensors:
-            if tensor is None or not tensor.numel():
-                continue
-            if off := -at % _ALIGNMENT:
-                self.parts.append(bytes(off))
-            view = _bytes_of(tensor)
-            self.parts.append(view)
-            at += off + len(view)
+        off = len(head) % _ALIGNMENT
+        for some in (tensors, then):
+            if some.parts:
+                if off:
+                    self.parts.append(_PADDING[off])
+                self.parts += some.parts
+                off = some.off
+
+
+def _bags_of(value: GatherRequest | UpdateRequest, narrow_ids: bool) -> _Tensors:
+    """Ids, weights and offsets: the same for all shards that are asked for the same bags."""
+    known: _Tensors | None = None if value.bags is None else value.bags.made.get(_NAME)
+    if known is None:
+        ids = _narrowed(value.ids, narrow_ids)
+        known = _Tensors((ids, value.weights, value.offsets))
+        if value.bags is not None and ids is value.ids:  # views alone are kept, no copy
+            value.bags.made[_NAME] = known
+    return known
 
 
 class _Reader:
@@ -190,7 +227,7 @@ class GatherRequests(_Plain):
             ),
             value.release,
             "",
-            (_narrowed(value.ids, narrow_ids), value.weights, value.offsets),
+            _bags_of(value, narrow_ids),
         )
 
     def decode(self, body: Body) -> GatherRequest:
@@ -215,7 +252,7 @@ class GatherReplies(_Plain):
     name = "GatherReply"
 
     def _written(self, value: GatherReply, narrow_ids: bool) -> _Writer:  # noqa: ARG002
-        return _Writer(_GATHERED.pack(*_stamp(value.stamp)), value.blocks, "", (value.values,))
+        return _Writer(_GATHERED.pack(*_stamp(value.stamp)), value.blocks, "", _Tensors((value.values,)))
 
     def decode(self, body: Body) -> GatherReply:
         read = _Reader(body, _GATHERED, 1, self.name)
@@ -241,7 +278,8 @@ class UpdateRequests(_Plain):
             ),
             value.blocks,
             step.group,
-            (value.grads, _narrowed(value.ids, narrow_ids), value.weights, value.offsets),
+            _Tensors((value.grads,)),
+            _bags_of(value, narrow_ids),
         )
 
     def decode(self, body: Body) -> UpdateRequest:
@@ -268,7 +306,7 @@ class UpdateReplies(_Plain):
     name = "UpdateReply"
 
     def _written(self, value: UpdateReply, narrow_ids: bool) -> _Writer:  # noqa: ARG002
-        return _Writer(_UPDATED.pack(*_stamp(value.stamp)), (), "", (value.weight_grad,))
+        return _Writer(_UPDATED.pack(*_stamp(value.stamp)), (), "", _Tensors((value.weight_grad,)))
 
     def decode(self, body: Body) -> UpdateReply:
         read = _Reader(body, _UPDATED, 1, self.name)
