@@ -82,6 +82,8 @@ class _Writer:
 
 def _bags_of(value: GatherRequest | UpdateRequest, narrow_ids: bool) -> _Tensors:
     """Ids, weights and offsets: the same for all shards that are asked for the same bags."""
+    if value.ids is None and value.weights is None and value.offsets is None:
+        return _NO_BAGS
     known: _Tensors | None = None if value.bags is None else value.bags.made.get(_NAME)
     if known is None:
         ids = _narrowed(value.ids, narrow_ids)
@@ -139,6 +141,9 @@ def _shape(tensor: Tensor | None) -> bytes:
     if number is None or not 1 <= len(sizes) <= 2:
         raise InvalidRequest(f"{list(sizes)} {tensor.dtype} has no place in a message of a line")
     return _SHAPE.pack(number, len(sizes), 0, sizes[0], sizes[1] if len(sizes) == 2 else 0)
+
+
+_NO_BAGS = _Tensors((None, None, None))
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
