@@ -43,6 +43,7 @@ from mempool.types import (
 from mempool.types.bags import Bags
 from mempool.types.messages import ReplyDtype
 
+_SENT = "sent ids"
 SCORED_BYTES = 12
 """Of one key that a shard found: its score and id."""
 
@@ -317,13 +318,14 @@ def gather_request(
     return GatherRequest(
         envelope=envelope,
         lookup_id=lookup_id,
-        ids=_sent_ids(bags.ids),
+        ids=_sent_ids(bags),
         weights=bags.weights,
         offsets=bags.offsets,
         remember=remember,
         release=release,
         reply_dtype="float32" if route.partial else reply_dtype,
         private=True,  # they were copied when they were checked
+        bags=bags,
     )
 
 
@@ -423,16 +425,21 @@ def update_request(
         grads=grads,
         hold=hold,
         want_weight_grad=want_weight_grad,
-        ids=None if bags is None else _sent_ids(bags.ids),
+        ids=None if bags is None else _sent_ids(bags),
         weights=None if bags is None else bags.weights,
         offsets=None if bags is None else bags.offsets,
         private=True,
+        bags=bags,
     )
 
 
-def _sent_ids(ids: Tensor) -> Tensor:
+def _sent_ids(bags: Bags) -> Tensor:
     """Ids as shards take them, int64 or uint32; those that are kept in 32 bits are none below 0."""
-    return ids.view(torch.uint32) if ids.dtype == torch.int32 else ids
+    sent: Tensor | None = bags.made.get(_SENT)
+    if sent is None:
+        sent = bags.ids.view(torch.uint32) if bags.ids.dtype == torch.int32 else bags.ids
+        bags.made[_SENT] = sent
+    return sent
 
 
 def _no_bags(bags: Bags) -> Bags:

@@ -29,38 +29,75 @@ _SUMS: tuple[ReplyDtype, ...] = ("float32", "bfloat16", "float8_e4m3fn")
 _NUMBER_OF = {name: number for number, name in enumerate(_SUMS)}
 _ABSENT = 255
 _ALIGNMENT = 8
+_PADDING = tuple(bytes(-off % _ALIGNMENT) for off in range(_ALIGNMENT))
+_NAME = "lines"
 _COUNTS = struct.Struct("<II")
 _SHAPE = "BBHII"  # dtype, dims, nothing, sizes
 _NO_TENSOR = (_ABSENT, 0, 0, 0, 0)
 
 
-def _written(fixed: bytes, numbers: Sequence[int], text: str, tensors: Sequence[Tensor | None]) -> Parts:
-    """The parts of one body. Of a small one each call here takes as long as the copy of its tensors."""
-    dtypes = _numbers()
-    shapes: list[int] = []
-    bodies: list[memoryview] = []
-    for tensor in tensors:
-        if tensor is None:
-            shapes += _NO_TENSOR
-            continue
-        number, sizes = dtypes.get(tensor.dtype), tensor.shape
-        dims = len(sizes)
-        if number is None or not 1 <= dims <= 2:
-            raise InvalidRequest(f"{list(sizes)} {tensor.dtype} has no place in a message of a line")
-        shapes += (number, dims, 0, sizes[0], sizes[1] if dims == 2 else 0)
-        if sizes[0] and (dims == 1 or sizes[1]):
-            bodies.append(_bytes_of(tensor))
+class _Tensors:
+    """Tensors as they are sent, wherever they begin aligned: what their header says of them, and their parts. Of a small
+    body each call here takes as long as the copy of its tensors.
+
+    Attributes:
+        off: Bytes that the last one ends beyond a multiple of the alignment.
+    """
+
+    __slots__ = ("off", "parts", "shapes")
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        dtypes = _numbers()
+        shapes: list[int] = []
+        self.parts: Parts = []
+        self.off = 0
+        for tensor in tensors:
+            if tensor is None:
+                shapes += _NO_TENSOR
+                continue
+            number, sizes = dtypes.get(tensor.dtype), tensor.shape
+            dims = len(sizes)
+            if number is None or not 1 <= dims <= 2:
+                raise InvalidRequest(f"{list(sizes)} {tensor.dtype} has no place in a message of a line")
+            shapes += (number, dims, 0, sizes[0], sizes[1] if dims == 2 else 0)
+            if not sizes[0] or (dims == 2 and not sizes[1]):
+                continue
+            if self.off:
+                self.parts.append(_PADDING[self.off])
+            view = _bytes_of(tensor)
+            self.parts.append(view)
+            self.off = len(view) % _ALIGNMENT
+        self.shapes = _shapes(len(tensors)).pack(*shapes)
+
+
+def _packed(fixed: bytes, numbers: Sequence[int], text: str, tensors: _Tensors, then: _Tensors | None = None) -> Parts:
+    """The parts of one body."""
     said = text.encode() if text else b""
     listed = _longs(len(numbers)).pack(*numbers) if numbers else b""
-    head = b"".join((_COUNTS.pack(len(said), len(numbers)), fixed, _shapes(len(tensors)).pack(*shapes), listed, said))
+    then_shapes = b"" if then is None else then.shapes
+    head = b"".join((_COUNTS.pack(len(said), len(numbers)), fixed, tensors.shapes, then_shapes, listed, said))
     parts: Parts = [head]
-    at = len(head)
-    for body in bodies:
-        if off := -at % _ALIGNMENT:
-            parts.append(bytes(off))
-        parts.append(body)
-        at += off + len(body)
+    off = len(head) % _ALIGNMENT
+    for some in (tensors,) if then is None else (tensors, then):
+        if some.parts:
+            if off:
+                parts.append(_PADDING[off])
+            parts += some.parts
+            off = some.off
     return parts
+
+
+def _bags_of(value: GatherRequest | UpdateRequest, narrow_ids: bool) -> _Tensors:
+    """Ids, weights and offsets: the same for all shards that are asked for the same bags."""
+    if value.ids is None and value.weights is None and value.offsets is None:
+        return _no_bags()
+    known: _Tensors | None = None if value.bags is None else value.bags.made.get(_NAME)
+    if known is None:
+        ids = _narrowed(value.ids, narrow_ids)
+        known = _Tensors((ids, value.weights, value.offsets))
+        if value.bags is not None and ids is value.ids:  # views alone are kept, no copy
+            value.bags.made[_NAME] = known
+    return known
 
 
 class _Reader:
@@ -106,6 +143,11 @@ class _Reader:
             at = end
         if at != whole:
             raise InvalidRequest(f"{name} is malformed: it has {whole:,} bytes, of which {at:,} are known")
+
+
+@cache
+def _no_bags() -> _Tensors:
+    return _Tensors((None, None, None))
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -200,13 +242,13 @@ class GatherRequests(_Plain):
     name = "GatherRequest"
 
     def _written(self, value: GatherRequest, narrow_ids: bool) -> Parts:
-        return _written(
+        return _packed(
             _GATHER.pack(
                 *_envelope(value.envelope), value.lookup_id, value.remember, _number_of(value.reply_dtype, self.name)
             ),
             value.release,
             "",
-            (_narrowed(value.ids, narrow_ids), value.weights, value.offsets),
+            _bags_of(value, narrow_ids),
         )
 
     def decode(self, body: Body) -> GatherRequest:
@@ -231,7 +273,7 @@ class GatherReplies(_Plain):
     name = "GatherReply"
 
     def _written(self, value: GatherReply, narrow_ids: bool) -> Parts:  # noqa: ARG002
-        return _written(_GATHERED.pack(*_stamp(value.stamp)), value.blocks, "", (value.values,))
+        return _packed(_GATHERED.pack(*_stamp(value.stamp)), value.blocks, "", _Tensors((value.values,)))
 
     def decode(self, body: Body) -> GatherReply:
         read = _Reader(body, _GATHERED, 1, self.name)
@@ -243,7 +285,7 @@ class UpdateRequests(_Plain):
 
     def _written(self, value: UpdateRequest, narrow_ids: bool) -> Parts:
         step = value.step_id
-        return _written(
+        return _packed(
             _UPDATE.pack(
                 *_envelope(value.envelope),
                 step.rank,
@@ -257,7 +299,8 @@ class UpdateRequests(_Plain):
             ),
             value.blocks,
             step.group,
-            (value.grads, _narrowed(value.ids, narrow_ids), value.weights, value.offsets),
+            _Tensors((value.grads,)),
+            _bags_of(value, narrow_ids),
         )
 
     def decode(self, body: Body) -> UpdateRequest:
@@ -284,7 +327,7 @@ class UpdateReplies(_Plain):
     name = "UpdateReply"
 
     def _written(self, value: UpdateReply, narrow_ids: bool) -> Parts:  # noqa: ARG002
-        return _written(_UPDATED.pack(*_stamp(value.stamp)), (), "", (value.weight_grad,))
+        return _packed(_UPDATED.pack(*_stamp(value.stamp)), (), "", _Tensors((value.weight_grad,)))
 
     def decode(self, body: Body) -> UpdateReply:
         read = _Reader(body, _UPDATED, 1, self.name)
