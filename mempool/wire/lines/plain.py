@@ -15,6 +15,7 @@ import numpy as np
 
 from mempool.errors import InvalidRequest
 from mempool.types import Envelope, GatherReply, GatherRequest, Stamp, StepId, UpdateReply, UpdateRequest
+from mempool.types.arrays import ArrayGather, ArrayGathered
 from mempool.types.messages import ReplyDtype
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ _NO_TENSOR = (_ABSENT, 0, 0, 0, 0)
 
 
 class _Tensors:
-    """Tensors as they are sent, wherever they begin aligned: what their header says of them, and their parts. Of a small
-    body each call here takes as long as the copy of its tensors.
+    """Tensors as they are sent, wherever they begin aligned: what their header says of them, and their parts. Of a
+    small body each call here takes as long as the copy of its tensors.
 
     Attributes:
         off: Bytes that the last one ends beyond a multiple of the alignment.
@@ -196,6 +197,9 @@ _ENVELOPE = "4q"
 _STAMP = "5q"
 _GATHER = struct.Struct("<" + _ENVELOPE + "q?B")
 _GATHERED = struct.Struct("<" + _STAMP)
+_GATHER_HEAD = struct.Struct("<II" + _ENVELOPE + "q?B" + 3 * _SHAPE)
+_GATHERED_HEAD = struct.Struct("<II" + _STAMP + _SHAPE)
+_INT64, _UINT32, _FLOAT32 = (_NAMES.index(name) for name in ("int64", "uint32", "float32"))
 _UPDATE = struct.Struct("<" + _ENVELOPE + "3q3q??")
 _UPDATED = struct.Struct("<" + _STAMP)
 
@@ -267,6 +271,55 @@ class GatherRequests(_Plain):
             release=read.numbers,
             reply_dtype=_SUMS[sums],
         )
+
+
+def read_gather(body: Body) -> ArrayGather | None:
+    """A ``GatherRequest`` of what is usual as arrays that lie in the body; None of any other, and of what is none: the
+    codec says what is wrong."""
+    if len(body) < _GATHER_HEAD.size:
+        return None
+    (
+        text_bytes, count, table_id, epoch, incarnation, version, lookup_id, remember, sums,
+        ids_dtype, ids_dims, _, num_ids, _, weights_dtype, weights_dims, _, num_weights, _,
+        offsets_dtype, offsets_dims, _, num_offsets, _,
+    ) = _GATHER_HEAD.unpack_from(body)  # fmt: skip
+    plain = ids_dtype == _UINT32 and offsets_dtype == _INT64 and (ids_dims, offsets_dims) == (1, 1) and not text_bytes
+    if not plain or sums or not num_ids or not num_offsets:
+        return None
+    at, weights = -(-(_GATHER_HEAD.size + 8 * count) // _ALIGNMENT) * _ALIGNMENT, None
+    after_ids = at + 4 * num_ids
+    after_ids += -after_ids % _ALIGNMENT
+    place = after_ids
+    if weights_dtype != _ABSENT:
+        if (weights_dtype, weights_dims, num_weights) != (_FLOAT32, 1, num_ids):
+            return None
+        place += 4 * num_weights
+        place += -place % _ALIGNMENT
+    if place + 8 * num_offsets != len(body):
+        return None
+    release: tuple[int, ...] = _longs(count).unpack_from(body, _GATHER_HEAD.size) if count else ()
+    offsets = np.frombuffer(body, np.int64, num_offsets, place)
+    flags = offsets.flags
+    if not flags.aligned or not flags.writeable:  # kernels are made for such alone
+        return None
+    if weights_dtype != _ABSENT:
+        weights = np.frombuffer(body, np.float32, num_weights, after_ids)
+    ids = np.frombuffer(body, np.uint32, num_ids, at)
+    envelope = Envelope(table_id=table_id, epoch=epoch, incarnation=incarnation, table_version=version)
+    return ArrayGather(envelope, lookup_id, ids, weights, offsets, remember, release, False)
+
+
+def gathered(reply: ArrayGathered) -> Parts:
+    """A ``GatherReply`` of arrays, as its codec writes it."""
+    stamp, blocks, values = reply
+    num_bags, width = values.shape
+    head = _GATHERED_HEAD.pack(
+        0, len(blocks), stamp.shard, stamp.incarnation, stamp.epoch, stamp.table_version, stamp.writes,
+        _FLOAT32, 2, 0, num_bags, width,
+    )  # fmt: skip
+    head += _longs(len(blocks)).pack(*blocks)
+    off = len(head) % _ALIGNMENT
+    return [head + _PADDING[off] if off else head, values.data.cast("B")]
 
 
 class GatherReplies(_Plain):
