@@ -158,6 +158,7 @@ class ClientLine(Line):
         super().__init__(connection, shared, buffers)
         connection.settimeout(None)
         self._timeouts: dict[int, float] = {}
+        self._bounds: tuple[float | None, float | None] | None = None  # asked for last
         self._call = 0
         self._kept: dict[int, weakref.ref[memoryview]] = {}
         self._num_kept = 0
@@ -165,6 +166,9 @@ class ClientLine(Line):
 
     def bound(self, *, receive_s: float | None = None, send_s: float | None = None) -> None:
         """How long a blocking call waits for the other side, from now on. None: as before."""
+        if (receive_s, send_s) == self._bounds:
+            return
+        self._bounds = receive_s, send_s
         for option, seconds in ((socket.SO_RCVTIMEO, receive_s), (socket.SO_SNDTIMEO, send_s)):
             if seconds is not None and seconds != self._timeouts.get(option):
                 whole = int(seconds)

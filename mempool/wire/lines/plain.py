@@ -246,6 +246,8 @@ class GatherRequests(_Plain):
     name = "GatherRequest"
 
     def _written(self, value: GatherRequest, narrow_ids: bool) -> Parts:
+        if value.bags is None and (parts := _usual_gather(value)) is not None:
+            return parts
         return _packed(
             _GATHER.pack(
                 *_envelope(value.envelope), value.lookup_id, value.remember, _number_of(value.reply_dtype, self.name)
@@ -271,6 +273,37 @@ class GatherRequests(_Plain):
             release=read.numbers,
             reply_dtype=_SUMS[sums],
         )
+
+
+def _usual_gather(value: GatherRequest) -> Parts | None:
+    """The parts of a request that ``read_gather`` reads, in one go; None of others."""
+    _, (_, int64, uint32, float32, *_) = _torch()
+    ids, weights, offsets = value.ids, value.weights, value.offsets
+    if ids.dtype != uint32 or offsets.dtype != int64 or len(ids.shape) != 1 or len(offsets.shape) != 1:
+        return None
+    if weights is not None and (weights.dtype != float32 or weights.shape != ids.shape):
+        return None
+    asked, number, release = value.envelope, _NUMBER_OF.get(value.reply_dtype), value.release
+    num_ids, num_offsets = ids.shape[0], offsets.shape[0]
+    if number is None or not num_ids or not num_offsets:
+        return None
+    of_weights = _NO_TENSOR if weights is None else (_FLOAT32, 1, 0, num_ids, 0)
+    head = _GATHER_HEAD.pack(
+        0, len(release), asked.table_id, asked.epoch, asked.incarnation, asked.table_version, value.lookup_id,
+        value.remember, number, _UINT32, 1, 0, num_ids, 0, *of_weights, _INT64, 1, 0, num_offsets, 0,
+    )  # fmt: skip
+    if release:
+        head += _longs(len(release)).pack(*release)
+    parts: Parts = [head + _PADDING[len(head) % _ALIGNMENT], _bytes_of(ids)]
+    odd = num_ids % 2 == 1
+    if odd:
+        parts.append(_PADDING[4])
+    if weights is not None:
+        parts.append(_bytes_of(weights))
+        if odd:
+            parts.append(_PADDING[4])
+    parts.append(_bytes_of(offsets))
+    return parts
 
 
 def read_gather(body: Body) -> ArrayGather | None:
@@ -329,8 +362,25 @@ class GatherReplies(_Plain):
         return _packed(_GATHERED.pack(*_stamp(value.stamp)), value.blocks, "", _Tensors((value.values,)))
 
     def decode(self, body: Body) -> GatherReply:
+        return _usual_reply(body) or self._decoded(body)
+
+    def _decoded(self, body: Body) -> GatherReply:
         read = _Reader(body, _GATHERED, 1, self.name)
         return GatherReply(stamp=_stamp_of(read.fixed), blocks=read.numbers, values=_there(read.tensors[0], self.name))
+
+
+def _usual_reply(body: Body) -> GatherReply | None:
+    """A reply of float32, in one go; None of others, and of what is none."""
+    if len(body) < _GATHERED_HEAD.size:
+        return None
+    text_bytes, count, *stamp, dtype, dims, _, num_bags, width = _GATHERED_HEAD.unpack_from(body)
+    at, values = -(-(_GATHERED_HEAD.size + 8 * count) // _ALIGNMENT) * _ALIGNMENT, num_bags * width
+    if text_bytes or (dtype, dims) != (_FLOAT32, 2) or not values or at + 4 * values != len(body):
+        return None
+    torch, dtypes = _torch()
+    flat = torch.frombuffer(body, dtype=dtypes[_FLOAT32], count=values, offset=at)
+    blocks: tuple[int, ...] = _longs(count).unpack_from(body, _GATHERED_HEAD.size)
+    return GatherReply(stamp=_stamp_of(stamp), blocks=blocks, values=flat.view(num_bags, width))
 
 
 class UpdateRequests(_Plain):
