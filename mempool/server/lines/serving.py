@@ -1,11 +1,10 @@
 """One client's line at the server: the call that it is at, and what is to be told of it. Of the lines' thread alone."""
 
+import ctypes
 import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from mempool.wire.lines.framing import FAILURE, REPLY, Message
 from mempool.wire.lines.line import Parts
@@ -81,8 +80,9 @@ class Serving:
         memory = self.line.space(math.prod(shape) * dtype.itemsize)
         if memory is None:
             return None
-        self._answered_in = _address(memory)
-        return torch.frombuffer(memory, dtype=dtype).view(shape)
+        space = torch.frombuffer(memory, dtype=dtype).view(shape)
+        self._answered_in = space.data_ptr()
+        return space
 
     def _over(self) -> int:
         """The call is answered. Returns its number."""
@@ -92,4 +92,7 @@ class Serving:
 
 
 def _address(memory: bytes | memoryview) -> int:
-    return int(np.frombuffer(memory, np.uint8).__array_interface__["data"][0]) if len(memory) else 0
+    """Of a tensor's bytes; 0 of others, which lie in no memory that was given."""
+    if isinstance(memory, bytes) or memory.readonly:
+        return 0
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

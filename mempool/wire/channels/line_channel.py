@@ -6,6 +6,8 @@ is as one that gRPC fails: whoever tries again finds gRPC, and soon another line
 waits to find out.
 """
 
+from __future__ import annotations
+
 import asyncio
 import logging
 import math
@@ -71,7 +73,7 @@ class LineChannels:
     tcp: bool = True
     _buffers: Buffers = field(default_factory=lambda: Buffers(_KEPT_BUFFERS), init=False)
 
-    def __call__(self, address: str, *, shard: int | None = None) -> "GrpcChannel | LineChannel":
+    def __call__(self, address: str, *, shard: int | None = None) -> GrpcChannel | LineChannel:
         channel = self.grpc(address, shard=shard)
         tcp = self.tcp and self.grpc.tls is None
         if shard is None or not (self.near or tcp):
@@ -176,7 +178,7 @@ class LineChannel:
             return self._grpc.begin(method, request, timeout_s=timeout_s, narrow_ids=narrow_ids, alone=alone)
         try:
             parts = near.request.parts(request, narrow_ids=narrow_ids)
-            if sum([len(part) for part in parts]) > MOST_REQUEST_BYTES:
+            if sum(map(len, parts)) > MOST_REQUEST_BYTES:
                 self._give_back(line)
                 return None
             line.bound(receive_s=timeout_s, send_s=timeout_s)
@@ -396,6 +398,6 @@ async def _in_thread(make: Callable[[], ClientLine]) -> ClientLine:
         raise
 
 
-def _let_go(making: "asyncio.Future[ClientLine]") -> None:
+def _let_go(making: asyncio.Future[ClientLine]) -> None:
     if not making.cancelled() and making.exception() is None:
         making.result().close()

@@ -1,7 +1,7 @@
 """Messages of a line: a header of fixed size, and a body behind it or in shared memory. Pure."""
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from mempool.errors import InvalidRequest
 
@@ -20,8 +20,7 @@ _HEADER = struct.Struct("<IBBHQQq")
 HEADER_BYTES = _HEADER.size
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """One message.
 
     Attributes:

@@ -107,7 +107,7 @@ class Line:
             InvalidRequest: There is no room for the body in shared memory, and it is too large to come with its
                 message.
         """
-        num_bytes = sum([len(part) for part in parts])
+        num_bytes = sum(map(len, parts))
         place = None if self._shared is None else self._shared.put(message.call, parts, num_bytes)
         if place is not None:
             return [before + header_of(message, num_bytes, place)]

@@ -94,7 +94,7 @@ class ServedLine(Line):
         assert self._space_taken is not None, "it was taken"
         if self._shared is not None:
             *head, last = parts
-            before = sum([len(part) for part in head])
+            before = sum(map(len, head))
             place = self._shared.put_before_space(message.call, head, before)
             if place is not None:
                 self._unsent.append(header_of(message, before + len(last), place))
@@ -116,7 +116,8 @@ class ServedLine(Line):
 
     def space(self, num_bytes: int) -> memoryview | None:
         """Memory that a body of this side's may end with, until the next message is sent; None: there is none now."""
-        self.drop_space()
+        if self._space_taken is not None:
+            self.drop_space()
         if num_bytes < SHARED_FROM_BYTES:
             return None
         self._space_taken = self._buffers.take(num_bytes) if self._shared is None else self._shared.space(num_bytes)

@@ -52,7 +52,8 @@ class Shared:
 
     def space(self, num_bytes: int) -> memoryview | None:
         """Memory that a body of this side's may end with, until it is dropped, or sent; None: there is none now."""
-        self.drop_space()
+        if self._space is not None:
+            self.drop_space()
         if num_bytes < SHARED_FROM_BYTES:
             return None
         self._space = self._sent.take(_HEAD_BYTES + num_bytes)
