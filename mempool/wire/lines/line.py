@@ -43,6 +43,7 @@ _JOINED_BYTES = 16 * 2**10
 """Smaller messages are put together: the system takes one piece faster than many."""
 _MOST_PIECES = 256
 _TIMEVAL = struct.Struct("ll")
+_AT_ONCE = struct.pack("ii", 1, 0)
 
 Body = bytes | memoryview
 Parts = Sequence[bytes | memoryview]
@@ -163,6 +164,13 @@ class ClientLine(Line):
         self._kept: dict[int, weakref.ref[memoryview]] = {}
         self._num_kept = 0
         self._free: deque[tuple[int, int]] = deque()  # filled by whoever lets go of a body, on any thread
+
+    def close(self) -> None:
+        if self._shared is None:
+            # At once, also where the server takes no more just now: else it would not know while it works on that call.
+            with suppress(OSError):
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
+        super().close()
 
     def bound(self, *, receive_s: float | None = None, send_s: float | None = None) -> None:
         """How long a blocking call waits for the other side, from now on. None: as before."""
