@@ -368,8 +368,7 @@ def seen_of(plan: TablePlan, stamps: Sequence[Stamp]) -> Seen:
 
 def gather_slices(plan: TablePlan, bags: Bags) -> list[tuple[int, int]]:
     """First and end of the bags that are asked for by each message of a gather, at every shard alike."""
-    widest = max((route.width for route in plan.routes), default=0)
-    return slices(bags.num_bags, max(4 * widest, bags.num_bytes // max(1, bags.num_bags)))
+    return slices(bags.num_bags, max(4 * plan.widest, bags.num_bytes // max(1, bags.num_bags)))
 
 
 def _one(matrices: Sequence[Tensor]) -> Tensor:

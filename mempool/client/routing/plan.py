@@ -37,6 +37,7 @@ class ShardRoute:
         blocks: Its blocks, ascending, as in its replies.
         width: Columns of those blocks together.
         whole: Its reply is the table's answer: every column, from nobody else.
+        partial: Some of its columns are only a part of the sum.
         row_mask: [row pages] bool, those of which it owns anything; None where that is all.
     """
 
@@ -45,16 +46,12 @@ class ShardRoute:
     width: int
     spans: tuple[Span, ...]
     whole: bool
+    partial: bool
     row_mask: Tensor | None
 
     @property
     def shard(self) -> int:
         return self.info.shard
-
-    @property
-    def partial(self) -> bool:
-        """Whether any of its columns are only a part of the sum."""
-        return not all(span.sole for span in self.spans)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -69,6 +66,7 @@ class TablePlan:
         page_owners: [row pages, blocks] int32, the placement's owners as a tensor.
         agreeing: Those whom a step is agreed on with.
         sortings, places: How pairs are told apart for the routes that lack row pages, as of ``sortings_of``.
+        widest: Columns of the route that has most.
         side_by_side: The numbers of the routes by the columns that they answer, where each has one range of them, to
             itself, and all ranges together are every column; else empty.
     """
@@ -83,6 +81,7 @@ class TablePlan:
     agreeing: Owners
     sortings: tuple[Sorting, ...]
     places: tuple[tuple[int, int] | None, ...]
+    widest: int
     side_by_side: tuple[int, ...]
 
     @property
@@ -137,6 +136,7 @@ def make_plan(view: TableView) -> TablePlan:
         page_owners=torch.tensor(placement.owners, dtype=torch.int32, device="cpu"),
         sortings=sortings,
         places=places,
+        widest=max((route.width for route in shard_routes), default=0),
         side_by_side=_side_by_side(shard_routes, schema.value_dim),
     )
 
@@ -324,5 +324,6 @@ def _shard_route(info: ShardInfo, route: Route, schema: TableSchema) -> ShardRou
         width=begin,
         spans=tuple(spans),
         whole=len(route.sole) == schema.num_blocks,
+        partial=not all(span.sole for span in spans),
         row_mask=None if route.row_mask is None else torch.tensor(route.row_mask, dtype=torch.bool, device="cpu"),
     )

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -35,6 +36,7 @@ _OWN = (
     MempoolError, ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError,
     ValueError,
 )  # fmt: skip
+_AS_IT_IS = nullcontext()
 _LOG = logging.getLogger(__name__)
 
 
@@ -215,7 +217,7 @@ class EngineThread:
 
     @holds_others_up
     def _at_once(self, stage: str, read: Callable[[RequestT], T | None], request: RequestT, caller: str) -> T | None:
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS:
             if self._closed is not None or self.others_wait():
                 return None
             self.pace.serves(caller)

@@ -5,6 +5,8 @@ beside the event loop for calls on that, which go by gRPC meanwhile. A call that
 whoever tries again finds gRPC, and soon another line.
 """
 
+from __future__ import annotations
+
 import asyncio
 import time
 from collections import deque
@@ -41,7 +43,7 @@ class NearChannels:
 
     grpc: GrpcChannels = field(default_factory=GrpcChannels)
 
-    def __call__(self, address: str, *, shard: int | None = None) -> "GrpcChannel | NearChannel":
+    def __call__(self, address: str, *, shard: int | None = None) -> GrpcChannel | NearChannel:
         channel = self.grpc(address, shard=shard)
         if shard is None or not supported():
             return channel
@@ -96,8 +98,7 @@ class NearChannel:
             self._give_back(line)
             return await self._grpc.call(method, request, timeout_s=timeout_s, narrow_ids=narrow_ids)
         try:
-            async with asyncio.timeout(timeout_s):
-                replied, body = await line.call(number, parts, _microseconds(timeout_s))
+            replied, body = await line.call(number, parts, _microseconds(timeout_s), timeout_s=timeout_s)
         except BaseException as error:
             self._end(line)  # whatever comes on it from now on is no answer to another call
             raise self._explained(error) from None
@@ -274,7 +275,7 @@ def _agreed(address: str, token: str | None, timeout_s: float) -> ClientLine | N
         return None  # gRPC it is
 
 
-def _let_go(agreeing: "asyncio.Future[ClientLine | None]") -> None:
+def _let_go(agreeing: asyncio.Future[ClientLine | None]) -> None:
     """Nobody wants the line any more."""
     if not agreeing.cancelled() and agreeing.exception() is None and (line := agreeing.result()) is not None:
         line.close()

@@ -59,6 +59,7 @@ class Line:
         self._buffer = bytearray(_BUFFER_BYTES)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
+        self._coming: tuple[Message, memoryview | None, int] | None = None
         self._extents: dict[int, tuple[int, int]] = {}  # by call, of what this side sends
         sent.close()  # the other side has it, and what is mapped stays
 
@@ -83,6 +84,32 @@ class Line:
         if extent is not None:
             self._sent.give_back(extent)
         return extent is not None
+
+    def take(self) -> tuple[Message, Body] | None:
+        """The next message, if it is here as a whole; its body in memory of this process's own, or where it lies.
+        Nobody is waited for.
+
+        Raises:
+            OSError: The other side is gone.
+            InvalidRequest: It is no message.
+        """
+        while self._coming is None:
+            if self._end - self._start >= HEADER_BYTES:
+                self._coming = self._begun()
+                break
+            num_bytes = self._received_into(self._space())
+            if not num_bytes:
+                return None
+            self._end += num_bytes
+        message, body, at = self._coming
+        while body is not None and at < message.num_bytes:
+            num_bytes = self._received_into(body[at:])
+            if not num_bytes:
+                self._coming = message, body, at
+                return None
+            at += num_bytes
+        self._coming = None
+        return message, self._whole(message, body)
 
     def _packed(self, message: Message, parts: Parts, before: bytes = b"") -> bytes:
         """What is to be sent of a message, once its body is where it goes; before: of whole messages that go with it.
@@ -109,6 +136,13 @@ class Line:
             self._buffer[: len(rest)] = rest
             self._start, self._end = 0, len(rest)
         return self._view[self._end :]
+
+    def _received_into(self, memory: memoryview) -> int:
+        """How many bytes were there; 0: none yet."""
+        try:
+            return came(self._socket.recv_into(memory, 0, socket.MSG_DONTWAIT))
+        except BlockingIOError:
+            return 0
 
     def _begun(self) -> tuple[Message, memoryview | None, int]:
         """The message whose header is here; where its body goes that comes with it, and how much of it is there."""
@@ -177,20 +211,48 @@ class ClientLine(Line):
             at += came(self._socket.recv_into(body[at:]))
         return self._answered(message, self._whole(message, body))
 
-    async def call(self, method: int, parts: Parts, timeout_us: int) -> tuple[bool, Body]:
-        """The same on an event loop, both."""
+    async def call(
+        self, method: int, parts: Parts, timeout_us: int, *, timeout_s: float | None = None
+    ) -> tuple[bool, Body]:
+        """The same on an event loop, both. Raises TimeoutError after ``timeout_s``; who is cut off ends the line.
+
+        The loop's own calls of sockets try each time before anything is there, and are told of it each time anew: that
+        took a third of what a small call costs.
+        """
         loop = asyncio.get_running_loop()
-        asked = self._asked(method, parts, timeout_us)
-        self._socket.setblocking(False)
-        await loop.sock_sendall(self._socket, asked)
-        while self._end - self._start < HEADER_BYTES:
-            num_bytes = came(await loop.sock_recv_into(self._socket, self._space()))
-            self._end += num_bytes
-        message, body, at = self._begun()
-        while body is not None and at < message.num_bytes:
-            at += came(await loop.sock_recv_into(self._socket, body[at:]))
-        self._socket.settimeout(None)
-        return self._answered(message, self._whole(message, body))
+        end_s = None if timeout_s is None else loop.time() + timeout_s
+        await self._sent_on(loop, self._asked(method, parts, timeout_us), end_s)
+        answered: asyncio.Future[tuple[Message, Body]] = loop.create_future()
+        late = None if end_s is None else loop.call_at(end_s, _end_with, answered, TimeoutError())
+        loop.add_reader(descriptor := self._socket.fileno(), self._take_for, answered)
+        try:
+            return self._answered(*await answered)
+        finally:
+            loop.remove_reader(descriptor)
+            if late is not None:
+                late.cancel()
+            del answered  # its error knows this frame
+
+    async def _sent_on(self, loop: asyncio.AbstractEventLoop, asked: bytes, end_s: float | None) -> None:
+        try:
+            num_bytes = self._socket.send(asked, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            num_bytes = 0
+        if num_bytes < len(asked):
+            self._socket.setblocking(False)
+            async with asyncio.timeout_at(end_s):
+                await loop.sock_sendall(self._socket, asked[num_bytes:])
+            self._socket.settimeout(None)
+
+    def _take_for(self, answered: "asyncio.Future[tuple[Message, Body]]") -> None:
+        """Something is there for whoever waits on the loop."""
+        try:
+            found = self.take()
+        except (OSError, InvalidRequest) as error:
+            _end_with(answered, error)
+        else:
+            if found is not None and not answered.done():
+                answered.set_result(found)
 
     def _asked(self, method: int, parts: Parts, timeout_us: int) -> bytes:
         self._call = (self._call + 1) % _LAST_CALL
@@ -228,6 +290,11 @@ class ClientLine(Line):
             free.append(entry)
 
         kept[call] = weakref.ref(body, let_go)
+
+
+def _end_with(answered: "asyncio.Future[tuple[Message, Body]]", error: BaseException) -> None:
+    if not answered.done():
+        answered.set_exception(error)
 
 
 def came(num_bytes: int) -> int:

@@ -106,7 +106,7 @@ class _Reader:
             at += _SHAPE.size * num_tensors
             self.numbers: tuple[int, ...] = struct.unpack_from(f"<{count}q", body, at)
             at += 8 * count
-            self.text = bytes(body[at : at + text_bytes]).decode()
+            self.text = bytes(body[at : at + text_bytes]).decode() if text_bytes else ""
         except (struct.error, UnicodeDecodeError) as error:
             raise InvalidRequest(f"{name} is malformed: {error}") from None
         at += text_bytes

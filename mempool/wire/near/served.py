@@ -2,8 +2,8 @@
 
 import socket
 
-from mempool.wire.near.framing import HEADER_BYTES, Message, header_of
-from mempool.wire.near.line import SHARED_FROM_BYTES, Body, Line, Parts, came
+from mempool.wire.near.framing import Message, header_of
+from mempool.wire.near.line import SHARED_FROM_BYTES, Line, Parts
 from mempool.wire.near.memory import ReceivedMemory, SentMemory
 
 _HEAD_BYTES = 4096
@@ -17,7 +17,6 @@ class ServedLine(Line):
         super().__init__(connection, sent, received)
         connection.setblocking(False)
         self._space_taken: tuple[int, int] | None = None
-        self._coming: tuple[Message, memoryview | None, int] | None = None
         self._unsent: list[bytes | memoryview] = []
 
     def fileno(self) -> int:
@@ -38,31 +37,6 @@ class ServedLine(Line):
     def is_sending(self) -> bool:
         """Whether a message has gone in part."""
         return bool(self._unsent)
-
-    def take(self) -> tuple[Message, Body] | None:
-        """The next message, if it is here as a whole; its body in memory of this process's own, or where it lies.
-
-        Raises:
-            OSError: The other side is gone.
-            InvalidRequest: It is no message.
-        """
-        while self._coming is None:
-            if self._end - self._start >= HEADER_BYTES:
-                self._coming = self._begun()
-                break
-            num_bytes = self._received_into(self._space())
-            if not num_bytes:
-                return None
-            self._end += num_bytes
-        message, body, at = self._coming
-        while body is not None and at < message.num_bytes:
-            num_bytes = self._received_into(body[at:])
-            if not num_bytes:
-                self._coming = message, body, at
-                return None
-            at += num_bytes
-        self._coming = None
-        return message, self._whole(message, body)
 
     def send(self, message: Message, parts: Parts = ()) -> bool:
         """Send a message with its body; whether all of it is gone: ``flush`` sends the rest, when it can be written.
@@ -117,10 +91,3 @@ class ServedLine(Line):
         if self._space_taken is not None:
             self._sent.give_back(self._space_taken)
             self._space_taken = None
-
-    def _received_into(self, memory: memoryview) -> int:
-        """How many bytes were there; 0: none yet."""
-        try:
-            return came(self._socket.recv_into(memory))
-        except BlockingIOError:
-            return 0
