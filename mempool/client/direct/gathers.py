@@ -11,8 +11,8 @@ from mempool.client.direct.asking import NARROW_END, Asking, Wait
 from mempool.client.routing.attempt import (
     LookupRecord,
     gather_request,
-    gather_slices,
     lookup_record,
+    messages_of,
     require_blocks,
     those_named,
 )
@@ -29,10 +29,12 @@ def gather_directly(
     """As the router's; None where that is to be asked."""
     router = asking.router
     plan = router.plan_now(table_id)
-    if plan is None or not asking.possible or len(gather_slices(plan, bags)) > 1:
+    if plan is None or not asking.possible:
         return None
     every = split(plan, bags)
     parts = those_named(every)
+    if messages_of(parts) > 1:
+        return None
     lookup_id = router.next_lookup_id(bags)
     released = [router.remembered.take(table_id, part.route.shard) for part in parts]
     begin = partial(_begin, asking, plan, lookup_id, remember, reply_dtype, len(parts) == 1)
@@ -61,7 +63,7 @@ def gather_directly(
         return None
     for part, reply in zip(parts, replies, strict=True):
         require_blocks(reply.blocks, part.route)
-    found = [(part.route, reply.values) for part, reply in zip(parts, replies, strict=True)]
+    found = [(part, reply.values) for part, reply in zip(parts, replies, strict=True)]
     return merge_values(plan, found, num_bags=bags.num_bags), record
 
 

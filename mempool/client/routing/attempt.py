@@ -118,11 +118,11 @@ class Attempt:
         """Pooled values [B, V] float32, and what to keep for the update."""
         every = split(self.plan, bags)
         parts = those_named(every)
-        pieces = gather_slices(self.plan, bags)
+        lookups = messages_of(parts)
 
         async def ask_some(part: Part, host: ShardHost, envelope: Envelope, number: int) -> GatherReply:
             route = part.route
-            some = part.bags.some(*pieces[number])
+            some = piece_of(part.bags, number, lookups)
             request = gather_request(
                 some,
                 route,
@@ -139,13 +139,12 @@ class Attempt:
             return reply
 
         async def ask(part: Part, host: ShardHost, envelope: Envelope) -> list[GatherReply]:
-            numbers = range(len(pieces))
-            return await some_at_a_time([partial(ask_some, part, host, envelope, number) for number in numbers])
+            return await some_at_a_time([partial(ask_some, part, host, envelope, n) for n in range(lookups)])
 
         answers = await self._fanout.each([(part.route.info, partial(ask, part)) for part in parts])
         values = merge_values(
             self.plan,
-            [(part.route, _one([reply.values for reply in some])) for part, some in zip(parts, answers, strict=True)],
+            [(part, _one([reply.values for reply in some])) for part, some in zip(parts, answers, strict=True)],
             num_bags=bags.num_bags,
         )
         stamps = [reply.stamp for some in answers for reply in some]
@@ -153,7 +152,7 @@ class Attempt:
             self.plan,
             bags,
             lookup_id=lookup_id,
-            lookups=len(pieces),
+            lookups=lookups,
             stamps=stamps,
             remembered_by=parts if remember else (),
             parts=every if remember else (),
@@ -183,9 +182,7 @@ class Attempt:
 
         async def ask(part: Part, host: ShardHost, envelope: Envelope) -> UpdateReply:
             route = part.route
-            bags, part_grads = of_part(self.plan, part, grads)
-            empty = bags is not part.bags
-            known = remembers(self.plan, route, record)
+            bags, part_grads = part.bags, pick_grads(self.plan, part, grads)
 
             async def send(*, inline: bool) -> UpdateReply:
                 self._traffic.add(sent=part_grads.nbytes + (bags.num_bytes if inline else 0))
@@ -204,7 +201,7 @@ class Attempt:
                 self._fanout.saw(reply.stamp.table_version)
                 return reply
 
-            if known and not empty:
+            if remembers(self.plan, route, record):
                 try:
                     return await send(inline=False)
                 except ContextMissing:
@@ -364,22 +361,23 @@ def seen_of(plan: TablePlan, stamps: Sequence[Stamp]) -> Seen:
     return Seen(epoch=plan.epoch, oldest_version=min(versions, default=0), newest_version=max(versions, default=0))
 
 
-def gather_slices(plan: TablePlan, bags: Bags) -> list[tuple[int, int]]:
-    """First and end of the bags that are asked for by each message of a gather, at every shard alike."""
-    widest = max((route.width for route in plan.routes), default=0)
-    return slices(bags.num_bags, max(4 * widest, bags.num_bytes // max(1, bags.num_bags)))
+def messages_of(parts: Sequence[Part]) -> int:
+    """Messages that a gather of these parts takes, of each shard as many: so all know it by the same numbers."""
+    return max((len(slices(part.bags.num_bags, _bag_bytes(part))) for part in parts), default=1)
+
+
+def _bag_bytes(part: Part) -> int:
+    """Of a bag as it is sent, or as it is answered where that is more."""
+    return max(4 * part.route.width, part.bags.num_bytes // max(1, part.bags.num_bags))
+
+
+def piece_of(bags: Bags, number: int, pieces: int) -> Bags:
+    """One of so many messages' share of a part's bags, about as much as the others'; none where they do not suffice."""
+    return bags.some(bags.num_bags * number // pieces, bags.num_bags * (number + 1) // pieces)
 
 
 def _one(matrices: Sequence[Tensor]) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
-
-
-def of_part(plan: TablePlan, part: Part, grads: Tensor) -> tuple[Bags, Tensor]:
-    """What a shard is told of an update's bags and gradient; of no bags at all where none of its row pages are named:
-    it is asked for the update later."""
-    if part.kept is not None and part.bags.num_pairs == 0:
-        return _no_bags(part.bags), pick_grads(plan, part.route, grads[:0])
-    return part.bags, pick_grads(plan, part.route, grads)
 
 
 def remembers(plan: TablePlan, route: ShardRoute, record: LookupRecord) -> bool:
@@ -420,11 +418,6 @@ def update_request(
 def _sent_ids(ids: Tensor) -> Tensor:
     """Ids as shards take them, int64 or uint32; those that are kept in 32 bits are none below 0."""
     return ids.view(torch.uint32) if ids.dtype == torch.int32 else ids
-
-
-def _no_bags(bags: Bags) -> Bags:
-    """No bags at all, of the same dtypes; ``bags`` has no pairs."""
-    return Bags(ids=bags.ids, weights=bags.weights, offsets=torch.zeros(1, dtype=torch.int64, device="cpu"))
 
 
 def require_blocks(blocks: tuple[int, ...], route: ShardRoute) -> None:
