@@ -25,6 +25,7 @@ from mempool.types import (
 )
 from mempool.types.caller import current_caller
 from mempool.wire import methods
+from mempool.wire.codecs.lines import OpenedLine, OpenLine
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
 from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
 from mempool.wire.codecs.tables import AskTable, ToldTable
@@ -88,10 +89,17 @@ class Services:
     max_message_bytes: int
     door: Door
 
-    def memory(self, shard: ShardHost | None, lookup: Lookup, *, at_once: AtOnce | None = None) -> Handlers:
+    def memory(
+        self,
+        shard: ShardHost | None,
+        lookup: Lookup,
+        *,
+        at_once: AtOnce | None = None,
+        open_line: Callable[[OpenLine], Awaitable[OpenedLine]] | None = None,
+    ) -> Handlers:
         """``MemoryService``. Without a shard, as on the controller's address, it has Lookup alone.
 
-        at_once: Answers small gathers where they arrive.
+        at_once: Answers small gathers where they arrive. open_line: Gives lines; None: there are none.
         """
         if shard is None:
             return dict([self._of(methods.LOOKUP, lookup)])
@@ -115,11 +123,13 @@ class Services:
                 self._of(methods.READ_ROWS, shard.read_rows),
                 self._of(methods.WRITE_ROWS, shard.write_rows),
                 self._of(methods.STEP_COUNT, shard.step_count),
+                self._of(methods.OPEN_LINE, open_line or _no_line),
             ]
         )
 
-    def shard(self, shard: ShardHost, *, near_clients: Callable[[], int] = lambda: 0) -> Handlers:
-        """``ShardService``: what the controller and peers ask. near_clients: How many the status is to say."""
+    def shard(self, shard: ShardHost, *, clients: Callable[[], tuple[int, int]] = lambda: (0, 0)) -> Handlers:
+        """``ShardService``: what the controller and peers ask. clients: How many the status is to say, by
+        lines that have shared memory and by TCP."""
 
         async def freeze(request: FreezeTable) -> int:
             return await shard.freeze(request.table_id, request.timeout_s, token=request.token, lease_s=request.lease_s)
@@ -138,7 +148,8 @@ class Services:
             await shard.set_view(view, token=request.token)
 
         async def status(_: None) -> ShardStatus:
-            return replace(await shard.status(), near_clients=near_clients())
+            near, tcp = clients()
+            return replace(await shard.status(), near_clients=near, tcp_line_clients=tcp)
 
         return dict(
             [
@@ -202,8 +213,8 @@ class Services:
         return method.name, handler(method, call, door=self.door, max_message_bytes=self.max_message_bytes)
 
 
-def near_calls(shard: ShardHost) -> dict[str, Callable[[Any], Awaitable[Any]]]:
-    """What clients of this host ask of a shard, by a method's path."""
+def line_calls(shard: ShardHost) -> dict[str, Callable[[Any], Awaitable[Any]]]:
+    """What clients ask of a shard by lines, by a method's path."""
     return {
         methods.GATHER.path: shard.gather,
         methods.UPDATE.path: shard.update,
@@ -216,3 +227,7 @@ def near_calls(shard: ShardHost) -> dict[str, Callable[[Any], Awaitable[Any]]]:
         methods.WRITE_ROWS.path: shard.write_rows,
         methods.STEP_COUNT.path: shard.step_count,
     }
+
+
+async def _no_line(_: OpenLine) -> OpenedLine:
+    return OpenedLine(why="this shard has no lines")

@@ -4,7 +4,7 @@ All runs on the engine's thread. Long reads are done in pieces, others in betwee
 version of the table, none older than the one the answer is stamped with. Writes are never cut.
 """
 
-import math
+import time
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -194,10 +194,11 @@ class Answers:
     def _begun(self, table: HostedTable, request: GatherRequest, space: Space | None) -> BegunGather | Parked:
         if (waits := self._waits(table, request.envelope)) is not None:
             return waits
-        with self._stages.measure("copy in"):
-            bags, dtype = validate.check_gather(table.storage, request, reply_bytes=self._reply_bytes)
+        began_s = time.perf_counter()
+        bags, dtype = validate.check_gather(table.storage, request, reply_bytes=self._reply_bytes)
+        self._stages.note(("copy in", time.perf_counter() - began_s))
         shape, form = _form(table, bags, dtype)
-        self._reserve(form.itemsize * math.prod(shape))
+        self._reserve(form.itemsize * shape[0] * shape[1])
         return BegunGather(request, table, bags, dtype, None if space is None else space(shape, form))
 
     def _is_long_gather(self, begun: BegunGather) -> bool:
@@ -218,15 +219,17 @@ class Answers:
     def _summed(
         self, table: HostedTable, bags: Bags, dtype: torch.dtype, *, for_step: bool, out: Tensor | None
     ) -> Tensor:
-        on_cpu = table.storage.device.type == "cpu"
+        storage = table.storage
         if dtype == torch.float8_e4m3fn:
-            packed = table.storage.packed_sums
+            packed = storage.packed_sums
             with self._stages.measure("kernel"):
-                values = table.storage.pooled(bags, for_step=for_step)
+                values = storage.pooled(bags, for_step=for_step)
                 rows = values.to(torch.uint8) if packed is None else kernels.pack_rows(packed, values)
             return self._copy_out(rows, out)
-        with self._stages.measure("kernel"):
-            values = table.storage.pooled(bags, dtype, for_step=for_step, out=out if on_cpu else None)
+        on_cpu = storage.device.type == "cpu"
+        began_s = time.perf_counter()
+        values = storage.pooled(bags, dtype, for_step=for_step, out=out if on_cpu else None)
+        self._stages.note(("kernel", time.perf_counter() - began_s))
         return values if on_cpu else self._copy_out(values, out)
 
     def _gather_in_pieces(self, begun: BegunGather) -> Pieces[GatherReply]:
@@ -242,7 +245,8 @@ class Answers:
 
     def _gathered(self, begun: BegunGather, values: Tensor) -> GatherReply:
         request, table = begun.request, begun.table
-        self._contexts.release(request.release)
+        if request.release:
+            self._contexts.release(request.release)
         if request.remember:
             self._contexts.remember(request.lookup_id, table_id=table.table_id, epoch=table.epoch, bags=begun.bags)
         table.lookups += 1
@@ -423,6 +427,8 @@ class Answers:
 
     def _waits(self, table: HostedTable, envelope: Envelope) -> Parked | None:
         """What a reader has to wait for: a version that it has seen, or a step that may be acknowledged by now."""
+        if envelope.table_version <= table.order.applied and table.is_settled:
+            return None
         asked_s = self._asked_s()
         waits = table.lacks(envelope, waits_since_s=asked_s)
         return table.in_doubt(waits_since_s=asked_s) if waits is None else waits

@@ -64,7 +64,8 @@ def check_number(what: str, number: int, most: int = _MAX_NUMBER) -> None:
 
 def check_lookup_id(number: int) -> None:
     """Raises InvalidRequest for one that is no 64-bit number."""
-    check_number("lookup_id", number, _MAX_LOOKUP_ID)
+    if not 0 <= number <= _MAX_LOOKUP_ID:
+        check_number("lookup_id", number, _MAX_LOOKUP_ID)
 
 
 def check_lookups(count: int) -> None:

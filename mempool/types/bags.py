@@ -5,8 +5,8 @@ Legend: B bags, L pairs of all bags together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,11 +20,14 @@ class Bags:
         ids: [L] int64, or int32 where the table has no more than 2^31 slots (on a shard fewer).
         weights: [L] float32 or bfloat16 (float32 on a shard); None means all ones.
         offsets: [B + 1] int64; bag b holds pairs offsets[b] to offsets[b + 1].
+        made: What others have made of them, by names of their own, for whoever is given the same: these are written to
+            by nobody. Lives as long as these, so nothing large is kept there that is not these themselves.
     """
 
     ids: Tensor
     weights: Tensor | None
     offsets: Tensor
+    made: dict[Any, Any] = field(init=False, default_factory=dict, repr=False)
 
     @property
     def num_bags(self) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mempool.types.bags import Bags
 
 ReplyDtype = Literal["float32", "bfloat16", "float8_e4m3fn"]
 """What sums are answered in. float8_e4m3fn: in packed rows [B, P] uint8, a byte each, with a float32 scale per bag and
@@ -89,6 +90,8 @@ class GatherRequest:
         remember: Keep ids and weights for an Update to come.
         release: Lookup ids whose autograd graphs are gone: the shard forgets them.
         private: Nobody writes to its tensors: a shard of the same process may keep them as they are. On no wire.
+        bags: Whose ids, weights and offsets these are, where they are private: what is made of them for one shard is
+            there for the next that is asked for the same. On no wire.
     """
 
     envelope: Envelope
@@ -100,6 +103,7 @@ class GatherRequest:
     release: tuple[int, ...] = ()
     reply_dtype: ReplyDtype = "float32"
     private: bool = False
+    bags: Bags | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +130,7 @@ class UpdateRequest:
         want_weight_grad: Answer d_weights.
         ids, weights, offsets: As in the lookup; ids and offsets None where the shard should remember them itself,
             in which case a shard that does not answers ``ContextMissing`` and changes nothing.
-        private: As of a gather.
+        private, bags: As of a gather.
     """
 
     envelope: Envelope
@@ -142,6 +146,7 @@ class UpdateRequest:
     weights: Tensor | None = None
     offsets: Tensor | None = None
     private: bool = False
+    bags: Bags | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

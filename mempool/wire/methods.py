@@ -35,7 +35,7 @@ from mempool.types.pool import (
     TakeCheckpoint,
 )
 from mempool.types.schema import TableSchema
-from mempool.wire.codecs import lookup, messages, pages, tables
+from mempool.wire.codecs import lines, lookup, messages, pages, tables
 from mempool.wire.codecs.codec import Codec
 from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
 
@@ -111,6 +111,9 @@ WRITE_ROWS: Method[types.WriteRowsRequest, types.WriteRowsReply] = Method(
 )
 STEP_COUNT: Method[types.StepCountRequest, types.StepCountReply] = Method(
     MEMORY_SERVICE, "StepCount", messages.STEP_COUNT_REQUEST, messages.STEP_COUNT_REPLY
+)
+OPEN_LINE: Method[lines.OpenLine, lines.OpenedLine] = Method(
+    MEMORY_SERVICE, "OpenLine", lines.OPEN_LINE_REQUEST, lines.OPEN_LINE_REPLY
 )
 
 ATTACH_TABLE: Method[AttachTable, None] = Method(

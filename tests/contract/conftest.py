@@ -21,7 +21,7 @@ from mempool.shard import Engine
 from mempool.types import ShardHost, ShardInfo
 from mempool.wire.channels.grpc_channel import GrpcChannels
 from mempool.wire.channels.loop import run
-from mempool.wire.near.line import supported
+from mempool.wire.lines.line import supported
 from tests.integration.pools import RayPool
 from tests.support.faulty import FaultyShard
 from tests.support.serving import require_near, served_pool

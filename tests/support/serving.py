@@ -13,7 +13,7 @@ from mempool.shard import Engine
 from mempool.types import HeartbeatRequest, ShardHost, ShardInfo
 from mempool.wire.channels.channel import MAX_ANSWER_BYTES, MAX_MESSAGE_BYTES
 from mempool.wire.channels.grpc_channel import GrpcChannels
-from mempool.wire.channels.near_channel import NearChannels
+from mempool.wire.channels.line_channel import LineChannels
 from mempool.wire.channels.tls import ClientTls, ServerTls
 
 CONTROLLER_KEY = "for controllers only"
@@ -46,7 +46,7 @@ class ServedPool:
         self.max_message_bytes = max_message_bytes
         channels = GrpcChannels(token=token, controller_key=CONTROLLER_KEY, tls=client_tls)
         self.near = near
-        self.dialer = GrpcDialer(NearChannels(grpc=channels) if near else channels)
+        self.dialer = GrpcDialer(LineChannels(grpc=channels) if near else channels)
         self.shards: dict[int, ServedShard] = {}
         self.controller = Controller("served", launcher=self, dial=self.dialer.dial)
         self.server = Server(token=token, tls=self.tls)

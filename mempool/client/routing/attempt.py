@@ -23,7 +23,7 @@ from mempool.client.routing.plan import (
     split,
 )
 from mempool.client.routing.row_calls import read_rows, write_rows
-from mempool.client.routing.slices import slices, some_at_a_time
+from mempool.client.routing.slices import MESSAGE_BYTES, slices, some_at_a_time
 from mempool.errors import ContextMissing, Internal, StepConflict
 from mempool.types import (
     Envelope,
@@ -43,6 +43,7 @@ from mempool.types import (
 from mempool.types.bags import Bags
 from mempool.types.messages import ReplyDtype
 
+_SENT = "sent ids"
 SCORED_BYTES = 12
 """Of one key that a shard found: its score and id."""
 
@@ -314,13 +315,14 @@ def gather_request(
     return GatherRequest(
         envelope=envelope,
         lookup_id=lookup_id,
-        ids=_sent_ids(bags.ids),
+        ids=_sent_ids(bags),
         weights=bags.weights,
         offsets=bags.offsets,
         remember=remember,
         release=release,
         reply_dtype="float32" if route.partial else reply_dtype,
         private=True,  # they were copied when they were checked
+        bags=bags,
     )
 
 
@@ -357,18 +359,27 @@ def those_named(parts: Sequence[Part]) -> list[Part]:
 
 def seen_of(plan: TablePlan, stamps: Sequence[Stamp]) -> Seen:
     """What state answers with these stamps come from."""
+    if len(stamps) == 1:
+        version = stamps[0].table_version
+        return Seen(epoch=plan.epoch, oldest_version=version, newest_version=version)
     versions = [stamp.table_version for stamp in stamps]
     return Seen(epoch=plan.epoch, oldest_version=min(versions, default=0), newest_version=max(versions, default=0))
 
 
 def messages_of(parts: Sequence[Part]) -> int:
     """Messages that a gather of these parts takes, of each shard as many: so all know it by the same numbers."""
-    return max((len(slices(part.bags.num_bags, _bag_bytes(part))) for part in parts), default=1)
+    return max((len(slices(part.bags.num_bags, _bag_bytes(part.route, part.bags))) for part in parts), default=1)
 
 
-def _bag_bytes(part: Part) -> int:
-    """Of a bag as it is sent, or as it is answered where that is more."""
-    return max(4 * part.route.width, part.bags.num_bytes // max(1, part.bags.num_bags))
+def is_one_message(route: ShardRoute, bags: Bags) -> bool:
+    """Whether a gather asks this one for all of these bags at once."""
+    return bags.num_bags * _bag_bytes(route, bags) <= MESSAGE_BYTES
+
+
+def _bag_bytes(route: ShardRoute, bags: Bags) -> int:
+    """Of one bag, or of the answer to it where that is more."""
+    asked, answered = bags.num_bytes // (bags.num_bags or 1), 4 * route.width
+    return asked if asked > answered else answered
 
 
 def piece_of(bags: Bags, number: int, pieces: int) -> Bags:
@@ -408,16 +419,21 @@ def update_request(
         grads=grads,
         hold=hold,
         want_weight_grad=want_weight_grad,
-        ids=None if bags is None else _sent_ids(bags.ids),
+        ids=None if bags is None else _sent_ids(bags),
         weights=None if bags is None else bags.weights,
         offsets=None if bags is None else bags.offsets,
         private=True,
+        bags=bags,
     )
 
 
-def _sent_ids(ids: Tensor) -> Tensor:
+def _sent_ids(bags: Bags) -> Tensor:
     """Ids as shards take them, int64 or uint32; those that are kept in 32 bits are none below 0."""
-    return ids.view(torch.uint32) if ids.dtype == torch.int32 else ids
+    sent: Tensor | None = bags.made.get(_SENT)
+    if sent is None:
+        sent = bags.ids.view(torch.uint32) if bags.ids.dtype == torch.int32 else bags.ids
+        bags.made[_SENT] = sent
+    return sent
 
 
 def require_blocks(blocks: tuple[int, ...], route: ShardRoute) -> None:

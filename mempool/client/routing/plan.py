@@ -38,6 +38,7 @@ class ShardRoute:
         width: Columns of those blocks together.
         whole: Its reply is the table's answer: every column, from nobody else.
         row_mask: [row pages] bool, those of which it owns anything; None where that is all.
+        partial: Any of its columns are only a part of the sum.
     """
 
     info: ShardInfo
@@ -46,15 +47,11 @@ class ShardRoute:
     spans: tuple[Span, ...]
     whole: bool
     row_mask: Tensor | None
+    partial: bool
 
     @property
     def shard(self) -> int:
         return self.info.shard
-
-    @property
-    def partial(self) -> bool:
-        """Whether any of its columns are only a part of the sum."""
-        return not all(span.sole for span in self.spans)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -71,6 +68,7 @@ class TablePlan:
         sortings, places: How pairs are told apart for the routes that lack row pages, as of ``sortings_of``.
         side_by_side: The numbers of the routes by the columns that they answer, where each has one range of them, to
             itself, and all ranges together are every column; else empty.
+        alone: The route, where there is one only and it is whole: nothing is cut up, nor put together.
     """
 
     view: TableView
@@ -84,6 +82,7 @@ class TablePlan:
     sortings: tuple[Sorting, ...]
     places: tuple[tuple[int, int] | None, ...]
     side_by_side: tuple[int, ...]
+    alone: ShardRoute | None
 
     @property
     def schema(self) -> TableSchema:
@@ -145,6 +144,7 @@ def make_plan(view: TableView) -> TablePlan:
         sortings=sortings,
         places=places,
         side_by_side=_side_by_side(shard_routes, schema.value_dim),
+        alone=shard_routes[0] if len(shard_routes) == 1 and shard_routes[0].whole and not sortings else None,
     )
 
 
@@ -211,9 +211,9 @@ def merge_values(plan: TablePlan, replies: Sequence[tuple[Part, Tensor]], *, num
 
     Sole columns are copied, others added up in ascending shard order. A shard left out adds nothing.
     """
-    replies = [(part, _unpacked(plan, part.route, reply)) for part, reply in replies]
     if len(replies) == 1 and replies[0][0].route.whole:
-        return replies[0][1].to(torch.float32)
+        return whole_values(plan, replies[0][0].route, replies[0][1])
+    replies = [(part, _unpacked(plan, part.route, reply)) for part, reply in replies]
     if plan.side_by_side and len(replies) == len(plan.side_by_side):
         return torch.cat([replies[number][1] for number in plan.side_by_side], dim=1).to(torch.float32)
     width = plan.schema.value_dim
@@ -239,6 +239,11 @@ def merge_values(plan: TablePlan, replies: Sequence[tuple[Part, Tensor]], *, num
                 columns = values.numpy()[:, span.table]  # to some of the columns torch adds one row after the other
                 columns[part.named.numpy()] += reply.numpy()[:, span.reply]
     return values
+
+
+def whole_values(plan: TablePlan, route: ShardRoute, reply: Tensor) -> Tensor:
+    """The same where one shard answers all."""
+    return reply if reply.dtype == torch.float32 else _unpacked(plan, route, reply).to(torch.float32)
 
 
 def _unpacked(plan: TablePlan, route: ShardRoute, reply: Tensor) -> Tensor:
@@ -342,4 +347,5 @@ def _shard_route(info: ShardInfo, route: Route, schema: TableSchema) -> ShardRou
         spans=tuple(spans),
         whole=len(route.sole) == schema.num_blocks,
         row_mask=None if route.row_mask is None else torch.tensor(route.row_mask, dtype=torch.bool, device="cpu"),
+        partial=not all(span.sole for span in spans),
     )

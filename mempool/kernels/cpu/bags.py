@@ -314,15 +314,20 @@ def weighted_sum(
     out: Tensor | None = None,
 ) -> Tensor:
     """See mempool.kernels.weighted_sum."""
-    direct = out is not None and dtype == torch.float32
-    shape = offsets.numel() - 1, paged.width
-    sums = out if out is not None and direct else torch.empty(shape, dtype=torch.float32, device="cpu")
-    num_threads = use_threads(ids.numel() * paged.width // _READS_PER_STEP)
+    whole = dtype == torch.float32
+    width, num_ids = paged.width, ids.shape[0]
+    if out is not None and whole:
+        sums = out
+    else:
+        sums = torch.empty(offsets.shape[0] - 1, width, dtype=torch.float32, device="cpu")
+    num_threads = use_threads(num_ids * width // _READS_PER_STEP)
     num_tasks = several_tasks(num_threads, _TASKS_PER_THREAD)
     given = view(ids), optional_weights(weights), view(offsets)
     if not _weighted_sum(arena_of(paged), *given, num_threads, num_tasks, view(sums)):
-        check_offsets(offsets, ids.numel())
-    return sums.to(dtype) if out is None or direct else out.copy_(sums)
+        check_offsets(offsets, num_ids)
+    if whole:
+        return sums
+    return sums.to(dtype) if out is None else out.copy_(sums)
 
 
 @serial

@@ -254,10 +254,12 @@ class Storage:
 
         out: [B, W] in ``dtype``, contiguous, on the device: where they are written. None: new memory.
         """
-        self.catch_up(bags.ids, for_step=for_step)
-        if len(self._lanes) == 1 and self._lanes[0].columns is None:
-            paged = self._lanes[0].arena.paged()
-            return kernels.weighted_sum(paged, bags.ids, bags.weights, bags.offsets, dtype=dtype, out=out)
+        if self.schedule is not None:
+            self.catch_up(bags.ids, for_step=for_step)
+        lanes = self._lanes
+        if len(lanes) == 1 and lanes[0].columns is None:
+            paged = lanes[0].arena.paged()
+            return kernels.weighted_sum(paged, bags.ids, bags.weights, bags.offsets, dtype=dtype, out=out, checked=True)
         values_BW = torch.zeros(bags.num_bags, self.width, dtype=torch.float32, device=self.device)
         for lane in self._lanes:
             sums = kernels.weighted_sum(lane.arena.paged(), bags.ids, bags.weights, bags.offsets)

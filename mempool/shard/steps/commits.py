@@ -20,6 +20,7 @@ from mempool.errors import DataLoss, StepConflict
 from mempool.kernels import OptimizerStep, SortedPairs
 from mempool.shard.pages.storage import Lane, Storage
 from mempool.shard.steps.budget import Budget
+from mempool.shard.steps.canonical import Canonical
 from mempool.shard.steps.held import (
     KEPT_BYTES,
     HeldUpdate,
@@ -30,7 +31,7 @@ from mempool.shard.steps.held import (
     Reduction,
 )
 from mempool.shard.steps.optimizers import optimizer_step, rounding
-from mempool.shard.steps.parts import in_canonical_order, pairs_bytes, reduce_in_parts, reduce_in_smaller_parts
+from mempool.shard.steps.parts import pairs_bytes, reduce_in_parts, reduce_in_smaller_parts
 from mempool.types import DecidedStep, ShardInfo, StepId
 from mempool.types.norms import joined_norm
 
@@ -218,8 +219,9 @@ def _reduce(table: Storage, held: list[HeldUpdate], norm: _Norm, budget: Budget)
         for reduction in reduce_in_parts(table, held, room):
             norm.add(reduction.sums)
         return None
-    pairs = _joined(table, held)
-    in_order = [kernels.sort_pairs(lane.arena.paged(), pairs.ids) for lane in table.lanes]
+    canonical = Canonical.of(held)
+    pairs = _joined(canonical, held)
+    in_order = [canonical.in_order(lane.arena) for lane in table.lanes]
     kept_bytes = sum(
         (4 * lane.arena.width + 24) * sorted_pairs.rows.shape[0] + KEPT_BYTES
         for lane, sorted_pairs in zip(table.lanes, in_order, strict=True)
@@ -236,8 +238,8 @@ def _reduce(table: Storage, held: list[HeldUpdate], norm: _Norm, budget: Budget)
     return tuple(reductions) if keep else None
 
 
-def _joined(table: Storage, held: list[HeldUpdate]) -> Pairs:
-    return in_canonical_order(held, width=table.width, device=table.device)
+def _joined(canonical: Canonical, held: list[HeldUpdate]) -> Pairs:
+    return canonical.pairs([update.grads for update in held])
 
 
 def _row_parts(pairs: SortedPairs, num_rows: int) -> Iterator[SortedPairs]:
@@ -260,13 +262,15 @@ def _writes_of_sums(
 
 def _in_order(table: Storage, held: list[HeldUpdate]) -> tuple[InOrder, ...]:
     """The pairs of updates, sorted for each arena. All that needs memory for it."""
-    pairs = _joined(table, held)
+    canonical = Canonical.of(held)
+    pairs = _joined(canonical, held)
     return tuple(
         InOrder(
             lane=lane,
-            in_order=kernels.sort_pairs(lane.arena.paged(), pairs.ids),
+            in_order=canonical.in_order(lane.arena),
             pairs=pairs,
             copied=len(held) > 1,
+            kept=canonical,
         )
         for lane in table.lanes
     )

@@ -72,12 +72,14 @@ class Reduction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InOrder:
-    """A step's pairs, sorted for one arena: all that applying it needs. ``copied``: they are not the updates' own."""
+    """A step's pairs, sorted for one arena: all that applying it needs. ``copied``: they are not the updates' own.
+    ``kept``: So that other shards find what was made of them."""
 
     lane: Lane
     in_order: SortedPairs
     pairs: Pairs
     copied: bool
+    kept: object = None
 
     @property
     def num_bytes(self) -> int:

@@ -15,7 +15,6 @@ from mempool import kernels
 from mempool.shard.pages.storage import Lane, Storage
 from mempool.shard.steps.budget import out_of_memory
 from mempool.shard.steps.held import HeldUpdate, Pairs, Reduction
-from mempool.types.bags import Bags
 
 SORT_BYTES = 64
 """Temporary bytes of a pair while it is sorted, besides what sorting answers."""
@@ -212,32 +211,3 @@ def _ranges(
         start = begins + width
     if pairs:
         yield start, end
-
-
-def in_canonical_order(updates: Sequence[HeldUpdate], *, width: int, device: torch.device) -> Pairs:
-    """All pairs of a rank's updates, which come by sequence: (sequence, bag, pair)."""
-    if not updates:
-        none = torch.empty(0, dtype=torch.int64, device=device)
-        return Pairs(none, None, none, torch.empty((0, width), dtype=torch.float32, device=device))
-    bags, first = [], 0
-    for update in updates:
-        num_bags = update.bags.num_bags
-        numbers = torch.arange(first, first + num_bags, device=device)
-        bags.append(torch.repeat_interleave(numbers, update.bags.offsets.diff()))
-        first += num_bags
-    if len(updates) == 1:
-        return Pairs(updates[0].bags.ids, updates[0].bags.weights, bags[0], updates[0].grads)
-    weights = None
-    if any(update.bags.weights is not None for update in updates):
-        weights = torch.cat([_weights(update.bags) for update in updates])
-    return Pairs(
-        torch.cat([update.bags.ids for update in updates]),
-        weights,
-        torch.cat(bags),
-        torch.cat([update.grads for update in updates]),
-    )
-
-
-def _weights(bags: Bags) -> Tensor:
-    ones = torch.ones(bags.ids.shape[0], dtype=torch.float32, device=bags.ids.device)
-    return ones if bags.weights is None else bags.weights

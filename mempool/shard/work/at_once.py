@@ -186,6 +186,8 @@ def _whole(answer: Callable[[RequestT], ReplyT | Parked | Pieces[ReplyT] | None]
         reply: Any = answer(request)
     except Behind:
         return None
+    if isinstance(reply, GatherReply):
+        return reply  # type: ignore[return-value]  # the usual answer
     whole: ReplyT | None = None if isinstance(reply, GeneratorType) else _unless_parked(reply)  # others have turns
     return whole
 

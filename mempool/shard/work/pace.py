@@ -5,6 +5,7 @@ a little more than the whole. Pure, but for the clock.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from mempool.types.running import Clock
 
@@ -74,9 +75,11 @@ class Pace:
 
     def is_long(self, num_bytes: int, caller: str | None = None) -> bool:
         """Whether reading so much is cut into pieces, for that caller; None: for whom it works."""
-        if self.is_shared if caller is None else self.is_shared_by(caller):
+        if num_bytes <= 2 * LEAST_PIECE_BYTES and num_bytes <= PIECE_BYTES:
+            return False
+        if self._is_shared(self._served if caller is None else _process_of(caller)):
             return num_bytes > 2 * self._small_bytes
-        return num_bytes > (PIECE_BYTES if self._others_wait() else WHOLE_BYTES)
+        return num_bytes > PIECE_BYTES and (num_bytes > WHOLE_BYTES or self._others_wait())
 
     @property
     def piece_bytes(self) -> int:
@@ -90,6 +93,7 @@ class Pace:
         return min(PIECE_BYTES, max(LEAST_PIECE_BYTES, int(PIECE_S / self._s_per_byte)))
 
 
+@lru_cache(maxsize=1024)
 def _process_of(caller: str) -> str:
     """A process of this host may have several lines; others have a connection."""
     return caller.rpartition(":")[0] if caller.startswith("unix:") else caller

@@ -259,6 +259,7 @@ def test_a_commit_that_fails_half_way_loses_the_table_and_says_so(
 
     with monkeypatch.context() as patch, _unlogged():
         patch.setattr(kernels, "sort_pairs", fail)
+        driver.gather(make_bags(1))  # of the same lookup, pairs that are sorted are found
         driver.update(2, 1, GRADS, step_id=driver.step_id(2, "another"))
         with pytest.raises(Overloaded, match="no memory for prepare just now"):
             driver.prepare(2, [1], want_norm=False, group="another")

@@ -158,6 +158,7 @@ SHARD_STATUS = build(
     dropped=U64S,
     copied_bytes=U64,
     near_clients=U32,
+    tcp_line_clients=U32,
     storage=TEXT,
     journal_bytes=U64,
     storage_refuses=TEXT,

@@ -15,7 +15,7 @@ import mempool
 from mempool.bench.processes.pool import PoolProcess, connected, pool_process
 from mempool.bench.serve.contenders.contender import LookUp
 from mempool.bench.serve.shapes import Pairs, TableSize
-from mempool.wire.near.line import supported
+from mempool.wire.lines.line import supported
 
 EMBEDDED = "mempool embedded"
 GRPC = "mempool over gRPC"

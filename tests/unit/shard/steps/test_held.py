@@ -6,7 +6,6 @@ import torch
 from mempool.errors import Overloaded, RequestTooLarge
 from mempool.shard.steps.budget import ENTRY_BYTES, Budget
 from mempool.shard.steps.held import HeldUpdate, HeldUpdates, PreparedStep
-from mempool.shard.steps.parts import in_canonical_order
 from mempool.types import StepId
 from mempool.types.bags import Bags
 
@@ -46,25 +45,6 @@ def _prepared(
         finite=True,
         reductions=None,
     )
-
-
-def test_pairs_come_in_order_of_sequence_bag_and_pair() -> None:
-    pairs = in_canonical_order(
-        [_update([4, 5, 6], [1, 0, 2]), _update([7, 8], [2], [0.5, -1.0], start=100.0)],
-        width=2,
-        device=torch.device("cpu"),
-    )
-    assert pairs.ids.tolist() == [4, 5, 6, 7, 8]
-    assert pairs.weights is not None
-    assert pairs.weights.tolist() == [1.0, 1.0, 1.0, 0.5, -1.0]
-    assert pairs.bags.tolist() == [0, 2, 2, 3, 3]
-    assert pairs.grads.tolist() == [[0, 1], [2, 3], [4, 5], [100, 101]]
-
-
-def test_without_any_weights_there_are_none() -> None:
-    pairs = in_canonical_order([_update([1], [1]), _update([2], [1])], width=2, device=torch.device("cpu"))
-    assert pairs.weights is None
-    assert in_canonical_order([], width=2, device=torch.device("cpu")).grads.shape == (0, 2)
 
 
 def test_the_budget_is_shared_refuses_and_is_given_back() -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mempool import kernels
 from mempool.shard.pages.storage import Storage
+from mempool.shard.steps.canonical import Canonical
 from mempool.shard.steps.held import HeldUpdate
-from mempool.shard.steps.parts import in_canonical_order, pairs_bytes, reduce_in_parts
+from mempool.shard.steps.parts import pairs_bytes, reduce_in_parts
 from mempool.types import OptimizerSpec, Placement, StepId
 from mempool.types.bags import Bags
 from tests.contract.bags import make_bags
@@ -46,7 +47,7 @@ def _update(table: Storage, seed: int, lengths: list[int], *, weighted: bool) ->
 
 def _at_once(table: Storage, updates: list[HeldUpdate]) -> list[dict[int, Tensor]]:
     """Per lane, the sum of each slot."""
-    pairs = in_canonical_order(updates, width=table.schema.width(table.blocks), device=CPU)
+    pairs = Canonical.of(updates).pairs([update.grads for update in updates])
     found = []
     for lane in table.lanes:
         in_order = kernels.sort_pairs(lane.arena.paged(), pairs.ids)

@@ -1,4 +1,5 @@
-"""One end of a line: messages over a Unix socket, large bodies in shared memory. One thread has it at a time.
+"""One end of a line: messages over a socket, large bodies in memory that both ends have, if they have any. One thread
+has it at a time.
 
 A client's calls come one after another, and each is answered before the next is asked, so neither side ever waits for
 the other to take what it sends.
@@ -6,8 +7,10 @@ the other to take what it sends.
 
 import asyncio
 import os
+import select
 import socket
 import struct
+import time
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -15,29 +18,35 @@ from contextlib import suppress
 
 from mempool.errors import InvalidRequest
 from mempool.wire.channels.channel import MAX_MESSAGE_BYTES
-from mempool.wire.near.framing import (
+from mempool.wire.lines.buffers import Buffers
+from mempool.wire.lines.framing import (
     COPIED,
     FAILURE,
     HEADER_BYTES,
     MOST_INLINE_BYTES,
+    MOST_REQUEST_BYTES,
     REPLY,
     REQUEST,
     Message,
     header_of,
     parsed,
 )
-from mempool.wire.near.memory import MEMORY_BYTES, ReceivedMemory, SentMemory
+from mempool.wire.lines.memory import MEMORY_BYTES
+from mempool.wire.lines.shared import Shared
 
-SHARED_FROM_BYTES = 16 * 2**10
-"""Smaller bodies come with their message: the system copies them while it would be told where they lie."""
 _KEPT_BYTES = MEMORY_BYTES // 2
 """Of replies that lie where they came as long as their reader has them; others are copied out."""
 _LAST_CALL = 2**32
-_BUFFER_BYTES = 64 * 2**10
+BUFFER_BYTES = 32 * 2**10
+"""What is received before it is known how much comes: small messages as a whole."""
+_JOINED_BYTES = 16 * 2**10
+"""Smaller messages are put together: the system takes one piece faster than many."""
+_MOST_PIECES = 256
 _TIMEVAL = struct.Struct("ll")
 
 Body = bytes | memoryview
 Parts = Sequence[bytes | memoryview]
+Pieces = list[bytes | memoryview]
 
 
 class Line:
@@ -45,27 +54,32 @@ class Line:
 
     Args:
         connection: Agreed on; closed with the line.
-        sent, received: The memory of both ways.
+        shared: The memory that both ends have; None: they have none, and bodies come with their messages.
+        buffers: What such bodies are received into.
     """
 
-    most_sent = MAX_MESSAGE_BYTES
-    most_received = MOST_INLINE_BYTES
-    """Of a body that comes with its message."""
-
-    def __init__(self, connection: socket.socket, sent: SentMemory, received: ReceivedMemory) -> None:
+    def __init__(self, connection: socket.socket, shared: Shared | None = None, buffers: Buffers | None = None) -> None:
         self._socket = connection
-        self._sent = sent
-        self._received = received
-        self._buffer = bytearray(_BUFFER_BYTES)
+        self._shared = shared
+        self._buffers = buffers or Buffers(0)
+        self._buffer = bytearray(BUFFER_BYTES)
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
-        self._extents: dict[int, tuple[int, int]] = {}  # by call, of what this side sends
-        sent.close()  # the other side has it, and what is mapped stays
+
+    @property
+    def is_near(self) -> bool:
+        """Whether both ends are on one host, and have memory in common."""
+        return self._shared is not None
 
     @property
     def num_extents(self) -> int:
-        """Bodies of this side's that the other one may still read."""
-        return len(self._extents)
+        """Bodies of this side's in that memory which the other one may still read."""
+        return 0 if self._shared is None else self._shared.num_extents
+
+    @property
+    def _request_bytes(self) -> int:
+        """Of a request that comes with its message."""
+        return MOST_REQUEST_BYTES if self._shared is None else MOST_INLINE_BYTES
 
     def cut(self) -> None:
         """Let whoever has it find it ended. Of any thread."""
@@ -75,30 +89,33 @@ class Line:
     def close(self) -> None:
         """End it; nobody else has it. Repeatable. The memory goes with the last view of it."""
         self._socket.close()
-        self._sent.close()
 
     def give_back(self, call: int) -> bool:
-        """The other side needs this side's body of that call no more. Returns whether it had one."""
-        extent = self._extents.pop(call, None)
-        if extent is not None:
-            self._sent.give_back(extent)
-        return extent is not None
+        """The other side needs this side's body of that call no more. Returns whether it had one in shared memory."""
+        return self._shared is not None and self._shared.give_back(call)
 
-    def _packed(self, message: Message, parts: Parts, before: bytes = b"") -> bytes:
-        """What is to be sent of a message, once its body is where it goes; before: of whole messages that go with it.
+    def _packed(self, message: Message, parts: Parts, most_bytes: int, before: bytes = b"") -> Pieces:
+        """What is to be sent of a message, once its body is where it goes.
+
+        Args:
+            message, parts: The message and its body.
+            most_bytes: Of a body that comes with its message.
+            before: Whole messages that go with it.
 
         Raises:
             InvalidRequest: There is no room for the body in shared memory, and it is too large to come with its
                 message.
         """
-        num_bytes = sum([len(part) for part in parts])
-        extent = self._sent.put(parts, num_bytes) if num_bytes >= SHARED_FROM_BYTES else None
-        if extent is not None:
-            self._extents[message.call] = extent
-            return before + header_of(message, num_bytes, extent[0])
-        if num_bytes > self.most_sent:
-            raise InvalidRequest(f"a body of {num_bytes:,} bytes finds no room in the memory that is shared")
-        return b"".join((before, header_of(message, num_bytes), *parts))
+        num_bytes = sum(map(len, parts))
+        place = None if self._shared is None else self._shared.put(message.call, parts, num_bytes)
+        if place is not None:
+            return [before + header_of(message, num_bytes, place)]
+        if num_bytes > most_bytes:
+            raise InvalidRequest(f"a body of {num_bytes:,} bytes finds no room in the line, which takes {most_bytes:,}")
+        head = before + header_of(message, num_bytes)
+        if num_bytes < _JOINED_BYTES or len(parts) > _MOST_PIECES:
+            return [b"".join((head, *parts))]
+        return [head, *parts]
 
     def _space(self) -> memoryview:
         """Where more is to be received."""
@@ -110,31 +127,35 @@ class Line:
             self._start, self._end = 0, len(rest)
         return self._view[self._end :]
 
-    def _begun(self) -> tuple[Message, memoryview | None, int]:
-        """The message whose header is here; where its body goes that comes with it, and how much of it is there."""
-        message = parsed(self._buffer, self._start, most_inline=self.most_received)
+    def _next(self, most_bytes: int) -> Message:
+        """The message whose header is here. most_bytes: Of a body that comes with it. Raises InvalidRequest."""
+        message = parsed(self._buffer, self._start, most_inline=most_bytes)
+        if message.place is not None and self._shared is None:
+            raise InvalidRequest("the body of a message is in shared memory, and there is none")
         self._start += HEADER_BYTES
+        return message
+
+    def _begun(self, message: Message) -> tuple[memoryview | None, int]:
+        """Where the body goes that comes with a message, and how much of it is there."""
         if message.place is not None or not message.num_bytes:
-            return message, None, 0
+            return None, 0
         here = min(self._end - self._start, message.num_bytes)
-        body = memoryview(bytearray(message.num_bytes))
+        body = self._buffers.take(message.num_bytes)
         body[:here] = self._view[self._start : self._start + here]
         self._start += here
-        return message, body, here
+        return body, here
 
     def _whole(self, message: Message, body: memoryview | None) -> Body:
-        if message.place is not None:
-            return self._received.view(message.place, message.num_bytes)
+        if message.place is not None and self._shared is not None:
+            return self._shared.view(message.place, message.num_bytes)
         return b"" if body is None else body
 
 
 class ClientLine(Line):
     """A client's end: one call after another."""
 
-    most_sent, most_received = Line.most_received, Line.most_sent
-
-    def __init__(self, connection: socket.socket, sent: SentMemory, received: ReceivedMemory) -> None:
-        super().__init__(connection, sent, received)
+    def __init__(self, connection: socket.socket, shared: Shared | None = None, buffers: Buffers | None = None) -> None:
+        super().__init__(connection, shared, buffers)
         connection.settimeout(None)
         self._timeouts: dict[int, float] = {}
         self._call = 0
@@ -160,7 +181,13 @@ class ClientLine(Line):
             InvalidRequest: There is no room for the body in shared memory, and it is too large to come with its
                 message; nothing was sent.
         """
-        self._socket.sendall(self._asked(method, parts, timeout_us))
+        pieces = self._asked(method, parts, timeout_us)
+        over: _Over | None = None
+        while pieces:
+            sent = self._socket.send(pieces[0]) if len(pieces) == 1 else self._socket.sendmsg(pieces)
+            if pieces := rest_of(pieces, sent):
+                over = over or self._over(socket.SO_SNDTIMEO)
+                over.check()
 
     def answer(self) -> tuple[bool, Body]:
         """Whether it is a reply, and its body; or an ErrorDetail.
@@ -169,32 +196,46 @@ class ClientLine(Line):
             OSError: The other side is gone, or says nothing in time.
             InvalidRequest: It is no message.
         """
+        over: _Over | None = None
         while self._end - self._start < HEADER_BYTES:
+            if self._end > self._start:
+                over = over or self._over(socket.SO_RCVTIMEO)
+                over.check()
             num_bytes = came(self._socket.recv_into(self._space()))  # _space may move what is there
             self._end += num_bytes
-        message, body, at = self._begun()
+        message = self._next(MAX_MESSAGE_BYTES)
+        body, at = self._begun(message)
         while body is not None and at < message.num_bytes:
-            at += came(self._socket.recv_into(body[at:]))
+            over = over or self._over(socket.SO_RCVTIMEO)
+            over.check()
+            at += came(self._socket.recv_into(body[at:], 0, socket.MSG_WAITALL))
         return self._answered(message, self._whole(message, body))
 
     async def call(self, method: int, parts: Parts, timeout_us: int) -> tuple[bool, Body]:
         """The same on an event loop, both."""
         loop = asyncio.get_running_loop()
-        asked = self._asked(method, parts, timeout_us)
+        pieces = self._asked(method, parts, timeout_us)
         self._socket.setblocking(False)
-        await loop.sock_sendall(self._socket, asked)
+        try:
+            sent = self._socket.sendmsg(pieces)
+        except BlockingIOError:
+            sent = 0
+        for piece in rest_of(pieces, sent):
+            await loop.sock_sendall(self._socket, piece)
         while self._end - self._start < HEADER_BYTES:
             num_bytes = came(await loop.sock_recv_into(self._socket, self._space()))
             self._end += num_bytes
-        message, body, at = self._begun()
+        message = self._next(MAX_MESSAGE_BYTES)
+        body, at = self._begun(message)
         while body is not None and at < message.num_bytes:
             at += came(await loop.sock_recv_into(self._socket, body[at:]))
         self._socket.settimeout(None)
         return self._answered(message, self._whole(message, body))
 
-    def _asked(self, method: int, parts: Parts, timeout_us: int) -> bytes:
+    def _asked(self, method: int, parts: Parts, timeout_us: int) -> Pieces:
         self._call = (self._call + 1) % _LAST_CALL
-        return self._packed(Message(REQUEST, self._call, method, timeout_us), parts, self._copied())
+        message = Message(REQUEST, self._call, method, timeout_us)
+        return self._packed(message, parts, self._request_bytes, self._copied())
 
     def _copied(self) -> bytes:
         """What the server is to be told: replies that are not needed any more."""
@@ -229,6 +270,23 @@ class ClientLine(Line):
 
         kept[call] = weakref.ref(body, let_go)
 
+    def _over(self, option: int) -> "_Over":
+        return _Over(self._timeouts.get(option))
+
+
+class _Over:
+    """The end of so many seconds: the system counts them anew for each piece that comes."""
+
+    __slots__ = ("_end_s",)
+
+    def __init__(self, seconds: float | None) -> None:
+        self._end_s = None if seconds is None else time.monotonic() + seconds
+
+    def check(self) -> None:
+        """Raises TimeoutError once they are over."""
+        if self._end_s is not None and time.monotonic() > self._end_s:
+            raise TimeoutError("the other side takes, or sends, too slowly")
+
 
 def came(num_bytes: int) -> int:
     """So many bytes, which are some. Raises ConnectionError where they are none."""
@@ -237,6 +295,20 @@ def came(num_bytes: int) -> int:
     return num_bytes
 
 
+def rest_of(pieces: Pieces, num_bytes: int) -> Pieces:
+    """Pieces without their first bytes, which were sent."""
+    for number, piece in enumerate(pieces):
+        if num_bytes < len(piece):
+            return [memoryview(piece)[num_bytes:], *pieces[number + 1 :]]
+        num_bytes -= len(piece)
+    return []
+
+
+def can_be_served() -> bool:
+    """Whether this system has all that a server of lines needs."""
+    return hasattr(select, "epoll") and hasattr(os, "eventfd")
+
+
 def supported() -> bool:
-    """Whether this system has all that a line needs."""
-    return hasattr(os, "memfd_create") and hasattr(socket, "AF_UNIX") and hasattr(socket, "SO_PEERCRED")
+    """Whether it has all that a line needs whose ends have memory in common."""
+    return can_be_served() and hasattr(os, "memfd_create") and hasattr(socket, "SO_PEERCRED")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mempool.errors import InvalidRequest
 from mempool.types import Envelope, GatherReply, GatherRequest, Stamp, StepId, UpdateReply, UpdateRequest
-from mempool.wire.near.methods import GATHER, UPDATE
+from mempool.wire.lines.methods import GATHER, UPDATE
 
 NUMBERS = st.integers(0, 2**63 - 1)
 ENVELOPES = st.builds(Envelope, table_id=NUMBERS, epoch=NUMBERS, incarnation=NUMBERS, table_version=NUMBERS)

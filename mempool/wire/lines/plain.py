@@ -6,10 +6,9 @@ gRPC's. Bodies are as hostile as any: every count is checked against their lengt
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -27,89 +26,148 @@ Parts: TypeAlias = list[bytes | memoryview]
 
 _NAMES = ("bfloat16", "int64", "uint32", "float32", "float16", "float64", "int32", "uint8")
 _SUMS: tuple[ReplyDtype, ...] = ("float32", "bfloat16", "float8_e4m3fn")
+_NUMBER_OF = {name: number for number, name in enumerate(_SUMS)}
 _ABSENT = 255
 _ALIGNMENT = 8
+_PADDING = tuple(bytes(-off % _ALIGNMENT) for off in range(_ALIGNMENT))
+_NAME = "lines"
 _COUNTS = struct.Struct("<II")
-_SHAPE = struct.Struct("<BBHII")  # dtype, dims, nothing, sizes
+_SHAPE = "BBHII"  # dtype, dims, nothing, sizes
+_NO_TENSOR = (_ABSENT, 0, 0, 0, 0)
 
 
-class _Writer:
-    """Parts of one body."""
+class _Tensors:
+    """Tensors as they are sent, wherever they begin aligned: what their header says of them, and their parts. Of a small
+    body each call here takes as long as the copy of its tensors.
 
-    def __init__(self, fixed: bytes, numbers: Sequence[int], text: str, tensors: Sequence[Tensor | None]) -> None:
-        said = text.encode()
-        shapes = [_shape(tensor) for tensor in tensors]
-        head = b"".join(
-            (_COUNTS.pack(len(said), len(numbers)), fixed, *shapes, struct.pack(f"<{len(numbers)}q", *numbers), said)
-        )
-        self.parts: Parts = [head]
-        at = len(head)
+    Attributes:
+        off: Bytes that the last one ends beyond a multiple of the alignment.
+    """
+
+    __slots__ = ("off", "parts", "shapes")
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        dtypes = _numbers()
+        shapes: list[int] = []
+        self.parts: Parts = []
+        self.off = 0
         for tensor in tensors:
-            if tensor is None or not tensor.numel():
+            if tensor is None:
+                shapes += _NO_TENSOR
                 continue
-            if off := -at % _ALIGNMENT:
-                self.parts.append(bytes(off))
+            number, sizes = dtypes.get(tensor.dtype), tensor.shape
+            dims = len(sizes)
+            if number is None or not 1 <= dims <= 2:
+                raise InvalidRequest(f"{list(sizes)} {tensor.dtype} has no place in a message of a line")
+            shapes += (number, dims, 0, sizes[0], sizes[1] if dims == 2 else 0)
+            if not sizes[0] or (dims == 2 and not sizes[1]):
+                continue
+            if self.off:
+                self.parts.append(_PADDING[self.off])
             view = _bytes_of(tensor)
             self.parts.append(view)
-            at += off + len(view)
+            self.off = len(view) % _ALIGNMENT
+        self.shapes = _shapes(len(tensors)).pack(*shapes)
+
+
+def _packed(fixed: bytes, numbers: Sequence[int], text: str, tensors: _Tensors, then: _Tensors | None = None) -> Parts:
+    """The parts of one body."""
+    said = text.encode() if text else b""
+    listed = _longs(len(numbers)).pack(*numbers) if numbers else b""
+    then_shapes = b"" if then is None else then.shapes
+    head = b"".join((_COUNTS.pack(len(said), len(numbers)), fixed, tensors.shapes, then_shapes, listed, said))
+    parts: Parts = [head]
+    off = len(head) % _ALIGNMENT
+    for some in (tensors,) if then is None else (tensors, then):
+        if some.parts:
+            if off:
+                parts.append(_PADDING[off])
+            parts += some.parts
+            off = some.off
+    return parts
+
+
+def _bags_of(value: GatherRequest | UpdateRequest, narrow_ids: bool) -> _Tensors:
+    """Ids, weights and offsets: the same for all shards that are asked for the same bags."""
+    if value.ids is None and value.weights is None and value.offsets is None:
+        return _no_bags()
+    known: _Tensors | None = None if value.bags is None else value.bags.made.get(_NAME)
+    if known is None:
+        ids = _narrowed(value.ids, narrow_ids)
+        known = _Tensors((ids, value.weights, value.offsets))
+        if value.bags is not None and ids is value.ids:  # views alone are kept, no copy
+            value.bags.made[_NAME] = known
+    return known
 
 
 class _Reader:
     """What is in one body: ``fixed``, ``numbers``, ``text``, ``tensors``. Raises InvalidRequest where it is no such."""
 
     def __init__(self, body: Body, fixed: struct.Struct, num_tensors: int, name: str) -> None:
+        sizes_of = _shapes(num_tensors)
         try:
-            text_bytes, count = _COUNTS.unpack_from(body, 0)
+            text_bytes, count = _COUNTS.unpack_from(body)
             at = _COUNTS.size
             self.fixed: tuple[Any, ...] = fixed.unpack_from(body, at)
             at += fixed.size
-            shapes = [_SHAPE.unpack_from(body, at + _SHAPE.size * number) for number in range(num_tensors)]
-            at += _SHAPE.size * num_tensors
-            self.numbers: tuple[int, ...] = struct.unpack_from(f"<{count}q", body, at)
+            shapes = sizes_of.unpack_from(body, at)
+            at += sizes_of.size
+            self.numbers: tuple[int, ...] = struct.unpack_from(f"<{count}q", body, at) if count else ()
             at += 8 * count
-            self.text = bytes(body[at : at + text_bytes]).decode()
+            self.text = bytes(body[at : at + text_bytes]).decode() if text_bytes else ""
         except (struct.error, UnicodeDecodeError) as error:
             raise InvalidRequest(f"{name} is malformed: {error}") from None
         at += text_bytes
         self.tensors: list[Tensor | None] = []
         torch, dtypes = _torch()
-        for dtype, dims, _, *sizes in shapes:
-            if dtype == _ABSENT:
+        whole = len(body)
+        for place in range(0, 5 * num_tensors, 5):
+            number, dims, _, rows, columns = shapes[place : place + 5]
+            if number == _ABSENT:
                 self.tensors.append(None)
                 continue
-            if dtype >= len(dtypes) or not 1 <= dims <= 2:
-                raise InvalidRequest(f"{name} is malformed: a tensor of dtype {dtype} in {dims} dimensions")
-            shape = sizes[:dims]
-            elements = math.prod(shape)
+            if number >= len(dtypes) or not 1 <= dims <= 2:
+                raise InvalidRequest(f"{name} is malformed: a tensor of dtype {number} in {dims} dimensions")
+            dtype = dtypes[number]
+            elements = rows if dims == 1 else rows * columns
             if not elements:
-                self.tensors.append(torch.empty(shape, dtype=dtypes[dtype]))
+                self.tensors.append(torch.empty((rows, columns)[:dims], dtype=dtype))
                 continue
             at += -at % _ALIGNMENT
-            num_bytes = elements * dtypes[dtype].itemsize
-            if at + num_bytes > len(body):
-                raise InvalidRequest(f"{name} is malformed: {shape} of {dtypes[dtype]} ends beyond its {len(body):,}")
-            flat = torch.frombuffer(body, dtype=dtypes[dtype], count=elements, offset=at)
-            self.tensors.append(flat if dims == 1 else flat.view(shape))
-            at += num_bytes
-        if at != len(body):
-            raise InvalidRequest(f"{name} is malformed: it has {len(body):,} bytes, of which {at:,} are known")
+            end = at + elements * dtype.itemsize
+            if end > whole:
+                shape = [rows, columns][:dims]
+                raise InvalidRequest(f"{name} is malformed: {shape} of {dtype} ends beyond its {whole:,}")
+            flat = torch.frombuffer(body, dtype=dtype, count=elements, offset=at)
+            self.tensors.append(flat if dims == 1 else flat.view(rows, columns))
+            at = end
+        if at != whole:
+            raise InvalidRequest(f"{name} is malformed: it has {whole:,} bytes, of which {at:,} are known")
 
 
-def _shape(tensor: Tensor | None) -> bytes:
-    if tensor is None:
-        return _SHAPE.pack(_ABSENT, 0, 0, 0, 0)
-    number, sizes = _numbers().get(tensor.dtype), tensor.shape
-    if number is None or not 1 <= len(sizes) <= 2:
-        raise InvalidRequest(f"{list(sizes)} {tensor.dtype} has no place in a message of a line")
-    return _SHAPE.pack(number, len(sizes), 0, sizes[0], sizes[1] if len(sizes) == 2 else 0)
+@cache
+def _no_bags() -> _Tensors:
+    return _Tensors((None, None, None))
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     torch, dtypes = _torch()
+    if tensor.requires_grad or not tensor.is_contiguous():
+        tensor = tensor.detach().contiguous()
     if tensor.dtype == dtypes[0]:
-        tensor = tensor.contiguous().view(torch.int16)
-    array = np.ascontiguousarray(tensor.detach().numpy())
-    return array.reshape(-1).view(np.uint8).data
+        tensor = tensor.view(torch.int16)
+    data: memoryview = tensor.numpy().data
+    return data.cast("B")
+
+
+@cache
+def _shapes(num_tensors: int) -> struct.Struct:
+    return struct.Struct("<" + _SHAPE * num_tensors)
+
+
+@lru_cache(maxsize=64)
+def _longs(count: int) -> struct.Struct:
+    return struct.Struct(f"<{count}q")
 
 
 def _narrowed(ids: Tensor | None, narrow: bool) -> Tensor | None:
@@ -169,28 +227,28 @@ class _Plain:
 
     def parts(self, value: Any, *, narrow_ids: bool = False) -> Parts:
         try:
-            return self._written(value, narrow_ids).parts
+            return self._written(value, narrow_ids)
         except struct.error as error:
             raise InvalidRequest(f"{self.name} cannot be sent: {error}") from None
 
     def tensor_bytes(self, value: Any) -> int:
         raise NotImplementedError  # lines do not ask
 
-    def _written(self, value: Any, narrow_ids: bool) -> _Writer:
+    def _written(self, value: Any, narrow_ids: bool) -> Parts:
         raise NotImplementedError
 
 
 class GatherRequests(_Plain):
     name = "GatherRequest"
 
-    def _written(self, value: GatherRequest, narrow_ids: bool) -> _Writer:
-        return _Writer(
+    def _written(self, value: GatherRequest, narrow_ids: bool) -> Parts:
+        return _packed(
             _GATHER.pack(
                 *_envelope(value.envelope), value.lookup_id, value.remember, _number_of(value.reply_dtype, self.name)
             ),
             value.release,
             "",
-            (_narrowed(value.ids, narrow_ids), value.weights, value.offsets),
+            _bags_of(value, narrow_ids),
         )
 
     def decode(self, body: Body) -> GatherRequest:
@@ -202,9 +260,9 @@ class GatherRequests(_Plain):
         return GatherRequest(
             envelope=_envelope_of(envelope),
             lookup_id=lookup_id,
-            ids=_there(ids, self.name),
+            ids=_wide_own(_there(ids, self.name)),
             weights=weights,
-            offsets=_there(offsets, self.name),
+            offsets=_there(offsets, self.name).clone(),
             remember=remember,
             release=read.numbers,
             reply_dtype=_SUMS[sums],
@@ -214,8 +272,8 @@ class GatherRequests(_Plain):
 class GatherReplies(_Plain):
     name = "GatherReply"
 
-    def _written(self, value: GatherReply, narrow_ids: bool) -> _Writer:  # noqa: ARG002
-        return _Writer(_GATHERED.pack(*_stamp(value.stamp)), value.blocks, "", (value.values,))
+    def _written(self, value: GatherReply, narrow_ids: bool) -> Parts:  # noqa: ARG002
+        return _packed(_GATHERED.pack(*_stamp(value.stamp)), value.blocks, "", _Tensors((value.values,)))
 
     def decode(self, body: Body) -> GatherReply:
         read = _Reader(body, _GATHERED, 1, self.name)
@@ -225,9 +283,9 @@ class GatherReplies(_Plain):
 class UpdateRequests(_Plain):
     name = "UpdateRequest"
 
-    def _written(self, value: UpdateRequest, narrow_ids: bool) -> _Writer:
+    def _written(self, value: UpdateRequest, narrow_ids: bool) -> Parts:
         step = value.step_id
-        return _Writer(
+        return _packed(
             _UPDATE.pack(
                 *_envelope(value.envelope),
                 step.rank,
@@ -241,7 +299,8 @@ class UpdateRequests(_Plain):
             ),
             value.blocks,
             step.group,
-            (value.grads, _narrowed(value.ids, narrow_ids), value.weights, value.offsets),
+            _Tensors((value.grads,)),
+            _bags_of(value, narrow_ids),
         )
 
     def decode(self, body: Body) -> UpdateRequest:
@@ -258,17 +317,17 @@ class UpdateRequests(_Plain):
             hold=hold,
             want_weight_grad=want_weight_grad,
             lookups=lookups,
-            ids=ids,
+            ids=None if ids is None else _wide_own(ids),
             weights=weights,
-            offsets=offsets,
+            offsets=None if offsets is None else offsets.clone(),
         )
 
 
 class UpdateReplies(_Plain):
     name = "UpdateReply"
 
-    def _written(self, value: UpdateReply, narrow_ids: bool) -> _Writer:  # noqa: ARG002
-        return _Writer(_UPDATED.pack(*_stamp(value.stamp)), (), "", (value.weight_grad,))
+    def _written(self, value: UpdateReply, narrow_ids: bool) -> Parts:  # noqa: ARG002
+        return _packed(_UPDATED.pack(*_stamp(value.stamp)), (), "", _Tensors((value.weight_grad,)))
 
     def decode(self, body: Body) -> UpdateReply:
         read = _Reader(body, _UPDATED, 1, self.name)
@@ -276,9 +335,16 @@ class UpdateReplies(_Plain):
 
 
 def _number_of(reply_dtype: ReplyDtype, name: str) -> int:
-    if reply_dtype not in _SUMS:
+    number = _NUMBER_OF.get(reply_dtype)
+    if number is None:
         raise InvalidRequest(f"{name} cannot be sent: reply_dtype = {reply_dtype!r} is none of {', '.join(_SUMS)}")
-    return _SUMS.index(reply_dtype)
+    return number
+
+
+def _wide_own(ids: Tensor) -> Tensor:
+    """Ids that nobody else can write to: they are checked, and then relied on. Those that come as uint32 are copied
+    when they are checked; offsets always are, here."""
+    return ids.clone() if ids.dtype.itemsize == 8 else ids
 
 
 def _there(tensor: Tensor | None, name: str) -> Tensor:
