@@ -15,6 +15,7 @@ from mempool.client.routing.attempt import (
     gather_request,
     is_one_message,
     lookup_record,
+    messages_of,
     require_blocks,
     seen_of,
     those_named,
@@ -33,9 +34,11 @@ def gather_directly(
 ) -> tuple[Tensor, LookupRecord] | None:
     """As the router's; None where that is to be asked."""
     plan = asking.router.plan_now(table_id)
-    if plan is None or not asking.possible or not is_one_message(plan, bags):
+    if plan is None or not asking.possible:
         return None
     if plan.alone is not None:
+        if not is_one_message(plan.alone, bags):
+            return None
         return _gather_alone(asking, plan, plan.alone, bags, remember=remember, reply_dtype=reply_dtype)
     return _gather_of_several(asking, plan, bags, remember=remember, reply_dtype=reply_dtype)
 
@@ -79,6 +82,8 @@ def _gather_of_several(
     router, table_id = asking.router, plan.table_id
     every = split(plan, bags)
     parts = those_named(every)
+    if messages_of(parts) > 1:
+        return None
     lookup_id = router.next_lookup_id(bags)
     released = [router.remembered.take(table_id, part.route.shard) for part in parts]
     begin = partial(_begin, asking, plan, lookup_id, remember, reply_dtype, len(parts) == 1)
@@ -112,7 +117,7 @@ def _gather_of_several(
         return None
     for part, reply in zip(parts, replies, strict=True):
         require_blocks(reply.blocks, part.route)
-    found = [(part.route, reply.values) for part, reply in zip(parts, replies, strict=True)]
+    found = [(part, reply.values) for part, reply in zip(parts, replies, strict=True)]
     return merge_values(plan, found, num_bags=bags.num_bags), record
 
 
