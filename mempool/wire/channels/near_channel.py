@@ -90,7 +90,7 @@ class NearChannel:
         try:
             near: Method[RequestT, ReplyT] = METHODS[number]
             parts = near.request.parts(request, narrow_ids=narrow_ids)
-            is_large = sum(len(part) for part in parts) > MOST_REQUEST_BYTES
+            is_large = sum(map(len, parts)) > MOST_REQUEST_BYTES
         except BaseException:
             self._give_back(line)
             raise
@@ -127,7 +127,7 @@ class NearChannel:
             return self._grpc.begin(method, request, timeout_s=timeout_s, narrow_ids=narrow_ids, alone=alone)
         try:
             parts = near.request.parts(request, narrow_ids=narrow_ids)
-            if sum([len(part) for part in parts]) > MOST_REQUEST_BYTES:
+            if sum(map(len, parts)) > MOST_REQUEST_BYTES:
                 self._give_back(line)
                 return None
             line.bound(receive_s=timeout_s, send_s=timeout_s)

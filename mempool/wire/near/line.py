@@ -118,7 +118,7 @@ class Line:
             InvalidRequest: There is no room for the body in shared memory, and it is too large to come with its
                 message.
         """
-        num_bytes = sum([len(part) for part in parts])
+        num_bytes = sum(map(len, parts))
         extent = self._sent.put(parts, num_bytes) if num_bytes >= SHARED_FROM_BYTES else None
         if extent is not None:
             self._extents[message.call] = extent

@@ -6,7 +6,6 @@ gRPC's. Bodies are as hostile as any: every count is checked against their lengt
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Sequence
 from functools import cache
@@ -33,6 +32,7 @@ _PADDING = tuple(bytes(-off % _ALIGNMENT) for off in range(_ALIGNMENT))
 _NAME = "near"
 _COUNTS = struct.Struct("<II")
 _SHAPE = struct.Struct("<BBHII")  # dtype, dims, nothing, sizes
+_SHAPE_NUMBERS = 5
 
 
 class _Tensors:
@@ -84,27 +84,39 @@ def _bags_of(value: GatherRequest | UpdateRequest, narrow_ids: bool) -> _Tensors
     """Ids, weights and offsets: the same for all shards that are asked for the same bags."""
     if value.ids is None and value.weights is None and value.offsets is None:
         return _NO_BAGS
-    known: _Tensors | None = None if value.bags is None else value.bags.made.get(_NAME)
+    known: _Tensors | None = None if value.bags is None else value.bags.made.get((_NAME, narrow_ids))
     if known is None:
         ids = _narrowed(value.ids, narrow_ids)
         known = _Tensors((ids, value.weights, value.offsets))
         if value.bags is not None and ids is value.ids:  # views alone are kept, no copy
-            value.bags.made[_NAME] = known
+            value.bags.made[_NAME, narrow_ids] = known
     return known
+
+
+class _Layout:
+    """What all bodies of one message begin with.
+
+    Args:
+        fixed: Its numbers of fixed size, as ``struct`` has them.
+        num_tensors: Those that follow.
+    """
+
+    def __init__(self, fixed: str, num_tensors: int) -> None:
+        whole = struct.Struct(_COUNTS.format + fixed + _SHAPE.format[1:] * num_tensors)
+        self.pack = struct.Struct("<" + fixed).pack
+        self.unpack_from, self.size = whole.unpack_from, whole.size
+        self.num_tensors = num_tensors
 
 
 class _Reader:
     """What is in one body: ``fixed``, ``numbers``, ``text``, ``tensors``. Raises InvalidRequest where it is no such."""
 
-    def __init__(self, body: Body, fixed: struct.Struct, num_tensors: int, name: str) -> None:
+    def __init__(self, body: Body, layout: _Layout, name: str) -> None:
         try:
-            text_bytes, count = _COUNTS.unpack_from(body, 0)
-            at = _COUNTS.size
-            self.fixed: tuple[Any, ...] = fixed.unpack_from(body, at)
-            at += fixed.size
-            shapes = [_SHAPE.unpack_from(body, at + _SHAPE.size * number) for number in range(num_tensors)]
-            at += _SHAPE.size * num_tensors
-            self.numbers: tuple[int, ...] = struct.unpack_from(f"<{count}q", body, at)
+            text_bytes, count, *values = layout.unpack_from(body)
+            at, first = layout.size, len(values) - _SHAPE_NUMBERS * layout.num_tensors
+            self.fixed: Sequence[Any] = values[:first]
+            self.numbers: tuple[int, ...] = struct.unpack_from(f"<{count}q", body, at) if count else ()
             at += 8 * count
             self.text = bytes(body[at : at + text_bytes]).decode() if text_bytes else ""
         except (struct.error, UnicodeDecodeError) as error:
@@ -112,21 +124,23 @@ class _Reader:
         at += text_bytes
         self.tensors: list[Tensor | None] = []
         torch, dtypes = _torch()
-        for dtype, dims, _, *sizes in shapes:
+        for place in range(first, len(values), _SHAPE_NUMBERS):
+            dtype, dims, _, size, columns = values[place : place + _SHAPE_NUMBERS]
             if dtype == _ABSENT:
                 self.tensors.append(None)
                 continue
             if dtype >= len(dtypes) or not 1 <= dims <= 2:
                 raise InvalidRequest(f"{name} is malformed: a tensor of dtype {dtype} in {dims} dimensions")
-            shape = sizes[:dims]
-            elements = math.prod(shape)
+            shape, elements = ((size,), size) if dims == 1 else ((size, columns), size * columns)
             if not elements:
                 self.tensors.append(torch.empty(shape, dtype=dtypes[dtype]))
                 continue
             at += -at % _ALIGNMENT
             num_bytes = elements * dtypes[dtype].itemsize
             if at + num_bytes > len(body):
-                raise InvalidRequest(f"{name} is malformed: {shape} of {dtypes[dtype]} ends beyond its {len(body):,}")
+                raise InvalidRequest(
+                    f"{name} is malformed: {list(shape)} of {dtypes[dtype]} ends beyond its {len(body):,}"
+                )
             flat = torch.frombuffer(body, dtype=dtypes[dtype], count=elements, offset=at)
             self.tensors.append(flat if dims == 1 else flat.view(shape))
             at += num_bytes
@@ -178,10 +192,10 @@ def _numbers() -> dict[torch.dtype, int]:
 
 _ENVELOPE = "4q"
 _STAMP = "5q"
-_GATHER = struct.Struct("<" + _ENVELOPE + "q?B")
-_GATHERED = struct.Struct("<" + _STAMP)
-_UPDATE = struct.Struct("<" + _ENVELOPE + "3q3q??")
-_UPDATED = struct.Struct("<" + _STAMP)
+_GATHER = _Layout(_ENVELOPE + "q?B", 3)
+_GATHERED = _Layout(_STAMP, 1)
+_UPDATE = _Layout(_ENVELOPE + "3q3q??", 4)
+_UPDATED = _Layout(_STAMP, 1)
 
 
 def _envelope(envelope: Envelope) -> tuple[int, int, int, int]:
@@ -236,7 +250,7 @@ class GatherRequests(_Plain):
         )
 
     def decode(self, body: Body) -> GatherRequest:
-        read = _Reader(body, _GATHER, 3, self.name)
+        read = _Reader(body, _GATHER, self.name)
         ids, weights, offsets = read.tensors
         *envelope, lookup_id, remember, sums = read.fixed
         if sums >= len(_SUMS):
@@ -260,7 +274,7 @@ class GatherReplies(_Plain):
         return _Writer(_GATHERED.pack(*_stamp(value.stamp)), value.blocks, "", _Tensors((value.values,)))
 
     def decode(self, body: Body) -> GatherReply:
-        read = _Reader(body, _GATHERED, 1, self.name)
+        read = _Reader(body, _GATHERED, self.name)
         return GatherReply(stamp=_stamp_of(read.fixed), blocks=read.numbers, values=_there(read.tensors[0], self.name))
 
 
@@ -288,7 +302,7 @@ class UpdateRequests(_Plain):
         )
 
     def decode(self, body: Body) -> UpdateRequest:
-        read = _Reader(body, _UPDATE, 4, self.name)
+        read = _Reader(body, _UPDATE, self.name)
         grads, ids, weights, offsets = read.tensors
         rank, step, generation, sequence, lookup_id, lookups, hold, want_weight_grad = read.fixed[4:]
         return UpdateRequest(
@@ -314,7 +328,7 @@ class UpdateReplies(_Plain):
         return _Writer(_UPDATED.pack(*_stamp(value.stamp)), (), "", _Tensors((value.weight_grad,)))
 
     def decode(self, body: Body) -> UpdateReply:
-        read = _Reader(body, _UPDATED, 1, self.name)
+        read = _Reader(body, _UPDATED, self.name)
         return UpdateReply(stamp=_stamp_of(read.fixed), weight_grad=read.tensors[0])
 
 
