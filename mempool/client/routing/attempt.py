@@ -120,10 +120,14 @@ class Attempt:
         every = split(self.plan, bags)
         parts = those_named(every)
         pieces = gather_slices(self.plan, bags)
+        cut: dict[Bags, list[Bags]] = {}  # once for all shards that are asked for the same
+        for part in parts:
+            if part.bags not in cut:
+                cut[part.bags] = [part.bags.some(*piece) for piece in pieces]
 
         async def ask_some(part: Part, host: ShardHost, envelope: Envelope, number: int) -> GatherReply:
             route = part.route
-            some = part.bags.some(*pieces[number])
+            some = cut[part.bags][number]
             request = gather_request(
                 some,
                 route,
