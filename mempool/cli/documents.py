@@ -109,6 +109,7 @@ def _shard(shard: ShardStatus) -> dict[str, Any]:
         "storage_refuses": shard.storage_refuses,
         "copied_bytes": shard.copied_bytes,
         "near_clients": shard.near_clients,
+        "tcp_line_clients": shard.tcp_line_clients,
         "uptime_s": shard.uptime_s,
         "stages": [asdict(stage) for stage in shard.stages],
     }

@@ -50,7 +50,7 @@ def checked_bags(
         checked_offsets = _even_offsets(num_bags, bag_pairs)
     else:
         checked_offsets = _checked_offsets(offsets, ids, table=table)
-    here = ids.detach().cpu()
+    here = ids if ids.device.type == "cpu" else ids.cpu()
     require_in_range(here, num_slots=num_slots, table=table)
     own_ids = own_copy(here, torch.int32 if num_slots <= _NARROW_SLOTS else torch.int64)
     return own_ids.reshape(-1), None if weights is None else weights.reshape(-1), checked_offsets

@@ -6,6 +6,7 @@ Leaves doing it to ``mempool.rayhost``. Reading a file needs PyYAML (``mempool[s
 from mempool.config.amounts import format_bytes, parse_bytes
 from mempool.config.changes import Changes, FieldChange, diff
 from mempool.config.cluster import (
+    TCP_LINES_VARIABLE,
     TLS_NAME_VARIABLE,
     TLS_VARIABLE,
     TOKEN_VARIABLE,
@@ -23,6 +24,7 @@ from mempool.config.table import FlatKeys, ProductKeys, TableConfig, resolve, un
 
 __all__ = [
     "SGD",
+    "TCP_LINES_VARIABLE",
     "TLS_NAME_VARIABLE",
     "TLS_VARIABLE",
     "TOKEN_VARIABLE",

@@ -16,6 +16,8 @@ from mempool.types import MAX_SHARDS
 from mempool.types.running import TRAINER_LEASE_S
 
 TOKEN_VARIABLE = "MEMPOOL_TOKEN"
+TCP_LINES_VARIABLE = "MEMPOOL_TCP_LINES"
+"""Environment variable: "0" has calls go by gRPC where they could by lines over TCP. Of shards, too."""
 TLS_VARIABLE = "MEMPOOL_TLS_AUTHORITY"
 TLS_NAME_VARIABLE = "MEMPOOL_TLS_SERVER_NAME"
 RECORDED = "recorded"
@@ -108,6 +110,8 @@ class PoolConfig(ConfigModel):
             interfaces.
         port: The controller's port, where clients attach; 0 takes a free one.
         shard_ports: First and last port that shards may take on a node; None takes free ones.
+        line_ports: First and last port at which shards may take lines, the faster way for trainers on other hosts; None
+            takes free ones. A trainer that does not reach them goes by gRPC. With ``tls`` there are no lines.
         token_file: A file with the token, where commands are given, relative to the cluster file (in Python: to the
             working folder) and kept absolute; shards get the token through Ray. None: MEMPOOL_TOKEN, if set.
         tls: Encrypts all connections; None: the token and all data travel in clear text.
@@ -119,6 +123,7 @@ class PoolConfig(ConfigModel):
     advertise: Host | None = None
     port: WholeNumber = Field(default=7077, ge=0, le=65535)
     shard_ports: PortRange = None
+    line_ports: PortRange = None
     token_file: FilePath | None = None
     tls: TlsConfig | None = None
 
@@ -132,9 +137,17 @@ class PoolConfig(ConfigModel):
                 "lets other machines in, and there is no token. Set pool.token_file or the environment variable "
                 f"{TOKEN_VARIABLE}, or bind to 127.0.0.1.",
             )
-        if self.shard_ports and self.shard_ports[0] <= self.port <= self.shard_ports[1]:
+        for name, ports in (("shard_ports", self.shard_ports), ("line_ports", self.line_ports)):
+            if ports and ports[0] <= self.port <= ports[1]:
+                raise FieldProblem(
+                    ("port",), self.port, f"lies within {name} ({ports[0]}-{ports[1]}); take one outside."
+                )
+        if self.shard_ports and self.line_ports:
             first, last = self.shard_ports
-            raise FieldProblem(("port",), self.port, f"lies within shard_ports ({first}-{last}); take one outside.")
+            if self.line_ports[0] <= last and first <= self.line_ports[1]:
+                raise FieldProblem(
+                    ("line_ports",), self.line_ports, f"overlaps shard_ports ({first}-{last}); take others."
+                )
         return self
 
     def token(self) -> str | None:

@@ -5,11 +5,14 @@ Measuring must never fail what is measured, nor hold it up: nothing here raises,
 
 import threading
 import time
+from collections import deque
 from contextlib import AbstractContextManager
 from types import TracebackType
 
 from mempool.types import StageTime
 
+_NOTED = 1024
+"""Passages that are kept as they came; then they are counted, so that whoever measures does nothing else."""
 _BUCKETS = 48
 """Bucket b holds 2^(b - 1) to 2^b nanoseconds; the last one all that is longer, from 39 hours on."""
 
@@ -46,18 +49,28 @@ class Stages:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._spreads: dict[str, _Spread] = {}
+        self._noted: deque[tuple[str, float]] = deque()  # appending needs no lock
+        self.note = self._noted.append
+        """As ``record``, for one within another that is recorded: it only notes."""
 
     def record(self, stage: str, seconds: float) -> None:
         """Add one passage through ``stage`` that took ``seconds``."""
-        nanoseconds = int(seconds * 1e9) if 0.0 < seconds < 1e9 else 0  # neither NaN nor a clock that went back
-        bucket = min(nanoseconds.bit_length(), _BUCKETS - 1)
-        with self._lock:
+        self._noted.append((stage, seconds))
+        if len(self._noted) > _NOTED:
+            with self._lock:
+                self._count()
+
+    def _count(self) -> None:
+        """What was noted so far. Under the lock."""
+        for _ in range(len(self._noted)):
+            stage, seconds = self._noted.popleft()
+            nanoseconds = int(seconds * 1e9) if 0.0 < seconds < 1e9 else 0  # neither NaN nor a clock that went back
             spread = self._spreads.get(stage)
             if spread is None:
                 spread = self._spreads[stage] = _Spread()
             spread.count += 1
             spread.total_ns += nanoseconds
-            spread.buckets[bucket] += 1
+            spread.buckets[min(nanoseconds.bit_length(), _BUCKETS - 1)] += 1
             if nanoseconds > spread.max_ns:
                 spread.max_ns = nanoseconds
 
@@ -68,6 +81,7 @@ class Stages:
     def snapshot(self) -> tuple[StageTime, ...]:
         """All stages so far, by name."""
         with self._lock:
+            self._count()
             spreads = [(stage, spread.copy()) for stage, spread in self._spreads.items()]
         return tuple(
             StageTime(

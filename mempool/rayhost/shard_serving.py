@@ -11,7 +11,7 @@ from functools import partial
 from typing import NoReturn
 
 from mempool.client import GrpcDialer, Router
-from mempool.config import ClusterConfig, ShardConfig
+from mempool.config import TCP_LINES_VARIABLE, ClusterConfig, ShardConfig
 from mempool.errors import ConfigError
 from mempool.observe import Stages
 from mempool.rayhost import collector
@@ -70,6 +70,7 @@ class ShardServing:
             controller_key=keys.controller_key,
             tls=keys.server_tls,
             in_flight_bytes=in_flight_bytes(config.shard),
+            line_ports=None if os.environ.get(TCP_LINES_VARIABLE) == "0" else _ports(config.pool.line_ports),
             stages=self._stages,
         )
         self._dialer = GrpcDialer(keys.channels())
@@ -92,7 +93,7 @@ class ShardServing:
     async def _start(self) -> ShardInfo:
         sys.setswitchinterval(_SWITCH_S)
         pool = self._config.pool
-        port = self._server.bind(pool.bind, _shard_ports(self._config))
+        port = self._server.bind(pool.bind, _ports(pool.shard_ports))
         info = ShardInfo(shard=self._shard, address=f"{self._host}:{port}", incarnation=self._incarnation)
         # It reads what lies on the disk. A port that is bound and not served holds callers off meanwhile.
         with self._stages.measure("recover: open"):
@@ -185,6 +186,5 @@ def engine_device(shard: ShardConfig) -> str:
     return shard.device
 
 
-def _shard_ports(config: ClusterConfig) -> list[int]:
-    ports = config.pool.shard_ports
+def _ports(ports: tuple[int, int] | None) -> list[int]:
     return [0] if ports is None else list(range(ports[0], ports[1] + 1))

@@ -1,7 +1,7 @@
 """One gRPC server of this process: a port, the services on it, health and reflection. Runs on the process's IO loop."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import grpc
 import grpc.aio
@@ -11,16 +11,16 @@ from mempool.errors import ConfigError
 from mempool.observe import Stages
 from mempool.server.admission import Admission
 from mempool.server.calls import Door
+from mempool.server.lines.server import LineServer
 from mempool.server.memory import Trimming
-from mempool.server.near.server import NearServer
 from mempool.server.public import PublicServices
-from mempool.server.services import AtOnce, Handlers, Lookup, Services, near_calls
+from mempool.server.services import AtOnce, Handlers, Lookup, Services, line_calls
 from mempool.server.token import TokenInterceptor
 from mempool.types import PoolApi, ShardHost
 from mempool.wire.channels.channel import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, server_options
 from mempool.wire.channels.tls import ServerTls
+from mempool.wire.lines.line import can_be_served, supported
 from mempool.wire.methods import MEMORY_SERVICE, POOL_SERVICE, SHARD_SERVICE
-from mempool.wire.near.line import supported
 from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2  # noqa: F401  # reflection finds the services by them
 
 IN_FLIGHT_BYTES = 4 * MAX_REQUEST_BYTES
@@ -44,6 +44,8 @@ class Server:
         in_flight_bytes: Bytes of messages of all callers together; more of them wait. At least one message of the
             largest size. Of answers that one connection has not taken, as many.
         receive_timeout_s: How long a message may take to come.
+        line_ports: Where lines over TCP are had, at the first that is free (0: any); None: nowhere. With ``tls``
+            there are none in any case, as nothing of theirs is encrypted.
         stages: Where the stages of calls are timed.
     """
 
@@ -56,9 +58,12 @@ class Server:
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         in_flight_bytes: int = IN_FLIGHT_BYTES,
         receive_timeout_s: float = RECEIVE_TIMEOUT_S,
+        line_ports: Sequence[int] | None = None,
         stages: Stages | None = None,
     ) -> None:
         self._token = token
+        self._line_ports = None if tls is not None else line_ports
+        self._host, self._port = "", 0
         self._tls = tls
         self._admission = Admission(
             budget_bytes=in_flight_bytes,
@@ -79,7 +84,7 @@ class Server:
         )
         self._public = PublicServices(message_bytes=self._admission.message_bytes)
         self._started = False
-        self._near: NearServer | None = None
+        self._lines: LineServer | None = None
 
     def bind(self, host: str, ports: Iterable[int]) -> int:
         """Take the first free port of ``ports`` (0: any) and answer it.
@@ -106,6 +111,7 @@ class Server:
             except RuntimeError:
                 bound = 0
             if bound:
+                self._host, self._port = host, bound
                 return bound
             tried.append(str(port))
         raise ConfigError(
@@ -125,13 +131,26 @@ class Server:
         """Serve. Without a shard, as on the controller's address, there are PoolService and Lookup only.
 
         Args:
-            address: The shard's, as clients know it; those of this host get shared memory.
+            address: The shard's, as clients know it; those of this host get shared memory. "": they do not.
             at_once: The shard, where it is asked on the thread that a call comes to.
         """
+        near = bool(address) and supported()
+        if shard is not None and can_be_served() and (near or self._line_ports is not None):
+            lines = self._lines = LineServer(
+                address or f"{self._host}:{self._port}",
+                token=self._token,
+                calls=line_calls(shard),
+                at_once=at_once,
+                stages=self._door.stages,
+                max_message_bytes=self._services.max_message_bytes,
+            )
+            if self._line_ports is not None:
+                lines.listen(self._host, self._line_ports)
+        open_line = None if self._lines is None else self._lines.open_line
         handlers: Mapping[str, Handlers] = {
-            MEMORY_SERVICE: self._services.memory(shard, lookup, at_once=at_once),
+            MEMORY_SERVICE: self._services.memory(shard, lookup, at_once=at_once, open_line=open_line),
             POOL_SERVICE: self._services.pool(pool),
-            **({} if shard is None else {SHARD_SERVICE: self._services.shard(shard, near_clients=self._near_clients)}),
+            **({} if shard is None else {SHARD_SERVICE: self._services.shard(shard, clients=self._line_clients)}),
         }
         for service, methods in handlers.items():
             self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, methods)])
@@ -139,33 +158,27 @@ class Server:
         await self._server.start()
         self._started = True
         self._trimming.start()
-        if shard is not None and address and supported():
-            self._near = NearServer(
-                address,
-                token=self._token,
-                calls=near_calls(shard),
-                at_once=at_once,
-                stages=self._door.stages,
-                max_message_bytes=self._services.max_message_bytes,
-            )
-            self._near.start()
+        if self._lines is not None and near:
+            self._lines.start()
 
     async def stop(self, grace_s: float = 2.0) -> None:
         """Tell health probes, refuse new calls, let calls under way finish for ``grace_s``, close the port."""
         self._public.end()
         self._door.closed = True
         self._trimming.stop()
-        if self._near is not None:
-            self._near.closing = True
+        if self._lines is not None:
+            self._lines.closing = True
         if not self._started:  # gRPC keeps the port of a server that never started
             await self._server.start()
         await self._admission.empty(grace_s)
-        if self._near is not None:
-            await self._near.stop(grace_s)
+        if self._lines is not None:
+            await self._lines.stop(grace_s)
         await self._server.stop(min(grace_s, _LAST_WORDS_S))
 
-    def _near_clients(self) -> int:
-        return 0 if self._near is None else self._near.num_clients
+    def _line_clients(self) -> tuple[int, int]:
+        if self._lines is None:
+            return 0, 0
+        return self._lines.num_clients(near=True), self._lines.num_clients(near=False)
 
     def _take(self, address: str) -> int:
         if self._tls is None:

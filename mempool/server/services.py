@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import grpc
 
-from mempool.placement.changes import changed
+from mempool.placement.changes import ToldViews, changed
 from mempool.server.calls import Door, handler, streaming_handler
 from mempool.types import (
     CommitRequest,
@@ -18,14 +18,18 @@ from mempool.types import (
     PrepareRequest,
     ShardHost,
     ShardStatus,
+    TableSchema,
     TableView,
     UpdateReply,
     UpdateRequest,
 )
 from mempool.types.caller import current_caller
+from mempool.types.messages import ArrayGather, ArrayGathered
 from mempool.wire import methods
+from mempool.wire.codecs.lines import OpenedLine, OpenLine
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
 from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
+from mempool.wire.codecs.tables import AskTable, ToldTable
 from mempool.wire.methods import Method
 
 if TYPE_CHECKING:
@@ -36,6 +40,7 @@ RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
 Handlers = dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]
 Space = Callable[[tuple[int, ...], "torch.dtype"], "Tensor | None"]
+ArraySpace = Callable[[int, int], Any]
 Tell = Callable[[Any, BaseException | None], None]
 TakeBack = Callable[[], None]
 Lookup = Callable[[LookupRequest], Awaitable[LookupReply]]
@@ -49,6 +54,9 @@ class AtOnce(Protocol):
 
     def gather(self, request: GatherRequest, *, caller: str, space: Space | None = None) -> GatherReply | None:
         """Where the shard has nothing else to do. space: gives the memory that the answer is written to."""
+
+    def gather_arrays(self, asked: ArrayGather, *, cost: int, caller: str, space: ArraySpace) -> ArrayGathered | None:
+        """The same of arrays."""
 
     def update(self, request: UpdateRequest, *, caller: str, space: Space | None = None) -> UpdateReply | None: ...
 
@@ -86,10 +94,17 @@ class Services:
     max_message_bytes: int
     door: Door
 
-    def memory(self, shard: ShardHost | None, lookup: Lookup, *, at_once: AtOnce | None = None) -> Handlers:
+    def memory(
+        self,
+        shard: ShardHost | None,
+        lookup: Lookup,
+        *,
+        at_once: AtOnce | None = None,
+        open_line: Callable[[OpenLine], Awaitable[OpenedLine]] | None = None,
+    ) -> Handlers:
         """``MemoryService``. Without a shard, as on the controller's address, it has Lookup alone.
 
-        at_once: Answers small gathers where they arrive.
+        at_once: Answers small gathers where they arrive. open_line: Gives lines; None: there are none.
         """
         if shard is None:
             return dict([self._of(methods.LOOKUP, lookup)])
@@ -113,11 +128,13 @@ class Services:
                 self._of(methods.READ_ROWS, shard.read_rows),
                 self._of(methods.WRITE_ROWS, shard.write_rows),
                 self._of(methods.STEP_COUNT, shard.step_count),
+                self._of(methods.OPEN_LINE, open_line or _no_line),
             ]
         )
 
-    def shard(self, shard: ShardHost, *, near_clients: Callable[[], int] = lambda: 0) -> Handlers:
-        """``ShardService``: what the controller and peers ask. near_clients: How many the status is to say."""
+    def shard(self, shard: ShardHost, *, clients: Callable[[], tuple[int, int]] = lambda: (0, 0)) -> Handlers:
+        """``ShardService``: what the controller and peers ask. clients: How many the status is to say, by
+        lines that have shared memory and by TCP."""
 
         async def freeze(request: FreezeTable) -> int:
             return await shard.freeze(request.table_id, request.timeout_s, token=request.token, lease_s=request.lease_s)
@@ -136,7 +153,8 @@ class Services:
             await shard.set_view(view, token=request.token)
 
         async def status(_: None) -> ShardStatus:
-            return replace(await shard.status(), near_clients=near_clients())
+            near, tcp = clients()
+            return replace(await shard.status(), near_clients=near, tcp_line_clients=tcp)
 
         return dict(
             [
@@ -159,6 +177,19 @@ class Services:
     def pool(self, pool: PoolApi) -> Handlers:
         """``PoolService``."""
 
+        told = ToldViews()
+
+        async def create(schema: TableSchema) -> TableView:
+            view = await pool.create_table(schema)
+            told.tell(view)
+            return view
+
+        async def table(request: AskTable) -> ToldTable:
+            view = await pool.table(request.name)
+            told.tell(view)
+            change = None if request.known is None else told.change(request.known, view)
+            return ToldTable(view=view) if change is None else ToldTable(change=change)
+
         async def tables(_: None) -> tuple[TableView, ...]:
             return await pool.tables()
 
@@ -170,9 +201,9 @@ class Services:
 
         return dict(
             [
-                self._of(methods.CREATE_TABLE, pool.create_table),
+                self._of(methods.CREATE_TABLE, create),
                 self._of(methods.DROP_TABLE, drop),
-                self._of(methods.GET_TABLE, pool.table),
+                self._of(methods.GET_TABLE, table),
                 self._of(methods.LIST_TABLES, tables),
                 self._of(methods.GET_STATUS, status),
                 self._of(methods.RESTORE, pool.restore),
@@ -187,8 +218,8 @@ class Services:
         return method.name, handler(method, call, door=self.door, max_message_bytes=self.max_message_bytes)
 
 
-def near_calls(shard: ShardHost) -> dict[str, Callable[[Any], Awaitable[Any]]]:
-    """What clients of this host ask of a shard, by a method's path."""
+def line_calls(shard: ShardHost) -> dict[str, Callable[[Any], Awaitable[Any]]]:
+    """What clients ask of a shard by lines, by a method's path."""
     return {
         methods.GATHER.path: shard.gather,
         methods.UPDATE.path: shard.update,
@@ -201,3 +232,7 @@ def near_calls(shard: ShardHost) -> dict[str, Callable[[Any], Awaitable[Any]]]:
         methods.WRITE_ROWS.path: shard.write_rows,
         methods.STEP_COUNT.path: shard.step_count,
     }
+
+
+async def _no_line(_: OpenLine) -> OpenedLine:
+    return OpenedLine(why="this shard has no lines")

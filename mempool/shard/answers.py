@@ -4,7 +4,7 @@ All runs on the engine's thread. Long reads are done in pieces, others in betwee
 version of the table, none older than the one the answer is stamped with. Writes are never cut.
 """
 
-import math
+import time
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from torch import Tensor
 from mempool import kernels
 from mempool.observe import Stages
 from mempool.shard import bounds, validate
+from mempool.shard.array_gathers import ArrayGathers
 from mempool.shard.durable.records import Counted, Held, Written
 from mempool.shard.hosted import HostedTable
 from mempool.shard.parking import Parked
@@ -23,7 +24,7 @@ from mempool.shard.steps.contexts import Contexts, joined
 from mempool.shard.steps.held import HeldUpdate
 from mempool.shard.tenancy import Tenancy
 from mempool.shard.work.jobs import SMALL_BYTES, Begun, Shared
-from mempool.shard.work.pace import Pace
+from mempool.shard.work.pace import BAG_ROWS, Pace
 from mempool.types import (
     Envelope,
     GatherReply,
@@ -41,8 +42,6 @@ from mempool.types import (
 )
 from mempool.types.bags import Bags
 
-_BAG_ROWS = 16
-"""Rows that are read in the time that the answer of one bag takes: its memory is new, and touched first."""
 LEAST_TOGETHER, LEAST_TOGETHER_ON_CPU = 2, 4
 """Gathers that are summed by one kernel. A CPU's is begun so soon that what joining costs is not saved before."""
 COPY_PIECE_BYTES = 64 * 2**20
@@ -102,6 +101,7 @@ class Answers:
         self._tenancy = tenancy
         self._contexts = contexts
         self._stages = stages
+        self.arrays = ArrayGathers(tenancy, contexts=contexts, stages=stages, reply_bytes=reply_bytes, pace=pace)
         self._reply_bytes = reply_bytes
         self._message_bytes = message_bytes
         self._pace = pace
@@ -150,7 +150,7 @@ class Answers:
         if table is None:
             return None
         ids, offsets = request.ids, request.offsets
-        num_bytes = ids.nbytes + offsets.nbytes + _row_bytes(table) * (ids.numel() + _BAG_ROWS * offsets.numel())
+        num_bytes = ids.nbytes + offsets.nbytes + _row_bytes(table) * (ids.numel() + BAG_ROWS * offsets.numel())
         if num_bytes > SMALL_BYTES:
             return None
         return Shared(
@@ -194,14 +194,15 @@ class Answers:
     def _begun(self, table: HostedTable, request: GatherRequest, space: Space | None) -> BegunGather | Parked:
         if (waits := self._waits(table, request.envelope)) is not None:
             return waits
-        with self._stages.measure("copy in"):
-            bags, dtype = validate.check_gather(table.storage, request, reply_bytes=self._reply_bytes)
+        began_s = time.perf_counter()
+        bags, dtype = validate.check_gather(table.storage, request, reply_bytes=self._reply_bytes)
+        self._stages.note(("copy in", time.perf_counter() - began_s))
         shape, form = _form(table, bags, dtype)
-        self._reserve(form.itemsize * math.prod(shape))
+        self._reserve(form.itemsize * shape[0] * shape[1])
         return BegunGather(request, table, bags, dtype, None if space is None else space(shape, form))
 
     def _is_long_gather(self, begun: BegunGather) -> bool:
-        return self._pace.is_long(_row_bytes(begun.table) * (begun.bags.num_pairs + _BAG_ROWS * begun.bags.num_bags))
+        return self._pace.is_long(_row_bytes(begun.table) * (begun.bags.num_pairs + BAG_ROWS * begun.bags.num_bags))
 
     def _whole_gather(self, begun: BegunGather) -> GatherReply:
         values = self._pooled(begun.table, begun.bags, begun.dtype, for_step=begun.request.remember, out=begun.out)
@@ -218,15 +219,17 @@ class Answers:
     def _summed(
         self, table: HostedTable, bags: Bags, dtype: torch.dtype, *, for_step: bool, out: Tensor | None
     ) -> Tensor:
-        on_cpu = table.storage.device.type == "cpu"
+        storage = table.storage
         if dtype == torch.float8_e4m3fn:
-            packed = table.storage.packed_sums
+            packed = storage.packed_sums
             with self._stages.measure("kernel"):
-                values = table.storage.pooled(bags, for_step=for_step)
+                values = storage.pooled(bags, for_step=for_step)
                 rows = values.to(torch.uint8) if packed is None else kernels.pack_rows(packed, values)
             return self._copy_out(rows, out)
-        with self._stages.measure("kernel"):
-            values = table.storage.pooled(bags, dtype, for_step=for_step, out=out if on_cpu else None)
+        on_cpu = storage.device.type == "cpu"
+        began_s = time.perf_counter()
+        values = storage.pooled(bags, dtype, for_step=for_step, out=out if on_cpu else None)
+        self._stages.note(("kernel", time.perf_counter() - began_s))
         return values if on_cpu else self._copy_out(values, out)
 
     def _gather_in_pieces(self, begun: BegunGather) -> Pieces[GatherReply]:
@@ -242,7 +245,8 @@ class Answers:
 
     def _gathered(self, begun: BegunGather, values: Tensor) -> GatherReply:
         request, table = begun.request, begun.table
-        self._contexts.release(request.release)
+        if request.release:
+            self._contexts.release(request.release)
         if request.remember:
             self._contexts.remember(request.lookup_id, table_id=table.table_id, epoch=table.epoch, bags=begun.bags)
         table.lookups += 1
@@ -423,6 +427,8 @@ class Answers:
 
     def _waits(self, table: HostedTable, envelope: Envelope) -> Parked | None:
         """What a reader has to wait for: a version that it has seen, or a step that may be acknowledged by now."""
+        if envelope.table_version <= table.order.applied and table.is_settled:
+            return None
         asked_s = self._asked_s()
         waits = table.lacks(envelope, waits_since_s=asked_s)
         return table.in_doubt(waits_since_s=asked_s) if waits is None else waits
@@ -484,6 +490,6 @@ def _parts_of(bags: Bags, row_bytes: int, pace: Pace) -> Iterator[tuple[int, int
         start = bags.offsets[first]
         # Empty bags are answered too, so there are so many bags at most as well.
         end = int(torch.searchsorted(bags.offsets, start + most, right=True)) - 1
-        end = max(min(end, first + max(1, most // _BAG_ROWS), bags.num_bags), first + 1)
+        end = max(min(end, first + max(1, most // BAG_ROWS), bags.num_bags), first + 1)
         yield first, end, bags.some(first, end)
         first = end

@@ -136,8 +136,8 @@ class HostedTable:
     @property
     def stamp(self) -> Stamp:
         shard, incarnation = self.info.shard, self.info.incarnation
-        version, writes = self.ledger.version, self.num_writes
-        return Stamp(shard=shard, incarnation=incarnation, epoch=self.epoch, table_version=version, writes=writes)
+        epoch, version, writes = self.view.placement.epoch, self.ledger.version, self.num_writes
+        return Stamp(shard=shard, incarnation=incarnation, epoch=epoch, table_version=version, writes=writes)
 
     def fill(self) -> bool:
         """Write a piece of the initial values. Returns whether all are there."""
@@ -159,7 +159,7 @@ class HostedTable:
             DataLoss: Pages of the table are lost here.
             Behind: The next epoch, whose view this shard is about to be told.
         """
-        if self.frozen:
+        if self.rounds.token is not None:
             self.let_go()
         if self.pending or self._filling is not None:
             self.check_ready()
@@ -186,6 +186,11 @@ class HostedTable:
     def is_decided(self, step_id: StepId) -> bool:
         """Whether it, or a later step of its rank, is known to be decided. Raises StepConflict where it is over."""
         return self.ledger.has(step_id) or self.order.find(step_id) is not None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no step is in doubt, nor a move under way: what has been applied is all there is."""
+        return self.rounds.token is None and self.order.next() is None and not self.updates.any_prepared
 
     def lacks(self, envelope: Envelope, *, waits_since_s: float) -> Parked | None:
         """Where the client has seen a later version than is here: what to wait for.

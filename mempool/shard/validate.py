@@ -38,10 +38,11 @@ _ADMITTED = "admitted"
 
 def admit(tensor: Tensor, *, device: torch.device, dtype: torch.dtype, own: bool = False) -> Tensor:
     """The tensor on the device, contiguous, without gradient; with ``own`` in memory that nobody else has."""
-    admitted = tensor.detach()
+    admitted = tensor.detach() if tensor.requires_grad else tensor
     if admitted.device != device or admitted.dtype != dtype:
         admitted = admitted.to(device=device, dtype=dtype)
-    admitted = admitted.contiguous()
+    if not admitted.is_contiguous():
+        admitted = admitted.contiguous()
     if own and admitted.data_ptr() == tensor.data_ptr() and tensor.numel():
         return admitted.clone()
     return admitted
@@ -170,13 +171,15 @@ def check_gather(table: Storage, request: GatherRequest, *, reply_bytes: int | N
         RequestTooLarge: The answer would have more than ``reply_bytes``.
     """
     check_lookup_id(request.lookup_id)
-    check_released(request.release)
+    if request.release:
+        check_released(request.release)
     dtype = _REPLIES.get(request.reply_dtype)
     if dtype is None:
         raise InvalidRequest(f"reply_dtype = {shown(request.reply_dtype)} must be one of {', '.join(_REPLIES)}")
-    # Of packed rows too: what they are made of is here as float32.
-    bag_bytes = (4 if dtype == torch.float8_e4m3fn else dtype.itemsize) * table.width
-    check_reply(bag_bytes * max(0, request.offsets.numel() - 1), reply_bytes, lambda: _bags_of(request))
+    if reply_bytes is not None:
+        # Of packed rows too: what they are made of is here as float32.
+        bag_bytes = (4 if dtype == torch.float8_e4m3fn else dtype.itemsize) * table.width
+        check_reply(bag_bytes * max(0, request.offsets.numel() - 1), reply_bytes, lambda: _bags_of(request))
     own = request.remember and not request.private
     return _bags_of_request(table, request, request.ids, request.offsets, own=own), dtype
 

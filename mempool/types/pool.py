@@ -170,7 +170,8 @@ class ShardStatus:
             ready: why it cannot start, as what it has kept is damaged, say. "" for nothing.
         copied_bytes: Of rows that are kept as they were, for a checkpoint that is being written; beside
             ``page_limit_bytes``.
-        near_clients: Processes of its host whose calls go through memory that both have; all others come by gRPC.
+        near_clients: Processes of its host whose calls go through memory that both have.
+        tcp_line_clients: Processes whose calls come by lines over TCP; all others come by gRPC.
     """
 
     info: ShardInfo
@@ -193,6 +194,7 @@ class ShardStatus:
     storage_refuses: str = ""
     copied_bytes: int = 0
     near_clients: int = 0
+    tcp_line_clients: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,7 +35,7 @@ from mempool.types.pool import (
     TakeCheckpoint,
 )
 from mempool.types.schema import TableSchema
-from mempool.wire.codecs import lookup, messages, pages, tables
+from mempool.wire.codecs import lines, lookup, messages, pages, tables
 from mempool.wire.codecs.codec import Codec
 from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
 
@@ -112,6 +112,9 @@ WRITE_ROWS: Method[types.WriteRowsRequest, types.WriteRowsReply] = Method(
 STEP_COUNT: Method[types.StepCountRequest, types.StepCountReply] = Method(
     MEMORY_SERVICE, "StepCount", messages.STEP_COUNT_REQUEST, messages.STEP_COUNT_REPLY
 )
+OPEN_LINE: Method[lines.OpenLine, lines.OpenedLine] = Method(
+    MEMORY_SERVICE, "OpenLine", lines.OPEN_LINE_REQUEST, lines.OPEN_LINE_REPLY
+)
 
 ATTACH_TABLE: Method[AttachTable, None] = Method(
     SHARD_SERVICE, "AttachTable", pages.ATTACH_TABLE_REQUEST, pages.ATTACH_TABLE_REPLY
@@ -151,7 +154,9 @@ CREATE_TABLE: Method[TableSchema, TableView] = Method(
 DROP_TABLE: Method[DropTable, None] = Method(
     POOL_SERVICE, "DropTable", tables.DROP_TABLE_REQUEST, tables.DROP_TABLE_REPLY
 )
-GET_TABLE: Method[str, TableView] = Method(POOL_SERVICE, "GetTable", tables.GET_TABLE_REQUEST, tables.GET_TABLE_REPLY)
+GET_TABLE: Method[tables.AskTable, tables.ToldTable] = Method(
+    POOL_SERVICE, "GetTable", tables.GET_TABLE_REQUEST, tables.GET_TABLE_REPLY
+)
 LIST_TABLES: Method[None, tuple[TableView, ...]] = Method(
     POOL_SERVICE, "ListTables", tables.LIST_TABLES_REQUEST, tables.LIST_TABLES_REPLY
 )

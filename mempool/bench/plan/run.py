@@ -32,7 +32,7 @@ from mempool.bench.serve.callers import cpu_of_calls
 from mempool.bench.serve.lookups import cpu_of_batches
 from mempool.bench.serve.shapes import NUM_INPUTS
 from mempool.sizing import Machine
-from mempool.wire.near.line import supported
+from mempool.wire.lines.line import supported
 
 _GOAL = 0.15
 _ROUNDS = 15

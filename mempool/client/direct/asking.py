@@ -67,6 +67,15 @@ class Asking:
             answers += [self._waited(wait) for wait in begun]
         return answers + [None] * (len(calls) - len(answers))
 
+    def one(self, info: ShardInfo, begin: Begin[T]) -> T | None:
+        """The same of one shard."""
+        try:
+            shard = self._dial(info)
+            wait = None if shard is None else begin(shard)
+            return None if wait is None else wait()
+        except MempoolError:
+            return None
+
     @staticmethod
     def _begun(shard: AtOnceShard, begin: Begin[T]) -> Wait[T] | None:
         try:

@@ -10,17 +10,17 @@ from mempool.client.routing.whereabouts import Whereabouts
 from mempool.client.transport.addresses import addresses_of
 from mempool.client.transport.pool import GrpcPool
 from mempool.client.transport.shard import GrpcDialer
-from mempool.config import TOKEN_VARIABLE
+from mempool.config import TCP_LINES_VARIABLE, TOKEN_VARIABLE
 from mempool.wire.channels import loop
 from mempool.wire.channels.grpc_channel import GrpcChannels
-from mempool.wire.channels.near_channel import NearChannels
+from mempool.wire.channels.line_channel import LineChannels
 from mempool.wire.channels.tls import ClientTls, client_tls
 
 # A controller that is being started again listens within seconds; where nobody does for longer, the address is wrong.
 _REFUSED_S = 5.0
-# Deadlines are kept on the loop; this only ends a wait for a loop that is stuck.
 NEAR_VARIABLE = "MEMPOOL_SHARED_MEMORY"
-"""Environment variable: "0" has calls go by gRPC where a shard is on this host, too."""
+"""Environment variable: "0" has calls go to a shard on this host as to one elsewhere."""
+# Deadlines are kept on the loop; this only ends a wait for a loop that is stuck.
 _STUCK_S = 30.0
 
 
@@ -52,8 +52,8 @@ def connect(
     timeout_s = checked_timeout(timeout_s)
     token = os.environ.get(TOKEN_VARIABLE) or None if token is None else token
     channels = GrpcChannels(token=token, tls=client_tls(tls))
-    near = os.environ.get(NEAR_VARIABLE, "1") != "0"
-    api, dialer = GrpcPool(addresses, channels), GrpcDialer(NearChannels(grpc=channels) if near else channels)
+    near, tcp = (os.environ.get(name, "1") != "0" for name in (NEAR_VARIABLE, TCP_LINES_VARIABLE))
+    api, dialer = GrpcPool(addresses, channels), GrpcDialer(LineChannels(grpc=channels, near=near, tcp=tcp))
     name = loop.run(_name_of(api, timeout_s=timeout_s), timeout_s=timeout_s + _STUCK_S)
     return Pool(
         api,

@@ -164,9 +164,10 @@ class Router:
 
     def next_lookup_id(self, bags: Bags) -> int:
         """Of a gather, and of as many messages as it may take, whatever the plan. For any thread."""
+        num_bags = bags.num_bags
         with self._numbering:
             lookup_id = self._next_lookup_id
-            self._next_lookup_id += max(1, bags.num_bags)
+            self._next_lookup_id += num_bags or 1
         return lookup_id
 
     def plan_now(self, table_id: int) -> TablePlan | None:

@@ -50,6 +50,7 @@ class TableLink:
     It goes on with another table of the same name where ``rebind`` says so; graphs of the one before cannot.
 
     Attributes:
+        name, num_slots, value_dim: As of the table's schema: the same for good.
         number: In ``LINKS``.
         markers: Of the modules whose ``zero_grad`` drops what is pending.
         session: The table's updates and steps.
@@ -60,6 +61,7 @@ class TableLink:
 
     def __init__(self, schema: TableSchema, *, router: Router, session: Session, run: Run, begin: Begin) -> None:
         self._schema = schema
+        self.name, self.num_slots, self.value_dim = schema.name, schema.num_slots, schema.value_dim
         self._router = router
         self.session = session
         self.run = run
@@ -72,18 +74,6 @@ class TableLink:
         self._cautions = Cautions(schema.name, grouped=False)
         self.markers = Markers()
         self.number = LINKS.add(self)
-
-    @property
-    def name(self) -> str:
-        return self._schema.name
-
-    @property
-    def num_slots(self) -> int:
-        return self._schema.num_slots
-
-    @property
-    def value_dim(self) -> int:
-        return self._schema.value_dim
 
     @property
     def wire_dtype(self) -> WireDtype:
@@ -116,9 +106,14 @@ class TableLink:
             return None
         return HotRows(num_bytes=num_bytes, num_slots=self.num_slots, value_dim=self.value_dim, table=self.name)
 
-    def wire_weights(self, weights: Tensor | None) -> Tensor | None:
-        """Weights as they are sent."""
-        return None if weights is None else own_copy(weights, _WIRE_DTYPES[self._wire_dtype])
+    def wire_weights(self, weights: Tensor | None, *, kept: bool = True) -> Tensor | None:
+        """Weights as they are sent. kept: Beyond the call: what the caller may write to by then is copied."""
+        if weights is None:
+            return None
+        dtype = _WIRE_DTYPES[self._wire_dtype]
+        if not kept and weights.dtype == dtype and weights.device.type == "cpu" and weights.is_contiguous():
+            return weights.detach() if weights.requires_grad else weights
+        return own_copy(weights, dtype)
 
     def send_gather(self, bags: Bags, *, remember: bool) -> tuple[Tensor, LookupRecord]:
         """Pooled values [B, V] float32 on the CPU."""

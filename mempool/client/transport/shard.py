@@ -80,7 +80,7 @@ class GrpcShard:
         changes: Of views that shards are told.
 
     Attributes:
-        used_s: When it was dialled last.
+        used_s: When it was dialled last, on the clock.
     """
 
     def __init__(
@@ -90,9 +90,9 @@ class GrpcShard:
         self._changes = Changes() if changes is None else changes
         self._told: dict[int, TableView] = {}  # what it took last of each of its tables
         self.info = info
+        self.used_s = 0.0
         self._channel = channel
         self._calls = 0
-        self.used_s = clock()
 
     @property
     def busy(self) -> bool:
@@ -239,12 +239,13 @@ class GrpcDialer:
             why = "the pool was closed on this side" if self._closed else "it has no address yet"
             raise ShardUnavailable(f"shard {info.shard} cannot be reached: {why}", shard=info.shard)
         host = self._hosts.get(info)
+        now_s = asyncio.get_running_loop().time()
         if host is None:
-            self._close_idle()
+            self._close_idle(now_s)
             channel = self._channels(info.address, shard=info.shard)
             host = GrpcShard(info, channel, clock=self._clock, changes=self._changes)
             self._hosts[info] = host
-        host.used_s = self._clock()
+        host.used_s = now_s
         return host
 
     def dial_at_once(self, info: ShardInfo) -> GrpcShard | None:
@@ -261,8 +262,7 @@ class GrpcDialer:
         self._hosts.clear()
         await asyncio.gather(*(host.close() for host in hosts), *self._closing)
 
-    def _close_idle(self) -> None:
-        now_s = self._clock()
+    def _close_idle(self, now_s: float) -> None:
         for info, host in list(self._hosts.items()):
             if now_s - host.used_s > _IDLE_S and not host.busy:
                 self._close_soon(self._hosts.pop(info).close())

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mempool.kernels.cpu.runtime import Array, kernel, serial, view
+
+NO_IDS: Array = np.empty(0, dtype=np.int32)
+NO_OFFSETS: Array = np.empty(0, dtype=np.int64)
 
 
 @serial
@@ -18,7 +22,8 @@ def ascends(offsets: Array, num_ids: int) -> bool:
 
 
 @kernel
-def _admit(ids: Array, num_slots: int, copied: Array, offsets: Array, own_offsets: Array) -> bool:
+def admit(ids: Array, num_slots: int, copied: Array, offsets: Array, own_offsets: Array) -> bool:
+    """Whether ids lie below num_slots and offsets ascend from 0 to their number; both are copied on the way."""
     # Arrays that nothing is copied to are empty. No branch in the loops: they become vector code.
     bad = False
     if copied.shape[0] == ids.shape[0]:
@@ -38,10 +43,19 @@ def admit_bags(
     ids: Tensor, offsets: Tensor, num_slots: int, dtype: torch.dtype, own: bool
 ) -> tuple[Tensor, Tensor] | None:
     """See mempool.kernels.admit_bags."""
-    given, given_offsets = view(ids), view(offsets)
-    copies = own or ids.dtype != dtype
-    admitted = torch.empty(ids.shape[0] if copies else 0, dtype=dtype, device="cpu")
-    own_offsets = torch.empty(offsets.shape[0] if own else 0, dtype=torch.int64, device="cpu")
-    if not _admit(given, num_slots, admitted.numpy(), given_offsets, own_offsets.numpy()):
+    copied, own_offsets = ids, offsets
+    to_ids, to_offsets = NO_IDS if dtype == torch.int32 else NO_OFFSETS, NO_OFFSETS
+    if own or ids.dtype != dtype:
+        copied = torch.empty(ids.shape[0], dtype=dtype, device="cpu")
+        to_ids = copied.numpy()
+    if own:
+        own_offsets = torch.empty(offsets.shape[0], dtype=torch.int64, device="cpu")
+        to_offsets = own_offsets.numpy()
+    if not admit(view(ids), num_slots, to_ids, view(offsets), to_offsets):
         return None
-    return admitted if copies else ids.detach().contiguous(), own_offsets if own else offsets.detach().contiguous()
+    return _as_given(copied), _as_given(own_offsets)
+
+
+def _as_given(tensor: Tensor) -> Tensor:
+    """The tensor itself, where it is contiguous."""
+    return tensor if tensor.is_contiguous() else tensor.contiguous()

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from mempool.kernels.arguments import Paged
 from mempool.kernels.checking import check_offsets
-from mempool.kernels.cpu.admission import ascends
+from mempool.kernels.cpu.admission import NO_IDS, NO_OFFSETS, admit, ascends
 from mempool.kernels.cpu.elements import load, locate
 from mempool.kernels.cpu.runtime import (
+    EMPTY_WEIGHTS,
     Array,
     borrowed,
     elements,
@@ -314,15 +315,45 @@ def weighted_sum(
     out: Tensor | None = None,
 ) -> Tensor:
     """See mempool.kernels.weighted_sum."""
-    direct = out is not None and dtype == torch.float32
-    shape = offsets.numel() - 1, paged.width
-    sums = out if out is not None and direct else torch.empty(shape, dtype=torch.float32, device="cpu")
-    num_threads = use_threads(ids.numel() * paged.width // _READS_PER_STEP)
+    whole = dtype == torch.float32
+    width, num_ids = paged.width, ids.shape[0]
+    if out is not None and whole:
+        sums = out
+    else:
+        sums = torch.empty(offsets.shape[0] - 1, width, dtype=torch.float32, device="cpu")
+    num_threads = use_threads(num_ids * width // _READS_PER_STEP)
     num_tasks = several_tasks(num_threads, _TASKS_PER_THREAD)
     given = view(ids), optional_weights(weights), view(offsets)
     if not _weighted_sum(arena_of(paged), *given, num_threads, num_tasks, view(sums)):
-        check_offsets(offsets, ids.numel())
-    return sums.to(dtype) if out is None or direct else out.copy_(sums)
+        check_offsets(offsets, num_ids)
+    if whole:
+        return sums
+    return sums.to(dtype) if out is None else out.copy_(sums)
+
+
+def sum_arrays(
+    paged: Paged,
+    ids: Array,
+    weights: Array | None,
+    offsets: Array,
+    *,
+    num_slots: int,
+    private: bool,
+    out: Array,
+) -> tuple[Array, Array] | None:
+    """See mempool.kernels.array_sums."""
+    own_ids, own_offsets = ids.view(np.int32), offsets
+    if private:
+        admitted = admit(own_ids, num_slots, NO_IDS, offsets, NO_OFFSETS)
+    else:
+        own_ids, own_offsets = np.empty(ids.shape[0], np.int32), offsets.copy()
+        admitted = admit(ids, num_slots, own_ids, own_offsets, NO_OFFSETS)
+    if not admitted:
+        return None
+    num_threads = use_threads(ids.shape[0] * paged.width // _READS_PER_STEP)
+    num_tasks = several_tasks(num_threads, _TASKS_PER_THREAD)
+    given = own_ids, EMPTY_WEIGHTS if weights is None else weights, own_offsets
+    return (own_ids, own_offsets) if _weighted_sum(arena_of(paged), *given, num_threads, num_tasks, out) else None
 
 
 @serial

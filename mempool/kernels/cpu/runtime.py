@@ -267,7 +267,10 @@ def scales(paged: Paged) -> tuple[Array, int]:
 
 def view(tensor: Tensor) -> Array:
     """View a tensor as a C-ordered array; copies only where it is not contiguous."""
-    return detached_contiguous(tensor).numpy()
+    # As detached_contiguous, which is not called: of a small call each call costs as much as its arithmetic.
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    return (tensor if tensor.is_contiguous() else tensor.contiguous()).numpy()
 
 
 def detached_contiguous(tensor: Tensor) -> Tensor:

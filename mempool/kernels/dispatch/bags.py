@@ -7,6 +7,10 @@ Legend: B bags, L pairs in all bags, M rows asked for, R arena rows, W arena row
 
 from __future__ import annotations
 
+import functools
+from typing import Any, Protocol
+
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -30,6 +34,7 @@ def weighted_sum(
     *,
     dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
+    checked: bool = False,
 ) -> Tensor:
     """Sum the weighted values of each bag.
 
@@ -45,6 +50,8 @@ def weighted_sum(
         offsets: [B + 1] int64; the pairs of bag b are ``offsets[b]:offsets[b + 1]``. Starts with 0, ends with L.
         dtype: Of the result: float32, bfloat16 or float16.
         out: [B, W] in ``dtype``, contiguous: where the result is written, every element. None: new memory.
+        checked: All that is given is known to be as it must, ids int64 or int32: of a small call, looking once more
+            takes as long as its sums. Offsets are looked at all the same.
 
     Returns:
         [B, W] in ``dtype``: ``out`` where it was given.
@@ -53,11 +60,51 @@ def weighted_sum(
         ValueError: A tensor has another shape, dtype or device, or offsets are not as above (on the CPU, before
             anything is written).
     """
-    ids = check_bags(paged, ids, offsets)
-    check_weights(weights, ids)
-    check_output_dtype(dtype)
-    check_output(out, (offsets.numel() - 1, paged.width), dtype, paged.rows.device)
-    return implementation_for(paged.rows.device).weighted_sum(paged, ids, weights, offsets, dtype, out)
+    device = paged.rows.device
+    if not checked:
+        ids = check_bags(paged, ids, offsets)
+        check_weights(weights, ids)
+        check_output_dtype(dtype)
+        check_output(out, (offsets.numel() - 1, paged.width), dtype, device)
+    return implementation_for(device).weighted_sum(paged, ids, weights, offsets, dtype, out)
+
+
+class ArraySums(Protocol):
+    """See ``array_sums``."""
+
+    def __call__(
+        self,
+        paged: Paged,
+        ids: npt.NDArray[Any],
+        weights: npt.NDArray[Any] | None,
+        offsets: npt.NDArray[Any],
+        *,
+        num_slots: int,
+        private: bool,
+        out: npt.NDArray[Any],
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None: ...
+
+
+@functools.cache
+def array_sums() -> ArraySums | None:
+    """``admit_bags`` and ``weighted_sum`` of bags that are arrays of the CPU; None where Numba is not there.
+
+    Of a small call, making tensors of arrays and arrays of tensors takes longer than its sums. What is returned takes:
+
+        paged: The values, on the CPU.
+        ids: [L] uint32 slot ids, contiguous, of a table of at most 2**31 slots.
+        weights: [L] float32, contiguous, or None for all ones.
+        offsets: [B + 1] int64, contiguous.
+        num_slots: Ids lie below.
+        private: Nobody else writes to ids and offsets; else they are copied before they are relied on.
+        out: [B, W] float32, contiguous: where the sums are written, every element, with the bits of ``weighted_sum``.
+
+    It returns ids [L] int32 and offsets [B + 1] as they were read, nobody else's if not ``private``; None where an id
+    or an offset is wrong, and then nothing is written.
+    """
+    module: Any = implementation_for(torch.device("cpu"))
+    found: ArraySums | None = getattr(module, "sum_arrays", None)
+    return found
 
 
 def gather_rows(paged: Paged, ids: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:

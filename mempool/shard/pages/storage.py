@@ -254,10 +254,12 @@ class Storage:
 
         out: [B, W] in ``dtype``, contiguous, on the device: where they are written. None: new memory.
         """
-        self.catch_up(bags.ids, for_step=for_step)
-        if len(self._lanes) == 1 and self._lanes[0].columns is None:
-            paged = self._lanes[0].arena.paged()
-            return kernels.weighted_sum(paged, bags.ids, bags.weights, bags.offsets, dtype=dtype, out=out)
+        if self.schedule is not None:
+            self.catch_up(bags.ids, for_step=for_step)
+        lanes = self._lanes
+        if len(lanes) == 1 and lanes[0].columns is None:
+            paged = lanes[0].arena.paged()
+            return kernels.weighted_sum(paged, bags.ids, bags.weights, bags.offsets, dtype=dtype, out=out, checked=True)
         values_BW = torch.zeros(bags.num_bags, self.width, dtype=torch.float32, device=self.device)
         for lane in self._lanes:
             sums = kernels.weighted_sum(lane.arena.paged(), bags.ids, bags.weights, bags.offsets)
@@ -266,6 +268,14 @@ class Storage:
             else:
                 values_BW[:, lane.columns] += sums
         return values_BW.to(dtype) if out is None else out.copy_(values_BW)
+
+    @property
+    def array_rows(self) -> kernels.Paged | None:
+        """What ``kernels.array_sums`` may sum; None where the rows lie elsewhere, or have to be brought up to date."""
+        if len(self._lanes) != 1 or self.schedule is not None or self.device.type != "cpu":
+            return None
+        lane = self._lanes[0]
+        return lane.arena.paged() if lane.columns is None and self.id_dtype == torch.int32 else None
 
     def weight_grad(self, bags: Bags, grads_BW: Tensor, *, out: Tensor | None = None) -> Tensor:
         """[L] float32: <grads[bag], V[id]> over the columns that are here.

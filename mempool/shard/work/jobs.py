@@ -171,6 +171,10 @@ class JobQueue:
         """Jobs that wait."""
         return self._waiting + len(self._control)
 
+    def __bool__(self) -> bool:
+        """Whether any wait."""
+        return self._waiting > 0 or len(self._control) > 0
+
     @property
     def num_jobs(self) -> int:
         """Jobs that wait, or are being answered."""

@@ -5,6 +5,7 @@ a little more than the whole. Pure, but for the clock.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from mempool.types.running import Clock
 
@@ -17,6 +18,8 @@ PIECE_S = 1e-3
 """What a piece is to take where somebody else asks for little: to begin one costs a tenth of it."""
 LITTLE_BYTES = 128 * 2**10
 """Of a request that is little to do."""
+BAG_ROWS = 16
+"""Rows that are read in the time that the answer of one bag takes: its memory is new, and touched first."""
 READS = frozenset({"gather", "score", "read_rows"})
 """What somebody waits for who asks for little. A trainer's steps are small requests, too, of one that asks for much."""
 _RECENT_S = 1.0
@@ -74,9 +77,11 @@ class Pace:
 
     def is_long(self, num_bytes: int, caller: str | None = None) -> bool:
         """Whether reading so much is cut into pieces, for that caller; None: for whom it works."""
-        if self.is_shared if caller is None else self.is_shared_by(caller):
+        if num_bytes <= 2 * LEAST_PIECE_BYTES and num_bytes <= PIECE_BYTES:
+            return False
+        if self._is_shared(self._served if caller is None else _process_of(caller)):
             return num_bytes > 2 * self._small_bytes
-        return num_bytes > (PIECE_BYTES if self._others_wait() else WHOLE_BYTES)
+        return num_bytes > PIECE_BYTES and (num_bytes > WHOLE_BYTES or self._others_wait())
 
     @property
     def piece_bytes(self) -> int:
@@ -90,6 +95,7 @@ class Pace:
         return min(PIECE_BYTES, max(LEAST_PIECE_BYTES, int(PIECE_S / self._s_per_byte)))
 
 
+@lru_cache(maxsize=1024)
 def _process_of(caller: str) -> str:
     """A process of this host may have several lines; others have a connection."""
     return caller.rpartition(":")[0] if caller.startswith("unix:") else caller

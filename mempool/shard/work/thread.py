@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -36,7 +35,6 @@ _OWN = (
     MempoolError, ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError,
     ValueError,
 )  # fmt: skip
-_AS_IT_IS = nullcontext()
 _LOG = logging.getLogger(__name__)
 
 
@@ -104,7 +102,7 @@ class EngineThread:
 
     def others_wait(self) -> bool:
         """Whether jobs wait for the one that runs."""
-        return len(self._jobs) > 0 or len(self._asked) > 0
+        return bool(self._asked or self._jobs)
 
     @property
     def doing(self) -> str:
@@ -217,21 +215,24 @@ class EngineThread:
 
     @holds_others_up
     def _at_once(self, stage: str, read: Callable[[RequestT], T | None], request: RequestT, caller: str) -> T | None:
-        with torch.no_grad() if torch.is_grad_enabled() else _AS_IT_IS:
-            if self._closed is not None or self.others_wait():
-                return None
-            self.pace.serves(caller)
-            started_s = self._clock()
-            try:
-                result = read(request)
-            except _OWN:  # whatever it is, ``run`` finds it again, and knows what to do
-                return None
-            took_s = self._clock() - started_s
-            self._busy_s += took_s
-            wakes = not self._keeping_up
-            if wakes:  # there may be something to keep up from now on
-                self._keeping_up, self._next_upkeep_s = True, started_s + self._upkeep_s
-        if wakes:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._read(stage, read, request, caller)
+        return self._read(stage, read, request, caller)
+
+    def _read(self, stage: str, read: Callable[[RequestT], T | None], request: RequestT, caller: str) -> T | None:
+        if self._closed is not None or self.others_wait():
+            return None
+        self.pace.serves(caller)
+        started_s = self._clock()
+        try:
+            result = read(request)
+        except _OWN:  # whatever it is, ``run`` finds it again, and knows what to do
+            return None
+        took_s = self._clock() - started_s
+        self._busy_s += took_s
+        if not self._keeping_up:  # there may be something to keep up from now on
+            self._keeping_up, self._next_upkeep_s = True, started_s + self._upkeep_s
             self._worker.ring()
         self._stages.record(stage, took_s)
         return result

@@ -9,8 +9,8 @@ trainer's client does:
 Planning. Get the table's view. Slot s lies in row page s / page_slots; the view's placement names the owner of each
 (row page, column block). A shard answers for every column block of which it owns any page, ascending, side by side;
 pairs whose page it does not own add nothing. So send the whole request to every shard that owns something of the
-table, copy columns of blocks that only one shard answered, and add up those that several answered, in float32, in
-ascending order of shards. Every request carries the epoch and the shard's incarnation it was planned with; a shard
+table, or to each the pairs that it owns anything of, and only the bags that have any; copy columns of blocks that only
+one shard answered, and add up those that several answered, in float32, in ascending order of shards. Every request carries the epoch and the shard's incarnation it was planned with; a shard
 that is at others answers ERROR_CODE_STALE_PLACEMENT and changes nothing: see there.
 
 Pairs and bags. A gather is B bags of pairs (slot id, weight), in CSR form: bag b holds pairs offsets[b] to
@@ -34,6 +34,26 @@ Leases. What a rank holds on a shard lives while the rank is heard of there: by 
 silent for longer than the lease loses it: what it prepared and nobody decided is dropped whole, at all tables.
 
 Concurrency. Calls may overlap and are answered in any order. Where one must see the other's effect, wait for its answer.
+
+Lines. Beside gRPC a shard may take the calls of MemoryService, all but Lookup and OpenLine, on TCP connections of a port of
+their own, where nothing is encrypted; gRPC takes all of them always. OpenLine gives the port, which is of the host that
+gRPC found the shard at, and a ticket: good once, for ten seconds. Numbers are little-endian. The client sends 48 bytes:
+"mempool" and a zero byte, uint32 version (as in OpenLineRequest), uint32 0, the ticket. The server answers 48 bytes, alike,
+with OpenLineReply.answer in the ticket's place, or ends the connection; a client that reads anything else ends it. From then
+on there are messages, a header of 32 bytes and a body each:
+
+  uint32 call       Its number. A line bears one call at a time: an answer has its request's number.
+  uint8 kind        1 request, 2 reply, 3 failure, whose body is an ErrorDetail (error.proto).
+  uint8 where       0: the body follows. (1, and kind 4, are of lines through memory that two processes of one host have.)
+  uint16 method     Of a request: 0 Gather, 1 Update, 2 Prepare, 3 Commit, 4 Discard, 5 Heartbeat, 6 Score, 7 ReadRows,
+                    8 WriteRows, 9 StepCount.
+  uint64 num_bytes  Of the body; of a request at most 4 MiB. Larger ones go by gRPC.
+  uint64 place      0.
+  int64 timeout_us  Of a request: what is left of the caller's time, microseconds; below 0: there is no end.
+
+Bodies are the messages of this file, but for those of Gather and Update, and their replies: these are laid out as
+mempool/wire/lines/plain.py has them, which is another one in another version. What is no message ends the connection, and
+so does its client's end of it (also half of it), which takes back the call that is under way.
 
 Limits. A message, either way, is at most 256 MiB (ERROR_CODE_REQUEST_TOO_LARGE); scalars and names of one request (all but its tensors) are at most 4 MiB.
 
@@ -1250,3 +1270,63 @@ class StepCountReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepCountReply: _TypeAlias = StepCountReply  # noqa: Y015
+
+@_typing.final
+class OpenLineRequest(_message.Message):
+    """Asks for a line."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    CLIENT_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """Of the messages of lines, as the client knows them: 4."""
+    client: _builtins.int
+    """A number that this client process has drawn: its lines are one client's."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        client: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenLineRequest: _TypeAlias = OpenLineRequest  # noqa: Y015
+
+@_typing.final
+class OpenLineReply(_message.Message):
+    """A line, or why there is none."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PORT_FIELD_NUMBER: _builtins.int
+    TICKET_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    port: _builtins.int
+    """Where to connect to; 0: there is none."""
+    ticket: _builtins.bytes
+    """32 bytes, a secret: what the connection begins with."""
+    answer: _builtins.bytes
+    """32 bytes, a secret: what the server begins with."""
+    why: _builtins.str
+    """Without a port, for people: why."""
+    def __init__(
+        self,
+        *,
+        port: _builtins.int = ...,
+        ticket: _builtins.bytes = ...,
+        answer: _builtins.bytes = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "port", b"port", "ticket", b"ticket", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenLineReply: _TypeAlias = OpenLineReply  # noqa: Y015

@@ -90,6 +90,11 @@ class MemoryServiceStub(object):
                 request_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.StepCountRequest.SerializeToString,
                 response_deserializer=mempool_dot_wire_dot_v1_dot_data__pb2.StepCountReply.FromString,
                 _registered_method=True)
+        self.OpenLine = channel.unary_unary(
+                '/mempool.wire.v1.MemoryService/OpenLine',
+                request_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.OpenLineRequest.SerializeToString,
+                response_deserializer=mempool_dot_wire_dot_v1_dot_data__pb2.OpenLineReply.FromString,
+                _registered_method=True)
 
 
 class MemoryServiceServicer(object):
@@ -229,6 +234,14 @@ class MemoryServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenLine(self, request, context):
+        """Agrees on a line: see there. Changes nothing, and has no answer to rely on: where there is no port, where it cannot be
+        reached, and of a shard that does not know this call, gRPC has everything. Ask again much later then.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MemoryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -286,6 +299,11 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     servicer.StepCount,
                     request_deserializer=mempool_dot_wire_dot_v1_dot_data__pb2.StepCountRequest.FromString,
                     response_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.StepCountReply.SerializeToString,
+            ),
+            'OpenLine': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenLine,
+                    request_deserializer=mempool_dot_wire_dot_v1_dot_data__pb2.OpenLineRequest.FromString,
+                    response_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.OpenLineReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -586,6 +604,33 @@ class MemoryService(object):
             '/mempool.wire.v1.MemoryService/StepCount',
             mempool_dot_wire_dot_v1_dot_data__pb2.StepCountRequest.SerializeToString,
             mempool_dot_wire_dot_v1_dot_data__pb2.StepCountReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenLine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mempool.wire.v1.MemoryService/OpenLine',
+            mempool_dot_wire_dot_v1_dot_data__pb2.OpenLineRequest.SerializeToString,
+            mempool_dot_wire_dot_v1_dot_data__pb2.OpenLineReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -9,8 +9,8 @@ trainer's client does:
 Planning. Get the table's view. Slot s lies in row page s / page_slots; the view's placement names the owner of each
 (row page, column block). A shard answers for every column block of which it owns any page, ascending, side by side;
 pairs whose page it does not own add nothing. So send the whole request to every shard that owns something of the
-table, copy columns of blocks that only one shard answered, and add up those that several answered, in float32, in
-ascending order of shards. Every request carries the epoch and the shard's incarnation it was planned with; a shard
+table, or to each the pairs that it owns anything of, and only the bags that have any; copy columns of blocks that only
+one shard answered, and add up those that several answered, in float32, in ascending order of shards. Every request carries the epoch and the shard's incarnation it was planned with; a shard
 that is at others answers ERROR_CODE_STALE_PLACEMENT and changes nothing: see there.
 
 Pairs and bags. A gather is B bags of pairs (slot id, weight), in CSR form: bag b holds pairs offsets[b] to
@@ -34,6 +34,26 @@ Leases. What a rank holds on a shard lives while the rank is heard of there: by 
 silent for longer than the lease loses it: what it prepared and nobody decided is dropped whole, at all tables.
 
 Concurrency. Calls may overlap and are answered in any order. Where one must see the other's effect, wait for its answer.
+
+Lines. Beside gRPC a shard may take the calls of MemoryService, all but Lookup and OpenLine, on TCP connections of a port of
+their own, where nothing is encrypted; gRPC takes all of them always. OpenLine gives the port, which is of the host that
+gRPC found the shard at, and a ticket: good once, for ten seconds. Numbers are little-endian. The client sends 48 bytes:
+"mempool" and a zero byte, uint32 version (as in OpenLineRequest), uint32 0, the ticket. The server answers 48 bytes, alike,
+with OpenLineReply.answer in the ticket's place, or ends the connection; a client that reads anything else ends it. From then
+on there are messages, a header of 32 bytes and a body each:
+
+  uint32 call       Its number. A line bears one call at a time: an answer has its request's number.
+  uint8 kind        1 request, 2 reply, 3 failure, whose body is an ErrorDetail (error.proto).
+  uint8 where       0: the body follows. (1, and kind 4, are of lines through memory that two processes of one host have.)
+  uint16 method     Of a request: 0 Gather, 1 Update, 2 Prepare, 3 Commit, 4 Discard, 5 Heartbeat, 6 Score, 7 ReadRows,
+                    8 WriteRows, 9 StepCount.
+  uint64 num_bytes  Of the body; of a request at most 4 MiB. Larger ones go by gRPC.
+  uint64 place      0.
+  int64 timeout_us  Of a request: what is left of the caller's time, microseconds; below 0: there is no end.
+
+Bodies are the messages of this file, but for those of Gather and Update, and their replies: these are laid out as
+mempool/wire/lines/plain.py has them, which is another one in another version. What is no message ends the connection, and
+so does its client's end of it (also half of it), which takes back the call that is under way.
 
 Limits. A message, either way, is at most 256 MiB (ERROR_CODE_REQUEST_TOO_LARGE); scalars and names of one request (all but its tensors) are at most 4 MiB.
 
@@ -160,6 +180,10 @@ class MemoryServiceStub:
     Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have. Setting it is
     a write, idempotent as WriteRows is; at another version it is another write. ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
     """
+    OpenLine: _grpc.UnaryUnaryMultiCallable[_data_pb2.OpenLineRequest, _data_pb2.OpenLineReply]
+    """Agrees on a line: see there. Changes nothing, and has no answer to rely on: where there is no port, where it cannot be
+    reached, and of a shard that does not know this call, gRPC has everything. Ask again much later then.
+    """
 
 @_typing.type_check_only
 class MemoryServiceAsyncStub(MemoryServiceStub):
@@ -254,6 +278,10 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
 
     Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have. Setting it is
     a write, idempotent as WriteRows is; at another version it is another write. ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
+    """
+    OpenLine: _aio.UnaryUnaryMultiCallable[_data_pb2.OpenLineRequest, _data_pb2.OpenLineReply]  # type: ignore[assignment]
+    """Agrees on a line: see there. Changes nothing, and has no answer to rely on: where there is no port, where it cannot be
+    reached, and of a shard that does not know this call, gRPC has everything. Ask again much later then.
     """
 
 class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -412,6 +440,16 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have. Setting it is
         a write, idempotent as WriteRows is; at another version it is another write. ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
+        """
+
+    @_abc_1.abstractmethod
+    def OpenLine(
+        self,
+        request: _data_pb2.OpenLineRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_data_pb2.OpenLineReply, _abc.Awaitable[_data_pb2.OpenLineReply]]:
+        """Agrees on a line: see there. Changes nothing, and has no answer to rely on: where there is no port, where it cannot be
+        reached, and of a shard that does not know this call, gRPC has everything. Ask again much later then.
         """
 
 def add_MemoryServiceServicer_to_server(servicer: MemoryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -194,6 +194,7 @@ class ShardStatus(_message.Message):
     STORAGE_REFUSES_FIELD_NUMBER: _builtins.int
     COPIED_BYTES_FIELD_NUMBER: _builtins.int
     NEAR_CLIENTS_FIELD_NUMBER: _builtins.int
+    TCP_LINE_CLIENTS_FIELD_NUMBER: _builtins.int
     state: Global___ShardState.ValueType
     """Whether it serves."""
     device: _builtins.str
@@ -225,7 +226,9 @@ class ShardStatus(_message.Message):
     copied_bytes: _builtins.int
     """Bytes of rows that are kept as they were, for a checkpoint that is being written."""
     near_clients: _builtins.int
-    """Processes of its host whose calls go through memory that both have; all others come by gRPC."""
+    """Processes of its host whose calls go through memory that both have."""
+    tcp_line_clients: _builtins.int
+    """Processes whose calls come by lines over TCP; all others come by gRPC."""
     @_builtins.property
     def info(self) -> _table_pb2.ShardInfo:
         """Which, and where."""
@@ -265,10 +268,11 @@ class ShardStatus(_message.Message):
         storage_refuses: _builtins.str = ...,
         copied_bytes: _builtins.int = ...,
         near_clients: _builtins.int = ...,
+        tcp_line_clients: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_limit_bytes", b"client_limit_bytes", "context_bytes", b"context_bytes", "copied_bytes", b"copied_bytes", "device", b"device", "dropped", b"dropped", "held_bytes", b"held_bytes", "info", b"info", "journal_bytes", b"journal_bytes", "kept_bytes", b"kept_bytes", "near_clients", b"near_clients", "num_bytes", b"num_bytes", "page_limit_bytes", b"page_limit_bytes", "queued_bytes", b"queued_bytes", "queued_calls", b"queued_calls", "stages", b"stages", "state", b"state", "storage", b"storage", "storage_refuses", b"storage_refuses", "tables", b"tables", "uptime_s", b"uptime_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_limit_bytes", b"client_limit_bytes", "context_bytes", b"context_bytes", "copied_bytes", b"copied_bytes", "device", b"device", "dropped", b"dropped", "held_bytes", b"held_bytes", "info", b"info", "journal_bytes", b"journal_bytes", "kept_bytes", b"kept_bytes", "near_clients", b"near_clients", "num_bytes", b"num_bytes", "page_limit_bytes", b"page_limit_bytes", "queued_bytes", b"queued_bytes", "queued_calls", b"queued_calls", "stages", b"stages", "state", b"state", "storage", b"storage", "storage_refuses", b"storage_refuses", "tables", b"tables", "tcp_line_clients", b"tcp_line_clients", "uptime_s", b"uptime_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from mempool.errors import InvalidRequest, ShardUnavailable
-from mempool.server.near.lines import Lines
-from mempool.server.near.server import NearServer
+from mempool.server.lines.server import LineServer
+from mempool.server.lines.thread import Lines
 from mempool.types import GatherReply, GatherRequest, ReadRowsReply, ReadRowsRequest
 from mempool.wire import methods
-from mempool.wire.near import handshake
-from mempool.wire.near.framing import COPIED, REQUEST, Message, header_of
-from mempool.wire.near.line import supported
-from mempool.wire.near.methods import GATHER, NUMBERS
+from mempool.wire.lines import handshake
+from mempool.wire.lines.framing import COPIED, REQUEST, Message, header_of
+from mempool.wire.lines.line import supported
+from mempool.wire.lines.methods import GATHER, NUMBERS
 
 from .test_near import STAMP, asked, connected, go, rows, serving, until
 from .test_near_deaths import gather
@@ -44,7 +44,7 @@ async def never(_: object) -> None:
 
 
 @asynccontextmanager
-async def connection(server: NearServer) -> AsyncIterator[socket.socket]:
+async def connection(server: LineServer) -> AsyncIterator[socket.socket]:
     """Of a client that does what it wants."""
     before = server.num_lines
     found, sent, _ = await asyncio.to_thread(handshake.call, server._address, None)
@@ -181,7 +181,7 @@ def test_where_lines_are_served_no_more_nobody_agrees_on_one(monkeypatch: pytest
             assert server.num_lines == 0
             with pytest.raises((ConnectionError, InvalidRequest)):
                 await asyncio.to_thread(handshake.call, server._address, None)
-            await until(lambda: server._taking is not None and server._taking.done())
+            await until(lambda: all(task.done() for task in server._taking))
             with pytest.raises(ConnectionRefusedError):
                 await asyncio.to_thread(handshake.call, server._address, None)
 

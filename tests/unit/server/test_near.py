@@ -18,8 +18,8 @@ import torch
 
 from mempool.errors import DeadlineExceeded, Internal, InvalidRequest, NotFound, RequestTooLarge, ShardUnavailable
 from mempool.observe import Stages
-from mempool.server.near import server as near_server
-from mempool.server.near.server import NearServer
+from mempool.server.lines import server as near_server
+from mempool.server.lines.server import LineServer
 from mempool.types import (
     Envelope,
     GatherReply,
@@ -33,12 +33,13 @@ from mempool.types import (
 from mempool.types.caller import current_caller
 from mempool.wire import methods
 from mempool.wire.channels.grpc_channel import GrpcChannel
+from mempool.wire.channels.line_channel import MOST_LINES, MOST_REQUEST_BYTES, LineChannel
 from mempool.wire.channels.loop import run
-from mempool.wire.channels.near_channel import MOST_LINES, MOST_REQUEST_BYTES, NearChannel
-from mempool.wire.near import handshake
-from mempool.wire.near.framing import MOST_INLINE_BYTES, REQUEST, Message, header_of
-from mempool.wire.near.line import _KEPT_BYTES, SHARED_FROM_BYTES, ClientLine, supported
-from mempool.wire.near.memory import MEMORY_BYTES
+from mempool.wire.lines import handshake
+from mempool.wire.lines.framing import MOST_INLINE_BYTES, REQUEST, Message, header_of
+from mempool.wire.lines.line import _KEPT_BYTES, ClientLine, supported
+from mempool.wire.lines.memory import MEMORY_BYTES
+from mempool.wire.lines.shared import SHARED_FROM_BYTES
 
 pytestmark = pytest.mark.skipif(not supported(), reason="this system has no such memory")
 
@@ -59,7 +60,9 @@ def asked(count: int) -> ReadRowsRequest:
 
 
 @asynccontextmanager
-async def serving(token: str | None = None, at_once: Any = None, **calls: Call) -> AsyncIterator[NearServer]:
+async def serving(
+    token: str | None = None, at_once: Any = None, max_message_bytes: int = 2**22, **calls: Call
+) -> AsyncIterator[LineServer]:
     """A server that nobody reaches by gRPC."""
     known = {methods.READ_ROWS.path: calls.get("rows", rows)}
     known |= {
@@ -67,13 +70,13 @@ async def serving(token: str | None = None, at_once: Any = None, **calls: Call) 
         for name, method in (("heartbeat", methods.HEARTBEAT), ("gather", methods.GATHER))
         if name in calls
     }
-    server = NearServer(
+    server = LineServer(
         f"127.0.0.1:{10**6 * os.getpid() + next(_ports)}",  # no port of any server
         token=token,
         calls=known,
         at_once=at_once,
         stages=Stages(),
-        max_message_bytes=2**22,
+        max_message_bytes=max_message_bytes,
     )
     server.start()
     try:
@@ -83,8 +86,8 @@ async def serving(token: str | None = None, at_once: Any = None, **calls: Call) 
 
 
 @asynccontextmanager
-async def connected(server: NearServer, token: str | None = None, address: str = "") -> AsyncIterator[NearChannel]:
-    channel = NearChannel(GrpcChannel(address or server._address, shard=0), token=token)
+async def connected(server: LineServer, token: str | None = None, address: str = "") -> AsyncIterator[LineChannel]:
+    channel = LineChannel(GrpcChannel(address or server._address, shard=0), token=token)
     await opened(channel)
     try:
         async with asyncio.timeout(10):
@@ -95,7 +98,7 @@ async def connected(server: NearServer, token: str | None = None, address: str =
         await channel.close()
 
 
-async def opened(channel: NearChannel, lines: int = 1) -> None:
+async def opened(channel: LineChannel, lines: int = 1) -> None:
     """Let the channel have so many lines, or none."""
     for _ in range(lines):
         channel._open_soon()
@@ -103,7 +106,7 @@ async def opened(channel: NearChannel, lines: int = 1) -> None:
         await asyncio.wait([channel._opening])
 
 
-def line_of(channel: NearChannel) -> ClientLine:
+def line_of(channel: LineChannel) -> ClientLine:
     (line,) = channel._lines
     return line
 
@@ -379,11 +382,11 @@ def test_lines_are_bounded_and_all_calls_are_answered(monkeypatch: pytest.Monkey
 
 def test_a_client_that_is_killed_leaves_nothing() -> None:
     script = (
-        "import asyncio, sys; from mempool.wire.channels.near_channel import NearChannel\n"
+        "import asyncio, sys; from mempool.wire.channels.line_channel import LineChannel\n"
         "from mempool.wire.channels.grpc_channel import GrpcChannel; from mempool.wire import methods\n"
         "from mempool.types import HeartbeatRequest\n"
         "async def main():\n"
-        "    channel = NearChannel(GrpcChannel(sys.argv[1], shard=0), token=None)\n"
+        "    channel = LineChannel(GrpcChannel(sys.argv[1], shard=0), token=None)\n"
         "    channel._open_soon(); await asyncio.wait([channel._opening])\n"
         "    await channel.call(methods.HEARTBEAT, HeartbeatRequest(incarnation=1, group='g', rank=0))\n"
         "asyncio.run(main())\n"
@@ -484,7 +487,7 @@ def test_answers_are_written_where_they_are_sent_from(where: str, num_blocks: in
             await channel.call(methods.GATHER, asks(1), timeout_s=20)
             await channel.call(methods.GATHER, asks(1), timeout_s=20)
             assert there.line.num_extents == 0
-            free = there.line._sent._extents._free
+            free = there.line._shared._sent._extents._free
             assert free == [(0, MEMORY_BYTES)], "nothing of it is taken any more"
 
     go(main())

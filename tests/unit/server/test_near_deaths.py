@@ -16,10 +16,10 @@ import torch
 from mempool.types import GatherReply, GatherRequest
 from mempool.wire import methods
 from mempool.wire.channels.grpc_channel import GrpcChannel
-from mempool.wire.channels.near_channel import MOST_LINES, NearChannel
-from mempool.wire.near import handshake
-from mempool.wire.near.line import supported
-from mempool.wire.near.memory import SentMemory
+from mempool.wire.channels.line_channel import MOST_LINES, LineChannel
+from mempool.wire.lines import handshake
+from mempool.wire.lines.line import supported
+from mempool.wire.lines.memory import SentMemory
 
 from .test_near import ENVELOPE, STAMP, connected, go, line_of, serving, until
 
@@ -71,7 +71,7 @@ def test_servers_that_are_silent_share_the_time_of_a_call() -> None:
     async def silent(_: object) -> None:
         await never.wait()
 
-    def asks(first: NearChannel, second: NearChannel) -> None:
+    def asks(first: LineChannel, second: LineChannel) -> None:
         line = line_of(second)
         waits = [channel.begin(methods.GATHER, gather(), timeout_s=0.4) for channel in (first, second)]
         for wait in waits:
@@ -104,7 +104,7 @@ def test_a_server_that_does_not_agree_takes_part_of_a_calls_time(monkeypatch: py
     async def main() -> None:
         address = f"127.0.0.1:{10**6 * os.getpid() + 999}"
         with handshake.listener(handshake.port_of(address)):
-            channel = NearChannel(GrpcChannel(address, shard=0), token=None)
+            channel = LineChannel(GrpcChannel(address, shard=0), token=None)
             monkeypatch.setattr(handshake, "call", call)
             monkeypatch.setattr(
                 channel._grpc, "begin", lambda *_, timeout_s, **__: left.append(timeout_s), raising=False
@@ -130,7 +130,7 @@ def test_threads_that_open_lines_at_once_open_no_more_than_there_may_be(monkeypa
 
     async def main() -> None:
         async with serving(gather=answers) as server:
-            channel = NearChannel(GrpcChannel(server._address, shard=0), token=None)
+            channel = LineChannel(GrpcChannel(server._address, shard=0), token=None)
             monkeypatch.setattr(handshake, "call", call)
 
             def asks() -> bool:
@@ -148,10 +148,10 @@ def test_threads_that_open_lines_at_once_open_no_more_than_there_may_be(monkeypa
     go(main())
 
 
-def gather() -> GatherRequest:
+def gather(lookup_id: int = 1) -> GatherRequest:
     offsets = torch.tensor([0, 1])
     return GatherRequest(
-        envelope=ENVELOPE, lookup_id=1, ids=torch.tensor([1]), weights=None, offsets=offsets, remember=False
+        envelope=ENVELOPE, lookup_id=lookup_id, ids=torch.tensor([1]), weights=None, offsets=offsets, remember=False
     )
 
 

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mempool import types
-from mempool.placement.changes import ViewChange
+from mempool.placement.changes import KnownView, ViewChange
 from mempool.wire import methods
+from mempool.wire.codecs.lines import OpenedLine, OpenLine
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
 from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
+from mempool.wire.codecs.tables import AskTable, ToldTable
 from mempool.wire.methods import Method
 from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2
 from tests.unit.wire.right_schemas import U64, schemas
@@ -82,9 +84,6 @@ def views(draw: st.DrawFn) -> types.TableView:
         controller=draw(TEXT),
         saved=draw(SAVED),
     )
-
-
-VIEW = views()
 
 
 @st.composite
@@ -157,6 +156,7 @@ SHARD_STATUS = build(
     dropped=U64S,
     copied_bytes=U64,
     near_clients=U32,
+    tcp_line_clients=U32,
     storage=TEXT,
     journal_bytes=U64,
     storage_refuses=TEXT,
@@ -297,6 +297,12 @@ CASES: dict[Method[Any, Any], Case] = {
         data_pb2.StepCountReply,
         build(types.StepCountReply, **STAMPED, count=U64),
     ),
+    methods.OPEN_LINE: (
+        data_pb2.OpenLineRequest,
+        build(OpenLine, version=U32, client=U64),
+        data_pb2.OpenLineReply,
+        build(OpenedLine, port=U32, ticket=st.binary(max_size=40), answer=st.binary(max_size=40), why=TEXT),
+    ),
     methods.READ_ROWS: (
         data_pb2.ReadRowsRequest,
         build(types.ReadRowsRequest, envelope=ENVELOPE, array=TEXT, ids=IDS),
@@ -315,7 +321,7 @@ CASES: dict[Method[Any, Any], Case] = {
         shard_pb2.AttachTableRequest,
         build(
             types.AttachTable,
-            view=VIEW,
+            view=views(),
             mode=st.sampled_from(["initialise", "empty", "lost", "restore"]),
             ledger=st.none() | LEDGER,
             source=st.none() | build(types.TableSource, url=TEXT, checkpoint=TEXT, table=TEXT, keys=TEXT),
@@ -373,7 +379,7 @@ CASES: dict[Method[Any, Any], Case] = {
     ),
     methods.SET_VIEW: (
         shard_pb2.SetViewRequest,
-        build(SetView, view=VIEW, **TOKEN) | build(SetView, view=st.none(), change=view_changes(), **TOKEN),
+        build(SetView, view=views(), **TOKEN) | build(SetView, view=st.none(), change=view_changes(), **TOKEN),
         shard_pb2.SetViewReply,
         st.none(),
     ),
@@ -396,19 +402,24 @@ CASES: dict[Method[Any, Any], Case] = {
         st.none(),
     ),
     methods.STATUS: (shard_pb2.StatusRequest, st.none(), shard_pb2.StatusReply, SHARD_STATUS),
-    methods.CREATE_TABLE: (pool_pb2.CreateTableRequest, SCHEMA, pool_pb2.CreateTableReply, VIEW),
+    methods.CREATE_TABLE: (pool_pb2.CreateTableRequest, SCHEMA, pool_pb2.CreateTableReply, views()),
     methods.DROP_TABLE: (
         pool_pb2.DropTableRequest,
         build(types.DropTable, name=TEXT, table_id=U64),
         pool_pb2.DropTableReply,
         st.none(),
     ),
-    methods.GET_TABLE: (pool_pb2.GetTableRequest, TEXT, pool_pb2.GetTableReply, VIEW),
+    methods.GET_TABLE: (
+        pool_pb2.GetTableRequest,
+        build(AskTable, name=TEXT, known=st.none() | build(KnownView, table_id=U64, epoch=U64, digest=U64)),
+        pool_pb2.GetTableReply,
+        build(ToldTable, view=views()) | build(ToldTable, change=view_changes()),
+    ),
     methods.LIST_TABLES: (
         pool_pb2.ListTablesRequest,
         st.none(),
         pool_pb2.ListTablesReply,
-        st.lists(VIEW, max_size=2).map(tuple),
+        st.lists(views(), max_size=2).map(tuple),
     ),
     methods.RESCALE: (
         pool_pb2.RescaleRequest,
@@ -465,7 +476,7 @@ CASES: dict[Method[Any, Any], Case] = {
             keys=TEXT,
         ),
         pool_pb2.RestoreReply,
-        st.lists(VIEW, max_size=2).map(tuple),
+        st.lists(views(), max_size=2).map(tuple),
     ),
     methods.GET_STATUS: (
         pool_pb2.GetStatusRequest,
@@ -475,7 +486,7 @@ CASES: dict[Method[Any, Any], Case] = {
             types.PoolStatus,
             name=TEXT,
             shards=st.lists(SHARD_STATUS, max_size=2).map(tuple),
-            tables=st.lists(VIEW, max_size=2).map(tuple),
+            tables=st.lists(views(), max_size=2).map(tuple),
             rescaling=st.booleans(),
             wanted_shards=U32,
             waiting_for=TEXT,

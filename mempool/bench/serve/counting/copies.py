@@ -77,19 +77,18 @@ def _end(line: Any) -> str:
 
 
 def _into_memory(result: Any, given: tuple[Any, ...]) -> tuple[str, int]:
-    line, _, parts = given[:3]
-    num_bytes = sum(len(part) for part in parts)
-    return _end(line), num_bytes if len(result) < num_bytes else 0
+    num_bytes = sum(len(part) for part in given[2])
+    return _end(given[0]), num_bytes if sum(len(piece) for piece in result) < num_bytes else 0
 
 
 def _into_message(result: Any, given: tuple[Any, ...]) -> tuple[str, int]:
-    line, _, parts = given[:3]
-    num_bytes = sum(len(part) for part in parts)
-    return _end(line), num_bytes if len(result) >= num_bytes else 0
+    num_bytes = sum(len(part) for part in given[2])
+    is_joined = len(result) == 1 and len(result[0]) >= num_bytes
+    return _end(given[0]), num_bytes if is_joined else 0
 
 
 def _from_buffer(result: Any, given: tuple[Any, ...]) -> tuple[str, int]:
-    return _end(given[0]), result[2]
+    return _end(given[0]), result[1]
 
 
 def _encoded(result: Any, given: tuple[Any, ...]) -> tuple[str, int]:
@@ -111,14 +110,14 @@ def _misaligned(result: Any, given: tuple[Any, ...]) -> tuple[str, int]:
 SITES = (
     Site("ids and weights into memory of the call's own", "mempool.client.bags:own_copy", _whole(CLIENT)),
     Site("ids as uint32, for gRPC", "mempool.wire.codecs.codec:narrowed", _whole(CLIENT)),
-    Site("ids as uint32, for a line", "mempool.wire.near.plain:_narrowed", _unless_same(CLIENT)),
-    Site("body into shared memory", "mempool.wire.near.line:Line._packed", _into_memory),
-    Site("small body into its message", "mempool.wire.near.line:Line._packed", _into_message),
-    Site("small body out of the line's buffer", "mempool.wire.near.line:Line._begun", _from_buffer),
+    Site("ids as uint32, for a line", "mempool.wire.lines.plain:_narrowed", _unless_same(CLIENT)),
+    Site("body into shared memory", "mempool.wire.lines.line:Line._packed", _into_memory),
+    Site("small body into its message", "mempool.wire.lines.line:Line._packed", _into_message),
+    Site("small body out of the line's buffer", "mempool.wire.lines.line:Line._begun", _from_buffer),
     Site("tensors into a frame", "mempool.wire.codecs.codec:FrameCodec.encode", _encoded),
     Site("small frame through protobuf", "mempool.wire.codecs.codec:FrameCodec._small", _read_small),
     Site("misaligned tensor of a frame", "mempool.wire.bodies.tensors:FrameMemory.tensor", _misaligned),
-    Site("ids and offsets out of shared memory", "mempool.server.near.answering:_with_own_numbers", _own_numbers),
+    Site("ids and offsets out of shared memory", "mempool.server.lines.answering:_with_own_numbers", _own_numbers),
     Site("ids and offsets checked and narrowed", "mempool.kernels.dispatch.admission:admit_bags", _admitted),
     Site("weights to be kept", "mempool.shard.validate:admit", _unless_same(SERVER)),
     Site("shards' sums put together", "mempool.client.routing.plan:merge_values", _merged),
@@ -196,13 +195,13 @@ def serve(parent: Parent, *, size: dict[str, int], shapes: Sequence[Sequence[int
     with ExitStack() as stack:
         contenders = [stack.enter_context(pools.embedded(table))]
         address = _served_here()
-        first = stack.enter_context(pool.connected(address, near=False))
+        first = stack.enter_context(pools.client(address, pools.GRPC))
         contenders.append(pools.look_up(pools.GRPC, pools.made(first, table), table))
-        if pools.NEAR in pools.REMOTE:
-            near = stack.enter_context(pool.connected(address, near=True))
-            facts = near.table("facts")
-            if pools.goes_near(near, facts):
-                contenders.append(pools.look_up(pools.NEAR, facts, table))
+        for way in pools.REMOTE[1:]:
+            other = stack.enter_context(pools.client(address, way))
+            facts = other.table("facts")
+            if pools.goes(way, other, facts):
+                contenders.append(pools.look_up(way, facts, table))
         copies = stack.enter_context(counted())
         for contender in contenders:
             for bags, pairs in shapes:

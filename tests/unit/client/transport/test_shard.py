@@ -76,6 +76,25 @@ def test_a_call_has_the_time_its_caller_has_left_and_narrow_ids_where_they_fit()
     asyncio.run(main())
 
 
+def test_a_connection_that_is_closed_while_a_thread_dials_is_forgotten() -> None:
+    async def main() -> None:
+        long_ago_s = -1e9
+
+        def closed_meanwhile() -> float:
+            dialer._close_idle(asyncio.get_running_loop().time())
+            return long_ago_s
+
+        dialer = GrpcDialer(lambda address, **_: Handing(address, {}), clock=closed_meanwhile)
+        dialer.dial(INFO)
+        dialer._hosts[INFO].used_s = long_ago_s
+        assert dialer.dial_at_once(INFO) is not None
+        assert dialer.dial(ShardInfo(shard=4, address="elsewhere", incarnation=1))
+        assert dialer.dial_at_once(INFO) is None
+        await dialer.close()
+
+    asyncio.run(main())
+
+
 def test_a_shard_is_busy_while_it_answers() -> None:
     async def main() -> None:
         go_on = asyncio.Event()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mempool.errors import InvalidRequest
-from mempool.wire.near.memory import MEMORY_BYTES, Extents, ReceivedMemory, SentMemory
+from mempool.wire.lines.memory import MEMORY_BYTES, Extents, ReceivedMemory, SentMemory
 
 SIZE = 64 * 4096
 

@@ -1,34 +1,56 @@
-"""A ``Channel`` that has two ways: lines through shared memory where the server is on this host, and gRPC.
+"""A ``Channel`` that has two ways: lines, with shared memory where the server is on this host, else over TCP; and gRPC.
 
-A line carries one call at a time; more are opened while calls find none free: by the thread that needs one itself, or
-beside the event loop for calls on that, which go by gRPC meanwhile. A call that a line fails is as one that gRPC fails:
-whoever tries again finds gRPC, and soon another line.
+A line carries one call at a time; more are opened while calls find none free: by the thread that needs one itself,
+where that takes it less than a call by gRPC, or beside the event loop, while calls go by gRPC. A call that a line fails
+is as one that gRPC fails: whoever tries again finds gRPC, and soon another line. Where lines cannot be had, no call
+waits to find out.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
+import os
+import secrets
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
-from mempool.errors import DeadlineExceeded, Internal, InvalidRequest, MempoolError, ShardUnavailable
+from mempool.errors import (
+    DeadlineExceeded,
+    Internal,
+    InvalidRequest,
+    MempoolError,
+    ShardUnavailable,
+    Unavailable,
+)
+from mempool.wire import methods
 from mempool.wire.channels.channel import ReplyT, RequestT
 from mempool.wire.channels.grpc_channel import GrpcChannel, GrpcChannels
+from mempool.wire.codecs.lines import OpenLine
+from mempool.wire.lines import handshake
+from mempool.wire.lines import tcp as lines_over_tcp
+from mempool.wire.lines.buffers import Buffers
+from mempool.wire.lines.framing import MOST_REQUEST_BYTES, VERSION
+from mempool.wire.lines.line import Body, ClientLine, supported
+from mempool.wire.lines.methods import METHODS, NUMBERS
+from mempool.wire.lines.shared import Shared
 from mempool.wire.methods import Method
-from mempool.wire.near import handshake
-from mempool.wire.near.line import Body, ClientLine, supported
-from mempool.wire.near.methods import METHODS, NUMBERS
 from mempool.wire.status import from_detail
 
 _AGAIN_S = 2.0
 """Between two tries to open a line, where the last one failed."""
+_MUCH_LATER_S = 300.0
+"""The same over TCP, where there is no way: a firewall, a server that has no lines."""
 MOST_LINES = 8
 """Of one channel. Calls that find all of them taken go by gRPC."""
-MOST_REQUEST_BYTES = 4 * 2**20
-"""Larger requests go by gRPC: the memory that is shared has room for few of them."""
+_KEPT_BUFFERS = 16
+_DRAWN = secrets.randbits(62)
+_LOG = logging.getLogger("mempool.wire")
 _MICROSECONDS = 1e6
 _MOST_OF_IT = 0.9
 _OPENING_SHARE = 0.25
@@ -38,42 +60,69 @@ _LEAST_S = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NearChannels:
-    """Makes ``NearChannel``s to shards, and gRPC's to the pool; a ``Channels``."""
+class LineChannels:
+    """Makes ``LineChannel``s to shards, and gRPC's to the pool; a ``Channels``.
+
+    Attributes:
+        grpc: Makes the others. With encryption there are no lines over TCP.
+        near, tcp: Kinds of lines that are wanted.
+    """
 
     grpc: GrpcChannels = field(default_factory=GrpcChannels)
+    near: bool = True
+    tcp: bool = True
+    _buffers: Buffers = field(default_factory=lambda: Buffers(_KEPT_BUFFERS), init=False)
 
-    def __call__(self, address: str, *, shard: int | None = None) -> GrpcChannel | NearChannel:
+    def __call__(self, address: str, *, shard: int | None = None) -> GrpcChannel | LineChannel:
         channel = self.grpc(address, shard=shard)
-        if shard is None or not supported():
+        tcp = self.tcp and self.grpc.tls is None
+        if shard is None or not (self.near or tcp):
             return channel
-        return NearChannel(channel, token=None if self.grpc.token is None else self.grpc.token.strip())
+        token = None if self.grpc.token is None else self.grpc.token.strip()
+        return LineChannel(channel, token=token, near=self.near, tcp=tcp, buffers=self._buffers)
 
 
-class NearChannel:
+class LineChannel:
     """The connections to one server. Make, use and close it on the IO loop; ``begin`` is for all other threads.
 
     Args:
         grpc: The other way; closed with this.
         token: The pool's.
+        near, tcp: Kinds of lines that are wanted.
+        buffers: What bodies come into that come with their messages.
     """
 
-    def __init__(self, grpc: GrpcChannel, *, token: str | None) -> None:
+    def __init__(
+        self,
+        grpc: GrpcChannel,
+        *,
+        token: str | None,
+        near: bool = True,
+        tcp: bool = True,
+        buffers: Buffers | None = None,
+    ) -> None:
         self.address = grpc.address
         self._grpc = grpc
         self._token = token
+        self._buffers = buffers or Buffers(_KEPT_BUFFERS)
         self._loop = asyncio.get_running_loop()
         self._free: deque[ClientLine] = deque()
         self._lines: set[ClientLine] = set()
         self._opening: asyncio.Task[None] | None = None
-        self._agreeing: list[None] = []  # as many as there are threads that open a line just now
-        self._not_before_s = 0.0
+        self._agreeing: list[None] = []  # as many as there are threads, and the loop, that open a line just now
+        self._near_from_s = 0.0 if near and supported() else math.inf  # monotonic: it is not tried before
+        self._tcp_from_s = 0.0 if tcp and lines_over_tcp.possible() else math.inf
         self._closed = False
 
     @property
     def is_near(self) -> bool:
-        """Whether there is a line now."""
-        return bool(self._lines)
+        """Whether there is a line with shared memory now."""
+        return any(line.is_near for line in tuple(self._lines))
+
+    @property
+    def is_tcp(self) -> bool:
+        """Whether there is a line over TCP now."""
+        return any(not line.is_near for line in tuple(self._lines))
 
     async def call(
         self,
@@ -124,6 +173,7 @@ class NearChannel:
             line = self._opened(timeout_s * _OPENING_SHARE)
             timeout_s = max(_LEAST_S, end_s - time.monotonic())
         if line is None:
+            self._want_line()
             return self._grpc.begin(method, request, timeout_s=timeout_s, narrow_ids=narrow_ids, alone=alone)
         try:
             parts = near.request.parts(request, narrow_ids=narrow_ids)
@@ -179,22 +229,37 @@ class NearChannel:
             return self._free.pop()
         except IndexError:
             pass
-        if soon and self._opening is None and not self._closed and len(self._lines) < MOST_LINES:
-            with suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(self._open_soon)
+        if soon:
+            self._want_line()
         return None
 
+    def _want_line(self) -> None:
+        """Have a further one opened, beside the loop, where there may be one."""
+        if self._opening is None and not self._closed and self._is_room and self._is_time:
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._open_soon)
+
+    @property
+    def _is_room(self) -> bool:
+        return len(self._lines) + len(self._agreeing) < MOST_LINES
+
+    @property
+    def _is_time(self) -> bool:
+        return time.monotonic() >= min(self._near_from_s, self._tcp_from_s)
+
     def _opened(self, timeout_s: float) -> ClientLine | None:
-        """A further line, for the thread that finds none free: that takes less time than one call by gRPC."""
-        if self._closed or time.monotonic() < self._not_before_s:
+        """A further line with shared memory, for the thread that finds none free: that takes less time than one call by
+        gRPC."""
+        if self._closed or time.monotonic() < self._near_from_s:
             return None
         self._agreeing.append(None)
         try:
             if len(self._lines) + len(self._agreeing) > MOST_LINES:
                 return None
-            line = _agreed(self.address, self._token, min(timeout_s, handshake.TIMEOUT_S))
-            if line is None:
-                self._not_before_s = time.monotonic() + _AGAIN_S
+            try:
+                line = self._near_line(min(timeout_s, handshake.TIMEOUT_S))
+            except (OSError, MempoolError) as error:  # another way it is
+                self._is_not_near(error)
                 return None
             self._lines.add(line)
         finally:
@@ -203,6 +268,11 @@ class NearChannel:
             self._end(line)
             return None
         return line
+
+    def _near_line(self, timeout_s: float = handshake.TIMEOUT_S) -> ClientLine:
+        """Raises as ``handshake.call``."""
+        connection, sent, received = handshake.call(self.address, self._token, timeout_s=timeout_s)
+        return ClientLine(connection, Shared(sent, received), self._buffers)
 
     def _give_back(self, line: ClientLine) -> None:
         if line in self._lines:
@@ -221,24 +291,68 @@ class NearChannel:
     # On the loop
 
     def _open_soon(self) -> None:
-        if self._opening is None and not self._closed and time.monotonic() >= self._not_before_s:
+        if self._opening is None and not self._closed and self._is_time:
             self._opening = self._loop.create_task(self._open())
 
     async def _open(self) -> None:
-        agreeing = asyncio.ensure_future(asyncio.to_thread(_agreed, self.address, self._token, handshake.TIMEOUT_S))
+        self._agreeing.append(None)
         try:
-            line = await asyncio.shield(agreeing)
-        except asyncio.CancelledError:
-            agreeing.add_done_callback(_let_go)
-            raise
-        else:
-            if line is None:
-                self._not_before_s = time.monotonic() + _AGAIN_S
-            else:
+            if len(self._lines) + len(self._agreeing) > MOST_LINES:
+                return
+            line = await self._open_near() or await self._open_tcp()
+            if line is not None:
                 self._lines.add(line)
                 self._free.append(line)
         finally:
+            self._agreeing.pop()
             self._opening = None
+
+    async def _open_near(self) -> ClientLine | None:
+        """A line with shared memory; None: there is none now."""
+        if time.monotonic() < self._near_from_s:
+            return None
+        try:
+            return await _in_thread(self._near_line)
+        except (OSError, MempoolError) as error:
+            self._is_not_near(error)
+            return None
+
+    def _is_not_near(self, error: Exception) -> None:
+        """No line with shared memory is to be had for now."""
+        self._near_from_s = time.monotonic() + _AGAIN_S
+        if isinstance(error, TimeoutError):  # it is on this host, and busy: nothing else is as good
+            self._tcp_from_s = max(self._tcp_from_s, self._near_from_s)
+
+    async def _open_tcp(self) -> ClientLine | None:
+        """The same over TCP."""
+        if time.monotonic() < self._tcp_from_s:
+            return None
+        self._tcp_from_s = time.monotonic() + _AGAIN_S
+        asked = OpenLine(version=VERSION, client=client_number())
+        try:
+            opened = await self._grpc.call(methods.OPEN_LINE, asked, timeout_s=lines_over_tcp.TIMEOUT_S)
+        except (Unavailable, DeadlineExceeded):  # whoever calls now hears of it
+            return None
+        except MempoolError as error:  # it is of another version, say
+            why = error.message
+        else:
+            why = opened.why
+            if opened.port:
+                host = self.address.rpartition(":")[0]
+                call = partial(
+                    lines_over_tcp.call, host, opened.port, opened.ticket, opened.answer,
+                    timeout_s=lines_over_tcp.TIMEOUT_S,
+                )  # fmt: skip
+                try:
+                    line = await _in_thread(lambda: ClientLine(call(), buffers=self._buffers))
+                except (OSError, MempoolError) as error:
+                    why = f"port {opened.port} there: {error}"
+                else:
+                    self._tcp_from_s = 0.0
+                    return line
+        self._tcp_from_s = time.monotonic() + _MUCH_LATER_S
+        _LOG.info("calls to %s go by gRPC alone: %s", self.address, why)
+        return None
 
     def _explained(self, error: BaseException) -> BaseException:
         """What a caller is told of what happened to its line."""
@@ -264,18 +378,25 @@ class NearChannel:
         return error or Internal(f"shard {self._grpc.shard} at {self.address} failed, and did not say how")
 
 
+def client_number() -> int:
+    """What servers tell this process's lines from others' by; its children have other numbers."""
+    return _DRAWN ^ os.getpid()
+
+
 def _microseconds(timeout_s: float | None) -> int:
     return -1 if timeout_s is None else max(0, int(timeout_s * _MICROSECONDS))
 
 
-def _agreed(address: str, token: str | None, timeout_s: float) -> ClientLine | None:
+async def _in_thread(make: Callable[[], ClientLine]) -> ClientLine:
+    """A line that is made by blocking calls; it ends where nobody wants it any more. Raises as that does."""
+    making = asyncio.ensure_future(asyncio.to_thread(make))
     try:
-        return ClientLine(*handshake.call(address, token, timeout_s=timeout_s))
-    except (OSError, MempoolError):
-        return None  # gRPC it is
+        return await asyncio.shield(making)
+    except asyncio.CancelledError:
+        making.add_done_callback(_let_go)
+        raise
 
 
-def _let_go(agreeing: asyncio.Future[ClientLine | None]) -> None:
-    """Nobody wants the line any more."""
-    if not agreeing.cancelled() and agreeing.exception() is None and (line := agreeing.result()) is not None:
-        line.close()
+def _let_go(making: asyncio.Future[ClientLine]) -> None:
+    if not making.cancelled() and making.exception() is None:
+        making.result().close()

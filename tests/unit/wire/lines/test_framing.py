@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mempool.errors import InvalidRequest
-from mempool.wire.near.framing import (
+from mempool.wire.lines.framing import (
     COPIED,
     HEADER_BYTES,
     MOST_INLINE_BYTES,

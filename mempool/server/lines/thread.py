@@ -14,10 +14,11 @@ from collections import deque
 from typing import Any
 
 from mempool.errors import InvalidRequest, MempoolError
-from mempool.server.near.answering import Answering, OnLoop, detail_of
-from mempool.server.near.serving import Serving
-from mempool.wire.near.framing import COPIED, REQUEST, Message
-from mempool.wire.near.line import Body
+from mempool.server.lines.answering import Answering, OnLoop, detail_of
+from mempool.server.lines.room import Room
+from mempool.server.lines.serving import Serving
+from mempool.wire.lines.framing import COPIED, MOST_REQUEST_BYTES, REQUEST, Message
+from mempool.wire.lines.line import Body
 
 _LOG = logging.getLogger("mempool.server")
 STALLED_S = 30.0
@@ -32,11 +33,15 @@ class Lines:
     Args:
         answering: Answers their calls.
         name: Of the thread.
+        bodies_bytes: Of requests that are coming or being answered; who finds no room waits.
     """
 
-    def __init__(self, answering: Answering, *, name: str) -> None:
+    def __init__(self, answering: Answering, *, name: str, bodies_bytes: int) -> None:
         self._answering = answering
         self._name = name
+        self._room = Room(bodies_bytes, MOST_REQUEST_BYTES)
+        self._held_up: dict[Serving, None] = {}  # in the order in which they came
+        self._has_more_room = False
         self._epoll = select.epoll()
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._bell, select.EPOLLIN)
@@ -105,7 +110,7 @@ class Lines:
                 while not self._ending:
                     self._round()
         except Exception:
-            _LOG.exception("clients of this host get no shared memory any more")
+            _LOG.exception("lines are served no more")
         finally:
             self._close()
 
@@ -123,12 +128,14 @@ class Lines:
             self._hand_over()
         while self._told:
             self._answer(*self._told.popleft())
+        if self._has_more_room:
+            self._let_in_held_up()
         if self._stalled:
             self._end_stalled()
 
     def _patience_s(self) -> float | None:
         """How long nothing is to be done unasked."""
-        if self._num_quiet or self._asked or self._told:
+        if self._num_quiet or self._asked or self._told or self._has_more_room:
             return 0.0
         return _LOOK_S if self._stalled else None
 
@@ -143,20 +150,19 @@ class Lines:
             self._known[descriptor] = serving
 
     def _happened(self, serving: Serving, event: int) -> None:
-        if serving.asked is None and not serving.line.is_sending:
+        if serving.asked is None and not serving.line.is_sending and serving not in self._held_up:
             self._take(serving)
         elif event & _GONE:  # nobody waits for the answer
             self._end(serving)
         elif event & select.EPOLLOUT:
             self._flush(serving)
         else:  # what comes behind a request waits until that is answered
-            self._watch(serving, select.EPOLLRDHUP)
-            serving.is_paused = True
+            self._pause(serving, select.EPOLLRDHUP)
 
     def _take(self, serving: Serving) -> None:
         """What is there, up to a request."""
         try:
-            while (came := serving.line.take()) is not None:
+            while (came := self._taken(serving)) is not None:
                 message, body = came
                 if message.kind == REQUEST:
                     serving.asked = message
@@ -168,6 +174,9 @@ class Lines:
                     raise InvalidRequest(f"call {message.call} has no body in shared memory")
                 if not serving.line.has_rest:
                     break
+            if serving.line.wanted_bytes and serving not in self._held_up:
+                self._held_up[serving] = None
+                self._pause(serving, select.EPOLLRDHUP)
         except (OSError, InvalidRequest):  # it is gone, or no client of ours
             self._end(serving)
         except Exception:
@@ -229,9 +238,9 @@ class Lines:
             _LOG.exception("the line of %s has ended", serving.peer)
             self._end(serving)
             return
+        self._give_room(serving)
         if not sent:
-            self._watch(serving, select.EPOLLOUT | select.EPOLLRDHUP)
-            serving.is_paused = True
+            self._pause(serving, select.EPOLLOUT | select.EPOLLRDHUP)
             self._look(serving)
             return
         self._go_on(serving)
@@ -247,9 +256,7 @@ class Lines:
 
     def _go_on(self, serving: Serving) -> None:
         """Its call is answered: the next one."""
-        if serving.is_paused:
-            serving.is_paused = False
-            self._watch(serving, select.EPOLLIN | select.EPOLLRDHUP)
+        self._read_on(serving)
         self._look(serving)
         if serving.line.has_rest:
             self._take(serving)
@@ -274,8 +281,40 @@ class Lines:
             serving.is_quiet = False
             self._num_quiet -= 1
 
-    def _watch(self, serving: Serving, events: int) -> None:
+    def _taken(self, serving: Serving) -> tuple[Message, Body] | None:
+        """The next message, if it is here as a whole. One for whose body there is no room waits. Raises as
+        ``ServedLine.take``."""
+        line = serving.line
+        came = line.take()
+        if came is None and line.wanted_bytes and self._room.take(serving.host, line.wanted_bytes):
+            serving.body_bytes += line.wanted_bytes
+            line.wanted_bytes = 0
+            came = line.take()
+        return came
+
+    def _give_room(self, serving: Serving) -> None:
+        """Its request is over."""
+        if serving.body_bytes:
+            self._room.give_back(serving.host, serving.body_bytes)
+            serving.body_bytes = 0
+            self._has_more_room = bool(self._held_up)
+
+    def _let_in_held_up(self) -> None:
+        self._has_more_room = False
+        for serving in list(self._held_up):
+            self._take(serving)
+            if not serving.line.wanted_bytes and self._held_up.pop(serving, serving) is None:
+                self._read_on(serving)
+
+    def _pause(self, serving: Serving, events: int) -> None:
+        """Nothing is read from it, until ``_read_on``."""
+        serving.is_paused = True
         self._epoll.modify(serving.line.fileno(), events)
+
+    def _read_on(self, serving: Serving) -> None:
+        if serving.is_paused:
+            serving.is_paused = False
+            self._epoll.modify(serving.line.fileno(), select.EPOLLIN | select.EPOLLRDHUP)
 
     def _end(self, serving: Serving) -> None:
         """The line is over, and whatever its call is at."""
@@ -287,6 +326,8 @@ class Lines:
         if self._known.pop(descriptor, None) is not None:
             self._epoll.unregister(descriptor)
         self._stalled.discard(serving)
+        self._held_up.pop(serving, None)
+        self._give_room(serving)
         self._loud(serving)
         serving.line.close()
         if take_back is not None:

@@ -13,9 +13,9 @@ import time
 from typing import Any
 
 from mempool.errors import InvalidRequest, ShardUnavailable, Unauthenticated
-from mempool.wire.near.memory import ReceivedMemory, SentMemory
+from mempool.wire.lines.framing import VERSION
+from mempool.wire.lines.memory import ReceivedMemory, SentMemory
 
-VERSION = 3
 TIMEOUT_S = 2.0
 _MOST_BYTES = 16 * 2**10
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid

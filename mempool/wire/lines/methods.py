@@ -4,8 +4,8 @@ from dataclasses import replace
 from typing import Any
 
 from mempool.wire import methods
+from mempool.wire.lines import plain
 from mempool.wire.methods import Method
-from mempool.wire.near import plain
 
 GATHER = replace(methods.GATHER, request=plain.GatherRequests(), reply=plain.GatherReplies())
 UPDATE = replace(methods.UPDATE, request=plain.UpdateRequests(), reply=plain.UpdateReplies())

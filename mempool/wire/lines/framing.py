@@ -1,22 +1,26 @@
 """Messages of a line: a header of fixed size, and a body behind it or in shared memory. Pure."""
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from mempool.errors import InvalidRequest
 
 REQUEST, REPLY, FAILURE, COPIED = range(1, 5)
 """Kinds. FAILURE: the body is an ErrorDetail. COPIED: the body of that reply is not needed in shared memory any more;
 that of a request is not as soon as it is answered."""
+VERSION = 4
+"""Of messages, and of what ``plain`` makes of gathers and updates: both ends of a line are of the same."""
 MOST_INLINE_BYTES = 2**20
-"""Of a request that comes with its message: the server has to hold it."""
+"""Of a request that comes with its message, of a line that has memory for bodies: the server has to hold it."""
+MOST_REQUEST_BYTES = 4 * 2**20
+"""Of any request; larger ones go by gRPC: memory that is shared has room for few, and a server that is sent one has to
+hold it."""
 _INLINE, _SHARED = 0, 1
 _HEADER = struct.Struct("<IBBHQQq")
 HEADER_BYTES = _HEADER.size
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """One message.
 
     Attributes:

@@ -1,5 +1,6 @@
 """One client's line at the server: the call that it is at, and what is to be told of it. Of the lines' thread alone."""
 
+import ctypes
 import math
 import time
 from collections.abc import Callable
@@ -7,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mempool.wire.near.framing import FAILURE, REPLY, Message
-from mempool.wire.near.line import Parts
-from mempool.wire.near.served import ServedLine
+from mempool.wire.lines.framing import FAILURE, REPLY, Message
+from mempool.wire.lines.line import Parts
+from mempool.wire.lines.served import ServedLine
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
     from torch import Tensor
 
@@ -20,10 +22,13 @@ class Serving:
     """A line brings one request at a time, so that what it may have this process hold is bounded.
 
     Args:
-        peer: What its client is called: "unix:PID:NUMBER".
+        peer: What its client is called: "unix:PID:NUMBER", "ipv4:HOST:CLIENT/NUMBER".
         line: Its end here.
+        process: The same of the process that it is a line of.
 
     Attributes:
+        host: That process's host, as far as clients share what there is by hosts.
+        body_bytes: What is taken of the room for requests.
         asked: The request that it is at; None: it is at none.
         take_back: Lets go of what answers that; None: nothing does, or it cannot be stopped.
         is_quiet: The answer comes in a turn that the lines' thread takes.
@@ -32,11 +37,17 @@ class Serving:
         since_s: When it began to wait for the rest of a message, or for its client to take one; None: it does not.
     """
 
-    __slots__ = ("_answered_in", "asked", "closed", "is_paused", "is_quiet", "line", "peer", "since_s", "take_back")
+    __slots__ = (
+        "_answered_in", "asked", "body_bytes", "closed", "host", "is_paused", "is_quiet", "line", "peer", "process",
+        "since_s", "take_back",
+    )  # fmt: skip
 
-    def __init__(self, peer: str, line: ServedLine) -> None:
+    def __init__(self, peer: str, line: ServedLine, *, process: str) -> None:
         self.peer = peer
         self.line = line
+        self.process = process
+        self.host = peer.rpartition(":")[0]
+        self.body_bytes = 0
         self.asked: Message | None = None
         self.take_back: Callable[[], object] | None = None
         self.is_quiet = self.is_paused = self.closed = False
@@ -60,7 +71,7 @@ class Serving:
 
     def look(self) -> None:
         """Note since when it is within a message."""
-        if not self.line.is_within:
+        if not self.line.is_within or self.line.wanted_bytes:
             self.since_s = None
         elif self.since_s is None:
             self.since_s = time.monotonic()
@@ -72,8 +83,17 @@ class Serving:
         memory = self.line.space(math.prod(shape) * dtype.itemsize)
         if memory is None:
             return None
+        space = torch.frombuffer(memory, dtype=dtype).view(shape)
+        self._answered_in = space.data_ptr()
+        return space
+
+    def values(self, num_bags: int, width: int) -> "npt.NDArray[np.float32]":
+        """The same for an answer that is an array; of its own where there is none now."""
+        memory = self.line.space(4 * num_bags * width)
+        if memory is None:
+            return np.empty((num_bags, width), np.float32)
         self._answered_in = _address(memory)
-        return torch.frombuffer(memory, dtype=dtype).view(shape)
+        return np.frombuffer(memory, np.float32).reshape(num_bags, width)
 
     def _over(self) -> int:
         """The call is answered. Returns its number."""
@@ -83,4 +103,7 @@ class Serving:
 
 
 def _address(memory: bytes | memoryview) -> int:
-    return int(np.frombuffer(memory, np.uint8).__array_interface__["data"][0]) if len(memory) else 0
+    """Of a tensor's bytes; 0 of others, which lie in no memory that was given."""
+    if isinstance(memory, bytes) or memory.readonly:
+        return 0
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
