@@ -76,6 +76,42 @@ def assert_same(found: Any, expected: Any) -> None:
             assert one == other, name
 
 
+def test_bags_are_laid_out_once_for_all_shards_that_are_asked_for_them() -> None:
+    """As views: nothing of them is copied, and what else a request has is its own."""
+    bags = Bags(torch.arange(5), torch.rand(5), torch.tensor([0, 2, 5]))
+    tensors = {"ids": bags.ids, "weights": bags.weights, "offsets": bags.offsets, "bags": bags}
+    found = []
+    for shard in range(3):
+        envelope = Envelope(table_id=1, epoch=2, incarnation=3 + shard)
+        released = tuple(range(shard))
+        gather = GatherRequest(envelope=envelope, lookup_id=7, remember=True, release=released, **tensors)
+        step = StepId(group="g" * shard, rank=0, step=1)
+        grads = torch.rand(2, 1 + shard)
+        update = UpdateRequest(
+            envelope=envelope, step_id=step, sequence=1, lookup_id=7, blocks=(shard,), grads=grads, hold=True,
+            want_weight_grad=True, **tensors,
+        )  # fmt: skip
+        for codec, request in ((GATHER.request, gather), (UPDATE.request, update)):
+            parts = codec.parts(request)
+            assert_same(codec.decode(bytearray(b"".join(parts))), replace(request, bags=None))
+            found.append({id(part) for part in parts if isinstance(part, memoryview)})
+    assert len(set.intersection(*found)) == 3
+    bags.ids[0] = 99
+    assert GATHER.request.decode(bytearray(GATHER.request.encode(gather))).ids.tolist() == [99, 1, 2, 3, 4]
+
+
+def test_ids_that_are_narrowed_are_not_kept() -> None:
+    bags = Bags(torch.arange(5), None, torch.tensor([0, 5]))
+    request = GatherRequest(
+        envelope=Envelope(table_id=1, epoch=2, incarnation=3), lookup_id=7, remember=True, ids=bags.ids, weights=None,
+        offsets=bags.offsets, bags=bags,
+    )  # fmt: skip
+    for narrow, dtype in ((True, torch.uint32), (False, torch.int64), (True, torch.uint32)):
+        decoded = GATHER.request.decode(bytearray(GATHER.request.encode(request, narrow_ids=narrow)))
+        assert decoded.ids.dtype == dtype
+        assert decoded.ids.tolist() == [0, 1, 2, 3, 4]
+
+
 @given(request=GATHERS, narrow=st.booleans())
 @settings(max_examples=80, deadline=None)
 def test_gathers_come_out_as_they_went_in(request: GatherRequest, narrow: bool) -> None:
