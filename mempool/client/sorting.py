@@ -1,6 +1,6 @@
 """Pairs by the shards that need them: one counting sort for all shards whose row pages do not overlap.
 
-Pure. Legend: P row pages, B bags, L pairs, G groups of row pages, R routes.
+Pure. Legend: P row pages, B bags, b those of a group, L pairs, l those of a group, G groups of row pages, R routes.
 """
 
 from __future__ import annotations
@@ -34,9 +34,16 @@ class Sorting:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sorted:
-    """The pairs of one group: in their order, with their bags' offsets [B + 1], and their positions [l] among all."""
+    """The pairs of one group, in their order.
+
+    Attributes:
+        bags: With the offsets of all bags, or of those alone that have any of these pairs, where they are few.
+        named: [b] int64, the numbers of those, ascending; None where all.
+        kept: [l] int64, the pairs' positions among all.
+    """
 
     bags: Bags
+    named: Tensor | None
     kept: Tensor
 
 
@@ -86,9 +93,13 @@ def sort_pairs(sorting: Sorting, bags: Bags, *, page_shift: int) -> list[Sorted]
         bags.ids, bags.weights, bags.offsets, sorting.group_of_page, num_groups=num_groups, page_shift=page_shift
     )
     found = []
-    for group, offsets in enumerate(dealt.offsets.unbind()):
+    for group in range(num_groups):
         begin, end = dealt.starts[group], dealt.starts[group + 1]
         weights = None if dealt.weights is None else dealt.weights[begin:end]
+        offsets = dealt.offsets[dealt.offset_starts[group] : dealt.offset_starts[group + 1]]
+        named = None
+        if offsets.shape[0] < bags.offsets.shape[0]:
+            named = dealt.bags[dealt.bag_starts[group] : dealt.bag_starts[group + 1]]
         part = Bags(ids=dealt.ids[begin:end], weights=weights, offsets=offsets)
-        found.append(Sorted(bags=part, kept=dealt.positions[begin:end]))
+        found.append(Sorted(bags=part, named=named, kept=dealt.positions[begin:end]))
     return found

@@ -91,18 +91,31 @@ class Paged:
 class Dealt:
     """Pairs by the group of their pages: those of group g are ``starts[g]:starts[g + 1]``, in the order of their bags.
 
+    A group with pairs in few of the bags (``few_bags``) has those bags alone, others all of them.
+
     Attributes:
         ids: [L'], as given, without those of no group; weights: [L'], or None.
         positions: [L'] int64, where they were.
-        offsets: [G, B + 1] int64, of each group's bags among its own pairs.
-        starts: G + 1 of them.
+        bags: [N] int64, ``bag_starts[g]:bag_starts[g + 1]`` the numbers of the bags of group g, ascending; none where
+            it has all.
+        offsets: [N'] int64, ``offset_starts[g]:offset_starts[g + 1]`` those of the bags of group g among its own pairs.
+        starts, bag_starts, offset_starts: G + 1 of each.
     """
 
     ids: Tensor
     weights: Tensor | None
     positions: Tensor
+    bags: Tensor
     offsets: Tensor
     starts: list[int]
+    bag_starts: list[int]
+    offset_starts: list[int]
+
+
+def few_bags(num_named: Any, num_bags: int) -> Any:
+    """Whether so many bags with pairs, a number or an array, are so few of all that the others are worth leaving out:
+    what is saved is bytes, of offsets, sums and their gradients, for which the gradients of these are copied."""
+    return 4 * num_named < 3 * num_bags
 
 
 @dataclass(frozen=True, slots=True)

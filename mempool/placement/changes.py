@@ -1,6 +1,7 @@
 """What is other in one view of a table than in another: between two epochs few of many pages change their owners."""
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -36,6 +37,20 @@ class ViewChange:
     digest: int
     pages: npt.NDArray[np.int32]
     key_pages: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownView:
+    """Which view of a table somebody has. digest: As ``digest_of``."""
+
+    table_id: int
+    epoch: int
+    digest: int
+
+
+def known_view(view: TableView) -> KnownView:
+    """What tells this view from all others."""
+    return KnownView(table_id=view.schema.table_id, epoch=view.placement.epoch, digest=digest_of(view))
 
 
 def change_between(known: TableView, view: TableView) -> ViewChange | None:
@@ -135,6 +150,50 @@ class Changes:
         found = change_between(known, view)
         self._found = [*self._found[-self._most + 1 :], (known, view, found)]
         return found
+
+
+class ToldViews:
+    """Views that were told of late, to tell those who have one of them what is other by now.
+
+    Args:
+        most: How many are kept, of all tables.
+        most_owners: Owners of pages, four bytes each, in all of them together.
+    """
+
+    def __init__(self, *, most: int = 64, most_owners: int = 2**22) -> None:
+        self._most, self._most_owners = most, most_owners
+        self._told: OrderedDict[KnownView, TableView] = OrderedDict()  # what was of use last is last
+        self._owners = 0
+        self._last: dict[int, TableView] = {}  # by table: what is told again and again is looked at once
+        self._changes = Changes()
+
+    def tell(self, view: TableView) -> None:
+        """This one is told to somebody."""
+        table_id = view.schema.table_id
+        if self._last.get(table_id) is view:
+            return
+        known = known_view(view)
+        before = self._told.pop(known, None)
+        self._owners += _num_owners(view) - (0 if before is None else _num_owners(before))
+        self._told[known] = self._last[table_id] = view
+        while len(self._told) > self._most or self._owners > self._most_owners:
+            _, old = self._told.popitem(last=False)
+            self._owners -= _num_owners(old)
+            if self._last.get(old.schema.table_id) is old:
+                del self._last[old.schema.table_id]
+
+    def change(self, known: KnownView, view: TableView) -> ViewChange | None:
+        """What makes ``view`` of the one that somebody has; None where that is not kept any more, or as of
+        ``change_between``."""
+        before = self._told.get(known)
+        if before is None:
+            return None
+        self._told.move_to_end(known)
+        return self._changes.between(before, view)
+
+
+def _num_owners(view: TableView) -> int:
+    return int(view.placement.owners.size + view.placement.key_owners.size)
 
 
 def _others(before: npt.NDArray[np.int32], after: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import grpc
 
-from mempool.placement.changes import changed
+from mempool.placement.changes import ToldViews, changed
 from mempool.server.calls import Door, handler, streaming_handler
 from mempool.types import (
     CommitRequest,
@@ -18,15 +18,18 @@ from mempool.types import (
     PrepareRequest,
     ShardHost,
     ShardStatus,
+    TableSchema,
     TableView,
     UpdateReply,
     UpdateRequest,
 )
+from mempool.types.arrays import ArrayGather, ArrayGathered
 from mempool.types.caller import current_caller
 from mempool.wire import methods
 from mempool.wire.codecs.lines import OpenedLine, OpenLine
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
 from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
+from mempool.wire.codecs.tables import AskTable, ToldTable
 from mempool.wire.methods import Method
 
 if TYPE_CHECKING:
@@ -37,6 +40,7 @@ RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
 Handlers = dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]
 Space = Callable[[tuple[int, ...], "torch.dtype"], "Tensor | None"]
+ArraySpace = Callable[[int, int], Any]
 Tell = Callable[[Any, BaseException | None], None]
 TakeBack = Callable[[], None]
 Lookup = Callable[[LookupRequest], Awaitable[LookupReply]]
@@ -50,6 +54,9 @@ class AtOnce(Protocol):
 
     def gather(self, request: GatherRequest, *, caller: str, space: Space | None = None) -> GatherReply | None:
         """Where the shard has nothing else to do. space: gives the memory that the answer is written to."""
+
+    def gather_arrays(self, asked: ArrayGather, *, cost: int, caller: str, space: ArraySpace) -> ArrayGathered | None:
+        """The same of arrays."""
 
     def update(self, request: UpdateRequest, *, caller: str, space: Space | None = None) -> UpdateReply | None: ...
 
@@ -170,6 +177,19 @@ class Services:
     def pool(self, pool: PoolApi) -> Handlers:
         """``PoolService``."""
 
+        told = ToldViews()
+
+        async def create(schema: TableSchema) -> TableView:
+            view = await pool.create_table(schema)
+            told.tell(view)
+            return view
+
+        async def table(request: AskTable) -> ToldTable:
+            view = await pool.table(request.name)
+            told.tell(view)
+            change = None if request.known is None else told.change(request.known, view)
+            return ToldTable(view=view) if change is None else ToldTable(change=change)
+
         async def tables(_: None) -> tuple[TableView, ...]:
             return await pool.tables()
 
@@ -181,9 +201,9 @@ class Services:
 
         return dict(
             [
-                self._of(methods.CREATE_TABLE, pool.create_table),
+                self._of(methods.CREATE_TABLE, create),
                 self._of(methods.DROP_TABLE, drop),
-                self._of(methods.GET_TABLE, pool.table),
+                self._of(methods.GET_TABLE, table),
                 self._of(methods.LIST_TABLES, tables),
                 self._of(methods.GET_STATUS, status),
                 self._of(methods.RESTORE, pool.restore),

@@ -73,11 +73,6 @@ class Split:
         return sum(held.shards * held.share for held in self.holdings)
 
     @property
-    def columns_sent(self) -> int:
-        """Columns of all answers to a bag."""
-        return sum(held.shards * held.width for held in self.holdings)
-
-    @property
     def busiest(self) -> Holding:
         """What the shard with the most values has."""
         return max(self.holdings, key=lambda held: (held.area, held.width, held.share))

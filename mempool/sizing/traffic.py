@@ -56,6 +56,7 @@ def traffic_of(held: Holding, split: Split, *, bags: int, pairs: int, wire_dtype
     """
     id_bytes = 4 if split.schema.num_slots <= _NARROW_SLOTS else 8
     sent = math.ceil(held.share * pairs)
+    bags = math.ceil(bags_sent(held, bags=bags, pairs=pairs))
     values = bags * _sums_bytes(held.width, split.schema.block_dim, wire_dtype)
     # Where others have slots of the same columns, sums are added up, and come as float32.
     alone = held.area * split.schema.value_dim > held.width - 0.5 / split.schema.num_row_pages
@@ -66,6 +67,13 @@ def traffic_of(held: Holding, split: Split, *, bags: int, pairs: int, wire_dtype
         grads=values,
         weight_grads=4 * sent,
     )
+
+
+def bags_sent(held: Holding, *, bags: int, pairs: int) -> float:
+    """Of a look-up's bags, those that a shard is sent, of ids drawn uniformly: those with pairs there where that is
+    less than three quarters of all (``kernels.few_bags``), else all."""
+    named = bags * (1.0 - (1.0 - held.share) ** (pairs / max(1, bags)))
+    return named if 4 * named < 3 * bags else bags
 
 
 def _sums_bytes(width: int, block_dim: int, wire_dtype: ReplyDtype) -> int:
@@ -110,13 +118,18 @@ def client_amounts(split: Split, *, bags: int, pairs: int) -> Amounts:
         "pair": split.times_sent * pairs,
         "sort": pairs if split.filtered else 0,
         "filter": split.filtered * pairs,
-        "column": bags * split.columns_sent,
+        "column": columns_sent(split, bags=bags, pairs=pairs),
     }
+
+
+def columns_sent(split: Split, *, bags: int, pairs: int) -> float:
+    """Elements of all shards' answers to one look-up."""
+    return sum(held.shards * held.width * bags_sent(held, bags=bags, pairs=pairs) for held in split.holdings)
 
 
 def shard_amounts(held: Holding, *, bags: int, pairs: int) -> Amounts:
     """How much one shard has to do with it, beside its kernels."""
-    return {"call": 1, "pair": held.share * pairs, "column": bags * held.width}
+    return {"call": 1, "pair": held.share * pairs, "column": bags_sent(held, bags=bags, pairs=pairs) * held.width}
 
 
 def gather_amounts(held: Holding, split: Split, *, pairs: int) -> Amounts:

@@ -8,6 +8,7 @@ from mempool.sizing.demands import Hosts, Model
 from mempool.sizing.machine import Machine
 from mempool.sizing.split import Split
 from mempool.sizing.times import StepTime
+from mempool.sizing.traffic import bags_sent, columns_sent
 from mempool.types.pool import MAX_PLACED_PAGES
 from mempool.types.sizes import num_pages
 
@@ -43,15 +44,17 @@ def warnings_of(
             "to fewer, a second table or restoring a checkpoint beside it will not fit"
         )
     sent = math.ceil(busiest.share * model.pairs)
-    held = model.trainers * model.layers * (4 * model.tokens * busiest.width + 12 * sent)
+    bags = bags_sent(busiest, bags=model.tokens, pairs=model.pairs)
+    held = model.trainers * model.layers * (4 * bags * busiest.width + 12 * sent)
     if held > shard.client_bytes:
         yield (
             f"a step makes a shard hold {held / 2**20:,.0f} MiB of updates and remembered look-ups, and clients may "
             f"make it hold {shard.client_bytes / 2**20:,.0f} MiB: set shard.client_memory, or give fewer tokens a step"
         )
-    if split.kind == "rows" and split.columns_sent > _WIDE * schema.value_dim:
+    whole_rows = columns_sent(split, bags=model.tokens, pairs=model.pairs) / (model.tokens * schema.value_dim)
+    if split.kind == "rows" and whole_rows > _WIDE:
         yield (
-            f"each bag is answered by {split.columns_sent // schema.value_dim} whole rows, a partial sum of each shard:"
+            f"each bag is answered by {whole_rows:.0f} whole rows, a partial sum of each shard:"
             " a grid of more blocks makes that fewer"
         )
     if split.asked < split.shards:

@@ -154,7 +154,9 @@ CREATE_TABLE: Method[TableSchema, TableView] = Method(
 DROP_TABLE: Method[DropTable, None] = Method(
     POOL_SERVICE, "DropTable", tables.DROP_TABLE_REQUEST, tables.DROP_TABLE_REPLY
 )
-GET_TABLE: Method[str, TableView] = Method(POOL_SERVICE, "GetTable", tables.GET_TABLE_REQUEST, tables.GET_TABLE_REPLY)
+GET_TABLE: Method[tables.AskTable, tables.ToldTable] = Method(
+    POOL_SERVICE, "GetTable", tables.GET_TABLE_REQUEST, tables.GET_TABLE_REPLY
+)
 LIST_TABLES: Method[None, tuple[TableView, ...]] = Method(
     POOL_SERVICE, "ListTables", tables.LIST_TABLES_REQUEST, tables.LIST_TABLES_REPLY
 )

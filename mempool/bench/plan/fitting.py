@@ -10,7 +10,7 @@ from mempool.bench.plan.points import CALLS, KERNELS, Call, Point
 from mempool.sizing import Costs, Kernels, Machine, Path
 from mempool.sizing.fit import fitted
 from mempool.sizing.times import all_kernels_s, here_s, kernels_s, wall_amounts
-from mempool.sizing.traffic import Amounts, client_amounts, gather_amounts, update_amounts
+from mempool.sizing.traffic import Amounts, client_amounts, columns_sent, gather_amounts, update_amounts
 
 
 @dataclass(frozen=True)
@@ -131,5 +131,5 @@ def _servers_amounts(point: Point) -> dict[str, float]:
     return {
         "call": split.asked,
         "pair": split.times_sent * point.pairs,
-        "column": point.bags * split.columns_sent,
+        "column": columns_sent(split, bags=point.bags, pairs=point.pairs),
     }

@@ -15,6 +15,7 @@ from mempool.client.routing.attempt import (
     gather_request,
     is_one_message,
     lookup_record,
+    messages_of,
     require_blocks,
     seen_of,
     those_named,
@@ -33,9 +34,11 @@ def gather_directly(
 ) -> tuple[Tensor, LookupRecord] | None:
     """As the router's; None where that is to be asked."""
     plan = asking.router.plan_now(table_id)
-    if plan is None or not asking.possible or not is_one_message(plan, bags):
+    if plan is None or not asking.possible:
         return None
     if plan.alone is not None:
+        if not is_one_message(plan.alone, bags):
+            return None
         return _gather_alone(asking, plan, plan.alone, bags, remember=remember, reply_dtype=reply_dtype)
     return _gather_of_several(asking, plan, bags, remember=remember, reply_dtype=reply_dtype)
 
@@ -79,6 +82,8 @@ def _gather_of_several(
     router, table_id = asking.router, plan.table_id
     every = split(plan, bags)
     parts = those_named(every)
+    if messages_of(parts) > 1:
+        return None
     lookup_id = router.next_lookup_id(bags)
     released = [router.remembered.take(table_id, part.route.shard) for part in parts]
     begin = partial(_begin, asking, plan, lookup_id, remember, reply_dtype, len(parts) == 1)
@@ -89,12 +94,13 @@ def _gather_of_several(
         ]
     )
     replies = [reply for reply in answers if reply is not None]
+    sent = received = 0
     for part, ids, reply in zip(parts, released, answers, strict=True):
         if reply is None:
             router.remembered.give_back(table_id, part.route.shard, ids)
         else:
-            router.versions.saw(table_id, reply.stamp.table_version)
-            router.traffic.add(sent=part.bags.num_bytes, received=reply.values.nbytes)
+            sent, received = sent + part.bags.num_bytes, received + reply.values.nbytes
+    router.traffic.add(sent=sent, received=received)
     record = lookup_record(
         plan,
         bags,
@@ -104,13 +110,14 @@ def _gather_of_several(
         remembered_by=parts if remember else (),
         parts=every if remember else (),
     )
+    router.versions.saw(table_id, record.seen.newest_version)
     router.remembered.add(record)
     if len(replies) < len(parts):
         router.release(record)()  # who has answered remembers it, and nobody will ask for it
         return None
     for part, reply in zip(parts, replies, strict=True):
         require_blocks(reply.blocks, part.route)
-    found = [(part.route, reply.values) for part, reply in zip(parts, replies, strict=True)]
+    found = [(part, reply.values) for part, reply in zip(parts, replies, strict=True)]
     return merge_values(plan, found, num_bags=bags.num_bags), record
 
 

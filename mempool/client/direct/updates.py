@@ -5,9 +5,9 @@ from functools import partial
 from torch import Tensor
 
 from mempool.client.direct.asking import NARROW_END, Asking, Wait
-from mempool.client.routing.attempt import LookupRecord, of_part, remembers, update_request
+from mempool.client.routing.attempt import LookupRecord, remembers, update_request
 from mempool.client.routing.fanout import envelope_of
-from mempool.client.routing.plan import Part, TablePlan, merge_weight_grads
+from mempool.client.routing.plan import Part, TablePlan, merge_weight_grads, pick_grads
 from mempool.types import AtOnceShard, StepId, UpdateReply
 
 
@@ -49,8 +49,8 @@ def _begin(
     part: Part,
     shard: AtOnceShard,
 ) -> Wait[UpdateReply] | None:
-    bags, part_grads = of_part(plan, part, grads)
-    known = bags is part.bags and remembers(plan, part.route, record)
+    bags, part_grads = part.bags, pick_grads(plan, part, grads)
+    known = remembers(plan, part.route, record)
     request = update_request(
         part.route,
         envelope_of(plan, part.route.info, asking.router.versions),
@@ -62,6 +62,8 @@ def _begin(
         hold=hold,
         want_weight_grad=True,
     )
-    asking.router.traffic.add(sent=part_grads.nbytes + (0 if known else bags.num_bytes))
     narrow = plan.schema.num_slots <= NARROW_END
-    return shard.begin_update(request, timeout_s=asking.patience_s, narrow_ids=narrow, alone=alone)
+    wait = shard.begin_update(request, timeout_s=asking.patience_s, narrow_ids=narrow, alone=alone)
+    if wait is not None:
+        asking.router.traffic.add(sent=part_grads.nbytes + (0 if known else bags.num_bytes))
+    return wait

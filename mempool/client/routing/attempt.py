@@ -119,11 +119,11 @@ class Attempt:
         """Pooled values [B, V] float32, and what to keep for the update."""
         every = split(self.plan, bags)
         parts = those_named(every)
-        pieces = gather_slices(self.plan, bags)
+        lookups = messages_of(parts)
 
         async def ask_some(part: Part, host: ShardHost, envelope: Envelope, number: int) -> GatherReply:
             route = part.route
-            some = part.bags.some(*pieces[number])
+            some = piece_of(part.bags, number, lookups)
             request = gather_request(
                 some,
                 route,
@@ -140,13 +140,12 @@ class Attempt:
             return reply
 
         async def ask(part: Part, host: ShardHost, envelope: Envelope) -> list[GatherReply]:
-            numbers = range(len(pieces))
-            return await some_at_a_time([partial(ask_some, part, host, envelope, number) for number in numbers])
+            return await some_at_a_time([partial(ask_some, part, host, envelope, n) for n in range(lookups)])
 
         answers = await self._fanout.each([(part.route.info, partial(ask, part)) for part in parts])
         values = merge_values(
             self.plan,
-            [(part.route, _one([reply.values for reply in some])) for part, some in zip(parts, answers, strict=True)],
+            [(part, _one([reply.values for reply in some])) for part, some in zip(parts, answers, strict=True)],
             num_bags=bags.num_bags,
         )
         stamps = [reply.stamp for some in answers for reply in some]
@@ -154,7 +153,7 @@ class Attempt:
             self.plan,
             bags,
             lookup_id=lookup_id,
-            lookups=len(pieces),
+            lookups=lookups,
             stamps=stamps,
             remembered_by=parts if remember else (),
             parts=every if remember else (),
@@ -184,9 +183,7 @@ class Attempt:
 
         async def ask(part: Part, host: ShardHost, envelope: Envelope) -> UpdateReply:
             route = part.route
-            bags, part_grads = of_part(self.plan, part, grads)
-            empty = bags is not part.bags
-            known = remembers(self.plan, route, record)
+            bags, part_grads = part.bags, pick_grads(self.plan, part, grads)
 
             async def send(*, inline: bool) -> UpdateReply:
                 self._traffic.add(sent=part_grads.nbytes + (bags.num_bytes if inline else 0))
@@ -205,7 +202,7 @@ class Attempt:
                 self._fanout.saw(reply.stamp.table_version)
                 return reply
 
-            if known and not empty:
+            if remembers(self.plan, route, record):
                 try:
                     return await send(inline=False)
                 except ContextMissing:
@@ -325,7 +322,7 @@ def gather_request(
         release=release,
         reply_dtype="float32" if route.partial else reply_dtype,
         private=True,  # they were copied when they were checked
-        bags=bags,
+        bags=None if route.whole else bags,  # nobody else is asked for them
     )
 
 
@@ -369,32 +366,29 @@ def seen_of(plan: TablePlan, stamps: Sequence[Stamp]) -> Seen:
     return Seen(epoch=plan.epoch, oldest_version=min(versions, default=0), newest_version=max(versions, default=0))
 
 
-def gather_slices(plan: TablePlan, bags: Bags) -> list[tuple[int, int]]:
-    """First and end of the bags that are asked for by each message of a gather, at every shard alike."""
-    return slices(bags.num_bags, _bag_bytes(plan, bags))
+def messages_of(parts: Sequence[Part]) -> int:
+    """Messages that a gather of these parts takes, of each shard as many: so all know it by the same numbers."""
+    return max((len(slices(part.bags.num_bags, _bag_bytes(part.route, part.bags))) for part in parts), default=1)
 
 
-def is_one_message(plan: TablePlan, bags: Bags) -> bool:
-    """Whether a gather asks for all bags at once."""
-    return bags.num_bags * _bag_bytes(plan, bags) <= MESSAGE_BYTES
+def is_one_message(route: ShardRoute, bags: Bags) -> bool:
+    """Whether a gather asks this one for all of these bags at once."""
+    return bags.num_bags * _bag_bytes(route, bags) <= MESSAGE_BYTES
 
 
-def _bag_bytes(plan: TablePlan, bags: Bags) -> int:
+def _bag_bytes(route: ShardRoute, bags: Bags) -> int:
     """Of one bag, or of the answer to it where that is more."""
-    asked, answered = bags.num_bytes // (bags.num_bags or 1), 4 * plan.widest
+    asked, answered = bags.num_bytes // (bags.num_bags or 1), 4 * route.width
     return asked if asked > answered else answered
+
+
+def piece_of(bags: Bags, number: int, pieces: int) -> Bags:
+    """One of so many messages' share of a part's bags, about as much as the others'; none where they do not suffice."""
+    return bags.some(bags.num_bags * number // pieces, bags.num_bags * (number + 1) // pieces)
 
 
 def _one(matrices: Sequence[Tensor]) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
-
-
-def of_part(plan: TablePlan, part: Part, grads: Tensor) -> tuple[Bags, Tensor]:
-    """What a shard is told of an update's bags and gradient; of no bags at all where none of its row pages are named:
-    it is asked for the update later."""
-    if part.kept is not None and part.bags.num_pairs == 0:
-        return _no_bags(part.bags), pick_grads(plan, part.route, grads[:0])
-    return part.bags, pick_grads(plan, part.route, grads)
 
 
 def remembers(plan: TablePlan, route: ShardRoute, record: LookupRecord) -> bool:
@@ -440,11 +434,6 @@ def _sent_ids(bags: Bags) -> Tensor:
         sent = bags.ids.view(torch.uint32) if bags.ids.dtype == torch.int32 else bags.ids
         bags.made[_SENT] = sent
     return sent
-
-
-def _no_bags(bags: Bags) -> Bags:
-    """No bags at all, of the same dtypes; ``bags`` has no pairs."""
-    return Bags(ids=bags.ids, weights=bags.weights, offsets=torch.zeros(1, dtype=torch.int64, device="cpu"))
 
 
 def require_blocks(blocks: tuple[int, ...], route: ShardRoute) -> None:

@@ -1,7 +1,7 @@
 """How a call on a table is cut up for its shards and put together again: pure functions of a view. Sends nothing.
 
-Legend: B bags, L pairs of all bags together, l pairs of one part, M rows, V value dim, W columns of one shard's blocks,
-H heads, K top-k, C candidates.
+Legend: B bags, b bags of one part, L pairs of all bags together, l pairs of one part, M rows, V value dim, W columns of
+one shard's blocks, H heads, K top-k, C candidates.
 """
 
 from collections.abc import Sequence
@@ -69,7 +69,6 @@ class TablePlan:
         side_by_side: The numbers of the routes by the columns that they answer, where each has one range of them, to
             itself, and all ranges together are every column; else empty.
         alone: The route, where there is one only and it is whole: nothing is cut up, nor put together.
-        widest: Columns of the widest route.
     """
 
     view: TableView
@@ -84,7 +83,6 @@ class TablePlan:
     places: tuple[tuple[int, int] | None, ...]
     side_by_side: tuple[int, ...]
     alone: ShardRoute | None
-    widest: int
 
     @property
     def schema(self) -> TableSchema:
@@ -93,11 +91,18 @@ class TablePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Part:
-    """The pairs of a call that one shard needs. kept: [l] int64, their positions among all pairs; None where all."""
+    """The pairs of a call that one shard needs.
+
+    Attributes:
+        named: [b] int64, the numbers of its bags among all, ascending; None where it has all bags. Where few have pairs
+            there it has those alone: others would cost an offset, a sum and a gradient each, all of nothing.
+        kept: [l] int64, its pairs' positions among all; None where all.
+    """
 
     route: ShardRoute
     bags: Bags
-    kept: Tensor | None
+    named: Tensor | None = None
+    kept: Tensor | None = None
 
 
 def make_plan(view: TableView) -> TablePlan:
@@ -140,7 +145,6 @@ def make_plan(view: TableView) -> TablePlan:
         places=places,
         side_by_side=_side_by_side(shard_routes, schema.value_dim),
         alone=shard_routes[0] if len(shard_routes) == 1 and shard_routes[0].whole and not sortings else None,
-        widest=max((route.width for route in shard_routes), default=0),
     )
 
 
@@ -166,15 +170,15 @@ def newer_view(old: TableView, new: TableView) -> TableView:
 def split(plan: TablePlan, bags: Bags) -> tuple[Part, ...]:
     """The part of each route, in its order. A shard that lacks whole row pages gets no pairs of those."""
     if not plan.sortings:
-        return tuple(Part(route=route, bags=bags, kept=None) for route in plan.routes)
+        return tuple(Part(route=route, bags=bags) for route in plan.routes)
     found = [sort_pairs(sorting, bags, page_shift=plan.schema.page_shift) for sorting in plan.sortings]
     parts = []
     for route, place in zip(plan.routes, plan.places, strict=True):
         if place is None:
-            parts.append(Part(route=route, bags=bags, kept=None))
+            parts.append(Part(route=route, bags=bags))
         else:
             mine = found[place[0]][place[1]]
-            parts.append(Part(route=route, bags=mine.bags, kept=mine.kept))
+            parts.append(Part(route=route, bags=mine.bags, named=mine.named, kept=mine.kept))
     return tuple(parts)
 
 
@@ -184,8 +188,11 @@ def packed_sums(schema: TableSchema, width: int | None = None) -> PackedLayout:
     return PackedLayout("float8_e4m3fn", width=width, block_dim=schema.block_dim)
 
 
-def pick_grads(plan: TablePlan, route: ShardRoute, grads: Tensor) -> Tensor:
-    """The columns of a route, [B, W] or packed rows, of a gradient [B, V] or packed rows."""
+def pick_grads(plan: TablePlan, part: Part, grads: Tensor) -> Tensor:
+    """What a part's shard gets of a gradient [B, V] or packed rows: of its bags and columns, [b, W] or packed rows."""
+    route = part.route
+    if part.named is not None:
+        grads = grads.index_select(0, part.named)
     if grads.dtype != torch.uint8:
         return pick_columns(route, grads)
     return kernels.pick_blocks(packed_sums(plan.schema), grads, packed_sums(plan.schema, route.width), route.blocks)
@@ -199,17 +206,18 @@ def pick_columns(route: ShardRoute, matrix: Tensor) -> Tensor:
     return picked[0].contiguous() if len(picked) == 1 else torch.cat(picked, dim=-1)
 
 
-def merge_values(plan: TablePlan, replies: Sequence[tuple[ShardRoute, Tensor]], *, num_bags: int) -> Tensor:
-    """Pooled values [B, V] float32 from shards' replies [B, W] or packed rows, which come in the order of the routes.
+def merge_values(plan: TablePlan, replies: Sequence[tuple[Part, Tensor]], *, num_bags: int) -> Tensor:
+    """Pooled values [B, V] float32 from shards' replies [b, W] or packed rows, which come in the order of the routes.
 
     Sole columns are copied, others added up in ascending shard order. A shard left out adds nothing.
     """
-    if len(replies) == 1 and replies[0][0].whole:
-        return whole_values(plan, *replies[0])
-    replies = [(route, _unpacked(plan, route, reply)) for route, reply in replies]
+    if len(replies) == 1 and replies[0][0].route.whole:
+        return whole_values(plan, replies[0][0].route, replies[0][1])
+    replies = [(part, _unpacked(plan, part.route, reply)) for part, reply in replies]
     if plan.side_by_side and len(replies) == len(plan.side_by_side):
         return torch.cat([replies[number][1] for number in plan.side_by_side], dim=1).to(torch.float32)
-    if len(replies) > 1 and all(route.width == plan.schema.value_dim for route, _ in replies):
+    width = plan.schema.value_dim
+    if len(replies) > 1 and all(part.named is None and part.route.width == width for part, _ in replies):
         (_, first), (_, second), *others = replies  # all of parts of the rows: none has a column to itself
         values = first + second
         for _, reply in others:
@@ -217,13 +225,19 @@ def merge_values(plan: TablePlan, replies: Sequence[tuple[ShardRoute, Tensor]], 
         return values
     partial = any(route.partial for route in plan.routes)
     make = torch.zeros if partial else torch.empty
-    values = make(num_bags, plan.schema.value_dim, dtype=torch.float32, device="cpu")
-    for route, reply in replies:
-        for span in route.spans:
-            if span.sole:
+    values = make(num_bags, width, dtype=torch.float32, device="cpu")
+    for part, reply in replies:
+        if part.named is not None and part.route.width == width:
+            values.index_add_(0, part.named, reply)  # its bags are distinct: each sum grows in the order of the shards
+            continue
+        for span in part.route.spans:
+            if span.sole:  # the shard lacks no row page then: it has all bags
                 values[:, span.table] = reply[:, span.reply]
-            else:
+            elif part.named is None:
                 values[:, span.table] += reply[:, span.reply]
+            else:
+                columns = values.numpy()[:, span.table]  # to some of the columns torch adds one row after the other
+                columns[part.named.numpy()] += reply.numpy()[:, span.reply]
     return values
 
 

@@ -6,7 +6,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mappin
 from typing import TypeVar
 
 from mempool.client.transport.addresses import is_address
-from mempool.errors import DeadlineExceeded, MempoolError, NotFound, PoolUnreachable, ShardUnavailable, Unavailable
+from mempool.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    MempoolError,
+    NotFound,
+    PoolUnreachable,
+    ShardUnavailable,
+    Unavailable,
+)
+from mempool.placement.changes import changed, known_view
 from mempool.types import (
     CheckpointProgress,
     DropTable,
@@ -21,6 +30,7 @@ from mempool.types.caller import current_caller
 from mempool.types.running import Clock
 from mempool.wire import methods
 from mempool.wire.channels.channel import Channel, Channels
+from mempool.wire.codecs.tables import AskTable, ToldTable
 from mempool.wire.methods import Method
 
 T = TypeVar("T")
@@ -56,23 +66,52 @@ class GrpcPool:
         self._detour_end_s = 0.0
         self._shard_addresses: dict[str, None] = {}
         self._channels: dict[str, Channel] = {}
+        self._views: dict[str, TableView] = {}  # by name, as they were told last: what is other is asked for
         self._closed = False
 
     async def create_table(self, schema: TableSchema) -> TableView:
-        return self._learned(
+        view = self._learned(
             await self._change(
                 lambda channel, timeout_s: channel.call(methods.CREATE_TABLE, schema, timeout_s=timeout_s)
             )
         )
+        self._views[view.schema.name] = view
+        return view
 
     async def drop_table(self, name: str, *, table_id: int = 0) -> None:
+        self._views.pop(name, None)
         request = DropTable(name=name, table_id=table_id)
         await self._change(lambda channel, timeout_s: channel.call(methods.DROP_TABLE, request, timeout_s=timeout_s))
 
     async def table(self, name: str) -> TableView:
-        """Raises NotFound only if the pool's own addresses say so: a shard may not have heard of the table yet."""
-        return self._learned(
-            await self._read(lambda channel, timeout_s: channel.call(methods.GET_TABLE, name, timeout_s=timeout_s))
+        """Raises NotFound only if the pool's own addresses say so: a shard may not have heard of the table yet.
+
+        Of a table that was asked for before, what is other comes, where whoever answers has told the same view.
+        """
+        known = self._views.get(name)
+        try:
+            view = None if known is None else await self._changed(name, known)
+            view = (await self._asked(AskTable(name=name))).view if view is None else view
+        except NotFound:
+            self._views.pop(name, None)
+            raise
+        assert view is not None, "a change comes only where a view is known"
+        self._views[name] = view
+        return self._learned(view)
+
+    async def _changed(self, name: str, known: TableView) -> TableView | None:
+        """The view, of one that is known; None where what was told makes none."""
+        told = await self._asked(AskTable(name=name, known=known_view(known)))
+        if told.change is None:
+            return told.view
+        try:
+            return changed((known,), told.change)
+        except InvalidRequest:
+            return None
+
+    async def _asked(self, request: AskTable) -> ToldTable:
+        return await self._read(
+            lambda channel, timeout_s: channel.call(methods.GET_TABLE, request, timeout_s=timeout_s)
         )
 
     async def tables(self) -> tuple[TableView, ...]:

@@ -33,7 +33,7 @@ def deal_pairs(
         page_shift: log2 of the slots of a page.
 
     Returns:
-        The pairs of each group, in their order.
+        The pairs of each group, in their order, with the bags that have any where those are few.
 
     Raises:
         ValueError: A tensor has another shape, dtype or device, or offsets are not as above.

@@ -147,8 +147,7 @@ class LineChannel:
             self._give_back(line)
             return await self._grpc.call(method, request, timeout_s=timeout_s, narrow_ids=narrow_ids)
         try:
-            async with asyncio.timeout(timeout_s):
-                replied, body = await line.call(number, parts, _microseconds(timeout_s))
+            replied, body = await line.call(number, parts, _microseconds(timeout_s), timeout_s=timeout_s)
         except BaseException as error:
             self._end(line)  # whatever comes on it from now on is no answer to another call
             raise self._explained(error) from None

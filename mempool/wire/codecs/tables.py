@@ -1,11 +1,13 @@
 """Schemas, placements, views and status as messages: the codecs of ``PoolService``. All go through protobuf itself."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mempool.errors import InvalidRequest
-from mempool.placement.changes import ViewChange
+from mempool.placement.changes import KnownView, ViewChange
 from mempool.types.pool import (
     CheckpointProgress,
     DropTable,
@@ -40,6 +42,23 @@ from mempool.wire.bodies.tensors import array_from_message, tensor_to_message
 from mempool.wire.codecs.codec import MAX_SMALL_BYTES, Only, ProtoCodec
 from mempool.wire.codecs.mirror import Choice, Functions, Mirror, Several, checked_text, choice, require
 from mempool.wire.v1 import pool_pb2, status_pb2, table_pb2, tensor_pb2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskTable:
+    """The arguments of ``PoolApi.table``. known: The view that the caller has; None where none."""
+
+    name: str
+    known: KnownView | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ToldTable:
+    """A view, or in its place what is other in it than in the one that was known."""
+
+    view: TableView | None = None
+    change: ViewChange | None = None
+
 
 _LAYOUTS: Mapping[Layout, table_pb2.Layout.ValueType] = {
     "auto": table_pb2.LAYOUT_AUTO,
@@ -249,6 +268,17 @@ def _change_value(message: table_pb2.ViewChange) -> ViewChange:
     return change
 
 
+class _ToldTables(Mirror[ToldTable, pool_pb2.GetTableReply]):
+    def __init__(self) -> None:
+        parts = {"view": VIEW, "change": VIEW_CHANGE}
+        super().__init__(pool_pb2.GetTableReply, ToldTable, parts, optional=("view", "change"))
+
+    def from_message(self, message: pool_pb2.GetTableReply, **more: Any) -> ToldTable:
+        if not message.HasField("change"):
+            require(message, "view")
+        return super().from_message(message, **more)
+
+
 def _extra_bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
@@ -317,10 +347,11 @@ DROP_TABLE_REQUEST: ProtoCodec[DropTable, pool_pb2.DropTableRequest] = ProtoCode
     Mirror(pool_pb2.DropTableRequest, DropTable), MAX_SMALL_BYTES
 )
 DROP_TABLE_REPLY: ProtoCodec[None, pool_pb2.DropTableReply] = ProtoCodec(Only(pool_pb2.DropTableReply))
-GET_TABLE_REQUEST: ProtoCodec[str, pool_pb2.GetTableRequest] = ProtoCodec(
-    Only(pool_pb2.GetTableRequest, "name"), MAX_SMALL_BYTES
+GET_TABLE_REQUEST: ProtoCodec[AskTable, pool_pb2.GetTableRequest] = ProtoCodec(
+    Mirror(pool_pb2.GetTableRequest, AskTable, {"known": Mirror(table_pb2.KnownView, KnownView)}, optional=("known",)),
+    MAX_SMALL_BYTES,
 )
-GET_TABLE_REPLY: ProtoCodec[TableView, pool_pb2.GetTableReply] = ProtoCodec(Only(pool_pb2.GetTableReply, "view", VIEW))
+GET_TABLE_REPLY: ProtoCodec[ToldTable, pool_pb2.GetTableReply] = ProtoCodec(_ToldTables())
 LIST_TABLES_REQUEST: ProtoCodec[None, pool_pb2.ListTablesRequest] = ProtoCodec(
     Only(pool_pb2.ListTablesRequest), MAX_SMALL_BYTES
 )

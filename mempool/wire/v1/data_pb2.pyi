@@ -9,8 +9,8 @@ trainer's client does:
 Planning. Get the table's view. Slot s lies in row page s / page_slots; the view's placement names the owner of each
 (row page, column block). A shard answers for every column block of which it owns any page, ascending, side by side;
 pairs whose page it does not own add nothing. So send the whole request to every shard that owns something of the
-table, copy columns of blocks that only one shard answered, and add up those that several answered, in float32, in
-ascending order of shards. Every request carries the epoch and the shard's incarnation it was planned with; a shard
+table, or to each the pairs that it owns anything of, and only the bags that have any; copy columns of blocks that only
+one shard answered, and add up those that several answered, in float32, in ascending order of shards. Every request carries the epoch and the shard's incarnation it was planned with; a shard
 that is at others answers ERROR_CODE_STALE_PLACEMENT and changes nothing: see there.
 
 Pairs and bags. A gather is B bags of pairs (slot id, weight), in CSR form: bag b holds pairs offsets[b] to

@@ -127,16 +127,22 @@ class GetTableRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    KNOWN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The table's name."""
+    @_builtins.property
+    def known(self) -> _table_pb2.KnownView:
+        """The view of it that you have. Who answers may say what is other since then. Absent: the view is asked for."""
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        known: _table_pb2.KnownView | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["known", b"known"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["known", b"known", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -149,18 +155,27 @@ class GetTableReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     VIEW_FIELD_NUMBER: _builtins.int
+    CHANGE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def view(self) -> _table_pb2.TableView:
-        """Its view."""
+        """Its view. Absent: change says it."""
+
+    @_builtins.property
+    def change(self) -> _table_pb2.ViewChange:
+        """What is other in its view than in the one that you have; only where you have told of one that whoever answers still
+        has too. Where no page has another owner and no shard is elsewhere, nothing is. Where its digest is not that of what
+        you make of it, ask again, for the view.
+        """
 
     def __init__(
         self,
         *,
         view: _table_pb2.TableView | None = ...,
+        change: _table_pb2.ViewChange | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["view", b"view"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -585,6 +585,36 @@ class ViewChange(_message.Message):
 Global___ViewChange: _TypeAlias = ViewChange  # noqa: Y015
 
 @_typing.final
+class KnownView(_message.Message):
+    """Which view of a table somebody has."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    table_id: _builtins.int
+    """The table."""
+    epoch: _builtins.int
+    """The epoch of its placement."""
+    digest: _builtins.int
+    """Of its owners and shards: as in ViewChange."""
+    def __init__(
+        self,
+        *,
+        table_id: _builtins.int = ...,
+        epoch: _builtins.int = ...,
+        digest: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "epoch", b"epoch", "table_id", b"table_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KnownView: _TypeAlias = KnownView  # noqa: Y015
+
+@_typing.final
 class SavedTable(_message.Message):
     """A table in a checkpoint."""
 

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mempool.errors import InvalidRequest
-from mempool.placement.changes import Changes, ViewChange, change_between, changed, digest_of
+from mempool.placement.changes import (
+    Changes,
+    ToldViews,
+    ViewChange,
+    change_between,
+    changed,
+    digest_of,
+    known_view,
+)
 from mempool.types import OptimizerSpec, Placement, ProductKeySpec, SavedTable, ShardInfo, TableSchema, TableView
 from mempool.wire.codecs.tables import VIEW_CHANGE
 
@@ -169,3 +177,51 @@ def test_many_shards_are_told_one_change() -> None:
 def test_the_digest_is_the_same_on_every_machine() -> None:
     assert digest_of(BEFORE) == digest_of(replace(BEFORE, shards=BEFORE.shards[::-1]))
     assert f"{digest_of(BEFORE):016x}" == "df87e3a9479a0847"
+
+
+@given(
+    moves=st.lists(st.tuples(st.integers(0, 47), st.integers(0, 3)), min_size=1, max_size=12),
+    asks=st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=12),
+    most=st.integers(1, 4),
+)
+def test_who_knows_a_view_that_was_told_hears_what_is_other_and_nobody_hears_anything_else(
+    moves: list[tuple[int, int]], asks: list[tuple[int, int]], most: int
+) -> None:
+    views = [BEFORE]
+    for place, owner in moves:
+        owners = views[-1].placement.owners.reshape(-1).copy()
+        owners[place] = owner
+        views.append(make_view(views[-1].placement.epoch + 1, owners))
+    told = ToldViews(most=most)
+    of_late: list[TableView] = []
+    for has, now in asks:
+        known, view = views[min(has, len(views) - 1)], views[min(now, len(views) - 1)]
+        told.tell(view)
+        of_late = [*(each for each in of_late if each is not view), view][-most:]
+        change = told.change(known_view(known), view)
+        if change is None:
+            assert known not in of_late or known.placement.epoch > view.placement.epoch
+        else:
+            assert same(changed([known], sent(change)), view)
+            of_late = [*(each for each in of_late if each is not known), known]
+
+
+def test_of_views_that_were_told_a_bounded_number_of_owners_is_kept() -> None:
+    per_view = BEFORE.placement.owners.size + BEFORE.placement.key_owners.size
+    told = ToldViews(most_owners=3 * per_view)
+    views = [make_view(epoch, BEFORE.placement.owners) for epoch in range(4, 9)]
+    for view in views:
+        told.tell(view)
+    found = [told.change(known_view(view), views[-1]) is not None for view in views]
+    assert found == [False, False, True, True, True]
+    assert len(told._told) == 3
+    ToldViews(most_owners=per_view - 1).tell(BEFORE)
+
+
+def test_what_is_known_is_one_view_and_no_other_of_its_epoch() -> None:
+    told = ToldViews()
+    told.tell(BEFORE)
+    told.tell(AFTER)
+    other = make_view(4, [1, *BEFORE.placement.owners.reshape(-1)[1:]], (3, 3))
+    assert told.change(known_view(other), AFTER) is None
+    assert told.change(known_view(BEFORE), AFTER) is not None

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mempool import types
-from mempool.placement.changes import ViewChange
+from mempool.placement.changes import KnownView, ViewChange
 from mempool.wire import methods
 from mempool.wire.codecs.lines import OpenedLine, OpenLine
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
 from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
+from mempool.wire.codecs.tables import AskTable, ToldTable
 from mempool.wire.methods import Method
 from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2
 from tests.unit.wire.right_schemas import U64, schemas
@@ -411,7 +412,12 @@ CASES: dict[Method[Any, Any], Case] = {
         pool_pb2.DropTableReply,
         st.none(),
     ),
-    methods.GET_TABLE: (pool_pb2.GetTableRequest, TEXT, pool_pb2.GetTableReply, VIEW),
+    methods.GET_TABLE: (
+        pool_pb2.GetTableRequest,
+        build(AskTable, name=TEXT, known=st.none() | build(KnownView, table_id=U64, epoch=U64, digest=U64)),
+        pool_pb2.GetTableReply,
+        build(ToldTable, view=VIEW) | build(ToldTable, change=view_changes()),
+    ),
     methods.LIST_TABLES: (
         pool_pb2.ListTablesRequest,
         st.none(),

@@ -58,7 +58,7 @@ def test_rows_ask_those_who_have_them_and_tell_all(wait) -> None:  # type: ignor
     assert names(pool) == [["gather", "update"], ["gather", "update"], ["update"]]
     gathers = [pool.shards[shard].requests("gather")[0] for shard in (0, 1)]
     assert [gather.ids.tolist() for gather in gathers] == [[0, 7], [9]]
-    assert [gather.offsets.tolist() for gather in gathers] == [[0, 1, 2], [0, 0, 1]]
+    assert [gather.offsets.tolist() for gather in gathers] == [[0, 1, 2], [0, 1]]  # of the bags there
     assert [gather.release for gather in gathers] == [(5, 6), ()]
     assert [shard.held for shard in pool.shards] == [1, 1, 1]
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mempool.client.routing.plan import (
+    Part,
     TablePlan,
     make_plan,
     merge_candidates,
@@ -17,6 +18,7 @@ from mempool.client.routing.plan import (
     merge_weight_grads,
     newer_view,
     pick_columns,
+    pick_grads,
     place_rows,
     rows_of,
     split,
@@ -63,7 +65,8 @@ def cases(draw: st.DrawFn) -> tuple[TablePlan, str, Tensor, Bags]:
         owners = np.array(flat).reshape(num_pages, num_blocks)
     seed = draw(st.integers(0, 2**31))
     generator = torch.Generator().manual_seed(seed)
-    lengths = draw(st.lists(st.integers(0, 6), min_size=0, max_size=5))
+    longest = draw(st.sampled_from([1, 6]))
+    lengths = draw(st.lists(st.integers(0, longest), min_size=0, max_size=5))
     num_pairs = sum(lengths)
     bags = Bags(
         ids=torch.randint(0, num_slots, (num_pairs,), generator=generator),
@@ -104,13 +107,27 @@ def assert_merged(layout: str, found: Tensor, expected: Tensor) -> None:
 def test_merged_values_are_the_unsharded_sum(case: tuple[TablePlan, str, Tensor, Bags]) -> None:
     plan, layout, values, bags = case
     replies = [
-        (part.route, pick_columns(part.route, pooled(owned(plan, part.route.shard, values), part.bags)))
+        (part, pick_columns(part.route, pooled(owned(plan, part.route.shard, values), part.bags)))
         for part in split(plan, bags)
         if part.kept is None or part.bags.num_pairs
     ]
     merged = merge_values(plan, replies, num_bags=bags.num_bags)
     assert merged.shape == (bags.num_bags, plan.schema.value_dim)
     assert_merged(layout, merged, pooled(values, bags))
+
+
+@given(cases())
+@settings(deadline=None, max_examples=100)
+def test_bags_that_are_left_out_change_no_sum(case: tuple[TablePlan, str, Tensor, Bags]) -> None:
+    plan, _, values, bags = case
+    parts = [part for part in split(plan, bags) if part.kept is None or part.bags.num_pairs]
+    few, every = [], []
+    for part in parts:
+        own = owned(plan, part.route.shard, values)
+        few.append((part, pick_columns(part.route, pooled(own, part.bags))))
+        every.append((Part(route=part.route, bags=bags), pick_columns(part.route, pooled(own, bags))))
+    merged = merge_values(plan, few, num_bags=bags.num_bags)
+    assert torch.equal(merged, merge_values(plan, every, num_bags=bags.num_bags))
 
 
 @given(cases())
@@ -123,7 +140,7 @@ def test_merged_weight_grads_are_the_unsharded_ones(case: tuple[TablePlan, str, 
     for part in split(plan, bags):
         rows = pick_columns(part.route, owned(plan, part.route.shard, values)[part.bags.ids])
         part_bags = torch.repeat_interleave(part.bags.offsets.diff())
-        parts.append((part, (rows * pick_columns(part.route, grads)[part_bags]).sum(dim=1)))
+        parts.append((part, (rows * pick_grads(plan, part, grads)[part_bags]).sum(dim=1)))
     expected = (values[bags.ids] * grads[bag_of_pair]).sum(dim=1)
     found = merge_weight_grads(parts, num_pairs=bags.num_pairs)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -142,7 +159,11 @@ def test_parts_have_the_pairs_of_owned_row_pages_and_no_others(case: tuple[Table
         else:
             assert part.kept.tolist() == kept
         assert part.bags.ids.tolist() == bags.ids[kept].tolist()
-        assert torch.repeat_interleave(part.bags.offsets.diff()).tolist() == bag_of_pair[kept].tolist()
+        named = torch.arange(bags.num_bags) if part.named is None else part.named
+        assert named[torch.repeat_interleave(part.bags.offsets.diff())].tolist() == bag_of_pair[kept].tolist()
+        with_pairs = len(set(bag_of_pair[kept].tolist()))
+        few = part.kept is not None and with_pairs < 0.75 * bags.num_bags
+        assert part.bags.num_bags == named.shape[0] == (with_pairs if few else bags.num_bags)
         if bags.weights is not None:
             assert part.bags.weights is not None
             assert torch.equal(part.bags.weights, bags.weights[kept])
@@ -167,17 +188,24 @@ def test_placed_rows_are_the_rows_to_the_bit(case: tuple[TablePlan, str, Tensor,
     assert torch.equal(out.signbit(), values[bags.ids].signbit())
 
 
+def bags_of(num_bags: int) -> Bags:
+    """Of a pair each."""
+    return Bags(ids=torch.zeros(num_bags, dtype=torch.int64), weights=None, offsets=torch.arange(num_bags + 1))
+
+
 def test_the_only_owners_reply_is_the_answer_without_a_copy() -> None:
     plan = make_plan(make_view(make_schema(), np.zeros((8, 3))))
     reply = torch.randn(5, 12)
-    assert merge_values(plan, [(plan.routes[0], reply)], num_bags=5).data_ptr() == reply.data_ptr()
+    (part,) = split(plan, bags_of(5))
+    assert merge_values(plan, [(part, reply)], num_bags=5).data_ptr() == reply.data_ptr()
 
 
 def test_columns_of_shards_in_another_order_are_put_where_they_belong() -> None:
     plan = make_plan(make_view(make_schema(), np.tile([1, 1, 0], (8, 1))))
     assert plan.side_by_side == (1, 0)
     low, high = torch.randn(5, 8).bfloat16(), torch.randn(5, 4).bfloat16()
-    merged = merge_values(plan, [(plan.routes[0], high), (plan.routes[1], low)], num_bags=5)
+    first, second = split(plan, bags_of(5))
+    merged = merge_values(plan, [(first, high), (second, low)], num_bags=5)
     assert torch.equal(merged, torch.cat([low, high], dim=1).float())
 
 

@@ -196,6 +196,24 @@ def test_large_answers_come_in_several_messages_and_nothing_else_changes(
     assert max(len(shard.requests("gather")) for shard in pool.shards) > 2
 
 
+def test_what_few_bags_of_each_shard_take_is_one_message(wait, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    pool = FaultyPool(LAYOUTS["rows"])
+    router = Router(pool, dial=pool.dial)
+    bags = Bags(ids=torch.arange(64), weights=None, offsets=torch.arange(65))  # 24, 24 and 16 bags of the shards
+    expected = pool.values[:64]
+    for bags_of_message, messages in ((24, 1), (23, 2), (8, 3)):
+        monkeypatch.setattr(slices_module, "MESSAGE_BYTES", bags_of_message * 4 * 12)
+        values, record = wait(router.gather(1, bags=bags))
+        asked = [shard.requests("gather")[-messages:] for shard in pool.shards]
+        assert record.lookups == messages
+        assert [len(shard.requests("gather")) for shard in pool.shards] == [messages] * 3
+        assert [sum(request.offsets.numel() - 1 for request in some) for some in asked] == [24, 24, 16]
+        assert max(request.offsets.numel() - 1 for some in asked for request in some) <= bags_of_message
+        assert torch.equal(values, expected)
+        for shard in pool.shards:
+            shard.calls.clear()
+
+
 @pytest.mark.parametrize("keys", [FlatKeys(key_dim=3), ProductKeys(heads=2, key_dim=4)])
 def test_many_queries_go_in_several_messages(monkeypatch: pytest.MonkeyPatch, keys: FlatKeys | ProductKeys) -> None:
     tail = (keys.key_dim,) if isinstance(keys, FlatKeys) else (keys.heads, keys.key_dim)

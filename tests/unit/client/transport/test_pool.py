@@ -12,6 +12,7 @@ from mempool.config import TableConfig, resolve
 from mempool.errors import MempoolError, NotFound, PoolUnreachable, ShardUnavailable
 from mempool.types import Placement, ShardInfo, TableView
 from mempool.wire import methods
+from mempool.wire.codecs.tables import ToldTable
 
 
 class Refusing:
@@ -59,7 +60,7 @@ class Place:
         if method is methods.LIST_TABLES:
             return (view(self.names),)
         if method is methods.GET_TABLE:
-            return view(self.names)
+            return ToldTable(view=view(self.names))
         if not self.controls:
             raise PoolUnreachable("a shard changes nothing")
         return None
