@@ -14,7 +14,7 @@ PIECE_BYTES = 64 * 2**20
 WHOLE_BYTES = 192 * 2**20
 """Where nobody else is there so much is read at once."""
 LEAST_PIECE_BYTES = 4 * 2**20
-"""However slow it is: what asks for little is answered in one go, or many that do would wait for each other's pieces."""
+"""However slow it is: what asks for little is answered in one go, or many that do so would wait for their pieces."""
 PIECE_S = 1e-3
 """What a piece is to take where somebody else asks for little: to begin one costs a tenth of it."""
 LITTLE_BYTES = 128 * 2**10
