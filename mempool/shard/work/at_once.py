@@ -68,11 +68,17 @@ class AtOnce:
     def _gathered(self, request: GatherRequest, alone: bool) -> GatherReply | None:
         # Where others are asked for the same bags, what is made of their tensors is there for all of them.
         asked = _as_arrays(request) if alone else None
-        if asked is not None:
-            found = self._answer("gather", self._answers.arrays.reading, asked, wait=True)
-            if found is not None:
-                return GatherReply(stamp=found.stamp, blocks=found.blocks, values=torch.from_numpy(found.values))
-        return self._answer("gather", self._answers.reading_gather, request, wait=True)
+        answer = self._answers.reading_gather if asked is None else partial(self._of_arrays, asked)
+        return self._answer("gather", answer, request, wait=True)
+
+    def _of_arrays(
+        self, asked: ArrayGather, request: GatherRequest
+    ) -> GatherReply | Parked | Pieces[GatherReply] | None:
+        """The same request in both forms: as arrays where that will do."""
+        found = self._answers.arrays.reading(asked)
+        if found is None:
+            return self._answers.reading_gather(request)
+        return GatherReply(stamp=found.stamp, blocks=found.blocks, values=torch.from_numpy(found.values))
 
     def begin_update(
         self, request: UpdateRequest, *, timeout_s: float, **_: object

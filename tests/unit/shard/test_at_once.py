@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -199,6 +199,15 @@ def test_arrays_that_are_wrong_are_left_to_the_engine_and_change_nothing(
     assert summed(engine, as_arrays(asked(driver, envelope=driver.envelope(0, table_version=1)))) is None
     assert table.lookups == 0
     assert len(engine._answers._contexts) == 0
+
+
+def test_what_may_not_be_told_yet_is_read_once(make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = make_driver().create(make_schema())
+    engine = engine_of(driver)
+    request = asked(driver)
+    monkeypatch.setattr(engine.at_once, "_store", SimpleNamespace(is_settled=False))  # the disk is behind
+    assert begun(engine, replace(request, ids=request.ids.to(torch.uint32), private=True)) is None
+    assert engine._tenancy.table(driver.table_id).lookups == 1
 
 
 @pytest.mark.parametrize(
