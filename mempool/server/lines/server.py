@@ -30,6 +30,8 @@ _MOST_BEGINNING = 64
 """Connections by TCP that have shown no ticket yet: whoever reaches the port may have some."""
 BODIES_BYTES = 16 * LARGEST_BYTES
 """Of requests of all lines that are coming or being answered, of those that come with their messages."""
+ANSWERS_BYTES = 256 * 2**20
+"""Of answers of all lines that are not taken yet, beside what the system holds of them."""
 _KEPT_BUFFERS = 8
 _END_TIMEOUT_S = 2.0
 _LOOK_S = 0.01
@@ -69,7 +71,10 @@ class LineServer:
             calls=calls, at_once=at_once, stages=stages, max_message_bytes=max_message_bytes, loop=self._loop
         )
         self._lines = Lines(
-            self._answering, name=f"mempool lines {handshake.port_of(address)}", bodies_bytes=BODIES_BYTES
+            self._answering,
+            name=f"mempool lines {handshake.port_of(address)}",
+            bodies_bytes=BODIES_BYTES,
+            answers_bytes=ANSWERS_BYTES,
         )
         self._buffers = Buffers(_KEPT_BUFFERS)
         self._tickets = tcp.Tickets()

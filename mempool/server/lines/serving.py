@@ -28,7 +28,7 @@ class Serving:
 
     Attributes:
         host: That process's host, as far as clients share what there is by hosts.
-        body_bytes: What is taken of the room for requests.
+        body_bytes: What is taken of the room for requests; answer_bytes: of that for answers that are not taken yet.
         asked: The request that it is at; None: it is at none.
         take_back: Lets go of what answers that; None: nothing does, or it cannot be stopped.
         is_quiet: The answer comes in a turn that the lines' thread takes.
@@ -38,8 +38,8 @@ class Serving:
     """
 
     __slots__ = (
-        "_answered_in", "asked", "body_bytes", "closed", "host", "is_paused", "is_quiet", "line", "peer", "process",
-        "since_s", "take_back",
+        "_answered_in", "answer_bytes", "asked", "body_bytes", "closed", "host", "is_paused", "is_quiet", "line",
+        "peer", "process", "since_s", "take_back",
     )  # fmt: skip
 
     def __init__(self, peer: str, line: ServedLine, *, process: str) -> None:
@@ -47,7 +47,7 @@ class Serving:
         self.line = line
         self.process = process
         self.host = peer.rpartition(":")[0]
-        self.body_bytes = 0
+        self.body_bytes = self.answer_bytes = 0
         self.asked: Message | None = None
         self.take_back: Callable[[], object] | None = None
         self.is_quiet = self.is_paused = self.closed = False

@@ -34,12 +34,14 @@ class Lines:
         answering: Answers their calls.
         name: Of the thread.
         bodies_bytes: Of requests that are coming or being answered; who finds no room waits.
+        answers_bytes: Of answers that clients have not taken yet; the line of one that finds no room ends.
     """
 
-    def __init__(self, answering: Answering, *, name: str, bodies_bytes: int) -> None:
+    def __init__(self, answering: Answering, *, name: str, bodies_bytes: int, answers_bytes: int) -> None:
         self._answering = answering
         self._name = name
         self._room = Room(bodies_bytes, MOST_REQUEST_BYTES)
+        self._answers_room = Room(answers_bytes, MOST_REQUEST_BYTES)
         self._held_up: dict[Serving, None] = {}  # in the order in which they came
         self._has_more_room = False
         self._epoll = select.epoll()
@@ -239,11 +241,17 @@ class Lines:
             self._end(serving)
             return
         self._give_room(serving)
-        if not sent:
-            self._pause(serving, select.EPOLLOUT | select.EPOLLRDHUP)
-            self._look(serving)
+        if sent:
+            self._go_on(serving)
             return
-        self._go_on(serving)
+        num_bytes = serving.line.unsent_bytes
+        if not self._answers_room.take(serving.host, num_bytes):
+            _LOG.info("the line of %s has ended: too many answers are not taken", serving.peer)
+            self._end(serving)
+            return
+        serving.answer_bytes = num_bytes
+        self._pause(serving, select.EPOLLOUT | select.EPOLLRDHUP)
+        self._look(serving)
 
     def _flush(self, serving: Serving) -> None:
         try:
@@ -252,6 +260,7 @@ class Lines:
             self._end(serving)
             return
         if sent:
+            self._give_answers_room(serving)
             self._go_on(serving)
 
     def _go_on(self, serving: Serving) -> None:
@@ -299,6 +308,12 @@ class Lines:
             serving.body_bytes = 0
             self._has_more_room = bool(self._held_up)
 
+    def _give_answers_room(self, serving: Serving) -> None:
+        """Its answer is taken, or not wanted."""
+        if serving.answer_bytes:
+            self._answers_room.give_back(serving.host, serving.answer_bytes)
+            serving.answer_bytes = 0
+
     def _let_in_held_up(self) -> None:
         self._has_more_room = False
         for serving in list(self._held_up):
@@ -328,6 +343,7 @@ class Lines:
         self._stalled.discard(serving)
         self._held_up.pop(serving, None)
         self._give_room(serving)
+        self._give_answers_room(serving)
         self._loud(serving)
         serving.line.close()
         if take_back is not None:

@@ -49,6 +49,11 @@ class ServedLine(Line):
         """Whether a message has gone in part."""
         return bool(self._unsent)
 
+    @property
+    def unsent_bytes(self) -> int:
+        """Of a message that has gone in part: what is still to go."""
+        return sum(map(len, self._unsent))
+
     def take(self) -> tuple[Message, Body] | None:
         """The next message, if it is here as a whole; its body in memory of this process's own, or where it lies.
 

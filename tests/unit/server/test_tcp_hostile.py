@@ -28,7 +28,7 @@ from mempool.wire.lines.framing import (
     parsed,
 )
 from mempool.wire.lines.line import can_be_served
-from mempool.wire.lines.methods import NUMBERS
+from mempool.wire.lines.methods import METHODS, NUMBERS
 
 from .tcp_clients import connected_by_tcp, ended, hand, ticket_of
 from .test_near import asked, go, rows, serving, until
@@ -186,6 +186,37 @@ def test_who_ends_half_of_it_ends_the_line() -> None:
                 assert await ended(ours)
             await until(lambda: not server.num_lines)
             assert not server._lines._room.used_bytes
+
+    go(main())
+
+
+def test_answers_that_are_not_taken_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(line_server, "ANSWERS_BYTES", 3 * 2**20)
+    body = METHODS[READ_ROWS].request.encode(asked(2**17))  # which 2 MiB answer
+    request = header_of(Message(REQUEST, 1, READ_ROWS), len(body)) + body
+
+    async def main() -> None:
+        async with serving() as server:
+            server.listen("127.0.0.1", [0])
+            lines = server._lines
+            async with hand(server) as patient, hand(server) as other:
+                for there in lines.servings:
+                    there.line._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
+                for ours in (patient, other):
+                    ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+                await asyncio.to_thread(patient.sendall, request)
+                await until(lambda: lines._answers_room.used_bytes > 2**20)
+                await asyncio.to_thread(other.sendall, request)
+                await until(lambda: server.num_lines == 1)
+                left = parsed(await asyncio.to_thread(patient.recv, 32), most_inline=2**22).num_bytes
+                while left:
+                    left -= len(await asyncio.to_thread(patient.recv, left))
+                await until(lambda: not lines._answers_room.used_bytes)
+                await asyncio.to_thread(patient.sendall, request)
+                await until(lambda: lines._answers_room.used_bytes > 2**20)
+            await until(lambda: not server.num_lines)
+            assert not lines._answers_room.used_bytes
+            assert not lines._answers_room._used_by
 
     go(main())
 
