@@ -57,6 +57,33 @@ def test_columns_are_bitwise_equal_for_one_two_and_four_shards(pools: Pools, opt
         assert relative_error(weight_grads, one_weight_grads) < 1e-6
 
 
+def test_several_lookups_a_step_are_equal_to_the_bit_on_any_shards(pools: Pools) -> None:
+    """Shards share what does not depend on their columns: of one look-up, of all of a step, of one that comes twice."""
+    first: Tensor | None = None
+    for shards, layout in ((1, "auto"), (3, "columns"), (4, "columns"), (4, "grid"), (2, "rows")):
+        table = pools.table(
+            shards=shards, layout=layout, optimizer=Adagrad(lr=0.1), num_slots=NUM_SLOTS, value_dim=VALUE_DIM,
+            block_dim=BLOCK_DIM, page_slots=16,
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(5)
+        for step in range(STEPS):
+            pooled = []
+            for weighted in (True, False):
+                ids = torch.randint(NUM_SLOTS, (20, 12), generator=generator)
+                values = table.gather(ids, torch.randn(20, 12, generator=generator) if weighted else None)
+                pooled.append(values)
+                ids.fill_(step)  # the caller's own
+            direction = torch.randn(20, VALUE_DIM, generator=generator)
+            pooled[0].backward(direction, retain_graph=True)
+            pooled[1].backward(-direction)
+            if step:
+                pooled[0].backward(direction / 2)
+            table.commit()
+        rows = all_rows(table)
+        first = rows if first is None else first
+        assert torch.equal(rows, first), (shards, layout)
+
+
 @pytest.mark.parametrize("layout", ["rows", "grid"])
 @pytest.mark.parametrize("shards", [2, 3, 4])
 def test_rows_and_grid_are_equal_to_rounding(pools: Pools, layout: str, shards: int) -> None:

@@ -120,10 +120,14 @@ class Attempt:
         every = split(self.plan, bags)
         parts = those_named(every)
         lookups = messages_of(parts)
+        cut: dict[Bags, list[Bags]] = {}  # once for all shards that are asked for the same
+        for part in parts:
+            if part.bags not in cut:
+                cut[part.bags] = [piece_of(part.bags, number, lookups) for number in range(lookups)]
 
         async def ask_some(part: Part, host: ShardHost, envelope: Envelope, number: int) -> GatherReply:
             route = part.route
-            some = piece_of(part.bags, number, lookups)
+            some = cut[part.bags][number]
             request = gather_request(
                 some,
                 route,

@@ -19,6 +19,7 @@ from mempool.shard.steps.held import HeldUpdate, Pairs
 from mempool.types.bags import Bags
 
 _MADE = "canonical order"
+_FINDING = threading.Lock()
 
 
 class Canonical:
@@ -42,10 +43,11 @@ class Canonical:
         """Of a rank's updates, which come by sequence; at least one."""
         several = tuple(update.bags for update in updates)
         made = several[0].made
-        known: Canonical | None = made[_MADE]() if _MADE in made else None
-        if known is None or not known.is_of(several):
-            known = cls(several)
-            made[_MADE] = weakref.ref(known)
+        with _FINDING:
+            known: Canonical | None = made[_MADE]() if _MADE in made else None
+            if known is None or not known.is_of(several):
+                known = cls(several)
+                made[_MADE] = weakref.ref(known)
         return known
 
     def is_of(self, several: Sequence[Bags]) -> bool:

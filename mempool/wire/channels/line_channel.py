@@ -139,7 +139,7 @@ class LineChannel:
         try:
             near: Method[RequestT, ReplyT] = METHODS[number]
             parts = near.request.parts(request, narrow_ids=narrow_ids)
-            is_large = sum(len(part) for part in parts) > MOST_REQUEST_BYTES
+            is_large = sum(map(len, parts)) > MOST_REQUEST_BYTES
         except BaseException:
             self._give_back(line)
             raise

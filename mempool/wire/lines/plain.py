@@ -91,12 +91,12 @@ def _bags_of(value: GatherRequest | UpdateRequest, narrow_ids: bool) -> _Tensors
     """Ids, weights and offsets: the same for all shards that are asked for the same bags."""
     if value.ids is None and value.weights is None and value.offsets is None:
         return _no_bags()
-    known: _Tensors | None = None if value.bags is None else value.bags.made.get(_NAME)
+    known: _Tensors | None = None if value.bags is None else value.bags.made.get((_NAME, narrow_ids))
     if known is None:
         ids = _narrowed(value.ids, narrow_ids)
         known = _Tensors((ids, value.weights, value.offsets))
         if value.bags is not None and ids is value.ids:  # views alone are kept, no copy
-            value.bags.made[_NAME] = known
+            value.bags.made[_NAME, narrow_ids] = known
     return known
 
 

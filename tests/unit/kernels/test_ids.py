@@ -1,6 +1,7 @@
 """Slot ids of 32 bits give the bits of wide ones, results are written where they are wanted, and ids from outside are
 looked at, narrowed and copied in one pass."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -40,6 +41,51 @@ def test_narrow_ids_and_given_memory_change_no_bit(under_test, case, dtype):
     assert_close(gradient, reference.weight_gradient(case.paged, case.ids, case.offsets, case.grads), tolerance=1e-5)
     for wanted in (paged.value_dtype, torch.float16):
         assert same_bits(run.gather_rows(paged, ids, wanted), run.gather_rows(paged, wide, wanted))
+
+
+@of_the_cpu
+@kernel_settings
+@given(case=cases(elements=ELEMENTS), private=st.booleans())
+def test_sums_of_arrays_have_the_bits_of_those_of_tensors(case, private):
+    sums = kernels.array_sums()
+    if sums is None:
+        pytest.skip("needs Numba")
+    num_slots = case.paged.page_table.numel() << case.paged.page_shift
+    ids = case.ids.clamp(0, num_slots - 1).to(torch.int32)
+    given = ids.view(torch.uint32).numpy(), None if case.weights is None else case.weights.numpy(), case.offsets.numpy()
+    out = torch.full((case.grads.shape[0], case.paged.width), NAN)
+    read = sums(case.paged, *given, num_slots=num_slots, private=private, out=out.numpy())
+    assert read is not None
+    assert same_bits(out, kernels.weighted_sum(case.paged, ids, case.weights, case.offsets))
+    assert read[0].tolist() == ids.tolist()
+    assert read[1].tolist() == case.offsets.tolist()
+    if ids.numel():
+        assert private == (read[0].ctypes.data == given[0].ctypes.data)
+
+
+@of_the_cpu
+@pytest.mark.parametrize("private", [False, True])
+@pytest.mark.parametrize(
+    ("ids", "offsets"),
+    [
+        ([0, 9, 1], [0, 3]),
+        ([0, 2**32 - 1, 1], [0, 3]),
+        ([0, 2**31, 1], [0, 3]),
+        ([0, 1, 2], [0, 4]),
+        ([0, 1, 2], [1, 3]),
+        ([0, 1, 2], [0, 2, 1, 3]),
+        ([0, 1, 2], [0, 2**62, 3]),
+    ],
+)
+def test_sums_of_wrong_arrays_are_none_and_nothing_is_written(ids, offsets, private):
+    sums = kernels.array_sums()
+    if sums is None:
+        pytest.skip("needs Numba")
+    paged = Paged(torch.ones(8, 4), torch.arange(2, dtype=torch.int32), 2)
+    out = np.full((len(offsets) - 1, 4), np.nan, np.float32)
+    given = np.array(ids, np.uint32), None, np.array(offsets, np.int64)
+    assert sums(paged, *given, num_slots=8, private=private, out=out) is None
+    assert np.isnan(out).all()
 
 
 @kernel_settings

@@ -179,6 +179,27 @@ def test_what_is_kept_is_a_copy() -> None:
         assert torch.equal(kept, given_)
 
 
+def test_the_same_bags_are_gone_through_once_for_each_kind_of_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_ids, times = torch.tensor([1, 2, 3, 49], dtype=torch.int32), []
+    bags = Bags(given_ids, torch.ones(4, dtype=torch.bfloat16), torch.tensor([0, 4]))
+    sent = {"weights": bags.weights, "private": True, "bags": bags}
+    gather = replace(_gather([0, 4], given_ids.view(torch.uint32)), remember=True, **sent)
+    admit = kernels.admit_bags
+    monkeypatch.setattr(kernels, "admit_bags", lambda *given, **how: times.append(how) or admit(*given, **how))
+    checked, _ = validate.check_gather(TABLE, gather, reply_bytes=None)
+    update = replace(_update([0, 4], 1), ids=gather.ids, offsets=bags.offsets, **sent)
+    again, _ = validate.check_update(TABLE, update, None, reply_bytes=None)
+    assert again is checked
+    assert len(times) == 1
+    assert checked.weights is not None
+    assert (checked.ids.tolist(), checked.weights.dtype) == ([1, 2, 3, 49], torch.float32)
+    small = _table(make_schema(num_slots=49))
+    with pytest.raises(InvalidRequest, match=r"ids\[3\] = 49 is not a slot"):
+        validate.check_gather(small, gather, reply_bytes=None)
+    with pytest.raises(RequestTooLarge, match="the gradient of 4 weights"):
+        validate.check_update(TABLE, replace(update, want_weight_grad=True), None, reply_bytes=8)
+
+
 @pytest.mark.parametrize("private", [False, True])
 def test_what_is_kept_is_a_copy_unless_nobody_else_writes_to_it(private: bool) -> None:
     weights, ids = torch.ones(4), torch.tensor([1, 2, 3, 4]).to(torch.uint32)

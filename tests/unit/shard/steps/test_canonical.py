@@ -29,6 +29,12 @@ def _update(ids: list[int], lengths: list[int], weights: list[float] | None = No
     return HeldUpdate(Bags(torch.tensor(ids), torch.tensor(weights) if weights else None, offsets), grads)
 
 
+def _drawn(seed: int) -> HeldUpdate:
+    """Of 70 pairs and 6 columns."""
+    drawn = make_bags(seed, num_slots=NUM_SLOTS, lengths=(40, 0, 30))
+    return HeldUpdate(Bags(drawn.ids, drawn.weights, drawn.offsets), torch.rand(3, 6))
+
+
 def _of_columns(columns: slice, update: HeldUpdate) -> HeldUpdate:
     """As another shard holds it."""
     return HeldUpdate(update.bags, update.grads[:, columns].contiguous())
@@ -89,10 +95,7 @@ def test_without_any_weights_there_are_none() -> None:
 
 @pytest.mark.parametrize("num_updates", [1, 3])
 def test_shards_with_the_same_bags_sort_once(num_updates: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    updates = [
-        HeldUpdate(make_bags(seed, num_slots=NUM_SLOTS, lengths=(40, 0, 30)), torch.rand(3, 6))
-        for seed in range(num_updates)
-    ]
+    updates = [_drawn(seed) for seed in range(num_updates)]
     tables = [_table(shard, list(range(NUM_PAGES))) for shard in (0, 1)]
     kept, found = [], []
     with _sorts(monkeypatch) as sorts:
@@ -112,7 +115,7 @@ def test_shards_with_the_same_bags_sort_once(num_updates: int, monkeypatch: pyte
 def test_a_shard_without_some_of_the_pages_sorts_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever comes first."""
     for lacking in (0, 1):
-        update = HeldUpdate(make_bags(1, num_slots=NUM_SLOTS, lengths=(40, 0, 30)), torch.rand(3, 6))
+        update = _drawn(1)
         tables = [_table(shard, list(range(shard == lacking, NUM_PAGES))) for shard in (0, 1)]
         canonical = Canonical.of([update])
         with _sorts(monkeypatch) as sorts:
@@ -124,7 +127,7 @@ def test_a_shard_without_some_of_the_pages_sorts_what_it_has(monkeypatch: pytest
 
 
 def test_rows_are_those_where_pages_lie_by_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    update = HeldUpdate(make_bags(1, num_slots=NUM_SLOTS, lengths=(40, 0, 30)), torch.rand(3, 6))
+    update = _drawn(1)
     tables = [_table(0, list(range(NUM_PAGES))), _table(0, list(range(NUM_PAGES))[::-1])]
     canonical = Canonical.of([update])
     with _sorts(monkeypatch) as sorts:

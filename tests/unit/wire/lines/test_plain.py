@@ -1,5 +1,6 @@
 """Gathers and updates of a line come out as they went in; no bytes that are none do harm."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from mempool.errors import InvalidRequest
 from mempool.types import Envelope, GatherReply, GatherRequest, Stamp, StepId, UpdateReply, UpdateRequest
+from mempool.types.bags import Bags
+from mempool.types.messages import ArrayGather, ArrayGathered
+from mempool.wire.lines import plain
 from mempool.wire.lines.methods import GATHER, UPDATE
 
 NUMBERS = st.integers(0, 2**63 - 1)
@@ -72,6 +76,42 @@ def assert_same(found: Any, expected: Any) -> None:
             assert one == other, name
 
 
+def test_bags_are_laid_out_once_for_all_shards_that_are_asked_for_them() -> None:
+    """As views: nothing of them is copied, and what else a request has is its own."""
+    bags = Bags(torch.arange(5), torch.rand(5), torch.tensor([0, 2, 5]))
+    tensors = {"ids": bags.ids, "weights": bags.weights, "offsets": bags.offsets, "bags": bags}
+    found = []
+    for shard in range(3):
+        envelope = Envelope(table_id=1, epoch=2, incarnation=3 + shard)
+        released = tuple(range(shard))
+        gather = GatherRequest(envelope=envelope, lookup_id=7, remember=True, release=released, **tensors)
+        step = StepId(group="g" * shard, rank=0, step=1)
+        grads = torch.rand(2, 1 + shard)
+        update = UpdateRequest(
+            envelope=envelope, step_id=step, sequence=1, lookup_id=7, blocks=(shard,), grads=grads, hold=True,
+            want_weight_grad=True, **tensors,
+        )  # fmt: skip
+        for codec, request in ((GATHER.request, gather), (UPDATE.request, update)):
+            parts = codec.parts(request)
+            assert_same(codec.decode(bytearray(b"".join(parts))), replace(request, bags=None))
+            found.append({id(part) for part in parts if isinstance(part, memoryview)})
+    assert len(set.intersection(*found)) == 3
+    bags.ids[0] = 99
+    assert GATHER.request.decode(bytearray(GATHER.request.encode(gather))).ids.tolist() == [99, 1, 2, 3, 4]
+
+
+def test_ids_that_are_narrowed_are_not_kept() -> None:
+    bags = Bags(torch.arange(5), None, torch.tensor([0, 5]))
+    request = GatherRequest(
+        envelope=Envelope(table_id=1, epoch=2, incarnation=3), lookup_id=7, remember=True, ids=bags.ids, weights=None,
+        offsets=bags.offsets, bags=bags,
+    )  # fmt: skip
+    for narrow, dtype in ((True, torch.uint32), (False, torch.int64), (True, torch.uint32)):
+        decoded = GATHER.request.decode(bytearray(GATHER.request.encode(request, narrow_ids=narrow)))
+        assert decoded.ids.dtype == dtype
+        assert decoded.ids.tolist() == [0, 1, 2, 3, 4]
+
+
 @given(request=GATHERS, narrow=st.booleans())
 @settings(max_examples=80, deadline=None)
 def test_gathers_come_out_as_they_went_in(request: GatherRequest, narrow: bool) -> None:
@@ -109,6 +149,76 @@ def test_what_is_no_request_is_refused_or_read_within_its_bytes(request: GatherR
         return
     tensors = [tensor for tensor in (found.ids, found.weights, found.offsets) if tensor is not None]
     assert sum(tensor.nbytes for tensor in tensors) <= len(body)
+
+
+def as_request(asked: ArrayGather) -> GatherRequest:
+    return GatherRequest(
+        envelope=asked.envelope,
+        lookup_id=asked.lookup_id,
+        ids=torch.from_numpy(asked.ids),
+        weights=None if asked.weights is None else torch.from_numpy(asked.weights),
+        offsets=torch.from_numpy(asked.offsets),
+        remember=asked.remember,
+        release=asked.release,
+    )
+
+
+@given(request=GATHERS, shared=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_the_usual_gather_is_read_as_arrays_however_it_was_written(request: GatherRequest, shared: bool) -> None:
+    bags = Bags(ids=request.ids, weights=request.weights, offsets=request.offsets) if shared else None
+    request = replace(request, ids=request.ids.to(torch.uint32), bags=bags)  # of bags for several shards, or not
+    body = bytearray(b"".join(GATHER.request.parts(request)))
+    asked = plain.read_gather(body)
+    weights = request.weights
+    sized = len(request.ids) and len(request.offsets) and (weights is None or len(weights) == len(request.ids))
+    usual = sized and request.reply_dtype == "float32" and (weights is None or weights.dtype == torch.float32)
+    assert (asked is not None) == bool(usual)
+    assert_same(GATHER.request.decode(body), replace(request, bags=None))
+    if asked is not None:
+        assert not asked.private
+        assert_same(as_request(asked), replace(request, bags=None))
+
+
+@given(request=GATHERS, data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_what_is_no_usual_gather_is_none_or_read_within_its_bytes(request: GatherRequest, data: st.DataObject) -> None:
+    body = bytearray(GATHER.request.encode(replace(request, ids=request.ids.to(torch.uint32))))
+    at = data.draw(st.integers(0, len(body) - 1))
+    if data.draw(st.booleans()):
+        del body[at:]
+    else:
+        body[at] ^= data.draw(st.integers(1, 255))
+    asked = plain.read_gather(body)
+    if asked is not None:
+        arrays = [array for array in (asked.ids, asked.weights, asked.offsets) if array is not None]
+        assert sum(array.nbytes for array in arrays) <= len(body)
+        assert_same(as_request(asked), GATHER.request.decode(body))
+
+
+def test_arrays_that_kernels_are_not_made_for_are_none() -> None:
+    request = GatherRequest(
+        envelope=Envelope(table_id=1, epoch=1, incarnation=1),
+        lookup_id=0,
+        ids=torch.tensor([1, 2], dtype=torch.uint32),
+        weights=None,
+        offsets=torch.tensor([0, 2]),
+        remember=False,
+    )
+    body = GATHER.request.encode(request)
+    assert plain.read_gather(bytearray(body)) is not None
+    assert plain.read_gather(body) is None  # not to be written to
+    odd = bytearray(1) + body
+    assert plain.read_gather(memoryview(odd)[1:]) is None  # not aligned
+
+
+@given(stamp=STAMPS, blocks=FEW, shape=st.tuples(st.integers(1, 4), st.integers(1, 5)))
+@settings(max_examples=40, deadline=None)
+def test_answers_that_are_arrays_are_read_as_any(stamp: Stamp, blocks: tuple[int, ...], shape: tuple[int, int]) -> None:
+    values = torch.rand(shape)
+    body = b"".join(plain.gathered(ArrayGathered(stamp, blocks, values.numpy())))
+    assert body == GATHER.reply.encode(GatherReply(stamp=stamp, blocks=blocks, values=values))
+    assert_same(GATHER.reply.decode(bytearray(body)), GatherReply(stamp=stamp, blocks=blocks, values=values))
 
 
 @pytest.mark.parametrize("value", [torch.zeros(2, dtype=torch.complex64), torch.zeros(1, 1, 1)])
