@@ -9,7 +9,7 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Iterable
 
-from mempool.errors import MempoolError
+from mempool.errors import MempoolError, Overloaded
 from mempool.observe import Stages
 from mempool.server.lines.answering import Answering, Calls
 from mempool.server.lines.serving import Serving
@@ -129,7 +129,7 @@ class LineServer:
         self._wait_at(listening, near=False)
 
     async def open_line(self, request: OpenLine) -> OpenedLine:
-        """What a client that gRPC has let in may have."""
+        """What a client that gRPC has let in may have. Raises Overloaded where too many ask just now."""
         if self._lines.ended or self.closing:
             return OpenedLine(why="this process is ending")
         if not self._port:
@@ -138,7 +138,7 @@ class LineServer:
             return OpenedLine(why=f"this shard's lines are of version {VERSION}, not {request.version}")
         ticket = self._tickets.give(request.client)
         if ticket is None:
-            return OpenedLine(why="too many clients ask for lines just now")
+            raise Overloaded("too many clients ask for lines just now", retry_after_s=_AGAIN_S)
         return OpenedLine(port=self._port, ticket=ticket.ticket, answer=ticket.answer)
 
     async def stop(self, grace_s: float = 0.0) -> None:
