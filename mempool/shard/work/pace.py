@@ -13,7 +13,8 @@ PIECE_BYTES = 64 * 2**20
 """Bytes of rows that are read at once at most, where others wait: some milliseconds."""
 WHOLE_BYTES = 192 * 2**20
 """Where nobody else is there so much is read at once."""
-LEAST_PIECE_BYTES = 2**20
+LEAST_PIECE_BYTES = 4 * 2**20
+"""However slow it is: what asks for little is answered in one go, or many that do so would wait for their pieces."""
 PIECE_S = 1e-3
 """What a piece is to take where somebody else asks for little: to begin one costs a tenth of it."""
 LITTLE_BYTES = 128 * 2**10

@@ -11,15 +11,18 @@ from dataclasses import replace
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from mempool import kernels
 from mempool.errors import DeadlineExceeded, MempoolError, Overloaded
 from mempool.shard import Engine
 from mempool.shard.parking import Behind, Parked
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.work import pace
 from mempool.types import GatherRequest, OptimizerSpec, UpdateRequest
+from mempool.types.messages import ArrayGather, ArrayGathered
 from mempool.wire.channels.loop import run
 from tests.contract.bags import make_bags
 from tests.contract.driver import Driver, make_schema, same
@@ -123,6 +126,79 @@ def test_it_answers_what_the_engine_answers(make_driver: MakeDriver) -> None:
     assert there is not None
     assert same(there.weight_grad, weight_grad)
     assert driver.status(0).updates_held == 1
+
+
+def as_arrays(request: GatherRequest, **changes: Any) -> ArrayGather:
+    arrays = ArrayGather(
+        request.envelope,
+        request.lookup_id,
+        request.ids.to(torch.uint32).numpy(),
+        None if request.weights is None else request.weights.to(torch.float32).numpy().copy(),
+        request.offsets.numpy().copy(),
+        request.remember,
+        request.release,
+        False,
+    )
+    return arrays._replace(**changes)
+
+
+def summed(engine: Engine, asked: ArrayGather) -> ArrayGathered | None:
+    with engine._thread._at_work:  # what it was asked before has ended
+        pass
+    return engine.at_once.gather_arrays(
+        asked, cost=1, caller="me", space=lambda bags, width: np.empty((bags, width), np.float32)
+    )
+
+
+@pytest.mark.skipif(kernels.array_sums() is None, reason="needs Numba")
+def test_arrays_are_answered_with_the_same_bits_and_are_remembered(make_driver: MakeDriver) -> None:
+    driver = make_driver().create(make_schema())
+    engine = engine_of(driver)
+    request = asked(driver, remember=False)
+    expected = driver.call(engine.gather(request))
+    given = as_arrays(request, lookup_id=7, remember=True)
+    found = summed(engine, given)
+    assert found is not None
+    assert (found.stamp, found.blocks) == (expected.stamp, expected.blocks)
+    assert same(torch.from_numpy(found.values), expected.values)
+    here = begun(engine, replace(request, ids=request.ids.to(torch.uint32), private=True))
+    assert same(here.values, expected.values)
+    kept = engine._answers._contexts.recall(7, table_id=driver.table_id, epoch=driver.envelope(0).epoch)
+    assert kept is not None
+    given.ids[:] = 0  # whoever sent them may write to where they lie
+    given.offsets[:] = 0
+    if given.weights is not None:
+        given.weights[:] = 0
+    assert kept.ids.tolist() == request.ids.tolist()
+    assert kept.offsets.tolist() == request.offsets.tolist()
+    if request.weights is not None and kept.weights is not None:
+        assert same(kept.weights, request.weights.to(torch.float32))
+    assert summed(engine, as_arrays(request, release=(7,))) is not None
+    assert engine._answers._contexts.recall(7, table_id=driver.table_id, epoch=driver.envelope(0).epoch) is None
+
+
+@pytest.mark.skipif(kernels.array_sums() is None, reason="needs Numba")
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"ids": np.array([50] * 3, np.uint32), "weights": None, "offsets": np.array([0, 3])},
+        {"offsets": np.array([0])},
+        {"offsets": np.array([0, 1])},
+        {"lookup_id": 2**64},
+        {"release": tuple(range(10**5))},
+    ],
+)
+def test_arrays_that_are_wrong_are_left_to_the_engine_and_change_nothing(
+    make_driver: MakeDriver, wrong: dict[str, Any]
+) -> None:
+    driver = make_driver().create(make_schema())
+    engine = engine_of(driver)
+    table = engine._tenancy.table(driver.table_id)
+    assert summed(engine, as_arrays(asked(driver), **wrong)) is None
+    assert summed(engine, as_arrays(asked(driver, envelope=driver.envelope(0, epoch=7)))) is None
+    assert summed(engine, as_arrays(asked(driver, envelope=driver.envelope(0, table_version=1)))) is None
+    assert table.lookups == 0
+    assert len(engine._answers._contexts) == 0
 
 
 @pytest.mark.parametrize(

@@ -61,12 +61,6 @@ def _admitted(result: Any, given: tuple[Any, ...]) -> tuple[str, int]:
     return SERVER, sum(made.nbytes for made, was in pairs if _at(made) != _at(was))
 
 
-def _own_numbers(result: Any, given: tuple[Any, ...]) -> tuple[str, int]:
-    before = given[0]
-    pairs = ((result.ids, before.ids), (result.offsets, before.offsets))
-    return SERVER, sum(made.nbytes for made, was in pairs if made is not was)
-
-
 def _merged(result: Any, given: tuple[Any, ...]) -> tuple[str, int]:
     replies = given[1]
     return CLIENT, 0 if any(_at(result) == _at(values) for _, values in replies) else result.nbytes
@@ -117,7 +111,7 @@ SITES = (
     Site("tensors into a frame", "mempool.wire.codecs.codec:FrameCodec.encode", _encoded),
     Site("small frame through protobuf", "mempool.wire.codecs.codec:FrameCodec._small", _read_small),
     Site("misaligned tensor of a frame", "mempool.wire.bodies.tensors:FrameMemory.tensor", _misaligned),
-    Site("ids and offsets out of shared memory", "mempool.server.lines.answering:_with_own_numbers", _own_numbers),
+    Site("ids of 64 bits out of what others may write to", "mempool.wire.lines.plain:_wide_own", _unless_same(SERVER)),
     Site("ids and offsets checked and narrowed", "mempool.kernels.dispatch.admission:admit_bags", _admitted),
     Site("weights to be kept", "mempool.shard.validate:admit", _unless_same(SERVER)),
     Site("shards' sums put together", "mempool.client.routing.plan:merge_values", _merged),
