@@ -13,7 +13,7 @@ from mempool import types
 from mempool.placement.changes import KnownView, ViewChange
 from mempool.wire import methods
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
-from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
+from mempool.wire.codecs.pages import AttachView, ForgetTable, FreezeTable, SetView, ThawTable
 from mempool.wire.codecs.tables import AskTable, ToldTable
 from mempool.wire.methods import Method
 from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2
@@ -106,6 +106,7 @@ def view_changes(draw: st.DrawFn) -> ViewChange:
     )
 
 
+KNOWN = build(KnownView, table_id=U64, epoch=U64, digest=U64)
 DECIDED = build(
     types.DecidedStep, table_id=U64, version=U64, step_id=STEP_ID, lr=DOUBLE, grad_scale=DOUBLE, sequences=U64S
 )
@@ -316,12 +317,13 @@ CASES: dict[Method[Any, Any], Case] = {
     methods.ATTACH_TABLE: (
         shard_pb2.AttachTableRequest,
         build(
-            types.AttachTable,
+            AttachView,
             view=VIEW,
             mode=st.sampled_from(["initialise", "empty", "lost", "restore"]),
             ledger=st.none() | LEDGER,
             source=st.none() | build(types.TableSource, url=TEXT, checkpoint=TEXT, table=TEXT, keys=TEXT),
-        ),
+        )
+        | build(AttachView, view=st.none(), mode=st.just("confirm"), known=KNOWN),
         shard_pb2.AttachTableReply,
         st.none(),
     ),
@@ -407,7 +409,7 @@ CASES: dict[Method[Any, Any], Case] = {
     ),
     methods.GET_TABLE: (
         pool_pb2.GetTableRequest,
-        build(AskTable, name=TEXT, known=st.none() | build(KnownView, table_id=U64, epoch=U64, digest=U64)),
+        build(AskTable, name=TEXT, known=st.none() | KNOWN),
         pool_pb2.GetTableReply,
         build(ToldTable, view=VIEW) | build(ToldTable, change=view_changes()),
     ),
