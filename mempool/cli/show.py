@@ -44,8 +44,12 @@ def status(now: PoolStatus, *, address: str, stages: bool = False) -> None:
         shards.add_row(*_shard_row(shard), style=None if shard.state == "ready" else "red")
     console.print(shards)
     console.print(_kept(now))
-    if near := sum(shard.near_clients for shard in now.shards):
-        console.print(f"clients through shared memory: {near} (counted at each shard); others come by gRPC")
+    ways = {
+        "through shared memory": sum(shard.near_clients for shard in now.shards),
+        "by lines over TCP": sum(shard.tcp_line_clients for shard in now.shards),
+    }
+    if counts := ", ".join(f"{count} {way}" for way, count in ways.items() if count):
+        console.print(f"clients: {counts} (counted at each shard); others come by gRPC")
     found = [documents.table(view, now) for view in now.tables]
     if found:
         tables = _table(

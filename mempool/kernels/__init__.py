@@ -13,6 +13,7 @@ from mempool.kernels.arguments import ELEMENTS, LONG_RUN, RUN_PIECE, Dealt, Elem
 from mempool.kernels.dispatch import (
     add_segments,
     admit_bags,
+    array_sums,
     catch_up,
     deal_pairs,
     flat_topk,
@@ -76,6 +77,7 @@ __all__ = [
     "SortedPairs",
     "add_segments",
     "admit_bags",
+    "array_sums",
     "catch_up",
     "deal_pairs",
     "flat_topk",

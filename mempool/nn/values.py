@@ -77,8 +77,8 @@ class LayerLink:
     def release(self, record: LookupRecord) -> Callable[[], None]:
         return self._link.release(record)
 
-    def wire_weights(self, weights: Tensor | None) -> Tensor | None:
-        return self._link.wire_weights(weights)
+    def wire_weights(self, weights: Tensor | None, *, kept: bool = True) -> Tensor | None:
+        return self._link.wire_weights(weights, kept=kept)
 
     @property
     def lost(self) -> bool:

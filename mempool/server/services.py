@@ -24,6 +24,7 @@ from mempool.types import (
     UpdateReply,
     UpdateRequest,
 )
+from mempool.types.arrays import ArrayGather, ArrayGathered
 from mempool.types.caller import current_caller
 from mempool.wire import methods
 from mempool.wire.codecs.lines import OpenedLine, OpenLine
@@ -40,6 +41,7 @@ RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
 Handlers = dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]
 Space = Callable[[tuple[int, ...], "torch.dtype"], "Tensor | None"]
+ArraySpace = Callable[[int, int], Any]
 Tell = Callable[[Any, BaseException | None], None]
 TakeBack = Callable[[], None]
 Lookup = Callable[[LookupRequest], Awaitable[LookupReply]]
@@ -53,6 +55,9 @@ class AtOnce(Protocol):
 
     def gather(self, request: GatherRequest, *, caller: str, space: Space | None = None) -> GatherReply | None:
         """Where the shard has nothing else to do. space: gives the memory that the answer is written to."""
+
+    def gather_arrays(self, asked: ArrayGather, *, cost: int, caller: str, space: ArraySpace) -> ArrayGathered | None:
+        """The same of arrays."""
 
     def update(self, request: UpdateRequest, *, caller: str, space: Space | None = None) -> UpdateReply | None: ...
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mempool import kernels
 from mempool.observe import Stages
 from mempool.shard import bounds, validate
+from mempool.shard.array_gathers import ArrayGathers
 from mempool.shard.durable.records import Counted, Held, Written
 from mempool.shard.hosted import HostedTable
 from mempool.shard.parking import Parked
@@ -23,7 +25,7 @@ from mempool.shard.steps.contexts import Contexts, joined
 from mempool.shard.steps.held import HeldUpdate
 from mempool.shard.tenancy import Tenancy
 from mempool.shard.work.jobs import SMALL_BYTES, Begun, Shared
-from mempool.shard.work.pace import Pace
+from mempool.shard.work.pace import BAG_ROWS, Pace
 from mempool.types import (
     Envelope,
     GatherReply,
@@ -39,10 +41,9 @@ from mempool.types import (
     WriteRowsReply,
     WriteRowsRequest,
 )
+from mempool.types.arrays import ArrayGather, ArrayGathered
 from mempool.types.bags import Bags
 
-_BAG_ROWS = 16
-"""Rows that are read in the time that the answer of one bag takes: its memory is new, and touched first."""
 LEAST_TOGETHER, LEAST_TOGETHER_ON_CPU = 2, 4
 """Gathers that are summed by one kernel. A CPU's is begun so soon that what joining costs is not saved before."""
 COPY_PIECE_BYTES = 64 * 2**20
@@ -102,6 +103,7 @@ class Answers:
         self._tenancy = tenancy
         self._contexts = contexts
         self._stages = stages
+        self.arrays = ArrayGathers(tenancy, contexts=contexts, stages=stages, reply_bytes=reply_bytes, pace=pace)
         self._reply_bytes = reply_bytes
         self._message_bytes = message_bytes
         self._pace = pace
@@ -132,6 +134,14 @@ class Answers:
             self._contexts.recount()
             raise
 
+    def reading_arrays(self, asked: ArrayGather) -> ArrayGathered | None:
+        """The same of arrays."""
+        try:
+            return self.arrays.gather(asked, space=_new_values)
+        except BaseException:
+            self._contexts.recount()
+            raise
+
     def shared_gather(
         self,
         request: GatherRequest,
@@ -150,7 +160,7 @@ class Answers:
         if table is None:
             return None
         ids, offsets = request.ids, request.offsets
-        num_bytes = ids.nbytes + offsets.nbytes + _row_bytes(table) * (ids.numel() + _BAG_ROWS * offsets.numel())
+        num_bytes = ids.nbytes + offsets.nbytes + _row_bytes(table) * (ids.numel() + BAG_ROWS * offsets.numel())
         if num_bytes > SMALL_BYTES:
             return None
         return Shared(
@@ -202,7 +212,7 @@ class Answers:
         return BegunGather(request, table, bags, dtype, None if space is None else space(shape, form))
 
     def _is_long_gather(self, begun: BegunGather) -> bool:
-        return self._pace.is_long(_row_bytes(begun.table) * (begun.bags.num_pairs + _BAG_ROWS * begun.bags.num_bags))
+        return self._pace.is_long(_row_bytes(begun.table) * (begun.bags.num_pairs + BAG_ROWS * begun.bags.num_bags))
 
     def _whole_gather(self, begun: BegunGather) -> GatherReply:
         values = self._pooled(begun.table, begun.bags, begun.dtype, for_step=begun.request.remember, out=begun.out)
@@ -441,6 +451,10 @@ class Answers:
             return tensor.cpu() if out is None else out.copy_(tensor)
 
 
+def _new_values(num_bags: int, width: int) -> Any:
+    return np.empty((num_bags, width), np.float32)
+
+
 def _row_bytes(table: HostedTable) -> int:
     """Bytes of a row of values, of all blocks here, taken as float32."""
     return 4 * table.storage.width
@@ -490,6 +504,6 @@ def _parts_of(bags: Bags, row_bytes: int, pace: Pace) -> Iterator[tuple[int, int
         start = bags.offsets[first]
         # Empty bags are answered too, so there are so many bags at most as well.
         end = int(torch.searchsorted(bags.offsets, start + most, right=True)) - 1
-        end = max(min(end, first + max(1, most // _BAG_ROWS), bags.num_bags), first + 1)
+        end = max(min(end, first + max(1, most // BAG_ROWS), bags.num_bags), first + 1)
         yield first, end, bags.some(first, end)
         first = end

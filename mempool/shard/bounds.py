@@ -40,7 +40,7 @@ MAX_RELEASED = 65_536
 MAX_FREEZE_S = 3600.0
 _MAX_RANK = 2**32 - 1
 _MAX_NUMBER = 2**53 - 1  # steps, sequences: every client's language can hold them
-_MAX_LOOKUP_ID = _MAX_WRITER = 2**64 - 1
+MAX_LOOKUP_ID = _MAX_WRITER = 2**64 - 1
 _SHOWN = 64
 
 
@@ -64,8 +64,8 @@ def check_number(what: str, number: int, most: int = _MAX_NUMBER) -> None:
 
 def check_lookup_id(number: int) -> None:
     """Raises InvalidRequest for one that is no 64-bit number."""
-    if not 0 <= number <= _MAX_LOOKUP_ID:
-        check_number("lookup_id", number, _MAX_LOOKUP_ID)
+    if not 0 <= number <= MAX_LOOKUP_ID:
+        check_number("lookup_id", number, MAX_LOOKUP_ID)
 
 
 def check_lookups(count: int) -> None:
@@ -140,7 +140,7 @@ def check_prepare(request: PrepareRequest) -> None:
     _check_parts(request.parts)
     for part in request.parts:
         check_step(part.step_id, part.sequences)
-    check_number("decider_table", request.decider_table, _MAX_LOOKUP_ID)
+    check_number("decider_table", request.decider_table, MAX_LOOKUP_ID)
     check_number("decider_step", request.decider_step)
     check_number("attempt", request.attempt)
     named = {part.envelope.table_id: part.step_id.step for part in request.parts}.get(request.decider_table)
@@ -239,6 +239,11 @@ def _check_entry(entry: LedgerEntry) -> None:
         raise InvalidRequest(f"a ledger entry names {len(entry.others):,} tables; a step has at most {MAX_PARTS:,}")
 
 
+def fits_reply(num_bytes: int, limit_bytes: int | None) -> bool:
+    """Whether ``check_reply`` accepts it."""
+    return limit_bytes is None or num_bytes + _ENVELOPE_BYTES <= limit_bytes
+
+
 def check_reply(num_bytes: int, limit_bytes: int | None, what: str | Callable[[], str]) -> None:
     """Refuse what would be answered by more than a message may have, before it is made.
 
@@ -250,7 +255,7 @@ def check_reply(num_bytes: int, limit_bytes: int | None, what: str | Callable[[]
     Raises:
         RequestTooLarge: It would be larger.
     """
-    if limit_bytes is not None and num_bytes + _ENVELOPE_BYTES > limit_bytes:
+    if limit_bytes is not None and not fits_reply(num_bytes, limit_bytes):
         raise RequestTooLarge(
             f"{what if isinstance(what, str) else what()} would be answered by {num_bytes:,} bytes; a message has at "
             f"most {limit_bytes:,} "

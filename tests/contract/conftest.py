@@ -21,10 +21,10 @@ from mempool.shard import Engine
 from mempool.types import ShardHost, ShardInfo
 from mempool.wire.channels.grpc_channel import GrpcChannels
 from mempool.wire.channels.loop import run
-from mempool.wire.lines.line import supported
+from mempool.wire.lines.line import can_be_served, supported
 from tests.integration.pools import RayPool
 from tests.support.faulty import FaultyShard
-from tests.support.serving import require_near, served_pool
+from tests.support.serving import require_line, served_pool
 
 from .driver import Driver, Hosted
 
@@ -64,7 +64,17 @@ async def near_hosts(num_shards: int) -> AsyncIterator[list[Hosted]]:
     async with served_pool(num_shards, near=True) as pool:
         infos = [pool.shards[shard].info for shard in range(num_shards)]
         for info in infos:
-            await require_near(pool.dial(info), info)
+            await require_line(pool.dial(info), info, near=True)
+        yield [Hosted(host=pool.dial(info), info=info) for info in infos]
+
+
+@asynccontextmanager
+async def tcp_hosts(num_shards: int) -> AsyncIterator[list[Hosted]]:
+    """The same by lines over TCP, as from another host."""
+    async with served_pool(num_shards, tcp=True) as pool:
+        infos = [pool.shards[shard].info for shard in range(num_shards)]
+        for info in infos:
+            await require_line(pool.dial(info), info, near=False)
         yield [Hosted(host=pool.dial(info), info=info) for info in infos]
 
 
@@ -103,17 +113,22 @@ KINDS: dict[str, Kind] = {
     "engine": Kind(engines),
     "grpc": Kind(grpc_hosts),
     "near": Kind(near_hosts, skip_reason=lambda: None if supported() else "this system has no such memory"),
+    "tcp": Kind(tcp_hosts, skip_reason=lambda: None if can_be_served() else "this system serves no lines"),
     "ray": Kind(ray_hosts, skip_reason=_no_ray),
 }
 
-NEAR_MODULES = ("test_gather", "test_refusals", "test_rows", "test_training")
-"""What a kind that differs from "grpc" by its transport alone is run against: large bodies, small ones, refusals."""
+LINE_MODULES = {
+    "near": ("test_gather", "test_refusals", "test_rows", "test_training"),
+    "tcp": ("test_gather", "test_rows"),
+}
+"""What kinds that differ from "grpc" by their transport alone are run against: large bodies, small ones, refusals."""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     def is_left_out(item: pytest.Item) -> bool:
         params = getattr(getattr(item, "callspec", None), "params", {})
-        return params.get("driver") == "near" and item.path.stem not in NEAR_MODULES
+        modules = LINE_MODULES.get(params.get("driver", ""))
+        return modules is not None and item.path.stem not in modules
 
     left_out = [item for item in items if is_left_out(item)]
     if left_out:

@@ -79,6 +79,7 @@ class Requests:
             "MemoryService.ReadRows": self._read_rows,
             "MemoryService.WriteRows": self._write_rows,
             "MemoryService.StepCount": lambda: data_pb2.StepCountRequest(envelope=self.envelope()),
+            "MemoryService.OpenLine": lambda: data_pb2.OpenLineRequest(version=4, client=self.random.randrange(2**60)),
             "ShardService.AttachTable": self._attach_table,
             "ShardService.DropTable": self._shard_drop,
             "ShardService.Freeze": self._freeze,

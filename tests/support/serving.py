@@ -38,6 +38,7 @@ class ServedPool:
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         tls: tuple[ServerTls, ClientTls] | tuple[None, None] = (None, None),
         near: bool = False,
+        tcp: bool = False,
         **server_options: Any,
     ) -> None:
         self.token = token
@@ -45,8 +46,8 @@ class ServedPool:
         self.server_options = server_options
         self.max_message_bytes = max_message_bytes
         channels = GrpcChannels(token=token, controller_key=CONTROLLER_KEY, tls=client_tls)
-        self.near = near
-        self.dialer = GrpcDialer(LineChannels(grpc=channels) if near else channels)
+        self.near, self.tcp = near, tcp
+        self.dialer = GrpcDialer(LineChannels(grpc=channels, near=near, tcp=tcp))
         self.shards: dict[int, ServedShard] = {}
         self.controller = Controller("served", launcher=self, dial=self.dialer.dial)
         self.server = Server(token=token, tls=self.tls)
@@ -72,6 +73,7 @@ class ServedPool:
             controller_key=CONTROLLER_KEY,
             tls=self.tls,
             max_message_bytes=self.max_message_bytes,
+            line_ports=[0] if self.tcp else None,
             **self.server_options,
         )
         port = server.bind("127.0.0.1", [0])
@@ -119,10 +121,10 @@ async def served_pool(
         await pool.dialer.close()
 
 
-async def require_near(host: ShardHost, info: ShardInfo) -> None:
-    """Ask until calls go through shared memory."""
+async def require_line(host: ShardHost, info: ShardInfo, *, near: bool) -> None:
+    """Ask until calls go by a line, with shared memory or over TCP."""
     channel = host._channel  # type: ignore[attr-defined]
     async with asyncio.timeout(20):
-        while not channel.is_near:
+        while not (channel.is_near if near else channel.is_tcp):
             await host.heartbeat(HeartbeatRequest(incarnation=info.incarnation, group="g", rank=0))
             await asyncio.sleep(0.02)

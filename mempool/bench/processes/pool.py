@@ -16,6 +16,7 @@ from typing import Any
 import mempool
 from mempool.bench.processes.child import START_TIMEOUT_S, Child, Parent
 from mempool.client.opening.remote import NEAR_VARIABLE
+from mempool.config import TCP_LINES_VARIABLE
 
 _CALL_TIMEOUT_S = 120.0
 _SELF = "mempool.bench.processes.pool"
@@ -63,18 +64,21 @@ def pool_process(
 
 
 @contextmanager
-def connected(address: str, *, near: bool) -> Iterator[mempool.Pool]:
-    """A client of a pool; near: its calls go through shared memory where they can, else by gRPC."""
+def connected(address: str, *, near: bool, tcp: bool = False) -> Iterator[mempool.Pool]:
+    """A client of a pool, whose calls go by gRPC; near: through shared memory where they can; tcp: by lines over TCP,
+    where they can, as those of other hosts do."""
     with _CONNECTING:
-        before = os.environ.get(NEAR_VARIABLE)
-        os.environ[NEAR_VARIABLE] = str(int(near))
+        wanted = {NEAR_VARIABLE: near, TCP_LINES_VARIABLE: tcp}
+        before = {name: os.environ.get(name) for name in wanted}
+        os.environ.update({name: str(int(value)) for name, value in wanted.items()})
         try:
             pool = mempool.connect(address, timeout_s=_CALL_TIMEOUT_S)
         finally:
-            if before is None:
-                del os.environ[NEAR_VARIABLE]
-            else:
-                os.environ[NEAR_VARIABLE] = before
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
     with pool:
         yield pool
 

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from mempool.bench.processes.child import Parent
-from mempool.bench.processes.pool import connected
 from mempool.bench.serve.contenders import Contender, echoes, pools
 from mempool.bench.serve.contenders.echoes import Echo
 from mempool.bench.serve.shapes import Pairs, Shape, TableSize, drawn_pairs
@@ -88,7 +87,7 @@ def _connected(stack: ExitStack, name: str, address: str, table: TableSize) -> C
         return Echo(name, table, stack.enter_context(echoes.unix_exchange(address)))
     if name == pools.EMBEDDED:
         return stack.enter_context(pools.embedded(table))
-    pool = stack.enter_context(connected(address, near=name == pools.NEAR))
+    pool = stack.enter_context(pools.client(address, name))
     return pools.look_up(name, pool.table("facts"), table)
 
 

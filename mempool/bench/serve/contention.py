@@ -4,8 +4,9 @@
 
 [TRAINER] this process: torch with its threads computes, then looks up, as a training step does. [SHARD] one process
 each way: with the environment that every shard has (its threads sleep when idle), and with OpenMP's own default. The
-rounds of both are interleaved. Then, over gRPC and through shared memory: so many other clients look up beside the
-trainer, in a closed loop, and at 70 % of the rate that they reach in it. No figure is printed of a wrong answer.
+rounds of both are interleaved. Then, over gRPC, by lines over TCP, and through shared memory: so many other clients
+look up beside the trainer, in a closed loop, and at 70 % of the rate that they reach in it. No figure is printed of a
+wrong answer.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import mempool
 from mempool.bench import machine
 from mempool.bench.goals import Standing, stand
 from mempool.bench.measuring import Times
-from mempool.bench.processes.pool import WAITING, connected, pool_process
+from mempool.bench.processes.pool import WAITING, pool_process
 from mempool.bench.serve.contenders import pools
 from mempool.bench.serve.load import OPEN_SHARE, Clients
 from mempool.bench.serve.shapes import Shape, TableSize
@@ -152,7 +153,7 @@ def run(*, rounds: int, threads: int, num_slots: int) -> list[Figures]:
 
 
 def beside(*, clients: int, seconds: float, threads: int, num_slots: int) -> list[Beside]:
-    """Measure clients beside a trainer, over gRPC and through shared memory.
+    """Measure clients beside a trainer, each way.
 
     Raises:
         ChildError: A process does not start, or ends.
@@ -164,7 +165,7 @@ def beside(*, clients: int, seconds: float, threads: int, num_slots: int) -> lis
     with ExitStack() as stack:
         load = Clients(stack, size, [asked], count=clients, seed=0, threads=threads, floors=False)
         for target in load.remote:
-            with connected(load.address, near=target == pools.NEAR) as pool:
+            with pools.client(load.address, target) as pool:
                 step = _Step(pool.table("facts"), bags=trained.bags, pairs=trained.pairs)
                 step.check()
                 with _training(step, threads):

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from mempool.bench.goals import Standing, stand
 from mempool.bench.serve.contenders.actor import RAY
 from mempool.bench.serve.contenders.echoes import GRPC_ECHO
-from mempool.bench.serve.contenders.pools import EMBEDDED, GRPC, NEAR
+from mempool.bench.serve.contenders.pools import EMBEDDED, GRPC, NEAR, TCP
 from mempool.bench.serve.contenders.rpc import RPC
 from mempool.bench.serve.load import ALONE, CLOSED, FLOODED, OPEN, OPEN_SHARE, Load
 from mempool.bench.serve.lookups import LookUps
@@ -19,8 +19,10 @@ from mempool.bench.serve.shards import KINDS, Scaling
 
 #: The large look-up, and the small ones.
 _LARGE, _SMALL = "1024x128", ("64x32", "8x32")
-#: Of the time that others add to the large one.
-_ADDED = {(NEAR, RPC): 1 / 8, (NEAR, RAY): 1 / 20, (GRPC, RPC): 1.0, (GRPC, RAY): 1 / 4}
+#: Of the time that others add to the large one. Clients of other hosts go by lines over TCP, else by gRPC.
+_ADDED = {
+    (NEAR, RPC): 1 / 8, (NEAR, RAY): 1 / 20, (TCP, RPC): 1.0, (TCP, RAY): 1 / 4, (GRPC, RPC): 1.0, (GRPC, RAY): 1 / 4
+}  # fmt: skip
 #: Of the time that others take for a small one.
 _TAKEN = {(NEAR, RPC): 0.5, (GRPC, GRPC_ECHO): 1.3}
 #: Milliseconds that an embedded pool took for a small one, before.
@@ -28,7 +30,7 @@ _EMBEDDED_BEFORE_MS = {"64x32": 2.7, "8x32": 2.1}
 #: Milliseconds of the client's CPU that a further shard cost a large one, before.
 _FURTHER_BEFORE_MS = {"columns": 1.6, "rows": 2.8}
 #: Of the calls that 8 clients of the echo get together.
-_TOTAL = {GRPC: 0.7, NEAR: 2.0}
+_TOTAL = {GRPC: 0.7, TCP: 0.7, NEAR: 2.0}
 _MANY_SHARDS = 8
 _MANY_CLIENTS, _SEVERAL_CLIENTS = 8, 4
 

@@ -13,7 +13,6 @@ from mempool.bench.gate import Check, GateError
 from mempool.bench.measuring import Times
 from mempool.bench.processes import cpu
 from mempool.bench.processes.child import Child
-from mempool.bench.processes.pool import connected
 from mempool.bench.run import Say
 from mempool.bench.serve.client import OPEN_THREADS, Spell
 from mempool.bench.serve.contenders import echoes, pools
@@ -129,9 +128,9 @@ class Clients:
         serving = stack.enter_context(pools.serving(table, threads=threads))
         self._pool, self.address = serving.pool, serving.process.address
         self.remote = [pools.GRPC]
-        if pools.NEAR in pools.REMOTE:
-            with connected(self.address, near=True) as near:
-                self.remote += [pools.NEAR] if pools.goes_near(near, near.table(serving.table.name)) else []
+        for way in pools.REMOTE[1:]:
+            with pools.client(self.address, way) as pool:
+                self.remote += [way] if pools.goes(way, pool, pool.table(serving.table.name)) else []
         self._targets = {name: _Target(self.address, serving.process.pids) for name in self.remote}
         if floors:
             for name, server in ((echoes.GRPC_ECHO, echoes.grpc_server()), (echoes.UNIX_ECHO, echoes.unix_server())):

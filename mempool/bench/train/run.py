@@ -48,6 +48,8 @@ from mempool.bench.train.tables import (
 
 PARTS = ("steps", "shards", "peers", "layers", "overlap")
 _CALL_TIMEOUT_S = 120.0
+#: Of a pool in a process on this host.
+_WAYS = (GRPC, NEAR)
 
 
 @dataclass(frozen=True)
@@ -319,7 +321,7 @@ def _served(size: TableSize) -> Iterator[Mapping[str, mempool.Pool]]:
     memory_bytes = 2**30 + 8 * size.num_slots * size.value_dim * 4  # four tables, with optimizer state
     with ExitStack() as stack:
         address = stack.enter_context(pool_process(memory_bytes=memory_bytes)).address
-        yield {way: stack.enter_context(connected(address, near=way == NEAR)) for way in pools.REMOTE}
+        yield {way: stack.enter_context(connected(address, near=way == NEAR)) for way in _WAYS if way in pools.REMOTE}
 
 
 def _line(measured: Measured) -> str:

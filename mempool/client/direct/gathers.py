@@ -94,12 +94,13 @@ def _gather_of_several(
         ]
     )
     replies = [reply for reply in answers if reply is not None]
+    sent = received = 0
     for part, ids, reply in zip(parts, released, answers, strict=True):
         if reply is None:
             router.remembered.give_back(table_id, part.route.shard, ids)
         else:
-            router.versions.saw(table_id, reply.stamp.table_version)
-            router.traffic.add(sent=part.bags.num_bytes, received=reply.values.nbytes)
+            sent, received = sent + part.bags.num_bytes, received + reply.values.nbytes
+    router.traffic.add(sent=sent, received=received)
     record = lookup_record(
         plan,
         bags,
@@ -109,6 +110,7 @@ def _gather_of_several(
         remembered_by=parts if remember else (),
         parts=every if remember else (),
     )
+    router.versions.saw(table_id, record.seen.newest_version)
     router.remembered.add(record)
     if len(replies) < len(parts):
         router.release(record)()  # who has answered remembers it, and nobody will ask for it

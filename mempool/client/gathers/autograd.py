@@ -83,7 +83,7 @@ def pooled_gather(
     if (
         not differentiable and forward_ad._current_level < 0
     ):  # what torch makes ready for a graph is a part of a small call
-        bags = Bags(ids=ids, weights=link.wire_weights(weights), offsets=offsets)
+        bags = Bags(ids=ids, weights=link.wire_weights(weights, kept=False), offsets=offsets)
         return _sums(link, bags, remember=False, device=device)[0]
     pooled: Tensor = _PooledGather.apply(  # type: ignore[no-untyped-call]
         anchor, weights, ids, offsets, link, trained, remember and differentiable, device

@@ -322,7 +322,7 @@ def gather_request(
         release=release,
         reply_dtype="float32" if route.partial else reply_dtype,
         private=True,  # they were copied when they were checked
-        bags=bags,
+        bags=None if route.whole else bags,  # nobody else is asked for them
     )
 
 

@@ -106,9 +106,14 @@ class TableLink:
             return None
         return HotRows(num_bytes=num_bytes, num_slots=self.num_slots, value_dim=self.value_dim, table=self.name)
 
-    def wire_weights(self, weights: Tensor | None) -> Tensor | None:
-        """Weights as they are sent."""
-        return None if weights is None else own_copy(weights, _WIRE_DTYPES[self._wire_dtype])
+    def wire_weights(self, weights: Tensor | None, *, kept: bool = True) -> Tensor | None:
+        """Weights as they are sent. kept: Beyond the call: what the caller may write to by then is copied."""
+        if weights is None:
+            return None
+        dtype = _WIRE_DTYPES[self._wire_dtype]
+        if not kept and weights.dtype == dtype and weights.device.type == "cpu" and weights.is_contiguous():
+            return weights.detach() if weights.requires_grad else weights
+        return own_copy(weights, dtype)
 
     def send_gather(self, bags: Bags, *, remember: bool) -> tuple[Tensor, LookupRecord]:
         """Pooled values [B, V] float32 on the CPU."""

@@ -79,6 +79,9 @@ class GrpcShard:
         channel: Leads to it; closed with this.
         clock: Seconds, monotonic: what callers' deadlines are told by.
         changes: Of views that shards are told.
+
+    Attributes:
+        used_s: When it was dialled last, on the clock.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class GrpcShard:
         self._changes = Changes() if changes is None else changes
         self._told: dict[int, TableView] = {}  # what it took last of each of its tables
         self.info = info
+        self.used_s = 0.0
         self._channel = channel
         self._calls = 0
 
@@ -238,7 +242,6 @@ class GrpcDialer:
         self._channels = channels
         self._changes = Changes()
         self._hosts: dict[ShardInfo, GrpcShard] = {}
-        self._used_s: dict[ShardInfo, float] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -261,14 +264,14 @@ class GrpcDialer:
             channel = self._channels(info.address, shard=info.shard)
             host = GrpcShard(info, channel, clock=self._clock, changes=self._changes)
             self._hosts[info] = host
-        self._used_s[info] = now_s
+        host.used_s = now_s
         return host
 
     def dial_at_once(self, info: ShardInfo) -> GrpcShard | None:
         """The host of a shard that was dialled before, for all threads but the loop's."""
         host = self._hosts.get(info)
         if host is not None:
-            self._used_s[info] = self._clock()
+            host.used_s = self._clock()
         return host
 
     async def close(self) -> None:
@@ -276,16 +279,11 @@ class GrpcDialer:
         self._closed = True
         hosts = list(self._hosts.values())
         self._hosts.clear()
-        self._used_s.clear()
         await asyncio.gather(*(host.close() for host in hosts), *self._closing)
 
     def _close_idle(self, now_s: float) -> None:
-        for info, used_s in list(self._used_s.items()):
-            host = self._hosts.get(info)
-            if host is None:  # it was closed while a thread dialled it
-                del self._used_s[info]
-            elif now_s - used_s > _IDLE_S and not host.busy:
-                del self._used_s[info]
+        for info, host in list(self._hosts.items()):
+            if now_s - host.used_s > _IDLE_S and not host.busy:
                 self._close_soon(self._hosts.pop(info).close())
 
     def _close_soon(self, closing: Coroutine[Any, Any, None]) -> None:

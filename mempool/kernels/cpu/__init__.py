@@ -1,7 +1,7 @@
 """The CPU implementation: Numba kernels on numpy views of the tensors. Arguments are checked by mempool.kernels."""
 
 from mempool.kernels.cpu.admission import admit_bags
-from mempool.kernels.cpu.bags import weight_gradient, weighted_sum
+from mempool.kernels.cpu.bags import sum_arrays, weight_gradient, weighted_sum
 from mempool.kernels.cpu.dealing import deal_pairs
 from mempool.kernels.cpu.initial import initial_values
 from mempool.kernels.cpu.rows import gather_rows, scatter_rows
@@ -39,6 +39,7 @@ __all__ = [
     "select_topk",
     "sort_pairs",
     "squared_norm",
+    "sum_arrays",
     "weight_gradient",
     "weighted_sum",
 ]

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mempool.kernels.cpu.runtime import Array, kernel, serial, view
 
-_NO_IDS: Array = np.empty(0, dtype=np.int32)
-_NO_OFFSETS: Array = np.empty(0, dtype=np.int64)
+NO_IDS: Array = np.empty(0, dtype=np.int32)
+NO_OFFSETS: Array = np.empty(0, dtype=np.int64)
 
 
 @serial
@@ -22,7 +22,8 @@ def ascends(offsets: Array, num_ids: int) -> bool:
 
 
 @kernel
-def _admit(ids: Array, num_slots: int, copied: Array, offsets: Array, own_offsets: Array) -> bool:
+def admit(ids: Array, num_slots: int, copied: Array, offsets: Array, own_offsets: Array) -> bool:
+    """Whether ids lie below num_slots and offsets ascend from 0 to their number; both are copied on the way."""
     # Arrays that nothing is copied to are empty. No branch in the loops: they become vector code.
     bad = False
     if copied.shape[0] == ids.shape[0]:
@@ -43,14 +44,14 @@ def admit_bags(
 ) -> tuple[Tensor, Tensor] | None:
     """See mempool.kernels.admit_bags."""
     copied, own_offsets = ids, offsets
-    to_ids, to_offsets = _NO_IDS if dtype == torch.int32 else _NO_OFFSETS, _NO_OFFSETS
+    to_ids, to_offsets = NO_IDS if dtype == torch.int32 else NO_OFFSETS, NO_OFFSETS
     if own or ids.dtype != dtype:
         copied = torch.empty(ids.shape[0], dtype=dtype, device="cpu")
         to_ids = copied.numpy()
     if own:
         own_offsets = torch.empty(offsets.shape[0], dtype=torch.int64, device="cpu")
         to_offsets = own_offsets.numpy()
-    if not _admit(view(ids), num_slots, to_ids, view(offsets), to_offsets):
+    if not admit(view(ids), num_slots, to_ids, view(offsets), to_offsets):
         return None
     return _as_given(copied), _as_given(own_offsets)
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from mempool.kernels.arguments import Paged
 from mempool.kernels.checking import check_offsets
-from mempool.kernels.cpu.admission import ascends
+from mempool.kernels.cpu.admission import NO_IDS, NO_OFFSETS, admit, ascends
 from mempool.kernels.cpu.elements import load, locate
 from mempool.kernels.cpu.runtime import (
+    EMPTY_WEIGHTS,
     Array,
     borrowed,
     elements,
@@ -328,6 +329,31 @@ def weighted_sum(
     if whole:
         return sums
     return sums.to(dtype) if out is None else out.copy_(sums)
+
+
+def sum_arrays(
+    paged: Paged,
+    ids: Array,
+    weights: Array | None,
+    offsets: Array,
+    *,
+    num_slots: int,
+    private: bool,
+    out: Array,
+) -> tuple[Array, Array] | None:
+    """See mempool.kernels.array_sums."""
+    own_ids, own_offsets = ids.view(np.int32), offsets
+    if private:
+        admitted = admit(own_ids, num_slots, NO_IDS, offsets, NO_OFFSETS)
+    else:
+        own_ids, own_offsets = np.empty(ids.shape[0], np.int32), offsets.copy()
+        admitted = admit(ids, num_slots, own_ids, own_offsets, NO_OFFSETS)
+    if not admitted:
+        return None
+    num_threads = use_threads(ids.shape[0] * paged.width // _READS_PER_STEP)
+    num_tasks = several_tasks(num_threads, _TASKS_PER_THREAD)
+    given = own_ids, EMPTY_WEIGHTS if weights is None else weights, own_offsets
+    return (own_ids, own_offsets) if _weighted_sum(arena_of(paged), *given, num_threads, num_tasks, out) else None
 
 
 @serial

@@ -1,7 +1,14 @@
 """Each function of the kernels' contract: arguments are checked, the device picks the implementation."""
 
 from mempool.kernels.dispatch.admission import admit_bags
-from mempool.kernels.dispatch.bags import gather_rows, initial_values, scatter_rows, weight_gradient, weighted_sum
+from mempool.kernels.dispatch.bags import (
+    array_sums,
+    gather_rows,
+    initial_values,
+    scatter_rows,
+    weight_gradient,
+    weighted_sum,
+)
 from mempool.kernels.dispatch.dealing import deal_pairs
 from mempool.kernels.dispatch.topk import (
     flat_topk,
@@ -25,6 +32,7 @@ from mempool.kernels.dispatch.updates import (
 __all__ = [
     "add_segments",
     "admit_bags",
+    "array_sums",
     "catch_up",
     "deal_pairs",
     "flat_topk",

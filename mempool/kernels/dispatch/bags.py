@@ -7,6 +7,10 @@ Legend: B bags, L pairs in all bags, M rows asked for, R arena rows, W arena row
 
 from __future__ import annotations
 
+import functools
+from typing import Any, Protocol
+
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -63,6 +67,44 @@ def weighted_sum(
         check_output_dtype(dtype)
         check_output(out, (offsets.numel() - 1, paged.width), dtype, device)
     return implementation_for(device).weighted_sum(paged, ids, weights, offsets, dtype, out)
+
+
+class ArraySums(Protocol):
+    """See ``array_sums``."""
+
+    def __call__(
+        self,
+        paged: Paged,
+        ids: npt.NDArray[Any],
+        weights: npt.NDArray[Any] | None,
+        offsets: npt.NDArray[Any],
+        *,
+        num_slots: int,
+        private: bool,
+        out: npt.NDArray[Any],
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None: ...
+
+
+@functools.cache
+def array_sums() -> ArraySums | None:
+    """``admit_bags`` and ``weighted_sum`` of bags that are arrays of the CPU; None where Numba is not there.
+
+    Of a small call, making tensors of arrays and arrays of tensors takes longer than its sums. What is returned takes:
+
+        paged: The values, on the CPU.
+        ids: [L] uint32 slot ids, contiguous, of a table of at most 2**31 slots.
+        weights: [L] float32, contiguous, or None for all ones.
+        offsets: [B + 1] int64, contiguous.
+        num_slots: Ids lie below.
+        private: Nobody else writes to ids and offsets; else they are copied before they are relied on.
+        out: [B, W] float32, contiguous: where the sums are written, every element, with the bits of ``weighted_sum``.
+
+    It returns ids [L] int32 and offsets [B + 1] as they were read, nobody else's if not ``private``; None where an id
+    or an offset is wrong, and then nothing is written.
+    """
+    module: Any = implementation_for(torch.device("cpu"))
+    found: ArraySums | None = getattr(module, "sum_arrays", None)
+    return found
 
 
 def gather_rows(paged: Paged, ids: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:

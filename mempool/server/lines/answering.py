@@ -15,16 +15,20 @@ from mempool.errors import InvalidRequest, MempoolError, RequestTooLarge, ShardU
 from mempool.observe import Stages
 from mempool.server.lines.serving import Serving
 from mempool.server.services import AtOnce
+from mempool.types.arrays import ArrayGathered
 from mempool.types.caller import Caller, calling
 from mempool.wire import methods
 from mempool.wire.lines.framing import Message
 from mempool.wire.lines.line import Body, Parts
 from mempool.wire.lines.methods import GATHER, METHODS, UPDATE
+from mempool.wire.lines.plain import gathered, read_gather
 from mempool.wire.methods import Method
 from mempool.wire.status import to_status
 
 _LOG = logging.getLogger("mempool.server")
 _LONGEST_TURN_S = 60.0
+_LITTLE_BYTES = 128 * 2**10
+"""Of gathers that are answered one after the other where several are there, not lined up."""
 _IN_PLACE = (GATHER, UPDATE)
 """Calls whose tensors are read where they came: the shard copies what it keeps of them."""
 
@@ -98,6 +102,10 @@ class Answering:
             raise _ending()
         timeout_s = None if message.timeout_us < 0 else message.timeout_us / 1e6
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        if method is GATHER and self._at_once is not None and (alone or message.num_bytes < _LITTLE_BYTES):
+            reply = self._gathered(serving, body)
+            if reply is not None:
+                return reply
         began_s = time.perf_counter()
         in_place = message.place is not None and method in _IN_PLACE
         request = method.request.decode(body if in_place or message.place is None else bytes(body))
@@ -127,7 +135,7 @@ class Answering:
         """An answer as it is sent. Raises RequestTooLarge."""
         method = METHODS[message.method]
         began_s = time.perf_counter()
-        parts: Parts = method.reply.parts(reply)
+        parts: Parts = gathered(reply) if isinstance(reply, ArrayGathered) else method.reply.parts(reply)
         self._stages.record("encode", time.perf_counter() - began_s)
         num_bytes = sum(map(len, parts))
         if num_bytes > self._max_message_bytes:
@@ -136,6 +144,18 @@ class Answering:
                 "(max_message_bytes). Ask for fewer bags or rows at a time"
             )
         return parts
+
+    def _gathered(self, serving: Serving, body: Body) -> ArrayGathered | None:
+        """A plain gather, where the shard has nothing else to do: with others that are there it would wait for its
+        turn, which takes longer."""
+        assert self._at_once is not None, "it was asked for"
+        asked = read_gather(body)
+        if asked is None:
+            return None
+        try:
+            return self._at_once.gather_arrays(asked, cost=len(body), caller=serving.peer, space=serving.values)
+        except MempoolError:
+            return None
 
     def _answered(self, serving: Serving, method: Method[Any, Any], request: Any) -> Any:
         """What the shard answers here and now; None where it has something else to do, or it is no such call."""

@@ -6,11 +6,14 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mempool.wire.lines.framing import FAILURE, REPLY, Message
 from mempool.wire.lines.line import Parts
 from mempool.wire.lines.served import ServedLine
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
     from torch import Tensor
 
@@ -83,6 +86,14 @@ class Serving:
         space = torch.frombuffer(memory, dtype=dtype).view(shape)
         self._answered_in = space.data_ptr()
         return space
+
+    def values(self, num_bags: int, width: int) -> "npt.NDArray[np.float32]":
+        """The same for an answer that is an array; of its own where there is none now."""
+        memory = self.line.space(4 * num_bags * width)
+        if memory is None:
+            return np.empty((num_bags, width), np.float32)
+        self._answered_in = _address(memory)
+        return np.frombuffer(memory, np.float32).reshape(num_bags, width)
 
     def _over(self) -> int:
         """The call is answered. Returns its number."""

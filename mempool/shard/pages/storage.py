@@ -269,6 +269,14 @@ class Storage:
                 values_BW[:, lane.columns] += sums
         return values_BW.to(dtype) if out is None else out.copy_(values_BW)
 
+    @property
+    def array_rows(self) -> kernels.Paged | None:
+        """What ``kernels.array_sums`` may sum; None where the rows lie elsewhere, or have to be brought up to date."""
+        if len(self._lanes) != 1 or self.schedule is not None or self.device.type != "cpu":
+            return None
+        lane = self._lanes[0]
+        return lane.arena.paged() if lane.columns is None and self.id_dtype == torch.int32 else None
+
     def weight_grad(self, bags: Bags, grads_BW: Tensor, *, out: Tensor | None = None) -> Tensor:
         """[L] float32: <grads[bag], V[id]> over the columns that are here.
 

@@ -11,7 +11,10 @@ from functools import partial
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+
 from mempool.shard.answers import Answers, Pieces, Space
+from mempool.shard.array_gathers import ArraySpace
 from mempool.shard.committing import Committing
 from mempool.shard.parking import Behind, Parked
 from mempool.shard.work.jobs import Shared, cost_of, cost_of_parts
@@ -25,12 +28,14 @@ from mempool.types import (
     UpdateReply,
     UpdateRequest,
 )
+from mempool.types.arrays import ArrayGather, ArrayGathered
 
 if TYPE_CHECKING:
     from mempool.shard.durable.store import Store
 
 RequestT = TypeVar("RequestT")
 ReplyT = TypeVar("ReplyT")
+_USUAL = (GatherReply, ArrayGathered)
 TakeBack = Callable[[], None]
 """Nobody waits for the answer any more."""
 
@@ -53,10 +58,21 @@ class AtOnce:
         self._committing = committing
         self._store = store
 
-    def begin_gather(self, request: GatherRequest, **_: object) -> Callable[[], GatherReply | None]:
+    def begin_gather(
+        self, request: GatherRequest, *, alone: bool = False, **_: object
+    ) -> Callable[[], GatherReply | None]:
         """See ``AtOnceShard``. All is done when the answer is asked for; whoever has the shard just then is waited
         for."""
-        return lambda: self._answer("gather", self._answers.reading_gather, request, wait=True)
+        return lambda: self._gathered(request, alone)
+
+    def _gathered(self, request: GatherRequest, alone: bool) -> GatherReply | None:
+        # Where others are asked for the same bags, what is made of their tensors is there for all of them.
+        asked = _as_arrays(request) if alone else None
+        if asked is not None:
+            found = self._answer("gather", self._answers.reading_arrays, asked, wait=True)
+            if found is not None:
+                return GatherReply(stamp=found.stamp, blocks=found.blocks, values=torch.from_numpy(found.values))
+        return self._answer("gather", self._answers.reading_gather, request, wait=True)
 
     def begin_update(
         self, request: UpdateRequest, *, timeout_s: float, **_: object
@@ -71,6 +87,12 @@ class AtOnce:
             return None
         answer = partial(self._answers.gather, space=space)
         return self._answer("gather", answer, request, wait=False, caller=caller)
+
+    def gather_arrays(self, asked: ArrayGather, *, cost: int, caller: str, space: ArraySpace) -> ArrayGathered | None:
+        """As ``gather``, of the plain ones; None for others, too. cost: As of ``cost_of``."""
+        self._thread.pace.asks(caller, cost)
+        answer = partial(self._answers.arrays.gather, space=space)
+        return self._answer("gather", answer, asked, wait=False, caller=caller)
 
     def update(self, request: UpdateRequest, *, caller: str, space: Space | None = None) -> UpdateReply | None:
         """The same of an update."""
@@ -176,6 +198,25 @@ class AtOnce:
         return reply if self._store is None or self._store.is_settled else None
 
 
+def _as_arrays(request: GatherRequest) -> ArrayGather | None:
+    """A request of this process as arrays, which are its tensors' memory; None where it has no such form."""
+    ids, weights = request.ids, request.weights
+    if not request.private or request.reply_dtype != "float32" or ids.dtype != torch.uint32:
+        return None
+    if weights is not None and weights.dtype != torch.float32:
+        return None
+    return ArrayGather(
+        request.envelope,
+        request.lookup_id,
+        ids.numpy(),
+        None if weights is None else weights.numpy(),
+        request.offsets.numpy(),
+        request.remember,
+        request.release,
+        True,
+    )
+
+
 def _cost_of_update(request: UpdateRequest) -> int:
     return cost_of(request.ids, request.weights, request.offsets, request.grads)
 
@@ -186,7 +227,7 @@ def _whole(answer: Callable[[RequestT], ReplyT | Parked | Pieces[ReplyT] | None]
         reply: Any = answer(request)
     except Behind:
         return None
-    if isinstance(reply, GatherReply):
+    if isinstance(reply, _USUAL):
         return reply  # type: ignore[return-value]  # the usual answer
     whole: ReplyT | None = None if isinstance(reply, GeneratorType) else _unless_parked(reply)  # others have turns
     return whole

@@ -18,6 +18,8 @@ PIECE_S = 1e-3
 """What a piece is to take where somebody else asks for little: to begin one costs a tenth of it."""
 LITTLE_BYTES = 128 * 2**10
 """Of a request that is little to do."""
+BAG_ROWS = 16
+"""Rows that are read in the time that the answer of one bag takes: its memory is new, and touched first."""
 READS = frozenset({"gather", "score", "read_rows"})
 """What somebody waits for who asks for little. A trainer's steps are small requests, too, of one that asks for much."""
 _RECENT_S = 1.0

@@ -49,8 +49,7 @@ _MUCH_LATER_S = 300.0
 MOST_LINES = 8
 """Of one channel. Calls that find all of them taken go by gRPC."""
 _KEPT_BUFFERS = 16
-_CLIENT = secrets.randbits(62)
-"""What servers tell this process's lines from others' by; its children have other numbers."""
+_DRAWN = secrets.randbits(62)
 _LOG = logging.getLogger("mempool.wire")
 _MICROSECONDS = 1e6
 _MOST_OF_IT = 0.9
@@ -110,7 +109,7 @@ class LineChannel:
         self._free: deque[ClientLine] = deque()
         self._lines: set[ClientLine] = set()
         self._opening: asyncio.Task[None] | None = None
-        self._agreeing: list[None] = []  # as many as there are threads that open a line just now
+        self._agreeing: list[None] = []  # as many as there are threads, and the loop, that open a line just now
         self._near_from_s = 0.0 if near and supported() else math.inf  # monotonic: it is not tried before
         self._tcp_from_s = 0.0 if tcp and lines_over_tcp.possible() else math.inf
         self._closed = False
@@ -148,8 +147,7 @@ class LineChannel:
             self._give_back(line)
             return await self._grpc.call(method, request, timeout_s=timeout_s, narrow_ids=narrow_ids)
         try:
-            async with asyncio.timeout(timeout_s):
-                replied, body = await line.call(number, parts, _microseconds(timeout_s))
+            replied, body = await line.call(number, parts, _microseconds(timeout_s), timeout_s=timeout_s)
         except BaseException as error:
             self._end(line)  # whatever comes on it from now on is no answer to another call
             raise self._explained(error) from None
@@ -237,9 +235,13 @@ class LineChannel:
 
     def _want_line(self) -> None:
         """Have a further one opened, beside the loop, where there may be one."""
-        if self._opening is None and not self._closed and len(self._lines) < MOST_LINES and self._is_time:
+        if self._opening is None and not self._closed and self._is_room and self._is_time:
             with suppress(RuntimeError):  # the loop has ended
                 self._loop.call_soon_threadsafe(self._open_soon)
+
+    @property
+    def _is_room(self) -> bool:
+        return len(self._lines) + len(self._agreeing) < MOST_LINES
 
     @property
     def _is_time(self) -> bool:
@@ -293,12 +295,16 @@ class LineChannel:
             self._opening = self._loop.create_task(self._open())
 
     async def _open(self) -> None:
+        self._agreeing.append(None)
         try:
+            if len(self._lines) + len(self._agreeing) > MOST_LINES:
+                return
             line = await self._open_near() or await self._open_tcp()
             if line is not None:
                 self._lines.add(line)
                 self._free.append(line)
         finally:
+            self._agreeing.pop()
             self._opening = None
 
     async def _open_near(self) -> ClientLine | None:
@@ -322,7 +328,7 @@ class LineChannel:
         if time.monotonic() < self._tcp_from_s:
             return None
         self._tcp_from_s = time.monotonic() + _AGAIN_S
-        asked = OpenLine(version=VERSION, client=_CLIENT ^ os.getpid())
+        asked = OpenLine(version=VERSION, client=client_number())
         try:
             opened = await self._grpc.call(methods.OPEN_LINE, asked, timeout_s=lines_over_tcp.TIMEOUT_S)
         except (Unavailable, DeadlineExceeded):  # whoever calls now hears of it
@@ -333,7 +339,10 @@ class LineChannel:
             why = opened.why
             if opened.port:
                 host = self.address.rpartition(":")[0]
-                call = partial(lines_over_tcp.call, host, opened.port, opened.ticket, opened.answer)
+                call = partial(
+                    lines_over_tcp.call, host, opened.port, opened.ticket, opened.answer,
+                    timeout_s=lines_over_tcp.TIMEOUT_S,
+                )  # fmt: skip
                 try:
                     line = await _in_thread(lambda: ClientLine(call(), buffers=self._buffers))
                 except (OSError, MempoolError) as error:
@@ -367,6 +376,11 @@ class LineChannel:
     def _failure(self, detail: Body) -> MempoolError:
         error = from_detail(bytes(detail), shard=self._grpc.shard, address=self.address)
         return error or Internal(f"shard {self._grpc.shard} at {self.address} failed, and did not say how")
+
+
+def client_number() -> int:
+    """What servers tell this process's lines from others' by; its children have other numbers."""
+    return _DRAWN ^ os.getpid()
 
 
 def _microseconds(timeout_s: float | None) -> int:

@@ -5,6 +5,8 @@ A client's calls come one after another, and each is answered before the next is
 the other to take what it sends.
 """
 
+from __future__ import annotations
+
 import asyncio
 import os
 import select
@@ -43,6 +45,7 @@ _JOINED_BYTES = 16 * 2**10
 """Smaller messages are put together: the system takes one piece faster than many."""
 _MOST_PIECES = 256
 _TIMEVAL = struct.Struct("ll")
+_AT_ONCE = struct.pack("ii", 1, 0)
 
 Body = bytes | memoryview
 Parts = Sequence[bytes | memoryview]
@@ -158,13 +161,25 @@ class ClientLine(Line):
         super().__init__(connection, shared, buffers)
         connection.settimeout(None)
         self._timeouts: dict[int, float] = {}
+        self._coming: tuple[Message, memoryview | None, int] | None = None  # an answer, on a loop
+        self._bounds: tuple[float | None, float | None] | None = None  # asked for last
         self._call = 0
         self._kept: dict[int, weakref.ref[memoryview]] = {}
         self._num_kept = 0
         self._free: deque[tuple[int, int]] = deque()  # filled by whoever lets go of a body, on any thread
 
+    def close(self) -> None:
+        if self._shared is None:
+            # At once, also where the server takes no more just now: else it would not know while it works on that call.
+            with suppress(OSError):
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
+        super().close()
+
     def bound(self, *, receive_s: float | None = None, send_s: float | None = None) -> None:
         """How long a blocking call waits for the other side, from now on. None: as before."""
+        if (receive_s, send_s) == self._bounds:
+            return
+        self._bounds = receive_s, send_s
         for option, seconds in ((socket.SO_RCVTIMEO, receive_s), (socket.SO_SNDTIMEO, send_s)):
             if seconds is not None and seconds != self._timeouts.get(option):
                 whole = int(seconds)
@@ -211,26 +226,63 @@ class ClientLine(Line):
             at += came(self._socket.recv_into(body[at:], 0, socket.MSG_WAITALL))
         return self._answered(message, self._whole(message, body))
 
-    async def call(self, method: int, parts: Parts, timeout_us: int) -> tuple[bool, Body]:
-        """The same on an event loop, both."""
+    async def call(
+        self, method: int, parts: Parts, timeout_us: int, *, timeout_s: float | None = None
+    ) -> tuple[bool, Body]:
+        """The same on an event loop, both. Raises TimeoutError after ``timeout_s``; who is cut off ends the line.
+
+        The loop's own calls of sockets try each time before anything is there, and are told of it each time anew: that
+        took a third of what a small call costs.
+        """
         loop = asyncio.get_running_loop()
-        pieces = self._asked(method, parts, timeout_us)
-        self._socket.setblocking(False)
+        end_s = None if timeout_s is None else loop.time() + timeout_s
+        await self._sent_on(loop, self._asked(method, parts, timeout_us), end_s)
+        answered: asyncio.Future[tuple[bool, Body]] = loop.create_future()
+        late = None if end_s is None else loop.call_at(end_s, _end_with, answered, TimeoutError())
+        loop.add_reader(descriptor := self._socket.fileno(), self._take_for, answered)
         try:
-            sent = self._socket.sendmsg(pieces)
+            return await answered
+        finally:
+            loop.remove_reader(descriptor)
+            if late is not None:
+                late.cancel()
+            del answered  # its error knows this frame
+
+    async def _sent_on(self, loop: asyncio.AbstractEventLoop, pieces: Pieces, end_s: float | None) -> None:
+        try:
+            sent = self._socket.sendmsg(pieces, [], socket.MSG_DONTWAIT)
         except BlockingIOError:
             sent = 0
-        for piece in rest_of(pieces, sent):
-            await loop.sock_sendall(self._socket, piece)
-        while self._end - self._start < HEADER_BYTES:
-            num_bytes = came(await loop.sock_recv_into(self._socket, self._space()))
-            self._end += num_bytes
-        message = self._next(MAX_MESSAGE_BYTES)
-        body, at = self._begun(message)
-        while body is not None and at < message.num_bytes:
-            at += came(await loop.sock_recv_into(self._socket, body[at:]))
-        self._socket.settimeout(None)
-        return self._answered(message, self._whole(message, body))
+        left = rest_of(pieces, sent)
+        if left:
+            self._socket.setblocking(False)
+            async with asyncio.timeout_at(end_s):
+                for piece in left:
+                    await loop.sock_sendall(self._socket, piece)
+            self._socket.settimeout(None)
+
+    def _take_for(self, answered: asyncio.Future[tuple[bool, Body]]) -> None:
+        """Something is there for whoever waits on the loop."""
+        try:
+            if self._coming is None:
+                self._end += came(self._socket.recv_into(self._space(), 0, socket.MSG_DONTWAIT))
+                if self._end - self._start < HEADER_BYTES:
+                    return
+                message = self._next(MAX_MESSAGE_BYTES)
+                self._coming = message, *self._begun(message)
+            message, body, at = self._coming
+            while body is not None and at < message.num_bytes:
+                at += came(self._socket.recv_into(body[at:], 0, socket.MSG_DONTWAIT))
+                self._coming = message, body, at
+            found = self._answered(message, self._whole(message, body))
+        except BlockingIOError:
+            return
+        except (OSError, InvalidRequest) as error:
+            _end_with(answered, error)
+            return
+        self._coming = None
+        if not answered.done():
+            answered.set_result(found)
 
     def _asked(self, method: int, parts: Parts, timeout_us: int) -> Pieces:
         self._call = (self._call + 1) % _LAST_CALL
@@ -270,8 +322,13 @@ class ClientLine(Line):
 
         kept[call] = weakref.ref(body, let_go)
 
-    def _over(self, option: int) -> "_Over":
+    def _over(self, option: int) -> _Over:
         return _Over(self._timeouts.get(option))
+
+
+def _end_with(answered: asyncio.Future[tuple[bool, Body]], error: BaseException) -> None:
+    if not answered.done():
+        answered.set_exception(error)
 
 
 class _Over:

@@ -15,6 +15,7 @@ import numpy as np
 
 from mempool.errors import InvalidRequest
 from mempool.types import Envelope, GatherReply, GatherRequest, Stamp, StepId, UpdateReply, UpdateRequest
+from mempool.types.arrays import ArrayGather, ArrayGathered
 from mempool.types.messages import ReplyDtype
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ _NO_TENSOR = (_ABSENT, 0, 0, 0, 0)
 
 
 class _Tensors:
-    """Tensors as they are sent, wherever they begin aligned: what their header says of them, and their parts. Of a small
-    body each call here takes as long as the copy of its tensors.
+    """Tensors as they are sent, wherever they begin aligned: what their header says of them, and their parts. Of a
+    small body each call here takes as long as the copy of its tensors.
 
     Attributes:
         off: Bytes that the last one ends beyond a multiple of the alignment.
@@ -196,6 +197,9 @@ _ENVELOPE = "4q"
 _STAMP = "5q"
 _GATHER = struct.Struct("<" + _ENVELOPE + "q?B")
 _GATHERED = struct.Struct("<" + _STAMP)
+_GATHER_HEAD = struct.Struct("<II" + _ENVELOPE + "q?B" + 3 * _SHAPE)
+_GATHERED_HEAD = struct.Struct("<II" + _STAMP + _SHAPE)
+_INT64, _UINT32, _FLOAT32 = (_NAMES.index(name) for name in ("int64", "uint32", "float32"))
 _UPDATE = struct.Struct("<" + _ENVELOPE + "3q3q??")
 _UPDATED = struct.Struct("<" + _STAMP)
 
@@ -242,6 +246,8 @@ class GatherRequests(_Plain):
     name = "GatherRequest"
 
     def _written(self, value: GatherRequest, narrow_ids: bool) -> Parts:
+        if value.bags is None and (parts := _usual_gather(value)) is not None:
+            return parts
         return _packed(
             _GATHER.pack(
                 *_envelope(value.envelope), value.lookup_id, value.remember, _number_of(value.reply_dtype, self.name)
@@ -269,6 +275,86 @@ class GatherRequests(_Plain):
         )
 
 
+def _usual_gather(value: GatherRequest) -> Parts | None:
+    """The parts of a request that ``read_gather`` reads, in one go; None of others."""
+    _, (_, int64, uint32, float32, *_) = _torch()
+    ids, weights, offsets = value.ids, value.weights, value.offsets
+    if ids.dtype != uint32 or offsets.dtype != int64 or len(ids.shape) != 1 or len(offsets.shape) != 1:
+        return None
+    if weights is not None and (weights.dtype != float32 or weights.shape != ids.shape):
+        return None
+    asked, number, release = value.envelope, _NUMBER_OF.get(value.reply_dtype), value.release
+    num_ids, num_offsets = ids.shape[0], offsets.shape[0]
+    if number is None or not num_ids or not num_offsets:
+        return None
+    of_weights = _NO_TENSOR if weights is None else (_FLOAT32, 1, 0, num_ids, 0)
+    head = _GATHER_HEAD.pack(
+        0, len(release), asked.table_id, asked.epoch, asked.incarnation, asked.table_version, value.lookup_id,
+        value.remember, number, _UINT32, 1, 0, num_ids, 0, *of_weights, _INT64, 1, 0, num_offsets, 0,
+    )  # fmt: skip
+    if release:
+        head += _longs(len(release)).pack(*release)
+    parts: Parts = [head + _PADDING[len(head) % _ALIGNMENT], _bytes_of(ids)]
+    odd = num_ids % 2 == 1
+    if odd:
+        parts.append(_PADDING[4])
+    if weights is not None:
+        parts.append(_bytes_of(weights))
+        if odd:
+            parts.append(_PADDING[4])
+    parts.append(_bytes_of(offsets))
+    return parts
+
+
+def read_gather(body: Body) -> ArrayGather | None:
+    """A ``GatherRequest`` of what is usual as arrays that lie in the body; None of any other, and of what is none: the
+    codec says what is wrong."""
+    if len(body) < _GATHER_HEAD.size:
+        return None
+    (
+        text_bytes, count, table_id, epoch, incarnation, version, lookup_id, remember, sums,
+        ids_dtype, ids_dims, _, num_ids, _, weights_dtype, weights_dims, _, num_weights, _,
+        offsets_dtype, offsets_dims, _, num_offsets, _,
+    ) = _GATHER_HEAD.unpack_from(body)  # fmt: skip
+    plain = ids_dtype == _UINT32 and offsets_dtype == _INT64 and (ids_dims, offsets_dims) == (1, 1) and not text_bytes
+    if not plain or sums or not num_ids or not num_offsets:
+        return None
+    at, weights = -(-(_GATHER_HEAD.size + 8 * count) // _ALIGNMENT) * _ALIGNMENT, None
+    after_ids = at + 4 * num_ids
+    after_ids += -after_ids % _ALIGNMENT
+    place = after_ids
+    if weights_dtype != _ABSENT:
+        if (weights_dtype, weights_dims, num_weights) != (_FLOAT32, 1, num_ids):
+            return None
+        place += 4 * num_weights
+        place += -place % _ALIGNMENT
+    if place + 8 * num_offsets != len(body):
+        return None
+    release: tuple[int, ...] = _longs(count).unpack_from(body, _GATHER_HEAD.size) if count else ()
+    offsets = np.frombuffer(body, np.int64, num_offsets, place)
+    flags = offsets.flags
+    if not flags.aligned or not flags.writeable:  # kernels are made for such alone
+        return None
+    if weights_dtype != _ABSENT:
+        weights = np.frombuffer(body, np.float32, num_weights, after_ids)
+    ids = np.frombuffer(body, np.uint32, num_ids, at)
+    envelope = Envelope(table_id=table_id, epoch=epoch, incarnation=incarnation, table_version=version)
+    return ArrayGather(envelope, lookup_id, ids, weights, offsets, remember, release, False)
+
+
+def gathered(reply: ArrayGathered) -> Parts:
+    """A ``GatherReply`` of arrays, as its codec writes it."""
+    stamp, blocks, values = reply
+    num_bags, width = values.shape
+    head = _GATHERED_HEAD.pack(
+        0, len(blocks), stamp.shard, stamp.incarnation, stamp.epoch, stamp.table_version, stamp.writes,
+        _FLOAT32, 2, 0, num_bags, width,
+    )  # fmt: skip
+    head += _longs(len(blocks)).pack(*blocks)
+    off = len(head) % _ALIGNMENT
+    return [head + _PADDING[off] if off else head, values.data.cast("B")]
+
+
 class GatherReplies(_Plain):
     name = "GatherReply"
 
@@ -276,8 +362,25 @@ class GatherReplies(_Plain):
         return _packed(_GATHERED.pack(*_stamp(value.stamp)), value.blocks, "", _Tensors((value.values,)))
 
     def decode(self, body: Body) -> GatherReply:
+        return _usual_reply(body) or self._decoded(body)
+
+    def _decoded(self, body: Body) -> GatherReply:
         read = _Reader(body, _GATHERED, 1, self.name)
         return GatherReply(stamp=_stamp_of(read.fixed), blocks=read.numbers, values=_there(read.tensors[0], self.name))
+
+
+def _usual_reply(body: Body) -> GatherReply | None:
+    """A reply of float32, in one go; None of others, and of what is none."""
+    if len(body) < _GATHERED_HEAD.size:
+        return None
+    text_bytes, count, *stamp, dtype, dims, _, num_bags, width = _GATHERED_HEAD.unpack_from(body)
+    at, values = -(-(_GATHERED_HEAD.size + 8 * count) // _ALIGNMENT) * _ALIGNMENT, num_bags * width
+    if text_bytes or (dtype, dims) != (_FLOAT32, 2) or not values or at + 4 * values != len(body):
+        return None
+    torch, dtypes = _torch()
+    flat = torch.frombuffer(body, dtype=dtypes[_FLOAT32], count=values, offset=at)
+    blocks: tuple[int, ...] = _longs(count).unpack_from(body, _GATHERED_HEAD.size)
+    return GatherReply(stamp=_stamp_of(stamp), blocks=blocks, values=flat.view(num_bags, width))
 
 
 class UpdateRequests(_Plain):

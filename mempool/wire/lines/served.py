@@ -97,6 +97,7 @@ class ServedLine(Line):
             before = sum(map(len, head))
             place = self._shared.put_before_space(message.call, head, before)
             if place is not None:
+                self._space_taken = None
                 self._unsent.append(header_of(message, before + len(last), place))
                 return self.flush()
         sent = self.send(message, parts)

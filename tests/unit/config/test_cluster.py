@@ -110,6 +110,11 @@ def test_hosts_are_hosts_alone(host: str) -> None:
         (lambda: pool(port=65536), r"port = 65_536 must be at most 65_535"),
         (lambda: pool(shard_ports="7200-7100"), r"shard_ports = '7200-7100' is not a range of ports"),
         (lambda: pool(shard_ports="7000-7100"), r"port = 7_077 lies within shard_ports \(7000-7100\)"),
+        (lambda: pool(line_ports="7077-7100"), r"port = 7_077 lies within line_ports \(7077-7100\)"),
+        (
+            lambda: pool(shard_ports="7100-7199", line_ports="7199-7299"),
+            r"line_ports = .* overlaps shard_ports \(7100-7199\)",
+        ),
         (lambda: ShardConfig(threads=0), r"threads = 0 must be greater than 0"),
         (lambda: ShardConfig(memory="2G"), r"memory = '2G' is not an amount of memory"),
         (lambda: ShardConfig(memory=0), r"memory = 0 must be at least 1_048_576"),

@@ -60,7 +60,9 @@ def asked(count: int) -> ReadRowsRequest:
 
 
 @asynccontextmanager
-async def serving(token: str | None = None, at_once: Any = None, **calls: Call) -> AsyncIterator[LineServer]:
+async def serving(
+    token: str | None = None, at_once: Any = None, max_message_bytes: int = 2**22, **calls: Call
+) -> AsyncIterator[LineServer]:
     """A server that nobody reaches by gRPC."""
     known = {methods.READ_ROWS.path: calls.get("rows", rows)}
     known |= {
@@ -74,7 +76,7 @@ async def serving(token: str | None = None, at_once: Any = None, **calls: Call) 
         calls=known,
         at_once=at_once,
         stages=Stages(),
-        max_message_bytes=2**22,
+        max_message_bytes=max_message_bytes,
     )
     server.start()
     try:

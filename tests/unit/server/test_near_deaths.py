@@ -148,10 +148,10 @@ def test_threads_that_open_lines_at_once_open_no_more_than_there_may_be(monkeypa
     go(main())
 
 
-def gather() -> GatherRequest:
+def gather(lookup_id: int = 1) -> GatherRequest:
     offsets = torch.tensor([0, 1])
     return GatherRequest(
-        envelope=ENVELOPE, lookup_id=1, ids=torch.tensor([1]), weights=None, offsets=offsets, remember=False
+        envelope=ENVELOPE, lookup_id=lookup_id, ids=torch.tensor([1]), weights=None, offsets=offsets, remember=False
     )
 
 

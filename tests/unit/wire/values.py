@@ -12,6 +12,7 @@ from torch import Tensor
 from mempool import types
 from mempool.placement.changes import KnownView, ViewChange
 from mempool.wire import methods
+from mempool.wire.codecs.lines import OpenedLine, OpenLine
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
 from mempool.wire.codecs.pages import AttachView, ForgetTable, FreezeTable, SetView, ThawTable
 from mempool.wire.codecs.tables import AskTable, ToldTable
@@ -299,6 +300,12 @@ CASES: dict[Method[Any, Any], Case] = {
         build(types.StepCountRequest, envelope=ENVELOPE, set=st.none() | U64, at_version=U64, write_id=WRITE_ID),
         data_pb2.StepCountReply,
         build(types.StepCountReply, **STAMPED, count=U64),
+    ),
+    methods.OPEN_LINE: (
+        data_pb2.OpenLineRequest,
+        build(OpenLine, version=U32, client=U64),
+        data_pb2.OpenLineReply,
+        build(OpenedLine, port=U32, ticket=st.binary(max_size=40), answer=st.binary(max_size=40), why=TEXT),
     ),
     methods.READ_ROWS: (
         data_pb2.ReadRowsRequest,

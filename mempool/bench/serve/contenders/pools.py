@@ -1,10 +1,11 @@
-"""The product: an embedded pool, and pools of processes, asked over gRPC and through memory that both have."""
+"""The product: an embedded pool, and pools of processes, asked over gRPC, by lines over TCP as from another host, and
+through memory that both have."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,18 +16,19 @@ import mempool
 from mempool.bench.processes.pool import PoolProcess, connected, pool_process
 from mempool.bench.serve.contenders.contender import LookUp
 from mempool.bench.serve.shapes import Pairs, TableSize
-from mempool.wire.lines.line import supported
+from mempool.wire.lines.line import can_be_served, supported
 
 EMBEDDED = "mempool embedded"
 GRPC = "mempool over gRPC"
+TCP = "mempool over TCP"
 NEAR = "mempool, shared memory"
 _CALL_TIMEOUT_S = 120.0
-#: For a client to be connected through shared memory, and how often that is looked at.
-_NEAR_TIMEOUT_S, _NEAR_LOOK_S = 5.0, 0.02
+#: For a client to have lines, and how often that is looked at.
+_LINE_TIMEOUT_S, _LINE_LOOK_S = 5.0, 0.02
 #: Column blocks of a table that lies by columns; more where there are more shards.
 _BLOCKS = 8
 #: Ways to a pool in processes of its own, of those that this system has.
-REMOTE = (GRPC, NEAR) if supported() else (GRPC,)
+REMOTE = (GRPC, *((TCP,) if can_be_served() else ()), *((NEAR,) if supported() else ()))
 
 Layout = Literal["auto", "columns", "rows"]
 
@@ -57,16 +59,17 @@ class Serving:
 def served(
     table: TableSize, *, shards: int = 1, layout: Layout = "auto", ways: Sequence[str] = REMOTE
 ) -> Iterator[list[LookUp]]:
-    """A pool in processes of its own with the table, and clients of it here, one a way: over gRPC, and through memory
-    that both processes have, where that can be had."""
+    """A pool in processes of its own with the table, and clients of it here, one a way: over gRPC; by lines over TCP,
+    and through memory that both processes have, where these can be had."""
     with ExitStack() as stack:
         here = stack.enter_context(serving(table, shards=shards, layout=layout))
         found = [look_up(GRPC, here.table, table, here.process.pids)] if GRPC in ways else []
-        if NEAR in ways:
-            pool = stack.enter_context(connected(here.process.address, near=True))
-            near = pool.table(here.table.name)
-            if goes_near(pool, near):
-                found.append(look_up(NEAR, near, table, here.process.pids))
+        for way in (TCP, NEAR):
+            if way in ways:
+                pool = stack.enter_context(client(here.process.address, way))
+                own = pool.table(here.table.name)
+                if goes(way, pool, own):
+                    found.append(look_up(way, own, table, here.process.pids))
         yield found
 
 
@@ -92,16 +95,21 @@ def made(pool: mempool.Pool, size: TableSize, layout: Layout = "auto", *, shards
     return table
 
 
-def goes_near(pool: mempool.Pool, table: mempool.Table) -> bool:
-    """Whether calls of the only client of a pool go through shared memory, which takes a moment; False: by gRPC still
-    after a while."""
-    ids, end_s = torch.zeros(1, 1, dtype=torch.int64), time.monotonic() + _NEAR_TIMEOUT_S
+def client(address: str, way: str) -> AbstractContextManager[mempool.Pool]:
+    """A client of a pool that goes one way, where it can, and else over gRPC."""
+    return connected(address, near=way == NEAR, tcp=way == TCP)
+
+
+def goes(way: str, pool: mempool.Pool, table: mempool.Table) -> bool:
+    """Whether calls of the only client of a pool that goes so have lines of that kind, which takes a moment; False:
+    they go by gRPC still after a while."""
+    ids, end_s = torch.zeros(1, 1, dtype=torch.int64), time.monotonic() + _LINE_TIMEOUT_S
     while time.monotonic() < end_s:
         with torch.no_grad():
             table.gather(ids)
-        if any(shard.near_clients for shard in pool.status().shards):
+        if any(shard.near_clients if way == NEAR else shard.tcp_line_clients for shard in pool.status().shards):
             return True
-        time.sleep(_NEAR_LOOK_S)
+        time.sleep(_LINE_LOOK_S)
     return False
 
 

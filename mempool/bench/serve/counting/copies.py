@@ -77,19 +77,18 @@ def _end(line: Any) -> str:
 
 
 def _into_memory(result: Any, given: tuple[Any, ...]) -> tuple[str, int]:
-    line, _, parts = given[:3]
-    num_bytes = sum(len(part) for part in parts)
-    return _end(line), num_bytes if len(result) < num_bytes else 0
+    num_bytes = sum(len(part) for part in given[2])
+    return _end(given[0]), num_bytes if sum(len(piece) for piece in result) < num_bytes else 0
 
 
 def _into_message(result: Any, given: tuple[Any, ...]) -> tuple[str, int]:
-    line, _, parts = given[:3]
-    num_bytes = sum(len(part) for part in parts)
-    return _end(line), num_bytes if len(result) >= num_bytes else 0
+    num_bytes = sum(len(part) for part in given[2])
+    is_joined = len(result) == 1 and len(result[0]) >= num_bytes
+    return _end(given[0]), num_bytes if is_joined else 0
 
 
 def _from_buffer(result: Any, given: tuple[Any, ...]) -> tuple[str, int]:
-    return _end(given[0]), result[2]
+    return _end(given[0]), result[1]
 
 
 def _encoded(result: Any, given: tuple[Any, ...]) -> tuple[str, int]:
@@ -196,13 +195,13 @@ def serve(parent: Parent, *, size: dict[str, int], shapes: Sequence[Sequence[int
     with ExitStack() as stack:
         contenders = [stack.enter_context(pools.embedded(table))]
         address = _served_here()
-        first = stack.enter_context(pool.connected(address, near=False))
+        first = stack.enter_context(pools.client(address, pools.GRPC))
         contenders.append(pools.look_up(pools.GRPC, pools.made(first, table), table))
-        if pools.NEAR in pools.REMOTE:
-            near = stack.enter_context(pool.connected(address, near=True))
-            facts = near.table("facts")
-            if pools.goes_near(near, facts):
-                contenders.append(pools.look_up(pools.NEAR, facts, table))
+        for way in pools.REMOTE[1:]:
+            other = stack.enter_context(pools.client(address, way))
+            facts = other.table("facts")
+            if pools.goes(way, other, facts):
+                contenders.append(pools.look_up(way, facts, table))
         copies = stack.enter_context(counted())
         for contender in contenders:
             for bags, pairs in shapes:

@@ -12,7 +12,7 @@ from mempool.bench.command import say
 from mempool.bench.serve.contenders import pools
 from mempool.bench.serve.soak.run import SLOPE_MIB, Outcome, Plan, run
 
-_WAYS = {"both": pools.REMOTE, "gRPC": (pools.GRPC,), "near": (pools.NEAR,)}
+_WAYS = {"all": pools.REMOTE, "gRPC": (pools.GRPC,), "tcp": (pools.TCP,), "near": (pools.NEAR,)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=4, metavar="N", help="processes at once")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of each client")
     parser.add_argument("--kill-every", type=float, default=2.0, metavar="S", help="seconds in the mean")
-    parser.add_argument("--ways", choices=sorted(_WAYS), default="both", help="how clients ask; near: shared memory")
+    parser.add_argument("--ways", choices=sorted(_WAYS), default="all", help="how clients ask; near: shared memory")
     parser.add_argument("--json", action="store_true", help="print one JSON document, and nothing else on stdout")
     options = parser.parse_args(arguments)
     soak_s = 60.0 * options.minutes

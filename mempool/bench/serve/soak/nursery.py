@@ -20,7 +20,6 @@ from functools import partial
 import torch
 
 from mempool.bench.processes.child import Parent
-from mempool.bench.processes.pool import connected
 from mempool.bench.serve.contenders import Contender, pools
 from mempool.bench.serve.shapes import Pairs, Shape, TableSize, drawn_pairs
 
@@ -118,7 +117,7 @@ def _ask(
     ended = threading.Event()
     failed: list[BaseException] = []
     drawn = [pairs for shape in shapes for pairs in drawn_pairs(shape, table, seed, 1)]
-    with connected(address, near=way == pools.NEAR) as pool:
+    with pools.client(address, way) as pool:
         contender = pools.look_up(way, pool.table("facts"), table)
 
         def look_up(number: int) -> None:

@@ -65,14 +65,14 @@ def test_clients_ask_at_a_share_of_what_they_reach_beside_a_trainer(monkeypatch:
             return Spent([1.0] * 98 + [4.0] * 2, 140.0, 3, None, {})
 
     @contextmanager
-    def connected(address: str, *, near: bool) -> Iterator[mempool.Pool]:
+    def client(address: str, way: str) -> Iterator[mempool.Pool]:
         assert address == "here"
-        with mempool.local(name="near" if near else "far", device="cpu") as pool:
+        with mempool.local(name="near" if way == pools.NEAR else "far", device="cpu") as pool:
             pool.create_table(mempool.TableConfig(name="facts", num_slots=256, value_dim=4))
             yield pool
 
     monkeypatch.setattr(contention, "Clients", Clients)
-    monkeypatch.setattr(contention, "connected", connected)
+    monkeypatch.setattr(pools, "client", client)
     found = contention.beside(clients=2, seconds=0.5, threads=1, num_slots=256)
     each = [[(target, 2, 0.5), (target, 2, 0.5, pytest.approx(140.0))] for target in (pools.GRPC, pools.NEAR)]
     assert asked == [(256, ["64x32"], 2, 1), *each[0], *each[1]]

@@ -112,6 +112,8 @@ def test_copies_of_a_look_up_each_way() -> None:
     assert copied(pools.GRPC, "tensors into a frame") > pairs * 8
     assert copied(pools.NEAR, "body into shared memory") > pairs * 8
     assert not copied(pools.GRPC, "body into shared memory")
+    lines = {what for what, _, _ in found[pools.TCP][large.name]}
+    assert not lines & {"body into shared memory", "tensors into a frame", "ids and offsets out of shared memory"}
     few = {what for what, _, _ in found[pools.NEAR][small.name]}
     assert {"small body into its message", "small body out of the line's buffer"} <= few
 

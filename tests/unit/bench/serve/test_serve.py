@@ -197,15 +197,17 @@ def test_wrong_answers_stand_in_the_file_and_end_with_1(
 def test_what_goes_by_grpc_all_the_same_is_not_called_shared_memory(
     monkeypatch: pytest.MonkeyPatch, served: PoolProcess
 ) -> None:
-    monkeypatch.setattr(pools, "_NEAR_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(pools, "_LINE_TIMEOUT_S", 0.1)
     with connected(served.address, near=False) as pool:
         table = pools.made(pool, TABLE)
         try:
             until(lambda: not pool.status().shards[0].near_clients)  # of the tests before
-            assert not pools.goes_near(pool, table)
+            until(lambda: not pool.status().shards[0].tcp_line_clients)
+            assert not any(pools.goes(way, pool, table) for way in (pools.NEAR, pools.TCP))
             monkeypatch.undo()
-            with connected(served.address, near=True) as near:
-                assert pools.goes_near(near, near.table("facts"))
+            for way in (pools.NEAR, pools.TCP):
+                with pools.client(served.address, way) as other:
+                    assert pools.goes(way, other, other.table("facts"))
         finally:
             pool.drop_table("facts")
 
@@ -318,10 +320,10 @@ def test_load_of_many_clients_and_its_keys(monkeypatch: pytest.MonkeyPatch) -> N
     assert outcome.failed == []
     found = report.document(outcome)
     asked = {(one["target"], one["shape"], one["loop"]) for one in found["load"]}
-    both = {(target, shape) for target in (pools.GRPC, pools.NEAR, echoes.GRPC_ECHO) for shape in ("4x3", "2x2")}
+    both = {(target, shape) for target in (*pools.REMOTE, echoes.GRPC_ECHO) for shape in ("4x3", "2x2")}
     alone = {(echoes.UNIX_ECHO, shape, "closed") for shape in ("4x3", "2x2")}
     assert asked == {(*pair, loop) for pair in both for loop in ("closed", "open")} | alone
-    assert list(found["flood"]) == [pools.GRPC, pools.NEAR]
+    assert list(found["flood"]) == list(pools.REMOTE)
     assert all(list(both) == ["alone", "beside a flood"] for both in found["flood"].values())
     for one in [*found["load"], *(one for both in found["flood"].values() for one in both.values())]:
         assert list(one) == LOAD_KEYS

@@ -23,7 +23,7 @@ _OUTCOME = Outcome(_BASE, _BASE, _BASE, [], 0.0, 0.0, 3, 10.0, [])
 
 def test_clients_that_are_killed_leave_nothing() -> None:
     plan = Plan(
-        soak_s=1.0, first_s=0.0, warm_up_s=0.0, kill_every_s=0.2, least_kills=3, sample_s=0.1, clients=2, threads=1,
+        soak_s=1.0, first_s=0.0, warm_up_s=0.0, kill_every_s=0.2, least_kills=3, sample_s=0.1, clients=3, threads=1,
         pause_s=0.005, table=TableSize(64, 8), shapes=(Shape(64, 128), Shape(2, 2)),
     )  # fmt: skip
     outcome = run(plan, say=lambda _: None)

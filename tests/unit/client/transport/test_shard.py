@@ -87,10 +87,10 @@ def test_a_connection_that_is_closed_while_a_thread_dials_is_forgotten() -> None
 
         dialer = GrpcDialer(lambda address, **_: Handing(address, {}), clock=closed_meanwhile)
         dialer.dial(INFO)
-        dialer._used_s[INFO] = long_ago_s
+        dialer._hosts[INFO].used_s = long_ago_s
         assert dialer.dial_at_once(INFO) is not None
         assert dialer.dial(ShardInfo(shard=4, address="elsewhere", incarnation=1))
-        assert INFO not in dialer._used_s
+        assert dialer.dial_at_once(INFO) is None
         await dialer.close()
 
     asyncio.run(main())
