@@ -24,8 +24,8 @@ from mempool.types import (
     UpdateReply,
     UpdateRequest,
 )
-from mempool.types.arrays import ArrayGather, ArrayGathered
 from mempool.types.caller import current_caller
+from mempool.types.messages import ArrayGather, ArrayGathered
 from mempool.wire import methods
 from mempool.wire.codecs.lines import OpenedLine, OpenLine
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest

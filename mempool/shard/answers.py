@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,7 +40,6 @@ from mempool.types import (
     WriteRowsReply,
     WriteRowsRequest,
 )
-from mempool.types.arrays import ArrayGather, ArrayGathered
 from mempool.types.bags import Bags
 
 LEAST_TOGETHER, LEAST_TOGETHER_ON_CPU = 2, 4
@@ -130,14 +128,6 @@ class Answers:
             return None
         try:
             return self._gather(table, request, None)
-        except BaseException:
-            self._contexts.recount()
-            raise
-
-    def reading_arrays(self, asked: ArrayGather) -> ArrayGathered | None:
-        """The same of arrays."""
-        try:
-            return self.arrays.gather(asked, space=_new_values)
         except BaseException:
             self._contexts.recount()
             raise
@@ -449,10 +439,6 @@ class Answers:
         # On a GPU this waits for the kernel too: its launch alone is counted as "kernel".
         with self._stages.measure("copy out"):
             return tensor.cpu() if out is None else out.copy_(tensor)
-
-
-def _new_values(num_bags: int, width: int) -> Any:
-    return np.empty((num_bags, width), np.float32)
 
 
 def _row_bytes(table: HostedTable) -> int:

@@ -7,6 +7,8 @@ which does the same and knows what to say.
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from mempool import kernels
@@ -16,9 +18,10 @@ from mempool.shard.hosted import HostedTable
 from mempool.shard.steps.contexts import Contexts
 from mempool.shard.tenancy import Tenancy
 from mempool.shard.work.pace import BAG_ROWS, Pace
-from mempool.types.arrays import Array, ArrayGather, ArrayGathered
 from mempool.types.bags import Bags
+from mempool.types.messages import ArrayGather, ArrayGathered
 
+_Array = npt.NDArray[Any]
 ArraySpace = Callable[[int, int], Any]
 """Gives the memory of an answer [B, W] float32, contiguous."""
 
@@ -90,7 +93,17 @@ class ArrayGathers:
         table.lookups += 1
         return ArrayGathered(table.stamp, storage.blocks, values)
 
-    def _remember(self, table: HostedTable, asked: ArrayGather, ids: Array, offsets: Array) -> None:
+    def reading(self, asked: ArrayGather) -> ArrayGathered | None:
+        """As ``gather``, to memory of its own; it may be cut off anywhere."""
+        try:
+            return self.gather(asked, space=_new_values)
+        except BaseException:
+            self._contexts.recount()
+            raise
+
+    def _remember(
+        self, table: HostedTable, asked: ArrayGather, ids: npt.NDArray[Any], offsets: npt.NDArray[Any]
+    ) -> None:
         weights = asked.weights
         if weights is not None and not asked.private:
             weights = weights.copy()
@@ -100,3 +113,7 @@ class ArrayGathers:
             offsets=torch.from_numpy(offsets),
         )
         self._contexts.remember(asked.lookup_id, table_id=table.table_id, epoch=table.epoch, bags=bags)
+
+
+def _new_values(num_bags: int, width: int) -> Any:
+    return np.empty((num_bags, width), np.float32)

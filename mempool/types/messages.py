@@ -7,12 +7,16 @@ D key dim. Bags are CSR: ``offsets`` [B + 1] int64, bag b holds pairs offsets[b]
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from torch import Tensor
 
     from mempool.types.bags import Bags
+
+    Array = npt.NDArray[np.generic]
 
 ReplyDtype = Literal["float32", "bfloat16", "float8_e4m3fn"]
 """What sums are answered in. float8_e4m3fn: in packed rows [B, P] uint8, a byte each, with a float32 scale per bag and
@@ -114,6 +118,35 @@ class GatherReply:
     stamp: Stamp
     blocks: tuple[int, ...]
     values: Tensor
+
+
+class ArrayGather(NamedTuple):
+    """A ``GatherRequest`` whose answer is to be float32, as arrays: of a small one on the CPU, to make a tensor costs
+    as much as to sum a bag. A named tuple, which the interpreter's own code makes.
+
+    Attributes:
+        ids: [L] uint32.
+        weights: [L] float32; None: all ones.
+        offsets: [B + 1] int64.
+        private: Nobody writes to the arrays.
+    """
+
+    envelope: Envelope
+    lookup_id: int
+    ids: Array
+    weights: Array | None
+    offsets: Array
+    remember: bool
+    release: tuple[int, ...]
+    private: bool
+
+
+class ArrayGathered(NamedTuple):
+    """A ``GatherReply``. values: [B, W] float32, contiguous."""
+
+    stamp: Stamp
+    blocks: tuple[int, ...]
+    values: Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,8 @@ from mempool.errors import InvalidRequest, MempoolError, RequestTooLarge, ShardU
 from mempool.observe import Stages
 from mempool.server.lines.serving import Serving
 from mempool.server.services import AtOnce
-from mempool.types.arrays import ArrayGathered
 from mempool.types.caller import Caller, calling
+from mempool.types.messages import ArrayGathered
 from mempool.wire import methods
 from mempool.wire.lines.framing import Message
 from mempool.wire.lines.line import Body, Parts

@@ -28,7 +28,7 @@ from mempool.types import (
     UpdateReply,
     UpdateRequest,
 )
-from mempool.types.arrays import ArrayGather, ArrayGathered
+from mempool.types.messages import ArrayGather, ArrayGathered
 
 if TYPE_CHECKING:
     from mempool.shard.durable.store import Store
@@ -69,7 +69,7 @@ class AtOnce:
         # Where others are asked for the same bags, what is made of their tensors is there for all of them.
         asked = _as_arrays(request) if alone else None
         if asked is not None:
-            found = self._answer("gather", self._answers.reading_arrays, asked, wait=True)
+            found = self._answer("gather", self._answers.arrays.reading, asked, wait=True)
             if found is not None:
                 return GatherReply(stamp=found.stamp, blocks=found.blocks, values=torch.from_numpy(found.values))
         return self._answer("gather", self._answers.reading_gather, request, wait=True)

@@ -265,7 +265,8 @@ class ClientLine(Line):
         """Something is there for whoever waits on the loop."""
         try:
             if self._coming is None:
-                self._end += came(self._socket.recv_into(self._space(), 0, socket.MSG_DONTWAIT))
+                num_bytes = came(self._socket.recv_into(self._space(), 0, socket.MSG_DONTWAIT))
+                self._end += num_bytes
                 if self._end - self._start < HEADER_BYTES:
                     return
                 message = self._next(MAX_MESSAGE_BYTES)

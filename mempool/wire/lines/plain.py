@@ -15,8 +15,7 @@ import numpy as np
 
 from mempool.errors import InvalidRequest
 from mempool.types import Envelope, GatherReply, GatherRequest, Stamp, StepId, UpdateReply, UpdateRequest
-from mempool.types.arrays import ArrayGather, ArrayGathered
-from mempool.types.messages import ReplyDtype
+from mempool.types.messages import ArrayGather, ArrayGathered, ReplyDtype
 
 if TYPE_CHECKING:
     import torch

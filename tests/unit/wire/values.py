@@ -86,9 +86,6 @@ def views(draw: st.DrawFn) -> types.TableView:
     )
 
 
-VIEW = views()
-
-
 @st.composite
 def view_changes(draw: st.DrawFn) -> ViewChange:
     random = np.random.default_rng(draw(st.integers(0, 2**31)))
@@ -107,6 +104,7 @@ def view_changes(draw: st.DrawFn) -> ViewChange:
     )
 
 
+VIEWS = st.lists(views(), max_size=2).map(tuple)
 KNOWN = build(KnownView, table_id=U64, epoch=U64, digest=U64)
 DECIDED = build(
     types.DecidedStep, table_id=U64, version=U64, step_id=STEP_ID, lr=DOUBLE, grad_scale=DOUBLE, sequences=U64S
@@ -325,7 +323,7 @@ CASES: dict[Method[Any, Any], Case] = {
         shard_pb2.AttachTableRequest,
         build(
             AttachView,
-            view=VIEW,
+            view=views(),
             mode=st.sampled_from(["initialise", "empty", "lost", "restore"]),
             ledger=st.none() | LEDGER,
             source=st.none() | build(types.TableSource, url=TEXT, checkpoint=TEXT, table=TEXT, keys=TEXT),
@@ -384,7 +382,7 @@ CASES: dict[Method[Any, Any], Case] = {
     ),
     methods.SET_VIEW: (
         shard_pb2.SetViewRequest,
-        build(SetView, view=VIEW, **TOKEN) | build(SetView, view=st.none(), change=view_changes(), **TOKEN),
+        build(SetView, view=views(), **TOKEN) | build(SetView, view=st.none(), change=view_changes(), **TOKEN),
         shard_pb2.SetViewReply,
         st.none(),
     ),
@@ -407,7 +405,7 @@ CASES: dict[Method[Any, Any], Case] = {
         st.none(),
     ),
     methods.STATUS: (shard_pb2.StatusRequest, st.none(), shard_pb2.StatusReply, SHARD_STATUS),
-    methods.CREATE_TABLE: (pool_pb2.CreateTableRequest, SCHEMA, pool_pb2.CreateTableReply, VIEW),
+    methods.CREATE_TABLE: (pool_pb2.CreateTableRequest, SCHEMA, pool_pb2.CreateTableReply, views()),
     methods.DROP_TABLE: (
         pool_pb2.DropTableRequest,
         build(types.DropTable, name=TEXT, table_id=U64),
@@ -418,14 +416,9 @@ CASES: dict[Method[Any, Any], Case] = {
         pool_pb2.GetTableRequest,
         build(AskTable, name=TEXT, known=st.none() | KNOWN),
         pool_pb2.GetTableReply,
-        build(ToldTable, view=VIEW) | build(ToldTable, change=view_changes()),
+        build(ToldTable, view=views()) | build(ToldTable, change=view_changes()),
     ),
-    methods.LIST_TABLES: (
-        pool_pb2.ListTablesRequest,
-        st.none(),
-        pool_pb2.ListTablesReply,
-        st.lists(VIEW, max_size=2).map(tuple),
-    ),
+    methods.LIST_TABLES: (pool_pb2.ListTablesRequest, st.none(), pool_pb2.ListTablesReply, VIEWS),
     methods.RESCALE: (
         pool_pb2.RescaleRequest,
         U32,
@@ -481,7 +474,7 @@ CASES: dict[Method[Any, Any], Case] = {
             keys=TEXT,
         ),
         pool_pb2.RestoreReply,
-        st.lists(VIEW, max_size=2).map(tuple),
+        VIEWS,
     ),
     methods.GET_STATUS: (
         pool_pb2.GetStatusRequest,
@@ -491,7 +484,7 @@ CASES: dict[Method[Any, Any], Case] = {
             types.PoolStatus,
             name=TEXT,
             shards=st.lists(SHARD_STATUS, max_size=2).map(tuple),
-            tables=st.lists(VIEW, max_size=2).map(tuple),
+            tables=VIEWS,
             rescaling=st.booleans(),
             wanted_shards=U32,
             waiting_for=TEXT,
