@@ -141,6 +141,16 @@ class Changes:
     def __init__(self, *, most: int = 4) -> None:
         self._most = most
         self._found: list[tuple[TableView, TableView, ViewChange | None]] = []
+        self._known: list[tuple[TableView, KnownView]] = []
+
+    def known(self, view: TableView) -> KnownView:
+        """As ``known_view``."""
+        for each, known in self._known:
+            if each is view:
+                return known
+        found = known_view(view)
+        self._known = [*self._known[-self._most + 1 :], (view, found)]
+        return found
 
     def between(self, known: TableView, view: TableView) -> ViewChange | None:
         """As ``change_between``."""
@@ -181,6 +191,16 @@ class ToldViews:
             self._owners -= _num_owners(old)
             if self._last.get(old.schema.table_id) is old:
                 del self._last[old.schema.table_id]
+
+    def view(self, known: KnownView) -> TableView:
+        """The view that is meant. Raises InvalidRequest where it is not kept any more."""
+        view = self._told.get(known)
+        if view is None:
+            raise InvalidRequest(
+                f"a view of table {known.table_id} of epoch {known.epoch} is meant that is not here: send the view "
+                "itself. Nothing was changed"
+            )
+        return view
 
     def change(self, known: KnownView, view: TableView) -> ViewChange | None:
         """What makes ``view`` of the one that somebody has; None where that is not kept any more, or as of

@@ -98,5 +98,5 @@ class Pace:
 
 @lru_cache(maxsize=1024)
 def _process_of(caller: str) -> str:
-    """A process of this host may have several lines; others have a connection."""
-    return caller.rpartition(":")[0] if caller.startswith("unix:") else caller
+    """A process may have several lines, "unix:PID:NUMBER" or "HOST:CLIENT/NUMBER"; others have a connection."""
+    return caller.rpartition(":")[0] if caller.startswith("unix:") else caller.partition("/")[0]

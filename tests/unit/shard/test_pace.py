@@ -45,11 +45,12 @@ def pace(clock: Clock) -> Pace:
     return made
 
 
-def test_who_is_alone_is_answered_in_one_go(pace: Pace) -> None:
+@pytest.mark.parametrize("line", ["unix:7:", "ipv4:10.0.0.1:7/", "ipv6:%5B::1%5D:7/"])
+def test_who_is_alone_is_answered_in_one_go(pace: Pace, line: str) -> None:
     for cost in (1000, 10 * LITTLE_BYTES):  # its own small calls, too
-        pace.asks("unix:7:1", cost)
-        pace.asks("unix:7:2", cost)
-    pace.serves("unix:7:1")
+        pace.asks(f"{line}1", cost)
+        pace.asks(f"{line}2", cost)
+    pace.serves(f"{line}1")
     assert not pace.is_shared
     assert pace.piece_bytes == PIECE_BYTES
     assert not pace.is_long(WHOLE_BYTES)
@@ -57,13 +58,13 @@ def test_who_is_alone_is_answered_in_one_go(pace: Pace) -> None:
 
 
 def test_others_who_ask_for_as_much_change_nothing(pace: Pace) -> None:
-    for other in ("unix:8:1", "ipv4:10.0.0.1:4", "ipv4:10.0.0.1:5"):
+    for other in ("unix:8:1", "ipv4:10.0.0.1:4", "ipv4:10.0.0.1:5", "ipv4:10.0.0.1:4/1"):
         pace.asks(other, LITTLE_BYTES)
     pace.serves("unix:7:1")
     assert not pace.is_long(WHOLE_BYTES)
 
 
-@pytest.mark.parametrize("other", ["unix:8:1", "ipv4:10.0.0.1:4"])
+@pytest.mark.parametrize("other", ["unix:8:1", "ipv4:10.0.0.1:4", "ipv4:10.0.0.1:4/9"])
 def test_a_piece_takes_a_millisecond_where_another_asks_for_little(pace: Pace, clock: Clock, other: str) -> None:
     pace.asks(other, 1000)
     pace.asks("unix:7:1", 1000)  # and the one that is served, later
