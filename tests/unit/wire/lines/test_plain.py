@@ -260,7 +260,7 @@ def test_another_layout_is_another_version() -> None:
                 ids=ids,
                 weights=weights,
                 offsets=offsets,
-            )  # fmt: skip
+            )
         ),
         UPDATE.reply.encode(UpdateReply(stamp=stamp, weight_grad=weights)),
         header_of(Message(REQUEST, 1, 2, 3), 4),
