@@ -64,7 +64,11 @@ class Asking:
                 begun.append(wait)
         finally:
             # Of all that were asked: their answers come, whatever others say.
-            answers += [self._waited(wait) for wait in begun]
+            try:
+                answers += [self._waited(wait) for wait in begun]
+            finally:
+                wait = None
+                begun.clear()  # an interrupt's traceback would keep those that are not waited for any more
         return answers + [None] * (len(calls) - len(answers))
 
     def one(self, info: ShardInfo, begin: Begin[T]) -> T | None:

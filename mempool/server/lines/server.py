@@ -129,7 +129,11 @@ class LineServer:
         self._wait_at(listening, near=False)
 
     async def open_line(self, request: OpenLine) -> OpenedLine:
-        """What a client that gRPC has let in may have. Raises Overloaded where too many ask just now."""
+        """What a client that gRPC has let in may have.
+
+        Raises:
+            Overloaded: Too many ask at once. It comes again soon, as it does not where there is no line.
+        """
         if self._lines.ended or self.closing:
             return OpenedLine(why="this process is ending")
         if not self._port:
@@ -138,7 +142,9 @@ class LineServer:
             return OpenedLine(why=f"this shard's lines are of version {VERSION}, not {request.version}")
         ticket = self._tickets.give(request.client)
         if ticket is None:
-            raise Overloaded("too many clients ask for lines just now", retry_after_s=_AGAIN_S)
+            raise Overloaded(
+                "too many clients ask for lines just now; ask again in some seconds", retry_after_s=_AGAIN_S
+            )
         return OpenedLine(port=self._port, ticket=ticket.ticket, answer=ticket.answer)
 
     async def stop(self, grace_s: float = 0.0) -> None:

@@ -19,6 +19,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Generic
 
 from mempool.errors import (
     DeadlineExceeded,
@@ -188,21 +189,7 @@ class LineChannel:
                 return None
             raise
 
-        def wait() -> ReplyT | None:
-            try:
-                left_s = end_s - time.monotonic()
-                if left_s < _MOST_OF_IT * timeout_s:  # others of the same call were waited for
-                    line.bound(receive_s=max(_LEAST_S, left_s))
-                replied, body = line.answer()
-            except BaseException as error:
-                self._end(line)
-                if isinstance(error, OSError | InvalidRequest):
-                    return None
-                raise
-            self._give_back(line)
-            return near.decode_reply(body) if replied else None
-
-        return wait
+        return _Answer(self, line, near.decode_reply, end_s, timeout_s)
 
     def stream(
         self, method: Method[RequestT, ReplyT], request: RequestT, *, timeout_s: float | None = None
@@ -376,6 +363,45 @@ class LineChannel:
     def _failure(self, detail: Body) -> MempoolError:
         error = from_detail(bytes(detail), shard=self._grpc.shard, address=self.address)
         return error or Internal(f"shard {self._grpc.shard} at {self.address} failed, and did not say how")
+
+
+class _Answer(Generic[ReplyT]):
+    """The answer to what a line was asked, for the thread that waits; None: it is not to be had so. Whoever lets go of
+    this before ends the line: others that were asked with it were interrupted, and it would be nobody's for ever."""
+
+    __slots__ = ("_channel", "_decode", "_end_s", "_line", "_timeout_s")
+
+    def __init__(
+        self,
+        channel: LineChannel,
+        line: ClientLine,
+        decode: Callable[[Body], ReplyT],
+        end_s: float,
+        timeout_s: float,
+    ) -> None:
+        self._channel, self._line, self._decode = channel, line, decode
+        self._end_s, self._timeout_s = end_s, timeout_s
+
+    def __call__(self) -> ReplyT | None:
+        channel, line = self._channel, self._line
+        try:
+            left_s = self._end_s - time.monotonic()
+            if left_s < _MOST_OF_IT * self._timeout_s:  # others of the same call were waited for
+                line.bound(receive_s=max(_LEAST_S, left_s))
+            replied, body = line.answer()
+        except BaseException as error:
+            channel._end(line)
+            if isinstance(error, OSError | InvalidRequest):
+                return None
+            raise
+        finally:
+            del self._line
+        channel._give_back(line)
+        return self._decode(body) if replied else None
+
+    def __del__(self) -> None:
+        if (line := getattr(self, "_line", None)) is not None:
+            self._channel._end(line)
 
 
 def client_number() -> int:

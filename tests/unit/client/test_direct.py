@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -131,6 +132,34 @@ def test_an_interrupt_while_one_is_waited_for_goes_on_after_all_have_answered(
         with pytest.raises(KeyboardInterrupt):
             table.gather(IDS)
     assert shy.asked == [0, 1]
+    table.gather(IDS)
+
+
+def test_an_interrupt_in_the_middle_of_waiting_keeps_no_answer_that_nobody_waits_for(
+    opened: tuple[mempool.Pool, mempool.Table, Shy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does its traceback, which a notebook keeps: an answer that is still to come has a line."""
+    _, table, _ = opened
+    begun: list[weakref.ref[Any]] = []
+    begin_gather = _Asked.begin_gather
+
+    def noted(self: _Asked, request: Any, **options: Any) -> Any:
+        def waited() -> Any:
+            if self._number == 0:
+                raise KeyboardInterrupt
+            return wait()
+
+        wait = begin_gather(self, request, **options)
+        begun.append(weakref.ref(waited))
+        return waited
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_Asked, "begin_gather", noted)
+        with pytest.raises(KeyboardInterrupt) as kept:
+            table.gather(IDS)
+    assert [number for number, wait in enumerate(begun) if wait() is not None] in ([], [0])
+    assert len(begun) == 3
+    assert kept.traceback
     table.gather(IDS)
 
 

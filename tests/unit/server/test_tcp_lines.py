@@ -168,6 +168,46 @@ def test_who_is_late_or_gives_up_ends_the_line_and_its_call() -> None:
     go(main())
 
 
+def test_who_lets_go_of_an_answer_before_it_has_come_leaves_no_line_that_is_nobodys() -> None:
+    """As a thread does that was interrupted while it waited for another shard's: after eight there would be none."""
+
+    async def main() -> None:
+        async with serving() as server:
+            server.listen("127.0.0.1", [0])
+            async with connected_by_tcp(server) as channel:
+
+                def asks() -> None:
+                    assert channel.begin(methods.READ_ROWS, asked(2**14), timeout_s=20.0) is not None
+
+                await asyncio.to_thread(asks)
+                assert not channel._lines
+                await until(lambda: not server.num_lines and not server._lines._room.used_bytes)
+                await opened(channel)
+                assert is_right(await channel.call(methods.READ_ROWS, asked(3)), 3)
+
+    go(main())
+
+
+def test_more_clients_at_once_than_there_are_tickets_for_come_again_soon() -> None:
+    async def main() -> None:
+        async with serving() as server:
+            server.listen("127.0.0.1", [0])
+            now_s = 0.0
+            server._tickets._clock = lambda: now_s
+            for _ in range(tcp.MOST_TICKETS):
+                assert (await server.open_line(OpenLine(version=VERSION, client=1))).port
+            channel = LineChannel(Asked(server), token=None, near=False)
+            await opened(channel)
+            assert not channel.is_tcp
+            assert channel._tcp_from_s < time.monotonic() + 10.0
+            now_s, channel._tcp_from_s = tcp.TICKET_S, 0.0
+            await opened(channel)
+            assert channel.is_tcp
+            await channel.close()
+
+    go(main())
+
+
 class Written:
     """A shard that answers at once, in the memory that it is given, and remembers where that was."""
 
