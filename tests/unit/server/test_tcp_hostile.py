@@ -31,7 +31,7 @@ from mempool.wire.lines.line import can_be_served
 from mempool.wire.lines.methods import NUMBERS
 
 from .tcp_clients import connected_by_tcp, ended, hand, ticket_of
-from .test_near import asked, go, opened, rows, serving, until
+from .test_near import asked, go, rows, serving, until
 
 pytestmark = pytest.mark.skipif(not can_be_served(), reason="this system serves no lines")
 
@@ -102,23 +102,6 @@ def test_tickets_are_bounded_and_all_differ() -> None:
     now_s = tcp.TICKET_S
     assert tickets.give(1) is not None
     assert len(tickets._given) == 1
-
-
-def test_a_client_that_is_told_so_asks_again_soon() -> None:
-    async def main() -> None:
-        async with serving() as server:
-            server.listen("127.0.0.1", [0])
-            for _ in range(tcp.MOST_TICKETS):
-                await ticket_of(server)
-            async with connected_by_tcp(server) as channel:
-                assert not channel.is_tcp
-                assert time.monotonic() < channel._tcp_from_s < time.monotonic() + 5.0
-                server._tickets._given.clear()
-                channel._tcp_from_s = 0.0
-                await opened(channel)
-                assert channel.is_tcp
-
-    go(main())
 
 
 def test_connections_that_show_nothing_are_few_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
