@@ -155,7 +155,7 @@ def test_what_is_no_message_ends_the_line_and_gives_its_room_back(said: bytes) -
                 ours.sendall(said)
                 assert await ended(ours)
             await until(lambda: not server.num_lines and not server._lines._room.used_bytes)
-            assert not server._lines._room._used_by
+            await until(lambda: not server._lines._room._used_by)
 
     go(main())
 
