@@ -174,22 +174,27 @@ class ToldViews:
         self._most, self._most_owners = most, most_owners
         self._told: OrderedDict[KnownView, TableView] = OrderedDict()  # what was of use last is last
         self._owners = 0
-        self._last: dict[int, TableView] = {}  # by table: what is told again and again is looked at once
+        # By table: what is told again and again is looked at once.
+        self._last: dict[int, tuple[TableView, KnownView]] = {}
         self._changes = Changes()
 
     def tell(self, view: TableView) -> None:
         """This one is told to somebody."""
         table_id = view.schema.table_id
-        if self._last.get(table_id) is view:
+        last = self._last.get(table_id)
+        if last is not None and last[0] is view:
+            self._told.move_to_end(last[1])
             return
         known = known_view(view)
         before = self._told.pop(known, None)
         self._owners += _num_owners(view) - (0 if before is None else _num_owners(before))
-        self._told[known] = self._last[table_id] = view
+        self._told[known] = view
+        self._last[table_id] = view, known
         while len(self._told) > self._most or self._owners > self._most_owners:
-            _, old = self._told.popitem(last=False)
+            known, old = self._told.popitem(last=False)
             self._owners -= _num_owners(old)
-            if self._last.get(old.schema.table_id) is old:
+            last = self._last.get(old.schema.table_id)
+            if last is not None and last[1] == known:
                 del self._last[old.schema.table_id]
 
     def view(self, known: KnownView) -> TableView:
