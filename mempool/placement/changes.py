@@ -141,6 +141,16 @@ class Changes:
     def __init__(self, *, most: int = 4) -> None:
         self._most = most
         self._found: list[tuple[TableView, TableView, ViewChange | None]] = []
+        self._known: list[tuple[TableView, KnownView]] = []
+
+    def known(self, view: TableView) -> KnownView:
+        """As ``known_view``."""
+        for each, known in self._known:
+            if each is view:
+                return known
+        found = known_view(view)
+        self._known = [*self._known[-self._most + 1 :], (view, found)]
+        return found
 
     def between(self, known: TableView, view: TableView) -> ViewChange | None:
         """As ``change_between``."""
@@ -164,23 +174,38 @@ class ToldViews:
         self._most, self._most_owners = most, most_owners
         self._told: OrderedDict[KnownView, TableView] = OrderedDict()  # what was of use last is last
         self._owners = 0
-        self._last: dict[int, TableView] = {}  # by table: what is told again and again is looked at once
+        # By table: what is told again and again is looked at once.
+        self._last: dict[int, tuple[TableView, KnownView]] = {}
         self._changes = Changes()
 
     def tell(self, view: TableView) -> None:
         """This one is told to somebody."""
         table_id = view.schema.table_id
-        if self._last.get(table_id) is view:
+        last = self._last.get(table_id)
+        if last is not None and last[0] is view:
+            self._told.move_to_end(last[1])
             return
         known = known_view(view)
         before = self._told.pop(known, None)
         self._owners += _num_owners(view) - (0 if before is None else _num_owners(before))
-        self._told[known] = self._last[table_id] = view
+        self._told[known] = view
+        self._last[table_id] = view, known
         while len(self._told) > self._most or self._owners > self._most_owners:
-            _, old = self._told.popitem(last=False)
+            known, old = self._told.popitem(last=False)
             self._owners -= _num_owners(old)
-            if self._last.get(old.schema.table_id) is old:
+            last = self._last.get(old.schema.table_id)
+            if last is not None and last[1] == known:
                 del self._last[old.schema.table_id]
+
+    def view(self, known: KnownView) -> TableView:
+        """The view that is meant. Raises InvalidRequest where it is not kept any more."""
+        view = self._told.get(known)
+        if view is None:
+            raise InvalidRequest(
+                f"a view of table {known.table_id} of epoch {known.epoch} is meant that is not here: send the view "
+                "itself. Nothing was changed"
+            )
+        return view
 
     def change(self, known: KnownView, view: TableView) -> ViewChange | None:
         """What makes ``view`` of the one that somebody has; None where that is not kept any more, or as of

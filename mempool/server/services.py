@@ -9,6 +9,7 @@ import grpc
 from mempool.placement.changes import ToldViews, changed
 from mempool.server.calls import Door, handler, streaming_handler
 from mempool.types import (
+    AttachTable,
     CommitRequest,
     DropTable,
     GatherReply,
@@ -28,7 +29,7 @@ from mempool.types.messages import ArrayGather, ArrayGathered
 from mempool.wire import methods
 from mempool.wire.codecs.lines import OpenedLine, OpenLine
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
-from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
+from mempool.wire.codecs.pages import AttachView, ForgetTable, FreezeTable, SetView, ThawTable
 from mempool.wire.codecs.tables import AskTable, ToldTable
 from mempool.wire.methods import Method
 
@@ -136,6 +137,19 @@ class Services:
         """``ShardService``: what the controller and peers ask. clients: How many the status is to say, by
         lines that have shared memory and by TCP."""
 
+        told = ToldViews()
+
+        async def attach(request: AttachView) -> None:
+            view = request.view
+            if view is None:
+                assert request.known is not None, "the codec lets nothing else in"
+                view = told.view(request.known)
+            told.tell(view)
+            attached = AttachTable(
+                view=view, mode=request.mode, ledger=request.ledger, pending=request.pending, source=request.source
+            )
+            await shard.attach_table(attached)
+
         async def freeze(request: FreezeTable) -> int:
             return await shard.freeze(request.table_id, request.timeout_s, token=request.token, lease_s=request.lease_s)
 
@@ -158,7 +172,7 @@ class Services:
 
         return dict(
             [
-                self._of(methods.ATTACH_TABLE, shard.attach_table),
+                self._of(methods.ATTACH_TABLE, attach),
                 self._of(methods.SHARD_DROP_TABLE, drop),
                 self._of(methods.FREEZE, freeze),
                 self._of(methods.THAW, thaw),

@@ -10,7 +10,6 @@ from typing import Generic, TypeVar
 from mempool.errors import Internal, InvalidRequest
 from mempool.types import messages as types
 from mempool.types.pages import (
-    AttachTable,
     ExportLedger,
     ExportPages,
     LedgerPart,
@@ -116,7 +115,7 @@ OPEN_LINE: Method[lines.OpenLine, lines.OpenedLine] = Method(
     MEMORY_SERVICE, "OpenLine", lines.OPEN_LINE_REQUEST, lines.OPEN_LINE_REPLY
 )
 
-ATTACH_TABLE: Method[AttachTable, None] = Method(
+ATTACH_TABLE: Method[pages.AttachView, None] = Method(
     SHARD_SERVICE, "AttachTable", pages.ATTACH_TABLE_REQUEST, pages.ATTACH_TABLE_REPLY
 )
 SHARD_DROP_TABLE: Method[ForgetTable, None] = Method(

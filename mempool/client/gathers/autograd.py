@@ -96,7 +96,7 @@ def _sums(link: Link, bags: Bags, *, remember: bool, device: torch.device) -> tu
     if not bags.num_pairs:
         return torch.zeros(bags.num_bags, link.value_dim, dtype=torch.float32, device=device), None
     values, record = link.send_gather(bags, remember=remember)
-    return values.to(device), record
+    return values if values.device == device else values.to(device), record
 
 
 class _Lease:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -56,7 +57,7 @@ from mempool.types.caller import current_caller
 from mempool.types.running import Clock
 from mempool.wire import methods
 from mempool.wire.channels.channel import Channel, Channels
-from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
+from mempool.wire.codecs.pages import AttachView, ForgetTable, FreezeTable, SetView, ThawTable
 from mempool.wire.methods import Method
 
 if TYPE_CHECKING:
@@ -142,8 +143,26 @@ class GrpcShard:
         return await self._call(methods.STEP_COUNT, request)
 
     async def attach_table(self, request: AttachTable) -> None:
-        await self._call(methods.ATTACH_TABLE, request)
-        self._told[request.view.schema.table_id] = request.view
+        """A shard that was given this very view before is told which one it is to confirm."""
+        view, known = request.view, None
+        if request.mode == "confirm" and (told := self._told.get(view.schema.table_id)) is not None:
+            known = self._changes.known(view) if self._changes.known(told) == self._changes.known(view) else None
+        asked = AttachView(
+            view=view,
+            mode=request.mode,
+            ledger=request.ledger,
+            pending=request.pending,
+            source=request.source,
+            known=known,
+        )
+        try:
+            await self._call(methods.ATTACH_TABLE, asked)
+        except InvalidRequest:
+            if known is None:
+                raise
+            # It has that view no more, or is of a version that knows of none.
+            await self._call(methods.ATTACH_TABLE, replace(asked, known=None))
+        self._told[view.schema.table_id] = view
 
     async def drop_table(self, table_id: int, *, unmade: bool = False) -> None:
         self._told.pop(table_id, None)

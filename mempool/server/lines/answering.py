@@ -103,7 +103,7 @@ class Answering:
         timeout_s = None if message.timeout_us < 0 else message.timeout_us / 1e6
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         if method is GATHER and self._at_once is not None and (alone or message.num_bytes < _LITTLE_BYTES):
-            reply = self._gathered(serving, body)
+            reply = self._gathered(serving, body, own=message.place is None)
             if reply is not None:
                 return reply
         began_s = time.perf_counter()
@@ -145,11 +145,11 @@ class Answering:
             )
         return parts
 
-    def _gathered(self, serving: Serving, body: Body) -> ArrayGathered | None:
+    def _gathered(self, serving: Serving, body: Body, *, own: bool) -> ArrayGathered | None:
         """A plain gather, where the shard has nothing else to do: with others that are there it would wait for its
         turn, which takes longer."""
         assert self._at_once is not None, "it was asked for"
-        asked = read_gather(body)
+        asked = read_gather(body, own=own)
         if asked is None:
             return None
         try:

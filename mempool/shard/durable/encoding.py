@@ -63,7 +63,7 @@ def _parts(record: RecordOf) -> list[Bytes]:
         case Begun(number) | Unstaged(number):
             return [struct.pack("<Q", number)]
         case Attached(request):
-            return [pages.ATTACH_TABLE_REQUEST.encode(request)]
+            return [pages.ATTACHED.encode(request)]
         case Dropped(table_id):
             return [pages.DROP_TABLE_REQUEST.encode(ForgetTable(table_id=table_id, unmade=False))]
         case Viewed(view):
@@ -125,7 +125,7 @@ def _record(kind: type[RecordOf], data: bytes) -> RecordOf:
     if kind is Unstaged:
         return Unstaged(*struct.unpack("<Q", data))
     if kind is Attached:
-        return Attached(pages.ATTACH_TABLE_REQUEST.decode(data))
+        return Attached(pages.ATTACHED.decode(data))
     if kind is Dropped:
         return Dropped(pages.DROP_TABLE_REQUEST.decode(data).table_id)
     if kind is Viewed:

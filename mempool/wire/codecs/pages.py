@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mempool.errors import InvalidRequest
-from mempool.placement.changes import ViewChange
+from mempool.placement.changes import KnownView, ViewChange
 from mempool.types.pages import (
     AttachTable,
     DecidedStep,
@@ -31,8 +31,18 @@ from mempool.wire.bodies.frames import decode_frame, frame_parts
 from mempool.wire.bodies.tensors import FrameMemory
 from mempool.wire.codecs.codec import MAX_SMALL_BYTES, NUMBERS, FrameCodec, Only, ProtoCodec, packed, parsed, tensor_of
 from mempool.wire.codecs.messages import STEP_ID
-from mempool.wire.codecs.mirror import MAX_MESSAGES, Choice, Functions, Mirror, Several, bounded, checked_text, require
-from mempool.wire.codecs.tables import SHARD_INFO, SHARD_STATUS, VIEW, VIEW_CHANGE
+from mempool.wire.codecs.mirror import (
+    MAX_MESSAGES,
+    Choice,
+    Converter,
+    Functions,
+    Mirror,
+    Several,
+    bounded,
+    checked_text,
+    require,
+)
+from mempool.wire.codecs.tables import KNOWN_VIEW, SHARD_INFO, SHARD_STATUS, VIEW, VIEW_CHANGE
 from mempool.wire.v1 import shard_pb2 as pb
 
 Mode = Literal["initialise", "empty", "lost", "confirm", "restore"]
@@ -70,6 +80,21 @@ class ThawTable:
 
     table_id: int
     token: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AttachView:
+    """An ``AttachTable``, of which the view may stay where it is.
+
+    view: None where only ``known`` came. known: What travels in place of the view, where the shard was given it before.
+    """
+
+    view: TableView | None
+    mode: Mode
+    ledger: Ledger | None = None
+    pending: bool = False
+    source: TableSource | None = None
+    known: KnownView | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -196,6 +221,32 @@ class PageBatchCodec:
         return header
 
 
+_LEDGER = Functions(ledger_message, ledger_value)
+_ATTACHED: dict[str, Converter] = {
+    "view": VIEW,
+    "mode": Choice(_MODES),
+    "ledger": _LEDGER,
+    "source": Mirror(pb.TableSource, TableSource),
+}
+
+
+class _AttachViews(Mirror[AttachView, pb.AttachTableRequest]):
+    """A view, or in its place which one it is."""
+
+    def __init__(self) -> None:
+        parts = {**_ATTACHED, "known": KNOWN_VIEW}
+        optional = ("view", "known", "ledger", "source")
+        super().__init__(pb.AttachTableRequest, AttachView, parts, optional=optional)
+
+    def to_message(self, value: AttachView) -> pb.AttachTableRequest:
+        return super().to_message(value if value.known is None else replace(value, view=None))
+
+    def from_message(self, message: pb.AttachTableRequest, **more: Any) -> AttachView:
+        if not message.HasField("known"):
+            require(message, "view")
+        return super().from_message(message, **more)
+
+
 class _SetViews(Mirror[SetView, pb.SetViewRequest]):
     """A view, or in its place what is other in it."""
 
@@ -212,16 +263,11 @@ class _SetViews(Mirror[SetView, pb.SetViewRequest]):
         return super().from_message(message, **more)
 
 
-_LEDGER = Functions(ledger_message, ledger_value)
-
-ATTACH_TABLE_REQUEST = ProtoCodec(
-    Mirror(
-        pb.AttachTableRequest,
-        AttachTable,
-        {"view": VIEW, "mode": Choice(_MODES), "ledger": _LEDGER, "source": Mirror(pb.TableSource, TableSource)},
-        optional=("ledger", "source"),
-    )
+ATTACHED = ProtoCodec(
+    Mirror(pb.AttachTableRequest, AttachTable, _ATTACHED, optional=("ledger", "source"), left_out=("known",))
 )
+"""What was attached, whole: for who keeps it."""
+ATTACH_TABLE_REQUEST: ProtoCodec[AttachView, pb.AttachTableRequest] = ProtoCodec(_AttachViews())
 ATTACH_TABLE_REPLY: ProtoCodec[None, pb.AttachTableReply] = ProtoCodec(Only(pb.AttachTableReply))
 DROP_TABLE_REQUEST = ProtoCodec(Mirror(pb.ShardServiceDropTableRequest, ForgetTable), MAX_SMALL_BYTES)
 DROP_TABLE_REPLY: ProtoCodec[None, pb.ShardServiceDropTableReply] = ProtoCodec(Only(pb.ShardServiceDropTableReply))

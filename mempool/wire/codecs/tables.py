@@ -310,6 +310,7 @@ _CHANGE = Mirror(
     {"shards": Several(SHARD_INFO), "saved": Mirror(table_pb2.SavedTable, SavedTable)},
     optional=("saved",),
 )
+KNOWN_VIEW = Mirror(table_pb2.KnownView, KnownView)
 VIEW_CHANGE = Functions(_change_message, _change_value)
 _STATES = Choice(
     {
@@ -348,7 +349,7 @@ DROP_TABLE_REQUEST: ProtoCodec[DropTable, pool_pb2.DropTableRequest] = ProtoCode
 )
 DROP_TABLE_REPLY: ProtoCodec[None, pool_pb2.DropTableReply] = ProtoCodec(Only(pool_pb2.DropTableReply))
 GET_TABLE_REQUEST: ProtoCodec[AskTable, pool_pb2.GetTableRequest] = ProtoCodec(
-    Mirror(pool_pb2.GetTableRequest, AskTable, {"known": Mirror(table_pb2.KnownView, KnownView)}, optional=("known",)),
+    Mirror(pool_pb2.GetTableRequest, AskTable, {"known": KNOWN_VIEW}, optional=("known",)),
     MAX_SMALL_BYTES,
 )
 GET_TABLE_REPLY: ProtoCodec[ToldTable, pool_pb2.GetTableReply] = ProtoCodec(_ToldTables())

@@ -305,9 +305,10 @@ def _usual_gather(value: GatherRequest) -> Parts | None:
     return parts
 
 
-def read_gather(body: Body) -> ArrayGather | None:
+def read_gather(body: Body, *, own: bool = False) -> ArrayGather | None:
     """A ``GatherRequest`` of what is usual as arrays that lie in the body; None of any other, and of what is none: the
-    codec says what is wrong."""
+    codec says what is wrong. own: Nobody else can write to the body; what is remembered is copied all the same, as the
+    body is larger."""
     if len(body) < _GATHER_HEAD.size:
         return None
     (
@@ -338,7 +339,7 @@ def read_gather(body: Body) -> ArrayGather | None:
         weights = np.frombuffer(body, np.float32, num_weights, after_ids)
     ids = np.frombuffer(body, np.uint32, num_ids, at)
     envelope = Envelope(table_id=table_id, epoch=epoch, incarnation=incarnation, table_version=version)
-    return ArrayGather(envelope, lookup_id, ids, weights, offsets, remember, release, False)
+    return ArrayGather(envelope, lookup_id, ids, weights, offsets, remember, release, own and not remember)
 
 
 def gathered(reply: ArrayGathered) -> Parts:

@@ -236,7 +236,8 @@ class MemoryServiceServicer(object):
 
     def OpenLine(self, request, context):
         """Agrees on a line: see there. Changes nothing, and has no answer to rely on: where there is no port, where it cannot be
-        reached, and of a shard that does not know this call, gRPC has everything. Ask again much later then.
+        reached, and of a shard that does not know this call, gRPC has everything. Ask again much later then; soon after
+        ERROR_CODE_OVERLOADED: too many ask just now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

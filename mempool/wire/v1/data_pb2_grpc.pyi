@@ -182,7 +182,8 @@ class MemoryServiceStub:
     """
     OpenLine: _grpc.UnaryUnaryMultiCallable[_data_pb2.OpenLineRequest, _data_pb2.OpenLineReply]
     """Agrees on a line: see there. Changes nothing, and has no answer to rely on: where there is no port, where it cannot be
-    reached, and of a shard that does not know this call, gRPC has everything. Ask again much later then.
+    reached, and of a shard that does not know this call, gRPC has everything. Ask again much later then; soon after
+    ERROR_CODE_OVERLOADED: too many ask just now.
     """
 
 @_typing.type_check_only
@@ -281,7 +282,8 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
     """
     OpenLine: _aio.UnaryUnaryMultiCallable[_data_pb2.OpenLineRequest, _data_pb2.OpenLineReply]  # type: ignore[assignment]
     """Agrees on a line: see there. Changes nothing, and has no answer to rely on: where there is no port, where it cannot be
-    reached, and of a shard that does not know this call, gRPC has everything. Ask again much later then.
+    reached, and of a shard that does not know this call, gRPC has everything. Ask again much later then; soon after
+    ERROR_CODE_OVERLOADED: too many ask just now.
     """
 
 class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -449,7 +451,8 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_data_pb2.OpenLineReply, _abc.Awaitable[_data_pb2.OpenLineReply]]:
         """Agrees on a line: see there. Changes nothing, and has no answer to rely on: where there is no port, where it cannot be
-        reached, and of a shard that does not know this call, gRPC has everything. Ask again much later then.
+        reached, and of a shard that does not know this call, gRPC has everything. Ask again much later then; soon after
+        ERROR_CODE_OVERLOADED: too many ask just now.
         """
 
 def add_MemoryServiceServicer_to_server(servicer: MemoryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

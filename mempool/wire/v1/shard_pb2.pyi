@@ -201,6 +201,7 @@ class AttachTableRequest(_message.Message):
     LEDGER_FIELD_NUMBER: _builtins.int
     PENDING_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
+    KNOWN_FIELD_NUMBER: _builtins.int
     mode: Global___AttachMode.ValueType
     """What about the pages."""
     pending: _builtins.bool
@@ -209,7 +210,7 @@ class AttachTableRequest(_message.Message):
     """
     @_builtins.property
     def view(self) -> _table_pb2.TableView:
-        """What it is and where its pages are."""
+        """What it is and where its pages are. Absent: known says it."""
 
     @_builtins.property
     def ledger(self) -> Global___Ledger:
@@ -219,6 +220,12 @@ class AttachTableRequest(_message.Message):
     def source(self) -> Global___TableSource:
         """Where pages are read from. Of ATTACH_MODE_RESTORE alone."""
 
+    @_builtins.property
+    def known(self) -> _table_pb2.KnownView:
+        """The view, where the shard was given it with an earlier request of this kind. ERROR_CODE_INVALID_REQUEST, and nothing
+        is changed, where it does not have it any more, or does not know of this: send the view.
+        """
+
     def __init__(
         self,
         *,
@@ -227,10 +234,11 @@ class AttachTableRequest(_message.Message):
         ledger: Global___Ledger | None = ...,
         pending: _builtins.bool = ...,
         source: Global___TableSource | None = ...,
+        known: _table_pb2.KnownView | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "source", b"source", "view", b"view"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["known", b"known", "ledger", b"ledger", "source", b"source", "view", b"view"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "mode", b"mode", "pending", b"pending", "source", b"source", "view", b"view"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["known", b"known", "ledger", b"ledger", "mode", b"mode", "pending", b"pending", "source", b"source", "view", b"view"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -58,7 +58,7 @@ def test_for_people(command: Command, machine: Path) -> None:
     said = command(*PAPER, "--machine", machine).stdout.splitlines()
     assert said[0].startswith("67,108,864 slots x 2,048 bfloat16, rowwise_adagrad: 137.4 billion parameters in 2")
     assert "planned: 1,024 on 128 hosts of 64 cores" in said[1]
-    assert said[2].startswith("best: layout grid, block_dim ")
+    assert said[2].startswith(f"best: layout {said[5].split()[0]}, block_dim ")
     assert said[4].split()[0] == "split"
     assert said[4].endswith("limit   tokens/s") or "tokens/s" in said[4]
     assert {line.split()[0] for line in said[5:7]} == {"grid", "rows"}

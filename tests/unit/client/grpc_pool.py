@@ -17,13 +17,17 @@ _BOUND_S = 60.0
 class GrpcPoolHere:
     """Starts, restarts and ends it; all methods block.
 
+    Args:
+        near: Clients of this host get lines.
+
     Attributes:
         address: The controller's.
         infos: The shards, by number.
     """
 
-    def __init__(self, *, shards: int = 2, token: str | None = None) -> None:
+    def __init__(self, *, shards: int = 2, token: str | None = None, near: bool = False) -> None:
         self.token = token
+        self._near = near
         self.infos: dict[int, ShardInfo] = {}
         self._engines: dict[int, Engine] = {}
         self._servers: dict[int, Server] = {}
@@ -89,7 +93,13 @@ class GrpcPoolHere:
         engine = Engine(info, peers=self._dialer.dial)
         views = ShardViews("here", shard=engine, dial=self._dialer.dial, controller="test")
         router = Router(views, dial=self._dialer.dial, pool="here")
-        await server.start(shard=engine, pool=views, lookup=LookupCoordinator(router, info=info).lookup)
+        await server.start(
+            shard=engine,
+            pool=views,
+            lookup=LookupCoordinator(router, info=info).lookup,
+            address=info.address if self._near else "",
+            at_once=engine.at_once if self._near else None,
+        )
         self.infos[shard], self._engines[shard], self._servers[shard] = info, engine, server
         return info
 

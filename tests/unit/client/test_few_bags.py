@@ -19,13 +19,13 @@ SHARDS, WIDTH = 4, 12
 IDS = torch.randperm(64, generator=torch.Generator().manual_seed(0))[:48].unsqueeze(1)
 
 
-@pytest.fixture(scope="module", params=["embedded", "gRPC"])
+@pytest.fixture(scope="module", params=["embedded", "gRPC", "lines"])
 def pool(request: pytest.FixtureRequest) -> Iterator[mempool.Pool]:
     if request.param == "embedded":
         with mempool.local(shards=SHARDS) as pool:
             yield pool
         return
-    served = GrpcPoolHere(shards=SHARDS)
+    served = GrpcPoolHere(shards=SHARDS, near=request.param == "lines")
     try:
         with mempool.connect(served.address) as pool:
             yield pool

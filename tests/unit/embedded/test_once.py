@@ -43,8 +43,9 @@ def _table(pool: mempool.Pool, layout: str) -> mempool.Table:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("shards", "layout", "parts"), [(1, "auto", 1), (2, "columns", 1), (8, "columns", 1),
-                                                          (4, "rows", 4), (4, "grid", 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shards", "layout", "parts"), [(2, "columns", 1), (8, "columns", 1), (4, "rows", 4), (4, "grid", 2)]
+)
 def test_pairs_are_checked_and_sorted_once_for_all_columns(
     shards: int, layout: str, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

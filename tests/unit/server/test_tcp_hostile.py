@@ -154,9 +154,8 @@ def test_what_is_no_message_ends_the_line_and_gives_its_room_back(said: bytes) -
             async with hand(server) as ours:
                 ours.sendall(said)
                 assert await ended(ours)
-            await until(lambda: not server.num_lines)
-            assert not server._lines._room.used_bytes
-            assert not server._lines._room._used_by
+            await until(lambda: not server.num_lines and not server._lines._room.used_bytes)
+            await until(lambda: not server._lines._room._used_by)
 
     go(main())
 
@@ -171,7 +170,7 @@ def test_a_body_that_is_nothing_is_refused_and_the_line_goes_on() -> None:
                     answer = parsed(await asyncio.to_thread(ours.recv, 32, socket.MSG_WAITALL), most_inline=2**20)
                     assert (answer.kind, answer.call) == (3, 5)
                     await asyncio.to_thread(ours.recv, answer.num_bytes, socket.MSG_WAITALL)
-                assert not server._lines._room.used_bytes
+                await until(lambda: not server._lines._room.used_bytes)
 
     go(main())
 
@@ -184,8 +183,7 @@ def test_who_ends_half_of_it_ends_the_line() -> None:
                 ours.sendall(header_of(Message(REQUEST, 1, READ_ROWS), 2**20) + bytes(100))
                 ours.shutdown(socket.SHUT_WR)
                 assert await ended(ours)
-            await until(lambda: not server.num_lines)
-            assert not server._lines._room.used_bytes
+            await until(lambda: not server.num_lines and not server._lines._room.used_bytes)
 
     go(main())
 

@@ -14,7 +14,7 @@ from mempool.placement.changes import KnownView, ViewChange
 from mempool.wire import methods
 from mempool.wire.codecs.lines import OpenedLine, OpenLine
 from mempool.wire.codecs.lookup import LookupReply, LookupRequest
-from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
+from mempool.wire.codecs.pages import AttachView, ForgetTable, FreezeTable, SetView, ThawTable
 from mempool.wire.codecs.tables import AskTable, ToldTable
 from mempool.wire.methods import Method
 from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2
@@ -104,6 +104,8 @@ def view_changes(draw: st.DrawFn) -> ViewChange:
     )
 
 
+VIEWS = st.lists(views(), max_size=2).map(tuple)
+KNOWN = build(KnownView, table_id=U64, epoch=U64, digest=U64)
 DECIDED = build(
     types.DecidedStep, table_id=U64, version=U64, step_id=STEP_ID, lr=DOUBLE, grad_scale=DOUBLE, sequences=U64S
 )
@@ -320,12 +322,13 @@ CASES: dict[Method[Any, Any], Case] = {
     methods.ATTACH_TABLE: (
         shard_pb2.AttachTableRequest,
         build(
-            types.AttachTable,
+            AttachView,
             view=views(),
             mode=st.sampled_from(["initialise", "empty", "lost", "restore"]),
             ledger=st.none() | LEDGER,
             source=st.none() | build(types.TableSource, url=TEXT, checkpoint=TEXT, table=TEXT, keys=TEXT),
-        ),
+        )
+        | build(AttachView, view=st.none(), mode=st.just("confirm"), known=KNOWN),
         shard_pb2.AttachTableReply,
         st.none(),
     ),
@@ -411,16 +414,11 @@ CASES: dict[Method[Any, Any], Case] = {
     ),
     methods.GET_TABLE: (
         pool_pb2.GetTableRequest,
-        build(AskTable, name=TEXT, known=st.none() | build(KnownView, table_id=U64, epoch=U64, digest=U64)),
+        build(AskTable, name=TEXT, known=st.none() | KNOWN),
         pool_pb2.GetTableReply,
         build(ToldTable, view=views()) | build(ToldTable, change=view_changes()),
     ),
-    methods.LIST_TABLES: (
-        pool_pb2.ListTablesRequest,
-        st.none(),
-        pool_pb2.ListTablesReply,
-        st.lists(views(), max_size=2).map(tuple),
-    ),
+    methods.LIST_TABLES: (pool_pb2.ListTablesRequest, st.none(), pool_pb2.ListTablesReply, VIEWS),
     methods.RESCALE: (
         pool_pb2.RescaleRequest,
         U32,
@@ -476,7 +474,7 @@ CASES: dict[Method[Any, Any], Case] = {
             keys=TEXT,
         ),
         pool_pb2.RestoreReply,
-        st.lists(views(), max_size=2).map(tuple),
+        VIEWS,
     ),
     methods.GET_STATUS: (
         pool_pb2.GetStatusRequest,
@@ -486,7 +484,7 @@ CASES: dict[Method[Any, Any], Case] = {
             types.PoolStatus,
             name=TEXT,
             shards=st.lists(SHARD_STATUS, max_size=2).map(tuple),
-            tables=st.lists(views(), max_size=2).map(tuple),
+            tables=VIEWS,
             rescaling=st.booleans(),
             wanted_shards=U32,
             waiting_for=TEXT,

@@ -125,9 +125,10 @@ def test_a_run_and_its_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(callers, "Child", ThreadChild)
-    both = {kind: opened for kind, opened in callers.KINDS.items() if kind != pools.NEAR} | {pools.GRPC: pools.served}
+    kinds = {kind: opened for kind, opened in callers.KINDS.items() if kind not in pools.REMOTE[1:]}
+    kinds[pools.GRPC] = pools.served
     for module in (callers, run):
-        monkeypatch.setattr(module, "KINDS", both)
+        monkeypatch.setattr(module, "KINDS", kinds)
     options = run.Options(rounds=2, only=("lookups",), ray=False)
     assert command.bench_serve(options, out=tmp_path, workload=TINY) == 0
     said = capsys.readouterr()
@@ -143,7 +144,7 @@ def test_a_run_and_its_file(
     for shape in found["lookups"]:
         assert list(shape["contenders"]) == [
             "torch embedding_bag", "mempool's kernel", "mempool embedded", "mempool over gRPC",
-            "mempool, shared memory", "torch.distributed.rpc", "grpc.aio echo", "Unix socket echo",
+            "mempool over TCP", "mempool, shared memory", "torch.distributed.rpc", "grpc.aio echo", "Unix socket echo",
         ]  # fmt: skip
         assert (shape["rounds"], shape["calls_a_round"]) == (2, 5)
         for name, figures in shape["contenders"].items():

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,11 @@ import torch
 
 from mempool.client.transport.shard import GrpcDialer, GrpcShard
 from mempool.errors import InvalidRequest, ShardUnavailable
-from mempool.placement.changes import changed
-from mempool.types import Envelope, GatherRequest, Placement, ShardInfo, ShardStatus, TableView
+from mempool.placement.changes import ToldViews, changed
+from mempool.types import AttachTable, Envelope, GatherRequest, Placement, ShardInfo, ShardStatus, TableView
 from mempool.types.caller import Caller, calling
 from mempool.wire import methods
-from mempool.wire.codecs.pages import SetView
+from mempool.wire.codecs.pages import AttachView, SetView
 from mempool.wire.methods import Method
 from tests.support.faulty import make_schema
 
@@ -183,6 +184,54 @@ def test_a_shard_is_told_what_is_other_in_a_view_than_in_the_one_it_took(old: bo
         await shard.drop_table(1)
         await shard.set_view(make_view(7, 7))
         assert views.num_bytes[-1] > 4 * 4096 * 4
+
+    asyncio.run(main())
+
+
+class Attached:
+    """A shard that tables are attached to, as it is served; one of an old version takes whole views alone."""
+
+    def __init__(self, *, old: bool = False) -> None:
+        self.old = old
+        self.told = ToldViews()
+        self.attached: list[tuple[str, TableView]] = []
+        self.num_bytes: list[int] = []
+
+    async def take(self, request: AttachView) -> None:
+        frame = methods.ATTACH_TABLE.request.encode(request)
+        self.num_bytes.append(len(frame))
+        asked = methods.ATTACH_TABLE.request.decode(frame)
+        if asked.view is None and self.old:
+            raise InvalidRequest("AttachTableRequest.view is missing")
+        if asked.view is None:
+            assert asked.known is not None
+        view = self.told.view(asked.known) if asked.known is not None else asked.view
+        assert view is not None
+        self.told.tell(view)
+        self.attached.append((asked.mode, view))
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_shard_confirms_the_view_that_it_was_given_without_being_given_it_again(old: bool) -> None:
+    async def main() -> None:
+        shards = Attached(old=old)
+        shard = GrpcShard(INFO, Handing("somewhere", {"AttachTable": shards.take}))
+        given, other = make_view(0, 3), make_view(0, 4)
+        await shard.attach_table(AttachTable(view=given, mode="initialise", pending=True))
+        confirmed = replace(given, controller="elsewhere:1")  # the same pages at the same shards
+        await shard.attach_table(AttachTable(view=confirmed, mode="confirm"))
+        were_whole = [num_bytes > 4 * 4096 * 4 for num_bytes in shards.num_bytes]
+        assert were_whole == ([True, False, True] if old else [True, False])
+        assert shards.num_bytes[1] < 30
+        await shard.attach_table(AttachTable(view=other, mode="confirm"))  # of another controller: it says which
+        assert shards.num_bytes[-1] > 4 * 4096 * 4
+        shards.told = ToldViews()  # it has been told much else meanwhile
+        await shard.attach_table(AttachTable(view=other, mode="confirm"))
+        assert shards.num_bytes[-1] > 4 * 4096 * 4
+        expected = [("initialise", given), ("confirm", given), ("confirm", other), ("confirm", other)]
+        assert [mode for mode, _ in shards.attached] == [mode for mode, _ in expected]
+        for (_, view), (_, meant) in zip(shards.attached, expected, strict=True):
+            assert view.placement.same_owners(meant.placement)
 
     asyncio.run(main())
 
