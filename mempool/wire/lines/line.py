@@ -91,6 +91,7 @@ class Line:
 
     def close(self) -> None:
         """End it; nobody else has it. Repeatable. The memory goes with the last view of it."""
+        self.cut()  # a process that was forked meanwhile has the socket too, and may live for long
         self._socket.close()
 
     def give_back(self, call: int) -> bool:

@@ -24,10 +24,10 @@ from mempool.wire.codecs.lines import OpenedLine, OpenLine
 from mempool.wire.lines import tcp
 from mempool.wire.lines.buffers import LARGEST_BYTES
 from mempool.wire.lines.framing import MOST_REQUEST_BYTES, VERSION
-from mempool.wire.lines.line import can_be_served
+from mempool.wire.lines.line import can_be_served, supported
 
 from .tcp_clients import Asked, connected_by_tcp, hand
-from .test_near import STAMP, asked, go, opened, rows, serving, until
+from .test_near import STAMP, asked, connected, go, opened, rows, serving, until
 from .test_near_deaths import gather
 
 pytestmark = pytest.mark.skipif(not can_be_served(), reason="this system serves no lines")
@@ -352,6 +352,27 @@ def test_a_child_process_is_another_client() -> None:
 
 
 before_fork = line_channel.client_number()
+
+
+def test_a_child_process_keeps_no_line_alive_that_its_parent_has_ended() -> None:
+    """As a DataLoader's worker does, which lives as long as the training."""
+
+    async def main() -> None:
+        async with serving() as server:
+            server.listen("127.0.0.1", [0])
+            async with connected_by_tcp(server) as by_tcp, connected(server) as near:
+                lines = [*by_tcp._lines, *near._lines]
+                assert [line.is_near for line in lines] == [False, True][: 1 + supported()]
+                of_child = [os.dup(line._socket.fileno()) for line in lines]
+                try:
+                    by_tcp._end_free()
+                    near._end_free()
+                    await until(lambda: not server.num_lines)
+                finally:
+                    for descriptor in of_child:
+                        os.close(descriptor)
+
+    go(main())
 
 
 def test_lines_that_nobody_ended_are_none_after_the_server() -> None:
