@@ -209,7 +209,7 @@ def _as_arrays(request: GatherRequest) -> ArrayGather | None:
     ids, weights = request.ids, request.weights
     if not request.private or request.reply_dtype != "float32" or ids.dtype != torch.uint32:
         return None
-    if weights is not None and weights.dtype != torch.float32:
+    if weights is not None and (weights.dtype != torch.float32 or weights.shape != ids.shape):
         return None
     return ArrayGather(
         request.envelope,

@@ -215,6 +215,12 @@ def test_what_may_not_be_told_yet_is_read_once(make_driver: MakeDriver, monkeypa
     [
         {"ids": torch.tensor([50] * 3), "weights": None, "offsets": torch.tensor([0, 3])},
         {"reply_dtype": "float64"},
+        {
+            "ids": torch.tensor([1, 2, 3]).to(torch.uint32),
+            "weights": torch.ones(2),
+            "offsets": torch.tensor([0, 3]),
+            "private": True,
+        },
     ],
 )
 def test_what_is_refused_or_still_to_come_is_left_to_the_engine(make_driver: MakeDriver, wrong: dict[str, Any]) -> None:
