@@ -219,7 +219,7 @@ SEEN_AT: dict[str, int] = {
     "record of an update": 1,
     "checksum": 6,
     "pack before its manifest": 22,
-    "snapshot before segments go": 29,
+    "snapshot before segments go": 31,
 }
 """The first seed that shows each one missing: how many were needed."""
 

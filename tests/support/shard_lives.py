@@ -2,6 +2,7 @@
 
 import copy
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -66,12 +67,17 @@ class Lives:
         return other
 
     def _copied(self) -> FakeFiles:
-        """The disk, once nobody is at it."""
+        """The disk, once nobody is at it, and as it is at one moment: whoever tries again what it has refused may be."""
         end_s = time.monotonic() + CLOSE_S
-        while any(_is_at_it(engine) for engine in self.engines):
-            assert time.monotonic() < end_s, "a snapshot that does not end"
+        while True:
+            assert time.monotonic() < end_s, "a disk that is never left alone"
+            done = len(self.files.operations)
+            if not any(_is_at_it(engine) for engine in self.engines):
+                with suppress(RuntimeError):  # a file came or went meanwhile
+                    copied = copy.deepcopy(self.files)
+                    if len(self.files.operations) == done:
+                        return copied
             time.sleep(0.005)
-        return copy.deepcopy(self.files)
 
     def close(self) -> None:
         """End all lives, whatever their disk says."""
