@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from mempool.wire.channels.grpc_channel import GrpcChannel, GrpcChannels
+from mempool.wire.channels.line_channel import LineChannel
 
 _PIECE_BYTES = 2**16
 _RESET = struct.pack("ii", 1, 0)
@@ -86,7 +87,8 @@ class Proxies(dict[str, Proxy]):
 
 @contextmanager
 def reached_through(proxies: dict[str, Proxy]) -> Iterator[None]:
-    """Clients that are made within reach addresses through these, where there is one."""
+    """Clients that are made within reach addresses through these, where there is one; by gRPC alone there, as a line
+    would pass them by."""
     dialled = GrpcChannels.__call__
 
     def through(self: GrpcChannels, address: str, *, shard: int | None = None) -> GrpcChannel:
@@ -96,11 +98,17 @@ def reached_through(proxies: dict[str, Proxy]) -> Iterator[None]:
             return dialled(self, address, shard=shard)
         return dialled(self, proxy.address, shard=shard)
 
+    async def no_line(_: LineChannel) -> None:
+        return None
+
+    opened = LineChannel._open_tcp
     GrpcChannels.__call__ = through  # type: ignore[method-assign]
+    LineChannel._open_tcp = no_line  # type: ignore[method-assign]
     try:
         yield
     finally:
         GrpcChannels.__call__ = dialled  # type: ignore[method-assign]
+        LineChannel._open_tcp = opened  # type: ignore[method-assign]
 
 
 @contextmanager
