@@ -266,9 +266,9 @@ class Store:
 
     @property
     def is_settled(self) -> bool:
-        """Whether ``settled`` would not wait."""
-        with self._lock:
-            return self._awaited <= self._synced
+        """Whether ``settled`` would not wait. Without the lock, which a signal's handler may find taken by whom it has
+        interrupted: both only grow, and what was awaited is read first."""
+        return self._awaited <= self._synced
 
     async def settled(self) -> None:
         """Wait until all that was added, but for updates that are only held, is durable.

@@ -198,10 +198,16 @@ class AtOnce:
         wait: bool,
         caller: str = "",
     ) -> ReplyT | None:
+        if not self._may_tell:  # nor will it, most likely, when this is read
+            return None
         return self._durable(self._thread.at_once(stage, partial(_whole, answer), request, wait=wait, caller=caller))
 
     def _durable(self, reply: ReplyT | None) -> ReplyT | None:
-        return reply if self._store is None or self._store.is_settled else None
+        return reply if self._may_tell else None
+
+    @property
+    def _may_tell(self) -> bool:
+        return self._store is None or self._store.is_settled
 
 
 def _as_arrays(request: GatherRequest) -> ArrayGather | None:

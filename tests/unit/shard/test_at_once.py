@@ -201,13 +201,27 @@ def test_arrays_that_are_wrong_are_left_to_the_engine_and_change_nothing(
     assert len(engine._answers._contexts) == 0
 
 
-def test_what_may_not_be_told_yet_is_read_once(make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_may_not_be_told_yet_is_not_read(make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = make_driver().create(make_schema())
     engine = engine_of(driver)
     request = asked(driver)
-    monkeypatch.setattr(engine.at_once, "_store", SimpleNamespace(is_settled=False))  # the disk is behind
-    assert begun(engine, replace(request, ids=request.ids.to(torch.uint32), private=True)) is None
-    assert engine._tenancy.table(driver.table_id).lookups == 1
+    store = SimpleNamespace(is_settled=False)  # the disk is behind
+    monkeypatch.setattr(engine.at_once, "_store", store)
+    request = replace(request, ids=request.ids.to(torch.uint32), private=True)
+    table = engine._tenancy.table(driver.table_id)
+    assert begun(engine, request) is None
+    assert engine.at_once.gather(request, caller="me") is None
+    assert table.lookups == 0
+
+    def falls_behind(asked: ArrayGather) -> Any:
+        store.is_settled = False
+        return read(asked)
+
+    read = engine._answers.arrays.reading
+    monkeypatch.setattr(engine._answers.arrays, "reading", falls_behind)
+    store.is_settled = True
+    assert begun(engine, request) is None
+    assert table.lookups == 1
 
 
 @pytest.mark.parametrize(

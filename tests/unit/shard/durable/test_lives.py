@@ -392,6 +392,23 @@ def test_who_gives_up_waiting_keeps_nobody_from_being_told() -> None:
     run(store.close(), timeout_s=20)
 
 
+def test_whether_all_is_durable_is_said_without_waiting_for_who_was_interrupted() -> None:
+    """By a signal's handler, which looks up what it has interrupted a look-up of."""
+    hand = ByHand()
+    store = Store("disk", pool="pool", pool_id="one", shard=0, files=FakeFiles(), runner=hand)
+    asking = threading.Thread(target=lambda: said.append(store.is_settled), daemon=True)
+    said: list[bool] = []
+    with store._lock:
+        asking.start()
+        asking.join(10.0)
+        assert said == [True]
+    store.caught_up_of(1)(torch.tensor([1]), False)
+    assert not store.is_settled
+    hand.work()
+    assert store.is_settled
+    run(store.close(), timeout_s=20)
+
+
 def test_updates_that_no_step_follows_are_not_kept_for_ever() -> None:
     """Of a trainer that never commits: its lease ends, and what it held is dropped; more of it comes."""
     hand, grads = ByHand(), torch.zeros(4, 2**16)
