@@ -67,7 +67,7 @@ class Lives:
         return other
 
     def _copied(self) -> FakeFiles:
-        """The disk, once nobody is at it, and as it is at one moment: whoever tries again what it has refused may be."""
+        """The disk, once nobody is at it, and as it is at one moment: what it has refused may be tried again."""
         end_s = time.monotonic() + CLOSE_S
         while True:
             assert time.monotonic() < end_s, "a disk that is never left alone"
