@@ -37,8 +37,8 @@ from mempool.kernels.cpu.vectors import LANES, add_product, dot_tile, sum_tile
 
 # Pairs that are listed at once: so many that the rest of the work is nothing beside, and the list stays in the cache.
 _PIECE = 512
-# Rows that are prefetched ahead of the one that is read.
-_AHEAD = 16
+# Rows that are prefetched ahead of the one that is read: some 32 lines, as a core waits for no more at a time.
+_AHEAD, _AHEAD_OF_WIDE = 16, 8
 # Columns of a tile: as many as registers hold, then less for what is left.
 _WIDE, _MIDDLE, _NARROW, _SLIM, _LEAST = (256 if has_wide_registers() else 64), 64, 2 * LANES, LANES, LANES // 2
 _sum_wide, _sum_middle, _sum_narrow, _sum_slim, _sum_least = map(sum_tile, (_WIDE, _MIDDLE, _NARROW, _SLIM, _LEAST))
@@ -185,11 +185,12 @@ def _sum_listed(
         following = column + columns
         next_columns = _tile_columns(arena, following, end_column)
         then, back = (following, count) if next_columns > 0 else (first_column, _ZERO)
-        source = rows, scales_start, block_dim, listed, first, count, _AHEAD, column, then, back
+        ahead = _AHEAD_OF_WIDE if columns >= _MIDDLE else _AHEAD
+        source = rows, scales_start, block_dim, listed, first, count, ahead, column, then, back
         if columns == _WIDE and columns == end_column - first_column:
             # The usual width: what is read next follows in the list, which the compiler is told.
             _sum_wide(
-                rows, scales_start, block_dim, listed, first, count, _AHEAD, column, column, 0, weights, fresh, acc
+                rows, scales_start, block_dim, listed, first, count, ahead, column, column, 0, weights, fresh, acc
             )
         elif columns == _WIDE:
             _sum_wide(*source, weights, fresh, acc)
@@ -379,9 +380,10 @@ def _dot_listed(arena: Arena, listed: Array, first: int, count: int, grad: Array
         following = column + columns
         next_columns = _tile_columns(arena, following, width)
         then, back = (following, count) if next_columns > 0 else (_ZERO, _ZERO)
-        source = rows, scales_start, block_dim, listed, first, count, _AHEAD, column, then, back
+        ahead = _AHEAD_OF_WIDE if columns >= _MIDDLE else _AHEAD
+        source = rows, scales_start, block_dim, listed, first, count, ahead, column, then, back
         if columns == _WIDE and columns == width:
-            alone = rows, scales_start, block_dim, listed, first, count, _AHEAD, column, column, 0
+            alone = rows, scales_start, block_dim, listed, first, count, ahead, column, column, 0
             _dot_wide(*alone, True, grad, results)
         elif columns == _WIDE:
             _dot_wide(*source, column == 0, grad, results)
