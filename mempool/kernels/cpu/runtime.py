@@ -267,18 +267,10 @@ def scales(paged: Paged) -> tuple[Array, int]:
 
 def view(tensor: Tensor) -> Array:
     """View a tensor as a C-ordered array; copies only where it is not contiguous."""
-    # As detached_contiguous, which is not called: of a small call each call costs as much as its arithmetic.
+    # Asked before it is done: of a small call each call costs as much as its arithmetic.
     if tensor.requires_grad:
         tensor = tensor.detach()
     return (tensor if tensor.is_contiguous() else tensor.contiguous()).numpy()
-
-
-def detached_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor without autograd, contiguous."""
-    # Asked before it is done: of a small call each costs as much as its arithmetic.
-    if tensor.requires_grad:
-        tensor = tensor.detach()
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 NO_SCALES: Array = np.empty((1, 0), dtype=np.float32)
