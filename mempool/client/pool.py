@@ -5,7 +5,7 @@ How the controller and the shards are reached is for whoever makes it: ``connect
 
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self, TypeVar, overload
 
@@ -197,13 +197,49 @@ class Pool:
         """
         count = shard_count(shards)
         reports, first = self._following.begun_rescale(count)
+        self._follow_moves(f"the rescale to {count} shards", reports, progress, first)
+
+    def rebalance(
+        self, *, dry_run: bool = False, progress: Callable[[RescaleProgress], None] | None = None
+    ) -> RescaleProgress:
+        """Even the load of the shards while the pool serves, by how much their pages are read and written lately.
+
+        Pages change places between shards that have much to do and those that have little, as few as bring every shard
+        within 5 % of its share, if that can be; each shard has as many afterwards. ``rescale`` does so too. Has no
+        deadline once begun.
+
+        Args:
+            dry_run: Move nothing; what is returned says what would be moved, and what that makes of the load.
+            progress: As of ``rescale``.
+
+        Returns:
+            The last report: ``loads`` has each shard's part of the load before and after.
+
+        Raises:
+            InvalidRequest: A rescale is going on, or has stopped half way.
+            PoolUnreachable: The controller does not answer; nothing has begun.
+            ShardUnavailable: It was lost on the way: the same call goes on from where it stopped.
+        """
+        reports, first = self._following.begun_rebalance(dry_run=dry_run)
+        last = self._follow_moves("the evening of load", reports, progress, first)
+        assert last is not None, "the last report says that it is done"
+        return last
+
+    def _follow_moves(
+        self,
+        what: str,
+        reports: AsyncIterator[RescaleProgress],
+        progress: Callable[[RescaleProgress], None] | None,
+        first: RescaleProgress | None,
+    ) -> RescaleProgress | None:
+        """The last report."""
         try:
-            self._following.follow(reports, progress, first)
+            return self._following.follow(reports, progress, first)
         except PoolUnreachable as error:
             raise ShardUnavailable(
-                f"the pool's controller was lost during the rescale to {count} shards ({error.message}). Shards serve "
-                "on, and where its process died Ray starts another; the same command, given again, goes on from where "
-                "this stopped. mempool status says how far it is"
+                f"the pool's controller was lost during {what} ({error.message}). Shards serve on, and where its "
+                "process died Ray starts another; the same command, given again, goes on from where this stopped. "
+                "mempool status says how far it is"
             ) from error
 
     @overload

@@ -15,6 +15,7 @@ from mempool.types.pages import (
     LedgerPart,
     MarkTable,
     PageBatch,
+    PageHeat,
     PartProgress,
     PullPages,
     PullReport,
@@ -145,6 +146,7 @@ WRITE_PART: Method[WritePart, PartProgress] = Method(
 RELEASE_MARK: Method[ReleaseMark, None] = Method(
     SHARD_SERVICE, "ReleaseMark", pages.RELEASE_MARK_REQUEST, pages.RELEASE_MARK_REPLY
 )
+READ_HEAT: Method[int, PageHeat] = Method(SHARD_SERVICE, "ReadHeat", pages.READ_HEAT_REQUEST, pages.READ_HEAT_REPLY)
 STATUS: Method[None, ShardStatus] = Method(SHARD_SERVICE, "Status", pages.STATUS_REQUEST, pages.STATUS_REPLY)
 
 CREATE_TABLE: Method[TableSchema, TableView] = Method(
@@ -161,6 +163,9 @@ LIST_TABLES: Method[None, tuple[TableView, ...]] = Method(
 )
 RESCALE: Method[int, RescaleProgress] = Method(
     POOL_SERVICE, "Rescale", tables.RESCALE_REQUEST, tables.RESCALE_REPLY, streams=True
+)
+REBALANCE: Method[bool, RescaleProgress] = Method(
+    POOL_SERVICE, "Rebalance", tables.REBALANCE_REQUEST, tables.RESCALE_REPLY, streams=True
 )
 CHECKPOINT: Method[TakeCheckpoint, CheckpointProgress] = Method(
     POOL_SERVICE, "Checkpoint", tables.CHECKPOINT_REQUEST, tables.CHECKPOINT_REPLY, streams=True

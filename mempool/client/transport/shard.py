@@ -30,6 +30,7 @@ from mempool.types import (
     LedgerPart,
     MarkTable,
     PageBatch,
+    PageHeat,
     PartProgress,
     PrepareReply,
     PrepareRequest,
@@ -204,6 +205,9 @@ class GrpcShard:
 
     async def write_part(self, request: WritePart) -> PartProgress:
         return await self._call(methods.WRITE_PART, request)
+
+    async def read_heat(self, table_id: int) -> PageHeat:
+        return await self._call(methods.READ_HEAT, table_id)
 
     async def release_mark(self, request: ReleaseMark) -> None:
         await self._call(methods.RELEASE_MARK, request)
