@@ -165,7 +165,7 @@ RESCALE: Method[int, RescaleProgress] = Method(
     POOL_SERVICE, "Rescale", tables.RESCALE_REQUEST, tables.RESCALE_REPLY, streams=True
 )
 REBALANCE: Method[bool, RescaleProgress] = Method(
-    POOL_SERVICE, "Rebalance", tables.REBALANCE_REQUEST, tables.RESCALE_REPLY, streams=True
+    POOL_SERVICE, "Rebalance", tables.REBALANCE_REQUEST, tables.REBALANCE_REPLY, streams=True
 )
 CHECKPOINT: Method[TakeCheckpoint, CheckpointProgress] = Method(
     POOL_SERVICE, "Checkpoint", tables.CHECKPOINT_REQUEST, tables.CHECKPOINT_REPLY, streams=True

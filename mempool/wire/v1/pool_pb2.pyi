@@ -355,6 +355,30 @@ class RescaleReply(_message.Message):
 Global___RescaleReply: _TypeAlias = RescaleReply  # noqa: Y015
 
 @_typing.final
+class RebalanceReply(_message.Message):
+    """Where it stands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___RescaleReply:
+        """As of a rescale to as many shards as there are."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___RescaleReply | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RebalanceReply: _TypeAlias = RebalanceReply  # noqa: Y015
+
+@_typing.final
 class CheckpointRequest(_message.Message):
     """Asks for a checkpoint."""
 

@@ -63,7 +63,7 @@ class PoolServiceStub(object):
         self.Rebalance = channel.unary_stream(
                 '/mempool.wire.v1.PoolService/Rebalance',
                 request_serializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RebalanceRequest.SerializeToString,
-                response_deserializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RescaleReply.FromString,
+                response_deserializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RebalanceReply.FromString,
                 _registered_method=True)
         self.Checkpoint = channel.unary_stream(
                 '/mempool.wire.v1.PoolService/Checkpoint',
@@ -201,7 +201,7 @@ def add_PoolServiceServicer_to_server(servicer, server):
             'Rebalance': grpc.unary_stream_rpc_method_handler(
                     servicer.Rebalance,
                     request_deserializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RebalanceRequest.FromString,
-                    response_serializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RescaleReply.SerializeToString,
+                    response_serializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RebalanceReply.SerializeToString,
             ),
             'Checkpoint': grpc.unary_stream_rpc_method_handler(
                     servicer.Checkpoint,
@@ -381,7 +381,7 @@ class PoolService(object):
             target,
             '/mempool.wire.v1.PoolService/Rebalance',
             mempool_dot_wire_dot_v1_dot_pool__pb2.RebalanceRequest.SerializeToString,
-            mempool_dot_wire_dot_v1_dot_pool__pb2.RescaleReply.FromString,
+            mempool_dot_wire_dot_v1_dot_pool__pb2.RebalanceReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -70,7 +70,7 @@ class PoolServiceStub:
     answered ERROR_CODE_INVALID_REQUEST. If the stream breaks, the rescale goes on (GetStatus tells, and what it waits
     for). Where the pages would not fit, or there are no resources for new shards, it is refused before anything moves.
     """
-    Rebalance: _grpc.UnaryStreamMultiCallable[_pool_pb2.RebalanceRequest, _pool_pb2.RescaleReply]
+    Rebalance: _grpc.UnaryStreamMultiCallable[_pool_pb2.RebalanceRequest, _pool_pb2.RebalanceReply]
     """Evens the load of the shards that there are, by the heat of their pages, and streams progress as Rescale does, with
     the same words for what fails; the pages of each shard stay as many as they are. ERROR_CODE_INVALID_REQUEST, too, where
     a rescale has stopped half way: that comes first.
@@ -121,7 +121,7 @@ class PoolServiceAsyncStub(PoolServiceStub):
     answered ERROR_CODE_INVALID_REQUEST. If the stream breaks, the rescale goes on (GetStatus tells, and what it waits
     for). Where the pages would not fit, or there are no resources for new shards, it is refused before anything moves.
     """
-    Rebalance: _aio.UnaryStreamMultiCallable[_pool_pb2.RebalanceRequest, _pool_pb2.RescaleReply]  # type: ignore[assignment]
+    Rebalance: _aio.UnaryStreamMultiCallable[_pool_pb2.RebalanceRequest, _pool_pb2.RebalanceReply]  # type: ignore[assignment]
     """Evens the load of the shards that there are, by the heat of their pages, and streams progress as Rescale does, with
     the same words for what fails; the pages of each shard stay as many as they are. ERROR_CODE_INVALID_REQUEST, too, where
     a rescale has stopped half way: that comes first.
@@ -205,7 +205,7 @@ class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _pool_pb2.RebalanceRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_pool_pb2.RescaleReply], _abc.AsyncIterator[_pool_pb2.RescaleReply]]:
+    ) -> _typing.Union[_abc.Iterator[_pool_pb2.RebalanceReply], _abc.AsyncIterator[_pool_pb2.RebalanceReply]]:
         """Evens the load of the shards that there are, by the heat of their pages, and streams progress as Rescale does, with
         the same words for what fails; the pages of each shard stay as many as they are. ERROR_CODE_INVALID_REQUEST, too, where
         a rescale has stopped half way: that comes first.

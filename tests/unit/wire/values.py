@@ -415,7 +415,11 @@ CASES: dict[Method[Any, Any], Case] = {
         shard_pb2.ReadHeatRequest,
         U64,
         shard_pb2.ReadHeatReply,
-        build(types.PageHeat, heat=st.lists(SECONDS).map(lambda heat: np.array(heat, np.float32)), seen=SECONDS),
+        build(
+            types.PageHeat,
+            heat=st.lists(st.floats(0, 2**99, width=32)).map(lambda heat: np.array(heat, np.float32)),
+            seen=SECONDS,
+        ),
     ),
     methods.STATUS: (shard_pb2.StatusRequest, st.none(), shard_pb2.StatusReply, SHARD_STATUS),
     methods.CREATE_TABLE: (pool_pb2.CreateTableRequest, SCHEMA, pool_pb2.CreateTableReply, views()),
@@ -433,7 +437,7 @@ CASES: dict[Method[Any, Any], Case] = {
     ),
     methods.LIST_TABLES: (pool_pb2.ListTablesRequest, st.none(), pool_pb2.ListTablesReply, VIEWS),
     methods.RESCALE: (pool_pb2.RescaleRequest, U32, pool_pb2.RescaleReply, RESCALED),
-    methods.REBALANCE: (pool_pb2.RebalanceRequest, st.booleans(), pool_pb2.RescaleReply, RESCALED),
+    methods.REBALANCE: (pool_pb2.RebalanceRequest, st.booleans(), pool_pb2.RebalanceReply, RESCALED),
     methods.CHECKPOINT: (
         pool_pb2.CheckpointRequest,
         build(
