@@ -95,8 +95,8 @@ class AtOnce:
         return self._answer("gather", answer, request, wait=False, caller=caller)
 
     def gather_arrays(self, asked: ArrayGather, *, cost: int, caller: str, space: ArraySpace) -> ArrayGathered | None:
-        """As ``gather``, of the plain ones; None for others, too. It goes before what waits where its caller's turn would
-        come first. cost: As of ``cost_of``, above 0."""
+        """As ``gather``, of the plain ones; None for others, too. Where its caller's turn would come first it goes
+        before what waits. cost: As of ``cost_of``, above 0."""
         self._thread.pace.asks(caller, cost)
         answer = partial(self._answers.arrays.gather, space=space)
         return self._answer("gather", answer, asked, wait=False, caller=caller, cost=cost)
