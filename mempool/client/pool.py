@@ -14,6 +14,8 @@ from mempool.client.counts import shard_count
 from mempool.client.direct.asking import DialAtOnce
 from mempool.client.exchange import Export, ExportProgress, asked_import
 from mempool.client.following import Following
+from mempool.client.groups.group import Group, finder, join
+from mempool.client.groups.joining import PATIENCE_S, asked
 from mempool.client.opened import OpenTables
 from mempool.client.opening.connection import Connection
 from mempool.client.opening.creation import CreateProgress, Creation
@@ -30,6 +32,7 @@ from mempool.types import (
     RescaleProgress,
     TableView,
 )
+from mempool.types.groups.meeting import Consistency, Reduction
 from mempool.wire.channels import loop
 
 T = TypeVar("T")
@@ -70,6 +73,8 @@ class Pool:
         self._api = api
         self._following = Following(api, self._connection)
         self._open = OpenTables(self._connection, group=secrets.token_hex(16))
+        if not embedded:  # each process has an embedded pool of its own
+            self._connection.coordinator.found = finder(self._connection.coordinator, self.router, api)
 
     def __reduce__(self) -> NoReturn:
         raise InvalidRequest(
@@ -180,6 +185,57 @@ class Pool:
         """
         self._connection.run(self._drop_table(name))
         self._open.dropped(name)
+
+    def join(
+        self,
+        group: str,
+        rank: int,
+        world_size: int,
+        *,
+        consistency: Consistency = "sync",
+        staleness: int = 0,
+        reduction: Reduction = "mean",
+        elastic: bool = False,
+        step: int | None = None,
+        timeout_s: float = PATIENCE_S,
+    ) -> Group:
+        """Be one of the ranks that train this pool's tables together. Before the first backward pass.
+
+        Under torchrun, and where RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set, nothing needs to be said: the
+        first step joins, sync, with the mean. MEMPOOL_JOIN=0, or ``world_size=1`` here, has a process train by itself.
+
+        Args:
+            group: The job's name: the same for all its ranks, and no other job's on this pool.
+            rank: This process's number, from 0.
+            world_size: How many there are.
+            consistency: "sync": a step is applied once all ranks have committed it, as one of all: they train what one
+                process does on the whole batch, if all commit (or ``step``) equally often, the same tables with the
+                same lr. "async": each rank's commits as they come. "bounded": the same, but no rank is more than
+                ``staleness`` steps ahead of the slowest.
+            staleness: Of "bounded".
+            reduction: Of "sync": "mean" of the ranks' gradients, as DDP does, or their "sum".
+            elastic: The group may go on with another number of ranks, when all have come anew.
+            step: At which step this process's model is: it is warned where the group is at another one.
+            timeout_s: How long ranks that live are waited for; one that is gone is reported within its lease.
+
+        Raises:
+            InvalidRequest: A number makes no sense, something is pending, or another rank says other terms: both are
+                named.
+            AlreadyExists: Another process is this rank, and lives: both are named.
+            PoolUnreachable: Nobody answered within the pool's timeout_s.
+        """
+        joining = asked(
+            group,
+            rank,
+            world_size,
+            consistency=consistency,
+            staleness=staleness,
+            reduction=reduction,
+            elastic=elastic,
+            step=step,
+            timeout_s=timeout_s,
+        )
+        return join(joining, self._connection, lambda: {table.name: table.link.version() for table in self.tables()})
 
     def rescale(self, shards: int, *, progress: Callable[[RescaleProgress], None] | None = None) -> None:
         """Change the number of shards while the pool serves: pages move, training and lookups go on.

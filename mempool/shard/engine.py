@@ -23,6 +23,7 @@ from mempool.shard.answers import Answers
 from mempool.shard.committing import Committing
 from mempool.shard.durable.changes import Changes
 from mempool.shard.durable.records import Begun
+from mempool.shard.meeting import Meetings
 from mempool.shard.parking import Behind, Parked
 from mempool.shard.pulling import Pulling
 from mempool.shard.saving.marks import Saving
@@ -144,10 +145,8 @@ class Engine:
         store: "Store | None" = None,
     ) -> None:
         self.info = info
-        self._store = store
-        self._on_loaded = on_loaded
-        self._clock = clock
-        self._started_s = clock()
+        self._store, self._on_loaded = store, on_loaded
+        self._clock, self._started_s = clock, clock()
         self._stages = stages or Stages()
         self._budget = Budget(
             client_memory_bytes,
@@ -178,6 +177,7 @@ class Engine:
             clock=clock,
             runner=runner,
         )
+        self.meet = Meetings(lease_s=held_lease_s, clock=clock).meet
         self._changes = Changes(self._tenancy)
         self._taking = None if store is None else self._snapshots(store, runner)
         self._answers = Answers(

@@ -18,6 +18,7 @@ from mempool.wire.codecs.pages import AttachView, ForgetTable, FreezeTable, SetV
 from mempool.wire.codecs.tables import AskTable, ToldTable
 from mempool.wire.methods import Method
 from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2
+from tests.unit.wire.meeting_values import MEETINGS
 from tests.unit.wire.right_schemas import U64, schemas
 
 U32 = st.one_of(st.integers(0, 300), st.integers(0, 2**32 - 1))
@@ -196,6 +197,7 @@ def parts(cls: type, **fields: Any) -> dict[str, st.SearchStrategy[Any]]:
 # Method -> generated classes of request and reply, values of both.
 Case = tuple[type[Message], st.SearchStrategy[Any], type[Message], st.SearchStrategy[Any]]
 CASES: dict[Method[Any, Any], Case] = {
+    **MEETINGS,
     methods.GATHER: (
         data_pb2.GatherRequest,
         build(
