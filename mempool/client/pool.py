@@ -5,7 +5,7 @@ How the controller and the shards are reached is for whoever makes it: ``connect
 
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self, TypeVar, overload
 
@@ -14,6 +14,8 @@ from mempool.client.counts import shard_count
 from mempool.client.direct.asking import DialAtOnce
 from mempool.client.exchange import Export, ExportProgress, asked_import
 from mempool.client.following import Following
+from mempool.client.groups.group import Group, finder, join
+from mempool.client.groups.joining import PATIENCE_S, asked
 from mempool.client.opened import OpenTables
 from mempool.client.opening.connection import Connection
 from mempool.client.opening.creation import CreateProgress, Creation
@@ -30,6 +32,7 @@ from mempool.types import (
     RescaleProgress,
     TableView,
 )
+from mempool.types.groups.meeting import Consistency, Reduction
 from mempool.wire.channels import loop
 
 T = TypeVar("T")
@@ -72,6 +75,8 @@ class Pool:
         self._api = api
         self._following = Following(api, self._connection)
         self._open = OpenTables(self._connection, group=secrets.token_hex(16))
+        if not embedded:  # each process has an embedded pool of its own
+            self._connection.coordinator.found = finder(self._connection.coordinator, self.router, api)
 
     def __reduce__(self) -> NoReturn:
         raise InvalidRequest(
@@ -183,6 +188,57 @@ class Pool:
         self._connection.run(self._drop_table(name))
         self._open.dropped(name)
 
+    def join(
+        self,
+        group: str,
+        rank: int,
+        world_size: int,
+        *,
+        consistency: Consistency = "sync",
+        staleness: int = 0,
+        reduction: Reduction = "mean",
+        elastic: bool = False,
+        step: int | None = None,
+        timeout_s: float = PATIENCE_S,
+    ) -> Group:
+        """Be one of the ranks that train this pool's tables together. Before the first backward pass.
+
+        Under torchrun, and where RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set, nothing needs to be said: the
+        first step joins, sync, with the mean. MEMPOOL_JOIN=0, or ``world_size=1`` here, has a process train by itself.
+
+        Args:
+            group: The job's name: the same for all its ranks, and no other job's on this pool.
+            rank: This process's number, from 0.
+            world_size: How many there are.
+            consistency: "sync": a step is applied once all ranks have committed it, as one of all: they train what one
+                process does on the whole batch, if all commit (or ``step``) equally often, the same tables with the
+                same lr. "async": each rank's commits as they come. "bounded": the same, but no rank is more than
+                ``staleness`` steps ahead of the slowest.
+            staleness: Of "bounded".
+            reduction: Of "sync": "mean" of the ranks' gradients, as DDP does, or their "sum".
+            elastic: The group may go on with another number of ranks, when all have come anew.
+            step: At which step this process's model is: it is warned where the group is at another one.
+            timeout_s: How long ranks that live are waited for; one that is gone is reported within its lease.
+
+        Raises:
+            InvalidRequest: A number makes no sense, something is pending, or another rank says other terms: both are
+                named.
+            AlreadyExists: Another process is this rank, and lives: both are named.
+            PoolUnreachable: Nobody answered within the pool's timeout_s.
+        """
+        joining = asked(
+            group,
+            rank,
+            world_size,
+            consistency=consistency,
+            staleness=staleness,
+            reduction=reduction,
+            elastic=elastic,
+            step=step,
+            timeout_s=timeout_s,
+        )
+        return join(joining, self._connection, lambda: {table.name: table.link.version() for table in self.tables()})
+
     def rescale(self, shards: int, *, progress: Callable[[RescaleProgress], None] | None = None) -> None:
         """Change the number of shards while the pool serves: pages move, training and lookups go on.
 
@@ -199,13 +255,49 @@ class Pool:
         """
         count = shard_count(shards)
         reports, first = self._following.begun_rescale(count)
+        self._follow_moves(f"the rescale to {count} shards", reports, progress, first)
+
+    def rebalance(
+        self, *, dry_run: bool = False, progress: Callable[[RescaleProgress], None] | None = None
+    ) -> RescaleProgress:
+        """Even the load of the shards while the pool serves, by how much their pages are read and written lately.
+
+        Pages change places between shards that have much to do and those that have little, as few as bring every shard
+        within 5 % of its share, if that can be; each shard has as many afterwards. ``rescale`` does so too. Has no
+        deadline once begun.
+
+        Args:
+            dry_run: Move nothing; what is returned says what would be moved, and what that makes of the load.
+            progress: As of ``rescale``.
+
+        Returns:
+            The last report: ``loads`` has each shard's part of the load before and after.
+
+        Raises:
+            InvalidRequest: A rescale is going on, or has stopped half way.
+            PoolUnreachable: The controller does not answer; nothing has begun.
+            ShardUnavailable: It was lost on the way: the same call goes on from where it stopped.
+        """
+        reports, first = self._following.begun_rebalance(dry_run=dry_run)
+        last = self._follow_moves("the evening of load", reports, progress, first)
+        assert last is not None, "the last report says that it is done"
+        return last
+
+    def _follow_moves(
+        self,
+        what: str,
+        reports: AsyncIterator[RescaleProgress],
+        progress: Callable[[RescaleProgress], None] | None,
+        first: RescaleProgress | None,
+    ) -> RescaleProgress | None:
+        """The last report."""
         try:
-            self._following.follow(reports, progress, first)
+            return self._following.follow(reports, progress, first)
         except PoolUnreachable as error:
             raise ShardUnavailable(
-                f"the pool's controller was lost during the rescale to {count} shards ({error.message}). Shards serve "
-                "on, and where its process died Ray starts another; the same command, given again, goes on from where "
-                "this stopped. mempool status says how far it is"
+                f"the pool's controller was lost during {what} ({error.message}). Shards serve on, and where its "
+                "process died Ray starts another; the same command, given again, goes on from where this stopped. "
+                "mempool status says how far it is"
             ) from error
 
     @overload

@@ -26,7 +26,7 @@ from mempool.client.lookup import Lookup, PendingLookup, answered, checked_queri
 from mempool.client.opening.waiting import Begin, Run
 from mempool.client.routing.router import Router
 from mempool.client.rows import Rows, checked_key_rows, checked_matrix, checked_rows, distinct_rows, require_distinct
-from mempool.client.training.coordinator import Prepared
+from mempool.client.training.commitment import Prepared
 from mempool.client.training.link import TableLink, WireDtype
 from mempool.client.training.session import Session, SessionCounters
 from mempool.client.training.state import checked_state, checked_step, names_to_read

@@ -74,7 +74,9 @@ class HostedTable:
         self.info = info
         self.view = request.view
         self.ledger = AppliedLedger(request.ledger)
-        self.storage = Storage(request.view.schema, shard=info.shard, device=device, version=self.ledger.version)
+        self.storage = Storage(
+            request.view.schema, shard=info.shard, device=device, version=self.ledger.version, clock=clock
+        )
         self.staging = Staging(self.storage)
         self.updates = HeldUpdates(budget=budget, lease_s=lease_s, clock=clock)
         self.order = Order(self.ledger.version)
@@ -492,4 +494,5 @@ class HostedTable:
             preparing=self.preparing,
             pending=self.pending,
             round=self.rounds.token or "",
+            load=self.storage.load,
         )

@@ -71,7 +71,7 @@ class TableLink:
         self.hot_rows: HotRows | None = None
         self._cache_bytes = 0
         self._wire_dtype: WireDtype = "float32"
-        self._cautions = Cautions(schema.name, grouped=False)
+        self._cautions = Cautions(schema.name)
         self.markers = Markers()
         self.number = LINKS.add(self)
 
@@ -211,7 +211,10 @@ class TableLink:
 
     def _before_update(self, grads: Tensor, *, hold: bool) -> Tensor:
         if hold:
-            self._cautions.before_update()
+            coordinator = self.session.coordinator
+            if coordinator.found is not None:
+                self.run(coordinator.joined())
+            self._cautions.before_update(grouped=coordinator.group is not None or coordinator.alone)
             self._begin_gradient()
         if self._wire_dtype == "float8_e4m3fn":
             return kernels.pack_rows(packed_sums(self._schema), grads.detach().to(torch.float32)).cpu()
@@ -220,6 +223,13 @@ class TableLink:
     def _after_update(self, *, hold: bool) -> None:
         if hold:
             self._cautions.after_update(pending=self.session.pending, pending_bytes=self.session.pending_bytes)
+
+    @property
+    def steps_together(self) -> bool:
+        """Whether it is committed by a group's ranks together: also by those that have nothing pending."""
+        coordinator = self.session.coordinator
+        group = self.run(coordinator.joined()) if coordinator.found is not None else coordinator.group
+        return group is not None and group.steps_together
 
     def version(self) -> int:
         """The table's version, as the shards of its first slot have it now."""

@@ -85,6 +85,8 @@ class _ErrorCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorCode.V
     """INTERNAL. The shard's disk is full, failing or read-only: what was to be stored is not. The message names the file and
     what to do. Send the same message again when that is done.
     """
+    ERROR_CODE_RANK_LOST: _ErrorCode.ValueType  # 17
+    """ABORTED. A rank of the group is gone; the message names it. Its clients say so: shards do not."""
 
 class ErrorCode(_ErrorCode, metaclass=_ErrorCodeEnumTypeWrapper):
     """What went wrong, and what the caller does about it. Numbers are never reused."""
@@ -141,6 +143,8 @@ ERROR_CODE_STORAGE_FAILED: ErrorCode.ValueType  # 16
 """INTERNAL. The shard's disk is full, failing or read-only: what was to be stored is not. The message names the file and
 what to do. Send the same message again when that is done.
 """
+ERROR_CODE_RANK_LOST: ErrorCode.ValueType  # 17
+"""ABORTED. A rank of the group is gone; the message names it. Its clients say so: shards do not."""
 Global___ErrorCode: _TypeAlias = ErrorCode  # noqa: Y015
 
 @_typing.final

@@ -18,6 +18,7 @@ from mempool.wire.codecs.pages import AttachView, ForgetTable, FreezeTable, SetV
 from mempool.wire.codecs.tables import AskTable, ToldTable
 from mempool.wire.methods import Method
 from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2
+from tests.unit.wire.meeting_values import MEETINGS
 from tests.unit.wire.right_schemas import U64, schemas
 
 U32 = st.one_of(st.integers(0, 300), st.integers(0, 2**32 - 1))
@@ -137,7 +138,14 @@ TABLE_STATUS = build(
     preparing=TEXT,
     pending=st.booleans(),
     round=TEXT,
+    load=SECONDS,
 )
+_COUNTS = ("pages_moved", "pages_total", "bytes_moved", "bytes_total")
+LOADS = st.lists(build(types.ShardLoad, shard=U32, before=SECONDS, after=SECONDS), max_size=3).map(tuple)
+RESCALED = build(
+    types.RescaleProgress,
+    shards_before=U32, shards_after=U32, table=TEXT, done=st.booleans(), loads=LOADS, **dict.fromkeys(_COUNTS, U64),
+)  # fmt: skip
 STAGE_TIME = build(types.StageTime, stage=TEXT, count=U64, total_s=SECONDS, p50_s=SECONDS, p99_s=SECONDS, max_s=SECONDS)
 SHARD_STATUS = build(
     types.ShardStatus,
@@ -189,6 +197,7 @@ def parts(cls: type, **fields: Any) -> dict[str, st.SearchStrategy[Any]]:
 # Method -> generated classes of request and reply, values of both.
 Case = tuple[type[Message], st.SearchStrategy[Any], type[Message], st.SearchStrategy[Any]]
 CASES: dict[Method[Any, Any], Case] = {
+    **MEETINGS,
     methods.GATHER: (
         data_pb2.GatherRequest,
         build(
@@ -404,6 +413,16 @@ CASES: dict[Method[Any, Any], Case] = {
         shard_pb2.ReleaseMarkReply,
         st.none(),
     ),
+    methods.READ_HEAT: (
+        shard_pb2.ReadHeatRequest,
+        U64,
+        shard_pb2.ReadHeatReply,
+        build(
+            types.PageHeat,
+            heat=st.lists(st.floats(0, 2**99, width=32)).map(lambda heat: np.array(heat, np.float32)),
+            seen=SECONDS,
+        ),
+    ),
     methods.STATUS: (shard_pb2.StatusRequest, st.none(), shard_pb2.StatusReply, SHARD_STATUS),
     methods.CREATE_TABLE: (pool_pb2.CreateTableRequest, SCHEMA, pool_pb2.CreateTableReply, views()),
     methods.DROP_TABLE: (
@@ -419,22 +438,8 @@ CASES: dict[Method[Any, Any], Case] = {
         build(ToldTable, view=views()) | build(ToldTable, change=view_changes()),
     ),
     methods.LIST_TABLES: (pool_pb2.ListTablesRequest, st.none(), pool_pb2.ListTablesReply, VIEWS),
-    methods.RESCALE: (
-        pool_pb2.RescaleRequest,
-        U32,
-        pool_pb2.RescaleReply,
-        build(
-            types.RescaleProgress,
-            shards_before=U32,
-            shards_after=U32,
-            pages_moved=U64,
-            pages_total=U64,
-            bytes_moved=U64,
-            bytes_total=U64,
-            table=TEXT,
-            done=st.booleans(),
-        ),
-    ),
+    methods.RESCALE: (pool_pb2.RescaleRequest, U32, pool_pb2.RescaleReply, RESCALED),
+    methods.REBALANCE: (pool_pb2.RebalanceRequest, st.booleans(), pool_pb2.RebalanceReply, RESCALED),
     methods.CHECKPOINT: (
         pool_pb2.CheckpointRequest,
         build(
