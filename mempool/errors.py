@@ -6,6 +6,7 @@
     │   ├── RequestTooLarge    the message exceeds what the shard accepts
     │   └── StepConflict       a commit that contradicts what the shard knows of that step
     ├── NotFound               no such table, shard or pool (also a LookupError)
+    ├── VersionGone            a version that is read is not kept any more (also a LookupError)
     ├── AlreadyExists          a table of that name is there already
     ├── Unauthenticated        a token is missing or wrong
     ├── Unavailable            nobody answers, for now (also a ConnectionError); retryable
@@ -46,6 +47,7 @@ class ErrorCode(IntEnum):
     CONTEXT_MISSING = 14
     OVERLOADED = 15
     STORAGE_FAILED = 16
+    VERSION_GONE = 17
 
 
 class MempoolError(Exception):
@@ -100,8 +102,14 @@ class NotFound(MempoolError, LookupError):
     code = ErrorCode.NOT_FOUND
 
 
+class VersionGone(MempoolError, LookupError):
+    """A version of a table is not kept (any more): the message says which, why, and what to do."""
+
+    code = ErrorCode.VERSION_GONE
+
+
 class AlreadyExists(MempoolError):
-    """A table of that name exists already."""
+    """A table, or a snapshot, of that name exists already."""
 
     code = ErrorCode.ALREADY_EXISTS
 

@@ -108,6 +108,8 @@ def _shard(shard: ShardStatus) -> dict[str, Any]:
         "journal_bytes": shard.journal_bytes,
         "storage_refuses": shard.storage_refuses,
         "copied_bytes": shard.copied_bytes,
+        "version_bytes": shard.version_bytes,
+        "version_limit_bytes": shard.version_limit_bytes,
         "near_clients": shard.near_clients,
         "tcp_line_clients": shard.tcp_line_clients,
         "uptime_s": shard.uptime_s,
@@ -122,7 +124,8 @@ def _seen(shard: ShardStatus, table_id: int) -> TableStatus | None:
 def _of_shard(found: TableStatus | None) -> dict[str, Any]:
     """A table as one of its owners sees it; null where that shard says nothing of it."""
     keys = ("version", "updates_applied", "updates_held", "lookups", "lost_pages", "num_bytes", "epoch", "frozen")
-    return {key: None if found is None else getattr(found, key) for key in keys}
+    pins = None if found is None else [asdict(pin) for pin in found.pins]
+    return {key: None if found is None else getattr(found, key) for key in keys} | {"pins": pins}
 
 
 def _change(change: FieldChange) -> dict[str, Any]:

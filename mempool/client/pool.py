@@ -17,6 +17,8 @@ from mempool.client.following import Following
 from mempool.client.opened import OpenTables
 from mempool.client.opening.connection import Connection
 from mempool.client.opening.creation import CreateProgress, Creation
+from mempool.client.reading.snapshots import drop_snapshot, take_snapshot
+from mempool.client.reading.versions import checked_name
 from mempool.client.routing.fanout import Dial
 from mempool.client.routing.router import Router
 from mempool.client.routing.whereabouts import Whereabouts
@@ -394,6 +396,36 @@ class Pool:
         self._following.follow(restoring.reports(), progress)
         (view,) = self._open.adopted(restoring.views)
         return self._open.taken_over(view) if replace else self._open.opened(view)
+
+    def snapshot(self, name: str, *, tables: Iterable[str] | None = None) -> dict[str, int]:
+        """Keep tables as they are now, for ``table.at(name)``, until ``drop_snapshot``.
+
+        It is in the memory of the shards, as ``Table.at`` keeps it, and nobody waits for it. It goes where that takes
+        more than it may, where pages move, and where a shard is started anew: what must not go is a ``checkpoint``.
+        Each table is of one version over all shards, with every commit that was acknowledged before.
+
+        Args:
+            name: At most 64 bytes; not "latest".
+            tables: Names; None: all tables.
+
+        Returns:
+            The versions, by table.
+
+        Raises:
+            AlreadyExists: A table has a snapshot of that name; none was taken.
+            NotFound: There is no such table.
+            VersionGone: There is too little room for it.
+            ShardUnavailable: A shard did not answer within timeout_s.
+        """
+        return self._connection.run(take_snapshot(self.router, checked_name(name), tables, views=self._list_tables))
+
+    def drop_snapshot(self, name: str, *, tables: Iterable[str] | None = None) -> None:
+        """Let go what ``snapshot`` has kept; readers of it read on. Repeatable; no error where there is none.
+
+        Raises:
+            ShardUnavailable: A shard did not answer within timeout_s: repeat it.
+        """
+        self._connection.run(drop_snapshot(self.router, checked_name(name), tables, views=self._list_tables))
 
     def status(self) -> PoolStatus:
         """Shards, tables, and whether pages are moving."""

@@ -16,6 +16,8 @@ from mempool.types.messages import (
     GatherRequest,
     HeartbeatReply,
     HeartbeatRequest,
+    PinReply,
+    PinRequest,
     PrepareReply,
     PrepareRequest,
     ReadRowsReply,
@@ -78,6 +80,8 @@ class Shard(Protocol):
     async def write_rows(self, request: WriteRowsRequest) -> WriteRowsReply: ...
 
     async def step_count(self, request: StepCountRequest) -> StepCountReply: ...
+
+    async def pin(self, request: PinRequest) -> PinReply: ...
 
 
 class PageHost(Protocol):

@@ -31,6 +31,8 @@ from mempool.types import (
     MarkTable,
     PageBatch,
     PartProgress,
+    PinReply,
+    PinRequest,
     PrepareReply,
     PrepareRequest,
     PullPages,
@@ -141,6 +143,9 @@ class GrpcShard:
 
     async def step_count(self, request: StepCountRequest) -> StepCountReply:
         return await self._call(methods.STEP_COUNT, request)
+
+    async def pin(self, request: PinRequest) -> PinReply:
+        return await self._call(methods.PIN, request)
 
     async def attach_table(self, request: AttachTable) -> None:
         """A shard that was given this very view before is told which one it is to confirm."""
