@@ -6,5 +6,6 @@ from mempool.nn.layer import MemoryLayer
 from mempool.nn.optimizer import PoolOptimizer
 from mempool.nn.pending import PendingMemory
 from mempool.nn.state import PoolState
+from mempool.nn.tables import reading
 
-__all__ = ["MemoryLayer", "MemoryLookup", "PendingMemory", "PoolOptimizer", "PoolState", "TableGradient"]
+__all__ = ["MemoryLayer", "MemoryLookup", "PendingMemory", "PoolOptimizer", "PoolState", "TableGradient", "reading"]

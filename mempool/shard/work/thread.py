@@ -401,9 +401,9 @@ class EngineThread:
                 job.done.fail(bare(error))
 
     def _line_up_again(self, job: Job) -> None:
+        job.put_s = self._clock()
         with self._lock:
             self.check_open()
-            job.put_s = self._clock()
             self._jobs.again(job)
         self._worker.ring()
 
@@ -437,8 +437,7 @@ class EngineThread:
                 self._doing.take([job, *company])
         if instead:  # it took the turn of one that was rung for
             self._worker.ring()
-        for one in late:
-            self._tell_late(one)
+        self._tell_late(late)
         if not here and self._keeping_up and now_s >= self._next_upkeep_s:  # which may wait for a disk
             self._keep_up()
         if job is None:
@@ -454,16 +453,17 @@ class EngineThread:
     def _keep_up(self) -> None:
         with self._lock:
             late = self._jobs.expire(now_s=self._clock())
-        for job in late:
-            self._tell_late(job)
+        self._tell_late(late)
         self._keeping_up = self._upkeep() or len(self._jobs) > 0
         self._next_upkeep_s = self._clock() + self._upkeep_s
 
-    def _tell_late(self, job: Job) -> None:
-        if job.leaves:
-            self._leave(job)
-        job.done.fail(DeadlineExceeded(f"{job.stage}: the call's time was over before its turn came at {self._name}"))
-        job.forget()
+    def _tell_late(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            if job.leaves:
+                self._leave(job)
+            over = DeadlineExceeded(f"{job.stage}: the call's time was over before its turn came at {self._name}")
+            job.done.fail(over)
+            job.forget()
 
     def _ended(self, job: Job, outcome: Outcome, took_s: float) -> None:
         """A job, or a piece of it, took so long."""
