@@ -461,8 +461,7 @@ class EngineThread:
         for job in jobs:
             if job.leaves:
                 self._leave(job)
-            over = DeadlineExceeded(f"{job.stage}: the call's time was over before its turn came at {self._name}")
-            job.done.fail(over)
+            job.done.fail(DeadlineExceeded(f"{job.stage}: its time was over before its turn came at {self._name}"))
             job.forget()
 
     def _ended(self, job: Job, outcome: Outcome, took_s: float) -> None:
