@@ -262,17 +262,11 @@ class EngineThread:
         there that nobody waits any more. A job that waits for none is done all the same, or is late.
         """
         handed: Handed = Handed()
+        now_s, caller = self._clock(), Caller("", self._clock() + timeout_s)
         asked = Job(
-            stage=stage,
-            request=request,
-            caller=Caller("", self._clock() + timeout_s),
-            cost=cost,
-            run=job,
-            done=handed,
-            leaves=True,
-            put_s=self._clock(),
-        )
-        asked.asked_s = asked.put_s
+            stage=stage, request=request, caller=caller, cost=cost, run=job, done=handed, leaves=True,
+            put_s=now_s, asked_s=now_s,
+        )  # fmt: skip
         try:
             self._asked.append(asked)
         finally:
@@ -461,7 +455,8 @@ class EngineThread:
         for job in jobs:
             if job.leaves:
                 self._leave(job)
-            job.done.fail(DeadlineExceeded(f"{job.stage}: its time was over before its turn came at {self._name}"))
+            text = f"{job.stage}: the call's time was over before its turn came at {self._name}"
+            job.done.fail(DeadlineExceeded(text))
             job.forget()
 
     def _ended(self, job: Job, outcome: Outcome, took_s: float) -> None:
