@@ -50,6 +50,7 @@ class Pool(Keeping):
         timeout_s: Deadline of each call but ``create_table`` and ``rescale``, seconds, retries included.
         on_close: Awaited when the pool is closed, after everything else.
         dial_at_once: Gives the way to a shard for threads that wait themselves; None: there is none.
+        address: As it was connected to.
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class Pool(Keeping):
         timeout_s: float = 30.0,
         on_close: Callable[[], Awaitable[None]] | None = None,
         dial_at_once: DialAtOnce | None = None,
+        address: str = "",
     ) -> None:
-        self._where = Whereabouts(name=name, embedded=embedded, doing=doing)
+        self._where = Whereabouts(name=name, embedded=embedded, doing=doing, address=address)
         self._connection = Connection(
             api, dial, where=self._where, timeout_s=timeout_s, on_close=on_close, dial_at_once=dial_at_once
         )

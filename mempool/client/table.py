@@ -97,6 +97,11 @@ class Table(Versions):
         return self.schema.name
 
     @property
+    def address(self) -> str:
+        """Of its pool, as ``connect`` was given it; "" for an embedded pool."""
+        return self._router.tries.where.address
+
+    @property
     def num_slots(self) -> int:
         return self.schema.num_slots
 
