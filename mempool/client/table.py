@@ -451,13 +451,6 @@ class Table(Versions):
         return self._session.pending_bytes
 
     @property
-    def staleness(self) -> int:
-        """How many versions the table has gone on since the last look-up here, as far as this client has heard: replies
-        to look-ups and commits say. What is pushed now is a gradient of values so much older."""
-        looked_up = self._link.looked_up
-        return 0 if looked_up is None else max(0, (self._link.known_version or 0) - looked_up)
-
-    @property
     def counters(self) -> SessionCounters:
         """What this client has done on this table."""
         return self._session.counters
