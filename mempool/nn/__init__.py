@@ -8,6 +8,7 @@ from mempool.nn.layer import MemoryLayer
 from mempool.nn.optimizer import PoolOptimizer
 from mempool.nn.pending import PendingMemory
 from mempool.nn.state import PoolState
+from mempool.nn.tables import reading
 
 __all__ = [
     "MemoryLayer",
@@ -17,6 +18,7 @@ __all__ = [
     "PoolState",
     "TableGradient",
     "from_pretrained",
+    "reading",
     "retrofit",
     "save_pretrained",
 ]

@@ -26,6 +26,9 @@ _LEAST_GAIN = TOLERANCE / 4
 _ALONE = -1
 """Comes back in place of a unit where one goes alone, as it may from a shard that has one more."""
 
+_MOST_LOOKED_AT = 512
+"""Moves of which it is found out whether they are needed after all: of many, few are not."""
+
 # Of two units that change places: how many more moves each makes of the plan, by sign. What costs nothing comes first.
 _FREE = ((-1, -1), (-1, 0), (0, -1), (0, 0), (-1, 1), (1, -1))
 _DEAR = ((0, 1), (1, 0), (1, 1))
@@ -104,6 +107,7 @@ class _Exchanges:
 
     def __init__(self, units: _Units, shards: Int64Array) -> None:
         self._units = units
+        self._planned_U = units.owner_U.copy()
         self._shards = shards.tolist()
         self._counts = np.bincount(units.owner_U, minlength=self._shards[-1] + 1)
         self._loads = np.bincount(units.owner_U, weights=units.heat_U, minlength=self._shards[-1] + 1)
@@ -119,6 +123,34 @@ class _Exchanges:
                     break
                 if not self._relieve(hot, prices):
                     movable.remove(hot)
+        if (self._units.owner_U != self._planned_U).any():
+            self._send_home()
+
+    def _send_home(self) -> None:
+        """Takes back moves that are not needed: units of which one comes home change places, while loads allow it."""
+        units = self._units
+        home_U = np.where((units.present_UB == units.present_UB[:, :1]).all(axis=1), units.present_UB[:, 0], -1)
+        moved = np.flatnonzero((units.owner_U != home_U) & np.isin(home_U, self._shards))
+        if moved.size > _MOST_LOOKED_AT:
+            return
+        limit = max(self._mean * (1 + TOLERANCE), float(self._loads.max()))
+        heat, kind, home = units.heat_U[moved], units.kind_U[moved], home_U[moved]
+        for both in (True, False):  # first those that both come home
+            for _ in range(moved.size):
+                owner = units.owner_U[moved]
+                # One row for each that comes home, one column for each that makes room for it there.
+                fits = (owner[None, :] == home[:, None]) & (kind[None, :] == kind[:, None])
+                fits &= (home[None, :] == owner[:, None]) if both else (home[None, :] != home[:, None])
+                more = heat[:, None] - heat[None, :]
+                fits &= self._loads[home][:, None] + more <= limit
+                fits &= self._loads[owner][:, None] - more <= limit
+                if not fits.any():
+                    break
+                one, other = divmod(int(np.where(fits, np.abs(more), np.inf).argmin()), moved.size)
+                here, there, gone = int(owner[one]), int(home[one]), float(more[one, other])
+                units.owner_U[moved[[one, other]]] = there, here
+                self._loads[here] -= gone
+                self._loads[there] += gone
 
     def _is_even(self, shard: int) -> bool:
         return bool(self._loads[shard] <= self._mean * (1 + TOLERANCE))

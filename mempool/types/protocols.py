@@ -17,6 +17,8 @@ from mempool.types.messages import (
     GatherRequest,
     HeartbeatReply,
     HeartbeatRequest,
+    PinReply,
+    PinRequest,
     PrepareReply,
     PrepareRequest,
     ReadRowsReply,
@@ -83,6 +85,8 @@ class Shard(Protocol):
 
     async def meet(self, request: MeetRequest) -> MeetReply:
         """A rank of a group whose home this shard is. Waits for the others for some seconds at most."""
+
+    async def pin(self, request: PinRequest) -> PinReply: ...
 
 
 class PageHost(Protocol):

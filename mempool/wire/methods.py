@@ -114,6 +114,7 @@ STEP_COUNT: Method[types.StepCountRequest, types.StepCountReply] = Method(
     MEMORY_SERVICE, "StepCount", messages.STEP_COUNT_REQUEST, messages.STEP_COUNT_REPLY
 )
 MEET: Method[MeetRequest, MeetReply] = Method(MEMORY_SERVICE, "Meet", meeting.MEET_REQUEST, meeting.MEET_REPLY)
+PIN: Method[types.PinRequest, types.PinReply] = Method(MEMORY_SERVICE, "Pin", messages.PIN_REQUEST, messages.PIN_REPLY)
 OPEN_LINE: Method[lines.OpenLine, lines.OpenedLine] = Method(
     MEMORY_SERVICE, "OpenLine", lines.OPEN_LINE_REQUEST, lines.OPEN_LINE_REPLY
 )

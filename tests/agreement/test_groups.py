@@ -1,12 +1,16 @@
 """Ranks that step together train what one process trains on the whole batch."""
 
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 import mempool
 from mempool.client import Pool
+from mempool.wire.channels import line_channel
+from mempool.wire.channels.loop import run
 from tests.agreement.ranks import Ranks, push
 from tests.unit.client.grpc_pool import GrpcPoolHere
 
@@ -129,3 +133,29 @@ def test_a_rank_without_updates_takes_part_and_none_is_no_step(here: GrpcPoolHer
 
         assert ranks.each(train) == [[0, 0], [0, 1]]
         assert ranks.pools[0].table("facts").link.version() == 1
+
+
+def test_a_commit_of_a_group_waits_for_one_more_call_than_one_alone(
+    here: GrpcPoolHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: Counter[str] = Counter()
+    call = line_channel.LineChannel.call
+
+    async def counted(channel: Any, method: Any, *arguments: Any, **options: Any) -> Any:
+        calls[method.name] += 1
+        return await call(channel, method, *arguments, **options)
+
+    monkeypatch.setattr(line_channel.LineChannel, "call", counted)
+    with Ranks(here, [config("facts", OPTIMIZERS["sgd"])], world_size=2) as ranks:
+
+        def train(rank: int, pool: Pool) -> None:
+            for step in range(STEPS):
+                push(pool.table("facts"), step, rank=rank, world_size=2)
+                pool.table("facts").commit()
+
+        ranks.each(train)
+        run(ranks.pools[0].table("facts").link.session.coordinator.applied([]), 10.0)
+    # Each rank's arrival is waited for, the leader's word is not. Joining, and lives that go on, are a few.
+    assert 3 * STEPS <= calls["Meet"] <= 3 * STEPS + 8
+    assert calls["Prepare"] == 2 * STEPS  # two owners
+    assert calls["Commit"] == 2 * STEPS

@@ -11,6 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from copy import copy
 from functools import partial
 from typing import TypeVar
 
@@ -84,6 +85,13 @@ class Router:
         self._writer = Writer(self._next_lookup_id + 1)
         self._room_for_writes = asyncio.Semaphore(MAX_OPEN)
         self.remembered = Remembered()
+        self._pin = ""
+
+    def at(self, pin: str) -> "Router":
+        """The same way, on which every read is of the version that a pin keeps. No look-up of it is remembered."""
+        router = copy(self)
+        router._pin, router._next_lookup_id = pin, secrets.randbits(62)
+        return router
 
     @property
     def timeout_s(self) -> float:
@@ -340,7 +348,7 @@ class Router:
     def _attempt(self, plan: TablePlan) -> Attempt:
         table_id = plan.table_id
         fanout = Fanout(plan, dial=self._dial, traffic=self.traffic, versions=self.versions)
-        return Attempt(fanout, take_released=partial(self.remembered.take, table_id))
+        return Attempt(fanout, take_released=partial(self.remembered.take, table_id), pin=self._pin)
 
     async def _require_current(self, plans: tuple[TablePlan, ...]) -> None:
         """Raises StalePlacement, or NotFound, where one of these plans is old by now."""

@@ -57,6 +57,7 @@ class TableLink:
         run: Waits for the IO loop.
         prefetched: Gathers of this table that were started ahead.
         hot_rows: Rows of it that are kept here; None: none are.
+        looked_up: The version that the last look-up was answered from.
     """
 
     def __init__(self, schema: TableSchema, *, router: Router, session: Session, run: Run, begin: Begin) -> None:
@@ -73,6 +74,7 @@ class TableLink:
         self._wire_dtype: WireDtype = "float32"
         self._cautions = Cautions(schema.name)
         self.markers = Markers()
+        self.looked_up: int | None = None
         self.number = LINKS.add(self)
 
     @property
@@ -147,8 +149,12 @@ class TableLink:
         if answer is None:
             timeout_s = session.left_s(began_s)
             answer = self.run(session.gather(bags, remember=remember, reply_dtype=reply_dtype, timeout_s=timeout_s))
-        self._cautions.after_gather(answer[1].seen)
+        self._looked(answer[1])
         return answer
+
+    def _looked(self, record: LookupRecord) -> None:
+        self.looked_up = record.seen.newest_version
+        self._cautions.after_gather(record.seen)
 
     def begin_gather(self, bags: Bags, *, remember: bool) -> BegunGather:
         """As ``send_gather``, whose answer is taken later."""
@@ -170,7 +176,7 @@ class TableLink:
         except BaseException:
             window.leave(num_bytes)
             raise
-        return BegunGather(pending, remembering, lambda answer: self._cautions.after_gather(answer[1].seen))
+        return BegunGather(pending, remembering, lambda answer: self._looked(answer[1]))
 
     def prefetch(self, bags: Bags, *, remember: bool) -> bool:
         """Start a gather whose answer a later one of the same bags takes; False where there is no room for it."""

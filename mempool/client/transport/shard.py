@@ -32,6 +32,8 @@ from mempool.types import (
     PageBatch,
     PageHeat,
     PartProgress,
+    PinReply,
+    PinRequest,
     PrepareReply,
     PrepareRequest,
     PullPages,
@@ -146,6 +148,9 @@ class GrpcShard:
 
     async def meet(self, request: MeetRequest) -> MeetReply:
         return await self._call(methods.MEET, request)
+
+    async def pin(self, request: PinRequest) -> PinReply:
+        return await self._call(methods.PIN, request)
 
     async def attach_table(self, request: AttachTable) -> None:
         """A shard that was given this very view before is told which one it is to confirm."""

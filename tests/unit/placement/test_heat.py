@@ -1,5 +1,6 @@
 """Load by heat: how even it becomes, how few pages move for it, and that it changes nothing where it need not."""
 
+import itertools
 import math
 
 import numpy as np
@@ -101,6 +102,21 @@ def test_few_pages_move_for_a_few_hot_ones():
     loads = load(target, [0, 1, 2, 3], heat)
     assert loads.max() <= loads.mean() * (1 + TOLERANCE)
     assert num_moves(present, target) == 6, "three hot pages go to three shards, each for a cold one"
+
+
+def test_moves_are_near_the_fewest_of_all_plans_that_are_as_even():
+    every = np.array([choice for choice in itertools.product(range(3), repeat=9) if np.bincount(choice).max() == 3])
+    present, more = np.repeat([0, 1, 2], 3), []
+    for seed in range(60):
+        heat = np.random.default_rng(seed).pareto(1.5, 9) + 0.1
+        target = planned(by_rows(present), [0, 1, 2], "rows", heat)
+        loads = np.stack([(heat * (every == shard)).sum(axis=1) for shard in range(3)])
+        limit = max(load(target, [0, 1, 2], heat).max(), heat.sum() / 3 * (1 + TOLERANCE)) + 1e-9
+        moved = (every != present).sum(axis=1)
+        more.append(num_moves(by_rows(present), target) - moved[loads.max(axis=0) <= limit].min())
+    assert min(more) >= 0
+    assert more.count(0) >= 45
+    assert max(more) <= 4
 
 
 def test_no_page_moves_where_the_load_is_near_enough_to_even():
