@@ -13,6 +13,7 @@
     │   ├── ShardUnavailable
     │   ├── Overloaded         the shard has too much to do or to hold just now; it says when to try again
     │   └── PoolUnreachable
+    ├── RankLost               a rank of the group is gone; the others go on when it is back
     ├── DeadlineExceeded       the call's time is over (also a TimeoutError)
     ├── DataLoss               pages are gone, or what was stored is damaged; the message says what to restore
     ├── StorageFailed          a disk is full, failing, read-only, or in use by another process; nothing was changed
@@ -47,7 +48,8 @@ class ErrorCode(IntEnum):
     CONTEXT_MISSING = 14
     OVERLOADED = 15
     STORAGE_FAILED = 16
-    VERSION_GONE = 17
+    RANK_LOST = 17
+    VERSION_GONE = 18
 
 
 class MempoolError(Exception):
@@ -161,6 +163,23 @@ class DeadlineExceeded(MempoolError, TimeoutError):
 
     code = ErrorCode.DEADLINE_EXCEEDED
     retryable = True
+
+
+class RankLost(MempoolError):
+    """A rank of the group was not heard of for its lease, or has left. What is pending is kept: the same call goes on
+    when the rank is back.
+
+    Args:
+        ranks: Which are gone.
+    """
+
+    code = ErrorCode.RANK_LOST
+
+    def __init__(
+        self, message: str, *, shard: int | None = None, address: str | None = None, ranks: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(message, shard=shard, address=address)
+        self.ranks = ranks
 
 
 class DataLoss(MempoolError):

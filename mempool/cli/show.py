@@ -38,10 +38,14 @@ def status(now: PoolStatus, *, address: str, stages: bool = False) -> None:
     shown = f"{counted(len(now.shards), 'shard')}, {counted(len(now.tables), 'table')}"
     console.print(f"pool {now.name} at {address}: {shown}{moving}")
     shards = _table(
-        console, "shard", "address", "state", "device", "pages' memory", "held for clients", "up for", "incarnation"
+        console,
+        *("shard", "address", "state", "device", "pages' memory", "held for clients", "load", "up for", "incarnation"),
     )
+    shares = documents.load_shares(now)
     for shard in now.shards:
-        shards.add_row(*_shard_row(shard), style=None if shard.state == "ready" else "red")
+        shards.add_row(
+            *_shard_row(shard, shares.get(shard.info.shard)), style=None if shard.state == "ready" else "red"
+        )
     console.print(shards)
     console.print(_kept(now))
     ways = {
@@ -84,6 +88,21 @@ def changes(found: Changes) -> None:
         say(line)
     if found.shards_after > found.shards_before:
         say("whether Ray has room for more shards is asked when it is done")
+
+
+def loads(last: RescaleProgress, *, moved: bool) -> None:
+    """What `rebalance` did, or would do."""
+    if not last.loads:
+        say("too little was read and written lately to tell which pages are hot: nothing moves for it")
+    else:
+        console = _console()
+        shards = _table(console, "shard", "load before", "load after")
+        for load in last.loads:
+            shards.add_row(str(load.shard), f"{load.before:.1%}", f"{load.after:.1%}")
+        console.print(shards)
+    if not moved or not last.pages_total:
+        would = "pages would move" if last.pages_total else "pages have to move"
+        say(f"{last.pages_total:,} {would}, {_size(last.bytes_total)}")
 
 
 def outcome(found: Changes) -> None:
@@ -181,7 +200,7 @@ def _stages(console: Console, shards: Iterable[ShardStatus]) -> Table:
     return table
 
 
-def _shard_row(shard: ShardStatus) -> tuple[str, ...]:
+def _shard_row(shard: ShardStatus, load: float | None) -> tuple[str, ...]:
     ready = shard.state == "ready"
     return (
         str(shard.info.shard),
@@ -190,6 +209,7 @@ def _shard_row(shard: ShardStatus) -> tuple[str, ...]:
         shard.device or "-",
         _size(shard.num_bytes) if ready else "-",
         _held(shard) if ready else "-",
+        "-" if load is None or not ready else f"{load:.0%}",
         _duration(shard.uptime_s) if ready else "-",
         str(shard.info.incarnation),
     )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mempool.client.routing.attempt import Seen
     from mempool.client.routing.router import Router
     from mempool.client.table import Table
-    from mempool.client.training.coordinator import Prepared
+    from mempool.client.training.commitment import Prepared
     from mempool.client.training.session import Session, SessionCounters
     from mempool.client.transport.pool import GrpcPool
     from mempool.client.transport.shard import GrpcDialer, GrpcShard
@@ -50,7 +50,7 @@ _HOMES = {
     "PendingGather": "mempool.client.gathers.pending",
     "PendingLookup": "mempool.client.lookup",
     "Pool": "mempool.client.pool",
-    "Prepared": "mempool.client.training.coordinator",
+    "Prepared": "mempool.client.training.commitment",
     "Router": "mempool.client.routing.router",
     "Seen": "mempool.client.routing.attempt",
     "Session": "mempool.client.training.session",

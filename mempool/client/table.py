@@ -27,7 +27,7 @@ from mempool.client.opening.waiting import Begin, Run
 from mempool.client.reading.versions import Versions
 from mempool.client.routing.router import Router
 from mempool.client.rows import Rows, checked_key_rows, checked_matrix, checked_rows, distinct_rows, require_distinct
-from mempool.client.training.coordinator import Prepared
+from mempool.client.training.commitment import Prepared
 from mempool.client.training.link import TableLink, WireDtype
 from mempool.client.training.session import Session, SessionCounters
 from mempool.client.training.state import checked_state, checked_step, names_to_read
@@ -95,6 +95,11 @@ class Table(Versions):
     @property
     def name(self) -> str:
         return self.schema.name
+
+    @property
+    def address(self) -> str:
+        """Of its pool, as ``connect`` was given it; "" for an embedded pool."""
+        return self._router.tries.where.address
 
     @property
     def num_slots(self) -> int:

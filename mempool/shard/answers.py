@@ -253,6 +253,7 @@ class Answers:
         if request.remember:
             self._contexts.remember(request.lookup_id, table_id=table.table_id, epoch=table.epoch, bags=begun.bags)
         table.lookups += 1
+        table.storage.heat.used(begun.bags.ids)
         return GatherReply(stamp=table.stamp, blocks=table.storage.blocks, values=values)
 
     def update(
@@ -332,6 +333,7 @@ class Answers:
         if new is not None and not table.is_decided(request.step_id):
             self._tenancy.log.require(new.num_bytes)
             table.updates.hold(request.step_id, request.sequence, new, caller=caller)
+            table.storage.heat.used(new.bags.ids)
             if self._tenancy.log.keeps:
                 self._tenancy.log.add(Held(table.table_id, request.step_id, request.sequence, new))
             self._tenancy.make_room()

@@ -22,6 +22,7 @@ from mempool.shard.answers import Answers
 from mempool.shard.committing import Committing
 from mempool.shard.durable.changes import Changes
 from mempool.shard.durable.records import Begun
+from mempool.shard.meeting import Meetings
 from mempool.shard.parking import Parked, answered
 from mempool.shard.pulling import Pulling
 from mempool.shard.saving.marks import Saving
@@ -49,6 +50,7 @@ from mempool.types import (
     LedgerPart,
     MarkTable,
     PageBatch,
+    PageHeat,
     PartProgress,
     PinReply,
     PinRequest,
@@ -146,10 +148,8 @@ class Engine:
         store: "Store | None" = None,
     ) -> None:
         self.info = info
-        self._store = store
-        self._on_loaded = on_loaded
-        self._clock = clock
-        self._started_s = clock()
+        self._store, self._on_loaded = store, on_loaded
+        self._clock, self._started_s = clock, clock()
         self._stages = stages or Stages()
         self._budget = Budget(
             client_memory_bytes,
@@ -181,6 +181,7 @@ class Engine:
             clock=clock,
             runner=runner,
         )
+        self.meet = Meetings(lease_s=held_lease_s, clock=clock).meet
         self._changes = Changes(self._tenancy)
         self._taking = None if store is None else self._snapshots(store, runner)
         self._answers = Answers(
@@ -196,16 +197,16 @@ class Engine:
         )
         self._committing = Committing(self._tenancy, stages=self._stages, asked_s=self._thread.asked_s)
         self.at_once = AtOnce(self._thread, self._answers, self._committing, store)
+        jobs = partial(self._thread.run, caller=_TABLES)
         self._saving = Saving(
             info=info,
             tenancy=self._tenancy,
             control=self._control,
-            jobs=partial(self._thread.run, caller=_TABLES),
+            jobs=jobs,
             clock=clock,
             busy_s=lambda: self._thread.busy_s,
             runner=runner,
         )
-        jobs = partial(self._thread.run, caller=_TABLES)
         self._pulling = Pulling(
             info,
             tenancy=self._tenancy,
@@ -257,22 +258,18 @@ class Engine:
         return reply
 
     async def update(self, request: UpdateRequest) -> UpdateReply:
-        caller = current_caller().name
+        answer = partial(self._answers.update, caller=current_caller().name)
         cost = cost_of(request.ids, request.weights, request.offsets, request.grads)
-        reply: UpdateReply = await self._ask("update", partial(self._answers.update, caller=caller), request, cost)
+        reply: UpdateReply = await self._ask("update", answer, request, cost)
         return reply
 
     async def prepare(self, request: PrepareRequest) -> PrepareReply:
-        caller = current_caller().name
-        cost = cost_of_parts(request.parts)
-        reply: PrepareReply = await self._ask(
-            "prepare", partial(self._committing.prepare, caller=caller), request, cost
-        )
+        answer, cost = partial(self._committing.prepare, caller=current_caller().name), cost_of_parts(request.parts)
+        reply: PrepareReply = await self._ask("prepare", answer, request, cost)
         return reply
 
     async def commit(self, request: CommitRequest) -> CommitReply:
-        cost = cost_of_parts(request.parts)
-        reply: CommitReply = await self._ask("commit", self._committing.commit, request, cost)
+        reply: CommitReply = await self._ask("commit", self._committing.commit, request, cost_of_parts(request.parts))
         return reply
 
     async def discard(self, request: DiscardRequest) -> DiscardReply:
@@ -391,6 +388,9 @@ class Engine:
 
     async def release_mark(self, request: ReleaseMark) -> None:
         await self._saving.release(request)
+
+    async def read_heat(self, table_id: int) -> PageHeat:
+        return self._tenancy.table(table_id).storage.page_heat()
 
     async def views(self) -> tuple[TableView, ...]:
         self._thread.check_open()

@@ -74,8 +74,8 @@ class HostedTable:
         self.info = info
         self.view = request.view
         self.ledger = AppliedLedger(request.ledger)
-        version, keeper = self.ledger.version, budget.keeper
-        self.storage = Storage(request.view.schema, shard=info.shard, device=device, version=version, keeper=keeper)
+        schema, version, keeper = request.view.schema, self.ledger.version, budget.keeper
+        self.storage = Storage(schema, shard=info.shard, device=device, version=version, clock=clock, keeper=keeper)
         self.staging = Staging(self.storage)
         self.updates = HeldUpdates(budget=budget, lease_s=lease_s, clock=clock)
         self.order = Order(self.ledger.version)
@@ -494,5 +494,6 @@ class HostedTable:
             preparing=self.preparing,
             pending=self.pending,
             round=self.rounds.token or "",
+            load=self.storage.load,
             pins=self.storage.moments.status(),
         )

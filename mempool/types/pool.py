@@ -136,6 +136,7 @@ class TableStatus:
     preparing: What is done before they are written, in words; "" for nothing.
     pending: It is being made, and answers no client: not all shards are known to have it.
     round: Token of the round of a move that holds it frozen; "" where none does.
+    load: How many numbers of its values look-ups and updates read and wrote here: of a sample, halved every minute.
     pins: Versions of it that are kept, ascending.
     """
 
@@ -154,6 +155,7 @@ class TableStatus:
     preparing: str = ""
     pending: bool = False
     round: str = ""
+    load: float = 0.0
     pins: tuple[PinStatus, ...] = ()
 
     @property
@@ -367,8 +369,24 @@ class PoolStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShardLoad:
+    """A shard's part of the pool's load, 0 to 1, before pages move and after; of shards that come or go too."""
+
+    shard: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RescaleProgress:
-    """Where a rescale stands; the last message has ``done``. table: the one whose pages move, "" between tables."""
+    """Where a rescale, or a rebalancing, stands; the last message has ``done``.
+
+    Attributes:
+        pages_moved, pages_total, bytes_moved, bytes_total: So far, and in all.
+        table: The one whose pages move, "" between tables.
+        loads: What the plan makes of the shards' load, by shard; none until there is a plan, or where too little was
+            read and written lately to tell.
+    """
 
     shards_before: int
     shards_after: int
@@ -378,3 +396,4 @@ class RescaleProgress:
     bytes_total: int
     table: str
     done: bool
+    loads: tuple[ShardLoad, ...] = ()

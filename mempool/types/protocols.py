@@ -7,6 +7,7 @@ The engine, the gRPC proxy and test fakes implement them; one contract suite run
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
+from mempool.types.groups.meeting import MeetReply, MeetRequest
 from mempool.types.messages import (
     CommitReply,
     CommitRequest,
@@ -38,6 +39,7 @@ from mempool.types.pages import (
     LedgerPart,
     MarkTable,
     PageBatch,
+    PageHeat,
     PartProgress,
     PullPages,
     PullReport,
@@ -80,6 +82,9 @@ class Shard(Protocol):
     async def write_rows(self, request: WriteRowsRequest) -> WriteRowsReply: ...
 
     async def step_count(self, request: StepCountRequest) -> StepCountReply: ...
+
+    async def meet(self, request: MeetRequest) -> MeetReply:
+        """A rank of a group whose home this shard is. Waits for the others for some seconds at most."""
 
     async def pin(self, request: PinRequest) -> PinReply: ...
 
@@ -150,6 +155,9 @@ class PageHost(Protocol):
     async def release_mark(self, request: ReleaseMark) -> None:
         """Forget a mark and what was kept for it."""
 
+    async def read_heat(self, table_id: int) -> PageHeat:
+        """How much the table's pages were read and written here lately. Waits for no other call. Raises NotFound."""
+
     async def views(self) -> tuple[TableView, ...]:
         """The newest view of every table that is made: what bootstrapping clients and a new controller ask for."""
 
@@ -199,6 +207,9 @@ class PoolApi(Protocol):
 
     def rescale(self, shards: int) -> AsyncIterator[RescaleProgress]:
         """Change the number of shards, live. One at a time: a second is answered InvalidRequest."""
+
+    def rebalance(self, *, dry_run: bool = False) -> AsyncIterator[RescaleProgress]:
+        """Even the load of the shards that there are, live; ``dry_run``: only say what would move. As ``rescale``."""
 
     def checkpoint(self, request: TakeCheckpoint) -> AsyncIterator[CheckpointProgress]:
         """Take a checkpoint while clients go on. One at a time: a second is answered InvalidRequest."""

@@ -19,7 +19,7 @@ from mempool.client.routing.attempt import LookupRecord
 from mempool.client.routing.router import Router
 from mempool.client.table import Table
 from mempool.client.training.begun import BegunGather
-from mempool.client.training.coordinator import Prepared
+from mempool.client.training.commitment import Prepared
 from mempool.client.training.link import TableLink
 from mempool.client.training.session import Session
 from mempool.errors import InvalidRequest

@@ -6,6 +6,7 @@ from mempool.client.counts import as_count
 from mempool.client.opening.waiting import Begin, Run
 from mempool.client.reading.pinning import pin_kept, pin_newest, pin_version
 from mempool.client.routing.router import Router
+from mempool.client.training.link import TableLink
 from mempool.client.training.session import Session
 from mempool.errors import InvalidRequest
 from mempool.types import TableSchema
@@ -25,6 +26,14 @@ class Versions:
     _session: Session
     _run: Run
     _begin: Begin
+    _link: TableLink
+
+    @property
+    def staleness(self) -> int:
+        """How many versions the table has gone on since the last look-up here, as far as this client has heard: replies
+        to look-ups and commits say. What is pushed now is a gradient of values so much older."""
+        looked_up = self._link.looked_up
+        return 0 if looked_up is None else max(0, (self._link.known_version or 0) - looked_up)
 
     def at(self, version: int | str = LATEST) -> "TableAt":
         """The table as it is at one version, for reading: for evaluation while training goes on.

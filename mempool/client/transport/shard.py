@@ -30,6 +30,7 @@ from mempool.types import (
     LedgerPart,
     MarkTable,
     PageBatch,
+    PageHeat,
     PartProgress,
     PinReply,
     PinRequest,
@@ -56,6 +57,7 @@ from mempool.types import (
     WriteRowsRequest,
 )
 from mempool.types.caller import current_caller
+from mempool.types.groups.meeting import MeetReply, MeetRequest
 from mempool.types.running import Clock
 from mempool.wire import methods
 from mempool.wire.channels.channel import Channel, Channels
@@ -144,6 +146,9 @@ class GrpcShard:
     async def step_count(self, request: StepCountRequest) -> StepCountReply:
         return await self._call(methods.STEP_COUNT, request)
 
+    async def meet(self, request: MeetRequest) -> MeetReply:
+        return await self._call(methods.MEET, request)
+
     async def pin(self, request: PinRequest) -> PinReply:
         return await self._call(methods.PIN, request)
 
@@ -209,6 +214,9 @@ class GrpcShard:
 
     async def write_part(self, request: WritePart) -> PartProgress:
         return await self._call(methods.WRITE_PART, request)
+
+    async def read_heat(self, table_id: int) -> PageHeat:
+        return await self._call(methods.READ_HEAT, table_id)
 
     async def release_mark(self, request: ReleaseMark) -> None:
         await self._call(methods.RELEASE_MARK, request)

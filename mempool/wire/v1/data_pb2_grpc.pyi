@@ -180,6 +180,19 @@ class MemoryServiceStub:
     Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have. Setting it is
     a write, idempotent as WriteRows is; at another version it is another write. ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
     """
+    Meet: _grpc.UnaryUnaryMultiCallable[_data_pb2.MeetRequest, _data_pb2.MeetReply]
+    """A rank of a group, to the group's home: shard 0. Joins it, says that it lives, or arrives at a meeting and waits for
+    the others, for three seconds at most: then it is answered MEET_ANSWER_WAIT, and asks again.
+
+    How a sync group steps: every rank sends its updates as rank 0 of the group, in the group's generation, with sequences
+    rank * 2^40 + 1 and on, and keeps them. To commit, each arrives at the next meeting with the sequences it has. Rank 0 is
+    answered with those of all, once all are there; it prepares and commits them as one step, and says what came of it
+    (`word`), which the others are answered with. Where shards miss updates of other ranks its word is
+    WORD_KIND_AGAIN: they send them, and all arrive at the next meeting. To shards the group is one trainer.
+
+    Nothing of it is kept: a request is complete in itself, can be repeated, and a home that has begun anew goes on from
+    it. ERROR_CODE_INVALID_REQUEST where ranks say different terms, or a rank is another process by now.
+    """
     Pin: _grpc.UnaryUnaryMultiCallable[_data_pb2.PinRequest, _data_pb2.PinReply]
     """Takes, keeps and releases a *pin*: one version of a table that is kept for a reader, so that what Gather, Score and
     ReadRows answer with it is of that version to the bit, however long the reader takes, while training goes on. It is one
@@ -290,6 +303,19 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
 
     Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have. Setting it is
     a write, idempotent as WriteRows is; at another version it is another write. ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
+    """
+    Meet: _aio.UnaryUnaryMultiCallable[_data_pb2.MeetRequest, _data_pb2.MeetReply]  # type: ignore[assignment]
+    """A rank of a group, to the group's home: shard 0. Joins it, says that it lives, or arrives at a meeting and waits for
+    the others, for three seconds at most: then it is answered MEET_ANSWER_WAIT, and asks again.
+
+    How a sync group steps: every rank sends its updates as rank 0 of the group, in the group's generation, with sequences
+    rank * 2^40 + 1 and on, and keeps them. To commit, each arrives at the next meeting with the sequences it has. Rank 0 is
+    answered with those of all, once all are there; it prepares and commits them as one step, and says what came of it
+    (`word`), which the others are answered with. Where shards miss updates of other ranks its word is
+    WORD_KIND_AGAIN: they send them, and all arrive at the next meeting. To shards the group is one trainer.
+
+    Nothing of it is kept: a request is complete in itself, can be repeated, and a home that has begun anew goes on from
+    it. ERROR_CODE_INVALID_REQUEST where ranks say different terms, or a rank is another process by now.
     """
     Pin: _aio.UnaryUnaryMultiCallable[_data_pb2.PinRequest, _data_pb2.PinReply]  # type: ignore[assignment]
     """Takes, keeps and releases a *pin*: one version of a table that is kept for a reader, so that what Gather, Score and
@@ -464,6 +490,25 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have. Setting it is
         a write, idempotent as WriteRows is; at another version it is another write. ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
+        """
+
+    @_abc_1.abstractmethod
+    def Meet(
+        self,
+        request: _data_pb2.MeetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_data_pb2.MeetReply, _abc.Awaitable[_data_pb2.MeetReply]]:
+        """A rank of a group, to the group's home: shard 0. Joins it, says that it lives, or arrives at a meeting and waits for
+        the others, for three seconds at most: then it is answered MEET_ANSWER_WAIT, and asks again.
+
+        How a sync group steps: every rank sends its updates as rank 0 of the group, in the group's generation, with sequences
+        rank * 2^40 + 1 and on, and keeps them. To commit, each arrives at the next meeting with the sequences it has. Rank 0 is
+        answered with those of all, once all are there; it prepares and commits them as one step, and says what came of it
+        (`word`), which the others are answered with. Where shards miss updates of other ranks its word is
+        WORD_KIND_AGAIN: they send them, and all arrive at the next meeting. To shards the group is one trainer.
+
+        Nothing of it is kept: a request is complete in itself, can be repeated, and a home that has begun anew goes on from
+        it. ERROR_CODE_INVALID_REQUEST where ranks say different terms, or a rank is another process by now.
         """
 
     @_abc_1.abstractmethod

@@ -141,6 +141,7 @@ class TableStatus(_message.Message):
     PREPARING_FIELD_NUMBER: _builtins.int
     PENDING_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
     PINS_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
     """The table."""
@@ -172,6 +173,8 @@ class TableStatus(_message.Message):
     """It is being made, and answers no client yet: not all shards are known to have it."""
     round: _builtins.str
     """Token of the round of a move that holds it frozen; "" where none does."""
+    load: _builtins.float
+    """How many numbers of its values look-ups and updates read and wrote here, told by a sample and halved every minute."""
     @_builtins.property
     def pins(self) -> _containers.RepeatedCompositeFieldContainer[Global___PinStatus]:
         """Versions of it that are kept, ascending."""
@@ -194,11 +197,12 @@ class TableStatus(_message.Message):
         preparing: _builtins.str = ...,
         pending: _builtins.bool = ...,
         round: _builtins.str = ...,
+        load: _builtins.float = ...,
         pins: _abc.Iterable[Global___PinStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_to_fill", b"bytes_to_fill", "epoch", b"epoch", "frozen", b"frozen", "lookups", b"lookups", "lost_pages", b"lost_pages", "name", b"name", "num_bytes", b"num_bytes", "pages", b"pages", "pending", b"pending", "pins", b"pins", "preparing", b"preparing", "round", b"round", "table_id", b"table_id", "updates_applied", b"updates_applied", "updates_held", b"updates_held", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_to_fill", b"bytes_to_fill", "epoch", b"epoch", "frozen", b"frozen", "load", b"load", "lookups", b"lookups", "lost_pages", b"lost_pages", "name", b"name", "num_bytes", b"num_bytes", "pages", b"pages", "pending", b"pending", "pins", b"pins", "preparing", b"preparing", "round", b"round", "table_id", b"table_id", "updates_applied", b"updates_applied", "updates_held", b"updates_held", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

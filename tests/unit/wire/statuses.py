@@ -36,6 +36,7 @@ TABLE_STATUS = build(
     preparing=TEXT,
     pending=st.booleans(),
     round=TEXT,
+    load=SECONDS,
     pins=st.lists(PIN_STATUS, max_size=2).map(tuple),
 )
 STAGE_TIME = build(types.StageTime, stage=TEXT, count=U64, total_s=SECONDS, p50_s=SECONDS, p99_s=SECONDS, max_s=SECONDS)

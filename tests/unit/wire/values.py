@@ -18,6 +18,7 @@ from mempool.wire.codecs.pages import AttachView, ForgetTable, FreezeTable, SetV
 from mempool.wire.codecs.tables import AskTable, ToldTable
 from mempool.wire.methods import Method
 from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2
+from tests.unit.wire.meeting_values import MEETINGS
 from tests.unit.wire.right_schemas import U64, schemas
 from tests.unit.wire.statuses import SECONDS, SHARD_INFO, SHARD_STATUS, TEXT, U32, U64S, build
 
@@ -112,6 +113,12 @@ HISTORY: Mapping[str, st.SearchStrategy[Any]] = {
     "step_offset": st.integers(-(2**63), 2**63 - 1),
 }
 LEDGER = build(types.Ledger, **HISTORY)
+_COUNTS = ("pages_moved", "pages_total", "bytes_moved", "bytes_total")
+LOADS = st.lists(build(types.ShardLoad, shard=U32, before=SECONDS, after=SECONDS), max_size=3).map(tuple)
+RESCALED = build(
+    types.RescaleProgress,
+    shards_before=U32, shards_after=U32, table=TEXT, done=st.booleans(), loads=LOADS, **dict.fromkeys(_COUNTS, U64),
+)  # fmt: skip
 CREATION = build(
     types.TableCreation,
     table=TEXT,
@@ -138,6 +145,7 @@ def parts(cls: type, **fields: Any) -> dict[str, st.SearchStrategy[Any]]:
 # Method -> generated classes of request and reply, values of both.
 Case = tuple[type[Message], st.SearchStrategy[Any], type[Message], st.SearchStrategy[Any]]
 CASES: dict[Method[Any, Any], Case] = {
+    **MEETINGS,
     methods.GATHER: (
         data_pb2.GatherRequest,
         build(
@@ -368,6 +376,16 @@ CASES: dict[Method[Any, Any], Case] = {
         shard_pb2.ReleaseMarkReply,
         st.none(),
     ),
+    methods.READ_HEAT: (
+        shard_pb2.ReadHeatRequest,
+        U64,
+        shard_pb2.ReadHeatReply,
+        build(
+            types.PageHeat,
+            heat=st.lists(st.floats(0, 2**99, width=32)).map(lambda heat: np.array(heat, np.float32)),
+            seen=SECONDS,
+        ),
+    ),
     methods.STATUS: (shard_pb2.StatusRequest, st.none(), shard_pb2.StatusReply, SHARD_STATUS),
     methods.CREATE_TABLE: (pool_pb2.CreateTableRequest, SCHEMA, pool_pb2.CreateTableReply, views()),
     methods.DROP_TABLE: (
@@ -383,22 +401,8 @@ CASES: dict[Method[Any, Any], Case] = {
         build(ToldTable, view=views()) | build(ToldTable, change=view_changes()),
     ),
     methods.LIST_TABLES: (pool_pb2.ListTablesRequest, st.none(), pool_pb2.ListTablesReply, VIEWS),
-    methods.RESCALE: (
-        pool_pb2.RescaleRequest,
-        U32,
-        pool_pb2.RescaleReply,
-        build(
-            types.RescaleProgress,
-            shards_before=U32,
-            shards_after=U32,
-            pages_moved=U64,
-            pages_total=U64,
-            bytes_moved=U64,
-            bytes_total=U64,
-            table=TEXT,
-            done=st.booleans(),
-        ),
-    ),
+    methods.RESCALE: (pool_pb2.RescaleRequest, U32, pool_pb2.RescaleReply, RESCALED),
+    methods.REBALANCE: (pool_pb2.RebalanceRequest, st.booleans(), pool_pb2.RebalanceReply, RESCALED),
     methods.CHECKPOINT: (
         pool_pb2.CheckpointRequest,
         build(
