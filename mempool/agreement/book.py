@@ -63,7 +63,7 @@ class Book(Generic[U]):
         first_sequence: Of its updates.
 
     Attributes:
-        base: The number that its group's next step had when this rank last heard of it.
+        base: The number that its group's next step had when this rank last heard of one that was committed.
         open: Takes the updates that come.
         closing: Sealed, and neither acknowledged nor discarded.
         applying: Acknowledged: some owners may not have applied it yet, and may ask for its updates.
@@ -166,10 +166,11 @@ class Book(Generic[U]):
         """In which its steps are numbered."""
         return self._rank[2]
 
-    def follow(self, step: int) -> None:
-        """The group's next step has this number: so has the open one."""
+    def follow(self, step: int, *, committed: bool) -> None:
+        """The group's next step has this number: so has the open one. committed: What came before it is."""
         with self._lock:
-            self.base = step
+            if committed:
+                self.base = step
             group, rank, generation = self._rank
             self.open.step_id = StepId(group=group, rank=rank, step=step, generation=generation)
             self._next_step = step + 1

@@ -27,17 +27,20 @@ class Meetings:
 
     def __init__(self, *, lease_s: float, clock: Clock, wall_s: Clock = time.time) -> None:
         self._groups = Groups(lease_s=lease_s)
+        self._lease_s = lease_s
         self._clock = clock
+        self._looked_s = clock()
+        self._paused_s = 0.0
         self._wall_s = wall_s
         self._waiting: dict[str, set[asyncio.Future[None]]] = {}
 
     async def meet(self, request: MeetRequest) -> MeetReply:
         """See ``Shard``."""
         check_rank(request.group, request.rank)
-        came_s = self._clock()
+        came_s = self._now_s()
         end_s = came_s + LONGEST_WAIT_S
         while True:
-            now_s, before = self._clock(), self._groups.changes(request.group)
+            now_s, before = self._now_s(), self._groups.changes(request.group)
             reply = self._groups.handle(request, now_s, heard_s=came_s, first_generation=int(self._wall_s() * 1000.0))
             if self._groups.changes(request.group) != before:
                 self._wake(request.group)
@@ -46,6 +49,14 @@ class Meetings:
             if now_s >= end_s:
                 return self._groups.waiting(request, now_s)
             await self._changed(request.group, min(end_s - now_s, self._groups.next_s(request.group, now_s)))
+
+    def _now_s(self) -> float:
+        """The clock, which stands still while nobody is heard for long: whoever lives is heard at a third of the lease,
+        so it was this process that was paused, and ranks were not silent."""
+        now_s = self._clock()
+        self._paused_s += max(0.0, now_s - self._looked_s - self._lease_s / 2)
+        self._looked_s = now_s
+        return now_s - self._paused_s
 
     def _wake(self, group: str) -> None:
         for future in self._waiting.pop(group, ()):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import mempool
+from mempool.agreement.groups.home import Groups
 from mempool.client import Pool
 from mempool.errors import MempoolError, RankLost
 from tests.agreement.ranks import Ranks, push, together
@@ -104,26 +105,40 @@ def test_a_lost_rank_is_named_and_the_group_goes_on_when_it_is_back(here: GrpcPo
         check(ranks, 3)
 
 
+def cut_off(ranks: Ranks, *, decided: bool) -> threading.Event:
+    """The leader's next commit goes no further than this event. decided: Once it is, and nobody else knows."""
+    coordinator = ranks.pools[0].table("facts").link.session.coordinator
+    commit_own, cut = coordinator.commit_own, threading.Event()
+
+    async def commit_and_die(*args: Any, **how: Any) -> Any:
+        if decided:
+            await commit_own(*args, **how)
+        cut.set()
+        await asyncio.Event().wait()
+
+    coordinator.commit_own = commit_and_die
+    return cut
+
+
 @pytest.mark.parametrize("decided", [False, True])
-def test_a_leader_that_dies_at_its_commit(here: GrpcPoolHere, decided: bool) -> None:
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_leader_that_dies_at_its_commit(here: GrpcPoolHere, decided: bool, prepared: bool) -> None:
     with Ranks(here, [config()], world_size=2) as ranks:
         ranks.each(lambda rank, pool: step(pool, 0, rank=rank, world_size=2))
-        coordinator = ranks.pools[0].table("facts").link.session.coordinator
-        commit_own, cut = coordinator.commit_own, threading.Event()
+        cut = cut_off(ranks, decided=decided)
 
-        async def commit_and_die(*args: Any, **how: Any) -> Any:
-            if decided:
-                await commit_own(*args, **how)
-            cut.set()
-            await asyncio.Event().wait()
+        def push_share(rank: int) -> Pool:
+            table = ranks.pools[rank].table("facts")
+            push(table, 1, rank=rank, world_size=2)
+            if prepared:  # as for clipping
+                table.prepare()
+            return ranks.pools[rank]
 
-        coordinator.commit_own = commit_and_die
-        push(ranks.pools[0].table("facts"), 1, rank=0, world_size=2)
-        dying = threading.Thread(target=_until_the_end, args=(ranks.pools[0],), daemon=True)
+        dying = threading.Thread(target=lambda: _until_the_end(push_share(0)), daemon=True)
         dying.start()
 
         def survive() -> int:
-            return step(ranks.pools[1], 1, rank=1, world_size=2)
+            return commit(push_share(1))
 
         def come_back() -> int:
             assert cut.wait(30.0)
@@ -137,3 +152,53 @@ def test_a_leader_that_dies_at_its_commit(here: GrpcPoolHere, decided: bool) -> 
         assert together([survive, come_back]) == [1, 1]
         ranks.each(lambda rank, pool: step(pool, 2, rank=rank, world_size=2))
         check(ranks, 3)
+
+
+def test_a_rank_without_updates_learns_as_the_others_that_a_dead_leader_has_committed(here: GrpcPoolHere) -> None:
+    with Ranks(here, [config()], world_size=3) as ranks:
+        ranks.each(lambda rank, pool: step(pool, 0, rank=rank, world_size=3))
+        cut = cut_off(ranks, decided=True)
+        push(ranks.pools[0].table("facts"), 1, rank=0, world_size=3)
+        dying = threading.Thread(target=_until_the_end, args=(ranks.pools[0],), daemon=True)
+        dying.start()
+
+        def survive(rank: int) -> list[int]:
+            if rank == 1:
+                push(ranks.pools[1].table("facts"), 1, rank=1, world_size=3)
+            counts = [commit(ranks.pools[rank])]
+            return [*counts, step(ranks.pools[rank], 2, rank=rank, world_size=3)]
+
+        def come_back() -> list[int]:
+            assert cut.wait(30.0)
+            ranks.kill(0)
+            assert ranks.come_back(0).step == 2
+            return [step(ranks.pools[0], 2, rank=0, world_size=3)]
+
+        assert together([lambda: survive(1), lambda: survive(2), come_back]) == [[1, 1], [0, 1], [1]]
+        assert ranks.pools[0].table("facts").link.version() == 3
+
+
+def test_a_rank_that_dies_together_with_the_home_is_missed(here: GrpcPoolHere) -> None:
+    with Ranks(here, [config()], world_size=2) as ranks:
+        ranks.each(lambda rank, pool: step(pool, 0, rank=rank, world_size=2))
+        ranks.kill(1)
+        meetings: Any = here._engines[0].meet.__self__  # type: ignore[attr-defined]
+        meetings._groups = Groups(lease_s=LEASE_S)
+        push(ranks.pools[0].table("facts"), 1, rank=0, world_size=2)
+        with pytest.raises(RankLost, match=r"rank 1 has not come in the .* s since shard 0, where ranks meet, began"):
+            ranks.pools[0].table("facts").commit()
+
+
+def test_a_step_that_the_leader_has_given_up_fails_no_backward_pass_of_another_rank(here: GrpcPoolHere) -> None:
+    with Ranks(here, [config()], world_size=2, reduction="sum") as ranks, mempool.local() as alone:
+        first, second = (pool.table("facts") for pool in ranks.pools)
+        push(first, 0, rank=0, world_size=2)
+        first.discard()
+        ids, weights = torch.arange(12).view(3, 4), torch.ones(3, 4, requires_grad=True)
+        second.gather(ids, weights).sum().backward()
+        assert weights.grad is not None
+        assert together([first.commit, second.commit]) == [0, 1]
+        table = alone.create_table(config())
+        table.gather(ids, torch.ones(3, 4)).sum().backward()
+        table.commit()
+        assert torch.equal(first.rows(range(SLOTS)), table.rows(range(SLOTS)))

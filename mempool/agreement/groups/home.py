@@ -6,7 +6,7 @@ updates are committed is ``step``'s, as of any trainer.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mempool.errors import InvalidRequest, Overloaded
 from mempool.types.groups.meeting import Arrival, MeetReply, MeetRequest, RankState, Seen, Terms, Word
@@ -14,7 +14,8 @@ from mempool.types.groups.meeting import Arrival, MeetReply, MeetRequest, RankSt
 MAX_GROUPS = 256
 MAX_RANKS = 4096
 MAX_BYTES = 64 * 2**20
-"""Of what ranks arrive with, of all groups together."""
+"""Of what ranks arrive with, and of leaders' words, of all groups together."""
+_MAX_HOST = 1_000
 _NUMBER_BYTES = 8
 _PART_BYTES = 128
 
@@ -37,11 +38,13 @@ class _Member:
 @dataclass(slots=True)
 class _Group:
     """complete: The meeting at which all were there last. word: the leader's last one, in this generation. told: The
-    generation is known from what ranks have said, as it began before this home did. changes: See there."""
+    generation is known from what ranks have said, as it began before this home did; learned_s: when that was, also in
+    later generations. changes: See there."""
 
     terms: Terms
     generation: int
     told: bool
+    learned_s: float | None
     changes: int = 0
     step: int = 0
     members: dict[int, _Member] = field(default_factory=dict)
@@ -84,15 +87,17 @@ class Groups:
         if request.kind == "leave":
             return self._leave(request, now_s)
         group = self._group(request, now_s, first_generation)
+        if isinstance(group, MeetReply):
+            return group
         member = group.members.get(request.rank)
         if member is None or member.said.nonce != request.nonce:
-            reply = self._admit(group, request, member, now_s)
+            reply = self._admit(group, request, member, now_s, first_generation)
             if reply is not None:
                 return reply
             member = group.members[request.rank]
         if member.left or member.said.kind != request.kind:
             group.changes += 1
-        member.said, member.heard_s, member.left = request, max(heard_s, member.heard_s), False
+        member.said, member.heard_s, member.left = _brief(request), max(heard_s, member.heard_s), False
         if request.kind != "join" or not group.step:  # who joins says where its model is, which may be elsewhere
             group.step = max(group.step, request.step)
         if request.generation > group.generation:  # this home has begun anew, and somebody has joined it since
@@ -108,7 +113,7 @@ class Groups:
             member.meeting = request.meeting
             group.changes += 1
         if request.rank == 0 and request.word is not None and _is_newer(request.word, group.word):
-            group.word = request.word
+            self._take_word(group, request.word)
             group.changes += 1
         if request.kind == "beat":
             return self._reply(group, "heard")
@@ -129,27 +134,35 @@ class Groups:
     def next_s(self, group: str, now_s: float) -> float:
         """How long until somebody of the group is lost by silence alone."""
         known = self._groups.get(group)
-        left = [] if known is None else [each.heard_s + self.lease_s - now_s for each in known.members.values()]
+        heard_s = [] if known is None else [each.heard_s for each in known.members.values()]
+        if known is not None and known.learned_s is not None:
+            heard_s.append(known.learned_s)
+        left = [each + self.lease_s - now_s for each in heard_s]
         return min((each for each in left if each > 0.0), default=self.lease_s)
 
-    def _group(self, request: MeetRequest, now_s: float, first_generation: int) -> _Group:
+    def _group(self, request: MeetRequest, now_s: float, first_generation: int) -> _Group | MeetReply:
         group = self._groups.get(request.group)
         if group is None:
             self._make_room(now_s)
             joins = request.kind == "join"
             generation = first_generation if joins else request.generation
-            group = self._groups[request.group] = _Group(request.terms, generation, told=not joins)
-        elif group.terms != request.terms:
-            self._take_terms(group, request, now_s)
+            learned_s = None if joins else now_s
+            group = _Group(request.terms, generation, told=not joins, learned_s=learned_s)
+            self._groups[request.group] = group
+        elif group.terms != request.terms and (reply := self._take_terms(group, request, now_s)) is not None:
+            return reply
         return group
 
-    def _take_terms(self, group: _Group, request: MeetRequest, now_s: float) -> None:
-        """Other terms than the group's, which hold while anybody of it is there."""
+    def _take_terms(self, group: _Group, request: MeetRequest, now_s: float) -> MeetReply | None:
+        """Other terms than the group's, which hold while anybody of it is there. None: they are the group's now."""
         others = [each for each in group.members.values() if each.said.nonce != request.nonce]
         there = next((each for each in others if self._lives(each, now_s)), None)
         both_elastic = group.terms.elastic and request.terms.elastic
-        if there is not None and request.kind == "join" and both_elastic and request.restart > there.said.restart:
-            there = None  # its launcher has started all of them again
+        if there is not None and both_elastic and _restarts(request, there.said):
+            there = None  # their launcher has started all of them again
+        resized = replace(group.terms, world_size=request.terms.world_size) == request.terms
+        if there is not None and both_elastic and resized and request.kind == "join":  # it may be dead for a moment
+            return self._reply(group, "occupied", others=(self._seen(group, there.said.rank, now_s),))
         if there is not None:
             raise InvalidRequest(
                 f"group {request.group!r} is joined by rank {request.rank} ({request.host}) with "
@@ -166,10 +179,13 @@ class Groups:
         for member in group.members.values():
             self._take(member, None)
         group.members.clear()
-        group.terms = request.terms
+        group.terms, group.learned_s = request.terms, None
         self._begin(group, group.generation + 1)
+        return None
 
-    def _admit(self, group: _Group, request: MeetRequest, known: _Member | None, now_s: float) -> MeetReply | None:
+    def _admit(
+        self, group: _Group, request: MeetRequest, known: _Member | None, now_s: float, first_generation: int
+    ) -> MeetReply | None:
         """A process that is not known as its rank; None: it is from now on."""
         if known is not None and not known.left:
             if request.kind != "join":
@@ -177,7 +193,7 @@ class Groups:
                     f"rank {request.rank} of group {request.group!r} is {known.said.host} by now, which joined after "
                     f"{request.host}: a rank is one process at a time. Nothing was changed."
                 )
-            if self._lives(known, now_s) and request.restart <= known.said.restart:
+            if self._lives(known, now_s) and not _restarts(request, known.said):
                 return self._reply(group, "occupied", others=(self._seen(group, request.rank, now_s),))
         if known is not None:
             under_way = group.complete and not self._word_is_out(group) and self._lives(group.members.get(0), now_s)
@@ -186,8 +202,9 @@ class Groups:
             self._take(known, None)
         # Whoever was this rank before may have numbered updates in this generation: they must not be taken for others.
         if request.kind == "join" and (group.told or (known is not None and known.generation >= group.generation)):
-            self._begin(group, group.generation + 1)
-        group.members[request.rank] = _Member(request, now_s)
+            # Where what was before is known from others, that rank may have been in a later one than they know of.
+            self._begin(group, max(group.generation + 1, first_generation if group.told else 0))
+        group.members[request.rank] = _Member(_brief(request), now_s)
         group.changes += 1
         return None
 
@@ -239,7 +256,7 @@ class Groups:
                 return self._reply(group, "arrived", arrivals=arrivals)
             if request.rank and self._lives(group.members.get(0), now_s):
                 return None
-        return self._lost(group, now_s)
+        return self._lost(group, now_s, request.meeting)
 
     def _within_bounds(self, group: _Group, request: MeetRequest, now_s: float) -> MeetReply | None:
         slow = [
@@ -249,7 +266,7 @@ class Groups:
         ]
         if not slow:
             return self._reply(group, "arrived")
-        lost = self._lost(group, now_s)
+        lost = self._lost(group, now_s, request.meeting - group.terms.staleness)
         if lost is None or not {each.rank for each in lost.others} & set(slow):
             return None
         return lost
@@ -266,13 +283,21 @@ class Groups:
         )
         return self._reply(group, "wait", others=others)
 
-    def _lost(self, group: _Group, now_s: float) -> MeetReply | None:
-        lost = tuple(
+    def _lost(self, group: _Group, now_s: float, meeting: int) -> MeetReply | None:
+        """Those who are gone, if any. meeting: At which all were, or are to be."""
+        lost = [
             self._seen(group, rank, now_s)
             for rank, member in sorted(group.members.items())
             if not self._lives(member, now_s)
-        )
-        return self._reply(group, "lost", others=lost) if lost else None
+        ]
+        silent_s = 0.0 if group.learned_s is None else now_s - group.learned_s
+        if silent_s > self.lease_s and meeting > 1:  # all were there before this home was: who lives has said so
+            lost += [
+                replace(self._seen(group, rank, now_s), state="lost", silent_s=silent_s)
+                for rank in range(group.terms.world_size)
+                if rank not in group.members
+            ]
+        return self._reply(group, "lost", others=tuple(lost)) if lost else None
 
     def _seen(self, group: _Group, rank: int, now_s: float) -> Seen:
         member = group.members.get(rank)
@@ -298,7 +323,8 @@ class Groups:
 
     def _begin(self, group: _Group, generation: int) -> None:
         """What was agreed on before is over: meetings are counted anew."""
-        group.generation, group.told, group.complete, group.word = generation, False, 0, None
+        group.generation, group.told, group.complete = generation, False, 0
+        self._take_word(group, None)
         group.changes += 1
         for member in group.members.values():
             self._take(member, None)
@@ -308,15 +334,24 @@ class Groups:
         """What a member has arrived with, in place of what it had."""
         if member.arrival is arrival:
             return
-        more = _bytes_of(arrival) - _bytes_of(member.arrival)
+        self._account(
+            _bytes_of(arrival) - _bytes_of(member.arrival), f"rank {member.said.rank} of {member.said.group!r}"
+        )
+        member.arrival = None if arrival is None else replace(arrival, word=None)
+
+    def _take_word(self, group: _Group, word: Word | None) -> None:
+        """The leader's, in place of the one before."""
+        self._account(_bytes_of_word(word) - _bytes_of_word(group.word), "the leader")
+        group.word = word
+
+    def _account(self, more: int, whose: str) -> None:
         if more > 0 and self._num_bytes + more > MAX_BYTES:
             raise Overloaded(
-                f"groups hold {self._num_bytes:,} bytes at their home, and at most {MAX_BYTES:,} are taken: rank "
-                f"{member.said.rank} of group {member.said.group!r} is to come again in a moment",
+                f"groups hold {self._num_bytes:,} bytes at their home, and at most {MAX_BYTES:,} are taken: {whose} is "
+                "to come again in a moment",
                 retry_after_s=1.0,
             )
         self._num_bytes += more
-        member.arrival = arrival
 
     def _make_room(self, now_s: float) -> None:
         if len(self._groups) < MAX_GROUPS:
@@ -332,6 +367,7 @@ class Groups:
     def _forget(self, name: str, group: _Group) -> None:
         for member in group.members.values():
             self._take(member, None)
+        self._take_word(group, None)
         del self._groups[name]
 
     def _reply(self, group: _Group, answer: str, **more: object) -> MeetReply:
@@ -353,8 +389,20 @@ def _progress(member: _Member | None) -> float:
     return 0.0 if member is None else math.inf if member.left else float(member.meeting)
 
 
+def _brief(request: MeetRequest) -> MeetRequest:
+    """Who says it, and where it is: without what it comes with."""
+    return replace(request, parts=(), word=None)
+
+
+def _restarts(request: MeetRequest, known: MeetRequest) -> bool:
+    """Whether a newcomer's launcher has ended that process to start it; another job's has not, whatever it tries."""
+    return request.kind == "join" and request.launcher == known.launcher and request.restart > known.restart
+
+
 def _check(request: MeetRequest) -> None:
     terms = request.terms
+    if max(len(request.host), len(request.launcher)) > _MAX_HOST:
+        raise InvalidRequest(f"a rank's host and launcher are named in at most {_MAX_HOST} characters each.")
     if not 1 <= terms.world_size <= MAX_RANKS:
         raise InvalidRequest(f"world_size = {terms.world_size}: a group has 1 to {MAX_RANKS} ranks.")
     if not 0 <= request.rank < terms.world_size:
@@ -369,3 +417,10 @@ def _bytes_of(arrival: MeetRequest | None) -> int:
     if arrival is None:
         return 0
     return _PART_BYTES + sum(_PART_BYTES + _NUMBER_BYTES * len(part.sequences) for part in arrival.parts)
+
+
+def _bytes_of_word(word: Word | None) -> int:
+    if word is None:
+        return 0
+    parts = sum(_PART_BYTES + _NUMBER_BYTES * len(part.sequences) for part in word.parts)
+    return _PART_BYTES + 4 * len(word.message) + parts

@@ -44,6 +44,11 @@ class Joining:
         """Where this process runs, for people."""
         return f"{socket.gethostname()[:200]}, pid {os.getpid()}"
 
+    @property
+    def launcher(self) -> str:
+        """The process that has started this one: two jobs of one name have two."""
+        return f"{socket.gethostname()[:200]}, pid {os.getppid()}"
+
 
 def asked(
     group: object,

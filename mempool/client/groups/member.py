@@ -63,6 +63,7 @@ class Member:
             terms=joining.terms,
             kind="join",
             restart=joining.restart,
+            launcher=joining.launcher,
         )
 
     @property
@@ -89,10 +90,11 @@ class Member:
                 self._beating = clock.create_task(self._beat())
                 return reply.step
             if reply.answer == "occupied" and waited_s > reply.lease_s + _LATE_S:
+                there = reply.others[0]
                 raise AlreadyExists(
-                    f"rank {self.joining.rank} of group {self.joining.group!r} is {reply.others[0].host}, which lives: "
-                    f"{self.joining.host} cannot be it too. If that is another job, give this one another group name; "
-                    "if it is an old one, end it"
+                    f"rank {there.rank} of group {self.joining.group!r} is {there.host}, which lives: "
+                    f"{self.joining.host} cannot be rank {self.joining.rank} now. If that is another job, give this "
+                    "one another group name; if it is an old one, end it"
                 )
             if waited_s > self.joining.patience_s:
                 raise DeadlineExceeded(
@@ -221,7 +223,8 @@ def _waited(ranks: Sequence[Seen]) -> str:
 
 def _words(seen: Seen) -> str:
     if not seen.host:
-        return f"rank {seen.rank} has not come"
+        since = f" in the {seen.silent_s:.1f} s since shard {HOME}, where ranks meet, began anew"
+        return f"rank {seen.rank} has not come{since if seen.state == 'lost' else ''}"
     who = f"rank {seen.rank} ({seen.host})"
     if seen.state == "left":
         return f"{who} has left: its pool was closed"

@@ -88,6 +88,7 @@ class SyncGroup:
         self._giving: asyncio.Task[None] | None = None
         self._ended = False  # what a commit came with that did not hear of its end is committed
         self._late: Counter[int] = Counter()  # updates of steps that turned out to be committed, by table
+        self._empty: set[int] = set()  # tables whose step this rank has come to commit, with nothing pending
 
     @property
     def steps_together(self) -> bool:
@@ -117,7 +118,7 @@ class SyncGroup:
                     if answer is not None:
                         return answer
                     continue
-                word = await self._heard(sessions, reply)
+                word = await self._heard(sessions, reply, committing=False)
                 if word is not None:
                     told = {part.table_id: part for part in word.parts}
                     return [_as_prepared(told.get(session.table_id), session) for session in sessions]
@@ -135,7 +136,7 @@ class SyncGroup:
                 if self.member.leads:
                     if not await self._commit_all(reply.arrivals, commitments, offer, timeout_s):
                         continue
-                elif await self._heard(sessions, reply) is None:
+                elif await self._heard(sessions, reply, committing=True) is None:
                     continue
                 self.member.steps += 1
                 return [self._late.pop(session.table_id, 0) for session in sessions]
@@ -223,6 +224,8 @@ class SyncGroup:
         book.given_up.clear()
         step = book.seal()
         if step is None:
+            if committing:
+                self._empty.add(session.table_id)
             return ()
         step.committing = step.committing or committing
         return step.sealed
@@ -294,14 +297,16 @@ class SyncGroup:
 
     # The others
 
-    async def _heard(self, sessions: list[Session], reply: MeetReply) -> Word | None:
+    async def _heard(self, sessions: list[Session], reply: MeetReply, *, committing: bool) -> Word | None:
         """The leader's word, carried out; None: come again."""
         word = reply.word
         assert word is not None, "the home answers others with nothing else"
+        if word.kind != "failed":
+            self._empty.clear()
         if word.kind == "again":
             await self._send_again(sessions, word)
         elif word.kind in ("done", "earlier"):
-            self._committed(sessions, word)
+            self._follow(sessions, word, committed=committing or word.kind == "earlier")
         elif word.kind == "undone":
             for session in sessions:
                 if session.book.closing is not None:
@@ -311,7 +316,7 @@ class SyncGroup:
             raise _error(word)
         return word if word.kind == "done" else None
 
-    def _committed(self, sessions: Sequence[Session], word: Word) -> None:
+    def _follow(self, sessions: Sequence[Session], word: Word, *, committed: bool) -> None:
         told = {part.table_id: part for part in word.parts}
         for session in sessions:
             part = told.get(session.table_id)
@@ -321,7 +326,7 @@ class SyncGroup:
                 self._router.versions.saw(session.table_id, part.version)
             if session.book.closing is not None and session.book.closing.committing:
                 self._count(session)
-            session.book.follow(part.step)
+            session.book.follow(part.step, committed=committed)
 
     async def _send_again(self, sessions: Sequence[Session], word: Word) -> None:
         by_table = {session.table_id: session for session in sessions}
@@ -364,13 +369,17 @@ class SyncGroup:
         for session in sessions:
             closing = session.book.closing
             in_doubt = session.joint is not None and session.joint.step.state != "open"
-            if closing is not None and (closing.committing or in_doubt) and await self._is_decided(session):
-                self._count(session)
+            if session.table_id in self._empty or (closing is not None and (closing.committing or in_doubt)):
+                if not await self._is_decided(session):
+                    continue
+                if closing is not None:
+                    self._count(session)
                 self.member.steps += not self._ended
                 self._ended = True
         for session in sessions:
             session.joint = session.applying = None
             session.book.renew(generation)
+        self._empty.clear()
         self.member.generation, self.member.meeting, self.member.word = generation, 1, None
 
     def _count(self, session: Session) -> None:

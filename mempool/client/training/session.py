@@ -294,14 +294,14 @@ class Session:
         return weight_grad
 
     async def _weight_grad_sent(self, begun: "_Begun", *, timeout_s: float | None) -> Tensor | None:
-        step_id, group = begun.step.step_id, self.coordinator.group
+        step_id, group, hold = begun.step.step_id, self.coordinator.group, begun.hold
         while True:
             sending = partial(
                 _send,
                 update=begun.update,
                 step_id=step_id,
                 sequence=begun.sequence,
-                hold=begun.hold,
+                hold=hold,
                 want_weight_grad=True,
             )
             try:
@@ -310,9 +310,12 @@ class Session:
                 if group is None:
                     raise
                 await group.refresh()
-                if begun.step.step_id == step_id:
+                if begun.step.step_id != step_id:
+                    step_id = begun.step.step_id  # its group has begun a generation, as a rank came back
+                elif hold:
+                    hold = False  # another rank has given that step up: shards are sent this with the group's next one
+                else:
                     raise
-                step_id = begun.step.step_id  # its group has begun a generation, as a rank came back
 
     def _give_up(self, begun: "_Begun") -> None:
         # Where a shard holds it all the same, no commit will name it, and the shard drops it with that commit.

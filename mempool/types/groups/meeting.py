@@ -108,7 +108,8 @@ class MeetRequest:
     Attributes:
         nonce: The member: drawn at random when it joins.
         host: Where it runs, for people.
-        restart: How often its launcher has restarted it: a higher one replaces a lower one at once.
+        restart: How often its launcher has restarted it: a higher one replaces a lower one of that launcher at once.
+        launcher: What has started it, and starts it again.
         generation: Of the group, as the rank knows it; 0: not at all yet.
         meeting: Of "arrive": which, counted from 1 in a generation. Of others: the last one that it arrived at.
         step: How many steps the rank has seen the group commit, or is told that it starts with.
@@ -123,6 +124,7 @@ class MeetRequest:
     terms: Terms
     kind: MeetKind
     restart: int = 0
+    launcher: str = ""
     generation: int = 0
     meeting: int = 0
     step: int = 0

@@ -1703,6 +1703,7 @@ class MeetRequest(_message.Message):
     WANT_NORM_FIELD_NUMBER: _builtins.int
     NORM_ORDER_FIELD_NUMBER: _builtins.int
     WORD_FIELD_NUMBER: _builtins.int
+    LAUNCHER_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     """The group."""
     rank: _builtins.int
@@ -1714,7 +1715,7 @@ class MeetRequest(_message.Message):
     kind: Global___MeetKind.ValueType
     """Why it asks."""
     restart: _builtins.int
-    """How often its launcher has restarted it: a higher one takes the place of a lower one at once."""
+    """How often its launcher has restarted it: a higher one of the same launcher takes the place of a lower one at once."""
     generation: _builtins.int
     """The group's, as the rank knows it; 0 to join."""
     meeting: _builtins.int
@@ -1727,6 +1728,8 @@ class MeetRequest(_message.Message):
     """Of MEET_PHASE_PREPARE: as in PrepareRequest."""
     norm_order: _builtins.float
     """Of MEET_PHASE_PREPARE: as in PrepareRequest."""
+    launcher: _builtins.str
+    """What has started it, and starts it again: the same for all that one has started, and for no other."""
     @_builtins.property
     def terms(self) -> Global___Terms:
         """What it takes the group for."""
@@ -1757,10 +1760,11 @@ class MeetRequest(_message.Message):
         want_norm: _builtins.bool = ...,
         norm_order: _builtins.float = ...,
         word: Global___Word | None = ...,
+        launcher: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["terms", b"terms", "word", b"word"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "group", b"group", "host", b"host", "kind", b"kind", "meeting", b"meeting", "nonce", b"nonce", "norm_order", b"norm_order", "parts", b"parts", "phase", b"phase", "rank", b"rank", "restart", b"restart", "step", b"step", "terms", b"terms", "want_norm", b"want_norm", "word", b"word"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "group", b"group", "host", b"host", "kind", b"kind", "launcher", b"launcher", "meeting", b"meeting", "nonce", b"nonce", "norm_order", b"norm_order", "parts", b"parts", "phase", b"phase", "rank", b"rank", "restart", b"restart", "step", b"step", "terms", b"terms", "want_norm", b"want_norm", "word", b"word"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

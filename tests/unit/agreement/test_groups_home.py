@@ -6,7 +6,7 @@ import pytest
 
 from mempool.agreement.groups.home import MAX_BYTES, MAX_GROUPS, Groups
 from mempool.errors import InvalidRequest, Overloaded
-from mempool.types.groups.meeting import MeetReply, MeetRequest, OfferedPart, Terms, Word
+from mempool.types.groups.meeting import MeetReply, MeetRequest, OfferedPart, Terms, Word, WordPart
 
 LEASE_S = 10.0
 FIRST = 1_000
@@ -165,7 +165,50 @@ def test_a_rank_that_lives_is_no_other_process_unless_its_launcher_says_so() -> 
     reply = home.ask(1, "join", nonce=77, host="host-b")
     assert reply is not None
     assert (reply.answer, reply.others[0].host) == ("occupied", "host-1")
+    # Another job's launcher starts its ranks again, too, as they were refused: they take nobody's place.
+    other = {"nonce": 77, "restart": 1, "host": "host-b", "launcher": "another"}
+    assert home.ask(1, "join", **other).answer == "occupied"  # type: ignore[union-attr]
     assert home.ask(1, "join", nonce=77, restart=1).answer == "wait"  # type: ignore[union-attr]
+
+
+def test_ranks_that_a_home_has_never_heard_of_are_lost_where_the_others_say_that_they_were_there() -> None:
+    home = Home(3)
+    home.join(0, 1, 2)
+    home.groups = Groups(lease_s=LEASE_S)
+    home.now_s = 100.0
+    assert home.arrive(0, 3) is None
+    assert home.groups.next_s("job", home.now_s) == LEASE_S
+    home.now_s += LEASE_S / 2
+    assert home.arrive(1, 3) is None
+    home.ask(0)
+    home.now_s += LEASE_S / 2 + 0.1
+    for rank in (0, 1):
+        reply = home.arrive(rank, 3)
+        assert reply is not None
+        assert [(each.rank, each.state) for each in reply.others] == [(2, "lost")]
+    # At the first meeting of all they may not have come yet.
+    home.groups = Groups(lease_s=LEASE_S)
+    home.ask(0)
+    home.now_s += LEASE_S + 0.1
+    assert home.arrive(0, 1) is None
+
+
+def test_a_generation_that_others_have_not_heard_of_is_not_begun_again() -> None:
+    """Of ranks that go apart each has its own: those who live may know none of the newest ones."""
+    home = Home(2, consistency="async")
+    home.join(0, 1)
+    for nonce in (71, 72, 73):
+        home.ask(1, "leave", nonce=70 if nonce == 71 else nonce - 1)
+        home.now_s += LEASE_S + 0.1
+        home.ask(0)
+        newest = home.ask(1, "join", nonce=nonce).generation  # type: ignore[union-attr]
+    assert newest == FIRST + 3
+    home.groups = Groups(lease_s=LEASE_S)
+    home.ask(0)
+    request = MeetRequest(group="job", rank=1, nonce=74, host="host-1", terms=home.terms, kind="join")
+    reply = home.groups.handle(request, home.now_s, first_generation=FIRST + 500)
+    assert reply is not None
+    assert reply.generation > newest
 
 
 @pytest.mark.parametrize(
@@ -196,6 +239,9 @@ def test_another_number_of_ranks_needs_all_to_be_elastic() -> None:
             with pytest.raises(InvalidRequest, match=r"had 3 ranks .* say elastic=True"):
                 home.ask(0, "join", nonce=77)
             continue
+        home.now_s -= 2.0  # those of before were ended a moment ago: there is nothing amiss, but a lease to wait for
+        assert home.ask(0, "join", nonce=77).answer == "occupied"  # type: ignore[union-attr]
+        home.now_s += 2.0
         assert home.ask(0, "join", nonce=77).generation == FIRST + 1  # type: ignore[union-attr]
         home.ask(1, "join", nonce=78)
         home.generations[1] = home.generations[0]
@@ -232,6 +278,19 @@ def test_what_a_home_holds_is_bounded() -> None:
     home.join(0, 1)
     for _ in range(3):  # and give back what they held
         assert home.arrive(1, 1, parts=parts[:100]) is None
+    home.arrive(1, 1)
+    word = Word(
+        meeting=1, kind="again", parts=tuple(WordPart(table_id=each.table_id, sequences=many) for each in parts)
+    )
+    with pytest.raises(Overloaded, match="bytes at their home"):
+        home.ask(0, meeting=1, word=word)
+    word = replace(word, parts=word.parts[:100])
+    for meeting in (1, 2, 3):  # in place of the one before
+        home.ask(0, meeting=meeting, word=replace(word, meeting=meeting))
+    for rank in (0, 1):  # nor is anything kept of what is said besides
+        home.ask(rank, parts=parts, word=None)
+        said = home.groups._groups["job"].members[rank].said
+        assert (said.parts, said.word) == ((), None)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +298,7 @@ def test_what_a_home_holds_is_bounded() -> None:
     [
         (2, {}, "ranks are counted from 0"),
         (0, {"terms": Terms(world_size=0)}, "a group has 1 to"),
+        (0, {"host": "h" * 2_000}, "named in at most"),
         (0, {"kind": "arrive", "meeting": 1}, "has not joined"),
         (0, {"kind": "arrive", "generation": 5}, "meetings are counted from 1"),
     ],

@@ -62,6 +62,7 @@ MEETINGS: dict[Method[Any, Any], Any] = {
             host=_TEXT,
             terms=_TERMS,
             kind=st.sampled_from(["join", "beat", "arrive", "leave"]),
+            launcher=_TEXT,
             restart=U64,
             generation=U64,
             meeting=U64,
