@@ -114,11 +114,11 @@ run-tests:
 # File by file in the order of tests/conftest.py, the long ones first.
 files: $(READY)
 	@echo "== tests"
-	@OMP_WAIT_POLICY=passive nice $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/integration
+	@OMP_WAIT_POLICY=passive nice $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 30 --ignore tests/integration
 
 integration: $(READY)
 	@echo "== tests that start Ray and its nodes"
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q tests/integration
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q --durations 25 tests/integration
 
 # What a change needs at least, in a minute or so: lint, types, imports, and the tests of the files that changed.
 check: lint types imports

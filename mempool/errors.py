@@ -6,6 +6,7 @@
     │   ├── RequestTooLarge    the message exceeds what the shard accepts
     │   └── StepConflict       a commit that contradicts what the shard knows of that step
     ├── NotFound               no such table, shard or pool (also a LookupError)
+    ├── VersionGone            a version that is read is not kept any more (also a LookupError)
     ├── AlreadyExists          a table of that name is there already
     ├── Unauthenticated        a token is missing or wrong
     ├── Unavailable            nobody answers, for now (also a ConnectionError); retryable
@@ -48,6 +49,7 @@ class ErrorCode(IntEnum):
     OVERLOADED = 15
     STORAGE_FAILED = 16
     RANK_LOST = 17
+    VERSION_GONE = 18
 
 
 class MempoolError(Exception):
@@ -102,8 +104,14 @@ class NotFound(MempoolError, LookupError):
     code = ErrorCode.NOT_FOUND
 
 
+class VersionGone(MempoolError, LookupError):
+    """A version of a table is not kept (any more): the message says which, why, and what to do."""
+
+    code = ErrorCode.VERSION_GONE
+
+
 class AlreadyExists(MempoolError):
-    """A table of that name exists already."""
+    """A table, or a snapshot, of that name exists already."""
 
     code = ErrorCode.ALREADY_EXISTS
 

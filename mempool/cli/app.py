@@ -197,6 +197,33 @@ def scale(
 
 
 @app.command()
+def rebalance(
+    file: MaybeFile = None,
+    pool: PoolName = None,
+    address: Address = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would move, and move nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Even the load of the shards while the pool serves, by how much their pages are read and written lately."""
+    with reported():
+        from mempool.cli import documents, show
+        from mempool.cli.target import connected, find_target
+        from mempool.cli.waiting import told_waits
+
+        target = find_target(file, pool, address)
+        with (
+            connected(target, timeout_s=_CHANGE_TIMEOUT_S) as client,
+            show.rescale_progress(quiet=as_json or dry_run) as (say, progress),
+            told_waits(target.status, say=say, progress=progress) as report,
+        ):
+            last = client.rebalance(dry_run=dry_run, progress=report)
+        if as_json:
+            _print_json(documents.rebalanced(last, applied=not dry_run))
+        else:
+            show.loads(last, moved=not dry_run)
+
+
+@app.command()
 def down(
     file: MaybeFile = None,
     pool: PoolName = None,

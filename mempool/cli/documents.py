@@ -5,7 +5,7 @@ from typing import Any
 
 from mempool.config import Changes, FieldChange
 from mempool.placement import assignment_of, describe, layout_kind
-from mempool.types import PoolStatus, ShardStatus, TableStatus, TableView
+from mempool.types import PoolStatus, RescaleProgress, ShardStatus, TableStatus, TableView
 
 
 def status(now: PoolStatus, *, address: str) -> dict[str, Any]:
@@ -14,8 +14,10 @@ def status(now: PoolStatus, *, address: str) -> dict[str, Any]:
     Keys: ``pool``, ``address``, ``rescaling``, ``wanted_shards`` (null while the controller is away), ``waiting_for``,
     ``unfinished``, ``checkpoint`` (text, empty if there is nothing), ``shards`` (list, by shard id), ``tables`` (list)
     and ``creating`` (list, tables that are being made). Sizes are bytes, times are seconds. Of a shard in state
-    "unreachable" only ``shard``, ``address``, ``incarnation``, ``state`` and ``storage_refuses`` mean anything.
+    "unreachable" only ``shard``, ``address``, ``incarnation``, ``state`` and ``storage_refuses`` mean anything. The
+    ``load`` of a shard is its part of what was read and written within a minute or so, 0 to 1; null where nothing was.
     """
+    shares = load_shares(now)
     return {
         "pool": now.name,
         "address": address,
@@ -24,7 +26,7 @@ def status(now: PoolStatus, *, address: str) -> dict[str, Any]:
         "waiting_for": now.waiting_for,
         "unfinished": now.unfinished,
         "checkpoint": now.checkpoint,
-        "shards": [_shard(shard) for shard in now.shards],
+        "shards": [_shard(shard, load=shares.get(shard.info.shard)) for shard in now.shards],
         "tables": [table(view, now) for view in now.tables],
         "creating": [
             {**asdict(creation), "bytes_done": creation.bytes_done, "bytes_total": creation.bytes_total}
@@ -89,7 +91,28 @@ def changes(found: Changes, *, applied: bool) -> dict[str, Any]:
     }
 
 
-def _shard(shard: ShardStatus) -> dict[str, Any]:
+def rebalanced(last: RescaleProgress, *, applied: bool) -> dict[str, Any]:
+    """The document of `mempool rebalance --json`. ``applied`` is False with `--dry-run`.
+
+    ``pages`` and ``bytes`` were moved, or would be; ``shards`` has each one's part of the load, 0 to 1, before and
+    after: it is empty where too little was read and written lately to tell.
+    """
+    return {
+        "applied": applied,
+        "pages": last.pages_total,
+        "bytes": last.bytes_total,
+        "shards": [asdict(load) for load in last.loads],
+    }
+
+
+def load_shares(now: PoolStatus) -> dict[int, float]:
+    """Each shard's part of the pool's load, 0 to 1; none where nothing was read or written lately."""
+    loads = {shard.info.shard: sum(table.load for table in shard.tables) for shard in now.shards}
+    whole = sum(loads.values())
+    return {shard: load / whole for shard, load in loads.items()} if whole else {}
+
+
+def _shard(shard: ShardStatus, *, load: float | None) -> dict[str, Any]:
     return {
         "shard": shard.info.shard,
         "address": shard.info.address,
@@ -108,8 +131,11 @@ def _shard(shard: ShardStatus) -> dict[str, Any]:
         "journal_bytes": shard.journal_bytes,
         "storage_refuses": shard.storage_refuses,
         "copied_bytes": shard.copied_bytes,
+        "version_bytes": shard.version_bytes,
+        "version_limit_bytes": shard.version_limit_bytes,
         "near_clients": shard.near_clients,
         "tcp_line_clients": shard.tcp_line_clients,
+        "load": load,
         "uptime_s": shard.uptime_s,
         "stages": [asdict(stage) for stage in shard.stages],
     }
@@ -121,8 +147,19 @@ def _seen(shard: ShardStatus, table_id: int) -> TableStatus | None:
 
 def _of_shard(found: TableStatus | None) -> dict[str, Any]:
     """A table as one of its owners sees it; null where that shard says nothing of it."""
-    keys = ("version", "updates_applied", "updates_held", "lookups", "lost_pages", "num_bytes", "epoch", "frozen")
-    return {key: None if found is None else getattr(found, key) for key in keys}
+    keys = (
+        "version",
+        "updates_applied",
+        "updates_held",
+        "lookups",
+        "lost_pages",
+        "num_bytes",
+        "epoch",
+        "frozen",
+        "load",
+    )
+    pins = None if found is None else [asdict(pin) for pin in found.pins]
+    return {key: None if found is None else getattr(found, key) for key in keys} | {"pins": pins}
 
 
 def _change(change: FieldChange) -> dict[str, Any]:

@@ -38,10 +38,14 @@ def status(now: PoolStatus, *, address: str, stages: bool = False) -> None:
     shown = f"{counted(len(now.shards), 'shard')}, {counted(len(now.tables), 'table')}"
     console.print(f"pool {now.name} at {address}: {shown}{moving}")
     shards = _table(
-        console, "shard", "address", "state", "device", "pages' memory", "held for clients", "up for", "incarnation"
+        console,
+        *("shard", "address", "state", "device", "pages' memory", "held for clients", "load", "up for", "incarnation"),
     )
+    shares = documents.load_shares(now)
     for shard in now.shards:
-        shards.add_row(*_shard_row(shard), style=None if shard.state == "ready" else "red")
+        shards.add_row(
+            *_shard_row(shard, shares.get(shard.info.shard)), style=None if shard.state == "ready" else "red"
+        )
     console.print(shards)
     console.print(_kept(now))
     ways = {
@@ -62,6 +66,8 @@ def status(now: PoolStatus, *, address: str, stages: bool = False) -> None:
                 f"{table['updates_applied']:,}", style="red" if table["lost_pages"] else None,
             )  # fmt: skip
         console.print(tables)
+    for line in _versions(now):
+        console.print(line)
     if stages:
         console.print(_stages(console, now.shards))
     for creation in now.creating:
@@ -82,6 +88,21 @@ def changes(found: Changes) -> None:
         say(line)
     if found.shards_after > found.shards_before:
         say("whether Ray has room for more shards is asked when it is done")
+
+
+def loads(last: RescaleProgress, *, moved: bool) -> None:
+    """What `rebalance` did, or would do."""
+    if not last.loads:
+        say("too little was read and written lately to tell which pages are hot: nothing moves for it")
+    else:
+        console = _console()
+        shards = _table(console, "shard", "load before", "load after")
+        for load in last.loads:
+            shards.add_row(str(load.shard), f"{load.before:.1%}", f"{load.after:.1%}")
+        console.print(shards)
+    if not moved or not last.pages_total:
+        would = "pages would move" if last.pages_total else "pages have to move"
+        say(f"{last.pages_total:,} {would}, {_size(last.bytes_total)}")
 
 
 def outcome(found: Changes) -> None:
@@ -179,7 +200,7 @@ def _stages(console: Console, shards: Iterable[ShardStatus]) -> Table:
     return table
 
 
-def _shard_row(shard: ShardStatus) -> tuple[str, ...]:
+def _shard_row(shard: ShardStatus, load: float | None) -> tuple[str, ...]:
     ready = shard.state == "ready"
     return (
         str(shard.info.shard),
@@ -188,6 +209,7 @@ def _shard_row(shard: ShardStatus) -> tuple[str, ...]:
         shard.device or "-",
         _size(shard.num_bytes) if ready else "-",
         _held(shard) if ready else "-",
+        "-" if load is None or not ready else f"{load:.0%}",
         _duration(shard.uptime_s) if ready else "-",
         str(shard.info.incarnation),
     )
@@ -207,6 +229,23 @@ def _kept(now: PoolStatus) -> str:
         journals = _size(sum(shard.journal_bytes for shard in kept))
         return f"storage {os.path.dirname(kept[0].storage)}: journals of {journals}"
     return "no storage (shard.storage): a shard that dies loses its pages; take checkpoints" if ready else ""
+
+
+def _versions(now: PoolStatus) -> list[str]:
+    """Lines for tables whose versions are kept, by what the gates say of them."""
+    lines = []
+    for view in now.tables:
+        tables = [table for shard in now.shards for table in shard.tables if table.table_id == view.schema.table_id]
+        pins = next((table.pins for table in tables if table.pins), ())
+        if pins:
+            named = [f"{pin.version:,} (snapshot {pin.name})" for pin in pins if pin.name]
+            read = [f"{pin.version:,} ({counted(pin.pins, 'reader')})" for pin in pins if not pin.name]
+            lines.append(f"versions kept of table {view.schema.name}: {', '.join([*named, *read])}")
+    if lines:
+        taken = sum(shard.version_bytes for shard in now.shards)
+        limit = sum(shard.version_limit_bytes for shard in now.shards)
+        lines.append(f"rows as they were, for these: {_size(taken)} of {_size(limit)} that they may take")
+    return lines
 
 
 def _troubles(now: PoolStatus, tables: list[dict[str, object]]) -> list[str]:

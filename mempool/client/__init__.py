@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mempool.client.lookup import Lookup, PendingLookup
     from mempool.client.opening.remote import connect
     from mempool.client.pool import Pool
+    from mempool.client.reading.table_at import TableAt
     from mempool.client.routing.attempt import Seen
     from mempool.client.routing.router import Router
     from mempool.client.table import Table
@@ -36,6 +37,7 @@ __all__ = [
     "Session",
     "SessionCounters",
     "Table",
+    "TableAt",
     "connect",
 ]
 
@@ -54,6 +56,7 @@ _HOMES = {
     "Session": "mempool.client.training.session",
     "SessionCounters": "mempool.client.training.session",
     "Table": "mempool.client.table",
+    "TableAt": "mempool.client.reading.table_at",
     "connect": "mempool.client.opening.remote",
 }
 

@@ -17,32 +17,28 @@ class Following:
         self._api = api
         self._connection = connection
 
-    def follow(self, reports: AsyncIterator[T], progress: Callable[[T], None] | None, report: T | None = None) -> None:
-        """Hand on all reports, the first one first where it is there already, on this thread."""
+    def follow(
+        self, reports: AsyncIterator[T], progress: Callable[[T], None] | None, report: T | None = None
+    ) -> T | None:
+        """Hand on all reports, the first one first where it is there already, on this thread. Returns the last."""
+        last = None
         try:
             report = self._connection.run_long(_next(reports)) if report is None else report
             while report is not None:
+                last = report
                 if progress is not None:
                     progress(report)
                 report = self._connection.run_long(_next(reports))
         finally:
             self._connection.run(_end(reports))
+        return last
 
     def checkpoint(
         self, request: TakeCheckpoint, progress: Callable[[CheckpointProgress], None] | None
     ) -> CheckpointProgress:
         """Take a checkpoint and wait for it: its last report."""
         reports, first = self.begun(request)
-        last = first
-
-        def heard(report: CheckpointProgress) -> None:
-            nonlocal last
-            last = report
-            if progress is not None:
-                progress(report)
-
-        self.follow(reports, heard, first)
-        return last
+        return self.follow(reports, progress, first) or first
 
     def begun(self, request: TakeCheckpoint) -> tuple[AsyncIterator[CheckpointProgress], CheckpointProgress]:
         """A checkpoint's reports, and the first of them."""
@@ -50,11 +46,22 @@ class Following:
 
     def begun_rescale(self, shards: int) -> tuple[AsyncIterator[RescaleProgress], RescaleProgress | None]:
         """A rescale's."""
-        return self._connection.run(self._connection.tries.run("rescale", lambda: self._begin_rescale(shards)))
+        return self._begun_moves("rescale", lambda: self._api.rescale(shards))
 
-    async def _begin_rescale(self, shards: int) -> tuple[AsyncIterator[RescaleProgress], RescaleProgress | None]:
+    def begun_rebalance(self, *, dry_run: bool) -> tuple[AsyncIterator[RescaleProgress], RescaleProgress | None]:
+        """Those of load that is evened."""
+        return self._begun_moves("rebalance", lambda: self._api.rebalance(dry_run=dry_run))
+
+    def _begun_moves(
+        self, name: str, begin: Callable[[], AsyncIterator[RescaleProgress]]
+    ) -> tuple[AsyncIterator[RescaleProgress], RescaleProgress | None]:
+        return self._connection.run(self._connection.tries.run(name, lambda: self._begin_moves(begin)))
+
+    async def _begin_moves(
+        self, begin: Callable[[], AsyncIterator[RescaleProgress]]
+    ) -> tuple[AsyncIterator[RescaleProgress], RescaleProgress | None]:
         """The reports and the first of them. Where it raises Unavailable nothing has begun: it may be tried again."""
-        reports = self._api.rescale(shards)
+        reports = begin()
         with calling(Caller()):  # what is begun here has no deadline
             return reports, await _next(reports)
 

@@ -24,6 +24,7 @@ from mempool.client.gathers.pending import begin as begin_gather
 from mempool.client.gathers.untraced import untraced
 from mempool.client.lookup import Lookup, PendingLookup, answered, checked_queries, checked_topk
 from mempool.client.opening.waiting import Begin, Run
+from mempool.client.reading.versions import Versions
 from mempool.client.routing.router import Router
 from mempool.client.rows import Rows, checked_key_rows, checked_matrix, checked_rows, distinct_rows, require_distinct
 from mempool.client.training.commitment import Prepared
@@ -43,7 +44,7 @@ _STORAGE_DTYPES: dict[StorageDtype, torch.dtype] = {
 }
 
 
-class Table:
+class Table(Versions):
     """One named memory of a pool. Made by ``Pool.create_table`` and ``Pool.table``; all threads may use it.
 
     Gradients of its values are not tensors here: backward passes push them to the pool, where they are held until
@@ -94,6 +95,11 @@ class Table:
     @property
     def name(self) -> str:
         return self.schema.name
+
+    @property
+    def address(self) -> str:
+        """Of its pool, as ``connect`` was given it; "" for an embedded pool."""
+        return self._router.tries.where.address
 
     @property
     def num_slots(self) -> int:
@@ -443,13 +449,6 @@ class Table:
     def pending_bytes(self) -> int:
         """Bytes of ids, weights and gradients that are kept here until those are committed or discarded."""
         return self._session.pending_bytes
-
-    @property
-    def staleness(self) -> int:
-        """How many versions the table has gone on since the last look-up here, as far as this client has heard: replies
-        to look-ups and commits say. What is pushed now is a gradient of values so much older."""
-        looked_up = self._link.looked_up
-        return 0 if looked_up is None else max(0, (self._link.known_version or 0) - looked_up)
 
     @property
     def counters(self) -> SessionCounters:

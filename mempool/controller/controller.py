@@ -225,6 +225,20 @@ class Controller:
         async for progress in self._rescaling.rescale(shards):
             yield progress
 
+    async def rebalance(self, *, dry_run: bool = False) -> AsyncIterator[RescaleProgress]:
+        """Even the load of the shards, by the heat of their pages, while clients go on. Goes on where the watcher goes
+        away.
+
+        Args:
+            dry_run: Only say what would move, in one message.
+
+        Raises:
+            InvalidRequest: A rescale is under way, or has stopped half way.
+            DataLoss, MempoolError: As ``rescale``.
+        """
+        async for progress in self._rescaling.rebalance(dry_run=dry_run):
+            yield progress
+
     async def checkpoint(self, request: TakeCheckpoint) -> AsyncIterator[CheckpointProgress]:
         """Take a checkpoint of all tables, or some, at one moment, while clients go on. Goes on where the watcher
         goes away.

@@ -19,7 +19,17 @@ from mempool.controller.roster import Roster
 from mempool.controller.settling import Call
 from mempool.errors import ShardUnavailable, StalePlacement
 from mempool.placement import Assignment, Moves, apply_moves, assignment_of, moves, plan_table, rounds
-from mempool.types import Placement, PullPages, PullReport, RescaleProgress, ShardHost, TableSchema, TableView
+from mempool.placement.heat import FloatArray
+from mempool.types import (
+    Placement,
+    PullPages,
+    PullReport,
+    RescaleProgress,
+    ShardHost,
+    ShardLoad,
+    TableSchema,
+    TableView,
+)
 from mempool.types.running import THREADS, TRAINER_LEASE_S, Clock, Runner
 from mempool.types.sizes import key_page_bytes, slot_bytes
 
@@ -49,6 +59,7 @@ class MovePlan:
         moves: From one to the other.
         page_bytes: Bytes of one page, about.
         counted_bytes: Bytes that a page counts for in a round: more than it has, where pages are very small.
+        heat: [row pages] that they were planned by; None: by the number of pages alone.
     """
 
     schema: TableSchema
@@ -58,6 +69,7 @@ class MovePlan:
     moves: Moves
     page_bytes: int
     counted_bytes: int
+    heat: FloatArray | None = None
 
     @property
     def name(self) -> str:
@@ -77,11 +89,11 @@ class MovePlan:
         )
 
 
-def plan_moves(view: TableView, shards: Sequence[int], round_bytes: int) -> MovePlan:
+def plan_moves(view: TableView, shards: Sequence[int], round_bytes: int, heat: FloatArray | None = None) -> MovePlan:
     """Plan one table's way to ``shards``. Takes a while where pages or shards are many: not for the event loop."""
     schema, placement = view.schema, view.placement
     present = assignment_of(placement)
-    target = plan_table(schema, present, shards)
+    target = plan_table(schema, present, shards, heat)
     width = min(schema.block_dim, schema.value_dim)
     page_bytes = schema.page_slots * slot_bytes(schema, width=width, blocks=1, first=0)
     return MovePlan(
@@ -92,6 +104,7 @@ def plan_moves(view: TableView, shards: Sequence[int], round_bytes: int) -> Move
         moves=moves(present, target),
         page_bytes=page_bytes,
         counted_bytes=max(page_bytes, -(-round_bytes // _MOST_PAGES)),
+        heat=heat,
     )
 
 
@@ -110,6 +123,7 @@ class Mover:
     Args:
         shards_before, shards_after: How many, for reports.
         plans: Of all tables.
+        loads: What they make of the shards' load, for reports.
         roster: The pool's shards and tables.
         call: Reaches a shard.
         untold: Called where a shard that has no part in a round did not take its view.
@@ -127,6 +141,7 @@ class Mover:
         shards_before: int,
         shards_after: int,
         plans: Sequence[MovePlan],
+        loads: tuple[ShardLoad, ...] = (),
         roster: Roster,
         call: Call,
         untold: Callable[[], None],
@@ -139,6 +154,7 @@ class Mover:
     ) -> None:
         self._shards = (shards_before, shards_after)
         self._plans = plans
+        self._loads = loads
         self._roster = roster
         self._call = call
         self._untold = untold
@@ -194,6 +210,7 @@ class Mover:
             bytes_total=self._bytes_moved if done else max(self._bytes_total, self._bytes_moved),
             table=table,
             done=done,
+            loads=self._loads,
         )
 
     async def run(self) -> AsyncIterator[RescaleProgress]:

@@ -6,17 +6,20 @@ A rescale is a task of the controller; whoever asked for it only watches. The mo
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 
 from mempool.controller.calls import ShardCalls
 from mempool.controller.changes import TableChanges
 from mempool.controller.launcher import Launcher
 from mempool.controller.mover import MovePlan, Mover, plan_moves
+from mempool.controller.moves.evening import heat_of, loads_of
 from mempool.controller.moves.wanted import unfinished
 from mempool.controller.room import growth, require_room
 from mempool.controller.roster import Roster
 from mempool.controller.telling import Telling
-from mempool.errors import DataLoss, InvalidRequest, MempoolError, ShardUnavailable
-from mempool.types import MAX_SHARDS, RescaleProgress, ShardInfo, ShardStatus
+from mempool.errors import DataLoss, InvalidRequest, MempoolError, NotFound, ShardUnavailable
+from mempool.placement.heat import FloatArray
+from mempool.types import MAX_SHARDS, PageHeat, RescaleProgress, ShardInfo, ShardLoad, ShardStatus, TableView
 from mempool.types.caller import Caller, calling
 from mempool.types.pool import lost_remedy
 from mempool.types.running import Clock, Runner
@@ -24,6 +27,8 @@ from mempool.types.running import Clock, Runner
 _LOG = logging.getLogger("mempool.controller")
 
 _START_LOOKS, _START_PAUSE_S = 480, 0.25
+_HEAT_TIMEOUT_S = 5.0
+"""How long a shard is waited for that is to say how hot its pages are: one that does not is planned for without."""
 
 Reports = asyncio.Queue[RescaleProgress | Exception]
 
@@ -133,6 +138,17 @@ class Rescaling:
     async def rescale(self, shards: int) -> AsyncIterator[RescaleProgress]:
         """Begin one, and watch it. Raises as ``Controller.rescale`` does."""
         check_shards(shards)
+        async for report in self._watched(shards):
+            yield report
+
+    async def rebalance(self, *, dry_run: bool) -> AsyncIterator[RescaleProgress]:
+        """Begin one to as many shards as there are, and watch it. Raises as ``Controller.rebalance`` does."""
+        if self._task is None and self.unfinished:
+            raise InvalidRequest(f"load is evened once pages are where they should be; {self.unfinished}")
+        async for report in self._watched(len(self._roster.shards), dry_run=dry_run):
+            yield report
+
+    async def _watched(self, shards: int, *, dry_run: bool = False) -> AsyncIterator[RescaleProgress]:
         if self._task is not None:
             raise InvalidRequest(
                 f"a rescale to {self.wanted} shards is under way; wait for it (mempool status shows it), then ask again"
@@ -142,7 +158,7 @@ class Rescaling:
         self._before = (self.wanted or 0) if self.unfinished else 0
         self.wanted, self._half_way, self._inherited = shards, False, None
         with calling(Caller()):  # the watcher's deadline is for its watching alone
-            self._task = asyncio.create_task(self._run(shards, reports))
+            self._task = asyncio.create_task(self._run(shards, reports, dry_run))
         while True:
             report = await reports.get()
             if isinstance(report, Exception):
@@ -157,14 +173,14 @@ class Rescaling:
             self._task.cancel()
             await asyncio.wait([self._task])
 
-    async def _run(self, shards: int, reports: Reports) -> None:
+    async def _run(self, shards: int, reports: Reports, dry_run: bool) -> None:
         last: RescaleProgress | Exception = ShardUnavailable("the rescale was stopped: its controller is closing")
         try:
             reports.put_nowait(_begun(len(self._roster.shards), shards))  # at once: starting shards takes a while
             await self._until_started(shards)
             self._waiting = "another change of the pool"
             async with self._changing:
-                async for progress in self._rescale(shards):
+                async for progress in self._rescale(shards, dry_run):
                     if progress.done:
                         last = progress
                     else:
@@ -190,7 +206,7 @@ class Rescaling:
             self._waiting = f"shard {', '.join(map(str, starting))} to start"
             await asyncio.sleep(_START_PAUSE_S)
 
-    async def _rescale(self, shards: int) -> AsyncIterator[RescaleProgress]:
+    async def _rescale(self, shards: int, dry_run: bool) -> AsyncIterator[RescaleProgress]:
         before = sorted(self._roster.shards)
         after = shards_after(before, shards)
         added, removed = sorted(set(after) - set(before)), sorted(set(before) - set(after))
@@ -203,6 +219,7 @@ class Rescaling:
             shards_before=len(before),
             shards_after=shards,
             plans=plans,
+            loads=await self._runner.run(lambda: _loads(plans)),
             roster=self._roster,
             call=self._calls.call,
             untold=self._telling.untold,
@@ -212,6 +229,9 @@ class Rescaling:
             runner=self._runner,
             new_token=self._new_token,
         )
+        if dry_run:
+            yield replace(mover.progress(table=""), done=True)
+            return
         await self._launcher.keep_wanted(shards)
         try:
             if added:
@@ -242,9 +262,26 @@ class Rescaling:
         statuses = await self._statuses()
         _require_whole(statuses, self._roster)
         views, round_bytes = self._roster.views, self._round_bytes
-        plans = await self._runner.run(lambda: [plan_moves(view, after, round_bytes) for view in views])
+        heats = await asyncio.gather(*(self._heat(view) for view in views))
+        plans = await self._runner.run(
+            lambda: [plan_moves(view, after, round_bytes, heat) for view, heat in zip(views, heats, strict=True)]
+        )
         require_room(await self._runner.run(lambda: _growth(plans)), statuses)
         return plans
+
+    async def _heat(self, view: TableView) -> FloatArray | None:
+        """Of a table's row pages; None where too little is known of it."""
+        told = await asyncio.gather(*(self._told_heat(info, view.schema.table_id) for info in self._roster.infos))
+        return await self._runner.run(lambda: heat_of(view, [each for each in told if each is not None]))
+
+    async def _told_heat(self, info: ShardInfo, table_id: int) -> PageHeat | None:
+        try:
+            return await self._calls.call(info, lambda host: host.read_heat(table_id), timeout_s=_HEAT_TIMEOUT_S)
+        except NotFound:  # it has no page of the table
+            return None
+        except MempoolError as error:
+            _LOG.warning("shard %d does not say how hot its pages are: %s", info.shard, error)
+            return None
 
     async def _start_checked(self, added: Sequence[int]) -> None:
         """Start the shards that are missing, where there are the resources for them."""
@@ -318,6 +355,11 @@ def shards_after(before: Sequence[int], shards: int) -> list[int]:
     taken = set(kept)
     free = (shard for shard in range(len(before) + shards) if shard not in taken)
     return sorted(kept + [next(free) for _ in range(shards - len(kept))])
+
+
+def _loads(plans: Sequence[MovePlan]) -> tuple[ShardLoad, ...]:
+    known = [(plan_, plan_.heat) for plan_ in plans if plan_.heat is not None]
+    return loads_of([(plan_.schema, heat, plan_.present.owners, plan_.target.owners) for plan_, heat in known])
 
 
 def _growth(plans: Sequence[MovePlan]) -> dict[int, int]:

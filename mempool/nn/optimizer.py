@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from mempool.client import Table
+from mempool.client import Table, TableAt
 from mempool.client.counts import as_number
 from mempool.client.training.tables import TableCommit, commit_tables, discard_tables
 from mempool.errors import InvalidRequest, MempoolError
@@ -105,6 +105,10 @@ class PoolOptimizer(torch.optim.Optimizer):
             raise InvalidRequest(
                 f'a group of a PoolOptimizer is {{"table": table, ...}}, got one of type {type(given).__name__}:'
                 " give it the model, or its tables (its parameters belong to an optimizer of torch's)"
+            )
+        if isinstance(table, TableAt):
+            raise InvalidRequest(
+                f"table {table.name!r} is read at version {table.version} here, and cannot be trained: give the table"
             )
         if any(gradient.table is table for gradient in self._gradients()):
             raise InvalidRequest(f"table {table.name!r} has a parameter group already; a table can have only one")

@@ -11,6 +11,7 @@ import numpy as np
 from mempool.errors import InvalidRequest
 from mempool.placement.assignment import MAX_SHARD, Assignment, Int32Array
 from mempool.placement.balance import assign, bounds
+from mempool.placement.heat import FloatArray, even
 from mempool.placement.layouts import by_columns, by_grid, by_rows
 from mempool.placement.pages import by_pages
 from mempool.placement.runs import Int64Array, Runs, compress, count_pages, positions
@@ -27,11 +28,13 @@ def plan(
     num_blocks: int,
     num_key_pages: int,
     layout: Layout,
+    heat: FloatArray | None = None,
 ) -> Assignment:
     """Decides which of ``shards`` owns which page of a table.
 
-    Wants, in this order: loads balanced to one unit of the layout, the fewest moves from the present, the fewest
-    (shard, block) pairs. The same arguments give the same result, whatever the order of ``shards``.
+    Wants, in this order: pages balanced to one unit of the layout, no shard with more than 5 % more heat than the mean,
+    the fewest moves from the present, the fewest (shard, block) pairs. The same arguments give the same result,
+    whatever the order of ``shards``.
 
     Layouts and their unit:
         columns: a block column. Pooled values are bitwise those of one shard. Where there are more shards than blocks
@@ -54,9 +57,12 @@ def plan(
         num_blocks: C, at least 1.
         num_key_pages: H, 0 where the table has no key pages.
         layout: the layout the table asks for.
+        heat: ``[P]`` how much each row page is read and written, in whatever unit; see ``heat.even`` for what it does.
+            None, as with the same heat everywhere: only pages are balanced.
 
     Raises:
-        InvalidRequest: no shard, a shard named twice, an unknown layout, or a present of other numbers of pages.
+        InvalidRequest: no shard, a shard named twice, an unknown layout, a present of other numbers of pages, or heat
+            that is not one finite number for each row page, none negative.
 
     Example:
         >>> plan(None, [0, 1], num_row_pages=3, num_blocks=2, num_key_pages=1, layout="columns").owners.tolist()
@@ -83,6 +89,11 @@ def plan(
         key_owner_H = positions(present.key_owners, ids=ids)
 
     target = _place(runs, num_shards=ids.size, layout=layout)
+    if heat is not None:
+        _check_heat(heat, num_row_pages=num_row_pages)
+        evened = target.expand()
+        even(evened, runs.expand(), heat, layout=layout, num_shards=ids.size)
+        target = compress(evened)
     loads_S = count_pages(target, num_shards=ids.size).sum(axis=1)
     key_target_H = _place_keys(key_owner_H, loads_S=loads_S)
     owners = Runs(starts=target.starts, owners_RC=ids[target.owners_RC]).expand()
@@ -123,6 +134,14 @@ def _shard_ids(shards: Sequence[int]) -> Int32Array:
     if ids.size != len(shards):
         raise InvalidRequest(f"shards {list(shards)} names a shard twice; name each once.")
     return ids
+
+
+def _check_heat(heat: FloatArray, *, num_row_pages: int) -> None:
+    if heat.shape != (num_row_pages,):
+        raise InvalidRequest(f"heat has shape {heat.shape}; expected one number for each of {num_row_pages} row pages.")
+    wrong = heat[~(np.isfinite(heat) & (heat >= 0))]
+    if wrong.size:
+        raise InvalidRequest(f"heat holds {wrong[0]}; it is finite and not negative.")
 
 
 def _check_sizes(*, num_row_pages: int, num_blocks: int, num_key_pages: int) -> None:

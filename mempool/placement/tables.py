@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from mempool.placement.assignment import Assignment
+from mempool.placement.heat import FloatArray
 from mempool.placement.planner import plan
 from mempool.types import Placement, TableSchema
 
@@ -12,7 +13,9 @@ def assignment_of(placement: Placement) -> Assignment:
     return Assignment(owners=placement.owners, key_owners=placement.key_owners)
 
 
-def plan_table(schema: TableSchema, present: Assignment | None, shards: Sequence[int]) -> Assignment:
+def plan_table(
+    schema: TableSchema, present: Assignment | None, shards: Sequence[int], heat: FloatArray | None = None
+) -> Assignment:
     """As ``plan``, of this table; present: None for a new one."""
     return plan(
         present,
@@ -21,4 +24,5 @@ def plan_table(schema: TableSchema, present: Assignment | None, shards: Sequence
         num_blocks=schema.num_blocks,
         num_key_pages=schema.num_key_pages,
         layout=schema.layout,
+        heat=heat,
     )

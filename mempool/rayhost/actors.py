@@ -1,5 +1,7 @@
 """The actors of a pool on Ray: their names, how they are made, and the environment of their processes."""
 
+import logging
+import os
 import site
 import sysconfig
 from pathlib import Path
@@ -8,6 +10,9 @@ from typing import Any
 import ray
 
 NAMESPACE = "mempool"
+NICENESS_VARIABLE = "RAY_worker_niceness"
+"""Of a node of Ray's: how far behind all else on their host its workers run; 15 where nothing is said."""
+_LOG = logging.getLogger("mempool.rayhost")
 
 # A thread of OpenMP (torch's and Numba's kernels) that waits for work spins on its core by default, for 200 ms and
 # more: beside a trainer on the same host both lose ten times what the kernel takes. Read when the library is loaded.
@@ -35,6 +40,29 @@ def kernel_variables(threads: int) -> dict[str, str]:
     Ray by itself sets OMP_NUM_THREADS=1 for actors without CPUs.
     """
     return {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads), **_QUIET_THREADS}
+
+
+def run_beside_others() -> None:
+    """Have the threads of this actor's process run as the node's own process does.
+
+    Beside whoever computes on the same host, a trainer say, a process that Ray has put behind all others gets a
+    thirtieth of a processor. Where the system does not allow it that is said in the log.
+    """
+    threads = Path("/proc/self/task")
+    try:
+        wanted = os.getpriority(os.PRIO_PROCESS, os.getppid())
+        for thread in map(int, os.listdir(threads)) if threads.exists() else [0]:
+            if os.getpriority(os.PRIO_PROCESS, thread) > wanted:
+                os.setpriority(os.PRIO_PROCESS, thread, wanted)
+    except PermissionError:
+        _LOG.warning(
+            "this process runs at nice %d, behind all others of its host: beside a trainer there its answers take many "
+            "times as long. Start Ray on this node with %s=0 in its environment",
+            os.getpriority(os.PRIO_PROCESS, 0),
+            NICENESS_VARIABLE,
+        )
+    except ProcessLookupError:  # a thread has ended; those that matter are still to come
+        pass
 
 
 def process_environment(variables: dict[str, str] | None = None) -> dict[str, str]:

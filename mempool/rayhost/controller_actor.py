@@ -11,7 +11,7 @@ import ray
 
 from mempool.config import ClusterConfig
 from mempool.controller import Controller
-from mempool.rayhost.actors import node_ip
+from mempool.rayhost.actors import node_ip, run_beside_others
 from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.launcher import RayLauncher
 from mempool.rayhost.serving import ControllerServing
@@ -36,6 +36,7 @@ class ControllerProcess:
     """
 
     def __init__(self, config: ClusterConfig, keys: PoolKeys, start_timeout_s: float) -> None:
+        run_beside_others()
         self._config = config
         self._launcher = RayLauncher(config, keys=keys, start_timeout_s=start_timeout_s)
         self._start_timeout_s = start_timeout_s

@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayError
 
 from mempool.errors import PoolUnreachable
-from mempool.rayhost.actors import NAMESPACE
+from mempool.rayhost.actors import NAMESPACE, NICENESS_VARIABLE
 from mempool.rayhost.state.folders import (
     home_folder,
     ray_folder,
@@ -107,7 +107,7 @@ def start(say: Say, *, timeout_s: float = 300.0) -> tuple[str, int]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             cwd=state,
-            env=_absolute_path(dict(os.environ)),
+            env=_absolute_path({NICENESS_VARIABLE: "0", **os.environ}),
         )
     address = f"127.0.0.1:{port}"
     try:

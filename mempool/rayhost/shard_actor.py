@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 
 from mempool.config import ClusterConfig
 from mempool.errors import MempoolError
-from mempool.rayhost.actors import NAMESPACE, controller_name, node_id, node_ip
+from mempool.rayhost.actors import NAMESPACE, controller_name, node_id, node_ip, run_beside_others
 from mempool.rayhost.keys import PoolKeys
 from mempool.rayhost.state.kept import Wanted, read_wanted, remove_kept, write_wanted
 from mempool.types import ShardInfo
@@ -68,6 +68,7 @@ class ShardProcess:
     def __init__(
         self, config: ClusterConfig, shard: int, keys: PoolKeys, home: str | None = None, stands_in: bool = False
     ) -> None:
+        run_beside_others()
         # Here and not above: the controller names this class too, and needs no torch.
         began_s = time.monotonic()
         import mempool.rayhost.shard_serving  # noqa: F401

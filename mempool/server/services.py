@@ -1,6 +1,6 @@
 """The three services as tables: which call of which protocol answers which method."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -17,6 +17,7 @@ from mempool.types import (
     PoolApi,
     PoolStatus,
     PrepareRequest,
+    RescaleProgress,
     ShardHost,
     ShardStatus,
     TableSchema,
@@ -130,6 +131,7 @@ class Services:
                 self._of(methods.WRITE_ROWS, shard.write_rows),
                 self._of(methods.STEP_COUNT, shard.step_count),
                 self._of(methods.MEET, shard.meet),
+                self._of(methods.PIN, shard.pin),
                 self._of(methods.OPEN_LINE, open_line or _no_line),
             ]
         )
@@ -185,6 +187,7 @@ class Services:
                 self._of(methods.MARK_TABLE, shard.mark_table),
                 self._of(methods.WRITE_PART, shard.write_part),
                 self._of(methods.RELEASE_MARK, shard.release_mark),
+                self._of(methods.READ_HEAT, shard.read_heat),
                 self._of(methods.STATUS, status),
             ]
         )
@@ -211,6 +214,9 @@ class Services:
         async def status(_: None) -> PoolStatus:
             return await pool.status()
 
+        def rebalance(dry_run: bool) -> AsyncIterator[RescaleProgress]:
+            return pool.rebalance(dry_run=dry_run)
+
         async def drop(request: DropTable) -> None:
             await pool.drop_table(request.name, table_id=request.table_id)
 
@@ -223,6 +229,7 @@ class Services:
                 self._of(methods.GET_STATUS, status),
                 self._of(methods.RESTORE, pool.restore),
                 (methods.RESCALE.name, streaming_handler(methods.RESCALE, pool.rescale, door=self.door)),
+                (methods.REBALANCE.name, streaming_handler(methods.REBALANCE, rebalance, door=self.door)),
                 (methods.CHECKPOINT.name, streaming_handler(methods.CHECKPOINT, pool.checkpoint, door=self.door)),
             ]
         )

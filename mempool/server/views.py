@@ -86,6 +86,10 @@ class ShardViews:
         await self._refuse(f"rescale to {shards} shards")
         yield  # makes this an asynchronous generator, as PoolApi asks
 
+    async def rebalance(self, *, dry_run: bool = False) -> AsyncIterator[RescaleProgress]:  # noqa: ARG002
+        await self._refuse("even the load")
+        yield
+
     async def checkpoint(self, request: TakeCheckpoint) -> AsyncIterator[CheckpointProgress]:
         await self._refuse(f"take a checkpoint to {request.url!r}")
         yield

@@ -91,6 +91,10 @@ class ArrayGathers:
         if asked.remember:
             self._remember(table, asked, *read)
         table.lookups += 1
+        heat = storage.heat
+        heat.calls += 1
+        if heat.calls >= heat.due:
+            heat.sample(read[0])
         return ArrayGathered(table.stamp, storage.blocks, values)
 
     def reading(self, asked: ArrayGather) -> ArrayGathered | None:

@@ -8,10 +8,9 @@ status do not line up.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
-from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +23,7 @@ from mempool.shard.committing import Committing
 from mempool.shard.durable.changes import Changes
 from mempool.shard.durable.records import Begun
 from mempool.shard.meeting import Meetings
-from mempool.shard.parking import Behind, Parked
+from mempool.shard.parking import Parked, answered
 from mempool.shard.pulling import Pulling
 from mempool.shard.saving.marks import Saving
 from mempool.shard.saving.restoring import Restoring, check_source
@@ -51,7 +50,10 @@ from mempool.types import (
     LedgerPart,
     MarkTable,
     PageBatch,
+    PageHeat,
     PartProgress,
+    PinReply,
+    PinRequest,
     PrepareReply,
     PrepareRequest,
     PullPages,
@@ -106,6 +108,7 @@ class Engine:
         commit_memory_bytes: Temporary bytes of preparing and committing steps, of all tables together: a step that
             would need more is summed and applied in parts. The sums of one row and the gradient of one pair, some
             hundred bytes and the width of a row in float32, are needed in any case.
+        version_memory_bytes: Of ``memory_bytes``, where pages leave it, for versions that are read; None: an eighth.
         held_lease_s: Seconds of silence after which what a rank holds is dropped; a trainer that lives is asked for it
             again.
         max_message_bytes: What a message may have; larger ones are refused before any work. None: there is no message.
@@ -132,6 +135,7 @@ class Engine:
         context_budget_bytes: int | None = None,
         context_lease_s: float = 600.0,
         commit_memory_bytes: int = 256 * MIB,
+        version_memory_bytes: int | None = None,
         held_lease_s: float = TRAINER_LEASE_S,
         max_message_bytes: int | None = None,
         max_answer_bytes: int | None = None,
@@ -151,6 +155,7 @@ class Engine:
             client_memory_bytes,
             context_bytes=context_budget_bytes,
             commit_bytes=commit_memory_bytes,
+            version_bytes=version_memory_bytes,
             configured=configured,
         )
         contexts = Contexts(room=lambda: self._budget.context_room, lease_s=context_lease_s, clock=clock)
@@ -188,19 +193,20 @@ class Engine:
             pace=self._thread.pace,
             reserve=self._thread.reserve,
             asked_s=self._thread.asked_s,
+            clock=clock,
         )
         self._committing = Committing(self._tenancy, stages=self._stages, asked_s=self._thread.asked_s)
         self.at_once = AtOnce(self._thread, self._answers, self._committing, store)
+        jobs = partial(self._thread.run, caller=_TABLES)
         self._saving = Saving(
             info=info,
             tenancy=self._tenancy,
             control=self._control,
-            jobs=partial(self._thread.run, caller=_TABLES),
+            jobs=jobs,
             clock=clock,
             busy_s=lambda: self._thread.busy_s,
             runner=runner,
         )
-        jobs = partial(self._thread.run, caller=_TABLES)
         self._pulling = Pulling(
             info,
             tenancy=self._tenancy,
@@ -252,22 +258,18 @@ class Engine:
         return reply
 
     async def update(self, request: UpdateRequest) -> UpdateReply:
-        caller = current_caller().name
+        answer = partial(self._answers.update, caller=current_caller().name)
         cost = cost_of(request.ids, request.weights, request.offsets, request.grads)
-        reply: UpdateReply = await self._ask("update", partial(self._answers.update, caller=caller), request, cost)
+        reply: UpdateReply = await self._ask("update", answer, request, cost)
         return reply
 
     async def prepare(self, request: PrepareRequest) -> PrepareReply:
-        caller = current_caller().name
-        cost = cost_of_parts(request.parts)
-        reply: PrepareReply = await self._ask(
-            "prepare", partial(self._committing.prepare, caller=caller), request, cost
-        )
+        answer, cost = partial(self._committing.prepare, caller=current_caller().name), cost_of_parts(request.parts)
+        reply: PrepareReply = await self._ask("prepare", answer, request, cost)
         return reply
 
     async def commit(self, request: CommitRequest) -> CommitReply:
-        cost = cost_of_parts(request.parts)
-        reply: CommitReply = await self._ask("commit", self._committing.commit, request, cost)
+        reply: CommitReply = await self._ask("commit", self._committing.commit, request, cost_of_parts(request.parts))
         return reply
 
     async def discard(self, request: DiscardRequest) -> DiscardReply:
@@ -297,6 +299,10 @@ class Engine:
     async def step_count(self, request: StepCountRequest) -> StepCountReply:
         cost = cost_of(numbers=open_writes(request))
         reply: StepCountReply = await self._ask("step_count", self._answers.step_count, request, cost)
+        return reply
+
+    async def pin(self, request: PinRequest) -> PinReply:
+        reply: PinReply = await self._ask("pin", self._answers.pin, request, cost_of())
         return reply
 
     # PageHost
@@ -383,6 +389,9 @@ class Engine:
     async def release_mark(self, request: ReleaseMark) -> None:
         await self._saving.release(request)
 
+    async def read_heat(self, table_id: int) -> PageHeat:
+        return self._tenancy.table(table_id).storage.page_heat()
+
     async def views(self) -> tuple[TableView, ...]:
         self._thread.check_open()
         views = self._tenancy.views()
@@ -460,12 +469,7 @@ class Engine:
             raise
 
     def _answered(self, answer: Callable[[Any], Any], request: object) -> Any:
-        """The answer, or what the request waits for that is ahead of this shard."""
-        try:
-            result = answer(request)
-        except Behind as behind:
-            return behind.park(self._thread.asked_s())
-        return self._in_pieces(result) if isinstance(result, GeneratorType) else result
+        return answered(answer, request, asked_s=self._thread.asked_s)
 
     def _set_view(self, view: TableView, *, token: str) -> Answered:
         """Adopt a view: whoever waits for that does not wait for memory to be given back, too."""
@@ -475,12 +479,6 @@ class Engine:
     def _adopt(self, view: TableView) -> None:
         self._changes.set_view(view)
         self._tenancy.table(view.schema.table_id).shrink()
-
-    def _in_pieces(self, pieces: Generator[None, None, Any]) -> Generator[None, None, Any]:
-        try:
-            return (yield from pieces)
-        except Behind as behind:
-            return behind.park(self._thread.asked_s())
 
     async def _control(self, stage: str, do: Callable[[Any], Any], request: object) -> Any:
         """For what the controller asks: goes before what clients do."""

@@ -156,6 +156,19 @@ class ReleaseMark:
     kept: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PageHeat:
+    """How much the row pages of a table were read and written by way of one shard lately.
+
+    Attributes:
+        heat: [P] float32: pairs of look-ups and updates, about, halved every ten minutes.
+        seen: How many pairs that was told by: it is a sample.
+    """
+
+    heat: npt.NDArray[np.float32]
+    seen: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttachTable:
     """Make a table known to a shard. Idempotent for the same table_id and epoch.

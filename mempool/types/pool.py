@@ -120,6 +120,15 @@ class StageTime:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PinStatus:
+    """A version of a table that is kept, for so many readers (``pins``), or under a snapshot's name."""
+
+    version: int
+    name: str
+    pins: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TableStatus:
     """One table as one shard sees it. pages and lost_pages count (row page, block)s and key pages.
 
@@ -127,6 +136,8 @@ class TableStatus:
     preparing: What is done before they are written, in words; "" for nothing.
     pending: It is being made, and answers no client: not all shards are known to have it.
     round: Token of the round of a move that holds it frozen; "" where none does.
+    load: How many numbers of its values look-ups and updates read and wrote here: of a sample, halved every minute.
+    pins: Versions of it that are kept, ascending.
     """
 
     table_id: int
@@ -144,6 +155,8 @@ class TableStatus:
     preparing: str = ""
     pending: bool = False
     round: str = ""
+    load: float = 0.0
+    pins: tuple[PinStatus, ...] = ()
 
     @property
     def is_needed(self) -> bool:
@@ -170,6 +183,8 @@ class ShardStatus:
             ready: why it cannot start, as what it has kept is damaged, say. "" for nothing.
         copied_bytes: Of rows that are kept as they were, for a checkpoint that is being written; beside
             ``page_limit_bytes``.
+        version_bytes: Of rows that are kept as they were, for readers of versions, within ``page_limit_bytes``; they
+            may take ``version_limit_bytes``, where pages leave it.
         near_clients: Processes of its host whose calls go through memory that both have.
         tcp_line_clients: Processes whose calls come by lines over TCP; all others come by gRPC.
     """
@@ -193,6 +208,8 @@ class ShardStatus:
     journal_bytes: int = 0
     storage_refuses: str = ""
     copied_bytes: int = 0
+    version_bytes: int = 0
+    version_limit_bytes: int = 0
     near_clients: int = 0
     tcp_line_clients: int = 0
 
@@ -352,8 +369,24 @@ class PoolStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ShardLoad:
+    """A shard's part of the pool's load, 0 to 1, before pages move and after; of shards that come or go too."""
+
+    shard: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RescaleProgress:
-    """Where a rescale stands; the last message has ``done``. table: the one whose pages move, "" between tables."""
+    """Where a rescale, or a rebalancing, stands; the last message has ``done``.
+
+    Attributes:
+        pages_moved, pages_total, bytes_moved, bytes_total: So far, and in all.
+        table: The one whose pages move, "" between tables.
+        loads: What the plan makes of the shards' load, by shard; none until there is a plan, or where too little was
+            read and written lately to tell.
+    """
 
     shards_before: int
     shards_after: int
@@ -363,3 +396,4 @@ class RescaleProgress:
     bytes_total: int
     table: str
     done: bool
+    loads: tuple[ShardLoad, ...] = ()

@@ -17,6 +17,8 @@ from mempool.types.messages import (
     GatherRequest,
     HeartbeatReply,
     HeartbeatRequest,
+    PinReply,
+    PinRequest,
     PrepareReply,
     PrepareRequest,
     ReadRowsReply,
@@ -37,6 +39,7 @@ from mempool.types.pages import (
     LedgerPart,
     MarkTable,
     PageBatch,
+    PageHeat,
     PartProgress,
     PullPages,
     PullReport,
@@ -82,6 +85,8 @@ class Shard(Protocol):
 
     async def meet(self, request: MeetRequest) -> MeetReply:
         """A rank of a group whose home this shard is. Waits for the others for some seconds at most."""
+
+    async def pin(self, request: PinRequest) -> PinReply: ...
 
 
 class PageHost(Protocol):
@@ -150,6 +155,9 @@ class PageHost(Protocol):
     async def release_mark(self, request: ReleaseMark) -> None:
         """Forget a mark and what was kept for it."""
 
+    async def read_heat(self, table_id: int) -> PageHeat:
+        """How much the table's pages were read and written here lately. Waits for no other call. Raises NotFound."""
+
     async def views(self) -> tuple[TableView, ...]:
         """The newest view of every table that is made: what bootstrapping clients and a new controller ask for."""
 
@@ -199,6 +207,9 @@ class PoolApi(Protocol):
 
     def rescale(self, shards: int) -> AsyncIterator[RescaleProgress]:
         """Change the number of shards, live. One at a time: a second is answered InvalidRequest."""
+
+    def rebalance(self, *, dry_run: bool = False) -> AsyncIterator[RescaleProgress]:
+        """Even the load of the shards that there are, live; ``dry_run``: only say what would move. As ``rescale``."""
 
     def checkpoint(self, request: TakeCheckpoint) -> AsyncIterator[CheckpointProgress]:
         """Take a checkpoint while clients go on. One at a time: a second is answered InvalidRequest."""

@@ -16,6 +16,7 @@ from mempool.types.pages import (
     LedgerPart,
     MarkTable,
     PageBatch,
+    PageHeat,
     PartProgress,
     PullPages,
     PullReport,
@@ -113,6 +114,7 @@ STEP_COUNT: Method[types.StepCountRequest, types.StepCountReply] = Method(
     MEMORY_SERVICE, "StepCount", messages.STEP_COUNT_REQUEST, messages.STEP_COUNT_REPLY
 )
 MEET: Method[MeetRequest, MeetReply] = Method(MEMORY_SERVICE, "Meet", meeting.MEET_REQUEST, meeting.MEET_REPLY)
+PIN: Method[types.PinRequest, types.PinReply] = Method(MEMORY_SERVICE, "Pin", messages.PIN_REQUEST, messages.PIN_REPLY)
 OPEN_LINE: Method[lines.OpenLine, lines.OpenedLine] = Method(
     MEMORY_SERVICE, "OpenLine", lines.OPEN_LINE_REQUEST, lines.OPEN_LINE_REPLY
 )
@@ -147,6 +149,7 @@ WRITE_PART: Method[WritePart, PartProgress] = Method(
 RELEASE_MARK: Method[ReleaseMark, None] = Method(
     SHARD_SERVICE, "ReleaseMark", pages.RELEASE_MARK_REQUEST, pages.RELEASE_MARK_REPLY
 )
+READ_HEAT: Method[int, PageHeat] = Method(SHARD_SERVICE, "ReadHeat", pages.READ_HEAT_REQUEST, pages.READ_HEAT_REPLY)
 STATUS: Method[None, ShardStatus] = Method(SHARD_SERVICE, "Status", pages.STATUS_REQUEST, pages.STATUS_REPLY)
 
 CREATE_TABLE: Method[TableSchema, TableView] = Method(
@@ -163,6 +166,9 @@ LIST_TABLES: Method[None, tuple[TableView, ...]] = Method(
 )
 RESCALE: Method[int, RescaleProgress] = Method(
     POOL_SERVICE, "Rescale", tables.RESCALE_REQUEST, tables.RESCALE_REPLY, streams=True
+)
+REBALANCE: Method[bool, RescaleProgress] = Method(
+    POOL_SERVICE, "Rebalance", tables.REBALANCE_REQUEST, tables.REBALANCE_REPLY, streams=True
 )
 CHECKPOINT: Method[TakeCheckpoint, CheckpointProgress] = Method(
     POOL_SERVICE, "Checkpoint", tables.CHECKPOINT_REQUEST, tables.CHECKPOINT_REPLY, streams=True

@@ -37,6 +37,7 @@ _STATUS: dict[ErrorCode, grpc.StatusCode] = {
     ErrorCode.OVERLOADED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ErrorCode.STORAGE_FAILED: grpc.StatusCode.INTERNAL,
     ErrorCode.RANK_LOST: grpc.StatusCode.ABORTED,
+    ErrorCode.VERSION_GONE: grpc.StatusCode.NOT_FOUND,
 }
 
 _CLASSES: dict[int, type[MempoolError]] = {
@@ -59,6 +60,7 @@ _CLASSES: dict[int, type[MempoolError]] = {
         errors.Overloaded,
         errors.StorageFailed,
         errors.RankLost,
+        errors.VersionGone,
     )
 }
 

@@ -19,8 +19,8 @@ def ray_nodes() -> Iterator[RayNodes]:
 
 
 @pytest.fixture(scope="session")
-def shared_pool(ray_nodes: RayNodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayPool]:
-    """A pool of 2 shards on the session's Ray. Every test drops its tables and leaves any number of shards."""
+def pool_of_all(ray_nodes: RayNodes, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayPool]:
+    """A pool of 2 shards on the session's Ray."""
     pool = RayPool(
         tmp_path_factory.mktemp("shared"),
         name="shared",
@@ -33,3 +33,13 @@ def shared_pool(ray_nodes: RayNodes, tmp_path_factory: pytest.TempPathFactory) -
     pool.up()
     yield pool
     pool.down()
+
+
+@pytest.fixture
+def shared_pool(pool_of_all: RayPool) -> Iterator[RayPool]:
+    """The session's pool. Every test leaves any number of shards, and no table: one with lost pages, of a test that
+    failed, would stand in the way of all later ones."""
+    yield pool_of_all
+    with pool_of_all.connect() as pool:
+        for table in pool.tables():
+            pool.drop_table(table.name)

@@ -187,7 +187,9 @@ class RayPool:
         document: dict[str, Any] = json.loads(self.run_here("status", "-f", str(self.file), "--json").out)
         return document
 
-    def connect(self, *, timeout_s: float = 30.0) -> mempool.Pool:
+    def connect(self, *, timeout_s: float = 180.0) -> mempool.Pool:
+        """timeout_s: A shard that is killed is back when its process has imported torch, on a machine that does much
+        else."""
         return mempool.connect(self.address, token=self.token, timeout_s=timeout_s)
 
 

@@ -30,6 +30,8 @@ def test_up_to_down(tmp_path: Path) -> None:
         variables = Path(f"/proc/{worker}/environ").read_bytes().split(b"\0")
         assert {b"OMP_WAIT_POLICY=passive", b"GOMP_SPINCOUNT=0"} <= set(variables), "its idle threads would spin"
         controller = listener(pool.port)
+        niceness = {os.getpriority(os.PRIO_PROCESS, pid) for pid in (ray_pid, worker, controller or 0)}
+        assert len(niceness) == 1, "a trainer on this host would leave them no processor"
         assert "libtorch" in Path(f"/proc/{worker}/maps").read_text()
         assert not {"libtorch", "libllvmlite"} & _libraries(controller), "the controller loaded what only shards need"
         token = tmp_path / ".ray" / "auth_token"

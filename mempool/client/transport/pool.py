@@ -140,6 +140,11 @@ class GrpcPool:
         async for report in self._stream(methods.RESCALE, shards):
             yield report
 
+    async def rebalance(self, *, dry_run: bool = False) -> AsyncIterator[RescaleProgress]:
+        """As ``rescale``."""
+        async for report in self._stream(methods.REBALANCE, dry_run):
+            yield report
+
     async def checkpoint(self, request: TakeCheckpoint) -> AsyncIterator[CheckpointProgress]:
         """Where the stream breaks after its first message the checkpoint goes on, and this raises PoolUnreachable."""
         async for report in self._stream(methods.CHECKPOINT, request):

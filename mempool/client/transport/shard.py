@@ -30,7 +30,10 @@ from mempool.types import (
     LedgerPart,
     MarkTable,
     PageBatch,
+    PageHeat,
     PartProgress,
+    PinReply,
+    PinRequest,
     PrepareReply,
     PrepareRequest,
     PullPages,
@@ -146,6 +149,9 @@ class GrpcShard:
     async def meet(self, request: MeetRequest) -> MeetReply:
         return await self._call(methods.MEET, request)
 
+    async def pin(self, request: PinRequest) -> PinReply:
+        return await self._call(methods.PIN, request)
+
     async def attach_table(self, request: AttachTable) -> None:
         """A shard that was given this very view before is told which one it is to confirm."""
         view, known = request.view, None
@@ -208,6 +214,9 @@ class GrpcShard:
 
     async def write_part(self, request: WritePart) -> PartProgress:
         return await self._call(methods.WRITE_PART, request)
+
+    async def read_heat(self, table_id: int) -> PageHeat:
+        return await self._call(methods.READ_HEAT, table_id)
 
     async def release_mark(self, request: ReleaseMark) -> None:
         await self._call(methods.RELEASE_MARK, request)

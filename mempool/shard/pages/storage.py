@@ -5,6 +5,7 @@ new ones are filled in ``filling``.
 Legend: B bags, L pairs, M rows asked for, W columns of the blocks owned, H heads, K top-k, D key dim, P row pages.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mempool import kernels
+from mempool.observe import Heat
 from mempool.shard.pages.arena import Arena
 from mempool.shard.pages.filling import filled, filled_head_keys
 from mempool.shard.pages.masks import Mask, by_blocks
@@ -31,9 +33,12 @@ from mempool.shard.pages.named_arrays import (
     packed_sums,
     row_bytes,
 )
+from mempool.shard.reading.keeper import Keeper
+from mempool.shard.reading.moments import Moments
 from mempool.shard.steps.optimizers import dense_schedule, id_dtype, step_names
-from mempool.types import Placement, ProductKeySpec, TableSchema
+from mempool.types import PageHeat, Placement, ProductKeySpec, TableSchema
 from mempool.types.bags import Bags
+from mempool.types.running import Clock
 from mempool.types.sizes import PAGE_TABLE_BYTES, owned_bytes
 
 
@@ -68,6 +73,7 @@ class Storage:
         shared_head_keys: Somebody keeps them as they are: they are copied before they are written to.
         head_key_writes: How often they were written to; keys_mark: a checkpoint that counts, and that at its moment.
         on_change: Called before pages come or go.
+        moments: Versions of it that are read.
         crowded: Whether so much is copied for a checkpoint that no further step may be begun for now.
         step_names: The arrays that a step of the optimizer changes besides the values.
         schedule: The steps that slots without a gradient have missed, of a dense optimizer; else None. Rows are brought
@@ -76,18 +82,32 @@ class Storage:
             once round otherwise than one by one, so whoever makes the table again does the same at the same version.
             None: nobody does.
 
+        heat: How much its row pages are read and written here; whoever answers a look-up or an update tells it.
+
     Args:
         version: The table's version.
+        clock: Seconds, monotonic: heat is forgotten by it.
+        keeper: Says what versions of it that are read may take.
 
     Raises:
         InvalidRequest: The schema asks for an optimizer that there is not.
     """
 
-    def __init__(self, schema: TableSchema, *, shard: int, device: torch.device, version: int = 0) -> None:
+    def __init__(
+        self,
+        schema: TableSchema,
+        *,
+        shard: int,
+        device: torch.device,
+        version: int = 0,
+        clock: Clock = time.monotonic,
+        keeper: Keeper | None = None,
+    ) -> None:
         self.schema = schema
         self.shard = shard
         self.device = device
         self.id_dtype = id_dtype(schema)
+        self.heat = Heat(schema.num_row_pages, schema.page_shift, seed=schema.table_id * 1009 + shard, clock=clock)
         self.arrays = {array.name: array for array in named_arrays(schema)}
         self.owned: Mask = np.zeros((schema.num_row_pages, schema.num_blocks), dtype=np.bool_)
         self.lost: Mask = np.zeros_like(self.owned)
@@ -110,12 +130,14 @@ class Storage:
         self.keys_mark: tuple[str, int] | None = None
         self.on_change: Callable[[], None] = lambda: None
         self.crowded: Callable[[], bool] = lambda: False
+        self.moments = Moments(self, keeper)
 
     # Ownership
 
     def own(self, placement: Placement) -> None:
         """Take over what a placement says. The arenas must fit it already, but for what is lost."""
         self.on_change()
+        self.moments.end("its pages have moved; what was pinned before does not go with them")
         self.owned = placement.owners == self.shard
         self.key_owned = placement.key_owners == self.shard
         self.lost &= self.owned
@@ -133,6 +155,7 @@ class Storage:
     def lose_all(self) -> None:
         """Everything owned is gone, its storage too."""
         self.on_change()
+        self.moments.end("its pages were lost")
         self.lost, self.key_lost = self.owned.copy(), self.key_owned.copy()
         self.arenas.clear()
         self._lanes = ()
@@ -147,6 +170,15 @@ class Storage:
     @property
     def num_bytes(self) -> int:
         return sum(arena.num_bytes for arena in self.arenas.values()) + self.head_keys.nbytes
+
+    @property
+    def load(self) -> float:
+        """How many numbers of its values were read and written within a minute or so; any thread may ask."""
+        return self.heat.pairs() * self.width
+
+    def page_heat(self) -> PageHeat:
+        """As ``PageHost.read_heat``; any thread may ask."""
+        return PageHeat(heat=self.heat.now().astype(np.float32), seen=self.heat.seen())
 
     def page_bytes(self, blocks: Blocks) -> int:
         """Bytes of one row page of these blocks, in all arrays."""

@@ -95,10 +95,11 @@ class AtOnce:
         return self._answer("gather", answer, request, wait=False, caller=caller)
 
     def gather_arrays(self, asked: ArrayGather, *, cost: int, caller: str, space: ArraySpace) -> ArrayGathered | None:
-        """As ``gather``, of the plain ones; None for others, too. cost: As of ``cost_of``."""
+        """As ``gather``, of the plain ones; None for others, too. Where its caller's turn would come first it goes
+        before what waits. cost: As of ``cost_of``, above 0."""
         self._thread.pace.asks(caller, cost)
         answer = partial(self._answers.arrays.gather, space=space)
-        return self._answer("gather", answer, asked, wait=False, caller=caller)
+        return self._answer("gather", answer, asked, wait=False, caller=caller, cost=cost)
 
     def update(self, request: UpdateRequest, *, caller: str, space: Space | None = None) -> UpdateReply | None:
         """The same of an update."""
@@ -197,10 +198,12 @@ class AtOnce:
         *,
         wait: bool,
         caller: str = "",
+        cost: int = 0,
     ) -> ReplyT | None:
         if not self._may_tell:  # nor will it, most likely, when this is read
             return None
-        return self._durable(self._thread.at_once(stage, partial(_whole, answer), request, wait=wait, caller=caller))
+        whole = partial(_whole, answer)
+        return self._durable(self._thread.at_once(stage, whole, request, wait=wait, caller=caller, cost=cost))
 
     def _durable(self, reply: ReplyT | None) -> ReplyT | None:
         return reply if self._may_tell else None
@@ -213,7 +216,7 @@ class AtOnce:
 def _as_arrays(request: GatherRequest) -> ArrayGather | None:
     """A request of this process as arrays, which are its tensors' memory; None where it has no such form."""
     ids, weights = request.ids, request.weights
-    if not request.private or request.reply_dtype != "float32" or ids.dtype != torch.uint32:
+    if not request.private or request.pin or request.reply_dtype != "float32" or ids.dtype != torch.uint32:
         return None
     if weights is not None and (weights.dtype != torch.float32 or weights.shape != ids.shape):
         return None

@@ -233,6 +233,29 @@ class JobQueue:
         else:
             self._line_up(job, self._lanes[job.caller.name], _BASE_WEIGHT + min(job.cost, PIECE_BYTES))
 
+    def is_first(self, caller: str, cost: int) -> bool:
+        """Whether a job of this caller would be ready before all that wait."""
+        while self._heap and self._heap[0].job.gone:
+            heappop(self._heap)
+        if self._control or not self._heap:
+            return not self._control
+        lane = self._lanes.get(caller)
+        return max(0 if lane is None else lane.ends, self._now) + self._charge(caller, cost) <= self._heap[0].ends
+
+    def went_first(self, caller: str, cost: int, seconds: float) -> None:
+        """It was done so, and took so long: its caller answers for it as for one that has waited."""
+        charge = max(self._charge(caller, cost), int(seconds * _BYTES_A_SECOND))
+        if self._waiting:
+            lane = self._lanes.setdefault(caller, _Lane(_host_of(caller)))
+            lane.ends = max(lane.ends, self._now) + charge
+            self._now += charge // (len(self._busy) + (lane.host not in self._busy))
+            self._clear(caller, lane)
+
+    def _charge(self, caller: str, cost: int) -> int:
+        lane = self._lanes.get(caller)
+        callers = self._busy.get(_host_of(caller) if lane is None else lane.host, 0)
+        return (_BASE_WEIGHT + min(cost, PIECE_BYTES)) * (callers + (lane is None or not lane.waiting))
+
     def hand_over(self) -> int:
         """None of those that wait is quiet any more. Returns how many were."""
         quiet = [entry.job for entry in self._heap if entry.job.quiet and entry.job.waiting]

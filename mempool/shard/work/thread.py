@@ -182,46 +182,54 @@ class EngineThread:
             del asked, answer, result, waits
 
     def at_once(
-        self, stage: str, read: Callable[[RequestT], T | None], request: RequestT, *, wait: bool, caller: str = ""
+        self,
+        stage: str,
+        read: Callable[[RequestT], T | None],
+        request: RequestT,
+        *,
+        wait: bool,
+        caller: str = "",
+        cost: int = 0,
     ) -> T | None:
-        """Run what only reads on the caller's own thread, where nothing else is to be done.
+        """Run what only reads on the caller's own thread, where nothing else is to be done before.
 
         Args:
-            stage: What it is called.
             read: Is given the request. It may be cut off anywhere, by a signal's handler.
-            request: What was asked.
             wait: For whoever is at work to end; False: they are not waited for.
-            caller: Who asks.
+            cost: As of ``run``, where it may go before those whose turn is later than its caller's; 0: it never does.
 
         Returns:
             Its result. None where others are to be served before, or it failed in any way: ``run`` it then.
         """
-        if self._closed is not None or self.others_wait():
+        if self._closed is not None or (not cost and self.others_wait()):
             return None
         if not wait:  # nobody interrupts these threads
             if not self._at_work.acquire(blocking=False):
                 return None
             try:
-                return self._at_once(stage, read, request, caller)
+                return self._at_once(stage, read, request, caller, cost)
             finally:
                 self._at_work.release()
         if self._reader == threading.get_ident() and self._at_work.locked():
-            return (
-                None  # a signal's handler asks, and what it has interrupted holds the shard: it would wait for itself
-            )
+            return None  # to a signal's handler: what it has interrupted holds the shard, and would be waited for
         with self._at_work:
             self._reader = threading.get_ident()
-            return self._at_once(stage, read, request, caller)
+            return self._at_once(stage, read, request, caller, cost)
 
     @holds_others_up
-    def _at_once(self, stage: str, read: Callable[[RequestT], T | None], request: RequestT, caller: str) -> T | None:
+    def _at_once(
+        self, stage: str, read: Callable[[RequestT], T | None], request: RequestT, caller: str, cost: int
+    ) -> T | None:
         if torch.is_grad_enabled():
             with torch.no_grad():
-                return self._read(stage, read, request, caller)
-        return self._read(stage, read, request, caller)
+                return self._read(stage, read, request, caller, cost)
+        return self._read(stage, read, request, caller, cost)
 
-    def _read(self, stage: str, read: Callable[[RequestT], T | None], request: RequestT, caller: str) -> T | None:
-        if self._closed is not None or self.others_wait():
+    def _read(
+        self, stage: str, read: Callable[[RequestT], T | None], request: RequestT, caller: str, cost: int
+    ) -> T | None:
+        passes = self.others_wait()
+        if self._closed is not None or (passes and not (cost and self._is_first(caller, cost))):
             return None
         self.pace.serves(caller)
         started_s = self._clock()
@@ -231,20 +239,22 @@ class EngineThread:
             return None
         took_s = self._clock() - started_s
         self._busy_s += took_s
+        if passes:
+            with self._lock:
+                self._jobs.went_first(caller, cost, took_s)
         if not self._keeping_up:  # there may be something to keep up from now on
             self._keeping_up, self._next_upkeep_s = True, started_s + self._upkeep_s
             self._worker.ring()
         self._stages.record(stage, took_s)
         return result
 
+    def _is_first(self, caller: str, cost: int) -> bool:
+        with self._lock:
+            self._take_in()
+            return self._jobs.is_first(caller, cost)
+
     def begin(
-        self,
-        stage: str,
-        job: Callable[[RequestT], T],
-        request: RequestT,
-        *,
-        cost: int,
-        timeout_s: float,
+        self, stage: str, job: Callable[[RequestT], T], request: RequestT, *, cost: int, timeout_s: float
     ) -> Callable[[], T | None]:
         """As ``run``, for a thread that waits itself, by calling what is returned; None after ``timeout_s``.
 
@@ -252,17 +262,11 @@ class EngineThread:
         there that nobody waits any more. A job that waits for none is done all the same, or is late.
         """
         handed: Handed = Handed()
+        now_s, caller = self._clock(), Caller("", self._clock() + timeout_s)
         asked = Job(
-            stage=stage,
-            request=request,
-            caller=Caller("", self._clock() + timeout_s),
-            cost=cost,
-            run=job,
-            done=handed,
-            leaves=True,
-            put_s=self._clock(),
-        )
-        asked.asked_s = asked.put_s
+            stage=stage, request=request, caller=caller, cost=cost, run=job, done=handed, leaves=True,
+            put_s=now_s, asked_s=now_s,
+        )  # fmt: skip
         try:
             self._asked.append(asked)
         finally:
@@ -391,9 +395,9 @@ class EngineThread:
                 job.done.fail(bare(error))
 
     def _line_up_again(self, job: Job) -> None:
+        job.put_s = self._clock()
         with self._lock:
             self.check_open()
-            job.put_s = self._clock()
             self._jobs.again(job)
         self._worker.ring()
 
@@ -427,8 +431,7 @@ class EngineThread:
                 self._doing.take([job, *company])
         if instead:  # it took the turn of one that was rung for
             self._worker.ring()
-        for one in late:
-            self._tell_late(one)
+        self._tell_late(late)
         if not here and self._keeping_up and now_s >= self._next_upkeep_s:  # which may wait for a disk
             self._keep_up()
         if job is None:
@@ -444,19 +447,17 @@ class EngineThread:
     def _keep_up(self) -> None:
         with self._lock:
             late = self._jobs.expire(now_s=self._clock())
-        for job in late:
-            self._tell_late(job)
+        self._tell_late(late)
         self._keeping_up = self._upkeep() or len(self._jobs) > 0
         self._next_upkeep_s = self._clock() + self._upkeep_s
 
-    def _tell_late(self, job: Job) -> None:
-        self._over(job)
-        job.done.fail(DeadlineExceeded(f"{job.stage}: the call's time was over before its turn came at {self._name}"))
-        job.forget()
-
-    def _over(self, job: Job) -> None:
-        if job.leaves:
-            self._leave(job)
+    def _tell_late(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            if job.leaves:
+                self._leave(job)
+            text = f"{job.stage}: the call's time was over before its turn came at {self._name}"
+            job.done.fail(DeadlineExceeded(text))
+            job.forget()
 
     def _ended(self, job: Job, outcome: Outcome, took_s: float) -> None:
         """A job, or a piece of it, took so long."""
@@ -472,7 +473,8 @@ class EngineThread:
             if not job.quiet:
                 self._worker.ring()
             return
-        self._over(job)
+        if job.leaves:
+            self._leave(job)
         self._doing.tell(job, outcome)
 
     def _end_for_good(self, error: BaseException) -> None:

@@ -16,6 +16,7 @@ from mempool.types.pages import (
     LedgerPart,
     MarkTable,
     PageBatch,
+    PageHeat,
     PartProgress,
     PullPages,
     PullReport,
@@ -29,7 +30,17 @@ from mempool.types.pages import (
 from mempool.types.pool import ShardStatus, TableView
 from mempool.wire.bodies.frames import decode_frame, frame_parts
 from mempool.wire.bodies.tensors import FrameMemory
-from mempool.wire.codecs.codec import MAX_SMALL_BYTES, NUMBERS, FrameCodec, Only, ProtoCodec, packed, parsed, tensor_of
+from mempool.wire.codecs.codec import (
+    MAX_SMALL_BYTES,
+    NUMBERS,
+    FrameCodec,
+    Only,
+    ProtoCodec,
+    TensorField,
+    packed,
+    parsed,
+    tensor_of,
+)
 from mempool.wire.codecs.messages import STEP_ID
 from mempool.wire.codecs.mirror import (
     MAX_MESSAGES,
@@ -301,5 +312,9 @@ WRITE_PART_REQUEST = ProtoCodec(Mirror(pb.WritePartRequest, WritePart), MAX_SMAL
 WRITE_PART_REPLY = ProtoCodec(Mirror(pb.WritePartReply, PartProgress))
 RELEASE_MARK_REQUEST = ProtoCodec(Mirror(pb.ReleaseMarkRequest, ReleaseMark), MAX_SMALL_BYTES)
 RELEASE_MARK_REPLY: ProtoCodec[None, pb.ReleaseMarkReply] = ProtoCodec(Only(pb.ReleaseMarkReply))
+READ_HEAT_REQUEST: ProtoCodec[int, pb.ReadHeatRequest] = ProtoCodec(
+    Only(pb.ReadHeatRequest, "table_id"), MAX_SMALL_BYTES
+)
+READ_HEAT_REPLY = FrameCodec(Mirror(pb.ReadHeatReply, PageHeat), {"heat": TensorField(array=True)})
 STATUS_REQUEST: ProtoCodec[None, pb.StatusRequest] = ProtoCodec(Only(pb.StatusRequest), MAX_SMALL_BYTES)
 STATUS_REPLY: ProtoCodec[ShardStatus, pb.StatusReply] = ProtoCodec(Only(pb.StatusReply, "status", SHARD_STATUS))

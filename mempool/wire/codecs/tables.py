@@ -11,12 +11,14 @@ from mempool.placement.changes import KnownView, ViewChange
 from mempool.types.pool import (
     CheckpointProgress,
     DropTable,
+    PinStatus,
     PoolStatus,
     RescaleProgress,
     RestoreTables,
     SavedTable,
     ShardFill,
     ShardInfo,
+    ShardLoad,
     ShardStatus,
     StageTime,
     TableCreation,
@@ -325,7 +327,13 @@ SHARD_STATUS = Mirror(
     {
         "info": SHARD_INFO,
         "state": _STATES,
-        "tables": Several(Mirror(status_pb2.TableStatus, TableStatus)),
+        "tables": Several(
+            Mirror(
+                status_pb2.TableStatus,
+                TableStatus,
+                {"pins": Several(Mirror(status_pb2.PinStatus, PinStatus))},
+            )
+        ),
         "stages": Several(Mirror(status_pb2.StageTime, StageTime)),
     },
 )
@@ -362,7 +370,14 @@ LIST_TABLES_REPLY: ProtoCodec[tuple[TableView, ...], pool_pb2.ListTablesReply] =
 RESCALE_REQUEST: ProtoCodec[int, pool_pb2.RescaleRequest] = ProtoCodec(
     Only(pool_pb2.RescaleRequest, "shards"), MAX_SMALL_BYTES
 )
-RESCALE_REPLY = ProtoCodec(Mirror(pool_pb2.RescaleReply, RescaleProgress))
+_RESCALED = Mirror(pool_pb2.RescaleReply, RescaleProgress, {"loads": Several(Mirror(pool_pb2.ShardLoad, ShardLoad))})
+RESCALE_REPLY = ProtoCodec(_RESCALED)
+REBALANCE_REQUEST: ProtoCodec[bool, pool_pb2.RebalanceRequest] = ProtoCodec(
+    Only(pool_pb2.RebalanceRequest, "dry_run"), MAX_SMALL_BYTES
+)
+REBALANCE_REPLY: ProtoCodec[RescaleProgress, pool_pb2.RebalanceReply] = ProtoCodec(
+    Only(pool_pb2.RebalanceReply, "progress", _RESCALED)
+)
 CHECKPOINT_REQUEST = ProtoCodec(
     Mirror(pool_pb2.CheckpointRequest, TakeCheckpoint, {"extra": Functions(_extra_bytes, _extra_text)})
 )

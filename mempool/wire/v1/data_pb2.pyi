@@ -35,7 +35,7 @@ silent for longer than the lease loses it: what it prepared and nobody decided i
 
 Concurrency. Calls may overlap and are answered in any order. Where one must see the other's effect, wait for its answer.
 
-Lines. Beside gRPC a shard may take the calls of MemoryService, all but Lookup and OpenLine, on TCP connections of a port of
+Lines. Beside gRPC a shard may take the calls of MemoryService, all but Lookup, Pin and OpenLine, on TCP connections of a port of
 their own, where nothing is encrypted; gRPC takes all of them always. OpenLine gives the port, which is of the host that
 gRPC found the shard at, and a ticket: good once, for ten seconds. Numbers are little-endian. The client sends 48 bytes:
 "mempool" and a zero byte, uint32 version (as in OpenLineRequest), uint32 0, the ticket. The server answers 48 bytes, alike,
@@ -270,6 +270,42 @@ MEET_ANSWER_WORD: MeetAnswer.ValueType  # 7
 """To others: what rank 0 said."""
 Global___MeetAnswer: _TypeAlias = MeetAnswer  # noqa: Y015
 
+class _PinAction:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PinActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PinAction.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PIN_ACTION_UNSPECIFIED: _PinAction.ValueType  # 0
+    """Not sent."""
+    PIN_ACTION_ARM: _PinAction.ValueType  # 1
+    """Every version is kept, from the present one on, until it is settled."""
+    PIN_ACTION_SETTLE: _PinAction.ValueType  # 2
+    """One of these versions is kept, and no other."""
+    PIN_ACTION_ATTACH: _PinAction.ValueType  # 3
+    """In place of both: a version that is kept already, under a snapshot's name or for another reader."""
+    PIN_ACTION_RENEW: _PinAction.ValueType  # 4
+    """Its reader lives."""
+    PIN_ACTION_RELEASE: _PinAction.ValueType  # 5
+    """It is over."""
+
+class PinAction(_PinAction, metaclass=_PinActionEnumTypeWrapper):
+    """What becomes of a pin."""
+
+PIN_ACTION_UNSPECIFIED: PinAction.ValueType  # 0
+"""Not sent."""
+PIN_ACTION_ARM: PinAction.ValueType  # 1
+"""Every version is kept, from the present one on, until it is settled."""
+PIN_ACTION_SETTLE: PinAction.ValueType  # 2
+"""One of these versions is kept, and no other."""
+PIN_ACTION_ATTACH: PinAction.ValueType  # 3
+"""In place of both: a version that is kept already, under a snapshot's name or for another reader."""
+PIN_ACTION_RENEW: PinAction.ValueType  # 4
+"""Its reader lives."""
+PIN_ACTION_RELEASE: PinAction.ValueType  # 5
+"""It is over."""
+Global___PinAction: _TypeAlias = PinAction  # noqa: Y015
+
 @_typing.final
 class Envelope(_message.Message):
     """What every request says of the view it was planned with. Required."""
@@ -427,6 +463,7 @@ class GatherRequest(_message.Message):
     REMEMBER_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
     REPLY_DTYPE_FIELD_NUMBER: _builtins.int
+    PIN_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
     OFFSETS_FIELD_NUMBER: _builtins.int
@@ -444,6 +481,8 @@ class GatherRequest(_message.Message):
     float32. A block with a number that is not finite has NaN for its float32, and is NaN as a whole. A receiver that
     does not know them answers ERROR_CODE_INVALID_REQUEST.
     """
+    pin: _builtins.str
+    """A pin that is settled here: the sums are of its version. "": of the newest."""
     @_builtins.property
     def envelope(self) -> Global___Envelope:
         """The view."""
@@ -472,13 +511,14 @@ class GatherRequest(_message.Message):
         remember: _builtins.bool = ...,
         release: _abc.Iterable[_builtins.int] | None = ...,
         reply_dtype: _tensor_pb2.Dtype.ValueType = ...,
+        pin: _builtins.str = ...,
         ids: _tensor_pb2.Tensor | None = ...,
         weights: _tensor_pb2.Tensor | None = ...,
         offsets: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "ids", b"ids", "offsets", b"offsets", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "ids", b"ids", "lookup_id", b"lookup_id", "offsets", b"offsets", "release", b"release", "remember", b"remember", "reply_dtype", b"reply_dtype", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "ids", b"ids", "lookup_id", b"lookup_id", "offsets", b"offsets", "pin", b"pin", "release", b"release", "remember", b"remember", "reply_dtype", b"reply_dtype", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1084,9 +1124,12 @@ class ScoreRequest(_message.Message):
 
     ENVELOPE_FIELD_NUMBER: _builtins.int
     TOPK_FIELD_NUMBER: _builtins.int
+    PIN_FIELD_NUMBER: _builtins.int
     QUERIES_FIELD_NUMBER: _builtins.int
     topk: _builtins.int
     """How many per head; at least 1."""
+    pin: _builtins.str
+    """A pin that is settled here: keys are of its version. "": of the newest."""
     @_builtins.property
     def envelope(self) -> Global___Envelope:
         """The view."""
@@ -1100,11 +1143,12 @@ class ScoreRequest(_message.Message):
         *,
         envelope: Global___Envelope | None = ...,
         topk: _builtins.int = ...,
+        pin: _builtins.str = ...,
         queries: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "queries", b"queries"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "queries", b"queries", "topk", b"topk"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "pin", b"pin", "queries", b"queries", "topk", b"topk"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1250,12 +1294,15 @@ class ReadRowsRequest(_message.Message):
 
     ENVELOPE_FIELD_NUMBER: _builtins.int
     ARRAY_FIELD_NUMBER: _builtins.int
+    PIN_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
     array: _builtins.str
     """"values", "keys", or what belongs to a trainable array, named "<array>.<what>": optimizer state by torch's names
     ("values.sum", "values.exp_avg"), "values.master" (float32 values of a table that keeps them), "values.scales" (of
     values of one byte an element), "values.last_step" (of a dense optimizer).
     """
+    pin: _builtins.str
+    """A pin that is settled here: rows of its version, "values", "values.scales" or "keys". "": of the newest."""
     @_builtins.property
     def envelope(self) -> Global___Envelope:
         """The view."""
@@ -1269,11 +1316,12 @@ class ReadRowsRequest(_message.Message):
         *,
         envelope: Global___Envelope | None = ...,
         array: _builtins.str = ...,
+        pin: _builtins.str = ...,
         ids: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "ids", b"ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["array", b"array", "envelope", b"envelope", "ids", b"ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["array", b"array", "envelope", b"envelope", "ids", b"ids", "pin", b"pin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1859,6 +1907,78 @@ class MeetReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___MeetReply: _TypeAlias = MeetReply  # noqa: Y015
+
+@_typing.final
+class PinRequest(_message.Message):
+    """Takes, keeps or releases a pin."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENVELOPE_FIELD_NUMBER: _builtins.int
+    DO_FIELD_NUMBER: _builtins.int
+    PIN_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    LEASE_S_FIELD_NUMBER: _builtins.int
+    do: Global___PinAction.ValueType
+    """What becomes of it."""
+    pin: _builtins.str
+    """The reader's own, a random text of at most 64 bytes; to release a snapshot by its name: ""."""
+    version: _builtins.int
+    """To settle: at which version. To attach: which, where there is no name."""
+    name: _builtins.str
+    """To arm and to release: a snapshot's, which has no lease once it is settled; to attach: whose version. "": a reader's."""
+    lease_s: _builtins.float
+    """Seconds after which it is over unless it is renewed, at most 600."""
+    @_builtins.property
+    def envelope(self) -> Global___Envelope:
+        """The view."""
+
+    def __init__(
+        self,
+        *,
+        envelope: Global___Envelope | None = ...,
+        do: Global___PinAction.ValueType = ...,
+        pin: _builtins.str = ...,
+        version: _builtins.int = ...,
+        name: _builtins.str = ...,
+        lease_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["do", b"do", "envelope", b"envelope", "lease_s", b"lease_s", "name", b"name", "pin", b"pin", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinRequest: _TypeAlias = PinRequest  # noqa: Y015
+
+@_typing.final
+class PinReply(_message.Message):
+    """The pin is as asked."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAMP_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The version that is pinned, or that it was armed at; 0 of one that was released."""
+    @_builtins.property
+    def stamp(self) -> Global___Stamp:
+        """Who answered."""
+
+    def __init__(
+        self,
+        *,
+        stamp: Global___Stamp | None = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["stamp", b"stamp"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["stamp", b"stamp", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinReply: _TypeAlias = PinReply  # noqa: Y015
 
 @_typing.final
 class OpenLineRequest(_message.Message):

@@ -35,7 +35,7 @@ silent for longer than the lease loses it: what it prepared and nobody decided i
 
 Concurrency. Calls may overlap and are answered in any order. Where one must see the other's effect, wait for its answer.
 
-Lines. Beside gRPC a shard may take the calls of MemoryService, all but Lookup and OpenLine, on TCP connections of a port of
+Lines. Beside gRPC a shard may take the calls of MemoryService, all but Lookup, Pin and OpenLine, on TCP connections of a port of
 their own, where nothing is encrypted; gRPC takes all of them always. OpenLine gives the port, which is of the host that
 gRPC found the shard at, and a ticket: good once, for ten seconds. Numbers are little-endian. The client sends 48 bytes:
 "mempool" and a zero byte, uint32 version (as in OpenLineRequest), uint32 0, the ticket. The server answers 48 bytes, alike,
@@ -193,6 +193,17 @@ class MemoryServiceStub:
     Nothing of it is kept: a request is complete in itself, can be repeated, and a home that has begun anew goes on from
     it. ERROR_CODE_INVALID_REQUEST where ranks say different terms, or a rank is another process by now.
     """
+    Pin: _grpc.UnaryUnaryMultiCallable[_data_pb2.PinRequest, _data_pb2.PinReply]
+    """Takes, keeps and releases a *pin*: one version of a table that is kept for a reader, so that what Gather, Score and
+    ReadRows answer with it is of that version to the bit, however long the reader takes, while training goes on. It is one
+    version over all owners, and nobody waits for it: ask every owner to "arm" it (from then on it keeps each version that it
+    comes to, and says which it is at), then to "settle" at the highest of those, with an envelope that names that version.
+    Rows that are written outside of steps while a pin is taken may be in it on one shard and not on another.
+
+    What was pinned goes where it takes more memory than the shard lets it (the oldest first), where its reader does not renew
+    it within the lease, and where pages of the table move or the shard is started anew: ERROR_CODE_VERSION_GONE from then on.
+    Repeatable. ERROR_CODE_ALREADY_EXISTS for the name of a snapshot that there is.
+    """
     OpenLine: _grpc.UnaryUnaryMultiCallable[_data_pb2.OpenLineRequest, _data_pb2.OpenLineReply]
     """Agrees on a line: see there. Changes nothing, and has no answer to rely on: where there is no port, where it cannot be
     reached, and of a shard that does not know this call, gRPC has everything. Ask again much later then; soon after
@@ -305,6 +316,17 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
 
     Nothing of it is kept: a request is complete in itself, can be repeated, and a home that has begun anew goes on from
     it. ERROR_CODE_INVALID_REQUEST where ranks say different terms, or a rank is another process by now.
+    """
+    Pin: _aio.UnaryUnaryMultiCallable[_data_pb2.PinRequest, _data_pb2.PinReply]  # type: ignore[assignment]
+    """Takes, keeps and releases a *pin*: one version of a table that is kept for a reader, so that what Gather, Score and
+    ReadRows answer with it is of that version to the bit, however long the reader takes, while training goes on. It is one
+    version over all owners, and nobody waits for it: ask every owner to "arm" it (from then on it keeps each version that it
+    comes to, and says which it is at), then to "settle" at the highest of those, with an envelope that names that version.
+    Rows that are written outside of steps while a pin is taken may be in it on one shard and not on another.
+
+    What was pinned goes where it takes more memory than the shard lets it (the oldest first), where its reader does not renew
+    it within the lease, and where pages of the table move or the shard is started anew: ERROR_CODE_VERSION_GONE from then on.
+    Repeatable. ERROR_CODE_ALREADY_EXISTS for the name of a snapshot that there is.
     """
     OpenLine: _aio.UnaryUnaryMultiCallable[_data_pb2.OpenLineRequest, _data_pb2.OpenLineReply]  # type: ignore[assignment]
     """Agrees on a line: see there. Changes nothing, and has no answer to rely on: where there is no port, where it cannot be
@@ -487,6 +509,23 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Nothing of it is kept: a request is complete in itself, can be repeated, and a home that has begun anew goes on from
         it. ERROR_CODE_INVALID_REQUEST where ranks say different terms, or a rank is another process by now.
+        """
+
+    @_abc_1.abstractmethod
+    def Pin(
+        self,
+        request: _data_pb2.PinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_data_pb2.PinReply, _abc.Awaitable[_data_pb2.PinReply]]:
+        """Takes, keeps and releases a *pin*: one version of a table that is kept for a reader, so that what Gather, Score and
+        ReadRows answer with it is of that version to the bit, however long the reader takes, while training goes on. It is one
+        version over all owners, and nobody waits for it: ask every owner to "arm" it (from then on it keeps each version that it
+        comes to, and says which it is at), then to "settle" at the highest of those, with an envelope that names that version.
+        Rows that are written outside of steps while a pin is taken may be in it on one shard and not on another.
+
+        What was pinned goes where it takes more memory than the shard lets it (the oldest first), where its reader does not renew
+        it within the lease, and where pages of the table move or the shard is started anew: ERROR_CODE_VERSION_GONE from then on.
+        Repeatable. ERROR_CODE_ALREADY_EXISTS for the name of a snapshot that there is.
         """
 
     @_abc_1.abstractmethod

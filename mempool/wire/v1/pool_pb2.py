@@ -26,7 +26,7 @@ from mempool.wire.v1 import status_pb2 as mempool_dot_wire_dot_v1_dot_status__pb
 from mempool.wire.v1 import table_pb2 as mempool_dot_wire_dot_v1_dot_table__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amempool/wire/v1/pool.proto\x12\x0fmempool.wire.v1\x1a\x1cmempool/wire/v1/status.proto\x1a\x1bmempool/wire/v1/table.proto\"B\n\x12\x43reateTableRequest\x12,\n\x06schema\x18\x01 \x01(\x0b\x32\x1c.mempool.wire.v1.TableSchema\"<\n\x10\x43reateTableReply\x12(\n\x04view\x18\x01 \x01(\x0b\x32\x1a.mempool.wire.v1.TableView\"2\n\x10\x44ropTableRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08table_id\x18\x02 \x01(\x04\"\x10\n\x0e\x44ropTableReply\"J\n\x0fGetTableRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x05known\x18\x02 \x01(\x0b\x32\x1a.mempool.wire.v1.KnownView\"f\n\rGetTableReply\x12(\n\x04view\x18\x01 \x01(\x0b\x32\x1a.mempool.wire.v1.TableView\x12+\n\x06\x63hange\x18\x02 \x01(\x0b\x32\x1b.mempool.wire.v1.ViewChange\"\x13\n\x11ListTablesRequest\"<\n\x0fListTablesReply\x12)\n\x05views\x18\x01 \x03(\x0b\x32\x1a.mempool.wire.v1.TableView\" \n\x0eRescaleRequest\x12\x0e\n\x06shards\x18\x01 \x01(\r\"\xac\x01\n\x0cRescaleReply\x12\x15\n\rshards_before\x18\x01 \x01(\r\x12\x14\n\x0cshards_after\x18\x02 \x01(\r\x12\x13\n\x0bpages_moved\x18\x03 \x01(\x04\x12\x13\n\x0bpages_total\x18\x04 \x01(\x04\x12\x13\n\x0b\x62ytes_moved\x18\x05 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x06 \x01(\x04\x12\r\n\x05table\x18\x07 \x01(\t\x12\x0c\n\x04\x64one\x18\x08 \x01(\x08\"q\n\x11\x43heckpointRequest\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\x0e\n\x06tables\x18\x02 \x03(\t\x12\x13\n\x0bincremental\x18\x03 \x01(\x08\x12\x0c\n\x04keep\x18\x04 \x01(\r\x12\r\n\x05\x65xtra\x18\x05 \x01(\x0c\x12\r\n\x05\x61side\x18\x06 \x01(\x08\".\n\x0cTableVersion\x12\r\n\x05table\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\"\xb1\x01\n\x0f\x43heckpointReply\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nbytes_done\x18\x03 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x04 \x01(\x04\x12-\n\x06tables\x18\x05 \x03(\x0b\x32\x1d.mempool.wire.v1.TableVersion\x12\x0e\n\x06held_s\x18\x06 \x01(\x01\x12\r\n\x05\x64oing\x18\x07 \x01(\t\x12\x0c\n\x04\x64one\x18\x08 \x01(\x08\"\xcf\x01\n\x0eRestoreRequest\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\x12\n\ncheckpoint\x18\x02 \x01(\t\x12\x0e\n\x06tables\x18\x03 \x03(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x0f\n\x07replace\x18\x05 \x01(\x08\x12\x0e\n\x06layout\x18\x06 \x01(\t\x12,\n\x06schema\x18\x07 \x01(\x0b\x32\x1c.mempool.wire.v1.TableSchema\x12\x0e\n\x06values\x18\x08 \x01(\t\x12\x0c\n\x04keys\x18\t \x01(\t\x12\x11\n\tnewest_id\x18\n \x01(\x04\"9\n\x0cRestoreReply\x12)\n\x05views\x18\x01 \x03(\x0b\x32\x1a.mempool.wire.v1.TableView\"\x12\n\x10GetStatusRequest\"=\n\x0eGetStatusReply\x12+\n\x06status\x18\x01 \x01(\x0b\x32\x1b.mempool.wire.v1.PoolStatus2\x96\x05\n\x0bPoolService\x12U\n\x0b\x43reateTable\x12#.mempool.wire.v1.CreateTableRequest\x1a!.mempool.wire.v1.CreateTableReply\x12O\n\tDropTable\x12!.mempool.wire.v1.DropTableRequest\x1a\x1f.mempool.wire.v1.DropTableReply\x12L\n\x08GetTable\x12 .mempool.wire.v1.GetTableRequest\x1a\x1e.mempool.wire.v1.GetTableReply\x12R\n\nListTables\x12\".mempool.wire.v1.ListTablesRequest\x1a .mempool.wire.v1.ListTablesReply\x12K\n\x07Rescale\x12\x1f.mempool.wire.v1.RescaleRequest\x1a\x1d.mempool.wire.v1.RescaleReply0\x01\x12T\n\nCheckpoint\x12\".mempool.wire.v1.CheckpointRequest\x1a .mempool.wire.v1.CheckpointReply0\x01\x12I\n\x07Restore\x12\x1f.mempool.wire.v1.RestoreRequest\x1a\x1d.mempool.wire.v1.RestoreReply\x12O\n\tGetStatus\x12!.mempool.wire.v1.GetStatusRequest\x1a\x1f.mempool.wire.v1.GetStatusReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amempool/wire/v1/pool.proto\x12\x0fmempool.wire.v1\x1a\x1cmempool/wire/v1/status.proto\x1a\x1bmempool/wire/v1/table.proto\"B\n\x12\x43reateTableRequest\x12,\n\x06schema\x18\x01 \x01(\x0b\x32\x1c.mempool.wire.v1.TableSchema\"<\n\x10\x43reateTableReply\x12(\n\x04view\x18\x01 \x01(\x0b\x32\x1a.mempool.wire.v1.TableView\"2\n\x10\x44ropTableRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08table_id\x18\x02 \x01(\x04\"\x10\n\x0e\x44ropTableReply\"J\n\x0fGetTableRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x05known\x18\x02 \x01(\x0b\x32\x1a.mempool.wire.v1.KnownView\"f\n\rGetTableReply\x12(\n\x04view\x18\x01 \x01(\x0b\x32\x1a.mempool.wire.v1.TableView\x12+\n\x06\x63hange\x18\x02 \x01(\x0b\x32\x1b.mempool.wire.v1.ViewChange\"\x13\n\x11ListTablesRequest\"<\n\x0fListTablesReply\x12)\n\x05views\x18\x01 \x03(\x0b\x32\x1a.mempool.wire.v1.TableView\" \n\x0eRescaleRequest\x12\x0e\n\x06shards\x18\x01 \x01(\r\"#\n\x10RebalanceRequest\x12\x0f\n\x07\x64ry_run\x18\x01 \x01(\x08\"9\n\tShardLoad\x12\r\n\x05shard\x18\x01 \x01(\r\x12\x0e\n\x06\x62\x65\x66ore\x18\x02 \x01(\x01\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\x01\"\xd7\x01\n\x0cRescaleReply\x12\x15\n\rshards_before\x18\x01 \x01(\r\x12\x14\n\x0cshards_after\x18\x02 \x01(\r\x12\x13\n\x0bpages_moved\x18\x03 \x01(\x04\x12\x13\n\x0bpages_total\x18\x04 \x01(\x04\x12\x13\n\x0b\x62ytes_moved\x18\x05 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x06 \x01(\x04\x12\r\n\x05table\x18\x07 \x01(\t\x12\x0c\n\x04\x64one\x18\x08 \x01(\x08\x12)\n\x05loads\x18\t \x03(\x0b\x32\x1a.mempool.wire.v1.ShardLoad\"A\n\x0eRebalanceReply\x12/\n\x08progress\x18\x01 \x01(\x0b\x32\x1d.mempool.wire.v1.RescaleReply\"q\n\x11\x43heckpointRequest\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\x0e\n\x06tables\x18\x02 \x03(\t\x12\x13\n\x0bincremental\x18\x03 \x01(\x08\x12\x0c\n\x04keep\x18\x04 \x01(\r\x12\r\n\x05\x65xtra\x18\x05 \x01(\x0c\x12\r\n\x05\x61side\x18\x06 \x01(\x08\".\n\x0cTableVersion\x12\r\n\x05table\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\"\xb1\x01\n\x0f\x43heckpointReply\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x12\n\nbytes_done\x18\x03 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x04 \x01(\x04\x12-\n\x06tables\x18\x05 \x03(\x0b\x32\x1d.mempool.wire.v1.TableVersion\x12\x0e\n\x06held_s\x18\x06 \x01(\x01\x12\r\n\x05\x64oing\x18\x07 \x01(\t\x12\x0c\n\x04\x64one\x18\x08 \x01(\x08\"\xcf\x01\n\x0eRestoreRequest\x12\x0b\n\x03url\x18\x01 \x01(\t\x12\x12\n\ncheckpoint\x18\x02 \x01(\t\x12\x0e\n\x06tables\x18\x03 \x03(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x0f\n\x07replace\x18\x05 \x01(\x08\x12\x0e\n\x06layout\x18\x06 \x01(\t\x12,\n\x06schema\x18\x07 \x01(\x0b\x32\x1c.mempool.wire.v1.TableSchema\x12\x0e\n\x06values\x18\x08 \x01(\t\x12\x0c\n\x04keys\x18\t \x01(\t\x12\x11\n\tnewest_id\x18\n \x01(\x04\"9\n\x0cRestoreReply\x12)\n\x05views\x18\x01 \x03(\x0b\x32\x1a.mempool.wire.v1.TableView\"\x12\n\x10GetStatusRequest\"=\n\x0eGetStatusReply\x12+\n\x06status\x18\x01 \x01(\x0b\x32\x1b.mempool.wire.v1.PoolStatus2\xe9\x05\n\x0bPoolService\x12U\n\x0b\x43reateTable\x12#.mempool.wire.v1.CreateTableRequest\x1a!.mempool.wire.v1.CreateTableReply\x12O\n\tDropTable\x12!.mempool.wire.v1.DropTableRequest\x1a\x1f.mempool.wire.v1.DropTableReply\x12L\n\x08GetTable\x12 .mempool.wire.v1.GetTableRequest\x1a\x1e.mempool.wire.v1.GetTableReply\x12R\n\nListTables\x12\".mempool.wire.v1.ListTablesRequest\x1a .mempool.wire.v1.ListTablesReply\x12K\n\x07Rescale\x12\x1f.mempool.wire.v1.RescaleRequest\x1a\x1d.mempool.wire.v1.RescaleReply0\x01\x12Q\n\tRebalance\x12!.mempool.wire.v1.RebalanceRequest\x1a\x1f.mempool.wire.v1.RebalanceReply0\x01\x12T\n\nCheckpoint\x12\".mempool.wire.v1.CheckpointRequest\x1a .mempool.wire.v1.CheckpointReply0\x01\x12I\n\x07Restore\x12\x1f.mempool.wire.v1.RestoreRequest\x1a\x1d.mempool.wire.v1.RestoreReply\x12O\n\tGetStatus\x12!.mempool.wire.v1.GetStatusRequest\x1a\x1f.mempool.wire.v1.GetStatusReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -51,22 +51,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTTABLESREPLY']._serialized_end=567
   _globals['_RESCALEREQUEST']._serialized_start=569
   _globals['_RESCALEREQUEST']._serialized_end=601
-  _globals['_RESCALEREPLY']._serialized_start=604
-  _globals['_RESCALEREPLY']._serialized_end=776
-  _globals['_CHECKPOINTREQUEST']._serialized_start=778
-  _globals['_CHECKPOINTREQUEST']._serialized_end=891
-  _globals['_TABLEVERSION']._serialized_start=893
-  _globals['_TABLEVERSION']._serialized_end=939
-  _globals['_CHECKPOINTREPLY']._serialized_start=942
-  _globals['_CHECKPOINTREPLY']._serialized_end=1119
-  _globals['_RESTOREREQUEST']._serialized_start=1122
-  _globals['_RESTOREREQUEST']._serialized_end=1329
-  _globals['_RESTOREREPLY']._serialized_start=1331
-  _globals['_RESTOREREPLY']._serialized_end=1388
-  _globals['_GETSTATUSREQUEST']._serialized_start=1390
-  _globals['_GETSTATUSREQUEST']._serialized_end=1408
-  _globals['_GETSTATUSREPLY']._serialized_start=1410
-  _globals['_GETSTATUSREPLY']._serialized_end=1471
-  _globals['_POOLSERVICE']._serialized_start=1474
-  _globals['_POOLSERVICE']._serialized_end=2136
+  _globals['_REBALANCEREQUEST']._serialized_start=603
+  _globals['_REBALANCEREQUEST']._serialized_end=638
+  _globals['_SHARDLOAD']._serialized_start=640
+  _globals['_SHARDLOAD']._serialized_end=697
+  _globals['_RESCALEREPLY']._serialized_start=700
+  _globals['_RESCALEREPLY']._serialized_end=915
+  _globals['_REBALANCEREPLY']._serialized_start=917
+  _globals['_REBALANCEREPLY']._serialized_end=982
+  _globals['_CHECKPOINTREQUEST']._serialized_start=984
+  _globals['_CHECKPOINTREQUEST']._serialized_end=1097
+  _globals['_TABLEVERSION']._serialized_start=1099
+  _globals['_TABLEVERSION']._serialized_end=1145
+  _globals['_CHECKPOINTREPLY']._serialized_start=1148
+  _globals['_CHECKPOINTREPLY']._serialized_end=1325
+  _globals['_RESTOREREQUEST']._serialized_start=1328
+  _globals['_RESTOREREQUEST']._serialized_end=1535
+  _globals['_RESTOREREPLY']._serialized_start=1537
+  _globals['_RESTOREREPLY']._serialized_end=1594
+  _globals['_GETSTATUSREQUEST']._serialized_start=1596
+  _globals['_GETSTATUSREQUEST']._serialized_end=1614
+  _globals['_GETSTATUSREPLY']._serialized_start=1616
+  _globals['_GETSTATUSREPLY']._serialized_end=1677
+  _globals['_POOLSERVICE']._serialized_start=1680
+  _globals['_POOLSERVICE']._serialized_end=2425
 # @@protoc_insertion_point(module_scope)

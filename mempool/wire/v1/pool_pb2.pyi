@@ -245,6 +245,58 @@ class RescaleRequest(_message.Message):
 Global___RescaleRequest: _TypeAlias = RescaleRequest  # noqa: Y015
 
 @_typing.final
+class RebalanceRequest(_message.Message):
+    """Asks for load to be evened."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRY_RUN_FIELD_NUMBER: _builtins.int
+    dry_run: _builtins.bool
+    """Say what would move, by a message with `done`, and move nothing."""
+    def __init__(
+        self,
+        *,
+        dry_run: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_run", b"dry_run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RebalanceRequest: _TypeAlias = RebalanceRequest  # noqa: Y015
+
+@_typing.final
+class ShardLoad(_message.Message):
+    """A shard's part of the load."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHARD_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    shard: _builtins.int
+    """The shard."""
+    before: _builtins.float
+    """Before pages move, 0 to 1."""
+    after: _builtins.float
+    """After that."""
+    def __init__(
+        self,
+        *,
+        shard: _builtins.int = ...,
+        before: _builtins.float = ...,
+        after: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "before", b"before", "shard", b"shard"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShardLoad: _TypeAlias = ShardLoad  # noqa: Y015
+
+@_typing.final
 class RescaleReply(_message.Message):
     """Where a rescale stands."""
 
@@ -258,6 +310,7 @@ class RescaleReply(_message.Message):
     BYTES_TOTAL_FIELD_NUMBER: _builtins.int
     TABLE_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
+    LOADS_FIELD_NUMBER: _builtins.int
     shards_before: _builtins.int
     """Shards when it began."""
     shards_after: _builtins.int
@@ -274,6 +327,12 @@ class RescaleReply(_message.Message):
     """Name of the table whose pages move; empty between tables."""
     done: _builtins.bool
     """Everything is done; no message follows."""
+    @_builtins.property
+    def loads(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardLoad]:
+        """What the plan makes of the shards' load; none until there is a plan, or where too little was read and written lately
+        to tell.
+        """
+
     def __init__(
         self,
         *,
@@ -285,14 +344,39 @@ class RescaleReply(_message.Message):
         bytes_total: _builtins.int = ...,
         table: _builtins.str = ...,
         done: _builtins.bool = ...,
+        loads: _abc.Iterable[Global___ShardLoad] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_moved", b"bytes_moved", "bytes_total", b"bytes_total", "done", b"done", "pages_moved", b"pages_moved", "pages_total", b"pages_total", "shards_after", b"shards_after", "shards_before", b"shards_before", "table", b"table"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_moved", b"bytes_moved", "bytes_total", b"bytes_total", "done", b"done", "loads", b"loads", "pages_moved", b"pages_moved", "pages_total", b"pages_total", "shards_after", b"shards_after", "shards_before", b"shards_before", "table", b"table"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RescaleReply: _TypeAlias = RescaleReply  # noqa: Y015
+
+@_typing.final
+class RebalanceReply(_message.Message):
+    """Where it stands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___RescaleReply:
+        """As of a rescale to as many shards as there are."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___RescaleReply | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RebalanceReply: _TypeAlias = RebalanceReply  # noqa: Y015
 
 @_typing.final
 class CheckpointRequest(_message.Message):

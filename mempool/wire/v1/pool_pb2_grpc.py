@@ -60,6 +60,11 @@ class PoolServiceStub(object):
                 request_serializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RescaleRequest.SerializeToString,
                 response_deserializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RescaleReply.FromString,
                 _registered_method=True)
+        self.Rebalance = channel.unary_stream(
+                '/mempool.wire.v1.PoolService/Rebalance',
+                request_serializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RebalanceRequest.SerializeToString,
+                response_deserializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RebalanceReply.FromString,
+                _registered_method=True)
         self.Checkpoint = channel.unary_stream(
                 '/mempool.wire.v1.PoolService/Checkpoint',
                 request_serializer=mempool_dot_wire_dot_v1_dot_pool__pb2.CheckpointRequest.SerializeToString,
@@ -131,6 +136,15 @@ class PoolServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Rebalance(self, request, context):
+        """Evens the load of the shards that there are, by the heat of their pages, and streams progress as Rescale does, with
+        the same words for what fails; the pages of each shard stay as many as they are. ERROR_CODE_INVALID_REQUEST, too, where
+        a rescale has stopped half way: that comes first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Checkpoint(self, request, context):
         """Writes tables to a place as they are at one moment, while all goes on, and streams progress; the last message has
         `done`. A failure ends the stream with an error, and there is no checkpoint then. One at a time: a second call
@@ -183,6 +197,11 @@ def add_PoolServiceServicer_to_server(servicer, server):
                     servicer.Rescale,
                     request_deserializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RescaleRequest.FromString,
                     response_serializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RescaleReply.SerializeToString,
+            ),
+            'Rebalance': grpc.unary_stream_rpc_method_handler(
+                    servicer.Rebalance,
+                    request_deserializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RebalanceRequest.FromString,
+                    response_serializer=mempool_dot_wire_dot_v1_dot_pool__pb2.RebalanceReply.SerializeToString,
             ),
             'Checkpoint': grpc.unary_stream_rpc_method_handler(
                     servicer.Checkpoint,
@@ -336,6 +355,33 @@ class PoolService(object):
             '/mempool.wire.v1.PoolService/Rescale',
             mempool_dot_wire_dot_v1_dot_pool__pb2.RescaleRequest.SerializeToString,
             mempool_dot_wire_dot_v1_dot_pool__pb2.RescaleReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/mempool.wire.v1.PoolService/Rebalance',
+            mempool_dot_wire_dot_v1_dot_pool__pb2.RebalanceRequest.SerializeToString,
+            mempool_dot_wire_dot_v1_dot_pool__pb2.RebalanceReply.FromString,
             options,
             channel_credentials,
             insecure,

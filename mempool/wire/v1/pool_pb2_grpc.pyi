@@ -70,6 +70,11 @@ class PoolServiceStub:
     answered ERROR_CODE_INVALID_REQUEST. If the stream breaks, the rescale goes on (GetStatus tells, and what it waits
     for). Where the pages would not fit, or there are no resources for new shards, it is refused before anything moves.
     """
+    Rebalance: _grpc.UnaryStreamMultiCallable[_pool_pb2.RebalanceRequest, _pool_pb2.RebalanceReply]
+    """Evens the load of the shards that there are, by the heat of their pages, and streams progress as Rescale does, with
+    the same words for what fails; the pages of each shard stay as many as they are. ERROR_CODE_INVALID_REQUEST, too, where
+    a rescale has stopped half way: that comes first.
+    """
     Checkpoint: _grpc.UnaryStreamMultiCallable[_pool_pb2.CheckpointRequest, _pool_pb2.CheckpointReply]
     """Writes tables to a place as they are at one moment, while all goes on, and streams progress; the last message has
     `done`. A failure ends the stream with an error, and there is no checkpoint then. One at a time: a second call
@@ -115,6 +120,11 @@ class PoolServiceAsyncStub(PoolServiceStub):
     the others where they were, and every table works: calling again resumes. One at a time: a second call meanwhile is
     answered ERROR_CODE_INVALID_REQUEST. If the stream breaks, the rescale goes on (GetStatus tells, and what it waits
     for). Where the pages would not fit, or there are no resources for new shards, it is refused before anything moves.
+    """
+    Rebalance: _aio.UnaryStreamMultiCallable[_pool_pb2.RebalanceRequest, _pool_pb2.RebalanceReply]  # type: ignore[assignment]
+    """Evens the load of the shards that there are, by the heat of their pages, and streams progress as Rescale does, with
+    the same words for what fails; the pages of each shard stay as many as they are. ERROR_CODE_INVALID_REQUEST, too, where
+    a rescale has stopped half way: that comes first.
     """
     Checkpoint: _aio.UnaryStreamMultiCallable[_pool_pb2.CheckpointRequest, _pool_pb2.CheckpointReply]  # type: ignore[assignment]
     """Writes tables to a place as they are at one moment, while all goes on, and streams progress; the last message has
@@ -188,6 +198,17 @@ class PoolServiceServicer(metaclass=_abc_1.ABCMeta):
         the others where they were, and every table works: calling again resumes. One at a time: a second call meanwhile is
         answered ERROR_CODE_INVALID_REQUEST. If the stream breaks, the rescale goes on (GetStatus tells, and what it waits
         for). Where the pages would not fit, or there are no resources for new shards, it is refused before anything moves.
+        """
+
+    @_abc_1.abstractmethod
+    def Rebalance(
+        self,
+        request: _pool_pb2.RebalanceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_pool_pb2.RebalanceReply], _abc.AsyncIterator[_pool_pb2.RebalanceReply]]:
+        """Evens the load of the shards that there are, by the heat of their pages, and streams progress as Rescale does, with
+        the same words for what fails; the pages of each shard stay as many as they are. ERROR_CODE_INVALID_REQUEST, too, where
+        a rescale has stopped half way: that comes first.
         """
 
     @_abc_1.abstractmethod

@@ -1040,6 +1040,56 @@ class ReleaseMarkReply(_message.Message):
 Global___ReleaseMarkReply: _TypeAlias = ReleaseMarkReply  # noqa: Y015
 
 @_typing.final
+class ReadHeatRequest(_message.Message):
+    """Asks for the heat of a table's pages."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_ID_FIELD_NUMBER: _builtins.int
+    table_id: _builtins.int
+    """The table."""
+    def __init__(
+        self,
+        *,
+        table_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["table_id", b"table_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadHeatRequest: _TypeAlias = ReadHeatRequest  # noqa: Y015
+
+@_typing.final
+class ReadHeatReply(_message.Message):
+    """How hot they are. A page's heat is that of all shards that own any of its blocks, or did lately, together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEEN_FIELD_NUMBER: _builtins.int
+    HEAT_FIELD_NUMBER: _builtins.int
+    seen: _builtins.float
+    """How many pairs they are told by: it is a sample."""
+    @_builtins.property
+    def heat(self) -> _tensor_pb2.Tensor:
+        """Of each row page, float32: pairs of look-ups and updates, halved every ten minutes."""
+
+    def __init__(
+        self,
+        *,
+        seen: _builtins.float = ...,
+        heat: _tensor_pb2.Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heat", b"heat"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heat", b"heat", "seen", b"seen"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadHeatReply: _TypeAlias = ReadHeatReply  # noqa: Y015
+
+@_typing.final
 class StatusRequest(_message.Message):
     """Asks for the shard's status."""
 

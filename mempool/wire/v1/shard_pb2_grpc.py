@@ -95,6 +95,11 @@ class ShardServiceStub(object):
                 request_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ReleaseMarkRequest.SerializeToString,
                 response_deserializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ReleaseMarkReply.FromString,
                 _registered_method=True)
+        self.ReadHeat = channel.unary_unary(
+                '/mempool.wire.v1.ShardService/ReadHeat',
+                request_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ReadHeatRequest.SerializeToString,
+                response_deserializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ReadHeatReply.FromString,
+                _registered_method=True)
         self.Status = channel.unary_unary(
                 '/mempool.wire.v1.ShardService/Status',
                 request_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.StatusRequest.SerializeToString,
@@ -203,6 +208,14 @@ class ShardServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadHeat(self, request, context):
+        """How much the pages of a table were read and written by way of this shard lately. Answered at any time, never waiting for
+        other calls. ERROR_CODE_NOT_FOUND where the table is not here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Status(self, request, context):
         """How the shard is. Answered at any time, never waiting for other calls.
         """
@@ -272,6 +285,11 @@ def add_ShardServiceServicer_to_server(servicer, server):
                     servicer.ReleaseMark,
                     request_deserializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ReleaseMarkRequest.FromString,
                     response_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ReleaseMarkReply.SerializeToString,
+            ),
+            'ReadHeat': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadHeat,
+                    request_deserializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ReadHeatRequest.FromString,
+                    response_serializer=mempool_dot_wire_dot_v1_dot_shard__pb2.ReadHeatReply.SerializeToString,
             ),
             'Status': grpc.unary_unary_rpc_method_handler(
                     servicer.Status,
@@ -604,6 +622,33 @@ class ShardService(object):
             '/mempool.wire.v1.ShardService/ReleaseMark',
             mempool_dot_wire_dot_v1_dot_shard__pb2.ReleaseMarkRequest.SerializeToString,
             mempool_dot_wire_dot_v1_dot_shard__pb2.ReleaseMarkReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadHeat(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mempool.wire.v1.ShardService/ReadHeat',
+            mempool_dot_wire_dot_v1_dot_shard__pb2.ReadHeatRequest.SerializeToString,
+            mempool_dot_wire_dot_v1_dot_shard__pb2.ReadHeatReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -87,6 +87,10 @@ class ShardServiceStub:
     """
     ReleaseMark: _grpc.UnaryUnaryMultiCallable[_shard_pb2.ReleaseMarkRequest, _shard_pb2.ReleaseMarkReply]
     """Forgets a mark. No error where there is none."""
+    ReadHeat: _grpc.UnaryUnaryMultiCallable[_shard_pb2.ReadHeatRequest, _shard_pb2.ReadHeatReply]
+    """How much the pages of a table were read and written by way of this shard lately. Answered at any time, never waiting for
+    other calls. ERROR_CODE_NOT_FOUND where the table is not here.
+    """
     Status: _grpc.UnaryUnaryMultiCallable[_shard_pb2.StatusRequest, _shard_pb2.StatusReply]
     """How the shard is. Answered at any time, never waiting for other calls."""
 
@@ -140,6 +144,10 @@ class ShardServiceAsyncStub(ShardServiceStub):
     """
     ReleaseMark: _aio.UnaryUnaryMultiCallable[_shard_pb2.ReleaseMarkRequest, _shard_pb2.ReleaseMarkReply]  # type: ignore[assignment]
     """Forgets a mark. No error where there is none."""
+    ReadHeat: _aio.UnaryUnaryMultiCallable[_shard_pb2.ReadHeatRequest, _shard_pb2.ReadHeatReply]  # type: ignore[assignment]
+    """How much the pages of a table were read and written by way of this shard lately. Answered at any time, never waiting for
+    other calls. ERROR_CODE_NOT_FOUND where the table is not here.
+    """
     Status: _aio.UnaryUnaryMultiCallable[_shard_pb2.StatusRequest, _shard_pb2.StatusReply]  # type: ignore[assignment]
     """How the shard is. Answered at any time, never waiting for other calls."""
 
@@ -262,6 +270,16 @@ class ShardServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_shard_pb2.ReleaseMarkReply, _abc.Awaitable[_shard_pb2.ReleaseMarkReply]]:
         """Forgets a mark. No error where there is none."""
+
+    @_abc_1.abstractmethod
+    def ReadHeat(
+        self,
+        request: _shard_pb2.ReadHeatRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_shard_pb2.ReadHeatReply, _abc.Awaitable[_shard_pb2.ReadHeatReply]]:
+        """How much the pages of a table were read and written by way of this shard lately. Answered at any time, never waiting for
+        other calls. ERROR_CODE_NOT_FOUND where the table is not here.
+        """
 
     @_abc_1.abstractmethod
     def Status(

@@ -27,6 +27,7 @@ COMMANDS = {
         *("--address", "--as", "--file", "--json", "--keys", "--pool", "--replace", "--set", "--values", "-f"),
         "source",
     ],
+    "rebalance": ["--address", "--dry-run", "--file", "--json", "--pool", "-f"],
     "checkpoints": ["--json", "--keep", "--remove", "place"],
     "inspect": ["--checkpoint", "--json", "place"],
     "verify": ["--checkpoint", "--json", "place"],

@@ -1,5 +1,8 @@
 """Names of actors, and the environment of their processes."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,38 @@ def test_threads_of_kernels_sleep_when_idle() -> None:
     assert (variables["OMP_NUM_THREADS"], variables["NUMBA_NUM_THREADS"]) == ("3", "3")
     quiet = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
     assert quiet.items() <= variables.items()
+
+
+_PUT_BACK = """
+import os, threading
+from mempool.rayhost.actors import run_beside_others
+os.nice(7)
+before = threading.Thread(target=threading.Event().wait, daemon=True)
+before.start()
+run_beside_others()
+print(*(os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or os.geteuid() != 0, reason="needs Linux, and the right to be served first"
+)
+def test_an_actor_runs_as_its_node_does() -> None:
+    said = subprocess.run([sys.executable, "-c", _PUT_BACK], stdout=subprocess.PIPE, text=True, timeout=60, check=True)
+    assert {int(nice) for nice in said.stdout.split()} == {os.getpriority(os.PRIO_PROCESS, 0)}
+
+
+def test_an_actor_that_may_not_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(actors.os, "getpriority", lambda _, pid: 0 if pid == os.getppid() else 15)
+    monkeypatch.setattr(actors.os, "setpriority", refuse)
+    actors.run_beside_others()
+    assert "at nice 15" in caplog.text
+    assert "RAY_worker_niceness=0" in caplog.text
 
 
 @pytest.mark.parametrize("installed", [False, True])

@@ -106,6 +106,7 @@ CONTROLLERS = {
     "MarkTable",
     "WritePart",
     "ReleaseMark",
+    "ReadHeat",
 }
 
 
@@ -159,6 +160,7 @@ async def attempts(pool: ServedPool, view: TableView, channels: GrpcChannels) ->
         host.mark_table(MarkTable(table_id=table_id, token="round", version=0, lease_s=1.0)),
         host.write_part(WritePart(table_id=table_id, token="round", url="/place", checkpoint="000001-7e19cac2")),
         host.release_mark(ReleaseMark(table_id=table_id, token="round")),
+        host.read_heat(table_id),
     ]
     assert len(calls) == len(CONTROLLERS)
     for call in calls:

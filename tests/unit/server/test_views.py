@@ -108,11 +108,12 @@ def test_however_often_it_is_asked_its_peers_are_not() -> None:
 
 
 def test_changes_are_for_the_controller() -> None:
-    async def rescale() -> None:
-        async for _ in shard_views().rescale(3):
+    async def watched(reports: Any) -> None:
+        async for _ in reports:
             raise AssertionError
 
-    for change in (shard_views().create_table(SCHEMA), shard_views().drop_table("facts"), rescale()):
+    moves = [watched(shard_views().rescale(3)), watched(shard_views().rebalance())]
+    for change in (shard_views().create_table(SCHEMA), shard_views().drop_table("facts"), *moves):
         with pytest.raises(PoolUnreachable, match="only the controller of pool 'run-7' changes it; it is at head:7077"):
             asyncio.run(change)
     asyncio.run(shard_views().close())

@@ -142,11 +142,11 @@ def as_arrays(request: GatherRequest, **changes: Any) -> ArrayGather:
     return arrays._replace(**changes)
 
 
-def summed(engine: Engine, asked: ArrayGather) -> ArrayGathered | None:
+def summed(engine: Engine, asked: ArrayGather, *, cost: int = 1, caller: str = "me") -> ArrayGathered | None:
     with engine._thread._at_work:  # what it was asked before has ended
         pass
     return engine.at_once.gather_arrays(
-        asked, cost=1, caller="me", space=lambda bags, width: np.empty((bags, width), np.float32)
+        asked, cost=cost, caller=caller, space=lambda bags, width: np.empty((bags, width), np.float32)
     )
 
 
@@ -268,6 +268,18 @@ def test_who_waits_has_the_first_turn(make_driver: MakeDriver) -> None:
     finish()
     assert answer() is not None
     assert begun(engine, asked(driver)) is not None
+
+
+@pytest.mark.skipif(kernels.array_sums() is None, reason="needs Numba")
+def test_little_goes_before_what_waits_where_its_turn_is_first(make_driver: MakeDriver) -> None:
+    driver = make_driver().create(make_schema())
+    engine = engine_of(driver)
+    given = as_arrays(asked(driver), lookup_id=7)
+    answer = lined_up(engine, asked(driver), take=True)
+    assert engine.at_once.gather(asked(driver), caller="another") is None, "there is one in line"
+    assert summed(engine, given, caller="another") is not None
+    assert summed(engine, given, caller="another", cost=2**20) is None, "the other one's turn is first"
+    assert answer() is not None
 
 
 def test_who_waits_is_answered_in_pieces_where_the_work_is_long(

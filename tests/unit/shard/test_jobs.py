@@ -114,6 +114,36 @@ def test_nobody_waits_for_ever_beside_many_small_calls() -> None:
     raise AssertionError("the big one never came")
 
 
+def test_who_goes_before_others_gets_no_more_than_who_waits() -> None:
+    """Three ask for much in turn; another one asks for little, as often as it may go first."""
+    queue, _ = _queue()
+    for number in range(3):
+        _added(queue, _job(f"ipv4:10.0.0.{number}:1", MIB))
+    served: dict[str, int] = {}
+    for _ in range(1_000):
+        while queue.is_first("ipv4:10.0.0.9:1", 50_000):
+            queue.went_first("ipv4:10.0.0.9:1", 50_000, 0.0)
+            served["first"] = served.get("first", 0) + 50_000
+        job = _next(queue)
+        served[job.caller.name] = served.get(job.caller.name, 0) + MIB
+        _added(queue, _job(job.caller.name, MIB))
+        queue.leave(job)
+    assert 0.5 * min(served.values()) <= served["first"] <= min(served.values()), served
+
+
+def test_who_goes_before_others_answers_for_the_time_it_took() -> None:
+    queue, _ = _queue()
+    big = _added(queue, _job("big", 16 * MIB))
+    assert queue.is_first("small", 10_000)
+    queue.went_first("small", 10_000, 1.0)
+    assert not queue.is_first("small", 10_000)
+    _added(queue, _job("controller", control=True))
+    assert not queue.is_first("another", 10_000), "the controller is"
+    assert _next(queue).control
+    queue.leave(big)
+    assert queue.is_first("small", 10_000), "nobody waits"
+
+
 def test_work_that_took_longer_than_its_bytes_say_is_counted() -> None:
     """A commit is a small message about a large step."""
     queue, _ = _queue()
