@@ -39,7 +39,7 @@ class TableAt(Table):
     its look-ups. Optimizer state is not kept for it. Any of them raises VersionGone once the version is kept no more.
 
     Args:
-        router: The table's.
+        router, session: The table's.
         pin: What keeps the version; this lets it go.
 
     Attributes:
@@ -51,13 +51,14 @@ class TableAt(Table):
         schema: TableSchema,
         *,
         router: Router,
+        session: Session,
         run: Run,
         begin: Begin,
         pin: str,
         version: int,
     ) -> None:
         reading = router.at(pin)
-        session = Session(reading, table_id=schema.table_id, group=pin)
+        session = session.reading(reading)
         super().__init__(schema, router=reading, session=session, run=run, begin=begin)
         self.version = version
         self._link = _LinkAt(schema, version, router=reading, session=session, run=run, begin=begin)

@@ -7,6 +7,7 @@ from mempool.client.opening.waiting import Begin, Run
 from mempool.client.reading.pinning import pin_kept, pin_newest, pin_version
 from mempool.client.routing.router import Router
 from mempool.client.training.link import TableLink
+from mempool.client.training.session import Session
 from mempool.errors import InvalidRequest
 from mempool.types import TableSchema
 
@@ -22,6 +23,7 @@ class Versions:
 
     schema: TableSchema
     _router: Router
+    _session: Session
     _run: Run
     _begin: Begin
     _link: TableLink
@@ -64,7 +66,15 @@ class Versions:
                     f"or {LATEST!r}"
                 )
             pin, number = self._run(pin_version(router, table_id, wanted))
-        return TableAt(self.schema, router=router, run=self._run, begin=self._begin, pin=pin, version=number)
+        return TableAt(
+            self.schema,
+            router=router,
+            session=self._session,
+            run=self._run,
+            begin=self._begin,
+            pin=pin,
+            version=number,
+        )
 
 
 def checked_name(name: object) -> str:

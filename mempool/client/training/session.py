@@ -114,6 +114,11 @@ class Session:
         self._pushing: dict[int, Attempt] = {}
         self.coordinator.add(self)
 
+    def reading(self, router: Router) -> "Session":
+        """One on the same table by another router, which reads at a version: nothing is trained by it."""
+        direct = None if self._direct is None else self._direct.by(router)
+        return Session(router, table_id=self.table_id, group=router.pin, direct=direct)
+
     @property
     def pending(self) -> int:
         """Updates pushed and not yet committed or discarded."""

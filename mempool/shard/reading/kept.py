@@ -15,7 +15,8 @@ from mempool.shard.pages.memory import rows_on
 from mempool.shard.pages.named_arrays import KEYS, VALUES
 from mempool.shard.reading.keeper import Keeper
 
-_COPY_BYTES = 2**20
+_GROW_BYTES, _GROW_PART = 8 * 2**20, 16
+"""Memory is taken by so much at once, but for no more than a sixteenth of what there may be: of four large pages."""
 _PLACE_BYTES = 4
 """Of each row of an arena and each moment in which any was copied: where the copy lies."""
 
@@ -95,7 +96,8 @@ class KeptRows:
     def save(self, rows: Tensor) -> None:
         """Arena rows [U], which may repeat, are about to be written to. Where there is no room for copies of them pins
         are let go; whoever writes goes on."""
-        rows = rows[rows < self._num_rows]
+        if rows.numel() and int(rows.max()) >= self._num_rows:  # of pages on their way here
+            rows = rows[rows < self._num_rows]
         while (found := self._lacking(rows)) is not None:
             newest, lacking = found
             num_bytes = max(0, lacking.numel() - len(self._free)) * self._row_bytes
@@ -122,16 +124,25 @@ class KeptRows:
         if copy_of is None:
             copy_of = torch.full((self._num_rows,), -1, dtype=torch.int32, device=self._device)
             self._copy_of[moment] = copy_of
+        rows = self._distinct(copy_of, rows)
+        places = self._take(len(rows))
+        for name, held in self._of_arena().items():
+            copies = self._copies[name]
+            if isinstance(places, slice):
+                torch.index_select(held, 0, rows, out=copies[places])
+            else:
+                copies.index_copy_(0, places, held.index_select(0, rows))
+        if isinstance(places, slice):
+            places = torch.arange(places.start, places.stop, dtype=torch.int32, device=self._device)
+        copy_of.index_copy_(0, rows, places.to(torch.int32))
+
+    def _distinct(self, copy_of: Tensor, rows: Tensor) -> Tensor:
+        """Rows that have no copy, each once: of those that are the same the one whose number stays."""
+        if bool((rows[1:] > rows[:-1]).all()):  # as a step's are
+            return rows
         numbers = torch.arange(len(rows), dtype=torch.int32, device=self._device)
         copy_of[rows] = numbers
-        rows = rows[copy_of[rows] == numbers]  # each once
-        places = self._take(len(rows))
-        at_once = max(1, _COPY_BYTES // self._row_bytes)
-        for first in range(0, len(rows), at_once):  # each piece through memory that the caches hold
-            some, to = rows[first : first + at_once], places[first : first + at_once]
-            for name, held in self._of_arena().items():
-                self._copies[name][to] = held[some]
-        copy_of[rows] = places.to(torch.int32)
+        return rows[copy_of[rows] == numbers]
 
     def any_copied(self, moment: int) -> bool:
         """Whether any row may be another one now than it was at that moment."""
@@ -155,15 +166,24 @@ class KeptRows:
             read[name] = found
         return read
 
-    def _take(self, count: int) -> Tensor:
+    def _take(self, count: int) -> "Tensor | slice":
+        """Places for so many copies: side by side where none were given back."""
         lacking = count - len(self._free)
         if lacking > 0:
-            in_place = all(memory.grows_in_place for memory in self._memory.values())
-            more = lacking if in_place else max(lacking, self._capacity // 4)  # copied where they grow
-            self._resize(max(self._capacity + lacking, min(self._most(), self._capacity + more)))
-        kept = len(self._free) - count
-        taken, self._free = self._free[kept:], self._free[:kept]
-        return taken
+            self._resize(self._grown(lacking))
+        taken, self._free = self._free[:count], self._free[count:]
+        first = int(taken[0]) if count else 0
+        together = bool((taken[1:] - taken[:-1] == 1).all())
+        return slice(first, first + count) if together else taken
+
+    def _grown(self, lacking: int) -> int:
+        """Copies there is to be memory for: by many at once, where there is room, so that the system gives large pages
+        of it, and memory that is copied where it grows is so now and then."""
+        grown, room = self._capacity + lacking, self._keeper.room_bytes
+        spare = room - self._keeper.num_bytes - lacking * self._row_bytes
+        more = min(_GROW_BYTES, room // _GROW_PART, spare) // self._row_bytes
+        step = 1 << (max(1, more).bit_length() - 1)
+        return max(grown, min(self._most(), -(-grown // step) * step))
 
     def _give_back(self, places: Tensor) -> None:
         self._free = torch.cat((self._free, places.to(torch.int64)))
@@ -174,7 +194,7 @@ class KeptRows:
             self._copies[name] = memory.first(capacity)
         if capacity > self._capacity:
             added = torch.arange(self._capacity, capacity, device=self._device)
-            self._free = torch.cat((added, self._free))
+            self._free = torch.cat((self._free, added))
         else:
             self._free = self._free[:0]
         self._capacity = capacity
