@@ -23,13 +23,15 @@ _PART_BYTES = 128
 class _Member:
     """One process that is a rank.
 
-    generation: Of the group, that it has said it knows. meeting: at which it is. arrival: what it came with.
+    generation: Of the group, that it has said it knows. meeting: at which it is. number: of its newest arrival, which
+    arrival is, where it is not over.
     """
 
     said: MeetRequest
     heard_s: float
     generation: int = 0
     meeting: int = 0
+    number: int = 0
     arrival: MeetRequest | None = None
     left: bool = False
 
@@ -112,6 +114,9 @@ class Groups:
             group.changes += 1
         if request.kind == "beat":
             return self._reply(group, "heard")
+        if self._is_late(member, request):
+            return self._reply(group, "wait")  # nobody waits for this answer: what came after it counts
+        member.number = request.number
         return self._arrived(group, member, request, now_s)
 
     def _leave(self, request: MeetRequest, now_s: float) -> MeetReply:
@@ -218,7 +223,7 @@ class Groups:
             if (each := group.members.get(rank)) is not None
             and each.arrival is not None
             and each.generation == group.generation
-            and each.meeting == request.meeting
+            and each.arrival.meeting == request.meeting
         ]
         if len(here) == group.terms.world_size and group.complete != request.meeting:
             group.complete = request.meeting
@@ -253,6 +258,9 @@ class Groups:
         if lost is None or not {each.rank for each in lost.others} & set(slow):
             return None
         return lost
+
+    def _is_late(self, member: _Member, request: MeetRequest) -> bool:
+        return request.number < member.number
 
     def waiting(self, request: MeetRequest, now_s: float) -> MeetReply:
         """What a rank is told that has waited for long enough: who is not there yet."""

@@ -309,10 +309,12 @@ class Session:
             except StepConflict:
                 if group is None:
                     raise
-                await group.refresh()
+                await group.refresh()  # its group may have begun a generation, as a rank came back
+                if begun.step.step_id == step_id:
+                    self.book.pass_over(step_id)
                 if begun.step.step_id == step_id:
                     raise
-                step_id = begun.step.step_id  # its group has begun a generation, as a rank came back
+                step_id = begun.step.step_id
 
     def _give_up(self, begun: "_Begun") -> None:
         # Where a shard holds it all the same, no commit will name it, and the shard drops it with that commit.

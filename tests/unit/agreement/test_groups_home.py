@@ -246,3 +246,20 @@ def test_what_a_home_holds_is_bounded() -> None:
 def test_what_makes_no_sense_is_refused(rank: int, more: dict[str, object], why: str) -> None:
     with pytest.raises(InvalidRequest, match=why):
         Home(2).ask(rank, **{"kind": "join", **more})  # type: ignore[arg-type]
+
+
+def test_an_arrival_that_comes_late_takes_the_place_of_none() -> None:
+    home = Home(2)
+    home.join(0, 1)
+    home.arrive(1, 1, parts=part(8), number=1)
+    home.arrive(1, 1, parts=part(9), number=2)  # it had dropped the other one
+    home.arrive(1, 1, parts=part(8), number=1)
+    reply = home.arrive(0, 1)
+    assert reply is not None
+    assert [each.parts for each in reply.arrivals] == [(), part(9)]
+    home.ask(0, word=Word(meeting=1, kind="done"))
+    home.arrive(1, 2, parts=part(10), number=3)
+    home.arrive(1, 1, parts=part(9), number=2)
+    reply = home.arrive(0, 2)
+    assert reply is not None
+    assert reply.arrivals[1].parts == part(10)

@@ -94,6 +94,17 @@ def test_many_pages_of_a_skewed_table_end_within_the_tolerance(layout):
     assert loads.max() <= loads.mean() * (1 + TOLERANCE)
 
 
+def test_load_is_handed_on_where_not_every_two_shards_share_a_block():
+    rows, blocks, shards = 4096, 8, list(range(18))
+    heat = 1.0 / np.arange(1, rows + 1) ** 0.8
+    present = plan(None, shards[:12], num_row_pages=rows, num_blocks=blocks, num_key_pages=0, layout="auto")
+    cold = planned(present, shards, "auto", None)
+    target = planned(present, shards, "auto", heat)
+    assert load(cold, shards, heat).max() > 2.5 * heat.sum() * blocks / 18
+    assert load(target, shards, heat).max() < 1.2 * heat.sum() * blocks / 18
+    assert num_pairs(target) <= num_pairs(cold)
+
+
 def test_few_pages_move_for_a_few_hot_ones():
     heat = np.ones(1000)
     heat[:4] = 200.0  # all on shard 0
