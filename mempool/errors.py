@@ -6,12 +6,14 @@
     │   ├── RequestTooLarge    the message exceeds what the shard accepts
     │   └── StepConflict       a commit that contradicts what the shard knows of that step
     ├── NotFound               no such table, shard or pool (also a LookupError)
+    ├── VersionGone            a version that is read is not kept any more (also a LookupError)
     ├── AlreadyExists          a table of that name is there already
     ├── Unauthenticated        a token is missing or wrong
     ├── Unavailable            nobody answers, for now (also a ConnectionError); retryable
     │   ├── ShardUnavailable
     │   ├── Overloaded         the shard has too much to do or to hold just now; it says when to try again
     │   └── PoolUnreachable
+    ├── RankLost               a rank of the group is gone; the others go on when it is back
     ├── DeadlineExceeded       the call's time is over (also a TimeoutError)
     ├── DataLoss               pages are gone, or what was stored is damaged; the message says what to restore
     ├── StorageFailed          a disk is full, failing, read-only, or in use by another process; nothing was changed
@@ -46,6 +48,8 @@ class ErrorCode(IntEnum):
     CONTEXT_MISSING = 14
     OVERLOADED = 15
     STORAGE_FAILED = 16
+    RANK_LOST = 17
+    VERSION_GONE = 18
 
 
 class MempoolError(Exception):
@@ -100,8 +104,14 @@ class NotFound(MempoolError, LookupError):
     code = ErrorCode.NOT_FOUND
 
 
+class VersionGone(MempoolError, LookupError):
+    """A version of a table is not kept (any more): the message says which, why, and what to do."""
+
+    code = ErrorCode.VERSION_GONE
+
+
 class AlreadyExists(MempoolError):
-    """A table of that name exists already."""
+    """A table, or a snapshot, of that name exists already."""
 
     code = ErrorCode.ALREADY_EXISTS
 
@@ -153,6 +163,23 @@ class DeadlineExceeded(MempoolError, TimeoutError):
 
     code = ErrorCode.DEADLINE_EXCEEDED
     retryable = True
+
+
+class RankLost(MempoolError):
+    """A rank of the group was not heard of for its lease, or has left. What is pending is kept: the same call goes on
+    when the rank is back.
+
+    Args:
+        ranks: Which are gone.
+    """
+
+    code = ErrorCode.RANK_LOST
+
+    def __init__(
+        self, message: str, *, shard: int | None = None, address: str | None = None, ranks: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(message, shard=shard, address=address)
+        self.ranks = ranks
 
 
 class DataLoss(MempoolError):

@@ -19,6 +19,10 @@ class Weighed(Protocol):
 
 U = TypeVar("U", bound=Weighed)
 
+OF_OTHER_RANKS = 2**40
+"""To shards a sync group is one trainer: rank r numbers its updates from r times this on, so that ascending numbers are
+in the canonical order (rank, sequence)."""
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Step(Generic[U]):
@@ -56,19 +60,22 @@ class Book(Generic[U]):
         group: The rank's group, as ledgers name it.
         rank: Its number there.
         generation: How often the rank has gone back to an earlier step.
+        first_sequence: Of its updates.
 
     Attributes:
+        base: The number that its group's next step had when this rank last heard of it.
         open: Takes the updates that come.
         closing: Sealed, and neither acknowledged nor discarded.
         applying: Acknowledged: some owners may not have applied it yet, and may ask for its updates.
         given_up: Steps that were given up here and that some shard may still hold, or have prepared.
     """
 
-    def __init__(self, *, group: str, rank: int = 0, generation: int = 0) -> None:
+    def __init__(self, *, group: str, rank: int = 0, generation: int = 0, first_sequence: int = 1) -> None:
         self._rank = group, rank, generation
         self._lock = threading.Lock()  # of the open step: what it has is what it is sealed with
-        self._next_sequence = 1
+        self._next_sequence = first_sequence
         self._next_step = 1
+        self.base = 1
         self.open: Step[U] = self._step()
         self.closing: Step[U] | None = None
         self.applying: Step[U] | None = None
@@ -127,10 +134,11 @@ class Book(Generic[U]):
             self.closing = None
             return True
 
-    def seal(self) -> Step[U] | None:
-        """The step to prepare: what is pending, closed to further updates. None where nothing is."""
+    def seal(self, *, empty: bool = False) -> Step[U] | None:
+        """The step to prepare: what is pending, closed to further updates. None where nothing is, unless an empty step
+        is wanted, as others have something pending."""
         with self._lock:
-            if self.closing is None and self.open.updates:
+            if self.closing is None and (self.open.updates or empty):
                 step = self.open
                 step.sealed = tuple(sorted(step.updates))
                 self.closing, self.open = step, self._step()
@@ -144,6 +152,46 @@ class Book(Generic[U]):
             self.closing.step_id = self._step_id()
             if self.open.updates:
                 self.given_up.append(self.open.step_id)
+            self.open.step_id = self._step_id()
+
+    def leave_empty(self) -> None:
+        """The closing step has no updates, and is not to be committed."""
+        with self._lock:
+            if self.closing is not None and not self.closing.updates:
+                self.given_up.append(self.closing.step_id)
+                self.closing = None
+
+    @property
+    def generation(self) -> int:
+        """In which its steps are numbered."""
+        return self._rank[2]
+
+    def follow(self, step: int) -> None:
+        """The group's next step has this number: so has the open one."""
+        with self._lock:
+            self.base = step
+            group, rank, generation = self._rank
+            self.open.step_id = StepId(group=group, rank=rank, step=step, generation=generation)
+            self._next_step = step + 1
+
+    def pass_over(self, step_id: StepId) -> None:
+        """The open step has another number, if it has this one: another rank has had that one dropped."""
+        with self._lock:
+            if self.open.step_id == step_id:
+                self.open.step_id = self._step_id()
+
+    def renew(self, generation: int) -> None:
+        """What is pending, none of which is decided, goes on in a later generation, as its first step."""
+        with self._lock:
+            group, rank, _ = self._rank
+            self._rank = group, rank, generation
+            if self.closing is not None:
+                self.open.updates = self.closing.updates | self.open.updates
+                self.open.num_bytes += self.closing.num_bytes
+                self.closing = None
+            self.given_up.clear()
+            self.applying = None
+            self._next_step = self.base = 1
             self.open.step_id = self._step_id()
 
     def acknowledged(self) -> int:

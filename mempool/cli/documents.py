@@ -131,6 +131,8 @@ def _shard(shard: ShardStatus, *, load: float | None) -> dict[str, Any]:
         "journal_bytes": shard.journal_bytes,
         "storage_refuses": shard.storage_refuses,
         "copied_bytes": shard.copied_bytes,
+        "version_bytes": shard.version_bytes,
+        "version_limit_bytes": shard.version_limit_bytes,
         "near_clients": shard.near_clients,
         "tcp_line_clients": shard.tcp_line_clients,
         "load": load,
@@ -156,7 +158,8 @@ def _of_shard(found: TableStatus | None) -> dict[str, Any]:
         "frozen",
         "load",
     )
-    return {key: None if found is None else getattr(found, key) for key in keys}
+    pins = None if found is None else [asdict(pin) for pin in found.pins]
+    return {key: None if found is None else getattr(found, key) for key in keys} | {"pins": pins}
 
 
 def _change(change: FieldChange) -> dict[str, Any]:

@@ -66,6 +66,8 @@ def status(now: PoolStatus, *, address: str, stages: bool = False) -> None:
                 f"{table['updates_applied']:,}", style="red" if table["lost_pages"] else None,
             )  # fmt: skip
         console.print(tables)
+    for line in _versions(now):
+        console.print(line)
     if stages:
         console.print(_stages(console, now.shards))
     for creation in now.creating:
@@ -227,6 +229,23 @@ def _kept(now: PoolStatus) -> str:
         journals = _size(sum(shard.journal_bytes for shard in kept))
         return f"storage {os.path.dirname(kept[0].storage)}: journals of {journals}"
     return "no storage (shard.storage): a shard that dies loses its pages; take checkpoints" if ready else ""
+
+
+def _versions(now: PoolStatus) -> list[str]:
+    """Lines for tables whose versions are kept, by what the gates say of them."""
+    lines = []
+    for view in now.tables:
+        tables = [table for shard in now.shards for table in shard.tables if table.table_id == view.schema.table_id]
+        pins = next((table.pins for table in tables if table.pins), ())
+        if pins:
+            named = [f"{pin.version:,} (snapshot {pin.name})" for pin in pins if pin.name]
+            read = [f"{pin.version:,} ({counted(pin.pins, 'reader')})" for pin in pins if not pin.name]
+            lines.append(f"versions kept of table {view.schema.name}: {', '.join([*named, *read])}")
+    if lines:
+        taken = sum(shard.version_bytes for shard in now.shards)
+        limit = sum(shard.version_limit_bytes for shard in now.shards)
+        lines.append(f"rows as they were, for these: {_size(taken)} of {_size(limit)} that they may take")
+    return lines
 
 
 def _troubles(now: PoolStatus, tables: list[dict[str, object]]) -> list[str]:

@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from mempool.client.lookup import Lookup, PendingLookup
     from mempool.client.opening.remote import connect
     from mempool.client.pool import Pool
+    from mempool.client.reading.table_at import TableAt
     from mempool.client.routing.attempt import Seen
     from mempool.client.routing.router import Router
     from mempool.client.table import Table
-    from mempool.client.training.coordinator import Prepared
+    from mempool.client.training.commitment import Prepared
     from mempool.client.training.session import Session, SessionCounters
     from mempool.client.transport.pool import GrpcPool
     from mempool.client.transport.shard import GrpcDialer, GrpcShard
@@ -36,6 +37,7 @@ __all__ = [
     "Session",
     "SessionCounters",
     "Table",
+    "TableAt",
     "connect",
 ]
 
@@ -48,12 +50,13 @@ _HOMES = {
     "PendingGather": "mempool.client.gathers.pending",
     "PendingLookup": "mempool.client.lookup",
     "Pool": "mempool.client.pool",
-    "Prepared": "mempool.client.training.coordinator",
+    "Prepared": "mempool.client.training.commitment",
     "Router": "mempool.client.routing.router",
     "Seen": "mempool.client.routing.attempt",
     "Session": "mempool.client.training.session",
     "SessionCounters": "mempool.client.training.session",
     "Table": "mempool.client.table",
+    "TableAt": "mempool.client.reading.table_at",
     "connect": "mempool.client.opening.remote",
 }
 

@@ -3,20 +3,22 @@
 How the controller and the shards are reached is for whoever makes it: ``connect`` (gRPC) or ``mempool.local``.
 """
 
-import os
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from types import TracebackType
-from typing import Any, Literal, NoReturn, Self, TypeVar, overload
+from typing import NoReturn, Self, TypeVar
 
-from mempool.client.checkpoints import CheckpointHandle, Restoring, asked_checkpoint, asked_restore
 from mempool.client.counts import shard_count
 from mempool.client.direct.asking import DialAtOnce
-from mempool.client.exchange import Export, ExportProgress, asked_import
 from mempool.client.following import Following
+from mempool.client.groups.group import Group, finder, join
+from mempool.client.groups.joining import PATIENCE_S, asked
+from mempool.client.keeping import Keeping
 from mempool.client.opened import OpenTables
 from mempool.client.opening.connection import Connection
 from mempool.client.opening.creation import CreateProgress, Creation
+from mempool.client.reading.snapshots import drop_snapshot, take_snapshot
+from mempool.client.reading.versions import checked_name
 from mempool.client.routing.fanout import Dial
 from mempool.client.routing.router import Router
 from mempool.client.routing.whereabouts import Whereabouts
@@ -24,18 +26,17 @@ from mempool.client.table import Table
 from mempool.config import TableConfig
 from mempool.errors import InvalidRequest, NotFound, PoolUnreachable, ShardUnavailable, Unavailable
 from mempool.types import (
-    CheckpointProgress,
     PoolApi,
     PoolStatus,
     RescaleProgress,
     TableView,
 )
-from mempool.wire.channels import loop
+from mempool.types.groups.meeting import Consistency, Reduction
 
 T = TypeVar("T")
 
 
-class Pool:
+class Pool(Keeping):
     """A client of one pool. All threads may use it. Close it, or use it with ``with``.
 
     One that is not closed ends, with a ResourceWarning, when it and its tables are gone.
@@ -49,6 +50,7 @@ class Pool:
         timeout_s: Deadline of each call but ``create_table`` and ``rescale``, seconds, retries included.
         on_close: Awaited when the pool is closed, after everything else.
         dial_at_once: Gives the way to a shard for threads that wait themselves; None: there is none.
+        address: As it was connected to.
     """
 
     def __init__(
@@ -62,14 +64,17 @@ class Pool:
         timeout_s: float = 30.0,
         on_close: Callable[[], Awaitable[None]] | None = None,
         dial_at_once: DialAtOnce | None = None,
+        address: str = "",
     ) -> None:
-        self._where = Whereabouts(name=name, embedded=embedded, doing=doing)
+        self._where = Whereabouts(name=name, embedded=embedded, doing=doing, address=address)
         self._connection = Connection(
             api, dial, where=self._where, timeout_s=timeout_s, on_close=on_close, dial_at_once=dial_at_once
         )
         self._api = api
         self._following = Following(api, self._connection)
         self._open = OpenTables(self._connection, group=secrets.token_hex(16))
+        if not embedded:  # each process has an embedded pool of its own
+            self._connection.coordinator.found = finder(self._connection.coordinator, self.router, api)
 
     def __reduce__(self) -> NoReturn:
         raise InvalidRequest(
@@ -181,6 +186,57 @@ class Pool:
         self._connection.run(self._drop_table(name))
         self._open.dropped(name)
 
+    def join(
+        self,
+        group: str,
+        rank: int,
+        world_size: int,
+        *,
+        consistency: Consistency = "sync",
+        staleness: int = 0,
+        reduction: Reduction = "mean",
+        elastic: bool = False,
+        step: int | None = None,
+        timeout_s: float = PATIENCE_S,
+    ) -> Group:
+        """Be one of the ranks that train this pool's tables together. Before the first backward pass.
+
+        Under torchrun, and where RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set, nothing needs to be said: the
+        first step joins, sync, with the mean. MEMPOOL_JOIN=0, or ``world_size=1`` here, has a process train by itself.
+
+        Args:
+            group: The job's name: the same for all its ranks, and no other job's on this pool.
+            rank: This process's number, from 0.
+            world_size: How many there are.
+            consistency: "sync": a step is applied once all ranks have committed it, as one of all: they train what one
+                process does on the whole batch, if all commit (or ``step``) equally often, the same tables with the
+                same lr. "async": each rank's commits as they come. "bounded": the same, but no rank is more than
+                ``staleness`` steps ahead of the slowest.
+            staleness: Of "bounded".
+            reduction: Of "sync": "mean" of the ranks' gradients, as DDP does, or their "sum".
+            elastic: The group may go on with another number of ranks, when all have come anew.
+            step: At which step this process's model is: it is warned where the group is at another one.
+            timeout_s: How long ranks that live are waited for; one that is gone is reported within its lease.
+
+        Raises:
+            InvalidRequest: A number makes no sense, something is pending, or another rank says other terms: both are
+                named.
+            AlreadyExists: Another process is this rank, and lives: both are named.
+            PoolUnreachable: Nobody answered within the pool's timeout_s.
+        """
+        joining = asked(
+            group,
+            rank,
+            world_size,
+            consistency=consistency,
+            staleness=staleness,
+            reduction=reduction,
+            elastic=elastic,
+            step=step,
+            timeout_s=timeout_s,
+        )
+        return join(joining, self._connection, lambda: {table.name: table.link.version() for table in self.tables()})
+
     def rescale(self, shards: int, *, progress: Callable[[RescaleProgress], None] | None = None) -> None:
         """Change the number of shards while the pool serves: pages move, training and lookups go on.
 
@@ -242,194 +298,35 @@ class Pool:
                 "mempool status says how far it is"
             ) from error
 
-    @overload
-    def checkpoint(
-        self,
-        url: str | os.PathLike[str],
-        *,
-        tables: Iterable[str] | None = ...,
-        incremental: bool = ...,
-        keep: int | None = ...,
-        extra: Mapping[str, Any] | None = ...,
-        wait: Literal[True] = ...,
-        progress: Callable[[CheckpointProgress], None] | None = ...,
-    ) -> CheckpointProgress: ...
+    def snapshot(self, name: str, *, tables: Iterable[str] | None = None) -> dict[str, int]:
+        """Keep tables as they are now, for ``table.at(name)``, until ``drop_snapshot``.
 
-    @overload
-    def checkpoint(
-        self,
-        url: str | os.PathLike[str],
-        *,
-        tables: Iterable[str] | None = ...,
-        incremental: bool = ...,
-        keep: int | None = ...,
-        extra: Mapping[str, Any] | None = ...,
-        wait: Literal[False],
-    ) -> CheckpointHandle: ...
-
-    def checkpoint(
-        self,
-        url: str | os.PathLike[str],
-        *,
-        tables: Iterable[str] | None = None,
-        incremental: bool = True,
-        keep: int | None = None,
-        extra: Mapping[str, Any] | None = None,
-        wait: bool = True,
-        progress: Callable[[CheckpointProgress], None] | None = None,
-    ) -> CheckpointProgress | CheckpointHandle:
-        """Write the pool's tables to a place, as they are at one moment, while training and lookups go on.
-
-        All tables are of one step boundary; steps that are acknowledged before this is called are in it. Has no
-        deadline once begun. A checkpoint is there whole, or not at all.
+        It is in the memory of the shards, as ``Table.at`` keeps it, and nobody waits for it. It goes where that takes
+        more than it may, where pages move, and where a shard is started anew: what must not go is a ``checkpoint``.
+        Each table is of one version over all shards, with every commit that was acknowledged before.
 
         Args:
-            url: A folder that all of the pool's processes have under this path, or a URL that fsspec knows
-                ("s3://bucket/run-7"). It has checkpoints of one pool.
+            name: At most 64 bytes; not "latest".
             tables: Names; None: all tables.
-            incremental: Write only pages that changed since the newest checkpoint there, and name those for the rest.
-            keep: Remove all but so many of the newest, once this one is whole; None: none.
-            extra: Your own, JSON: kept with it.
-            wait: False: answer a handle at once, once it has begun.
-            progress: Called on this thread with each report, where it is waited for; an exception of it ends the
-                watching, not the checkpoint.
 
         Returns:
-            The last report: the checkpoint's name, the tables' versions; or the handle.
+            The versions, by table.
 
         Raises:
-            InvalidRequest: The place is wrong, or another pool's; or another checkpoint is being taken.
+            AlreadyExists: A table has a snapshot of that name; none was taken.
             NotFound: There is no such table.
-            StorageFailed: The place does not take it.
-            PoolUnreachable: The controller does not answer; once begun, it may go on by itself: list the place.
+            VersionGone: There is too little room for it.
+            ShardUnavailable: A shard did not answer within timeout_s.
         """
-        request = asked_checkpoint(url, tables, incremental=incremental, keep=keep, extra=extra)
-        if wait:
-            return self._following.checkpoint(request, progress)
-        reports, first = self._following.begun(request)
-        handle = CheckpointHandle(first)
-        loop.start(handle.follow(reports))
-        return handle
+        return self._connection.run(take_snapshot(self.router, checked_name(name), tables, views=self._list_tables))
 
-    def restore(
-        self,
-        url: str | os.PathLike[str],
-        *,
-        checkpoint: str | None = None,
-        tables: Iterable[str] | None = None,
-        name: str | None = None,
-        replace: bool = False,
-        layout: str | None = None,
-        progress: Callable[[CreateProgress], None] | None = None,
-    ) -> tuple[Table, ...]:
-        """Make tables of a checkpoint's, whatever number of shards and layout it was taken with: bit for bit.
-
-        Each is there whole, or not at all; one that it replaces stays until then, and there must be room for both. A
-        ``Table`` of this client that is replaced (or was dropped), and what uses it, goes on with the restored one, if
-        that has as many slots and columns and the same keys: what was pending is dropped. Other clients are told so
-        when they next ask, and go on by ``reopen``.
-
-        Args:
-            url: The place, as in ``checkpoint``.
-            checkpoint: The name of the checkpoint; None: the newest.
-            tables: Names in the checkpoint; None: all.
-            name: What the table is to be called, where it is one alone. Random rounding goes by the name.
-            replace: Take the place of tables of these names.
-            layout: As in ``TableConfig``; None: as it was.
-            progress: Called on this thread with each report, about once a second.
+    def drop_snapshot(self, name: str, *, tables: Iterable[str] | None = None) -> None:
+        """Let go what ``snapshot`` has kept; readers of it read on. Repeatable; no error where there is none.
 
         Raises:
-            NotFound: There is no such checkpoint, or it has no such table.
-            AlreadyExists: There is a table of that name.
-            DataLoss: The checkpoint is damaged; the message names file and bytes.
-            InvalidRequest: The place is wrong, or the checkpoint is of a newer mempool.
-            PoolUnreachable: The controller does not answer; the pool may go on with it: see ``status``.
+            ShardUnavailable: A shard did not answer within timeout_s: repeat it.
         """
-        request = asked_restore(url, tables, checkpoint=checkpoint, name=name, replace=replace, layout=layout)
-        restoring = Restoring(self._api, request)
-        self._following.follow(restoring.reports(), progress)
-        views = self._open.adopted(restoring.views)
-        opened = self._open.taken_over if replace else self._open.opened
-        return tuple(opened(view) for view in views)
-
-    def export_table(
-        self,
-        name: str,
-        file: str | os.PathLike[str],
-        *,
-        state: bool = False,
-        via: str | os.PathLike[str] | None = None,
-        progress: Callable[[ExportProgress], None] | None = None,
-    ) -> ExportProgress:
-        """Write a table as one safetensors file: ``values`` [num_slots, value_dim] in the table's dtype, and its keys.
-
-        All of it is of one version of the table, while training goes on: a checkpoint of the table is taken aside and
-        removed again, so there must be room for it, and the pool's processes and this one must see it. Some megabytes
-        are in memory at a time. The file is there whole, or not at all.
-
-        Args:
-            name: The table's.
-            file: A path, or a URL that fsspec knows.
-            state: The optimizer's state too, as ``values.<state>``.
-            via: Where the checkpoint is taken; None: beside the file.
-            progress: Called on this thread with each report.
-
-        Returns:
-            The last report, with the table's version.
-
-        Raises:
-            NotFound: There is no such table.
-            StorageFailed: The file, or what is written aside, is not taken.
-            MempoolError: As ``checkpoint``.
-        """
-        export = Export(name, file, state=bool(state), via=via, progress=progress)
-        try:
-            self._following.checkpoint(export.request, export.heard)
-            return export.write()
-        except KeyboardInterrupt as interrupt:
-            interrupt.add_note(f"The pool may go on writing to {export.request.url}: remove what is left there.")
-            raise
-        finally:
-            export.clear()
-
-    def import_table(
-        self,
-        file: str | os.PathLike[str],
-        config: TableConfig | None = None,
-        *,
-        name: str | None = None,
-        replace: bool = False,
-        values: str | None = None,
-        keys: str | None = None,
-        progress: Callable[[CreateProgress], None] | None = None,
-    ) -> Table:
-        """Make a table whose values, and keys where it has any, are a file's; optimizer state and steps begin anew.
-
-        The shards read it themselves, each its own pages, some megabytes at a time. The table is there whole, or not at
-        all; one that it replaces stays until then, as in ``restore``.
-
-        Args:
-            file: A safetensors file that this process and the pool's see under this path, or a URL that fsspec knows;
-                or a file of torch.save, tensors alone. Exported by mempool, or a memory layer's ("[...]values.weight"
-                and "[...]keys") or an embedding's ("[...]weight").
-            config: The table; None: as the file says, where mempool wrote it.
-            name: What it is to be called; None: as the config, or the file, says.
-            replace: Take the place of a table of that name.
-            values, keys: Names of their tensors; None: as they are found.
-            progress: Called on this thread with each report, about once a second.
-
-        Raises:
-            NotFound: There is no such file.
-            AlreadyExists: There is a table of that name.
-            InvalidRequest: The file's tensors are not such a table's; with what was found.
-            DataLoss: The file is damaged.
-            PoolUnreachable: The controller does not answer; the pool may go on with it: see ``status``.
-        """
-        request = asked_import(file, config, name=name, replace_table=replace, values=values, keys=keys)
-        restoring = Restoring(self._api, request)
-        self._following.follow(restoring.reports(), progress)
-        (view,) = self._open.adopted(restoring.views)
-        return self._open.taken_over(view) if replace else self._open.opened(view)
+        self._connection.run(drop_snapshot(self.router, checked_name(name), tables, views=self._list_tables))
 
     def status(self) -> PoolStatus:
         """Shards, tables, and whether pages are moving."""

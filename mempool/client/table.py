@@ -24,9 +24,10 @@ from mempool.client.gathers.pending import begin as begin_gather
 from mempool.client.gathers.untraced import untraced
 from mempool.client.lookup import Lookup, PendingLookup, answered, checked_queries, checked_topk
 from mempool.client.opening.waiting import Begin, Run
+from mempool.client.reading.versions import Versions
 from mempool.client.routing.router import Router
 from mempool.client.rows import Rows, checked_key_rows, checked_matrix, checked_rows, distinct_rows, require_distinct
-from mempool.client.training.coordinator import Prepared
+from mempool.client.training.commitment import Prepared
 from mempool.client.training.link import TableLink, WireDtype
 from mempool.client.training.session import Session, SessionCounters
 from mempool.client.training.state import checked_state, checked_step, names_to_read
@@ -43,7 +44,7 @@ _STORAGE_DTYPES: dict[StorageDtype, torch.dtype] = {
 }
 
 
-class Table:
+class Table(Versions):
     """One named memory of a pool. Made by ``Pool.create_table`` and ``Pool.table``; all threads may use it.
 
     Gradients of its values are not tensors here: backward passes push them to the pool, where they are held until
@@ -94,6 +95,11 @@ class Table:
     @property
     def name(self) -> str:
         return self.schema.name
+
+    @property
+    def address(self) -> str:
+        """Of its pool, as ``connect`` was given it; "" for an embedded pool."""
+        return self._router.tries.where.address
 
     @property
     def num_slots(self) -> int:

@@ -210,6 +210,8 @@ class ShardConfig(ConfigModel):
         context_memory: Of client_memory, what remembered lookups may have; the oldest is forgotten first. None: half.
         commit_memory: Of memory, the temporary memory of commits: a larger step is applied in parts. None: an eighth,
             at most 256 MiB.
+        version_memory: Of what pages may have, what is kept for who reads versions (``table.at``, ``pool.snapshot``),
+            as far as pages leave it: the oldest goes first. None: an eighth.
         trainer_lease: Seconds without a word of a trainer after which shards drop what it has not committed, and a
             rescale goes on over a step that it left undecided. A trainer says that it lives, at a third of it.
         resources: Ray's custom resources a shard asks for, to say on which nodes it may run.
@@ -225,6 +227,7 @@ class ShardConfig(ConfigModel):
     client_memory: Annotated[ByteCount, Field(ge=2**20)] | None = None
     context_memory: Annotated[ByteCount, Field(ge=2**20)] | None = None
     commit_memory: Annotated[ByteCount, Field(ge=2**20)] | None = None
+    version_memory: Annotated[ByteCount, Field(ge=0)] | None = None
     trainer_lease: Number = Field(default=TRAINER_LEASE_S, ge=1, le=600)
     resources: dict[str, Annotated[Number, Field(gt=0)]] = Field(default_factory=dict)
     max_restarts: WholeNumber = Field(default=-1, ge=-1)
@@ -255,6 +258,12 @@ class ShardConfig(ConfigModel):
                 format_bytes(self.memory),
                 f"leaves nothing for pages: client_memory takes {format_bytes(self.client_bytes)} of it and "
                 f"commit_memory {format_bytes(self.commit_bytes)}; give more, or less to those.",
+            )
+        if self.version_memory is not None and self.version_memory > self.page_bytes:
+            raise FieldProblem(
+                ("version_memory",),
+                format_bytes(self.version_memory),
+                f"is more than pages may have, {format_bytes(self.page_bytes)}, of which it is a part.",
             )
         if self.context_memory is not None and self.context_memory > self.client_bytes:
             raise FieldProblem(

@@ -111,10 +111,10 @@ class TableGradient(nn.Parameter):
     @property
     def grad(self) -> Tensor | None:
         """[1] float64 on the CPU."""
-        if not self.table.pending:
+        if not self.takes_part:
             self._forget()
         elif not self.prepared:
-            together = [self, *(peer for peer in self.peers() if peer is not self and peer.table.pending)]
+            together = [self, *(peer for peer in self.peers() if peer is not self and peer.takes_part)]
             for gradient in together:
                 gradient.table.link.drop_zeroed()
             answers = prepare_tables([gradient.table.link for gradient in together])
@@ -149,6 +149,11 @@ class TableGradient(nn.Parameter):
         """Freeze the table, or train it, for gathers from now on."""
         self.table.requires_grad_(requires_grad)
         return self
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether there is anything to step: pending here, or perhaps at another rank of the group."""
+        return self.table.pending > 0 or self.table.link.steps_together
 
     @property
     def prepared(self) -> bool:

@@ -399,6 +399,11 @@ class MemoryLayer(nn.Module):
         self.follow_values()
         return self
 
+    def use_table(self, table: Table) -> None:
+        """Look up in this one from now on: the layer's own at a version, or its own again."""
+        self._link.end()
+        self.table, self._link = table, LayerLink(table, self.values)
+
     def follow_values(self) -> None:
         """Another parameter may have come in the place of ``values``, as by ``fully_shard``, or into it."""
         if (self.values is not self._link.parameter or self._link.lost) and has_mark(self.values):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from mempool.client import Table
+from mempool.client import Table, TableAt
 from mempool.client.counts import as_number
 from mempool.client.training.tables import TableCommit, commit_tables, discard_tables
 from mempool.errors import InvalidRequest, MempoolError
@@ -106,6 +106,10 @@ class PoolOptimizer(torch.optim.Optimizer):
                 f'a group of a PoolOptimizer is {{"table": table, ...}}, got one of type {type(given).__name__}:'
                 " give it the model, or its tables (its parameters belong to an optimizer of torch's)"
             )
+        if isinstance(table, TableAt):
+            raise InvalidRequest(
+                f"table {table.name!r} is read at version {table.version} here, and cannot be trained: give the table"
+            )
         if any(gradient.table is table for gradient in self._gradients()):
             raise InvalidRequest(f"table {table.name!r} has a parameter group already; a table can have only one")
         lr = param_group.get("lr", self.defaults["lr"])
@@ -147,7 +151,7 @@ class PoolOptimizer(torch.optim.Optimizer):
             if closure is not None:
                 raise InvalidRequest("step takes a closure or a grad_scaler, not both (as GradScaler.step does)")
             self.last_norm = None
-            if self._pending():
+            if any(gradient.grad is not None for gradient in self._taking_part()):
                 grad_scaler.step(self)
             return None
         loss = None
@@ -166,7 +170,7 @@ class PoolOptimizer(torch.optim.Optimizer):
             [
                 TableCommit(gradient.table.link, lr=lr, grad_scale=gradient.scale)
                 for lr, gradient in zip(lrs, self._gradients(), strict=True)
-                if gradient.table.pending
+                if gradient.takes_part
             ]
         )
         self._look()
@@ -242,19 +246,19 @@ class PoolOptimizer(torch.optim.Optimizer):
 
         return peers
 
-    def _pending(self) -> list[TableGradient]:
-        return [gradient for gradient in self._gradients() if gradient.table.pending]
+    def _taking_part(self) -> list[TableGradient]:
+        return [gradient for gradient in self._gradients() if gradient.takes_part]
 
     def _unscale(self, loss_scale: Tensor | None) -> None:
         if loss_scale is not None:
-            for gradient in self._pending():
+            for gradient in self._taking_part():
                 grad = gradient.grad
                 if grad is not None:
                     grad.div_(float(loss_scale))
 
     def _clipped_norm(self) -> float | None:
         """The norm over all tables, after which their gradients are clipped; None where nobody asked for it."""
-        gradients = self._pending()
+        gradients = self._taking_part()
         if not gradients or (self.max_norm is None and not any(gradient.prepared for gradient in gradients)):
             return None
         norm = float(clip_grad_norm_(gradients, math.inf, self.norm_type))

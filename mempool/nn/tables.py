@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 
-from mempool.client import Table
+from mempool.client import Table, TableAt
+from mempool.errors import InvalidRequest
 from mempool.nn.layer import MemoryLayer
 
 # Deeper, or in more entries, nobody holds tables; and a model may hold a whole data set.
@@ -25,6 +27,38 @@ def tables_of(model: nn.Module) -> list[Table]:
             for table in _tables_in(part, seen, _MAX_DEPTH):
                 found[id(table)] = table
     return list(found.values())
+
+
+@contextmanager
+def reading(model: nn.Module, *versions: TableAt) -> Iterator[None]:
+    """Within this, the model's memory layers look up in their tables as they were at these versions.
+
+    To evaluate a model while its tables are trained: every look-up is of the one version. Use the model in no other
+    thread meanwhile; a copy (``copy.deepcopy``) has the same tables and is its own. A backward pass is refused.
+
+    Args:
+        model: Whose layers; those of tables that are not named look up as ever.
+        versions: Made by ``Table.at``; at most one of each table.
+
+    Raises:
+        InvalidRequest: No layer of the model has such a table, or one is named twice.
+    """
+    by_id = {version.schema.table_id: version for version in versions}
+    layers = [each for each in model.modules() if isinstance(each, MemoryLayer)]
+    layers = [layer for layer in layers if layer.table.schema.table_id in by_id]
+    unused = by_id.keys() - {layer.table.schema.table_id for layer in layers}
+    if unused or len(by_id) < len(versions):
+        names = [version.name for version in versions if version.schema.table_id in unused]
+        what = f"has no layer of table {names[0]!r}" if unused else "is given two versions of one table"
+        raise InvalidRequest(f"the model {what}: give a version, of table.at(...), of each table that its layers have")
+    before = [(layer, layer.table) for layer in layers]
+    try:
+        for layer in layers:
+            layer.use_table(by_id[layer.table.schema.table_id])
+        yield
+    finally:
+        for layer, table in before:
+            layer.use_table(table)
 
 
 def values_of(model: nn.Module, table: Table) -> list[nn.Parameter]:

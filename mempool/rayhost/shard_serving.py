@@ -107,6 +107,7 @@ class ShardServing:
             client_memory_bytes=self._config.shard.client_bytes,
             context_budget_bytes=self._config.shard.context_memory,
             commit_memory_bytes=self._config.shard.commit_bytes,
+            version_memory_bytes=self._config.shard.version_memory,
             held_lease_s=self._config.shard.trainer_lease,
             max_message_bytes=MAX_MESSAGE_BYTES,
             max_answer_bytes=MAX_ANSWER_BYTES,

@@ -20,6 +20,8 @@ from mempool.shard.array_gathers import ArrayGathers
 from mempool.shard.durable.records import Counted, Held, Written
 from mempool.shard.hosted import HostedTable
 from mempool.shard.parking import Parked
+from mempool.shard.reading.pieces import parts_of, queries_at_once
+from mempool.shard.reading.pinned import PinnedTable, answered_pin, pinned
 from mempool.shard.steps.contexts import Contexts, joined
 from mempool.shard.steps.held import HeldUpdate
 from mempool.shard.tenancy import Tenancy
@@ -29,6 +31,8 @@ from mempool.types import (
     Envelope,
     GatherReply,
     GatherRequest,
+    PinReply,
+    PinRequest,
     ReadRowsReply,
     ReadRowsRequest,
     ScoreReply,
@@ -41,20 +45,20 @@ from mempool.types import (
     WriteRowsRequest,
 )
 from mempool.types.bags import Bags
+from mempool.types.running import Clock
 
 LEAST_TOGETHER, LEAST_TOGETHER_ON_CPU = 2, 4
 """Gathers that are summed by one kernel. A CPU's is begun so soon that what joining costs is not saved before."""
 COPY_PIECE_BYTES = 64 * 2**20
 """Bytes of rows that are read as they are at once."""
-SCORE_PIECE_PRODUCTS = 2**32
-"""Products that scoring makes at once, but of at least ``_LEAST_QUERIES`` where these share each key that is read."""
-_LEAST_QUERIES = 16
 
 T = TypeVar("T")
 Space = Callable[[tuple[int, ...], torch.dtype], Tensor | None]
 """Gives memory of the CPU for an answer of that shape and dtype, contiguous; None: it has none, new memory is taken."""
 Pieces = Generator[None, None, T]
 """Work in pieces: others are served where it yields."""
+Read = HostedTable | PinnedTable
+"""What is read: a table, or one of its versions."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,7 +66,7 @@ class BegunGather(Begun):
     """A gather that is fenced, checked and sized: its rows are still to be summed, in the same turn."""
 
     request: GatherRequest
-    table: HostedTable
+    table: Read
     bags: Bags
     dtype: torch.dtype
     out: Tensor | None
@@ -84,6 +88,7 @@ class Answers:
         pace: Says how much is read before others have their turn.
         reserve: Told the bytes of an answer before it is made; may refuse.
         asked_s: When the request that is being answered came, on the shard's clock.
+        clock: That: what leases of pins are told by.
     """
 
     def __init__(
@@ -97,6 +102,7 @@ class Answers:
         pace: Pace,
         reserve: Callable[[int], None] = lambda _: None,
         asked_s: Callable[[], float] = lambda: 0.0,
+        clock: Clock = time.monotonic,
     ) -> None:
         self._tenancy = tenancy
         self._contexts = contexts
@@ -107,6 +113,7 @@ class Answers:
         self._pace = pace
         self._reserve = reserve
         self._asked_s = asked_s
+        self._clock = clock
 
     def is_long(self, request: GatherRequest | UpdateRequest, caller: str) -> bool:
         """Whether it is answered in pieces, as far as is seen without opening it. For any thread: it only looks."""
@@ -119,11 +126,11 @@ class Answers:
         self, request: GatherRequest, *, space: Space | None = None
     ) -> GatherReply | Parked | Pieces[GatherReply]:
         """The sums of bags; space: gives the memory that they are written to."""
-        return self._gather(self._tenancy.fenced(request.envelope), request, space)
+        return self._gather(self._of(request), request, space)
 
     def reading_gather(self, request: GatherRequest) -> GatherReply | Parked | Pieces[GatherReply] | None:
         """As ``gather``, where that only reads: it may be cut off anywhere. None where it would write."""
-        table = self._tenancy.fenced(request.envelope)
+        table = self._of(request)
         if table.storage.schedule is not None:
             return None
         try:
@@ -147,7 +154,7 @@ class Answers:
             space: As of ``gather``.
         """
         table = self._tenancy.tables.get(request.envelope.table_id)
-        if table is None:
+        if table is None or request.pin:
             return None
         ids, offsets = request.ids, request.offsets
         num_bytes = ids.nbytes + offsets.nbytes + _row_bytes(table) * (ids.numel() + BAG_ROWS * offsets.numel())
@@ -164,7 +171,7 @@ class Answers:
         self, request: GatherRequest, *, space: Space | None = None
     ) -> BegunGather | Parked | Pieces[GatherReply]:
         """As ``gather``, but for the sums; ``end_gathers`` must follow in the same turn."""
-        begun = self._begun(self._tenancy.fenced(request.envelope), request, space)
+        begun = self._begun(self._of(request), request, space)
         if isinstance(begun, Parked) or not self._is_long_gather(begun):
             return begun
         return self._gather_in_pieces(begun)
@@ -184,14 +191,14 @@ class Answers:
         ]
 
     def _gather(
-        self, table: HostedTable, request: GatherRequest, space: Space | None
+        self, table: Read, request: GatherRequest, space: Space | None
     ) -> GatherReply | Parked | Pieces[GatherReply]:
         begun = self._begun(table, request, space)
         if isinstance(begun, Parked):
             return begun
         return self._gather_in_pieces(begun) if self._is_long_gather(begun) else self._whole_gather(begun)
 
-    def _begun(self, table: HostedTable, request: GatherRequest, space: Space | None) -> BegunGather | Parked:
+    def _begun(self, table: Read, request: GatherRequest, space: Space | None) -> BegunGather | Parked:
         if (waits := self._waits(table, request.envelope)) is not None:
             return waits
         began_s = time.perf_counter()
@@ -208,17 +215,13 @@ class Answers:
         values = self._pooled(begun.table, begun.bags, begun.dtype, for_step=begun.request.remember, out=begun.out)
         return self._gathered(begun, values)
 
-    def _pooled(
-        self, table: HostedTable, bags: Bags, dtype: torch.dtype, *, for_step: bool, out: Tensor | None
-    ) -> Tensor:
+    def _pooled(self, table: Read, bags: Bags, dtype: torch.dtype, *, for_step: bool, out: Tensor | None) -> Tensor:
         began_s = self._pace.clock()
         values = self._summed(table, bags, dtype, for_step=for_step, out=out)
         self._pace.took(_row_bytes(table) * bags.num_pairs, self._pace.clock() - began_s)
         return values
 
-    def _summed(
-        self, table: HostedTable, bags: Bags, dtype: torch.dtype, *, for_step: bool, out: Tensor | None
-    ) -> Tensor:
+    def _summed(self, table: Read, bags: Bags, dtype: torch.dtype, *, for_step: bool, out: Tensor | None) -> Tensor:
         storage = table.storage
         if dtype == torch.float8_e4m3fn:
             packed = storage.packed_sums
@@ -237,7 +240,7 @@ class Answers:
         stamp, (shape, form) = table.stamp, _form(table, bags, dtype)
         values = torch.empty(shape, dtype=form) if out is None else out
         for first, end, part in _parts_of(bags, _row_bytes(table), self._pace):
-            table = self._tenancy.fenced(request.envelope)  # it may have moved, or been dropped, meanwhile
+            table = self._of(request)  # it may have moved, or been dropped, meanwhile
             self._pooled(table, part, dtype, for_step=request.remember, out=values[first:end])
             yield
         reply = self._gathered(BegunGather(request, table, bags, dtype, out), values)
@@ -337,13 +340,13 @@ class Answers:
         return UpdateReply(stamp=table.stamp, weight_grad=weight_grad)
 
     def score(self, request: ScoreRequest) -> ScoreReply | Parked | Pieces[ScoreReply]:
-        table = self._tenancy.fenced(request.envelope)
+        table = self._of(request)
         if (waits := self._waits(table, request.envelope)) is not None:
             return waits
         with self._stages.measure("copy in"):
             queries = validate.check_score(table.storage, request, reply_bytes=self._reply_bytes)
         self._reserve(12 * queries.shape[0] * (len(table.storage.heads) or 1) * request.topk)
-        num_queries = _queries_at_once(table, request.topk)
+        num_queries = queries_at_once(table.storage, request.topk)
         if queries.shape[0] > num_queries:
             return self._score_in_pieces(request, table, queries, num_queries)
         with self._stages.measure("kernel"):
@@ -351,14 +354,14 @@ class Answers:
         return ScoreReply(stamp=table.stamp, heads=heads, scores=self._copy_out(scores), ids=self._copy_out(ids))
 
     def _score_in_pieces(
-        self, request: ScoreRequest, table: HostedTable, queries: Tensor, num_queries: int
+        self, request: ScoreRequest, table: Read, queries: Tensor, num_queries: int
     ) -> Pieces[ScoreReply]:
         stamp = table.stamp
         heads = table.storage.heads if table.storage.schema.num_key_pages else (0,)
         shape = queries.shape[0], len(heads), request.topk
         scores, ids = torch.empty(shape, dtype=torch.float32), torch.empty(shape, dtype=torch.int64)
         for first in range(0, queries.shape[0], num_queries):
-            table = self._tenancy.fenced(request.envelope)
+            table = self._of(request)
             with self._stages.measure("kernel"):
                 _, best, found = table.storage.score(queries[first : first + num_queries], request.topk)
             scores[first : first + num_queries] = self._copy_out(best)
@@ -367,7 +370,7 @@ class Answers:
         return ScoreReply(stamp=stamp, heads=heads, scores=scores, ids=ids)
 
     def read_rows(self, request: ReadRowsRequest) -> ReadRowsReply | Parked | Pieces[ReadRowsReply]:
-        table = self._tenancy.fenced(request.envelope)
+        table = self._of(request)
         if (waits := self._waits(table, request.envelope)) is not None:
             return waits
         ids = validate.check_read(table.storage, request, reply_bytes=self._reply_bytes)
@@ -380,12 +383,12 @@ class Answers:
         return ReadRowsReply(stamp=table.stamp, blocks=blocks, rows=rows)
 
     def _read_in_pieces(
-        self, request: ReadRowsRequest, table: HostedTable, ids: Tensor, num_rows: int
+        self, request: ReadRowsRequest, table: Read, ids: Tensor, num_rows: int
     ) -> Pieces[ReadRowsReply]:
         stamp, blocks = table.stamp, table.storage.row_blocks(request.array)
         rows: Tensor | None = None
         for first in range(0, ids.shape[0], num_rows):
-            table = self._tenancy.fenced(request.envelope)
+            table = self._of(request)
             part = self._copy_out(table.storage.read(request.array, ids[first : first + num_rows]))
             if rows is None:
                 rows = torch.empty((ids.shape[0], part.shape[1]), dtype=part.dtype)
@@ -427,8 +430,21 @@ class Answers:
             table.writes.did(request.write_id)
         return StepCountReply(stamp=table.stamp, count=table.ledger.step)
 
-    def _waits(self, table: HostedTable, envelope: Envelope) -> Parked | None:
+    def _of(self, request: GatherRequest | ScoreRequest | ReadRowsRequest) -> Read:
+        """What it reads. Raises as ``Tenancy.fenced``, and VersionGone."""
+        table = self._tenancy.fenced(request.envelope)
+        return pinned(table, request.pin) if request.pin else table
+
+    def pin(self, request: PinRequest) -> PinReply | Parked:
+        """See ``answered_pin``."""
+        table = self._tenancy.fenced(request.envelope)
+        waits = self._waits(table, request.envelope) if request.do in ("arm", "settle") else None
+        return answered_pin(table, request, now_s=self._clock()) if waits is None else waits
+
+    def _waits(self, table: Read, envelope: Envelope) -> Parked | None:
         """What a reader has to wait for: a version that it has seen, or a step that may be acknowledged by now."""
+        if isinstance(table, PinnedTable):
+            return None
         if envelope.table_version <= table.order.applied and table.is_settled:
             return None
         asked_s = self._asked_s()
@@ -443,31 +459,12 @@ class Answers:
             return tensor.cpu() if out is None else out.copy_(tensor)
 
 
-def _row_bytes(table: HostedTable) -> int:
+def _row_bytes(table: Read) -> int:
     """Bytes of a row of values, of all blocks here, taken as float32."""
     return 4 * table.storage.width
 
 
-def _queries_at_once(table: HostedTable, topk: int) -> int:
-    """How many queries are scored before others have their turn."""
-    products, candidates = _products(table, topk)
-    least = _LEAST_QUERIES if candidates <= products else 1  # candidates are each query's own
-    return max(least, SCORE_PIECE_PRODUCTS // max(1, products + candidates))
-
-
-def _products(table: HostedTable, topk: int) -> tuple[int, int]:
-    """Products that one query takes, of all heads here, and the candidates that it chooses among by them."""
-    schema, storage = table.storage.schema, table.storage
-    if schema.keys is None:
-        return 0, 0
-    if schema.num_key_pages:
-        _, _, half_keys, half_dim = storage.head_keys.shape
-        best = min(topk, half_keys)  # of each half
-        return len(storage.heads) * 2 * half_keys * half_dim, len(storage.heads) * best * best
-    return schema.num_slots * schema.keys.key_dim, 0
-
-
-def _form(table: HostedTable, bags: Bags, dtype: torch.dtype) -> tuple[tuple[int, int], torch.dtype]:
+def _form(table: Read, bags: Bags, dtype: torch.dtype) -> tuple[tuple[int, int], torch.dtype]:
     """Shape and dtype of a gather's answer as it is sent."""
     storage = table.storage
     if dtype != torch.float8_e4m3fn:
@@ -485,13 +482,5 @@ def _held_bytes(table: HostedTable, request: UpdateRequest, remembered: Bags | N
 
 
 def _parts_of(bags: Bags, row_bytes: int, pace: Pace) -> Iterator[tuple[int, int, Bags]]:
-    """Bags some at a time, as views: first, end, and they. A bag is never cut."""
-    first = 0
-    while first < bags.num_bags:
-        most = max(1, pace.piece_bytes // max(1, row_bytes))
-        start = bags.offsets[first]
-        # Empty bags are answered too, so there are so many bags at most as well.
-        end = int(torch.searchsorted(bags.offsets, start + most, right=True)) - 1
-        end = max(min(end, first + max(1, most // BAG_ROWS), bags.num_bags), first + 1)
-        yield first, end, bags.some(first, end)
-        first = end
+    """Bags some at a time: see ``parts_of``."""
+    return parts_of(bags, lambda: pace.piece_bytes // max(1, row_bytes))

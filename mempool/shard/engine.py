@@ -8,10 +8,9 @@ status do not line up.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
-from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +22,8 @@ from mempool.shard.answers import Answers
 from mempool.shard.committing import Committing
 from mempool.shard.durable.changes import Changes
 from mempool.shard.durable.records import Begun
-from mempool.shard.parking import Behind, Parked
+from mempool.shard.meeting import Meetings
+from mempool.shard.parking import Parked, answered
 from mempool.shard.pulling import Pulling
 from mempool.shard.saving.marks import Saving
 from mempool.shard.saving.restoring import Restoring, check_source
@@ -52,6 +52,8 @@ from mempool.types import (
     PageBatch,
     PageHeat,
     PartProgress,
+    PinReply,
+    PinRequest,
     PrepareReply,
     PrepareRequest,
     PullPages,
@@ -106,6 +108,7 @@ class Engine:
         commit_memory_bytes: Temporary bytes of preparing and committing steps, of all tables together: a step that
             would need more is summed and applied in parts. The sums of one row and the gradient of one pair, some
             hundred bytes and the width of a row in float32, are needed in any case.
+        version_memory_bytes: Of ``memory_bytes``, where pages leave it, for versions that are read; None: an eighth.
         held_lease_s: Seconds of silence after which what a rank holds is dropped; a trainer that lives is asked for it
             again.
         max_message_bytes: What a message may have; larger ones are refused before any work. None: there is no message.
@@ -132,6 +135,7 @@ class Engine:
         context_budget_bytes: int | None = None,
         context_lease_s: float = 600.0,
         commit_memory_bytes: int = 256 * MIB,
+        version_memory_bytes: int | None = None,
         held_lease_s: float = TRAINER_LEASE_S,
         max_message_bytes: int | None = None,
         max_answer_bytes: int | None = None,
@@ -144,15 +148,14 @@ class Engine:
         store: "Store | None" = None,
     ) -> None:
         self.info = info
-        self._store = store
-        self._on_loaded = on_loaded
-        self._clock = clock
-        self._started_s = clock()
+        self._store, self._on_loaded = store, on_loaded
+        self._clock, self._started_s = clock, clock()
         self._stages = stages or Stages()
         self._budget = Budget(
             client_memory_bytes,
             context_bytes=context_budget_bytes,
             commit_bytes=commit_memory_bytes,
+            version_bytes=version_memory_bytes,
             configured=configured,
         )
         contexts = Contexts(room=lambda: self._budget.context_room, lease_s=context_lease_s, clock=clock)
@@ -178,6 +181,7 @@ class Engine:
             clock=clock,
             runner=runner,
         )
+        self.meet = Meetings(lease_s=held_lease_s, clock=clock).meet
         self._changes = Changes(self._tenancy)
         self._taking = None if store is None else self._snapshots(store, runner)
         self._answers = Answers(
@@ -189,6 +193,7 @@ class Engine:
             pace=self._thread.pace,
             reserve=self._thread.reserve,
             asked_s=self._thread.asked_s,
+            clock=clock,
         )
         self._committing = Committing(self._tenancy, stages=self._stages, asked_s=self._thread.asked_s)
         self.at_once = AtOnce(self._thread, self._answers, self._committing, store)
@@ -294,6 +299,10 @@ class Engine:
     async def step_count(self, request: StepCountRequest) -> StepCountReply:
         cost = cost_of(numbers=open_writes(request))
         reply: StepCountReply = await self._ask("step_count", self._answers.step_count, request, cost)
+        return reply
+
+    async def pin(self, request: PinRequest) -> PinReply:
+        reply: PinReply = await self._ask("pin", self._answers.pin, request, cost_of())
         return reply
 
     # PageHost
@@ -460,12 +469,7 @@ class Engine:
             raise
 
     def _answered(self, answer: Callable[[Any], Any], request: object) -> Any:
-        """The answer, or what the request waits for that is ahead of this shard."""
-        try:
-            result = answer(request)
-        except Behind as behind:
-            return behind.park(self._thread.asked_s())
-        return self._in_pieces(result) if isinstance(result, GeneratorType) else result
+        return answered(answer, request, asked_s=self._thread.asked_s)
 
     def _set_view(self, view: TableView, *, token: str) -> Answered:
         """Adopt a view: whoever waits for that does not wait for memory to be given back, too."""
@@ -475,12 +479,6 @@ class Engine:
     def _adopt(self, view: TableView) -> None:
         self._changes.set_view(view)
         self._tenancy.table(view.schema.table_id).shrink()
-
-    def _in_pieces(self, pieces: Generator[None, None, Any]) -> Generator[None, None, Any]:
-        try:
-            return (yield from pieces)
-        except Behind as behind:
-            return behind.park(self._thread.asked_s())
 
     async def _control(self, stage: str, do: Callable[[Any], Any], request: object) -> Any:
         """For what the controller asks: goes before what clients do."""

@@ -74,9 +74,8 @@ class HostedTable:
         self.info = info
         self.view = request.view
         self.ledger = AppliedLedger(request.ledger)
-        self.storage = Storage(
-            request.view.schema, shard=info.shard, device=device, version=self.ledger.version, clock=clock
-        )
+        schema, version, keeper = request.view.schema, self.ledger.version, budget.keeper
+        self.storage = Storage(schema, shard=info.shard, device=device, version=version, clock=clock, keeper=keeper)
         self.staging = Staging(self.storage)
         self.updates = HeldUpdates(budget=budget, lease_s=lease_s, clock=clock)
         self.order = Order(self.ledger.version)
@@ -408,6 +407,7 @@ class HostedTable:
         Elsewhere such a round waits until the gate was asked: what it decided nobody else may undo.
         """
         self.updates.expire()
+        self.storage.moments.expire(self._clock())
         if self.updates.silent():
             self.step_doubt.wait(self._clock())
         if self.order.lacks:
@@ -472,8 +472,8 @@ class HostedTable:
     def close(self) -> None:
         """Give back what is held, and let those who wait find out."""
         self.updates.clear()
-        waiting = self._waiting_for_thaw, self._waiting_for_rest, self._waiting_for_turns, self._waiting_for_news
-        for those in waiting:
+        self.storage.moments.end("the table was dropped")
+        for those in (self._waiting_for_thaw, self._waiting_for_rest, self._waiting_for_turns, self._waiting_for_news):
             those.wake()
 
     def status(self) -> TableStatus:
@@ -495,4 +495,5 @@ class HostedTable:
             pending=self.pending,
             round=self.rounds.token or "",
             load=self.storage.load,
+            pins=self.storage.moments.status(),
         )

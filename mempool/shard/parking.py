@@ -4,9 +4,11 @@ What they wait for is ``hosted``'s.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from contextlib import suppress
+from types import GeneratorType
+from typing import Any
 
 from mempool.errors import DataLoss, ShardUnavailable
 from mempool.types import DecidedStep, ShardInfo, TableView
@@ -50,6 +52,22 @@ class Behind(Exception):
     def __init__(self, park: Callable[[float], Parked]) -> None:
         super().__init__()
         self.park = park
+
+
+def answered(answer: Callable[[Any], Any], request: object, *, asked_s: Callable[[], float]) -> Any:
+    """The answer, or what the request, which was asked for then, waits for that is ahead of this shard."""
+    try:
+        result = answer(request)
+    except Behind as behind:
+        return behind.park(asked_s())
+    return _in_pieces(result, asked_s) if isinstance(result, GeneratorType) else result
+
+
+def _in_pieces(pieces: Generator[None, None, Any], asked_s: Callable[[], float]) -> Generator[None, None, Any]:
+    try:
+        return (yield from pieces)
+    except Behind as behind:
+        return behind.park(asked_s())
 
 
 class Waiting:

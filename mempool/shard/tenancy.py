@@ -17,7 +17,7 @@ from mempool.observe import Stages
 from mempool.shard.bounds import check_ledger, check_rank, check_reply, no_memory
 from mempool.shard.durable.log import NO_LOG, Log
 from mempool.shard.hosted import HostedTable
-from mempool.shard.pages.transfer import export, ledger_part
+from mempool.shard.pages.transfer import check_round, check_version, export, ledger_part
 from mempool.shard.parking import Parked
 from mempool.shard.resolving import Decisions
 from mempool.shard.steps.budget import Budget, out_of_memory
@@ -42,29 +42,8 @@ from mempool.types.running import THREADS, Clock, Runner
 
 _LOG = logging.getLogger("mempool.shard")
 
-PULL_LEASE_S = 60.0
-"""How long a shard that owns nothing yet keeps what it was sent for a round, unless more comes."""
 MOST_ENDED = 1024
 """Dropped tables that a shard remembers: for longer than a controller needs to tell every shard."""
-
-
-def _check_round(table: HostedTable, token: str, *, join: bool = False) -> None:
-    """Raises StalePlacement where a page goes, or comes (``join``), for a round that is not the present one."""
-    table.let_go()
-    if token:
-        table.rounds.join(token, PULL_LEASE_S) if join else table.rounds.check(token)
-
-
-def _check_version(table: HostedTable, version: int) -> None:
-    """Raises StalePlacement where pages of a round come at another version than those that are here: in a round all
-    owners stand still at one, or one of them has not applied what the others have."""
-    here = table.ledger.version if table.owns else table.staging.version
-    if here is not None and version != here:
-        raise StalePlacement(
-            f"pages of table {table.view.schema.name!r} come at version {version}, and shard {table.info.shard} has it "
-            f"at {here}: the owner that is at the lower one has not applied a step that is decided. Nothing was "
-            "changed; move them again once it has"
-        )
 
 
 class Tenancy:
@@ -113,6 +92,8 @@ class Tenancy:
         self._runner = runner
         self.tables: dict[int, HostedTable] = {}
         self.ended: tuple[int, ...] = ()
+        budget.keeper.page_bytes = page_bytes
+        budget.keeper.taken_bytes = lambda: sum(table.num_bytes for table in self.tables.values())
         self.decisions = Decisions(info.shard, lambda: self.tables, clock=clock)
         self.on_doubt: Callable[[], None] = lambda: None
         self.log: Log = NO_LOG
@@ -355,7 +336,7 @@ class Tenancy:
         """Pages whole, for a peer. Raises as ``transfer.export`` does, and RequestTooLarge."""
         table = self.table(request.table_id)
         table.check_ready()
-        _check_round(table, request.token)
+        check_round(table, request.token)
         storage, row_pages = table.storage, len(request.row_pages)
         num_bytes = row_pages * storage.page_bytes(request.blocks) + len(request.key_pages) * storage.head_bytes
         check_reply(num_bytes, self._reply_bytes, f"{row_pages:,} row pages")
@@ -371,7 +352,7 @@ class Tenancy:
         """Check a pull and make room for it."""
         table = self.table(request.table_id)
         table.check_ready()
-        _check_round(table, request.token, join=True)
+        check_round(table, request.token, join=True)
         table.staging.check_pull(request.row_pages, request.blocks, request.key_pages)
         pages = request.row_pages, request.blocks
         self._require_memory(table, table.staging.new_bytes(*pages, request.key_pages))
@@ -383,9 +364,9 @@ class Tenancy:
         """Stage a batch of a pull. Returns its bytes. Raises StalePlacement where its round is over by now, or its
         owner is at another version."""
         self._require_pulled(table)
-        _check_round(table, token, join=True)
+        check_round(table, token, join=True)
         if token:
-            _check_version(table, batch.version)
+            check_version(table, batch.version)
         num_bytes = table.staging.put(batch)
         table.measure()
         return num_bytes
@@ -399,7 +380,7 @@ class Tenancy:
         """Stage the ledger of a pull, or the gate's decisions. Raises as ``stage``, and InvalidRequest for one that no
         shard makes, Internal where it is newer."""
         self._require_pulled(table)
-        _check_round(table, token, join=True)
+        check_round(table, token, join=True)
         check_ledger(ledger)
         table.staging.put_ledger(ledger, decisions=decisions)
 
@@ -447,6 +428,7 @@ class Tenancy:
             if table.step_doubt.since_s is not None or table.order_doubt.since_s is not None or table.rounds.lapsed:
                 self.on_doubt()
         busy = any(table.frozen or table.order.any_waiting or table.waited_for for table in self.tables.values())
+        busy = busy or any(len(table.storage.moments.pins) for table in self.tables.values())
         return busy or self._budget.held_bytes > 0 or len(self._contexts) > 0
 
     def _apply_again(self, table: HostedTable) -> None:
@@ -484,6 +466,8 @@ class Tenancy:
             kept_bytes=budget.kept_bytes,
             client_limit_bytes=budget.limit_bytes,
             page_limit_bytes=self._page_bytes or 0,
+            version_bytes=budget.keeper.num_bytes,
+            version_limit_bytes=budget.keeper.limit_bytes,
             tables=tables,
             stages=stages.snapshot(),
             dropped=self.ended,
@@ -497,3 +481,4 @@ class Tenancy:
         taken = sum(table.num_bytes for table in self.tables.values())
         if taken + num_bytes > self._page_bytes:
             raise no_memory(self._info, table.view.schema.name, num_bytes, limit=self._page_bytes, taken=taken)
+        self._budget.keeper.give_way(num_bytes)

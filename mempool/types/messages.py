@@ -93,6 +93,7 @@ class GatherRequest:
         offsets: [B + 1] int64.
         remember: Keep ids and weights for an Update to come.
         release: Lookup ids whose autograd graphs are gone: the shard forgets them.
+        pin: Whose moment of the table is read, settled before; "": the newest version.
         private: Nobody writes to its tensors: a shard of the same process may keep them as they are. On no wire.
         bags: Whose ids, weights and offsets these are, where they are private: what is made of them for one shard is
             there for the next that is asked for the same. On no wire.
@@ -106,6 +107,7 @@ class GatherRequest:
     remember: bool
     release: tuple[int, ...] = ()
     reply_dtype: ReplyDtype = "float32"
+    pin: str = ""
     private: bool = False
     bags: Bags | None = None
 
@@ -349,11 +351,15 @@ class HeartbeatReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:
-    """Top-k of the keys this shard owns. queries: [B, H, D] float32 for product keys, [B, 1, D] for flat keys."""
+    """Top-k of the keys this shard owns. queries: [B, H, D] float32 for product keys, [B, 1, D] for flat keys.
+
+    pin: As of ``GatherRequest``.
+    """
 
     envelope: Envelope
     queries: Tensor
     topk: int
+    pin: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -378,11 +384,13 @@ class ReadRowsRequest:
 
     Optimizer state ("values.sum", "values.exp_avg"), "values.master" (float32), "values.scales", "values.last_step".
     ids: [M] int64: slot ids, or head numbers for the keys of product keys.
+    pin: As of ``GatherRequest``; no optimizer state is kept for it.
     """
 
     envelope: Envelope
     array: str
     ids: Tensor
+    pin: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -438,3 +446,36 @@ class StepCountReply:
 
     stamp: Stamp
     count: int
+
+
+PinAction = Literal["arm", "settle", "attach", "renew", "release"]
+"""Of one pin, in this order, at every owner of a table: "arm", from now on it keeps each version that it comes to;
+"settle", that version alone, the highest of those that the owners were armed at; "attach", in place of both, what is
+kept already, as a snapshot or for another reader; "renew", its reader lives; "release", it is over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PinRequest:
+    """A pin keeps one version of a table for a reader, at a shard.
+
+    Attributes:
+        pin: The reader's token of it, a random one; of "release" "" where a snapshot is named.
+        version: Of "settle": at which; of "attach": which, where no name is given.
+        name: Of a snapshot, which has no lease once it is settled; "": it is a reader's.
+        lease_s: A pin that is not renewed for so long is over.
+    """
+
+    envelope: Envelope
+    do: PinAction
+    pin: str
+    version: int = 0
+    name: str = ""
+    lease_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PinReply:
+    """version: That is pinned here, or at which it was armed; 0 for "release"."""
+
+    stamp: Stamp
+    version: int

@@ -120,6 +120,15 @@ class StageTime:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PinStatus:
+    """A version of a table that is kept, for so many readers (``pins``), or under a snapshot's name."""
+
+    version: int
+    name: str
+    pins: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TableStatus:
     """One table as one shard sees it. pages and lost_pages count (row page, block)s and key pages.
 
@@ -128,6 +137,7 @@ class TableStatus:
     pending: It is being made, and answers no client: not all shards are known to have it.
     round: Token of the round of a move that holds it frozen; "" where none does.
     load: How many numbers of its values look-ups and updates read and wrote here: of a sample, halved every minute.
+    pins: Versions of it that are kept, ascending.
     """
 
     table_id: int
@@ -146,6 +156,7 @@ class TableStatus:
     pending: bool = False
     round: str = ""
     load: float = 0.0
+    pins: tuple[PinStatus, ...] = ()
 
     @property
     def is_needed(self) -> bool:
@@ -172,6 +183,8 @@ class ShardStatus:
             ready: why it cannot start, as what it has kept is damaged, say. "" for nothing.
         copied_bytes: Of rows that are kept as they were, for a checkpoint that is being written; beside
             ``page_limit_bytes``.
+        version_bytes: Of rows that are kept as they were, for readers of versions, within ``page_limit_bytes``; they
+            may take ``version_limit_bytes``, where pages leave it.
         near_clients: Processes of its host whose calls go through memory that both have.
         tcp_line_clients: Processes whose calls come by lines over TCP; all others come by gRPC.
     """
@@ -195,6 +208,8 @@ class ShardStatus:
     journal_bytes: int = 0
     storage_refuses: str = ""
     copied_bytes: int = 0
+    version_bytes: int = 0
+    version_limit_bytes: int = 0
     near_clients: int = 0
     tcp_line_clients: int = 0
 

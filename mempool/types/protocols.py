@@ -7,6 +7,7 @@ The engine, the gRPC proxy and test fakes implement them; one contract suite run
 from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
+from mempool.types.groups.meeting import MeetReply, MeetRequest
 from mempool.types.messages import (
     CommitReply,
     CommitRequest,
@@ -16,6 +17,8 @@ from mempool.types.messages import (
     GatherRequest,
     HeartbeatReply,
     HeartbeatRequest,
+    PinReply,
+    PinRequest,
     PrepareReply,
     PrepareRequest,
     ReadRowsReply,
@@ -79,6 +82,11 @@ class Shard(Protocol):
     async def write_rows(self, request: WriteRowsRequest) -> WriteRowsReply: ...
 
     async def step_count(self, request: StepCountRequest) -> StepCountReply: ...
+
+    async def meet(self, request: MeetRequest) -> MeetReply:
+        """A rank of a group whose home this shard is. Waits for the others for some seconds at most."""
+
+    async def pin(self, request: PinRequest) -> PinReply: ...
 
 
 class PageHost(Protocol):

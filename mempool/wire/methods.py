@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 from mempool.errors import Internal, InvalidRequest
 from mempool.types import messages as types
+from mempool.types.groups.meeting import MeetReply, MeetRequest
 from mempool.types.pages import (
     ExportLedger,
     ExportPages,
@@ -35,7 +36,7 @@ from mempool.types.pool import (
     TakeCheckpoint,
 )
 from mempool.types.schema import TableSchema
-from mempool.wire.codecs import lines, lookup, messages, pages, tables
+from mempool.wire.codecs import lines, lookup, meeting, messages, pages, tables
 from mempool.wire.codecs.codec import Codec
 from mempool.wire.codecs.pages import ForgetTable, FreezeTable, SetView, ThawTable
 
@@ -112,6 +113,8 @@ WRITE_ROWS: Method[types.WriteRowsRequest, types.WriteRowsReply] = Method(
 STEP_COUNT: Method[types.StepCountRequest, types.StepCountReply] = Method(
     MEMORY_SERVICE, "StepCount", messages.STEP_COUNT_REQUEST, messages.STEP_COUNT_REPLY
 )
+MEET: Method[MeetRequest, MeetReply] = Method(MEMORY_SERVICE, "Meet", meeting.MEET_REQUEST, meeting.MEET_REPLY)
+PIN: Method[types.PinRequest, types.PinReply] = Method(MEMORY_SERVICE, "Pin", messages.PIN_REQUEST, messages.PIN_REPLY)
 OPEN_LINE: Method[lines.OpenLine, lines.OpenedLine] = Method(
     MEMORY_SERVICE, "OpenLine", lines.OPEN_LINE_REQUEST, lines.OPEN_LINE_REPLY
 )

@@ -36,6 +36,8 @@ _STATUS: dict[ErrorCode, grpc.StatusCode] = {
     ErrorCode.CONTEXT_MISSING: grpc.StatusCode.FAILED_PRECONDITION,
     ErrorCode.OVERLOADED: grpc.StatusCode.RESOURCE_EXHAUSTED,
     ErrorCode.STORAGE_FAILED: grpc.StatusCode.INTERNAL,
+    ErrorCode.RANK_LOST: grpc.StatusCode.ABORTED,
+    ErrorCode.VERSION_GONE: grpc.StatusCode.NOT_FOUND,
 }
 
 _CLASSES: dict[int, type[MempoolError]] = {
@@ -57,6 +59,8 @@ _CLASSES: dict[int, type[MempoolError]] = {
         errors.ContextMissing,
         errors.Overloaded,
         errors.StorageFailed,
+        errors.RankLost,
+        errors.VersionGone,
     )
 }
 

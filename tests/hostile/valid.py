@@ -79,6 +79,7 @@ class Requests:
             "MemoryService.ReadRows": self._read_rows,
             "MemoryService.WriteRows": self._write_rows,
             "MemoryService.StepCount": lambda: data_pb2.StepCountRequest(envelope=self.envelope()),
+            "MemoryService.Pin": self._pin,
             "MemoryService.OpenLine": lambda: data_pb2.OpenLineRequest(version=4, client=self.random.randrange(2**60)),
             "ShardService.AttachTable": self._attach_table,
             "ShardService.DropTable": self._shard_drop,
@@ -199,6 +200,10 @@ class Requests:
 
     def _lookup(self) -> Message:
         return data_pb2.LookupRequest(table=VICTIM, topk=4, queries=self._queries())
+
+    def _pin(self) -> data_pb2.PinRequest:
+        pin = f"reader-{self.random.randrange(4)}"
+        return data_pb2.PinRequest(envelope=self.envelope(), do=data_pb2.PIN_ACTION_ARM, pin=pin, lease_s=5.0)
 
     def _read_rows(self) -> Message:
         ids = self._arrays.integers(0, NUM_SLOTS, 5)

@@ -18,6 +18,7 @@ from unittest import mock
 from mempool.agreement.attempts import Attempts
 from mempool.agreement.ledger import AppliedLedger
 from mempool.agreement.order import Order
+from mempool.agreement.readers.pins import Moment, Pins
 from mempool.agreement.rounds_here import RoundsHere
 from mempool.agreement.writes import SeenWrites
 from mempool.journal import reading, records, snapshots
@@ -26,6 +27,7 @@ from mempool.shard.durable.records import Decided, Held
 from mempool.shard.durable.store import Store
 from mempool.shard.durable.taking import Taking
 from mempool.shard.hosted import HostedTable
+from mempool.shard.reading.kept import KeptRows
 from mempool.shard.steps.held import HeldUpdates
 from mempool.shard.tenancy import Tenancy
 from mempool.wire import methods
@@ -78,6 +80,13 @@ def _segments_first(cut: Callable[..., Any]) -> Callable[..., Any]:
     return early
 
 
+def _where_it_was_armed(pins: Pins, token: str, _: int, **__: Any) -> Moment:
+    """Each shard settles at the version that it was asked at."""
+    first = pins._find(token).first
+    pins._pins[token] = replace(pins._find(token), moment=first)
+    return first
+
+
 class _Right(int):
     """A checksum that is any other."""
 
@@ -121,6 +130,8 @@ ABLATIONS: dict[str, list[Patch]] = {
     ],
     "pack before its manifest": [(Snapshot, "finish", _pack_unsynced(Snapshot.finish))],
     "snapshot before segments go": [(Taking, "_cut", _segments_first(Taking._cut))],
+    "copy before a write": [(KeptRows, "save", lambda *_: None)],
+    "versions kept until a pin is settled": [(Pins, "settle", _where_it_was_armed)],
 }
 
 
@@ -199,6 +210,9 @@ FAULTS |= dict.fromkeys(WITH_STORAGE, Faults(restarts=True)) | {
         )
     ),
 }
+WITH_PINS = ("copy before a write", "versions kept until a pin is settled")
+"""What guards who reads a version."""
+FAULTS |= dict.fromkeys(WITH_PINS, Faults(scene=Scene(rescales=False, tables=False)))
 GUARDED_BESIDE = {"version wait": "attempt"}
 """What another one guards as well since it is there: the first is looked at without the second."""
 SEEN_AT: dict[str, int] = {
@@ -220,6 +234,8 @@ SEEN_AT: dict[str, int] = {
     "checksum": 6,
     "pack before its manifest": 22,
     "snapshot before segments go": 31,
+    "copy before a write": 1,
+    "versions kept until a pin is settled": 15,
 }
 """The first seed that shows each one missing: how many were needed."""
 
@@ -261,7 +277,8 @@ def _beside(safeguard: str) -> tuple[str, ...]:
 
 def _run_of(safeguard: str, seed: int) -> Run:
     """A run in which it is likely to be needed."""
-    return Run(seed, faults=FAULTS.get(safeguard), storage=safeguard in WITH_STORAGE)
+    pins = safeguard in WITH_PINS
+    return Run(seed, faults=FAULTS.get(safeguard), storage=safeguard in WITH_STORAGE, pins=pins)
 
 
 def kind_of(violation: str) -> str:

@@ -31,6 +31,7 @@ from tests.simulation.expected import Sums, rows_of
 from tests.simulation.loop import ProcessLoop
 from tests.simulation.network import Call, Network
 from tests.simulation.oracle import Content, Oracle
+from tests.simulation.pinned import Pinned
 from tests.simulation.saved import Origin, Saved
 from tests.simulation.tables import is_exact
 from tests.simulation.writes import Write, check_written
@@ -79,6 +80,7 @@ class History:
         together: What was told as one: [(table id, step), ...] of each commit of several tables.
         saved: The checkpoints that were taken.
         origins: Where tables come from that were restored.
+        pinned: By the pin: what was pinned.
         answering: (table id, shard's process) that have the table: whether that was told that it is made.
     """
 
@@ -105,6 +107,7 @@ class History:
     saved: Saved = field(default_factory=Saved)
     origins: dict[int, Origin] = field(default_factory=dict)
     answering: dict[tuple[int, str], bool] = field(default_factory=dict)
+    pinned: dict[str, Pinned] = field(default_factory=dict)
 
     def say(self, text: str) -> None:
         """Something that may not be."""
@@ -120,7 +123,8 @@ class History:
 
     def _sent(self, call: Call) -> None:
         if call.method.path in READS:
-            self.floors[call.number] = self.known[call.process, call.request.envelope.table_id]
+            known = self.known[call.process, call.request.envelope.table_id]
+            self.floors[call.number] = 0 if call.request.pin else known
         elif call.method.path == methods.COMMIT.path:
             steps = tuple((part.envelope.table_id, part.step_id) for part in call.request.parts)
             if len(steps) > 1 and not call.request.decided:
@@ -394,6 +398,8 @@ class History:
         if stamp.table_version < read.floor:
             self.say(f"{where}: answered of version {stamp.table_version}, and this client had seen {read.floor}")
         floor = floors.at(call.sent_s)
+        if call.request.pin:
+            floor = self.pinned[call.request.pin].checked(stamp, floors.at, where, say=self.say)
         if stamp.table_version < floor:
             self.say(
                 f"{where}: sent at {call.sent_s:.3f} s, answered of version {stamp.table_version}; version {floor} was "
@@ -465,7 +471,7 @@ def _incarnations_of(request: Any) -> list[int]:
     if isinstance(request, HeartbeatRequest):
         return [request.incarnation]
     parts = (request,) if hasattr(request, "envelope") else getattr(request, "parts", ())
-    return [part.envelope.incarnation for part in parts]
+    return [part.envelope.incarnation for part in parts if hasattr(part, "envelope")]
 
 
 def _table_of(request: Any) -> int | None:

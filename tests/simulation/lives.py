@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from mempool.errors import DataLoss, MempoolError, NotFound
+from mempool.client.reading.pinning import pin_newest, release
+from mempool.errors import DataLoss, MempoolError, NotFound, VersionGone
 from mempool.types import TableView
 from mempool.types.bags import Bags
 from tests.simulation.oracle import Content
+from tests.simulation.pinned import Pinned
 from tests.simulation.processes import Trainer
 from tests.simulation.tables import NUM_SLOTS, TRAINED, WIDTH, draw_bags, draw_grads, draw_row, may_be_written
 from tests.simulation.training import Training
@@ -88,6 +90,51 @@ class ReaderLife(_Life):
                 bags = Bags(ids=ids, weights=weights, offsets=offsets)
                 gather = self.trainer.router.gather(view.schema.table_id, bags=bags, timeout_s=20.0)
                 await self.tried("a lookup", gather, view)
+
+
+class PinnedReaderLife(_Life):
+    """Pins a version, reads at it for a while, by bags and by rows, and lets it go, or dies with it."""
+
+    async def live(self) -> None:
+        while not self.workload.ending:
+            await self.rest()
+            for view in self.pick()[:1]:
+                await self.read_at(view)
+
+    async def read_at(self, view: TableView) -> None:
+        """One version."""
+        table_id, router, history = view.schema.table_id, self.trainer.router, self.workload.history
+        if self.random.random() < 0.5:
+            router.forget(table_id)  # as one that knows of no version
+        asked_s = self.now_s()
+        pinned = await self.tried("a pin", self._unless_gone(pin_newest(router, table_id)), view)
+        if not pinned:
+            return
+        pin, version = pinned
+        history.pinned[pin] = Pinned(table_id, version, asked_s)
+        reading = router.at(pin)
+        for _ in range(self.random.randint(1, 6)):
+            await self.rest()
+            if self.random.random() < 0.5:
+                ids, weights, offsets = draw_bags(self.random)
+                bags = Bags(ids=ids, weights=weights, offsets=offsets)
+                call: Awaitable[object] = reading.gather(table_id, bags=bags, timeout_s=20.0)
+            else:
+                ids = torch.tensor(sorted(self.random.sample(range(TRAINED), 9)))
+                call = reading.read_rows(table_id, array="values", ids=ids, timeout_s=20.0)
+            if await self.tried("a read at a version", self._unless_gone(call), view) is False:
+                return
+        self.workload.marks["a version that was read to its end"] += 1
+        if self.random.random() < 0.8:
+            await release(router, table_id, pin)
+
+    async def _unless_gone(self, call: Awaitable[T]) -> "T | bool":
+        """What it answers; False where the version is gone, as it may be at any time."""
+        try:
+            return await call
+        except VersionGone:
+            self.workload.marks["a version that was gone"] += 1
+            return False
 
 
 class TrainerLife(_Life):

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mempool.client.training.coordinator import Commitment, Coordinator
+from mempool.client.training.commitment import Commitment
+from mempool.client.training.coordinator import Coordinator
 from mempool.client.training.session import Session
 from mempool.types import TableView
 from mempool.types.bags import Bags

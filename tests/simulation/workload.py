@@ -22,7 +22,7 @@ from mempool.errors import (
 )
 from mempool.types import TableView
 from tests.simulation.history import History
-from tests.simulation.lives import ReaderLife, TrainerLife
+from tests.simulation.lives import PinnedReaderLife, ReaderLife, TrainerLife
 from tests.simulation.places import Place
 from tests.simulation.processes import Park, Trainer
 from tests.simulation.saving import COPY, Saver
@@ -31,6 +31,7 @@ from tests.simulation.traps import Scene
 
 T = TypeVar("T")
 
+_AnyLife = TrainerLife | ReaderLife | PinnedReaderLife
 FAULTS = (Unavailable, DeadlineExceeded)
 """What a call may end with while links and processes fail."""
 
@@ -44,6 +45,7 @@ class Workload:
         marks: Rare things that were met are counted here.
         scene: What is to be done in any case, whatever the seed draws.
         place: Where checkpoints are taken; None: none are.
+        pins: Somebody reads at versions.
         disks_refuse: Disks fail and fill up, and callers are told so.
 
     Attributes:
@@ -61,6 +63,7 @@ class Workload:
         scene: Scene,
         place: Place | None = None,
         disks_refuse: bool = False,
+        pins: bool = False,
     ) -> None:
         self.park = park
         self.history = history
@@ -70,6 +73,8 @@ class Workload:
         self.ending = False
         self._random = park.scheduler.random("workload")
         self._lives: dict[str, asyncio.Task[None]] = {}
+        self._kinds: dict[str, type[_AnyLife]] = {}
+        self._pins = pins
         self._operator = Trainer(park, "operator")
         self._made = 0
         self._starts = 0
@@ -97,6 +102,8 @@ class Workload:
             self._start(f"trainer-{number}", TrainerLife)
         if self._random.random() < 0.4:
             self._start("reader", ReaderLife)
+        if self._pins:
+            self._start("pinned reader", PinnedReaderLife)
         self._operating = self._operator.loop.create_task(self._operate())
         if self._place is not None:
             self._saver = Saver(self, self._place)
@@ -137,7 +144,7 @@ class Workload:
             return
         trainer.loop.kill()
         self.park.network.died(trainer.loop)
-        kind = ReaderLife if name == "reader" else TrainerLife
+        kind = self._kinds[name]
         after_s = self._random.choice((0.5, 5.0)) * self._random.random()
         self.park.scheduler.world.call_later(after_s, self._start, name, kind)
 
@@ -148,9 +155,10 @@ class Workload:
             self.history.shard_killed(process.info)
             self.park.kill_shard(shard, comes_back_s=5.0 * self._random.random())
 
-    def _start(self, name: str, kind: "type[TrainerLife] | type[ReaderLife]") -> None:
+    def _start(self, name: str, kind: "type[_AnyLife]") -> None:
         if self.ending or name in self.trainers:
             return
+        self._kinds[name] = kind
         self._starts += 1
         trainer = self.trainers[name] = Trainer(self.park, name)
         life = kind(self, trainer, f"{name}/{self._starts}")

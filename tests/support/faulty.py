@@ -93,6 +93,15 @@ def make_schema(
     return replace(schema, **changes)  # type: ignore[arg-type]
 
 
+def _served(name: str) -> Any:
+    """A method whose calls may meet a fault."""
+
+    async def call(self: "FaultyShard", request: Any) -> Any:
+        return await self._served(name, request)
+
+    return call
+
+
 class FaultyShard:
     """A ``ShardHost`` that passes every call on to another, unless a fault says otherwise.
 
@@ -118,35 +127,17 @@ class FaultyShard:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.host, name)  # PageHost, and close
 
-    async def gather(self, request: Any) -> Any:
-        return await self._served("gather", request)
-
-    async def update(self, request: Any) -> Any:
-        return await self._served("update", request)
-
-    async def prepare(self, request: Any) -> Any:
-        return await self._served("prepare", request)
-
-    async def commit(self, request: Any) -> Any:
-        return await self._served("commit", request)
-
-    async def discard(self, request: Any) -> Any:
-        return await self._served("discard", request)
-
-    async def heartbeat(self, request: Any) -> Any:
-        return await self._served("heartbeat", request)
-
-    async def score(self, request: Any) -> Any:
-        return await self._served("score", request)
-
-    async def read_rows(self, request: Any) -> Any:
-        return await self._served("read_rows", request)
-
-    async def write_rows(self, request: Any) -> Any:
-        return await self._served("write_rows", request)
-
-    async def step_count(self, request: Any) -> Any:
-        return await self._served("step_count", request)
+    gather = _served("gather")
+    update = _served("update")
+    prepare = _served("prepare")
+    commit = _served("commit")
+    discard = _served("discard")
+    heartbeat = _served("heartbeat")
+    score = _served("score")
+    read_rows = _served("read_rows")
+    write_rows = _served("write_rows")
+    step_count = _served("step_count")
+    pin = _served("pin")
 
     def names(self) -> list[str]:
         """The methods called, in order."""

@@ -40,6 +40,10 @@ class Asking:
         self._dial = dial
         self._pid = os.getpid()
 
+    def by(self, router: Router) -> "Asking":
+        """The same by what another router knows, as one that reads at a version."""
+        return Asking(router, self._dial, loop=self.loop, patience_s=self.patience_s)
+
     def left_s(self, began_s: float) -> float | None:
         """What the router has of the time of a call that was begun then, monotonic; None: all of it, or nearly."""
         spent_s = time.monotonic() - began_s

@@ -141,6 +141,7 @@ def _begin(
         remember=remember,
         release=released,
         reply_dtype=reply_dtype,
+        pin=asking.router.pin,
     )
     narrow = plan.schema.num_slots <= NARROW_END
     return shard.begin_gather(request, timeout_s=asking.patience_s, narrow_ids=narrow, alone=alone)

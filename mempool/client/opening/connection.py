@@ -91,8 +91,9 @@ class Connection:
         return self.router.tries
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Wait for a coroutine that keeps to the connection's deadline itself."""
-        return self._wait(coroutine, self.timeout_s + _STUCK_S)
+        """Wait for a coroutine that keeps to the connection's deadline itself, or waits for the ranks of a group."""
+        waits = self.coordinator.group is not None or self.coordinator.found is not None
+        return self._wait(coroutine, None if waits else self.timeout_s + _STUCK_S)
 
     def run_long(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Wait for a coroutine that has no deadline."""

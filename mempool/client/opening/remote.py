@@ -62,6 +62,7 @@ def connect(
         timeout_s=timeout_s,
         on_close=dialer.close,
         dial_at_once=dialer.dial_at_once,
+        address=address,
     )
 
 

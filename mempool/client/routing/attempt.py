@@ -30,6 +30,7 @@ from mempool.types import (
     FlatKeySpec,
     GatherReply,
     GatherRequest,
+    PinRequest,
     ScoreReply,
     ScoreRequest,
     ShardHost,
@@ -41,7 +42,7 @@ from mempool.types import (
     UpdateRequest,
 )
 from mempool.types.bags import Bags
-from mempool.types.messages import ReplyDtype
+from mempool.types.messages import PinAction, ReplyDtype
 
 _SENT = "sent ids"
 SCORED_BYTES = 12
@@ -101,13 +102,15 @@ class Attempt:
     Args:
         fanout: The way to the plan's shards.
         take_released: Gives the lookup ids that this shard may forget, once.
+        pin: Of the version that is read; "": the newest.
     """
 
-    def __init__(self, fanout: Fanout, *, take_released: Callable[[int], tuple[int, ...]]) -> None:
+    def __init__(self, fanout: Fanout, *, take_released: Callable[[int], tuple[int, ...]], pin: str = "") -> None:
         self.plan = fanout.plan
         self._fanout = fanout
         self._traffic = fanout.traffic
         self._take_released = take_released
+        self._pin = pin
 
     @property
     def fanout(self) -> Fanout:
@@ -136,6 +139,7 @@ class Attempt:
                 remember=remember,
                 release=self._take_released(route.shard),
                 reply_dtype=reply_dtype,
+                pin=self._pin,
             )
             reply = await host.gather(request)
             self._fanout.saw(reply.stamp.table_version)
@@ -234,7 +238,7 @@ class Attempt:
 
         async def ask_some(host: ShardHost, envelope: Envelope, first: int, end: int) -> ScoreReply:
             some = queries[first:end]
-            reply = await host.score(ScoreRequest(envelope=envelope, queries=some, topk=topk))
+            reply = await host.score(ScoreRequest(envelope=envelope, queries=some, topk=topk, pin=self._pin))
             self._traffic.add(sent=some.nbytes, received=reply.scores.nbytes + reply.ids.nbytes)
             self._fanout.saw(reply.stamp.table_version)
             return reply
@@ -264,11 +268,22 @@ class Attempt:
 
     async def read_rows(self, array: str, ids: Tensor) -> Tensor:
         """Rows [M, ..] of a named array in its dtype; ids: [M] int64, slots, or heads for the keys of product keys."""
-        return await read_rows(self._fanout, array, ids)
+        return await read_rows(self._fanout, array, ids, pin=self._pin)
 
     async def write_rows(self, array: str, ids: Tensor, rows: Tensor, *, write: OpenWrite) -> None:
         """Overwrite rows [M, ..] of a named array, in the table's order of columns."""
         await write_rows(self._fanout, array, ids, rows, write=write)
+
+    async def pin(self, do: PinAction, pin: str, *, version: int = 0, name: str = "", lease_s: float) -> list[int]:
+        """What becomes of a pin at every owner: the version of it at each."""
+
+        async def ask(host: ShardHost, envelope: Envelope) -> int:
+            request = PinRequest(envelope=envelope, do=do, pin=pin, version=version, name=name, lease_s=lease_s)
+            reply = await host.pin(request)
+            self._fanout.saw(reply.version)
+            return reply.version
+
+        return await self._fanout.each([(owner, ask) for owner in self.plan.owners])
 
     async def step_count(self, *, to: int | None, writer: Writer) -> int:
         """How many steps the table's optimizer counts; ``to`` makes it that many.
@@ -314,6 +329,7 @@ def gather_request(
     remember: bool,
     release: tuple[int, ...],
     reply_dtype: ReplyDtype,
+    pin: str = "",
 ) -> GatherRequest:
     """What a shard is asked for some bags, or its part of them."""
     return GatherRequest(
@@ -325,6 +341,7 @@ def gather_request(
         remember=remember,
         release=release,
         reply_dtype="float32" if route.partial else reply_dtype,
+        pin=pin,
         private=True,  # they were copied when they were checked
         bags=None if route.whole else bags,  # nobody else is asked for them
     )

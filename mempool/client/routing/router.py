@@ -11,6 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from copy import copy
 from functools import partial
 from typing import TypeVar
 
@@ -54,6 +55,9 @@ class Router:
         clock: Seconds, monotonic: what deadlines that go along with calls are told by.
         first_lookup_id: Where its numbers of lookups begin, and what its writes are told from others' by; shards
             remember those of all clients by them alone, so it must be a random one. None: it is.
+
+    Attributes:
+        pin: Of the version that is read; "": the newest.
     """
 
     def __init__(
@@ -84,6 +88,13 @@ class Router:
         self._writer = Writer(self._next_lookup_id + 1)
         self._room_for_writes = asyncio.Semaphore(MAX_OPEN)
         self.remembered = Remembered()
+        self.pin = ""
+
+    def at(self, pin: str) -> "Router":
+        """The same way, on which every read is of the version that a pin keeps. No look-up of it is remembered."""
+        router = copy(self)
+        router.pin, router._next_lookup_id = pin, secrets.randbits(62)
+        return router
 
     @property
     def timeout_s(self) -> float:
@@ -340,7 +351,7 @@ class Router:
     def _attempt(self, plan: TablePlan) -> Attempt:
         table_id = plan.table_id
         fanout = Fanout(plan, dial=self._dial, traffic=self.traffic, versions=self.versions)
-        return Attempt(fanout, take_released=partial(self.remembered.take, table_id))
+        return Attempt(fanout, take_released=partial(self.remembered.take, table_id), pin=self.pin)
 
     async def _require_current(self, plans: tuple[TablePlan, ...]) -> None:
         """Raises StalePlacement, or NotFound, where one of these plans is old by now."""

@@ -31,14 +31,14 @@ class _Target:
         return (0,) if array == "keys" else self.route.blocks
 
 
-async def read_rows(fanout: Fanout, array: str, ids: Tensor) -> Tensor:
+async def read_rows(fanout: Fanout, array: str, ids: Tensor, *, pin: str = "") -> Tensor:
     """Rows [M, ..] of a named array in its dtype; ids: [M] int64, slots, or heads for the keys of product keys."""
     targets = _targets(fanout.plan, array, ids)
 
     async def ask(target: _Target, host: ShardHost, envelope: Envelope) -> Tensor:
         kept_ids = ids if target.kept is None else ids[target.kept]
         fanout.traffic.add(sent=kept_ids.nbytes)
-        reply = await host.read_rows(ReadRowsRequest(envelope=envelope, array=array, ids=kept_ids))
+        reply = await host.read_rows(ReadRowsRequest(envelope=envelope, array=array, ids=kept_ids, pin=pin))
         fanout.traffic.add(received=reply.rows.nbytes)
         fanout.saw(reply.stamp.table_version)
         return reply.rows

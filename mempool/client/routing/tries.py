@@ -46,6 +46,11 @@ class Tries:
         self._closed = False
         self._patience = Patience(where.pool, where.doing) if where.doing is not None else None
 
+    @property
+    def closed(self) -> bool:
+        """Whether nothing is tried again any more."""
+        return self._closed
+
     def close(self) -> None:
         """Try nothing again any more: calls under way end with their next failure."""
         self._closed = True

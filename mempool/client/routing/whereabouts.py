@@ -14,11 +14,13 @@ class Whereabouts:
         name: Its name; "" while it is not known yet.
         embedded: It runs in this process (``mempool.local``): there is no address, no command, nothing to connect to.
         doing: What a shard is at, "" if there is nothing to say; None where nobody knows.
+        address: As it was connected to; "" for an embedded pool.
     """
 
     name: str = ""
     embedded: bool = False
     doing: Callable[[int], str] | None = None
+    address: str = ""
 
     @property
     def pool(self) -> str:

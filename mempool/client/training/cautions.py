@@ -16,27 +16,28 @@ class Cautions:
 
     Args:
         table: Its name.
-        grouped: Its updates are committed by a group of trainers together.
     """
 
-    def __init__(self, table: str, *, grouped: bool) -> None:
+    def __init__(self, table: str) -> None:
         self._table = table
-        self._ranks_told = grouped
+        self._ranks_told = False
         self._uncommitted_told = False
         self._expected: dict[str, int] = {}
 
-    def before_update(self) -> None:
-        """Several ranks that train one table by themselves are several optimizer steps a step."""
-        if self._ranks_told or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    def before_update(self, *, grouped: bool) -> None:
+        """Several ranks that train one table by themselves are several optimizer steps a step. grouped: They are of a
+        group, or are to be by themselves."""
+        if grouped or self._ranks_told or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         world_size = torch.distributed.get_world_size()
         if world_size > 1:
             self._ranks_told = True
             warnings.warn(
                 f"table {self._table!r} is trained by a process group of {world_size} ranks, and each rank commits its"
-                f" own gradient: that is {world_size} optimizer steps a step, not one of the mean. Until this client"
-                " joins groups, let one rank train the table (table.requires_grad_(rank == 0)), or divide its lr by"
-                f" {world_size} where the optimizer is SGD",
+                f" own gradient: that is {world_size} optimizer steps a step, not one of the mean. Call"
+                " pool.join(group, rank, world_size) before the first backward pass, with one group name for all ranks"
+                " of this job (torchrun's jobs join by themselves, by RANK and WORLD_SIZE), on a pool that"
+                " all of them reach; MEMPOOL_JOIN=0, or pool.join(..., world_size=1), says that it is meant",
                 stacklevel=2,
             )
 

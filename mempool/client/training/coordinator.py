@@ -7,12 +7,10 @@ whoever prepares or commits on these tables next waits for that. How messages re
 from __future__ import annotations
 
 import asyncio
-import math
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,9 +19,10 @@ from mempool.agreement.step_events import Begun, Decided, Reached
 from mempool.client.routing.router import Router
 from mempool.client.routing.together import Together
 from mempool.client.training.alone import Alone
+from mempool.client.training.commitment import Commitment, Others, Prepared, Stepping
 from mempool.client.training.heartbeats import Heartbeats, Rank
-from mempool.client.training.joint import Joint, discard_given_up, waiting_for
-from mempool.errors import DataLoss, InvalidRequest, MempoolError, NotFound, ShardUnavailable
+from mempool.client.training.joint import Joint, as_prepared, discard_given_up, distinct, notices_of, waiting_for
+from mempool.errors import DataLoss, MempoolError, NotFound, ShardUnavailable
 from mempool.types import ShardInfo
 
 if TYPE_CHECKING:
@@ -36,41 +35,6 @@ _MAX_NOTICES = 64
 _LeftS = Callable[[], float]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """What a prepared step looks like, on one table.
-
-    Attributes:
-        updates: How many updates it has.
-        squared_norm: Squared norm of the table's reduced gradient; 0.0 if it was not asked for.
-        finite: No inf or NaN in the reduced gradient; True if it was not asked for.
-        norm: Of the order that was asked for besides; 0.0 if none was.
-    """
-
-    updates: int
-    squared_norm: float
-    finite: bool
-    norm: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Commitment:
-    """What one table's pending updates are committed with."""
-
-    session: Session
-    lr: float
-    grad_scale: float = 1.0
-
-    def check(self) -> None:
-        """Raises InvalidRequest where lr or grad_scale is no number to step by."""
-        if not (math.isfinite(self.lr) and self.lr >= 0.0):
-            raise InvalidRequest(f"lr = {self.lr}: a learning rate must be finite and not negative.")
-        if not math.isfinite(self.grad_scale):
-            raise InvalidRequest(
-                f"grad_scale = {self.grad_scale}: must be finite; discard a step whose gradients overflowed."
-            )
-
-
 class Coordinator:
     """The steps of one client on the tables of one pool.
 
@@ -79,6 +43,10 @@ class Coordinator:
 
     Attributes:
         heartbeats: Keep what shards hold for it alive.
+        group: The group that it has joined; None: it steps alone.
+        others: While it commits for other ranks.
+        alone: It is to step alone, as its user says.
+        found: Joins the group that this process turns out to be of, at its first step; None: it has, or is of none.
     """
 
     def __init__(self, router: Router) -> None:
@@ -87,10 +55,31 @@ class Coordinator:
         self._sessions: list[weakref.ref[Session]] = []  # added to by any thread
         self._telling: set[asyncio.Task[None]] = set()
         self._notices: deque[str] = deque(maxlen=_MAX_NOTICES)
+        self.group: Stepping | None = None
+        self.others: Others | None = None
+        self.alone = False
+        self.found: Callable[[], Awaitable[None]] | None = None
 
     def add(self, session: Session) -> None:
         """Take one more table's session."""
         self._sessions.append(weakref.ref(session))
+        if self.group is not None:
+            self.group.adopt(session)
+
+    @property
+    def sessions(self) -> list[Session]:
+        """Those of all tables."""
+        return [session for reference in tuple(self._sessions) if (session := reference()) is not None]
+
+    async def joined(self) -> Stepping | None:
+        """The group, joined if this process is found to be of one."""
+        if self.found is not None:
+            await self.found()
+        return self.group
+
+    def warn(self, notice: str) -> None:
+        """Something that the user is to be warned of, when somebody waits on a thread of theirs."""
+        self._notices.append(notice)
 
     def notices(self) -> list[str]:
         """What a user is to be warned of since this was asked last. For any thread."""
@@ -112,6 +101,14 @@ class Coordinator:
         Raises:
             MempoolError: As the router's; nothing is decided, and the same call goes on.
         """
+        if (group := await self.joined()) is not None:
+            return await group.prepare(list(sessions), want_norm=want_norm, norm_order=norm_order, timeout_s=timeout_s)
+        return await self.prepare_own(sessions, want_norm=want_norm, norm_order=norm_order, timeout_s=timeout_s)
+
+    async def prepare_own(
+        self, sessions: Sequence[Session], *, want_norm: bool, norm_order: float, timeout_s: float | None
+    ) -> list[Prepared | None]:
+        """The same of what is pending here, and of ``others``."""
         left_s = self._deadline(timeout_s)
         async with Alone(sessions):
             await self._finish(sessions, left_s)
@@ -119,7 +116,7 @@ class Coordinator:
             if joint is None:
                 return [None for _ in sessions]
             await self._carry_out(joint, "prepared", left_s, begun=Begun(want_norm=want_norm, norm_order=norm_order))
-            return [_prepared(joint, session) if session.joint is joint else None for session in sessions]
+            return [as_prepared(joint, session) if session.joint is joint else None for session in sessions]
 
     async def commit(self, commitments: Sequence[Commitment], *, timeout_s: float | None = None) -> list[int]:
         """Apply everything pending on these tables as one step of all of them; see ``Session.commit``.
@@ -129,6 +126,12 @@ class Coordinator:
         """
         for commitment in commitments:
             commitment.check()
+        if (group := await self.joined()) is not None:
+            return await group.commit(list(commitments), timeout_s=timeout_s)
+        return await self.commit_own(commitments, timeout_s=timeout_s)
+
+    async def commit_own(self, commitments: Sequence[Commitment], *, timeout_s: float | None) -> list[int]:
+        """The same of what is pending here, and of ``others``."""
         sessions = [commitment.session for commitment in commitments]
         left_s = self._deadline(timeout_s)
         async with Alone(sessions):
@@ -158,6 +161,12 @@ class Coordinator:
         Returns:
             How many updates were dropped, by table.
         """
+        if self.group is not None:
+            return await self.group.discard(list(sessions), timeout_s=timeout_s)
+        return await self.discard_own(sessions, timeout_s=timeout_s)
+
+    async def discard_own(self, sessions: Sequence[Session], *, timeout_s: float | None) -> list[int]:
+        """The same, by this client alone."""
         left_s = self._deadline(timeout_s)
         async with Alone(sessions):
             dropped = []
@@ -169,10 +178,16 @@ class Coordinator:
                     concerned |= self._abandon(session.joint)
             if any(session.book.given_up for session in concerned.values()):
                 # What is over at a shard is so with all that came before it: first it hears of the step before.
-                for joint in _distinct(session.applying for session in concerned.values()):
+                for joint in distinct(session.applying for session in concerned.values()):
                     await self._finish_telling(joint, left_s)
             await self._tell_given_up_in_company(sessions, concerned, left_s)
             return dropped
+
+    async def end_earlier(self, sessions: Sequence[Session], *, timeout_s: float | None) -> dict[Session, int]:
+        """Learn what became of a Commit without answer, and tell all owners: how many updates were committed."""
+        left_s = self._deadline(timeout_s)
+        async with Alone(sessions):
+            return await self._finish(sessions, left_s)
 
     async def applied(self, sessions: Iterable[Session], *, timeout_s: float | None = None) -> None:
         """Waits until every owner has applied what was acknowledged.
@@ -182,11 +197,13 @@ class Coordinator:
         """
         sessions, left_s = list(sessions), self._deadline(timeout_s)
         async with Alone(sessions):
-            for joint in _distinct(session.applying for session in sessions):
+            for joint in distinct(session.applying for session in sessions):
                 await self._finish_telling(joint, left_s)
 
     async def close(self, *, timeout_s: float) -> None:
         """Let what is decided reach all owners, for so long at most; say nothing any more then."""
+        if self.group is not None:
+            await self.group.leave()
         if self._telling:
             await asyncio.wait(tuple(self._telling), timeout=timeout_s)
         telling = tuple(self._telling)
@@ -203,11 +220,11 @@ class Coordinator:
                 break
         else:
             return counts
-        for joint in _distinct(session.applying for session in sessions):
+        for joint in distinct(session.applying for session in sessions):
             await self._finish_telling(joint, left_s)
-        for joint in _distinct(session.joint for session in sessions):
+        for joint in distinct(session.joint for session in sessions):
             if joint.step.state != "open":  # or decided, and cut off before that was noted
-                for other in _distinct(session.applying for session in joint.sessions.values()):
+                for other in distinct(session.applying for session in joint.sessions.values()):
                     await self._finish_telling(other, left_s)
                 await self._end_earlier(joint, "decided", left_s)
                 counts |= self._acknowledge(joint)
@@ -217,14 +234,21 @@ class Coordinator:
 
     async def _sealed(self, sessions: Sequence[Session], left_s: _LeftS) -> Joint | None:
         """The step of everything pending on these tables, closed to further updates; None where nothing is."""
-        ready = [session for session in sessions if session.book.closing is not None or session.book.open.updates]
+        if self.others is not None:
+            self._leave_empty(sessions)
+        ready = [
+            session
+            for session in sessions
+            if session.book.closing is not None or session.book.open.updates or self._of_others(session)
+        ]
         concerned = {session.table_id: session for session in sessions}
         for session in ready:
             if session.book.merge() and session.joint is not None:
                 concerned |= self._abandon(session.joint)
         for session in ready:
-            if session.joint is not None and set(session.joint.sessions.values()) != set(ready):
-                concerned |= self._abandon(session.joint)
+            joint = session.joint
+            if joint is not None and (set(joint.sessions.values()) != set(ready) or self._has_changed(joint)):
+                concerned |= self._abandon(joint)
         for session in concerned.values():
             if session.book.given_up:
                 await self._tell_given_up_in_company(sessions, concerned, left_s)
@@ -238,13 +262,36 @@ class Coordinator:
             ready.sort(key=lambda session: session.table_id)
         steps = []
         for session in ready:
-            step = session.book.seal()
+            step = session.book.seal(empty=self.others is not None)
             assert step is not None, "something is pending"
-            steps.append(TableStep(table_id=session.table_id, step_id=step.step_id, sequences=step.sealed))
+            sequences = (*step.sealed, *self._of_others(session))  # a leader's come first: it is rank 0
+            steps.append(TableStep(table_id=session.table_id, step_id=step.step_id, sequences=sequences))
         joint = Joint(sessions={session.table_id: session for session in ready}, step=StepOfTables(steps))
         for session in ready:
             session.joint = joint
         return joint
+
+    def _leave_empty(self, sessions: Iterable[Session]) -> None:
+        """A step that was of other ranks' updates alone, which they have taken back, is none."""
+        for session in sessions:
+            closing = session.book.closing
+            if closing is not None and not (closing.sealed or closing.committing or self._of_others(session)):
+                if session.joint is not None:
+                    self._abandon(session.joint)
+                session.book.leave_empty()
+
+    def _of_others(self, session: Session) -> tuple[int, ...]:
+        return () if self.others is None else self.others.sequences(session.table_id)
+
+    def _has_changed(self, joint: Joint) -> bool:
+        """Whether other ranks have more, or less, by now than was prepared."""
+        if self.others is None:
+            return False
+        return any(
+            joint.step.tables[table_id].sequences[len(session.book.closing.sealed) :] != self._of_others(session)
+            for table_id, session in joint.sessions.items()
+            if session.book.closing is not None
+        )
 
     def _abandon(self, joint: Joint) -> dict[int, Session]:
         """It is not committed in this company: its tables' steps go on under other numbers."""
@@ -291,6 +338,7 @@ class Coordinator:
     async def _carry_out(
         self, joint: Joint, goal: Goal, left_s: _LeftS, *, begun: Begun, decided: Decided | None = None
     ) -> None:
+        joint.others = self.others
         joint.step.handle(begun)
         if decided is not None:
             joint.step.handle(decided)
@@ -430,30 +478,7 @@ class Coordinator:
         """Keep for the user what shards dropped."""
         if not joint.dropped:
             return
-        silences_s = {
-            shard: self.heartbeats.silence_s(shard) for shard in {each for one in joint.dropped for each in one.shards}
-        }
-        for dropped in joint.dropped:
-            silence_s = max(silences_s[shard] for shard in dropped.shards)
-            was_heard = silence_s < self.heartbeats.lease_s / 2
-            if dropped.table_id is None and was_heard:
-                continue  # pages moved while nobody knew whether it was decided
-            what = (
-                f"a step of {self._names(joint.sessions)} was dropped"
-                if dropped.table_id is None
-                else f"updates of {self._names([dropped.table_id])} were dropped"
-            )
-            why = (
-                "pages have moved meanwhile, or that shard has begun anew"
-                if was_heard
-                else f"this process was silent for up to {silence_s:.1f} s, and a shard keeps what a trainer holds for "
-                f"{self.heartbeats.lease_s:g} s after it last heard of it (shard.trainer_lease)"
-            )
-            self._notices.append(
-                f"{what} by shards {sorted(dropped.shards)}: {why}. All of it was sent again: nothing is lost or "
-                "applied twice"
-            )
-        joint.dropped.clear()
+        self._notices.extend(notices_of(joint, self.heartbeats, self._names))
 
     def _names(self, table_ids: Collection[int]) -> str:
         names = ", ".join(repr(self._router.name_of(table_id)) for table_id in table_ids)
@@ -464,17 +489,3 @@ class Coordinator:
         clock = asyncio.get_running_loop()
         end_s = clock.time() + (self._router.timeout_s if timeout_s is None else timeout_s)
         return lambda: end_s - clock.time()
-
-
-def _distinct(joints: Iterable[Joint | None]) -> list[Joint]:
-    found = []
-    for joint in joints:
-        if joint is not None and joint not in found:
-            found.append(joint)
-    return found
-
-
-def _prepared(joint: Joint, session: Session) -> Prepared:
-    squared_norm, finite, norm = joint.step.norm(session.table_id)
-    updates = len(joint.step.tables[session.table_id].sequences)
-    return Prepared(updates=updates, squared_norm=squared_norm, finite=finite, norm=norm)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -35,10 +35,12 @@ from mempool.agreement.step_events import (
     SentAgain,
 )
 from mempool.client.routing.together import Together
+from mempool.client.training.commitment import Others, Prepared
 from mempool.errors import InvalidRequest, MempoolError, StalePlacement, StepConflict
-from mempool.types import PrepareReply
+from mempool.types import PrepareReply, StepId
 
 if TYPE_CHECKING:
+    from mempool.client.training.heartbeats import Heartbeats
     from mempool.client.training.session import Session
 
 
@@ -63,6 +65,7 @@ class Joint:
         telling: Tells the other owners that it is decided.
         dropped: What shards dropped, and was sent again; for whoever tells the user.
         apart: Tables of it that turned out to be decided, each a step of its own.
+        others: Other ranks of the group, who send their updates again.
     """
 
     sessions: dict[int, Session]
@@ -70,6 +73,7 @@ class Joint:
     telling: asyncio.Task[None] | None = None
     dropped: list[Dropped] = field(default_factory=list)
     apart: list[Joint] = field(default_factory=list)
+    others: Others | None = None
 
     @property
     def waiting_for(self) -> tuple[tuple[int, str], ...]:
@@ -133,8 +137,11 @@ class Joint:
             case Prepare():
                 await self._prepare(together, action)
             case SendAgain():
+                missing, of_others = self._dealt(action.missing)
+                if self.others is not None and of_others:
+                    await self.others.send_again(of_others)
                 refusals = await asyncio.gather(
-                    *(self._send_again(together, table_id, shards) for table_id, shards in action.missing.items())
+                    *(self._send_again(together, table_id, shards) for table_id, shards in missing.items())
                 )
                 refusal = next((each for each in refusals if each is not None), None)
                 step.handle(SentAgain() if refusal is None else SendRefused(error=refusal))
@@ -159,6 +166,24 @@ class Joint:
                 self._set_apart(together, action.table_id)
             case Fail():
                 raise action.error
+
+    def _dealt(
+        self, missing: Mapping[int, Mapping[int, tuple[int, ...]]]
+    ) -> tuple[Mapping[int, Mapping[int, tuple[int, ...]]], dict[int, tuple[StepId, tuple[int, ...]]]]:
+        """Of what shards miss, what this rank has, and what other ranks have."""
+        others = self.others
+        if others is None:
+            return missing, {}
+        mine: dict[int, dict[int, tuple[int, ...]]] = {}
+        theirs: dict[int, tuple[StepId, tuple[int, ...]]] = {}
+        for table_id, shards in missing.items():
+            gone = set().union(*shards.values())
+            if found := sorted(each for each in gone if not others.own(each)):
+                theirs[table_id] = self.step.tables[table_id].step_id, tuple(found)
+            own = {shard: tuple(filter(others.own, each)) for shard, each in shards.items()}
+            if own := {shard: each for shard, each in own.items() if each}:
+                mine[table_id] = own
+        return mine, theirs
 
     async def _send_moved(self, together: Together) -> None:
         """Send what was held under an earlier placement, which shards drop with that, without being asked for it."""
@@ -277,3 +302,49 @@ async def discard_given_up(together: Together, sessions: Iterable[Session]) -> N
 def waiting_for(sessions: Iterable[Session]) -> tuple[tuple[int, str], ...]:
     """(shard, address) of those that have not answered a push of these sessions."""
     return tuple(sorted({each for session in sessions for each in session.waiting_for}))
+
+
+def distinct(joints: Iterable[Joint | None]) -> list[Joint]:
+    """Each once; None is left out."""
+    found = []
+    for joint in joints:
+        if joint is not None and joint not in found:
+            found.append(joint)
+    return found
+
+
+def as_prepared(joint: Joint, session: Session) -> Prepared:
+    """What a session is answered of a step that is prepared."""
+    squared_norm, finite, norm = joint.step.norm(session.table_id)
+    updates = len(joint.step.tables[session.table_id].sequences)
+    return Prepared(updates=updates, squared_norm=squared_norm, finite=finite, norm=norm)
+
+
+def notices_of(joint: Joint, heartbeats: Heartbeats, names: Callable[[Collection[int]], str]) -> list[str]:
+    """What a user is to be warned of: what shards dropped, and why, as far as is known here. Said once."""
+    notices = []
+    silences_s = {
+        shard: heartbeats.silence_s(shard) for shard in {each for one in joint.dropped for each in one.shards}
+    }
+    for dropped in joint.dropped:
+        silence_s = max(silences_s[shard] for shard in dropped.shards)
+        was_heard = silence_s < heartbeats.lease_s / 2
+        if dropped.table_id is None and was_heard:
+            continue  # pages moved while nobody knew whether it was decided
+        what = (
+            f"a step of {names(joint.sessions)} was dropped"
+            if dropped.table_id is None
+            else f"updates of {names([dropped.table_id])} were dropped"
+        )
+        why = (
+            "pages have moved meanwhile, or that shard has begun anew"
+            if was_heard
+            else f"this process was silent for up to {silence_s:.1f} s, and a shard keeps what a trainer holds for "
+            f"{heartbeats.lease_s:g} s after it last heard of it (shard.trainer_lease)"
+        )
+        notices.append(
+            f"{what} by shards {sorted(dropped.shards)}: {why}. All of it was sent again: nothing is lost or applied"
+            " twice"
+        )
+    joint.dropped.clear()
+    return notices

@@ -57,6 +57,7 @@ class TableLink:
         run: Waits for the IO loop.
         prefetched: Gathers of this table that were started ahead.
         hot_rows: Rows of it that are kept here; None: none are.
+        looked_up: The version that the last look-up was answered from.
     """
 
     def __init__(self, schema: TableSchema, *, router: Router, session: Session, run: Run, begin: Begin) -> None:
@@ -71,8 +72,9 @@ class TableLink:
         self.hot_rows: HotRows | None = None
         self._cache_bytes = 0
         self._wire_dtype: WireDtype = "float32"
-        self._cautions = Cautions(schema.name, grouped=False)
+        self._cautions = Cautions(schema.name)
         self.markers = Markers()
+        self.looked_up: int | None = None
         self.number = LINKS.add(self)
 
     @property
@@ -147,8 +149,12 @@ class TableLink:
         if answer is None:
             timeout_s = session.left_s(began_s)
             answer = self.run(session.gather(bags, remember=remember, reply_dtype=reply_dtype, timeout_s=timeout_s))
-        self._cautions.after_gather(answer[1].seen)
+        self._looked(answer[1])
         return answer
+
+    def _looked(self, record: LookupRecord) -> None:
+        self.looked_up = record.seen.newest_version
+        self._cautions.after_gather(record.seen)
 
     def begin_gather(self, bags: Bags, *, remember: bool) -> BegunGather:
         """As ``send_gather``, whose answer is taken later."""
@@ -170,7 +176,7 @@ class TableLink:
         except BaseException:
             window.leave(num_bytes)
             raise
-        return BegunGather(pending, remembering, lambda answer: self._cautions.after_gather(answer[1].seen))
+        return BegunGather(pending, remembering, lambda answer: self._looked(answer[1]))
 
     def prefetch(self, bags: Bags, *, remember: bool) -> bool:
         """Start a gather whose answer a later one of the same bags takes; False where there is no room for it."""
@@ -211,7 +217,10 @@ class TableLink:
 
     def _before_update(self, grads: Tensor, *, hold: bool) -> Tensor:
         if hold:
-            self._cautions.before_update()
+            coordinator = self.session.coordinator
+            if coordinator.found is not None:
+                self.run(coordinator.joined())
+            self._cautions.before_update(grouped=coordinator.group is not None or coordinator.alone)
             self._begin_gradient()
         if self._wire_dtype == "float8_e4m3fn":
             return kernels.pack_rows(packed_sums(self._schema), grads.detach().to(torch.float32)).cpu()
@@ -220,6 +229,13 @@ class TableLink:
     def _after_update(self, *, hold: bool) -> None:
         if hold:
             self._cautions.after_update(pending=self.session.pending, pending_bytes=self.session.pending_bytes)
+
+    @property
+    def steps_together(self) -> bool:
+        """Whether it is committed by a group's ranks together: also by those that have nothing pending."""
+        coordinator = self.session.coordinator
+        group = self.run(coordinator.joined()) if coordinator.found is not None else coordinator.group
+        return group is not None and group.steps_together
 
     def version(self) -> int:
         """The table's version, as the shards of its first slot have it now."""

@@ -6,13 +6,13 @@ Everything but what is done at once, on the caller's thread, runs on one event l
 import asyncio
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
-from mempool.agreement.book import Book, Step
+from mempool.agreement.book import OF_OTHER_RANKS, Book, Step
 from mempool.client.direct.asking import Asking
 from mempool.client.direct.gathers import gather_directly
 from mempool.client.direct.updates import update_directly
@@ -20,10 +20,11 @@ from mempool.client.opening.waiting import Begin, Pending, Run
 from mempool.client.routing.attempt import Attempt, LookupRecord
 from mempool.client.routing.plan import TablePlan
 from mempool.client.routing.router import Router
-from mempool.client.training.coordinator import Commitment, Coordinator, Prepared
+from mempool.client.training.commitment import Commitment, Prepared
+from mempool.client.training.coordinator import Coordinator
 from mempool.client.training.joint import Joint
 from mempool.client.training.pushes import Pushes
-from mempool.errors import Internal, InvalidRequest, MempoolError
+from mempool.errors import Internal, InvalidRequest, MempoolError, ShardUnavailable, StepConflict
 from mempool.types import StepId
 from mempool.types.bags import Bags
 from mempool.types.messages import ReplyDtype
@@ -112,6 +113,11 @@ class Session:
         self._counting = threading.Lock()
         self._pushing: dict[int, Attempt] = {}
         self.coordinator.add(self)
+
+    def reading(self, router: Router) -> "Session":
+        """One on the same table by another router, which reads at a version: nothing is trained by it."""
+        direct = None if self._direct is None else self._direct.by(router)
+        return Session(router, table_id=self.table_id, group=router.pin, direct=direct)
 
     @property
     def pending(self) -> int:
@@ -279,24 +285,36 @@ class Session:
         if begun.hold:
             self.coordinator.heartbeats.wake()
         try:
-            weight_grad = await self._router.call(
-                self.table_id,
-                partial(
-                    _send,
-                    update=begun.update,
-                    step_id=begun.step.step_id,
-                    sequence=begun.sequence,
-                    hold=begun.hold,
-                    want_weight_grad=True,
-                ),
-                timeout_s=timeout_s,
-            )
+            weight_grad = await self._weight_grad_sent(begun, timeout_s=timeout_s)
         except BaseException:
             self._give_up(begun)
             raise
         if begun.hold:
             self._pushed()
         return weight_grad
+
+    async def _weight_grad_sent(self, begun: "_Begun", *, timeout_s: float | None) -> Tensor | None:
+        step_id, group = begun.step.step_id, self.coordinator.group
+        while True:
+            sending = partial(
+                _send,
+                update=begun.update,
+                step_id=step_id,
+                sequence=begun.sequence,
+                hold=begun.hold,
+                want_weight_grad=True,
+            )
+            try:
+                return await self._router.call(self.table_id, sending, timeout_s=timeout_s)
+            except StepConflict:
+                if group is None:
+                    raise
+                await group.refresh()  # its group may have begun a generation, as a rank came back
+                if begun.step.step_id == step_id:
+                    self.book.pass_over(step_id)
+                if begun.step.step_id == step_id:
+                    raise
+                step_id = begun.step.step_id
 
     def _give_up(self, begun: "_Begun") -> None:
         # Where a shard holds it all the same, no commit will name it, and the shard drops it with that commit.
@@ -355,6 +373,10 @@ class Session:
         forgetful: set[int] = set()
         for sequence in sorted(set().union(*missing.values())):
             update = step.updates.get(sequence)
+            if update is None and sequence >= OF_OTHER_RANKS:
+                raise ShardUnavailable(
+                    f"shards miss updates of rank {sequence // OF_OTHER_RANKS}, which sends them with its next step"
+                )
             if update is None:
                 raise Internal(f"shards miss update {sequence}, which step {step.step_id.step} does not have.")
             only = [shard for shard, sequences in missing.items() if sequence in sequences]
@@ -370,6 +392,21 @@ class Session:
                 only=only,
             )
         return forgetful
+
+    async def send_mine(self, attempt: Attempt, step_id: StepId, sequences: Iterable[int]) -> None:
+        """Send updates of this rank, which shards miss, to all of them, under the step of its group."""
+        for sequence in sequences:
+            for step in (self.book.closing, self.book.applying):
+                update = None if step is None else step.updates.get(sequence)
+                if update is not None:
+                    await _send(
+                        attempt, update=update, step_id=step_id, sequence=sequence, hold=True, want_weight_grad=False
+                    )
+
+    def rejoin(self, *, group: str, rank: int, generation: int, first_sequence: int = 1) -> None:
+        """From now on its steps are those of a group; nothing is pending."""
+        self.rank = group, rank
+        self.book = Book(group=group, rank=rank, generation=generation, first_sequence=first_sequence)
 
     async def _push(self, update: Pushed, step_id: StepId, sequence: int, *, timeout_s: float | None = None) -> None:
         """One try, whose failure is no error: Prepare says what is missing."""

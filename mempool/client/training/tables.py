@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mempool.client.training.coordinator import Commitment, Coordinator, Prepared
+from mempool.client.training.commitment import Commitment, Prepared
+from mempool.client.training.coordinator import Coordinator
 from mempool.client.training.link import TableLink
 
 

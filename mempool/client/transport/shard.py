@@ -32,6 +32,8 @@ from mempool.types import (
     PageBatch,
     PageHeat,
     PartProgress,
+    PinReply,
+    PinRequest,
     PrepareReply,
     PrepareRequest,
     PullPages,
@@ -55,6 +57,7 @@ from mempool.types import (
     WriteRowsRequest,
 )
 from mempool.types.caller import current_caller
+from mempool.types.groups.meeting import MeetReply, MeetRequest
 from mempool.types.running import Clock
 from mempool.wire import methods
 from mempool.wire.channels.channel import Channel, Channels
@@ -142,6 +145,12 @@ class GrpcShard:
 
     async def step_count(self, request: StepCountRequest) -> StepCountReply:
         return await self._call(methods.STEP_COUNT, request)
+
+    async def meet(self, request: MeetRequest) -> MeetReply:
+        return await self._call(methods.MEET, request)
+
+    async def pin(self, request: PinRequest) -> PinReply:
+        return await self._call(methods.PIN, request)
 
     async def attach_table(self, request: AttachTable) -> None:
         """A shard that was given this very view before is told which one it is to confirm."""

@@ -38,11 +38,12 @@ from mempool.shard.durable.records import (
 from mempool.shard.durable.store import Store
 from mempool.shard.hosted import HostedTable
 from mempool.shard.pages.arena import Arena
+from mempool.shard.pages.transfer import PULL_LEASE_S
 from mempool.shard.steps import commits
 from mempool.shard.steps.budget import Budget, out_of_memory
 from mempool.shard.steps.held import HeldUpdate, PreparedStep
 from mempool.shard.steps.optimizers import kernel_needs
-from mempool.shard.tenancy import PULL_LEASE_S, Tenancy
+from mempool.shard.tenancy import Tenancy
 from mempool.types import PrepareRequest, StepId
 from mempool.types.bags import Bags
 

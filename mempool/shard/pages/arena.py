@@ -49,7 +49,7 @@ class Arena:
         capture: Copies rows before they are written to, where somebody wants them as they are.
         mark: A checkpoint that counts, and ``writes`` at its moment.
         width: Columns of the blocks.
-        cut: As ``capture``, for a snapshot of the shard.
+        cut: As ``capture``, for a snapshot of the shard. kept: Likewise, for who reads versions.
 
     Raises:
         InvalidRequest: There are not enough addresses for all pages that it may come to hold.
@@ -86,6 +86,7 @@ class Arena:
         self.cut: Watcher | None = None
         self._writes = 0
         self.capture: Watcher | None = None
+        self.kept: Watcher | None = None
         self.mark: tuple[str, int] | None = None
         self._written_at = torch.from_numpy(np.zeros(schema.num_row_pages, dtype=np.int64)).to(device)
 
@@ -177,9 +178,9 @@ class Arena:
         """
         touched = rows >> self._page_shift if rows is not None else pages
         assert touched is not None
-        if self.cut is not None or self.capture is not None:
+        if self.cut is not None or self.capture is not None or self.kept is not None:
             changing = rows if rows is not None else self._rows_of(touched)
-            for watcher in (self.cut, self.capture):
+            for watcher in (self.cut, self.capture, self.kept):
                 if watcher is not None:
                     watcher.save(changing)
         self._writes += 1
@@ -298,7 +299,7 @@ class Arena:
         Where that costs no copy of the whole, a little each time: whoever moves pages away, round after round, waits
         for as much as moves, and never for all that is left. Else all, where more than half is free.
         """
-        if self.capture is not None:
+        if self.capture is not None or self.kept is not None:
             return  # a checkpoint knows rows by where they lie; its controller may not be the one that brings a view
         freed, self._freed = self._freed, 0
         if all(rows.grows_in_place for rows in self._memory.values()):

@@ -33,6 +33,8 @@ from mempool.shard.pages.named_arrays import (
     packed_sums,
     row_bytes,
 )
+from mempool.shard.reading.keeper import Keeper
+from mempool.shard.reading.moments import Moments
 from mempool.shard.steps.optimizers import dense_schedule, id_dtype, step_names
 from mempool.types import PageHeat, Placement, ProductKeySpec, TableSchema
 from mempool.types.bags import Bags
@@ -71,6 +73,7 @@ class Storage:
         shared_head_keys: Somebody keeps them as they are: they are copied before they are written to.
         head_key_writes: How often they were written to; keys_mark: a checkpoint that counts, and that at its moment.
         on_change: Called before pages come or go.
+        moments: Versions of it that are read.
         crowded: Whether so much is copied for a checkpoint that no further step may be begun for now.
         step_names: The arrays that a step of the optimizer changes besides the values.
         schedule: The steps that slots without a gradient have missed, of a dense optimizer; else None. Rows are brought
@@ -84,13 +87,21 @@ class Storage:
     Args:
         version: The table's version.
         clock: Seconds, monotonic: heat is forgotten by it.
+        keeper: Says what versions of it that are read may take.
 
     Raises:
         InvalidRequest: The schema asks for an optimizer that there is not.
     """
 
     def __init__(
-        self, schema: TableSchema, *, shard: int, device: torch.device, version: int = 0, clock: Clock = time.monotonic
+        self,
+        schema: TableSchema,
+        *,
+        shard: int,
+        device: torch.device,
+        version: int = 0,
+        clock: Clock = time.monotonic,
+        keeper: Keeper | None = None,
     ) -> None:
         self.schema = schema
         self.shard = shard
@@ -119,12 +130,14 @@ class Storage:
         self.keys_mark: tuple[str, int] | None = None
         self.on_change: Callable[[], None] = lambda: None
         self.crowded: Callable[[], bool] = lambda: False
+        self.moments = Moments(self, keeper)
 
     # Ownership
 
     def own(self, placement: Placement) -> None:
         """Take over what a placement says. The arenas must fit it already, but for what is lost."""
         self.on_change()
+        self.moments.end("its pages have moved; what was pinned before does not go with them")
         self.owned = placement.owners == self.shard
         self.key_owned = placement.key_owners == self.shard
         self.lost &= self.owned
@@ -142,6 +155,7 @@ class Storage:
     def lose_all(self) -> None:
         """Everything owned is gone, its storage too."""
         self.on_change()
+        self.moments.end("its pages were lost")
         self.lost, self.key_lost = self.owned.copy(), self.key_owned.copy()
         self.arenas.clear()
         self._lanes = ()

@@ -5,13 +5,14 @@ A pull holds one batch of about 16 MiB (or a single page) at a time, and neither
 
 from collections.abc import Awaitable, Callable
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mempool.agreement.ledger import MAX_ENTRIES, generations
-from mempool.errors import DataLoss, Internal, InvalidRequest
+from mempool.errors import DataLoss, Internal, InvalidRequest, StalePlacement
 from mempool.shard.pages.arena import pieces
 from mempool.shard.pages.masks import RowPages, cells
 from mempool.shard.pages.named_arrays import HEAD_KEYS
@@ -29,11 +30,35 @@ from mempool.types import (
     ShardHost,
 )
 
+if TYPE_CHECKING:
+    from mempool.shard.hosted import HostedTable
+
 _PART_BYTES = 256 * 2**10
 """Of a ledger's entries that travel in one message, about."""
 
 _ENTRY_BYTES = 24
 """Of an entry, besides its group's name."""
+PULL_LEASE_S = 60.0
+"""How long a shard that owns nothing yet keeps what it was sent for a round, unless more comes."""
+
+
+def check_round(table: "HostedTable", token: str, *, join: bool = False) -> None:
+    """Raises StalePlacement where a page goes, or comes (``join``), for a round that is not the present one."""
+    table.let_go()
+    if token:
+        table.rounds.join(token, PULL_LEASE_S) if join else table.rounds.check(token)
+
+
+def check_version(table: "HostedTable", version: int) -> None:
+    """Raises StalePlacement where pages of a round come at another version than those that are here: in a round all
+    owners stand still at one, or one of them has not applied what the others have."""
+    here = table.ledger.version if table.owns else table.staging.version
+    if here is not None and version != here:
+        raise StalePlacement(
+            f"pages of table {table.view.schema.name!r} come at version {version}, and shard {table.info.shard} has it "
+            f"at {here}: the owner that is at the lower one has not applied a step that is decided. Nothing was "
+            "changed; move them again once it has"
+        )
 
 
 def export(table: Storage, request: ExportPages, *, version: int) -> PageBatch:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mempool.errors import MempoolError, Overloaded, RequestTooLarge
+from mempool.shard.reading.keeper import Keeper
 
 if TYPE_CHECKING:
     from mempool.shard.steps.held import HeldUpdates
@@ -62,6 +63,7 @@ class Budget:
         limit_bytes: Of all these together.
         context_bytes: Of remembered lookups, at most; None: half of the limit.
         commit_bytes: What preparing and committing steps may take besides, with the sums they keep in between.
+        version_bytes: What versions that are read may take, beside all these; None: a part of what pages may have.
         configured: The limits come from a config file, whose keys messages name; an embedded pool has none.
 
     Attributes:
@@ -69,6 +71,7 @@ class Budget:
         queued_bytes: Of calls that wait or are answered.
         kept_bytes: Of sums that prepared steps keep for their commit, part of ``commit_bytes``.
         holders: Those who hold updates; gone with their tables.
+        keeper: Of versions that are read.
         recovers: What an earlier life has admitted is held again: nothing is refused.
     """
 
@@ -79,6 +82,7 @@ class Budget:
         context_bytes: int | None = None,
         commit_bytes: int = 256 * MIB,
         configured: bool = True,
+        version_bytes: int | None = None,
     ) -> None:
         self.limit_bytes = limit_bytes
         self.configured = configured
@@ -87,6 +91,7 @@ class Budget:
         self.queued_bytes = 0
         self.kept_bytes = 0
         self.recovers = False
+        self.keeper = Keeper(version_bytes)
         self._context_bytes = limit_bytes // 2 if context_bytes is None else context_bytes
         self.holders: WeakSet[HeldUpdates] = WeakSet()
         self._owners: dict[str, int] = {}

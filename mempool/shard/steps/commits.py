@@ -171,6 +171,7 @@ def apply(
         ) from error
     ledger.add(None if step_id == NOBODY else step_id, sequences, others)
     ledger.log.applied(replace(decided, sequences=sequences), others)
+    table.moments.stepped(ledger.version)
     if step_id != NOBODY:
         updates.decided(step_id)
 

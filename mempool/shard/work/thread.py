@@ -262,17 +262,11 @@ class EngineThread:
         there that nobody waits any more. A job that waits for none is done all the same, or is late.
         """
         handed: Handed = Handed()
+        now_s, caller = self._clock(), Caller("", self._clock() + timeout_s)
         asked = Job(
-            stage=stage,
-            request=request,
-            caller=Caller("", self._clock() + timeout_s),
-            cost=cost,
-            run=job,
-            done=handed,
-            leaves=True,
-            put_s=self._clock(),
-        )
-        asked.asked_s = asked.put_s
+            stage=stage, request=request, caller=caller, cost=cost, run=job, done=handed, leaves=True,
+            put_s=now_s, asked_s=now_s,
+        )  # fmt: skip
         try:
             self._asked.append(asked)
         finally:
@@ -401,9 +395,9 @@ class EngineThread:
                 job.done.fail(bare(error))
 
     def _line_up_again(self, job: Job) -> None:
+        job.put_s = self._clock()
         with self._lock:
             self.check_open()
-            job.put_s = self._clock()
             self._jobs.again(job)
         self._worker.ring()
 
@@ -437,8 +431,7 @@ class EngineThread:
                 self._doing.take([job, *company])
         if instead:  # it took the turn of one that was rung for
             self._worker.ring()
-        for one in late:
-            self._tell_late(one)
+        self._tell_late(late)
         if not here and self._keeping_up and now_s >= self._next_upkeep_s:  # which may wait for a disk
             self._keep_up()
         if job is None:
@@ -454,16 +447,17 @@ class EngineThread:
     def _keep_up(self) -> None:
         with self._lock:
             late = self._jobs.expire(now_s=self._clock())
-        for job in late:
-            self._tell_late(job)
+        self._tell_late(late)
         self._keeping_up = self._upkeep() or len(self._jobs) > 0
         self._next_upkeep_s = self._clock() + self._upkeep_s
 
-    def _tell_late(self, job: Job) -> None:
-        if job.leaves:
-            self._leave(job)
-        job.done.fail(DeadlineExceeded(f"{job.stage}: the call's time was over before its turn came at {self._name}"))
-        job.forget()
+    def _tell_late(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            if job.leaves:
+                self._leave(job)
+            text = f"{job.stage}: the call's time was over before its turn came at {self._name}"
+            job.done.fail(DeadlineExceeded(text))
+            job.forget()
 
     def _ended(self, job: Job, outcome: Outcome, took_s: float) -> None:
         """A job, or a piece of it, took so long."""

@@ -5,7 +5,7 @@ Shapes and dtypes of tensors are checked here; what they must be in view of a ta
 
 from mempool.types import messages as types
 from mempool.wire.codecs.codec import INT64, PER_HEAD, SLOT_IDS, SUMS_DTYPE, FrameCodec, TensorField
-from mempool.wire.codecs.mirror import Converter, Mirror, Several
+from mempool.wire.codecs.mirror import Choice, Converter, Mirror, Several
 from mempool.wire.v1 import data_pb2 as pb
 
 ENVELOPE = Mirror(pb.Envelope, types.Envelope)
@@ -74,5 +74,16 @@ WRITE_ROWS_REQUEST = FrameCodec(
     {"ids": SLOT_IDS, "rows": _ROWS},
 )
 WRITE_ROWS_REPLY = FrameCodec(Mirror(pb.WriteRowsReply, types.WriteRowsReply, _REPLY))
+_PIN_ACTIONS = Choice(
+    {
+        "arm": pb.PIN_ACTION_ARM,
+        "settle": pb.PIN_ACTION_SETTLE,
+        "attach": pb.PIN_ACTION_ATTACH,
+        "renew": pb.PIN_ACTION_RENEW,
+        "release": pb.PIN_ACTION_RELEASE,
+    }
+)
+PIN_REQUEST = FrameCodec(Mirror(pb.PinRequest, types.PinRequest, {**_REQUEST, "do": _PIN_ACTIONS}))
+PIN_REPLY = FrameCodec(Mirror(pb.PinReply, types.PinReply, _REPLY))
 STEP_COUNT_REQUEST = FrameCodec(Mirror(pb.StepCountRequest, types.StepCountRequest, _WRITE, optional=("write_id",)))
 STEP_COUNT_REPLY = FrameCodec(Mirror(pb.StepCountReply, types.StepCountReply, _REPLY))

@@ -11,6 +11,7 @@ from mempool.placement.changes import KnownView, ViewChange
 from mempool.types.pool import (
     CheckpointProgress,
     DropTable,
+    PinStatus,
     PoolStatus,
     RescaleProgress,
     RestoreTables,
@@ -326,7 +327,13 @@ SHARD_STATUS = Mirror(
     {
         "info": SHARD_INFO,
         "state": _STATES,
-        "tables": Several(Mirror(status_pb2.TableStatus, TableStatus)),
+        "tables": Several(
+            Mirror(
+                status_pb2.TableStatus,
+                TableStatus,
+                {"pins": Several(Mirror(status_pb2.PinStatus, PinStatus))},
+            )
+        ),
         "stages": Several(Mirror(status_pb2.StageTime, StageTime)),
     },
 )

@@ -245,14 +245,14 @@ class GatherRequests(_Plain):
     name = "GatherRequest"
 
     def _written(self, value: GatherRequest, narrow_ids: bool) -> Parts:
-        if value.bags is None and (parts := _usual_gather(value)) is not None:
+        if value.bags is None and not value.pin and (parts := _usual_gather(value)) is not None:
             return parts
         return _packed(
             _GATHER.pack(
                 *_envelope(value.envelope), value.lookup_id, value.remember, _number_of(value.reply_dtype, self.name)
             ),
             value.release,
-            "",
+            value.pin,
             _bags_of(value, narrow_ids),
         )
 
@@ -271,6 +271,7 @@ class GatherRequests(_Plain):
             remember=remember,
             release=read.numbers,
             reply_dtype=_SUMS[sums],
+            pin=read.text,
         )
 
 

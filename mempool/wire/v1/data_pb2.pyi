@@ -35,7 +35,7 @@ silent for longer than the lease loses it: what it prepared and nobody decided i
 
 Concurrency. Calls may overlap and are answered in any order. Where one must see the other's effect, wait for its answer.
 
-Lines. Beside gRPC a shard may take the calls of MemoryService, all but Lookup and OpenLine, on TCP connections of a port of
+Lines. Beside gRPC a shard may take the calls of MemoryService, all but Lookup, Pin and OpenLine, on TCP connections of a port of
 their own, where nothing is encrypted; gRPC takes all of them always. OpenLine gives the port, which is of the host that
 gRPC found the shard at, and a ticket: good once, for ten seconds. Numbers are little-endian. The client sends 48 bytes:
 "mempool" and a zero byte, uint32 version (as in OpenLineRequest), uint32 0, the ticket. The server answers 48 bytes, alike,
@@ -65,6 +65,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from mempool.wire.v1 import tensor_pb2 as _tensor_pb2
 import builtins as _builtins
 import sys
@@ -76,6 +77,234 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Consistency:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ConsistencyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Consistency.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CONSISTENCY_UNSPECIFIED: _Consistency.ValueType  # 0
+    """Never sent."""
+    CONSISTENCY_SYNC: _Consistency.ValueType  # 1
+    """Once all ranks have committed: one step of all."""
+    CONSISTENCY_ASYNC: _Consistency.ValueType  # 2
+    """Each rank's as it comes; each is a trainer of its own."""
+    CONSISTENCY_BOUNDED: _Consistency.ValueType  # 3
+    """The same, but none runs ahead of the slowest by more than `staleness` steps."""
+
+class Consistency(_Consistency, metaclass=_ConsistencyEnumTypeWrapper):
+    """When the steps of a group's ranks are applied."""
+
+CONSISTENCY_UNSPECIFIED: Consistency.ValueType  # 0
+"""Never sent."""
+CONSISTENCY_SYNC: Consistency.ValueType  # 1
+"""Once all ranks have committed: one step of all."""
+CONSISTENCY_ASYNC: Consistency.ValueType  # 2
+"""Each rank's as it comes; each is a trainer of its own."""
+CONSISTENCY_BOUNDED: Consistency.ValueType  # 3
+"""The same, but none runs ahead of the slowest by more than `staleness` steps."""
+Global___Consistency: _TypeAlias = Consistency  # noqa: Y015
+
+class _Reduction:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReductionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reduction.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REDUCTION_UNSPECIFIED: _Reduction.ValueType  # 0
+    """Never sent."""
+    REDUCTION_MEAN: _Reduction.ValueType  # 1
+    """Their mean."""
+    REDUCTION_SUM: _Reduction.ValueType  # 2
+    """Their sum."""
+
+class Reduction(_Reduction, metaclass=_ReductionEnumTypeWrapper):
+    """What becomes of the gradients of a sync group's ranks."""
+
+REDUCTION_UNSPECIFIED: Reduction.ValueType  # 0
+"""Never sent."""
+REDUCTION_MEAN: Reduction.ValueType  # 1
+"""Their mean."""
+REDUCTION_SUM: Reduction.ValueType  # 2
+"""Their sum."""
+Global___Reduction: _TypeAlias = Reduction  # noqa: Y015
+
+class _MeetKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MeetKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MeetKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MEET_KIND_UNSPECIFIED: _MeetKind.ValueType  # 0
+    """Never sent."""
+    MEET_KIND_JOIN: _MeetKind.ValueType  # 1
+    """It joins, under a nonce of its own."""
+    MEET_KIND_BEAT: _MeetKind.ValueType  # 2
+    """It lives. Send one at a third of the lease."""
+    MEET_KIND_ARRIVE: _MeetKind.ValueType  # 3
+    """It is at a meeting."""
+    MEET_KIND_LEAVE: _MeetKind.ValueType  # 4
+    """It leaves."""
+
+class MeetKind(_MeetKind, metaclass=_MeetKindEnumTypeWrapper):
+    """Why a rank asks."""
+
+MEET_KIND_UNSPECIFIED: MeetKind.ValueType  # 0
+"""Never sent."""
+MEET_KIND_JOIN: MeetKind.ValueType  # 1
+"""It joins, under a nonce of its own."""
+MEET_KIND_BEAT: MeetKind.ValueType  # 2
+"""It lives. Send one at a third of the lease."""
+MEET_KIND_ARRIVE: MeetKind.ValueType  # 3
+"""It is at a meeting."""
+MEET_KIND_LEAVE: MeetKind.ValueType  # 4
+"""It leaves."""
+Global___MeetKind: _TypeAlias = MeetKind  # noqa: Y015
+
+class _MeetPhase:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MeetPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MeetPhase.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MEET_PHASE_UNSPECIFIED: _MeetPhase.ValueType  # 0
+    """Never sent."""
+    MEET_PHASE_PREPARE: _MeetPhase.ValueType  # 1
+    """To prepare a step."""
+    MEET_PHASE_COMMIT: _MeetPhase.ValueType  # 2
+    """To commit one."""
+
+class MeetPhase(_MeetPhase, metaclass=_MeetPhaseEnumTypeWrapper):
+    """What a rank of a sync group arrives for."""
+
+MEET_PHASE_UNSPECIFIED: MeetPhase.ValueType  # 0
+"""Never sent."""
+MEET_PHASE_PREPARE: MeetPhase.ValueType  # 1
+"""To prepare a step."""
+MEET_PHASE_COMMIT: MeetPhase.ValueType  # 2
+"""To commit one."""
+Global___MeetPhase: _TypeAlias = MeetPhase  # noqa: Y015
+
+class _WordKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _WordKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WordKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    WORD_KIND_UNSPECIFIED: _WordKind.ValueType  # 0
+    """Never sent."""
+    WORD_KIND_DONE: _WordKind.ValueType  # 1
+    """It is done."""
+    WORD_KIND_EARLIER: _WordKind.ValueType  # 2
+    """An earlier step, which was in doubt, is committed: arrive again with what is pending."""
+    WORD_KIND_AGAIN: _WordKind.ValueType  # 3
+    """Updates are to be sent again, and then arrive again."""
+    WORD_KIND_UNDONE: _WordKind.ValueType  # 4
+    """Nothing was decided."""
+    WORD_KIND_FAILED: _WordKind.ValueType  # 5
+    """It is not known yet what became of it: the next meeting tells."""
+
+class WordKind(_WordKind, metaclass=_WordKindEnumTypeWrapper):
+    """What the leader says of a meeting."""
+
+WORD_KIND_UNSPECIFIED: WordKind.ValueType  # 0
+"""Never sent."""
+WORD_KIND_DONE: WordKind.ValueType  # 1
+"""It is done."""
+WORD_KIND_EARLIER: WordKind.ValueType  # 2
+"""An earlier step, which was in doubt, is committed: arrive again with what is pending."""
+WORD_KIND_AGAIN: WordKind.ValueType  # 3
+"""Updates are to be sent again, and then arrive again."""
+WORD_KIND_UNDONE: WordKind.ValueType  # 4
+"""Nothing was decided."""
+WORD_KIND_FAILED: WordKind.ValueType  # 5
+"""It is not known yet what became of it: the next meeting tells."""
+Global___WordKind: _TypeAlias = WordKind  # noqa: Y015
+
+class _MeetAnswer:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MeetAnswerEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MeetAnswer.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MEET_ANSWER_UNSPECIFIED: _MeetAnswer.ValueType  # 0
+    """Never sent."""
+    MEET_ANSWER_HEARD: _MeetAnswer.ValueType  # 1
+    """It has joined, or is known to live."""
+    MEET_ANSWER_WAIT: _MeetAnswer.ValueType  # 2
+    """Nothing yet: ask again. `others` are waited for."""
+    MEET_ANSWER_OCCUPIED: _MeetAnswer.ValueType  # 3
+    """Another process is this rank, and lives. Ask again; give up where it does so for longer than its lease."""
+    MEET_ANSWER_CHANGED: _MeetAnswer.ValueType  # 4
+    """A generation has begun. Whatever is pending is sent anew in that, under steps from 1; ask with it then. Of a Commit
+    that was not answered, ask before with a Commit of the same step that names no sequences: it is decided, or never is.
+    """
+    MEET_ANSWER_LOST: _MeetAnswer.ValueType  # 5
+    """Ranks are lost: `others`."""
+    MEET_ANSWER_ARRIVED: _MeetAnswer.ValueType  # 6
+    """To rank 0: all are there."""
+    MEET_ANSWER_WORD: _MeetAnswer.ValueType  # 7
+    """To others: what rank 0 said."""
+
+class MeetAnswer(_MeetAnswer, metaclass=_MeetAnswerEnumTypeWrapper):
+    """What a rank is answered."""
+
+MEET_ANSWER_UNSPECIFIED: MeetAnswer.ValueType  # 0
+"""Never sent."""
+MEET_ANSWER_HEARD: MeetAnswer.ValueType  # 1
+"""It has joined, or is known to live."""
+MEET_ANSWER_WAIT: MeetAnswer.ValueType  # 2
+"""Nothing yet: ask again. `others` are waited for."""
+MEET_ANSWER_OCCUPIED: MeetAnswer.ValueType  # 3
+"""Another process is this rank, and lives. Ask again; give up where it does so for longer than its lease."""
+MEET_ANSWER_CHANGED: MeetAnswer.ValueType  # 4
+"""A generation has begun. Whatever is pending is sent anew in that, under steps from 1; ask with it then. Of a Commit
+that was not answered, ask before with a Commit of the same step that names no sequences: it is decided, or never is.
+"""
+MEET_ANSWER_LOST: MeetAnswer.ValueType  # 5
+"""Ranks are lost: `others`."""
+MEET_ANSWER_ARRIVED: MeetAnswer.ValueType  # 6
+"""To rank 0: all are there."""
+MEET_ANSWER_WORD: MeetAnswer.ValueType  # 7
+"""To others: what rank 0 said."""
+Global___MeetAnswer: _TypeAlias = MeetAnswer  # noqa: Y015
+
+class _PinAction:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PinActionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PinAction.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PIN_ACTION_UNSPECIFIED: _PinAction.ValueType  # 0
+    """Not sent."""
+    PIN_ACTION_ARM: _PinAction.ValueType  # 1
+    """Every version is kept, from the present one on, until it is settled."""
+    PIN_ACTION_SETTLE: _PinAction.ValueType  # 2
+    """One of these versions is kept, and no other."""
+    PIN_ACTION_ATTACH: _PinAction.ValueType  # 3
+    """In place of both: a version that is kept already, under a snapshot's name or for another reader."""
+    PIN_ACTION_RENEW: _PinAction.ValueType  # 4
+    """Its reader lives."""
+    PIN_ACTION_RELEASE: _PinAction.ValueType  # 5
+    """It is over."""
+
+class PinAction(_PinAction, metaclass=_PinActionEnumTypeWrapper):
+    """What becomes of a pin."""
+
+PIN_ACTION_UNSPECIFIED: PinAction.ValueType  # 0
+"""Not sent."""
+PIN_ACTION_ARM: PinAction.ValueType  # 1
+"""Every version is kept, from the present one on, until it is settled."""
+PIN_ACTION_SETTLE: PinAction.ValueType  # 2
+"""One of these versions is kept, and no other."""
+PIN_ACTION_ATTACH: PinAction.ValueType  # 3
+"""In place of both: a version that is kept already, under a snapshot's name or for another reader."""
+PIN_ACTION_RENEW: PinAction.ValueType  # 4
+"""Its reader lives."""
+PIN_ACTION_RELEASE: PinAction.ValueType  # 5
+"""It is over."""
+Global___PinAction: _TypeAlias = PinAction  # noqa: Y015
 
 @_typing.final
 class Envelope(_message.Message):
@@ -234,6 +463,7 @@ class GatherRequest(_message.Message):
     REMEMBER_FIELD_NUMBER: _builtins.int
     RELEASE_FIELD_NUMBER: _builtins.int
     REPLY_DTYPE_FIELD_NUMBER: _builtins.int
+    PIN_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
     OFFSETS_FIELD_NUMBER: _builtins.int
@@ -251,6 +481,8 @@ class GatherRequest(_message.Message):
     float32. A block with a number that is not finite has NaN for its float32, and is NaN as a whole. A receiver that
     does not know them answers ERROR_CODE_INVALID_REQUEST.
     """
+    pin: _builtins.str
+    """A pin that is settled here: the sums are of its version. "": of the newest."""
     @_builtins.property
     def envelope(self) -> Global___Envelope:
         """The view."""
@@ -279,13 +511,14 @@ class GatherRequest(_message.Message):
         remember: _builtins.bool = ...,
         release: _abc.Iterable[_builtins.int] | None = ...,
         reply_dtype: _tensor_pb2.Dtype.ValueType = ...,
+        pin: _builtins.str = ...,
         ids: _tensor_pb2.Tensor | None = ...,
         weights: _tensor_pb2.Tensor | None = ...,
         offsets: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "ids", b"ids", "offsets", b"offsets", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "ids", b"ids", "lookup_id", b"lookup_id", "offsets", b"offsets", "release", b"release", "remember", b"remember", "reply_dtype", b"reply_dtype", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "ids", b"ids", "lookup_id", b"lookup_id", "offsets", b"offsets", "pin", b"pin", "release", b"release", "remember", b"remember", "reply_dtype", b"reply_dtype", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -891,9 +1124,12 @@ class ScoreRequest(_message.Message):
 
     ENVELOPE_FIELD_NUMBER: _builtins.int
     TOPK_FIELD_NUMBER: _builtins.int
+    PIN_FIELD_NUMBER: _builtins.int
     QUERIES_FIELD_NUMBER: _builtins.int
     topk: _builtins.int
     """How many per head; at least 1."""
+    pin: _builtins.str
+    """A pin that is settled here: keys are of its version. "": of the newest."""
     @_builtins.property
     def envelope(self) -> Global___Envelope:
         """The view."""
@@ -907,11 +1143,12 @@ class ScoreRequest(_message.Message):
         *,
         envelope: Global___Envelope | None = ...,
         topk: _builtins.int = ...,
+        pin: _builtins.str = ...,
         queries: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "queries", b"queries"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "queries", b"queries", "topk", b"topk"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "pin", b"pin", "queries", b"queries", "topk", b"topk"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1057,12 +1294,15 @@ class ReadRowsRequest(_message.Message):
 
     ENVELOPE_FIELD_NUMBER: _builtins.int
     ARRAY_FIELD_NUMBER: _builtins.int
+    PIN_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
     array: _builtins.str
     """"values", "keys", or what belongs to a trainable array, named "<array>.<what>": optimizer state by torch's names
     ("values.sum", "values.exp_avg"), "values.master" (float32 values of a table that keeps them), "values.scales" (of
     values of one byte an element), "values.last_step" (of a dense optimizer).
     """
+    pin: _builtins.str
+    """A pin that is settled here: rows of its version, "values", "values.scales" or "keys". "": of the newest."""
     @_builtins.property
     def envelope(self) -> Global___Envelope:
         """The view."""
@@ -1076,11 +1316,12 @@ class ReadRowsRequest(_message.Message):
         *,
         envelope: Global___Envelope | None = ...,
         array: _builtins.str = ...,
+        pin: _builtins.str = ...,
         ids: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope", "ids", b"ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["array", b"array", "envelope", b"envelope", "ids", b"ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["array", b"array", "envelope", b"envelope", "ids", b"ids", "pin", b"pin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1270,6 +1511,474 @@ class StepCountReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StepCountReply: _TypeAlias = StepCountReply  # noqa: Y015
+
+@_typing.final
+class Terms(_message.Message):
+    """What all ranks of a group say alike."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORLD_SIZE_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    STALENESS_FIELD_NUMBER: _builtins.int
+    REDUCTION_FIELD_NUMBER: _builtins.int
+    ELASTIC_FIELD_NUMBER: _builtins.int
+    world_size: _builtins.int
+    """How many ranks there are."""
+    consistency: Global___Consistency.ValueType
+    """When steps are applied."""
+    staleness: _builtins.int
+    """Of CONSISTENCY_BOUNDED."""
+    reduction: Global___Reduction.ValueType
+    """Of CONSISTENCY_SYNC."""
+    elastic: _builtins.bool
+    """The group may go on with another number of ranks."""
+    def __init__(
+        self,
+        *,
+        world_size: _builtins.int = ...,
+        consistency: Global___Consistency.ValueType = ...,
+        staleness: _builtins.int = ...,
+        reduction: Global___Reduction.ValueType = ...,
+        elastic: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consistency", b"consistency", "elastic", b"elastic", "reduction", b"reduction", "staleness", b"staleness", "world_size", b"world_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Terms: _TypeAlias = Terms  # noqa: Y015
+
+@_typing.final
+class OfferedPart(_message.Message):
+    """One table in what a rank commits."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_ID_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    LR_FIELD_NUMBER: _builtins.int
+    GRAD_SCALE_FIELD_NUMBER: _builtins.int
+    table_id: _builtins.int
+    """The table."""
+    step: _builtins.int
+    """The step, as the rank counts the group's on this table."""
+    lr: _builtins.float
+    """Learning rate, as in CommitPart: the same at all ranks."""
+    grad_scale: _builtins.float
+    """As in CommitPart: the same at all ranks."""
+    @_builtins.property
+    def sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The rank's updates, ascending. May be empty."""
+
+    def __init__(
+        self,
+        *,
+        table_id: _builtins.int = ...,
+        step: _builtins.int = ...,
+        sequences: _abc.Iterable[_builtins.int] | None = ...,
+        lr: _builtins.float = ...,
+        grad_scale: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grad_scale", b"grad_scale", "lr", b"lr", "sequences", b"sequences", "step", b"step", "table_id", b"table_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OfferedPart: _TypeAlias = OfferedPart  # noqa: Y015
+
+@_typing.final
+class WordPart(_message.Message):
+    """One table in the leader's word."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TABLE_ID_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    SEQUENCES_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    SQUARED_NORM_FIELD_NUMBER: _builtins.int
+    FINITE_FIELD_NUMBER: _builtins.int
+    NORM_FIELD_NUMBER: _builtins.int
+    UPDATES_FIELD_NUMBER: _builtins.int
+    table_id: _builtins.int
+    """The table."""
+    step: _builtins.int
+    """The step to send under (WORD_KIND_AGAIN), or the next one of the group."""
+    version: _builtins.int
+    """The version that a commit makes; 0 where nothing was pending."""
+    squared_norm: _builtins.float
+    """Of a prepare: as in PreparedPart, over all shards and ranks, reduced."""
+    finite: _builtins.bool
+    """Of a prepare."""
+    norm: _builtins.float
+    """Of a prepare."""
+    updates: _builtins.int
+    """How many updates the step has, of all ranks."""
+    @_builtins.property
+    def sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Updates that shards miss, of whichever rank."""
+
+    def __init__(
+        self,
+        *,
+        table_id: _builtins.int = ...,
+        step: _builtins.int = ...,
+        sequences: _abc.Iterable[_builtins.int] | None = ...,
+        version: _builtins.int = ...,
+        squared_norm: _builtins.float = ...,
+        finite: _builtins.bool = ...,
+        norm: _builtins.float = ...,
+        updates: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finite", b"finite", "norm", b"norm", "sequences", b"sequences", "squared_norm", b"squared_norm", "step", b"step", "table_id", b"table_id", "updates", b"updates", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WordPart: _TypeAlias = WordPart  # noqa: Y015
+
+@_typing.final
+class Word(_message.Message):
+    """What the leader says of a meeting."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEETING_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    meeting: _builtins.int
+    """Which."""
+    kind: Global___WordKind.ValueType
+    """What came of it."""
+    message: _builtins.str
+    """For people: why nothing did."""
+    code: _builtins.int
+    """An ErrorCode (error.proto): what kind of error that is."""
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___WordPart]:
+        """Its tables."""
+
+    def __init__(
+        self,
+        *,
+        meeting: _builtins.int = ...,
+        kind: Global___WordKind.ValueType = ...,
+        parts: _abc.Iterable[Global___WordPart] | None = ...,
+        message: _builtins.str = ...,
+        code: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "kind", b"kind", "meeting", b"meeting", "message", b"message", "parts", b"parts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Word: _TypeAlias = Word  # noqa: Y015
+
+@_typing.final
+class MeetRequest(_message.Message):
+    """A rank of a group, to its home."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    TERMS_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    RESTART_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    MEETING_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    WANT_NORM_FIELD_NUMBER: _builtins.int
+    NORM_ORDER_FIELD_NUMBER: _builtins.int
+    WORD_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    group: _builtins.str
+    """The group."""
+    rank: _builtins.int
+    """The rank."""
+    nonce: _builtins.int
+    """The process that is this rank: random, drawn when it joins."""
+    host: _builtins.str
+    """Where it runs, for people."""
+    kind: Global___MeetKind.ValueType
+    """Why it asks."""
+    restart: _builtins.int
+    """How often its launcher has restarted it: a higher one takes the place of a lower one at once."""
+    generation: _builtins.int
+    """The group's, as the rank knows it; 0 to join."""
+    meeting: _builtins.int
+    """The meeting it is at, counted from 1 in a generation."""
+    step: _builtins.int
+    """Steps that it has seen the group commit."""
+    phase: Global___MeetPhase.ValueType
+    """Of MEET_KIND_ARRIVE."""
+    want_norm: _builtins.bool
+    """Of MEET_PHASE_PREPARE: as in PrepareRequest."""
+    norm_order: _builtins.float
+    """Of MEET_PHASE_PREPARE: as in PrepareRequest."""
+    number: _builtins.int
+    """Of MEET_KIND_ARRIVE: ascending in the life of the process, the same in a repeat: one that comes late is passed over."""
+    @_builtins.property
+    def terms(self) -> Global___Terms:
+        """What it takes the group for."""
+
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___OfferedPart]:
+        """Of MEET_KIND_ARRIVE: what is pending, by table; all ranks name the same tables."""
+
+    @_builtins.property
+    def word(self) -> Global___Word:
+        """Of rank 0: what it said last. Absent before."""
+
+    def __init__(
+        self,
+        *,
+        group: _builtins.str = ...,
+        rank: _builtins.int = ...,
+        nonce: _builtins.int = ...,
+        host: _builtins.str = ...,
+        terms: Global___Terms | None = ...,
+        kind: Global___MeetKind.ValueType = ...,
+        restart: _builtins.int = ...,
+        generation: _builtins.int = ...,
+        meeting: _builtins.int = ...,
+        step: _builtins.int = ...,
+        phase: Global___MeetPhase.ValueType = ...,
+        parts: _abc.Iterable[Global___OfferedPart] | None = ...,
+        want_norm: _builtins.bool = ...,
+        norm_order: _builtins.float = ...,
+        word: Global___Word | None = ...,
+        number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["terms", b"terms", "word", b"word"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "group", b"group", "host", b"host", "kind", b"kind", "meeting", b"meeting", "nonce", b"nonce", "norm_order", b"norm_order", "number", b"number", "parts", b"parts", "phase", b"phase", "rank", b"rank", "restart", b"restart", "step", b"step", "terms", b"terms", "want_norm", b"want_norm", "word", b"word"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeetRequest: _TypeAlias = MeetRequest  # noqa: Y015
+
+@_typing.final
+class Arrival(_message.Message):
+    """What one rank has arrived with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    WANT_NORM_FIELD_NUMBER: _builtins.int
+    NORM_ORDER_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    """Which."""
+    host: _builtins.str
+    """Where it runs."""
+    phase: Global___MeetPhase.ValueType
+    """As it said."""
+    want_norm: _builtins.bool
+    """As it said."""
+    norm_order: _builtins.float
+    """As it said."""
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___OfferedPart]:
+        """As it said."""
+
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        host: _builtins.str = ...,
+        phase: Global___MeetPhase.ValueType = ...,
+        parts: _abc.Iterable[Global___OfferedPart] | None = ...,
+        want_norm: _builtins.bool = ...,
+        norm_order: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "norm_order", b"norm_order", "parts", b"parts", "phase", b"phase", "rank", b"rank", "want_norm", b"want_norm"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Arrival: _TypeAlias = Arrival  # noqa: Y015
+
+@_typing.final
+class SeenRank(_message.Message):
+    """What is known of a rank."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    SILENT_S_FIELD_NUMBER: _builtins.int
+    MEETING_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    """Which."""
+    host: _builtins.str
+    """Where it runs; "" where it never came."""
+    state: _builtins.str
+    """"here", "lost", "left" or "awaited"."""
+    silent_s: _builtins.float
+    """Seconds since it was heard of."""
+    meeting: _builtins.int
+    """At which meeting it is."""
+    step: _builtins.int
+    """Steps it has seen committed."""
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        host: _builtins.str = ...,
+        state: _builtins.str = ...,
+        silent_s: _builtins.float = ...,
+        meeting: _builtins.int = ...,
+        step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "meeting", b"meeting", "rank", b"rank", "silent_s", b"silent_s", "state", b"state", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SeenRank: _TypeAlias = SeenRank  # noqa: Y015
+
+@_typing.final
+class MeetReply(_message.Message):
+    """The home to a rank."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWER_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    LEASE_S_FIELD_NUMBER: _builtins.int
+    ARRIVALS_FIELD_NUMBER: _builtins.int
+    WORD_FIELD_NUMBER: _builtins.int
+    OTHERS_FIELD_NUMBER: _builtins.int
+    answer: Global___MeetAnswer.ValueType
+    """What it is told."""
+    generation: _builtins.int
+    """The group's generation."""
+    step: _builtins.int
+    """Steps that the group has committed, as far as ranks have said."""
+    lease_s: _builtins.float
+    """Seconds of silence after which a rank is lost."""
+    @_builtins.property
+    def arrivals(self) -> _containers.RepeatedCompositeFieldContainer[Global___Arrival]:
+        """Of MEET_ANSWER_ARRIVED, in a sync group: of all ranks, ascending."""
+
+    @_builtins.property
+    def word(self) -> Global___Word:
+        """Of MEET_ANSWER_WORD."""
+
+    @_builtins.property
+    def others(self) -> _containers.RepeatedCompositeFieldContainer[Global___SeenRank]:
+        """Ranks that are waited for, or lost."""
+
+    def __init__(
+        self,
+        *,
+        answer: Global___MeetAnswer.ValueType = ...,
+        generation: _builtins.int = ...,
+        step: _builtins.int = ...,
+        lease_s: _builtins.float = ...,
+        arrivals: _abc.Iterable[Global___Arrival] | None = ...,
+        word: Global___Word | None = ...,
+        others: _abc.Iterable[Global___SeenRank] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["word", b"word"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "arrivals", b"arrivals", "generation", b"generation", "lease_s", b"lease_s", "others", b"others", "step", b"step", "word", b"word"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeetReply: _TypeAlias = MeetReply  # noqa: Y015
+
+@_typing.final
+class PinRequest(_message.Message):
+    """Takes, keeps or releases a pin."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENVELOPE_FIELD_NUMBER: _builtins.int
+    DO_FIELD_NUMBER: _builtins.int
+    PIN_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    LEASE_S_FIELD_NUMBER: _builtins.int
+    do: Global___PinAction.ValueType
+    """What becomes of it."""
+    pin: _builtins.str
+    """The reader's own, a random text of at most 64 bytes; to release a snapshot by its name: ""."""
+    version: _builtins.int
+    """To settle: at which version. To attach: which, where there is no name."""
+    name: _builtins.str
+    """To arm and to release: a snapshot's, which has no lease once it is settled; to attach: whose version. "": a reader's."""
+    lease_s: _builtins.float
+    """Seconds after which it is over unless it is renewed, at most 600."""
+    @_builtins.property
+    def envelope(self) -> Global___Envelope:
+        """The view."""
+
+    def __init__(
+        self,
+        *,
+        envelope: Global___Envelope | None = ...,
+        do: Global___PinAction.ValueType = ...,
+        pin: _builtins.str = ...,
+        version: _builtins.int = ...,
+        name: _builtins.str = ...,
+        lease_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["do", b"do", "envelope", b"envelope", "lease_s", b"lease_s", "name", b"name", "pin", b"pin", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinRequest: _TypeAlias = PinRequest  # noqa: Y015
+
+@_typing.final
+class PinReply(_message.Message):
+    """The pin is as asked."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAMP_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The version that is pinned, or that it was armed at; 0 of one that was released."""
+    @_builtins.property
+    def stamp(self) -> Global___Stamp:
+        """Who answered."""
+
+    def __init__(
+        self,
+        *,
+        stamp: Global___Stamp | None = ...,
+        version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["stamp", b"stamp"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["stamp", b"stamp", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinReply: _TypeAlias = PinReply  # noqa: Y015
 
 @_typing.final
 class OpenLineRequest(_message.Message):

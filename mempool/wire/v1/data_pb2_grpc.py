@@ -90,6 +90,16 @@ class MemoryServiceStub(object):
                 request_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.StepCountRequest.SerializeToString,
                 response_deserializer=mempool_dot_wire_dot_v1_dot_data__pb2.StepCountReply.FromString,
                 _registered_method=True)
+        self.Meet = channel.unary_unary(
+                '/mempool.wire.v1.MemoryService/Meet',
+                request_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.MeetRequest.SerializeToString,
+                response_deserializer=mempool_dot_wire_dot_v1_dot_data__pb2.MeetReply.FromString,
+                _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/mempool.wire.v1.MemoryService/Pin',
+                request_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.PinRequest.SerializeToString,
+                response_deserializer=mempool_dot_wire_dot_v1_dot_data__pb2.PinReply.FromString,
+                _registered_method=True)
         self.OpenLine = channel.unary_unary(
                 '/mempool.wire.v1.MemoryService/OpenLine',
                 request_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.OpenLineRequest.SerializeToString,
@@ -234,6 +244,38 @@ class MemoryServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Meet(self, request, context):
+        """A rank of a group, to the group's home: shard 0. Joins it, says that it lives, or arrives at a meeting and waits for
+        the others, for three seconds at most: then it is answered MEET_ANSWER_WAIT, and asks again.
+
+        How a sync group steps: every rank sends its updates as rank 0 of the group, in the group's generation, with sequences
+        rank * 2^40 + 1 and on, and keeps them. To commit, each arrives at the next meeting with the sequences it has. Rank 0 is
+        answered with those of all, once all are there; it prepares and commits them as one step, and says what came of it
+        (`word`), which the others are answered with. Where shards miss updates of other ranks its word is
+        WORD_KIND_AGAIN: they send them, and all arrive at the next meeting. To shards the group is one trainer.
+
+        Nothing of it is kept: a request is complete in itself, can be repeated, and a home that has begun anew goes on from
+        it. ERROR_CODE_INVALID_REQUEST where ranks say different terms, or a rank is another process by now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pin(self, request, context):
+        """Takes, keeps and releases a *pin*: one version of a table that is kept for a reader, so that what Gather, Score and
+        ReadRows answer with it is of that version to the bit, however long the reader takes, while training goes on. It is one
+        version over all owners, and nobody waits for it: ask every owner to "arm" it (from then on it keeps each version that it
+        comes to, and says which it is at), then to "settle" at the highest of those, with an envelope that names that version.
+        Rows that are written outside of steps while a pin is taken may be in it on one shard and not on another.
+
+        What was pinned goes where it takes more memory than the shard lets it (the oldest first), where its reader does not renew
+        it within the lease, and where pages of the table move or the shard is started anew: ERROR_CODE_VERSION_GONE from then on.
+        Repeatable. ERROR_CODE_ALREADY_EXISTS for the name of a snapshot that there is.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def OpenLine(self, request, context):
         """Agrees on a line: see there. Changes nothing, and has no answer to rely on: where there is no port, where it cannot be
         reached, and of a shard that does not know this call, gRPC has everything. Ask again much later then; soon after
@@ -300,6 +342,16 @@ def add_MemoryServiceServicer_to_server(servicer, server):
                     servicer.StepCount,
                     request_deserializer=mempool_dot_wire_dot_v1_dot_data__pb2.StepCountRequest.FromString,
                     response_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.StepCountReply.SerializeToString,
+            ),
+            'Meet': grpc.unary_unary_rpc_method_handler(
+                    servicer.Meet,
+                    request_deserializer=mempool_dot_wire_dot_v1_dot_data__pb2.MeetRequest.FromString,
+                    response_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.MeetReply.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=mempool_dot_wire_dot_v1_dot_data__pb2.PinRequest.FromString,
+                    response_serializer=mempool_dot_wire_dot_v1_dot_data__pb2.PinReply.SerializeToString,
             ),
             'OpenLine': grpc.unary_unary_rpc_method_handler(
                     servicer.OpenLine,
@@ -605,6 +657,60 @@ class MemoryService(object):
             '/mempool.wire.v1.MemoryService/StepCount',
             mempool_dot_wire_dot_v1_dot_data__pb2.StepCountRequest.SerializeToString,
             mempool_dot_wire_dot_v1_dot_data__pb2.StepCountReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Meet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mempool.wire.v1.MemoryService/Meet',
+            mempool_dot_wire_dot_v1_dot_data__pb2.MeetRequest.SerializeToString,
+            mempool_dot_wire_dot_v1_dot_data__pb2.MeetReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mempool.wire.v1.MemoryService/Pin',
+            mempool_dot_wire_dot_v1_dot_data__pb2.PinRequest.SerializeToString,
+            mempool_dot_wire_dot_v1_dot_data__pb2.PinReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,7 +35,7 @@ silent for longer than the lease loses it: what it prepared and nobody decided i
 
 Concurrency. Calls may overlap and are answered in any order. Where one must see the other's effect, wait for its answer.
 
-Lines. Beside gRPC a shard may take the calls of MemoryService, all but Lookup and OpenLine, on TCP connections of a port of
+Lines. Beside gRPC a shard may take the calls of MemoryService, all but Lookup, Pin and OpenLine, on TCP connections of a port of
 their own, where nothing is encrypted; gRPC takes all of them always. OpenLine gives the port, which is of the host that
 gRPC found the shard at, and a ticket: good once, for ten seconds. Numbers are little-endian. The client sends 48 bytes:
 "mempool" and a zero byte, uint32 version (as in OpenLineRequest), uint32 0, the ticket. The server answers 48 bytes, alike,
@@ -180,6 +180,30 @@ class MemoryServiceStub:
     Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have. Setting it is
     a write, idempotent as WriteRows is; at another version it is another write. ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
     """
+    Meet: _grpc.UnaryUnaryMultiCallable[_data_pb2.MeetRequest, _data_pb2.MeetReply]
+    """A rank of a group, to the group's home: shard 0. Joins it, says that it lives, or arrives at a meeting and waits for
+    the others, for three seconds at most: then it is answered MEET_ANSWER_WAIT, and asks again.
+
+    How a sync group steps: every rank sends its updates as rank 0 of the group, in the group's generation, with sequences
+    rank * 2^40 + 1 and on, and keeps them. To commit, each arrives at the next meeting with the sequences it has. Rank 0 is
+    answered with those of all, once all are there; it prepares and commits them as one step, and says what came of it
+    (`word`), which the others are answered with. Where shards miss updates of other ranks its word is
+    WORD_KIND_AGAIN: they send them, and all arrive at the next meeting. To shards the group is one trainer.
+
+    Nothing of it is kept: a request is complete in itself, can be repeated, and a home that has begun anew goes on from
+    it. ERROR_CODE_INVALID_REQUEST where ranks say different terms, or a rank is another process by now.
+    """
+    Pin: _grpc.UnaryUnaryMultiCallable[_data_pb2.PinRequest, _data_pb2.PinReply]
+    """Takes, keeps and releases a *pin*: one version of a table that is kept for a reader, so that what Gather, Score and
+    ReadRows answer with it is of that version to the bit, however long the reader takes, while training goes on. It is one
+    version over all owners, and nobody waits for it: ask every owner to "arm" it (from then on it keeps each version that it
+    comes to, and says which it is at), then to "settle" at the highest of those, with an envelope that names that version.
+    Rows that are written outside of steps while a pin is taken may be in it on one shard and not on another.
+
+    What was pinned goes where it takes more memory than the shard lets it (the oldest first), where its reader does not renew
+    it within the lease, and where pages of the table move or the shard is started anew: ERROR_CODE_VERSION_GONE from then on.
+    Repeatable. ERROR_CODE_ALREADY_EXISTS for the name of a snapshot that there is.
+    """
     OpenLine: _grpc.UnaryUnaryMultiCallable[_data_pb2.OpenLineRequest, _data_pb2.OpenLineReply]
     """Agrees on a line: see there. Changes nothing, and has no answer to rely on: where there is no port, where it cannot be
     reached, and of a shard that does not know this call, gRPC has everything. Ask again much later then; soon after
@@ -279,6 +303,30 @@ class MemoryServiceAsyncStub(MemoryServiceStub):
 
     Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have. Setting it is
     a write, idempotent as WriteRows is; at another version it is another write. ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
+    """
+    Meet: _aio.UnaryUnaryMultiCallable[_data_pb2.MeetRequest, _data_pb2.MeetReply]  # type: ignore[assignment]
+    """A rank of a group, to the group's home: shard 0. Joins it, says that it lives, or arrives at a meeting and waits for
+    the others, for three seconds at most: then it is answered MEET_ANSWER_WAIT, and asks again.
+
+    How a sync group steps: every rank sends its updates as rank 0 of the group, in the group's generation, with sequences
+    rank * 2^40 + 1 and on, and keeps them. To commit, each arrives at the next meeting with the sequences it has. Rank 0 is
+    answered with those of all, once all are there; it prepares and commits them as one step, and says what came of it
+    (`word`), which the others are answered with. Where shards miss updates of other ranks its word is
+    WORD_KIND_AGAIN: they send them, and all arrive at the next meeting. To shards the group is one trainer.
+
+    Nothing of it is kept: a request is complete in itself, can be repeated, and a home that has begun anew goes on from
+    it. ERROR_CODE_INVALID_REQUEST where ranks say different terms, or a rank is another process by now.
+    """
+    Pin: _aio.UnaryUnaryMultiCallable[_data_pb2.PinRequest, _data_pb2.PinReply]  # type: ignore[assignment]
+    """Takes, keeps and releases a *pin*: one version of a table that is kept for a reader, so that what Gather, Score and
+    ReadRows answer with it is of that version to the bit, however long the reader takes, while training goes on. It is one
+    version over all owners, and nobody waits for it: ask every owner to "arm" it (from then on it keeps each version that it
+    comes to, and says which it is at), then to "settle" at the highest of those, with an envelope that names that version.
+    Rows that are written outside of steps while a pin is taken may be in it on one shard and not on another.
+
+    What was pinned goes where it takes more memory than the shard lets it (the oldest first), where its reader does not renew
+    it within the lease, and where pages of the table move or the shard is started anew: ERROR_CODE_VERSION_GONE from then on.
+    Repeatable. ERROR_CODE_ALREADY_EXISTS for the name of a snapshot that there is.
     """
     OpenLine: _aio.UnaryUnaryMultiCallable[_data_pb2.OpenLineRequest, _data_pb2.OpenLineReply]  # type: ignore[assignment]
     """Agrees on a line: see there. Changes nothing, and has no answer to rely on: where there is no port, where it cannot be
@@ -442,6 +490,42 @@ class MemoryServiceServicer(metaclass=_abc_1.ABCMeta):
 
         Atomic on one shard, not across shards: send it to every owner, at the table version that all of them have. Setting it is
         a write, idempotent as WriteRows is; at another version it is another write. ERROR_CODE_STEP_CONFLICT at another version: somebody commits meanwhile. Waits while the table's pages are moving.
+        """
+
+    @_abc_1.abstractmethod
+    def Meet(
+        self,
+        request: _data_pb2.MeetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_data_pb2.MeetReply, _abc.Awaitable[_data_pb2.MeetReply]]:
+        """A rank of a group, to the group's home: shard 0. Joins it, says that it lives, or arrives at a meeting and waits for
+        the others, for three seconds at most: then it is answered MEET_ANSWER_WAIT, and asks again.
+
+        How a sync group steps: every rank sends its updates as rank 0 of the group, in the group's generation, with sequences
+        rank * 2^40 + 1 and on, and keeps them. To commit, each arrives at the next meeting with the sequences it has. Rank 0 is
+        answered with those of all, once all are there; it prepares and commits them as one step, and says what came of it
+        (`word`), which the others are answered with. Where shards miss updates of other ranks its word is
+        WORD_KIND_AGAIN: they send them, and all arrive at the next meeting. To shards the group is one trainer.
+
+        Nothing of it is kept: a request is complete in itself, can be repeated, and a home that has begun anew goes on from
+        it. ERROR_CODE_INVALID_REQUEST where ranks say different terms, or a rank is another process by now.
+        """
+
+    @_abc_1.abstractmethod
+    def Pin(
+        self,
+        request: _data_pb2.PinRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_data_pb2.PinReply, _abc.Awaitable[_data_pb2.PinReply]]:
+        """Takes, keeps and releases a *pin*: one version of a table that is kept for a reader, so that what Gather, Score and
+        ReadRows answer with it is of that version to the bit, however long the reader takes, while training goes on. It is one
+        version over all owners, and nobody waits for it: ask every owner to "arm" it (from then on it keeps each version that it
+        comes to, and says which it is at), then to "settle" at the highest of those, with an envelope that names that version.
+        Rows that are written outside of steps while a pin is taken may be in it on one shard and not on another.
+
+        What was pinned goes where it takes more memory than the shard lets it (the oldest first), where its reader does not renew
+        it within the lease, and where pages of the table move or the shard is started anew: ERROR_CODE_VERSION_GONE from then on.
+        Repeatable. ERROR_CODE_ALREADY_EXISTS for the name of a snapshot that there is.
         """
 
     @_abc_1.abstractmethod

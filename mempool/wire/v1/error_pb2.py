@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmempool/wire/v1/error.proto\x12\x0fmempool.wire.v1\"\xb6\x01\n\x0b\x45rrorDetail\x12(\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x1a.mempool.wire.v1.ErrorCode\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x12\n\x05shard\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07\x61\x64\x64ress\x18\x04 \x01(\tH\x01\x88\x01\x01\x12\x1a\n\rretry_after_s\x18\x05 \x01(\x01H\x02\x88\x01\x01\x42\x08\n\x06_shardB\n\n\x08_addressB\x10\n\x0e_retry_after_s*\x89\x04\n\tErrorCode\x12\x1a\n\x16\x45RROR_CODE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45RROR_CODE_INTERNAL\x10\x01\x12\x15\n\x11\x45RROR_CODE_CONFIG\x10\x02\x12\x1e\n\x1a\x45RROR_CODE_INVALID_REQUEST\x10\x03\x12 \n\x1c\x45RROR_CODE_REQUEST_TOO_LARGE\x10\x04\x12\x1c\n\x18\x45RROR_CODE_STEP_CONFLICT\x10\x05\x12\x18\n\x14\x45RROR_CODE_NOT_FOUND\x10\x06\x12\x1d\n\x19\x45RROR_CODE_ALREADY_EXISTS\x10\x07\x12\x1e\n\x1a\x45RROR_CODE_UNAUTHENTICATED\x10\x08\x12 \n\x1c\x45RROR_CODE_SHARD_UNAVAILABLE\x10\t\x12\x1f\n\x1b\x45RROR_CODE_POOL_UNREACHABLE\x10\n\x12 \n\x1c\x45RROR_CODE_DEADLINE_EXCEEDED\x10\x0b\x12\x18\n\x14\x45RROR_CODE_DATA_LOSS\x10\x0c\x12\x1e\n\x1a\x45RROR_CODE_STALE_PLACEMENT\x10\r\x12\x1e\n\x1a\x45RROR_CODE_CONTEXT_MISSING\x10\x0e\x12\x19\n\x15\x45RROR_CODE_OVERLOADED\x10\x0f\x12\x1d\n\x19\x45RROR_CODE_STORAGE_FAILED\x10\x10\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmempool/wire/v1/error.proto\x12\x0fmempool.wire.v1\"\xb6\x01\n\x0b\x45rrorDetail\x12(\n\x04\x63ode\x18\x01 \x01(\x0e\x32\x1a.mempool.wire.v1.ErrorCode\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x12\n\x05shard\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07\x61\x64\x64ress\x18\x04 \x01(\tH\x01\x88\x01\x01\x12\x1a\n\rretry_after_s\x18\x05 \x01(\x01H\x02\x88\x01\x01\x42\x08\n\x06_shardB\n\n\x08_addressB\x10\n\x0e_retry_after_s*\xc0\x04\n\tErrorCode\x12\x1a\n\x16\x45RROR_CODE_UNSPECIFIED\x10\x00\x12\x17\n\x13\x45RROR_CODE_INTERNAL\x10\x01\x12\x15\n\x11\x45RROR_CODE_CONFIG\x10\x02\x12\x1e\n\x1a\x45RROR_CODE_INVALID_REQUEST\x10\x03\x12 \n\x1c\x45RROR_CODE_REQUEST_TOO_LARGE\x10\x04\x12\x1c\n\x18\x45RROR_CODE_STEP_CONFLICT\x10\x05\x12\x18\n\x14\x45RROR_CODE_NOT_FOUND\x10\x06\x12\x1d\n\x19\x45RROR_CODE_ALREADY_EXISTS\x10\x07\x12\x1e\n\x1a\x45RROR_CODE_UNAUTHENTICATED\x10\x08\x12 \n\x1c\x45RROR_CODE_SHARD_UNAVAILABLE\x10\t\x12\x1f\n\x1b\x45RROR_CODE_POOL_UNREACHABLE\x10\n\x12 \n\x1c\x45RROR_CODE_DEADLINE_EXCEEDED\x10\x0b\x12\x18\n\x14\x45RROR_CODE_DATA_LOSS\x10\x0c\x12\x1e\n\x1a\x45RROR_CODE_STALE_PLACEMENT\x10\r\x12\x1e\n\x1a\x45RROR_CODE_CONTEXT_MISSING\x10\x0e\x12\x19\n\x15\x45RROR_CODE_OVERLOADED\x10\x0f\x12\x1d\n\x19\x45RROR_CODE_STORAGE_FAILED\x10\x10\x12\x18\n\x14\x45RROR_CODE_RANK_LOST\x10\x11\x12\x1b\n\x17\x45RROR_CODE_VERSION_GONE\x10\x12\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mempool.wire.v1.error_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ERRORCODE']._serialized_start=234
-  _globals['_ERRORCODE']._serialized_end=755
+  _globals['_ERRORCODE']._serialized_end=810
   _globals['_ERRORDETAIL']._serialized_start=49
   _globals['_ERRORDETAIL']._serialized_end=231
 # @@protoc_insertion_point(module_scope)

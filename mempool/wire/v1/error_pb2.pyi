@@ -85,6 +85,12 @@ class _ErrorCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorCode.V
     """INTERNAL. The shard's disk is full, failing or read-only: what was to be stored is not. The message names the file and
     what to do. Send the same message again when that is done.
     """
+    ERROR_CODE_RANK_LOST: _ErrorCode.ValueType  # 17
+    """ABORTED. A rank of the group is gone; the message names it. Its clients say so: shards do not."""
+    ERROR_CODE_VERSION_GONE: _ErrorCode.ValueType  # 18
+    """NOT_FOUND. The version that is read is not kept (any more) on that shard: it took too much memory, its reader was
+    silent, its pages moved, or the shard was started anew. Do not retry; pin the newest version.
+    """
 
 class ErrorCode(_ErrorCode, metaclass=_ErrorCodeEnumTypeWrapper):
     """What went wrong, and what the caller does about it. Numbers are never reused."""
@@ -140,6 +146,12 @@ changed. Send the same message again after `retry_after_s`, with growing pauses,
 ERROR_CODE_STORAGE_FAILED: ErrorCode.ValueType  # 16
 """INTERNAL. The shard's disk is full, failing or read-only: what was to be stored is not. The message names the file and
 what to do. Send the same message again when that is done.
+"""
+ERROR_CODE_RANK_LOST: ErrorCode.ValueType  # 17
+"""ABORTED. A rank of the group is gone; the message names it. Its clients say so: shards do not."""
+ERROR_CODE_VERSION_GONE: ErrorCode.ValueType  # 18
+"""NOT_FOUND. The version that is read is not kept (any more) on that shard: it took too much memory, its reader was
+silent, its pages moved, or the shard was started anew. Do not retry; pin the newest version.
 """
 Global___ErrorCode: _TypeAlias = ErrorCode  # noqa: Y015
 

@@ -91,6 +91,36 @@ class StageTime(_message.Message):
 Global___StageTime: _TypeAlias = StageTime  # noqa: Y015
 
 @_typing.final
+class PinStatus(_message.Message):
+    """A version of a table that is kept on one shard."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    PINS_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The version."""
+    name: _builtins.str
+    """The snapshot's name; "": for readers."""
+    pins: _builtins.int
+    """How many pins of it there are."""
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        name: _builtins.str = ...,
+        pins: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "pins", b"pins", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PinStatus: _TypeAlias = PinStatus  # noqa: Y015
+
+@_typing.final
 class TableStatus(_message.Message):
     """One table as one shard sees it."""
 
@@ -112,6 +142,7 @@ class TableStatus(_message.Message):
     PENDING_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
+    PINS_FIELD_NUMBER: _builtins.int
     table_id: _builtins.int
     """The table."""
     name: _builtins.str
@@ -144,6 +175,10 @@ class TableStatus(_message.Message):
     """Token of the round of a move that holds it frozen; "" where none does."""
     load: _builtins.float
     """How many numbers of its values look-ups and updates read and wrote here, told by a sample and halved every minute."""
+    @_builtins.property
+    def pins(self) -> _containers.RepeatedCompositeFieldContainer[Global___PinStatus]:
+        """Versions of it that are kept, ascending."""
+
     def __init__(
         self,
         *,
@@ -163,10 +198,11 @@ class TableStatus(_message.Message):
         pending: _builtins.bool = ...,
         round: _builtins.str = ...,
         load: _builtins.float = ...,
+        pins: _abc.Iterable[Global___PinStatus] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_to_fill", b"bytes_to_fill", "epoch", b"epoch", "frozen", b"frozen", "load", b"load", "lookups", b"lookups", "lost_pages", b"lost_pages", "name", b"name", "num_bytes", b"num_bytes", "pages", b"pages", "pending", b"pending", "preparing", b"preparing", "round", b"round", "table_id", b"table_id", "updates_applied", b"updates_applied", "updates_held", b"updates_held", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_to_fill", b"bytes_to_fill", "epoch", b"epoch", "frozen", b"frozen", "load", b"load", "lookups", b"lookups", "lost_pages", b"lost_pages", "name", b"name", "num_bytes", b"num_bytes", "pages", b"pages", "pending", b"pending", "pins", b"pins", "preparing", b"preparing", "round", b"round", "table_id", b"table_id", "updates_applied", b"updates_applied", "updates_held", b"updates_held", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -199,6 +235,8 @@ class ShardStatus(_message.Message):
     COPIED_BYTES_FIELD_NUMBER: _builtins.int
     NEAR_CLIENTS_FIELD_NUMBER: _builtins.int
     TCP_LINE_CLIENTS_FIELD_NUMBER: _builtins.int
+    VERSION_BYTES_FIELD_NUMBER: _builtins.int
+    VERSION_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     state: Global___ShardState.ValueType
     """Whether it serves."""
     device: _builtins.str
@@ -233,6 +271,10 @@ class ShardStatus(_message.Message):
     """Processes of its host whose calls go through memory that both have."""
     tcp_line_clients: _builtins.int
     """Processes whose calls come by lines over TCP; all others come by gRPC."""
+    version_bytes: _builtins.int
+    """Bytes of rows that are kept as they were, for readers of versions; within page_limit_bytes."""
+    version_limit_bytes: _builtins.int
+    """What these may take, where pages leave it."""
     @_builtins.property
     def info(self) -> _table_pb2.ShardInfo:
         """Which, and where."""
@@ -273,10 +315,12 @@ class ShardStatus(_message.Message):
         copied_bytes: _builtins.int = ...,
         near_clients: _builtins.int = ...,
         tcp_line_clients: _builtins.int = ...,
+        version_bytes: _builtins.int = ...,
+        version_limit_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_limit_bytes", b"client_limit_bytes", "context_bytes", b"context_bytes", "copied_bytes", b"copied_bytes", "device", b"device", "dropped", b"dropped", "held_bytes", b"held_bytes", "info", b"info", "journal_bytes", b"journal_bytes", "kept_bytes", b"kept_bytes", "near_clients", b"near_clients", "num_bytes", b"num_bytes", "page_limit_bytes", b"page_limit_bytes", "queued_bytes", b"queued_bytes", "queued_calls", b"queued_calls", "stages", b"stages", "state", b"state", "storage", b"storage", "storage_refuses", b"storage_refuses", "tables", b"tables", "tcp_line_clients", b"tcp_line_clients", "uptime_s", b"uptime_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_limit_bytes", b"client_limit_bytes", "context_bytes", b"context_bytes", "copied_bytes", b"copied_bytes", "device", b"device", "dropped", b"dropped", "held_bytes", b"held_bytes", "info", b"info", "journal_bytes", b"journal_bytes", "kept_bytes", b"kept_bytes", "near_clients", b"near_clients", "num_bytes", b"num_bytes", "page_limit_bytes", b"page_limit_bytes", "queued_bytes", b"queued_bytes", "queued_calls", b"queued_calls", "stages", b"stages", "state", b"state", "storage", b"storage", "storage_refuses", b"storage_refuses", "tables", b"tables", "tcp_line_clients", b"tcp_line_clients", "uptime_s", b"uptime_s", "version_bytes", b"version_bytes", "version_limit_bytes", b"version_limit_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -19,14 +19,16 @@ class GrpcPoolHere:
 
     Args:
         near: Clients of this host get lines.
+        lease_s: Of trainers.
 
     Attributes:
         address: The controller's.
         infos: The shards, by number.
     """
 
-    def __init__(self, *, shards: int = 2, token: str | None = None, near: bool = False) -> None:
+    def __init__(self, *, shards: int = 2, token: str | None = None, near: bool = False, lease_s: float = 10.0) -> None:
         self.token = token
+        self._lease_s = lease_s
         self._near = near
         self.infos: dict[int, ShardInfo] = {}
         self._engines: dict[int, Engine] = {}
@@ -90,7 +92,7 @@ class GrpcPoolHere:
         server = Server(token=self.token, controller_key=CONTROLLER_KEY)
         port = server.bind("127.0.0.1", [0])
         info = ShardInfo(shard=shard, address=f"127.0.0.1:{port}", incarnation=incarnation)
-        engine = Engine(info, peers=self._dialer.dial)
+        engine = Engine(info, peers=self._dialer.dial, held_lease_s=self._lease_s)
         views = ShardViews("here", shard=engine, dial=self._dialer.dial, controller="test")
         router = Router(views, dial=self._dialer.dial, pool="here")
         await server.start(

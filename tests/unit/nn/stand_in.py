@@ -26,9 +26,12 @@ class LocalCoordinator:
 
     Attributes:
         calls: Of each call its name and how many tables it was of, the newest last.
+        group, found, alone: It is of no group.
     """
 
     def __init__(self) -> None:
+        self.group = self.found = None
+        self.alone = False
         self.calls: deque[tuple[str, int]] = deque(maxlen=100)
 
     async def prepare(

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mempool.errors import InvalidRequest
 from mempool.nn import MemoryLayer, PoolOptimizer
+from mempool.optim import JointOptimizer
 
 from .stand_in import local_table, session_of
 
@@ -148,6 +149,24 @@ def test_ddp_trains_as_a_plain_model(options: dict[str, bool]) -> None:
     model(batch(0)).sum().backward()
     model.zero_grad()
     assert wrapped[1].table.pending == 0  # type: ignore[union-attr]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_both_are_clipped_together_where_one_is_sharded() -> None:
+    plain, sharded = make_model(), shard(make_model(), 1)
+    for model in (plain, sharded):
+        dense = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = JointOptimizer(dense, PoolOptimizer(model), max_norm=0.5)
+        for step in range(2):
+            model(batch(step)).square().sum().backward()
+            optimizer.step()
+            assert optimizer.last_norm is not None
+            assert optimizer.last_norm > 0.5
+            optimizer.zero_grad()
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(whole(sharded.state_dict()[name]), tensor, msg=name)
+    tables = [session_of(model[1].table).values for model in (plain, sharded)]  # type: ignore[arg-type, union-attr]
+    torch.testing.assert_close(*tables)
 
 
 @pytest.mark.usefixtures("one_rank")

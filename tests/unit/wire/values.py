@@ -18,13 +18,11 @@ from mempool.wire.codecs.pages import AttachView, ForgetTable, FreezeTable, SetV
 from mempool.wire.codecs.tables import AskTable, ToldTable
 from mempool.wire.methods import Method
 from mempool.wire.v1 import data_pb2, pool_pb2, shard_pb2
+from tests.unit.wire.meeting_values import MEETINGS
 from tests.unit.wire.right_schemas import U64, schemas
+from tests.unit.wire.statuses import SECONDS, SHARD_INFO, SHARD_STATUS, TEXT, U32, U64S, build
 
-U32 = st.one_of(st.integers(0, 300), st.integers(0, 2**32 - 1))
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 DOUBLE = st.floats(allow_nan=False)
-SECONDS = st.floats(0.0, allow_infinity=False)
-U64S = st.lists(U64, max_size=5).map(tuple)
 U32S = st.lists(U32, max_size=5).map(tuple)
 FLOAT32 = st.just(torch.float32)
 FLOATS = st.sampled_from([torch.float32, torch.bfloat16])
@@ -52,10 +50,6 @@ PER_HEAD = tensors(3)
 NUMPY_IDS = st.lists(st.integers(0, 2**40), max_size=5).map(lambda ids: np.array(ids, np.int64))
 
 
-def build(cls: type, **parts: Any) -> st.SearchStrategy[Any]:
-    return st.builds(cls, **parts)
-
-
 ENVELOPE = build(types.Envelope, table_id=U64, epoch=U64, incarnation=U64, table_version=U64)
 STAMP = build(types.Stamp, shard=U32, incarnation=U64, epoch=U64, table_version=U64, writes=U64)
 STEP_ID = build(types.StepId, group=TEXT, rank=U32, step=U64, generation=U64)
@@ -63,7 +57,6 @@ WRITE_ID = st.none() | build(types.WriteId, writer=U64, number=U64, open=U64S)
 REPLY_DTYPE = st.sampled_from(["float32", "bfloat16"])
 SUMS_DTYPE = st.sampled_from(["float32", "bfloat16", "float8_e4m3fn"])
 SCHEMA = schemas()
-SHARD_INFO = build(types.ShardInfo, shard=U32, address=TEXT, incarnation=U64)
 SAVED = st.none() | build(types.SavedTable, url=TEXT, checkpoint=TEXT, table=TEXT, version=U64, taken=U64)
 
 
@@ -120,56 +113,12 @@ HISTORY: Mapping[str, st.SearchStrategy[Any]] = {
     "step_offset": st.integers(-(2**63), 2**63 - 1),
 }
 LEDGER = build(types.Ledger, **HISTORY)
-TABLE_STATUS = build(
-    types.TableStatus,
-    table_id=U64,
-    name=TEXT,
-    epoch=U64,
-    version=U64,
-    pages=U64,
-    lost_pages=U64,
-    num_bytes=U64,
-    updates_held=U64,
-    updates_applied=U64,
-    lookups=U64,
-    frozen=st.booleans(),
-    bytes_to_fill=U64,
-    preparing=TEXT,
-    pending=st.booleans(),
-    round=TEXT,
-    load=SECONDS,
-)
 _COUNTS = ("pages_moved", "pages_total", "bytes_moved", "bytes_total")
 LOADS = st.lists(build(types.ShardLoad, shard=U32, before=SECONDS, after=SECONDS), max_size=3).map(tuple)
 RESCALED = build(
     types.RescaleProgress,
     shards_before=U32, shards_after=U32, table=TEXT, done=st.booleans(), loads=LOADS, **dict.fromkeys(_COUNTS, U64),
 )  # fmt: skip
-STAGE_TIME = build(types.StageTime, stage=TEXT, count=U64, total_s=SECONDS, p50_s=SECONDS, p99_s=SECONDS, max_s=SECONDS)
-SHARD_STATUS = build(
-    types.ShardStatus,
-    info=SHARD_INFO,
-    state=st.sampled_from(["ready", "starting", "unreachable"]),
-    device=TEXT,
-    num_bytes=U64,
-    context_bytes=U64,
-    held_bytes=U64,
-    queued_bytes=U64,
-    queued_calls=U64,
-    kept_bytes=U64,
-    client_limit_bytes=U64,
-    page_limit_bytes=U64,
-    uptime_s=SECONDS,
-    tables=st.lists(TABLE_STATUS, max_size=2).map(tuple),
-    stages=st.lists(STAGE_TIME, max_size=2).map(tuple),
-    dropped=U64S,
-    copied_bytes=U64,
-    near_clients=U32,
-    tcp_line_clients=U32,
-    storage=TEXT,
-    journal_bytes=U64,
-    storage_refuses=TEXT,
-)
 CREATION = build(
     types.TableCreation,
     table=TEXT,
@@ -196,6 +145,7 @@ def parts(cls: type, **fields: Any) -> dict[str, st.SearchStrategy[Any]]:
 # Method -> generated classes of request and reply, values of both.
 Case = tuple[type[Message], st.SearchStrategy[Any], type[Message], st.SearchStrategy[Any]]
 CASES: dict[Method[Any, Any], Case] = {
+    **MEETINGS,
     methods.GATHER: (
         data_pb2.GatherRequest,
         build(
@@ -208,6 +158,7 @@ CASES: dict[Method[Any, Any], Case] = {
             remember=st.booleans(),
             release=U64S,
             reply_dtype=SUMS_DTYPE,
+            pin=TEXT,
         ),
         data_pb2.GatherReply,
         build(types.GatherReply, **STAMPED, blocks=U32S, values=BAGS),
@@ -282,7 +233,7 @@ CASES: dict[Method[Any, Any], Case] = {
     ),
     methods.SCORE: (
         data_pb2.ScoreRequest,
-        build(types.ScoreRequest, envelope=ENVELOPE, queries=PER_HEAD, topk=U32),
+        build(types.ScoreRequest, envelope=ENVELOPE, queries=PER_HEAD, topk=U32, pin=TEXT),
         data_pb2.ScoreReply,
         build(types.ScoreReply, **STAMPED, heads=U32S, scores=PER_HEAD, ids=tensors(3, st.just(torch.int64))),
     ),
@@ -306,6 +257,20 @@ CASES: dict[Method[Any, Any], Case] = {
         data_pb2.StepCountReply,
         build(types.StepCountReply, **STAMPED, count=U64),
     ),
+    methods.PIN: (
+        data_pb2.PinRequest,
+        build(
+            types.PinRequest,
+            envelope=ENVELOPE,
+            do=st.sampled_from(["arm", "settle", "attach", "renew", "release"]),
+            pin=TEXT,
+            version=U64,
+            name=TEXT,
+            lease_s=SECONDS,
+        ),
+        data_pb2.PinReply,
+        build(types.PinReply, **STAMPED, version=U64),
+    ),
     methods.OPEN_LINE: (
         data_pb2.OpenLineRequest,
         build(OpenLine, version=U32, client=U64),
@@ -314,7 +279,7 @@ CASES: dict[Method[Any, Any], Case] = {
     ),
     methods.READ_ROWS: (
         data_pb2.ReadRowsRequest,
-        build(types.ReadRowsRequest, envelope=ENVELOPE, array=TEXT, ids=IDS),
+        build(types.ReadRowsRequest, envelope=ENVELOPE, array=TEXT, ids=IDS, pin=TEXT),
         data_pb2.ReadRowsReply,
         build(types.ReadRowsReply, **STAMPED, blocks=U32S, rows=ROWS),
     ),

@@ -18,21 +18,21 @@ def four_ranks() -> Iterator[None]:
 
 
 def test_a_lone_process_is_told_nothing() -> None:
-    Cautions("facts", grouped=False).before_update()
+    Cautions("facts").before_update(grouped=False)
 
 
 @pytest.mark.usefixtures("four_ranks")
 def test_ranks_without_a_group_are_told_once() -> None:
-    cautions = Cautions("facts", grouped=False)
+    cautions = Cautions("facts")
     with pytest.warns(UserWarning, match=r"'facts' is trained by a process group of 4 ranks.*4 optimizer steps a step"):
-        cautions.before_update()
-    cautions.before_update()
-    Cautions("facts", grouped=True).before_update()
+        cautions.before_update(grouped=False)
+    cautions.before_update(grouped=False)
+    Cautions("facts").before_update(grouped=True)
 
 
 @pytest.mark.parametrize(("pending", "pending_bytes"), [(1_000, 0), (1, 2**30)])
 def test_updates_that_nobody_commits_are_told_of_once(pending: int, pending_bytes: int) -> None:
-    cautions = Cautions("facts", grouped=False)
+    cautions = Cautions("facts")
     cautions.after_update(pending=999, pending_bytes=2**30 - 1)
     with pytest.warns(UserWarning, match=r"updates of table 'facts' .* wait for a commit.*PoolOptimizer"):
         cautions.after_update(pending=pending, pending_bytes=pending_bytes)

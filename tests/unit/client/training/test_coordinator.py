@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from mempool.client.training import coordinator
-from mempool.client.training.coordinator import Commitment
+from mempool.client.training.commitment import Commitment
 from mempool.client.training.session import Session
 from mempool.errors import DataLoss, ShardUnavailable, StalePlacement
 

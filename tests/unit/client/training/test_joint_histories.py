@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mempool.client.training.coordinator import Commitment
+from mempool.client.training.commitment import Commitment
 from mempool.errors import Overloaded, ShardUnavailable, StalePlacement
 
 from .scripted import THREE, Client, ScriptedPool

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mempool.client.training.coordinator import Commitment
+from mempool.client.training.commitment import Commitment
 from mempool.client.training.session import Session
 from mempool.errors import NotFound, ShardUnavailable
 

@@ -1,0 +1,379 @@
+"""The home of groups of ranks: who is there, who is lost, and what the leader of a sync group says to the others.
+
+Pure: ``handle`` takes what a rank says and answers it, or None where there is nothing to say yet; asking again with the
+same is harmless. All of it is soft: ranks repeat what they said, so a home that begins anew knows it again. Whose
+updates are committed is ``step``'s, as of any trainer.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+from mempool.errors import InvalidRequest, Overloaded
+from mempool.types.groups.meeting import Arrival, MeetReply, MeetRequest, RankState, Seen, Terms, Word
+
+MAX_GROUPS = 256
+MAX_RANKS = 4096
+MAX_BYTES = 64 * 2**20
+"""Of what ranks arrive with, of all groups together."""
+_NUMBER_BYTES = 8
+_PART_BYTES = 128
+
+
+@dataclass(slots=True)
+class _Member:
+    """One process that is a rank.
+
+    generation: Of the group, that it has said it knows. meeting: at which it is. number: of its newest arrival, which
+    arrival is, where it is not over.
+    """
+
+    said: MeetRequest
+    heard_s: float
+    generation: int = 0
+    meeting: int = 0
+    number: int = 0
+    arrival: MeetRequest | None = None
+    left: bool = False
+
+
+@dataclass(slots=True)
+class _Group:
+    """complete: The meeting at which all were there last. word: the leader's last one, in this generation. told: The
+    generation is known from what ranks have said, as it began before this home did. changes: See there."""
+
+    terms: Terms
+    generation: int
+    told: bool
+    changes: int = 0
+    step: int = 0
+    members: dict[int, _Member] = field(default_factory=dict)
+    complete: int = 0
+    word: Word | None = None
+
+
+class Groups:
+    """All groups whose home one shard is.
+
+    Args:
+        lease_s: Silence after which a rank is taken for dead.
+    """
+
+    def __init__(self, *, lease_s: float) -> None:
+        self.lease_s = lease_s
+        self._groups: dict[str, _Group] = {}
+        self._num_bytes = 0
+
+    def changes(self, group: str) -> int:
+        """Another number whenever somebody who waits is to be looked at again."""
+        known = self._groups.get(group)
+        return -1 if known is None else known.changes
+
+    def handle(
+        self, request: MeetRequest, now_s: float, *, heard_s: float | None = None, first_generation: int
+    ) -> MeetReply | None:
+        """What a rank is answered; None: nothing yet.
+
+        Args:
+            heard_s: When it asked; None: now.
+            first_generation: Of a group that nothing is known of, above any that a home has given before: the time.
+
+        Raises:
+            InvalidRequest: The group is joined under other terms, or the rank was replaced.
+            Overloaded: There are too many groups, or they hold too much.
+        """
+        _check(request)
+        heard_s = now_s if heard_s is None else heard_s
+        if request.kind == "leave":
+            return self._leave(request, now_s)
+        group = self._group(request, now_s, first_generation)
+        member = group.members.get(request.rank)
+        if member is None or member.said.nonce != request.nonce:
+            reply = self._admit(group, request, member, now_s)
+            if reply is not None:
+                return reply
+            member = group.members[request.rank]
+        if member.left or member.said.kind != request.kind:
+            group.changes += 1
+        member.said, member.heard_s, member.left = request, max(heard_s, member.heard_s), False
+        if request.kind != "join" or not group.step:  # who joins says where its model is, which may be elsewhere
+            group.step = max(group.step, request.step)
+        if request.generation > group.generation:  # this home has begun anew, and somebody has joined it since
+            self._begin(group, request.generation + 1)
+        if request.generation > member.generation:
+            member.generation = request.generation
+            group.changes += 1
+        if request.kind == "join":
+            return self._joined(group, request, now_s)
+        if request.generation < group.generation and group.terms.consistency == "sync":
+            return self._reply(group, "changed")
+        if request.meeting > member.meeting:
+            member.meeting = request.meeting
+            group.changes += 1
+        if request.rank == 0 and request.word is not None and _is_newer(request.word, group.word):
+            group.word = request.word
+            group.changes += 1
+        if request.kind == "beat":
+            return self._reply(group, "heard")
+        if self._is_late(member, request):
+            return self._reply(group, "wait")  # nobody waits for this answer: what came after it counts
+        member.number = request.number
+        return self._arrived(group, member, request, now_s)
+
+    def _leave(self, request: MeetRequest, now_s: float) -> MeetReply:
+        group = self._groups.get(request.group)
+        member = None if group is None else group.members.get(request.rank)
+        if group is None or member is None or member.said.nonce != request.nonce:
+            return MeetReply(answer="heard", generation=request.generation, lease_s=self.lease_s)
+        member.left, member.heard_s = True, now_s
+        group.changes += 1
+        self._take(member, None)
+        if all(each.left for each in group.members.values()):
+            self._forget(request.group, group)
+        return self._reply(group, "heard")
+
+    def next_s(self, group: str, now_s: float) -> float:
+        """How long until somebody of the group is lost by silence alone."""
+        known = self._groups.get(group)
+        left = [] if known is None else [each.heard_s + self.lease_s - now_s for each in known.members.values()]
+        return min((each for each in left if each > 0.0), default=self.lease_s)
+
+    def _group(self, request: MeetRequest, now_s: float, first_generation: int) -> _Group:
+        group = self._groups.get(request.group)
+        if group is None:
+            self._make_room(now_s)
+            joins = request.kind == "join"
+            generation = first_generation if joins else request.generation
+            group = self._groups[request.group] = _Group(request.terms, generation, told=not joins)
+        elif group.terms != request.terms:
+            self._take_terms(group, request, now_s)
+        return group
+
+    def _take_terms(self, group: _Group, request: MeetRequest, now_s: float) -> None:
+        """Other terms than the group's, which hold while anybody of it is there."""
+        others = [each for each in group.members.values() if each.said.nonce != request.nonce]
+        there = next((each for each in others if self._lives(each, now_s)), None)
+        both_elastic = group.terms.elastic and request.terms.elastic
+        if there is not None and request.kind == "join" and both_elastic and request.restart > there.said.restart:
+            there = None  # its launcher has started all of them again
+        if there is not None:
+            raise InvalidRequest(
+                f"group {request.group!r} is joined by rank {request.rank} ({request.host}) with "
+                f"{request.terms.words}, and rank {there.said.rank} ({there.said.host}) is in it with "
+                f"{group.terms.words}: all ranks of a group say the same. Nothing was changed."
+            )
+        was_of = group.terms.world_size
+        if others and was_of != request.terms.world_size and not both_elastic:
+            raise InvalidRequest(
+                f"group {request.group!r} had {was_of} ranks (rank {others[0].said.rank} was {others[0].said.host}), "
+                f"and is joined by rank {request.rank} ({request.host}) with {request.terms.world_size}: say "
+                "elastic=True in all of them where it may go on with another number. Nothing was changed."
+            )
+        for member in group.members.values():
+            self._take(member, None)
+        group.members.clear()
+        group.terms = request.terms
+        self._begin(group, group.generation + 1)
+
+    def _admit(self, group: _Group, request: MeetRequest, known: _Member | None, now_s: float) -> MeetReply | None:
+        """A process that is not known as its rank; None: it is from now on."""
+        if known is not None and not known.left:
+            if request.kind != "join":
+                raise InvalidRequest(
+                    f"rank {request.rank} of group {request.group!r} is {known.said.host} by now, which joined after "
+                    f"{request.host}: a rank is one process at a time. Nothing was changed."
+                )
+            if self._lives(known, now_s) and request.restart <= known.said.restart:
+                return self._reply(group, "occupied", others=(self._seen(group, request.rank, now_s),))
+        if known is not None:
+            under_way = group.complete and not self._word_is_out(group) and self._lives(group.members.get(0), now_s)
+            if under_way and request.rank:  # what all have arrived for is carried out first
+                return self._reply(group, "wait", others=(self._seen(group, 0, now_s),))
+            self._take(known, None)
+        # Whoever was this rank before may have numbered updates in this generation: they must not be taken for others.
+        if request.kind == "join" and (group.told or (known is not None and known.generation >= group.generation)):
+            self._begin(group, group.generation + 1)
+        group.members[request.rank] = _Member(request, now_s)
+        group.changes += 1
+        return None
+
+    def _joined(self, group: _Group, request: MeetRequest, now_s: float) -> MeetReply | None:
+        """Nobody begins in a generation before all who live know of it: shards refuse the older one from then on."""
+        member = group.members[request.rank]
+        member.generation = group.generation
+        if group.terms.consistency == "sync":
+            late = [
+                rank
+                for rank, each in group.members.items()
+                if each.generation < group.generation and self._lives(each, now_s)
+            ]
+            if late:
+                return self._reply(group, "wait", others=tuple(self._seen(group, rank, now_s) for rank in late))
+        return self._reply(group, "heard")
+
+    def _arrived(self, group: _Group, member: _Member, request: MeetRequest, now_s: float) -> MeetReply | None:
+        if group.terms.consistency == "bounded":
+            return self._within_bounds(group, request, now_s)
+        if request.rank and group.word is not None and group.word.meeting == request.meeting:
+            self._take(member, request)
+            return self._reply(group, "word", word=group.word)
+        self._take(member, request)
+        here = [
+            each.arrival
+            for rank in range(group.terms.world_size)
+            if (each := group.members.get(rank)) is not None
+            and each.arrival is not None
+            and each.generation == group.generation
+            and each.arrival.meeting == request.meeting
+        ]
+        if len(here) == group.terms.world_size and group.complete != request.meeting:
+            group.complete = request.meeting
+            group.changes += 1
+        if group.complete == request.meeting:
+            if request.rank == 0 and len(here) == group.terms.world_size:
+                arrivals = tuple(
+                    Arrival(
+                        rank=each.rank,
+                        host=each.host,
+                        phase=each.phase,
+                        parts=each.parts,
+                        want_norm=each.want_norm,
+                        norm_order=each.norm_order,
+                    )
+                    for each in here
+                )
+                return self._reply(group, "arrived", arrivals=arrivals)
+            if request.rank and self._lives(group.members.get(0), now_s):
+                return None
+        return self._lost(group, now_s)
+
+    def _within_bounds(self, group: _Group, request: MeetRequest, now_s: float) -> MeetReply | None:
+        slow = [
+            rank
+            for rank in range(group.terms.world_size)
+            if _progress(group.members.get(rank)) < request.meeting - group.terms.staleness
+        ]
+        if not slow:
+            return self._reply(group, "arrived")
+        lost = self._lost(group, now_s)
+        if lost is None or not {each.rank for each in lost.others} & set(slow):
+            return None
+        return lost
+
+    def _is_late(self, member: _Member, request: MeetRequest) -> bool:
+        return request.number < member.number
+
+    def waiting(self, request: MeetRequest, now_s: float) -> MeetReply:
+        """What a rank is told that has waited for long enough: who is not there yet."""
+        group = self._groups[request.group]
+        bound = request.meeting - (group.terms.staleness if group.terms.consistency == "bounded" else 0)
+        others = tuple(
+            self._seen(group, rank, now_s)
+            for rank in range(group.terms.world_size)
+            if rank != request.rank
+            and ((each := group.members.get(rank)) is None or each.meeting < bound or not self._lives(each, now_s))
+        )
+        return self._reply(group, "wait", others=others)
+
+    def _lost(self, group: _Group, now_s: float) -> MeetReply | None:
+        lost = tuple(
+            self._seen(group, rank, now_s)
+            for rank, member in sorted(group.members.items())
+            if not self._lives(member, now_s)
+        )
+        return self._reply(group, "lost", others=lost) if lost else None
+
+    def _seen(self, group: _Group, rank: int, now_s: float) -> Seen:
+        member = group.members.get(rank)
+        if member is None:
+            return Seen(rank=rank, host="", state="awaited", silent_s=0.0, meeting=0)
+        state: RankState = "left" if member.left else "here" if self._lives(member, now_s) else "lost"
+        if state == "here" and member.generation < group.generation:
+            state = "awaited"
+        return Seen(
+            rank=rank,
+            host=member.said.host,
+            state=state,
+            silent_s=max(0.0, now_s - member.heard_s),
+            meeting=member.meeting,
+            step=member.said.step,
+        )
+
+    def _lives(self, member: _Member | None, now_s: float) -> bool:
+        return member is not None and not member.left and now_s - member.heard_s <= self.lease_s
+
+    def _word_is_out(self, group: _Group) -> bool:
+        return group.word is not None and group.word.meeting >= group.complete
+
+    def _begin(self, group: _Group, generation: int) -> None:
+        """What was agreed on before is over: meetings are counted anew."""
+        group.generation, group.told, group.complete, group.word = generation, False, 0, None
+        group.changes += 1
+        for member in group.members.values():
+            self._take(member, None)
+            member.meeting = 0 if group.terms.consistency == "sync" else member.meeting
+
+    def _take(self, member: _Member, arrival: MeetRequest | None) -> None:
+        """What a member has arrived with, in place of what it had."""
+        if member.arrival is arrival:
+            return
+        more = _bytes_of(arrival) - _bytes_of(member.arrival)
+        if more > 0 and self._num_bytes + more > MAX_BYTES:
+            raise Overloaded(
+                f"groups hold {self._num_bytes:,} bytes at their home, and at most {MAX_BYTES:,} are taken: rank "
+                f"{member.said.rank} of group {member.said.group!r} is to come again in a moment",
+                retry_after_s=1.0,
+            )
+        self._num_bytes += more
+        member.arrival = arrival
+
+    def _make_room(self, now_s: float) -> None:
+        if len(self._groups) < MAX_GROUPS:
+            return
+        for name, group in list(self._groups.items()):
+            if not any(self._lives(member, now_s) for member in group.members.values()):
+                self._forget(name, group)
+        if len(self._groups) >= MAX_GROUPS:
+            raise Overloaded(
+                f"{MAX_GROUPS} groups of ranks are at work on this pool, and no more are taken", retry_after_s=10.0
+            )
+
+    def _forget(self, name: str, group: _Group) -> None:
+        for member in group.members.values():
+            self._take(member, None)
+        del self._groups[name]
+
+    def _reply(self, group: _Group, answer: str, **more: object) -> MeetReply:
+        return MeetReply(
+            answer=answer,  # type: ignore[arg-type]
+            generation=group.generation,
+            step=group.step,
+            lease_s=self.lease_s,
+            **more,  # type: ignore[arg-type]
+        )
+
+
+def _is_newer(word: Word, known: Word | None) -> bool:
+    return known is None or (word != known and known.meeting <= word.meeting)
+
+
+def _progress(member: _Member | None) -> float:
+    """Of a bounded rank: the step that it is at; one that has left holds nobody up."""
+    return 0.0 if member is None else math.inf if member.left else float(member.meeting)
+
+
+def _check(request: MeetRequest) -> None:
+    terms = request.terms
+    if not 1 <= terms.world_size <= MAX_RANKS:
+        raise InvalidRequest(f"world_size = {terms.world_size}: a group has 1 to {MAX_RANKS} ranks.")
+    if not 0 <= request.rank < terms.world_size:
+        raise InvalidRequest(f"rank = {request.rank} of world_size = {terms.world_size}: ranks are counted from 0.")
+    if request.kind in ("beat", "arrive") and not request.generation:
+        raise InvalidRequest(f"rank {request.rank} of group {request.group!r} has not joined.")
+    if request.kind == "arrive" and not request.meeting:
+        raise InvalidRequest("meetings are counted from 1.")
+
+
+def _bytes_of(arrival: MeetRequest | None) -> int:
+    if arrival is None:
+        return 0
+    return _PART_BYTES + sum(_PART_BYTES + _NUMBER_BYTES * len(part.sequences) for part in arrival.parts)

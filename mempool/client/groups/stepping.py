@@ -1,0 +1,483 @@
+"""A sync group's steps: ranks meet, the leader commits what all have pending as one step, and the others hear of it.
+
+To shards the group is one trainer, rank 0 of the group. Who is there is ``member``'s, how a step is agreed on with
+shards the coordinator's, as of a trainer alone. What a rank has pending it keeps until it knows what became of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from mempool.agreement.book import OF_OTHER_RANKS
+from mempool.agreement.groups.offers import check_offers, sequences_of
+from mempool.agreement.step_events import Part
+from mempool.client.groups.member import Member
+from mempool.client.routing.router import Router
+from mempool.client.routing.together import Together
+from mempool.client.training.commitment import Commitment, Prepared
+from mempool.client.training.coordinator import Coordinator
+from mempool.client.training.joint import distinct
+from mempool.errors import MempoolError, RankLost, StepConflict
+from mempool.types import StepId
+from mempool.types.groups.meeting import (
+    Arrival,
+    MeetPhase,
+    MeetReply,
+    MeetRequest,
+    OfferedPart,
+    Word,
+    WordKind,
+    WordPart,
+)
+
+if TYPE_CHECKING:
+    from mempool.client.routing.attempt import Attempt
+    from mempool.client.training.session import Session
+
+
+_MAX_MESSAGE = 1000
+
+
+class _Others:
+    """The other ranks of a meeting (``Others``)."""
+
+    def __init__(self, group: SyncGroup, arrivals: Sequence[Arrival], offer: MeetRequest) -> None:
+        self._group = group
+        self._sequences = sequences_of([each for each in arrivals if each.rank])
+        self._offer = offer
+        self._one = asyncio.Lock()
+
+    def sequences(self, table_id: int) -> tuple[int, ...]:
+        return self._sequences.get(table_id, ())
+
+    def own(self, sequence: int) -> bool:
+        return sequence < OF_OTHER_RANKS
+
+    async def send_again(self, missing: Mapping[int, tuple[StepId, tuple[int, ...]]]) -> None:
+        parts = tuple(
+            WordPart(table_id=table_id, step=step_id.step, sequences=sequences)
+            for table_id, (step_id, sequences) in missing.items()
+        )
+        async with self._one:
+            await self._group.again(parts, self._offer)
+
+
+class SyncGroup:
+    """This client as a rank of a sync group (``Stepping``).
+
+    Args:
+        coordinator: Its steps.
+        router: Carries its calls.
+
+    Attributes:
+        member: Who it is; set before anything else.
+    """
+
+    member: Member
+
+    def __init__(self, coordinator: Coordinator, router: Router) -> None:
+        self._coordinator = coordinator
+        self._router = router
+        self._meeting = asyncio.Lock()
+        self._giving: asyncio.Task[None] | None = None
+        self._ended = False  # what a commit came with that did not hear of its end is committed
+        self._late: Counter[int] = Counter()  # updates of steps that turned out to be committed, by table
+
+    @property
+    def steps_together(self) -> bool:
+        return True
+
+    def adopt(self, session: Session) -> None:
+        joining = self.member.joining
+        session.rejoin(
+            group=joining.group,
+            rank=0,
+            generation=self.member.generation,
+            first_sequence=joining.rank * OF_OTHER_RANKS + 1,
+        )
+
+    async def prepare(
+        self, sessions: list[Session], *, want_norm: bool, norm_order: float, timeout_s: float | None
+    ) -> list[Prepared | None]:
+        async with self._meeting:
+            while True:
+                offer = self._offer(sessions, "prepare")
+                offer = replace(offer, want_norm=want_norm, norm_order=norm_order)
+                reply = await self._arrive(sessions, offer)
+                if reply is None:
+                    continue
+                if self.member.leads:
+                    answer = await self._prepare_all(reply.arrivals, sessions, offer, timeout_s)
+                    if answer is not None:
+                        return answer
+                    continue
+                word = await self._heard(sessions, reply)
+                if word is not None:
+                    told = {part.table_id: part for part in word.parts}
+                    return [_as_prepared(told.get(session.table_id), session) for session in sessions]
+
+    async def commit(self, commitments: list[Commitment], *, timeout_s: float | None) -> list[int]:
+        sessions = [each.session for each in commitments]
+        async with self._meeting:
+            while True:
+                if self._takes_end(sessions):
+                    return [self._late.pop(session.table_id, 0) for session in sessions]
+                offer = self._offer(sessions, "commit", commitments)
+                reply = await self._arrive(sessions, offer)
+                if reply is None:
+                    continue
+                if self.member.leads:
+                    if not await self._commit_all(reply.arrivals, commitments, offer, timeout_s):
+                        continue
+                elif await self._heard(sessions, reply) is None:
+                    continue
+                self.member.steps += 1
+                return [self._late.pop(session.table_id, 0) for session in sessions]
+
+    async def discard(self, sessions: list[Session], *, timeout_s: float | None) -> list[int]:
+        """A rank's own: what no commit of the group names, shards drop with that."""
+        if self.member.leads:
+            return await self._coordinator.discard_own(sessions, timeout_s=timeout_s)
+        dropped = []
+        for session in sessions:
+            dropped.append(session.book.give_up())
+            session.book.given_up.clear()
+            session.counters.updates_discarded += dropped[-1]
+        return dropped
+
+    async def refresh(self) -> None:
+        await self.member.hear()
+
+    async def leave(self) -> None:
+        if self._giving is not None:
+            self._giving.cancel()
+        await self.member.leave()
+
+    async def again(self, parts: tuple[WordPart, ...], offer: MeetRequest) -> None:
+        """The leader, whose shards miss updates of other ranks: they send them, and come to the next meeting."""
+        member = self.member
+        member.say(Word(meeting=member.meeting, kind="again", parts=parts))
+        reply = await member.arrive(offer)
+        if reply.answer == "changed":
+            raise RankLost(
+                f"group {member.joining.group!r} has begun anew, as a rank came back while updates were sent again: "
+                "the same call goes on"
+            )
+
+    async def changed(self, generation: int) -> None:
+        """The group has begun a generation: a rank came back."""
+        if self._meeting.locked():
+            return  # whoever is at a meeting is told there
+        async with self._meeting:
+            await self._renew(generation)
+
+    def _takes_end(self, sessions: Sequence[Session]) -> bool:
+        """Whether this is the same call as one that was cut off, and whose step turned out to be committed."""
+        ended, self._ended = self._ended, False
+        return ended and not any(session.pending for session in sessions)
+
+    async def _arrive(self, sessions: list[Session], offer: MeetRequest) -> MeetReply | None:
+        """None: come again, with what is pending then."""
+        try:
+            reply = await self.member.arrive(offer)
+        except RankLost as lost:
+            if self.member.joining.rank == min(set(range(self.member.joining.terms.world_size)) - set(lost.ranks)):
+                self.give_back_soon(sessions)
+            raise
+        if reply.answer == "changed":
+            await self._renew(reply.generation)
+            return None
+        return reply
+
+    def _offer(
+        self, sessions: Sequence[Session], phase: MeetPhase, commitments: Sequence[Commitment] = ()
+    ) -> MeetRequest:
+        numbers = {each.session.table_id: (each.lr, each.grad_scale) for each in commitments}
+        parts = []
+        for session in sorted(sessions, key=lambda each: each.table_id):
+            lr, grad_scale = numbers.get(session.table_id, (0.0, 1.0))
+            parts.append(
+                OfferedPart(
+                    table_id=session.table_id,
+                    step=session.book.base,
+                    sequences=self._sealed(session, committing=phase == "commit"),
+                    lr=lr,
+                    grad_scale=grad_scale,
+                )
+            )
+        return replace(self.member.offer(), phase=phase, parts=tuple(parts))
+
+    def _sealed(self, session: Session, *, committing: bool) -> tuple[int, ...]:
+        """What a rank comes with: from here on, where it is to be committed, it can only be that, or sent anew."""
+        book = session.book
+        if self.member.leads:
+            closing = () if book.closing is None else book.closing.sealed
+            return tuple(sorted((*closing, *book.open.updates)))
+        book.merge()
+        book.given_up.clear()
+        step = book.seal()
+        if step is None:
+            return ()
+        step.committing = step.committing or committing
+        return step.sealed
+
+    # The leader
+
+    async def _prepare_all(
+        self, arrivals: Sequence[Arrival], sessions: list[Session], offer: MeetRequest, timeout_s: float | None
+    ) -> list[Prepared | None] | None:
+        async with _Meeting(self, sessions, arrivals, offer) as meeting:
+            if await meeting.ended_earlier(timeout_s):
+                return None
+            answers = await self._coordinator.prepare_own(
+                sessions, want_norm=offer.want_norm, norm_order=offer.norm_order, timeout_s=timeout_s
+            )
+            scale = self._scale
+            reduced = [
+                each and replace(each, squared_norm=each.squared_norm * scale**2, norm=each.norm * scale)
+                for each in answers
+            ]
+            meeting.done(
+                WordPart(
+                    table_id=session.table_id,
+                    step=session.book.open.step_id.step,
+                    squared_norm=each.squared_norm,
+                    finite=each.finite,
+                    norm=each.norm,
+                    updates=each.updates,
+                )
+                for session, each in zip(sessions, reduced, strict=True)
+                if each is not None
+            )
+            return [
+                each and replace(each, updates=_pending(session))
+                for session, each in zip(sessions, reduced, strict=True)
+            ]
+
+    async def _commit_all(
+        self,
+        arrivals: Sequence[Arrival],
+        commitments: list[Commitment],
+        offer: MeetRequest,
+        timeout_s: float | None,
+    ) -> bool:
+        sessions = [each.session for each in commitments]
+        async with _Meeting(self, sessions, arrivals, offer) as meeting:
+            if await meeting.ended_earlier(timeout_s):
+                return False
+            scaled = [replace(each, grad_scale=each.grad_scale * self._scale) for each in commitments]
+            totals = sequences_of(arrivals)
+            counts = await self._coordinator.commit_own(scaled, timeout_s=timeout_s)
+            for session, count in zip(sessions, counts, strict=True):
+                self._late[session.table_id] += count
+            meeting.done(
+                WordPart(
+                    table_id=session.table_id,
+                    step=session.book.open.step_id.step,
+                    version=self._router.known_version(session.table_id) or 0,
+                    updates=len(totals.get(session.table_id, ())),
+                )
+                for session in sessions
+            )
+            return True
+
+    @property
+    def _scale(self) -> float:
+        terms = self.member.joining.terms
+        return 1.0 / terms.world_size if terms.reduction == "mean" else 1.0
+
+    # The others
+
+    async def _heard(self, sessions: list[Session], reply: MeetReply) -> Word | None:
+        """The leader's word, carried out; None: come again."""
+        word = reply.word
+        assert word is not None, "the home answers others with nothing else"
+        if word.kind == "again":
+            await self._send_again(sessions, word)
+        elif word.kind in ("done", "earlier"):
+            self._committed(sessions, word)
+        elif word.kind == "undone":
+            for session in sessions:
+                if session.book.closing is not None:
+                    session.book.closing.committing = False
+        self.member.meeting = word.meeting + 1
+        if word.kind in ("undone", "failed"):
+            raise _error(word)
+        return word if word.kind == "done" else None
+
+    def _committed(self, sessions: Sequence[Session], word: Word) -> None:
+        told = {part.table_id: part for part in word.parts}
+        for session in sessions:
+            part = told.get(session.table_id)
+            if part is None:
+                continue
+            if part.version:
+                self._router.versions.saw(session.table_id, part.version)
+            if session.book.closing is not None and session.book.closing.committing:
+                self._count(session)
+            session.book.follow(part.step)
+
+    async def _send_again(self, sessions: Sequence[Session], word: Word) -> None:
+        by_table = {session.table_id: session for session in sessions}
+        first = self.member.joining.rank * OF_OTHER_RANKS
+        for part in word.parts:
+            session = by_table.get(part.table_id)
+            mine = [each for each in part.sequences if first < each < first + OF_OTHER_RANKS]
+            if session is None or not mine:
+                continue
+            step_id = StepId(
+                group=self.member.joining.group, rank=0, step=part.step, generation=session.book.generation
+            )
+            sending = partial(_send_mine, session=session, step_id=step_id, sequences=mine)
+            with suppress(StepConflict):  # the leader is told so itself
+                await self._router.call(session.table_id, sending)
+
+    # When ranks are lost, and come back
+
+    def give_back_soon(self, sessions: Sequence[Session]) -> None:
+        """What shards hold for a step that is not to be now is of no use to them: it is sent anew."""
+        if self._giving is None or self._giving.done():
+            self._giving = asyncio.get_running_loop().create_task(self._give_back(list(sessions)))
+
+    async def _give_back(self, sessions: Sequence[Session]) -> None:
+        mine = [each for each in sessions if each.joint is None or each.joint.step.state == "open"]
+        steps = {each.table_id: [each.book.closing or each.book.open] for each in mine}
+        step_ids = {table_id: [step.step_id for step in found] for table_id, found in steps.items()}
+        if step_ids:
+            with suppress(MempoolError):
+                await self._router.together(list(step_ids), lambda together: together.discard(step_ids))
+
+    async def _renew(self, generation: int) -> None:
+        """Go on in a generation: what may be decided is asked for first, and everything else is sent anew in it."""
+        if self._giving is not None:
+            await asyncio.wait({self._giving})
+        sessions = self._coordinator.sessions
+        for joint in distinct(session.applying for session in sessions):
+            with suppress(MempoolError):  # it is decided: shards ask each other
+                await self._coordinator.applied(list(joint.sessions.values()))
+        for session in sessions:
+            closing = session.book.closing
+            in_doubt = session.joint is not None and session.joint.step.state != "open"
+            if closing is not None and (closing.committing or in_doubt) and await self._is_decided(session):
+                self._count(session)
+                self.member.steps += not self._ended
+                self._ended = True
+        for session in sessions:
+            session.joint = session.applying = None
+            session.book.renew(generation)
+        self.member.generation, self.member.meeting, self.member.word = generation, 1, None
+
+    def _count(self, session: Session) -> None:
+        count = session.book.acknowledged()
+        session.counters.steps_committed += 1
+        session.counters.updates_committed += count
+        self._late[session.table_id] += count
+
+    async def _is_decided(self, session: Session) -> bool:
+        """Whether the group's step that this rank had arrived with is decided; if not, it never is from here on."""
+        joint, table_id = session.joint, session.table_id
+        known = None if joint is None else joint.step.tables[table_id].step_id
+        step_id = known or StepId(
+            group=self.member.joining.group, rank=0, step=session.book.base, generation=session.book.generation
+        )
+
+        async def ask(together: Together) -> bool:
+            gate = together.owners[0].shards[0]
+            part = Part(table_id=table_id, step_id=step_id, sequences=(), lr=0.0, grad_scale=1.0, version=0)
+            try:
+                reply = await together.commit(gate, (part,), one_phase=False)
+            except StepConflict:
+                return False
+            return reply.parts[0].version > 0
+
+        return await self._router.together([table_id], ask)
+
+
+class _Meeting:
+    """What the leader does between the arrival of all and its word, which it says however that ends."""
+
+    def __init__(
+        self, group: SyncGroup, sessions: list[Session], arrivals: Sequence[Arrival], offer: MeetRequest
+    ) -> None:
+        self._group = group
+        self._sessions = sessions
+        self._arrivals = arrivals
+        self._offer = offer
+
+    async def __aenter__(self) -> _Meeting:
+        group = self._group
+        try:
+            check_offers(group.member.joining.group, self._arrivals, group._router.name_of)
+        except MempoolError as error:
+            self._say("undone", error=error)
+            raise
+        group._coordinator.others = _Others(group, self._arrivals, self._offer)
+        return self
+
+    async def ended_earlier(self, timeout_s: float | None) -> bool:
+        """Whether a step was in doubt, which is committed now: what is pending beside it comes with the next."""
+        group = self._group
+        doubtful = [each for each in self._sessions if each.joint is not None and each.joint.step.state != "open"]
+        if not doubtful:
+            return False
+        counts = await group._coordinator.end_earlier(doubtful, timeout_s=timeout_s)
+        for session, count in counts.items():
+            group._late[session.table_id] += count
+        self._say(
+            "earlier",
+            [
+                WordPart(
+                    table_id=each.table_id,
+                    step=each.book.open.step_id.step,
+                    version=group._router.known_version(each.table_id) or 0,
+                )
+                for each in doubtful
+            ],
+        )
+        return True
+
+    def done(self, parts: Iterable[WordPart]) -> None:
+        """It ends well."""
+        self._say("done", parts)
+
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self._group._coordinator.others = None
+        if isinstance(error, RankLost):
+            self._group.give_back_soon(self._sessions)
+        elif isinstance(error, MempoolError):
+            doubt = any(each.joint is not None and each.joint.step.state != "open" for each in self._sessions)
+            self._say("failed" if doubt else "undone", error=error)
+
+    def _say(self, kind: WordKind, parts: Iterable[WordPart] = (), *, error: MempoolError | None = None) -> None:
+        member = self._group.member
+        message, code = ("", 0) if error is None else (error.message[:_MAX_MESSAGE], int(error.code))
+        member.say(Word(meeting=member.meeting, kind=kind, parts=tuple(parts), message=message, code=code))
+
+
+async def _send_mine(attempt: Attempt, *, session: Session, step_id: StepId, sequences: Sequence[int]) -> None:
+    await session.send_mine(attempt, step_id, sequences)
+
+
+def _as_prepared(part: WordPart | None, session: Session) -> Prepared | None:
+    if part is None:
+        return None
+    return Prepared(updates=_pending(session), squared_norm=part.squared_norm, finite=part.finite, norm=part.norm)
+
+
+def _pending(session: Session) -> int:
+    return 0 if session.book.closing is None else len(session.book.closing.sealed)
+
+
+def _error(word: Word) -> MempoolError:
+    """What the leader met, as an error of that kind."""
+    kinds: list[type[MempoolError]] = [MempoolError]
+    for kind in kinds:
+        kinds.extend(kind.__subclasses__())
+    found = next((kind for kind in kinds if kind.code == word.code), MempoolError)
+    return found(f"rank 0 of the group, which commits for all, met this: {word.message}")

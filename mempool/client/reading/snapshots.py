@@ -1,0 +1,51 @@
+"""Named versions of a pool's tables, which shards keep without a lease. Runs on the IO loop."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+
+from mempool.client.reading.pinning import pin_newest, release
+from mempool.client.routing.router import Router
+from mempool.errors import NotFound
+from mempool.types import TableView
+
+Views = Callable[[], Awaitable[list[TableView]]]
+"""Asks for all tables of the pool."""
+
+
+async def take_snapshot(router: Router, name: str, tables: Iterable[str] | None, *, views: Views) -> dict[str, int]:
+    """Keep each table at its newest version; all of them, or none. tables: names; None: all.
+
+    Raises:
+        NotFound: There is no such table.
+        MempoolError: As ``pin_newest``.
+    """
+    ids = await _ids(tables, views)
+    pins = [asyncio.ensure_future(pin_newest(router, table_id, name=name)) for table_id in ids.values()]
+    try:
+        return dict(zip(ids, [version for _, version in await asyncio.gather(*pins)], strict=True))
+    except BaseException:
+        for pin in pins:
+            pin.cancel()
+        taken = await asyncio.gather(*pins, return_exceptions=True)
+        for table_id, found in zip(ids.values(), taken, strict=True):
+            if not isinstance(found, BaseException):
+                await release(router, table_id, found[0])
+        raise
+
+
+async def drop_snapshot(router: Router, name: str, tables: Iterable[str] | None, *, views: Views) -> None:
+    """Let it go. Raises NotFound where there is no such table, ShardUnavailable where a shard did not hear it."""
+    for table_id in (await _ids(tables, views)).values():
+        await router.call(table_id, lambda attempt: attempt.pin("release", "", name=name, lease_s=0.0))
+
+
+async def _ids(tables: Iterable[str] | None, views: Views) -> dict[str, int]:
+    """By name."""
+    known = {view.schema.name: view.schema.table_id for view in await views()}
+    if tables is None:
+        return known
+    names = [tables] if isinstance(tables, str) else list(tables)
+    for name in names:
+        if name not in known:
+            raise NotFound(f"there is no table {name!r}; the pool has {', '.join(map(repr, known)) or 'none'}")
+    return {name: known[name] for name in names}

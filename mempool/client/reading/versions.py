@@ -1,0 +1,86 @@
+"""What of a ``Table`` is about its versions."""
+
+from typing import TYPE_CHECKING
+
+from mempool.client.counts import as_count
+from mempool.client.opening.waiting import Begin, Run
+from mempool.client.reading.pinning import pin_kept, pin_newest, pin_version
+from mempool.client.routing.router import Router
+from mempool.client.training.link import TableLink
+from mempool.client.training.session import Session
+from mempool.errors import InvalidRequest
+from mempool.types import TableSchema
+
+if TYPE_CHECKING:
+    from mempool.client.reading.table_at import TableAt
+
+LATEST = "latest"
+MAX_NAME_BYTES = 64
+
+
+class Versions:
+    """A part of ``Table``."""
+
+    schema: TableSchema
+    _router: Router
+    _session: Session
+    _run: Run
+    _begin: Begin
+    _link: TableLink
+
+    @property
+    def staleness(self) -> int:
+        """How many versions the table has gone on since the last look-up here, as far as this client has heard: replies
+        to look-ups and commits say. What is pushed now is a gradient of values so much older."""
+        looked_up = self._link.looked_up
+        return 0 if looked_up is None else max(0, (self._link.known_version or 0) - looked_up)
+
+    def at(self, version: int | str = LATEST) -> "TableAt":
+        """The table as it is at one version, for reading: for evaluation while training goes on.
+
+        Nobody waits for it, and nothing is copied: from now on shards keep what training overwrites, until it is
+        closed. Keep it as long as you read, and no longer: what is kept is bounded, and the oldest goes first.
+
+        Args:
+            version: "latest": the newest one, with every commit that was acknowledged before. A number: that very
+                version, while it is the newest one or somebody has it pinned. Another text: what ``pool.snapshot`` has
+                kept under that name.
+
+        Raises:
+            VersionGone: There is no such snapshot, or the version is over and kept by nobody.
+            InvalidRequest: The version is still to come.
+            ShardUnavailable: A shard did not answer within the pool's timeout_s.
+        """
+        from mempool.client.reading.table_at import TableAt  # it is a table
+
+        table_id, router = self.schema.table_id, self._router
+        if version == LATEST:
+            pin, number = self._run(pin_newest(router, table_id))
+        elif isinstance(version, str):
+            pin, number = self._run(pin_kept(router, table_id, name=checked_name(version)))
+        else:
+            wanted = as_count(version)
+            if wanted is None or wanted < 0:
+                raise InvalidRequest(
+                    f"table {self.schema.name!r}: version = {version!r} must be a version's number, a snapshot's name, "
+                    f"or {LATEST!r}"
+                )
+            pin, number = self._run(pin_version(router, table_id, wanted))
+        return TableAt(
+            self.schema,
+            router=router,
+            session=self._session,
+            run=self._run,
+            begin=self._begin,
+            pin=pin,
+            version=number,
+        )
+
+
+def checked_name(name: object) -> str:
+    """A snapshot's name. Raises InvalidRequest for what is none."""
+    if not isinstance(name, str) or not 0 < len(name.encode("utf-8", "surrogatepass")) <= MAX_NAME_BYTES:
+        raise InvalidRequest(f"a snapshot's name is a text of 1 to {MAX_NAME_BYTES} bytes, not {name!r:.80}")
+    if name == LATEST:
+        raise InvalidRequest(f"{LATEST!r} is the newest version, and no snapshot's name: take another one")
+    return name

@@ -1,0 +1,48 @@
+"""How long reads are cut: bags, queries and rows that are read before others have their turn."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from mempool.shard.pages.storage import Storage
+from mempool.shard.work.pace import BAG_ROWS
+from mempool.types.bags import Bags
+
+SCORE_PIECE_PRODUCTS = 2**32
+"""Products that scoring makes at once, but of at least ``_LEAST_QUERIES`` where these share each key that is read."""
+_LEAST_QUERIES = 16
+
+
+def queries_at_once(storage: Storage, topk: int) -> int:
+    """How many queries are scored before others have their turn."""
+    products, candidates = _products(storage, topk)
+    least = _LEAST_QUERIES if candidates <= products else 1  # candidates are each query's own
+    return max(least, SCORE_PIECE_PRODUCTS // max(1, products + candidates))
+
+
+def _products(storage: Storage, topk: int) -> tuple[int, int]:
+    """Products that one query takes, of all heads here, and the candidates that it chooses among by them."""
+    schema = storage.schema
+    if schema.keys is None:
+        return 0, 0
+    if schema.num_key_pages:
+        _, _, half_keys, half_dim = storage.head_keys.shape
+        best = min(topk, half_keys)  # of each half
+        return len(storage.heads) * 2 * half_keys * half_dim, len(storage.heads) * best * best
+    return schema.num_slots * schema.keys.key_dim, 0
+
+
+def parts_of(bags: Bags, most: Callable[[], int]) -> Iterator[tuple[int, int, Bags]]:
+    """Bags some at a time, as views: first, end, and they. A bag is never cut.
+
+    most: Answers, of each part anew, the rows that it may read, but for one bag that alone reads more.
+    """
+    first = 0
+    while first < bags.num_bags:
+        rows = max(1, most())
+        start = bags.offsets[first]
+        # Empty bags are answered too, so there are so many bags at most as well.
+        end = int(torch.searchsorted(bags.offsets, start + rows, right=True)) - 1
+        end = max(min(end, first + max(1, rows // BAG_ROWS), bags.num_bags), first + 1)
+        yield first, end, bags.some(first, end)
+        first = end

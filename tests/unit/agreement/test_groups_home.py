@@ -1,0 +1,265 @@
+"""The home of groups, event by event."""
+
+from dataclasses import replace
+
+import pytest
+
+from mempool.agreement.groups.home import MAX_BYTES, MAX_GROUPS, Groups
+from mempool.errors import InvalidRequest, Overloaded
+from mempool.types.groups.meeting import MeetReply, MeetRequest, OfferedPart, Terms, Word
+
+LEASE_S = 10.0
+FIRST = 1_000
+
+
+class Home:
+    """A home and what its ranks know. All methods answer what the rank is answered; None: it waits."""
+
+    def __init__(self, world_size: int = 2, **terms: object) -> None:
+        self.groups = Groups(lease_s=LEASE_S)
+        self.now_s = 0.0
+        self.terms = Terms(world_size=world_size, **terms)  # type: ignore[arg-type]
+        self.generations: dict[int, int] = {}
+
+    def ask(self, rank: int, kind: str = "beat", **more: object) -> MeetReply | None:
+        request = MeetRequest(
+            group="job",
+            rank=rank,
+            nonce=rank + 1,
+            host=f"host-{rank}",
+            terms=self.terms,
+            kind=kind,  # type: ignore[arg-type]
+            generation=0 if kind == "join" else self.generations.get(rank, 0),
+        )
+        reply = self.groups.handle(replace(request, **more), self.now_s, first_generation=FIRST)  # type: ignore[arg-type]
+        if reply is not None and reply.answer in ("heard", "changed"):
+            self.generations[rank] = reply.generation
+        return reply
+
+    def join(self, *ranks: int) -> None:
+        for rank in ranks:
+            reply = self.ask(rank, "join")
+            assert reply is not None
+            assert reply.answer == "heard"
+
+    def arrive(self, rank: int, meeting: int, **more: object) -> MeetReply | None:
+        return self.ask(rank, "arrive", meeting=meeting, **more)
+
+
+def part(*sequences: int) -> tuple[OfferedPart, ...]:
+    return (OfferedPart(table_id=1, step=1, sequences=sequences),)
+
+
+def test_the_leader_is_given_what_all_have_and_the_others_its_word() -> None:
+    home = Home(3)
+    home.join(0, 1, 2)
+    assert home.arrive(1, 1, parts=part(8)) is None
+    assert home.arrive(0, 1, parts=part(1)) is None
+    assert home.arrive(2, 1, parts=part(9)) is None
+    reply = home.arrive(0, 1, parts=part(1))
+    assert reply is not None
+    assert [(each.rank, each.parts) for each in reply.arrivals] == [(0, part(1)), (1, part(8)), (2, part(9))]
+    assert home.arrive(1, 1, parts=part(8)) is None
+    word = Word(meeting=1, kind="done")
+    home.ask(0, word=word)
+    for rank in (1, 2, 1):  # also whoever did not get the answer
+        reply = home.arrive(rank, 1)
+        assert reply is not None
+        assert reply.word == word
+    assert home.arrive(1, 2) is None
+
+
+def test_a_home_that_begins_anew_knows_from_ranks_what_was() -> None:
+    home = Home(2)
+    home.join(0, 1)
+    home.arrive(0, 4)
+    home.groups = Groups(lease_s=LEASE_S)
+    assert home.arrive(1, 4, parts=part(8)) is None
+    reply = home.arrive(0, 4, word=Word(meeting=3, kind="done"))
+    assert reply is not None
+    assert (reply.answer, reply.generation) == ("arrived", FIRST)
+    home.groups = Groups(lease_s=LEASE_S)
+    assert home.arrive(1, 4) is None
+    home.ask(0, meeting=4, word=Word(meeting=4, kind="done"))
+    reply = home.arrive(1, 4)
+    assert reply is not None
+    assert reply.answer == "word"
+
+
+def test_a_rank_that_is_silent_for_its_lease_is_lost_to_whoever_waits_or_comes() -> None:
+    home = Home(3)
+    home.join(0, 1, 2)
+    assert home.arrive(0, 1) is None
+    home.now_s = LEASE_S
+    home.ask(0)
+    home.ask(1)
+    home.now_s = LEASE_S + 0.1
+    for rank in (0, 1):
+        reply = home.arrive(rank, 1)
+        assert reply is not None
+        assert [(each.rank, each.host, each.state) for each in reply.others] == [(2, "host-2", "lost")]
+    home.ask(2)  # it was only paused
+    assert home.arrive(2, 1) is None
+    reply = home.arrive(0, 1)
+    assert reply is not None
+    assert reply.answer == "arrived"
+
+
+def test_what_all_have_arrived_for_is_waited_for_though_one_dies_meanwhile() -> None:
+    home = Home(3)
+    home.join(0, 1, 2)
+    for rank in (1, 2, 0):
+        home.arrive(rank, 1)
+    home.now_s = LEASE_S + 0.1
+    home.ask(0, meeting=1)
+    assert home.arrive(1, 1) is None
+    assert home.ask(2, "join", nonce=77).answer == "wait"  # type: ignore[union-attr]
+    home.now_s *= 3
+    reply = home.arrive(1, 1)
+    assert reply is not None
+    assert 0 in [each.rank for each in reply.others]
+
+
+def test_a_rank_that_comes_back_begins_a_generation_which_all_who_live_know_of_first() -> None:
+    home = Home(3)
+    home.join(0, 1, 2)
+    home.arrive(0, 1)
+    home.now_s = LEASE_S / 2
+    home.ask(0)
+    home.ask(1)
+    home.now_s = LEASE_S + 0.1
+    reply = home.ask(2, "join", nonce=77)
+    assert reply is not None
+    assert (reply.answer, sorted(each.rank for each in reply.others)) == ("wait", [0, 1])
+    assert home.arrive(0, 1).answer == "changed"  # type: ignore[union-attr]
+    home.ask(0)
+    home.ask(1)
+    home.ask(1)
+    reply = home.ask(2, "join", nonce=77)
+    assert reply is not None
+    assert (reply.answer, reply.generation) == ("heard", FIRST + 1)
+    assert home.arrive(0, 1) is None
+    with pytest.raises(InvalidRequest, match=r"rank 2 .* is host-2 by now, which joined after host-old"):
+        home.ask(2, host="host-old")
+
+
+def test_an_unknown_past_is_none_that_a_newcomer_may_repeat() -> None:
+    home = Home(2)
+    home.join(0, 1)
+    home.groups = Groups(lease_s=LEASE_S)
+    home.arrive(0, 3)  # the generation is known again, but not who else was in it
+    reply = home.ask(1, "join", nonce=77)
+    assert reply is not None
+    assert reply.generation == FIRST + 1
+    home.generations[0] = FIRST + 50  # of a home whose clock was ahead
+    home.groups = Groups(lease_s=LEASE_S)
+    home.ask(1, "join", nonce=78)
+    reply = home.ask(0)
+    assert reply is not None
+    assert (reply.answer, reply.generation) == ("changed", FIRST + 51)
+
+
+def test_a_rank_that_lives_is_no_other_process_unless_its_launcher_says_so() -> None:
+    home = Home(2)
+    home.join(0, 1)
+    reply = home.ask(1, "join", nonce=77, host="host-b")
+    assert reply is not None
+    assert (reply.answer, reply.others[0].host) == ("occupied", "host-1")
+    assert home.ask(1, "join", nonce=77, restart=1).answer == "wait"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"world_size": 3},
+        {"consistency": "async"},
+        {"consistency": "bounded", "staleness": 1},
+        {"reduction": "sum"},
+        {"elastic": True},
+    ],
+)
+def test_terms_that_differ_are_refused_with_both_sides(other: dict[str, object]) -> None:
+    home = Home(2)
+    home.join(0)
+    home.terms = replace(home.terms, **other)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match=r"rank 1 \(host-1\) with .*, and rank 0 \(host-0\) is in it with 2 ranks"):
+        home.ask(1, "join")
+
+
+def test_another_number_of_ranks_needs_all_to_be_elastic() -> None:
+    for elastic in (False, True):
+        home = Home(3, elastic=elastic)
+        home.join(0, 1, 2)
+        home.now_s = LEASE_S + 1.0
+        home.terms = replace(home.terms, world_size=2)
+        if not elastic:
+            with pytest.raises(InvalidRequest, match=r"had 3 ranks .* say elastic=True"):
+                home.ask(0, "join", nonce=77)
+            continue
+        assert home.ask(0, "join", nonce=77).generation == FIRST + 1  # type: ignore[union-attr]
+        home.ask(1, "join", nonce=78)
+        home.generations[1] = home.generations[0]
+        assert home.arrive(1, 1, nonce=78) is None
+        assert home.arrive(0, 1, nonce=77).answer == "arrived"  # type: ignore[union-attr]
+
+
+def test_a_bounded_rank_waits_for_the_slowest() -> None:
+    home = Home(2, consistency="bounded", staleness=2)
+    home.join(0, 1)
+    answers = [home.arrive(0, meeting) for meeting in (1, 2, 3)]
+    assert [each and each.answer for each in answers] == ["arrived", "arrived", None]
+    assert home.arrive(1, 1).answer == "arrived"  # type: ignore[union-attr]
+    assert home.arrive(0, 3).answer == "arrived"  # type: ignore[union-attr]
+    assert home.arrive(0, 4) is None
+    home.ask(1, "leave")
+    assert home.arrive(0, 4).answer == "arrived"  # type: ignore[union-attr]
+
+
+def test_what_a_home_holds_is_bounded() -> None:
+    home = Home(2)
+    home.join(0, 1)
+    many = tuple(range(65_536))
+    parts = tuple(OfferedPart(table_id=table, step=1, sequences=many) for table in range(MAX_BYTES // (8 * 65_536) + 1))
+    with pytest.raises(Overloaded, match="bytes at their home"):
+        home.arrive(0, 1, parts=parts)
+    assert home.arrive(0, 1, parts=parts[:100]) is None
+    for number in range(MAX_GROUPS - 1):
+        home.ask(0, "join", group=f"other-{number}")
+    with pytest.raises(Overloaded, match="groups of ranks"):
+        home.ask(0, "join", group="one more")
+    home.now_s = LEASE_S + 1.0
+    home.ask(0, "join", group="one more")  # those that are dead make room
+    home.join(0, 1)
+    for _ in range(3):  # and give back what they held
+        assert home.arrive(1, 1, parts=parts[:100]) is None
+
+
+@pytest.mark.parametrize(
+    ("rank", "more", "why"),
+    [
+        (2, {}, "ranks are counted from 0"),
+        (0, {"terms": Terms(world_size=0)}, "a group has 1 to"),
+        (0, {"kind": "arrive", "meeting": 1}, "has not joined"),
+        (0, {"kind": "arrive", "generation": 5}, "meetings are counted from 1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(rank: int, more: dict[str, object], why: str) -> None:
+    with pytest.raises(InvalidRequest, match=why):
+        Home(2).ask(rank, **{"kind": "join", **more})  # type: ignore[arg-type]
+
+
+def test_an_arrival_that_comes_late_takes_the_place_of_none() -> None:
+    home = Home(2)
+    home.join(0, 1)
+    home.arrive(1, 1, parts=part(8), number=1)
+    home.arrive(1, 1, parts=part(9), number=2)  # it had dropped the other one
+    home.arrive(1, 1, parts=part(8), number=1)
+    reply = home.arrive(0, 1)
+    assert reply is not None
+    assert [each.parts for each in reply.arrivals] == [(), part(9)]
+    home.ask(0, word=Word(meeting=1, kind="done"))
+    home.arrive(1, 2, parts=part(10), number=3)
+    home.arrive(1, 1, parts=part(9), number=2)
+    reply = home.arrive(0, 2)
+    assert reply is not None
+    assert reply.arrivals[1].parts == part(10)
