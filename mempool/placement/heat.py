@@ -117,6 +117,12 @@ class _Exchanges:
         self._mean = float(self._loads.sum()) / len(self._shards)
 
     def run(self) -> None:
+        self._even_out()
+        if (self._units.owner_U != self._planned_U).any():
+            self._send_home()
+            self._even_out()  # what came home may have made room for more
+
+    def _even_out(self) -> None:
         for prices in (_FREE, _FREE + _DEAR):
             movable = set(self._shards)
             # Each exchange lessens the sum of the loads' squares, so that this ends; the bound is one of time.
@@ -126,8 +132,6 @@ class _Exchanges:
                     break
                 if not self._relieve(hot, prices):
                     movable.remove(hot)
-        if (self._units.owner_U != self._planned_U).any():
-            self._send_home()
 
     def _send_home(self) -> None:
         """Takes back moves that are not needed: units of which one comes home change places, while loads allow it."""
@@ -152,6 +156,8 @@ class _Exchanges:
                 one, other = divmod(int(np.where(fits, np.abs(more), np.inf).argmin()), moved.size)
                 here, there, gone = int(owner[one]), int(home[one]), float(more[one, other])
                 units.owner_U[moved[[one, other]]] = there, here
+                for shard in (here, there):
+                    self._owned[shard] = np.flatnonzero(units.owner_U == shard)
                 self._loads[here] -= gone
                 self._loads[there] += gone
 
