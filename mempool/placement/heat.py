@@ -117,10 +117,10 @@ class _Exchanges:
         self._mean = float(self._loads.sum()) / len(self._shards)
 
     def run(self) -> None:
-        self._even_out()
-        if (self._units.owner_U != self._planned_U).any():
-            self._send_home()
-            self._even_out()  # what came home may have made room for more
+        for _ in range(2):  # what came home may have made room for more
+            self._even_out()
+            if (self._units.owner_U != self._planned_U).any():
+                self._send_home()
 
     def _even_out(self) -> None:
         for prices in (_FREE, _FREE + _DEAR):
