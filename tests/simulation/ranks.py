@@ -31,6 +31,7 @@ from mempool.shard.meeting import Meetings
 from mempool.types.bags import Bags
 from mempool.types.groups.meeting import Terms
 from mempool.wire import methods
+from mempool.wire.methods import Method
 from tests.simulation import traps
 from tests.simulation.faults import Faults
 from tests.simulation.lives import _Life
@@ -38,7 +39,7 @@ from tests.simulation.oracle import Content
 from tests.simulation.processes import Trainer
 from tests.simulation.run import Outcome, Run, prepare_worker
 from tests.simulation.tables import draw_bags, draw_grads
-from tests.simulation.traps import NO_SCENE
+from tests.simulation.traps import NO_SCENE, Scene, Trap
 from tests.simulation.workload import Workload
 
 GROUP = "group"
@@ -197,6 +198,7 @@ class GroupWorkload(Workload):
         if name in self.trainers:
             return  # also at the end: the others wait for it
         self._starts += 1
+        self._kinds[name] = RankLife  # type: ignore[assignment]
         trainer = self.trainers[name] = Trainer(self.park, name)
         life = RankLife(self, trainer, f"{name}/{self._starts}")
         self._lives[name] = trainer.loop.create_task(life.live())
@@ -268,14 +270,24 @@ async def _never(*_: Any) -> bool:
     return False
 
 
+def _dying(method: Method[Any, Any], *, skip: int, times: int) -> Faults:
+    """Ranks die as such a message of theirs has been served."""
+    trap = Trap(path=method.path, effect="its sender dies", for_s=1.0, skip=skip, times=times)
+    return Faults(scene=Scene(traps=(trap,)))
+
+
 ABLATIONS: dict[str, tuple[Any, str, Any]] = {
-    "number of an arrival": (Groups, "_is_late", lambda *_: False),
     "generation of a group": (Groups, "_admit", _let_in),
     "what became of a step": (SyncGroup, "_is_decided", _never),
     "lease of a rank": (Groups, "_lives", lambda _, member, __: member is not None),
     "sending again": (SyncGroup, "_send_again", _never),
 }
 """Safeguards of groups, and what takes their place where one is switched off."""
+SCENES: dict[str, Faults] = {
+    "generation of a group": _dying(methods.UPDATE, skip=1, times=4),
+    "what became of a step": _dying(methods.COMMIT, skip=1, times=2),
+}
+"""In which they are missed soon; others are in any run."""
 
 
 def play(seed: int) -> Outcome:
@@ -283,11 +295,15 @@ def play(seed: int) -> Outcome:
     return GroupRun(seed).play()
 
 
+def play_with(asked: tuple[str, int]) -> Outcome:
+    """One run of a seed, in the scene of a safeguard."""
+    return GroupRun(asked[1], faults=SCENES.get(asked[0])).play()
+
+
 def play_without(asked: tuple[str, int]) -> Outcome:
-    """One run of a seed, with a safeguard off."""
-    name, seed = asked
-    with mock.patch.object(*ABLATIONS[name]):
-        return GroupRun(seed).play()
+    """The same, with that off."""
+    with mock.patch.object(*ABLATIONS[asked[0]]):
+        return play_with(asked)
 
 
 def main() -> int:

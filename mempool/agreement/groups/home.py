@@ -244,7 +244,7 @@ class Groups:
                 return self._reply(group, "arrived", arrivals=arrivals)
             if request.rank and self._lives(group.members.get(0), now_s):
                 return None
-        return self._lost(group, now_s)
+        return self._lost(group, request.rank, now_s)
 
     def _within_bounds(self, group: _Group, request: MeetRequest, now_s: float) -> MeetReply | None:
         slow = [
@@ -254,7 +254,7 @@ class Groups:
         ]
         if not slow:
             return self._reply(group, "arrived")
-        lost = self._lost(group, now_s)
+        lost = self._lost(group, request.rank, now_s)
         if lost is None or not {each.rank for each in lost.others} & set(slow):
             return None
         return lost
@@ -274,11 +274,11 @@ class Groups:
         )
         return self._reply(group, "wait", others=others)
 
-    def _lost(self, group: _Group, now_s: float) -> MeetReply | None:
+    def _lost(self, group: _Group, asking: int, now_s: float) -> MeetReply | None:
         lost = tuple(
             self._seen(group, rank, now_s)
             for rank, member in sorted(group.members.items())
-            if not self._lives(member, now_s)
+            if rank != asking and not self._lives(member, now_s)
         )
         return self._reply(group, "lost", others=lost) if lost else None
 

@@ -21,7 +21,7 @@ class Home:
         self.terms = Terms(world_size=world_size, **terms)  # type: ignore[arg-type]
         self.generations: dict[int, int] = {}
 
-    def ask(self, rank: int, kind: str = "beat", **more: object) -> MeetReply | None:
+    def request(self, rank: int, kind: str, **more: object) -> MeetRequest:
         request = MeetRequest(
             group="job",
             rank=rank,
@@ -31,7 +31,10 @@ class Home:
             kind=kind,  # type: ignore[arg-type]
             generation=0 if kind == "join" else self.generations.get(rank, 0),
         )
-        reply = self.groups.handle(replace(request, **more), self.now_s, first_generation=FIRST)  # type: ignore[arg-type]
+        return replace(request, **more)  # type: ignore[arg-type]
+
+    def ask(self, rank: int, kind: str = "beat", **more: object) -> MeetReply | None:
+        reply = self.groups.handle(self.request(rank, kind, **more), self.now_s, first_generation=FIRST)
         if reply is not None and reply.answer in ("heard", "changed"):
             self.generations[rank] = reply.generation
         return reply
@@ -98,7 +101,12 @@ def test_a_rank_that_is_silent_for_its_lease_is_lost_to_whoever_waits_or_comes()
         reply = home.arrive(rank, 1)
         assert reply is not None
         assert [(each.rank, each.host, each.state) for each in reply.others] == [(2, "host-2", "lost")]
-    home.ask(2)  # it was only paused
+    home.now_s *= 2  # nobody is lost to itself, however long it waits for an answer
+    reply = home.groups.handle(home.request(0, "arrive", meeting=1), home.now_s, heard_s=0.0, first_generation=FIRST)
+    assert reply is not None
+    assert [each.rank for each in reply.others] == [1, 2]
+    for rank in range(3):  # they were only paused
+        home.ask(rank)
     assert home.arrive(2, 1) is None
     reply = home.arrive(0, 1)
     assert reply is not None
