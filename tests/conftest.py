@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 if TYPE_CHECKING:
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
 _LONG = ("test_triton.py", "contract", "test_parts.py", "test_training.py", "test_distributed.py")
 
 _TOGETHER = ("tests/contract", "tests/unit/examples")
+
+
+hypothesis.settings.register_profile("mempool", deadline=None)  # a timing is no test
+hypothesis.settings.load_profile("mempool")
 
 
 def _place(item: pytest.Item) -> int:

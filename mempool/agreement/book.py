@@ -175,6 +175,12 @@ class Book(Generic[U]):
             self.open.step_id = StepId(group=group, rank=rank, step=step, generation=generation)
             self._next_step = step + 1
 
+    def pass_over(self, step_id: StepId) -> None:
+        """The open step has another number, if it has this one: another rank has had that one dropped."""
+        with self._lock:
+            if self.open.step_id == step_id:
+                self.open.step_id = self._step_id()
+
     def renew(self, generation: int) -> None:
         """What is pending, none of which is decided, goes on in a later generation, as its first step."""
         with self._lock:

@@ -108,12 +108,21 @@ class _Exchanges:
     def __init__(self, units: _Units, shards: Int64Array) -> None:
         self._units = units
         self._planned_U = units.owner_U.copy()
+        order = np.argsort(units.owner_U, kind="stable")
+        cuts = np.cumsum(np.bincount(units.owner_U, minlength=int(shards[-1]) + 1))
+        self._owned = dict(enumerate(np.split(order, cuts[:-1])))
         self._shards = shards.tolist()
         self._counts = np.bincount(units.owner_U, minlength=self._shards[-1] + 1)
         self._loads = np.bincount(units.owner_U, weights=units.heat_U, minlength=self._shards[-1] + 1)
         self._mean = float(self._loads.sum()) / len(self._shards)
 
     def run(self) -> None:
+        for _ in range(2):  # what came home may have made room for more
+            self._even_out()
+            if (self._units.owner_U != self._planned_U).any():
+                self._send_home()
+
+    def _even_out(self) -> None:
         for prices in (_FREE, _FREE + _DEAR):
             movable = set(self._shards)
             # Each exchange lessens the sum of the loads' squares, so that this ends; the bound is one of time.
@@ -123,8 +132,6 @@ class _Exchanges:
                     break
                 if not self._relieve(hot, prices):
                     movable.remove(hot)
-        if (self._units.owner_U != self._planned_U).any():
-            self._send_home()
 
     def _send_home(self) -> None:
         """Takes back moves that are not needed: units of which one comes home change places, while loads allow it."""
@@ -149,6 +156,8 @@ class _Exchanges:
                 one, other = divmod(int(np.where(fits, np.abs(more), np.inf).argmin()), moved.size)
                 here, there, gone = int(owner[one]), int(home[one]), float(more[one, other])
                 units.owner_U[moved[[one, other]]] = there, here
+                for shard in (here, there):
+                    self._owned[shard] = np.flatnonzero(units.owner_U == shard)
                 self._loads[here] -= gone
                 self._loads[there] += gone
 
@@ -170,7 +179,8 @@ class _Exchanges:
         if gap < 2 * least:
             return False
         lacking = self._mean - self._loads[cold]
-        wanted = min(self._loads[hot] - self._mean, lacking) if lacking > 0 else gap / 2
+        # Who lacks nothing takes half of it, and hands it on: with ``auto`` not every two shards share a block.
+        wanted = min(self._loads[hot] - self._mean, lacking) if lacking > least else gap / 2
         gives, takes = self._offers(hot, to=cold, hottest_first=True), self._offers(cold, to=hot, hottest_first=False)
         kinds = sorted({kind for kind, _ in gives} & {kind for kind, _ in takes})
         alone = bool(self._counts[hot] > self._counts[cold])
@@ -201,6 +211,9 @@ class _Exchanges:
             return False
         self._units.owner_U[given] = cold
         self._units.owner_U[taken[taken != _ALONE]] = hot
+        both = np.concatenate([self._owned[hot], self._owned[cold]])
+        for shard in (hot, cold):
+            self._owned[shard] = both[self._units.owner_U[both] == shard]
         alone = int((taken == _ALONE).sum())
         for shard, sign in ((hot, -1), (cold, 1)):
             self._counts[shard] += sign * alone
@@ -209,7 +222,7 @@ class _Exchanges:
 
     def _offers(self, shard: int, *, to: int, hottest_first: bool) -> dict[tuple[int, int], Int64Array]:
         """A shard's units by kind and price of going to another, each list by heat."""
-        owned = np.flatnonzero(self._units.owner_U == shard)
+        owned = self._owned[shard]
         heat = self._units.heat_U[owned]
         owned = owned[np.argsort(-heat if hottest_first else heat, kind="stable")]
         kinds, prices = self._units.kind_U[owned], self._units.price(owned, of=shard, to=to)

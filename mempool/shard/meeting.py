@@ -32,7 +32,7 @@ class Meetings:
         self._looked_s = clock()
         self._paused_s = 0.0
         self._wall_s = wall_s
-        self._waiting: dict[str, set[asyncio.Future[None]]] = {}
+        self._waiting: dict[str, dict[asyncio.Future[None], None]] = {}  # in the order in which they came
 
     async def meet(self, request: MeetRequest) -> MeetReply:
         """See ``Shard``."""
@@ -66,7 +66,7 @@ class Meetings:
     async def _changed(self, group: str, longest_s: float) -> None:
         """Until somebody of the group has said anything, or so long."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(group, set()).add(future)
+        self._waiting.setdefault(group, {})[future] = None
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(max(_LEAST_WAIT_S, longest_s)):
@@ -74,6 +74,6 @@ class Meetings:
         finally:
             waiting = self._waiting.get(group)
             if waiting is not None:
-                waiting.discard(future)
+                waiting.pop(future, None)
                 if not waiting:
                     del self._waiting[group]

@@ -69,6 +69,7 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=500.0, help="look-ups a second of a reader; 0: no limit")
     parser.add_argument("--shards", type=int, default=2)
     parser.add_argument("--compute-ms", type=float, default=15.0, help="what a step computes besides")
+    parser.add_argument("--limit-s", type=float, default=1800.0, help="after so long what was seen by then is told")
     options = parser.parse_args()
     torch.set_num_threads(1)
     times: dict[str, list[float]] = defaultdict(list)
@@ -90,7 +91,8 @@ def main() -> int:
 
         for _ in range(10):
             step()
-        while lookups < options.lookups:
+        ends_s = time.monotonic() + options.limit_s
+        while lookups < options.lookups and time.monotonic() < ends_s:
             for mode in MODES:
                 seen = table.at() if mode in ("pinned", "version read") else None
                 if mode in ("alone", "pinned"):

@@ -471,7 +471,7 @@ def _incarnations_of(request: Any) -> list[int]:
     if isinstance(request, HeartbeatRequest):
         return [request.incarnation]
     parts = (request,) if hasattr(request, "envelope") else getattr(request, "parts", ())
-    return [part.envelope.incarnation for part in parts]
+    return [part.envelope.incarnation for part in parts if hasattr(part, "envelope")]
 
 
 def _table_of(request: Any) -> int | None:

@@ -24,13 +24,15 @@ _PART_BYTES = 128
 class _Member:
     """One process that is a rank.
 
-    generation: Of the group, that it has said it knows. meeting: at which it is. arrival: what it came with.
+    generation: Of the group, that it has said it knows. meeting: at which it is. number: of its newest arrival, which
+    arrival is, where it is not over.
     """
 
     said: MeetRequest
     heard_s: float
     generation: int = 0
     meeting: int = 0
+    number: int = 0
     arrival: MeetRequest | None = None
     left: bool = False
 
@@ -117,6 +119,9 @@ class Groups:
             group.changes += 1
         if request.kind == "beat":
             return self._reply(group, "heard")
+        if self._is_late(member, request):
+            return self._reply(group, "wait")  # nobody waits for this answer: what came after it counts
+        member.number = request.number
         return self._arrived(group, member, request, now_s)
 
     def _leave(self, request: MeetRequest, now_s: float) -> MeetReply:
@@ -235,7 +240,7 @@ class Groups:
             if (each := group.members.get(rank)) is not None
             and each.arrival is not None
             and each.generation == group.generation
-            and each.meeting == request.meeting
+            and each.arrival.meeting == request.meeting
         ]
         if len(here) == group.terms.world_size and group.complete != request.meeting:
             group.complete = request.meeting
@@ -256,7 +261,7 @@ class Groups:
                 return self._reply(group, "arrived", arrivals=arrivals)
             if request.rank and self._lives(group.members.get(0), now_s):
                 return None
-        return self._lost(group, now_s, request.meeting)
+        return self._lost(group, request.rank, now_s, request.meeting)
 
     def _within_bounds(self, group: _Group, request: MeetRequest, now_s: float) -> MeetReply | None:
         slow = [
@@ -266,10 +271,13 @@ class Groups:
         ]
         if not slow:
             return self._reply(group, "arrived")
-        lost = self._lost(group, now_s, request.meeting - group.terms.staleness)
+        lost = self._lost(group, request.rank, now_s, request.meeting - group.terms.staleness)
         if lost is None or not {each.rank for each in lost.others} & set(slow):
             return None
         return lost
+
+    def _is_late(self, member: _Member, request: MeetRequest) -> bool:
+        return request.number < member.number
 
     def waiting(self, request: MeetRequest, now_s: float) -> MeetReply:
         """What a rank is told that has waited for long enough: who is not there yet."""
@@ -283,12 +291,12 @@ class Groups:
         )
         return self._reply(group, "wait", others=others)
 
-    def _lost(self, group: _Group, now_s: float, meeting: int) -> MeetReply | None:
-        """Those who are gone, if any. meeting: At which all were, or are to be."""
+    def _lost(self, group: _Group, asking: int, now_s: float, meeting: int) -> MeetReply | None:
+        """Those who are gone, but who asks, if any. meeting: At which all were, or are to be."""
         lost = [
             self._seen(group, rank, now_s)
             for rank, member in sorted(group.members.items())
-            if not self._lives(member, now_s)
+            if rank != asking and not self._lives(member, now_s)
         ]
         silent_s = 0.0 if group.learned_s is None else now_s - group.learned_s
         if silent_s > self.lease_s and meeting > 1:  # all were there before this home was: who lives has said so

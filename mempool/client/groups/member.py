@@ -53,6 +53,7 @@ class Member:
         self._api = api
         self._changed = changed
         self._home: ShardInfo | None = None
+        self._number = 0
         self._beating: asyncio.Task[None] | None = None
         self._saying: set[asyncio.Task[None]] = set()
         self._base = MeetRequest(
@@ -114,6 +115,8 @@ class Member:
         """
         clock = asyncio.get_running_loop()
         began_s = clock.time()
+        self._number += 1
+        offer = replace(offer, number=self._number)
         while True:
             reply = await self._ask("arrive", offer)
             if reply.answer == "lost":

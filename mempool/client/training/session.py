@@ -294,14 +294,14 @@ class Session:
         return weight_grad
 
     async def _weight_grad_sent(self, begun: "_Begun", *, timeout_s: float | None) -> Tensor | None:
-        step_id, group, hold = begun.step.step_id, self.coordinator.group, begun.hold
+        step_id, group = begun.step.step_id, self.coordinator.group
         while True:
             sending = partial(
                 _send,
                 update=begun.update,
                 step_id=step_id,
                 sequence=begun.sequence,
-                hold=hold,
+                hold=begun.hold,
                 want_weight_grad=True,
             )
             try:
@@ -309,13 +309,12 @@ class Session:
             except StepConflict:
                 if group is None:
                     raise
-                await group.refresh()
-                if begun.step.step_id != step_id:
-                    step_id = begun.step.step_id  # its group has begun a generation, as a rank came back
-                elif hold:
-                    hold = False  # another rank has given that step up: shards are sent this with the group's next one
-                else:
+                await group.refresh()  # its group may have begun a generation, as a rank came back
+                if begun.step.step_id == step_id:
+                    self.book.pass_over(step_id)
+                if begun.step.step_id == step_id:
                     raise
+                step_id = begun.step.step_id
 
     def _give_up(self, begun: "_Begun") -> None:
         # Where a shard holds it all the same, no commit will name it, and the shard drops it with that commit.

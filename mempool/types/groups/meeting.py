@@ -115,6 +115,7 @@ class MeetRequest:
         step: How many steps the rank has seen the group commit, or is told that it starts with.
         phase, parts, want_norm, norm_order: Of "arrive": what is to be done with which updates.
         word: Of the leader: its last one.
+        number: Of "arrive": ascending in the life of the process, the same in a repeat. A lower one comes late.
     """
 
     group: str
@@ -133,6 +134,7 @@ class MeetRequest:
     want_norm: bool = False
     norm_order: float = 0.0
     word: Word | None = None
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

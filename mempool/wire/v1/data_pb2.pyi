@@ -1703,6 +1703,7 @@ class MeetRequest(_message.Message):
     WANT_NORM_FIELD_NUMBER: _builtins.int
     NORM_ORDER_FIELD_NUMBER: _builtins.int
     WORD_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     LAUNCHER_FIELD_NUMBER: _builtins.int
     group: _builtins.str
     """The group."""
@@ -1728,6 +1729,8 @@ class MeetRequest(_message.Message):
     """Of MEET_PHASE_PREPARE: as in PrepareRequest."""
     norm_order: _builtins.float
     """Of MEET_PHASE_PREPARE: as in PrepareRequest."""
+    number: _builtins.int
+    """Of MEET_KIND_ARRIVE: ascending in the life of the process, the same in a repeat: one that comes late is passed over."""
     launcher: _builtins.str
     """What has started it, and starts it again: the same for all that one has started, and for no other."""
     @_builtins.property
@@ -1760,11 +1763,12 @@ class MeetRequest(_message.Message):
         want_norm: _builtins.bool = ...,
         norm_order: _builtins.float = ...,
         word: Global___Word | None = ...,
+        number: _builtins.int = ...,
         launcher: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["terms", b"terms", "word", b"word"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "group", b"group", "host", b"host", "kind", b"kind", "launcher", b"launcher", "meeting", b"meeting", "nonce", b"nonce", "norm_order", b"norm_order", "parts", b"parts", "phase", b"phase", "rank", b"rank", "restart", b"restart", "step", b"step", "terms", b"terms", "want_norm", b"want_norm", "word", b"word"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "group", b"group", "host", b"host", "kind", b"kind", "launcher", b"launcher", "meeting", b"meeting", "nonce", b"nonce", "norm_order", b"norm_order", "number", b"number", "parts", b"parts", "phase", b"phase", "rank", b"rank", "restart", b"restart", "step", b"step", "terms", b"terms", "want_norm", b"want_norm", "word", b"word"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -21,7 +21,7 @@ class Home:
         self.terms = Terms(world_size=world_size, **terms)  # type: ignore[arg-type]
         self.generations: dict[int, int] = {}
 
-    def ask(self, rank: int, kind: str = "beat", **more: object) -> MeetReply | None:
+    def request(self, rank: int, kind: str, **more: object) -> MeetRequest:
         request = MeetRequest(
             group="job",
             rank=rank,
@@ -31,7 +31,10 @@ class Home:
             kind=kind,  # type: ignore[arg-type]
             generation=0 if kind == "join" else self.generations.get(rank, 0),
         )
-        reply = self.groups.handle(replace(request, **more), self.now_s, first_generation=FIRST)  # type: ignore[arg-type]
+        return replace(request, **more)  # type: ignore[arg-type]
+
+    def ask(self, rank: int, kind: str = "beat", **more: object) -> MeetReply | None:
+        reply = self.groups.handle(self.request(rank, kind, **more), self.now_s, first_generation=FIRST)
         if reply is not None and reply.answer in ("heard", "changed"):
             self.generations[rank] = reply.generation
         return reply
@@ -98,7 +101,12 @@ def test_a_rank_that_is_silent_for_its_lease_is_lost_to_whoever_waits_or_comes()
         reply = home.arrive(rank, 1)
         assert reply is not None
         assert [(each.rank, each.host, each.state) for each in reply.others] == [(2, "host-2", "lost")]
-    home.ask(2)  # it was only paused
+    home.now_s *= 2  # nobody is lost to itself, however long it waits for an answer
+    reply = home.groups.handle(home.request(0, "arrive", meeting=1), home.now_s, heard_s=0.0, first_generation=FIRST)
+    assert reply is not None
+    assert [each.rank for each in reply.others] == [1, 2]
+    for rank in range(3):  # they were only paused
+        home.ask(rank)
     assert home.arrive(2, 1) is None
     reply = home.arrive(0, 1)
     assert reply is not None
@@ -306,3 +314,20 @@ def test_what_a_home_holds_is_bounded() -> None:
 def test_what_makes_no_sense_is_refused(rank: int, more: dict[str, object], why: str) -> None:
     with pytest.raises(InvalidRequest, match=why):
         Home(2).ask(rank, **{"kind": "join", **more})  # type: ignore[arg-type]
+
+
+def test_an_arrival_that_comes_late_takes_the_place_of_none() -> None:
+    home = Home(2)
+    home.join(0, 1)
+    home.arrive(1, 1, parts=part(8), number=1)
+    home.arrive(1, 1, parts=part(9), number=2)  # it had dropped the other one
+    home.arrive(1, 1, parts=part(8), number=1)
+    reply = home.arrive(0, 1)
+    assert reply is not None
+    assert [each.parts for each in reply.arrivals] == [(), part(9)]
+    home.ask(0, word=Word(meeting=1, kind="done"))
+    home.arrive(1, 2, parts=part(10), number=3)
+    home.arrive(1, 1, parts=part(9), number=2)
+    reply = home.arrive(0, 2)
+    assert reply is not None
+    assert reply.arrivals[1].parts == part(10)

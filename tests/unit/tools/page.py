@@ -29,6 +29,17 @@ def code_by_heading() -> dict[str, list[str]]:
 
 
 PAGE = code_by_heading()
+_FORGETTING = """
+with torch.no_grad():
+    for tensor in [*model.parameters(), *(each["exp_avg"] for each in dense.state.values())]:
+        tensor.zero_()
+memory.param_groups[0]["lr"] = 0.0
+"""
+_GOING_ON = """
+assert memory.param_groups[0]["lr"] == 0.1
+assert all(each["exp_avg"].full_tensor().any() for each in dense.state.values() if each["exp_avg"].numel() > 1)
+"""
+FSDP_SAVED = _FORGETTING.join(["\n".join(PAGE["FSDP2"][:2]), PAGE["FSDP2"][2]]) + _GOING_ON
 
 
 def page_of(folder: Path, *, address: str = "", ranks: int = 1) -> dict[str, Any]:

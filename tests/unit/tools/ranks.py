@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import mempool
 
-from .page import PAGE, page_of, trained_on
+from .page import FSDP_SAVED, PAGE, page_of, trained_on
 
 BOUND_S = 120.0
 SECTIONS = ["DDP", "FSDP2", "accelerate", "Lightning", "Lightning, manual optimization", "Hugging Face Trainer"]
@@ -74,6 +74,7 @@ def train_all(
             # accelerate and the Trainer split batches among ranks by themselves (Lightning would shuffle, too).
             sampler = None if heading in ("accelerate", "Hugging Face Trainer", "decoder") else own
             code = PAGE[heading][0] if heading in PAGE else DECODER_IN_A_TRAINER
+            code = FSDP_SAVED if heading == "FSDP2" else code
             loader = DataLoader(page["data"], batch_size=3, sampler=sampler)
             if heading == "decoder":
                 code += 'mempool.nn.save_pretrained(trainer.model_wrapped, f"{folder}/memory")\n'

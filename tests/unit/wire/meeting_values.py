@@ -72,6 +72,7 @@ MEETINGS: dict[Method[Any, Any], Any] = {
             want_norm=st.booleans(),
             norm_order=_DOUBLE,
             word=_WORD,
+            number=U64,
         ),
         data_pb2.MeetReply,
         st.builds(

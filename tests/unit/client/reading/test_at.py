@@ -2,7 +2,7 @@
 
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ import torch
 import mempool
 from mempool.client import Pool, Table, TableAt
 from mempool.errors import AlreadyExists, InvalidRequest, NotFound, VersionGone
+from tests.support.faulty import COLUMNS, Fault, FaultyPool
 
 SLOTS = 256
 ALL = torch.arange(SLOTS)
@@ -222,3 +223,23 @@ def test_a_models_layers_read_at_a_version(pool: Pool, table: Table) -> None:
     model(x).square().mean().backward()
     mempool.optim.PoolOptimizer(model).step()
     assert table.step_count() == 2
+
+
+@pytest.mark.parametrize("fault", [Fault.ERROR_BEFORE, Fault.ERROR_AFTER, Fault.STALE])
+def test_messages_that_are_lost_while_it_is_taken(open_pool: Callable[..., Pool], fault: Fault) -> None:
+    fake = FaultyPool(COLUMNS)
+    facts = open_pool(fake).table("facts")
+    for shard in (0, 1):
+        fake.shards[shard].faults["pin"] = [fault]
+        with facts.at() as seen:
+            assert torch.equal(seen.rows(range(64)), facts.rows(range(64)))
+
+
+def test_a_shard_that_is_started_anew_ends_it(open_pool: Callable[..., Pool]) -> None:
+    fake = FaultyPool(COLUMNS)
+    facts = open_pool(fake).table("facts")
+    with facts.at() as seen:
+        fake.shards[0].faults["gather"] = [Fault.RESTART]
+        with pytest.raises(VersionGone, match="not there any more on shard 0"):
+            seen.gather(torch.tensor([[1]]))
+        assert torch.equal(facts.gather(torch.tensor([[1]])).detach(), facts.rows([1]))
