@@ -259,7 +259,7 @@ def check_group(run: GroupRun) -> None:
             break
 
 
-def _let_in(groups: Groups, group: Any, request: Any, known: Any, now_s: float) -> None:  # noqa: ARG001
+def _let_in(groups: Groups, group: Any, request: Any, known: Any, now_s: float, _: int) -> None:  # noqa: ARG001
     """Whoever comes is in the generation that there is."""
     member = home._Member(request, now_s)
     group.members[request.rank] = member
