@@ -83,7 +83,8 @@ class TableGradient(nn.Parameter):
     peers: "Callable[[], Sequence[TableGradient]]"
     _norm: float | None
     _scaled_norm: Tensor | None
-    _updates: tuple[int, int] | None
+    _updates: tuple[int, int, int] | None
+    _generation: int
     _other_norms: dict[float, float]
 
     def __new__(cls, table: Table) -> "TableGradient":
@@ -157,16 +158,28 @@ class TableGradient(nn.Parameter):
 
     @property
     def prepared(self) -> bool:
-        """Whether ``grad`` was read since the last update came: it is known then, and reading it again asks nobody."""
+        """Whether ``grad`` was read since the last update came, and, in a group, since a rank last came back: it is
+        known then, and reading it again asks nobody."""
+        return self.known and self._generation == self.table.link.place[1]
+
+    @property
+    def known(self) -> bool:
+        """Whether ``grad`` was read since the last update came: what it was scaled by since is what it is scaled by."""
         return self._scaled_norm is not None and self._updates == self._pending_updates()
 
     @property
     def scale(self) -> float:
         """What the gradient was multiplied with since it was prepared; 1.0 where it was not."""
-        if self._norm is None or self._scaled_norm is None or not self.prepared:
+        if self._norm is None or self._scaled_norm is None or not self.known:
             return 1.0
         # A gradient of nothing but zeros stays one, whatever it is multiplied with.
         return self._scaled_norm.item() / self._norm if self._norm > 0.0 else 1.0
+
+    def rescale(self, scale: float) -> None:
+        """Let it be multiplied with this since it was prepared, whatever was done to it meanwhile."""
+        if self.known and self._norm is not None and math.isfinite(self._norm):
+            norm = torch.tensor([self._norm * scale], dtype=torch.float64, device="cpu")
+            self._scaled_norm = TableNorm.of(norm, self)
 
     def norm_of_order(self, scaled_norm: TableNorm, order: float) -> float:
         """The norm of another order of a gradient of which ``scaled_norm`` is the 2-norm, scaled as it is.
@@ -189,23 +202,26 @@ class TableGradient(nn.Parameter):
         """Its step is prepared. Where it was already, with the same updates, what it was scaled by stays."""
         if self.prepared:
             return
+        scale = self.scale  # of the same updates, which all ranks prepare anew
         self._forget()
         if prepared is not None:
             self._norm = math.sqrt(prepared.squared_norm) if prepared.finite else math.inf
-            norm = torch.tensor([self._norm], dtype=torch.float64, device="cpu")
+            scale = scale if math.isfinite(scale) else 1.0
+            norm = torch.tensor([self._norm * scale], dtype=torch.float64, device="cpu")
             self._scaled_norm = TableNorm.of(norm, self)
-            self._updates = self._pending_updates()
+            self._updates, self._generation = self._pending_updates(), self.table.link.place[1]
 
     def drop(self) -> None:
         """Its updates were discarded."""
         self._forget()
 
-    def _pending_updates(self) -> tuple[int, int]:
-        """Two numbers that no other set of pending updates of this table's session has had."""
-        return self.table.counters.updates_pushed, self.table.pending
+    def _pending_updates(self) -> tuple[int, int, int]:
+        """Numbers that no other set of pending updates of this table's session, and its group's step, has had."""
+        return self.table.counters.updates_pushed, self.table.pending, self.table.link.place[0]
 
     def _forget(self) -> None:
         self._norm = self._scaled_norm = self._updates = None
+        self._generation = 0
         self._other_norms = {}
 
 

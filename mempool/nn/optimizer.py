@@ -164,15 +164,21 @@ class PoolOptimizer(torch.optim.Optimizer):
             self.last_norm = math.inf
             self.zero_grad()
             return loss
-        self._unscale(getattr(self, "grad_scale", None))
-        self.last_norm = self._clipped_norm()
-        commit_tables(
-            [
-                TableCommit(gradient.table.link, lr=lr, grad_scale=gradient.scale)
-                for lr, gradient in zip(lrs, self._gradients(), strict=True)
-                if gradient.takes_part
-            ]
-        )
+        before = [gradient.scale for gradient in self._gradients()]
+        try:
+            self._unscale(getattr(self, "grad_scale", None))
+            self.last_norm = self._clipped_norm()
+            commit_tables(
+                [
+                    TableCommit(gradient.table.link, lr=lr, grad_scale=gradient.scale)
+                    for lr, gradient in zip(lrs, self._gradients(), strict=True)
+                    if gradient.takes_part
+                ]
+            )
+        except MempoolError:
+            for gradient, scale in zip(self._gradients(), before, strict=True):
+                gradient.rescale(scale)  # the same call scales and clips it again
+            raise
         self._look()
         return loss
 
@@ -259,7 +265,7 @@ class PoolOptimizer(torch.optim.Optimizer):
     def _clipped_norm(self) -> float | None:
         """The norm over all tables, after which their gradients are clipped; None where nobody asked for it."""
         gradients = self._taking_part()
-        if not gradients or (self.max_norm is None and not any(gradient.prepared for gradient in gradients)):
+        if not gradients or (self.max_norm is None and not any(gradient.known for gradient in gradients)):
             return None
         norm = float(clip_grad_norm_(gradients, math.inf, self.norm_type))
         if not math.isfinite(norm):

@@ -202,3 +202,64 @@ def test_a_step_that_the_leader_has_given_up_fails_no_backward_pass_of_another_r
         table.gather(ids, torch.ones(3, 4)).sum().backward()
         table.commit()
         assert torch.equal(first.rows(range(SLOTS)), table.rows(range(SLOTS)))
+
+
+def clipped(pool: Pool, number: int, *, rank: int) -> mempool.optim.PoolOptimizer:
+    """A step's gradient, and what clips and commits it."""
+    optimizer = mempool.optim.PoolOptimizer(pool.table("facts"), max_norm=0.5)
+    push(pool.table("facts"), number, rank=rank, world_size=2)
+    return optimizer
+
+
+def test_a_gradient_that_is_clipped_is_prepared_anew_with_a_rank_that_comes_back(here: GrpcPoolHere) -> None:
+    with Ranks(here, [config()], world_size=2) as ranks, mempool.local() as alone:
+        lost = threading.Event()
+
+        def survive() -> None:
+            optimizer = clipped(ranks.pools[0], 0, rank=0)
+            grad = optimizer.param_groups[0]["params"][0].grad  # all are asked for it
+            assert grad is not None
+            grad.mul_(0.25)  # as a scaler unscales it
+            while True:
+                try:
+                    return optimizer.step()
+                except RankLost:
+                    lost.set()
+                    time.sleep(0.05)
+
+        def come_back() -> None:
+            push(ranks.pools[1].table("facts"), 0, rank=1, world_size=2)
+            ranks.pools[1].table("facts").prepare()
+            ranks.kill(1)
+            assert lost.wait(30.0)
+            ranks.come_back(1)
+            optimizer = clipped(ranks.pools[1], 0, rank=1)
+            grad = optimizer.param_groups[0]["params"][0].grad
+            assert grad is not None
+            grad.mul_(0.25)
+            optimizer.step()
+
+        together([survive, come_back])
+        table = alone.create_table(config())
+        push(table, 0, rank=0, world_size=1)
+        optimizer = mempool.optim.PoolOptimizer(table, max_norm=0.5)
+        grad = optimizer.param_groups[0]["params"][0].grad
+        assert grad is not None
+        grad.mul_(0.125)
+        optimizer.step()
+        rows = table.rows(range(SLOTS))
+        assert (ranks.pools[0].table("facts").rows(range(SLOTS)) - rows).norm() <= 1e-5 * rows.norm()
+
+
+def test_ranks_that_have_nothing_for_several_steps_clip_with_the_others(here: GrpcPoolHere) -> None:
+    with Ranks(here, [config()], world_size=2) as ranks:
+
+        def train(rank: int, pool: Pool) -> None:
+            optimizer = mempool.optim.PoolOptimizer(pool.table("facts"), max_norm=0.5)
+            for number in range(3):
+                if rank == 0:
+                    push(pool.table("facts"), number, rank=0, world_size=2)
+                optimizer.step()
+
+        ranks.each(train)
+        assert ranks.pools[0].table("facts").link.version() == 3

@@ -30,6 +30,10 @@ class ApartGroup:
         self._meeting = asyncio.Lock()
 
     @property
+    def place(self) -> tuple[int, int]:
+        return self.member.steps, self.member.generation
+
+    @property
     def steps_together(self) -> bool:
         return self.member.joining.terms.consistency == "bounded"  # so that each has counted the same steps
 

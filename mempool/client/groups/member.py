@@ -234,3 +234,12 @@ def _words(seen: Seen) -> str:
     if seen.state == "lost":
         return f"{who} was not heard of for {seen.silent_s:.1f} s, longer than its lease"
     return f"{who} is at step {seen.step + 1}"
+
+
+def error_of(word: Word) -> MempoolError:
+    """What the leader met, as an error of that kind."""
+    kinds: list[type[MempoolError]] = [MempoolError]
+    for kind in kinds:
+        kinds.extend(kind.__subclasses__())
+    found = next((kind for kind in kinds if kind.code == word.code), MempoolError)
+    return found(f"rank 0 of the group, which commits for all, met this: {word.message}")

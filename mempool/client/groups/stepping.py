@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from mempool.agreement.book import OF_OTHER_RANKS
 from mempool.agreement.groups.offers import check_offers, sequences_of
 from mempool.agreement.step_events import Part
-from mempool.client.groups.member import Member
+from mempool.client.groups.member import Member, error_of
 from mempool.client.routing.router import Router
 from mempool.client.routing.together import Together
 from mempool.client.training.commitment import Commitment, Prepared
@@ -88,7 +88,12 @@ class SyncGroup:
         self._giving: asyncio.Task[None] | None = None
         self._ended = False  # what a commit came with that did not hear of its end is committed
         self._late: Counter[int] = Counter()  # updates of steps that turned out to be committed, by table
+        self._prepared = False  # what is to be committed next: all were told its norm
         self._empty: set[int] = set()  # tables whose step this rank has come to commit, with nothing pending
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.member.steps, self.member.generation
 
     @property
     def steps_together(self) -> bool:
@@ -107,6 +112,7 @@ class SyncGroup:
         self, sessions: list[Session], *, want_norm: bool, norm_order: float, timeout_s: float | None
     ) -> list[Prepared | None]:
         async with self._meeting:
+            self._prepared = True
             while True:
                 offer = self._offer(sessions, "prepare")
                 offer = replace(offer, want_norm=want_norm, norm_order=norm_order)
@@ -126,12 +132,15 @@ class SyncGroup:
     async def commit(self, commitments: list[Commitment], *, timeout_s: float | None) -> list[int]:
         sessions = [each.session for each in commitments]
         async with self._meeting:
+            prepared = self._prepared
             while True:
                 if self._takes_end(sessions):
                     return [self._late.pop(session.table_id, 0) for session in sessions]
                 offer = self._offer(sessions, "commit", commitments)
                 reply = await self._arrive(sessions, offer)
                 if reply is None:
+                    if prepared and not self._ended:  # whoever has come back asks for the norm first
+                        raise self._begun_anew()
                     continue
                 if self.member.leads:
                     if not await self._commit_all(reply.arrivals, commitments, offer, timeout_s):
@@ -139,6 +148,7 @@ class SyncGroup:
                 elif await self._heard(sessions, reply, committing=True) is None:
                     continue
                 self.member.steps += 1
+                self._prepared = False
                 return [self._late.pop(session.table_id, 0) for session in sessions]
 
     async def discard(self, sessions: list[Session], *, timeout_s: float | None) -> list[int]:
@@ -166,10 +176,11 @@ class SyncGroup:
         member.say(Word(meeting=member.meeting, kind="again", parts=parts))
         reply = await member.arrive(offer)
         if reply.answer == "changed":
-            raise RankLost(
-                f"group {member.joining.group!r} has begun anew, as a rank came back while updates were sent again: "
-                "the same call goes on"
-            )
+            raise self._begun_anew()
+
+    def _begun_anew(self) -> RankLost:
+        group = self.member.joining.group
+        return RankLost(f"group {group!r} has begun anew, as a rank came back meanwhile: the same call goes on")
 
     async def changed(self, generation: int) -> None:
         """The group has begun a generation: a rank came back."""
@@ -313,7 +324,7 @@ class SyncGroup:
                     session.book.closing.committing = False
         self.member.meeting = word.meeting + 1
         if word.kind in ("undone", "failed"):
-            raise _error(word)
+            raise error_of(word)
         return word if word.kind == "done" else None
 
     def _follow(self, sessions: Sequence[Session], word: Word, *, committed: bool) -> None:
@@ -380,6 +391,7 @@ class SyncGroup:
             session.joint = session.applying = None
             session.book.renew(generation)
         self._empty.clear()
+        self._prepared = False
         self.member.generation, self.member.meeting, self.member.word = generation, 1, None
 
     def _count(self, session: Session) -> None:
@@ -481,12 +493,3 @@ def _as_prepared(part: WordPart | None, session: Session) -> Prepared | None:
 
 def _pending(session: Session) -> int:
     return 0 if session.book.closing is None else len(session.book.closing.sealed)
-
-
-def _error(word: Word) -> MempoolError:
-    """What the leader met, as an error of that kind."""
-    kinds: list[type[MempoolError]] = [MempoolError]
-    for kind in kinds:
-        kinds.extend(kind.__subclasses__())
-    found = next((kind for kind in kinds if kind.code == word.code), MempoolError)
-    return found(f"rank 0 of the group, which commits for all, met this: {word.message}")

@@ -80,6 +80,10 @@ class Stepping(Protocol):
         """One more table."""
 
     @property
+    def place(self) -> tuple[int, int]:
+        """Steps that this rank has seen committed, and the generation in which it is."""
+
+    @property
     def steps_together(self) -> bool:
         """Whether all ranks commit as one: also those that have nothing pending."""
 

@@ -237,6 +237,12 @@ class TableLink:
         group = self.run(coordinator.joined()) if coordinator.found is not None else coordinator.group
         return group is not None and group.steps_together
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where its group is, as this rank knows: steps that are committed, and the generation; 0, 0 without one."""
+        group = self.session.coordinator.group
+        return (0, 0) if group is None else group.place
+
     def version(self) -> int:
         """The table's version, as the shards of its first slot have it now."""
         first = torch.zeros(1, dtype=torch.int64, device="cpu")

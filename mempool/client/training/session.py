@@ -39,12 +39,12 @@ class Pushed:
     """An update that was pushed: its lookup and its gradient [B, V].
 
     Attributes:
-        held: The step's number and the plan under which every shard has said that it holds it; None where none was.
+        held: The step and the plan under which every shard has said that it holds it; None where none was.
     """
 
     record: LookupRecord
     grads: Tensor
-    held: tuple[int, TablePlan] | None = None
+    held: tuple[StepId, TablePlan] | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -278,7 +278,7 @@ class Session:
         if begun.hold:
             self._pushed()
             self.coordinator.heartbeats.wake_from(direct.loop)
-            update.held = step_id.step, plan
+            update.held = step_id, plan
         return weight_grad
 
     async def _weight_grad(self, begun: "_Begun", *, timeout_s: float | None = None) -> Tensor | None:
@@ -380,7 +380,7 @@ class Session:
             if update is None:
                 raise Internal(f"shards miss update {sequence}, which step {step.step_id.step} does not have.")
             only = [shard for shard, sequences in missing.items() if sequence in sequences]
-            if update.held == (step.step_id.step, attempt.plan):
+            if update.held == (step.step_id, attempt.plan):
                 forgetful.update(only)
             await _send(
                 attempt,
@@ -453,5 +453,5 @@ async def _send(
         only=only,
     )
     if hold:
-        update.held = step_id.step, attempt.plan
+        update.held = step_id, attempt.plan
     return answer
