@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from mempool.client import Table, TableAt
 from mempool.client.counts import as_number
 from mempool.client.training.tables import TableCommit, commit_tables, discard_tables
-from mempool.errors import InvalidRequest, MempoolError
+from mempool.errors import InvalidRequest, MempoolError, RankLost
 from mempool.nn.gradient import TableGradient
 from mempool.nn.tables import tables_of, values_of
 
@@ -175,9 +175,9 @@ class PoolOptimizer(torch.optim.Optimizer):
                     if gradient.takes_part
                 ]
             )
-        except MempoolError:
+        except RankLost:
             for gradient, scale in zip(self._gradients(), before, strict=True):
-                gradient.rescale(scale)  # the same call scales and clips it again
+                gradient.rescale(scale)  # whoever comes back scales and clips it from the beginning, as the same call
             raise
         self._look()
         return loss
