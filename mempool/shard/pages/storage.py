@@ -431,6 +431,7 @@ class Storage:
         written = (last[1:] >= 0).nonzero()[:, 0]
         rows = rows_MW[last[1:][written]].to(self.head_keys.dtype)
         if self.shared_head_keys:
+            self.moments.keep_heads()
             self.head_keys, self.shared_head_keys = self.head_keys.clone(), False
         self.head_key_writes += 1
         self.head_keys[written] = rows.view(-1, *self.head_keys.shape[1:])

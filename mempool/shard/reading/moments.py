@@ -103,6 +103,12 @@ class Moments:
             self.pins.stepped(version, self._mark())
             self._follow()
 
+    def keep_heads(self) -> None:
+        """Product keys are about to be copied, and written to then. Where there is no room for both pins are let go."""
+        keys = self._storage.head_keys
+        while any(kept is keys for _, kept in self._heads.values()) and not self.keeper.makes_room(keys.nbytes):
+            pass
+
     def end(self, why: str) -> None:
         """No moment is kept any more; readers are told why."""
         self.pins.end_all(why)

@@ -194,6 +194,21 @@ def test_what_is_kept_is_bounded_and_the_oldest_goes_first(make_driver: MakeDriv
     assert kept_bytes(driver) == 0
 
 
+def test_copies_of_product_keys_are_bounded_too(make_driver: MakeDriver) -> None:
+    keys = 3 * 2 * 7 * 2 * 4  # heads, halves, keys of one, float32 numbers of one
+    driver = make_driver(1, version_memory_bytes=2 * keys).create(
+        make_schema(**KINDS["product keys"]), "one", [0, 0, 0]
+    )
+    for number in range(5):
+        pin_all(driver, f"pin {number}")
+        row = torch.randn(1, driver.row_width("keys"), generator=seeded(number))
+        driver.write("keys", torch.tensor([number % 3]), row)
+        assert kept_bytes(driver) <= 2 * keys
+    with pytest.raises(VersionGone, match="oldest goes first"):
+        seen(driver, "pin 2")
+    seen(driver, "pin 3")
+
+
 def test_pages_come_before_what_is_kept(make_driver: MakeDriver) -> None:
     """Kept rows are a part of what pages may have: pages that come take what they need of it."""
     schema = make_schema()
