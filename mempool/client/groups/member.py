@@ -205,8 +205,8 @@ class Member:
     def _lost(self, ranks: Sequence[Seen]) -> RankLost:
         lost = [each for each in ranks if each.state in ("lost", "left")]
         return RankLost(
-            f"group {self.joining.group!r}: {_waited(lost)}. The step was dropped whole, and what is pending here is "
-            "kept: the same call commits it when the rank is back (torchrun --max-restarts starts it again)",
+            f"group {self.joining.group!r}: {_waited(lost)}. The step is applied whole or not at all, and what is "
+            "pending here is kept: the same call goes on when the rank is back (torchrun --max-restarts starts it)",
             ranks=tuple(each.rank for each in lost),
         )
 
