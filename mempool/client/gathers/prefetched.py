@@ -1,7 +1,7 @@
 """Gathers that were started before anybody asked for their answers, for as long as those are what a shard would answer.
 
-An answer counts while the table is, as far as this client knows, at the version that it was read at: then it is bitwise
-what shards would answer now. Asking shards is the link's.
+An answer counts while the table is, as far as this client knows, at the version that it was read at, and no step of its
+own was acknowledged since: then it is bitwise what shards would answer now. Asking shards is the link's.
 
 Legend: B bags, L pairs of all bags together, V value dim.
 """
@@ -33,6 +33,7 @@ class _Fetch:
     sample: _Sample
     num_bytes: int
     reply_dtype: str
+    commits: int
     pending: PendingAnswer
 
 
@@ -57,7 +58,14 @@ class Prefetched:
         return self._reserved + sum(fetch.num_bytes for fetch in tuple(self._fetches))
 
     def start(
-        self, bags: Bags, num_bytes: int, *, version: int | None, reply_dtype: str, ask: Callable[[], PendingAnswer]
+        self,
+        bags: Bags,
+        num_bytes: int,
+        *,
+        version: int | None,
+        commits: int,
+        reply_dtype: str,
+        ask: Callable[[], PendingAnswer],
     ) -> bool:
         """Start a gather, unless what is kept would become too much, or rows are being written.
 
@@ -65,6 +73,7 @@ class Prefetched:
             bags: Without weights.
             num_bytes: Of them and their answer.
             version: The newest of the table that is known.
+            commits: Steps of this client's that were acknowledged: the version that the last one made may not be known.
             reply_dtype: In which values are answered.
             ask: Starts it.
         """
@@ -83,20 +92,22 @@ class Prefetched:
         with self._lock:
             self._reserved -= num_bytes
             if writes == self._writes:
-                self._fetches.append(_Fetch(bags, _sample(bags), num_bytes, reply_dtype, pending))
+                self._fetches.append(_Fetch(bags, _sample(bags), num_bytes, reply_dtype, commits, pending))
         return True
 
     def take(
-        self, bags: Bags, *, known_version: Callable[[], int | None], reply_dtype: str
+        self, bags: Bags, *, known_version: Callable[[], int | None], commits: int, reply_dtype: str
     ) -> tuple[Tensor, LookupRecord] | None:
         """The answer that was fetched for bags, once; None where there is none that still counts.
 
         Args:
             known_version: Tells the newest version of the table that is known.
+            commits: As of ``start``.
         """
         if not self._fetches or bags.weights is not None:
             return None
         with self._lock:
+            self._fetches = [fetch for fetch in self._fetches if fetch.commits == commits]
             self._sweep(known_version())
             fetch = self._found(bags, reply_dtype)
             if fetch is None:

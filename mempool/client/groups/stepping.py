@@ -333,6 +333,7 @@ class SyncGroup:
             part = told.get(session.table_id)
             if part is None:
                 continue
+            session.commits += committed
             if part.version:
                 self._router.versions.saw(session.table_id, part.version)
             if session.book.closing is not None and session.book.closing.committing:

@@ -391,6 +391,7 @@ class Coordinator:
                 if session.joint is each:
                     counts[session] = session.book.acknowledged()
                     session.joint, session.applying = None, each
+                    session.commits += 1
                     session.counters.steps_committed += 1
                     session.counters.updates_committed += counts[session]
         if isinstance(joint.step.next("applied"), Reached):

@@ -120,7 +120,10 @@ class TableLink:
     def send_gather(self, bags: Bags, *, remember: bool) -> tuple[Tensor, LookupRecord]:
         """Pooled values [B, V] float32 on the CPU."""
         fetched = self.prefetched.take(
-            bags, known_version=lambda: self.session.known_version, reply_dtype=self._wire_dtype
+            bags,
+            known_version=lambda: self.session.known_version,
+            commits=self.session.commits,
+            reply_dtype=self._wire_dtype,
         )
         if fetched is not None:
             return fetched if remember else self._not_remembered(*fetched)
@@ -184,6 +187,7 @@ class TableLink:
             bags,
             self._bytes_of(bags),
             version=self.session.known_version,
+            commits=self.session.commits,
             reply_dtype=self._wire_dtype,
             ask=lambda: self.begin_gather(bags, remember=remember),
         )

@@ -86,6 +86,8 @@ class Session:
         joint: The step that is prepared, or whose Commit is under way, with other tables' where they are committed
             together. applying: The one before, decided, which some owners may not have applied yet.
         deciding: Held by whoever prepares, commits or discards.
+        commits: Steps of it, or of its group, that were acknowledged: what was read before is of an older version, also
+            where the one that the last of them made is not known yet.
     """
 
     def __init__(
@@ -107,6 +109,7 @@ class Session:
         self.joint: Joint | None = None
         self.applying: Joint | None = None
         self.deciding = asyncio.Lock()
+        self.commits = 0
         self.coordinator = Coordinator(router) if coordinator is None else coordinator
         self._router = router
         self._direct = direct
