@@ -80,6 +80,7 @@ class Requests:
             "MemoryService.WriteRows": self._write_rows,
             "MemoryService.StepCount": lambda: data_pb2.StepCountRequest(envelope=self.envelope()),
             "MemoryService.Pin": self._pin,
+            "MemoryService.Meet": self._meet,
             "MemoryService.OpenLine": lambda: data_pb2.OpenLineRequest(version=4, client=self.random.randrange(2**60)),
             "ShardService.AttachTable": self._attach_table,
             "ShardService.DropTable": self._shard_drop,
@@ -101,12 +102,14 @@ class Requests:
             "ShardService.ReleaseMark": lambda: shard_pb2.ReleaseMarkRequest(
                 table_id=self.view.schema.table_id, token="late", kept="000001-0123abcd"
             ),
+            "ShardService.ReadHeat": lambda: shard_pb2.ReadHeatRequest(table_id=self.view.schema.table_id),
             "ShardService.Status": shard_pb2.StatusRequest,
             "PoolService.CreateTable": self._create,
             "PoolService.DropTable": lambda: pool_pb2.DropTableRequest(name="nobody"),
             "PoolService.GetTable": lambda: pool_pb2.GetTableRequest(name=VICTIM),
             "PoolService.ListTables": pool_pb2.ListTablesRequest,
             "PoolService.Rescale": lambda: pool_pb2.RescaleRequest(shards=len(self.view.shards)),
+            "PoolService.Rebalance": lambda: pool_pb2.RebalanceRequest(dry_run=True),
             "PoolService.Checkpoint": lambda: pool_pb2.CheckpointRequest(
                 url=PLACE, tables=["nobody"], extra=b'{"a": 1}'
             ),
@@ -204,6 +207,20 @@ class Requests:
     def _pin(self) -> data_pb2.PinRequest:
         pin = f"reader-{self.random.randrange(4)}"
         return data_pb2.PinRequest(envelope=self.envelope(), do=data_pb2.PIN_ACTION_ARM, pin=pin, lease_s=5.0)
+
+    def _meet(self) -> data_pb2.MeetRequest:
+        terms = data_pb2.Terms(
+            world_size=2, consistency=data_pb2.CONSISTENCY_SYNC, reduction=data_pb2.REDUCTION_MEAN, elastic=True
+        )
+        return data_pb2.MeetRequest(
+            group=f"group-{self.random.randrange(4)}",
+            rank=self.random.randrange(2),
+            nonce=self.random.randrange(1, 2**40),
+            host="somewhere, pid 7",
+            launcher="somewhere, pid 6",
+            terms=terms,
+            kind=data_pb2.MEET_KIND_JOIN,
+        )
 
     def _read_rows(self) -> Message:
         ids = self._arrays.integers(0, NUM_SLOTS, 5)

@@ -42,7 +42,7 @@ def test_every_method_of_the_proto_has_its_handler(service: str) -> None:
 def test_no_handler_lets_grpc_read_a_message_by_itself(service: str) -> None:
     for name, handler in handlers(service).items():
         assert handler.request_streaming, name
-        assert handler.response_streaming == (name in ("Rescale", "Checkpoint"))
+        assert handler.response_streaming == (name in ("Rescale", "Rebalance", "Checkpoint"))
 
 
 def test_the_controllers_address_has_lookup_alone() -> None:

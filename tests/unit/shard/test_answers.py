@@ -13,6 +13,7 @@ import torch
 from mempool.errors import InvalidRequest, NotFound, RequestTooLarge, StalePlacement
 from mempool.shard import answers
 from mempool.shard.answers import Answers, _parts_of
+from mempool.shard.reading import pieces as cutting
 from mempool.shard.work import pace
 from mempool.types import (
     FlatKeySpec,
@@ -39,8 +40,8 @@ def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pace, "PIECE_BYTES", 40)
     monkeypatch.setattr(pace, "WHOLE_BYTES", 40)
     monkeypatch.setattr(answers, "COPY_PIECE_BYTES", 40)
-    monkeypatch.setattr(answers, "SCORE_PIECE_PRODUCTS", 1)
-    monkeypatch.setattr(answers, "_LEAST_QUERIES", 1)
+    monkeypatch.setattr(cutting, "SCORE_PIECE_PRODUCTS", 1)
+    monkeypatch.setattr(cutting, "_LEAST_QUERIES", 1)
 
 
 def _gather(driver: Driver, **changes: Any) -> GatherRequest:
@@ -254,13 +255,13 @@ def test_queries_that_share_nothing_are_scored_one_by_one(
     make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch, topk: int, queries: int
 ) -> None:
     """Seconds of the engine's thread, of five queries for a quarter of all slots each, were one piece."""
-    monkeypatch.setattr(answers, "SCORE_PIECE_PRODUCTS", 1)
+    monkeypatch.setattr(cutting, "SCORE_PIECE_PRODUCTS", 1)
     driver = make_driver().create(
         make_schema(num_slots=49, keys=ProductKeySpec(heads=3, key_dim=2)), key_owners=[0, 0, 0]
     )
     engine: Any = driver.host(0)
     table = engine._tenancy.fenced(driver.envelope(0))
-    assert answers._queries_at_once(table, topk) == queries
+    assert cutting.queries_at_once(table.storage, topk) == queries
 
 
 def test_long_reads_are_cut_sooner_where_others_wait(make_driver: MakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
