@@ -82,6 +82,10 @@ class LocalSession:
         return self.counters.steps_committed or None
 
     @property
+    def commits(self) -> int:
+        return self.counters.steps_committed
+
+    @property
     def pending_bytes(self) -> int:
         return sum(bags.num_bytes + grads.nbytes for bags, grads in self._held)
 
