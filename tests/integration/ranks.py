@@ -186,8 +186,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--pause", type=float, default=0.0)
     options = parser.parse_args()
-    torch.distributed.init_process_group("gloo")
-    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank, size, restart = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"))
+    # Of each start one of its own: gloo finds addresses of ranks that are gone in one that outlives them.
+    store = torch.distributed.FileStore(str(options.folder / f"store-{restart}"), size)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size)
     (options.folder / f"rank-{rank}").write_text(str(os.getpid()))
     with mempool.connect(options.address, timeout_s=DEADLINE_S) as pool:
         table = pool.table(TABLE)
