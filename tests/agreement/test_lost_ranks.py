@@ -150,6 +150,7 @@ def test_a_leader_that_dies_at_its_commit(here: GrpcPoolHere, decided: bool, pre
             return step(ranks.pools[0], 1, rank=0, world_size=2)
 
         assert together([survive, come_back]) == [1, 1]
+        assert ranks.pools[1].table("facts").link.session.commits == 2, "what was read before counts no more"
         ranks.each(lambda rank, pool: step(pool, 2, rank=rank, world_size=2))
         check(ranks, 3)
 

@@ -384,6 +384,7 @@ class SyncGroup:
             if session.table_id in self._empty or (closing is not None and (closing.committing or in_doubt)):
                 if not await self._is_decided(session):
                     continue
+                session.commits += 1
                 if closing is not None:
                     self._count(session)
                 self.member.steps += not self._ended
