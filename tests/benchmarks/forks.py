@@ -6,11 +6,13 @@ trains it, train the fork beside it, and be killed; then opens the pool again, f
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -157,7 +159,8 @@ def main() -> int:
     print(json.dumps(said, indent=1))
     good = bool(said["base_unchanged"])
     for snapshot in (True, False):
-        found = reopen(options.folder, digests, snapshot=snapshot)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
+            found = apart.submit(reopen, options.folder, digests, snapshot=snapshot).result()
         print("killed and opened" if snapshot else "opened from the snapshot", json.dumps(found, indent=1))
         good = good and bool(found["same_bits"])
     return 0 if good else 1

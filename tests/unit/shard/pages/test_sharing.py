@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mempool.shard.pages.memory import ReservedRows
+from mempool.shard.pages import memory
+from mempool.shard.pages.memory import AllocatedRows, ReservedRows, Rows
 from mempool.shard.pages.sharing import pages_of
 
 WIDTH = 96  # of float32: rows lie across the system's pages
@@ -168,6 +169,26 @@ def test_who_gives_memory_back_takes_none_from_the_other() -> None:
     assert torch.equal(other.first(ROWS), before)
     assert torch.equal(shared(rows).fork().first(ROWS), rows.first(ROWS))
     assert torch.equal(other.first(ROWS), before)
+
+
+@pytest.mark.parametrize("kind", ["where nothing can be shared", "on another device"])
+def test_elsewhere_a_fork_is_a_copy(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_SHARES", False)
+    rows: Rows = (
+        filled(300)
+        if "nothing" in kind
+        else AllocatedRows(width=WIDTH, dtype=torch.float32, device=torch.device("cpu"))
+    )
+    rows.resize(300)
+    before = rows.first(300).normal_().clone()
+    assert rows.share(2**20) == 0
+    fork = rows.fork()
+    assert not rows.shares
+    assert fork.shared_bytes == fork.orphan_bytes == 0
+    rows.first(300).zero_()
+    assert torch.equal(fork.first(300), before)
+    rows.close()
+    fork.close()
 
 
 @pytest.mark.parametrize("row_bytes", [1, 3, 48, 384, 4096, 5000, 8192, 12_000])
