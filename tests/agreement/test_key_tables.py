@@ -1,5 +1,6 @@
 """Keys that train in the pool have one life with their table: made, dropped, saved, restored, read at a version."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ SIZES: dict[str, Any] = {"num_slots": 8**2, "value_dim": 8, "optimizer": SGD(lr=
 
 
 def made(pool: mempool.Pool, kind: str, **config: Any) -> mempool.Table:
-    return pool.create_table(mempool.TableConfig(name=kind, keys=KEYS[kind], **SIZES | config))
+    return pool.create_table(mempool.TableConfig(**{"name": kind, "keys": KEYS[kind], **SIZES, **config}))
 
 
 def names_of(pool: mempool.Pool) -> list[str]:
@@ -85,13 +86,44 @@ def test_a_checkpoint_has_them_and_so_has_what_is_restored(pools: Pools, tmp_pat
         assert names_of(pool) == [kind, f"{kind}:keys"]
 
 
+@pytest.mark.parametrize("kind", KEYS)
+def test_a_file_has_them_and_so_has_what_is_imported(pools: Pools, tmp_path: Path, kind: str) -> None:
+    with pools.fresh(2) as pool:
+        table = made(pool, kind, num_slots=19**2)  # sections of product keys have rows that fill them up
+        train(table)
+        file = tmp_path / "table.safetensors"
+        pool.export_table(kind, file)
+        copy = pool.import_table(file, name="copy")
+        assert copy.schema.keys == table.schema.keys
+        served = getattr(mempool, f"{kind.capitalize()}Keys")(**KEYS[kind].model_dump(exclude={"optimizer", "type"}))
+        config = mempool.TableConfig(name="served", **SIZES | {"num_slots": 19**2}, keys=served)
+        for imported in (copy, pool.import_table(file, config)):
+            assert torch.equal(imported.read_keys(), table.read_keys())
+            assert torch.equal(all_rows(imported), all_rows(table))
+        train(copy)
+        pool.export_table("served", file)
+        back = mempool.TableConfig(name="back", **SIZES | {"num_slots": 19**2}, keys=KEYS[kind])
+        assert torch.equal(pool.import_table(file, back).read_keys(), table.read_keys())
+        bare = mempool.TableConfig(name="bare", **SIZES | {"num_slots": 19**2})
+        pool.create_table(bare)
+        pool.export_table("bare", file)
+        fresh = pool.import_table(file, back.model_copy(update={"name": "fresh", "seed": 0}))
+        assert torch.equal(fresh.read_keys(), made(pool, kind, num_slots=19**2, name="new").read_keys())
+
+
 def test_a_pool_on_a_disk_has_them_again(tmp_path: Path) -> None:
     with mempool.local(tmp_path / "memory", shards=2) as pool:
         for kind in KEYS:
             train(made(pool, kind))
             train(pool.table(kind))
         before = {kind: everything_of(pool.table(kind)) for kind in KEYS}
-    with mempool.local(tmp_path / "memory", shards=2) as pool:
+        shutil.copytree(tmp_path / "memory", tmp_path / "killed")  # what a kill -9 leaves
+    for place in ("killed", "memory"):
+        reopened(tmp_path / place, before)
+
+
+def reopened(place: Path, before: dict[str, dict[str, torch.Tensor]]) -> None:
+    with mempool.local(place, shards=2) as pool:
         for kind in KEYS:
             assert_same(everything_of(pool.table(kind)), before[kind])
             train(pool.table(kind))
