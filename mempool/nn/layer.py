@@ -372,7 +372,7 @@ class MemoryLayer(nn.Module):
         """[..., heads, key_dim] float32 -> ids, scores and weights [B, heads, topk]. Outside of autocast."""
         queries = queries.reshape(-1, self.heads, self.key_dim)
         if self._key_link is not None:
-            ids_BHK, scores_BHK = self._key_link.chosen(queries, self.topk)
+            ids_BHK, scores_BHK = self._key_link.chosen(queries, self.topk, anchor=self.pool_keys)
             return ids_BHK, scores_BHK, weights_of(scores_BHK, self.scores)
         scores_BHK, ids_BHK = product_topk(
             queries,

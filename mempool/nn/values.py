@@ -104,12 +104,15 @@ class KeyLink(LayerLink):
         super().__init__(table.keys, parameter)
         self._table = table
 
-    def chosen(self, queries_BHD: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    def chosen(self, queries_BHD: Tensor, topk: int, *, anchor: Tensor | None) -> tuple[Tensor, Tensor]:
         """Slot ids [B, H, K] int64 and their scores float32, differentiable in queries and keys.
 
-        queries_BHD: Float32; H is 1 with flat keys.
+        Args:
+            queries_BHD: Float32; H is 1 with flat keys.
+            anchor: The parameter, as the layer has it during its call.
         """
-        table, keys, anchor = self._table, self._table.schema.keys, self.parameter
+        assert anchor is not None, "a layer whose keys are the pool's has it"
+        table, keys = self._table, self._table.schema.keys
         product = isinstance(keys, TrainedKeySpec) and keys.product
         queries = queries_BHD if product else queries_BHD.squeeze(1)
         trained = anchor.requires_grad and table.keys.requires_grad

@@ -43,6 +43,10 @@ from mempool.types.running import Clock
 from mempool.types.sizes import PAGE_TABLE_BYTES, owned_bytes
 
 
+_CAUGHT_UP_AT_ONCE = 2**16
+"""Slots, where all of them are."""
+
+
 @dataclass(frozen=True, slots=True)
 class Lane:
     """An arena and where its columns stand among those of all blocks owned; columns None: it has them all."""
@@ -287,10 +291,10 @@ class Storage:
     def catch_up_all(self) -> None:
         """Do what all slots here have missed of a dense optimizer's steps; once, where no step comes between."""
         if self.schedule is not None and self.all_caught_up_to != self.schedule.last_step:
-            pages = np.flatnonzero((self.owned & ~self.lost).any(axis=1))
+            pages = torch.from_numpy(np.flatnonzero((self.owned & ~self.lost).any(axis=1))).to(self.device)
             slots = torch.arange(self.schema.page_slots, device=self.device)
-            firsts = torch.from_numpy(pages).to(self.device)[:, None] << self.schema.page_shift
-            self.catch_up((firsts + slots).view(-1))
+            for some in torch.split(pages, max(1, _CAUGHT_UP_AT_ONCE >> self.schema.page_shift)):
+                self.catch_up(((some[:, None] << self.schema.page_shift) + slots).view(-1))
             self.all_caught_up_to = self.schedule.last_step
 
     def pooled(
