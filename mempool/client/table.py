@@ -426,16 +426,15 @@ class Table(Versions):
         """
         if keys_lr is not None and not self.trains_keys:
             raise InvalidRequest(f"table {self.name!r}: keys_lr = {keys_lr!r}, and it trains no keys; leave it out.")
-        given = [lr, keys_lr]
-        links, commits = self.step_links, []
-        for name, number in (("lr", lr), ("grad_scale", grad_scale), ("keys_lr", keys_lr)):
-            if number is not None and not math.isfinite(as_number(number)):
+        links = self.step_links
+        rates = [link.own_lr if rate is None else rate for link, rate in zip(links, (lr, keys_lr), strict=False)]
+        for name, number in (*zip(("lr", "keys_lr"), rates, strict=False), ("grad_scale", grad_scale)):
+            if not math.isfinite(as_number(number)):
                 raise InvalidRequest(f"table {self.name!r}: {name} = {number!r} must be a finite number.")
-        for link, number in zip(links, given, strict=False):
-            rate = link.own_lr if number is None else float(number)
-            commits.append(TableCommit(link, lr=rate, grad_scale=float(grad_scale)))
+        for link in links:
             link.drop_zeroed()
-        return sum(commit_tables(commits))
+        commits = zip(links, rates, strict=True)
+        return sum(commit_tables([TableCommit(link, float(rate), float(grad_scale)) for link, rate in commits]))
 
     def discard(self) -> int:
         """Drop what is pending; answers how many updates. A step whose commit is under way is decided and stays.

@@ -351,7 +351,8 @@ class HeartbeatReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:
-    """Top-k of the keys this shard owns. queries: [B, H, D] float32 for product keys, [B, 1, D] for flat keys.
+    """Top-k of the keys this shard owns. queries: [B, H, D] float32 for product keys, [B, 1, D] for flat keys, [B,
+    sections, D] of a table of keys.
 
     pin: As of ``GatherRequest``.
     """
@@ -367,7 +368,7 @@ class ScoreReply:
     """Candidates by (score descending, id ascending), before any softmax.
 
     Attributes:
-        heads: The heads answered (product keys: those whose key page is here; flat keys: (0,)).
+        heads: The heads answered (product keys: those whose key page is here; flat keys: (0,); sections).
         scores: [B, len(heads), K] float32; -inf where there are fewer than K.
         ids: [B, len(heads), K] int64; -1 where there are fewer than K.
     """

@@ -9,6 +9,7 @@ import torch
 
 import mempool
 from mempool import errors
+from mempool.client.training.tables import prepare_tables
 from mempool.nn import MemoryLayer, PoolOptimizer, reading
 from mempool.optim import SGD
 from mempool.wire.channels import loop
@@ -220,7 +221,12 @@ def test_zeroing_and_freezing_reach_the_keys(pools: Pools) -> None:
     assert_same(everything_of(table), before)
     assert (table.pending, table.keys.pending) == (0, 0)
     table.lookup(queries, 3).values.sum().backward()
-    assert table.prepare().squared_norm > 0.0
+    together = table.prepare(norm_order=3.0)
+    parts = prepare_tables(table.step_links, norm_order=3.0)
+    assert together.updates == 2
+    assert together.squared_norm == pytest.approx(sum(part.squared_norm for part in parts))
+    assert together.norm == pytest.approx(sum(part.norm**3 for part in parts) ** (1 / 3))
+    assert all(part.norm > 0.0 for part in parts)
     assert table.discard() == 2
     table.lookup(queries, 3).values.sum().backward()
     assert table.commit(lr=0.0, keys_lr=0.0) == 2

@@ -42,7 +42,6 @@ from mempool.types.bags import Bags
 from mempool.types.running import Clock
 from mempool.types.sizes import PAGE_TABLE_BYTES, owned_bytes
 
-
 _CAUGHT_UP_AT_ONCE = 2**16
 """Slots, where all of them are."""
 
