@@ -21,7 +21,7 @@ from mempool.checkpoint.format.pages import CHECKSUM_BYTES, Batch, PageArray, Pa
 from mempool.checkpoint.format.tensor_file import TensorEntry, header_of
 from mempool.checkpoint.stores import FileWriter, Store
 from mempool.errors import InvalidRequest
-from mempool.types import TableSchema
+from mempool.types import ProductKeySpec, TableSchema
 
 
 class PartWriter:
@@ -188,7 +188,7 @@ class PartWriter:
     def _shapes(self, array: PageArray, group: PageGroup) -> Iterator[tuple[int, tuple[int, ...]]]:
         if array.per == "head":
             keys = self._schema.keys
-            assert keys is not None
+            assert isinstance(keys, ProductKeySpec)
             yield 0, (len(group.heads), 2, self._schema.stride, keys.key_dim // 2)
             return
         for block in blocks_of(array, group.blocks):

@@ -12,6 +12,7 @@ from mempool.client.opening.creation import CreateProgress
 from mempool.client.table import Table
 from mempool.config import TableConfig
 from mempool.types import CheckpointProgress, PoolApi
+from mempool.types.keys import is_key_table
 from mempool.wire.channels import loop
 
 
@@ -130,7 +131,8 @@ class Keeping:
         self._following.follow(restoring.reports(), progress)
         views = self._open.adopted(restoring.views)
         opened = self._open.taken_over if replace else self._open.opened
-        return tuple(opened(view) for view in views)
+        made = [opened(view) for view in views]
+        return tuple(table for table in made if not is_key_table(table.schema))
 
     def export_table(
         self,

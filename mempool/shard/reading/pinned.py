@@ -23,7 +23,7 @@ from mempool.shard.reading.arrays import rows_then
 from mempool.shard.reading.kept import KeptRows
 from mempool.shard.reading.moments import Moments
 from mempool.shard.reading.pieces import parts_of
-from mempool.types import PinReply, PinRequest, Stamp
+from mempool.types import OwnKeySpec, PinReply, PinRequest, Stamp
 from mempool.types.bags import Bags
 
 _PIECE_BYTES = 16 * 2**20
@@ -164,8 +164,10 @@ class PinnedStorage(Storage):
 
     def score(self, queries_BHD: Tensor, topk: int) -> tuple[tuple[int, ...], Tensor, Tensor]:
         """As of ``Storage``."""
-        flat = [lane for lane in self._lanes if lane.arena.has(KEYS)]
-        if not any(self._moments.kept(lane.arena).any_copied(self._moment.number) for lane in flat):
+        own = isinstance(self.schema.keys, OwnKeySpec)
+        flat = [lane for lane in self._lanes if own or lane.arena.has(KEYS)]
+        late = own and self._schedule is not None  # of which all rows have to be brought to that step
+        if not late and not any(self._moments.kept(lane.arena).any_copied(self._moment.number) for lane in flat):
             return Storage.score(self, queries_BHD, topk)
         return Storage.score(self._with(self._pieces(flat)), queries_BHD, topk)
 

@@ -18,11 +18,11 @@ from mempool.types.schema_checks import (
     HYPER_PARAMETERS,
     KEY_RANGES,
     MAX_BLOCKS,
-    MAX_PAGES,
     RANGES,
     check_schema,
     schema_problems,
 )
+from mempool.types.sizes import MAX_PAGES
 from mempool.wire.channels.loop import run
 from mempool.wire.codecs import tables
 
