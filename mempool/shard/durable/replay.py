@@ -20,6 +20,7 @@ from mempool.shard.durable.records import (
     Counted,
     Decided,
     Dropped,
+    Forked,
     Gone,
     Held,
     Kept,
@@ -36,6 +37,7 @@ from mempool.shard.durable.records import (
     Written,
 )
 from mempool.shard.durable.store import Store
+from mempool.shard.forks.forking import base_of, become
 from mempool.shard.hosted import HostedTable
 from mempool.shard.pages.arena import Arena
 from mempool.shard.pages.transfer import PULL_LEASE_S
@@ -122,6 +124,7 @@ class _Replay:
             StagedLedger: self._stage_ledger,
             Stopped: self._stop,
             Unstaged: self._unstage,
+            Forked: lambda record: become(self._table(record.table_id), self._table(record.base_id)),
             Gone: lambda record: tenancy.decisions.remember(record.table_id, record.step_id, record.others),
             Kept: self._keep,
             Schedule: self._schedule,
@@ -141,8 +144,9 @@ class _Replay:
 
     def finish(self) -> None:
         """Go on where the life before ended: what was decided is applied, rounds of moves hold their tables; half a
-        table that was being restored is no table."""
-        for half in [table.table_id for table in self._tenancy.tables.values() if table.restored is not None]:
+        table that was being restored, or forked, is no table."""
+        halves = [table for table in self._tenancy.tables.values() if table.restored or table.forked]
+        for half in [table.table_id for table in halves]:
             self._tenancy.drop(half)
             self._tenancy.log.add(Dropped(half))
         for table_id, token in self._rounds.items():
@@ -160,10 +164,10 @@ class _Replay:
         # A table that could not be filled was dropped, too, and may have been attached anew.
         table_id, tenancy = record.request.view.schema.table_id, self._tenancy
         tenancy.ended = tuple(each for each in tenancy.ended if each != table_id)
-        table = tenancy.attach(record.request)
+        table = tenancy.attach(record.request, base=base_of(tenancy, record.request))
         if record.request.mode == "initialise":
             _make_ready(table)
-        while table.restored is None and not table.fill():
+        while table.restored is None and table.forked is None and not table.fill():
             pass
 
     def _restore(self, record: Restored) -> None:
